@@ -7,9 +7,9 @@
     with mh.load(run) as model:
         print(model.generate("Fellow citizens", max_tokens=40).text)
 
-`__all__` is the Python interface, and mhmoe_ray/api/README.md walks through it. Importing this package loads none of
-it, so neither torch nor ray, but makes transformers' auto classes load exported MH-MoE models, whichever is imported
-first.
+`__all__` is the Python interface, and mhmoe_ray/api/README.md walks through it. Each name of the interface is imported
+when it is first used, so that `import mhmoe_ray` loads neither torch nor ray. The import also prepares transformers'
+auto classes to load exported MH-MoE models. It does not matter whether transformers was imported before.
 """
 
 from importlib import import_module
@@ -75,7 +75,7 @@ _MODULES = {
     "serve": "mhmoe_ray.api.service",
     "submit": "mhmoe_ray.api.run",
 }
-"""Module of each name of the interface, from which it is imported when it is used first."""
+"""Module from which each name of the Python interface is imported, at the first use of the name."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The tree of exceptions for everything that a user can get wrong or that a cluster can do to a user's work.
+"""Exceptions for mistakes of the user and for failures of the cluster or its storage, each with an exit code.
 
     MhmoeError
     ├── SpecError          exit 3   a spec file or an override is wrong
@@ -12,7 +12,7 @@
     └── ServeError         exit 10  a deployment failed
 
 `mhmoe doctor` exits with 11 if it found an error. Exit code 2 comes from the command-line parser (an unknown option,
-for example); exit code 1 means a bug of this project. Exceptions outside this tree are bugs and keep their traceback.
+for example). Any other exception is a bug of this project: the user sees its traceback, and the exit code is 1.
 """
 
 import re
@@ -42,7 +42,7 @@ class MhmoeError(Exception):
         return " ".join(f"{self.subject}: {self.reason}; {self.fix}".split())
 
     def log(self) -> None:
-        """Print the error as one line of a job's log, in the form that `logged` parses."""
+        """Print the error to standard output as one line of the job's log, in the form that `logged` parses."""
         print(f"error {self.exit_code}: {self}", flush=True)
 
 
@@ -98,8 +98,8 @@ def logging_errors() -> Iterator[None]:
 def logged(log: str) -> MhmoeError | None:
     """Return the last error that `MhmoeError.log` wrote to a job's log; None if there is none.
 
-    The class is the one with the exit code in the log: RunError for 7, also if it was a StorageError. It is MhmoeError
-    for an exit code that no class has, as in a line that the user's own code printed.
+    The exit code in the log determines the class of the error. Code 7 gives a RunError, even if the job raised a
+    StorageError. An exit code that no class has gives an MhmoeError; such a line comes from the user's own code.
     """
     matches = re.findall(r"^error (\d+): (.*?): (.*); (.*)$", log, re.MULTILINE)
     if not matches:

@@ -1,4 +1,4 @@
-"""Pictures in one common style, saved as PNG files (extra `plots`)."""
+"""Pictures in one common style, saved as PNG files; they need matplotlib, which the extra `plots` installs."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -27,7 +27,7 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
 }
 ROW_INCHES = 0.22
-"""Height of one row of a picture that has a row for each of many items, in inches."""
+"""Height in inches of one row in a picture with a row for each of many items, such as layers or domains."""
 MOST_INCHES = 300.0
 """Largest width or height of a figure, in inches: enough for a picture of a thousand rows."""
 MOST_PIXELS = 30_000
@@ -37,7 +37,7 @@ DPI = 200
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Apply the common style to everything that is drawn within the context.
+    """Apply the common style to everything that matplotlib draws within the context.
 
     Raises:
         DataError: matplotlib is not installed.
@@ -66,14 +66,14 @@ def check(path: Path) -> None:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """Return an empty figure of this size in inches; each side is cut to MOST_INCHES."""
+    """Return an empty figure with this width and height in inches, each limited to `MOST_INCHES`."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(min(MOST_INCHES, width), min(MOST_INCHES, height)), layout="constrained")
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Write the figure as a PNG file, with DPI pixels per inch or, for a large figure, as many as MOST_PIXELS allows.
+    """Write the figure as a PNG file with `DPI` pixels per inch, or with fewer if a side would exceed `MOST_PIXELS`.
 
     Raises:
         DataError: the file cannot be written.
@@ -93,7 +93,7 @@ def short(number: int) -> str:
 
 @contextmanager
 def writing(subject: str, fix: str) -> Iterator[None]:
-    """Context manager that turns an OSError of the storage into a `DataError` with this subject and fix.
+    """Context manager that turns an OSError into a `DataError` about `subject`, with the remedy `fix` in its message.
 
     Raises:
         DataError: the storage refused an operation within the context.

@@ -1,8 +1,8 @@
-"""All private interfaces of Ray that this project uses: the only file that changes when a new Ray moves them.
+"""All private interfaces of Ray that this project uses; a new version of Ray that moves them affects only this file.
 
-Ray 2.60 has no public hook for these uses. Import a name from here as from any module; Ray's own module is imported at
-that moment, so that commands which need none of it stay fast. `tests/test_ray_compat.py` finds a name that Ray no
-longer has, and a use of Ray's private modules in any other file.
+Ray 2.60 has no public hook for these uses. Import a name from here as from any module. Ray's own module is imported at
+that moment, so that commands which need none of it stay fast. `tests/test_ray_compat.py` fails if Ray no longer has one
+of the names, or if any other file uses Ray's private modules.
 """
 
 from importlib import import_module
@@ -12,8 +12,7 @@ _TRAIN = "ray.train.v2._internal."
 _PACKAGING = "ray._private.runtime_env.packaging"
 
 SDK_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
-"""Names of the loggers to which Ray's HTTP clients write a line for every upload: the base client's and the job
-client's."""
+"""Names of the loggers to which Ray's base HTTP client and its job client write a line for every upload."""
 
 PRIVATE_NAMES = {
     # Resources of the cluster, node by node, for `train/resilience.py`.
@@ -42,7 +41,7 @@ PRIVATE_NAMES = {
     # Client that sends configurations to Ray Serve, for `cluster/serve_client.py`.
     "ServeSubmissionClient": "ray.dashboard.modules.serve.sdk",
 }
-"""Module of Ray that holds each name."""
+"""Private names of Ray that this project uses, each with Ray's module that defines it."""
 
 
 def __getattr__(name: str) -> Any:
@@ -58,8 +57,8 @@ def __getattr__(name: str) -> Any:
 
 
 def block_bundles(dataset: Any) -> Any:
-    """Return an iterator over the blocks of a Ray Dataset, as bundles of references.
+    """Return an iterator over the blocks of a Ray Dataset, as bundles of object references.
 
-    It computes the blocks one after the other, and does not fetch them.
+    The iterator computes the blocks one after the other. It does not fetch them to this process.
     """
     return dataset.iter_internal_ref_bundles()

@@ -1,7 +1,8 @@
 """Registration of this package's model with transformers' auto classes, without importing transformers.
 
 `AutoModelForCausalLM.from_pretrained` then loads an exported MH-MoE model without `trust_remote_code`. Importing
-transformers takes seconds, so the classes are registered when somebody else imports the modules of the auto classes.
+transformers takes seconds, so this module does not import it. It registers the model classes when other code imports
+transformers' modules of auto classes.
 """
 
 import sys
@@ -14,7 +15,10 @@ from importlib.util import find_spec
 from types import ModuleType
 
 OLDEST_TRANSFORMERS = (5, 16)
-"""Oldest version of transformers that the classes were tested with. With older ones, nothing is registered."""
+"""Oldest version (major, minor) of transformers that our model classes were tested with.
+
+With an older version, nothing is registered.
+"""
 CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 MODEL_MODULE = "transformers.models.auto.modeling_auto"
 OWN_MODULE = "mhmoe_ray.checkpoint.huggingface.modeling_mhmoe"
@@ -31,8 +35,8 @@ def _register_models(module: ModuleType) -> None:
 
     models = import_module(OWN_MODULE)
     if not hasattr(models, "MhmoeForCausalLM"):
-        # Our module is being imported, and one of its own imports has imported this one. The classes are registered at
-        # its end.
+        # Our module is still being imported, and one of its imports has led here. `_register_own_models` registers the
+        # classes when our module is complete.
         return
     module.AutoModel.register(MhmoeConfig, models.MhmoeModel, exist_ok=True)
     module.AutoModelForCausalLM.register(MhmoeConfig, models.MhmoeForCausalLM, exist_ok=True)
@@ -48,18 +52,21 @@ REGISTRATIONS: dict[str, Callable[[ModuleType], None]] = {
     MODEL_MODULE: _register_models,
     OWN_MODULE: _register_own_models,
 }
-"""Function that registers the classes, by the module after whose import it is called with that module."""
+"""Functions that register our model classes with transformers, by the name of a module.
+
+Each is called with this module after the module was imported.
+"""
 
 
 def _is_supported() -> bool:
-    """Return whether the installed transformers is new enough for the classes."""
-    # An import of the classes that fails would make the import of transformers itself fail.
+    """Return whether the installed version of transformers is new enough for our model classes."""
+    # In an older version, importing our classes could fail, and with it the user's own import of transformers.
     numbers = version("transformers").split(".")[:2]
     return tuple(map(int, numbers)) >= OLDEST_TRANSFORMERS
 
 
 class _RegisteringLoader(Loader):
-    """Loader that executes a module with another loader and then registers the classes."""
+    """Loader that executes a module with another loader and then registers our model classes."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -74,7 +81,10 @@ class _RegisteringLoader(Loader):
 
 
 class _RegisteringFinder(MetaPathFinder):
-    """Finder of the modules in `REGISTRATIONS`; it leaves the search itself to the other finders."""
+    """Import finder for the modules in `REGISTRATIONS`.
+
+    It lets the other finders search for the module, and wraps the loader that they return in a `_RegisteringLoader`.
+    """
 
     def __init__(self) -> None:
         self._names = set(REGISTRATIONS)
@@ -84,7 +94,7 @@ class _RegisteringFinder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname not in self._names:
             return None
-        # While the other finders search, this one finds nothing.
+        # This finder ignores a name that is not in the set, so `find_spec` gets the answer of the other finders.
         self._names.remove(fullname)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
@@ -93,7 +103,7 @@ class _RegisteringFinder(MetaPathFinder):
 
 
 def register_with_transformers() -> None:
-    """Register the classes now for modules of transformers that are imported already, and later for the others."""
+    """Register our model classes with transformers: at once if its modules are imported, else at their import."""
     for name, register in REGISTRATIONS.items():
         if name in sys.modules and _is_supported():
             register(sys.modules[name])

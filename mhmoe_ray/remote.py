@@ -1,15 +1,15 @@
 """The protocol of commands that run on a cluster as Ray jobs: a request, a module that answers it, and a result.
 
-A kind of job is a subclass of `RemoteJob` that has the fields of its request. Its module is run on the cluster as
+Each kind of job is a subclass of `RemoteJob`, with the fields of its request. The cluster runs its module as
 
     python -m MODULE JOB_NAME
 
-with the request in an environment variable, and begins with `Request.received()`. The lines of its log that are meant
-for the user begin with the kind; an `MhmoeError` is a line of the log too (`errors.logging_errors`). Each kind decides
-where it leaves its result, and its method `result` reads it from there: by default from the log, into which
-`RemoteJob.answer` writes it.
+with the request in an environment variable, which the module reads first with `Request.received()`. The job writes to a
+log. Log lines for the user begin with the kind of job, and an `MhmoeError` becomes a line of the log, too
+(`errors.logging_errors`). Each kind of job decides where to store its result, and its method `result` reads the result
+from there. By default `RemoteJob.answer` writes it to the log.
 
-`cluster/remote.py` submits a request and follows the job. Nothing here needs Ray.
+`cluster/remote.py` submits a request and follows the job. This module does not need Ray.
 """
 
 import base64
@@ -23,31 +23,34 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 from pydantic import BaseModel, TypeAdapter
 
 VARIABLE = "MHMOE_REQUEST"
-"""Environment variable that holds the packed request.
+"""Name of the environment variable that holds the compressed request of a job.
 
-Linux limits one variable to 128 KiB. A file pattern that the shell expands can become a thousand sources; they differ
-in a few letters only and therefore compress well.
+Linux limits one variable to 128 KiB. A request may list a thousand paths, if the shell has expanded a file pattern.
+Such paths differ in a few letters only and therefore compress well.
 """
 RESULT = "result: "
-"""Start of the log lines that hold a result."""
-_PIECE = 8_000  # Most characters of a result per line, well below the chunks of 20,000 in which Ray sends a log.
+"""Prefix of the log lines that hold a job's result."""
+_PIECE = 8_000  # Largest number of characters of a result in a line; Ray sends a log in chunks of 20,000.
 
 R = TypeVar("R")
 
 
 class RemoteJob(BaseModel, Generic[R]):
-    """Request for a job on a cluster. Each kind of job is a subclass, with fields for the request; R is its result."""
+    """Request for a job on a cluster. Each kind of job is a subclass, with fields for the request.
+
+    R is the type of the job's result.
+    """
 
     module: ClassVar[str]
-    """Name of the module that is run on the cluster."""
+    """Name of the Python module that the cluster runs."""
     kind: ClassVar[str]
-    """One word with which the job's name and its log lines for the user begin."""
+    """One word for the kind of job, such as `eval`; the job's name and its log lines for the user begin with it."""
     result_type: ClassVar[Any] = None
-    """Type of the result that `answer` writes and `result` reads."""
+    """Type of the result that `answer` writes and `result` reads; None if a subclass stores its result elsewhere."""
 
     @property
     def job_name(self) -> str:
-        """Name of the job in Ray: by default a new one at each access, which no other job has."""
+        """Name of the job in Ray; by default each access returns a new and unique one."""
         return self.unique_name()
 
     def unique_name(self, *words: str) -> str:
@@ -56,7 +59,7 @@ class RemoteJob(BaseModel, Generic[R]):
 
     @property
     def environment(self) -> dict[str, str]:
-        """Environment variables of the job: the packed request."""
+        """Environment variables of the job, which hold its compressed request."""
         return {VARIABLE: packed(self.model_dump_json())}
 
     @property
@@ -66,12 +69,12 @@ class RemoteJob(BaseModel, Generic[R]):
 
     @classmethod
     def received(cls) -> Self:
-        """Return the request of the current process, which is the job."""
+        """Return the request that this process, the job, was submitted with."""
         return cls.model_validate_json(unpacked(os.environ[VARIABLE]))
 
     @classmethod
     def answer(cls, result: R) -> None:
-        """Write the result of the current process, which is the job, to its log; `result` reads it there."""
+        """Write the job's result to its log, from within the job; the method `result` reads it there."""
         text = TypeAdapter(cls.result_type).dump_json(result, ensure_ascii=True).decode()
         for i in range(0, len(text), _PIECE):
             # Each line is a single write, because Ray writes its own lines to the same file and could otherwise write
@@ -89,10 +92,10 @@ class RemoteJob(BaseModel, Generic[R]):
 
 
 def packed(text: str) -> str:
-    """Compress a text, and return it in printable characters (Base64); `unpacked` restores it."""
+    """Compress a text to printable characters (zlib and Base64); `unpacked` restores it."""
     return base64.b64encode(zlib.compress(text.encode())).decode()
 
 
 def unpacked(text: str) -> str:
-    """Return the text that `packed` compressed."""
+    """Return the original text of a string that `packed` compressed."""
     return zlib.decompress(base64.b64decode(text)).decode()

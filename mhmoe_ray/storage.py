@@ -1,12 +1,12 @@
 """Files and folders, local or on an object store, with one set of methods; atomic writes; sizes and hashes of files.
 
-A location is a local `pathlib.Path` or an `ObjectPath`. An `ObjectPath` is a path in one of `STORES` and has the
-methods of `pathlib.Path` that a run directory needs. Credentials and regions are found in the way that the vendors' own
-tools find them; the query of a URI says how to reach its server. A folder of an object store exists when it holds at
-least one object.
+A location is a local `pathlib.Path` or an `ObjectPath`. An `ObjectPath` is a path in one of `STORES`, and has those
+methods of `pathlib.Path` that a run directory needs. Credentials and regions are found as the vendors' own tools find
+them. The query of a URI may name the server and other parameters of the connection. A folder of an object store exists
+when it holds at least one object.
 
-`replace_file`, `create_file` and `copy_file` write atomically: a reader sees either the complete old file or the
-complete new one, also after a crash.
+`replace_file` and `copy_file` write atomically: a reader sees either the complete old file or the complete new one,
+even after a crash.
 """
 
 import fnmatch
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 
 Store = Callable[[str, str, str], "tuple[fs.FileSystem, str]"]
-"""Function (scheme, bucket, query) -> (pyarrow's file system, path of the bucket in it)."""
+"""Function (URI scheme, bucket, query of the URI) -> (pyarrow's file system, path of the bucket in it)."""
 
 
 def _from_uri(scheme: str, bucket: str, query: str) -> "tuple[fs.FileSystem, str]":
-    """Open a bucket of a store whose scheme pyarrow itself supports. This is a `Store`."""
+    """Open a bucket of an object store whose URI scheme pyarrow itself supports; the signature is that of `Store`."""
     import pyarrow as pa
     from pyarrow import fs
 
@@ -50,7 +50,7 @@ def _from_uri(scheme: str, bucket: str, query: str) -> "tuple[fs.FileSystem, str
 
 
 STORES: dict[str, Store] = {"s3": _from_uri, "gs": _from_uri}
-"""Object stores by scheme, both for run directories and for raw files."""
+"""Functions that open a bucket, by URI scheme; run directories and raw training data can be on these object stores."""
 
 
 def unknown_scheme(scheme: str) -> tuple[str, str]:
@@ -66,7 +66,7 @@ class Status(NamedTuple):
 
 
 class ObjectPath:
-    """A path on an object store. Two paths are equal if their URIs are; only methods that need the store contact it."""
+    """Path on an object store. Paths are compared by their URIs, and only methods that need the store contact it."""
 
     def __init__(self, uri: str) -> None:
         """Parse a URI without contacting the store.
@@ -118,7 +118,7 @@ class ObjectPath:
 
     @property
     def filesystem(self) -> "tuple[fs.FileSystem, str]":
-        """pyarrow's file system of the bucket, and this path in it.
+        """pyarrow's file system of the bucket, and the path of this object in that file system.
 
         Raises:
             OSError: the store cannot be reached.
@@ -255,7 +255,7 @@ def refuse_password(uri: str) -> None:
 
 
 def location(text: "str | Location") -> Location:
-    """Return the location that a text names: an `ObjectPath` for a URI, else a `Path`.
+    """Return the location that a text names: an `ObjectPath` for a URI, else a local `Path`.
 
     Raises:
         SpecError: the scheme is unknown, or the URI holds a password.
@@ -283,7 +283,7 @@ _PARTIAL_SUFFIX = ".partial"
 def replace_file(path: Location, data: bytes | memoryview) -> None:
     """Write `data` to a file atomically, replacing an existing file; create its folder if it is missing.
 
-    Several processes may write it at the same time.
+    Several processes may write the same file at the same time.
     """
     if isinstance(path, ObjectPath):
         path.write_bytes(data)
@@ -301,7 +301,10 @@ def replace_file(path: Location, data: bytes | memoryview) -> None:
 
 
 def remove_partial_files(folder: Location) -> None:
-    """Remove what `replace_file` left in a folder in processes that were killed; no process may write there now."""
+    """Remove the temporary files that processes left in a folder when they were killed within `replace_file`.
+
+    No other process may be writing to the folder, because its temporary files would be removed as well.
+    """
     # An object store has no partial files: an object appears when it is complete.
     if isinstance(folder, Path):
         for partial in folder.glob(f".*{_PARTIAL_SUFFIX}"):
@@ -309,7 +312,7 @@ def remove_partial_files(folder: Location) -> None:
 
 
 def write_json(path: Location, value: dict[str, Any]) -> None:
-    """Write a file of JSON atomically, as `replace_file` does."""
+    """Write a dictionary as a JSON file, atomically as `replace_file` does."""
     replace_file(path, json.dumps(value, indent=1).encode())
 
 
@@ -349,7 +352,7 @@ _READERS = 8
 
 
 class FileEntry(BaseModel):
-    """Size in bytes and SHA-256 of a file, as manifests list it."""
+    """Size in bytes and SHA-256 of one file, as a manifest lists them."""
 
     size: int
     sha256: str
@@ -371,4 +374,4 @@ def describe_files(paths: Sequence[Location]) -> Iterable[FileEntry]:
 
 
 Describe = Callable[[Sequence[Location]], Iterable[FileEntry]]
-"""Function that returns the size and hash of each file, in order, as `describe_files` does."""
+"""Type of a function that returns the size and hash of each file, in the order of the paths, like `describe_files`."""

@@ -1,4 +1,7 @@
-"""Kernels that run routed rows through experts. They need torch only, and have no notion of heads, layers or processes.
+"""Kernels that run rows through the experts that a router chose. They know nothing of heads, layers or processes.
+
+They require only torch; some of them also need Triton, MegaBlocks or a C++ compiler. A row is a token or a sub-token,
+and a route is one choice of an expert by a row.
 
 The import of this package does not import torch: its names are loaded at their first use, so that the spec and the
 planner can read abilities.py.
@@ -21,7 +24,7 @@ Shape suffixes, here and in mhmoe_ray.model:
     operators.py        kernels as operators of torch
     grouped/            each expert once on its contiguous rows, with hand-written backwards
     megablocks.py       MegaBlocks' sort, histogram and copies around a grouped GEMM; CUDA only
-    packed.py           inference on CPUs: a row's result does not depend on other rows
+    packed.py           experts for inference on CPUs: a row's result does not depend on other rows
     triton/             experts as Triton kernels, fused or as grouped products, and a fused router
     cpp/                experts as one fused kernel for CPUs
 """

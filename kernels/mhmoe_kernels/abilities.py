@@ -1,4 +1,4 @@
-"""Limits of each kernel, and the hardware that it runs on.
+"""Limits of each kernel of experts, such as the device, dtype and sizes that it supports.
 
 The spec's checks, the planner's counts and the dispatcher in backends.py read the same entries. This module does not
 import torch, so that the spec and the planner do not need it.
@@ -14,20 +14,20 @@ KernelName = Literal[
 
 
 class KernelLimits(NamedTuple):
-    """Limits of a kernel. A field is None where the kernel has no limit."""
+    """Limits of a kernel of experts. A field is None where the kernel has no limit."""
 
     device: Literal["CUDA", "CPUs"] | None = None
     precision: Literal["bfloat16"] | None = None
     function: ExpertFunction | None = None
-    """Only expert function that the kernel computes."""
+    """The only expert function that the kernel computes."""
     size_multiple: int = 1
-    """Number of which the widths of rows and of experts must be multiples."""
+    """Number of which the widths of rows and the hidden widths of experts must be multiples."""
     max_row_width: int | None = None
     max_experts: int | None = None
-    """Largest number of experts of a rank."""
+    """Largest number of experts that one rank may hold."""
     kept_rows: Literal["as configured", "nothing", "all"] = "all"
-    """Hidden rows of experts that the kernel keeps for the backward pass; "as configured" means that `moe.recompute`
-    decides."""
+    """Hidden activations of experts that the kernel keeps for the backward pass; "as configured" means that the spec's
+    `moe.recompute` decides."""
     is_static: bool = False
     """True if the kernel lays out a fixed number of slots per expert (static routing), and so needs that number."""
 
@@ -40,7 +40,7 @@ KERNELS: dict[KernelName, KernelLimits] = {
     # Wider rows than 1024 do not fit on the chip (triton/fused/blocks.py).
     "triton": KernelLimits(device="CUDA", max_row_width=1024, kept_rows="nothing"),
     "grouped_gemm": KernelLimits(device="CUDA", kept_rows="as configured"),
-    # torch's grouped_mm has no biases, wants rows of multiples of 16 bytes, and takes fewer than 1024 groups.
+    # torch's grouped_mm has no biases, needs rows of multiples of 16 bytes, and takes fewer than 1024 groups.
     "grouped_mm": KernelLimits(
         device="CUDA",
         precision="bfloat16",

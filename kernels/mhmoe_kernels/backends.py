@@ -27,7 +27,7 @@ def _never_refused(device: torch.device, sizes: ExpertSizes) -> None:
 
 
 class Backend(NamedTuple):
-    """Kernel behind the common interface, with what it can do and where it can run."""
+    """Kernel of experts behind the common interface, with its abilities and the conditions under which it can run."""
 
     run: Callable[..., Tensor]
     """Function (x_ND, expert_NK, gate_NK, weights) -> y_ND; `run_experts` describes the arguments."""
@@ -35,12 +35,12 @@ class Backend(NamedTuple):
     """Function that returns the reason why the backend cannot run on a device of this machine, in one line; None if it
     can."""
     run_sorted: RunSorted | None = None
-    """Function for rows that are already sorted by expert, if the backend sorts rows itself."""
+    """Function (x_RD, count_E, weights) -> y_RD for rows that are already sorted by expert; None if there is none."""
     has_backward: bool = True
     """False if the backend is for inference only."""
     refusal: Callable[[torch.device, ExpertSizes], str | None] = _never_refused
-    """Function that returns the reason why the backend cannot compute experts of these sizes on a device, although it
-    can run there and its limits allow them, in one line; None if it can."""
+    """Function that returns the reason why the backend cannot compute experts of these sizes on a device, in one line;
+    None if it can. It is asked only if the backend can run there and its limits allow these sizes."""
 
 
 BACKENDS: dict[str, Backend] = {
@@ -61,18 +61,18 @@ BACKENDS: dict[str, Backend] = {
 }
 
 STATIC_BACKENDS = {name for name, limits in KERNELS.items() if limits.is_static}
-"""Names of the backends whose `run` also takes `expert_capacity`."""
+"""Names of the backends of static routing, whose `run` also takes `expert_capacity`."""
 
 
 def unavailable_reason(name: str, device: torch.device, sizes: ExpertSizes | None = None) -> str | None:
     """Return the reason why a backend cannot run on a device of this machine, in one line; None if it can.
 
-    `auto` can always run.
+    `auto` can always run, because some kernel always can.
 
     Args:
         name: `auto` or a key of `BACKENDS`.
         device: the device.
-        sizes: sizes of the experts that it should compute; None for any.
+        sizes: sizes of the experts that the backend should compute; None to check only the device.
     """
     if name == "auto":
         return None
@@ -85,7 +85,7 @@ def unavailable_reason(name: str, device: torch.device, sizes: ExpertSizes | Non
 
 
 def expert_sizes(x_ND: Tensor, weights: ExpertWeights) -> ExpertSizes:
-    """Return the sizes of experts that compute these rows."""
+    """Return the sizes by which a kernel is chosen, for these rows and experts."""
     dtype = str(x_ND.dtype).removeprefix("torch.")
     experts, hidden = weights.stacked[0].shape[:2]
     return ExpertSizes(weights.function.name, dtype, x_ND.shape[1], hidden, experts)
@@ -102,22 +102,22 @@ def _choose_for_device(purpose: Purpose, device: torch.device, *size_fields: Any
 
 @cache
 def _choose_gpu_kernel(purpose: Purpose, device: torch.device, sizes: ExpertSizes) -> str:
-    """Return the first kernel of the table for a GPU that can compute these experts there."""
+    """Return the first kernel of `GPU_CHOICES` that can compute experts of these sizes on this GPU."""
     major, _ = torch.cuda.get_device_capability(device)
     candidates = gpu_kernels(purpose, major, sizes)
     return next(kernel for kernel in candidates if unavailable_reason(kernel, device, sizes) is None)
 
 
 def allow_compilation() -> None:
-    """Let torch.compile ask once which kernel to run, and whether it can run here, and keep the answers in compiled
+    """Let torch.compile treat the choice of a kernel, and the check that it can run here, as constants of compiled
     code."""
-    # As a decorator, this function would load torch's compiler with this module, which takes seconds.
+    # If it were used as a decorator, this module's import would load torch's compiler, which takes seconds.
     for function in (_choose_for_device, cpp.unavailable_reason, triton.unavailable_reason):
         torch.compiler.assume_constant_result(function)  # type: ignore[no-untyped-call]
 
 
 def choose_kernel(name: str, x_ND: Tensor, weights: ExpertWeights, expert_capacity: int | None = None) -> str:
-    """Return the key of `BACKENDS` that a kernel name selects; `auto` selects the one that should be fastest here.
+    """Return the key of `BACKENDS` that a kernel name selects; `auto` selects the kernel that should be fastest here.
 
     Static routing needs a capacity to lay out its slots. If there is none (`expert_capacity` is None, because routing
     drops nothing), the name of a backend of static routing is treated as `auto`.
@@ -142,7 +142,7 @@ def run_experts(
     weights: ExpertWeights,
     expert_capacity: int | None = None,
 ) -> Tensor:
-    """Return y_n = sum_k gate_nk * expert_{expert_nk}(x_n), for experts of any kind (P2, section 2.1).
+    """Run rows through their experts, y_n = sum_k gate_nk * expert_{expert_nk}(x_n) (arXiv 2411.16205, section 2.1).
 
     Args:
         backend: a key of `BACKENDS`.
@@ -153,9 +153,9 @@ def run_experts(
         expert_capacity: largest number of rows of an expert, for the backends in `STATIC_BACKENDS`.
 
     Returns:
-        y_ND in the dtype of x. All backends but `capacity` compute every route, dropped ones with gate 0. N may be 0,
-            and experts may get no rows; both still take part in the backward pass, which expert parallelism relies on.
-            There is no backward pass if `Backend.has_backward` is False.
+        y_ND in the dtype of x. All backends but `capacity` compute every route, even dropped ones, whose gate is 0. N
+            may be 0, and experts may get no rows. Gradients then still exist, which expert parallelism relies on. There
+            is no backward pass if `Backend.has_backward` is False.
     """
     extra_arguments = {"expert_capacity": expert_capacity} if backend in STATIC_BACKENDS else {}
     with _without_autocast(x_ND):
@@ -188,11 +188,11 @@ def run_sorted_experts(backend: str, x_RD: Tensor, counts: list[int], weights: E
 
 
 FUSED_ROUTING_KERNELS = ("grouped_gemm", "grouped_mm", "triton")
-"""Kernels whose layers may also route by a fused kernel."""
+"""Kernels of experts with which a layer may also route by a fused kernel."""
 
 
 def can_fuse_routing(kernel: str, logits_NE: Tensor) -> bool:
-    """Return whether `triton.fused_routing` computes the routing of a layer.
+    """Return whether a layer computes its routing by the fused kernel `triton.fused_routing`.
 
     Args:
         kernel: name of the layer's kernel as in `MoESpec.kernel`.

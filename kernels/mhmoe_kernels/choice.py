@@ -21,26 +21,26 @@ class ExpertSizes(NamedTuple):
     hidden: int
     """Hidden width of an expert."""
     experts: int
-    """Number of experts of a rank."""
+    """Number of experts that one rank holds."""
 
 
 class GpuChoice(NamedTuple):
-    """Row of the table: a kernel, where it is preferred, and how it is known to be the best there.
+    """Row of the table `GPU_CHOICES`: a kernel, the cases in which it is preferred, and the evidence for this.
 
-    It is not preferred where its own limits (`KERNELS`) forbid it.
+    Even in these cases, the kernel is not chosen if its own limits (`KERNELS`) forbid it.
     """
 
     kernel: KernelName
     purposes: tuple[Purpose, ...]
     majors: tuple[int, ...] | None
-    """Major numbers of compute capabilities; None for all."""
+    """Major numbers of the compute capabilities of GPUs; None for all GPUs."""
     dtypes: tuple[str, ...]
     evidence: str
     """Where the choice was measured, or why it is predicted."""
     max_row_width: int | None = None
 
     def applies(self, purpose: Purpose, major: int, sizes: ExpertSizes) -> bool:
-        """Return whether the row is about these experts on such a GPU."""
+        """Return whether this row is for experts of these sizes, on a GPU of compute capability `major`.x."""
         return (
             purpose in self.purposes
             and (self.majors is None or major in self.majors)
@@ -80,11 +80,11 @@ GPU_CHOICES: tuple[GpuChoice, ...] = (
         "the only one for these dtypes; the host waits in each layer",
     ),
 )
-"""Rows in the order of preference. The first row that applies, and whose kernel can run on the GPU, is chosen."""
+"""Table of kernels in the order of preference. `auto` chooses the first row that applies and can run on the GPU."""
 
 
 def limit_reason(kernel: KernelName, sizes: ExpertSizes) -> str | None:
-    """Return the limit of a kernel that forbids experts of these sizes, in one line; None if there is none."""
+    """Return in one line the limit of a kernel that forbids experts of these sizes; None if no limit forbids them."""
     limits = KERNELS[kernel]
     if limits.function not in (None, sizes.function):
         return f"kernel {kernel} computes {limits.function} experts, not {sizes.function}"
@@ -102,7 +102,7 @@ def limit_reason(kernel: KernelName, sizes: ExpertSizes) -> str | None:
 
 
 def gpu_kernels(purpose: Purpose, major: int, sizes: ExpertSizes) -> Iterator[KernelName]:
-    """Yield the kernels for experts on a GPU, the preferred one first.
+    """Yield the names of the kernels that suit experts on a GPU, the preferred one first.
 
     Args:
         purpose: training or inference.

@@ -1,4 +1,4 @@
-"""Instruction level of the CPU, one of a few ordered levels (`CpuLevel`).
+"""Instruction level of the CPU, such as AVX2 or AMX: one of a few ordered levels (`CpuLevel`).
 
 torch and oneDNN choose their code by the instructions of the CPU. `level_environment` restricts them and this package
 to a level, so that tests on one machine cover CPUs with fewer instructions.
@@ -11,7 +11,7 @@ from functools import cache
 import torch
 
 LEVEL_VARIABLE = "MHMOE_CPU_LEVEL"
-"""Environment variable that limits the level; its value is the name of a level in lower case."""
+"""Environment variable that limits the instruction level that is used; its value is a level's name in lower case."""
 
 
 class CpuLevel(IntEnum):
@@ -36,7 +36,7 @@ LEVEL_TITLES = {
     CpuLevel.AVX512_BF16: "AVX512, BF16",
     CpuLevel.AMX: "AVX512, BF16, AMX",
 }
-"""Names of the levels for display."""
+"""Names of the instruction levels for display."""
 
 _ENVIRONMENTS = {
     CpuLevel.GENERIC: ("default", "SSE41", "SSE4_2"),
@@ -58,7 +58,7 @@ def is_x86() -> bool:
 
 @cache
 def machine_level() -> CpuLevel:
-    """Return the level of the CPU itself, regardless of environment variables.
+    """Return the instruction level of the CPU itself, regardless of environment variables.
 
     The call also requests AMX from the system, after which the process may use it.
     """
@@ -82,10 +82,10 @@ def machine_level() -> CpuLevel:
 
 
 def requested_level() -> CpuLevel | None:
-    """Return the level that MHMOE_CPU_LEVEL names; None if the variable is unset or empty.
+    """Return the instruction level that MHMOE_CPU_LEVEL names; None if the variable is unset or empty.
 
     Raises:
-        ValueError: MHMOE_CPU_LEVEL names no level.
+        ValueError: the value of MHMOE_CPU_LEVEL is not the name of a level.
     """
     text = os.environ.get(LEVEL_VARIABLE, "")
     if not text:
@@ -99,13 +99,13 @@ def requested_level() -> CpuLevel | None:
 
 
 def cpu_level() -> CpuLevel:
-    """Return the level that this process may use.
+    """Return the instruction level that this process may use.
 
     It is the lowest of the CPU's own level, MHMOE_CPU_LEVEL, and the level that torch uses, which ATEN_CPU_CAPABILITY
     sets.
 
     Raises:
-        ValueError: MHMOE_CPU_LEVEL names no level.
+        ValueError: the value of MHMOE_CPU_LEVEL is not the name of a level.
     """
     level_limit = requested_level()
     # AVX512 is the highest capability that torch reports. So a capability that is not in this table sets no limit.
@@ -115,13 +115,13 @@ def cpu_level() -> CpuLevel:
 
 
 def level_environment(level: CpuLevel) -> dict[str, str]:
-    """Return the environment variables that restrict this package, torch, oneDNN and MKL to a level.
+    """Return the environment variables that restrict this package, torch, oneDNN and MKL to an instruction level.
 
-    Set them before the first computation, at which each library reads its variable. Child processes inherit them. On
-    other architectures than x86, only this package's own variable is returned.
+    They must be set before the first computation, because each library reads its variable then. Child processes inherit
+    them. On other architectures than x86, only this package's own variable is returned.
 
     Args:
-        level: the level; it is lowered to the machine's own level.
+        level: the level; if it is above the machine's own level, the machine's level is used.
     """
     # torch would believe a higher level and crash at the first instruction that the CPU lacks.
     level = min(level, machine_level())

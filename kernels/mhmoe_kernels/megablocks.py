@@ -1,4 +1,4 @@
-"""MegaBlocks as a backend: its sort, histogram and fused copies around a grouped GEMM. It runs on CUDA only.
+"""The library MegaBlocks as a backend: its sort, histogram and copies of rows around a grouped GEMM, on CUDA only.
 
 The operators are those of MegaBlocks' own dropless layer with `mlp_impl="grouped"` (Gale et al., "MegaBlocks", 2022).
 Its padded operators are not used: they serve block-sparse products, whose blocks of 128 are too large for a small
@@ -28,7 +28,7 @@ Matmul = Callable[[Tensor, Tensor], Tensor]
 def run_grouped_gemm(x_RD: Tensor, weights: ExpertWeights, matmul: Matmul) -> Tensor:
     """Run rows that are sorted by expert through their experts, with grouped GEMMs.
 
-    The result is that of `run_sorted`. The experts must be ones for which `can_group` returns True.
+    The result is the same as that of `run_sorted`. `can_group` must return True for the experts.
     """
     # This must run outside autocast. Autocast would make the output of a norm float32, and no grouped GEMM takes
     # operands of two dtypes.
@@ -38,7 +38,7 @@ def run_grouped_gemm(x_RD: Tensor, weights: ExpertWeights, matmul: Matmul) -> Te
 
 
 def can_group(weights: ExpertWeights) -> bool:
-    """Return whether the rows of the experts' matrices are aligned to 16 bytes, as grouped GEMMs require."""
+    """Return whether each row of the experts' matrices has a multiple of 16 bytes, as grouped GEMMs require."""
     return all(w.shape[-1] * w.dtype.itemsize % 16 == 0 for w in weights.stacked if w.ndim == 3)
 
 
@@ -76,12 +76,12 @@ _INSTALL_COMMAND = "pip install --no-deps --no-build-isolation --no-cache-dir me
 def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
     """Run routed rows through experts, as `mhmoe_kernels.run_experts` does.
 
-    Products are computed by a loop over experts if `can_group` returns False or the dtype is float64; otherwise by the
-    package grouped_gemm if it is installed and the dtype is bfloat16 (the host then waits for the counts); otherwise by
-    `F.grouped_mm`.
+    A loop over experts computes the products if `can_group` returns False or the dtype is float64. Otherwise the
+    package grouped_gemm does, if it is installed and the dtype is bfloat16; the host then waits for the counts. In all
+    other cases `F.grouped_mm` does.
 
-    MegaBlocks rounds each gated output to the dtype of x before it adds the K outputs, and rounds the gradients of
-    gates in the same way. Its copies use float32, so float64 results have the precision of float32.
+    MegaBlocks rounds each gated output to the dtype of x before it adds the K outputs of a row, and rounds gradients of
+    gates in the same way. It copies rows in float32, so float64 results have the precision of float32.
 
     Raises:
         ValueError: there are too many rows for the 32-bit indices of MegaBlocks' kernels.
@@ -119,7 +119,7 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def _missing_dependency() -> str | None:
-    """Return in one line which package is missing or cannot be imported, and what to do; None if all are there."""
+    """Return in one line which package is missing or cannot be imported, and what to do; None if all can be used."""
     for module, package in (("triton", "triton"), ("stk", "stanford-stk"), ("megablocks", "megablocks")):
         if find_spec(module) is None:
             return f"{package} is not installed: {'pip install triton' if package == 'triton' else _INSTALL_COMMAND}"

@@ -1,7 +1,7 @@
 """Kernels as operators of torch, `torch.ops.mhmoe.*`.
 
-torch.compile and fake tensors cannot look into an operator: they ask its fake implementation for the shapes of its
-results. So they pass through code whose work depends on values, such as the loop over experts and their rows.
+torch.compile and fake tensors do not look into an operator: they ask its fake implementation for the shapes of its
+results. They can therefore handle code whose work depends on values, such as a loop over experts and their rows.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,11 @@ LIBRARY = torch.library.Library("mhmoe", "DEF")  # type: ignore[no-untyped-call]
 
 
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Return a decorator that makes a function an operator without a backward, and returns this operator.
+    """Return a decorator that turns a function into an operator of torch, which has no backward.
 
     Args:
-        schema: name, arguments and results as torch writes them. Results must not share memory with arguments.
-        fake: function that returns empty results for the same arguments.
+        schema: name, arguments and results in torch's notation. Results must not share memory with arguments.
+        fake: function of the same arguments that returns uninitialized results of the right shapes.
     """
 
     def define(function: Callable[..., Any]) -> Any:
@@ -33,9 +33,10 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
 
 
 def compiled_operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Return the decorator of `operator` for a function that is an operator in compiled code only.
+    """Return a decorator like that of `operator`, but the function is an operator only in code that is compiled.
 
-    Elsewhere it is called directly, so that profilers and torch's dispatch modes see the operations in it.
+    Without torch.compile, the function is called directly, so that profilers and torch's dispatch modes see the
+    operations in it.
     """
 
     def define(function: Callable[..., Any]) -> Callable[..., Any]:

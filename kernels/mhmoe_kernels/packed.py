@@ -1,22 +1,24 @@
 """Experts for inference on CPUs, in which the result for a row does not depend on other rows, to the last bit.
 
-`pack_layer` lays matrices out once in the way that oneDNN multiplies fastest. `run_padded` rounds the number of rows of
-each expert up, for CPUs on which oneDNN cannot pack.
+`pack_layer` stores matrices once in the layout that oneDNN multiplies fastest. For CPUs on which oneDNN cannot do this,
+`run_padded` rounds up the number of rows of each expert.
 
 Padded experts. BLAS sums a product of few rows in another order than a product of more rows (OpenBLAS, and MKL on AMD's
-CPUs: fewer than four; MKL on Intel's: fewer than sixteen), and gives each thread a part of the rows. A row alone would
-therefore get other last bits than the same row among others, and a near-tie would give another token. Products of a
-multiple of sixteen rows do not have this problem. The exception is MKL with sums over a thousand or more values and few
-outputs, which it splits among threads; a torch with MKL also has oneDNN, and packs its matrices instead.
+CPUs: fewer than four; MKL on Intel's: fewer than sixteen), and gives each thread a part of the rows. The last bits of a
+row would therefore depend on whether it is computed alone or among others, and a near-tie could end in another token.
+Products of a multiple of sixteen rows do not have this problem. The exception is MKL with sums over a thousand or more
+values and few outputs, which it splits among threads. But a torch with MKL also has oneDNN, so matrices are packed
+there.
 
-Packed experts. oneDNN reads a matrix in the layout in which it is stored, so that in float32 a product of few rows
-takes a third of the time of a plain one. The result for a row does not depend on the number of other rows, to the last
-bit (tests/kernels/test_packed.py). torch has these operators for its compiler, which packs the weights of frozen models
-in the same way.
+Packed experts. oneDNN reads a matrix in the layout in which it is stored, so in float32 a product of few rows takes a
+third of the time of a plain one. The result for a row does not depend on the number of other rows, to the last bit
+(tests/kernels/test_packed.py). torch has these operators for its compiler, which packs the weights of frozen models in
+the same way.
 
-This holds where oneDNN has blocked kernels for the CPU: from AVX2 on in float32, from AVX512_BF16 on in bfloat16. At
-lower levels oneDNN multiplies like a BLAS, which sums a row alone in another order (restricted to SSE4.1, in float32 at
-width 384 to 1,024). There, matrices are not packed, and `run_padded` runs the rows.
+Packing works where oneDNN has blocked kernels for the CPU: from AVX2 on in float32, from AVX512_BF16 on in bfloat16. At
+lower levels oneDNN multiplies like a BLAS, which sums a single row in another order. (This was seen with oneDNN
+restricted to SSE4.1, in float32 at widths from 384 to 1,024.) There, matrices are not packed, and `run_padded` runs the
+rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,7 +46,7 @@ def run_padded(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: Expert
     assert not (torch.is_grad_enabled() and any(w.requires_grad for w in weights.stacked))
     plan = plan_routes(expert_NK, len(weights.stacked[0]))
     padded_count_E = (plan.count_E + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
-    # A route's slot moves up by the padding of all experts before the route's own.
+    # A route's slot moves up by the padding of all experts before the route's own expert.
     shift_E = (padded_count_E - plan.count_E).cumsum(0) - (padded_count_E - plan.count_E)
     plan = plan._replace(slot_NK=plan.slot_NK + shift_E[expert_NK])
     padded_counts = padded_count_E.tolist()
@@ -65,7 +67,7 @@ def unavailable_reason(dtype: torch.dtype) -> str | None:
     """Return the reason why matrices of this dtype cannot be packed on this machine, in one line; None if they can.
 
     Raises:
-        ValueError: MHMOE_CPU_LEVEL names no level.
+        ValueError: the value of MHMOE_CPU_LEVEL is not the name of a level.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         return f"oneDNN cannot pack {dtype}"
@@ -81,10 +83,10 @@ def unavailable_reason(dtype: torch.dtype) -> str | None:
 
 
 class PackedMatrix:
-    """Matrix with an optional bias in oneDNN's packed layout, which multiplies rows on a CPU."""
+    """Matrix in oneDNN's packed layout, with an optional bias, by which rows are multiplied on a CPU."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
-        """Pack a matrix.
+        """Convert a matrix to the packed layout.
 
         Args:
             weight_OI: matrix in the layout of F.linear; no reference to it is kept.
@@ -95,18 +97,20 @@ class PackedMatrix:
         self._bias_O = None if bias_O is None else bias_O.to(self.dtype)
 
     def __call__(self, x_NI: Tensor) -> Tensor:
-        """Return the rows, cast to the matrix's dtype, times the matrix, in that dtype. There is no backward."""
+        """Cast rows to the matrix's dtype, multiply them by the matrix, and add the bias. There is no backward."""
         x_NI = x_NI.to(self.dtype)
         y_NO: Tensor = torch.ops.mkldnn._linear_pointwise(x_NI, self._packed, self._bias_O, "none", [], "")
         return y_NO
 
 
 RowFunction = Callable[[Tensor], Tensor]
-"""Function x_ND -> y_ND."""
+"""Function x_ND -> y_ND of one feed-forward layer or expert."""
 
 
 def pack_layer(function: Function, weights: Sequence[Tensor]) -> RowFunction:
-    """Pack the matrices of a feed-forward layer, or of one expert, and return its function of rows, without a backward.
+    """Pack the matrices of a feed-forward layer or of one expert, and return a function that computes it for rows.
+
+    There is no backward.
 
     Args:
         function: function of the layer.

@@ -1,6 +1,6 @@
-"""Sorting of routes by expert, and its inverse.
+"""Sorting of routes by expert, and its inverse. A route is one choice of an expert by a row.
 
-Both directions are gathers, forward and backward. There is no scatter-add.
+Both directions only gather rows, in the forward and in the backward. There is no scatter-add.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,36 +20,36 @@ def widen(x: Tensor) -> Tensor:
 
 
 def copy_to_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """Return numbers in CPU memory as a tensor on a device. The host does not wait for a GPU."""
+    """Copy a tensor of numbers from CPU memory to a device. The host does not wait for a GPU."""
     pinned_numbers = numbers.pin_memory() if device.type == "cuda" else numbers
     return pinned_numbers.to(device, non_blocking=True)
 
 
 CACHE_VALUES = 1 << 17
-"""Number of float32 values of an array that fits into a CPU's cache beside other arrays of that size."""
+"""Number of float32 values of a block that fits into a CPU's cache together with a few other such blocks."""
 
 
 class RoutePlan(NamedTuple):
-    """Permutation of the R = N * K routes that sorts them by expert (stable: rows stay in order)."""
+    """Permutation that sorts the R = N * K routes of N rows by expert. Routes of one expert keep the order of rows."""
 
     row_R: Tensor
-    """Row of each sorted route."""
+    """Index of the row of each sorted route."""
     slot_NK: Tensor
     """Position of each route of a row in the sorted order."""
     count_E: Tensor
     """Number of routes per expert."""
 
     def trimmed(self, routes: int) -> "RoutePlan":
-        """Return the plan with a single slot for all sorted routes after the first `routes`.
+        """Return a plan in which all sorted routes after the first `routes` ones share a single slot.
 
-        The gates of these routes must be 0. `permute` fills that slot with some row, and the caller must write zeros to
-        it before `combine` and in gradients.
+        The gates of these routes must be 0. `permute` fills that slot with some row. The caller must write zeros to the
+        slot before `combine`, and in gradients.
         """
         return RoutePlan(self.row_R[: routes + 1], self.slot_NK.clamp(max=routes), self.count_E)
 
 
 def plan_routes(expert_NK: Tensor, n_experts: int) -> RoutePlan:
-    """Return the plan that sorts the routes of `expert_NK` (int64, values below n_experts) by expert."""
+    """Return the plan that sorts routes by expert; `expert_NK` has the expert of each route, int64, below n_experts."""
     flat_R = expert_NK.flatten()
     order_R = torch.argsort(flat_R, stable=True)
     slot_R = torch.empty_like(order_R)
@@ -61,12 +61,12 @@ def plan_routes(expert_NK: Tensor, n_experts: int) -> RoutePlan:
 
 
 def permute(x_ND: Tensor, plan: RoutePlan) -> Tensor:
-    """Return x_RD, the rows of all routes, sorted by expert: row n appears once for each of its routes."""
+    """Return x_RD, the row of each route, sorted by expert. Row n appears once for each of its routes."""
     return _permute(x_ND, plan)
 
 
 def combine(out_RD: Tensor, gate_NK: Tensor, plan: RoutePlan) -> Tensor:
-    """Return y_ND in the order of rows before `permute`: y_n = sum_k gate_nk * out[slot_nk].
+    """Return the weighted sum of each row's expert outputs, y_n = sum_k gate_nk * out[slot_nk]: undo `permute`.
 
     The sum is computed in float32 or wider, and returned in the dtype of `out_RD`.
     """
@@ -77,7 +77,7 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, plan: RoutePlan) -> Tensor:
         ctx.slot_NK = plan.slot_NK
-        # `index_select` stands here because x_ND[row_R] is several times slower on a CPU.
+        # x_ND[row_R] would be several times slower than `index_select` on a CPU.
         return x_ND.index_select(0, plan.row_R)
 
     @staticmethod
@@ -125,7 +125,7 @@ _combine: Callable[[Tensor, Tensor, RoutePlan], Tensor] = _Combine.apply
 
 
 def _row_blocks(x_RD: Tensor) -> Iterator[slice]:
-    """Return slices that together cover all rows: a single one on GPUs, and blocks that fit into the cache on CPUs."""
+    """Return slices that together cover all rows: one slice on GPUs, and slices that fit into the cache on CPUs."""
     # The caller reads and writes each row several times, so on a CPU its rows should stay in the cache.
     rows = max(1, CACHE_VALUES // x_RD.shape[1]) if x_RD.device.type == "cpu" else max(1, len(x_RD))
     return (slice(start, start + rows) for start in range(0, len(x_RD), rows))

@@ -1,8 +1,8 @@
 """Two readable kernels: `reference`, a loop over experts in any dtype, and `capacity`, GShard's static routing.
 
-Static routing is implemented as in the papers (GShard, arXiv 2006.16668): one-hot masks of N x E x C values move rows
+Static routing is implemented as in the paper (GShard, arXiv 2006.16668): one-hot masks of N x E x C values move rows
 into E buffers of C slots and move the outputs back. It is here for comparison. Its memory grows with N * E * C, which
-at a capacity factor of 1 is about k * N^2, and it computes every slot, also the empty ones.
+at a capacity factor of 1 is about k * N^2. It computes every slot, even empty ones.
 
 Additional shape suffix: C slots in an expert's buffer.
 """
@@ -15,7 +15,7 @@ from mhmoe_kernels.weights import ExpertWeights
 
 
 def run_reference(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
-    """Run routed rows through experts, as `mhmoe_kernels.run_experts` does. Tests compare the other kernels with it."""
+    """Run routed rows through experts, as `mhmoe_kernels.run_experts` does. Tests compare other kernels with this."""
     y_ND = torch.zeros_like(x_ND)
     for e in range(len(weights.stacked[0])):
         rows, choice = (expert_NK == e).nonzero(as_tuple=True)
@@ -29,8 +29,8 @@ def run_capacity(
 ) -> Tensor:
     """Run routed rows through experts as `mhmoe_kernels.run_experts` does, with C = `expert_capacity` slots per expert.
 
-    A route with gate 0 takes no slot, because routing has dropped it. First choices get slots before second choices, as
-    in routing, so every route that routing kept under this capacity gets a slot.
+    A route with gate 0 takes no slot, because the router has dropped it. First choices get slots before second choices,
+    as in the router, so every route that the router kept under this capacity gets a slot.
     """
     # Without rows the capacity is 0, but the masks need at least one slot.
     n_experts, top_k, expert_capacity = len(weights.stacked[0]), expert_NK.shape[1], max(1, expert_capacity)

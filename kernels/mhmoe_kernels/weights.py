@@ -1,4 +1,4 @@
-"""Stack of experts: the function that each expert computes, and its weights, stacked over experts."""
+"""The functions that experts compute, and the weights of several experts, stacked along the first dimension."""
 
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -11,7 +11,7 @@ from mhmoe_kernels.abilities import ExpertFunction
 
 @dataclass(frozen=True)
 class Swiglu:
-    """SwiGLU, down(silu(gate(x)) * up(x)), without biases: experts of P2 (arXiv 2411.16205), LLaMA's dense layer."""
+    """SwiGLU, down(silu(gate(x)) * up(x)), without biases, as in LLaMA and in the experts of arXiv 2411.16205."""
 
     name: ClassVar[ExpertFunction] = "swiglu"
 
@@ -21,8 +21,7 @@ class Swiglu:
 
 @dataclass(frozen=True)
 class GeluSubln:
-    """GELU with SubLN, fc2(norm(gelu(fc1(x)))), with biases and an inner LayerNorm: experts and dense layer of P1
-    (arXiv 2404.15045)."""
+    """GELU with SubLN, fc2(norm(gelu(fc1(x)))), with biases and an inner LayerNorm, as in arXiv 2404.15045."""
 
     name: ClassVar[ExpertFunction] = "gelu_subln"
     eps: float = 1e-5
@@ -38,8 +37,8 @@ class GeluSubln:
         fc2_DF: Tensor,
         fc2_bias_D: Tensor,
     ) -> Tensor:
-        # P1's code computes GELU in float32. torch does the same for narrower dtypes and rounds once, so no cast is
-        # needed.
+        # The code of arXiv 2404.15045 computes GELU in float32. torch does the same for narrower dtypes and rounds
+        # once, so no cast is needed.
         gelu_NF = F.gelu(F.linear(x_ND, fc1_FD, fc1_bias_F))
         normed_NF = F.layer_norm(gelu_NF, norm_weight_F.shape, norm_weight_F, norm_bias_F, self.eps)
         return F.linear(normed_NF, fc2_DF, fc2_bias_D)
@@ -50,10 +49,10 @@ Function = Swiglu | GeluSubln
 
 
 class ExpertWeights(NamedTuple):
-    """Weights of E experts of one kind. A matrix is [E, out, in]: the layout of F.linear for each expert."""
+    """Weights of E experts of one kind. Matrices are [E, out, in], which is the layout of F.linear for each expert."""
 
     function: Function
     stacked: tuple[Tensor, ...]
     """Weights of the function, each [E, ...], in the order of its arguments."""
     recompute: float = 0.0
-    """Share of the routes whose hidden rows are recomputed in the backward, if the backend keeps any."""
+    """Share of the routes, from 0 to 1, whose hidden activations the backward recomputes, if the backend keeps any."""

@@ -1,12 +1,12 @@
-"""The Python interface: what `import mhmoe_ray` offers, over which the command line works too.
+"""The Python interface, which `import mhmoe_ray` offers and on which the command line is built.
 
     defaults.py       defaults that functions of the interface and commands share
     spec.py           load a spec
-    plan.py           the figures of a plan
-    placement.py      the nodes that a run's ranks would be on
+    plan.py           the plan of a run: sizes, memory, traffic and times before it starts
+    placement.py      the nodes on which a run's ranks would be
     run.py            runs: submit, find, watch, stop, resume, evaluate, export and remove them
-    attempts.py       start, resume, stop and follow the attempts of a run
-    connection.py     the cluster that a job goes to, and checks before it starts there
+    attempts.py       start, resume, stop and follow the attempts of a run, each of which is one job
+    connection.py     the connection to the cluster for a job, and checks before the job starts
     logs.py           the log lines of a run
     checkpoints.py    the checkpoints of a run
     evaluation.py     the quality of a checkpoint
@@ -15,7 +15,7 @@
     generation.py     checks of prompts, sampling and stop texts
     engine_thread.py  the engine of such a model, and its answers
     service.py        a model that a cluster serves
-    serve_target.py   the checkpoint, settings and API keys that are served
+    serve_target.py   the checkpoint to serve, with its settings and API keys
 
 README.md walks through the interface. Importing a module loads neither torch nor ray; functions load what they need.
 """

@@ -1,4 +1,4 @@
-"""Attempts of a run: start, resume and stop one, wait for its end, and check that the last one is over."""
+"""Attempts of a run, each of which is one job on a cluster: start, resume or stop one, and wait for its end."""
 
 import shlex
 import time
@@ -27,20 +27,23 @@ from mhmoe_ray.spec import RunSpec, load_resolved_spec, parse_overrides
 from mhmoe_ray.storage import location
 
 POLL_SECONDS = 0.5
-"""Seconds between two readings of the directory of a run whose end is waited for."""
+"""Seconds between two reads of the run directory, while a caller waits for the end of the run."""
 CLUSTER_POLL_SECONDS = 5.0
-"""Seconds between two requests to the cluster of such a run; the run directory shows most outcomes before."""
-DASHBOARD_WAIT_SECONDS = 60.0
-"""Seconds to wait for a busy dashboard before a run is removed.
+"""Seconds between two requests to the cluster, while a caller waits for the end of a run.
 
-The wait is long because a run that is served must not be removed: its replicas would lose the files.
+Requests are rarer than reads of the run directory, because that usually shows the end first.
+"""
+DASHBOARD_WAIT_SECONDS = 60.0
+"""Timeout in seconds for the Ray dashboard's answer to whether a run is served, before the run is removed.
+
+It is long because a run that is served must not be removed: its replicas would lose the files.
 """
 
 
 def run_argument(run: RunDir) -> str:
-    """Return the argument that names a run in a command.
+    """Return the argument with which users name a run in a command.
 
-    It is the run's id if the run is in the storage folder that commands use, else its path.
+    It is the run's id if the run is in the storage folder that commands use by default, else its path.
     """
     storage_folder = location(default_storage()).absolute()
     # The path is quoted, because the argument is shown in commands that users paste into a shell.
@@ -48,18 +51,20 @@ def run_argument(run: RunDir) -> str:
 
 
 def start_run(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_note) -> tuple[RunDir, Connection]:
-    """Create the run of a spec and start its first attempt; its data was checked (`connection.check_training`).
+    """Create the directory of a new run, and start its first attempt as a job on a cluster.
+
+    The caller has checked the spec and its data with `connection.check_training`.
 
     Args:
         spec: spec of the run.
-        address: address of the cluster; None for the default.
-        on_note: function that is called with a line about what is done.
+        address: address of the cluster; None for the default cluster.
+        on_note: callback that gets lines of text about the progress.
 
     Returns:
         The run, and the connection to its cluster.
 
     Raises:
-        ClusterError, SpecError: as in `connect_to_train`.
+        ClusterError, SpecError: the cluster cannot be reached or cannot hold the run (see `connect_to_train`).
         JobError: the cluster does not accept the job.
     """
     connection = connect_to_train(spec, address, on_note)
@@ -75,11 +80,11 @@ def restart_run(run: RunDir, spec: RunSpec, address: str | None = None, on_note:
         run: a run that is over.
         spec: the run's spec, whose cluster section and number of steps may have changed; it is written to the run
             directory.
-        address: address of the cluster; None for the default.
-        on_note: function that is called with a line about what is done.
+        address: address of the cluster; None for the default cluster.
+        on_note: callback that gets lines of text about the progress.
 
     Raises:
-        ClusterError, SpecError: as in `connect_to_train`.
+        ClusterError, SpecError: the cluster cannot be reached or cannot hold the run (see `connect_to_train`).
         JobError: the cluster does not accept the job.
     """
     connection = connect_to_train(spec, address, on_note)
@@ -91,7 +96,7 @@ def restart_run(run: RunDir, spec: RunSpec, address: str | None = None, on_note:
 
 
 def _submit_attempt(run: RunDir, spec: RunSpec, connection: Connection, on_note: OnNote) -> None:
-    """Submit the next attempt of a run as a job on the cluster, and report the run, the job and the dashboard."""
+    """Submit the next attempt of a run as a job on the cluster, and report the run, the job and the dashboard's URL."""
     job = start_attempt(run, spec, connection)
     on_note(f"run {run.id}  job {job}  dashboard {connection.address}")
 
@@ -108,16 +113,16 @@ def resume_run(
     """Resume a run that has ended from its newest complete checkpoint, and return the connection to its cluster.
 
     Args:
-        run: the run.
+        run: the run to resume.
         steps: number of steps up to which the run trains; None for the number in its spec.
-        overrides: overrides of keys of the cluster section.
+        overrides: `key.path=value` strings that change keys of the spec's cluster section.
         address: address of the cluster; None for the cluster of the last attempt.
         force: whether to treat a cluster that does not answer as gone, even if the run wrote something a moment ago.
-        on_note: function that is called with a line about what is done.
+        on_note: callback that gets lines of text about the progress.
 
     Raises:
         RunError: the run is running, may still be running, is finished, was imported, or cannot have so many steps.
-        SpecError: an override is wrong or not one of the cluster section.
+        SpecError: an override is wrong, or changes a key outside of the cluster section.
         ClusterError, JobError: the cluster cannot hold the run, or does not accept its job.
     """
     for keys, _ in parse_overrides(overrides):
@@ -137,10 +142,10 @@ def resume_run(
 
 
 def _extended_spec(run: RunDir, spec: RunSpec, steps: int, on_note: OnNote) -> RunSpec:
-    """Return the spec of a run with more steps, whose first steps stay as they are.
+    """Return a run's spec with `steps` steps, changed so that the steps before the old end stay the same.
 
     Raises:
-        RunError: the spec has at least as many steps already, or the order of its samples depends on their number.
+        RunError: the spec has at least as many steps already, or its order of samples depends on the number of steps.
     """
     train = spec.train
     if steps <= train.steps:
@@ -161,7 +166,7 @@ def _extended_spec(run: RunDir, spec: RunSpec, steps: int, on_note: OnNote) -> R
 
 
 def attempt_address(attempt: Attempt) -> str:
-    """Return the cluster that the attempt ran on, as --address takes it: its URL, or the name of the local cluster."""
+    """Return the cluster of an attempt in the form that --address takes: its URL, or the name of the local cluster."""
     # A local cluster that was restarted has another address but the same name, so its name is returned.
     return LOCAL if attempt.local else attempt.address
 
@@ -169,15 +174,15 @@ def attempt_address(attempt: Attempt) -> str:
 def final_outcome(
     run: RunDir, force: bool = False, *, is_patient: bool = False, on_note: OnNote = ignore_note
 ) -> Outcome:
-    """Return the outcome of a run that is over; raise if it is not over.
+    """Return how a run ended; raise an error if it has not ended.
 
-    A run also counts as over, and failed, if its cluster does not answer and it has written nothing for a while.
+    A run also counts as failed if its cluster does not answer and it has written nothing for `QUIET_SECONDS`.
 
     Args:
-        run: the run.
+        run: the run that should be over.
         force: whether to treat a cluster that does not answer as gone, even if the run wrote something a moment ago.
         is_patient: whether to wait, if the cluster does not answer, until the run has written nothing for a while.
-        on_note: function that is called with a line about such a wait.
+        on_note: callback that gets a line of text about such a wait.
 
     Raises:
         RunError: the run is running, or may still be running.
@@ -225,18 +230,18 @@ def check_removable(run: RunDir, force: bool = False) -> None:
 
 
 def stop_run(run: RunDir, end_immediately: bool = False, on_note: OnNote = ignore_note) -> Outcome | None:
-    """End a run and wait until it is over: its workers finish their step, validate and save a checkpoint.
+    """Stop a run and wait until it is over: its workers finish their step, validate and save a checkpoint.
 
-    A run whose workers are not training yet is ended at once.
+    If its workers are not training yet, its job is ended at once.
 
     Args:
-        run: the run.
+        run: the run to stop.
         end_immediately: whether to end its job at once, without a last checkpoint.
-        on_note: function that is called with a line about what is waited for.
+        on_note: callback that gets a line of text about what this call waits for.
 
     Returns:
-        The outcome; None if the workers are asked to stop but this machine cannot see whether they do, because the
-        cluster does not answer.
+        How the run ended; None if the workers are asked to stop but this machine cannot see whether they do, because
+        the cluster does not answer.
 
     Raises:
         RunError: the run is over already, or was imported.
@@ -290,17 +295,17 @@ def wait_for_outcome(
     is_endless: bool = False,
     on_note: OnNote = ignore_note,
 ) -> Outcome:
-    """Wait until a run is over, and return its outcome.
+    """Wait until a run is over, and return how it ended.
 
     Args:
-        run: the run.
+        run: the run to wait for.
         connect_to_run: function that connects to the cluster of the run's newest job.
         read_events: function that returns the run's events up to now, or those of its newest attempt. It is called
             again if the storage does not answer.
-        on_poll: function that is called after each reading of the events.
-        timeout: timeout in seconds; None for none.
-        is_endless: whether to wait without end for a cluster or a storage that does not answer.
-        on_note: function that is called with a line if the cluster or the storage does not answer for now.
+        on_poll: function that is called each time after the events are read.
+        timeout: timeout in seconds; None to wait without a limit.
+        is_endless: whether to retry forever if the cluster or the storage does not answer.
+        on_note: callback that gets a line of text if the cluster or the storage does not answer for now.
 
     Raises:
         ClusterError, StorageError: the cluster or the storage has not answered for a while.
@@ -324,6 +329,6 @@ def wait_for_outcome(
 
 
 def failure_error(run: RunDir, run_outcome: Outcome) -> JobError:
-    """Return the error about a run that failed, with the reason of its outcome."""
+    """Return the error about a run that failed, with the reason that its outcome records."""
     name = run_argument(run)
     return JobError(f"run {run.id}", run_outcome.reason, f"see `mhmoe logs {name}`, then `mhmoe resume {name}`")

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: choose one whose weights are intact, and find the model that a text names."""
+"""Choose a checkpoint of a run whose weights are intact, and find the model that a user's text names."""
 
 from operator import index
 from os import PathLike, fspath
@@ -23,7 +23,7 @@ from mhmoe_ray.storage import Location, describe_files, location
 
 
 class Checkpoint(NamedTuple):
-    """A committed checkpoint of a run. Where a path is asked for, it stands for that of its folder."""
+    """A committed checkpoint of a run. It can be given wherever a path is expected, and then means its folder."""
 
     name: str
     step: int
@@ -34,12 +34,12 @@ class Checkpoint(NamedTuple):
 
 
 CheckpointName = str | int | Checkpoint
-"""Name of one of a run's checkpoints, such as step_00000200.1; or its step; or the checkpoint."""
+"""A user's choice of one of a run's checkpoints: its name, such as step_00000200.1; its step; or a `Checkpoint`."""
 
 
 def path_text(path: str | PathLike[str] | Location) -> str:
-    """Return a path, or what stands for one, as a text."""
-    # A location on an object store is no path of this machine, so it does not have the protocol of paths.
+    """Return a path as a text. A run or a checkpoint stands for its own path."""
+    # A location in an object store is not a path of this machine, so it is not `PathLike`.
     return fspath(path) if isinstance(path, PathLike) else str(path)
 
 
@@ -54,11 +54,11 @@ def pick_checkpoint(
     """Return the path and the manifest of a run's checkpoint: the named one, else the newest intact one.
 
     Args:
-        run: the run.
+        run: the run that has the checkpoint.
         checkpoint: the checkpoint, its name or its step; None picks the newest.
         verify_hashes: whether to read all weights and compare their hashes with the manifest. Otherwise only names and
             sizes of files are compared, and other damage shows when the checkpoint is loaded.
-        on_note: function that is called with a warning for each newer checkpoint that is damaged and therefore skipped.
+        on_note: callback that gets a warning for each newer checkpoint that is damaged and therefore skipped.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged, or none of the run's checkpoints is intact.
@@ -83,14 +83,14 @@ def pick_checkpoint(
 
 
 def find_model_folder(model: str | PathLike[str], storage: Location | str) -> Location | RunDir:
-    """Return what a text names: the folder of a checkpoint, a folder in Hugging Face's layout, or else a run.
+    """Return the model that a text names: the folder of a checkpoint, a folder in Hugging Face's layout, or a run.
 
     Args:
         model: path of a folder, hf:ORGANIZATION/NAME, RUN@STEP, or a run's id, the start of one, or its path.
         storage: folder that holds run directories.
 
     Raises:
-        RunError: the text names none of them.
+        RunError: the text names neither a folder of a model nor a run.
         CheckpointError: the hub has no such model or cannot be reached, this package does not compute the model, or
             the run has no checkpoint of the step.
     """
@@ -105,7 +105,7 @@ def refuse_checkpoint(checkpoint: CheckpointName | None, model: str) -> None:
     """Raise an error if a checkpoint is named in addition to a model that has only one.
 
     Args:
-        checkpoint: the name of the checkpoint, if there is one.
+        checkpoint: the checkpoint that the user names in addition to the model; None if the user names none.
         model: the model, as the user names it.
 
     Raises:

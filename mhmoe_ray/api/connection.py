@@ -1,4 +1,4 @@
-"""The cluster that a job goes to, and the checks of a run and its data before it starts there."""
+"""Connection to the cluster for a job, and checks of a run and its data before the job starts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,19 +20,19 @@ def connect_to_cluster(
     address: str | None = None,
     on_note: OnNote = ignore_note,
 ) -> Connection:
-    """Return a connection to the cluster to run on; start a local cluster if none is named and none runs.
+    """Return a connection to the cluster for a job; start a local cluster if none is named and none runs.
 
     Args:
         section: cluster section of the spec.
         required_paths: paths and URLs that the cluster's nodes must reach.
         cpus: number of logical CPUs that a local cluster must have.
-        address: address of the cluster that the user asked for; None for the default.
-        on_note: function that is called with a line before a cluster is started.
+        address: address of the cluster that the user named; None for the default cluster.
+        on_note: callback that gets a line of text before a cluster is started.
 
     Raises:
         ClusterError: the cluster cannot be reached, or the local one has too few logical CPUs.
-        SpecError: a required path is a file path, the cluster is not on this machine, and the section does not set
-            shared_filesystem.
+        SpecError: a required path is a file path of this machine, the cluster is elsewhere, and the section does not
+            set shared_filesystem.
     """
     connection = connect_if_running(address)
     if connection is None:
@@ -53,7 +53,7 @@ def connect_to_cluster(
 
 
 class WorkerDemand(NamedTuple):
-    """The workers that a job needs at least, and the texts about a cluster that cannot hold them."""
+    """The smallest number of workers for a job, their resources, and texts for a cluster that cannot hold them."""
 
     workers: int
     cpus: int
@@ -61,13 +61,13 @@ class WorkerDemand(NamedTuple):
     gpus: int
     """Number of GPUs of each worker."""
     advice: str
-    """Remedy for a cluster that can never hold the workers."""
+    """Advice to the user if the cluster can never hold the workers."""
     waiting: str
-    """What the job does on a cluster that may grow, as a clause."""
+    """Text that tells the user what the job does until a cluster that may grow can hold the workers."""
 
     @classmethod
     def of_training(cls, spec: RunSpec) -> "WorkerDemand":
-        """Return the demand of a run."""
+        """Return the workers that a training run needs at least."""
         cluster = spec.cluster
         change = "set cluster.gpus_per_worker to 0, or " if cluster.gpus_per_worker else "lower cluster.workers, or "
         return cls(
@@ -85,8 +85,8 @@ def connect_to_train(spec: RunSpec, address: str | None = None, on_note: OnNote 
 
     Args:
         spec: spec of the run.
-        address: address of the cluster; None for the default.
-        on_note: function that is called with a line before a cluster is started, or if the run will wait for nodes.
+        address: address of the cluster; None for the default cluster.
+        on_note: callback that gets a line of text before a cluster is started, or if the run will wait for nodes.
 
     Raises:
         ClusterError: the cluster can never hold the run's workers, or `connect_to_cluster` cannot connect.
@@ -102,12 +102,12 @@ def connect_to_train(spec: RunSpec, address: str | None = None, on_note: OnNote 
 
 
 def check_gpus_of_this_machine(demand: WorkerDemand, cpus: int, address: str | None) -> None:
-    """Raise if a job on GPUs needs a new local cluster and this machine has too few GPUs for it.
+    """Raise an error if a job on GPUs needs a new local cluster and this machine has too few GPUs for it.
 
     Args:
-        demand: the job's workers.
+        demand: the workers that the job needs.
         cpus: number of logical CPUs that the local cluster would be started with.
-        address: address of the cluster that the user asked for; None for the default.
+        address: address of the cluster that the user named; None for the default cluster.
 
     Raises:
         ClusterError: a local cluster would be started, and it could never hold the workers.
@@ -119,7 +119,7 @@ def check_gpus_of_this_machine(demand: WorkerDemand, cpus: int, address: str | N
 
 
 def check_capacity(demand: WorkerDemand, connection: Connection, on_note: OnNote = ignore_note) -> None:
-    """Raise if the cluster can never hold a job's workers; if the cluster may grow, call `on_note` with a warning.
+    """Raise an error if a cluster can never hold a job's workers. If it may grow, only `on_note` gets a warning.
 
     Raises:
         ClusterError: a cluster that does not grow lacks nodes, CPUs or GPUs.
@@ -140,7 +140,7 @@ def _check_capacity(demand: WorkerDemand, nodes: list[Node], name: str) -> None:
 
 
 def check_training(spec: RunSpec) -> None:
-    """Raise if a spec cannot be trained, or not on its data, prepared or raw, before a job is started that would fail.
+    """Raise an error if a spec cannot be trained or its data cannot be used, before a job starts that would fail.
 
     Raises:
         SpecError: torch.compile cannot compile the model.

@@ -1,29 +1,34 @@
-"""Defaults that functions of the interface and commands share. The module imports nothing that takes long."""
+"""Defaults that functions of the Python interface and commands share.
+
+The module imports nothing that takes long, so that commands start quickly.
+"""
 
 import os
 from collections.abc import Callable
 from typing import Literal
 
 OnNote = Callable[[str], object]
-"""Function that is called with a line about what is done, such as the start of a cluster, or about a problem."""
+"""Callback that gets a line of text about the progress, such as the start of a cluster, or about a problem."""
 
 STORAGE = "runs"
 """Default folder of run directories, below the current directory."""
 LOCAL_CPUS = 8
 """Smallest number of logical CPUs that a local cluster is started with."""
 EVALUATION_SAMPLES = 512
-"""Largest number of samples of each domain of raw text that a checkpoint is evaluated on by default."""
+"""Largest number of samples of each domain (named source) of raw text on which a checkpoint is evaluated by default."""
 SPEC_SUFFIXES = (".yaml", ".yml")
-"""Suffixes that mark a text as the path of a spec where it may also name something else."""
+"""Suffixes that mark an argument as the path of a spec, where it could also name a run or a checkpoint."""
 APPLICATION = "mhmoe"
-"""Default name of a served application."""
+"""Default name of the application of Ray Serve that serves a model."""
 Prior = Literal["uniform", "updating", "cached"]
-"""Prior probabilities of the domains of a text, with which all experts of a model with router `domain` predict
-together."""
+"""Kind of prior probabilities for the domain of a text, for a model with an expert per domain (router `domain`).
+
+With a prior, all experts predict together, each weighted by the probability of its domain.
+"""
 
 
 def ignore_note(line: str) -> None:
-    """Do nothing with a line; this is the default of `on_note`."""
+    """Ignore a line of text about the progress. This function is the default of `on_note`."""
 
 
 def default_storage() -> str:

@@ -1,4 +1,4 @@
-"""Answers of an engine in this process, whose updates arrive in an event loop of a thread of its own."""
+"""Text generation by a serving engine in this process, whose answers arrive in a thread with an event loop."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
@@ -17,25 +17,25 @@ CONCURRENCY = 16
 
 
 class Answer(NamedTuple):
-    """An answer of a model."""
+    """An answer that a model generated for a prompt."""
 
     text: str
     token_count: int
     finish_reason: FinishReason
-    """Reason why it ends: "stop" at the end of a document or at a stop string, "length" at a limit on tokens."""
+    """Reason why the answer ends: "stop" at the end of a document or a stop string, "length" at a limit on tokens."""
 
 
 class EngineThread:
-    """Thread with an event loop, in which an engine's answers arrive.
+    """Thread with an event loop, in which the answers of a serving engine arrive.
 
     The loop has a thread of its own, because the thread of a caller may run a loop already, as in a notebook.
     """
 
     def __init__(self, build_answerer: Callable[[], Answerer]) -> None:
-        """Start the thread; the engine may not have started when this returns.
+        """Start the thread, which then starts the engine. This call does not wait for the engine.
 
         Args:
-            build_answerer: function that starts the engine.
+            build_answerer: function that starts the engine, and returns it together with its tokenizer.
         """
         self._started_answerer = Future[Answerer]()
         self._thread = Thread(target=lambda: asyncio.run(self._run_loop(build_answerer)), name="answers", daemon=True)
@@ -44,7 +44,7 @@ class EngineThread:
     async def _run_loop(self, build_answerer: Callable[[], Answerer]) -> None:
         """Start the engine, and let the loop run until the engine is closed."""
         self._loop, self._close_requested = asyncio.get_running_loop(), asyncio.Event()
-        # The engine refuses requests if too many wait, so they wait here.
+        # The engine refuses requests if too many are waiting in it, so further requests wait here for a slot.
         self._slots = asyncio.Semaphore(CONCURRENCY)
         try:
             answerer = build_answerer()
@@ -57,11 +57,11 @@ class EngineThread:
 
     @property
     def answerer(self) -> Answerer:
-        """The engine with its tokenizer, for which this waits; an error of its start is raised here."""
+        """The engine with its tokenizer. This waits until the engine has started, and raises the error if it fails."""
         return self._started_answerer.result()
 
     def answer_all(self, requests: Sequence[Request], stop_strings: Sequence[str]) -> list[Answer]:
-        """Return the answers to requests, which are computed together. Ctrl-C ends the computation.
+        """Return the answers to several requests, which are computed together. Ctrl-C ends the computation.
 
         Raises:
             EngineError: the engine failed, or was closed meanwhile.
@@ -73,7 +73,7 @@ class EngineThread:
         return self._run(answer_all())
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine in the loop, and return its result."""
+        """Run a coroutine in the thread's event loop, and return its result."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             with _report_close():
@@ -90,7 +90,7 @@ class EngineThread:
         return Answer(piece.text, piece.token_count, piece.finish_reason)
 
     async def _pieces(self, request: Request, stop_strings: Sequence[str]) -> AsyncGenerator[AnswerPiece]:
-        """Yield the pieces of the answer to a request, when there is a slot for it."""
+        """Yield the pieces of the answer to a request, after waiting until one of the `CONCURRENCY` slots is free."""
         async with self._slots, aclosing(self.answerer.answer(request, stop_strings)) as pieces:
             async for piece in pieces:
                 yield piece
@@ -134,10 +134,10 @@ class EngineThread:
 
 @contextmanager
 def _report_close() -> Iterator[None]:
-    """Context manager for a result that the loop computes.
+    """Context manager that turns the cancellation of a computation in the event loop into an error of the engine.
 
     Raises:
-        EngineError: the loop was ended meanwhile, so it cancelled the computation.
+        EngineError: the computation was cancelled, because the engine was closed meanwhile.
     """
     try:
         yield
@@ -147,8 +147,8 @@ def _report_close() -> Iterator[None]:
 
 def close_abandoned_engine(engine: EngineThread) -> None:
     """Close the engine of a model that nobody closed, when the model is collected or the process ends."""
-    # Python collects objects in any thread, even in one of the engine's, which cannot wait for its own end. At the end
-    # of the process it is the main thread, and no other thread can start any more.
+    # Python may collect the model in a thread of the engine, which cannot wait for its own end, so a new thread closes
+    # the engine. At the end of the process, this is the main thread, and new threads can no longer start.
     if current_thread() is main_thread():
         engine.close()
     else:

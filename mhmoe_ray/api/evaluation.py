@@ -17,11 +17,11 @@ from mhmoe_ray.spec.raw_text import raw_text_sections
 
 EvaluationJob = SubmittedJob[Evaluation]
 Texts = str | PathLike[str] | Sequence[str | PathLike[str]]
-"""Paths, names or patterns, or one of them."""
+"""One path, name or glob pattern, or several of them."""
 
 
 def has_domain_experts(model: ModelSpec) -> bool:
-    """Return whether a model has experts of domains, which is what a `Prior` is for."""
+    """Return whether a model has one expert for each domain (router `domain`). A `Prior` is for such models only."""
     return model.moe is not None and model.moe.router == "domain"
 
 
@@ -39,27 +39,27 @@ def make_request(
     prior: Prior | None = None,
     probe: str | PathLike[str] | None = None,
 ) -> EvalRequest:
-    """Return a request to evaluate a run's checkpoint on raw text and in tasks, or on held-out samples without either.
+    """Return a request to evaluate a run's checkpoint on raw text, in tasks or, without either, on held-out samples.
 
     The run's spec gives the batch size, the precision and the resources.
 
     Args:
-        run: the run.
+        run: the run that has the checkpoint.
         checkpoint: name of the checkpoint.
         text: folders, files or patterns of raw text, or one of them; empty for none.
-        overrides: overrides of data keys, by which the text is read.
-        samples: largest number of samples of each domain of the text, of pictures the largest number of different
-            images; None for the default.
+        overrides: `key.path=value` strings for keys of the `data` section with which the text is read.
+        samples: largest number of samples of each domain of the text; for pictures, of different images. None for
+            `EVALUATION_SAMPLES`.
         tasks: names of lm-eval's tasks, or one of them; empty for none.
         task_folders: folders of the user's own tasks.
         limit: largest number of questions of each task; None for all.
         gpus: number of GPUs; None for as many as a worker of the training had.
         prior: prior probabilities of the domains of the text, for router `domain`; None if the domains are known.
-
-        probe: pictures on which a linear probe is trained that classifies those of `text`; None for none.
+        probe: pictures on which a linear probe is trained, which then classifies the pictures of `text`; None to train
+            no probe.
 
     Raises:
-        SpecError: an override is wrong.
+        SpecError: an override is wrong, or there is a probe but `text` has several sources.
         DataError: there is no such text.
     """
     text_data = raw_text_sections(_text_list(text), overrides)[0] if text else None
@@ -89,7 +89,13 @@ def make_request(
 
 
 def _probe_data(text: DataSpec, path: str) -> DataSpec:
-    """Return the data section by which the pictures of a probe are read: like those that it classifies."""
+    """Return the data section for the pictures on which a linear probe is trained.
+
+    They are read in the same way as the pictures of `text`, which the probe then classifies.
+
+    Raises:
+        SpecError: `text` has several sources.
+    """
     sources = list(text.sources.values())
     if len(sources) > 1:
         raise SpecError("the linear probe", f"it classifies one source, and there are {len(sources)}", "name one text")
@@ -98,12 +104,12 @@ def _probe_data(text: DataSpec, path: str) -> DataSpec:
 
 
 def _text_list(texts: Texts) -> list[str]:
-    """Return paths or names as a list of texts; a single one is a list of one."""
+    """Return one or several paths or names as a list of strings."""
     return [fspath(text) for text in ([texts] if isinstance(texts, str | PathLike) else texts)]
 
 
 def _text_version(data: DataSpec) -> str:
-    """Return a hash that changes with the files of raw text.
+    """Return a hash that changes whenever a file of the raw text changes.
 
     Raises:
         DataError: there is no such text, or it cannot be read.
@@ -129,13 +135,13 @@ def load_or_evaluate(
     """Return the evaluation of a request: the one that the run directory holds, else a new one by a job on the cluster.
 
     Args:
-        run: the run.
-        request: what to evaluate.
-        recompute: whether to compute it even if the run directory holds it.
-        address: address of the cluster; None for the default.
-        follow: function that returns when the job ends; by default `on_note` gets the lines that the job writes for the
-            user.
-        on_note: function that is called with a line about what is done.
+        run: the run whose checkpoint is evaluated.
+        request: the checkpoint, and the text and tasks on which it is evaluated.
+        recompute: whether to evaluate even if the run directory holds the evaluation.
+        address: address of the cluster; None for the default cluster.
+        follow: function that shows the progress of the job and returns when the job ends; None if `on_note` should get
+            the lines that the job writes for the user.
+        on_note: callback that gets lines of text about the progress.
 
     Raises:
         RunError: the request names no text and no tasks, and the run has no held-out samples.

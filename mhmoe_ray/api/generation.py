@@ -1,4 +1,4 @@
-"""Arguments of text generation as users give them: prompts, sampling parameters and stop texts, and their checks."""
+"""Checks of the arguments that users give for text generation: prompts, sampling parameters and stop texts."""
 
 from collections.abc import Mapping, Sequence
 from math import inf
@@ -16,10 +16,10 @@ ONE_PROMPT = "give a text, a list of messages or a list of token ids"
 
 
 def split_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Any], bool]:
-    """Return a list of prompts, and whether it was a single prompt, which is a list of one then.
+    """Return the prompts in a user's argument as a list, and whether the argument was a single prompt.
 
     Raises:
-        ServeError: it is neither a prompt nor a list of prompts.
+        ServeError: the argument is neither a prompt nor a list of prompts.
     """
     if isinstance(prompts, str):
         return [prompts], True
@@ -29,10 +29,10 @@ def split_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Any], bool]:
 
 
 def prompt_elements(prompt: Messages | TokenIds) -> list[Any]:
-    """Return the messages or the token ids of a single prompt, which are not checked.
+    """Return the elements of a single prompt, which should be messages or token ids, as a list without checking them.
 
     Raises:
-        ServeError: it is neither, or empty.
+        ServeError: the prompt is not a list, or it is empty.
     """
     elements = _plain_list(prompt, ONE_PROMPT)
     if not elements:
@@ -46,10 +46,10 @@ def are_token_ids(elements: list[Any]) -> bool:
 
 
 def checked_messages(elements: list[Any]) -> list[dict[str, Any]]:
-    """Return messages as chat templates take them, after the checks of a request to a server.
+    """Return messages in the form that chat templates take, after checking them as a server checks a request.
 
     Raises:
-        ServeError: an element is no message, or lacks a role or a content.
+        ServeError: an element is not a message, or lacks a role or a content.
     """
     if not all(isinstance(element, Mapping) for element in elements):
         raise ServeError("the prompt", "it has elements that are neither messages nor token ids", ONE_PROMPT)
@@ -60,10 +60,10 @@ def checked_messages(elements: list[Any]) -> list[dict[str, Any]]:
 
 
 def checked_text(text: str) -> str:
-    """Return a text after checking that it consists of characters.
+    """Return a text after checking that it is valid Unicode.
 
     Raises:
-        ServeError: it has a lone surrogate, half of a character, which no tokenizer can encode.
+        ServeError: the text has a lone surrogate, which is half of a character and which no tokenizer can encode.
     """
     try:
         text.encode()
@@ -76,7 +76,7 @@ def _plain_list(value: Any, fix: str) -> list[Any]:
     """Return a sequence as a list, and an array of numpy or a tensor of torch as a list of numbers.
 
     Raises:
-        ServeError: it is no sequence, or a single message; `fix` says what to give.
+        ServeError: the value is not a sequence, or is a single message. `fix` is the advice in the error.
     """
     if hasattr(value, "tolist"):
         value = value.tolist()
@@ -90,10 +90,10 @@ def _plain_list(value: Any, fix: str) -> list[Any]:
 def checked_sampling(
     max_tokens: int, temperature: float, top_p: float, top_k: int, min_p: float, seed: int | None
 ) -> dict[str, Any]:
-    """Return these fields of `SamplingParams` by name, after checking their types and ranges.
+    """Return sampling parameters as fields of `SamplingParams` by name, after checking their types and ranges.
 
     Raises:
-        ServeError: one is not a number, or out of its range.
+        ServeError: a parameter is not a number, or is out of its range.
     """
     fields: dict[str, Any] = {
         "max_tokens": _checked_number("max_tokens", max_tokens, Integral),
@@ -116,10 +116,10 @@ def checked_sampling(
 
 
 def _checked_number(name: str, value: object, number_type: type[Integral] | type[Real]) -> int | float:
-    """Return a number of Python for a number of any library.
+    """Return a number of any library, such as numpy, as a Python int or float.
 
     Raises:
-        ServeError: the value is not such a number.
+        ServeError: the value is not a number of the given type.
     """
     if isinstance(value, Integral):
         return int(value)
@@ -129,10 +129,10 @@ def _checked_number(name: str, value: object, number_type: type[Integral] | type
 
 
 def stop_texts(stop: str | Sequence[str]) -> list[str]:
-    """Return the texts that end an answer as a list; a single text is one of them.
+    """Return the texts that end an answer as a list, from a single text or a sequence of texts.
 
     Raises:
-        ServeError: one is empty, so it would end every answer at once, or is no text.
+        ServeError: a text is empty, so that it would end every answer at once, or is not a string.
     """
     texts = [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, Sequence) else [stop]
     for text in texts:

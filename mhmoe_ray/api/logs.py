@@ -19,26 +19,26 @@ from mhmoe_ray.runs.directory import RunDir, last_attempt, newest_attempt_number
 from mhmoe_ray.runs.logs import archived_lines
 
 OUTCOME_CHECK_SECONDS = 2.0
-"""Seconds without a line of the followed worker after which it is checked whether the run is over."""
+"""Seconds without a new line in a worker's log, after which the cluster is asked whether the run is over."""
 
 
 def log_lines(
     run: RunDir, rank: int | None = None, *, follow: bool = False, on_note: OnNote = ignore_note
 ) -> Iterator[str]:
-    """Return the lines of the log of a run's newest attempt, with all workers, or of one worker by its rank.
+    """Return the log lines of a run's newest attempt: those of the whole job, or those of the worker with a given rank.
 
-    They are the lines of the cluster or, if that is gone, those that the run directory keeps. Ray colours the prefixes
-    of workers' lines (`without_colours`).
+    They come from the cluster or, if that is gone, from the copy in the run directory. Ray colours the prefixes of
+    workers' lines; `without_colours` removes the colours.
 
     Args:
-        run: the run.
+        run: the run whose log is read.
         rank: rank of the worker whose lines are returned; None for those of the whole job.
-        follow: whether to go on with new lines until the run ends.
-        on_note: function that is called with a line about where the lines come from.
+        follow: whether to continue with new lines until the run ends.
+        on_note: callback that gets a line of text about where the lines come from.
 
     Raises:
         RunError: the run was imported; or no workers have started yet, or there is no such rank.
-        ClusterError, JobError: the cluster does not answer or no longer has the log, and neither has the run directory.
+        ClusterError, JobError: the cluster does not answer or no longer has the log, and the run directory has no copy.
         TokenError: the cluster asks for another token.
     """
     attempt = last_attempt(run)
@@ -61,19 +61,19 @@ def log_lines(
 
 
 def without_colours(lines: Iterator[str]) -> Iterator[str]:
-    """Yield the lines without the codes of colours."""
+    """Yield lines of a log without the terminal codes that colour them."""
     return (re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines)
 
 
 def _worker_log(run: RunDir, connection: Connection, rank: int, follow: bool, on_note: OnNote) -> Iterator[str]:
-    """Return the log of the worker of a rank: its stdout, which is mostly empty, and then its stderr with the log.
+    """Return the lines of one worker: those of its stdout, which is mostly empty, and then its stderr with the log.
 
     Args:
-        run: the run.
-        connection: connection to the cluster that the run is or was on.
-        rank: the rank.
-        follow: whether to go on with new lines until the run ends.
-        on_note: function that is called with a line about the worker.
+        run: the run whose log is read.
+        connection: connection to the cluster on which the run is or was.
+        rank: rank of the worker.
+        follow: whether to continue with new lines until the run ends.
+        on_note: callback that gets a line of text that names the worker's process and host.
 
     Raises:
         RunError: no workers have started yet, or there is no such rank.
@@ -119,7 +119,7 @@ def _worker_entry(run: RunDir, rank: int) -> dict[str, Any]:
 
 
 def _lines_until_end(lines: Iterator[str], run: RunDir, connection: Connection, on_note: OnNote) -> Iterator[str]:
-    """Yield the lines of a log that is followed without end, until the run has ended and no more lines arrive."""
+    """Yield the lines of a log that never ends by itself, until the run has ended and no more lines arrive."""
     line_queue, retrying_caller, run_outcome = Queue[str | Exception | None](), RetryingCaller(on_note), None
 
     def fill_queue() -> None:

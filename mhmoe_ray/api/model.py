@@ -67,9 +67,9 @@ def load(
     storage: str | os.PathLike[str] | None = None,
     on_note: OnNote = ignore_note,
 ) -> "LoadedModel":
-    """Return a model that computes in this process, to be closed after use.
+    """Return a model that computes in this process, and that should be closed after use.
 
-    Its weights are loaded when they are needed first.
+    Its weights are loaded when they are first needed.
 
     Args:
         model: a run, its id, the start of one, or its path; RUN@STEP; a checkpoint or its folder; a folder in Hugging
@@ -78,7 +78,7 @@ def load(
         device: device to compute on.
         threads: number of threads that generate on a CPU; None for torch's own number.
         storage: folder that holds run directories; by default MHMOE_STORAGE, else `runs`.
-        on_note: function that is called with a warning for each newer checkpoint that is damaged and therefore skipped.
+        on_note: callback that gets a warning for each newer checkpoint that is damaged and therefore skipped.
 
     Raises:
         RunError, CheckpointError: there is no such run, checkpoint or model, or it is damaged.
@@ -99,11 +99,11 @@ def load(
 def load_checkpoint(
     checkpoint: Location, manifest: CheckpointManifest, device: Device = "cpu", threads: int | None = None
 ) -> "LoadedModel":
-    """Return the model of a checkpoint inside its run directory.
+    """Return the model of a checkpoint, which computes in this process.
 
     Args:
-        checkpoint: the checkpoint.
-        manifest: its manifest, whose weights were verified.
+        checkpoint: path of the checkpoint inside its run directory.
+        manifest: manifest of the checkpoint, with which the weights were already verified.
         device: device to compute on.
         threads: number of threads that generate on a CPU; None for torch's own number.
 
@@ -115,13 +115,13 @@ def load_checkpoint(
 
 
 class LoadedModel:
-    """A model in this process; a context manager that closes it."""
+    """A model that computes in this process. As a context manager, it closes itself at the end."""
 
     def __init__(self, source: ModelSource, device: Device = "cpu", threads: int | None = None) -> None:
-        """Create the model without loading its weights; `load` finds one by name.
+        """Create the model without loading its weights; the function `load` finds a stored model by its name.
 
         Args:
-            source: the stored model.
+            source: the stored model, which can load its weights later.
             device: device to compute on.
             threads: number of threads that generate on a CPU; None for torch's own number.
 
@@ -153,7 +153,7 @@ class LoadedModel:
 
     @property
     def spec(self) -> ModelSpec:
-        """Section `model` of the spec: sizes and options."""
+        """The `model` section of a spec that describes this model: its sizes and options."""
         return self._source.model
 
     @property
@@ -163,7 +163,7 @@ class LoadedModel:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Tokenizer of the model. `encode` is for prompts: it adds the token that starts a document where needed."""
+        """Tokenizer of the model. For prompts, use `encode`, which adds the start token if the model expects it."""
         return self._source.encoder.tokenizer
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -174,7 +174,7 @@ class LoadedModel:
 
         Raises:
             ServeError: the model has no chat template, or the template does not accept these messages; a message lacks
-                a role or a content; an id is no token.
+                a role or a content; or a token id is not in the model's vocabulary.
         """
         if isinstance(prompt, str):
             return self._source.encoder.encode(checked_text(prompt))
@@ -233,18 +233,19 @@ class LoadedModel:
     ) -> Answer | list[Answer]:
         """Return the answer to a prompt, or the answers to a list of prompts, which are computed together.
 
-        On a CPU, an answer has the same bits whatever else is computed.
+        On a CPU, an answer is bit-identical whether its prompt is computed alone or together with others.
 
         Args:
             prompt: a text to continue; a conversation, as a list of messages like {"role": "user", "content": "..."};
                 token ids, which get no token before them; or a list of such prompts.
             max_tokens: largest number of tokens of an answer. An answer ends at `seq_len` tokens of prompt and answer
                 together in any case; both limits give the finish reason "length".
-            temperature: temperature; 0 takes the most likely token each time.
+            temperature: sampling temperature; 0 takes the most likely token each time.
             top_p: total probability of the smallest set of most likely tokens to draw from.
             top_k: number of most likely tokens to draw from; 0 draws from all.
             min_p: smallest probability of a token to draw from, as a share of the most likely token's.
-            seed: equal seeds give equal answers; each prompt of a list has a seed of its own. None chooses one.
+            seed: seed of the random draws; equal seeds give equal answers. Each prompt of a list has a seed of its own,
+                which is derived from this one. None chooses a random seed.
             stop: text that ends an answer and is not part of it, or a list of such texts.
 
         Raises:
@@ -282,17 +283,17 @@ class LoadedModel:
         return self._pieces(self._request(prompt, sampling, 0), stop_texts(stop))
 
     def _pieces(self, request: Request, stop_strings: Sequence[str]) -> Iterator[AnswerPiece]:
-        """Yield the pieces of the answer to a request. The generator keeps the model, and so its engine, alive."""
+        """Yield the pieces of the answer to a request. The generator keeps the model and its engine alive."""
         with self._report_engine_errors():
             yield from self._start_engine().pieces(request, stop_strings)
 
     def _request(self, prompt: Prompt, sampling: dict[str, Any], index: int) -> Request:
-        """Return the request for an answer.
+        """Return the request to the engine for the answer to one prompt.
 
         Args:
-            prompt: the prompt.
-            sampling: fields of the sampling parameters, with the seed of the answer with index 0.
-            index: index of the answer.
+            prompt: the prompt, as the user gives it.
+            sampling: fields of `SamplingParams`; their seed is that of the first prompt.
+            index: index of the prompt in the user's list, from which its own seed is derived.
 
         Raises:
             ServeError: the prompt does not fit, or the model cannot generate text or has no chat template.
@@ -304,19 +305,19 @@ class LoadedModel:
         return Request(tuple(ids), SamplingParams(**{**sampling, "seed": seed}))
 
     def logits(self, text: str | TokenIds, domain: str | None = None) -> "Tensor":
-        """Return the logits of the token after each token of a text, as the model computes them in float32.
+        """Return the logits for the next token after each token of a text, computed in float32.
 
         Args:
-            text: a text, which gets the token that starts a document if the model is used to it; or token ids, which
-                get none.
+            text: a text, before which the start token is added if the model expects it; or token ids, which are used
+                unchanged.
             domain: name of the text's domain, for a model with router `domain`; None for any other.
 
         Returns:
             Tensor of shape (tokens, vocabulary) on the device of the model.
 
         Raises:
-            ServeError: the text does not fit, an id is no token, the model is closed, or the domain is missing or
-                unknown.
+            ServeError: the text does not fit, a token id is not in the vocabulary, the model is closed, or the domain
+                is missing or unknown.
         """
         import torch
 
@@ -337,7 +338,7 @@ class LoadedModel:
         return logits_TV
 
     def close(self) -> None:
-        """End the engine and release the weights. A closed model computes nothing more."""
+        """End the engine and release the weights. A closed model cannot be used any more."""
         self._is_closed = True
         engine, self._engine, self._decoder = self._engine, None, None
         if self._finalizer is not None:
@@ -385,12 +386,12 @@ class LoadedModel:
             self._require_open()
             engine = self._engine
             if engine is None:
-                # The engine has weights of its own, because it packs them.
+                # The engine loads a copy of the weights for itself, because it packs them.
                 engine = self._engine = EngineThread(_answerer_builder(self._source, self._device, self._threads))
-                # An engine must be closed before the process ends (`Engine.close`), also if nobody closes the model.
+                # An engine must be closed before the process ends (`Engine.close`), even if nobody closes the model.
                 self._finalizer = weakref.finalize(self, close_abandoned_engine, engine)
         try:
-            # The start may take long, and its errors are raised here.
+            # This waits until the engine has started, which may take long, and raises the error if it fails.
             _ = engine.answerer
         except Exception:
             self._engine = None
@@ -399,10 +400,10 @@ class LoadedModel:
 
 
 def _answerer_builder(source: ModelSource, device: Device, threads: int) -> Callable[[], Answerer]:
-    """Return a function that loads the weights of a model and starts an engine with them.
+    """Return a function that loads the weights of a model and starts a serving engine with them.
 
     Args:
-        source: the stored model.
+        source: the stored model, which can load its weights.
         device: device to compute on.
         threads: number of threads that generate on a CPU.
     """
@@ -412,7 +413,7 @@ def _answerer_builder(source: ModelSource, device: Device, threads: int) -> Call
 
         from mhmoe_ray.serving.engine.torch_engine import own_engine
 
-        # This limits the present thread, that of `EngineThread`. If it started OpenMP threads, they would slow down
+        # This limits only the current thread, that of `EngineThread`. OpenMP threads of this thread would slow down
         # those of the engine (see `TorchEngine`).
         torch.set_num_threads(1)
         gpus = int(device == "cuda")
@@ -433,7 +434,7 @@ def _answerer_builder(source: ModelSource, device: Device, threads: int) -> Call
 
 
 def _expert_of(model: ModelSpec, domain: str | None) -> int | None:
-    """Return the expert of a domain, for a model with router `domain`; None for any other model.
+    """Return the index of a domain's expert in a model with one expert per domain; None for any other model.
 
     Raises:
         ServeError: the domain is missing or unknown, or the model's router does not use it.

@@ -1,4 +1,4 @@
-"""A stored model that is not loaded yet: of a run's checkpoint, or of a folder in Hugging Face's layout."""
+"""A stored model whose weights are not loaded yet: a run's checkpoint, or a folder in Hugging Face's layout."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ModelSource(NamedTuple):
-    """A stored model: everything but its weights, and a function that loads these."""
+    """A stored model: everything but its weights, and a function that loads the weights."""
 
     name: str
     model: ModelSpec
@@ -25,16 +25,16 @@ class ModelSource(NamedTuple):
     encoder: PromptEncoder
     template: ChatTemplate | None
     ends: list[int]
-    """Token ids that end a text in addition to the tokenizer's own."""
+    """Token ids that end a text, in addition to the tokenizer's own end tokens."""
     load_decoder: Callable[[], "Decoder"]
 
 
 def checkpoint_source(checkpoint: Location, manifest: CheckpointManifest) -> ModelSource:
-    """Return the model of a checkpoint inside its run directory.
+    """Return the stored model of a checkpoint, without loading its weights.
 
     Args:
-        checkpoint: the checkpoint.
-        manifest: its manifest, whose weights were verified.
+        checkpoint: path of the checkpoint inside its run directory.
+        manifest: manifest of the checkpoint, with which the weights were already verified.
 
     Raises:
         CheckpointError, DataError: the run's tokenizer is missing or damaged, or the model is a vision model.
@@ -59,14 +59,14 @@ def checkpoint_source(checkpoint: Location, manifest: CheckpointManifest) -> Mod
 
 
 def folder_source(folder: Path) -> ModelSource:
-    """Return the model of a folder in Hugging Face's layout.
+    """Return the stored model of a folder in Hugging Face's layout, without loading its weights.
 
     Raises:
         CheckpointError: the folder lacks a file, is damaged, or holds a model that this package does not compute.
         DataError: its tokenizer does not fit the model.
         ServeError: its chat template is invalid.
     """
-    # The module imports torch.
+    # This import is delayed, because the module imports torch, which takes long.
     from mhmoe_ray.checkpoint.huggingface.load import read_folder_model
 
     stored = read_folder_model(folder)

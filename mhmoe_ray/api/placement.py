@@ -1,4 +1,4 @@
-"""Placement of a run's ranks on the nodes of a running cluster, of a cluster on paper, or on one assumed node."""
+"""Placement of a run's ranks on the nodes of a running or hypothetical cluster, or on one assumed node."""
 
 from collections import Counter
 from typing import Any, NamedTuple
@@ -17,21 +17,21 @@ ASSUMED_NODE = "one node"
 
 
 class Placement(NamedTuple):
-    """A placement of a run's ranks on nodes."""
+    """A placement of a run's ranks on the nodes of a cluster."""
 
     description: str
-    """Description of the nodes, for a title."""
+    """Description of the nodes, which serves as title of the placement."""
     nodes: list[Node]
     rank_nodes: list[Node]
     """Node of each rank; there are fewer entries than ranks if the nodes cannot hold all ranks."""
     layout: Layout | None
-    """Layout of the ranks; None if the nodes cannot hold all ranks."""
+    """Nodes and expert-parallel groups of the ranks; None if the nodes cannot hold all ranks."""
     shortage: str | None
-    """Line about the workers for which the nodes have no room; None if there is room for all."""
+    """Text about the workers for which the nodes have no room; None if there is room for all."""
     refusal: str | None
-    """Line with the reason why workers would refuse to start there; None if they would start."""
+    """Reason why workers would refuse to start on these nodes, as a line of text; None if they would not refuse."""
     notes: list[str]
-    """Further remarks for the user, a line each."""
+    """Further remarks about the placement for the user, a line of text each."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the placement as `mhmoe plan --json` and `submit --dry-run` print it."""
@@ -51,7 +51,7 @@ class Placement(NamedTuple):
 
 
 def planned_placement(spec: RunSpec, nodes: int, gpus: int) -> Placement:
-    """Return the placement on `nodes` equal nodes on paper, which the spec's workers fill."""
+    """Return the placement of a run's ranks on a hypothetical cluster of `nodes` equal nodes with `gpus` GPUs each."""
     domain_size = spec.cluster.network.nodes_per_domain
     domain_text = f", {domain_size} to a domain" if domain_size else ", all in one domain"
     planned_nodes = hypothetical_nodes(nodes, gpus * spec.cluster.cpus_per_worker, gpus, domain_size)
@@ -62,14 +62,14 @@ def planned_placement(spec: RunSpec, nodes: int, gpus: int) -> Placement:
 
 
 def forecast_placement(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_note) -> Placement:
-    """Return the placement on the cluster that a run would go to.
+    """Return the placement of a run's ranks on the cluster on which the run would start.
 
-    Without a cluster that answers, the placement is on one assumed node that holds all workers.
+    If no cluster answers, one node that holds all workers is assumed.
 
     Args:
         spec: spec of the run.
-        address: address of the cluster; None for the default.
-        on_note: function that is called with a warning if the cluster does not answer.
+        address: address of the cluster; None for the default cluster.
+        on_note: callback that gets a warning if the cluster does not answer.
     """
     cluster, reason = spec.cluster, "no cluster is running"
     try:
@@ -87,18 +87,18 @@ def forecast_placement(spec: RunSpec, address: str | None = None, on_note: OnNot
 
 
 def spec_for_layout(spec: RunSpec, layout: Layout) -> RunSpec:
-    """Return the spec of a run with as many workers as the layout has."""
+    """Return the spec of a run with as many workers as a layout has ranks."""
     return spec if len(layout.nodes) == spec.cluster.max_world_size else spec.with_workers(len(layout.nodes))
 
 
 def _place_workers(spec: RunSpec, description: str, nodes: list[Node], has_stream: bool = False) -> Placement:
-    """Return the placement of as many workers as would start on these nodes; if none would, it names the shortage.
+    """Return the placement of the workers that would start on these nodes; if none would, it names what is missing.
 
     Args:
         spec: spec of the run.
-        description: description of the nodes, for a title.
+        description: description of the nodes, which serves as title of the placement.
         nodes: the nodes, with their free CPUs and GPUs.
-        has_stream: whether the data stream needs CPUs of the same nodes.
+        has_stream: whether the data stream that feeds the workers also needs CPUs of these nodes.
     """
     cluster, counts = spec.cluster, spec.worker_counts
     cpus, gpus = cluster.cpus_per_worker, cluster.gpus_per_worker
@@ -128,14 +128,17 @@ def _place_workers(spec: RunSpec, description: str, nodes: list[Node], has_strea
 
 
 def _worker_count_remark(count: int, max_count: int) -> str | None:
-    """Return a remark if a run would start with fewer workers than its largest number; None otherwise."""
+    """Return a remark if a run would start with fewer workers than its spec allows at most; None otherwise."""
     if count == max_count:
         return None
     return f"it would start with {count:,} of at most {max_count:,} workers, as there is room for now, and grow later"
 
 
 def _dispatch_remark(spec: RunSpec, layout: Layout) -> str | None:
-    """Return a remark if hierarchical dispatch would be flat in some groups of this layout; None otherwise."""
+    """Return a remark if hierarchical dispatch would be flat in some expert-parallel groups of a layout; else None.
+
+    Dispatch sends rows (sub-tokens) to the ranks of their experts.
+    """
     # Hierarchical dispatch needs equally many ranks of a group on each of the group's nodes. In any other group it is
     # flat.
     groups = [layout.spread(ranks) for ranks in layout.groups.ranks]
@@ -147,7 +150,7 @@ def _dispatch_remark(spec: RunSpec, layout: Layout) -> str | None:
 
 
 def _stream_remark(free_cpus: float) -> str | None:
-    """Return a remark if workers leave too few free CPUs for the data stream; None otherwise."""
+    """Return a remark if workers leave too few free CPUs for the data stream that feeds them; None otherwise."""
     if free_cpus < 1:
         return "workers take every free CPU, and the data stream has none: no step begins before others give one back"
     if free_cpus < STREAM_CPUS:
@@ -156,10 +159,13 @@ def _stream_remark(free_cpus: float) -> str | None:
 
 
 def placement_remarks(placement: Placement) -> list[str]:
-    """Return the lines about a placement that the user should read: problems, notes, and the spread of groups."""
+    """Return the lines about a placement that the user should read.
+
+    They are its problems, its notes, and how many expert-parallel groups span several nodes.
+    """
     lines = [line for line in (placement.shortage, placement.refusal) if line] + placement.notes
     layout = placement.layout
-    # The spread needs no line if there is a single node or one rank per group, or if the refusal already describes it.
+    # No line about groups is needed if there is a single node or one rank per group, or if the refusal describes them.
     if (
         layout
         and len(layout.node_groups) > 1

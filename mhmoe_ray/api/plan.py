@@ -1,4 +1,4 @@
-"""The figures of a plan: sizes, memory and traffic of a run, the placement of its ranks, and estimated step times."""
+"""The plan of a run: its sizes, memory and traffic, the placement of its ranks, and estimated times of a step."""
 
 from typing import Any
 
@@ -31,23 +31,24 @@ def plan(
     address: str | None = None,
     on_note: OnNote = ignore_note,
 ) -> dict[str, Any]:
-    """Return everything that a spec means before anything starts, as `mhmoe plan --json` prints it.
+    """Compute the plan of a run, which has sizes, memory, traffic and placement, as `mhmoe plan --json` prints it.
 
-    By default the placement is a forecast for the cluster that the run would go to, if one runs. With `nodes` and
-    `gpus` it is on a cluster on paper, which the run's workers fill, and `estimate` has the times of a step.
+    By default, ranks are placed as on the cluster on which the run would start, if one is running. With `nodes` and
+    `gpus`, the run's workers fill a hypothetical cluster, and the key `estimate` has the estimated times of a step.
 
     Args:
         spec: spec of the run.
-        nodes: number of nodes on paper.
-        gpus: number of GPUs of each node on paper, each with one worker.
-        address: address of the cluster; None for the default.
-        on_note: function that is called with a warning if the cluster does not answer.
+        nodes: number of nodes of the hypothetical cluster.
+        gpus: number of GPUs of each node of the hypothetical cluster, each with one worker.
+        address: address of the cluster; None for the default cluster.
+        on_note: callback that gets a warning if the cluster does not answer.
 
     Returns:
         A JSON object. Its key `warnings` has the problems with the data that would end the run before its first step.
 
     Raises:
-        SpecError: it is no spec, the cluster on paper is incomplete, or the run cannot have as many workers.
+        SpecError: `spec` is not a loaded spec, `nodes` and `gpus` do not describe a hypothetical cluster, or the run
+            cannot have as many workers.
     """
     require_spec(spec)
     if nodes is None and gpus is None:
@@ -63,18 +64,18 @@ def plan(
 
 
 def paper_overrides(nodes: int, gpus: int) -> list[str]:
-    """Return the overrides with which a run's workers fill a cluster on paper, with one worker per GPU."""
+    """Return overrides for a spec with which the run's workers fill a hypothetical cluster, with one worker per GPU."""
     return [f"cluster.workers={nodes * gpus}", "cluster.gpus_per_worker=1"]
 
 
 def plan_figures(spec: RunSpec, placement: Placement, warnings: list[str], is_on_paper: bool) -> dict[str, Any]:
-    """Return the JSON object of a plan.
+    """Return the plan of a run as the JSON object that `mhmoe plan --json` prints.
 
     Args:
         spec: spec of the run.
-        placement: placement of its ranks.
-        warnings: problems with its data, a line each.
-        is_on_paper: whether the placement is on a cluster on paper, for which step times are estimated.
+        placement: placement of the run's ranks.
+        warnings: problems with the run's data, a line of text each.
+        is_on_paper: whether the placement is on a hypothetical cluster, for which step times are estimated.
     """
     layout, step = placement.layout, estimate_step(spec, placement.layout)
     estimate = estimate_figures(spec, layout, step) if is_on_paper and layout and step else None
@@ -82,7 +83,7 @@ def plan_figures(spec: RunSpec, placement: Placement, warnings: list[str], is_on
 
 
 def data_warnings(spec: RunSpec) -> list[str]:
-    """Return the problems with a spec's data that would end a run before its first step, a line each.
+    """Return the problems with a spec's data that would end a run before its first step, a line of text each.
 
     They are missing text and tokenizers, chat templates that cannot be used, or a prepared folder that was made with
     other settings.
@@ -106,9 +107,9 @@ def data_warnings(spec: RunSpec) -> list[str]:
 
 
 def placement_figures(spec: RunSpec, placement: Placement) -> dict[str, Any]:
-    """Return the resolved spec and all figures that depend on the spec and the placement alone.
+    """Return the part of a plan that depends only on the spec and the placement: sizes, memory, traffic and layout.
 
-    If the placement has no layout, groups and links are those of a single node.
+    If the nodes cannot hold all ranks, groups and traffic are those on a single node.
     """
     cluster, moe, reference = spec.cluster, spec.model.moe, spec.reference_model
     layout = placement.layout or single_node_layout(cluster.max_world_size, cluster.ep)
@@ -147,7 +148,7 @@ def placement_figures(spec: RunSpec, placement: Placement) -> dict[str, Any]:
 
 
 def estimate_step(spec: RunSpec, layout: Layout | None) -> Estimate | None:
-    """Estimate a training step; return None for a run on CPUs, or if the nodes cannot hold the ranks."""
+    """Estimate the time of a training step; return None for a run on CPUs, or if the nodes cannot hold the ranks."""
     # A spec describes the speed of its accelerator but not that of its CPUs, so there is no estimate for a run on CPUs.
     return (
         estimate_step_time(spec_for_layout(spec, layout), layout) if layout and spec.cluster.gpus_per_worker else None
@@ -155,7 +156,7 @@ def estimate_step(spec: RunSpec, layout: Layout | None) -> Estimate | None:
 
 
 def estimate_figures(spec: RunSpec, layout: Layout, step: Estimate) -> dict[str, Any]:
-    """Return the estimate of a step, with its memory and traffic, as `mhmoe plan --json` prints it."""
+    """Return the estimated times, memory and traffic of a training step, as `mhmoe plan --json` prints them."""
     accelerator, rank_memory = spec.cluster.accelerator, compute_memory(spec).total
     # Scripts read these keys, so the keys must not change when a field of an estimate is renamed.
     return {
@@ -176,7 +177,11 @@ def estimate_figures(spec: RunSpec, layout: Layout, step: Estimate) -> dict[str,
 
 
 def _figures(step: Estimate) -> dict[str, float]:
-    """Return times and rates of a step: with its parts in turn, and with exchanges behind computation."""
+    """Return the seconds, tokens per second and share of peak FLOPs of a step, in two variants.
+
+    Keys with `in_turn` are for computation and communication one after the other. Keys with `overlapped` are for
+    communication that is hidden behind computation.
+    """
     return {
         "seconds_in_turn": step.sequential_seconds,
         "seconds_overlapped": step.overlapped_seconds,
@@ -188,19 +193,25 @@ def _figures(step: Estimate) -> dict[str, float]:
 
 
 def _bytes_by_link(exchanges: list[Exchange]) -> dict[str, float]:
-    """Return the mean number of bytes that a rank sends in a step, by class of link; empty without exchanges."""
+    """Return the mean number of bytes that a rank sends in a step, by class of network link; empty without exchanges.
+
+    The links are those in a node, those in a domain of well-connected nodes, and those between domains.
+    """
     link_bytes = [[e.times * sends.mean for sends in e.links] for e in exchanges]
     return dict(zip(LinkLoads._fields, map(sum, zip(*link_bytes, strict=True)), strict=True)) if link_bytes else {}
 
 
 def traffic_per_rank(spec: RunSpec, layout: Layout) -> dict[str, dict[str, float]]:
-    """Return the mean number of bytes that a rank sends in a step, by exchange and class of link."""
+    """Return the mean number of bytes that a rank sends in a step, by type of communication and class of link."""
     rows = {"rows to experts and back": _bytes_by_link(dispatch_exchanges(spec, layout))}
     return {**rows, **{e.name: _bytes_by_link([e]) for e in reduction_exchanges(spec, layout)}}
 
 
 def dispatch_figures(spec: RunSpec, layout: Layout, step: Estimate) -> dict[str, dict[str, Any]]:
-    """Return the traffic and times of the same run for each kind of dispatch, flat and hierarchical."""
+    """Return the traffic and times of a run's step for each kind of dispatch, flat and hierarchical.
+
+    Dispatch sends rows (sub-tokens) to the ranks of their experts.
+    """
     figures = {}
     for name in DISPATCHES:
         # `step` is the estimate for the spec's own dispatch, so only the other dispatch needs a new estimate.

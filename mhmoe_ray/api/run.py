@@ -36,14 +36,14 @@ def submit(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_n
 
     Args:
         spec: spec of the run (`load_spec`).
-        address: a Ray cluster: the URL of its dashboard, or its name; None for the default.
-        on_note: function that is called with a line about what is done.
+        address: a Ray cluster: the URL of its dashboard, or its name; None for the default cluster.
+        on_note: callback that gets lines of text about the progress.
 
     Raises:
         DataError: text is missing, or the prepared data does not fit the spec.
         ClusterError: the cluster cannot be started or reached, or can never hold the run.
-        SpecError: it is no spec, the nodes cannot be expected to see the run's storage and data, or the storage cannot
-            be written.
+        SpecError: `spec` is not a loaded spec, the nodes cannot be expected to see the run's storage and data, or the
+            storage cannot be written.
         JobError: the cluster does not accept the job.
     """
     require_spec(spec)
@@ -55,7 +55,7 @@ def find_run(name: "Run | str | PathLike[str] | None" = None, storage: str | Pat
     """Return a run by its id, the start of one, or its path; without a name, the newest run.
 
     Args:
-        name: id, start of an id, or path; or a run, which is returned; None for the newest one that was trained here.
+        name: id, start of an id, or path; or a `Run`, which is returned; None for the newest run that was trained here.
         storage: folder that holds run directories, a path or s3://, gs://; by default MHMOE_STORAGE, else `runs`.
 
     Raises:
@@ -83,10 +83,10 @@ def _storage(storage: str | PathLike[str] | None) -> Location:
 
 @dataclass(frozen=True, repr=False)
 class Run:
-    """A run. All that it is stands in its directory, so another process may have its handle too.
+    """Handle of a run. Everything about the run is in its directory, so several processes may have handles of it.
 
-    Where a path is asked for, a run stands for that of its directory. Once it is removed, all that reads or changes it
-    raises a RunError.
+    A run can be given wherever a path is expected, and then means its directory. After the run is removed, everything
+    that reads or changes it raises a RunError.
     """
 
     directory: RunDir
@@ -99,7 +99,7 @@ class Run:
 
     @property
     def id(self) -> str:
-        """Name of the run directory: the name in the spec and a suffix that no other run has."""
+        """Name of the run directory: the name in the spec and a suffix that makes it unique."""
         return self.directory.id
 
     @property
@@ -112,7 +112,7 @@ class Run:
         """The run directory, after checking that the run was not removed.
 
         Raises:
-            RunError: it was removed.
+            RunError: the run was removed.
         """
         self.directory.require_existing()
         return self.directory
@@ -132,10 +132,10 @@ class Run:
 
     @property
     def state(self) -> str:
-        """State of the run, for which its cluster is asked unless the run is over.
+        """State of the run: submitted, preparing, waiting, running, finished, stopped, failed, imported or unknown.
 
-        It is submitted, preparing, waiting, running, finished, stopped, failed or imported; or unknown if the cluster
-        does not answer.
+        The run's cluster is asked for the state, unless the run is over. The state is unknown if the cluster does not
+        answer.
         """
         directory = self._existing_directory
         return state_of(directory, events.read(directory))[0]
@@ -145,10 +145,10 @@ class Run:
         return run_status(self._existing_directory)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the metrics of each step so far, also while the run trains; of a repeated step only the newest.
+        """Return the metrics of each step so far, one dictionary per step. The run may still be training.
 
-        They are those of metrics.jsonl. The README of the Python interface has a table of the keys, such as `step`,
-        `loss` and `val_loss`.
+        They are read from metrics.jsonl; if a step was repeated, only its newest metrics are returned. The README of
+        the Python interface has a table of the keys, such as `step`, `loss` and `val_loss`.
         """
         return history.read(self._existing_directory)
 
@@ -157,14 +157,14 @@ class Run:
         return list_checkpoints(self._existing_directory)
 
     def logs(self, rank: int | None = None, *, follow: bool = False, on_note: OnNote = ignore_note) -> Iterator[str]:
-        """Return the lines of the log of the run's newest attempt, with all workers, or of one worker by its rank.
+        """Return the log lines of the run's newest attempt: those of all workers, or those of one worker by its rank.
 
-        If the cluster is gone, they are the lines that the run directory keeps.
+        If the cluster is gone, they come from the copy in the run directory.
 
         Args:
             rank: rank of the worker; None for the whole job.
-            follow: whether to go on with new lines until the run ends.
-            on_note: function that is called with a line about where the lines come from.
+            follow: whether to continue with new lines until the run ends.
+            on_note: callback that gets a line of text about where the lines come from.
 
         Raises:
             RunError: the run was imported; or no workers have started yet, or there is no such rank.
@@ -184,13 +184,13 @@ class Run:
         Ctrl-C ends the wait, not the run.
 
         Args:
-            timeout: timeout in seconds; None for none.
+            timeout: timeout in seconds; None to wait without a limit.
             on_event: function that is called with each event of the newest attempt, from its submission on. The key
                 `event` of an event has its kind; the README of the Python interface has a table of the kinds.
-            on_note: function that is called with a line if the cluster or the storage does not answer for now.
+            on_note: callback that gets a line of text if the cluster or the storage does not answer for now.
 
         Raises:
-            JobError: the run failed; the error has the reason.
+            JobError: the run failed; the message has the reason.
             TimeoutError: the run is not over when the timeout ends.
             ClusterError, StorageError: the cluster or the storage has not answered for a while.
         """
@@ -212,14 +212,14 @@ class Run:
         return outcome.state
 
     def stop(self, now: bool = False, on_note: OnNote = ignore_note) -> str:
-        """End the run, and return its state when it is over; `resume` continues it.
+        """Stop the run, and return its state when it is over; `resume` can continue it.
 
-        Its workers finish their step, validate, save a checkpoint and stop. A run whose workers are not training yet
+        Its workers finish their step, validate, save a checkpoint and end. If its workers are not training yet, its job
         is ended at once.
 
         Args:
             now: whether to end its job at once, without a last checkpoint.
-            on_note: function that is called with a line about what is waited for.
+            on_note: callback that gets a line of text about what this call waits for.
 
         Returns:
             The state, such as stopped. It is unknown if the cluster does not answer: then the workers are asked to stop
@@ -243,19 +243,20 @@ class Run:
     ) -> None:
         """Resume the run from its newest complete checkpoint, without waiting for it.
 
-        It must have stopped, failed or lost its cluster. With `until`, it trains longer than its spec says, also if it
-        is finished; a learning rate that has decayed stays at its end, min_lr.
+        The run must have stopped, failed or lost its cluster. With `until`, it trains longer than in its spec, even if
+        it is finished. A learning rate that has decayed then stays at its last value, `min_lr`.
 
         Args:
             until: number of steps up to which it trains; None for the number in its spec.
             overrides: keys of the cluster section to change, such as `{"cluster.workers": 2}`.
             address: a Ray cluster; None for the one that the run was on.
             force: whether to resume it even if its cluster does not answer but it wrote something a moment ago.
-            on_note: function that is called with a line about what is done.
+            on_note: callback that gets lines of text about the progress.
 
         Raises:
             RunError: the run is running, may still be running, is finished, was imported, or cannot have so many steps.
-            SpecError: an override is wrong or not one of the cluster section, or `until` is no whole number.
+            SpecError: an override is wrong or changes a key outside of the cluster section, or `until` is not a whole
+                number.
             ClusterError, JobError: the cluster cannot be reached or hold the run, or does not accept its job.
         """
         if until is not None and not isinstance(until, Integral):
@@ -285,29 +286,30 @@ class Run:
         address: str | None = None,
         on_note: OnNote = ignore_note,
     ) -> Evaluation:
-        """Return the quality of a checkpoint, by domain and language, on raw text or in lm-eval's tasks.
+        """Return the scores of a checkpoint on raw text, by domain and language, or in lm-eval's tasks.
 
-        With neither, it is that on the run's held-out text. A job on the cluster computes it, unless the run directory
-        holds the result already. It is computed again if a file of the text has changed.
+        With neither text nor tasks, the run's held-out text is used. A job on the cluster computes the scores, unless
+        the run directory holds them already. They are computed again if a file of the text has changed.
 
         Args:
             text: folders, files or patterns of raw text, or one of them.
             tasks: names of lm-eval's tasks, or one of them; `english` and `xnli` are the papers' lists.
             checkpoint: one of the run's checkpoints, its name or its step; None for the newest.
             samples: largest number of samples of each domain of the text; None for 512.
-            overrides: data keys of a spec, by which the text is read.
+            overrides: keys of a spec's `data` section with which the text is read.
             task_folders: folders of your own tasks, as lm-eval reads them.
             limit: largest number of questions of each task; None for all.
             gpus: number of GPUs, 0 or 1; None for as many as a worker of the training had.
             prior: prior probabilities of the domains, with which all experts of a model with router `domain` predict
                 together; None if the domain of each text is known.
             recompute: whether to evaluate even if the run directory holds the result.
-            address: a Ray cluster; None for the default.
-            on_note: function that is called with a line about what is done.
+            address: a Ray cluster; None for the default cluster.
+            on_note: callback that gets lines of text about the progress.
 
         Raises:
             CheckpointError: there is no such checkpoint, or it is damaged.
-            SpecError: an argument is given without the one that it belongs to, or an override is wrong.
+            SpecError: an argument is given without the one that it belongs to, such as `limit` without `tasks`; or an
+                override is wrong.
             RunError: there is neither text nor a task, and the run was imported.
             DataError: the text is missing.
             MhmoeError: the job failed; this is the error that it logged.
@@ -344,9 +346,9 @@ class Run:
         """Write a checkpoint in Hugging Face's layout, which transformers, vLLM and lm-eval read.
 
         Args:
-            folder: folder to write; it must not exist, or be empty.
+            folder: folder to write, which must not exist or must be empty.
             checkpoint: one of the run's checkpoints, its name or its step; None for the newest.
-            on_note: function that is called with a line about what is exported.
+            on_note: callback that gets a line of text about what is exported.
 
         Returns:
             The model type, and the number and bytes of the tensors.
@@ -354,7 +356,7 @@ class Run:
         Raises:
             CheckpointError: there is no such checkpoint, it is damaged, or the folder cannot be written.
         """
-        # The module imports torch.
+        # This import is delayed, because the module imports torch, which takes long.
         from mhmoe_ray.checkpoint.huggingface.export import export
 
         # A damaged checkpoint must not be exported, so all of its weights are hashed first.
@@ -377,7 +379,7 @@ class Run:
 
 
 class _AttemptEvents:
-    """Events of a run's newest attempt, and a function that is called with each of them once."""
+    """Reader of the events of a run's newest attempt, which passes each event once to a callback."""
 
     def __init__(self, run: RunDir, on_event: Callable[[dict[str, Any]], object] | None) -> None:
         self._tail, self._on_event = Tail(run.events_file), on_event
@@ -385,7 +387,7 @@ class _AttemptEvents:
         self._reported_count = 0
 
     def read(self) -> RunEvents:
-        """Read the new events, and return all from the newest attempt's submission on."""
+        """Read the new events from the run directory, and return all events since the newest attempt was submitted."""
         self._events += self._tail.new_lines()
         if not self._reported_count:
             submission_indices = [i for i, event in enumerate(self._events) if event["event"] == "submitted"]
@@ -393,7 +395,7 @@ class _AttemptEvents:
         return self._events
 
     def report(self) -> None:
-        """Call the function with each event that was read since the last call."""
+        """Pass each event that was read since the last report to the callback."""
         unreported_events = self._events[self._reported_count :]
         self._reported_count = len(self._events)
         if self._on_event is not None:

@@ -1,4 +1,4 @@
-"""The run, checkpoint, settings and API keys that are served."""
+"""Find the checkpoint of a run to serve, with its settings and API keys."""
 
 import os
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from mhmoe_ray.storage import Location, location
 
 API_KEYS_VARIABLE = "MHMOE_API_KEYS"
 CLUSTER_KEYS = (["cluster", "shared_filesystem"], ["cluster", "runtime_env"])
-"""Keys of a spec outside the serve section that serving uses too."""
+"""Keys of a spec outside of its serve section that serving uses, too."""
 
 
 def resolve_target(
@@ -42,14 +42,14 @@ def resolve_target(
 
     Args:
         target: a spec or its file, which stands for its newest run; a checkpoint or its folder; or a run, its id, the
-            start of one, or its path. None picks the newest run.
+            start of its id, or its path. None picks the newest run.
         checkpoint: one of the run's checkpoints, its name or its step; None picks the newest.
-        storage: folder that holds run directories, if the target is no spec.
-        overrides: overrides of keys of the spec.
-        on_note: function that is called with a warning for each newer checkpoint that is damaged and therefore skipped.
+        storage: folder that holds run directories; if the target is a spec, the spec's own folder is used instead.
+        overrides: `key.path=value` strings that change keys of the spec.
+        on_note: callback that gets a warning for each newer checkpoint that is damaged and therefore skipped.
 
     Raises:
-        SpecError: an override is not one that serving uses, or a spec is wrong.
+        SpecError: an override changes a key that serving does not use, or a spec is wrong.
         RunError, CheckpointError: there is no such run or checkpoint, or the checkpoint is damaged.
     """
     for keys, _ in parse_overrides(overrides):
@@ -85,12 +85,12 @@ def _newest_run(spec: RunSpec, subject: str, fix: str) -> RunDir:
     """Return the newest run of a spec.
 
     Args:
-        spec: the spec.
-        subject: name of the spec, for the error.
-        fix: remedy, for the error.
+        spec: the spec; its runs are those with the same name.
+        subject: name of the spec, for the error message.
+        fix: advice to the user, for the error message.
 
     Raises:
-        RunError: there is no run of it.
+        RunError: the storage has no run of the spec.
     """
     runs = [run for run in list_runs(spec.storage) if run.name == spec.name]
     if not runs:
@@ -101,7 +101,7 @@ def _newest_run(spec: RunSpec, subject: str, fix: str) -> RunDir:
 def with_environment_keys(spec: ServeSpec) -> ServeSpec:
     """Return a copy of the spec with the API keys of the environment variable MHMOE_API_KEYS added to its own.
 
-    A key of the environment whose name is also in the spec gets the limits of that name.
+    A key of the environment with the same name as a key of the spec gets the limits of that key.
 
     Raises:
         SpecError: two keys with the same name have different limits, or the environment variable is malformed.

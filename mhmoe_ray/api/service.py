@@ -25,7 +25,7 @@ from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location, location
 
 SERVE_CPUS = 1
-"""Number of CPUs that a local cluster gets in addition to those of the replicas, for the other processes on it."""
+"""Number of CPUs that a local cluster needs in addition to those of the replicas, for other processes."""
 API_KEY_VARIABLE = "MHMOE_API_KEY"
 
 
@@ -50,19 +50,21 @@ def serve(
         target: a run; a spec or its file, whose newest run is served with the spec's settings; a checkpoint or its
             folder; or the id or path of a run. None for the newest run.
         checkpoint: one of the run's checkpoints, its name or its step; None for the newest.
-        overrides: keys of the section serve, such as `{"serve.port": 8001}`, and cluster.shared_filesystem and
-            cluster.runtime_env.
-        name: name of the application; a cluster may have several. All but mhmoe answer at /NAME.
+        overrides: keys of the spec to change: those of the section serve, such as `{"serve.port": 8001}`,
+            cluster.shared_filesystem and cluster.runtime_env.
+        name: name of the application; a cluster may have several. The one named mhmoe answers at /, all others at
+            /NAME.
         storage: folder that holds run directories; by default MHMOE_STORAGE, else `runs`.
-        address: a Ray cluster: the URL of its dashboard, or its name; None for the default.
-        wait: whether to wait until it answers.
-        on_note: function that is called with a line about what is done.
+        address: a Ray cluster: the URL of its dashboard, or its name; None for the default cluster.
+        wait: whether to wait until the application answers requests.
+        on_note: callback that gets lines of text about the progress.
 
     Raises:
         RunError, CheckpointError: there is no such run or checkpoint, or the checkpoint is damaged.
         SpecError: the spec or an override is wrong, or the nodes cannot be expected to see the run directory.
         ClusterError: the cluster cannot be started or reached.
-        ServeError: Serve does not accept the application, cannot listen there, or the application failed.
+        ServeError: Ray Serve does not accept the application or cannot listen at its address, or the application
+            failed.
     """
     run, path, spec = resolve_target(
         target,
@@ -89,11 +91,11 @@ def serve(
 
 
 def find_service(name: str = APPLICATION, address: str | None = None) -> "Service":
-    """Return a service that was deployed before, by this process or another.
+    """Return a service that this or another process has deployed.
 
     Args:
         name: name of the application.
-        address: a Ray cluster: the URL of its dashboard, or its name; None for the default.
+        address: a Ray cluster: the URL of its dashboard, or its name; None for the default cluster.
 
     Raises:
         ClusterError: the cluster cannot be reached.
@@ -106,17 +108,17 @@ def find_service(name: str = APPLICATION, address: str | None = None) -> "Servic
 
 
 class ServiceUpdate(NamedTuple):
-    """Result of an update of a service."""
+    """Result of the update of a service to another checkpoint."""
 
     checkpoint: str
-    """Name of the checkpoint that is served."""
+    """Name of the checkpoint that is served after the update."""
     is_deployed: bool
-    """Whether the update deployed it. If not, it was served already."""
+    """Whether the update deployed the checkpoint. If not, the checkpoint was served already."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """An application on a cluster that serves a checkpoint of a run. Other processes may have handles of it, too."""
+    """Handle of an application on a cluster that serves a run's checkpoint. Several processes may have one for it."""
 
     name: str
     connection: Connection = field(repr=False)
@@ -126,7 +128,7 @@ class Service:
         """State of the application: URL, whether this machine can reach it, status, message and checkpoint.
 
         Raises:
-            ServeError: it is gone.
+            ServeError: the application is gone.
             ClusterError: the cluster does not answer.
         """
         for application in serving.applications(self.connection):
@@ -136,7 +138,7 @@ class Service:
 
     @property
     def url(self) -> str:
-        """URL at which it answers; completions are at /v1/completions below it.
+        """URL at which the service answers. Completions are at /v1/completions below this URL.
 
         Raises:
             ServeError: the application is gone.
@@ -146,20 +148,20 @@ class Service:
 
     @property
     def checkpoint(self) -> Location:
-        """Path of the checkpoint that it serves, or that is being deployed.
+        """Path of the checkpoint that the service serves or is deploying.
 
         Raises:
-            ServeError: the application is gone, or another one has its name that does not serve a checkpoint.
+            ServeError: the application is gone, or its name now belongs to one that does not serve a checkpoint.
             ClusterError: the cluster does not answer.
         """
         return _checkpoint_of(self.application)
 
     def wait(self, timeout: float | None = None, on_note: OnNote = ignore_note) -> None:
-        """Wait until it answers. Ctrl-C ends the wait, not the deployment.
+        """Wait until the service answers requests. Ctrl-C ends the wait, not the deployment.
 
         Args:
-            timeout: timeout in seconds, which counts only while the cluster answers; None for none.
-            on_note: function that is called with a line of progress now and then.
+            timeout: timeout in seconds, which counts only while the cluster answers; None to wait without a limit.
+            on_note: callback that now and then gets a line of text about the progress.
 
         Raises:
             ServeError: the application failed, is gone, or does not run in time.
@@ -168,10 +170,10 @@ class Service:
         serving.wait_until_running(self.connection, self.name, inf if timeout is None else timeout, say=on_note)
 
     def stats(self, key: str | None = None) -> dict[str, Any]:
-        """Return the statistics of its replicas, as `mhmoe serve status --json` prints them.
+        """Return the statistics of the service's replicas, as `mhmoe serve status --json` prints them.
 
         Args:
-            key: API key, if the service asks for one; by default that of MHMOE_API_KEY.
+            key: API key, if the service asks for one; None for that of the environment variable MHMOE_API_KEY.
 
         Raises:
             ServeError: the application is gone, asks for a key, or cannot be reached from here.
@@ -197,8 +199,8 @@ class Service:
 
         Args:
             checkpoint: one of the run's checkpoints, its name or its step; None for the newest.
-            wait: whether to wait until it is served.
-            on_note: function that is called with a line about what is done.
+            wait: whether to wait until the checkpoint is served.
+            on_note: callback that gets lines of text about the progress.
 
         Raises:
             CheckpointError: there is no such checkpoint, or it is damaged.
@@ -228,7 +230,7 @@ class Service:
         """Stop serving, and wait until running requests are finished and the application is gone.
 
         Args:
-            on_note: function that is called with a line of progress now and then.
+            on_note: callback that now and then gets a line of text about the progress.
 
         Raises:
             ServeError: there is no such application any more.
@@ -241,7 +243,7 @@ def _checkpoint_of(application: Application) -> Location:
     """Return the path of the checkpoint that an application serves.
 
     Raises:
-        ServeError: it does not serve a checkpoint.
+        ServeError: the application does not serve a checkpoint.
     """
     if application.checkpoint is None:
         reason = "it serves no checkpoint of a run"
@@ -258,16 +260,16 @@ def _deploy(
     remark: str,
     on_note: OnNote,
 ) -> None:
-    """Deploy an application without waiting for it, and record that in the run directory.
+    """Deploy an application without waiting until it answers, and record the deployment in the run directory.
 
     Args:
         run: the run whose checkpoint is served.
         connection: connection to the cluster.
-        config: Serve's configuration of the application.
-        host: address that Serve's proxy listens on.
-        port: port that Serve's proxy listens on.
-        remark: end of the line about the deployment.
-        on_note: function that is called with that line.
+        config: Ray Serve's configuration of the application.
+        host: address on which Ray Serve's proxy listens.
+        port: port on which Ray Serve's proxy listens.
+        remark: end of the note "deploying CHECKPOINT ...", such as "of RUN".
+        on_note: callback that gets this note.
     """
     name, checkpoint = config["name"], location(config["args"]["checkpoint"]).name
     # Serve ignores a configuration that it already has, so it starts a failed application again only if something
@@ -282,7 +284,7 @@ def _deploy(
 
 
 def _application_status(connection: Connection, name: str) -> str | None:
-    """Return Serve's status of an application; None if the cluster has no application of this name."""
+    """Return Ray Serve's status of an application; None if the cluster has no application of this name."""
     return next((a.status for a in serving.applications(connection) if a.name == name), None)
 
 

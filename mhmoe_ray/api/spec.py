@@ -18,12 +18,12 @@ Overrides = Sequence[str] | Mapping[str, Any]
 def load_spec(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Overrides = ()) -> RunSpec:
     """Return the complete spec of a YAML file or of a mapping with the same keys.
 
-    Presets, matches and the defaults of a `start` section are resolved, and relative paths become absolute from the
-    current directory.
+    Presets, sizes that match a reference model, and the defaults of a `start` section are filled in. Relative paths
+    become absolute, starting at the current directory.
 
     Args:
-        source: path of a YAML file such as jobs/quickstart.yaml, or a mapping, whose `start.from` may be a run or a
-            checkpoint.
+        source: path of a YAML file such as jobs/quickstart.yaml, or a mapping. The `start.from` of a mapping may be a
+            `Run` or a `Checkpoint`.
         overrides: keys that replace those of the source, such as `["train.steps=50"]` or `{"train.steps": 50}`.
 
     Raises:
@@ -48,7 +48,7 @@ def require_spec(spec: object) -> None:
     """Check that an argument is a loaded spec.
 
     Raises:
-        SpecError: it is something else, such as the mapping that a spec is loaded from.
+        SpecError: the argument is something else, such as the mapping from which a spec is loaded.
     """
     if not isinstance(spec, RunSpec):
         raise SpecError("spec", f"it is of type {type(spec).__name__}", "give what mhmoe_ray.load_spec returns")
@@ -58,7 +58,7 @@ def override_list(overrides: Overrides) -> list[str]:
     """Return overrides as a list of `key.path=value` strings, whose values are YAML."""
     if isinstance(overrides, Mapping):
         return [f"{key}={_yaml_value(value)}" for key, value in overrides.items()]
-    # A string is a sequence too, of its characters.
+    # A single string is a sequence too, and `list` would split it into its characters.
     return [overrides] if isinstance(overrides, str) else list(overrides)
 
 
@@ -70,7 +70,7 @@ def _yaml_value(value: Any) -> str:
 
 
 def _plain_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a spec's mapping as YAML would give it: with plain dictionaries and lists, and paths as text."""
+    """Return a copy of a spec's mapping as a YAML file would give it: with dictionaries, lists and paths as text."""
     return {key: _plain_value(value) for key, value in tree.items()}
 
 

@@ -1,12 +1,12 @@
-"""Architectures without their modules: options, counts of parameters and operations, saved bytes, Hugging Face names.
+"""Transformer architectures without their modules: options, counts of parameters and bytes, and Hugging Face names.
 
 An architecture has two files of the same name. The one here needs no torch; the spec and the planner read it. The one
 in `model/architectures/` has the modules and the initialization. `tests/test_architectures.py` compares the counts of
 each architecture with the built model.
 
     base.py     the interface of an architecture
-    llama.py    RMSNorm, rotary positions and SwiGLU (P2)
-    subln.py    LayerNorm also inside attention and feed-forward, xPos and GELU (P1)
+    llama.py    RMSNorm, rotary positions and SwiGLU (the models of arXiv 2411.16205)
+    subln.py    LayerNorm also inside attention and feed-forward, xPos and GELU (the models of arXiv 2404.15045)
 """
 
 from typing import TYPE_CHECKING, Literal

@@ -1,4 +1,4 @@
-"""The interface of an architecture: options for the spec, counts for the planner, names of exported tensors.
+"""The interface of an architecture: its options in a spec, counts for the planner, and names of exported tensors.
 
 Methods take sizes as plain numbers: d is the width of the model, D the width of a feed-forward layer's or an
 expert's rows (tokens or sub-tokens), F the hidden width of a feed-forward layer or an expert.
@@ -16,14 +16,14 @@ FLOAT32 = 4
 
 
 class Architecture(ABC):
-    """An architecture: its options, its counts of parameters and bytes, and the names of its exported tensors."""
+    """Transformer architecture: its options, its counts of parameters and bytes, and names of its exported tensors."""
 
     expert_function: ClassVar[ExpertFunction]
-    """Name in mhmoe_kernels of the function of a dense feed-forward layer and of an expert."""
+    """Function that a dense feed-forward layer or an expert computes, by its name in mhmoe_kernels."""
     grouped_queries: ClassVar[bool]
     """True if several attention heads may share keys and values (`model.kv_heads`)."""
     longest_sequence: ClassVar[int | None] = None
-    """Largest sequence length whose positions stay in the range of float32; None if any length does."""
+    """Largest sequence length at which encoded positions stay in the range of float32; None if all lengths do."""
     runs_in_vllm: ClassVar[bool] = False
     """True if `serving/vllm` implements the layers of this architecture."""
 
@@ -31,22 +31,22 @@ class Architecture(ABC):
     norm_vectors: ClassVar[int]
     """Number of parameter vectors of a norm, each as wide as the model."""
     attention_bias: ClassVar[Literal["none", "qkv", "all"]] = "none"
-    """Projections of attention that have a bias, if the spec does not choose (`model.attention_bias`)."""
+    """Projections of attention that have a bias, unless the spec chooses them (`model.attention_bias`)."""
     has_trunk_options: ClassVar[bool] = False
     """True if a spec may choose biases and norms of attention and the scaling of positions."""
     expert_matrices: ClassVar[int]
-    """Number of matrix products in a feed-forward layer or an expert, each between widths D and F."""
+    """Number of matrix products in a feed-forward layer or an expert, each between the widths D and F."""
 
     tensor_names: ClassVar[tuple[tuple[str, str], ...]]
-    """Names of the feed-forward tensors: pairs of the name in a checkpoint and the name in an exported folder, in the
-    notation of `checkpoint/huggingface/names.py`."""
+    """Names of the feed-forward tensors, as pairs of the name in a checkpoint and the name in an exported Hugging Face
+    model, in the notation of `checkpoint/huggingface/names.py`."""
 
     def norm_parameters(self, d: int) -> int:
         """Return the number of parameters of one norm over rows of width `d`."""
         return self.norm_vectors * d
 
     def expert_macs(self, width: int, hidden: int) -> int:
-        """Return the multiply-adds of a feed-forward layer or an expert for one row.
+        """Return the number of multiply-adds of a feed-forward layer or an expert for one row.
 
         Args:
             width: D, the width of its rows.
@@ -56,13 +56,18 @@ class Architecture(ABC):
 
     @abstractmethod
     def expert_parameters(self, width: int, hidden: int) -> int:
-        """Return the number of parameters of a feed-forward layer or an expert with rows of width D and hidden rows of
-        width F."""
+        """Return the number of parameters of a feed-forward layer or an expert.
+
+        Args:
+            width: D, the width of its rows.
+            hidden: F, the width of its hidden rows.
+        """
 
     @abstractmethod
     def norm_saved_bytes(self, d: int, size: int) -> int:
-        """Return the bytes per token that a norm saves for the backward, including the operand of the matrix product
-        after it.
+        """Return the bytes per token that a norm saves for the backward.
+
+        They include its result in the precision of the matrix product after it, which reads this result.
 
         Args:
             d: width of the model.
@@ -93,5 +98,5 @@ class Architecture(ABC):
     def grouped_hidden_saved_bytes(self, hidden: int, size: int) -> int:
         """Return the bytes that kernel `grouped` saves for one hidden row, with the arguments of `hidden_saved_bytes`.
 
-        Its backward is written by hand and needs less than autograd's.
+        The kernel's backward is written by hand and needs fewer values than autograd's.
         """

@@ -1,4 +1,4 @@
-"""The llama architecture (P2): RMSNorm, rotary positions, SwiGLU, no biases."""
+"""The llama architecture, as in the models of arXiv 2411.16205: RMSNorm, rotary positions, SwiGLU, no biases."""
 
 from typing import ClassVar
 
@@ -7,7 +7,7 @@ from mhmoe_ray.architectures.base import FLOAT32, Architecture
 
 
 class Llama(Architecture):
-    """Options and counts of the llama architecture."""
+    """The llama architecture: its options, counts of parameters and bytes, and names of exported tensors."""
 
     expert_function: ClassVar[ExpertFunction] = "swiglu"
     grouped_queries = True

@@ -1,5 +1,7 @@
-"""The subln architecture (P1): LayerNorm also inside attention and feed-forward (SubLN, arXiv 2210.06423), positions by
-xPos, GELU, biases, embeddings scaled by sqrt(d)."""
+"""The subln architecture (SubLN, arXiv 2210.06423): LayerNorm also inside attention and feed-forward layers.
+
+It also has xPos positions, GELU, biases, and embeddings scaled by sqrt(d), as in the models of arXiv 2404.15045.
+"""
 
 from typing import ClassVar
 

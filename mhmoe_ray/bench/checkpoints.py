@@ -21,7 +21,7 @@ class Figures(NamedTuple):
     """Measurements of checkpoints; lists have the seconds of each round, without the warm-up round."""
 
     state: int
-    """Bytes of weights and moments."""
+    """Bytes of weights and of the optimizer's moments."""
     steps: list[float]
     """Seconds of a training step while no checkpoint is written."""
     steps_while_writing: list[float]
@@ -44,7 +44,7 @@ class Figures(NamedTuple):
 
     @property
     def extra_to_state(self) -> float | None:
-        """Ratio of `extra` to `state`; None if `extra` is."""
+        """Ratio of `extra` to `state`; None if `extra` is None."""
         return None if self.extra is None else self.extra / self.state
 
     def as_json(self) -> dict[str, Any]:
@@ -124,16 +124,17 @@ def _with_folders(spec: RunSpec, folder: Path) -> RunSpec:
 
 
 def _time_action(action: Callable[[], object], read_clock: Callable[[], float]) -> float:
-    """Call `action`, and return the seconds that it takes by the clock."""
+    """Call `action`, and return the seconds that it takes, as `read_clock` measures them."""
     start_time = read_clock()
     action()
     return read_clock() - start_time
 
 
 def _settled_peak(action: Callable[[], object], tolerance: int) -> int | None:
-    """Repeat an action until 8 runs in a row raise its peak memory by less than `tolerance`; return the last peak.
+    """Repeat an action until its peak memory has settled, and return the last peak in bytes.
 
-    The action runs at most 65 times. The result is None if the system does not report the peak.
+    The peak has settled if it grew by less than `tolerance` bytes in each of 8 runs in a row. The action runs at most
+    65 times. The result is None if the system does not report the peak.
     """
     # During the first tens of steps, the C library keeps more and more freed memory for reuse. The steps are repeated
     # until this growth ends, because otherwise it would count as the checkpoint's memory.

@@ -1,4 +1,7 @@
-"""Latency of commands, each run as a process: help, status of a long run, and submit until its job's first event."""
+"""Latency of `mhmoe --help`, of `mhmoe status` on a long run, and of `mhmoe submit` until its job's first event.
+
+Each command runs in a process of its own.
+"""
 
 import json
 import subprocess
@@ -21,7 +24,7 @@ EVENT_TIMEOUT = 60.0
 
 
 class CommandFigures(NamedTuple):
-    """Latency of three commands in seconds."""
+    """Latency of three `mhmoe` commands in seconds."""
 
     help: list[float]
     """Seconds of `mhmoe --help`, one value per round."""
@@ -67,7 +70,7 @@ def _run_command(*args: str) -> str:
 
 
 def _long_run(spec: RunSpec, lines: int) -> RunDir:
-    """Create a finished run of `lines` steps, with one line of metrics per step."""
+    """Create the directory of a finished run of `lines` steps, with one synthetic line of metrics per step."""
     run = create_run(spec.model_copy(update={"train": spec.train.model_copy(update={"steps": lines})}))
     # Every run has an attempt. No cluster listens at this address, and none is needed: commands do not ask the cluster
     # of a finished run.

@@ -37,7 +37,9 @@ from mhmoe_ray.spec import RunSpec
 
 
 def prepare_with_mhmoe(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
-    """Prepare text as `mhmoe data prepare` does, with quarantine, held-out documents and baselines, and measure it.
+    """Prepare text as `mhmoe data prepare` does, and return the time, the memory and the amounts of text and tokens.
+
+    The preparation includes the quarantine of unreadable lines, held-out documents and the baselines of the loss.
 
     Args:
         spec: a spec that names its tokenizer; its sources are read.
@@ -65,7 +67,7 @@ def stream_with_mhmoe(spec: RunSpec, folder: Path, processes: int) -> dict[str, 
 
     Args:
         spec: the spec of a training whose data are prepared.
-        folder: not used.
+        folder: not used, but every measurement gets one.
         processes: the number of logical CPUs of Ray.
     """
     ray.init("local", num_cpus=processes, log_to_driver=False, include_dashboard=False)
@@ -92,8 +94,8 @@ def stream_with_pool(spec: RunSpec, folder: Path, processes: int) -> dict[str, A
 
     Args:
         spec: the spec of a training whose data are prepared.
-        folder: not used.
-        processes: the number of processes.
+        folder: not used, but every measurement gets one.
+        processes: the number of processes in the pool.
     """
     batch_count, start_time = spec.train.steps * spec.train.micro_batches, 0.0
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
@@ -110,7 +112,7 @@ def _read_micro_batch(spec: RunSpec, number: int) -> EncoderSamples | VisionSamp
 
 
 def prepare_with_datasets(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
-    """Prepare text with Hugging Face's datasets and tokenizers, and measure it.
+    """Prepare text with Hugging Face's datasets and tokenizers, and return the time, the memory and the tokens.
 
     It runs `load_dataset("json")`, then `map` with the tokenizers library, then `map` to samples of T + 1 tokens. All
     domains are concatenated, which is less work than separate domains.
@@ -131,7 +133,7 @@ def prepare_with_datasets(spec: RunSpec, folder: Path, processes: int) -> dict[s
 
 
 def prepare_with_our_encoder(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
-    """Prepare text as `prepare_with_datasets` does, but with our document encoder."""
+    """Prepare text as `prepare_with_datasets` does, but tokenize it with our document encoder."""
     file = spec.data.prepared / "tokenizer.json"
     return _prepare_with_encoder(spec, folder, processes, lambda texts: document_encoder(file).encode(texts))
 
@@ -139,7 +141,7 @@ def prepare_with_our_encoder(spec: RunSpec, folder: Path, processes: int) -> dic
 def _prepare_with_encoder(
     spec: RunSpec, folder: Path, processes: int, encode: Callable[[list[str]], list[list[int]]]
 ) -> dict[str, Any]:
-    """Prepare text as `prepare_with_datasets` does, with `encode` from texts to token ids, and measure it."""
+    """Prepare text as `prepare_with_datasets` does; the function `encode` turns texts into token ids."""
     os.environ |= {"HF_HOME": str(folder), "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     # The import must follow the line above, because datasets reads these environment variables when it is imported.
     import datasets
@@ -181,9 +183,9 @@ def _prepare_with_encoder(
 
 
 def stream_with_mosaicml(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
-    """Read the same samples from MDS shards, shuffled, through torch's DataLoader, and measure it.
+    """Read the training samples in random order with MosaicML's streaming and torch's DataLoader.
 
-    The writing of the shards and the first micro-batch are not timed.
+    Return the seconds that this takes, without the writing of the samples as MDS shards and the first micro-batch.
 
     Args:
         spec: the spec of a training whose data are prepared.
@@ -221,7 +223,7 @@ def stream_with_mosaicml(spec: RunSpec, folder: Path, processes: int) -> dict[st
 
 
 class Contestant(NamedTuple):
-    """Measurement of one package at one task."""
+    """Way to prepare or to stream data with one package, which is measured beside the others."""
 
     task: str
     """Name of the task, `prepare` or `stream`."""
@@ -240,39 +242,39 @@ CONTESTANTS = {
 }
 OUR_CONTESTANTS = ("prepare: mhmoe", "stream: mhmoe")
 IMAGE_CONTESTANTS = ("stream: mhmoe", "stream: a bare pool")
-"""Contestants for the spec of a model with images."""
+"""Keys of `CONTESTANTS` that are measured for the spec of a model with images."""
 POOL_CHUNK = 4
 """Number of micro-batches that a process of the pool gets at a time."""
 
 
 class Figures(NamedTuple):
-    """Measurements of one contestant."""
+    """Measurements of one package that prepares or streams data, in all rounds."""
 
     name: str
     rounds: list[dict[str, Any]]
     """Measurements of each round, including `seconds`."""
     ratio_to_ours: float
-    """Median over rounds of the ratio of the contestant's time to ours."""
+    """Median over rounds of the ratio of the package's time to that of this project."""
 
     def median(self, key: str) -> float:
-        """Return the median over rounds of one of the measurements, such as `seconds`."""
+        """Return the median over rounds of the measurement with this key, such as `seconds`."""
         return float(statistics.median(measurement[key] for measurement in self.rounds))
 
 
 def run_contest(
     spec: RunSpec, names: list[str], rounds: int, processes: int, report: Callable[[str], None]
 ) -> Iterator[Figures]:
-    """Measure the named contestants in interleaved rounds, and yield the figures of each.
+    """Measure several packages at preparing or streaming data in interleaved rounds, and yield the results of each.
 
     Args:
-        spec: a spec that names its tokenizer; for contestants that stream, its data must be prepared.
-        names: keys of `CONTESTANTS`, including our contestant of each task.
-        rounds: the number of rounds of all contestants; every other round is in reverse order.
-        processes: the number of processes of each contestant.
+        spec: a spec that names its tokenizer; for measurements of streaming, its data must be prepared.
+        names: keys of `CONTESTANTS`, including the one of this project for each task.
+        rounds: the number of rounds, each of all packages; every other round is in reverse order.
+        processes: the number of processes of each package.
         report: a function that is called with a line after each measurement.
 
     Raises:
-        JobError: one of the contestants failed.
+        JobError: one of the measurements failed.
     """
     results_by_name: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for turn, name in turns(names, rounds):

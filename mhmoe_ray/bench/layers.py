@@ -24,7 +24,7 @@ from mhmoe_ray.spec.base import Precision
 
 
 class Shape(NamedTuple):
-    """Sizes of the plain layer, which determine the sizes of the others."""
+    """Sizes of the plain mixture of experts, from which the sizes of all other layers to compare follow."""
 
     tokens: int = 4096
     d_model: int = 512
@@ -38,7 +38,7 @@ class Shape(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """Layer to measure, which is built on demand."""
+    """Description of a layer to measure; `build` creates the layer itself."""
 
     name: str
     moe: MoESpec | None
@@ -115,8 +115,8 @@ def our_layers(
         dtype: the data type to run with.
 
     Raises:
-        SpecError: a layer of these sizes is impossible, no layer with this number of heads matches, or no kernel can
-            run.
+        SpecError: a layer of these sizes is impossible, no multi-head layer with one of the numbers of heads has equal
+            work, or no kernel can run.
     """
     plain_moe = shape.plain_moe
     moes: dict[str, MoESpec] = {"SMoE": plain_moe, "X-MoE": plain_moe.model_copy(update={"router": "xmoe"})}

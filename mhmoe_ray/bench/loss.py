@@ -17,7 +17,7 @@ ALL_LOGITS = "all logits"
 
 
 class Size(NamedTuple):
-    """Sizes of the loss."""
+    """Sizes of the output layer: tokens of a micro-batch, entries of the vocabulary, and width of the model."""
 
     tokens: int = 2048
     vocab_size: int = 32768
@@ -25,19 +25,19 @@ class Size(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """Measurements of one way to compute the loss."""
+    """Measurements of one way to compute the loss, for all logits at once or chunk by chunk."""
 
     name: str
     timing: Timing
     """Seconds of a forward and a backward in each round."""
     peak_bytes: int
-    """Largest number of bytes at one time, beside weights and inputs."""
+    """Largest number of bytes allocated at one time, without weights and inputs."""
     loss: float
     """Mean loss of a token in nats."""
     time_ratio: float
-    """Ratio of the median time to that with all logits."""
+    """Ratio of the median time to that of computing all logits at once."""
     memory_ratio: float
-    """Ratio of the peak to that with all logits."""
+    """Ratio of the peak memory to that of computing all logits at once."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the measurements as `mhmoe bench loss --json` prints them."""
@@ -47,7 +47,10 @@ class Figures(NamedTuple):
 def measure(
     size: Size, chunk_rows: Sequence[int], precision: Precision, rounds: int, hardware: Hardware
 ) -> list[Figures]:
-    """Measure the loss with all logits and with each number of rows in a chunk, in interleaved rounds."""
+    """Measure the loss with all logits at once and with each number of rows (tokens) in a chunk.
+
+    The alternatives take turns in each round.
+    """
     device = hardware.device
     generator = torch.Generator().manual_seed(0)
     x_BTM = torch.randn(1, size.tokens, size.d_model, generator=generator).to(device).requires_grad_()

@@ -1,4 +1,4 @@
-"""Measurement of all layers at one shape: memory of a first pass, then interleaved rounds of time.
+"""Measurement of all expert layers at one set of sizes: memory in a first pass, then time in interleaved rounds.
 
 Memory means the bytes from torch's allocator, without the bytes that libraries allocate themselves, such as oneDNN's
 scratch space.
@@ -87,7 +87,7 @@ def _allocation_changes(run: Callable[[], object]) -> list[int]:
 
 
 def highest_sum(changes: Iterable[int]) -> int:
-    """Return the highest partial sum of the changes, starting from 0."""
+    """Return the highest running sum of allocations and releases in bytes, starting from 0."""
     total = highest_total = 0
     for change in changes:
         total += change
@@ -103,7 +103,7 @@ Its masks have k N^2 values each: with k = 2 a pass takes 3 GB at 8,192 rows, an
 
 
 class Request(NamedTuple):
-    """Layers to measure, and how to measure them."""
+    """Request of `mhmoe bench layer`: the layers to measure, their sizes, and the number of rounds."""
 
     shape: Shape
     heads: Sequence[int]
@@ -135,10 +135,10 @@ class Figures(NamedTuple):
 
 
 class Measurements(NamedTuple):
-    """Figures of all layers of a request that can run, and the other layers and kernels."""
+    """Measurements of all requested layers that can run, and the layers and kernels that were skipped."""
 
     figures: list[Figures]
-    """Figures of each layer: of the dense layer, of the plain one, then of the others."""
+    """Measurements of the dense layer, of the plain one, and then of all others."""
     skipped: list[SkippedCase]
 
 
@@ -214,15 +214,15 @@ def requested_layers(request: Request, device: torch.device) -> tuple[list[Layer
 
 
 def row_count(moe: MoESpec | None, shape: Shape) -> int:
-    """Return the number of rows N of a layer: its tokens, or its sub-tokens."""
+    """Return the number of rows N that a layer sends to experts: its tokens or, with several heads, its sub-tokens."""
     return shape.tokens * (moe.heads if moe else 1)
 
 
 def failure_reason(layer: Layer, error: Exception) -> str | None:
-    """Return the reason why a layer cannot run, in one line, from the error that it raised; None if that is a bug.
+    """Return the reason why a layer cannot run, in one line, from the error that it raised; None if the error is a bug.
 
-    For every layer, too little memory on the device is a reason. For a layer of another package, every error is one.
-    For a kernel that the request names, a ValueError is one, because kernels refuse sizes in this way.
+    For every layer, too little memory on the device is a reason. For a layer of another package, every error is a
+    reason. For a kernel that the request names, a ValueError is a reason, because kernels refuse sizes in this way.
     """
     is_kernel_named = layer.moe is not None and layer.moe.kernel != "auto"
     if (
@@ -237,7 +237,7 @@ def failure_reason(layer: Layer, error: Exception) -> str | None:
 
 
 def as_json(figures: Sequence[Figures]) -> list[dict[str, Any]]:
-    """Return the figures as JSON, with their ratios to the first two, which are the dense and the plain layer."""
+    """Return the measurements of layers as JSON data, with ratios to the first two, the dense and the plain layer."""
     dense, plain = (f.median for f in figures[:2])
     return [
         {

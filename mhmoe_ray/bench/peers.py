@@ -1,6 +1,6 @@
 """Expert layers of other packages, with the weights of our plain layer, so that routing and work are the same.
 
-All of them divide the k gates by their sum, as `normalize_gates` does.
+All of them divide the k gates of a token by their sum, as `normalize_gates` in our specs does.
 """
 
 import sys
@@ -20,7 +20,7 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class Peer(NamedTuple):
-    """Layer of another package."""
+    """Expert layer of another package, and the conditions under which it can be measured."""
 
     name: str
     package: str
@@ -122,7 +122,7 @@ def build_sonicmoe(our_layer: MultiHeadMoE) -> nn.Module:
     )
     state = {
         "router.weight": _router_weight(our_layer),
-        # Rows of gate and up take turns.
+        # SonicMoE expects the rows of the gate projection and of the up projection in turn.
         "c_fc.weight": torch.stack([gate_EFD, up_EFD], dim=2).flatten(1, 2),
         "c_proj.weight": down_EDF,
     }
@@ -131,7 +131,7 @@ def build_sonicmoe(our_layer: MultiHeadMoE) -> nn.Module:
 
 
 class ScatterMoELayer(nn.Module):
-    """Router, and the experts of ScatterMoE with our weights."""
+    """Mixture of experts with a linear router and the experts of ScatterMoE, with our weights."""
 
     def __init__(self, our_layer: MultiHeadMoE) -> None:
         from scattermoe.mlp import GLUMLP
@@ -151,7 +151,7 @@ class ScatterMoELayer(nn.Module):
         self.load_state_dict(state)
 
     def forward(self, x_BTM: Tensor) -> Tensor:
-        """Return the outputs of the tokens."""
+        """Return the output of the layer for each token, in the shape of the input."""
         # Autocast does not reach ScatterMoE's own functions, so the types are converted here.
         x_ND = x_BTM.flatten(0, 1).to(self.router.weight.dtype)
         gate_NK, expert_NK = self.router(x_ND).float().softmax(-1).topk(self.top_k)
@@ -198,7 +198,7 @@ def _build(peer: Peer, shape: Shape) -> nn.Module:
 
 
 def unavailable_reason(peer: Peer, version: str | None, device: torch.device) -> str | None:
-    """Return the reason why a version of a package cannot be measured, in one line; None if it can.
+    """Return the reason why a layer of another package cannot be measured, in one line; None if it can be measured.
 
     Args:
         peer: the layer of the package.

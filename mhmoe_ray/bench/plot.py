@@ -1,4 +1,4 @@
-"""Plot of a sweep: time, its ratio to the dense layer, and peak memory of each layer along the axis."""
+"""Plot of a sweep: time, its ratio to the dense layer, and peak memory of each layer at several values of one size."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +21,7 @@ MARKS = "osD^vPX<>*pd"
 
 
 class Style(NamedTuple):
-    """Colour and marks of the line of a layer."""
+    """Colour and marks of a layer's line in the plot."""
 
     colour: str
     mark: str
@@ -30,7 +30,7 @@ class Style(NamedTuple):
 
 
 def plot(sweep: Sweep, request: Request, hardware: Hardware, path: Path) -> None:
-    """Draw a sweep and write it as a PNG.
+    """Draw the measurements of a sweep, and write the plot as a PNG file.
 
     Raises:
         DataError: matplotlib is not installed, or the file cannot be written.
@@ -71,9 +71,9 @@ def draw_picture(sweep: Sweep, request: Request, hardware: Hardware) -> "Figure"
 
 
 def layer_styles(series: dict[str, dict[int, Figures]]) -> dict[str, Style]:
-    """Return the style of each layer of a sweep by the layer's name.
+    """Return the colour and the marks of each layer of a sweep, by the layer's name.
 
-    A layer has one colour, with static routing and with any kernel. The marks differ in the order of `series`; they are
+    A layer has the same colour with static routing and with any kernel. The marks change from layer to layer; they are
     hollow for static routing and for layers of other packages.
     """
     colour_by_layer: dict[str, str] = {}
@@ -95,10 +95,10 @@ def _draw_layer(
     """Draw the values of a layer at its points as a line, whose extrapolated part is dashed.
 
     Args:
-        axes: the panel.
-        layer_figures: the figures of the layer by point.
-        values: the value of the panel by point.
-        style: the style of the layer.
+        axes: the panel to draw in.
+        layer_figures: the measurements of the layer by point (value of the size that varies).
+        values: the values to draw, by point.
+        style: the colour and marks of the layer.
         label: the name in the legend; empty for no entry.
     """
     measured_points = [point for point in layer_figures if not layer_figures[point].is_extrapolated]

@@ -11,7 +11,7 @@ POLL_SECONDS = 0.2
 
 
 class MemoryUsage(NamedTuple):
-    """Memory of one process."""
+    """Memory of one process in bytes."""
 
     resident: int
     """Resident bytes, including those shared with other processes."""
@@ -50,7 +50,7 @@ class PeakMemory:
 
 def descendants(root: int) -> list[int]:
     """Return the ids of all descendants of a process, without the process itself."""
-    # Not every kernel lists the children of a process in /proc. Each names its parent, so children are found by that.
+    # Not every kernel lists the children of a process in /proc, but each names the parent, from which they are found.
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

@@ -1,4 +1,4 @@
-"""Measurements in processes of their own, so that nothing of a measurement, such as its Ray, affects the next one."""
+"""Measurements in processes of their own, so that no remains of one, such as its Ray cluster, affect the next one."""
 
 import importlib
 import json
@@ -17,16 +17,16 @@ from mhmoe_ray.cluster.spawn import PRIVATE
 from mhmoe_ray.spec import RunSpec
 
 Measurement = Callable[[RunSpec, Path, int], dict[str, Any]]
-"""Function that measures a spec in an empty folder with a number of processes or threads.
+"""Function (spec, empty folder, number of processes or threads) that measures something and returns the results.
 
-It returns figures that JSON can represent.
+The results must be data that JSON can represent.
 """
 
 
 def run_in_process(
     measurement: Measurement, spec: RunSpec, number: int, title: str, **variables: str
 ) -> dict[str, Any]:
-    """Run a measurement in a process of its own with an empty temporary folder, and return its figures.
+    """Run a measurement in a process of its own with an empty temporary folder, and return its results.
 
     Args:
         measurement: a function at the top level of a module.
@@ -59,7 +59,7 @@ def run_in_process(
 
 
 def main() -> None:
-    """Run the measurement that the JSON on stdin names, and print its figures as JSON."""
+    """Run the measurement that the JSON on stdin names, and print its results as JSON."""
     request = json.load(sys.stdin)
     measurement: Measurement = getattr(importlib.import_module(request["module"]), request["function"])
     spec = RunSpec.model_validate_json(request["spec"])

@@ -1,8 +1,8 @@
-"""Overhead of a run: a whole training with Ray Train and the stream, compared with the same steps in a bare loop.
+"""Overhead of a run: training with Ray Train and the data stream, compared with the same steps in a bare loop.
 
-Run and loops train the same model on the same samples from the same start, so they end with the same loss, to the last
-bit. The loop is measured twice: with the C library's default settings for memory, and with those of a run's workers
-(train/malloc.py).
+The run and the loop train the same model on the same samples from the same initial weights. On CPUs their final losses
+are therefore bit-identical. The loop is measured twice: with the C library's default settings for memory, and with the
+settings of a run's workers (train/malloc.py).
 """
 
 import os
@@ -67,11 +67,13 @@ def _throughput_ratio(run: list[dict[str, Any]], loop: list[dict[str, Any]]) -> 
 
 
 def measure(spec: RunSpec, threads: int, rounds: int, report: Callable[[str], None]) -> Figures:
-    """Measure the run and both loops in interleaved rounds; every other round is in reverse order.
+    """Measure the run, and the loop with both memory settings, in interleaved rounds.
+
+    Every other round is in reverse order.
 
     Args:
         spec: a spec whose data are prepared.
-        threads: the number of threads of the worker, and of the loop.
+        threads: the number of threads of the run's worker, and of the loop.
         rounds: the number of rounds.
         report: a function that is called with a line after each measurement.
 
@@ -130,7 +132,7 @@ def measure_run(spec: RunSpec, folder: Path, _threads: int) -> dict[str, Any]:
 
 
 def measure_loop(spec: RunSpec, _folder: Path, threads: int) -> dict[str, Any]:
-    """Train the spec in a bare loop without Ray, on samples that are read before, and return its measurements."""
+    """Train the spec in a bare loop without Ray, on samples that are read beforehand, and return its measurements."""
     torch.set_num_threads(threads)
     folder = spec.data.prepared
     token_bytes = require_data_manifest(folder).token_bytes

@@ -1,13 +1,14 @@
-"""Whole training steps of a plain mixture of experts and of the multi-head models with which P2 would compare it.
+"""Whole training steps of a plain mixture of experts and of multi-head models of equal work.
 
-P1 is the first paper (arXiv 2404.15045), and P2 is the follow-up paper. The multi-head models have h sub-tokens with
-k = h, and the multiply-adds and parameters of the plain model. At half of P2's width the solver finds P2's own numbers
-of experts, 40 for h 2 and 96 for h 3, at half their width.
+P1 is the first paper on MH-MoE (arXiv 2404.15045), and P2 is the follow-up paper (arXiv 2411.16205). As in P2, the
+multi-head models split a token into h sub-tokens with k = h experts each, and have the multiply-adds and parameters of
+the plain model. At half of P2's width, `planner/match.py` finds P2's own numbers of experts, 40 for h 2 and 96 for h 3,
+at half their width.
 
 A step is a step of training: forward, loss and backward of M micro-batches, then clipping and AdamW.
 
-This module also holds P1's own throughput, of whole models in training on 8 RTX 3090 cards. The figures are from the
-authors' answers in the review of P1, which do not state h and the sizes.
+This module also holds P1's own throughput, of whole models in training on 8 RTX 3090 cards. The numbers are from the
+authors' answers in the review of P1, which state neither h nor the sizes.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ from mhmoe_ray.train.step import Trainer
 SMALL_SIZE = Size(384, 4, 8192, 256, steps=1000, micro_batches=2, micro_batch_size=8, precision="bfloat16")
 """Size at which a step takes about a second on two CPU cores.
 
-384 is the width nearest to that of the families' `small` that is divisible by 2 and by 3.
+384 is the multiple of 2 and 3 that is nearest to the width of the presets' size `small`.
 """
 
 
@@ -44,7 +45,10 @@ class StepFigures(NamedTuple):
     ratio_to_smoe: float
     """Ratio of the median time to that of the plain model."""
     paper_ratio: float
-    """The same ratio from the first paper's own throughput with dynamic routing, for an h that the paper leaves out."""
+    """Ratio of the time per token of the first MH-MoE paper's model to that of its SMoE, both with dynamic routing.
+
+    The paper does not state its h.
+    """
 
     @property
     def tokens_per_second(self) -> float:
@@ -80,7 +84,10 @@ class Case:
         self.batches = [self._micro_batch(token_BT, counts_BT, device) for token_BT in token_MBT]
 
     def _micro_batch(self, token_BT: torch.Tensor, counts_BT: torch.Tensor, device: torch.device) -> MicroBatch:
-        """Return a micro-batch on the device. If the model has document masks, token 0 begins a document."""
+        """Return a micro-batch of these tokens on the device.
+
+        If the model has document masks, token 0 begins a document.
+        """
         if not self.spec.model.document_masks:
             return MicroBatch(token_BT.to(device), counts_BT)
         starts_BT = token_BT[:, :-1] == 0
@@ -97,14 +104,16 @@ class Case:
 def measure(
     size: Size, heads: Sequence[int], rounds: int, hardware: Hardware, compiled: bool = False
 ) -> list[StepFigures]:
-    """Measure training steps of the plain model and of its matched models, in interleaved rounds; the plain one first.
+    """Measure training steps of the plain model and of multi-head models of equal work, in interleaved rounds.
+
+    The plain model comes first in the result.
 
     Args:
-        size: size of the models.
-        heads: numbers of heads h of the matched models.
+        size: width, depth, batch and precision that all models share.
+        heads: numbers of heads h of the multi-head models.
         rounds: number of rounds.
-        hardware: device of the steps.
-        compiled: whether to measure each model with `train.compile`, too.
+        hardware: device on which the steps run.
+        compiled: whether to measure each model with the option `train.compile` too.
 
     Raises:
         SpecError: in the same cases as `matched_models`.
@@ -132,19 +141,19 @@ def measure(
 
 
 def _compiled(spec: RunSpec) -> RunSpec:
-    """Return a spec with `train.compile`."""
+    """Return the spec with the option `train.compile` switched on."""
     return spec.model_copy(update={"train": spec.train.model_copy(update={"compile": True})})
 
 
 def matched_models(size: Size, heads: Sequence[int]) -> dict[str, RunSpec]:
-    """Return the specs of the plain model and of the multi-head models that match it, by name; the plain one is first.
+    """Return the specs of the plain model and of multi-head models of equal work, by name; the plain one is first.
 
     Args:
-        size: the size of all of them.
+        size: width, depth, batch and precision that all models share.
         heads: the numbers of heads h of the multi-head models.
 
     Raises:
-        SpecError: the width does not split into one of the numbers of heads, or no model with it matches.
+        SpecError: a number of heads does not divide the width, or no model with it has equal work and parameters.
     """
     trunk = size.trunk
     plain = ModelSpec.model_validate({**trunk, "moe": (FAMILIES["smoe"].moe or dict)(trunk)})
@@ -175,7 +184,7 @@ def time_ratio(model: str, routing: str) -> float:
 
 
 class PaperComparison(NamedTuple):
-    """One of our layers beside a model of the first paper, both as ratios to the plain one."""
+    """Time of one of our layers beside that of a model in the first MH-MoE paper, both relative to a plain one."""
 
     layer: str
     """Name of our layer."""
@@ -190,10 +199,10 @@ class PaperComparison(NamedTuple):
 
 
 def compare_with_paper(figures: Sequence[Figures]) -> list[PaperComparison]:
-    """Return comparisons of our plain and multi-head layers, static and dropless, with the paper's models.
+    """Return comparisons of our plain and multi-head layers, static and dropless, with the first paper's models.
 
     Args:
-        figures: figures of the dense layer, of the plain one, then of the others.
+        figures: measurements of the dense layer, of the plain one, and then of the others.
     """
     [plain_median] = (f.median for f in figures[1:2])
     rows = []

@@ -1,7 +1,8 @@
-"""Sweep of layers along an axis, and the growth of their cost with tokens, experts, choices or heads.
+"""Sweep: measurement of layers at several values (points) of one size (axis), and the growth of their cost.
 
-Static routing is measured up to `measure.STATIC_ROWS` rows. Along tokens its cost is extrapolated from there by the law
-a T + b T^2: experts compute T rows, the masks have T x E C values, and E C grows with T.
+The axis is the number of tokens, of experts, of experts per row, or of heads. Static routing is measured up to
+`measure.STATIC_ROWS` rows. For more tokens T its cost is extrapolated as a T + b T^2: experts compute T rows, and the
+masks have T x E C values, where C is the expert capacity and E C grows with T.
 """
 
 import math
@@ -37,16 +38,16 @@ AXES: dict[AxisName, Axis] = {
 
 
 class Sweep(NamedTuple):
-    """Measurements of all layers at each point of an axis."""
+    """Measurements of all layers at each point of an axis, that is, at each value of the size that varies."""
 
     axis: AxisName
     points: dict[int, list[Figures]]
-    """Figures at each point of the axis: of the dense layer, of the plain one, then of the others."""
+    """Measurements at each point of the axis: of the dense layer, of the plain one, and then of the others."""
     skipped: list[SkippedCase]
 
     @property
     def series(self) -> dict[str, dict[int, Figures]]:
-        """Figures of each layer along the axis, in the order in which layers first appear."""
+        """Measurements of each layer by point of the axis, in the order in which the layers first appear."""
         names = dict.fromkeys(f.name for figures in self.points.values() for f in figures)
         return {
             name: {point: f for point, figures in self.points.items() for f in figures if f.name == name}
@@ -55,7 +56,7 @@ class Sweep(NamedTuple):
 
     @property
     def growth(self) -> dict[str, float]:
-        """Growth of the measured time of each layer that was measured at two points or more.
+        """Growth of the measured time along the axis, for each layer that was measured at two points or more.
 
         If work grows along the axis, it is the exponent (1 is linear); if work stays the same, it is max / min - 1.
         """
@@ -70,7 +71,7 @@ class Sweep(NamedTuple):
 def sweep(
     request: Request, axis: AxisName, points: Sequence[int], hardware: Hardware, report: Callable[[str], None]
 ) -> Sweep:
-    """Measure every layer at every point, with all layers interleaved at each point.
+    """Measure every layer at every point of an axis; at each point the layers take turns.
 
     Raises:
         SpecError: in the same cases as `measure`.
@@ -106,7 +107,7 @@ def _request_at(request: Request, axis: AxisName, point: int) -> Request:
 
 
 def extrapolate_static(sweep_result: Sweep) -> Sweep:
-    """Return a sweep along tokens with extrapolated figures of static routing at the points where it is not measured.
+    """Return a sweep over tokens, to which extrapolated costs of static routing are added where it was not measured.
 
     Static routing then no longer counts as skipped.
     """
@@ -131,7 +132,9 @@ def extrapolate_static(sweep_result: Sweep) -> Sweep:
 
 
 def extrapolate(measured_values: Sequence[tuple[int, float]], tokens: int) -> float:
-    """Return a T + b T^2 at T = `tokens`, with the a and b >= 0 of least relative error; from one value, b T^2.
+    """Extrapolate a cost that grows as a T + b T^2 to T = `tokens`.
+
+    The factors a and b are at least 0 and have the least relative error. From a single value only b is fitted.
 
     Args:
         measured_values: pairs of T and value. Only the three with the largest T are used.
@@ -159,5 +162,5 @@ def fit_exponent(measured_values: Sequence[tuple[int, float]]) -> float:
 
 
 def relative_spread(measured_values: Sequence[tuple[int, float]]) -> float:
-    """Return max / min - 1 of the second entries of the pairs."""
+    """Return max / min - 1 of the values, which are the second entries of the pairs."""
     return max(y for _, y in measured_values) / min(y for _, y in measured_values) - 1

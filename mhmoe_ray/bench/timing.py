@@ -1,7 +1,7 @@
 """Interleaved timing: each round runs all cases, so that other load on the machine affects all cases alike.
 
-The module also has the common parts of measurements: the device and its clock, errors for impossible sizes, and the
-check of which contestants are installed.
+The module also has what measurements share: the device and its clock, errors for impossible sizes, and the check of
+which packages to compare are installed.
 """
 
 import platform
@@ -24,7 +24,7 @@ Case = TypeVar("Case")
 
 
 class Timing(NamedTuple):
-    """Times of one case."""
+    """Measured times of one case, that is, of one of the alternatives that are compared."""
 
     seconds: list[float]
     """Seconds, one value per round."""
@@ -131,7 +131,7 @@ def checked_sizes(title: str) -> Iterator[None]:
         title: the command or option with the sizes.
 
     Raises:
-        SpecError: the model is impossible; the message is the first one of the ValidationError.
+        SpecError: the model is impossible; the reason is the first message of the ValidationError.
     """
     try:
         yield
@@ -157,11 +157,11 @@ def process_failure(title: str, stderr: str, code: int) -> JobError:
 
 
 def installed_contestants(packages: Mapping[str, str | None], report: Callable[[str], None]) -> list[str]:
-    """Return the names of the contestants whose package is installed, in their order.
+    """Return the names of the alternatives to measure whose package is installed, in the order of `packages`.
 
     Args:
-        packages: the package of each contestant; None if it needs only ours.
-        report: a function that is called with a line for each of the others.
+        packages: the package that each alternative needs, by the alternative's name; None if it needs only ours.
+        report: a function that is called with a line for each alternative whose package is missing.
     """
     missing_packages = {name: package for name, package in packages.items() if package and find_spec(package) is None}
     for name, package in missing_packages.items():

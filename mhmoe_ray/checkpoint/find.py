@@ -1,4 +1,4 @@
-"""Find a run's checkpoint as users name it: by its name, by its step, or together with the run as RUN@STEP."""
+"""Find a checkpoint of a run as users name it: by its name, by its step, or by run and step as RUN@STEP."""
 
 from mhmoe_ray.checkpoint.manifest import committed_checkpoints, step_and_group
 from mhmoe_ray.errors import CheckpointError, RunError, StorageError
@@ -7,15 +7,17 @@ from mhmoe_ray.runs.directory import RunDir, find_run
 from mhmoe_ray.storage import Location
 
 SHOWN_CHECKPOINTS = 10
-"""Number of the newest checkpoints that an error lists."""
+"""Largest number of existing checkpoints that the error about an unknown checkpoint lists, newest first."""
 
 
 def find_checkpoint(run: RunDir, checkpoint: str | int) -> Location:
-    """Return the committed checkpoint of a run with a name, or the newest one of a step. Its files are not verified.
+    """Return the path of a run's committed checkpoint with a given name, or of the newest one of a given step.
+
+    The files of the checkpoint are not verified.
 
     Args:
-        run: the run.
-        checkpoint: name or step of the checkpoint; a text of digits is a step, too.
+        run: run whose checkpoints are searched.
+        checkpoint: name or step of the checkpoint; a string of digits is read as a step.
 
     Raises:
         CheckpointError: there is no such checkpoint.
@@ -40,7 +42,7 @@ def find_checkpoint(run: RunDir, checkpoint: str | int) -> Location:
 
 
 def no_checkpoint_error(run: RunDir) -> CheckpointError:
-    """Return the error for a run without any checkpoint, which may still save one or may not."""
+    """Return the error for a run without any checkpoint. It tells the user whether the run may still save one."""
     state = events.state(events.read(run))
     if events.is_end_state(state):
         return CheckpointError(f"run {run.id}", f"it is {state} and has no checkpoint", "use another run, or resume it")
@@ -48,12 +50,12 @@ def no_checkpoint_error(run: RunDir) -> CheckpointError:
 
 
 def find_run_or_checkpoint(source: str, storage: Location | str, subject: str) -> RunDir | Location:
-    """Return the run that a text names, or the checkpoint that it names as RUN@STEP.
+    """Return the run that a user's text names by its id or path, or the checkpoint that it names as RUN@STEP.
 
     Args:
-        source: a text that names no folder of a model.
+        source: the text; the caller has checked that it is not the folder of a checkpoint or a model.
         storage: folder that holds run directories.
-        subject: subject of the errors.
+        subject: words with which error messages refer to `source`, such as "model NAME".
 
     Raises:
         RunError: there is no such run.

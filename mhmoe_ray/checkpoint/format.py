@@ -1,8 +1,8 @@
-"""Slices of tensors in safetensors files, read at any offset and written without a second copy in memory.
+"""Slices of tensors in safetensors files: read any part of a slice, and write slices without a second copy in memory.
 
-The layout is that of `torch.distributed.checkpoint.hf_storage`: the metadata of a file has the offset of each slice in
-its full tensor. So torch reads the files of this module, and this module reads the files of torch. A file without this
-metadata holds full tensors.
+The layout is that of `torch.distributed.checkpoint.hf_storage`: the metadata of a file holds the offset of each slice
+in its full tensor. So torch reads the files of this module, and this module reads the files of torch. A file without
+this metadata holds full tensors.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from mhmoe_ray.model.held import local_shard, shard_offset
 from mhmoe_ray.storage import FileEntry, Location
 
 SUFFIX = ".safetensors"
-# Number of bytes that are in memory at a time while a file is written, and while a slice is converted.
+# Size of the pieces in which a file is written and a slice is converted, so that few extra bytes are in memory.
 PIECE_BYTES = 16 << 20
 _OFFSETS_KEY, _VERSION_KEY = "DCP_SHARDING_INFO", "DCP_VERSION"
 DTYPES = {
@@ -40,13 +40,13 @@ class Slice(NamedTuple):
     local: Tensor
     """Values of the slice."""
     offset: tuple[int, ...]
-    """Start of the slice in the full tensor."""
+    """Index of the slice's first element in the full tensor, one number per dimension."""
     shape: tuple[int, ...]
     """Shape of the full tensor."""
 
 
 def local_slice(tensor: Tensor) -> Slice:
-    """Return the slice of a tensor that this rank holds, as a view: its shard of a DTensor, all of any other tensor."""
+    """Return this rank's slice of a tensor, as a view: the local shard of a DTensor, or the whole of a plain tensor."""
     return Slice(local_shard(tensor).detach(), shard_offset(tensor), tuple(tensor.shape))
 
 
@@ -56,7 +56,7 @@ def write_slices(file: BinaryIO, slices: Mapping[str, Slice], on_piece: Callable
     Args:
         file: new file that is open for writing.
         slices: slices in CPU memory, by the names of their tensors.
-        on_piece: called after each written piece.
+        on_piece: callback after each piece of at most `PIECE_BYTES` of data is written.
     """
     header: dict[str, Any] = {
         "__metadata__": {
@@ -97,7 +97,7 @@ def _tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 class StoredSlice(NamedTuple):
-    """Slice of a tensor as it is stored in a file."""
+    """Slice of a tensor in a safetensors file, which is not read yet."""
 
     file: Location
     start: int
@@ -106,18 +106,18 @@ class StoredSlice(NamedTuple):
     shape: tuple[int, ...]
     """Shape of the slice; (1,) for a scalar."""
     offset: tuple[int, ...]
-    """Start of the slice in the full tensor."""
+    """Index of the slice's first element in the full tensor, one number per dimension."""
 
 
 def stored_slices(file: Location) -> dict[str, StoredSlice]:
-    """Return all slices that a safetensors file holds, by the names of their tensors; only its header is read.
+    """Read the header of a safetensors file, and return the file's slices by the names of their tensors.
 
     Raises:
-        ValueError: the file is not a safetensors file, or holds a dtype that no model has.
+        ValueError: the file is not a safetensors file, or a tensor has a dtype that is not in `DTYPES`.
     """
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
-        # The first bytes of any other file may mean a huge length, and reading so much would fail.
+        # In a file of another format, these 8 bytes may be a huge number, and reading so many bytes would fail.
         if length > file.stat().st_size:
             raise ValueError("it is no safetensors file")
         header = json.loads(f.read(length))
@@ -134,7 +134,7 @@ def stored_slices(file: Location) -> dict[str, StoredSlice]:
 
 
 class Readable(Protocol):
-    """Binary file that is open for reading."""
+    """Interface of a binary file that is open for reading."""
 
     def seek(self, offset: int, /) -> int: ...
 
@@ -142,17 +142,17 @@ class Readable(Protocol):
 
 
 def read_into(target: Slice, stored: StoredSlice, file: Readable) -> int:
-    """Copy the values that a stored slice and a target share into the target, and return their number.
+    """Copy the overlap of a stored slice and a slice in memory from the file, and return its number of elements.
 
-    The values are converted to the target's dtype.
+    The values are converted to the dtype of the slice in memory.
 
     Args:
-        target: slice to fill.
+        target: slice in memory to fill, wholly or in part.
         stored: stored slice of the same tensor.
         file: the file `stored.file`, open for reading.
 
     Raises:
-        ValueError: the file ends too early.
+        ValueError: the file ends before all values are read.
     """
     local = target.local if target.local.ndim else target.local.view(1)
     shape, stored_offset, target_offset = stored.shape, stored.offset, target.offset or (0,)
@@ -170,7 +170,7 @@ def read_into(target: Slice, stored: StoredSlice, file: Readable) -> int:
     )
     row_bytes = math.prod(shape[1:]) * stored.dtype.itemsize
     block_rows = max(1, PIECE_BYTES // max(1, row_bytes))
-    # If dtype, device and rows match, bytes are read into the target itself; otherwise through a buffer of some rows.
+    # If dtype, device and row shape match, bytes are read into the target itself, otherwise through a buffer.
     is_direct = overlap.dtype == stored.dtype and overlap.device.type == "cpu" and overlap[0].shape == shape[1:]
     for i in range(0, len(overlap), block_rows):
         part = overlap[i : i + block_rows]
@@ -194,15 +194,15 @@ def _read_fully(file: Readable, buffer: memoryview) -> None:
 
 
 SliceIndex = Mapping[str, list[StoredSlice]]
-"""All slices of a folder, by the names of their tensors."""
+"""Slices in all safetensors files of a folder, by the names of their tensors."""
 
 
 def file_name(rank: int) -> str:
-    """Return the name of a rank's file in each folder of a checkpoint."""
+    """Return the name of the file that a rank writes into each folder (`weights` and `optim`) of a checkpoint."""
     return f"rank_{rank:05d}{SUFFIX}"
 
 
 def full_shape(slices: list[StoredSlice]) -> tuple[int, ...]:
-    """Return the shape of the full tensor that these slices are parts of."""
+    """Return the shape of a full tensor, computed from the positions and shapes of all its stored slices."""
     slice_ends = [[o + n for o, n in zip(s.offset, s.shape, strict=True)] for s in slices]
     return tuple(max(dim) for dim in zip(*slice_ends, strict=True))

@@ -1,7 +1,7 @@
 """Load a checkpoint: its tensors at any world size, a trainer's state, or a model.
 
-Each rank wrote one file with its own slices. A reader reads the slices that it needs from all files and waits for no
-other rank.
+Each rank of the run that saved a checkpoint wrote one file with its slices of tensors. A reader takes the slices that
+it needs from all files, and does not wait for other ranks.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +31,7 @@ from mhmoe_ray.storage import Location
 
 M = TypeVar("M", bound=Trunk)
 
-# Serving imports this module and needs no distributed tensors.
+# Serving imports this module and needs no distributed tensors, so these imports are for type checkers only.
 if TYPE_CHECKING:
     from mhmoe_ray.distributed.mesh import Mesh
     from mhmoe_ray.distributed.strategies.ddp import Strategy
@@ -43,16 +43,16 @@ def load_tensors(
     on_slice: Callable[[], None] = lambda: None,
     index: SliceIndex | None = None,
 ) -> None:
-    """Fill tensors in place, each in its own dtype, with the values that a checkpoint has for their names.
+    """Fill tensors in place with the values that a checkpoint stores under their names, converted to their dtypes.
 
     Args:
-        folder: folder of a part of a checkpoint, `weights` or `optim`.
-        tensors: tensors to fill, by name; of a DTensor, this rank's part is filled.
-        on_slice: called after each slice.
-        index: result of `read_index` for this folder, if the caller has it.
+        folder: folder `weights` or `optim` of a checkpoint.
+        tensors: tensors to fill, by name; of a DTensor, only this rank's shard is filled.
+        on_slice: callback after each slice is read.
+        index: result of `read_index` for this folder; None if the caller has not read the index.
 
     Raises:
-        CheckpointError: a tensor is missing in the folder, wholly or in part, or has another shape; or the checkpoint
+        CheckpointError: a tensor is missing from the folder, wholly or in part, or has another shape; or the checkpoint
             was removed while it was read.
     """
     index = read_index(folder) if index is None else index
@@ -67,7 +67,7 @@ def load_tensors(
         for stored in tensor_slices:
             slices_by_file.setdefault(stored.file, []).append((name, stored))
     filled = dict.fromkeys(targets, 0)
-    # One file at a time is open: there may be more ranks, and so files, than a process may open.
+    # Only one file at a time is open, because a checkpoint of many ranks may have more files than a process may open.
     for path, file_slices in slices_by_file.items():
         with _report_removal(folder), path.open("rb", buffering=0) as file:
             for name, stored in file_slices:
@@ -112,18 +112,18 @@ def _mismatch_error(folder: Location, reason: str) -> CheckpointError:
 
 
 class StatefulObjective(Protocol):
-    """Interface of an objective (`train.objectives.Objective`) for checkpoints."""
+    """Interface of a training objective (`train.objectives.Objective`) whose state is saved in checkpoints."""
 
     @property
     def state(self) -> dict[str, Any] | None:
-        """State that checkpoints must have besides weights and moments; None if there is none."""
+        """State that a checkpoint must hold in addition to weights and moments; None if the objective has none."""
 
     def load_state(self, state: Mapping[str, Any] | None) -> None:
-        """Continue from the state in a checkpoint."""
+        """Restore the objective from the state in a checkpoint; None if the checkpoint holds no such state."""
 
 
 class TrainerState(Protocol):
-    """Interface of a trainer (`train.step.Trainer`) for checkpoints: its state, mesh, device and progress."""
+    """Interface through which checkpoints access a trainer (`train.step.Trainer`): state, mesh, device and progress."""
 
     spec: RunSpec
     mesh: "Mesh"
@@ -135,7 +135,7 @@ class TrainerState(Protocol):
     skipped_in_a_row: int
     updates_before: int
     before_update: Callable[[], None]
-    """Callback that is called when the state is about to change."""
+    """Callback before each optimizer update, which changes the state; it can wait until the state is copied."""
     on_progress: Callable[[], None]
 
     @property
@@ -145,11 +145,12 @@ class TrainerState(Protocol):
 def restore(trainer: TrainerState, checkpoint: Location, manifest: CheckpointManifest) -> None:
     """Restore a trainer's weights, moments, step, tokens and skipped steps from a checkpoint.
 
-    This is a collective operation. The checkpoint may be written at any world size and by any strategy. Its files are
-    not verified here. Without moments, as at the start from another model, they are zero, and so are training buffers.
+    This is a collective operation. The checkpoint may come from a run with another world size or sharding strategy. Its
+    files are not verified here. A checkpoint at the start from another model may have no moments. Then moments are
+    zero, and so are the buffers that only training needs.
     """
     strategy = trainer.strategy
-    # AdamW counts updates, and skipped steps have none.
+    # AdamW counts updates, and a skipped step makes no update.
     strategy.start_at_step(manifest.updates)
     weights, moments = strategy.checkpoint_weights(), strategy.checkpoint_moments()
     load_tensors(checkpoint / "weights", weights, trainer.on_progress)
@@ -170,8 +171,8 @@ def load_model(checkpoint: Location) -> tuple[Decoder, CheckpointManifest]:
         The decoder in evaluation mode, float32, without gradients; and the manifest that it was built from.
 
     Raises:
-        CheckpointError: the checkpoint is uncommitted, torn or damaged, or does not hold the model that its manifest
-            names; or its model is an encoder.
+        CheckpointError: the checkpoint is uncommitted, incomplete or damaged, or does not hold the model that its
+            manifest names; or its model is not a decoder.
     """
     manifest = read_manifest(checkpoint, parts=("weights",))
     if manifest.model.kind != "decoder":
@@ -181,24 +182,24 @@ def load_model(checkpoint: Location) -> tuple[Decoder, CheckpointManifest]:
 
 
 def load_verified_model(checkpoint: Location, manifest: CheckpointManifest) -> Decoder:
-    """Load the decoder of a checkpoint like `load_model`, but without verifying its files; `read_manifest` did that."""
+    """Load the decoder of a checkpoint for inference. The caller has verified the files with `read_manifest`."""
     model = inference_decoder(manifest.model)
     load_tensors(checkpoint / "weights", model.named_tensors())
     return model
 
 
 def load_verified_encoder(checkpoint: Location, manifest: CheckpointManifest) -> Encoder:
-    """Load the encoder of a checkpoint like `load_verified_model`."""
+    """Load the encoder of a checkpoint for inference. The caller has verified the files with `read_manifest`."""
     model = _for_inference(Encoder(manifest.model))
     load_tensors(checkpoint / "weights", model.named_tensors())
     return model
 
 
 def load_verified_vision(checkpoint: Location, manifest: CheckpointManifest) -> Vision:
-    """Load the vision model of a checkpoint like `load_verified_model`, and set the number of experts of each task.
+    """Load the vision model of a checkpoint for inference, and set how many experts each task's router chooses.
 
-    The numbers are those that the tasks had when the checkpoint was saved. Without them in the manifest, those of the
-    spec stay.
+    The manifest has these numbers if training adapted them. Otherwise the model keeps those of its spec. The files of
+    the checkpoint are not verified here.
     """
     model = _for_inference(Vision(manifest.model))
     load_tensors(checkpoint / "weights", model.named_tensors())
@@ -213,9 +214,9 @@ def inference_decoder(spec: ModelSpec) -> Decoder:
 
 
 def _for_inference(model: M) -> M:
-    """Return a model in evaluation mode, without gradients, with kernels that every machine has."""
+    """Put a model in evaluation mode, without gradients and with expert kernels for this machine, and return it."""
     model.requires_grad_(False).eval()
     for layer in model.moe_layers():
-        # The kernel of the training may need a device or a package that this machine lacks.
+        # The kernel that training used may need a device or a package that this machine lacks.
         layer.experts.kernel = "auto"
     return model

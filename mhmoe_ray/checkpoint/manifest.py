@@ -9,9 +9,9 @@
     | manifest.json                    | `CheckpointManifest`: size and SHA-256 of     | rank 0, after | all, first   |
     |                                  | each file, model, step and position           | all files     |              |
 
-This example is of step 200, written by the third worker group of the run. A checkpoint does not count without
-manifest.json, or if a file is missing, is not in the manifest, or has another size or hash than the manifest says
-(`read_manifest`).
+This example is of step 200, written by the third worker group of the run. A checkpoint without manifest.json is
+uncommitted and is ignored. It is damaged if a file is missing, is not in the manifest, or has another size or hash than
+there (`read_manifest`).
 
 An imported checkpoint has full tensors in weights/model-*.safetensors, in the dtype in which they were imported, and no
 optim/. Its checkpoint manifest has the token ids that end a text in addition to those of its tokenizer (`ends`).
@@ -43,52 +43,53 @@ _FIX = "use another checkpoint of the run"
 
 
 class CheckpointManifest(BaseModel):
-    """Content of a checkpoint's manifest.json: its state of the training, its model, and its files."""
+    """Content of a checkpoint's manifest.json: the progress of training, the model, and the files of the checkpoint."""
 
     step: int
-    """Number of steps done."""
+    """Number of training steps done, including skipped ones."""
     skipped: int = 0
-    """Number of these steps that updated nothing, because their gradient was not finite."""
+    """Number of training steps so far that updated no weights, because their gradient was not finite."""
     skipped_in_a_row: int = 0
-    """Number of consecutive steps up to this one that updated nothing."""
+    """Number of consecutive skipped steps up to this one; 0 if the last step updated the weights."""
     objective: dict[str, Any] | None = None
-    """State of the objective: of a vision model with an adaptive number of experts."""
+    """State of the training objective. Only that of a vision model with an adaptive number of experts has one."""
     updates_before: int = 0
-    """Number of updates of the optimizer before step 0, in the runs whose moments this run continues."""
+    """Number of optimizer updates of the earlier runs whose moments this run copied at its start; 0 without a copy."""
     tokens: int
-    """Number of tokens predicted so far, without padding."""
+    """Number of tokens that training has predicted so far, without padding."""
     position: int
     """Number of samples read so far: the position in the stream where training continues."""
     seed: int | None
-    """Seed of the initial weights and of the order of the data; None for imported weights, which had neither here."""
+    """Seed of the initial weights and of the data order; None for imported weights, which were not trained here."""
     world: int
     ep: int
-    """Expert-parallel size (`ep`) and number of workers (`world`) that wrote the checkpoint; any other may load it."""
+    """Number of workers (`world`) that wrote the checkpoint, and their expert-parallel size (`ep`). The
+    checkpoint can be loaded with any other sizes."""
     model: ModelSpec
     seq_len: int
     ends: list[int] = []
-    """Token ids that end a text in addition to the tokenizer's own (`data.tokenizer.boundaries`): those of an imported
-    folder, and those that end an assistant's turn in the training data. Older manifests have none."""
+    """Token ids that end a text, in addition to the tokenizer's own end tokens (`data.tokenizer.boundaries`).
+    An imported folder names them, or they end an assistant's turn in the training data. Older manifests have none."""
     adds_start: bool = True
-    """Whether a start token precedes a text; false for imported weights whose own tokenizer adds none."""
+    """Whether a start token precedes each text; false for imported weights whose own tokenizer adds none."""
     tokenizer_sha256: str | None
-    """Hash of the tokenizer's file; None for a vision model."""
+    """SHA-256 of the run's tokenizer.json; None for a vision model, which has no tokenizer."""
     classes_sha256: str | None = None
-    """Hash of the file with the names of classes; None for another model."""
+    """SHA-256 of the run's file of class names; None unless the model is a vision model."""
     data_sha256: str | None
-    """Hash of the prepared data's manifest: `position` counts samples of that data only. None for imported weights,
-    which were not trained on data prepared here."""
+    """Hash of the manifest of the prepared data in which `position` counts samples. It is None for imported
+    weights, which were not trained on data prepared here."""
     files: dict[str, FileEntry]
     """Size and hash of each file, by path below the checkpoint."""
 
     @property
     def has_moments(self) -> bool:
-        """True if the checkpoint has the optimizer's moments."""
+        """True if the checkpoint has files with the optimizer's moments."""
         return any(name.startswith("optim/") for name in self.files)
 
     @property
     def updates(self) -> int:
-        """The number of updates that the optimizer's moments have had."""
+        """The number of optimizer updates so far, including those of earlier runs whose moments this run copied."""
         return self.updates_before + self.step - self.skipped
 
 
@@ -96,12 +97,12 @@ _NAME_PATTERN = re.compile(r"step_\d+\.\d+")
 
 
 def checkpoint_name(step: int, group: int) -> str:
-    """Return the name of the directory of a checkpoint that worker group `group` writes."""
+    """Return the directory name of the checkpoint that worker group `group` writes at step `step`."""
     return f"step_{step:08d}.{group}"
 
 
 def commit(checkpoint: Location, manifest: CheckpointManifest) -> None:
-    """Commit a checkpoint, all files of which are written, by writing its manifest."""
+    """Commit a checkpoint by writing its manifest, after all its other files are written."""
     write_json(checkpoint / MANIFEST, manifest.model_dump(mode="json"))
 
 
@@ -122,16 +123,16 @@ def stored_manifest(checkpoint: Location) -> CheckpointManifest:
 def read_manifest(
     checkpoint: Location, parts: tuple[str, ...] = PARTS, describe: Describe | None = describe_files
 ) -> CheckpointManifest:
-    """Check names, sizes and hashes of a checkpoint's files, and return its manifest if they are right.
+    """Check the names, sizes and hashes of a checkpoint's files against its manifest, and return the manifest.
 
     Args:
         checkpoint: directory of the checkpoint.
-        parts: parts whose files are checked, `weights` and `optim`.
+        parts: folders of the checkpoint whose files are checked: `weights`, `optim` or both.
         describe: function that reads all files and computes their hashes; with None only names and sizes are checked.
 
     Raises:
-        CheckpointError: the checkpoint is uncommitted, torn, damaged, or removed while it is read; the reason names the
-            file and the damage.
+        CheckpointError: the checkpoint is uncommitted, incomplete, damaged, or removed while it is read; the message
+            names the file and the damage.
     """
     manifest = stored_manifest(checkpoint)
     try:
@@ -150,20 +151,23 @@ def removed_error(checkpoint: Location) -> CheckpointError:
 
 
 def is_committed(checkpoint: Location) -> bool:
-    """Return whether a checkpoint has a manifest."""
+    """Return whether a checkpoint is committed, which means that its manifest exists."""
     return (checkpoint / MANIFEST).exists()
 
 
 def _problems(
     checkpoint: Location, manifest: CheckpointManifest, parts: tuple[str, ...], describe: Describe | None
 ) -> Iterator[str]:
-    """Yield a clause for each file of these parts that differs from the manifest, first those found without reading."""
+    """Yield a text about each difference between the files in the folders `parts` of a checkpoint and its manifest.
+
+    Wrong names and sizes come first, because no file needs to be read to find them.
+    """
     present = {f"{part}/{p.name}" for part in parts for p in checkpoint.glob(f"{part}/*")}
     files = {name: entry for name, entry in manifest.files.items() if name.startswith(tuple(f"{p}/" for p in parts))}
     yield from (f"{name} is missing" for name in sorted(files.keys() - present))
     yield from (f"{name} does not belong to it" for name in sorted(present - files.keys()))
     for name, expected in files.items():
-        # Sizes first: they need no read, and a file that was cut off differs in size.
+        # Sizes are compared first: this needs no read of the file, and finds a file that was cut off.
         size = (checkpoint / name).stat().st_size
         if size != expected.size:
             yield f"{name} has {size} bytes, not {expected.size}"
@@ -175,7 +179,7 @@ def _problems(
 
 
 def uncommitted_checkpoints(run: RunDir) -> list[Location]:
-    """Return the directories of uncommitted checkpoints: they are being written, or a killed process left them."""
+    """Return the directories of a run's uncommitted checkpoints, either in progress or left by a killed process."""
     checkpoints = (p for p in run.checkpoints.glob("step_*") if _NAME_PATTERN.fullmatch(p.name))
     return sorted(p for p in checkpoints if not is_committed(p))
 
@@ -191,7 +195,7 @@ def last_step(run: RunDir) -> int:
 
 
 def _committed_newest_first(run: RunDir) -> Iterator[Location]:
-    """Return the committed checkpoints of a run, newest first: by worker group, then by step."""
+    """Return the committed checkpoints of a run, newest first: later worker groups first, then later steps."""
     # A worker group continues from the newest intact checkpoint, which may be older than a damaged one. So a checkpoint
     # of a later worker group is newer, even if its step is earlier.
     checkpoints: list[Location] = [p for p in run.checkpoints.glob("step_*") if _NAME_PATTERN.fullmatch(p.name)]
@@ -205,7 +209,7 @@ class NewestCheckpoint(NamedTuple):
     checkpoint: Location
     manifest: CheckpointManifest
     skipped: list[CheckpointError]
-    """Errors of newer checkpoints, which are damaged, newest first."""
+    """Errors about newer checkpoints that were skipped because they are damaged, newest first."""
 
 
 def newest_checkpoint(
@@ -217,11 +221,11 @@ def newest_checkpoint(
 
     Args:
         run: the run whose checkpoints are searched.
-        parts: parts whose files are checked; without any part, only the manifests are read.
-        describe: function that computes hashes, or None (see `read_manifest`).
+        parts: folders of each checkpoint whose files are checked; with an empty tuple, only the manifests are read.
+        describe: function that computes the hashes of files; with None only names and sizes are checked.
 
     Raises:
-        CheckpointError: there are committed checkpoints, but none is intact; the error is that of the newest one.
+        CheckpointError: the run has committed checkpoints, but none is intact; the error describes the newest one.
     """
     skipped: list[CheckpointError] = []
     for checkpoint in _committed_newest_first(run):

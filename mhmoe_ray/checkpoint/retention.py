@@ -16,7 +16,7 @@ class RetentionPolicy:
     """
 
     def __init__(self, run: RunDir, newest_count: int) -> None:
-        """Prepare the policy; the history is read later.
+        """Set up the policy. The validation losses in the run's history are read when they are first needed.
 
         Args:
             run: the run whose checkpoints are kept or deleted.
@@ -24,7 +24,7 @@ class RetentionPolicy:
         """
         self._run, self._newest_count = run, newest_count
         self._losses: dict[int, float] | None = None
-        """Validation loss by step; None until the history is read."""
+        """Validation loss by step; None until the run's history is read."""
 
     def removable_checkpoints(self, step: int, loss: float | None) -> list[Location]:
         """Return the committed checkpoints that the policy does not keep, oldest first.
@@ -49,7 +49,7 @@ class RetentionPolicy:
 
 
 def delete_checkpoint(checkpoint: Location) -> None:
-    """Delete a committed checkpoint, its manifest first."""
-    # Without its manifest the checkpoint no longer counts, even if the removal of the other files fails.
+    """Delete a committed checkpoint. Its manifest goes first, so that a partly deleted checkpoint is ignored."""
+    # Without its manifest the checkpoint is ignored, even if the removal of the other files fails.
     (checkpoint / MANIFEST).unlink()
     remove_tree(checkpoint)

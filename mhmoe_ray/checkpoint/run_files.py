@@ -1,4 +1,4 @@
-"""Files in the run directory of a checkpoint that its model needs, verified by their hashes."""
+"""Files in a run directory that the model of a checkpoint needs, such as its tokenizer, verified by their hashes."""
 
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest
 from mhmoe_ray.data.shards.manifest import read_classes
@@ -11,10 +11,10 @@ def verify_run_file(checkpoint: Location, path: Location, sha256: str | None, su
     """Return the path of a file in the run directory of a checkpoint, after checking its hash.
 
     Args:
-        checkpoint: the checkpoint.
+        checkpoint: checkpoint whose model needs the file; error messages name it.
         path: path of the file.
-        sha256: hash of the file that the model was trained with.
-        subject: the plain name of its content, for the error.
+        sha256: expected SHA-256, that of the file with which the model was trained.
+        subject: plain name of the file's content for error messages, such as "tokenizer".
 
     Raises:
         CheckpointError: the file cannot be read, or is not the one that the model was trained with.
@@ -31,10 +31,11 @@ def verify_run_file(checkpoint: Location, path: Location, sha256: str | None, su
 
 
 def load_run_classes(checkpoint: Location, manifest: CheckpointManifest) -> dict[str, list[str]]:
-    """Return the names of the classes of each task of a vision model, in the order of their numbers.
+    """Return the class names of each task of a vision model, in the order of the class numbers.
 
     Raises:
-        CheckpointError: the run's file of them cannot be read, or is not the one that the model was trained with.
+        CheckpointError: the run's file of class names cannot be read, or is not the one that the model was trained
+            with.
         DataError: the file is damaged.
     """
     path = RunDir.of_checkpoint(checkpoint).classes_file

@@ -1,12 +1,12 @@
-"""Checkpoint writer that works while training goes on: training waits neither for storage nor, usually, for the copy.
+"""Checkpoint writer in the background: training waits neither for storage nor, usually, for the copy of its state.
 
     training    | step 100 | forward and backward of 101 | update | step 102 | step 103 | ...
     background              | copy the state | write own file of each part, hash it | gather hashes | commit manifest |
 
-The state changes only in updates, so it is copied beside the forward and backward pass of the next step. The update
-waits until the copy is complete. Each rank copies and writes its own share only (`WriterAssignment`), into buffers that
-are reused. Ranks communicate in a process group of their own, since training's may be in use. One checkpoint at a time
-is written: the next one waits for it.
+The state of training changes only in optimizer updates, so it is copied during the forward and backward pass of the
+next step. The update waits until the copy is complete. Each rank copies only its own share (`WriterAssignment`) into
+buffers, which later checkpoints reuse, and writes it. Checkpoints have a process group of their own, because training
+may be using the default one. One checkpoint at a time is written, and the next one waits for it.
 """
 
 import time
@@ -33,7 +33,7 @@ from mhmoe_ray.storage import FileEntry, Location, create_file, describe_file, w
 
 
 class WriterAssignment:
-    """Assignment of each tensor or slice to the rank that writes it: of the ranks that hold it, the least loaded one.
+    """Assignment of each slice of a tensor to the rank that writes it: the least loaded of the ranks that hold it.
 
     Every rank computes the same assignment without communication, if all ask for the same tensors in the same order.
     """
@@ -51,13 +51,13 @@ class WriterAssignment:
         return self._rank in writers
 
     def _assign_writer(self, holders: list[int], size: int) -> int:
-        """Return the least loaded of the ranks `holders`, and add `size` elements to its load."""
+        """Return the rank of `holders` that has the fewest elements to write so far, and add `size` elements to it."""
         writer = min(holders, key=self._assigned_elements.__getitem__)
         self._assigned_elements[writer] += size
         return writer
 
     def _holders(self, tensor: Tensor) -> list[list[int]]:
-        """Return the ranks that hold each slice of a tensor."""
+        """Return one list for each slice of a tensor, with the ranks that hold this slice."""
         if not is_dtensor(tensor):
             return [list(range(len(self._assigned_elements)))]
         from torch.distributed.tensor import Replicate
@@ -74,13 +74,13 @@ class WriterAssignment:
 def save_slices(
     folder: Location, slices: Mapping[str, Slice], rank: int, on_piece: Callable[[], None] = lambda: None
 ) -> FileEntry:
-    """Write the slices of a rank as its file in a folder of a checkpoint; without slices the file has no data.
+    """Write a rank's slices of tensors to its file in a folder of a checkpoint; without slices the file has no data.
 
     Args:
-        folder: folder of a part of a checkpoint, `weights` or `optim`.
+        folder: folder `weights` or `optim` of a checkpoint.
         slices: slices in CPU memory, by the names of their tensors.
         rank: rank that writes the file.
-        on_piece: called after each piece that is written.
+        on_piece: callback after each piece of the file is written.
 
     Returns:
         Size and hash of the file.
@@ -98,18 +98,18 @@ _FIX = "make room or repair the storage, then `mhmoe resume`; the previous check
 
 
 class _SliceCopy(NamedTuple):
-    """Copy of a slice in CPU memory that this rank makes and writes."""
+    """Copy of one slice of a tensor in CPU memory, which this rank makes and then writes into a checkpoint."""
 
     part: str
     name: str
     source: torch.Tensor | None
     """Tensor to copy; None if the copy is done."""
     slice: Slice
-    """Slice whose `local` is the copy."""
+    """The slice with its position in the full tensor; its values (`local`) are the copy."""
 
 
 class Saver:
-    """Checkpoint writer of one rank, which writes in a thread while training continues.
+    """Checkpoint writer of one rank, which writes in a background thread while training continues.
 
     All ranks call the same methods in the same order.
     """
@@ -123,17 +123,18 @@ class Saver:
         ends: Iterable[int] = (),
         adds_start: bool = True,
     ) -> None:
-        """Prepare to save the state of a trainer, whose updates wait for the copy from now on.
+        """Prepare to save the state of a trainer. From now on, its optimizer updates wait for a copy in progress.
 
         This is a collective operation, because it creates a process group.
 
         Args:
             run: the run that the checkpoints belong to.
             trainer: trainer whose state is saved.
-            group: number of this worker group, a part of the checkpoints' names, so that no two groups use a name.
-            on_piece: called in the background after each written piece.
-            ends: tokens that end a text in addition to the tokenizer's own, as those that end an assistant's turn.
-            adds_start: whether a start token precedes a text.
+            group: number of this worker group, which is part of each checkpoint's name, so that names are unique.
+            on_piece: callback in the background thread after each piece of a file is written.
+            ends: ids of the tokens that end a text in addition to the tokenizer's end tokens, such as the token at the
+                end of an assistant's turn.
+            adds_start: whether a start token precedes each text.
         """
         self._ends, self._adds_start = sorted(ends), adds_start
         self._run, self._trainer, self._group, self._on_piece = run, trainer, group, on_piece
@@ -155,11 +156,12 @@ class Saver:
         self._error: Exception | None = None
 
     def save(self, count_LE: torch.Tensor, val_loss: float | None = None) -> None:
-        """Start to write the state in the background; the trainer changes it only after it is copied.
+        """Start to write a checkpoint in the background. The next optimizer update waits until the state is copied.
 
         Args:
-            count_LE: routes per layer and expert since the previous checkpoint, which rank 0 writes below `routing/`.
-            val_loss: validation loss of this step, for retention; None if it was not validated.
+            count_LE: number of routes (choices of an expert by a token) per layer and expert since the previous
+                checkpoint; rank 0 writes them to the run's folder `routing`.
+            val_loss: validation loss of this step, for retention; None if this step had no validation.
 
         Raises:
             CheckpointError: the previous checkpoint could not be written.
@@ -170,7 +172,7 @@ class Saver:
         self._copy_done.clear()
         copies, manifest = self._prepare_copies(), self._manifest()
         counts = {"step": manifest.step, "routes_per_layer_and_expert": count_LE.tolist()}
-        # The copy stream must wait for the kernels that are queued now.
+        # On a GPU, the copy must wait for the kernels that are queued now, because they compute the state.
         state_ready = torch.cuda.current_stream().record_event() if self._copy_stream else None
         write_args = (copies, state_ready, manifest, counts, val_loss)
         self._thread = Thread(target=self._write_checkpoint, args=write_args, name="saver", daemon=True)
@@ -178,7 +180,7 @@ class Saver:
         self._pause_seconds = time.monotonic() - start_time
 
     def _wait_for_copy(self) -> None:
-        """Wait until the state is copied. The trainer calls this before it changes the state."""
+        """Wait until the trainer's state is copied. The trainer calls this before each optimizer update."""
         if self._thread and not self._copy_done.is_set():
             start_time = time.monotonic()
             self._copy_done.wait()
@@ -188,7 +190,7 @@ class Saver:
         """Wait until the checkpoint that `save` started is written and committed, if there is one.
 
         Raises:
-            CheckpointError: a checkpoint could not be written, by any rank.
+            CheckpointError: any rank could not write its files of a checkpoint.
         """
         if self._thread:
             self._thread.join()
@@ -198,13 +200,16 @@ class Saver:
 
     @property
     def has_failed(self) -> bool:
-        """True if `wait` would raise; ranks learn of a failure at different moments and must agree before they act."""
+        """True if writing a checkpoint has failed, so that `wait` would raise the error.
+
+        Ranks learn of a failure at different moments, so they must agree on it before they call `wait`.
+        """
         return self._error is not None
 
     def _prepare_copies(self) -> list[_SliceCopy]:
         """Return the slices that this rank writes, with the buffers for their copies.
 
-        Slices of gathered tensors are copied here already; `_copy_state` copies the others.
+        Slices of gathered tensors, which are temporary, are copied here already. `_copy_state` copies the others.
         """
         copies, assignment, strategy = list[_SliceCopy](), WriterAssignment(), self._trainer.strategy
         for part, name, tensor in strategy.checkpoint_tensors():
@@ -226,9 +231,9 @@ class Saver:
         return copies
 
     def _copy_state(self, copies: list[_SliceCopy], state_ready: torch.cuda.Event | None) -> None:
-        """Copy the slices of this rank to CPU memory, in the background; on a GPU in a stream of its own."""
+        """Copy this rank's slices to CPU memory in the background thread. A GPU does this in a separate CUDA stream."""
         if self._copy_stream:
-            # The device of a new thread is the first GPU, whose memory it would use.
+            # The default device of a new thread is the first GPU, so without this call its memory would be used.
             torch.cuda.set_device(self._copy_stream.device)
         with torch.cuda.stream(self._copy_stream):
             if self._copy_stream and state_ready:
@@ -247,7 +252,7 @@ class Saver:
                 self._copy_stream.synchronize()
 
     def _manifest(self) -> CheckpointManifest:
-        """Return the manifest of the current state, without its files."""
+        """Return the manifest of a checkpoint of the trainer's current state. It lists no files yet."""
         trainer, spec = self._trainer, self._trainer.spec
         return CheckpointManifest(
             step=trainer.step,
@@ -278,7 +283,10 @@ class Saver:
         counts: dict[str, Any],
         val_loss: float | None,
     ) -> None:
-        """Write the checkpoint, commit it on rank 0 and delete old ones; an error is stored for `wait`."""
+        """Write this rank's files of the checkpoint; on rank 0, also commit it and delete old ones.
+
+        This runs in the background thread. An error is stored, and `wait` raises it.
+        """
         start_time = time.monotonic()
         checkpoint = self._run.checkpoints / checkpoint_name(manifest.step, self._group)
         rank = self._trainer.mesh.rank
@@ -287,7 +295,7 @@ class Saver:
             try:
                 self._copy_state(copies, state_ready)
             finally:
-                # Also after an error: otherwise the next update would wait forever.
+                # This is set even after an error, because otherwise the next update would wait forever.
                 self._copy_done.set()
             entries = {}
             for part in PARTS:
@@ -312,7 +320,7 @@ class Saver:
             self._error = e
 
     def _run_on_all_ranks(self, action: Callable[[], T], checkpoint: Location) -> list[T]:
-        """Run an action on every rank, and return the results of all ranks.
+        """Run an action on this rank, and return the results of all ranks, which call this together.
 
         Raises:
             CheckpointError: the action failed on a rank; raised on all ranks.
@@ -337,7 +345,7 @@ class Saver:
         return cast("list[T]", [result for result, _ in outcomes])
 
     def _apply_retention(self, step: int, val_loss: float | None) -> None:
-        """Delete checkpoints that the retention policy does not keep; a failure causes a warning only."""
+        """Delete the checkpoints that the retention policy does not keep. A failure only prints a warning."""
         # The new checkpoint is committed, so a failure here must neither end training nor count as its failure.
         try:
             removable_checkpoints = self._retention.removable_checkpoints(step, val_loss) if self._retention else []

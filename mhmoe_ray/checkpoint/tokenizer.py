@@ -15,7 +15,7 @@ def run_tokenizer(checkpoint: Location, manifest: CheckpointManifest) -> Locatio
 
     Raises:
         CheckpointError: the file cannot be read, or is not the tokenizer that the model was trained with; or the model
-            is a vision model.
+            is a vision model, which has no tokenizer.
     """
     if manifest.model.vision is not None:
         reason = "its model is a vision model, which reads no texts"
@@ -28,7 +28,7 @@ def load_run_tokenizer(checkpoint: Location, manifest: CheckpointManifest) -> To
     """Load the tokenizer from the run directory of a checkpoint, after checking its hash.
 
     Raises:
-        CheckpointError: raised by `run_tokenizer`.
-        DataError: the file is not a tokenizer for a model with this vocabulary size.
+        CheckpointError: the file cannot be read or has another hash, or the model has no tokenizer (`run_tokenizer`).
+        DataError: the tokenizer does not fit the model's vocabulary size, or the file holds no valid tokenizer.
     """
     return load_tokenizer(run_tokenizer(checkpoint, manifest), manifest.model.vocab_size)

@@ -1,6 +1,6 @@
 """The `mhmoe` command, with one file for each noun that a user types, and helpers that commands share.
 
-    app.py         wires the commands; turns errors into one line and an exit code
+    app.py         registers the commands; turns errors into one line and an exit code
     common.py      options and their completion, consoles, reading of specs and checkpoints, numbers and tables
     verbs.py       hints for unknown commands
     jobs.py        follow the jobs of a command
@@ -8,17 +8,18 @@
     runs.py        list, resume, stop, rm
     status.py      state of a run         logs.py       logs of its job and workers
     plan.py, plan_tables.py                 the meaning of a spec
-    plan_placement.py, plan_estimate.py     tables of the placement, and of estimates for a cluster on paper
+    plan_placement.py, plan_estimate.py     tables of the placement, and of estimates for a planned cluster
     presets.py     models by name         schema.py     the JSON schema of specs
-    data.py        sample text, prepare   data_mix.py   the mixture that training reads
+    data.py        write sample text, prepare text as shards
+    data_mix.py    how much training reads of each source of documents
     data_inspect.py, data_inspect_view.py   the contents of raw text, and problems in it
     serve.py, serve_choice.py               answers over HTTP
     generate.py, generate_batch.py          answers without a server, to a prompt or to all rows of a file
     ckpt.py        checkpoints, and conversion from and to other tools' formats
     eval.py, eval_vision.py   quality of a checkpoint   routing.py    its use of experts
-    sweep.py, sweep_follow.py               many runs as one
+    sweep.py, sweep_follow.py               many runs from one file
     report.py      comparison of runs
-    bench.py, bench_layer.py, bench_serve.py, bench_tables.py   measurements
+    bench.py, bench_layer.py, bench_serve.py, bench_tables.py   measurements of alternatives side by side
     cluster.py     the local cluster, names for others, doctor
 
 Commands parse arguments, call the Python interface (`mhmoe_ray/api`), print and follow. Modules here import neither

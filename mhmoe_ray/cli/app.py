@@ -1,6 +1,7 @@
-"""The `mhmoe` application: wires the commands and handles their errors.
+"""The `mhmoe` application: registers the commands and handles their errors.
 
-An error of the tree in errors.py becomes one line on stderr and an exit code; bugs keep their traceback.
+An error of a class in errors.py becomes one line on stderr and an exit code. Any other error is a bug and keeps its
+traceback.
 """
 
 import os
@@ -86,7 +87,10 @@ app.add_typer(cluster.app, name="cluster")
 
 
 def main() -> None:
-    """Run the command of the process's arguments; print an error of this project as one line and exit with its code."""
+    """Run the command that the process's arguments name.
+
+    An error of a class in errors.py is printed as one line, and the process ends with the error's exit code.
+    """
     try:
         app()
     except MhmoeError as e:

@@ -1,7 +1,7 @@
 """`mhmoe bench`: measurements that are compared side by side within one command.
 
 `layer` and `serve` have files of their own. This file has the other commands: `train` times whole training steps of
-models of equal work; `run` the overhead of a run; `dispatch` the sending of rows to experts on another node;
+models of equal work; `run` the overhead of Ray in training; `dispatch` the sending of rows to experts on another node;
 `checkpoint` how long saving holds up training; `loss` the output layer with its loss; `ingest` the way from text to
 shards and from shards to micro-batches; `commands` how long a user waits for the command line.
 """
@@ -51,11 +51,12 @@ def train(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, each of a step of every model.")] = 9,
     json: JsonOption = False,
 ) -> None:
-    """Time whole training steps of the follow-up paper's models at a small size: SMoE and, at equal multiply-adds and
-    parameters, MH-MoE with k = h.
+    """Time whole training steps of a plain mixture of experts (SMoE) and of MH-MoE with equal multiply-adds and
+    parameters.
 
-    A step is training's own: forward, loss and backward of each micro-batch, clipping, AdamW. All models take turns in
-    each round; results are medians, beside the first paper's own throughput. With --json the table goes to stderr.
+    The models are those of the follow-up paper (arXiv 2411.16205) at a small size, with k = h. A step is training's
+    own: forward, loss and backward of each micro-batch, clipping, AdamW. All models take turns in each round; results
+    are medians, beside the throughput in the first paper (arXiv 2404.15045). With --json the table goes to stderr.
     """
     from mhmoe_ray.bench import timing
     from mhmoe_ray.bench.steps import SMALL_SIZE, measure
@@ -91,8 +92,8 @@ def run(
     """Time a spec's whole training by one worker, both as a run and as the same steps in a bare loop without Ray.
 
     The loop is timed with the default memory settings of the C library, and with those of a run's workers. All train
-    on the spec's prepared data from the same start and end with the same loss, which is checked. With --json the table
-    goes to stderr.
+    on the spec's prepared data from the same initial weights, and the command checks that they end with the same loss.
+    With --json the table goes to stderr.
     """
     from mhmoe_ray.bench.run import WARM_UP_STEPS, measure
     from mhmoe_ray.data.shards.manifest import require_prepared_data
@@ -139,9 +140,10 @@ def dispatch(
     """Time a forward and backward pass of expert layers through flat and hierarchical dispatch, over two nodes of two
     ranks that are simulated by processes on this machine's CPU.
 
-    Bytes are those of rows that dispatch sends from node to node; with --slow-link they are all bytes that crossed the
-    link, headers included. Their ratio is shown beside the ratio that the drawn routes demand. The link joins two
-    network namespaces, which are removed at the end. With --json the table goes to stderr.
+    Dispatch sends rows (tokens or sub-tokens) to the ranks that hold their experts. The table shows the bytes of rows
+    that are sent from node to node; with --slow-link it shows all bytes that crossed the link, headers included. Their
+    ratio is beside the ratio that follows from the random choices of experts. The link joins two network namespaces,
+    which are removed at the end. With --json the table goes to stderr.
     """
     from mhmoe_ray.bench import timing
     from mhmoe_ray.bench.dispatch.measure import measure
@@ -255,7 +257,7 @@ def ingest(
     processes: Annotated[int, typer.Option(min=1, help="Processes of each.")] = 2,
     json: JsonOption = False,
 ) -> None:
-    """Time the preparation of a spec's text, and the stream of its training, each time in new processes.
+    """Time the preparation of a spec's text as shards, and the streaming of its training samples, in new processes.
 
     The spec must name its tokenizer, because training one is not measured. The text is prepared again in a temporary
     folder; the stream reads the spec's own prepared data, for all of its train.steps. For models with images, the
@@ -285,7 +287,7 @@ def ingest(
     rows = []
     for f in figures:
         seconds, first_round = f.median("seconds"), f.rounds[0]
-        # The figures of a preparation have a number of tokens, and those of a stream have a number of micro-batches.
+        # The results of a preparation have a number of tokens, and those of a stream have a number of micro-batches.
         rate = (
             f"{first_round['micro_batches'] / seconds:,.0f} micro-batches/s" if "micro_batches" in first_round else ""
         )
@@ -346,7 +348,7 @@ app = typer.Typer(cls=SuggestingGroup, help="Measure alternatives side by side."
 
 @app.callback()
 def use_worker_memory(context: typer.Context) -> None:
-    """Restart this process with the memory settings of a run's workers if the command times layers or steps."""
+    """Restart this process with the memory allocator's settings of training workers if the command needs them."""
     # Layers and steps should take the time that they take in a run, so they need the memory settings of a worker. The
     # allocator reads its settings only when a process starts, so this process is replaced by one with these settings.
     timed_commands = ("layer", "train", "checkpoint", "dispatch")

@@ -70,7 +70,10 @@ def layer(
 
 
 def _measure_shape(request: "Request", hardware: "Hardware", header: dict[str, Any], json: bool) -> None:
-    """Measure all layers at one shape and print a table; with `json`, also print JSON that begins with `header`."""
+    """Measure all expert layers at one set of sizes, and print a table of their time and memory.
+
+    With `json`, also print the results as JSON, after the fields of `header`.
+    """
     from mhmoe_ray.bench.measure import as_json, measure
     from mhmoe_ray.bench.steps import compare_with_paper
 
@@ -95,16 +98,16 @@ def _measure_sweep(
     png: Path | None,
     json: bool,
 ) -> None:
-    """Measure all layers at points along an axis, and print the results; also plot them if `png` is a path.
+    """Measure all expert layers at several values of one size, and print the results; also plot them if `png` is given.
 
     Args:
-        request: the layers, the shape and the number of rounds.
-        axis: the axis.
-        axis_points: the points; an empty list stands for the axis's own points.
-        hardware: the machine, for titles.
-        header: the machine and the settings, with which the JSON begins.
+        request: the layers to measure, their sizes and the number of rounds.
+        axis: the size that varies, such as the number of tokens.
+        axis_points: the values of this size; an empty list stands for the default values in `AXES`.
+        hardware: the machine, which the titles name.
+        header: the machine and the settings, which are the first fields of the JSON.
         png: path of the plot; None for no plot.
-        json: whether to print JSON.
+        json: whether to print the results as JSON too.
     """
     from mhmoe_ray.bench.measure import as_json
     from mhmoe_ray.bench.sweep import AXES, sweep
@@ -145,7 +148,7 @@ def _print_parts(parts: "list[tables.Part]", json: bool) -> None:
 
 
 def _parse_points(axis: "AxisName | None", points: str | None, heads: list[int] | None) -> list[int]:
-    """Parse the option --points; return an empty list if it is not given.
+    """Return the numbers in the option --points, such as 1024,4096; return an empty list if the option is not given.
 
     Raises:
         BadParameter: the points are not whole numbers of at least 1, or --points or --heads contradicts --over.
@@ -165,10 +168,10 @@ def _parse_points(axis: "AxisName | None", points: str | None, heads: list[int] 
 
 
 def _check_png(png: Path, axis: "AxisName | None") -> None:
-    """Raise if the plot has no axis or cannot be written, before minutes of measuring.
+    """Check that the plot can be drawn and written, because an error after minutes of measuring would come too late.
 
     Raises:
-        BadParameter: there is no axis.
+        BadParameter: the option --over is missing, so the plot has no horizontal axis.
         DataError: matplotlib is not installed, or the file could not be written.
     """
     from mhmoe_ray import plotting

@@ -1,4 +1,4 @@
-"""`mhmoe bench serve`: throughput of engines and servers in tokens per second."""
+"""`mhmoe bench serve`: throughput of inference engines and servers in tokens per second."""
 
 import tempfile
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ServePart(StrEnum):
-    """A group of contestants that `mhmoe bench serve` compares."""
+    """Choice of what `mhmoe bench serve` compares: engines, HTTP servers, or models with different numbers of heads."""
 
     ENGINES = "engines"
     SERVERS = "servers"
@@ -29,7 +29,7 @@ SEQ_LEN = 1024
 """Largest number of tokens of a prompt and its answer together."""
 PROMPT_TOKENS = 64
 PREFILL_TOKENS = 256
-"""Number of tokens of a prompt where only prompts are timed, which is in `heads`."""
+"""Number of tokens of a prompt when `mhmoe bench serve heads` times prompts (prefill) without answers."""
 
 
 def serve(
@@ -66,10 +66,10 @@ def serve(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, each of all contestants.")] = 5,
     json: JsonOption = False,
 ) -> None:
-    """Time the answers of a model of random weights, by engines alone or behind HTTP, plain and streamed.
+    """Time the answers of a model with random weights, by inference engines alone or by HTTP servers.
 
-    Each contestant has a process of its own, which waits while others are measured; all take turns in each round.
-    Results are medians. With --json the tables go to stderr.
+    Servers are measured with and without streaming. Each engine or server has a process of its own, which waits while
+    others are measured; all take turns in each round. Results are medians. With --json the tables go to stderr.
     """
     import torch
 
@@ -129,12 +129,12 @@ def _write_model(
     """Write a checkpoint with random weights, and return it as a model to serve.
 
     Args:
-        model: the model.
+        model: the sizes of the model.
         folder: a new folder for the checkpoint.
-        precision: precision of the weights.
-        threads: CPUs of a contestant.
+        precision: precision of the weights when the model is served.
+        threads: CPUs of each engine or server.
         max_clients: largest number of clients at a time.
-        mixtral: whether to export the model for other packages too.
+        mixtral: whether the model is a Mixtral, which is also exported in the format of other packages.
     """
     from mhmoe_ray.bench.serve.engines import ServedModel
     from mhmoe_ray.bench.serve.model import write_run
@@ -153,7 +153,7 @@ def _write_model(
 def _measure_engines(
     served_model: "ServedModel", shape: Any, clients: Sequence[int], peers: bool, rounds: int
 ) -> "dict[str, list[Rates]]":
-    """Return the rates of our engine and, with `peers`, of other installed engines, by the title of their table."""
+    """Return the tokens per second of our engine and, with `peers`, of other installed engines, by table title."""
     from mhmoe_ray.bench.serve.contest import measure_engines
     from mhmoe_ray.bench.serve.engines import ENGINES
 
@@ -168,7 +168,9 @@ def _measure_engines(
 def _measure_heads(
     served_models: "dict[str, ServedModel]", tokens: int, clients: Sequence[int], rounds: int
 ) -> "dict[str, list[Rates]]":
-    """Return the rates of models with different numbers of heads in vLLM, for answers and for prompts, by table title.
+    """Return the tokens per second of models with different numbers of heads in vLLM, by table title.
+
+    One table is about the generation of answers, the other about the processing of prompts.
 
     Raises:
         SpecError: vLLM is not installed.
@@ -198,7 +200,11 @@ def _measure_servers(
     seconds: float,
     rounds: int,
 ) -> "dict[str, list[Rates]]":
-    """Return the rates of servers by table title: under random arrivals if `rate` is given, else streamed and plain."""
+    """Return the tokens per second of servers, by table title.
+
+    With `rate`, that number of requests per second arrives on average, at random times. Otherwise a fixed number of
+    clients send requests, once with streaming and once without.
+    """
     from mhmoe_ray.bench.serve.contest import measure_random_arrivals, measure_servers
     from mhmoe_ray.bench.serve.servers import SERVERS
 

@@ -1,4 +1,4 @@
-"""Tables of `mhmoe bench`."""
+"""Tables that the commands of `mhmoe bench` print."""
 
 from collections.abc import Iterable, Sequence
 from statistics import median
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 Part = str | tuple[str, Table]
-"""A text, or a table with its title."""
+"""Piece of a command's output: a text, or a table with its title."""
 
 MIN_WIDTH = 140
 """Smallest width of tables in characters, even on a narrower terminal."""
@@ -41,12 +41,12 @@ def print_parts(console: Console, parts: Iterable[Part]) -> None:
 
 
 def shape_table(figures: Sequence["Figures"], top_k: int, d_expert: int) -> Table:
-    """Return a table of the time and the memory of all layers at one shape.
+    """Return a table of the time and the memory of all expert layers that were measured at one set of sizes.
 
     Args:
-        figures: figures of the layers; the first two are the dense and the plain layer.
-        top_k: k of the plain layer.
-        d_expert: width of an expert of the plain layer; `top_k` times it is the width of the dense layer.
+        figures: measurements of the layers; the first two are the dense layer and the plain mixture of experts.
+        top_k: number of experts per token in the plain layer.
+        d_expert: width of an expert of the plain layer; the dense layer is `top_k` times as wide.
     """
     dense_seconds, plain_seconds = (f.median for f in figures[:2])
     rows = []
@@ -62,7 +62,7 @@ def shape_table(figures: Sequence["Figures"], top_k: int, d_expert: int) -> Tabl
 
 
 def steps_table(figures: Sequence["steps_.StepFigures"]) -> Table:
-    """Return a table of whole training steps, one row for each model."""
+    """Return a table of the time and throughput of whole training steps, with one row for each model."""
     columns = ("model", "E", "k", "f", "parameters", "median", "tokens/s", "time to SMoE", "the paper's")
     rows = []
     for f in figures:
@@ -75,14 +75,17 @@ def steps_table(figures: Sequence["steps_.StepFigures"]) -> Table:
 
 
 def rates_table(figures: "Sequence[Rates]") -> Table:
-    """Return a table of rates, with ratios to the contestants in earlier rows that have the same number of clients."""
+    """Return a table of the tokens per second of engines or servers, by number of clients.
+
+    Its last column has the ratios to engines or servers in earlier rows with the same number of clients.
+    """
     rows = []
     for f in figures:
         earlier_rates = [rates for rates in figures[: figures.index(f)] if rates.clients == f.clients]
         ratios = ", ".join(f"{f.ratio_to(rates):.2f} of {rates.name}" for rates in earlier_rates)
         first_token = format_seconds(median(f.first_token_seconds)) if f.first_token_seconds else ""
         rows.append((str(f.clients or "random"), f.name, f"{f.rate:,.0f}", first_token, ratios))
-    # The sort is stable, so contestants with the same number of clients stay in their order.
+    # The sort is stable, so rows with the same number of clients stay in their order.
     rows.sort(key=lambda row: int(row[0]) if row[0].isdigit() else 0)
     return number_table(("clients", "", "tokens/s", "first token", "rate"), rows, names=("clients", ""))
 
@@ -107,8 +110,10 @@ def checkpoints_table(figures: "checkpoints_.Figures") -> Table:
 
 
 def sweep_tables(sweep: "Sweep") -> Iterable[Part]:
-    """Yield a table of the time and one of the peak memory of each layer along the axis, and a remark if figures are
-    extrapolated."""
+    """Yield a table of the time and one of the peak memory of each layer in a sweep, with their titles.
+
+    A column stands for one value of the size that varies. A remark follows if some of the numbers are extrapolated.
+    """
     from mhmoe_ray.bench.sweep import AXES
 
     # If work grows along the axis, time grows with a power of the points, and the last column is its exponent.
@@ -128,7 +133,10 @@ def sweep_tables(sweep: "Sweep") -> Iterable[Part]:
 
 
 def paper_table(figures: Sequence["Figures"]) -> Part:
-    """Return a table of static and dropless routing beside the first paper's throughput, with its title."""
+    """Return a table, with its title, of our layers beside the throughput of models in the first MH-MoE paper.
+
+    Each has a version with static routing, which drops rows beyond an expert's capacity, and a dropless version.
+    """
     from mhmoe_ray.bench.steps import compare_with_paper
 
     rows = [
@@ -150,7 +158,7 @@ def paper_table(figures: Sequence["Figures"]) -> Part:
 
 
 def format_skipped(skipped: Sequence["SkippedCase"]) -> Iterable[str]:
-    """Yield one text with a line for each skipped case and its reason; yield nothing if no case was skipped."""
+    """Yield one text with a line for each layer or kernel that was not measured; yield nothing if there is none."""
     if skipped:
         yield "\n".join(f"not measured: {case.name}: {case.reason}" for case in skipped)
 

@@ -97,7 +97,7 @@ def _compare(first_model: str, second_model: str, storage: str, json: bool) -> N
     """Compare two models and print their differences.
 
     Raises:
-        CheckpointError: the models differ by more than rounding, or one cannot be read.
+        CheckpointError: the models differ by more than rounding to 16 bits, or one cannot be read.
     """
     from mhmoe_ray.checkpoint.huggingface.compare import compare_logits, compare_weights, open_model
     from mhmoe_ray.errors import CheckpointError
@@ -133,7 +133,7 @@ def _model_location(target: str, storage: str) -> "Location":
     from mhmoe_ray.runs.directory import RunDir
 
     folder = find_model_folder(target, storage)
-    # `open_model` hashes the files.
+    # The hashes are not verified here, because `open_model` reads the files and verifies them.
     return pick_checkpoint(folder, None, verify_hashes=False)[0] if isinstance(folder, RunDir) else folder
 
 
@@ -166,7 +166,7 @@ def _verify_run(run: str | None, storage: str, json: bool) -> None:
                 dropped_names.append(path.name)
         else:
             problems[path.name] = None
-    # A checkpoint loses its manifest first, so one whose removal goes on looks unfinished.
+    # A removal deletes the manifest first, so a checkpoint that is being removed looks unfinished.
     unfinished_names = [path.name for path in uncommitted_checkpoints(run_dir) if path.name not in dropped_names]
     damaged = [name for name, reason in problems.items() if reason]
     if json:
@@ -232,13 +232,13 @@ def import_(
 
     note.print(f"importing {source}", soft_wrap=True)
     if source.startswith(PREFIX):
-        # The folder in the hub's cache is named by a hash.
+        # The folder in the hub's cache is named by a hash, so the run takes the name of the model.
         name = name or run_name(source.partition("@")[0].rpartition("/")[2])
         run = import_folder(local_folder(source), name, storage, seq_len)
     elif (source_run := _run_of(source, storage)) is not None:
         path, manifest = pick_checkpoint(source_run, None, verify_hashes=True)
         with tempfile.TemporaryDirectory() as folder:
-            # An export and an import copy weights and tokenizer, and check both.
+            # An export followed by an import copies the weights and the tokenizer, and checks both.
             export_checkpoint(path, manifest, Path(folder) / "model")
             run = import_folder(Path(folder) / "model", name or run_name(source_run.id), storage, seq_len)
     else:
@@ -247,7 +247,7 @@ def import_(
 
 
 def _run_of(source: str, storage: str) -> "RunDir | None":
-    """Return the run that a source of an import names; None if the source is another folder.
+    """Return the run that the source of an import names; None if the source is the folder of a model.
 
     Raises:
         CheckpointError: the source is neither a folder nor a run.

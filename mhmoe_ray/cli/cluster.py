@@ -1,5 +1,7 @@
-"""`mhmoe cluster` starts and stops the local Ray cluster and names others; `mhmoe doctor` shows what works here, and
-why the rest does not."""
+"""`mhmoe cluster` starts and stops the local Ray cluster, and gives names to other clusters.
+
+`mhmoe doctor` checks this machine, the cluster and the storage, and explains what does not work.
+"""
 
 from dataclasses import asdict
 from pathlib import Path

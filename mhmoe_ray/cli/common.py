@@ -40,7 +40,10 @@ def complete_runs(incomplete: str) -> list[str]:
 
 
 def complete_keys(incomplete: str) -> list[str]:
-    """Return the keys of a spec that start with `incomplete`, in the form that --set takes, shorthands first."""
+    """Return the keys of a spec that start with `incomplete`, each with = at its end, as the option --set takes them.
+
+    Shorthands, such as `preset`, come first.
+    """
     from mhmoe_ray.planner.resolve import Shorthands
     from mhmoe_ray.spec import RunSpec
 
@@ -48,7 +51,10 @@ def complete_keys(incomplete: str) -> list[str]:
 
 
 def _section_keys(model: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of a section and its subsections, each after `prefix` and with = at its end."""
+    """Yield the dotted keys of a section of a spec and of its subsections, such as `train.steps=`.
+
+    `prefix` is the path of the section with a dot at its end, such as `train.`; it is empty for a whole spec.
+    """
     for name, field in model.model_fields.items():
         subsection = _section_model(field.annotation)
         # A range has the keys `min` and `max`, but counts as a single key, because a spec may also write it as one
@@ -60,9 +66,9 @@ def _section_keys(model: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _section_model(annotation: Any) -> Any:
-    """Return the pydantic model of a field that is a section, required or optional; return None for any other field.
+    """Return the pydantic model of a spec's field if it is a section, required or optional; return None for others.
 
-    Sections in a list or a table have no fixed keys, so they count as other fields.
+    Sections in a list or a dictionary have no fixed keys, so the function returns None for them.
     """
     from types import NoneType, UnionType
     from typing import Union, get_args, get_origin
@@ -77,7 +83,7 @@ def _section_model(annotation: Any) -> Any:
 
 # Markup and emoji are off, because paths and texts may hold brackets and colons that rich would interpret.
 out = Console(highlight=False, markup=False, emoji=False)
-"""Console for results."""
+"""Console for results, which writes to stdout."""
 note = Console(stderr=True, highlight=False, markup=False, emoji=False)
 """Console for progress and remarks. It writes to stderr, so that results can be piped."""
 
@@ -115,7 +121,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 def read_spec(path: Path, overrides: list[str]) -> "RunSpec":
-    """Return the complete spec of a file with `key.path=value` overrides; relative paths become absolute.
+    """Read a spec file, apply the `key.path=value` overrides, and return the complete spec with absolute paths.
 
     Raises:
         SpecError: the file or an override is wrong.
@@ -131,7 +137,7 @@ def pick_checkpoint(run: "RunDir", name: str | None, *, verify_hashes: bool) -> 
     Print a warning for each newer checkpoint that is damaged and therefore skipped.
 
     Args:
-        run: the run.
+        run: directory of the run.
         name: name or step of the checkpoint; None picks the newest.
         verify_hashes: whether to read all weights and compare their hashes with the manifest. Otherwise only names and
             sizes of files are compared, and other damage shows when the checkpoint is loaded.
@@ -148,7 +154,7 @@ def pick_checkpoint(run: "RunDir", name: str | None, *, verify_hashes: bool) -> 
 def detach_on_interrupt(hint: str) -> Iterator[None]:
     """Return a context in which Ctrl-C ends the command without an error and prints `hint`.
 
-    It is for commands that only follow a job or a deployment; the hint says how to see it or end it.
+    It is for commands that only follow a job or a deployment. The hint tells the user how to see or end that job.
     """
     try:
         yield
@@ -216,12 +222,12 @@ def print_untruncated(table: Table) -> None:
 
 
 def format_figure(value: float | None, format_spec: str) -> str:
-    """Format a number of a run's history; return "not finite" for None, which replaces such a number there."""
+    """Format a metric of a run; return "not finite" for None, which stands for NaN and infinity in metrics.jsonl."""
     return "not finite" if value is None else format(value, format_spec)
 
 
 def format_nats(value: float | None) -> str:
-    """Format a loss in nats with four decimals; return "not finite" for None."""
+    """Format a loss in nats with four decimals; return "not finite" for None, which stands for NaN and infinity."""
     return format_figure(value, ".4f")
 
 

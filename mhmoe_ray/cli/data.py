@@ -1,6 +1,6 @@
 """`mhmoe data`: write sample text, and prepare raw text as packed shards in a job on the cluster.
 
-The other commands of the group are wired here too.
+This module also registers the other commands of the group.
 """
 
 import importlib.util
@@ -110,7 +110,10 @@ def _run_job(spec: "RunSpec", connection: "Connection") -> "DataManifest":
 
 
 def _print_manifest(manifest: "DataManifest") -> None:
-    """Print the counts of each domain of prepared data, and the entropies of its held-out text."""
+    """Print the counts of each domain (source of documents) in prepared data, and the entropies of held-out text.
+
+    Data that has only images has no such entropies, so the number of held-out images is printed instead.
+    """
     columns = ["", "documents", "held out", "bad", "text", "tokens", "bytes/token", "samples", "cut", "padding"]
     columns += ["targets"] if manifest.chat else []
     columns += ["images"] if manifest.encoder or manifest.vision else []
@@ -202,7 +205,7 @@ def sample(
 
 
 def _write_large(folder: Path, cache: Path, json: bool) -> None:
-    """Write the large sample, and print what it holds.
+    """Write the text sample of the option --large, and print its numbers of documents and bytes.
 
     Raises:
         DataError: lxml is not installed, or the sample is incomplete because packages are missing.
@@ -230,7 +233,7 @@ def _write_large(folder: Path, cache: Path, json: bool) -> None:
 
 
 def _write_pictures(folder: Path, cache: Path, json: bool) -> None:
-    """Write the picture sample, and print what it holds.
+    """Write the sample of drawings with captions for the option --pictures, and print its numbers of pictures.
 
     Raises:
         DataError: Pillow or resvg-py is not installed, or the sample is incomplete because packages are missing.
@@ -257,7 +260,7 @@ def _write_pictures(folder: Path, cache: Path, json: bool) -> None:
 
 
 def _write_scenes(folder: Path, cache: Path, scene_seed: int, json: bool) -> None:
-    """Write the scene sample, and print what it holds.
+    """Write the sample of scenes with objects for the option --scenes, and print its numbers of scenes and objects.
 
     Raises:
         DataError: Pillow, resvg-py or pycocotools is not installed, or the sample is incomplete because packages are
@@ -293,7 +296,7 @@ def _write_scenes(folder: Path, cache: Path, scene_seed: int, json: bool) -> Non
 
 
 def _print_left_out(summary: "DrawingSummary") -> None:
-    """Print the number of drawings that are not in a sample, by artist and reason."""
+    """Print how many drawings were left out of a sample, by artist and reason."""
     for artist, reasons in summary.left_out.items():
         counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
         out.print(f"{artist}, left out: {counts}", soft_wrap=True)

@@ -1,6 +1,6 @@
 """`mhmoe data inspect` shows the contents of raw text and its shards; `mhmoe data lint` shows the problems in it.
 
-Both use a survey of the text, which a job on the cluster makes.
+Both run a job on the cluster that reads all text and returns a survey: counts, lengths, copies and problems.
 """
 
 from dataclasses import asdict, dataclass
@@ -36,17 +36,17 @@ SetOption = Annotated[
 
 @dataclass
 class InspectTarget:
-    """The data that `mhmoe data inspect` or `lint` reads: raw text and, with a spec, its prepared folder."""
+    """The data that `mhmoe data inspect` or `lint` reads: raw text and, with a spec, the folder of prepared shards."""
 
     name: str
     data: "DataSpec"
     cluster: "ClusterSpec"
     required_paths: list[Path]
-    """Paths of this machine that the cluster's nodes must see."""
+    """Paths on this machine that all nodes of the cluster must be able to read."""
     spec: "RunSpec | None"
-    """Spec of the run; None for raw text."""
+    """Spec that the user named; None if the user named raw text instead."""
     manifest: "DataManifest | None"
-    """Manifest of the prepared folder; None if there is none."""
+    """Manifest of the prepared folder; None if the text is not prepared yet."""
 
     @property
     def tokenizer(self) -> Path | None:
@@ -77,7 +77,7 @@ def resolve_target(arguments: list[str], overrides: list[str]) -> InspectTarget:
 
 
 def raw_text_target(paths: list[str], overrides: list[str]) -> InspectTarget:
-    """Return a target for raw text, in which each path is a source (`raw_text_sections`).
+    """Return the data that paths of raw text name; each path becomes one source, as in `raw_text_sections`.
 
     Raises:
         SpecError: an override is wrong.
@@ -122,7 +122,7 @@ def run_survey(target: InspectTarget, address: str | None, *, check_rules: bool)
 
 
 QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9, "p99": 0.99}
-"""Quantiles of lengths that are shown, by name."""
+"""Quantiles of document lengths that the tables show, from 0 to 1, by column title."""
 
 
 def inspect(
@@ -170,7 +170,7 @@ def inspect(
 
 
 def survey_dict(survey: "Survey") -> dict[str, Any]:
-    """Return the survey as JSON data: in total, by domain (each also by language), and by language."""
+    """Return a survey of raw text as JSON data: in total, by domain (each also by language), and by language."""
     from mhmoe_ray.data.inspect.figures import sum_figures
 
     languages: dict[str, list[Figures]] = {}
@@ -209,7 +209,7 @@ def _domain_dict(domain: "DomainSurvey", copies: "DomainCopies | None") -> dict[
 
 
 def _figures_dict(figures: "Figures") -> dict[str, Any]:
-    """Return the figures as JSON data, in which figures of tokens are null without a tokenizer."""
+    """Return the counts and lengths of documents as JSON data; those in tokens are null without a tokenizer."""
     from mhmoe_ray.data.inspect.figures import octave_counts, quantile
 
     def lengths(bins: dict[int, int]) -> dict[str, Any]:
@@ -240,7 +240,7 @@ def _figures_dict(figures: "Figures") -> dict[str, Any]:
 
 
 def _images_dict(figures: "ImageFigures") -> dict[str, Any]:
-    """Return the figures of images as JSON data."""
+    """Return the number, the sizes and the annotations of images as JSON data."""
     from mhmoe_ray.data.inspect.figures import octave_counts, quantile
 
     annotations: dict[str, Any] = {}
@@ -278,12 +278,12 @@ def prepared_dict(target: InspectTarget) -> dict[str, Any] | None:
 
 
 def _print_samples(target: InspectTarget, start: int, count: int, json: bool) -> None:
-    """Print the packed samples from position `start` on as text or JSON.
+    """Print `count` packed training samples from position `start` of the training on, as text or JSON.
 
     Raises:
         BadParameter: the target is raw text, which has no packed samples.
-        SpecError: the model is no decoder.
-        DataError: the data is not prepared, or the training has no such positions.
+        SpecError: the model is not a decoder.
+        DataError: the data is not prepared, or the training ends before these positions.
     """
     from mhmoe_ray.checkpoint.start.record import plan_start
     from mhmoe_ray.data.inspect.samples import decode_samples
@@ -355,7 +355,7 @@ def _format_summary(problems: "list[Problem]") -> str:
 
 
 def _print_problems(problems: "list[Problem]") -> None:
-    """Print one block for each message: its domains by count, a few examples, and what to do."""
+    """Print a block of lines for each kind of problem: its domains by count, a few examples, and what to do."""
     # `groupby` needs equal keys side by side, so the problems are sorted by them. Errors come before warnings.
     sorted_problems = sorted(problems, key=lambda p: (not p.severe, p.rule, p.message))
     for (severe, rule, message), group in groupby(sorted_problems, key=lambda p: (p.severe, p.rule, p.message)):

@@ -1,4 +1,7 @@
-"""Tables and the picture of `mhmoe data inspect`: lengths of documents by domain, fertility by language."""
+"""Tables and the picture of `mhmoe data inspect`: lengths of documents by domain, fertility by language.
+
+Fertility is the number of tokens per word and per character.
+"""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +23,7 @@ MAX_PAIRS = 10
 
 
 def print_survey(survey: dict[str, Any], *, held_out: bool) -> None:
-    """Print a survey as tables.
+    """Print a survey of raw text as tables.
 
     Args:
         survey: the survey, as `mhmoe data inspect --json` prints it.
@@ -73,7 +76,7 @@ def print_sample(sample: "DecodedSample") -> None:
 
 
 def _rows_by_source(survey: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each source with an empty row, followed by each of its domains with an indented name and its row."""
+    """Yield the names and rows of a table by domain: each source with an empty row, then its domains, indented."""
     source = None
     for name, row in survey["domains"].items():
         if source_of(name) != source:
@@ -83,7 +86,7 @@ def _rows_by_source(survey: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any
 
 
 def _print_table(title: str, columns: Sequence[str], rows: list[list[str]]) -> None:
-    # A table whose rows hold nothing but names says nothing, so it is left out.
+    # A table whose rows hold nothing but names would be useless, so it is left out.
     if any(any(row[1:]) for row in rows):
         out.print(f"\n{title}", style="bold")
         print_untruncated(number_table(["", *columns], rows))
@@ -121,7 +124,8 @@ def _print_lengths(survey: dict[str, Any]) -> None:
     used_octaves = [int(o) for row in survey["domains"].values() for o in (row[key] or {"octaves": ()})["octaves"]]
     if not used_octaves:
         return
-    # Octaves without documents get an empty bar, so that the bars of all domains line up.
+    # An octave is a range of lengths between two powers of two. Octaves without documents get an empty bar, so that the
+    # bars of all domains line up.
     octaves = [o for o in [0, *(1 << i for i in range(64))] if min(used_octaves) <= o <= max(used_octaves)]
     rows = []
     for name, row in _rows_by_source(survey):
@@ -233,7 +237,7 @@ def _print_prepared(prepared: dict[str, Any] | None) -> None:
 
 
 def _format_bars(counts: list[int]) -> str:
-    """Return a bar for each count, as high as its share of the largest count; a count of 0 is blank."""
+    """Return a line with one block character for each count, whose height is relative to the largest; 0 is blank."""
     largest_count = max(counts)
     return "".join(BARS[(len(BARS) - 1) * n // largest_count] if n else " " for n in counts)
 
@@ -251,7 +255,7 @@ BAR_INCHES = 0.2
 
 
 def draw_survey(survey: dict[str, Any], path: Path) -> None:
-    """Draw a survey and write the picture.
+    """Draw a survey of raw text, and write the picture as a PNG file.
 
     Args:
         survey: the survey, as `mhmoe data inspect --json` prints it.
@@ -265,7 +269,10 @@ def draw_survey(survey: dict[str, Any], path: Path) -> None:
 
 
 def _survey_figure(survey: dict[str, Any]) -> "Figure":
-    """Return the figure: lengths of documents by domain, beside tokens per word and character (else MB) by language."""
+    """Return a figure with the lengths of documents by domain, beside bars for each language.
+
+    The bars show tokens per word and per character; without a tokenizer, they show megabytes of text.
+    """
     rows = max(len(survey["domains"]), len(survey["languages"]))
     figure = new_figure(13, 2.4 + ROW_INCHES * rows)
     panels = 3 if survey["tokenized"] else 2
@@ -319,7 +326,7 @@ def _plot_lengths(figure: Any, axis: Any, survey: dict[str, Any]) -> None:
 
 
 def _plot_bars(axis: Any, values: dict[str, float | None], title: str, color: str) -> None:
-    """Plot one bar for each language, and none for a language without a figure."""
+    """Plot one horizontal bar for each language; a language whose value is None gets a bar of length 0."""
     axis.barh(range(len(values)), [value or 0 for value in values.values()], color=color)
     axis.set_yticks(range(len(values)), values)
     axis.set_title(title)

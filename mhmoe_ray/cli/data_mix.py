@@ -1,7 +1,7 @@
-"""`mhmoe data mix`: the mixture that a spec will produce, computed from the counts of its prepared data.
+"""`mhmoe data mix`: how much training reads of each domain, computed from a spec and the counts of its prepared data.
 
-No text is read and nothing is started. The picture shows shares by phase on a logarithmic scale, and epochs of the
-whole training.
+No text is read and nothing is started. The picture shows the shares of domains in each phase of the training on a
+logarithmic scale, and their epochs in the whole training.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 
 STAGES = {"by_size": ("by size", "o"), "tempered": ("tempered", "s"), "share": ("after limits", "x")}
-"""Label and marker in the picture, by key of a share."""
+"""Label and marker in the picture for each kind of share, by its key in the mixture."""
 
 
 def draw_mixture(mixture: dict[str, Any], path: Path) -> None:
-    """Draw a mixture and write the picture.
+    """Draw how much a training reads of each domain, and write the picture as a PNG file.
 
     Args:
         mixture: the mixture, as `mhmoe data mix --json` prints it.
@@ -49,7 +49,10 @@ def draw_mixture(mixture: dict[str, Any], path: Path) -> None:
 
 
 def _mixture_figure(mixture: dict[str, Any]) -> "Figure":
-    """Return the figure: shares of domains for each phase, then bars of their epochs with the limits of epochs."""
+    """Return a figure with a panel of the domains' shares for each training phase, and a last panel of their epochs.
+
+    A mark on the bar of a domain shows the largest number of epochs that the spec allows.
+    """
     names, phases = list(mixture["whole"]["domains"]), mixture["phases"]
     rows = range(len(names))
     figure = new_figure(4 + 3.5 * (len(phases) + 1), 1.5 + ROW_INCHES * len(names))
@@ -119,7 +122,7 @@ def mix(
 
 
 def mixture_dict(spec: "RunSpec", manifest: "DataManifest") -> dict[str, Any]:
-    """Return the mixture as JSON data: by phase and in total, each with rows by domain and by source."""
+    """Return what a training reads as JSON data: by phase and in total, each with rows by domain and by source."""
     from mhmoe_ray.checkpoint.start.record import plan_start
     from mhmoe_ray.data.order.mixture import compute_mixture
 
@@ -134,7 +137,10 @@ def mixture_dict(spec: "RunSpec", manifest: "DataManifest") -> dict[str, Any]:
     ]
 
     def sum_rows(values: Mapping[str, Sequence[float]], keys: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Return a row for each key: the sums of its values, and its epochs, read samples over existing samples."""
+        """Return a row for each domain or source in `keys`: the sums of its values, and its epochs.
+
+        Epochs are the samples that training reads, divided by the samples that exist.
+        """
         result: dict[str, dict[str, float]] = {key: dict.fromkeys(values, 0) for key in keys}
         for i, key in enumerate(keys):
             for name, value in values.items():
@@ -214,7 +220,10 @@ def _print_mixture(mixture: dict[str, Any]) -> None:
 
 
 def _rows_by_source(table: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Yield each source with its row, followed by its domains with indented names; each row has its name as `key`."""
+    """Yield each source of documents with its row, then its domains with indented names and their rows.
+
+    The entry `key` of a row is the full name of its source or domain.
+    """
     for source, total in table["sources"].items():
         yield source, {**total, "key": source}
         for name, row in table["domains"].items():

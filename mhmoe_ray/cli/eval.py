@@ -49,7 +49,7 @@ TextSetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set a data key of a spec, by which --text is read.")
 ]
 STANDARD_ERROR = "_stderr"
-"""Part of the names that lm-eval gives to standard errors."""
+"""Part of a name by which lm-eval marks the standard error of a metric, as in `acc_stderr,none`."""
 
 GpusOption = Annotated[
     int | None,
@@ -67,10 +67,10 @@ PriorOption = Annotated[
 
 
 def require_text(text: list[str], overrides: list[str], samples: int | None) -> None:
-    """Check that there is raw text if there are options about it.
+    """Check that the user named raw text if the options --set or --samples, which are about it, are given.
 
     Raises:
-        BadParameter: there is none.
+        BadParameter: one of these options is given without --text.
     """
     if not text and (overrides or samples):
         raise typer.BadParameter("--set and --samples are about --text: name some")
@@ -163,7 +163,7 @@ def eval_(
 
 
 def _print_class_scores(scores: "dict[str, ClassScore]") -> None:
-    """Print the accuracy of a linear probe beside its baselines."""
+    """Print the accuracy of a linear probe on the images of each domain, beside two simple baselines."""
     columns = ["classes of", "linear probe", "nearest pixels", "largest class", "classes", "images", "trained on"]
     rows = [
         [
@@ -177,7 +177,11 @@ def _print_class_scores(scores: "dict[str, ClassScore]") -> None:
 
 
 def _print_encoder_figures(figures: "EncoderFigures") -> None:
-    """Print the losses of the parts of micro-batches, and the value of the image in nats per hidden token."""
+    """Print the evaluation of an encoder: losses, linear probe, value of the image, retrieval and captions.
+
+    The value of the image is how much the loss of hidden caption tokens falls if the model sees their image, in nats
+    per token.
+    """
     if figures.losses:
         rows = [
             [name, f"{score.loss:.4f}", f"{score.perplexity:.2f}" if score.perplexity else "-", f"{score.targets:,}"]
@@ -215,11 +219,14 @@ def _print_encoder_figures(figures: "EncoderFigures") -> None:
 
 
 WAYS = ("name", "image")
-"""Found things of the two directions of retrieval: a name for an image, and an image for a name."""
+"""Result of each of the two directions of retrieval: the name that fits an image, and the image that fits a name."""
 
 
 def _retrieval_rows(figures: "dict[str, RetrievalFigures]") -> list[list[str]]:
-    """Return the rows of the table of retrieval: of each domain, and below it of each language."""
+    """Return the rows of the retrieval table: each domain, followed by the languages of its captions.
+
+    If there is a baseline, the nearest training image in pixels, it has a row of its own below each of them.
+    """
     rows = []
     for domain, domain_figures in figures.items():
         for name, entry in {domain: domain_figures, **domain_figures.languages}.items():
@@ -233,7 +240,7 @@ def _retrieval_rows(figures: "dict[str, RetrievalFigures]") -> list[list[str]]:
 
 
 def _task_rows(tasks: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """Return the rows of the table of tasks, one for each measure of each task, with its standard error."""
+    """Return the rows of the table of lm-eval's tasks: one for each metric of each task, with its standard error."""
     rows = []
     for task, result in tasks.items():
         questions = f"{result['questions']:,}" if "questions" in result else "-"

@@ -1,4 +1,4 @@
-"""Tables of the figures of a vision model, for `mhmoe eval`."""
+"""Tables in which `mhmoe eval` shows the evaluation of a vision model."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def print_vision_figures(figures: "VisionFigures") -> None:
-    """Print the losses of a vision model's tasks, the accuracy of classes, and the average precision of objects."""
+    """Print a vision model's losses by task, the accuracy of classification, and the average precision of detection."""
     rows = [[name, f"{loss:.4f}"] for name, loss in figures.losses.items()]
     print_untruncated(number_table(["", "loss"], rows))
     if figures.classes:

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 LINE_SECONDS = 10.0
-"""Seconds between progress lines where there is no terminal on which one line can be redrawn."""
+"""Seconds between two progress lines if the output is not a terminal, on which one line would be redrawn."""
 
 
 class PreparationView:
-    """Progress of data preparation: a task of a progress bar on a terminal, lines elsewhere.
+    """View of the progress of data preparation: a task of a progress bar on a terminal, printed lines elsewhere.
 
     Args:
-        folder: work folder of the preparation.
+        folder: work folder of the preparation, in which its progress is recorded.
         bar: the progress bar, which may have other tasks.
     """
 
@@ -41,7 +41,7 @@ class PreparationView:
         self._print_time, self._printed_stage = 0.0, ""
 
     def refresh(self) -> None:
-        """Show the progress that the work folder records now; remove the task if no preparation is running."""
+        """Read and show the progress of the preparation; remove its task from the bar if no preparation is running."""
         from mhmoe_ray.data.prepare.work import read_progress
 
         progress = read_progress(self._folder)
@@ -60,7 +60,7 @@ class PreparationView:
             note.print(f"prepare: {stage} {format_progress(progress)}".rstrip(), soft_wrap=True)
 
     def close(self) -> None:
-        """Remove the task from the progress bar, if there is one."""
+        """Remove the preparation's task from the progress bar, if it has one."""
         if self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None
@@ -87,9 +87,9 @@ def follow_run(run: "RunDir", connection: "Connection", *, from_now: bool = Fals
     """Show a run's events and progress until it is over: a bar on a terminal, elsewhere a line at each validation.
 
     Args:
-        run: the run.
+        run: directory of the run.
         connection: connection to the cluster that the run's newest job is on.
-        from_now: whether to leave out what the run directory holds already.
+        from_now: whether to leave out the events and metrics that the run directory holds already.
         for_ever: whether to wait without a timeout for a cluster or a storage that does not answer.
 
     Raises:
@@ -135,9 +135,9 @@ class _RunView:
     """View of a run that is followed: lines for its events and validations, and a bar for its steps and metrics.
 
     Args:
-        run: the run.
+        run: directory of the run.
         progress: the progress bar.
-        from_now: whether to leave out what the run directory holds already.
+        from_now: whether to leave out the events and metrics that the run directory holds already.
     """
 
     def __init__(self, run: "RunDir", progress: Progress, from_now: bool) -> None:
@@ -145,7 +145,10 @@ class _RunView:
         from mhmoe_ray.runs.jsonl import Tail
 
         self.shown_events: list[dict[str, Any]] = []
-        """Events that were shown. In an object store each event is a file of its own, so none is read twice."""
+        """All events that were shown so far.
+
+        They are kept so that none is read twice, because in an object store each event is a file of its own.
+        """
         self._progress = progress
         self._task = progress.add_task("submitted", total=run.spec().train.steps, figures="")
         self._metrics = Tail(run.metrics_file, from_now=from_now)

@@ -1,6 +1,6 @@
 """`mhmoe generate`: let a checkpoint continue a prompt in this process, or the prompts of a file on a cluster.
 
-This module has the command and the single prompt; generate_batch.py has files of prompts.
+This module has the command and answers a single prompt; generate_batch.py answers files of prompts.
 """
 
 import sys
@@ -130,7 +130,7 @@ def _answer_prompt(
     Args:
         run: the run, as the user names it; None for the newest.
         prompt: the prompt; None reads it from standard input.
-        sampling: how the answer is drawn.
+        sampling: temperature and other options of drawing tokens, and the largest number of tokens.
         gpus: number of GPUs to compute on.
         checkpoint: name or step of the checkpoint; None picks the newest.
         storage: folder that holds run directories.

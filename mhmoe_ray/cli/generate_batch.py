@@ -22,14 +22,17 @@ if TYPE_CHECKING:
     from mhmoe_ray.storage import Location
 
 NOTED_BYTES = 20_000_000
-"""Size of an input from which the command says that it checks the rows, because this takes a while."""
+"""Size in bytes from which an input file takes so long to check that the command announces the check."""
 POLL_SECONDS = 0.5
 """Seconds between two requests that ask the cluster whether a job has ended."""
 
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """The options of `mhmoe generate` that only a file of rows has; None or empty for one that is not given."""
+    """Options of `mhmoe generate` that apply only to a file of prompts.
+
+    An option that the user did not give is None, empty or False.
+    """
 
     input: str | None = None
     output: str | None = None
@@ -46,14 +49,14 @@ class BatchOptions:
 
     @property
     def is_requested(self) -> bool:
-        """True if the command is about a file of rows and not about a single prompt."""
+        """True if the user named a file of prompts or a folder for its answers, so the command is about a file."""
         return self.input is not None or self.output is not None
 
     def require_none(self) -> None:
         """Check that a command about a single prompt has none of these options.
 
         Raises:
-            BadParameter: it has one.
+            BadParameter: one of these options is given.
         """
         for name, value in vars(self).items():
             if value not in (None, (), False):
@@ -63,7 +66,7 @@ class BatchOptions:
 
     @property
     def overrides(self) -> list[str]:
-        """Overrides of the spec's serve section that these options stand for."""
+        """Overrides of the spec's serve section, such as `serve.engine=vllm`, to which these options translate."""
         values = {
             "engine": self.engine,
             "cpus_per_replica": self.cpus_per_worker,
@@ -80,19 +83,19 @@ def answer_file(
     options: BatchOptions,
     json: bool,
 ) -> None:
-    """Answer all rows of a file that have no answer yet, by a job on a cluster, and follow it.
+    """Let a job on a cluster answer all rows of a file that have no answer yet, and follow the job.
 
     Args:
         run: the run, as the user names it; None for the newest.
         checkpoint: name or step of the checkpoint; None picks the newest.
         storage: folder that holds run directories.
-        sampling: how answers are drawn.
-        options: input, output, and resources.
+        sampling: temperature and other options of drawing tokens, and the largest number of tokens.
+        options: input file, output folder, and resources of the job.
         json: whether to print JSON.
 
     Raises:
-        BadParameter: an option is missing.
-        DataError: the input cannot be read, or the output folder is for another request.
+        BadParameter: --input or --output is missing.
+        DataError: the input cannot be read, or the output folder belongs to another request.
         MhmoeError: the job failed; this is the error that it logged.
     """
     from mhmoe_ray.cli.serve_choice import resolve_target
@@ -132,9 +135,10 @@ def answer_file(
 
 
 def _checkpoint_of_answers(run: "RunDir", output: "BatchOutput") -> "Location | None":
-    """Return the checkpoint of a run that the answers in an output folder are from; None if there are none.
+    """Return the checkpoint of a run that gave the answers in an output folder; None if the folder has no answers.
 
-    The command continues with it although the run may have a newer one by now.
+    The command continues with this checkpoint, even if the run has a newer one by now. The result is also None if the
+    checkpoint is not one of this run, or was removed.
     """
     from mhmoe_ray.checkpoint.manifest import is_committed
     from mhmoe_ray.storage import location
@@ -158,17 +162,17 @@ def _make_request(
     """Return the request for the answers to all rows of a file, after checking the rows and the output folder.
 
     Args:
-        run: the run.
-        checkpoint: path of its checkpoint.
-        spec: the spec that says how it is served.
-        sampling: how answers are drawn.
+        run: directory of the run.
+        checkpoint: path of the run's checkpoint that answers.
+        spec: the spec with the engine and the precision.
+        sampling: temperature and other options of drawing tokens, and the largest number of tokens.
         input_path: absolute path or URI of the file.
         output: the output folder.
-        chunk_rows: number of rows of a chunk; None for that of the request in the folder, else the default.
+        chunk_rows: number of rows of each output file; None takes it from the request in the folder, else the default.
 
     Raises:
-        DataError: the input cannot be read, or the folder is for another request.
-        ServeError: the model cannot generate text, or the input has conversations and the run no chat template.
+        DataError: the input cannot be read, or the folder belongs to another request.
+        ServeError: the model cannot generate text, or the input has conversations and the run has no chat template.
     """
     from mhmoe_ray.checkpoint.manifest import MANIFEST, stored_manifest
     from mhmoe_ray.errors import DataError, ServeError
@@ -194,7 +198,8 @@ def _make_request(
     )
     output.check_request(request, is_first=True)
     is_checked = stored_request is not None and not stored_request.differences(request)
-    # Checking takes longer than hashing, and these rows were checked for the stored request.
+    # Equal hashes show that these rows were already checked for the stored request, and checking takes longer than
+    # hashing.
     checked_file = stored_request.input if stored_request and is_checked else _check_input(request)
     if checked_file.first_chat and not run.chat_template_file.exists():
         subject = f"{source.subject} row {checked_file.first_chat}"
@@ -204,7 +209,7 @@ def _make_request(
 
 
 def _check_input(request: "BatchRequest") -> "InputFile":
-    """Check all rows of the input, and return it with their number."""
+    """Check all rows of the input file, and return its record with the number of rows and the first conversation."""
     from mhmoe_ray.serving.batch.input import check_rows, open_input
 
     source = open_input(request.input.path)
@@ -217,18 +222,18 @@ def _check_input(request: "BatchRequest") -> "InputFile":
 def _start_or_find_job(
     run: "RunDir", spec: "DeploySpec", request: "BatchRequest", output: "BatchOutput", options: BatchOptions
 ) -> "SubmittedJob[AnswerCounts]":
-    """Return the job that answers into the output folder: the one that runs already, else a new one.
+    """Return the job that writes answers into the output folder: the one that runs already, else a new one.
 
     Args:
-        run: the run.
-        spec: the spec that says how it is served.
-        request: the request.
+        run: directory of the run.
+        spec: the spec with the resources and settings of the engine.
+        request: the request that the job carries out.
         output: the output folder.
-        options: resources and cluster.
+        options: number of workers, and address of the cluster.
 
     Raises:
-        ClusterError: the cluster cannot be reached, or can hold no worker.
-        DataError: a running job answers another request into this folder.
+        ClusterError: the cluster cannot be reached, or has no room for a worker.
+        DataError: a running job writes the answers to another request into this folder.
         StorageError: the output folder cannot be written.
     """
     from mhmoe_ray.api import connection as checks
@@ -237,7 +242,7 @@ def _start_or_find_job(
     from mhmoe_ray.serving.batch.job import OUTPUT_KEY, BatchJob
     from mhmoe_ray.storage import location
 
-    # API keys are for clients of a server.
+    # API keys are only for clients of a server, so the job does not get them.
     serve, workers = spec.serve.model_copy(update={"keys": ()}), options.workers or 1
     demand = checks.WorkerDemand(
         1,
@@ -261,7 +266,7 @@ def _start_or_find_job(
 
 
 def _cancel(output: "BatchOutput", address: str | None) -> None:
-    """End the job that answers into an output folder, and wait for its end.
+    """End the job that writes answers into an output folder, and wait until it has ended.
 
     Raises:
         ClusterError: the cluster cannot be reached.

@@ -1,4 +1,4 @@
-"""Follow the jobs of a command: their progress, their end, and Ctrl-C."""
+"""Follow jobs that a command has started: print their progress until they end, and let them go on after Ctrl-C."""
 
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,8 @@ def detach_from_job(job: "SubmittedJob[Any]", hint: str | None = None) -> Abstra
     """Return a context in which Ctrl-C ends the command and prints that the job goes on.
 
     Args:
-        job: the job.
-        hint: what the user can do then; by default to see the dashboard.
+        job: the job that the command follows.
+        hint: advice to the user after Ctrl-C; by default the address of the dashboard.
     """
     hint = hint or f"see it in the dashboard, {job.connection.address}"
     return detach_on_interrupt(f"job {job.name} goes on; {hint}")

@@ -13,14 +13,14 @@ from mhmoe_ray.cli.common import STORAGE, JsonOption, RunArg, StorageOption, pri
 
 UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 TIMESTAMP_PATTERN = re.compile(r"\b(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:[.,](\d+))?([+-]\d\d:?\d\d|Z)?")
-"""Pattern of a timestamp in a log line: our workers write it with an offset from UTC, Ray without."""
+"""Pattern of a timestamp in a log line. Our workers write an offset from UTC after the time, and Ray writes none."""
 
 
 def parse_time(text: str) -> float:
     """Parse a point in time into seconds since the epoch: an age like 90s, 10m, 2h or 1d, or a date and time.
 
     Raises:
-        BadParameter: the text is neither.
+        BadParameter: the text is neither an age nor a date and time.
     """
     if match := re.fullmatch(r"(\d+)([smhd])", text):
         return time.time() - int(match[1]) * UNIT_SECONDS[match[2]]
@@ -31,7 +31,7 @@ def parse_time(text: str) -> float:
 
 
 def compile_pattern(text: str) -> re.Pattern[str]:
-    """Compile a regular expression.
+    """Compile the regular expression that the option --grep gives.
 
     Raises:
         BadParameter: the text is not a regular expression.
@@ -59,9 +59,9 @@ def filter_lines(lines: Iterable[str], start_time: float | None, pattern: re.Pat
 
 
 def line_time(line: str) -> float | None:
-    """Return the time in a line, in seconds since the epoch; None if there is none.
+    """Return the timestamp in a log line, in seconds since the epoch; None if the line has no valid timestamp.
 
-    A time without an offset counts as this machine's local time.
+    A timestamp without an offset from UTC counts as this machine's local time.
     """
     match = TIMESTAMP_PATTERN.search(line)
     if match is None:

@@ -78,11 +78,13 @@ def plan(
 
 
 def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
-    """Print the table of facts about a run's model, training and workers, with which `plan` and `submit` begin.
+    """Print a summary of a run: a table of facts about its model, training and workers.
+
+    The output of `mhmoe plan` and of `mhmoe submit` begins with it.
 
     Args:
         spec: spec of a run.
-        step_estimate: estimate of a step, for the run's cost; None if there is no estimate.
+        step_estimate: estimated time of a training step, from which the cost follows; None if there is no estimate.
     """
     from mhmoe_ray.checkpoint.start.record import plan_start
     from mhmoe_ray.cli.common import format_bytes
@@ -155,7 +157,7 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
 
 
 def _encoder(spec: "RunSpec") -> str | None:
-    """Return the line about an encoder: its images, texts and targets; None for a decoder."""
+    """Return the summary's line about an encoder: its images, texts and targets; None for any other model."""
     encoder = spec.model.encoder
     if encoder is None:
         return None
@@ -172,7 +174,7 @@ def _encoder(spec: "RunSpec") -> str | None:
 
 
 def _vision(model: "ModelSpec") -> str | None:
-    """Return the line about a vision model: its tasks and its routers; None for another model."""
+    """Return the summary's lines about a vision model: its tasks and its routers; None for any other model."""
     vision = model.vision
     if vision is None:
         return None
@@ -189,7 +191,7 @@ def _vision(model: "ModelSpec") -> str | None:
 
 
 def _merging(spec: "RunSpec") -> str | None:
-    """Return the line about the averages of experts with router smear; None for other routers."""
+    """Return the summary's line about the cost of averaging experts with router `smear`; None for other routers."""
     from mhmoe_ray.planner.sizes import merge_macs
 
     macs = spec.model.moe_layers * merge_macs(spec.model)
@@ -202,7 +204,10 @@ def _merging(spec: "RunSpec") -> str | None:
 
 
 def _parts(spec: "RunSpec") -> str | None:
-    """Return the line about the parts of a micro-batch; None if the spec names none."""
+    """Return the summary's line about the parts of a micro-batch, which have one objective each.
+
+    Return None if the spec names no parts.
+    """
     if not spec.data.parts:
         return None
     parts = (f"{part.samples} {part.name} ({part.objective.replace('_', ' ')})" for part in spec.parts)
@@ -224,7 +229,7 @@ def _learning_rate(train: "TrainSpec") -> str:
 
 
 def _checkpoints(train: "TrainSpec") -> str:
-    """Return the line about the number of checkpoints, when they are written, and which stay."""
+    """Return the summary's line about checkpoints: how many a run writes, when, and which of them it keeps."""
     # The last step always has a checkpoint, so the division is rounded up.
     count, remainder = -(-train.steps // train.checkpoint_every), train.steps % train.checkpoint_every
     if count == 1:
@@ -236,7 +241,10 @@ def _checkpoints(train: "TrainSpec") -> str:
 
 
 def _static_routing(spec: "RunSpec") -> str | None:
-    """Return the line about expert capacity and the expected share of dropped routes; None if routing is dropless."""
+    """Return the summary's line about expert capacity and the expected share of dropped routes.
+
+    Return None if routing is dropless or the model is dense.
+    """
     from mhmoe_ray.planner.expert_step import expected_drop_share
 
     moe = spec.model.moe
@@ -255,7 +263,7 @@ def _static_routing(spec: "RunSpec") -> str | None:
 
 
 def _kernel(spec: "RunSpec") -> str | None:
-    """Describe the kernel that memory is computed for if the spec's kernel is "auto"; return None for any other."""
+    """Return the summary's line about the kernel that `auto` stands for in the memory estimate; None for others."""
     from mhmoe_ray.planner.expert_step import assumed_kernel, may_use_cpp
 
     if spec.model.moe is None or spec.model.moe.kernel != "auto" or spec.model.moe.router == "smear":

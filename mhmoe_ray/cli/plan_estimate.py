@@ -18,7 +18,7 @@ DAY_SECONDS = 24 * 3600
 
 
 def tables(spec: RunSpec, layout: Layout, step: Estimate) -> Iterator[tuple[str, Table]]:
-    """Yield the tables of an estimate, each after its title."""
+    """Yield the title and the table of each part of the estimate: traffic, times of a training step, and dispatch."""
     if step.exchange_times:
         yield "estimated: sent in a step by one rank, on average, over links", _traffic_table(spec, layout)
     yield "estimated: time of a step by its parts", _parts_table(step)
@@ -28,7 +28,7 @@ def tables(spec: RunSpec, layout: Layout, step: Estimate) -> Iterator[tuple[str,
 
 
 def summary_lines(spec: RunSpec, step: Estimate) -> list[str]:
-    """Return the summary of an estimate, a line each: whether a rank's memory suffices, and the time of a step."""
+    """Return lines that summarize an estimate: whether a rank's memory suffices, and the time of a training step."""
     rank_memory, accelerator = compute_memory(spec).total, spec.cluster.accelerator
     comparison = f"{rank_memory / 1e9:,.1f} GB needed, {accelerator.memory / 1e9:,.1f} GB on an {accelerator.name}"
     fits = rank_memory <= accelerator.memory

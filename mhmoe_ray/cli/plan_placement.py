@@ -10,13 +10,14 @@ from mhmoe_ray.cli.common import number_table
 from mhmoe_ray.planner.placement import Layout
 
 MAX_ROWS = 8
-"""Largest number of rows of a table."""
+"""Largest number of rows of the table; if there are more, the last row counts those that are left out."""
 
 
 def placement_table(placement: Placement) -> Table:
-    """Return a table of the first groups and their nodes, or of the first nodes if each rank is its own group.
+    """Return a table of the first expert-parallel groups and the nodes that their ranks are on.
 
-    If the nodes cannot hold all ranks, the table shows the free CPUs and GPUs of nodes and the workers that fit.
+    If each rank is a group of its own, the table shows the first nodes and their ranks. If the nodes cannot hold all
+    ranks, it shows the free CPUs and GPUs of each node and how many workers fit on it.
     """
     if placement.layout is None:
         worker_counts = Counter(node.name for node in placement.rank_nodes)
@@ -39,7 +40,7 @@ def placement_table(placement: Placement) -> Table:
 
 
 def _format_location(ranks: list[int], layout: Layout) -> tuple[str, str]:
-    """Format ranks, and the nodes and domains that they are on."""
+    """Return ranks as text, and the nodes and domains (sets of nodes with a faster network) that they are on."""
     # The names of more than three nodes would make the cell too long, so the first and the last name stand for them.
     rank_counts = Counter(layout.nodes[rank] for rank in ranks)
     node_names, counts = list(rank_counts), set(rank_counts.values())

@@ -16,7 +16,7 @@ from mhmoe_ray.spec import ModelSpec, RunSpec
 
 
 def tables(spec: RunSpec, placement: Placement) -> Iterator[tuple[str, Table]]:
-    """Yield the tables of a plan, each after its title."""
+    """Yield the title and the table of each part of a plan: sizes, memory, exchanges and placement of ranks."""
     yield "parameters and multiply-adds per token, in one layer", _parts_table(spec)
     if spec.reference and (reference := spec.reference_model):
         name = spec.reference.name
@@ -78,7 +78,7 @@ def _exchange_table(step_exchanges: list[Exchange]) -> Table:
 def _memory_table(spec: RunSpec) -> Table:
     """Return a table of the memory of a rank, for the largest and the smallest number of workers that the run may have.
 
-    Memory that a GPU's rank uses on its host comes after the total.
+    For ranks on GPUs, a row after the total shows the host memory for a copy of the checkpoint.
     """
     # An elastic run has two columns, because ranks need the most memory with the fewest workers, whose shards are
     # largest. Any other run has one number of workers, and so one column.

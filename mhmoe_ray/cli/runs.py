@@ -81,7 +81,7 @@ def _run_row(run: "RunDir", connect: "Callable[[str], Connection]") -> dict[str,
     """Return a run's row of the list, as `mhmoe list --json` prints it.
 
     Args:
-        run: the run.
+        run: directory of the run.
         connect: function that connects to the cluster at an address.
     """
     from mhmoe_ray.cluster.runs import state_of
@@ -132,7 +132,7 @@ def resume(
     """Resume a run that stopped, failed or lost its cluster, from its newest complete checkpoint.
 
     It runs on the same cluster as before, unless an address is given. Only keys of the cluster section may change: with
-    them the run goes on exactly as it would have. With --until, a run trains longer than its spec says, also if it is
+    them the run goes on exactly as it would have. With --until, a run trains longer than its spec says, even if it is
     finished. A learning rate that has decayed stays at its end, min_lr.
     """
     from mhmoe_ray.api.attempts import resume_run

@@ -178,7 +178,7 @@ def caption_command(url: str) -> str:
     """Return a shell command that asks the server of an encoder at `url` for the caption of an image."""
     image = '{"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,%s"}}'
     body = f'{{"messages": [{{"role": "user", "content": [{image}]}}]}}'
-    # An argument of a program may have 128 KiB, but printf is a part of the shell.
+    # The image is given to the shell's own printf, because an argument of a program may have only 128 KiB.
     encoded_body = f"printf '{body}' \"$(base64 < image.jpg | tr -d '\\n')\""
     return f"{encoded_body} | curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d @-"
 
@@ -230,11 +230,11 @@ def _format_milliseconds(mean_seconds: float | None) -> str:
 
 
 def _least_expert_load(count_LE: list[list[int]]) -> str:
-    """Format the load of the least used expert of all layers, relative to an even share; "-" before any load.
+    """Format the load of the least used expert of all layers, relative to an even share; "-" if there is no load yet.
 
     Args:
         count_LE: number of routes to each expert of each layer.
     """
-    # A layer without routes is left out, because its sum is 0. It has no routes before the first request.
+    # A layer without routes, as before the first request, is left out, because its share would be divided by 0.
     shares = [min(counts) * len(counts) / sum(counts) for counts in count_LE if sum(counts)]
     return f"{min(shares):.2f}" if shares else "-"

@@ -23,7 +23,7 @@ def resolve_target(
 
 
 def option_overrides(replicas: str | None, engine: str | None) -> list[str]:
-    """Return the overrides of the spec that the options --replicas and --engine stand for; None is no option.
+    """Return the overrides of the spec that the options --replicas and --engine stand for; None adds no override.
 
     Args:
         replicas: a number, or a range like 1..4.

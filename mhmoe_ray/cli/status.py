@@ -32,7 +32,7 @@ def state_view(run_state: dict[str, Any]) -> RenderableType:
     """Return the view of `mhmoe status`: a table of facts about a run and, if it failed, the last lines of its worker.
 
     Args:
-        run_state: the state, as `cluster.runs.run_status` returns it.
+        run_state: the state of the run, as `cluster.runs.run_status` returns it.
     """
     parts: list[RenderableType] = [fact_table(_fact_rows(run_state), title=f"{run_state['run']}: {run_state['state']}")]
     if run_state["state"] == "failed" and run_state["last_lines"]:
@@ -42,7 +42,7 @@ def state_view(run_state: dict[str, Any]) -> RenderableType:
 
 
 def _fact_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
-    """Return the names and values of all facts; facts without a value are left out by the table."""
+    """Return the names and values of the facts about a run; the table leaves out facts without a value."""
     from mhmoe_ray.runs import events
     from mhmoe_ray.runs.start import StartRecord
 
@@ -305,7 +305,7 @@ def _run_has_ended(run_state: dict[str, Any]) -> bool:
 
 
 def _print_line(run_state: dict[str, Any], json: bool) -> None:
-    """Print the state and the last step as one line of text, or the whole state as one line of JSON."""
+    """Print a run's state and last step as one line of text, or its whole state as one line of JSON."""
     if json:
         print_json(run_state, indent=None)
         return

@@ -90,10 +90,10 @@ def submit(
 
 
 def _unfinished_run(spec: "RunSpec") -> "RunDir | None":
-    """Return the newest run of this spec if it has ended unfinished; return None if it is finished or there is none.
+    """Return the newest run of this spec if it ended before its last step; return None if it is finished or missing.
 
     Raises:
-        RunError: the run may still be running, or its spec differs from this one.
+        RunError: the run may still be running, or its own spec differs from this one.
     """
     from mhmoe_ray.api.attempts import final_outcome
     from mhmoe_ray.errors import RunError

@@ -1,4 +1,4 @@
-"""`mhmoe sweep`: start many runs that differ in some keys, and show their plan and final table."""
+"""`mhmoe sweep`: start many runs whose specs differ in some keys, and show their plan and final table."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 
 def print_plan(planned_runs: "list[SweepRun]", concurrent: int) -> None:
-    """Print a table of the variants of a sweep, with sizes and ratios to the first variant, and the number of runs.
+    """Print a table of a sweep's variants, with sizes and ratios to the first variant, and the number of runs.
+
+    A variant is a set of runs that differ only in their seed.
 
     Args:
         planned_runs: the runs of the sweep.
@@ -56,7 +58,8 @@ def print_plan(planned_runs: "list[SweepRun]", concurrent: int) -> None:
 def variant_rows(directory: "SweepDir") -> list[dict[str, Any]]:
     """Return a row of results for each variant of a sweep, as `mhmoe sweep --json` prints it.
 
-    The rows have the order of the sweep; their ratios are relative to the first variant.
+    A variant is a set of runs that differ only in their seed. The rows have the order of the sweep; their ratios are
+    relative to the first variant.
 
     Raises:
         RunError: there is no such sweep.
@@ -70,7 +73,7 @@ def variant_rows(directory: "SweepDir") -> list[dict[str, Any]]:
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
-    """Print the rows of a sweep's variants as a table."""
+    """Print the results of a sweep's variants, as `variant_rows` returns them, as a table."""
     part_names = [*dict.fromkeys(name for row in rows for name in row["part_losses"])]
     cells = []
     for row in rows:
@@ -166,7 +169,7 @@ def _runs_of_variants(runs: "list[SweepRun]", variants: list[str] | None, name: 
         name: name of the sweep, for the error.
 
     Raises:
-        SpecError: the sweep has no variant of that name.
+        SpecError: the sweep has no variant of one of these names.
     """
     from mhmoe_ray.errors import SpecError
 
@@ -186,7 +189,9 @@ def _submit_order(
     concurrent: int,
     address: str | None,
 ) -> "tuple[str, Connection]":
-    """Check the data and the cluster for the selected runs, and submit an order with the job that starts them.
+    """Check the data and the cluster for the selected runs, and submit the job that starts them.
+
+    An order is the record of this request in the sweep's directory.
 
     Args:
         directory: the sweep's directory.
@@ -201,7 +206,7 @@ def _submit_order(
 
     Raises:
         SpecError: runs need the same folder prepared in different ways, or a started run's spec has changed.
-        DataError: the data does not suffice or is missing.
+        DataError: the data is missing, or too small for the training.
         ClusterError: the cluster cannot be reached, or can never hold a run.
     """
     from mhmoe_ray.api import connection as checks

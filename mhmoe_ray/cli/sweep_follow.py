@@ -1,4 +1,4 @@
-"""The progress of a sweep, which a command shows until its runs are over."""
+"""View of the progress of a sweep, which `mhmoe sweep` shows until the sweep's runs are over."""
 
 import time
 from functools import partial
@@ -17,8 +17,8 @@ POLL_SECONDS = 1.0
 # Seconds between two requests that ask the cluster whether the job is alive. The run directories, which show the
 # progress, are read more often.
 JOB_CHECK_SECONDS = 5.0
-# Largest number of restarts of a job that ended without an error of its own. The limit is for a job that always ends
-# so.
+# Largest number of restarts of a job that ended without an error of its own. Without a limit, a job that always ends
+# in this way would be restarted forever.
 MAX_RESTARTS = 3
 
 
@@ -111,7 +111,7 @@ def _progress_bar() -> Progress:
 
 
 class _ProgressView:
-    """View of the progress of an order's runs: a progress bar on a terminal, lines elsewhere."""
+    """View of the progress of the runs that an order starts: a progress bar on a terminal, printed lines elsewhere."""
 
     def __init__(self, directory: "SweepDir", order: "Order", bar: Progress) -> None:
         self._directory, self._order, self._bar = directory, order, bar

@@ -1,7 +1,7 @@
 """Connections to clusters: choose the cluster and the token of a command; store clusters that the user has named.
 
-The names are stored in `clusters.json` in the state folder (tokens.py), with the path of a token file but without the
-token itself.
+The file `clusters.json` in the state folder (tokens.py) stores the names. It holds the path of each cluster's token
+file, but not the token itself.
 """
 
 import json
@@ -31,9 +31,9 @@ class NamedCluster:
 
     name: str
     address: str
-    """URL of the dashboard."""
+    """URL of the cluster's dashboard."""
     token_file: str | None = None
-    """Path of the file with the cluster's token; None to send the token that Ray itself would send."""
+    """Path of the file with the cluster's token; None to send the token that Ray's own tools would send."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class NamedClusters:
     """The clusters that the user has named, and the one that commands use by default."""
 
     current: str
-    """Name of the default cluster; `LOCAL` for the local one."""
+    """Name of the default cluster; `LOCAL` for the local cluster."""
     by_name: dict[str, NamedCluster]
 
 
 def read_named_clusters() -> NamedClusters:
     """Read the clusters that the user has named, and the name of the current one, from the state folder.
 
-    Without the file there are no named clusters, and the local cluster is the current one.
+    If the user has named none yet, there is no file to read, and the local cluster is the current one.
 
     Raises:
         ClusterError: the file is damaged.
@@ -70,7 +70,7 @@ def use(name: str, address: str | None = None, token_file: Path | None = None) -
     Args:
         name: the name of a known cluster or, together with an address, the name that the cluster gets.
         address: the URL of the cluster's dashboard; None for a cluster that is known already.
-        token_file: the file that holds the cluster's token; None to use the token that Ray itself would send.
+        token_file: the file that holds the cluster's token; None to use the token that Ray's own tools would send.
 
     Raises:
         ClusterError: no cluster of this name is known, the name is not allowed, or the arguments do not fit together.
@@ -129,28 +129,30 @@ class Connection:
     address: str
     """URL of the dashboard, without a slash at its end."""
     local: bool
-    """Whether this package started the cluster."""
+    """Whether this package started the cluster (the local cluster)."""
     is_local_machine: bool
     """Whether the cluster has a single node, which is this machine.
 
-    A loopback address alone does not show that, because it may be the end of a tunnel.
+    A loopback address is not sufficient, because it may be the end of a tunnel to another machine.
     """
     token: Token | None
     local_cluster: LocalCluster | None = None
-    """Record of a local cluster; None for other clusters, and in a process that runs within the local cluster
-    itself."""
+    """Record of the local cluster, with its CPUs and its folder; None for all other clusters.
+
+    It is also None in a process that runs within the local cluster itself.
+    """
 
     @property
     def headers(self) -> dict[str, str]:
-        """HTTP headers with the token; empty without a token."""
+        """HTTP headers that carry the token; empty without a token."""
         return self.token.headers if self.token else {}
 
 
 def connect(address: str | None = None) -> Connection:
     """Find the cluster of this address or name, check that it answers, and return the connection to it.
 
-    Without an address, this is the cluster of RAY_API_SERVER_ADDRESS or RAY_ADDRESS, else the one that
-    `mhmoe cluster use` chose, else the local cluster.
+    Without an address, the cluster is that of RAY_API_SERVER_ADDRESS or RAY_ADDRESS, else the one that `mhmoe cluster
+    use` chose, else the local cluster.
 
     Raises:
         ClusterError: the address is malformed, nothing answers there, it is not a Ray dashboard, or no address is given
@@ -181,7 +183,10 @@ def connect_if_running(address: str | None = None) -> Connection | None:
 
 
 def cached_connect() -> Callable[[str], Connection]:
-    """Return a function like `connect` that tries each address once, and repeats its connection or its ClusterError."""
+    """Return a function like `connect` that tries each address only once.
+
+    Later calls with the same address return the same connection, or raise the same ClusterError.
+    """
     results: dict[str, Connection | ClusterError] = {}
 
     def connect_once(address: str) -> Connection:
@@ -208,7 +213,7 @@ def start(cpus: int) -> Connection:
 
 
 def uses_local_cluster(address: str | None) -> bool:
-    """Return whether a command with this `--address` uses the local cluster."""
+    """Return whether a command with this `--address` (None if the option is missing) uses the local cluster."""
     address = _resolve_address(address)
     return address is None or _is_local_cluster(address)
 
@@ -218,7 +223,7 @@ def _is_local_cluster(address: str) -> bool:
 
 
 def normalised(address: str) -> str:
-    """Return the URL of a dashboard in the form in which URLs are compared: with a scheme, without a slash at its end.
+    """Return a dashboard's URL in the form in which URLs are compared: with a scheme, and without a slash at the end.
 
     Raises:
         ClusterError: the address is not the URL of a dashboard.
@@ -254,7 +259,7 @@ def _resolve_address(address: str | None) -> str | None:
 
 
 def _explicit_address(address: str | None) -> str | None:
-    """Return the argument or, without one, the address or name in the environment; None if there is neither."""
+    """Return `address` or, without one, the cluster's address or name from the environment; None without both."""
     # RAY_ADDRESS may also be the address of Ray's GCS, which does not speak HTTP, so its value is used only if it is a
     # URL.
     ray_address = os.environ.get("RAY_ADDRESS", "")
@@ -263,17 +268,17 @@ def _explicit_address(address: str | None) -> str | None:
 
 
 def _find_named_cluster(address: str | None) -> NamedCluster | None:
-    """Return the cluster that the argument, the environment or else `mhmoe cluster use` names.
+    """Return the named cluster that a command talks to: by its argument, the environment, or else `mhmoe cluster use`.
 
     Returns:
-        The cluster; None if that is no name of a known cluster.
+        The cluster; None if the user gave a plain address instead of a name, or if the command uses the local cluster.
     """
     clusters = read_named_clusters()
     return clusters.by_name.get(_explicit_address(address) or clusters.current)
 
 
 def _token(address: str, named_cluster: NamedCluster | None) -> Token | None:
-    """Return the token for the cluster at this address: from its token file, else the one that Ray itself would send.
+    """Return the token for the cluster at this address: from its token file, else the one that Ray's tools would send.
 
     Args:
         address: the normalised URL of the dashboard.

@@ -1,4 +1,4 @@
-"""Requests to a Ray dashboard, with each failure as a one-line error and retries while it may be too busy to answer."""
+"""HTTP requests to a Ray dashboard: each failure becomes a one-line error, and a busy dashboard can be asked again."""
 
 import ipaddress
 import os
@@ -13,24 +13,24 @@ from mhmoe_ray.errors import ClusterError, StorageError, TokenError
 
 T = TypeVar("T")
 SECONDS = 60.0
-"""Seconds without any answer after which a server counts as gone."""
+"""Number of seconds without any answer after which a server counts as gone."""
 
 
 class RetryingCaller:
-    """Caller for loops that repeat a request: it tolerates up to `SECONDS` without an answer, and says so once."""
+    """Caller for loops that repeat a request: it tolerates up to `SECONDS` without an answer, and warns once."""
 
     def __init__(self, say: Callable[[str], object], *, is_endless: bool = False) -> None:
         """Create a caller that has made no request yet.
 
         Args:
-            say: a function that is called with a line when the first of several requests in a row gets no answer.
+            say: a function that gets a line for the user when the first of several requests in a row gets no answer.
             is_endless: whether to retry without a timeout, for clients whose own end would stop the jobs they watch.
         """
         self._say, self._is_endless = say, is_endless
         self._unanswered_since: float | None = None
 
     def call(self, request: Callable[[], T], default: T) -> T:
-        """Return the result of a request, or `default` if it gets no answer now.
+        """Return the result of a request, or `default` if the request gets no answer now.
 
         Args:
             request: a function that makes the request.
@@ -65,12 +65,12 @@ def get(address: str, path: str, token: Token | None, *, missing_ok: bool = Fals
         address: the URL of the dashboard.
         path: the path with its query.
         token: the cluster's token.
-        missing_ok: whether the path may be missing.
+        missing_ok: whether status 404 is allowed and not an error.
         seconds: the timeout of the answer in seconds; the timeout of the connection is 10 s.
 
     Raises:
         ClusterError: nothing answers, or something that is not a Ray dashboard.
-        TokenError: the dashboard refuses the token, or wants one.
+        TokenError: the dashboard refuses the token, or asks for one.
     """
     import requests  # type: ignore[import-untyped, unused-ignore]  # typed where types-requests is
 
@@ -93,7 +93,7 @@ def get(address: str, path: str, token: Token | None, *, missing_ok: bool = Fals
 
 @contextmanager
 def streamed(address: str, path: str, token: Token | None) -> Iterator[tuple[int, Iterator[bytes]]]:
-    """Context manager that requests a path, and yields the HTTP status of the answer and the chunks of its content.
+    """Context manager that requests a path of the dashboard, and yields the HTTP status and the chunks of the content.
 
     The chunks are yielded as they arrive, without a timeout.
 
@@ -115,10 +115,10 @@ def streamed(address: str, path: str, token: Token | None) -> Iterator[tuple[int
 
 
 def ray_version(address: str, token: Token | None) -> dict[str, Any]:
-    """Return the answer of /api/version: `ray_version` and `session_name`, which no two clusters share.
+    """Return the answer of /api/version: `ray_version`, and `session_name`, which is unique to each cluster.
 
     Raises:
-        ClusterError, TokenError: in the same cases as `get`; also if the server is not Ray's.
+        ClusterError, TokenError: in the same cases as `get`, and if the server is not a Ray dashboard.
     """
     version = get(address, "/api/version", token)
     if not isinstance(version, dict) or "ray_version" not in version:
@@ -127,7 +127,7 @@ def ray_version(address: str, token: Token | None) -> dict[str, Any]:
 
 
 def nodes(address: str, token: Token | None) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Return the entry of each live node in the answer of /nodes, and Ray's lines of resource usage by node id.
+    """Return the dashboard's entry for each live node, and Ray's lines of resource usage by node id.
 
     Raises:
         ClusterError, TokenError: in the same cases as `get`.
@@ -150,7 +150,7 @@ def is_open(address: str) -> bool:
 
 
 def date(address: str, token: Token | None) -> str | None:
-    """Return the time of the dashboard's server, as HTTP's Date header has it; None if the header is missing.
+    """Return the current time of the dashboard's server as an HTTP `Date` header; None if the server does not send one.
 
     Raises:
         ClusterError: the dashboard does not answer.
@@ -166,7 +166,10 @@ def date(address: str, token: Token | None) -> str | None:
 
 
 def url_at(host: str, port: int) -> str:
-    """Return the URL at which its own machine reaches a server that listens on this host and port."""
+    """Return the URL of a server that listens on this host and port, for a client on the server's own machine.
+
+    A wildcard host such as 0.0.0.0 becomes 127.0.0.1.
+    """
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -217,10 +220,10 @@ def _not_ray(address: str, reason: str) -> ClusterError:
 
 
 def keep_off_proxies(address: str) -> None:
-    """If the address is a loopback one, add its host to no_proxy in the environment of this process.
+    """Make HTTP requests to a loopback address bypass proxies: add its host to no_proxy in this process' environment.
 
-    The package requests, which Ray's clients use, sends even requests to 127.0.0.1 to a proxy that the environment
-    names.
+    Otherwise the package requests, which Ray's clients use, would send even requests to 127.0.0.1 to a proxy that the
+    environment names. Other addresses are left alone.
     """
     if is_loopback(address):
         host = urlsplit(address).hostname or ""

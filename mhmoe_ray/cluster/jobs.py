@@ -28,9 +28,9 @@ def translated_errors(connection: Connection, subject: str, error_type: type[Mhm
 
     Args:
         connection: the cluster that the requests go to.
-        subject: the thing that the requests are about, for the error.
+        subject: the thing that the requests are about, for the message of the error.
         error_type: the class of the error for a request that the cluster could not serve; Ray's message is its reason.
-        fix: the remedy, for the error.
+        fix: the remedy, for the message of the error.
 
     Raises:
         ClusterError: the cluster does not answer any more.
@@ -52,7 +52,7 @@ def translated_errors(connection: Connection, subject: str, error_type: type[Mhm
 def failure_reason(text: str) -> str:
     """Return the reason of a failure from Ray's message, as one line of at most 500 characters.
 
-    It is the exception that ends a traceback, else the last line.
+    If the message has a traceback, the reason is the exception at its end. Otherwise it is the last line.
     """
     text = re.sub(r"\x1b\[[0-9;]*m|^Request failed with status code \d+: ", "", text)
     lines = [line.rstrip() for line in text.splitlines() if line.strip(" .")]
@@ -66,14 +66,14 @@ def failure_reason(text: str) -> str:
 
 
 class JobInfo(NamedTuple):
-    """State of a Ray job."""
+    """Status, message and end time of a Ray job."""
 
     status: str
     """One of PENDING, RUNNING, SUCCEEDED, FAILED and STOPPED."""
     message: str
-    """Ray's own message on the job in one line."""
+    """Ray's own message about the job, as one line."""
     end_time: float
-    """Time at which the job ended, in seconds since the epoch by the clock of the head node; 0 if it has not ended."""
+    """End of the job on the head node's clock, in seconds since the epoch; 0 if the job has not ended."""
 
     @property
     def is_alive(self) -> bool:
@@ -93,12 +93,12 @@ def job_request(
 
     Args:
         args: the arguments of the Python interpreter, for example ["-m", "mhmoe_ray.train.job", "tiny-3f2a1c-1"].
-        submission_id: the job's name on the cluster; never used twice.
+        submission_id: the job's name on the cluster, which no other job of the cluster has had.
         local: whether this package started the cluster (`Connection.local`). If so, the job runs in the interpreter of
-            this process; on another cluster it runs in `python`, and our packages are sent there.
-        python: the interpreter on the head node of another cluster, as its shell takes it.
+            this process. On another cluster the job runs in `python`, and our packages are sent there.
+        python: path or command of the interpreter on the head node of another cluster.
         runtime_env: Ray's runtime environment of the job.
-        metadata: strings that are kept with the job.
+        metadata: strings that Ray stores with the job.
     """
     return {
         "entrypoint": shlex.join([sys.executable if local else python, *args]),
@@ -113,7 +113,7 @@ def submit(connection: Connection, request: Mapping[str, Any]) -> None:
 
     Raises:
         JobError: the cluster does not accept the job.
-        SpecError: Ray does not accept the runtime environment, or it sends more bytes than Ray takes.
+        SpecError: Ray does not accept the runtime environment, or its files are larger than Ray allows.
     """
     job = request["submission_id"]
     check_size(request["runtime_env"])
@@ -129,7 +129,7 @@ def status(connection: Connection, job: str) -> str | None:
     """Return the status of a job as in `JobInfo.status`; None if the cluster knows no such job.
 
     Raises:
-        ClusterError: there is no answer in time, or none at all.
+        ClusterError: the cluster gives no answer, or none in time.
     """
     job_info = info(connection, job)
     return job_info.status if job_info else None
@@ -146,7 +146,7 @@ def is_alive(connection: Connection, job: str) -> bool:
 
 
 def find_alive(connection: Connection, key: str, value: str) -> str | None:
-    """Return the name of a pending or running job with an entry in its metadata; None if there is none.
+    """Return the name of a pending or running job that has a given entry in its metadata; None if there is none.
 
     Args:
         connection: the cluster.
@@ -165,7 +165,7 @@ def find_alive(connection: Connection, key: str, value: str) -> str | None:
 
 
 def message(connection: Connection, job: str) -> str:
-    """Return Ray's own message on the job in one line, for example why it could not start."""
+    """Return Ray's own message about a job as one line, for example why the job could not start."""
     job_info = info(connection, job)
     return job_info.message if job_info else "the cluster does not know this job"
 
@@ -183,7 +183,7 @@ def info(connection: Connection, job: str) -> JobInfo | None:
 
 
 def _job_info(details: Mapping[str, Any]) -> JobInfo:
-    """Return the state of a job from Ray's details of it."""
+    """Return the `JobInfo` of a job from its details in the answer of Ray's jobs API."""
     return JobInfo(str(details["status"]), failure_reason(details["message"] or ""), (details["end_time"] or 0) / 1000)
 
 
@@ -227,11 +227,11 @@ def follow_logs(connection: Connection, job: str) -> Iterator[str]:
 def _items_of_thread(generator: AsyncGenerator[T]) -> Generator[T]:
     """Yield the items of an asynchronous generator, which runs in an event loop of a thread of its own.
 
-    The caller's thread may run a loop already, as in a notebook. Closing this generator cancels the other one and waits
-    until it has ended.
+    A thread of its own is needed because the caller's thread may run an event loop already, as in a notebook. Closing
+    this generator cancels the asynchronous one and waits until it has ended.
 
     Args:
-        generator: a generator without items that are None.
+        generator: an asynchronous generator that never yields None.
     """
     import asyncio
 
@@ -247,7 +247,7 @@ def _items_of_thread(generator: AsyncGenerator[T]) -> Generator[T]:
     def run_loop() -> None:
         try:
             with closing(loop):
-                # This waits without raising the task's error, which the reader raises.
+                # This wait does not raise the task's error. The generator's reader raises it, by `task.result()`.
                 loop.run_until_complete(asyncio.wait([task]))
         finally:
             item_queue.put(None)
@@ -267,7 +267,7 @@ def _items_of_thread(generator: AsyncGenerator[T]) -> Generator[T]:
 
 
 def stop(connection: Connection, job: str) -> None:
-    """Request the end of a job without waiting for it: its processes get SIGTERM and, three seconds later, SIGKILL.
+    """Request that a job ends, without waiting for it: its processes get SIGTERM and, three seconds later, SIGKILL.
 
     Raises:
         JobError: the cluster knows no such job.
@@ -278,7 +278,7 @@ def stop(connection: Connection, job: str) -> None:
 
 @functools.cache
 def _client(connection: Connection) -> Any:
-    """Return Ray's own client of jobs for a cluster; it is cached."""
+    """Return Ray's own jobs client for a cluster; the client is cached."""
     from ray.job_submission import JobSubmissionClient
 
     for name in SDK_LOGGERS:  # Ray gives both loggers a level at which they log every upload.

@@ -1,7 +1,7 @@
-"""A Ray cluster of our own on this machine, which outlives the command that starts it.
+"""The local cluster: a Ray cluster on this machine, which outlives the command that starts it.
 
 Only its owner can use it: it has a token, it listens on loopback only, and its files lie below a folder of mode 0700.
-Several such clusters, of several state folders or users, can run side by side: no port is Ray's default.
+It uses none of Ray's default ports, so several local clusters, of several users or state folders, can run side by side.
 """
 
 import json
@@ -21,11 +21,11 @@ from mhmoe_ray.errors import ClusterError, TokenError
 from mhmoe_ray.storage import write_json
 
 RECORD = "cluster.json"
-"""File of the state folder with the local cluster's record."""
+"""Name of the file in the state folder that records the local cluster."""
 START_SECONDS = 120
 """Timeout in seconds for the start of Ray, which takes 5 to 10 seconds on an idle machine."""
 ANSWER_SECONDS = 30
-"""Timeout in seconds for an answer of a local cluster whose process lives."""
+"""Timeout in seconds for the first answer of a local cluster whose process is alive."""
 
 
 def start_local(cpus: int) -> LocalCluster:
@@ -91,7 +91,7 @@ def stop_local() -> bool:
 def _find() -> LocalCluster | None:
     """Return the local cluster if it runs and answers; if it died, remove its files and return None.
 
-    Call it under the lock of the state folder.
+    The caller must hold the lock of the state folder.
 
     Raises:
         ClusterError: in the same cases as `find_local`.
@@ -100,8 +100,8 @@ def _find() -> LocalCluster | None:
     if cluster is None:
         return None
     if not _runs_here(cluster):
-        # The machine was rebooted, or somebody killed the cluster. Its files and its record are left and are removed
-        # here.
+        # The machine was rebooted, or somebody killed the cluster. The files and the record that it left behind are
+        # removed here.
         _end(cluster)
         return None
     # Ask again for a while, because a dashboard on a busy machine answers late.
@@ -119,7 +119,7 @@ def _find() -> LocalCluster | None:
 
 
 def _runs_here(cluster: LocalCluster) -> bool:
-    """Return whether the `ray start` of the cluster is a living process of this machine.
+    """Return whether the `ray start` process of the cluster is alive on this machine.
 
     Raises:
         ClusterError: the cluster was started on another machine.
@@ -133,7 +133,7 @@ def _runs_here(cluster: LocalCluster) -> bool:
 
 
 def _wait_until_ready(cluster: LocalCluster) -> None:
-    """Wait until a cluster that this process has started answers.
+    """Wait until a cluster that this process has started is ready to run jobs.
 
     Raises:
         ClusterError: its process ended, or it is not ready after `START_SECONDS`.
@@ -165,19 +165,19 @@ def _check_ready(cluster: LocalCluster) -> None:
 
 
 def _last_line(log: Path) -> str:
-    """Return the last line of a log that is not empty, without colours."""
+    """Return the last line with text of a log file, without terminal colours."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     lines = re.sub(r"\x1b\[[0-9;]*m", "", text).split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "its log is empty")
 
 
 def _end(cluster: LocalCluster) -> None:
-    """End Ray in order with SIGTERM, then kill the other processes of this cluster, and remove its files.
+    """End the local cluster: shut Ray down by SIGTERM, kill the cluster's other processes, and remove its files.
 
     `ray stop` is never used, because it ends every Ray on the machine.
     """
     members = spawn.process_tree(cluster.pid) if spawn.is_ray_of(cluster.pid, cluster.folder) else []
-    # After SIGTERM, `ray start` ends its children in order within seconds. Children that are left are then killed,
+    # After SIGTERM, `ray start` normally ends its child processes within seconds. Those that still run are then killed,
     # because they would hold ports and memory.
     spawn.end_processes(members[:1], terminate=True, timeout=15)
     spawn.end_processes(members[1:], timeout=1)

@@ -26,7 +26,8 @@ def free_nodes(connection: Connection, domain_label: str | None) -> list[Node]:
 
     Args:
         connection: the cluster.
-        domain_label: the node label whose value is the domain of a node; None leaves domains empty.
+        domain_label: the node label that names a node's domain (nodes with a fast network between them, such as a
+            rack); None leaves all domains empty.
 
     Raises:
         ClusterError, TokenError: in the same cases as `dashboard.get`.
@@ -45,7 +46,7 @@ def free_nodes(connection: Connection, domain_label: str | None) -> list[Node]:
 
 
 def total_nodes(connection: Connection) -> list[Node]:
-    """Return the nodes of a cluster that are alive, with all of their CPUs and GPUs, free or used.
+    """Return the nodes of a cluster that are alive, with all of their CPUs and GPUs, whether free or used.
 
     Raises:
         ClusterError, TokenError: in the same cases as `dashboard.get`.
@@ -64,14 +65,14 @@ def gpus_of_this_machine() -> int:
 
 _PYTHON = re.compile(r"--python_worker_command=(.+?) \S*/(?:setup_worker|default_worker)\.py")
 _OWN_PYTHON = {"pip", "uv", "conda", "py_executable", "container", "image_uri"}
-"""Keys of a runtime environment that bring their own Python interpreter, which is then the first one on the PATH."""
+"""Keys of a runtime environment that bring a Python interpreter of their own, which comes first on the PATH."""
 
 
 def head_python(connection: Connection, runtime_env: Mapping[str, Any]) -> str:
-    """Return the Python interpreter of a job on the head node, as a path or a command.
+    """Return the Python interpreter that a job uses on the head node, as a path or a command.
 
-    It is the path of Ray's own interpreter, which need not be on the PATH. If the runtime environment brings an
-    interpreter, or if that path is not found, it is `python`, the first one on the PATH.
+    Usually it is the path of Ray's own interpreter, which need not be on the PATH. The command `python` is returned if
+    the runtime environment brings an interpreter, or if the path of Ray's interpreter is not found.
 
     Raises:
         ClusterError, TokenError: in the same cases as `dashboard.get`.
@@ -87,7 +88,7 @@ def head_python(connection: Connection, runtime_env: Mapping[str, Any]) -> str:
 
 
 def _labels(connection: Connection, label: str) -> dict[str, str]:
-    """Return the value of a label by node id, for the nodes that have it."""
+    """Return the value of a node label by node id, for those nodes that have the label."""
     # The summary of nodes has labels too, but Ray renames their keys there (rack_id becomes rackId), so the labels are
     # read from the state API.
     nodes = dashboard.get(connection.address, f"/api/v0/nodes?limit={MAX_NODES}", connection.token)
@@ -96,7 +97,7 @@ def _labels(connection: Connection, label: str) -> dict[str, str]:
 
 
 def _taken_resources(usage: str) -> dict[str, float]:
-    """Return the CPUs and GPUs that are taken, from Ray's usage lines of a node; a new node has no such lines."""
+    """Return the CPUs and GPUs of a node that are taken, from Ray's usage lines; a new node has no such lines."""
     amounts: dict[str, float] = {}
     for line in usage.splitlines():
         if match := _USAGE.match(line):
@@ -106,9 +107,9 @@ def _taken_resources(usage: str) -> dict[str, float]:
 
 
 MARK_PREFIXES = (":job_id:", ":actor_name:", ":task_name:")
-"""Prefixes of the lines with which Ray marks in a log which job, actor or task wrote the lines that follow."""
+"""Prefixes of lines that Ray inserts into a log to mark which job, actor or task wrote the lines after them."""
 ALL_LINES = 1_000_000_000
-"""Number of lines to request for a whole log: more than any log has."""
+"""Number of lines to request in order to get a whole log; no log has more."""
 
 
 def process_log(connection: Connection, node: str, pid: int, kind: str, *, follow: bool = False) -> Iterator[str]:
@@ -118,8 +119,8 @@ def process_log(connection: Connection, node: str, pid: int, kind: str, *, follo
         connection: the cluster.
         node: the id of the node that the process runs or ran on.
         pid: the process id.
-        kind: "err" or "out".
-        follow: whether to continue with new lines, without an end.
+        kind: "err" for stderr, "out" for stdout.
+        follow: whether to wait for new lines forever, instead of ending with the last line.
 
     Raises:
         JobError: the node is gone, or has no such file.
@@ -146,7 +147,7 @@ def process_log(connection: Connection, node: str, pid: int, kind: str, *, follo
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
-    """Yield the lines of a text that arrives in chunks."""
+    """Yield the lines of a log that arrives in chunks of bytes."""
     partial_line = b""
     for chunk in chunks:
         *lines, partial_line = (partial_line + chunk).split(b"\n")

@@ -20,9 +20,9 @@ EXCLUDED_PATTERNS = (
     "wandb",
     "mlruns",
 )
-"""Patterns, in the syntax of .gitignore, of files that no job needs; .gitignore and .rayignore files count as well."""
+"""Patterns in the syntax of .gitignore for files that no job needs; .gitignore and .rayignore files apply as well."""
 SHOWN_PARTS = 5
-"""Number of the largest parts that an error about a too large folder names."""
+"""Number of files and folders that an error names about a folder that is too large to send: its largest parts."""
 
 
 class SentFolder(NamedTuple):
@@ -38,9 +38,9 @@ class SentFolder(NamedTuple):
 
 
 def sent_folders(runtime_env: Mapping[str, Any]) -> list[SentFolder]:
-    """Return the folders of this machine that Ray would send for a runtime environment, with the sizes of their parts.
+    """Return the folders of this machine that Ray would send with a runtime environment, and the sizes of their parts.
 
-    Files that are excluded do not count.
+    A part is a file or folder directly in one of them. Excluded files do not count.
     """
     excludes = list(runtime_env.get("excludes", []))
     modules = [runtime_env.get("working_dir"), *runtime_env.get("py_modules", [])]
@@ -49,10 +49,10 @@ def sent_folders(runtime_env: Mapping[str, Any]) -> list[SentFolder]:
 
 
 def check_size(runtime_env: Mapping[str, Any]) -> None:
-    """Check that Ray accepts the size of each folder that the runtime environment sends.
+    """Check that no folder that the runtime environment sends is too large for Ray.
 
     Raises:
-        SpecError: one of the folders is larger than Ray takes; the error names its largest parts.
+        SpecError: one of the folders is larger than Ray allows; the error names its largest parts.
     """
     from mhmoe_ray.ray_compat import GCS_STORAGE_MAX_SIZE
 
@@ -67,7 +67,7 @@ def check_size(runtime_env: Mapping[str, Any]) -> None:
 
 
 def _sizes(folder: Path, excludes: list[str]) -> dict[str, int]:
-    """Return the bytes that Ray would send of each file or folder directly in `folder`, the largest first."""
+    """Return how many bytes Ray would send of each file or folder directly in `folder`, the largest first."""
     from mhmoe_ray.ray_compat import _get_excludes
 
     count: Counter[str] = Counter()
@@ -91,10 +91,10 @@ def _files(folder: Path, predicates: list[Any]) -> Iterator[Path]:
 
 
 class _SilentLogger:
-    """Logger for Ray's functions on exclude patterns."""
+    """Logger that drops all messages, for Ray's functions on exclude patterns."""
 
     def info(self, *_: object) -> None:
-        """Drop the message: Ray writes one about each file with patterns."""
+        """Drop the message; Ray logs one about each file with exclude patterns."""
 
 
 def _format_megabytes(size: int) -> str:
@@ -105,9 +105,9 @@ PACKAGES = ("mhmoe_ray", "mhmoe_kernels")
 
 
 def with_packages(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the runtime environment extended by our packages, for a cluster that has not installed them.
+    """Return the runtime environment with our packages added, for a cluster on which they are not installed.
 
-    Files that no job needs (`EXCLUDED_PATTERNS`) are excluded too.
+    Files that no job needs (`EXCLUDED_PATTERNS`) are excluded as well.
     """
     folders = []
     for package in PACKAGES:

@@ -1,4 +1,4 @@
-"""Requests of `mhmoe_ray/remote.py` as Ray jobs of a cluster: submit one, follow it, read its result."""
+"""Submission of the requests of `mhmoe_ray/remote.py` as Ray jobs of a cluster; their logs and results."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ R = TypeVar("R")
 def job_request(
     request: RemoteJob[R], local: bool, runtime_env: Mapping[str, Any], python: str = "python"
 ) -> dict[str, Any]:
-    """Return the request to Ray Jobs for a remote job; `submit --dry-run` prints it.
+    """Return the request to Ray Jobs that submits a remote job; `mhmoe submit --dry-run` prints it.
 
     Args:
         request: the remote job, of any kind.
@@ -43,7 +43,7 @@ class SubmittedJob(Generic[R]):
     name: str
 
     def lines(self) -> Iterator[str]:
-        """Yield the lines of the job's log as they arrive, until it ends; a failed job's last lines may be missing."""
+        """Yield the lines of the job's log as they arrive, until the job ends; a failed job may lack its last lines."""
         return jobs.follow_logs(self.connection, self.name)
 
     def progress(self) -> Iterator[str]:
@@ -58,11 +58,11 @@ class SubmittedJob(Generic[R]):
         """Return the result of a job that has ended.
 
         Args:
-            subject: the name of the result, for the error.
-            fix: the remedy for a job that ended without an error of its own, such as one that was killed.
+            subject: the name of the result, for the message of an error.
+            fix: the remedy if the job ended without an error of its own, for example because it was killed.
 
         Raises:
-            MhmoeError: the job failed or made no result. It is the last error that the job logged; without one, it is
+            MhmoeError: the job failed or wrote no result. It is the last error that the job logged; without one, it is
                 a JobError with Ray's message.
         """
         log = jobs.logs(self.connection, self.name)

@@ -18,24 +18,28 @@ from mhmoe_ray.storage import location
 from mhmoe_ray.train.job import TrainRequest
 
 QUIET_SECONDS = 120.0
-"""Seconds without a line from a run whose cluster does not answer, after which the run counts as dead."""
+"""Number of seconds without a new event or metric after which a run whose cluster does not answer counts as dead."""
 _GRACE_SECONDS = 2.0
-"""Time between the end of a job and the last event of its run; two processes record them."""
-_SENDING_SECONDS = 300.0
-"""Timeout for sending code and packages to a cluster, which knows the job only afterwards."""
-_LOCAL_SECONDS = 30.0
-"""The same timeout for a local cluster, to which nothing is sent."""
-_DOUBT_SECONDS = 30.0
-"""Time since the last write of a run within which its cluster may not declare it lost.
+"""Number of seconds to wait for the last event of a run after the end of its job.
 
-It is less than `dashboard.SECONDS`, so that a client that follows a run learns of its end.
+Two different processes record the event and the end of the job, so the event may come later.
+"""
+_SENDING_SECONDS = 300.0
+"""Timeout in seconds for sending code and packages to a cluster; before that, the cluster does not know the job."""
+_LOCAL_SECONDS = 30.0
+"""Timeout in seconds until the local cluster knows a submitted job; it is short because no code is sent there."""
+_DOUBT_SECONDS = 30.0
+"""Number of seconds since the last write of a run within which the run does not count as lost.
+
+If its cluster does not know its job within this time, this is an error instead. The time is less than
+`dashboard.SECONDS`, so that a client that follows a run learns of its end.
 """
 _RECENT_SECONDS = 10.0
-"""Age below which the end of a job is recent; it allows for a difference between the clocks of two machines."""
+"""Age in seconds below which the end of a job is recent; it allows for different clocks of two machines."""
 
 
 class Outcome(NamedTuple):
-    """State and reason with which a run ended."""
+    """Final state of a run, with the reason if it failed."""
 
     state: events.State
     reason: str
@@ -43,19 +47,19 @@ class Outcome(NamedTuple):
 
 
 def outcome(run: RunDir, connection: Connection, doubt: float = _DOUBT_SECONDS) -> Outcome | None:
-    """Return how a run ended, by its run directory or else by its job; None while it runs.
+    """Return how a run ended, according to its run directory or else its job; None while it runs.
 
-    If the run directory says that the run goes on but its job is dead, the job was killed or its cluster is gone. This
-    counts as a failure.
+    If the run directory shows a running run but its job is dead, the job was killed or its cluster is gone. This counts
+    as a failure.
 
     Args:
         run: a run with at least one attempt.
         connection: the run's cluster, or the cluster that has its address now.
-        doubt: time in seconds. If the run wrote something more recently, a cluster that does not know the job is
-            another one.
+        doubt: time in seconds. If the run wrote something within this time although the cluster does not know its job,
+            another cluster must have the address now.
 
     Raises:
-        ClusterError: the run directory does not tell, and the cluster does not answer or is not the run's.
+        ClusterError: the run directory records no end, and the cluster does not answer or is not the run's.
     """
     known_outcome = recorded_outcome(events.read(run))
     if known_outcome:
@@ -95,7 +99,7 @@ def _may_be_starting(run: RunDir, attempt: Attempt) -> bool:
 
 
 def outcome_or_lost(run: RunDir, connect_to: Callable[[str], Connection]) -> Outcome | None:
-    """Return how a run ended, like `outcome`, also if its cluster is gone; None while it runs.
+    """Return how a run ended, like `outcome`, but even if its cluster is gone; None while the run goes on.
 
     A run counts as failed if its cluster does not answer and it wrote nothing for `QUIET_SECONDS`.
 
@@ -104,7 +108,7 @@ def outcome_or_lost(run: RunDir, connect_to: Callable[[str], Connection]) -> Out
         connect_to: a function that connects to the cluster at an address.
 
     Raises:
-        ClusterError: the run's cluster does not answer, but the run wrote something a moment ago.
+        ClusterError: the run's cluster does not answer, but the run wrote something less than `QUIET_SECONDS` ago.
         TokenError: the cluster asks for another token.
     """
     known_outcome = recorded_outcome(events.read(run))
@@ -121,12 +125,12 @@ def outcome_or_lost(run: RunDir, connect_to: Callable[[str], Connection]) -> Out
 
 
 def seconds_since_write(run: RunDir) -> float:
-    """Return the seconds since the run last wrote an event or a line of metrics."""
+    """Return how many seconds ago the run last wrote an event or a line of metrics."""
     return time.time() - max(jsonl.modification_time(run.events_file), jsonl.modification_time(run.metrics_file))
 
 
 def recorded_outcome(run_events: list[dict[str, Any]]) -> Outcome | None:
-    """Return how the run ended according to its events; None if they do not record an end."""
+    """Return how a run ended according to its events; None if they record no end."""
     state = events.state(run_events)
     if not events.is_end_state(state):
         return None
@@ -141,7 +145,7 @@ def start_attempt(run: RunDir, spec: RunSpec, connection: Connection, public_add
         run: the run directory.
         spec: the run's spec.
         connection: the cluster.
-        public_address: the address of the cluster that readers of the run use, if it differs from the connection's.
+        public_address: the cluster's address for everybody who reads the run directory; None if it is the connection's.
 
     Returns:
         The job's name.
@@ -175,9 +179,9 @@ RunEvents = list[dict[str, Any]]
 
 
 def run_status(run: RunDir) -> dict[str, Any]:
-    """Return everything that `mhmoe status` shows of a run, as a JSON object; this asks the run's cluster.
+    """Return everything that `mhmoe status` shows of a run, as a JSON object.
 
-    The key `cluster` tells whether the cluster confirmed the state.
+    The run's cluster is asked about the job. The key `cluster` tells whether the cluster confirmed the state.
     """
     run_events = events.read(run)
     spec = None if run.is_imported else run.spec()
@@ -240,7 +244,8 @@ def state_of(
 ) -> tuple[str, str, str]:
     """Return the state of a run, the reason of a failure, and a phrase on whether its cluster confirmed the state.
 
-    The cluster is asked unless the events record an end. The state is "unknown" if the cluster does not answer.
+    The cluster is asked unless the events record an end of the run. The state is "unknown" if the cluster does not
+    answer.
     """
     attempts = read_attempts(run)
     known_outcome, cluster = recorded_outcome(run_events), "not asked: the run is over"
@@ -255,14 +260,16 @@ def state_of(
 
 
 def _missing_resources(state: str, run_events: RunEvents) -> str | None:
-    """Return the resources that a waiting run lacks, in the words of its job; None for a run that does not wait."""
+    """Return the resources that a waiting run lacks, as its job described them; None if the run does not wait."""
     waiting = events.newest_event(run_events, "waiting") if state == "waiting" else None
     return waiting.get("missing") if waiting else None
 
 
 def _with_perplexity(line: dict[str, Any] | None, spec: RunSpec | None) -> dict[str, Any] | None:
-    """Return the line of a validation with its perplexity, which is None for the loss of an encoder or a vision
-    model."""
+    """Return a line of metrics with a validation loss, extended by the perplexity; None without a line.
+
+    The perplexity of an encoder or a vision model is None, because its loss is a sum with different units.
+    """
     if line is None:
         return None
     is_summed = spec is not None and spec.model.kind != "decoder"
@@ -287,7 +294,7 @@ def serving_applications(run: RunDir, run_events: RunEvents, seconds: float = 10
     Args:
         run: the run.
         run_events: the run's events.
-        seconds: the timeout for the answer of each cluster.
+        seconds: the timeout in seconds for the answer of each cluster.
     """
     deployed = {(e["address"], e["application"]): e for e in run_events if e["event"] == "served"}
     entries = []

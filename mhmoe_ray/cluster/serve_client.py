@@ -1,7 +1,7 @@
-"""Client of the configuration of Ray Serve, which all applications share, over the dashboard's REST API.
+"""Client of Ray Serve's configuration, which all applications of a cluster share, over the dashboard's REST API.
 
-A change replaces the whole configuration, so it has to read the current one first, and nobody else may change it in
-between. A lock ensures that among commands that share a state folder; Serve itself has no lock.
+A change replaces the whole configuration. So it has to read the current one first, and nobody else may change it in
+between. A lock in the state folder ensures this among the commands that share that folder. Serve itself has no lock.
 """
 
 import functools
@@ -20,12 +20,12 @@ from mhmoe_ray.errors import ServeError
 from mhmoe_ray.ray_compat import SDK_LOGGERS
 
 END_SECONDS = 150.0
-"""Timeout in seconds for the shutdown of Serve: several times the half minute that one request for it waits."""
+"""Timeout in seconds for the shutdown of Serve, which is several times as long as one request for it waits (30 s)."""
 
 
 @functools.cache
 def client(connection: Connection) -> Any:
-    """Return Ray's own client of Serve for a cluster; it is cached."""
+    """Return Ray's own Serve client for a cluster; the client is cached."""
     # The import takes longer than everything else that `mhmoe status` does, so it is delayed until it is needed.
     from mhmoe_ray.ray_compat import ServeSubmissionClient
 
@@ -38,7 +38,8 @@ def serve_details(connection: Connection, seconds: float = 60) -> dict[str, Any]
 
     Args:
         connection: the cluster.
-        seconds: the timeout of the answer. The first answer takes longest, since the dashboard then joins the cluster.
+        seconds: the timeout of the answer in seconds. The first answer takes longest, since the dashboard then joins
+            the cluster.
 
     Raises:
         ClusterError, TokenError: in the same cases as `dashboard.get`.
@@ -49,9 +50,10 @@ def serve_details(connection: Connection, seconds: float = 60) -> dict[str, Any]
 
 
 def app_configs(details: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the configuration of each application, from Serve's details.
+    """Return the configuration of each application, from the state that `serve_details` returned.
 
-    Applications that a program deployed by `serve.run` have none; replacing the configurations does not touch them.
+    Applications that a program deployed by `serve.run` have no configuration. Replacing the configurations does not
+    affect them.
     """
     return [a["deployed_app_config"] for a in details["applications"].values() if a["deployed_app_config"]]
 
@@ -59,7 +61,8 @@ def app_configs(details: dict[str, Any]) -> list[dict[str, Any]]:
 def config_lock(connection: Connection) -> AbstractContextManager[Path]:
     """Return a context manager that holds the lock of a cluster's Serve configuration.
 
-    Hold it from the request that reads the configuration until the changed one is put.
+    A change must hold it from the request that reads the configuration until the one that sends the changed
+    configuration.
     """
     cluster = "" if connection.local else f"-{hashlib.sha256(connection.address.encode()).hexdigest()[:8]}"
     return state_lock(f"serve{cluster}.lock")
@@ -70,7 +73,7 @@ def replace_config(
 ) -> None:
     """Replace the configuration of an application, or make Serve remove the application if `config` is None.
 
-    This does nothing if the application is gone.
+    Nothing happens if the application is gone.
 
     Raises:
         ClusterError, TokenError: in the same cases as `RetryingCaller.call`.
@@ -86,11 +89,11 @@ def replace_config(
 def put_configs(
     connection: Connection, details: dict[str, Any], configs: list[dict[str, Any]], http: dict[str, Any]
 ) -> None:
-    """Send Serve the configurations of all applications; Serve removes applications that are missing in them.
+    """Send Serve the configurations of all applications; Serve removes those applications that they do not contain.
 
     Args:
         connection: the cluster.
-        details: Serve's current details, whose proxy location and target capacity are kept.
+        details: the state that `serve_details` returned; its proxy location and target capacity are kept.
         configs: the configurations of the applications.
         http: Serve's host and port.
     """
@@ -103,12 +106,13 @@ def put_configs(
 
 
 def shut_down_idle(connection: Connection) -> dict[str, Any]:
-    """Shut Serve down, which frees its port, unless it has applications.
+    """Shut Serve down if it has no applications, which frees its port.
 
-    Call it under `config_lock`: a Serve that was just started for a configuration has no applications yet.
+    The caller must hold `config_lock`, because a Serve that was just started for a configuration has no applications
+    yet.
 
     Returns:
-        Serve's details afterwards.
+        The state of Serve afterwards, as `serve_details` returns it.
 
     Raises:
         ServeError: Serve does not shut down.

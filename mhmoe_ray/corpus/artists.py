@@ -1,4 +1,4 @@
-"""The artists of the picture sample: their packages, and readers of their drawings.
+"""The artists whose drawings the samples have: their packages, and readers of their drawings.
 
 Noto, OpenMoji and Gemojione draw the same emoji, each in a style of its own. The stamps are drawings and cut-out
 photographs of other things.
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 DrawingReader = Callable[
     [Mapping[str, bytes], Mapping[str, Concept], int, Counter[str]], "Iterator[tuple[Concept, Image]]"
 ]
-"""Type of a function that yields the drawings of an artist, sorted by key.
+"""Type of a function that yields the concepts that an artist draws with their drawings, sorted by key.
 
-Its arguments are the files of the artist's package by path, the concepts of emoji by key, the size of a picture in
-pixels, and a count of undrawable concepts by reason, to which the function adds.
+The arguments of the function are the files of the artist's package by path, the concepts of emoji by key, the size of a
+picture in pixels, and the number of undrawable concepts by reason, to which the function adds.
 """
 
 
@@ -52,7 +52,7 @@ class Artist:
 def read_noto(
     files: Mapping[str, bytes], concepts: Mapping[str, Concept], size: int, failures: Counter[str]
 ) -> "Iterator[tuple[Concept, Image]]":
-    """Yield the drawings of a font of emoji, the only file; a `DrawingReader`.
+    """Yield Noto's drawings of emoji from a font, the only file of its package that is read; a `DrawingReader`.
 
     Raises:
         DataError: the font is unreadable.
@@ -69,23 +69,23 @@ def read_noto(
 def read_openmoji(
     files: Mapping[str, bytes], concepts: Mapping[str, Concept], size: int, failures: Counter[str]
 ) -> "Iterator[tuple[Concept, Image]]":
-    """Yield the drawings of SVG files that are named by their code points; a `DrawingReader`."""
+    """Yield OpenMoji's drawings: SVG files that are named by the code points of their emoji; a `DrawingReader`."""
     yield from _read_named_files(files, concepts, lambda content: render_svg(content, size), failures)
 
 
 def read_gemojione(
     files: Mapping[str, bytes], concepts: Mapping[str, Concept], size: int, failures: Counter[str]
 ) -> "Iterator[tuple[Concept, Image]]":
-    """Yield the drawings of PNG files that are named by their code points; a `DrawingReader`."""
+    """Yield Gemojione's drawings: PNG files that are named by the code points of their emoji; a `DrawingReader`."""
     yield from _read_named_files(files, concepts, read_bitmap, failures)
 
 
 def read_stamps(
     files: Mapping[str, bytes], concepts: Mapping[str, Concept], size: int, failures: Counter[str]
 ) -> "Iterator[tuple[Concept, Image]]":
-    """Yield the stamps, PNG files beside texts with their captions; a `DrawingReader`.
+    """Yield Tux Paint's stamps: PNG files, each with a text file that has its captions; a `DrawingReader`.
 
-    Some stamps have an SVG file too, which is left out: the PNG file shows the same.
+    Some stamps also have an SVG file, which is left out because the PNG file shows the same drawing.
     """
     # Keys sort differently from paths, because the slash of a path is another character in a key.
     stamps = dict[str, tuple[Concept, bytes]]()
@@ -111,7 +111,7 @@ def _read_named_files(
     render: "Callable[[bytes], Image]",
     failures: Counter[str],
 ) -> "Iterator[tuple[Concept, Image]]":
-    """Yield the drawings of files that are named by code points, sorted by key."""
+    """Yield the drawings in files that are named by the code points of emoji, sorted by key."""
     # Artists differ in whether they write the joiner U+200D and the selector U+FE0F in names of files. No two emoji
     # differ in these alone.
     content_by_name = {
@@ -143,11 +143,11 @@ CLDR = SourcePackage(
     "Unicode-3.0",
     re.compile(r"usr/share/unicode/cldr/common/annotations(Derived)?/\w+\.xml"),
 )
-"""Package of the names and keywords of emoji, by locale."""
+"""Package with the names and keywords of emoji in all locales of CLDR, Unicode's data of languages."""
 UNICODE_DATA = SourcePackage(
     "Debian", "unicode-data", "Unicode-3.0", re.compile(r"usr/share/unicode/emoji/emoji-test\.txt")
 )
-"""Package of the table of emoji, with their groups and subgroups."""
+"""Package with Unicode's table of emoji, which has their groups and subgroups."""
 
 ARTISTS: tuple[Artist, ...] = (
     Artist(

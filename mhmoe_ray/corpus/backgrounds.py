@@ -1,7 +1,7 @@
 """Backgrounds of composed scenes: photographs and paintings from packages of Debian.
 
-The patterns leave out pictures that show an object of the scenes' classes, which would have no annotation, and pictures
-of flat shapes.
+The patterns of the packages leave out pictures that show an object of the scenes' classes, because that object would
+have no annotation. They also leave out pictures of flat shapes.
 """
 
 import io
@@ -34,7 +34,7 @@ BACKGROUND_PACKAGES = (
         "Debian",
         "plasma-workspace-wallpapers",
         "GPL-2.0-or-later",
-        # The package has smaller files of the same pictures as links, portrait formats and variants in dark colours.
+        # The pattern leaves out other files of the same pictures: smaller sizes, portrait formats and dark variants.
         re.compile(rf"usr/share/wallpapers/({_WALLPAPERS})/contents/images/(2560x1600|5120x2880)\.(jpg|png)"),
     ),
     SourcePackage(
@@ -54,18 +54,18 @@ BACKGROUND_PACKAGES = (
 
 @dataclass(frozen=True)
 class Background:
-    """A picture whose crops are backgrounds of scenes.
+    """A photograph or painting whose crops are backgrounds of scenes.
 
     Attributes:
         name: the name of the picture, without its package.
-        image: the picture in RGB, with `LONGEST_SIDE` at most.
+        image: the picture in RGB, whose longer side has at most `LONGEST_SIDE` pixels.
     """
 
     name: str
     image: "Image"
 
     def crop(self, size: int, generator: np.random.Generator) -> "Image":
-        """Return a random square of the picture in the size of a scene, mirrored in half of all cases.
+        """Return a random square crop of the picture, scaled to the size of a scene and mirrored in half of all cases.
 
         Args:
             size: the width and height of the result in pixels.

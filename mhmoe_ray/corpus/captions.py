@@ -1,7 +1,8 @@
 """Concepts that artists draw, with their names in many languages and their classes.
 
 The concepts are Unicode's emoji. Their names and keywords come from the annotations of CLDR (LDML, part 2), their
-groups and subgroups from `emoji-test.txt` (UTS 51). The subjects of stamps are concepts too, with their own captions.
+groups and subgroups from `emoji-test.txt` (UTS 51). The subjects of Tux Paint's stamps are concepts too, and have
+captions of their own.
 """
 
 import re
@@ -13,12 +14,12 @@ from xml.etree import ElementTree
 from mhmoe_ray.errors import DataError
 
 VARIATION_SELECTOR = "\ufe0f"
-"""Character that asks for the picture of the character before it; CLDR leaves it out of all sequences."""
+"""Character that asks for the character before it to be shown as a picture; CLDR leaves it out of all sequences."""
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 SEX_SIGNS = "\u2640\u2642"
 """Signs that, joined to an emoji of a person, make it a woman or a man."""
 UNTRANSLATED_MARK = "↑↑↑"
-"""Text by which a locale of CLDR refers to the name in its parent."""
+"""Text that a locale of CLDR has in place of a name that is the same as in its parent locale."""
 
 _CLDR_TAGS = {
     "ca@valencia": "ca-ES-VALENCIA",
@@ -29,7 +30,7 @@ _CLDR_TAGS = {
     "zh_CN": "zh",
     "zh_TW": "zh-Hant",
 }
-"""Tags in CLDR of locales that stamps name otherwise, so that a locale has one tag in the whole sample."""
+"""CLDR's tags of the locales that Tux Paint's stamps name differently, so that a locale has one tag in the sample."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ def sequence_key(characters: str) -> str:
 
 
 def base_key(key: str) -> str:
-    """Return the key of the same emoji without skin tone and sex, which all of its variants share."""
-    # A part of a stamp's key is no hexadecimal number of this range, so that such a key stays as it is.
+    """Return the key of an emoji without its skin tone and sex, which is the same for all of its variants."""
+    # No part of a stamp's key is such a hexadecimal number, so the key of a stamp stays unchanged.
     tones = {f"{code_point:x}" for code_point in SKIN_TONES}
     untoned_key = "-".join(part for part in key.split("-") if part not in tones) or key
     for sign in SEX_SIGNS:
@@ -82,7 +83,7 @@ def base_key(key: str) -> str:
 def read_annotations(content: bytes, annotations: Annotations) -> None:
     """Add the names and keywords of a file of CLDR to those of its locale.
 
-    Names and keywords that nobody has confirmed, and references to a parent locale, are left out.
+    Unconfirmed names and keywords are left out, and so are references to a parent locale.
 
     Args:
         content: XML of the folder `annotations` or `annotationsDerived`.
@@ -114,7 +115,7 @@ def read_locales(files: Mapping[str, bytes]) -> dict[str, Annotations]:
     locales = dict[str, Annotations]()
     for path, content in sorted(files.items()):
         name = PurePosixPath(path).stem
-        # The root locale has code points for names.
+        # The root locale has code points in place of names.
         if name == "root":
             continue
         annotations = locales.setdefault(name.replace("_", "-"), Annotations())

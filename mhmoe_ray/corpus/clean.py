@@ -20,11 +20,11 @@ _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f\u00ad\u200b\ufeff\ud800-\udfff]
 
 
 class Cleaner:
-    """Cleaner of documents, which it must get one after another, English originals before their translations.
+    """Cleaner that removes repeated paragraphs from documents, and English text from translations.
 
-    It removes paragraphs that an earlier document of the same domain or language has, as CCNet does (Wenzek et al.,
-    arXiv 1911.00359, section 3.1), and English text from translations. A document that loses more than half of its
-    text is dropped as a whole.
+    It must get the documents one after another, English originals before their translations. It removes paragraphs that
+    an earlier document of the same domain or language has, as CCNet does (Wenzek et al., arXiv 1911.00359, section
+    3.1). A document that loses more than half of its text is dropped as a whole.
     """
 
     def __init__(self) -> None:
@@ -32,12 +32,12 @@ class Cleaner:
         self._english_digests = set[bytes]()
 
     def clean(self, document: Document, domain: str, is_translation: bool) -> str | None:
-        """Return the text that is left of a document, with paragraphs joined by newlines; None if too little is left.
+        """Return the cleaned text of a document, with paragraphs joined by newlines; None if too little text remains.
 
         Args:
             document: the document to clean.
             domain: the domain or language within which no paragraph may occur twice.
-            is_translation: True if the document is not English; then English text in it is removed.
+            is_translation: True if the document is not English; then its English paragraphs are removed.
         """
         domain_digests, document_digests = self._digests_by_domain.setdefault(domain, set()), set[bytes]()
         original_length, clean_paragraphs = 0, list[str]()

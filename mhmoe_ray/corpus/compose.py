@@ -19,21 +19,21 @@ _Item = TypeVar("_Item")
 LARGEST_COUNT = 4
 """Largest number of objects in a scene."""
 SCALES = (0.25, 0.65)
-"""Range of the longer side of an object, as a share of the scene's side."""
+"""Range of the length of an object's longer side, as a share of the scene's side."""
 ROTATIONS = (-15.0, 15.0)
 """Range of the rotation of an object in degrees."""
 BRIGHTNESSES = (0.8, 1.2)
 """Range of the factor of an object's brightness."""
 SMALLEST_VISIBLE_SHARE = 0.5
-"""Smallest share of an object's pixels that later objects leave visible."""
+"""Smallest share of an object's pixels that the objects in front of it must leave visible."""
 SMALLEST_AREA = 16
-"""Smallest number of pixels of an object: some drawings of thin lines vanish when they are small."""
+"""Smallest number of visible pixels of an object: some drawings of thin lines nearly vanish when they are small."""
 ATTEMPTS = 5
-"""Number of draws of an object before the scene goes without it."""
+"""Number of attempts to place a random object before the scene goes without it."""
 LARGEST_OUTSIDE_ALPHA = 127
-"""Largest alpha of a pixel that does not belong to an object's mask (of 255)."""
+"""Largest alpha, from 0 to 255, of a pixel that counts as outside of an object's mask."""
 UNMIRRORED_CLASSES = frozenset({"flag"})
-"""Classes of objects whose mirror image is another thing."""
+"""Classes of objects that are never mirrored, because the mirror image would be another thing."""
 
 
 @dataclass
@@ -74,12 +74,12 @@ def seeded_generator(label: str) -> np.random.Generator:
 
 
 class SceneComposer:
-    """Composer of the scenes of a split.
+    """Composer of the random scenes of a split (train, validation or test).
 
     Args:
         backgrounds: the backgrounds; at least one.
-        drawings: the drawings by class of objects, at least one class. Drawings that look almost the same, such as
-            those of one emoji in all skin tones, form a group, and each group of a class is equally likely.
+        drawings: groups of drawings by class of objects; at least one class. Drawings that look almost the same, such
+            as those of one emoji in all skin tones, form a group. All groups of a class are equally likely.
         size: width and height of a scene in pixels.
     """
 
@@ -104,7 +104,7 @@ class SceneComposer:
         return scene
 
     def _add_object(self, scene: Scene, generator: np.random.Generator) -> bool:
-        """Put a random object in front of a scene; return False if it would be too small or hide too much."""
+        """Try to put a random object in front of a scene; return False if it is too small or hides too much."""
         class_name, groups = _choose(self._groups, generator)
         drawing = _choose(_choose(groups, generator), generator)
         picture = self._draw_picture(class_name, drawing, generator)

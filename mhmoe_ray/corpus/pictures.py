@@ -1,8 +1,8 @@
 """The picture sample: drawings with captions in many languages, from packages of Debian and PyPI.
 
     DIR/train/<artist>           drawings to train on: Noto, OpenMoji, and Tux Paint's stamps
-    DIR/validation/<artist>      the same concepts by another artist (Gemojione)
-    DIR/test/<artist>            the other half of that artist's concepts
+    DIR/validation/<artist>      half of the same concepts, drawn by another artist (Gemojione)
+    DIR/test/<artist>            the other half, drawn by the artist of the validation
     DIR/licenses                 the licence text that each package contains
 
 The folders hold WebDataset shards. A picture has the files KEY.png, KEY.txt (the English caption) and KEY.json.
@@ -32,10 +32,11 @@ class PictureSummary(DrawingSummary):
 
     Attributes:
         pictures: number of pictures by folder below DIR.
-        concepts: number of concepts that at least one picture shows.
+        concepts: number of concepts, such as emoji, that at least one picture shows.
         locales: number of locales in which at least one picture has a caption.
         captions: number of captions in all locales, of all pictures.
-        shared_drawings: number of pictures by folder that are byte for byte an earlier picture of their artist.
+        shared_drawings: number of pictures, by folder, that are byte-identical to an earlier picture of the same
+            artist.
     """
 
     pictures: dict[str, int] = field(default_factory=dict)
@@ -45,7 +46,7 @@ class PictureSummary(DrawingSummary):
     shared_drawings: dict[str, int] = field(default_factory=dict)
 
     def describe_shortfall(self, artists: Iterable[Artist] = ARTISTS) -> str | None:
-        """Return a clause that names the artists without any picture; None if there are none."""
+        """Return a clause for the user that names the artists without pictures; None if every artist has pictures."""
         drawing_artists = {folder.partition("/")[2] for folder in self.pictures}
         missing_artists = [artist.name for artist in artists if artist.name not in drawing_artists]
         return f"it has no pictures of {', '.join(missing_artists)}" if missing_artists else None
@@ -87,7 +88,7 @@ def write_picture_sample(
 
 
 def is_test_concept(key: str) -> bool:
-    """Return whether the held-out pictures of a concept are for the test; the others are for validation.
+    """Return whether the held-out pictures of a concept are in the test split instead of the validation split.
 
     A hash selects half of the concepts. All variants of an emoji in skin tone and sex are on the same side, because
     they look alike.
@@ -96,7 +97,7 @@ def is_test_concept(key: str) -> bool:
 
 
 class _PictureSample:
-    """A picture sample while it is written."""
+    """A picture sample that is being written, with the counts of the pictures so far."""
 
     def __init__(self, folder: Path, cache: Path, print_line: Callable[[str], None], size: int) -> None:
         self._folder, self._size = folder, size
@@ -105,7 +106,7 @@ class _PictureSample:
         self._drawn_keys, self._locales = set[str](), set[str]()
 
     def add_artist(self, artist: Artist, concepts: dict[str, Concept]) -> None:
-        """Write the drawings of an artist.
+        """Write the drawings of an artist into the shards of their splits.
 
         Args:
             artist: the artist.
@@ -135,7 +136,7 @@ class _PictureSample:
         self.packages.finish_artist(artist, sum(writer.picture_count for writer in writers.values()), failures)
 
     def _count_picture(self, name: str, concept: Concept, is_shared: bool) -> None:
-        """Count a picture in the summary; `name` is its folder."""
+        """Add a picture to the counts of the summary; `name` is the folder of the picture."""
         self._drawn_keys.add(concept.key)
         self._locales.update(concept.captions)
         self.summary.concepts, self.summary.locales = len(self._drawn_keys), len(self._locales)

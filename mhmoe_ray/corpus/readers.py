@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Document:
-    """A document of a corpus.
+    """A document of a sample corpus: its title and its text.
 
     Attributes:
-        title: the document's title; it may be empty.
+        title: the document's title; empty if it has none, as a source file.
         paragraphs: the parts of the text that `Cleaner` keeps or drops as a whole; a source file is one paragraph.
     """
 
@@ -43,7 +43,9 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Roles of a markup language's elements, by local name. Text in any other element is part of the text around it.
+    """Names of the elements of a markup language that have a role in the extraction of text.
+
+    Names are without namespaces. Text in any other element is part of the text around that element.
 
     Attributes:
         blocks: elements whose beginning and end separate blocks of text, such as paragraphs and headings.
@@ -201,7 +203,10 @@ def question_reader(content_xpath: str, excluded_xpath: str = "") -> Reader:
 
 
 def _parse_page(page: bytes, content_xpath: str, excluded_xpath: str) -> tuple[str, list[Block]]:
-    """Return the title of an HTML page and the blocks of its content; no blocks if the page has no such element."""
+    """Return the title of an HTML page and the blocks of text in the element at `content_xpath`.
+
+    Both are empty if the page has no such element.
+    """
     import lxml.html
     from lxml import etree
 

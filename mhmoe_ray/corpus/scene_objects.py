@@ -1,4 +1,4 @@
-"""The objects of composed scenes: their classes, and the split of concepts and backgrounds.
+"""The objects of composed scenes: their classes, and the split of the sample into training, validation and test.
 
 A class of objects collects subgroups of emoji and folders of stamps that look alike.
 """
@@ -12,7 +12,7 @@ from mhmoe_ray.corpus.captions import Concept, base_key
 VALIDATION_SHARE, TEST_SHARE = 0.10, 0.15
 """Shares of the concepts and of the backgrounds that are held out from training."""
 _SPLIT_SALT = "29"
-"""Prefix of names before they are hashed, chosen so that small classes such as hands have objects in every split."""
+"""Prefix that names get before they are hashed, chosen so that even small classes such as hands are in every split."""
 
 OBJECT_CLASSES = {
     "animal": re.compile(r"animal-.*|animals/.*"),
@@ -24,7 +24,7 @@ OBJECT_CLASSES = {
     "person": re.compile(r"person(-fantasy|-gesture|-role)?"),
     "vehicle": re.compile(r"transport-(air|ground|water)|vehicles(/.*)?"),
 }
-"""A pattern of the subgroups and folders by class of objects."""
+"""Patterns of the emoji subgroups and stamp folders that belong to each class of objects."""
 _OTHER_NAMES = frozenset(
     {
         "A bicycle wheel.",
@@ -67,7 +67,7 @@ _OTHER_NAMES = frozenset(
         "wing",
     }
 )
-"""Names of concepts that look like no other of their subgroup or folder, so that they are no objects."""
+"""Names of concepts that look unlike the rest of their subgroup or folder, so scenes do not contain them."""
 _ADULTS = re.compile(r"\b1f46[89]\b")
 _RIGHT_FACING = "-200d-27a1"
 
@@ -88,22 +88,23 @@ class Drawing:
 
 
 def object_class(concept: Concept) -> str | None:
-    """Return the class of objects of a concept; None if scenes do not contain the concept."""
+    """Return the class that a concept has as an object in scenes; None if scenes do not contain the concept."""
     if concept.name in _OTHER_NAMES:
         return None
     return next((name for name, pattern in OBJECT_CLASSES.items() if pattern.fullmatch(concept.class_name)), None)
 
 
 def likeness_key(key: str) -> str:
-    """Return a key that all concepts share which look almost the same.
+    """Return a key that is the same for all concepts that look almost alike.
 
-    These are the variants in skin tone, sex and direction: "man astronaut" and "woman astronaut" share a key.
+    Such concepts are the variants of an emoji in skin tone, sex and direction: "man astronaut" and "woman astronaut"
+    share a key.
     """
     return _ADULTS.sub("1f9d1", base_key(key.removesuffix(_RIGHT_FACING)))
 
 
 def split_of(name: str) -> str:
-    """Return the split of a concept's likeness key or of a background, which a hash of the name selects."""
+    """Return the split (train, validation or test) of a likeness key or of a background's name, selected by a hash."""
     position = int.from_bytes(blake2b(f"{_SPLIT_SALT} {name}".encode(), digest_size=8).digest()) / 2**64
     if position < VALIDATION_SHARE:
         return "validation"

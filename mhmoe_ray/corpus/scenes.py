@@ -61,7 +61,7 @@ class SceneSummary(DrawingSummary):
     classes: dict[str, int] = field(default_factory=dict)
 
     def describe_shortfall(self) -> str | None:
-        """Return a clause that tells what the sample lacks; None if it is complete."""
+        """Return a clause for the user that tells what the sample lacks; None if the sample is complete."""
         if missing_splits := [split for split in SPLITS if not self.scenes.get(split)]:
             return f"it has no scenes for {', '.join(missing_splits)}"
         package_count = len(self.missing_packages)
@@ -87,8 +87,8 @@ def write_scene_sample(
         folder: the folder of the sample.
         cache: the folder of the downloads; a package in it is not downloaded again.
         print_line: a function that prints a line for each package, and a warning for each missing package.
-        scene_seed: the seed of the scenes. Scenes of another seed are other arrangements of the same objects and
-            backgrounds: the split of these does not depend on it.
+        scene_seed: the seed of the scenes. Another seed arranges the same objects and backgrounds in other scenes;
+            their split into training, validation and test stays the same.
         size: the width and height of the scenes in pixels.
         counts: the number of scenes by split.
         artists: the artists.
@@ -115,7 +115,7 @@ def write_scene_sample(
 
 
 class _SceneSample:
-    """A scene sample while it is written."""
+    """A scene sample that is being written, with the drawings and backgrounds read so far."""
 
     def __init__(self, folder: Path, cache: Path, print_line: Callable[[str], None]) -> None:
         self._folder, self._print_line = folder, print_line
@@ -151,7 +151,7 @@ class _SceneSample:
                 groups = self._drawings[split].setdefault(class_name, {})
                 groups.setdefault(group_key, []).append(Drawing(concept.key, artist.name, png))
                 self.summary.drawings[split] = self.summary.drawings.get(split, 0) + 1
-            # The folders of stamps are other classes than the subgroups of emoji.
+            # Stamps are left out here, because their folders are other classes than the subgroups of emoji.
             is_classified = artist.draws_emoji and concept.class_name in training_classes
             if is_classified:
                 self._write_picture(split, concept, artist, png)
@@ -175,7 +175,7 @@ class _SceneSample:
         self.summary.pictures[split] = self.summary.pictures.get(split, 0) + 1
 
     def add_backgrounds(self, package: SourcePackage) -> None:
-        """Read the backgrounds of a package.
+        """Read the backgrounds of a package, and assign each to a split.
 
         Raises:
             DataError: the package is missing or damaged, or a picture cannot be read.
@@ -192,7 +192,7 @@ class _SceneSample:
         drawings, backgrounds = self._drawings[split], self._backgrounds[split]
         if not drawings or not backgrounds:
             return
-        # Packages of any order give the same scenes.
+        # The order of the packages must not change the scenes, so the backgrounds are sorted.
         backgrounds.sort(key=lambda background: background.name)
         sorted_groups = {name: [groups[key] for key in sorted(groups)] for name, groups in drawings.items()}
         composer = SceneComposer(backgrounds, sorted_groups, size)
@@ -200,7 +200,7 @@ class _SceneSample:
         image_folder.mkdir(parents=True, exist_ok=True)
         images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
         object_counts = Counter(dict.fromkeys(OBJECT_CLASSES, 0))
-        # COCO's evaluation takes id 0 for no object, so ids begin with 1.
+        # COCO's evaluation understands id 0 as no object, so ids begin with 1.
         for image_id in range(1, count + 1):
             scene = composer.compose(seeded_generator(f"{split} {scene_seed} {image_id}"))
             name = f"{image_id:06d}.jpg"
@@ -219,7 +219,7 @@ class _SceneSample:
 
 
 def _annotation(annotation_id: int, image_id: int, scene_object: SceneObject) -> dict[str, Any]:
-    """Return an object of a scene in COCO's format, with its concept and its artist."""
+    """Return the annotation of an object in COCO's format, with its concept and its artist as additional keys."""
     from pycocotools import mask as coco_masks
 
     rows, columns = (np.flatnonzero(scene_object.mask.any(axis=axis)) for axis in (1, 0))

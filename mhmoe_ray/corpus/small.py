@@ -6,9 +6,9 @@
     DIR/redpajama/stackexchange  English questions and answers (package `chatterbot-corpus`; BSD-3-Clause)
     DIR/multilingual/<language>  conversations in some 27 languages (the same package)
     DIR/chat/train/<language>    the same conversations as messages, for fine-tuning
-    DIR/chat/held-out/<language> those of them to test with: always the same, with other first remarks
+    DIR/chat/held-out/<language> held-out conversations: always the same, with first remarks that `train` lacks
 
-The sample is not RedPajama; it has RedPajama's layout, and each record's `meta` names its source and licence.
+The text is not that of RedPajama, only the layout is. The `meta` of each record names its source and licence.
 
 Records become shards of JSON lines, compressed with zstd.
 """
@@ -77,7 +77,7 @@ class ShardWriter:
         self._file, self._shard_bytes, self._shard_index = None, 0, self._shard_index + 1
 
     def discard(self) -> None:
-        """Remove the unfinished shard, and the folder if the folder is then empty."""
+        """Remove the unfinished shard instead of closing it, and the folder if the folder is then empty."""
         if self._file is not None:
             self._file.close()
             self._path.with_suffix(".part").unlink()
@@ -116,9 +116,9 @@ _PARTS = ("redpajama", "multilingual", "chat/train", "chat/held-out")
 # Limit of code from the standard library, in millions of characters. More code would drown the rest of the sample.
 CODE_MB = 4.0
 CONVERSATIONS_PER_DOCUMENT = 6
-"""Number of exchanges, a remark and its answer, in a document."""
+"""Number of exchanges in a document; an exchange is a remark and its answer."""
 HELD_OUT_SHARE = 0.15
-"""Share of the first remarks of conversations whose conversations are in `chat/held-out`."""
+"""Share of all first remarks, from 0 to 1, whose conversations go to `chat/held-out` instead of `chat/train`."""
 PYTHON_META = {"source": f"CPython {platform.python_version()}", "license": "PSF-2.0", "language": "en"}
 
 
@@ -246,7 +246,7 @@ def _chat_records(folder: Path, is_held_out: bool) -> Iterator[Record]:
         for number, conversation in enumerate(conversations):
             turns = [str(turn).strip() for turn in conversation]
             turns = turns[: len(turns) // 2 * 2]
-            # A few conversations have an empty turn, which nobody can learn from.
+            # A few conversations have an empty turn, from which a model cannot learn anything.
             if turns and all(turns) and _is_held_out_remark(turns[0]) is is_held_out:
                 messages = [
                     {"role": role, "content": turn}
@@ -256,7 +256,7 @@ def _chat_records(folder: Path, is_held_out: bool) -> Iterator[Record]:
 
 
 def _is_held_out_remark(remark: str) -> bool:
-    """Return whether the conversations that begin with a remark are held out: a hash selects `HELD_OUT_SHARE`."""
+    """Return whether the conversations that begin with a remark are held out, which a hash of the remark decides."""
     # Without case and punctuation, conversations that begin alike are on the same side, so no held-out prompt is
     # trained on.
     letters = "".join(re.findall(r"\w+", remark.casefold()))

@@ -10,7 +10,7 @@ order/               the order of samples: a pure function of (seed, position)
 images/              checks, decodes and crops images
 encoder/             samples and micro-batches of an encoder
 vision/              samples and micro-batches of a vision model
-draws.py             random draws from a seed and a label
+draws.py             random numbers that a seed and a label determine
 domains.py           names of domains and languages
-stream.py            streams the shards in that order to the workers of a training
+stream.py            streams the samples of the shards to the workers of a training, in the order of order/
 """

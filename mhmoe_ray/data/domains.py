@@ -9,12 +9,12 @@ from functools import lru_cache
 
 
 def source_of(domain: str) -> str:
-    """Return the source in the name of a domain."""
+    """Return the source in the name of a domain, such as `redpajama` in `redpajama/book`."""
     return domain.partition("/")[0]
 
 
 def subfolder_of(domain: str) -> str:
-    """Return the subfolder in the name of a domain, without the source."""
+    """Return the subfolder in the name of a domain, such as `book` in `redpajama/book`."""
     return domain.partition("/")[2]
 
 
@@ -53,9 +53,9 @@ LANGUAGE_CODES |= {"farsi": "fa", "flemish": "nl", "mandarin": "zh", "oriya": "o
 """Language code by code or name. Written forms and standard varieties of a language map to that language's code."""
 
 NO_LANGUAGE = ""
-"""Language of documents whose record and folder name no language."""
+"""Language of a document if neither its record nor its folder names a language."""
 OTHER_LANGUAGE = "other"
-"""Language of documents whose record names a language in a form that is not recognised."""
+"""Language of a document whose record names a language in a form that is not recognised."""
 
 # Corpora write a tag with hyphens, as BCP 47 does (`pt-BR`), or with underscores, as locales do (`pt_BR`). Only the
 # first part, the language, is used.
@@ -66,7 +66,7 @@ _LANGUAGE_TAG = re.compile(r"([a-z]{2,16})([-_][a-z0-9]{1,8})*", re.ASCII)
 def language_of_folder(name: str) -> str:
     """Return the code of the language that a subfolder is named after, such as `de` for `german`.
 
-    Region and script are ignored (`pt_BR` gives `pt`). Return NO_LANGUAGE if the name is no known language.
+    Region and script are ignored (`pt_BR` gives `pt`). Return NO_LANGUAGE if no known language has this name.
     """
     tag = _LANGUAGE_TAG.fullmatch(name.lower())
     return LANGUAGE_CODES.get(tag[1], NO_LANGUAGE) if tag else NO_LANGUAGE
@@ -74,7 +74,7 @@ def language_of_folder(name: str) -> str:
 
 @lru_cache(maxsize=4096)
 def language_of_record(name: str | None) -> str:
-    """Return the code of the language that a record names, without region and script.
+    """Return the code of the language that a document's record names, without region and script.
 
     A name that is not in `LANGUAGE_CODES` is returned in lower case (`XYZ-AB` gives `xyz`). Return NO_LANGUAGE if
     `name` is None or empty, and OTHER_LANGUAGE if it does not look like a language tag.

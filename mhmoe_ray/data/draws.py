@@ -1,4 +1,4 @@
-"""Random draws from a seed and a label, equal on every machine and in every process."""
+"""Random numbers that a seed and a label determine, so they are the same on every machine and in every process."""
 
 import hashlib
 from decimal import Context, Decimal
@@ -18,44 +18,53 @@ RATIOS = 1024
 
 @cache
 def _ratios(smallest: Decimal) -> list[float]:
-    """Return `RATIOS` ratios from `smallest` to its inverse, at equal distances of their logarithms."""
-    # The last bit of the C library's exponential function differs between machines, and that of decimals does not.
+    """Return `RATIOS` ratios between `smallest` and `1 / smallest`, evenly spaced on a logarithmic scale."""
+    # Decimal arithmetic gives the same result on every machine. The C library's exponential function may differ in the
+    # last bit.
     context = Context(prec=28)
     exponents = (Decimal(2 * number + 1) / RATIOS - 1 for number in range(RATIOS))
     return [float(context.power(smallest, exponent)) for exponent in exponents]
 
 
 class Draws:
-    """Random draws from a seed and a label. They depend on raw bits only, which do not change between versions."""
+    """Generator of random numbers that a seed and a label determine.
+
+    It uses only the raw bits of NumPy's Philox generator, which do not change between versions of NumPy.
+    """
 
     def __init__(self, seed: int, label: str) -> None:
         self._bits = np.random.Philox(key=seeded_hash(seed, label))
         self._numbers: list[float] = []
 
     def uniform(self, count: int) -> np.ndarray:
-        """Return `count` numbers from 0 to below 1, float64."""
+        """Return `count` float64 numbers that are drawn uniformly from 0 to below 1."""
         return (self._bits.random_raw(count) >> np.uint64(11)) * 2.0**-53
 
     def number(self) -> float:
-        """Return one number from 0 to below 1."""
-        # A call for many numbers takes about as long as one for a single number.
+        """Return one number that is drawn uniformly from 0 to below 1."""
+        # A call for sixteen numbers takes about as long as a call for one, so the other numbers are kept for the next
+        # calls.
         if not self._numbers:
             self._numbers = self.uniform(16).tolist()
         return self._numbers.pop()
 
     def between(self, low: float, high: float) -> float:
-        """Return a number from `low` to below `high`."""
+        """Return a number that is drawn uniformly from `low` to below `high`."""
         return low + (high - low) * self.number()
 
     def integer(self, low: int, high: int) -> int:
-        """Return a whole number from `low` to `high`, both included."""
+        """Return a random whole number from `low` to `high`, both included."""
         return low + int((high - low + 1) * self.number())
 
     def ratio(self, smallest: Decimal) -> float:
-        """Return a ratio between `smallest`, which is below 1, and its inverse. Its logarithm is uniform."""
+        """Return a random ratio between `smallest`, which is below 1, and `1 / smallest`.
+
+        The logarithm of the ratio is uniformly distributed.
+        """
         return _ratios(smallest)[int(len(_ratios(smallest)) * self.number())]
 
     def choose(self, candidates: np.ndarray, count: int) -> np.ndarray:
-        """Return `count` different elements of `candidates`, in their order."""
-        # A stable sort makes equal draws, of which there are hardly any, the same on every machine.
+        """Return `count` different random elements of `candidates`, in the order of `candidates`."""
+        # Two drawn numbers are hardly ever equal. If they are, a stable sort orders them in the same way on every
+        # machine.
         return candidates[np.sort(np.argsort(self.uniform(len(candidates)), kind="stable")[:count])]

@@ -1,4 +1,4 @@
-"""The training samples as a Ray Dataset in the order of order/order.py, and the fixed validation samples.
+"""The training samples as a Ray Dataset, in the order that order/order.py computes, and the fixed validation samples.
 
 The j-th micro-batch of rank r, in a world of w ranks, is micro-batch j * w + r of the training. Ray's
 `streaming_split(equal=True)` hands blocks to the ranks in turn, if the order is preserved and all blocks have the same
@@ -42,23 +42,24 @@ from mhmoe_ray.spec import MoESpec, RunSpec
 
 BLOCK_BYTES = 1 << 20
 MAX_MICRO_BATCHES = 32
-"""Largest number of micro-batches in a block; more would not be faster, and the first step waits for a block of each
-rank."""
+"""Largest number of micro-batches in a block of the stream. Larger blocks would not be faster, and the first training
+step has to wait until each rank has a block."""
 BLOCKS_PER_TASK = 16
-"""Number of blocks of a task, which yields them one by one; in a long run it is larger."""
+"""Number of blocks that one Ray task makes, one after another. A task of a long run makes more (`task_blocks`)."""
 MAX_TABLES = 2_000
-"""Largest number of tables with the numbers of blocks. Ray stores all of them at the start, in milliseconds each."""
+"""Largest number of tables that list block numbers, the input of the stream's tasks. Ray stores all tables at the
+start, and each takes some milliseconds."""
 MAX_TASK_BYTES = 512 << 20
-"""Largest size of the blocks of a task. They wait in the object store for the blocks of all tasks before it. If the
-store had no room for them, only the first of the running tasks would go on."""
+"""Largest size in bytes of all blocks of one task. The blocks wait in Ray's object store until those of all earlier
+tasks are consumed. If the store had no room for them, only the first of the running tasks would go on."""
 ReadRows = Callable[[dict[str, np.ndarray]], dict[str, Any]]
 LOOP_PAUSE_SECONDS = 0.03
 """Pause between two steps of the loop in which Ray Data starts tasks and hands out blocks. A step takes some
-milliseconds of a core, so that with a pause of 10 ms the loop would still keep a sixth of a core busy."""
+milliseconds of CPU time, so with a pause of only 10 ms the loop would keep a sixth of a core busy."""
 
 
 class PausingCallback(ExecutionCallback):  # type: ignore[misc]  # a name of `ray_compat` has type Any
-    """Callback that makes Ray Data's loop pause at each step.
+    """Callback that makes Ray Data's scheduling loop pause at each step.
 
     While tasks wait for workers to consume their blocks, the loop would otherwise run without a pause, and keep almost
     half of a core busy.
@@ -69,28 +70,31 @@ class PausingCallback(ExecutionCallback):  # type: ignore[misc]  # a name of `ra
 
 
 class StreamLayout(NamedTuple):
-    """Layout of a stream in blocks: it maps the rows of the stream to samples of the training."""
+    """Layout of the training stream: which rows each block has, and which sample of the training each row is."""
 
     world_size: int
     micro_batch_size: int
-    """Samples per micro-batch, b."""
+    """Number of rows in a micro-batch, b; 1 if each row is a whole micro-batch."""
     micro_batches: int
-    """Micro-batches per block, n."""
+    """Number of micro-batches in a block, n."""
 
     @property
     def block_rows(self) -> int:
-        """Number of rows, which are samples, in a block."""
+        """Number of rows in a block of the stream."""
         return self.micro_batches * self.micro_batch_size
 
     def rows(self, blocks: np.ndarray) -> np.ndarray:
-        """Return the numbers of the rows of these blocks, one block after the other; blocks and rows both count from
-        the start of the stream."""
+        """Return the numbers of all rows in some blocks, one block after another.
+
+        Blocks and rows are both numbered from the start of the stream.
+        """
         return np.asarray((blocks[:, np.newaxis] * self.block_rows + np.arange(self.block_rows)).ravel())
 
     def positions(self, rows: np.ndarray) -> np.ndarray:
-        """Return the position of each row's sample; rows and positions both count from the start of the stream.
+        """Return the position of the sample in each row.
 
-        Blocks go to the ranks in turn, and the j-th micro-batch of rank r is number j * world_size + r.
+        Rows and positions are both counted from the start of the stream. Blocks go to the ranks in turn, and the j-th
+        micro-batch of rank r is number j * world_size + r of all micro-batches.
         """
         block, row_in_block = np.divmod(rows, self.block_rows)
         batch_in_block, sample = np.divmod(row_in_block, self.micro_batch_size)
@@ -105,17 +109,18 @@ def training_stream(
 ) -> ray.data.Dataset:
     """Return a dataset that streams the training samples from a position to the end of the training.
 
-    Its blocks are for `world_size` ranks in turn. The last block of each rank may extend past the end of the training;
-    no rank reads those rows. The columns are `position` (int64) and those of the samples (data/shards/columns.py); for
-    router `domain` also `expert` (int64). For an encoder or a vision model, a row is a whole micro-batch, and its
-    position is that of its first sample (encoder/samples.py, vision/samples.py). The caller must read the dataset with
-    `preserve_order`.
+    The blocks go to `world_size` ranks in turn. The last block of each rank may extend past the end of the training; no
+    rank reads the rows there. The columns are `position` (int64) and those of the samples (data/shards/columns.py).
+    With router `domain`, which chooses experts by domain, there is also a column `expert` (int64). For an encoder or a
+    vision model, a row is a whole micro-batch, and its position is that of its first sample (encoder/samples.py,
+    vision/samples.py). The caller must read the dataset with `preserve_order`.
 
     Args:
         spec: spec of the run.
-        start: position of the first sample.
+        start: position of the first sample in the whole training.
         world_size: number of ranks.
-        samples_before: samples of each domain that earlier runs have read (`compute_mixture`).
+        samples_before: number of samples of each domain that earlier runs have read, if this run continues their order
+            (`compute_mixture`); None otherwise.
     """
     if spec.model.encoder is not None or spec.model.vision is not None:
         return _micro_batch_stream(spec, start // spec.train.micro_batch_size, world_size)
@@ -133,34 +138,39 @@ def training_stream(
 
 
 def task_blocks(block_count: int, block_bytes: int) -> int:
-    """Return the largest number of blocks of a task, for a number of blocks of some size in bytes."""
+    """Return the largest number of blocks that one task makes.
+
+    The stream has `block_count` blocks of `block_bytes` bytes each.
+    """
     return min(max(BLOCKS_PER_TASK, -(-block_count // MAX_TABLES)), max(1, MAX_TASK_BYTES // block_bytes))
 
 
 def _stream_of_blocks(
     read_rows: ReadRows, layout: StreamLayout, rows: int, block_bytes: int, *, blocks_per_call: int
 ) -> ray.data.Dataset:
-    """Return a stream of at least `rows` rows, with as many blocks for each rank.
+    """Return a stream of at least `rows` rows, with the same number of blocks for each rank.
 
     Args:
-        read_rows: function from the numbers of blocks, in column `block`, to the columns of the rows of those blocks.
+        read_rows: function that takes block numbers, in the column `block`, and returns the columns of the rows in
+            those blocks.
         layout: layout of the stream.
-        rows: number of rows that the ranks read.
-        block_bytes: approximate size of a block.
+        rows: number of rows that all ranks together read.
+        block_bytes: approximate size of a block in bytes.
         blocks_per_call: largest number of blocks in a call of `read_rows`.
     """
     rounds = -(-rows // (layout.block_rows * layout.world_size))
     block_count = rounds * layout.world_size
     size = task_blocks(block_count, block_bytes)
     tables = min(MAX_TABLES, -(-block_count // size))
-    # The numbers are given as tables, since numbers of `ray.data.range` would be made by tasks of their own.
+    # The block numbers are given as tables, because `ray.data.range` would start additional tasks to make them.
     block_numbers = ray.data.from_arrow(
         [pa.table({"block": numbers}) for numbers in np.array_split(np.arange(block_count), tables)]
     )
     if block_count > tables * size:
-        # More tasks than tables are created little by little, by tasks that cut the tables.
+        # If there are more tasks than tables, the tables must be cut. Tasks of Ray Data do this little by little.
         block_numbers = block_numbers.repartition(target_num_rows_per_block=size)
-    # A task's rows are whole blocks, so that the repartition cuts them apart exactly. A strict one would join tasks.
+    # The rows of a task fill whole blocks, so the repartition cuts them exactly into blocks. A strict repartition would
+    # join the rows of several tasks.
     stream = block_numbers.map_batches(read_rows, batch_size=blocks_per_call).repartition(
         target_num_rows_per_block=layout.block_rows
     )
@@ -191,7 +201,7 @@ def _read_rows(
 
 
 def _micro_batch_bytes(spec: RunSpec) -> int:
-    """Return the approximate number of bytes of a micro-batch of images in the stream."""
+    """Return the approximate size in bytes of a micro-batch of an encoder or a vision model in the stream."""
     encoder, vision = spec.model.encoder, spec.model.vision
     if vision is not None:
         return sum(3 * vision.tasks[part.name].image_size ** 2 * part.samples for part in spec.parts)
@@ -202,8 +212,10 @@ def _micro_batch_bytes(spec: RunSpec) -> int:
 
 
 def _micro_batch_stream(spec: RunSpec, start: int, world_size: int) -> ray.data.Dataset:
-    """Return the stream of whole micro-batches, of an encoder or a vision model, from number `start` to the end of the
-    training."""
+    """Return a stream whose rows are whole micro-batches of an encoder or a vision model.
+
+    The stream begins with micro-batch number `start` and ends with the training.
+    """
     rows = spec.train.steps * spec.train.micro_batches - start
     block_rows = max(1, min(MAX_MICRO_BATCHES, BLOCK_BYTES // _micro_batch_bytes(spec), rows // world_size))
     layout = StreamLayout(world_size, 1, block_rows)
@@ -227,7 +239,7 @@ def _read_micro_batches(
 
 
 class TrainingSamples:
-    """Random access to training samples by their position."""
+    """Random access to training samples by their position in the training."""
 
     def __init__(self, spec: RunSpec, samples_before: Mapping[str, int] | None = None) -> None:
         folder = spec.data.prepared
@@ -250,14 +262,17 @@ class TrainingSamples:
         return self._names[domains[0]], int(samples[0])
 
     def experts(self, positions: np.ndarray) -> np.ndarray | None:
-        """Return the expert of router `domain` for the sample at each position; None for any other router."""
+        """Return the number of the expert that router `domain` chooses for the sample at each position.
+
+        Return None for a model with any other router.
+        """
         return None if self._expert_numbers is None else self._expert_numbers[self._order(positions)[0]]
 
     def read(self, positions: np.ndarray) -> Samples:
-        """Return the samples at these positions as they are stored.
+        """Return the samples at these positions in their stored form, in which a special token marks padding.
 
-        Padding is marked; `split_padding` converts samples for a model. If any source has conversations, all samples
-        have all columns.
+        `split_padding` converts them for a model. If any source has conversations, all samples get the columns of
+        conversations.
         """
         domains, samples = self._order(positions)
         rows: Samples | None = None
@@ -280,7 +295,7 @@ def _open_samples(spec_json: str, samples_before: tuple[tuple[str, int], ...]) -
 
 
 def domain_experts(moe: MoESpec | None, names: Sequence[str]) -> np.ndarray | None:
-    """Return the number of the expert of each domain, -1 for a domain without one; None without router `domain`."""
+    """Return the number of each domain's expert, or -1 for a domain without one; None if the router is not `domain`."""
     if moe is None or moe.router != "domain":
         return None
     numbers = (moe.expert_of_domain(name) for name in names)
@@ -290,13 +305,14 @@ def domain_experts(moe: MoESpec | None, names: Sequence[str]) -> np.ndarray | No
 def validation_samples(
     folder: Path, manifest: DataManifest, moe: MoESpec | None = None, sources: Collection[str] | None = None
 ) -> ModelSamples:
-    """Return the validation samples of a prepared folder as a model takes them.
+    """Return the validation samples of a folder of prepared data, in the form that a model takes.
 
     Args:
         folder: the prepared folder.
-        manifest: its manifest.
-        moe: `moe` section of the model. With router `domain`, samples of domains without an expert are left out.
-        sources: sources of the samples; by default all.
+        manifest: the manifest of that folder.
+        moe: `moe` section of the model's spec; None keeps all samples. With router `domain`, samples of domains without
+            an expert are left out.
+        sources: names of the sources whose samples are returned; by default all.
     """
     reader = ShardReader(folder, manifest.validation, manifest.token_bytes)
     samples = split_padding(reader.read(np.arange(len(reader))), manifest.token_bytes)

@@ -7,8 +7,8 @@
     rounded_adamw.py   AdamW with moments in bfloat16
     build.py        build the dispatch and the strategy of a spec
 
-The tables list the storage of each tensor and the reduction of its gradient, for a world size of dp x ep
-(`cluster.strategy`):
+The tables list the storage of each tensor and the reduction of its gradient, by `cluster.strategy`. The world size is
+dp x ep (data-parallel times expert-parallel ranks):
 
     | tensor         | strategy      | held as                       | in a checkpoint                     |
     | -------------- | ------------- | ----------------------------- | ----------------------------------- |

@@ -10,10 +10,10 @@ from mhmoe_ray.spec import ClusterSpec, RunSpec
 
 
 def build_dispatch(spec: ClusterSpec, mesh: Mesh) -> FlatDispatch | HierarchicalDispatch | None:
-    """Return the expert-parallel dispatch of this rank; None if every rank holds all experts.
+    """Return the dispatch of this rank, which sends rows to the ranks of their experts; None if it holds all experts.
 
-    This is a collective operation. With a hierarchical `spec.dispatch`, a group still has a flat dispatch if it is on
-    one node or has unequal numbers of ranks on its nodes (`Mesh.uneven_count`).
+    This is a collective operation. Even if `spec.dispatch` is hierarchical, an expert-parallel group has a flat
+    dispatch if it is on one node or has unequal numbers of ranks on its nodes (`Mesh.uneven_count`).
     """
     # A group that cannot have a hierarchical dispatch gets a flat one. Both have the same results, so an uneven
     # placement after a restart need not end the run.
@@ -33,7 +33,7 @@ def build_dispatch(spec: ClusterSpec, mesh: Mesh) -> FlatDispatch | Hierarchical
 
 
 def build_strategy(model: Trunk, mesh: Mesh, spec: RunSpec, fill: FillModel) -> Strategy:
-    """Return the strategy of a run, which allocates and fills the model with `fill` and shards it.
+    """Return the parallel strategy of a run, which allocates the model's weights, fills them and shards them.
 
     This is a collective operation. With one worker the result is always a plain `Strategy`, because there is nothing to
     shard.

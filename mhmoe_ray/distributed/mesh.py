@@ -1,8 +1,8 @@
 """The mesh of ranks from the view of this process, with the dimensions dp (data parallel) and ep (expert parallel).
 
 torch numbers the ranks of a process group in ascending order, regardless of their order in a mesh. A rank's coordinate
-in the mesh is therefore its rank in the process group only if the rows and columns of the mesh ascend. Groups that are
-formed by node have ascending rows, but not ascending columns:
+in the mesh is therefore its rank in the process group only if the rows and columns of the mesh ascend. If ranks of the
+same node form expert-parallel groups, the rows of the mesh ascend, but the columns may not:
 
     groups      [0, 3]        devices   [0, 2]      the same columns, which are the ranks that hold the same experts,
                 [1, 2]                  [1, 3]      but sorted; the rows still ascend
@@ -35,7 +35,7 @@ class Mesh:
     coordinates: dict[str, int]
     """Coordinate of this rank along each dimension."""
     devices: DeviceMesh | None
-    """Device mesh with the same dimensions; None without a process group, that is with one worker. Ranks along "dp"
+    """Device mesh with the same dimensions; None with a single worker, which has no process group. Ranks along "dp"
     hold the same experts. Ranks along "ep" need not be an expert-parallel group."""
     shard_mesh: DeviceMesh | None
     """Device mesh over which fsdp shards tensors: all ranks in one dimension or, with hybrid sharding, in "replicas"
@@ -53,17 +53,19 @@ class Mesh:
     straddling_count: int
     """Number of expert-parallel groups on more than one node."""
     cross_domain_count: int
-    """Number of expert-parallel groups in more than one domain."""
+    """Number of expert-parallel groups in more than one domain, such as a rack, within which the network is faster."""
 
     @property
     def uneven_count(self) -> int:
-        """The number of expert-parallel groups that have different numbers of ranks on their nodes, or whose ranks are
-        not in the order of nodes."""
+        """The number of expert-parallel groups that cannot have a hierarchical dispatch.
+
+        They have different numbers of ranks on their nodes, or their ranks are not in the order of nodes.
+        """
         return sum(ranks_by_node(group, self.nodes) is None for group in self.groups)
 
     @property
     def replicas(self) -> int:
-        """The number of groups of ranks that each hold all tensors in shards."""
+        """The number of copies of the model's shards: 1, or with hybrid sharding the number of shard groups."""
         if self.shard_mesh is None or self.shard_mesh.ndim == 1:
             return 1
         return self.shard_mesh.size(0)
@@ -81,8 +83,7 @@ class Mesh:
         return self.process_groups[dimension]
 
     def ranks(self, dimension: str) -> list[int]:
-        """Return the ranks along a dimension of `devices`, those of this rank's row or column. There must be a process
-        group."""
+        """Return the ranks of this rank's row or column of `devices`. There must be a process group."""
         assert self.devices is not None
         ranks: list[int] = self.devices[dimension].mesh.tolist()
         return ranks
@@ -97,8 +98,10 @@ class Mesh:
         return range(self.coordinates["ep"] * experts_per_rank, (self.coordinates["ep"] + 1) * experts_per_rank)
 
     def expert_dtensor(self, local: torch.Tensor) -> torch.Tensor:
-        """Return this rank's experts [E/ep, ...] as a DTensor of the global shape [E, ...], without a copy. Without a
-        process group, return the tensor itself."""
+        """Return this rank's tensor of experts, [E/ep, ...], as a DTensor of the global shape [E, ...], without a copy.
+
+        Without a process group, return the tensor itself.
+        """
         if self.devices is None:
             return local
         placements = [Shard(0) if name == "ep" else Replicate() for name in self.sizes]
@@ -176,7 +179,7 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domain
 
 
 def create_process_group(groups: list[list[int]]) -> dist.ProcessGroup | None:
-    """Create a process group for each list of ranks, and return the group of this rank, or None if it has none.
+    """Create a process group for each list of ranks, and return that of this rank; None if no list has this rank.
 
     This is a collective operation: all ranks must create the same groups in the same order.
     """

@@ -1,4 +1,4 @@
-"""AdamW. `TrainSpec.learning_rate` computes its learning rate."""
+"""Construction of the AdamW optimizer, whose learning rate `TrainSpec.learning_rate` computes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,14 +25,13 @@ def expert_parameters(model: Trunk) -> dict[str, nn.Parameter]:
 def build_optimizer(
     model: Trunk, spec: TrainSpec, seed: int = 0, positions: Mapping[nn.Parameter, ValuePosition] | None = None
 ) -> torch.optim.AdamW:
-    """Return AdamW for all parameters, with weight decay of matrices, including those of experts, but not of norms and
-    biases.
+    """Return an AdamW optimizer of all parameters. Only matrices, including those of experts, have weight decay.
 
     Args:
         model: model with the parameters that this rank holds.
         spec: `train` section of the spec.
-        seed: seed of the run, for moments in bfloat16.
-        positions: position of each parameter's values, for moments in bfloat16.
+        seed: seed of the run, for the stochastic rounding of moments in bfloat16.
+        positions: position of this rank's values of each parameter, needed for moments in bfloat16.
     """
     # Experts have parameter groups of their own, because they may be sharded differently: they may be full tensors
     # where other parameters are sharded, or be sharded over fewer ranks.
@@ -51,6 +50,6 @@ def build_optimizer(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of all parameter groups."""
+    """Set the learning rate of all parameter groups of an optimizer."""
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -28,16 +28,16 @@ _GOLDEN_RATIO = -0x61C8864680B583EB
 
 
 class ValuePosition(NamedTuple):
-    """Position of a parameter's local values in the model."""
+    """Position of this rank's values of a parameter, which decides the random bits for rounding their moments."""
 
     name: str
     """Name of the parameter."""
     offset: int
-    """Position of the first local value in the full tensor."""
+    """Position of this rank's first value in the full tensor, counted in values."""
 
 
 class RoundedAdamW(torch.optim.AdamW):
-    """AdamW with moments in bfloat16."""
+    """AdamW with moments in bfloat16, which are rounded stochastically."""
 
     def __init__(
         self,
@@ -50,9 +50,9 @@ class RoundedAdamW(torch.optim.AdamW):
 
         Args:
             groups: parameter groups.
-            positions: position of each parameter.
-            seed: seed of the run.
-            options: options of AdamW.
+            positions: position of this rank's values of each parameter.
+            seed: seed of the run, from which the random bits follow.
+            options: options of torch's AdamW.
         """
         super().__init__(groups, **options)
         self._positions, self._seed = positions, seed
@@ -92,19 +92,22 @@ class RoundedAdamW(torch.optim.AdamW):
 
 
 def round_to_bfloat16(values: Tensor, bits: Tensor) -> Tensor:
-    """Return finite float32 values as bfloat16, rounded to one of their two neighbours.
+    """Return finite float32 values as bfloat16, each rounded at random to one of its two neighbours in bfloat16.
 
     Args:
         values: the values, float32.
-        bits: random integers in 0..65535, int32. The neighbour away from zero is taken if they and the 16 bits that
-            bfloat16 leaves out overflow together.
+        bits: a random integer in 0..65535 for each value, int32. It is added to the 16 bits of the value that bfloat16
+            leaves out. If the sum overflows, the value is rounded away from zero, and otherwise towards zero.
     """
     # The low 16 bits of the sum are 0 after the mask, so the conversion is exact.
     return ((values.view(torch.int32) + bits) & -0x10000).view(torch.float32).to(torch.bfloat16)
 
 
 def random_bits(key: int, start: int, count: int, device: torch.device) -> Tensor:
-    """Return 32 random bits, as int32, for each of `count` positions from `start` on."""
+    """Return 32 random bits, as int32, for each of `count` positions from `start` on.
+
+    The bits depend only on `key` and the position.
+    """
     position = torch.arange(start, start + count, device=device, dtype=torch.int64)
     bits = ((position * _GOLDEN_RATIO) >> 32).to(torch.int32) ^ key
     # These are the constants of a 32-bit integer hash whose bits are almost free of bias (lowbias32 of the
@@ -115,6 +118,6 @@ def random_bits(key: int, start: int, count: int, device: torch.device) -> Tenso
 
 
 def _hash_key(seed: int, name: str, update: int) -> int:
-    """Return a signed 32-bit integer for an update of a parameter."""
+    """Return a hash of the seed, a parameter's name and the number of its update, as a signed 32-bit integer."""
     digest = hashlib.blake2b(f"{seed} {name} {update}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little", signed=True)

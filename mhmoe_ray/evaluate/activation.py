@@ -1,9 +1,9 @@
-"""Figures on a model's use of its experts, computed from counts of routes.
+"""Statistics on a model's use of its experts, computed from counts of routes (choices of an expert by a sub-token).
 
 L is the number of mixture-of-experts layers, E the number of experts of a layer and h the number of heads.
 
 An expert is activated if the share of tokens that select it is above a threshold. Selections are counted per token: a
-token whose sub-tokens go to an expert twice has selected it once.
+token with two sub-tokens that go to the same expert has selected it once.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,14 +19,14 @@ from mhmoe_ray.runs import metrics
 # thresholds.
 THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 RELATIVE_THRESHOLDS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-"""Thresholds in units of the load that every expert would have under uniform routing."""
+"""Thresholds of an expert's load, in units of the load that every expert would have under uniform routing."""
 
 RouteCounts = Sequence[Sequence[int]]
-"""L x E: number of routes to each expert of each layer."""
+"""L x E: number of routes (choices by sub-tokens) to each expert of each layer."""
 
 
 def sum_counts(counts: Iterable[RoutingCounts]) -> RoutingCounts:
-    """Return the sum of the counts of several texts of one model, at least one."""
+    """Return the sum of the routing counts of at least one text; all counts must be those of the same model."""
     all_counts = list(counts)
 
     def field_sum(name: str) -> Any:
@@ -36,14 +36,17 @@ def sum_counts(counts: Iterable[RoutingCounts]) -> RoutingCounts:
 
 
 def expert_loads(routes: RouteCounts) -> np.ndarray:
-    """Return the load of each expert, its share of its layer's routes times E, shape (L, E); 1 is a uniform load."""
+    """Return the load of each expert: its share of its layer's routes times E, shape (L, E).
+
+    1 is a uniform load.
+    """
     return metrics.expert_loads(np.array(routes))
 
 
 def load_entropy(counts: RoutingCounts) -> np.ndarray:
     """Return the entropy of each layer's distribution of routes over experts, shape (L,).
 
-    It is divided by its maximum, so it is 1 if all experts get equal numbers of routes.
+    It is divided by its maximum, so 1 means that all experts of the layer get the same number of routes.
     """
     return metrics.load_entropy(np.array(counts.counts))
 
@@ -61,27 +64,27 @@ def activated_shares(counts: RoutingCounts) -> list[float]:
 def relative_activated_shares(routes: RouteCounts) -> list[float]:
     """Return the share of experts with a load above each of `RELATIVE_THRESHOLDS`, in units of a uniform load.
 
-    Experts of all layers count. These shares are comparable between models with different numbers of experts or routes;
-    the shares of `activated_shares` are not.
+    The shares are over the experts of all layers. They are comparable between models with different numbers of experts
+    or routes, unlike those of `activated_shares`.
     """
     return [float((expert_loads(routes) > threshold).mean()) for threshold in RELATIVE_THRESHOLDS]
 
 
 def mean_distinct_experts(counts: RoutingCounts) -> np.ndarray:
-    """Return the mean number of different experts that all sub-tokens of a token go to, by layer, shape (L,)."""
+    """Return the mean number of different experts that the sub-tokens of a token go to, by layer, shape (L,)."""
     histogram = np.array(counts.distinct, float)
     return np.asarray(histogram @ np.arange(histogram.shape[1]) / histogram.sum(1).clip(min=1))
 
 
 def head_agreement(counts: RoutingCounts) -> np.ndarray:
-    """Return the share of tokens whose sub-tokens of two heads have the same first choice, shape (L, h, h)."""
+    """Return the share of tokens for which the sub-tokens of two heads have the same first choice, shape (L, h, h)."""
     return np.asarray(np.array(counts.agreement, float) / max(1, counts.tokens))
 
 
 def mean_head_agreement(counts: RoutingCounts) -> np.ndarray | None:
     """Return the mean of `head_agreement` over all pairs of different heads, by layer, shape (L,).
 
-    Return None for a model with one head.
+    It is None for a model with one head.
     """
     agreement = head_agreement(counts)
     heads = agreement.shape[1]
@@ -93,15 +96,15 @@ def mean_head_agreement(counts: RoutingCounts) -> np.ndarray | None:
 
 
 def first_choice_weight(counts: RoutingCounts) -> np.ndarray:
-    """Return the mean gate weight of the first choices of all sub-tokens, by layer, shape (L,)."""
+    """Return the mean gate (routing weight) of the first choices of all sub-tokens, by layer, shape (L,)."""
     return np.asarray(np.array(counts.first_weight) / max(1, counts.tokens * len(counts.agreement[0])))
 
 
 def specialisation(text_counts: RoutingCounts, total_counts: RoutingCounts) -> float:
-    """Return how far the routes of one text are from the routes of all texts, from 0 to 1.
+    """Return how much the experts that one text uses differ from those of all texts, from 0 to 1.
 
-    The distance is half the sum of the absolute differences of the experts' shares, averaged over layers. 0 means equal
-    routes, and 1 means that the two use disjoint experts.
+    The distance is half the sum of the absolute differences of the experts' shares of routes, averaged over layers. 0
+    means equal shares, and 1 means that the one text and all texts use disjoint experts.
     """
     # Loads are shares times E, so dividing by E gives shares again.
     difference = (

@@ -1,4 +1,4 @@
-"""Computation of an evaluation, which is stored as a file in the run directory."""
+"""Computation of an evaluation, whose result is stored as a file in the run directory."""
 
 import time
 from collections.abc import Callable
@@ -15,18 +15,18 @@ from mhmoe_ray.evaluate.vision import vision_figures
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import location
 
-# Least time between two lines about the progress of a domain. A line for every batch would flood the log of the job.
+# Smallest time between two lines about the progress of a domain. A line for every batch would flood the log of the job.
 PROGRESS_SECONDS = 5.0
 FIGURES: dict[str, Callable[[EvaluationContext], EvaluationAnswer]] = {
     "decoder": decoder_figures,
     "encoder": encoder_figures,
     "vision": vision_figures,
 }
-"""Functions that compute the figures of each kind of model."""
+"""Functions that evaluate a model, by the kind of the model."""
 
 
 def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> None:
-    """Load a checkpoint, compute the evaluation that a request asks for, and store it in the run directory.
+    """Load a checkpoint, compute the evaluation that a request asks for, and store the result in the run directory.
 
     The model runs in this process, on its GPU if the request asks for one.
 
@@ -60,7 +60,7 @@ def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> N
 def _progress_callback(print_line: Callable[[str], None]) -> Progress:
     """Return a callback that prints the progress of a domain, at most every `PROGRESS_SECONDS` and at the domain's end.
 
-    The callback takes the domain, the number of its finished samples and the number of all its samples.
+    The callback's arguments are the domain, the number of its finished samples, and the number of all its samples.
     """
     last_line_time = 0.0
 

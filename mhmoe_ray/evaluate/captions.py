@@ -1,7 +1,7 @@
 """Scores of captions: BLEU, CIDEr-D, and the share of captions that are exactly right.
 
-Both metrics count words as `words` splits them, so their figures are comparable only with figures by the same split.
-CIDEr-D is that of arXiv 1411.5726, section 4: its document frequencies are those of the references.
+Both metrics count words as the function `words` splits them, so their values are comparable only with values by the
+same split. CIDEr-D is defined in arXiv 1411.5726, section 4. Its document frequencies are counted in the references.
 """
 
 import math
@@ -14,10 +14,10 @@ from typing import Any
 from mhmoe_ray.evaluate.score import CaptionScore
 
 MAX_GRAM = 4
-"""Largest number of words of an n-gram, in both metrics."""
+"""Largest number of words of an n-gram, for BLEU and for CIDEr-D."""
 CIDER_SIGMA = 6.0
-"""Standard deviation of the penalty of CIDEr-D for another length than that of the reference, in words."""
-# In these scripts no spaces lie between words, so every letter is a word: Thai, Lao, Myanmar, Khmer, Hiragana,
+"""Standard deviation, in words, of CIDEr-D's Gaussian penalty on the difference in length from the reference."""
+# These scripts have no spaces between words, so every letter counts as a word: Thai, Lao, Myanmar, Khmer, Hiragana,
 # Katakana, and Chinese characters.
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 
@@ -25,9 +25,9 @@ NGrams = Mapping[tuple[str, ...], float]
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text in lower case, without punctuation: letters and digits with the marks on them.
+    """Return the words of a text in lower case: sequences of letters, digits and combining marks, without punctuation.
 
-    A text without any, such as an emoji, is one word.
+    A text without letters and digits, such as an emoji, is split at spaces.
     """
     found_words, is_open = list[str](), False
     for character in unicodedata.normalize("NFC", text.lower()):
@@ -42,7 +42,7 @@ def words(text: str) -> list[str]:
 
 
 def score_captions(captions: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionScore:
-    """Return the score of captions.
+    """Return the score of captions of images: BLEU-4, CIDEr-D, and the share of exactly right captions.
 
     Args:
         captions: a caption for each image, at least one.
@@ -70,7 +70,12 @@ def score_captions(captions: Sequence[str], references: Sequence[Sequence[str]])
 
 
 def cider_d(captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> float:
-    """Return the CIDEr-D of captions as lists of words; 10 is that of captions that equal their references."""
+    """Return the CIDEr-D score of captions, from 0 to 10; 10 means that captions equal their references.
+
+    Args:
+        captions: the words of one caption for each image.
+        references: the words of each right caption, for each image.
+    """
     document_counts = Counter[tuple[str, ...]]()
     for group in references:
         document_counts.update({gram for reference in group for gram in _count_grams(reference)})
@@ -95,7 +100,7 @@ def cider_d(captions: Sequence[Sequence[str]], references: Sequence[Sequence[Seq
 
 
 def _count_grams(text: Sequence[str]) -> Counter[tuple[str, ...]]:
-    """Return the counts of the n-grams of a text, of 1 to `MAX_GRAM` words."""
+    """Return how often each n-gram of 1 to `MAX_GRAM` words occurs in a text."""
     return Counter(
         tuple(text[start : start + length])
         for length in range(1, MAX_GRAM + 1)
@@ -104,7 +109,10 @@ def _count_grams(text: Sequence[str]) -> Counter[tuple[str, ...]]:
 
 
 def _clipped_cosine(caption: NGrams, reference: NGrams) -> float:
-    """Return the cosine of weighted n-grams; a weight of the caption counts at most like that of the reference."""
+    """Return the cosine similarity of the weighted n-grams of a caption and a reference.
+
+    A weight of the caption is clipped to that of the reference, so that a caption gains nothing by repeating words.
+    """
     norms = [math.sqrt(sum(weight**2 for weight in grams.values())) for grams in (caption, reference)]
     if not all(norms):
         return 0.0

@@ -1,4 +1,4 @@
-"""Context of an evaluation, and the form of its answer."""
+"""Types for the input of an evaluation (its context) and for its result."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypedDict
@@ -14,7 +14,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class EvaluationContext(NamedTuple):
-    """Context of an evaluation: its request, its checkpoint, and functions that report progress."""
+    """Input of an evaluation: its request, its checkpoint, and functions that report progress."""
 
     request: EvalRequest
     run: RunDir
@@ -22,12 +22,12 @@ class EvaluationContext(NamedTuple):
     manifest: CheckpointManifest
     """Manifest of the checkpoint."""
     print_line: Callable[[str], None]
-    """Function that prints a line."""
+    """Function that prints a line about progress."""
     on_progress: Progress
 
 
 class EvaluationAnswer(TypedDict, total=False):
-    """Fields of an `Evaluation` that the kind of its model has."""
+    """Result of an evaluation as fields of `Evaluation`; which of them are present depends on the kind of the model."""
 
     domains: dict[str, Score]
     languages: dict[str, Score]

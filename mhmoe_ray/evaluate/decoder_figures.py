@@ -1,4 +1,4 @@
-"""All figures of a decoder: its losses and routes on texts, and its scores in lm-eval's tasks."""
+"""Evaluation of a decoder: its losses and routes on texts, and its scores in lm-eval's tasks."""
 
 import tempfile
 from collections.abc import Iterable
@@ -35,7 +35,7 @@ from mhmoe_ray.spec import DataSpec
 
 
 class MeasureSettings(TypedDict):
-    """Arguments of `measure_samples` and `measure_mixture`."""
+    """Keyword arguments that `measure_samples` and `measure_mixture` have in common."""
 
     batch_size: int
     start_token: int
@@ -44,7 +44,7 @@ class MeasureSettings(TypedDict):
 
 
 def decoder_figures(context: EvaluationContext) -> EvaluationAnswer:
-    """Return the figures of a decoder on what a request asks for.
+    """Evaluate a decoder on the texts and tasks that a request names, and return the result.
 
     Raises:
         MhmoeError: the checkpoint, text or data cannot be read, or the data is not what the run was trained on.
@@ -66,8 +66,7 @@ def decoder_figures(context: EvaluationContext) -> EvaluationAnswer:
                 conversation_samples(text, encoder, template, seq_len, request.samples, is_packed=masks),
             )
     elif request.prepared:
-        # The text must be the data of the run: documents that are held out in other data may be in the run's training
-        # data.
+        # The data must be that of the run: documents that are held out in other data may be in the run's training data.
         require_matching_data(manifest.data_sha256, Path(request.prepared), "or evaluate other text")
         samples = held_out_samples(Path(request.prepared))
     widths = _pad_widths(token_widths(tokenizer), manifest.model.vocab_size)
@@ -82,12 +81,12 @@ def decoder_figures(context: EvaluationContext) -> EvaluationAnswer:
         domains, routing = measure_samples(model, samples, widths, **settings)
     else:
         domains = measure_mixture(model, samples, widths, request.prior, **settings)
-    # lm-eval loads the exported model, so this one would be in memory a second time.
+    # lm-eval loads the model from an export, so without this the weights would be in memory twice.
     del model
     tasks = {}
     if request.tasks:
         context.print_line(f"tasks {', '.join(expand_tasks(request.tasks))}")
-        # lm-eval gets the model that an export gives to anybody, so that its own command prints the same figures.
+        # lm-eval gets an exported model, as users export it, so that lm-eval's own command gives them the same results.
         with tempfile.TemporaryDirectory() as folder:
             exported_folder = Path(folder) / run.id
             export(checkpoint, manifest, exported_folder)
@@ -121,12 +120,15 @@ def _chat_template(run: RunDir, text: DataSpec, tokenizer: Tokenizer) -> ChatTem
 
 
 def _pad_widths(widths: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Pad the widths of tokens with zeros to the model's vocabulary, which may have more entries than the tokenizer."""
+    """Pad the widths of tokens (in bytes) with zeros to the size of the model's vocabulary.
+
+    The vocabulary may have more entries than the tokenizer.
+    """
     return np.pad(widths, (0, max(0, vocab_size - len(widths))))
 
 
 def _language_scores(domains: dict[str, Score]) -> dict[str, Score]:
-    """Add up the scores of the domains of each language; domains without a language in their name are left out."""
+    """Add up the scores of the domains of each language; domains whose name has no language are left out."""
     scores: dict[str, Score] = {}
     for domain, score in domains.items():
         if language := language_of_folder(subfolder_of(domain)):

@@ -1,8 +1,8 @@
-"""Evaluation of an encoder: its losses on held-out samples, and the value of the image for the text of a pair.
+"""Evaluation of an encoder: its losses on held-out samples, and the value of an image for predicting its caption.
 
-The value of the image is measured on hidden tokens of captions, which are the same each time: with their own image,
-with another image, of another caption, and without an image. Its unit is nats per hidden token. A model that ignores
-images has the same loss with any of them.
+The value of the image is the difference that it makes to the loss on hidden tokens of captions, in nats per hidden
+token. The same tokens are predicted three times: with the caption's own image, with an image of another caption, and
+without an image. A model that ignores images has the same loss each time.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,12 +31,14 @@ from mhmoe_ray.model.transfer import copy_to_device
 from mhmoe_ray.spec import DataSpec, MicroBatchPart, RunSpec
 
 CAPTIONS_PER_IMAGE = 5
-"""Largest number of captions of an image on which the value of the image and routes are measured. COCO has as many; an
-image with captions in all languages has hundreds."""
+"""Largest number of captions of an image on which the value of the image and the routes are measured.
+
+An image of COCO has as many. An image with captions in all languages would have hundreds.
+"""
 
 
 class EncoderMeter:
-    """Meter of an encoder's losses on one device."""
+    """Meter that runs an encoder on one device and measures its losses, routes, similarities and captions."""
 
     def __init__(
         self,
@@ -51,9 +53,9 @@ class EncoderMeter:
 
         Args:
             model: the model in evaluation mode.
-            spec: spec of its run.
-            codebook: entries of the codebook, for image_targets codebook.
-            use_bfloat16: whether products are in bfloat16.
+            spec: spec of the run that trained the model.
+            codebook: entries of the codebook, for image_targets codebook; None otherwise.
+            use_bfloat16: whether matrix products are in bfloat16.
             on_progress: function that reports progress.
         """
         self._model, self._spec, self._use_bfloat16, self._on_progress = model, spec, use_bfloat16, on_progress
@@ -62,7 +64,13 @@ class EncoderMeter:
 
     @torch.no_grad()
     def _sums(self, name: str, part: MicroBatchPart, samples: PartSamples) -> np.ndarray:
-        """Return the sum and the number of targets of each loss of a part, (losses, 2)."""
+        """Return the sum of the values and the number of targets of each loss of a part of micro-batches, (losses, 2).
+
+        Args:
+            name: name of the samples, with which progress is reported.
+            part: the part of micro-batches.
+            samples: its samples, over which the values are summed.
+        """
         total = evaluated_samples(part, samples)
         sums = np.zeros((len(part.losses), 2))
         for start in range(0, total, part.samples):
@@ -75,7 +83,11 @@ class EncoderMeter:
         return sums
 
     def losses(self, samples: Mapping[str, PartSamples]) -> dict[str, EncoderLossScore]:
-        """Return the mean of each loss over held-out samples of parts, by the name of the loss."""
+        """Return the mean of each loss over held-out samples, by the name of the loss.
+
+        Args:
+            samples: held-out samples by part of micro-batches; parts without samples are left out.
+        """
         scores = {}
         for part in self._spec.parts:
             if part.name in samples:
@@ -87,13 +99,13 @@ class EncoderMeter:
         return scores
 
     def image_value(self, pairs: Pairs) -> ImageValue | None:
-        """Return the value of the image for the captions of a domain; None if a caption goes with every image.
+        """Return the losses on hidden tokens of captions with and without images; None if a caption has no other image.
 
-        Images are whole, and cropped to the largest square at their centre. An image is measured on
-        `CAPTIONS_PER_IMAGE` captions at most.
+        An other image of a caption is one that does not belong to it. Images are cropped to the largest square at their
+        centre, and no patch is hidden. Of an image, at most `CAPTIONS_PER_IMAGE` captions are measured.
 
         Args:
-            pairs: the captions with their images.
+            pairs: the captions of one domain with their images.
         """
         pairs = with_few_captions(pairs)
         other_images = self._draw_other_images(pairs)
@@ -118,8 +130,10 @@ class EncoderMeter:
 
     @torch.no_grad()
     def similarities(self, candidates: Candidates) -> np.ndarray:
-        """Return the cosine of each image and each caption, (images, captions) float32, for a model with a head for
-        matching. Images are cropped to the largest square at their centre."""
+        """Return the cosine similarity of each image and each caption, (images, captions) float32.
+
+        The model must have a head for matching. Images are cropped to the largest square at their centre.
+        """
         head, size = self._model.match, self._spec.train.micro_batch_size
         assert head is not None
         image_part = MicroBatchPart("images", (), size, "contrastive", ("image",), 1.0)
@@ -134,12 +148,12 @@ class EncoderMeter:
         return (torch.cat(image_vectors) @ torch.cat(text_vectors).T).cpu().numpy()
 
     def _encode(self, part: MicroBatchPart, tokens: np.ndarray, images: Sequence[bytes]) -> Iterator[Encoded]:
-        """Yield the outputs for images alone or texts alone, in micro-batches of the size of a part.
+        """Yield the encoder's outputs for images alone or texts alone, in micro-batches of the size of a part.
 
         Args:
-            part: part of one column.
-            tokens: stored tokens of texts, (texts, T).
-            images: image files, which are cropped to the largest square at their centre.
+            part: part of micro-batches with one column, image or text.
+            tokens: stored tokens of texts, (texts, T); empty for images.
+            images: image files, which are cropped to the largest square at their centre; empty for texts.
         """
         maker = SampleMaker(self._spec, token_bytes_for(self._spec.model.vocab_size))
         count = max(len(tokens), len(images))
@@ -156,10 +170,10 @@ class EncoderMeter:
 
     @torch.no_grad()
     def count_routes(self, pairs: Pairs) -> dict[str, RoutingCounts]:
-        """Return the counts of the routes of images and of texts of some pairs, in which nothing is hidden.
+        """Return how often images and texts of pairs choose each expert, if nothing is hidden in them.
 
-        Of an image, `CAPTIONS_PER_IMAGE` captions count at most. The counts are empty for a model whose tokens choose
-        no experts.
+        Of an image, at most `CAPTIONS_PER_IMAGE` captions are counted. The result is empty for a model whose tokens
+        choose no experts.
         """
         moe, batch_size = self._model.spec.moe, self._spec.train.micro_batch_size
         if moe is None or moe.router == "smear":
@@ -190,8 +204,10 @@ class EncoderMeter:
 
     @torch.no_grad()
     def features(self, images: Sequence[bytes]) -> np.ndarray:
-        """Return the features of images, (images, 2d) float32: the outputs of each image as a whole, and the means of
-        those of its patches."""
+        """Return the features of images for a linear probe, (images, 2d) float32.
+
+        They are the output for the image as a whole, and the mean of the outputs for its patches.
+        """
         part = MicroBatchPart("images", (), self._spec.train.micro_batch_size, "contrastive", ("image",), 1.0)
         features = []
         for encoded in self._encode(part, np.empty((0, self._spec.data.seq_len)), images):
@@ -205,7 +221,10 @@ class EncoderMeter:
         return padding_token(token_bytes_for(self._spec.model.vocab_size))
 
     def captions(self, images: Sequence[bytes], start_token: int) -> list[list[int]]:
-        """Return the tokens of a caption for each image, cropped to the largest square at its centre."""
+        """Return the tokens of the caption that the model writes for each image.
+
+        Images are cropped to the largest square at their centre.
+        """
         assert self._spec.model.encoder is not None
         size, batch, captions = (
             self._spec.model.encoder.image_size,
@@ -221,7 +240,10 @@ class EncoderMeter:
         return captions
 
     def _draw_other_images(self, pairs: Pairs) -> list[int] | None:
-        """Return the number of a pair for each pair whose caption and image are both others; None if one has none."""
+        """Draw for each pair another one that differs in both caption and image, and return the numbers of these pairs.
+
+        The result is None if one of the pairs has no such counterpart.
+        """
         rng = np.random.Generator(np.random.Philox(key=seeded_hash(self._spec.seed, f"other images {pairs.domain}")))
         captions = np.unique(pairs.tokens, axis=0, return_inverse=True)[1].ravel()
         images = distinct_images(pairs.images)[1]
@@ -238,7 +260,7 @@ class EncoderMeter:
 
 
 def with_few_captions(pairs: Pairs) -> Pairs:
-    """Return pairs with at most `CAPTIONS_PER_IMAGE` captions of each image, evenly spaced among those that it has."""
+    """Return pairs with at most `CAPTIONS_PER_IMAGE` captions per image, evenly spaced among the captions it has."""
     pairs_by_image: dict[int, list[int]] = {}
     for number, image in enumerate(distinct_images(pairs.images)[1]):
         pairs_by_image.setdefault(int(image), []).append(number)
@@ -253,11 +275,12 @@ def with_few_captions(pairs: Pairs) -> Pairs:
 
 
 def raw_pairs(data: DataSpec, encoder: DocumentEncoder, spec: RunSpec, max_images: int) -> Iterator[Pairs]:
-    """Yield the pairs of each domain of raw data, in the order of its files, up to the first image that is too many;
-    longer captions are cut.
+    """Yield the pairs of image and caption of each domain of raw data, in the order of its files.
+
+    A domain ends before the first image that exceeds `max_images`. Long captions are cut to the sequence length.
 
     Args:
-        data: the data section that names the pictures.
+        data: the data section that names the images.
         encoder: encoder of the run's tokenizer.
         spec: spec of the run.
         max_images: largest number of different images per domain.

@@ -1,4 +1,4 @@
-"""All figures of an encoder: those of what its run trains, each beside its baseline."""
+"""Evaluation of an encoder on everything that its run trains, with a baseline for each result."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,22 +26,27 @@ from mhmoe_ray.evaluate.score import CaptionFigures, ClassScore, EncoderFigures,
 from mhmoe_ray.spec import RunSpec
 
 EXAMPLES = 8
-"""Number of captions that an evaluation keeps as examples."""
+"""Number of written captions that the result of an evaluation keeps as examples."""
 
 
 class Baseline(NamedTuple):
-    """Pairs of the training, and the distances of images to them."""
+    """Baseline of retrieval and captions: the pairs of image and caption that the model was trained on.
+
+    In place of a model's answer, the baseline has the caption of the training image that is nearest in pixels.
+    """
 
     tokens: np.ndarray
-    """Stored tokens of the captions, (samples, T)."""
+    """Stored tokens of the captions of all training samples, (samples, T)."""
     neighbours: NearestImages
 
 
 def encoder_figures(context: EvaluationContext) -> EvaluationAnswer:
-    """Return the figures of an encoder on what a request asks for, and the counts of routes of images and texts.
+    """Evaluate an encoder on the data that a request names; return its results and counts of routes.
+
+    Routes are counted separately for images and texts.
 
     Raises:
-        DataError: the pictures cannot be read, or the data is not what the run was trained on.
+        DataError: the images cannot be read, or the data is not what the run was trained on.
     """
     request, run, checkpoint, manifest, print_line, on_progress = context
     model, spec = load_verified_encoder(checkpoint, manifest), run.spec()
@@ -52,7 +57,7 @@ def encoder_figures(context: EvaluationContext) -> EvaluationAnswer:
         assert request.prepared is not None
         require_matching_data(manifest.data_sha256, Path(request.prepared), "or evaluate other pictures")
         data = require_data_manifest(Path(request.prepared))
-        # Only the losses of held-out images need it.
+        # Only the losses of held-out images need the codebook.
         codebook = read_codebook(spec.data.prepared, data)
     meter = EncoderMeter(model, spec, codebook, use_bfloat16=request.half, on_progress=on_progress)
     tokenizer = load_run_tokenizer(checkpoint, manifest)
@@ -95,7 +100,10 @@ def encoder_figures(context: EvaluationContext) -> EvaluationAnswer:
 def _read_baseline(
     spec: RunSpec, checkpoint_manifest: CheckpointManifest, print_line: Callable[[str], None]
 ) -> Baseline | None:
-    """Return the baseline of a run; None if the data of its training is gone, or was replaced by other data."""
+    """Return the training images and captions of a run, as the baseline of retrieval and captions.
+
+    It is None if the data of the training is gone, or was replaced by other data.
+    """
     manifest = training_manifest(spec, checkpoint_manifest.data_sha256, print_line)
     if manifest is None:
         return None
@@ -106,7 +114,13 @@ def _read_baseline(
 
 
 def _class_score(pairs: Pairs, probe_pairs: Sequence[Pairs], meter: EncoderMeter) -> ClassScore:
-    """Return the accuracy of a linear probe on some pictures, whose captions are their classes."""
+    """Return the accuracy of a linear probe that classifies images; the captions of images are their classes.
+
+    Args:
+        pairs: the images to classify, with their classes.
+        probe_pairs: the images that the probe is trained on, with their classes, by domain.
+        meter: meter that computes the features of images.
+    """
     training_images = [image for domain_pairs in probe_pairs for image in domain_pairs.images]
     return classify(
         meter.features(training_images),
@@ -121,7 +135,14 @@ def _class_score(pairs: Pairs, probe_pairs: Sequence[Pairs], meter: EncoderMeter
 def _caption_figures(
     pairs: Pairs, meter: EncoderMeter, tokenizer: Tokenizer, baseline: Baseline | None
 ) -> CaptionFigures:
-    """Return the scores of captions of the different images of some pairs."""
+    """Return the scores of the captions that a model and its baseline give the different images of a domain.
+
+    Args:
+        pairs: the images with their right captions.
+        meter: meter of the model that writes captions.
+        tokenizer: the run's tokenizer.
+        baseline: training images and captions; None to leave the baseline out.
+    """
     candidates = Candidates.of_pairs(pairs.images, pairs.tokens)
     start_token = boundaries(tokenizer).start
 

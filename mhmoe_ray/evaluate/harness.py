@@ -8,8 +8,8 @@ from typing import Any
 
 from mhmoe_ray.errors import SpecError
 
-# Tasks of the first paper, under lm-eval's names: the languages are those of its table 3, the English tasks those of
-# its table 2.
+# Tasks of the first MH-MoE paper (arXiv 2404.15045), under lm-eval's names: the languages are those of its table 3, the
+# English tasks those of its table 2.
 XNLI_LANGUAGES = ("bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh")
 PAPER_TASKS = {
     "english": [
@@ -29,7 +29,7 @@ PAPER_TASKS = {
 
 
 def expand_tasks(tasks: Sequence[str]) -> list[str]:
-    """Return the names of lm-eval's tasks, with `english` and `xnli` replaced by the first paper's tasks."""
+    """Return the names of lm-eval's tasks; `english` and `xnli` stand for tasks of the first MH-MoE paper."""
     return [name for task in tasks for name in PAPER_TASKS.get(task, [task])]
 
 
@@ -45,7 +45,8 @@ def run_tasks(
 ) -> dict[str, dict[str, Any]]:
     """Evaluate an exported model on tasks of lm-eval and return the metrics by task.
 
-    Metrics have standard errors where there are any. The number of questions of a task is in its metric `questions`.
+    Metrics have standard errors where lm-eval computes them. The metric `questions` is the number of questions of a
+    task.
 
     Args:
         folder: folder of the exported model, which lm-eval's own class for transformers loads.
@@ -57,7 +58,7 @@ def run_tasks(
         question_limit: largest number of questions of each task; None asks all.
 
     Raises:
-        SpecError: lm-eval is not installed, or has no task of a name.
+        SpecError: lm-eval is not installed, or has no task of one of the names.
     """
     try:
         from lm_eval import simple_evaluate
@@ -69,8 +70,8 @@ def run_tasks(
     task_manager = TaskManager(include_path=[str(Path(f)) for f in task_folders] or None)
     if unknown_tasks := [task for task in tasks if task not in task_manager.all_tasks]:
         raise SpecError(f"task {unknown_tasks[0]}", "lm-eval has no task of this name", "see `lm-eval ls tasks`")
-    # For a bootstrapped standard error lm-eval would start a process for every core of the machine, whatever the number
-    # of CPUs that are reserved here.
+    # For a bootstrapped standard error lm-eval would start a process for every core of the machine, although fewer CPUs
+    # may be reserved for this process.
     os.environ["DISABLE_MULTIPROC"] = "1"
     dtype = "bfloat16" if use_bfloat16 else "auto"
     evaluation = simple_evaluate(
@@ -86,7 +87,7 @@ def run_tasks(
 
 
 def _finite_metrics(result: dict[str, Any], question_count: int | None) -> dict[str, Any]:
-    """Return the metrics in lm-eval's result of one task: its finite numbers, with `acc,none` shortened to `acc`.
+    """Return the finite numbers in lm-eval's result of one task, with names such as `acc,none` shortened to `acc`.
 
     Args:
         result: lm-eval's result of the task.

@@ -11,14 +11,14 @@ from mhmoe_ray.storage import location
 
 
 class EvalJob(RemoteJob[Evaluation]):
-    """Request for the job that computes an evaluation; its result is the evaluation's file in the run directory."""
+    """Request for the job that computes an evaluation; its result is a file in the run directory."""
 
     module: ClassVar[str] = "mhmoe_ray.evaluate.job"
     kind: ClassVar[str] = "eval"
 
     request: EvalRequest
     can_grow: bool
-    """True if nodes may join the cluster that the job runs on."""
+    """True if nodes may still join the cluster that the job runs on, so that waiting for resources makes sense."""
 
     @property
     def run(self) -> RunDir:
@@ -34,7 +34,7 @@ class EvalJob(RemoteJob[Evaluation]):
 
 
 def main() -> None:
-    """Compute the evaluation that the current job's request asks for, in a Ray task; log errors for the user."""
+    """Compute the evaluation that this job's request asks for, in a Ray task; log errors for the user."""
     import ray
 
     job = EvalJob.received()
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def _check_resources(request: EvalRequest, can_grow: bool) -> None:
-    """Check that the cluster can run the evaluation; print what it waits for if the resources are not free now.
+    """Check that the cluster can run the evaluation; print what the evaluation waits for if resources are not free now.
 
     Raises:
         ClusterError: the cluster is too small and cannot grow, so the evaluation would wait forever.

@@ -1,4 +1,4 @@
-"""Losses and routes of a model over samples of its sequence length, domain by domain."""
+"""Measurement of a model's losses and routes on samples of its sequence length, domain by domain."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +30,7 @@ from mhmoe_ray.spec import DataSpec
 
 
 class DomainSamples(NamedTuple):
-    """Samples of one domain, each of T + 1 tokens, where T is the model's sequence length."""
+    """Samples of one domain of text, each of T + 1 tokens, where T is the model's sequence length."""
 
     domain: str
     tokens: Samples
@@ -38,11 +38,11 @@ class DomainSamples(NamedTuple):
     target_mask: np.ndarray
     """Mask of the targets that count, (samples, T) bool."""
     document_starts: np.ndarray | None = None
-    """Mask of the input tokens that begin a document, (samples, T) bool; None if start tokens tell it."""
+    """Mask of the input tokens that begin a document, (samples, T) bool; None if a start token begins each."""
 
 
 def held_out_samples(folder: Path) -> Iterator[DomainSamples]:
-    """Yield the held-out samples of a prepared folder by domain, the same samples that training validates on.
+    """Yield the held-out samples of a prepared folder by domain; training validates on the same samples.
 
     Raises:
         DataError: the folder is not prepared.
@@ -65,7 +65,7 @@ def held_out_samples(folder: Path) -> Iterator[DomainSamples]:
 
 
 def text_samples(data: DataSpec, encoder: DocumentEncoder, seq_len: int, max_samples: int) -> Iterator[DomainSamples]:
-    """Read raw text; yield the samples of each domain, whose documents are tokenised, concatenated and cut.
+    """Read raw text; yield the samples of each domain, whose documents are tokenized, concatenated and cut.
 
     Sources of conversations are left out.
 
@@ -100,7 +100,7 @@ def text_samples(data: DataSpec, encoder: DocumentEncoder, seq_len: int, max_sam
 
 
 def _cut_samples(domain: str, ids: list[int], seq_len: int) -> DomainSamples:
-    """Cut one domain's tokens into samples; the last sample is padded with token 0, which is masked.
+    """Cut the tokens of one domain into samples; pad the last sample with token 0, and mask its padding.
 
     Neighbouring samples share a token: the last target of one is the first input of the next.
     """
@@ -123,7 +123,7 @@ def conversation_samples(
     *,
     is_packed: bool,
 ) -> Iterator[DomainSamples]:
-    """Read conversations; yield the samples of each domain, in which the assistant's turns are the targets.
+    """Read conversations; yield the samples of each domain, in which only the assistant's turns are targets.
 
     Args:
         data: the data section that names the conversations; other sources are left out.
@@ -142,7 +142,7 @@ def conversation_samples(
             continue
         domain_rows = rows_by_domain.setdefault(file.domain, [])
         for item in FileReader(file, data, template):
-            # Packed samples have all tokens; otherwise each conversation takes at least one sample.
+            # Packed samples hold all tokens, so tokens count. Otherwise each conversation takes at least one sample.
             if token_counts[file.domain] > max_samples * seq_len or (not is_packed and len(domain_rows) == max_samples):
                 break
             if isinstance(item, Document):
@@ -159,12 +159,12 @@ def conversation_samples(
         yield DomainSamples(domain, samples.token_ids, samples.target_mask, samples.document_starts)
 
 
-# The samples stay in memory, so the size of a token does not matter; this one holds any id.
+# Bytes per token. The samples stay in memory, so a small size does not matter, and four bytes hold any token id.
 _TOKEN_BYTES = 4
 
 
 class RouteCounter:
-    """Counter of the routes that a model's routers choose in forward passes, by domain."""
+    """Counter of the routes (choices of experts) in a model's forward passes, by domain of the text."""
 
     def __init__(self, model: Trunk) -> None:
         """Create a counter of the routes of a mixture-of-experts model; all counts are zero."""
@@ -178,7 +178,7 @@ class RouteCounter:
 
     @contextmanager
     def counting_routes(self, domain: str, mask_BT: Tensor, top_k: int | None = None) -> Iterator[None]:
-        """Count the routes of the forward pass that runs within the context.
+        """Context manager that counts the routes of the forward pass that runs within the context.
 
         Args:
             domain: the domain that the tokens of the forward pass belong to.
@@ -201,7 +201,7 @@ class RouteCounter:
                 handle.remove()
 
     def _layer_hook(self, layer_index: int) -> Any:
-        """Return a forward hook that counts the routes of the router of a layer."""
+        """Return a forward hook that counts the routes of one layer's router."""
 
         def count_routes(_: nn.Module, __: Any, routing: Routing) -> None:
             assert self._current_counts is not None
@@ -231,7 +231,7 @@ class _DomainCounts:
 
     @classmethod
     def empty(cls, layers: int, experts: int, heads: int, top_k: int) -> "_DomainCounts":
-        """Return counts that are all zero."""
+        """Return counts for a domain that are all zero."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(layers, *shape, dtype=torch.int64)
@@ -255,7 +255,7 @@ class _DomainCounts:
         self.first_weight_L[layer_index] += gate_NHK[:, :, 0].sum(dtype=torch.float64).cpu()
 
     def to_routing_counts(self) -> RoutingCounts:
-        """Return the counts as lists, which can be stored."""
+        """Return the counts as lists, which can be stored as JSON."""
         return RoutingCounts(
             tokens=self.tokens,
             counts=self.counts_LE.tolist(),
@@ -267,7 +267,7 @@ class _DomainCounts:
 
 
 class SampleBatch(NamedTuple):
-    """Samples of one domain for a forward pass."""
+    """Batch of samples of one domain for a forward pass of the model."""
 
     ids: np.ndarray
     """Token ids, (B, T + 1)."""
@@ -277,14 +277,14 @@ class SampleBatch(NamedTuple):
     """The same token ids on the model's device, (B, T + 1)."""
     mask_BT: Tensor
     document_BT: Tensor | None
-    """Index of each token's document; None for a model without document masks."""
+    """Index of the document that each input token belongs to; None for a model without document masks."""
 
     def score(self, widths: np.ndarray, nats: float) -> Score:
-        """Return the score of the batch.
+        """Return the score (loss, tokens and bytes) of the batch.
 
         Args:
             widths: bytes of each of the model's tokens (`data.tokenizer.token_widths`).
-            nats: sum of the losses of the targets that count.
+            nats: sum of the losses of the targets that count, in nats.
         """
         # P is the number of predicted tokens that count.
         width_P = widths[self.ids[:, 1:]][self.mask]
@@ -297,7 +297,7 @@ class SampleBatch(NamedTuple):
 
 
 def sample_batches(model: Decoder, samples: DomainSamples, batch_size: int, start_token: int) -> Iterator[SampleBatch]:
-    """Yield the samples of a domain in batches.
+    """Yield the samples of a domain in batches on the model's device.
 
     Args:
         model: the model that reads them.
@@ -311,7 +311,7 @@ def sample_batches(model: Decoder, samples: DomainSamples, batch_size: int, star
         rows = slice(start, start + batch_size)
         ids, mask, document_BT = tokens[rows], target_mask[rows], None
         if model.spec.document_masks:
-            # Without their own mask, documents begin with start tokens.
+            # Samples without a mask of document starts have a start token at the beginning of each document.
             starts = ids[:, :-1] == start_token if document_starts is None else document_starts[rows]
             document_BT = document_indices(torch.from_numpy(starts).to(device))
         token_BT, mask_BT = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
@@ -324,7 +324,7 @@ def sample_losses(model: Decoder, batch: SampleBatch, expert: int | None, *, use
     Args:
         model: the model, in evaluation mode.
         batch: the samples.
-        expert: expert of all samples for router `domain`; None for any other router.
+        expert: with router `domain`, the expert that computes all samples; None for any other router.
         use_bfloat16: whether to compute matrix products in bfloat16.
     """
     token_BT = batch.token_BT
@@ -347,8 +347,8 @@ def measure_samples(
 ) -> tuple[dict[str, Score], dict[str, RoutingCounts]]:
     """Run the model over samples and return its scores and its counts of routes, both by domain.
 
-    A dense model has no routes: its second dictionary is empty. With router `domain`, the expert of each domain
-    computes its samples.
+    The counts of a dense model, which has no routes, are empty. With router `domain`, the expert of each domain
+    computes the domain's samples.
 
     Args:
         model: the model, in evaluation mode; routing is dropless, as in serving.
@@ -380,7 +380,7 @@ def measure_samples(
 
 
 def _expert_of(model: Decoder, domain: str) -> int | None:
-    """Return the expert of a domain for router `domain`; None for any other router.
+    """Return the number of the expert for a domain if the model has router `domain`; None for any other router.
 
     Raises:
         DataError: the domain has no expert.

@@ -1,6 +1,6 @@
-"""Nearest neighbours of images in pixels: the baseline of what a model recognizes in pictures.
+"""Nearest training images in pixels: a baseline for everything that a model recognizes in images.
 
-An image is shrunk to 16 x 16 pixels, and each value is standardized over the images of the training. The distance of
+An image is shrunk to 16 x 16 pixels, and each of its values is standardized over the training images. The distance of
 two images is the Euclidean one.
 """
 
@@ -16,22 +16,25 @@ from mhmoe_ray.data.shards.rows import IMAGE, RowReader
 from mhmoe_ray.spec import RunSpec
 
 SIZE = 16
-"""Height and width of the images that are compared, in pixels."""
+"""Height and width in pixels to which images are shrunk before they are compared."""
 BLOCK_IMAGES = 256
 """Number of images whose distances are computed at a time."""
 MAX_IMAGES = 20_000
-"""Largest number of training images that are compared; of more, an evenly spaced selection is. Each must be decoded."""
+"""Largest number of training images that are compared, because each of them must be decoded.
+
+If there are more, an evenly spaced selection is compared.
+"""
 BLOCK_SCORES = 1 << 24
-"""Approximate number of scores of pairs that are in memory at a time."""
+"""Approximate number of scores of image pairs that are in memory at a time."""
 
 
 def training_manifest(spec: RunSpec, data_sha256: str | None, print_line: Callable[[str], None]) -> DataManifest | None:
-    """Return the manifest of the data that a run was trained on; None if it is gone, or was replaced by other data.
+    """Return the manifest of the data that a run was trained on; None if the data is gone, or was replaced.
 
     Args:
         spec: spec of the run.
-        data_sha256: hash of the data in the run's checkpoint.
-        print_line: a function that prints a line.
+        data_sha256: hash of the data, from the manifest of the run's checkpoint.
+        print_line: a function that prints a line about missing data.
     """
     manifest = read_data_manifest(spec.data.prepared)
     if manifest is None or data_digest(spec.data.prepared) != data_sha256:
@@ -41,11 +44,11 @@ def training_manifest(spec: RunSpec, data_sha256: str | None, print_line: Callab
 
 
 def training_readers(spec: RunSpec, manifest: DataManifest, sources: Iterable[str]) -> list[RowReader]:
-    """Return readers of the training samples of some sources, one for each domain that has any.
+    """Return readers of the training samples of some sources, one reader for each domain with samples.
 
     Args:
         spec: spec of the run.
-        manifest: manifest of its prepared data.
+        manifest: manifest of the run's prepared data.
         sources: names of the sources.
     """
     names = set(sources)
@@ -57,21 +60,21 @@ def training_readers(spec: RunSpec, manifest: DataManifest, sources: Iterable[st
 
 
 class NearestImages:
-    """Distances of images to the images of a training.
+    """Training images, and the search for the nearest of them to other images.
 
     Attributes:
-        image_count: number of different images of the training that are compared.
+        image_count: number of different training images that are compared.
     """
 
     def __init__(self, training_images: Iterable[bytes], image_of: np.ndarray | None = None) -> None:
-        """Decode the images of the training; an image that occurs several times is decoded once.
+        """Decode the training images; an image that occurs several times is decoded once.
 
         Args:
             training_images: image files, at least one.
-            image_of: number of the image of each sample, below 0 for a sample whose image is not compared; by default
-                there is one image for each sample.
+            image_of: for each training sample the number of its image, or a number below 0 if its image is not
+                compared; by default each sample has the image at its own position.
         """
-        # Only the small pixels of an image are kept, since all files together may be larger than the memory.
+        # Only the shrunken image is kept, since all image files together may be larger than the memory.
         numbers, pixels, number_of = dict[bytes, int](), list[np.ndarray](), list[int]()
         for image in training_images:
             number = numbers.setdefault(_digest(image), len(numbers))
@@ -84,16 +87,16 @@ class NearestImages:
             self._image_of = np.where(image_of < 0, -1, self._image_of[image_of])
         pixel_NV = _values(pixels)
         self._mean_V = pixel_NV.mean(0)
-        # A pixel that is the same in all images says nothing.
+        # A pixel that is the same in all images has deviation 0, so the lower bound avoids a division by 0.
         self._scale_V = 1 / np.maximum(pixel_NV.std(0), 1e-6)
         self._training_NV = self._standardize(pixel_NV)
 
     @staticmethod
     def of_training(readers: Sequence[RowReader]) -> "NearestImages":
-        """Return the distances to the images of training samples, or to `MAX_IMAGES` of them.
+        """Create the search among the images of training samples, or among `MAX_IMAGES` of them.
 
         Args:
-            readers: readers of the samples; the samples are numbered in their order.
+            readers: readers of the samples; samples are numbered in the order of the readers.
         """
         ends, image_numbers = np.cumsum([0, *map(len, readers)]), list[np.ndarray]()
         image_count = 0
@@ -103,7 +106,8 @@ class NearestImages:
             image_count += reader_images
         image_of_sample = np.concatenate(image_numbers)
         first_samples = np.sort(np.unique(image_of_sample, return_index=True)[1])
-        # `linspace` ends at both ends, and its rounded numbers differ because there are enough to choose from.
+        # The selection includes the first and the last image. Rounded numbers differ, because no more are selected than
+        # there are.
         count = min(MAX_IMAGES, len(first_samples))
         samples = first_samples[np.linspace(0, len(first_samples) - 1, count).round().astype(np.int64)]
         number_of_image = np.full(image_count, -1)
@@ -120,12 +124,14 @@ class NearestImages:
         return standardized_NV
 
     def scores(self, images: Sequence[bytes], labels: np.ndarray, label_count: int) -> np.ndarray:
-        """Return the score of each label for each image, (images, labels) float32: minus the squared distance to the
-        nearest training image with that label, and minus infinity for a label without one.
+        """Return the score of each label for each image, (images, labels) float32.
+
+        The score is minus the squared distance to the nearest training image with that label. It is minus infinity for
+        a label that no training image has.
 
         Args:
             images: image files.
-            labels: label of each sample of the training; a label below 0 is none.
+            labels: label of each training sample; a number below 0 means that it has none.
             label_count: number of labels, which are numbered from 0.
         """
         is_labelled = (labels >= 0) & (self._image_of >= 0)
@@ -144,15 +150,18 @@ class NearestImages:
         return scores
 
     def nearest_samples(self, images: Sequence[bytes]) -> list[int]:
-        """Return the number of the first sample of the training with the nearest image, for each image."""
+        """Return for each image the number of the first training sample that has the nearest image."""
         compared_samples = np.flatnonzero(self._image_of >= 0)
         first_samples = compared_samples[np.unique(self._image_of[compared_samples], return_index=True)[1]]
         nearest_numbers = np.concatenate([score_BN.argmax(1) for _, score_BN in self._blocks(images)])
         return [int(sample) for sample in first_samples[nearest_numbers]]
 
     def _blocks(self, images: Sequence[bytes]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the number of the first image of each block, and minus the squared distances of its images to those of
-        the training, (images, training images)."""
+        """Yield the distances of images to the training images, in blocks of `BLOCK_IMAGES` images.
+
+        A block is the number of its first image, and minus the squared distances, (images of the block, training
+        images).
+        """
         training_norm_N = np.square(self._training_NV).sum(1)
         for start in range(0, len(images), BLOCK_IMAGES):
             pixels = [read_crop(image, SIZE).ravel() for image in images[start : start + BLOCK_IMAGES]]
@@ -162,7 +171,7 @@ class NearestImages:
 
 
 def distinct_images(images: Iterable[bytes]) -> tuple[list[bytes], np.ndarray]:
-    """Return the different images in the order of their first occurrence, and for each image the number of its own."""
+    """Return the different images, in the order of first occurrence, and the number of each image among these."""
     numbers, distinct, image_of = dict[bytes, int](), list[bytes](), list[int]()
     for image in images:
         number = numbers.setdefault(_digest(image), len(numbers))
@@ -177,5 +186,5 @@ def _digest(image: bytes) -> bytes:
 
 
 def _values(pixels: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the values of the pixels of images, from 0 to 1, (images, values) float32."""
+    """Return the pixel values of images, scaled to 0 to 1, (images, values) float32."""
     return np.stack(pixels).astype(np.float32) / 255

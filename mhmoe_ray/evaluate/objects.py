@@ -1,4 +1,4 @@
-"""Average precision of objects, of their boxes and of their masks, as COCO defines it (pycocotools)."""
+"""Average precision of detected objects, by their boxes and by their masks, as COCO defines it (pycocotools)."""
 
 import contextlib
 import io
@@ -15,34 +15,34 @@ from mhmoe_ray.evaluate.score import ObjectPrecision
 from mhmoe_ray.model.vision import Detection, paste_mask
 
 MASK_THRESHOLD = 0.5
-"""Probability from which a pixel belongs to a mask."""
+"""Probability from which on a pixel belongs to the mask of an object."""
 DUPLICATE_OVERLAP = 0.5
-"""Overlap (intersection over union) above which two boxes are one object, where classes do not count."""
+"""Overlap (intersection over union) above which two boxes count as one object, regardless of their classes."""
 
 
 class StoredDetection(NamedTuple):
-    """Objects that were found in an image, in its stored pixels."""
+    """Objects that a model found in an image, in the pixel coordinates of the stored image."""
 
     boxes: np.ndarray
-    """Left, top, right and bottom edges, (objects, 4) float64."""
+    """Left, top, right and bottom edges of each object, (objects, 4) float64."""
     classes: np.ndarray
-    """Classes, (objects,) int64."""
+    """Number of each object's class, (objects,) int64."""
     scores: np.ndarray
     masks: list[bytes]
-    """Masks as COCO's compressed run lengths; empty if the model finds no masks."""
+    """Mask of each object as COCO's compressed run lengths; empty if the model finds no masks."""
 
 
 def stored_detection(detection: Detection, width: int, height: int, size: int) -> StoredDetection:
-    """Return objects in the pixels of a stored image.
+    """Convert detected objects from the pixels that the model reads to the pixels of the stored image.
 
     Args:
         detection: the objects in the pixels that the model reads.
-        width, height: size of the stored image.
-        size: height and width of the square that the model reads.
+        width, height: size of the stored image in pixels.
+        size: height and width in pixels of the square that the model reads.
     """
     fit = Fit.of_image(width, height, size)
     boxes = stored_boxes(detection.box_O4.cpu().numpy(), width, height, fit)
-    # One mask at a time, because an image may have a hundred objects. Without masks, there are none to pair with boxes.
+    # Masks are made one at a time, because an image may have a hundred objects. Without masks, the loop ends at once.
     masks = [
         stored_mask(paste_mask(box_mask_YX, box_4, size).cpu().numpy(), width, height, fit)
         for box_mask_YX, box_4 in zip(detection.box_mask_OYX, detection.box_O4, strict=False)
@@ -51,8 +51,13 @@ def stored_detection(detection: Detection, width: int, height: int, size: int) -
 
 
 def stored_mask(mask: np.ndarray, width: int, height: int, fit: Fit) -> bytes:
-    """Return the mask of an object in a stored image as COCO's compressed run lengths, from the probabilities of its
-    pixels as the model reads the image."""
+    """Return the mask of an object in the stored image, as COCO's compressed run lengths.
+
+    Args:
+        mask: probability that each pixel belongs to the object, in the square that the model reads.
+        width, height: size of the stored image in pixels.
+        fit: position of the stored image in that square.
+    """
     from pycocotools import mask as coco_masks
 
     is_object_YX = stored_probabilities(mask, width, height, fit) >= MASK_THRESHOLD
@@ -66,11 +71,11 @@ def average_precision(
     detections: Sequence[StoredDetection],
     class_names: Sequence[str],
 ) -> ObjectPrecision:
-    """Return the average precision of detected objects.
+    """Return the average precision of the objects that a model detected in images.
 
     Args:
         images: image files.
-        annotations: objects of each image; objects of crowds are ignored.
+        annotations: the true objects of each image; objects that are crowds are ignored.
         detections: detected objects of each image.
         class_names: names of the classes, in the order of their numbers.
     """
@@ -123,7 +128,7 @@ def average_precision(
 
 
 def _distinct_boxes(detection: StoredDetection) -> set[int]:
-    """Return the numbers of the boxes of an image that remain if classes do not count.
+    """Return the numbers of the boxes of an image that remain if classes are ignored and duplicates are removed.
 
     A detector reports a region once for each class that it may have. Without this, all but one of them would count as
     errors.
@@ -143,12 +148,12 @@ def _mask_area(mask: dict[str, Any]) -> float:
 def _precisions(
     truth: dict[str, Any], results: list[dict[str, Any]], kind: str, *, by_class: bool
 ) -> tuple[float, float, float]:
-    """Return the average precision over overlaps from 0.5 to 0.95, that at 0.5, and that at 0.75; 0 without results.
+    """Return the average precision over overlaps from 0.5 to 0.95, that at 0.5, and that at 0.75; 0 without detections.
 
     Args:
-        truth: objects of images in COCO's form.
+        truth: true objects of the images in COCO's form.
         results: detected objects in COCO's form.
-        kind: `bbox` or `segm`.
+        kind: `bbox` for boxes or `segm` for masks.
         by_class: whether an object counts as found only with the right class.
     """
     from pycocotools.coco import COCO
@@ -156,7 +161,7 @@ def _precisions(
 
     if not results:
         return 0.0, 0.0, 0.0
-    # pycocotools prints what it does.
+    # pycocotools prints progress to stdout, which is discarded here.
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
         coco.dataset = truth
@@ -166,6 +171,6 @@ def _precisions(
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    # COCO marks a figure without any object by -1.
+    # pycocotools returns -1 for a precision without any true object.
     overall, at_50, at_75 = (max(0.0, float(value)) for value in evaluation.stats[:3])
     return overall, at_50, at_75

@@ -1,7 +1,7 @@
-"""Linear probe: classes of images from the features of an encoder whose weights stay as they are.
+"""Linear probe: a classifier of images on the features of an encoder whose weights are frozen.
 
 The probe is a logistic regression on standardized features. The weight of its L2 penalty is the one with the best
-accuracy on a fifth of the training images.
+accuracy on a held-out fifth of the training images.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ from mhmoe_ray.evaluate.score import ClassScore
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 HELD_OUT = 5
-"""The probe is chosen on one of so many training images."""
+"""One of this many training images is held out, to choose the weight of the probe's L2 penalty."""
 STEPS = 100
-"""Number of iterations of L-BFGS."""
+"""Largest number of iterations of L-BFGS, which fits the probe."""
 
 
 def classify(
@@ -30,15 +30,15 @@ def classify(
     images: Sequence[bytes],
     classes: Sequence[bytes],
 ) -> ClassScore:
-    """Return the accuracy of a linear probe and of the nearest training image on other images.
+    """Return the accuracy on some images of a linear probe, and of its baseline, the nearest training image.
 
     Args:
         training_features: features of the images that the probe is trained on, (images, values).
-        training_images: the same images as files.
-        training_classes: their classes.
-        features: features of the other images.
-        images: the same images as files.
-        classes: their classes; one that no training image has counts as wrong.
+        training_images: the files of these images.
+        training_classes: the classes of these images.
+        features: features of the images to classify, (images, values).
+        images: the files of these images.
+        classes: the classes of these images; an image whose class no training image has counts as wrong.
 
     Raises:
         DataError: there are too few training images.
@@ -78,7 +78,7 @@ def classify(
 def _accuracy(
     features: np.ndarray, labels: np.ndarray, is_fitted: np.ndarray, is_tested: np.ndarray, classes: int, penalty: float
 ) -> float:
-    """Return the accuracy on some images of a logistic regression that is fitted to others."""
+    """Return the accuracy of a logistic regression that is fitted to some images and tested on others."""
     mean, scale = features[is_fitted].mean(0), np.maximum(features[is_fitted].std(0), 1e-6)
     feature_NV = torch.from_numpy(((features - mean) / scale).astype(np.float32))
     weight_CV = _fit(feature_NV[is_fitted], torch.from_numpy(labels[is_fitted]), classes, penalty)
@@ -87,7 +87,10 @@ def _accuracy(
 
 
 def _fit(feature_NV: Tensor, label_N: Tensor, classes: int, penalty: float) -> Tensor:
-    """Return the weights of a logistic regression, (classes, values + 1); the last one of a class is its constant."""
+    """Return the weights of a logistic regression, (classes, values + 1).
+
+    The last weight of a class is its constant term.
+    """
     feature_NV = _with_constant(feature_NV)
     weight_CV = torch.zeros(classes, feature_NV.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([weight_CV], max_iter=STEPS, line_search_fn="strong_wolfe")

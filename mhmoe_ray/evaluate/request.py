@@ -1,4 +1,4 @@
-"""The request of `mhmoe eval` and the evaluation that answers it, which is stored in the run directory."""
+"""Request of `mhmoe eval`, and the evaluation that is its result, which is stored in the run directory."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from mhmoe_ray.storage import Location, location, write_json
 
 
 class RoutingCounts(BaseModel):
-    """Counts of the routes of a text, by layer.
+    """Counts of the routes (choices of an expert by a sub-token) of one text, by layer.
 
     L: mixture-of-experts layers, E: experts, h: heads, k: choices of each sub-token.
     """
@@ -21,37 +21,39 @@ class RoutingCounts(BaseModel):
     tokens: int
     """Number of tokens whose routes were counted."""
     counts: list[list[int]]
-    """L x E: number of routes to the expert."""
+    """L x E: number of routes to each expert."""
     tokens_of: list[list[int]]
-    """L x E: number of tokens of which at least one sub-token goes to the expert."""
+    """L x E: number of tokens with at least one sub-token that goes to the expert."""
     distinct: list[list[int]]
-    """L x (h*k + 1): number of tokens by the number of different experts that their sub-tokens go to together."""
+    """L x (h*k + 1): number of tokens whose sub-tokens go to n different experts in total, for n from 0 to h*k."""
     agreement: list[list[list[int]]]
-    """L x h x h: number of tokens whose sub-tokens i and j have the same first choice."""
+    """L x h x h: number of tokens whose sub-tokens of heads i and j have the same first choice."""
     first_weight: list[float]
-    """L: sum of the first choices' weights over all sub-tokens."""
+    """L: sum over all sub-tokens of the gate (routing weight) of their first choice."""
 
 
 class EvalRequest(BaseModel):
-    """Request for an evaluation: a checkpoint, the text and the tasks to evaluate it on, and the resources for it."""
+    """Request for an evaluation: a checkpoint, the data and tasks to evaluate it on, and the resources to use."""
 
     run: str
     """Path of the run directory."""
     checkpoint: str
     """Name of the checkpoint."""
     prepared: str | None
-    """Prepared folder whose held-out samples are evaluated; None evaluates none."""
+    """Prepared folder whose held-out samples are evaluated; None to evaluate no held-out samples."""
     text: DataSpec | None
-    """Raw text to evaluate instead of held-out samples; None evaluates none."""
+    """Raw text or images to evaluate instead of held-out samples; None for no raw data."""
     text_version: str | None = None
-    """Hash that changes with the files of the text (`data.sources.version_hash`); None without text, and in requests of
-    earlier versions."""
+    """Hash that changes with the files of `text` (`data.sources.version_hash`).
+
+    It is None without `text`, and in requests of earlier versions.
+    """
     samples: int
-    """Largest number of samples of each domain of raw text; of pictures, of different images."""
+    """Largest number of samples of each domain of raw text, or of different images in each domain of images."""
     tasks: list[str]
-    """Names of lm-eval's tasks, or `english` or `xnli`."""
+    """Names of lm-eval's tasks; `english` and `xnli` stand for tasks of the first MH-MoE paper."""
     task_folders: list[str]
-    """Folders with the user's own tasks."""
+    """Folders with tasks for lm-eval that the user has defined."""
     limit: int | None
     """Largest number of questions of each task; None asks all."""
     batch: int
@@ -61,20 +63,24 @@ class EvalRequest(BaseModel):
     cpus: int
     gpus: int
     probe: DataSpec | None = None
-    """Pictures on which a linear probe is trained, whose captions are classes; the pictures of `text` are then
-    classified by it. None for everything else."""
+    """Images on which a linear probe is trained, with their captions as classes; None for no probe.
+
+    The probe then classifies the images of `text`.
+    """
     probe_version: str | None = None
     """Hash that changes with the files of `probe`."""
     prior: Literal["uniform", "updating", "cached"] | None = None
-    """Prior probabilities of domains for a model with router `domain`, whose experts then predict together; None if the
-    domain of each text is known, and for all other models."""
+    """Prior probabilities of domains for a model with router `domain`, whose experts then predict together.
+
+    It is None if the domain of each text is known, and for models with other routers.
+    """
 
     @property
     def key(self) -> str:
         """Name of the evaluation's file without its suffix: the checkpoint and a hash of the request.
 
-        The hash leaves out the run directory, the batch size and the resources, so requests for the same figures have
-        the same key. If a file of the text changes, the key does, too.
+        The hash leaves out the run directory, the batch size and the resources, so requests for the same results have
+        the same key. The key changes if a file of the text changes.
         """
         excluded_fields = {"run", "batch", "cpus", "gpus"}
         # Evaluations of earlier versions had none of these fields, and are still found under their names.
@@ -88,7 +94,7 @@ class EvalRequest(BaseModel):
 
     @property
     def description(self) -> str:
-        """Description of what is evaluated, for the user; empty if nothing is."""
+        """Description of what is evaluated, for the user; empty if the request names no data and no tasks."""
         parts = ["held-out samples"] if self.prepared else []
         if self.text:
             parts.append(f"{'pictures' if self.text.has_images else 'text'} {', '.join(self.text.sources)}")
@@ -100,7 +106,7 @@ class EvalRequest(BaseModel):
 
 
 class Evaluation(BaseModel):
-    """Result of an evaluation: scores, counts of routes and results of tasks."""
+    """Result of an evaluation: scores, counts of routes, and results of tasks."""
 
     request: EvalRequest
     step: int
@@ -108,19 +114,19 @@ class Evaluation(BaseModel):
     tokens: int
     """Number of tokens that the checkpoint was trained on."""
     seconds: float
-    """Duration of the evaluation."""
+    """Duration of the evaluation in seconds."""
     domains: dict[str, Score] = {}
     """Scores by domain; empty if no text was evaluated."""
     languages: dict[str, Score] = {}
     """Scores by language, over the domains whose folders are named after a language."""
     routing: dict[str, RoutingCounts] = {}
-    """Counts of routes by domain; empty for a dense model."""
+    """Counts of routes (choices of experts) by domain; empty for a dense model."""
     tasks: dict[str, dict[str, Any]] = {}
     """lm-eval's results by task: metrics and their standard errors."""
     encoder: EncoderFigures | None = None
-    """Figures of an encoder; None for another model."""
+    """Results for an encoder; None for another kind of model."""
     vision: VisionFigures | None = None
-    """Figures of a vision model; None for another model."""
+    """Results for a vision model; None for another kind of model."""
 
     def __repr__(self) -> str:
         parts = [repr(f"{location(self.request.run).name}/{self.request.checkpoint}")]
@@ -146,7 +152,7 @@ class Evaluation(BaseModel):
 
     @property
     def quality(self) -> dict[str, float]:
-        """Accuracies, precisions and recalls by name; empty for a decoder, whose quality is its loss."""
+        """Accuracies, precisions and recalls by name; empty for a decoder, whose quality is measured by its loss."""
         figures = self.encoder or self.vision
         return figures.quality() if figures else {}
 
@@ -159,7 +165,7 @@ def save_evaluation(run: RunDir, evaluation: Evaluation) -> Location:
 
 
 def load_evaluation(run: RunDir, request: EvalRequest) -> Evaluation | None:
-    """Return the evaluation that answers a request; None if the run directory has none."""
+    """Return the stored evaluation that is the result of a request; None if the run directory has none."""
     path = run.evaluations / f"{request.key}.json"
     return Evaluation.model_validate_json(path.read_text()) if path.exists() else None
 

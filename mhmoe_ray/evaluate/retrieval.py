@@ -1,7 +1,7 @@
-"""Retrieval: the captions that fit an image are found among all captions, and the images that fit a caption.
+"""Retrieval: for each image its captions are searched among all captions, and for each caption its images.
 
 Images that are equal byte for byte are one image with several captions, and equal captions are one caption with several
-images. An image or a caption is found at the rank of the best of those that fit it.
+images. If several captions belong to an image, the one with the best rank counts; likewise for images of a caption.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,11 +14,11 @@ from mhmoe_ray.evaluate.score import LanguageRetrieval, Recall, RetrievalFigures
 
 RECALL_RANKS = (1, 5, 10)
 Scorer = Callable[["Candidates"], np.ndarray]
-"""Function (candidates) -> similarity of each image and each caption, (I, C)."""
+"""Function that takes `Candidates` and returns the similarity of each image and each caption, (I, C)."""
 
 
 class Candidates(NamedTuple):
-    """Different images and captions of some pairs, and which of them belong together."""
+    """Different images and different captions of some pairs, and the information which of them belong together."""
 
     images: list[bytes]
     captions: np.ndarray
@@ -28,7 +28,12 @@ class Candidates(NamedTuple):
 
     @staticmethod
     def of_pairs(images: list[bytes], tokens: np.ndarray) -> "Candidates":
-        """Return the candidates in pairs: images, and the tokens (pairs, T) of their captions."""
+        """Return the different images and captions of pairs.
+
+        Args:
+            images: image file of each pair.
+            tokens: stored tokens of the caption of each pair, (pairs, T).
+        """
         different_images, image_of = distinct_images(images)
         captions, caption_of = np.unique(tokens, axis=0, return_inverse=True)
         fits = np.zeros((len(different_images), len(captions)), np.bool_)
@@ -37,21 +42,21 @@ class Candidates(NamedTuple):
 
 
 def recall(scores: np.ndarray, fits: np.ndarray) -> Recall:
-    """Return the share of queries whose best fitting candidate is among the first ones.
+    """Return the shares of queries for which a right candidate is among the first 1, 5 and 10 by score.
 
     Args:
         scores: score of each candidate for each query, (queries, candidates).
-        fits: mask of the candidates that fit a query; at least one of each row.
+        fits: mask of the right candidates of each query, (queries, candidates) bool; each query has at least one.
     """
     best_Q1 = np.where(fits, scores, -np.inf).max(1, keepdims=True)
-    # Equal scores are no evidence for the right candidate, so wrong ones with the same score come before it.
+    # An equal score is no evidence for the right candidate, so wrong candidates with the same score come before it.
     ranks = 1 + ((scores >= best_Q1) & ~fits).sum(1)
     shares = {rank: float(np.mean(ranks <= rank)) for rank in RECALL_RANKS}
     return Recall(at_1=shares[1], at_5=shares[5], at_10=shares[10])
 
 
 def score_retrieval(candidates: Candidates, scorer: Scorer) -> RetrievalScore:
-    """Return the score of both directions."""
+    """Return the recall of captions for given images, and of images for given captions."""
     scores = scorer(candidates)
     return RetrievalScore(
         images=len(candidates.images),
@@ -68,14 +73,14 @@ def retrieval_figures(
     scorer: Scorer,
     nearest_scorer: Scorer | None,
 ) -> RetrievalFigures:
-    """Return the retrieval among all pairs, and among those of each language if there are several.
+    """Return the scores of retrieval among all pairs, and among those of each language if there are several.
 
     Args:
         images: image file of each pair.
         tokens: stored tokens of each caption, (pairs, T).
-        languages: language of each caption, None where it is not named.
-        scorer: similarities by the model.
-        nearest_scorer: similarities by the baseline; None leaves it out.
+        languages: language of each caption; None if it is not known.
+        scorer: function that returns the model's similarities.
+        nearest_scorer: function that returns the baseline's similarities; None to leave the baseline out.
     """
 
     def score(numbers: Sequence[int]) -> LanguageRetrieval:
@@ -94,12 +99,12 @@ def retrieval_figures(
 
 
 def nearest_scores(candidates: Candidates, neighbours: NearestImages, training_tokens: np.ndarray) -> np.ndarray:
-    """Return the similarities, (I, C), of the baseline: a caption is as near as the nearest training image with it.
+    """Return the baseline's similarities, (I, C): a caption is as similar as the nearest training image that has it.
 
     Args:
         candidates: the images and captions.
-        neighbours: the images of the training.
-        training_tokens: stored tokens of the caption of each of them, (samples, T).
+        neighbours: the training images.
+        training_tokens: stored tokens of the caption of each training sample, (samples, T).
     """
     numbers = {caption.tobytes(): number for number, caption in enumerate(candidates.captions)}
     labels = np.array([numbers.get(row.tobytes(), -1) for row in training_tokens], np.int64)

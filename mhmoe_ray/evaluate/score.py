@@ -1,4 +1,4 @@
-"""Scores: of a text that a model predicted (loss, perplexity, bits per byte), of an encoder, and of a vision model."""
+"""Scores of models: of predicted texts (loss, perplexity, bits per byte), of encoders, and of vision models."""
 
 import math
 from typing import Self
@@ -9,7 +9,7 @@ from mhmoe_ray.runs import metrics
 
 
 class Score(BaseModel):
-    """Score of a model's predictions of a text, as sums over its tokens. Scores of several texts add up with `+`."""
+    """Score of a model's predictions of a text, as sums over its tokens; scores of several texts are added with `+`."""
 
     nats: float = 0.0
     """Sum of the tokens' losses, in nats."""
@@ -18,7 +18,7 @@ class Score(BaseModel):
     text_bytes: int = 0
     """Number of UTF-8 bytes of the predicted tokens, except unknown tokens."""
     unknown: int = 0
-    """Number of predicted tokens that are the unknown token, which stands for any text."""
+    """Number of predicted tokens that are the tokenizer's unknown token, which stands for any text."""
 
     def __add__(self, addend: Self) -> "Score":
         return Score(
@@ -40,7 +40,7 @@ class Score(BaseModel):
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Loss in bits per byte of text, which is comparable between tokenizers; the loss per token is not.
+        """Loss in bits per byte of text, which is comparable between tokenizers, unlike the loss per token.
 
         It is None if the text has no bytes, or if it has unknown tokens, whose bytes are not known.
         """
@@ -49,7 +49,7 @@ class Score(BaseModel):
         return self.nats / math.log(2) / self.text_bytes
 
     def figures(self) -> dict[str, float | None]:
-        """Return the figures that reports and JSON outputs show."""
+        """Return the loss, perplexity, bits per byte and sizes of the text, as reports and JSON outputs show them."""
         return {
             "loss": self.loss,
             "perplexity": self.perplexity,
@@ -60,36 +60,36 @@ class Score(BaseModel):
 
 
 class EncoderLossScore(BaseModel):
-    """Mean of one of the losses over held-out samples."""
+    """Mean of one loss of an encoder over held-out samples."""
 
     loss: float
     targets: int
-    """Number of hidden patches, hidden tokens or pairs."""
+    """Number of predictions that the mean is over: hidden patches, hidden tokens or pairs."""
     is_text: bool
-    """True if it is the cross-entropy of tokens, which has a perplexity."""
+    """True if the loss is the cross-entropy of tokens, which has a perplexity."""
 
     @property
     def perplexity(self) -> float | None:
-        """Perplexity of hidden tokens; None for other losses, and if it is larger than any float."""
+        """Perplexity of predicted tokens; None for losses of other kinds, and if it is larger than any float."""
         return metrics.perplexity(self.loss) if self.is_text else None
 
 
 class ImageValue(BaseModel):
-    """Mean losses of the hidden tokens of captions, in nats."""
+    """Mean losses of an encoder on hidden tokens of captions, with and without images, in nats per token."""
 
     pairs: int
-    """Number of captions; of an image, a few at most (`evaluate.encoder.CAPTIONS_PER_IMAGE`)."""
+    """Number of captions; each image has at most a few of them (`evaluate.encoder.CAPTIONS_PER_IMAGE`)."""
     tokens: int
     """Number of hidden tokens."""
     own_image: float
     """Loss with the image that belongs to the caption."""
     other_image: float
-    """Loss with another image, of another caption, drawn by the run's seed."""
+    """Loss with the image of another caption, drawn by the run's seed."""
     no_image: float
-    """Loss of the caption alone."""
+    """Loss of the caption alone, without an image."""
 
     def figures(self) -> dict[str, float]:
-        """Return the losses, and the value of the image over another one and over none."""
+        """Return the losses, and by how much the own image lowers the loss against another image and against none."""
         return {
             **self.model_dump(),
             "over_other_image": self.other_image - self.own_image,
@@ -98,7 +98,7 @@ class ImageValue(BaseModel):
 
 
 class Recall(BaseModel):
-    """Share of queries whose best fitting candidate is among the first 1, 5 and 10."""
+    """Shares of queries for which a right candidate is among the first 1, 5 and 10 candidates."""
 
     at_1: float
     at_5: float
@@ -106,33 +106,33 @@ class Recall(BaseModel):
 
 
 class RetrievalScore(BaseModel):
-    """Score of a retrieval among images and captions."""
+    """Score of the retrieval of captions by images, and of images by captions."""
 
     images: int
     captions: int
     image_to_text: Recall
-    """Recall of captions that fit an image."""
+    """Recall of the captions that belong to an image."""
     text_to_image: Recall
-    """Recall of images that fit a caption."""
+    """Recall of the images that belong to a caption."""
 
 
 class LanguageRetrieval(BaseModel):
-    """Retrieval by a model and by its baseline, on the same images and captions."""
+    """Scores of retrieval by a model and by its baseline, on the same images and captions."""
 
     model: RetrievalScore
     baseline: RetrievalScore | None
-    """Score of the nearest training images in pixels (`evaluate.nearest`); None if the data of the training is gone."""
+    """Score of the nearest training images in pixels (`evaluate.nearest`); None if the training data is gone."""
 
 
 class RetrievalFigures(LanguageRetrieval):
-    """Retrieval among all pairs of a domain."""
+    """Scores of retrieval among all pairs of image and caption of a domain."""
 
     languages: dict[str, LanguageRetrieval] = {}
-    """Retrieval among the captions of each language, if the captions are in several."""
+    """Scores of retrieval among the captions of each language; empty unless there are several languages."""
 
 
 class CaptionScore(BaseModel):
-    """Score of captions of images (`evaluate.captions`)."""
+    """Score of the captions that a model writes for images (`evaluate.captions`)."""
 
     images: int
     bleu: float
@@ -140,52 +140,57 @@ class CaptionScore(BaseModel):
     cider: float
     """CIDEr-D, from 0 to 10."""
     exact: float
-    """Share of captions whose words are exactly those of a right one."""
+    """Share of captions whose words are exactly those of a right caption, from 0 to 1."""
 
 
 class CaptionFigures(BaseModel):
-    """Captions by a model and by its baseline, of the same images."""
+    """Scores of the captions that a model and its baseline give the same images."""
 
     model: CaptionScore
     baseline: CaptionScore | None
-    """Score of the captions of the nearest training images in pixels; None if the data of the training is gone."""
+    """Score of the captions of the nearest training images in pixels; None if the training data is gone."""
     examples: list[tuple[str, str]]
-    """Captions of the first images: a right one and that of the model."""
+    """Captions of the first images: a right one, and the one that the model wrote."""
 
 
 class ClassScore(BaseModel):
-    """Accuracy of a linear probe (`evaluate.probe`)."""
+    """Accuracy of a linear probe that classifies images (`evaluate.probe`)."""
 
     training_images: int
     images: int
     classes: int
     accuracy: float
-    """Share of images whose class the probe names."""
+    """Share of images that the probe assigns to the right class."""
     baseline: float
-    """The same of the class of the nearest training image in pixels."""
+    """Share of images whose nearest training image in pixels has the right class."""
     largest_class: float
-    """Share of images of the class that most training images have."""
+    """Share of images that belong to the most frequent class of the training images."""
 
 
 class EncoderFigures(BaseModel):
-    """Figures of an encoder."""
+    """Results of the evaluation of an encoder."""
 
     losses: dict[str, EncoderLossScore]
-    """Losses of the parts of micro-batches, by the names in `RunSpec.loss_names`; only for held-out samples."""
+    """Losses of the parts of micro-batches, by name (`RunSpec.loss_names`).
+
+    They are measured on held-out samples only, and empty for other data.
+    """
     image_values: dict[str, ImageValue]
-    """Value of the image by domain, for domains of pairs."""
+    """Losses on captions with and without their images, by domain of pairs."""
     retrieval: dict[str, RetrievalFigures] = {}
-    """Retrieval by domain of pairs, for a model with a head for matching."""
+    """Scores of retrieval by domain of pairs, for a model with a head for matching."""
     captions: dict[str, CaptionFigures] = {}
-    """Captions by domain of pairs, for a model that is trained on captions."""
+    """Scores of captions by domain of pairs, for a model that is trained to write captions."""
     classes: dict[str, ClassScore] = {}
-    """Linear probe by domain, if the request asks for one."""
+    """Accuracy of a linear probe by domain, if the request asks for a probe."""
     training_images: int | None = None
-    """Number of training images among which the baseline of retrieval and captions looks for the nearest one; None
-    without a baseline."""
+    """Number of training images among which the baseline of retrieval and captions finds the nearest one.
+
+    It is None without a baseline.
+    """
 
     def quality(self) -> dict[str, float]:
-        """Return accuracies, precisions and recalls by the names that reports show. More is better."""
+        """Return accuracies, precisions and recalls under the names that reports show; a larger value is better."""
         values = {}
         for domain, retrieval in self.retrieval.items():
             values[f"{domain}, R@10 of captions"] = retrieval.model.image_to_text.at_10
@@ -197,41 +202,45 @@ class EncoderFigures(BaseModel):
 
 
 class AccuracyFigures(BaseModel):
-    """Accuracy of a task of classification."""
+    """Accuracy of a vision model's task of classification."""
 
     images: int
     classes: int
-    """Number of classes of these images."""
+    """Number of different classes that the evaluated images have."""
     top_1: float
-    """Share of images whose class has the highest score."""
+    """Share of images whose right class has the highest score."""
     top_5: float
-    """Share of images whose class is among the five with the highest scores."""
+    """Share of images whose right class is among the five with the highest scores."""
     baseline: float | None
-    """Share of images whose class is that of the nearest training image in pixels (`evaluate.nearest`); None if the
-    data of the training is gone."""
+    """Share of images whose nearest training image in pixels has the right class (`evaluate.nearest`).
+
+    It is None if the training data is gone.
+    """
     largest_class: float | None
-    """Share of images of the class that most training images have; None like `baseline`."""
+    """Share of images that belong to the most frequent class of the training images; None like `baseline`."""
     training_images: int | None = None
-    """Number of training images among which the baseline looks for the nearest one; None like `baseline`."""
+    """Number of training images among which the baseline finds the nearest one; None like `baseline`."""
 
 
 class ObjectPrecision(BaseModel):
     """Average precision of detected objects, from 0 to 1 (`evaluate.objects`)."""
 
     box_ap: float
-    """Mean over overlaps from 0.5 to 0.95."""
+    """Average precision of boxes, as the mean over overlaps (intersection over union) from 0.5 to 0.95."""
     box_ap50: float
     box_ap75: float
     mask_ap: float | None
-    """The same of masks; None if model or images have none."""
+    """Average precision of masks, like `box_ap`; None if the model or the images have no masks."""
     mask_ap50: float | None
     any_class_box_ap50: float
-    """Average precision of boxes at overlap 0.5, whatever their classes. Overlapping boxes of an image count once, with
-    the highest of their scores."""
+    """Average precision of boxes at overlap 0.5 if their classes are ignored.
+
+    Overlapping boxes of an image count once, with the highest of their scores.
+    """
 
 
 class ObjectFigures(BaseModel):
-    """Figures of a task of detection."""
+    """Results of a vision model's task of detection."""
 
     images: int
     objects: int
@@ -239,17 +248,17 @@ class ObjectFigures(BaseModel):
 
 
 class VisionFigures(BaseModel):
-    """Figures of a vision model."""
+    """Results of the evaluation of a vision model."""
 
     losses: dict[str, float]
-    """Mean over images of each loss, by the names in `RunSpec.loss_names`."""
+    """Mean of each loss over images, by the name of the loss (`RunSpec.loss_names`)."""
     classes: dict[str, AccuracyFigures] = {}
-    """Accuracy of each task of classification."""
+    """Accuracy of each classification task, by the name of the task."""
     objects: dict[str, ObjectFigures] = {}
-    """Average precision of each task of detection."""
+    """Average precision of each detection task, by the name of the task."""
 
     def quality(self) -> dict[str, float]:
-        """Return accuracies, precisions and recalls by the names that reports show. More is better."""
+        """Return accuracies, precisions and recalls under the names that reports show; a larger value is better."""
         values = {}
         for task, accuracy in self.classes.items():
             values[f"{task}, top 1"], values[f"{task}, top 5"] = accuracy.top_1, accuracy.top_5

@@ -1,7 +1,7 @@
-"""Evaluation of a vision model: its losses, the accuracy of classes, and the average precision of objects.
+"""Evaluation of a vision model: its losses, the accuracy of its classes, and the average precision of its objects.
 
-Average precision is COCO's, computed by pycocotools in the pixels of the images as they are stored. Beside the accuracy
-of classes stands that of the nearest training image in pixels (nearest.py).
+pycocotools computes COCO's average precision, in the pixels of the stored images. The accuracy of classes has a
+baseline, which is the class of the nearest training image in pixels (nearest.py).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,18 +37,18 @@ from mhmoe_ray.spec import DataSpec, MicroBatchPart, RunSpec
 
 
 class TaskOutputs(NamedTuple):
-    """Outputs of a task for a batch of its images."""
+    """Outputs of a vision model's task for a batch of its images."""
 
     losses: list[np.ndarray]
-    """Each loss of each image."""
+    """Values of each loss of the task, one for each image."""
     logits_NC: np.ndarray | None
-    """Logits of classes; None for detection."""
+    """Logits of the classes of each image; None for a task of detection."""
     detections: list[StoredDetection]
-    """Objects in each image, in its stored pixels; empty for classification."""
+    """Objects found in each image, in the pixels of the stored image; empty for a task of classification."""
 
 
 class VisionMeter:
-    """Meter of a vision model's tasks on one device."""
+    """Meter that runs the tasks of a vision model on one device, and counts routes."""
 
     def __init__(self, model: Vision, *, use_bfloat16: bool, on_progress: Progress) -> None:
         self._model, self._use_bfloat16, self._on_progress = model, use_bfloat16, on_progress
@@ -62,10 +62,10 @@ class VisionMeter:
         """Yield the outputs of a task for each batch of its samples.
 
         Args:
-            part: part of micro-batches with the task.
+            part: part of micro-batches that trains the task.
             samples: the samples.
             images: the image file of each sample.
-            label: name of the samples, under which routes are counted.
+            label: name of the samples, under which their routes are counted.
         """
         names = list(self._model.tasks)
         task_number = names.index(part.name)
@@ -93,7 +93,7 @@ class VisionMeter:
             self._on_progress(label, stop, len(images))
 
     def _encode(self, batch: Sequence[TaskBatch], task_number: int, label: str) -> Features:
-        """Return the features of a batch in which one task alone has images, and count their routes."""
+        """Return the features of a batch in which only one task has images, and count the routes of these images."""
         images = [task.image_NYXC for task in batch]
         if self.counter is None:
             return self._model.encode(images)
@@ -112,7 +112,7 @@ class VisionMeter:
 
 
 def vision_figures(context: EvaluationContext) -> EvaluationAnswer:
-    """Return the figures of a vision model on what a request asks for, and the counts of routes by task.
+    """Evaluate a vision model on the data that a request names; return its results and the counts of routes by task.
 
     Raises:
         DataError: the images cannot be read, or the data is not what the run was trained on.
@@ -158,7 +158,7 @@ def vision_figures(context: EvaluationContext) -> EvaluationAnswer:
 def _raw_images(
     data: DataSpec, spec: RunSpec, classes: Mapping[str, Sequence[str]], max_images: int
 ) -> dict[str, AnnotatedImages]:
-    """Return the images of raw data for each task that they fit.
+    """Return the annotated images in raw data, by the task that they belong to.
 
     Args:
         data: the data section that names the images.
@@ -187,12 +187,13 @@ def _raw_images(
 def _task_of_source(
     name: str, data: DataSpec, spec: RunSpec, classes: Mapping[str, Sequence[str]], annotations: Sequence[bytes]
 ) -> str:
-    """Return the task whose images a source has.
+    """Return the name of the task that the images of a source belong to.
 
-    Among the tasks of its columns, it is the one with its name, or else the only one that knows all of its classes.
+    Candidates are the tasks with the columns of the source. Among several candidates, the one with the name of the
+    source is chosen, or else the only one that knows all of the source's classes.
 
     Raises:
-        DataError: there is none, or there are several, or the source has no usable image.
+        DataError: no task fits, several tasks fit, or the source has no usable image.
     """
     columns = set(data.sources[name].sample_columns)
     tasks = [part.name for part in spec.parts if set(part.columns) == columns]
@@ -212,7 +213,11 @@ def _task_of_source(
 
 
 def _check_annotations(part: MicroBatchPart, annotations: Sequence[Annotation], names: Sequence[str]) -> None:
-    """Raise DataError if images have classes that the model does not know, or lack masks that its loss needs."""
+    """Check that the model knows all classes of the images, and that objects have masks if the model's loss needs them.
+
+    Raises:
+        DataError: an image has an unknown class, or an object has no mask.
+    """
     subject = f"images of task {part.name}"
     unknown_names = sorted({name for annotation in annotations for name in annotation.class_names} - set(names))
     if unknown_names:
@@ -225,7 +230,7 @@ def _check_annotations(part: MicroBatchPart, annotations: Sequence[Annotation], 
 
 
 class _Neighbours(NamedTuple):
-    """Images of the training of a task, and their classes."""
+    """Baseline of a classification task: the training images, and the class of each training sample."""
 
     nearest_images: NearestImages
     classes: list[str]
@@ -234,7 +239,7 @@ class _Neighbours(NamedTuple):
 def _read_baseline(
     spec: RunSpec, part: MicroBatchPart, checkpoint_manifest: CheckpointManifest, print_line: Callable[[str], None]
 ) -> _Neighbours | None:
-    """Return the training images of a task; None if the data of its training is gone, or was replaced by other data."""
+    """Return the training images of a task with their classes; None if the training data is gone, or was replaced."""
     manifest = training_manifest(spec, checkpoint_manifest.data_sha256, print_line)
     if manifest is None:
         return None
@@ -253,19 +258,19 @@ def _accuracy_figures(
     images: Sequence[bytes],
     neighbours: _Neighbours | None,
 ) -> AccuracyFigures:
-    """Return the accuracy of a task, beside that of the nearest training images.
+    """Return the accuracy of a classification task, and that of its baseline.
 
     Args:
         logits_NC: logits of the classes of each image.
         annotations: the class of each image.
         class_names: names of the classes, in the order of their numbers.
         images: image files, which are compared with those of the training.
-        neighbours: images of the training; None without a baseline.
+        neighbours: training images and their classes; None to leave the baseline out.
     """
     names = [annotation.class_name or "" for annotation in annotations]
     numbers = {name: number for number, name in enumerate(class_names)}
     class_N = np.array([numbers[name] for name in names])
-    # Ties count against the model.
+    # If another class has the same logit as the right one, the other class is ranked before it.
     rank_N = (logits_NC >= logits_NC[np.arange(len(class_N)), class_N][:, None]).sum(1) - 1
     baseline = largest_class = None
     if neighbours is not None:

@@ -1,15 +1,16 @@
-"""The model in torch, without Ray.
+"""The models in torch: decoder, encoder of images and texts, and vision model. Nothing here uses Ray.
 
-Shape suffixes: those of mhmoe_kernels (N D K E R F and others), and
+The name of a tensor ends with one letter for each dimension, as in `x_BTM`. The letters are those of mhmoe_kernels (N D
+K E R F and others) and these:
 
     B  sequences in a batch       H  attention heads
     T  tokens in a sequence       C  width of an attention head
     V  vocabulary size            M  width of the model (d), before it is split into sub-tokens
     L  mixture-of-experts layers  Q  width of X-MoE's routing projection
 
-The papers, their tables and their code disagree. Each reading below is an option of `spec/moe.py` or `spec/model.py`; *
-marks the default. P1 is the first paper (arXiv 2404.15045), P2 the follow-up (arXiv 2411.16205), X-MoE is arXiv
-2204.09179.
+The papers of MH-MoE, their tables and their code disagree. Each reading in the table is a value of an option in
+`spec/moe.py` or `spec/model.py`; * marks the default. P1 is the first paper (arXiv 2404.15045), P2 the follow-up (arXiv
+2411.16205). X-MoE is arXiv 2204.09179, and torchscale is the library that P1 used.
 
     | topic, option                   | readings                                     | why that default            |
     | ------------------------------- | -------------------------------------------- | --------------------------- |
@@ -21,8 +22,8 @@ marks the default. P1 is the first paper (arXiv 2404.15045), P2 the follow-up (a
     |   router_dim                    | has no other); 16 / h P1's table             | comparison                  |
     | gates divided by their sum      | false* P2's code; true P1, and P2's script   | P2's code computes it       |
     |   normalize_gates               | without effect                               |                             |
-    | routes beyond expert capacity   | null* keeps all: P1's authors in review;     | causal: drops depend on     |
-    |   capacity_factor               | 1.0 the code of both                         | later rows                  |
+    | routes beyond expert capacity   | null* keeps all: P1's authors in review;     | drops depend on later rows, |
+    |   capacity_factor               | 1.0 the code of both                         | which is not causal         |
     | second expert                   | always* P2; random P1's runs                 | random is for top-2 alone   |
     |   second_expert                 |                                              |                             |
     | choices in load balancing loss  | first* the code of both; all P1's equation   | the authors ran it          |
@@ -36,12 +37,12 @@ Three choices are not options. Projections have biases, as in the code of both p
 model has none. P1's code drops second choices at random in evaluation too; this model never does. X-MoE's sigmoid gate,
 and torchscale's division of gates after drops, are not implemented.
 
-Other designs are built from these parts and need no backbone of their own. DeepSeekMoE has many narrow experts and
-`d_shared`. Mixtral has `kv_heads`, `tied_embeddings: false`, `every: 1` and `normalize_gates: true`. Both are presets
-(planner/). With `heads: 2` and a `d_sub_token` of d, a layer can compute the same as a plain layer whose experts it has
-(moe.py). Qwen, OLMoE and DeepSeek-V3's routing add norms of queries and keys, biases of attention, scaled positions,
-sigmoid scores and groups of experts, which are options too. SMEAR (soft merging of experts, arXiv 2306.03745) is
-the only one that does not send rows to experts: router `smear` averages the weights of all experts into one expert for
-each sample (smear.py). It averages over whole samples, so that in a decoder later tokens would influence earlier ones,
-and is therefore for encoders alone.
+The same parts build other published models. DeepSeekMoE has many narrow experts and `d_shared`. Mixtral has
+`kv_heads`, `tied_embeddings: false`, `every: 1` and `normalize_gates: true`. Both are presets (planner/). With `heads:
+2` and a `d_sub_token` of d, a layer can compute exactly what a plain layer with the same experts computes (moe.py).
+Qwen, OLMoE and DeepSeek-V3's routing add norms of queries and keys, biases of attention, scaled positions, sigmoid
+scores and groups of experts, which are options too. SMEAR (soft merging of experts, arXiv 2306.03745) is the only
+design here that does not send sub-tokens to experts. Its router `smear` averages the weights of all experts into one
+expert for each sample (smear.py). This router reads whole samples, so in a decoder later tokens would influence earlier
+ones. It is therefore for encoders only.
 """

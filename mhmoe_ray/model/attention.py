@@ -20,30 +20,33 @@ KV cache and attends to these and all earlier tokens."""
 
 
 def document_indices(document_starts_BT: Tensor) -> Tensor:
-    """Return the index (B, T) of each token's document within its sequence, given a mask of the tokens that begin a
-    document. The tokens before the first one have index 0."""
+    """Return the index (B, T) of each token's document within its sequence.
+
+    `document_starts_BT` is the mask of the tokens that begin a document. Tokens before the first start have index 0.
+    """
     return document_starts_BT.cumsum(1)
 
 
 def document_mask(document_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the mask (B, 1, T, T) that is added to attention scores: 0 where a token may attend, which is to itself
-    and to earlier tokens of its document, and -inf elsewhere.
+    """Return the mask (B, 1, T, T), added to attention scores, that keeps causal attention within each document.
 
-    Positions need not restart in each document, because RoPE and xPos depend only on the distance between two tokens.
+    It is 0 where a token may attend (to itself and to earlier tokens of its document), and -inf elsewhere. Positions
+    need not restart in each document, because RoPE and xPos depend only on the distance between two tokens.
 
     Args:
         document_BT: index of each token's document, int.
         dtype: dtype of the queries.
     """
-    # The mask is not boolean, because every layer would convert it into one like this, and keep its own copy for the
-    # backward.
+    # The mask is not boolean, because every layer would convert a boolean mask into one like this, and keep its own
+    # copy for the backward.
     visible_BTT = (document_BT[:, :, None] == document_BT[:, None, :]).tril()
     return torch.zeros_like(visible_BTT, dtype=dtype).masked_fill_(~visible_BTT, float("-inf"))[:, None]
 
 
 def document_offsets(document_starts_BT: Tensor) -> Tensor:
-    """Return the position of each document's first token in the flattened tokens of a batch, and at the end the number
-    of tokens, int32. A sequence begins a document, too.
+    """Return the index of each document's first token in the flattened tokens of a batch, then the number of tokens.
+
+    All values are int32. The first token of a sequence always counts as the start of a document.
 
     Args:
         document_starts_BT: mask of the tokens that begin a document, in CPU memory, because its values decide the shape
@@ -58,16 +61,16 @@ class Documents(NamedTuple):
     """Restriction of attention to each token's own document, in one of two forms."""
 
     mask_B1TT: Tensor | None
-    """`document_mask`; None if attention reads the offsets."""
+    """Result of `document_mask`; None if attention uses the offsets instead."""
     offset_N1: Tensor | None
-    """`document_offsets`, on the device of the tokens; None if attention reads the mask."""
+    """Result of `document_offsets`, on the device of the tokens; None if attention uses the mask instead."""
 
 
 def has_variable_length_kernel(spec: ModelSpec, x: Tensor) -> bool:
     """Return whether torch has a kernel that computes the attention of documents of any lengths without a mask.
 
-    Flash attention is for NVIDIA's GPUs of compute capability 8.0 or more. Whether it is faster than the mask, and by
-    how much, has not been measured.
+    The kernel is flash attention for NVIDIA's GPUs of compute capability 8.0 or more. Whether it is faster than
+    attention with a mask, and by how much, has not been measured.
 
     Args:
         spec: spec of the model.
@@ -75,7 +78,7 @@ def has_variable_length_kernel(spec: ModelSpec, x: Tensor) -> bool:
     """
     if x.device.type != "cuda" or torch.version.hip or matmul_dtype(x) not in (torch.bfloat16, torch.float16):
         return False
-    # A fake tensor may be on a GPU where there is none.
+    # A fake tensor may claim to be on a GPU although this machine has none.
     if torch.cuda.is_available() and torch.cuda.get_device_capability(x.device) < (8, 0):
         return False
     return not spec.attention_dropout and spec.head_width % 8 == 0 and spec.head_width <= 256
@@ -107,15 +110,14 @@ class Attention(nn.Module):
         generator: torch.Generator | None = None,
         documents: Documents | None = None,
     ) -> Tensor:
-        """Return the attention output of tokens, each of which attends to itself and to earlier tokens, or only to
-        those of its document.
+        """Return the attention output of tokens. A token attends to itself and to earlier tokens (of its document).
 
         Args:
-            x_BTM: the T tokens.
-            tables: `rotary_tables` of their positions.
+            x_BTM: hidden states of T tokens.
+            tables: `rotary_tables` of the tokens' positions.
             cached_attention: attention over a KV cache, for generation after earlier tokens.
-            generator: generator of dropout on the attention weights; None in evaluation.
-            documents: the tokens' documents; None if `cached_attention` is given.
+            generator: random generator of dropout on the attention weights; None in evaluation.
+            documents: the tokens' documents, to which attention is restricted; None for no restriction.
         """
         q, k, v = self.project(x_BTM)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -133,13 +135,13 @@ class Attention(nn.Module):
         return q, k, v
 
     def merge(self, y_BTHC: Tensor) -> Tensor:
-        """Return the output of the layer for the attention output of each head."""
+        """Combine the attention outputs of all heads into the output of the layer."""
         output: Tensor = self.out(self.inner_norm(y_BTHC.flatten(2)))
         return output
 
     def _normed(self, norm: nn.Module, rows_BTHC: Tensor) -> Tensor:
-        """Return queries or keys after their norm, of each head by itself or of all heads together, in their dtype."""
-        # In float32, because torch's fused norm needs the dtype of its weight.
+        """Return queries or keys after RMSNorm, in their own dtype. The norm is over each head or over all heads."""
+        # torch's fused norm needs inputs in the dtype of its weight, which is float32.
         wide_BTHC = widen(rows_BTHC)
         if self.qk_norm == "head":
             normed_rows: Tensor = norm(wide_BTHC)
@@ -150,13 +152,13 @@ class Attention(nn.Module):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, generator: torch.Generator | None, documents: Documents | None
     ) -> Tensor:
-        """Return causal attention without a KV cache: over earlier tokens and the token itself, of all documents or of
-        its own."""
+        """Return the output of causal attention without a KV cache, over all documents or within each document."""
         if documents is not None and documents.offset_N1 is not None:
             return _attend_within_documents(q, k, v, documents.offset_N1)
         mask_B1TT = None if documents is None else documents.mask_B1TT
         has_grouped_queries = self.kv_heads != self.heads
-        # On GPUs, no kernel takes grouped queries with a mask or in float32 but the one that keeps all T x T weights.
+        # On GPUs, only the kernel that keeps all T x T weights takes grouped queries with a mask or in float32, so keys
+        # and values are repeated for the other kernels.
         if has_grouped_queries and q.device.type == "cuda" and (mask_B1TT is not None or q.dtype == torch.float32):
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
             has_grouped_queries = False
@@ -174,8 +176,8 @@ class Attention(nn.Module):
 
 
 def _attend_within_documents(q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, offset_N1: Tensor) -> Tensor:
-    """Return causal attention within each document, by a kernel that skips all other pairs of tokens."""
-    # torch 2.11 has this function without grouped queries.
+    """Return the output of causal attention within each document, by a kernel that skips pairs across documents."""
+    # In torch 2.11, this function does not take grouped queries.
     from torch.nn.attention.varlen import varlen_attn
 
     B, H, T, C = q_BHTC.shape

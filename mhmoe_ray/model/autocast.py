@@ -1,4 +1,4 @@
-"""The dtype of matrix products, with autocast or by the name of a precision."""
+"""Dtypes of matrix products: the one that autocast sets, and those that a run's spec can name."""
 
 import torch
 from torch import Tensor
@@ -6,17 +6,17 @@ from torch import Tensor
 from mhmoe_ray.spec.base import Precision
 
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Dtypes by the names of precisions in a spec."""
+"""Map from the names of precisions in a run's spec to torch's dtypes."""
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of matrix products with x, which is autocast's if autocast is on."""
+    """Return the dtype in which products with x are computed: autocast's dtype if autocast is on, else that of x."""
     device_type = x.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
 def cast_for_autocast(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    """Return rows and weights in autocast's dtype if autocast is on, and unchanged otherwise."""
+    """Cast rows and weights to autocast's dtype if autocast is on; otherwise return them unchanged."""
     # Autocast casts the operands of torch's own operations, but a feed-forward layer or an expert is one operation.
     if not torch.is_autocast_enabled(x.device.type):
         return x, *weights

@@ -7,7 +7,7 @@ from mhmoe_ray.spec import ModelSpec
 
 
 def build_model(spec: ModelSpec, expert_ids: range | None = None) -> Decoder | Encoder | Vision:
-    """Return the model with uninitialized weights.
+    """Create the decoder, encoder or vision model that a spec describes, with uninitialized weights.
 
     Args:
         spec: the model's sizes and options.

@@ -29,11 +29,14 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class KeyValueCache(Protocol):
-    """KV cache for generation. It has the keys and values of all tokens before the newest ones, which are the tokens of
-    the current forward pass."""
+    """KV cache for generation, with the keys and values of all earlier tokens.
+
+    The newest tokens are those of the current forward pass.
+    """
 
     position_T: Tensor
-    """Positions of the newest tokens, int64. A row may have the tokens of several sequences, one after another."""
+    """Position of each of the newest tokens in its sequence, int64. A batch may have the tokens of several sequences,
+    one after another."""
 
     def attend(self, layer: int, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor) -> Tensor:
         """Store the keys and values of the newest tokens in layer `layer`, and return the attention output of their
@@ -41,7 +44,7 @@ class KeyValueCache(Protocol):
         ...
 
     def requested_rows(self, x_BTM: Tensor) -> Tensor:
-        """Return the tokens of `x_BTM` for which logits were requested; the decoder computes no others."""
+        """Return the hidden states of the tokens whose logits were requested. The decoder computes no other logits."""
         ...
 
 
@@ -73,26 +76,26 @@ class Block(TrunkBlock):
         recompute: bool,
         domain_B: Tensor | None,
     ) -> tuple[Tensor, Routing | None]:
-        """Run the block; return its output, and its routing if it has experts.
+        """Run the block and return its output, and its routing if it has experts.
 
         Args:
-            x_BTM: the tokens.
-            tables: rotary tables of their positions.
+            x_BTM: hidden states of the tokens.
+            tables: rotary tables of the tokens' positions.
             cached_attention: attention over a KV cache, for generation after earlier tokens.
-            create_generator: function that returns a new generator of dropout and routing, with the same draws at each
-                call; or that returns None in evaluation.
+            create_generator: function that returns a new random generator for dropout and routing, in the same state at
+                each call; in evaluation it returns None.
             documents: the tokens' documents, to which attention is restricted.
-            recompute: whether the backward recomputes the part before the feed-forward layer.
-            domain_B: expert of each sequence, for router `domain`.
+            recompute: whether the backward recomputes the attention part of the block.
+            domain_B: index of each sequence's expert; only router `domain` uses it.
         """
 
         def run_attention(x_BTM: Tensor) -> tuple[Tensor, torch.Generator | None]:
-            # A recomputation draws the same numbers only from a new generator in its initial state.
+            # The backward may run this again and must then draw the same numbers, so each run creates a new generator.
             generator = create_generator()
             y_BTM = self.attention(self.attention_norm(widen(x_BTM)), tables, cached_attention, generator, documents)
             return add_residual(x_BTM, dropout(y_BTM, self.dropout, generator)), generator
 
-        # The generator is in the state in which attention has left it.
+        # `generator` continues after the random numbers that attention has drawn.
         x_BTM, generator = recompute_in_backward(run_attention, x_BTM) if recompute else run_attention(x_BTM)
         y_BTM = self.ffn_norm(widen(x_BTM))
         if self.moe is not None:
@@ -104,19 +107,19 @@ class Block(TrunkBlock):
 
 
 class DecoderOutput(NamedTuple):
-    """Output of the decoder for a batch of tokens."""
+    """Output of the decoder for a batch of tokens: logits, and how sub-tokens were routed to experts."""
 
     logits_BTV: Tensor
     routing: list[Routing]
-    """Routing of each mixture-of-experts layer, from the lowest layer up."""
+    """Result of the router of each mixture-of-experts layer, from the first layer to the last."""
 
 
 class DecoderLoss(NamedTuple):
-    """Output of the decoder for a batch of tokens and their targets."""
+    """Output of the decoder for a batch with targets: the loss, and how sub-tokens were routed to experts."""
 
     loss: Loss
     routing: list[Routing]
-    """Routing of each mixture-of-experts layer, from the lowest layer up."""
+    """Result of the router of each mixture-of-experts layer, from the first layer to the last."""
 
 
 class Decoder(Trunk):
@@ -156,13 +159,14 @@ class Decoder(Trunk):
             token_BT: token ids, int64.
             cache: KV cache of the earlier tokens, to which the call adds the new ones. It selects the tokens that get
                 logits; without a cache all tokens do.
-            noise: randomness of a training step, None in evaluation; used only if the spec has any.
+            noise: source of a training step's randomness; None in evaluation. It is used only if the spec has dropout
+                or another random part.
             document_BT: index of each token's document, int; required if the spec has `document_masks` and there is no
                 cache.
-            domain_B: expert of each sequence, int64; required for router `domain`.
-            document_offset_N1: `document_offsets` of the tokens, with which a GPU needs no mask of documents.
-            targets: the next tokens. The loss is computed here, because FSDP and ZeRO gather the weights of the output
-                layer only for the time of this call.
+            domain_B: index of each sequence's expert, int64; required for router `domain`.
+            document_offset_N1: `document_offsets` of the tokens. With them, attention on a GPU needs no mask.
+            targets: the next tokens. With them, this call computes the loss, because FSDP and ZeRO gather the weights
+                of the output layer only for the duration of the call.
         """
         # A prompt is one document, so generation with a cache needs no mask.
         assert (document_BT is not None) == (self.spec.document_masks and cache is None)
@@ -179,7 +183,7 @@ class Decoder(Trunk):
             mask_B1TT = document_mask(document_BT, matmul_dtype(x_BTM)) if needs_mask else None
             documents = Documents(mask_B1TT, None if needs_mask else document_offset_N1)
             if self.is_compiled and documents.offset_N1 is not None:
-                # Every micro-batch has another number of documents.
+                # The number of documents changes with every micro-batch, so compiled code must accept any number.
                 torch._dynamo.maybe_mark_dynamic(documents.offset_N1, 0)
         routings = []
         active_noise = noise if self.spec.is_random else None

@@ -1,4 +1,4 @@
-"""Feed-forward modules: the dense layer and the stack of experts. Both compute the same function."""
+"""Feed-forward modules: the dense layer and the stack of experts. Both compute the same function of a row."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,12 +15,12 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class CastingModule(nn.Module):
-    """Module whose parameters are the operands of one operation, to which autocast does not reach."""
+    """Module that casts its own parameters, because autocast does not cast the operands of its custom operation."""
 
     def __init__(self) -> None:
         super().__init__()
         self.step_casts: tuple[Tensor, ...] | None = None
-        """Result of `cast_weights` while a training step keeps it; None if it does not."""
+        """Parameters, already cast, that a training step keeps for all of its micro-batches; None if it keeps none."""
 
     def cast_weights(self) -> tuple[Tensor, ...]:
         """Return all parameters, in the order of their registration, in autocast's dtype if autocast is on."""
@@ -29,7 +29,7 @@ class CastingModule(nn.Module):
 
     def cast(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return rows and all parameters in autocast's dtype if autocast is on."""
-        # The gradients of all micro-batches pass through the casts of a step, which keep nothing for their backward.
+        # The backward of every micro-batch can pass through the same casts, because a cast saves nothing for it.
         weights = self.step_casts if torch.is_grad_enabled() else None
         return *cast_for_autocast(x), *(weights or self.cast_weights())
 
@@ -49,16 +49,16 @@ class FeedForward(CastingModule):
 
 
 class SharedExpert(NamedTuple):
-    """Shared expert of a layer with its input. A dispatch computes it, so that it can do so while rows travel."""
+    """Shared expert of a layer, with its input. A dispatch between ranks can compute it while rows travel."""
 
     layer: FeedForward
     x_BTM: Tensor
-    """Whole tokens."""
+    """Hidden states of whole tokens, before they are split into sub-tokens."""
 
 
 def matrix_names(model: nn.Module) -> set[str]:
-    """Return the names of all parameters that are matrices, including the stacks of experts' matrices; biases and norms
-    are not."""
+    """Return the names of all parameters that are matrices or stacks of experts' matrices; biases and norms are left
+    out."""
     return {
         name
         for path, module in model.named_modules()
@@ -68,10 +68,11 @@ def matrix_names(model: nn.Module) -> set[str]:
 
 
 class Experts(CastingModule):
-    """The experts of a layer that this process holds: all E of them, or a part of them with expert parallelism.
+    """The experts of a layer that this process holds: all E experts, or some of them with expert parallelism.
 
-    Each expert computes the same as a FeedForward of a sub-token's width D and hidden width f. The parameters of all
-    experts are stacked along a first dimension E, and registered in the order of the function's arguments.
+    Each expert computes the same function as `FeedForward`, with a sub-token's width D and hidden width f. The
+    parameters of all experts are stacked along a first dimension E, and registered in the order of the function's
+    arguments.
     """
 
     def __init__(self, spec: ModelSpec, expert_ids: range) -> None:
@@ -89,9 +90,9 @@ class Experts(CastingModule):
     def forward(
         self, x_ND: Tensor, routing: Routing, dispatch: "Dispatch", shared: SharedExpert | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the result of `dispatch`: each row's sum of expert outputs weighted by gates, also from experts of
-        other ranks, and the output of the shared expert, if there is one."""
-        # It is a forward pass of this module because FSDP gathers sharded parameters for the time of a forward.
+        """Return the result of `dispatch`: each row's sum of expert outputs weighted by gates, and the shared expert's
+        output, if there is one. With expert parallelism, the sum includes experts of other ranks."""
+        # The dispatch runs inside a forward of this module, because FSDP gathers sharded parameters only during one.
         return dispatch(x_ND, routing, self, shared)
 
     def compute(self, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, capacity: int | None = None) -> Tensor:
@@ -106,12 +107,12 @@ class Experts(CastingModule):
         return run_experts(self.select_kernel(x_ND, weights, capacity), x_ND, expert_NK, gate_NK, weights, capacity)
 
     def select_kernel(self, x_ND: Tensor, weights: ExpertWeights, capacity: int | None = None) -> str:
-        """Return the name of the kernel for these rows and weights, which `cast_rows` returned.
+        """Return the name of the kernel that runs these rows. Rows and weights are results of `cast_rows`.
 
         Args:
             x_ND: rows, in the dtype and on the device of the computation.
             weights: weights of the experts.
-            capacity: expert capacity in rows; None if no route is dropped, for which kernel `capacity` is unsuitable.
+            capacity: expert capacity in rows; None if no route is dropped. Kernel `capacity` cannot run without it.
         """
         return choose_kernel(self.kernel, x_ND, weights, capacity)
 

@@ -1,4 +1,4 @@
-"""The shard of a tensor that this process holds, if the tensor is sharded over ranks."""
+"""Access to the shard that this process holds of a tensor, which may be sharded over ranks (DTensor)."""
 
 import sys
 from typing import TYPE_CHECKING, TypeGuard
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Return whether a tensor is a DTensor."""
+    """Return whether a tensor is a DTensor, without importing torch's module of DTensors."""
     # Importing the module takes half a second, which would delay the start of a server. If nobody has imported it,
     # there are no DTensors.
     module = sys.modules.get("torch.distributed.tensor")

@@ -17,7 +17,9 @@ from mhmoe_ray.model.trunk import Trunk
 
 @torch.no_grad()
 def init_weights(model: Trunk, seed: int, on_tensor: Callable[[], None] = lambda: None) -> None:
-    """Set every parameter and buffer of `model` to its initial values, in place. Of a DTensor, set this rank's shard.
+    """Set every parameter and buffer of `model` to its initial values, in place.
+
+    For a DTensor, only this rank's shard is set.
 
     | tensor | initial values |
     | --- | --- |
@@ -32,15 +34,14 @@ def init_weights(model: Trunk, seed: int, on_tensor: Callable[[], None] = lambda
     | convolutions of detectors | as nn.Conv2d |
     | factor of the contrastive loss | 1 / 0.07, as in CLIP |
 
-    The values of nn.Linear, of weights and biases, are uniform in +-n^-0.5, where n is the fan-in of the matrix. For a
-    layer of the head projection, n is d if the layer is the first one or if sub-tokens have the default width, and
-    otherwise h times the width of a sub-token. The architecture may then change these values
-    (`Modules.rescale_initial`), as subln does.
+    "As nn.Linear" means that weights and biases are uniform in +-n^-0.5, where n is the fan-in of the matrix. In the
+    head projection, n is d for the first layer, and h times the width of a sub-token for later layers. By default both
+    are d. The architecture may then change the initial values (`Modules.rescale_initial`), as subln does.
 
     Args:
         model: the model to initialize.
         seed: seed of the run.
-        on_tensor: function that is called after each parameter, such as a heartbeat.
+        on_tensor: function that is called after each parameter, for example to show that the process is alive.
     """
     # Tensors are drawn one by one: at most one full tensor, or one expert of a stack, is in CPU memory at a time.
     for module_name, module in model.named_modules():
@@ -90,7 +91,7 @@ def _initial_expert(model: Trunk, module: Experts, name: str, template: Tensor, 
 
 
 def _initial_tensor(model: Trunk, module: nn.Module, name: str, template: Tensor, seed: int) -> Tensor:
-    """Return the initial values of a full tensor that is not of experts."""
+    """Return the initial values of a full tensor that does not belong to experts."""
     return _initial_values(model, module, name, template, seeded_generator(f"{seed}:{name}"))
 
 
@@ -102,9 +103,9 @@ def _initial_values(model: Trunk, module: nn.Module, name: str, template: Tensor
 
 
 def _fill_initial_values(module: nn.Module, name: str, t: Tensor, generator: torch.Generator) -> None:
-    """Fill `t` with the initial values of the table in `init_weights`, by the full name of the tensor."""
-    # Modules and the last part of a name say what a tensor is. The parts before may be any words, such as the names of
-    # tasks.
+    """Fill `t` with initial values, by the row of the table in `init_weights` for this module and full name."""
+    # The module and the last part of the name tell what a tensor is. The earlier parts may be any words, such as the
+    # names of tasks.
     tensor_name = name.rpartition(".")[2]
     if isinstance(module, nn.LayerNorm | nn.RMSNorm) or tensor_name.startswith("norm_"):
         nn.init.constant_(t, 0.0 if "bias" in tensor_name else 1.0)
@@ -118,7 +119,7 @@ def _fill_initial_values(module: nn.Module, name: str, t: Tensor, generator: tor
         nn.init.constant_(t, math.log(1 / 0.07))
     elif isinstance(module, nn.Embedding) or (name.startswith("output.") and t.ndim == 2):
         nn.init.normal_(t, std=t.shape[1] ** -0.5, generator=generator)
-    # P1 and P2 do not describe several projection layers: each is initialized as if it were the only one.
+    # The papers do not describe projections of several layers. Each layer is initialized as if it were the only one.
     elif ".moe.head." in name or ".moe.merge." in name:
         _fill_projection(module, name, t, generator)
     elif t.ndim == 1:
@@ -128,7 +129,7 @@ def _fill_initial_values(module: nn.Module, name: str, t: Tensor, generator: tor
 
 
 def _fill_projection(module: nn.Module, name: str, t: Tensor, generator: torch.Generator) -> None:
-    """Fill a weight or a bias of a head or merge projection."""
+    """Fill a weight or a bias of a head or merge projection with its initial values, in place."""
     is_head = ".moe.head." in name
     if t.ndim == 2:
         nn.init.xavier_uniform_(t, gain=2**-0.5 if is_head else 1.0, generator=generator)
@@ -139,13 +140,13 @@ def _fill_projection(module: nn.Module, name: str, t: Tensor, generator: torch.G
 
 
 def _fill_bias(module: nn.Module, name: str, t: Tensor, generator: torch.Generator) -> None:
-    """Fill a bias as nn.Linear does, in a range that depends on the fan-in of its matrix."""
+    """Fill a bias with random values as nn.Linear does, in a range that depends on the fan-in of its matrix."""
     fan_in = _fan_in(module, name)
     nn.init.uniform_(t, -(fan_in**-0.5), fan_in**-0.5, generator=generator)
 
 
 def _fan_in(module: nn.Module, bias_name: str) -> int:
-    """Return the fan-in of the matrix that a bias belongs to. `module` has both."""
+    """Return the fan-in of the matrix that a bias belongs to. `module` contains the matrix and the bias."""
     if isinstance(module, nn.Linear):
         return module.in_features
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):

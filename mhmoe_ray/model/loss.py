@@ -18,16 +18,17 @@ from mhmoe_ray.model.autocast import matmul_dtype
 from mhmoe_ray.spec.train import LOSS_CHUNKS_PER_PRODUCT
 
 PRODUCT_ROWS = {"cpu": 4096, "cuda": 32768}
-"""Number of rows of a product that are converted to float32 and added at a time. On a CPU, they stay in its cache."""
+"""Number of rows of the weights' gradient that are added to its float32 sum at a time, by type of device. On a CPU,
+this many rows stay in the cache."""
 
 
 class Targets(NamedTuple):
-    """Next tokens of a batch."""
+    """Next tokens that a decoder should predict for a batch, and which of them count in the loss."""
 
     token_BT: Tensor
-    """Target of each position, int64."""
+    """Next token of each position, int64."""
     counts_BT: Tensor
-    """Mask of the targets that count, bool."""
+    """Mask, bool: True for targets that count in the loss."""
 
 
 class Loss(NamedTuple):
@@ -46,16 +47,16 @@ def token_losses(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
 
 
 def full_loss(logits_BTV: Tensor, targets: Targets) -> Loss:
-    """Return the loss from the logits of all tokens."""
+    """Return the cross-entropy of a batch from the logits of all tokens at once."""
     loss_BT = token_losses(logits_BTV, targets.token_BT) * targets.counts_BT
     return Loss(loss_BT.sum(), loss_BT.detach())
 
 
 def chunked_loss(x_BTM: Tensor, weight_VM: Tensor, targets: Targets, chunk_rows: int) -> Loss:
-    """Return the loss for the logits x @ weight^T, of which only those of `chunk_rows` tokens exist at a time.
+    """Return the cross-entropy for the logits x @ weight^T, of which only `chunk_rows` tokens' logits exist at a time.
 
     Products are in autocast's dtype if autocast is on, and log-probabilities are in float32, as with all logits at
-    once. The gradient of the weights is summed over chunks in float32. It is not differentiable twice.
+    once. The gradient of the weights is summed over chunks in float32. Second derivatives do not exist.
 
     Args:
         x_BTM: hidden states after the last norm.
@@ -73,7 +74,7 @@ def chunked_loss(x_BTM: Tensor, weight_VM: Tensor, targets: Targets, chunk_rows:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Autograd function of `chunked_loss`. Its forward computes the gradients, which its backward scales."""
+    """Autograd function of `chunked_loss`. Its forward also computes the gradients; its backward only scales them."""
 
     @staticmethod
     def forward(
@@ -103,7 +104,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     dlogits_CV.scatter_add_(1, target_C1, dlogits_CV.new_full((), -1.0).expand_as(target_C1))
                     dlogits_PV[rows.start - product_start : rows.stop - product_start] = dlogits_CV
             rows = slice(product_start, product_end)
-            # Rows that do not count are left out of both gradients where they are narrow.
+            # Targets that do not count are masked in rows of width M, which takes less work than in rows of V logits.
             counts_P1 = counts_N[rows, None]
             if dx_NM is not None:
                 dx_NM[rows] = (dlogits_PV @ compute_weight_VM) * counts_P1
@@ -119,7 +120,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dx_NM, dweight_VM = ctx.saved_tensors
         dx_NM = None if dx_NM is None else dx_NM * dloss
-        # This gradient is as large as the weights, so it is scaled in place: the backward runs once.
+        # This gradient is as large as the weights, so it is scaled in place. The backward runs only once.
         dweight_VM = None if dweight_VM is None else dweight_VM.mul_(dloss).to(ctx.weight_dtype)
         return dx_NM, dweight_VM, None, None, None, None, None, None
 

@@ -1,16 +1,18 @@
-"""The multi-head mixture-of-experts layer (P1, section 3.1; P2, section 2.1); with h = 1, the plain sparse layer.
+"""The multi-head mixture-of-experts layer (MH-MoE); with h = 1, the plain sparse layer.
+
+P1 is the first paper (arXiv 2404.15045, section 3.1), P2 the follow-up (arXiv 2411.16205, section 2.1).
 
     x (N, d) -> head projection -> split (N*h, D) -> router -> experts -> join (N, h*D) -> merge projection
 
 The h sub-tokens of a token are neighbouring rows (token-major, head-minor). Their width D is d/h, or the option
-`d_sub_token`. With the option, the first layer of the head projection leads from d to h*D values, and the last layer of
-the merge projection leads back to d. With D = d, a multi-head layer can compute the same as a plain layer with its
-experts and its router: the head projection makes each token its first sub-token, and the merge projection reads only
-the first sub-token.
+`d_sub_token`. With the option, the first layer of the head projection maps d to h*D values, and the last layer of the
+merge projection maps back to d. With D = d, a multi-head layer can compute exactly what a plain layer with the same
+experts and router computes: the head projection copies each token to its first sub-token, and the merge projection
+reads only the first sub-token.
 
 By default there is no residual connection around a sub-token: the block's own residual is the only one, as in the
-authors' code and in P2. Equation 6 of P1 has one, which the option `sub_token_residual` adds. A shared expert, whose
-position P2 leaves open, computes on whole tokens before the split.
+authors' code and in P2. Equation 6 of P1 has one, which the option `sub_token_residual` adds. P2 leaves open where a
+shared expert is. Here it computes on whole tokens, before the split.
 
 In training, dropout applies to the output of each expert, shared or routed, before gates and merge, as in the authors'
 code. Each of a sub-token's k experts has its own mask. Neither the projections nor the output of the whole layer have
@@ -32,8 +34,10 @@ from mhmoe_ray.spec import ModelSpec
 def dispatch_locally(
     x_ND: Tensor, routing: Routing, experts: Experts, shared: SharedExpert | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return each sub-token's sum of expert outputs weighted by gates, and the output of the shared expert, if there is
-    one. This process must hold all experts of the layer."""
+    """Run sub-tokens through their experts without communication; this process must hold all experts of the layer.
+
+    Return each sub-token's sum of expert outputs weighted by gates, and the shared expert's output, if there is one.
+    """
     y_ND = experts.compute(x_ND, routing.expert_NK, routing.gate_NK, routing.capacity)
     return y_ND, None if shared is None else shared.layer(shared.x_BTM)
 
@@ -48,7 +52,7 @@ def _build_projection(widths: Iterable[int]) -> nn.Module:
 
 
 def build_router(spec: ModelSpec) -> Router:
-    """Return the router of a layer, with uninitialized parameters."""
+    """Return the router of one layer of the model that a spec describes, with uninitialized parameters."""
     assert spec.moe is not None
     if spec.vision is not None:
         return TaskRouter(spec.row_width, spec.moe, list(spec.vision.tasks), is_shared=spec.vision.routers == "shared")
@@ -67,7 +71,7 @@ class MoELayer(nn.Module):
 
 
 class MultiHeadMoE(MoELayer):
-    """Multi-head mixture-of-experts layer of one block."""
+    """Mixture-of-experts layer that splits each token into sub-tokens and sends every sub-token to its own experts."""
 
     def __init__(self, spec: ModelSpec, expert_ids: range | None = None) -> None:
         """Create the layer with uninitialized weights.
@@ -98,16 +102,16 @@ class MultiHeadMoE(MoELayer):
         """Return the output (B, T, M) of the layer, and its routing.
 
         Args:
-            x_BTM: the tokens.
+            x_BTM: hidden states of the tokens.
             generator: generator of the router's randomness and of dropout in training; None in evaluation.
-            domain_B: expert of each sequence, for router `domain`.
-            group_tokens: number of tokens of each group, for routers by modality or by task.
+            domain_B: index of each sequence's expert; only router `domain` uses it.
+            group_tokens: number of tokens of each modality or task, for routers that treat them separately.
         """
         x = self.head(x_BTM)
         x_ND = x.reshape(-1, x.shape[-1] // self.heads)
         group_rows = [count * self.heads for count in group_tokens]
         routing: Routing = self.router(x_ND, generator, len(x_BTM), domain_B, group_rows)
-        # A dispatch between ranks computes the shared expert while rows travel.
+        # A dispatch between ranks computes the shared expert while sub-tokens travel between ranks.
         shared = None
         if self.shared is not None and self.dispatch is not dispatch_locally:
             shared = SharedExpert(self.shared, x_BTM)

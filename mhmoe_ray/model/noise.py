@@ -8,26 +8,26 @@ import torch
 from torch import Tensor
 
 EMBEDDING = -1
-"""Layer number of the embedding's random draws."""
+"""Number that stands for the embedding in `Noise.generator`, where blocks have their layer numbers."""
 HEADS = -2
-"""Layer number of the random draws of heads after the last layer."""
+"""Number that stands for the output heads in `Noise.generator`, where blocks have their layer numbers."""
 
 
 def seeded_generator(name: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a new random generator, seeded by `name`: it has the same draws for the same name in every process."""
+    """Return a new random generator, seeded by `name`. The same name gives the same random numbers in every process."""
     # Python's own hash of a string differs between processes.
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 class Noise:
-    """Randomness of one micro-batch's forward pass in training. Evaluation has none."""
+    """Source of random generators for the forward pass of one micro-batch in training. Evaluation has none."""
 
     def __init__(self, seed: int, micro_batch: int) -> None:
         self._name = f"{seed}:{micro_batch}"
 
     def generator(self, layer: int, device: torch.device) -> torch.Generator:
-        """Return a new generator for a layer, for `EMBEDDING` or for `HEADS`, with the same draws at each call."""
+        """Return a new generator for a layer, `EMBEDDING` or `HEADS`; it draws the same numbers after each call."""
         return seeded_generator(f"{self._name}:{layer}", device)
 
 

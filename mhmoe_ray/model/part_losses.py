@@ -1,4 +1,4 @@
-"""Losses of the parts of a micro-batch, of models whose micro-batches have parts."""
+"""Losses of encoders and vision models. Their micro-batches have parts: training objectives, each with its own data."""
 
 from typing import NamedTuple
 
@@ -11,15 +11,15 @@ class LossPart(NamedTuple):
     """One of the losses of a micro-batch, float32."""
 
     sum: Tensor
-    """Sum over its targets, a scalar with gradients."""
+    """Sum of the loss over its prediction targets, a scalar with gradients."""
     value_I: Tensor
-    """Loss of each target, without gradients."""
+    """Loss of each prediction target, without gradients."""
 
 
 class PartLosses(NamedTuple):
-    """Losses of the parts of a micro-batch."""
+    """Losses of all parts of a micro-batch, and how its rows were routed to experts."""
 
     losses: list[LossPart]
-    """Losses of the groups, one group after another, in the order of `Group.losses`."""
+    """Losses of the parts, one part after another. A part may have several, in the order of its kinds of loss."""
     routing: list[Routing]
-    """Routing of each mixture-of-experts layer, from the lowest layer up."""
+    """Result of the router of each mixture-of-experts layer, from the first layer to the last."""

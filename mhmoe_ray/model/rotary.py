@@ -1,4 +1,4 @@
-"""Rotary positions (RoPE, arXiv 2104.09864), and their scaling for texts longer than those of the first training."""
+"""Rotary positions (RoPE, arXiv 2104.09864), and their scaling for texts longer than those of pretraining."""
 
 import math
 from typing import NamedTuple
@@ -12,7 +12,10 @@ from mhmoe_ray.spec.model import RopeScaling
 
 
 class RotaryTables(NamedTuple):
-    """Cosines and sines of T positions, float32. The tables of queries and keys differ only under xPos."""
+    """Cosines and sines by which queries and keys at T positions are rotated, float32.
+
+    The tables of queries and of keys differ only for architectures with xPos.
+    """
 
     q_cos_TC: Tensor
     q_sin_TC: Tensor
@@ -21,11 +24,11 @@ class RotaryTables(NamedTuple):
 
 
 def rotary_tables(spec: ModelSpec, position_T: Tensor) -> RotaryTables:
-    """Return RoPE's tables of positions (arXiv 2104.09864, half-split pairing).
+    """Return RoPE's cosines and sines for each position (arXiv 2104.09864, half-split pairing).
 
-    If the architecture has a `query_scale`, the tables of queries are multiplied by it, and those of keys are divided.
+    If the architecture has a `query_scale`, it multiplies the tables of queries and divides those of keys.
     """
-    # In float64, because the angles of late positions would lose digits in float32.
+    # Angles are computed in float64, because those of late positions would lose digits in float32.
     width, position = spec.head_width, position_T.double()
     frequency, factor = _frequencies(spec, position.device)
     angle = torch.outer(position, frequency).repeat(1, 2)
@@ -37,7 +40,10 @@ def rotary_tables(spec: ModelSpec, position_T: Tensor) -> RotaryTables:
 
 
 def _frequencies(spec: ModelSpec, device: torch.device) -> tuple[Tensor, float]:
-    """Return the frequencies (C/2), float64, in radians per token, and the factor of rotated queries and keys."""
+    """Return RoPE's frequencies (C/2) in radians per token, float64, and a factor for rotated queries and keys.
+
+    The factor is 1 except with YaRN.
+    """
     even_indices = torch.arange(0, spec.head_width, 2, device=device, dtype=torch.float64)
     frequency = spec.rope_theta ** (-even_indices / spec.head_width)
     scaling = spec.rope_scaling
@@ -54,8 +60,11 @@ def _frequencies(spec: ModelSpec, device: torch.device) -> tuple[Tensor, float]:
 
 
 def _kept_share_yarn(spec: ModelSpec, scaling: RopeScaling, device: torch.device) -> Tensor:
-    """Return the share of each frequency (C/2) that YaRN does not scale: it falls linearly over the dimensions between
-    those of `beta_fast` and `beta_slow` turns (arXiv 2309.00071, section 3.2)."""
+    """Return the share, from 0 to 1, of each frequency (C/2) that YaRN does not scale (arXiv 2309.00071, section 3.2).
+
+    It falls linearly from the dimension that turns `beta_fast` times in the original length to the one that turns
+    `beta_slow` times.
+    """
     width, original_length = spec.head_width, scaling.original_length
     assert original_length is not None
 
@@ -65,13 +74,16 @@ def _kept_share_yarn(spec: ModelSpec, scaling: RopeScaling, device: torch.device
     low = max(math.floor(dimension(scaling.beta_fast)), 0)
     high = min(math.ceil(dimension(scaling.beta_slow)), width - 1)
     indices = torch.arange(width // 2, device=device, dtype=torch.float64)
-    # Equal bounds would divide by zero.
+    # Without the minimum of 0.001, equal bounds would cause a division by zero.
     return 1 - ((indices - low) / max(high - low, 0.001)).clamp(0, 1)
 
 
 def _kept_share_llama3(frequency: Tensor, scaling: RopeScaling) -> Tensor:
-    """Return the share of each frequency (C/2) that Llama 3.1 does not scale: it rises linearly with the number of
-    turns in the original length, between `low_freq_factor` and `high_freq_factor`."""
+    """Return the share, from 0 to 1, of each frequency (C/2) that Llama 3.1 does not scale.
+
+    It rises linearly with the number of turns in the original length: it is 0 at `low_freq_factor` turns, and 1 at
+    `high_freq_factor` turns.
+    """
     assert scaling.original_length is not None
     turns = scaling.original_length * frequency / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -79,6 +91,6 @@ def _kept_share_llama3(frequency: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rotate(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
-    """Return queries or keys after rotation by their positions, in their dtype."""
+    """Rotate queries or keys by the angles of their positions, and return them in their own dtype."""
     first_half, second_half = x_BHTC.chunk(2, dim=-1)
     return (x_BHTC * cos_TC + torch.cat((-second_half, first_half), dim=-1) * sin_TC).to(x_BHTC.dtype)

@@ -1,16 +1,16 @@
 """SMEAR, soft merging of experts with adaptive routing (arXiv 2306.03745): each sample has an expert of its own, which
 is a weighted average of all experts.
 
-    positions of a sample (U, M) -> mean of the real ones -> norm -> logits -> softmax -> probabilities (E)
+    positions of a sample (U, M) -> mean without padding -> norm -> logits -> softmax -> probabilities (E)
     weights of experts (E, F, M) -> average by probabilities (F, M) -> merged expert, which computes all U positions
 
-There is no discrete choice, so that the router learns by gradients alone, and neither an expert capacity nor a load
-balancing loss is needed. The router averages over whole samples, so the layer is for encoders.
+There is no discrete choice, so the router learns by gradients alone. It needs neither an expert capacity nor a load
+balancing loss. The router averages over whole samples, so the layer is for encoders only.
 
 The router is that of the authors' code (github.com/r-three/smear, class Router of adapter_utils.py) with the settings
 of its runs of SMEAR: the mean passes a layer norm, and so does each expert's row of the router's weights, whose gain
-starts at 0.01. There is no bias. Their norm of rows has a bias vector as well; it is left out here, because it adds the
-same number to the logits of all experts and cannot change a softmax.
+starts at 0.01. There is no bias. The authors' norm of rows has a bias vector as well. It is left out here, because it
+adds the same number to the logits of all experts and so cannot change a softmax.
 
 Probabilities are computed in float32 or wider. Weights are merged in the precision of matrix products.
 
@@ -34,13 +34,13 @@ from mhmoe_ray.spec import ModelSpec, MoESpec
 
 
 class SmearScores(LinearScores):
-    """Logits of router `smear`: products of normalized means with normalized rows of weights."""
+    """Module that computes the logits of router `smear`: the normalized mean of a sample times normalized weights."""
 
     def __init__(self, width: int, moe: MoESpec, eps: float) -> None:
         """Create uninitialized parameters.
 
         Args:
-            width: D, the width of a mean.
+            width: D, the width of a sample's mean.
             moe: spec of the layer.
             eps: value added to variances in the norms.
         """
@@ -71,11 +71,11 @@ class SmearRouter(Router):
         domain_B: Tensor | None = None,
         group_rows: Sequence[int] = (),
     ) -> Routing:
-        """Return the routing of samples to all experts, with their probabilities as gates.
+        """Return a routing in which each sample goes to all experts, with the experts' probabilities as gates.
 
         Args:
             x_ND: the mean of each sample.
-            generator: generator of expert dropout; without one it does not apply.
+            generator: random generator of expert dropout; None disables it.
             sequences, domain_B, group_rows: not used.
         """
         # Autocast would compute logits in bfloat16.
@@ -94,21 +94,21 @@ class SmearRouter(Router):
         )
 
     def _drop_experts(self, probability_NE: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Return the probabilities with some experts left out at random for each sample, and the rest scaled to a sum
-        of 1 again."""
+        """Apply expert dropout: leave out some experts of each sample at random, and rescale the other probabilities to
+        a sum of 1."""
         rate = self.moe.expert_dropout
         if not rate or generator is None:
             return probability_NE
         keep_mask = torch.rand(probability_NE.shape, device=probability_NE.device, generator=generator) >= rate
-        # With the authors' constant, a sample without any expert left gets the plain average of all.
+        # With the authors' constant, a sample that has lost all of its experts gets the plain average of all experts.
         kept_NE = probability_NE * keep_mask + 1e-10
         return kept_NE / kept_NE.sum(-1, keepdim=True)
 
 
 class MergedExperts(MoELayer):
-    """Layer of one block with router `smear`, for whole samples.
+    """Mixture-of-experts layer with router `smear`, which merges all experts into one expert for each sample.
 
-    Its parameters have the names of those of `MultiHeadMoE` with one head.
+    Its parameters have the same names as those of a `MultiHeadMoE` with one head.
     """
 
     def __init__(self, spec: ModelSpec, expert_ids: range | None = None) -> None:
@@ -133,12 +133,12 @@ class MergedExperts(MoELayer):
     ) -> tuple[list[Tensor], Routing]:
         """Return the outputs of all positions, and the routing of samples.
 
-        The routing has a row for each sample, with all experts. Its counts are numbers of positions, padding included:
-        a sample's positions count for its most probable expert. So they show whether the router prefers some experts,
-        although each position is computed by all of them.
+        The routing has one row for each sample, with all experts. Its `count_E` counts positions, padding included: all
+        positions of a sample count for the sample's most probable expert. The counts thus show whether the router
+        prefers some experts, although all experts contribute to each position.
 
         Args:
-            samples: sets of samples of equal length, (B, U, M) each.
+            samples: sets of samples, (B, U, M) each. The samples of a set have the same length U.
             masks: mask of each set that is added to attention scores, (B, 1, 1, U), or None if the set has no padding.
             generator: generator of expert dropout and of dropout in training; None in evaluation.
         """
@@ -148,7 +148,7 @@ class MergedExperts(MoELayer):
         means = [_mean_of_positions(x_BUM, mask) for x_BUM, mask in zip(x_parts, masks, strict=True)]
         routing: Routing = self.router(torch.cat(means), generator)
         routing = routing._replace(count_E=self._count_positions(routing.gate_NK, lengths))
-        # The dispatch runs within a forward of the experts, in which FSDP has gathered their weights.
+        # FSDP gathers the experts' weights only during their forward, so they are merged inside it, as a dispatch.
         y_NM, _ = self.experts(x_NM, routing, partial(run_merged, lengths=lengths))
         y_NM = dropout(y_NM, self.dropout, generator)
         if self.shared is not None:
@@ -156,7 +156,7 @@ class MergedExperts(MoELayer):
         return _split_rows(y_NM, lengths), routing
 
     def _count_positions(self, probability_SE: Tensor, lengths: Sequence[torch.Size]) -> Tensor:
-        """Return the number of positions of the samples whose most probable expert is e, for each expert e."""
+        """Return for each expert the number of positions in those samples whose most probable expert it is."""
         best_parts = torch.split(probability_SE.argmax(-1, keepdim=True), [samples for samples, _ in lengths])
         counts = [
             positions * route_counts(best_B1, probability_SE.shape[1])
@@ -173,14 +173,14 @@ def run_merged(
     *,
     lengths: Sequence[torch.Size],
 ) -> tuple[Tensor, None]:
-    """Compute the positions of each sample by the sample's merged expert, as a dispatch.
+    """Run the positions of each sample through the sample's merged expert. This is the dispatch of router `smear`.
 
     Args:
-        x_NM: positions of all samples.
+        x_NM: hidden states at the positions of all samples.
         routing: routing of samples to all experts.
         experts: all experts of the layer.
         shared: not used.
-        lengths: number of samples and of positions of each, for each set of samples.
+        lengths: for each set of samples, the number of samples and the number of positions of one sample.
     """
 
     def run(x_NM: Tensor, probability_SE: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ def run_merged(
         ]
         sample_counts = [samples for samples, _ in lengths]
         merged_parts = zip(*(torch.split(weight, sample_counts) for weight in merged), strict=True)
-        # The method is named because vmap takes the name of its function, which torch.compile cannot find for the
+        # vmap reads the name of the function that it gets. torch.compile finds that name for a method, but not for an
         # instance of a data class.
         run_samples = torch.vmap(weights.function.__call__)
         outputs = [run_samples(x, *part) for x, part in zip(_split_rows(x_NM, lengths), merged_parts, strict=True)]
@@ -204,13 +204,13 @@ def run_merged(
 
 
 def _split_rows(x_NM: Tensor, lengths: Sequence[torch.Size]) -> list[Tensor]:
-    """Return the rows of each set of samples, (B, U, M), as views."""
+    """Split rows into sets of samples, and return each set as a view (B, U, M)."""
     parts = torch.split(x_NM, [length.numel() for length in lengths])
     return [part.view(*length, x_NM.shape[1]) for part, length in zip(parts, lengths, strict=True)]
 
 
 def _mean_of_positions(x_BUM: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mean over the positions of each sample without padding, in float32 or wider."""
+    """Return the mean over the positions of each sample, padding excluded, in float32 or wider."""
     x_BUM = widen(x_BUM)
     if mask is None:
         return x_BUM.mean(1)

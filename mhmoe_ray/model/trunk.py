@@ -1,4 +1,4 @@
-"""The trunk of a model: what the decoder and the encoder share about their blocks, whatever attention they have."""
+"""The trunk of a model: a stack of transformer blocks, and the code that all models share for such stacks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 
 class TrunkBlock(nn.Module):
-    """Block of a trunk, which may have experts."""
+    """Transformer block that may have a mixture-of-experts layer; the base class of the blocks of all models."""
 
     moe: MoELayer | None
 
@@ -29,16 +29,16 @@ class TrunkBlock(nn.Module):
 
 
 class RecomputedParts(NamedTuple):
-    """Parts of a block that the backward recomputes."""
+    """Choice of what the backward pass recomputes of one transformer block, to save memory."""
 
     block: bool
-    """True if it recomputes the whole block."""
+    """True if the backward recomputes the whole block."""
     attention: bool
-    """True if it recomputes the part before the feed-forward layer alone."""
+    """True if the backward recomputes only the attention part of the block, not the feed-forward layer or experts."""
 
 
 class Trunk(nn.Module, ABC):
-    """Stack of blocks; the base class of all models."""
+    """Stack of transformer blocks; the base class of all models."""
 
     blocks: nn.ModuleList
 
@@ -46,29 +46,29 @@ class Trunk(nn.Module, ABC):
         super().__init__()
         self.spec = spec
         self.recompute: Recompute = "none"
-        """Part of each block that training recomputes in the backward, as in `TrainSpec.recompute`. Experts recompute
-        their hidden rows by themselves, by `MoESpec.recompute`."""
+        """Part of each block that training recomputes in the backward; `TrainSpec.recompute` explains the values.
+        Experts also recompute their hidden activations, independently of this: see `MoESpec.recompute`."""
         self.residual_dtype: torch.dtype | None = None
-        """Dtype of the residual stream between blocks; None for that of embeddings, at least float32."""
+        """Dtype of the residual stream between blocks. None keeps the dtype of embeddings, float32 or wider."""
         self.is_compiled = False
         """True if torch.compile compiles the blocks."""
 
     @abstractmethod
     def final_norms(self) -> list[nn.Module]:
-        """Return the norms between the last block and the heads."""
+        """Return the norms between the last block and the output layers."""
 
     def recomputed_parts(self, block: TrunkBlock) -> RecomputedParts:
-        """Return the parts of a block that the backward recomputes; none without gradients."""
+        """Return which parts of a block the backward must recompute; none if gradients are disabled."""
         recompute = self.recompute if torch.is_grad_enabled() else "none"
-        # Recomputing a whole block with distributed experts exchanges their rows once more.
+        # Recomputing a whole block with distributed experts would exchange their rows between ranks a second time.
         is_whole = recompute == "block" or (recompute == "exchange" and not block.has_distributed_experts)
         return RecomputedParts(is_whole, recompute == "exchange" and not is_whole)
 
     def compile_blocks(self, **options: Any) -> None:
-        """Make torch.compile compile each block, in place, at its first use.
+        """Set up torch.compile for each block, in place; a block is compiled at its first call.
 
-        An exchange of rows between ranks stays as it is, and divides a block into parts that are compiled by
-        themselves. The model must draw no random numbers.
+        The exchange of rows between ranks is not compiled. It divides a block into parts, which are compiled
+        separately. The model must not draw random numbers, as dropout does.
 
         Args:
             options: options of torch.compile.
@@ -80,26 +80,28 @@ class Trunk(nn.Module, ABC):
         self.is_compiled = True
         for block in self.blocks:
             # All sizes but the number of documents stay the same. By default, torch compiles code for any size as soon
-            # as another model in this process has other sizes. Such code cannot choose a kernel, which depends on them.
+            # as another model in this process has other sizes. Such code cannot choose a kernel by its sizes.
             block.compile(dynamic=False, **options)
 
     def moe_layers(self) -> list[MoELayer]:
         return [m for m in self.modules() if isinstance(m, MoELayer)]
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """Return all parameters and buffers by name, detached: the `weights` of a checkpoint. The buffers are the
-        routers' selection biases."""
+        """Return all tensors that a checkpoint stores as `weights`, by name and detached: parameters and buffers.
+
+        These buffers are the selection biases by which routers balance the load of experts.
+        """
         training_buffers = self.training_buffers()
         tensors = (*self.named_parameters(), *self.named_buffers())
         return {name: t.detach() for name, t in tensors if name not in training_buffers}
 
     def training_buffers(self) -> dict[str, Tensor]:
-        """Return the buffers that only training needs, by name: the experts' shares in the choices of the last step."""
+        """Return the buffers that only training needs, by name: each expert's share of the choices of the last step."""
         return {name: t for name, t in self.named_buffers() if name.endswith(".share_E")}
 
 
 def add_residual(x_BTM: Tensor, y_BTM: Tensor) -> Tensor:
-    """Return the residual stream with an output added, in the dtype of the stream."""
+    """Add the output y of a layer to the residual stream x, and return the sum in the dtype of x."""
     return (x_BTM + y_BTM).to(x_BTM.dtype)
 
 
@@ -116,7 +118,7 @@ def routing_loss(spec: ModelSpec, routing: list[Routing]) -> Tensor:
 
     Args:
         spec: spec of the model, which must have experts.
-        routing: routing of each mixture-of-experts layer.
+        routing: result of the router of each mixture-of-experts layer.
     """
     assert spec.moe is not None
     layers = [spec.moe.balance_weight * r.balance_loss + spec.moe.z_weight * r.z_loss for r in routing]

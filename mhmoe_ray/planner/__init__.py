@@ -1,14 +1,14 @@
-"""Resolve a spec file into a complete spec, and compute its numbers without building a model or importing torch.
+"""Resolve a spec file into a complete spec, and compute what a run will cost, without building a model or using torch.
 
 resolve.py      spec files with preset, size and match; presets by name
 presets.py      presets in families of three sizes        papers.py       the papers' models
 match.py        expert width and count that match a reference, and the comparison with it
-sizes.py        parameters, multiply-adds, bytes per number
-heads.py        those of the stem and the heads of vision models
+sizes.py        parameters, multiply-adds, bytes per value
+heads.py        parameters and memory of the stem and the heads of vision models
 placement.py    ranks on nodes, and expert-parallel groups
-memory.py       bytes that a rank holds                   activations.py  those that layers keep for the backward
-traffic.py      bytes that ranks exchange, by link
+memory.py       bytes that a rank holds                   activations.py  bytes that layers keep for the backward
+traffic.py      bytes that ranks exchange, by class of link
 schema.py       JSON schemas of the files that users write
-expert_step.py  work and traffic of the expert step       estimate.py     time per step
-launches.py     kernels that a GPU is told to launch      remedies.py     keys that lower the memory of a rank
+expert_step.py  FLOPs and bytes of a layer's experts      estimate.py     time per training step
+launches.py     number of GPU kernels that are launched   remedies.py     keys that lower the memory of a rank
 """

@@ -1,4 +1,4 @@
-"""The bytes that layers keep from forward to backward, computed from the spec."""
+"""The bytes of activations that layers keep from forward to backward, computed from the spec."""
 
 from mhmoe_ray.architectures import FLOAT32
 from mhmoe_ray.planner.expert_step import planned_model
@@ -12,7 +12,11 @@ from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
 def activation_bytes_per_token(spec: RunSpec, size: int) -> int:
     """Return the bytes per token that all layers and the loss keep from forward to backward.
 
-    With `train.recompute` this includes the largest block that is recomputed.
+    With `train.recompute`, these bytes include all that the largest recomputed block keeps during its recomputation.
+
+    Args:
+        spec: spec of the run.
+        size: bytes per value in matrix products.
     """
     model = planned_model(spec)
     moe = model.moe
@@ -23,8 +27,8 @@ def activation_bytes_per_token(spec: RunSpec, size: int) -> int:
     mixture = outer + (_moe_bytes(model, moe, size) if moe is not None else 0) + hidden * model.has_experts_beside
     noise = _dropout_bytes(model, size) if model.dropout else 0
     block_input = model.d_model * bytes_of(spec.train.residual_precision)
-    # With `exchange`, a block with distributed experts is recomputed only up to its second norm, and keeps everything
-    # from this norm on.
+    # With recompute `exchange`, a block with distributed experts is recomputed only up to its second norm, and keeps
+    # everything from this norm on.
     if spec.train.recompute == "exchange" and spec.cluster.ep > 1:
         attention_part = norm + _attention_bytes(model, size)
         layers = model.layers * block_input + model.moe_layers * (mixture - attention_part) + max(dense, attention_part)
@@ -34,8 +38,8 @@ def activation_bytes_per_token(spec: RunSpec, size: int) -> int:
         layers = model.layers * block_input + max(dense, mixture) + noise // model.layers
     else:
         layers = (model.layers - model.moe_layers) * dense + model.moe_layers * mixture + noise
-    # The outputs of an encoder are counted apart, because it computes few of them, and so are the heads of a vision
-    # model, which compute per image.
+    # The outputs of an encoder are counted elsewhere, because it computes them for few tokens. So are the heads of a
+    # vision model, which compute per image.
     if model.encoder is not None or model.vision is not None:
         return layers + norm
     # The other terms are those of the last norm, of the loss, and of the token ids and targets. A chunked loss keeps
@@ -58,8 +62,10 @@ def _dropout_bytes(model: ModelSpec, size: int) -> int:
 
 
 def shared_attention_bytes(spec: RunSpec, size: int) -> int:
-    """Return the bytes that the attention of all layers shares: cosines and sines for queries and for keys, and the
-    document mask."""
+    """Return the bytes of the tensors that all attention layers share.
+
+    They are the cosines and sines of positions, for queries and for keys, and the document mask.
+    """
     if spec.model.encoder is not None or spec.model.vision is not None:
         return 0  # learned positions, and a small mask of padding
     T = spec.data.seq_len
@@ -82,9 +88,9 @@ def _attention_bytes(model: ModelSpec, size: int) -> int:
 
 
 def static_layout_bytes(model: ModelSpec, tokens: int, size: int) -> int:
-    """Return the additional bytes of kernel `capacity` over all layers; 0 for other kernels."""
-    # The additional bytes are those of N x E x C masks, of each choice and of their sums, and of the rows and hidden
-    # rows of every slot.
+    """Return the bytes that kernel `capacity`, with its fixed slots per expert, keeps in all layers; 0 for others."""
+    # The additional bytes are those of N x E x C masks (C is the expert capacity), of each choice and of their sums,
+    # and of the rows and hidden rows of every slot.
     moe = model.moe
     if moe is None or moe.kernel != "capacity":
         return 0
@@ -100,11 +106,11 @@ def static_layout_bytes(model: ModelSpec, tokens: int, size: int) -> int:
 
 
 def merged_expert_bytes(spec: RunSpec, size: int) -> int:
-    """Return the bytes of the experts that router smear averages for each sample, over all layers that keep them; 0 for
-    other routers.
+    """Return the bytes of the averaged experts that router smear computes, over all layers that keep them.
 
-    They are weights, so that they do not depend on the lengths of samples. Their gradients, which take as much memory
-    for one layer at a time, are left out.
+    The result is 0 for other routers. Router smear averages all experts of a layer into one expert for each sample.
+    These experts are weights, so their size does not depend on the lengths of samples. Their gradients, which take as
+    much memory for one layer at a time, are left out.
     """
     model = spec.model
     if model.moe is None or model.moe.router != "smear":
@@ -115,8 +121,10 @@ def merged_expert_bytes(spec: RunSpec, size: int) -> int:
 
 
 def _expert_hidden_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
-    """Return the bytes that an expert saves for the hidden row of one route, on average over routes with and without
-    recomputation."""
+    """Return the bytes that an expert saves for the hidden row of one route, as a mean over all routes.
+
+    Routes whose hidden rows are recomputed save nothing.
+    """
     has_manual_backward = moe.kernel_limits.kept_rows == "as configured"
     saved_bytes = (
         model.architecture.grouped_hidden_saved_bytes if has_manual_backward else model.architecture.hidden_saved_bytes
@@ -135,8 +143,11 @@ def _router_bytes(moe: MoESpec, width: int) -> int:
 
 
 def _smear_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
-    """Return the bytes per token that a layer with router smear saves for the backward, without the averaged experts
-    and without what the router saves for each sample."""
+    """Return the bytes per token that a layer with router smear saves for the backward.
+
+    Router smear averages all experts into one expert for each sample. These averaged experts, and all that the router
+    saves for each sample, are left out.
+    """
     d, architecture = model.d_model, model.architecture
     # The rows of all samples are joined. The result of the norm before the layer is saved only if there is a layer
     # beside the experts.
@@ -153,8 +164,10 @@ def _smear_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
 
 
 def _moe_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
-    """Return the bytes per token that one mixture-of-experts layer saves for the backward, without the static layout of
-    kernel `capacity` and without dropout."""
+    """Return the bytes per token that one mixture-of-experts layer saves for the backward.
+
+    The slots of kernel `capacity` and the masks of dropout are left out.
+    """
     d, joined_width, routes = model.d_model, model.joined_width, moe.heads * moe.top_k
     if moe.router == "smear":
         return _smear_bytes(model, moe, size)

@@ -1,11 +1,11 @@
 """The time of a training step, estimated from the spec. It has not been compared with measurements on GPUs.
 
-Matrix products take the longer of two times: that of their FLOPs at the share of the peak in `cluster.accelerator`, and
-that of their bytes at its share of the memory bandwidth. A backward costs two forwards. Of all parts but the experts,
-only the weights count as bytes, once in each pass. The time of an exchange has two terms. One is bytes over bandwidth,
-for the most loaded rank on the slowest class of links. The other is the latency of its messages, one after another.
-Kernels are launched one after another, ahead of the GPU. Where the launches take longer than the computation, the GPU
-waits for them.
+Matrix products take the longer of two times: that of their FLOPs, and that of their bytes. `cluster.accelerator` gives
+the shares of the peak and of the memory bandwidth that they reach. A backward costs two forwards. Of all parts but the
+experts, only the weights count as bytes, once in each pass. The time of an exchange has two terms. One is bytes over
+bandwidth, for the most loaded rank on the slowest class of links. The other is the latency of its messages, one after
+another. Kernels are launched one after another, ahead of the GPU. Where the launches take longer than the computation,
+the GPU waits for them.
 
 The estimate leaves out norms, routing and permutation of rows, recomputation by `moe.recompute`, the data stream,
 checkpoints, stragglers, congestion, and routing that is not uniform.
@@ -33,8 +33,8 @@ from mhmoe_ray.spec import RunSpec
 
 COMPUTE, MEMORY, LATENCY, LAUNCHES = "compute", "memory bandwidth", "latency", "launches of kernels"
 LINK_NAMES = {"node": "links within nodes", "domain": "links between nodes", "between": "links between domains"}
-"""Names of the resources that may bound a part of the step: COMPUTE, MEMORY, LATENCY, LAUNCHES, and the link classes by
-their key in `cluster.network`."""
+"""Names of the resources that may bound the time of a part of the step: COMPUTE, MEMORY, LATENCY, LAUNCHES, and here
+those of the link classes, by their key in `cluster.network`."""
 REMEDIES = {
     COMPUTE: "more or faster GPUs, or a smaller model, shorten it",
     MEMORY: "a larger train.micro_batch_size with fewer train.micro_batches reads the weights less often",
@@ -46,7 +46,7 @@ REMEDIES = {
         "between"
     ]: "cluster.dispatch: hierarchical, or an expert group within a domain (cluster.ep), spares them",
 }
-"""Changes that shorten computation or an exchange of rows, by the resource that bounds it."""
+"""Advice that shortens a computation or an exchange of rows, by the name of the resource that bounds its time."""
 UPDATE, WEIGHTS, GRADIENTS = "update of weights", "weights of ", "gradients of "
 STATE_REMEDIES = {
     UPDATE: "more tokens per step (train.micro_batches) update less often, and sharding (cluster.strategy) shares it",
@@ -54,27 +54,27 @@ STATE_REMEDIES = {
     "bfloat16 halves the bytes, and cluster.ep keeps experts in place",
     GRADIENTS: "more tokens per step (train.micro_batches) reduce less often, and cluster.ep shares experts out",
 }
-"""Changes that shorten the update of weights and exchanges of weights and gradients, by the start of their names."""
+"""Advice that shortens the weight update and exchanges of weights or gradients, by the start of the part's name."""
 
 
 class StepTime(NamedTuple):
-    """Time of one part of a training step."""
+    """Time of one part of a training step, such as the experts or the exchange of gradients."""
 
     name: str
     seconds: float
-    """Seconds per training step."""
+    """Seconds that the part takes in each training step."""
     bound: str
-    """Name of the resource that takes most of the time."""
+    """Name of the resource that bounds the time, such as "compute"."""
 
     @property
     def remedy(self) -> str:
-        """A change that shortens this part."""
+        """Advice to the user that shortens this part."""
         state_remedies = [remedy for start, remedy in STATE_REMEDIES.items() if self.name.startswith(start)]
         return state_remedies[0] if state_remedies else REMEDIES[self.bound]
 
 
 class Estimate(NamedTuple):
-    """Estimated time of a training step, by part."""
+    """Estimated time of a training step, by part: computations of a rank, and exchanges between ranks."""
 
     compute_times: list[StepTime]
     exchange_times: list[StepTime]
@@ -101,7 +101,7 @@ class Estimate(NamedTuple):
 
 
 def estimate_step_time(spec: RunSpec, layout: Layout) -> Estimate:
-    """Return an estimate of the time per training step of a run, for a placement of its ranks."""
+    """Return an estimate of the time per training step of a run, for a given placement of its ranks on nodes."""
     rank_tokens = spec.tokens_per_step / len(layout.nodes)
     training_flops = flops_per_token(spec.model, spec.attention_length, spec.samples_per_token).training
     return Estimate(
@@ -114,8 +114,11 @@ def estimate_step_time(spec: RunSpec, layout: Layout) -> Estimate:
 
 
 def _compute_times(spec: RunSpec, tokens: float) -> list[StepTime]:
-    """Return the times per step of a rank's computation on its `tokens` tokens: all but experts, experts if there are
-    any, the time for which the accelerator waits for launches, and the update of weights."""
+    """Return the times per step of the parts of a rank's computation on its `tokens` tokens.
+
+    The parts are all but experts, experts if there are any, the accelerator's wait for launches of kernels, and the
+    update of weights.
+    """
     model, moe, accelerator = spec.model, spec.model.moe, spec.cluster.accelerator
     micro_batches = tokens / spec.tokens_per_micro_batch
     flops_rate = accelerator.peak_flops(spec.train.precision) * accelerator.flops_share
@@ -152,7 +155,7 @@ def _compute_times(spec: RunSpec, tokens: float) -> list[StepTime]:
 
 
 def _cost_factor(spec: RunSpec, part: str) -> float:
-    """Return the cost of a part's forward, backward and recomputation, in units of its forward."""
+    """Return the cost of the forward, backward and recomputation of a kind of layers, in units of their forward."""
     # A backward costs two forwards, and recomputation one more. The output layer is in no block, so it is not
     # recomputed.
     recompute, is_distributed = spec.train.recompute, spec.cluster.ep > 1
@@ -172,7 +175,7 @@ def _cost_factor(spec: RunSpec, part: str) -> float:
 
 
 def _exchange_times(spec: RunSpec, layout: Layout) -> list[StepTime]:
-    """Return the times per step of all exchanges. Those of expert parallelism are summed into one part."""
+    """Return the times per step of all exchanges between ranks; those of expert parallelism are summed into one."""
     dispatch_times = [exchange_time(exchange, spec, layout) for exchange in dispatch_exchanges(spec, layout)]
     times = [exchange_time(exchange, spec, layout) for exchange in reduction_exchanges(spec, layout)]
     if dispatch_times:
@@ -182,8 +185,10 @@ def _exchange_times(spec: RunSpec, layout: Layout) -> list[StepTime]:
 
 
 def exchange_time(exchange: Exchange, spec: RunSpec, layout: Layout) -> StepTime:
-    """Return the time per step of all calls of an exchange. Its bound is the slowest class of links, or latency if that
-    takes longer."""
+    """Return the time per step of all calls of an exchange.
+
+    The time is bound by the slowest class of links, or by latency if the latency of the messages takes longer.
+    """
     network, transfer_seconds, latency = spec.cluster.network, {}, 0.0
     for name, load in zip(LinkLoads._fields, exchange.links, strict=True):
         link = getattr(network, name)

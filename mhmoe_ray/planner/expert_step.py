@@ -1,4 +1,7 @@
-"""Predictions of the expert step: the kernel that `auto` selects, FLOPs and bytes, and the share of dropped routes."""
+"""Predictions for the experts of a layer: the kernel that `auto` selects, FLOPs and bytes, and dropped routes.
+
+The expert step is the computation of a layer's experts on one micro-batch.
+"""
 
 import math
 from typing import NamedTuple
@@ -13,8 +16,11 @@ ASSUMED_MAJOR = 9
 
 
 def assumed_kernel(spec: RunSpec) -> KernelName | None:
-    """Return the kernel that experts will probably run on; None for a dense model and for router smear, whose merged
-    experts are batched products of torch."""
+    """Return the kernel on which experts will probably run; None for a dense model and for router smear.
+
+    Router smear needs no such kernel. It averages the experts into one expert for each sample, and torch computes these
+    as batched matrix products.
+    """
     # `mhmoe_kernels.choose_kernel` would need the run's hardware, so its choice for `auto` is predicted: on GPUs, that
     # of an H100, and otherwise grouped. On CPUs with AMX the choice is cpp, which needs less memory.
     moe = spec.model.moe
@@ -29,8 +35,10 @@ def assumed_kernel(spec: RunSpec) -> KernelName | None:
 
 
 def may_use_cpp(spec: RunSpec) -> bool:
-    """Return whether a run on CPUs with AMX would get kernel `cpp`: its kernel is `auto`, and its sizes, function and
-    precision allow `cpp`."""
+    """Return whether a run on CPUs with AMX (Intel's matrix units) would get the kernel `cpp`.
+
+    It gets this kernel if the spec's kernel is `auto`, and its sizes, expert function and precision allow `cpp`.
+    """
     model, moe, limits = spec.model, spec.model.moe, KERNELS["cpp"]
     if moe is None or moe.kernel != "auto" or moe.router == "smear" or spec.cluster.gpus_per_worker:
         return False
@@ -40,8 +48,10 @@ def may_use_cpp(spec: RunSpec) -> bool:
 
 
 def planned_model(spec: RunSpec) -> ModelSpec:
-    """Return the model of a run with the kernel of `assumed_kernel` instead of `auto`, and with the value of
-    `moe.recompute` that applies (`RunSpec.computed_model`)."""
+    """Return the model of a run with the kernel of `assumed_kernel` in place of `auto`.
+
+    The model also has the value of `moe.recompute` that applies under `train.recompute` (`RunSpec.computed_model`).
+    """
     model, kernel = spec.computed_model, assumed_kernel(spec)
     if model.moe is None or kernel is None:
         return model
@@ -49,29 +59,31 @@ def planned_model(spec: RunSpec) -> ModelSpec:
 
 
 class ExpertStep(NamedTuple):
-    """Counts for the forward of one micro-batch through the experts of one layer. With expert parallelism they are
-    those of one rank under uniform routing."""
+    """Rows, FLOPs and bytes of the forward of one micro-batch through the experts of one layer.
+
+    With expert parallelism, the numbers are those of one rank under uniform routing.
+    """
 
     rows: int
-    """Number of routed rows R = N * h * k, each of a sub-token's width."""
+    """Number of routed rows N * h * k, each of a sub-token's width: N tokens with h sub-tokens and k experts each."""
     flops: int
     """FLOPs of the matrix products; a multiply-add counts as two."""
     bytes: int
     """Bytes of the operands and results of the matrix products, each counted once: rows in, hidden rows out and in,
-    rows out, and the weights of the rank's experts. The count assumes that the products are fused with the computation
-    between them."""
+    rows out, and the weights of the rank's experts. The count assumes that the products are fused with the other
+    operations between them."""
 
     @property
     def intensity(self) -> float:
-        """The FLOPs per byte. Below the machine's own ratio, the step is bound by memory bandwidth."""
+        """The FLOPs per byte. If they are fewer than the machine's own ratio, memory bandwidth bounds the step."""
         return self.flops / self.bytes
 
 
 def expert_step(spec: RunSpec) -> ExpertStep | None:
-    """Return the counts of a run's expert step; None for a dense model.
+    """Return the rows, FLOPs and bytes of a layer's experts for one micro-batch of a run; None for a dense model.
 
-    With router smear they include the averages of experts: all experts are read, and each sample's expert is written
-    and read.
+    With router smear, they include averaging all experts into one expert for each sample: all experts are read, and
+    each sample's averaged expert is written and read.
     """
     model, moe = spec.model, spec.model.moe
     if moe is None:
@@ -87,11 +99,15 @@ def expert_step(spec: RunSpec) -> ExpertStep | None:
 
 
 def expected_drop_share(moe: MoESpec, rows: int) -> float:
-    """Return the share of routes beyond the expert capacity if each row chooses its k experts uniformly at random.
+    """Return the share of routes that an expert capacity drops if each row chooses its k experts uniformly at random.
 
-    A router that prefers some experts drops more, and one with more even loads drops fewer. With `second_expert:
-    random` the share is an upper bound, because second choices that are left out need no slot. It is 0 if routing is
-    dropless.
+    A router that prefers some experts drops more routes, and a router with more even loads drops fewer. With
+    `second_expert: random` the share is an upper bound, because second choices that are left out need no slot. The
+    share is 0 if routing is dropless.
+
+    Args:
+        moe: `moe` section of the spec.
+        rows: number of rows that are routed together, those of a micro-batch.
     """
     # The load of an expert is binomially distributed, with `rows` draws of probability k / E.
     capacity, p = moe.expert_capacity(rows), moe.top_k / moe.experts

@@ -1,5 +1,7 @@
-"""Parameters and memory of the stem and the heads of a vision model, computed from the spec. Tests compare them with a
-built model."""
+"""Parameters and memory of the stem and the heads of a vision model, computed from the spec.
+
+Tests compare the numbers with those of a built model.
+"""
 
 from itertools import pairwise
 from typing import NamedTuple
@@ -9,11 +11,12 @@ from mhmoe_ray.spec import DetectorSpec, ModelSpec, TaskSpec, VisionSpec
 
 POOLED_CELLS = 7**2
 MASK_CELLS = 14**2
-"""Cells of the map of a region from which its class and its mask are computed (`model/vision/detector.py`)."""
+"""Numbers of cells of a region's feature map from which a detector computes the region's class, and its mask
+(`model/vision/detector.py`)."""
 
 
 class StemSizes(NamedTuple):
-    """Counts of the layers from pixels to patches of one task."""
+    """Parameters and multiply-adds of the stem of one task: the layers from pixels to patches."""
 
     parameters: int
     macs: int
@@ -21,7 +24,7 @@ class StemSizes(NamedTuple):
 
 
 def stem_sizes(model: ModelSpec, vision: VisionSpec) -> StemSizes:
-    """Return the counts of the stem of one task."""
+    """Return the numbers of parameters and multiply-adds of the stem of one task of a vision model."""
     if vision.stem == "linear":
         projection = vision.patch_values * model.d_model
         return StemSizes(projection + model.d_model, projection)
@@ -36,7 +39,7 @@ def stem_sizes(model: ModelSpec, vision: VisionSpec) -> StemSizes:
 
 
 def stem_activation_bytes(model: ModelSpec, vision: VisionSpec) -> int:
-    """Return the number of bytes per patch that the stem keeps from forward to backward, in float32."""
+    """Return the number of bytes per patch that the stem, which computes in float32, keeps for the backward."""
     values = vision.patch_values
     if vision.stem == "convolutions":
         cells = vision.patch_size**2
@@ -48,7 +51,7 @@ def stem_activation_bytes(model: ModelSpec, vision: VisionSpec) -> int:
 
 
 def head_parameters(model: ModelSpec, task: TaskSpec) -> int:
-    """Return the number of parameters of the head of a task."""
+    """Return the number of parameters of the head of a task: a classifier, or a detector."""
     if task.detector is None:
         return (model.d_model + 1) * task.classes
     detector, width = task.detector, task.detector.width
@@ -73,15 +76,17 @@ def _level_parameters(d_model: int, width: int, scale: float) -> int:
 
 
 def head_activation_bytes(vision: VisionSpec, task: TaskSpec) -> int:
-    """Return the approximate number of bytes that the head of a task keeps for one image from forward to backward, in
-    float32. Anchors and samples of objects, whose number varies, are left out."""
+    """Return the approximate number of bytes that the head of a task keeps for the backward, for one image.
+
+    The head computes in float32. Anchors and samples of objects, whose number varies, are left out.
+    """
     if task.detector is None:
         return FLOAT32 * 2 * task.classes
     return FLOAT32 * (_map_values(vision, task, task.detector) + _region_values(task, task.detector))
 
 
 def _map_values(vision: VisionSpec, task: TaskSpec, detector: DetectorSpec) -> int:
-    """Return the number of values of the maps of the pyramid, and of the outputs for anchors."""
+    """Return the number of values per image that a detector keeps of its feature pyramid and of outputs for anchors."""
     cells = sum(int(vision.patches(task) * scale**2) for scale in detector.scales)
     anchors = len(detector.anchor_sizes) * len(detector.anchor_ratios)
     # A level keeps the input and the output of two convolutions and two norms; regions have a convolution more.
@@ -89,7 +94,10 @@ def _map_values(vision: VisionSpec, task: TaskSpec, detector: DetectorSpec) -> i
 
 
 def _region_values(task: TaskSpec, detector: DetectorSpec) -> int:
-    """Return the number of values of the sampled regions, of which half at most have masks: here, a quarter."""
+    """Return the number of values per image that a detector keeps for its sampled regions.
+
+    At most half of the regions have masks. The count assumes a quarter.
+    """
     boxes = detector.box_samples * (detector.width * POOLED_CELLS + 5 * detector.d_box)
     if not detector.masks:
         return boxes

@@ -1,7 +1,7 @@
-"""The number of kernels that a GPU is told to launch in a training step.
+"""The number of GPU kernels that a rank launches in a training step.
 
-The counts are those of the operations that a model dispatches, which tests/planner/test_launches.py counts again. A
-compiled model (`train.compile`) launches fewer.
+The constants below are numbers of operations that torch dispatches for a model, which tests/planner/test_launches.py
+checks. A compiled model (`train.compile`) launches fewer kernels.
 """
 
 from mhmoe_kernels.abilities import KernelName
@@ -9,26 +9,27 @@ from mhmoe_ray.planner.expert_step import assumed_kernel
 from mhmoe_ray.spec import RunSpec
 
 OUTSIDE_BLOCKS = 58
-"""Kernels of a micro-batch outside its blocks, forward and backward: embedding, output and loss."""
+"""Number of launches per micro-batch outside the model's blocks, forward and backward: embedding, output and loss."""
 LOSS_CHUNK = 14
-"""Kernels of a chunk of the loss (`train.loss_chunk_rows`)."""
+"""Number of launches per chunk of the loss (`train.loss_chunk_rows`)."""
 DENSE_BLOCK = 113
-"""Kernels of a block with a dense layer."""
+"""Number of launches per block with a dense feed-forward layer, forward and backward."""
 MIXTURE_BLOCKS: dict[KernelName, int] = {"grouped_gemm": 129, "grouped_mm": 139, "triton": 125}
-"""Kernels of a block with experts and one head, by the kernel of its experts."""
+"""Number of launches per block with experts and one head, by the kernel of the experts (`model.moe.kernel`)."""
 HEAD_PROJECTIONS = 18
-"""Kernels of the head and merge projections of a layer."""
+"""Number of launches for the head and merge projections of a multi-head layer."""
 LOOP_BLOCK, LOOP_EXPERT = 120, 19
-"""Kernels of a block whose experts run one after another, and those of each expert."""
+"""Number of launches per block whose experts run one after another, without the experts, and for each expert."""
 
 
 def launches_per_micro_batch(spec: RunSpec) -> int:
-    """Return the number of kernels that a rank launches for the forward and backward of a micro-batch."""
+    """Return the number of GPU kernels that a rank launches for the forward and backward of a micro-batch."""
     model, moe, kernel = spec.model, spec.model.moe, assumed_kernel(spec)
     dense_blocks, mixture_blocks = model.layers - model.moe_layers, model.moe_layers
     block_launches = dense_blocks * DENSE_BLOCK
     if moe is not None and kernel is None:
-        # The merged experts of router smear run like a dense layer, and few kernels more merge them.
+        # Router smear merges the experts into one, which runs like a dense layer. Merging takes only a few more
+        # kernels, which are left out.
         block_launches += mixture_blocks * DENSE_BLOCK
     elif moe is not None and kernel is not None:
         local_experts = moe.experts // spec.cluster.ep

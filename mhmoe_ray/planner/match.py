@@ -1,5 +1,7 @@
-"""Expert width and number of experts that match a reference in compute, parameters or both, and the comparison with the
-reference."""
+"""Search for experts that match a reference model in compute, parameters or both, and the comparison with it.
+
+The search finds the expert width and the number of experts.
+"""
 
 import math
 from bisect import bisect_left
@@ -18,23 +20,23 @@ class MatchSpec(Section):
     """Match of a model's experts with a reference: the quantity to match, and the rounding of the solution."""
 
     to: str
-    """Name of the preset whose expert layers are the reference, on this model's own trunk (everything but `moe`)."""
+    """Name of the preset whose expert layers, on this model's own trunk (everything but `moe`), are the reference."""
     by: Literal["flops", "params", "both"]
     """Quantity to match. flops: the expert width is solved for equal multiply-adds per token, without those of the
     routers, as in both papers. params: the expert width is solved for equal parameters. both: the width is solved for
     multiply-adds, then the number of experts for parameters."""
     # The default is 8, because rows of 8 values suit grouped matrix products and 8 experts divide over 2, 4 or 8 ranks.
     multiple: PositiveInt = 8
-    """Expert width and number of experts are rounded to multiples of this number. If that would change them by more
-    than 4 per cent, they are rounded to multiples of a half, a quarter or an eighth of it. The number of experts is
-    always a multiple of cluster.ep too. `plan` shows the mismatch that remains."""
+    """Number of which the expert width and the number of experts become multiples. If this rounding would change a
+    value by more than 4 per cent, the value becomes a multiple of a half, a quarter or an eighth of this number. The
+    number of experts is always a multiple of cluster.ep too. `mhmoe plan` shows the mismatch that remains."""
 
 
 SOLVED_KEYS = {"flops": {"d_expert"}, "params": {"d_expert"}, "both": {"d_expert", "experts"}}
-"""Keys of the `moe` section that a match solves, by `MatchSpec.by`."""
+"""Keys of the `moe` section that a match solves for, by the value of `MatchSpec.by`."""
 
 TOLERANCE = 0.04
-"""Largest relative error of rounding. Beyond it, values are rounded to a smaller multiple."""
+"""Largest relative change of a value by rounding. If rounding would change it more, a smaller multiple is tried."""
 SEARCH_LIMIT = 1 << 20
 """Upper bound of the search, above any expert width or number of experts."""
 
@@ -42,8 +44,10 @@ SEARCH_LIMIT = 1 << 20
 def solve_match(
     model: ModelSpec, reference: ModelSpec, match: MatchSpec, fixed_keys: Collection[str] = (), ep: int = 1
 ) -> tuple[int, int]:
-    """Return the expert width f and the number of experts E of `model` that match a reference (P2, equations 8 and 9,
-    generalized to any layers and options). A number that is not solved is returned as `model` has it.
+    """Return the expert width f and the number of experts E with which `model` matches a reference model.
+
+    The match generalizes equations 8 and 9 of arXiv 2411.16205 to any layers and options. If it solves for only one of
+    the two numbers, the other one is returned with its value in `model`.
 
     Args:
         model: the model to solve for; its values of the solved keys are ignored.
@@ -81,7 +85,7 @@ def matched_heads(plain: ModelSpec, heads: int, top_k: int | None = None) -> Mod
     Args:
         plain: a model whose experts compute on whole tokens.
         heads: h, the number of sub-tokens per token.
-        top_k: number of experts per sub-token; by default h, as in P2's models.
+        top_k: number of experts per sub-token; by default h, as in the models of arXiv 2411.16205.
 
     Raises:
         SpecError: the model's width does not split into `heads` equal parts, or no width or number of experts matches.
@@ -101,8 +105,8 @@ def matched_heads(plain: ModelSpec, heads: int, top_k: int | None = None) -> Mod
 def experts_without_ep(spec: RunSpec) -> int | None:
     """Return the number of experts that would match the reference's parameters if cluster.ep did not have to divide it.
 
-    The result is None unless cluster.ep is what prevents the match: the spec's number of experts is the multiple of
-    cluster.ep that matches best, and it differs from the returned number by more than `TOLERANCE`. It is also None
+    The result is None unless cluster.ep prevents the match. It does so if the spec's number of experts is the multiple
+    of cluster.ep that matches best, but differs from the exact number by more than `TOLERANCE`. The result is also None
     without a reference that has experts.
     """
     model, reference, ep = spec.model, spec.reference_model, spec.cluster.ep
@@ -121,13 +125,13 @@ def experts_without_ep(spec: RunSpec) -> int | None:
 def _solve_key(
     key: str, model: ModelSpec, count: Callable[[ModelSpec], int], target: int, match: MatchSpec, divisor: int
 ) -> int:
-    """Return the value of the `moe` key `key` at which `count` of the model is nearest to `target`, after rounding.
+    """Return the rounded value of the key `key` of `moe` at which `count` of the model is nearest to `target`.
 
     The value is a multiple of `divisor`. It is also a multiple of `match.multiple`, or of a half, a quarter or an
-    eighth of it: the largest of them with which rounding stays within `TOLERANCE`, or else the smallest.
+    eighth of this number: the largest of these with which rounding stays within `TOLERANCE`, or else the smallest.
 
     Raises:
-        SpecError: everything but the experts already reaches the target.
+        SpecError: the model without its experts already reaches the target.
     """
 
     def count_at(value: int) -> int:
@@ -145,8 +149,10 @@ def _solve_key(
 
 
 def _nearest_value(count_at: Callable[[int], int], target: int, step: int) -> int:
-    """Return the multiple of `step` at which `count_at` is nearest to the target. Counts must not fall as values
-    grow."""
+    """Return the multiple of `step` at which `count_at` is nearest to the target.
+
+    `count_at` must not decrease as its argument grows.
+    """
     # The value is searched by bisection, because a count does not always grow linearly with it.
     upper_index = bisect_left(range(SEARCH_LIMIT), target, key=lambda n: count_at(n * step))
     return step * min(max(0, upper_index - 1), upper_index, key=lambda n: abs(count_at(n * step) - target))
@@ -162,7 +168,7 @@ def _replace_moe(model: ModelSpec, **moe: int) -> ModelSpec:
 
 
 def _macs_without_routers(model: ModelSpec) -> int:
-    """Return the multiply-adds per token without those of the routers."""
+    """Return the multiply-adds per token of a model, without those of its routers."""
     counts = compute_sizes(model)
     return counts.macs_per_token - counts.router_macs_per_token
 
@@ -172,7 +178,7 @@ def _parameter_count(model: ModelSpec) -> int:
 
 
 class Comparison(NamedTuple):
-    """A count of a model and of its reference."""
+    """Comparison of one count, such as parameters, between a model and its reference model."""
 
     model_value: int
     reference: int
@@ -189,9 +195,9 @@ class Comparison(NamedTuple):
 def compare_models(model: ModelSpec, reference: ModelSpec) -> dict[str, Comparison]:
     """Return comparisons of a model with its reference by name: parameters, multiply-adds and hidden activations.
 
-    A comparison is left out if its count is 0 for the reference, such as that of expert layers of a dense one.
+    A comparison is left out if the reference's count is 0, as the multiply-adds of expert layers in a dense model.
 
-    Equal parameters do not imply equal compute, and neither implies equal traffic of hidden activations.
+    Equal parameters do not imply equal compute, and neither implies equal memory traffic of hidden activations.
     """
     # The routers' multiply-adds are subtracted below, because both papers compare expert layers without them.
     model_counts, reference_counts = compute_sizes(model), compute_sizes(reference)

@@ -1,4 +1,4 @@
-"""The bytes that a rank holds in training, computed from the spec. Tests compare them with those of a real step.
+"""The bytes of memory that a rank holds in training, computed from the spec. Tests compare them with a real step.
 
 The count leaves out the memory of the framework itself, of its allocator and communication buffers (including
 DeepSpeed's), and of the data stream. It also leaves out the T x T weights that attention saves where it has no fused
@@ -41,25 +41,25 @@ class Memory(NamedTuple):
     moments: int
     """Bytes of AdamW's two moments."""
     copies: int
-    """Bytes of the copies of weights in the precision of matrix products, if it is not that of the weights. They are
-    kept from forward to backward."""
+    """Bytes of copies of the weights in the precision of matrix products, if that precision is not float32. The copies
+    are kept from forward to backward."""
     activations: int
     """Bytes that one micro-batch keeps from forward to backward, including the log-probabilities of all tokens."""
     logits: int
-    """Bytes that the loss needs temporarily: those of `loss_bytes`."""
+    """Bytes that the loss needs temporarily, from `loss_bytes`."""
     gathered: int
     """Bytes of tensors that fsdp and zero3 temporarily gather from shards: the sum of `gathered_weight_bytes` and
     `unsharded_gradient_bytes`."""
     checkpoint_copy: int
-    """Bytes of `checkpoint_copy_bytes` on CPUs. With GPUs it is 0, because the copy is in the host's memory."""
+    """Bytes of the copy of weights and moments that is written to a checkpoint (`checkpoint_copy_bytes`). With GPUs it
+    is 0, because the copy is in the host's memory."""
 
     @property
     def total(self) -> int:
         return sum(self)
 
     def as_json(self) -> dict[str, int]:
-        """Return all fields and their total as `mhmoe plan --json` prints them; there the key `whole` means
-        `gathered`."""
+        """Return all fields and their total as `mhmoe plan --json` prints them; the key of `gathered` is `whole`."""
         fields = self._asdict()
         return {"whole": fields.pop("gathered"), **fields, "total": self.total}
 
@@ -67,7 +67,7 @@ class Memory(NamedTuple):
 def compute_memory(spec: RunSpec) -> Memory:
     """Return the bytes, by kind, that one rank needs for training under uniform routing.
 
-    If the number of experts is adaptive, all tasks have the largest one.
+    If the number of experts that a task chooses is adaptive, the largest number is assumed for all tasks.
     """
     spec = spec.model_copy(update={"model": spec.model.at_largest_top_k()})
     model, counts = spec.model, compute_sizes(spec.model)
@@ -94,11 +94,12 @@ def compute_memory(spec: RunSpec) -> Memory:
 def loss_bytes(spec: RunSpec) -> int:
     """Return the bytes that the loss needs temporarily.
 
-    With all logits at once, they are the gradients of log-probabilities and of logits, both in float32. A chunked loss
-    has the logits and the log-probabilities of a chunk, those of the chunk before it, and the gradient of the output
-    layer, all in float32. In the precision of products, it has the gradients of the logits of one product, which takes
-    several chunks in a narrow precision, and a copy of the output layer, if this layer is not gathered in that
-    precision.
+    If all logits exist at once, these are the gradients of log-probabilities and of logits, both in float32.
+
+    A chunked loss holds, in float32, the logits and the log-probabilities of a chunk, the log-probabilities of the
+    chunk before it, and the gradient of the output layer. In the precision of matrix products, it holds the gradients
+    of the logits of one product, which covers several chunks in bfloat16. It also holds a copy of the output layer in
+    this precision, unless the layer is gathered in it.
     """
     tokens, vocab_size = spec.tokens_per_micro_batch, spec.model.vocab_size
     if spec.model.encoder is not None:
@@ -116,10 +117,10 @@ def loss_bytes(spec: RunSpec) -> int:
 
 
 def hidden_output_values(spec: RunSpec, encoder: EncoderSpec) -> int:
-    """Return the number of outputs of an encoder for a micro-batch, which it computes for hidden patches and tokens,
-    and for all tokens of captions.
+    """Return the number of output values of an encoder for a micro-batch.
 
-    Texts count as if all of them had `data.seq_len` tokens.
+    The encoder computes outputs for hidden patches and hidden tokens, and for all tokens of captions that it learns to
+    write. Texts count as if all of them had `data.seq_len` tokens.
     """
     masking, values = spec.train.masking, 0.0
     for part in spec.parts:
@@ -148,22 +149,23 @@ def _task_bytes(spec: RunSpec) -> int:
 
 
 def checkpoint_bytes(spec: RunSpec) -> int:
-    """Return the bytes of a checkpoint: those of weights and of AdamW's two moments."""
+    """Return the bytes of a checkpoint, which has the weights and AdamW's two moments."""
     return (FLOAT32 + 2 * bytes_of(spec.train.moment_precision)) * compute_sizes(spec.model).parameters
 
 
 def checkpoint_copy_bytes(spec: RunSpec) -> int:
-    """Return the bytes of host memory for the copy of weights and moments that a rank writes to a checkpoint, on
-    average over ranks.
+    """Return the bytes of host memory for a rank's copy of the weights and moments that it writes to a checkpoint.
 
-    The memory stays allocated after the first checkpoint. With GPUs it is pinned.
+    The number is a mean over ranks. The memory stays allocated after the first checkpoint. With GPUs it is pinned.
     """
     return checkpoint_bytes(spec) // spec.cluster.max_world_size
 
 
 def gathered_weight_bytes(spec: RunSpec) -> int:
-    """Return the bytes of the weights that a rank has gathered from shards at the same time, at most; 0 with other
-    strategies than fsdp and zero3, or on a single rank."""
+    """Return the largest number of bytes of weights that a rank holds gathered from shards at the same time.
+
+    It is 0 on a single rank, and with all strategies but fsdp and zero3.
+    """
     # fsdp gathers the parameters outside blocks for the whole pass, the current block, and the next block in advance.
     # For zero3, `distributed/strategies/zero.py` sets the same upper bound.
     gathers_weights = spec.cluster.strategy in ("fsdp", "zero3") and spec.cluster.max_world_size > 1
@@ -171,8 +173,10 @@ def gathered_weight_bytes(spec: RunSpec) -> int:
 
 
 def unsharded_gradient_bytes(spec: RunSpec) -> int:
-    """Return the bytes of unsharded gradients with fsdp, in addition to the shards; 0 with other strategies or on a
-    single rank."""
+    """Return the bytes of unsharded gradients that fsdp holds in addition to the shards.
+
+    The result is 0 with other strategies or on a single rank.
+    """
     if spec.cluster.strategy != "fsdp" or spec.cluster.max_world_size == 1:
         return 0
     # With one micro-batch per rank and step, the gradients of a block are reduced to shards after its backward. Only
@@ -189,18 +193,20 @@ def unsharded_gradient_bytes(spec: RunSpec) -> int:
 
 
 def gathers_in_bfloat16(spec: RunSpec) -> bool:
-    """Return whether ranks gather the weights that they hold in shards in bfloat16, and so have no copies of them."""
+    """Return whether ranks gather sharded weights in bfloat16, so that they need no copies for matrix products."""
     return spec.cluster.gather_precision == "bfloat16" and spec.cluster.max_world_size > 1
 
 
 def _outside_bytes(spec: RunSpec) -> int:
-    """Return the bytes of the gathered parameters outside blocks."""
+    """Return the bytes of the parameters outside blocks, such as the embedding, when they are gathered from shards."""
     return gathered_bytes(spec, block_sizes(spec.model).outside, float32_sizes(spec.model).outside)
 
 
 def _largest_block_bytes(spec: RunSpec) -> int:
-    """Return the bytes of the gathered parameters of the largest block, counting only those that ranks hold in
-    shards."""
+    """Return the bytes of the parameters of the largest block when they are gathered from shards.
+
+    Parameters that ranks do not hold in shards are left out.
+    """
     model, counts, float32_counts = spec.model, block_sizes(spec.model), float32_sizes(spec.model)
     expert_parameters = 0
     if model.moe and spec.cluster.shards_experts and spec.cluster.expert_shard_ranks > 1:
@@ -211,7 +217,7 @@ def _largest_block_bytes(spec: RunSpec) -> int:
 
 
 def _state_bytes(spec: RunSpec, counts: Sizes) -> tuple[int, int, int]:
-    """Return the bytes of weights, gradients and moments under the strategy, on average over ranks."""
+    """Return the bytes of weights, gradients and moments of a rank under `cluster.strategy`, as a mean over ranks."""
     # Experts are sharded over the ranks of a shard group that hold the same experts, and all other tensors over all
     # ranks of the group.
     cluster = spec.cluster
@@ -236,7 +242,7 @@ def _state_bytes(spec: RunSpec, counts: Sizes) -> tuple[int, int, int]:
 
 
 def _copy_bytes(spec: RunSpec, counts: Sizes) -> int:
-    """Return the bytes of the copies, in the precision of matrix products, of all weights that these products use."""
+    """Return the bytes of copies of the weights that matrix products use, in the precision of these products."""
     experts = counts.expert_parameters // spec.cluster.ep
     if gathers_in_bfloat16(spec):
         # What is gathered in bfloat16 needs no copies, so only experts that are not sharded have some.

@@ -16,8 +16,8 @@ from mhmoe_ray.planner.sizes import dense_width
 P1_EXPERTS = (8, 16, 32, 64, 128, 256)
 P1_HEADS = (2, 4, 6, 8, 12)
 P1_FITTED_WIDTHS = {8: 11_466, 16: 11_574, 32: 12_085, 64: 12_092, 128: 12_193, 256: 12_162}
-"""Expert width for h 4, by number of experts. P1's table 11 has numbers of parameters but no widths; these widths fit
-its numbers."""
+"""Expert width of P1's models with h = 4 heads, by the number of experts. P1's table 11 has numbers of parameters but
+no widths; these widths fit its numbers."""
 
 _P1_TRUNK = {
     "backbone": "subln",
@@ -43,9 +43,10 @@ _P1_TRAIN = {
     "clip_norm": 2.0,
     **checkpoint_intervals(300_000),
 }
-# BEiT-3 base with the output of BEiT v2's codebook, whose 277 million parameters table 11 of P1 has as the dense model.
-# P1's release has no code for its multimodal models. That experts lie beside the feed-forward layers of every second
-# block is inferred: with E experts this gives 276 + 28.4 E million parameters for X-MoE, and the table 276 + 29.75 E.
+# BEiT-3 base with an output for BEiT v2's codebook. It has 277 million parameters, as the dense model in table 11 of
+# P1. P1's release has no code for its multimodal models. That experts lie beside the feed-forward layers of every
+# second block is inferred: X-MoE with E experts then has 276 + 28.4 E million parameters, and in the table 276 +
+# 29.75 E.
 _P1_ENCODER_TRUNK: Tree = {
     "backbone": "subln",
     "encoder": {
@@ -82,7 +83,7 @@ _P1_ENCODER_TRAIN: Tree = {
     **checkpoint_intervals(1_000_000),
 }
 ENCODER_SEQ_LEN = 128
-"""Tokens of a text in P1's multimodal runs, with the start token; P1 does not state it."""
+"""Number of tokens of a text in P1's multimodal runs, including the start token. P1 does not state this number."""
 # P1's dense and X-MoE models have micro-batches of two sequences. The size matters, because expert capacity is per
 # micro-batch.
 _TWO_SEQUENCES = {"micro_batches": 128, "micro_batch_size": 2}
@@ -122,8 +123,10 @@ def paper_presets() -> Mapping[str, Preset]:
 
 
 def _first_paper() -> Iterator[tuple[str, Preset]]:
-    """Yield the presets of P1's models by name: the dense model, and X-MoE and MH-MoE for each number of experts, heads
-    and choices."""
+    """Yield the presets of P1's models by name: the dense model, X-MoE, and MH-MoE.
+
+    X-MoE and MH-MoE have a preset for each number of experts and each top-k; MH-MoE also for each number of heads.
+    """
     train = {**_P1_TRAIN, **_TWO_SEQUENCES}
     yield "p1-dense", Preset("P1, the dense model", _P1_TRUNK, None, None, train, SEQ_LEN)
     for experts in P1_EXPERTS:
@@ -158,11 +161,11 @@ def _first_paper_encoders() -> Iterator[tuple[str, Preset]]:
 
 
 def _p1_moe(heads: int, experts: int, top_k: int) -> Callable[[Mapping[str, Any]], Tree]:
-    """Return a function from a trunk to P1's `moe` section.
+    """Return a function that takes a trunk (a `model` section without `moe`) and returns P1's `moe` section for it.
 
-    With one head, an expert is as wide as a dense layer. With several, its width is that of equal parameters; h 4 on
-    the trunk of P1's decoders has `P1_FITTED_WIDTHS` instead. The function raises a SpecError if a width of the trunk
-    is not a number.
+    With one head, an expert is as wide as a dense layer. With several heads, its width is the one at which the layer
+    has as many parameters as with one head (`equal_parameter_width`). Models with 4 heads on the trunk of P1's decoders
+    have `P1_FITTED_WIDTHS` instead. The function raises a SpecError if a width of the trunk is not a number.
     """
 
     def build_section(trunk: Mapping[str, Any]) -> Tree:
@@ -182,8 +185,10 @@ def _p1_moe(heads: int, experts: int, top_k: int) -> Callable[[Mapping[str, Any]
 
 
 def _p1_routing(top_k: int) -> Tree:
-    """Return the routing keys of P1's `moe` section: static routing with a random second expert for top 2, and dropless
-    routing for any other `top_k`."""
+    """Return the routing keys of P1's `moe` section, which depend on the number of experts per row.
+
+    For `top_k` 2 they set static routing with a random second expert, and for any other `top_k` dropless routing.
+    """
     # torchscale's gate has only a first and a second choice. According to P1's public review, runs with more choices
     # were dropless.
     static = {"capacity_factor": 1.0, "second_expert": "random"} if top_k == 2 else {}
@@ -192,8 +197,9 @@ def _p1_routing(top_k: int) -> Tree:
 
 
 def equal_parameter_width(heads: int, experts: int, d: int, hidden: int) -> int:
-    """Return the largest expert width at which P1's MH-MoE layer has no more parameters than its X-MoE layer (P1,
-    appendix D, with the biases and norms of its code). Routers do not count.
+    """Return the largest expert width at which P1's MH-MoE layer has no more parameters than its X-MoE layer.
+
+    The formula is that of P1, appendix D, with the biases and norms of P1's code added. Routers do not count.
 
     Args:
         heads: number of heads h of the MH-MoE layer.
@@ -207,7 +213,7 @@ def equal_parameter_width(heads: int, experts: int, d: int, hidden: int) -> int:
 
 
 def _rebuttal() -> Iterator[tuple[str, Preset]]:
-    """Yield the presets of the models in P1's public review, by name."""
+    """Yield the presets of the models that P1's public review describes, by name."""
     six_layers = {**_P1_TRUNK, "layers": 6}
     train = {**_P1_TRAIN, "steps": 25_000, **checkpoint_intervals(25_000)}
     for top_k in (3, 4):
@@ -245,7 +251,7 @@ def _follow_up() -> Iterator[tuple[str, Preset]]:
 
 
 def _p2_moe(shape: Tree, eighths: int, has_shared: bool) -> Callable[[Mapping[str, Any]], Tree]:
-    """Return a function from a trunk to P2's `moe` section.
+    """Return a function that takes a trunk (a `model` section without `moe`) and returns P2's `moe` section for it.
 
     Args:
         shape: keys `heads`, `top_k` and `experts` of the section.
@@ -261,7 +267,7 @@ def _p2_moe(shape: Tree, eighths: int, has_shared: bool) -> Callable[[Mapping[st
 
 
 def _mixtral() -> Iterator[tuple[str, Preset]]:
-    """Yield the presets of Mixtral 8x7B by name: as it is, and with 2 and 4 heads."""
+    """Yield the presets of Mixtral 8x7B by name: as published, and with 2 and 4 heads."""
     # P1's public review measured serving of MH-MoE in Mixtral. It states neither the width nor the number of experts,
     # so both are Mixtral's.
     shape: dict[str, Any] = {"experts": 8, "top_k": 2, "d_expert": 14_336, "every": 1, "normalize_gates": True}

@@ -30,7 +30,7 @@ class ExpertGroups(NamedTuple):
 
 
 def expert_groups(nodes: Sequence[str], ep: int, domains: Sequence[str] | None = None) -> ExpertGroups:
-    """Return the expert-parallel groups of all ranks, whose number must be a multiple of `ep`.
+    """Divide all ranks into expert-parallel groups of `ep` ranks; the number of ranks must be a multiple of `ep`.
 
     Ranks of the same node form as many groups as possible. Remaining ranks of the same domain form groups next, and the
     remaining ranks of all domains last. Nodes and domains are in the order of their first rank.
@@ -55,13 +55,14 @@ def expert_groups(nodes: Sequence[str], ep: int, domains: Sequence[str] | None =
 
 
 def sharding_groups(expert_groups: Sequence[Sequence[int]], size: int) -> list[list[list[int]]]:
-    """Return the groups of ranks over which fsdp shards tensors. Each group is a list of rows: the ranks of a row share
-    the experts, and the ranks of a column hold the same ones.
+    """Return the groups of ranks over which fsdp shards tensors, each as a list of rows of ranks.
+
+    The ranks of a row hold different experts, and together all of them. The ranks of a column hold the same experts.
 
     Args:
-        expert_groups: all rows, as in `ExpertGroups`. Those of a node follow each other, so that a group stays on a
-            node if it can.
-        size: number of ranks of a group, a multiple of those of a row.
+        expert_groups: ranks of each expert-parallel group, as in `ExpertGroups`. Groups of the same node follow each
+            other, so that a group of the result stays on a node if it can.
+        size: number of ranks of a group of the result, a multiple of the size of an expert-parallel group.
     """
     count = size // len(expert_groups[0])
     groups = [[list(ranks) for ranks in expert_groups[i : i + count]] for i in range(0, len(expert_groups), count)]
@@ -72,7 +73,8 @@ def sharding_groups(expert_groups: Sequence[Sequence[int]], size: int) -> list[l
 def ranks_by_node(group: Sequence[int], nodes: Sequence[str]) -> list[list[int]] | None:
     """Return the ranks of a group as one list per node, in the group's order.
 
-    The result is None if the nodes have different numbers of its ranks, or if the ranks of a node are not consecutive.
+    The result is None if the nodes have different numbers of the group's ranks, or if the ranks of a node are not
+    consecutive in the group.
     """
     runs = [list(ranks) for _, ranks in groupby(group, key=lambda rank: nodes[rank])]
     is_even = len(runs) == len({nodes[rank] for rank in group}) and len({len(ranks) for ranks in runs}) == 1
@@ -80,8 +82,9 @@ def ranks_by_node(group: Sequence[int], nodes: Sequence[str]) -> list[list[int]]
 
 
 def _fill_groups(ranks: Iterable[int], locations: Sequence[object], ep: int) -> tuple[list[list[int]], list[int]]:
-    """Return as many groups of `ep` ranks at one location as possible, and the remaining ranks in the order of their
-    locations.
+    """Form as many groups of `ep` ranks at the same location as possible; return them and the remaining ranks.
+
+    The remaining ranks are in the order of their locations.
 
     Args:
         ranks: ranks to group.
@@ -130,7 +133,7 @@ def capacity_shortfall(nodes: "Sequence[Node]", cpus: int, gpus: int, workers: i
 
 
 class Node(NamedTuple):
-    """Node with its numbers of CPUs and GPUs: those that are free now, or all that it has."""
+    """Node of a cluster, with its numbers of CPUs and GPUs: either those that are free now, or all that it has."""
 
     name: str
     cpus: float
@@ -147,9 +150,10 @@ class Node(NamedTuple):
 
 
 def pack_workers(nodes: Sequence[Node], cpus: int, gpus: int, workers: int) -> list[Node]:
-    """Return the node on which Ray would place each rank. If the nodes cannot hold all workers, the list is shorter.
+    """Return the node on which Ray would place each rank, in the order of ranks.
 
-    Ray's order among equal nodes is arbitrary; here it is the order of `nodes`.
+    If the nodes cannot hold all workers, the list is shorter. Ray's order among equal nodes is arbitrary; here it is
+    the order of `nodes`.
 
     Args:
         nodes: nodes with their free resources.
@@ -175,15 +179,19 @@ def pack_workers(nodes: Sequence[Node], cpus: int, gpus: int, workers: int) -> l
 
 
 def hypothetical_nodes(nodes: int, cpus: int, gpus: int, nodes_per_domain: int | None = None) -> list[Node]:
-    """Return `nodes` equal nodes with `cpus` CPUs and `gpus` GPUs each, in domains of `nodes_per_domain` nodes, or all
-    in one domain if that is None."""
+    """Return `nodes` equal nodes of a cluster that need not exist, with `cpus` CPUs and `gpus` GPUs each.
+
+    Every `nodes_per_domain` nodes form a domain; None puts all nodes into one domain.
+    """
     domains = [f"domain{i // nodes_per_domain}" if nodes_per_domain else "" for i in range(nodes)]
     return [Node(f"node{i}", cpus, gpus, domain) for i, domain in enumerate(domains)]
 
 
 class NodeKind(NamedTuple):
-    """Kind of a node, from the view of a group of ranks. In an exchange of the group, nodes of one kind have the same
-    traffic."""
+    """Kind of a node, from the view of a group of ranks: its domain, and how many ranks of the group it holds.
+
+    In an exchange within the group, all nodes of one kind have the same traffic.
+    """
 
     domain: str
     ranks: int
@@ -191,7 +199,7 @@ class NodeKind(NamedTuple):
 
 
 Spread = Counter[NodeKind]
-"""Number of nodes of each kind that hold a group's ranks."""
+"""Spread of a group of ranks over nodes: the number of nodes of each kind that hold its ranks."""
 
 
 class Layout(NamedTuple):
@@ -223,12 +231,11 @@ class Layout(NamedTuple):
 
 
 def build_layout(rank_nodes: Sequence[Node], ep: int) -> Layout:
-    """Return the layout of ranks whose nodes are given, one node per rank. The number of ranks must be a multiple of
-    `ep`."""
+    """Return the layout of ranks, given the node of each rank. The number of ranks must be a multiple of `ep`."""
     nodes, domains = [node.name for node in rank_nodes], [node.domain for node in rank_nodes]
     return Layout(nodes, domains, expert_groups(nodes, ep, domains))
 
 
 def single_node_layout(workers: int, ep: int) -> Layout:
-    """Return the layout of `workers` ranks on one node."""
+    """Return the layout of `workers` ranks that are all on one node, in expert-parallel groups of `ep` ranks."""
     return build_layout([Node("node", workers, workers)] * workers, ep)

@@ -1,6 +1,7 @@
 """Presets: complete models with their training recipe, in families of three sizes.
 
-All families have the trunk of the follow-up paper (P2), whose size is `base`.
+All families have the trunk (the model without its experts) of the follow-up paper, P2 (arXiv 2411.16205). The size
+`base` is the paper's own.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,20 +21,21 @@ class Preset(NamedTuple):
     description: str
     """One-line description of the model and its source."""
     trunk: Mapping[str, Any]
-    """The `model` section without `moe`."""
+    """The `model` section of the spec, without the key `moe`."""
     moe: Callable[[Mapping[str, Any]], Tree] | None
-    """Function from a trunk, which may be another model's, to the `moe` section; None if the model is dense."""
+    """Function that returns the `moe` section for a trunk, which may be that of another model; None if the model is
+    dense."""
     reference: str | None
     """Name of the preset whose expert layers this one is compared with, on the same trunk."""
     train: Mapping[str, Any]
     """Keys of the `train` section that the preset sets."""
     seq_len: int
     match: MatchSpec | None = None
-    """Match that solves `d_expert` and `experts`; None if `moe` has both."""
+    """Match with a reference that solves for the keys `d_expert` and `experts` of `moe`; None if `moe` sets both."""
 
 
 def constant_moe(**moe: Any) -> Callable[[Mapping[str, Any]], Tree]:
-    """Return a function that returns a `moe` section of these keys for any trunk."""
+    """Return a function for `Preset.moe` that returns a `moe` section with these keys for any trunk."""
     return lambda _: dict(moe)
 
 
@@ -48,7 +50,10 @@ SizeName = Literal["tiny", "small", "base"]
 
 
 class Size(NamedTuple):
-    """Size of a family's models. Attention heads, feed-forward width and learning rate follow from `d_model`."""
+    """Size of a family's models and of their training.
+
+    The numbers of attention heads, the feed-forward width and the learning rate follow from `d_model`.
+    """
 
     d_model: int
     layers: int
@@ -61,7 +66,7 @@ class Size(NamedTuple):
 
     @property
     def trunk(self) -> Tree:
-        """The `model` section of a family's models, without `moe`."""
+        """The `model` section, without `moe`, of all families' models of this size."""
         return {
             "backbone": "llama",
             "vocab_size": self.vocab_size,
@@ -73,7 +78,7 @@ class Size(NamedTuple):
 
     @property
     def train(self) -> Tree:
-        """The `train` section of a family's models."""
+        """The `train` section of all families' models of this size."""
         # The learning rate is inversely proportional to the width of the model. P2's is 6e-4 at 768.
         lr = round(6e-4 * 768 / self.d_model, 6)
         return {
@@ -113,7 +118,7 @@ def _mhmoe(_: Mapping[str, Any]) -> Tree:
 
 
 def _deepseek(trunk: Mapping[str, Any]) -> Tree:
-    """Return the `moe` section of DeepSeekMoE (arXiv 2401.06066)."""
+    """Return the `moe` section of a DeepSeekMoE model (arXiv 2401.06066) for a trunk."""
     # The layer has four times as many experts as `_smoe`, of a quarter of their width. Three of them and the shared
     # expert compute as much as one expert of `_smoe`.
     quarter = dense_width(trunk) // 4
@@ -122,7 +127,7 @@ def _deepseek(trunk: Mapping[str, Any]) -> Tree:
 
 
 class Family(NamedTuple):
-    """Models of one design in all sizes. The fields mean the same as those of `Preset`."""
+    """Family of presets: models of one design in all sizes. The fields have the meaning of those of `Preset`."""
 
     description: str
     moe: Callable[[Mapping[str, Any]], Tree] | None

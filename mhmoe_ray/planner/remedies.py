@@ -1,4 +1,4 @@
-"""Keys that lower the memory of a rank, with the bytes that each of them saves for a spec."""
+"""Changes of a spec's keys that lower the memory of a rank, with the bytes that each of them saves."""
 
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -19,16 +19,16 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
     {"train.moment_precision": "bfloat16"},
     {"train.residual_precision": "bfloat16"},
 )
-"""Values of keys that lower memory, by key."""
+"""Changes of a spec that may lower the memory of a rank, each as new values by key."""
 SMALLEST_SHARE = 0.01
-"""Smallest share of the memory that a remedy must save to be named."""
+"""Smallest share of a rank's memory that a change must save to be proposed."""
 
 
 class Remedy(NamedTuple):
     """Change of a spec that lowers the memory of a rank."""
 
     keys: dict[str, Any]
-    """New values by key."""
+    """New values of the changed keys, by key, such as `train.recompute`."""
     saved_bytes: int
 
     def __str__(self) -> str:
@@ -36,7 +36,10 @@ class Remedy(NamedTuple):
 
 
 def memory_remedies(spec: RunSpec) -> list[Remedy]:
-    """Return the changes that lower the memory of a rank, each by itself, those that save most first."""
+    """Return the changes of a spec that lower the memory of a rank, starting with the one that saves most.
+
+    Each change is evaluated by itself, and not in combination with others.
+    """
     total = compute_memory(spec).total
     remedies = []
     for keys in (*CANDIDATES, _smaller_micro_batches(spec)):
@@ -45,13 +48,13 @@ def memory_remedies(spec: RunSpec) -> list[Remedy]:
             saved_bytes = total - compute_memory(changed_spec).total
             if saved_bytes >= SMALLEST_SHARE * total:
                 remedies.append(Remedy(keys, saved_bytes))
-    # Of two remedies that save the same, the shorter one comes first, and the other adds nothing.
+    # Of several changes that save the same, only the one with the fewest keys is kept: the other keys add nothing.
     remedies.sort(key=lambda remedy: (-remedy.saved_bytes, len(remedy.keys)))
     return [next(group) for _, group in groupby(remedies, key=lambda remedy: remedy.saved_bytes)]
 
 
 def _smaller_micro_batches(spec: RunSpec) -> dict[str, Any]:
-    """Return the keys of micro-batches of half the size, with as many samples in a step; none if a size is odd."""
+    """Return the keys that halve the micro-batch size and keep the samples per step; none if the size is odd."""
     size = spec.train.micro_batch_size
     if size % 2:
         return {}
@@ -59,7 +62,7 @@ def _smaller_micro_batches(spec: RunSpec) -> dict[str, Any]:
 
 
 def _with_keys(spec: RunSpec, keys: dict[str, Any]) -> RunSpec | None:
-    """Return a spec with other values of some keys; None if they are not possible together."""
+    """Return a spec with new values of some keys; None if the changed spec is invalid."""
     sections = spec.model_dump()
     for key, value in keys.items():
         section, name = key.split(".")

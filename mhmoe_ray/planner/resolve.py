@@ -30,11 +30,11 @@ GPU_MEMORY_SHARE = 0.8
 
 
 def find_preset(name: str, size: SizeName | None = None) -> Preset:
-    """Return the preset of this name.
+    """Return the preset (a complete model with its training recipe) of this name.
 
     Args:
-        name: name of a family, or of one of the papers' models.
-        size: size of a family's model, by default tiny; it must be None for a paper's model.
+        name: name of a family of presets, or of one of the papers' models.
+        size: size of the family's model, by default tiny; it must be None for a paper's model.
 
     Raises:
         SpecError: there is no such preset, or a size is given for a model with a size of its own.
@@ -58,13 +58,18 @@ def all_presets() -> list[tuple[str, SizeName | None, Preset]]:
 
 
 def preset_origin(name: str, size: SizeName | None) -> str:
-    """Return the value of a spec's `origin` for a preset: its name, followed by a blank and its size if the preset
-    belongs to a family."""
+    """Return the value of the key `origin` with which a spec records its preset.
+
+    It is the preset's name, followed by a blank and its size if the preset belongs to a family.
+    """
     return f"{name} {size or DEFAULT_SIZE}" if name in FAMILIES else name
 
 
 def preset_description(origin: str) -> str:
-    """Return the description of the preset that a spec's `origin` names; a general one if there is no such preset."""
+    """Return the description of the preset that a spec's key `origin` names.
+
+    If there is no such preset, the description tells only that the preset is one of another version.
+    """
     name, _, size = origin.partition(" ")
     descriptions = (preset.description for n, s, preset in all_presets() if n == name and (not size or s == size))
     # The preset may be missing here, because another version of this package, with other presets, may have written the
@@ -73,23 +78,27 @@ def preset_description(origin: str) -> str:
 
 
 class Shorthands(Section):
-    """Top-level keys of a spec file that a complete spec does not have."""
+    """Top-level keys of a spec file that are replaced by other keys in a complete spec."""
 
     preset: str | None = None
-    """Name of a preset. The keys of the file override its keys one by one."""
+    """Name of a preset, which is a complete model with its training recipe. Keys of the file override the preset's keys
+    one by one."""
     size: SizeName | None = None
     """Size of the model, for a preset of a family; by default tiny."""
     match: MatchSpec | None = None
-    """Match that solves the expert width and the number of experts."""
+    """Reference model that this model shall equal in compute, parameters or both. The match solves for the expert width
+    and the number of experts."""
 
 
 def resolve_spec(tree: Tree, label: str, fill_tree: Callable[[Tree, str], Tree] | None = None) -> RunSpec:
-    """Replace the shorthands of a spec's tree, and return the checked, complete spec. `tree` itself may change.
+    """Replace the shorthands of a spec file, such as `preset`, and return the checked, complete spec.
 
     Args:
-        tree: tree of a spec file (`spec.read_tree`), with overrides applied, which may set shorthands too.
+        tree: content of the spec file as nested dictionaries (`spec.read_tree`), after overrides, which may set
+            shorthands too. The function may change it.
         label: name of the spec in an error message.
-        fill_tree: function (tree, label) that returns the tree with more defaults.
+        fill_tree: function (tree, label) that returns the tree with more defaults, such as those of the run that this
+            one starts from.
 
     Raises:
         SpecError: as in `validate_section`; also if the tree is that of a sweep, the preset does not exist, a key would
@@ -110,8 +119,9 @@ def resolve_spec(tree: Tree, label: str, fill_tree: Callable[[Tree, str], Tree] 
 def _fill_gpu(spec: RunSpec) -> RunSpec:
     """Return the spec of a preset with the largest micro-batches that fit on its GPUs, and as many samples in a step.
 
-    Presets have the papers' micro-batches of one sequence, with which a GPU mostly waits for launches. Specs for CPUs
-    stay as they are, and so do those with an expert capacity, which is counted per micro-batch.
+    Presets of the papers' models have micro-batches of one sequence, with which a GPU mostly waits for launches of
+    kernels. Specs for CPUs do not change. Neither do specs with an expert capacity, because a capacity is counted per
+    micro-batch.
     """
     moe, train = spec.model.moe, spec.train
     if not spec.cluster.gpus_per_worker or (moe is not None and moe.capacity_factor is not None):
@@ -124,7 +134,7 @@ def _fill_gpu(spec: RunSpec) -> RunSpec:
         tree = spec.model_dump(mode="json", by_alias=True)
         try:
             candidate = RunSpec.model_validate({**tree, "train": {**tree["train"], **batches}})
-        # The number of workers does not divide these micro-batches.
+        # The spec is invalid, because the number of workers does not divide this number of micro-batches.
         except ValidationError:
             continue
         if compute_memory(candidate).total <= GPU_MEMORY_SHARE * spec.cluster.accelerator.memory:
@@ -133,15 +143,17 @@ def _fill_gpu(spec: RunSpec) -> RunSpec:
 
 
 def preset_models(preset: Preset) -> tuple[ModelSpec, ModelSpec | None]:
-    """Return a preset's model, and its reference model on the same trunk; None for the latter if it has none."""
+    """Return a preset's model, and the reference model to compare it with, which is None if the preset names none."""
     trunk, label = dict(preset.trunk), "preset"
     model = _build_model(trunk, _preset_moe(preset, trunk, label), label)
     return model, _reference_model(preset.reference, trunk, {}, label) if preset.reference else None
 
 
 def _resolve_shorthands(tree: Tree, label: str) -> Tree:
-    """Return the tree of a spec file with its shorthands replaced by the keys that they stand for. `tree` itself may
-    change."""
+    """Return the content of a spec file, as nested dictionaries, with its shorthands replaced by other keys.
+
+    `tree` itself may change.
+    """
     shorthand_values = {key: tree.pop(key) for key in Shorthands.model_fields if key in tree}
     shorthands = validate_section(Shorthands, shorthand_values, label)
     own_model = tree.get("model", {})
@@ -178,8 +190,8 @@ def _moe_section(
 ) -> Tree | None:
     """Return the `moe` section of a spec, or None if the model is dense.
 
-    It is the preset's section, overridden by the user's own keys, with the keys that a match solves. If `own_keys` is
-    None, the user asked for a dense model.
+    The section has the keys of the preset, overridden by the user's own keys, and the keys that a match solves for. If
+    `own_keys` is None, the user asked for a dense model.
     """
     base = preset.moe(trunk) if preset and preset.moe else {}
     moe = {**base, **own_keys} if own_keys is not None else {}
@@ -201,7 +213,7 @@ def _ep_size(tree: Tree) -> int:
 
 
 def _solve_section(moe: Tree, own_keys: Tree, match: MatchSpec, trunk: Tree, ep: int, label: str) -> Tree:
-    """Return the `moe` section with the values that `match` solves. The user's own keys keep their values."""
+    """Return the `moe` section with the values that `match` solves for; the user's own keys keep their values."""
     # The placeholders are large, because the check of the model requires at least `top_k` experts.
     placeholders = dict.fromkeys(SOLVED_KEYS[match.by] - own_keys.keys(), SEARCH_LIMIT)
     model = _build_model(trunk, {**moe, **placeholders}, label)
@@ -210,7 +222,7 @@ def _solve_section(moe: Tree, own_keys: Tree, match: MatchSpec, trunk: Tree, ep:
 
 
 def _reference_section(value: Any, trunk: Tree, moe: Tree, label: str) -> ReferenceSpec:
-    """Return the section `reference` of a spec from its value in a file: the name of a preset, or a section."""
+    """Return the section `reference` of a spec, given as the name of a preset or as a section in the spec file."""
     if isinstance(value, str):
         return ReferenceSpec(name=value, moe=_reference_model(value, trunk, moe, label).moe)
     _refuse_value(value, "reference", label)
@@ -222,8 +234,11 @@ def _reference_section(value: Any, trunk: Tree, moe: Tree, label: str) -> Refere
 
 
 def _reference_model(name: str, trunk: Tree, moe: Tree, label: str) -> ModelSpec:
-    """Return the model with the experts of preset `name` on this trunk. The section `moe` of the model to compare sets
-    which layers have experts, if it has `every`."""
+    """Return the reference model: the experts of preset `name` on the trunk of the model to compare.
+
+    If the section `moe` of the model to compare has the key `every`, which chooses the layers with experts, the
+    reference has the same value.
+    """
     moe_section = _preset_moe(find_preset(name), trunk, label)
     if moe_section is not None and "every" in moe:
         moe_section["every"] = moe["every"]
@@ -231,7 +246,7 @@ def _reference_model(name: str, trunk: Tree, moe: Tree, label: str) -> ModelSpec
 
 
 def _preset_moe(preset: Preset, trunk: Tree, label: str) -> Tree | None:
-    """Return a preset's `moe` section on a trunk, with the keys that its match solves; None if it is dense."""
+    """Return a preset's `moe` section for a trunk, with the keys that its match solves for; None if it is dense."""
     if preset.moe is None:
         return None
     moe = preset.moe(trunk)
@@ -239,8 +254,10 @@ def _preset_moe(preset: Preset, trunk: Tree, label: str) -> Tree | None:
 
 
 def _build_model(trunk: Tree, moe: Tree | None, label: str) -> ModelSpec:
-    """Return the checked model of a trunk and a `moe` section. Dense layers get the default width if the trunk has
-    none."""
+    """Return the checked model of a trunk (a `model` section without `moe`) and a `moe` section.
+
+    Dense layers get the default width if the trunk sets none.
+    """
     used_trunk = _without_unused_width(trunk, moe)
     if trunk.get("d_ff") is None and used_trunk is trunk and "d_model" in trunk:
         used_trunk = {**trunk, "d_ff": dense_width(trunk)}
@@ -248,14 +265,16 @@ def _build_model(trunk: Tree, moe: Tree | None, label: str) -> ModelSpec:
 
 
 def _without_unused_width(trunk: Tree, moe: Tree | None) -> Tree:
-    """Return the trunk without its width for dense layers if no layer is dense."""
+    """Return the trunk, without its width of dense feed-forward layers if the model has no such layer."""
     # The unused width may come from a preset. So it is removed and not reported as a mistake of the user.
     return {**trunk, "d_ff": None} if moe is not None and moe.get("every") == 1 else trunk
 
 
 def _refuse_unused_keys(shorthands: Shorthands, tree: Tree, own_moe: Tree, label: str) -> None:
-    """Raise a SpecError if a key of the file would be ignored: `size` without `preset`, or a reference or a solved key
-    next to `match`."""
+    """Raise a SpecError if a key of the spec file would be ignored.
+
+    Such keys are `size` without `preset`, and next to `match` a reference or a key that the match solves for.
+    """
     if shorthands.size and not shorthands.preset:
         raise SpecError(label, "'size' is given without preset, so it would be ignored", "add preset, or remove size")
     if shorthands.match is None:
@@ -270,14 +289,23 @@ def _refuse_unused_keys(shorthands: Shorthands, tree: Tree, own_moe: Tree, label
 
 
 def _refuse_value(value: Any, name: str, label: str, alternative: str = "") -> None:
-    """Raise a SpecError if the value of key `name` is not a section. `alternative` ends the remedy in its message."""
+    """Raise a SpecError if the value of a key of a spec file is not a section.
+
+    Args:
+        value: value of the key.
+        name: name of the key in the error message.
+        label: name of the spec in the error message.
+        alternative: text that ends the remedy in the error message.
+    """
     if not isinstance(value, dict):
         raise SpecError(label, f"{name!r} is a value, not a section", f"write its keys below it{alternative}")
 
 
 def merge_trees(base: Any, override: Any) -> Any:
-    """Return `base` with the values of `override`, merged key by key at all levels. If either is not a mapping, the
-    result is `override`."""
+    """Return `base` with the values of `override`, merged key by key at all levels of nested mappings.
+
+    If either is not a mapping, the result is `override`.
+    """
     if not isinstance(base, Mapping) or not isinstance(override, Mapping):
         return override
     return {**base, **{key: merge_trees(base.get(key), value) for key, value in override.items()}}

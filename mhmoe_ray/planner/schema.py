@@ -1,4 +1,4 @@
-"""JSON schemas of the files that users write, for editors and for tools that write such files."""
+"""JSON schemas of the spec and sweep files that users write, for editors and for tools that write such files."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ from mhmoe_ray.planner.resolve import Shorthands
 from mhmoe_ray.spec import RunSpec, SweepSpec
 
 _PRESET_SECTIONS = ("ModelSpec", "MoESpec", "TrainSpec", "DataSpec")
-"""Classes of the sections that a preset fills, so that a file need not have all keys that they require."""
+"""Classes of the sections that a preset fills, so that a file may leave out keys that these classes require."""
 
 
 def spec_schema() -> dict[str, Any]:
-    """Return the JSON schema of a run's spec file.
+    """Return the JSON schema of the spec file of a run.
 
-    The file may have shorthands such as `preset`, and need not have the keys that a preset can fill.
+    The file may have shorthands such as `preset`, and may leave out the keys that a preset can fill.
     """
     schema, shorthands = RunSpec.model_json_schema(), Shorthands.model_json_schema()
     definitions = schema["$defs"] | shorthands.get("$defs", {})
@@ -40,6 +40,6 @@ def spec_schema() -> dict[str, Any]:
 
 
 def sweep_schema() -> dict[str, Any]:
-    """Return the JSON schema of a sweep file."""
+    """Return the JSON schema of a sweep file, which describes several runs to compare."""
     schema = SweepSpec.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "A sweep of mhmoe-ray"}

@@ -1,5 +1,7 @@
-"""Parameters, multiply-adds and bytes, computed from the spec without building the model. Tests compare them with a
-built model."""
+"""Parameters, multiply-adds and bytes of a model, computed from the spec without building the model.
+
+Tests compare the numbers with those of a built model.
+"""
 
 from collections.abc import Mapping
 from itertools import pairwise
@@ -18,7 +20,7 @@ INT64 = 8
 
 
 def bytes_of(precision: Precision) -> int:
-    """Return the bytes of a value in a precision."""
+    """Return the number of bytes that a value takes in a precision."""
     return 2 if precision == "bfloat16" else FLOAT32
 
 
@@ -28,8 +30,9 @@ def bytes_per_value(spec: RunSpec) -> int:
 
 
 def dense_width(trunk: Mapping[str, Any]) -> int:
-    """Return the feed-forward width of a trunk, or the default width if it has none. A family's expert widths are
-    fractions of it.
+    """Return the feed-forward width of a trunk (a `model` section without `moe`), or the default width if it has none.
+
+    The expert widths of presets are fractions of this width.
 
     Raises:
         SpecError: `d_ff` is not a number, or it is missing and `d_model` is not a number.
@@ -43,7 +46,7 @@ def dense_width(trunk: Mapping[str, Any]) -> int:
 
 
 class Part(NamedTuple):
-    """Counts of one kind of layer, for a single layer of this kind."""
+    """Part of a model: one kind of layer, with the counts of a single layer of this kind."""
 
     name: str
     layers: int
@@ -66,27 +69,27 @@ class Sizes(NamedTuple):
     """Number of parameters that one token's forward pass uses if its h sub-tokens are routed to min(h*k, E) different
     experts. With router smear it uses all experts."""
     macs_per_token: int
-    """Multiply-adds of all matrix products for one token, including output logits, without attention scores. A token of
-    an encoder is a patch or a token. Its outputs are left out, because they are computed for hidden ones alone. A token
-    of a vision model is a patch, and its heads are left out, because they compute per image and per object. The
-    costs of router smear are those of whole samples (`merge_macs`), and left out as well."""
+    """Multiply-adds of all matrix products for one token, including output logits, without attention scores. For an
+    encoder, patches count as tokens, and outputs are left out, because they are computed for hidden tokens and patches
+    alone. For a vision model, patches count as tokens, and heads are left out, because they compute per image and per
+    object. The averaging of experts by router smear costs per sample (`merge_macs`), and is left out as well."""
     moe_macs_per_token: int
     """Multiply-adds of the mixture-of-experts layers for one token: projections, router, experts and shared expert."""
     router_macs_per_token: int
-    """Multiply-adds of the routers for one token, which both papers leave out when they match compute."""
+    """Multiply-adds of the routers for one token. Both papers leave them out when they compare models' compute."""
     hidden_per_token: int
-    """Number of hidden activations of routed experts for one token, h * k * f in each layer. At equal multiply-adds it
-    grows with h, so models of equal compute differ in memory traffic."""
+    """Number of hidden activations of routed experts for one token: h sub-tokens times k experts times the expert width
+    f in each layer. At equal multiply-adds it grows with h, so models of equal compute differ in memory traffic."""
 
 
 EMBEDDING, PATCHES, NORMS, OUTPUT = "embedding", "patches", "norms", "output"
 PROJECTIONS, ROUTER, EXPERTS, SHARED = "projections", "router", "experts", "shared expert"
 MATCH, HEADS = "match", "heads"
-"""Names of the parts that other modules look up."""
+"""Names of the parts of a model (`Part.name`) that other modules look up."""
 
 
 def model_parts(spec: ModelSpec) -> list[Part]:
-    """Return the parts of a model, from the embedding to the output, without parts that the model does not have."""
+    """Return the counts of each kind of layer that a model has, from the embedding to the output."""
     d, moe, branches = spec.d_model, spec.moe, _branches(spec)
     embedding_parameters, norms = _embedding_parameters(spec), _norm_parameters(spec)
     attention = _attention_parameters(spec)
@@ -110,7 +113,7 @@ def model_parts(spec: ModelSpec) -> list[Part]:
     if spec.encoder is not None:
         return [*result, *_head_parts(spec, spec.encoder)]
     if spec.vision is not None:
-        # A patch has the head of its task.
+        # A patch uses only the head of its own task, so the active parameters are those of the largest head.
         heads = [head_parameters(spec, task) for task in spec.vision.tasks.values()]
         return [*result, Part(HEADS, 1, sum(heads), max(heads), 0)]
     # With tied embeddings the output has no parameters of its own, but its product still counts.
@@ -119,13 +122,16 @@ def model_parts(spec: ModelSpec) -> list[Part]:
 
 
 def _branches(spec: ModelSpec) -> int:
-    """Return the number of copies of attention, norms and feed-forward layers in a block: one for each modality."""
+    """Return how many copies of attention, norms and feed-forward layers a block has: one per modality of the model."""
     return 1 if spec.encoder is None else 2
 
 
 def _embedding_parameters(spec: ModelSpec) -> int:
-    """Return the number of parameters of all embeddings: of an encoder also those of positions, of an image as a whole,
-    and of hidden patches."""
+    """Return the number of parameters of all embeddings.
+
+    For an encoder or a vision model they include embeddings of positions. An encoder also has one for an image as a
+    whole and one for hidden patches.
+    """
     rows, encoder, vision = spec.vocab_size, spec.encoder, spec.vision
     if vision is not None:
         rows += sum(vision.patches(task) for task in vision.tasks.values())
@@ -135,7 +141,7 @@ def _embedding_parameters(spec: ModelSpec) -> int:
 
 
 def _head_parts(spec: ModelSpec, encoder: EncoderSpec) -> list[Part]:
-    """Return the parts of an encoder's heads."""
+    """Return the parts (counts by kind of layer) of an encoder's heads: its outputs, and the head for matching."""
     outputs = (spec.d_model + 1) * (encoder.target_values + spec.vocab_size)
     result = [Part(OUTPUT, 1, *_all_active(outputs), 0)]
     if encoder.d_match is not None:
@@ -144,7 +150,7 @@ def _head_parts(spec: ModelSpec, encoder: EncoderSpec) -> list[Part]:
 
 
 def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[Part]:
-    """Return the parts of the mixture-of-experts layers, without those that have no parameters."""
+    """Return the parts of the mixture-of-experts layers that have parameters: projections, router and experts."""
     d, width, layers = spec.d_model, spec.row_width, spec.moe_layers
     expert = spec.architecture.expert_parameters(width, moe.d_expert)
     expert_macs = spec.architecture.expert_macs(width, moe.d_expert)
@@ -166,7 +172,7 @@ def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[Part]:
 
 
 def _projections_part(spec: ModelSpec, moe: MoESpec) -> Part:
-    """Return the part of the head and merge projections."""
+    """Return the counts of the head and merge projections of a mixture-of-experts layer, as a part of the model."""
     head_widths = spec.projection_widths
     sides = [head_widths] * moe.has_head_projection + [head_widths[::-1]] * moe.has_merge_projection
     shapes = [shape for widths in sides for shape in pairwise(widths)]
@@ -176,7 +182,7 @@ def _projections_part(spec: ModelSpec, moe: MoESpec) -> Part:
 
 
 def compute_sizes(spec: ModelSpec) -> Sizes:
-    """Return the counts of a model."""
+    """Return the numbers of parameters, multiply-adds and hidden activations of a whole model."""
     all_parts, moe = model_parts(spec), spec.moe
     moe_parts = [p for p in all_parts if p.name in (PROJECTIONS, ROUTER, EXPERTS, SHARED)]
     return Sizes(
@@ -194,11 +200,12 @@ class BlockSizes(NamedTuple):
     """Numbers of parameters of blocks and of everything outside them, without routed experts."""
 
     dense: int
-    """Parameters of a block without experts, if the model has such blocks."""
+    """Number of parameters of a block without experts; meaningless if the model has no such block."""
     mixture: int
-    """Parameters of a block with experts, if the model has such blocks, without the routed experts."""
+    """Number of parameters of a block with experts, not counting its routed experts; meaningless if the model has no
+    such block."""
     outside: int
-    """Parameters of the embedding, the final norm and the output layer."""
+    """Number of parameters of the embedding, the final norm, and the output layer or heads."""
 
 
 def block_sizes(spec: ModelSpec) -> BlockSizes:
@@ -214,9 +221,9 @@ def block_sizes(spec: ModelSpec) -> BlockSizes:
 
 
 def float32_sizes(spec: ModelSpec) -> BlockSizes:
-    """Return the numbers of parameters of norms and routers, which compute in float32 in any precision of products.
+    """Return the numbers of parameters of norms and routers, which always compute in float32.
 
-    Those outside blocks include the inputs and heads of a vision model, which fsdp gathers in float32.
+    For a vision model, the number outside blocks includes its inputs and heads, which fsdp gathers in float32.
     """
     parameters = {part.name: part.parameters for part in model_parts(spec)}
     norms = (parameters[NORMS] - _final_norm_parameters(spec)) // spec.layers
@@ -226,22 +233,24 @@ def float32_sizes(spec: ModelSpec) -> BlockSizes:
 
 
 def gathered_bytes(spec: RunSpec, parameters: int, float32_parameters: int) -> int:
-    """Return the bytes of gathered parameters, of which some are gathered in float32 in any precision."""
+    """Return the bytes of parameters that are gathered from shards; `float32_parameters` of them are always float32."""
     size = bytes_of(spec.cluster.gather_precision)
     return size * (parameters - float32_parameters) + FLOAT32 * float32_parameters
 
 
 class Flops(NamedTuple):
-    """Mean FLOPs per token of a sequence with causal attention. A multiply-add counts as two."""
+    """Mean FLOPs per token, over all tokens of a sample. A multiply-add counts as two."""
 
     forward: int
     training: int
-    """FLOPs of the forward, and of the backward at twice its cost."""
+    """FLOPs of the forward and of the backward, which costs twice as much as the forward."""
 
 
 def merge_macs(spec: ModelSpec) -> int:
-    """Return the multiply-adds for one sample with which router smear averages the experts of a layer, including its
-    logits; 0 for other routers."""
+    """Return the multiply-adds with which router smear averages the experts of a layer for one sample.
+
+    They include those of the router's logits. The result is 0 for other routers.
+    """
     moe = spec.moe
     if moe is None or moe.router != "smear":
         return 0
@@ -251,13 +260,13 @@ def merge_macs(spec: ModelSpec) -> int:
 def flops_per_token(spec: ModelSpec, attention_length: float, samples_per_token: float = 0.0) -> Flops:
     """Return the FLOPs per token of all matrix products, including attention scores and weighted values.
 
-    Document masks do not reduce them.
+    The numbers are the same with document masks, although attention is then shorter.
 
     Args:
         spec: spec of the model.
-        attention_length: length of the sample that a token belongs to (`RunSpec.attention_length`).
-        samples_per_token: number of samples for each token, for which router smear averages experts
-            (`RunSpec.samples_per_token`).
+        attention_length: mean length in tokens of the sample that a token belongs to (`RunSpec.attention_length`).
+        samples_per_token: number of samples in a micro-batch divided by its number of tokens
+            (`RunSpec.samples_per_token`), because router smear averages experts once per sample.
     """
     # With causal attention, a token attends to (T + 1) / 2 keys on average. Each key costs as many multiply-adds as a
     # token's queries have values, for its score, and as many for its value.
@@ -307,10 +316,10 @@ def _query_key_norm_parameters(spec: ModelSpec) -> int:
 
 
 def model_flops_utilisation(spec: RunSpec, tokens_per_s: float, workers: int) -> float | None:
-    """Return the model FLOPs utilization (MFU; PaLM, arXiv 2204.02311, appendix B): the ratio of the FLOP/s that the
-    model needs at this speed to the peak of its accelerators.
+    """Return the model FLOPs utilization (MFU; PaLM, arXiv 2204.02311, appendix B) of a run at a given speed.
 
-    Recomputation does not count, and causal attention counts half.
+    It is the ratio of the FLOP/s that the model needs at this speed to the peak of its accelerators. Recomputation does
+    not count, and causal attention counts half.
 
     Args:
         spec: spec of the run; its `cluster.accelerator` gives the peak.

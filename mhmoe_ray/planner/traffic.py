@@ -1,6 +1,6 @@
 """The bytes that ranks exchange in one training step, by the class of the links that they cross.
 
-Link classes are links within a node, between nodes of a domain, and between domains.
+There are three classes: links within a node, between nodes of a domain (such as a rack), and between domains.
 """
 
 import itertools
@@ -27,36 +27,39 @@ class LinkLoad(NamedTuple):
     """Amount that ranks send over links of one class in one exchange, in bytes or as a fraction of the payload."""
 
     mean: float = 0.0
-    """Mean over ranks."""
+    """Mean of the amounts that the ranks send."""
     maximum: float = 0.0
     """Amount of the rank that sends the most, which determines the time of the exchange."""
     messages: int = 0
     """Number of messages that one rank sends one after another."""
 
     def as_json(self) -> dict[str, float]:
-        """Return the fields as `mhmoe plan --json` prints them; there the key `most` means `maximum`."""
+        """Return the fields as `mhmoe plan --json` prints them, where the key of `maximum` is `most`."""
         return {"mean": self.mean, "most": self.maximum, "messages": self.messages}
 
 
 class LinkLoads(NamedTuple):
-    """Amounts by link class. The field names are the keys of `cluster.network`."""
+    """Amounts that ranks send in one exchange, by link class. The field names are the keys of `cluster.network`."""
 
     node: LinkLoad = LinkLoad()
     domain: LinkLoad = LinkLoad()
     between: LinkLoad = LinkLoad()
 
     def scaled(self, size: float, rounds: int = 1) -> "LinkLoads":
-        """Return loads in bytes from loads that are fractions of a payload of `size` bytes. The payload is sent in
-        `rounds` rounds, each with the same number of messages."""
+        """Return these loads, which are fractions of a payload, in bytes for a payload of `size` bytes.
+
+        The payload is sent in `rounds` rounds, each with the same number of messages.
+        """
         return LinkLoads(*(LinkLoad(size * load.mean, size * load.maximum, rounds * load.messages) for load in self))
 
 
 Pattern = Callable[[Spread, NodeKind], LinkLoads]
-"""Function (spread of a group, kind of a node) -> loads that a rank on such a node sends in an exchange."""
+"""Pattern of an exchange: a function from a group's spread over nodes and the kind of a node to the loads that a rank
+on such a node sends."""
 
 
 def group_loads(groups: Iterable[Spread], pattern: Pattern) -> LinkLoads:
-    """Return the loads, over the ranks of all these groups, of an exchange that each group makes within itself.
+    """Return the loads of an exchange within each group of ranks, as mean and maximum over the ranks of all groups.
 
     Args:
         groups: spread of each group over nodes.
@@ -75,8 +78,10 @@ def group_loads(groups: Iterable[Spread], pattern: Pattern) -> LinkLoads:
 
 
 def all_to_all_pattern(group: Spread, kind: NodeKind) -> LinkLoads:
-    """Return the loads of a rank in an all-to-all that sends equally many rows to each rank of its group, as fractions
-    of the sender's rows."""
+    """Return the loads that a rank sends in an all-to-all with equally many rows for each rank of its group.
+
+    The loads are fractions of the rank's rows.
+    """
     ranks = sum(other_kind.ranks * nodes for other_kind, nodes in group.items())
     in_domain = sum(other_kind.ranks * nodes for other_kind, nodes in group.items() if other_kind.domain == kind.domain)
     message_counts = (kind.ranks - 1, in_domain - kind.ranks, ranks - in_domain)
@@ -84,12 +89,13 @@ def all_to_all_pattern(group: Spread, kind: NodeKind) -> LinkLoads:
 
 
 def to_nodes_pattern(node_share: Callable[[int, int], float]) -> Pattern:
-    """Return the pattern in which a rank sends rows to one rank of each other node. Its loads are fractions of the
-    sender's rows.
+    """Return the pattern of an exchange in which a rank sends rows to one rank of each other node.
+
+    The loads are fractions of the rank's rows.
 
     Args:
-        node_share: function that returns the fraction of the rows that are sent to a node, from the number of the
-            group's ranks on the node and the number of all its ranks.
+        node_share: function that returns the fraction of the rows that are sent to a node. Its arguments are the number
+            of the group's ranks on that node, and the number of all ranks of the group.
     """
 
     def pattern(group: Spread, kind: NodeKind) -> LinkLoads:
@@ -106,17 +112,17 @@ def to_nodes_pattern(node_share: Callable[[int, int], float]) -> Pattern:
 
 
 def within_nodes_pattern(_: Spread, kind: NodeKind) -> LinkLoads:
-    """Return the loads of a rank in an all-to-all among the ranks of its node, as fractions of the sender's rows."""
+    """Return the loads that a rank sends in an all-to-all among the ranks of its node, as fractions of its rows."""
     remote_share = (kind.ranks - 1) / kind.ranks
     return LinkLoads(LinkLoad(remote_share, remote_share, kind.ranks - 1))
 
 
 def ring_pattern(group: Spread, kind: NodeKind) -> LinkLoads:
-    """Return the loads of a rank in a ring through all ranks of its group, as fractions of what it sends. They have the
-    messages of one round, in which a part of the data passes all ranks.
+    """Return the loads that a rank sends in a ring through all ranks of its group, as fractions of all its bytes.
 
-    Ranks of a node have equal shares of what leaves the node. `mean` and `maximum` differ because only one node of a
-    domain sends to another domain.
+    The number of messages is that of one round of the ring, in which data passes all ranks. All ranks of a node have an
+    equal share of the bytes that leave the node. `mean` and `maximum` differ, because only one node of each domain
+    sends to another domain.
     """
     # The ring goes through all ranks of a node, then through all nodes of a domain. So one rank of each node, the
     # node's exit, sends to another node.
@@ -136,17 +142,17 @@ def ring_pattern(group: Spread, kind: NodeKind) -> LinkLoads:
 
 @cache
 def hit_probability(experts: int, local_experts: int, top_k: int) -> float:
-    """Return the probability that a row with k different experts, drawn uniformly from E, has at least one of the
-    `local_experts` experts of a node.
+    """Return the probability that a row needs a node, which holds `local_experts` of all `experts` experts.
 
-    Summed over nodes, it is the expected number of nodes that a row is sent to.
+    The row has `top_k` different experts, drawn uniformly from all. Summed over nodes, the probability is the expected
+    number of nodes to which a row is sent.
     """
     # This is 1 minus the hypergeometric probability that the row has none of the node's experts.
     return 1 - math.comb(experts - local_experts, top_k) / math.comb(experts, top_k)
 
 
 class Exchange(NamedTuple):
-    """Collective operation that recurs in each step, from the view of one rank; on average if ranks differ."""
+    """Collective operation that recurs in each training step, with the bytes of one rank (a mean if ranks differ)."""
 
     name: str
     ranks: int
@@ -159,7 +165,7 @@ class Exchange(NamedTuple):
     times: int
     """Number of calls per step."""
     links: LinkLoads
-    """Amounts that one call sends over each class of links."""
+    """Amounts that ranks send in one call over each class of links."""
 
     @property
     def sent_per_step(self) -> int:
@@ -167,31 +173,32 @@ class Exchange(NamedTuple):
         return self.sent_bytes * self.times
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields and `sent_per_step` as `mhmoe plan --json` prints them; there the key `sent` means
-        `sent_bytes`."""
+        """Return the fields and `sent_per_step` as `mhmoe plan --json` prints them.
+
+        The key of `sent_bytes` is `sent` there.
+        """
         fields = self._asdict()
         links = {name: load.as_json() for name, load in self.links._asdict().items()}
         return {"sent": fields.pop("sent_bytes"), **fields, "sent_per_step": self.sent_per_step, "links": links}
 
 
 def all_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
-    """Return all exchanges of a step: those of rows, of gradients, and of weights if ranks hold shards.
+    """Return all exchanges of a training step: those of rows, of gradients, and of weights if ranks hold shards.
 
     Args:
         spec: spec of the run.
-        layout: placement of its ranks; by default all are on one node.
+        layout: placement of its ranks on nodes; by default all ranks are on one node.
     """
     return [*dispatch_exchanges(spec, layout), *reduction_exchanges(spec, layout)]
 
 
 def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
-    """Return the exchanges of expert parallelism, in the order of a layer's forward and backward; none if
-    `cluster.ep` is 1.
+    """Return the exchanges of expert parallelism, in the order of a layer's forward and backward.
 
-    Hierarchical dispatch sends a row once to each other node with an expert for it, together with its k choices and
-    gates. There each of the row's routes is sent to the rank of its expert. One row is sent back, the sum over the
-    node's experts. Gradients take the same paths, with those of gates. A group with different numbers of ranks on its
-    nodes has a flat dispatch, whose traffic counts as traffic by node.
+    There are none if `cluster.ep` is 1. Hierarchical dispatch sends a row once to each other node with an expert for
+    it, together with its k choices and gates. On that node, the row is sent to the rank of each of its experts there.
+    One row is sent back, which is the sum over the node's experts. Gradients of rows and gates take the same paths. A
+    group with different numbers of ranks on its nodes has a flat dispatch, whose traffic counts as traffic by node.
     """
     cluster, model, moe = spec.cluster, spec.model, spec.model.moe
     if moe is None or cluster.ep == 1:
@@ -266,14 +273,18 @@ def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exch
 
 
 def has_rails(group: Spread) -> bool:
-    """Return whether a group spans several nodes with the same number of ranks on each. Only then can its dispatch be
-    hierarchical, along rails of the ranks at the same position on each node."""
+    """Return whether an expert-parallel group spans several nodes with the same number of ranks on each.
+
+    Only such a group can have a hierarchical dispatch, whose rails are the ranks at the same position on each node.
+    """
     return group.total() > 1 and len({kind.ranks for kind in group}) == 1
 
 
 def reduction_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
-    """Return the exchanges of data parallelism: gradients, and weights if ranks hold shards. Collectives with a single
-    rank are left out."""
+    """Return the exchanges of data parallelism: those of gradients, and of weights if ranks hold shards.
+
+    Collective operations of a single rank are left out.
+    """
     cluster, counts = spec.cluster, compute_sizes(spec.model)
     layout = layout or single_node_layout(cluster.max_world_size, cluster.ep)
     float32_counts = float32_sizes(spec.model)
@@ -310,18 +321,18 @@ def _collective_exchanges(
     layout: Layout,
     groups: list[list[int]],
 ) -> list[Exchange]:
-    """Return the exchanges by which each of these groups reduces the gradients of its parameters, and gathers the
-    weights if ranks hold shards.
+    """Return the exchanges by which groups of ranks reduce gradients, and gather weights if ranks hold shards.
 
     Blocks and buckets count as if they were sent in one piece. ZeRO 3 may still have up to two gathered blocks from the
-    forward when the backward begins, which the count does not subtract.
+    forward when the backward begins. The count does not subtract them.
 
     Args:
         spec: spec of the run.
-        strategy: strategy for these parameters.
-        label: name of the parameters.
-        parameters: number of the parameters of a group.
-        float32_parameters: number of those that are gathered in float32 in any precision.
+        strategy: strategy for these parameters, a value of `cluster.strategy`.
+        label: name of the parameters, such as "experts", for the names of the exchanges.
+        parameters: number of parameters that each group holds.
+        float32_parameters: number of these parameters that are gathered in float32, whatever `cluster.gather_precision`
+            is.
         layout: placement of the ranks.
         groups: ranks of each group. With hybrid sharding, the ranks at the same position of groups sum their shards of
             gradients.
@@ -359,19 +370,19 @@ def _collective_exchanges(
 def _exchanges_between_groups(
     spec: RunSpec, name: str, shard_size: int, layout: Layout, groups: list[list[int]]
 ) -> list[Exchange]:
-    """Return the exchange by which groups of hybrid sharding sum their shards of gradients; none without such groups.
+    """Return the exchange by which groups of hybrid sharding sum their shards of gradients; none with a single group.
 
     Args:
         spec: spec of the run.
-        name: name of the gradients.
-        shard_size: bytes of a shard.
+        name: name of the gradients, with which the name of the exchange begins.
+        shard_size: bytes of the gradients that one rank holds as its shard.
         layout: placement of the ranks.
         groups: ranks of each group over which tensors are sharded, first those of the first shard group.
     """
     replicas = spec.cluster.max_world_size // spec.cluster.shard_ranks
     if replicas == 1:
         return []
-    # A shard group has a group for each share of the experts, or a single one.
+    # A shard group (one copy of the model) has a group in `groups` for each share of the experts, or only one group.
     shares = len(groups) // replicas
     rows = [zip(*groups[share::shares], strict=True) for share in range(shares)]
     replica_groups = [list(ranks) for row in rows for ranks in row]
@@ -382,5 +393,5 @@ def _exchanges_between_groups(
 
 
 def _micro_batches(spec: RunSpec) -> int:
-    """Return the number of micro-batches per rank and step."""
+    """Return the number of micro-batches of each rank in a training step, at the largest number of workers."""
     return spec.train.micro_batches // spec.cluster.max_world_size

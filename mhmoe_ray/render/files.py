@@ -1,4 +1,4 @@
-"""All files of a site, by path, and the check that a run's workers fit on its nodes."""
+"""All files of a site (the description of a cluster), by path, and the check that a run's workers fit on its nodes."""
 
 import json
 from collections.abc import Iterator
@@ -24,11 +24,11 @@ from mhmoe_ray.spec.site import SiteSpec
 
 
 def count_worker_nodes(site: SiteSpec, run: RunSpec) -> int:
-    """Return the number of worker nodes that the run uses with its largest number of workers.
+    """Return the number of a site's worker nodes that a run uses with its largest number of workers.
 
     Raises:
-        SpecError: one of its workers is larger than a node, the nodes are too few, or its workers and the data nodes
-            leave too few CPUs for the data stream.
+        SpecError: a worker of the run is larger than a node, the nodes are too few, or the workers leave too few CPUs
+            of their nodes and the data nodes for the data stream.
     """
     group, cluster = site.workers, run.cluster
     worker_count, cpus, gpus = cluster.workers.max, cluster.cpus_per_worker, cluster.gpus_per_worker
@@ -50,7 +50,7 @@ def count_worker_nodes(site: SiteSpec, run: RunSpec) -> int:
 
 
 HEADER = "# Rendered by `mhmoe cluster render`: change the site's file, not this one.\n"
-"""First line of each rendered YAML file, except the spec of a run."""
+"""First line of each rendered YAML file, except of the spec of a run."""
 
 
 def render_files(
@@ -72,7 +72,7 @@ def render_files(
 
 
 def _iter_files(site: SiteSpec, run: RunSpec | None, application: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
-    """Yield the path and the text of each file; for arguments and errors see `render_files`."""
+    """Yield the path and the text of each file of a site; for arguments and errors see `render_files`."""
     yield "kuberay/raycluster.yaml", _yaml_text(kuberay.ray_cluster(site))
     if run:
         count_worker_nodes(site, run)
@@ -103,11 +103,11 @@ def _iter_files(site: SiteSpec, run: RunSpec | None, application: dict[str, Any]
 
 
 def _check_storage(site: SiteSpec, run: RunSpec) -> None:
-    """Raise if not all nodes of the site can read and write a run's directory and its prepared data.
+    """Check that all nodes of a site can read and write a run's directory and its prepared data.
 
     Raises:
-        SpecError: one of them is neither on the site's storage nor in an object store, or the spec does not set
-            cluster.shared_filesystem.
+        SpecError: one of the two paths is neither on the site's storage nor in an object store, or the run's spec does
+            not set cluster.shared_filesystem.
     """
     mount = site.storage.mount
     for key, path in (("storage", run.storage), ("data.prepared", run.data.prepared)):

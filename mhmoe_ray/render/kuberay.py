@@ -1,5 +1,7 @@
-"""Manifests for KubeRay's operator (a RayCluster, a RayJob that trains, a RayService that serves), and the image of all
-nodes."""
+"""Manifests for KubeRay's operator, and the container image of all nodes.
+
+The manifests are a RayCluster, a RayJob that trains a run, and a RayService that serves a model.
+"""
 
 import re
 from importlib.metadata import version
@@ -46,7 +48,7 @@ def containerfile() -> str:
 
 API_VERSION = "ray.io/v1"
 MAX_NAME_LENGTHS = {"RayCluster": 53, "RayJob": 47, "RayService": 47}
-"""Largest number of characters of an object's name, to which the operator adds others."""
+"""Largest number of characters of an object's name, by kind; the operator appends other characters to the name."""
 IDLE_SECONDS = 300
 STEP_PERCENT, STEP_SECONDS, SURGE_PERCENT = 25, 30, 100
 """Per cent of requests that an upgrade moves in one step, seconds between steps, and per cent of extra replicas."""

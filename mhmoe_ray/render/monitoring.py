@@ -1,4 +1,4 @@
-"""Monitoring: discovery of the nodes by Prometheus, and the content and JSON of Grafana's dashboards."""
+"""Monitoring of clusters: how Prometheus finds Ray's nodes, and the content and JSON of Grafana's dashboards."""
 
 from typing import Any, NamedTuple
 
@@ -59,7 +59,7 @@ class Panel(NamedTuple):
 
 
 class Dashboard(NamedTuple):
-    """A Grafana dashboard of runs or of served models, among which a variable chooses."""
+    """A Grafana dashboard of training runs or of served models; one of its variables chooses which ones it shows."""
 
     name: str
     title: str
@@ -107,12 +107,12 @@ def _model_series(name: str) -> str:
 
 
 def _rate_query(name: str, label_names: str = "model") -> str:
-    """Return the query of a counter's increase per second, summed for each value of the labels."""
+    """Return the PromQL query of a serving counter's increase per second, summed for each combination of the labels."""
     return f"sum by ({label_names}) (rate({_model_series(name)}[{RATE_WINDOW}]))"
 
 
 def _quantile_queries(name: str) -> dict[str, str]:
-    """Return the queries of the median and the 95 % quantile of a histogram of seconds, by legend."""
+    """Return the PromQL queries of the median and the 95 % quantile of a histogram in seconds, by panel legend."""
     # A bucket of the histogram is a counter of its own (serving/ray_metrics.py), and Ray appends _total to the names of
     # counters.
     buckets = _rate_query(f"{name}_seconds_bucket_total", "model, le")
@@ -226,7 +226,7 @@ def _panel_json(panel: Panel, number: int) -> dict[str, Any]:
 def provisioning_files() -> dict[str, Any]:
     """Return the contents of the files that Grafana reads when it starts, by path below its folder `provisioning`.
 
-    They name Prometheus as a data source, and the folder of the dashboards.
+    The files declare Prometheus as a data source, and name the folder that has the dashboards.
     """
     source = {"name": "Prometheus", "type": "prometheus", "url": "http://localhost:9090", "isDefault": True}
     folder = {"name": "mhmoe", "type": "file", "options": {"path": "/var/lib/grafana/dashboards"}}

@@ -6,7 +6,7 @@ from mhmoe_ray.render.monitoring import RAY_FOLDER
 from mhmoe_ray.spec.site import CloudSpec, GroupSpec, NodeSpec, OnPremiseSpec, SiteSpec
 
 TOKEN_PATH = "/home/ray/.ray/auth_token"
-"""Path of the token in the container of each node."""
+"""Path of the cluster's authentication token in the container of each node."""
 IDLE_MINUTES = 10
 GCS_PORT = 6379
 # Without RAY_AUTH_MODE, `ray start` would start a cluster that is open to everybody if it finds no token. The limit of
@@ -25,7 +25,7 @@ GCP_CPU_FAMILY, GCP_GPU_FAMILY = "common-cpu", "common-cu129-ubuntu-2404-nvidia-
 
 
 def aws_config(site: SiteSpec, cloud: CloudSpec) -> dict[str, Any]:
-    """Return the cluster file for AWS."""
+    """Return the content of the cluster file with which `ray up` starts a cluster on AWS."""
 
     def node_config(kind: str, spot: bool) -> dict[str, Any]:
         market = {"InstanceMarketOptions": {"MarketType": "spot"}} if spot else {}
@@ -44,7 +44,7 @@ def aws_config(site: SiteSpec, cloud: CloudSpec) -> dict[str, Any]:
 
 
 def gcp_config(site: SiteSpec, cloud: CloudSpec) -> dict[str, Any]:
-    """Return the cluster file for GCP."""
+    """Return the content of the cluster file with which `ray up` starts a cluster on GCP."""
 
     def node_config(kind: str, spot: bool, gpus: int = 0) -> dict[str, Any]:
         image = cloud.image or f"{GCP_IMAGES}/{GCP_GPU_FAMILY if gpus else GCP_CPU_FAMILY}"
@@ -64,7 +64,7 @@ def gcp_config(site: SiteSpec, cloud: CloudSpec) -> dict[str, Any]:
 
 
 def on_premise_config(site: SiteSpec, hosts: OnPremiseSpec) -> dict[str, Any]:
-    """Return the cluster file for on-premise machines, which has one kind of worker and no separate data nodes."""
+    """Return the cluster file for on-premise machines, with one kind of worker node and no separate data nodes."""
     provider = {"type": "local", "head_ip": hosts.head, "worker_ips": list(hosts.workers)}
     return {**_common_config(site, provider, hosts.user), "max_workers": len(hosts.workers)}
 
@@ -129,7 +129,7 @@ def _node_types(site: SiteSpec, head: Any, data: Any, workers: Any) -> dict[str,
 
 
 def _node_type(group: GroupSpec, node_config: dict[str, Any]) -> dict[str, Any]:
-    """Return the node type of a group: the provider's configuration, the resources, and the autoscaler's limits."""
+    """Return the node type of a group of equal nodes: provider's settings, resources and limits of the autoscaler."""
     labels = {"labels": dict(group.labels)} if group.labels else {}
     return {
         "node_config": node_config,

@@ -72,7 +72,7 @@ mhmoe status "$run"
 
 
 def batch_script(site: SiteSpec, slurm: SlurmSpec) -> str:
-    """Return the text of the batch script, which takes the path of a run's spec as its argument."""
+    """Return the text of the batch script for `sbatch`, which takes the path of a run's spec as its argument."""
     workers = site.workers
     return TEMPLATE.format(
         name=site.name,

@@ -1,11 +1,11 @@
 """Reports that compare runs, from their run directories alone.
 
-    figures.py    the numbers of a run, and the experts that its tokens go to
+    figures.py    the metrics of a run, and the experts that its tokens go to
     variants.py   runs that differ only in their seed as one variant, a sweep as a table, and which variant is better
-    seeds.py      values of two variants by seed, and the interval of their difference
+    seeds.py      values of two variants by seed, and the confidence interval of their difference
     quality.py    accuracies, precisions and recalls of evaluations that all runs have
-    plots.py      figures
+    plots.py      plots
     page.py       the page of `mhmoe report`, from page.html
 
-No request is sent to a cluster.
+A report needs no cluster: no request is sent to one.
 """

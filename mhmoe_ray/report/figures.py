@@ -1,4 +1,4 @@
-"""Numbers and routes of a run, in the form that figures and tables need."""
+"""Metrics of a run, and the experts that its tokens go to (routes), in the form that plots and tables need."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from mhmoe_ray.spec import RunSpec
 
 @dataclass(frozen=True)
 class RunFigures:
-    """The numbers of one run, read from its run directory."""
+    """Metrics, evaluations and events of one run, read from its run directory."""
 
     run: RunDir
     spec: RunSpec
@@ -29,7 +29,7 @@ class RunFigures:
 
     @classmethod
     def read(cls, run: RunDir) -> "RunFigures":
-        """Read the numbers of a run.
+        """Read the spec and the metrics of a run from its directory.
 
         Raises:
             RunError: the run was imported, not trained.
@@ -41,22 +41,22 @@ class RunFigures:
 
     @cached_property
     def sizes(self) -> Sizes:
-        """Sizes of the run's model."""
+        """Numbers of parameters and multiply-adds of the run's model."""
         return compute_sizes(self.spec.model)
 
     @cached_property
     def all_evaluations(self) -> list[Evaluation]:
-        """All evaluations of the run, those of its newest step last."""
+        """All stored evaluations of the run's checkpoints; those of the newest checkpoint are last."""
         return load_evaluations(self.run)
 
     @property
     def evaluations(self) -> list[Evaluation]:
-        """Evaluations on the prepared held-out text, the newest last; those on texts of users are left out."""
+        """Evaluations on the prepared held-out text, the newest last; those on other texts are left out."""
         return [e for e in self.all_evaluations if e.request.prepared]
 
     @cached_property
     def run_events(self) -> list[dict[str, Any]]:
-        """Events of the run."""
+        """Events that the run recorded, such as `prepared` and `started`."""
         return events.read(self.run)
 
     @property
@@ -77,18 +77,21 @@ class RunFigures:
 
     @property
     def part_validations(self) -> dict[int, dict[str, float]]:
-        """Validation losses of the parts of micro-batches, by step and name; empty without parts."""
+        """Validation losses of the parts of micro-batches, which have one objective each, by step and name of the part.
+
+        The dictionary is empty for a run without parts.
+        """
         lines = (line for line in self.lines if metrics.VAL_PART_LOSS in line)
         return {line[metrics.STEP]: line[metrics.VAL_PART_LOSS] for line in lines}
 
     @property
     def steps(self) -> int:
-        """Number of steps done."""
+        """Number of training steps that the run has done."""
         return int(self.lines[-1][metrics.STEP]) if self.lines else 0
 
     @property
     def is_finished(self) -> bool:
-        """True if all steps of the spec are done."""
+        """True if the run has done all training steps that its spec asks for."""
         return self.steps >= self.spec.train.steps
 
     @property
@@ -118,7 +121,8 @@ class RunFigures:
     def seconds(self) -> float:
         """Seconds of training, without the time for which the run was stopped.
 
-        It is the sum over worker groups of the time between their first and their last line of metrics.
+        Each start of the workers forms a new group. The result is the sum over groups of the time between the first and
+        the last line of metrics of the group.
         """
         times_of_group: dict[int, list[float]] = {}
         for line in self.lines:
@@ -132,26 +136,35 @@ class RunFigures:
 
 
 class Routes(NamedTuple):
-    """Summary of the routes of a run: the experts that its sub-tokens go to."""
+    """Summary of the routes of a run: the experts that its sub-tokens (parts of tokens) go to."""
 
     load: np.ndarray
-    """Share of each expert in its layer's routes, times E, shape (L, E)."""
+    """Share of each expert in the routes of its layer, times E, so that 1 is an even load, shape (L, E)."""
     source: str
-    """Description of the samples whose routes were counted, with the step."""
+    """Description of the samples whose routes were counted, with the training step."""
     activated: list[float] | None
-    """Share of activated experts for each of activation.THRESHOLDS; None without an evaluation of routing."""
+    """Share of experts that more than a given share of all tokens select, for each share in activation.THRESHOLDS.
+
+    It is None if routing was not evaluated.
+    """
     activated_relative: list[float]
-    """Share of activated experts for each of activation.RELATIVE_THRESHOLDS."""
+    """Share of experts whose load exceeds a multiple of an even load, by multiple in activation.RELATIVE_THRESHOLDS."""
     distinct: float | None
-    """Mean number of different experts per token, divided by its number of routes: 1 means that all are different."""
+    """Mean number of different experts per token, divided by its number of routes: 1 means that all are different.
+
+    It is None if routing was not evaluated.
+    """
     agreement: float | None
-    """Mean over layers of how often different heads agree on an expert; None without an evaluation or with one head."""
+    """Share of tokens, from 0 to 1, for which two heads have the same expert as first choice: a mean over layers.
+
+    It is None with a single head, or if routing was not evaluated.
+    """
 
 
 def read_routes(figures: RunFigures) -> Routes | None:
     """Return a summary of the routes of a run; None for a dense model and for a run without counts.
 
-    The routes are those that the newest evaluation on held-out text counted, else the newest counts of the training.
+    The routes come from the newest evaluation on held-out text; without one, from the newest counts in training.
     """
     evaluated = [e for e in figures.evaluations if e.routing]
     if evaluated:
@@ -181,16 +194,16 @@ def read_routes(figures: RunFigures) -> Routes | None:
 
 
 def compare_expert_use(baseline: str, variant: str, baseline_routes: Routes, variant_routes: Routes) -> str | None:
-    """Return a sentence that compares the shares of experts in use of two variants at each threshold.
+    """Return a sentence that compares which shares of their experts two variants use, at each threshold of use.
 
     Args:
-        baseline: the name of the baseline.
-        variant: the name of the variant.
-        baseline_routes: the routes of the baseline.
-        variant_routes: the routes of the variant.
+        baseline: name of the variant to compare with.
+        variant: name of the other variant.
+        baseline_routes: routes of the variant to compare with.
+        variant_routes: routes of the other variant.
 
     Returns:
-        The sentence; None if one of the variants was not evaluated.
+        The sentence; None if the routing of one of the variants was not evaluated.
     """
     if baseline_routes.activated is None or variant_routes.activated is None:
         return None

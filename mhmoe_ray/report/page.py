@@ -1,4 +1,4 @@
-"""The output of `mhmoe report`: a self-contained page, and the same figures as PNGs."""
+"""The output of `mhmoe report`: a self-contained HTML page, and its plots as PNG files."""
 
 import io
 import re
@@ -32,25 +32,26 @@ MAX_LOAD = 2.0
 
 
 class ReportResult(NamedTuple):
-    """Results on the page of a report."""
+    """Results that the page of a report shows, for callers that also print them."""
 
     verdicts: list[Verdict]
     quality: list[QualityTable]
 
 
 def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = None) -> ReportResult:
-    """Write a report that compares runs: the page, and its figures as PNGs.
+    """Write a report that compares runs: an HTML page, and its plots as PNG files.
 
     Args:
         runs: the runs, which must have been trained, not imported.
         folder: the output folder, created if missing; files of the same names in it are replaced.
-        baseline: the name of the variant that the others are compared with; the first variant by default.
+        baseline: the name of the variant that the others are compared with; the first variant by default. A variant is
+            a set of runs that differ only in their seed.
 
     Returns:
-        The results on the page.
+        The results that the page shows.
 
     Raises:
-        RunError: no run has numbers yet, a run was imported, or there is no such baseline.
+        RunError: no run has metrics yet, a run was imported, or no variant has the name in `baseline`.
         DataError: matplotlib or scipy is not installed, or the folder cannot be written.
     """
     trained = [run_figures for run_figures in map(RunFigures.read, runs) if run_figures.lines]
@@ -112,10 +113,10 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
 def _find_baseline(
     all_variants: Sequence[Variant], name: str | None, compared: Sequence[RunFigures], trained: Sequence[RunFigures]
 ) -> Variant:
-    """Return the variant of this name, or the first one if `name` is None.
+    """Return the variant that all others are compared with: the one called `name`, or the first one if that is None.
 
     Raises:
-        RunError: no compared variant has this name; the reason says whether its runs were left out.
+        RunError: no compared variant has this name; the reason tells whether its runs were left out.
     """
     baseline = all_variants[0] if name is None else next((v for v in all_variants if v.name == name), None)
     if baseline is not None:
@@ -129,7 +130,7 @@ def _find_baseline(
 
 
 def _translated_write_errors(folder: Path) -> AbstractContextManager[None]:
-    """Context manager that turns an OSError into a DataError about the report's folder."""
+    """Return a context manager that turns an OSError into a DataError about the report's folder."""
     return plotting.writing(f"report {folder}", "name a folder you can write")
 
 
@@ -143,7 +144,7 @@ def _environment() -> Environment:
 def _figures(
     all_variants: Sequence[Variant], baseline: Variant, routes_by_name: dict[str, Routes]
 ) -> "Iterator[tuple[str, Figure]]":
-    """Yield the figures of the page, each with the name of its file."""
+    """Yield the plots of the page, each with the name of its PNG file without the suffix."""
     if plots.has_curve(all_variants):
         if len(all_variants) > 1:
             yield "loss_beside_baseline", plots.draw_differences(all_variants, baseline)
@@ -165,7 +166,7 @@ def _figures(
 
 
 def _expert_use_sentences(baseline: str, routes_by_name: dict[str, Routes]) -> list[str]:
-    """Return sentences that compare the experts in use of each variant with those of the baseline."""
+    """Return sentences that compare which share of its experts each variant uses with the share of the baseline."""
     if baseline not in routes_by_name:
         return []
     sentences = (
@@ -177,7 +178,7 @@ def _expert_use_sentences(baseline: str, routes_by_name: dict[str, Routes]) -> l
 
 
 def _write_figure(figure: "Figure", png: Path) -> str:
-    """Write a figure as PNG, and return it as SVG for the page."""
+    """Write a plot as a PNG file, and return it as SVG text for the page."""
     plotting.save(figure, png)
     svg = io.StringIO()
     figure.savefig(svg, format="svg", metadata={"Date": None})
@@ -186,7 +187,14 @@ def _write_figure(figure: "Figure", png: Path) -> str:
 
 
 def _variant_row(variant: Variant, baseline: Variant, step: int | None, routes: Routes | None) -> dict[str, Any]:
-    """Return the row of a variant in the page's tables of results and of sizes."""
+    """Return the row of a variant in the page's tables of results and of sizes.
+
+    Args:
+        variant: runs that differ only in their seed.
+        baseline: the variant that ratios are relative to.
+        step: the training step at which losses are compared; None if there is none yet.
+        routes: the experts that the variant's tokens go to; None if they were not counted.
+    """
     moe, has_several_runs = variant.first_run.spec.model.moe, len(variant.runs) > 1
     width = f", D {moe.d_sub_token}" if moe and moe.d_sub_token is not None else ""
     return {
@@ -204,9 +212,9 @@ def _variant_row(variant: Variant, baseline: Variant, step: int | None, routes: 
 
 
 def _bits_per_byte(variant: Variant) -> tuple[float, int] | None:
-    """Return the mean of the runs' newest evaluations on held-out text, in bits per byte, and their step.
+    """Return the mean loss in bits per byte of the runs' newest evaluations on held-out text, and their training step.
 
-    None unless all runs have such an evaluation of the same step.
+    Return None unless all runs of the variant have such an evaluation at the same step.
     """
     newest = [next((e for e in reversed(run.evaluations) if e.domains), None) for run in variant.runs]
     evaluations = [evaluation for evaluation in newest if evaluation is not None]
@@ -218,7 +226,7 @@ def _bits_per_byte(variant: Variant) -> tuple[float, int] | None:
 
 
 def _different_keys(all_variants: Sequence[Variant]) -> dict[str, list[str]]:
-    """Return the keys of the model, the data and the training in which the variants differ, with all their values."""
+    """Return the keys of model, data and training in which the variants' specs differ, with all values."""
     flat = [dict(_leaves(v.first_run.spec)) for v in all_variants]
     keys = dict.fromkeys(key for leaves in flat for key in leaves)
     values_by_key = {key: [str(leaves.get(key, "")) for leaves in flat] for key in keys}
@@ -238,7 +246,7 @@ def _unequal_conditions(all_variants: Sequence[Variant]) -> list[str]:
 
 
 def _leaves(spec: RunSpec) -> Iterator[tuple[str, Any]]:
-    """Yield each dotted key of the model, the data and the training in a spec, with its value."""
+    """Yield each dotted key in a spec's sections model, data and train, such as `train.steps`, with its value."""
     return dotted_items(spec.model_dump(mode="json", include={"model", "data", "train"}))
 
 

@@ -1,4 +1,4 @@
-"""Figures of a report. Each is as wide as a phone, so that a page can place them side by side or below each other."""
+"""Plots of a report. Each is as narrow as a phone, so that a page can place them side by side or below each other."""
 
 import textwrap
 from collections.abc import Callable, Sequence
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))
 WIDTH, HEIGHT = 4.2, 3.0
 MAX_POINTS = 300
-"""Largest number of points of a curve; a page cannot show more."""
+"""Largest number of points of a curve; more could not be told apart on a page."""
 LEGEND_INCHES, LEGEND_CHARACTERS = 0.18, 24
 """Height of a legend row in inches, and the name length up to which a row has two names."""
 MAX_NAME_LENGTH = 20
 """Largest number of characters of a name beside a bar; a longer name is broken into several lines."""
 
 AxisValue = Callable[[RunFigures, dict[str, Any]], float]
-"""Function that returns the position of a line of metrics on an axis."""
+"""Function (run, line of metrics) that returns the position of the line on a horizontal axis, such as its tokens."""
 
 
 def _steps(_: RunFigures, line: dict[str, Any]) -> float:
@@ -75,7 +75,7 @@ def _use_integer_steps(axis: "Axes") -> None:
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """Return matplotlib's colour and dashes for the curve of the variant with this number."""
+    """Return matplotlib's colour and dashes for the curve of a variant, given its position among all variants."""
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
 
 
@@ -83,7 +83,7 @@ def draw_validation(variants: Sequence[Variant], axis_name: str) -> "Figure":
     """Draw the validation loss of each variant: the mean over seeds, with a band from the lowest to the highest.
 
     Args:
-        variants: the variants.
+        variants: groups of runs that differ only in their seed.
         axis_name: the key in AXES of the horizontal axis.
     """
     title, x_of = AXES[axis_name]
@@ -117,9 +117,9 @@ def has_curve(variants: Sequence[Variant]) -> bool:
 
 
 def draw_differences(variants: Sequence[Variant], baseline: Variant) -> "Figure":
-    """Draw the validation loss of each variant minus the baseline's, as a mean and a band from lowest to highest.
+    """Draw the validation loss of each variant minus the baseline's: the mean over seeds, and a band from low to high.
 
-    Losses are paired as for a verdict.
+    Losses are paired by seed where `losses_at` can do so, as for the verdict on two variants.
     """
     figure, axis = _figure_with_legend_room([variant.name for variant in variants])
     axis.axhline(0, label=baseline.name, linewidth=1, **line_style(variants.index(baseline)))
@@ -157,9 +157,9 @@ def _scale_to_later_losses(axis: "Axes", variants: Sequence[Variant]) -> None:
 
 
 def draw_curve(variants: Sequence[Variant], metric: str, title: str, label: str) -> "Figure | None":
-    """Draw a metric of the first run of each variant over steps, smoothed over a fiftieth of them.
+    """Draw a metric of the first run of each variant over steps, smoothed over a fiftieth of the steps.
 
-    Return None if no run has the metric or it is always 0.
+    Return None if no run has the metric, or if it is always 0.
     """
     figure, axis = _figure_with_legend_room([variant.name for variant in variants])
     is_drawn = False
@@ -197,12 +197,12 @@ def draw_throughput(variants: Sequence[Variant]) -> "Figure":
 
 
 def draw_heat_map(name: str, routes: Routes, max_load: float) -> "Figure":
-    """Draw the loads of a model's experts, with layers downwards.
+    """Draw a heat map of the loads of a model's experts, with a row for each layer.
 
     Args:
-        name: the name of the variant.
-        routes: the routes of the variant.
-        max_load: the load at the end of the colour scale, which all maps of a page share.
+        name: the name of the variant, for the title.
+        routes: the experts that the variant's tokens go to.
+        max_load: the load at the upper end of the colour scale, which all heat maps of a page share.
     """
     layers, experts = routes.load.shape
     figure, axis = _figure_with_legend_room(height=1.15 + ROW_INCHES * layers)
@@ -215,15 +215,15 @@ def draw_heat_map(name: str, routes: Routes, max_load: float) -> "Figure":
 
 
 def draw_activation(routes_by_name: dict[str, Routes], colours: dict[str, int], relative: bool) -> "Figure | None":
-    """Draw the share of experts in use as a function of the threshold.
+    """Draw the share of experts in use as a function of the threshold above which an expert counts as in use.
 
     Args:
-        routes_by_name: the routes of each variant, by name.
-        colours: the number of each variant's `line_style`, by name.
+        routes_by_name: the experts that the tokens of each variant go to, by name of the variant.
+        colours: the number of each variant's `line_style`, by name of the variant.
         relative: whether the threshold is a multiple of a uniform load; otherwise it is a share of tokens.
 
     Returns:
-        The figure; None if no run was evaluated for it.
+        The figure; None if no variant has these shares.
     """
     figure, axis = _figure_with_legend_room(list(routes_by_name))
     is_drawn = False

@@ -1,4 +1,4 @@
-"""Tables of what variants do well: accuracies, precisions and recalls of evaluations that all their runs have."""
+"""Tables of the accuracies, precisions and recalls of variants, from evaluations that all their runs have."""
 
 import statistics
 from collections import Counter
@@ -12,7 +12,7 @@ from mhmoe_ray.report.variants import Variant
 
 
 class QualityRow(NamedTuple):
-    """Figure of one variant, and its difference to the baseline."""
+    """Accuracy, precision or recall of one variant, and its difference to that of the baseline."""
 
     figure: str
     variant: str
@@ -28,14 +28,14 @@ class QualityRow(NamedTuple):
 
 
 class QualityTable(NamedTuple):
-    """Figures of one evaluation that all runs have."""
+    """Accuracies, precisions and recalls of all variants in one evaluation that all their runs have."""
 
     description: str
     """Description of what was evaluated."""
     step: int
-    """Training step of the checkpoints."""
+    """Training step of the evaluated checkpoints."""
     rows: list[QualityRow]
-    """Rows by figure, and then by variant."""
+    """Rows sorted by what they measure, and then by variant."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the table as an object for `mhmoe report --json`."""
@@ -45,7 +45,7 @@ class QualityTable(NamedTuple):
 def quality_tables(variants: Sequence[Variant], baseline: Variant) -> list[QualityTable]:
     """Return a table for each evaluation of encoders or vision models that all runs of all variants have.
 
-    An evaluation that some runs lack is left out, because the rest would be a choice among the seeds.
+    An evaluation that some runs lack is left out, because the other runs would be a selection of the seeds.
 
     Raises:
         DataError: scipy, which intervals need, is not installed.
@@ -56,9 +56,9 @@ def quality_tables(variants: Sequence[Variant], baseline: Variant) -> list[Quali
 
 
 def runs_without_quality(variants: Sequence[Variant]) -> list[RunFigures]:
-    """Return the runs that keep an evaluation out of the tables: those that lack the one that most runs have.
+    """Return the runs that lack the evaluation that most runs have, and so keep it out of the tables.
 
-    There are none if all runs have an evaluation in common, and none if no run has any.
+    The list is empty if all runs have an evaluation in common, or if no run has any evaluation.
     """
     by_run = [(run, set(_evaluations_by_key(run))) for variant in variants for run in variant.runs]
     run_counts = Counter(key for _, keys in by_run for key in keys)
@@ -67,13 +67,15 @@ def runs_without_quality(variants: Sequence[Variant]) -> list[RunFigures]:
 
 
 def _evaluations_by_key(run: RunFigures) -> dict[str, Evaluation]:
-    """Return the evaluations of a run that have figures of quality, by the key of their request, which is equal for the
-    same question to different runs."""
+    """Return the evaluations of a run that have accuracies, precisions or recalls, by the key of their request.
+
+    The keys are equal if different runs were evaluated in the same way.
+    """
     return {e.request.key: e for e in run.all_evaluations if e.quality}
 
 
 def _table(example: Evaluation, key: str, variants: Sequence[Variant], baseline: Variant) -> QualityTable:
-    """Return the table of the evaluation with a key; `example` is that of any run."""
+    """Return the table for the evaluation with this key; `example` is the evaluation of any one of the runs."""
     rows = []
     for figure in example.quality:
         values_by_variant = {variant.name: _values_by_seed(variant, key, figure) for variant in variants}
@@ -97,6 +99,9 @@ def _table(example: Evaluation, key: str, variants: Sequence[Variant], baseline:
 
 
 def _values_by_seed(variant: Variant, key: str, figure: str) -> dict[int, float]:
-    """Return a figure of a variant's runs by seed. Runs of a model without this part, such as masks, do not have it."""
+    """Return an accuracy, precision or recall of a variant's runs, by seed.
+
+    Runs whose model has no such output, for example no masks, are left out.
+    """
     qualities = {run.spec.seed: _evaluations_by_key(run)[key].quality for run in variant.runs}
     return {seed: quality[figure] for seed, quality in qualities.items() if figure in quality}

@@ -11,19 +11,20 @@ CONFIDENCE = 0.95
 
 
 class SeedValues(NamedTuple):
-    """Values of two variants that are compared, such as their validation losses."""
+    """Values of two variants that are compared, such as their validation losses; each value belongs to one seed."""
 
     baseline: list[float]
     variant: list[float]
     paired: bool
-    """Whether the values are paired by seed.
+    """Whether the two lists have the values of the same seeds, in the same order.
 
-    Values are paired over the common seeds if there are two or more of them, or if one variant has no other seeds.
+    Values are paired in this way if the variants have two or more seeds in common, or if all seeds of one variant are
+    also seeds of the other.
     """
 
     @property
     def seeds(self) -> int:
-        """Number of seeds of the variant with fewer."""
+        """Number of seeds of the variant that has fewer of them."""
         return min(len(self.baseline), len(self.variant))
 
     @property
@@ -35,11 +36,13 @@ class SeedValues(NamedTuple):
 
     @property
     def difference(self) -> float:
-        """Mean of the differences."""
+        """Mean difference of the variant's values to those of the baseline."""
         return statistics.fmean(self.differences)
 
     def interval(self) -> tuple[float, float] | None:
-        """Return the confidence interval of the difference: Student's if paired, else Welch's; None with one seed.
+        """Return the confidence interval of the mean difference; None if one variant has a single seed.
+
+        The interval is that of Student's t-test if the values are paired, else that of Welch's t-test.
 
         Raises:
             DataError: scipy is not installed.
@@ -57,7 +60,12 @@ class SeedValues(NamedTuple):
 
 
 def pair_values(baseline: Mapping[int, float], variant: Mapping[int, float]) -> SeedValues | None:
-    """Return the values of two variants, which are given by seed; None if one of them has none."""
+    """Return the values of two variants, paired by seed if their seeds allow it; None if one variant has no values.
+
+    Args:
+        baseline: values of the variant to compare with, by seed.
+        variant: values of the other variant, by seed.
+    """
     if not baseline or not variant:
         return None
     common = sorted(baseline.keys() & variant.keys())

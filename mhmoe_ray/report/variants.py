@@ -1,4 +1,4 @@
-"""Variants, which group runs that differ only in their seed; a sweep as a table; and verdicts on two variants."""
+"""Variants (groups of runs that differ only in their seed), their comparison, and the table of a sweep."""
 
 import json
 import statistics
@@ -27,10 +27,10 @@ class Variant:
     name: str
     runs: list[RunFigures]
     repeated: tuple[RunFigures, ...] = ()
-    """Older runs with the same seeds, which do not count."""
+    """Older runs with the same seeds, which do not count because they are not independent samples."""
 
     def losses(self, step: int) -> dict[int, float]:
-        """Return the validation losses at a step, by seed."""
+        """Return the runs' validation losses at a training step, by seed."""
         return {r.spec.seed: r.validations[step] for r in self.runs if step in r.validations}
 
     def mean_loss(self, step: int) -> float | None:
@@ -42,24 +42,29 @@ class Variant:
         return statistics.stdev(losses) if len(losses) > 1 else None
 
     def perplexity(self, step: int) -> float | None:
-        """Return the perplexity of the mean loss at a step; None without a loss, and for encoders, whose loss is a sum
-        over parts with different units."""
+        """Return the perplexity of the mean validation loss at a step; None without a loss.
+
+        It is also None for encoders and vision models, whose loss is a sum over objectives with different units.
+        """
         return None if self.has_summed_loss else metrics.perplexity(self.mean_loss(step))
 
     @property
     def has_summed_loss(self) -> bool:
-        """True if the runs train encoders or vision models, whose loss is a sum over parts."""
+        """True if the runs train encoders or vision models, whose loss is a sum over several objectives."""
         return any(run.spec.model.kind != "decoder" for run in self.runs)
 
     def part_losses(self, step: int) -> dict[str, float]:
-        """Return the mean validation loss of each part of micro-batches at a step, over the runs that have it."""
+        """Return the validation loss of each part of micro-batches at a step, by name, as a mean over the runs.
+
+        A part is one objective with its samples. Runs without it do not count in its mean.
+        """
         losses = [run.part_validations.get(step, {}) for run in self.runs]
         names = dict.fromkeys(name for run_losses in losses for name in run_losses)
         means = {name: _mean(run_losses.get(name) for run_losses in losses) for name in names}
         return {name: mean for name, mean in means.items() if mean is not None}
 
     def recent_mean(self, metric: str) -> float | None:
-        """Return the mean of a metric over the last tenth of the steps and over the runs that have it; None if none."""
+        """Return the mean of a metric over the last tenth of the steps and over the runs; None if no run has it."""
         return _mean(run.recent_mean(metric) for run in self.runs)
 
     @property
@@ -72,7 +77,7 @@ class Variant:
 
     @property
     def routes_run(self) -> RunFigures:
-        """First run whose routes were counted on held-out text, else the first run."""
+        """First run whose routes (choices of experts) were counted on held-out text, else the first run."""
         return next((run for run in self.runs if any(e.routing for e in run.evaluations)), self.first_run)
 
 
@@ -81,8 +86,8 @@ def variant_row(variant: Variant, variant_sizes: Sizes, baseline_sizes: Sizes, s
 
     Args:
         variant: the variant, which may have no runs yet.
-        variant_sizes: the sizes of its model.
-        baseline_sizes: the sizes of the model that ratios are relative to.
+        variant_sizes: numbers of parameters and multiply-adds of the variant's model.
+        baseline_sizes: the same numbers of the model that ratios are relative to.
         step: the step at which losses are compared; None if there is none yet.
     """
     return {
@@ -101,7 +106,7 @@ def variant_row(variant: Variant, variant_sizes: Sizes, baseline_sizes: Sizes, s
 
 
 def losses_at(step: int, baseline: Variant, variant: Variant) -> SeedValues | None:
-    """Return the losses of two variants at a step; None if one of them has no loss there."""
+    """Return the validation losses of two variants at a training step; None if one of them has no loss there."""
     return pair_values(baseline.losses(step), variant.losses(step))
 
 
@@ -122,7 +127,10 @@ def group_variants(runs: Sequence[RunFigures]) -> list[Variant]:
 
 
 def matched_step(compared: Sequence[Variant]) -> int | None:
-    """Return the last step at which all runs were validated, apart from runs without any validation; None if none."""
+    """Return the last step at which all runs were validated; None if there is no such step.
+
+    Runs without any validation do not count.
+    """
     validated = [set(run.validations) for variant in compared for run in variant.runs if run.validations]
     return max(set.intersection(*validated), default=None) if validated else None
 
@@ -145,14 +153,15 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _training_key(spec: RunSpec) -> str:
-    """Return a key that is equal for specs that train the same, apart from the seed."""
+    """Return a key that is equal for specs that describe the same training, apart from the seed."""
     return json.dumps(spec.model_dump(mode="json", exclude=_UNTRAINED_KEYS), sort_keys=True)
 
 
 def _split_by_distribution(runs: Sequence[RunFigures]) -> Iterable[list[RunFigures]]:
     """Split runs of the same training by name if runs of different names are distributed in different ways.
 
-    Otherwise all runs are one group.
+    The way is the strategy, the number of ranks in an expert-parallel group, and the dispatch. If all are distributed
+    in the same way, they are one group.
     """
     runs_by_name: dict[str, list[RunFigures]] = {}
     for run in runs:
@@ -184,14 +193,14 @@ class Verdict(NamedTuple):
     step: int
     difference: float
     low: float | None
-    """Lower end of the confidence interval of the difference, by Student's t; None with one seed."""
+    """Lower end of the confidence interval of the difference (`SeedValues.interval`); None with one seed."""
     high: float | None
     seeds: int
-    """Number of seeds of the variant with fewer."""
+    """Number of seeds of the variant that has fewer of them."""
     paired: bool
     """Whether differences were taken seed by seed, over the seeds that both variants have."""
     has_summed_loss: bool = False
-    """Whether the losses are those of encoders, which are sums over parts."""
+    """Whether the losses are those of encoders or vision models, which are sums over several objectives."""
 
     @property
     def is_clear(self) -> bool:
@@ -206,7 +215,7 @@ class Verdict(NamedTuple):
 
     @property
     def text(self) -> str:
-        """Sentence that states the result."""
+        """Sentence for the user that states the difference and its confidence interval."""
         word = "lower" if self.difference < 0 else "higher"
         figures = f"{abs(self.difference):.4f} {'' if self.has_summed_loss else 'nats '}{word}"
         if not self.has_summed_loss and (ratio := metrics.perplexity(self.difference)) is not None:
@@ -224,9 +233,9 @@ def compare_variants(baseline: Variant, variant: Variant, step: int) -> Verdict 
     """Compare the validation losses of a variant with those of the baseline.
 
     Args:
-        baseline: the baseline.
-        variant: the variant.
-        step: a step at which both were validated.
+        baseline: the variant to compare with.
+        variant: the other variant.
+        step: a training step at which both were validated.
 
     Returns:
         The verdict; None if one of them has no loss at that step.
@@ -255,9 +264,9 @@ def sweep_table(sweep_dir: SweepDir) -> list[dict[str, Any]]:
     """Return the table of a sweep as JSON: one object per variant, in the order of the sweep.
 
     Losses are those of finished runs, or of all runs while none is finished, at the last step at which all of them were
-    validated. If the variants have different numbers of steps, as where some start from others, the losses of each are
-    those at its own last step. Runs whose last validation loss is not finite do not count. Ratios are relative to the
-    first variant.
+    validated. If the variants have different numbers of steps, for example because some continue others, the losses of
+    each are those at its own last step. Runs whose last validation loss is not finite do not count. Ratios are relative
+    to the first variant.
     """
     wanted_names = set(sweep_dir.read_order(sweep_dir.order_names()[-1]).wanted)
     figures = {name: RunFigures.read(run) for name, run in sweep_dir.runs().items() if run.attempts_file.exists()}
@@ -292,7 +301,7 @@ def sweep_table(sweep_dir: SweepDir) -> list[dict[str, Any]]:
 
 
 def _by_variant(entries: Iterable[SweepRun]) -> dict[str, list[SweepRun]]:
-    """Group entries of a sweep by the name of their variant."""
+    """Group the entries of a sweep, which are its planned runs, by the name of their variant."""
     entries_by_variant: dict[str, list[SweepRun]] = {}
     for entry in entries:
         entries_by_variant.setdefault(entry.variant, []).append(entry)

@@ -18,7 +18,7 @@ CHAT_TEMPLATE = "chat_template.jinja"
 
 @dataclass(frozen=True)
 class RunDir:
-    """Directory of a run, with the paths of its files. The directory need not exist."""
+    """Directory of a run, with the paths of its files; the directory itself need not exist."""
 
     path: Location
 
@@ -33,7 +33,7 @@ class RunDir:
 
     @property
     def name(self) -> str:
-        """Name in the run's spec: the id without the suffix that `create_empty_run` adds."""
+        """Name of the run in its spec, which is the id without the suffix that `create_empty_run` adds."""
         return self.id.rpartition("-")[0]
 
     @property
@@ -74,7 +74,7 @@ class RunDir:
 
     @property
     def classes_file(self) -> Location:
-        """Path of the names of classes, for vision models."""
+        """Path of the JSON file with the names of classes, which only runs of vision models have."""
         return self.path / "classes.json"
 
     @property
@@ -100,7 +100,7 @@ class RunDir:
 
     @property
     def is_imported(self) -> bool:
-        """True if the run was imported and never trained here: it has no spec, no attempts and no metrics.
+        """True if the run was imported and never trained here, so that it has no spec, no attempts and no metrics.
 
         Raises:
             RunError: the run was removed.
@@ -111,27 +111,27 @@ class RunDir:
             raise self._removed_error() from e
 
     def require_existing(self) -> None:
-        """Check that the directory holds a run, as it does from the first attempt on.
+        """Check that the directory holds a run; it does from the run's first attempt on.
 
         Raises:
-            RunError: it does not, because the run was removed or moved.
+            RunError: the directory holds no run, because the run was removed or moved.
         """
         if not self.attempts_file.exists():
             raise self._removed_error()
 
     def _removed_error(self) -> RunError:
-        """Return the error for a run that was removed."""
+        """Return the error for a run that was removed or moved."""
         reason = f"it was removed, or moved: there is no {self.attempts_file}"
         return RunError(f"run {self.id}", reason, "see `mhmoe list`")
 
     def spec(self) -> RunSpec:
-        """Read the run's spec, with current paths if the run was moved (`relocated_spec`)."""
+        """Read the run's spec; its paths are adapted if the run was moved (`relocated_spec`)."""
         return self.relocated_spec(load_resolved_spec(self.spec_file))
 
     def relocated_spec(self, spec: RunSpec) -> RunSpec:
         """Return `spec` with current paths, if the run was moved together with other folders, as in a moved checkout.
 
-        Paths below the old folder become paths below the new one. The spec is returned as it is if the run was not
+        Paths below the old folder become paths below the new one. The spec is returned unchanged if the run was not
         moved, if the old folder still exists, or if the run is on an object store.
 
         Args:
@@ -187,9 +187,9 @@ class RunDir:
 
 
 def create_run(spec: RunSpec) -> RunDir:
-    """Create a new run directory with a spec, for a run that has not begun.
+    """Create the directory of a new run that has not begun, with its spec.
 
-    Its name is the spec's name with a random suffix. If an error occurs, the directory is removed again.
+    The directory has the spec's name with a random suffix. If an error occurs, it is removed again.
 
     Raises:
         SpecError: the storage folder cannot be written.
@@ -207,7 +207,7 @@ def create_run(spec: RunSpec) -> RunDir:
 
 
 def create_empty_run(storage: Location, name: str) -> RunDir:
-    """Create a run directory without a spec, readable by its owner only, with an id that no other run has.
+    """Create a run directory without a spec, with a unique id; only its owner can read it.
 
     The id is `name` with a random suffix.
 
@@ -227,7 +227,7 @@ def create_empty_run(storage: Location, name: str) -> RunDir:
 
 
 def list_runs(storage: Location | str) -> list[RunDir]:
-    """Return the runs below `storage`, oldest first.
+    """Return the runs in the folder `storage`, oldest first.
 
     A run whose run.json cannot be read is left out, with a warning on stderr.
 
@@ -259,9 +259,9 @@ def find_run(name: str | None, storage: Location | str, *, with_job: bool = Fals
     """Return the run with this id, unique prefix of an id, or path; without a name, the newest run.
 
     Args:
-        name: id, prefix or path, as the user writes it; None for the newest run.
+        name: id, prefix of an id, or path, as the user writes it; None for the newest run.
         storage: folder that holds run directories.
-        with_job: whether imported runs are left out when the newest run is looked for.
+        with_job: whether the newest run must have a job; imported runs have none. It matters only without a name.
 
     Raises:
         RunError: there is no such run, the prefix fits several, or the run.json of that id or path cannot be read.
@@ -291,16 +291,16 @@ def find_run(name: str | None, storage: Location | str, *, with_job: bool = Fals
 
 @dataclass(frozen=True)
 class Attempt:
-    """Attempt of a run: a job that a submit or a resume started."""
+    """Attempt of a run: a job that `mhmoe submit` or `mhmoe resume` started."""
 
     job: str
     """Submission id of the job in Ray."""
     address: str
-    """Address of the cluster's dashboard, http(s)."""
+    """URL of the cluster's dashboard."""
     local: bool
-    """Whether this package started that cluster, on the machine of the command."""
+    """Whether this package started the cluster, on the machine of the command (the local cluster)."""
     submitted: float = field(default_factory=time.time)
-    """Time of the command, in seconds since the epoch."""
+    """Time of the submit or resume, in seconds since the epoch."""
 
 
 def read_attempts(run: RunDir) -> list[Attempt]:
@@ -323,12 +323,12 @@ def last_attempt(run: RunDir) -> Attempt:
 
 
 def newest_attempt_number(run: RunDir) -> int:
-    """Return the number of the run's newest attempt, counted from 1; 0 without any."""
+    """Return the number of the run's newest attempt, counted from 1; 0 for a run without attempts."""
     return len(read_attempts(run))
 
 
 def require_newest_attempt(run: RunDir, attempt: int) -> None:
-    """Raise if the run has a newer attempt than `attempt`: then the job of `attempt` must write no more.
+    """Check that `attempt` is the newest attempt of the run, because the job of an older one must write nothing more.
 
     Raises:
         RunError: there is a newer attempt.
@@ -344,5 +344,5 @@ def add_attempt(run: RunDir, attempt: Attempt) -> None:
 
 
 def mark_imported(run: RunDir) -> None:
-    """Write the run.json of an imported run, with the current time; this makes the directory count as a run."""
+    """Write the run.json of an imported run, with the current time; from then on the directory counts as a run."""
     write_json(run.attempts_file, {"id": run.id, "attempts": [], "imported": time.time()})

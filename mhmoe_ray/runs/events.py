@@ -1,4 +1,4 @@
-"""Events of a run: events.jsonl, the state of a run, which follows from its events, and sentences about events."""
+"""Events of a run in its events.jsonl; the state of a run, which follows from them; and sentences about events."""
 
 import time
 from typing import Any, Literal
@@ -50,7 +50,7 @@ _STATE_AFTER: dict[str, State] = {
 
 
 def record(run: RunDir, kind: EventKind, **fields: Any) -> None:
-    """Append an event with the current time to a run's events.
+    """Append an event with the current time to a run's events.jsonl.
 
     Raises:
         StorageError: the storage is full, read-only or out of reach.
@@ -64,12 +64,12 @@ def read(run: RunDir) -> list[dict[str, Any]]:
 
 
 def newest_event(run_events: list[dict[str, Any]], kind: EventKind) -> dict[str, Any] | None:
-    """Return the last event of this kind; None if there is none."""
+    """Return the newest event of this kind among a run's events; None if there is none."""
     return next((event for event in reversed(run_events) if event["event"] == kind), None)
 
 
 def state(run_events: list[dict[str, Any]]) -> State:
-    """Return the state of a run after these events."""
+    """Return the state of a run, as its events determine it."""
     current: State = "submitted"
     begun_attempt = 0
     for event in run_events:
@@ -110,10 +110,11 @@ def describe_failure(event: dict[str, Any]) -> str:
 
 
 def interruptions(run_events: list[dict[str, Any]]) -> list[tuple[float, str]]:
-    """Return the time and the reason of each interruption of the workers, whether or not they were restarted.
+    """Return the time and a description of each interruption of a run's workers, whether or not they were restarted.
 
     An interruption is a rank that hung, a node that was preempted, or workers that failed. Times are in seconds since
-    the epoch, reasons are sentences. The failure of a rank that was killed because it hung is listed once.
+    the epoch, and descriptions are sentences. A rank that was killed because it hung is listed once, although it also
+    failed.
     """
     sentences = {"hung": describe_hang, "preempted": describe_preemption, "lost": describe_failure}
     sentences_by_time: list[tuple[float, str]] = []
@@ -132,7 +133,7 @@ def interruptions(run_events: list[dict[str, Any]]) -> list[tuple[float, str]]:
 
 
 def describe_workers(start_event: dict[str, Any]) -> str:
-    """Return the number of workers of a "started" event as a text, with the requested range if there is one."""
+    """Return the number of workers of a "started" event as text, with the requested range for an elastic run."""
     # Events of older versions lack this field, so it may be None.
     requested = start_event.get("asked")
     return str(len(start_event["workers"])) + (
@@ -141,7 +142,7 @@ def describe_workers(start_event: dict[str, Any]) -> str:
 
 
 def describe_mesh(start_event: dict[str, Any]) -> str:
-    """Return the sizes of the mesh dimensions of a "started" event as a text, such as `dp 2 x ep 4`."""
+    """Return the sizes of a "started" event's mesh dimensions as text, such as `dp 2 x ep 4`."""
     return format_mesh({name: start_event[name] for name in ClusterSpec().mesh_sizes() if name in start_event})
 
 

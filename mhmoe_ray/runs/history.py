@@ -1,6 +1,6 @@
 """History of a run's metrics: metrics.jsonl, one line per step, and queries on it.
 
-A history may have a million lines, so `read_trend` reads only a few of them. Nothing here needs torch.
+A history may have a million lines, so `read_trend` reads only a few of them. This module does not need torch.
 """
 
 import math
@@ -15,37 +15,38 @@ from mhmoe_ray.runs.metrics import GROUP, METRICS, STEP, TIME, TOKENS, TOKENS_PE
 
 
 def append(run: RunDir, line: dict[str, Any]) -> None:
-    """Append the line of a step to metrics.jsonl; numbers that are not finite become null, as JSON cannot express them.
+    """Append the metrics of a step to metrics.jsonl as one line.
 
-    On an object store it may be written a second later, or by `flush`.
+    Numbers that are not finite become null, because JSON cannot express them. On an object store, the line may stay in
+    memory until the next `append` or `flush` writes it.
     """
     assert line.keys() <= METRICS.keys(), f"not in the registry: {line.keys() - METRICS.keys()}"
     jsonl.append(run.metrics_file, {name: _to_json(value) for name, value in line.items()}, immediate=False)
 
 
 def _to_json(value: Any) -> Any:
-    """Return a value of a line with None for each number that is not finite."""
+    """Return a metric's value for JSON, with None in place of each number that is not finite."""
     if isinstance(value, dict):
         return {key: _to_json(number) for key, number in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def flush(run: RunDir) -> None:
-    """Write the lines that this process still holds; there are some on an object store only."""
+    """Write the lines of metrics that this process still holds in memory, which it does only for an object store."""
     jsonl.flush(run.metrics_file)
 
 
 def read(run: RunDir) -> list[dict[str, Any]]:
-    """Return the effective history of a run: one line per step, in order; of a repeated step only the newest line."""
+    """Return the effective history of a run: one line per step, in order, and the newest line of each repeated step."""
     # On an object store, lines are in the order of their writers' clocks, and these differ between nodes. Sorting by
     # worker group restores the true order.
     return effective_lines(sorted(jsonl.read(run.metrics_file), key=lambda line: line.get(GROUP, 0)))
 
 
 def effective_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the lines that count, in order: a line replaces all lines before it that have the same or a later step.
+    """Return the lines of metrics that count, in order: a line replaces earlier lines of the same or a later step.
 
-    Such lines are written when a worker group repeats the steps since its checkpoint.
+    Such earlier lines exist if a worker group was restarted from a checkpoint and repeats the steps since then.
     """
     effective: list[dict[str, Any]] = []
     for line in lines:
@@ -56,21 +57,21 @@ def effective_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def last_line(run: RunDir) -> dict[str, Any] | None:
-    """Return the newest line of a run's metrics.jsonl; None if it has no lines."""
+    """Return the newest line of a run's metrics.jsonl; None if there is none."""
     return next(JsonlSnapshot(run.metrics_file).lines_backwards(), None)
 
 
 class Trend(NamedTuple):
-    """Excerpt of a run's history, as `read_trend` returns it."""
+    """Excerpt of the history of a run's metrics, as `read_trend` returns it."""
 
     recent_lines: list[dict[str, Any]]
-    """Newest lines of the effective history, at most `RECENT_LINES`."""
+    """Newest lines of the effective history (`effective_lines`), at most `RECENT_LINES`."""
     validation_line: dict[str, Any] | None
-    """Newest line with a validation, None if there is none."""
+    """Newest line of metrics with a validation loss; None if there is none."""
     curve: list[dict[str, Any]]
-    """Lines spread over the effective history, in order; all lines of a short history."""
+    """Lines spread evenly over the effective history, in order, for the loss curve; all lines of a short history."""
     start_line: dict[str, Any] | None
-    """First line of the newest worker group."""
+    """First line of metrics of the newest worker group, the workers since the last restart; None without lines."""
 
     @property
     def last_line(self) -> dict[str, Any] | None:
@@ -78,7 +79,7 @@ class Trend(NamedTuple):
 
     @property
     def rate(self) -> float | None:
-        """Tokens per second over the recent steps, without the time between them; None if there are too few steps."""
+        """Tokens per second over the recent steps, without the time between steps; None if there are too few steps."""
         pairs = [
             (b[TOKENS] - a[TOKENS], b[TOKENS_PER_S]) for a, b in pairwise(self.recent_lines) if a[GROUP] == b[GROUP]
         ]
@@ -87,8 +88,10 @@ class Trend(NamedTuple):
 
     @property
     def mean_rate(self) -> float | None:
-        """Tokens per second since the newest worker group started, with validations and pauses; None if no time has
-        passed since its first line."""
+        """Tokens per second since the newest worker group started, including validations and pauses.
+
+        It is None if no time has passed since the group's first line of metrics.
+        """
         if self.last_line is None or self.start_line is None or self.last_line[TIME] <= self.start_line[TIME]:
             return None
         return float(
@@ -103,7 +106,7 @@ CURVE_LINES = 60
 
 
 def read_trend(run: RunDir, validate_every: int) -> Trend:
-    """Return recent lines, the newest validation and a curve of a run's history, without reading all of it.
+    """Return recent lines, the newest validation and the loss curve of a run's metrics, without reading the whole file.
 
     Args:
         run: the run.

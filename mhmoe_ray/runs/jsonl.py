@@ -1,7 +1,8 @@
-"""Append-only files of JSON lines, which stay readable if a writer is killed in mid-line, and queries on long files.
+"""Append-only files of JSON lines that stay readable if a writer is killed, and queries on long files.
 
-An object store cannot append: there such a file is a folder of segments, sorted by time. Each line is a segment of its
-own. If one process writes many lines, they are gathered in a segment that is written again once a second.
+A writer that is killed may leave a torn last line, which readers skip. An object store cannot append. There such a file
+is a folder of segments, which are sorted by time. Usually each line is a segment of its own. If a process writes many
+lines, it gathers them in one segment, which it writes again once a second.
 """
 
 import atexit
@@ -29,13 +30,13 @@ WRITE_SECONDS = 1.0
 
 
 def append(path: Location, record: dict[str, Any], *, immediate: bool = True) -> None:
-    """Append a record as one line of JSON.
+    """Append a record to a file as one line of JSON.
 
     Args:
         path: path of the file, which is created if it is missing.
         record: content of the line, which JSON must be able to express.
-        immediate: whether the line is written immediately on an object store too. Otherwise it may be written only with
-            a line that is appended a second later, or by `flush`, and no other process may append meanwhile.
+        immediate: whether the line is written immediately on an object store, too. Otherwise a later `append` or
+            `flush` may write it, and no other process may append to the file meanwhile.
 
     Raises:
         StorageError: the storage is full, read-only or out of reach.
@@ -54,7 +55,7 @@ def _report_write_errors(path: Location) -> Iterator[None]:
 
 
 def _append(path: Location, record: dict[str, Any], immediate: bool) -> None:
-    """Append a record like `append`, but raise the OSError of the storage."""
+    """Append a record to a file like `append`, but let the OSError of the storage through."""
     line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
     if isinstance(path, ObjectPath):
         if immediate:
@@ -78,9 +79,9 @@ def _append(path: Location, record: dict[str, Any], immediate: bool) -> None:
 
 
 def flush(path: Location) -> None:
-    """Write all lines that this process appended to a file and still holds, so that other processes can read them.
+    """Write all lines of a file that this process still holds in memory, so that other processes can read them.
 
-    Only lines that were appended without `immediate` to a file on an object store are held.
+    Lines are held only on an object store, if they were appended without `immediate`.
 
     Raises:
         StorageError: the storage is full, read-only or out of reach.
@@ -95,7 +96,7 @@ def _segment_name() -> str:
 
 
 class _SegmentBuffer:
-    """Buffer of lines that this process appends to a file on an object store; it gathers them in one segment."""
+    """Buffer that gathers the lines which this process appends to a file on an object store in one segment."""
 
     def __init__(self, folder: ObjectPath) -> None:
         self._folder, self._lines, self._has_unwritten_lines, self._last_write_time = folder, b"", False, 0.0
@@ -103,7 +104,7 @@ class _SegmentBuffer:
         atexit.register(self.write)
 
     def append(self, line: bytes) -> None:
-        """Add a line, and write the segment if its last write was at least `WRITE_SECONDS` ago."""
+        """Add a line; write the segment if it was last written at least `WRITE_SECONDS` ago."""
         if not self._lines:
             self._name = _segment_name()
         self._lines += line
@@ -112,7 +113,7 @@ class _SegmentBuffer:
             self.write()
 
     def write(self) -> None:
-        """Write the segment if it has unwritten lines; one of more than `SEGMENT_BYTES` gets no more lines."""
+        """Write the segment if it has unwritten lines; begin a new one if it exceeds `SEGMENT_BYTES`."""
         if not self._has_unwritten_lines:
             return
         (self._folder / self._name).write_bytes(self._lines)
@@ -127,9 +128,9 @@ def _segment_buffer(path: ObjectPath) -> _SegmentBuffer:
 
 
 def parts_with_sizes(path: Location) -> list[tuple[Location, int]]:
-    """Return the parts of a file, in order, with their sizes in bytes: its segments on an object store, else itself.
+    """Return the parts of a file of JSON lines, in order, with their sizes in bytes.
 
-    The list is empty if there is no file.
+    The parts are its segments on an object store, and otherwise the file itself. The list is empty if there is no file.
     """
     if isinstance(path, ObjectPath):
         return [*path.sizes()]
@@ -137,9 +138,9 @@ def parts_with_sizes(path: Location) -> list[tuple[Location, int]]:
 
 
 def read(path: Location) -> Iterator[dict[str, Any]]:
-    """Yield the content of all complete lines of a file, in order; none if there is no file.
+    """Yield the content of all complete lines of a file of JSON lines, in order; none if there is no file.
 
-    A torn line, left by a writer that was killed, is skipped.
+    A torn line, which a killed writer left behind, is skipped.
     """
     for part, size in parts_with_sizes(path):
         if isinstance(part, Path):
@@ -170,12 +171,12 @@ def parse_lines(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
 
 
 def modification_time(path: Location) -> float:
-    """Return the time when the last line was written, in seconds since the epoch; 0 without any line."""
+    """Return the time when a file's last line was written, in seconds since the epoch; 0 if it has no lines."""
     return max((part.stat().st_mtime for part, _ in parts_with_sizes(path)[-1:]), default=0.0)
 
 
 class Tail:
-    """Reader of the complete lines that were added to a file since the last call of `new_lines`.
+    """Reader of the complete lines that were added to a file of JSON lines since the last call of `new_lines`.
 
     The first call yields all lines or, with `from_now`, those that were added since the reader was created.
     """
@@ -206,7 +207,7 @@ PROBE_BYTES = 1 << 12
 
 
 class JsonlSnapshot:
-    """Random access to the lines of a file, as it was when this object was created; torn lines are skipped."""
+    """Random access to the lines that a file of JSON lines had when this object was created; torn lines are skipped."""
 
     def __init__(self, path: Location) -> None:
         self._parts, sizes = [], []
@@ -218,7 +219,7 @@ class JsonlSnapshot:
         """Size of the file in bytes."""
 
     def lines_backwards(self) -> Iterator[dict[str, Any]]:
-        """Yield all lines, the last one first."""
+        """Yield the content of all lines, the last one first."""
         end, partial_line = self.size, b""
         for index in reversed(range(len(self._parts))):
             part_start = self._part_start(index)
@@ -231,12 +232,12 @@ class JsonlSnapshot:
             partial_line = b""
 
     def line_at(self, offset: int) -> dict[str, Any] | None:
-        """Return the first complete line that begins at or after byte `offset`; None if there is none."""
+        """Return the content of the first complete line that begins at or after byte `offset`; None without one."""
         index = bisect_right(self._ends, offset)
         while index < len(self._parts):
             start, end, length = max(offset, self._part_start(index)), self._ends[index], PROBE_BYTES
-            # Inside a part, the read begins one byte before `start`, because a line begins at `start` only if that byte
-            # ends the line before.
+            # Inside a part, the read begins one byte before `start`. A line begins at `start` only if that byte is a
+            # line break.
             starts_inside = start > self._part_start(index)
             while True:
                 block = self._read_range(index, start - starts_inside, min(end, start + length))
@@ -250,7 +251,10 @@ class JsonlSnapshot:
         return None
 
     def sample_lines(self, count: int) -> list[dict[str, Any]]:
-        """Return at most `count` lines in order, evenly spaced by bytes; in a short file some appear twice."""
+        """Return at most `count` lines in order, evenly spaced by their position in bytes.
+
+        A line of a short file may appear twice.
+        """
         lines = (self.line_at(self.size * i // count) for i in range(count))
         return [line for line in lines if line]
 
@@ -258,7 +262,7 @@ class JsonlSnapshot:
         """Return the first line for which `predicate` is true, found by bisection; None if there is none.
 
         Args:
-            predicate: function of a line. If it is true for one line, it must be true for all later lines.
+            predicate: function of a line's content. If it is true for one line, it must be true for all later lines.
         """
         low, high = 0, self.size
         while low < high:
@@ -274,7 +278,7 @@ class JsonlSnapshot:
         return self._ends[index - 1] if index else 0
 
     def _read_range(self, index: int, start: int, stop: int) -> bytes:
-        """Return the bytes of part `index` from `start` to `stop`, which are offsets in the whole file."""
+        """Return the bytes of part `index` from `start` to `stop`, both of which are offsets in the whole file."""
         with self._parts[index].open("rb") as f:
             f.seek(start - self._part_start(index))
             return bytes(f.read(stop - start))

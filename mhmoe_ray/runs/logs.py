@@ -1,7 +1,7 @@
 """Logs of a run in its run directory, so that they outlive the cluster: `logs/<attempt>/<number>.log`.
 
 The output of the run's job and of its workers goes to one file, which the job copies in segments of 1 MiB. The first
-segment and the newest segments of a log are kept, and the logs of the newest attempts. Secrets are replaced before
+segment and the newest segments of each log are kept. Only the newest attempts have logs. Secrets are replaced before
 anything is written (`Redactor`).
 """
 
@@ -24,9 +24,12 @@ NEWEST_SEGMENTS = 7
 """Number of newest segments of an attempt that are kept in addition to its first one."""
 NEWEST_ATTEMPTS = 4
 MAX_LINE_BYTES = 64 << 10
-"""Number of bytes after which a line without an end is written in pieces."""
+"""Number of bytes above which an unfinished line of the log is copied without waiting for its end."""
 COPY_SECONDS, OBJECT_COPY_SECONDS = 2.0, 15.0
-"""Seconds between two copies, locally and on an object store, where each copy writes the whole segment again."""
+"""Seconds between two copies of the log, on a local disk and on an object store.
+
+They differ because each copy to an object store writes the whole segment again.
+"""
 
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL", re.IGNORECASE)
 _SECRET_TEXT = re.compile(
@@ -36,14 +39,17 @@ _SECRET_TEXT = re.compile(
     r"|(?<=[Bb]earer )[\w.~+/=-]{8,}"
 )
 MIN_SECRET_CHARACTERS = 8
-"""Smallest number of characters of an environment variable's value that counts as a secret because of its name."""
+"""Smallest number of characters of a secret in an environment variable.
+
+A shorter value does not count as a secret, even if the variable has the name of one.
+"""
 
 
 class Redactor:
-    """Function of a text that replaces the secrets in it by `***`.
+    """Function that replaces the secrets in a text by `***`.
 
-    Secrets are the values of environment variables with the name of a secret, the contents of files that such variables
-    name, passwords in URIs, and tokens of known forms.
+    Secrets are the values of environment variables whose names suggest it (such as TOKEN or PASSWORD), the contents of
+    files that such variables name, passwords in URIs, and tokens of known forms.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -82,7 +88,7 @@ class LogArchiver:
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def copy(self, *, include_partial_line: bool = False) -> None:
-        """Copy the lines that were added since the last call.
+        """Copy the lines that were added to the log file since the last call.
 
         Args:
             include_partial_line: whether to copy an unfinished last line too.
@@ -102,7 +108,10 @@ class LogArchiver:
             self._partial_line = b""
 
     def _write(self, lines: bytes) -> None:
-        """Append lines, with secrets replaced, to the current segment; begin a new segment if it becomes too large."""
+        """Append lines to the current segment, with secrets replaced.
+
+        If the segment would become too large, a new one begins. The first segment and the newest ones are kept.
+        """
         if not lines:
             return
         data = self._redact(lines.decode(errors="replace")).encode()
@@ -136,7 +145,7 @@ def _remove_old_logs(run: RunDir) -> None:
 def archive_log(run: RunDir, attempt: int) -> None:
     """Start a thread that copies the standard output of this process into the run directory until the process ends.
 
-    Nothing is copied if standard output is not a file. Errors of the storage are printed as a warning.
+    Nothing is copied if standard output is not a file. If the storage fails, a warning is printed and the run goes on.
     """
     source = _open_file_path(sys.stdout.fileno())
     if source is None:
@@ -156,7 +165,7 @@ def archive_log(run: RunDir, attempt: int) -> None:
             try:
                 archiver.copy(include_partial_line=is_last_copy)
             except OSError as e:
-                # The error is only reported, because the storage may come back and the cluster keeps the log meanwhile.
+                # The error is only reported, because the storage may recover, and the cluster keeps the log meanwhile.
                 if not has_warned:
                     _warn(run, e)
                 has_warned = True
@@ -179,7 +188,7 @@ def _warn(run: RunDir, error: OSError) -> None:
 
 
 def _open_file_path(descriptor: int) -> Path | None:
-    """Return the path of an open regular file; None for a terminal or a pipe."""
+    """Return the path of the regular file behind a file descriptor; None for a terminal or a pipe."""
     try:
         if sys.platform == "darwin":
             name = fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0").decode()
@@ -193,7 +202,7 @@ def _open_file_path(descriptor: int) -> Path | None:
 def archived_lines(run: RunDir, attempt: int) -> Iterator[str] | None:
     """Return the lines of an attempt's log in the run directory; None if there is no log.
 
-    A line in brackets stands for the segments that were not kept.
+    Where segments were not kept, a line in brackets tells so.
     """
     folder = run.logs / f"{attempt:04d}"
     segments = _sorted_files(folder) if folder.exists() else []

@@ -1,4 +1,4 @@
-"""Registry of a run's metrics, with one entry for each metric; all outputs below are made from these entries.
+"""Registry of a run's metrics, with one entry for each metric. All outputs below are made from these entries.
 
     metrics.jsonl        a line per step, written by runs/history.py; it takes registered names only
     Prometheus           gauges `ray_mhmoe_train_NAME` (train/telemetry/ray_metrics.py), with the label `run`
@@ -7,7 +7,7 @@
     mhmoe status         a row, where `status` has a format
     mhmoe report         a plot, where `plot` has a title
 
-Nothing here needs torch.
+This module does not need torch.
 """
 
 import math
@@ -17,9 +17,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 PREFIX = "mhmoe_train_"
-"""Prefix of names in Prometheus, before which Ray adds `ray_`."""
+"""Prefix of the names of metrics in Prometheus; Ray puts `ray_` before it."""
 Unit = Literal["short", "percentunit", "s", "reqps", "bytes", "none"]
-"""Units by Grafana's names: percentunit is a share of 1, reqps is per second."""
+"""Units under Grafana's names: `percentunit` is a share from 0 to 1, `reqps` is a rate per second."""
 PanelKind = Literal["timeseries", "bargauge", "stat"]
 
 
@@ -34,14 +34,14 @@ class Panel(NamedTuple):
     legend: str = "{{run}}"
     """Legend of the series; a name in double braces stands for a label."""
     query: str = "{0}"
-    """Query in PromQL: {0} is the series, {name} the series of another metric."""
+    """Query in PromQL: {0} stands for the series of the metric, {name} for that of another metric."""
     kind: PanelKind = "timeseries"
     unit: Unit | None = None
-    """Unit of the query, where it is not the metric's unit."""
+    """Unit of the result of the query; None if it is the metric's unit."""
 
 
 class Plot(NamedTuple):
-    """Plot of a metric in a report: its title, and the label of its axis."""
+    """Plot of a metric in a report: its title, and the label of its vertical axis."""
 
     title: str
     axis: str
@@ -49,35 +49,39 @@ class Plot(NamedTuple):
 
 @dataclass(frozen=True)
 class Metric:
-    """Entry of the registry: a metric, and how each output shows it."""
+    """Entry of the registry of metrics: one metric, and how each output shows it."""
 
     name: str
     help: str
-    """Description in one sentence, for Prometheus and for the panel."""
+    """Description of the metric in one sentence, for Prometheus and for the Grafana panel."""
     unit: Unit = "short"
     scope: Literal["run", "rank", "layer", "expert", "part", "file"] = "run"
-    """Scope of a value: the run, or each rank, layer, expert or part of micro-batches, which Prometheus has as labels;
-    `file` is for metrics.jsonl alone. There, a value of each part is an object with the parts' names as keys."""
+    """Scope of a value: the whole run, or one rank, layer, expert or part of the micro-batches.
+
+    A part is an objective with its data in a micro-batch. Prometheus has the scope as labels. A metric with scope
+    `file` is in metrics.jsonl only. There, the value of a metric with scope `part` is an object with the parts' names
+    as keys.
+    """
     tag: str | None = None
-    """Tag in TensorBoard and MLflow; None leaves the metric out there."""
+    """Tag in TensorBoard and MLflow; None if they do not get the metric."""
     panel: Panel | None = None
     status: str | None = None
-    """Format of the value in a row of `mhmoe status`, which leaves zeros out."""
+    """Format of the value in `mhmoe status`, which omits zeros; None if the metric has no row there."""
     plot: Plot | None = None
     absent: float | None = None
-    """Value in Prometheus while a line has none; None leaves the metric out."""
+    """Value in Prometheus after a step without the metric; None to leave the gauge unchanged then."""
     needs_gpu: bool = False
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Labels in Prometheus beside `run`."""
+        """Names of the metric's labels in Prometheus, besides `run`."""
         return {"rank": ("rank",), "layer": ("layer",), "expert": ("layer", "expert"), "part": ("part",)}.get(
             self.scope, ()
         )
 
 
 METRICS: dict[str, Metric] = {}
-"""All metrics by name, in the order below."""
+"""All metrics by name, in the order in which this module registers them."""
 
 
 def _metric(name: str, help: str, **fields: Any) -> str:
@@ -234,7 +238,7 @@ VAL_TOKENS = _metric("val_tokens", "Held-out tokens of the validation.", scope="
 
 
 def tagged_values(line: dict[str, Any]) -> dict[str, float]:
-    """Return the values of a step's line by their tags in TensorBoard and MLflow, without absent or non-finite ones."""
+    """Return the finite values in a step's line of metrics by their tags in TensorBoard and MLflow."""
     values = {metric.tag: line.get(name) for name, metric in METRICS.items() if metric.tag}
     for kind, name in (("training", PART_LOSS), ("validation", VAL_PART_LOSS)):
         values |= {f"loss/{kind}_{part}": value for part, value in line.get(name, {}).items()}
@@ -246,7 +250,7 @@ _MAX_NATS = 709.0
 
 
 def perplexity(loss: float | None) -> float | None:
-    """Return the perplexity of a loss in nats per token.
+    """Return the perplexity that belongs to a loss in nats per token.
 
     Returns:
         The perplexity; None without a loss, if the loss is not finite, or if the perplexity is larger than any float.
@@ -255,10 +259,12 @@ def perplexity(loss: float | None) -> float | None:
 
 
 def expert_loads(count_LE: np.ndarray) -> np.ndarray:
-    """Return the share of its layer's routes that each expert got, times E: 1 is uniform; 0 in a layer without routes.
+    """Return the load of each expert: its share of its layer's routes, times E.
+
+    1 is a uniform load. All loads of a layer without routes are 0.
 
     Args:
-        count_LE: routes per layer and expert.
+        count_LE: number of routes (choices of an expert by a token) per layer and expert.
 
     Returns:
         Loads, (L, E), float64.
@@ -269,10 +275,10 @@ def expert_loads(count_LE: np.ndarray) -> np.ndarray:
 def load_entropy(count_LE: np.ndarray) -> np.ndarray:
     """Return for each layer the entropy of its experts' shares of routes, divided by the highest possible one, log E.
 
-    1 is uniform; 0 means that one expert got all routes, or that there are no routes at all.
+    1 is a uniform distribution. 0 means that one expert got all routes, or that there are no routes at all.
 
     Args:
-        count_LE: routes per layer and expert, for at least two experts.
+        count_LE: number of routes (choices of an expert by a token) per layer and expert, for at least two experts.
 
     Returns:
         Relative entropies, (L,), float64.

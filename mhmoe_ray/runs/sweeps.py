@@ -1,9 +1,8 @@
-"""Directory of a sweep: the orders that commands write, and the run directories of the sweep's entries.
+"""Directory of a sweep: the orders to start runs, which commands write, and the run directories of the sweep's entries.
 
-<storage>/sweeps/<name>/
-  orders/000001-3f2a1c.json   written by a command: the runs, how many at a time, and the job that starts them
-  runs.json                   written by the job of the last order: the run directory of each entry
-  stop                        present while a user asks that no more runs start
+<storage>/sweeps/<name>/ orders/000001-3f2a1c.json   written by a command: the runs, how many at a time, and the job
+that starts them runs.json                   written by the job of the last order: the run directory of each entry stop
+present while a user asks that no more runs start
 
 Commands may run at the same moment and on several machines. So each command writes its own order once, and the names of
 the orders alone determine which order counts.
@@ -27,22 +26,24 @@ class Order(BaseModel):
     """Order to start runs of a sweep, which a command writes and a job carries out."""
 
     size: str
-    """Name of the sweep's size."""
+    """Name of the size in the sweep file whose settings the runs have."""
     concurrent: int
-    """Number of runs at a time."""
+    """Number of runs at the same time."""
     entries: list[SweepRun]
-    """All entries of the sweep file."""
+    """All runs that the sweep file describes."""
     wanted: list[str]
-    """Names of the entries that are to run."""
+    """Names of the entries that the job is to run."""
     retry: dict[str, int]
-    """Number of the last attempt of each run that had failed or was stopped at the time of the order, by entry; these
-    runs are retried once."""
+    """Number of the last attempt of each run that had failed or was stopped at the time of the order, by entry.
+
+    Each of these runs is retried once.
+    """
     job: str
     """Submission id of the job that carries out the order."""
     address: str
-    """Address of the cluster's dashboard, as commands reach it."""
+    """Address of the cluster's dashboard, as the user's commands reach it."""
     local: bool
-    """Whether this package started that cluster, on the machine of the command."""
+    """Whether this package started the cluster, on the machine of the command (the local cluster)."""
     submitted: float
     """Time of the order, in seconds since the epoch."""
 
@@ -53,7 +54,7 @@ class Order(BaseModel):
 
 @dataclass(frozen=True)
 class SweepDir:
-    """Directory of a sweep, with its orders and the runs of its entries; it may not exist."""
+    """Directory of a sweep, with the orders to start its runs and the runs of its entries; it need not exist."""
 
     path: Location
 
@@ -75,25 +76,25 @@ class SweepDir:
 
     @property
     def exists(self) -> bool:
-        """True if the sweep has an order."""
+        """True if a command has ordered runs of this sweep."""
         return bool(self.order_names())
 
     def order_names(self) -> list[str]:
-        """Return the names of all orders, oldest first.
+        """Return the names of all orders to start runs of the sweep, oldest first.
 
         The last order counts, and the jobs of earlier orders give way to its job.
         """
         return sorted(path.name.removesuffix(".json") for path in self.orders_folder.glob("*.json"))
 
     def new_order_name(self) -> str:
-        """Return a name for an order that comes after all existing ones."""
+        """Return a name for a new order, which comes after all existing ones in the sorted names."""
         # Two commands may take the same number at the same moment. The random suffix makes their names different, and
         # all processes sort these names in the same order.
         last_number = max((int(name.partition("-")[0]) for name in self.order_names()), default=0)
         return f"{last_number + 1:06d}-{secrets.token_hex(3)}"
 
     def read_order(self, name: str) -> Order:
-        """Return the order of this name.
+        """Return the order with this name, which is an order to start runs of the sweep.
 
         Raises:
             FileNotFoundError: the order is not written yet.
@@ -111,7 +112,7 @@ class SweepDir:
         write_json(self.orders_folder / f"{name}.json", order.model_dump(mode="json"))
 
     def earlier_orders(self, name: str | None = None) -> Iterator[Order]:
-        """Yield the orders before the one called `name`, oldest first; without a name, all orders.
+        """Yield the orders of the sweep before the one called `name`, oldest first; all orders without a name.
 
         Orders that are damaged or that another version wrote are left out.
         """
@@ -121,7 +122,7 @@ class SweepDir:
                 yield self.read_order(earlier_name)
 
     def entries(self) -> list[SweepRun]:
-        """Return the entries of the last order, and started entries of earlier orders that the last one lacks."""
+        """Return the runs of the last order, and those started runs of earlier orders that the last one lacks."""
         started_runs, last_order = self.runs(), self.order_names()[-1]
         entries_by_name = {entry.name: entry for entry in self.read_order(last_order).entries}
         # The newest order comes first, because `setdefault` keeps the first definition of an entry and the newest one
@@ -133,7 +134,7 @@ class SweepDir:
         return list(entries_by_name.values())
 
     def runs(self) -> dict[str, RunDir]:
-        """Return the runs of started entries, by the names of the entries; runs that were removed are left out."""
+        """Return the runs that were started, by the names of their entries; runs that were removed are left out."""
         if not self.runs_file.exists():
             return {}
         run_ids: dict[str, str] = json.loads(self.runs_file.read_text())
@@ -145,5 +146,5 @@ class SweepDir:
 
 
 def sweep_dir(storage: Location, name: str) -> SweepDir:
-    """Return the directory of a sweep beside the runs in `storage`; nothing is created."""
+    """Return the directory of a sweep in the folder `storage`, which also holds its runs; nothing is created."""
     return SweepDir(storage / "sweeps" / name)

@@ -1,16 +1,16 @@
 """The Ray Serve application: it serves a checkpoint directory, as it is, through an OpenAI-compatible HTTP API.
 
 config.py          the configuration that the command line sends to Serve; imports neither torch nor ray
-app.py             the application that Serve builds from it: one deployment, one engine per replica
+app.py             the application that Serve builds from this configuration: replicas with one engine each
 api/               routes, and the schemas of requests, responses and errors
 answer.py          text in, text out: turns a prompt into pieces of the answer's text
 detokenizer.py     turns tokens into streamed text, of which no piece is ever retracted
 engine/            token ids in, token ids out, for many requests at once
 vllm/              vLLM as an engine
 images.py          decodes images of requests
-encoder/           vectors of images and texts, and captions of images
-vision/            classes of images, and objects with boxes and masks
-batch/             answers all rows of a file, by a Ray Data job
-load.py            loads a checkpoint with its engine and tokenizer; has the engines by name
+encoder/           serves encoders: vectors of images and texts, and captions of images
+vision/            serves vision models: classes of images, and objects with boxes and masks
+batch/             answers the prompts in all rows of a file, by a Ray Data job
+load.py            checks that an engine can serve a checkpoint, loads its tokenizer, and starts the engine
 ray_metrics.py     an engine's statistics as Ray metrics
 """

@@ -1,4 +1,4 @@
-"""Text in, text out: decode an engine's answer as it arrives, apply stop strings, and turn token scores into text."""
+"""Text in, text out: encode prompts for an engine, decode its answers as they arrive, and apply stop strings."""
 
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
@@ -21,11 +21,11 @@ def load_chat_template(run: RunDir, tokenizer: Tokenizer) -> ChatTemplate | None
     """Return the chat template of a run; None if the run has none.
 
     Args:
-        run: the run.
+        run: directory of the run, which may contain a `chat_template.jinja`.
         tokenizer: the run's tokenizer, which has tokens for the start and the end of a document.
 
     Raises:
-        ServeError: the file is not a valid template.
+        ServeError: `chat_template.jinja` is not a valid template.
     """
     file = run.chat_template_file
     text = file.read_text() if file.exists() else None
@@ -33,12 +33,12 @@ def load_chat_template(run: RunDir, tokenizer: Tokenizer) -> ChatTemplate | None
 
 
 def parse_chat_template(text: str | None, tokenizer: Tokenizer, fix: str) -> ChatTemplate | None:
-    """Return the chat template that a text is; None if there is no text.
+    """Parse the text of a chat template; return None if there is no text.
 
     Args:
         text: the template, in Jinja.
         tokenizer: the model's tokenizer, which has tokens for the start and the end of a document.
-        fix: remedy, for the error.
+        fix: remedy that the error message proposes.
 
     Raises:
         ServeError: the text is not a valid template.
@@ -52,10 +52,9 @@ def parse_chat_template(text: str | None, tokenizer: Tokenizer, fix: str) -> Cha
 
 
 class ScoredText(NamedTuple):
-    """The score of a token, with the token as the bytes of its text.
+    """A token with its score: its log-probability and the most likely tokens in its place, likeliest first.
 
-    The log-probability is None for the first token of a prompt. Alternatives are the most likely tokens in its place,
-    likeliest first.
+    Tokens are given as the UTF-8 bytes of their text. The log-probability is None for the first token of a prompt.
     """
 
     token_bytes: bytes
@@ -70,10 +69,10 @@ class ScoredText(NamedTuple):
 
 
 class AnswerPiece(NamedTuple):
-    """The next piece of an answer, with the progress so far."""
+    """The next piece of a streamed answer, with the number of tokens so far."""
 
     text: str
-    """The next part of the answer's text; empty while no more of it is certain."""
+    """The next part of the answer's text; empty while later tokens could still change what follows."""
     token_count: int
     """Number of tokens of the answer so far."""
     scores: tuple[ScoredText, ...] = ()
@@ -83,7 +82,7 @@ class AnswerPiece(NamedTuple):
 
 
 def join_pieces(pieces: Sequence[AnswerPiece]) -> AnswerPiece:
-    """Return consecutive pieces of one answer as one piece."""
+    """Join consecutive pieces of one answer into a single piece."""
     return AnswerPiece(
         "".join(piece.text for piece in pieces),
         pieces[-1].token_count,
@@ -96,7 +95,7 @@ class ModelDetails(BaseModel):
     """Name and sizes of the served model, as clients see them."""
 
     checkpoint: str
-    """The run's id and the checkpoint's name."""
+    """Id of the run and name of its checkpoint, separated by a slash."""
     parameters: int
     active_parameters: int
     """Largest number of parameters that one token uses."""
@@ -109,10 +108,10 @@ class ModelDetails(BaseModel):
 
     @classmethod
     def from_spec(cls, checkpoint: str, model: ModelSpec) -> Self:
-        """Return the details of a model.
+        """Return the name and sizes of the model that a spec describes.
 
         Args:
-            checkpoint: the run's id and the checkpoint's name.
+            checkpoint: id of the run and name of its checkpoint, separated by a slash.
             model: the model's spec.
         """
         model_sizes, moe = compute_sizes(model), model.moe
@@ -144,29 +143,28 @@ def check_length(prompt_ids: Sequence[int], has_answer: bool, seq_len: int) -> N
 
 
 class PromptEncoder:
-    """Encoder of prompts, as a model knows them from its training."""
+    """Encoder that turns prompts into token ids in the same form as the model's training texts."""
 
     def __init__(self, tokenizer: Tokenizer, adds_start: bool) -> None:
         """Create an encoder.
 
         Args:
             tokenizer: the model's tokenizer, which has tokens for the start and end of a document.
-            adds_start: whether a start token precedes a text, as in the model's training.
+            adds_start: whether each prompt gets a start token, because the model's training texts had one.
         """
         self.tokenizer, self.adds_start = tokenizer, adds_start
         self.start_token = boundaries(tokenizer).start
 
     def encode(self, prompt: str) -> list[int]:
-        """Return the token ids of a prompt, after the token that starts a document if the model is used to it."""
+        """Return the token ids of a prompt, with a start token in front if the model was trained with one."""
         ids = self._encode_text(prompt)
-        # The model needs a token to continue from, so an empty prompt is the start of a document in any case.
+        # The model needs a token to continue from, so an empty prompt becomes the start token in any case.
         return [self.start_token, *ids] if self.adds_start or not ids else ids
 
     def encode_chat(self, template: ChatTemplate, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Return the token ids of a conversation, up to where the assistant's next answer begins.
 
-        They begin with the token that starts a document if the model was trained with it, whether the template writes
-        it or not.
+        If the model was trained with a start token, the ids begin with it, even if the chat template does not write it.
 
         Raises:
             ServeError: the template does not accept these messages.
@@ -179,48 +177,49 @@ class PromptEncoder:
         return ids if ids[:1] == [self.start_token] or not self.adds_start else [self.start_token, *ids]
 
     def _encode_text(self, text: str) -> list[int]:
-        """Return the token ids of a text, without the token that starts a document."""
-        # The library lets other threads run only while it encodes batches, so the text is passed as a batch of one.
+        """Return the token ids of a text, without a start token."""
+        # The library `tokenizers` lets other threads run only while it encodes batches, so the text is passed as a
+        # batch of one.
         [encoding] = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return list(encoding.ids)
 
 
 class ServedModel:
-    """The engine and facts of a served model."""
+    """A served model: its engine, and its name and sizes for clients."""
 
     def __init__(self, engine: ServedEngine, details: ModelDetails) -> None:
-        """Combine an engine with facts about its model."""
+        """Combine an engine with the name and sizes of its model."""
         self.engine, self.details = engine, details
 
 
 class ServedText(ServedModel, PromptEncoder):
-    """The tokenizer and facts of a served model: text to tokens, and tokens to text."""
+    """A served model that reads texts: its engine, its tokenizer, and its name and sizes for clients."""
 
     engine: TextEngine
 
     def __init__(
         self, engine: TextEngine, tokenizer: Tokenizer, details: ModelDetails, adds_start: bool = True
     ) -> None:
-        """Combine an engine with what is needed to turn text into tokens and tokens into text.
+        """Combine an engine with the tokenizer that turns text into tokens and tokens into text.
 
         Args:
             engine: the engine that computes the answers.
             tokenizer: the model's tokenizer, which has tokens for the start and end of a document.
-            details: facts about the model.
-            adds_start: whether a start token precedes a text, as in the model's training.
+            details: name and sizes of the model, as clients see them.
+            adds_start: whether each prompt gets a start token, because the model's training texts had one.
         """
         ServedModel.__init__(self, engine, details)
         PromptEncoder.__init__(self, tokenizer, adds_start)
         self.template: ChatTemplate | None = None
         """The chat template; None if the model has none."""
         self.tokenizer_size = token_count(tokenizer)
-        """Number of token ids; every id is below it."""
+        """Number of the tokenizer's token ids; every id is below this number."""
         self.boundary_texts = boundary_texts(tokenizer)
         self.decode = TextDecoder(tokenizer)
 
 
 class Answerer(ServedText):
-    """An engine together with the tokenizer and the chat template of its model."""
+    """A served decoder, which answers prompts with text: its engine, its tokenizer and its chat template."""
 
     engine: Engine
 
@@ -232,13 +231,13 @@ class Answerer(ServedText):
         details: ModelDetails,
         adds_start: bool = True,
     ) -> None:
-        """Combine an engine with its tokenizer; for the arguments see `ServedText`, and `template` there."""
+        """Combine an engine with its tokenizer and its chat template; `ServedText` describes the other arguments."""
         super().__init__(engine, tokenizer, details, adds_start)
         self.template = template
         self._token_bytes = TokenBytes(tokenizer, self.decode)
 
     def check_length(self, prompt_ids: Sequence[int], has_answer: bool) -> None:
-        """Check that a prompt fits in the model's context; see `check_length`."""
+        """Check that a prompt fits in the model's context; the function `check_length` describes the arguments."""
         check_length(prompt_ids, has_answer, self.engine.seq_len)
 
     async def answer(
@@ -249,14 +248,15 @@ class Answerer(ServedText):
         Closing the generator early aborts the request.
 
         Args:
-            request: the request to the engine.
+            request: the tokenized prompt with its sampling parameters.
             stop_strings: stop strings; the answer ends before the first of them.
             echo: whether the text begins with the prompt's text.
             added_tokens: number of tokens at the prompt's start that the client did not send; their scores are left
                 out.
 
         Raises:
-            BusyError, EngineError: raised by `Engine.generate`.
+            BusyError: too many requests wait already.
+            EngineError: the engine is broken.
         """
         stream = TextStream(self.decode, stop_strings, request.prompt_ids)
         token_count, opening = 0, self.decode(request.prompt_ids) if echo else ""
@@ -283,11 +283,12 @@ class Answerer(ServedText):
                 yield AnswerPiece(text, token_count, tuple(scores))
 
     def _decode_scores(self, scored_tokens: Sequence[ScoredToken], at_start: bool) -> Iterator[ScoredText]:
-        """Yield the scores of tokens with their texts.
+        """Yield the scores of consecutive tokens, with each token as the bytes of its text.
 
         Args:
-            scored_tokens: consecutive tokens with their scores.
-            at_start: whether no token with a text comes before the first of them.
+            scored_tokens: token ids with their scores.
+            at_start: whether the text starts with these tokens. Special tokens before them do not count, because they
+                have no text.
         """
         # A decoder may drop the space at the start of a text, so the first token with a text goes through the decoder.
         for token, logprob, alternatives in scored_tokens:

@@ -1,4 +1,4 @@
-"""The Ray Serve application: replicas with an engine each, and a deployment that counts the rate limits of API keys."""
+"""The Ray Serve application: replicas with an engine each, and a deployment that checks the rate limits of API keys."""
 
 from typing import Any
 
@@ -43,40 +43,40 @@ class Args(BaseModel):
 # not wait for the update.
 @serve.deployment(name=LIMITS_DEPLOYMENT, num_replicas=1, max_surge_percent=100, ray_actor_options={"num_cpus": 0})
 class SharedRateLimiter:
-    """Deployment that counts the rate limits of all API keys in one process, which all replicas share."""
+    """Deployment that checks the rate limits of all API keys in one process, which all replicas share."""
 
     def __init__(self, keys: tuple[KeySpec, ...]) -> None:
         self._limiter = LocalRateLimiter(keys)
 
     async def begin_request(self, client: str) -> ExceededLimit | None:
-        """Count a request; see `RateLimiter.begin_request`."""
+        """Count one more request of a client; if the client has used up a rate limit, return this limit instead."""
         return await self._limiter.begin_request(client)
 
     async def record_tokens(self, client: str, tokens: int) -> None:
-        """Count tokens; see `RateLimiter.record_tokens`."""
+        """Count tokens of a client's prompts and answers against its rate limit."""
         self._limiter.record_tokens(client, tokens)
 
 
 class RemoteRateLimiter:
-    """A `RateLimiter` that asks the deployment `SharedRateLimiter` from a replica."""
+    """A `RateLimiter` for a replica, which asks the deployment `SharedRateLimiter`."""
 
     def __init__(self, deployment: DeploymentHandle) -> None:
         self._deployment = deployment
 
     async def begin_request(self, client: str) -> ExceededLimit | None:
-        """Count a request in the deployment; see `RateLimiter.begin_request`."""
+        """Count one more request of a client; if the client has used up a rate limit, return this limit instead."""
         exceeded_limit: ExceededLimit | None = await self._deployment.begin_request.remote(client)
         return exceeded_limit
 
     def record_tokens(self, client: str, tokens: int) -> None:
-        """Count tokens in the deployment, without waiting for it; see `RateLimiter.record_tokens`."""
+        """Count tokens of a client against its rate limit, without waiting for the deployment's reply."""
         self._deployment.record_tokens.remote(client, tokens)
 
 
 @serve.deployment(name=DEPLOYMENT)
 @serve.ingress()
 class Completions:
-    """Deployment whose replicas have an engine each and answer HTTP requests."""
+    """Deployment whose replicas answer HTTP requests, each with its own engine."""
 
     def __init__(self, args: Args, rate_limiter: DeploymentHandle | None) -> None:
         """Load the checkpoint and start to export metrics.
@@ -100,14 +100,14 @@ class Completions:
         )
 
     async def _collect_stats(self) -> list[dict[str, Any]]:
-        """Ask all replicas for their entries in `/stats`, and return these."""
+        """Ask all replicas for the statistics that they report at `/stats`, and return them."""
         context = serve.get_replica_context()
         handle = serve.get_deployment_handle(context.deployment, context.app_name)
         stats_list: list[dict[str, Any]] = await handle.broadcast("replica_stats").results_async()
         return stats_list
 
     async def replica_stats(self) -> dict[str, Any]:
-        """Return this replica's entry for `/stats`."""
+        """Return the statistics that this replica reports at `/stats`."""
         return replica_stats(self._answerer, serve.get_replica_context().replica_id.unique_id)
 
     def check_health(self) -> None:
@@ -117,7 +117,7 @@ class Completions:
 
 
 def build(args: Args) -> serve.Application:
-    """Build the application. Serve calls this on the cluster, with the `args` of its configuration.
+    """Build the application of the server. Serve calls this on the cluster, with the `args` of its configuration.
 
     Raises:
         RayServeException: the checkpoint cannot be served.
@@ -136,5 +136,5 @@ def build(args: Args) -> serve.Application:
         raise RayServeException(str(e)) from e
     rate_limiter = None
     if has_limits(args.serve.keys):
-        rate_limiter = SharedRateLimiter.bind(args.serve.keys)  # type: ignore[attr-defined]  # a Deployment, decorated
-    return Completions.bind(args, rate_limiter)  # type: ignore[attr-defined]  # the same
+        rate_limiter = SharedRateLimiter.bind(args.serve.keys)  # type: ignore[attr-defined]  # it is a Deployment
+    return Completions.bind(args, rate_limiter)  # type: ignore[attr-defined]  # a Deployment too

@@ -1,4 +1,4 @@
-"""The application as an entry of Ray Serve's configuration: replicas, autoscaling, queues and resources.
+"""The server as an application in Ray Serve's configuration: its replicas, autoscaling, queues and resources.
 
 If the spec's `replicas` is a range, Serve's autoscaling adds and removes replicas by the number of requests; otherwise
 their number is constant. This module imports neither torch nor ray.
@@ -13,9 +13,9 @@ from mhmoe_ray.storage import Location
 IMPORT_PATH = "mhmoe_ray.serving.app:build"
 DEPLOYMENT = "completions"
 LIMITS_DEPLOYMENT = "limits"
-"""Name of the second deployment, which exists if API keys have limits."""
+"""Name of the second deployment, which counts rate limits and exists only if API keys have some."""
 ENVIRONMENT = {
-    # This middleware gives errors of Serve's proxies, and of replicas that die, the shape of OpenAI's errors.
+    # This middleware turns errors of Serve's proxies, and of replicas that die, into the format of OpenAI's errors.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mhmoe_ray.serving.api.proxy:middlewares",
     # By default Serve's replicas and proxies pass each token through several threads, which only cost time, because
     # engines compute in a thread of their own. By default Serve also flushes a log line for each request.

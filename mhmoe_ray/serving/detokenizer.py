@@ -13,12 +13,12 @@ CONTEXT_TOKENS = 8
 
 
 class TextDecoder:
-    """Decoder of token ids. Each further token only appends to the text, except for an incomplete last character.
+    """Decoder of token ids whose text only grows with each further token, except for an incomplete last character.
 
     A tokenizer with byte fallback (LLaMA's, Mixtral's) has tokens <0x00> to <0xFF> for text that its vocabulary lacks.
-    The library turns all consecutive tokens of that kind into replacement characters as long as one of their characters
-    is incomplete, even those that were complete before. So this decoder turns them into bytes first, as a byte-level
-    tokenizer does.
+    While one character of consecutive byte tokens is incomplete, the library `tokenizers` turns all of these tokens
+    into replacement characters, even those that were complete before. So this decoder turns byte tokens into bytes
+    first, as a byte-level tokenizer does.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -26,7 +26,7 @@ class TextDecoder:
         self._tokenizer = tokenizer
         byte_token_ids = (tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
         self._byte_by_token = {token: byte for byte, token in enumerate(byte_token_ids) if token is not None}
-        """Byte of each byte-fallback token; empty if the tokenizer has no byte fallback."""
+        """Byte by the id of each byte-fallback token; empty if the tokenizer has no byte fallback."""
         # A vocabulary may have tokens with these names although its decoder does not turn them into bytes. The test is
         # that the token of byte 65 decodes to "A".
         if (
@@ -63,31 +63,31 @@ class TextStream:
     """
 
     def __init__(self, decode: TextDecoder, stop_strings: Sequence[str] = (), prompt_ids: Sequence[int] = ()) -> None:
-        """Start an answer.
+        """Start to decode an answer.
 
         Args:
-            decode: decoder of the tokenizer.
+            decode: decoder that turns token ids into text.
             stop_strings: stop strings; the answer ends before the first of them.
             prompt_ids: tokens that the answer continues. A decoder may drop the space at the start of a text, but in
                 the middle of a text the space must stay.
         """
         self._decode, self._stop_strings = decode, stop_strings
         self._token_ids: list[int] = list(prompt_ids[-CONTEXT_TOKENS:])
-        """The newest tokens; only these, so that the time per token does not grow with the answer."""
+        """The newest tokens. Older ones are dropped, so that the time per token does not grow with the answer."""
         self._processed_length = len(decode(self._token_ids))
-        """Number of characters of these tokens' text that have been processed."""
+        """Number of characters of the newest tokens' text that were returned or put into the pending text."""
         self._pending_text = ""
-        """Decoded text that is held back."""
+        """Decoded text that is held back, because a later token may turn it into a stop string."""
         self.is_stopped = False
         """Whether the text has reached a stop string, so that the answer has ended."""
 
     @property
     def at_start(self) -> bool:
-        """True while no token with a text precedes the next one."""
+        """True as long as all tokens so far are special tokens, which have no text."""
         return self._decode.special_ids.issuperset(self._token_ids)
 
     def push(self, token: int) -> str:
-        """Add a token, and return the next part of the text that no later token can change; it is often empty."""
+        """Add a token, and return the next part of the text that no later token can change; empty if there is none."""
         self._token_ids.append(token)
         text = self._decode(self._token_ids)
         # The bytes of an incomplete character decode to one replacement character at the very end, which is not
@@ -100,7 +100,7 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """Return the text that was held back, after the last token; an empty text if a stop string was reached."""
+        """Return the text that is still held back after the last token; empty if a stop string was reached."""
         return (
             ""
             if self.is_stopped
@@ -108,15 +108,18 @@ class TextStream:
         )
 
     def _unreleased_text(self, text: str) -> str:
-        """Return the text that is held back, with the unprocessed part of the newest tokens' text appended.
+        """Return the text that is held back, with the new part of the newest tokens' text appended.
 
-        That part counts as processed from now on.
+        Args:
+            text: text of the newest tokens; all of it counts as processed from now on.
         """
         new_text, self._processed_length = text[self._processed_length :], max(self._processed_length, len(text))
         return self._pending_text + new_text
 
     def _release_text(self, text: str, is_final: bool) -> str:
-        """Return the part of the text that is certain, and hold back the rest; a stop string ends the stream.
+        """Return the part of a text that no later token can change, and hold back the rest.
+
+        A stop string ends the stream, and the part ends before it.
 
         Args:
             text: the text that is not released yet.
@@ -133,7 +136,7 @@ class TextStream:
 
 
 def _partial_stop_length(text: str, stop_strings: Sequence[str]) -> int:
-    """Return the length of the longest suffix of the text that is the beginning of a stop string."""
+    """Return the length of the longest suffix of a text that is the beginning of a stop string."""
     longest = max(map(len, stop_strings), default=1) - 1
     for length in range(min(longest, len(text)), 0, -1):
         if any(stop.startswith(text[-length:]) for stop in stop_strings):
@@ -144,7 +147,7 @@ def _partial_stop_length(text: str, stop_strings: Sequence[str]) -> int:
 def format_token(token_bytes: bytes) -> str:
     """Return a token as text for clients.
 
-    A token that does not consist of complete characters becomes "bytes:" and its bytes in hexadecimal.
+    A token that does not consist of complete characters becomes "bytes:" followed by its bytes in hexadecimal.
     """
     try:
         return token_bytes.decode()
@@ -157,8 +160,8 @@ class TokenBytes:
 
     def __init__(self, tokenizer: Tokenizer, decode: TextDecoder) -> None:
         self._tokenizer, self._decode = tokenizer, decode
-        # Tokens are decoded after these, because a decoder may drop a space at the start of a text, but not after a
-        # token.
+        # Tokens are decoded after these ids, because a decoder may drop a space at the start of a text, but not after
+        # another token.
         self._prefix_ids = tokenizer.encode("a", add_special_tokens=False).ids
         self._special_texts = {
             token: added_token.content
@@ -168,13 +171,13 @@ class TokenBytes:
         self._bytes_by_token: dict[int, bytes] = {}
 
     def __getitem__(self, token: int) -> bytes:
-        """Return the bytes of a token."""
+        """Return the UTF-8 bytes of a token."""
         if token not in self._bytes_by_token:
             self._bytes_by_token[token] = self._compute_bytes(token)
         return self._bytes_by_token[token]
 
     def _compute_bytes(self, token: int) -> bytes:
-        """Return the bytes of a token: the text that it appends to another token, or else what its name stands for."""
+        """Compute the bytes of a token from the text that it adds after another token, or else from its name."""
         # The decoder leaves out special tokens, so their bytes cannot be found by decoding.
         if token in self._special_texts:
             return self._special_texts[token].encode()

@@ -1,4 +1,4 @@
-"""Images of requests, checked and decoded: data URLs, base64 or bytes. Other URLs are refused and never fetched."""
+"""Check and decode the images of requests: data URLs, base64 or bytes. Other URLs are refused and never fetched."""
 
 import asyncio
 import base64
@@ -29,7 +29,7 @@ MAX_MEGAPIXELS = 20.0
 
 
 class RefusedImageError(Exception):
-    """Error of an image that cannot be used; its text says why, for the client."""
+    """Error for an image of a request that cannot be used; its message tells the client the reason."""
 
 
 class ImageThread:
@@ -43,7 +43,10 @@ class ImageThread:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="images")
 
     async def run(self, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-        """Return the result of a function that the thread calls, unless the request ends while it waits."""
+        """Call a function in the thread, and return its result.
+
+        If the request is cancelled while the call waits for the thread, the function is never called.
+        """
         return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: function(*args, **options))
 
 
@@ -56,7 +59,7 @@ def read_image_url(url: str) -> "Image.Image":
     """Return the image in a data URL as RGB.
 
     Raises:
-        RefusedImageError: it is no data URL of an image, or the image cannot be used.
+        RefusedImageError: the text is not a data URL of an image, or the image cannot be used.
     """
     prefix = _DATA_URL.match(url)
     if prefix is None:
@@ -68,14 +71,14 @@ def read_image_text(text: str) -> "Image.Image":
     """Return the image in a data URL or in base64 as RGB.
 
     Raises:
-        RefusedImageError: it is neither, or the image cannot be used.
+        RefusedImageError: the text is neither of the two, or the image cannot be used.
     """
     # Base64 has no colons, and every URL has one.
     return read_image_url(text) if _URL.match(text) else read_image_file(_decode_base64(text, "the text"))
 
 
 def read_image_file(content: bytes) -> "Image.Image":
-    """Return the image in a file as RGB.
+    """Return the image in the content of an image file as RGB.
 
     Raises:
         RefusedImageError: the image is too large, or it cannot be decoded.
@@ -94,7 +97,7 @@ def read_image_file(content: bytes) -> "Image.Image":
 
 
 def _decode_base64(text: str, subject: str) -> bytes:
-    """Return the bytes of a text in base64; `subject` names it for the error."""
+    """Decode a text in base64 into bytes; `subject` names the text in the error message."""
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as e:

@@ -1,7 +1,7 @@
-"""Loading of a checkpoint to answer prompts: engine, tokenizer and chat template.
+"""Loading of a checkpoint to answer requests: engine, tokenizer and chat template.
 
 The engines are in the table `ENGINES` of `spec/serve.py`. The library that an engine computes with is imported only
-when that engine is loaded, so a process that only checks does not need it.
+when that engine is loaded. A process that only checks whether a model can be served does not need the library.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 
 def check_served(manifest: CheckpointManifest, spec: ServeSpec, run: RunDir) -> None:
-    """Check that a server can answer with a model of any kind, without starting the engine.
+    """Check that a model of any kind can be served here, without starting the engine.
 
     Args:
         manifest: the checkpoint's manifest.
-        spec: the engine.
-        run: the run of the checkpoint.
+        spec: section `serve` of a spec, which names the engine.
+        run: directory of the run that wrote the checkpoint.
 
     Raises:
         ServeError: the engine or a package is not installed, or the engine cannot compute this model.
@@ -59,8 +59,12 @@ def check_engine(manifest: CheckpointManifest, spec: ServeSpec) -> None:
 
 
 def check_encoder(encoder: EncoderSpec, spec: ServeSpec, run: RunDir) -> None:
-    """Raise ServeError if an encoder has nothing to answer with, the package for images is missing, or another engine
-    than torch is asked for."""
+    """Check that an encoder can be served here.
+
+    Raises:
+        ServeError: the encoder was trained neither to match images with texts nor to write captions, the package for
+            images is not installed, or the spec names another engine than torch.
+    """
     _require_torch_engine(spec, "an encoder")
     if encoder.d_match is None and not writes_captions(run):
         reason = "it was trained neither to match images with texts nor to write captions"
@@ -70,18 +74,18 @@ def check_encoder(encoder: EncoderSpec, spec: ServeSpec, run: RunDir) -> None:
 
 
 def check_vision(vision: VisionSpec, spec: ServeSpec) -> None:
-    """Raise ServeError if a package for a vision model is missing, or another engine than torch is asked for."""
+    """Raise ServeError if a package for a vision model is missing here, or the spec names another engine than torch."""
     _require_torch_engine(spec, "a vision model")
     has_detector = any(task.detector is not None for task in vision.tasks.values())
     _require_packages({"PIL": "pillow"} | ({"torchvision": "torchvision"} if has_detector else {}), "vision")
 
 
 def _require_packages(packages: Mapping[str, str], extra: str) -> None:
-    """Raise ServeError if a package is missing.
+    """Raise ServeError if a Python package is not installed.
 
     Args:
-        packages: packages by the names of their modules.
-        extra: extra of this project that installs them.
+        packages: names of packages, as pip takes them, by the names of their modules.
+        extra: extra of this project that installs all of them.
     """
     for module, package in packages.items():
         if find_spec(module) is None:
@@ -95,12 +99,16 @@ def _require_torch_engine(spec: ServeSpec, kind: str) -> None:
 
 
 def writes_captions(run: RunDir) -> bool:
-    """Return whether a run trains an encoder on captions."""
+    """Return whether a run trains an encoder to write captions."""
     return any(part.traits.writes for part in run.spec().parts)
 
 
 def check_generates(model: ModelSpec) -> None:
-    """Raise ServeError if a model cannot generate text: it is no decoder, or needs the domain of the text."""
+    """Raise ServeError if a model cannot generate text.
+
+    A model cannot if it is not a decoder, or if its router needs the domain (source) of a text, which a prompt does not
+    name.
+    """
     if model.vision is not None:
         reason = "it is a vision model, which does not predict next tokens"
         raise ServeError("the model", reason, "ask it for classes and objects with `mhmoe serve deploy`")
@@ -114,7 +122,7 @@ def check_generates(model: ModelSpec) -> None:
 
 
 class StartEngine(Protocol):
-    """Function that starts an engine."""
+    """Signature of the functions that start an engine for a checkpoint."""
 
     def __call__(
         self,
@@ -124,13 +132,13 @@ class StartEngine(Protocol):
         tokenizer_size: int,
         spec: ServeSpec,
     ) -> Engine:
-        """Start the engine and return it.
+        """Start the engine with the model of a checkpoint, and return it.
 
         Args:
             checkpoint: the checkpoint directory inside its run directory.
             manifest: the checkpoint's manifest, whose weights were verified.
             stop_token_ids: tokens that end an answer and are not part of it.
-            tokenizer_size: number of tokens that may be sampled, counted from id 0.
+            tokenizer_size: number of tokens of the tokenizer; only ids below this number are sampled.
             spec: precision, and limits on numbers of requests.
 
         Raises:
@@ -158,19 +166,19 @@ def load_engine(checkpoint: Location, manifest: CheckpointManifest, tokenizer: T
 
 
 def token_limits(tokenizer: Tokenizer, ends: Iterable[int]) -> tuple[frozenset[int], int]:
-    """Return the token ids that end an answer, and the number of tokens that may be sampled, counted from id 0.
+    """Return the token ids that end an answer, and the number of token ids, counted from 0, that may be sampled.
 
     Args:
         tokenizer: the model's tokenizer, which has tokens for the start and end of a document.
-        ends: token ids that end a text in addition to the tokenizer's own.
+        ends: token ids that end a text in addition to the tokenizer's own end tokens.
     """
-    # The model may have more rows of logits than the tokenizer has tokens, and the engine must not sample the id of a
-    # row without a text.
+    # The model may have logits for more ids than the tokenizer has tokens, and the engine must not sample an id that
+    # has no text.
     return boundaries(tokenizer).ends.union(ends), token_count(tokenizer)
 
 
 def load_served(checkpoint: Location, spec: ServeSpec) -> "Answerer | EncoderAnswerer | VisionAnswerer":
-    """Start the engine for a checkpoint of a model of any kind, and return it with all that answers need.
+    """Load a checkpoint of a decoder, an encoder or a vision model, and return the model with its started engine.
 
     Args:
         checkpoint: a checkpoint directory inside its run directory.
@@ -237,16 +245,17 @@ def load_answerer(checkpoint: Location, spec: ServeSpec, manifest: CheckpointMan
     Args:
         checkpoint: a checkpoint directory inside its run directory.
         spec: engine, precision, and limits on numbers of requests.
-        manifest: the checkpoint's manifest, if its weights have just been verified; without it, they are hashed first.
+        manifest: the checkpoint's manifest, if its weights have just been verified. Without it, the weights are hashed
+            first to verify them.
 
     Raises:
         CheckpointError, DataError: the checkpoint or the run's tokenizer is missing or damaged.
         ServeError: the engine is not installed, or cannot compute this model, or the run's chat template is invalid.
     """
-    # The import is here because a process that only checks an engine needs no torch.
+    # The import is here because a process that only checks whether an engine can serve a model needs no torch.
     import torch
 
-    # This limits the present thread only. If this thread started OpenMP threads, they would slow down those of the
+    # This limits only the present thread. If it started OpenMP threads of its own, they would slow down those of the
     # engine (see `TorchEngine`).
     torch.set_num_threads(1)
     manifest = manifest or read_manifest(checkpoint, parts=("weights",))

@@ -20,10 +20,10 @@ EXPORT_SECONDS = 2.0
 
 
 class RayMetrics:
-    """Exporter of the statistics of one replica's engine as Ray metrics."""
+    """Exporter that publishes the statistics of one replica's engine as Ray metrics."""
 
     def __init__(self, model: str) -> None:
-        """Create the metrics.
+        """Create the Ray metrics for the engine of a model.
 
         Args:
             model: the model's name for clients.
@@ -64,11 +64,11 @@ class RayMetrics:
                 self._add_to_counter(self._experts, count, expert_labels, "experts", *expert_labels.values())
 
     def _add_to_counter(self, counter: Counter, value: float, labels: dict[str, str], *key: str) -> None:
-        """Add the increase of a total to a counter.
+        """Add to a counter the increase of its total since the last export.
 
         Args:
-            counter: the counter.
-            value: the total.
+            counter: the Ray metric.
+            value: present total since the engine's start.
             labels: labels of the series, apart from the model's name.
             *key: key of the series in `_exported_values`, which has the totals that were exported last.
         """

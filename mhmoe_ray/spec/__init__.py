@@ -1,5 +1,7 @@
-"""The spec: one YAML file, written by the user, that describes a run completely. Importing it loads neither torch nor
-Ray."""
+"""Spec of a run: one YAML file, written by the user, that describes the run completely.
+
+Importing this package loads neither torch nor Ray.
+"""
 
 from mhmoe_ray.spec.cluster import ClusterSpec
 from mhmoe_ray.spec.data import DataSpec, ImageSpec, PhaseSpec, SourceMix, SourceSpec

@@ -1,4 +1,4 @@
-"""Base class of all spec sections: unknown keys are errors, numbers are finite, instances are immutable."""
+"""Base class of all sections of a spec: unknown keys are errors, numbers are finite, instances are immutable."""
 
 from typing import Any, Literal
 
@@ -11,19 +11,22 @@ class Section(BaseModel):
     """Base class of all sections of a spec."""
 
     # The docstring below a field becomes its description in the JSON schemas.
-    # Keys that are no Python names, such as `from`, are aliases.
+    # A key that cannot be a Python name, such as `from`, is the alias of a field.
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, serialize_by_alias=True
     )
 
 
 def section_keys(section: type[BaseModel]) -> list[str]:
-    """Return the keys of a section as a spec writes them."""
+    """Return the keys of a section in the spelling of a spec file: a field's alias if it has one, else its name."""
     return [field.alias or name for name, field in section.model_fields.items()]
 
 
 def unmeasured(*names: str) -> BeforeValidator:
-    """Return a validator that refuses names of techniques for GPUs which are not offered until they are measured."""
+    """Return a validator that refuses values of a key: names of GPU techniques that are not offered yet.
+
+    They will be offered once they have been measured on a GPU.
+    """
 
     def refuse(value: Any) -> Any:
         if value in names:

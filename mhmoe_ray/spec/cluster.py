@@ -1,7 +1,7 @@
 """The `cluster` section: workers and their resources, the spread of experts over workers, and the hardware to plan for.
 
-`mhmoe plan` computes with the accelerators and links given here. They do not change what a run computes, but its `mfu`
-is relative to the accelerator's peak. For accelerators other than the default, set their values.
+`mhmoe plan` computes with the accelerators and links given here. They do not change what a run computes, except that
+its metric `mfu` is relative to the accelerator's peak. For accelerators other than the default, set their values.
 
 The defaults are data-sheet figures of NVIDIA's DGX H100, with one 100 Gb/s Ethernet port per node between domains.
 """
@@ -15,7 +15,7 @@ from mhmoe_ray.spec.base import Precision, Section, unmeasured
 
 
 class AcceleratorSpec(Section):
-    """Accelerator of each worker, for `mhmoe plan` and for the metric `mfu`."""
+    """Accelerator of each worker, for the estimates of `mhmoe plan` and for the metric `mfu`."""
 
     name: str = "H100 SXM"
     # The data sheet's figures without sparsity.
@@ -41,7 +41,7 @@ class AcceleratorSpec(Section):
 
 
 class LinkSpec(Section):
-    """Links of one class; the defaults are those of InfiniBand."""
+    """Network links of one class, such as those within a domain; the defaults are those of InfiniBand."""
 
     # A 400 Gb/s InfiniBand port for each GPU.
     bandwidth: PositiveFloat = 50e9
@@ -54,7 +54,7 @@ class LinkSpec(Section):
 
 
 class NodeLinkSpec(LinkSpec):
-    """Links within a node; the defaults are those of NVLink."""
+    """Network links within a node; the defaults are those of NVLink."""
 
     # NVLink has 900 GB/s for both directions together.
     bandwidth: PositiveFloat = 450e9
@@ -63,7 +63,7 @@ class NodeLinkSpec(LinkSpec):
 
 
 class BetweenLinkSpec(LinkSpec):
-    """Links between domains; the defaults are those of Ethernet."""
+    """Network links between domains, such as racks; the defaults are those of Ethernet."""
 
     # One 100 Gb/s port for each node.
     bandwidth: PositiveFloat = 12.5e9
@@ -73,7 +73,7 @@ class BetweenLinkSpec(LinkSpec):
 
 
 class NetworkSpec(Section):
-    """Links between ranks by class, for `mhmoe plan`."""
+    """Network links between ranks in three classes, for the estimates of `mhmoe plan`."""
 
     node: NodeLinkSpec = NodeLinkSpec()
     """Links within a node."""
@@ -82,19 +82,22 @@ class NetworkSpec(Section):
     between: BetweenLinkSpec = BetweenLinkSpec()
     """Links between domains."""
     share: float = Field(default=0.8, gt=0, le=1)
-    """Share of the peak bandwidths that exchanges reach."""
+    """Share of the peak bandwidths that exchanges between ranks reach."""
     nodes_per_domain: PositiveInt | None = None
     """Nodes per domain of a hypothetical cluster; by default all nodes are in one domain. On a real cluster,
     `domain_label` gives the domains."""
 
 
-# In addition to the workers' own CPUs: workers that take every CPU starve the data stream that feeds them.
+# CPUs for the data stream, in addition to the workers' own. If workers took every CPU, they would starve the stream
+# that feeds them.
 STREAM_CPUS = 4
 
 
 class WorkerRange(Section):
-    """Range of the number of workers of a run, or of replicas of a server. A single number is a range with equal
-    ends."""
+    """Range of the number of workers of a run, or of replicas of a server.
+
+    A single number is a range with equal ends.
+    """
 
     min: PositiveInt
     max: PositiveInt
@@ -123,11 +126,11 @@ class WorkerRange(Section):
 
 
 MeshSizes = dict[str, int]
-"""Number of ranks along each mesh dimension, by its name, outermost first; the expert dimension is innermost."""
+"""Number of ranks along each dimension of the device mesh, by its name; the expert dimension is the innermost."""
 
 
 def format_mesh(sizes: Mapping[str, int]) -> str:
-    """Return the sizes of a mesh in readable form, such as "dp 2 x ep 4"."""
+    """Return the sizes of a device mesh in readable form, such as "dp 2 x ep 4"."""
     return " x ".join(f"{name} {size}" for name, size in sizes.items())
 
 
@@ -143,8 +146,8 @@ class ClusterSpec(Section):
     ep."""
     strategy: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
     """Strategy for the parameters that all workers need, which are all parameters but the experts. ddp: each worker has
-    all of them. fsdp: each worker has a shard of them (torch's FSDP2). zero1, zero2, zero3: DeepSpeed's ZeRO, which
-    shards the optimizer state (zero1), also the gradients (zero2), also the weights (zero3). ZeRO needs the extra
+    all of them. fsdp: each worker has a shard of them (torch's FSDP2). zero1, zero2, zero3: DeepSpeed's ZeRO. zero1
+    shards the optimizer state, zero2 the gradients as well, and zero3 the weights as well. ZeRO needs the extra
     `deepspeed`."""
     shard_experts: bool = False
     """If true, fsdp also shards experts, over the dp workers that hold the same experts."""
@@ -162,9 +165,9 @@ class ClusterSpec(Section):
     the run before its first step. The run is checked whenever it starts or restarts, at its current number of
     workers."""
     dispatch: Annotated[Literal["flat", "hierarchical"], unmeasured("deepep", "hybridep")] = "flat"
-    """All-to-all of an expert-parallel group that spans several nodes. flat: each route's row is sent directly to the
-    rank of its expert. hierarchical: a row is sent once to each other node that holds experts for it, and is forwarded
-    from there."""
+    """All-to-all of an expert-parallel group that spans several nodes, in which the rows of sub-tokens are sent to
+    experts. flat: a row is sent directly to the rank of each of its experts. hierarchical: a row is sent once to each
+    other node that holds experts for it, and is forwarded from there."""
     domain_label: str | None = None
     """Label of Ray nodes whose value is the name of the node's domain: nodes that a faster network connects, such as a
     rack or an NVLink domain. A group that must span several nodes stays within one domain if possible."""
@@ -179,9 +182,9 @@ class ClusterSpec(Section):
     """Timeout in seconds for a heartbeat from each worker and for progress by any worker. After it, the worker that
     hangs is killed and the worker group is restarted. .inf: never."""
     shared_filesystem: bool = False
-    """True if paths in this spec refer to the same files on the command line's machine and on every node."""
+    """True if a path in this spec refers to the same file on the command line's machine and on every node."""
     runtime_env: dict[str, Any] = Field(default_factory=dict)
-    """Ray runtime environment (for example `pip`) of jobs and of replicas."""
+    """Ray runtime environment (for example `pip`) of the jobs and of the replicas that serve models."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -213,17 +216,17 @@ class ClusterSpec(Section):
 
     @property
     def shard_ranks(self) -> int:
-        """The number of ranks over which the strategy shards tensors, at the largest number of ranks."""
+        """The number of ranks over which the strategy shards tensors, for a run with its largest number of ranks."""
         return self.shard_group or self.max_world_size
 
     @property
     def expert_shard_ranks(self) -> int:
-        """The number of ranks over which the strategy shards an expert, if it shards experts."""
+        """The number of ranks over which the strategy shards one expert, if it shards experts."""
         return self.shard_ranks // self.ep
 
     @property
     def cpus(self) -> int:
-        """The largest number of CPUs that a run takes from Ray: those of its workers and of its data stream."""
+        """The largest number of CPUs that a run takes from Ray: the CPUs of its workers and of its data stream."""
         return self.max_world_size * self.cpus_per_worker + STREAM_CPUS
 
     @property
@@ -233,10 +236,16 @@ class ClusterSpec(Section):
 
     @property
     def shards_experts(self) -> bool:
-        """True if the strategy treats experts like all other parameters, but over the ranks that hold the same experts.
-        Only fsdp without `shard_experts` does not: it shards all parameters but experts."""
+        """True if the strategy treats experts like all other parameters, among the ranks that hold the same experts.
+
+        It is false only for fsdp without `shard_experts`, which shards all parameters but the experts.
+        """
         return self.strategy != "fsdp" or self.shard_experts
 
     def mesh_sizes(self, world_size: int | None = None) -> MeshSizes:
-        """Return the sizes dp and ep of the mesh of `world_size` ranks, by default of the largest number of ranks."""
+        """Return the sizes dp and ep of the device mesh.
+
+        Args:
+            world_size: number of ranks; by default the largest that the run may have.
+        """
         return {"dp": (world_size or self.max_world_size) // self.ep, "ep": self.ep}

@@ -1,5 +1,4 @@
-"""The `data` section: sources of raw text and pictures, their mixture, the tokenizer, and the folder of the prepared
-shards."""
+"""The `data` section: sources of raw text and images, their mixture, the tokenizer, and the folder of shards."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -20,14 +19,17 @@ Epochs = Annotated[float, Field(gt=0, le=1e6)]
 
 
 class SourceMix(Section):
-    """The mixture weight of a source, and its division among the subfolders. In a schedule, a key that is left out
-    stays unchanged."""
+    """Mixture weight of a source, and the division of the source among its subfolders.
+
+    In a schedule, a key that is left out stays unchanged.
+    """
 
     weight: Weight | None = None
     alpha: float | None = Field(default=None, ge=0, le=1)
-    """Temperature between subfolders. In a schedule it replaces the `shares` of the source, if it has any."""
+    """Temperature of the mixture of subfolders (see `alpha` of a source). In a schedule it replaces the `shares` of the
+    source, if it has any."""
     shares: dict[str, Share] | None = Field(default=None, min_length=1)
-    """Fixed shares by subfolder. In a schedule they replace `alpha`."""
+    """Fixed shares of the subfolders, by name. In a schedule they replace `alpha`."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -36,7 +38,10 @@ class SourceMix(Section):
         return self
 
     def with_changes(self, changes: "SourceMix") -> "SourceMix":
-        """Return this mix with the keys that `changes` sets in place of its own. `alpha` or `shares` replaces both."""
+        """Return this mix with the values that `changes` sets in place of its own.
+
+        A new `alpha` or new `shares` replace both old values.
+        """
         # Alpha and shares exclude each other.
         subfolder_mix = self if changes.alpha is None and changes.shares is None else changes
         weight = self.weight if changes.weight is None else changes.weight
@@ -44,51 +49,51 @@ class SourceMix(Section):
 
 
 class PhaseSpec(Section):
-    """Change of the mixture at a step, which holds until another phase changes it again."""
+    """Change of the mixture of sources at a training step, which holds until another phase changes it again."""
 
     from_step: PositiveInt
     """Number of optimizer steps before this phase begins."""
     sources: dict[str, SourceMix] = Field(min_length=1)
-    """Changes to the mixture, by source."""
+    """Changes to the mixture, by name of the source."""
 
 
 SourceName = Annotated[str, Field(pattern=r"^[^/]+$")]
-"""Type of a source name. It has no slash, because a domain's name is the source name, a slash and the subfolder."""
+"""Type of a source name. It has no slash, because the name of a domain is the source name, a slash and a subfolder."""
 
 
 class SourceSpec(Section):
-    """Source of raw text: a folder with one subfolder per domain (RedPajama) or per language, or the files
-    themselves."""
+    """Source of raw text or images: a folder with a subfolder per domain (RedPajama) or language, or plain files."""
 
     path: str
-    """Path of a folder or a file, or a pattern with * and **. It is local or starts with s3:// or gs://. A query may
-    name the server in pyarrow's notation:
+    """Path of a folder or a file, or a pattern with * and **. It is local or starts with s3:// or gs://. A query after
+    the path may name the server, in pyarrow's notation:
     s3://bucket/folder?region=eu-west-1&endpoint_override=storage.example:9000."""
     format: Format | None = None
     """Format of the files. By default it is recognized by the files' names. RedPajama-1T and most other data sets are
     `jsonl`. Conversations (`chat`) are never recognized: JSON lines or Parquet whose records have `messages`, a list of
-    {role, content}, or a `prompt` and a `completion`. Nor are pictures: `webdataset` (tar files with an image and a
-    caption under each key), `images` (folders of image files, as ImageNet has them) and `coco` (captions in COCO's
-    JSON). Parquet and `huggingface` may have images as well; see `columns`."""
+    {role, content}, or a `prompt` and a `completion`. Images are not recognized either: `webdataset` (tar files with an
+    image and a caption under each key), `images` (folders of image files, as ImageNet has them) and `coco` (captions in
+    COCO's JSON). Parquet and `huggingface` may have images as well; see `columns`."""
     columns: list[Column] | None = Field(default=None, min_length=1)
     """Columns of a sample of this source: `text`, `image`, or both; or for vision models `image` and `class`, or
-    `image` and `objects`. The default is text; for webdataset and coco text and image, for images the image. Images are
-    for models with an encoder and for vision models. `class` is the class of an image: in images the name of the folder
-    directly below the path, elsewhere `class_field`. `objects` are the boxes, classes and masks in COCO's JSON of
-    instances."""
+    `image` and `objects`. The default is text and image for webdataset and coco, image for images, and text for all
+    other formats. Images are for models with an encoder and for vision models. `class` is the class of an image: in
+    images the name of the folder directly below the path, elsewhere `class_field`. `objects` are the boxes, classes and
+    masks in COCO's JSON of instances."""
     text_field: str | None = Field(default=None, min_length=1)
     """Key or column that holds the text; by default `raw_content` in redpajama-v2, `text` elsewhere. In webdataset, the
-    suffix of the member with the caption; a suffix json.KEY names a key of a JSON member. By default it is `txt`."""
+    suffix of the tar member with the caption, by default `txt`; a suffix json.KEY names a key of a JSON member."""
     languages: list[str] | None = Field(default=None, min_length=1)
-    """Languages of the captions to read, for format webdataset, if json.KEY is an object with a caption for each
-    language. By default all. An image with several captions is a sample with each of them."""
+    """Languages of the captions to read, by default all. It is for format webdataset, if json.KEY is an object with a
+    caption for each language. An image with several captions becomes a sample with each of them."""
     class_field: str | None = Field(default=None, min_length=1)
     """Column of Parquet or `huggingface` that holds the class, a text or a number; by default `label`. In webdataset,
-    the suffix of the member with the class, by default `cls`; a suffix json.KEY names a key of a JSON member."""
+    the suffix of the tar member with the class, by default `cls`; a suffix json.KEY names a key of a JSON member."""
     image_field: str | None = Field(default=None, min_length=1)
-    """Column of Parquet or `huggingface` that holds the image, as bytes or as {bytes, path}; by default `image`. A
-    source of texts alone reads only the hash of the image, if another source has images: the text of a held-out image
-    is held out, too. By default it looks for the columns of the other sources, then for image, jpg, png and webp."""
+    """Column of Parquet or `huggingface` that holds the image, as bytes or as {bytes, path}; by default `image`. If
+    another source has images, a source of texts alone also reads its images, but only their hashes: the text of a
+    held-out image is held out, too. By default such a source looks for the columns of the other sources, then for
+    image, jpg, png and webp."""
     delimiter: str | None = None
     """Line that ends a document in format text ("" is a blank line). By default a file is one document."""
     filters: FilterSpec | None = None
@@ -97,13 +102,14 @@ class SourceSpec(Section):
     """Mixture weight of this source, relative to the other sources. 0: the source is used only from the step at which
     the schedule raises its weight."""
     alpha: float = Field(default=1.0, ge=0, le=1)
-    """Temperature between subfolders: q_i = p_i^alpha / sum_j p_j^alpha, with p_i the share of tokens."""
+    """Temperature of the mixture of subfolders: the share of subfolder i is q_i = p_i^alpha / sum_j p_j^alpha, where
+    p_i is its share of the source's tokens."""
     shares: dict[str, Share] | None = Field(default=None, min_length=1)
     """Fixed shares by subfolder, instead of `alpha`. Only the named subfolders are used."""
     max_epochs: Epochs | None = None
     """Largest number of epochs of each subfolder over the whole training. When a subfolder reaches its limit, the
-    source's other subfolders provide its samples in proportion. When all of them have reached their limits, the other
-    sources do."""
+    source's other subfolders take over its samples, in proportion to their shares. When all of them have reached their
+    limits, the other sources take over."""
     max_epochs_of: dict[str, Epochs] = Field(default_factory=dict)
     """Largest number of epochs of single subfolders, by name. It takes precedence over `max_epochs`."""
 
@@ -154,8 +160,10 @@ class SourceSpec(Section):
 
     @property
     def image_column(self) -> str | None:
-        """The column that has the image of a record; None in formats without columns, and if a source of texts does not
-        name it."""
+        """The column that has the image of a record, in a format with columns.
+
+        It is None in other formats, and for a source of texts that does not name the column.
+        """
         has_columns = self.format is not None and "image_field" in FORMATS[self.format].keys
         if self.image_field is None and "image" in self.sample_columns and has_columns:
             return IMAGE_COLUMNS[0]
@@ -163,11 +171,11 @@ class SourceSpec(Section):
 
     @property
     def mix(self) -> SourceMix:
-        """The mix of this source at the start of training."""
+        """The mixture weight of this source and the division among its subfolders, at the start of training."""
         return SourceMix(weight=self.weight, alpha=None if self.shares else self.alpha, shares=self.shares)
 
     def check_format(self, format: Format) -> None:
-        """Check that every key that this source sets applies to a format.
+        """Check that every key that this source sets applies to files of a format.
 
         Raises:
             ValueError: a key is set that the format does not use.
@@ -180,57 +188,61 @@ class SourceSpec(Section):
 
 
 class PartSpec(Section):
-    """Part of every micro-batch: a fixed number of samples, of the mixture of some sources."""
+    """Part of every micro-batch: a fixed number of samples from a mixture of some sources, for one objective."""
 
     sources: list[SourceName] = Field(min_length=1)
-    """Sources of the part. Each source belongs to one part."""
+    """Names of the sources of the part. Each source belongs to one part."""
     micro_batch_size: PositiveInt
     """Number of samples of this part in a micro-batch."""
     objective: Objective | None = None
-    """Task of this part. next_token: each token is predicted from those before it; a decoder has no other. masked: what
-    is hidden in an image, a text or a pair of both is predicted; the default of an encoder. contrastive: each image is
-    matched with its text among all texts of the part in the same micro-batch, and each text with its image. caption:
-    each token of a text, and its end, is predicted from its image and the tokens before it. A vision model has the
-    task of the part's name, classify or detect, and needs no objective."""
+    """Training objective of this part. next_token: each token is predicted from those before it; a decoder has no
+    other. masked: the hidden patches and tokens of an image, a text or a pair of both are predicted; the default of an
+    encoder. contrastive: each image is matched with its text among all texts of the part in the same micro-batch, and
+    each text with its image. caption: each token of a text, and its end, is predicted from its image and the tokens
+    before it. A vision model has the task of the part's name, classify or detect, and needs no objective."""
     weight: PositiveFloat = 1.0
-    """Factor of the losses of this part in the loss of an encoder or a vision model, which is the sum of their
-    means."""
+    """Factor of this part's losses in the loss of an encoder or a vision model, which is the sum of the mean losses of
+    all parts."""
 
 
 class ImageSpec(Section):
-    """Images: their limits, and how training crops them. Validation reads the largest square at the centre, or for
-    objects the whole image."""
+    """Limits of images, and their crops in training.
+
+    Validation reads the largest square at the centre of an image, or the whole image for detection of objects.
+    """
 
     max_megapixels: PositiveFloat = 50.0
     """Largest number of pixels of an image, in millions. Larger images are quarantined before they are decoded."""
     min_crop: float = Field(default=0.5, gt=0, le=1)
-    """Smallest area of a random crop, as a share of the image. Its aspect ratio is between 3/4 and 4/3. 1: no random
-    crops, but the largest square at the centre."""
+    """Smallest area of a random crop, as a share of the image's area. Its aspect ratio is between 3/4 and 4/3. 1: no
+    random crops, but the largest square at the centre."""
     flip: bool = False
-    """If true, half of the crops are mirrored. Captions that say left or right then become wrong."""
+    """If true, half of the crops are mirrored. Captions that mention left or right then become wrong."""
 
 
 class DataSpec(Section):
-    """Sources of text and pictures, their mixture, the tokenizer, and the packing into samples."""
+    """Sources of text and images, their mixture, the tokenizer, and the packing of tokens into samples."""
 
     sources: dict[SourceName, SourceSpec] = Field(min_length=1)
     schedule: list[PhaseSpec] = Field(default_factory=list)
     """Changes of the mixture during training, by step."""
     parts: dict[SourceName, PartSpec] = Field(default_factory=dict)
-    """Parts of every micro-batch, by name. Each part has an order and a mixture of its own, and the sum of their
-    numbers of sequences is train.micro_batch_size. Without parts, the mixture of all sources fills a micro-batch."""
+    """Parts of every micro-batch, by name. Each part has its own samples in its own order, from its own mixture of
+    sources. The sum of the parts' numbers of samples is train.micro_batch_size. Without parts, the mixture of all
+    sources fills a micro-batch."""
     prepared: Path
     """Folder for the packed token shards. `data prepare` writes them once, and training only reads them. If the folder
     lies below a source's path, it is not part of that source."""
     seq_len: NonNegativeInt = 0
-    """T: number of tokens in a sequence; vision models have none. A stored sample has T + 1 tokens, of which the last T
-    are the targets. A sample of an encoder has T tokens: a start token and those of one text. Longer captions are cut,
-    and longer texts without an image become several samples."""
+    """T: number of tokens in a sequence; vision models have none. A stored sample of a decoder has T + 1 tokens, of
+    which the last T are the targets. A sample of an encoder has T tokens: a start token and those of one text. Captions
+    that are longer are cut. A longer text without an image becomes several samples."""
     packing: Literal["concat", "best_fit"] = "concat"
-    """Sequence packing. concat: documents follow each other and are cut where a sample ends. best_fit: documents that
-    fit into a sample are not cut, and samples are filled up with padding, whose targets do not count in the loss."""
+    """Packing of documents into samples. concat: documents follow each other and are cut where a sample ends. best_fit:
+    documents that fit into a sample are not cut. Samples are filled up with padding, whose targets do not count in the
+    loss."""
     images: ImageSpec = ImageSpec()
-    """Limits and crops of images."""
+    """Size limits of images, and their crops in training."""
     tokenizer: Path | None = None
     """Path of a tokenizer.json, or of a vocabulary in tiktoken's format; by default a tokenizer is trained on the
     sources."""
@@ -249,14 +261,15 @@ class DataSpec(Section):
     validation_fraction: float = Field(default=0.01, gt=0, lt=0.5)
     """Share of documents that are held out for validation. They are chosen by a hash of their text."""
     validation_samples: PositiveInt = 512
-    """Largest number of validation samples. If there are more held-out samples, an evenly spaced selection of them is
-    kept: of texts over all of them together, of encoders and vision models over those of each source and domain, which
-    get equal shares."""
+    """Largest number of validation samples. If more samples are held out, an evenly spaced selection of them is kept. A
+    decoder's selection is made among all held-out samples together. For encoders and vision models, each source gets an
+    equal share of the selection, and each domain an equal share of its source's."""
     max_document_mb: PositiveFloat = 32.0
-    """Largest size of a document in MB, as it is stored (its line, its text or image file, or its value in a column).
-    Larger documents are quarantined."""
+    """Largest size of a document in MB, in the form in which it is stored (its line, its text or image file, or its
+    value in a column). Larger documents are quarantined."""
     max_bad_lines: NonNegativeInt = 0
-    """Largest number of unreadable lines, rows or text files. They are quarantined; one more stops the job."""
+    """Largest number of unreadable lines, rows or text files. They are quarantined; one more than this number stops the
+    job."""
     max_bad_share: float = Field(default=0.0, ge=0, lt=1)
     """Largest share of unreadable lines, rows and text files. It replaces `max_bad_lines` if it allows more."""
     max_bad_files: NonNegativeInt = 0
@@ -299,7 +312,7 @@ class DataSpec(Section):
         return self
 
     def _check_parts(self) -> None:
-        """Check that each source is in one part, if there are parts, and that no part is ever without a source."""
+        """Check that each source is in exactly one part, if there are parts, and that each part always has a source."""
         names = [name for part in self.parts.values() for name in part.sources]
         if not names:
             return
@@ -316,8 +329,11 @@ class DataSpec(Section):
                     raise ValueError(f"every source of part {part_name} has weight 0 from step {step} on")
 
     def _check_image_columns(self) -> None:
-        """Check that each source of texts with `image_field` needs it, and that sources of one path take the same image
-        of a record, by which its documents are held out."""
+        """Check that each `image_field` is needed, and that all sources of one path name the same column of images.
+
+        Documents are held out by the image of their record. With different columns, one source could train on documents
+        that the other holds out.
+        """
         first_sources = dict[str, str]()
         for name, source in self.sources.items():
             if source.image_field is not None and not self.has_images:
@@ -334,14 +350,16 @@ class DataSpec(Section):
                 )
 
     def image_columns(self, name: str) -> tuple[str, ...]:
-        """Return the names under which the column of images is looked for in the files of a source, the likeliest
-        first; none if no source has images."""
+        """Return the names of columns that may hold the images in the files of a source, the likeliest first.
+
+        The result is empty if no source has images.
+        """
         source = self.sources[name]
         if source.image_column is not None:
             return (source.image_column,)
         if not self.has_images:
             return ()
-        # A source of texts finds the image by which another source of the same records holds their documents out.
+        # Sources of the same path come first, because the image in their column decides which records are held out.
         sorted_sources = sorted(self.sources.values(), key=lambda candidate: candidate.path != source.path)
         columns = [candidate.image_column for candidate in sorted_sources if candidate.image_column is not None]
         return tuple(dict.fromkeys([*columns, *IMAGE_COLUMNS]))
@@ -363,7 +381,7 @@ class DataSpec(Section):
 
     @property
     def train_mb(self) -> float:
-        """The number of characters that a tokenizer is trained on, in millions."""
+        """The number of characters, in millions, that a new tokenizer is trained on."""
         return self.tokenizer_train_mb or 20.0
 
     @property
@@ -379,8 +397,10 @@ class DataSpec(Section):
         return result
 
     def named_subfolders(self, source: str) -> list[str] | None:
-        """Return the sorted names of the subfolders of a source that have a fixed share in any phase. Return None if
-        the source has no fixed shares in some phase, which then uses all its subfolders."""
+        """Return the sorted names of the subfolders of a source that have a fixed share in any phase of training.
+
+        It is None if the source has no fixed shares in some phase, because that phase uses all of its subfolders.
+        """
         shares = [mixes[source].shares for mixes in self.mixes.values()]
         return (
             sorted({subfolder for source_shares in shares if source_shares for subfolder in source_shares})

@@ -1,4 +1,4 @@
-"""The `model.encoder` section: an encoder of images and texts."""
+"""The `model.encoder` section, which makes a model an encoder of images and texts."""
 
 from typing import Literal, Self
 
@@ -19,22 +19,23 @@ class EncoderSpec(Section):
     patch_size: PositiveInt
     """Height and width of a patch in pixels."""
     text_positions: PositiveInt
-    """Number of learned positions of a text; at least data.seq_len."""
+    """Number of learned positions of a text in tokens; at least data.seq_len."""
     image_positions: PositiveInt | None = None
     """Number of learned positions of an image; by default one for each patch, and one for the image as a whole."""
     image_targets: Literal["pixels", "codebook"] = "pixels"
-    """Targets of hidden patches. pixels: their pixels, normalized by their mean and standard deviation (MAE, arXiv
-    2111.06377). codebook: the number of the entry that is closest to them, in a codebook that `data prepare` makes by
-    k-means of patches. This is not the tokenizer of BEiT v2, which needs a trained teacher."""
+    """Targets that the model predicts for hidden patches. pixels: their pixels, normalized by their mean and standard
+    deviation (MAE, arXiv 2111.06377). codebook: the index of the closest entry in a codebook, which `data prepare`
+    makes by k-means of patches. This codebook is not the tokenizer of BEiT v2, which needs a trained teacher."""
     codebook_size: int = Field(default=8192, ge=2)
     """Number of entries of the codebook, for image_targets codebook."""
     d_match: PositiveInt | None = None
-    """Width of the vectors that objective `contrastive` compares. By default there is no such head."""
+    """Width of the vectors that objective `contrastive` compares. By default the model has no head for this
+    objective."""
     experts: Literal["beside", "replace"] = "beside"
     """Position of the experts in their layers. beside: their output is added to that of the feed-forward layers.
     replace: they take the place of the feed-forward layers."""
     routers: Literal["shared", "per_modality"] = "shared"
-    """Routers of a layer with experts: one for patches and tokens, or one for each."""
+    """Routers of a layer with experts. shared: one for patches and tokens. per_modality: one for each of the two."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -60,15 +61,15 @@ class EncoderSpec(Section):
 
     @property
     def patch_values(self) -> int:
-        """The number of values of a patch: three for each pixel."""
+        """The number of values of a patch: three (the colours) for each pixel."""
         return 3 * self.patch_size**2
 
     @property
     def image_tokens(self) -> int:
-        """The number of positions that an image takes: its patches, and the image as a whole."""
+        """The number of positions that an image takes: one for each patch, and one for the image as a whole."""
         return self.patches + 1
 
     @property
     def target_values(self) -> int:
-        """The number of values that the model computes for a hidden patch."""
+        """The number of values that the model computes for a hidden patch: its pixels, or logits of a codebook."""
         return self.patch_values if self.image_targets == "pixels" else self.codebook_size

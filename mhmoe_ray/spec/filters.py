@@ -1,4 +1,4 @@
-"""Filters for a RedPajama-V2 source: languages, buckets, rules on quality signals, and duplicates."""
+"""Filters for documents of a RedPajama-V2 source: languages, buckets, rules on quality signals, and duplicates."""
 
 import difflib
 import math
@@ -31,9 +31,9 @@ rps_doc_frac_chars_top_2gram rps_doc_frac_chars_top_3gram rps_doc_frac_chars_top
 rps_doc_ldnoobw_words rps_doc_ut1_blacklist
 """
 SIGNALS = frozenset(_SIGNAL_NAMES.split())
-"""Names of all quality signals."""
+"""Names of all quality signals of RedPajama-V2."""
 SIMILARITIES = (0.7, 0.8, 0.9, 1.0)
-"""Similarities for which RedPajama-V2 has MinHash signatures."""
+"""Similarities of documents for which RedPajama-V2 has MinHash signatures."""
 
 _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
@@ -47,8 +47,10 @@ _RULE = re.compile(r"\s*(\w+)\s*(<=|>=|==|!=|<|>)\s*(\S+)\s*")
 
 
 class SignalRule(NamedTuple):
-    """Rule on a quality signal. A document is kept if the rule holds; a document without a value for the signal is
-    not kept."""
+    """Rule on a quality signal of RedPajama-V2, such as `rps_doc_word_count >= 50`.
+
+    A document is kept if the rule holds. A document without a value for the signal is not kept.
+    """
 
     signal: str
     comparison: str
@@ -76,7 +78,7 @@ class SignalRule(NamedTuple):
         return cls(signal, comparison, number)
 
     def holds(self, value: float | None) -> bool:
-        """Return whether a document with this value of the signal is kept; False for None."""
+        """Return whether a document with this value of the signal is kept; the value None means that it is missing."""
         return value is not None and _COMPARISONS[self.comparison](value, self.bound)
 
     def __str__(self) -> str:
@@ -90,8 +92,11 @@ def _normalize_rule(rule: str) -> str:
 
 
 class FilterSpec(Section):
-    """Filters for documents. A document that does not pass is counted under the first rule that it breaks. It is
-    neither used nor quarantined."""
+    """Filters for documents of a RedPajama-V2 source.
+
+    A document that does not pass is not used, and is counted under the first rule that it breaks. It is not quarantined
+    as unreadable data is.
+    """
 
     languages: list[str] | None = Field(default=None, min_length=1)
     """Languages to keep; by default all."""
@@ -101,14 +106,15 @@ class FilterSpec(Section):
     """If true, Gopher's rules of quality and repetition apply, as far as RedPajama-V2 has signals for them
     (`data/sources/redpajama_v2.py`)."""
     signals: list[Annotated[str, AfterValidator(_normalize_rule)]] = Field(default=[])
-    """Rules `signal op number` that a document must satisfy, such as `ccnet_perplexity < 500`. A signal per line
-    (`rps_lines_...`) is averaged over the lines."""
+    """Rules `signal op number` that a document must satisfy, such as `ccnet_perplexity < 500`. A signal with a value
+    for each line (`rps_lines_...`) is averaged over the lines."""
     deduplicate: bool = False
-    """If true, documents in the table of duplicates are left out. They are exact copies of another document of the
-    whole data set."""
+    """If true, documents that are listed in RedPajama-V2's tables of duplicates are left out. They are exact copies of
+    another document of the whole data set."""
     near_duplicates: float | None = None
-    """Similarity of near duplicates, by MinHash signatures. A document is left out if it shares a band of its signature
-    of this similarity with an earlier document of the same file that was kept. Near duplicates in other files stay."""
+    """Similarity from which on two documents are near duplicates, judged by their MinHash signatures; by default near
+    duplicates are kept. A document is left out if it shares a band of its signature for this similarity with an earlier
+    document of the same file that was kept. Near duplicates in other files stay."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

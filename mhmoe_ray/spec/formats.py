@@ -1,4 +1,4 @@
-"""The formats of raw text and pictures, and their properties."""
+"""Formats of raw text and images that a source may have, and the properties of each format."""
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -10,22 +10,22 @@ _PARQUET = (".parquet",)
 
 
 class FormatTraits(NamedTuple):
-    """Properties of a format, which the checks of sources, the search for files and their reading follow."""
+    """Properties of a format of raw data, which determine how its files are found, checked and read."""
 
     reader: str | None
-    """Module and name of the function that reads a file (`FormatReader` in data/sources/reading.py); None for `chat`,
-    whose reader needs a chat template, too."""
+    """Module and name of the function that reads a file (`FormatReader` in data/sources/reading.py). None for `chat`,
+    because its reader also needs a chat template."""
     suffixes: tuple[str, ...] = ()
-    """Suffixes of its files; none if the files are found by the folders that they are in."""
+    """Suffixes of the format's files; empty if the files are found by the folders that contain them."""
     is_recognized: bool = False
-    """True if a source without a format has this one if its files have these suffixes. A spec names the other formats,
-    except those that `data/sources/find.py` recognizes by their folders."""
+    """True if files with these suffixes have this format unless the spec names another one. All other formats must be
+    named in the spec, except those that `data/sources/find.py` recognizes by their folders."""
     keys: tuple[str, ...] = ()
-    """Those of the keys `SOURCE_KEYS` of a source that it uses."""
+    """Keys of a source that apply to this format, among those in `SOURCE_KEYS`."""
     columns: tuple[Column, ...] = ("text",)
-    """Columns of a sample by default."""
+    """Columns that a sample has by default: text, an image, or both."""
     possible_columns: tuple[Column, ...] = ("text",)
-    """Columns that a record may have."""
+    """Columns that a record of this format may have."""
 
 
 FORMATS: dict[str, FormatTraits] = {
@@ -46,7 +46,7 @@ FORMATS: dict[str, FormatTraits] = {
         keys=("text_field", "image_field"),
         possible_columns=("class", "image", "text"),
     ),
-    # A record of a conversation may have a text as well, so nothing but the spec can say which of them is meant.
+    # A record with a conversation may have a text as well, so only the spec can tell which of the two to use.
     "chat": FormatTraits(None, _JSON_LINES + _PARQUET),
     "webdataset": FormatTraits(
         f"{_READERS}.webdataset:read_webdataset",
@@ -81,7 +81,7 @@ SOURCE_KEYS = {
     "text_field": "text_field is for records with a text, and format {} has none",
     "languages": "languages choose captions in a key of JSON: set format webdataset and text_field json.KEY",
 }
-"""Keys of a source that only some formats use, with the refusal of the others."""
+"""Keys of a source that only some formats use, each with the error message for the other formats."""
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp")
 """Names that Hugging Face and img2dataset give to a column of images; the first is the default of `image_field`."""
 

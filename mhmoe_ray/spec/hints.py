@@ -1,15 +1,20 @@
-"""Hints for an unknown spec key: the key that means the same as a name from another project, the key with the most
-similar spelling, or a list of all known keys."""
+"""Hints for an unknown key in a spec.
+
+A hint is the key that means the same as a name from another project, or the key with the most similar spelling, or a
+list of all known keys.
+"""
 
 import difflib
 from collections.abc import Sequence
 
 MIN_SIMILARITY = 0.7
-"""Smallest similarity (difflib's ratio) of two spellings at which a hint names the known one: trian and train have
-0.8."""
+"""Smallest similarity (difflib's ratio) of two spellings at which a hint suggests the known one.
 
-# The names of Hugging Face's configurations and Trainer, Megatron-LM, axolotl, torchtitan, nanoGPT and litgpt, in lower
-# case and with underscores, by the key of a spec that means the same.
+For example, `trian` and `train` have 0.8.
+"""
+
+# For each key of a spec, the names that mean the same in Hugging Face's configurations and Trainer, Megatron-LM,
+# axolotl, torchtitan, nanoGPT and litgpt, in lower case and with underscores.
 _FOREIGN_NAMES: dict[str, str] = {
     # the model
     "model.d_model": "hidden_size hidden_dim n_embd n_embed dim embed_dim embedding_dim model_dim d",
@@ -110,11 +115,11 @@ _UNSUPPORTED = {
 
 
 def key_hint(key: str, section: str, known_keys: Sequence[str]) -> str:
-    """Return a hint for an unknown key: the key to use instead, or the known keys.
+    """Return a hint for an unknown key of a spec: the key to use instead, or the known keys.
 
     Args:
         key: last part of the dotted key that is unknown.
-        section: dotted name of the section with the key, with a dot at its end; empty for the top level.
+        section: dotted name of the section that contains the key, with a dot at its end; empty for the top level.
         known_keys: keys that the section has.
     """
     normalized_key = key.lower().replace("-", "_")

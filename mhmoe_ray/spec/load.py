@@ -1,5 +1,7 @@
-"""Read and check a spec from YAML with `a.b=c` overrides. An error message is one line, which names the wrong key and
-the most similar known one."""
+"""Functions that read a spec from YAML, apply `a.b=c` overrides, and check the result.
+
+An error message is one line. It names the wrong key and the most similar known one.
+"""
 
 import types
 import typing
@@ -49,7 +51,7 @@ def load_resolved_spec(path: Location, overrides: Sequence[str] = ()) -> RunSpec
 
 
 def read_tree(path: Location, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a YAML file and return its mapping with overrides applied. Keys and values are not checked.
+    """Read a YAML file and return its mapping with overrides applied; keys and values are not checked.
 
     Args:
         path: path of a YAML file.
@@ -78,7 +80,7 @@ def load_site(path: Location) -> SiteSpec:
     """Read and check a site file, which describes a cluster.
 
     Raises:
-        SpecError: as in `load_resolved_spec`.
+        SpecError: in the same cases as `load_resolved_spec`.
     """
     return validate_section(SiteSpec, read_tree(path), f"site {path}")
 
@@ -87,17 +89,18 @@ def load_sweep(path: Location, overrides: Sequence[str] = ()) -> SweepSpec:
     """Read and check a sweep file, which describes the runs of a sweep.
 
     Raises:
-        SpecError: as in `load_resolved_spec`.
+        SpecError: in the same cases as `load_resolved_spec`.
     """
     return validate_section(SweepSpec, read_tree(path, overrides), f"sweep {path}")
 
 
 def load_deploy_spec(path: Location | None, overrides: Sequence[str] = ()) -> DeploySpec:
-    """Read and check the sections of a spec that serving uses, and ignore the rest of the file. Without a file, only
-    defaults and overrides apply.
+    """Read and check the sections of a spec that serving uses, and ignore the rest of the file.
+
+    Without a file, only defaults and overrides apply.
 
     Raises:
-        SpecError: as in `load_resolved_spec`.
+        SpecError: in the same cases as `load_resolved_spec`.
     """
     file_tree = read_tree(path) if path else {}
     tree = {name: file_tree[name] for name in DeploySpec.model_fields if name in file_tree}
@@ -108,17 +111,17 @@ def load_deploy_spec(path: Location | None, overrides: Sequence[str] = ()) -> De
 def validate_section(
     section: type[S], tree: dict[str, Any], label: str, prefix: str = "", extra_keys: Sequence[str] = ()
 ) -> S:
-    """Build a section from its values and check them.
+    """Build a section of a spec from the values in a file, and check the values.
 
     Args:
         section: class of the section.
-        tree: values of the section.
+        tree: values of the section by key, as they were read from YAML.
         label: name of the spec in an error message.
         prefix: dotted prefix of the section within the spec, such as "model.".
-        extra_keys: keys besides the section's own that the hint on a misspelt key may name.
+        extra_keys: keys besides the section's own that the hint on a misspelt key may suggest.
 
     Raises:
-        SpecError: a key or value is wrong or missing. The message names the first one in one line.
+        SpecError: a key or value is wrong or missing. The message names the first such key in one line.
     """
     try:
         return section.model_validate(tree)
@@ -127,11 +130,12 @@ def validate_section(
 
 
 def dotted_items(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted keys of a dumped spec, such as `train.steps`, with their values. Keys whose value is None are
-    left out.
+    """Yield the dotted keys of a dumped spec, such as `train.steps`, with their values.
+
+    Keys whose value is None are left out.
 
     Args:
-        tree: dumped spec, or a section of it.
+        tree: dumped spec, or a section of it, as nested dictionaries.
         prefix: dotted name of the section with a dot at its end; empty for a whole spec.
     """
     for key, value in tree.items():
@@ -142,7 +146,7 @@ def dotted_items(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 
 
 def dump_spec(spec: RunSpec) -> str:
-    """Return the spec as YAML. `load_resolved_spec` reads it back to an equal spec."""
+    """Return the spec as YAML, from which `load_resolved_spec` restores an equal spec."""
     return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -165,7 +169,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Apply `key.path=value` strings to a tree in place, and return it.
+    """Apply `key.path=value` strings to the nested dictionaries of a spec in place, and return them.
 
     Raises:
         SpecError: an override is malformed, or its path goes through a value.
@@ -176,7 +180,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 def _set_value(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    """Set the value at a path of keys in a tree. Sections that are missing are created.
+    """Set the value at a path of keys in the nested dictionaries of a spec; create sections that are missing.
 
     Raises:
         SpecError: the path goes through a value that is not a section.
@@ -197,10 +201,10 @@ def _set_value(tree: dict[str, Any], keys: list[str], value: Any) -> None:
 def _spec_error(
     section: type[BaseModel], error: ValidationError, label: str, prefix: str, extra_keys: Sequence[str]
 ) -> SpecError:
-    """Return an error that states one problem of a failed validation in one line, with a hint on an unknown key and the
-    number of further problems. Unknown keys precede other problems.
+    """Return an error that describes the first problem of a failed validation in one line.
 
-    The arguments are those of `validate_section`, and its error.
+    Unknown keys come before other problems, and the message has a hint on the key. It also has the number of further
+    problems. The arguments are those of `validate_section` and the error that pydantic raised.
     """
     # Wrong keys come first, because they often cause wrong or missing values.
     problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
@@ -236,7 +240,7 @@ def _section_keys(root: type[BaseModel], section_path: tuple[int | str, ...]) ->
 
 
 def _non_none_type(annotation: Any) -> Any:
-    """Return `X` for an annotation `X | None`; return any other annotation unchanged."""
+    """Return `X` for a type annotation `X | None`; return any other annotation unchanged."""
     if isinstance(annotation, types.UnionType):
         return next(a for a in typing.get_args(annotation) if a is not type(None))
     return annotation

@@ -1,6 +1,7 @@
 """The `model` section: a decoder, an encoder or a vision model with (multi-head) mixture-of-experts layers.
 
-Sizes use the papers' names, which `moe.py` lists. `architectures/` has the options of each architecture.
+Sizes have the names of the papers on MH-MoE, which `moe.py` lists. `architectures/` has the options of each
+architecture.
 """
 
 import math
@@ -19,32 +20,31 @@ ModelKind = Literal["decoder", "encoder", "vision"]
 
 
 def default_d_ff(d_model: int) -> int:
-    """Return the default hidden width of a dense feed-forward layer: 8/3 of `d_model`, rounded up to a multiple of
-    128."""
+    """Return the default hidden width of a dense feed-forward layer: 8/3 of `d_model`, up to a multiple of 128."""
     # 8/3 is LLaMA's factor.
     return math.ceil(d_model * 8 / 3 / 128) * 128
 
 
 class RopeScaling(Section):
-    """Scaling of rotary positions, with which a model reads longer texts than those of its first training."""
+    """Scaling of rotary positions, which lets a model read longer texts than those of its first training."""
 
     type: Literal["linear", "yarn", "llama3"]
-    """linear: positions are divided by the factor. yarn: only low frequencies are, and attention is sharpened (arXiv
-    2309.00071). llama3: only low frequencies are, as in Llama 3.1."""
+    """Kind of scaling. linear: all positions are divided by the factor. yarn: only low frequencies are scaled, and
+    attention is sharpened (arXiv 2309.00071). llama3: only low frequencies are scaled, as in Llama 3.1."""
     factor: float = Field(ge=1)
     """Ratio of the new context length to the original one."""
     original_length: PositiveInt | None = None
     """Context length of the first training; required for yarn and llama3."""
     beta_fast: PositiveFloat = 32.0
-    """yarn: frequencies with more than this many turns in the original length are not scaled."""
+    """yarn: frequencies with more turns than this number within the original length are not scaled."""
     beta_slow: PositiveFloat = 1.0
-    """yarn: frequencies with fewer than this many turns in the original length are scaled fully."""
+    """yarn: frequencies with fewer turns than this number within the original length are scaled fully."""
     attention_factor: PositiveFloat | None = None
-    """yarn: factor of rotated queries and keys; by default 0.1 ln(factor) + 1."""
+    """yarn: factor by which rotated queries and keys are multiplied; by default 0.1 ln(factor) + 1."""
     low_freq_factor: PositiveFloat = 1.0
-    """llama3: frequencies with fewer than this many turns in the original length are scaled fully."""
+    """llama3: frequencies with fewer turns than this number within the original length are scaled fully."""
     high_freq_factor: PositiveFloat = 4.0
-    """llama3: frequencies with more than this many turns in the original length are not scaled."""
+    """llama3: frequencies with more turns than this number within the original length are not scaled."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -66,19 +66,20 @@ class RopeScaling(Section):
 
 
 class ModelSpec(Section):
-    """The model: a decoder or an encoder, its sizes and its options."""
+    """The model: a decoder, an encoder or a vision model, with its sizes and its options."""
 
     backbone: ArchitectureName = "llama"
-    """Architecture of the layers. llama (P2): RMSNorm, rotary positions, SwiGLU, no biases. subln (P1): LayerNorm also
-    inside attention and feed-forward, xPos, GELU, biases, embeddings scaled by sqrt(d)."""
+    """Architecture of the layers. llama (second MH-MoE paper, arXiv 2411.16205): RMSNorm, rotary positions, SwiGLU, no
+    biases. subln (first MH-MoE paper, arXiv 2404.15045): LayerNorm also inside attention and feed-forward layers, xPos,
+    GELU, biases, embeddings scaled by sqrt(d_model)."""
     encoder: EncoderSpec | None = None
-    """Makes the model an encoder of images and texts, with learned positions and without xPos and the scaling of
-    embeddings. It needs backbone subln. By default the model is a decoder."""
+    """Options that make the model an encoder of images and texts. An encoder has learned positions instead of xPos, and
+    its embeddings are not scaled. It needs backbone subln. By default the model is a decoder."""
     vision: VisionSpec | None = None
-    """Makes the model a vision transformer, with learned positions. By default the model is a decoder."""
+    """Options that make the model a vision transformer, with learned positions. By default the model is a decoder."""
     vocab_size: NonNegativeInt = 0
-    """Number of rows of the embedding; vision models have none. A tokenizer that `data prepare` trains has at most this
-    many entries. The last row of an encoder is the mask token, and its tokenizer has one entry less."""
+    """Number of rows of the token embedding; vision models have none. A tokenizer that `data prepare` trains has at
+    most this many entries. The last row of an encoder is the mask token, so its tokenizer has one entry less."""
     d_model: PositiveInt
     layers: PositiveInt
     attention_heads: PositiveInt
@@ -88,11 +89,12 @@ class ModelSpec(Section):
     d_head: PositiveInt | None = None
     """Width of an attention head; by default d_model / attention_heads."""
     attention_bias: AttentionBias | None = None
-    """Projections of attention that have a bias: none, qkv (queries, keys and values, as in Qwen2) or all (also the
-    output). The default is that of the backbone: none for llama. subln has all, and no other choice."""
+    """Projections of attention that have a bias: none, qkv (queries, keys and values, as in Qwen2) or all (the output
+    as well). The default is that of the backbone: none for llama. For subln it is always all, and the key must be left
+    out."""
     qk_norm: Literal["none", "head", "all"] = "none"
-    """RMSNorm of queries and keys before rotation. head: of each head by itself (Qwen3). all: of all heads together
-    (OLMoE)."""
+    """RMSNorm of queries and keys before the rotation of positions. head: over each head by itself (Qwen3). all: over
+    all heads together (OLMoE)."""
     d_ff: PositiveInt | None = None
     """Hidden width of the dense feed-forward layers. It must be absent if every layer is a mixture of experts."""
     tied_embeddings: bool = True
@@ -103,14 +105,14 @@ class ModelSpec(Section):
     norm_eps: PositiveFloat = 1e-5
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout rate in training on the embedding and on the outputs of attention, dense layers and each expert (0.1 in
-    P1's runs)."""
+    the runs of the first MH-MoE paper)."""
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout rate in training on the attention weights (0.1 in P1's runs)."""
+    """Dropout rate in training on the attention weights (0.1 in the runs of the first MH-MoE paper)."""
     document_masks: bool = False
-    """If true, a token attends only to its own document in training and validation, and not to other documents of the
-    same sample."""
+    """If true, a token attends only to tokens of its own document, in training and validation, and not to other
+    documents of the same sample."""
     moe: MoESpec | None = None
-    """Mixture-of-experts layers. By default every layer is dense."""
+    """Mixture-of-experts layers. By default every layer has a dense feed-forward layer."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -208,7 +210,7 @@ class ModelSpec(Section):
             )
 
     def _check_encoder(self, encoder: EncoderSpec) -> None:
-        """Check that no option of decoders alone is set, and that an encoder can run the layers."""
+        """Check that no option is set that only decoders have, and that the layers suit an encoder."""
         if self.backbone != "subln":
             raise ValueError(f"an encoder has the layers of backbone subln, not {self.backbone}: set backbone to subln")
         if self.document_masks:
@@ -231,7 +233,7 @@ class ModelSpec(Section):
             )
 
     def _check_vision(self, vision: VisionSpec) -> None:
-        """Check that no option of decoders or encoders is set, and that a vision model can run the layers."""
+        """Check that no option is set that only decoders or encoders have, and that the layers suit a vision model."""
         fields = type(self).model_fields
         for key in ("vocab_size", "document_masks", "rope_theta", "tied_embeddings"):
             if getattr(self, key) != fields[key].default:
@@ -258,13 +260,13 @@ class ModelSpec(Section):
 
     @staticmethod
     def _check_adaptive(moe: MoESpec, adaptive: AdaptiveSpec) -> None:
-        """Check that tasks can have every number of experts that the rule may choose."""
+        """Check that a task can have every number of experts that the rule for adaptive numbers may choose."""
         if moe.groups > 1 and adaptive.largest > moe.top_groups * (moe.experts // moe.groups):
             raise ValueError(
                 f"vision.adaptive.largest is {adaptive.largest}, but moe.top_groups ({moe.top_groups}) leaves a row "
                 f"{moe.top_groups * (moe.experts // moe.groups)} experts: lower largest, or raise top_groups"
             )
-        # As coded, one task may take the raise of another for its own, and then has an expert less than at the start.
+        # With rule `coded`, one task may take back the raise of another, and then has an expert less than at the start.
         smallest = 2 if moe.normalize_gates else 1
         if adaptive.rule == "coded" and moe.top_k - 1 < smallest:
             raise ValueError(
@@ -274,32 +276,35 @@ class ModelSpec(Section):
 
     @property
     def kind(self) -> ModelKind:
-        """The kind of the model. The loss of all kinds but decoders is a sum over parts with different units."""
+        """The kind of the model. Except for decoders, the loss of a model is a sum over parts with different units."""
         if self.encoder is not None:
             return "encoder"
         return "decoder" if self.vision is None else "vision"
 
     @property
     def kind_name(self) -> str:
-        """The kind of the model for the user, with an article."""
+        """The kind of the model with an article, such as "a decoder", for messages to the user."""
         return {"decoder": "a decoder", "encoder": "an encoder", "vision": "a vision model"}[self.kind]
 
     @property
     def architecture(self) -> Architecture:
-        """The options and counts of the backbone's architecture."""
+        """The options and counts of the architecture that `backbone` names."""
         return ARCHITECTURES[self.backbone]
 
     def with_moe(self, moe: MoESpec | None) -> "ModelSpec":
-        """Return a model with the same trunk and other expert layers; with None, the dense model.
+        """Return a model with other mixture-of-experts layers and otherwise the same layers; with None, a dense model.
 
-        Dense layers get the default width if the trunk has none. The checks of the spec apply to the new model.
+        Dense feed-forward layers get the default width if this model has none. The new model is checked like any spec.
         """
         has_dense_layers = moe is None or moe.every > 1 or moe.dense_first > 0 or self.has_experts_beside
         d_ff = (self.d_ff or default_d_ff(self.d_model)) if has_dense_layers else None
         return ModelSpec.model_validate({**self.model_dump(exclude={"moe", "d_ff"}), "d_ff": d_ff, "moe": moe})
 
     def at_largest_top_k(self) -> "ModelSpec":
-        """Return the model with the largest number of experts that a task may have, if the number is adaptive."""
+        """Return the model with the largest number of experts that a task may have, if that number is adaptive.
+
+        Otherwise the model itself is returned.
+        """
         adaptive = None if self.vision is None else self.vision.adaptive
         if self.moe is None or adaptive is None:
             return self
@@ -311,8 +316,10 @@ class ModelSpec(Section):
 
     @property
     def recomputed_share(self) -> float:
-        """The share of the routes whose hidden rows are recomputed in the backward instead of kept; 0 for a dense
-        model."""
+        """The share of the routes whose hidden rows in experts are recomputed in the backward pass instead of kept.
+
+        A route is one choice of an expert by a sub-token. The share of a dense model is 0.
+        """
         moe = self.moe
         if moe is None:
             return 0.0
@@ -322,26 +329,31 @@ class ModelSpec(Section):
             return float(moe.kernel_limits.kept_rows == "nothing")
         if moe.recompute is not None:
             return moe.recompute
-        # It keeps the memory of a layer with 4 heads near that of a plain one with the same work (kernels/README.md).
+        # With this share, a layer with 4 heads needs about the memory of a plain one with the same work
+        # (kernels/README.md).
         return 0.6 if moe.d_expert >= 8 * self.row_width else 0.0
 
     @property
     def row_width(self) -> int:
-        """The width D of the rows that the router and the experts of a layer compute on. The model must have
-        mixture-of-experts layers."""
+        """The width D of the rows (sub-tokens) that the router and the experts of a layer compute on.
+
+        The model must have mixture-of-experts layers.
+        """
         assert self.moe is not None
         return self.moe.d_sub_token or self.d_model // self.moe.heads
 
     @property
     def joined_width(self) -> int:
-        """The width h * D of all rows of a token together. The model must have mixture-of-experts layers."""
+        """The width h * D of a token's h sub-tokens together. The model must have mixture-of-experts layers."""
         assert self.moe is not None
         return self.moe.heads * self.row_width
 
     @property
     def projection_widths(self) -> list[int]:
-        """The widths of the values before, between and after the linear layers of the head projection. Those of the
-        merge projection are the same in reverse order. The model must have mixture-of-experts layers."""
+        """The widths of the values before, between and after the linear layers of the head projection.
+
+        Those of the merge projection are the same in reverse order. The model must have mixture-of-experts layers.
+        """
         assert self.moe is not None
         # The inner width is h * D and not d, because a token passes ReLU unchanged only where its positive and its
         # negative parts have values of their own. If h * D is at least 2 d, several layers can be the identity.
@@ -354,7 +366,7 @@ class ModelSpec(Section):
 
     @property
     def has_experts_beside(self) -> bool:
-        """True if layers with experts have dense feed-forward layers as well."""
+        """True if layers with experts also have dense feed-forward layers, whose outputs are added."""
         return self.encoder is not None and self.encoder.experts == "beside"
 
     @property
@@ -364,7 +376,7 @@ class ModelSpec(Section):
 
     @property
     def text_vocab_size(self) -> int:
-        """The largest number of entries of a tokenizer: all rows of the embedding but the mask token."""
+        """The largest number of entries of a tokenizer: all rows of the embedding but an encoder's mask token."""
         return self.vocab_size - (self.encoder is not None)
 
     @property
@@ -383,15 +395,15 @@ class ModelSpec(Section):
 
     @property
     def query_width(self) -> int:
-        """The width of the queries of all heads."""
+        """The width of the queries of all attention heads together."""
         return self.attention_heads * self.head_width
 
     @property
     def kv_width(self) -> int:
-        """The width of the keys of all heads, and of their values."""
+        """The width of the keys of all heads together, which is also that of their values."""
         return self.n_kv_heads * self.head_width
 
     @property
     def biased_attention(self) -> AttentionBias:
-        """The projections of attention that have a bias."""
+        """The projections of attention that have a bias: none, qkv or all."""
         return self.attention_bias or self.architecture.attention_bias

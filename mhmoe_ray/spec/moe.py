@@ -1,9 +1,9 @@
 """The `model.moe` section: (multi-head) mixture-of-experts layers, their routers and their kernels.
 
-Sizes use the papers' names: d (`d_model`), h (`heads`), E (`experts`), k (`top_k`), f (`d_expert`). D (`d_sub_token`)
-is the width of a sub-token, which is d / h in the papers. P1 is the first MH-MoE paper (arXiv 2404.15045), P2 the
-follow-up (arXiv 2411.16205). Where the papers or their code disagree, both readings are options, and the default is
-P2's.
+Sizes have the papers' names: d (`d_model`), h (`heads`), E (`experts`), k (`top_k`), f (`d_expert`). D (`d_sub_token`)
+is the width of a sub-token, which is d / h in the papers. The first MH-MoE paper is arXiv 2404.15045, the second is
+arXiv 2411.16205. Where the papers or their code disagree, both readings are options, and the default is the reading of
+the second.
 
 `mhmoe_kernels.abilities` has the limits of each kernel.
 """
@@ -18,13 +18,13 @@ from mhmoe_ray.spec.base import Section, unmeasured
 
 
 class RouterSizes(NamedTuple):
-    """Counts of the router of one layer."""
+    """Sizes of the router of one layer: its computation, its parameters and its memory."""
 
     macs: int
-    """Multiply-adds per row."""
+    """Number of multiply-adds per row, which is one routed vector."""
     parameters: int
     saved_values: int
-    """Number of values per row that the forward saves for the backward, besides logits and probabilities."""
+    """Number of values per row that the forward pass saves for the backward pass, besides logits and probabilities."""
 
 
 def _linear_sizes(E: int, D: int, Q: int) -> RouterSizes:
@@ -32,8 +32,8 @@ def _linear_sizes(E: int, D: int, Q: int) -> RouterSizes:
 
 
 def _xmoe_sizes(E: int, D: int, Q: int) -> RouterSizes:
-    """Return the counts of X-MoE's router for E experts, rows of D values, and a projection to Q values."""
-    # It saves cosines, and a second set of probabilities at the temperature of the load balancing loss.
+    """Return the sizes of X-MoE's router for E experts, rows of D values, and a projection to Q values."""
+    # The router saves cosines, and a second set of probabilities at the temperature of the load balancing loss.
     return RouterSizes(macs=Q * (D + E), parameters=Q * (D + E) + 1, saved_values=2 * E + 4 * (Q + 1))
 
 
@@ -42,9 +42,9 @@ def _domain_sizes(E: int, D: int, Q: int) -> RouterSizes:
 
 
 def _smear_sizes(E: int, D: int, Q: int) -> RouterSizes:
-    """Return the counts of router smear for E experts and rows of D values."""
-    # It computes logits once for each sample. `planner/sizes.py` counts that cost with the merging of experts. Besides
-    # the matrix, its parameters are the weight and bias of a norm, and the gain of another.
+    """Return the sizes of router `smear` for E experts and rows of D values."""
+    # The router computes logits once for each sample. `planner/sizes.py` counts that cost with the merging of experts.
+    # Besides the matrix, the parameters are the weight and bias of one norm, and the gain of another.
     return RouterSizes(macs=0, parameters=D * E + 3 * D, saved_values=0)
 
 
@@ -53,14 +53,14 @@ def _torchscale_sizes(E: int, D: int, Q: int) -> RouterSizes:
 
 
 class RouterTraits(NamedTuple):
-    """Properties of a router."""
+    """Properties of a kind of router: its sizes, and the class that computes its logits."""
 
     sizes: Callable[[int, int, int], RouterSizes]
-    """Function that returns its counts for E experts and rows of D values, which X-MoE's routers first project to Q
-    values."""
+    """Function (E, D, Q) -> sizes of the router for E experts and rows of D values. X-MoE's routers first project a row
+    to Q values."""
     scores: str | None = None
-    """Module and name of the class that computes its logits, a subclass of `BaseScores`; None if it has no logits for
-    each row."""
+    """Module and name of the class that computes the router's logits, a subclass of `BaseScores`; None if the router
+    has no logits for each row."""
 
 
 ROUTERS: dict[str, RouterTraits] = {
@@ -78,14 +78,14 @@ else:
 
 
 class MoESpec(Section):
-    """A mixture-of-experts layer. `heads: 1` is the plain sparse mixture of experts (SMoE)."""
+    """Options of mixture-of-experts layers. `heads: 1` is the plain sparse mixture of experts (SMoE)."""
 
     heads: PositiveInt = 2
-    """h: number of sub-tokens per token."""
+    """h: number of sub-tokens that each token is split into."""
     d_sub_token: PositiveInt | None = None
     """D: width of a sub-token; by default d_model / heads. The router and the experts compute on rows of this width.
-    With another width than the default, the first layer of the head projection leads from d_model to heads *
-    d_sub_token values, and the last layer of the merge projection leads back. Layers between them have heads *
+    With another width than the default, the first layer of the head projection maps d_model values to heads *
+    d_sub_token values, and the last layer of the merge projection maps them back. Layers between the two have heads *
     d_sub_token values."""
     experts: PositiveInt = 8
     """E: number of routed experts in each layer."""
@@ -94,96 +94,99 @@ class MoESpec(Section):
     d_expert: PositiveInt
     """f: hidden width of one expert."""
     every: PositiveInt = 2
-    """Spacing of mixture-of-experts layers: layer i (from 0) is one if i + 1 is a multiple of this number."""
+    """Distance between mixture-of-experts layers: layer i (counted from 0) is one if i + 1 is a multiple of this
+    number."""
     dense_first: NonNegativeInt = 0
-    """Number of layers at the start of the model that are dense, whatever `every` says (DeepSeek-V3)."""
+    """Number of layers at the start of the model that are dense, regardless of `every` (DeepSeek-V3)."""
 
     head_projection: bool | None = None
     """If true, there is a linear layer before the split into sub-tokens; by default only if h > 1."""
     merge_projection: bool | None = None
     """If true, there is a linear layer after the join of sub-tokens; by default only if h > 1."""
     projection_layers: int = Field(default=1, ge=1, le=3)
-    """Number of linear layers in each of the two projections, with ReLU between them (P1's ablation n)."""
+    """Number of linear layers in each of the head and merge projections, with ReLU between them (n in the ablations of
+    the first MH-MoE paper)."""
     sub_token_residual: bool = False
-    """If true, each sub-token is added to its experts' output before the merge projection. P1's equation 6 does so, but
-    none of the authors' code."""
+    """If true, each sub-token is added to its experts' output before the merge projection. Equation 6 of the first
+    MH-MoE paper does so, but none of the authors' code."""
     d_shared: NonNegativeInt = 0
     """Hidden width of a shared expert, which computes on every whole token in addition to the routed experts. 0: no
     shared expert."""
 
     router: RouterName = "linear"
-    """Router. linear: softmax of W x (P2). xmoe: X-MoE's router as published, the cosine of a projection with expert
-    embeddings, divided by a learnable temperature. xmoe_torchscale: X-MoE's router as coded and used for P1, with 16
-    dimensions, only the expert side normalized, and no temperature. domain: no router; each document goes to the expert
-    of its domain (DEMix, arXiv 2108.05036). smear: for encoders; the weights of all experts are averaged into one
-    expert for each sample (SMEAR, arXiv 2306.03745)."""
+    """Router. linear: softmax of W x (second MH-MoE paper). xmoe: X-MoE's router as published, the cosine of a
+    projection with expert embeddings, divided by a learnable temperature. xmoe_torchscale: X-MoE's router as coded in
+    torchscale and used for the first MH-MoE paper, with 16 dimensions, only the expert side normalized, and no
+    temperature. domain: no router; each document goes to the expert of its domain (DEMix, arXiv 2108.05036). smear: for
+    encoders; the weights of all experts are averaged into one expert for each sample (SMEAR, arXiv 2306.03745)."""
     domains: list[str] | None = Field(default=None, min_length=1)
     """Names of the experts of router `domain`, in their order: sources (`web`) or domains (`web/en`) of the data. A
-    document belongs to the expert with the name of its domain, and otherwise to the one with the name of its source."""
+    document goes to the expert with the name of its domain, or else to the one with the name of its source."""
     router_dim: int | None = Field(default=None, ge=2)
-    """Width of xmoe's projection; by default E / 2, as its authors advise. It must be at least 2: in one dimension a
-    cosine is 1 or -1, and the router learns nothing."""
+    """Width of the projection of router xmoe; by default E / 2, as its authors advise. It must be at least 2: in one
+    dimension a cosine is 1 or -1, and the router learns nothing."""
     scoring: Literal["softmax", "sigmoid"] = "softmax"
-    """Function from the router's logits to scores. softmax: over all experts. sigmoid: of each logit by itself
+    """Function that turns the router's logits into scores. softmax: over all experts. sigmoid: of each logit by itself
     (DeepSeek-V3)."""
     normalize_gates: bool = False
-    """If true, the k gates (routing weights) are divided by their sum (P1, Mixtral). By default they are the raw
-    scores (P2's code)."""
+    """If true, the k gates (routing weights) of a routed vector are divided by their sum (first MH-MoE paper, Mixtral).
+    By default they are the raw scores (code of the second MH-MoE paper)."""
     gate_scale: PositiveFloat = 1.0
-    """Factor of all gates (DeepSeek-V3's route scale)."""
+    """Factor by which all gates (routing weights) are multiplied (DeepSeek-V3's route scale)."""
     groups: PositiveInt = 1
-    """Number of equal groups of experts for group-limited routing. Only the experts of the best `top_groups` groups of
-    a row are considered. The value of a group is the sum of its two largest scores (DeepSeek-V3)."""
+    """Number of equal groups of experts for group-limited routing (DeepSeek-V3). Only the experts of the best
+    `top_groups` groups are considered for a routed vector. The value of a group is the sum of its two largest
+    scores."""
     top_groups: PositiveInt = 1
-    """Number of groups whose experts are considered for a row."""
+    """Number of groups whose experts are considered for a routed vector."""
     expert_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability in training that router smear leaves an expert out of a sample's average (0.1 in the runs of SMEAR's
     authors)."""
     jitter: float = Field(default=0.0, ge=0, lt=1)
-    """Router jitter: in training, the router's input is multiplied by factors drawn uniformly from 1 - jitter to 1 +
-    jitter."""
+    """Router jitter: in training, the router's input is multiplied by random factors, drawn uniformly from 1 - jitter
+    to 1 + jitter."""
     noise: float = Field(default=0.0, ge=0)
-    """Noise of the router: in training, its logits get normal noise with a standard deviation of this number divided by
-    E (V-MoE and AdaMV-MoE: 1)."""
+    """Noise of the router: in training, normal noise with a standard deviation of noise / E is added to its logits (1
+    in V-MoE and AdaMV-MoE)."""
     capacity_factor: PositiveFloat | None = None
-    """Capacity factor of static routing, which limits the rows of an expert in training and validation. The expert
-    capacity is this factor times k * ceil(N / E) for the N rows of a micro-batch. Rows beyond it are dropped; first
-    choices have precedence over second choices. By default routing is dropless. Serving is always dropless, so that the
-    rows of one request cannot displace those of another."""
+    """Capacity factor of static routing, which limits the rows (routed vectors) of an expert in training and
+    validation. The expert capacity is this factor times k * ceil(N / E) for the N rows of a micro-batch. Rows beyond it
+    are dropped; first choices have precedence over second choices. By default routing is dropless. Serving is always
+    dropless, so that the rows of one request cannot displace those of another."""
     second_expert: Literal["always", "random"] = "always"
     """Use of the second choice. always: keep it. random: in training, keep a second choice of weight g with probability
-    min(1, 2 g), as P1's runs did."""
+    min(1, 2 g), as the runs of the first MH-MoE paper did."""
 
     balance_weight: float = Field(default=0.01, ge=0)
     """Factor of the load balancing loss, which is summed over layers. A uniform router costs exactly this much per
     layer."""
     balance: Literal["shares", "importance_load"] = "shares"
-    """Load balancing loss. shares: each expert's mean probability times its share of the choices (both papers' code).
-    importance_load: the squared coefficients of variation of the experts' importance and of their load (V-MoE), for
-    which the router must have noise."""
+    """Load balancing loss. shares: each expert's mean probability times its share of the choices (code of both MH-MoE
+    papers). importance_load: the squared coefficients of variation of the experts' importance and of their load
+    (V-MoE), for which the router must have noise."""
     balance_choices: Literal["first", "all"] = "first"
-    """Choices that the load balancing loss counts: the first choice of each row (both papers' code), or all k."""
+    """Choices that the load balancing loss counts: the first of each row (code of both MH-MoE papers), or all k."""
     balance_over: Literal["micro_batch", "sequence", "step"] = "micro_batch"
-    """Rows over which the load balancing loss counts choices. micro_batch: the rows of a micro-batch (both papers'
-    code). sequence: those of each sequence by itself (DeepSeek-V3). step: those of all micro-batches of all ranks
-    (global batch, arXiv 2501.11873). The counts of a step are complete only at its end, so a step uses the counts of
-    the step before it; the first step has no load balancing loss."""
+    """Rows (routed vectors) over which the load balancing loss counts choices. micro_batch: the rows of a micro-batch
+    (code of both MH-MoE papers). sequence: those of each sequence by itself (DeepSeek-V3). step: those of all
+    micro-batches of all ranks (global batch, arXiv 2501.11873). The counts of a step are complete only at its end, so a
+    step uses the counts of the step before it; the first step has no load balancing loss."""
     z_weight: float = Field(default=0.0, ge=0)
     """Factor of the router z-loss, which is the mean squared log-sum-exp of the router's logits, summed over layers."""
     bias_rate: float = Field(default=0.0, ge=0)
     """Rate of load balancing without a loss. After each step, the selection bias of an expert rises by this rate if the
-    expert had fewer rows than the mean, and falls by it if the expert had more. The bias affects only the choice of
-    experts."""
+    expert had fewer rows (routed vectors) than the mean, and falls by it if the expert had more. The bias affects only
+    the choice of experts."""
 
     kernel: Annotated[KernelName, unmeasured("sonicmoe", "deepgemm", "fp8", "cuda_graphs")] = "auto"
-    """Kernel that runs routed rows through the experts (kernels/README.md). auto: the fastest kernel that the hardware
-    can run. cpp: compiled for the CPU on which it runs. capacity: the papers' static layout with its N x E x C masks,
-    for comparison."""
+    """Kernel that runs routed vectors through the experts (kernels/README.md). auto: the fastest kernel that the
+    hardware can run. cpp: compiled for the CPU on which it runs. capacity: the static layout of the MH-MoE papers, with
+    masks of N x E x C values, for comparison."""
     recompute: float | None = Field(default=None, ge=0, le=1)
-    """Share of the routes whose hidden rows are recomputed in the backward instead of kept. By default it is 0.6 if an
-    expert is at least 8 times as wide as a row, and otherwise 0. It applies to kernels grouped, grouped_gemm and
-    grouped_mm, and to auto where that selects one of them. Of the other kernels, cpp and triton keep no hidden rows,
-    and the rest keep all."""
+    """Share of the routes (choices of an expert for a routed vector) whose hidden rows are recomputed in the backward
+    pass instead of kept. By default it is 0.6 if an expert is at least 8 times as wide as a routed vector, and
+    otherwise 0. It applies to kernels grouped, grouped_gemm and grouped_mm, and to auto where that selects one of them.
+    Of the other kernels, cpp and triton keep no hidden rows, and the rest keep all."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -269,7 +272,7 @@ class MoESpec(Section):
                 raise ValueError(f"router smear has no projections: remove {key}")
 
     def expert_of_domain(self, domain: str) -> int | None:
-        """Return the number of the expert of router `domain` for a domain of the data; None if it has none."""
+        """Return the number of the expert for a domain of the data, with router `domain`; None if it has no expert."""
         assert self.domains is not None
         for name in (domain, domain.partition("/")[0]):
             if name in self.domains:
@@ -296,22 +299,23 @@ class MoESpec(Section):
 
     @property
     def kernel_limits(self) -> KernelLimits:
-        """The limits of the layer's kernel."""
+        """The limits of the kernel that runs the layer's experts."""
         return KERNELS[self.kernel]
 
     def expert_capacity(self, rows: int, top_k: int | None = None) -> int | None:
-        """Return the expert capacity for N rows: capacity_factor * k * ceil(N / E), rounded up; None if routing is
-        dropless.
+        """Return the largest number of rows (routed vectors) of an expert, rounded up; None if routing is dropless.
+
+        It is capacity_factor * k * ceil(N / E).
 
         Args:
-            rows: N.
+            rows: N, the number of rows of a micro-batch.
             top_k: k, by default that of the spec.
         """
-        # With factor 1 this is the capacity of both papers' code: 2 * ceil(N / E) for P1's top-2 routing, and
-        # k * ceil(N / E) in P2.
+        # With factor 1 this is the capacity of the code of both MH-MoE papers: 2 * ceil(N / E) for the top-2 routing of
+        # the first paper, and k * ceil(N / E) for the second.
         if self.capacity_factor is None:
             return None
-        # The factor with nine decimal places as an integer, because as binary numbers 1.1 * 10 is above 11.
+        # The factor becomes an integer with nine decimal places, because in floating point 1.1 * 10 is above 11.
         factor_digits = max(1, round(self.capacity_factor * 10**9))
         return -(-factor_digits * (top_k or self.top_k) * -(-rows // self.experts) // 10**9)
 
@@ -323,9 +327,9 @@ class MoESpec(Section):
     @property
     def routing_width(self) -> int:
         """The width Q of the projection in X-MoE's routers. Router `linear` has none and ignores it."""
-        # The first paper's code has no other width than 16.
+        # The code of the first MH-MoE paper has no other width than 16.
         return 16 if self.router == "xmoe_torchscale" else self.router_dim or max(2, self.experts // 2)
 
     def router_sizes(self, width: int) -> RouterSizes:
-        """Return the counts of the router for rows of width `width`."""
+        """Return the computation, parameters and memory of the router for rows (routed vectors) of width `width`."""
         return ROUTERS[self.router].sizes(self.experts, width, self.routing_width)

@@ -1,31 +1,31 @@
-"""The objectives of parts of a micro-batch, and their properties."""
+"""Training objectives that a part of a micro-batch may have, and the properties of each."""
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 LossKind = Literal["image", "text", "match", "caption"]
-"""Kind of a loss of an encoder: of hidden patches, of hidden tokens, of matching images with texts, or of the tokens of
-captions."""
+"""Kind of a loss of an encoder: the prediction of hidden patches (image), of hidden tokens (text) or of captions, or
+the matching of images with texts (match)."""
 
 
 class ObjectiveTraits(NamedTuple):
-    """Properties of an objective, which its samples, its checks and its plans follow."""
+    """Properties of a training objective, on which its samples, its checks and the estimates of `mhmoe plan` depend."""
 
     model: Literal["decoder", "encoder", "vision"]
-    """Kind of the models that have it."""
+    """Kind of the models that can be trained with the objective."""
     hides: bool = False
-    """True if patches and tokens are hidden, and predicted where they stood."""
+    """True if patches and tokens are hidden in the input, and predicted at their positions."""
     writes: bool = False
-    """True if each token of a text, and its end, is predicted at the position before it, from the image and the tokens
-    before."""
+    """True if the model writes texts: each token and the end of a text are predicted at the position before, from the
+    image and the earlier tokens."""
     compares: bool = False
-    """True if each image is compared with all texts of the part in the same micro-batch, so that the two are encoded
-    apart."""
+    """True if each image is compared with all texts of the part in the same micro-batch. Images and texts are then
+    encoded separately."""
     loss: LossKind | None = None
-    """Kind of its only loss; None if each of the columns has a loss."""
+    """Kind of the objective's loss, if it has a single one; None if each column (image, text) has a loss."""
 
     @property
     def needs_pairs(self) -> bool:
-        """True if its sources need an image and a text."""
+        """True if every sample must have an image and a text."""
         return self.writes or self.compares
 
 

@@ -1,4 +1,4 @@
-"""Checks that the parts of micro-batches fit the model of a run. They raise ValueError, which names the keys."""
+"""Checks that the parts of micro-batches fit the model of a run; they raise ValueError with the key to change."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def check_parts(spec: "RunSpec") -> None:
-    """Check that each part of micro-batches has an objective of the model, and that all samples are in parts."""
+    """Check that each part of micro-batches has an objective that fits the model, and that parts hold all samples."""
     sizes = [part.micro_batch_size for part in spec.data.parts.values()]
     if sizes and sum(sizes) != spec.train.micro_batch_size:
         raise ValueError(
@@ -33,7 +33,7 @@ def check_parts(spec: "RunSpec") -> None:
 
 
 def check_encoder_parts(spec: "RunSpec", encoder: EncoderSpec) -> None:
-    """Check that the parts of micro-batches give an encoder all that it has to learn."""
+    """Check that the parts of micro-batches provide what an encoder learns from, and fit the other options."""
     if not spec.data.parts:
         raise ValueError("an encoder needs data.parts: at least one with texts and one with images, or pairs")
     for part in spec.parts:
@@ -58,7 +58,7 @@ def check_encoder_parts(spec: "RunSpec", encoder: EncoderSpec) -> None:
     losses = [loss for part in spec.parts for loss in part.losses]
     if len(set(losses)) < len(losses):
         raise ValueError(f"two losses of the parts have the same name, among {', '.join(losses)}: rename a part")
-    # A start has learned to read both already.
+    # A model from another run has learned to read both images and texts already.
     if {column for part in spec.parts for column in part.columns} != {"image", "text"} and spec.start is None:
         raise ValueError(
             "an encoder needs parts with images and with texts, or with pairs, unless it starts from another run"
@@ -98,7 +98,7 @@ def check_encoder_parts(spec: "RunSpec", encoder: EncoderSpec) -> None:
 
 
 def check_vision_parts(spec: "RunSpec", vision: VisionSpec) -> None:
-    """Check that each task of a vision model has a part of its name, with the samples that it learns from."""
+    """Check that each task of a vision model has a part of the same name with samples that it can learn from."""
     if vision.tasks.keys() != spec.data.parts.keys():
         names, parts = ", ".join(vision.tasks), ", ".join(spec.data.parts) or "none"
         raise ValueError(f"model.vision.tasks are {names}, but data.parts are {parts}: give each task a part")

@@ -1,4 +1,4 @@
-"""Sections of a spec for raw text that a user names by its paths, without a spec."""
+"""Spec sections for raw text that a user gives as paths, without a spec file."""
 
 import os
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from mhmoe_ray.spec.load import apply_overrides, validate_section
 
 
 def raw_text_sections(paths: Sequence[str], overrides: Sequence[str] = ()) -> tuple[DataSpec, ClusterSpec]:
-    """Return the sections data and cluster for raw text, in which each path is a source.
+    """Return the sections data and cluster of a spec for raw text, in which each path is a source.
 
     Args:
         paths: folders, files, patterns or URLs. A source has the name of its path's last part without a pattern, with
@@ -38,6 +38,6 @@ def raw_text_sections(paths: Sequence[str], overrides: Sequence[str] = ()) -> tu
         validate_section(DataSpec, tree["data"], label, "data."),
         validate_section(ClusterSpec, tree["cluster"], label),
     )
-    # The job has another working directory.
+    # Relative paths become absolute, because the job that reads them has another working directory.
     given_paths = {"tokenizer": data.tokenizer, "chat_template": data.chat_template}
     return data.model_copy(update={key: Path.cwd() / path for key, path in given_paths.items() if path}), cluster

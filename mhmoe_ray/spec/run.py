@@ -1,4 +1,4 @@
-"""The complete spec of a run."""
+"""The complete spec of a run, with the checks that concern several sections."""
 
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -29,17 +29,17 @@ def _parse_location(value: Any) -> Location:
 
 StoragePath = Annotated[Location, PlainValidator(_parse_location), PlainSerializer(str)]
 NON_TRAINING_SECTIONS = {"cluster", "serve", "tracking"}
-"""Names of the sections that do not change what a run trains."""
+"""Names of the sections that do not change how a run trains."""
 NAME_LENGTH = 41
 NAME = rf"^[a-z0-9][a-z0-9-]{{0,{NAME_LENGTH - 1}}}$"
 
 
 class ReferenceSpec(Section):
-    """Reference model that `plan` compares the run's model with: other expert layers on the same trunk."""
+    """Reference model that `plan` compares the run's model with; only its mixture-of-experts layers differ."""
 
     name: str
     moe: MoESpec | None = None
-    """Expert layers of the reference. By default the reference is the dense model."""
+    """Mixture-of-experts layers of the reference. By default the reference is the dense model."""
 
 
 class RunSpec(Section):
@@ -52,10 +52,10 @@ class RunSpec(Section):
     seed: NonNegativeInt = 0
     """Seed of the initial weights and of the order of the data."""
     origin: str | None = None
-    """Name of the preset that the spec came from, for display only. The other keys hold all values, including those
+    """Name of the preset that the spec is based on, for display only. The other keys hold all values, including those
     that override the preset."""
     start: StartSpec | None = None
-    """Model that the run starts from. By default its weights are random."""
+    """Model whose weights the run starts from. By default the first weights are random."""
     model: ModelSpec
     reference: ReferenceSpec | None = None
     data: DataSpec
@@ -161,7 +161,7 @@ class RunSpec(Section):
 
     @property
     def expert_sizes(self) -> ExpertSizes | None:
-        """Sizes of the experts as training computes them; None for a dense model."""
+        """Sizes and type of the experts as training computes them on one rank; None for a dense model."""
         model, moe = self.model, self.model.moe
         if moe is None:
             return None
@@ -174,8 +174,9 @@ class RunSpec(Section):
         )
 
     def check_compilation(self) -> None:
-        """Check that torch.compile can compile the model, if the spec asks for it. Runs of earlier versions may have
-        specs that this one cannot train any more, but reads.
+        """Check that torch.compile can compile the model, if the spec asks for it.
+
+        This is not among the checks of a spec, so that specs of older runs can still be read.
 
         Raises:
             SpecError: the model draws random numbers.
@@ -189,7 +190,11 @@ class RunSpec(Section):
             raise SpecError("train.compile", reason, f"{fix}, or train.compile to false")
 
     def _check_chat(self, source: str) -> None:
-        """Check that conversations are trained whole and apart from each other; `source` is the name of one source."""
+        """Check that conversations are not cut in training, and do not attend to each other.
+
+        Args:
+            source: the name of a source of conversations.
+        """
         if self.data.packing != "best_fit":
             raise ValueError(
                 f"data.packing is {self.data.packing}, which cuts the conversations of data.sources.{source} anywhere: "
@@ -203,12 +208,14 @@ class RunSpec(Section):
 
     @property
     def reference_model(self) -> ModelSpec | None:
-        """The reference model, which has its own expert layers on this model's trunk; None without a reference."""
+        """The reference model, which differs from this model in its expert layers; None without a reference."""
         return None if self.reference is None else self.model.with_moe(self.reference.moe)
 
     def changed_keys(self, previous_spec: Self) -> list[str]:
-        """Return the names of the top-level keys whose values differ from those of `previous_spec`, without sections
-        that do not change the training (`NON_TRAINING_SECTIONS`)."""
+        """Return the names of the top-level keys whose values differ from those of `previous_spec`.
+
+        Sections that do not change the training (`NON_TRAINING_SECTIONS`) are ignored.
+        """
         previous_sections, current_sections = (
             spec.model_dump(mode="json", exclude=NON_TRAINING_SECTIONS) for spec in (previous_spec, self)
         )
@@ -216,8 +223,10 @@ class RunSpec(Section):
 
     @property
     def worker_counts(self) -> list[int]:
-        """The numbers of workers that the run may have, ascending. With each of them, all workers have the same number
-        of micro-batches."""
+        """The numbers of workers that the run may have, ascending.
+
+        With each of these numbers, all workers compute the same number of micro-batches.
+        """
         step = self.cluster.shard_group or self.cluster.ep
         candidate_counts = range(self.cluster.workers.min, self.cluster.workers.max + 1, step)
         return [n for n in candidate_counts if self.train.micro_batches % n == 0]
@@ -229,7 +238,7 @@ class RunSpec(Section):
 
     @property
     def computed_model(self) -> ModelSpec:
-        """The model as training computes it: with the value of `moe.recompute` that applies."""
+        """The model as training computes it: with the share `moe.recompute` that is in effect."""
         moe = self.model.moe
         if moe is None or moe.kernel_limits.kept_rows != "as configured" or not self._recomputes_experts:
             return self.model
@@ -237,15 +246,18 @@ class RunSpec(Section):
 
     @property
     def _recomputes_experts(self) -> bool:
-        """True if experts recompute their own hidden rows, whatever `moe.recompute` is."""
+        """True if experts recompute all of their own hidden rows, regardless of `moe.recompute`."""
         # With `exchange` and expert parallelism, a block is recomputed without its experts, which are spread over
         # ranks.
         return self.train.recompute == "experts" or (self.train.recompute == "exchange" and self.cluster.ep > 1)
 
     @property
     def parts(self) -> list[MicroBatchPart]:
-        """The parts of every micro-batch in their order; a single one without a name if the spec has no parts. Those of
-        a vision model have the order of its tasks."""
+        """The parts of every micro-batch, in their order.
+
+        If the spec has no parts, there is a single one without a name. The parts of a vision model have the order of
+        its tasks.
+        """
         if not self.data.parts:
             sources = tuple(self.data.sources)
             return [MicroBatchPart("", sources, self.train.micro_batch_size, "next_token", ("text",), 1.0)]
@@ -266,7 +278,10 @@ class RunSpec(Section):
 
     @property
     def has_codebook(self) -> bool:
-        """True if a part predicts hidden patches as entries of a codebook, which the preparation of data makes."""
+        """True if a part of the micro-batches predicts hidden patches as entries of a codebook.
+
+        The preparation of the data (`data prepare`) makes this codebook.
+        """
         encoder = self.model.encoder
         return (
             encoder is not None
@@ -275,7 +290,7 @@ class RunSpec(Section):
         )
 
     def image_size_of(self, source: str) -> int:
-        """Return the height and width in pixels in which the model reads the images of a source; 0 if it reads none."""
+        """Return the height and width in pixels in which the model reads a source's images; 0 if it reads no images."""
         if self.model.vision is not None:
             sizes = [self.model.vision.tasks[part.name].image_size for part in self.parts if source in part.sources]
             return sizes[0] if sizes else 0
@@ -288,39 +303,47 @@ class RunSpec(Section):
 
     @property
     def samples_per_step(self) -> int:
-        """The number of sequences per step: M x b."""
+        """The number of sequences per optimizer step: M micro-batches of b sequences."""
         return self.train.micro_batches * self.train.micro_batch_size
 
     @property
     def tokens_per_step(self) -> int:
-        """The number of predicted tokens per step: M x b x T, which includes padding with best-fit packing. For an
-        encoder, the number of positions of all images and texts."""
+        """The number of predicted tokens per optimizer step: M micro-batches of b sequences of T tokens.
+
+        With best-fit packing this includes padding. For an encoder it is the number of positions of all images and
+        texts.
+        """
         return self.train.micro_batches * self.tokens_per_micro_batch
 
     @property
     def tokens_per_micro_batch(self) -> int:
-        """The number of tokens in a micro-batch of one worker: b x T, or the positions of all its images and texts."""
+        """The number of tokens in a micro-batch: b sequences of T tokens, or the positions of all images and texts."""
         return sum(length * count for length, count in self._sample_lengths)
 
     @property
     def attention_length(self) -> float:
-        """The length of the sample that a token belongs to: T, or for an encoder the mean over all positions."""
+        """The length of the sample that a token belongs to, as a mean over all tokens.
+
+        It is T for a decoder. The tokens of an encoder are the positions of images and texts.
+        """
         return sum(length**2 * count for length, count in self._sample_lengths) / self.tokens_per_micro_batch
 
     @property
     def samples_per_token(self) -> float:
-        """The number of samples in a micro-batch for each of its tokens, or positions of an encoder."""
+        """The number of samples in a micro-batch divided by the number of its tokens (for an encoder, positions)."""
         return self.samples_per_micro_batch / self.tokens_per_micro_batch
 
     @property
     def samples_per_micro_batch(self) -> int:
-        """The number of samples in a micro-batch, over each of which attention is."""
+        """The number of samples in a micro-batch; attention is within one sample."""
         return sum(count for _, count in self._sample_lengths)
 
     @property
     def _sample_lengths(self) -> list[tuple[int, int]]:
-        """The length over which attention is, and the number of samples with it, for each part of a micro-batch. The
-        images and the texts of a contrastive part are samples of their own."""
+        """The length of a sample in tokens and the number of such samples, for each part of a micro-batch.
+
+        Attention is within one sample. The images and the texts of a contrastive part are separate samples.
+        """
         encoder, vision, lengths = self.model.encoder, self.model.vision, []
         if vision is not None:
             return [(vision.patches(vision.tasks[part.name]), part.samples) for part in self.parts]
@@ -334,8 +357,10 @@ class RunSpec(Section):
         return lengths
 
     def with_absolute_paths(self, base: Path) -> Self:
-        """Return the same spec with absolute paths. Relative paths start at `base`; addresses in an object store stay
-        the same."""
+        """Return the same spec with absolute paths.
+
+        Relative paths start at `base`. Addresses in an object store stay the same.
+        """
         data = self.data
         sources = {n: s.model_copy(update={"path": absolute_path(base, s.path)}) for n, s in data.sources.items()}
         update = {

@@ -1,5 +1,4 @@
-"""The `serve` section, for one Ray Serve application per checkpoint, and the sections of a spec that a deployment
-reads."""
+"""The `serve` section, for the Ray Serve application of a checkpoint, and all sections that a deployment reads."""
 
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
@@ -10,27 +9,30 @@ from mhmoe_ray.spec.cluster import ClusterSpec, WorkerRange
 
 
 class KeySpec(Section):
-    """Client that may send requests. `printf %s "$KEY" | sha256sum` prints the hash of its API key."""
+    """Client that may send requests, identified by the SHA-256 hash of its API key.
+
+    `printf %s "$KEY" | sha256sum` prints the hash.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,40}$")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     requests_per_minute: PositiveInt | None = None
     tokens_per_minute: PositiveInt | None = None
-    """Rate limit of the tokens of prompts and answers. A request that exceeds it is still answered. The client's next
-    requests are refused until the limit allows them again."""
+    """Limit of the tokens of prompts and answers per minute. A request that exceeds it is still answered. The client's
+    next requests are refused until the limit allows them again."""
 
 
 class EngineTraits(NamedTuple):
-    """Properties of an inference engine."""
+    """Properties of an inference engine that can serve models."""
 
     start: str
-    """Module and name of the function that starts it (`StartEngine` in serving/load.py)."""
+    """Module and name of the function that starts the engine (`StartEngine` in serving/load.py)."""
     check: str | None = None
-    """Module and name of the function of a model and a `ServeSpec` that raises ServeError if the engine is not
-    installed or cannot compute the model; None if it computes all decoders. The module does not import the engine's
-    library."""
+    """Module and name of a function that takes a model and a `ServeSpec`, and raises ServeError if the engine is not
+    installed or cannot compute the model; None if the engine computes all decoders. The module does not import the
+    engine's library."""
     has_ranks: bool = False
-    """True if a replica may have several ranks (`serve.tensor_parallel`)."""
+    """True if a replica may consist of several ranks (`serve.tensor_parallel`)."""
 
 
 ENGINES = {
@@ -39,7 +41,7 @@ ENGINES = {
         start="mhmoe_ray.serving.vllm.engine:VllmEngine", check="mhmoe_ray.serving.vllm.folder:check", has_ranks=True
     ),
 }
-"""All engines by their name in a spec (`serve.engine`)."""
+"""All inference engines by their name in a spec (`serve.engine`)."""
 if TYPE_CHECKING:
     EngineName = str
 else:
@@ -47,15 +49,15 @@ else:
 
 
 class ServeSpec(Section):
-    """Replicas of a served checkpoint, their engine, and the limits of requests."""
+    """Replicas that serve a checkpoint, their inference engine, and the limits of requests."""
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     replicas: WorkerRange = WorkerRange(min=1, max=1)
     """Number of replicas, or {min: a, max: b} to let Serve add and remove replicas by the number of requests."""
     surge: bool = True
-    """Order of an update. true: each new replica starts before an old one stops, so the cluster must have room for
-    both. false: an old replica stops taking requests before a new one starts. With a single replica, requests then
+    """Order of steps in an update. true: each new replica starts before an old one stops, so the cluster must have room
+    for both. false: an old replica stops taking requests before a new one starts. With a single replica, requests then
     wait, at most `max_waiting` of them, and they are refused if the new replica cannot start."""
     engine: EngineName = "torch"
     """Inference engine. torch: the engine of this project, on CPUs or one GPU. vllm: vLLM, which must be installed on
@@ -68,20 +70,20 @@ class ServeSpec(Section):
     """If true, each of vLLM's ranks has some of the experts. If false, each rank has a part of every expert."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the served weights and of matrix products. It may differ from the precision of training. Routing and
-    the residual stream always have float32."""
+    the residual stream are always in float32."""
     max_tokens: PositiveInt = 512
-    """Upper bound of `max_tokens` in a request. Prompt and answer together never exceed the sequence length of
-    training."""
+    """Upper bound of the number of new tokens (`max_tokens`) that a request may ask for. Prompt and answer together
+    never exceed the sequence length of training."""
     max_concurrency: PositiveInt = 32
     """Number of requests that one replica computes at the same time."""
     max_waiting: PositiveInt = 128
     """Largest number of requests that wait in one replica; further requests are refused."""
     cache_tokens: PositiveInt | None = None
     """Capacity of a replica's KV cache in tokens. The default is large enough that none of `max_concurrency` requests
-    waits for the cache."""
+    waits for space in the cache."""
     request_timeout: PositiveFloat = 600.0
     """Timeout of a request in seconds, including the time that it waits. A replica that shuts down has the same time to
-    finish the requests that are running."""
+    finish its running requests."""
     stream_interval: NonNegativeFloat = 0.05
     """Seconds between two chunks of a streamed answer. The first chunk is sent at once, and later tokens wait for the
     next chunk. If a replica has more than a dozen streams, the interval grows, up to 0.25, so that the replica sends
@@ -89,10 +91,11 @@ class ServeSpec(Section):
     separately."""
     max_body_bytes: PositiveInt | None = None
     """Largest size of the body of a request in bytes. The default is 1 MiB, and 16 MiB for models that read images. A
-    replica refuses bodies while those of unanswered requests have 32 times as many bytes, but at least 256 MiB."""
+    replica also limits the total size of the bodies of unanswered requests to 32 times this size, but at least 256 MiB,
+    and refuses further ones."""
     log_prompts: bool = False
-    """If true, replicas log the text of each prompt. If false, the log has a line for each request without any of its
-    text."""
+    """If true, replicas log the text of each prompt. If false, they log a line for each request without any text of the
+    request."""
     keys: tuple[KeySpec, ...] = ()
     """Clients that may send requests. Without any client, everybody who can reach the port may send requests.
     MHMOE_API_KEYS in the environment of `mhmoe serve deploy` adds clients, in the form NAME:KEY,NAME:KEY."""

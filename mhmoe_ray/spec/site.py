@@ -1,5 +1,7 @@
-"""The site file: a description of a cluster, from which `mhmoe cluster render` writes manifests. It does not depend on
-the spec of a run."""
+"""The site file: a description of a cluster, from which `mhmoe cluster render` writes manifests.
+
+It does not depend on the spec of a run.
+"""
 
 from typing import Annotated, Self
 
@@ -8,8 +10,10 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from mhmoe_ray.spec.base import Section
 
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,200}$")]
-"""Text that needs no quotes in a manifest or a script: it has no blanks, quotes or characters that a shell
-interprets."""
+"""Text that needs no quotes in a manifest or a script.
+
+It has no blanks, quotes or characters that a shell interprets.
+"""
 Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,30}[a-z0-9])?$")]
 # The syntax of label values on Kubernetes, which has at most 63 characters.
 LabelValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$")]
@@ -18,17 +22,18 @@ Mount = Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._-]+)+$")]
 
 
 class NodeSpec(Section):
-    """Resources of one machine, or of a pod's request."""
+    """Resources of one node: those of a machine, or those that a pod requests on Kubernetes."""
 
     cpus: PositiveInt
     memory_gib: PositiveInt
     gpus: NonNegativeInt = 0
     labels: dict[Word, Word] = Field(default_factory=dict)
-    """Labels of the Ray node, for example its rack. `cluster.domain_label` of a run's spec may be the name of one."""
+    """Labels of the Ray node, for example its rack. `cluster.domain_label` in the spec of a run may be the key of one
+    of them."""
 
 
 class GroupSpec(NodeSpec):
-    """Group of equal nodes. An autoscaler starts as many of them as are needed."""
+    """Group of nodes with equal resources. An autoscaler starts as many of them as are needed."""
 
     min: NonNegativeInt = 0
     max: PositiveInt
@@ -69,11 +74,11 @@ class CloudSpec(Section):
     For workers with GPUs it needs NVIDIA's driver, 580 or newer, and NVIDIA's container toolkit. GCP has a default with
     both. On AWS the default is Ray's, whose driver is older."""
     spot: bool = False
-    """If true, workers run on spot machines. A run continues on other nodes after the preemption of one."""
+    """If true, workers run on spot machines. If one is taken away, a run continues on other nodes."""
 
 
 class OnPremiseSpec(Section):
-    """Machines that exist already, by host name, and the user who logs in to them."""
+    """Existing machines, by host name, and the user who logs in to them."""
 
     user: Word
     head: Word
@@ -82,7 +87,7 @@ class OnPremiseSpec(Section):
 
 
 class SlurmSpec(Section):
-    """Resources of a Slurm job in which the cluster runs."""
+    """Resources of the Slurm job in which the cluster runs."""
 
     partition: Word
     account: Word | None = None
@@ -109,15 +114,15 @@ class SiteSpec(Section):
     """Path of the file with the cluster's token, on the machine that starts the cluster. On Kubernetes the operator
     creates a token instead."""
     redis: Word | None = None
-    """Address host:port of a Redis server, where the head node stores its state for a restart. Without it, a restarted
-    head node does not know the jobs that are running. Run directories record them in either case."""
+    """Address host:port of a Redis server, where the head node stores its state, so that it can be restarted. Without
+    it, a restarted head node does not know the jobs that are running. Run directories record them in either case."""
     redis_secret: Name | None = None
-    """Name of the Secret on Kubernetes that has Redis' password under the key `password`."""
+    """Name of the Kubernetes Secret that holds the password of Redis under the key `password`."""
     monitor_labels: dict[Word, LabelValue] = Field(default_factory=dict)
     """Labels of the PodMonitor on Kubernetes, by which the Prometheus operator finds it. kube-prometheus-stack looks
-    for the label `release` with the name of its own Helm release."""
+    for the label `release` with the name of its own Helm release as its value."""
     gateway: Word = "istio"
-    """Class of the Gateway on Kubernetes that shifts requests from one served version to the next."""
+    """Class of the Kubernetes Gateway that shifts requests from one served version of a model to the next."""
     aws: CloudSpec | None = None
     gcp: CloudSpec | None = None
     on_premise: OnPremiseSpec | None = None

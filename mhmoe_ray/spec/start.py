@@ -11,23 +11,25 @@ class StartSpec(Section):
     """Model that a run starts from. Its weights become the checkpoint of step 0, and training goes on from there."""
 
     from_: str | list[str] = Field(alias="from", min_length=1)
-    """Model to start from: a run (its id, the start of one, or its path; RUN@STEP names a checkpoint), the folder of a
-    checkpoint, a folder in Hugging Face's layout, or hf:ORGANIZATION/NAME. A list of models for `how: mix`. In a sweep,
-    sweep:VARIANT names another run of the sweep with the same seed."""
+    """Model to start from: a run (its id, the first characters of its id, or its path; RUN@STEP names a checkpoint),
+    the folder of a checkpoint, a folder in Hugging Face's layout, or hf:ORGANIZATION/NAME. For `how: mix` it is a list
+    of models. In a sweep, sweep:VARIANT names another run of the sweep with the same seed."""
     how: Literal["copy", "upcycle", "mix"] = "copy"
-    """Way in which the weights are taken. copy: as they are. upcycle: dense feed-forward layers become experts (copies
-    at one head, the shared expert at several), or a sparse mixture becomes MH-MoE; the logits stay the same. mix:
-    feed-forward layers of several models become the experts, and all other weights are averaged (Branch-Train-MiX)."""
+    """Way in which the run gets its weights. copy: they are copied unchanged. upcycle: dense feed-forward layers become
+    experts (copies at one head, the shared expert at several), or a sparse mixture becomes MH-MoE; the logits stay the
+    same. mix: feed-forward layers of several models become the experts, and all other weights are averaged
+    (Branch-Train-MiX)."""
     optimizer: bool = False
     """If true, the optimizer's moments and its number of updates are copied too, as for a branch of a run. By default
     the optimizer starts anew."""
     order: Literal["new", "continue"] = "new"
-    """Order of the samples. new: that of a new run. continue: each domain goes on where the run that this one starts
-    from stood, so that no sample is repeated or left out."""
+    """Order of the samples. new: that of a new run. continue: each domain continues where the run that this one starts
+    from stopped, so that no sample is repeated or left out."""
 
     new_experts: dict[str, str] = Field(default_factory=dict)
-    """Experts of router `domain` from which new ones are copied, by the name of the new one. By default a new expert is
-    the mean of all old ones. Experts that `model.moe.domains` does not name any more are left out."""
+    """For each new expert of router `domain`, the expert of the earlier model that it is copied from, by name. By
+    default a new expert is the mean of all old ones. Experts that `model.moe.domains` does not name any more are left
+    out."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -45,9 +47,9 @@ class StartSpec(Section):
 
     @property
     def sources(self) -> list[str]:
-        """The models to start from, as a list."""
+        """The names of the models to start from, as a list even if there is only one."""
         return [self.from_] if isinstance(self.from_, str) else self.from_
 
     def with_sources(self, sources: list[str]) -> Self:
-        """Return the same section with other names of the models."""
+        """Return the same section with other names of the models to start from."""
         return self.model_copy(update={"from_": sources[0] if isinstance(self.from_, str) else sources})

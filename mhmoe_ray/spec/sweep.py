@@ -12,18 +12,18 @@ from mhmoe_ray.spec.run import RunSpec
 Overrides = dict[str, Any]
 """Values by dotted key of a spec (`train.steps`), including shorthands such as `preset`."""
 RESERVED_KEYS = {"name": "it is composed of names in this file", "seed": "use seeds"}
-"""Keys of a spec that the sweep itself sets for each of its runs, with the end of the error message."""
+"""Keys of a spec that the sweep itself sets for each of its runs, each with the end of the message that refuses it."""
 
 
 class SweepSize(Section):
     """Settings that all runs of a sweep share at one size."""
 
     spec: Path
-    """Path of the spec of the runs. A relative path starts at the folder of the sweep file."""
+    """Path of the spec that all runs are based on. A relative path starts at the folder of the sweep file."""
     set: Overrides = Field(default_factory=dict)
-    """Keys that this size overrides in the spec."""
+    """Keys of the spec that this size overrides, with their values."""
     runs: dict[str, Overrides] = Field(default_factory=dict)
-    """Keys that this size overrides in single runs, by the name of the run."""
+    """Keys of the spec that this size overrides in single runs, by the name of the run."""
     only: list[str] | None = Field(default=None, min_length=1)
     """Names of the runs that exist at this size; by default all runs."""
 
@@ -34,12 +34,12 @@ class SweepSpec(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,20}$")
     """Name of the sweep, in lower-case letters, digits and dashes. The names of its runs begin with it."""
     sizes: dict[str, SweepSize] = Field(min_length=1)
-    """Sizes by name. The first size is the default."""
+    """Sizes of the sweep by name, each with a spec. The first size is the default."""
     runs: dict[str, Overrides] = Field(default_factory=dict)
-    """Keys that each run overrides, by the name of the run."""
+    """Keys of the spec that each run overrides, by the name of the run."""
     grid: dict[str, list[Any]] = Field(default_factory=dict)
-    """Values by key. Each of `runs`, or the spec itself if there are no `runs`, is run with every combination of the
-    values."""
+    """Values to try, by key of the spec. Each of `runs`, or the spec itself if there are no `runs`, is run with every
+    combination of the values."""
     seeds: list[NonNegativeInt] = Field(default=[0], min_length=1)
     concurrent: PositiveInt = 1
     """Number of runs at the same time."""
@@ -72,7 +72,7 @@ class SweepSpec(Section):
 
 
 def seeded_name(name: str, seed: int) -> str:
-    """Return the name of a sweep's run with a suffix for its seed, such as `h4-s0`."""
+    """Return the name of a run of a sweep with a suffix for its seed, such as `h4-s0`."""
     return f"{name}-s{seed}"
 
 
@@ -85,7 +85,7 @@ class SweepRun(Section):
     """One run of a sweep: a variant with one seed, and its complete spec."""
 
     variant: str
-    """Name of the run without its seed, for example h4."""
+    """Name of the run without the suffix for its seed, for example h4."""
     seed: NonNegativeInt
     spec: RunSpec
 

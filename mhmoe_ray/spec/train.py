@@ -1,5 +1,4 @@
-"""The `train` section (optimizer, learning-rate schedule, intervals of validation and checkpoints) and the `tracking`
-section."""
+"""The `train` section (optimizer, learning-rate schedule, validation, checkpoints) and the `tracking` section."""
 
 import math
 from collections.abc import Collection
@@ -11,12 +10,15 @@ from mhmoe_ray.spec.base import Precision, Section, unmeasured
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 LOSS_CHUNKS_PER_PRODUCT = 4
-"""Number of chunks of the loss whose gradients enter one product in bfloat16, because they take little memory."""
+"""Number of chunks of the loss whose gradients enter one matrix product in bfloat16.
+
+A product takes several chunks because gradients in bfloat16 need little memory.
+"""
 Recompute = Literal["none", "experts", "exchange", "block"]
 
 
 def _recompute_from_flag(value: object) -> object:
-    """Return the meaning of `recompute` in specs of earlier versions, where it was true or false."""
+    """Return the value of `recompute` that a true or false in a spec of an earlier version stands for."""
     return {True: "exchange", False: "none"}[value] if isinstance(value, bool) else value
 
 
@@ -24,8 +26,10 @@ MaskedShare = Annotated[float, Field(gt=0, lt=1)]
 
 
 class MaskingSpec(Section):
-    """Shares of texts and images that objective `masked` hides (BEiT-3, arXiv 2208.10442). Of hidden tokens, 80 % are
-    replaced by the mask token, 10 % by random tokens, and 10 % stay (BERT)."""
+    """Shares of texts and images that objective `masked` hides (BEiT-3, arXiv 2208.10442).
+
+    Of hidden tokens, 80 % are replaced by the mask token, 10 % by random tokens, and 10 % stay (BERT).
+    """
 
     text: MaskedShare = 0.15
     """Share of the tokens of a text that has no image."""
@@ -37,7 +41,7 @@ class MaskingSpec(Section):
     """Share of the patches of an image with a text."""
 
     def check_use(self, used_keys: Collection[str], patches: int) -> None:
-        """Check that each share that a spec sets is used, and that those of images hide some patches and leave some.
+        """Check that each share that a spec sets is used, and that shares of images hide some patches but not all.
 
         Args:
             used_keys: keys of the shares that the parts of micro-batches use.
@@ -61,7 +65,7 @@ class MaskingSpec(Section):
 
 
 def hidden_count(count: int, share: float) -> int:
-    """Return the number of patches or tokens to hide: a share of `count`, rounded."""
+    """Return the number of patches or tokens to hide out of `count`, for a share from 0 to 1, rounded."""
     return math.floor(share * count + 0.5)
 
 
@@ -75,30 +79,32 @@ class TrainSpec(Section):
     micro_batch_size: PositiveInt
     """b: number of sequences in one micro-batch."""
     masking: MaskingSpec = MaskingSpec()
-    """Shares of texts and images that an encoder has to predict."""
+    """Shares of texts and images that are hidden, which an encoder has to predict."""
     precision: Annotated[Precision, unmeasured("fp8", "float8", "nvfp4")] = "float32"
-    """Precision of training. bfloat16: autocast for matrix products; weights, router and loss stay float32. On a CPU it
-    is faster with AMX or AMD's AVX512_BF16. On Intel's CPUs without AMX, products take twice as long as in float32."""
+    """Precision of training. bfloat16: autocast for matrix products; weights, router and loss stay float32. On a CPU,
+    bfloat16 is faster with AMX or AMD's AVX512_BF16. On Intel's CPUs without AMX, products take twice as long as in
+    float32."""
     residual_precision: Precision = "float32"
-    """Precision of the residual stream between blocks. bfloat16 halves what recomputed blocks keep, and needs
-    `precision` bfloat16. Norms still compute in float32."""
+    """Precision of the residual stream between blocks. bfloat16 halves the memory of what recomputed blocks keep, and
+    needs `precision` bfloat16. Norms still compute in float32."""
     recompute: Annotated[Recompute, BeforeValidator(_recompute_from_flag)] = "none"
-    """Activation recomputation: part of what the forward computes is not kept, but computed again in the backward.
-    none: everything is kept, but for `model.moe.recompute`. experts: the hidden rows of experts are not kept. exchange:
-    a block keeps its input and, with expert parallelism, all from its router on, so that no row is exchanged again;
-    hidden rows of experts are not kept. block: a block keeps its input only; with expert parallelism its rows are
-    exchanged once more. exchange and block take about a third more time."""
+    """Activation recomputation: part of what the forward pass computes is not kept, but computed again in the backward
+    pass. none: everything is kept, except for `model.moe.recompute`. experts: the hidden rows of experts are not kept.
+    exchange: a block keeps its input and, with expert parallelism, everything from its router on, so that no row
+    (sub-token) is sent to experts on other ranks again; hidden rows of experts are not kept. block: a block keeps only
+    its input; with expert parallelism its rows are sent once more. exchange and block take about a third more time."""
     loss_chunk_rows: PositiveInt | None = None
-    """Number of tokens whose logits exist at a time, for the loss; by default all of a micro-batch. All logits take
-    several times micro_batch_size * seq_len * vocab_size values. With a number, the gradient of the output layer is
-    summed over chunks in float32."""
+    """Number of tokens whose logits are in memory at a time, for the loss; by default all tokens of a micro-batch. All
+    logits take several times micro_batch_size * seq_len * vocab_size values. With a number, the gradient of the output
+    layer is summed over chunks in float32."""
     compile: bool = False
-    """If true, torch.compile compiles each block: all but the products of experts, which have kernels of their own, and
-    the exchange of rows between ranks. All equal blocks share the compiled code. The model must draw no random numbers,
-    such as dropout's. In bfloat16, compiled operations round fewer values in between, so losses differ a little."""
+    """If true, torch.compile compiles each block, except for the products of experts, which have kernels of their own,
+    and the exchange of rows between ranks. All equal blocks share the compiled code. The model must draw no random
+    numbers, such as those of dropout. In bfloat16, compiled operations round fewer intermediate values, so losses
+    differ a little."""
     lr: PositiveFloat = 6e-4
     min_lr: float = Field(default=3e-5, ge=0)
-    """Learning rate at the end of the decay. Schedule `constant` does not use it."""
+    """Learning rate at the end of the schedule's decay. Schedule `constant` does not use it."""
     warmup_steps: NonNegativeInt = 375
     """Number of steps of linear warm-up from 0."""
     schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
@@ -115,9 +121,9 @@ class TrainSpec(Section):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-6
     moment_precision: Precision = "float32"
-    """Precision of AdamW's two moments. bfloat16 halves their memory and that of their part of a checkpoint. They are
-    then rounded stochastically, with random bits that do not depend on the number of workers. Updates are computed in
-    float32. It is for strategies ddp and fsdp."""
+    """Precision of AdamW's two moments, for strategies ddp and fsdp. bfloat16 halves their size in memory and in
+    checkpoints. They are then rounded stochastically, with random bits that do not depend on the number of workers.
+    Updates are computed in float32."""
     clip_norm: float = Field(default=2.0, gt=0, allow_inf_nan=True)
     """Upper bound of the global gradient norm, over all ranks and experts. .inf: no clipping."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -151,11 +157,11 @@ class TrainSpec(Section):
 
     @property
     def last_decay_step(self) -> int:
-        """The step at which a learning rate that decays reaches min_lr."""
+        """The step at which a decaying learning rate reaches min_lr."""
         return self.schedule_steps or self.steps
 
     def learning_rate(self, step: int) -> float:
-        """Return the learning rate of the update of step `step` (from 1), by the learning-rate schedule."""
+        """Return the learning rate that the schedule gives for the update of step `step`, counted from 1."""
         if step <= self.warmup_steps:
             return self.lr * step / self.warmup_steps
         if self.schedule == "constant":

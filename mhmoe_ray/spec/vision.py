@@ -1,4 +1,4 @@
-"""The `model.vision` section: a vision transformer with tasks, their heads, and the adaptive number of experts."""
+"""The `model.vision` section: a vision transformer, its tasks and their heads, and an adaptive number of experts."""
 
 from itertools import pairwise
 from typing import Annotated, Literal, Self
@@ -15,45 +15,47 @@ def _check_scale(scale: float) -> float:
 
 
 class DetectorSpec(Section):
-    """Heads that find objects: feature pyramid, region proposals, boxes with classes, and masks (Mask R-CNN, arXiv
-    1703.06870)."""
+    """Heads that find objects in images (Mask R-CNN, arXiv 1703.06870).
+
+    They are a feature pyramid, region proposals, boxes with classes, and masks.
+    """
 
     scales: list[Annotated[float, AfterValidator(_check_scale)]] = Field(default=[2, 1, 0.5], min_length=1)
     """Sizes of the maps of the feature pyramid, relative to the map of patches (ViTDet, arXiv 2203.16527): 4, 2, 1 or
     0.5, each half of the one before it."""
     width: PositiveInt = 64
-    """Number of channels of the pyramid."""
+    """Number of channels of the feature pyramid."""
     anchor_sizes: list[PositiveFloat] = Field(default=[4, 6], min_length=1)
-    """Sides of the anchors at each place of a map, in cells of that map."""
+    """Side lengths of the anchors at each place of a map of the pyramid, in cells of that map."""
     anchor_ratios: list[PositiveFloat] = Field(default=[0.5, 1, 2], min_length=1)
     """Ratios of height to width of the anchors."""
     anchor_samples: PositiveInt = 256
     """Number of anchors of an image whose losses count; half of them at most contain an object."""
     candidates: PositiveInt = 200
-    """Number of best anchors of each map that become proposals, before overlapping ones are removed."""
+    """Number of best anchors of each map that become proposals; overlapping proposals are then removed."""
     proposals: PositiveInt = 100
     """Largest number of proposals of an image."""
     box_samples: PositiveInt = 64
     """Number of proposals of an image whose losses count; half of them at most contain an object."""
     d_box: PositiveInt = 256
-    """Hidden width of the head of boxes and classes."""
+    """Hidden width of the head that predicts boxes and classes."""
     pooling_samples: PositiveInt = 2
     """Number of points along each side of a cell from which the features of a region are interpolated. With 1, training
     is faster on CPUs, where the gradient of this step uses a single core."""
     masks: bool = True
     """If true, the detector has a head for masks, and every object in its data must have a mask."""
     mask_layers: PositiveInt = 2
-    """Number of convolutions in the head of masks."""
+    """Number of convolutions in the head that predicts masks."""
     score_threshold: float = Field(default=0.05, ge=0, lt=1)
     """Lowest score of an object that is reported."""
     overlap_threshold: float = Field(default=0.5, gt=0, le=1)
-    """Overlap (intersection over union) above which the less certain of two objects of a class is left out."""
+    """Overlap (intersection over union) of two objects of a class above which the less certain one is left out."""
     max_objects: PositiveInt = 100
     """Largest number of objects that are reported for an image."""
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
-        # torchvision's pooling takes the first map for the finest one, and each next one for half of it.
+        # torchvision's pooling assumes that the first map is the finest one, and that each next one has half its size.
         if any(fine != 2 * coarse for fine, coarse in pairwise(self.scales)):
             raise ValueError("each of the scales must be half of the one before it, such as 2, 1, 0.5")
         return self
@@ -63,7 +65,10 @@ TaskName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
 def module_key(task: str) -> str:
-    """Return the name of the modules of a task. Names of tasks themselves may be those of torch's own methods."""
+    """Return the name under which a model registers the modules of a task.
+
+    The task's own name is not used, because it may be the name of a method of torch's modules.
+    """
     return f"task_{task}"
 
 
@@ -71,12 +76,12 @@ class TaskSpec(Section):
     """Task of a vision model: to classify images, or with a detector to find objects in them."""
 
     image_size: PositiveInt
-    """Height and width of an image in pixels, as the model reads it. Images to classify are cropped; those in which
-    objects are sought are filled up with grey to a square."""
+    """Height and width in pixels of an image as the model reads it. Images to classify are cropped to this size. Images
+    for detection are filled up with grey to a square."""
     classes: PositiveInt
-    """Number of classes at most: the data may have fewer, and then the outputs for the rest are never right."""
+    """Largest number of classes. The data may have fewer; then no image belongs to the remaining outputs."""
     detector: DetectorSpec | None = None
-    """Makes it a task of detection. By default it is one of classification, from the mean of all patches."""
+    """Options that make the task one of detection. By default it is classification, from the mean of all patches."""
 
     @property
     def objective(self) -> Literal["classify", "detect"]:
@@ -85,26 +90,29 @@ class TaskSpec(Section):
 
 
 class AdaptiveSpec(Section):
-    """Adaptive number of experts (AdaMV-MoE, ICCV 2023): each task has its own k, which begins with `moe.top_k` and
-    rises by one if the task's validation loss has not improved for `patience` steps. A rise that does not help is taken
-    back."""
+    """Adaptive number of experts (AdaMV-MoE, ICCV 2023), where each task of a vision model has its own k.
+
+    All k begin with `moe.top_k`. The k of a task rises by one if the task's validation loss has not improved for
+    `patience` steps. A rise that does not help is taken back.
+    """
 
     largest: PositiveInt
-    """Largest k of a task."""
+    """Largest number of experts k of a task."""
     interval: PositiveInt = 2_000
-    """Number of steps between two validations. Each is made before the next step, so none after the last one."""
+    """Number of steps between two validations. Each is made before the next step, so there is none after the last
+    step."""
     patience: PositiveInt = 5_000
-    """Number of steps without an improvement after which k changes."""
+    """Number of steps without an improvement after which a task's number of experts k changes."""
     batches: PositiveInt = 11
-    """Number of micro-batches of held-out samples of each task whose losses are summed."""
+    """Number of micro-batches of held-out samples per task whose losses are summed in a validation."""
     first_loss: PositiveFloat = 100.0
-    """Loss that the first validation is compared with."""
+    """Loss that the first validation of each task is compared with."""
     first_step: int = Field(default=40_000, ge=0)
-    """Step of the best loss until a validation has improved it."""
+    """Step from which `patience` is counted until a validation has improved on `first_loss`."""
     rule: Literal["published", "coded"] = "published"
-    """published: each task decides by itself, and a raise that did not help is taken back, after which k stays. coded:
-    as the authors' code does it. There, all tasks share the memory of the last change and the stop, and a task at the
-    largest k takes nothing back."""
+    """Rule that changes the number of experts k. published: each task decides by itself, and takes back a raise that
+    did not help, after which its k stays. coded: as in the authors' code, where all tasks share the memory of the last
+    change and of the stop, and a task at the largest k takes nothing back."""
 
 
 class VisionSpec(Section):
@@ -116,15 +124,15 @@ class VisionSpec(Section):
     patch_size: PositiveInt
     """Height and width of a patch in pixels."""
     stem: Literal["linear", "convolutions"] = "linear"
-    """Layers from pixels to patches. linear: one projection of the pixels of a patch (ViT). convolutions: 3 x 3
+    """Layers that turn pixels into patches. linear: one projection of the pixels of a patch (ViT). convolutions: 3 x 3
     convolutions of stride 2, with which a model learns faster from few images (arXiv 2106.14881); patch_size must be a
     power of 2."""
     tasks: dict[TaskName, TaskSpec] = Field(min_length=1)
     """Tasks by name; each has a part of the same name in data.parts."""
     routers: Literal["shared", "per_task"] = "per_task"
-    """Routers of a layer with experts: one for all tasks, or one for each."""
+    """Routers of a layer with experts. shared: one for all tasks. per_task: one for each task."""
     adaptive: AdaptiveSpec | None = None
-    """Makes the number of experts adaptive. By default it is moe.top_k for all tasks."""
+    """Options that make the number of experts adaptive. By default it is moe.top_k for all tasks."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -153,16 +161,19 @@ class VisionSpec(Section):
         return task.image_size // self.patch_size
 
     def patches(self, task: TaskSpec) -> int:
-        """Return the number of patches of an image of a task."""
+        """Return the number of patches in an image of this task."""
         return self.patches_per_side(task) ** 2
 
     @property
     def patch_values(self) -> int:
-        """The number of values of a patch: three for each pixel."""
+        """The number of values of a patch: three (the colours) for each pixel."""
         return 3 * self.patch_size**2
 
     def stem_widths(self, d_model: int) -> list[int]:
-        """Return the number of channels before and after each convolution of the stem: the last one has d, and each one
-        before half as many as the next."""
+        """Return the number of channels before and after each convolution of the stem.
+
+        The last convolution has d_model channels, and each earlier one has half as many as the next. The input has
+        three.
+        """
         layers = self.patch_size.bit_length() - 1
         return [3, *(max(1, d_model >> (layers - 1 - layer)) for layer in range(layers))]

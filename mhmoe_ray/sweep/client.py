@@ -1,4 +1,4 @@
-"""Client side of sweeps: start, follow and stop one from outside the cluster. The job in `job.py` starts the runs."""
+"""Client side of sweeps: start, follow and stop a sweep from outside the cluster; the job in `job.py` starts runs."""
 
 import shlex
 import time
@@ -23,7 +23,7 @@ def check_unchanged_specs(sweep_dir: SweepDir, wanted_entries: Sequence[SweepRun
 
     Args:
         sweep_dir: the sweep's directory.
-        wanted_entries: the entries that are to run.
+        wanted_entries: the runs that are to be started, with the specs that the sweep file gives them.
 
     Raises:
         SpecError: a wanted run, or another seed of its variant, was started with another spec.
@@ -57,24 +57,24 @@ def submit(
     size: str,
     concurrent: int,
 ) -> str:
-    """Order runs of a sweep: submit the job that starts them, and write the order for it.
+    """Submit the job that starts runs of a sweep, and write its order, a file that lists these runs.
 
-    The job of an earlier order ends when it sees the new order. If that job still works, the new order includes its
-    unfinished runs.
+    The job of an earlier order ends when it sees the new order. If that job is still alive, the new order includes the
+    unfinished runs of the earlier order.
 
     Args:
         sweep_dir: the sweep's directory.
         connection: the cluster.
-        entries: all entries of the sweep file.
-        wanted_names: the names of the entries that are to run.
+        entries: all runs of the sweep file, with their specs.
+        wanted_names: the names of the runs that are to be started.
         size: the name of the sweep's size.
-        concurrent: the number of runs at a time.
+        concurrent: the largest number of runs at the same time.
 
     Returns:
         The order's name.
 
     Raises:
-        JobError, ClusterError, SpecError: the cluster does not accept the job; then no order is written.
+        JobError, ClusterError, SpecError: the cluster does not accept the job. No order is written in this case.
     """
     order = Order(
         size=size,
@@ -105,12 +105,12 @@ def submit(
 
 
 def restart_job(sweep_dir: SweepDir, connection: Connection, order: Order) -> str:
-    """Submit another job for an order; runs that ended since the order was written stay as they are.
+    """Submit another job for an order; runs that ended since the order was written are not started again.
 
     Args:
         sweep_dir: the sweep's directory.
         connection: the cluster.
-        order: the order.
+        order: the order, which lists the runs to start.
 
     Returns:
         The new order's name.
@@ -127,8 +127,8 @@ def _submit_order(sweep_dir: SweepDir, connection: Connection, order: Order, *, 
     Args:
         sweep_dir: the sweep's directory.
         connection: the cluster.
-        order: the order without its job.
-        clear_stop: whether to cancel an earlier stop of the sweep, which otherwise ends this job too.
+        order: the order, which lists the runs to start; its fields about the job are filled in here.
+        clear_stop: whether to cancel an earlier stop of the sweep, which would otherwise end this job too.
     """
     name = sweep_dir.new_order_name()
     request = SweepRequest(path=str(sweep_dir.path), order=name)
@@ -143,14 +143,20 @@ def _submit_order(sweep_dir: SweepDir, connection: Connection, order: Order, *, 
 
 
 def state_of(run: RunDir) -> events.State:
-    """Return the state of a run by its events; "submitted" for a run that has no attempt yet."""
+    """Return the state of a run from its log of events; "submitted" for a run that was never started."""
     return events.state(events.read(run)) if newest_attempt_number(run) else "submitted"
 
 
 def is_to_run(name: str, run: RunDir, state: events.State, order: Order) -> bool:
-    """Return whether the job of an order still has to run a run of the sweep, which is in this state.
+    """Return whether the job of an order still has to start a run, or to wait for its end.
 
     This holds if the run has not ended, or if it failed or was stopped before the order was written.
+
+    Args:
+        name: name of the run.
+        run: directory of the run.
+        state: present state of the run.
+        order: the order, which lists the runs to start.
     """
     return not events.is_end_state(state) or (
         state != "finished" and newest_attempt_number(run) <= order.retry.get(name, 0)
@@ -158,7 +164,7 @@ def is_to_run(name: str, run: RunDir, state: events.State, order: Order) -> bool
 
 
 def _ended_attempts(sweep_dir: SweepDir, wanted_names: Sequence[str]) -> dict[str, int]:
-    """Return the number of the newest attempt of each wanted run that failed, was stopped or is stopping, by name."""
+    """Return the newest attempt's number of each wanted run that failed, was stopped or is stopping, by run name."""
     attempt_numbers = {}
     for name, run in sweep_dir.runs().items():
         if name in set(wanted_names) and (number := newest_attempt_number(run)):
@@ -169,13 +175,13 @@ def _ended_attempts(sweep_dir: SweepDir, wanted_names: Sequence[str]) -> dict[st
 
 
 def _active_order(sweep_dir: SweepDir) -> Order | None:
-    """Return the last order if its job still works; None otherwise."""
+    """Return the newest order of a sweep if its job is still alive and the sweep is not stopped; None otherwise."""
     try:
         order = sweep_dir.read_order(sweep_dir.order_names()[-1]) if sweep_dir.exists else None
         return order if order and not sweep_dir.stop_file.exists() and is_alive(order) else None
     except MhmoeError:
-        # The order's cluster does not answer, so the order counts as inactive. If its job still works, the job will end
-        # when it sees a newer order.
+        # The order's cluster does not answer, so the order counts as inactive. If its job is still alive, the job will
+        # end when it sees a newer order.
         return None
 
 
@@ -183,7 +189,7 @@ def is_alive(order: Order) -> bool:
     """Return whether the job of an order is pending or running.
 
     Raises:
-        ClusterError: its cluster does not answer.
+        ClusterError: the job's cluster does not answer.
     """
     return jobs.is_alive(connect(order.address), order.job)
 
@@ -192,10 +198,10 @@ def logged_error(order: Order) -> MhmoeError | None:
     """Return the error that the job of an order logged at its end.
 
     Returns:
-        The error; None if there is none, because the job was killed for example, or if its cluster does not know it.
+        The error; None if the job logged none (for example because it was killed), or if its cluster does not know it.
 
     Raises:
-        ClusterError: its cluster does not answer.
+        ClusterError: the job's cluster does not answer.
     """
     connection = connect(order.address)
     if jobs.status(connection, order.job) is None:
@@ -204,11 +210,11 @@ def logged_error(order: Order) -> MhmoeError | None:
 
 
 def stop(sweep_dir: SweepDir) -> tuple[dict[str, events.State], list[MhmoeError]]:
-    """Stop a sweep: running runs stop after a checkpoint, runs that do not train yet end at once, no others start.
+    """Stop a sweep: runs that train stop after a checkpoint, runs that do not train yet end at once, no others start.
 
     Returns:
-        The states that the unfinished runs had, by name; and an error for each cluster that did not answer. Workers
-            on such a cluster learn of the stop from their run directory.
+        The states that the unfinished runs had before the stop, by name; and an error for each cluster that did not
+            answer. Workers on such a cluster learn of the stop from their run directory.
 
     Raises:
         RunError: there is no such sweep.
@@ -235,7 +241,7 @@ def stop(sweep_dir: SweepDir) -> tuple[dict[str, events.State], list[MhmoeError]
 
 
 def _end_jobs(sweep_dir: SweepDir) -> dict[str, MhmoeError]:
-    """End the jobs of all orders: the job of an earlier one may be preparing text, and would then start a run.
+    """End the jobs of all orders. Even the job of an earlier order may be preparing data, and would then start a run.
 
     Returns:
         The error for the job of the last order, by its cluster's address, if that job could not be ended. Errors for
@@ -258,7 +264,10 @@ def _end_jobs(sweep_dir: SweepDir) -> dict[str, MhmoeError]:
 
 
 def _end_run(run: RunDir) -> None:
-    """End the job of a run at once, wait for its end, and record it in the run directory if the job did not."""
+    """End the job of a run at once, and wait until it has ended.
+
+    If the job did not record its end in the run directory, record the end there.
+    """
     attempt = last_attempt(run)
     connection = connect(attempt.address)
     if jobs.is_alive(connection, attempt.job):

@@ -1,8 +1,8 @@
-"""The job of a sweep, which starts its runs.
+"""The Ray job of a sweep, which starts the runs of the sweep.
 
 A run of a sweep is an ordinary run: `mhmoe status`, `logs`, `stop` and `resume` work on it, and its failure does not
-affect the others. This job may be killed and started again at any time: the runs do not depend on it. The job ends when
-a newer one takes its place.
+affect the others. This job may be killed and started again at any time: the runs do not depend on it. The job carries
+out one order, which is a file that lists the runs to start. It ends when a newer order, with its own job, replaces it.
 """
 
 import time
@@ -16,11 +16,14 @@ from mhmoe_ray.runs.sweeps import Order, SweepDir
 from mhmoe_ray.storage import location
 
 ORDER_SECONDS = 60
-"""Timeout in seconds for the order, which the submitting command writes within a moment."""
+"""Seconds for which the job waits for its order, which the submitting command writes within a moment."""
 
 
 class SweepRequest(RemoteJob[None]):
-    """Request to carry out an order of a sweep; the order itself is in the sweep's directory."""
+    """Request for the job that carries out an order of a sweep.
+
+    The order, a file that lists the runs to start, is in the sweep's directory.
+    """
 
     module: ClassVar[str] = "mhmoe_ray.sweep.job"
     kind: ClassVar[str] = "sweep"
@@ -28,7 +31,7 @@ class SweepRequest(RemoteJob[None]):
     path: str
     """Path of the sweep's directory."""
     order: str
-    """Name of the order."""
+    """Name of the order in the sweep's directory."""
 
     @property
     def sweep_dir(self) -> SweepDir:
@@ -40,7 +43,7 @@ class SweepRequest(RemoteJob[None]):
 
 
 def main() -> None:
-    """Run the job of a `SweepRequest`: wait for its order, and start the runs of the order."""
+    """Run the job of a `SweepRequest`: wait until its order is written, and start the runs that the order lists."""
     import ray
 
     from mhmoe_ray.sweep.scheduler import Sweep
@@ -61,10 +64,10 @@ def main() -> None:
 
 
 def _wait_for_order(sweep_dir: SweepDir, name: str) -> Order:
-    """Wait for the order, which the command writes after the cluster has accepted this job, and return it.
+    """Wait for the order of this job, which a command writes after the cluster has accepted the job, and return it.
 
     Raises:
-        TimeoutError: there is no such order after `ORDER_SECONDS` attempts, one per second.
+        TimeoutError: the order does not exist after `ORDER_SECONDS` attempts, one per second.
     """
     for _ in range(ORDER_SECONDS):
         if name in sweep_dir.order_names():

@@ -1,4 +1,4 @@
-"""The runs of a sweep, as complete specs."""
+"""The plan of a sweep: its training runs, each with its complete spec."""
 
 import hashlib
 import itertools
@@ -20,12 +20,13 @@ from mhmoe_ray.spec.sweep import RESERVED_KEYS, seeded_name
 def planned_runs(sweep: SweepSpec, folder: Path, size: str, overrides: Sequence[str] = ()) -> list[SweepRun]:
     """Return the runs of all variants and seeds of a sweep, with their complete specs.
 
-    All variants of a seed come before those of the next seed, so that a sweep that ends early has runs of each variant.
+    A variant has its own values for some keys of the spec. All variants of a seed come before those of the next seed,
+    so that a sweep that ends early has runs of each variant.
 
     Args:
-        sweep: the sweep, as in its file.
-        folder: the folder of that file.
-        size: the name of one of its sizes.
+        sweep: the content of the sweep file.
+        folder: the folder of the sweep file.
+        size: the name of one of the sweep's sizes, each of which has a spec that all runs share.
         overrides: `key.path=value` strings for every run.
 
     Raises:
@@ -50,7 +51,7 @@ def planned_runs(sweep: SweepSpec, folder: Path, size: str, overrides: Sequence[
 
 
 class _SeedPlanner:
-    """Resolves the specs of all runs with one seed, each after the runs that it starts from."""
+    """Resolver of the specs of all runs with one seed; a run comes after the runs from whose checkpoints it starts."""
 
     def __init__(
         self,
@@ -60,22 +61,22 @@ class _SeedPlanner:
         seed: int,
         overrides: Sequence[str],
     ) -> None:
-        """Prepare the specs.
+        """Prepare to resolve the specs of one seed.
 
         Args:
-            sweep: the sweep.
-            path: path of the common spec.
-            variants: the keys of each variant, by name.
-            seed: the seed.
+            sweep: the content of the sweep file.
+            path: path of the spec that all runs share.
+            variants: values that each variant sets, by key of the spec, for each name of a variant.
+            seed: the seed of all runs.
             overrides: `key.path=value` strings for every run.
         """
         self._sweep, self._path, self._variants = sweep, path, variants
         self._seed, self._overrides = seed, overrides
         self._specs: dict[str, RunSpec | None] = {}
-        """Specs by variant; None while a spec is resolved."""
+        """Specs by variant; None while a spec is being resolved, which reveals runs that start from each other."""
 
     def spec(self, variant: str) -> RunSpec:
-        """Return the spec of the run of a variant.
+        """Return the complete spec of the run of a variant.
 
         Raises:
             SpecError: the spec is wrong, there is no such variant, or runs start from each other in a circle.
@@ -95,7 +96,10 @@ class _SeedPlanner:
 
 
 def _variants(sweep: SweepSpec, size: SweepSize) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the name of each variant, and the keys that make it from the common spec; the grid's keys come last."""
+    """Yield the name of each variant, and the values by key that it sets in the common spec.
+
+    Values of the grid come last and take precedence.
+    """
     keys_by_name = {name: keys for name, keys in sweep.runs.items() if size.only is None or name in size.only} or {
         "": {}
     }
@@ -109,7 +113,7 @@ def _variants(sweep: SweepSpec, size: SweepSize) -> Iterator[tuple[str, dict[str
 
 
 def _shortened_name(name: str, sweep: SweepSpec) -> str:
-    """Return the name of a variant, cut to the length that names of runs allow; a cut name ends with a digest."""
+    """Return the name of a variant, cut to the length that run names allow; a cut name ends with its digest."""
     # The suffix is measured as if the largest seed had at least four digits. Otherwise a larger seed that is added
     # later could leave less room for the name and so rename the variant.
     room = NAME_LENGTH - len(seeded_name(f"{sweep.name}-", max(1000, *sweep.seeds)))
@@ -135,11 +139,11 @@ def _spec(
     """Return the spec of a run: the spec file at `path` with the variant's keys, the user's overrides, and the seed.
 
     Args:
-        sweep: the sweep.
-        path: path of the common spec.
+        sweep: the content of the sweep file.
+        path: path of the spec that all runs share.
         name: name of the variant.
-        seed: the seed.
-        keys: keys that the variant overrides.
+        seed: the seed of the run.
+        keys: values that the variant sets, by key of the spec.
         overrides: `key.path=value` strings for every run.
         find_sibling: function that returns the spec of another variant, from which this one may start.
 
@@ -156,17 +160,17 @@ def _spec(
 
 
 def start_names(entry: SweepRun) -> list[str]:
-    """Return the names of the sweep's runs that a run starts from."""
+    """Return the names of the runs of the same sweep from whose checkpoints a run starts."""
     sources = entry.spec.start.sources if entry.spec.start else []
     return [seeded_name(sweep_variant(source), entry.seed) for source in sources if source.startswith(SWEEP_PREFIX)]
 
 
 def with_run_paths(entry: SweepRun, runs: Mapping[str, RunDir]) -> RunSpec:
-    """Return the spec of a run with the checkpoints of the sweep's runs that it starts from.
+    """Return the spec of a run that names checkpoints in place of the sweep's runs from which the run starts.
 
     Args:
-        entry: the run.
-        runs: runs of the sweep by name, among them those that it starts from.
+        entry: the run with its planned spec.
+        runs: run directories of the sweep by name of the run, among them those from which this run starts.
 
     Raises:
         CheckpointError: there is no such checkpoint.
@@ -185,8 +189,15 @@ def with_run_paths(entry: SweepRun, runs: Mapping[str, RunDir]) -> RunSpec:
 
 
 def with_sweep_names(started_spec: RunSpec, entry: SweepRun) -> RunSpec:
-    """Return the spec of a started run with the sources of its entry, so that the two can be compared: a started run
-    has paths where its entry names other runs of the sweep."""
+    """Return the spec of a started run, changed so that it can be compared with the spec that the sweep plans for it.
+
+    Where the planned spec names other runs of the sweep to start from, the started run has paths of their checkpoints.
+    The result has the names again.
+
+    Args:
+        started_spec: the spec with which the run was started.
+        entry: the run with its planned spec.
+    """
     start, entry_start = started_spec.start, entry.spec.start
     if start is None or entry_start is None or len(start.sources) != len(entry_start.sources):
         return started_spec

@@ -1,4 +1,4 @@
-"""Scheduler of a sweep: which runs start when, a limited number at a time, each as a job of its own."""
+"""Scheduler of a sweep: it starts training runs, each as a Ray job of its own, and a limited number at a time."""
 
 import time
 
@@ -25,21 +25,21 @@ from mhmoe_ray.sweep.plan import start_names, with_run_paths
 
 POLL_SECONDS = 2.0
 STORAGE_SECONDS = 3600.0
-"""Time for which the storage may fail without a success in between: a sweep that takes weeks survives an outage."""
+"""Seconds for which the storage may fail without interruption, so that a sweep that takes weeks survives an outage."""
 MAX_STARTS = 3
-"""Limit of starts of a run whose jobs are killed before they record how the run ended."""
+"""Largest number of times that a run is started, if its jobs are killed before they record how the run ended."""
 
 
 class Sweep:
-    """Scheduler in one job of a sweep: it starts the runs of an order, a limited number at a time."""
+    """Scheduler of one order of a sweep: it starts the runs that the order lists, a limited number at a time."""
 
     def __init__(self, sweep_dir: SweepDir, name: str, connection: Connection) -> None:
-        """Read the order that this job is for.
+        """Read the order that this job carries out, which lists the runs to start.
 
         Args:
             sweep_dir: the sweep's directory.
-            name: the name of the order that this job is for.
-            connection: the cluster, as reached from within it.
+            name: the name of the order.
+            connection: connection to the cluster from within it.
         """
         self._sweep_dir, self._name, self._connection = sweep_dir, name, connection
         self._order = sweep_dir.read_order(name)
@@ -49,18 +49,18 @@ class Sweep:
         self._settled: set[str] = set()
         self._preparation_errors: dict[PreparedKey, MhmoeError | None] = {}
         self._token_errors: list[TokenError] = []
-        """Errors of clusters that refuse the token; this job cannot find out how their runs ended."""
+        """Errors of clusters that refuse this job's token, so that the job cannot find out how their runs ended."""
         self._retrying_caller = RetryingCaller(_print_line)
         self._is_started = False
         self._storage_failure_start: float | None = None
-        """Start of the current failures of the storage by the monotonic clock; None while it works."""
+        """Time since which the storage fails, by the monotonic clock; None while the storage works."""
 
     def run(self) -> None:
         """Start runs until all have ended, the sweep is stopped, or a newer job takes over.
 
         Raises:
-            MhmoeError: the text of some runs could not be prepared, or a cluster refuses to tell how some runs ended;
-                all other runs were started. Or the storage failed for too long.
+            MhmoeError: the data of some runs could not be prepared, or a cluster refuses to tell how some runs ended,
+                although all other runs were started. Or the storage failed for too long.
         """
         while self._has_more_work():
             time.sleep(POLL_SECONDS)
@@ -93,7 +93,7 @@ class Sweep:
         return True
 
     def _check_runs(self) -> None:
-        """Check all runs, and start the next ones while fewer than `concurrent` are alive."""
+        """Check all runs, and start the next ones while fewer than the order's `concurrent` runs are alive."""
         alive = {name for name in self._runs if self._is_alive(name)}
         for entry in self._entries:
             if len(alive) >= self._order.concurrent:
@@ -110,13 +110,13 @@ class Sweep:
 
     @property
     def _is_newest_order(self) -> bool:
-        """True if the sweep is not stopped and has no newer order, so that this job may start runs."""
+        """True if the sweep is not stopped and has no newer order than this job's, so that the job may start runs."""
         return not self._sweep_dir.stop_file.exists() and self._sweep_dir.order_names()[-1] == self._name
 
     def _wait_for_earlier_jobs(self) -> None:
         """Wait until the jobs of earlier orders have ended, except those whose cluster does not answer.
 
-        They end as soon as they see this order, but may be starting a run until then.
+        These jobs end as soon as they see this job's order, but may be starting a run until then.
         """
         silent: set[str] = set()
         for order in self._sweep_dir.earlier_orders(self._name):
@@ -130,16 +130,16 @@ class Sweep:
                 time.sleep(POLL_SECONDS)
 
     def _is_job_alive(self, order: Order) -> bool:
-        """Return whether the job of an order is alive; True also while this job's own cluster does not answer."""
+        """Return whether the job of an order is alive; True even while this job's own cluster does not answer."""
         if order.address != self._order.address:
             return jobs.is_alive(connect(order.address), order.job)
         return self._retrying_caller.call(lambda: jobs.is_alive(self._connection, order.job), True)
 
     def _is_alive(self, name: str) -> bool:
-        """Return whether a run is alive; if it has ended for good, count it as settled.
+        """Return whether a run is alive; if it has ended for good, mark it as settled, so that it is not started again.
 
-        A run counts as alive if its cluster does not answer. If the cluster refuses the token, it counts as alive until
-        it has written nothing for `QUIET_SECONDS`.
+        A run counts as alive if its cluster does not answer. If the cluster refuses the token, the run counts as alive
+        until it has written nothing for `QUIET_SECONDS`.
         """
         run = self._runs[name]
         if name in self._settled or not run.spec_file.exists() or not newest_attempt_number(run):
@@ -165,7 +165,7 @@ class Sweep:
         return False
 
     def _outcome(self, run: RunDir) -> Outcome | None:
-        """Return how a run ended; None while it runs. Its cluster may be another one than this job's, or gone."""
+        """Return how a run ended; None while it runs. The run's cluster may differ from this job's, or be gone."""
         if known_outcome := recorded_outcome(events.read(run)):
             return known_outcome
         attempt = last_attempt(run)
@@ -176,10 +176,10 @@ class Sweep:
         return self._retrying_caller.call(lambda: outcome(run, self._connection), None)
 
     def _should_restart(self, name: str, run_outcome: Outcome) -> bool:
-        """Return whether to start a run again that ended without finishing.
+        """Return whether to restart a run that ended without finishing.
 
-        It is started again if it ended before the order was written. It is also started again if its job died without
-        recording the end and this job has started it fewer than `MAX_STARTS` times.
+        A run is restarted if it ended before the order was written. It is also restarted if its job died without
+        recording the end and this job has started the run fewer than `MAX_STARTS` times.
         """
         run = self._runs[name]
         if newest_attempt_number(run) <= self._order.retry.get(name, 0):
@@ -188,9 +188,9 @@ class Sweep:
         return run_outcome.state == "failed" and known_outcome is None and self._starts.get(name, 0) < MAX_STARTS
 
     def _must_wait(self, entry: SweepRun) -> bool:
-        """Return whether a run cannot start now, because it starts from other runs that are not finished.
+        """Return whether a run cannot start now, because it starts from checkpoints of runs that are not finished.
 
-        It is settled if one of these has ended otherwise, or does not belong to the order.
+        If one of these runs ended without finishing, or does not belong to the order, the waiting run is never started.
         """
         for name in start_names(entry):
             run = self._runs.get(name)
@@ -204,12 +204,12 @@ class Sweep:
         return False
 
     def _is_prepared(self, entry: SweepRun) -> bool:
-        """Prepare the text of a run, and return whether that succeeded.
+        """Convert the raw data of a run into shards, unless they exist already, and return whether that succeeded.
 
-        A failure is printed and remembered; this job continues with runs of other text.
+        A failure is printed and remembered; this job continues with runs that read other data.
         """
-        # The text is prepared before any run that reads it starts, because two runs would otherwise prepare it at the
-        # same time.
+        # The data are prepared before any run that reads them starts, because two runs would otherwise prepare them at
+        # the same time.
         text = prepared_key(entry.spec)
         if text not in self._preparation_errors:
             try:
@@ -229,9 +229,9 @@ class Sweep:
         return self._preparation_errors[text] is None
 
     def _start(self, entry: SweepRun) -> bool:
-        """Start the run of an entry, and return whether it may be alive now; its run directory is created if missing.
+        """Start a run of the sweep, and return whether it may be alive now; its run directory is created if missing.
 
-        A run that the cluster refuses, or that was started with another spec, is settled.
+        A run that the cluster refuses, or that was started with another spec earlier, is not tried again.
         """
         run = self._runs.get(entry.name)
         try:
@@ -277,7 +277,7 @@ class Sweep:
 
 
 def _create_run(spec: RunSpec) -> RunDir:
-    """Create the run directory of an entry with its spec.
+    """Create the directory of a run of the sweep, with the run's spec.
 
     Raises:
         OSError: the storage fails, which may be temporary.

@@ -1,31 +1,31 @@
-"""Training: the driver of a run's job, and the worker that Ray Train runs for each rank.
+"""Training: the driver of a run's Ray job, and the worker that Ray Train runs for each rank.
 
     job.py               entry point of the job: record that it began, train, record how it ended
     driver.py            prepare the data and start the workers
     stream_start.py      choose the checkpoint, and so the start of the stream, for each worker group
-    resilience.py        Ray Train policies of a run: the retry policy, and the number of workers
+    resilience.py        Ray Train policies of a run: retries after failures, and the number of workers
     preemption.py        preemption of a node: the notice, and the error that ends the worker group
     worker.py            one rank: restore, train, validate, save
-    malloc.py            malloc settings of a CPU worker
+    malloc.py            settings of malloc for a worker on CPUs
     step.py              one optimizer step of M micro-batches
-    adaptive.py          the adaptive number of experts of a vision model's tasks
-    objectives/          what a micro-batch is to the model, its losses, and their validation
+    adaptive.py          the rule that adapts how many experts each task of a vision model chooses
+    objectives/          training objectives: the model's input from a micro-batch, the losses, and validation
     watchdog.py          heartbeats of the ranks, and the actor that kills the process of a rank that hangs
     worker_failures.py   record of failed workers, with the reason
     telemetry/           metrics of a run, and the systems that get them
 
-Every rank reads its own data, also within an expert-parallel group. Each rank scales its loss so that the mean of the
-ranks' gradients is the gradient of the step's loss. The parts of that loss are reduced over the M micro-batches like
-this:
+Every rank reads its own data, even within an expert-parallel group. Each rank scales its loss so that the mean of the
+ranks' gradients is the gradient of the step's loss. The losses are reduced over the M micro-batches of a step like
+this (b samples of T tokens each):
 
     | loss           | reduction over a step                                                                        |
     | -------------- | -------------------------------------------------------------------------------------------- |
-    | token loss     | sum over counted targets, divided by their number; with best-fit packing ranks sum that      |
+    | token loss     | sum over targets that count, divided by their number; with best-fit packing ranks sum that   |
     |                | number before their first backward, else it is M * b * T                                     |
     | routing losses | mean over micro-batches, each over all its rows, padding included                            |
-    | validation     | sum over counted held-out targets, divided by their number                                   |
-    | encoder,       | sum over losses of parts: weight times the mean over all targets of the loss in the step;    |
-    |   vision model | the targets of a vision model are images                                                     |
+    | validation     | sum over held-out targets that count, divided by their number                                |
+    | encoder,       | sum over all losses of the micro-batch's parts (`data.parts`): weight times the mean over    |
+    |   vision model | all targets of the loss in the step; the targets of a vision model are images                |
 
-A target counts unless it is padding.
+Targets do not count if they are padding, or if the model only reads them, like the question in a chat.
 """

@@ -1,13 +1,15 @@
-"""The adaptive number of experts of AdaMV-MoE (ICCV 2023): a task raises its own k while its validation loss stalls.
+"""The adaptive number of experts of AdaMV-MoE (ICCV 2023): a task raises its own k if its validation loss stalls.
 
-The rule is applied to the tasks one after another, at each validation. With L the loss of the task, and s the step:
+k is the number of experts that a task of a vision model chooses for each token. The rule is applied to the tasks one
+after another, at each validation. With L the loss of the task, and s the step:
 
     L < best:                        best = L, best_step = s, changed = False
     else, s - best_step > patience:  if changed: k = k - 1, and k stays from now on
                                      else: k = k + 1, unless k is the largest; changed = True
 
-As published, `changed` and the stop belong to the task. As coded, all tasks share them, `changed` stays true after a
-reduction, and a task at the largest k does nothing, so that its last raise is never taken back.
+In the paper (rule `published`), each task has its own `changed`, and the k of one task may stay while others change. In
+the authors' code (rule `coded`), all tasks share `changed` and the decision that k stays. There, `changed` stays true
+after a reduction, and a task at the largest k does nothing, so that its last raise is never taken back.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,36 +21,37 @@ from mhmoe_ray.spec import AdaptiveSpec
 
 
 class TopKChange(NamedTuple):
-    """Change of the number of experts of a task."""
+    """Change of the number of experts that a task of a vision model chooses for each token."""
 
     task: str
     top_k: int
-    """The new number."""
+    """New number of experts."""
 
 
 class TaskState(BaseModel):
-    """State of one task."""
+    """State of the adaptive rule for one task: its number of experts, and its best validation loss so far."""
 
     top_k: int
     best_loss: float
     best_step: int
     has_changed: bool = False
-    """True if k was changed and the loss has not improved since. With rule `coded`, that of the first task counts."""
+    """True if k was changed and the loss has not improved since. With rule `coded`, all tasks use the value of the
+    first task."""
     is_stopped: bool = False
-    """True if k stays. With rule `coded`, that of the first task counts."""
+    """True if k no longer changes. With rule `coded`, all tasks use the value of the first task."""
 
 
 class AdaptiveState(BaseModel):
-    """State of the rule, which checkpoints have."""
+    """State of the adaptive rule for all tasks, which is saved in checkpoints."""
 
     tasks: dict[str, TaskState]
 
 
 class AdaptiveTopK:
-    """Rule that chooses the number of experts of each task."""
+    """Rule that adapts the number of experts k of each task to its validation loss."""
 
     def __init__(self, spec: AdaptiveSpec, tasks: Sequence[str], top_k: int) -> None:
-        """Create the rule in its first state.
+        """Create the rule in its initial state, in which all tasks choose `top_k` experts.
 
         Args:
             spec: options of the rule.
@@ -61,19 +64,20 @@ class AdaptiveTopK:
 
     @property
     def top_k(self) -> dict[str, int]:
-        """The number of experts of each task."""
+        """The number of experts that each task chooses for a token, by the task's name."""
         return {name: task.top_k for name, task in self.state.tasks.items()}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from the state in a checkpoint."""
+        """Replace the state of the rule by the one in a checkpoint, to continue a run."""
         self.state = AdaptiveState.model_validate(state)
 
     def update(self, step: int, losses: Mapping[str, float]) -> list[TopKChange]:
-        """Apply the rule after a validation, and return the changes.
+        """Apply the rule after a validation, and return the changes of tasks' numbers of experts.
 
         Args:
             step: number of steps done.
-            losses: summed validation loss of each task; tasks without held-out samples are left out.
+            losses: validation loss of each task, summed over micro-batches; tasks without held-out samples are left
+                out.
         """
         previous_top_k = self.top_k
         for name, loss in losses.items():

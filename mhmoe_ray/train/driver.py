@@ -1,4 +1,4 @@
-"""Driver of a run's job: prepare missing data, and train with Ray Train's workers."""
+"""Driver of a training job: it prepares missing data, and then trains with the workers of Ray Train."""
 
 import os
 from pathlib import Path
@@ -34,11 +34,11 @@ def train_run(run: RunDir, attempt: int) -> None:
     The training ends with the last step of the spec or, at a user's request, earlier.
 
     Args:
-        run: the run.
+        run: run directory.
         attempt: number of the attempt (a submit or a resume) that this job executes.
 
     Raises:
-        MhmoeError: the data, a checkpoint or the training failed; the message holds the reason of a failed worker.
+        MhmoeError: the data, a checkpoint or the training failed; if a worker failed, the message holds the reason.
     """
     spec = run.spec()
     _prepare_data(run, spec)
@@ -95,20 +95,21 @@ def train_run(run: RunDir, attempt: int) -> None:
 
 
 def _prepare_data(run: RunDir, spec: RunSpec) -> None:
-    """Prepare the data if its folder is missing, verify it, and copy its tokenizer and chat template into the run
-    directory.
+    """Prepare (tokenize) the data if its folder is missing, verify it, and copy its small files into the run directory.
+
+    The small files are the tokenizer and the chat template or, for a vision model, the names of its classes.
 
     Raises:
-        DataError: the data is damaged, does not fit the spec, or has another tokenizer or chat template than the run
-            began with.
+        DataError: the data is damaged, does not fit the spec, or has other small files than the run began with.
     """
     folder = spec.data.prepared
     if not folder.exists():
         events.record(run, "preparing", folder=str(folder))
     manifest = prepare(spec)
     verify_shards(folder, manifest)
-    # The result is not used. A mistake in the mixture raises here with one clear message; otherwise it would raise
-    # later, in a task of the stream. Without start.json, the run has not begun.
+    # `training_order` is called only for its checks, and its result is not used. A mistake in the mixture of sources
+    # raises here with one clear message; otherwise it would raise later, in a task of the stream. A run without
+    # start.json has not begun, so its start is planned from the spec.
     record = read_start(run) or plan_start(spec)
     training_order(spec, manifest, record.samples_before if record else None)
     prepared_files: dict[str, tuple[Path, Location, str | None]] = {}
@@ -130,7 +131,7 @@ def _prepare_data(run: RunDir, spec: RunSpec) -> None:
 
 
 def _ray_storage(run: RunDir) -> dict[str, Any]:
-    """Return the arguments of `ray.train.RunConfig` for the folder of Ray Train's own files."""
+    """Return the arguments of `ray.train.RunConfig` that set the folder for Ray Train's own files."""
     if isinstance(run.ray, ObjectPath):
         system, path = run.ray.filesystem
         return {"storage_filesystem": system, "storage_path": path}
@@ -143,9 +144,9 @@ def _worker_resources(spec: RunSpec) -> dict[str, float]:
 
 
 def _training_error(run: RunDir, error: Exception) -> MhmoeError:
-    """Return the error for the user, which names the root cause of an error that Ray Train raised.
+    """Return an error for the user that names the root cause of an error of Ray Train.
 
-    If the root cause is an error of this package, it is returned itself. Otherwise the result is a `JobError` with the
+    If the root cause is an error of this package, that error is returned. Otherwise the result is a `JobError` with the
     reason in one line.
     """
     if isinstance(error, ray.train.WorkerGroupError):

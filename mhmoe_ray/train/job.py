@@ -1,4 +1,4 @@
-"""Entry point of a run's job: record its start, train, and record in the run directory how it ended."""
+"""Entry point of the Ray job that trains a run: it records its start, trains, and records how the training ended."""
 
 import os
 import socket
@@ -13,7 +13,10 @@ from mhmoe_ray.storage import location
 
 
 class TrainRequest(RemoteJob[None]):
-    """Request to train one attempt of a run. Its result is in the run directory: checkpoints, metrics and events."""
+    """Request for a Ray job that trains one attempt of a run, which is a submit or a resume.
+
+    The job returns nothing. Its results are in the run directory: checkpoints, metrics and events.
+    """
 
     module: ClassVar[str] = "mhmoe_ray.train.job"
     kind: ClassVar[str] = "train"
@@ -36,7 +39,10 @@ class TrainRequest(RemoteJob[None]):
 
 
 def main() -> None:
-    """Run the job of a `TrainRequest`, unless the run has a newer attempt; exit with the error's code if it fails."""
+    """Train as the job's `TrainRequest` asks, unless the run has a newer attempt; after an error, exit with its code.
+
+    An attempt is a submit or a resume of the run.
+    """
     request = TrainRequest.received()
     run, attempt = request.run, request.attempt
     with logging_errors():
@@ -76,7 +82,7 @@ def _train_and_record(run: RunDir, attempt: int) -> None:
 
 
 def _record_end(run: RunDir, attempt: int, kind: Literal["failed", "stopped"], reason: str) -> None:
-    """Record how this attempt ended, unless the run has a newer attempt.
+    """Record as an event of the run how this attempt to train it ended, unless the run has a newer attempt.
 
     If the event cannot be written, the storage error and the reason are printed to the job's log instead.
     """

@@ -1,8 +1,9 @@
 """Settings of the C library that make malloc keep freed memory on a CPU worker.
 
 A training step allocates the same large tensors as the previous step. By default glibc returns each of them to the
-system and maps it again, at one page fault per 4 KiB. Training runs in a thread of its own, where glibc does so for all
-of them. With these settings they stay in one heap of huge pages and are reused (figures: kernels/README.md).
+system and maps it again, at one page fault per 4 KiB. Training runs in a thread of its own, where glibc does this with
+all large tensors. With these settings, their memory stays in one heap of huge pages and is reused (measurements:
+kernels/README.md).
 """
 
 import sys
@@ -20,7 +21,7 @@ _SETTINGS = {
 
 
 def malloc_settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment variables for a process that trains on CPUs; none if the system is not Linux.
+    """Return environment variables that configure malloc for training on CPUs; none if the system is not Linux.
 
     Args:
         environment: environment of this process; variables that it already has are left out and keep their value.

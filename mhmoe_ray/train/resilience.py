@@ -39,9 +39,10 @@ from mhmoe_ray.spec import RunSpec
 
 
 def missing_resources(spec: RunSpec) -> str:
-    """Return one line that says why the cluster has no room for the smallest number of workers of a run.
+    """Return one line on why the cluster has no room for the smallest number of workers with which a run can start.
 
-    The line names the resources that its nodes lack or, if the nodes are large enough, says that others use them.
+    The line names the resources that the cluster's nodes lack. If the nodes are large enough, the line tells that
+    others use their resources.
     """
     cluster, node_resources = spec.cluster, [node["Resources"] for node in ray.nodes() if node["Alive"]]
     nodes = [Node("", resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in node_resources]
@@ -50,9 +51,10 @@ def missing_resources(spec: RunSpec) -> str:
 
 
 def record_waiting(run: RunDir, spec: RunSpec) -> None:
-    """Record that the workers wait for resources, and which ones the cluster lacks, unless this is recorded already.
+    """Record as an event that the workers wait for resources, and which ones the cluster lacks.
 
-    Ray Train retries without end and reports nothing. If the event cannot be recorded, a warning is printed.
+    Ray Train itself retries without end and reports nothing. While a wait is already recorded, nothing is added. If the
+    event cannot be recorded, a warning is printed.
     """
     try:
         if events.state(events.read(run)) != "waiting":
@@ -70,7 +72,7 @@ class NonRetryableFailurePolicy(DefaultFailurePolicy):
     """Retry policy for failures of a worker group: errors that would occur again are not retried.
 
     These are errors of this package that a worker raised, for example a gradient that is not finite. All other
-    failures are retried within the spec's limit: workers that were killed, and errors of storage or of a checkpoint,
+    failures, such as killed workers, are retried within the spec's limit. So are errors of storage or of a checkpoint,
     because the storage may come back.
     """
 
@@ -79,9 +81,9 @@ class NonRetryableFailurePolicy(DefaultFailurePolicy):
         self._run, self._spec = run, spec
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
-        """Return whether to retry after this error or to raise it; before a retry, wait for the storage.
+        """Decide whether to retry after this error or to raise it; before a retry, wait for the storage.
 
-        If the workers could not start in time, it is recorded that they wait for resources.
+        If the workers could not start in time, an event records that they wait for resources.
         """
         if isinstance(getattr(training_failed_error, "controller_failure", None), WorkerGroupStartupTimeoutError):
             record_waiting(self._run, self._spec)
@@ -110,7 +112,7 @@ def _wait_for_storage(run: RunDir) -> None:
 
 
 def package_error(error: Exception) -> MhmoeError | None:
-    """Return the first error of this package that a rank raised, from an error of Ray Train; None if there is none."""
+    """Return the first error of this package among the ranks' errors in an error of Ray Train; None without any."""
     # All ranks are searched, because any rank may hold the error: when one rank fails, the others fail too, in their
     # collective operations with it.
     rank_errors = getattr(error, "worker_failures", {}).values()
@@ -128,11 +130,11 @@ class DivisorScalingPolicy(ElasticScalingPolicy):
         self._run, self._spec, self._last_step, self._worker_counts = run, spec, spec.train.steps, spec.worker_counts
         self._considered_step, self._is_waiting = -1, False
         self._held_workers: int | None = 0
-        """Number of workers whose resources this run itself holds, so that they are not among the free ones; None while
-        this is unknown, because a failed worker group may still hold its resources."""
+        """Number of workers whose resources this run holds itself; the cluster does not count these resources as free.
+        None while the number is unknown, because a failed worker group may still hold its resources."""
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
-        """Return a decision to grow if there is a new checkpoint and room for more workers, else to do nothing."""
+        """Decide to grow if there is a new checkpoint and room for more workers, and otherwise to do nothing."""
         # Ray's request for resources expires unless it is repeated, so it is sent at every poll.
         self._maybe_send_resource_request()
         self._held_workers = None
@@ -158,7 +160,7 @@ class DivisorScalingPolicy(ElasticScalingPolicy):
         )
 
     def make_decision_for_non_running_worker_group(self) -> Any:
-        """Return a decision to start as many workers as possible or, if there are too few resources, to wait.
+        """Decide to start as many workers as possible or, if there are too few resources, to wait.
 
         The beginning of a wait is recorded as an event.
         """
@@ -178,8 +180,8 @@ class DivisorScalingPolicy(ElasticScalingPolicy):
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         """Return the largest allowed number of workers for which there are resources; 0 if no allowed number fits.
 
-        Nodes count that are alive and not draining. Unless a failed worker group may still hold resources, only free
-        resources count. One CPU is left for the data stream.
+        Only nodes that are alive and not draining count. Of their resources, only free ones and this run's own count,
+        unless a failed worker group may still hold some. One CPU is left for the data stream.
         """
         # Ray's own count uses `reserved_resources`, which may be 20 s old. Since then nodes may have died, or others
         # may have taken resources. So the nodes are read anew here.
@@ -201,7 +203,7 @@ class DivisorScalingPolicy(ElasticScalingPolicy):
 
 
 class RunTrainer(TorchTrainer):
-    """Ray Train trainer with a run's retry policy and, if the run is elastic, its scaling policy."""
+    """Ray Train trainer with a retry policy and, if the number of workers is a range, a scaling policy of its own."""
 
     def __init__(self, run: RunDir, spec: RunSpec, **options: Any) -> None:
         super().__init__(_train_worker, **options)

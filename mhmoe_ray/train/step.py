@@ -1,4 +1,4 @@
-"""Optimizer step: gradients of M micro-batches over all ranks, then one update.
+"""Optimizer step: gradients of M micro-batches, accumulated over all ranks, and then one update of the weights.
 
 This module uses neither Ray nor files.
 """
@@ -30,34 +30,37 @@ from mhmoe_ray.train.objectives import Environment, LossSums, Objective, build_o
 
 
 class RankSums(NamedTuple):
-    """Sums over this rank's micro-batches of a step."""
+    """Losses, routes and traffic of one training step, summed over the micro-batches of one rank."""
 
     targets: int
-    """Number of targets that count, over all ranks; of an encoder, the number of patches and tokens that it reads."""
+    """Number of targets (predicted tokens) that count in the loss, over all ranks. For an encoder or a vision model, it
+    is the number of patches and tokens that the model reads."""
     loss: float
-    """Loss in nats, summed over targets that count, of all terms."""
+    """Sum of all terms of the loss over all targets that count, in nats for a decoder."""
     balance: float
-    """Balance loss, summed over micro-batches and layers."""
+    """Load balancing loss of the experts, summed over micro-batches and layers."""
     dropped: int
-    """Number of routes dropped because the expert capacity was used up, over all layers."""
+    """Number of routes (choices of an expert) that were dropped because the expert's capacity was used up, over all
+    layers."""
     count_LE: Tensor
-    """Number of kept routes per layer and expert, int64."""
+    """Number of kept routes to each expert of each layer, int64."""
     part_sums_P2: Tensor
-    """Sum and number of targets of each loss in `RunSpec.loss_names`, float64; P is 0 if the spec names no parts."""
+    """Sum of each of the P losses in `RunSpec.loss_names`, and the number of its targets, float64. P is 0 if the spec
+    has no `data.parts`."""
     sent_bytes: SentBytes = SentBytes()
     """Bytes that expert-parallel dispatch sent to other ranks."""
     least_bytes: int = 0
-    """Smallest number of bytes that flat dispatch can send for this rank's tokens; summed over ranks, a lower bound of
-    `sent_bytes.rows`."""
+    """Smallest number of bytes that flat dispatch (every route as a row of its own) can send for this rank's tokens.
+    Summed over ranks, it is a lower bound of `sent_bytes.rows`."""
     wait_seconds: float = 0.0
-    """Seconds that this rank waited for rows of other ranks."""
+    """Seconds that this rank waited for rows (sub-tokens sent to experts) of other ranks."""
 
 
 class Update(NamedTuple):
     """Result of one optimizer update."""
 
     norm: float
-    """Norm of the whole gradient before clipping."""
+    """Norm of the gradient of all parameters before clipping."""
     lr: float
     """Learning rate of the step."""
     applied: bool
@@ -88,8 +91,10 @@ class Trainer:
             mesh: mesh of this rank; its world size must divide the spec's `micro_batches`.
             device: device of this rank.
             start_token: the token that precedes every document; needed if the model has `document_masks`.
-            on_progress: called after each micro-batch and after each tensor of a checkpoint or of the initial weights.
-            codebook: entries of the codebook, for an encoder with image_targets codebook.
+            on_progress: called after each micro-batch and after each tensor of a checkpoint or of the initial weights,
+                so that the watchdog sees progress.
+            codebook: vectors of the codebook of image patches, (entries, values), for an encoder with `image_targets:
+                codebook`; otherwise None.
 
         Raises:
             SpecError: the kernel cannot run on this device, torch.compile cannot compile the model, or a package that
@@ -120,18 +125,18 @@ class Trainer:
         self.strategy = build_strategy(self.model, mesh, spec, self._initialize_weights)
         environment = Environment(spec, mesh, device, self._run_model, lambda: self.on_progress())
         self.objective: Objective[Any, Any] = build_objective(environment, self.model, start_token, codebook)
-        """Objective of the run, a `NextToken`, `Masked` or `Tasks`."""
+        """Training objective of the run: a `NextToken`, `Masked` or `Tasks`."""
         self.step = 0
         self.tokens = 0
         """Number of targets that counted in the steps so far, over all ranks."""
         self.before_update: Callable[[], None] = lambda: None
-        """Callback that is called when the state is about to change."""
+        """Callback before each update of weights and moments. A checkpoint in progress uses it to finish its copy."""
         self.skipped = 0
         """Number of steps so far whose updates were not applied."""
         self.skipped_in_a_row = 0
         """Number of consecutive steps up to now whose updates were not applied."""
         self.updates_before = 0
-        """Number of updates of the optimizer before step 0, in the runs whose moments this run continues."""
+        """Number of optimizer updates in earlier runs, if this run continues with their AdamW moments; otherwise 0."""
 
     def _initialize_weights(self, model: Trunk) -> None:
         model.to_empty(device=self.device)
@@ -143,8 +148,8 @@ class Trainer:
         The gradients are neither clipped nor applied yet; `update` does that. The result has this rank's sums of the
         loss, the route counts and the bytes sent.
 
-        Every target of a loss has the same weight in the step's loss, whatever the padding of its micro-batch. Padding
-        is routed like any token. So the balance loss, the expert capacity and the route counts include it: they
+        Every target of a loss has the same weight in the step's loss, however much padding its micro-batch has. Padding
+        is routed like any token. So the balance loss, the expert capacity and the route counts include padding: they
         describe the rows that experts compute.
 
         Args:
@@ -205,21 +210,21 @@ class Trainer:
 
     @property
     def _autocast(self) -> torch.autocast:
-        """Autocast context of the run's precision."""
+        """Autocast context with the precision of the spec (`train.precision`)."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.train.precision == "bfloat16")
 
     @contextmanager
     def _weight_casts(self) -> Iterator[None]:
-        """Context of a step's micro-batches, in which weights that this rank holds whole are cast for products once."""
+        """Context for a step's micro-batches, in which unsharded weights are cast to autocast's dtype only once."""
         layers = self.strategy.whole_layers()
         try:
             with self._autocast:
                 for layer in layers:
                     layer.step_casts = layer.cast_weights()
             with ExitStack() as contexts:
-                # Autocast keeps its casts until its outermost context ends. In the inner one, only `forward` has
-                # autocast. Casts of gathered weights must not be kept, so with shards there is no context around that
-                # of `forward`.
+                # Autocast keeps its casts until its outermost context ends, so the outer context here keeps them for
+                # the whole step. The inner one leaves autocast to `forward` alone. Casts of gathered weights must not
+                # be kept, so with shards there is no context around that of `forward`.
                 if self.strategy.holds_whole_weights:
                     contexts.enter_context(self._autocast)
                     contexts.enter_context(torch.autocast(self.device.type, enabled=False))
@@ -229,16 +234,19 @@ class Trainer:
                 layer.step_casts = None
 
     def zero_counts(self) -> Tensor:
-        """Return zeros for the counts of routes per layer and expert, (L, E), int64; E is 0 for a dense model."""
+        """Return zeros to which counts of routes to each layer's experts are added, (L, E), int64.
+
+        E is 0 for a dense model.
+        """
         moe = self.spec.model.moe
         return torch.zeros(self.spec.model.moe_layers, moe.experts if moe else 0, dtype=torch.int64)
 
     def _update_routers(self, moe: MoESpec, rank_count_LE: Tensor) -> None:
-        """Update what routers learn from counts: the biases of the choice, and the shares of the load balancing loss.
+        """Update the selection biases of routers, and the expert shares for the balance loss, from the route counts.
 
         Args:
-            moe: spec of the layers.
-            rank_count_LE: routes of this rank per layer and expert, in this step.
+            moe: spec of the mixture-of-experts layers.
+            rank_count_LE: number of this rank's routes to each expert of each layer, in this step.
         """
         # Routes are summed over all ranks, so that the result is the same for any number of ranks.
         count_LE = rank_count_LE.to(self.device, copy=True)
@@ -251,7 +259,7 @@ class Trainer:
                 layer.router.share_E.copy_(count_E / count_E.sum())
 
     def update(self, sums: RankSums) -> Update:
-        """Clip the accumulated gradients, apply them unless their norm is not finite, and count the step.
+        """Clip the accumulated gradients, update the weights if the gradients' norm is finite, and count the step.
 
         A step whose update is skipped counts as done, too.
 
@@ -259,8 +267,8 @@ class Trainer:
             sums: result of `accumulate`.
 
         Raises:
-            JobError: the norm is not finite, on all ranks alike, and the spec does not skip such steps, or more than
-                `MAX_SKIPPED_STEPS` consecutive steps were skipped.
+            JobError: the norm is not finite, and either the spec does not skip such steps, or more than
+                `MAX_SKIPPED_STEPS` consecutive steps were skipped. All ranks raise it.
         """
         lr = self.spec.train.learning_rate(self.step + 1)
         self.before_update()
@@ -281,16 +289,16 @@ class Trainer:
         return Update(norm, lr, applied)
 
     def forward(self, batch: Any, noise: Noise | None = None) -> Any:
-        """Return the losses and the routing of a micro-batch in the run's precision (`Objective.run`).
+        """Run the model on a micro-batch in the run's precision, and return its losses and routing (`Objective.run`).
 
         Args:
-            batch: micro-batch of the objective.
+            batch: micro-batch as `Objective.receive` returns it.
             noise: random numbers of the micro-batch, for training; None for validation.
         """
         return self.objective.run(batch, noise)
 
     def _run_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model in the run's precision, through the strategy if gradients are enabled."""
+        """Call the model in the run's precision, through the parallel strategy's module if gradients are enabled."""
         with self._autocast:
             model = self.strategy.module if torch.is_grad_enabled() else self.model
             return model(*args, **kwargs)

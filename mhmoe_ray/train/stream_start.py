@@ -1,7 +1,7 @@
-"""Start of the training stream: each worker group resumes at the newest intact checkpoint.
+"""Start of the stream of training samples: each worker group resumes at the newest intact checkpoint.
 
-All nodes of the cluster share the hashing of the checkpoint's files: a single node would read terabytes for an hour. An
-actor imports this file, so nothing here needs torch.
+A checkpoint is intact if the hashes of its files are right. All nodes of the cluster share the hashing, because a
+single node would read terabytes for an hour. An actor imports this file, so nothing here needs torch.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,14 +21,14 @@ from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import FileEntry, Location, describe_files, remove_tree
 
 SINGLE_NODE_BYTES = 4 << 30
-"""Bytes below which this process hashes all files itself, because other nodes must start a process first."""
+"""Total bytes of files below which this process hashes all of them, as other nodes must start a process first."""
 
 
 def describe_on_all_nodes(files: Sequence[Location]) -> Iterable[FileEntry]:
-    """Return the size and hash of each file, in order, as they become known.
+    """Return the size and hash of each file, in the order of the files, as an iterable that may still be computing.
 
-    From `SINGLE_NODE_BYTES` on, each live node of the cluster hashes a share of the files, which must be visible to all
-    nodes.
+    If the files have `SINGLE_NODE_BYTES` or more in all, each live node of the cluster hashes a share of them. All
+    nodes must be able to read the files.
     """
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     if len(nodes) == 1 or sum(file.stat().st_size for file in files) < SINGLE_NODE_BYTES:
@@ -59,16 +59,16 @@ class ResumingDataConfig(ray.train.DataConfig):
         """Prepare the data config, which preserves the order of the stream.
 
         Args:
-            run: the run.
+            run: run directory.
             spec: spec of the run.
-            attempt: number of the attempt that this job executes.
+            attempt: number of the attempt (a submit or a resume) that this job executes.
             watchdog: handle of the watchdog actor, which gets a report for each hashed file.
         """
         super().__init__(execution_options=ray.data.ExecutionOptions(preserve_order=True))
         self._run, self._spec, self._attempt, self._watchdog = run, spec, attempt, watchdog
 
     def configure(self, datasets: Any, world_size: int, *args: Any, **kwargs: Any) -> Any:
-        """Choose the checkpoint, record it, and return the stream from its position on for each worker.
+        """Choose the checkpoint to resume from, record it, and return each worker's stream from its position on.
 
         Ray Train calls this once for each worker group, when the first rank asks for the stream. Uncommitted
         checkpoints of earlier worker groups are removed. Of `datasets` only the names are used.

@@ -4,9 +4,10 @@ Ray Train then restarts the workers from the newest checkpoint. The watchdog run
 stopped, or whose node swaps, cannot detect this itself, and the other ranks wait for it in a collective operation
 without an error. Ray's own health check finds a dead process, not a hanging one.
 
-A rank hangs if it sends no heartbeat for the timeout (`cluster.hang_seconds`), or if no rank makes progress for that
-long and it is behind the others. A straggler, which is a slow rank that still makes progress, is left alone: the other
-ranks wait for it in every step. With expert parallelism, the metric `exchange_wait` of each rank shows that time.
+A rank hangs if it sends no heartbeat for the timeout (`cluster.hang_seconds`). If no rank makes progress for that long,
+the ranks that are behind the others hang. A straggler, which is a slow rank that still makes progress, is left alone:
+the other ranks wait for it in every step. With expert parallelism, the metric `exchange_wait` of each rank shows that
+time.
 """
 
 import asyncio
@@ -36,7 +37,7 @@ Phase = Literal["restoring", "training", "validating", "saving"]
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """Process of a rank, with the fields by which the "started" event records it and the watchdog finds it."""
+    """Process of a rank, as the event "started" records it and as the watchdog identifies it."""
 
     rank: int
     pid: int
@@ -49,20 +50,21 @@ class WorkerInfo:
 
     @classmethod
     def current(cls, rank: int) -> "WorkerInfo":
-        """Return the fields of the current process, which is the process of `rank`."""
+        """Return the `WorkerInfo` of the current process, which runs as `rank`."""
         start_time = psutil.Process().create_time()
         return cls(rank, os.getpid(), start_time, socket.gethostname(), ray.get_runtime_context().get_node_id())
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a rank, which each of its heartbeats carries."""
+    """Progress of a rank in training, which each of its heartbeats carries to the watchdog."""
 
     worker_info: WorkerInfo
     activity: int = 0
-    """Counter of all work that the rank finishes, in any thread."""
+    """Counter of all pieces of work that the rank has finished, in any thread."""
     training_progress: int = 0
-    """Counter of finished training work, which grows equally on all ranks; writing a checkpoint does not count."""
+    """Counter of finished pieces of training work, such as micro-batches, which grows equally on all ranks. Writing a
+    checkpoint does not count."""
     step: int = 0
     phase: Phase = "restoring"
 
@@ -70,11 +72,11 @@ class Progress:
 class Heartbeat(AbstractContextManager["Heartbeat"]):
     """Heartbeat of a rank: a thread that sends the rank's progress to the watchdog every `HEARTBEAT_SECONDS`.
 
-    It starts when the context is entered and ends with the context.
+    The thread starts when the context is entered, and ends with the context.
     """
 
     def __init__(self, watchdog: Any, worker_info: WorkerInfo) -> None:
-        """Prepare the heartbeat.
+        """Prepare the heartbeat; its thread starts when the context is entered.
 
         Args:
             watchdog: handle of the watchdog actor.
@@ -88,7 +90,7 @@ class Heartbeat(AbstractContextManager["Heartbeat"]):
         self._thread = Thread(target=self._send_heartbeats, name="heartbeat", daemon=True)
 
     def report_phase(self, step: int, phase: Phase) -> None:
-        """Report the step and the phase that this rank has reached; this counts as progress of training.
+        """Report the step and the phase that this rank has reached; this counts as progress in training.
 
         Args:
             step: number of the last finished step.
@@ -97,15 +99,15 @@ class Heartbeat(AbstractContextManager["Heartbeat"]):
         self._update(step=step, phase=phase)
 
     def report_progress(self) -> None:
-        """Report progress of training itself, within a step and a phase."""
+        """Report that this rank has finished a piece of training work, such as a micro-batch, within a phase."""
         self._update()
 
     def report_side_progress(self) -> None:
-        """Report progress of work beside training, for example of writing a checkpoint."""
+        """Report that this rank has finished a piece of work beside training, such as a part of a checkpoint."""
         self._update(training_progress=0)
 
     def _update(self, training_progress: int = 1, **changes: Any) -> None:
-        """Count one activity and `training_progress`, and set the fields of `Progress` in `changes`."""
+        """Add 1 to the counter `activity` and `training_progress` to the counter of that name; set other fields."""
         with self._lock:
             progress = self._progress
             self._progress = replace(
@@ -142,7 +144,10 @@ class _RankRecord:
 
 
 class Watchdog:
-    """Class of the watchdog actor, which `start` creates."""
+    """Ray actor that watches the heartbeats of all ranks, and kills the process of a rank that hangs.
+
+    `start` creates the actor.
+    """
 
     def __init__(self, run: str, timeout: float) -> None:
         """Prepare a watchdog that knows no rank yet.
@@ -164,7 +169,7 @@ class Watchdog:
         return actor
 
     async def receive(self, progress: Progress) -> None:
-        """Receive a heartbeat of a rank; the first one makes the watchdog watch this rank."""
+        """Receive a heartbeat of a rank; the watchdog watches a rank from its first heartbeat on."""
         current_time = time.monotonic()
         previous_record = self._records.get(progress.worker_info)
         progress_time = (
@@ -175,13 +180,13 @@ class Watchdog:
         self._records[progress.worker_info] = _RankRecord(progress, current_time, progress_time)
 
     async def report_shared_progress(self) -> None:
-        """Count progress for all ranks, because work that all of them wait for makes progress."""
+        """Count progress for all ranks. The job calls this for work that all ranks wait for, such as hashing files."""
         current_time = time.monotonic()
         for record in self._records.values():
             record.progress_time = current_time
 
     async def forget(self, worker_info: WorkerInfo) -> None:
-        """Stop watching a rank, because it ends."""
+        """Stop watching a rank. A rank calls this when it ends, because it will send no more heartbeats."""
         self._records.pop(worker_info, None)
 
     async def watch(self) -> None:
@@ -202,9 +207,9 @@ class Watchdog:
     def _hung_ranks(self, current_time: float) -> list[_RankRecord]:
         """Return the ranks that hang.
 
-        These are the ranks without a heartbeat for the timeout. If there are none, and no rank has made progress for
-        that long, these are the ranks that are behind the others. In a collective operation that no rank leaves, these
-        are all ranks.
+        A rank hangs if it has sent no heartbeat for the timeout. If all ranks send heartbeats but none has made
+        progress for that long, the ranks that are behind the others hang. If all are stuck in the same collective
+        operation, all of them hang.
         """
         records = list(self._records.values())
         silent_ranks = [r for r in records if current_time - r.heartbeat_time > self._timeout]
@@ -218,8 +223,8 @@ class Watchdog:
     async def _kill_rank(self, record: _RankRecord, current_time: float) -> None:
         """Kill the process of a rank that hangs, and record this as an event.
 
-        No event is recorded if the process no longer exists: ranks of a worker group that Ray ended send no heartbeat
-        either.
+        No event is recorded if the process no longer exists: Ray may have ended the worker group, and then its ranks
+        send no heartbeat either.
         """
         progress, worker_info = record.progress, record.progress.worker_info
         self._records.pop(worker_info, None)

@@ -41,7 +41,7 @@ from mhmoe_ray.train.watchdog import Heartbeat, WorkerInfo
 
 
 def combine_digests(digests: Iterable[int]) -> str:
-    """Return one hexadecimal digest for the micro-batches of a step, given in the step's order."""
+    """Return one hexadecimal digest for a step from the digests of its micro-batches, given in the step's order."""
     data = b"".join(d.to_bytes(DIGEST_BYTES, "little") for d in digests)
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
@@ -58,8 +58,8 @@ def train_worker(config: dict[str, Any]) -> None:
     Ray Train calls this on each worker.
 
     Args:
-        config: `run`, the path of the run directory; `attempt`, the number of the attempt; and `watchdog`, the watchdog
-            actor.
+        config: `run`, the path of the run directory; `attempt`, the number of the attempt (a submit or a resume); and
+            `watchdog`, the handle of the watchdog actor.
     """
     run = RunDir(location(config["run"]))
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -69,7 +69,7 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 def _set_up_logging(rank: int) -> None:
-    """Configure log lines that begin with a time and the rank."""
+    """Configure the logger so that each line begins with the time and the rank."""
     # Each line has its time with an offset from UTC, because `mhmoe logs --since` may run on a machine in another time
     # zone.
     handler = logging.StreamHandler()
@@ -84,7 +84,7 @@ def _set_up_logging(rank: int) -> None:
 
 
 class Worker:
-    """Worker of one rank: it restores the checkpoint of the start when it is created, and `train` does the rest."""
+    """Training on one rank: creating the object restores the checkpoint to start from, and `train` runs all steps."""
 
     def __init__(self, run: RunDir, spec: RunSpec, attempt: int, heartbeat: Heartbeat) -> None:
         # Ray starts a worker with one thread for torch, whatever number of CPUs the worker has.
@@ -109,7 +109,7 @@ class Worker:
         adds_start = True
         if start_checkpoint:
             restore(self.trainer, *start_checkpoint)
-            # Tokens at the edges of a text stay those of the model that the run started from.
+            # A run that starts from another model keeps that model's end tokens, and its choice about start tokens.
             ends |= set(start_checkpoint[1].ends)
             adds_start = start_checkpoint[1].adds_start
         self.saver = Saver(run, self.trainer, self.group, heartbeat.report_side_progress, ends, adds_start)
@@ -130,7 +130,7 @@ class Worker:
         )
 
     def train(self) -> None:
-        """Train until the last step or until the user stops the run, and close the telemetry also after an error."""
+        """Train until the last step or until the user stops the run. Close the telemetry even after an error."""
         try:
             self._train()
         except BaseException:
@@ -146,7 +146,7 @@ class Worker:
         """Train step by step, and validate, report metrics and save checkpoints at the steps that the spec names.
 
         Raises:
-            PreemptedError: a node of the worker group is preempted; a checkpoint has been saved.
+            PreemptedError: a node of the worker group is preempted; a checkpoint was saved before.
         """
         spec, trainer = self.spec, self.trainer
         held_out_samples = trainer.objective.load_validation(self.data)
@@ -154,8 +154,9 @@ class Worker:
         counts_LE = trainer.zero_counts()
         stop_requested = False
         while trainer.step < spec.train.steps and not stop_requested:
-            # Tasks change before a step and not after one. A checkpoint then has the model of its validation loss, and
-            # a run that is continued after its last step changes as one of that length does.
+            # The tasks' numbers of experts change before a step and not after one. The model in a checkpoint is then
+            # the one whose validation loss the checkpoint states. And a run that is made longer after its last step
+            # changes these numbers as a run of the full length does.
             objective = trainer.objective
             task_metrics = self._adapt(objective, held_out_samples) if isinstance(objective, Tasks) else {}
             step_start = time.monotonic()
@@ -195,7 +196,7 @@ class Worker:
         self.saver.wait()
 
     def _validate(self, held_out_samples: Any) -> dict[str, Any]:
-        """Return the metrics of a validation on the held-out samples of the objective."""
+        """Validate on held-out samples, and return the metrics: the loss, its number of targets, and losses by part."""
         validation = self.trainer.objective.validate(held_out_samples)
         line: dict[str, Any] = {metrics.VAL_LOSS: validation.loss, metrics.VAL_TOKENS: validation.targets}
         if validation.part_losses:
@@ -203,7 +204,10 @@ class Worker:
         return line
 
     def _adapt(self, objective: Tasks, held_out_samples: Mapping[str, HeldOutTaskSamples]) -> dict[str, Any]:
-        """Change the tasks' numbers of experts if the spec asks for it; return the metrics with these numbers."""
+        """Adapt how many experts each task of a vision model chooses, and return these numbers as metrics.
+
+        Nothing changes, and there are no metrics, unless the spec makes the numbers adaptive.
+        """
         for change in objective.adapt(held_out_samples, self.trainer.step):
             if self.rank == 0:
                 events.record(self.run, "adapted", step=self.trainer.step, task=change.task, top_k=change.top_k)
@@ -211,9 +215,10 @@ class Worker:
         return {} if objective.adaptive is None else {metrics.TASK_TOP_K: objective.adaptive.top_k}
 
     def _agree_on_start(self) -> tuple[int, tuple[Location, CheckpointManifest] | None]:
-        """Return the number of this worker group, and the checkpoint to restore or None; all ranks get the same.
+        """Return the number of this worker group, and the checkpoint to restore (None to start anew).
 
-        The training stream begins at this checkpoint: `ResumingDataConfig` chose it and recorded it as an event.
+        All ranks get the same result. The training stream begins at this checkpoint: `ResumingDataConfig` chose it and
+        recorded it as an event.
         """
         choice: tuple[int, tuple[Location, CheckpointManifest] | None] | None = None
         if self.rank == 0:
@@ -231,7 +236,7 @@ class Worker:
         return agreed_choice
 
     def _stream(self) -> Iterator[dict[str, np.ndarray]]:
-        """Yield the columns of this rank's micro-batches as the stream has them.
+        """Yield this rank's micro-batches from the training stream, each as arrays by the name of their column.
 
         Raises:
             DataError: a micro-batch is not the next one of the training order.
@@ -255,8 +260,9 @@ class Worker:
         """Gather the step's metrics of all ranks, in one collective operation.
 
         Returns:
-            The line of the step's metrics; the routes per layer and expert over all ranks; the shares of time that this
-            rank waited; whether a stop is requested; and whether a node of the worker group is preempted.
+            The line of the step's metrics; the number of routes to each layer's experts, over all ranks; the shares of
+            the step's time that this rank waited; whether a stop is requested; and whether a node of the worker group
+            is preempted.
 
         Raises:
             CheckpointError: a checkpoint could not be written; raised on all ranks at the same step.
@@ -335,9 +341,9 @@ class Worker:
 
 
 def _node_domains(spec: RunSpec, worker_infos: list[WorkerInfo]) -> list[str] | None:
-    """Return the domain of each rank's node, which is the node's label; None if the spec names no label.
+    """Return the network domain (such as a rack) of each rank's node, which is the value of a label of the Ray node.
 
-    All nodes without the label are one domain.
+    All nodes without the label are one domain. The result is None if the spec names no label.
     """
     label = spec.cluster.domain_label
     if label is None:
@@ -347,7 +353,7 @@ def _node_domains(spec: RunSpec, worker_infos: list[WorkerInfo]) -> list[str] | 
 
 
 class _TimedBatches:
-    """Iterator over the next `count` micro-batches of a stream, which measures the wait for them and their digests."""
+    """Iterator over the next `count` micro-batches of a stream, which times the waits and collects digests."""
 
     def __init__(self, stream: Iterator[dict[str, np.ndarray]], count: int, objective: Objective[Any, Any]) -> None:
         self._stream, self._remaining, self._objective = stream, count, objective
@@ -366,7 +372,7 @@ class _TimedBatches:
 
 
 def _gather_objects(value: Any) -> list[Any]:
-    """Return the values that all ranks pass, in the order of ranks; every rank gets the same list."""
+    """Gather one object from each rank, and return them in the order of ranks; every rank gets the same list."""
     if not dist.is_initialized():
         return [value]
     objects: list[Any] = [None] * dist.get_world_size()
@@ -375,7 +381,7 @@ def _gather_objects(value: Any) -> list[Any]:
 
 
 def _gather_numbers(numbers: torch.Tensor) -> torch.Tensor:
-    """Return the vectors that all ranks pass, (world, len(numbers)), on the CPU; every rank gets the same result."""
+    """Gather one vector from each rank into a CPU tensor, (world size, len(numbers)); every rank gets the same."""
     if not dist.is_initialized():
         return numbers[None]
     device = ray.train.torch.get_device()

@@ -1,6 +1,6 @@
 """Record of failed workers: the rank that is the root cause, the reason, and the last lines of its log.
 
-Ray Train restarts the worker group without reporting this, and its logs are gone with the cluster.
+Ray Train restarts the worker group without reporting any of this, and Ray's logs are lost when the cluster ends.
 """
 
 import re
@@ -35,7 +35,7 @@ class WorkerFailureCallback(ray.train.UserCallback):
         self._last_failure: tuple[frozenset[int], float] = frozenset(), 0.0
 
     def after_exception(self, run_context: object, worker_exceptions: Mapping[int, Exception]) -> None:
-        """Record the failure of these ranks, with the reason and the last log lines of the rank that caused it."""
+        """Record an event for failed ranks, with the reason and the last log lines of the rank that caused it."""
         if all(isinstance(error, PreemptedError) for error in worker_exceptions.values()):
             # The workers have recorded the preemption themselves, as an event.
             return
@@ -75,8 +75,8 @@ def original_errors(failures: Mapping[int, Exception]) -> dict[int, Exception]:
 def root_cause_rank(errors: Mapping[int, Exception]) -> int:
     """Return the rank whose failure caused the failures of the others.
 
-    A rank with an error of this package comes first, then a rank whose process is gone, then a rank that failed outside
-    of a collective operation. Of equal ranks the lowest is returned.
+    A rank with an error of this package is the most likely cause, then a rank whose process is gone, then a rank that
+    failed outside of a collective operation. Among equally likely ranks, the lowest is returned.
     """
 
     def priority(rank: int) -> tuple[bool, bool, bool, int]:
@@ -97,7 +97,10 @@ def root_cause_rank(errors: Mapping[int, Exception]) -> int:
 
 
 def failure_reason(error: Exception) -> str:
-    """Return the reason of a failure in one line, of at most 500 characters unless it is an error of this package."""
+    """Return the reason of a worker's failure in one line.
+
+    The line has at most 500 characters, unless the error is one of this package, whose message is kept whole.
+    """
     if hasattr(error, "health_check_failure"):
         error = error.health_check_failure
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -115,9 +118,9 @@ def failure_reason(error: Exception) -> str:
 
 
 def _recorded_worker(run: RunDir, rank: int) -> dict[str, Any]:
-    """Return the recorded process of a rank of the current worker group.
+    """Return the process of a rank of the current worker group, with the fields that the event "started" recorded.
 
-    The result is empty if the worker group has not started yet: its processes are not recorded then.
+    The result is empty if the worker group has not started yet, because its processes are not recorded before.
     """
     # Any of these events after "started" means that the recorded processes are of an earlier worker group.
     event_kinds = ("began", "restoring", "started", "lost", "preempted")
@@ -127,9 +130,9 @@ def _recorded_worker(run: RunDir, rank: int) -> dict[str, Any]:
 
 
 def _last_lines(worker: Mapping[str, Any]) -> list[str]:
-    """Return the last lines that a process wrote, at most `LOG_LINES` of them; none if its node is gone.
+    """Return the last lines that a worker's process wrote, at most `LOG_LINES` of them; none if its node is gone.
 
-    The lines are from its stderr, or from its stdout if it wrote nothing to stderr.
+    The lines are from stderr, or from stdout if the process wrote nothing to stderr.
     """
     from ray.util.state import get_log
     from ray.util.state.exception import RayStateApiException

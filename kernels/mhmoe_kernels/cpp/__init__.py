@@ -1,7 +1,7 @@
 """SwiGLU experts in bfloat16 as one fused C++ kernel for CPUs.
 
-The hidden layer stays in the cache, forward and backward. The kernel is compiled at its first use, in two seconds, if
-the machine has a compiler. The base install needs none.
+The hidden layer stays in the cache, in the forward and in the backward. The kernel is compiled at its first use, in two
+seconds, if the machine has a compiler. The base install needs no compiler.
 
     build.py      compilation of this folder's kernels for the CPU
     autograd.py   the kernels as a torch autograd function
@@ -32,7 +32,7 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def is_faster(sizes: ExpertSizes) -> bool:
-    """Return whether this kernel can compute these experts on this machine's CPU, and is faster than `grouped`.
+    """Return whether this kernel can compute these experts on this machine's CPU, and faster than kernel `grouped`.
 
     It is faster on CPUs with AMX; kernels/README.md has the measurements.
     """
@@ -56,7 +56,7 @@ def run_sorted(x_RD: Tensor, count_E: Tensor, weights: ExpertWeights) -> Tensor:
     Raises:
         ValueError: the kernel does not compute these experts or sizes.
         TypeError: rows or weights are not bfloat16.
-        RuntimeError: `unavailable_reason` gives a reason.
+        RuntimeError: the kernel cannot run on this machine; the message is the `unavailable_reason`.
     """
     _check(x_RD, weights)
     from mhmoe_kernels.cpp.autograd import swiglu_sorted
@@ -66,8 +66,8 @@ def run_sorted(x_RD: Tensor, count_E: Tensor, weights: ExpertWeights) -> Tensor:
 
 
 def _check(x_RD: Tensor, weights: ExpertWeights) -> None:
-    """Raise the errors of `run_sorted`."""
-    # An unsupported problem is reported before an unsupported machine: another machine would not help.
+    """Raise one of the errors that `run_sorted` lists if the kernel cannot compute these rows and experts."""
+    # Unsupported experts are reported before an unsupported machine, because another machine would not help.
     limits = KERNELS["cpp"]
     if weights.function.name != limits.function:
         raise ValueError("kernel cpp computes SwiGLU experts only")

@@ -1,4 +1,4 @@
-"""The compiled SwiGLU experts as a torch autograd function."""
+"""The compiled C++ kernel of SwiGLU experts as an autograd function of torch."""
 
 import ctypes
 from collections.abc import Callable
@@ -13,7 +13,9 @@ from mhmoe_kernels.operators import compiled_operator
 
 
 def swiglu_sorted(x_RD: Tensor, count_E: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
-    """Return down(silu(gate(x)) * up(x)) with the expert of each row; all tensors are bfloat16, D and F are even.
+    """Return down(silu(gate(x)) * up(x)) for each row x, computed by the row's expert.
+
+    Rows and weights must be bfloat16, and D and F must be even.
 
     Args:
         x_RD: rows; the first count_E[0] belong to expert 0, and so on.
@@ -48,7 +50,7 @@ _swiglu: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = _SwiGLU.ap
     fake=lambda x_RD, *_: torch.empty_like(x_RD),
 )
 def _forward(x_RD: Tensor, count_E: Tensor, *weights: Tensor) -> Tensor:
-    """Return the outputs; all tensors are contiguous."""
+    """Return the experts' outputs for sorted rows; all tensors must be contiguous."""
     y_RD = torch.empty_like(x_RD)
     sizes = _sizes(weights[0])
     scratch = _scratch_memory(library().forward_bytes, *sizes[1:])
@@ -62,7 +64,7 @@ def _forward(x_RD: Tensor, count_E: Tensor, *weights: Tensor) -> Tensor:
     fake=lambda dy_RD, count_E, *tensors: tuple(map(torch.empty_like, tensors)),
 )
 def _backward(dy_RD: Tensor, count_E: Tensor, x_RD: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients of the rows and of the weights; all tensors are contiguous."""
+    """Return the gradients of the rows and of the weights; all tensors must be contiguous."""
     dx_RD, *gradients = (torch.empty_like(t) for t in (x_RD, *weights))
     sizes = _sizes(weights[0])
     scratch = _scratch_memory(library().backward_bytes, *_pointers(count_E), *sizes)

@@ -1,4 +1,4 @@
-"""Compilation of this folder's kernels for the CPU of this machine; the user's cache folder keeps the library."""
+"""Compilation of this folder's C++ kernels for this machine's CPU; the user's cache folder keeps the library."""
 
 import ctypes
 import hashlib
@@ -21,11 +21,11 @@ FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-fopenmp", "-Wall", "-W
 
 
 class BuildError(Exception):
-    """Error with the reason, in one line, why the kernels cannot be built or loaded."""
+    """Error whose message is the reason, in one line, why the kernels cannot be built or loaded."""
 
 
 def library() -> ctypes.CDLL:
-    """Return the compiled kernels; the first call builds them.
+    """Return the library of the compiled kernels; the first call builds and loads it.
 
     Raises:
         BuildError: this machine cannot build or load the kernels.
@@ -38,7 +38,7 @@ def library() -> ctypes.CDLL:
 
 @cache
 def _library_or_error() -> ctypes.CDLL | BuildError:
-    """Return the library, or the error if it cannot be built or loaded."""
+    """Build and load the library and return it, or return the error if this fails."""
     # The error is returned, not raised, so that it is cached too: otherwise each layer would try the build again.
     try:
         path = _ensure_built()

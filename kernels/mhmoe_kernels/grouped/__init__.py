@@ -1,8 +1,9 @@
 """Kernel `grouped`: it sorts routes by expert, runs each expert once on its contiguous rows, and restores the order.
 
-It runs on any device. Both kinds of experts have a hand-written backward, which keeps less than autograd, or nothing.
+It runs on any device. Both kinds of experts have a hand-written backward. For it, the forward keeps fewer activations
+than autograd would, or none.
 
-    pieces.py   pieces of sorted rows
+    pieces.py   division of sorted rows into pieces
     swiglu.py   SwiGLU experts
     gelu.py     GELU experts with SubLN
 """

@@ -1,8 +1,9 @@
-"""GELU experts with SubLN, once each on their rows.
+"""GELU experts with SubLN (an inner LayerNorm); each expert runs on its own contiguous rows.
 
 With h heads a row has width d/h, and there are h times as many hidden values in all, so passes over the hidden layer
-cost more than products. On a CPU, rows therefore pass in pieces whose hidden layer stays in the cache. The backward
-keeps the input of the GELU, one value where autograd keeps three, or nothing for recomputed rows.
+cost more than products. On a CPU, rows are therefore computed in pieces whose hidden layer stays in the cache. The
+forward keeps only the input of the GELU for the backward, one value where autograd keeps three. For recomputed rows it
+keeps nothing.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from mhmoe_kernels.permutation import widen
 
 
 def gelu_sorted(x_RD: Tensor, count_E: Tensor, weights: tuple[Tensor, ...], eps: float, recompute: float) -> Tensor:
-    """Return fc2(norm(gelu(fc1(x)))) with the expert of each row.
+    """Return fc2(norm(gelu(fc1(x)))) for each row x, computed by the row's expert.
 
     Args:
         x_RD: rows; the first count_E[0] belong to expert 0, and so on.
@@ -81,7 +82,7 @@ _GELU_WEIGHTS = (
 def _gelu_forward(
     x_RD: Tensor, count_E: Tensor, eps: float, recompute: float, *weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the outputs, and the kept rows of the GELU's input."""
+    """Return the experts' outputs, and the rows of the GELU's input that are kept for the backward."""
     fc1_EFD, fc1_bias_EF, norm_EF, norm_bias_EF, fc2_EDF, fc2_bias_ED = weights
     width = fc1_EFD.shape[1]
     pieces = _gelu_pieces(x_RD, count_E, fc1_EFD, recompute)
@@ -115,7 +116,7 @@ def _gelu_backward(
     dout_RD = dout_RD.contiguous()
     dx_RD = torch.empty_like(x_RD)
     fc1_sum, fc2_sum = GradientAccumulator(fc1_EFD), GradientAccumulator(fc2_EDF)
-    # Gradients of vectors are summed in float32. The norm's own backward would sum the gradients of its weight and
+    # Gradients of vectors are summed in float32. torch's backward of the norm would sum the gradients of its weight and
     # bias in bfloat16, which makes them wrong by 7 to 30 % over 4,000 rows.
     vectors = [torch.zeros_like(widen(w)) for w in (fc1_bias_EF, norm_EF, norm_bias_EF, weights[-1])]
     dfc1_bias_EF, dnorm_EF, dnorm_bias_EF, dfc2_bias_ED = vectors

@@ -1,7 +1,8 @@
-"""Pieces of rows that are sorted by expert, and sums over the pieces of an expert.
+"""Division of rows that are sorted by expert into pieces, and sums over the pieces of an expert.
 
-A piece runs on its window, which may reach into the rows after the piece. Those rows' own piece runs later and
-overwrites the outputs there. Zeros keep those rows out of sums over rows.
+A piece is a range of rows of one expert that are computed together. It is computed on a window, which may also have
+some rows after the piece. Those rows' own piece runs later and overwrites their outputs. Zeros keep those rows out of
+sums over rows.
 """
 
 from collections.abc import Iterator
@@ -11,16 +12,16 @@ import torch
 from torch import Tensor
 
 MAX_PIECE_ROWS = 1024
-"""Largest number of rows of a piece whose hidden layer is not kept, or should stay in the cache."""
+"""Largest number of rows of a piece, if its hidden layer is recomputed or should stay in the cache."""
 
 CACHE_BYTES = 4 << 20
-"""Bytes of a piece's hidden rows that should stay in a CPU's cache.
+"""Largest number of bytes of a piece's hidden layer, so that it stays in a CPU's cache.
 
 4 MiB was the fastest of 1 to 8 MB for GELU experts with F/D of 4 and of 60, in float32 and in bfloat16.
 """
 
 WINDOW_STEPS = 32
-"""Number of different window sizes from one power of two to the next.
+"""Number of different window sizes (in rows) from one power of two to the next.
 
 A CPU's libraries compile a kernel for each number of rows, so few sizes mean few compilations. With 32, a window has
 less than 1/32 (3.1 %) more rows than its piece.
@@ -28,7 +29,7 @@ less than 1/32 (3.1 %) more rows than its piece.
 
 
 class Piece(NamedTuple):
-    """Range of rows of one expert that pass through it at the same time, as part of a window that may be longer."""
+    """Range of rows of one expert that are computed together, as the first rows of a window that may be longer."""
 
     expert: int
     start: int
@@ -40,7 +41,7 @@ class Piece(NamedTuple):
     is_last: bool
     """True for the last piece of the expert."""
     keeps_hidden: bool
-    """True if the hidden rows are kept from forward to backward."""
+    """True if the hidden activations of the rows are kept from forward to backward."""
 
     @property
     def window(self) -> slice:
@@ -60,12 +61,12 @@ class Piece(NamedTuple):
 def split_into_pieces(counts: list[int], recompute: float, *, round_windows: bool, row_bytes: int = 0) -> list[Piece]:
     """Split rows that are sorted by expert into pieces, and return the pieces in order.
 
-    A piece has all rows of an expert whose hidden rows are kept, or at most `MAX_PIECE_ROWS` of those whose hidden rows
-    are recomputed. The last pieces may be shorter, because no window reaches past the last row.
+    A piece has all rows of an expert whose hidden layer is kept, or at most `MAX_PIECE_ROWS` of the rows whose hidden
+    layer is recomputed. The last pieces may be shorter, because no window reaches past the last row.
 
     Args:
         counts: number of rows per expert.
-        recompute: share of all rows, at the end, whose hidden rows are not kept.
+        recompute: share of all rows, from 0 to 1, whose hidden layer is recomputed; these are the last rows.
         round_windows: whether to round windows up to few different sizes, as a CPU needs.
         row_bytes: bytes per hidden row. If this is not 0, all pieces are limited to the rows that fit into
             `CACHE_BYTES`, rounded down to a power of two; this limit lies between 128 and `MAX_PIECE_ROWS`.
@@ -81,13 +82,13 @@ def split_into_pieces(counts: list[int], recompute: float, *, round_windows: boo
 def _iterate_pieces(
     counts: list[int], kept_rows: int, round_windows: bool, max_kept_rows: int, max_rows: int
 ) -> Iterator[Piece]:
-    """Yield pieces as `split_into_pieces` returns them.
+    """Yield the pieces that `split_into_pieces` returns.
 
     Args:
         counts: number of rows per expert.
-        kept_rows: number of rows at the start whose hidden rows are kept.
+        kept_rows: number of rows whose hidden layer is kept; these are the first rows.
         round_windows: whether to round windows up to few different sizes.
-        max_kept_rows: largest number of rows of a piece whose hidden rows are kept.
+        max_kept_rows: largest number of rows of a piece whose hidden layer is kept.
         max_rows: largest number of rows of any other piece.
     """
     total, start = sum(counts), 0
@@ -111,7 +112,7 @@ def _iterate_pieces(
 
 
 def new_hidden_buffers(count: int, x_RD: Tensor, width: int, pieces: list[Piece]) -> list[Tensor]:
-    """Return `count` uninitialized buffers, each large enough for the hidden rows of any of the pieces.
+    """Return `count` uninitialized buffers, each large enough for the hidden activations of any one of the pieces.
 
     They have the dtype and the device of `x_RD`.
     """
@@ -120,7 +121,7 @@ def new_hidden_buffers(count: int, x_RD: Tensor, width: int, pieces: list[Piece]
 
 
 class GradientAccumulator:
-    """Accumulator of the gradients of one matrix of each expert. All pieces must be added in order.
+    """Accumulator of the gradients of one matrix of each expert. Pieces must be added in the order of the rows.
 
     With dtypes narrower than float32, each product is rounded once, and the products are added in float32.
     """
@@ -132,7 +133,7 @@ class GradientAccumulator:
             like_EOI: stacked matrices with the shape and the dtype of the result.
         """
         self.total_EOI = torch.empty_like(like_EOI)
-        """Sums of products. An expert's sum is valid once its last piece is added."""
+        """Gradient of each expert's matrix. It is valid once the expert's last piece has been added."""
         # Sums of bfloat16 gradients need a float32 buffer: with 8 bits of precision, a sum of ones would stop growing
         # at 256.
         is_narrow = like_EOI.element_size() < 4
@@ -154,9 +155,9 @@ class GradientAccumulator:
 
 
 def kept_buffer_rows(rows: int, recompute: float, *, round_windows: bool) -> int:
-    """Return the number of rows of a buffer for the windows of all pieces whose hidden rows are kept.
+    """Return the number of rows of a buffer for the windows of all pieces whose hidden layer is kept.
 
-    It depends on nothing but these arguments, so that the shape of a buffer is known without the counts.
+    The result depends only on these arguments, so the shape of a buffer is known before the experts' rows are counted.
     """
     kept_rows = rows - round(recompute * rows)
     return min(rows, kept_rows + kept_rows // WINDOW_STEPS) if round_windows else kept_rows

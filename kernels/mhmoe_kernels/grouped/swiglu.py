@@ -1,8 +1,8 @@
-"""SwiGLU experts, once each on their rows.
+"""SwiGLU experts; each expert runs on its own contiguous rows.
 
-For each row of an expert, autograd keeps four times F values. This backward keeps twice F, gate and up, and computes
-the rest from them with a product and a sigmoid. For recomputed rows it keeps nothing: the backward computes gate and up
-again, and the rows pass in pieces that are small enough for their hidden layer to stay in the cache.
+For each row of an expert, autograd would keep 4 F values for the backward. This code keeps 2 F, gate and up, and
+computes the rest from them with a product and a sigmoid. For recomputed rows it keeps nothing: the backward computes
+gate and up again. These rows are computed in pieces that are small enough for their hidden layer to stay in the cache.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from mhmoe_kernels.operators import compiled_operator
 def swiglu_sorted(
     x_RD: Tensor, count_E: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, recompute: float
 ) -> Tensor:
-    """Return down(silu(gate(x)) * up(x)) with the expert of each row.
+    """Return down(silu(gate(x)) * up(x)) for each row x, computed by the row's expert.
 
     Args:
         x_RD: rows; the first count_E[0] belong to expert 0, and so on.
@@ -66,7 +66,7 @@ def _new_swiglu_results(
 def _swiglu_forward(
     x_RD: Tensor, count_E: Tensor, recompute: float, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor
 ) -> tuple[Tensor, ...]:
-    """Return the outputs, and the kept rows of gate and up."""
+    """Return the experts' outputs, and the rows of gate and up that are kept for the backward."""
     pieces = split_into_pieces(count_E.tolist(), recompute, round_windows=x_RD.device.type == "cpu")
     width = gate_EFD.shape[1]
     out_RD, *kept_buffers = _new_swiglu_results(x_RD, count_E, recompute, gate_EFD, up_EFD, down_EDF)

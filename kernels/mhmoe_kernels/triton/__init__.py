@@ -3,7 +3,7 @@
 This module imports Triton at the first use, because the base install does not include it.
 
     operators.py   kernels as operators of torch; routes and rows
-    functions.py   products and GELU on the chip, which kernels share
+    functions.py   matrix products and GELU, which several kernels call
     sort.py        stable sort of routes by expert, divided into tiles
     router.py, routing.py  softmax, top-k, gates, counts and losses of a router in one pass, and their operators
     rows.py        gather of rows, and the weighted sum of each row's routes
@@ -28,7 +28,7 @@ from mhmoe_kernels.weights import ExpertWeights
 
 
 def unavailable_reason(device: torch.device) -> str | None:
-    """Return the reason why `run` cannot run on `device`, in one line; None if it can."""
+    """Return the reason why these kernels cannot run on `device`, in one line; None if they can."""
     if find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     if device.type != "cuda" and not is_interpreted():
@@ -39,7 +39,7 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def is_interpreted() -> bool:
-    """Return whether Triton interprets kernels on the CPU."""
+    """Return whether Triton interprets kernels on the CPU, which the variable TRITON_INTERPRET requests."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 
 
@@ -64,8 +64,8 @@ def fused_refusal(device: torch.device, sizes: ExpertSizes) -> str | None:
 
 
 def grouped_mm_refusal(device: torch.device, sizes: ExpertSizes) -> str | None:
-    """Return the reason why torch's grouped_mm would wait for a GPU, in one line; None if it would not."""
-    # AMD's capabilities have numbers of their own.
+    """Return the reason why torch's grouped_mm is not used on a device, in one line; None if it can be used."""
+    # AMD's GPUs number their compute capabilities differently from NVIDIA's.
     if device.type == "cuda" and torch.version.hip:
         return "kernel grouped_mm has only been considered for NVIDIA's GPUs: use grouped_gemm"
     if device.type == "cuda" and (major := torch.cuda.get_device_capability(device)[0]) not in (9, 10):
@@ -75,7 +75,7 @@ def grouped_mm_refusal(device: torch.device, sizes: ExpertSizes) -> str | None:
 
 @cache
 def _has_compiler(compiler: str | None, path: str | None) -> bool:
-    """Return whether there is a C compiler where Triton looks for one: in CC, then gcc and clang in PATH.
+    """Return whether there is a C compiler where Triton looks for one: CC, then gcc and clang in PATH.
 
     Args:
         compiler: value of the environment variable CC.
@@ -91,7 +91,7 @@ def run_fused(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertW
 
     Raises:
         TypeError: the kernels do not compute in this dtype, or dtypes are mixed.
-        RuntimeError: `unavailable_reason` gives a reason.
+        RuntimeError: the kernels cannot run on this device; the message is the `unavailable_reason`.
     """
     _check(x_ND, weights)
     from mhmoe_kernels.triton.fused.experts import run
@@ -129,28 +129,28 @@ def run_sorted_grouped(x_RD: Tensor, count_E: Tensor, weights: ExpertWeights, us
 
 
 MAX_FUSED_EXPERTS = 1024
-"""Largest number of experts of `fused_routing`: a program holds all logits of a row."""
+"""Largest number of experts that `fused_routing` can take, because a program holds all logits of a row."""
 
 
 class FusedRouting(NamedTuple):
-    """Choices of a softmax router, and its losses."""
+    """Experts that a softmax router chooses for each row, with their gates, counts and losses."""
 
     expert_NK: Tensor
     """Experts of each row, int64, in the order of preference."""
     gate_NK: Tensor
     """Gates of the chosen experts, float32."""
     balance_loss: Tensor
-    """E * sum_e mean_n(p_ne) * (share of the counted choices that are e), scalar."""
+    """Load balancing loss, scalar: E * sum_e mean_n(p_ne) * (share of the counted choices that are e)."""
     z_loss: Tensor
-    """Mean of the squared log-sum-exp, scalar."""
+    """Router z-loss, scalar: the mean over rows of the squared log-sum-exp of the logits."""
     count_E: Tensor
-    """Number of kept routes of each expert, int64."""
+    """Number of kept routes (choices by rows) of each expert, int64."""
     dropped_routes: Tensor
-    """Number of routes beyond the expert capacity, int64 scalar."""
+    """Number of routes that were dropped because they exceed the expert capacity, int64 scalar."""
 
 
 def can_fuse_routing(logits_NE: Tensor) -> bool:
-    """Return whether `fused_routing` takes these logits, here."""
+    """Return whether `fused_routing` can compute the routing for these logits on this machine."""
     rows, experts = logits_NE.shape
     is_suitable = rows > 0 and experts <= MAX_FUSED_EXPERTS and logits_NE.dtype == torch.float32
     return is_suitable and (_is_fake(logits_NE) or unavailable_reason(logits_NE.device) is None)
@@ -159,13 +159,15 @@ def can_fuse_routing(logits_NE: Tensor) -> bool:
 def fused_routing(
     logits_NE: Tensor, top_k: int, capacity: int | None, *, normalized: bool, scale: float, counts_first: bool
 ) -> FusedRouting:
-    """Return the choices of a softmax router, with gradients of its gates and losses; `can_fuse_routing` must hold.
+    """Choose the top k experts of each row by softmax, with gates, losses and their gradients, in fused kernels.
+
+    `can_fuse_routing` must return True for the logits.
 
     Args:
-        logits_NE: logits.
+        logits_NE: router logits.
         top_k: number of choices of each row.
-        capacity: expert capacity in rows; routes beyond it are dropped, later choices before earlier ones, and later
-            rows before earlier ones. None if routing is dropless.
+        capacity: largest number of rows of an expert; None if routing is dropless. Routes beyond it are dropped: second
+            choices before first ones, and later rows before earlier ones.
         normalized: whether the gates of a row add up to `scale`; otherwise they are probabilities times `scale`.
         scale: factor of the gates.
         counts_first: whether only first choices count in the load balancing loss.
@@ -190,7 +192,7 @@ def _is_fake(tensor: Tensor) -> bool:
 
 
 def _check(x_ND: Tensor, weights: ExpertWeights) -> None:
-    # An unsupported dtype is reported before an unsupported machine: another machine would not help.
+    # An unsupported dtype is reported before an unsupported machine, because another machine would not help.
     if {x_ND.dtype, *(w.dtype for w in weights.stacked)} not in ({torch.float32}, {torch.bfloat16}):
         raise TypeError(f"rows and weights must all be float32 or all bfloat16, not {x_ND.dtype} and others")
     # A fake tensor has no device that could lack anything.

@@ -1,4 +1,4 @@
-"""Functions of values on the chip that several kernels share: matrix products, and GELU with its slope."""
+"""Device functions that several kernels call: matrix products, and GELU with its derivative."""
 
 import triton
 import triton.language as tl
@@ -22,7 +22,7 @@ def dot(a, b, sums):
 
 @triton.jit
 def gelu(x):
-    """Return GELU of float32 values."""
+    """Return GELU (the exact one, with erf) of float32 values."""
     return 0.5 * x * (1 + tl.erf(x * _SQRT_HALF))
 
 

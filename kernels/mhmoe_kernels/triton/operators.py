@@ -1,7 +1,7 @@
-"""Launch of Triton kernels as operators of torch, and the operators of routes and rows, which all experts need.
+"""Launch of Triton kernels as operators of torch, and the operators that sort routes and move rows for all experts.
 
-An operator allocates its results and launches its kernels. Fake tensors and tracing run through it without a GPU. Each
-operator states the largest number of kernels that it launches, which depends on nothing that only the device knows.
+An operator allocates its results and launches its kernels. Fake tensors and tracing can pass through it without a GPU.
+Each operator states the largest number of kernels that it launches. This number never depends on values on the device.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,18 +23,18 @@ _INTERPRETER_PROGRAMS = 4
 
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
-    """Return a function that launches a kernel on a grid with its arguments and compiler options."""
+    """Return a function that takes a kernel's arguments and compiler options and launches the kernel on a grid."""
     # This is Triton's default. It is set explicitly, because Triton warns that the default will change.
     return partial(kernel[grid], enable_fp_fusion=True)
 
 
 def operator(schema: str, launches: int, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Return the decorator of `mhmoe_kernels.operators.operator` for a function that launches kernels.
+    """Return a decorator that turns a function that launches kernels into an operator of torch.
 
     Args:
-        schema: name, arguments and results as torch writes them.
-        launches: largest number of kernels that it launches.
-        fake: function that returns empty results for the same arguments.
+        schema: name, arguments and results in torch's notation.
+        launches: largest number of kernels that a call launches.
+        fake: function of the same arguments that returns uninitialized results of the right shapes.
     """
 
     LAUNCHES[schema.partition("(")[0]] = launches
@@ -42,34 +42,37 @@ def operator(schema: str, launches: int, fake: Callable[..., Any]) -> Callable[[
 
 
 class SortedRoutes(NamedTuple):
-    """Routes sorted by expert, divided into tiles of one expert each. All numbers are int32 on the device."""
+    """Routes (choices of an expert by a row) sorted by expert and divided into tiles of one expert each.
+
+    All tensors are int32 on the device.
+    """
 
     route_R: Tensor
     """Route of each slot, that is, of each position in the sorted order; route r is choice r % K of row r // K."""
     slot_NK: Tensor
-    """Slot of each route of a row."""
+    """Slot of each of a row's K routes."""
     offset_E1: Tensor
     """Slot of the first route of each expert; the last entry is R."""
     expert_T: Tensor
-    """Expert of each tile; E for a tile that is not needed."""
+    """Expert of each tile; E marks a tile that is not needed."""
     start_T: Tensor
-    """First slot of each tile."""
+    """Slot of the first route of each tile."""
 
 
 def split(tensors: Sequence[Tensor], first_length: int, second_length: int) -> tuple[Tensors, Tensors, Tensors]:
-    """Return saved tensors in three parts, of which the first two have these lengths."""
+    """Split the tensors that an autograd function saved into three tuples; the first two have the given lengths."""
     third_start = first_length + second_length
     return tuple(tensors[:first_length]), tuple(tensors[first_length:third_start]), tuple(tensors[third_start:])
 
 
 def tile_limit(routes: int, experts: int, rows_per_tile: int) -> int:
-    """Return the largest number of tiles that routes can need, however they are distributed over experts."""
+    """Return the largest number of tiles that sorted routes can need, for any distribution over experts."""
     return min(routes, (routes + experts * (rows_per_tile - 1)) // rows_per_tile)
 
 
 @cache
 def program_count(device: torch.device) -> int:
-    """Return the number of programs of a persistent kernel: one for each multiprocessor."""
+    """Return the number of programs of a persistent kernel, which is one for each multiprocessor of a GPU."""
     if device.type != "cuda":
         return _INTERPRETER_PROGRAMS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -85,7 +88,7 @@ def device_capability(device: torch.device) -> int:
 
 
 def _row_grid(count: int, width: int) -> tuple[tuple[int, int], int, int]:
-    """Return the grid of a kernel that moves rows, and the rows and columns of its blocks."""
+    """Return the launch grid of a kernel that moves rows, and the number of rows and columns of its blocks."""
     # Padding the block to a power of two is free: memory bandwidth limits the kernel, and masked lanes move no bytes.
     columns = min(256, triton.next_power_of_2(width))
     block_rows = max(1, 4096 // columns)
@@ -117,7 +120,7 @@ def _empty_sort(expert_NK: Tensor, experts: int, rows_per_tile: int) -> SortedRo
     ),
 )
 def sort_routes(expert_NK: Tensor, experts: int, rows_per_tile: int, by_choice: bool = False) -> tuple[Tensor, ...]:
-    """Return the fields of `SortedRoutes`. The sort is stable: routes of the same expert stay in their order.
+    """Sort routes by expert and return the fields of `SortedRoutes`. Routes of one expert keep their order.
 
     Args:
         expert_NK: expert of each route, int64.
@@ -157,7 +160,7 @@ def sort_routes(expert_NK: Tensor, experts: int, rows_per_tile: int, by_choice: 
     ),
 )
 def schedule_tiles(count_E: Tensor, routes: int, rows_per_tile: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return offset_E1, expert_T and start_T of `SortedRoutes` for rows that are sorted already.
+    """Divide rows that are already sorted by expert into tiles: offset_E1, expert_T and start_T of `SortedRoutes`.
 
     Args:
         count_E: number of rows of each expert, int32.
@@ -171,7 +174,7 @@ def schedule_tiles(count_E: Tensor, routes: int, rows_per_tile: int) -> tuple[Te
 
 
 def _launch_schedule(count_E: Tensor, offset_E1: Tensor, expert_T: Tensor, start_T: Tensor, rows_per_tile: int) -> None:
-    # There is one program at least, because the first one stores the offsets.
+    # At least one program must run, because the first one stores the offsets.
     grid = (max(1, triton.cdiv(len(expert_T), 32)),)
     experts = len(count_E)
     launch(sort.schedule_tiles, grid)(
@@ -186,7 +189,7 @@ def _launch_schedule(count_E: Tensor, offset_E1: Tensor, expert_T: Tensor, start
     fake=lambda x_ND, route_R, top_k: x_ND.new_empty(len(route_R), x_ND.shape[1]),
 )
 def gather_rows(x_ND: Tensor, route_R: Tensor, top_k: int) -> Tensor:
-    """Return x_RD, the row of each sorted route."""
+    """Return x_RD, the row of each sorted route; a row with K routes appears K times."""
     routes, width = len(route_R), x_ND.shape[1]
     x_RD = x_ND.new_empty(routes, width)
     if routes:
@@ -201,15 +204,15 @@ def gather_rows(x_ND: Tensor, route_R: Tensor, top_k: int) -> Tensor:
     fake=lambda out_RD, second_RD, slot_NK, gate_NK: out_RD.new_empty(len(slot_NK), out_RD.shape[1]),
 )
 def combine_rows(out_RD: Tensor, second_RD: Tensor | None, slot_NK: Tensor, gate_NK: Tensor | None) -> Tensor:
-    """Return y_n = sum_k gate_nk * (out + second)[slot_nk], added in float32.
+    """Return each row's sum over its routes, y_n = sum_k gate_nk * (out + second)[slot_nk], added in float32.
 
-    Without gates it is the sum without weights, which is the gradient of `gather_rows`.
+    Without gates, the outputs are added without weights, which is the gradient of `gather_rows`.
     """
     (count, top_k), width = slot_NK.shape, out_RD.shape[1]
     y_ND = out_RD.new_empty(count, width)
     if count:
         grid, block_rows, columns = _row_grid(count, width)
-        # The kernel needs some pointers even for what there is not, but does not read them.
+        # The kernel needs a pointer for each argument, but does not read the pointers of missing tensors.
         second, gates = (out_RD if tensor is None else tensor for tensor in (second_RD, gate_NK))
         launch(rows.combine_rows, grid)(
             out_RD, second, slot_NK, gates, y_ND, count, width, top_k, second_RD is not None, gate_NK is not None,

@@ -1,6 +1,6 @@
-"""Resources of the compiled kernels on a GPU, which need not be there: registers, shared memory, spills and traps.
+"""Resources that the compiled kernels use on a GPU: registers, shared memory, spills and traps. No GPU is needed.
 
-Run `python -m mhmoe_kernels.triton.resources [sm_90 ...] [WIDTHxHIDDEN ...]` for a table.
+Run `python -m mhmoe_kernels.triton.resources [sm_90 ...] [WIDTH ...]` for a table; WIDTH is a width of rows.
 """
 
 import re
@@ -26,12 +26,12 @@ from mhmoe_kernels.triton.grouped import gelu, product, swiglu
 from mhmoe_kernels.triton.grouped.blocks import ROW_BLOCKS, linear_blocks, outer_blocks
 
 SHARED_LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-"""Largest number of bytes of shared memory of a program, by compute capability without its dot."""
+"""Largest number of bytes of shared memory that a program can have, by compute capability without its dot."""
 MAX_SPILLED_BYTES = 64
-"""Bytes per thread that a kernel may spill to memory before a choice of blocks counts as bad."""
+"""Bytes per thread that a kernel may spill to memory; with more, its block sizes count as badly chosen."""
 
 WIDTH, HIDDEN = 2048, 856
-"""Width of a row and hidden width of an expert for which grouped products are compiled. 856 is no multiple of 16."""
+"""Width of a row and hidden width of an expert for which grouped products are compiled. 856 is not a multiple of 16."""
 
 _INT64 = {"expert_NK", "count_E", "dropped"}
 _INT32 = {
@@ -42,8 +42,11 @@ _FLOAT32 = {
     "mean_R", "rstd_R", "scale_S", "dscale_S", "gate_NK", "kept_gate_NK", "dgate_NK", "a_R", "c_R", "s_ED", "c_ED",
     "logits_NE", "dlogits_NE", "log_sum_N", "probability_PE", "z_P", "share_E", "balance", "z", "dbalance", "dz",
 }  # fmt: skip
-"""Names of the kernels' arguments that point to numbers of a fixed type. All other pointers have names with an
-underscore, and point to the dtype of the computation."""
+"""Names of the kernels' arguments that point to float32 values whatever the dtype of the computation is.
+
+The sets above have the pointers to integers. Other arguments with an underscore in their name point to values in the
+dtype of the computation.
+"""
 _OPTIONS = ("num_warps", "num_stages")
 
 _FUSED: dict[tuple[str, Kernel], triton.JITFunction] = {
@@ -65,7 +68,7 @@ class Build(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Resources of a compiled kernel."""
+    """Resources that a compiled kernel needs on a GPU."""
 
     registers: int
     spilled_bytes: int
@@ -75,7 +78,7 @@ class Usage(NamedTuple):
 
 
 def fused_builds(kind: str, width: int, dtype: torch.dtype) -> Iterator[Build]:
-    """Yield the kernels of fused experts of one kind for rows of a width."""
+    """Yield the kernels of fused experts of one kind (`swiglu` or `gelu`) for rows of a width."""
     for (own_kind, kernel), function in _FUSED.items():
         if own_kind == kind:
             options = kernel_options(64, 8, width, HIDDEN, blocks_for(kind, kernel, width, dtype))
@@ -83,7 +86,7 @@ def fused_builds(kind: str, width: int, dtype: torch.dtype) -> Iterator[Build]:
 
 
 def grouped_builds(capability: int, dtype: torch.dtype) -> Iterator[Build]:
-    """Yield the products of experts in all variants that training and inference launch."""
+    """Yield the kernels of grouped products in all variants that training and inference launch."""
     for block_rows in ROW_BLOCKS:
         block = linear_blocks(block_rows, dtype, capability)
         common = {
@@ -119,7 +122,7 @@ def grouped_builds(capability: int, dtype: torch.dtype) -> Iterator[Build]:
 
 
 def small_builds() -> Iterator[Build]:
-    """Yield the kernels between products, those of routes and those of the router, for typical sizes."""
+    """Yield the small kernels for typical sizes: activations and norms, sort and gather of routes, and the router."""
     blocks = {"F": HIDDEN, "BLOCK_R": 4, "BLOCK_F": 512}
     yield Build("swiglu", swiglu.swiglu_forward, {"BLOCK": 1024})
     yield Build("swiglu backward", swiglu.swiglu_backward, {"HAS_SCALES": True, **blocks})
@@ -155,10 +158,10 @@ def small_builds() -> Iterator[Build]:
 
 
 def compile_build(build: Build, capability: int, dtype: torch.dtype) -> Any:
-    """Return a kernel compiled for a GPU, which need not be there.
+    """Compile a kernel for a GPU, which this machine need not have, and return the compiled kernel.
 
     Args:
-        build: the kernel.
+        build: the kernel with its constants and options.
         capability: compute capability without its dot, such as 90.
         dtype: dtype of the computation, float32 or bfloat16.
     """
@@ -192,7 +195,7 @@ def refusal(compiled: Any, shared_limit: int) -> str | None:
 
 
 def usage(compiled: Any) -> Usage:
-    """Return the resources of a compiled kernel, by a tool that Triton brings along."""
+    """Return the resources of a compiled kernel, as reported by cuobjdump, which is part of the Triton package."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -209,7 +212,7 @@ def usage(compiled: Any) -> Usage:
 
 
 def _argument_type(name: str, element: str) -> str:
-    """Return Triton's type of a kernel's argument."""
+    """Return the type of a kernel's argument in Triton's notation, such as `*i32`, from the argument's name."""
     if name in ("eps", "scale"):
         return "fp32"
     for names, kind in ((_INT64, "*i64"), (_INT32, "*i32"), (_FLOAT32, "*fp32"), ({"kept_NK"}, "*i1")):
@@ -220,14 +223,16 @@ def _argument_type(name: str, element: str) -> str:
 
 @cache
 def fused_refusal(kind: str, width: int, dtype: torch.dtype, capability: int, shared_limit: int) -> str | None:
-    """Return the reason why fused experts cannot run on a GPU, in one clause; None if they can. They are compiled once.
+    """Return the reason why fused experts cannot run on a GPU, in one clause; None if they can.
+
+    The first call compiles the kernels; later calls return the cached result.
 
     Args:
         kind: kind of experts, `swiglu` or `gelu`.
         width: width of a row.
         dtype: dtype of the computation.
         capability: compute capability without its dot.
-        shared_limit: bytes of shared memory that a program can have.
+        shared_limit: bytes of shared memory that a program can have on the GPU.
     """
     for build in fused_builds(kind, width, dtype):
         if reason := refusal(compile_build(build, capability, dtype), shared_limit):

@@ -1,7 +1,7 @@
 """Kernels of the router: softmax, top-k, gates, counts and both losses in one pass over the logits, and their gradient.
 
-Each program takes several blocks of rows and keeps its sums over rows; `sum_programs` adds those of all programs. There
-are no atomic additions, so the same input gives the same bits.
+Each program takes several blocks of rows and keeps its own sums over rows. `sum_programs` adds those of all programs.
+There are no atomic additions, so results are bitwise reproducible.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def _load_logits(logits_NE, row, N, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Return the logits of rows, -inf past E; those of rows past N are 0."""
+    """Load the logits of a block of rows. Columns past E are -inf, and rows past N are 0."""
     expert = tl.arange(0, BLOCK_E)
     value_offset = row.to(tl.int64)[:, None] * E + expert[None, :]
     logits = tl.load(logits_NE + value_offset, mask=(row < N)[:, None] & (expert < E)[None, :], other=0.0)
@@ -24,8 +24,8 @@ def route_rows(
 ):  # fmt: skip
     """Choose the experts of each row, and store a program's sums over its rows.
 
-    The sums are those of the probabilities, of the first choices and of all choices of each expert, and of the squared
-    log-sum-exp.
+    For each expert, these are the sum of its probabilities, the number of first choices and the number of all choices.
+    One more sum is that of the squared log-sum-exp.
     """
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK_E)
@@ -43,7 +43,7 @@ def route_rows(
         probability = exponential / total[:, None]
         probability_sum += tl.sum(tl.where(inside[:, None], probability, 0.0), 0)
         z_sum += tl.sum(tl.where(inside, log_sum * log_sum, 0.0), 0)
-        # The gates of a row are divided by the sum of the chosen exponentials, or of all.
+        # A gate is an exponential divided by the sum of the row's chosen exponentials, or of all of them.
         # A row of NaN must still choose experts that exist, so NaN, -inf and very small logits rank alike, above the
         # columns past E. The gates of such a row are NaN.
         ranks = tl.where((column < E)[None, :], tl.maximum(logits, -3.4e38), float("-inf"))
@@ -76,7 +76,7 @@ def sum_programs(
     probability_PE, first_PE, count_PE, z_P, share_E, count_E, balance, z, P, N,
     E: tl.constexpr, K: tl.constexpr, COUNTS_FIRST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Add the sums of all programs: the counts, the share of each expert in the choices that count, and the losses."""
+    """Add the sums of all programs: counts and shares of each expert in the choices, and both losses."""
     column = tl.arange(0, BLOCK_E)
     probability_sum, z_sum = tl.zeros([BLOCK_E], tl.float32), 0.0
     first_sum, count_sum = tl.zeros([BLOCK_E], tl.int32), tl.zeros([BLOCK_E], tl.int32)
@@ -97,7 +97,7 @@ def sum_programs(
 
 @triton.jit
 def _load_gate_gradient(dgate_NK, kept_NK, value_offset, inside, HAS_DROPS: tl.constexpr):
-    """Return the gradients of gates; those of dropped routes are 0."""
+    """Load the gradients of gates, and return 0 for routes that were dropped."""
     mask = inside & tl.load(kept_NK + value_offset, mask=inside, other=0).to(tl.int1) if HAS_DROPS else inside
     return tl.load(dgate_NK + value_offset, mask=mask, other=0.0)
 
@@ -114,8 +114,8 @@ def route_rows_backward(
     logits = _load_logits(logits_NE, row, N, E, BLOCK_E)
     log_sum = tl.load(log_sum_N + row, mask=inside, other=0.0)
     probability = tl.exp(logits - log_sum[:, None])
-    # Gradient of the probabilities: that of the load balancing loss E * sum_e mean_n(p_ne) * share_e, and that of the
-    # gates, if they are probabilities.
+    # The gradient of the probabilities comes from the load balancing loss E * sum_e mean_n(p_ne) * share_e, and from
+    # the gates, if they are probabilities.
     share = tl.load(share_E + column, mask=column < E, other=0.0)
     dprobability = (tl.load(dbalance) * E / N * share)[None, :] + tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     dlogits = (tl.load(dz) * 2 / N * log_sum)[:, None] * probability
@@ -149,7 +149,8 @@ def drop_routes(
 ):  # fmt: skip
     """Set the gates of routes beyond the expert capacity to 0; the first program also counts the kept routes.
 
-    Routes queue for their expert in the order of slots, which sorts all first choices before all second ones.
+    A route is one choice of an expert by a row. Routes queue for their expert in the order of slots, in which all first
+    choices come before all second ones.
     """
     route = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = route < N * K

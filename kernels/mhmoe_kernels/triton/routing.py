@@ -1,4 +1,4 @@
-"""Routing by fused kernels: the operators, and their autograd function."""
+"""Routing by fused kernels: the operators that launch them, and the autograd function."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from mhmoe_kernels.triton.operators import SortedRoutes, launch, operator, progr
 
 
 def _row_blocks(experts: int, values: int) -> tuple[int, int]:
-    """Return the rows and columns of a block of up to `values` logits."""
+    """Return the number of rows and columns of a block that has up to `values` logits."""
     columns = max(16, triton.next_power_of_2(experts))
     return max(1, values // columns), columns
 
@@ -38,7 +38,7 @@ def _empty_routing(logits_NE: Tensor, top_k: int) -> tuple[Tensor, ...]:
     fake=lambda logits_NE, top_k, normalized, scale, counts_first: _empty_routing(logits_NE, top_k),
 )
 def _route(logits_NE: Tensor, top_k: int, normalized: bool, scale: float, counts_first: bool) -> tuple[Tensor, ...]:
-    """Return the fields of `FusedRouting`, the log-sum-exp of each row, and each expert's share of the counted choices.
+    """Return the first five fields of `FusedRouting`, each row's log-sum-exp, and each expert's share of the choices.
 
     Args:
         logits_NE: logits, float32, contiguous, of at least one row.
@@ -76,7 +76,7 @@ def _route_backward(
     logits_NE: Tensor, expert_NK: Tensor, gate_NK: Tensor, log_sum_N: Tensor, share_E: Tensor, dgate_NK: Tensor,
     dbalance: Tensor, dz: Tensor, kept_NK: Tensor | None, normalized: bool, scale: float,
 ) -> Tensor:  # fmt: skip
-    """Return the gradient of the logits; `kept_NK` is the mask of kept routes, or None if none is dropped."""
+    """Return the gradient of the logits. `kept_NK` is the mask of routes that were kept; None if none was dropped."""
     rows, experts = logits_NE.shape
     dlogits_NE = torch.empty_like(logits_NE)
     # Larger blocks spill registers.
@@ -104,10 +104,12 @@ def _empty_drops(expert_NK: Tensor, gate_NK: Tensor, experts: int, capacity: int
     fake=_empty_drops,
 )
 def _drop_routes(expert_NK: Tensor, gate_NK: Tensor, experts: int, capacity: int) -> tuple[Tensor, ...]:
-    """Return the gates with 0 for routes beyond the expert capacity, the mask of the other routes, their number per
-    expert, and the number of those beyond."""
+    """Drop the routes that exceed the expert capacity, that is, set their gates to 0.
+
+    Return the new gates, the mask of kept routes, the number of kept routes per expert, and the number of dropped ones.
+    """
     results = kept_gate_NK, kept_NK, count_E, dropped = _empty_drops(expert_NK, gate_NK, experts, capacity)
-    # Tiles are not needed, so their size does not matter.
+    # Only the order of routes is needed, not the tiles, so their size (128) does not matter.
     routes = SortedRoutes(*sort_routes(expert_NK, experts, 128, by_choice=True))
     rows, top_k = expert_NK.shape
     launch(router.drop_routes, (triton.cdiv(rows * top_k, 1024),))(

@@ -1,4 +1,4 @@
-"""Kernels that bring rows into the order of experts and back: gather, and the weighted sum of each row's routes."""
+"""Kernels that gather rows in the order of experts, and add the expert outputs of each row, weighted by gates."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["R"])
 def gather_rows(x_ND, route_R, x_RD, R, D: tl.constexpr, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Copy the row of each sorted route; route r belongs to row r // K."""
+    """Copy the row of each route, in the order of routes sorted by expert. Route r belongs to row r // K."""
     # The index is 64 bits wide, because the offset of a value may exceed 32 bits.
     slot = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -23,8 +23,8 @@ def combine_rows(
 ):  # fmt: skip
     """Add the outputs of each row's routes in float32, each multiplied by the route's gate.
 
-    Without HAS_GATES, outputs are added as they are. With HAS_SECOND, the output of a route is the sum of its rows of
-    `out_RD` and `second_RD`.
+    Without HAS_GATES, outputs are added without weights. With HAS_SECOND, the output of a route is the sum of its rows
+    in `out_RD` and in `second_RD`.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

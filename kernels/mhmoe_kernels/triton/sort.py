@@ -1,7 +1,8 @@
 """Kernels that sort routes by expert and divide them into tiles: a stable counting sort, all of it on the device.
 
-A tile is up to BLOCK_ROWS sorted routes of one expert. The host knows only how many tiles there can be at most, so it
-never waits for the counts. The sort takes four launches, whatever the number of experts is:
+A route is one choice of an expert by a row. A tile is up to BLOCK_ROWS sorted routes of one expert. The host knows only
+how many tiles there can be at most, so it never waits for the counts. The sort takes four launches for any number of
+experts:
 
     count_routes        counts of each expert in each block of routes
     add_counts          counts in earlier blocks, and the total of each expert
@@ -13,14 +14,14 @@ import triton
 import triton.language as tl
 
 ROUTES_PER_BLOCK = 256
-"""Routes that a program counts and places; it compares each of them with all others."""
+"""Number of routes that one program counts and places. It compares each of them with all others of the program."""
 
 
 @triton.jit
 def _load_experts(expert_NK, index, R, E: tl.constexpr, K: tl.constexpr, BY_CHOICE: tl.constexpr):
-    """Return the expert at each index of the order in which routes are counted, and E past the end.
+    """Load the expert of each route, for routes in the order in which they are counted. Indices past the end get E.
 
-    The order is that of rows or, with BY_CHOICE, has all first choices before all second ones.
+    This is the order of rows. With BY_CHOICE, all first choices come before all second ones instead.
     """
     route = index % (R // K) * K + index // (R // K) if BY_CHOICE else index
     return tl.load(expert_NK + route, mask=index < R, other=E).to(tl.int32)
@@ -31,7 +32,7 @@ def count_routes(
     expert_NK, count_BE, R, E: tl.constexpr, K: tl.constexpr, BY_CHOICE: tl.constexpr,
     BLOCK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """Store the number of routes of each expert in one block; BINS is a power of two above E."""
+    """Store how many routes of a block go to each of E experts. BINS, a power of two, is larger than E."""
     block = tl.program_id(0)
     # Routes past the end count for a bin that is not stored.
     expert = _load_experts(expert_NK, block * BLOCK + tl.arange(0, BLOCK), R, E, K, BY_CHOICE)
@@ -41,7 +42,7 @@ def count_routes(
 
 @triton.jit(do_not_specialize=["B"])
 def add_counts(count_BE, before_BE, total_E, B, E: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Store, for each block and expert, the number of the expert's routes in earlier blocks, and each total."""
+    """Store, for each block, how many routes each expert has in earlier blocks; and store each expert's total."""
     expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     total = tl.zeros([BLOCK_E], tl.int32)
     for start in range(0, B, BLOCK_B):
@@ -59,7 +60,7 @@ def schedule_tiles(
     total_E, offset_E1, expert_T, start_T, T, E: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Store the expert and the first route of each tile; an expert of E marks a tile that is not needed.
+    """Store the expert and the first sorted route of each tile; the expert E marks a tile that is not needed.
 
     The first program also stores the offsets of all experts. BLOCK_E is a power of two, at least E.
     """
@@ -73,7 +74,7 @@ def schedule_tiles(
     tiles = (total + BLOCK_ROWS - 1) // BLOCK_ROWS
     last_tile = tl.cumsum(tiles, 0)
     tile = program * BLOCK_T + tl.arange(0, BLOCK_T)
-    # Experts all of whose tiles come before this one.
+    # True for the experts whose tiles all come before this tile.
     is_before = (last_tile[None, :] <= tile[:, None]) & (expert < E)[None, :]
     tile_expert = tl.sum(is_before.to(tl.int32), 1)
     first_tile = tl.sum(tl.where(is_before, tiles[None, :], 0), 1)

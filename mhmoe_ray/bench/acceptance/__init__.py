@@ -1,22 +1,22 @@
-"""Acceptance of the GPU path: what a machine with one GPU shows in half an hour, beside predictions made before.
+"""Acceptance test of the GPU code: checks and measurements on one GPU in half an hour, beside predictions.
 
     python3 -m mhmoe_ray.bench.acceptance --out acceptance
 
 It needs torch 2.11 or newer with its Triton, and a few packages (`make gpu-wheels`), but no installation and no Ray.
-Each part runs in a process of its own with a time limit, and appends its results to records.jsonl; report.md is written
-again after each part. The whole is meant to take half an hour; the limits add up to 43 minutes. `--device cpu`
-rehearses it at toy sizes, with Triton's interpreter.
+Each part of the test runs in a process of its own with a time limit, and appends its results to records.jsonl;
+report.md is written again after each part. The whole is meant to take half an hour; the limits add up to 43 minutes.
+`--device cpu` rehearses it at toy sizes, with Triton's interpreter.
 
 __main__.py       run parts in processes, and write the report
 settings.py       sizes of a full run and of a rehearsal; what a part yields
 predictions.py    predictions, which the report shows beside the results
 report.py         records as a page of Markdown
 ceilings.py       part: rates of the GPU, versions, limits
-correctness.py    part: each kernel beside float64
+correctness.py    part: results of each expert kernel beside float64
 steps.py          part: training steps beside those of a CPU
-waits.py          part: waits of the host, and kernels of a layer
+waits.py          part: waits of the host for the GPU, and CUDA kernels of a layer
 layers.py         part: time and memory of layers
 training.py       part: throughput of whole training steps
-state.py          part: pause of a checkpoint; prefill and decode
-profiles.py       part: kernels of each layer by their time
+state.py          part: pause of a checkpoint; forward passes over prompts and over single tokens
+profiles.py       part: CUDA kernels of each layer by their time
 """

@@ -1,4 +1,4 @@
-"""Run the parts of an acceptance, each in a process of its own, and write the report after each of them.
+"""Run the parts of the GPU acceptance test, each in a process of its own, and write the report after each of them.
 
 python3 -m mhmoe_ray.bench.acceptance --out acceptance --parts ceilings,correctness
 """
@@ -27,11 +27,14 @@ PARTS = {
     "state": 180,
     "profiles": 120,
 }
-"""Time limit of each part in seconds."""
+"""Time limit in seconds of each part of the acceptance test, by the name of the part."""
 
 
 def main(arguments: list[str]) -> int:
-    """Run the parts that the arguments name, and return the exit status: 1 if a check failed or a part did not end."""
+    """Run the parts of the acceptance test that the arguments name, and return the exit status.
+
+    The status is 1 if a check failed or a part ended in an error or at its time limit.
+    """
     parser = argparse.ArgumentParser(prog="python3 -m mhmoe_ray.bench.acceptance", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, default=Path("acceptance"), help="folder of the report")
@@ -58,7 +61,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _start_part(settings: Settings, name: str) -> dict[str, object]:
-    """Run a part in a process, and return how it ended and how long it took."""
+    """Run a part of the test in a process of its own, and return its status and how many seconds it took."""
     command = [sys.executable, "-m", "mhmoe_ray.bench.acceptance", "--out", str(settings.folder)]
     command += ["--device", settings.device, "--run-part", name]
     if settings.is_toy:
@@ -70,7 +73,8 @@ def _start_part(settings: Settings, name: str) -> dict[str, object]:
         command = [tool, "--error-exitcode", "3", "--report-api-errors", "no", *command]
     environment = {**os.environ, "KINETO_LOG_LEVEL": "6"}
     if name == "sanitizer":
-        # In torch's large blocks of memory, an access past the end of a tensor would be an access to its neighbour.
+        # torch's cache puts tensors side by side in large blocks of memory. There an access past the end of a tensor
+        # would reach its neighbour, and the sanitizer would not notice it.
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     if settings.device == "cpu":
         environment["TRITON_INTERPRET"] = "1"
@@ -92,8 +96,8 @@ def _start_part(settings: Settings, name: str) -> dict[str, object]:
 
 
 def _run_part(settings: Settings, name: str) -> None:
-    """Run a part in this process, and append each of its rows to the records as soon as it is there."""
-    # The sanitizer runs checks of correctness under its tool.
+    """Run a part of the test in this process, and append each result to the records as soon as it is known."""
+    # The part `sanitizer` runs checks of the module `correctness` under NVIDIA's compute-sanitizer.
     module_name = "correctness" if name == "sanitizer" else name
     module = importlib.import_module(f"mhmoe_ray.bench.acceptance.{module_name}")
     for row in module.run_sanitized(settings) if name == "sanitizer" else module.run(settings):

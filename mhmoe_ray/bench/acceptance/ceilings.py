@@ -1,4 +1,4 @@
-"""Rates that nothing on the GPU exceeds, and what the machine has."""
+"""Highest rates that the GPU reaches for matrix products, copies and kernel launches; properties of the machine."""
 
 import platform
 import shutil
@@ -11,7 +11,7 @@ from mhmoe_ray.bench.timing import device_clock, find_hardware, time_interleaved
 
 
 def run(settings: Settings) -> Rows:
-    """Yield versions and limits of the machine, and the rates of products, copies and launches."""
+    """Yield versions and limits of the machine, the rates of matrix products and copies, and the time of a launch."""
     device = settings.torch_device
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     try:

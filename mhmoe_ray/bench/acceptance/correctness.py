@@ -1,4 +1,7 @@
-"""Each kernel beside float64: outputs, gradients, equal bits, no rows, and an expert that gets nearly all rows."""
+"""Checks of each expert kernel against float64: outputs, gradients, and bit-identical results of a second run.
+
+Special cases have no rows, or one expert that gets nearly all rows.
+"""
 
 from functools import partial
 
@@ -12,20 +15,26 @@ from mhmoe_ray.bench.acceptance.settings import Rows, Settings, first_line
 KERNELS = ("grouped_gemm", "grouped_mm", "triton", "grouped", "megablocks")
 FUNCTIONS: dict[str, Function] = {"swiglu": Swiglu(), "gelu_subln": GeluSubln()}
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""Largest error of outputs and gradients, as norm of the difference divided by the norm of the float64 result."""
+"""Largest error that passes: the norm of the difference to the float64 result, divided by the norm of that result."""
 _SHAPES = ((1000, 192, 768, 8, 2), (2000, 384, 1000, 40, 4), (2000, 96, 384, 128, 8), (1000, 2048, 512, 16, 4))
 _TOY_SHAPES = ((8, 16, 24, 3, 2),)
 _SANITIZER_SHAPES = ((600, 128, 200, 5, 2), (300, 96, 64, 5, 2))
-"""Rows, width of a row, hidden width, experts, and choices of a row."""
+"""Sizes of the cases: rows, width of a row, hidden width of an expert, experts, and experts per row."""
 
 
 def run(settings: Settings) -> Rows:
-    """Yield the largest errors of each kernel, function, dtype and shape; `passed` says whether they are small."""
+    """Yield the largest errors of each kernel with each expert function, dtype and shape.
+
+    `passed` is True if the errors are within the tolerance.
+    """
     yield from _compare_all(settings, _TOY_SHAPES if settings.is_toy else _SHAPES, 20 if settings.is_toy else 4000)
 
 
 def run_sanitized(settings: Settings) -> Rows:
-    """Yield the same for few shapes, which take the kernels through each of their branches under a sanitizer."""
+    """Yield the errors of each kernel, as `run` does, for a few shapes that reach all branches of the kernels.
+
+    This function runs under NVIDIA's compute-sanitizer.
+    """
     yield from _compare_all(settings, _SANITIZER_SHAPES, 400)
 
 
@@ -33,7 +42,7 @@ def _compare_all(settings: Settings, shapes: tuple[tuple[int, ...], ...], hot_ro
     device = settings.torch_device
     for kernel in KERNELS:
         for dtype in (torch.float32, torch.bfloat16):
-            # Fused kernels take long to compile, and float32 is not what they are for.
+            # Fused kernels take long to compile, and they are not meant for float32.
             few_shapes = kernel == "triton" and dtype == torch.float32
             cases: list[tuple[str, Function, tuple[int, ...], bool]] = []
             for shape in shapes[:1] if few_shapes else shapes:
@@ -48,7 +57,7 @@ def _compare_all(settings: Settings, shapes: tuple[tuple[int, ...], ...], hot_ro
 def _check(
     device: torch.device, kernel: str, function: Function, dtype: torch.dtype, shape: tuple[int, ...], is_hot: bool
 ) -> dict[str, object]:
-    """Return the result of one case, or the reason why it is skipped or failed."""
+    """Return the errors of one kernel in one case, or the reason why the case was skipped or failed."""
     _, width, hidden, experts, _ = shape
     sizes = ExpertSizes(function.name, str(dtype).removeprefix("torch."), width, hidden, experts)
     if reason := unavailable_reason(kernel, device, sizes):
@@ -56,23 +65,26 @@ def _check(
         return {"skipped": reason, **({"passed": False} if kernel == "grouped_gemm" else {})}
     try:
         return compare(kernel, make_problem(function, dtype, shape, device, is_hot), TOLERANCES[dtype])
-    # One kernel that fails must not hide what the others do.
+    # One kernel that fails must not hide the results of the others.
     except Exception as error:
         if device.type == "cuda":
-            # After an illegal access, every call fails, so the part cannot go on.
+            # After an illegal access to memory, every CUDA call fails. This call then raises an error, which ends the
+            # part.
             torch.cuda.synchronize()
         return {"passed": False, "error": first_line(error)}
 
 
 Problem = tuple[Tensor, Tensor, Tensor, ExpertWeights]
-"""Rows, experts and gates of each row, and the experts' weights."""
+"""Input of a kernel: the rows, the experts and the gates of each row, and the experts' weights."""
 
 
 def make_problem(
     function: Function, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device, is_hot: bool = False
 ) -> Problem:
-    """Return a random problem with some gates of 0, as dropped routes have; with `is_hot`, nearly all rows go to one
-    expert and some experts get none."""
+    """Return random input of a kernel, in which some gates are 0, as those of dropped routes are.
+
+    With `is_hot`, nearly all rows go to one expert, and some experts get none.
+    """
     rows, width, hidden, experts, top_k = shape
     generator = torch.Generator().manual_seed(rows + width)
     draw = partial(torch.randn, generator=generator)
@@ -92,32 +104,35 @@ def make_problem(
 
 
 def compare(kernel: str, problem: Problem, tolerance: float) -> dict[str, object]:
-    """Return the largest relative error of outputs and gradients, that of the worst row, and whether a second run has
-    equal bits."""
+    """Compare a kernel with the float64 reference, and return its errors.
+
+    They are the largest relative error of outputs and gradients, and the error of the worst row. The result also tells
+    whether a second run was bit-identical, and whether the kernel passed.
+    """
     results = _results(kernel, *problem)
     x_ND, expert_NK, gate_NK, weights = problem
     wide_weights = weights._replace(stacked=tuple(w.double() for w in weights.stacked))
     expected = _results("reference", x_ND.double(), expert_NK, gate_NK.double(), wide_weights)
     errors = [(a.double() - b).norm() / b.norm().clamp(min=1e-12) for a, b in zip(results, expected, strict=True)]
-    # Unlike Python's, torch's largest value of numbers with a NaN is NaN, which fails the check.
+    # If one of the errors is NaN, torch's `max` returns NaN, which fails the check. Python's `max` could hide it.
     error = float(torch.stack(errors).max())
     row_error = _worst_row(results[0].double(), expected[0])
     has_equal_bits = all(torch.equal(a, b) for a, b in zip(results, _results(kernel, *problem), strict=True))
-    # torch's own products need not give equal bits twice; ours must.
+    # torch's own kernels need not be bit-identical in a second run; ours must be.
     passed = error <= tolerance and row_error <= 10 * tolerance
     passed = passed and (has_equal_bits or kernel not in ("grouped_gemm", "triton"))
     return {"error": error, "row_error": row_error, "equal_bits": has_equal_bits, "passed": passed}
 
 
 def _worst_row(y_ND: Tensor, expected_ND: Tensor) -> float:
-    """Return the largest error of a row, divided by the mean norm of rows; a norm over all rows would hide it."""
+    """Return the largest error of any row, divided by the mean norm of rows; a norm over all rows could hide it."""
     if not len(y_ND):
         return 0.0
     return float((y_ND - expected_ND).norm(dim=1).max() / expected_ND.norm(dim=1).mean().clamp(min=1e-12))
 
 
 def _results(kernel: str, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> list[Tensor]:
-    """Return the outputs, and the gradients of rows, gates and weights for a weighted sum of the outputs."""
+    """Return the outputs, and the gradients of a weighted sum of them with respect to rows, gates and weights."""
     assert kernel in BACKENDS
     x, gate, *stacked = (t.detach().requires_grad_() for t in (x_ND, gate_NK, *weights.stacked))
     y_ND = run_experts(kernel, x, expert_NK, gate, weights._replace(stacked=tuple(stacked)))

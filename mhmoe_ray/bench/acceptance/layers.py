@@ -1,4 +1,4 @@
-"""Time and memory of layers of equal work, forward and backward, with each kernel, beside layers of other packages."""
+"""Time and memory of expert layers of equal work, with each of our kernels, beside layers of other packages."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +23,7 @@ KERNELS = ("grouped_gemm", "grouped_mm", "triton", "grouped")
 
 
 def make_spec(settings: Settings, size: LayerSize, kernel: str, capacity_factor: float | None = None) -> ModelSpec:
-    """Return the spec of a model that has this layer only."""
+    """Return the spec of a model with a single expert layer; a capacity factor gives it static routing."""
     moe = {
         "heads": size.heads,
         "experts": size.experts,
@@ -39,7 +39,7 @@ def make_spec(settings: Settings, size: LayerSize, kernel: str, capacity_factor:
 
 
 def make_layer(settings: Settings, size: LayerSize, kernel: str, capacity_factor: float | None = None) -> MultiHeadMoE:
-    """Return a layer on the device, with initial weights in float32."""
+    """Return an expert layer on the device, with initial weights in float32."""
     model = Decoder(make_spec(settings, size, kernel, capacity_factor))
     init_weights(model, 0)
     [layer] = model.moe_layers()
@@ -48,29 +48,29 @@ def make_layer(settings: Settings, size: LayerSize, kernel: str, capacity_factor
 
 
 def make_tokens(settings: Settings, tokens: int) -> Tensor:
-    """Return random tokens in bfloat16, which get a gradient."""
+    """Return random token vectors in bfloat16 that require a gradient, shape (1, tokens, width)."""
     x_BTM = torch.randn(1, tokens, settings.layer_width, generator=torch.Generator().manual_seed(0))
     return x_BTM.to(settings.torch_device, torch.bfloat16).requires_grad_()
 
 
 def kernels_of(settings: Settings, size: LayerSize) -> list[str]:
-    """Return the kernels that can compute a layer on the device."""
+    """Return the names of the kernels that can compute a layer of this size on the device."""
     sizes = ExpertSizes("swiglu", "bfloat16", settings.layer_width // size.heads, size.hidden, size.experts)
     return [kernel for kernel in KERNELS if unavailable_reason(kernel, settings.torch_device, sizes) is None]
 
 
 def layer_flops(settings: Settings, size: LayerSize, tokens: int) -> int:
-    """Return the FLOPs of the matrix products of a forward and backward pass."""
+    """Return the FLOPs of all matrix products in a forward and backward pass of a layer."""
     width = settings.layer_width // size.heads
     experts = tokens * size.heads * size.top_k * 3 * width * size.hidden
     projections = 2 * tokens * settings.layer_width**2 if size.heads > 1 else 0
     router = tokens * size.heads * width * size.experts
-    # Each product has two more of the same size in the backward, and a multiply-add counts as two.
+    # The backward pass has two products of the same size for each product here. A multiply-add is two FLOPs.
     return 3 * 2 * (experts + projections + router)
 
 
 class _Case:
-    """Layer with its tokens, whose forward and backward are timed apart."""
+    """Layer with its input, whose forward and backward passes are timed separately."""
 
     def __init__(self, settings: Settings, module: torch.nn.Module, tokens: int) -> None:
         self.module, self.x_BTM, self._device = module, make_tokens(settings, tokens), settings.device
@@ -78,7 +78,7 @@ class _Case:
         self.backward_seconds: list[float] = []
 
     def run(self, clock: Callable[[], float] | None) -> None:
-        """Run one pass; with a clock, record the time of its halves."""
+        """Run a forward and a backward pass; with a clock, record the seconds of each."""
         read = clock or (lambda: 0.0)
         start = read()
         with torch.autocast(self._device, torch.bfloat16):
@@ -95,7 +95,10 @@ class _Case:
 
 
 def run(settings: Settings) -> Rows:
-    """Yield the time of each layer with each kernel, and ratios to the plain layer, both with kernel `auto`."""
+    """Yield the time and memory of each layer with each kernel, and the ratio of its time to that of the plain layer.
+
+    Both layers of a ratio have kernel `auto`.
+    """
     for tokens in settings.layer_tokens:
         yield from _measure(settings, tokens)
 

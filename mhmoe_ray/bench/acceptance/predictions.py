@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 
 class Prediction(NamedTuple):
-    """Prediction of one figure."""
+    """Prediction of one measured value."""
 
     value: float
     unit: str
     is_limit: bool
-    """True for a goal that the figure should not exceed, False for an estimate."""
+    """True for a goal that the measured value should not exceed, False for an estimate."""
 
 
 PREDICTIONS: dict[str, Prediction] = {
@@ -34,4 +34,7 @@ PREDICTIONS: dict[str, Prediction] = {
     "training: SMoE static to dropless": Prediction(33.98 / 32.21, "times", False),
     "training: MH-MoE h 2 static to dropless": Prediction(31.93 / 25.77, "times", False),
 }
-"""Predictions by part and name. Those of static routing are the ratios in the first paper's review."""
+"""Predictions by part of the test and name of the result.
+
+Those of static routing are ratios of the throughputs in the review of the first MH-MoE paper (arXiv 2404.15045).
+"""

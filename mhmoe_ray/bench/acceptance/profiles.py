@@ -1,4 +1,4 @@
-"""Kernels of layers by their time on the GPU, to explain a figure that misses its prediction."""
+"""CUDA kernels of expert layers by their time on the GPU, to explain a measured value that misses its prediction."""
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -8,7 +8,10 @@ from mhmoe_ray.bench.acceptance.settings import Rows, Settings
 
 
 def run(settings: Settings) -> Rows:
-    """Yield the kernels of each layer with the kernel that `auto` takes, the longest first."""
+    """Yield the CUDA kernels of each layer that take the most time, with their time and number of launches.
+
+    The layer computes its experts with the kernel that `auto` chooses. On a CPU, the times are of torch's operators.
+    """
     is_cuda = settings.device == "cuda"
     activity = ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU
     for name, size in settings.layers.items():

@@ -1,4 +1,4 @@
-"""Records of an acceptance run, one JSON object per line, and the page of Markdown that shows them."""
+"""Records of an acceptance test, one JSON object per line, and the Markdown page that shows them."""
 
 import json
 from pathlib import Path
@@ -11,29 +11,29 @@ RECORDS_FILE, REPORT_FILE = "records.jsonl", "report.md"
 
 
 def append_record(folder: Path, part: str, row: Row) -> None:
-    """Append a row of a part to the records, so that it survives whatever happens next."""
+    """Append a result of a part to the file of records, so that it survives a crash of the next measurement."""
     with (folder / RECORDS_FILE).open("a") as file:
         file.write(json.dumps({"part": part, **row}, default=str) + "\n")
 
 
 def forget_part(folder: Path, part: str) -> None:
-    """Remove the records of an earlier run of a part."""
+    """Remove the records that an earlier run of a part of the test has left."""
     records = [record for record in read_records(folder) if record["part"] != part]
     (folder / RECORDS_FILE).write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def read_records(folder: Path) -> list[Row]:
-    """Return all records so far."""
+    """Return all records in the folder of a report; the list is empty if there is no file of records yet."""
     path = folder / RECORDS_FILE
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def write_report(folder: Path, has_predictions: bool) -> None:
-    """Write the page for the records so far.
+    """Write the Markdown page that shows all records so far.
 
     Args:
-        folder: folder of the records.
-        has_predictions: whether to show predictions, which are for full sizes.
+        folder: folder of the records and of the page.
+        has_predictions: whether to show predictions, which hold for full sizes and not for toy sizes.
     """
     rows_by_part: dict[str, list[Row]] = {}
     for record in read_records(folder):
@@ -47,7 +47,7 @@ def write_report(folder: Path, has_predictions: bool) -> None:
 
 
 def failures(folder: Path) -> list[str]:
-    """Return a line for each record that failed, and for each part that did not end well."""
+    """Return a line of text for each check that failed, and for each part of the test that did not end normally."""
     failed_lines = []
     for record in read_records(folder):
         if record.get("passed") is False or record.get("status") not in (None, "done"):
@@ -65,7 +65,7 @@ def _figures(row: Row) -> str:
 
 
 def _comparison(prediction: Prediction, row: Row) -> str:
-    """Return a prediction and whether the figure of its unit keeps to it."""
+    """Return a prediction as text and, if it is a limit, whether the measured value keeps to it."""
     text = f"{'at most ' if prediction.is_limit else ''}{_number(prediction.value)} {prediction.unit}"
     figure = row.get(prediction.unit)
     if not prediction.is_limit or figure is None:

@@ -1,4 +1,4 @@
-"""Sizes of an acceptance run, and what its parts yield."""
+"""Sizes of an acceptance test, and the form of the results that its parts yield."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,12 +7,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 Row = dict[str, Any]
-"""Result of a part, as JSON: `name` says what was measured, and the other keys are figures."""
+"""Result of a part of the test, as a JSON object: `name` describes what was measured; other keys have the values."""
 Rows = Iterator[Row]
 
 
 class LayerSize(NamedTuple):
-    """Sizes of a layer: heads h, experts E, choices k of a sub-token, and hidden width f of an expert."""
+    """Sizes of an expert layer: heads h, experts E, experts k per sub-token, and hidden width f of an expert.
+
+    A sub-token is one of the h parts of a token.
+    """
 
     heads: int
     experts: int
@@ -21,7 +24,7 @@ class LayerSize(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """Device and sizes of an acceptance run."""
+    """Device, folder and sizes of an acceptance test."""
 
     device: Literal["cuda", "cpu"]
     folder: Path
@@ -35,7 +38,7 @@ class Settings(NamedTuple):
 
     @property
     def rounds(self) -> int:
-        """Number of rounds of a measurement."""
+        """Number of rounds over which the median of a measurement is taken."""
         return 1 if self.is_toy else 20
 
     @property
@@ -44,12 +47,12 @@ class Settings(NamedTuple):
 
     @property
     def layer_tokens(self) -> tuple[int, ...]:
-        """Numbers of tokens of a layer, the one that is compared with predictions last."""
+        """Numbers of tokens with which layers are measured; the predictions are for the last number."""
         return (8,) if self.is_toy else (8192, 32768)
 
     @property
     def layers(self) -> dict[str, LayerSize]:
-        """Layers of equal multiply-adds and parameters: plain experts, and MH-MoE that matches them."""
+        """Sizes of layers with equal multiply-adds and parameters, by name: plain experts (SMoE), and MH-MoE."""
         if self.is_toy:
             return {"SMoE": LayerSize(1, 4, 2, 16), "MH-MoE h 2": LayerSize(2, 4, 2, 16)}
         return {

@@ -1,4 +1,4 @@
-"""The pause of a checkpoint beside `torch.save`, and prefill and decode of the serving engine."""
+"""Pause of training for a checkpoint beside `torch.save`, and throughput of forward passes as in prefill and decode."""
 
 import statistics
 import tempfile
@@ -15,7 +15,7 @@ from mhmoe_ray.model.init import init_weights
 
 
 def run(settings: Settings) -> Rows:
-    """Yield the pause of a checkpoint, and the time of a forward pass over prompts and over single tokens."""
+    """Yield the pause of a checkpoint, and the tokens per second of forward passes over a prompt and single tokens."""
     size = SMALL_SIZE._replace(d_model=96, layers=2, seq_len=8, vocab_size=64, micro_batch_size=1, micro_batches=1)
     size = size if settings.is_toy else SMALL_SIZE._replace(d_model=768, layers=12)
     specs = matched_models(size, (2,))

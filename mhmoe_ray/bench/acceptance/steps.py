@@ -26,13 +26,13 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "moments": ({}, {}, {"moment_precision": "bfloat16"}),
     "compile": ({}, {}, {"compile": True}),
 }
-"""Changes of the sections model, model.moe and train of each variant."""
+"""Changes of each variant to the spec's sections `model`, `model.moe` and `train`, in this order."""
 # In bfloat16 some rows choose other experts than in float32, which changes the gradients of these experts.
 _GRADIENT_TOLERANCE, _LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2}, {"float32": 1e-3, "bfloat16": 5e-2}
 
 
 def make_spec(variant: str, precision: str, is_toy: bool) -> RunSpec:
-    """Return the spec of a small model of a variant."""
+    """Return the spec that trains a small model of a variant in `VARIANTS`."""
     model, moe, train = VARIANTS[variant]
     width, layers = (32, 1) if is_toy else (128, 2)
     sections = {"vocab_size": 256, "d_model": width, "layers": layers, "attention_heads": 4, **model}
@@ -48,7 +48,7 @@ def make_spec(variant: str, precision: str, is_toy: bool) -> RunSpec:
 
 
 def run(settings: Settings) -> Rows:
-    """Yield the largest relative error of a gradient in the first step and of the losses of all steps."""
+    """Yield for each variant the largest relative error of a gradient in the first step, and of a loss in any step."""
     steps = 2 if settings.is_toy else 20
     for variant in ("plain", "multi-head") if settings.is_toy else VARIANTS:
         for precision in ("float32", "bfloat16"):
@@ -72,7 +72,7 @@ def _compare(settings: Settings, variant: str, precision: str, steps: int) -> Ro
         loss_errors.append(abs(sums.loss - expected_sums.loss) / expected_sums.loss)
         for c, c_sums in ((reference, expected_sums), (case, sums)):
             c.trainer.update(c_sums)
-    # Unlike Python's, torch's largest value of numbers with a NaN is NaN, which fails the check.
+    # If one of the errors is NaN, torch's `max` returns NaN, which fails the check. Python's `max` could hide it.
     gradient_error, loss_error = (float(torch.tensor(errors).max()) for errors in (gradient_errors, loss_errors))
     passed = gradient_error <= _GRADIENT_TOLERANCE[precision] and loss_error <= _LOSS_TOLERANCE[precision]
     return {"gradient_error": gradient_error, "loss_error": loss_error, "steps": steps, "passed": passed}

@@ -1,4 +1,4 @@
-"""Waits of the host for the GPU in a layer, and the number of kernels of a layer."""
+"""Counts of the host's waits for the GPU in an expert layer, and of the CUDA kernels that the layer launches."""
 
 import warnings
 from typing import Any
@@ -10,25 +10,28 @@ from mhmoe_ray.bench.acceptance.layers import kernels_of, make_layer, make_token
 from mhmoe_ray.bench.acceptance.settings import Rows, Settings
 
 MAX_KERNELS = 64
-"""Largest number of kernels of a layer, forward and backward."""
+"""Largest number of CUDA kernels that the forward and backward pass of a layer may launch."""
 
 
 def run(settings: Settings) -> Rows:
-    """Yield the waits and the kernels of a forward and backward pass of each layer and kernel."""
+    """Yield how often the host waits and how many CUDA kernels run in a pass of each layer with each expert kernel.
+
+    A pass is forward and backward.
+    """
     tokens = settings.layer_tokens[0]
     for name, size in settings.layers.items():
         for kernel in kernels_of(settings, size):
             module, x_BTM = make_layer(settings, size, kernel), make_tokens(settings, tokens)
-            _pass(settings, module, x_BTM)  # compiles
+            _pass(settings, module, x_BTM)  # compiles the kernels
             counts = _count(settings, module, x_BTM)
-            # Kernel `grouped` is here for comparison: it waits for the counts of its experts.
+            # Kernel `grouped` is here for comparison: with it the host waits for the number of rows of each expert.
             if settings.device == "cuda" and kernel != "grouped":
                 counts["passed"] = counts["waits"] == 0 and counts["kernels"] <= MAX_KERNELS
             yield {"name": f"{name}, {kernel}", **counts}
 
 
 def _pass(settings: Settings, module: torch.nn.Module, x_BTM: torch.Tensor) -> None:
-    # Gradients that are there already would be added to, by kernels that do not belong to the layer.
+    # Old gradients are dropped, because adding to them would launch kernels that do not belong to the layer.
     for leaf in (x_BTM, *module.parameters()):
         leaf.grad = None
     with torch.autocast(settings.device, torch.bfloat16):
@@ -49,11 +52,11 @@ def _count(settings: Settings, module: torch.nn.Module, x_BTM: torch.Tensor) -> 
             _pass(settings, module, x_BTM)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    # The mode itself warns that it is a prototype, so only warnings of waits count.
+    # torch also warns that this mode is a prototype, so only warnings about waits count.
     waits = [str(w.message) for w in recorded_warnings if "synchronizing CUDA operation" in str(w.message)]
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         _pass(settings, module, x_BTM)
         torch.cuda.synchronize()
     kernels = sum(event.count for event in profiler.key_averages() if event.self_device_time_total > 0)
-    # Three of them fill the gradients of the outputs.
+    # Three of the kernels do not belong to the layer: they fill the gradients of its three outputs with ones.
     return {"waits": len(waits), "kernels": kernels - 3, "first_wait": waits[0][:200] if waits else None}

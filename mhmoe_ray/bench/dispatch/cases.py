@@ -1,4 +1,4 @@
-"""Layers of equal cost, random routes, the bytes that these routes must send between nodes, and a slow link.
+"""Layers of equal cost, random routes (choices of experts), the bytes that they send between nodes, and a slow link.
 
 The link joins two network namespaces on one machine: it is a pair of virtual interfaces that `tc` shapes.
 
@@ -29,7 +29,7 @@ INTERFACE = "slow"
 
 
 class Namespace(NamedTuple):
-    """Network namespace of Linux."""
+    """Network namespace of Linux, in which the processes of one simulated node run."""
 
     name: str
 
@@ -108,7 +108,7 @@ def _run_command(*command: str) -> None:
 
 
 NODES = ("a", "a", "b", "b")
-"""Node of each rank."""
+"""Name of the simulated node of each rank, in the order of ranks."""
 DISPATCHES = ("flat", "hierarchical")
 # Bytes of one value of a row, which is sent in bfloat16.
 VALUE_BYTES = 2
@@ -120,7 +120,7 @@ def layer_models() -> dict[str, ModelSpec]:
     """Return the models to compare, by name.
 
     All have the same multiply-adds and parameters: plain layers with finer and finer experts, and the multi-head layers
-    with which the follow-up paper would compare them, at half its width.
+    with which the follow-up paper (arXiv 2411.16205) would compare them, at half of its width.
     """
     models = {name: spec.model for name, spec in matched_models(SMALL_SIZE, [2, 3]).items()}
     plain_model = models.pop("SMoE")
@@ -138,14 +138,14 @@ def cluster_spec(dispatch: str) -> ClusterSpec:
 
 
 class Routes(NamedTuple):
-    """Routes of one rank's rows to uniformly random experts."""
+    """Uniformly random experts for the rows of one rank, and the gates of these choices."""
 
     expert_NK: Tensor
     gate_NK: Tensor
 
     @staticmethod
     def draw(model: ModelSpec, tokens: int, rank: int) -> "Routes":
-        """Return random routes of the rows of `tokens` tokens; the rank is the seed, so each rank has its own."""
+        """Return random experts for the rows of `tokens` tokens; the rank is the seed, so ranks draw different ones."""
         moe = model.moe
         assert moe is not None
         generator = torch.Generator().manual_seed(rank)
@@ -154,18 +154,18 @@ class Routes(NamedTuple):
 
 
 class ExpectedBytes(NamedTuple):
-    """Expected bytes between nodes in a forward and backward pass, summed over all ranks and both directions."""
+    """Expected bytes that each dispatch sends between nodes in a forward and backward pass, summed over all ranks."""
 
     flat: int
     hierarchical: int
 
 
 def expected_bytes(model: ModelSpec, tokens: int) -> ExpectedBytes:
-    """Return the bytes that the random routes of all ranks require between nodes, with `tokens` tokens per rank.
+    """Return the bytes that each dispatch must send between nodes for the random routes of `Routes.draw`.
 
-    Rows, outputs and the gradients of both are sent. Flat dispatch sends these once for each route to an expert on
-    another node. Hierarchical dispatch sends them once for each other node, and adds the expert ids and, in both
-    directions, the gates. Both also send counts of rows.
+    Each rank has `tokens` tokens. Rows, outputs and the gradients of both are sent. Flat dispatch sends these once for
+    each route to an expert on another node. Hierarchical dispatch sends them once for each other node, and adds the
+    expert ids and, in both directions, the gates. Both also send counts of rows.
     """
     moe = model.moe
     assert moe is not None

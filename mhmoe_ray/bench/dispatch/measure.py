@@ -1,4 +1,4 @@
-"""Measurement by four processes, two in each network namespace if there is a slow link."""
+"""Measurement of flat and hierarchical dispatch by four processes; a slow link has two of them at each end."""
 
 import json
 import os
@@ -27,12 +27,12 @@ from mhmoe_ray.spec import MoESpec
 
 
 class PassFigures(NamedTuple):
-    """Measurements of the forward and backward passes of one layer with one dispatch."""
+    """Measurements of the forward and backward passes of one layer with one kind of dispatch."""
 
     seconds: list[float]
     """Seconds of a pass, one value per round."""
     counted_bytes: int
-    """Bytes of rows between nodes, as counted by the dispatch."""
+    """Bytes of rows that all ranks send between nodes in one pass, as counted by the dispatch."""
     over_link: list[int]
     """Bytes that crossed the link, with all headers, one value per round; empty without a link."""
 
@@ -41,17 +41,17 @@ class PassFigures(NamedTuple):
         return median(self.seconds)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields as `mhmoe bench dispatch --json` prints them."""
+        """Return the measurements of this dispatch as `mhmoe bench dispatch --json` prints them."""
         return {"seconds": self.seconds, "counted": self.counted_bytes, "over_link": self.over_link}
 
     @property
     def bytes(self) -> float:
-        """Median of the bytes that crossed the link; without a link, the bytes that the dispatch counted."""
+        """Median of the bytes that crossed the link in a pass; without a link, the bytes that the dispatch counted."""
         return median(self.over_link) if self.over_link else self.counted_bytes
 
 
 class Figures(NamedTuple):
-    """Measurements of one layer."""
+    """Measurements of one layer with flat and with hierarchical dispatch."""
 
     name: str
     moe: MoESpec
@@ -70,7 +70,7 @@ class Figures(NamedTuple):
 
 
 def measure(tokens: int, rounds: int, rate: str | None) -> list[Figures]:
-    """Measure every layer with both dispatches.
+    """Measure every layer with flat and with hierarchical dispatch, and return the measurements of each layer.
 
     Args:
         tokens: the number of tokens of each rank.
@@ -92,7 +92,9 @@ def measure(tokens: int, rounds: int, rate: str | None) -> list[Figures]:
 
 
 def _run_ranks(namespaces: Sequence[Namespace], request: dict[str, Any]) -> dict[str, Any]:
-    """Run a process for each rank with this request, and return the measurements that rank 0 prints.
+    """Run a process for each rank, and return the measurements that rank 0 prints.
+
+    `request` has the numbers of tokens and rounds, and whether there is a slow link.
 
     Raises:
         JobError: a process failed; the others are then killed.

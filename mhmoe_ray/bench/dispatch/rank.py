@@ -1,4 +1,4 @@
-"""Work of one of the four processes: it runs all layers with both dispatches in interleaved rounds."""
+"""Program of each of the four ranks: it runs all layers with flat and hierarchical dispatch in interleaved rounds."""
 
 import json
 import os
@@ -33,7 +33,7 @@ class Case:
         self.x_ND = torch.randn(len(routes.expert_NK), model.row_width, dtype=torch.bfloat16).requires_grad_()
 
     def run(self, dispatch: Dispatch) -> None:
-        """Run a forward and backward pass, with gradients of rows, gates and weights, and drop the gradients."""
+        """Run a forward and backward pass through a dispatch, and drop the gradients of rows, gates and weights."""
         y_ND, _ = dispatch(self.x_ND, self.routing, self.experts, None)
         torch.autograd.backward(y_ND, torch.ones_like(y_ND))
         for leaf in (self.x_ND, self.gate_NK, *self.experts.parameters()):
@@ -94,7 +94,10 @@ def _synchronized_time() -> float:
 
 
 def main() -> None:
-    """Join the process group, measure, and print the results as JSON on rank 0; the request is a JSON argument."""
+    """Join the process group, measure both dispatches, and print the results as JSON on rank 0.
+
+    The only argument of the program is a JSON object with the settings of the measurement.
+    """
     request = json.loads(sys.argv[1])
     # Each of the four ranks uses a single thread, because all of them share the CPUs of this machine.
     torch.set_num_threads(1)

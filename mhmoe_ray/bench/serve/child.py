@@ -1,4 +1,4 @@
-"""Process of a contestant, which waits while others are measured, so that only one is under load at a time."""
+"""Process of an engine or a server, which waits while the others are measured, so that only one is under load."""
 
 import json
 import os
@@ -19,15 +19,15 @@ from mhmoe_ray.bench.timing import process_failure
 from mhmoe_ray.errors import JobError
 
 ANSWER_TIMEOUT = 1800.0
-"""Timeout in seconds for the answers to a round of prompts, and for the start of a contestant."""
+"""Timeout in seconds for the answers to a round of prompts, and for the start of an engine or a server."""
 EXIT_TIMEOUT = 60.0
-"""Timeout in seconds after which a contestant that did not answer is killed; it first ends its own processes."""
+"""Seconds that an engine or a server that did not answer has to end its own processes before it is killed."""
 
 
 class Child:
     """Context manager of the process of an engine or a server, which starts and ends with the `with` block.
 
-    In the block, `ready_message` is the process's first message; that of a server has its `url`.
+    In the block, `ready_message` is the first message of the process; the key `url` in it has the URL of a server.
     """
 
     def __init__(self, name: str, served_model: ServedModel) -> None:
@@ -66,7 +66,7 @@ class Child:
         self._close()
 
     def time_answers(self, prompts: Sequence[Prompt], clients: int) -> float:
-        """Let the engine of this process answer prompts, `clients` at a time, and return the seconds that it takes."""
+        """Let the engine in the child process answer prompts, `clients` at a time, and return the seconds it takes."""
         assert self._process.stdin is not None
         print(json.dumps([prompts, clients]), file=self._process.stdin, flush=True)
         return float(self._read_message()["seconds"])
@@ -89,10 +89,10 @@ class Child:
             self._process.kill()
 
     def _read_message(self) -> dict[str, Any]:
-        """Return the next message of the process.
+        """Return the next JSON message that the child process sends.
 
         Raises:
-            JobError: the process has ended, or does not answer in time; it is then ended.
+            JobError: the process has ended, or it does not answer in time and is therefore ended.
         """
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], ANSWER_TIMEOUT)[0]:
@@ -112,7 +112,8 @@ class Child:
 def main() -> None:
     """Run the engine or server that the JSON argument names, until stdin is closed.
 
-    A server's URL is printed once it runs. An engine answers each line of prompts on stdin, and prints the seconds.
+    The URL of a server is printed once the server runs. An engine answers the prompts in each line on stdin, and the
+    seconds that it took are printed.
     """
     request = json.loads(sys.argv[1])
     paths = {key: Path(request["place"][key]) for key in ("checkpoint", "folder")}

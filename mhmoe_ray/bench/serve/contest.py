@@ -1,4 +1,7 @@
-"""Interleaved rounds of all contestants; in a round all get the same prompts, and each round has new ones."""
+"""Comparison of engines or servers in interleaved rounds.
+
+In a round all get the same prompts, and each round has new prompts.
+"""
 
 import random
 import statistics
@@ -20,13 +23,13 @@ PACKAGES = {
     "vllm, Ray Serve": "vllm",
     "vLLM's server": "vllm",
 }
-"""Package that a contestant needs in addition to ours; contestants that are not listed need none."""
+"""Package that each engine or server needs in addition to ours; those that are not listed need none."""
 
 Report = Callable[[str], None]
 
 
 class Shape(NamedTuple):
-    """Lengths of requests."""
+    """Lengths of prompts and answers in tokens."""
 
     prompt: int
     tokens: int
@@ -48,7 +51,7 @@ class Shape(NamedTuple):
         return max(1, mean * 7 // 4)
 
     def requests(self, count: int, seed: str) -> list[Prompt]:
-        """Return `count` random prompts with the lengths of their answers; each seed gives other ones."""
+        """Return `count` random prompts with the lengths of their answers; each seed gives different prompts."""
         generator = random.Random(seed)
 
         # Random lengths are between 1/4 and 7/4 of the mean, so that their average is the mean.
@@ -63,7 +66,7 @@ class Shape(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """Measurements of one contestant at one number of clients."""
+    """Throughput of one engine or server with one number of clients."""
 
     name: str
     clients: int
@@ -93,18 +96,20 @@ def measure_engines(
     rounds: int,
     report: Report,
 ) -> list[Rates]:
-    """Measure engines with each number of requests at a time, on four times as many requests.
+    """Measure the throughput of engines with each number of requests at a time.
+
+    A round has four times as many requests as the engine answers at a time.
 
     Args:
-        served_models: the engine of each contestant and the model that it serves, by a unique name.
+        served_models: the name of an engine and the model that it serves, by a unique title.
         shape: the lengths of requests; if answers have one token, the tokens of prompts are counted.
         clients: the numbers of requests at a time.
-        rounds: the number of rounds of all contestants; every other round is in reverse order. A warm-up round before
+        rounds: the number of rounds, each of all engines; every other round is in reverse order. A warm-up round before
             them is not counted.
         report: a function that is called with a line after each measurement.
 
     Raises:
-        JobError: one of the contestants failed.
+        JobError: one of the engines failed.
     """
     rates: dict[tuple[str, int], list[float]] = {(name, n): [] for n in clients for name in served_models}
     with ExitStack() as stack:
@@ -131,7 +136,9 @@ def measure_servers(
     rounds: int,
     report: Report,
 ) -> list[Rates]:
-    """Measure servers with each number of clients; a client sends its next request when it has its answer.
+    """Measure the throughput of servers with each number of clients.
+
+    A client sends its next request when it has the answer to the last one.
 
     Args:
         names: keys of `SERVERS`.
@@ -160,7 +167,9 @@ def measure_random_arrivals(
     rounds: int,
     report: Report,
 ) -> list[Rates]:
-    """Measure servers under streamed requests that arrive at random; `clients` of the figures is then 0.
+    """Measure the throughput of servers under streamed requests that arrive at random times.
+
+    The field `clients` of the results is 0, because there is no fixed number of clients.
 
     Args:
         names: keys of `SERVERS`.

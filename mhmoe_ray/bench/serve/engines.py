@@ -1,4 +1,4 @@
-"""Engines in this process. An engine is created once, and then answers a number of requests at a time."""
+"""Inference engines in this process, which are created once and then answer a number of requests at a time."""
 
 import asyncio
 import itertools
@@ -46,7 +46,7 @@ NO_STOP_TOKENS = frozenset[int]()
 
 
 def torch_engine(served_model: ServedModel) -> Answer:
-    """Return our own engine in this process."""
+    """Return a function that answers prompts with our own engine in this process."""
     # A replica has the same limit (see `load_answerer`): OpenMP threads of this thread would slow those of the engine.
     torch.set_num_threads(1)
     model, manifest = load_model(served_model.checkpoint)
@@ -57,7 +57,7 @@ def torch_engine(served_model: ServedModel) -> Answer:
 
 
 def vllm_engine(served_model: ServedModel) -> Answer:
-    """Return vLLM with our model, behind the interface of our engines."""
+    """Return a function that answers prompts with vLLM and our implementation of the model."""
     from mhmoe_ray.serving.vllm.engine import VllmEngine
 
     manifest = read_manifest(served_model.checkpoint)
@@ -68,7 +68,7 @@ def vllm_engine(served_model: ServedModel) -> Answer:
 
 
 def vllm_offline(served_model: ServedModel) -> Answer:
-    """Return vLLM's own engine with its own Mixtral, in this process."""
+    """Return a function that answers prompts with vLLM and its own implementation of Mixtral, in this process."""
     # By default vLLM runs its engine in another process. This variable keeps the engine in this process.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
@@ -96,7 +96,10 @@ def vllm_offline(served_model: ServedModel) -> Answer:
 
 
 def transformers_generate(served_model: ServedModel) -> Answer:
-    """Return transformers' `generate`, which answers a batch of prompts at a time; it ends with its longest answer."""
+    """Return a function that answers prompts with transformers' `generate`, one batch at a time.
+
+    A batch ends with its longest answer.
+    """
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(served_model.threads)
@@ -125,7 +128,7 @@ def transformers_generate(served_model: ServedModel) -> Answer:
 
 
 def _answer_with(engine: Engine) -> Answer:
-    """Return a function that answers with one of our engines."""
+    """Return a function that answers prompts with one of our engines."""
 
     async def answer_all(prompts: Sequence[Prompt], clients: int) -> None:
         pending_prompts = iter(prompts)

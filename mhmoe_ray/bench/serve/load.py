@@ -1,4 +1,4 @@
-"""Clients of a server that has OpenAI's API."""
+"""Clients that send requests to a server with OpenAI's API, and time its answers."""
 
 import asyncio
 import json
@@ -87,10 +87,9 @@ def open_loop(url: str, requests: Sequence[Prompt], rate: float, seed: int) -> L
 async def send_request(
     session: aiohttp.ClientSession, url: str, ids: Sequence[int], tokens: int, stream: bool
 ) -> RequestOutcome:
-    """Request one greedy completion of `tokens` tokens; return the seconds to its first token and to its end, and its
-    number of tokens.
+    """Request one greedy completion of `tokens` tokens, and return its times and its number of tokens.
 
-    The seconds to the first token are None if the answer is not streamed.
+    `stream` tells whether the answer is streamed token by token.
 
     Raises:
         aiohttp.ClientError: the request was refused, was interrupted, or failed after the answer had started.
@@ -118,10 +117,10 @@ async def send_request(
 
 
 def _measure_load(run: Any, connections: int) -> Load:
-    """Return the outcomes of a coroutine function that sends requests, and the time of all of them.
+    """Send requests by means of a coroutine function, and return their outcomes and the time that all of them took.
 
     Args:
-        run: function of an HTTP session.
+        run: coroutine function that sends all requests through an HTTP session and returns their outcomes.
         connections: largest number of connections at a time; 0 for no limit.
     """
 

@@ -1,4 +1,4 @@
-"""Models with random weights to serve; the speed does not depend on the text that they produce."""
+"""Models with random weights to serve, because the speed does not depend on the text that they produce."""
 
 import itertools
 import string
@@ -63,7 +63,7 @@ def write_run(model: ModelSpec, seq_len: int, run: Path) -> Path:
 
 
 def _build_tokenizer(entries: int) -> Tokenizer:
-    """Return a tokenizer with this number of entries: end of text, bytes, then pairs and triples of letters."""
+    """Return a tokenizer whose vocabulary has `entries` entries: end of text, bytes, pairs and triples of letters."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = ((a, b) for a, b in itertools.product(string.ascii_lowercase, repeat=2))
     triples = ((a + b, c) for a, b, c in itertools.product(string.ascii_lowercase, repeat=3))

@@ -1,4 +1,4 @@
-"""Servers as context managers, whose processes end with the `with` block."""
+"""HTTP servers to compare, as context managers; the processes of a server end with the `with` block."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ Server = Callable[[ServedModel], AbstractContextManager[str]]
 
 @contextmanager
 def standalone_server(engine: str, served_model: ServedModel) -> Iterator[str]:
-    """Run our application in a thread, without Ray, and yield its URL."""
+    """Run our HTTP application in a thread, without Ray, and yield its URL."""
     spec = served_model.serve_spec(engine)
     answerer = load_answerer(served_model.checkpoint, spec)
     [port] = free_ports(1)
@@ -51,7 +51,7 @@ def standalone_server(engine: str, served_model: ServedModel) -> Iterator[str]:
 
 @contextmanager
 def ray_serve_server(engine: str, served_model: ServedModel) -> Iterator[str]:
-    """Run our application on a local cluster of its own, as `mhmoe serve deploy` does, and yield its URL."""
+    """Run our HTTP application on a local Ray cluster of its own, as `mhmoe serve deploy` does, and yield its URL."""
     from mhmoe_ray.cluster import serving
     from mhmoe_ray.cluster.connect import connect
     from mhmoe_ray.serving.config import application_config
@@ -77,7 +77,7 @@ def ray_serve_server(engine: str, served_model: ServedModel) -> Iterator[str]:
 
 @contextmanager
 def vllm_server(served_model: ServedModel) -> Iterator[str]:
-    """Run vLLM's own server with its own Mixtral, and yield its URL."""
+    """Run vLLM's own HTTP server with its own implementation of Mixtral, and yield its URL."""
     [port] = free_ports(1)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(served_model.folder)]
     command += ["--served-model-name", MODEL_NAME, "--port", str(port), "--host", "127.0.0.1", "--enforce-eager"]

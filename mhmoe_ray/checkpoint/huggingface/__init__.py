@@ -1,4 +1,4 @@
-"""Export of checkpoints to folders that other tools open as models, import from such folders, and comparison.
+"""Export of checkpoints to folders that other tools open as models, import of such folders, comparison of models.
 
 adapters/               config.json of each architecture of transformers, from and to the `model` section of a spec
 names.py                the table of tensor names, for both directions

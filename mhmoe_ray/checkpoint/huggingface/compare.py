@@ -1,4 +1,4 @@
-"""Comparison of two models: their weights tensor by tensor and expert by expert, and their logits on a probe.
+"""Comparison of two models: weights tensor by tensor and expert by expert, and logits for fixed random tokens.
 
 A model is a checkpoint of a run or a folder in Hugging Face's layout. Both are read one layer at a time, under the
 names of `names.py`, so that a checkpoint can be compared with its export, and an import with its source.
@@ -27,29 +27,29 @@ from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.storage import Location
 
 PROBE_TOKENS = 64
-"""Number of tokens of the probe, which are random but always the same for a vocabulary."""
+"""Largest number of random tokens for which logits are compared. Equal vocabulary sizes give the same tokens."""
 NARROW_DTYPES = (torch.bfloat16, torch.float16)
 EXPERT = re.compile(r"(model\.layers\.\d+\.block_sparse_moe\.experts)\.(\d+)\.(.+)")
 
 
 class StoredModel(NamedTuple):
-    """A model on disk, whose tensors are read one by one."""
+    """A model in storage, whose tensors are read one by one."""
 
     label: str
-    """The checkpoint or the folder, for messages."""
+    """Name of the checkpoint or the folder for messages."""
     model: ModelSpec
     seq_len: int
     entries: list[list[TensorEntry]]
-    """Entries of the tensors, in groups of one layer."""
+    """Names and shapes of the model's tensors: a group for those outside the layers, then a group for each layer."""
     names: set[str]
-    """Names of the stored tensors in the table of `names.py`; a name that is not in the table is as it is stored."""
+    """Names of the stored tensors, translated to those in the table of `names.py` if they are in it."""
     read: Callable[[str], Tensor]
-    """Function that reads a tensor by its name in the table."""
+    """Function that reads a tensor by its name in the table of `names.py`."""
 
 
 @contextmanager
 def open_model(location: Location) -> Iterator[StoredModel]:
-    """Context manager that opens a checkpoint of a run, or a folder in Hugging Face's layout.
+    """Context manager that opens a model to compare: a checkpoint of a run, or a folder in Hugging Face's layout.
 
     Raises:
         CheckpointError: the model cannot be read, or this package does not compute it.
@@ -87,13 +87,13 @@ def _open_folder(folder: Path) -> Iterator[StoredModel]:
 
 
 def _open_checkpoint(checkpoint: Location) -> StoredModel:
-    """Return a checkpoint of a run as a stored model, after checking its hashes."""
+    """Return a checkpoint of a run as a stored model, after checking the hashes of its files."""
     manifest = read_manifest(checkpoint, parts=("weights",))
     index = read_index(checkpoint / "weights")
     entries = tensor_entries(manifest.model)
     entry_of = {name: entry for group in entries for entry in group for name in entry.exported_names}
     names = {name for name, entry in entry_of.items() if entry.checkpoint_name in index}
-    # The parts of an entry are read one after another, so the last entry is kept.
+    # A tensor is exported in several parts, which are read one after another, so the last tensor is kept.
     last_parts: dict[str, Tensor] = {}
 
     def read(name: str) -> Tensor:
@@ -106,7 +106,7 @@ def _open_checkpoint(checkpoint: Location) -> StoredModel:
 
 
 def _read_entry(checkpoint: Location, entry: TensorEntry, index: SliceIndex) -> dict[str, Tensor]:
-    """Read one tensor of a checkpoint, and return its exported parts by name."""
+    """Read one tensor of a checkpoint, and return the exported tensors into which it is split, by name."""
     tensor = torch.empty(entry.shape, dtype=index[entry.checkpoint_name][0].dtype)
     load_tensors(checkpoint / "weights", {entry.checkpoint_name: tensor}, index=index)
     return entry.split(tensor)
@@ -118,7 +118,7 @@ class Finding(NamedTuple):
     kind: str
     """Kind of the difference: model, missing, shape, swapped, zero, transposed, rounded or different."""
     subject: str
-    """The tensor, the experts or the option that differs."""
+    """Name of the tensor, the expert or the option that differs."""
     detail: str
 
     @property
@@ -127,15 +127,18 @@ class Finding(NamedTuple):
 
 
 class LogitDifference(NamedTuple):
-    """Difference of two models' logits on the probe."""
+    """Difference between the logits of two models for the same tokens."""
 
     largest: float
     same_choices: float
-    """Share of the positions at which both models prefer the same token."""
+    """Share of the positions, from 0 to 1, at which both models give the same token the highest logit."""
 
 
 def compare_weights(first_model: StoredModel, second_model: StoredModel) -> list[Finding]:
-    """Return the differences between two models, without options of training; an empty list if there are none."""
+    """Return the differences between two models in sizes, options and weights; an empty list if there are none.
+
+    Options that matter only in training are ignored.
+    """
     findings = _compare_functions(first_model.model, second_model.model)
     if findings:
         # Other sizes or options would make nearly every tensor different.
@@ -155,7 +158,7 @@ def compare_weights(first_model: StoredModel, second_model: StoredModel) -> list
 
 
 def _compare_functions(first_model: ModelSpec, second_model: ModelSpec) -> list[Finding]:
-    """Return the options in which two models compute differently."""
+    """Return a finding for each option by which two models compute differently."""
 
     def flat(fields: dict[str, object], prefix: str = "") -> dict[str, object]:
         items: dict[str, object] = {}
@@ -184,7 +187,7 @@ def _relation(a: Tensor, b: Tensor) -> str:
 
 
 def _is_rounded(a: Tensor, b: Tensor) -> bool:
-    """Return whether one tensor is the other one, rounded to a narrow dtype."""
+    """Return whether one tensor equals the other one after rounding to bfloat16 or float16."""
     return any(
         torch.equal(wide.to(dtype).double(), narrow.double())
         for dtype in NARROW_DTYPES
@@ -214,11 +217,11 @@ def _compare_tensors(name: str, a: Tensor, b: Tensor) -> list[Finding]:
 def _compare_experts(
     first_model: StoredModel, second_model: StoredModel, experts: dict[str, re.Match[str]]
 ) -> list[Finding]:
-    """Return the differences between the experts of one layer.
+    """Return the differences between the experts of one layer in two models.
 
     Args:
-        first_model, second_model: the models.
-        experts: names of the tensors of the layer's experts, each with its match of `EXPERT`.
+        first_model, second_model: the models to compare.
+        experts: names of the tensors of the layer's experts, each with its match of the regular expression `EXPERT`.
     """
     a: dict[int, dict[str, Tensor]] = defaultdict(dict)
     b: dict[int, dict[str, Tensor]] = defaultdict(dict)
@@ -260,10 +263,10 @@ def _is_zero(tensors: Iterable[Tensor]) -> bool:
 
 @torch.inference_mode()
 def compare_logits(first_model: StoredModel, second_model: StoredModel) -> LogitDifference:
-    """Return the difference of the logits of two models that have the same tensors, in float32.
+    """Return the difference between the logits of two models with the same names of tensors, computed in float32.
 
     Raises:
-        CheckpointError: a tensor is missing, or has another shape than the model's.
+        CheckpointError: a tensor is missing, or its shape does not fit the model.
     """
     length = min(PROBE_TOKENS, first_model.seq_len, second_model.seq_len)
     tokens = torch.randint(first_model.model.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
@@ -273,7 +276,7 @@ def compare_logits(first_model: StoredModel, second_model: StoredModel) -> Logit
 
 
 def _probe_logits(stored_model: StoredModel, tokens: Tensor) -> Tensor:
-    """Return a model's logits TV for tokens (1, T)."""
+    """Load a stored model, and return its logits, of shape (T, vocabulary), for tokens of shape (1, T)."""
     model = Decoder(stored_model.model).requires_grad_(False).eval()
     tensors = model.named_tensors()
     for group in stored_model.entries:

@@ -19,13 +19,13 @@ from mhmoe_ray.checkpoint.huggingface.adapters import ADAPTERS, choose_adapter, 
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.spec import ModelSpec
 
-# `mhmoe plan` reads config.json and must start quickly.
+# `mhmoe plan` reads config.json and must start quickly, so torch is imported for type checkers only.
 if TYPE_CHECKING:
     import torch
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SECTION = "mhmoe"
-# Exports of version 0.1 have the section, but not the keys of the architecture.
+# Key that shows that config.json has the keys of an architecture. Exports of version 0.1 have only the section.
 FIRST_KEY = "hidden_size"
 
 AUTO_CLASSES = {
@@ -33,20 +33,20 @@ AUTO_CLASSES = {
     "AutoModel": "modeling_mhmoe.MhmoeModel",
     "AutoModelForCausalLM": "modeling_mhmoe.MhmoeForCausalLM",
 }
-"""Classes of an exported MH-MoE model by transformers' auto classes (`auto_map` in config.json)."""
+"""Classes in an exported folder's code, by the auto classes of transformers that load them (`auto_map`)."""
 
 
 class ExportResult(NamedTuple):
-    """Result of an export."""
+    """Result of the export of a checkpoint to a folder in Hugging Face's layout."""
 
     model_type: str
-    """Model type in config.json."""
+    """`model_type` in the folder's config.json."""
     tensors: int
     """Number of exported tensors."""
     bytes: int
-    """Number of bytes of the exported tensors."""
+    """Size of the exported tensors in bytes."""
     checkpoint: str
-    """Name of the checkpoint."""
+    """Name of the exported checkpoint."""
 
 
 class MhmoeSection(BaseModel):
@@ -54,16 +54,16 @@ class MhmoeSection(BaseModel):
 
     model: ModelSpec
     seq_len: PositiveInt
-    """Number of tokens that the model sees at once."""
+    """Context length: number of tokens that the model sees at once."""
     tokenizer_sha256: str | None = None
-    """Result of `tokenizer_identity` for the tokenizer.json in the folder, or the file's hash in older folders; absent
-    in folders that this package did not write."""
+    """Hash of the parts of tokenizer.json that encode text (`tokenizer_identity`); in older folders, of the whole file.
+    None in folders that this package did not write."""
     adds_start: bool | None = True
-    """Whether a start token precedes a text; None if only the tokenizer can tell, in folders of other tools."""
+    """Whether a start token precedes each text; None in folders of other tools, where the tokenizer decides."""
 
 
 class EdgeTokens(BaseModel):
-    """Token ids at the edges of a text, and the one that pads it."""
+    """Ids of the tokens that start, end and pad a text."""
 
     bos_token_id: int
     eos_token_id: list[int]
@@ -102,8 +102,8 @@ def build_exported_config(
         dtype: dtype of the weights.
         edge_tokens: token ids that start, end and pad a text.
         tokenizer_size: number of tokens of the tokenizer.
-        tokenizer_sha256: identity of the tokenizer.
-        adds_start: whether a start token precedes a text.
+        tokenizer_sha256: hash of the tokenizer (`tokenizer_identity`).
+        adds_start: whether a start token precedes each text.
     """
     section = MhmoeSection(model=model, seq_len=seq_len, tokenizer_sha256=tokenizer_sha256, adds_start=adds_start)
     return {
@@ -121,7 +121,7 @@ def read_config(folder: Path, seq_len: int | None) -> tuple[str, MhmoeSection]:
 
     Args:
         folder: folder with a config.json.
-        seq_len: requested context length in tokens; by default that of the model.
+        seq_len: requested context length in tokens; None for that of the model.
 
     Raises:
         CheckpointError: config.json cannot be read, it describes a model that this package does not compute, or
@@ -171,7 +171,7 @@ def _read_section(subject: str, model_type: str, fields: dict[str, Any]) -> Mhmo
 
 
 def _error_text(error: Exception) -> str:
-    """Return an error of config.json in one line, with the name of its key if pydantic found it."""
+    """Return the text of an error about config.json in one line, with the wrong key if pydantic found the error."""
     if not isinstance(error, ValidationError):
         return str(error)
     first_error = error.errors()[0]
@@ -184,10 +184,10 @@ def read_end_tokens(folder: Path, token_count: int) -> set[int]:
 
     Args:
         folder: folder whose config.json was read.
-        token_count: number of tokens; all token ids are below it.
+        token_count: number of tokens of the tokenizer; all token ids are below it.
 
     Raises:
-        CheckpointError: a file cannot be read, or names an id that is no token.
+        CheckpointError: a file cannot be read, or names an id that is not a token of the tokenizer.
     """
     subject, end_tokens = f"folder {folder}", set[int]()
     for file in (folder / CONFIG, folder / GENERATION):
@@ -198,7 +198,7 @@ def read_end_tokens(folder: Path, token_count: int) -> set[int]:
         except (OSError, ValueError, AttributeError) as e:
             raise CheckpointError(subject, f"its {file.name} cannot be read ({e})", "get the folder again") from e
         for token in token_ids if isinstance(token_ids, list) else [] if token_ids is None else [token_ids]:
-            # In JSON `true` is no token id, but in Python it is an instance of int.
+            # In JSON, `true` is not a number, but in Python it is an instance of int. So the type itself is compared.
             if type(token) is not int or not 0 <= token < token_count:
                 reason = (
                     f"the eos_token_id in its {file.name} is {token_ids}, "

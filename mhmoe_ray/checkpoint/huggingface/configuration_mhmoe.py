@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig
 class MhmoeConfig(PreTrainedConfig):
     """Configuration of an MH-MoE model.
 
-    A key has the name that Llama, Qwen3-MoE or DeepSeek-V3 give it, where one of them has it. d is `hidden_size`, h is
-    `moe_heads` and E is `num_experts`.
+    Keys that Llama, Qwen3-MoE or DeepSeek-V3 have, too, have the same names here. In the descriptions, d is
+    `hidden_size`, h is `moe_heads` and E is `num_experts`.
     """
 
     model_type = "mhmoe"
@@ -23,7 +23,7 @@ class MhmoeConfig(PreTrainedConfig):
     feed-forward layers, xPos, GELU, biases, embeddings scaled by sqrt(d)."""
     vocab_size: int = 32_000
     tokenizer_size: int | None = None
-    """Number of tokens of the tokenizer; the embedding may have more rows, which no text has."""
+    """Number of tokens of the tokenizer. The embedding may have more rows, which no text uses."""
     hidden_size: int = 768
     intermediate_size: int | None = None
     """Hidden width of the dense feed-forward layers; None if every layer is a mixture of experts."""
@@ -33,7 +33,7 @@ class MhmoeConfig(PreTrainedConfig):
     head_dim: int | None = None
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-5
-    """Epsilon of all norms, also of LayerNorm."""
+    """Epsilon of all norms, both RMSNorm and LayerNorm."""
     rope_parameters: dict[str, Any] | None = None
     attention_bias: str = "none"
     """Projections of attention with a bias: none, qkv (queries, keys and values) or all (also the output)."""
@@ -46,37 +46,40 @@ class MhmoeConfig(PreTrainedConfig):
     use_cache: bool = True
 
     num_experts: int = 0
-    """E; 0 for a dense model."""
+    """E: number of experts of a layer; 0 for a dense model."""
     num_experts_per_tok: int = 2
     """Number of experts that each sub-token is routed to."""
     moe_intermediate_size: int | None = None
     decoder_sparse_step: int = 1
     """Layer i (from 0) is a mixture of experts if i + 1 is a multiple of this number."""
     first_k_dense_replace: int = 0
-    """Number of layers at the start that are dense whatever `decoder_sparse_step` says."""
+    """Number of first layers that are dense, regardless of `decoder_sparse_step`."""
     moe_heads: int = 1
     """h: number of sub-tokens that a token is split into."""
     sub_token_size: int | None = None
-    """Width of a sub-token, on which the router and the experts compute; by default d / h. With another width, the
-    first layer before the split and the last layer after the join change the width."""
+    """Width of a sub-token, the input of the router and the experts; None for d / h. With another width, the first
+    layer of the head projection and the last layer of the merge projection change the width of a token."""
     head_projection_layers: int = 0
-    """Number of linear layers before the split into sub-tokens, with ReLU between them; 0 for no projection."""
+    """Number of linear layers of the head projection, before the split into sub-tokens, with ReLU between them; 0 for
+    none."""
     merge_projection_layers: int = 0
-    """Number of linear layers after the join of sub-tokens."""
+    """Number of linear layers of the merge projection, after sub-tokens are joined, with ReLU between them; 0 for
+    none."""
     sub_token_residual: bool = False
     shared_expert_intermediate_size: int = 0
     """Hidden width of the shared expert, which computes on whole tokens; 0 for none."""
 
     router_type: str = "linear"
-    """linear: W x. xmoe: X-MoE's router as published. xmoe_torchscale: X-MoE's router as torchscale computes it."""
+    """Kind of router. linear: a linear layer. xmoe: X-MoE's router as published. xmoe_torchscale: that router as
+    torchscale computes it."""
     router_dim: int | None = None
-    """Width of the projection in X-MoE's routers."""
+    """Width to which X-MoE's routers project a sub-token; None for router linear."""
     scoring_func: str = "softmax"
     """Function from logits to scores: softmax over the experts, or sigmoid for each expert by itself."""
     norm_topk_prob: bool = False
     """If true, the gates of a sub-token are divided by their sum."""
     routed_scaling_factor: float = 1.0
-    """Factor of all gates."""
+    """Factor by which all gates are multiplied."""
     n_group: int = 1
     """Number of groups of experts, of which only the best `topk_group` are considered for a sub-token."""
     topk_group: int = 1

@@ -31,7 +31,7 @@ from mhmoe_ray.runs.directory import CHAT_TEMPLATE, RunDir
 from mhmoe_ray.storage import Location, replace_file, write_json
 
 CODE_FILES = tuple(Path(__file__).with_name(name) for name in ("configuration_mhmoe.py", "modeling_mhmoe.py"))
-"""Files with the classes of a model that transformers does not have; an export contains copies of them."""
+"""Files with the code of MH-MoE models, which transformers lacks; an export of such a model contains copies of them."""
 
 
 def export(checkpoint: Location, manifest: CheckpointManifest, target: Path) -> ExportResult:
@@ -44,11 +44,11 @@ def export(checkpoint: Location, manifest: CheckpointManifest, target: Path) -> 
     Args:
         checkpoint: checkpoint inside its run directory, already verified.
         manifest: manifest of the checkpoint.
-        target: folder that does not exist or is empty; it is published under this name when it is complete.
+        target: folder to write, which must not exist or must be empty; it gets this name when it is complete.
 
     Raises:
-        CheckpointError: the folder cannot be written, the checkpoint cannot be read, its tokenizer is missing or
-            another one, or its model is no decoder or has router `domain`.
+        CheckpointError: the folder cannot be written, the checkpoint cannot be read, its tokenizer is missing or has
+            changed, or its model is not a decoder or has router `domain`.
     """
     subject = f"folder {target}"
     if manifest.model.kind != "decoder":
@@ -94,7 +94,7 @@ def _write_folder(
     """Write all files of the export of a checkpoint into an existing folder, with the tokenizer at path `tokenizer`."""
     adapter = choose_adapter(manifest.model, manifest.seq_len)
     groups = tensor_entries(manifest.model, adapter.name_replacements)
-    # Read before anything is written: errors of reading and of writing have different messages.
+    # The files are read before anything is written, because errors of reading and of writing have different messages.
     with _report_read_errors(checkpoint):
         index = read_index(checkpoint / "weights")
         template = tokenizer.parent / CHAT_TEMPLATE
@@ -133,7 +133,7 @@ def _write_folder(
     write_json(folder / CONFIG, config)
     generation_config = edge_tokens.model_dump()
     if unused_rows := list(range(token_count(loaded_tokenizer), manifest.model.vocab_size)):
-        # The rows of the embedding beyond the tokenizer have no text, so that no answer may contain them.
+        # Embedding rows beyond the tokenizer's last token stand for no text, so an answer must not contain them.
         generation_config["suppress_tokens"] = unused_rows
     write_json(folder / GENERATION, generation_config)
     total_bytes = sum(
@@ -146,7 +146,7 @@ def _write_folder(
 def _exported_groups(
     checkpoint: Location, groups: list[list[TensorEntry]], index: SliceIndex
 ) -> Iterator[dict[str, Tensor]]:
-    """Load the tensors of one group after the other, and yield each group's exported tensors by name."""
+    """Load a checkpoint's tensors group by group, and yield the exported tensors of each group by name."""
     for group in groups:
         # A missing tensor has no dtype here; `load_tensors` raises the error for it.
         stored_dtypes = {

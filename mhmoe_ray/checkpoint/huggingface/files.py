@@ -24,11 +24,11 @@ class StoredTensors:
     """Tensors in the safetensors files of a folder, by name; only headers are in memory until `read` is called."""
 
     def __init__(self, folder: Path, files: dict[str, Any]) -> None:
-        """Find the file of each tensor.
+        """Find the file that holds each tensor.
 
         Args:
-            folder: folder of the files, for messages.
-            files: open safetensors files by name.
+            folder: folder of the files, which error messages name.
+            files: open safetensors files, by their names.
 
         Raises:
             CheckpointError: a tensor is in two files.
@@ -48,7 +48,7 @@ class StoredTensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor; (1,) for a scalar."""
-        # The model has a scalar as a tensor of one element.
+        # In the model, a scalar is a tensor of one element.
         return tuple(self._slice(name).get_shape()) or (1,)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -128,10 +128,10 @@ def write_files(folder: Path, groups: Iterable[dict[str, Tensor]], count: int) -
     Args:
         folder: existing folder.
         groups: groups of tensors by name, each produced when it is written.
-        count: number of groups.
+        count: number of groups, which is part of each file's name.
 
     Returns:
-        Names of the files, by the names of the tensors.
+        Name of the file of each tensor, by the tensor's name.
 
     Raises:
         OSError: a file cannot be written.

@@ -1,6 +1,6 @@
 """Models of the Hugging Face hub, named `hf:ORGANIZATION/NAME` or `hf:ORGANIZATION/NAME@REVISION`.
 
-Files are kept in the hub's own cache (`HF_HOME`), and `HF_HUB_OFFLINE=1` reads nothing but this cache.
+Files are kept in the hub's own cache (`HF_HOME`). With `HF_HUB_OFFLINE=1`, nothing is read but this cache.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ WEIGHT_FILES = ("*.safetensors",)
 
 
 def local_folder(source: str) -> Path:
-    """Return the local folder of a model: the folder that `source` names, or the hub's model after its download.
+    """Return the local folder of a model, after downloading it if `source` names a model of the Hugging Face hub.
 
     config.json is checked before the weights are downloaded.
 
@@ -29,7 +29,7 @@ def local_folder(source: str) -> Path:
 
 
 def settings_folder(source: str) -> Path:
-    """Return the local folder of a hub's model after the download of its settings and its tokenizer, without weights.
+    """Download the settings and the tokenizer of a model of the Hugging Face hub, and return its local folder.
 
     Raises:
         CheckpointError: the hub has no such model or cannot be reached.
@@ -38,11 +38,11 @@ def settings_folder(source: str) -> Path:
 
 
 def pinned_source(source: str, folder: Path) -> str:
-    """Return a source of the hub with the revision that was downloaded.
+    """Return the name of a model of the Hugging Face hub with the revision that was downloaded.
 
     Args:
         source: hf:ORGANIZATION/NAME, perhaps with @REVISION.
-        folder: its folder in the cache, which the revision names.
+        folder: the model's folder in the hub's cache, whose name is the revision.
     """
     return f"{source.partition('@')[0]}@{folder.name}"
 
@@ -53,7 +53,7 @@ def _download(source: str, patterns: tuple[str, ...]) -> Path:
     Raises:
         CheckpointError: the hub has no such model, or cannot be reached.
     """
-    # Importing the package takes a third of a second, which local folders need not wait for.
+    # Importing the package takes a third of a second, so it is imported only for models of the hub.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,

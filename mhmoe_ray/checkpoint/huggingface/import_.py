@@ -30,11 +30,11 @@ from mhmoe_ray.storage import describe_file, location, replace_file
 def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: int | None) -> RunDir:
     """Import a model that was trained elsewhere: create a run directory with one checkpoint that holds its weights.
 
-    One layer at a time is in memory.
+    Only one layer of the weights is in memory at a time.
 
     Args:
         source: folder with config.json, tokenizer.json and safetensors.
-        name: name of the run, before its suffix; None for the name of the folder.
+        name: name with which the run's id begins; None for a name made from that of the folder.
         storage: local folder for the run directory.
         seq_len: number of tokens that prompt and answer may have together; None for the model's context length.
 
@@ -63,10 +63,10 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
             commit(checkpoint, _manifest(run, checkpoint, config, imported_tokenizer))
             origin_fields = {"source": str(source.absolute()), "model_type": model_type}
             events.record(run, "imported", **origin_fields, step=0, name=checkpoint.name)
-            # Last: from now on the directory counts as a run.
+            # This comes last, because from now on the directory counts as a run.
             mark_imported(run)
         except BaseException as e:
-            # Also after Ctrl-C.
+            # The incomplete directory is removed even after Ctrl-C.
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(e, OSError):
                 reason, fix = e.strerror or str(e), "make room there, or name another folder as storage"
@@ -79,8 +79,8 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
 def open_groups(source: Path, model_type: str, model: ModelSpec) -> Iterator[Iterator[dict[str, Tensor]]]:
     """Context manager that opens the weights of a folder in Hugging Face's layout, after checking names and shapes.
 
-    Its value yields the model's tensors by their names in a checkpoint: first those outside the layers, then those of
-    each layer. One group at a time is in memory.
+    Its value is an iterator over groups of the model's tensors, by their names in a checkpoint: first those outside the
+    layers, then those of each layer. One group at a time is in memory.
 
     Args:
         source: folder with safetensors.
@@ -111,12 +111,12 @@ def _report_read_errors(source: Path) -> Iterator[None]:
 
 
 def run_name(text: str) -> str:
-    """Return a valid name of a run that is like `text`, such as the name of a folder."""
+    """Return a valid name of a run made from a text, such as the name of a folder."""
     return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")[:NAME_LENGTH].strip("-") or "imported"
 
 
 def _checked_name(source: Path, name: str | None) -> str:
-    """Return the name of the run: `name`, or without it one made from the name of the folder.
+    """Return the name of the imported run: `name` if it is valid, or one made from that of the folder if it is None.
 
     Raises:
         SpecError: `name` is not valid.
@@ -160,7 +160,7 @@ def _check_tensors(source: Path, stored: StoredTensors, groups: list[list[Tensor
 
 
 def _joined_groups(source: Path, stored: StoredTensors, groups: list[list[TensorEntry]]) -> Iterator[dict[str, Tensor]]:
-    """Read the tensors of one group after the other, and yield the model's tensors of each group by name."""
+    """Read a folder's tensors group by group, and yield the model's tensors that they are joined to, by name."""
     for group in groups:
         with _report_read_errors(source):
             tensors = {
@@ -173,7 +173,7 @@ def _joined_groups(source: Path, stored: StoredTensors, groups: list[list[Tensor
 
 
 def _manifest(run: RunDir, checkpoint: Path, config: MhmoeSection, tokenizer: ImportedTokenizer) -> CheckpointManifest:
-    """Return the manifest of an imported checkpoint of step 0, with the hashes of its files."""
+    """Return the manifest of the checkpoint that holds imported weights, with the hashes of its files."""
     files = {str(p.relative_to(checkpoint)): describe_file(p) for p in sorted(checkpoint.glob("weights/*"))}
     return CheckpointManifest(
         step=0,

@@ -21,14 +21,14 @@ from mhmoe_ray.storage import describe_file
 
 
 class ImportedTokenizer(NamedTuple):
-    """Tokenizer of an imported model, and what the checkpoint manifest says about it."""
+    """Tokenizer of an imported model, and the facts about it that the checkpoint's manifest records."""
 
     content: bytes
-    """Content of tokenizer.json for the run directory."""
+    """Content of tokenizer.json in the run directory."""
     adds_start: bool
-    """Whether a start token precedes a text."""
+    """Whether a start token precedes each text."""
     end_tokens: list[int]
-    """Token ids that end a text in addition to the tokenizer's own."""
+    """Token ids that end a text, in addition to the tokenizer's own end tokens."""
 
 
 def read_folder_tokenizer(source: Path, config: MhmoeSection) -> ImportedTokenizer:
@@ -54,7 +54,7 @@ def read_folder_tokenizer(source: Path, config: MhmoeSection) -> ImportedTokeniz
     tokenizer.no_padding()
     adds_start = config.adds_start
     if adds_start is None:
-        # transformers' class of a tokenizer with <s> adds it even without a post-processor, unless it is told not to.
+        # In transformers, a tokenizer with <s> adds it even without a post-processor, unless a setting is false.
         default = tokenizer.token_to_id(BEGIN_TOKEN) is not None
         adds_start = added_start_token(tokenizer) is not None or bool(settings.get("add_bos_token", default))
     if find_boundaries(tokenizer) is None:
@@ -94,7 +94,7 @@ def read_chat_template(source: Path) -> str | None:
     Raises:
         CheckpointError: the template cannot be read, or there are several and none is the default.
     """
-    # Older folders have it as an entry of tokenizer_config.json.
+    # Older folders have no such file. There the template is an entry of tokenizer_config.json, which is read below.
     file = source / CHAT_TEMPLATE
     if file.exists():
         try:
@@ -113,7 +113,7 @@ def read_chat_template(source: Path) -> str | None:
 
 
 def _default_template(templates: list[Any]) -> Any:
-    """Return the template named "default" in a list of {"name": ..., "template": ...}; the list itself without one."""
+    """Return the template named "default" in a list of {"name": ..., "template": ...}; the list itself if none is."""
     templates_by_name = {
         t["name"]: t.get("template") for t in templates if isinstance(t, dict) and isinstance(t.get("name"), str)
     }

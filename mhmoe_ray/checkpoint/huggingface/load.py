@@ -14,18 +14,18 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class FolderModel(NamedTuple):
-    """A model in a folder in Hugging Face's layout, without its weights."""
+    """A model in a folder in Hugging Face's layout. Its weights are not loaded until `load_decoder` is called."""
 
     folder: Path
     model_type: str
-    """Model type in its config.json."""
+    """`model_type` in the folder's config.json."""
     model: ModelSpec
     seq_len: int
     tokenizer: Tokenizer
     adds_start: bool
-    """Whether a start token precedes a text."""
+    """Whether a start token precedes each text."""
     ends: list[int]
-    """Token ids that end a text in addition to the tokenizer's own."""
+    """Token ids that end a text, in addition to the tokenizer's own end tokens."""
     chat_template: str | None
 
     def load_decoder(self) -> Decoder:
@@ -39,7 +39,7 @@ class FolderModel(NamedTuple):
         with open_groups(self.folder, self.model_type, self.model) as groups:
             for group in groups:
                 for name, tensor in group.items():
-                    # A file has a scalar without a dimension.
+                    # Files may store a scalar without a dimension.
                     tensors[name].copy_(tensor.reshape(tensors[name].shape))
         return decoder
 

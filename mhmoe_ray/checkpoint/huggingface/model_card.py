@@ -1,4 +1,4 @@
-"""README.md of an exported folder: the model card, with the run's figures and the ways to use the model."""
+"""README.md of an exported folder: the model card, with sizes, losses and examples of how to use the model."""
 
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest
 from mhmoe_ray.planner.sizes import compute_sizes
@@ -17,7 +17,7 @@ def build_card(run: RunDir, manifest: CheckpointManifest, model_type: str) -> st
     Args:
         run: run directory of the checkpoint.
         manifest: manifest of the checkpoint.
-        model_type: model type in config.json.
+        model_type: `model_type` in the folder's config.json.
     """
     rows = {**_model_rows(manifest.model), "context length": f"{manifest.seq_len:,} tokens"}
     rows |= _training_rows(run, manifest)
@@ -60,7 +60,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 
 
 def _model_rows(model: ModelSpec) -> dict[str, str]:
-    """Return the rows of the table that describe the model."""
+    """Return the rows of the card's table that describe the model, as texts by their names."""
     sizes, moe = compute_sizes(model), model.moe
     rows = {"parameters": f"{sizes.parameters:,}"}
     if moe is None:
@@ -77,7 +77,7 @@ def _model_rows(model: ModelSpec) -> dict[str, str]:
 
 
 def _training_rows(run: RunDir, manifest: CheckpointManifest) -> dict[str, str]:
-    """Return the rows of the table that describe the training up to the checkpoint; none for an imported model."""
+    """Return the rows of the card's table about training up to the checkpoint; for an imported model, its origin."""
     if run.is_imported:
         return {"origin": "imported"}
     lines = [line for line in history.read(run) if line[STEP] <= manifest.step]

@@ -2,8 +2,8 @@
 
 An export contains a copy of this file beside its copy of configuration_mhmoe.py. Both need only torch and transformers;
 they were tested with transformers 5.16, 5.19 and 5.24. A model computes the same as in the training package, with four
-differences in training: routing drops no sub-tokens, selection biases of routers do not move, second choices are never
-left out at random, and the load balancing loss is over a batch.
+differences in training: routing drops no sub-tokens, selection biases of routers stay constant, second choices are
+never left out at random, and the load balancing loss is computed over a batch.
 
 Shape suffixes: B sequences, T tokens, M width of the model (d), H attention heads, C width of a head, N rows
 (sub-tokens of width D, by default d/h), E experts, K choices of a row.
@@ -33,33 +33,37 @@ XPOS_DISTANCE = 512
 INITIAL_TEMPERATURE, MIN_TEMPERATURE = 0.3, 0.01
 # transformers has renamed the cache in outputs and arguments of models.
 CACHE = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""Name of the KV cache in this version of transformers."""
+"""Name of the output field with the KV cache in the installed version of transformers."""
 
 
 class Routing(NamedTuple):
-    """Routing of the rows of one layer."""
+    """Routing of the rows (sub-tokens) of one layer to experts."""
 
     logits_NE: Tensor
     balance_NE: Tensor
-    """Probabilities of the load balancing loss."""
+    """Probabilities of the experts for the load balancing loss."""
     expert_NK: Tensor
     gate_NK: Tensor
 
 
 @dataclass
 class MhmoeModelOutput(MoeModelOutputWithPast):
-    """Output of the decoder. `router_logits` has a tensor (tokens, E) for each head of each layer with experts."""
+    """Output of the decoder.
+
+    `router_logits` has a tensor of shape (tokens, E) for each head of each layer with experts.
+    """
 
     routings: tuple[Routing, ...] | None = None
-    """Routing of each layer with experts, with `output_router_logits`."""
+    """Routing of each layer with experts; None without `output_router_logits`."""
 
 
 def rotary_tables(config: MhmoeConfig, position_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the cosines and sines (B, 1, T, C) of positions, and the factors of rotated queries by xPos.
+    """Return the cosines and sines of rotary positions and xPos's factors, three tensors of shape (B, 1, T, C).
 
-    The factors are 1 without xPos; rotated keys are divided by them.
+    Rotated queries are multiplied by the factors, and rotated keys are divided by them. The factors are 1 without xPos.
     """
-    # In float64, because the angles of late positions would lose digits in float32. Apple's GPUs have no float64.
+    # Angles are computed in float64, because those of late positions would lose digits in float32. Apple's GPUs have no
+    # float64.
     dtype = torch.float32 if position_BT.device.type == "mps" else torch.float64
     position_BT1 = position_BT[..., None].to(dtype)
     width, rope = config.head_dim, config.rope_parameters
@@ -79,7 +83,7 @@ def rotary_tables(config: MhmoeConfig, position_BT: Tensor) -> tuple[Tensor, Ten
 
 
 def rotate(x_BHTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return queries or keys after rotation by their positions."""
+    """Return queries or keys after rotating them by their positions, whose cosines and sines are given."""
     first_half, second_half = x_BHTC.chunk(2, dim=-1)
     return (x_BHTC * cos + torch.cat((-second_half, first_half), dim=-1) * sin).to(x_BHTC.dtype)
 
@@ -94,7 +98,10 @@ def eager_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return the attention output (B, T, H, C), and the attention weights. transformers calls this for `eager`."""
+    """Return the attention output of shape (B, T, H, C), and the attention weights.
+
+    transformers calls this for the attention implementation `eager`.
+    """
     groups = query.shape[1] // key.shape[1]
     score = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * scaling
     if attention_mask is not None:
@@ -156,7 +163,7 @@ def swiglu(x: Tensor, gate_layer: nn.Module, up_layer: nn.Module, down_layer: nn
 
 
 class MhmoeGatedLayer(nn.Module):
-    """SwiGLU without biases: a dense layer or a shared expert of the backbone llama."""
+    """SwiGLU without biases: a dense feed-forward layer or a shared expert of the backbone llama."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -169,7 +176,7 @@ class MhmoeGatedLayer(nn.Module):
 
 
 class MhmoeGatedExpert(nn.Module):
-    """SwiGLU as `MhmoeGatedLayer`, with the names that a Mixtral gives an expert's matrices."""
+    """SwiGLU like `MhmoeGatedLayer`, but with Mixtral's names for an expert's matrices: w1, w2 and w3."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -182,7 +189,7 @@ class MhmoeGatedExpert(nn.Module):
 
 
 class MhmoeNormedLayer(nn.Module):
-    """GELU with an inner LayerNorm, fc2(norm(gelu(fc1(x)))): a layer or an expert of the backbone subln."""
+    """GELU layer with an inner LayerNorm, fc2(norm(gelu(fc1(x)))): a dense layer or an expert of the backbone subln."""
 
     def __init__(self, width: int, hidden: int, eps: float) -> None:
         super().__init__()
@@ -195,14 +202,14 @@ class MhmoeNormedLayer(nn.Module):
 
 
 def build_feed_forward(config: MhmoeConfig, width: int, hidden: int, gated_class: type[nn.Module]) -> nn.Module:
-    """Return a feed-forward layer or an expert of the configuration's backbone."""
+    """Return a feed-forward layer or an expert for the configuration's backbone; `gated_class` is that for llama."""
     if config.backbone == "subln":
         return MhmoeNormedLayer(width, hidden, config.rms_norm_eps)
     return gated_class(width, hidden)
 
 
 class MhmoeRouter(nn.Module):
-    """Router of one layer. It computes in float32."""
+    """Router of one layer, which chooses the experts of each sub-token. It computes in float32."""
 
     def __init__(self, config: MhmoeConfig) -> None:
         super().__init__()
@@ -219,7 +226,7 @@ class MhmoeRouter(nn.Module):
             self.register_buffer("e_score_correction_bias", torch.zeros(experts))
 
     def forward(self, x_ND: Tensor) -> Routing:
-        """Return the routing of rows."""
+        """Return the chosen experts and their gates for rows (sub-tokens), with the inputs of the router's losses."""
         config = self.config
         with torch.autocast(x_ND.device.type, enabled=False):
             x_ND = x_ND.float()
@@ -245,7 +252,7 @@ class MhmoeRouter(nn.Module):
             return Routing(logits_NE, balance_NE, expert_NK, gate_NK * config.routed_scaling_factor)
 
     def logits(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits NE of rows, and their probabilities NE for the load balancing loss."""
+        """Return the logits of rows and the probabilities for the load balancing loss, both of shape (N, E)."""
         if self.config.router_type == "linear":
             logits_NE = x_ND @ self.weight.float().T
             if self.config.scoring_func == "softmax":
@@ -261,9 +268,9 @@ class MhmoeRouter(nn.Module):
         return logits_NE, logits_NE.softmax(-1)
 
     def best_groups(self, preference_NE: Tensor) -> Tensor:
-        """Return the preferences with -inf for the experts of all but the best groups of each row.
+        """Return the preferences for experts with -inf for all experts outside of the best groups of each row.
 
-        The value of a group is the sum of its two largest preferences (DeepSeek-V3).
+        The value of a group of experts is the sum of its two largest preferences (DeepSeek-V3).
         """
         groups, kept_groups = self.config.n_group, self.config.topk_group
         preference_NGE = preference_NE.unflatten(-1, (groups, -1))
@@ -275,7 +282,10 @@ class MhmoeRouter(nn.Module):
 
 
 class MhmoeSparseBlock(nn.Module):
-    """Multi-head mixture of experts: split into sub-tokens, route, merge; and a shared expert on whole tokens."""
+    """Multi-head mixture of experts: it splits tokens into sub-tokens, routes them to experts, and merges the results.
+
+    A shared expert, if there is one, computes on whole tokens.
+    """
 
     def __init__(self, config: MhmoeConfig) -> None:
         super().__init__()
@@ -294,7 +304,7 @@ class MhmoeSparseBlock(nn.Module):
             )
 
     def forward(self, x_BTM: Tensor) -> tuple[Tensor, Routing]:
-        """Return the output for tokens, and the routing of their rows."""
+        """Return the output for tokens, and the routing of their sub-tokens."""
         dropout = self.config.hidden_dropout if self.training else 0.0
         h_BTM = self.head_proj(x_BTM)
         x_ND = h_BTM.reshape(-1, self.config.row_width)
@@ -315,8 +325,10 @@ class MhmoeSparseBlock(nn.Module):
 
 
 def build_projection(widths: Iterable[int]) -> nn.Module:
-    """Return a projection: a linear layer from each width to the next one, with ReLU between the layers. It is the
-    identity for a single width."""
+    """Return a projection: a linear layer from each width to the next one, with ReLU between the layers.
+
+    For a single width, it is the identity.
+    """
     layers = [nn.Linear(in_width, out_width) for in_width, out_width in pairwise(widths)]
     if len(layers) < 2:
         return layers[0] if layers else nn.Identity()
@@ -351,13 +363,13 @@ class MhmoeDecoderLayer(GradientCheckpointingLayer):
 
 
 def build_norm(config: MhmoeConfig) -> nn.Module:
-    """Return a norm over the width of the model."""
+    """Return a norm over the width of the model: LayerNorm for the backbone subln, else RMSNorm."""
     norm_class = nn.LayerNorm if config.backbone == "subln" else nn.RMSNorm
     return norm_class(config.hidden_size, config.rms_norm_eps)
 
 
 class MhmoePreTrainedModel(PreTrainedModel):
-    """Base class of MH-MoE models, with their abilities and the initialization of new weights."""
+    """Base class of MH-MoE models. It declares which features of transformers they support, and initializes weights."""
 
     config_class = MhmoeConfig
     config: MhmoeConfig
@@ -404,7 +416,7 @@ class MhmoeModel(MhmoePreTrainedModel):
         output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> MhmoeModelOutput:
-        """Return the output for token ids or for their embeddings, with transformers' usual arguments."""
+        """Return the output for token ids or for their embeddings. The arguments are the usual ones of transformers."""
         config = self.config
         cache = past_key_values if cache is None else cache
         use_cache = config.use_cache if use_cache is None else use_cache
@@ -446,7 +458,7 @@ class MhmoeModel(MhmoePreTrainedModel):
 def router_losses(
     config: MhmoeConfig, routings: tuple[Routing, ...], attention_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the load balancing loss and the router z-loss, each summed over layers; padding does not count."""
+    """Return the load balancing loss and the router z-loss, each summed over layers. Padding is left out."""
     balance_loss = z_loss = routings[0].logits_NE.new_zeros(())
     is_text_N = None
     if attention_mask is not None and attention_mask.ndim == 2 and not attention_mask.all():
@@ -492,9 +504,10 @@ class MhmoeForCausalLM(MhmoePreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """Return the logits and, with `labels`, the loss, with transformers' usual arguments.
+        """Return the logits and, with `labels`, the loss. The arguments are the usual ones of transformers.
 
-        With `output_router_logits`, the loss includes the load balancing loss and the router z-loss of the training.
+        With `output_router_logits`, the loss includes the load balancing loss and the router z-loss, each multiplied by
+        its coefficient in the configuration.
         """
         config = self.config
         if output_router_logits is None:

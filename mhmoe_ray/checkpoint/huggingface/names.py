@@ -1,4 +1,4 @@
-"""Names of a checkpoint's tensors in an exported folder, for export and for import.
+"""Names of tensors in a checkpoint and in an exported folder, for export and for import.
 
 The table here has the names that all architectures share; an architecture adds those of its feed-forward layers.
 
@@ -57,7 +57,7 @@ _FIELD_PATTERNS = {"{i}": r"(?P<i>\d+)", "{n}": r"(?P<n>\d+)", "{p}": "(?P<p>wei
 
 
 class TensorEntry(NamedTuple):
-    """Entry for one tensor of the model: its name in a checkpoint, and the tensors that it is exported as, in order."""
+    """One tensor of the model: its name in a checkpoint, and the exported tensors into which it is split, in order."""
 
     checkpoint_name: str
     shape: tuple[int, ...]
@@ -65,7 +65,7 @@ class TensorEntry(NamedTuple):
     row_counts: tuple[int, ...]
     """Number of rows of each exported tensor; empty if the tensor is not split by rows."""
     is_stacked: bool
-    """Whether the exported tensors lack the first dimension, because each of them is one index of it."""
+    """Whether each exported tensor is one index of the first dimension, as one of the stacked experts is."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -77,7 +77,7 @@ class TensorEntry(NamedTuple):
         return {name: (rows, *self.shape[1:]) for name, rows in zip(self.exported_names, self.row_counts, strict=True)}
 
     def with_replacements(self, replacements: NameReplacements) -> "TensorEntry":
-        """Return the entry with exported names in which the first part of each pair is replaced by the second."""
+        """Return a copy of the entry in whose exported names the first text of each pair is replaced by the second."""
         names = self.exported_names
         for part, own_part in replacements:
             names = tuple(name.replace(part, own_part) for name in names)
@@ -93,7 +93,7 @@ class TensorEntry(NamedTuple):
         return dict(zip(self.exported_names, parts, strict=True))
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """Join the exported tensors, in the order of `exported_names`, to the model's tensor."""
+        """Join the exported tensors, given in the order of `exported_names`, into the model's tensor."""
         if self.is_stacked:
             return torch.stack(parts)
         return torch.cat(parts) if self.row_counts else parts[0]
@@ -106,7 +106,7 @@ def tensor_entries(spec: ModelSpec, replacements: NameReplacements = ()) -> list
         spec: model section of a spec.
         replacements: pairs (part of a name in the table, the architecture's own name for it).
     """
-    # Only names and shapes are needed.
+    # On the meta device the model has no values, because only names and shapes are needed.
     with torch.device("meta"):
         model = Decoder(spec)
     groups: list[list[TensorEntry]] = [[] for _ in range(1 + spec.layers)]
@@ -144,8 +144,10 @@ def _compile_pattern(checkpoint_name: str) -> re.Pattern[str]:
 
 @cache
 def _patterns(backbone: ArchitectureName) -> list[tuple[re.Pattern[str], str]]:
-    """Return the rows of the table for an architecture, each as the pattern of a name in a checkpoint and the exported
-    name."""
+    """Return the rows of the name table for an architecture, with regular expressions for the names in a checkpoint.
+
+    The second element of each row is the exported name with its placeholders.
+    """
     return [
         (_compile_pattern(checkpoint_name), exported_name)
         for checkpoint_name, exported_name in (*NAME_TABLE, *ARCHITECTURES[backbone].tensor_names)

@@ -1,4 +1,4 @@
-"""Tokenizer of an exported folder: other tools encode a text to the token ids that training and `mhmoe generate` use.
+"""Tokenizer of an exported folder, with which other tools encode a text as training and `mhmoe generate` do.
 
 This package itself adds the start token before a text (`Boundaries.start`). Other tools leave this to the
 post-processor of tokenizer.json, which an export adds. They take the names of special tokens from
@@ -22,11 +22,12 @@ _SAMPLE_TEXT = "A text of some words."
 def add_start_token(content: bytes, start: int | None = None) -> bytes:
     """Change a tokenizer.json so that its encoding of a text begins with the start token, and return its new content.
 
-    If its encoding already does, the content is returned unchanged.
+    If its encoding already begins with that token, the content is returned unchanged.
 
     Args:
         content: content of a tokenizer.json.
-        start: the start token; by default that of `boundaries`, so that `load_tokenizer` must accept the tokenizer.
+        start: id of the start token; None for the one that `boundaries` finds in a tokenizer that `load_tokenizer`
+            accepts.
     """
     tokenizer = Tokenizer.from_buffer(content)
     if start is None:
@@ -43,7 +44,7 @@ def add_start_token(content: bytes, start: int | None = None) -> bytes:
 def remove_start_token(content: bytes) -> bytes:
     """Change a tokenizer.json so that its encoding of a text begins with no added token, and return its new content.
 
-    If its encoding already does, the content is returned unchanged.
+    If its encoding has no such token, the content is returned unchanged.
 
     Args:
         content: content of a tokenizer.json.
@@ -53,7 +54,7 @@ def remove_start_token(content: bytes) -> bytes:
 
 
 def _with_processors(tokenizer: Tokenizer, content: bytes, processors: list[TemplateProcessing]) -> bytes:
-    """Return the content of a tokenizer.json with other post-processors; a byte-level one is kept."""
+    """Return the content of a tokenizer.json after its post-processors are replaced, except for a byte-level one."""
     # A byte-level processor only corrects offsets. Any other processor would add further tokens and is left out.
     byte_level_processors = [ByteLevel(**options)] if (options := _byte_level_options(content)) is not None else []
     tokenizer.post_processor = Sequence([*byte_level_processors, *processors])
@@ -61,16 +62,18 @@ def _with_processors(tokenizer: Tokenizer, content: bytes, processors: list[Temp
 
 
 def special_token(tokenizer: Tokenizer, settings: dict[str, Any], *names: str) -> int | None:
-    """Return the token id of the first of the `names` that tokenizer_config.json gives, such as `bos_token`.
+    """Return the id of a special token: that of the first key in `names` with a token in tokenizer_config.json.
+
+    The result is None if none of the keys has a token of the tokenizer.
 
     Args:
         tokenizer: the tokenizer in the same folder.
         settings: content of tokenizer_config.json.
-        names: keys of tokenizer_config.json.
+        names: keys of tokenizer_config.json in the order in which they are tried, such as "bos_token".
     """
     for name in names:
         entry = settings.get(name)
-        # Older versions of transformers write an object with the text as `content`.
+        # Older versions of transformers write an object, whose key `content` has the token's text.
         text = entry.get("content") if isinstance(entry, dict) else entry
         if isinstance(text, str) and (token := tokenizer.token_to_id(text)) is not None:
             return token
@@ -78,7 +81,7 @@ def special_token(tokenizer: Tokenizer, settings: dict[str, Any], *names: str) -
 
 
 def _byte_level_options(content: bytes) -> dict[str, bool] | None:
-    """Return the options of the byte-level post-processor; None if there is none."""
+    """Return the options of the byte-level post-processor in a tokenizer.json; None if there is none."""
     post_processor = json.loads(content)["post_processor"] or {}
     for processor in (post_processor, *post_processor.get("processors", [])):
         if processor.get("type") == "ByteLevel":
@@ -111,7 +114,7 @@ def tokenizer_config(
         seq_len: number of tokens that the model sees at once.
         chat_template: Jinja template that turns a conversation into a prompt; None if there is none.
     """
-    # If another token than the start token ends a text, take it: </s> and not <s>.
+    # If a token other than the start token ends a text, that one is used, such as </s> and not <s>.
     end = tokenizer.id_to_token(max(edge_tokens.ends - {edge_tokens.start}, default=edge_tokens.start))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

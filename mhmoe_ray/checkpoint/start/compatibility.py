@@ -1,4 +1,4 @@
-"""Checks that a run can start from its models: the same tokenizer, vocabulary, shapes and functions."""
+"""Checks that a run can start from given models: they need the same tokenizer, vocabulary, shapes and functions."""
 
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -11,20 +11,21 @@ from mhmoe_ray.spec import ModelSpec, MoESpec, StartSpec
 from mhmoe_ray.storage import Location
 
 POSITION_KEYS = {"rope_theta", "rope_scaling"}
-"""Keys of a model that a run may change at its start although they change the function, to read longer texts."""
+"""Keys of a `model` section that a run may change at its start, in order to read longer texts, even though the model
+then computes differently."""
 
 
 def check_start(start: StartSpec, model: ModelSpec, start_models: Sequence[StartModel]) -> None:
-    """Check that a model can start from other models in the way that its spec says.
+    """Check that a model can get its first weights from other models in the way that `start.how` names.
 
     Args:
-        start: `start` section of the spec.
-        model: `model` section of the spec.
-        start_models: the models that `start.from` names, in its order.
+        start: `start` section of the run's spec.
+        model: `model` section of the run's spec.
+        start_models: the models that `start.from` names, in the same order.
 
     Raises:
-        SpecError: sizes or functions differ; the message names the first key that differs. Or there is no optimizer's
-            state to copy.
+        SpecError: the models differ in sizes or functions, and the message names the first key that differs; or the
+            optimizer's state should be copied, but there is none.
     """
     checks = {"copy": _copy_problems, "upcycle": _upcycle_problems, "mix": _mix_problems}
     first_model = start_models[0]
@@ -45,10 +46,12 @@ def check_start(start: StartSpec, model: ModelSpec, start_models: Sequence[Start
 
 
 def _check_new_experts(start: StartSpec, model: ModelSpec, start_model: ModelSpec) -> None:
-    """Check that `start.new_experts` leads from names of new experts to names of old ones.
+    """Check that `start.new_experts` maps names of new experts to names of experts of the start model.
+
+    Experts have names with router `domain`, which sends each document to the expert of its domain.
 
     Raises:
-        SpecError: a name is wrong, or there is no router `domain`.
+        SpecError: a name is wrong, or a model has no router `domain`.
     """
     domains, start_domains = ((m.moe and m.moe.domains) or [] for m in (model, start_model))
     for new_name, old_name in start.new_experts.items():
@@ -63,7 +66,7 @@ def _check_new_experts(start: StartSpec, model: ModelSpec, start_model: ModelSpe
 def _differences(
     model: ModelSpec, start_model: ModelSpec, prefix: str, ignored_keys: Collection[str] = ()
 ) -> Iterator[str]:
-    """Yield a clause for each key in which two models compute different functions."""
+    """Yield a text about each key of the `model` section by which a model and its start model compute differently."""
     fields, start_fields = computed_function(model), computed_function(start_model)
     yield from _field_differences(fields, start_fields, prefix, ignored_keys)
 
@@ -71,7 +74,7 @@ def _differences(
 def _field_differences(
     fields: dict[str, Any], start_fields: dict[str, Any], prefix: str, ignored_keys: Collection[str]
 ) -> Iterator[str]:
-    # The order of the spec names a width before the widths that follow from it.
+    # In the order of the spec, a width comes before the widths that follow from it, so it is reported first.
     for key in {**fields, **start_fields}:
         value, start_value = fields.get(key), start_fields.get(key)
         if key in ignored_keys or value == start_value:
@@ -87,15 +90,15 @@ def _text(value: Any) -> str:
 
 
 def _copy_problems(model: ModelSpec, start_model: ModelSpec, count: int) -> Iterator[tuple[str, str]]:
-    """Yield the reason and the fix for each difference that a copy of the weights does not allow."""
+    """Yield a reason and a fix for each difference between two models that prevents a plain copy of the weights."""
     ignored_keys = set(POSITION_KEYS)
     # Selection biases begin at zero, where they change nothing, so a run may add them.
     if model.moe and start_model.moe and not start_model.moe.bias_rate:
         ignored_keys.add("bias_rate")
-    # The head of objective contrastive may be added, with its initial values, or left out.
+    # The head of the contrastive objective may be added with its initial values, or left out.
     if model.encoder and start_model.encoder and None in (model.encoder.d_match, start_model.encoder.d_match):
         ignored_keys.add("d_match")
-    # Experts of domains may be added, left out and reordered.
+    # Experts that are named by their domains may be added, left out and reordered.
     if model.moe and start_model.moe and model.moe.router == start_model.moe.router == "domain":
         ignored_keys |= {"experts", "domains"}
     for difference in _differences(model, start_model, "model.", ignored_keys):
@@ -103,7 +106,10 @@ def _copy_problems(model: ModelSpec, start_model: ModelSpec, count: int) -> Iter
 
 
 def _trunk_problems(model: ModelSpec, start_model: ModelSpec) -> Iterator[tuple[str, str]]:
-    """Yield the reason and the fix for each difference between the layers apart from experts."""
+    """Yield a reason and a fix for each difference between two models outside of their experts.
+
+    A new model without a `model.moe` section is a problem, too.
+    """
     for difference in _differences(model, start_model, "model.", {"moe", "d_ff", *POSITION_KEYS}):
         yield difference, "remove that key: all but the experts stays as it is"
     if model.moe is None:
@@ -113,8 +119,13 @@ def _trunk_problems(model: ModelSpec, start_model: ModelSpec) -> Iterator[tuple[
 
 
 def _copied_expert_problems(moe: MoESpec, d_ff: int, prefix: str = "model.moe.") -> Iterator[tuple[str, str]]:
-    """Yield the reason and the fix for each option with which experts of the width of a dense layer do not compute what
-    the dense layer does."""
+    """Yield a reason and a fix for each option that keeps experts, copied from a dense layer, from computing the same.
+
+    Args:
+        moe: `model.moe` section of the new model.
+        d_ff: hidden width of the dense layer.
+        prefix: path of the section, for messages.
+    """
     required_values = {"d_expert": d_ff, "gate_scale": 1.0, "sub_token_residual": False}
     # The gates of router `domain` are 1 already.
     if moe.router != "domain":
@@ -128,8 +139,10 @@ def _copied_expert_problems(moe: MoESpec, d_ff: int, prefix: str = "model.moe.")
 
 
 def _shared_expert_problems(moe: MoESpec, d_ff: int) -> Iterator[tuple[str, str]]:
-    """Yield the reason and the fix for each option with which a layer whose shared expert is a dense layer does not
-    compute what the dense layer does."""
+    """Yield a reason and a fix for each option that keeps a layer with experts from computing what a dense layer does.
+
+    The dense layer, of hidden width `d_ff`, becomes the layer's shared expert.
+    """
     if moe.d_shared != d_ff:
         reason = f"model.moe.d_shared is {moe.d_shared}, and the dense layers there have width {d_ff}"
         yield reason, f"set model.moe.d_shared to {d_ff}: with {moe.heads} heads the dense layer becomes shared"
@@ -138,7 +151,7 @@ def _shared_expert_problems(moe: MoESpec, d_ff: int) -> Iterator[tuple[str, str]
 
 
 def _upcycle_problems(model: ModelSpec, start_model: ModelSpec, count: int) -> Iterator[tuple[str, str]]:
-    """Yield the reason and the fix for each reason why an upcycled model would not compute what its start does."""
+    """Yield each reason, with a fix, why an upcycled model would not compute the same as its start model."""
     yield from _trunk_problems(model, start_model)
     moe = model.moe
     assert moe is not None
@@ -153,7 +166,7 @@ def _upcycle_problems(model: ModelSpec, start_model: ModelSpec, count: int) -> I
 def _mixture_problems(
     model: ModelSpec, start_model: ModelSpec, moe: MoESpec, start_moe: MoESpec
 ) -> Iterator[tuple[str, str]]:
-    """Yield the reason and the fix for each reason why an MH-MoE layer would not compute what a sparse mixture does."""
+    """Yield each reason, with a fix, why an MH-MoE layer would not compute the same as a sparse mixture of experts."""
     if start_moe.heads > 1:
         yield f"it has {start_moe.heads} heads already", "set start.how to copy"
     if moe.heads == 1:
@@ -176,7 +189,7 @@ def _mixture_problems(
 
 
 def _mix_problems(model: ModelSpec, start_model: ModelSpec, count: int) -> Iterator[tuple[str, str]]:
-    """Yield the reason and the fix for each reason why dense models cannot be mixed into this one."""
+    """Yield each reason, with a fix, why `count` dense models cannot become the experts of one model."""
     if start_model.moe is not None:
         yield "it has experts, and only dense models can be mixed", "mix dense models"
     yield from _trunk_problems(model, start_model)
@@ -191,14 +204,14 @@ def _mix_problems(model: ModelSpec, start_model: ModelSpec, count: int) -> Itera
 
 
 def check_tokenizer(start_model: StartModel, tokenizer_file: Location) -> None:
-    """Check that a run's tokenizer is that of the model that it starts from.
+    """Check that a run's tokenizer encodes text like that of the model that the run starts from.
 
     Args:
-        start_model: the model.
+        start_model: the model that the run starts from.
         tokenizer_file: tokenizer.json of the run's data.
 
     Raises:
-        SpecError: they give different tokens.
+        SpecError: the two tokenizers differ.
     """
     content, start_content = tokenizer_file.read_bytes(), start_model.tokenizer_file.read_bytes()
     if content == start_content or tokenizer_identity(content) == tokenizer_identity(start_content):

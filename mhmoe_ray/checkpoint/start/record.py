@@ -1,4 +1,4 @@
-"""The record of a run's start: its ancestors, and the samples that they have read if it continues their order."""
+"""Record of a run's start: the models that gave its weights (ancestors), and how many samples these have read."""
 
 from collections.abc import Sequence
 
@@ -11,12 +11,13 @@ from mhmoe_ray.spec import RunSpec
 
 
 def plan_start(spec: RunSpec) -> StartRecord | None:
-    """Return the record that a run of a spec would get; None if it begins with random weights, or if it starts from
-    another run of its sweep.
+    """Return the record of its start models that a run of a spec would get; None if it begins with random weights.
+
+    The result is also None if the run starts from another run of its sweep, which may not exist yet.
 
     Raises:
         RunError, CheckpointError: a model that the run starts from cannot be read.
-        SpecError, DataError: the order of the earlier run cannot be continued.
+        SpecError, DataError: the run cannot continue the data order of the earlier run.
     """
     start = spec.start
     if start is None or any(source.startswith(SWEEP_PREFIX) for source in start.sources):
@@ -25,14 +26,14 @@ def plan_start(spec: RunSpec) -> StartRecord | None:
 
 
 def build_record(spec: RunSpec, start_models: Sequence[StartModel]) -> StartRecord:
-    """Return the record of the start of a run.
+    """Return the record of how a run starts from other models, which is stored in the run directory.
 
     Args:
         spec: spec of the run, with a `start` section.
-        start_models: the models that it starts from.
+        start_models: the models from which the run starts.
 
     Raises:
-        SpecError, DataError: the order of the earlier run cannot be continued.
+        SpecError, DataError: the run cannot continue the data order of the earlier run.
     """
     start = spec.start
     assert start is not None
@@ -45,15 +46,17 @@ def build_record(spec: RunSpec, start_models: Sequence[StartModel]) -> StartReco
 
 
 def _samples_before(spec: RunSpec, start_model: StartModel) -> dict[str, int]:
-    """Return the number of samples of each domain that a run and its own ancestors have read up to a checkpoint.
+    """Return how many samples of each domain an earlier run and its own ancestors have read up to a checkpoint.
+
+    A domain is a named source of documents.
 
     Args:
-        spec: spec of the run that continues the order.
-        start_model: the checkpoint.
+        spec: spec of the new run, which continues the data order of the earlier run.
+        start_model: checkpoint of the earlier run from which the new run starts.
 
     Raises:
-        SpecError: the order cannot be continued from there.
-        DataError: the data of the earlier run is gone, or a domain has other samples in this run's prepared folder.
+        SpecError: the earlier run was not trained here, or has another seed.
+        DataError: the data of the earlier run is gone or changed, or a domain has other samples in the new run's data.
     """
     run, manifest = start_model.run, start_model.manifest
     if run is None or manifest is None or run.is_imported:
@@ -79,15 +82,15 @@ def _samples_before(spec: RunSpec, start_model: StartModel) -> dict[str, int]:
         domain.name: count + earlier_count
         for domain, count, earlier_count in zip(mixture.domains, counts, mixture.samples_before, strict=True)
     }
-    # Domains that the earlier run did not have may have been read by a run before it.
+    # Domains that are not in the earlier run's data may have been read by its ancestors.
     return {**earlier_counts, **own_counts}
 
 
 def _check_same_samples(earlier_data: DataManifest, own_data: DataManifest, spec: RunSpec) -> None:
-    """Check that the domains of both prepared folders have the same samples.
+    """Check that each domain that is in the data of both an earlier and a new run has the same samples in both.
 
     Raises:
-        DataError: a domain has other samples; the message names it.
+        DataError: a domain has other samples in the new run's data; the message names the domain.
     """
     for name in sorted(earlier_data.domains.keys() & own_data.domains.keys()):
         earlier_hashes, own_hashes = (

@@ -1,10 +1,11 @@
 """Load a spec, with defaults from the models that the run starts from.
 
-A spec with a `start` section need not repeat what its start has:
+A spec with a `start` section gets the following keys from the start model by default. They depend on `start.how`:
 
     copy      model, data.seq_len, data.tokenizer; for conversations also data.chat_template
-    upcycle   all but the experts; the shared expert or the experts' width, and for a sparse mixture all of its options
-    mix       the same, with one expert for each model
+    upcycle   the same; of model.moe, only the width of the experts or the shared expert that a dense layer becomes, or
+              all options of a sparse mixture but those for sub-tokens
+    mix       the same as for upcycle, with one expert for each model
 """
 
 from collections.abc import Callable, Sequence
@@ -27,34 +28,37 @@ from mhmoe_ray.spec import MoESpec, RunSpec, StartSpec, read_tree, validate_sect
 DEFAULT_STORAGE = "runs"
 TOKENIZER_KEYS = {"tokenizer", "tokenizer_pattern", "tokenizer_model", "tokenizer_train_mb"}
 FindSibling = Callable[[str], RunSpec]
-"""Function (variant) -> spec of the run of this variant, in a sweep."""
+"""Function that takes the name of a variant in a sweep, and returns the spec of this variant's run."""
 
 
 def load_spec(path: Path, overrides: Sequence[str] = (), find_sibling: FindSibling | None = None) -> RunSpec:
-    """Read a spec file, replace its shorthands, add the defaults of its start, and return the checked, complete spec.
+    """Read a spec file, and return the checked, complete spec.
+
+    Shorthands such as presets are replaced, and the models that the run starts from give defaults.
 
     Args:
         path: path of a YAML file.
         overrides: `key.path=value` strings.
-        find_sibling: function that returns the spec of another run of the same sweep, which `start.from` may name.
+        find_sibling: function that returns the spec of another run of the same sweep, which `start.from` may name; None
+            outside of a sweep.
 
     Raises:
-        SpecError: as in `read_tree` and `build_spec`.
+        SpecError: the file cannot be read, the spec is wrong, or the run cannot start from the models that it names.
         RunError, CheckpointError, DataError: a model that the run starts from cannot be read.
     """
     return build_spec(read_tree(path, overrides), f"spec {path}", find_sibling)
 
 
 def build_spec(tree: Tree, label: str, find_sibling: FindSibling | None = None) -> RunSpec:
-    """Return the checked, complete spec of a tree, like `load_spec`. `tree` itself may change.
+    """Return the checked, complete spec that follows from the nested dictionaries of a spec file, like `load_spec`.
 
     Args:
-        tree: the tree, with overrides applied.
-        label: name of the spec in an error message.
-        find_sibling: as in `load_spec`.
+        tree: nested dictionaries of the spec file, with overrides applied; they may be changed in place.
+        label: name of the spec in error messages.
+        find_sibling: function that returns the spec of another run of the same sweep; None outside of a sweep.
 
     Raises:
-        SpecError: as in `resolve_spec`; or the run cannot start from the models that it names.
+        SpecError: the spec is wrong (see `resolve_spec`), or the run cannot start from the models that it names.
         RunError, CheckpointError, DataError: a model that the run starts from cannot be read.
     """
     start_models: list[StartModel] = []
@@ -66,21 +70,24 @@ def build_spec(tree: Tree, label: str, find_sibling: FindSibling | None = None) 
 
 
 def _fill_from_start(tree: Tree, label: str, find_sibling: FindSibling | None, start_models: list[StartModel]) -> Tree:
-    """Return the tree of a spec with the defaults of its start, and add the models that it names to `start_models`."""
+    """Return a spec's nested dictionaries with the defaults of the models that it starts from.
+
+    These models are appended to `start_models`.
+    """
     if tree.get("start") is None:
         return tree
     start = validate_section(StartSpec, tree["start"], label, prefix="start.")
     storage = str(tree.get("storage", DEFAULT_STORAGE))
     own_model, own_data = tree.get("model") or {}, tree.get("data") or {}
     if not (isinstance(own_model, dict) and isinstance(own_data, dict)):
-        # The check of the complete spec reports a section that is a value.
+        # If a section is not a mapping, the later check of the complete spec reports it.
         return tree
     for source in start.sources:
         start_models.append(_find_model(source, storage, find_sibling))
     first_model = start_models[0]
     model = _model_defaults(start, first_model, own_model, len(start_models))
     if model["d_ff"] is None and own_model.get("d_ff") == first_model.model.d_ff:
-        # The width of the start's dense layers, none of which remains dense.
+        # The spec repeats the width of the start model's dense layers, but no layer of the new model is dense.
         own_model = {key: value for key, value in own_model.items() if key != "d_ff"}
     data: Tree = {"seq_len": first_model.seq_len}
     if first_model.sibling is not None and _reads_same_folder(own_data, first_model.sibling):
@@ -121,7 +128,7 @@ def _template_file(start_model: StartModel) -> Path:
 
 
 def _reads_same_folder(own_data: Tree, sibling: RunSpec) -> bool:
-    """Return whether the `data` section of a spec file has the prepared folder of another run of the sweep."""
+    """Return whether the `data` section of a spec names the same prepared folder as another run of the sweep."""
     folder = own_data.get("prepared")
     return isinstance(folder, str) and Path(folder).absolute() == sibling.data.prepared.absolute()
 
@@ -130,7 +137,7 @@ def _find_model(source: str, storage: str, find_sibling: FindSibling | None) -> 
     """Return the model that a value of `start.from` names, which may be another run of the same sweep.
 
     Raises:
-        SpecError: another run of a sweep is named outside of a sweep, or there is no such run.
+        SpecError: `source` names another run of a sweep, but there is no sweep or it has no such run.
     """
     if not source.startswith(SWEEP_PREFIX):
         return find_start_model(source, storage)
@@ -142,13 +149,13 @@ def _find_model(source: str, storage: str, find_sibling: FindSibling | None) -> 
 
 
 def _model_defaults(start: StartSpec, start_model: StartModel, own_model: Tree, count: int) -> Tree:
-    """Return the model section that a run has by default, as a tree.
+    """Return the defaults of a run's `model` section that follow from its start model, as nested dictionaries.
 
     Args:
         start: `start` section of the spec.
-        start_model: the first model that it names.
+        start_model: the first model that `start.from` names.
         own_model: `model` section of the spec file.
-        count: number of models that it names.
+        count: number of models that `start.from` names.
     """
     model = start_model.model
     tree: Tree = model.model_dump(mode="json")

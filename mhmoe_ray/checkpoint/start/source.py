@@ -1,4 +1,4 @@
-"""Models that a run can start from, as `start.from` names them."""
+"""Models that a run can start from, found by the names that `start.from` gives them in a spec."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -16,50 +16,50 @@ from mhmoe_ray.spec import ModelSpec, RunSpec
 from mhmoe_ray.storage import Location, location
 
 SWEEP_PREFIX = "sweep:"
-"""Start of a source that names another run of the same sweep."""
+"""Prefix of a value of `start.from` that names another run of the same sweep."""
 MANIFEST_FILE = "manifest.json"
 
 
 class StartModel(NamedTuple):
-    """Model that a run can start from."""
+    """Description of a model that a run can start from: everything but its weights."""
 
     source: str
-    """Value of `start.from` that names exactly this model from any folder: an absolute path, or the hub's name with a
-    revision."""
+    """Value of `start.from` that names exactly this model in any working directory: an absolute path, or the name of a
+    model of the Hugging Face hub with its revision."""
     ancestor: Ancestor
-    """Entry for the record of the run's start."""
+    """Entry for this model in the new run's record of its start."""
     path: Location
-    """Checkpoint of a run, or folder in Hugging Face's layout."""
+    """Path of a run's checkpoint, or of a folder in Hugging Face's layout."""
     manifest: CheckpointManifest | None
-    """Manifest of the checkpoint; None for a folder."""
+    """Manifest of the checkpoint; None for a folder in Hugging Face's layout."""
     model_type: str | None
     """`model_type` of the folder's config.json; None for a checkpoint."""
     model: ModelSpec
     seq_len: int
     tokenizer_file: Location
     adds_start: bool
-    """Whether a start token precedes a text."""
+    """Whether a start token precedes each text."""
     ends: list[int]
-    """Token ids that end a text in addition to the tokenizer's own."""
+    """Token ids that end a text, in addition to the tokenizer's own end tokens."""
     chat_template: str | None
     chat_template_file: Path | None = None
     """Local file with the chat template; None if there is none, or if it is an entry of tokenizer_config.json."""
     sibling: RunSpec | None = None
-    """Spec of another run of the same sweep, which need not exist yet; None for any other model."""
+    """Spec of the run, if the model is another run of the same sweep, which may not exist yet; else None."""
 
     @property
     def run(self) -> RunDir | None:
-        """The run of the checkpoint; None for a folder."""
+        """The run of the checkpoint; None for a folder in Hugging Face's layout."""
         return None if self.manifest is None else RunDir.of_checkpoint(self.path)
 
     @property
     def has_moments(self) -> bool:
-        """True if the optimizer's state can be copied; also for another run of a sweep."""
+        """True if the optimizer's state can be copied. Another run of the sweep is assumed to have saved it by then."""
         return self.sibling is not None or (self.manifest is not None and self.manifest.has_moments)
 
 
 def find_start_model(source: str, storage: Location | str) -> StartModel:
-    """Return the model that `start.from` names. Only its settings are read, and no weights.
+    """Return the model that a value of `start.from` names. Its settings are read, but not its weights.
 
     Args:
         source: a run, RUN@STEP, the folder of a checkpoint or of a model in Hugging Face's layout, or
@@ -90,7 +90,7 @@ def find_start_model(source: str, storage: Location | str) -> StartModel:
 
 
 def _checkpoint_model(checkpoint: Location) -> StartModel:
-    """Return the model of a checkpoint inside its run directory."""
+    """Return a checkpoint, which lies inside its run directory, as a model that a run can start from."""
     manifest, run = stored_manifest(checkpoint), RunDir.of_checkpoint(checkpoint)
     record = read_start(run)
     tokens = manifest.tokens + (record.tokens if record else 0)
@@ -112,11 +112,15 @@ def _checkpoint_model(checkpoint: Location) -> StartModel:
 
 
 def _folder_model(source: str, folder: Path) -> StartModel:
-    """Return the model of a folder in Hugging Face's layout.
+    """Return a folder in Hugging Face's layout as a model that a run can start from.
 
     Args:
-        source: value of `start.from` that names it.
-        folder: the local folder.
+        source: value of `start.from` that names the folder.
+        folder: local path of the folder.
+
+    Raises:
+        CheckpointError: the folder cannot be read, or its tokenizer.json lacks the token that starts a text.
+        DataError: the tokenizer does not fit the model.
     """
     model_type, section = read_config(folder, None)
     tokenizer = read_folder_tokenizer(folder, section)
@@ -141,10 +145,10 @@ def _folder_model(source: str, folder: Path) -> StartModel:
 
 
 def sibling_model(source: str, sibling: RunSpec) -> StartModel:
-    """Return the model of another run of a sweep, which need not exist yet, as far as its spec tells.
+    """Return another run of a sweep as a model to start from. Only its spec is read, because it may not exist yet.
 
     Args:
-        source: the value of `start.from`.
+        source: value of `start.from` that names the other run.
         sibling: spec of the other run.
     """
     return StartModel(
@@ -164,5 +168,5 @@ def sibling_model(source: str, sibling: RunSpec) -> StartModel:
 
 
 def sweep_variant(source: str) -> str:
-    """Return the variant in a source that names another run of a sweep, such as sweep:dense@200."""
+    """Return the variant of a sweep that a value of `start.from` names, such as "dense" in "sweep:dense@200"."""
     return source.removeprefix(SWEEP_PREFIX).partition("@")[0]

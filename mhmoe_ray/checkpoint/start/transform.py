@@ -13,9 +13,10 @@
     merge projection          zero                                      identity for the first sub-token, zero for the
                                                                         others
 
-So the logits of an upcycled model are those of its start: copies with gates that add up to 1 compute what one of them
-does, and a merge projection of zero adds nothing to the shared expert (sparse upcycling, arXiv 2212.05055). If a tensor
-of several models is the same one, its mean is taken in float64 (Branch-Train-MiX, arXiv 2403.07816).
+So an upcycled model has the same logits as the model that it starts from (sparse upcycling, arXiv 2212.05055). The
+reason is that equal experts whose gates add up to 1 compute the same as one of them, and that a merge projection of
+zero adds nothing to the shared expert. If several start models have a tensor that is not an expert's, its mean over
+the models is taken in float64 (Branch-Train-MiX, arXiv 2403.07816).
 """
 
 import re
@@ -35,47 +36,52 @@ _PROJECTION = re.compile(r"blocks\.\d+\.moe\.(?P<part>head|merge)\.(?:(?P<index>
 
 
 class StartTransform:
-    """Computes the first weights of a model from those of other models, one tensor at a time."""
+    """Computation of a new model's first weights from those of the models that it starts from, tensor by tensor."""
 
     def __init__(
         self, model: Trunk, start_model: Trunk, seed: int, new_experts: Mapping[str, str] | None = None
     ) -> None:
-        """Prepare the transformation.
+        """Prepare the transformation from the names and shapes of both models' tensors.
 
         Args:
-            model: the model of the run, with all experts, on the meta device.
-            start_model: the model that it starts from, on the meta device; with several, they are all alike.
-            seed: seed of the run, for tensors that get their initial values.
-            new_experts: names of old experts of router `domain`, by the names of new ones that are copies of them.
+            model: the new model, with all experts, on the meta device.
+            start_model: the model that the new one starts from, on the meta device; if there are several, any of them,
+                because they have the same shapes.
+            seed: seed of the run, for tensors that get random initial values.
+            new_experts: for experts that are named by their domains: the names of new experts, each with the name of
+                the old expert of which it becomes a copy.
         """
         self._model, self._seed = model, seed
         self._shapes = {name: t.shape for name, t in model.named_tensors().items()}
         self._start_names = set(start_model.named_tensors())
         self._is_dense_start = not start_model.moe_layers()
         self._shared_layers = {match[1] for name in self._shapes if (match := _SHARED.fullmatch(name))}
-        """Names of the layers with a shared expert; there the dense layer of the start becomes the shared expert."""
+        """Names of the layers with a shared expert. The dense layer of a dense start model becomes this expert."""
         self._old_experts = _old_experts(model.spec, start_model.spec, new_experts or {})
         self._projection_layers = model.spec.moe.projection_layers if model.spec.moe else 0
 
     def source_name(self, name: str) -> str | None:
-        """Return the name of the tensor of the start from which a tensor is made; None if it is made from none."""
+        """Return the name of the start model's tensor from which tensor `name` of the new model is made.
+
+        The result is None if the start model has no tensor for it.
+        """
         if name in self._start_names:
             return name
         if match := _SHARED.fullmatch(name):
             ffn_name = f"{match[1]}.ffn.{match[2]}"
         elif (match := _EXPERTS.fullmatch(name)) and match[1] not in self._shared_layers:
-            # The stack of a matrix gate_FD is gate_EFD.
+            # An expert's matrix gate_FD is stacked over experts in gate_EFD.
             ffn_name = f"{match[1]}.ffn.{match[2]}_{match[3]}"
         else:
             return None
         return ffn_name if ffn_name in self._start_names else None
 
     def tensor(self, name: str, sources: Sequence[Tensor]) -> Tensor:
-        """Return the first value of a tensor.
+        """Return the values of a tensor of the new model at step 0.
 
         Args:
-            name: name of the tensor in the model.
-            sources: the tensor `source_name(name)` of each model that the run starts from; empty if there is none.
+            name: name of the tensor in the new model.
+            sources: tensor `source_name(name)` of each model that the run starts from; empty if that name is None.
         """
         if self._old_experts is not None and _EXPERTS.fullmatch(name):
             [tensor_E] = sources
@@ -95,8 +101,11 @@ class StartTransform:
         return initial_tensor(self._model, name, self._seed)
 
     def _identity_projection(self, name: str, *, is_head: bool, is_weight: bool) -> Tensor:
-        """Return the first value of a projection after which only the first sub-token has an effect, which is then the
-        token itself."""
+        """Return the initial weight or bias of a projection with which the experts compute on whole tokens.
+
+        The head projection makes the first sub-token equal to the token. The merge projection returns the first
+        sub-token and ignores all others.
+        """
         width = self._model.spec.d_model
         if is_head:
             tensor = initial_tensor(self._model, name, self._seed)
@@ -109,9 +118,9 @@ class StartTransform:
 
 
 def _old_experts(spec: ModelSpec, start_spec: ModelSpec, new_experts: Mapping[str, str]) -> list[int | None] | None:
-    """Return, for each expert of router `domain`, the number of the old expert that it is a copy of.
+    """Return, for each expert that is named by its domain, the index of the old expert of which it is a copy.
 
-    An entry is None if the expert is the mean of all old ones. The result is None if the start has no such router.
+    An entry is None if the expert is the mean of all old ones. The result is None if a model has no router `domain`.
     """
     moe, start_moe = spec.moe, start_spec.moe
     if moe is None or start_moe is None or moe.domains is None or start_moe.domains is None:
@@ -121,7 +130,7 @@ def _old_experts(spec: ModelSpec, start_spec: ModelSpec, new_experts: Mapping[st
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the mean of tensors, computed in float64; a single tensor is returned as it is."""
+    """Return the mean of tensors in their dtype, computed in float64; a single tensor is returned unchanged."""
     if len(tensors) == 1:
         return tensors[0]
     total = torch.zeros_like(tensors[0], dtype=torch.float64)

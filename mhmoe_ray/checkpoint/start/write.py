@@ -1,4 +1,4 @@
-"""The checkpoint of step 0 of a run that starts from other models."""
+"""Write the checkpoint of step 0 of a run that starts from the weights of other models."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -35,13 +35,13 @@ from mhmoe_ray.storage import FileEntry, Location, create_file, describe_file, r
 
 
 def write_start_checkpoint(run: RunDir, spec: RunSpec) -> None:
-    """Write the checkpoint of step 0 and start.json of a run, unless the run has a checkpoint already.
+    """Write a run's checkpoint of step 0 and the record of its start models, unless it has a checkpoint already.
 
-    One layer at a time is in memory, of each model that the run starts from.
+    Of each model that the run starts from, only one layer at a time is in memory.
 
     Args:
-        run: the run, which has its tokenizer.
-        spec: spec of the run, with a `start` section. Its data is prepared.
+        run: the new run, whose directory has its tokenizer already.
+        spec: spec of the run, with a `start` section; its data is already prepared.
 
     Raises:
         MhmoeError: a model cannot be read, or the run cannot start from it.
@@ -58,7 +58,7 @@ def write_start_checkpoint(run: RunDir, spec: RunSpec) -> None:
             read_manifest(start_model.path, PARTS if start.optimizer else ("weights",))
     first_model = start_models[0]
     record = build_record(spec, start_models)
-    # An earlier attempt may have been killed while it wrote.
+    # An earlier attempt may have been killed while it wrote a checkpoint, which is removed here.
     for folder in uncommitted_checkpoints(run):
         remove_tree(folder)
     checkpoint = run.checkpoints / checkpoint_name(0, 0)
@@ -67,7 +67,7 @@ def write_start_checkpoint(run: RunDir, spec: RunSpec) -> None:
         files |= _write_moments(checkpoint / "optim", spec, first_model)
     if first_model.chat_template is not None and not run.chat_template_file.exists():
         replace_file(run.chat_template_file, first_model.chat_template.encode())
-    # The record comes before the manifest: a run with a checkpoint must have it.
+    # The record is written before the manifest, because a run with a committed checkpoint must have it.
     write_start(run, record)
     manifest = CheckpointManifest(
         step=0,
@@ -97,7 +97,7 @@ def _write_weights(folder: Location, spec: RunSpec, start_models: list[StartMode
     transform = StartTransform(model, start_model, spec.seed, spec.start.new_experts if spec.start else None)
     with ExitStack() as stack:
         sources = [_open_groups(start_model, stack) for start_model in start_models]
-        # The names of the model's tensors are grouped like those of the start.
+        # The names of the new model's tensors are grouped like the tensors of the start models.
         name_groups = _layer_groups(model)
         files = {}
         for number, (names, *source_groups) in enumerate(zip(name_groups, *sources, strict=True)):
@@ -129,12 +129,12 @@ def _open_groups(start_model: StartModel, stack: ExitStack) -> Iterator[dict[str
     """Return an iterator over the tensors of a model, in the groups of `_layer_groups`.
 
     Args:
-        start_model: the model.
-        stack: closes the files of a folder at its end.
+        start_model: model to read, in a checkpoint or in a folder in Hugging Face's layout.
+        stack: exit stack that closes the folder's files when it ends.
     """
     if start_model.model_type is None:
         return _checkpoint_groups(start_model.path, start_model.model)
-    # Until now only the settings of a model of the hub were downloaded.
+    # Of a model of the hub, only the settings were downloaded before. This downloads the weights, too.
     folder = local_folder(start_model.source)
     return stack.enter_context(open_groups(folder, start_model.model_type, start_model.model))
 
@@ -148,7 +148,7 @@ def _checkpoint_groups(checkpoint: Location, spec: ModelSpec) -> Iterator[dict[s
 
 
 def _read_tensors(folder: Location, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Read tensors from a part of a checkpoint, in their stored dtype."""
+    """Read tensors by name from a folder of a checkpoint, `weights` or `optim`, in their stored dtype."""
     index = read_index(folder)
     # A missing tensor has no dtype here; `load_tensors` raises the error for it.
     tensors = {
@@ -160,7 +160,11 @@ def _read_tensors(folder: Location, shapes: Mapping[str, torch.Size]) -> dict[st
 
 
 def _write_moments(folder: Location, spec: RunSpec, start_model: StartModel) -> dict[str, FileEntry]:
-    """Copy the optimizer's moments and the training buffers, a file for each layer; return sizes and hashes."""
+    """Copy the optimizer's moments and the buffers that only training needs from a checkpoint, a file for each layer.
+
+    Returns:
+        Size and hash of each written file, by its path below the new checkpoint.
+    """
     with torch.device("meta"):
         model = build_model(spec.model)
     parameters, buffers = dict(model.named_parameters()), model.training_buffers()
@@ -175,7 +179,7 @@ def _write_moments(folder: Location, spec: RunSpec, start_model: StartModel) -> 
         }
         tensors = _read_tensors(start_model.path / "optim", shapes)
         if number == 0:
-            # A run that balances over steps may start from one that does not.
+            # The buffers count choices of experts for a balance loss over whole steps. The earlier run may have none.
             buffer_shapes = {name: t.shape for name, t in buffers.items()}
             tensors |= _read_tensors(
                 start_model.path / "optim", {name: s for name, s in buffer_shapes.items() if name in stored_names}

@@ -1,4 +1,4 @@
-"""Tokens of rendered conversations, with a mask of those that a model learns to predict."""
+"""Tokens of rendered conversations, with a mask of the tokens that a model learns to predict."""
 
 import json
 from collections.abc import Sequence
@@ -16,15 +16,19 @@ from mhmoe_ray.data.tokenizer.vocabulary import boundaries
 
 
 class EncodedConversation(NamedTuple):
-    """Tokens of a conversation."""
+    """Token ids of a conversation, with a mask of the tokens that a model learns to predict."""
 
     token_ids: np.ndarray
-    """Token ids, (n,) int64; the first is the start token, and no second one follows it."""
+    """Token ids, (n,) int64. The first is the start token, which is added unless the template writes it."""
     target_mask: np.ndarray
-    """Mask of the targets, (n,) bool: True for tokens of the assistant's turns and of what ends these."""
+    """Mask of the targets, (n,) bool: True for tokens of the assistant's turns, including the tokens that end a
+    turn."""
 
     def rows(self, token_bytes: int) -> np.ndarray:
-        """Return the tokens with all columns of samples; `token_bytes` is the number of bytes per token."""
+        """Return a row for each token, with all columns that stored samples have.
+
+        A token id is stored in `token_bytes` bytes, 2 or 4.
+        """
         document_starts = np.arange(len(self.token_ids)) == 0
         tokens = self.token_ids.astype(token_dtype(token_bytes))
         return join_columns({TOKENS: tokens, TARGETS: self.target_mask, DOCUMENT_STARTS: document_starts})
@@ -36,7 +40,7 @@ class ConversationEncoder:
     Unlike the text of a document, a conversation may contain special tokens: the template writes them.
 
     Args:
-        tokenizer: a tokenizer with boundary tokens (see `boundaries`).
+        tokenizer: a tokenizer with tokens for the start and the end of a document (see `boundaries`).
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -49,12 +53,13 @@ class ConversationEncoder:
         }
 
     def encode(self, conversations: Sequence[RenderedConversation]) -> list[EncodedConversation]:
-        """Return the tokens of each conversation, after one start token, whether the template writes it or not."""
+        """Return the tokens of each conversation; a start token is put first unless the template writes it."""
         encodings = self._tokenizer.encode_batch([c.text for c in conversations], add_special_tokens=False)
         result = []
         for conversation, encoding in zip(conversations, encodings, strict=True):
             token_ids = np.array(encoding.ids, np.int64)
-            # Offsets are in characters, and a token may be a part of a character. Then it has the offsets of the whole.
+            # Offsets are in characters. A token that is only a part of a character has the offsets of the whole
+            # character.
             target_mask = _tokens_in(conversation.spans, np.array(encoding.offsets, np.int64).reshape(-1, 2))
             if encoding.ids[:1] != [self.start_token]:
                 token_ids, target_mask = np.append(self.start_token, token_ids), np.append(False, target_mask)
@@ -65,8 +70,8 @@ class ConversationEncoder:
         """Return the special tokens that end the assistant's turns, after trying the template on a conversation.
 
         Raises:
-            ChatTemplateError: the template or the tokenizer does not suit: no special token ends the assistant's turns,
-                or the end of a prompt and the beginning of an answer become one token.
+            ChatTemplateError: the template does not suit the tokenizer: no special token ends the assistant's turns, or
+                the end of a prompt and the beginning of an answer become one token.
         """
         messages = EXCHANGES if template.accepts(EXCHANGES) else EXCHANGES[:2]
         conversation = template.render_conversation(messages)
@@ -97,11 +102,12 @@ def _tokens_in(spans: Sequence[Span], offsets: np.ndarray) -> np.ndarray:
     """Return a mask of the tokens that overlap one of the spans.
 
     Args:
-        spans: spans of characters.
-        offsets: first character of each token and the end of its characters, (n, 2).
+        spans: spans of characters in a text.
+        offsets: the index of each token's first character in the text, and the index after its last one, (n, 2).
     """
     starts, stops = offsets.T
-    # A token without characters of its own, as a space that a tokenizer puts before a word, belongs to what follows it.
+    # A token may have no characters of its own, such as the space that a tokenizer puts before a word. It counts as
+    # part of the character after it.
     stops = np.maximum(stops, starts + 1)
     mask = np.zeros(len(offsets), bool)
     for span in spans:

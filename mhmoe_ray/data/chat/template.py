@@ -40,7 +40,7 @@ BUILT_IN_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- "Assistant:\\n" -}}{%- endif -%}
 """
-"""Chat template of data that names none: plain role headers, and the end token after each answer."""
+"""Chat template for a spec that names none: plain role headers, and the end token after each answer."""
 
 # Variables that are written before and after the text of a generation block; they are empty except while the spans of
 # these blocks are looked for.
@@ -56,18 +56,18 @@ class ChatTemplateError(Exception):
 
 
 class Span(NamedTuple):
-    """Characters start .. stop - 1 of a text."""
+    """Span of a text: the characters from index `start` to index `stop - 1`."""
 
     start: int
     stop: int
 
 
 class RenderedConversation(NamedTuple):
-    """Conversation as the text that a model reads."""
+    """Conversation that a chat template has rendered as the text that a model reads."""
 
     text: str
     spans: tuple[Span, ...]
-    """Spans of the assistant's turns with what ends them, in their order."""
+    """Spans of the assistant's turns in `text`, in order. A span includes the text that ends its turn."""
 
 
 class ChatTemplate:
@@ -110,7 +110,7 @@ class ChatTemplate:
         return self._environment.from_string(self.text)
 
     def render(self, messages: Sequence[Message]) -> str:
-        """Return the conversation as a prompt, up to where the assistant's answer begins.
+        """Return the conversation as a prompt, which ends where the assistant's next answer begins.
 
         Raises:
             ChatTemplateError: the template does not accept these messages.
@@ -120,7 +120,7 @@ class ChatTemplate:
     def render_conversation(self, messages: Sequence[Message]) -> RenderedConversation:
         """Return the whole conversation as training reads it, with the spans of the assistant's turns.
 
-        They are the texts of the template's `{% generation %}` blocks. Without such blocks, a turn begins where the
+        The spans are those of the template's `{% generation %}` blocks. Without such blocks, a turn begins where the
         prompt of the messages before it ends, and ends where the conversation up to it ends.
 
         Raises:
@@ -143,7 +143,8 @@ class ChatTemplate:
         """Check that the prompt of each assistant's turn is the beginning of the conversation with that turn.
 
         Raises:
-            ChatTemplateError: a prompt is not, so that a server would ask otherwise than in training.
+            ChatTemplateError: a prompt is not such a beginning, so a server's prompts would differ from those of
+                training.
         """
         for number, message in enumerate(messages):
             if message["role"] == "assistant":
@@ -171,7 +172,7 @@ class ChatTemplate:
             raise ChatTemplateError(str(e)) from e
 
     def _turn_spans(self, messages: Sequence[Message], text: str) -> Iterator[Span]:
-        """Yield the spans of the assistant's turns, found by rendering the beginnings of the conversation."""
+        """Yield the spans of the assistant's turns, which are found by rendering the beginnings of the conversation."""
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -185,13 +186,13 @@ class ChatTemplate:
             yield Span(len(prompt), len(text_with_turn))
 
     def _block_spans(self, messages: Sequence[Message], text: str) -> Iterator[Span]:
-        """Yield the spans of the template's `{% generation %}` blocks."""
+        """Yield the spans that the template's `{% generation %}` blocks have in the rendered conversation."""
         # A random mark cannot be in a message.
         mark = secrets.token_hex(16)
         marks = {_BLOCK_START: f"<{mark}>", _BLOCK_STOP: f"</{mark}>"}
         marked_text = self._render(self._timeless_template, messages, marks=marks)
-        # Texts and marks take turns, and so do the marks of the starts and stops of blocks, unless the template has
-        # changed what it printed into a variable.
+        # Texts and marks alternate, and so do the marks of block starts and block stops. This fails if the template
+        # keeps the output of a block in a variable and changes it before printing.
         pieces = re.split(f"(</?{mark}>)", marked_text)
         printed_marks, edges = pieces[1::2], list(accumulate(map(len, pieces[::2])))
         if "".join(pieces[::2]) != text or printed_marks != [*marks.values()] * (len(printed_marks) // 2):
@@ -217,7 +218,8 @@ def read_template(spec: DataSpec) -> str:
         raise DataError(_subject(spec), reason, "correct data.chat_template") from e
 
 
-# The answers begin with words that most tokenizers join with a space before them.
+# The answers begin with words that most tokenizers join with a space before them. Trying the template on them shows
+# whether its prompt ends with a space.
 EXCHANGES: list[Message] = [
     {"role": "user", "content": "How are you?"},
     {"role": "assistant", "content": "I am fine, thank you."},
@@ -228,7 +230,7 @@ EXCHANGES: list[Message] = [
 
 
 def check_template(spec: DataSpec, start_text: str = "", end_text: str = "") -> ChatTemplate:
-    """Return the chat template of a spec, compiled, after trying it on a conversation.
+    """Compile the chat template of a spec, try it on a conversation, and return it.
 
     Args:
         spec: a data section with sources of format `chat`.
@@ -241,7 +243,7 @@ def check_template(spec: DataSpec, start_text: str = "", end_text: str = "") -> 
     text = read_template(spec)
     try:
         template = ChatTemplate(text, start_text, end_text)
-        # A template may be for single exchanges.
+        # A template may accept only a single exchange: one question and its answer.
         messages = EXCHANGES if template.accepts(EXCHANGES) else EXCHANGES[:2]
         if not template.render_conversation(messages).spans:
             raise ChatTemplateError("its {% generation %} blocks render no text of the assistant")

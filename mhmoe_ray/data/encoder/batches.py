@@ -16,21 +16,22 @@ from mhmoe_ray.spec import MicroBatchPart, ModelSpec
 
 
 class PartSamples(Protocol):
-    """Samples of one part, in memory (`EncoderSamples`) or decoded when they are asked for (`HeldOutSamples`)."""
+    """Samples of one part of micro-batches, in memory (`EncoderSamples`) or decoded on access (`HeldOutSamples`)."""
 
     @property
     def sample_count(self) -> int:
-        """The number of samples."""
+        """The number of samples of the part."""
 
     def rows(self, part: MicroBatchPart, start: int, stop: int) -> EncoderSamples:
         """Return samples `start` to `stop` - 1 of the part."""
 
 
 def evaluated_samples(part: MicroBatchPart, samples: PartSamples) -> int:
-    """Return how many samples of a part an evaluation uses, from the first one on.
+    """Return how many samples of a part of micro-batches an evaluation uses, counted from the first one.
 
-    They are all, but those of a part that compares them fill whole micro-batches if there are enough: a smaller one
-    would have fewer pairs to choose from, and so a smaller loss.
+    An evaluation uses all samples of most parts. If the objective compares images and texts within a micro-batch, and
+    there are enough samples, it uses full micro-batches only: a smaller one has fewer pairs to choose from, and so a
+    smaller loss.
     """
     count = samples.sample_count
     if part.traits.compares and count > part.samples:
@@ -39,9 +40,8 @@ def evaluated_samples(part: MicroBatchPart, samples: PartSamples) -> int:
 
 
 def normalized_patches(patch_IV: Tensor) -> Tensor:
-    """Return patches of which each is normalized by the mean and the standard deviation of its values (MAE, arXiv
-    2111.06377)."""
-    # torch warns about the variance of nothing.
+    """Return patches, each normalized by the mean and the standard deviation of its values (MAE, arXiv 2111.06377)."""
+    # torch warns about the variance of an empty tensor.
     if not len(patch_IV):
         return patch_IV
     variance_I1, mean_I1 = torch.var_mean(patch_IV, dim=-1, keepdim=True)
@@ -57,8 +57,8 @@ class BatchMaker:
         Args:
             spec: spec of the model.
             device: device of the micro-batches.
-            codebook: entries of the codebook, float32 (entries, values), if patches are predicted as entries; None if
-                no patch is hidden.
+            codebook: the codebook, float32 (entries, values), if the targets of hidden patches are its entries; None if
+                the targets are pixels or no patch is hidden.
         """
         assert spec.encoder is not None
         self._predicts_entries = spec.encoder.image_targets == "codebook"
@@ -67,11 +67,11 @@ class BatchMaker:
         self._codebook = None if codebook is None else copy_to_device(codebook, device)
 
     def make(self, parts: Iterable[MicroBatchPart], samples: EncoderSamples) -> EncoderBatch:
-        """Return the micro-batch of samples; its targets are computed on the device.
+        """Return a micro-batch of samples as tensors on the device, with the targets that the model predicts.
 
         Args:
-            parts: the parts, with the number of samples that each has here.
-            samples: their samples.
+            parts: the parts of the micro-batch, with the number of samples that each of them has in it.
+            samples: the samples of all parts, in the order of the parts.
         """
         transfer = partial(copy_to_device, device=self._device)
         hidden_patch_I, hidden_token_J = (np.flatnonzero(mask) for mask in (samples.patch_hidden, samples.token_hidden))
@@ -93,8 +93,11 @@ class BatchMaker:
         )
 
     def _predicted_tokens(self, parts: Iterable[MicroBatchPart], token_NT: np.ndarray) -> np.ndarray:
-        """Return the token to predict at each position of the texts, (N, T): the one that stands there, or in a part of
-        captions the next one. The end of a caption is its start token, which no text has inside."""
+        """Return the token to predict at each position of the texts, (N, T).
+
+        It is the token at the position, or the next token if the part learns to write captions. The token to predict at
+        the end of a caption is its start token, which occurs nowhere else in a text.
+        """
         predicted_NT, first_text = token_NT, 0
         for part in parts:
             texts = slice(first_text, first_text := first_text + part.samples * ("text" in part.columns))
@@ -115,7 +118,7 @@ class BatchMaker:
 
 
 def _groups(parts: Iterable[MicroBatchPart], samples: EncoderSamples) -> Iterator[Group]:
-    """Yield the group of each part of a micro-batch."""
+    """Yield for each part of a micro-batch its group: the number of its images, texts and targets, and its losses."""
     first_image = first_text = 0
     for part in parts:
         images, texts = (part.samples * (column in part.columns) for column in ("image", "text"))

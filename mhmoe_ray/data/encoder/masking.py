@@ -1,6 +1,6 @@
 """Masks of masked pre-training: pure functions of a seed and a label, equal on every machine and in every process.
 
-A label names the part of a micro-batch and the position of a sample in the training, so a mask depends neither on the
+The label of a sample names its part of a micro-batch and its position in the training, so a mask depends neither on the
 number of ranks nor on restarts. Sizes and shares are those of BEiT v2 (arXiv 2208.06366) and BEiT-3 (arXiv 2208.10442).
 """
 
@@ -13,21 +13,21 @@ from mhmoe_ray.data.draws import Draws
 from mhmoe_ray.spec.train import hidden_count
 
 MIN_BLOCK_SHARE = 16 / 14**2
-"""Smallest area of a block, as a share of all patches: 16 of 14 x 14 patches in BEiT v2."""
+"""Smallest area of a block of hidden patches, as a share of all patches: 16 of 14 x 14 patches in BEiT v2."""
 MIN_ASPECT = Decimal("0.3")
-"""Smallest ratio of height to width of a block; the largest is its inverse."""
+"""Smallest ratio of height to width of a block of hidden patches; the largest ratio is its inverse."""
 TRIES = 10
-"""Number of blocks that are drawn before single patches fill the rest, if none of them covers new patches."""
+"""Number of blocks that are drawn in a row; if none of them can be added to the mask, single patches fill the rest."""
 
 
 def block_mask(rows: int, columns: int, share: float, seed: int, label: str) -> np.ndarray:
-    """Return a mask of the patches of an image that are hidden: rectangular blocks, and single patches at the end.
+    """Return a mask of the hidden patches of an image: rectangular blocks, completed by single patches.
 
     Args:
         rows, columns: number of patches along each side.
-        share: share of the patches to hide; the number is rounded, and then exact.
+        share: share of the patches to hide, from 0 to 1; exactly the rounded number of patches is hidden.
         seed: seed of the run.
-        label: label of the sample.
+        label: label of the sample, which names its part and its position in the training.
 
     Returns:
         The mask, (rows, columns) bool.
@@ -43,8 +43,10 @@ def block_mask(rows: int, columns: int, share: float, seed: int, label: str) -> 
 
 
 def _add_block(mask: np.ndarray, draws: Draws, min_area: float, missing_count: int) -> bool:
-    """Draw a block, and add it to the mask if it hides at least one and at most `missing_count` more patches; return
-    whether it was added."""
+    """Draw a block, and add it to the mask if it hides from 1 to `missing_count` more patches.
+
+    Return whether the block was added.
+    """
     rows, columns = mask.shape
     area = draws.between(min(min_area, missing_count), missing_count)
     aspect = draws.ratio(MIN_ASPECT)
@@ -60,8 +62,8 @@ def _add_block(mask: np.ndarray, draws: Draws, min_area: float, missing_count: i
 
 
 MASK_TOKEN_SHARE, RANDOM_TOKEN_SHARE = 0.8, 0.1
-"""Shares of hidden tokens that are replaced by the mask token and by a random token; the rest stays (BERT, arXiv
-1810.04805)."""
+"""Shares of hidden tokens that are replaced by the mask token and by a random token; the others stay as they are
+(BERT, arXiv 1810.04805)."""
 
 
 def hide_tokens(tokens: np.ndarray, mask: np.ndarray, vocab_size: int, seed: int, label: str) -> np.ndarray:
@@ -69,10 +71,10 @@ def hide_tokens(tokens: np.ndarray, mask: np.ndarray, vocab_size: int, seed: int
 
     Args:
         tokens: token ids of a text, (tokens,).
-        mask: mask of the hidden ones.
-        vocab_size: V; the mask token is the last one, V - 1.
+        mask: mask of the hidden tokens.
+        vocab_size: V, the number of tokens of the model; the mask token is the last one, V - 1.
         seed: seed of the run.
-        label: label of the sample.
+        label: label of the sample, which names its part and its position in the training.
     """
     inputs, hidden = tokens.copy(), np.flatnonzero(mask)
     draws = Draws(seed, label)
@@ -85,18 +87,18 @@ def hide_tokens(tokens: np.ndarray, mask: np.ndarray, vocab_size: int, seed: int
 
 
 def masked_count(tokens: int, share: float) -> int:
-    """Return the number of tokens to hide: their share, rounded, at least one and not all of several."""
+    """Return how many tokens of a text to hide: a rounded share, but at least one, and never all of two or more."""
     return max(1, min(hidden_count(tokens, share), tokens - 1))
 
 
 def text_mask(tokens: int, share: float, seed: int, label: str) -> np.ndarray:
-    """Return a mask of the tokens of a text that are hidden.
+    """Return a mask of the tokens of a text that are hidden, drawn at random.
 
     Args:
         tokens: number of tokens of the text, at least 1.
-        share: share of the tokens to hide (`masked_count`).
+        share: share of the tokens to hide, from 0 to 1; `masked_count` makes it a number of tokens.
         seed: seed of the run.
-        label: label of the sample.
+        label: label of the sample, which names its part and its position in the training.
 
     Returns:
         The mask, (tokens,) bool.

@@ -1,7 +1,7 @@
 """Samples of an encoder: decoded crops of images, tokens of texts, and the masks of both, part by part.
 
-Images and texts follow the order of the parts. Crops and masks depend on the seed, the part and the sample's position
-in the training alone, not on the number of ranks.
+A part of a micro-batch is one objective with its data. Images and texts are in the order of the parts. Crops and masks
+depend on the seed, the part and the sample's position in the training alone, not on the number of ranks.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,18 +21,18 @@ from mhmoe_ray.spec import MicroBatchPart, RunSpec
 
 
 class Pairs(NamedTuple):
-    """Captions of one domain with their images."""
+    """Held-out pairs of one domain: captions with their images."""
 
     domain: str
     tokens: np.ndarray
-    """Stored tokens, (pairs, T)."""
+    """Tokens of the captions as they are stored, with padding, (pairs, T)."""
     images: list[bytes]
     languages: list[str | None]
     """Language of each caption; None if its record does not name it."""
 
 
 class SampleMaker:
-    """Maker of the samples of a part from stored rows: it decodes and crops images, and hides patches and tokens."""
+    """Maker of an encoder's samples from stored rows: it decodes and crops images, and hides patches and tokens."""
 
     def __init__(self, spec: RunSpec, token_bytes: int) -> None:
         encoder = spec.model.encoder
@@ -42,10 +42,10 @@ class SampleMaker:
     def make(
         self, part: MicroBatchPart, tokens: np.ndarray, images: Sequence[bytes], labels: Sequence[str], *, crops: bool
     ) -> EncoderSamples:
-        """Return samples of a part.
+        """Return samples of one part of a micro-batch.
 
         Args:
-            part: the part.
+            part: the part; its columns and its objective determine what its samples have and what is hidden.
             tokens: stored tokens of each sample, (samples, T).
             images: encoded image of each sample; empty for a sample without one.
             labels: label of each sample. With the seed of the run, it determines the random crop and the masks.
@@ -80,8 +80,8 @@ class SampleMaker:
                     row[stretch], mask, self._spec.model.vocab_size, seed, f"{label} tokens"
                 )
         if part.traits.writes:
-            # A token is predicted at the position before it, and the end of a text at its last token. Of a text that
-            # was cut, the last token predicts nothing.
+            # A token is predicted at the position before it, and the end of a text at its last token. Nothing is
+            # predicted at position T, because a text that fills all T tokens may have been cut.
             token_hidden = texts != self._padding
             token_hidden[:, -1] = False
         size = encoder.image_size
@@ -99,7 +99,7 @@ class SampleMaker:
 
 
 class EncoderTrainingSamples:
-    """Random access to the micro-batches of a training by their number."""
+    """Random access to the samples of an encoder's training, by the number of the micro-batch."""
 
     def __init__(self, spec: RunSpec) -> None:
         self._order = RowOrder(spec)
@@ -107,11 +107,11 @@ class EncoderTrainingSamples:
 
     @staticmethod
     def open_cached(spec: RunSpec) -> "EncoderTrainingSamples":
-        """Return the samples of a spec; a process opens them once and caches them for its next tasks."""
+        """Return the training samples of a spec; a process opens them once and caches them for its next Ray tasks."""
         return _open_samples(spec.model_dump_json())
 
     def read(self, micro_batch: int) -> EncoderSamples:
-        """Return the samples of a micro-batch of the training."""
+        """Return the samples of all parts of the micro-batch with this number."""
         return EncoderSamples.join(
             [
                 self._maker.make(part.part, *self._read_rows(part.positions), part.labels, crops=True)
@@ -120,7 +120,7 @@ class EncoderTrainingSamples:
         )
 
     def _read_rows(self, positions: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
-        """Return the stored tokens and images of the samples at these positions, which belong to one part."""
+        """Return the stored tokens and images of samples of one part, given their positions in the training."""
         tokens: np.ndarray | None = None
         images = [b""] * len(positions)
         for group in self._order.locate(positions):
@@ -141,9 +141,9 @@ def _open_samples(spec_json: str) -> EncoderTrainingSamples:
 
 
 class HeldOutSamples:
-    """Held-out samples of a part, which are read and decoded when they are asked for.
+    """Held-out samples of one part of micro-batches, which are read and decoded on access.
 
-    Their masks are the same each time. Images are cropped to the largest square at their centre.
+    Their masks are the same at each access. Images are cropped to the largest square at their centre.
     """
 
     def __init__(self, maker: SampleMaker, reader: RowReader, numbers: np.ndarray) -> None:
@@ -152,18 +152,18 @@ class HeldOutSamples:
         Args:
             maker: maker of the samples.
             reader: reader of the held-out rows.
-            numbers: numbers of the part's rows.
+            numbers: numbers of the part's rows among all held-out rows.
         """
         self._maker, self._reader, self._numbers = maker, reader, numbers
 
     @property
     def sample_count(self) -> int:
-        """The number of samples."""
+        """The number of held-out samples of the part."""
         return len(self._numbers)
 
     def rows(self, part: MicroBatchPart, start: int, stop: int) -> EncoderSamples:
-        """Return samples `start` to `stop` - 1; `part` is their part."""
-        # The reader reads at least one row. Without any, tokens have the shape and the type of those of the first one.
+        """Return samples `start` to `stop` - 1, in the form that `part`, the part of these samples, needs."""
+        # The reader cannot read zero rows. For an empty range, the first row gives the shape and dtype of the tokens.
         tokens = self._reader.read_tokens(self._numbers[start:stop] if start < stop else self._numbers[:1])
         tokens, images = tokens[: stop - start], self._reader.read_values(IMAGE, self._numbers[start:stop])
         labels = [f"validation {part.name} {number}" for number in range(start, stop)]
@@ -171,11 +171,11 @@ class HeldOutSamples:
 
 
 def encoder_validation_samples(spec: RunSpec, manifest: DataManifest) -> Mapping[str, HeldOutSamples]:
-    """Return the held-out samples of each part that has any.
+    """Return the held-out samples of each part of micro-batches that has any, by the name of the part.
 
     Args:
         spec: spec of the run.
-        manifest: manifest of its prepared data.
+        manifest: manifest of the prepared data.
     """
     reader = RowReader(spec.data.prepared, manifest.validation, manifest.token_bytes)
     maker = SampleMaker(spec, manifest.token_bytes)
@@ -183,7 +183,7 @@ def encoder_validation_samples(spec: RunSpec, manifest: DataManifest) -> Mapping
 
 
 def held_out_pairs(spec: RunSpec, manifest: DataManifest) -> Iterator[Pairs]:
-    """Yield the held-out pairs of each domain of a run's prepared data.
+    """Yield the held-out pairs of an image and a caption in a run's prepared data, domain by domain.
 
     Args:
         spec: spec of the run.
@@ -195,15 +195,17 @@ def held_out_pairs(spec: RunSpec, manifest: DataManifest) -> Iterator[Pairs]:
 
 
 def held_out_captions(spec: RunSpec, manifest: DataManifest) -> np.ndarray:
-    """Return the stored tokens of the held-out captions, (captions, T), without reading their images; for the arguments
-    see `held_out_pairs`."""
+    """Return the stored tokens of the held-out captions, (captions, T), without reading their images.
+
+    See `held_out_pairs` for the arguments.
+    """
     reader = RowReader(spec.data.prepared, manifest.validation, manifest.token_bytes)
     tokens = [reader.read_tokens(rows) for _, rows in _held_out_pair_rows(spec, manifest)]
     return np.concatenate([np.empty((0, spec.data.seq_len), np.int64), *tokens])
 
 
 def _held_out_pair_rows(spec: RunSpec, manifest: DataManifest) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield each domain of pairs with the numbers of its held-out rows, of which there is at least one."""
+    """Yield each domain that has held-out pairs of an image and a caption, and the numbers of their rows."""
     first_row = 0
     for name, domain in manifest.domains.items():
         rows = np.arange(first_row, first_row := first_row + domain.validation_samples)

@@ -1,4 +1,4 @@
-"""Crops of images: pure functions of a seed and a label, like the masks of an encoder (encoder/masking.py)."""
+"""Crops of images: pure functions of a seed and a sample's label, like the masks of an encoder (encoder/masking.py)."""
 
 import math
 from collections.abc import Callable
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 MIN_ASPECT = Decimal("0.75")
 """Smallest ratio of width to height of a crop; the largest is its inverse."""
 TRIES = 10
-"""Number of boxes that are drawn before the largest square at the centre is used, if none fits into the image."""
+"""Number of boxes that are drawn; if none of them fits into the image, the largest square at the centre is used."""
 
 
 class Crop(NamedTuple):
-    """Part of an image that the model reads."""
+    """Rectangle of an image that the model reads, perhaps mirrored left to right."""
 
     box: tuple[int, int, int, int]
     """Left, top, right and bottom edge in pixels."""
@@ -36,13 +36,13 @@ def centre_crop(width: int, height: int) -> Crop:
 
 
 def random_crop(width: int, height: int, images: ImageSpec, seed: int, label: str) -> Crop:
-    """Return a random crop of an image, as `data.images` of a spec asks for.
+    """Return a random crop of an image, with the size and the mirroring that `data.images` of a spec allows.
 
     Args:
         width, height: size of the image in pixels.
-        images: the section of the spec.
+        images: the section `data.images` of the spec.
         seed: seed of the run.
-        label: label of the sample.
+        label: label of the sample, which names its part of a micro-batch and its position in the training.
     """
     draws = Draws(seed, label)
     is_mirrored = images.flip and draws.number() < 0.5
@@ -64,13 +64,13 @@ def read_crop(content: bytes, size: int, choose_crop: Callable[[int, int], Crop]
     Args:
         content: the encoded image.
         size: height and width of the result in pixels.
-        choose_crop: function (width, height) -> crop.
+        choose_crop: function that chooses the crop, given the width and the height of the image in pixels.
     """
     return crop_pixels(decode_image(content), size, choose_crop)
 
 
 def crop_pixels(image: "Image.Image", size: int, choose_crop: Callable[[int, int], Crop] = centre_crop) -> np.ndarray:
-    """Return a crop of a decoded image; for the arguments and the result see `read_crop`."""
+    """Return a crop of a decoded image, uint8 (size, size, 3); see `read_crop` for the arguments."""
     from PIL import Image
 
     crop = choose_crop(*image.size)

@@ -19,70 +19,70 @@ IMAGE_SUFFIXES = tuple(suffix.removeprefix(".") for suffix in FORMATS["images"].
 # Pillow knows more formats. Some of them start other programs (EPS), and data sets of pictures use none of them.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
-# Pillow's tables for resizing grow with the side, and not with the number of pixels.
+# Pillow's tables for resizing grow with the longer side, so a limit on the number of pixels does not bound them.
 MAX_SIDE = 32_768
-"""Largest height or width of an image."""
+"""Largest height or width of an image in pixels."""
 # Libtiff has this limit for JPEG data in TIFF files. Encoders write about ten scans.
 MAX_SCANS = 100
-"""Largest number of scans of a JPEG file."""
+"""Largest number of scans of a JPEG file. A decoder works through the whole image for each scan."""
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
-"""TIFF tags of the size of tiles."""
+"""TIFF tags with the width and the height of tiles in pixels."""
 _ORIENTATION = 0x0112
-"""EXIF tag that says how an image must be turned."""
+"""EXIF tag of the orientation, which tells how an image must be turned."""
 _FIRST_SIDE_ORIENTATION = 5
-"""Smallest orientation of an image that lies on its side; the larger ones, up to 8, do, too."""
+"""Smallest EXIF orientation of an image that lies on its side. The larger values, up to 8, mean this, too."""
 
 
 class ImageError(Exception):
-    """Error of an image file that cannot be used; its text is the detail."""
+    """Error for an image file that cannot be used; the message of the error has the details."""
 
 
 class NotImageError(ImageError):
-    """Error of a file that is no image of a known format."""
+    """Error for a file that is not an image of a supported format."""
 
 
 class TooManyPixelsError(ImageError):
-    """Error of an image with more pixels than the limit; its text is their number."""
+    """Error for an image with more pixels than the limit; the message of the error is its size."""
 
 
 class ImageLimitError(ImageError):
-    """Error of an image that exceeds a fixed limit; its text says which one."""
+    """Error for an image that exceeds a fixed limit, which the message of the error names."""
 
 
 class DamagedImageError(ImageError):
-    """Error of an image that cannot be decoded."""
+    """Error for an image file that is damaged, so that it cannot be decoded."""
 
 
 def require_pillow() -> None:
     """Check that Pillow is installed.
 
     Raises:
-        DataError: it is missing.
+        DataError: Pillow is missing.
     """
     if importlib.util.find_spec("PIL") is None:
         raise DataError("sources with images", "the package pillow is missing", "pip install 'mhmoe-ray[pictures]'")
 
 
 def decode_image(content: bytes) -> "Image.Image":
-    """Return the image in a file as RGB: turned as its EXIF data say, and with white where it is transparent.
+    """Return the image in a file as RGB, turned upright by its EXIF orientation, with white for transparent pixels.
 
-    The file must be one that `check_image_file` accepts. Of an animation, this is the first frame.
+    The file must be one that `check_image_file` accepts. For an animation, the result is the first frame.
     """
     with _open_image(content) as image:
         return _to_rgb(image)
 
 
 def check_image_file(content: bytes, max_pixels: int) -> "Image.Image":
-    """Check that `decode_image` decodes an image file, and return its result.
+    """Check that an image file can be used, and return the decoded image, as `decode_image` does.
 
     An image with too many pixels is never decoded: its size is in its header.
 
     Args:
         content: the content of the file.
-        max_pixels: largest number of pixels.
+        max_pixels: largest number of pixels of an image.
 
     Raises:
-        ImageError: the file cannot be used; the class says why.
+        ImageError: the file cannot be used; the subclass of the error tells why.
     """
     require_pillow()
     from PIL import UnidentifiedImageError
@@ -98,7 +98,7 @@ def check_image_file(content: bytes, max_pixels: int) -> "Image.Image":
         raise
     except UnidentifiedImageError as e:
         raise NotImageError from e
-    # Pillow's decoders raise exceptions of many classes for damaged files, also SyntaxError and struct.error.
+    # Pillow's decoders raise exceptions of many classes for damaged files, even SyntaxError and struct.error.
     except Exception as e:
         raise DamagedImageError(" ".join(str(e).split())[:200]) from e
 
@@ -107,9 +107,9 @@ def _check_limits(image: "Image.Image", content: bytes, max_pixels: int) -> None
     """Raise ImageError if an image takes more memory or time to decode than the size of its file suggests.
 
     Args:
-        image: the image, of which the header alone was read.
+        image: the image, of which only the header was read.
         content: the content of its file.
-        max_pixels: largest number of pixels.
+        max_pixels: largest number of pixels of an image.
     """
     from PIL.TiffImagePlugin import TiffImageFile
 
@@ -128,7 +128,7 @@ def _check_limits(image: "Image.Image", content: bytes, max_pixels: int) -> None
 
 
 def image_size(content: bytes) -> tuple[int, int]:
-    """Return the width and the height of the image that `decode_image` returns, from the header of its file."""
+    """Return the width and the height of the image that `decode_image` returns, in pixels, from its file's header."""
     with _open_image(content) as image:
         width, height = image.size
         is_on_side = image.getexif().get(_ORIENTATION, 1) >= _FIRST_SIDE_ORIENTATION

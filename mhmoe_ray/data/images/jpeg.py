@@ -1,4 +1,4 @@
-"""Scans of JPEG files, counted without decoding them.
+"""Counting of the scans of a JPEG file without decoding it.
 
 A decoder works through the whole image for each scan, even for one of a few bytes, so a small file may take hours.
 """
@@ -8,7 +8,7 @@ import re
 # In the data of a scan, FF is followed by 00 or by a restart marker. FF may be repeated before any marker.
 _MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
 _FIRST_SEGMENT = 0xC0
-"""Smallest marker that may have a segment; decoders skip the smaller ones or end with an error."""
+"""Smallest code of a JPEG marker that may begin a segment; decoders skip smaller markers or end with an error."""
 _START_OF_IMAGE, _END_OF_IMAGE, _START_OF_SCAN = 0xD8, 0xD9, 0xDA
 
 

@@ -25,7 +25,7 @@ def text_hash(words: Iterable[str]) -> int:
 
 
 def partition_entries(entries: np.ndarray, partitions: int) -> list[tuple[int, np.ndarray]]:
-    """Partition entries of documents by hash; return the number and the entries of each partition that has any."""
+    """Partition the entries of documents by hash; return the number and the entries of each non-empty partition."""
     partition_of_entry = entries["hash"] % np.uint64(partitions)
     return [(int(p), entries[partition_of_entry == p]) for p in np.unique(partition_of_entry)]
 
@@ -53,7 +53,10 @@ class DomainCopies:
 
 @dataclass
 class Copies:
-    """Counts of duplicates in one or more partitions. Counts of different partitions add up with `+=`."""
+    """Counts of duplicates in one or more partitions of the documents' entries.
+
+    Counts of different partitions add up with `+=`.
+    """
 
     distinct: int = 0
     """Number of different texts in all domains together."""
@@ -63,7 +66,7 @@ class Copies:
     """Bytes of the surplus documents, if the longest copy of each text is kept."""
     domains: dict[str, DomainCopies] = field(default_factory=dict)
     pairs: Counter[str] = field(default_factory=Counter)
-    """Number of different texts that two domains share, by "one domain, other domain"."""
+    """Number of different texts that two domains share, by their names: "one domain, other domain"."""
     most_copied: list[tuple[int, TextLocation, TextLocation]] = field(default_factory=list)
     """Texts with the most copies: the number of copies, and the locations of the first and the second copy."""
 

@@ -1,6 +1,6 @@
-"""Figures of documents: counts and histograms of lengths.
+"""Figures (statistics) of documents: counts, and histograms of lengths.
 
-They add up in any order and grouping, so the result is the same for any division of the work into tasks.
+Figures can be added up in any order and grouping, so the result is the same for any division of the work into tasks.
 
 The histograms of lengths have 16 bins for each octave. Each length below 32 has a separate bin; from there on, a bin is
 at most a sixteenth of its length wide. So counts by octave are exact, and a quantile is at most a sixteenth below the
@@ -65,7 +65,7 @@ def octave_counts(bins: Mapping[int, int]) -> dict[int, int]:
 
 
 EXAMPLES = 3
-"""Number of examples kept for each finding."""
+"""Number of example documents that are kept for each problem."""
 MAX_UNSPACED_SHARE = 0.3
 """Share of characters in scripts without spaces between words from which a count of words is meaningless."""
 _UNSPACED_SCRIPTS = re.compile(
@@ -84,7 +84,7 @@ class TextLocation(NamedTuple):
 
     path: str
     line: int
-    """Number of the line, row, or first line, from 1."""
+    """Number of the text's line or row, or of its first line, from 1."""
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}"
@@ -111,7 +111,7 @@ MAX_ASPECT_RATIO = 3.0
 
 @dataclass
 class ImageFigures:
-    """Figures of the images of one domain and language."""
+    """Statistics of the images of one domain and language."""
 
     images: int = 0
     bytes: int = 0
@@ -125,7 +125,8 @@ class ImageFigures:
     classes: Counter[str] = field(default_factory=Counter)
     """Number of images of each class, or of objects of each class."""
     objects: Counter[int] = field(default_factory=Counter)
-    """Histogram of the objects of an image, if the source has objects: number of images by `histogram_bin`."""
+    """Histogram of the number of objects in an image, if the source has objects: number of images by
+    `histogram_bin`."""
 
     def add_image(self, size: int, width: int, height: int) -> None:
         """Add one image: the bytes of its file, and its width and height in pixels."""
@@ -137,7 +138,7 @@ class ImageFigures:
         self.extreme += max(width, height) > MAX_ASPECT_RATIO * min(width, height)
 
     def add_annotation(self, annotation: Annotation) -> None:
-        """Add the class or the objects of one image."""
+        """Count the class of one image, or its objects and their classes."""
         if annotation.class_name is not None:
             self.classes[annotation.class_name] += 1
         else:
@@ -157,7 +158,7 @@ class ImageFigures:
 
 @dataclass
 class Figures:
-    """Figures of the documents of one domain and language."""
+    """Statistics of the documents of one domain and language."""
 
     documents: int = 0
     bytes: int = 0
@@ -176,19 +177,19 @@ class Figures:
     lengths: Counter[int] = field(default_factory=Counter)
     """Histogram of text lengths in characters: number of documents by `histogram_bin`."""
     token_lengths: Counter[int] = field(default_factory=Counter)
-    """Histogram of text lengths in tokens."""
+    """Histogram of text lengths in tokens: number of documents by `histogram_bin`."""
     longest: int = 0
     """Length of the longest document in characters."""
     longest_at: TextLocation | None = None
     """Location of the longest document; None without documents."""
     images: ImageFigures = field(default_factory=ImageFigures)
-    """Figures of the images. A document that is an image alone is in no figure of texts but `documents` and
+    """Statistics of the images. A document that is an image without text counts only here and in `documents` and
     `held_out`."""
 
     def add_document(
         self, text: str, size: int, words: int, tokens: int | None, held_out: bool, location: TextLocation
     ) -> None:
-        """Add one document to the figures; unknown tokens are counted by the caller.
+        """Add one document with a text to the statistics; unknown tokens are counted by the caller.
 
         Args:
             text: the document's text.
@@ -246,24 +247,24 @@ class Figures:
 
 @dataclass
 class DomainSurvey:
-    """Figures and findings of the raw files of one domain, or of some of them."""
+    """Survey of some or all raw files of one domain: statistics of their documents, and problems in them."""
 
     files: int = 0
     stored_bytes: int = 0
     """Bytes of the files as stored, compressed or not."""
     damaged: int = 0
-    """Number of files that have lost a part."""
+    """Number of damaged files, a part of which could not be read."""
     quarantined: Counter[str] = field(default_factory=Counter)
-    """Number of quarantined items, by reason."""
+    """Number of items that could not be read, by reason."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Number of documents that the source's filters dropped, by rule."""
     languages: dict[str, Figures] = field(default_factory=dict)
-    """Figures by language: the language that a document's record names, else that of the subfolder."""
+    """Statistics of documents by language: the language that a document's record names, else that of the subfolder."""
     findings: dict[str, Finding] = field(default_factory=dict)
-    """Findings by rule of textrules.py, or by reason of quarantine."""
+    """Findings by the rule of textrules.py that documents break, or by the reason why items are in quarantine."""
 
     def add_file(self, size: int, tally: Tally) -> None:
-        """Add one file that was read to its end: its size in bytes and the tally of reading it."""
+        """Add one file that was read to its end: its size in bytes, and the tally (the counts of its items)."""
         self.files += 1
         self.stored_bytes += size
         self.damaged += tally.damaged
@@ -285,12 +286,12 @@ class DomainSurvey:
 
     @property
     def all_figures(self) -> Figures:
-        """Figures of all documents of the domain, in all languages."""
+        """Statistics of all documents of the domain, in all languages."""
         return sum_figures(self.languages.values())
 
 
 def sum_figures(parts: Iterable[Figures]) -> Figures:
-    """Return the sum of figures as a new object."""
+    """Return the sum of several statistics of documents as a new object."""
     result = Figures()
     for part in parts:
         result += part

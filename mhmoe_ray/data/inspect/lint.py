@@ -1,4 +1,4 @@
-"""Lint rules, which find problems in the data of a spec from a survey; RULES registers one function for each."""
+"""Lint rules, which find problems in training data from a survey of it; RULES lists one function for each rule."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +27,7 @@ MIN_BYTES_PER_TOKEN = 1.5
 MAX_UNKNOWN_SHARE = 0.001
 """Largest share of tokens that may be the unknown token without a warning."""
 MIN_TOKENS = 1000
-"""Smallest number of tokens on which a tokenizer is judged."""
+"""Smallest number of tokens of a language from which lint rules judge a tokenizer."""
 MAX_EPOCHS = 4
 """Number of epochs up to which repeated text is nearly as good as new text (Muennighoff et al. 2023, arXiv
 2305.16264)."""
@@ -72,7 +72,7 @@ class LintInput(NamedTuple):
     manifest: DataManifest | None
     """Manifest of the spec's prepared folder; None if there is none."""
     samples_before: Mapping[str, int] = {}
-    """Samples of each domain that earlier runs have read, whose order the run continues."""
+    """Number of samples of each domain that earlier runs have read, whose order the run continues."""
 
 
 def lint(inputs: LintInput) -> list[Problem]:
@@ -146,7 +146,7 @@ def _find_unread_files(inputs: LintInput) -> Iterator[Problem]:
 
 
 def _find_copies(inputs: LintInput) -> Iterator[Problem]:
-    """Yield a warning for each domain with many copies within it, and for each that shares many texts with others."""
+    """Yield a warning for each domain with many copies of documents, and for each with many texts of other domains."""
     survey = inputs.survey
     for name, copies in survey.copies.domains.items():
         share = copies.extra / (copies.distinct + copies.extra)
@@ -196,16 +196,19 @@ def _find_small_domains(inputs: LintInput) -> Iterator[Problem]:
 
 
 def _has_whole_documents(inputs: LintInput) -> bool:
-    """Return whether one training document is enough for a sample: with best fit, padding fills it up, and samples with
-    images have a document each."""
+    """Return whether a single training document of any length is enough for a sample.
+
+    With packing by best fit, padding fills up a sample. An encoder or a vision model never joins documents in a sample.
+    """
     has_images = inputs.spec is not None and inputs.spec.model.kind != "decoder"
     return has_images or inputs.data_spec.packing == "best_fit"
 
 
 def _fills_sample(name: str, domain: DomainSurvey, inputs: LintInput) -> bool:
-    """Return whether a domain has at least one training sample, by the manifest if that has the domain.
+    """Return whether a domain has at least one training sample.
 
-    Otherwise the number of tokens decides, or, without a tokenizer, the number of bytes.
+    The manifest of the prepared data decides, if it has the domain. Otherwise the number of tokens decides, or, without
+    a tokenizer, the number of bytes.
     """
     if inputs.manifest is not None and name in inputs.manifest.domains:
         return inputs.manifest.domains[name].samples > 0
@@ -218,7 +221,7 @@ def _fills_sample(name: str, domain: DomainSurvey, inputs: LintInput) -> bool:
 
 
 def _has_fixed_share(name: str, spec: RunSpec) -> bool:
-    """Return whether the spec fixes the domain's share in a phase; training is impossible without a sample of it."""
+    """Return whether the spec fixes the domain's share in some phase, so that training needs a sample of it."""
     phases = [mixes[source_of(name)] for step, mixes in spec.data.mixes.items() if step < spec.train.steps]
     return any(subfolder_of(name) in (phase.shares or ()) for phase in phases if phase.weight)
 
@@ -254,7 +257,7 @@ def _find_repeated_domains(inputs: LintInput) -> Iterator[Problem]:
 
 
 def _find_poor_tokenization(inputs: LintInput) -> Iterator[Problem]:
-    """Yield a warning for each language of each domain with few bytes per token, and one for many unknown tokens.
+    """Yield a warning for each language of a domain with few bytes per token, and for each with many unknown tokens.
 
     Languages with fewer than `MIN_TOKENS` tokens are skipped.
     """
@@ -277,7 +280,7 @@ def _find_poor_tokenization(inputs: LintInput) -> Iterator[Problem]:
 
 
 def _find_unsuitable_images(inputs: LintInput) -> Iterator[Problem]:
-    """Yield a warning for each domain with many images that are smaller than the model's, or long and narrow."""
+    """Yield a warning for each domain with many images that are smaller than the model's input, or long and narrow."""
     for name, domain in inputs.survey.domains.items():
         figures = domain.all_figures.images
         max_count = MAX_IMAGE_SHARE * figures.images

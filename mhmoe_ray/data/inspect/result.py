@@ -12,17 +12,17 @@ from mhmoe_ray.spec import DataSpec
 
 @dataclass
 class Survey:
-    """Result of a survey of raw text: figures and findings of each domain, and counts of duplicates."""
+    """Result of a survey of raw text: statistics and problems of each domain, and counts of duplicates."""
 
     tokenized: bool
-    """True if tokens were counted."""
+    """True if the tokens of the texts were counted, which needs a tokenizer."""
     domains: dict[str, DomainSurvey] = field(default_factory=dict)
     """Survey of each domain by its name, in the order of names."""
     copies: Copies = field(default_factory=Copies)
 
 
 class SurveyRequest(RemoteJob[Survey]):
-    """Request for a survey of the raw text that a data section names."""
+    """Request for a survey of the raw text that the data section of a spec names."""
 
     module: ClassVar[str] = "mhmoe_ray.data.inspect.job"
     kind: ClassVar[str] = "inspect"

@@ -23,16 +23,16 @@ from mhmoe_ray.spec import RunSpec
 
 @dataclass
 class TextPiece:
-    """Stretch of the text of a conversation."""
+    """Stretch of a conversation's text, in which either all tokens are targets or none is."""
 
     is_target: bool
-    """True if the model learns to predict its tokens; otherwise it only reads them."""
+    """True if the model learns to predict the tokens of the stretch; otherwise it only reads them."""
     text: str
 
 
 @dataclass
 class SamplePart:
-    """Document, or piece of a document, in one sample."""
+    """Document, or piece of a document, that is packed into one sample."""
 
     begins: bool
     """True if the piece starts with the document's start token; otherwise it continues the previous sample."""
@@ -41,8 +41,8 @@ class SamplePart:
     text: str
     """Text of the piece, without the start token."""
     pieces: list[TextPiece] | None = None
-    """The text of a conversation, cut where targets begin and end; None in a folder without
-    conversations, where all text is targets."""
+    """The text of a conversation, cut where targets begin and end; None if the prepared data have no conversations,
+    because then all text is targets."""
 
 
 @dataclass
@@ -66,13 +66,14 @@ def decode_samples(
 ) -> list[DecodedSample]:
     """Return the training samples at positions start .. start + count - 1, decoded to text.
 
-    The text includes the last token of a sample, which is only a target.
+    The text includes the last token of a sample, which is a target but never an input.
 
     Args:
         spec: spec of a run.
         start: position of the first sample.
         count: number of samples.
-        samples_before: samples of each domain that earlier runs have read (`compute_mixture`).
+        samples_before: number of samples of each domain that earlier runs have read, if this run continues their order
+            (`compute_mixture`).
 
     Raises:
         DataError: the data are not prepared, or the training has no such positions.
@@ -90,7 +91,7 @@ def decode_samples(
         token_ids = columns_of(row)[TOKENS][:length].tolist()
         targets = None if row.dtype.names is None else row[TARGETS][:length]
         starts = np.flatnonzero(document_start_mask(row[:length], start_token)).tolist()
-        # A sample may begin within a document, so its first piece begins at 0 also without a start token.
+        # A sample may begin within a document, so its first piece begins at 0 even without a start token.
         cuts = sorted({0, *starts, len(token_ids)})
         parts = []
         for piece_start, piece_end in pairwise(cuts):

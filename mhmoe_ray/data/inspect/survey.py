@@ -1,7 +1,7 @@
-"""Survey of all raw files of a spec: Ray Data reads them in parallel and sums their figures, findings and copies.
+"""Survey of all raw files of a spec: Ray Data reads them in parallel and sums their statistics, problems and copies.
 
-The result depends on the files only, not on the number of tasks. Entries of documents stay in Ray's object store, which
-spills them to disk; the driver has only sums.
+The result depends on the files only, not on the number of tasks. Each document has an entry (copies.py), by which
+duplicates are found. The entries stay in Ray's object store, which spills them to disk; the driver has only sums.
 """
 
 import os
@@ -45,7 +45,7 @@ class Encoder(NamedTuple):
     """Function that returns the token ids of texts without start tokens: the same ids as in preparation, if the
     tokenizer has the boundary tokens that preparation needs."""
     special: list[str]
-    """Special tokens, whose letters a text may contain."""
+    """Special tokens of the tokenizer, which lint looks for in texts."""
     unknown: int | None
     """Id of the tokenizer's unknown token; None if it has none."""
 
@@ -77,7 +77,7 @@ def open_encoder(path: Path, pattern: str | None) -> Encoder:
 
 
 class FileSurvey(NamedTuple):
-    """Survey of one whole file: the last item that `survey_file` yields."""
+    """Survey of one whole file: the last item that `survey_file` yields, after its arrays of entries."""
 
     survey: DomainSurvey
 
@@ -88,7 +88,7 @@ def survey_file(
     """Read a file; yield arrays of `ENTRY_DTYPE` with an entry for each document, then the survey of the whole file.
 
     Args:
-        number: the file's number, which its entries carry.
+        number: the file's number, which the entries of its documents carry.
         file: a file from `find_files(spec)`.
         spec: the data section with which the file was found.
         tokenizer: the tokenizer file with which tokens are counted; None to count no tokens.
@@ -169,18 +169,21 @@ def _take_batch(documents: Iterator[Document]) -> Iterator[Document]:
 
 
 PARTITION_BYTES = 4 << 30
-"""Bytes of raw files per partition of entries; with documents of 500 stored bytes that is 8 million entries, 160 MB."""
+"""Bytes of raw files for each partition of the documents' entries. With documents of 500 stored bytes, a partition has
+8 million entries, which are 160 MB."""
 MAX_PARTITIONS = 4096
 PROGRESS_LINES = 10
 """Largest number of log lines that report the progress of reading."""
 
 
 def survey(request: SurveyRequest, partition_bytes: int = PARTITION_BYTES) -> Survey:
-    """Read all raw files of a request on the cluster and return their survey; print progress. Ray must be running.
+    """Read all raw files that a request names, on the cluster, and return their survey.
+
+    Progress is printed. Ray must be running.
 
     Args:
         request: the data section of the text, the tokenizer, and whether to check texts against rules.
-        partition_bytes: bytes of raw files per partition of entries.
+        partition_bytes: bytes of raw files for each partition of the documents' entries.
 
     Raises:
         DataError: sources are missing, or the tokenizer cannot be used.
@@ -229,14 +232,14 @@ def _task_pool() -> ray.data.TaskPoolStrategy:
 
 
 MAX_BLOCKS = 1000
-"""Largest number of blocks that are passed to one task."""
+"""Largest number of blocks of Ray Data that are passed to one task as arguments."""
 
 _FILE_SURVEY = -1
 """Value in the column `partition` that marks the row with the survey of a file."""
 
 
 def _read_file(row: dict[str, Any], *, request: SurveyRequest, partitions: int) -> Iterator[dict[str, Any]]:
-    """Survey one file: a task of Ray Data that yields rows with `partition`, `domain` and `data`.
+    """Survey one raw file: a task of Ray Data that yields rows with the columns `partition`, `domain` and `data`.
 
     `data` is the entries of one partition as bytes, or, with `_FILE_SURVEY` as partition, a pickled `DomainSurvey`.
     """
@@ -250,12 +253,12 @@ def _read_file(row: dict[str, Any], *, request: SurveyRequest, partitions: int) 
 
 
 def _partition_rows(block: pa.Table, partition: int) -> pa.Table:
-    """Return the rows of a block that belong to a partition."""
+    """Return the rows of a block of `_read_file`'s results that belong to a partition."""
     return block.filter(pc.equal(block["partition"], partition))
 
 
 def _count_partitions(blocks: list[Any], partitions: int, files: list[RawFile]) -> Iterator[Copies]:
-    """Return the counts of duplicates in each partition.
+    """Count the duplicates in each partition of the documents' entries.
 
     Args:
         blocks: references to the blocks of rows from `_read_file`.
@@ -276,7 +279,7 @@ def _count_partitions(blocks: list[Any], partitions: int, files: list[RawFile]) 
 
 
 def _count_blocks(count: Callable[[pa.Table], pa.Table], *blocks: pa.Table) -> pa.Table:
-    """Apply `count` to the rows of partition 0 in all blocks."""
+    """Count duplicates with a single partition: apply `count` to the rows of partition 0 in all blocks."""
     return count(pa.concat_tables(_partition_rows(block, 0) for block in blocks))
 
 

@@ -24,10 +24,10 @@ class TextView(NamedTuple):
 
 
 class TextRule(NamedTuple):
-    """Rule on the text of a document."""
+    """Rule that the text of a document should pass, with a message about documents that break it and advice."""
 
     check: Callable[[TextView], str | None]
-    """Function that returns evidence that the document breaks the rule, in a few characters; None if it passes."""
+    """Function that returns short evidence that a document breaks the rule; None if the document passes."""
     message: str
     fix: str
 
@@ -37,9 +37,9 @@ NEARLY_ALL = 0.8
 MAX_WORD_LENGTH = 1000
 MIN_LETTER_SHARE = 0.25
 MIN_MATCHES = 3
-"""Number of encoding errors, or of tags, from which a text breaks a rule; fewer can be intended."""
+"""Number of encoding errors, or of HTML tags, from which a text breaks a rule; fewer can be intended."""
 EXAMPLE_CHARACTERS = 40
-"""Number of characters of an example that are shown."""
+"""Number of characters of the text that are shown as evidence."""
 
 
 def _repeated_line(view: TextView) -> str | None:
@@ -157,7 +157,7 @@ RULES: dict[str, TextRule] = {
         _language, "its record names another language than its folder", "correct the record or the folder"
     ),
 }
-"""The rules by name."""
+"""Rules that the text of each document should pass, by name."""
 
 
 def any_token_pattern(tokens: Iterable[str]) -> re.Pattern[str]:

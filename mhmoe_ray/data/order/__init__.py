@@ -1,8 +1,8 @@
-"""The order of samples.
+"""The order in which a training reads its samples.
 
 mixture.py      the mixture weights of a spec
 order.py        the sample at each position: a pure function of (seed, position)
-interleaver.py  the domain of each slot of an endless sequence
-permutation.py  the sample of each slot of a domain
-rows.py         rows of images at the positions of a micro-batch with parts, and the held-out ones
+interleaver.py  the domain of each slot in an endless sequence, in given proportions
+permutation.py  the sample of each slot of a domain, shuffled anew in each epoch
+rows.py         the stored images that a micro-batch with parts reads, and the held-out images
 """

@@ -1,18 +1,21 @@
-"""The domain of any slot of an endless sequence, in any proportions, without computing the slots before it.
+"""Assignment of the slots of an endless sequence to domains, in any given proportions.
 
-A binary tree has the domains as leaves. A node's c-th visitor (from 0) goes left if floor((c + 1) a / A) exceeds
-floor(c a / A), where A is the node's weight and a its left child's. So floor(c a / A) of its first c visitors went
-left. That is also the visitor's number at the left child; at the right child its number is c minus that. A walk from
-the root gives a slot's domain and its number among that domain's slots. The sequence repeats after as many slots as the
-root weighs, with exactly its weight for each domain.
+The domain of any slot is found without computing the slots before it.
+
+A binary tree has the domains as leaves. Each slot walks from the root to a leaf, as a visitor of the nodes on its way.
+A node's c-th visitor (from 0) goes left if floor((c + 1) a / A) exceeds floor(c a / A), where A is the node's weight
+and a its left child's. So floor(c a / A) of its first c visitors went left. This is also the visitor's number at the
+left child; at the right child its number is c minus this. The walk gives the slot's domain and the slot's number among
+that domain's slots. The sequence repeats after as many slots as the root's weight, and each domain has exactly its
+weight of these slots.
 
 Exactness: over any stretch of slots a child gets its part of its parent's visitors to within less than one. With
 weights W_0 > W_1 > ... > W_m from the root to a leaf, n consecutive slots give that leaf n W_m / W_0 to within less
 than the sum of W_m / W_k over k = 1..m. In a Huffman tree W_k >= W_(k+1) + W_(k+2), because the sibling of node k+1 is
 no lighter than node k+2, which was merged first. So the W_k grow at least as fast as the Fibonacci numbers from the
-leaf up, and the sum stays below their reciprocals' 1 + 1 + 1/2 + 1/3 + 1/5 + ... = 3.36, however many domains there are
-and however small their shares. Sources are the leaves of one Huffman tree and the roots of others, so that they are as
-exact as domains: over any stretch a source is within 3.36 slots of its part and a domain within 6.72.
+leaf up, and the sum stays below that of the reciprocals, 1 + 1 + 1/2 + 1/3 + 1/5 + ... = 3.36. This holds for any
+number of domains and for any shares. Sources are the leaves of one Huffman tree and the roots of others: over any
+stretch a source is within 3.36 slots of its part and a domain within 6.72.
 
 A walk takes about as many levels as the mixture has bits of entropy, and at most about log_phi(1 / share).
 """
@@ -25,20 +28,23 @@ import numpy as np
 from mhmoe_ray.data.order.permutation import I64
 
 MAX_WEIGHT = 2**50
-"""Largest weight of a root; slots up to twice that, times a ratio of at most a half, are off by less than one in
-float64."""
+"""Largest weight of a tree's root. A slot number below twice this weight, multiplied by a ratio of at most one half,
+has an error of less than one in float64."""
 
 
 class Interleaver:
-    """Binary trees that assign the slots of endless sequences to the same domains, each in proportions of its own."""
+    """Binary trees over the same domains, one for each set of proportions.
+
+    Each tree assigns the slots of an endless sequence to the domains, in its own proportions.
+    """
 
     def __init__(self, sources: Sequence[str], weights: Sequence[Sequence[int]]) -> None:
         """Build the trees.
 
         Args:
             sources: the source of each domain.
-            weights: for each tree, the number of slots of each domain before the tree repeats; some are above 0, and
-                their sum is at most `MAX_WEIGHT`.
+            weights: for each tree, the number of slots that each domain gets before the sequence repeats. At least one
+                is above 0, and their sum is at most `MAX_WEIGHT`.
         """
         self.domain_count = len(sources)
         # A node is a tuple: the weight of its left child, the sum of the weights of both children, and the two
@@ -77,11 +83,11 @@ class Interleaver:
         return heap[0]
 
     def __call__(self, tree: I64, slot: I64) -> tuple[I64, I64]:
-        """Map slots of trees to (domain, number among that domain's slots of this tree), elementwise.
+        """Return the domain of each slot, and the slot's number among the slots of that domain, elementwise.
 
         Args:
-            tree: the number of the tree.
-            slot: the slot, from 0 to less than twice the tree's whole weight.
+            tree: the number of the tree to whose sequence each slot belongs.
+            slot: the number of the slot, from 0 to less than twice the weight of the tree's root.
         """
         domain, rank = np.empty_like(slot), np.empty_like(slot)
         # `indices` holds the indices, in the result, of the slots whose walk is not finished.
@@ -99,7 +105,7 @@ class Interleaver:
             node, visitor = self._descend(node - self.domain_count, visitor)
 
     def _descend(self, node: I64, visitor: I64) -> tuple[I64, I64]:
-        """Descend one level: return the child that each visitor goes to and the visitor's number at that child."""
+        """Descend one level of the trees; return the child that each slot goes to, and the slot's number there."""
         left_weight, weight = self._left_weights.take(node), self._weights.take(node)
         left_visitor = (visitor * self._ratios.take(node)).astype(np.int64)
         # The products wrap round 2^64, but their difference is small, so the remainder is right.

@@ -5,11 +5,10 @@
     tempered     W_s q_i, q_i = p_i^alpha / sum_j p_j^alpha (XLM's rule); fixed shares stay
     weights      the mixture weights: the tempered shares after `max_epochs`, as whole numbers for the order
 
-Limits: at most floor(max_epochs * samples) samples of a domain may be read in the whole training, including those that
-earlier runs have read if the run continues their order. The limit is divided
-over the phases in proportion to the samples that they would read without limits. Within a phase, the samples that a
-domain cannot provide go to the other domains of its source in proportion. If all domains of a source are at their
-limits, the rest goes to the other sources.
+At most floor(max_epochs * samples) samples of a domain may be read in the whole training, including those that earlier
+runs have read if the run continues their order. This limit is divided over the phases in proportion to the samples that
+they would read without limits. Within a phase, the samples that a domain cannot provide go to the other domains of its
+source in proportion. If all domains of a source are at their limits, the rest goes to the other sources.
 
 Without any `max_epochs`, the weights of a phase are shares out of 2^50, so its order does not depend on its length: a
 longer training begins with the same order as a shorter one. With `max_epochs`, the weights of a phase add up to its
@@ -34,16 +33,16 @@ from mhmoe_ray.spec import MicroBatchPart, RunSpec, SourceMix
 def apportion(total: int, weights: Sequence[float], limits: Sequence[int], offset: float) -> list[int]:
     """Split `total` into whole numbers in proportion to `weights`, each at most its limit.
 
-    An entry whose part would exceed its limit gets its limit, and the others share the rest in proportion. The split is
-    exact: the numbers add up to the total, each is at most its limit, and each number below its limit is the exact part
-    of the rest, rounded down or up.
+    An entry whose proportional share would exceed its limit gets its limit, and the others divide the rest in
+    proportion. The split is exact: the numbers add up to the total, each is at most its limit, and each number below
+    its limit is the exact share of the rest, rounded down or up.
 
     Args:
         total: number to split, at least 0 and at most the sum of the limits of positive weights.
         weights: weight of each entry, at least 0; an entry of weight 0 gets 0.
         limits: limit of each entry, at least 0.
-        offset: number from 0 to below 1 that shifts which entries are rounded up. If it is drawn uniformly, the mean of
-            each number is its exact part.
+        offset: number from 0 to below 1 that determines which entries are rounded up. If it is drawn uniformly, the
+            mean of each number is its exact share.
     """
     # The weights are scaled to integers so that the split is exact. The scaling is exact too, because the denominators
     # of floats are powers of two.
@@ -79,17 +78,20 @@ def apportion(total: int, weights: Sequence[float], limits: Sequence[int], offse
 
 @dataclass(frozen=True)
 class MixturePhase:
-    """Phase of a training with constant shares. The lists have an entry for each domain of the mixture."""
+    """Phase of a training, in which the share of each domain is constant.
+
+    The lists have an entry for each domain of the mixture.
+    """
 
     from_step: int
     steps: int
-    """Number of steps of the phase."""
+    """Number of training steps in the phase."""
     by_size: list[float]
-    """Shares before temperature and limits, summing to 1."""
+    """Share of each domain before temperature and limits are applied; the shares sum to 1."""
     tempered: list[float]
-    """Shares with temperature and before limits, summing to 1."""
+    """Share of each domain after temperature and before limits are applied; the shares sum to 1."""
     shares: list[float]
-    """Shares with temperature and after limits, summing to 1."""
+    """Share of each domain after temperature and limits are applied; the shares sum to 1."""
 
 
 @dataclass(frozen=True)
@@ -114,19 +116,19 @@ class Mixture:
 
 
 def compute_mixture(spec: RunSpec, manifest: DataManifest, samples_before: Mapping[str, int] | None = None) -> Mixture:
-    """Return the mixture of all domains that fill at least one sample, in the order of names.
+    """Return the mixture of a training: the shares in which its phases read the domains.
 
-    Domains that no phase reads have share 0. If micro-batches have parts, the shares in them are those of all parts
-    together.
+    The mixture has all domains that fill at least one sample, sorted by name. A domain that no phase reads has share 0.
+    If micro-batches consist of parts, the shares are those in all parts together.
 
     Args:
         spec: the spec of the run.
-        manifest: the manifest of its prepared data.
+        manifest: the manifest of the run's prepared data.
         samples_before: the number of samples of each domain that earlier runs have read, if the run continues their
             order (`start.order`). Limits count these samples too.
 
     Raises:
-        DataError: a domain with a fixed share fills no sample, no domain of a source does, `max_epochs_of` names a
+        DataError: a domain with a fixed share fills no sample, no domain of a source fills one, `max_epochs_of` names a
             subfolder that is not in the data, or the limits leave steps without data.
     """
     mixtures = [_compute_part(spec, part, manifest, samples_before) for part in spec.parts]
@@ -136,7 +138,10 @@ def compute_mixture(spec: RunSpec, manifest: DataManifest, samples_before: Mappi
 def _compute_part(
     spec: RunSpec, part: MicroBatchPart, manifest: DataManifest, samples_before: Mapping[str, int] | None
 ) -> Mixture:
-    """Return the mixture of one part of every micro-batch; the other arguments are those of `compute_mixture`."""
+    """Return the mixture of the sources that one part of every micro-batch reads.
+
+    The other arguments are those of `compute_mixture`.
+    """
     names = sorted(name for name, d in manifest.domains.items() if d.samples and source_of(name) in part.sources)
     domains = [OrderedDomain(name, source_of(name), manifest.domains[name].samples) for name in names]
     sizes = [manifest.domains[name].size for name in names]
@@ -181,14 +186,14 @@ def _compute_part(
 
 
 def _combine_parts(spec: RunSpec, mixtures: Sequence[Mixture]) -> Mixture:
-    """Return the mixture of all parts of micro-batches together.
+    """Combine the mixtures of the parts of a micro-batch into one mixture of whole micro-batches.
 
     Args:
         spec: the spec of the run.
-        mixtures: the mixture of each part.
+        mixtures: the mixture of each part, in the order of the spec's parts.
     """
     sizes = [part.samples for part in spec.parts]
-    # Each row has the number of a part and the number of a domain in it, in the order of the domains' names.
+    # Each row is a pair: the number of a part, and the number of a domain in that part. Rows are sorted by domain name.
     rows = sorted(
         ((part, number) for part, mixture in enumerate(mixtures) for number in range(len(mixture.domains))),
         key=lambda row: mixtures[row[0]].domains[row[1]].name,
@@ -199,7 +204,7 @@ def _combine_parts(spec: RunSpec, mixtures: Sequence[Mixture]) -> Mixture:
     ]
 
     def join_shares(shares: Sequence[Sequence[float]]) -> list[float]:
-        """Return the shares of all domains, given those of each part."""
+        """Return the share of each domain in whole micro-batches, given the shares within each part."""
         return [shares[part][number] * sizes[part] / sum(sizes) for part, number in rows]
 
     phases = [
@@ -224,10 +229,10 @@ def _combine_parts(spec: RunSpec, mixtures: Sequence[Mixture]) -> Mixture:
 
 
 def _check_experts(spec: RunSpec, names: Sequence[str], phase_shares: Sequence[Sequence[float]]) -> None:
-    """Check that each domain that some phase reads has an expert, if the model has router `domain`.
+    """Check that each domain that is read has an expert, if the router is `domain`, which chooses experts by domain.
 
     Raises:
-        DataError: a domain has none.
+        DataError: a domain that some phase reads has no expert.
     """
     moe = spec.model.moe
     if moe is None or moe.router != "domain":
@@ -241,9 +246,9 @@ def _check_experts(spec: RunSpec, names: Sequence[str], phase_shares: Sequence[S
 def training_order(
     spec: RunSpec, manifest: DataManifest, samples_before: Mapping[str, int] | None = None
 ) -> tuple[list[str], Order | PartedOrder]:
-    """Return the names of the mixture's domains and the order; domain i of the order is the i-th name of the list.
+    """Return the names of the domains that a training reads, and the order of its samples.
 
-    The arguments are those of `compute_mixture`.
+    Domain i of the order has the i-th name of the list. The arguments are those of `compute_mixture`.
 
     Raises:
         DataError: the mixture is impossible, as for `compute_mixture`.
@@ -259,13 +264,12 @@ def _domain_limits(
     domains: Sequence[OrderedDomain],
     samples_before: Sequence[int],
 ) -> list[int | None]:
-    """Return the number of samples of each domain that `max_epochs` allows this run to read; None for a domain without
-    a limit.
+    """Return how many samples of each domain `max_epochs` allows this run to read; None for a domain without a limit.
 
     Args:
         spec: the spec of the run.
-        part: the part of micro-batches to which the domains belong.
-        manifest: the manifest of its prepared data.
+        part: the part of micro-batches that reads the domains.
+        manifest: the manifest of the run's prepared data.
         domains: the domains, in the order of the result.
         samples_before: the number of samples of each domain that earlier runs have read.
 
@@ -285,7 +289,7 @@ def _domain_limits(
         if epochs is None:
             limits.append(None)
             continue
-        # Decimal arithmetic takes the number as it is written: 0.29 epochs of 100 samples are 29 samples, and with
+        # Decimal arithmetic uses exactly the number that the spec has: 0.29 epochs of 100 samples are 29 samples. With
         # binary floats they would be 28.
         allowed_count = int(Decimal(str(epochs)) * domain.samples)
         if read_count > allowed_count:
@@ -335,9 +339,10 @@ def phase_shares(
 
 
 def _power(base: int, exponent: float) -> float:
-    """Return base^exponent, equal to the last bit on every machine.
+    """Return base^exponent, bit-identical on every machine.
 
-    Machines must agree on the order, and the last bit of the C library's result differs between machines.
+    All machines must compute the same order of samples, but the last bit of the C library's power function may differ
+    between them.
     """
     return float(Context(prec=28).power(Decimal(base), Decimal(exponent)))
 
@@ -347,8 +352,8 @@ def _split_limits(
 ) -> list[list[int]]:
     """Split the limit of each domain over the phases; return the limits of the domains for each phase.
 
-    A phase's part is in proportion to its positions times the domain's share in it, and the parts add up to the whole
-    limit. A domain without a limit, or one that no phase reads, is limited by the phase's positions only.
+    A phase gets an amount in proportion to its positions times the domain's share in it, and the amounts add up to the
+    whole limit. A domain without a limit, or one that no phase reads, is limited by the phase's positions only.
     """
     by_domain = []
     for limit, share in zip(limits, zip(*shares, strict=True), strict=True):
@@ -372,10 +377,10 @@ def _check_limits(
     limits: Sequence[int | None],
     shares: Sequence[Sequence[float]],
 ) -> None:
-    """Check that the limits leave enough samples for every phase.
+    """Check that the limits from `max_epochs` leave enough samples for every phase.
 
     Raises:
-        DataError: a phase has too few; the message names the longest training that the limits allow.
+        DataError: a phase has too few samples; the message names the longest training that the limits allow.
     """
 
     def find_shortage(steps: int) -> tuple[int, int, int] | None:
@@ -421,10 +426,10 @@ def _split_by_source(
 
     Args:
         total: number to split.
-        shares: share of each domain.
+        shares: share of each domain; a domain with share 0 gets 0.
         domains: the domains.
-        limits: limit of each domain.
-        offsets: rounding offset for the sources, and the one for the domains of a source.
+        limits: largest number that each domain may get.
+        offsets: two offsets for the rounding in `apportion`: one for the sources, one for the domains of each source.
     """
     domains_by_source: dict[str, list[int]] = {}
     for i, domain in enumerate(domains):

@@ -13,19 +13,20 @@ positions s*M*b .. (s+1)*M*b - 1, micro-batch by micro-batch.
 | the sample of slot n                  | seed, name and size of the domain, n                    | `Permutations` |
 | the rank that reads a position        | world size, b: rank m mod world size reads batch m      | data/stream.py |
 
-So the text of a step is the same at any number of workers.
+Only the last row depends on the number of workers, so a step reads the same text with any number of them.
 
 The domain of a position: a phase of the training has whole-number weights and assigns its positions to domains in
 proportion to them, starting at a seeded slot of an endless sequence. In every prefix of the phase a source is within
 3.36 samples of its share and a domain within 6.72 (interleaver.py); a phase whose length is the sum of its weights
 reads exactly its weights.
 
-The sample within the domain: slot n of a domain, counted from 0 over all phases, belongs to epoch n // size and takes
-element n mod size of that epoch's permutation. The permutation depends on seed, name and size of the domain only, so
-another mixture reads the same domain in the same order. A run with `start.order: continue` counts on from the slots
-that the run before it has read, so the two read a domain as one longer run would.
+The sample within the domain: slot n of a domain is its n-th position, counted from 0 over all phases. It belongs to
+epoch n // size and takes element n mod size of that epoch's permutation. The permutation depends on seed, name and size
+of the domain only, so another mixture reads the same domain in the same order. A run with `start.order: continue`
+counts on from the slots that the run before it has read, so the two runs read a domain as one longer run would.
 
-Both are closed formulas: the cost of a position is a walk down a few levels of a tree, wherever the position lies.
+The domain and the sample are both given by closed formulas: to find them takes a walk down a few levels of a tree, at
+any position.
 """
 
 from bisect import bisect_left
@@ -38,13 +39,13 @@ from mhmoe_ray.data.draws import seeded_hash
 from mhmoe_ray.data.order.interleaver import Interleaver
 from mhmoe_ray.data.order.permutation import I64, MAX_POSITION, Permutations
 
-# This is the number of positions in one call. Many positions share the overhead of each tree level, and the arrays of
-# even more would not fit into a core's cache.
+# This is the number of positions that are computed together. Many positions share the overhead of each tree level, but
+# the arrays of even more positions would not fit into a core's cache.
 _POSITIONS_PER_CALL = 32_768
 
 
 class OrderedDomain(NamedTuple):
-    """Domain whose samples an order arranges."""
+    """Domain, a named source of documents, whose samples `Order` puts into an order."""
 
     name: str
     source: str
@@ -53,18 +54,20 @@ class OrderedDomain(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """Stretch of positions that are assigned to domains by the same weights."""
+    """Phase of a training: a stretch of positions in which the weights of the domains stay the same."""
 
     start: int
     """First position of the phase; 0 for the first phase."""
     weights: Sequence[int]
-    """Weight of each domain, 0 for one that is not read; the sum is at least the number of positions of the phase and
-    at most 2^50."""
+    """Weight of each domain, 0 for a domain that is not read. The sum of the weights is at least the number of
+    positions of the phase and at most 2^50."""
 
 
 class Order:
-    """Order of a training, or of a part of its micro-batches: it maps each position to a domain and a sample of that
-    domain."""
+    """Order in which a training, or one part of its micro-batches, reads the samples of its domains.
+
+    The order maps each position to a domain and a sample of that domain.
+    """
 
     def __init__(
         self,
@@ -79,8 +82,8 @@ class Order:
             seed: the seed of the order; another seed gives another order.
             domains: the domains that positions are assigned to.
             phases: the phases in the order of their start.
-            first_slots: the slot of each domain's endless sequence at which it begins; by default 0. A run that
-                continues the order of another begins where that run stopped.
+            first_slots: for each domain, the number of its samples that earlier runs have read; by default 0. A run
+                that continues the order of another begins where that run stopped.
         """
         assert phases[0].start == 0
         self._first_slots = [0] * len(domains) if first_slots is None else list(first_slots)
@@ -88,12 +91,12 @@ class Order:
         self._permutations = Permutations([d.samples for d in domains], [seeded_hash(seed, d.name) for d in domains])
         self._starts: list[int] = []
         self._slots: list[int] = []
-        """Slot of the phase's tree at which each phase begins."""
+        """Slot at which each phase begins in its sequence of domains (the tree in `Interleaver`)."""
         self._rank_offsets: list[list[int]] = []
-        """Number to add to a domain's slot number in the tree to get its slot number in the training, by phase and
-        domain."""
+        """Offset that is added to a domain's slot number in the tree of a phase to get its slot number in the training,
+        by phase and domain."""
         self.position_count = 0
-        """Number of positions."""
+        """Number of positions that the order covers."""
         for phase_number, phase in enumerate(phases):
             start_counts = [
                 first_slot + count
@@ -120,7 +123,7 @@ class Order:
         self._offset_table = np.array(self._rank_offsets)
 
     def __call__(self, position: I64) -> tuple[I64, I64]:
-        """Map positions (n,) to (domain, sample of that domain), each (n,)."""
+        """Return the domain at each position, and the number of the sample within it; all arrays have shape (n,)."""
         assert not len(position) or (position.min() >= 0 and position.max() < self.position_count)
         domain, sample = np.empty(len(position), np.int64), np.empty(len(position), np.int64)
         for i in range(0, len(position), _POSITIONS_PER_CALL):
@@ -129,13 +132,13 @@ class Order:
         return domain, sample
 
     def _locate(self, position: I64) -> tuple[I64, I64]:
-        """Map positions to (domain, sample of that domain), all in one call."""
+        """Do the work of `__call__` for positions that are few enough for their arrays to fit into a core's cache."""
         phase = np.searchsorted(self._starts, position, side="right") - 1
         domain, rank = self._interleaver(phase, position + self._slot_shifts.take(phase))
         return domain, self._permutations(domain, rank + self._offset_table[phase, domain])
 
     def domain_counts(self, position: int) -> list[int]:
-        """Return the number of samples of each domain among the first `position` positions, without `first_slots`."""
+        """Return how many samples of each domain this run reads at its first `position` positions."""
         if not position:
             return [0] * self._interleaver.domain_count
         phase = bisect_left(self._starts, position) - 1
@@ -147,10 +150,10 @@ class Order:
 
 
 class PartedOrder:
-    """Order of a training whose micro-batches have parts, each of a fixed size and with an order of its own.
+    """Order of a training whose micro-batches consist of parts, each of a fixed size and with its own order.
 
-    The samples of a micro-batch are those of its parts, one part after another. Those of micro-batch m in a part of b
-    samples have positions m*b .. (m+1)*b - 1 in the part's order.
+    A micro-batch has the samples of its first part, then those of its second part, and so on. If a part has b samples,
+    those of micro-batch m are at positions m*b .. (m+1)*b - 1 of the part's order.
     """
 
     def __init__(self, orders: Sequence[Order], sizes: Sequence[int], domains: Sequence[Sequence[int]]) -> None:
@@ -159,7 +162,7 @@ class PartedOrder:
         Args:
             orders: order of each part.
             sizes: number of samples of each part in a micro-batch.
-            domains: for each part, the number in the result of each domain of its order.
+            domains: for each part, the numbers that the combined order gives to the domains of the part's order.
         """
         self._orders, self._sizes = orders, sizes
         self._domains = [np.asarray(numbers, np.int64) for numbers in domains]
@@ -167,7 +170,7 @@ class PartedOrder:
         self._starts = self._ends - sizes
 
     def __call__(self, position: I64) -> tuple[I64, I64]:
-        """Map positions (n,) to (domain, sample of that domain), each (n,)."""
+        """Return the domain at each position, and the number of the sample within it; all arrays have shape (n,)."""
         batch, row = np.divmod(position, self._ends[-1])
         part_of_row = np.searchsorted(self._ends, row, side="right")
         domain, sample = np.empty_like(position), np.empty_like(position)

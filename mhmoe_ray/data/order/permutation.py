@@ -1,8 +1,8 @@
 """Shuffled samples within a domain: any element of any keyed permutation of 0..n-1, in constant time and memory.
 
-It is a Feistel network over a rectangle of a x b cells, with a and b close to the square root of n; the rounds add
-modulo a and b in turn. Fewer than a + b of its cells lie outside 0..n-1; a value that lands on one of them goes through
-the network again.
+The permutation is a Feistel network over a rectangle of a x b cells, with a and b close to the square root of n; the
+rounds add modulo a and b in turn. Fewer than a + b of the cells lie outside 0..n-1. A value that lands on one of them
+goes through the network again.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class Permutations:
 
         Args:
             sizes: number of samples of each domain, from 1 to `MAX_POSITION`.
-            keys: 64-bit key of each domain.
+            keys: 64-bit key of each domain, which determines the order of its samples.
         """
         assert all(1 <= size <= MAX_POSITION for size in sizes)
         # A nearly square rectangle has few cells outside of the permutation, so few values go through the network
@@ -47,7 +47,7 @@ class Permutations:
 
         Args:
             domain: the number of the domain.
-            slot: the slot, from 0 to less than `MAX_POSITION`, counted over all epochs.
+            slot: the index in the domain's sequence, from 0 to less than `MAX_POSITION`, counted over all epochs.
         """
         sizes, rows, columns = self._sizes.take(domain), self._rows.take(domain), self._columns.take(domain)
         # Below MAX_POSITION the float division, which is fast, gives the exact whole quotient.
@@ -67,7 +67,7 @@ class Permutations:
 
 
 def _feistel_network(value: I64, rows: I64, columns: I64, key: U64) -> I64:
-    """Map cells of the rectangle with the keyed Feistel network; the number of a cell is row * columns + column."""
+    """Permute cells of the rectangle by the keyed Feistel network; the number of a cell is row * columns + column."""
     row = (value / columns).astype(np.int64)
     column = (value - row * columns).astype(np.uint32)
     left_half, right_half = row.astype(np.uint32), column
@@ -82,8 +82,10 @@ def _feistel_network(value: I64, rows: I64, columns: I64, key: U64) -> I64:
 
 
 def _feistel_round(target_half: U32, source_half: U32, key: U32, modulus: U32) -> U32:
-    """Return target_half + f(source_half, key) modulo `modulus`; f mixes bits and scales the result to below
-    `modulus`."""
+    """Return target_half + f(source_half, key) modulo `modulus`, one round of the Feistel network.
+
+    The function f mixes bits and scales the result to below `modulus`.
+    """
     # The constants are those of MurmurHash3's finaliser.
     x = source_half + key
     x *= np.uint32(0x85EBCA6B)

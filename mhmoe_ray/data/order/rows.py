@@ -1,4 +1,4 @@
-"""Rows of prepared images: where the sample at a position of the training is stored, and the held-out ones."""
+"""Stored rows of prepared images: the row of the sample at each position of a training, and the held-out rows."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -13,30 +13,30 @@ from mhmoe_ray.spec import MicroBatchPart, RunSpec
 
 
 class RowGroup(NamedTuple):
-    """Samples of one domain among the samples at some positions."""
+    """Samples of one domain among those at requested positions of the training, with the rows that store them."""
 
     indices: np.ndarray
-    """Indices of these samples among the positions."""
+    """Indices of these samples in the array of requested positions."""
     reader: RowReader
-    """Reader of the domain."""
+    """Reader of the domain's shards."""
     numbers: np.ndarray
-    """Numbers of their rows within the domain."""
+    """Numbers of the samples' rows within the domain."""
 
 
 class PartPositions(NamedTuple):
-    """Positions of the samples of one part in a micro-batch."""
+    """Positions, in the whole training, of the samples that one part has in a micro-batch."""
 
     part: MicroBatchPart
     positions: np.ndarray
 
     @property
     def labels(self) -> list[str]:
-        """The label of each sample. With the seed of the run, it determines the random crop and the masks."""
+        """Label of each sample, which together with the seed of the run determines its random crop and its masks."""
         return [f"{self.part.name} {position}" for position in self.positions]
 
 
 class RowOrder:
-    """Order of the samples of a training, whose micro-batches have parts."""
+    """Order of the samples in the training of an encoder or a vision model, whose micro-batches consist of parts."""
 
     def __init__(self, spec: RunSpec) -> None:
         folder = spec.data.prepared
@@ -46,14 +46,14 @@ class RowOrder:
         self._readers = [RowReader(folder, manifest.domains[name].shards, manifest.token_bytes) for name in names]
 
     def parts(self, micro_batch: int) -> Iterator[PartPositions]:
-        """Yield the positions of each part of a micro-batch, given its number in the training."""
+        """Yield the positions of the samples of each part, in the micro-batch with this number in the training."""
         first_position = micro_batch * self._spec.train.micro_batch_size
         for part in self._spec.parts:
             yield PartPositions(part, first_position + np.arange(part.samples))
             first_position += part.samples
 
     def locate(self, positions: np.ndarray) -> Iterator[RowGroup]:
-        """Yield the samples at these positions, which belong to one part, domain by domain."""
+        """Yield the stored rows of the samples at these positions, one group for each domain."""
         domains, numbers = self._order(positions)
         for domain in np.unique(domains):
             indices = np.flatnonzero(domains == domain)
@@ -61,11 +61,13 @@ class RowOrder:
 
 
 def held_out_numbers(spec: RunSpec, manifest: DataManifest) -> dict[str, np.ndarray]:
-    """Return the numbers of the held-out rows of each part that has any, among all held-out rows.
+    """Return the numbers of the held-out rows that each part reads, by the name of the part.
+
+    Rows are numbered among all held-out rows of the folder. A part without held-out rows is left out.
 
     Args:
         spec: spec of the run.
-        manifest: manifest of its prepared data.
+        manifest: manifest of the run's prepared data.
     """
     # Held-out rows are stored domain after domain in the manifest's order.
     counts = [domain.validation_samples for domain in manifest.domains.values()]

@@ -17,7 +17,7 @@ class TokenPairs(NamedTuple):
 
 
 def token_pairs(samples: Samples, padding: int) -> TokenPairs:
-    """Return the pairs of neighbouring tokens in samples (n, T + 1) whose targets count, and leave out all others.
+    """Return each target that counts in samples (n, T + 1), paired with the token before it.
 
     Args:
         samples: the samples.
@@ -28,7 +28,7 @@ def token_pairs(samples: Samples, padding: int) -> TokenPairs:
 
 
 def join_pairs(parts: Iterable[TokenPairs]) -> TokenPairs:
-    """Concatenate pairs; there must be at least one part."""
+    """Concatenate several arrays of token pairs, at least one, into one."""
     contexts, targets = zip(*parts, strict=True)
     return TokenPairs(np.concatenate(contexts), np.concatenate(targets))
 
@@ -52,11 +52,10 @@ def compute_baselines(train: TokenPairs, validation: TokenPairs, vocab_size: int
 
 
 def _bigram_loss(train: TokenPairs, validation: TokenPairs, vocab_size: int) -> float:
-    """Return the cross-entropy of the validation pairs under a bigram model with Witten-Bell smoothing, in nats per
-    token.
+    """Return the cross-entropy of the validation pairs under a bigram model of the training pairs, in nats per token.
 
-    p(b|a) = (c(ab) + t(a) p(b)) / (c(a) + t(a)), where t(a) is the number of different successors of a and p(b) is the
-    add-one unigram probability.
+    The model has Witten-Bell smoothing: p(b|a) = (c(ab) + t(a) p(b)) / (c(a) + t(a)). Here c counts occurrences in
+    training, t(a) is the number of different successors of a, and p(b) is the add-one unigram probability.
     """
     pair_keys, pair_counts = _count_keys(_pair_keys(train, vocab_size))
     context_counts = np.bincount(train.context, minlength=vocab_size)
@@ -84,7 +83,7 @@ def _pair_keys(pairs: TokenPairs, vocab_size: int) -> np.ndarray:
 
 
 def _count_keys(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the different keys in ascending order and their counts; sort `keys` in place."""
+    """Return the distinct keys in ascending order, and how often each occurs; `keys` is sorted in place."""
     # np.unique with counts would do the same in three times the memory.
     keys.sort()
     starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))

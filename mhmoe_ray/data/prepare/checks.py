@@ -1,4 +1,4 @@
-"""Checks that a preparation has enough samples, before shards are written."""
+"""Checks that the data suffice for training and validation, which a preparation makes before it writes shards."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -9,12 +9,12 @@ from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec, RunSpec
 
 if TYPE_CHECKING:
-    # Its module imports Ray, which the command line needs only if there is nothing prepared yet.
+    # The module of `Part` imports Ray, which the command line needs only if there is nothing prepared yet.
     from mhmoe_ray.data.prepare.tokenise import Part
 
 
 def check_not_empty(spec: DataSpec, by_domain: "dict[str, list[Part]]") -> None:
-    """Check that some domain has tokens for a validation sample, and some domain tokens for a training sample.
+    """Check that at least one domain fills a validation sample, and at least one domain fills a training sample.
 
     Tokens of different domains do not add up: a sample has tokens of one domain.
 
@@ -33,11 +33,12 @@ def check_not_empty(spec: DataSpec, by_domain: "dict[str, list[Part]]") -> None:
 
 
 def check_rows_not_empty(spec: RunSpec, by_domain: "dict[str, list[Part]]") -> None:
-    """Check that an encoder has training samples and held-out samples, some of each with a text if any source has
-    texts, and enough patches for its codebook.
+    """Check that an encoder has training samples, held-out samples, and enough image patches for its codebook.
+
+    If any source has texts, some training samples and some held-out samples must have a text.
 
     Raises:
-        DataError: it has not.
+        DataError: some of these are missing.
     """
     assert spec.model.encoder is not None
     counts = [part.counts for parts in by_domain.values() for part in parts]
@@ -63,7 +64,7 @@ def sparse_parts(spec: RunSpec, domains: Mapping[str, Domain]) -> list[str]:
 
     Args:
         spec: spec of an encoder or a vision model.
-        domains: the domains of its prepared data.
+        domains: the domains of the prepared data, by name.
     """
     warnings = []
     for part in spec.parts:
@@ -82,7 +83,7 @@ def classes_of_tasks(spec: RunSpec, by_domain: "Mapping[str, Sequence[Part]]") -
 
     Raises:
         DataError: a task has no training samples or no held-out samples, no class, or more classes than outputs; or its
-            detector learns masks, and an object has none.
+            detector learns masks, and an object has no mask.
     """
     assert spec.model.vision is not None
     classes = {}

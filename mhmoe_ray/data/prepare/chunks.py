@@ -4,8 +4,8 @@ A chunk is the unit of work of a tokenising task, and the unit that a restarted 
 that fills it, a document or a line that cannot be read, so chunks depend on the file alone. The last chunk of a file
 may have no items.
 
-A line that cannot be read goes to the quarantine with its location and reason, and is counted by source. Too many of
-them abort the job.
+A line that cannot be read goes to the quarantine with its location and reason, and is counted by reason. Too many such
+lines abort the job.
 """
 
 import json
@@ -29,7 +29,7 @@ MIN_EVIDENCE_LINES = 10_000
 
 
 def quarantine_entry(domain: str, bad: BadLine) -> str:
-    """Return the line of the quarantine file for one item, as JSON with a newline."""
+    """Return the line of the quarantine file for an item that could not be read, as JSON with a newline."""
     fields = {"domain": domain, "path": bad.path, "line": bad.line, "reason": bad.reason, "detail": bad.detail}
     return json.dumps(fields) + "\n"
 
@@ -39,8 +39,8 @@ class QuarantineLimit:
 
     Args:
         spec: the data section with the `max_bad_...` keys.
-        files: all raw files of the job, from which `will_be_exceeded` estimates the number of lines; `is_exceeded` does
-            not need them.
+        files: all raw files of the job. `will_be_exceeded` estimates the number of lines from their sizes;
+            `is_exceeded` does not need them.
     """
 
     def __init__(self, spec: DataSpec, files: Iterable[RawFile]) -> None:
@@ -48,19 +48,23 @@ class QuarantineLimit:
         self._text_bytes = sum(file.size * file.inflation for file in files)
 
     def is_exceeded(self, tally: Tally) -> bool:
-        """Return whether a tally of all files has more bad items than the spec allows."""
+        """Return whether more items were bad than the spec allows.
+
+        The tally has the counts of the items that were read from all files of the job.
+        """
         return tally.damaged > self._max_files or tally.bad_lines > max(
             self._max_lines, int(self._max_share * tally.lines)
         )
 
     def will_be_exceeded(self, tally: Tally) -> bool:
-        """Return whether all files will probably have more bad items than the spec allows, judging by a tally of some.
+        """Return whether all files together will probably have more bad items than the spec allows.
 
-        A limit without `max_bad_share` needs no estimate: it is exceeded if the tally exceeds it.
+        The estimate is based on a tally (the counts of read items) of the files that were read so far. Without
+        `max_bad_share`, no estimate is needed: the limit will be exceeded if this tally exceeds it.
         """
         if tally.damaged > self._max_files:
             return True
-        # Without a share the limit does not grow with the text, so no estimate is needed.
+        # Without `max_bad_share` the limit does not grow with the text, so no estimate is needed.
         if not self._max_share:
             return tally.bad_lines > self._max_lines
         if tally.lines < MIN_EVIDENCE_LINES or not tally.text_bytes:
@@ -70,7 +74,11 @@ class QuarantineLimit:
         return tally.bad_lines > max(self._max_lines, 2 * self._max_share * expected_lines)
 
     def error(self, tally: Tally) -> DataError:
-        """Return the error for a tally that exceeds the limit, with one of the bad items as an example."""
+        """Return the error that aborts a job with too many bad items; it shows one of them as an example.
+
+        Args:
+            tally: the counts of read items, which exceed the limit.
+        """
         if tally.damaged > self._max_files:
             loss = tally.examples[Reason.PART_LOST]
             return DataError(
@@ -90,8 +98,8 @@ class QuarantineLimit:
 
 
 CHUNK_CHARACTERS = 4 << 20
-"""Characters of text and bytes of images and annotations per chunk: one core tokenises so much text in a fraction of a
-second, or with the tokenizers library in seconds."""
+"""Size of a chunk: characters of text plus bytes of images and annotations. One core tokenises so much text in a
+fraction of a second, or in seconds with the tokenizers library."""
 
 BAD_LINE_CHARACTERS = 500
 """Number of characters that an unreadable line adds to the size of a chunk."""
@@ -112,7 +120,7 @@ SCHEMA = pa.schema(
 
 
 class Chunk(NamedTuple):
-    """Consecutive documents of one file."""
+    """Consecutive documents of one raw file, which one task tokenises."""
 
     file: int
     """Number of the file among all files of the spec."""
@@ -128,7 +136,7 @@ class Chunk(NamedTuple):
     images: list[bytes] | None = None
     """The image of each document, empty if it has none; None if no document's record has an image."""
     image_hashes: list[str] | None = None
-    """The hash of the image of each document's record, empty if it has none; None as `images`."""
+    """The hash of the image of each document's record, empty if it has none; None if `images` is None."""
     annotations: list[bytes] | None = None
     """The annotation of each document's image, empty if it has none; None if no document has one."""
 
@@ -166,7 +174,7 @@ def read_chunks(
             `is_aborted`.
         quarantine: the folder for unreadable lines; each chunk with bad items writes one file.
         characters: number of characters of text and bytes of images and annotations that fill a chunk.
-        template: the template that renders conversations; None if no source has any.
+        template: the template that renders conversations; None if no source has conversations.
     """
     for row in table.to_pylist():
         file = RawFile.from_row(row)

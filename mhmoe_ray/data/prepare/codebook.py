@@ -1,7 +1,7 @@
-"""The codebook of an encoder: k-means of normalized patches of training images.
+"""The codebook of an encoder: the centres of a k-means clustering of normalized patches of training images.
 
-The patches are a sample: at most `SAMPLE_BYTES` of them, of at most `MAX_IMAGES` images, and the same at each run. An
-image is cropped to the largest square at its centre.
+Only a sample of the patches is clustered: about `SAMPLE_BYTES` bytes of patches from at most `MAX_IMAGES` images. The
+sample is the same each time. An image is cropped to the largest square at its centre.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ _SEED = 0
 
 
 def write_codebook(folder: Path, shards: Mapping[str, Sequence[Shard]], encoder: EncoderSpec, token_bytes: int) -> str:
-    """Make the codebook, write its file, float32 (entries, values), and return the SHA-256 of the file: a Ray task.
+    """Make the codebook, write it to a file as float32 (entries, values), and return the file's SHA-256: a Ray task.
 
     Args:
         folder: the staging directory of the result, with the training shards.
@@ -45,7 +45,7 @@ def write_codebook(folder: Path, shards: Mapping[str, Sequence[Shard]], encoder:
 
 
 def sample_patches(readers: Sequence[RowReader], encoder: EncoderSpec) -> np.ndarray:
-    """Return normalized patches of training images, (patches, values) float32.
+    """Return a random sample of normalized patches of training images, (patches, values) float32.
 
     Args:
         readers: readers of the domains with images.
@@ -69,9 +69,9 @@ def sample_patches(readers: Sequence[RowReader], encoder: EncoderSpec) -> np.nda
 
 
 def k_means(points: np.ndarray, entries: int) -> np.ndarray:
-    """Return the centres of clusters by Lloyd's algorithm, (entries, values) float32.
+    """Cluster points by Lloyd's algorithm, and return the centres of the clusters, (entries, values) float32.
 
-    An entry that no point is nearest to moves to the point with the largest distance from its own entry.
+    A centre that is nearest to no point moves to the point that is farthest from its own centre.
 
     Args:
         points: (points, values) float32, at least as many as entries.

@@ -23,7 +23,7 @@ from mhmoe_ray.spec import RunSpec
 BASELINE_TOKENS = 20_000_000
 """Approximate number of training tokens on which the bigram model is counted."""
 SizedReader = tuple[int, Callable[[np.ndarray], np.ndarray]]
-"""The number of samples, and the function that reads the tokens of samples by their numbers."""
+"""Pair of the number of samples and a function that takes numbers of samples and returns their tokens."""
 
 
 def domain_entry(
@@ -36,14 +36,14 @@ def domain_entry(
     has_chat: bool,
     has_rows: bool,
 ) -> Domain:
-    """Return the manifest's entry of a domain, from its parts, its tally and the results of its shards.
+    """Return the entry of a domain in the manifest, which has its counts and its shards.
 
     Args:
         parts: the parts of the domain.
-        tally: the tally of reading its files.
+        tally: the counts of the items that were read from the domain's files.
         shard_results: the results of writing its training shards.
         validation_samples: number of its validation samples.
-        seq_len: T.
+        seq_len: T, the number of targets of a sample.
         has_chat: whether any source of the folder has conversations; then the entry has the number of targets.
         has_rows: whether the folder is for an encoder or a vision model; then the entry has the number of images.
     """
@@ -83,7 +83,7 @@ class FinishResult(NamedTuple):
 
     validation: ValidationSplit
     baselines: Baselines | None
-    """None if no source has texts."""
+    """Baselines of the validation loss; None if no source has texts."""
 
 
 def finish(
@@ -102,7 +102,7 @@ def finish(
         folder: the staging directory of the result, with the training shards.
         held_out: held-out tokens by domain.
         shards: training shards by domain.
-        spec: the spec.
+        spec: the spec of the run.
         token_bytes: bytes per token, 2 or 4.
         start_token: the token that each document begins with.
     """
@@ -123,8 +123,10 @@ def finish_rows(
     spec: RunSpec,
     token_bytes: int,
 ) -> FinishResult | None:
-    """Do the work of `finish` for an encoder, with the texts of samples, or for images alone, without baselines; return
-    None if there are texts, and no selected sample has one.
+    """Write the validation samples of an encoder or a vision model, and compute baselines of the loss on their texts.
+
+    There are no baselines if no source has texts. Return None if sources have texts, but no selected validation sample
+    has one.
 
     Args:
         folder: the staging directory of the result, with the training shards.

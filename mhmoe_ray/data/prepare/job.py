@@ -12,7 +12,7 @@ from mhmoe_ray.spec import RunSpec, dump_spec
 
 
 class PrepareRequest(RemoteJob[DataManifest]):
-    """Request of `mhmoe data prepare`; its result is the manifest of the spec's prepared folder."""
+    """Request for the job of `mhmoe data prepare`, whose result is the manifest of the spec's prepared folder."""
 
     module: ClassVar[str] = "mhmoe_ray.data.prepare.job"
     kind: ClassVar[str] = "prepare"

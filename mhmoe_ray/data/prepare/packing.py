@@ -19,7 +19,7 @@ from mhmoe_ray.spec import DataSpec
 
 
 class Cut(NamedTuple):
-    """Stretch of a domain's tokens that becomes one shard with concatenation."""
+    """Stretch of a domain's tokens that becomes one shard when documents are packed by concatenation."""
 
     stream: TokenStream
     samples: int
@@ -27,13 +27,13 @@ class Cut(NamedTuple):
 
 
 def plan_concat(stream: TokenStream, seq_len: int, rows: int) -> list[Cut]:
-    """Return the stretch of tokens of each shard of a domain with concatenation.
+    """Divide the tokens of a domain into stretches, from each of which concatenation makes one shard.
 
     Tokens after the last full sample are in no sample.
 
     Args:
         stream: all training tokens of the domain.
-        seq_len: T.
+        seq_len: T; a sample has T + 1 tokens.
         rows: samples per shard.
     """
     samples = max(0, len(stream) - 1) // seq_len
@@ -48,19 +48,19 @@ def plan_concat(stream: TokenStream, seq_len: int, rows: int) -> list[Cut]:
 
 
 def cut_concat(tokens: Tokens, samples: int, seq_len: int) -> Samples:
-    """Cut tokens into samples with concatenation; return the first `samples` of them as a view (samples, T + 1)."""
+    """Cut the tokens of a shard into samples by concatenation; return `samples` of them as a view (samples, T + 1)."""
     # Neighbouring samples share a token: the last target of one is the first input of the next.
     windows = np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)
     return windows[: samples * seq_len : seq_len]
 
 
 def count_whole_documents(tokens: Tokens, samples: int, seq_len: int, start: int) -> int:
-    """Return the number of documents of a shard with concatenation that are whole within one sample.
+    """Return how many documents are whole within one sample, in a shard that is packed by concatenation.
 
     Args:
-        tokens: the tokens of the planned cut.
-        samples: the number of samples of the planned cut.
-        seq_len: T.
+        tokens: the tokens of the shard, from its `Cut`.
+        samples: the number of samples of the shard, from its `Cut`.
+        seq_len: T; a sample has T + 1 tokens.
         start: the token that each document begins with.
     """
     starts = np.flatnonzero(tokens == start)
@@ -84,7 +84,7 @@ class PackedSamples(NamedTuple):
 
 
 def plan_best_fit(stream: TokenStream, tokens_per_shard: int) -> list[TokenStream]:
-    """Return the tokens of each shard of a domain with best fit.
+    """Divide the tokens of a domain into streams, from each of which best fit makes one shard.
 
     A shard has whole parts, which together have at least `tokens_per_shard` tokens, except for the last shard.
     """
@@ -104,8 +104,8 @@ def pack_best_fit(tokens: Tokens, seq_len: int, start: int, padding: int) -> Pac
     A document of at most T tokens is whole in one sample; a longer one is cut.
 
     Args:
-        tokens: the tokens of the documents, each preceded by `start`.
-        seq_len: T.
+        tokens: the tokens of the documents, each of which begins with `start`.
+        seq_len: T; a sample has T + 1 tokens.
         start: the token that each document begins with.
         padding: the token that marks padding.
     """
@@ -128,7 +128,7 @@ def pack_best_fit(tokens: Tokens, seq_len: int, start: int, padding: int) -> Pac
 
 
 class _Piece(NamedTuple):
-    """Piece of a document, or a whole one, and its place in a bin; a bin becomes a sample."""
+    """Piece of a document, or a whole document, with its place in a bin; each bin becomes a sample."""
 
     document: int
     offset: int
@@ -199,11 +199,11 @@ class ShardResult(NamedTuple):
     whole_documents: int
     """Number of documents that are whole within one sample."""
     targets: int
-    """Number of targets that count."""
+    """Number of targets that count in the training loss."""
 
 
 def plan_shards(domain: str, stream: TokenStream, spec: DataSpec, token_bytes: int) -> list[ShardPlan]:
-    """Return the plans of a domain's shards, by the kind of packing that the spec names.
+    """Return the plans of a domain's shards, for the kind of packing that the spec names.
 
     The content of a shard depends on the domain's tokens alone, so shards can be written in any order.
     """
@@ -220,9 +220,9 @@ def make_shard(row: dict[str, Any], *, folder: Path, seq_len: int, token_bytes: 
     It takes a pickled `ShardPlan` in the column `plan` and returns a pickled `ShardResult` in the column `result`.
 
     Args:
-        row: the row with the plan.
+        row: the row of the Ray dataset that has the plan.
         folder: the staging directory of the result.
-        seq_len: T.
+        seq_len: T; a sample has T + 1 tokens.
         token_bytes: bytes per token, 2 or 4.
         start: the token that each document begins with.
     """

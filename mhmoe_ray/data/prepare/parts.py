@@ -1,4 +1,4 @@
-"""The tokens of a domain as one stream over the parts of its chunks."""
+"""One stream of all tokens of a domain, which are stored in parts: one file for each chunk of documents."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ Tokens = np.ndarray[tuple[int], np.dtype[Any]]
 
 
 class PartSlice(NamedTuple):
-    """Slice of a part's tokens: those of its training documents, or those of its held-out documents."""
+    """Slice of a part, the file with the tokens of a chunk: its training documents, or its held-out documents."""
 
     name: str
     start: int
@@ -63,7 +63,7 @@ class TokenStream:
         return np.concatenate([*self._read_parts(), np.empty(0, self.dtype)])
 
     def _read_parts(self) -> Iterator[Tokens]:
-        """Yield the tokens of each part."""
+        """Read the tokens of each part's slice from disk and yield them."""
         for part in self.parts:
             path = part_file(self._folder, part.name)
             tokens = np.fromfile(path, self.dtype, part.tokens, offset=part.start * self.dtype.itemsize)

@@ -68,18 +68,20 @@ from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import describe_file, write_json
 
 CPUS_PER_READER = 8
-"""CPUs per reader: one core reads at least as fast as this many cores tokenise. Readers and tokenising tasks wait for
-each other, so readers reserve no CPU in Ray."""
+"""Number of the cluster's CPUs for each reader of files: one core reads at least as fast as this many cores tokenise.
+Readers and tokenising tasks wait for each other, so readers reserve no CPU in Ray."""
 
 CPUS_PER_PICTURE_READER = 1
-"""CPUs per reader of pictures: it also decodes each image, which takes nearly all of the time."""
+"""Number of the cluster's CPUs for each reader of pictures. A reader also decodes each image, which takes nearly all of
+the time."""
 
 CPUS_PER_CHAT_READER = 2
-"""CPUs per reader of conversations: it also renders them, which takes about as long as their tokenising."""
+"""Number of the cluster's CPUs for each reader of conversations. A reader also renders them, which takes about as long
+as their tokenising."""
 
 MAX_EXPECTED_CPUS = 64
-"""Largest number of CPUs that are expected of a cluster that has none yet. The readers for them start at once, maybe on
-the head node."""
+"""Largest number of CPUs that is assumed for an autoscaling cluster without any nodes yet. The readers for these CPUs
+start at once, perhaps all on the head node."""
 
 
 def prepare(spec: RunSpec) -> DataManifest:
@@ -127,7 +129,7 @@ def _chunk_sized_blocks() -> Iterator[None]:
 
 
 class _Preparation:
-    """One job's preparation of the data of a spec in a staging directory."""
+    """Preparation of the data of a spec by one job, in a staging directory."""
 
     def __init__(self, spec: RunSpec, staging: StagingDirectory) -> None:
         self._spec, self._data_spec, self._staging = spec, spec.data, staging
@@ -136,7 +138,8 @@ class _Preparation:
         self._has_rows = spec.model.encoder is not None or spec.model.vision is not None
         self._token_bytes = token_bytes_for(spec.model.vocab_size)
         if spec.data.chat_sources:
-            # Tasks render conversations, too, but Ray would wrap their errors in tracebacks.
+            # Tasks render conversations, too, but Ray would wrap their errors in tracebacks. So the template is checked
+            # here.
             check_template(spec.data)
         require_image_packages(spec.data.sources.values())
         self._files = find_files(spec.data)
@@ -218,10 +221,10 @@ class _Preparation:
         return load_tokenizer(path, vocab_size)
 
     def _check_chat(self, tokenizer: Tokenizer) -> tuple[ChatTemplate, ChatData] | tuple[None, None]:
-        """Write the chat template, and return it with the facts for the manifest; None if no source is of format chat.
+        """Write the chat template, and return it with its entry for the manifest; (None, None) without format `chat`.
 
         Raises:
-            DataError: the template cannot be used, or not with this tokenizer.
+            DataError: the template cannot be used at all, or cannot be used with this tokenizer.
         """
         if not self._data_spec.chat_sources:
             return None, None
@@ -243,11 +246,11 @@ class _Preparation:
         """Tokenise all files into parts, keep the progress report up to date, and write the quarantine file.
 
         Args:
-            template: the template that renders conversations; None if no source has any.
+            template: the template that renders conversations; None if no source has conversations.
             tokenizer_sha256: SHA-256 of the tokenizer; None for a vision model.
 
         Returns:
-            All parts in the order of files and chunks, and the tallies by domain.
+            All parts in the order of files and chunks, and a tally (the counts of read items) for each domain.
 
         Raises:
             DataError: more items are bad than the spec allows.
@@ -309,19 +312,19 @@ class _Preparation:
         return parts, tallies
 
     def _stream(self, domain: str, slices: list[PartSlice]) -> TokenStream:
-        """Return the tokens of a domain in slices of its parts."""
+        """Return a stream of those tokens of a domain that are in the given slices of its parts."""
         is_chat = self._data_spec.sources[source_of(domain)].format == "chat"
         dtype = conversation_dtype(self._token_bytes) if is_chat else token_dtype(self._token_bytes)
         return TokenStream(self._staging.parts_path, slices, dtype)
 
     def _training_stream(self, domain: str, parts: list[Part]) -> TokenStream:
-        """Return the tokens of the training documents in these parts of a domain."""
+        """Return a stream of the tokens of the training documents in these parts of a domain."""
         return self._stream(
             domain, [PartSlice(part.name, 0, part.counts.tokens) for part in parts if part.counts.tokens]
         )
 
     def _held_out_stream(self, domain: str, parts: list[Part]) -> TokenStream:
-        """Return the tokens of the held-out documents in these parts of a domain."""
+        """Return a stream of the tokens of the held-out documents in these parts of a domain."""
         held_out_parts = [(part.name, part.counts) for part in parts if part.counts.held_out_tokens]
         slices = [
             PartSlice(name, counts.tokens, counts.tokens + counts.held_out_tokens) for name, counts in held_out_parts
@@ -329,7 +332,7 @@ class _Preparation:
         return self._stream(domain, slices)
 
     def _plan_shards(self, by_domain: dict[str, list[Part]], start: int) -> _PlannedShards:
-        """Return the plans of a decoder's shards, and the task that writes one of them."""
+        """Return the plans of a decoder's shards, and the task that writes the shard of one plan."""
         plans = [
             plan
             for name, parts in by_domain.items()
@@ -345,7 +348,7 @@ class _Preparation:
         return plans, task
 
     def _plan_row_shards(self, by_domain: dict[str, list[Part]]) -> _PlannedShards:
-        """Return the plans of the shards of an encoder or a vision model, and the task that writes one of them."""
+        """Return the plans of an encoder's or vision model's shards, and the task that writes the shard of one plan."""
         plans = [
             plan
             for name, parts in by_domain.items()
@@ -360,7 +363,11 @@ class _Preparation:
     def _write_validation(
         self, by_domain: dict[str, list[Part]], shards: dict[str, list[Shard]], start: int
     ) -> "FinishResult":
-        """Write the validation samples and compute the baselines in a task; the last two arguments are `finish`'s."""
+        """Write the validation samples and compute the baselines of the validation loss, in a Ray task.
+
+        The arguments are all parts by domain, the training shards by domain, and the token that each document begins
+        with.
+        """
         names, folder = sorted(by_domain), self._staging.result_path
         if not self._has_rows:
             held_out = {name: self._held_out_stream(name, by_domain[name]) for name in names}
@@ -387,11 +394,12 @@ class _Preparation:
         return row_result
 
     def _write_classes(self, by_domain: dict[str, list[Part]]) -> VisionData | None:
-        """Write the names of the classes of a vision model's tasks, and return the facts for the manifest; None for
-        another model.
+        """Write the class names of a vision model's tasks, and return their entry for the manifest.
+
+        Return None for another model.
 
         Raises:
-            DataError: a task has not the samples that it needs.
+            DataError: a task lacks the images, classes or masks that it needs, or has too many classes.
         """
         if self._spec.model.vision is None:
             return None
@@ -400,17 +408,20 @@ class _Preparation:
         return VisionData(classes_sha256=describe_file(path).sha256)
 
     def _write_codebook(self, by_domain: dict[str, list[Part]], shards: dict[str, list[Shard]]) -> EncoderData | None:
-        """Write the codebook if the encoder learns one, and return the facts for the manifest; None for a decoder."""
+        """Write the codebook of an encoder that needs one, and return the encoder's entry for the manifest.
+
+        Return None for a model without an encoder.
+        """
         encoder = self._spec.model.encoder
         if encoder is None:
             return None
         if not self._spec.has_codebook:
             return EncoderData()
-        # It needs torch, whose import takes seconds, and few preparations make a codebook.
+        # The module needs torch, whose import takes seconds, and few preparations make a codebook.
         from mhmoe_ray.data.prepare.codebook import write_codebook
 
         self._log(f"codebook of {encoder.codebook_size:,} entries")
-        # All training samples of a domain have an image, or none has.
+        # In each domain, either all training samples have an image or none has.
         image_domains = [
             name for name, parts in by_domain.items() if any(p.counts.rows and p.counts.rows.images for p in parts)
         ]

@@ -1,9 +1,9 @@
-"""Samples of encoders and vision models: the rows of a chunk as a part, and the shards and validation samples that
-parts make.
+"""Rows of encoders and vision models: chunks of documents become parts, and parts become shards and validation samples.
 
-A text with an image is one row, and is cut if it has more than T - 1 tokens. A text without an image becomes as many
-rows as it needs, and each begins with the start token. An image without text is one row of padding. An image of a
-vision model is one row with its annotation, and without tokens.
+A row of an encoder has T (`data.seq_len`) tokens, and perhaps an image. A text with an image is one row, and is cut if
+it has more than T - 1 tokens. A text without an image becomes as many rows as it needs, and each begins with the start
+token. An image without text is one row of padding. An image of a vision model is one row with its annotation, and
+without tokens.
 
 A part is an Arrow file of rows: those of the training documents, then those of the held-out ones. A shard has whole
 parts.
@@ -38,7 +38,7 @@ from mhmoe_ray.data.vision.annotations import unpack
 
 
 class RowCounts(BaseModel):
-    """Counts of the rows of a part."""
+    """Counts of the rows in a part, the file that is made from one chunk of documents."""
 
     samples: int = 0
     """Number of training rows."""
@@ -54,13 +54,13 @@ class RowCounts(BaseModel):
     cut_documents: int = 0
     """Number of training documents that were cut, or became several rows."""
     cut_tokens: int = 0
-    """Number of tokens of training documents that no row has."""
+    """Number of tokens of training documents that are in no row, because their document was cut."""
     class_names: list[str] = []
     """Names of all classes in the annotations of a vision model, sorted."""
     objects_without_mask: int = 0
-    """Number of objects in the annotations of a vision model that have a box alone."""
+    """Number of objects in the annotations of a vision model that have a box but no mask."""
     file_bytes: int = 0
-    """Size of the part's file."""
+    """Size of the part's file in bytes."""
 
 
 def rows_file(folder: Path, name: str) -> Path:
@@ -75,7 +75,10 @@ def is_held_out(chunk: Chunk, document: int, fraction: float) -> bool:
 
 
 def update_digest(digest: "hashlib._Hash", chunk: Chunk, seq_len: int) -> None:
-    """Add to the digest of a part what determines its rows, besides the texts and the tokenizer."""
+    """Add the row length, images and annotations of a chunk to the digest from which the name of its part is made.
+
+    The digest already covers the texts and the tokenizer, which determine the rows too.
+    """
     digest.update(f"rows of {seq_len}".encode())
     if chunk.images is not None and chunk.image_hashes is not None:
         digest.update(repr([(bool(i), h) for i, h in zip(chunk.images, chunk.image_hashes, strict=True)]).encode())
@@ -86,13 +89,13 @@ def update_digest(digest: "hashlib._Hash", chunk: Chunk, seq_len: int) -> None:
 def make_rows(
     chunk: Chunk, documents: Sequence[Sequence[int]], validation_fraction: float, seq_len: int, token_bytes: int
 ) -> tuple[memoryview, RowCounts]:
-    """Return the content of the file of a part, and the counts of its rows.
+    """Make the rows of a chunk's documents; return the content of the file of their part, and the counts of the rows.
 
     Args:
         chunk: the chunk, with at least one document.
         documents: the tokens of each document with its start token; empty for a document without text.
         validation_fraction: share of the documents that is held out.
-        seq_len: T.
+        seq_len: T, the number of tokens of a row.
         token_bytes: bytes per token, 2 or 4.
     """
     counts, padding = RowCounts(), padding_token(token_bytes)
@@ -106,7 +109,7 @@ def make_rows(
         train_rows += rows
         counts.images += bool(image) * len(rows)
         counts.image_bytes += len(image)
-        # Each row of a text has a start token of its own; the document has one.
+        # Start tokens are not counted: each row of a text has one of its own, but the document has only one.
         targets = sum(int((row[1:] != padding).sum()) for row, _ in rows)
         counts.targets += targets
         counts.padding += sum(int((row == padding).sum()) for row, _ in rows)
@@ -122,7 +125,7 @@ def make_rows(
 
 
 def make_annotated_rows(chunk: Chunk, validation_fraction: float) -> tuple[memoryview, RowCounts]:
-    """Return the content of the file of a part of a vision model's rows, and the counts of its rows.
+    """Make the rows of a chunk for a vision model; return the content of the file of their part, and their counts.
 
     Args:
         chunk: the chunk, with at least one document, all of which have an image and an annotation.
@@ -152,7 +155,11 @@ def make_annotated_rows(chunk: Chunk, validation_fraction: float) -> tuple[memor
 def token_rows(
     tokens: Sequence[int], has_image: bool, seq_len: int, padding: int, token_bytes: int
 ) -> Iterator[np.ndarray]:
-    """Yield the tokens of each row of a document; the arguments are those of `make_rows`."""
+    """Yield the tokens of each row that a document becomes: `seq_len` tokens, of which the last may be padding.
+
+    The tokens of the document begin with the start token. With an image, the document becomes one row, so a longer text
+    is cut.
+    """
     width = seq_len - 1
     row_count = 1 if has_image else -(-max(0, len(tokens) - 1) // width)
     for number in range(row_count):
@@ -165,14 +172,14 @@ def token_rows(
 
 
 class RowSlice(NamedTuple):
-    """Slice of a part's rows: those of its training documents, or those of its held-out documents."""
+    """Slice of the rows of a part, the file of a chunk: its training documents, or its held-out documents."""
 
     name: str
     start: int
     stop: int
 
     def map_batch(self, folder: Path) -> pa.RecordBatch:
-        """Return the rows, memory-mapped; `folder` is that of the parts."""
+        """Return the rows of the slice, memory-mapped from the part's file; `folder` is the folder of all parts."""
         return map_rows(rows_file(folder, self.name)).slice(self.start, self.stop - self.start)
 
 
@@ -189,7 +196,7 @@ class RowPlan(NamedTuple):
 
 
 class RowPart(NamedTuple):
-    """Part of a domain, as the plans of its shards need it."""
+    """Name and counts of one part of a domain, from which the shards of the domain are planned."""
 
     name: str
     documents: int
@@ -198,13 +205,13 @@ class RowPart(NamedTuple):
 
 
 def plan_row_shards(domain: str, parts: Sequence[RowPart], row_bytes: int) -> list[RowPlan]:
-    """Return the plans of a domain's shards.
+    """Return the plans of a domain's shards, each of which gets the rows of one or more parts.
 
     A shard has whole parts, which together have at least `SHARD_BYTES` bytes, except for the last shard.
 
     Args:
         domain: the domain.
-        parts: its parts.
+        parts: the parts of the domain, in order.
         row_bytes: bytes of the tokens of a row.
     """
     plans, group, size = list[RowPlan](), list[RowPart](), 0
@@ -233,7 +240,7 @@ def make_row_shard(row: dict[str, Any], *, folder: Path, parts: Path) -> dict[st
     It takes a pickled `RowPlan` in the column `plan` and returns a pickled `ShardResult` in the column `result`.
 
     Args:
-        row: the row with the plan.
+        row: the row of the Ray dataset that has the plan.
         folder: the staging directory of the result.
         parts: the folder of the parts.
     """

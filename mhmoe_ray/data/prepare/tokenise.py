@@ -1,6 +1,6 @@
 """Tokenising of a chunk of documents into a part, a file whose name is a hash of its texts and settings.
 
-A part has the tokens of the documents, or the rows of an encoder's samples (rows.py).
+A part has the tokens of the documents, or the rows of the samples of an encoder or a vision model (rows.py).
 
 A part that exists is reused. So a job that follows a killed one continues its work, even if files were added, moved or
 changed in between.
@@ -40,7 +40,7 @@ BATCH_CHARACTERS = 1 << 18
 
 
 class PartCounts(BaseModel):
-    """Counts of a part, which holds the tokens of its training documents, then those of its held-out documents."""
+    """Counts of a part: the file with the tokens of a chunk's training documents, then of its held-out documents."""
 
     documents: int = 0
     """Number of training documents."""
@@ -49,13 +49,13 @@ class PartCounts(BaseModel):
     held_out_documents: int = 0
     held_out_tokens: int = 0
     text_bytes: int = 0
-    """UTF-8 bytes of the texts of all these documents."""
+    """UTF-8 bytes of the texts of all documents, training and held out."""
     rows: RowCounts | None = None
-    """Counts of an encoder's rows; None for a decoder, whose parts have tokens."""
+    """Counts of the rows of an encoder or a vision model; None for a decoder, whose parts have tokens instead."""
 
 
 class Part(NamedTuple):
-    """Record of the part of a chunk, which the driver keeps until all shards are packed."""
+    """Record of a part, the file with the tokens of one chunk; the driver keeps it until all shards are packed."""
 
     file: int
     chunk: int
@@ -65,7 +65,7 @@ class Part(NamedTuple):
 
 
 class TokenisedChunk(NamedTuple):
-    """Result of tokenising a chunk into a part."""
+    """Result of tokenising a chunk of documents into a part, the file with its tokens."""
 
     part: Part
     tally: Tally
@@ -96,9 +96,9 @@ def tokenise_chunk(
     token_bytes: int,
     row_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """Tokenise a chunk into a part, or reuse the part if it exists: a task of Ray Data.
+    """Tokenise a chunk into a part, the file with its tokens, or reuse an existing part: a task of Ray Data.
 
-    It maps a table of one `Chunk` to a batch of one `TokenisedChunk`.
+    The task maps a table with one `Chunk` to a batch with one `TokenisedChunk`.
 
     Args:
         table: a table that `read_chunks` yielded.
@@ -110,7 +110,8 @@ def tokenise_chunk(
         token_bytes: bytes per token, 2 or 4.
         row_tokens: T for an encoder, whose parts have rows, and 0 for a vision model; None for a decoder.
     """
-    # Ray runs one such process for each CPU, so the library must not start threads for all CPUs in each of them.
+    # Ray runs one such process for each CPU, so the tokenizers library must not start threads for all CPUs in each of
+    # them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     chunk = Chunk.from_table(table)
     name, counts, is_reused = "", PartCounts(), False
@@ -162,7 +163,7 @@ def _counts_file(part: Path) -> Path:
 
 
 def _find_counts(part: Path, row_bytes: int) -> PartCounts | None:
-    """Return the counts of an existing part, or None if the part is missing, incomplete or of another size.
+    """Return the counts of an existing part, or None if the part is missing, incomplete or damaged.
 
     Args:
         part: the path of the part's tokens or rows.
@@ -179,7 +180,7 @@ def _find_counts(part: Path, row_bytes: int) -> PartCounts | None:
 
 
 def _encode_documents(chunk: Chunk, tokenizer: Path, token_bytes: int) -> Iterator[Tokens]:
-    """Yield the tokens of each document of a chunk; those of conversations have all columns of samples."""
+    """Yield the tokens of each document of a chunk; the tokens of a conversation have all columns of samples."""
     if chunk.conversations is None:
         for batch in _batches(chunk.texts, len):
             for ids in document_encoder(tokenizer).encode(batch):
@@ -193,7 +194,7 @@ def _encode_documents(chunk: Chunk, tokenizer: Path, token_bytes: int) -> Iterat
 def _split_documents(
     texts: Sequence[str], documents: Iterable[Tokens], validation_fraction: float, dtype: np.dtype[Any]
 ) -> tuple[Tokens, PartCounts]:
-    """Return the tokens and counts of a part: the training documents, then the held-out ones.
+    """Return the content of a part and its counts: the tokens of training documents, then those of held-out ones.
 
     Args:
         texts: the texts of the documents, whose hashes select the held-out ones.
@@ -219,7 +220,10 @@ def _split_documents(
 def _encode_rows(
     chunk: Chunk, tokenizer: Path, validation_fraction: float, seq_len: int, token_bytes: int
 ) -> tuple[memoryview, PartCounts]:
-    """Return the content and the counts of a part of an encoder's rows; the arguments are those of `make_rows`."""
+    """Encode a chunk into the rows of an encoder; return the content and the counts of the part with these rows.
+
+    The arguments `validation_fraction`, `seq_len` and `token_bytes` are those of `make_rows`.
+    """
     texts = [text for text in chunk.texts if text]
     encoded = (
         ids for batch in (_batches(texts, len) if texts else ()) for ids in document_encoder(tokenizer).encode(batch)

@@ -1,8 +1,8 @@
 """The validation split: the selection of held-out documents, and their samples.
 
-The samples of texts are spread evenly over all held-out text and are cut as by concatenation, also if training uses
-best fit. Conversations are packed by best fit here, too. Those of encoders and vision models are divided among the
-sources, because the sources are of different kinds, and each kind has losses of its own.
+The samples of texts are spread evenly over all held-out text. They are cut as by concatenation, even if training
+samples are packed by best fit. Conversations are packed by best fit, as in training. The samples of encoders and vision
+models are divided among the sources, because the sources are of different kinds, and each kind has losses of its own.
 """
 
 import hashlib
@@ -32,13 +32,14 @@ def is_validation(text: str, fraction: float) -> bool:
 
 
 class ValidationSplit(NamedTuple):
-    """The validation samples that were written."""
+    """Shards and counts of the validation samples that were written."""
 
     shards: list[Shard]
     sample_counts: dict[str, int]
     """Number of samples of each domain, in the order of the domains in the shards."""
     target_count: int
-    """Number of targets that count: without padding, and of conversations the assistant's turns only."""
+    """Number of targets that count in the validation loss: without padding, and of conversations only the assistant's
+    turns. For a vision model, the number of samples."""
 
 
 def write_validation_split(
@@ -47,13 +48,13 @@ def write_validation_split(
     """Select validation samples, spread evenly over all held-out tokens, and write their shards.
 
     The last sample of a domain may be filled up with padding. If any domain has conversations, the samples of all
-    domains have all columns, because they share shards.
+    domains get the columns of conversations, because they share shards.
 
     Args:
         folder: the staging directory of the result.
         streams: held-out tokens by domain.
         max_samples: largest number of samples of all domains together.
-        seq_len: T.
+        seq_len: T; a sample has T + 1 tokens.
         token_bytes: bytes per token, 2 or 4.
         start_token: the token that each document begins with.
     """
@@ -87,7 +88,7 @@ def write_validation_split(
 
 
 def select_samples(available: Sequence[int], max_samples: int) -> list[np.ndarray]:
-    """Return the numbers of the selected samples of each domain, spread evenly over the samples of all domains.
+    """Select validation samples evenly among those of all domains; return the selected numbers for each domain.
 
     Args:
         available: number of held-out samples of each domain.
@@ -99,9 +100,10 @@ def select_samples(available: Sequence[int], max_samples: int) -> list[np.ndarra
 
 
 def select_rows(available: Mapping[str, int], max_samples: int) -> dict[str, np.ndarray]:
-    """Return the numbers of the selected rows of each domain, spread evenly over its held-out rows.
+    """Select validation rows evenly among the held-out rows of each domain; return the selected numbers by domain.
 
-    Each source gets an equal share of the samples, and each domain one of its source's. What one lacks goes to others.
+    Each source gets an equal share of the samples and divides it equally among its domains. If one has fewer rows than
+    its share, the others get more.
 
     Args:
         available: number of held-out rows of each domain.
@@ -120,16 +122,16 @@ def select_rows(available: Mapping[str, int], max_samples: int) -> dict[str, np.
 
 
 def _equal_shares(available: Sequence[int], total: int) -> list[int]:
-    """Return the division of `total` into equal shares, of which none is larger than what is available."""
+    """Divide `total` into shares that are as equal as possible, each at most its number in `available`."""
     shares = [0] * len(available)
-    # The rarest come first, because what they lack is divided among the others.
+    # The smallest come first, because the others divide among them the samples that these cannot provide.
     for share_count, index in enumerate(sorted(range(len(available)), key=lambda index: available[index])):
         shares[index] = min(available[index], -(-(total - sum(shares)) // (len(available) - share_count)))
     return shares
 
 
 def _read_sample(stream: TokenStream, number: int, seq_len: int, token_bytes: int) -> Tokens:
-    """Return one sample of a domain of text, T + 1 tokens, with padding after the end of the stream."""
+    """Read one sample of T + 1 tokens from a domain's stream of text, with padding after the end of the stream."""
     start = number * seq_len
     tokens = stream.substream(start, min(len(stream), start + seq_len + 1)).read()
     row: Tokens = np.full(seq_len + 1, padding_token(token_bytes), token_dtype(token_bytes))

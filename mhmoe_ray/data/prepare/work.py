@@ -5,9 +5,9 @@
       progress.json
       <job>/           quarantine/; prepared/, the result; alive, a file whose modification time is the job's heartbeat
 
-Several jobs may use a staging directory at once: they share only the parts, each of which is written in one step, and
-two parts of the same name are equal. The first job with a complete result publishes it and cleans up; the others use
-the published folder.
+Several jobs may use a staging directory at once: they share only the parts. Each part is written in one step, and two
+parts of the same name have the same content. The first job with a complete result publishes it and cleans up; the
+others use the published folder.
 """
 
 import errno
@@ -36,7 +36,8 @@ WRITE_SECONDS = 1.0
 
 Stage = Literal["tokenizer", "tokenising", "reading", "packing", "finishing"]
 READING_STAGES: tuple[Stage, ...] = ("tokenising", "reading")
-"""Stages in which the files are read: `reading` if there is no text to tokenise, as for vision models."""
+"""Stages in which the raw files are read. The stage is called `reading` if there is no text to tokenise, as for vision
+models."""
 
 
 class PreparationProgress(BaseModel):
@@ -44,27 +45,28 @@ class PreparationProgress(BaseModel):
 
     stage: Stage
     done: int
-    """Number of shards that are written while packing; in the other stages stored bytes that are read."""
+    """Number of shards written so far in the stage `packing`; in the other stages, bytes of raw files read so far."""
     total: int
-    """Number of all shards while packing; in the other stages stored bytes of all files."""
+    """Number of all shards in the stage `packing`; in the other stages, bytes of all raw files."""
     documents: int
-    """Number of documents that are read."""
+    """Number of documents read so far."""
     tokens: int
-    """Number of their tokens."""
+    """Number of tokens of these documents."""
     found_tokens: int
-    """Number of those tokens in parts that an earlier job wrote."""
+    """Number of these tokens that were found in parts of an earlier job, so that they need no tokenising."""
     bytes_per_s: float
-    """Stored bytes that this job reads per second, without reused parts; 0 in other stages."""
+    """Bytes of raw files that this job reads per second, without those of reused parts; 0 outside of the reading
+    stages."""
     seconds_left: float | None
     """Estimated seconds until all files are read; None while there is no estimate."""
 
 
 @dataclass
 class ProgressReport:
-    """Counts of a job's progress, which it updates, and the writer of progress.json."""
+    """Progress of a preparation: counts that the job keeps up to date and writes to progress.json."""
 
     folder: Path
-    """Folder of the file: the staging directory that jobs share."""
+    """Folder of progress.json: the staging directory that jobs share."""
     total_bytes: int
     stage: Stage = "tokenizer"
     done_bytes: int = 0
@@ -78,17 +80,17 @@ class ProgressReport:
     _write_time: float = 0.0
 
     def enter_stage(self, stage: Stage) -> None:
-        """Begin a stage and write the file."""
+        """Begin a stage of the preparation and write progress.json."""
         self.stage, self._start_time = stage, time.monotonic()
         self.write()
 
     def refresh(self) -> None:
-        """Write the file if it was last written `WRITE_SECONDS` ago or earlier."""
+        """Write progress.json if it was last written at least `WRITE_SECONDS` ago."""
         if time.monotonic() - self._write_time >= WRITE_SECONDS:
             self.write()
 
     def write(self) -> None:
-        """Write the file with the current counts, the speed and the estimated time left."""
+        """Write progress.json with the current counts, the speed and the estimated remaining time."""
         self._write_time = time.monotonic()
         seconds = max(self._write_time - self._start_time, 1e-3)
         # Reused parts take no time, so they do not count for the speed.
@@ -124,25 +126,25 @@ ALIVE_FILE = "alive"
 TOUCH_SECONDS = 20.0
 """Seconds between two updates of the modification time of a job's file `alive`."""
 STALE_SECONDS = 1200.0
-"""Age of that modification time, in seconds, above which a job counts as dead."""
+"""Age of the modification time of a job's file `alive`, in seconds, above which the job counts as dead."""
 
 
 class StagingDirectory(NamedTuple):
-    """Paths of a job's staging directory."""
+    """Paths of the staging directory of a preparation job."""
 
     shared_path: Path
-    """Staging directory that all jobs with these settings share."""
+    """Staging directory that all jobs with the same settings share."""
     job_path: Path
-    """Staging directory of this job, a folder in the shared one."""
+    """Staging directory of this job alone, a folder in the shared one."""
 
     @property
     def parts_path(self) -> Path:
-        """Folder of the parts, which jobs share."""
+        """Folder of the parts (the tokens of chunks of documents), which jobs share."""
         return self.shared_path / "parts"
 
     @property
     def quarantine_path(self) -> Path:
-        """Folder of the quarantine files of chunks."""
+        """Folder of the quarantine files: one for each chunk that has unreadable lines."""
         return self.job_path / "quarantine"
 
     @property
@@ -191,7 +193,8 @@ def _touch_and_clean_up(staging: StagingDirectory, previous_times: dict[Path, fl
     """Update the modification time of our file `alive`, and remove the staging directories of dead jobs.
 
     A job is dead if the modification time of its file is older than `STALE_SECONDS` and has not changed since our
-    previous check. Just after this job itself stood still, no job is treated as dead.
+    previous check. If this job itself stood still since then, no job is treated as dead, because the others may have
+    stood still too.
 
     Args:
         staging: the staging directory of this job.
@@ -203,7 +206,7 @@ def _touch_and_clean_up(staging: StagingDirectory, previous_times: dict[Path, fl
     our_file = staging.job_path / ALIVE_FILE
     previous_time = our_file.stat().st_mtime
     os.utime(our_file)
-    # All times are by the clock of the storage, since the clocks of machines differ.
+    # All times come from the clock of the storage, because the clocks of machines differ.
     current_time = our_file.stat().st_mtime
     touch_times = {alive_file: alive_file.stat().st_mtime for alive_file in staging.shared_path.glob(f"*/{ALIVE_FILE}")}
     # If our own previous time is old too, the machine or the storage stood still. The other jobs may then be alive, so
@@ -219,7 +222,7 @@ def _touch_and_clean_up(staging: StagingDirectory, previous_times: dict[Path, fl
 
 
 def _remove_job_folder(staging: StagingDirectory) -> None:
-    """Remove one job's staging directory; errors are ignored."""
+    """Remove one job's staging directory; errors are ignored, because another job can remove the rest later."""
     # The folder with the file `alive` is removed last. If this process is killed midway, the file is still there, so
     # another job recognises that this job is dead and removes the rest.
     for folder in (staging.result_path, staging.quarantine_path, staging.job_path):
@@ -238,7 +241,7 @@ def publish(staging_result: Path, folder: Path) -> None:
 
 
 def clean_up(folder: Path) -> None:
-    """Remove the shared staging directories beside a prepared folder with all parts, also those of other settings."""
+    """Remove the staging directories of all jobs for a prepared folder, with all parts and for any settings."""
     for staging_path in folder.parent.glob(f"{glob.escape(folder.name)}.partial-*"):
         # Errors are ignored, because another job may remove the same folder or still write to it.
         shutil.rmtree(staging_path, ignore_errors=True)

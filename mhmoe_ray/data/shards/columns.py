@@ -9,8 +9,8 @@ A sample is a row of named columns. Each has T + 1 values, the first T for a mod
     | document_starts | whether a document begins with it       | a bit, each        | conversations    |
 
 Samples with tokens only are a plain array of token ids. Samples with more columns are a structured array, which has a
-field for each column. Of text, all tokens but padding are targets, and documents begin with start tokens; within a
-conversation, the start token may also end a turn.
+field for each column. In text, all tokens except padding are targets, and a start token begins each document. In a
+conversation, the start token may also end a turn, so a column marks where documents begin.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,11 +21,11 @@ import numpy as np
 from mhmoe_ray.spec import MicroBatchPart
 
 Samples = np.ndarray[tuple[int, int], np.dtype[Any]]
-"""Array of samples, (samples, T + 1): of token ids, or of rows with a field for each column."""
+"""Array of samples, (samples, T + 1): token ids, or structures with a field for each column."""
 
 TOKENS, TARGETS, DOCUMENT_STARTS = "tokens", "targets", "document_starts"
 EXPERT = "expert"
-"""Name of the column of the training stream with the expert of each sample, for router `domain`."""
+"""Name of the column of the training stream that has the expert of each sample, if the router is `domain`."""
 
 
 def token_dtype(token_bytes: int) -> np.dtype[np.unsignedinteger]:
@@ -34,7 +34,7 @@ def token_dtype(token_bytes: int) -> np.dtype[np.unsignedinteger]:
 
 
 def conversation_dtype(token_bytes: int) -> np.dtype[np.void]:
-    """Return the dtype of the tokens of conversations: a field for each column."""
+    """Return the structured dtype of tokens of conversations, with a field for each column of a sample."""
     return np.dtype([(TOKENS, token_dtype(token_bytes)), (TARGETS, np.bool_), (DOCUMENT_STARTS, np.bool_)])
 
 
@@ -52,14 +52,14 @@ def padding_token(token_bytes: int) -> int:
 
 
 def columns_of(rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the columns of samples or of a stretch of tokens, by name."""
+    """Return the columns, by name, of an array of samples or tokens; plain token ids are the column `tokens`."""
     if rows.dtype.names is None:
         return {TOKENS: rows}
     return {name: np.ascontiguousarray(rows[name]) for name in rows.dtype.names}
 
 
 def join_columns(columns: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return the rows that have these columns; columns of other names are left out."""
+    """Return the array of samples or tokens that has these columns; columns with unknown names are left out."""
     tokens = columns[TOKENS]
     if TARGETS not in columns:
         return tokens
@@ -70,33 +70,33 @@ def join_columns(columns: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def single_row(dtype: np.dtype[Any], token: int, *, starts_document: bool = False) -> np.ndarray:
-    """Return one token as a row of a dtype; it is no target."""
+    """Return one token as a value of the dtype of samples; if the dtype has a field for targets, it is false."""
     return np.array(token if dtype.names is None else (token, False, starts_document), dtype)
 
 
 def target_mask(rows: np.ndarray, padding: int) -> np.ndarray:
-    """Return a mask of the tokens that are targets; `padding` is the token that marks padding."""
+    """Return a mask of the tokens in samples that are targets of the loss; `padding` is the token id of padding."""
     mask: np.ndarray = rows != padding if rows.dtype.names is None else rows[TARGETS]
     return mask
 
 
 def padding_mask(rows: np.ndarray, padding: int) -> np.ndarray:
-    """Return a mask of the tokens that are padding; `padding` is the token that marks it."""
+    """Return a mask of the tokens in samples that are padding; `padding` is the token id of padding."""
     mask: np.ndarray = columns_of(rows)[TOKENS] == padding
     return mask
 
 
 def document_start_mask(rows: np.ndarray, start: int) -> np.ndarray:
-    """Return a mask of the tokens that begin a document; `start` is the token that a document of text begins with."""
+    """Return a mask of the tokens in samples that begin a document; `start` is the token with which text begins."""
     mask: np.ndarray = rows == start if rows.dtype.names is None else rows[DOCUMENT_STARTS]
     return mask
 
 
 def with_all_columns(rows: np.ndarray, start: int, padding: int) -> np.ndarray:
-    """Return rows with all columns; rows of text get those that they lack.
+    """Return samples with the columns tokens, targets and document_starts; samples of text lack the last two.
 
     Args:
-        rows: samples, or a stretch of tokens.
+        rows: samples, or a one-dimensional array of tokens.
         start: the token that each document begins with.
         padding: the token that marks padding.
     """
@@ -105,20 +105,23 @@ def with_all_columns(rows: np.ndarray, start: int, padding: int) -> np.ndarray:
 
 
 class ModelSamples(NamedTuple):
-    """Samples as a model takes them."""
+    """Samples in the form in which a decoder takes them."""
 
     token_ids: np.ndarray
     """Token ids, (samples, T + 1) int64, with token 0 for padding."""
     target_mask: np.ndarray
-    """Mask of the targets that count, (samples, T) bool."""
+    """Mask of the targets that count in the loss, (samples, T) bool."""
     document_starts: np.ndarray | None = None
-    """Mask of the input tokens that begin a document, (samples, T) bool; None if start tokens tell it."""
+    """Mask of the input tokens that begin a document, (samples, T) bool; None if every start token begins one."""
     experts: np.ndarray | None = None
     """Expert of each sample for router `domain`, (samples,) int64; None for any other router."""
 
 
 def split_padding(samples: Samples, token_bytes: int) -> ModelSamples:
-    """Convert stored samples to the input of a model; `token_bytes` is the number of bytes per token."""
+    """Convert stored samples, in which a token value marks padding, to the input of a decoder.
+
+    `token_bytes` is the number of bytes of a stored token, 2 or 4.
+    """
     padding = padding_token(token_bytes)
     tokens = columns_of(samples)[TOKENS]
     token_ids = np.where(tokens != padding, tokens, 0).astype(np.int64)
@@ -127,30 +130,34 @@ def split_padding(samples: Samples, token_bytes: int) -> ModelSamples:
 
 
 class EncoderSamples(NamedTuple):
-    """Samples of an encoder, of one or several parts of micro-batches; images and texts follow the order of parts."""
+    """Samples of an encoder for one or several parts of a micro-batch; a part has an objective and data of its own.
+
+    Images and texts are in the order of the parts.
+    """
 
     images: np.ndarray
-    """Crops, (images, size, size, 3) uint8."""
+    """Cropped images, (images, size, size, 3) uint8."""
     patch_hidden: np.ndarray
-    """Mask of hidden patches, (images, patches) bool."""
+    """Mask of the patches that are hidden from the model, (images, patches) bool."""
     tokens: np.ndarray
-    """Tokens as they are stored, with padding, (texts, T)."""
+    """Tokens of the texts as a shard stores them, with padding, (texts, T)."""
     inputs: np.ndarray
-    """Tokens as the model reads them: hidden ones are replaced."""
+    """Tokens of the texts as the model reads them, (texts, T): most of the hidden ones are replaced."""
     token_hidden: np.ndarray
-    """Mask of hidden tokens, (texts, T) bool."""
+    """Mask of the positions at which the model predicts a token, (texts, T) bool: hidden tokens, or in a caption every
+    position from which the next token or the end is predicted."""
 
     @classmethod
     def join(cls, parts: Sequence["EncoderSamples"]) -> "EncoderSamples":
-        """Return the samples of several parts, one part after another."""
+        """Return the samples of several parts of a micro-batch as one object, one part after another."""
         return cls(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
     @property
     def sample_count(self) -> int:
-        """The number of samples, if they are those of one part."""
+        """The number of samples; it is right only if all samples belong to one part."""
         return max(len(self.images), len(self.tokens))
 
     def rows(self, part: MicroBatchPart, start: int, stop: int) -> "EncoderSamples":
-        """Return samples `start` to `stop` - 1 of a part whose samples these are all."""
+        """Return samples `start` to `stop` - 1 of a part; all samples of this object must belong to this part."""
         image_rows, text_rows = (slice(start, stop) if name in part.columns else slice(0) for name in ("image", "text"))
         return EncoderSamples(*(column[image_rows] for column in self[:2]), *(column[text_rows] for column in self[2:]))

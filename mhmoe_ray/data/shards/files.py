@@ -1,4 +1,4 @@
-"""Shard files of packed samples: writing, reading and verifying them.
+"""Shard files of packed samples: writing and reading them, and the check of all files of a prepared folder.
 
 A shard is an Arrow file of one batch. Each column of its samples (columns.py) is a fixed-size binary without nulls.
 Training reads samples in random order: the file is memory-mapped, and a sample is read by its number without its
@@ -32,7 +32,7 @@ def rows_per_shard(seq_len: int, token_bytes: int) -> int:
 
 
 def write_shard(folder: Path, file: str, samples: Samples) -> Shard:
-    """Write one shard file in one step and return its entry for the manifest.
+    """Write one shard file atomically, and return its entry for the manifest.
 
     Args:
         folder: the folder of the prepared data.
@@ -74,10 +74,10 @@ class ShardReader:
         return int(self._starts[-1])
 
     def read(self, numbers: np.ndarray) -> Samples:
-        """Return samples by their numbers, in the dtype of the folder's tokens.
+        """Return the samples with these numbers, in the dtype of the folder's tokens.
 
         Args:
-            numbers: the numbers of the samples, at least one.
+            numbers: the numbers of the samples, counted across all shards from 0; at least one number.
         """
         shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
         row_of = numbers - self._starts[shard_of]
@@ -90,7 +90,7 @@ class ShardReader:
                     columns[name] = np.empty((len(numbers), stored_rows.shape[1]), stored_rows.dtype)
                 columns[name][sample_indices] = stored_rows[row_of[sample_indices]]
         length = columns[TOKENS].shape[1]
-        # Columns of bits are unpacked here, because those of all samples of a shard would need much memory.
+        # Only the columns of bits of these samples are unpacked, because those of a whole shard would need much memory.
         return join_columns(
             {
                 name: rows if name == TOKENS else np.unpackbits(rows, axis=1, count=length).astype(bool)
@@ -103,7 +103,7 @@ class ShardReader:
 def _map_columns(path: str, token_bytes: int) -> dict[str, np.ndarray]:
     """Return the columns of a shard file as memory-mapped arrays; a process caches the last `OPEN_SHARDS` files.
 
-    Tokens are token ids, and columns of bits are bytes.
+    The column `tokens` has token ids. Columns of bits stay packed, with 8 bits in a byte.
     """
     with pa.memory_map(path) as source:
         batch = pa.ipc.open_file(source).get_batch(0)
@@ -118,13 +118,14 @@ def _map_columns(path: str, token_bytes: int) -> dict[str, np.ndarray]:
 
 FILES_PER_TASK = 16
 LOCAL_CHECK_BYTES = 1 << 30
-"""Number of bytes up to which one process verifies shards in less time than Ray needs to start others."""
+"""Largest size of all shards in bytes that one process verifies in less time than Ray needs to start others."""
 
 
 def verify_shards(folder: Path, manifest: DataManifest) -> None:
     """Verify that the files of a prepared folder exist and have the content that was written.
 
-    They are the shards, the tokenizer and, where the folder has them, the chat template and the codebook.
+    These files are the shards and, if the folder has them, the tokenizer, the names of classes, the chat template and
+    the codebook.
 
     Raises:
         DataError: a file is missing or damaged.
@@ -150,14 +151,14 @@ def verify_shards(folder: Path, manifest: DataManifest) -> None:
 
 
 def _check_locally(rows: list[dict[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield each missing or damaged file with the reason."""
+    """Verify files in this process, and yield each missing or damaged one with the reason."""
     # Hashing releases the GIL, so threads verify files in parallel.
     with ThreadPoolExecutor() as threads:
         yield from (row for row in threads.map(partial(_check_file, folder=folder), rows) if row["reason"])
 
 
 def _check_on_cluster(rows: list[dict[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield one missing or damaged file with the reason, if there is any."""
+    """Verify files on the Ray cluster, and yield one missing or damaged file with the reason, if there is any."""
     files = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // FILES_PER_TASK))
     files.context.enable_progress_bars = False
     # One problem is enough for the error, so the other files need not be read.
@@ -169,7 +170,7 @@ def _check_file(row: dict[str, Any], *, folder: Path) -> dict[str, Any]:
 
 
 def file_problem(path: Path, sha256: str) -> str | None:
-    """Return the reason why a file does not have the content of this SHA-256, or None if it has."""
+    """Return the reason why the content of a file does not have this SHA-256, or None if it does."""
     if not path.is_file():
         return "it is missing"
     return None if describe_file(path).sha256 == sha256 else "its content is not what was written"

@@ -36,23 +36,23 @@ _READING_KEYS = {"format", "text_field", "delimiter", "filters"}
 
 
 class Shard(BaseModel):
-    """Entry of a shard file in the manifest."""
+    """Entry of a shard file in the manifest of a prepared folder."""
 
     file: str
     """Path of the file below the prepared folder."""
     rows: int
-    """Number of samples."""
+    """Number of samples in the shard."""
     sha256: str
 
 
 class _KindAware(BaseModel):
-    """Part of the manifest that has more fields in a folder with conversations or images."""
+    """Base of the parts of the manifest that have additional fields if the folder has conversations or images."""
 
     @model_serializer(mode="wrap")
     def _leave_out_unset_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Return the fields without those about conversations or images if there are none."""
-        # The manifest of a folder of text has the same bytes as before there were other kinds, because checkpoints
-        # identify their data by a hash of it.
+        """Serialize the fields, except those about conversations or images that are None."""
+        # Checkpoints identify their data by a hash of the manifest, so the manifest of a folder of text must not get
+        # more keys.
         fields: dict[str, Any] = handler(self)
         return {key: value for key, value in fields.items() if value is not None or key not in _KIND_FIELDS}
 
@@ -61,16 +61,16 @@ _KIND_FIELDS = {"target_tokens", "chat", "images", "image_bytes", "encoder", "vi
 
 
 class Domain(_KindAware):
-    """Entry of a domain in the manifest: its counts and its shards."""
+    """Entry of a domain, a named source of documents, in the manifest: its counts and its training shards."""
 
     documents: int
     """Number of training documents."""
     validation_documents: int
     """Number of held-out documents."""
     quarantined: dict[str, int]
-    """Number of lines, rows, files or lost parts of files that could not be read, by reason."""
+    """Number of lines, table rows, files or lost parts of files that could not be read, by reason."""
     dropped: dict[str, int]
-    """Number of documents that the source's filters dropped, by rule."""
+    """Number of documents that the source's filters dropped, by the name of the rule."""
     text_bytes: int
     """UTF-8 bytes of the texts of all training and held-out documents."""
     tokens: int
@@ -82,30 +82,30 @@ class Domain(_KindAware):
     validation_samples: int
     """Number of held-out samples that were selected."""
     unused_tokens: int
-    """Number of tokens after the last full sample with packing by concatenation; always less than a sample has. In a
+    """Number of tokens after the last full sample, if packing is by concatenation; always fewer than a sample has. In a
     folder for an encoder, the number of tokens that were cut from texts with images."""
     padding: int
-    """Number of targets that are padding, in samples that were filled up because no document fits. In a folder for an
-    encoder, the number of padding tokens."""
+    """Number of targets that are padding, in samples that were filled up because no further document fits. In a folder
+    for an encoder, the number of padding tokens."""
     target_tokens: int | None = None
-    """Number of targets that count in the training samples: of conversations, the tokens of the assistant's turns. None
-    in a folder without conversations, where all targets but padding count."""
+    """Number of targets in the training samples that count in the loss: in conversations, the tokens of the
+    assistant's turns. None in a folder without conversations, where all targets except padding count."""
     cut_documents: int
-    """Number of training documents that are not whole in one sample."""
+    """Number of training documents that were cut, so that no sample has the whole document."""
     images: int | None = None
     """Number of training samples with an image; None in a folder for a decoder."""
     image_bytes: int | None = None
-    """Bytes of the images of these samples; None like `images`."""
+    """Size in bytes of the stored images of these samples; None in a folder for a decoder."""
     shards: list[Shard]
 
     @property
     def size(self) -> int:
-        """Size by which the domains of a source share its weight: tokens, or samples in a folder with images."""
+        """Size by which domains share the weight of their source: tokens, or samples if the folder has images."""
         return self.tokens if self.images is None else self.samples
 
 
 class Baselines(BaseModel):
-    """Baselines of the loss on the validation tokens, without a neural network, in nats per token."""
+    """Validation losses of simple models without a neural network, in nats per token, as baselines for training."""
 
     unigram_entropy: float
     """Entropy of the frequencies of the validation tokens: the lowest loss of any model without context."""
@@ -121,9 +121,9 @@ class ChatData(BaseModel):
     template_sha256: str
     """SHA-256 of the file of the chat template."""
     start_token: int
-    """Token that precedes each document."""
+    """Id of the token that precedes each document."""
     turn_ends: list[int]
-    """Tokens that end a turn of the assistant."""
+    """Ids of the tokens that end a turn of the assistant."""
 
 
 class EncoderData(BaseModel):
@@ -137,14 +137,14 @@ class VisionData(BaseModel):
     """Facts about a prepared folder for a vision model."""
 
     classes_sha256: str
-    """SHA-256 of the file with the names of classes."""
+    """SHA-256 of the file with the names of the classes of each task."""
 
 
 class DataManifest(_KindAware):
     """Manifest of a prepared folder: the settings of its preparation, its counts and its shards."""
 
     recipe: dict[str, Any]
-    """Settings of the preparation, as `recipe` returns them."""
+    """Settings that determine the content of the folder, as the function `recipe` returns them."""
     fingerprints: dict[str, str] = {}
     """Fingerprint of each local source (see `data/sources/find.py`), by which moved text is recognised."""
     seq_len: int
@@ -161,13 +161,13 @@ class DataManifest(_KindAware):
     domains: dict[str, Domain]
     validation: list[Shard]
     validation_tokens: int
-    """Number of targets that count in the samples of `validation`; for an encoder, of tokens of texts without start
-    tokens, and for a vision model the number of samples. The field of the same name in `domains` counts all held-out
-    tokens."""
+    """Number of targets in the samples of `validation` that count in the loss. For an encoder, it is the number of
+    tokens of texts without start tokens; for a vision model, the number of samples. The field of the same name in
+    `domains` counts all held-out tokens."""
     baselines: Baselines | None
-    """Baselines of the loss on these targets; None without texts."""
+    """Baselines of the validation loss; None if the folder has no texts."""
     bad_lines: int
-    """Number of all quarantined items, including lost parts, which `Tally.bad_lines` leaves out."""
+    """Number of all items in the quarantine. It includes lost parts of files, which `Tally.bad_lines` leaves out."""
 
 
 def recipe(spec: RunSpec) -> dict[str, Any]:
@@ -272,7 +272,8 @@ def read_data_manifest(folder: Path) -> DataManifest | None:
 def data_digest(folder: Path) -> str:
     """Return the hash of a prepared folder by which checkpoints identify the data that they were trained on.
 
-    It is a hash of the manifest without the paths of sources that have a fingerprint, so it stays when text is moved.
+    It is a hash of the manifest without the paths of local sources, which have a fingerprint. It therefore stays the
+    same when local text is moved.
     """
     manifest = json.loads((folder / "manifest.json").read_bytes())
     # Folders of earlier versions have no fingerprints, so the hash of the whole manifest identifies their data.
@@ -284,13 +285,14 @@ def data_digest(folder: Path) -> str:
 
 
 PreparedKey = tuple[Path, str]
-"""A prepared folder, and the recipe of its preparation as JSON."""
+"""Key of prepared data: the path of its folder, and the settings of its preparation as JSON."""
 
 
 def _is_same_text(manifest: DataManifest, spec: RunSpec) -> bool:
-    """Return whether a spec names the same text as a manifest: sources with another path have the same fingerprint.
+    """Return whether the sources of a spec have the text that was prepared for a manifest, even if it was moved.
 
-    A source at a URI is the same text only if its path is equal.
+    A local source with another path has the same text if its fingerprint is equal. A source at a URI has the same text
+    only if its path is equal.
     """
     manifest_sources, spec_sources = manifest.recipe["sources"], recipe(spec)["sources"]
     moved_sources = {name for name in spec_sources if manifest_sources.get(name) != spec_sources[name]}
@@ -324,7 +326,7 @@ def require_matching_data(expected_digest: str | None, folder: Path, advice: str
     Args:
         expected_digest: the data digest in the checkpoint.
         folder: the prepared folder.
-        advice: end of the error message, an alternative to restoring the folder ("or ...").
+        advice: end of the error message that names an alternative to restoring the folder ("or ...").
 
     Raises:
         DataError: the folder has another digest.
@@ -358,12 +360,12 @@ def require_prepared_data(spec: RunSpec) -> DataManifest:
 
 
 def check_recipe(folder: Path, manifest: DataManifest, spec: RunSpec) -> None:
-    """Check that a folder was prepared with the settings of a spec, from the same text, which may have been moved.
+    """Check that a folder was prepared with the settings of a spec and from the same text, which may have been moved.
 
     Raises:
         DataError: a setting or the text differs; the message names the first difference.
     """
-    # A run that starts from another names the tokenizer that the other run may have trained in this folder.
+    # A run that starts from another run's model names the tokenizer that the other run may have trained in this folder.
     spec_recipe = recipe(spec)
     has_same_tokenizer = spec_recipe["tokenizer"] == _tokenizer_label(manifest.tokenizer_sha256)
     for key, spec_value in spec_recipe.items():

@@ -1,10 +1,11 @@
-"""Rows of the samples of encoders and vision models: writing them as shards, and reading them.
+"""Shards of samples with images, for encoders and vision models: writing and reading their rows.
 
 A sample of an encoder is a row with two columns. `tokens` has T tokens of 2 or 4 bytes: the start token and those of a
-text, filled up with padding; without a text, all are padding. `image` has the image file as it was stored, and is empty
-without an image. The column is dictionary-encoded, so that an image with many captions is stored once in a shard. A
-sample of a vision model has the columns `image` and `annotation`, which is its class or its objects
-(data/vision/annotations.py). A shard is an Arrow file of one batch without nulls, which is memory-mapped for reading.
+text, filled up with padding. Without a text, all T tokens are padding. `image` has the unchanged image file of the
+source, and is empty without an image. This column is dictionary-encoded, so that a shard stores an image with many
+captions once. A sample of a vision model has the columns `image` and `annotation`, which is the class or the objects of
+the image (data/vision/annotations.py). A shard is an Arrow file of one batch without nulls, which is memory-mapped for
+reading.
 """
 
 import hashlib
@@ -29,10 +30,10 @@ IMAGE, ANNOTATION = "image", "annotation"
 def row_batch(
     tokens: np.ndarray | None, images: Sequence[bytes], annotations: Sequence[bytes] | None = None
 ) -> pa.RecordBatch:
-    """Return rows as a batch with the columns of a shard.
+    """Return samples as an Arrow record batch with the columns of a shard.
 
     Args:
-        tokens: (rows, T) tokens in the dtype of the folder, at least one row; None for a vision model.
+        tokens: (rows, T) tokens in the dtype of the prepared folder, at least one row; None for a vision model.
         images: the image file of each row; empty for a row without image.
         annotations: the annotation of each row, for a vision model; None for an encoder.
     """
@@ -65,21 +66,21 @@ def join_batches(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
 
 
 def row_bytes(row: pa.RecordBatch) -> int:
-    """Return the number of bytes of the values of a row, which is a slice of a batch."""
+    """Return the size in bytes of the values of one sample; `row` is a slice of a batch with one row."""
     # For Arrow, the images of all rows of the batch belong to each slice of it.
     other_columns = sum(row.column(name).nbytes for name in row.schema.names if name != IMAGE)
     return int(other_columns) + len(row.column(IMAGE)[0].as_py())
 
 
 def _used_images(images: pa.DictionaryArray) -> pa.DictionaryArray:
-    """Return a column of images whose dictionary has the images of its rows alone, in the order of the rows."""
+    """Return a column of images whose dictionary has only the images that its rows use, in the order of the rows."""
     used_numbers = pc.unique(images.indices)
     indices = pc.index_in(images.indices, used_numbers).cast(images.indices.type)
     return pa.DictionaryArray.from_arrays(indices, images.dictionary.take(used_numbers))
 
 
 def file_content(batch: pa.RecordBatch) -> memoryview:
-    """Return the content of an Arrow file with one batch."""
+    """Return the content of an Arrow file that consists of one batch."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
@@ -87,7 +88,7 @@ def file_content(batch: pa.RecordBatch) -> memoryview:
 
 
 def write_row_shard(folder: Path, file: str, batch: pa.RecordBatch) -> Shard:
-    """Write one shard file in one step and return its entry for the manifest.
+    """Write one shard file atomically, and return its entry for the manifest.
 
     Args:
         folder: the folder of the prepared data.
@@ -118,10 +119,10 @@ def tokens_of(batch: pa.RecordBatch, token_bytes: int) -> np.ndarray:
 
 
 class StoredValues(Sequence[bytes]):
-    """Values of some rows in column `image` or `annotation`, which are read when they are asked for."""
+    """Stored images or annotations of some rows, as a sequence that reads a value only when it is accessed."""
 
     def __init__(self, reader: "RowReader", column: str, numbers: np.ndarray) -> None:
-        """Create the values; `numbers` are those of the rows."""
+        """Create the sequence of the values in `column`, `image` or `annotation`, of the rows with these numbers."""
         self._reader, self._column, self._numbers = reader, column, numbers
 
     def __len__(self) -> int:
@@ -139,7 +140,7 @@ class StoredValues(Sequence[bytes]):
 
 
 class RowReader:
-    """Random access to the rows of a list of shards, in the order of the list."""
+    """Random access to the rows, which are samples, of a list of shards, in the order of the list."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], token_bytes: int) -> None:
         self._paths = [str(folder / s.file) for s in shards]
@@ -150,15 +151,15 @@ class RowReader:
         return int(self._starts[-1])
 
     def read(self, numbers: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
-        """Return the tokens (rows, T) and the image files of rows; an image is empty if the row has none.
+        """Return the tokens, (rows, T), and the image files of some rows; an image is empty if the row has none.
 
         Args:
-            numbers: the numbers of the rows, at least one.
+            numbers: the numbers of the rows, counted across all shards from 0; at least one number.
         """
         return self.read_tokens(numbers), self.read_values(IMAGE, numbers)
 
     def read_values(self, column: str, numbers: np.ndarray) -> list[bytes]:
-        """Return the values of rows in column `image` or `annotation`; `numbers` may be empty."""
+        """Return the values in column `image` or `annotation` of the rows with these numbers, which may be none."""
         shard_of, row_of = self._locate(numbers)
         return [
             _map_shard(self._paths[shard]).column(column)[int(row)].as_py()
@@ -166,8 +167,10 @@ class RowReader:
         ]
 
     def image_numbers(self) -> tuple[np.ndarray, int]:
-        """Return the number of the stored image of each row, and the number of stored images, without reading them. A
-        shard stores an image once, so only rows of different shards may have equal images of different numbers."""
+        """Return the index of the stored image of each row, and how many images are stored, without reading any image.
+
+        A shard stores an image once. Equal images have different indices only if their rows are in different shards.
+        """
         numbers, count = [np.empty(0, np.int64)], 0
         for path in self._paths:
             column = _map_shard(path).column(IMAGE)
@@ -176,7 +179,7 @@ class RowReader:
         return np.concatenate(numbers), count
 
     def read_tokens(self, numbers: np.ndarray) -> np.ndarray:
-        """Return the tokens (rows, T) of rows without reading their images; `numbers` is as for `read`."""
+        """Return the tokens, (rows, T), of some rows without reading their images; see `read` for `numbers`."""
         shard_of, row_of = self._locate(numbers)
         tokens: np.ndarray | None = None
         for shard in np.unique(shard_of):
@@ -189,16 +192,16 @@ class RowReader:
         return tokens
 
     def _locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the shard of each row and its number within the shard."""
+        """Return the index of the shard of each row, and the number of the row within this shard."""
         shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
         return shard_of, numbers - self._starts[shard_of]
 
 
 def read_codebook(folder: Path, manifest: DataManifest) -> np.ndarray | None:
-    """Return the codebook of a prepared folder, float32 (entries, values); None if it has none.
+    """Return the codebook of image patches in a prepared folder, float32 (entries, values); None if it has none.
 
     Raises:
-        DataError: its file is missing or damaged.
+        DataError: the file of the codebook is missing or damaged.
     """
     if manifest.encoder is None or manifest.encoder.codebook_sha256 is None:
         return None

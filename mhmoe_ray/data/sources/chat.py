@@ -1,8 +1,8 @@
-"""Reader of conversations: JSON lines and Parquet.
+"""Reader of conversations in files of JSON lines and Parquet.
 
 A record has `messages`, a list of {role, content}, or a `prompt` and a `completion`, which are a turn of the user and
-one of the assistant. Other keys of a record are ignored, as those of other formats are; other keys of a message would
-mean something to its conversation, so a message that has one is refused.
+one of the assistant. Other keys of a record are ignored, as in all formats. A message with an unknown key is refused,
+because the key may change what the conversation means.
 """
 
 from collections.abc import Iterator
@@ -29,13 +29,13 @@ _COLUMN_SETS = (["messages"], list(PAIR_KEYS))
 def read_chat(
     storage: Storage, file: RawFile, limit: int, tally: Tally, template: ChatTemplate
 ) -> Iterator[Document | BadLine]:
-    """Yield the conversations of a file as documents, and the records that are none.
+    """Yield the conversations of a file as documents, and a `BadLine` for each record that is not a conversation.
 
     Args:
         storage: the storage that holds the file.
-        file: a Parquet file, if it ends in .parquet, else a file of JSON lines.
+        file: the file to read: Parquet if its name ends in .parquet, otherwise JSON lines.
         limit: largest size of a conversation in bytes.
-        tally: the tally whose `bytes_read` is updated.
+        tally: the counts for this file, of which `bytes_read` is updated.
         template: the template that renders the conversations.
     """
     if file.path.endswith(".parquet"):
@@ -95,21 +95,21 @@ def conversation_of(line: int, fields: Any, path: str, template: ChatTemplate) -
 
 
 class _MalformedRecordError(Exception):
-    """Error of a record that is no conversation; its text is the reason."""
+    """Error for a record that is not a conversation; the message of the error is the reason."""
 
 
 def parse_messages(fields: Any) -> list[Message]:
-    """Return the messages of a record.
+    """Return the messages in a record, after a check that it is a conversation.
 
     Args:
-        fields: any JSON value.
+        fields: the parsed record, which may be any JSON value.
 
     Raises:
-        _MalformedRecordError: the value is no conversation with a turn of the assistant.
+        _MalformedRecordError: the record is not a conversation, or the assistant has no turn in it.
     """
     if not isinstance(fields, dict):
         raise _MalformedRecordError(f"it is {json_type(fields)}, not an object")
-    # Records with messages often repeat the first one as `prompt`, so messages come first.
+    # Records with `messages` often repeat the first message as `prompt`, so `messages` takes precedence.
     if "messages" in fields:
         entries = fields["messages"]
         if not isinstance(entries, list):
@@ -127,10 +127,10 @@ def parse_messages(fields: Any) -> list[Message]:
 
 
 def _parse_message(entry: Any, number: int) -> Message:
-    """Return one message, whose number within its conversation is `number`, without keys that are null.
+    """Return the checked message at position `number` of its conversation, from 1, without keys whose value is null.
 
     Raises:
-        _MalformedRecordError: it has no role or content, keys that are not known, or an empty answer.
+        _MalformedRecordError: the message lacks a role or a content, has an unknown key, or is an empty answer.
     """
     if not isinstance(entry, dict):
         raise _MalformedRecordError(f"message {number} is {json_type(entry)}, not an object")

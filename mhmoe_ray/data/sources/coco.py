@@ -1,14 +1,16 @@
-"""Reader of COCO's JSON: captions of images, or images with objects.
+"""Reader of COCO's JSON files: captions of images, or images with objects.
 
-COCO's JSON has `images`, a list of {id, file_name}, and `annotations`. Those of captions are {image_id, caption}: the
-document of an annotation is its caption and its image. If a source uses only the images, each image is one document.
+A file has `images`, a list of {id, file_name}, and `annotations`. In a file of captions, an annotation is {image_id,
+caption}, and a document is one caption with its image. If a source uses only the images, each image is one document.
 
-Those of instances are {id, image_id, category_id, bbox, segmentation, iscrowd}, and `categories` is a list of {id,
-name}: a document is an image with all its objects, also if it has none. An object that cannot be used is quarantined
-by its id, and its image stays. The size of an image is that of its file, because `width` and `height` may be wrong.
+In a file of instances, an annotation is {id, image_id, category_id, bbox, segmentation, iscrowd}, and `categories` is a
+list of {id, name}. A document is an image with all its objects, even if it has none. An object that cannot be used is
+quarantined by its id, and its image stays. The size of an image is read from the image file, because `width` and
+`height` in the JSON may be wrong.
 
-Images are looked for under `file_name` in four folders: the folder of the JSON file and its parent, then in both the
-folder that is named like the split, the last word of the file's name (`train2017` for `captions_train2017.json`).
+An image is looked for by its `file_name` in four folders: that of the JSON file, the parent of this folder, and the
+subfolder of each that is named like the split. The split is the last word of the JSON file's name: `train2017` for
+`captions_train2017.json`.
 """
 
 import math
@@ -29,11 +31,11 @@ from mhmoe_ray.spec import SourceSpec
 from mhmoe_ray.spec.formats import Column
 
 MAX_ID_CHARACTERS = 100
-"""Largest number of characters of an id that a message shows."""
+"""Largest number of characters of an id that an error message shows."""
 
 
 class _CocoFile(NamedTuple):
-    """Content of a JSON file."""
+    """Parsed content of one of COCO's JSON files."""
 
     images: list[Any]
     annotations: list[Any]
@@ -42,7 +44,7 @@ class _CocoFile(NamedTuple):
 
 
 class _ImageAnnotation(NamedTuple):
-    """Annotation of an image in COCO's JSON."""
+    """Entry of the list `annotations` in COCO's JSON, with its position in the list."""
 
     number: int
     """Number of the annotation within the file, from 1."""
@@ -52,10 +54,10 @@ class _ImageAnnotation(NamedTuple):
 def read_coco(
     storage: Storage, file: RawFile, source: SourceSpec, settings: ReadSettings, tally: Tally
 ) -> Iterator[Document | BadLine]:
-    """Yield the captions, or the images with their objects, of a JSON file as documents, image by image.
+    """Yield the documents of one of COCO's JSON files, image by image: captions, images, or images with objects.
 
-    The number of a document is that of its annotation; of an image without caption, with objects, or if only images
-    are used, it is the number of the image. See `reading.FormatReader` for the arguments.
+    `Document.line` of a caption is the number of its annotation in the file; for all other documents it is the number
+    of the image. See `reading.FormatReader` for the arguments.
     """
     columns = source.sample_columns
     try:
@@ -114,20 +116,23 @@ def _is_id(value: object) -> bool:
 
 
 def _id_text(value: object) -> str:
-    """Return an id for the user. A list may be nested too deeply for Python to print it."""
+    """Return the text of an id for an error message; the JSON value may have any type.
+
+    A list or an object is described by its type alone, since it may be nested too deeply for Python to print it.
+    """
     is_printable = value is None or isinstance(value, int | float | str)
     return repr(value)[:MAX_ID_CHARACTERS] if is_printable else json_type(value)
 
 
 def _parse_coco(content: bytes, columns: Sequence[Column]) -> _CocoFile:
-    """Return the content of a JSON file.
+    """Parse one of COCO's JSON files, and check that it has the lists that the source needs.
 
     Args:
-        content: the JSON.
-        columns: the columns of the source's samples.
+        content: the content of the file.
+        columns: the columns of the source's samples, which tell whether it needs captions or objects.
 
     Raises:
-        DamageError: it is not JSON, or it has not what the source reads.
+        DamageError: the content is not JSON, or a list that the source needs is missing.
     """
     try:
         tree = orjson.loads(content)
@@ -169,17 +174,17 @@ def _read_objects(
     columns: Sequence[Column],
     settings: ReadSettings,
 ) -> Iterator[Document | BadLine]:
-    """Yield the objects of an image that cannot be used, then the image with the others as a document.
+    """Yield a `BadLine` for each object of an image that cannot be used, then the image with its other objects.
 
     Args:
         path: the path of the JSON file.
         number: the number of the image within the file.
-        entry: the image in the JSON, with `id` and `file_name`.
+        entry: the entry of the image in the JSON, with `id` and `file_name`.
         image: the image file, or the reason why it could not be read.
         annotations: the annotations of the image.
         class_names: the names of the categories by id.
         columns: the columns of the source's samples.
-        settings: the limits of documents and images.
+        settings: the size limits of documents and images.
     """
     decoded_image = decode_checked_image(image, settings)
     if isinstance(decoded_image, Fault):
@@ -197,13 +202,13 @@ def _read_objects(
 
 
 def _checked_instance(fields: dict[str, Any], class_names: dict[int | str, str], width: int, height: int) -> Instance:
-    """Return the object of an annotation, with its box cut off at the edges of the image.
+    """Return the object that an annotation describes, with its box cut off at the edges of the image.
 
     Args:
-        fields: the annotation in the JSON.
+        fields: the entry of the annotation in the JSON.
         class_names: the names of the categories by id.
-        width: width of the image.
-        height: height of the image.
+        width: width of the image in pixels.
+        height: height of the image in pixels.
 
     Raises:
         ObjectError: the object cannot be used.
@@ -216,16 +221,16 @@ def _checked_instance(fields: dict[str, Any], class_names: dict[int | str, str],
         raise ObjectError("its iscrowd is neither 0 nor 1")
     box = _checked_box(fields.get("bbox"), width, height)
     segmentation = fields.get("segmentation")
-    # Programs that label boxes alone write an empty list.
+    # Labelling programs that know only boxes write an empty list.
     mask = None if segmentation is None or segmentation == [] else encode_mask(segmentation, width, height)
     return Instance(class_names[category_id], box, mask, bool(is_crowd))
 
 
 def _checked_box(bbox: object, width: int, height: int) -> tuple[float, float, float, float]:
-    """Return the edges of a box of COCO's JSON, [x, y, width, height], within an image.
+    """Convert a box of COCO's JSON, [x, y, width, height], to its left, top, right and bottom edge within the image.
 
     Raises:
-        ObjectError: it is no box, or it lies outside of the image.
+        ObjectError: the value is not a box, or the box lies outside of the image.
     """
     if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(is_number, bbox)):
         raise ObjectError("its bbox is no list of four numbers")
@@ -242,7 +247,7 @@ def _checked_box(bbox: object, width: int, height: int) -> tuple[float, float, f
 
 
 class _ImageFinder:
-    """Finder of the images that a JSON file names.
+    """Finder of the image files that one of COCO's JSON files names.
 
     Args:
         storage: the storage that holds the file.
@@ -259,7 +264,10 @@ class _ImageFinder:
         self._folders += [f"{root}{split}/" for root in self._folders]
 
     def read_image(self, name: str, limit: int) -> bytes | Fault:
-        """Return the content of an image, or the reason why it cannot be read; `limit` is its largest size in bytes."""
+        """Return the content of the image file `name`, or the reason why it cannot be read.
+
+        A file of more than `limit` bytes is not read to its end.
+        """
         # A name from somebody else's file must not lead outside of the data set.
         if name.startswith("/") or ".." in name.split("/"):
             return Fault(Reason.NO_IMAGE, "its name is no path below a folder")

@@ -1,9 +1,8 @@
-"""Readers of columns of texts, images and classes, checked before decoding: Parquet files and Hugging Face's Arrow
-streams.
+"""Readers of Parquet files and of Hugging Face's Arrow streams with columns of texts, images and classes.
 
-The check is needed because pyarrow's own decoding of damaged offsets has crashed the process. A row is a document. In a
-damaged Parquet file only the damaged row groups are lost; in a stream that `save_to_disk` wrote, everything from the
-damaged batch on is lost.
+Columns are checked before they are decoded, because pyarrow has crashed the process when it decoded damaged offsets. A
+row is a document. In a damaged Parquet file, only the damaged row groups are lost; in an Arrow stream that
+`save_to_disk` wrote, everything from the damaged batch on is lost.
 """
 
 import itertools
@@ -38,7 +37,7 @@ def open_parquet(storage: Storage, path: str) -> pq.ParquetFile:
 
 
 def column_problem(schema: pa.Schema, column: str) -> str | None:
-    """Return the reason why texts cannot be read from a column, or None if it exists and holds strings."""
+    """Return the reason why texts cannot be read from a column; None if the column exists and holds strings."""
     if column not in schema.names:
         hint = "; conversations need format chat" if "messages" in schema.names else ""
         return f"it has no column {column!r}; it has {', '.join(map(repr, schema.names))}{hint}"
@@ -47,7 +46,7 @@ def column_problem(schema: pa.Schema, column: str) -> str | None:
 
 
 def _value_type(schema: pa.Schema, column: str) -> pa.DataType:
-    """Return the type of a column's values, which may be in a dictionary."""
+    """Return the type of a column's values; for a dictionary-encoded column, the type of the dictionary's values."""
     column_type = schema.field(column).type
     return column_type.value_type if pa.types.is_dictionary(column_type) else column_type
 
@@ -89,7 +88,10 @@ def documents_in(texts: pa.Array, path: str, first_row: int, limit: int) -> Iter
 
 
 def _decode_batch(texts: pa.Array, path: str, first_row: int, limit: int) -> Iterator[Document | BadLine]:
-    """Do the work of `documents_in` for a few rows, which are not in a dictionary."""
+    """Yield a `Document` or a `BadLine` for each row of a small array of texts, as `documents_in` does.
+
+    The array is not dictionary-encoded.
+    """
     lengths = pc.binary_length(texts).to_pylist()
     for row, (length, text) in enumerate(zip(lengths, texts, strict=True), start=first_row + 1):
         if length is None:
@@ -107,23 +109,23 @@ def _decode_batch(texts: pa.Array, path: str, first_row: int, limit: int) -> Ite
 
 
 class ColumnError(Exception):
-    """Error of a file that lacks the columns to read; its text is the reason."""
+    """Error for a file that lacks a column that its source reads; the message of the error is the reason."""
 
 
 _TEXT_COLUMN, _CLASS_COLUMN = "text", "label"
 
 
 class _RowReader:
-    """Reader of the rows of a file of the formats `parquet` and `huggingface`.
+    """Reader that turns the rows of a Parquet file or a Hugging Face dataset into documents.
 
     Args:
         source: the settings of the source.
-        settings: the limits of documents and images.
+        settings: the size limits of documents and images.
         schema: the schema of the file.
         path: the path of the file.
 
     Raises:
-        ColumnError: the file lacks a column.
+        ColumnError: the file lacks a column that the source reads, or the column has a wrong type.
     """
 
     def __init__(self, source: SourceSpec, settings: ReadSettings, schema: pa.Schema, path: str) -> None:
@@ -131,7 +133,7 @@ class _RowReader:
         self._text_column = (source.text_field or _TEXT_COLUMN) if "text" in self._columns else None
         if source.image_column is not None and (problem := image_column_problem(schema, source.image_column)):
             raise ColumnError(problem)
-        # Texts alone may be in a file without images.
+        # A source of texts may have files without images.
         image_columns = (name for name in settings.image_columns if not image_column_problem(schema, name))
         self._image_column = next(image_columns, None)
         if self._text_column is not None and (problem := column_problem(schema, self._text_column)):
@@ -145,12 +147,15 @@ class _RowReader:
 
     @property
     def columns(self) -> list[str]:
-        """Names of the columns to read."""
+        """Names of the columns of texts, images and classes that must be read from the file."""
         names = (self._text_column, self._image_column, self._class_column)
         return [name for name in names if name is not None]
 
     def items_in(self, batch: pa.RecordBatch, first_row: int) -> Iterator[Document | BadLine]:
-        """Yield a `Document` or a `BadLine` for each row; `first_row` is the number of the first one, from 0."""
+        """Yield a `Document` or a `BadLine` for each row of a batch.
+
+        `first_row` is the number of the first of these rows within the file, from 0.
+        """
         limit = self._settings.document_bytes
         text_items: Iterable[Document | BadLine | None] = itertools.repeat(None, len(batch))
         if self._text_column is not None:
@@ -171,7 +176,7 @@ class _RowReader:
 
 
 def image_column_problem(schema: pa.Schema, column: str) -> str | None:
-    """Return the reason why images cannot be read from a column, or None if it exists and holds image files."""
+    """Return the reason why images cannot be read from a column; None if the column exists and holds bytes."""
     if column not in schema.names:
         names = ", ".join(map(repr, schema.names))
         hint = "; download the images with img2dataset first" if {"url", "URL"} & {*schema.names} else ""
@@ -191,7 +196,7 @@ def _is_binary(data_type: pa.DataType) -> bool:
 
 
 def image_bytes(images: pa.Array, limit: int) -> Iterator[bytes | Fault]:
-    """Yield the content of each row of a column of images, or the reason why it has none.
+    """Yield the image file in each row of a column, or the reason why the row has no image that can be used.
 
     Args:
         images: a column of bytes, or of structures with the field `bytes`.
@@ -207,7 +212,7 @@ def image_bytes(images: pa.Array, limit: int) -> Iterator[bytes | Fault]:
         reason = "its bytes are null: only the path of a file may be stored"
     images.validate(full=True)
     for image in images:
-        # The buffer is a view, so nothing is copied of an image that is too large.
+        # The buffer is a view, so an image that is too large is not copied.
         buffer = image.as_buffer()
         if buffer is None:
             yield Fault(Reason.NO_IMAGE, reason)
@@ -216,7 +221,10 @@ def image_bytes(images: pa.Array, limit: int) -> Iterator[bytes | Fault]:
 
 
 def class_column_problem(schema: pa.Schema, column: str) -> str | None:
-    """Return the reason why classes cannot be read from a column, or None if it exists and holds texts or integers."""
+    """Return the reason why classes cannot be read from a column; None if they can.
+
+    Classes can be read from a column of texts or integers.
+    """
     if column not in schema.names:
         return f"it has no column {column!r}; it has {', '.join(map(repr, schema.names))}"
     column_type = _value_type(schema, column)
@@ -226,7 +234,7 @@ def class_column_problem(schema: pa.Schema, column: str) -> str | None:
 
 
 def label_names(schema: pa.Schema, column: str) -> list[str] | None:
-    """Return the names of a column's integers that Hugging Face stored with the schema, or None if it has none."""
+    """Return the class names that Hugging Face stored in the schema for a column of integers; None without any."""
     try:
         tree = orjson.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         names = tree["info"]["features"][column]["names"]
@@ -236,11 +244,11 @@ def label_names(schema: pa.Schema, column: str) -> list[str] | None:
 
 
 def classes_in(classes: pa.Array, names: list[str] | None, limit: int) -> Iterator[str | Fault]:
-    """Yield the class of each row of a column, or the reason why it has none.
+    """Yield the name of the class in each row of a column, or the reason why the row has none.
 
     Args:
         classes: a column that `class_column_problem` accepts.
-        names: the names of its integers; None if the class of an integer is the number as text.
+        names: the names of the classes, which the integers in the column index; None to use the integers as names.
         limit: largest size of a name in bytes.
 
     Raises:
@@ -275,7 +283,7 @@ def classes_in(classes: pa.Array, names: list[str] | None, limit: int) -> Iterat
 def read_parquet(
     storage: Storage, file: RawFile, source: SourceSpec, settings: ReadSettings, tally: Tally
 ) -> Iterator[Document | BadLine]:
-    """Yield the rows of a Parquet file as documents, and an item for each row group that is damaged.
+    """Yield the rows of a Parquet file as documents, and a `BadLine` for each damaged row group.
 
     See `reading.FormatReader` for the arguments.
     """
@@ -300,16 +308,16 @@ def read_row_groups(
     choose_columns: Callable[[pa.Schema], list[str]],
     read_batch: Callable[[pa.RecordBatch, int], Iterator[Document | BadLine]],
 ) -> Iterator[Document | BadLine]:
-    """Yield the items of a Parquet file, row group by row group, and an item for each row group that is damaged.
+    """Yield the documents and unreadable rows of a Parquet file, and a `BadLine` for each damaged row group.
 
     Args:
         storage: the storage that holds the file.
         file: the file to read.
-        tally: the tally whose `bytes_read` is updated.
+        tally: the counts for this file, of which `bytes_read` is updated.
         choose_columns: function that returns the names of the columns to read; it raises `ColumnError` if the file
             lacks them.
-        read_batch: function that yields the items of some rows, given the number of the first row within the file, from
-            0.
+        read_batch: function that yields the documents and unreadable rows of a batch. Its arguments are the batch and
+            the number of the batch's first row within the file, from 0.
     """
     row = 0
     try:
@@ -325,7 +333,7 @@ def read_row_groups(
                 group_start, row = row, row + table.metadata.row_group(group).num_rows
                 next_row = group_start
                 # Each batch has the whole dictionary, which small batches would decode again and again, so a row group
-                # of texts is read as one batch. With images, that could be gigabytes.
+                # of dictionary-encoded texts is read as one batch. A row group with images could have gigabytes.
                 batch_rows = max(1, row - group_start) if in_dictionary else ROWS_PER_BATCH
                 try:
                     for batch in table.iter_batches(batch_rows, [group], columns, use_threads=False):
@@ -353,7 +361,7 @@ def read_huggingface(
 ) -> Iterator[Document | BadLine]:
     """Yield the rows of an Arrow stream that Hugging Face's `save_to_disk` wrote as documents, up to any damage.
 
-    The last item reports the damage. See `reading.FormatReader` for the arguments.
+    If the file is damaged, the last item is a `BadLine`. See `reading.FormatReader` for the arguments.
     """
     row = 0
     try:

@@ -27,7 +27,7 @@ _OTHER_FORMATS = {
     rb"\x04\x22\x4d\x18": "lz4",
     rb"PAR1\x15": "Parquet",
 }
-"""Names of formats that are not supported, by a pattern of first bytes with which no text begins.
+"""Names of unsupported formats, by a pattern of the first bytes of their files, with which no text begins.
 
 The letters PAR1 alone could begin a text, so that pattern includes the next byte, the first of a page header.
 """
@@ -53,7 +53,7 @@ def decompress(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
         name: the file's name, which helps to distinguish a damaged beginning from plain text.
 
     Raises:
-        DamageError: `chunks` raises it, the content cannot be decompressed any further, or its format is not supported.
+        DamageError: `chunks` raises it, the rest of the content cannot be decompressed, or its format is not supported.
     """
     data = ByteBuffer(chunks)
     magic = data.peek(10)
@@ -96,7 +96,7 @@ def _is_text(start: bytes) -> bool:
 
 
 class ByteBuffer:
-    """Buffer over chunks from which any number of bytes can be taken."""
+    """Buffer over an iterator of byte chunks, from which any number of bytes can be taken."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
@@ -118,13 +118,13 @@ class ByteBuffer:
         return content
 
     def give_back(self, count: int) -> None:
-        """Return the `count` bytes that were taken last to the buffer."""
+        """Put the `count` bytes that were taken last back into the buffer."""
         self._offset -= count
 
     def take_available(self, limit: int = INPUT_BYTES) -> bytes:
         """Take at most `limit` bytes from the buffer, or from the next chunk if the buffer is empty.
 
-        Return no bytes at the end of the file.
+        Return empty bytes at the end of the file.
         """
         if self._offset == len(self._buffer):
             self._buffer, self._offset = next(self._chunks, b""), 0
@@ -140,7 +140,7 @@ def _gunzip(data: ByteBuffer) -> Iterator[bytes]:
     """Yield the decompressed content of gzip members (RFC 1952); zero bytes after a member are skipped as padding.
 
     Raises:
-        DamageError: after all content before the damage.
+        DamageError: the stream is damaged or cut off; all content before the damage is yielded first.
     """
     while True:
         member = zlib.decompressobj(wbits=31)
@@ -168,7 +168,7 @@ def _gunzip(data: ByteBuffer) -> Iterator[bytes]:
 
 
 def _decompress_to_damage(member: "zlib._Decompress", chunk: bytes) -> Iterator[bytes]:
-    """Yield what a damaged chunk decompresses to before the damage, byte by byte."""
+    """Yield the content before the damage in a damaged gzip chunk, which is decompressed byte by byte."""
     for byte in chunk:
         try:
             yield member.decompress(bytes([byte]))
@@ -184,7 +184,7 @@ def _unzstd(data: ByteBuffer) -> Iterator[bytes]:
     """Yield the decompressed content of zstd frames (RFC 8878), block by block.
 
     Raises:
-        DamageError: after all content before the damage.
+        DamageError: a frame is damaged or cut off; all content before the damage is yielded first.
     """
     # The library gets one block at a time. So no data before a damaged block is lost, no piece inflates to more than a
     # block, and a frame that is cut off is not mistaken for a complete one.
@@ -223,7 +223,7 @@ def _unzstd(data: ByteBuffer) -> Iterator[bytes]:
 
 
 def _take_exactly(data: ByteBuffer, count: int) -> bytes:
-    """Take `count` bytes; raise DamageError if there are fewer."""
+    """Return the next `count` bytes of a zstd frame; raise DamageError if the file ends too early."""
     content = data.take(count)
     if len(content) < count:
         raise DamageError(_CUT_OFF_REASON)

@@ -1,7 +1,8 @@
 """Discovery of the raw files of a spec: the files of each source, their format, and the domain of each file.
 
-The domain of a file is the folder directly below the source's path, in RedPajama-V2 its language. Files in the path
-itself belong to the domain `all`. If these folders are the classes of images, all images belong to the domain `all`.
+The domain of a file is named after the folder directly below the source's path that contains the file, or in
+RedPajama-V2 after the language of the file. Files directly in the source's path belong to the domain `all`. If the
+folders are classes of images, all images belong to the domain `all`.
 """
 
 import hashlib
@@ -25,19 +26,19 @@ from mhmoe_ray.spec import DataSpec, FilterSpec, Format, SourceSpec
 from mhmoe_ray.spec.formats import FORMATS
 
 ROOT_SUBFOLDER = "all"
-"""Subfolder name in the domain of files that are in no subfolder."""
+"""Name that stands for the subfolder in the domain of files that lie directly in the source's path."""
 
 MAX_FILE_BLOCKS = 1000
-"""Number of files up to which each file is a separate block."""
+"""Largest number of files for which each file is a separate block of the Ray dataset."""
 BLOCK_BYTES = 4 << 20
-"""Total size of a block's files from which no more files are added to it."""
+"""Total size in bytes at which a block of files is full: no more files are added to it."""
 
 FINGERPRINT_BYTES = 4096
-"""Number of first bytes of a file that its fingerprint includes: files that differ only later nearly always have
-different sizes."""
+"""Number of bytes at the beginning of a file that its fingerprint includes. Files that differ only later nearly always
+have different sizes, which the fingerprint includes, too."""
 
 _PREPARED_FILES = ("manifest.json", "quarantine.jsonl")
-"""Files of a prepared folder; no other folder has both of them."""
+"""Files by which a folder of prepared shards is recognized: no other folder has both of them."""
 _STAGING_DIRECTORY = re.compile(r"\.partial-[0-9a-f]{8}/")
 _STATE_FILE, _SPLITS_FILE = "state.json", "dataset_dict.json"
 
@@ -72,10 +73,10 @@ def source_errors(spec: DataSpec) -> list[DataError]:
 
 
 def fingerprints(spec: DataSpec, files: Sequence[RawFile]) -> dict[str, str]:
-    """Return a fingerprint of the content of each local source by its name; it does not depend on the location.
+    """Return a fingerprint of the content of each local source, by its name; moving the files does not change it.
 
     The fingerprint is a hash over the relative paths, sizes and first bytes of the source's files. A source in an
-    object store has none: its URI identifies it.
+    object store has no fingerprint: its URI identifies it.
 
     Args:
         spec: the data section of a spec.
@@ -91,7 +92,7 @@ def fingerprints(spec: DataSpec, files: Sequence[RawFile]) -> dict[str, str]:
             continue
         root, digests[name] = Storage(path).root(), hashlib.sha256()
         for file in source_files:
-            # Of the images of a folder, the names and the beginning of the first one are read: there may be millions.
+            # Of a group of images, only the names and the beginning of the first one are hashed: there may be millions.
             first_bytes = "\0".join(file.members).encode()
             with Path(file.stored_paths[0]).open("rb") as stream:
                 first_hash = hashlib.sha256(first_bytes + stream.read(FINGERPRINT_BYTES)).hexdigest()
@@ -105,7 +106,7 @@ def version_hash(spec: DataSpec, files: Sequence[RawFile]) -> str:
     """Return a hash that changes when a file is written, added or removed, and when the chat template is written.
 
     It is a hash over the paths, sizes and modification times. Unlike `fingerprints`, it also tells two files apart that
-    have the same size and beginning, and it costs one listing on an object store.
+    have the same size and beginning. On an object store, it needs one listing of the files.
 
     Args:
         spec: the data section of a spec.
@@ -142,7 +143,7 @@ def file_blocks(files: Sequence[RawFile]) -> list[pa.Table]:
     """Group files into the blocks of a Ray dataset; a task reads the files of one block.
 
     A block is a table with a row for each file: its number and the fields of `RawFile`. Each file has a separate block
-    unless there are more than `MAX_FILE_BLOCKS`; then small neighbours share a block.
+    unless there are more than `MAX_FILE_BLOCKS`; then small files that follow each other share a block.
     """
     # Small files share a block if there are many files. With a task for each, the overhead of tasks would dominate.
     files_per_block, blocks, rows, size = ceil(len(files) / MAX_FILE_BLOCKS), [], [], 0
@@ -223,7 +224,7 @@ def _files_of_source(name: str, source: SourceSpec, subfolders: list[str] | None
     if format == "images":
         image_files = list(selected_files)
         if "class" in source.sample_columns:
-            # There may be thousands of classes, and a mixture by class would not be meant.
+            # There may be thousands of classes, and a class is not meant to have a weight in the mixture.
             filled_subfolders = {subfolder for subfolder, _ in image_files}
             image_files = [(ROOT_SUBFOLDER, file) for _, file in image_files]
         files = list(_image_folders(name, root, image_files))
@@ -294,16 +295,16 @@ def subfolder_at(root: str, path: str) -> str:
 
 
 IMAGES_BYTES = 64 << 20
-"""Total size of the images of a folder from which a further `RawFile` begins: some seconds of reading."""
+"""Total size in bytes at which a group of images in one `RawFile` is full. Reading such a group takes some seconds."""
 
 
 def _image_folders(name: str, root: str, image_files: Iterable[tuple[str, ListedFile]]) -> Iterator[RawFile]:
-    """Yield the images of a source as files of about `IMAGES_BYTES`, folder by folder.
+    """Yield the images of a source in groups of about `IMAGES_BYTES` bytes, folder by folder; a group is a `RawFile`.
 
     Args:
         name: the name of the source.
         root: the folder of the source.
-        image_files: the subfolder and listing of each image, in the order of paths.
+        image_files: the subfolder of each image with its path and size, in the order of paths.
     """
     for subfolder, group in itertools.groupby(image_files, lambda image_file: image_file[0]):
         folder = root if subfolder == ROOT_SUBFOLDER else f"{root.rstrip('/')}/{subfolder}"
@@ -321,7 +322,7 @@ def _image_folders(name: str, root: str, image_files: Iterable[tuple[str, Listed
 def _files_by_suffix(
     source: SourceSpec, storage: Storage, root: str, format: Format, listed_files: list[ListedFile]
 ) -> Iterator[tuple[str, ListedFile]]:
-    """Yield the subfolder and listing of each file with a suffix of the format.
+    """Yield the subfolder of each file whose name ends in a suffix of the format, with the file's path and size.
 
     If the format is given and the source's path is a pattern or a single file, files with any suffix are taken.
     """
@@ -336,9 +337,9 @@ def _files_by_suffix(
 def _huggingface_files(
     subject: str, storage: Storage, root: str, listed_files: list[ListedFile]
 ) -> Iterator[tuple[str, ListedFile]]:
-    """Yield the subfolder and listing of each data file that a `state.json` names.
+    """Yield the subfolder of each Arrow file that a dataset's `state.json` names, with the file's path and size.
 
-    Only the split `train` of a dictionary of splits is used.
+    If Hugging Face's `save_to_disk` wrote a dictionary of splits, only the split `train` is used.
 
     Raises:
         DataError: there is no split `train`, or a `state.json` cannot be used.
@@ -356,7 +357,7 @@ def _huggingface_files(
             continue
         # The files of a split `train` get the domain of the dataset's folder, one level above.
         dataset_folder = parent if parent in split_folders else folder
-        # A data file that is missing gets size 0, and reading it will report the loss.
+        # A missing data file gets size 0, and its reader will report the loss.
         for name in _data_files(subject, storage, f"{folder}/{_STATE_FILE}"):
             yield (
                 subfolder_at(root, f"{dataset_folder}/{name}"),
@@ -385,10 +386,10 @@ def _data_files(subject: str, storage: Storage, path: str) -> list[str]:
 def _redpajama_v2_files(
     subject: str, filters: FilterSpec, listed_files: list[ListedFile]
 ) -> Iterator[tuple[str, ListedFile]]:
-    """Yield the language and listing of each document file of RedPajama-V2 that the filters select.
+    """Yield the language of each document file of RedPajama-V2 that the filters select, with its path and size.
 
     Raises:
-        DataError: a file beside the documents that the filters need is missing.
+        DataError: a file of quality signals, duplicates or signatures that the filters need is missing.
     """
     existing_paths = {path for path, _ in listed_files}
     missing_paths = []

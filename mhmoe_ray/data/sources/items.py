@@ -1,4 +1,4 @@
-"""Items of raw files: documents, and lines that could not be read, with their location and reason."""
+"""Items that the readers of raw files yield: documents, and unreadable lines with their location and the reason."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -16,64 +16,65 @@ _COMPRESSION_RATIO = 3
 
 
 class RawFile(NamedTuple):
-    """File of raw text or of pictures, or some of the images of a folder."""
+    """File of raw text or pictures to read. For format `images`, it is a group of image files below one folder."""
 
     domain: str
     """Domain of the file, <source>/<subfolder>, for example redpajama/book."""
     path: str
     """Local path of the file or folder, or its URI without the query."""
     size: int
-    """Size of the file, or of all images, in bytes, when it was listed."""
+    """Size in bytes of the file, or of all images of the group, at the time when the source was listed."""
     format: Format
     members: tuple[str, ...] = ()
     """Paths of the images of a folder (format `images`), relative to `path`; empty for a single file."""
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "RawFile":
-        """Return the file in a row of a table that `find.file_blocks` made."""
+        """Return the raw file that one row of a table from `find.file_blocks` describes."""
         file = cls(*(row[name] for name in cls._fields))
         return file._replace(members=tuple(file.members))
 
     @property
     def stored_paths(self) -> list[str]:
-        """Paths of all stored files: of the images of a folder, or `path`."""
+        """Paths of the stored files: one path for each image of a group, or `path` alone for a single file."""
         return [f"{self.path}/{member}" for member in self.members] or [self.path]
 
     @property
     def inflation(self) -> int:
-        """Estimated bytes of text per stored byte: 3 for a file with a compressed format's suffix, otherwise 1."""
+        """Estimated bytes of text per stored byte: 3 if the path ends in .gz, .zst or .parquet, otherwise 1."""
         return _COMPRESSION_RATIO if self.path.endswith(_COMPRESSED_SUFFIXES) else 1
 
 
 class Document(NamedTuple):
-    """Document that was read from a raw file."""
+    """Document that was read from a raw file: a text, a conversation, or an image with or without a caption."""
 
     text: str
-    """Text of the document, always valid Unicode. It is empty only if the document is an image alone."""
+    """Text of the document, always valid Unicode. It is empty only if the document is an image without a caption."""
     line: int
-    """Number of the document's line, row, member, or first line, from 1."""
+    """Position of the document in its file, from 1: usually the number of its first line, table row or tar member."""
     language: str | None = None
-    """Language that the document's record names; None if it names none."""
+    """Language that the stored record gives for the document; None if it gives none."""
     conversation: RenderedConversation | None = None
-    """The document as the chat template renders it, if it is a conversation; `text` then has the contents of its
-    messages."""
+    """Conversation as the chat template renders it; None if the document is no conversation. In a conversation, `text`
+    has only the contents of the messages."""
     image: bytes | None = None
-    """Image of the document, the encoded file as it is stored; None if it has none."""
+    """Image of the document as an encoded file, such as JPEG; None if the document has no image."""
     image_hash: str | None = None
-    """Hash of the image of the document's record, also if the source uses only the text; None if it has none. All
-    documents of one image have the same hash, so that they are on the same side of the validation split."""
+    """Hash of the image in the document's record, even if the source uses only the text of the record. All documents of
+    one image have the same hash, so that they are on the same side of the validation split. None if there is no image
+    to hash."""
     annotation: bytes | None = None
-    """Class or objects of the image (`data.vision.annotations.pack`), if the source has a column of them; otherwise
-    None."""
+    """Class or objects of the image, encoded by `data.vision.annotations.pack`; None if the source has no column of
+    them."""
 
     @property
     def model_text(self) -> str:
-        """Text that a model reads: that of the rendered conversation, otherwise the text itself."""
+        """Text that a model reads: the rendered conversation if the document is one, otherwise `text`."""
         return self.text if self.conversation is None else self.conversation.text
 
 
 class Reason(StrEnum):
-    """Reason why something is in quarantine."""
+    """Reason why a line, an image or a part of a file is in the quarantine, the list of what could not be read."""
 
     NOT_UTF8 = "it is not UTF-8"
     NOT_JSON = "it is not JSON"
@@ -96,49 +97,49 @@ class Reason(StrEnum):
 
     @property
     def loses_lines(self) -> bool:
-        """True if an item with this reason stands for an unknown number of documents instead of one line."""
+        """True if the reason is a lost part of a file, in which the number of lines or documents is unknown."""
         return self is Reason.PART_LOST
 
 
 class Fault(NamedTuple):
-    """Reason why an image or a text cannot be used."""
+    """Reason why an image, a text or a class in a record cannot be used."""
 
     reason: Reason
     detail: str = ""
 
 
 class ReadSettings(NamedTuple):
-    """Settings of the data section for the documents of a source."""
+    """Settings that readers of a source's files need from the data section of a spec, such as size limits."""
 
     document_bytes: int
-    """Largest size of a document in bytes, as it is stored."""
+    """Largest size in bytes of a stored document or image; a larger one counts as unreadable."""
     pixels: int
-    """Largest number of pixels of an image."""
+    """Largest number of pixels of an image; a larger image counts as unreadable."""
     hashes_images: bool
-    """True if some source has images. Then the documents of a source of texts, too, have the hashes of the images in
-    their records."""
+    """True if any source of the spec has images. Readers of sources of texts then hash the images in their records,
+    too, so that the validation split keeps the documents of one image together."""
     image_columns: tuple[str, ...]
-    """Names under which the source's files may have a column of images (`DataSpec.image_columns`)."""
+    """Names to try for the column of images in the source's files, the likeliest first (`DataSpec.image_columns`)."""
 
     @classmethod
     def from_spec(cls, spec: DataSpec, source: str) -> "ReadSettings":
-        """Return the settings for the files of a source, by its name."""
+        """Return the settings of a data section for the source of this name."""
         document_bytes, pixels = int(spec.max_document_mb * 1e6), int(spec.images.max_megapixels * 1e6)
         return cls(document_bytes, pixels, spec.has_images, spec.image_columns(source))
 
 
 class BadLine(NamedTuple):
-    """Line, row, member or part of a raw file that could not be read."""
+    """Line, table row, tar member or part of a raw file that could not be read, with the reason."""
 
     path: str
     line: int
-    """Number of the line, row, member, or first line, from 1; for a lost part, the first one that is lost."""
+    """Position in the file, from 1, as in `Document.line`; for a lost part of the file, where this part begins."""
     reason: Reason
     detail: str = ""
 
     @property
     def message(self) -> str:
-        """Reason with its detail, for the user."""
+        """Reason and its detail as one text, which users see."""
         return f"{self.reason} ({self.detail})" if self.detail else str(self.reason)
 
 
@@ -149,31 +150,31 @@ class DamageError(Exception):
         super().__init__(reason)
         self.reason = reason
         self.cut_off_line = b""
-        """Beginning of the last line, which the damage cut off."""
+        """Beginning of the line that the damage cut off."""
 
 
 @dataclass
 class Tally:
-    """Counts of the items that were read from raw files. Tallies add up with `+=`."""
+    """Counts of what was read from raw files: bytes, documents and unreadable lines. `+=` adds another tally."""
 
     files: int = 0
-    """Number of files that were read to their end or to a damage."""
+    """Number of files that were read to their end, or to the place where they are damaged."""
     damaged: int = 0
-    """Number of those files that have lost a part."""
+    """Number of these files of which a part could not be read."""
     bytes_read: int = 0
-    """Bytes read, as stored."""
+    """Bytes that were read from storage, before decompression."""
     text_bytes: int = 0
-    """Bytes of text that were read, estimated by each file's `inflation`."""
+    """Estimated bytes of text that were read: stored bytes times the `RawFile.inflation` of each file."""
     documents: int = 0
     bad: Counter[Reason] = field(default_factory=Counter)
-    """Number of quarantined items, by reason."""
+    """Number of unreadable items (lines, images or parts of files), by reason."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Number of documents that a source's filters dropped, by rule."""
+    """Number of documents that a source's filters dropped, by the name of the rule."""
     examples: dict[Reason, BadLine] = field(default_factory=dict)
-    """One item of each reason, to show as an example."""
+    """One unreadable item for each reason, as an example that users see."""
 
     def count_bad(self, bad: BadLine) -> None:
-        """Count an item that could not be read; the first one of each reason becomes the example."""
+        """Count an unreadable item; the first one with each reason becomes the example of this reason."""
         self.bad[bad.reason] += 1
         self.examples.setdefault(bad.reason, bad)
 
@@ -188,9 +189,9 @@ class Tally:
         return self.documents + self.bad_lines + self.dropped.total()
 
     def counts_since(self, earlier_tally: "Tally") -> "Tally":
-        """Return the counts that were added to this tally since it was equal to `earlier_tally`.
+        """Return the counts that were added since `earlier_tally`, which is an earlier copy of this tally.
 
-        The result has all examples of this tally, also earlier ones.
+        The result has all examples of this tally, including those of the earlier copy.
         """
         return Tally(
             self.files - earlier_tally.files,
@@ -204,7 +205,7 @@ class Tally:
         )
 
     def copy(self) -> "Tally":
-        """Return a tally with the same counts that does not change with this one."""
+        """Return a copy of these counts, which stays the same when this tally changes."""
         return Tally().__iadd__(self)
 
     def __iadd__(self, addend: "Tally") -> "Tally":

@@ -1,8 +1,10 @@
-"""Masks of objects in COCO's JSON, polygons or run lengths, checked and encoded as compressed run lengths.
+"""Check of the masks of objects in COCO's JSON, and their encoding as compressed run lengths.
 
-Run lengths go through the pixels column by column: a run of pixels outside of the object, then one inside, and so on.
-They are a list of numbers or COCO's compressed string. pycocotools encodes the masks. It is C code that trusts its
-input: wrong run lengths make it write outside of its memory. Everything is therefore checked before it is called.
+A mask is a list of polygons or run lengths. Run lengths go through the pixels column by column: a run of pixels outside
+of the object, then one inside, and so on. They are a list of numbers or COCO's compressed string.
+
+pycocotools encodes the masks. It is C code that trusts its input: wrong run lengths make it write outside of its
+memory. Every mask is therefore checked before pycocotools is called.
 """
 
 from collections.abc import Sequence
@@ -13,23 +15,23 @@ import numpy as np
 from mhmoe_ray.data.sources.records import json_type
 
 MAX_PIXELS = (1 << 31) - 1
-"""Largest number of pixels of an image with masks: pycocotools has pixel numbers of 32 bits with a sign."""
+"""Largest number of pixels of an image with masks: pycocotools numbers pixels with signed 32-bit integers."""
 MAX_POLYGONS = 10_000
 """Largest number of polygons of a mask: joining so many takes about a second."""
 MASKS_PER_MERGE = 64
 MAX_OUTLINE = 1_000_000
-"""Largest length of the outline of a mask's polygons. pycocotools takes some 100 bytes of memory for each pixel."""
+"""Largest total length in pixels of the outlines of a mask's polygons. pycocotools needs some 100 bytes per pixel."""
 
 _FIRST_CHARACTER = ord("0")
 _MAX_SHIFT = 40
 
 
 class ObjectError(Exception):
-    """Error of an object that cannot be used; its text is the reason."""
+    """Error for an annotated object of an image that cannot be used; the message of the error is the reason."""
 
 
 def is_number(value: object) -> bool:
-    """Return whether a value of JSON is a number: true and false are none, although Python counts with them."""
+    """Return whether a JSON value is a number; true and false are not, although they are integers in Python."""
     return type(value) in (int, float)
 
 
@@ -37,12 +39,12 @@ def encode_mask(segmentation: object, width: int, height: int) -> str:
     """Return the mask of an object as compressed run lengths in the size of its image.
 
     Args:
-        segmentation: the value of COCO's JSON.
-        width: width of the image.
-        height: height of the image.
+        segmentation: the value of the key `segmentation` in COCO's JSON.
+        width: width of the image in pixels.
+        height: height of the image in pixels.
 
     Raises:
-        ObjectError: the value is no mask of such an image, or no pixel belongs to the mask.
+        ObjectError: the value is not a mask of an image of this size, or no pixel belongs to the mask.
     """
     from pycocotools import mask as coco_masks
 
@@ -70,10 +72,10 @@ def encode_mask(segmentation: object, width: int, height: int) -> str:
 
 
 def _checked_polygons(segmentation: list[Any], width: int, height: int) -> list[np.ndarray]:
-    """Return the coordinates of each polygon, x and y in turn.
+    """Return the coordinates of each polygon of a mask, x and y in turn.
 
     Raises:
-        ObjectError: they are no polygons, or drawing them would take too much time or memory.
+        ObjectError: the values are not polygons, or drawing them would take too much time or memory.
     """
     if not 0 < len(segmentation) <= MAX_POLYGONS:
         raise ObjectError(f"its segmentation has {len(segmentation):,} polygons")
@@ -82,7 +84,7 @@ def _checked_polygons(segmentation: list[Any], width: int, height: int) -> list[
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or not all(map(is_number, polygon)):
             raise ObjectError("a polygon of its segmentation is no list of three or more x and y")
         points = np.array(polygon, np.float64).reshape(-1, 2)
-        # The comparison is false for numbers that are not finite as well.
+        # The comparison is also false for infinity and NaN.
         if not ((points >= -limits) & (points <= 2 * limits)).all():
             raise ObjectError("a polygon of its segmentation reaches far outside of the image")
         outline += float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum()) + len(points)
@@ -93,10 +95,10 @@ def _checked_polygons(segmentation: list[Any], width: int, height: int) -> list[
 
 
 def _checked_run_lengths(segmentation: dict[str, Any], width: int, height: int) -> list[int]:
-    """Return the run lengths of a mask; their sum is the number of pixels.
+    """Return the run lengths of a mask; their sum is the number of pixels of the image.
 
     Raises:
-        ObjectError: they are no run lengths of an image of this size.
+        ObjectError: the values are not the run lengths of an image of this size.
     """
     size, counts, pixels = segmentation.get("size"), segmentation.get("counts"), width * height
     if not isinstance(size, list) or len(size) != 2 or not all(map(is_number, size)):
@@ -115,15 +117,15 @@ def _checked_run_lengths(segmentation: dict[str, Any], width: int, height: int) 
 def decode_run_lengths(text: str, pixels: int) -> list[int]:
     """Return the run lengths in COCO's compressed string.
 
-    Each character has 5 bits of a number from the lowest ones on, and one bit that is set if more follow. From the
-    fourth number on, a number is the difference to the one before the previous one.
+    A character holds 5 bits of a number, lowest bits first, and a sixth bit that is set if the number goes on in the
+    next character. From the fourth number on, the string has the difference to the run length two places before.
 
     Args:
-        text: the string.
+        text: the compressed string.
         pixels: number of pixels of the image.
 
     Raises:
-        ObjectError: the string has other characters, or numbers that are no run lengths of so many pixels.
+        ObjectError: the string has other characters, or a run length is negative or larger than the image.
     """
     counts, value, shift = list[int](), 0, 0
     for character in text:
@@ -148,7 +150,10 @@ def decode_run_lengths(text: str, pixels: int) -> list[int]:
 
 
 def _join_runs(counts: Sequence[int]) -> list[int]:
-    """Return the same mask without runs of no pixels, except for the first one: pycocotools has room for no others."""
+    """Return the run lengths of the same mask without runs of zero pixels, for which pycocotools has no room.
+
+    Only the first run may have zero pixels, which means that the first pixel belongs to the object.
+    """
     lengths, values = np.array(counts, np.int64), np.arange(len(counts)) % 2
     values, lengths = values[lengths > 0], lengths[lengths > 0]
     starts = np.flatnonzero(np.diff(values, prepend=-1))

@@ -21,7 +21,7 @@ def check_image(image: bytes | Fault | None, settings: ReadSettings) -> bytes | 
 
     Args:
         image: the content, the reason why it could not be read, or None if there is no image.
-        settings: the limits of documents and images.
+        settings: the size limits of documents and images.
     """
     decoded_image = decode_checked_image(image, settings)
     if isinstance(decoded_image, Fault):
@@ -31,8 +31,10 @@ def check_image(image: bytes | Fault | None, settings: ReadSettings) -> bytes | 
 
 
 def decode_checked_image(image: bytes | Fault | None, settings: ReadSettings) -> "Image.Image | Fault":
-    """Return the decoded image, upright, or the reason why it cannot be used; the arguments are those of
-    `check_image`."""
+    """Return the decoded image, turned upright, or the reason why it cannot be used.
+
+    The arguments are those of `check_image`.
+    """
     if image is None:
         return Fault(Reason.NO_IMAGE)
     if isinstance(image, Fault):
@@ -52,11 +54,13 @@ def decode_checked_image(image: bytes | Fault | None, settings: ReadSettings) ->
 
 
 def decode_caption(content: bytes, subject: str = "caption") -> str | Fault:
-    """Return the text of a file, without a byte order mark and without the last line break.
+    """Decode the content of a file with a caption or a class, without a byte order mark and the last line break.
+
+    Return the reason why it cannot be used if it is not UTF-8.
 
     Args:
         content: the content of the file.
-        subject: the meaning of the text, for the user.
+        subject: the word for the text in the reason: caption or class.
     """
     try:
         return content.removeprefix(BOM).removesuffix(b"\n").removesuffix(b"\r").decode()
@@ -65,7 +69,7 @@ def decode_caption(content: bytes, subject: str = "caption") -> str | Fault:
 
 
 def class_annotation(class_name: str | Fault) -> bytes | Fault:
-    """Return the annotation of an image with a class, or the reason why the name of the class cannot be used."""
+    """Return the encoded annotation of an image with this class, or the reason why the class cannot be used."""
     if isinstance(class_name, Fault):
         return class_name
     match text_problem(class_name):
@@ -78,7 +82,7 @@ def class_annotation(class_name: str | Fault) -> bytes | Fault:
 
 
 def image_hash(image: bytes) -> str:
-    """Return the hash by which documents of the same image are recognised."""
+    """Return the hash of an image file, by which documents with the same image are recognised."""
     return hashlib.blake2b(image, digest_size=16).hexdigest()
 
 
@@ -92,18 +96,19 @@ def picture_document(
     language: str | None = None,
     annotation: bytes | Fault | None = None,
 ) -> Document | BadLine:
-    """Return a record with an image, a caption or an annotation as a document, or the reason why it cannot be used.
+    """Return a document of an image, a caption or both, or a `BadLine` with the reason why it cannot be used.
 
     Args:
         path: the path of the file.
         line: the number of the record within the file.
-        label: the name of the record in its file, for the user; may be empty.
-        image: the image, from `check_image` if the document has it; the reason why it cannot be used, or None.
-        caption: the caption, the reason why it cannot be used, or None if the document has none.
-        columns: the columns of the source's samples.
+        label: the name of the record in its file, for error messages; empty if records have no names.
+        image: the image file, or the reason why it cannot be used; None if the record has no image. If `columns` has
+            the image, `check_image` has checked it.
+        caption: the caption, or the reason why it cannot be used; None if the record has no caption.
+        columns: the columns of the source's samples, of which the document gets the image and the text.
         language: the language of the caption; None if the record does not name it.
-        annotation: the class or the objects of the image, the reason why there are none, or None if the source has no
-            column of them.
+        annotation: the encoded class or objects of the image, or the reason why they cannot be used; None if the source
+            has no column of them.
     """
 
     def bad_line(reason: Reason, detail: str = "") -> BadLine:
@@ -136,8 +141,8 @@ def read_images(
 ) -> Iterator[Document | BadLine]:
     """Yield the image files of a folder as documents; see `reading.FormatReader` for the arguments.
 
-    The number of a document is that of its image within the `RawFile`. An image that cannot be used is line 1 of its
-    own file. If the source has classes, the class of an image is the first folder of its path below the source.
+    `Document.line` is the number of the image within the `RawFile`. An image that cannot be used is reported as line 1
+    of its own file. If the source has classes, the class of an image is the first folder of its path below the source.
     """
     has_class = "class" in source.sample_columns
     for number, (path, member) in enumerate(zip(file.stored_paths, file.members, strict=True), start=1):
@@ -156,6 +161,6 @@ def read_images(
 
 
 def _folder_class(member: str) -> str | Fault:
-    """Return the class of an image by its path below the source."""
+    """Return the class of an image, the first folder of its path below the source; without a folder, return a fault."""
     folder, slash, _ = member.partition("/")
     return folder if slash else Fault(Reason.NO_CLASS, "it is in no folder of a class")

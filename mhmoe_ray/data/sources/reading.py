@@ -1,4 +1,4 @@
-"""Reader of one raw file of any format.
+"""Reader of one raw file of any format. The table shows what counts as one document in each format.
 
 | format       | a document is                                       | read in         |
 | ------------ | --------------------------------------------------- | --------------- |
@@ -36,28 +36,28 @@ class FormatReader(Protocol):
     ) -> Iterator[Document | BadLine]:
         """Yield the documents of a file and the items that could not be read, in their order in the file.
 
-        A reader raises no error for damage of any kind, but yields an item.
+        Damage of any kind raises no error: the reader yields a `BadLine` for it.
 
         Args:
             storage: the storage that holds the file.
             file: the file to read.
-            source: the settings of the file's source, with the name of the text's key or column and other keys of this
-                format.
-            settings: the limits of documents and images.
-            tally: the tally whose `bytes_read` and `dropped` the reader updates.
+            source: the settings of the file's source, such as the name of the key or column that has the text.
+            settings: the size limits of documents and images.
+            tally: the counts for this file, of which the reader updates `bytes_read` and `dropped`.
         """
 
 
 class FileReader:
     """Iterable over the documents of a file and the items that could not be read, in their order in the file.
 
-    Items are read one at a time, and `tally` counts them. Damage raises no error: it is an item that could not be read.
+    Items are read one at a time, and the attribute `tally` counts them. Damage raises no error: the iteration yields a
+    `BadLine` for it.
 
     Args:
         file: a file from `find_files(spec)`.
         spec: the data section with which the file was found.
-        template: the template that renders conversations; by default that of the section, without the texts of the
-            boundary tokens.
+        template: the template that renders conversations. With None it is that of the data section, in which the start
+            and end tokens have empty texts.
 
     Raises:
         DataError: the section's chat template is needed and cannot be used, or the source has images and a package
@@ -66,7 +66,7 @@ class FileReader:
 
     def __init__(self, file: RawFile, spec: DataSpec, template: ChatTemplate | None = None) -> None:
         self.tally = Tally()
-        """Counts of the items that have been yielded so far."""
+        """Counts of the documents and unreadable lines that have been yielded so far."""
         self._file = file
         self._items = _read_items(file, spec, self.tally, template)
 

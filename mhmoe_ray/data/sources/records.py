@@ -1,12 +1,12 @@
 """Readers of text files, decompressed and read line by line: JSON lines and plain text.
 
 JSON lines: a line is a document, as in RedPajama-1T and most other corpora; blank lines are skipped. orjson parses a
-line. If it refuses the line, the standard library decides, which also accepts NaN, a lone surrogate outside of the
-text, and a byte order mark.
+line. If it refuses the line, the standard library parses it again, after removing a byte order mark, because it also
+accepts NaN and a lone surrogate outside of the text.
 
 Plain text: a file is a document, or each of its parts between delimiter lines is one. A byte order mark and the last
-line break are not part of a document; CR LF becomes LF. A file with a NUL byte is not text. Blank parts between
-delimiters are skipped; a file that is blank as a whole is reported.
+line break are not part of a document; CR LF becomes LF. A document with a NUL byte counts as unreadable. Blank parts
+between delimiters are skipped; without a delimiter, a blank file counts as unreadable.
 """
 
 import json
@@ -25,8 +25,8 @@ def split_lines(chunks: Iterable[bytes], limit: int) -> Iterator[bytes | None]:
     """Yield each line without its newline, and None in place of a line that is longer than `limit` bytes.
 
     Raises:
-        DamageError: `chunks` raises it; its `cut_off_line` then is the beginning of the line that was cut off, if that
-            is within the limit.
+        DamageError: `chunks` raises it. Its `cut_off_line` is then set to the beginning of the line that was cut off,
+            unless this beginning is longer than the limit.
     """
     # The pieces belong to a line that began in an earlier chunk. They are dropped when the line gets too long.
     pieces: list[bytes] = []
@@ -54,12 +54,12 @@ def split_lines(chunks: Iterable[bytes], limit: int) -> Iterator[bytes | None]:
 
 
 MAX_KEY_CHARACTERS = 40
-"""Largest number of characters of a key that a message shows."""
+"""Largest number of characters of a record's key that an error message shows."""
 BOM = b"\xef\xbb\xbf"
 
 
 class Record(NamedTuple):
-    """Parsed line of a file of JSON lines."""
+    """One line of a file of JSON lines, parsed."""
 
     line: int
     """Number of the line, from 1."""
@@ -72,13 +72,13 @@ class Record(NamedTuple):
 def read_records(storage: Storage, file: RawFile, limit: int, tally: Tally) -> Iterator[Record | BadLine]:
     """Yield the parsed lines of a file of JSON lines, and the lines that could not be parsed; skip blank lines.
 
-    Damage to the file raises no error, but is the last item.
+    Damage to the file raises no error: the last item is then a `BadLine` for the rest of the file.
 
     Args:
         storage: the storage that holds the file.
         file: the file to read.
         limit: largest size of a line in bytes.
-        tally: the tally whose `bytes_read` is updated.
+        tally: the counts for this file, of which `bytes_read` is updated.
     """
     number = 0
     try:
@@ -104,7 +104,7 @@ def read_records(storage: Storage, file: RawFile, limit: int, tally: Tally) -> I
 
 
 def _parse_leniently(path: str, number: int, line: bytes) -> Record | BadLine | None:
-    """Parse a line that orjson refused with the standard library, or return why it cannot be parsed.
+    """Parse a line with the standard library after orjson refused it, or return why it cannot be parsed.
 
     Return None for a blank line.
     """
@@ -129,8 +129,8 @@ def document_of(record: Record, text_field: str, path: str) -> Document | BadLin
     """Return the document in a record, or a `BadLine` with the reason why the record has none.
 
     Args:
-        record: the record.
-        text_field: the key of the text.
+        record: one parsed line of a file of JSON lines.
+        text_field: the key of the record that has the text.
         path: the path of the file.
     """
     fields = record.fields
@@ -146,7 +146,7 @@ def document_of(record: Record, text_field: str, path: str) -> Document | BadLin
 
 
 def named_language(fields: dict[str, Any]) -> str | None:
-    """Return the language that a record or its `meta` names; None if it names none."""
+    """Return the language under the key `language` of a record or of its `meta`; None if there is no such text."""
     meta = fields.get("meta")
     language = fields.get("language", meta.get("language") if isinstance(meta, dict) else None)
     return language if isinstance(language, str) else None
@@ -168,7 +168,7 @@ def text_problem(text: str) -> Reason | None:
 
 
 def _missing_text_detail(fields: dict[str, Any], text_field: str) -> str:
-    """Describe for the user why a record has no text: another type of value, or other keys."""
+    """Explain for an error message why a record has no text, for example because its value is not a string."""
     if text_field in fields:
         return f"{text_field!r} is {json_type(fields[text_field])}"
     if "messages" in fields or fields.keys() >= {"prompt", "completion"}:
@@ -177,7 +177,7 @@ def _missing_text_detail(fields: dict[str, Any], text_field: str) -> str:
 
 
 def describe_keys(fields: dict[str, Any]) -> str:
-    """Return the keys of a record for the user."""
+    """Return the first keys of a record in sorted order, shortened, for an error message."""
     # A record may have any keys, so the message shows only some of them, and only their beginnings.
     keys = (
         repr(key) if len(key) <= MAX_KEY_CHARACTERS else f"{key[:MAX_KEY_CHARACTERS]!r}..."
@@ -187,7 +187,7 @@ def describe_keys(fields: dict[str, Any]) -> str:
 
 
 def json_type(value: Any) -> str:
-    """Return the name of a JSON value's type for the user."""
+    """Return the type of a JSON value in words for an error message, for example "a list"."""
     return {
         type(None): "null",
         bool: "true or false",
@@ -236,7 +236,7 @@ def read_text(
 
 
 class _TextPart:
-    """Lines of one document of a plain text file."""
+    """Lines of one document of a plain text file, added one at a time."""
 
     def __init__(self, path: str, limit: int) -> None:
         self._path, self._limit = path, limit
@@ -245,10 +245,10 @@ class _TextPart:
         self._length = 0
         self._too_long = False
         self.first_line = 0
-        """Number of the first line; 0 before a line is added."""
+        """Number of the document's first line within the file, from 1; 0 before a line is added."""
 
     def add(self, number: int, line: bytes | None) -> None:
-        """Add a line by its number in the file; None stands for a line that is longer than the limit."""
+        """Add a line and its number within the file; None stands for a line that is longer than the limit."""
         self.first_line = self.first_line or number
         self._length += len(line or b"") + 1
         if line is None or self._too_long or self._length - 1 > self._limit:

@@ -25,8 +25,8 @@ from mhmoe_ray.data.sources.storage import Storage, short_message
 from mhmoe_ray.spec import FilterSpec, SignalRule, SourceSpec
 
 Signals = Mapping[str, list[list[Any]]]
-"""Quality signals by name: a list of spans [start, end, score or null], with one span for the document, or one for each
-line in `rps_lines_...`."""
+"""Quality signals of a document by name. Each is a list of spans [start, end, score or null]: one span for the whole
+document, or for signals with a name `rps_lines_...` one for each of its lines."""
 
 GOPHER_RULES = (
     "rps_doc_word_count >= 50",
@@ -48,17 +48,17 @@ GOPHER_RULES = (
     "rps_doc_frac_chars_dupe_10grams <= 0.1",
 )
 MIN_STOP_WORDS = 2
-"""Smallest number of stop words in a document; V2 stores their share of its words."""
+"""Smallest number of stop words of a document that satisfies Gopher's rules; V2 stores their share of all words."""
 
 
 class Rule(NamedTuple):
     """Rule on quality signals; documents that break it are dropped."""
 
     name: str
-    """Name under which dropped documents are counted."""
+    """Name under which the documents that the rule drops are counted."""
     is_satisfied: Callable[[Signals], bool]
     """Function that returns whether a document's signals satisfy the rule. It raises KeyError if the rule's signal is
-    missing, and TypeError or ValueError if the signal has another form."""
+    missing, and TypeError or ValueError if the signal has a wrong form."""
 
 
 def filter_rules(filters: FilterSpec) -> list[Rule]:
@@ -71,7 +71,7 @@ def filter_rules(filters: FilterSpec) -> list[Rule]:
 
 
 def _parse_rule(text: str, prefix: str = "") -> Rule:
-    """Return the rule that a text such as `rps_doc_word_count >= 50` states, with a prefix for its name."""
+    """Parse a rule such as `rps_doc_word_count >= 50`; the name of the rule is this text after `prefix`."""
     parsed = SignalRule.parse(text)
     return Rule(f"{prefix}{parsed}", lambda signals: parsed.holds(signal_value(signals, parsed.signal)))
 
@@ -97,14 +97,15 @@ def signal_value(signals: Signals, name: str) -> float | None:
 
 TEXT_FIELD = "raw_content"
 DOCUMENTS_PATH = re.compile(r"documents/(\d{4}-\d{2}/\d{4}/([a-z]{2,3})_(head|middle|tail))\.json\.gz\Z")
-"""Pattern of paths of document files: group 1 is the part common to all four folders, 2 the language, 3 the bucket."""
+"""Pattern of the path of a file of documents. Group 1 is the part of the path that is the same in all four folders,
+group 2 the language, and group 3 the bucket."""
 
 DUPLICATE = "duplicate"
 NEAR_DUPLICATE = "near duplicate in its file"
 
 
 class SidecarFiles(NamedTuple):
-    """Paths of the files that accompany a file of documents."""
+    """Paths of the files that V2 has beside a file of documents: quality signals, duplicates and MinHash signatures."""
 
     signals: str
     duplicates: str
@@ -112,7 +113,7 @@ class SidecarFiles(NamedTuple):
 
     @classmethod
     def from_documents(cls, documents: str) -> "SidecarFiles":
-        """Return the paths that belong to the path of a file of documents."""
+        """Return the paths of the files that V2 has beside the file of documents at this path."""
         match = DOCUMENTS_PATH.search(documents)
         assert match is not None, "find.py takes no other file for RedPajama-V2's"
         root, stem = documents[: match.start()], match[1]
@@ -123,7 +124,7 @@ class SidecarFiles(NamedTuple):
         )
 
     def required_paths(self, filters: FilterSpec) -> list[str]:
-        """Return the paths of the files that these filters need."""
+        """Return those of the three paths whose files the filters of a source need."""
         is_required = {
             self.signals: filters.gopher or filters.signals,
             self.duplicates: filters.deduplicate,
@@ -177,17 +178,17 @@ def read_redpajama_v2(
 
 
 class _TableError(Exception):
-    """Error for a damaged table beside the documents; without the table, no more documents can be filtered."""
+    """Error for a damaged table of duplicates or signatures, without which no more documents can be filtered."""
 
 
 class _NoSignals(NamedTuple):
-    """Result for a row without usable signals."""
+    """Result of the check of a document that has no usable quality signals, with the reason."""
 
     reason: str
 
 
 class _SignalReader:
-    """Reader of a file of quality signals, which finds the signals of rows in ascending order.
+    """Reader of a file of quality signals, which checks documents against rules in the order of the documents.
 
     Args:
         storage: the storage that holds the file.
@@ -205,9 +206,10 @@ class _SignalReader:
         self._missing_reason = "no record"
 
     def broken_rule(self, row: int, rules: list[Rule]) -> Rule | _NoSignals | None:
-        """Return the first rule that the document of a row breaks, or None if it breaks none.
+        """Return the first rule that a document breaks, or None if it breaks none.
 
-        Return `_NoSignals` if the row has no usable signals. Rows must come in ascending order.
+        Return `_NoSignals` if the document has no usable signals. `row` is the number of the document's line within its
+        file, from 0; it must grow from call to call.
         """
         while self._row < row and self._read_next():
             pass
@@ -223,7 +225,7 @@ class _SignalReader:
             return _NoSignals(f"quality_signals of another form in {self._path}")
 
     def _read_next(self) -> bool:
-        """Read the next record and keep its signals if it names a later row; return False at the end of the file."""
+        """Read the next record; keep its signals if they are of a later row. Return False at the end of the file."""
         record = next(self._records, None)
         if isinstance(record, Record):
             fields = record.fields if isinstance(record.fields, dict) else {}
@@ -236,26 +238,29 @@ class _SignalReader:
 
 
 def row_of(identifier: object) -> int | None:
-    """Return the row at the end of an identifier: 17 for `2023-06/0000/en_head.json.gz/17`. None if it has none."""
+    """Return the row number at the end of a document's identifier: 17 for `2023-06/0000/en_head.json.gz/17`.
+
+    Return None if the identifier has no such number.
+    """
     row = identifier.rpartition("/")[2] if isinstance(identifier, str) else ""
     return int(row) if row.isascii() and row.isdigit() else None
 
 
 def _duplicate_rows(storage: Storage, path: str) -> frozenset[int]:
-    """Return the rows of the documents that a duplicates table lists.
+    """Return the row numbers of the documents that a table of duplicates lists.
 
-    The table does not list the first of several copies, so all listed rows can be dropped.
+    The table does not list the first of several copies, so all listed documents can be dropped.
     """
     return frozenset(row for row, _ in _read_table(storage, path, "doc_id", "doc_id"))
 
 
 class _NearDuplicates:
-    """Detector of near duplicates: rows that share a band of their MinHash signature with an earlier row that was kept.
+    """Detector of near duplicates, which share a band of the MinHash signature with an earlier document that was kept.
 
     Args:
         storage: the storage that holds the table of signatures.
         path: the path of the table.
-        similarity: the similarity of near duplicates, one of those that the table has signatures for.
+        similarity: the smallest similarity of near duplicates; the table has signatures for a few values.
     """
 
     def __init__(self, storage: Storage, path: str, similarity: float) -> None:
@@ -265,10 +270,10 @@ class _NearDuplicates:
         self._kept_bands: set[int] = set()
 
     def is_duplicate(self, row: int) -> bool:
-        """Return whether a row is a near duplicate of an earlier row; if it is not, keep it for later comparisons.
+        """Return whether a document is a near duplicate of an earlier one; if not, keep it for later comparisons.
 
-        Rows must come in ascending order. A row without a signature (its text is too short for one) is no near
-        duplicate.
+        `row` is the number of the document's line within its file, from 0; it must grow from call to call. A document
+        without a signature, because its text is too short, is not a near duplicate.
         """
         while self._row < row:
             self._row, bands = next(self._rows, (1 << 62, None))
@@ -284,10 +289,10 @@ class _NearDuplicates:
 
 
 def _read_table(storage: Storage, path: str, id_column: str, column: str) -> Iterator[tuple[int, Any]]:
-    """Yield (row, value of a column) for each row of a table.
+    """Yield for each entry of a table the row number at the end of its identifier, and its value in `column`.
 
     Raises:
-        _TableError: the table is damaged or has another form.
+        _TableError: the table is damaged, or an identifier does not end in a row number.
     """
     try:
         with open_parquet(storage, path) as table:

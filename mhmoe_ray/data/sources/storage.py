@@ -1,4 +1,4 @@
-"""Storage of raw files: a local path, or an s3:// or gs:// URI, all through pyarrow's file systems.
+"""Access to raw files at a local path, or at an s3:// or gs:// URI, through pyarrow's file systems.
 
 Credentials and regions come from the same places as for the vendors' tools (environment, ~/.aws, the machine's role).
 """
@@ -25,19 +25,19 @@ _WILDCARDS = re.compile(r"[*?\[]")
 
 
 class ListedFile(NamedTuple):
-    """File in a listing."""
+    """File that was found when the files of a source were listed."""
 
     path: str
-    """Path of the file, in the form that `Storage.open` takes and messages show."""
+    """Path of the file, in the form that `Storage.open` takes and error messages show."""
     size: int
-    """Size in bytes."""
+    """Size of the file in bytes."""
 
 
 class Listing(NamedTuple):
-    """Result of `Storage.list_files`."""
+    """Result of `Storage.list_files`: the files of a source, and the folder that contains them."""
 
     root: str
-    """Folder that contains all files: the path without wildcards, or the folder of a single file."""
+    """Folder that contains all files: the path up to the first wildcard, or the folder of a single file."""
     files: list[ListedFile]
     """Files that the source's path selects, in the order of their paths."""
     paths: set[str]
@@ -48,7 +48,8 @@ class Storage:
     """Access to the files of one source, which may be local or in an object store.
 
     Args:
-        path: the path in the spec: a folder, a file or a pattern. The query of a URI has the options of its server.
+        path: the path in the spec: a folder, a file or a pattern. The query of a URI has options of the object store,
+            such as its region.
 
     Raises:
         DataError: the scheme is not known, or the object store cannot be opened.
@@ -111,7 +112,7 @@ class Storage:
     def modification_times(self, paths: Sequence[str]) -> list[int | None]:
         """Return the modification time of each of these listed files, in nanoseconds since the epoch.
 
-        It is None for a file that no longer exists.
+        The time is None for a file that no longer exists.
 
         Raises:
             OSError: the files cannot be listed.
@@ -127,7 +128,7 @@ class Storage:
         return [times.get(path) for path in paths]
 
     def root(self) -> str:
-        """Return `Listing.root` without listing the files.
+        """Return the folder that contains all files of the source, like `Listing.root`, without listing them.
 
         Raises:
             OSError: the path cannot be read.
@@ -137,7 +138,7 @@ class Storage:
         return self._prefix + (root.rpartition("/")[0] if is_file else root)
 
     def _split_pattern(self) -> tuple[str, list[str]]:
-        """Return the path before the first component with a wildcard, and the list of components from there on."""
+        """Split the path into the part before the first component with a wildcard, and the components from there on."""
         parts = self._pattern.rstrip("/").split("/")
         root_depth = len(parts)
         if self.is_pattern:
@@ -145,7 +146,7 @@ class Storage:
         return "/".join(parts[:root_depth]) or "/", parts[root_depth:]
 
     def _file_info(self, path: str) -> fs.FileInfo:
-        """Return pyarrow's description of a path; raise OSError if the path cannot be one."""
+        """Return pyarrow's description of a file or folder; raise OSError if the path is malformed."""
         try:
             return self._fs.get_file_info(path)
         # pyarrow raises these exceptions for a path with an empty name between two slashes or with a NUL.
@@ -189,7 +190,7 @@ class Storage:
             with self.open(path) as stream:
                 while len(content) <= limit and (chunk := stream.read(self._chunk_bytes)):
                     content += chunk
-        # pyarrow raises these exceptions for a path that cannot be one.
+        # pyarrow raises these exceptions for a malformed path.
         except (pa.ArrowException, ValueError) as e:
             raise OSError(str(e)) from e
         return bytes(content) if len(content) <= limit else None
@@ -216,7 +217,7 @@ class Storage:
 
 
 def short_message(error: Exception) -> str:
-    """Return the message of an error of pyarrow on one line, without its details."""
+    """Return the message of an error of pyarrow in one line, without the part that begins with "Detail:"."""
     return " ".join(str(error).split(". Detail:")[0].split())
 
 
@@ -229,7 +230,7 @@ def _pattern_regex(parts: list[str]) -> re.Pattern[str]:
     """Translate the components of a path pattern into one regular expression; `**` stands for any number of folders.
 
     Raises:
-        DataError: the pattern is invalid, for example a range in brackets.
+        DataError: the pattern is invalid, for example because of a wrong range in brackets.
     """
     regex = ""
     for i, part in enumerate(parts):

@@ -1,7 +1,7 @@
 """Members of a tar file, read as a stream in bounded memory.
 
 The formats are those of POSIX (ustar and pax) and GNU. Unlike the standard library's reader, this one reports an
-archive that ends without its end mark, or whose headers are damaged, instead of ending there.
+archive that ends without its end mark, or whose headers are damaged, instead of stopping there without an error.
 """
 
 import tarfile
@@ -17,11 +17,11 @@ _MAX_HEADER_BYTES = 1 << 20
 
 
 MemberKind = Literal["file", "folder", "other"]
-"""Kind of a member: a file, a folder, or a link, a device or a sparse file."""
+"""Kind of a member of a tar file; the kind `other` is a link, a device or a sparse file."""
 
 
 class TarMember(NamedTuple):
-    """Member of a tar file."""
+    """Member of a tar file, with its content if it was read."""
 
     number: int
     """Number of the member within the file, from 1."""
@@ -29,21 +29,21 @@ class TarMember(NamedTuple):
     size: int
     kind: MemberKind
     content: bytes | None
-    """Content of a file; None if it was not selected, or is larger than the limit."""
+    """Content of the member; None if it is not a file, was not selected, or is larger than the limit."""
 
 
 def read_members(chunks: Iterator[bytes], is_selected: Callable[[str], bool], limit: int) -> Iterator[TarMember]:
-    """Yield the members of a tar file in their order.
+    """Yield the members of a tar file in the order of the file.
 
     Args:
-        chunks: the bytes of the file, decompressed.
+        chunks: the bytes of the tar file, decompressed.
         is_selected: function that returns whether the content of the file with a name is needed.
         limit: largest size in bytes of a file whose content is read.
 
     Raises:
-        DamageError: the file is damaged or cut off, after all members before the damage.
+        DamageError: the tar file is damaged or cut off; all members before the damage are yielded first.
     """
-    # A buffer takes an empty chunk for the end, but decompression may yield one anywhere.
+    # `ByteBuffer` takes an empty chunk for the end of the file, but decompression may yield one anywhere.
     data = ByteBuffer(chunk for chunk in chunks if chunk)
     number, extra_fields = 0, dict[str, str]()
     while True:
@@ -82,10 +82,10 @@ def read_members(chunks: Iterator[bytes], is_selected: Callable[[str], bool], li
 
 
 def _read_header(data: ByteBuffer, number: int) -> tarfile.TarInfo | None:
-    """Return the next header, or None at the end mark.
+    """Return the next header of a tar file, or None at the mark that ends the file.
 
     Raises:
-        DamageError: there is no header; `number` is the number of members before it.
+        DamageError: the header is damaged or cut off. The error tells how many members, `number`, come before it.
     """
     block = data.take(_BLOCK_BYTES)
     if len(block) < _BLOCK_BYTES:
@@ -94,14 +94,14 @@ def _read_header(data: ByteBuffer, number: int) -> tarfile.TarInfo | None:
         return None
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
-    # A header with something else than a number raises a ValueError.
+    # `frombuf` raises a ValueError if a number in the header is damaged.
     except (tarfile.HeaderError, ValueError) as e:
         reason = f"the header after {number:,} members is damaged" if number else "it is not a tar file"
         raise DamageError(reason) from e
 
 
 def _read_extra_header(data: ByteBuffer, header: tarfile.TarInfo) -> bytes:
-    """Return the content of a header that describes the next member."""
+    """Return the content of an extra header, which describes the next member, for example by a long name."""
     if header.size > _MAX_HEADER_BYTES:
         raise DamageError(f"a header of {header.size:,} bytes is damaged")
     content = b"".join(_take(data, header.size))
@@ -138,10 +138,10 @@ def _decode_name(name: bytes) -> str:
 
 
 def _take(data: ByteBuffer, count: int) -> Iterator[bytes]:
-    """Yield the next `count` bytes in pieces.
+    """Yield the next `count` bytes of a tar file in pieces.
 
     Raises:
-        DamageError: there are fewer.
+        DamageError: the tar file ends too early.
     """
     while count > 0:
         piece = data.take_available(count)

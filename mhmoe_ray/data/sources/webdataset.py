@@ -1,12 +1,14 @@
 """Reader of WebDataset's tar files, which may be compressed.
 
-The members of a sample follow each other and have the same key: the path up to the first dot of the file name. What
-follows the dot is the suffix. A sample has one image: of several, the one whose suffix comes first in `IMAGE_SUFFIXES`.
-Its caption is the member with the suffix `text_field`, by default `txt`, or with `text_field: json.KEY` the value of a
-key in the member with the suffix `json`. If that value is an object, it has captions by language, and each of them is a
-document with the same image. If the source has classes, the member with the suffix `class_field`, by default `cls`,
-has the class as text, or with `class_field: json.KEY` the value of the key, a text or an integer. Other members are
-skipped, and so are members whose names have no dot.
+The members of a sample follow each other and have the same key: the path up to the first dot of the file name. The
+suffix is the rest of the name after this dot.
+
+The image of a sample is the member with the suffix that comes first in `IMAGE_SUFFIXES`. The caption is the member with
+the suffix `text_field`, by default `txt`. With `text_field: json.KEY`, it is the value of a key in the member with the
+suffix `json`. If this value is an object, it has a caption for each language, and each caption is a document with the
+same image. If the source has classes, the class is read as the caption is: from the member with the suffix
+`class_field`, by default `cls`, or with `class_field: json.KEY` from a key whose value is a text or an integer. Other
+members are skipped, and so are members whose names have no dot.
 """
 
 import json
@@ -29,7 +31,7 @@ _DEFAULT_TEXT_FIELD, _DEFAULT_CLASS_FIELD = "txt", "cls"
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Return the key and the suffix in the name of a member, or None if it has none."""
+    """Return the sample's key and the suffix in the name of a tar member, or None if the name lacks one of them."""
     folder, slash, file_name = name.removeprefix("./").rpartition("/")
     stem, dot, suffix = file_name.partition(".")
     return (folder + slash + stem, suffix.lower()) if stem and dot else None
@@ -37,11 +39,11 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 @dataclass
 class _Sample:
-    """Members of one key."""
+    """One sample of a tar file: its members, which have the same key."""
 
     key: str
     number: int
-    """Number of the first member."""
+    """Number of the sample's first member within the tar file, from 1."""
     contents: dict[str, bytes | Fault] = field(default_factory=dict)
     """Content of each member that is needed, by suffix, or the reason why it cannot be used."""
 
@@ -104,7 +106,7 @@ def read_webdataset(
             if suffix in suffixes:
                 sample.add(suffix, member)
     except DamageError as damage:
-        # The members of the last sample may be complete. If not, the sample is a part of the loss.
+        # The members of the last sample may be complete. If not, the sample belongs to the lost part.
         items = to_items(sample) if sample is not None else []
         if items and all(isinstance(item, Document) for item in items):
             yield from items
@@ -117,7 +119,7 @@ def read_webdataset(
 
 
 def _suffix(field_name: str) -> str:
-    """Return the suffix of the member that has a field."""
+    """Return the suffix of the member with a text or a class: `json` for the field `json.KEY`, otherwise the field."""
     return "json" if field_name.startswith(_JSON_PREFIX) else field_name.lower()
 
 
@@ -128,7 +130,7 @@ def _class_name(sample: _Sample, class_field: str) -> str | Fault:
     if content is None:
         return Fault(Reason.NO_CLASS, f"no member .{suffix}")
     if isinstance(content, Fault):
-        # The reason of a link is that there is no image.
+        # `_Sample.add` gives a link the reason that there is no image, which is wrong for a class.
         return Fault(Reason.NO_CLASS, content.detail) if content.reason is Reason.NO_IMAGE else content
     if not class_field.startswith(_JSON_PREFIX):
         text = decode_caption(content, "class")
@@ -147,9 +149,10 @@ def _class_name(sample: _Sample, class_field: str) -> str | Fault:
 
 
 def _captions(sample: _Sample, source: SourceSpec) -> dict[str | None, str | Fault | None]:
-    """Return the captions of a sample by language, or the reason why one cannot be used or why there is none.
+    """Return the captions of a sample by language, or the reasons why they cannot be used.
 
-    It is empty if there are captions, but none in the languages that the source chooses.
+    The language is None if the sample has a single caption. The result is empty if there are captions, but none in the
+    languages that the source selects.
     """
     text_field = source.text_field or _DEFAULT_TEXT_FIELD
     suffix = _suffix(text_field)

@@ -8,7 +8,7 @@ and, in a text being generated, "this document is over". No other special token 
 
     | a tokenizer with               | start token   | tokens that end a generated text             |
     | ------------------------------ | ------------- | -------------------------------------------- |
-    | a post-processor that adds one | that token    | that token; <|endoftext|> and </s> if it has |
+    | a post-processor that adds one | that token    | that token; <|endoftext|>, </s> if present   |
     | <|endoftext|>                  | <|endoftext|> | <|endoftext|>                                |
     | <s> and </s>                   | <s>           | <s>, </s>                                    |
 
@@ -20,7 +20,7 @@ Special tokens. A document is plain text from its first character to its last: i
 it can contain several documents.
 
     vocabulary.py   the table above, the number of tokens, and the number of bytes of each
-    encoder.py      the encoder of documents: the library's, or tiktoken's if both give the same ids
+    encoder.py      the encoder of documents, by the tokenizers library, or by tiktoken if both give the same ids
     load.py         reads and checks a given tokenizer
     tiktoken.py     converts tiktoken's format to the tokenizers library, exactly
     train.py        trains a byte-level BPE or Unigram model, and samples its training text

@@ -6,12 +6,12 @@ the rank of the token that the pair forms. Both give the same ids if the merges 
 form, and each token
 
 - has a merge for every way to cut it in two, as in a vocabulary in tiktoken's format (see tiktoken.py); or
-- is the result of encoding its own bytes, and all tokens consist of earlier ones, as after training. Then, at the
-  token's turn, a stretch of its bytes that no merge has crossed is always in the same two parts in any context, and
-  these two parts are a pair in the list of merges.
+- is the result of encoding its own bytes, and all tokens consist of earlier ones, as after training. Then, when merging
+  reaches the token's rank, a stretch of its bytes that no merge has crossed is in the same two parts in any context,
+  and these two parts are a pair in the list of merges.
 
-tiktoken looks up a whole piece before it merges anything. If the library does not do this (`ignore_merges` is false),
-each token must be the result of encoding its own bytes.
+tiktoken looks up a whole piece of text before it merges anything. If the library does not do this (`ignore_merges` is
+false), each token must be the result of encoding its own bytes.
 """
 
 import json
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 
 NEWEST_LETTERS = "\U00011f04\U0001e4d0\U00031350\U0002ebf0\U000105c0\U00010d4a\u1c89\U00010940\U00011db0\U000323b0"
-"""Letters that Unicode 15, 15.1, 16 and 17 added: an engine with older tables does not know them as letters."""
+"""Letters that Unicode 15, 15.1, 16 and 17 added: a regular-expression engine with older tables does
+not know them as letters."""
 
 MAX_SPACE_RUN = 5_000
 """Size in characters of the windows in which `can_encode` looks for white space. tiktoken's expressions backtrack over
@@ -72,10 +73,10 @@ def can_encode(text: str) -> bool:
 
 
 def _split_pattern(split: dict[str, Any] | None) -> str | None:
-    """Return the pattern by which a pre-tokenizer splits text, if both libraries interpret it alike.
+    """Return the pattern by which a pre-tokenizer splits text, if tiktoken interprets the pattern in the same way.
 
-    Each library has its own regular-expression engine. Return None if the pattern is not in `PATTERNS`, or if the
-    pre-tokenizer is not byte-level or does more than split by one pattern.
+    tiktoken and the tokenizers library have different regular-expression engines. Return None if the pattern is not in
+    `PATTERNS`, or if the pre-tokenizer is not byte-level or does more than split by one pattern.
     """
     split_type = split and split["type"]
     if split is None or split_type not in ("ByteLevel", "Sequence"):
@@ -101,9 +102,9 @@ def _split_pattern(split: dict[str, Any] | None) -> str | None:
 
 
 def _newest_letters_agree(pattern: str) -> bool:
-    """Return whether the libraries' regular-expression engines split text with the newest letters of Unicode alike.
+    """Return whether tiktoken and the tokenizers library split text with the newest letters of Unicode alike.
 
-    Each engine has its own tables of letters.
+    Their regular-expression engines have different tables of letters. `pattern` is the pattern that splits the text.
     """
     import tiktoken
 
@@ -122,12 +123,13 @@ def _newest_letters_agree(pattern: str) -> bool:
 def _token_ranks(model: dict[str, Any]) -> dict[bytes, int] | None:
     """Return the ids of a model's tokens by their bytes, without tokens that no text is encoded to.
 
-    Return None if the model is not plain byte-level BPE, or if it is not certain that both libraries encode alike.
+    Return None if the model is not plain byte-level BPE, or if it is not certain that tiktoken and the tokenizers
+    library encode alike.
     """
     unusual_keys = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     if model["type"] != "BPE" or any(model[key] for key in unusual_keys):
         return None
-    # Tokens with other letters, such as special tokens, are left out, because no text is encoded to them.
+    # Special tokens and others with letters that stand for no byte are left out, because no text is encoded to them.
     ranks = {_token_bytes(token): rank for token, rank in model["vocab"].items() if BYTE_OF_LETTER.keys() >= set(token)}
     has_only_bytes = all(
         BYTE_OF_LETTER.keys() >= set(left_part + right_part) for left_part, right_part in model["merges"]
@@ -173,7 +175,7 @@ class DocumentEncoder:
     """Encoder of whole documents to token ids; the text of a document never becomes a special token.
 
     Args:
-        tokenizer: a tokenizer with boundary tokens (see `boundaries`).
+        tokenizer: a tokenizer with tokens that start and end documents (see `boundaries`).
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -193,13 +195,13 @@ class DocumentEncoder:
 
 @lru_cache(maxsize=1)
 def document_encoder(path: Path) -> DocumentEncoder:
-    """Return the encoder of a tokenizer.json that `load_tokenizer` accepts; a process caches the last one."""
-    # The encoder is cached, because reading a large vocabulary takes seconds, and a chunk may be small.
+    """Return the encoder for a tokenizer.json that `load_tokenizer` accepts; a process caches its last encoder."""
+    # The encoder is cached, because reading a large vocabulary takes seconds, and a chunk of documents may be small.
     return DocumentEncoder(Tokenizer.from_file(str(path)))
 
 
 def _without_special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the parsed tokenizer.json of a tokenizer that finds no special token in any text.
+    """Return the parsed tokenizer.json of a copy of the tokenizer that finds no special token in any text.
 
     Special tokens keep their ids, but get random names that no text contains. All other tokens stay the same.
     """

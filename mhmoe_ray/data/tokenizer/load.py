@@ -1,4 +1,4 @@
-"""Loading of tokenizers that a user gives, and of those in runs and prepared folders."""
+"""Loading and checks of tokenizers: those that a user gives, and those in runs and prepared folders."""
 
 from pathlib import Path
 
@@ -22,8 +22,8 @@ def load_tokenizer(path: Location, vocab_size: int) -> Tokenizer:
     """Load a tokenizer.json for a model of `vocab_size` tokens, with truncation and padding switched off.
 
     Raises:
-        DataError: the file cannot be read, has more tokens than the model, has no boundary tokens for documents, or
-            uses a boundary token as its unknown token, too.
+        DataError: the file cannot be read, has more tokens than the model, has no boundary tokens, which start and end
+            documents, or uses a boundary token as its unknown token, too.
     """
     # A file may ask for truncation or padding, which would change documents, so both are switched off.
     tokenizer = read_tokenizer(path)
@@ -53,8 +53,8 @@ def read_given_tokenizer(path: Path, pattern: str | None) -> Tokenizer:
     The file is a tokenizer.json, which does not use `data.tokenizer_pattern`, or a vocabulary in tiktoken's format.
 
     Raises:
-        DataError: the file cannot be read, or it is a vocabulary in tiktoken's format and the pattern is missing or no
-            regular expression.
+        DataError: the file cannot be read, or it is a vocabulary in tiktoken's format and the pattern is missing or is
+            not a regular expression.
     """
     subject = f"tokenizer {path}"
     try:
@@ -95,10 +95,11 @@ def store_given_tokenizer(spec: DataSpec, vocab_size: int, target: Path) -> None
 
 
 def check_tokenizer(tokenizer: Tokenizer, path: Location, vocab_size: int) -> None:
-    """Check that a tokenizer fits a model and has boundary tokens that stand for nothing else.
+    """Check that a tokenizer fits a model, and that it has boundary tokens, which start and end documents only.
 
     Raises:
-        DataError: it has more tokens than the model, no boundary tokens, or one of them is its unknown token.
+        DataError: it has more tokens than the model or no boundary tokens, or it uses a boundary token as its unknown
+            token, too.
     """
     size = token_count(tokenizer)
     if size > vocab_size:

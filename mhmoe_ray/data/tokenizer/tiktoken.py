@@ -1,11 +1,12 @@
 """Conversion of vocabularies in tiktoken's format to byte-level BPE of the tokenizers library.
 
-A line is a token's bytes in base64, a space and its rank, which is its id. tiktoken first looks up a whole piece of
-text. If the piece is no token, it repeatedly merges the two neighbours whose bytes together have the lowest rank, the
-leftmost of equals. The library merges pairs by the rank of the pair, so each way to cut a token in two becomes a pair,
-in the order of the tokens' ranks. Several pairs of one token thus have different ranks instead of the same rank. No
-text ever offers two of them at once: merges within a stretch of bytes that no merge has crossed depend on these bytes
-alone, so the stretch is in the same two parts wherever it occurs. The two encode every text alike; tests compare them.
+A line of such a vocabulary is a token's bytes in base64, a space and the token's rank, which is its id. tiktoken first
+looks up a whole piece of text. If the piece is not a token, tiktoken repeatedly merges the two neighbours whose bytes
+together have the lowest rank, the leftmost of equals. The library merges pairs by the rank of the pair, so each way to
+cut a token in two becomes a pair, in the order of the tokens' ranks. Several pairs of one token thus have different
+ranks instead of the same rank. No text ever offers two of them at once: merges within a stretch of bytes that no merge
+has crossed depend on these bytes alone, so the stretch is in the same two parts wherever it occurs. Both libraries
+therefore encode every text alike; tests compare them.
 """
 
 import base64

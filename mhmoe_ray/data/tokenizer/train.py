@@ -1,4 +1,4 @@
-"""Training of a tokenizer on a sample of the sources, in the proportions that training reads.
+"""Training of a tokenizer on a sample of the sources, in the proportions in which the model's training reads them.
 
     budgets      numbers of characters to sample. A domain's budget follows the mixture of the first phase that reads
                  the domain, and is at most the domain's size. The budgets of its files are in proportion to their
@@ -12,8 +12,8 @@
 The sample depends on names, sizes and texts alone. A file of up to READ_FACTOR times its budget is sampled from
 beginning to end. Neither memory nor reading grows with the corpus.
 
-Both models spell text in bytes and have all 256 of them, so that decoding restores any text exactly. The result depends
-on the files and settings alone.
+Both kinds of tokenizer, BPE and Unigram, spell text in bytes and have all 256 of them, so that decoding restores any
+text exactly. The result depends on the files and settings alone.
 """
 
 import hashlib
@@ -81,8 +81,8 @@ def domain_budgets(sizes: dict[str, int], spec: DataSpec) -> dict[str, int]:
 
     Args:
         sizes: number of characters of each domain.
-        spec: the data section with the mixture; a domain that the first phase does not read gets its share of the first
-            phase that does.
+        spec: the data section with the mixture. A domain gets its share of the first phase of the mixture's schedule
+            that reads it.
     """
     names = sorted(sizes)
     domains = [OrderedDomain(name, source_of(name), 0) for name in names]
@@ -198,7 +198,10 @@ def train_unigram(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _unigram_pieces(words: Counter[str], piece_count: int) -> list[tuple[str, float]]:
-    """Return at most `piece_count` pieces with their log probabilities, including each letter of the words."""
+    """Train a Unigram model on counted words; return at most `piece_count` pieces with their log probabilities.
+
+    Each letter of the words is one of the pieces.
+    """
     # Serving does not need SentencePiece, so it is imported only here.
     import sentencepiece
 
@@ -233,7 +236,10 @@ def _unigram_pieces(words: Counter[str], piece_count: int) -> list[tuple[str, fl
 
 
 def _training_lines(words: Counter[str]) -> Iterator[str]:
-    """Yield SentencePiece's input, lines of a text and its count: each word once before a space, otherwise alone."""
+    """Yield the lines of SentencePiece's input, each a text and its count.
+
+    A word stands once before a space, and its other occurrences stand alone.
+    """
     # SentencePiece makes a piece only of text that occurs before two different characters. Each word therefore stands
     # once before a space, so that every word that occurs twice can become a piece. SentencePiece splits the word off
     # the space again.

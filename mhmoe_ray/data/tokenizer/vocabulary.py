@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 END_OF_TEXT = "<|endoftext|>"
 BEGIN_TOKEN, END_TOKEN = "<s>", "</s>"
 UNKNOWN_WIDTH = -1
-"""Width of a token that stands for an unknown number of bytes."""
+"""Width in `token_widths` of a token that stands for an unknown number of bytes."""
 # This text serves for a check: if a tokenizer leaves out spaces, punctuation or line breaks, its tokens of the text
 # have fewer bytes than the text.
 _PLAIN_TEXT = "It is a plain text, of words and spaces: 12 of them, (or more)\nin 2 lines."
@@ -40,7 +40,7 @@ def added_start_token(tokenizer: Tokenizer) -> int | None:
 
 
 def boundaries(tokenizer: Tokenizer) -> Boundaries:
-    """Return the boundary tokens of a tokenizer as the table in the package's docstring defines them.
+    """Return the tokens that start and end documents, as the table in the package's docstring defines them.
 
     Raises:
         ValueError: the tokenizer has no boundary tokens; `load_tokenizer` refuses such a tokenizer.
@@ -54,7 +54,7 @@ def boundaries(tokenizer: Tokenizer) -> Boundaries:
 
 
 def find_boundaries(tokenizer: Tokenizer) -> Boundaries | None:
-    """Return the boundary tokens of a tokenizer as `boundaries` does, or None if it has none of these kinds."""
+    """Return the tokens that start and end documents, as `boundaries` does, or None if the tokenizer has none."""
     end_of_text, begin, end = (tokenizer.token_to_id(token) for token in (END_OF_TEXT, BEGIN_TOKEN, END_TOKEN))
     start = added_start_token(tokenizer)
     if start is not None:
@@ -69,7 +69,7 @@ def find_boundaries(tokenizer: Tokenizer) -> Boundaries | None:
 def boundary_texts(tokenizer: Tokenizer) -> tuple[str, str]:
     """Return the text of the token that starts a document, and the text of a token that ends one.
 
-    If another token than the start token ends a document, it is that token: </s> and not <s>.
+    If the start token and another token both end documents, the second text is that of the other token: </s>, not <s>.
     """
     start, ends = boundaries(tokenizer)
     start_text, end_text = (tokenizer.id_to_token(token) for token in (start, max(ends - {start}, default=start)))

@@ -1,4 +1,4 @@
-"""Samples of a vision model: images with classes or objects.
+"""Samples of a vision model: images with classes or objects. A task is a classifier or a detector of the model.
 
 annotations.py  classes and objects of images, and how they are stored
 fit.py          the place of a whole image in the square that the model reads

@@ -1,6 +1,7 @@
-"""Annotations of images for vision models, a class or objects with boxes, classes and masks, and their storage as JSON.
+"""Annotations of images for vision models, and their storage as JSON.
 
-Classes are stored by name. Their numbers are those of the sorted names of all training samples of a task.
+An annotation is the class of an image, or its objects with boxes, classes and masks. Classes are stored by name. The
+number of a class is its index among the sorted names of all classes in the training samples of a task.
 """
 
 import importlib.util
@@ -16,7 +17,7 @@ from mhmoe_ray.spec import SourceSpec
 
 
 class Instance(NamedTuple):
-    """Object in an image."""
+    """Annotated object in an image: its class, its box and perhaps its mask."""
 
     class_name: str
     box: tuple[float, float, float, float]
@@ -24,17 +25,17 @@ class Instance(NamedTuple):
     mask: str | None
     """Mask in the size of the image as COCO's compressed run lengths (`counts`); None if the object has only a box."""
     is_crowd: bool = False
-    """True if the mask covers a group of objects, which training leaves out and evaluation ignores."""
+    """True if the mask covers a group of objects. Training leaves such a group out, and evaluation ignores it."""
 
 
 class Annotation(NamedTuple):
-    """Annotation of an image, as its source has it."""
+    """Annotation of an image in its source: the class of the image, or its objects."""
 
     class_name: str | None = None
     """Class of the image; None if its source has objects."""
     instances: tuple[Instance, ...] = ()
     image_id: int | str | None = None
-    """Id of the image in its source, if its source has objects."""
+    """Id of the image in its source; None if the source has classes of images."""
 
     @property
     def class_names(self) -> set[str]:
@@ -43,7 +44,7 @@ class Annotation(NamedTuple):
 
 
 def require_image_packages(sources: Iterable[SourceSpec]) -> None:
-    """Check that the packages are installed that read the images and the objects of sources.
+    """Check that the packages are installed that these sources need to read their images and objects.
 
     Raises:
         DataError: a package is missing.
@@ -57,14 +58,14 @@ def require_image_packages(sources: Iterable[SourceSpec]) -> None:
 
 
 def pack(annotation: Annotation) -> bytes:
-    """Return an annotation as it is stored."""
+    """Return an annotation as the JSON that shards store."""
     if annotation.class_name is not None:
         return orjson.dumps({"class": annotation.class_name})
     return orjson.dumps({"image_id": annotation.image_id, "objects": [i._asdict() for i in annotation.instances]})
 
 
 def unpack(content: bytes) -> Annotation:
-    """Return the annotation that `pack` stored."""
+    """Return the annotation in the JSON that `pack` made."""
     tree = orjson.loads(content)
     if "class" in tree:
         return Annotation(tree["class"])
@@ -73,7 +74,7 @@ def unpack(content: bytes) -> Annotation:
 
 
 def decode_mask(counts: str, width: int, height: int) -> np.ndarray:
-    """Return a stored mask, bool (height, width)."""
+    """Return a mask as an array, bool (height, width), from COCO's compressed run lengths."""
     from pycocotools import mask as coco_masks
 
     mask: np.ndarray = coco_masks.decode({"size": [height, width], "counts": counts.encode()}).astype(bool)

@@ -9,7 +9,7 @@ from mhmoe_ray.model.vision import Objects, TaskBatch
 
 
 def task_batch(samples: TaskSamples, device: torch.device) -> TaskBatch:
-    """Return samples of a task on a device."""
+    """Return a micro-batch of one task as tensors on a device, from samples in CPU memory."""
     image_NYXC = copy_to_device(samples.images, device)
     if samples.classes is not None:
         return TaskBatch(image_NYXC, copy_to_device(samples.classes, device))

@@ -10,38 +10,38 @@ from mhmoe_ray.spec import MicroBatchPart
 
 
 class ImageObjects(NamedTuple):
-    """Objects of one image in the pixels that the model reads."""
+    """Objects of one image, in the pixels of the cropped or scaled image that the model reads."""
 
     boxes: np.ndarray
     """Left, top, right and bottom edges, (objects, 4) float32."""
     classes: np.ndarray
-    """Classes, (objects,) int64."""
+    """Number of the class of each object, (objects,) int64."""
     masks: np.ndarray
-    """Masks, (objects, size, size) bool; with no rows if the detector has no masks."""
+    """Mask of each object, (objects, size, size) bool, or (0, size, size) if the detector has no masks."""
 
 
 class TaskSamples(NamedTuple):
-    """Samples of one task."""
+    """Samples of one task of a vision model: images with their classes or their objects."""
 
     images: np.ndarray
     """Images, (samples, size, size, 3) uint8."""
     classes: np.ndarray | None = None
-    """Class of each image, (samples,) int64; None for detection."""
+    """Number of the class of each image, (samples,) int64; None for detection."""
     objects: Sequence[ImageObjects] = ()
     """Objects of each image; empty for classification."""
 
     @property
     def sample_count(self) -> int:
-        """The number of samples."""
+        """The number of samples, each of which is one image."""
         return len(self.images)
 
     def rows(self, start: int, stop: int) -> "TaskSamples":
-        """Return samples `start` to `stop` - 1."""
+        """Return the samples of the task from `start` to `stop` - 1."""
         classes = None if self.classes is None else self.classes[start:stop]
         return TaskSamples(self.images[start:stop], classes, self.objects[start:stop])
 
     def arrays(self) -> Iterator[np.ndarray]:
-        """Yield all values of these samples, for a digest."""
+        """Yield all arrays of these samples, from which training computes the digest of its data."""
         yield self.images
         if self.classes is not None:
             yield self.classes
@@ -50,23 +50,25 @@ class TaskSamples(NamedTuple):
 
 
 class HeldOutTaskSamples(Protocol):
-    """Samples of one task, in memory (`TaskSamples`) or decoded when they are asked for (`StoredSamples`)."""
+    """Held-out samples of one task, in memory (`TaskSamples`) or decoded on access (`StoredSamples`)."""
 
     @property
     def sample_count(self) -> int:
-        """The number of samples."""
+        """The number of held-out samples of the task."""
 
     def rows(self, start: int, stop: int) -> TaskSamples:
-        """Return samples `start` to `stop` - 1."""
+        """Return held-out samples `start` to `stop` - 1 of the task."""
 
 
 VisionSamples = Mapping[str, TaskSamples]
-"""Samples of a micro-batch by task."""
+"""Samples of a micro-batch of a vision model, by the name of the task."""
 
 
 def stream_columns(micro_batches: Sequence[VisionSamples]) -> dict[str, np.ndarray]:
-    """Return the columns of the training stream for micro-batches, a row for each: images by task, and classes, or the
-    objects of all images as bytes."""
+    """Return micro-batches as the columns of the training stream, which has a row for each micro-batch.
+
+    Each task has a column of images, and one of their classes or of their objects, which are encoded as bytes.
+    """
     columns = {}
     for name in micro_batches[0]:
         tasks = [micro_batch[name] for micro_batch in micro_batches]
@@ -82,10 +84,10 @@ def samples_in_row(row: Mapping[str, np.ndarray], parts: Sequence[MicroBatchPart
     """Return the samples of a micro-batch from its row of the stream: the inverse of `stream_columns`.
 
     Args:
-        row: columns with one row.
-        parts: parts of micro-batches.
+        row: the columns of the stream, each with the value of one row.
+        parts: the parts of a micro-batch; each part has the samples of one task.
     """
-    # Columns of the stream may be read-only memory, of which torch makes no tensors.
+    # The columns are copied, because they may be read-only memory, of which torch makes no tensors.
     samples = {}
     for part in parts:
         images = np.array(row[f"{part.name} images"][0])
@@ -97,8 +99,8 @@ def samples_in_row(row: Mapping[str, np.ndarray], parts: Sequence[MicroBatchPart
 
 
 def _pack_objects(objects: Sequence[ImageObjects]) -> bytes:
-    """Return the objects of images as bytes; masks take a bit for each pixel."""
-    # Images have different numbers of objects, so a column of arrays would have a row of its own shape for each.
+    """Encode the objects of several images as bytes, in which masks take a bit for each pixel."""
+    # Images have different numbers of objects, so the rows of a column of arrays would have different shapes.
     buffer = io.BytesIO()
     arrays = dict[str, Any]()
     for number, (boxes, classes, masks) in enumerate(objects):
@@ -109,7 +111,7 @@ def _pack_objects(objects: Sequence[ImageObjects]) -> bytes:
 
 
 def _unpack_objects(content: bytes) -> list[ImageObjects]:
-    """Return the objects of images from the bytes of `_pack_objects`."""
+    """Decode the objects of several images from the bytes of `_pack_objects`."""
     objects = []
     with np.load(io.BytesIO(content)) as arrays:
         for number in range(len(arrays.files) // 4):

@@ -1,4 +1,4 @@
-"""Place of a whole image in the square that a vision model reads, and boxes and masks in the pixels of the image."""
+"""Scaling of a whole image into the square that a vision model reads, and of boxes and masks back to the image."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -8,11 +8,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FILLING = (128, 128, 128)
-"""Colour of the pixels that fill an image up to a square."""
+"""Colour, in RGB, of the pixels that fill an image up to a square."""
 
 
 class Fit(NamedTuple):
-    """Place of a whole image in the square that the model reads: at the top left, scaled."""
+    """Place of a whole image in the square that the model reads: it is scaled to fit, and lies at the top left."""
 
     scale: float
     width: int
@@ -21,13 +21,13 @@ class Fit(NamedTuple):
 
     @classmethod
     def of_image(cls, width: int, height: int, size: int) -> "Fit":
-        """Return the place of an image of this width and height in a square of `size` pixels."""
+        """Return the place of an image of this width and height in a square of `size` x `size` pixels."""
         scale = size / max(width, height)
         return cls(scale, max(1, round(width * scale)), max(1, round(height * scale)))
 
 
 def fit_pixels(image: "Image.Image", size: int) -> np.ndarray:
-    """Return a whole image scaled into a square, uint8 (size, size, 3)."""
+    """Return a whole image, scaled into a square and filled up with grey, uint8 (size, size, 3)."""
     from PIL import Image
 
     fit = Fit.of_image(*image.size, size)
@@ -37,11 +37,11 @@ def fit_pixels(image: "Image.Image", size: int) -> np.ndarray:
 
 
 def stored_boxes(box_O4: np.ndarray, width: int, height: int, fit: Fit) -> np.ndarray:
-    """Return boxes in a stored image, (objects, 4) float64.
+    """Convert boxes from the pixels that the model reads to those of the stored image, (objects, 4) float64.
 
     Args:
         box_O4: left, top, right and bottom edges in the pixels that the model reads.
-        width, height: size of the stored image.
+        width, height: size of the stored image in pixels.
         fit: place of the image in the square that the model reads.
     """
     edges = np.array([width, height] * 2)
@@ -55,7 +55,7 @@ def stored_probabilities(mask_YX: np.ndarray, width: int, height: int, fit: Fit)
 
     Args:
         mask_YX: these probabilities in the square that the model reads.
-        width, height: size of the stored image.
+        width, height: size of the stored image in pixels.
         fit: place of the image in that square.
     """
     from PIL import Image

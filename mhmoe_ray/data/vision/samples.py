@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MIN_VISIBLE_SHARE = 0.3
-"""Share of an object's box that a crop must have at least; otherwise the object is left out."""
+"""Smallest share of the area of an object's box that a crop must contain; otherwise the object is left out."""
 MIN_SIDE = 2
-"""Height and width in pixels that an object must have at least, as the model reads it."""
+"""Smallest height and width of an object in pixels that the model reads; smaller objects are left out."""
 
 
 class TaskSampleMaker:
-    """Maker of the samples of one task from stored rows."""
+    """Maker of the samples of one task of a vision model: it decodes and crops stored images with their annotations."""
 
     def __init__(self, spec: RunSpec, part: MicroBatchPart, class_names: Sequence[str]) -> None:
         """Create the maker.
 
         Args:
             spec: spec of the run.
-            part: part of micro-batches with the task.
+            part: part of micro-batches that has the samples of the task.
             class_names: names of the classes of the task, in the order of their numbers.
         """
         assert spec.model.vision is not None
@@ -45,11 +45,11 @@ class TaskSampleMaker:
         self._numbers = {name: number for number, name in enumerate(class_names)}
 
     def make(self, images: Sequence[bytes], annotations: Sequence[bytes], labels: Sequence[str] | None) -> TaskSamples:
-        """Return samples.
+        """Return samples of the task, with images as the model reads them.
 
         Args:
             images: encoded image of each sample.
-            annotations: stored annotation of each sample.
+            annotations: stored annotation of each sample, which is a class or objects.
             labels: label of each sample, which with the seed of the run determines its random crop; None in evaluation.
         """
         size, unpacked = self._task.image_size, [unpack(content) for content in annotations]
@@ -75,7 +75,7 @@ class TaskSampleMaker:
     def _read_objects(
         self, image: "Image.Image", annotation: Annotation, choose_crop: Callable[[int, int], Crop] | None
     ) -> tuple[np.ndarray, ImageObjects]:
-        """Return an image as the model reads it, with the objects that are in it."""
+        """Return an image as the model reads it, with its objects that remain visible after the crop."""
         from PIL import Image
 
         size, (width, height) = self._task.image_size, image.size
@@ -123,7 +123,7 @@ def _visible_box(
         instance: the object in its image.
         mask: its mask as the model reads it; None if it has only a box.
         crop: part of the image that the model reads.
-        target_size: width and height of this part, as the model reads it.
+        target_size: width and height of this part in the pixels that the model reads.
         size: height and width of the square that the model reads.
     """
     left_edge, top_edge, right_edge, bottom_edge = crop.box
@@ -145,12 +145,12 @@ def _visible_box(
 
 
 def task_makers(spec: RunSpec, classes: Mapping[str, Sequence[str]]) -> dict[str, TaskSampleMaker]:
-    """Return the maker of the samples of each task; `classes` has the names of its classes."""
+    """Return the maker of the samples of each task, by the name of the task; `classes` has the names of its classes."""
     return {part.name: TaskSampleMaker(spec, part, classes[part.name]) for part in spec.parts}
 
 
 class VisionTrainingSamples:
-    """Random access to the micro-batches of a training by their number."""
+    """Random access to the samples of a vision model's training, by the number of the micro-batch."""
 
     def __init__(self, spec: RunSpec) -> None:
         self._order = RowOrder(spec)
@@ -158,11 +158,11 @@ class VisionTrainingSamples:
 
     @staticmethod
     def open_cached(spec: RunSpec) -> "VisionTrainingSamples":
-        """Return the samples of a spec; a process opens them once and caches them for its next tasks."""
+        """Return the training samples of a spec; a process opens them once and caches them for its next Ray tasks."""
         return _open_samples(spec.model_dump_json())
 
     def read(self, micro_batch: int) -> VisionSamples:
-        """Return the samples of a micro-batch of the training."""
+        """Return the samples of all tasks in the micro-batch with this number."""
         samples = {}
         for part in self._order.parts(micro_batch):
             columns = {name: [b""] * len(part.positions) for name in (IMAGE, ANNOTATION)}
@@ -183,30 +183,30 @@ def _open_samples(spec_json: str) -> VisionTrainingSamples:
 
 
 class AnnotatedImages(NamedTuple):
-    """Images of one task as they are stored."""
+    """Images and annotations of one task, encoded as shards store them."""
 
     images: Sequence[bytes]
     annotations: Sequence[bytes]
 
 
 class StoredSamples:
-    """Samples of a task as evaluation reads them, which are decoded when they are asked for."""
+    """Samples of one task as evaluation reads them, without random crops; they are decoded on access."""
 
     def __init__(self, maker: TaskSampleMaker, stored: AnnotatedImages) -> None:
         self._maker, self._stored = maker, stored
 
     @property
     def sample_count(self) -> int:
-        """The number of samples."""
+        """The number of stored samples of the task."""
         return len(self._stored.images)
 
     def rows(self, start: int, stop: int) -> TaskSamples:
-        """Return samples `start` to `stop` - 1."""
+        """Return samples `start` to `stop` - 1 of the task, decoded."""
         return self._maker.make(self._stored.images[start:stop], self._stored.annotations[start:stop], None)
 
 
 def held_out_images(spec: RunSpec, manifest: DataManifest) -> dict[str, AnnotatedImages]:
-    """Return the held-out images of each task of a run's prepared data that has any. They are read when they are used.
+    """Return the held-out images of each task that has any, by the name of the task; they are read on access.
 
     Args:
         spec: spec of the run.
@@ -220,6 +220,6 @@ def held_out_images(spec: RunSpec, manifest: DataManifest) -> dict[str, Annotate
 
 
 def vision_validation_samples(spec: RunSpec, manifest: DataManifest) -> Mapping[str, StoredSamples]:
-    """Return the held-out samples of each task that has any, as evaluation reads them."""
+    """Return the held-out samples of each task that has any, by the name of the task, as evaluation reads them."""
     makers = task_makers(spec, read_classes(spec.data.prepared / CLASSES_FILE))
     return {name: StoredSamples(makers[name], stored) for name, stored in held_out_images(spec, manifest).items()}

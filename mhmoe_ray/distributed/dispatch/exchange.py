@@ -1,8 +1,7 @@
-"""The uneven all-to-all between the ranks of a group, which counts the bytes that a rank sends and the time that it
-waits.
+"""The uneven all-to-all between the ranks of a group, with counts of the bytes sent and a timer of the waits.
 
 Before the all-to-all of rows, an all-to-all of counts tells each rank how many rows it will receive. Each all-to-all is
-asynchronous, so that a rank can compute on its own rows, or a shared expert, meanwhile.
+asynchronous, so that a rank can meanwhile compute on its own rows, or compute a shared expert.
 """
 
 import time
@@ -18,8 +17,8 @@ _cuda_event: Callable[..., torch.cuda.Event] = torch.cuda.Event
 
 
 GPU_WAITS_PER_SAMPLE = 17
-"""Number of waits of a GPU of which one is measured, because each measurement takes two events. It is a prime, so that
-all exchanges of a layer get their turn."""
+"""One of this many waits of a GPU is measured, because each measurement takes two CUDA events. The number is a prime,
+so that each of the exchanges of a layer is measured in turn."""
 
 
 class WaitTimer:
@@ -33,7 +32,7 @@ class WaitTimer:
 
     @contextmanager
     def measure(self, device: torch.device) -> Iterator[None]:
-        """Return a context that adds the time that `device` spends in it to the timer."""
+        """Return a context manager that measures how long `device` spends in it, and adds this time to the timer."""
         # The host runs ahead while a GPU waits, so its clock does not see the wait. Events on the GPU's stream measure
         # the time instead.
         if device.type == "cuda":
@@ -75,7 +74,7 @@ class SentBytes(NamedTuple):
     """Numbers of bytes that this rank sent to other ranks."""
 
     rows: int = 0
-    """Bytes of rows, outputs, and the gradients of both; also of gates and expert numbers that are sent with rows."""
+    """Bytes of rows, of outputs, and of the gradients of both, including gates and expert numbers sent with rows."""
     counts: int = 0
     """Bytes of the counts that ranks exchange before their rows."""
     between_nodes: int = 0
@@ -89,10 +88,10 @@ def flat_row_bytes(count_LE: Tensor, expert_ids: range, row_bytes: int, passes: 
     """Return the bytes of rows that flat dispatch sends between ranks for this rank's tokens, there and back.
 
     Args:
-        count_LE: number of kept routes of this rank's tokens, per layer and expert.
+        count_LE: number of kept routes of this rank's tokens to each expert of each layer.
         expert_ids: global ids of the experts that this rank holds.
         row_bytes: bytes of one row in an exchange.
-        passes: number of passes: a forward and a backward, and a forward more for recomputed blocks.
+        passes: number of passes in a step: one forward and one backward, and another forward if blocks are recomputed.
     """
     remote_routes = count_LE.sum() - count_LE[:, expert_ids.start : expert_ids.stop].sum()
     # Each route to another rank is a row of its own, which is sent there and back.
@@ -110,7 +109,7 @@ class PendingExchange(NamedTuple):
     wait_timer: WaitTimer
 
     def wait(self) -> Tensor:
-        """Wait until the all-to-all is complete, and return the received rows. The timer measures the wait."""
+        """Wait until the all-to-all is complete, measure the wait with the timer, and return the received rows."""
         if self.work:
             with self.wait_timer.measure(self.output.device):
                 self.work.wait()
@@ -151,8 +150,10 @@ class Exchange:
         return self._wait_timer.pop_seconds()
 
     def start_counts(self, count_JX: Tensor) -> PendingExchange:
-        """Start an all-to-all of counts, in which the j-th other rank receives count_JX[j]. The result has the counts
-        from the j-th other rank at index j."""
+        """Start an all-to-all of row counts, in which the j-th other rank receives count_JX[j].
+
+        The result of the exchange has the counts from the j-th other rank at index j.
+        """
         self._sent_bytes = self._sent_bytes.plus(SentBytes(counts=count_JX.nbytes))
         split_sizes = [1] * len(self._remote_flags)
         return self._start_all_to_all(count_JX, torch.empty_like(count_JX), split_sizes, split_sizes)
@@ -172,7 +173,7 @@ class Exchange:
         return self._start_all_to_all(rows, output, out_J, in_J)
 
     def _start_all_to_all(self, rows: Tensor, output: Tensor, out_J: list[int], in_J: list[int]) -> PendingExchange:
-        """Start an all-to-all of any rows, with the arguments of `start_rows`, without counting bytes."""
+        """Start an all-to-all of rows or counts, with the arguments of `start_rows`, without counting its bytes."""
         if self.ranks == 1:
             return PendingExchange(None, rows, output, self._wait_timer)
         rank = self.rank

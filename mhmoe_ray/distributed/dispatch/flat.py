@@ -1,7 +1,7 @@
-"""Flat dispatch: each route's row goes directly to the rank that holds its expert.
+"""Flat dispatch: for each choice of an expert (route), the row goes directly to the rank that holds this expert.
 
-A rank's own rows enter no exchange. Forward and backward, its experts compute on them while the rows of other ranks are
-being sent. A shared expert is computed while the results of these rows travel back.
+Rows for a rank's own experts enter no exchange. Forward and backward, the experts compute on them while the rows of
+other ranks are being sent. A shared expert is computed while the results for other ranks travel back.
 
     forward     counts out | permute, read counts | rows out      | own rows | received rows | outputs back   | shared
     backward                                        gradients out | the same | the same      | gradients back | shared
@@ -65,17 +65,18 @@ class FlatDispatch:
         shared: SharedExpert | None = None,
         routes: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Send rows to the ranks of their experts, and return each row's sum of expert outputs weighted by gates, and
-        the output of the shared expert, if there is one.
+        """Send rows to the ranks of their experts, and return each row's sum of expert outputs, weighted by gates.
+
+        The second result is the output of the shared expert; None without one.
 
         Args:
             x_ND: rows, in the dtype of the weights.
-            expert_NK: expert numbers, int64, in 0..E-1 of the group's experts.
+            expert_NK: numbers of the K experts of each row, int64, in 0..E-1 of the group's experts.
             gate_NK: gates of the routes; 0 for a route that was dropped.
             kernel: name of the kernel that runs the experts.
             weights: weights of the experts that this rank holds.
             shared: shared expert, to be computed while rows travel.
-            routes: number of routes that were not dropped. If it is given, dropped routes take no memory.
+            routes: number of routes that were not dropped. If this number is given, dropped routes take no memory.
         """
         local_experts = len(weights.stacked[0])
         plan = plan_routes(self._sort_labels(expert_NK, gate_NK, local_experts), local_experts * self.ranks)
@@ -95,8 +96,11 @@ class FlatDispatch:
         return combine(out_RD, gate_NK, plan), y_BTM
 
     def _sort_labels(self, expert_NK: Tensor, gate_NK: Tensor, n_local: int) -> Tensor:
-        """Return a label for each route. Sorted by labels, routes to this rank's experts are first, those to other
-        experts follow in the order of experts, and dropped routes are last."""
+        """Return a number for each route, by which routes are sorted.
+
+        Routes to this rank's experts come first. Routes to other experts follow in the order of experts, and dropped
+        routes are last.
+        """
         id_E, start = torch.arange(n_local * self.ranks, device=expert_NK.device), self._exchange.rank * n_local
         label_E = torch.cat([id_E[n_local : n_local + start], id_E[:n_local], id_E[n_local + start :]])
         return label_E[expert_NK].masked_fill(gate_NK == 0, len(id_E))
@@ -120,11 +124,12 @@ class _RoundTrip(NamedTuple):
         compute_received: Callable[[Tensor], Tensor],
         compute_meanwhile: Callable[[], None],
     ) -> Tensor:
-        """Send rows to the ranks of their experts, compute, and return the R results in the order of x_RD, with 0 for
-        dropped routes.
+        """Send rows to the ranks of their experts, compute, and return the R results in the order of x_RD.
+
+        The results of dropped routes are 0.
 
         Args:
-            x_RD: rows, or gradients of outputs.
+            x_RD: sorted rows or, in the backward, gradients of outputs.
             compute_own: function that applies this rank's experts to its own rows, sorted by expert.
             compute_received: function that applies this rank's experts to the received rows, sorted by expert.
             compute_meanwhile: function that is called while results travel back.
@@ -147,10 +152,12 @@ class _RoundTrip(NamedTuple):
 
 
 def _transpose_blocks(rows: Tensor, counts_AB: Sequence[Sequence[int]]) -> Tensor:
-    """Return blocks of rows in the order of B, then of A, where A and B are ranks and experts, or experts and ranks.
+    """Reorder rows that are sorted by rank and then by expert, so that they are sorted by expert and then by rank.
+
+    With experts as A and ranks as B, the function makes the opposite change.
 
     Args:
-        rows: blocks of rows, in the order of A, then of B.
+        rows: blocks of rows, in the order of A, and then of B.
         counts_AB: number of rows of each block.
     """
     # The copy makes the rows of each expert contiguous. It takes at most some per cent of the experts' time; the
@@ -165,8 +172,10 @@ def _transpose_blocks(rows: Tensor, counts_AB: Sequence[Sequence[int]]) -> Tenso
 def _run_experts(
     x_RD: Tensor, round_trip: _RoundTrip, kernel: str, weights: ExpertWeights, shared: SharedExpert | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the output of the expert of each sorted row, 0 for dropped routes, and that of the shared expert, if there
-    is one; with gradients."""
+    """Return the expert's output for each sorted row, and the output of the shared expert (None without one).
+
+    Outputs of dropped routes are 0. Both results are differentiable.
+    """
     stacked, weights = weights.stacked, weights._replace(stacked=())
     shared_function, shared_tensors = shared_arguments(shared)
     # The function gets the flag as an argument, because gradients are always disabled inside an autograd function.
@@ -176,24 +185,25 @@ def _run_experts(
 
 
 class _Settings(NamedTuple):
-    """Arguments of `_ExpertsFunction` that are no tensors."""
+    """Arguments of `_ExpertsFunction` that are not tensors."""
 
     kernel: str
     weights: ExpertWeights
-    """Experts without their weights."""
+    """Function and options of the experts. The weight tensors are left out, because autograd needs them as arguments of
+    the function."""
     weight_count: int
-    """Number of the experts' stacked weights."""
+    """Number of the experts' weight tensors."""
     shared_function: Function | None
     """Function of the shared expert, if there is one."""
     differentiable: bool
     """Whether there will be a backward."""
 
     def expert_pass(self, counts: list[int], stacked: Sequence[Tensor]) -> InnerPass:
-        """Return a pass of rows through this rank's experts.
+        """Return the pass (forward and backward) of rows through this rank's experts.
 
         Args:
             counts: number of rows of each expert.
-            stacked: weights of the experts.
+            stacked: weight tensors of the experts.
         """
         kernel, weights = self.kernel, self.weights
 
@@ -206,7 +216,7 @@ class _Settings(NamedTuple):
 # A single autograd function runs all steps from rows to outputs. With a function for each step, autograd would run
 # their backwards in reverse order, and so wait for received rows before it works on the rank's own rows.
 class _ExpertsFunction(torch.autograd.Function):
-    """Autograd function of `_run_experts`. The shared expert is computed while outputs, or gradients, travel back."""
+    """Autograd function of `_run_experts`; it computes the shared expert while outputs, or gradients, travel back."""
 
     @staticmethod
     def forward(
@@ -219,7 +229,7 @@ class _ExpertsFunction(torch.autograd.Function):
         own_pass, received_pass = (settings.expert_pass(counts, stacked) for counts in (own_X, received_X))
         shared = SharedPass(settings.shared_function, shared_tensors, settings.differentiable)
         shared_outputs: list[Tensor] = []
-        # The own rows are cloned, because a view would keep all R rows in memory until the backward.
+        # The rank's own rows are cloned, because a view would keep all R rows in memory until the backward.
         y_RD = round_trip(
             x_RD,
             lambda x: own_pass.forward(x.clone()),

@@ -1,4 +1,4 @@
-"""Hierarchical dispatch: a row crosses the slow links between nodes once for each node that has experts for it.
+"""Hierarchical dispatch: a row (sub-token) crosses the slow links between nodes once for each node with its experts.
 
 A group has G nodes of P ranks each. Its ranks are in the order of nodes, so that a node holds a range of experts. A
 rank's rail is the set of ranks at its position on every node. Along the rail, a row is sent once to each other node
@@ -42,7 +42,8 @@ class RowCounts(NamedTuple):
     count_J: list[int]
     """Number of rows that are sent to, or received from, each other rank."""
     rows: int
-    """Number of all rows of a tensor. The rows after the exchanged ones are not sent, and are 0 at the target."""
+    """Number of all rows of a tensor. Rows after the exchanged ones are not sent at the source, and are 0 at the
+    target."""
 
 
 def exchange_rows(
@@ -52,8 +53,10 @@ def exchange_rows(
     tensors: Sequence[Tensor],
     shared: SharedExpert | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Exchange rows of several tensors with other ranks. Return the received rows, one tensor for each, and the output
-    of the shared expert, if there is one. In the backward, gradients are exchanged in the opposite direction.
+    """Exchange rows of several tensors with other ranks, and return the received rows, one tensor for each of them.
+
+    The second result is the output of the shared expert; None without one. In the backward, gradients are exchanged in
+    the opposite direction.
 
     Args:
         exchange: exchange with the other ranks.
@@ -78,8 +81,10 @@ def _exchange_tensors(
     tensors: list[Tensor],
     compute_meanwhile: Callable[[], None],
 ) -> list[Tensor]:
-    """Exchange rows of several tensors as `exchange_rows` does, but without autograd. `compute_meanwhile` is called
-    while rows travel."""
+    """Exchange rows of several tensors as `exchange_rows` does, but without autograd.
+
+    `compute_meanwhile` is called while rows travel.
+    """
     sent_rows, received_rows = sum(source_counts.count_J), sum(target_counts.count_J)
     # The rows of all tensors are joined byte by byte into one tensor, so that there is one exchange instead of several.
     rows = torch.cat([t[:sent_rows].contiguous().view(torch.uint8) for t in tensors], 1)
@@ -126,7 +131,7 @@ class _ExchangeRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *all_gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradients, shared = all_gradients[: ctx.count], ctx.shared
-        # ctx lives as long as the loss, and must not keep the saved tensors.
+        # ctx lives as long as the loss. The saved tensors are needed only in this call, so ctx must not keep them.
         del ctx.shared
         restore_saved(shared.passes, list(ctx.saved_tensors))
         # All gradients are sent, even those that this rank does not need: another rank may need them, and an exchange
@@ -145,10 +150,10 @@ _apply_exchange: Callable[..., tuple[Tensor, ...]] = _ExchangeRows.apply
 
 
 class HierarchicalDispatch:
-    """Hierarchical dispatch, a `model.feedforward.Dispatch`: a row goes once to each node that has experts for it, and
-    from there to the ranks of that node.
+    """Hierarchical dispatch of rows (sub-tokens), a `model.feedforward.Dispatch`.
 
-    The group has G x P ranks. The p-th rank on node g holds the (g * P + p)-th share of the experts.
+    A row goes once to each node that has experts for it, and from there to the ranks of that node. The expert-parallel
+    group has G nodes with P ranks each. The p-th rank on node g holds the (g * P + p)-th share of the experts.
     """
 
     def __init__(self, node: dist.ProcessGroup, rail: dist.ProcessGroup) -> None:

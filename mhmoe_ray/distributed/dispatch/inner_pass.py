@@ -1,6 +1,7 @@
 """Computation inside an autograd function, forward and backward, with an autograd graph of its own.
 
-An autograd function of a dispatch contains several such passes, so that it can choose their order in the backward, too.
+The autograd function of a dispatch contains several such passes, so that it can choose their order even in the
+backward.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,10 +16,10 @@ from mhmoe_ray.model.feedforward import SharedExpert
 
 
 class InnerPass:
-    """Forward and backward of a function of rows and weights, inside an autograd function.
+    """Forward and backward of a function of rows and weights, inside an outer autograd function.
 
-    The graph has no tensors: the outer function saves them, so that a recomputed block frees them after its forward and
-    computes them again.
+    The graph of the pass holds no tensors. The outer function saves them instead, so that activation checkpointing of a
+    block can free them after the forward and compute them again.
     """
 
     def __init__(self, function: Callable[..., Tensor], weights: Iterable[Tensor], differentiable: bool) -> None:
@@ -37,7 +38,7 @@ class InnerPass:
         """Gradients of the weights, after the backward."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the function of the rows."""
+        """Apply the function to rows, and return the result. If there will be a backward, record the graph."""
         if not self._differentiable:
             return self._function(x, *self._weights)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self._save, self._load):
@@ -50,7 +51,7 @@ class InnerPass:
         return y.detach()
 
     def take_saved(self) -> list[Tensor]:
-        """Return the tensors that the backward needs, and keep them no longer."""
+        """Return the tensors that the backward needs, and drop this object's own references to them."""
         saved_tensors, self.saved_tensors = self.saved_tensors, []
         self.saved_count = len(saved_tensors)
         # The weights are among the saved tensors if the backward needs them.
@@ -58,7 +59,10 @@ class InnerPass:
         return saved_tensors
 
     def backward(self, dy: Tensor) -> Tensor:
-        """Return the gradient of the rows. `saved_tensors` must be those of `take_saved`."""
+        """Return the gradient of the rows, given that of the result.
+
+        `saved_tensors` must hold the tensors that `take_saved` returned.
+        """
         dx, *dweights = torch.autograd.grad(self._edge, self._input_edges, dy)
         self.dweights = tuple(dweights)
         self.saved_tensors = []
@@ -73,8 +77,10 @@ class InnerPass:
 
 
 def shared_arguments(shared: SharedExpert | None) -> tuple[Function | None, tuple[Tensor, ...]]:
-    """Return the function of a shared expert with its tokens and weights, in autocast's dtype if autocast is on; None
-    without tensors if there is no shared expert."""
+    """Return the function of a shared expert, and its arguments: the tokens and the weights, cast as autocast would.
+
+    Without a shared expert, the result is (None, ()).
+    """
     return (None, ()) if shared is None else (shared.layer.function, shared.layer.cast(shared.x_BTM))
 
 
@@ -95,30 +101,34 @@ class SharedPass:
         """Gradients of the tokens and weights, after the backward."""
 
     def forward(self) -> list[Tensor]:
-        """Return the output of the expert; an empty list if there is no expert."""
-        # The pass must not keep the output, whose graph has the outer function, which has the pass.
+        """Return a list with the output of the shared expert; an empty list if there is no shared expert."""
+        # Keeping the output here would form a reference cycle: the output's graph refers to the outer function, which
+        # refers to this pass.
         return [inner_pass.forward(self._inputs.pop()) for inner_pass in self.passes]
 
     def backward(self, doutputs: Sequence[Tensor]) -> None:
-        """Compute the gradients for those of the outputs."""
+        """Compute the gradients of the tokens and weights from the gradients of the outputs."""
         for inner_pass, dy in zip(self.passes, doutputs, strict=True):
             self.gradients = [inner_pass.backward(dy), *inner_pass.dweights]
 
 
 def take_all_saved(passes: Iterable[InnerPass]) -> list[Tensor]:
-    """Return the tensors that the backwards of all passes need, for the outer function to save."""
+    """Return the tensors that the backwards of all passes need, so that the outer autograd function can save them."""
     return [tensor for inner_pass in passes for tensor in inner_pass.take_saved()]
 
 
 def restore_saved(passes: Iterable[InnerPass], saved_tensors: list[Tensor]) -> None:
-    """Give each pass its tensors back, before their backwards. The list is empty afterwards."""
+    """Give each pass the tensors for its backward, which `take_all_saved` returned. The list is empty afterwards."""
     for inner_pass in passes:
         inner_pass.saved_tensors = saved_tensors[: inner_pass.saved_count]
         del saved_tensors[: inner_pass.saved_count]
 
 
 class _StartGraph(torch.autograd.Function):
-    """Start of a graph whose inputs are not leaves. A leaf would stay in memory as long as the graph."""
+    """Autograd function that starts a graph whose inputs are not leaves.
+
+    An input that is a leaf would stay in memory as long as the graph.
+    """
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,6 +1,6 @@
-"""DDP: every rank holds all parameters but other ranks' experts, and averages gradients in the last backward of a step.
+"""DDP: every rank holds all parameters except other ranks' experts, and gradients are averaged in the last backward.
 
-This module also has the base class of all strategies.
+The last backward is that of the last micro-batch of a step. This module also has the base class of all strategies.
 """
 
 import math
@@ -37,13 +37,13 @@ class Strategy:
     """
 
     holds_whole_weights = True
-    """True if a rank holds all weights but other ranks' experts, and not only shards of them."""
+    """True if a rank holds all weights, except other ranks' experts, in full and not as shards."""
     gathers_state = False
-    """True if `checkpoint_tensors` gathers tensors for its caller. Otherwise they are views, which change only in
-    `apply_update`."""
+    """True if `checkpoint_tensors` gathers tensors from shards. Otherwise the tensors are views of weights and moments,
+    which change only in `apply_update`."""
 
     def __init__(self, model: Trunk, mesh: Mesh, spec: RunSpec, fill: FillModel) -> None:
-        """Fill and wrap the model, and build the optimizer.
+        """Allocate and fill the model's weights, wrap the model for its strategy, and build the optimizer.
 
         Args:
             model: model on the meta device.
@@ -53,12 +53,12 @@ class Strategy:
         """
         self.model, self.mesh, self.spec = model, mesh, spec
         self.module: nn.Module = self._wrap_model(fill)
-        """Module to call for each forward pass with a backward."""
+        """Module to call instead of the model for each forward pass that a backward follows."""
         self._expert_reduction = ExpertReduction(model, mesh)
         self.optimizer = build_optimizer(model, spec.train, spec.seed, self._value_positions())
 
     def _wrap_model(self, fill: FillModel) -> nn.Module:
-        """Fill the model, and return the module to call in its place."""
+        """Allocate and fill the model's weights, and return the module to call in its place, such as torch's DDP."""
         fill(self.model)
         if self.mesh.world_size == 1:
             return self.model
@@ -70,7 +70,7 @@ class Strategy:
         return DTYPES[self.spec.train.moment_precision]
 
     def _value_positions(self) -> dict[nn.Parameter, ValuePosition]:
-        """Return the position in the model of the values of each parameter that this rank holds."""
+        """Return, for each parameter, the position in the full tensor of the values that this rank holds."""
         parameters = dict(self.model.named_parameters())
         positions = {}
         for name, tensor in self._to_global({name: p.detach() for name, p in parameters.items()}).items():
@@ -93,7 +93,7 @@ class Strategy:
         return nullcontext()
 
     def whole_layers(self) -> list[CastingModule]:
-        """Return the feed-forward layers and experts that are not sharded, so that they stay the same for a step."""
+        """Return the feed-forward layers and experts that are not sharded; their weights may be cast once per step."""
         layers = [m for m in self.model.modules() if isinstance(m, CastingModule)]
         return [m for m in layers if not any(map(is_dtensor, m.parameters()))]
 
@@ -101,7 +101,7 @@ class Strategy:
         """Run the backward of a micro-batch, which adds to the gradients of this rank.
 
         Args:
-            objective: scalar to minimize.
+            objective: loss to minimize, a scalar.
         """
         torch.autograd.backward(objective)
 
@@ -110,10 +110,10 @@ class Strategy:
         self._expert_reduction.finish()
 
     def apply_update(self, lr: float) -> float:
-        """Clip gradients by their global norm and update the weights; return the norm before clipping, which is the
-        same on every rank.
+        """Clip gradients by their global norm and update the weights; return the norm before clipping.
 
-        If the norm is not finite, the gradients are discarded and the weights stay the same.
+        The norm is the same on every rank. If it is not finite, the gradients are discarded and the weights stay the
+        same.
         """
         norm = clip_gradients(self.model, self.mesh, self.spec.train.clip_norm)
         if math.isfinite(norm):
@@ -123,15 +123,17 @@ class Strategy:
         return norm
 
     def checkpoint_weights(self) -> dict[str, Tensor]:
-        """Return the weights of a checkpoint by name, with global shapes: experts and sharded tensors are DTensors.
+        """Return the weights for a checkpoint by name, with global shapes: experts and sharded tensors are DTensors.
 
-        They are views, so that filling them loads the model, unless `gathers_state` is True.
+        The tensors are views, so that filling them loads the model, unless `gathers_state` is True.
         """
         return self._to_global(self.model.named_tensors())
 
     def checkpoint_moments(self) -> dict[str, Tensor]:
-        """Return AdamW's two moments for a checkpoint, by the names "exp_avg.NAME" and "exp_avg_sq.NAME". They are
-        views like the weights; moments that do not exist yet are created."""
+        """Return AdamW's two moments for a checkpoint, by the names "exp_avg.NAME" and "exp_avg_sq.NAME".
+
+        They are views like those of `checkpoint_weights`. Moments that do not exist yet are created.
+        """
         # The optimizer has no moments before its first update. A checkpoint may be saved earlier, if the updates of the
         # first steps were skipped.
         if not self.optimizer.state:
@@ -144,18 +146,19 @@ class Strategy:
         return moments
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield the part of the checkpoint ("weights" or "optim"), the name and the tensor of all tensors to save, in
-        the same order on all ranks.
+        """Yield all tensors to save in a checkpoint as (section, name, tensor), in the same order on all ranks.
 
-        This is a collective operation.
+        The section of the checkpoint is "weights" or "optim". This is a collective operation.
         """
         yield from (("weights", name, t) for name, t in self.checkpoint_weights().items())
         yield from (("optim", name, t) for name, t in self.checkpoint_moments().items())
         yield from (("optim", name, t) for name, t in self.model.training_buffers().items())
 
     def start_at_step(self, step: int) -> None:
-        """Give the optimizer the state that it has after `step` updates, with moments of zero. Loading a checkpoint
-        fills them afterwards."""
+        """Give the optimizer the state that it has after `step` updates, but with moments of zero.
+
+        Loading a checkpoint fills the moments afterwards.
+        """
         step_device = "cpu" if isinstance(self.optimizer, RoundedAdamW) else None
         for parameter in self.model.parameters():
             self.optimizer.state[parameter] = {
@@ -164,12 +167,12 @@ class Strategy:
             }
 
     def finish_loading(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-        """Finish loading a checkpoint, which has filled the tensors of `checkpoint_weights` and `checkpoint_moments`.
+        """Finish loading a checkpoint, after it was read into `checkpoint_weights` and `checkpoint_moments`.
 
-        Here there is nothing to do, because those tensors are views.
+        The base class does nothing, because those tensors are views of the model and the optimizer.
         """
 
     def _to_global(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return `local` with the tensors of experts as DTensors of their global shape, without copies."""
+        """Return tensors by name, with those of experts as DTensors of their global shape, without copies."""
         experts = expert_parameters(self.model)
         return {name: self.mesh.expert_dtensor(t) if name in experts else t for name, t in local.items()}

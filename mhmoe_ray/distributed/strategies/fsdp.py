@@ -1,9 +1,9 @@
 """FSDP2: each rank holds a shard of every tensor, and gathers the full tensors of a block while the block computes.
 
-Experts stay distributed by expert parallelism, or are also sharded over the dp ranks that hold the same experts. Shards
-are float32. With `gather_precision` bfloat16, what products read is gathered in bfloat16, as autocast would cast it;
-norms and routers compute in float32, so they have groups of their own. Inputs and heads of vision models are gathered
-in float32.
+Experts stay distributed by expert parallelism, and may also be sharded over the dp ranks that hold the same experts.
+Shards are float32. With `gather_precision: bfloat16`, operands of matrix products are gathered in bfloat16, to which
+autocast would cast them anyway. Norms and routers compute in float32, so they are gathered in groups of their own. The
+inputs and heads of vision models are gathered in float32, too.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -51,7 +51,7 @@ class FsdpStrategy(Strategy):
             units += [block_unit, *float32_units, *expert_units]
         units += self._shard_in_float32(self.model.final_norms())
         self._units = units
-        """One module of each group of parameters that are gathered together, in the order of the forward."""
+        """One module for each group of parameters that FSDP2 gathers together, in the order of the forward."""
         self._prefetch_in_forward(True)
         # Detectors and the norms of stems compute in float32, and are not called as modules, so they cannot have groups
         # of their own.
@@ -70,13 +70,16 @@ class FsdpStrategy(Strategy):
         return self.model
 
     def _prefetch_in_forward(self, enabled: bool) -> None:
-        """Let each unit, when its forward starts, gather the unit after it. FSDP2 does so in the backward by itself."""
+        """Set whether the forward of each unit (parameters that are gathered together) also gathers the next unit.
+
+        In the backward, FSDP2 gathers the next unit by itself.
+        """
         for unit, next_unit in pairwise(self._units):
             unit.set_modules_to_forward_prefetch([next_unit] if enabled else [])
 
     def backward(self, objective: Tensor) -> None:
-        # A recomputed block runs its forward again. The block after it has done its backward, and would stay gathered
-        # until all have.
+        # A recomputed block runs its forward again in the backward. It would gather the block after it, whose backward
+        # is done already, and which would then stay gathered until the whole backward ends.
         self._prefetch_in_forward(False)
         try:
             super().backward(objective)
@@ -85,24 +88,29 @@ class FsdpStrategy(Strategy):
 
     @property
     def _policy(self) -> MixedPrecisionPolicy:
-        """Precision of gathered weights, and of sums of gradients."""
+        """Precisions in which weights are gathered and gradients are summed, as the spec sets them."""
         return MixedPrecisionPolicy(self._gather_dtype, self._reduce_dtype, cast_forward_inputs=False)
 
     @property
     def _float32_policy(self) -> MixedPrecisionPolicy:
-        """Precision of weights that are gathered in float32, and of sums of their gradients."""
+        """Precisions for modules that compute in float32, whose weights are gathered in float32."""
         return MixedPrecisionPolicy(torch.float32, self._reduce_dtype, cast_forward_inputs=False)
 
     def _shard_in_float32(self, modules: list[nn.Module]) -> list[FSDPModule]:
-        """Shard modules that compute in float32 as one group, if all others are gathered in bfloat16. Return the first
-        module of the group, or no module if there is no group."""
+        """Shard modules that compute in float32 as one group, if all others are gathered in bfloat16.
+
+        Return a list with the first module of the group. If all weights are gathered in float32, these modules need no
+        group of their own, and the list is empty.
+        """
         if self._gather_dtype == torch.float32:
             return []
         return fully_shard(modules, mesh=self.mesh.shard_mesh, mp_policy=self._float32_policy)[:1]
 
     def _shard_experts(self, module: Experts) -> FSDPModule:
-        """Shard this rank's experts of a layer over dp, and return them. Their parameters become DTensors over
-        `Mesh.expert_mesh`."""
+        """Shard this rank's experts of a layer over the ranks that hold the same experts, and return the module.
+
+        The module's parameters become DTensors over `Mesh.expert_mesh`.
+        """
         mesh = self.mesh.expert_mesh
         assert mesh is not None
         for name, parameter in list(module.named_parameters()):

@@ -1,4 +1,4 @@
-"""Gradients of a step: the reduction of those of experts over ranks, during the last backward, and clipping."""
+"""Gradients of a step: the reduction of experts' gradients over ranks during the last backward, and clipping."""
 
 import torch
 import torch.distributed as dist
@@ -14,14 +14,14 @@ from mhmoe_ray.model.trunk import Trunk
 class ExpertReduction:
     """Reduction of the gradients of experts that FSDP does not shard: they are summed over dp and divided by dp * ep.
 
-    A rank's experts have computed the rows of all ep ranks of their group, so their gradients already have the sum over
-    ep. The gradients of a layer are a bucket. In the last backward of a step, the all-reduce of a bucket starts as soon
-    as its gradients are complete, and runs beside the backward of lower layers. Buckets start in the same order on all
-    ranks, from the highest layer down.
+    A rank's experts compute the rows of all ep ranks of their group, so their gradients already are sums over these.
+    The experts' gradients of one layer form a bucket. In the last backward of a step, the all-reduce of a bucket starts
+    as soon as its gradients are complete, and runs beside the backward of lower layers. Buckets start in the same order
+    on all ranks, from the highest layer down.
     """
 
     def __init__(self, model: Trunk, mesh: Mesh) -> None:
-        """Prepare the reduction, and watch the gradients if there is something to sum.
+        """Prepare the reduction and, if several ranks hold the same experts, register hooks on their gradients.
 
         Args:
             model: model whose experts are on the device.
@@ -34,7 +34,7 @@ class ExpertReduction:
         buckets = [[p for p in layer.parameters() if not isinstance(p, DTensor)] for layer in reversed(layers)]
         self._buckets = [bucket for bucket in buckets if bucket] if mesh.world_size > 1 else []
         self._complete: set[nn.Parameter] = set()
-        """Parameters whose gradients are complete."""
+        """Parameters whose gradients of this step are complete."""
         self._works: list[dist.Work] = []
         self._started_count = 0
         """Number of buckets whose all-reduces have started in this step."""
@@ -47,7 +47,7 @@ class ExpertReduction:
                     parameter.register_post_accumulate_grad_hook(self._complete_gradient)  # type: ignore[no-untyped-call]
 
     def _complete_gradient(self, parameter: nn.Parameter) -> None:
-        """Note that a gradient is complete, and start all buckets whose turn it is."""
+        """Note that a gradient is complete, and start the all-reduce of each complete bucket whose turn has come."""
         if not self.is_last_backward:
             return
         self._complete.add(parameter)
@@ -65,7 +65,7 @@ class ExpertReduction:
         self._started_count += 1
 
     def finish(self) -> None:
-        """Complete the reduction of all gradients. Experts without a gradient get one of zeros."""
+        """Complete the reduction of all experts' gradients; an expert without a gradient gets a gradient of zeros."""
         for parameter in self._parameters:
             # If a rank's experts got no row in any micro-batch of the step, they may have no gradient, but the
             # all-reduce needs a tensor from every rank.
@@ -123,7 +123,7 @@ def clip_gradients(model: Trunk, mesh: Mesh, clip_norm: float) -> float:
 
 
 def _square_sum(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """Return the sum of the squares of all values, as a float64 scalar on the device."""
+    """Return the sum of the squares of all values of the gradients, as a float64 scalar on the device."""
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
     return torch.stack(torch._foreach_norm(gradients)).double().square().sum()

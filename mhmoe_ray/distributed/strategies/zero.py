@@ -1,8 +1,10 @@
-"""DeepSpeed's ZeRO on the existing process groups: stage 1 shards the optimizer's state over ranks, stage 2 also the
-gradients, stage 3 also the weights.
+"""DeepSpeed's ZeRO, stages 1 to 3, on the process groups of the run's mesh.
 
-With expert parallelism, experts are an optimizer group of their own, which is sharded over the dp ranks that hold the
-same experts. DeepSpeed divides sums of gradients over a smaller group by the world size, as experts need it.
+Stage 1 shards the optimizer's state over ranks, stage 2 also the gradients, and stage 3 also the weights.
+
+With expert parallelism, experts are a parameter group of their own, which is sharded over the dp ranks that hold the
+same experts. DeepSpeed sums their gradients over these ranks and divides the sums by the world size, as all other
+strategies do.
 
 DeepSpeed's own functions gather tensors for a checkpoint, and shard them when a checkpoint is loaded.
 """
@@ -28,7 +30,7 @@ from mhmoe_ray.spec import RunSpec
 
 
 class ZeroStrategy(Strategy):
-    """The strategies zero1, zero2 and zero3. A DeepSpeed engine holds the model and the optimizer."""
+    """The strategies zero1, zero2 and zero3, in which a DeepSpeed engine holds the model and the optimizer."""
 
     holds_whole_weights = False
     gathers_state = True
@@ -140,15 +142,17 @@ class ZeroStrategy(Strategy):
         return dict(self._iterate_moments())
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield the part of the checkpoint ("weights" or "optim"), the name and the tensor of all tensors to save, in
-        the same order on all ranks. Each tensor is gathered when it is yielded."""
+        """Yield all tensors to save in a checkpoint as (section, name, tensor), in the same order on all ranks.
+
+        The section of the checkpoint is "weights" or "optim". Each tensor is gathered when it is yielded.
+        """
         # The generators gather one tensor at a time, so that its memory is free again before the next one is gathered.
         yield from (("weights", name, t) for name, t in self._iterate_weights())
         yield from (("optim", name, t) for name, t in self._iterate_moments())
         yield from (("optim", name, t) for name, t in self.model.training_buffers().items())
 
     def _iterate_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name and the tensor of each weight and buffer. In stage 3, weights are gathered one by one."""
+        """Yield the name and the tensor of each weight and buffer; in stage 3, weights are gathered one by one."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         if self._stage < 3:
@@ -160,7 +164,7 @@ class ZeroStrategy(Strategy):
         yield from ((name, t) for name, t in self.model.named_tensors().items() if name in buffer_names)
 
     def _iterate_moments(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name and the tensor of each moment, gathered one by one."""
+        """Yield the name and the tensor of each of AdamW's moments, which are gathered one by one."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         for moment in MOMENT_NAMES:
@@ -169,14 +173,14 @@ class ZeroStrategy(Strategy):
                 yield f"{moment}.{name}", t
 
     def start_at_step(self, step: int) -> None:
-        """Set the number of updates in the optimizer's state. The moments stay as they are."""
+        """Set the number of updates in the optimizer's state, and leave the moments unchanged."""
         # The moments exist since the start and must stay the same tensors, because DeepSpeed has linked them to their
         # parameters.
         for state in self.optimizer.state.values():
             state["step"].fill_(float(step))
 
     def _create_moments(self) -> None:
-        """Create the moments of all parameter groups, with zeros, before the first step."""
+        """Create AdamW's moments of all parameter groups, filled with zeros, before the first step."""
         # The moments cannot be left to DeepSpeed: it would link those of all groups when it has created only those of
         # the first group.
         zero_optimizer = self.engine.optimizer
@@ -209,8 +213,10 @@ class ZeroStrategy(Strategy):
 
 
 def _gathering_settings(model: Trunk) -> dict[str, int]:
-    """Return the part of DeepSpeed's configuration with which stage 3 gathers only the current and the next block, like
-    fsdp, and keeps small tensors such as norms gathered."""
+    """Return DeepSpeed settings with which stage 3 gathers only the current and the next block, like fsdp.
+
+    Small tensors, such as norms, stay gathered all the time.
+    """
     # By default DeepSpeed gathers up to 1e9 parameters at a time, so a smaller model would stay gathered from its
     # forward to the end of its backward.
     largest_block = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
@@ -224,7 +230,7 @@ def _gathering_settings(model: Trunk) -> dict[str, int]:
 
 
 def _disable_compilation() -> None:
-    """Prevent DeepSpeed on CPUs from compiling an all-reduce for inference at its start. Training never calls it."""
+    """Keep DeepSpeed on CPUs from compiling, when it starts, an all-reduce that only inference calls."""
     # If a process is killed while it compiles, it leaves a lock behind, and every later process waits for this lock
     # forever.
     from deepspeed import ops
@@ -234,8 +240,10 @@ def _disable_compilation() -> None:
 
 
 def _add_expert_marker(model: Trunk) -> nn.Module:
-    """Return a module that calls the model and also has an empty layer, by whose class DeepSpeed recognizes that there
-    are experts."""
+    """Return a module that calls the model and has an empty layer of DeepSpeed's class `MoE`.
+
+    By this class, DeepSpeed recognizes that the model has experts.
+    """
     from deepspeed.moe.layer import MoE
 
     class ExpertMarker(MoE):

@@ -1,8 +1,8 @@
 """Modules and initialization of the architectures in `mhmoe_ray/architectures/`, each in a file of the same name.
 
 base.py     the interface of an architecture's modules
-llama.py    RMSNorm, rotary positions and SwiGLU (P2)
-subln.py    LayerNorm also inside attention and feed-forward, xPos and GELU (P1)
+llama.py    RMSNorm, rotary positions and SwiGLU (arXiv 2411.16205)
+subln.py    LayerNorm also inside attention and feed-forward, xPos and GELU (arXiv 2404.15045)
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The interface between the decoder and an architecture: norms, feed-forward function, positions, initial weights.
+"""The interface between a model and its architecture: norms, feed-forward function, positions, initial weights.
 
 A method has a default if most architectures agree on it, so that an architecture defines only the differences.
 """
@@ -12,14 +12,14 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class Modules(ABC):
-    """The parts of a decoder that differ between architectures."""
+    """The parts of a model that differ between architectures."""
 
     @abstractmethod
     def norm(self, spec: ModelSpec) -> nn.Module:
-        """Return a new norm over the width of the model."""
+        """Return a new normalization layer over the width of the model."""
 
     def inner_norm(self, spec: ModelSpec) -> nn.Module:
-        """Return a new norm between attention and its output projection; by default the identity."""
+        """Return a new normalization layer between attention and its output projection; by default the identity."""
         return nn.Identity()
 
     @abstractmethod
@@ -32,8 +32,8 @@ class Modules(ABC):
         function's arguments.
 
         Args:
-            width: D, the width of its rows.
-            hidden: F, the width of its hidden rows.
+            width: D, the width of the rows that the layer takes and returns.
+            hidden: F, the hidden width of the layer.
         """
 
     def embedding_scale(self, spec: ModelSpec) -> float:
@@ -54,12 +54,12 @@ class Modules(ABC):
         return None
 
     def rescale_initial(self, name: str, tensor: Tensor, layers: int) -> Tensor:
-        """Return an initial tensor after the architecture's own changes. By default it is returned unchanged.
+        """Apply the architecture's own changes to an initial weight or bias and return it; by default it is unchanged.
 
         The method may change the tensor in place.
 
         Args:
-            name: full name of the tensor in the decoder.
+            name: full name of the tensor in the model.
             tensor: parameter of one module or of one expert, as `model/init.py` has drawn it.
             layers: number of blocks of the model.
         """

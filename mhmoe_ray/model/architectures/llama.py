@@ -1,4 +1,4 @@
-"""Modules of the llama architecture (P2): RMSNorm and SwiGLU; `base.py` provides the rest."""
+"""Modules of the llama architecture: RMSNorm and SwiGLU; `base.py` provides the rest."""
 
 from torch import nn
 
@@ -8,7 +8,7 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class LlamaModules(Modules):
-    """Modules of the llama architecture."""
+    """Modules of the llama architecture: RMSNorm, and SwiGLU without biases."""
 
     def norm(self, spec: ModelSpec) -> nn.Module:
         return nn.RMSNorm(spec.d_model, spec.norm_eps)

@@ -1,4 +1,4 @@
-"""Modules of the subln architecture (P1): LayerNorm also inside attention, GELU with biases and an inner norm, xPos."""
+"""Modules of the subln architecture: LayerNorm also inside attention, GELU with biases and an inner norm, and xPos."""
 
 import math
 
@@ -10,11 +10,12 @@ from mhmoe_ray.model.architectures.base import Modules
 from mhmoe_ray.spec import ModelSpec
 
 XPOS_SCALE_BASE = 512
-"""Distance in tokens over which xPos decays by one factor of its scale (arXiv 2212.10554, with torchscale's value)."""
+"""Distance in tokens over which xPos's scale changes by one factor of its base (arXiv 2212.10554; the value is that of
+the library torchscale)."""
 
 
 class SublnModules(Modules):
-    """Modules of the subln architecture."""
+    """Modules of the subln architecture: LayerNorm, GELU with an inner norm, and xPos (SubLN, arXiv 2210.06423)."""
 
     def norm(self, spec: ModelSpec) -> nn.Module:
         return nn.LayerNorm(spec.d_model, spec.norm_eps)
@@ -39,21 +40,24 @@ class SublnModules(Modules):
         return float(spec.d_model**0.5)
 
     def query_scale(self, head_width: int, position_T: Tensor) -> Tensor | None:
-        """Return xPos's factors of rotated queries. With them, the product of a query and a key shrinks as their
+        """Return xPos's factors of rotated queries (T, C). With them, the product of a query and a key shrinks as their
         distance grows."""
-        # 0.4 is gamma of the paper, as in torchscale.
+        # 0.4 is the constant gamma of xPos's paper, with the value of torchscale.
         even = torch.arange(0, head_width, 2, device=position_T.device, dtype=torch.float64)
         base = (even + 0.4 * head_width) / (1.4 * head_width)
         return (base ** (position_T[:, None] / XPOS_SCALE_BASE)).repeat(1, 2)
 
     def rescale_initial(self, name: str, tensor: Tensor, layers: int) -> Tensor:
-        """Multiply weights and biases of fc1, fc2, attention's value and output projections, and the merge projection
-        by sqrt(ln(2 L)) for L layers, in place (SubLN, arXiv 2210.06423). Return the tensor; others are unchanged."""
+        """Multiply some tensors by sqrt(ln(2 L)) for L layers, in place (SubLN, arXiv 2210.06423). Return the tensor.
+
+        These are the weights and biases of fc1, of fc2, of attention's value and output projections, and of the merge
+        projection. Other tensors stay unchanged.
+        """
         factor = math.sqrt(math.log(2 * layers))
         if ".qkv." in name:
             # The values are the last third: this architecture has as many heads of values as of queries.
             tensor[-len(tensor) // 3 :] *= factor
-        # P1's code selects tensors by name, and its selection has the merge projection but not the head projection.
+        # The code of arXiv 2404.15045 selects tensors by name: the merge projection, but not the head projection.
         elif any(part in name for part in (".fc1_", ".fc2_", ".attention.out.", ".merge.")):
             tensor *= factor
         return tensor

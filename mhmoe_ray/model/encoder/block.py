@@ -21,7 +21,7 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class Branch(nn.Module):
-    """Weights of a block for one modality."""
+    """Weights of a block for one modality, images or texts: norms, attention, and a dense feed-forward layer if any."""
 
     def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__()
@@ -56,20 +56,20 @@ class EncoderBlock(TrunkBlock):
         create_generator: Callable[[], torch.Generator | None],
         recompute: bool,
     ) -> tuple[Tensor, Tensor, Routing | None]:
-        """Run the block; return its output for images and for texts, and its routing if it has experts.
+        """Run the block and return its output for images, its output for texts, and its routing if it has experts.
 
         Args:
-            image_NSM: positions of all images.
-            text_NTM: tokens of all texts.
+            image_NSM: hidden states at the positions of all images.
+            text_NTM: hidden states of the tokens of all texts.
             sizes: sizes of the groups of the batch.
             masks: `attention_masks` of the samples.
-            create_generator: function that returns a new generator of dropout and routing, with the same draws at each
-                call; or that returns None in evaluation.
-            recompute: whether the backward recomputes the part before the feed-forward layer.
+            create_generator: function that returns a new random generator for dropout and routing, in the same state at
+                each call; in evaluation it returns None.
+            recompute: whether the backward recomputes the attention part of the block.
         """
 
         def run_attention(image_NSM: Tensor, text_NTM: Tensor) -> tuple[Tensor, Tensor, torch.Generator | None]:
-            # A recomputation draws the same numbers only from a new generator in its initial state.
+            # The backward may run this again and must then draw the same numbers, so each run creates a new generator.
             generator = create_generator()
             outputs = self._attend(image_NSM, text_NTM, sizes, masks, generator)
             image_NSM, text_NTM = (
@@ -119,7 +119,10 @@ class EncoderBlock(TrunkBlock):
         masks: Sequence[Tensor | None],
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the attention outputs of images and texts; attention is over whole samples, in both directions."""
+        """Return the attention outputs of images and of texts.
+
+        Attention runs over whole samples (an image, a text, or a pair of both), where the masks allow it.
+        """
         image_heads = self.image.attention.project(self.image.attention_norm(widen(image_NSM)))
         text_heads = self.text.attention.project(self.text.attention_norm(widen(text_NTM)))
         heads = [join_samples(*halves, sizes) for halves in zip(image_heads, text_heads, strict=True)]
@@ -131,7 +134,7 @@ class EncoderBlock(TrunkBlock):
         return self.image.attention.merge(image_y), self.text.attention.merge(text_y)
 
     def _attend_over(self, heads: Sequence[Tensor], mask: Tensor | None, generator: torch.Generator | None) -> Tensor:
-        """Return the attention output (B, U, H, C) of queries, keys and values of the same shape."""
+        """Return the attention output (B, U, H, C) of one set of samples from its queries, keys and values."""
         q, k, v = (t.transpose(1, 2) for t in heads)
         dropout_rate = self.attention_dropout if generator is not None else 0.0
         with default_generator_from(generator if dropout_rate else None):

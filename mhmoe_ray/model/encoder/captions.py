@@ -11,15 +11,17 @@ from mhmoe_ray.model.encoder.model import Encoded, Encoder
 
 @torch.no_grad()
 def write_captions(model: Encoder, image_NYXC: Tensor, start_token: int, max_tokens: int) -> list[list[int]]:
-    """Return the tokens of a caption for each image: at each position the most probable one, up to the end.
+    """Return the tokens of a caption for each image, each of them the most probable token at its position.
 
-    A model learns it by objective `caption`, whose captions end with the start token.
+    A model learns to write captions by the training objective `caption`. Its captions end with the start token, so this
+    token also ends a caption here.
 
     Args:
         model: the model in evaluation mode, on the device of the images.
-        image_NYXC: images as the model reads them, uint8.
+        image_NYXC: images of the size that the model reads, uint8.
         start_token: the token before a caption.
-        max_tokens: largest number of tokens of a caption; with the start token, at most the model's text positions.
+        max_tokens: largest number of tokens of a caption. The model must have a text position for each of them and for
+            the start token.
     """
     captions: list[list[int]] = [[] for _ in range(len(image_NYXC))]
     numbers = list(range(len(image_NYXC)))
@@ -39,18 +41,18 @@ def write_captions(model: Encoder, image_NYXC: Tensor, start_token: int, max_tok
 def next_tokens(
     model: Encoder, image_NYXC: Tensor, captions: Sequence[Sequence[int]], start_token: int
 ) -> tuple[list[int], Encoded]:
-    """Return the most probable next token of the caption of each image, and the outputs of the pass.
+    """Return the most probable next token of each image's caption, and the encoder's outputs of this forward pass.
 
-    An image is encoded again for each token, since captions are short.
+    Each call encodes the images again, without a cache, because captions are short.
 
     Args:
         model: the model in evaluation mode, on the device of the images.
-        image_NYXC: images as the model reads them, uint8; at least one.
+        image_NYXC: images of the size that the model reads, uint8; at least one.
         captions: tokens of each caption so far, without the start token.
         start_token: the token before a caption, which also ends it.
     """
     length, device = 1 + max(map(len, captions)), image_NYXC.device
-    # The start token fills up shorter captions; attention does not see it there.
+    # Shorter captions are padded with the start token. The mask hides the padding from attention.
     token_NT = torch.tensor(
         [[start_token, *caption, *[start_token] * (length - 1 - len(caption))] for caption in captions], device=device
     )
@@ -69,15 +71,15 @@ def caption_batch(image_NYXC: Tensor, token_NT: Tensor, is_token_NT: Tensor) -> 
 
     Args:
         image_NYXC: the images, uint8.
-        token_NT: the tokens of each caption, and any tokens after them.
-        is_token_NT: mask of the tokens of captions.
+        token_NT: the start token and the tokens of each caption, padded with any tokens.
+        is_token_NT: mask that is True for these tokens and False for padding.
     """
     images = len(image_NYXC)
     empty = torch.empty(0, dtype=torch.int64, device=image_NYXC.device)
     return EncoderBatch(
         groups=(Group(GroupSize(images, images, is_joint=True, is_causal=True), 0, 0, ()),),
         image_NYXC=image_NYXC,
-        # No patch is hidden, whatever their number, so one column serves for all of them.
+        # No patch is hidden, so one column is enough: it is broadcast to all patches.
         patch_hidden_NP=torch.zeros(images, 1, dtype=torch.bool, device=image_NYXC.device),
         token_NT=token_NT,
         is_token_NT=is_token_NT,

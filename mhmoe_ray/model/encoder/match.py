@@ -1,11 +1,11 @@
-"""The head that matches images with texts."""
+"""The output head that compares images with texts by the cosine of two vectors (CLIP, arXiv 2103.00020)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 MAX_MATCH_SCALE = 100.0
-"""Largest factor of cosines in the contrastive loss (CLIP, arXiv 2103.00020)."""
+"""Upper limit of the learned factor of cosines in the contrastive loss (CLIP, arXiv 2103.00020)."""
 
 
 class MatchHead(nn.Module):
@@ -18,16 +18,19 @@ class MatchHead(nn.Module):
         self.log_scale = nn.Parameter(torch.empty(1))
 
     def image_vectors(self, image_BM: Tensor) -> Tensor:
-        """Return the vectors of images, of length 1, (B, W) float32, from the outputs at their first positions."""
+        """Return a vector of length 1 for each image, (B, W) float32, from the encoder's output at position 0."""
         return F.normalize(self.image(image_BM).float())
 
     def text_vectors(self, text_BM: Tensor) -> Tensor:
-        """Return the vectors of texts, of length 1, (B, W) float32, from the outputs at their start tokens."""
+        """Return a vector of length 1 for each text, (B, W) float32, from the encoder's output at its start token."""
         return F.normalize(self.text(text_BM).float())
 
     def forward(self, image_BM: Tensor, text_BM: Tensor) -> Tensor:
-        """Return the loss of each pair in nats: the mean cross-entropies of its text among all texts for its image, and
-        of its image among all images for its text (CLIP, arXiv 2103.00020)."""
+        """Return the contrastive loss of each pair of an image and a text, in nats (CLIP, arXiv 2103.00020).
+
+        It is the mean of two cross-entropies: choosing the pair's text among all texts, given its image, and choosing
+        its image among all images, given its text.
+        """
         image_BW, text_BW = self.image_vectors(image_BM), self.text_vectors(text_BM)
         if not len(image_BM):
             return image_BW.new_empty(0)

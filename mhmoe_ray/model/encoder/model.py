@@ -27,11 +27,11 @@ class Encoded(NamedTuple):
     """Outputs of the encoder's last norms for a micro-batch."""
 
     image_NSM: Tensor
-    """Outputs of all images: of each image as a whole at position 0, then of its patches."""
+    """Outputs for all images: position 0 stands for the image as a whole, and its patches follow."""
     text_NTM: Tensor
-    """Outputs of the tokens of all texts."""
+    """Outputs for the tokens of all texts."""
     routing: list[Routing]
-    """Routing of each mixture-of-experts layer, from the lowest layer up."""
+    """Result of the router of each mixture-of-experts layer, from the first layer to the last."""
 
 
 class Encoder(Trunk):
@@ -50,9 +50,9 @@ class Encoder(Trunk):
         self.patch_size, self.image_tokens = encoder.patch_size, encoder.image_tokens
         self.patch_projection = nn.Linear(encoder.patch_values, d)
         self.image_embedding = nn.Embedding(1, d)
-        """Input at the position of an image as a whole."""
+        """Learned input at the extra position that stands for an image as a whole."""
         self.hidden_embedding = nn.Embedding(1, d)
-        """Input at the positions of hidden patches."""
+        """Learned input that replaces a hidden patch."""
         self.image_position_embedding = nn.Embedding(encoder.image_positions or encoder.image_tokens, d)
         self.embedding = nn.Embedding(spec.vocab_size, d)
         self.text_position_embedding = nn.Embedding(encoder.text_positions, d)
@@ -71,16 +71,18 @@ class Encoder(Trunk):
 
         Args:
             batch: the micro-batch.
-            noise: randomness of a training step, None in evaluation; used only if the spec has any.
+            noise: source of a training step's randomness; None in evaluation. It is used only if the spec has dropout
+                or another random part.
         """
         encoded = self.encode(batch, noise)
         return PartLosses(self._losses(batch, encoded.image_NSM, encoded.text_NTM), encoded.routing)
 
     def encode(self, batch: EncoderBatch, noise: Noise | None = None) -> Encoded:
-        """Return the outputs of the last norms for a micro-batch; for the arguments see `forward`."""
+        """Return the outputs of the last norms for a micro-batch. The arguments are those of `forward`."""
         active_noise = noise if self.spec.is_random else None
         image_NSM, text_NTM = self._embed(batch, active_noise)
-        # Compiled blocks must not depend on the numbers of hidden patches and tokens, which change all the time.
+        # Blocks get only the sizes of groups. If compiled blocks depended on the numbers of hidden patches and tokens,
+        # they would be compiled again for almost every micro-batch.
         sizes = [group.size for group in batch.groups]
         masks = attention_masks(sizes, batch.is_token_NT, self.image_tokens, matmul_dtype(image_NSM))
         if self.residual_dtype is not None:
@@ -107,7 +109,7 @@ class Encoder(Trunk):
 
     def _embed(self, batch: EncoderBatch, noise: Noise | None) -> tuple[Tensor, Tensor]:
         """Return the inputs of the first block for images and texts."""
-        # Pixels from -1 to 1, as in BEiT.
+        # Pixels are scaled to the range from -1 to 1, as in BEiT.
         patch_NPM = widen(self.patch_projection(2 * image_patches(batch.image_NYXC, self.patch_size) - 1))
         hidden_M = widen(self.hidden_embedding.weight[0])
         patch_NPM = torch.where(batch.patch_hidden_NP[..., None], hidden_M, patch_NPM)
@@ -119,7 +121,7 @@ class Encoder(Trunk):
         return dropout(image_NSM, self.spec.dropout, generator), dropout(text_NTM, self.spec.dropout, generator)
 
     def _losses(self, batch: EncoderBatch, image_NSM: Tensor, text_NTM: Tensor) -> list[LossPart]:
-        """Return the losses of each group for the outputs of the last norms."""
+        """Return the losses of each group, computed from the outputs of the last norms."""
         groups = batch.groups
         hidden_IM = image_NSM[:, 1:].flatten(0, 1)[batch.hidden_patch_I]
         patch_values = _patch_losses(self.output["image"](hidden_IM).float(), batch.patch_target_I)
@@ -140,14 +142,15 @@ class Encoder(Trunk):
                 else:
                     values.append(patch_part if kind == "image" else token_part)
         parts = [LossPart(value_I.sum(), value_I.detach()) for value_I in values]
-        # If no part hides anything, the heads still get gradients, of zeros, as strategies expect of every weight.
+        # If nothing is hidden, the heads get gradients of zeros, because distributed strategies expect a gradient for
+        # every weight.
         unused_heads = patch_values[:0].sum() + token_values[:0].sum()
         return [parts[0]._replace(sum=parts[0].sum + unused_heads), *parts[1:]]
 
 
 def _patch_losses(output_IV: Tensor, target_I: Tensor) -> Tensor:
-    """Return the loss of each patch: the mean squared error of its pixels, or the cross-entropy of its entry of the
-    codebook in nats."""
+    """Return the loss of each hidden patch: the mean squared error of its pixels, or the cross-entropy of its codebook
+    entry in nats."""
     if target_I.is_floating_point():
         return (output_IV - target_I).square().mean(-1)
     return F.cross_entropy(output_IV, target_I, reduction="none")

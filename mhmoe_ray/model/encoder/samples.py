@@ -1,4 +1,4 @@
-"""Samples of images, texts or pairs, over which attention is: joining their halves, splitting them, and their masks."""
+"""Samples over which attention runs: joining images and texts into samples, splitting them again, and masks."""
 
 from collections.abc import Sequence
 
@@ -10,14 +10,14 @@ from mhmoe_ray.model.encoder.batch import GroupSize
 
 
 def join_samples(image_NS: Tensor, text_NT: Tensor, sizes: Sequence[GroupSize]) -> list[Tensor]:
-    """Return values at the positions of whole samples, (B, U, ...), for each set of samples of the same kind.
+    """Join values of images and texts into values of whole samples, and return one tensor (B, U, ...) for each set.
 
-    A group has a set of pairs, or a set of images and a set of texts; sets of images or texts without samples are left
-    out.
+    A set has samples of one kind: pairs of an image and a text, images, or texts. A group of pairs has one set. Any
+    other group has a set of images and a set of texts, of which an empty one is left out.
 
     Args:
-        image_NS: values of all images, (N, S, ...).
-        text_NT: values of all texts, (N, T, ...).
+        image_NS: values at the positions of all images, (N, S, ...).
+        text_NT: values at the positions of all texts, (N, T, ...).
         sizes: sizes of the groups of the batch.
     """
     image_parts = torch.split(image_NS, [size.images for size in sizes])
@@ -34,12 +34,12 @@ def join_samples(image_NS: Tensor, text_NT: Tensor, sizes: Sequence[GroupSize]) 
 def split_samples(
     samples: Sequence[Tensor], sizes: Sequence[GroupSize], image_NS: Tensor, text_NT: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the values of all images and those of all texts: the inverse of `join_samples`.
+    """Split values of samples into those of all images and those of all texts: the inverse of `join_samples`.
 
     Args:
-        samples: values of the sets of samples.
+        samples: values of each set of samples.
         sizes: sizes of the groups of the batch.
-        image_NS, text_NT: tensors of images and of texts of the shapes of the results.
+        image_NS, text_NT: any two tensors with the shapes of the results for images and for texts.
     """
     image_parts, text_parts = [image_NS[:0]], [text_NT[:0]]
     sample_sets = iter(samples)
@@ -59,9 +59,10 @@ def split_samples(
 def attention_masks(
     sizes: Sequence[GroupSize], is_token_NT: Tensor, image_tokens: int, dtype: torch.dtype
 ) -> list[Tensor | None]:
-    """Return the mask of each set of samples of `join_samples`, which is added to attention scores, (B, 1, 1, keys) or
-    for causal groups (B, 1, queries, keys): 0 for a key, and -inf for padding and for keys that a query must not see.
-    It is None for images alone.
+    """Return the attention mask of each set of samples of `join_samples`; it is None for images alone.
+
+    A mask is added to attention scores. It is 0 for keys that a query may see, and -inf for other keys and for padding.
+    Its shape is (B, 1, queries, keys) for causal groups and (B, 1, 1, keys) for other groups.
 
     Args:
         sizes: sizes of the groups of the batch.
@@ -81,7 +82,7 @@ def attention_masks(
             is_seen_QU = torch.ones(2 * is_key_BU.shape[1:], dtype=torch.bool, device=is_key_BU.device).tril()
             is_seen_QU[:image_tokens, :image_tokens] = True
             is_key_BQU = is_key_BQU & is_seen_QU
-        # The mask is not boolean, because every layer would convert it into one like this.
+        # The mask is not boolean, because every layer would convert a boolean mask into one like this.
         mask_BQU = torch.zeros(is_key_BQU.shape, dtype=dtype, device=is_key_BU.device)
         masks.append(mask_BQU.masked_fill_(~is_key_BQU, float("-inf"))[:, None])
     return masks

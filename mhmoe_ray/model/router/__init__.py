@@ -1,8 +1,8 @@
-"""Routers: they choose the experts of each row of a layer.
+"""Routers, which choose the experts of each row (a sub-token) of a mixture-of-experts layer.
 
 base.py     the interface of the modules that compute logits
 scores.py   logits over the experts
-table.py    the table of all such modules
+table.py    the table of these modules by router
 top_k.py    the choice of experts by their logits, gates, and expert capacity
 balance.py  load balancing losses, the selection bias, and the router z-loss
 groups.py   routers with logits of their own for each modality or each task

@@ -1,7 +1,8 @@
 """The load of experts: counts of routes, load balancing losses, the selection bias, and the router z-loss.
 
-The load balancing loss and the bias make the loads of experts equal; the router z-loss keeps logits small. Each of them
-belongs to one layer, and a model sums the losses over its layers. They are computed in float32 or wider.
+A route is one choice of an expert by a row. The load balancing loss and the bias make the loads of experts equal; the
+router z-loss keeps logits small. Each of them belongs to one layer, and a model sums the losses over its layers. They
+are computed in float32 or wider.
 """
 
 import math
@@ -14,28 +15,30 @@ from mhmoe_ray.spec import MoESpec
 
 
 class RoutedLogits(NamedTuple):
-    """Logits of rows, and the choice by them, as the load balancing loss needs them."""
+    """Router logits of rows and the experts chosen by them: the inputs of the load balancing losses."""
 
     x_ND: Tensor
-    """Rows in float32 or wider."""
+    """Rows that the router gets, in float32 or wider."""
     clean_NE: Tensor
-    """Logits without noise."""
+    """Logits before the router's random noise is added."""
     noisy_NE: Tensor
-    """Logits by which experts were chosen; those without noise if there is none."""
+    """Logits by which experts were chosen, with noise; equal to `clean_NE` if the router has no noise."""
     probability_NE: Tensor
-    """Probabilities of the logits by which experts were chosen."""
+    """Probability of each expert for the load balancing loss (`BaseScores.balance_probabilities`)."""
     expert_NK: Tensor
-    """Chosen experts."""
+    """Chosen experts of each row, int64, the best one first."""
 
     def slice(self, start: int, stop: int, top_k: int) -> "RoutedLogits":
-        """Return the logits of rows `start` to `stop` - 1, with the first `top_k` choices."""
+        """Return the values of rows `start` to `stop` - 1, with only the first `top_k` choices of each row."""
         x_ND, clean_NE, noisy_NE, probability_NE, expert_NK = (field[start:stop] for field in self)
         return RoutedLogits(x_ND, clean_NE, noisy_NE, probability_NE, expert_NK[:, :top_k])
 
 
 def route_counts(expert_NK: Tensor, experts: int, kept_NK: Tensor | None = None) -> Tensor:
-    """Return the number of routes to each of `experts` experts, int64. With the mask `kept_NK`, only the routes that it
-    selects count."""
+    """Return how many routes (choices by rows) go to each of `experts` experts, int64.
+
+    With the mask `kept_NK`, only routes for which it is True count.
+    """
     # bincount would make the host wait for a GPU.
     weight_NK = torch.ones_like(expert_NK) if kept_NK is None else kept_NK.long()
     zero_E = torch.zeros(experts, dtype=torch.int64, device=expert_NK.device)
@@ -43,13 +46,14 @@ def route_counts(expert_NK: Tensor, experts: int, kept_NK: Tensor | None = None)
 
 
 def balance_loss(moe: MoESpec, routed: RoutedLogits, sequences: int, share_E: Tensor | None) -> Tensor:
-    """Return the load balancing loss of rows, over the choices that the spec counts.
+    """Return the load balancing loss of the rows of one layer, of the kind that the spec selects.
 
     Args:
         moe: spec of the layer.
         routed: logits of the rows, and their choices.
         sequences: number of sequences, whose rows lie one after another.
-        share_E: shares of the choices of the step before, for a load balancing loss over steps.
+        share_E: each expert's share of all choices in the step before, for a load balancing loss over steps; None for
+            any other load balancing loss.
     """
     if moe.balance == "importance_load":
         probability_NE, top_k = routed.clean_NE.softmax(-1), routed.expert_NK.shape[1]
@@ -63,11 +67,13 @@ def balance_loss(moe: MoESpec, routed: RoutedLogits, sequences: int, share_E: Te
 
 
 def switch_balance_loss(probability_NE: Tensor, expert_NK: Tensor) -> Tensor:
-    """Return the load balancing loss E * sum_e mean_n(p_ne) * (share of the choices that are e), before any drop
-    (Switch Transformers, arXiv 2101.03961, equation 4).
+    """Return the load balancing loss E * sum_e mean_n(p_ne) * (share of the choices that are e).
 
-    With only the first column of `expert_NK` it has the form of both papers' code; with all columns, MegaBlocks'. It is
-    exactly 1 if either factor is uniform, and at most E. Its gradient flows only through the probabilities.
+    This is equation 4 of Switch Transformers (arXiv 2101.03961). It counts choices before any route is dropped.
+
+    With only the first column of `expert_NK`, it is the loss in the code of both MH-MoE papers. With all columns, it is
+    MegaBlocks' loss. It is exactly 1 if either factor is uniform, and at most E. Its gradient flows only through the
+    probabilities.
     """
     experts = probability_NE.shape[1]
     share_E = route_counts(expert_NK, experts).to(probability_NE.dtype) / expert_NK.numel()
@@ -80,7 +86,7 @@ def sequence_balance_loss(probability_NE: Tensor, expert_NK: Tensor, sequences: 
 
     Args:
         probability_NE: probabilities of rows; the rows of a sequence lie one after another.
-        expert_NK: choices that count.
+        expert_NK: the choices that the loss counts.
         sequences: number of sequences, which have equally many rows.
     """
     experts = probability_NE.shape[1]
@@ -92,7 +98,7 @@ def sequence_balance_loss(probability_NE: Tensor, expert_NK: Tensor, sequences: 
 
 
 def squared_variation(load_E: Tensor) -> Tensor:
-    """Return the square of the coefficient of variation of the experts' loads: 0 if all are equal."""
+    """Return the squared coefficient of variation of the experts' loads; it is 0 if all loads are equal."""
     return load_E.var(correction=0) / load_E.mean().square()
 
 
@@ -102,7 +108,8 @@ def importance_load_loss(
     """Return V-MoE's load balancing loss: its importance loss plus its load loss (arXiv 2106.05974, appendix A).
 
     The importance of an expert is the sum of its probabilities over all rows. Its load is the mean probability that it
-    would be chosen, if only its own noise were drawn again. Each loss is the squared coefficient of variation.
+    would be chosen, if only its own noise were drawn again. Each of the two losses is the squared coefficient of
+    variation of these values over the experts.
 
     Args:
         probability_NE: probabilities of rows without noise.
@@ -124,7 +131,9 @@ def z_loss(logits_NE: Tensor) -> Tensor:
 
 
 def updated_bias(bias_E: Tensor, count_E: Tensor, rate: float) -> Tensor:
-    """Return the selection bias for the next step: raised by `rate` for experts with fewer routes than the mean, and
-    lowered by `rate` for experts with more. It needs no load balancing loss (arXiv 2408.15664)."""
+    """Return each expert's selection bias for the next step, which balances loads without a loss (arXiv 2408.15664).
+
+    The bias rises by `rate` for experts with fewer routes than the mean, and falls by `rate` for experts with more.
+    """
     load_E = count_E.to(bias_E.dtype)
     return bias_E + rate * (load_E.mean() - load_E).sign()

@@ -26,12 +26,12 @@ class BaseScores(nn.Module, ABC):
         """Return the logits NE of rows, in float32 or wider."""
 
     def balance_probabilities(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor:
-        """Return the probabilities NE for the load balancing loss; by default those of the routing itself."""
+        """Return the probabilities NE for the load balancing loss; by default those by which experts are chosen."""
         return probability_NE
 
 
 class Scores(Protocol):
-    """Function that computes the logits of rows, and what the load balancing loss needs of them (`BaseScores`)."""
+    """Callable that computes router logits, and probabilities for the load balancing loss, as `BaseScores` does."""
 
     def __call__(self, x_ND: Tensor) -> Tensor: ...
 

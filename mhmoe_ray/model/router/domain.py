@@ -1,7 +1,8 @@
-"""The router of DEMix layers (arXiv 2108.05036): a document goes to the expert of its domain.
+"""The router of DEMix layers (arXiv 2108.05036): a document goes to the expert of its domain, a source of documents.
 
-It has no parameters. In training and in validation the domain is known, and a sample has documents of one domain. For
-text of unknown origin, `evaluate/mixture.py` weights the predictions of all experts by their posterior probabilities.
+The router has no parameters. In training and in validation the domain is known, and a sample has documents of one
+domain. For text of unknown origin, `evaluate/mixture.py` weights the predictions of all experts by their posterior
+probabilities.
 """
 
 from collections.abc import Sequence
@@ -15,10 +16,10 @@ from mhmoe_ray.spec import MoESpec
 
 
 class DomainRouter(Router):
-    """Router of one layer that sends all rows of a sequence to the expert of its domain, with gate 1."""
+    """Router of one layer that sends all rows of a sequence to the expert of the sequence's domain, with gate 1."""
 
     def __init__(self, moe: MoESpec) -> None:
-        # The constructor of `Router` would create the module that computes scores, and there are none here.
+        # The constructor of `Router` would create a module that computes scores, which this router does not need.
         nn.Module.__init__(self)
         self.moe = moe
 
@@ -30,13 +31,13 @@ class DomainRouter(Router):
         domain_B: Tensor | None = None,
         group_rows: Sequence[int] = (),
     ) -> Routing:
-        """Return the routing of rows.
+        """Return the routing that sends each row to its sequence's expert; its losses are 0.
 
         Args:
             x_ND: the rows; those of a sequence lie one after another.
             generator: not used, because this routing draws no random numbers.
             sequences: B, the number of sequences, which have equally many rows.
-            domain_B: expert of each sequence, int64; required.
+            domain_B: index of each sequence's expert, int64; required.
             group_rows: not used.
         """
         assert domain_B is not None, "router domain needs the domain of each sequence"

@@ -1,5 +1,8 @@
-"""Routers with scores for each group of rows, all of which choose among the same experts: for each modality, patches of
-images and tokens of texts; or for each task of a vision model (AdaMV-MoE, ICCV 2023)."""
+"""Routers with separate weights for groups of rows, which all choose among the same experts.
+
+A group has the rows of one modality (patches of images, or tokens of texts), or those of one task of a vision model
+(AdaMV-MoE, ICCV 2023).
+"""
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -19,7 +22,7 @@ from mhmoe_ray.spec.vision import module_key
 class ModalityRouter(Router):
     """Router of one layer that computes the logits of patches and those of tokens by different weights.
 
-    All else is over the rows of both: the choice of experts, their capacity, and the load balancing loss.
+    The rows of both go through the rest together: the choice of experts, their capacity, and the load balancing loss.
     """
 
     def _build_scores(self, width: int) -> None:
@@ -30,10 +33,10 @@ class ModalityRouter(Router):
 
 
 class TaskRouter(Router):
-    """Router of one layer of a vision model, whose tasks may have weights and numbers of experts of their own.
+    """Router of one layer of a vision model. Each task may have its own weights and its own number of experts per row.
 
-    The experts' capacity is over the rows of all tasks. The load balancing loss is the sum over tasks of the loss of
-    their rows if they have weights of their own, and otherwise that of all rows.
+    The expert capacity is for the rows of all tasks together. If tasks have their own weights, the load balancing loss
+    is the sum of one loss for each task. Otherwise it is one loss for all rows.
     """
 
     def __init__(self, width: int, moe: MoESpec, tasks: Sequence[str], *, is_shared: bool) -> None:
@@ -42,10 +45,10 @@ class TaskRouter(Router):
         Args:
             width: width of a row.
             moe: spec of the layer.
-            tasks: names of the tasks, in the order of the groups of rows.
-            is_shared: whether all tasks have the same weights.
+            tasks: names of the tasks, in the order in which their rows lie.
+            is_shared: whether all tasks use the same weights of the router.
         """
-        # The constructor of the base class builds the scores, which needs both.
+        # The constructor of the base class calls `_build_scores`, which needs these attributes.
         self._tasks, self._is_shared = tuple(tasks), is_shared
         super().__init__(width, moe)
         self.top_k = [moe.top_k for _ in tasks]
@@ -63,7 +66,7 @@ class TaskRouter(Router):
         return _SplitScores(cast("list[BaseScores]", [*self.tasks.values()]), group_rows)
 
     def _is_plain(self, generator: torch.Generator | None) -> bool:
-        # A fused kernel computes one load balancing loss over all rows.
+        # The fused kernel computes one load balancing loss over all rows, not one for each task.
         return self._is_shared and super()._is_plain(generator)
 
     def _top_k_of(self, group_rows: Sequence[int], device: torch.device) -> TopK:
@@ -86,16 +89,16 @@ class TaskRouter(Router):
             if stop > start
         ]
         if self._is_shared:
-            # One router has one loss, whatever the number of tasks.
+            # A shared router has one loss: the mean of the tasks' losses, weighted by their numbers of rows.
             losses = [loss * n / sum(group_rows) for loss, n in zip(losses, filter(None, group_rows), strict=True)]
         return torch.stack(losses).sum()
 
 
 class _SplitScores:
-    """Logits of rows in groups, of which each has scores of its own.
+    """Callable that computes the router logits of rows in groups, with a separate module for each group.
 
     Args:
-        scores: the scores of each group.
+        scores: the module that computes the logits of each group.
         group_rows: number of rows of each group.
     """
 

@@ -1,7 +1,8 @@
-"""Logits of a router over E experts per row.
+"""Modules that compute the logits of a router: E values for each row, one per expert.
 
-Logits are W x (P1, equation 5; P2, section 2.1), X-MoE's as published, or X-MoE's as torchscale computes them, which P1
-used. They are computed in float32 or wider.
+Logits are W x (arXiv 2404.15045, equation 5; arXiv 2411.16205, section 2.1), those of X-MoE as published (arXiv
+2204.09179), or those of X-MoE as torchscale computes them, the library that the first of these papers used. They are
+computed in float32 or wider.
 """
 
 import torch
@@ -14,7 +15,7 @@ from mhmoe_ray.spec import MoESpec
 
 
 class LinearScores(BaseScores):
-    """Logits W x of router `linear`."""
+    """Module of router `linear`, whose logits are W x for a row x."""
 
     def __init__(self, width: int, moe: MoESpec) -> None:
         super().__init__(width, moe)
@@ -26,13 +27,15 @@ class LinearScores(BaseScores):
 
 # X-MoE's initial temperature (arXiv 2204.09179).
 INITIAL_TEMPERATURE = 0.3
-# Tutel's bound. At a temperature of 0 scores would be infinite, and below 0 their order would be reversed.
+# Lower bound of the temperature, as in Tutel. At 0 scores would be infinite, and below 0 their order would be reversed.
 MIN_TEMPERATURE = 0.01
 
 
 class XMoEScores(BaseScores):
-    """Logits of router `xmoe`, as published: the cosines of projected rows with expert embeddings, divided by a
-    learnable temperature."""
+    """Module of router `xmoe` as X-MoE's paper describes it (arXiv 2204.09179).
+
+    Its logits are the cosines of projected rows with expert embeddings, divided by a learnable temperature.
+    """
 
     def __init__(self, width: int, moe: MoESpec) -> None:
         super().__init__(width, moe)
@@ -46,8 +49,7 @@ class XMoEScores(BaseScores):
         return self.cosine(x_ND) / self.temperature
 
     def balance_probabilities(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor:
-        """Return the probabilities NE at the initial temperature instead of the learned one, as X-MoE's load balancing
-        loss uses them."""
+        """Return the probabilities NE for X-MoE's load balancing loss, which uses the initial temperature."""
         # At the learned temperature, training could lower the loss just by raising the temperature.
         return (self.cosine(x_ND) / INITIAL_TEMPERATURE).softmax(-1)
 
@@ -56,13 +58,15 @@ class XMoEScores(BaseScores):
         return MIN_TEMPERATURE + widen(self.log_temperature).exp()
 
     def cosine(self, x_ND: Tensor) -> Tensor:
-        """Return the cosines NE of projected rows with expert embeddings."""
+        """Return the cosine of each projected row with each expert embedding, shape NE."""
         return F.normalize(x_ND @ widen(self.reduce_QD).T, dim=-1) @ F.normalize(widen(self.expert_EQ), dim=-1).T
 
 
 class TorchscaleScores(BaseScores):
-    """Logits of router `xmoe_torchscale`, which are X-MoE's as P1's code computes them: only the expert embeddings are
-    normalized, and there is no temperature."""
+    """Module of router `xmoe_torchscale`, which is X-MoE's router as the code of MH-MoE (arXiv 2404.15045) computes it.
+
+    Only the expert embeddings are normalized, and there is no temperature.
+    """
 
     def __init__(self, width: int, moe: MoESpec) -> None:
         super().__init__(width, moe)

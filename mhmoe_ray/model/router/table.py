@@ -1,4 +1,4 @@
-"""The modules of all routers that compute logits, by the names of the routers."""
+"""The table of modules that compute a router's logits, by the name of the router."""
 
 from pkgutil import resolve_name
 
@@ -12,6 +12,8 @@ SCORES_BY_ROUTER: dict[str, type[BaseScores]] = {
 
 
 def build_scores(width: int, moe: MoESpec) -> BaseScores:
-    """Return the module that computes the logits of router `moe.router` for rows of width `width`. Its parameters are
-    uninitialized."""
+    """Return the module that computes the logits of router `moe.router`, for rows of width `width`.
+
+    Its parameters are uninitialized.
+    """
     return SCORES_BY_ROUTER[moe.router](width, moe)

@@ -1,7 +1,7 @@
 """The top-k router of one layer: the choice of experts by their logits, gates, and expert capacity.
 
-With an expert capacity, an expert takes a limited number of rows, and the routes beyond it are dropped. Everything here
-is computed in float32 or wider.
+A route is one choice of an expert by a row. With an expert capacity, an expert takes a limited number of rows, and the
+routes beyond it are dropped. Everything here is computed in float32 or wider.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ from mhmoe_ray.spec import MoESpec
 
 
 def capacity_mask(expert_NK: Tensor, candidate_NK: Tensor, experts: int, capacity: int) -> Tensor:
-    """Return the mask NK of the candidate routes that fit into an expert capacity of `capacity` rows. The other
-    candidates must be dropped.
+    """Return the mask NK of the candidate routes that experts can take, with a capacity of `capacity` rows each.
 
-    Slots are assigned to all first choices before all second choices, and so on, each in the order of rows. A later
-    row's first choice can therefore displace an earlier row's second choice: static routing is not causal.
+    A route is one choice of an expert by a row. All other candidates must be dropped. Slots are assigned to all first
+    choices before all second choices, and so on, each in the order of rows. A later row's first choice can therefore
+    displace an earlier row's second choice: static routing is not causal.
     """
-    # Routes that are no candidates queue for an expert that does not exist. A stable sort keeps the order of a queue.
+    # Routes that are not candidates queue for an extra expert. A stable sort keeps the order within each queue.
     queue_KN = torch.where(candidate_NK, expert_NK, experts).T.flatten()
     sorted_R, route_R = queue_KN.sort(stable=True)
     start_E = torch.searchsorted(sorted_R, torch.arange(experts + 1, device=sorted_R.device))
@@ -34,7 +34,7 @@ def capacity_mask(expert_NK: Tensor, candidate_NK: Tensor, experts: int, capacit
 
 
 def mask_groups(preference_NE: Tensor, groups: int, top_groups: int) -> Tensor:
-    """Return the preferences with -inf for the experts outside the `top_groups` best groups of each row.
+    """Return the preferences for experts, with -inf for experts outside the `top_groups` best groups of each row.
 
     The value of a group is the sum of its two largest preferences (group-limited routing, DeepSeek-V3, arXiv
     2412.19437).
@@ -49,7 +49,7 @@ def mask_groups(preference_NE: Tensor, groups: int, top_groups: int) -> Tensor:
 
 
 class Routing(NamedTuple):
-    """Routing of N rows to their experts."""
+    """Result of a router: the experts of each of N rows (sub-tokens), their weights, losses and counts."""
 
     expert_NK: Tensor
     """Chosen experts of each row, int64, in the order of preference. The experts of a row are all different."""
@@ -65,25 +65,25 @@ class Routing(NamedTuple):
     """Number of routes that exceed the expert capacity and are dropped, int64 scalar. Second choices that
     `second_expert: random` leaves out do not count."""
     capacity: int | None
-    """Expert capacity in rows if routing is static; None if it is dropless."""
+    """Expert capacity: the largest number of rows of an expert if routing is static; None if it is dropless."""
 
 
 class TopK(NamedTuple):
-    """Numbers of experts that rows choose."""
+    """Number of experts that each row chooses."""
 
     largest: int
-    """Largest number of a row: K, the number of columns of a routing."""
+    """K: the largest number of experts of any row, and the number of columns of a `Routing`."""
     count_N: Tensor | None = None
-    """Number of each row, int64; None if all rows have the same."""
+    """Number of experts of each row, int64; None if all rows choose K experts."""
 
 
 def _chosen_mask(top_k: TopK, count_N: Tensor) -> Tensor:
-    """Return the mask NK of the routes that each row chooses: the first `count_N` of its K."""
+    """Return the mask NK of the experts that rows really choose: the first `count_N` of the K best of each row."""
     return torch.arange(top_k.largest, device=count_N.device) < count_N[:, None]
 
 
 class Router(nn.Module):
-    """Router of one layer: softmax of the logits, then the top k experts."""
+    """Router of one layer: it scores experts by softmax or sigmoid of their logits, and gives each row the top k."""
 
     def __init__(self, width: int, moe: MoESpec) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Router(nn.Module):
             self.bias_E: Tensor
             self.register_buffer("bias_E", torch.zeros(moe.experts))
         if moe.balance_over == "step":
-            # Only training needs it, so it is no weight of the model (`Decoder.training_buffers`).
+            # Only training needs this buffer, so it is not a weight of the model (`Trunk.training_buffers`).
             self.share_E: Tensor
             self.register_buffer("share_E", torch.zeros(moe.experts), persistent=False)
             """Share of each expert in the choices of the step before; zero in the first step."""
@@ -103,15 +103,20 @@ class Router(nn.Module):
         self.scores = build_scores(width, self.moe)
 
     def _scores_of(self, group_rows: Sequence[int]) -> Scores:
-        """Return the function that computes the logits of rows in groups of these sizes."""
+        """Return the function that computes logits; `group_rows` has the number of rows of each modality or task."""
         return self.scores
 
     def _top_k_of(self, group_rows: Sequence[int], device: torch.device) -> TopK:
-        """Return how many experts rows in groups of these sizes choose."""
+        """Return how many experts each row chooses; `group_rows` has the number of rows of each modality or task."""
         return TopK(self.moe.top_k)
 
     def _capacity(self, group_rows: Sequence[int], rows: int) -> int | None:
-        """Return the expert capacity for rows in groups of these sizes."""
+        """Return the largest number of rows that an expert takes, or None if there is no limit.
+
+        Args:
+            group_rows: number of rows of each modality or task.
+            rows: number of rows in all.
+        """
         return self.moe.expert_capacity(rows)
 
     def forward(
@@ -122,14 +127,15 @@ class Router(nn.Module):
         domain_B: Tensor | None = None,
         group_rows: Sequence[int] = (),
     ) -> Routing:
-        """Return the routing of rows. The expert capacity applies only in training mode (`Module.train`).
+        """Choose the experts of rows. The expert capacity applies only in training mode (`Module.train`).
 
         Args:
             x_ND: the rows.
-            generator: generator of jitter, noise and P1's random second expert; none of them applies without one.
+            generator: random generator of jitter, of noise and of the random second expert; None disables all three.
             sequences: number of sequences, whose rows lie one after another.
             domain_B: not used; `DomainRouter` needs it.
-            group_rows: number of rows of each group, for routers by modality or by task; groups lie one after another.
+            group_rows: number of rows of each modality or task, which lie one after another; for routers that treat
+                them separately.
         """
         # Autocast would compute logits in bfloat16.
         with torch.autocast(x_ND.device.type, enabled=False):
@@ -138,7 +144,7 @@ class Router(nn.Module):
     def _route(
         self, x_ND: Tensor, generator: torch.Generator | None, sequences: int = 1, group_rows: Sequence[int] = ()
     ) -> Routing:
-        """Return the routing of rows in float32 or wider. Autocast must be off."""
+        """Choose the experts of rows, which are float32 or wider, as `forward` does. Autocast must be off."""
         moe, rows, scores = self.moe, len(x_ND), self._scores_of(group_rows)
         top_k = self._top_k_of(group_rows, x_ND.device)
         if moe.jitter and generator is not None:
@@ -178,9 +184,12 @@ class Router(nn.Module):
         )
 
     def _is_plain(self, generator: torch.Generator | None) -> bool:
-        """Return whether `fused_routing` can compute the routing: softmax scores, the k largest of them without a bias
-        or groups, no random second expert, and a load balancing loss of shares over a micro-batch, from the same
-        probabilities. Jitter and noise may come before it."""
+        """Return whether the kernel `fused_routing` can compute the routing.
+
+        The kernel takes the k largest softmax scores, without a selection bias, groups of experts or a random second
+        expert. It computes only the load balancing loss of shares over a micro-batch, from the same probabilities.
+        Jitter and noise are applied before the kernel runs.
+        """
         moe = self.moe
         has_random_choice = moe.second_expert == "random" and generator is not None
         # X-MoE's load balancing loss uses other probabilities than routing.
@@ -198,7 +207,7 @@ class Router(nn.Module):
         )
 
     def _balance_loss(self, routed: RoutedLogits, sequences: int, group_rows: Sequence[int]) -> Tensor:
-        """Return the loss by which rows in groups of these sizes balance the loads of experts."""
+        """Return the load balancing loss of rows; `group_rows` has the number of rows of each modality or task."""
         return balance_loss(self.moe, routed, sequences, self.share_E if self.moe.balance_over == "step" else None)
 
     def choose_experts(self, logits_NE: Tensor, top_k: TopK | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,11 +215,12 @@ class Router(nn.Module):
 
         Args:
             logits_NE: logits of the rows.
-            top_k: numbers of experts; by default that of the spec for all rows.
+            top_k: number of experts that each row chooses; by default that of the spec.
 
         Returns:
-            expert_NK and gate_NK as in `Routing`, before any drop, and the probabilities NE: the scores of each row,
-            which add up to 1. A row has K different experts; if it chooses fewer, the gates of the rest are 0.
+            expert_NK and gate_NK as in `Routing`, before any route is dropped, and the probabilities NE: the scores of
+                each row, scaled to a sum of 1. A row has K different experts. If it chooses fewer, the other gates are
+                0.
         """
         top_k = top_k or TopK(self.moe.top_k)
         moe = self.moe
@@ -219,7 +229,7 @@ class Router(nn.Module):
         # The bias affects only the choice; gates come from the scores themselves.
         preference_NE = score_NE + self.bias_E if moe.bias_rate else score_NE
         if moe.groups > 1:
-            # The choice has no gradient, so nothing need be kept for one.
+            # The choice has no gradient, so autograd need not record it.
             preference_NE = mask_groups(preference_NE.detach(), moe.groups, moe.top_groups)
         expert_NK = preference_NE.topk(top_k.largest, dim=-1).indices
         gate_NK = score_NE.gather(-1, expert_NK)

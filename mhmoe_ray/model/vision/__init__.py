@@ -2,7 +2,7 @@
 
 model.py      the trunk, the micro-batch, and the losses of all tasks
 stem.py       patches of images, with positions
-pyramid.py    maps of several scales from the one map of patches
+pyramid.py    feature maps of several scales from the single map of patches
 detector.py   region proposals, boxes with classes, and masks
 """
 

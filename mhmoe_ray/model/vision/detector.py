@@ -1,9 +1,9 @@
 """The heads of a detector: region proposals, boxes with classes, and masks (Mask R-CNN, arXiv 1703.06870).
 
-torchvision has the parts: matching, sampling, pooling of regions, the heads, and the removal of overlaps. Its losses
-are means over what was sampled in a batch, so that a micro-batch with fewer objects would count them more. Here every
-loss is one of an image: a sum over its samples, divided by the number of samples that an image should have. Masks alone
-have the mean over the sampled objects of an image.
+torchvision provides the parts: matching, sampling, pooling of regions, the heads, and the removal of overlaps. Its
+losses are means over the samples of a batch, which would give an object more weight in a micro-batch with fewer
+objects. Here each image has its own losses: the sum over its samples, divided by the number of samples that an image
+should have. Only the loss of masks is the mean over the sampled objects of an image.
 """
 
 from collections import OrderedDict
@@ -19,54 +19,55 @@ from mhmoe_ray.model.vision.pyramid import MapNorm, Pyramid
 from mhmoe_ray.spec import TaskSpec
 
 BOX_BETA = 1 / 9
-"""Error of an edge up to which the loss is quadratic, and above which it is linear, as in torchvision."""
+"""Error of a box's edge at which the smooth L1 loss changes from quadratic to linear, as in torchvision."""
 POOLED_SIZE = 7
-"""Height and width of the map from which the class and the edges of a region are computed."""
+"""Height and width of the pooled feature map from which the class and the edges of a region are computed."""
 MASK_SIZE = 14
-"""Height and width of the map from which the mask of a region is computed; the mask has twice the size."""
+"""Height and width of the pooled feature map from which the mask of a region is computed. The mask is twice as high and
+wide."""
 
 
 class Objects(NamedTuple):
-    """Objects of an image in the pixels that the model reads."""
+    """Labelled objects of one image, in pixels of the image that the model reads."""
 
     box_O4: Tensor
-    """Left, top, right and bottom edges, float32."""
+    """Left, top, right and bottom edges of each object's box, float32."""
     class_O: Tensor
-    """Classes, int64, from 0."""
+    """Class of each object, int64, from 0."""
     mask_OYX: Tensor
-    """Masks, uint8 of 0 and 1; with no rows if the detector has no masks."""
+    """Mask of each object, uint8 of 0 and 1; the tensor is empty if the detector has no masks."""
 
 
 class Detection(NamedTuple):
-    """Objects that a detector finds in an image, the most certain ones first."""
+    """Objects that a detector finds in one image, the most certain ones first."""
 
     box_O4: Tensor
-    """Edges in pixels of the image that the model reads."""
+    """Left, top, right and bottom edges of each box, in pixels of the image that the model reads."""
     class_O: Tensor
-    """Classes, int64, from 0."""
+    """Class of each object, int64, from 0."""
     score_O: Tensor
     box_mask_OYX: Tensor
-    """Probabilities of masks as the head computes them, of a few cells in each box; with no rows if the detector has
-    none. `paste_mask` brings one to the size of the image that the model reads."""
+    """Mask of each object: probabilities on a coarse grid of cells inside its box. The tensor is empty if the detector
+    has no masks. `paste_mask` enlarges a mask to the size of the image that the model reads."""
 
 
 class Proposals(NamedTuple):
-    """Region proposals for images, and what their losses need."""
+    """Region proposals for images, and the tensors from which the losses of proposals are computed."""
 
     boxes: list[Tensor]
-    """Proposals of each image, (proposals, 4), without gradients."""
+    """Edges of the proposed boxes of each image, (proposals, 4), without gradients."""
     objectness_NA: Tensor
-    """Logit of each anchor that it has an object."""
+    """Logit for each anchor that it contains an object."""
     edge_NA4: Tensor
-    """Edges of the object of each anchor, relative to the anchor."""
+    """Predicted edges of the object of each anchor, relative to the anchor."""
     anchors: list[Tensor]
-    """Anchors of each image, (A, 4)."""
+    """Edges of the anchors (reference boxes) of each image, (A, 4)."""
 
 
 class BoxHead(nn.Sequential):
-    """Layers from the pooled features of a region to those from which its class and its edges are computed.
+    """Layers that turn the pooled features of a region into features for its class and its edges.
 
-    Norms make a detector learn faster without weights from another training (arXiv 1811.08883).
+    With norms, a detector without pretrained weights learns faster (arXiv 1811.08883).
     """
 
     def __init__(self, pooled_values: int, width: int) -> None:
@@ -84,16 +85,16 @@ class BoxHead(nn.Sequential):
 
 
 class Detector(nn.Module):
-    """Detector on the map of a vision transformer."""
+    """Object detector on the feature map of a vision transformer. It finds boxes with classes, and optionally masks."""
 
     def __init__(self, d_model: int, task: TaskSpec) -> None:
         """Create the detector with uninitialized weights.
 
         Args:
-            d_model: number of channels of the map.
+            d_model: number of channels of the feature map.
             task: the task, which must have a detector.
         """
-        # The package is an extra, which other models do not need.
+        # torchvision is an optional dependency, which other models do not need.
         from torchvision.models.detection.anchor_utils import AnchorGenerator
         from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
         from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -108,8 +109,8 @@ class Detector(nn.Module):
         self.pyramid = Pyramid(d_model, spec.width, spec.scales)
         names = [str(number) for number in range(len(spec.scales))]
         anchors_per_cell = len(spec.anchor_sizes) * len(spec.anchor_ratios)
-        # Anchors are numbers, also where weights are built without memory. Their sizes depend on the map, and are set
-        # by the first image.
+        # Anchors need real values even if the weights are created on the meta device. Their sizes depend on the feature
+        # maps, so `_anchors_of` sets them.
         with torch.device("cpu"):
             self.anchors = AnchorGenerator([(1.0,)] * len(names), [(1.0,)] * len(names))
         self.regions = RegionProposalNetwork(
@@ -146,12 +147,12 @@ class Detector(nn.Module):
         )
 
     def losses(self, map_NMYX: Tensor, targets: Sequence[Objects], generator: torch.Generator) -> list[Tensor]:
-        """Return the losses of each image, of `spec.parts.DETECTION_LOSSES` in their order, (N,) float32 each.
+        """Return the losses of detection in the order of `spec.parts.DETECTION_LOSSES`, each (N,) float32 for N images.
 
         Args:
-            map_NMYX: map of each image.
-            targets: objects of each image.
-            generator: generator of the draws of samples.
+            map_NMYX: feature map of each image.
+            targets: labelled objects of each image.
+            generator: random generator by which anchors and regions are sampled.
         """
         # torchvision numbers classes from 1, and 0 is the background.
         dicts = [{"boxes": t.box_O4, "labels": t.class_O + 1, "masks": t.mask_OYX} for t in targets]
@@ -159,7 +160,7 @@ class Detector(nn.Module):
             return [map_NMYX.sum((1, 2, 3))] * (5 if self.spec.masks else 4)
         features = self._features(map_NMYX)
         proposals = self._propose(features)
-        # torchvision draws from the default generator of the device, so ours sets the state of that one meanwhile.
+        # torchvision draws from the device's default generator, which meanwhile has the state of our generator.
         with default_generator_from(generator):
             anchor_losses = self._anchor_losses(proposals, dicts)
             boxes, matches, labels, edges = self.boxes.select_training_samples(list(proposals.boxes), dicts)
@@ -167,7 +168,7 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def detect(self, map_NMYX: Tensor) -> list[Detection]:
-        """Return the objects that are found in each image. The model must be in evaluation mode."""
+        """Return the objects that the detector finds in each image. The model must be in evaluation mode."""
         if not len(map_NMYX):
             return []
         features = self._features(map_NMYX)
@@ -185,15 +186,15 @@ class Detector(nn.Module):
         ]
 
     def _sizes(self, images: int) -> list[tuple[int, int]]:
-        """Return the height and width of each of a number of images, as torchvision asks for them."""
+        """Return a list with the height and width of each image in pixels, which torchvision's functions take."""
         return [(self.image_size, self.image_size)] * images
 
     def _features(self, map_NMYX: Tensor) -> dict[str, Tensor]:
-        """Return the maps of the pyramid by the names that torchvision's pooling has for them."""
+        """Return the feature maps of all scales, by the names under which torchvision's pooling looks them up."""
         return {str(number): level for number, level in enumerate(self.pyramid(map_NMYX))}
 
     def _propose(self, features: dict[str, Tensor]) -> Proposals:
-        """Return region proposals from the maps of the pyramid."""
+        """Return the region proposals of each image, computed from the feature maps of all scales."""
         from torchvision.models.detection.rpn import concat_box_prediction_layers
 
         maps = list(features.values())
@@ -207,7 +208,7 @@ class Detector(nn.Module):
         return Proposals(boxes, objectness_R1.view(images, -1), edge_R4.view(images, -1, 4), anchors)
 
     def _anchors_of(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Return the anchors of each image: of all maps, in the order of `concat_box_prediction_layers`."""
+        """Return each image's anchors on all maps, in the order of torchvision's `concat_box_prediction_layers`."""
         spec, device = self.spec, maps[0].device
         strides = [self.image_size // level.shape[-1] for level in maps]
         self.anchors.cell_anchors = [
@@ -221,7 +222,7 @@ class Detector(nn.Module):
         return [torch.cat(anchors)] * len(maps[0])
 
     def _anchor_losses(self, proposals: Proposals, targets: list[dict[str, Tensor]]) -> list[Tensor]:
-        """Return the losses of objectness and of the edges of proposals of each image, (N,) each."""
+        """Return two losses of each image, (N,) each: whether anchors contain an object, and the edges of proposals."""
         regions = self.regions
         labels, matched_boxes = regions.assign_targets_to_anchors(proposals.anchors, targets)
         edge_NA4 = torch.stack(regions.box_coder.encode(matched_boxes, proposals.anchors))
@@ -245,13 +246,13 @@ class Detector(nn.Module):
         matches: list[Tensor],
         targets: list[dict[str, Tensor]],
     ) -> list[Tensor]:
-        """Return the losses of classes and edges of boxes, and of masks, of each image, (N,) each.
+        """Return the losses of boxes of each image, (N,) each: their classes, their edges, and masks if there are any.
 
         Args:
-            features: maps of the pyramid.
-            boxes, labels, edges, matches: sampled regions of each image: their edges, their classes, the edges of their
-                objects relative to them, and the numbers of their objects.
-            targets: objects of each image.
+            features: feature maps of all scales.
+            boxes, labels, edges, matches: sampled regions of each image: the edges of a region, its class, the edges of
+                its object relative to the region, and the index of its object.
+            targets: labelled objects of each image.
         """
         sizes = self._sizes(len(boxes))
         pooled = self.boxes.box_head(self.boxes.box_roi_pool(features, boxes, sizes))
@@ -276,7 +277,7 @@ class Detector(nn.Module):
         matches: list[Tensor],
         targets: list[dict[str, Tensor]],
     ) -> Tensor:
-        """Return the mean loss of the masks of each image's sampled objects, (N,); for the arguments see
+        """Return for each image the mean loss of the masks of its sampled objects, (N,). The arguments are those of
         `_region_losses`."""
         from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
@@ -288,7 +289,7 @@ class Detector(nn.Module):
         counts = [len(rows) for rows in object_rows]
         label_R = torch.cat([label_R[rows] for label_R, rows in zip(labels, object_rows, strict=True)])
         if not len(label_R):
-            # The head still gets gradients, of zeros, as strategies expect of every weight.
+            # The head gets gradients of zeros, because distributed strategies expect a gradient for every weight.
             return torch.stack([logits_RCYX.sum()] * len(boxes))
         target_RYX = torch.cat(
             [
@@ -306,9 +307,9 @@ def paste_mask(box_mask_YX: Tensor, box_4: Tensor, image_size: int) -> Tensor:
     """Return the probability that each pixel of the square image that the model reads belongs to an object.
 
     Args:
-        box_mask_YX: probabilities of cells in the box of the object.
-        box_4: edges of the box.
-        image_size: height and width of the image.
+        box_mask_YX: probabilities on a grid of cells inside the box of the object.
+        box_4: edges of the box in pixels.
+        image_size: height and width of the image in pixels.
     """
     from torchvision.models.detection.roi_heads import paste_masks_in_image
 
@@ -317,5 +318,5 @@ def paste_mask(box_mask_YX: Tensor, box_4: Tensor, image_size: int) -> Tensor:
 
 
 def _sums_of_images(value_R: Tensor, counts: Sequence[int]) -> Tensor:
-    """Return the sum of the values of each image, of which each has `counts` values."""
+    """Return the sum of each image's values. Image i has the next `counts[i]` values."""
     return torch.stack([part.sum() for part in torch.split(value_R, list(counts))])

@@ -1,7 +1,7 @@
 """The trunk of a vision model, and the losses of its tasks (AdaMV-MoE, ICCV 2023).
 
-All tasks of a micro-batch pass through every block together. They share norms, projections and experts; attention is
-over the patches of each image. The rows of all tasks lie one after another:
+All tasks of a micro-batch pass through every block together. They share norms, projections and experts. A patch attends
+to the patches of its own image only. The rows of all tasks lie one after another:
 
     patches of task 1 (n1 x P1, M) |  norm, projections  | attention of | norm, feed-forward layer or experts,
     patches of task 2 (n2 x P2, M) |  of all rows        | each image   | with a router for each task
@@ -42,11 +42,11 @@ class TaskBatch(NamedTuple):
 
 
 VisionBatch = tuple[TaskBatch, ...]
-"""Micro-batch of a vision model: the images of each task of the spec, in its order. A task may have no images."""
+"""Micro-batch of a vision model: the images of each task, in the order of the spec's tasks. A task may have none."""
 
 
 class GroupShape(NamedTuple):
-    """Number of images of a task, and of patches of each of them."""
+    """Number of images of a task in a micro-batch, and number of patches of each image."""
 
     images: int
     patches: int
@@ -72,18 +72,18 @@ class VisionBlock(TrunkBlock):
         create_generator: Callable[[], torch.Generator | None],
         recompute: bool,
     ) -> tuple[Tensor, Routing | None]:
-        """Run the block; return its output, and its routing if it has experts.
+        """Run the block and return its output, and its routing if it has experts.
 
         Args:
-            x_1RM: patches of all images of all tasks.
-            shapes: images and patches of each task.
-            create_generator: function that returns a new generator of dropout and routing, with the same draws at each
-                call; or that returns None in evaluation.
-            recompute: whether the backward recomputes the part before the feed-forward layer.
+            x_1RM: hidden states of the patches of all images of all tasks.
+            shapes: number of images of each task, and of patches of an image.
+            create_generator: function that returns a new random generator for dropout and routing, in the same state at
+                each call; in evaluation it returns None.
+            recompute: whether the backward recomputes the attention part of the block.
         """
 
         def run_attention(x_1RM: Tensor) -> tuple[Tensor, torch.Generator | None]:
-            # A recomputation draws the same numbers only from a new generator in its initial state.
+            # The backward may run this again and must then draw the same numbers, so each run creates a new generator.
             generator = create_generator()
             y_1RM = self._attend(x_1RM, shapes, generator)
             return add_residual(x_1RM, dropout(y_1RM, self.dropout, generator)), generator
@@ -118,12 +118,12 @@ class VisionBlock(TrunkBlock):
 
 
 class Features(NamedTuple):
-    """Outputs of the last norm for a micro-batch."""
+    """Outputs of the last norm for the images of a micro-batch."""
 
     patches: list[Tensor]
-    """Patches of each task, (images, patches, M)."""
+    """Outputs for the patches of each task's images, (images, patches, M)."""
     routing: list[Routing]
-    """Routing of each mixture-of-experts layer, from the lowest layer up."""
+    """Result of the router of each mixture-of-experts layer, from the first layer to the last."""
 
 
 class Vision(Trunk):
@@ -155,13 +155,16 @@ class Vision(Trunk):
 
     @property
     def top_k(self) -> list[int]:
-        """The number of experts of each task, in the order of the spec's tasks. The model must have experts."""
+        """The number of experts that a row of each task chooses, in the order of the spec's tasks.
+
+        The model must have experts.
+        """
         router = self.moe_layers()[0].router
         assert isinstance(router, TaskRouter)
         return router.top_k
 
     def set_top_k(self, top_k: Sequence[int]) -> None:
-        """Set the number of experts of each task, in the order of the spec's tasks."""
+        """Set the number of experts that a row of each task chooses, in the order of the spec's tasks."""
         for layer in self.moe_layers():
             assert isinstance(layer.router, TaskRouter)
             layer.router.top_k = list(top_k)
@@ -171,14 +174,14 @@ class Vision(Trunk):
 
         Args:
             batch: the micro-batch.
-            noise: randomness of a training step, None in evaluation. A detector draws samples in evaluation too, which
-                are then the same at every call.
+            noise: source of a training step's randomness; None in evaluation. In evaluation, a detector also draws
+                random samples, but the same ones at every call.
         """
         features = self.encode([task.image_NYXC for task in batch], noise)
         return PartLosses(self.losses(batch, features, noise), features.routing)
 
     def losses(self, batch: VisionBatch, features: Features, noise: Noise | None = None) -> list[LossPart]:
-        """Return the losses of each task of a micro-batch from its features; for the noise see `forward`."""
+        """Return the losses of each task of a micro-batch from its features. `noise` is as in `forward`."""
         # All detectors draw from one generator, one after another, and the blocks have generators of their own.
         device = features.patches[0].device
         generator = seeded_generator("evaluation", device) if noise is None else noise.generator(HEADS, device)
@@ -189,7 +192,7 @@ class Vision(Trunk):
         return losses
 
     def _values_of(self, name: str, batch: TaskBatch, patch_NPM: Tensor, generator: torch.Generator) -> list[Tensor]:
-        """Return the value of each loss of a task for each of its images."""
+        """Return the losses of one task; each has one value for each of the task's images."""
         if self.tasks[name].detector is not None:
             with torch.autocast(patch_NPM.device.type, enabled=False):
                 detector = cast("Detector", self.outputs[module_key(name)])
@@ -199,26 +202,26 @@ class Vision(Trunk):
         return [F.cross_entropy(logits_NC, batch.class_N, reduction="none")]
 
     def class_logits(self, name: str, patch_NPM: Tensor) -> Tensor:
-        """Return the logits of the classes of images, (N, classes) float32, from the patches of a task."""
+        """Return the class logits of a task's images, (N, classes) float32, from the outputs for their patches."""
         # In bfloat16, the logits of several classes would often be equal.
         with torch.autocast(patch_NPM.device.type, enabled=False):
             logits_NC: Tensor = self.outputs[module_key(name)](widen(patch_NPM).mean(1))
         return logits_NC
 
     def detect(self, name: str, patch_NPM: Tensor) -> list[Detection]:
-        """Return the objects in images, from the patches of a task of detection."""
+        """Return the objects that a detection task finds in its images, from the outputs for their patches."""
         with torch.autocast(patch_NPM.device.type, enabled=False):
             return cast("Detector", self.outputs[module_key(name)]).detect(self._maps(patch_NPM))
 
     @staticmethod
     def _maps(patch_NPM: Tensor) -> Tensor:
-        """Return patches as maps, (N, M, height, width), in float32."""
+        """Return the outputs for patches as feature maps of square images, (N, M, height, width), in float32."""
         images, patches, width = patch_NPM.shape
         side = math.isqrt(patches)
         return widen(patch_NPM).transpose(1, 2).reshape(images, width, side, side)
 
     def encode(self, images: Sequence[Tensor], noise: Noise | None = None) -> Features:
-        """Return the outputs of the last norm for the images of each task; for the noise see `forward`."""
+        """Return the outputs of the last norm for the images of each task. `noise` is as in `forward`."""
         active_noise = noise if self.spec.is_random else None
         inputs = [task_input(image) for task_input, image in zip(self.inputs.values(), images, strict=True)]
         shapes = [GroupShape(*x.shape[:2]) for x in inputs]

@@ -1,5 +1,5 @@
-"""The feature pyramid of a plain vision transformer: maps of several scales from its one map (ViTDet, arXiv
-2203.16527)."""
+"""The feature pyramid of a plain vision transformer: feature maps of several scales, made from its single map (ViTDet,
+arXiv 2203.16527)."""
 
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -8,28 +8,28 @@ from torch import Tensor, nn
 
 
 class MapNorm(nn.LayerNorm):
-    """LayerNorm over the channels of maps (N, C, height, width)."""
+    """LayerNorm over the channels of feature maps (N, C, height, width)."""
 
     def forward(self, map_NCYX: Tensor) -> Tensor:
         return super().forward(map_NCYX.movedim(1, -1)).movedim(-1, 1)
 
 
 class Pyramid(nn.Module):
-    """Feature pyramid: for each scale, the map is enlarged or halved, and two convolutions follow."""
+    """Feature pyramid: for each scale, it enlarges or halves the feature map and applies two convolutions."""
 
     def __init__(self, d_model: int, width: int, scales: Iterable[float]) -> None:
         """Create the pyramid with uninitialized weights.
 
         Args:
-            d_model: number of channels of the map.
-            width: number of channels of each result.
-            scales: sizes of the results, relative to the map.
+            d_model: number of channels of the input map.
+            width: number of channels of each output map.
+            scales: height and width of each output map, relative to the input map: 0.5, 1, 2 or 4.
         """
         super().__init__()
         self.levels = nn.ModuleList(_build_level(d_model, width, scale) for scale in scales)
 
     def forward(self, map_NMYX: Tensor) -> list[Tensor]:
-        """Return the map of each scale, (N, width, scaled height, scaled width)."""
+        """Return a feature map of each scale, (N, width, scaled height, scaled width)."""
         return [level(map_NMYX) for level in self.levels]
 
 

@@ -1,4 +1,4 @@
-"""The input of a vision transformer: patches of images, by a projection or by convolutions, with positions."""
+"""The input layer of a vision transformer: patches of images, by a projection or by convolutions, with positions."""
 
 from collections import OrderedDict
 from itertools import pairwise
@@ -12,7 +12,7 @@ from mhmoe_ray.spec import ModelSpec, TaskSpec
 
 
 class TaskInput(nn.Module):
-    """Input of one task: its images become rows of width d, to which learned positions are added."""
+    """Input layer of one task: it turns images into patch embeddings of width d, and adds learned positions."""
 
     def __init__(self, spec: ModelSpec, task: TaskSpec) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class TaskInput(nn.Module):
 
     def forward(self, image_NYXC: Tensor) -> Tensor:
         """Return the input of the first block for images, (N, P, M)."""
-        # Pixels are from -1 to 1.
+        # Pixels are scaled to the range from -1 to 1.
         if self.patch_projection is not None:
             patch_NPM = widen(self.patch_projection(2 * image_patches(image_NYXC, self.patch_size) - 1))
         else:
@@ -37,7 +37,7 @@ class TaskInput(nn.Module):
 
 
 def _build_stem(widths: list[int]) -> nn.Sequential:
-    """Return convolutions of stride 2, with a norm and GELU after each of them, and at the end a layer without."""
+    """Return convolutions of stride 2, each followed by a norm and GELU, and a last 1 x 1 convolution without them."""
     modules = OrderedDict[str, nn.Module]()
     for number, (channels, width) in enumerate(pairwise(widths)):
         modules[f"convolution{number}"] = nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False)

@@ -5,7 +5,7 @@ pages.py         the web pages at /: page.html, pictures.html and vision.html, w
 completions.py   /v1/completions and /v1/chat/completions
 embeddings.py    /v1/embeddings, /rerank, /routes, and captions at /v1/chat/completions, for encoders
 vision.py        /image-classification, /object-detection, /image-segmentation and /routes, for vision models
-images.py        what requests with images have in common
+images.py        functions for requests with images, which encoders and vision models share
 access.py        API keys, rate limits, and the largest size of a request
 stream.py        merges, counts and streams the pieces of answers
 schema.py        schemas of requests, responses and errors

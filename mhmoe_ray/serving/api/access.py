@@ -45,14 +45,14 @@ class ExceededLimit(NamedTuple):
 
 
 class LocalRateLimiter:
-    """A `RateLimiter` that counts in this process."""
+    """A `RateLimiter` that counts the requests and tokens of clients in this process."""
 
     def __init__(self, keys: Sequence[KeySpec], clock: Callable[[], float] = time.monotonic) -> None:
         """Create full token buckets for all clients with limits.
 
         Args:
-            keys: the API keys with their limits; keys with the same name share theirs.
-            clock: returns the present time in seconds.
+            keys: the API keys with their limits; keys with the same name share one limit.
+            clock: function that returns the present time in seconds.
         """
 
         def bucket(per_minute: int | None) -> TokenBucket | None:
@@ -62,7 +62,7 @@ class LocalRateLimiter:
         self._tokens = {key.name: bucket(key.tokens_per_minute) for key in keys}
 
     async def begin_request(self, client: str) -> ExceededLimit | None:
-        """Count a request; see `RateLimiter.begin_request`."""
+        """Count one more request of a client. If a limit is used up, do not count it and return that limit."""
         requests = self._requests.get(client)
         for unit, bucket in (("requests", requests), ("tokens", self._tokens.get(client))):
             if bucket and (seconds := bucket.wait_seconds()):
@@ -72,7 +72,7 @@ class LocalRateLimiter:
         return None
 
     def record_tokens(self, client: str, tokens: int) -> None:
-        """Count tokens; see `RateLimiter.record_tokens`."""
+        """Count the tokens of a request's prompts and answers against the client's limit, if it has one."""
         if bucket := self._tokens.get(client):
             bucket.spend(tokens)
 
@@ -90,7 +90,7 @@ class RateLimiter(Protocol):
 
 
 def has_limits(keys: Sequence[KeySpec]) -> bool:
-    """Return whether any of these keys has a rate limit."""
+    """Return whether any of these API keys has a rate limit."""
     return any(key.requests_per_minute or key.tokens_per_minute for key in keys)
 
 
@@ -107,7 +107,7 @@ class Client:
     """Rate limiter of the client; None if the client has no limits."""
 
     async def begin_request(self) -> None:
-        """Count one more request.
+        """Count one more request of this client against its rate limit.
 
         Raises:
             RequestError: the client has used up a rate limit.
@@ -125,13 +125,13 @@ class Client:
 
 
 class AccessControl:
-    """The clients of the server by their API keys."""
+    """Access control of the server, which finds the client that sent a request by its API key."""
 
     def __init__(self, keys: Sequence[KeySpec], rate_limiter: RateLimiter) -> None:
-        """Set up access for the clients of these keys.
+        """Set up access for the clients that have API keys.
 
         Args:
-            keys: the accepted keys; without any, everyone has access.
+            keys: the accepted API keys; without any, everyone has access.
             rate_limiter: rate limiter of all clients; only clients of keys with limits use it.
         """
         self._clients = {key.sha256: Client(key.name, rate_limiter if has_limits([key]) else None) for key in keys}
@@ -160,21 +160,21 @@ class AccessControl:
 
 
 TEXT_BODY_BYTES = 1 << 20
-"""Largest size of a body by default."""
+"""Default limit of the size of a request's body, in bytes, for models that read only text."""
 IMAGE_BODY_BYTES = 16 << 20
-"""Largest size of a body by default, if the model reads images."""
+"""Default limit of the size of a request's body, in bytes, for models that read images."""
 
 
 HELD_BODIES = 32
-"""Number of bodies of the largest size that a server holds at the same time."""
+"""Number of request bodies of the largest size that a server holds in memory at the same time."""
 MIN_HELD_BYTES = 256 << 20
-"""Number of bytes of bodies that a server holds in any case."""
+"""Number of bytes of request bodies that a server may hold in memory, even if `HELD_BODIES` bodies have fewer."""
 BODY_SECONDS = 120.0
-"""Seconds in which a body must arrive."""
+"""Seconds within which the whole body of a request must arrive."""
 
 
 class BodySizeLimit:
-    """Middleware that refuses bodies before all of them are in memory.
+    """Middleware that refuses request bodies that are too large, too many or too slow, before they fill the memory.
 
     A request gets a 413 if its body has more than `max_bytes` bytes, and a 429 if the bodies of all requests that are
     not answered yet would have more than `max_held_bytes` bytes together. If a body does not arrive within
@@ -222,7 +222,7 @@ class BodySizeLimit:
             await error_response(error)(scope, receive, send)
 
     def _error(self, size: int, new_size: int) -> RequestError | None:
-        """Return the error of a request if its body grows from `size` to `new_size` bytes; None if it may."""
+        """Return the error of a request whose body grows from `size` to `new_size` bytes; None if this is allowed."""
         if new_size > self._max_bytes:
             reason = f"the body has more than {self._max_bytes:,} bytes"
             fix = "send a smaller one, or raise serve.max_body_bytes"

@@ -55,11 +55,11 @@ def create_app(
     """Return the HTTP application with all routes, which answers with one engine.
 
     Args:
-        answerer: engine, and what else answers need, shared by all requests.
+        answerer: engine with the tokenizer or class names of its model, shared by all requests.
         model: the model's name for clients.
         spec: limits and API keys.
         replica: name of this process among the replicas that serve the same model.
-        collect_stats: returns the result of `replica_stats` for each replica; by default there is only this one.
+        collect_stats: function that returns the statistics of each replica; by default there is only this one.
         rate_limiter: rate limiter over all replicas; by default limits are counted in this process.
     """
     access = AccessControl(spec.keys, rate_limiter or LocalRateLimiter(spec.keys))
@@ -127,7 +127,7 @@ def _info_router(service: AnyService, replica: str, collect_stats: StatsCollecto
     Args:
         service: the served model.
         replica: name of this process among the replicas.
-        collect_stats: returns the statistics of all replicas; None if there is only this one.
+        collect_stats: function that returns the statistics of each replica; None if there is only this one.
     """
     routes, answerer = APIRouter(), service.answerer
 
@@ -157,7 +157,7 @@ def _info_router(service: AnyService, replica: str, collect_stats: StatsCollecto
 
 
 def _tokenizer_router(service: Service | TextService[EncoderAnswerer]) -> APIRouter:
-    """Return a router with the routes of the tokenizer of a model of texts."""
+    """Return a router with the routes /tokenize, /detokenize and /tokenizer_info, for a model that reads texts."""
     routes, answerer = APIRouter(), service.answerer
 
     @routes.post("/tokenize")

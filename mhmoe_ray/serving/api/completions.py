@@ -79,18 +79,23 @@ def completions_router(service: Service) -> APIRouter:
 
 
 class _ResponseBuilder:
-    """Builder of the bodies of one response, which share an id."""
+    """Builder of the body of one response, or of the bodies of all chunks of a stream, which share an id."""
 
     def __init__(self, model: str, choices: int) -> None:
         self._model, self._id, self._created = model, f"cmpl-{uuid.uuid4().hex}", int(time.time())
         self._offsets = [_TextOffsets() for _ in range(choices)]
 
     def build_body(self, choices: list[Choice], usage: Usage | None) -> Completion:
-        """Return the body of a complete response, or of one chunk of a stream; without a usage it reports none."""
+        """Return the body of a complete response, or of one chunk of a stream.
+
+        Args:
+            choices: the answers, or their next pieces.
+            usage: numbers of tokens to report; None reports none.
+        """
         return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
 
     def build_choice(self, number: int, piece: AnswerPiece) -> Choice:
-        """Return choice `number` with the next piece of its text, or with its whole text."""
+        """Return the choice (answer) with index `number`, with the next piece of its text or with its whole text."""
         logprobs = self._offsets[number].logprobs(piece.scores) if piece.scores else None
         return Choice(text=piece.text, index=number, logprobs=logprobs, finish_reason=piece.finish_reason)
 
@@ -102,7 +107,7 @@ class _TextOffsets:
         self._offset, self._partial_bytes = 0, b""
 
     def logprobs(self, scores: Sequence[ScoredText]) -> Logprobs:
-        """Return the scores of the choice's next tokens in the shape of the API, with the offset of each token."""
+        """Return the scores and offsets of the choice's next tokens in the format of OpenAI's API."""
         return Logprobs(
             tokens=[format_token(score.token_bytes) for score in scores],
             token_logprobs=[score.logprob for score in scores],
@@ -111,7 +116,7 @@ class _TextOffsets:
         )
 
     def _token_offset(self, score: ScoredText) -> int:
-        """Return the offset of a token, and advance by its characters."""
+        """Return the offset of the next token in the text, and advance by its characters."""
         try:
             score.token_bytes.decode()
         # A token that is a part of a character gets the offset of that character, which is counted once it is complete.
@@ -125,7 +130,7 @@ class _TextOffsets:
 
 
 def _top_logprobs(score: ScoredText) -> dict[str, float]:
-    """Return the log-probability of each alternative of a token, by its text."""
+    """Return the log-probabilities of a token's alternatives, by the text of each alternative."""
     # Two tokens may have the same text; the likelier one comes first, and its log-probability is kept.
     logprob_by_text: dict[str, float] = {}
     for token_bytes, logprob in score.alternatives:
@@ -185,7 +190,7 @@ def chat_router(service: Service) -> APIRouter:
 
 
 async def _encode_messages(service: Service, request: ChatRequest) -> tuple[int, ...]:
-    """Return the token ids of the messages, checked for length.
+    """Return the token ids of a conversation's messages, checked for length.
 
     Raises:
         RequestError: the model has no chat template, the template does not accept the messages, or they are too long.
@@ -204,7 +209,7 @@ async def _encode_messages(service: Service, request: ChatRequest) -> tuple[int,
 
 
 def _choice_fields(piece: AnswerPiece) -> dict[str, Any]:
-    """Return the fields that a choice and a delta have in common."""
+    """Return the fields that an answer of a chat completion and its piece in a stream have in common."""
     logprobs = (
         ChatLogprobs(content=[ChosenLogprob.from_score(score) for score in piece.scores]) if piece.scores else None
     )

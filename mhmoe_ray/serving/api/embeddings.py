@@ -1,7 +1,7 @@
 """The routes of encoders: POST /v1/embeddings, /rerank and /routes, and POST /v1/chat/completions for captions.
 
-Images are data URLs. /v1/embeddings is OpenAI's, and takes an image in place of a text. /rerank is that of Cohere's and
-Jina's clients. A conversation with one image is answered by the image's caption.
+Images are data URLs. /v1/embeddings has OpenAI's format, and takes an image in place of a text. /rerank has the format
+of Cohere's and Jina's clients. A conversation with one image is answered with the image's caption.
 """
 
 import base64
@@ -47,7 +47,7 @@ class EmbeddingRequest(StrictRequest):
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     user: str | None = None
-    """The client's identifier of its user; it is accepted and ignored."""
+    """Client's identifier of its end user, as in OpenAI's API; it is accepted and ignored."""
 
 
 class Embedding(BaseModel):
@@ -60,14 +60,14 @@ class Embedding(BaseModel):
 
 
 class EmbeddingUsage(BaseModel):
-    """Tokens of a request for vectors; an image has as many as it has patches, and one."""
+    """Numbers of tokens of a request for vectors; an image counts one token for each patch and one more."""
 
     prompt_tokens: int
     total_tokens: int
 
 
 class EmbeddingList(BaseModel):
-    """Vectors in the order of the request."""
+    """Vectors of the texts and images of a request, in the request's order."""
 
     object: Literal["list"] = "list"
     data: list[Embedding]
@@ -76,7 +76,7 @@ class EmbeddingList(BaseModel):
 
 
 class RerankDocument(StrictRequest):
-    """A document with a text, or an image as a data URL."""
+    """A document to rank: a text, or an image as a data URL."""
 
     text: Text | None = None
     image: Text | None = None
@@ -96,17 +96,17 @@ class RerankRequest(StrictRequest):
 
 
 class RankedDocument(BaseModel):
-    """A document with its score."""
+    """A document of a request to /rerank, with the score of how well it matches the query."""
 
     index: int
-    """Number of the document in the request."""
+    """Index of the document in the request, from 0."""
     relevance_score: float
-    """Cosine of its vector and the query's."""
+    """Cosine of the document's vector and the query's vector."""
     document: dict[str, str] | None = None
 
 
 class RerankResponse(BaseModel):
-    """The best documents, best first; equal ones stay in the order of the request."""
+    """Documents that match a query, best first; documents with equal scores stay in the order of the request."""
 
     id: str
     model: str
@@ -115,17 +115,17 @@ class RerankResponse(BaseModel):
 
 
 class Routes(BaseModel):
-    """First choices of the sub-tokens of an image's patches, in each layer with experts."""
+    """Experts that the sub-tokens of an image's patches chose first, in each layer with experts."""
 
     model: str
     patches_per_side: int
     experts: int
     routes: list[list[list[int]]]
-    """Expert by layer, patch (row by row) and head."""
+    """Index of the first-choice expert, by layer, patch (row by row) and head."""
 
 
 class Names(BaseModel):
-    """Captions of held-out images of the training."""
+    """Captions of held-out images of the training, which the web page proposes as names of pictures."""
 
     names: list[str]
 
@@ -133,11 +133,11 @@ class Names(BaseModel):
 class ImageUrl(StrictRequest):
     url: Text
     detail: str | None = None
-    """OpenAI's choice of a resolution; it is accepted and ignored, because the model has one."""
+    """OpenAI's choice of a resolution; it is accepted and ignored, because the model has only one resolution."""
 
 
 class ContentPart(StrictRequest):
-    """Part of a chat message: an image, or a text, which has no effect."""
+    """Part of a chat message: an image, or a text. A text has no effect, because the model only reads the image."""
 
     type: Literal["text", "image_url"]
     text: Text | None = None
@@ -158,14 +158,14 @@ class CaptionRequest(StrictRequest):
     stream_options: StreamOptions | None = None
     user: str | None = None
     temperature: float | None = None
-    """It has no effect, because the caption is the most likely one; clients send it by default."""
+    """Sampling temperature. Clients send it by default, but it has no effect: a caption has the most likely tokens."""
     max_tokens: Annotated[int, Field(ge=1), WHOLE_NUMBER] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1), WHOLE_NUMBER] | None = None
     n: Literal[1] = 1
 
 
 def encoder_routers(service: EncoderService) -> list[APIRouter]:
-    """Return routers with the routes that an encoder can answer: by its head for matching, and by its captions."""
+    """Return routers with the routes that an encoder can answer: vectors, captions or both, and proposed names."""
     routers = [_names_router(service)]
     if service.answerer.has_vectors:
         routers.append(vectors_router(service))
@@ -228,7 +228,7 @@ def vectors_router(service: EncoderService) -> APIRouter:
     async def image_routes(
         request: RoutesRequest, client: Annotated[Client, Depends(service.access.authenticate)]
     ) -> Routes:
-        """Return the experts of an image's patches."""
+        """Return the experts that an image's patches choose."""
         service.check_model(request.model)
         [encoding], _ = await _answer(service, client, [partial(answerer.read_image, request.image)], "image")
         choices = [] if encoding.expert_LSH is None else encoding.expert_LSH[:, 1:].tolist()
@@ -239,7 +239,7 @@ def vectors_router(service: EncoderService) -> APIRouter:
 
 
 def captions_router(service: EncoderService) -> APIRouter:
-    """Return a router with the route POST /v1/chat/completions, which answers an image by its caption."""
+    """Return a router with the route POST /v1/chat/completions, which answers an image with its caption."""
     routes, answerer = APIRouter(), service.answerer
 
     @routes.post("/v1/chat/completions", response_model=ChatCompletion)
@@ -262,7 +262,7 @@ def captions_router(service: EncoderService) -> APIRouter:
         if not request.stream:
             choice = ChatChoice(index=0, message=message, logprobs=None, finish_reason=finish_reason)
             return ChatCompletion(id=answer_id, created=created, model=service.model, choices=[choice], usage=usage)
-        # A caption is short, so that it is one chunk.
+        # A caption is short, so it is sent as one chunk.
         delta = ChatDelta(index=0, delta=message, logprobs=None, finish_reason=finish_reason)
         chunks = [ChatChunk(id=answer_id, created=created, model=service.model, choices=[delta])]
         if request.stream_options and request.stream_options.include_usage:
@@ -276,13 +276,14 @@ def captions_router(service: EncoderService) -> APIRouter:
 async def _answer(
     service: EncoderService, client: Client, readers: Sequence[Reader], param: str
 ) -> tuple[list[Encoding], EmbeddingUsage]:
-    """Return the engine's answers to what a client's request has, and the usage of their inputs.
+    """Compute the vectors or captions for a client's request, and return them with the request's numbers of tokens.
 
     Args:
         service: the served model.
-        client: the client, whose limits count the request.
-        readers: functions that read the requests to the engine, which are called one after another.
-        param: name of the request's field.
+        client: the client, whose rate limits count the request.
+        readers: functions that each decode one image or text into a request to the engine; they are called one after
+            another.
+        param: name of the request's field, for errors.
 
     Raises:
         RequestError: a value cannot be used, the client has used up a rate limit, or there is no answer in time.
@@ -290,7 +291,7 @@ async def _answer(
     try:
         async with image_request(service, client, param) as request:
             inputs = [await reader() for reader in readers]
-            # An image has no text, and a text begins with the start token.
+            # Only texts are logged, without the start token with which each of them begins.
             service.log_prompts(client, (value.token_ids[1:] for value in inputs if value.image is None))
             encodings = await service.answerer.engine.answer(request, inputs)
     except ServeError as e:
@@ -299,7 +300,7 @@ async def _answer(
 
 
 class _Document:
-    """Query or document of a request to /rerank."""
+    """Query or document of a request to /rerank, which is a text or an image."""
 
     def __init__(self, query: Query, param: str) -> None:
         """Check that a query or a document has a text or an image; `param` names the request's field."""
@@ -309,14 +310,14 @@ class _Document:
         self.content: dict[str, str] = fields
 
     async def read(self, answerer: EncoderAnswerer) -> EncodeRequest:
-        """Return the request for its vector; a plain text may be the data URL of an image."""
+        """Return the engine's request for the vector of this document; a plain text may be the data URL of an image."""
         if "image" in self.content:
             return await answerer.read_image(self.content["image"])
         return await answerer.read(self.content["text"])
 
 
 def _image_url(request: CaptionRequest) -> str:
-    """Return the data URL of the only image of a conversation."""
+    """Return the data URL of the only image in the messages of a conversation."""
     parts = [part for message in request.messages if not isinstance(message.content, str) for part in message.content]
     urls = [part.image_url.url for part in parts if part.image_url is not None]
     if len(urls) != 1:

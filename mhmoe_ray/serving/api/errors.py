@@ -1,4 +1,4 @@
-"""Error responses: bodies in OpenAI's shape, without details of the server's internals."""
+"""Error responses: bodies in the format of OpenAI's API, without details of the server's internals."""
 
 import logging
 from collections.abc import Callable, Coroutine
@@ -33,8 +33,8 @@ class RequestError(Exception):
         Args:
             status: HTTP status code.
             message: what happened, why, and what to do.
-            param: name of the field that is wrong.
-            code: error code for programs.
+            param: name of the request's field that is wrong; None if no field is.
+            code: error code that programs can read; None for none.
             retry_after: seconds after which the client may try again.
         """
         super().__init__(message)
@@ -52,7 +52,7 @@ _TYPE_BY_STATUS: dict[int, ErrorType] = {401: "authentication_error", 429: "rate
 
 
 def error_body(error: Exception) -> ErrorBody:
-    """Return the body for an error in the middle of a stream, whose HTTP status has been sent already.
+    """Return the body that reports an error in the middle of a stream, whose HTTP status has been sent already.
 
     An error other than RequestError and BusyError is logged, and the client gets no details of it.
     """
@@ -65,12 +65,12 @@ def error_body(error: Exception) -> ErrorBody:
 
 
 def _json_response(status: int, detail: ErrorDetail, headers: dict[str, str] | None = None) -> Response:
-    """Return an error response with a body in OpenAI's shape."""
+    """Return an error response with a JSON body in the format of OpenAI's API."""
     return JSONResponse(ErrorBody(error=detail).model_dump(), status, headers)
 
 
 def error_response(error: RequestError) -> Response:
-    """Return the error's response: its status, its detail as the body, and its headers."""
+    """Return the HTTP response for an error: its status, its detail as the body, and its headers."""
     return _json_response(error.status, error.detail, error.headers)
 
 
@@ -79,17 +79,17 @@ async def _handle_request_error(_: Request, error: RequestError) -> Response:
 
 
 def _busy_detail(error: BusyError) -> ErrorDetail:
-    """Return the detail for a request that a busy engine refuses."""
+    """Return the description of the error for a request that a busy engine refuses."""
     return ErrorDetail(message=f"the server is busy: {error}", type="rate_limit_error", code="busy")
 
 
 async def _handle_busy_error(_: Request, error: BusyError) -> Response:
-    """Return a 429 that tells the client when to retry."""
+    """Return a 429 response, which tells the client of a busy engine when to retry."""
     return _json_response(429, _busy_detail(error), {"Retry-After": RETRY_SECONDS})
 
 
 async def _handle_engine_error(_: Request, error: EngineError) -> Response:
-    """Log the reason, and return a 503 without it."""
+    """Log why the engine cannot answer, and return a 503 response that does not reveal the reason."""
     logger.error("The engine cannot answer: %s", error)
     return _json_response(
         503, ErrorDetail(message="the server cannot answer now; its log says why", type="server_error")
@@ -97,7 +97,7 @@ async def _handle_engine_error(_: Request, error: EngineError) -> Response:
 
 
 async def _handle_validation_error(_: Request, error: RequestValidationError) -> Response:
-    """Return a 400 that names the first wrong field; an unsupported field takes precedence over a wrong value."""
+    """Return a 400 response that names the first wrong field; an unsupported field comes before a wrong value."""
     first_error = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     # Pydantic's location of an error is ("body", field, index in a list), so its second element names the field.
     param = (
@@ -118,13 +118,13 @@ async def _handle_validation_error(_: Request, error: RequestValidationError) ->
 
 
 async def _handle_http_error(request: Request, error: HTTPException) -> Response:
-    """Return the response for an unknown path or method."""
+    """Return an error response for a request with an unknown path or method."""
     message = f"{request.method} {request.url.path}: {error.detail}"
     return _json_response(error.status_code, ErrorDetail(message=message), dict(error.headers or {}))
 
 
 async def _handle_exception(_: Request, error: Exception) -> Response:
-    """Return a 500 for any other exception; the framework logs its traceback, which the client does not see."""
+    """Return a 500 response for any other exception, without its traceback, which the framework logs."""
     return JSONResponse(INTERNAL_ERROR.model_dump(), 500)
 
 
@@ -140,9 +140,9 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         503: "The server cannot answer, or did not in time.",
     }.items()
 }
-"""Error responses of the routes that require a key, for the API's description."""
+"""Error responses of the routes that require an API key, for the OpenAPI description."""
 
-# The first three are this server's errors, the next two the framework's, and the last stands for any other.
+# The first three are errors of this server, the next two are errors of FastAPI, and the last handles all others.
 HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
     RequestError: _handle_request_error,
     BusyError: _handle_busy_error,

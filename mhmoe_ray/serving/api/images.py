@@ -1,4 +1,4 @@
-"""Requests with images: what the routes of encoders and of vision models share."""
+"""Requests with images: functions and schemas that the routes of encoders and of vision models share."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -30,12 +30,12 @@ async def image_request(
 ) -> AsyncIterator[ClientRequest[Any, Any]]:
     """Count a request of a client, and return a context in which its images are decoded and computed.
 
-    In the end, the tokens of its inputs and answers count against the client's rate limit, unless the engine failed
-    before it had any token of an answer.
+    When the context ends, the tokens of the request's inputs and answers count against the client's rate limit. They do
+    not count if the engine failed before it computed any token of an answer.
 
     Args:
         service: the served model.
-        client: the client, whose limits count the request.
+        client: the client, whose rate limits count the request.
         param: name of the request's field with the image; None if the body is the image.
 
     Raises:

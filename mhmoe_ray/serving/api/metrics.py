@@ -36,7 +36,7 @@ def render_exposition(stats: Stats, labels: Mapping[str, str]) -> bytes:
 
     Args:
         stats: statistics of the engine.
-        labels: labels of every series.
+        labels: labels that every metric gets, with their values.
     """
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(stats, labels))

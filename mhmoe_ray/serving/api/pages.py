@@ -1,4 +1,4 @@
-"""The web pages of a server. All have the style of page.css and the functions of page.js, which are put into them."""
+"""The web pages of a server. The shared style of page.css and functions of page.js are inserted into each page."""
 
 import base64
 import hashlib
@@ -9,11 +9,11 @@ from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
 SHARED_FILES = {"/* page.css */": "page.css", "// page.js": "page.js"}
-"""Lines of a page that stand for the content of a file."""
+"""Shared files by the line of a page that is replaced by the content of the file."""
 
 
 def page_router(file: str) -> APIRouter:
-    """Return a router with the route GET /, the web page in a file of this package."""
+    """Return a router with the route GET /, which answers with the web page in a file of this package."""
     routes = APIRouter()
     text = _read(file)
     for line, shared_file in SHARED_FILES.items():
@@ -32,9 +32,9 @@ def _read(file: str) -> str:
 
 
 def _content_security_policy(page: str) -> str:
-    """Return the page's Content-Security-Policy.
+    """Return the Content-Security-Policy of a web page.
 
-    It allows the page's own script and style, by their hashes, and connections to this server.
+    The policy allows the page's own script and style, by their hashes, and connections to this server.
     """
 
     def tag_hash(tag: str) -> str:

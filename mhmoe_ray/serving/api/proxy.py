@@ -1,7 +1,7 @@
-"""Middleware of Serve's proxies: it gives error responses that no replica wrote OpenAI's shape.
+"""Middleware of Serve's proxies, which turns the errors that a proxy itself reports into the format of OpenAI's errors.
 
-By default a proxy reports in plain text that too many requests wait, and it does not report a replica that dies: a
-request gets a bare 500, and a stream just ends. A proxy installs this middleware if
+By default a proxy reports in plain text that too many requests wait. It does not report a replica that dies: a request
+gets a bare 500, and a stream just ends. A proxy installs this middleware if the environment variable
 `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` names `middlewares`, as it does in a local cluster of this project.
 """
 
@@ -16,15 +16,15 @@ LOST_REPLICA = RequestError(
 
 
 def middlewares() -> list[Middleware]:
-    """Return the middlewares of a proxy. Each proxy calls this."""
+    """Return the middlewares that one of Serve's HTTP proxies installs. Each proxy calls this."""
     return [Middleware(OpenAIErrorMiddleware)]
 
 
 class OpenAIErrorMiddleware:
-    """Middleware that gives OpenAI's shape to a proxy's plain-text refusals, and reports a replica that has died.
+    """Middleware that rewrites a proxy's plain-text refusals as OpenAI's errors, and reports a replica that has died.
 
-    A request that such a replica left without a response gets a 503, and a stream that it cut off gets an error as its
-    last event.
+    If the dead replica left a request without a response, the request gets a 503. If it cut off a stream, the stream
+    gets an error as its last event.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -1,8 +1,9 @@
 """Schemas of requests and responses: prompts, sampling parameters, chat messages, choices, statistics and errors.
 
-They are those of OpenAI's API as far as this server supports it (https://platform.openai.com/docs/api-reference). A
-conversation is a list of chat messages with a role and a text each. A request with a field that is not defined here is
-refused by the field's name: ignoring a suffix, for example, would give another answer than the client requested.
+The schemas follow OpenAI's API as far as this server supports it (https://platform.openai.com/docs/api-reference). A
+conversation is a list of chat messages with a role and a text each. A request with a field that is not defined here
+is refused, and the error names the field: ignoring a suffix, for example, would give another answer than the client
+requested.
 """
 
 from typing import Annotated, Any, Literal
@@ -24,19 +25,19 @@ from mhmoe_ray.serving.engine import SamplingParams
 from mhmoe_ray.serving.engine.request import derived_seed
 
 MAX_CHOICES = 128
-"""Largest number of choices of one request: prompts times n."""
+"""Largest number of choices (answers) of one request: the number of prompts times `n`."""
 MAX_LOGPROBS = 20
 
 
 def _check_encodable(text: str) -> str:
     """Return the text if it is valid UTF-8; otherwise raise ValueError."""
-    # JSON can carry half of a surrogate pair, which is no character. `encode` raises a ValueError for it.
+    # JSON can carry half of a surrogate pair, which is not a character. `encode` raises a ValueError for it.
     text.encode()
     return text
 
 
 def _is_whole_number(value: Any) -> bool:
-    """Return whether a value is a float without a fraction."""
+    """Return whether a value is a float that equals an integer."""
     return isinstance(value, float) and value.is_integer()
 
 
@@ -74,7 +75,7 @@ Prompts = Annotated[list[Text | TokenIds], Field(min_length=1, max_length=MAX_CH
 
 
 class StrictRequest(BaseModel):
-    """A request that is validated strictly: "5" is no number, 1 is no boolean, and null means absent.
+    """A request that is validated strictly: "5" is not a number, 1 is not a boolean, and null means absent.
 
     A field that is not defined is an error.
     """
@@ -84,7 +85,7 @@ class StrictRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, body: Any) -> Any:
-        """Return the body without fields that are null."""
+        """Return the body of a request without the fields that are null."""
         return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
 
 
@@ -92,11 +93,11 @@ class StreamOptions(StrictRequest):
     """Options of a streamed answer."""
 
     include_usage: bool = False
-    """Whether a last chunk without choices reports the usage."""
+    """Whether a last chunk without choices reports the numbers of tokens."""
 
 
 class SamplingRequest(StrictRequest):
-    """The sampling parameters and other fields that both kinds of completions have in common."""
+    """The sampling parameters and other fields that requests for completions and for chat completions share."""
 
     model: str | None = None
     temperature: float = Field(default=1.0, ge=0, le=2)
@@ -113,22 +114,22 @@ class SamplingRequest(StrictRequest):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
-    """The client's identifier of its user; it is accepted and ignored."""
+    """Client's identifier of its end user, as in OpenAI's API; it is accepted and ignored."""
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "SamplingRequest":
-        """Raise ValueError if there are options of a stream without a stream."""
+        """Raise ValueError if a request has options of a stream but does not ask for a stream."""
         if self.stream_options and not self.stream:
             raise ValueError("stream_options are for stream: true")
         return self
 
     @property
     def usage_requested(self) -> bool:
-        """True if the last chunk of the stream must report the usage."""
+        """True if the last chunk of the stream must report the numbers of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling_params(self, max_tokens: int, choice: int) -> SamplingParams:
-        """Return the sampling parameters of a choice.
+        """Return the sampling parameters of one choice, one of the `n` answers to a prompt.
 
         Args:
             max_tokens: largest number of tokens of the answer.
@@ -185,12 +186,12 @@ class Usage(BaseModel):
 
 
 class Completion(BaseModel):
-    """A complete response, or one chunk of a streamed one."""
+    """A complete response to a request for completions, or one chunk of a streamed response."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int
-    """Seconds since 1970."""
+    """Time of the response in seconds since 1970."""
     model: str
     choices: list[Choice]
     usage: Usage | None = None
@@ -204,7 +205,7 @@ class TextPart(StrictRequest):
 
 
 def _join_text_parts(content: Any) -> Any:
-    """Return the joined text of a message's parts; content that is not a list is returned unchanged."""
+    """Return the joined text of a chat message's parts; content that is not a list of parts is returned unchanged."""
     if not isinstance(content, list):
         return content
     texts = []
@@ -241,10 +242,10 @@ _CONVERSATION = TypeAdapter(Annotated[list[ChatMessage], Field(min_length=1)])
 
 
 def parse_messages(messages: Any) -> list[dict[str, Any]]:
-    """Return chat messages, as chat templates take them, that are checked as those of a request.
+    """Check chat messages in the same way as those of a request, and return them in the form that chat templates take.
 
     Raises:
-        ValueError: they are malformed.
+        ValueError: the messages are malformed; the error names the first wrong field.
     """
     try:
         conversation = _CONVERSATION.validate_python(messages)
@@ -261,7 +262,7 @@ class ChatRequest(SamplingRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1), WHOLE_NUMBER] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1), WHOLE_NUMBER] | None = None
-    """The newer name of `max_tokens`. Without either, the server's limit applies."""
+    """The newer name of `max_tokens`. If a request has neither field, the server's limit applies."""
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE_NUMBER] = 0
 
@@ -349,7 +350,7 @@ class ChatChunk(BaseModel):
 
 
 class Model(BaseModel):
-    """The model that this server serves."""
+    """Description of the model that this server serves."""
 
     id: str
     object: Literal["model"] = "model"
@@ -361,7 +362,7 @@ class Model(BaseModel):
 
 
 class ModelList(BaseModel):
-    """The models that this server serves."""
+    """List of the models that this server serves."""
 
     object: Literal["list"] = "list"
     data: list[Model]
@@ -407,7 +408,7 @@ class DetokenizeResponse(BaseModel):
 
 
 class StatsResponse(BaseModel):
-    """Statistics of all replicas."""
+    """Statistics of the engines of all replicas."""
 
     model: str
     replicas: list[dict[str, Any]]
@@ -418,12 +419,12 @@ ErrorType = Literal["invalid_request_error", "authentication_error", "rate_limit
 
 
 class ErrorDetail(BaseModel):
-    """Description of an error."""
+    """Description of an error in the format of OpenAI's API."""
 
     message: str
     type: ErrorType = "invalid_request_error"
     param: str | None = None
-    """Name of the request's wrong field."""
+    """Name of the request's field that is wrong; None if no field is."""
     code: str | None = None
 
 

@@ -25,13 +25,13 @@ Text = TypeVar("Text", bound=ServedText)
 
 @dataclass
 class ModelService(Generic[Served]):
-    """The served model with the server's limits and clients, and what the routes of any model do with them."""
+    """The served model with the server's limits and clients, and the operations that routes of all models share."""
 
     answerer: Served
     model: str
     """The model's name for clients."""
     spec: ServeSpec
-    """Limits of the server."""
+    """Section `serve` of the spec, with the limits of the server."""
     access: AccessControl
     start_time: int = field(default_factory=lambda: int(time.time()))
 
@@ -42,7 +42,7 @@ class ModelService(Generic[Served]):
             raise RequestError(404, message, "model", "model_not_found")
 
     async def begin_request(self, client: Client) -> None:
-        """Count one more request of a client.
+        """Count one more request of a client against its rate limit.
 
         Raises:
             RequestError: the client has used up a rate limit, or the rate limiter does not answer in time.
@@ -57,20 +57,25 @@ class ModelService(Generic[Served]):
 
 
 class TextService(ModelService[Text]):
-    """A served model of texts, and what the routes of decoders and encoders do with it."""
+    """A served model that reads texts (a decoder or an encoder), and the operations that its routes share."""
 
     async def encode(self, prompt: str) -> list[int]:
-        """Return the token ids of a prompt, after the token that starts a document."""
+        """Return the token ids of a prompt, with a start token in front if the model was trained with one."""
         # A thread encodes the prompt, because a long prompt takes seconds and streams must go on meanwhile.
         return await asyncio.to_thread(self.answerer.encode, prompt)
 
     async def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of token ids."""
-        # A thread decodes the tokens, for the same reason as in `encode`.
+        # A thread decodes the tokens, because a long text takes a while and streams must go on meanwhile.
         return await asyncio.to_thread(self.answerer.decode, tokens)
 
     def log_prompts(self, client: Client, prompts: Iterable[Sequence[int]]) -> None:
-        """Log the texts of a client's request, if the server logs them; `prompts` has their tokens."""
+        """Log the texts of a client's request if the spec sets `serve.log_prompts`.
+
+        Args:
+            client: the client, whose name is logged.
+            prompts: token ids of each text.
+        """
         if self.spec.log_prompts:
             for token_ids in prompts:
                 logger.info("%s asks: %r", client.name or "somebody", self.answerer.decode(token_ids))
@@ -80,7 +85,7 @@ class TextService(ModelService[Text]):
 
         Args:
             max_tokens: largest number of tokens of the answer.
-            param: name of the request's field.
+            param: name of the request's field, for the error.
         """
         if max_tokens > self.spec.max_tokens:
             message = f"{param} is {max_tokens}, and this server allows at most {self.spec.max_tokens}"
@@ -90,8 +95,8 @@ class TextService(ModelService[Text]):
         """Return the largest number of tokens of the answer to a conversation.
 
         Args:
-            max_completion_tokens: the request's field of this name, which comes before the other one.
-            max_tokens: the request's field of this name. Without either, the server's limit applies.
+            max_completion_tokens: the request's field of this name, which takes precedence.
+            max_tokens: the request's field of this name. If both fields are None, the server's limit applies.
 
         Raises:
             RequestError: the request asks for more tokens than the server allows.
@@ -103,7 +108,7 @@ class TextService(ModelService[Text]):
 
 @dataclass
 class Service(TextService[Answerer]):
-    """A served decoder, and what the routes of completions do with it."""
+    """A served decoder, and the operations that the routes of completions share."""
 
     def __post_init__(self) -> None:
         # All requests share one pacer, because its interval depends on the number of all streams of the replica.
@@ -115,7 +120,7 @@ class Service(TextService[Answerer]):
         Args:
             prompt: a text, or token ids.
             has_answer: whether an answer follows the prompt; its first token must fit in the context too.
-            param: name of the request's field.
+            param: name of the request's field, for the error.
 
         Raises:
             RequestError: the prompt has an unknown token, or is too long.
@@ -129,7 +134,7 @@ class Service(TextService[Answerer]):
         return tuple(token_ids)
 
     def _check_tokens(self, token_ids: Iterable[int], param: str) -> None:
-        """Raise RequestError if a token id is not below the tokenizer's size; `param` names the request's field."""
+        """Raise RequestError if a token id is not in the tokenizer; `param` is the request's field, for the error."""
         tokenizer_size = self.answerer.tokenizer_size
         if unknown_token := next((token for token in token_ids if token >= tokenizer_size), None):
             raise RequestError(400, f"{param!r}: there is no token {unknown_token}; there are {tokenizer_size}", param)
@@ -145,8 +150,8 @@ class Service(TextService[Answerer]):
         """Start the answers to one request of a client; all choices together count as one request.
 
         Args:
-            engine_requests: requests to the engine, one for each choice, each with the number of tokens at its start
-                that the server added.
+            engine_requests: requests to the engine, one for each choice (answer), each with the number of tokens that
+                the server added at the start of its prompt.
             request: the client's request, for its stop strings and biases.
             echo: whether each text begins with that of the prompt; see `Answerer.answer`.
             prompt_tokens: number of tokens of all prompts.

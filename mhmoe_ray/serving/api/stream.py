@@ -1,4 +1,4 @@
-"""Streams of answers: pieces of all choices are merged, counted, and sent as server-sent events at an interval."""
+"""Streams of answers: pieces of all answers to a request are merged, counted, and sent as server-sent events."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ from mhmoe_ray.serving.api.schema import Usage
 from mhmoe_ray.serving.engine import BusyError, EngineError
 
 Pieces = AsyncGenerator[tuple[int, AnswerPiece]]
-"""Pieces, each with the index of its choice."""
+"""Pieces of the answers to a request, each with the index of its answer (OpenAI's choice)."""
 
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 RESPONSE_DESCRIPTION = {
@@ -26,13 +26,13 @@ RESPONSE_DESCRIPTION = {
 # On its way through Serve's proxy a chunk costs about a millisecond of a core, whatever its size. So a chunk every 4
 # milliseconds takes about a quarter of a core and leaves the rest to engines.
 CHUNK_SECONDS = 0.004
-"""Mean seconds between two chunks of a replica with many streams, over all of them."""
+"""Mean seconds between two chunks that a replica with many streams sends, over all of its streams."""
 MAX_DELAY_SECONDS = 0.25
 """Longest time, in seconds, that a token waits for the next chunk because of other streams."""
 
 
 class StreamPacer:
-    """Pacer of a replica's streams: it gives the time between two chunks of a stream, which grows with the streams."""
+    """Pacer of a replica's streams: it sets the time between two chunks, which grows with the number of streams."""
 
     def __init__(self, interval: float) -> None:
         """Create a pacer without streams.
@@ -44,7 +44,7 @@ class StreamPacer:
         self._streams = set[object]()
 
     def record_token(self, stream: object) -> None:
-        """Count a stream among the present ones from its first token on; later tokens have no effect."""
+        """Count a stream as open from its first token on; later tokens have no effect."""
         self._streams.add(stream)
 
     def remove_stream(self, stream: object) -> None:
@@ -60,7 +60,7 @@ class StreamPacer:
 
 
 class Answers:
-    """The answers to one request, one for each choice."""
+    """The answers to one HTTP request: one for each choice, as OpenAI's API calls them."""
 
     def __init__(
         self,
@@ -91,9 +91,10 @@ class Answers:
         return Usage(prompt_tokens=self._prompt_tokens, completion_tokens=answer_tokens, total_tokens=total)
 
     async def pieces(self) -> Pieces:
-        """Yield the pieces of all choices as they come, each with the index of its choice.
+        """Yield the pieces of all choices as they arrive, each with the index of its choice.
 
-        In the end, the tokens so far count against the client's rate limit, unless the engine refused the request.
+        When the generator ends, the tokens so far count against the client's rate limit, unless the engine refused the
+        request.
         """
         is_refused = False
         try:
@@ -122,12 +123,12 @@ class Answers:
     ) -> AsyncGenerator[str]:
         """Wait for the first piece, and return the answers as server-sent events.
 
-        The events are chunks, then [DONE] or, after a failure, an error body. The caller must close them. A failure
-        before the first piece is raised.
+        The events are chunks, then [DONE] or, after a failure, an error body. The caller must close the generator. A
+        failure before the first piece is raised.
 
         Args:
-            build_chunk: returns the body for a piece of a choice.
-            build_usage_chunk: returns a body to send after all pieces; None sends none.
+            build_chunk: function that returns the body for a piece of a choice.
+            build_usage_chunk: function that returns a body to send after all pieces; None sends none.
         """
         events = self._events(build_chunk, build_usage_chunk)
         # The first event is empty and comes with the first piece. A failure before this piece is therefore raised here,
@@ -138,11 +139,11 @@ class Answers:
     async def _events(
         self, build_chunk: Callable[[int, AnswerPiece], BaseModel], build_usage_chunk: Callable[[], BaseModel] | None
     ) -> AsyncGenerator[str]:
-        """Yield an empty event once the first piece has come, then the events; see `events`."""
+        """Yield an empty event once the first piece has arrived, then the events that `events` describes."""
         clock = asyncio.get_running_loop().time
         pending_pieces: list[list[AnswerPiece]] = [[] for _ in self._answers]
         due_times = [0.0] * len(pending_pieces)
-        """Time of each choice's next chunk, by the event loop's clock."""
+        """Earliest time of each choice's next chunk, by the event loop's clock."""
         streams = [object() for _ in pending_pieces]
 
         def chunk_events(number: int, piece: AnswerPiece) -> Iterator[str]:
@@ -187,7 +188,7 @@ class Answers:
 
 
 class EventResponse(StreamingResponse):
-    """A response that streams server-sent events, and closes them whether sending succeeds or not."""
+    """A response that streams server-sent events, and closes their generator whether sending succeeds or not."""
 
     media_type = "text/event-stream"
 
@@ -216,7 +217,7 @@ def timeout_error(timeout: float) -> RequestError:
 
 
 async def merge_answers(answers: Sequence[AsyncGenerator[AnswerPiece]], timeout: float) -> Pieces:
-    """Yield the pieces of all answers as they come, each with the index of its answer.
+    """Yield the pieces of all answers as they arrive, each with the index of its answer.
 
     If one answer fails, or the generator is closed, all answers end.
 

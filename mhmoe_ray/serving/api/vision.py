@@ -1,7 +1,7 @@
 """The routes of vision models: POST /image-classification, /object-detection, /image-segmentation and /routes.
 
-The first three have the formats of Hugging Face's tasks, so `huggingface_hub.InferenceClient` asks them. Their body is
-an image file, or JSON with the image as base64 or a data URL and with parameters.
+The first three have the formats of Hugging Face's tasks, so `huggingface_hub.InferenceClient` can call them. Their body
+is an image file, or JSON with the image as base64 or a data URL and with parameters.
 """
 
 import base64
@@ -28,27 +28,27 @@ from mhmoe_ray.serving.vision.answer import (
 )
 
 DEFAULT_CLASSES = 5
-"""Number of classes of an answer without `top_k`, as in transformers' pipelines."""
+"""Number of classes in the answer to a request without `top_k`, as in transformers' pipelines."""
 DEFAULT_THRESHOLD = 0.5
-"""Lowest score of the objects of an answer without `threshold`."""
+"""Lowest score of the objects in the answer to a request without `threshold`."""
 VisionService = ModelService[VisionAnswerer]
 
 
 class ClassificationParameters(StrictRequest):
-    """Parameters of /image-classification."""
+    """Parameters of a request to /image-classification."""
 
     top_k: Annotated[int, Field(ge=1), WHOLE_NUMBER] = DEFAULT_CLASSES
     function_to_apply: ScoreFunction = "softmax"
 
 
 class DetectionParameters(StrictRequest):
-    """Parameters of /object-detection."""
+    """Parameters of a request to /object-detection."""
 
     threshold: float = Field(default=DEFAULT_THRESHOLD, ge=0, le=1)
 
 
 class SegmentationParameters(DetectionParameters):
-    """Parameters of /image-segmentation."""
+    """Parameters of a request to /image-segmentation."""
 
     mask_threshold: float = Field(default=0.5, ge=0, le=1)
     """Probability from which a pixel belongs to a mask."""
@@ -67,14 +67,14 @@ class ImageInput(StrictRequest, Generic[Parameters]):
 
 
 class ClassScore(BaseModel):
-    """Class of an image with its score."""
+    """Class of an image, with the score that the model gives it."""
 
     label: str
     score: float
 
 
 class BoundingBox(BaseModel):
-    """Box in the pixels of the image."""
+    """Box around an object, in pixels of the image."""
 
     xmin: int
     ymin: int
@@ -83,7 +83,7 @@ class BoundingBox(BaseModel):
 
 
 class ObjectBox(BaseModel):
-    """Object with its box."""
+    """Object that the model detected, with its class, score and box."""
 
     label: str
     score: float
@@ -91,7 +91,7 @@ class ObjectBox(BaseModel):
 
 
 class ObjectMask(BaseModel):
-    """Object with its mask."""
+    """Object that the model detected, with its class, score and mask."""
 
     label: str
     score: float
@@ -106,36 +106,36 @@ class TaskRoutesRequest(RoutesRequest):
 
 
 class TaskRoutes(BaseModel):
-    """Experts of the sub-tokens of an image's patches, in each layer with experts."""
+    """Experts that the sub-tokens of an image's patches choose in a task, in each layer with experts."""
 
     model: str
     task: str
     patches_per_side: int
     experts: int
     top_k: int
-    """Number of experts of the task."""
+    """Number of experts that each sub-token chooses in this task."""
     square: tuple[int, int, int, int]
     """Left, top, right and bottom edge of the square that the patches cover, in pixels of the image."""
     routes: list[list[list[list[int]]]]
-    """Experts by layer, patch (row by row) and head, the preferred ones first."""
+    """Indexes of the chosen experts by layer, patch (row by row) and head, the preferred ones first."""
 
 
 class TaskInfo(BaseModel):
-    """Task of the model."""
+    """A task that the vision model was trained for, with the names of its classes."""
 
     name: str
     kinds: list[TaskKind]
-    """Routes that answer it."""
+    """Kinds of requests that the task answers, which are also the names of their routes."""
     image_size: int
     """Height and width in pixels of an image, as the model reads it."""
     patches_per_side: int
     top_k: int
-    """Number of experts of the task; 0 without experts."""
+    """Number of experts that each sub-token chooses in this task; 0 for a model without experts."""
     classes: list[str]
 
 
 class TaskList(BaseModel):
-    """Tasks of the model, in the order of its spec."""
+    """Tasks of the vision model, in the order of its spec."""
 
     tasks: list[TaskInfo]
 
@@ -154,7 +154,7 @@ def vision_router(service: VisionService) -> APIRouter:
     async def image_classification(
         http_request: Request, client: authenticated_client, task: str | None = None
     ) -> list[ClassScore]:
-        """Return the classes of an image, best first."""
+        """Return the classes of an image with their scores, best first."""
         source, parameters = await _read_body(http_request, ClassificationParameters)
         name = _choose_task(answerer, task, "image-classification")
         async with _image_request(service, client, source) as request:
@@ -200,7 +200,7 @@ def vision_router(service: VisionService) -> APIRouter:
 
     @routes.post("/routes")
     async def image_routes(request: TaskRoutesRequest, client: authenticated_client) -> TaskRoutes:
-        """Return the experts of an image's patches in a task."""
+        """Return the experts that an image's patches choose in a task."""
         service.check_model(request.model)
         name = _choose_task(answerer, request.task, None)
         async with image_request(service, client, "image") as admitted_request:
@@ -229,7 +229,7 @@ def _image_request(
 async def _detect(
     answerer: VisionAnswerer, request: AdmittedRequest, task: str, source: bytes | str, threshold: float
 ) -> tuple[TaskImage, list[DetectedObject]]:
-    """Return an image and the objects in it."""
+    """Decode an image, and return it with the objects that a task of the model detects in it."""
     image = await answerer.read(task, source)
     output = await answerer.compute(request, task, image)
     return image, answerer.objects(task, output, image, threshold)
@@ -248,12 +248,12 @@ def _task_info(answerer: VisionAnswerer, name: str) -> TaskInfo:
 
 
 def _choose_task(answerer: VisionAnswerer, name: str | None, kind: TaskKind | None) -> str:
-    """Return the task that a request asks for: the named one, or the first of its kind.
+    """Return the task that a request asks for: the named one, or the first that answers requests of this kind.
 
     Args:
         answerer: the model with its tasks.
         name: name of the task; None if the request names none.
-        kind: kind of the task; None for any.
+        kind: kind of request that the task must answer; None for any.
 
     Raises:
         RequestError: the model has no such task.
@@ -274,7 +274,7 @@ async def _read_body(http_request: Request, parameters: type[Parameters]) -> tup
 
     Raises:
         RequestError: the body is empty, or of a type that is neither an image nor JSON.
-        RequestValidationError: the JSON is wrong.
+        RequestValidationError: the JSON lacks a field, or has an unknown field or a wrong value.
     """
     content_type = http_request.headers.get("content-type", "").partition(";")[0].strip().lower()
     content = await http_request.body()
@@ -282,7 +282,7 @@ async def _read_body(http_request: Request, parameters: type[Parameters]) -> tup
         try:
             body = ImageInput[parameters].model_validate_json(content)  # type: ignore[valid-type]  # made at run time
         except ValidationError as e:
-            # The handler of these errors names the second part of the location.
+            # The handler of these errors reports the second element of the location as the name of the field.
             paths = [".".join(map(str, error["loc"])) for error in e.errors()]
             errors = [
                 {**error, "loc": ("body", path)[: 1 + bool(path)]}
@@ -290,7 +290,7 @@ async def _read_body(http_request: Request, parameters: type[Parameters]) -> tup
             ]
             raise RequestValidationError(errors) from e
         return body.inputs, body.parameters or parameters()
-    # Hugging Face's client names no type for bytes.
+    # Hugging Face's client sends no Content-Type if it gets the image as bytes.
     if content_type not in ("", "application/octet-stream") and not content_type.startswith("image/"):
         message = f"a body of type {content_type} is no image: send Content-Type: image/jpeg, or JSON"
         raise RequestError(415, message, code="unsupported_media_type")
@@ -300,7 +300,7 @@ async def _read_body(http_request: Request, parameters: type[Parameters]) -> tup
 
 
 def _body_description(parameters: type[StrictRequest]) -> dict[str, Any]:
-    """Return the request body of a route for its OpenAPI description."""
+    """Describe the request body of a route in the OpenAPI format."""
     file_schema = {"schema": {"type": "string", "format": "binary"}}
     json_schema = {
         "type": "object",

@@ -1,8 +1,8 @@
 """The formats of inputs and outputs: JSON lines, plain or compressed, and Parquet.
 
-A chunk is a table with one row for each row of the input. The table of JSON lines has one column with the lines as they
-are stored, so that the output has them unchanged, to the last digit of a number. The table of a Parquet file has its
-columns.
+A chunk of the input is a table with one row for each of its rows. For JSON lines, the table has one column with the raw
+lines, so that the output repeats them unchanged, to the last digit of a number. For Parquet, the table has the columns
+of the file.
 """
 
 import io
@@ -31,12 +31,12 @@ from mhmoe_ray.serving.batch.rows import (
 )
 
 MAX_LINE_BYTES = 1 << 30
-"""Largest size of a line. It only keeps a file that is no JSON lines from filling the memory."""
+"""Largest size of a line in bytes. The limit keeps a file that is not in JSON lines from filling the memory."""
 _LINE = "line"
 
 
 class SourceFile(NamedTuple):
-    """The input, opened for reading."""
+    """The input file of a batch inference, opened for reading."""
 
     storage: Storage
     file: RawFile
@@ -44,37 +44,38 @@ class SourceFile(NamedTuple):
 
     @property
     def subject(self) -> str:
-        """Name of the input, for errors."""
+        """Name of the input file in error messages."""
         return f"input {self.file.path}"
 
     def damage_error(self, reason: str) -> DataError:
-        """Return the error for an input that cannot be read."""
+        """Return the error for an input file that cannot be read, because it is damaged."""
         return DataError(self.subject, reason, "repair it, then give the command again")
 
 
 class NumberedRow(NamedTuple):
-    """Row of the input."""
+    """Row of the input file, with its number."""
 
     number: int
     """Number of the line or row in the file, from 1."""
     value: Any
-    """Value of the line, or the columns of the row that hold its prompt."""
+    """Decoded line of a JSON lines file, or the columns of a Parquet file's row that hold its prompt."""
 
 
 class Format(Protocol):
-    """Reader and writer of one format."""
+    """Interface of the readers and writers of a file format, one for each format of inputs and outputs."""
 
     suffix: ClassVar[str]
-    """Suffix of the files of the output."""
+    """Suffix of output files in this format."""
     row_label: ClassVar[str]
-    """Word for a row of the input, for the user."""
+    """Word for a row of this format in messages: line or row."""
 
     def read_rows(self, source: SourceFile, has_logprobs: bool) -> Iterator[NumberedRow | BadLine]:
         """Yield the rows of the input, and the lines that cannot be read.
 
         Args:
-            source: the input.
-            has_logprobs: whether answers will have scores; the input may not have the columns of answers.
+            source: the input file.
+            has_logprobs: whether answers will have the scores of their tokens. The input must not have columns with the
+                names of an answer's columns.
 
         Raises:
             DataError: the file as a whole cannot be read.
@@ -90,20 +91,20 @@ class Format(Protocol):
         ...
 
     def table_rows(self, table: pa.Table) -> list[Any]:
-        """Return the value of each row of a table of `read_tables`, as `parse_row` takes it."""
+        """Return the decoded rows of a table that `read_tables` yielded, in the form that `parse_row` takes."""
         ...
 
     def encode(self, table: pa.Table, answers: Sequence[RowAnswer], has_logprobs: bool) -> bytes:
-        """Return the content of an output file: the rows of a table of `read_tables` with their answers."""
+        """Return the content of an output file: the rows of a table that `read_tables` yielded, with their answers."""
         ...
 
     def count(self, content: bytes) -> AnswerCounts:
-        """Count the answers in the content of an output file."""
+        """Count the answers and tokens in the content of an output file."""
         ...
 
 
 class JsonLines:
-    """Reader and writer of JSON lines; blank lines are no rows. Inputs may be compressed, outputs are not."""
+    """Reader and writer of JSON lines. Blank lines do not count as rows. Inputs may be compressed; outputs are not."""
 
     suffix: ClassVar[str] = ".jsonl"
     row_label: ClassVar[str] = "line"
@@ -127,12 +128,12 @@ class JsonLines:
             yield _line_table(lines)
 
     def table_rows(self, table: pa.Table) -> list[Any]:
-        """Return the value of each line."""
-        # The standard library accepts everything that `read_records` accepts.
+        """Decode the lines in a table that `read_tables` yielded."""
+        # `json` of the standard library accepts everything that `read_records` accepts.
         return [json.loads(line) for line in table[_LINE].to_pylist()]
 
     def encode(self, table: pa.Table, answers: Sequence[RowAnswer], has_logprobs: bool) -> bytes:
-        """Return the lines with the keys of the answers added at the end of each."""
+        """Return the lines of a table, with the keys of its answer added at the end of each line."""
         columns = answer_columns(has_logprobs)
         return b"".join(
             _add_keys(line, {name: getattr(answer, name) for name in columns})
@@ -140,7 +141,7 @@ class JsonLines:
         )
 
     def count(self, content: bytes) -> AnswerCounts:
-        """Count the answers in lines."""
+        """Count the answers and tokens in the content of an output file of JSON lines."""
         return AnswerCounts.of_rows([json.loads(line) for line in content.split(b"\n") if line])
 
 
@@ -149,7 +150,7 @@ def _line_table(lines: list[bytes]) -> pa.Table:
 
 
 def _add_keys(line: bytes, keys: dict[str, Any]) -> bytes:
-    """Return a line, which is a JSON object with at least one key, with further keys at its end and a newline."""
+    """Add keys and a newline at the end of a line, which is a JSON object that has at least one key already."""
     return line.strip().removesuffix(b"}").rstrip() + b", " + orjson.dumps(keys).removeprefix(b"{") + b"\n"
 
 
@@ -162,7 +163,7 @@ _ANSWER_TYPES: dict[str, pa.DataType] = {
     "error": pa.string(),
     "logprobs": pa.list_(pa.struct([*_LOGPROB, ("top_logprobs", pa.list_(pa.struct(_LOGPROB)))])),
 }
-"""Type of each column of an answer in Parquet."""
+"""Type of each column of an answer in a Parquet file."""
 
 
 class Parquet:
@@ -172,7 +173,7 @@ class Parquet:
     row_label: ClassVar[str] = "row"
 
     def read_rows(self, source: SourceFile, has_logprobs: bool) -> Iterator[NumberedRow | BadLine]:
-        """Yield the prompt columns of each row; see `Format.read_rows`."""
+        """Yield the columns of each row that hold its prompt; see `Format.read_rows`."""
         try:
             with open_parquet(source.storage, source.file.path) as parquet_file:
                 names = parquet_file.schema_arrow.names
@@ -189,12 +190,12 @@ class Parquet:
         return _read_parquet(source, rows, None)
 
     def table_rows(self, table: pa.Table) -> list[Any]:
-        """Return the prompt columns of each row."""
+        """Return the columns of each row that hold its prompt, by name."""
         rows: list[Any] = table.select([name for name in (PROMPT, MESSAGES) if name in table.column_names]).to_pylist()
         return rows
 
     def encode(self, table: pa.Table, answers: Sequence[RowAnswer], has_logprobs: bool) -> bytes:
-        """Return a Parquet file with the columns of the table and those of the answers."""
+        """Return the content of a Parquet file with the columns of the table and those of the answers."""
         for name in answer_columns(has_logprobs):
             values = [getattr(answer, name) for answer in answers]
             table = table.append_column(name, pa.array(values, _ANSWER_TYPES[name]))
@@ -203,7 +204,7 @@ class Parquet:
         return sink.getvalue()
 
     def count(self, content: bytes) -> AnswerCounts:
-        """Count the answers in a Parquet file."""
+        """Count the answers and tokens in the content of an output file in Parquet."""
         columns = ["error", "prompt_tokens", "tokens"]
         return AnswerCounts.of_rows(pq.read_table(io.BytesIO(content), columns=columns).to_pylist())
 
@@ -212,7 +213,7 @@ def _read_parquet(source: SourceFile, rows: int, columns: list[str] | None) -> I
     """Yield the rows of a Parquet file in tables of `rows` rows; the last one may have fewer.
 
     Args:
-        source: the file.
+        source: the Parquet file, opened for reading.
         rows: number of rows of a table.
         columns: names of the columns to read; None for all.
 
@@ -238,10 +239,10 @@ def _read_parquet(source: SourceFile, rows: int, columns: list[str] | None) -> I
 
 
 def _check_columns(source: SourceFile, names: Sequence[str], has_logprobs: bool) -> None:
-    """Check that a table has a column of prompts or messages and none of those of answers.
+    """Check that an input has a column of prompts or messages, and no column with the name of an answer's column.
 
     Raises:
-        DataError: it has not.
+        DataError: the input lacks both columns, or has one with the name of an answer's column.
     """
     if PROMPT not in names and MESSAGES not in names:
         reason = f"it has no column {PROMPT!r} or {MESSAGES!r}; it has {', '.join(map(repr, names))}"
@@ -251,4 +252,4 @@ def _check_columns(source: SourceFile, names: Sequence[str], has_logprobs: bool)
 
 
 FORMATS: dict[InputFormat, Format] = {"jsonl": JsonLines(), "parquet": Parquet()}
-"""Reader and writer of each format."""
+"""Reader and writer of each format, by the format's name."""

@@ -11,7 +11,7 @@ from mhmoe_ray.spec import formats
 
 
 def open_input(path: str) -> SourceFile:
-    """Find the input and open it; its suffix names its format.
+    """Find the input file and open it; the suffix of its name determines its format.
 
     Args:
         path: path or URI of a file.
@@ -48,11 +48,12 @@ def check_rows(source: SourceFile, has_logprobs: bool) -> CheckedRows:
     """Read all rows of an input, and check that each has a prompt or a conversation.
 
     Args:
-        source: the input.
-        has_logprobs: whether answers will have scores.
+        source: the input file.
+        has_logprobs: whether answers will have a column of token scores, whose name the rows must then not use.
 
     Raises:
-        DataError: there are no rows, or some cannot be answered; the error names the first of these and their number.
+        DataError: there are no rows, or some rows cannot be answered. The error names the first bad row, and how many
+            there are.
     """
     file_format = FORMATS[source.format]
     row_count, bad_count, first_chat = 0, 0, None
@@ -80,7 +81,7 @@ def check_rows(source: SourceFile, has_logprobs: bool) -> CheckedRows:
 
 
 def _row_problem(value: Any, has_logprobs: bool) -> str | None:
-    """Return the reason why a row cannot be answered; None if it can."""
+    """Return the reason why a row of the input cannot be answered; None if it can."""
     try:
         parse_row(value)
     except ValueError as e:

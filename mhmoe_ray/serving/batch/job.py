@@ -1,4 +1,4 @@
-"""The Ray job of `mhmoe generate --input`."""
+"""The Ray job of `mhmoe generate --input`, which answers the rows of a file."""
 
 import time
 from collections.abc import Callable
@@ -20,15 +20,15 @@ from mhmoe_ray.spec import ServeSpec
 from mhmoe_ray.storage import describe_file, location
 
 PROGRESS_SECONDS = 5.0
-"""Least time between two lines about progress."""
+"""Shortest time in seconds between two lines about progress in the log."""
 READERS = 8
-"""Number of files of the output that are read at the same time."""
+"""Number of output files that are read at the same time, to count the answers of earlier jobs."""
 OUTPUT_KEY = "mhmoe_output"
-"""Key of the job's metadata that has the output folder."""
+"""Key under which the job's metadata have the path of the output folder."""
 
 
 class BatchJob(RemoteJob[AnswerCounts]):
-    """Request for the job that answers the rows of a file; its result is the summary in the output folder."""
+    """Request for the job that answers the rows of a file; the job's result is the summary in the output folder."""
 
     module: ClassVar[str] = "mhmoe_ray.serving.batch.job"
     kind: ClassVar[str] = "generate"
@@ -37,7 +37,7 @@ class BatchJob(RemoteJob[AnswerCounts]):
     output: str
     """Path or URI of the output folder."""
     serve: ServeSpec
-    """Engine, precision and resources of a worker."""
+    """Section `serve` of the spec, with the engine, precision and resources of a worker."""
     workers: int
 
     @property
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def _check(job: BatchJob) -> None:
-    """Check all that can fail before workers start, since their errors come late.
+    """Check the input, the checkpoint and the engine before workers start, because workers would fail much later.
 
     Raises:
         DataError: the input has changed, or another command wrote its request to the output folder.
@@ -85,7 +85,7 @@ def _check(job: BatchJob) -> None:
     if input_hash != request.input.sha256:
         raise DataError(f"input {request.input.path}", "it has changed", "give the command again")
     checkpoint = location(request.checkpoint)
-    # Each worker hashes the weights when it loads them.
+    # The weights are not hashed here, because each worker hashes them when it loads them.
     manifest = read_manifest(checkpoint, ("weights",), describe=None)
     check_engine(manifest, job.serve)
     tokenizer = load_run_tokenizer(checkpoint, manifest)
@@ -93,7 +93,7 @@ def _check(job: BatchJob) -> None:
 
 
 def _answer_missing_rows(job: BatchJob) -> None:
-    """Answer the missing chunks, and write the summary when all are there."""
+    """Answer the chunks of rows that have no answers yet, and write the summary when all rows are answered."""
     from mhmoe_ray.serving.batch.pipeline import answer_chunks
 
     request, output = job.request, job.output_folder
@@ -120,7 +120,7 @@ def _print_line(line: str) -> None:
 
 
 def _print_lack_of_resources(job: BatchJob) -> None:
-    """Print what the first worker waits for, if its resources are not free now."""
+    """Print which resources the first worker waits for, if they are not free now."""
     import ray
 
     free_resources = ray.available_resources()
@@ -131,7 +131,7 @@ def _print_lack_of_resources(job: BatchJob) -> None:
 
 
 class ProgressReport:
-    """Lines about the progress of a job."""
+    """Reporter of a job's progress in lines of text: answered rows, speed and time left."""
 
     def __init__(self, total_rows: int, rows: int) -> None:
         """Begin a report.
@@ -143,10 +143,13 @@ class ProgressReport:
         self._total_rows, self._rows = total_rows, rows
         self._line_time = 0.0
         self._start: tuple[float, int] | None = None
-        """Time and number of rows at the first result. The speed counts from there, because loading takes long."""
+        """Time and number of answered rows at this job's first result; None before it.
+
+        The speed is measured from there, because loading the model takes long.
+        """
 
     def is_due(self, rows: int) -> bool:
-        """Update the number of answered rows, and return whether it is time for a line."""
+        """Update the number of answered rows, and return whether it is time to print a line."""
         self._rows, current_time = rows, time.monotonic()
         self._start = self._start or (current_time, rows)
         if rows == self._total_rows or current_time - self._line_time >= PROGRESS_SECONDS:
@@ -155,7 +158,7 @@ class ProgressReport:
         return False
 
     def line(self) -> str:
-        """Return the rows so far and, if the speed is known, the rows per second and the time left."""
+        """Return a line with the answered rows so far and, if the speed is known, rows per second and time left."""
         line = f"{self._rows:,} of {self._total_rows:,} rows"
         if self._start is None or self._rows == self._start[1]:
             return line

@@ -2,11 +2,11 @@
 
     _request.json            the request, written before its first job starts
     chunk-00000000.jsonl     the rows of chunk 0 with their answers; or .parquet
-    _summary.json            the counts of all answers, written when all chunks are there
+    _summary.json            the numbers of answers and tokens, written when the files of all chunks exist
 
-A chunk's file appears in one step, when it is complete, so the files that are there are the state of the work. In the
-order of their names they hold all rows in the order of the input. Programs that read a folder of Parquet files ignore
-names that begin with an underscore.
+The file of a chunk appears in one step, when it is complete, so the existing files show which rows are answered. In the
+order of their names, the files hold all rows in the order of the input. Programs that read a folder of Parquet files
+ignore names that begin with an underscore.
 """
 
 import re
@@ -55,7 +55,7 @@ class BatchOutput:
         return self.folder / "_summary.json"
 
     def chunk_file(self, request: BatchRequest, chunk: int) -> Location:
-        """Return the path of the file of a chunk."""
+        """Return the path of the file with the answers to a chunk of rows."""
         return self.folder / f"chunk-{chunk:08d}{FORMATS[request.input.format].suffix}"
 
     def stored_request(self) -> BatchRequest | None:
@@ -74,20 +74,19 @@ class BatchOutput:
         return None
 
     def write_request(self, request: BatchRequest) -> None:
-        """Store a request, in place of one without chunks."""
+        """Write a request into the folder; it replaces an earlier request that has no answers."""
         with self._report_storage_errors():
             write_json(self.request_file, request.model_dump(mode="json"))
 
     def check_request(self, request: BatchRequest, is_first: bool) -> None:
-        """Check that the folder is for a request.
+        """Check that the folder belongs to a request.
 
         Args:
             request: the request whose answers are to be written.
-            is_first: whether the folder may hold no request, or another one without any answers, which this one
-                replaces.
+            is_first: whether the folder may also hold no request, or another request without any answers.
 
         Raises:
-            DataError: it is for another request; the error has the differences.
+            DataError: the folder belongs to another request; the error names the differences.
         """
         stored_request = self.stored_request()
         if is_first and (stored_request is None or not self.present_chunks()):
@@ -98,26 +97,26 @@ class BatchOutput:
             raise DataError(f"output {self.folder}", reason, "give the same request again, or another folder")
 
     def present_chunks(self) -> set[int]:
-        """Return the numbers of the chunks that are there."""
+        """Return the numbers of the chunks whose files are in the folder."""
         with self._report_storage_errors():
             matches = [_CHUNK_NAME.fullmatch(path.name) for path in self.folder.glob("chunk-*")]
         return {int(match[1]) for match in matches if match}
 
     def missing_chunks(self, request: BatchRequest) -> list[int]:
-        """Return the numbers of the chunks that are not there yet, in their order."""
+        """Return the numbers of the chunks whose files are not in the folder yet, in ascending order."""
         present_chunks = self.present_chunks()
         return [chunk for chunk in range(request.chunk_count) if chunk not in present_chunks]
 
     def write_chunk(self, request: BatchRequest, chunk: int, content: bytes) -> None:
-        """Publish the file of a chunk in one step."""
+        """Write the file with the answers to a chunk of rows; it appears in one step, when it is complete."""
         with self._report_storage_errors():
             replace_file(self.chunk_file(request, chunk), content)
 
     def count_chunk(self, request: BatchRequest, chunk: int) -> AnswerCounts:
-        """Count the answers in the file of a chunk.
+        """Count the answers and tokens in the file of a chunk.
 
         Raises:
-            DataError: the file has not the rows of the chunk.
+            DataError: the file is damaged, or has another number of rows than the chunk.
         """
         path = self.chunk_file(request, chunk)
         with self._report_storage_errors():
@@ -133,21 +132,24 @@ class BatchOutput:
         return counts
 
     def stored_summary(self) -> AnswerCounts | None:
-        """Return the counts of all answers; None if the folder was never complete."""
+        """Return the counts of all answers; None if the folder has never been complete."""
         return self._read_model(self.summary_file, AnswerCounts)
 
     def complete(self, counts: AnswerCounts) -> None:
-        """Store the counts of all answers, which marks the folder as complete; no process may write chunks any more."""
+        """Write the counts of all answers, which marks the folder as complete.
+
+        No process may still be writing chunks, because files that are not complete are removed.
+        """
         with self._report_storage_errors():
             # Workers that were killed while they wrote a chunk leave partial files.
             remove_partial_files(self.folder)
             write_json(self.summary_file, counts.model_dump())
 
     def _read_model(self, path: Location, model: type[M]) -> M | None:
-        """Read a file of JSON as a model; return None if there is no such file.
+        """Read a JSON file of the folder into a Pydantic model; return None if there is no such file.
 
         Raises:
-            DataError: the file has another content.
+            DataError: the content of the file does not fit the model.
         """
         with self._report_storage_errors():
             content = path.read_text() if path.exists() else None

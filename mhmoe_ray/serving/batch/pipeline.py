@@ -1,7 +1,7 @@
-"""The dataset of a batch inference: a task reads the missing chunks, and workers answer them.
+"""The Ray dataset of a batch inference: a task reads the chunks of rows without answers, and workers answer them.
 
-If a worker is killed, Ray starts it again, and its chunks are computed again. If the reader is killed, it is repeated,
-so the chunks that it yields depend on its arguments alone.
+If a worker is killed, Ray starts it again, and its chunks are computed again. If the reading task is killed, Ray
+repeats it, so the chunks that it yields must depend only on its arguments.
 """
 
 from collections.abc import Collection, Iterator
@@ -20,17 +20,17 @@ from mhmoe_ray.serving.batch.worker import Chunk, ChunkResult, ChunkWorker, chun
 from mhmoe_ray.spec import ServeSpec
 
 CHUNK_RETRIES = 5
-"""Number of times that Ray Data repeats a chunk whose worker died. Without a limit, rows for which the memory does not
-suffice would kill workers without end."""
+"""Number of times that Ray Data repeats a chunk whose worker died. Without a limit, rows that need more memory than a
+worker has would kill workers without end."""
 
 
 def answer_chunks(
     request: BatchRequest, missing_chunks: Collection[int], output: BatchOutput, spec: ServeSpec, workers: int
 ) -> Iterator[ChunkResult]:
-    """Answer chunks of the input, and yield the result of each when its file is in the output folder; in any order.
+    """Answer chunks of input rows, and yield the result of each once its file is in the output folder, in any order.
 
     Args:
-        request: the request.
+        request: the request of the batch inference.
         missing_chunks: numbers of the chunks to answer.
         output: the output folder.
         spec: engine, precision and resources of a worker.
@@ -82,11 +82,11 @@ def _first_line(error: Exception) -> str:
 
 
 def read_chunks(_: pa.Table, *, request: BatchRequest, missing_chunks: frozenset[int]) -> Iterator[pa.Table]:
-    """Read the input, and yield the missing chunks, each as a block; an error for the user is the last block.
+    """Read the input, and yield each missing chunk as a block; if reading fails, the last block has the error.
 
     Args:
-        _: a table of one row, for which Ray Data calls this function.
-        request: the request.
+        _: a table of one row, for which Ray Data calls this function once.
+        request: the request of the batch inference.
         missing_chunks: numbers of the chunks to yield.
     """
     last_chunk = max(missing_chunks)

@@ -11,7 +11,7 @@ from mhmoe_ray.spec.serve import EngineName
 from mhmoe_ray.storage import location
 
 CHUNK_ROWS = 128
-"""Default number of rows of a chunk. A worker that is killed computes at most a few chunks again."""
+"""Default number of rows of a chunk. After a worker is killed, only a few chunks must be computed again."""
 _HASH_CHARACTERS = 8
 
 
@@ -28,7 +28,11 @@ class SamplingOptions(BaseModel):
     """Number of alternatives to report with each token and its log-probability; None reports no scores."""
 
     def params(self, row: int) -> SamplingParams:
-        """Return the sampling parameters of a row, which is counted from 0; its seed depends on nothing else."""
+        """Return the sampling parameters of a row of the input.
+
+        Args:
+            row: number of the row, from 0. The row's seed depends only on this number and the request's seed.
+        """
         return SamplingParams(self.max_tokens, self.temperature, top_p=self.top_p, seed=derived_seed(self.seed, row))
 
 
@@ -36,25 +40,25 @@ InputFormat = Literal["jsonl", "parquet"]
 
 
 class InputFile(BaseModel):
-    """File with the rows to answer."""
+    """File with the rows whose prompts are to be answered."""
 
     path: str
-    """Path or URI of the file, as `location` takes it."""
+    """Path or URI of the file."""
     format: InputFormat
     sha256: str
     rows: int = 0
-    """Number of rows; 0 before they were counted."""
+    """Number of rows; 0 before they are counted."""
     first_chat: int | None = None
     """Number of the line or row with the first conversation, from 1; None if there is none."""
 
     @property
     def label(self) -> str:
-        """Path and start of the hash, for the user."""
+        """Path and first characters of the file's hash, by which messages to the user name the file."""
         return f"{self.path} ({self.sha256[:_HASH_CHARACTERS]})"
 
 
 class BatchRequest(BaseModel):
-    """Request for the answers to all rows of a file. The output folder stores it."""
+    """Request to answer all rows of a file. The output folder stores the request."""
 
     checkpoint: str
     """Path or URI of the checkpoint directory, inside its run directory."""
@@ -77,14 +81,14 @@ class BatchRequest(BaseModel):
 
     @property
     def checkpoint_label(self) -> str:
-        """Run, name and start of the manifest's hash of the checkpoint, for the user."""
+        """Run, name and first characters of the manifest's hash, by which messages to the user name the checkpoint."""
         checkpoint = location(self.checkpoint)
         return f"{checkpoint.parent.parent.name}/{checkpoint.name} ({self.manifest_sha256[:_HASH_CHARACTERS]})"
 
     def differences(self, request: "BatchRequest") -> list[str]:
-        """Return a clause for each difference of another request that would give other answers or other files.
+        """Describe each difference between this request and another one that would change answers or output files.
 
-        Paths make no difference, because a run or an input may be moved between two commands.
+        Different paths do not count, because a run or an input may be moved between two commands.
 
         Args:
             request: the other request.

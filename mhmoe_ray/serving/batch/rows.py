@@ -1,7 +1,7 @@
-"""A row of the input and its answer.
+"""Rows of the input of a batch inference, and their answers.
 
-A row has a `prompt`, which is a text, or `messages`, which are a conversation. The output has all its keys or columns,
-also any others, and those of the answer after them.
+A row has a `prompt`, which is a text, or `messages`, which are a conversation. The output keeps all keys or columns of
+the row, and those of the answer follow.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -15,13 +15,13 @@ from mhmoe_ray.serving.engine import FinishReason
 
 PROMPT, MESSAGES = "prompt", "messages"
 LOGPROBS = "logprobs"
-"""Column that only answers with scores have."""
+"""Name of the column that answers only have if the request asks for the scores of their tokens."""
 
 
 class RowAnswer(NamedTuple):
-    """Answer to a row: the columns that follow those of the row, in this order.
+    """Answer to a row of the input: the columns that follow those of the row in the output, in this order.
 
-    A row that the model cannot take has an error instead of an answer.
+    A row whose prompt the model cannot read has an error instead of an answer.
     """
 
     text: str | None = None
@@ -37,24 +37,24 @@ class RowAnswer(NamedTuple):
 
     @classmethod
     def from_piece(cls, piece: AnswerPiece, prompt_tokens: int, has_logprobs: bool) -> "RowAnswer":
-        """Return the answer of a row.
+        """Return the columns of an answer to a row.
 
         Args:
             piece: the complete answer.
             prompt_tokens: number of tokens of the prompt.
-            has_logprobs: whether the answer has scores.
+            has_logprobs: whether the columns include the scores of the answer's tokens.
         """
         scores = [ChosenLogprob.from_score(score).model_dump() for score in piece.scores] if has_logprobs else None
         return cls(piece.text, piece.finish_reason, prompt_tokens, piece.token_count, None, scores)
 
 
 def answer_columns(has_logprobs: bool) -> list[str]:
-    """Return the names of the columns of an answer."""
+    """Return the names of the columns of an answer; `has_logprobs` includes the column of token scores."""
     return [name for name in RowAnswer._fields if has_logprobs or name != LOGPROBS]
 
 
 class AnswerCounts(BaseModel):
-    """Numbers of rows and tokens of some answers."""
+    """Numbers of rows, errors and tokens, summed over answers."""
 
     rows: int = 0
     errors: int = 0
@@ -68,7 +68,7 @@ class AnswerCounts(BaseModel):
 
     @classmethod
     def of_rows(cls, rows: Sequence[Mapping[str, Any]]) -> "AnswerCounts":
-        """Count rows that have at least the columns `error`, `prompt_tokens` and `tokens`."""
+        """Count answers in rows that have at least the columns `error`, `prompt_tokens` and `tokens`."""
         return cls(
             rows=len(rows),
             errors=sum(row["error"] is not None for row in rows),
@@ -78,17 +78,17 @@ class AnswerCounts(BaseModel):
 
 
 Conversation = list[dict[str, Any]]
-"""Chat messages, as chat templates take them."""
+"""Chat messages, in the form that chat templates take."""
 
 
 def parse_row(row: Any) -> str | Conversation:
     """Return the prompt or the conversation of a row.
 
     Args:
-        row: the value of a line, or the columns of a row of a table.
+        row: the decoded line of a JSON lines file, or the columns of a row of a Parquet file by name.
 
     Raises:
-        ValueError: the row has neither, or both, or one of another type; the message says which.
+        ValueError: the row has neither of the two, both, or one of a wrong type; the message tells which.
     """
     if not isinstance(row, Mapping):
         raise ValueError("it is not an object with a prompt or messages")
@@ -109,5 +109,5 @@ def parse_row(row: Any) -> str | Conversation:
 
 
 def taken_column(names: Collection[str], has_logprobs: bool) -> str | None:
-    """Return the first column of the answer that the input has already; None if it has none of them."""
+    """Return the first column name of an answer that the input uses already; None if the input uses none."""
     return next((name for name in answer_columns(has_logprobs) if name in names), None)

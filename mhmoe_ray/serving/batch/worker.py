@@ -1,4 +1,4 @@
-"""The worker of a batch inference: an actor that answers chunks with one engine."""
+"""The worker of a batch inference: an actor that answers chunks of input rows with one engine."""
 
 import asyncio
 import pickle
@@ -20,21 +20,23 @@ from mhmoe_ray.spec import ServeSpec
 from mhmoe_ray.storage import location
 
 MIN_CHUNKS_AT_A_TIME = 2
-"""Smallest number of chunks that a worker computes at the same time: while the last answers of one are computed, those
-of the next one fill the engine."""
+"""Smallest number of chunks that a worker computes at the same time.
+
+With two, the rows of the next chunk fill the engine while the last answers of a chunk are computed.
+"""
 
 
 class Chunk(NamedTuple):
-    """A chunk of the input on its way from the reader to a worker."""
+    """A chunk of input rows on its way from the reading task to a worker."""
 
     number: int
     rows: pa.Table | None
-    """Rows of the chunk, as their format reads them; None if the reader failed."""
+    """Rows of the chunk, as `Format.read_tables` yields them; None if reading the input failed."""
     error: MhmoeError | None = None
-    """Error of the reader."""
+    """Error that ended the reading of the input; None if there was none."""
 
     def as_block(self) -> pa.Table:
-        """Return the chunk as a table of one row."""
+        """Pack the chunk into a table of one row, so that Ray Data can pass it on."""
         content = pa.BufferOutputStream()
         if self.rows is not None:
             with pa.ipc.new_stream(content, self.rows.schema) as writer:
@@ -46,7 +48,7 @@ class Chunk(NamedTuple):
 
     @classmethod
     def from_block(cls, block: pa.Table) -> "Chunk":
-        """Return the chunk in a table that `as_block` made."""
+        """Unpack the chunk from a table that `as_block` made."""
         [number], [content], [error] = (block[name].to_pylist() for name in ("chunk", "rows", "error"))
         if error is not None:
             return cls(number, None, pickle.loads(error))
@@ -55,15 +57,15 @@ class Chunk(NamedTuple):
 
 
 class ChunkResult(NamedTuple):
-    """Result of a chunk, whose answers are in the output folder."""
+    """Result of the work on a chunk of rows; the answers themselves are in the output folder."""
 
     chunk: int
     counts: AnswerCounts
     error: MhmoeError | None
-    """Error that kept the chunk from being answered."""
+    """Error that kept the chunk from being answered; None if it was answered."""
 
     def as_block(self) -> pa.Table:
-        """Return the result as a table of one row."""
+        """Pack the result into a table of one row, so that Ray Data can pass it on."""
         fields = {"chunk": self.chunk, **self.counts.model_dump(), "error": _pack_error(self.error)}
         names = ("chunk", *AnswerCounts.model_fields)
         return pa.Table.from_pylist(
@@ -72,21 +74,21 @@ class ChunkResult(NamedTuple):
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "ChunkResult":
-        """Return the result in a row of a table that `as_block` made."""
+        """Unpack the result from a row of a table that `as_block` made."""
         error = None if row["error"] is None else pickle.loads(row["error"])
         return cls(row["chunk"], AnswerCounts.model_validate({k: row[k] for k in AnswerCounts.model_fields}), error)
 
 
 def _pack_error(error: MhmoeError | None) -> bytes | None:
-    # Errors are values here, because Ray Data changes the message of an exception and wraps it.
+    # Errors are passed as values, because Ray Data changes the message of an exception and wraps it.
     return None if error is None else pickle.dumps(error)
 
 
 def chunks_at_a_time(request: BatchRequest, spec: ServeSpec) -> int:
-    """Return the number of chunks that a worker computes at the same time, so that requests always wait in its engine.
+    """Return how many chunks a worker computes at the same time, so that its engine always has waiting requests.
 
     Args:
-        request: the request.
+        request: the request of the batch inference, which sets the number of rows of a chunk.
         spec: the engine's settings.
     """
     return max(MIN_CHUNKS_AT_A_TIME, ceil(2 * spec.max_concurrency / request.chunk_rows))
@@ -95,14 +97,14 @@ def chunks_at_a_time(request: BatchRequest, spec: ServeSpec) -> int:
 class ChunkWorker:
     """Callable of Ray Data that answers the rows of a chunk and writes them to the output folder.
 
-    Several threads call it at the same time, each with one chunk, and the engine computes all their rows together.
+    Several threads call the worker at the same time, each with one chunk. The engine computes all their rows together.
     """
 
     def __init__(self, request: BatchRequest, spec: ServeSpec, output: BatchOutput) -> None:
         """Load the checkpoint and start the engine.
 
         Args:
-            request: the request.
+            request: the request of the batch inference.
             spec: the engine's settings.
             output: the output folder.
         """
@@ -127,7 +129,7 @@ class ChunkWorker:
             self._answerer.engine.close()
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Answer the rows of one chunk, publish its file, and return the result; errors for the user are part of it.
+        """Answer the rows of a chunk, write its output file, and return the result, which may be an error for the user.
 
         Args:
             block: a chunk, as `Chunk.as_block` returns it.
@@ -139,7 +141,7 @@ class ChunkWorker:
             return ChunkResult(chunk.number, AnswerCounts(), e).as_block()
 
     def _answer_chunk(self, chunk: Chunk) -> AnswerCounts:
-        """Answer the rows of a chunk, publish its file, and return the counts of its answers."""
+        """Answer the rows of a chunk, write its output file, and return the counts of its answers."""
         if error := chunk.error or self._load_error:
             raise error
         request, file_format = self._request, FORMATS[self._request.input.format]
@@ -155,16 +157,16 @@ class ChunkWorker:
         return AnswerCounts.of_rows([answer._asdict() for answer in answers])
 
     async def _answer_rows(self, rows: Sequence[Any], first_row: int) -> list[RowAnswer]:
-        """Return the answers to rows, all of which are computed at the same time.
+        """Return the answers to rows, which the engine computes at the same time.
 
         Args:
-            rows: values of the rows.
-            first_row: number of the first of them in the input, from 0.
+            rows: decoded rows, in the form that `parse_row` takes.
+            first_row: number of the first of these rows in the input, from 0.
         """
         return await asyncio.gather(*(self._answer_row(value, first_row + i) for i, value in enumerate(rows)))
 
     async def _answer_row(self, value: Any, row: int) -> RowAnswer:
-        """Return the answer to a row, or its error if the model cannot take it."""
+        """Return the answer to a row, or the error of a row whose prompt the model cannot read."""
         sampling, answerer, prompt = self._request.sampling, self._answerer, parse_row(value)
         prompt_tokens: int | None = None
         try:

@@ -2,6 +2,6 @@
 
 request.py  requests to the engine, and its answers
 engine.py   computes inputs of all requests together, in one forward pass
-names.py    names that the web page proposes
+names.py    image captions that the web page proposes as names of pictures
 answer.py   images and texts in, vectors and captions out
 """

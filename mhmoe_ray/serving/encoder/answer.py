@@ -1,4 +1,4 @@
-"""Images and texts in, vectors and captions out: an engine of encoders with the tokenizer of its model."""
+"""Images and texts in, vectors and captions out: an encoder's engine with the tokenizer of its model."""
 
 import asyncio
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class EncoderAnswerer(ServedText):
-    """An engine of encoders together with the tokenizer of its model."""
+    """A served encoder, which answers images and texts with vectors and captions: its engine and its tokenizer."""
 
     engine: "EncoderEngine"
 
@@ -34,13 +34,13 @@ class EncoderAnswerer(ServedText):
         writes_captions: bool,
         names: Sequence[str] = (),
     ) -> None:
-        """Combine an engine with its tokenizer.
+        """Combine an engine with the tokenizer and facts of its model.
 
         Args:
-            engine: the engine.
+            engine: the engine that computes the answers.
             tokenizer: the model's tokenizer.
-            details: facts about the model.
-            encoder: sizes of images and patches.
+            details: name and sizes of the model, as clients see them.
+            encoder: section of the model's spec with the sizes of images and patches.
             writes_captions: whether the model was trained on captions.
             names: captions of the training's held-out images, which the web page proposes as names.
         """
@@ -51,18 +51,18 @@ class EncoderAnswerer(ServedText):
 
     @property
     def has_vectors(self) -> bool:
-        """True if the model has a head for matching, and so vectors of images and texts."""
+        """True if the model has a head for matching images with texts, which computes their vectors."""
         return self.encoder.d_match is not None
 
     def encode(self, prompt: str) -> list[int]:
-        """Return the token ids of a text after the start token, as the model reads it."""
+        """Return the token ids of a text as the model reads it, beginning with the start token."""
         # Like the texts of the training, a text has no special tokens but the first one.
         [token_ids] = self._document_encoder.encode([prompt])
         return list(token_ids)
 
-    # Threads decode images and texts, because large ones take a while and other requests must go on meanwhile.
+    # Threads decode images and tokenize texts, because large ones take a while and other requests must go on meanwhile.
     async def read_image(self, url: str, max_tokens: int | None = None) -> EncodeRequest:
-        """Return the request for the vector or the caption of the image in a data URL.
+        """Decode the image in a data URL, and return the engine's request for the vector or the caption of the image.
 
         Args:
             url: the data URL.
@@ -75,11 +75,11 @@ class EncoderAnswerer(ServedText):
         return EncodeRequest(image=image, max_tokens=max_tokens)
 
     def _read_pixels(self, url: str) -> np.ndarray:
-        """Return the image in a data URL as the model reads it: the largest square at its centre."""
+        """Return the image in a data URL as the model reads it: the largest square at its centre, rescaled."""
         return crop_pixels(read_image_url(url), self.encoder.image_size)
 
     async def read_text(self, text: str) -> EncodeRequest:
-        """Return the request for the vector of a text.
+        """Tokenize a text, and return the engine's request for the vector of the text.
 
         Raises:
             ServeError: the text is longer than the model's longest text.
@@ -91,9 +91,10 @@ class EncoderAnswerer(ServedText):
         return EncodeRequest(token_ids=token_ids)
 
     async def read(self, value: str) -> EncodeRequest:
-        """Return the request for the vector of a text, or of an image if the value is a data URL.
+        """Return the engine's request for the vector of a text, or of an image if the value is a data URL.
 
         Raises:
-            RefusedImageError, ServeError: raised by `read_image` and `read_text`.
+            RefusedImageError: the image cannot be used.
+            ServeError: the text is longer than the model's longest text.
         """
         return await (self.read_image(value) if is_image_url(value) else self.read_text(value))

@@ -1,7 +1,7 @@
 """The engine of encoders: a thread computes up to `max_concurrency` inputs of all requests in one forward pass.
 
-Vectors and captions take turns. A pass computes one token of each of its captions, so that other requests wait for a
-token at most.
+A pass computes either vectors or captions, and the two take turns. A pass for captions computes only one token of each
+caption, so that requests for vectors wait for one token at most.
 """
 
 from collections.abc import Hashable, Sequence
@@ -17,7 +17,7 @@ from mhmoe_ray.spec import ServeSpec
 
 
 class EncoderEngine(RoundEngine[EncodeRequest, Encoding]):
-    """Engine of one encoder."""
+    """Engine that computes the vectors and captions of one encoder."""
 
     def __init__(self, model: Encoder, seq_len: int, start_token: int, spec: ServeSpec) -> None:
         """Start the engine and its thread.
@@ -53,14 +53,14 @@ class EncoderEngine(RoundEngine[EncodeRequest, Encoding]):
         return encodings
 
     def _continue_captions(self, inputs: Sequence[EncodeRequest]) -> list[Encoding | Continued[EncodeRequest]]:
-        """Compute the next token of each caption; return the captions, and the inputs of those that are unfinished."""
+        """Compute the next token of each caption; return finished captions, and the next inputs of unfinished ones."""
         image_NYXC = self._image_tensor([value.image for value in inputs])
         tokens, encoded = next_tokens(self._model, image_NYXC, [value.token_ids for value in inputs], self._start_token)
         self._count_routes(encoded)
         results = list[Encoding | Continued[EncodeRequest]]()
         for value, token in zip(inputs, tokens, strict=True):
             caption = [*value.token_ids, token]
-            # The start token precedes the caption, so the model reads one token fewer than of a text.
+            # `seq_len` includes the start token, so a caption may have one token less.
             if token == self._start_token:
                 results.append(Encoding(caption_ids=caption[:-1], finish_reason="stop"))
             elif len(caption) >= min(value.max_tokens or 0, self.seq_len - 1):
@@ -75,7 +75,7 @@ class EncoderEngine(RoundEngine[EncodeRequest, Encoding]):
         return torch.from_numpy(pixels.astype(np.uint8)).to(self._device)
 
     def _vectors(self, images: Sequence[np.ndarray | None], texts: Sequence[Sequence[int]]) -> list[Encoding]:
-        """Return the vectors of images, then those of texts, from one forward pass."""
+        """Return the vectors of images, then those of texts, computed in one forward pass."""
         image_NYXC = self._image_tensor(images)
         encoder = self._model.spec.encoder
         assert encoder is not None
@@ -101,11 +101,15 @@ class EncoderEngine(RoundEngine[EncodeRequest, Encoding]):
         ]
 
     def _count_routes(self, encoded: Encoded) -> np.ndarray:
-        """Count the routes of a pass; return the first choices of its images, (images, layers, positions, heads)."""
+        """Count the routes of a forward pass in the statistics, and return the first choices of its images.
+
+        The result has the first-choice expert of each sub-token, (images, layers, positions, heads). It is empty if no
+        layer chooses experts.
+        """
         images, positions, _ = encoded.image_NSM.shape
         moe = self._model.spec.moe
         heads = moe.heads if moe else 1
-        # Router smear averages all experts of a sample, so that its positions choose none.
+        # The router `smear` averages the weights of all experts for each sample, so that positions choose no experts.
         layers = [] if moe is None or moe.router == "smear" else encoded.routing
         self._record_pass(layers, encoded.image_NSM.shape[:2].numel() + encoded.text_NTM.shape[:2].numel())
         rows = images * positions * heads

@@ -19,14 +19,14 @@ logger = logging.getLogger("ray.serve")
 
 
 def held_out_names(run: RunDir, checkpoint_manifest: CheckpointManifest, tokenizer: Tokenizer) -> list[str]:
-    """Return captions of a run's held-out images, each once, without those that were cut.
+    """Return captions of a run's held-out images, each once, without captions that were cut to the longest text.
 
-    There are as many as a request to /rerank may have. There are none if the data of the training is not visible here,
-    or cannot be read.
+    The list has at most as many captions as a request to /rerank may have documents. It is empty if the training data
+    are not visible here or cannot be read.
     """
     try:
         names = _read_names(run, checkpoint_manifest, tokenizer)
-    # The model answers without names, too, and an error would start the replica again and again.
+    # The model can answer without names, whereas an error would make Serve start the replica again and again.
     except (DataError, OSError, pa.ArrowInvalid) as e:
         logger.warning("The page proposes no names, because the data of the training cannot be read: %s", e)
         return []
@@ -34,12 +34,14 @@ def held_out_names(run: RunDir, checkpoint_manifest: CheckpointManifest, tokeniz
 
 
 def evenly_spaced(sorted_names: Sequence[str], limit: int) -> list[str]:
-    """Return at most `limit` names, evenly spaced, so that none of the alphabet is left out."""
+    """Return at most `limit` names of a sorted list, evenly spaced, so that they cover the whole alphabet."""
     return list(sorted_names[:: -(-len(sorted_names) // limit) or 1])
 
 
 def _read_names(run: RunDir, checkpoint_manifest: CheckpointManifest, tokenizer: Tokenizer) -> list[str]:
-    """Return all names in the order of the alphabet.
+    """Read the captions of a run's held-out images from its training data, and return them sorted.
+
+    The list is empty if the data have no manifest or are not those of the checkpoint.
 
     Raises:
         DataError, OSError, pyarrow.ArrowInvalid: the data cannot be read.
@@ -52,5 +54,6 @@ def _read_names(run: RunDir, checkpoint_manifest: CheckpointManifest, tokenizer:
     rows = [[token for token in row if token != padding] for row in held_out_captions(spec, manifest).tolist()]
     names = [name.strip() for name in tokenizer.decode_batch([row[1:] for row in rows])]
     encoded_names = DocumentEncoder(tokenizer).encode(names)
-    # A client sends a name as a text. That of a cut caption may have other tokens, and more than the model reads.
+    # A client sends a name back as text. The text of a cut caption may turn into other tokens, and into more than the
+    # model reads.
     return sorted({name for name, row, encoded in zip(names, rows, encoded_names, strict=True) if row == encoded})

@@ -8,7 +8,7 @@ import numpy as np
 from mhmoe_ray.serving.engine import FinishReason
 
 MAX_DOCUMENTS = 2048
-"""Largest number of inputs of a request to /v1/embeddings, and of documents of one to /rerank."""
+"""Largest number of inputs of a request to /v1/embeddings, and of documents of a request to /rerank."""
 
 
 class EncodeRequest(NamedTuple):
@@ -17,18 +17,18 @@ class EncodeRequest(NamedTuple):
     image: np.ndarray | None = None
     """Image as the model reads it, uint8 (size, size, 3); None for a text."""
     token_ids: Sequence[int] = ()
-    """Tokens of a text, with the start token; of an image, the tokens of its caption so far."""
+    """Tokens of a text, with the start token; for an image, the tokens of its caption so far."""
     max_tokens: int | None = None
     """Largest number of tokens of the caption of the image; None asks for a vector."""
 
     @property
     def is_caption(self) -> bool:
-        """True if a caption is asked for."""
+        """True if the request is for a caption, and not for a vector."""
         return self.max_tokens is not None
 
 
 class Encoding(NamedTuple):
-    """Answer to a request."""
+    """Answer of the engine to one request: a vector or a caption."""
 
     vector_W: np.ndarray | None = None
     """Vector of length 1, float32; None for a caption."""
@@ -37,5 +37,5 @@ class Encoding(NamedTuple):
     finish_reason: FinishReason | None = None
     """Reason why a caption ends; None for a vector."""
     expert_LSH: np.ndarray | None = None
-    """First choice of each sub-token of each position of an image, in each layer with experts; None for a text, and
-    without experts."""
+    """Expert that each sub-token of each position of an image chose first, in each layer with experts; None for a text,
+    and for a model without experts."""

@@ -1,12 +1,12 @@
 """Engines: token ids in, token ids out, for many requests at once.
 
 request.py        requests, updates, sampling parameters and statistics; the interface of all engines
-background.py     base class of all engines: a thread, its lock, its figures, its failure and its end
-threaded.py       base class of engines of decoders: updates of answers, round after round
-client_request.py requests of clients in engines of encoders and vision models, and their inputs
-round_engine.py   base class of these engines: one answer to each input
-torch_engine.py   this project's own engine: each round is one step of the model
-packed_model.py   its model with matrices packed for inference on a CPU
+background.py     base class of all engines: their thread and its lock, statistics, failure and closing
+threaded.py       base class of engines of decoders, which deliver an answer in several updates
+client_request.py requests of clients in engines of encoders and vision models, and the inputs of these requests
+round_engine.py   base class of engines of encoders and vision models, which give one answer to each input
+torch_engine.py   this project's own engine for decoders
+packed_model.py   the model of that engine with matrices packed for inference on a CPU
 fair_queue.py     the queue of waiting requests, in which clients take turns
 scheduler.py      continuous batching: chooses the tokens that the next step computes
 block_pool.py     KV-cache blocks: reference counts, a free list, and prefix caching by block hash

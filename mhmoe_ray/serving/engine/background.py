@@ -1,5 +1,4 @@
-"""Base class of engines that compute in a thread of their own: their lock, their figures, their failure, and their
-end."""
+"""Base class of engines that compute in a thread of their own: their lock, statistics, failure and closing."""
 
 import time
 from abc import ABC, abstractmethod
@@ -8,12 +7,12 @@ from threading import Condition, Thread
 
 from mhmoe_ray.serving.engine.request import EngineError, Stats
 
-# The rate of answer tokens is a mean over this time, as `Stats.answer_rate` says.
+# `Stats.answer_rate`, the number of answer tokens per second, is a mean over this time.
 RATE_WINDOW_SECONDS = 10.0
 
 
 class RequestTimes:
-    """Times of a request that arrives now, by `time.monotonic`."""
+    """Times of a request by the clock `time.monotonic`; the request arrives when this object is created."""
 
     def __init__(self) -> None:
         # vLLM reports its times by this clock too, so the two can be compared.
@@ -28,7 +27,7 @@ class BackgroundEngine(ABC):
     def __init__(self) -> None:
         """Create the engine; a subclass starts its thread."""
         self._condition = Condition()
-        """Lock of the engine's state, which is notified of new requests and of the end."""
+        """Lock of the engine's state. The engine's thread waits on it for new requests and for the engine's end."""
         self._stats = Stats()
         self._failure: Exception | None = None
         self._is_closed = False
@@ -39,7 +38,7 @@ class BackgroundEngine(ABC):
 
     @abstractmethod
     def _run(self) -> None:
-        """Compute until the engine is closed or fails, then fail all requests. The thread calls this."""
+        """Compute until the engine is closed or fails, then fail all requests. The engine's thread calls this."""
 
     @property
     def failure_reason(self) -> str | None:
@@ -70,12 +69,12 @@ class BackgroundEngine(ABC):
         self._token_times.append(current_time)
 
     def _answer_rate(self) -> float:
-        """Return the present value of `Stats.answer_rate`. Must be called with the lock held."""
+        """Return the answer tokens per second over the last ten seconds. Must be called with the lock held."""
         window_start = time.monotonic() - RATE_WINDOW_SECONDS
         while self._token_times and self._token_times[0] < window_start:
             self._token_times.popleft()
         return len(self._token_times) / RATE_WINDOW_SECONDS
 
     def _end_error(self) -> EngineError:
-        """Return the error of a request that the engine does not answer any more."""
+        """Return the error for requests that a broken or closed engine does not answer any more."""
         return EngineError(self.failure_reason or "it was closed")

@@ -37,7 +37,7 @@ class BlockPool:
         return len(self._free_blocks)
 
     def match_prefix(self, token_ids: Sequence[int]) -> list[int]:
-        """Return the ids of cached blocks that match the start of `token_ids`. Does not take references."""
+        """Return the ids of cached blocks that match the start of `token_ids`, without adding references to them."""
         matching_blocks = []
         for block_hash in block_hashes(token_ids):
             block_id = self._block_by_hash.get(block_hash)
@@ -68,7 +68,7 @@ class BlockPool:
         """Subtract one from the reference count of each block, and free blocks whose count is then 0.
 
         Args:
-            block_ids: blocks of one sequence, in its order.
+            block_ids: blocks of one sequence, in the order of its tokens.
         """
         # The order is reversed, so that the end of a sequence is evicted before its start, because prefixes are shared
         # most.

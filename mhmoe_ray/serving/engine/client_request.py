@@ -1,4 +1,4 @@
-"""Requests of clients in an engine of encoders or vision models, and their inputs, which have one answer each."""
+"""Requests of clients in an engine of encoders or vision models; each input of a request gets one answer."""
 
 import asyncio
 from collections import deque
@@ -13,7 +13,7 @@ Output = TypeVar("Output")
 
 
 class ClientRequest(RequestTimes, Generic[Input, Output]):
-    """Request of a client, from its arrival to its end."""
+    """State of a client's request in an engine, from its arrival to its end."""
 
     def __init__(self, client: str) -> None:
         """Create a request without inputs; `client` is the name of its client."""
@@ -26,12 +26,12 @@ class ClientRequest(RequestTimes, Generic[Input, Output]):
         self.is_started = False
         """Whether the engine has started to compute an input of the request."""
         self.waiting_inputs = deque[InputState[Input, Output]]()
-        """Inputs that wait; the request is in the engine's queue as long as there are any."""
+        """Inputs that wait to be computed; the request is in the engine's queue as long as there are any."""
 
 
 @dataclass(eq=False)
 class InputState(Generic[Input, Output]):
-    """Input in the engine, with the future of its answer."""
+    """State of one input of a request in an engine, with the future that receives its answer."""
 
     value: Input
     request: ClientRequest[Input, Output]
@@ -43,7 +43,7 @@ class InputState(Generic[Input, Output]):
     """Number of tokens of the answer so far."""
 
     def deliver(self, answer: Output | EngineError) -> None:
-        """Pass an answer or an error to the coroutine of the request. The engine's thread calls this."""
+        """Pass an answer or an error to the coroutine that waits for it. The engine's thread calls this."""
 
         def set_answer() -> None:
             # A client that has gone away has cancelled its future.

@@ -1,4 +1,4 @@
-"""Packed models for inference on a CPU: all matrices are packed (`mhmoe_kernels.packed`), the plain ones released."""
+"""Packed models for inference on a CPU: matrices get the layout of oneDNN, and the plain ones are released."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -14,7 +14,7 @@ from mhmoe_ray.model.router import Router, Routing
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with a packed matrix."""
+    """A linear layer whose matrix is packed: it has the layout of oneDNN (`mhmoe_kernels.packed`)."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedFeedForward(nn.Module):
-    """A feed-forward layer with packed matrices."""
+    """A feed-forward layer whose matrices are packed: they have the layout of oneDNN (`mhmoe_kernels.packed`)."""
 
     def __init__(self, layer: FeedForward) -> None:
         super().__init__()
@@ -38,7 +38,8 @@ class PackedFeedForward(nn.Module):
 class PackedExperts(nn.Module):
     """All experts of a layer, with matrices in the layout of oneDNN (`mhmoe_kernels.packed`), for inference.
 
-    It replaces `Experts` and ignores the dispatch, because one process holds all experts.
+    It replaces `Experts`. It ignores the argument `dispatch`, which sends rows to experts on other ranks, because one
+    process holds all experts here.
     """
 
     def __init__(self, experts: Experts) -> None:
@@ -54,7 +55,7 @@ class PackedExperts(nn.Module):
 
 
 class InferenceRouter(nn.Module):
-    """A router that routes as the training model's does, without the losses and statistics that only training needs."""
+    """A router that chooses the same experts as in training, without losses and statistics that only training needs."""
 
     def __init__(self, router: Router) -> None:
         super().__init__()
@@ -77,21 +78,21 @@ class InferenceRouter(nn.Module):
 
 
 def pack_model(model: Decoder) -> None:
-    """Replace the modules of the model by packed ones, in place; it can then be neither trained nor saved.
+    """Replace the modules of a model by packed ones, in place; the model can then be neither trained nor saved.
 
     Args:
-        model: the model with all experts; its matrices have the dtype of the products.
+        model: the model with all experts; its matrices have the data type in which products are computed.
     """
     for block in cast("list[Block]", model.blocks):
         _pack_linears(block.attention)
         if (moe := block.moe) is not None:
-            moe.router = InferenceRouter(moe.router)  # type: ignore[assignment]  # called as one
-            moe.experts = PackedExperts(moe.experts)  # type: ignore[assignment]  # the same
+            moe.router = InferenceRouter(moe.router)  # type: ignore[assignment]  # called like a router
+            moe.experts = PackedExperts(moe.experts)  # type: ignore[assignment]  # called like `Experts`
             if moe.shared is not None:
-                moe.shared = PackedFeedForward(moe.shared)  # type: ignore[assignment]  # the same
+                moe.shared = PackedFeedForward(moe.shared)  # type: ignore[assignment]  # called like it
             _pack_linears(moe)
         if block.ffn is not None:
-            block.ffn = PackedFeedForward(block.ffn)  # type: ignore[assignment]  # the same
+            block.ffn = PackedFeedForward(block.ffn)  # type: ignore[assignment]  # called like it
     output = model.output
     # With tied embeddings the model has no output layer, so one with the embedding's matrix is made. The device meta
     # keeps `nn.Linear` from allocating a matrix of its own, which would be replaced at once.
@@ -100,7 +101,7 @@ def pack_model(model: Decoder) -> None:
         with torch.device("meta"):
             output = nn.Linear(width, vocab, bias=False)
         output.weight = model.embedding.weight
-    model.output = PackedLinear(output)  # type: ignore[assignment]  # the same
+    model.output = PackedLinear(output)  # type: ignore[assignment]  # called like a linear layer
 
 
 def _pack_linears(module: nn.Module) -> None:

@@ -1,9 +1,9 @@
 """Paged KV cache: keys and values of all requests in one pool of blocks, and the decoder's view of them in one step.
 
-The tokens of a step are concatenated request by request into a batch of one row, and padded to a multiple of
-`ROW_MULTIPLE`. With such a number of rows, matrix products give a token the same result to the last bit whatever other
-tokens are in the batch (`mhmoe_kernels.packed`). Attention is computed request by request and chunk by chunk, for the
-same reason and because each request attends to its own keys.
+The tokens of a step are concatenated request by request into one long sequence, and padded to a multiple of
+`ROW_MULTIPLE`. With such a number of tokens, matrix products give a token a bit-identical result, whatever other tokens
+are in the step (`mhmoe_kernels.packed`). Attention is computed request by request and chunk by chunk, for the same
+reason and because each request attends only to its own keys.
 """
 
 from collections.abc import Sequence
@@ -28,12 +28,12 @@ class PagedCache:
 
 
 class PagedChunk(NamedTuple):
-    """Tokens of a request that one step computes, and the blocks of its KV cache."""
+    """Tokens of a request that one step computes, and the request's blocks in the KV cache."""
 
     block_ids: Sequence[int]
     """Ids of the request's blocks."""
     cached_tokens: int
-    """Number of the request's tokens that are in the cache already."""
+    """Number of the request's tokens whose keys and values are in the cache already."""
     new_tokens: int
     """Number of tokens that this step computes."""
     logit_count: int
@@ -41,7 +41,7 @@ class PagedChunk(NamedTuple):
 
 
 class PagedStep:
-    """The KV cache as the decoder sees it in one step, with all requests of the step in one padded row of tokens.
+    """The KV cache as the decoder sees it in one step, with the tokens of all requests in one padded sequence.
 
     It implements `model.decoder.KeyValueCache`.
     """
@@ -51,7 +51,7 @@ class PagedStep:
 
         Args:
             cache: the KV cache of all requests.
-            chunks: the chunks that the step computes, in the order of its rows.
+            chunks: the chunks that the step computes, in the order in which their tokens are concatenated.
         """
         self._cache = cache
         device = cache.k_LSHC.device
@@ -100,7 +100,7 @@ class PagedStep:
         return torch.cat([*outputs, *queries[len(outputs) :]], dim=2).to(q_BHTC.dtype)
 
     def requested_rows(self, x_BTM: Tensor) -> Tensor:
-        """Return the rows of the tokens whose logits are needed, padded to a multiple of `ROW_MULTIPLE`."""
+        """Return the hidden states of the tokens whose logits are needed, padded to a multiple of `ROW_MULTIPLE`."""
         return x_BTM[:, self._logit_row_R]
 
 
@@ -143,7 +143,12 @@ def _attend_grouped(q_1H1C: Tensor, k_GTC: Tensor, v_GTC: Tensor) -> Tensor:
 
 
 def slot_mapping(block_ids: Sequence[int], token_count: int) -> Tensor:
-    """Return the slots in the cache of a request's first `token_count` tokens."""
+    """Return the cache slots that hold the first `token_count` tokens of a request.
+
+    Args:
+        block_ids: ids of the request's blocks.
+        token_count: number of tokens; the blocks have room for at least as many.
+    """
     block_T = torch.tensor(block_ids[: count_blocks(token_count)], dtype=torch.long)
     return (block_T[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten()[:token_count]
 

@@ -1,6 +1,6 @@
 """The interface of engines: requests with sampling parameters in, updates with token ids out, and statistics.
 
-The sampling parameters of a request say how its tokens are drawn; `sampler.py` draws them.
+The sampling parameters of a request determine how tokens are drawn; `sampler.py` draws them.
 
 `serving/detokenizer.py` turns token ids into text.
 """
@@ -15,24 +15,24 @@ BUCKET_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2
 
 @dataclass
 class Histogram:
-    """Counts of durations by bucket, and their sum in seconds."""
+    """Histogram of durations: the number of durations in each bucket, and the sum of all in seconds."""
 
     counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKET_BOUNDS) + 1))
     total: float = 0.0
 
     def add(self, seconds: float) -> None:
-        """Count one duration."""
+        """Add one duration to its bucket and to the sum."""
         self.counts[next((i for i, bound in enumerate(BUCKET_BOUNDS) if seconds <= bound), len(BUCKET_BOUNDS))] += 1
         self.total += seconds
 
     @property
     def count(self) -> int:
-        """Number of durations."""
+        """Number of durations in all buckets."""
         return sum(self.counts)
 
     @property
     def mean(self) -> float | None:
-        """Mean duration in seconds; None without any."""
+        """Mean duration in seconds; None if there are no durations."""
         return self.total / self.count if self.count else None
 
 
@@ -42,30 +42,30 @@ class Stats:
 
     # The names of the fields are public: they are keys of `/stats` and parts of the names of metrics.
     waiting: int = 0
-    """Number of requests that wait; those of encoders and vision models also while their images are decoded."""
+    """Number of waiting requests. A request to an encoder or a vision model also waits while its images are decoded."""
     running: int = 0
-    """Number of requests that are computed."""
+    """Number of requests that are being computed."""
     cache_used: float = 0.0
-    """Share of the cache's blocks that requests hold."""
+    """Share of the KV cache's blocks that requests hold, from 0 to 1."""
     requests: int = 0
     """Number of requests that ended: finished, failed or closed by the client."""
     prompt_tokens: int = 0
     reused_tokens: int = 0
-    """Number of prompt tokens whose keys and values were already in the cache."""
+    """Number of prompt tokens whose keys and values were already in the KV cache."""
     answer_tokens: int = 0
     answer_rate: float = 0.0
-    """Tokens of answers per second, over the last ten seconds."""
+    """Tokens of answers per second, averaged over the last ten seconds."""
     steps: int = 0
     step_tokens: int = 0
-    """Number of tokens over all steps; divided by `steps`, it is the mean batch size."""
+    """Number of tokens that all steps (forward passes) computed; divided by `steps`, it is the mean batch size."""
     queue: Histogram = field(default_factory=Histogram)
     """Seconds from a request's arrival to its first step."""
     first_token: Histogram = field(default_factory=Histogram)
-    """Seconds from a request's arrival to its first token; without tokens, to its first answer."""
+    """Seconds from a request's arrival to its first token, or to its first answer if answers have no tokens."""
     each_token: Histogram = field(default_factory=Histogram)
     """Seconds between two tokens of an answer."""
     count_LE: list[list[int]] = field(default_factory=list)
-    """Routes per layer and expert."""
+    """Number of routes (choices of an expert by a token or sub-token) per layer and expert."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the statistics as a JSON object, with the mean and the count of each histogram."""
@@ -101,11 +101,14 @@ class SamplingParams:
     presence_penalty: float = 0.0
     """Amount subtracted from the logit of each token that the answer already has."""
     frequency_penalty: float = 0.0
-    """Amount subtracted from the logit of a token once for each time that the answer has it."""
+    """Amount subtracted from the logit of a token for each time that the answer already has this token."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Amounts added to the logits, by token."""
     seed: int | None = None
-    """Seed of the random draws; None chooses one. Answers with equal seeds are equal, whatever else is computed."""
+    """Seed of the random draws; None chooses a random one.
+
+    Equal requests with equal seeds get equal answers, whatever other requests are computed.
+    """
 
 
 def derived_seed(seed: int | None, index: int) -> int | None:
@@ -144,7 +147,7 @@ class ScoredToken(NamedTuple):
 
     token: int
     logprob: float | None = None
-    """None also for the first token of a prompt, because no token precedes it."""
+    """Natural log-probability; None without scores, and for the first token of a prompt, which no token precedes."""
     alternatives: tuple[tuple[int, float], ...] = ()
 
 
@@ -159,7 +162,7 @@ class Update(NamedTuple):
 
 
 class ServedEngine(Protocol):
-    """The interface of all engines that a server asks for their state."""
+    """The interface that all engines share: the reason of a failure, the statistics, and closing."""
 
     @property
     def failure_reason(self) -> str | None:

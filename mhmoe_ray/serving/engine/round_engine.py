@@ -1,8 +1,9 @@
 """Base class of engines of encoders and vision models, whose requests have inputs with one answer each.
 
-A thread computes up to `max_concurrency` inputs of all requests in one round. Clients take turns, and so do requests of
-a client and inputs of a request. Inputs of one round have the same key, such as the task of a vision model, and keys
-take turns too. An answer may take several rounds, such as a caption, of which each round computes a token.
+A thread computes rounds: a round is a forward pass over up to `max_concurrency` inputs of all requests. Clients take
+turns, and so do the requests of a client and the inputs of a request. All inputs of a round have the same key, such as
+the task of a vision model, and keys take turns too. An answer may take several rounds: each round computes one token of
+a caption, for example.
 """
 
 import asyncio
@@ -24,14 +25,14 @@ from mhmoe_ray.spec import ModelSpec, ServeSpec
 
 
 class Continued(NamedTuple, Generic[Input]):
-    """Result of a round for an input whose answer has one more token and is unfinished."""
+    """Result of a round for an input whose answer got one more token and is not finished yet."""
 
     value: Input
-    """Input of a later round."""
+    """The input for a later round, which includes the tokens of the answer so far."""
 
 
 class RoundEngine(BackgroundEngine, Generic[Input, Output]):
-    """Base class of an engine that computes rounds of inputs, in one process, on a CPU or one GPU."""
+    """Base class of an engine that computes inputs in rounds (forward passes), in one process, on a CPU or one GPU."""
 
     def __init__(self, model: ModelSpec, device: torch.device, spec: ServeSpec) -> None:
         """Create the engine; a subclass starts its thread.
@@ -44,27 +45,30 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
         super().__init__()
         self._spec, self._device = spec, device
         self._queues: dict[Hashable, FairQueue[ClientRequest[Input, Output]]] = {}
-        """Requests with inputs that wait, by their key; the first key with any has the next turn."""
+        """Queues of requests with waiting inputs, by the inputs' key; the first key that has any is computed next."""
         self._requests = set[ClientRequest[Input, Output]]()
-        """Requests whose images are decoded, or whose inputs are computed or wait."""
+        """All requests in the engine: their images are being decoded, or their inputs wait or are being computed."""
         self._running: list[InputState[Input, Output]] = []
         experts = model.moe.experts if model.moe else 0
         self._stats = Stats(count_LE=[[0] * experts for _ in range(model.moe_layers)])
 
     @abstractmethod
     def _compute(self, inputs: Sequence[Input]) -> Sequence[Output | Continued[Input]]:
-        """Return the result of a round for each of its inputs."""
+        """Compute a round (forward pass): return each input's answer, or `Continued` if the answer is not finished."""
 
     @abstractmethod
     def _count_input_tokens(self, value: Input) -> int:
         """Return the number of tokens or patches of an input."""
 
     def _count_answer_tokens(self, answer: Output) -> int:
-        """Return the number of tokens of an answer."""
+        """Return the number of tokens of an answer; 0 by default, for answers that are not text."""
         return 0
 
     def _round_key(self, value: Input) -> Hashable:
-        """Return the key of an input; those of one round, and those of one request, are equal."""
+        """Return the key of an input, such as its task.
+
+        All inputs of a round (forward pass) have the same key, and so have all inputs of a request.
+        """
         return None
 
     @contextmanager
@@ -90,7 +94,7 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
             with self._condition:
                 self._requests.remove(request)
                 self._stats.requests += 1
-                # The rest of a request that failed or whose client has gone away is not computed.
+                # Waiting inputs of a request that failed, or whose client has gone away, are not computed.
                 if request.waiting_inputs:
                     self._queue_of(request).remove(request.client, request)
                     request.waiting_inputs.clear()
@@ -99,8 +103,8 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
         """Return the answers to the inputs of a request.
 
         Args:
-            request: the request, within its admission.
-            inputs: its inputs, all at once and at least one.
+            request: the request, inside its context from `admission`.
+            inputs: all inputs of the request, at least one.
 
         Raises:
             EngineError: the engine is broken or closed.
@@ -125,7 +129,7 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
             return stats
 
     def _run(self) -> None:
-        """Compute rounds until the engine is closed or fails, then fail all requests. The thread calls this."""
+        """Compute rounds until the engine is closed or fails, then fail all requests. The engine's thread runs this."""
         # torch keeps this number for each calling thread, so it is set in the thread that computes.
         torch.set_num_threads(self._spec.cpus_per_replica)
         try:
@@ -145,23 +149,23 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
             state.deliver(self._end_error())
 
     def _autocast(self) -> AbstractContextManager[object]:
-        """Return a context in which products have the precision of the spec."""
+        """Return a context in which torch computes matrix products in the precision of the spec."""
         is_half = self._spec.precision == "bfloat16"
         return torch.autocast(self._device.type, torch.bfloat16) if is_half else nullcontext()
 
     def _queue_of(self, request: ClientRequest[Input, Output]) -> FairQueue[ClientRequest[Input, Output]]:
-        """Return the queue of a request that has inputs which wait. Must be called with the lock held."""
+        """Return the queue to which a request with waiting inputs belongs. Must be called with the lock held."""
         return self._queues.setdefault(self._round_key(request.waiting_inputs[0].value), FairQueue())
 
     def _next_states(self) -> list[InputState[Input, Output]]:
-        """Wait for requests and return the inputs of the next round; return none once the engine is closed."""
+        """Wait for requests, and return the inputs of the next round (forward pass); none once the engine is closed."""
         with self._condition:
             while not self._is_closed and not any(map(len, self._queues.values())):
                 self._condition.wait()
             if self._is_closed:
                 return []
             key = next(key for key, queue in self._queues.items() if len(queue))
-            # The key goes behind all others.
+            # The key moves behind all others, so that keys take turns.
             self._queues[key] = queue = self._queues.pop(key)
             self._running = []
             while len(queue) and len(self._running) < self._spec.max_concurrency:
@@ -174,7 +178,10 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
             return self._running
 
     def _record_start(self, state: InputState[Input, Output]) -> None:
-        """Record that an input is in a round, if it is its first one. Must be called with the lock held."""
+        """Record in the statistics that an input enters its first round; later rounds have no effect.
+
+        Must be called with the lock held.
+        """
         if not state.request.is_started:
             state.request.is_started = True
             self._stats.queue.add(time.monotonic() - state.request.arrival_time)
@@ -185,7 +192,7 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
     def _finish_round(
         self, states: Sequence[InputState[Input, Output]], results: Sequence[Output | Continued[Input]]
     ) -> None:
-        """Count the results of a round, deliver answers, and let unfinished inputs wait for their next turn."""
+        """Count the results of a round (forward pass), deliver finished answers, and let other inputs wait again."""
         with self._condition:
             self._running = []
             for state, result in zip(states, results, strict=True):
@@ -209,7 +216,10 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
         state.token_count = token_count
 
     def _continue_later(self, state: InputState[Input, Output], result: Continued[Input]) -> None:
-        """Let an unfinished input wait, unless its client has gone away. Must be called with the lock held."""
+        """Let an unfinished input wait for a further round, unless its client has gone away.
+
+        Must be called with the lock held.
+        """
         request = state.request
         if request not in self._requests:
             return
@@ -220,10 +230,10 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
             self._queue_of(request).add(request.client, request)
 
     def _record_pass(self, routings: Sequence[Routing], tokens: int) -> None:
-        """Count a forward pass.
+        """Add a forward pass, its tokens and its routes to the statistics.
 
         Args:
-            routings: routing of each layer whose routes count.
+            routings: choices of experts in each layer with experts.
             tokens: number of tokens and patches of the pass.
         """
         count_LE = [routing.count_E.tolist() for routing in routings]

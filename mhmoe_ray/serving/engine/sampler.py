@@ -6,7 +6,7 @@ from torch import Tensor
 from mhmoe_ray.serving.engine.request import SamplingParams, ScoredToken
 
 NUCLEUS_CANDIDATES = 1024
-"""Number of most likely tokens in which the sampler first looks for the nucleus of top-p or min-p."""
+"""Number of most likely tokens among which the sampler first looks for all tokens that top-p and min-p leave."""
 
 
 class Sampler:
@@ -18,7 +18,8 @@ class Sampler:
         if params.seed is None:
             self._generator.seed()
         else:
-            # Seeds of requests may be negative or, for later choices, larger than the 64 bits that torch takes.
+            # The seed of a request may be negative. Seeds of its further answers (`n` > 1) may have more than the 64
+            # bits that torch takes.
             self._generator.manual_seed(params.seed % 2**64)
         has_penalties = params.presence_penalty or params.frequency_penalty
         self._is_greedy = params.temperature == 0 and not (has_penalties or params.logit_bias)
@@ -108,7 +109,7 @@ def _candidate_tokens(probability_V: Tensor, params: SamplingParams) -> Tensor |
 
 
 def score_tokens(logits_RV: Tensor, tokens: list[int], alternatives: int) -> list[ScoredToken]:
-    """Return the score of one token per row: its log-probability, and the most likely tokens of the row with theirs.
+    """Return the score of one token per row of logits: its log-probability, and the row's likeliest tokens with theirs.
 
     Args:
         logits_RV: logits, one row per token, before temperature, penalties and biases.

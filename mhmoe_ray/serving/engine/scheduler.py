@@ -2,8 +2,8 @@
 
 Each step computes one token of every running answer (decode) and, within its budget, the next chunks of prompts
 (prefill), so a long prompt delays answers by one budget at a time. A prompt is cut every `PREFILL_CHUNK` tokens and
-never elsewhere: the tokens that a request's attention computes together are then the same whatever other requests there
-are. They do not depend on earlier requests either, because a prompt reuses only whole chunks of earlier prompts.
+never elsewhere: the tokens that a request's attention computes together are then the same, whatever other requests are
+running. They do not depend on earlier requests either, because a prompt reuses only whole chunks of earlier prompts.
 
 A request is admitted when the cache has room for its prompt and its longest possible answer, so no request is ever
 preempted. Waiting clients take turns.
@@ -30,7 +30,7 @@ class Sequence(RequestState):
         self.token_ids = list(request.prompt_ids)
         """Token ids of the prompt and of the answer so far."""
         self.computed_tokens = 0
-        """Number of tokens at the start whose keys and values are in the cache."""
+        """Number of tokens at the start of the sequence whose keys and values are in the cache."""
         self.block_ids: list[int] = []
         self.prompt_scores: list[ScoredToken] = []
         """Scores of the prompt's tokens so far, if the request asks for them."""
@@ -44,7 +44,7 @@ class Sequence(RequestState):
     def new_block_hashes(self) -> Iterator[tuple[bytes, int]]:
         """Yield the block hash and the id of each block that has become full since the last call.
 
-        Only blocks of the prompt's whole prefill chunks count.
+        Only blocks in whole prefill chunks of the prompt count; blocks after these are left out.
         """
         # The tokens after the last whole chunk and those of the answer are computed in smaller chunks than in a longer
         # prompt, so their keys and values differ in the last bits. A prompt that reused them could get another answer
@@ -96,7 +96,7 @@ class Scheduler:
         return [*self.running, *self._waiting_queue]
 
     def add(self, sequence: Sequence) -> None:
-        """Add a sequence to the waiting ones."""
+        """Add a sequence to the queue of waiting sequences."""
         self._waiting_queue.add(sequence.request.client, sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -108,10 +108,10 @@ class Scheduler:
             self._waiting_queue.remove(sequence.request.client, sequence)
 
     def schedule(self) -> list[TokenChunk]:
-        """Admit waiting requests that fit, and return the chunks that the next step computes.
+        """Admit waiting requests that fit in the KV cache, and return the chunks of tokens that the next step computes.
 
-        There is one token for each running answer, and prefill chunks within the budget. The list is empty if there are
-        no requests.
+        The chunks are one token for each running answer, and prefill chunks within the budget. The list is empty if
+        there are no requests.
         """
         # Answers come first and do not count against the budget, so prompts never stall them.
         chunks = [TokenChunk(s, s.computed_tokens, 1) for s in self.running if s.answer_tokens]

@@ -1,4 +1,4 @@
-"""Base class of engines: a thread computes round after round and delivers updates to the requests' coroutines."""
+"""Base class of engines of decoders: a thread computes steps, and delivers updates of answers to coroutines."""
 
 import asyncio
 from abc import abstractmethod
@@ -10,7 +10,10 @@ from mhmoe_ray.serving.engine.background import BackgroundEngine, RequestTimes
 from mhmoe_ray.serving.engine.request import BusyError, EngineError, Request, Stats, Update
 
 Deliver = Callable[[Update | Exception], None]
-"""Function that passes an update or an error to the request's coroutine. The engine's thread calls it."""
+"""Function that passes an update or an error to the coroutine that reads a request's answer.
+
+The engine's thread calls it.
+"""
 UpdateQueue = asyncio.Queue[Update | Exception]
 
 
@@ -21,7 +24,7 @@ class RequestState(RequestTimes):
         """Create the state of a request that arrives now.
 
         Args:
-            request: the request.
+            request: the prompt with its sampling parameters.
             max_new_tokens: largest number of tokens of the answer.
             deliver: function that is called with each update of the answer, or with an error.
         """
@@ -40,8 +43,8 @@ class ThreadedEngine(BackgroundEngine, Generic[T]):
     """Base class of an `Engine` that computes in its own thread.
 
     Methods of this class whose names begin with an underscore must be called with the lock `_condition` held. The
-    exceptions are the thread's `_run` and `_run_round`, and `_deliver_updates` as `_run` calls it: only the thread adds
-    pending updates.
+    exceptions are `_run` and `_run_round`, which are the body of the thread. `_run` also calls `_deliver_updates`
+    without the lock, because only the thread adds pending updates.
     """
 
     def __init__(self, seq_len: int, max_concurrency: int, max_waiting: int) -> None:
@@ -55,15 +58,15 @@ class ThreadedEngine(BackgroundEngine, Generic[T]):
         super().__init__()
         self._seq_len, self._max_concurrency, self._max_waiting = seq_len, max_concurrency, max_waiting
         self._pending_updates: dict[asyncio.AbstractEventLoop, list[tuple[UpdateQueue, Update | Exception]]] = {}
-        """Updates of a round by event loop. They are delivered together: waking a loop costs more than a token."""
+        """Updates to deliver, by event loop. A loop gets those of a round together, because waking it is expensive."""
 
     @abstractmethod
     def _add_request(self, request: Request, max_new_tokens: int, deliver: Deliver) -> T:
-        """Return the state of a new request, which waits from now on."""
+        """Add a new request to the waiting ones, and return its state."""
 
     @abstractmethod
     def _remove_request(self, state: T) -> None:
-        """Remove a waiting or running request."""
+        """Remove a waiting or running request from the engine."""
 
     @abstractmethod
     def _all_requests(self) -> list[T]:
@@ -75,11 +78,11 @@ class ThreadedEngine(BackgroundEngine, Generic[T]):
 
     @abstractmethod
     def _run_round(self) -> bool:
-        """Compute one round, or wait until there is work. Return False once the engine is closed."""
+        """Compute a round (a step of the running requests) or wait for work; return False once the engine is closed."""
 
     @abstractmethod
     def _fill_stats(self, stats: Stats) -> None:
-        """Fill in the statistics that the subclass measures."""
+        """Fill in the statistics that only the subclass measures, such as the use of the KV cache."""
 
     @property
     def seq_len(self) -> int:
@@ -127,7 +130,7 @@ class ThreadedEngine(BackgroundEngine, Generic[T]):
             return stats
 
     def _run(self) -> None:
-        """Run rounds until the engine is closed or fails, then fail all requests. The thread calls this."""
+        """Run rounds until the engine is closed or fails, then fail all requests. The engine's thread calls this."""
         try:
             while self._run_round():
                 self._deliver_updates()
@@ -141,13 +144,13 @@ class ThreadedEngine(BackgroundEngine, Generic[T]):
 
     def _wait_for_work(self) -> None:
         """Deliver pending updates, then wait until a request arrives or the engine is closed."""
-        # A failed request may have left an update, which would stay undelivered while the thread waits, because no
-        # round ends.
+        # A request that failed may have left an undelivered error. No round ends while the thread waits, so the error
+        # is delivered here.
         self._deliver_updates()
         self._condition.wait()
 
     def _deliver_updates(self) -> None:
-        """Pass all pending updates to their event loops."""
+        """Pass all pending updates to the event loops of their requests."""
         pending_updates, self._pending_updates = self._pending_updates, {}
         for loop, batch in pending_updates.items():
             # A loop may be closed while one of its requests is still in the engine, as when `asyncio.run` ends early.
@@ -155,7 +158,7 @@ class ThreadedEngine(BackgroundEngine, Generic[T]):
                 loop.call_soon_threadsafe(_put_updates, batch)
 
     def _end_abandoned_requests(self) -> None:
-        """End the requests whose generators are closed."""
+        """End the requests whose answers nobody reads any more, because their generators are closed."""
         for state in self._all_requests():
             if state.is_abandoned:
                 self._end_request(state)
@@ -166,7 +169,7 @@ class ThreadedEngine(BackgroundEngine, Generic[T]):
         Args:
             state: the request.
             queue_seconds: seconds from its arrival until now.
-            reused_tokens: number of its prompt tokens that were in the cache.
+            reused_tokens: number of its prompt tokens whose keys and values were in the KV cache already.
         """
         state.is_running = True
         self._stats.queue.add(queue_seconds)
@@ -179,7 +182,7 @@ class ThreadedEngine(BackgroundEngine, Generic[T]):
         self._end_request(state)
 
     def _end_request(self, state: T) -> None:
-        """Remove a request and count it."""
+        """Remove a request from the engine, and count it among the requests that ended."""
         self._remove_request(state)
         self._stats.requests += 1
 

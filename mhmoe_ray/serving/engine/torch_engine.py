@@ -1,7 +1,7 @@
 """The engine for this project's own decoder, in one process, on a CPU or one GPU.
 
-Each round is one step of the model for all running requests together. On a CPU an answer is the same to the last bit
-whatever else is in the batch (`paged_cache.py`).
+Each round is one step of the model for all running requests together. On a CPU an answer is bit-identical, whatever
+other requests are in the batch (`paged_cache.py`).
 """
 
 import time
@@ -24,7 +24,7 @@ from mhmoe_ray.serving.engine.threaded import Deliver, ThreadedEngine
 from mhmoe_ray.spec import ServeSpec
 from mhmoe_ray.storage import Location
 
-# A large step uses a device better, but running answers wait for it. A GPU needs more rows than a CPU to be busy.
+# A large step uses a device better, but running answers wait for it. A GPU needs more tokens than a CPU to be busy.
 PREFILL_BUDGET = {"cpu": 256, "cuda": 2048}
 """Approximate number of prompt tokens in one step, by type of device."""
 
@@ -49,16 +49,17 @@ class TorchEngine(ThreadedEngine[Sequence]):
 
         Args:
             model: the model with all experts, in evaluation mode, on its device.
-            dtype: type of its matrices, and of keys and values.
+            dtype: data type of the model's matrices, and of the keys and values in the cache.
             stop_token_ids: tokens that end an answer and are not part of it.
-            tokenizer_size: number of tokens of the tokenizer; the model may have more rows, which have no text.
+            tokenizer_size: number of tokens of the tokenizer; the model may have logits for more ids, which have no
+                text.
             seq_len: largest number of tokens of prompt and answer together.
             max_concurrency: number of requests that are computed at a time.
             max_waiting: number of requests that may wait.
             threads: number of threads that compute on a CPU. They synchronise more slowly if another thread of the
                 process has started its own team of OpenMP threads before: libgomp then sees more threads than CPUs.
-            cache_tokens: number of tokens whose keys and values fit in the cache; it is raised to that of one request
-                of full length. By default `max_concurrency` requests of full length fit.
+            cache_tokens: number of tokens whose keys and values fit in the cache; it is raised to `seq_len` if it is
+                smaller. By default `max_concurrency` requests of full length fit.
         """
         super().__init__(seq_len, max_concurrency, max_waiting)
         self._model, self._stop_token_ids, self._tokenizer_size = model, stop_token_ids, tokenizer_size
@@ -107,7 +108,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
         return bool(chunks)
 
     def _next_chunks(self) -> list[TokenChunk]:
-        """Wait until the scheduler has chunks for a step and return them; return none once the engine is closed."""
+        """Wait until the scheduler has chunks of tokens for a step, and return them; none once the engine is closed."""
         with self._condition:
             while not self._is_closed:
                 self._end_abandoned_requests()
@@ -154,7 +155,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
                 sequence.deliver(update)
 
     def _compute_logits(self, chunks: list[TokenChunk]) -> Tensor:
-        """Run the model on the chunks, count routes and tokens, and return the logits of all rows that need them.
+        """Run the model on the chunks, count routes and tokens, and return the logits of all tokens that need them.
 
         The logits are float32, in CPU memory, and cut to the tokens of the tokenizer.
         """
@@ -178,12 +179,12 @@ class TorchEngine(ThreadedEngine[Sequence]):
     def _build_update(self, chunk: TokenChunk, logits_RV: Tensor, best_token: int) -> Update | None:
         """Sample the token that follows a chunk, and return the update for the request.
 
-        The result is None if the prompt has further chunks; scores of the prompt are collected until its last one.
+        The result is None if the prompt has further chunks; scores of the prompt are collected until its last chunk.
 
         Args:
-            chunk: the chunk.
-            logits_RV: its rows of logits.
-            best_token: the most likely token after the chunk; any number if the chunk is not the last one.
+            chunk: tokens of the request that were computed.
+            logits_RV: logits of those tokens of the chunk that need them.
+            best_token: the most likely token after the chunk; any number if the chunk is not the request's last one.
         """
         sequence, request = chunk.sequence, chunk.sequence.request
         if request.prompt_logprobs:
@@ -210,7 +211,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
 
 
 def _count_logits(chunk: TokenChunk) -> int:
-    """Return the number of rows of the chunk whose logits are needed."""
+    """Return the number of tokens at the end of a chunk whose logits are needed."""
     if chunk.sequence.request.prompt_logprobs and not chunk.sequence.answer_tokens:
         return chunk.length
     return int(chunk.is_last)
@@ -237,7 +238,7 @@ def start_engine(
     tokenizer_size: int,
     spec: ServeSpec,
 ) -> TorchEngine:
-    """Return a `TorchEngine` with the model of a checkpoint (`StartEngine` in serving/load.py)."""
+    """Return a `TorchEngine` with the model of a checkpoint. See `StartEngine` in serving/load.py for the arguments."""
     model = load_verified_model(checkpoint, manifest)
     return own_engine(model, stop_token_ids, tokenizer_size, manifest.seq_len, spec)
 
@@ -250,7 +251,7 @@ def own_engine(
     Args:
         model: the model with all experts, in evaluation mode, float32; the engine owns it from now on.
         stop_token_ids: tokens that end an answer and are not part of it.
-        tokenizer_size: number of tokens that may be sampled, counted from id 0.
+        tokenizer_size: number of tokens of the tokenizer; only ids below this number are sampled.
         seq_len: largest number of tokens of prompt and answer together.
         spec: precision, and limits on numbers of requests.
     """
@@ -280,7 +281,7 @@ def make_batch_invariant(model: Decoder, dtype: torch.dtype) -> None:
 
     Args:
         model: the model with all experts, on a CPU.
-        dtype: type of its matrices.
+        dtype: data type of the model's matrices.
     """
     # Packed matrices are faster, but need instructions that not every CPU has; padded products run on all.
     if packed.unavailable_reason(dtype) is None:
@@ -292,7 +293,7 @@ def make_batch_invariant(model: Decoder, dtype: torch.dtype) -> None:
 
 def _convert_to_bfloat16(model: Decoder) -> None:
     """Convert the weights of matrix products to bfloat16, in place; those of routers and norms stay float32."""
-    # Routers too have matrices, but two of their scores that bfloat16 cannot tell apart would change the route.
+    # Routers have matrices too, but if bfloat16 made two of their scores equal, a token could go to another expert.
     for name in matrix_names(model):
         if ".router." not in name:
             parameter = model.get_parameter(name)

@@ -1,4 +1,4 @@
-"""Images in, classes and objects out: an engine of vision models with the names of the classes of its tasks."""
+"""Images in, classes and objects out: a vision model's engine with the names of the classes of its tasks."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
 
 AdmittedRequest = ClientRequest[VisionRequest, VisionOutput]
 TaskKind = Literal["image-classification", "object-detection", "image-segmentation"]
-"""Kind of a task, by the names that Hugging Face has for them."""
+"""Kind of request that a task of the model can answer, under the name that Hugging Face has for it."""
 ScoreFunction = Literal["softmax", "sigmoid", "none"]
 """Function that turns the logits of classes into scores."""
 
 
 def kinds_of(task: TaskSpec) -> list[TaskKind]:
-    """Return the kinds of requests that a task can answer."""
+    """Return the kinds of requests that a task of the model can answer."""
     if task.detector is None:
         return ["image-classification"]
     return ["object-detection", "image-segmentation"] if task.detector.masks else ["object-detection"]
 
 
 class TaskImage(NamedTuple):
-    """Image of a request, as a task reads it."""
+    """Image of a request: its pixels as a task reads them, and its original size."""
 
     pixels: np.ndarray
     """Pixels that the model reads, uint8 (size, size, 3)."""
     width: int
-    """Width of the image itself in pixels."""
+    """Width of the original image in pixels."""
     height: int
 
     @property
@@ -47,34 +47,34 @@ class TaskImage(NamedTuple):
 
 
 class LabelScore(NamedTuple):
-    """Class of an image with its score."""
+    """Class of an image, with the score that the model gives it."""
 
     label: str
     score: float
 
 
 class BoxMask(NamedTuple):
-    """Mask of an object in the square that the model reads."""
+    """Mask of an object: a grid of probabilities in its box, in the square image that the model reads."""
 
     probability_YX: np.ndarray
-    """Probability that each of a few cells of the box belongs to the object."""
+    """Probability that each cell of a coarse grid over the box belongs to the object."""
     box_4: np.ndarray
-    """Left, top, right and bottom edge of the box."""
+    """Left, top, right and bottom edge of the box, in pixels of the square image that the model reads."""
 
 
 class DetectedObject(NamedTuple):
-    """Object in the pixels of an image."""
+    """Object that the model detected in an image."""
 
     label: str
     score: float
     box: tuple[int, int, int, int]
-    """Left, top, right and bottom edge."""
+    """Left, top, right and bottom edge of the object, in pixels of the original image."""
     mask: BoxMask | None
-    """Its mask; None if the detector has no masks."""
+    """Mask of the object; None if the detector has no masks."""
 
 
 class VisionAnswerer(ServedModel):
-    """An engine of vision models together with the names of the classes of its tasks."""
+    """A served vision model, which answers images with classes and objects: its engine and the names of its classes."""
 
     engine: "VisionEngine"
 
@@ -85,21 +85,22 @@ class VisionAnswerer(ServedModel):
         vision: VisionSpec,
         class_names: Mapping[str, Sequence[str]],
     ) -> None:
-        """Combine an engine with the names of classes.
+        """Combine an engine with the names of the classes of its model.
 
         Args:
-            engine: the engine.
-            details: facts about the model.
-            vision: tasks of the model.
-            class_names: names of the classes of each task, in the order of their numbers.
+            engine: the engine that computes the answers.
+            details: name and sizes of the model, as clients see them.
+            vision: section of the model's spec with its tasks.
+            class_names: names of the classes of each task, in the order of the model's outputs.
         """
         super().__init__(engine, details)
         self.vision, self.class_names = vision, class_names
-        # Drawing the masks of one image takes longer than reading an image, and other requests must be read meanwhile.
+        # Drawing the masks of one image takes longer than decoding an image, and the images of other requests must be
+        # decoded meanwhile.
         self._image_thread, self._mask_thread = ImageThread(), ImageThread()
 
     async def read(self, task: str, source: bytes | str) -> TaskImage:
-        """Return an image as a task reads it.
+        """Decode an image, and return it as a task of the model reads it.
 
         Args:
             task: name of the task.
@@ -113,13 +114,13 @@ class VisionAnswerer(ServedModel):
     async def compute(
         self, request: AdmittedRequest, task: str, image: TaskImage, *, has_routes: bool = False
     ) -> VisionOutput:
-        """Return the outputs of a task for an image.
+        """Return the model's outputs for an image in one of its tasks.
 
         Args:
             request: the client's request, which the engine has admitted.
             task: name of the task.
-            image: the image.
-            has_routes: whether the experts of its patches are asked for.
+            image: the image as the task reads it.
+            has_routes: whether the outputs include the experts that the image's patches chose.
 
         Raises:
             EngineError: the engine is broken or closed.
@@ -132,8 +133,8 @@ class VisionAnswerer(ServedModel):
 
         Args:
             task: name of the task.
-            output: outputs of the task for the image.
-            function: function that turns logits into scores.
+            output: outputs of the model for the image.
+            function: name of the function that turns logits into scores.
         """
         assert output.logits_C is not None
         score_C = _FUNCTIONS[function](output.logits_C.astype(np.float64))
@@ -147,15 +148,15 @@ class VisionAnswerer(ServedModel):
 
         Args:
             task: name of the task.
-            output: outputs of the task for the image.
-            image: the image.
-            threshold: lowest score of an object.
+            output: outputs of the model for the image.
+            image: the image as the task reads it.
+            threshold: objects with a lower score are left out.
         """
         detected, names = output.objects, self.class_names[task]
         assert detected is not None
         box_O4 = stored_boxes(detected.box_O4, image.width, image.height, image.fit)
-        # A box in the filling beside the image has no area. The model may have more outputs than the data has classes,
-        # and the rest have no names.
+        # A box in the padding beside the image has no area after it was clipped to the image. The model may have more
+        # outputs than the data has classes, and the rest have no names.
         has_area_O = (box_O4[:, 2:] > box_O4[:, :2]).all(1)
         is_answer_O = has_area_O & (detected.score_O >= threshold) & (detected.class_O < len(names))
         has_masks = len(detected.box_mask_OYX) > 0
@@ -174,7 +175,7 @@ class VisionAnswerer(ServedModel):
 
         Args:
             detected: the object.
-            image: the image.
+            image: the image as the task reads it.
             threshold: probability from which a pixel belongs to the object.
         """
         assert detected.mask is not None
@@ -199,7 +200,7 @@ def _read_image(source: bytes | str, task: TaskSpec) -> TaskImage:
 
 
 def _draw_mask(mask: BoxMask, image: TaskImage, threshold: float) -> bytes:
-    # The import is here because a process that only checks needs no torch.
+    # The import is here because a process that only checks whether a model can be served needs no torch.
     import torch
     from PIL import Image
 

@@ -13,7 +13,7 @@ from mhmoe_ray.spec import ServeSpec
 
 
 class VisionEngine(RoundEngine[VisionRequest, VisionOutput]):
-    """Engine of one vision model."""
+    """Engine that computes all tasks of one vision model."""
 
     def __init__(self, model: Vision, spec: ServeSpec) -> None:
         """Start the engine and its thread.
@@ -27,9 +27,9 @@ class VisionEngine(RoundEngine[VisionRequest, VisionOutput]):
         assert vision is not None
         self._model = model
         self.top_k = dict(zip(model.tasks, model.top_k if model.spec.moe else [0] * len(model.tasks), strict=True))
-        """Number of experts of each task; 0 without experts."""
+        """Number of experts that each sub-token chooses, by task; 0 for a model without experts."""
         self.patches = {name: vision.patches(task) for name, task in model.tasks.items()}
-        """Number of patches of an image of each task."""
+        """Number of patches of an image, by task."""
         self._thread.start()
 
     def _round_key(self, value: VisionRequest) -> Hashable:
@@ -50,7 +50,7 @@ class VisionEngine(RoundEngine[VisionRequest, VisionOutput]):
             outputs = [VisionOutput(None, _on_host(detection)) for detection in self._model.detect(name, patch_NPM)]
         if features.routing and any(value.has_routes for value in inputs):
             heads = self._model.spec.moe.heads if self._model.spec.moe else 1
-            # A task with fewer experts than another one leaves out its last choices.
+            # The router makes as many choices as the task with the most experts needs; other tasks use the first ones.
             choices = [
                 routing.expert_NK[:, : self.top_k[name]].view(*patch_NPM.shape[:2], heads, -1).cpu().numpy()
                 for routing in features.routing
@@ -68,5 +68,5 @@ class VisionEngine(RoundEngine[VisionRequest, VisionOutput]):
 
 
 def _on_host(detection: Detection) -> DetectedObjects:
-    """Return objects in memory that other threads use without the device."""
+    """Copy detected objects from the device to host memory, as NumPy arrays."""
     return DetectedObjects(*(tensor.cpu().numpy() for tensor in detection))

@@ -6,34 +6,34 @@ import numpy as np
 
 
 class VisionRequest(NamedTuple):
-    """Request for the outputs of a task for an image."""
+    """Request for the model's outputs for an image in one of its tasks."""
 
     task: str
     image: np.ndarray
     """Image as the model reads it, uint8 (size, size, 3)."""
     has_routes: bool = False
-    """True if the experts of its patches are asked for."""
+    """True if the answer must include the experts that the image's patches chose."""
 
 
 class DetectedObjects(NamedTuple):
-    """Objects in the square that the model reads, the most certain ones first."""
+    """Objects that the model detected in an image, the most certain ones first."""
 
     box_O4: np.ndarray
-    """Left, top, right and bottom edges."""
+    """Left, top, right and bottom edge of each object, in pixels of the square image that the model reads."""
     class_O: np.ndarray
-    """Numbers of their classes."""
+    """Number of each object's class, from 0."""
     score_O: np.ndarray
     box_mask_OYX: np.ndarray
-    """Probabilities of masks in the boxes; with no rows if the detector has no masks."""
+    """Probability that each cell of a grid over a box belongs to the object; empty if the detector has no masks."""
 
 
 class VisionOutput(NamedTuple):
-    """Answer to a request."""
+    """Answer of the engine to one request: the logits of classes, or the detected objects."""
 
     logits_C: np.ndarray | None = None
-    """Logits of classes, float32; None for detection."""
+    """Logits of the task's classes, float32; None for a task with a detector."""
     objects: DetectedObjects | None = None
-    """Objects; None for classification."""
+    """Detected objects; None for a task of classification."""
     expert_LPHK: np.ndarray | None = None
-    """Experts of each sub-token of each patch in each layer with experts, the preferred ones first; None if the request
-    does not ask for them, and without experts."""
+    """Experts that each sub-token of each patch chose in each layer with experts, the preferred ones first; None if the
+    request does not ask for them, and for a model without experts."""

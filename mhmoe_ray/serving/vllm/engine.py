@@ -40,9 +40,9 @@ from mhmoe_ray.storage import Location
 
 WARMUP_REQUEST = Request((0,), SamplingParams(max_tokens=2, top_p=0.9, seed=0), logprobs=1, prompt_logprobs=True)
 """Request that uses all parts of vLLM's sampler, to compile it before clients come."""
-# Each reading is a call to all workers, so it is rare.
+# Each reading is a call to all workers, so it must be rare.
 ROUNDS_PER_COUNT = 256
-"""Number of rounds between two readings of the experts' counts while the engine is busy."""
+"""Number of steps between two readings of how many routes each expert got, while the engine is busy."""
 
 
 class _VllmRequest(RequestState):
@@ -57,7 +57,7 @@ class _VllmRequest(RequestState):
 
 
 class VllmEngine(ThreadedEngine[_VllmRequest]):
-    """An engine that computes with vLLM."""
+    """An engine of a decoder that computes with vLLM."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
             self._vllm.engine_core.shutdown()
 
     def _create_vllm(self) -> LLMEngine:
-        """Start vLLM with the model, run a warm-up request, reset the counts, and return it."""
+        """Start vLLM with the model, run a warm-up request, reset the statistics, and return vLLM's engine."""
         spec, model = self._spec, self._manifest.model
         ranks = spec.tensor_parallel
         if self._on_cpu:
@@ -140,7 +140,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
                 max_model_len=self.seq_len + 1,
                 max_num_seqs=spec.max_concurrency,
                 max_logprobs=-1,
-                # One more block for each request, because its last block is not full: 128 tokens on a CPU.
+                # Each request needs one more block (128 tokens on a CPU), because its last block is not full.
                 kv_cache_memory_bytes=token_bytes
                 * (max(cache_tokens, self.seq_len) + 128 * (spec.max_concurrency + 1)),
                 enable_prefix_caching=True,
@@ -214,7 +214,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
         return True
 
     def _read_expert_counts(self) -> None:
-        """Read the routes per layer and expert from vLLM's first worker."""
+        """Read from vLLM's first worker how many routes (choices by a sub-token) each expert of each layer got."""
         self._count_LE = self._vllm.collective_rpc("mhmoe_counts")[0]
 
     def _start_request(self, state: _VllmRequest) -> None:
@@ -279,7 +279,7 @@ class _StatLogger(StatLoggerBase):
 def _vllm_params(
     request: Request, max_new_tokens: int, stop_token_ids: frozenset[int] = frozenset()
 ) -> VllmSamplingParams:
-    """Return the sampling parameters of a request as vLLM's class."""
+    """Convert the sampling parameters of a request into vLLM's class."""
     params = request.sampling_params
     return VllmSamplingParams(
         # vLLM needs at least one; it is removed again if the request only scores its prompt.
@@ -307,8 +307,8 @@ def _score_tokens(
     """Return each token with its score from vLLM's log-probabilities.
 
     Args:
-        tokens: the tokens.
-        logprobs: vLLM's log-probabilities by token, for each position; None without scores.
+        tokens: token ids, one for each position.
+        logprobs: vLLM's log-probabilities by token, for each position; None if the request asks for no scores.
         alternatives: number of most likely tokens to report for each position.
     """
     if logprobs is None:

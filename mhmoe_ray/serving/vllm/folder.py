@@ -14,9 +14,9 @@ from mhmoe_ray.storage import Location
 ARCHITECTURE = MhmoeAdapter.class_name
 LOAD_FORMAT = "mhmoe"
 """Name of the loader of runs' checkpoints, for vLLM's `load_format`."""
-# vLLM's kernels for experts on a CPU take such widths only.
+# vLLM's CPU kernels for experts accept only multiples of this number.
 CPU_MULTIPLE = 32
-"""Number of which the width of an expert's rows must be a multiple on a CPU."""
+"""Divisor that the width of an expert's input rows must have on a CPU."""
 
 
 def check(model: ModelSpec, spec: ServeSpec) -> None:
@@ -35,7 +35,7 @@ def check_fits(model: ModelSpec, on_cpu: bool) -> None:
     """Check that vLLM has layers for this model.
 
     Raises:
-        ServeError: vLLM has no layers for it.
+        ServeError: vLLM has no layers for the model.
     """
     fix = "serve it with serve.engine=torch"
     if not model.architecture.runs_in_vllm:
@@ -49,7 +49,7 @@ def check_fits(model: ModelSpec, on_cpu: bool) -> None:
 
 
 def model_spec(config: Any) -> ModelSpec:
-    """Return the `model` section of a spec that a configuration of vLLM describes."""
+    """Return the `model` section of a spec for the model that a configuration in vLLM describes."""
     return MhmoeAdapter.model_validate(
         {name: getattr(config, name) for name in MhmoeAdapter.model_fields if hasattr(config, name)}
     ).to_model_spec()

@@ -1,4 +1,4 @@
-"""Classes that vLLM gets from this project: the loader of a run's weights, and worker methods.
+"""Classes that vLLM gets from this project: the loader of a run's weights, and methods for vLLM's workers.
 
 The weights come from a run's checkpoint, whatever the number of ranks that wrote it. vLLM's own loader reads exported
 folders.
@@ -20,10 +20,10 @@ from mhmoe_ray.storage import Location, location
 
 
 class CheckpointLoader(BaseModelLoader):
-    """Loader of the weights of a run's checkpoint, which the configuration names."""
+    """Loader of the weights of a run's checkpoint, whose path is in the model's configuration."""
 
     def download_model(self, model_config: ModelConfig) -> None:
-        """Do nothing. vLLM requires this method; the weights are read where the checkpoint is."""
+        """Do nothing. vLLM requires this method, but the weights are read directly from the checkpoint."""
 
     def load_weights(self, model: Any, model_config: ModelConfig) -> None:
         """Load the checkpoint's weights into the model; `read_manifest` has verified the checkpoint already."""
@@ -32,7 +32,7 @@ class CheckpointLoader(BaseModelLoader):
 
 
 def exported_tensors(checkpoint: Location, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a checkpoint in float32, with the names and shapes that an export would give them.
+    """Yield the tensors of a checkpoint in float32, with their names and shapes in an export for Hugging Face.
 
     Raises:
         CheckpointError: the checkpoint is not one of this model.
@@ -46,18 +46,18 @@ def exported_tensors(checkpoint: Location, spec: ModelSpec) -> Iterator[tuple[st
 
 
 class WorkerExtension:
-    """Methods that are added to vLLM's worker class."""
+    """Methods that are added to vLLM's worker class, to count the routes (choices of an expert by a sub-token)."""
 
     model_runner: Any
 
     def mhmoe_counts(self) -> list[list[int]]:
-        """Return the routes per layer and expert since `mhmoe_reset_counts`.
+        """Return how many routes each expert of each layer got since `mhmoe_reset_counts`.
 
-        Every rank routes all rows, so each rank has the complete counts.
+        Every rank routes all sub-tokens, so each rank has the complete counts.
         """
         counts: list[list[int]] = self.model_runner.get_model().route_counts()
         return counts
 
     def mhmoe_reset_counts(self) -> None:
-        """Reset the counts of routes, after vLLM's own trial runs of the model."""
+        """Set the counts of routes to zero. The engine calls this after vLLM's own trial runs of the model."""
         self.model_runner.get_model().reset_counts()

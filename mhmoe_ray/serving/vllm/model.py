@@ -1,7 +1,7 @@
-"""The decoder of `model/decoder.py`, llama backbone, with its multi-head mixture of experts, in vLLM's layers.
+"""The decoder of `model/decoder.py` (llama backbone) with its multi-head mixture of experts, made of vLLM's layers.
 
-Modules have the names of an exported folder's tensors, so that vLLM's own loader reads such a folder. vLLM merges some
-of the tensors; `WEIGHT_NAMES` says which.
+Modules have the names of an exported folder's tensors, so that vLLM's own loader can read such a folder. vLLM merges
+some of the tensors; `WEIGHT_NAMES` lists them.
 """
 
 from collections.abc import Iterable
@@ -44,7 +44,7 @@ WEIGHT_NAMES = WeightsMapper(
         ".shared_expert.gate_proj": (".shared_expert.gate_up_proj", 0),
         ".shared_expert.up_proj": (".shared_expert.gate_up_proj", 1),
     },
-    # The router is the training model's module, with its names.
+    # The router is the training model's module, whose parameters keep their own names.
     orig_to_new_suffix={
         ".gate.weight": ".gate.scores.weight_ED",
         ".gate.wg_reduction.weight": ".gate.scores.reduce_QD",
@@ -53,11 +53,11 @@ WEIGHT_NAMES = WeightsMapper(
         ".gate.e_score_correction_bias": ".gate.bias_E",
     },
 )
-"""Parameter for each tensor of an exported folder, where the names differ."""
+"""Names of parameters by the names of the tensors of an exported folder, where the two differ."""
 
 
 class FeedForward(nn.Module):
-    """SwiGLU without biases; its hidden rows are sharded over the tensor-parallel ranks."""
+    """SwiGLU layer without biases; its hidden units are sharded over the tensor-parallel ranks."""
 
     def __init__(self, width: int, hidden: int, quant_config: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
@@ -72,9 +72,8 @@ class FeedForward(nn.Module):
 
 
 def _projection(widths: list[int], quant_config: QuantizationConfig | None, prefix: str) -> nn.Module:
-    """Return a projection, complete on each rank: a linear layer from each width to the next one, with ReLU between the
-    layers."""
-    # Experts are sharded by hidden rows or by number, so each rank needs complete rows as input.
+    """Return a projection that each rank has in full: linear layers between the given widths, with ReLU in between."""
+    # Ranks share the hidden units of each expert, or whole experts, so each rank needs complete rows as input.
     options = {"return_bias": False, "quant_config": quant_config}
     if len(widths) == 2:
         projection: nn.Module = ReplicatedLinear(*widths, prefix=prefix, **options)
@@ -98,7 +97,7 @@ class MultiHeadMoE(nn.Module):
         # route as in training.
         self.gate = Router(self.row_width, moe).float()
         if moe.bias_rate:
-            # vLLM's loader fills parameters, not buffers.
+            # vLLM's loader fills only parameters, so the bias, which is a buffer, becomes a parameter.
             bias_E = self.gate.bias_E
             del self.gate.bias_E
             self.gate.bias_E = nn.Parameter(bias_E, requires_grad=False)
@@ -124,7 +123,8 @@ class MultiHeadMoE(nn.Module):
     def forward(self, x_TM: Tensor) -> Tensor:
         """Return the layer's output for T tokens, without the residual connection around it."""
         shared_TM = self.shared_expert(x_TM) if self.shared_expert else None
-        # vLLM's experts may write into their input rows. Those of a projection are not used elsewhere; `x_TM` may be.
+        # vLLM's experts may overwrite their input rows. The output of a projection is not used elsewhere, but `x_TM`
+        # may be, so it is cloned.
         y_TM = self.head_proj(x_TM) if self.head_proj else x_TM.clone()
         joined_shape, x_ND = y_TM.shape, y_TM.reshape(-1, self.row_width)
         input_ND = x_ND.clone() if self.residual else None
@@ -137,10 +137,10 @@ class MultiHeadMoE(nn.Module):
         return y_TM if shared_TM is None else y_TM + shared_TM
 
     def _route(self, gating_output: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-        """Return the gates and the experts of each row, and count the routes. vLLM calls this."""
+        """Return the gates (weights) and the experts of each sub-token, and count the routes. vLLM calls this."""
         expert_NK, gate_NK = self.gate.choose_experts(gating_output)[:2]
         expert_R = expert_NK.flatten()
-        # With CUDA graphs, padding rows are counted too, because the layer cannot tell them from others.
+        # With CUDA graphs, padding is counted too, because the layer cannot tell it from sub-tokens.
         self.count_E.index_add_(0, expert_R, torch.ones_like(expert_R))
         return gate_NK, expert_NK
 
@@ -209,7 +209,7 @@ class Attention(nn.Module):
         return y_TM
 
     def _normed(self, norm: nn.Module, rows_TM: Tensor) -> Tensor:
-        """Return queries or keys after their norm, of each head by itself or of all heads together."""
+        """Apply a norm to queries or keys, to each head by itself or to all heads together."""
         # vLLM's norm needs rows that lie one after another in memory.
         norm_width = self.head_width if self.qk_norm == "head" else rows_TM.shape[-1]
         normed_rows: Tensor = norm(rows_TM.contiguous().view(-1, norm_width))
@@ -337,19 +337,19 @@ class MhmoeForCausalLM(nn.Module):
         return x_TM
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Return the logits TV; those of rows without a token are -inf, because they have no text."""
+        """Return the logits (TV), with -inf for ids beyond the tokenizer's, because these ids have no text."""
         logits_TV: Tensor | None = self.logits_processor(self.lm_head, hidden_states)
         if logits_TV is not None:
             logits_TV[:, self.tokenizer_size :] = float("-inf")
         return logits_TV
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load the tensors of an exported folder, by name; return the names of the parameters that were loaded."""
+        """Load the named tensors of an exported folder, and return the names of the parameters that were loaded."""
         names: set[str] = AutoWeightsLoader(self).load_weights(weights, mapper=WEIGHT_NAMES)
         return names
 
     def route_counts(self) -> list[list[int]]:
-        """Return the routes per layer and expert since `reset_counts`."""
+        """Return how many routes (choices by a sub-token) each expert of each layer got since `reset_counts`."""
         return [m.count_E.tolist() for m in self.modules() if isinstance(m, MultiHeadMoE)]
 
     @torch.inference_mode()

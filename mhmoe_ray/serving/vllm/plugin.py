@@ -1,7 +1,7 @@
 """The plugin that registers this project's model with vLLM. vLLM calls `register` in each of its processes.
 
-With it, `vllm serve FOLDER` serves an exported MH-MoE model like any other. transformers gets the configuration's class
-when this package is imported.
+With this plugin, `vllm serve FOLDER` serves an exported MH-MoE model (multi-head mixture of experts) like any other.
+Importing `mhmoe_ray` registers the class of the model's configuration with transformers.
 """
 
 from functools import cache
@@ -11,11 +11,11 @@ from mhmoe_ray.serving.vllm.folder import ARCHITECTURE, LOAD_FORMAT
 
 @cache
 def register() -> None:
-    """Register the model, and the loader of runs' checkpoints. Further calls have no effect."""
+    """Register this project's model and the loader of its checkpoints with vLLM. Further calls have no effect."""
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.models.registry import ModelRegistry
 
-    # By name: vLLM then inspects the class in another process, so that this one need not import CUDA.
+    # The class is registered by name, so that vLLM inspects it in another process and this one need not import CUDA.
     ModelRegistry.register_model(ARCHITECTURE, f"mhmoe_ray.serving.vllm.model:{ARCHITECTURE}")
 
     from mhmoe_ray.serving.vllm.loader import CheckpointLoader

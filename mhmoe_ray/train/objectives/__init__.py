@@ -1,8 +1,8 @@
-"""Objectives: what a micro-batch is to the model, its losses, and their validation.
+"""Training objectives: how a micro-batch becomes input of the model, which losses it has, and how they are validated.
 
 base.py         the interface of an objective
 next_token.py   decoders: each token is predicted from those before it
-parts.py        what objectives have in common whose micro-batches have parts with losses of their own
+parts.py        base class of objectives whose micro-batches have several parts, each with losses of its own
 masked.py       encoders: hidden patches and tokens are predicted, and images are matched with their texts
 tasks.py        vision models: images are classified, and objects are found in them
 """
@@ -32,13 +32,13 @@ __all__ = [
 def build_objective(
     environment: Environment, model: Trunk, start_token: int | None, codebook: np.ndarray | None = None
 ) -> NextToken | Masked | Tasks:
-    """Return the objective of a run.
+    """Return the training objective of a run, which depends on the kind of its model.
 
     Args:
-        environment: environment of this rank.
+        environment: spec, device and functions of this rank.
         model: model of this rank.
         start_token: the token that precedes every document, for a decoder with `document_masks`.
-        codebook: entries of the codebook, for an encoder with image_targets codebook.
+        codebook: vectors of the codebook of image patches, for an encoder with `image_targets: codebook`.
     """
     if isinstance(model, Vision):
         return Tasks(environment, model)

@@ -1,4 +1,4 @@
-"""The interface of an objective: what a micro-batch is to the model, and which losses it has."""
+"""The interface of a training objective: how a micro-batch becomes input of the model, and which losses it has."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -20,26 +20,28 @@ Output = TypeVar("Output")
 
 
 class LossSums(NamedTuple):
-    """Losses of one micro-batch."""
+    """Losses of one micro-batch, as sums over its targets."""
 
     terms: list[Tensor]
-    """Sum over targets of each term of the step's loss, with gradients."""
+    """Each term of the step's loss, summed over the targets of the micro-batch, with gradients."""
     part_sums_P2: Tensor
-    """Sum and number of targets of each loss in `RunSpec.loss_names`, float64, without gradients."""
+    """Sum of each of the P losses in `RunSpec.loss_names`, and the number of its targets, float64, without
+    gradients."""
 
 
 class Validation(NamedTuple):
-    """Result of a validation."""
+    """Losses of a validation on held-out samples."""
 
     loss: float
     targets: int
     """Number of targets that count, in all held-out samples."""
     part_losses: dict[str, float]
-    """Mean of each loss in `RunSpec.loss_names` that has held-out samples; empty for a run without parts."""
+    """Mean of each loss in `RunSpec.loss_names` that has held-out samples, by name; empty for a run without
+    `data.parts`."""
 
 
 class Environment(NamedTuple):
-    """Environment in which an objective computes losses on one rank."""
+    """Objects of a rank that an objective needs to compute its losses."""
 
     spec: RunSpec
     mesh: Mesh
@@ -47,19 +49,19 @@ class Environment(NamedTuple):
     run_model: Callable[..., Any]
     """Function that calls the model in the run's precision, with gradients if they are enabled."""
     on_progress: Callable[[], None]
-    """Function to call after each micro-batch of a validation."""
+    """Function to call after each micro-batch of a validation, so that the watchdog sees progress."""
 
 
 class Objective(ABC, Generic[Batch, Output]):
-    """Objective of a training on one rank.
+    """Training objective on one rank: it makes the model's input from a micro-batch, computes losses, and validates.
 
-    The loss of a step is the sum over terms of a weight times the mean over all targets of the step, on all ranks.
+    The loss of a step is a weighted sum of terms. Each term is a mean over all its targets in the step, on all ranks.
     """
 
     weights: tuple[float, ...]
-    """Weight of each term."""
+    """Weight of each term in the loss of a step."""
     rows_per_micro_batch: int
-    """Number of rows of a micro-batch in the training stream."""
+    """Number of rows that a micro-batch takes in the Ray Dataset of the training stream."""
 
     def __init__(self, environment: Environment) -> None:
         self.environment = environment
@@ -70,7 +72,7 @@ class Objective(ABC, Generic[Batch, Output]):
         """Return the digest of a micro-batch of the training stream, and the micro-batch on the device of this rank.
 
         Args:
-            rows: columns of the stream.
+            rows: the micro-batch as it comes from the stream, as arrays by the name of their column.
         """
 
     @abstractmethod
@@ -81,12 +83,17 @@ class Objective(ABC, Generic[Batch, Output]):
             batches: micro-batches of this rank.
 
         Returns:
-            The micro-batches; the number of targets of each term; and the number of tokens of the step.
+            The micro-batches; the number of targets of each term of the loss; and the number of tokens of the step.
         """
 
     @abstractmethod
     def run(self, batch: Batch, noise: Noise | None) -> Output:
-        """Return the output of the model for a micro-batch, which has a `routing`."""
+        """Return the model's output for a micro-batch; its field `routing` has the routing of each layer.
+
+        Args:
+            batch: micro-batch from `receive`.
+            noise: random numbers of the micro-batch, for training; None for validation.
+        """
 
     @abstractmethod
     def loss_sums(self, output: Output, batch: Batch) -> LossSums:
@@ -94,21 +101,21 @@ class Objective(ABC, Generic[Batch, Output]):
 
     @abstractmethod
     def step_loss(self, loss: float, targets: int, part_sums_P2: Tensor) -> float:
-        """Return the loss of a step from its sums over all ranks.
+        """Return the loss of a step, computed from sums over all ranks and micro-batches.
 
         Args:
-            loss: sum of all terms.
+            loss: sum of all terms of the loss.
             targets: number of tokens of the step.
-            part_sums_P2: sums of `LossSums.part_sums_P2`.
+            part_sums_P2: sum of `LossSums.part_sums_P2`.
         """
 
     @property
     def state(self) -> dict[str, Any] | None:
-        """State that checkpoints must have besides weights and moments; None if there is none."""
+        """State of the objective that checkpoints save besides weights and moments; None if it has no state."""
         return None
 
     def load_state(self, state: Mapping[str, Any] | None) -> None:
-        """Continue from the state in a checkpoint."""
+        """Restore the state of the objective from a checkpoint; None means that the checkpoint has none."""
 
     @abstractmethod
     def load_validation(self, manifest: "DataManifest") -> Any:
@@ -120,4 +127,7 @@ class Objective(ABC, Generic[Batch, Output]):
 
     @abstractmethod
     def validate(self, samples: Any) -> Validation:
-        """Return the losses of held-out samples, which are the same on every rank; this is a collective operation."""
+        """Return the losses of held-out samples, which are the same on every rank.
+
+        This is a collective operation. Every rank passes the same samples.
+        """

@@ -1,8 +1,8 @@
 """The objectives of encoders: hidden patches and tokens are predicted, and images are matched with their texts.
 
-Each part of a micro-batch is a group of the encoder's batch, and has one loss for its patches, one for its tokens, or
-one for its pairs. The pairs of a contrastive part are compared within a micro-batch, so their loss does not depend on
-the number of ranks.
+Each part of a micro-batch (an objective with its data) becomes a group of the encoder's batch. It has a loss for its
+patches, a loss for its tokens, both, or a loss for matching its pairs. The pairs of a contrastive part are compared
+within a micro-batch, so their loss does not depend on the number of ranks.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def encoder_digest(samples: EncoderSamples) -> int:
-    """Return the digest of a micro-batch: of its crops, its tokens, and the masks of both."""
+    """Return the digest of an encoder's micro-batch, over its image crops, its tokens, and the masks of both."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for column in samples:
         digest.update(np.ascontiguousarray(column).tobytes())
@@ -32,14 +32,14 @@ def encoder_digest(samples: EncoderSamples) -> int:
 
 
 class Masked(PartObjective[EncoderBatch]):
-    """Objective of encoders: the parts of a micro-batch with their objectives."""
+    """Objective of encoders, whose micro-batches have parts with masked, contrastive or captioning losses."""
 
     def __init__(self, environment: Environment, codebook: np.ndarray | None = None) -> None:
         super().__init__(environment)
         self._batch_maker = BatchMaker(self.spec.model, self.device, codebook)
 
     def receive(self, rows: Mapping[str, np.ndarray]) -> tuple[int, EncoderBatch]:
-        # Columns of the stream may be read-only memory, of which torch makes no tensors.
+        # The stream's columns may be in read-only memory, which torch does not support, so they are copied.
         samples = EncoderSamples(*(np.array(rows[name][0]) for name in EncoderSamples._fields))
         return encoder_digest(samples), self._batch_maker.make(self.spec.parts, samples)
 
@@ -53,7 +53,7 @@ class Masked(PartObjective[EncoderBatch]):
         return self._batch_maker.make([part._replace(samples=stop - start)], samples.rows(part, start, stop))
 
     def load_validation(self, manifest: "DataManifest") -> Mapping[str, PartSamples]:
-        # The rest of the module needs neither Ray nor the preparation of data.
+        # The import is here, because the rest of the module needs neither Ray nor the code that prepares data.
         from mhmoe_ray.data.encoder.samples import encoder_validation_samples
 
         return encoder_validation_samples(self.spec, manifest)

@@ -41,17 +41,20 @@ class MicroBatch(NamedTuple):
     token_BT: Tensor
     """Token ids of each sample, int64, (b, T + 1): T inputs, and T targets that are shifted by one."""
     counts_BT: Tensor
-    """Mask of the targets, bool, (b, T): True for those that count, False for padding and what is only read."""
+    """Mask of the targets, bool, (b, T): True for those that count in the loss. It is False for padding and for tokens
+    that the model only reads, such as the question in a chat."""
     document_starts_BT: Tensor | None = None
-    """Mask of the input tokens that begin a document, bool, (b, T); None if start tokens tell it."""
+    """Mask of the input tokens that begin a document, bool, (b, T); None if start tokens mark these places."""
     domain_B: Tensor | None = None
-    """Expert of each sample for router `domain`, int64, (b,); None for any other router."""
+    """Expert of each sample for router `domain`, which sends a document to the expert of its domain, int64, (b,). None
+    for any other router."""
     document_offset_N1: Tensor | None = None
-    """`document_offsets` of the input tokens; None if attention reads a mask of documents."""
+    """Position of the first token of each document in the flattened input (`document_offsets`); None if attention reads
+    a mask of documents instead."""
 
 
 def sample_digest(samples: Samples) -> int:
-    """Return the digest of one micro-batch of samples, (b, T + 1)."""
+    """Return an integer digest of one micro-batch of samples, (b, T + 1), with which runs can be compared."""
     columns = columns_of(samples)
     digest = hashlib.blake2b(np.ascontiguousarray(columns.pop(TOKENS), "<i8").tobytes(), digest_size=DIGEST_BYTES)
     for mask in columns.values():
@@ -63,7 +66,7 @@ def micro_batch(samples: ModelSamples, device: torch.device, masked_start_token:
     """Return samples as a micro-batch on a device; the copy does not wait for work that is queued on the device.
 
     Args:
-        samples: the samples.
+        samples: token ids and masks in CPU memory.
         device: device of this rank.
         masked_start_token: the token that precedes every document, if attention is restricted to documents. On a GPU,
             the micro-batch then has the offsets of its documents.
@@ -84,7 +87,7 @@ def micro_batch(samples: ModelSamples, device: torch.device, masked_start_token:
 
 
 def _map_parts(batch: MicroBatch, function: Callable[[Tensor], Tensor]) -> MicroBatch:
-    """Return a micro-batch with the results of a function of each tensor that has a row for each sample."""
+    """Return a micro-batch with `function` applied to each of its tensors that has one row per sample."""
     token_BT, counts_BT, document_starts_BT, domain_B, _ = batch
     return MicroBatch(
         function(token_BT),
@@ -95,7 +98,10 @@ def _map_parts(batch: MicroBatch, function: Callable[[Tensor], Tensor]) -> Micro
 
 
 class NextToken(Objective[MicroBatch, DecoderLoss]):
-    """Objective of decoders. Every target that counts has the same weight, whatever the padding of its micro-batch."""
+    """Objective of decoders: predict each token from those before it.
+
+    Every target that counts has the same weight in the loss, however much padding its micro-batch has.
+    """
 
     weights = (1.0,)
 
@@ -103,7 +109,7 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
         """Create the objective.
 
         Args:
-            environment: environment of this rank.
+            environment: spec, device and functions of this rank.
             start_token: the token that precedes every document; needed if the model has `document_masks`.
         """
         super().__init__(environment)
@@ -131,7 +137,7 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
         return batches, [int(count)], int(count)
 
     def run(self, batch: MicroBatch, noise: Noise | None) -> DecoderLoss:
-        """Return the loss of a micro-batch, with the document masks that the spec asks for.
+        """Return the loss and the routing of a micro-batch, with document masks if the spec asks for them.
 
         Args:
             batch: the samples, of which the model reads all tokens but the last.
@@ -169,9 +175,11 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
         return loss / max(1, targets)
 
     def load_validation(self, manifest: "DataManifest") -> dict[str, MicroBatch]:
-        """Return the held-out samples of each part of micro-batches that has any, by the name of the part; all of them
-        without a name if the spec names no parts."""
-        # The stream is for Ray, and nothing else here is.
+        """Return the held-out samples of each part of micro-batches that has any, by the name of the part.
+
+        If the spec has no `data.parts`, the only key is the empty string, with all held-out samples.
+        """
+        # The import is here, because the module of the stream needs Ray, and nothing else in this file does.
         from mhmoe_ray.data.stream import validation_samples
 
         spec, batches = self.spec, {}
@@ -199,11 +207,11 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
     def validate_part(self, samples: MicroBatch) -> tuple[float, int]:
         """Return the mean loss in nats over held-out tokens, and their number; both are the same on every rank.
 
-        With static routing, routes above the expert capacity are dropped as in training. The first paper's code does
-        the same (`-1` as its capacity in evaluation). The package `evaluate` drops none.
+        With static routing, routes above the expert capacity are dropped as in training. The code of the first paper
+        (arXiv 2404.15045) does the same: its capacity in evaluation is `-1`. The package `evaluate` drops no routes.
 
         Args:
-            samples: all held-out samples; every rank passes the same.
+            samples: all held-out samples of a part; every rank passes the same.
         """
         b, world = self.spec.train.micro_batch_size, self.mesh.world_size
         sample_count = len(samples.token_BT)

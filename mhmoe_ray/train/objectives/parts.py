@@ -1,7 +1,7 @@
-"""The objectives whose micro-batches have parts with losses of their own: those of encoders and vision models.
+"""Base class of the objectives of encoders and vision models, whose micro-batches have parts with losses of their own.
 
-The loss of a step is the sum over the losses of the part's weight times the mean over all their targets in the step, so
-a part counts equally whatever the number of its targets.
+The loss of a step is a weighted sum of these losses, with the weights of their parts. Each loss is a mean over all its
+targets in the step, so the number of a part's targets does not affect how much the part counts.
 """
 
 from abc import abstractmethod
@@ -22,7 +22,7 @@ Batch = TypeVar("Batch")
 
 
 class PartObjective(Objective[Batch, PartLosses]):
-    """Objective of a model whose output is the losses of the parts of a micro-batch."""
+    """Objective of a model whose micro-batches have parts, and whose output is the losses of these parts."""
 
     rows_per_micro_batch = 1
 
@@ -32,19 +32,24 @@ class PartObjective(Objective[Batch, PartLosses]):
 
     @abstractmethod
     def target_counts(self, batch: Batch) -> list[int]:
-        """Return the number of targets of each loss of a micro-batch."""
+        """Return how many targets each loss of a micro-batch has, such as hidden tokens or images."""
 
     @abstractmethod
     def evaluated_samples(self, part: MicroBatchPart, samples: Any) -> int:
-        """Return how many held-out samples of a part a validation uses, from the first one on."""
+        """Return how many of a part's held-out samples a validation uses; it takes the first ones."""
 
     @abstractmethod
     def part_batch(self, part: MicroBatchPart, samples: Any, start: int, stop: int) -> Batch:
-        """Return held-out samples `start` to `stop` - 1 of a part as a micro-batch, which may have no samples."""
+        """Return held-out samples `start` to `stop` - 1 of a part as a micro-batch.
+
+        The micro-batch has no samples if `start` equals `stop`, as on a rank without samples in the last round.
+        """
 
     def losses_of(self, part: MicroBatchPart) -> slice:
-        """Return where the losses of a part are among those of a micro-batch from `part_batch`; by default they are
-        all."""
+        """Return the positions of a part's losses among all losses of a micro-batch that `part_batch` returned.
+
+        By default these are all positions.
+        """
         return slice(None)
 
     def count_targets(self, batches: Iterable[Batch]) -> tuple[Iterable[Batch], list[int], int]:
@@ -78,12 +83,15 @@ class PartObjective(Objective[Batch, PartLosses]):
         return Validation(_weighted_mean(weights, sum_P2), int(sum_P2[:, 1].sum()), part_losses)
 
     def part_sums(self, part: MicroBatchPart, samples: Any, batches: int | None = None) -> Tensor:
-        """Return the sum and the number of targets of each loss of a part, (P, 2) float64, over all ranks.
+        """Validate a part: return the sum of each of its losses and its number of targets, over all ranks.
 
         Args:
-            part: the part.
-            samples: its held-out samples.
-            batches: largest number of micro-batches; by default all samples are used.
+            part: the part to validate.
+            samples: held-out samples of the part.
+            batches: largest number of micro-batches to use; by default all samples are used.
+
+        Returns:
+            Sum and number of targets of each of the P losses, (P, 2) float64.
         """
         total = self.evaluated_samples(part, samples)
         if batches is not None:
@@ -103,6 +111,6 @@ class PartObjective(Objective[Batch, PartLosses]):
 
 
 def _weighted_mean(weights: Sequence[float], sum_P2: Tensor) -> float:
-    """Return the sum of the means of losses, each times its weight."""
+    """Return the weighted sum of mean losses; `sum_P2` has the sum and the number of targets of each loss."""
     means: list[float] = (sum_P2[:, 0] / sum_P2[:, 1].clamp(min=1)).tolist()
     return sum(weight * mean for weight, mean in zip(weights, means, strict=True))

@@ -1,6 +1,6 @@
 """The objective of vision models: images are classified, and objects are found in them, as each task of the spec says.
 
-Every loss of a task is a mean over images, so a micro-batch counts equally whatever the number of its objects.
+Every loss of a task is a mean over images, so an image with many objects counts as much as one with few.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Tasks(PartObjective[VisionBatch]):
-    """Objective of vision models: the tasks of a micro-batch."""
+    """Objective of vision models, whose micro-batches have samples of several tasks: classification and detection."""
 
     def __init__(self, environment: Environment, model: Vision) -> None:
         super().__init__(environment)
@@ -45,7 +45,7 @@ class Tasks(PartObjective[VisionBatch]):
         return int.from_bytes(digest.digest(), "little"), self._batch(samples)
 
     def _batch(self, samples: VisionSamples) -> VisionBatch:
-        """Return samples as a micro-batch; tasks without samples have no images."""
+        """Return samples as a micro-batch of all tasks; a task without samples gets zero images."""
         return tuple(
             task_batch(samples.get(name) or self._no_samples(name), self.device) for name in self._vision.tasks
         )
@@ -75,12 +75,13 @@ class Tasks(PartObjective[VisionBatch]):
         return vision_validation_samples(self.spec, manifest)
 
     def adapt(self, samples: Mapping[str, HeldOutTaskSamples], step: int) -> Sequence[TopKChange]:
-        """Validate the tasks and change their numbers of experts, if the spec says so and this step is one for it.
+        """Validate the tasks, adapt how many experts each of them chooses, and return the changes.
 
+        Nothing happens unless the spec makes these numbers adaptive and `step` is a multiple of the rule's interval.
         This is a collective operation. All ranks get the same changes.
 
         Args:
-            samples: held-out samples.
+            samples: held-out samples of each task.
             step: number of steps done.
         """
         rule = self.adaptive

@@ -1,4 +1,4 @@
-"""Telemetry of a run: `line.py` builds the line of a step's metrics, and the other modules send it to one sink each.
+"""Telemetry of a run: `line.py` builds a line with a step's metrics, and the other modules send it to one sink each.
 
     line.py          all metrics of a step, under the names of runs/metrics.py
     sinks.py         metrics.jsonl, and all sinks below, for one rank

@@ -1,6 +1,7 @@
-"""Line of metrics.jsonl: all metrics of one step.
+"""Line of metrics.jsonl, which has all metrics of one training step.
 
-The shares of waiting show a straggler: the other ranks wait for its rows in the exchange, or it waits for data itself.
+The shares of time that ranks wait reveal a straggler, which is a slow rank: the other ranks wait for its rows, or it
+waits for data itself.
 """
 
 import time
@@ -17,7 +18,7 @@ from mhmoe_ray.train.step import Trainer, Update
 
 
 class StepTotals(NamedTuple):
-    """Totals of a step over all ranks; see `RankSums` for the fields."""
+    """Totals of a training step over all ranks, in the fields of `RankSums`, which has those of one rank."""
 
     targets: int
     loss: float
@@ -28,22 +29,23 @@ class StepTotals(NamedTuple):
     sent_bytes: SentBytes
     least_bytes: int
     digest: str
-    """Digest of the step's samples, in order."""
+    """Hexadecimal digest of the step's samples, in their order."""
 
 
 class WaitShares(NamedTuple):
-    """Shares of a step's time that a rank spent waiting."""
+    """Shares of a step's time, from 0 to 1, that a rank spent waiting."""
 
     data: float
-    """Share spent waiting for the data stream."""
+    """Share of the step's time spent waiting for the data stream."""
     exchange: float
-    """Share spent waiting for rows of other ranks; small on a straggler, large on the ranks that wait for it."""
+    """Share of the step's time spent waiting for rows of other ranks. It is small on a straggler, and large on the
+    ranks that wait for the straggler."""
 
 
 def step_line(
     spec: RunSpec, trainer: Trainer, group: int, totals: StepTotals, waits: WaitShares, update: Update, seconds: float
 ) -> dict[str, Any]:
-    """Return the line of a step for metrics.jsonl.
+    """Return the metrics of a step by name, which become a line of metrics.jsonl.
 
     Args:
         spec: spec of the run.

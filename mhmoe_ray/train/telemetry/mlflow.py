@@ -1,8 +1,8 @@
 """Metrics of a run in MLflow, if the spec names a server (`tracking.mlflow`).
 
 A thread of its own makes all requests, so training never waits for the server. Metrics that the server does not accept
-are sent again later. If it never accepts them, the log has a warning, and metrics.jsonl has them in any case. A resumed
-run continues its MLflow run, which has the run's id in the tag `mhmoe_run`.
+are sent again later. If the server never accepts them, the log gets a warning; metrics.jsonl has all metrics in any
+case. A resumed run continues its MLflow run, which has the run's id in the tag `mhmoe_run`.
 """
 
 import logging
@@ -36,7 +36,7 @@ TAG = "mhmoe_run"
 
 
 class MlflowRun:
-    """Sink for metrics of a run: the MLflow run that shows them, and the thread that sends them to the server."""
+    """Sink that sends the metrics of a run to an MLflow server, by a thread of its own."""
 
     def __init__(self, run: RunDir, spec: RunSpec) -> None:
         """Start the thread that sends metrics.
@@ -75,7 +75,7 @@ class MlflowRun:
     def close(self, end_status: EndStatus) -> None:
         """Send the remaining metrics and the run's final status, and stop the thread; wait at most `CLOSE_SECONDS`.
 
-        If the server has not accepted all metrics by then, a warning in the log has their number.
+        If the server has not accepted all metrics by then, a warning in the log tells how many are missing.
 
         Args:
             end_status: MLflow status for the end of the training.
@@ -179,7 +179,7 @@ def _client(server: str) -> Any:
 
 
 def _drain(queue: "SimpleQueue[Metric]") -> "Iterator[Metric]":
-    """Take metrics from a queue until it is empty."""
+    """Yield metrics from a queue, and remove them from it, until the queue is empty."""
     while True:
         try:
             yield queue.get_nowait()
@@ -188,6 +188,8 @@ def _drain(queue: "SimpleQueue[Metric]") -> "Iterator[Metric]":
 
 
 def open_tracker(run: RunDir, spec: RunSpec, group: int, start: int) -> MlflowRun | None:
-    """Return the tracker of a run; None if the spec names no server. The worker group and its first step do not
-    matter."""
+    """Return the MLflow tracker of a run; None if the spec names no MLflow server.
+
+    `group` and `start` are unused; they belong to the signature of all such functions (`sinks.OpenTracker`).
+    """
     return MlflowRun(run, spec) if spec.tracking.mlflow else None

@@ -1,4 +1,4 @@
-"""Ray metrics of a run, which each node exports to Prometheus; they end with the workers that report them."""
+"""Metrics of a run in Ray, which each node exports to Prometheus until the workers that report them end."""
 
 from threading import Event, Lock, Thread
 from typing import Any
@@ -24,7 +24,7 @@ REPEAT_SECONDS = 5.0
 
 
 class Gauges:
-    """Gauges of one rank, and a thread that reports all their values again every `REPEAT_SECONDS`."""
+    """Ray gauges with which a rank reports metrics, and a thread that repeats all values every `REPEAT_SECONDS`."""
 
     # Ray drops a value that is not reported again for a while. A step, or the time to the next validation, may take
     # longer than that, so a thread repeats all values.
@@ -48,7 +48,7 @@ class Gauges:
         self._gauges[metric.name] = Gauge(PREFIX + metric.name, description=metric.help, tag_keys=labels)
 
     def set(self, name: str, value: float, **labels: str) -> None:
-        """Report a value of a metric, for the given values of its labels beside `run`."""
+        """Report a value of a metric. `labels` are the values of its labels, without the label `run`."""
         with self._lock:
             self._values[name, (("run", self._run), *labels.items())] = value
             self._gauges[name].set(value, tags={"run": self._run, **labels})
@@ -65,19 +65,19 @@ class Gauges:
 
 
 def add_rank(gauges: Gauges) -> None:
-    """Add the gauges of metrics that every rank reports for itself."""
+    """Create the gauges of the metrics that every rank reports for itself."""
     for metric in _metrics_of_scope("rank"):
         gauges.add(metric)
 
 
 def report_rank(gauges: Gauges, rank: int, waits: WaitShares) -> None:
-    """Report the metrics of one rank for a step: its shares of waiting."""
+    """Report the metrics of one rank for a step: the shares of the step's time that it waited."""
     for name, value in ((DATA_WAIT, waits.data), (EXCHANGE_WAIT, waits.exchange)):
         gauges.set(name, value, rank=str(rank))
 
 
 def add_run(gauges: Gauges, steps: int) -> None:
-    """Add the gauges of metrics of the whole run, and set the number of its steps.
+    """Create the gauges of metrics of the whole run, and report the number of its steps.
 
     Args:
         gauges: gauges of rank 0.
@@ -93,8 +93,8 @@ def report_run(gauges: Gauges, line: dict[str, Any], count_LE: Tensor) -> None:
 
     Args:
         gauges: gauges of rank 0.
-        line: line of the step.
-        count_LE: routes of the step per layer and expert; without layers for a dense model.
+        line: metrics of the step (`step_line`).
+        count_LE: number of the step's routes to each expert of each layer; it has no layers for a dense model.
     """
     for metric in _metrics_of_scope("run"):
         value = line.get(metric.name)

@@ -1,4 +1,4 @@
-"""Sinks of a run's metrics: metrics.jsonl, Ray's metrics, TensorBoard and MLflow."""
+"""Sinks, which receive the metrics of a run: metrics.jsonl, Ray's metrics, TensorBoard and MLflow."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ OpenTracker = Callable[[RunDir, RunSpec, int, int], Tracker | None]
 """Function that opens the tracker of a run, given its spec, the number of the worker group and the step from which that
 group continues; it returns None if the spec does not ask for the tracker."""
 TRACKERS: tuple[OpenTracker, ...] = (tensorboard.open_tracker, mlflow.open_tracker)
-"""The trackers beside metrics.jsonl and Ray's metrics."""
+"""Functions that open the trackers: the sinks beside metrics.jsonl and Ray's metrics."""
 
 
 class Telemetry:
@@ -27,7 +27,7 @@ class Telemetry:
         """Open all sinks of this rank.
 
         Args:
-            run: the run.
+            run: run directory.
             spec: spec of the run.
             rank: rank of this process.
             group: number of the worker group that the rank belongs to.
@@ -44,12 +44,12 @@ class Telemetry:
             self._trackers = [tracker for tracker in trackers if tracker is not None]
 
     def report(self, line: dict[str, Any], count_LE: Tensor, waits: WaitShares) -> None:
-        """Report a step: this rank's waits and, on rank 0, the metrics of the whole run.
+        """Report the metrics of a step: this rank's waiting times and, on rank 0, the metrics of the whole run.
 
         Args:
-            line: line of the step, for the whole run.
-            count_LE: routes of the step per layer and expert, for the whole run.
-            waits: waits of this rank.
+            line: metrics of the step over all ranks (`step_line`).
+            count_LE: number of the step's routes to each expert of each layer, over all ranks.
+            waits: shares of the step's time that this rank waited.
         """
         report_rank(self._gauges, self._rank, waits)
         if self._reports_run:
@@ -59,7 +59,7 @@ class Telemetry:
             tracker.report(line)
 
     def flush(self) -> None:
-        """Write everything that was reported to metrics.jsonl and to the event files."""
+        """Write all reported metrics to metrics.jsonl and to TensorBoard's event files."""
         history.flush(self._run)
         for tracker in self._trackers:
             tracker.flush()
@@ -68,7 +68,7 @@ class Telemetry:
         """Close all sinks of this rank.
 
         Args:
-            end_status: status for the end of the training.
+            end_status: final status of the training, which MLflow shows.
         """
         self._gauges.close()
         for tracker in self._trackers:

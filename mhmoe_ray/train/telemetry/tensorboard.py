@@ -1,6 +1,7 @@
 """Event files for TensorBoard below the run directory: `tensorboard --logdir RUN/tensorboard`.
 
-An event file on an object store cannot grow: there each flush writes a new file with the events since the last one.
+An event file on an object store cannot grow. So each flush there writes a new file, with the events since the last
+flush.
 """
 
 import tempfile
@@ -20,7 +21,7 @@ from mhmoe_ray.storage import copy_file
 from mhmoe_ray.train.telemetry.tracker import EndStatus
 
 FLUSH_SECONDS = 10.0
-"""Seconds after which written events are flushed, except on an object store."""
+"""Seconds after which events are flushed to their file. On an object store, only `flush` writes them."""
 
 
 class TensorBoard:
@@ -42,7 +43,7 @@ class TensorBoard:
         self._writer.write_event(Event(session_log=SessionLog(status=SessionLog.START), step=start + 1))
 
     def report(self, line: dict[str, Any]) -> None:
-        """Write the values of a step's line as one event."""
+        """Write the metrics of a step as one event; `line` is the step's line of metrics.jsonl."""
         scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in tagged_values(line).items()]
         step, wall_time = line[metrics.STEP], line[metrics.TIME]
         self._writer.write_event(Event(summary=Summary(value=scalars), step=step, wall_time=wall_time))
@@ -58,7 +59,7 @@ class TensorBoard:
         self._flushed = time.monotonic()
 
     def close(self, end_status: EndStatus) -> None:
-        """Write all events, and close the event file; TensorBoard shows no status."""
+        """Write all events, and close the event file. `end_status` is unused, because TensorBoard shows no status."""
         if self._spool:
             self._upload()
             self._spool.cleanup()
@@ -86,5 +87,5 @@ class TensorBoard:
 
 
 def open_tracker(run: RunDir, spec: RunSpec, group: int, start: int) -> TensorBoard:
-    """Return the tracker of a run; for the arguments see `TensorBoard`."""
+    """Return the TensorBoard tracker of a run, which writes event files; for the arguments see `TensorBoard`."""
     return TensorBoard(run, group, start)

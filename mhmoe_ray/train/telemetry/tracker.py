@@ -1,19 +1,19 @@
-"""The interface of trackers, which show the metrics of a run outside of its directory."""
+"""The interface of trackers, which pass the metrics of a run to TensorBoard or MLflow."""
 
 from typing import Any, Literal, Protocol
 
 EndStatus = Literal["FINISHED", "KILLED", "FAILED"]
-"""Status of a run at the end of its training."""
+"""Status of a run at the end of its training, in MLflow's words; KILLED means stopped before the last step."""
 
 
 class Tracker(Protocol):
-    """Tracker of one run."""
+    """Tracker of one run: a sink that passes its metrics to a tool such as TensorBoard or MLflow."""
 
     def report(self, line: dict[str, Any]) -> None:
-        """Take the metrics of a step, a line of metrics.jsonl. Training waits for this call."""
+        """Take the metrics of a step, as in a line of metrics.jsonl. The call must be fast: training waits."""
 
     def flush(self) -> None:
-        """Write everything that was reported, if the tracker has files."""
+        """Write all reported metrics to files, if the tracker has files."""
 
     def close(self, end_status: EndStatus) -> None:
-        """Pass on what is left, with the status at the end of the training."""
+        """Write or send all remaining metrics, with the final status of the training."""

@@ -1,7 +1,8 @@
 """Tiles of rows of width D, held as chunks whose widths are powers of two.
 
-The sides of Triton's tiles are powers of two. 192 = 768/4 and 384 = 768/2 are none; rounded up, a third of the matrix
-units' work would be padding. A row is therefore held as a tuple of chunks: 192 = 128 + 64, 384 = 256 + 128.
+The sides of Triton's tiles are powers of two. Widths such as 192 = 768/4 and 384 = 768/2 are not. If they were rounded
+up, the matrix units would do a third more work. A row is therefore held as a tuple of chunks: 192 = 128 + 64, 384 =
+256 + 128.
 
 A product over D is a sum over chunks. A product into D is one product for each chunk. Sums are float32.
 """
@@ -16,7 +17,10 @@ _MAX_WIDTH, _MIN_WIDTH = 256, 16
 
 
 def chunk_widths(width: int) -> tuple[int, ...]:
-    """Return powers of two, at most 256 and in falling order, whose sum is `width` rounded up to a multiple of 16."""
+    """Return the widths of the chunks of a row: powers of two, at most 256, in falling order.
+
+    They add up to `width`, rounded up to a multiple of 16.
+    """
     remaining_width, chunks = -(-width // _MIN_WIDTH) * _MIN_WIDTH, []
     while remaining_width:
         chunks.append(min(_MAX_WIDTH, 1 << remaining_width.bit_length() - 1))
@@ -36,7 +40,7 @@ def _column_offset(chunks: tuple[int, ...], c: int) -> int:
 
 @triton.jit
 def chunk_columns(CHUNKS: tl.constexpr, c: tl.constexpr) -> tl.tensor:
-    """Return the columns of D that chunk c holds; the last chunk may have columns past D."""
+    """Return the indices of the columns of a row that chunk c holds; the last chunk may have columns past D."""
     return _column_offset(CHUNKS, c) + tl.arange(0, _width(CHUNKS, c))
 
 
@@ -44,7 +48,7 @@ def chunk_columns(CHUNKS: tl.constexpr, c: tl.constexpr) -> tl.tensor:
 def load_rows(
     x_ND: tl.tensor, row_B: tl.tensor, inside_B: tl.tensor, D: tl.constexpr, CHUNKS: tl.constexpr
 ) -> tl.tuple:
-    """Load the rows `row_B` of a matrix [*, D] as chunks [B, width]; rows outside `inside_B` are zeros."""
+    """Load the rows `row_B` of a matrix [*, D] as chunks [B, width]; rows where `inside_B` is False become zeros."""
     chunks = ()
     for c in tl.static_range(len(CHUNKS)):
         col = chunk_columns(CHUNKS, c)
@@ -71,7 +75,7 @@ def load_columns(
 def store_rows(
     x_ND: tl.tensor, row_B: tl.tensor, inside_B: tl.tensor, chunks: tl.tuple, D: tl.constexpr, CHUNKS: tl.constexpr
 ) -> None:
-    """Store chunks [B, width] in the rows `row_B` of a matrix [*, D]; rows outside `inside_B` are not stored."""
+    """Store chunks [B, width] in the rows `row_B` of a matrix [*, D]; rows where `inside_B` is False are skipped."""
     for c in tl.static_range(len(CHUNKS)):
         col = chunk_columns(CHUNKS, c)
         mask = inside_B[:, None] & (col < D)[None, :]
@@ -94,7 +98,7 @@ def store_columns(
 
 @triton.jit
 def zeros_rows(B: tl.constexpr, CHUNKS: tl.constexpr) -> tl.tuple:
-    """Return chunks [B, width] of float32 zeros."""
+    """Return chunks [B, width] of float32 zeros, one for each width in CHUNKS."""
     chunks = ()
     for c in tl.static_range(len(CHUNKS)):
         chunks = chunks + (tl.zeros([B, _width(CHUNKS, c)], tl.float32),)
@@ -103,7 +107,7 @@ def zeros_rows(B: tl.constexpr, CHUNKS: tl.constexpr) -> tl.tuple:
 
 @triton.jit
 def zeros_columns(B: tl.constexpr, CHUNKS: tl.constexpr) -> tl.tuple:
-    """Return chunks [width, B] of float32 zeros."""
+    """Return chunks [width, B] of float32 zeros, one for each width in CHUNKS."""
     chunks = ()
     for c in tl.static_range(len(CHUNKS)):
         chunks = chunks + (tl.zeros([_width(CHUNKS, c), B], tl.float32),)

@@ -1,7 +1,7 @@
-"""Autograd function of the fused experts, from routed rows to combined outputs. It keeps x, routes and weights.
+"""Autograd function of the fused experts, from routed rows to combined outputs.
 
-The backward recomputes the hidden layer and the values for the gradients of the gates. For LayerNorm, the mean and the
-deviation are kept, two numbers per route.
+For the backward it keeps only x, routes and weights. The backward recomputes the hidden layer and the values for the
+gradients of the gates. For LayerNorm, the mean and the inverse deviation are also kept, two numbers per route.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from mhmoe_kernels.triton.operators import SortedRoutes, combine_rows, sort_rout
 from mhmoe_kernels.weights import ExpertWeights, Swiglu
 
 _SORT_ROWS_PER_TILE = 128
-"""Rows of the tiles that the sort makes. The kernels do not use them: each has tiles of its own size."""
+"""Rows of the tiles that the sort of routes makes. The fused kernels make tiles of their own sizes instead."""
 
 
 class _FusedExperts(torch.autograd.Function):
@@ -40,8 +40,8 @@ class _FusedExperts(torch.autograd.Function):
         route_R, slot_NK, offset_E1, x_ND, gate_NK, *saved = ctx.saved_tensors
         weights, terms, statistics = split(saved, *ctx.counts)
         dy_ND, routes = dy_ND.contiguous(), (route_R, offset_E1, gate_NK.shape[1])
-        # The kernel for weights reads results of the kernel for rows. So the kernel for rows runs whichever gradients
-        # are needed.
+        # The kernel for weights reads results of the kernel for rows, so the kernel for rows always runs, whichever
+        # gradients are needed.
         dx_RD, dgate_S, row_statistics = fused_backward_rows(
             ctx.kind, x_ND, dy_ND, gate_NK, weights, terms, statistics, *routes
         )

@@ -1,7 +1,7 @@
 """GELU experts with biases and SubLN's inner LayerNorm over f, fc2(norm(gelu(fc1(x)))), on sorted rows.
 
-fc2 follows a norm over all of f. One loop over f is enough nevertheless, because everything after the norm is linear.
-With g = gelu(fc1(x)), its mean and deviation over f, and z = (g - mean) / deviation,
+fc2 follows a norm over all hidden units f of an expert. Nevertheless, one loop over f is enough, because everything
+after the norm is linear. With g = gelu(fc1(x)), its mean and deviation over f, and z = (g - mean) / deviation,
 
     y = W2 (w z + b) + b2 = (W2 (w g) - mean * (W2 w)) / deviation + (W2 b + b2)
 
@@ -42,7 +42,7 @@ def _load_vector(v_F, f, F):
 
 @triton.jit
 def _dot_rows(rows, v_D, D: tl.constexpr, CHUNKS: tl.constexpr):
-    """Return the dot product of each row with v_D."""
+    """Return the dot product of each row, held as chunks, with the vector v_D, in float32."""
     total = tl.sum(rows[0].to(tl.float32) * _load_vector(v_D, chunk_columns(CHUNKS, 0), D), 1)
     for c in tl.static_range(1, len(CHUNKS)):
         total += tl.sum(rows[c].to(tl.float32) * _load_vector(v_D, chunk_columns(CHUNKS, c), D), 1)
@@ -122,7 +122,7 @@ def gelu_backward_rows(
         t = matmul(dy, load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS), False)
         c += tl.sum(t * _load_vector(norm_weight_EF + vector, f, F) * z, 1)
     tl.store(dscale_S + route, c + _dot_rows(dy, c_ED + expert * D, D, CHUNKS), mask=inside)
-    # a and c are stored for the kernel for weights: it sees only a part of f, and both belong to all of f.
+    # a and c are sums over all of f. They are stored for the kernel for weights, which sees only a part of f.
     c /= F
     tl.store(a_R + slot, a, mask=inside)
     tl.store(c_R + slot, c, mask=inside)
@@ -194,7 +194,7 @@ def weighted_row_sums(
     dy_ND, route_R, scale_S, offset_E1, sum_ED,
     K: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Store the sum of scale * dy over the routes of each expert, which is the gradient of fc2's bias."""
+    """Store the gradient of fc2's bias: the sum of scale * dy over the routes of each expert. A scale is a gate."""
     col = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     expert = tl.program_id(1).to(tl.int64)
     total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)

@@ -1,6 +1,7 @@
-"""Operators of the fused experts, for both kinds of experts; each kind decides which tensors it keeps for its backward.
+"""Operators of the fused experts, SwiGLU and GELU. The two kinds keep different tensors for their backward.
 
-`weights` are stacked over experts, in the order of the function's arguments. Scales are in the order of routes.
+`weights` are stacked over experts, in the order of the function's arguments. A scale is the gate of a route (one choice
+of an expert by a row). Scales are in the order of routes.
 """
 
 from collections.abc import Sequence
@@ -20,8 +21,15 @@ Tensors = list[Tensor]
 
 
 def kernel_options(experts: int, top_k: int, width: int, hidden: int, block: Blocks) -> dict[str, Any]:
-    """Return the constants and the compiler options of a kernel for rows of `width`, experts of the hidden width
-    `hidden`, and these block sizes."""
+    """Return the constants and compiler options of a fused kernel.
+
+    Args:
+        experts: number of experts.
+        top_k: number of experts of each row.
+        width: width of a row.
+        hidden: hidden width of an expert.
+        block: block sizes of the kernel.
+    """
     return {
         "F": hidden,
         "E": experts,
@@ -40,7 +48,7 @@ def _float32(device_tensor: Tensor, *shape: int) -> Tensor:
 
 
 class _KernelSetup:
-    """Block sizes, tiles and options of one kernel for some routes."""
+    """Block sizes, tiles and compiler options with which one fused kernel is launched."""
 
     def __init__(self, kind: str, kernel: Kernel, weights: Tensors, x_ND: Tensor, top_k: int) -> None:
         self.experts, self.hidden, self.width = weights[0].shape
@@ -48,7 +56,7 @@ class _KernelSetup:
         self.options = kernel_options(self.experts, top_k, self.width, self.hidden, self.block)
 
     def tiles(self, offset_E1: Tensor, routes: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return offset_E1, expert_T and start_T for tiles of this kernel."""
+        """Divide sorted routes into tiles for this kernel: offset_E1, expert_T and start_T of `SortedRoutes`."""
         tiles: tuple[Tensor, Tensor, Tensor] = schedule_tiles(offset_E1.diff(), routes, self.block.rows)
         return tiles
 
@@ -58,12 +66,12 @@ class _KernelSetup:
 
 
 def _empty_statistics(kind: str, x_ND: Tensor, routes: int) -> Tensors:
-    """Return two empty values per route for GELU experts, and nothing for SwiGLU experts."""
+    """Return two uninitialized tensors with one value per route for GELU experts, and none for SwiGLU experts."""
     return [] if kind == "swiglu" else [_float32(x_ND, routes) for _ in range(2)]
 
 
 def norm_terms(kind: str, weights: Sequence[Tensor]) -> Tensors:
-    """Return s and c of gelu.py for GELU experts, and nothing for SwiGLU experts.
+    """Return s = W2 w and c = W2 b + b2 of each GELU expert, which gelu.py explains; SwiGLU experts have none.
 
     They are float32, because mean * s is subtracted from a sum of similar size, which would amplify rounding errors.
     """
@@ -87,8 +95,9 @@ def fused_forward(
     kind: str, eps: float, x_ND: Tensor, weights: Tensors, terms: Tensors, route_R: Tensor, offset_E1: Tensor,
     top_k: int,
 ) -> tuple[Tensor, Tensors]:  # fmt: skip
-    """Return the expert's output of every sorted route without its scale, and statistics of each route: mean and
-    inverse deviation of the norm, if there is one.
+    """Return the expert output of every sorted route, before it is scaled by its gate, and statistics of each route.
+
+    The statistics are the mean and the inverse deviation of the norm. Experts without a norm have none.
 
     Args:
         kind: kind of experts, `swiglu` or `gelu`.
@@ -132,8 +141,10 @@ def fused_backward_rows(
     kind: str, x_ND: Tensor, dy_ND: Tensor, scale_S: Tensor, weights: Tensors, terms: Tensors, statistics: Tensors,
     route_R: Tensor, offset_E1: Tensor, top_k: int,
 ) -> tuple[Tensor, Tensor, Tensors]:  # fmt: skip
-    """Return the gradient of the row of every sorted route, the gradient of the scale of every route, and two more
-    statistics of each route for `fused_backward_weights`, if there is a norm: A and C of gelu.py."""
+    """Return the gradients of the row and of the scale of every route, and more statistics of each route.
+
+    The statistics are A and C of gelu.py, which `fused_backward_weights` needs. Experts without a norm have none.
+    """
     routes = len(route_R)
     dx_RD, dscale_S = x_ND.new_empty(routes, x_ND.shape[1]), _float32(x_ND, routes)
     row_statistics = _empty_statistics(kind, x_ND, routes)
@@ -162,8 +173,10 @@ def fused_backward_weights(
     kind: str, x_ND: Tensor, dy_ND: Tensor, scale_S: Tensor, weights: Tensors, statistics: Tensors,
     route_R: Tensor, offset_E1: Tensor, top_k: int,
 ) -> Tensors:  # fmt: skip
-    """Return the gradient of each of the `weights`. The statistics are those of `fused_forward`, then those of
-    `fused_backward_rows`."""
+    """Return the gradient of each of the experts' weights.
+
+    `statistics` has those of `fused_forward`, then those of `fused_backward_rows`.
+    """
     setup = _KernelSetup(kind, "backward_weights", weights, x_ND, top_k)
     gradients = [torch.empty_like(w) for w in weights]
     if kind == "swiglu":

@@ -1,8 +1,8 @@
 """SwiGLU experts, down(silu(gate(x)) * up(x)), on sorted rows: forward, and gradients that recompute the hidden layer.
 
-A program of `swiglu_forward` or `swiglu_backward_rows` holds BLOCK_R rows of one expert and loops over f. A program of
-`swiglu_backward_weights` holds BLOCK_F hidden units of one expert and loops over the expert's rows. No kernel stores
-values of size R x F.
+A program of `swiglu_forward` or `swiglu_backward_rows` holds BLOCK_R rows of one expert and loops over the expert's
+hidden units f. A program of `swiglu_backward_weights` holds BLOCK_F hidden units of one expert and loops over the
+expert's rows. No kernel stores values of size R x F.
 """
 
 import triton
@@ -48,7 +48,7 @@ def swiglu_forward(
 
 @triton.jit
 def _swiglu_gradients(a, u, dh):
-    """Return h and the gradients of a and u, from the gate's output a, the output u of up, and the gradient of h."""
+    """Return h = silu(a) * u and the gradients of a and u, from gate's output a, up's output u, and h's gradient dh."""
     s = tl.sigmoid(a)
     silu = a * s
     return silu * u, dh * u * (s + silu * (1 - s)), dh * silu

@@ -1,11 +1,11 @@
-"""Block sizes of the grouped products.
+"""Block sizes of the kernels of grouped products.
 
 NOT MEASURED: the sizes are predicted, and the kernels have only been compiled with them.
 
-A product of a tile of rows and a block of columns reads rows + columns values for each of rows * columns sums, so
-larger blocks read less. Compute capabilities 9 and 10 have room for 128 x 256 sums in registers or tensor memory, and
-147 KiB of shared memory for three stages of their operands; all others spill registers at that size, and cards for
-consumers have 99 KiB.
+A block of rows x columns sums reads rows + columns values for each step of its sums, so larger blocks read less memory
+per sum. GPUs of compute capability 9 and 10 have room for 128 x 256 sums in registers or tensor memory, and for three
+stages of their operands in shared memory, which take 147 KiB. All others spill registers at that size, and consumer
+cards have 99 KiB of shared memory.
 """
 
 from typing import NamedTuple
@@ -13,26 +13,28 @@ from typing import NamedTuple
 import torch
 
 ROW_BLOCKS = (128, 64, 32, 16)
-"""Rows of a tile, from the largest on; `rows_per_tile` chooses."""
+"""Possible numbers of rows of a tile, the largest first. `rows_per_tile` chooses one of them."""
 _LARGE_MAJORS = (9, 10)
 
 
 class ProductBlocks(NamedTuple):
-    """Sizes of a tile of a product, the warps of a program, and the stages of its pipeline."""
+    """Block sizes of a matrix product, the number of warps of a program, and the stages of its pipeline."""
 
     out: int
-    """Columns of the result."""
+    """Number of columns of the result that a program computes at a time."""
     inner: int
-    """Values that are multiplied at a time."""
+    """Number of values along the summed dimension that are multiplied at a time."""
     warps: int
     stages: int
 
 
 def rows_per_tile(routes: int, experts: int) -> int:
-    """Return the number of rows of a tile: the largest that is at most twice the mean number of rows of an expert.
+    """Return the number of rows of a tile, which is one of `ROW_BLOCKS`.
+
+    It is the largest one that is at most twice the mean number of rows of an expert, and otherwise the smallest one.
 
     Args:
-        routes: number of routes.
+        routes: number of routes, that is, of rows of all experts.
         experts: number of experts.
     """
     return next((rows for rows in ROW_BLOCKS if rows * experts <= 2 * routes), ROW_BLOCKS[-1])
@@ -55,7 +57,9 @@ def linear_blocks(rows: int, dtype: torch.dtype, capability: int) -> ProductBloc
 
 
 def outer_blocks(dtype: torch.dtype, capability: int) -> tuple[int, ProductBlocks]:
-    """Return the blocks of `grouped_outer`: rows of the result, and its columns with the rows that are added at a time.
+    """Return the block sizes of `grouped_outer`: the rows of a block of the result, then all other sizes.
+
+    In the other sizes, `out` is the columns of that block, and `inner` is the number of rows that are added at a time.
 
     Args:
         dtype: dtype of the operands.

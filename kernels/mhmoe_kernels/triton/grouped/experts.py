@@ -28,18 +28,18 @@ from mhmoe_kernels.triton.operators import (
 from mhmoe_kernels.weights import ExpertWeights, Function, Swiglu
 
 MakeProducts = Callable[[Tiles], Products]
-"""Function that returns the products of rows in tiles: `TritonProducts` or `TorchProducts`."""
+"""Function that creates the matrix products for given tiles of rows: the class `TritonProducts` or `TorchProducts`."""
 
 
 class Scales(NamedTuple):
-    """Scale of each route, in the order of routes, and the route of each slot; both None if there are no scales."""
+    """Scale (gate) of each route, in the order of routes, and the route of each slot; both None without scales."""
 
     scale_S: Tensor | None = None
     route_R: Tensor | None = None
 
 
 class ExpertSteps(Protocol):
-    """Forward and backward of one kind of experts on sorted rows."""
+    """Forward and backward of one kind of experts, on rows that are sorted by expert."""
 
     def project(self, x_RD: Tensor, weights: Tensors, products: Products, known_rows: Tensors = ()) -> Tensors:
         """Return the hidden values before the activation.
@@ -47,32 +47,32 @@ class ExpertSteps(Protocol):
         Args:
             x_RD: sorted rows.
             weights: weights of the experts.
-            products: products with the rows.
-            known_rows: first rows of the results, if they are known.
+            products: matrix products for the tiles of these rows.
+            known_rows: first rows of the results, if the forward has kept them.
         """
 
     def finish(self, hidden: Tensors, weights: Tensors, products: Products) -> tuple[Tensor, Tensors]:
-        """Return the expert's output of each row for the results of `project`, and statistics of each row."""
+        """Return the expert output of each row from the results of `project`, and row statistics for the backward."""
 
     def backward(
         self, dout_RD: Tensor, x_RD: Tensor, hidden: Tensors, statistics: Tensors, weights: Tensors, products: Products,
         scales: Scales,
     ) -> tuple[Parts, Tensor, Tensors]:  # fmt: skip
-        """Return the gradients of the rows, as a sum of one or two parts, of the scales and of the weights.
+        """Return the gradients of the rows (as a sum of one or two tensors), of the scales, and of the weights.
 
         Args:
-            dout_RD: gradient of the output after the scale.
+            dout_RD: gradient of the scaled outputs.
             x_RD: rows of the forward pass.
             hidden: results of `project`.
             statistics: statistics from `finish`.
             weights: weights of the experts.
-            products: products with the rows.
+            products: matrix products for the tiles of these rows.
             scales: scales by which the outputs were multiplied.
         """
 
 
 class SwigluSteps:
-    """SwiGLU experts: `project` computes gate and up."""
+    """Steps of SwiGLU experts: `project` computes gate and up, and there are no statistics."""
 
     def project(self, x_RD: Tensor, weights: Tensors, products: Products, known_rows: Tensors = ()) -> Tensors:
         known_parts = known_rows or (None, None)
@@ -96,8 +96,10 @@ class SwigluSteps:
 
 
 class GeluSublnSteps(NamedTuple):
-    """GELU experts with biases and an inner norm: `project` computes the input of the GELU; the statistics are the mean
-    and the inverse deviation of the norm."""
+    """Steps of GELU experts with biases and an inner norm: `project` computes the input of the GELU.
+
+    The statistics of a row are the mean and the inverse standard deviation of its norm.
+    """
 
     eps: float
 
@@ -132,14 +134,14 @@ class GeluSublnSteps(NamedTuple):
 
 
 def steps_of(function: Function) -> ExpertSteps:
-    """Return the forward and backward of experts that compute `function`."""
+    """Return the object with the forward and backward of experts that compute `function`."""
     return SwigluSteps() if isinstance(function, Swiglu) else GeluSublnSteps(function.eps)
 
 
 def _kept_hidden(hidden: Tensors, recompute: float, products: Products) -> Tensors:
-    """Return the part of hidden values that is kept for the backward: the first rows, without a share of the last ones.
+    """Return the hidden values that are kept for the backward: those of all rows but a share `recompute` at the end.
 
-    Nothing is kept if all are recomputed, or if products would compute the kept rows again.
+    Nothing is kept if all rows are recomputed, or if the products cannot skip rows that are known.
     """
     if recompute == 0:
         return hidden
@@ -152,7 +154,7 @@ def _kept_hidden(hidden: Tensors, recompute: float, products: Products) -> Tenso
 
 
 class _RoutedExperts(torch.autograd.Function):
-    """y_n = sum_k gate_nk * expert_{expert_nk}(x_n)."""
+    """Autograd function of routed experts, y_n = sum_k gate_nk * expert_{expert_nk}(x_n)."""
 
     @staticmethod
     def forward(
@@ -195,7 +197,7 @@ class _RoutedExperts(torch.autograd.Function):
 
 
 class _SortedExperts(torch.autograd.Function):
-    """Output of the expert of each row, for rows that are sorted by expert."""
+    """Autograd function that returns the expert output of each row, for rows that are sorted by expert."""
 
     @staticmethod
     def forward(
@@ -244,5 +246,5 @@ def run_sorted(make_products: MakeProducts, x_RD: Tensor, count_E: Tensor, weigh
 
 
 def _applied_recompute(weights: ExpertWeights) -> float:
-    """Return the share of rows that are recomputed; without a backward there are none to keep a part of."""
+    """Return the share of rows, from 0 to 1, whose hidden values are recomputed; 0 if gradients are disabled."""
     return weights.recompute if torch.is_grad_enabled() else 0.0

@@ -15,7 +15,7 @@ from mhmoe_kernels.triton.functions import gelu, gelu_slope
 
 @triton.jit
 def _load_vector(v_EF, expert, column, F: tl.constexpr):
-    """Return part of an expert's vector as a float32 row."""
+    """Load some columns of an expert's vector, such as a bias, as a float32 row."""
     return tl.load(v_EF + expert * F + column, mask=column < F, other=0.0).to(tl.float32)[None, :]
 
 
@@ -24,7 +24,7 @@ def gelu_norm_forward(
     inner_RF, norm_weight_EF, norm_bias_EF, offset_E1, expert_T, start_T, normed_RF, mean_R, rstd_R, eps,
     F: tl.constexpr, E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Compute normed = norm(gelu(inner)) for BLOCK_R rows of a tile."""
+    """Compute normed = norm(gelu(inner)) for BLOCK_R rows of a tile, and store mean and 1/deviation of each row."""
     expert = tl.load(expert_T + tl.program_id(0))
     if expert >= E:
         return
@@ -65,9 +65,9 @@ def gelu_norm_backward(
     F: tl.constexpr, D: tl.constexpr, E: tl.constexpr, HAS_SCALES: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of inner, and the normed values again, both multiplied by the route's scale.
+    """Compute the gradient of GELU's input `inner`, and the normed values again, both times the route's scale (gate).
 
-    dnormed and dout are gradients before the scale. The gradient of the scale is <dy, fc2(normed)>, which is
+    dnormed and dout do not contain the scale. The gradient of the scale is <dy, fc2(normed)>, which is
     <dnormed, normed> + <dout, bias of fc2>.
     """
     expert = tl.load(expert_T + tl.program_id(0))
@@ -122,7 +122,7 @@ def norm_sums(
     inner_RF, dnormed_RF, mean_R, rstd_R, scale_S, route_R, offset_E1, dweight_EF, dbias_EF, F: tl.constexpr,
     HAS_SCALES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of the norm's weight and bias, in float32: one program for BLOCK_F columns of an expert."""
+    """Compute the gradients of the norm's weight and bias; a program adds BLOCK_F columns of an expert in float32."""
     expert = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     dweight, dbias = tl.zeros([BLOCK_F], tl.float32), tl.zeros([BLOCK_F], tl.float32)
@@ -150,7 +150,7 @@ def row_sums(
     x_RF, scale_S, route_R, offset_E1, sum_EF, F: tl.constexpr,
     HAS_SCALES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Add each expert's rows in float32, multiplied by their scales: one program for BLOCK_F columns of an expert."""
+    """Add the rows of each expert, times their scales; a program adds BLOCK_F columns of an expert in float32."""
     expert = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     total = tl.zeros([BLOCK_F], tl.float32)

@@ -1,4 +1,4 @@
-"""Operators of experts as grouped products: the products, and what lies between them."""
+"""Operators of experts as grouped products: the products, and the activations, norms and sums between them."""
 
 import torch
 import triton
@@ -29,12 +29,12 @@ def grouped_linear(
     """Return x_r @ w_e + x2_r @ w2_e + bias_e for the rows r of each expert e, added in float32.
 
     Args:
-        x_RI, x2_RI: sorted rows; the second ones are optional.
-        w_EMN, w2_EMN: matrices of each expert: [in, out], or [out, in] if transposed.
+        x_RI, x2_RI: rows sorted by expert; the second ones are optional.
+        w_EMN, w2_EMN: matrix of each expert: [in, out], or [out, in] if transposed.
         bias_EO: bias of each expert, if there is one.
         known_PO: the first rows of the result, if they are known and need not be computed.
         offset_E1, expert_T, start_T: as in `SortedRoutes`.
-        transposed: whether the product is with the transposed matrices.
+        transposed: whether rows are multiplied by the transposed matrices.
         rows_per_tile: largest number of rows of a tile.
     """
     y_RO = _fake_linear(
@@ -64,7 +64,7 @@ def grouped_linear(
     fake=lambda a_RO, b_RI, offset_E1: a_RO.new_empty(len(offset_E1) - 1, a_RO.shape[1], b_RI.shape[1]),
 )
 def grouped_outer(a_RO: Tensor, b_RI: Tensor, offset_E1: Tensor) -> Tensor:
-    """Return dw_EOI, for each expert the sum of a_r^T b_r over its rows, added in float32."""
+    """Return the gradient dw_EOI of matrices: for each expert the sum of a_r^T b_r over its rows r, in float32."""
     experts, out_width, in_width = len(offset_E1) - 1, a_RO.shape[1], b_RI.shape[1]
     dw_EOI = a_RO.new_empty(experts, out_width, in_width)
     block_out, block = outer_blocks(a_RO.dtype, device_capability(a_RO.device))
@@ -77,8 +77,9 @@ def grouped_outer(a_RO: Tensor, b_RI: Tensor, offset_E1: Tensor) -> Tensor:
     return dw_EOI
 
 
-# torch's shape function of grouped_mm asks a real GPU for its compute capability, so the products by torch have
-# operators with shapes of their own. grouped_mm prepares the addresses of its groups by a second kernel.
+# torch's own fake implementation of grouped_mm asks a real GPU for its compute capability. The products by torch are
+# therefore operators with other fake implementations. grouped_mm launches two kernels: one prepares the addresses of
+# groups.
 @operator(
     "torch_linear(Tensor x_RI, Tensor w_EMN, Tensor offset_E1, bool transposed) -> Tensor",
     launches=2,
@@ -99,7 +100,7 @@ def torch_linear(x_RI: Tensor, w_EMN: Tensor, offset_E1: Tensor, transposed: boo
     fake=lambda a_RO, b_RI, offset_E1: a_RO.new_empty(len(offset_E1) - 1, a_RO.shape[1], b_RI.shape[1]),
 )
 def torch_outer(a_RO: Tensor, b_RI: Tensor, offset_E1: Tensor) -> Tensor:
-    """Return the result of `grouped_outer` by torch's grouped_mm."""
+    """Return the same gradient of matrices as `grouped_outer`, computed by torch's grouped_mm."""
     if not len(a_RO):
         return a_RO.new_zeros(len(offset_E1) - 1, a_RO.shape[1], b_RI.shape[1])
     return torch.nn.functional.grouped_mm(a_RO.T, b_RI, offs=offset_E1[1:])
@@ -111,7 +112,7 @@ def torch_outer(a_RO: Tensor, b_RI: Tensor, offset_E1: Tensor) -> Tensor:
     fake=lambda gate_RF, up_RF: torch.empty_like(gate_RF),
 )
 def swiglu_forward(gate_RF: Tensor, up_RF: Tensor) -> Tensor:
-    """Return silu(gate) * up."""
+    """Return the hidden values silu(gate) * up of SwiGLU experts, computed in float32 by one kernel."""
     hidden_RF = torch.empty_like(gate_RF)
     if hidden_RF.numel():
         launch(swiglu.swiglu_forward, (triton.cdiv(hidden_RF.numel(), 1024),))(
@@ -136,12 +137,12 @@ def _fake_scale_gradient(gate_RF: Tensor, scale_S: Tensor | None) -> Tensor:
 def swiglu_backward(
     gate_RF: Tensor, up_RF: Tensor, dhidden_RF: Tensor, scale_S: Tensor | None, route_R: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of gate and up and the hidden values, multiplied by scales, and the gradient of the scales.
+    """Return the gradients of gate and up and the hidden values, all times the scales, and the gradient of the scales.
 
     Args:
         gate_RF, up_RF: values of the forward pass.
-        dhidden_RF: gradient of the hidden values, before the scale.
-        scale_S: scale of each route, in the order of routes; None for no scales, whose gradient is then empty.
+        dhidden_RF: gradient of the hidden values, without the scales.
+        scale_S: scale (gate) of each route, in the order of routes; if it is None, the gradient of the scales is empty.
         route_R: route of each slot, if there are scales.
     """
     count, width = gate_RF.shape
@@ -158,7 +159,7 @@ def swiglu_backward(
 
 
 def _scale_pointers(scale_S: Tensor | None, route_R: Tensor | None, other_tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the scales and the routes for a kernel; without scales, `other_tensor` twice, which it does not read."""
+    """Return scales and routes as a kernel's arguments. Without scales, `other_tensor` stands for both, unread."""
     return (other_tensor, other_tensor) if scale_S is None or route_R is None else (scale_S, route_R)
 
 
@@ -179,7 +180,7 @@ def gelu_norm_forward(
     inner_RF: Tensor, norm_weight_EF: Tensor, norm_bias_EF: Tensor, offset_E1: Tensor, expert_T: Tensor,
     start_T: Tensor, eps: float, rows_per_tile: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return norm(gelu(inner)), and mean and 1/deviation of gelu(inner) over each row."""
+    """Return norm(gelu(inner)) of GELU experts, and the mean and 1/deviation of gelu(inner) over each row."""
     normed_RF = torch.empty_like(inner_RF)
     mean_R, rstd_R = (inner_RF.new_empty(len(inner_RF), dtype=torch.float32) for _ in range(2))
     if len(inner_RF):
@@ -192,7 +193,7 @@ def gelu_norm_forward(
 
 
 def _norm_blocks(width: int) -> tuple[int, int]:
-    """Return the rows and columns of a block of the norm's kernels."""
+    """Return the number of rows and columns of a block in the kernels of the norm."""
     columns = min(512, max(16, triton.next_power_of_2(width)))
     return max(1, min(16, 2048 // columns)), columns
 
@@ -213,7 +214,7 @@ def gelu_norm_backward(
     dout_RD: Tensor, out_bias_ED: Tensor, scale_S: Tensor | None, route_R: Tensor | None, offset_E1: Tensor,
     expert_T: Tensor, start_T: Tensor, rows_per_tile: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradient of inner and the normed values, multiplied by scales, and the gradient of the scales."""
+    """Return the gradient of GELU's input and the normed values, both times the scales, and the scales' gradient."""
     dinner_RF, normed_RF = torch.empty_like(inner_RF), torch.empty_like(inner_RF)
     dscale_S = _fake_scale_gradient(inner_RF, scale_S)
     if len(inner_RF):
@@ -238,7 +239,7 @@ def norm_sums(
     inner_RF: Tensor, dnormed_RF: Tensor, mean_R: Tensor, rstd_R: Tensor, scale_S: Tensor | None,
     route_R: Tensor | None, offset_E1: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of the norm's weight and bias, added in float32."""
+    """Return the gradients of the weight and the bias of each expert's norm, added over rows in float32."""
     experts, width = len(offset_E1) - 1, inner_RF.shape[1]
     dweight_EF, dbias_EF = (inner_RF.new_empty(experts, width) for _ in range(2))
     block_columns = min(128, triton.next_power_of_2(width))
@@ -255,7 +256,7 @@ def norm_sums(
     fake=lambda x_RF, scale_S, route_R, offset_E1: x_RF.new_empty(len(offset_E1) - 1, x_RF.shape[1]),
 )
 def row_sums(x_RF: Tensor, scale_S: Tensor | None, route_R: Tensor | None, offset_E1: Tensor) -> Tensor:
-    """Return the sum of each expert's rows, multiplied by their scales and added in float32."""
+    """Return the sum of each expert's rows, multiplied by their scales if there are any, and added in float32."""
     experts, width = len(offset_E1) - 1, x_RF.shape[1]
     sum_EF = x_RF.new_empty(experts, width)
     block_columns = min(128, triton.next_power_of_2(width))

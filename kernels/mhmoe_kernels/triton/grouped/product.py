@@ -1,9 +1,9 @@
 """Persistent kernels of grouped matrix products: rows times the matrix of their expert, and the gradients of matrices.
 
-A fixed number of programs takes one tile after another until none is left, so one launch computes all experts, however
-many rows each of them has. Widths are constants of a kernel, so that the compiler knows which loads are aligned: a
-width of 856 is no multiple of 16, but its rows are multiples of 16 bytes. Numbers of rows and tiles, which change all
-the time, must not lead to other kernels (`do_not_specialize`).
+A fixed number of programs takes one tile after another until all are done. One launch therefore computes all experts,
+however many rows each of them has. Widths are constants of a kernel, so that the compiler knows which loads are
+aligned: a width of 856 is not a multiple of 16, but its rows are multiples of 16 bytes. The numbers of rows and tiles
+change all the time and must not cause a new compilation (`do_not_specialize`).
 
     grouped_linear   y_r = x_r @ w_e^T, or x_r @ w_e, for the rows r of each expert e
     grouped_outer    dw_e = sum over the rows r of expert e of a_r^T b_r
@@ -63,14 +63,14 @@ def grouped_linear(
     TRANSPOSED: tl.constexpr, HAS_SECOND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_KNOWN_ROWS: tl.constexpr,
     IS_EVEN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
-    """Compute the rows of y; with HAS_SECOND, y is the sum of two products with the same routes and shapes.
+    """Compute y: each row of x times the matrix of its expert. With HAS_SECOND, add the product of x2 and w2.
 
-    With HAS_KNOWN_ROWS, the first P rows of y are known: they are copied, except where a tile has other rows too.
+    With HAS_KNOWN_ROWS, the first P rows of y are known. They are copied, unless their tile also has other rows.
     """
     out_blocks = tl.cdiv(OUT, BLOCK_OUT)
     for tile in range(tl.program_id(0), T * out_blocks, tl.num_programs(0)):
-        # The tiles of the same rows are neighbours, so that the L2 cache holds the rows, and an expert's tiles are, so
-        # that it holds the expert's matrix.
+        # The tiles of the same rows follow each other, so that the rows stay in the L2 cache. So do the tiles of an
+        # expert, so that its matrix stays there.
         rows_tile = tile // out_blocks
         expert = tl.load(expert_T + rows_tile).to(tl.int64)
         if expert < E:
@@ -103,7 +103,7 @@ def grouped_outer(
     a_RO, b_RI, dw_EOI, offset_E1, OUT: tl.constexpr, IN: tl.constexpr, E: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
-    """Compute dw of all experts; that of an expert without rows is 0."""
+    """Compute dw, the gradient of each expert's matrix: the sum of a_r^T b_r over its rows r, or 0 without rows."""
     out_blocks, in_blocks = tl.cdiv(OUT, BLOCK_OUT), tl.cdiv(IN, BLOCK_IN)
     for tile in range(tl.program_id(0), E * out_blocks * in_blocks, tl.num_programs(0)):
         expert = tile // (out_blocks * in_blocks)

@@ -1,4 +1,4 @@
-"""Products of sorted rows with the matrices of their experts, by Triton kernels or by torch."""
+"""Products of rows, sorted by expert, with the matrices of their experts, by Triton kernels or by torch."""
 
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
@@ -8,11 +8,11 @@ from torch import Tensor
 from mhmoe_kernels.triton.grouped import operators as ops
 
 Parts = tuple[Tensor, Tensor | None]
-"""A tensor as the sum of one or two parts."""
+"""A tensor as the sum of one or two tensors; the second one may be None."""
 
 
 class Tiles(NamedTuple):
-    """Tiles of sorted rows, as in `SortedRoutes`."""
+    """Tiles of rows that are sorted by expert; the tensors are those of `SortedRoutes`."""
 
     offset_E1: Tensor
     expert_T: Tensor
@@ -21,19 +21,19 @@ class Tiles(NamedTuple):
     """Largest number of rows of a tile."""
 
     def arguments(self, transposed: bool) -> tuple[Tensor, Tensor, Tensor, bool, int]:
-        """Return the last arguments of `grouped_linear`."""
+        """Return the tiles as the last arguments of operator `grouped_linear`."""
         return self.offset_E1, self.expert_T, self.start_T, transposed, self.rows
 
 
 class Products(Protocol):
-    """Products of sorted rows with the matrices of their experts."""
+    """Matrix products of rows, sorted by expert, with the matrices of their experts."""
 
     skips_known_rows: ClassVar[bool]
-    """Whether `linear` computes only those rows that are not known."""
+    """True if `linear` does not compute rows of the result that are known."""
 
     @property
     def tiles(self) -> Tiles:
-        """Tiles of the rows."""
+        """The tiles into which the rows are divided."""
 
     def linear(
         self, x_RI: Tensor, w_EOI: Tensor, bias_EO: Tensor | None = None, known_PO: Tensor | None = None
@@ -48,18 +48,18 @@ class Products(Protocol):
         """
 
     def backward(self, dy_RO: Tensor, w_EOI: Tensor) -> Tensor:
-        """Return the gradient of the rows for the gradient `dy_RO` of `linear`."""
+        """Return the gradient of the input rows of `linear` from the gradient `dy_RO` of its result."""
 
     def backward_sum(self, dy_RO: Tensor, w_EOI: Tensor, dy2_RO: Tensor, w2_EOI: Tensor) -> Parts:
-        """Return the gradient of rows that are the input of two products, in one part or in two."""
+        """Return the gradient of rows that are the input of two products, as a sum of one or two tensors."""
 
     def outer(self, dy_RO: Tensor, x_RI: Tensor) -> Tensor:
-        """Return the gradient of the matrices for the gradient `dy_RO` of `linear`."""
+        """Return the gradient of the matrices of `linear` from the gradient `dy_RO` of its result."""
 
 
 @dataclass(frozen=True)
 class TritonProducts:
-    """Products by the kernels of product.py."""
+    """Products of sorted rows by the Triton kernels of product.py."""
 
     skips_known_rows: ClassVar[bool] = True
     tiles: Tiles
@@ -84,7 +84,7 @@ class TritonProducts:
 
 @dataclass(frozen=True)
 class TorchProducts:
-    """Products by torch's grouped_mm, which takes matrices without biases."""
+    """Products of sorted rows by torch's grouped_mm, which takes matrices without biases."""
 
     skips_known_rows: ClassVar[bool] = False
     tiles: Tiles

@@ -19,9 +19,9 @@ def swiglu_backward(
     gate_RF, up_RF, dhidden_RF, scale_S, route_R, dgate_RF, dup_RF, hidden_RF, dscale_S, R, F: tl.constexpr,
     HAS_SCALES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of gate and up, and the hidden values again, all multiplied by the route's scale.
+    """Compute the gradients of gate and up, and the hidden values again, all multiplied by the route's scale (gate).
 
-    dhidden is the gradient before the scale, so its product with the hidden values is the gradient of the scale:
+    dhidden does not contain the scale, so its product with the hidden values is the gradient of the scale:
     <dy, down(h)> = <down^T(dy), h>. It needs no output of the expert. Scales are in the order of routes, not of slots.
     """
     slot = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)

@@ -1,4 +1,4 @@
-"""Adapters between the model section of a spec and config.json of the architectures of transformers.
+"""Adapters, which translate the `model` section of a spec to and from config.json of architectures of transformers.
 
 base.py      the interface, and the keys that all decoders have
 llama.py     dense decoders: Llama, Mistral, Qwen2, Qwen3
@@ -47,13 +47,13 @@ MOE_TRAINING_OPTIONS = {
     "kernel",
     "recompute",
 }
-"""Options of a model that do not change what it computes for a text outside training."""
+"""Options of the `model.moe` section that matter only in training, and do not change what a trained model computes."""
 
 
 def computed_function(model: ModelSpec) -> dict[str, Any]:
-    """Return what a model computes for a text, as a value that is equal for models that compute the same.
+    """Return the options that decide what a model computes for a text. They are equal for models that compute the same.
 
-    Options of training are left out, and defaults are replaced by their values.
+    Options that matter only in training are left out, and unset options are replaced by the values that they stand for.
     """
     fields = model.model_dump(mode="json", exclude=TRAINING_OPTIONS | {"moe"})
     fields |= {"kv_heads": model.n_kv_heads, "d_head": model.head_width, "attention_bias": model.biased_attention}
@@ -73,10 +73,10 @@ def computed_function(model: ModelSpec) -> dict[str, Any]:
 
 
 def choose_adapter(model: ModelSpec, seq_len: int) -> Adapter:
-    """Return the keys of config.json for a model, of the first architecture that computes exactly the same.
+    """Return a model's config.json keys in the first architecture of `ADAPTERS` that computes exactly the same.
 
     Args:
-        model: model section of a spec.
+        model: `model` section of a spec.
         seq_len: number of tokens that the model sees at once.
     """
     for adapter_class in ADAPTERS.values():
@@ -85,7 +85,7 @@ def choose_adapter(model: ModelSpec, seq_len: int) -> Adapter:
             if adapter and computed_function(adapter.to_model_spec()) == computed_function(model):
                 return adapter
         except ValidationError:
-            # The architecture has no such model.
+            # The keys of the architecture cannot express this model.
             continue
     raise AssertionError(f"the adapter of {MhmoeAdapter.model_type} cannot express {model}")
 

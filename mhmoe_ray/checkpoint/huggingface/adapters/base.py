@@ -1,6 +1,6 @@
-"""The interface of an adapter: config.json of one architecture of transformers, in both directions."""
+"""Interface of an adapter, which translates a spec to and from config.json of one architecture of transformers."""
 
-# Processes that compute nothing import adapters, so that nothing here may import torch.
+# Processes that compute nothing import adapters and must start quickly, so nothing here may import torch.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.spec.model import RopeScaling
 
 NameReplacements = tuple[tuple[str, str], ...]
-"""Pairs (part of an exported name in the table of `names.py`, an architecture's own name for it)."""
+"""Pairs of texts: a part of a tensor's name in the table of `names.py`, and an architecture's name for this part."""
 # Keys of any config.json that do not change what a model computes for a text: tokens, dtype, files, generation, labels.
 NEUTRAL_KEYS = {
     "_name_or_path",
@@ -49,7 +49,7 @@ NEUTRAL_KEYS = {
 
 
 class Adapter(BaseModel, ABC):
-    """Keys of config.json that all decoders have, and their translation from and to the model section of a spec.
+    """Keys of config.json that all decoders have, and their translation to and from the `model` section of a spec.
 
     A subclass is the adapter of one architecture. It adds the architecture's own keys with the defaults of
     transformers, which apply where a file omits a key.
@@ -62,9 +62,9 @@ class Adapter(BaseModel, ABC):
     class_name: ClassVar[str]
     """Name of the class in transformers that computes the architecture, for `architectures` in config.json."""
     default_theta: ClassVar[float] = 10_000.0
-    """Base of rotary positions where a file omits it."""
+    """Base of the frequencies of rotary positions if config.json omits it."""
     name_replacements: ClassVar[NameReplacements] = ()
-    """Pairs (part of a tensor's name in `names.py`, the architecture's own name for it)."""
+    """Pairs of texts: a part of a tensor's name in `names.py`, and the architecture's own name for this part."""
 
     vocab_size: PositiveInt
     hidden_size: PositiveInt
@@ -83,7 +83,10 @@ class Adapter(BaseModel, ABC):
     @model_validator(mode="before")
     @classmethod
     def _unify_rope(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Return the fields with `rope_parameters` as transformers 5 writes it, from the keys of older versions."""
+        """Return the keys of config.json with rotary positions in `rope_parameters`, as transformers 5 writes them.
+
+        Older versions of transformers write other keys, which are replaced.
+        """
         rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             return fields
@@ -97,19 +100,19 @@ class Adapter(BaseModel, ABC):
     def _check_unknown_keys(self) -> Self:
         """Raise ValueError for a key that may change what the model computes and that the adapter does not know."""
         for key, value in (self.model_extra or {}).items():
-            # Keys that are off by convention, such as `mlp_bias: false`, ask for nothing.
+            # A key that switches something off, such as `mlp_bias: false`, does not change what the model computes.
             if key not in NEUTRAL_KEYS and value not in (None, False, [], {}):
                 raise ValueError(f"{key} is {value!r}, which is not a key of a {self.model_type} that is computed here")
         return self
 
     @classmethod
     def from_model(cls, model: ModelSpec, seq_len: int) -> Self | None:
-        """Return the keys for a model; None if the architecture clearly cannot compute it.
+        """Return the config.json keys for a model; None if the architecture clearly cannot compute it.
 
-        The caller checks that `to_model_spec` gives back the same model, so a method need not check everything.
+        The caller checks that `to_model_spec` gives back the same model, so this method need not check every option.
 
         Args:
-            model: model section of a spec.
+            model: `model` section of a spec.
             seq_len: number of tokens that the model sees at once.
         """
         fields = cls._fields_of(model)
@@ -118,7 +121,7 @@ class Adapter(BaseModel, ABC):
     @classmethod
     @abstractmethod
     def _fields_of(cls, model: ModelSpec) -> dict[str, Any] | None:
-        """Return the architecture's own keys for a model; None if it cannot compute the model."""
+        """Return a model's config.json keys that not all decoders have; None if the architecture cannot express it."""
 
     @classmethod
     def _trunk_fields(cls, model: ModelSpec, seq_len: int) -> dict[str, Any]:
@@ -138,14 +141,14 @@ class Adapter(BaseModel, ABC):
 
     @abstractmethod
     def to_model_spec(self) -> ModelSpec:
-        """Return the model section of a spec that computes the same as a model with these keys.
+        """Return the `model` section of a spec that describes the same model as these keys.
 
         Raises:
-            ValueError: the keys ask for something that is not computed here.
+            ValueError: the keys describe something that this package does not compute.
         """
 
     def _trunk_options(self) -> dict[str, Any]:
-        """Return the options of a model section that do not concern feed-forward layers."""
+        """Return the options of a `model` section for everything but feed-forward layers."""
         head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         is_default_width = head_dim * self.num_attention_heads == self.hidden_size
         return {
@@ -164,14 +167,14 @@ class Adapter(BaseModel, ABC):
 
     @property
     def context_length(self) -> int:
-        """Number of tokens that the model sees at once."""
+        """Context length: number of tokens that the model sees at once."""
         # Up to the length of the sliding window, attention with the window equals attention without it.
         window = self.sliding_window if self.use_sliding_window else None
         return min(self.max_position_embeddings, window or self.max_position_embeddings)
 
 
 def rope_parameters(model: ModelSpec) -> dict[str, Any]:
-    """Return the `rope_parameters` of config.json for a model."""
+    """Return the value of `rope_parameters` in config.json, which describes a model's rotary positions."""
     scaling, theta = model.rope_scaling, {"rope_theta": model.rope_theta}
     if scaling is None:
         return {"rope_type": "default", **theta}
@@ -186,10 +189,10 @@ def rope_parameters(model: ModelSpec) -> dict[str, Any]:
 
 
 def _rope_scaling(rope: Mapping[str, Any], max_positions: int) -> RopeScaling | None:
-    """Return the scaling of positions that `rope_parameters` describes.
+    """Return the scaling of rotary positions that `rope_parameters` in config.json describes; None without scaling.
 
     Raises:
-        ValueError: positions are scaled in a way that is not computed here.
+        ValueError: positions are scaled in a way that this package does not compute.
     """
     rope_type = rope["rope_type"]
     names = {

@@ -1,4 +1,4 @@
-"""Adapters of dense decoders: Llama, Mistral, Qwen2 and Qwen3."""
+"""Translation of config.json of dense decoders (Llama, Mistral, Qwen2 and Qwen3) to and from a spec."""
 
 from typing import Any, ClassVar, Literal
 
@@ -9,7 +9,7 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class DenseAdapter(Adapter):
-    """Keys that the dense decoders share."""
+    """Keys of config.json that the dense decoders share, and their translation to and from a spec."""
 
     hidden_act: Literal["silu"] = "silu"
     intermediate_size: PositiveInt
@@ -25,7 +25,7 @@ class DenseAdapter(Adapter):
 
 
 class LlamaAdapter(DenseAdapter):
-    """Adapter of Llama 1 to 3."""
+    """Keys of config.json of Llama 1 to 3, and their translation to and from a spec."""
 
     model_type = "llama"
     class_name = "LlamaForCausalLM"
@@ -45,7 +45,7 @@ class LlamaAdapter(DenseAdapter):
 
 
 class MistralAdapter(DenseAdapter):
-    """Adapter of Mistral."""
+    """Keys of config.json of Mistral, and their translation to and from a spec."""
 
     model_type = "mistral"
     class_name = "MistralForCausalLM"
@@ -59,7 +59,7 @@ class MistralAdapter(DenseAdapter):
 
 
 class Qwen2Adapter(DenseAdapter):
-    """Adapter of Qwen2 and Qwen2.5, whose projections of queries, keys and values have biases."""
+    """Keys of config.json of Qwen2 and Qwen2.5, whose projections of queries, keys and values have biases."""
 
     model_type = "qwen2"
     class_name = "Qwen2ForCausalLM"
@@ -78,7 +78,7 @@ class Qwen2Adapter(DenseAdapter):
 
 
 class Qwen3Adapter(Qwen2Adapter):
-    """Adapter of Qwen3, which norms each head of queries and keys and has no biases by default."""
+    """Keys of config.json of Qwen3, which norms each head of queries and keys, and has no biases by default."""
 
     model_type = "qwen3"
     class_name = "Qwen3ForCausalLM"

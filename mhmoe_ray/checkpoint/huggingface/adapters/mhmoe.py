@@ -1,4 +1,4 @@
-"""Adapter of MH-MoE models, with the keys of `configuration_mhmoe.MhmoeConfig`."""
+"""Translation of config.json of MH-MoE models (`configuration_mhmoe.MhmoeConfig`) to and from a spec."""
 
 from typing import Any, Literal
 
@@ -10,11 +10,14 @@ from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.spec.moe import RouterName
 
 BIAS_RATE = 0.001
-"""`bias_rate` of an imported router that has a selection bias (DeepSeek-V3's rate); it matters only in training."""
+"""Value of `bias_rate` for an imported router with a selection bias (DeepSeek-V3's rate); only training uses it."""
 
 
 class MhmoeAdapter(Adapter):
-    """Adapter of the models of this package; it can express each of them."""
+    """Keys of config.json of MH-MoE models, and their translation to and from a spec.
+
+    They can express every decoder of this package that can be exported.
+    """
 
     model_type = "mhmoe"
     class_name = "MhmoeForCausalLM"

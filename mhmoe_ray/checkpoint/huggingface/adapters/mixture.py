@@ -1,4 +1,7 @@
-"""Adapters of sparse mixtures of experts with one routed row per token: Mixtral, Qwen3-MoE and OLMoE."""
+"""Translation of config.json of sparse mixtures of experts (Mixtral, Qwen3-MoE and OLMoE) to and from a spec.
+
+These models route each token as a whole, and do not split it into sub-tokens.
+"""
 
 from abc import abstractmethod
 from typing import Any, Literal
@@ -10,7 +13,7 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class MixtureAdapter(Adapter):
-    """Keys that the mixtures share, and the translation of their experts to and from a spec."""
+    """Keys of config.json that mixtures of experts share, and their translation to and from a spec."""
 
     hidden_act: Literal["silu"] = "silu"
     num_experts_per_tok: PositiveInt
@@ -31,12 +34,12 @@ class MixtureAdapter(Adapter):
         return ModelSpec.model_validate({**options, "moe": self._moe_options()})
 
     def _dense_options(self) -> dict[str, Any]:
-        """Return the options of a model section that concern dense feed-forward layers, for models that have some."""
+        """Return the options of a `model` section for dense feed-forward layers; none if all layers have experts."""
         return {}
 
     @abstractmethod
     def _moe_options(self) -> dict[str, Any]:
-        """Return the `moe` section of a model section."""
+        """Return the `model.moe` section that these keys describe."""
 
     def _moe_layers(self) -> int:
         """Return the number of layers with experts."""
@@ -54,7 +57,7 @@ class MixtureAdapter(Adapter):
 
 
 class MixtralAdapter(MixtureAdapter):
-    """Adapter of Mixtral."""
+    """Keys of config.json of Mixtral, and their translation to and from a spec."""
 
     model_type = "mixtral"
     class_name = "MixtralForCausalLM"
@@ -91,7 +94,7 @@ class MixtralAdapter(MixtureAdapter):
 
 
 class ManyExpertsAdapter(MixtureAdapter):
-    """Keys and names that Qwen3-MoE and OLMoE share."""
+    """Keys of config.json and names of tensors that Qwen3-MoE and OLMoE share."""
 
     name_replacements = (
         (".block_sparse_moe.", ".mlp."),
@@ -108,7 +111,7 @@ class ManyExpertsAdapter(MixtureAdapter):
     @model_validator(mode="before")
     @classmethod
     def _unify_expert_count(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Return the fields with the number of experts as `num_experts`."""
+        """Return the keys of config.json with the number of experts under the name `num_experts`."""
         # Some versions of transformers write this number under the name that Mixtral gives it.
         if "num_local_experts" not in fields or "num_experts" in fields:
             return fields
@@ -132,7 +135,7 @@ class ManyExpertsAdapter(MixtureAdapter):
 
 
 class Qwen3MoeAdapter(ManyExpertsAdapter):
-    """Adapter of Qwen3-MoE, which norms each head of queries and keys."""
+    """Keys of config.json of Qwen3-MoE, which norms each head of queries and keys."""
 
     model_type = "qwen3_moe"
     class_name = "Qwen3MoeForCausalLM"
@@ -182,10 +185,10 @@ class Qwen3MoeAdapter(ManyExpertsAdapter):
         return max(1, sum((layer + 1) % self.decoder_sparse_step == 0 for layer in layers))
 
     def _dense_first(self) -> int:
-        """Return the number of dense layers at the start.
+        """Return the number of dense layers before the first layer with experts.
 
         Raises:
-            ValueError: other layers than the first ones are dense by `mlp_only_layers`.
+            ValueError: `mlp_only_layers` names other layers than the first ones.
         """
         layers = sorted(self.mlp_only_layers or [])
         if layers != list(range(len(layers))):
@@ -194,7 +197,7 @@ class Qwen3MoeAdapter(ManyExpertsAdapter):
 
 
 class OlmoeAdapter(ManyExpertsAdapter):
-    """Adapter of OLMoE, which norms the queries of all heads together, and the keys."""
+    """Keys of config.json of OLMoE, which norms the queries of all heads together, and the keys of all heads."""
 
     model_type = "olmoe"
     class_name = "OlmoeForCausalLM"
