@@ -47,13 +47,14 @@ class WriterAssignment:
 
         A DTensor has a slice for each shard; any other tensor is a single slice that all ranks hold.
         """
-        writers = [self._assign_writer(holders, tensor.numel()) for holders in self._holders(tensor)]
-        return self._rank in writers
+        rank_groups = self._holders(tensor)
+        slice_elements = tensor.numel() // len(rank_groups)
+        return self._rank in [self._assign_writer(holders, slice_elements) for holders in rank_groups]
 
-    def _assign_writer(self, holders: list[int], size: int) -> int:
-        """Return the rank of `holders` that has the fewest elements to write so far, and add `size` elements to it."""
+    def _assign_writer(self, holders: list[int], elements: int) -> int:
+        """Return the rank of `holders` that has the fewest elements to write so far, and add `elements` to these."""
         writer = min(holders, key=self._assigned_elements.__getitem__)
-        self._assigned_elements[writer] += size
+        self._assigned_elements[writer] += elements
         return writer
 
     def _holders(self, tensor: Tensor) -> list[list[int]]:

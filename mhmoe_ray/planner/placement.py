@@ -62,7 +62,7 @@ def sharding_groups(expert_groups: Sequence[Sequence[int]], size: int) -> list[l
     Args:
         expert_groups: ranks of each expert-parallel group, as in `ExpertGroups`. Groups of the same node follow each
             other, so that a group of the result stays on a node if it can.
-        size: number of ranks of a group of the result, a multiple of the size of an expert-parallel group.
+        size: number of ranks of a group of the result, a multiple of `ep`.
     """
     count = size // len(expert_groups[0])
     groups = [[list(ranks) for ranks in expert_groups[i : i + count]] for i in range(0, len(expert_groups), count)]

@@ -161,6 +161,14 @@ class PromptEncoder:
         # The model needs a token to continue from, so an empty prompt becomes the start token in any case.
         return [self.start_token, *ids] if self.adds_start or not ids else ids
 
+    def count_added(self, token_ids: Sequence[int]) -> int:
+        """Return how many tokens `encode` put in front of a text: 1 for the start token, or 0.
+
+        Args:
+            token_ids: the token ids that `encode` returned for the text.
+        """
+        return int(self.adds_start or list(token_ids) == [self.start_token])
+
     def encode_chat(self, template: ChatTemplate, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Return the token ids of a conversation, up to where the assistant's next answer begins.
 

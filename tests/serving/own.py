@@ -11,7 +11,12 @@ from mhmoe_ray.spec import ServeSpec
 
 
 def create_answerer(
-    model: Decoder, tokenizer: Tokenizer, seq_len: int, spec: ServeSpec, template: ChatTemplate | None = None
+    model: Decoder,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    spec: ServeSpec,
+    template: ChatTemplate | None = None,
+    adds_start: bool = True,
 ) -> Answerer:
     """Return an answerer of our own engine with a model in memory.
 
@@ -21,6 +26,8 @@ def create_answerer(
         seq_len: The number of tokens that prompt and answer may have together.
         spec: The precision and the number of concurrent requests.
         template: The chat template; None for a model without chat.
+        adds_start: Whether each prompt gets a start token.
     """
     engine = own_engine(model, boundaries(tokenizer).ends, token_count(tokenizer), seq_len, spec)
-    return Answerer(engine, tokenizer, template, ModelDetails.from_spec("tiny-abc123/step_00000040.1", model.spec))
+    details = ModelDetails.from_spec("tiny-abc123/step_00000040.1", model.spec)
+    return Answerer(engine, tokenizer, template, details, adds_start)

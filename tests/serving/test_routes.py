@@ -247,6 +247,26 @@ def test_detokenize_inverts_tokenize(app, answerer):
     assert call(app, "POST", "/detokenize", json={"tokens": bare_result["tokens"]}).json() == {"prompt": "ein Jäger"}
 
 
+def test_model_without_a_start_token_scores_and_tokenizes_whole_prompts():
+    """As some imported models do, this one reads texts without a start token."""
+    answerer = create_answerer(build_model(), build_tokenizer(), SEQ_LEN, ServeSpec(), adds_start=False)
+    app = create_app(answerer, "tiny", ServeSpec())
+    ids = answerer.encode("the quick")
+    for bare in (True, False):
+        body = {"prompt": "the quick", "add_special_tokens": not bare}
+        assert call(app, "POST", "/tokenize", json=body).json()["tokens"] == ids
+    fields = {"logprobs": 0, "echo": True, "max_tokens": 0}
+    scored_choice, choice_of_ids = (
+        completion(app, prompt=prompt, **fields)["choices"][0] for prompt in ("the quick", ids)
+    )
+    empty_choice = completion(app, prompt="", **fields)["choices"][0]
+    answerer.engine.close()
+    assert scored_choice == choice_of_ids
+    assert len(scored_choice["logprobs"]["tokens"]) == len(ids)
+    assert scored_choice["logprobs"]["token_logprobs"][0] is None
+    assert empty_choice["logprobs"] is None  # the added start token has no score
+
+
 def test_api_description_lists_the_routes(app):
     paths = call(app, "GET", "/openapi.json").json()["paths"]
     assert {"/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/health"} <= paths.keys()

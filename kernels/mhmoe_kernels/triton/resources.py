@@ -243,7 +243,7 @@ def fused_refusal(kind: str, width: int, dtype: torch.dtype, capability: int, sh
 def main(arguments: list[str]) -> None:
     """Print a line of resources for each kernel; the arguments are those of the command line."""
     capabilities = [int(a.removeprefix("sm_")) for a in arguments if a.startswith("sm_")] or [90]
-    widths = [int(a) for a in arguments if a.isdigit()] or [96, 128, 192, 256, 384, 768]
+    widths = [int(a) for a in arguments if not a.startswith("sm_")] or [96, 128, 192, 256, 384, 768]
     for capability in capabilities:
         fused = [build for width in widths for kind in ("swiglu", "gelu") for build in _with_width(kind, width)]
         for build in (*grouped_builds(capability, torch.bfloat16), *small_builds(), *fused):

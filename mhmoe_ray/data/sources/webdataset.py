@@ -47,13 +47,28 @@ class _Sample:
     contents: dict[str, bytes | Fault] = field(default_factory=dict)
     """Content of each member that is needed, by suffix, or the reason why it cannot be used."""
 
+    special_suffixes: set[str] = field(default_factory=set)
+    """Suffixes of members that are needed, but are links or other special files."""
+
     def add(self, suffix: str, member: TarMember) -> None:
         if member.content is not None:
             self.contents[suffix] = member.content
         elif member.kind == "file":
             self.contents[suffix] = Fault(Reason.TOO_LONG, f"{member.size:,} bytes in .{suffix}")
         else:
-            self.contents[suffix] = Fault(Reason.NO_IMAGE, f".{suffix} is a link or another special file")
+            self.special_suffixes.add(suffix)
+
+    def content(self, suffix: str, missing: Reason) -> bytes | Fault:
+        """Return the content of the member with this suffix, or the reason why it cannot be used.
+
+        Args:
+            suffix: the suffix of the member.
+            missing: the reason if the sample has no such member, or one that is not a file.
+        """
+        if suffix in self.special_suffixes:
+            return Fault(missing, f".{suffix} is a link or another special file")
+        content = self.contents.get(suffix)
+        return Fault(missing, f"no member .{suffix}") if content is None else content
 
 
 def read_webdataset(
@@ -75,7 +90,8 @@ def read_webdataset(
         return parts is not None and parts[1] in suffixes
 
     def to_items(sample: _Sample) -> list[Document | BadLine]:
-        image = next((sample.contents[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample.contents), None)
+        suffix = next((s for s in IMAGE_SUFFIXES if s in sample.contents or s in sample.special_suffixes), None)
+        image = None if suffix is None else sample.content(suffix, Reason.NO_IMAGE)
         if "image" in columns:
             image = check_image(image, settings)
         captions: dict[str | None, str | Fault | None] = (
@@ -125,13 +141,9 @@ def _suffix(field_name: str) -> str:
 
 def _class_name(sample: _Sample, class_field: str) -> str | Fault:
     """Return the class of a sample, or the reason why it has none."""
-    suffix = _suffix(class_field)
-    content = sample.contents.get(suffix)
-    if content is None:
-        return Fault(Reason.NO_CLASS, f"no member .{suffix}")
+    content = sample.content(_suffix(class_field), Reason.NO_CLASS)
     if isinstance(content, Fault):
-        # `_Sample.add` gives a link the reason that there is no image, which is wrong for a class.
-        return Fault(Reason.NO_CLASS, content.detail) if content.reason is Reason.NO_IMAGE else content
+        return content
     if not class_field.startswith(_JSON_PREFIX):
         text = decode_caption(content, "class")
         return text.strip() if isinstance(text, str) else text
@@ -155,10 +167,7 @@ def _captions(sample: _Sample, source: SourceSpec) -> dict[str | None, str | Fau
     languages that the source selects.
     """
     text_field = source.text_field or _DEFAULT_TEXT_FIELD
-    suffix = _suffix(text_field)
-    content = sample.contents.get(suffix)
-    if content is None:
-        return {None: Fault(Reason.NO_TEXT, f"no member .{suffix}")}
+    content = sample.content(_suffix(text_field), Reason.NO_TEXT)
     if isinstance(content, Fault):
         return {None: content}
     if not text_field.startswith(_JSON_PREFIX):

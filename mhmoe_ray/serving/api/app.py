@@ -164,7 +164,8 @@ def _tokenizer_router(service: Service | TextService[EncoderAnswerer]) -> APIRou
     async def tokenize(request: TokenizeRequest) -> TokenizeResponse:
         service.check_model(request.model)
         token_ids = await service.encode(request.prompt)
-        token_ids = token_ids if request.add_special_tokens else token_ids[1:]
+        if not request.add_special_tokens:
+            token_ids = token_ids[answerer.count_added(token_ids) :]
         return TokenizeResponse(tokens=token_ids, count=len(token_ids), max_model_len=answerer.engine.seq_len)
 
     @routes.post("/detokenize")

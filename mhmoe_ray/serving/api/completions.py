@@ -49,8 +49,11 @@ def completions_router(service: Service) -> APIRouter:
             message = f"{len(request.prompt)} prompts times n {request.n} are more than {MAX_CHOICES} choices"
             raise RequestError(400, message, "n")
         prompts = [await service.prompt_ids(prompt, request.max_tokens > 0, "prompt") for prompt in request.prompt]
-        # The server puts the token that starts a document in front of texts, and nothing in front of token ids.
-        added_tokens = [int(isinstance(prompt, str)) for prompt in request.prompt]
+        # The server may put the token that starts a document in front of a text, and nothing in front of token ids.
+        added_tokens = [
+            service.answerer.count_added(ids) if isinstance(prompt, str) else 0
+            for prompt, ids in zip(request.prompt, prompts, strict=True)
+        ]
         engine_requests = [
             (
                 Request(

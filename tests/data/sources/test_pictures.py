@@ -387,6 +387,18 @@ def test_tar_formats_with_long_names_and_links(tmp_path, tar_format):
     assert faults(items) == [(6, Reason.NO_IMAGE, "c: .png is a link or another special file")]
 
 
+def test_linked_caption_is_no_text_rather_than_no_image(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        image = tarfile.TarInfo("a.png")
+        image.size = len(GOOD.image)
+        tar.addfile(image, io.BytesIO(GOOD.image))
+        link = tarfile.TarInfo("a.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "b.txt"
+        tar.addfile(link)
+    items, _ = read_source(tmp_path, format="webdataset")
+    assert faults(items) == [(1, Reason.NO_TEXT, "a: .txt is a link or another special file")]
+
+
 def test_webdataset_reader_holds_one_sample(tmp_path):
     noise = os.urandom(1 << 20)
     members = [
