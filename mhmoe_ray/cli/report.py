@@ -48,11 +48,11 @@ def report(
             run_dirs.append(find_run(name, storage, with_job=True))
     # A run may be named twice, itself and by its sweep, but counts once. `dict.fromkeys` keeps the order of runs, which
     # decides the default baseline.
-    result = write_report(list(dict.fromkeys(run_dirs)), target_folder, baseline)
+    comparison = write_report(list(dict.fromkeys(run_dirs)), target_folder, baseline)
     if json:
-        verdicts, quality = ([item.as_json() for item in items] for items in (result.verdicts, result.quality))
+        verdicts, quality = ([item.as_json() for item in items] for items in (comparison.verdicts, comparison.quality))
         print_json({"page": str(target_folder / PAGE_FILE), "verdicts": verdicts, "quality": quality})
         return
-    for verdict in result.verdicts:
+    for verdict in comparison.verdicts:
         out.print(verdict.text, soft_wrap=True)
     out.print(f"{target_folder / PAGE_FILE}", soft_wrap=True)

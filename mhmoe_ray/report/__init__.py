@@ -4,6 +4,7 @@
     variants.py   runs that differ only in their seed as one variant, a sweep as a table, and which variant is better
     seeds.py      values of two variants by seed, and the confidence interval of their difference
     quality.py    accuracies, precisions and recalls of evaluations that all runs have
+    comparison.py which runs count, the step at which they are compared, and the verdicts
     plots.py      plots
     page.py       the page of `mhmoe report`, from page.html
 

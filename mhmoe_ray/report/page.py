@@ -4,19 +4,19 @@ import io
 import re
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from mhmoe_ray import plotting
-from mhmoe_ray.errors import RunError
 from mhmoe_ray.report import plots
-from mhmoe_ray.report.figures import Routes, RunFigures, compare_expert_use, read_routes
-from mhmoe_ray.report.quality import QualityTable, quality_tables, runs_without_quality
-from mhmoe_ray.report.variants import Variant, Verdict, compare_variants, group_variants, matched_step, variant_row
+from mhmoe_ray.report.comparison import Comparison, compare_runs
+from mhmoe_ray.report.figures import Routes, RunFigures, compare_expert_use
+from mhmoe_ray.report.quality import runs_without_quality
+from mhmoe_ray.report.variants import Variant, variant_row
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.metrics import METRICS
@@ -31,102 +31,66 @@ MAX_LOAD = 2.0
 """Upper end of the colour scale of loads: a single overloaded expert must not hide the differences of the others."""
 
 
-class ReportResult(NamedTuple):
-    """Results that the page of a report shows, for callers that also print them."""
-
-    verdicts: list[Verdict]
-    quality: list[QualityTable]
-
-
-def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = None) -> ReportResult:
+def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = None) -> Comparison:
     """Write a report that compares runs: an HTML page, and its plots as PNG files.
 
     Args:
         runs: the runs, which must have been trained, not imported.
         folder: the output folder, created if missing; files of the same names in it are replaced.
-        baseline: the name of the variant that the others are compared with; the first variant by default. A variant is
-            a set of runs that differ only in their seed.
+        baseline: the name of the variant that the others are compared with; the first variant by default.
 
     Returns:
-        The results that the page shows.
+        The comparison that the page shows.
 
     Raises:
         RunError: no run has metrics yet, a run was imported, or no variant has the name in `baseline`.
         DataError: matplotlib or scipy is not installed, or the folder cannot be written.
     """
-    trained = [run_figures for run_figures in map(RunFigures.read, runs) if run_figures.lines]
-    if not trained:
-        raise RunError("report", "none of the runs has numbers yet", "wait for their first steps")
-    diverged = [run for run in trained if run.is_diverged]
-    compared = [run for run in trained if not run.is_diverged] or trained
-    # Once a run has finished, runs that ended early do not count, because they would distort the mean of their variant
-    # and move the step at which losses are compared.
-    has_finished_run = any(run.is_finished for run in compared)
-    all_variants = group_variants([run for run in compared if not (has_finished_run and run.has_ended_early)])
-    baseline_variant = _find_baseline(all_variants, baseline, compared, trained)
-    step = matched_step(all_variants)
-    repeated = [run for variant in all_variants for run in variant.repeated]
-    counted_runs = [run for variant in all_variants for run in variant.runs]
-    unfinished = [run for run in compared if run not in counted_runs and run not in repeated]
-    other_variants = [variant for variant in all_variants if variant is not baseline_variant]
-    comparisons = [compare_variants(baseline_variant, variant, step) for variant in other_variants] if step else []
-    verdicts = [verdict for verdict in comparisons if verdict is not None]
-    quality = quality_tables(all_variants, baseline_variant)
-    routes_by_name = {v.name: routes for v in all_variants if (routes := read_routes(v.routes_run)) is not None}
+    comparison = compare_runs(runs, baseline)
     with _translated_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with plotting.style():
-        drawn_figures = _figures(all_variants, baseline_variant, routes_by_name)
-        figures = {name: _write_figure(figure, folder / f"{name}.png") for name, figure in drawn_figures}
-    page = (
+        svg_by_name = {name: _write_figure(figure, folder / f"{name}.png") for name, figure in _figures(comparison)}
+    with _translated_write_errors(folder):
+        (folder / PAGE_FILE).write_text(render_page(comparison, svg_by_name))
+    return comparison
+
+
+def render_page(comparison: Comparison, svg_by_name: Mapping[str, str]) -> str:
+    """Return the HTML page of a report.
+
+    Args:
+        comparison: the comparison to show.
+        svg_by_name: the plots as SVG, by name.
+    """
+    variants, step, routes_by_name = comparison.variants, comparison.step, comparison.routes_by_name
+    return (
         _environment()
         .get_template("page.html")
         .render(
-            title=", ".join(v.name for v in all_variants),
+            title=", ".join(v.name for v in variants),
             creation_time=time.strftime("%Y-%m-%d %H:%M"),
-            rows=[_variant_row(v, baseline_variant, step, routes_by_name.get(v.name)) for v in all_variants],
-            part_names=[*dict.fromkeys(name for v in all_variants for name in (v.part_losses(step) if step else {}))],
-            baseline=baseline_variant.name,
+            rows=[_variant_row(v, comparison.baseline, step, routes_by_name.get(v.name)) for v in variants],
+            part_names=[*dict.fromkeys(name for v in variants for name in (v.part_losses(step) if step else {}))],
+            baseline=comparison.baseline.name,
             step=step,
-            verdicts=verdicts,
-            quality=quality,
-            unevaluated=[run.run.id for run in runs_without_quality(all_variants)],
-            figures=figures,
-            expert_use=_expert_use_sentences(baseline_variant.name, routes_by_name),
-            different_keys=_different_keys(all_variants),
-            runs=[_run_row(r) for r in trained],
-            untrained=[run.id for run in runs if run.id not in {r.run.id for r in trained}],
-            diverged=[r.run.id for r in diverged],
-            unfinished=[f"{r.run.id} ({events.state(r.run_events)})" for r in unfinished],
-            repeated=[f"{r.run.id} (seed {r.spec.seed})" for r in repeated],
-            all_diverged=diverged == compared,
-            unequal_conditions=_unequal_conditions(all_variants),
-            seeds=[f"{v.name} seed {v.first_run.spec.seed}" for v in all_variants if len(v.runs) > 1],
+            verdicts=comparison.verdicts,
+            quality=comparison.quality,
+            unevaluated=[run.run.id for run in runs_without_quality(variants)],
+            figures=svg_by_name,
+            expert_use=_expert_use_sentences(comparison.baseline.name, routes_by_name),
+            different_keys=_different_keys(variants),
+            runs=[_run_row(r) for r in comparison.trained],
+            untrained=[run.id for run in comparison.untrained],
+            diverged=[r.run.id for r in comparison.diverged],
+            unfinished=[f"{r.run.id} ({events.state(r.run_events)})" for r in comparison.unfinished],
+            repeated=[f"{r.run.id} (seed {r.spec.seed})" for r in comparison.repeated],
+            all_diverged=comparison.all_diverged,
+            unequal_conditions=_unequal_conditions(variants),
+            seeds=[f"{v.name} seed {v.first_run.spec.seed}" for v in variants if len(v.runs) > 1],
             training_routes=[name for name, r in routes_by_name.items() if r.activated is None],
         )
     )
-    with _translated_write_errors(folder):
-        (folder / PAGE_FILE).write_text(page)
-    return ReportResult(verdicts, quality)
-
-
-def _find_baseline(
-    all_variants: Sequence[Variant], name: str | None, compared: Sequence[RunFigures], trained: Sequence[RunFigures]
-) -> Variant:
-    """Return the variant that all others are compared with: the one called `name`, or the first one if that is None.
-
-    Raises:
-        RunError: no compared variant has this name; the reason tells whether its runs were left out.
-    """
-    baseline = all_variants[0] if name is None else next((v for v in all_variants if v.name == name), None)
-    if baseline is not None:
-        return baseline
-    reason = "there is no such variant among the runs"
-    if name in [v.name for v in group_variants(compared)]:
-        reason = "its runs ended early, unlike others"
-    elif name in [v.name for v in group_variants(trained)]:
-        reason = "the last validation of its runs is not finite"
-    raise RunError(f"baseline {name}", reason, f"choose from {', '.join(v.name for v in all_variants)}")
 
 
 def _translated_write_errors(folder: Path) -> AbstractContextManager[None]:
@@ -141,13 +105,12 @@ def _environment() -> Environment:
     return environment
 
 
-def _figures(
-    all_variants: Sequence[Variant], baseline: Variant, routes_by_name: dict[str, Routes]
-) -> "Iterator[tuple[str, Figure]]":
+def _figures(comparison: Comparison) -> "Iterator[tuple[str, Figure]]":
     """Yield the plots of the page, each with the name of its PNG file without the suffix."""
+    all_variants, routes_by_name = comparison.variants, comparison.routes_by_name
     if plots.has_curve(all_variants):
         if len(all_variants) > 1:
-            yield "loss_beside_baseline", plots.draw_differences(all_variants, baseline)
+            yield "loss_beside_baseline", plots.draw_differences(all_variants, comparison.baseline)
         for axis_name in plots.AXES:
             yield f"loss_by_{axis_name}", plots.draw_validation(all_variants, axis_name)
     for metric in METRICS.values():

@@ -6,7 +6,8 @@ import pytest
 
 from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, save_evaluation
 from mhmoe_ray.evaluate.score import AccuracyFigures, ObjectFigures, ObjectPrecision, VisionFigures
-from mhmoe_ray.report.page import write_report
+from mhmoe_ray.report.comparison import compare_runs
+from mhmoe_ray.report.page import render_page
 from mhmoe_ray.report.quality import quality_tables
 from tests.report.runs import read_variants, six_runs
 
@@ -51,9 +52,9 @@ def test_figures_of_evaluations_have_intervals_over_seeds(tmp_path):
     half_width = 4.302653 * 0.011547 / math.sqrt(3)
     expected = (0.19 / 3, 0.19 / 3 - half_width, 0.19 / 3 + half_width)
     assert (other_row.difference, other_row.low, other_row.high) == pytest.approx(expected, abs=1e-5)
-    result = write_report(runs, tmp_path / "out")
-    assert result.quality == [table]
-    page = (tmp_path / "out" / "report.html").read_text()
+    comparison = compare_runs(runs)
+    assert comparison.quality == [table]
+    page = render_page(comparison, {})
     assert "<td>find, box AP50</td>" in page
     assert '<td data-label="to dense">+0.2000</td>' in page
     assert "Without an evaluation" not in page
@@ -64,14 +65,16 @@ def test_an_evaluation_that_a_run_lacks_is_left_out_and_the_run_is_named(tmp_pat
     for run in runs[:-1]:
         store_vision_evaluation(run, 0.5, 0.1)
     store_vision_evaluation(runs[0], 0.5, 0.1, samples=7)
-    assert write_report(runs, tmp_path / "out").quality == []
-    assert f"Without an evaluation that others have: {runs[-1].id}." in (tmp_path / "out" / "report.html").read_text()
+    comparison = compare_runs(runs)
+    assert comparison.quality == []
+    assert f"Without an evaluation that others have: {runs[-1].id}." in render_page(comparison, {})
     # An evaluation that only this run has does not help.
     store_vision_evaluation(runs[-1], 0.5, 0.1, samples=9)
-    assert write_report(runs, tmp_path / "out").quality == []
-    assert f"Without an evaluation that others have: {runs[-1].id}." in (tmp_path / "out" / "report.html").read_text()
+    comparison = compare_runs(runs)
+    assert comparison.quality == []
+    assert f"Without an evaluation that others have: {runs[-1].id}." in render_page(comparison, {})
     store_vision_evaluation(runs[-1], 0.5, 0.1, masks=False)
-    [table] = write_report(runs, tmp_path / "out").quality
+    [table] = compare_runs(runs).quality
     assert {row.variant: row.deviation for row in table.rows if row.figure == "find, mask AP"} == {
         "dense": 0,
         "mhmoe-h2": 0,

@@ -9,8 +9,9 @@ from mhmoe_ray.errors import DataError, RunError
 from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, RoutingCounts, load_evaluations, save_evaluation
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.planner.sizes import flops_per_token
+from mhmoe_ray.report.comparison import compare_runs
 from mhmoe_ray.report.figures import RunFigures
-from mhmoe_ray.report.page import write_report
+from mhmoe_ray.report.page import render_page, write_report
 from mhmoe_ray.report.plots import draw_differences
 from mhmoe_ray.report.variants import Variant, compare_variants, losses_at, matched_step
 from mhmoe_ray.runs import events, history, metrics
@@ -19,6 +20,11 @@ from mhmoe_ray.spec import DataSpec
 from tests.report.runs import MOE, make_run, read_variants, six_runs
 
 pytestmark = pytest.mark.long
+
+
+def page_text(runs):
+    """Return the page of a report without its plots, with single spaces between words."""
+    return " ".join(render_page(compare_runs(runs), {}).split())
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_variant(tmp_path):
@@ -59,8 +65,7 @@ def test_an_unfinished_run_does_not_count_beside_a_finished_one(tmp_path):
 def test_a_seed_that_ended_early_is_named(tmp_path):
     failed_run = make_run(tmp_path, "dense", 3, 3.0, steps=15)
     events.record(failed_run, "failed", reason="training: the gradient is not finite")
-    write_report([*six_runs(tmp_path), failed_run], tmp_path / "out")
-    page = " ".join((tmp_path / "out" / "report.html").read_text().split())
+    page = page_text([*six_runs(tmp_path), failed_run])
     assert f"ended early, unlike others:</strong> {failed_run.id} (failed)." in page
 
 
@@ -70,13 +75,13 @@ def test_started_and_failed_runs_do_not_change_the_compared_step(tmp_path):
     started_run = make_run(tmp_path, "began", 0, 3.0, moe={**MOE, "top_k": 3}, steps=3, end_event=None)
     failed_run = make_run(tmp_path, "failed", 0, 3.0, moe={**MOE, "top_k": 4}, steps=10, end_event="failed")
     runs = [*six_runs(tmp_path), make_run(tmp_path, "b", 0, 3.0, moe=top_1_moe), started_run, failed_run]
-    verdicts = write_report(runs, tmp_path / "out").verdicts
+    verdicts = compare_runs(runs).verdicts
     assert [(v.variant, v.step) for v in verdicts] == [("mhmoe-h2", 20), ("b", 20)]
-    page = " ".join((tmp_path / "out" / "report.html").read_text().split())
+    page = page_text(runs)
     assert f"ended early, unlike others:</strong> {failed_run.id} (failed)." in page
     assert '<td>began</td><td data-label="loss"></td>' in page
     unfinished_run = make_run(tmp_path, "on", 0, 3.0, moe={**MOE, "top_k": 4}, steps=10, end_event=None)
-    verdicts = write_report([*six_runs(tmp_path), unfinished_run], tmp_path / "out").verdicts
+    verdicts = compare_runs([*six_runs(tmp_path), unfinished_run]).verdicts
     assert [(v.variant, v.step) for v in verdicts] == [("mhmoe-h2", 10), ("on", 10)]
 
 
@@ -87,12 +92,10 @@ def test_the_newer_of_two_runs_with_a_seed_counts_and_the_older_is_named(tmp_pat
         [variant] = read_variants(ordered_runs)
         assert variant.losses(20) == {0: 4.0, 1: 3.1}
         assert len(variant.runs) == 2
-    write_report([*runs, newer_run], tmp_path / "out")
-    page = " ".join((tmp_path / "out" / "report.html").read_text().split())
+    page = page_text([*runs, newer_run])
     assert f"a newer run has the same seed:</strong> {runs[0].id} (seed 0)." in page
     early = [make_run(tmp_path, "b", 0, 3.0, moe={**MOE, "top_k": 1}, steps=10, end_event=None) for _ in range(2)]
-    write_report(early, tmp_path / "out")
-    page = " ".join((tmp_path / "out" / "report.html").read_text().split())
+    page = page_text(early)
     assert f"a newer run has the same seed:</strong> {early[0].id} (seed 0)." in page
     assert "ended early" not in page
 
@@ -103,10 +106,7 @@ def test_runs_on_different_held_out_text_are_separate_variants_and_reported_as_u
         figures = {"unigram_entropy": 6.5, "bigram": 4.4, "bigram_tokens": 20_000}
         events.record(run, "prepared", validation_tokens=tokens, **figures)
     assert [len(v.runs) for v in read_variants(runs)] == [1, 1]
-    write_report(runs, tmp_path / "out")
-    assert (
-        "The variants differ in held-out text or tokenizer</strong>" in (tmp_path / "out" / "report.html").read_text()
-    )
+    assert "The variants differ in held-out text or tokenizer</strong>" in page_text(runs)
 
 
 def test_trainings_of_different_lengths_are_reported_as_unequal(tmp_path):
@@ -114,8 +114,7 @@ def test_trainings_of_different_lengths_are_reported_as_unequal(tmp_path):
     spec = runs[1].spec()
     shorter = spec.train.model_copy(update={"steps": spec.train.steps - 1})
     runs[1].write_spec(spec.model_copy(update={"train": shorter}))
-    write_report(runs, tmp_path / "out")
-    assert "The variants differ in the number of steps" in (tmp_path / "out" / "report.html").read_text()
+    assert "The variants differ in the number of steps" in page_text(runs)
 
 
 def test_minutes_count_only_the_time_with_workers(tmp_path):
@@ -136,9 +135,9 @@ def test_training_flops_are_those_of_the_plan(tmp_path):
 
 def test_diverged_runs_and_runs_without_numbers_are_left_out_and_named(tmp_path):
     runs = [*six_runs(tmp_path), make_run(tmp_path, "nan", 0, math.nan), make_run(tmp_path, "waiting", 0, 3.0, steps=0)]
-    verdicts = write_report(runs, tmp_path / "out").verdicts
+    verdicts = compare_runs(runs).verdicts
     assert [(v.variant, v.step) for v in verdicts] == [("mhmoe-h2", 20)]
-    page = " ".join((tmp_path / "out" / "report.html").read_text().split())
+    page = page_text(runs)
     assert f"not finite:</strong> {runs[6].id}." in page
     assert f"no numbers yet: {runs[7].id}." in page
 
@@ -154,7 +153,7 @@ def test_runs_that_all_diverged_are_compared(tmp_path):
 def test_a_diverged_baseline_is_an_error(tmp_path):
     runs = [*six_runs(tmp_path), make_run(tmp_path, "nan", 0, math.nan, moe={**MOE, "top_k": 1})]
     with pytest.raises(RunError, match="baseline nan: the last validation of its runs is not finite; choose from d"):
-        write_report(runs, tmp_path / "out", baseline="nan")
+        compare_runs(runs, baseline="nan")
 
 
 def test_a_baseline_that_ended_early_is_an_error(tmp_path):
@@ -163,13 +162,12 @@ def test_a_baseline_that_ended_early_is_an_error(tmp_path):
         make_run(tmp_path, "early", 0, 3.0, moe={**MOE, "top_k": 1}, steps=10, end_event="failed"),
     ]
     with pytest.raises(RunError, match="baseline early: its runs ended early, unlike others; choose from d"):
-        write_report(runs, tmp_path / "out", baseline="early")
+        compare_runs(runs, baseline="early")
 
 
 def test_unequal_trainings_are_reported(tmp_path):
     runs = [make_run(tmp_path, "a", 0, 3.0), make_run(tmp_path, "b", 0, 3.0, micro_batches=8)]
-    write_report(runs, tmp_path / "out")
-    assert "<strong>The variants differ in tokens in a step</strong>" in (tmp_path / "out" / "report.html").read_text()
+    assert "<strong>The variants differ in tokens in a step</strong>" in page_text(runs)
 
 
 def test_a_verdict_is_students_t_over_pairs_of_seeds(tmp_path):
@@ -212,8 +210,7 @@ def test_speed_and_balance_on_the_page_are_means_over_the_runs(tmp_path):
     assert variant.tokens_per_s == pytest.approx(3010.5)
     assert variant.recent_mean(metrics.BALANCE) == pytest.approx(1.2 + (1 / 19 + 1 / 20) / 2)
     assert variant.recent_mean(metrics.MFU) is None
-    write_report(runs, tmp_path / "out")
-    assert '<td data-label="tokens/s">3,010</td>' in (tmp_path / "out" / "report.html").read_text()
+    assert '<td data-label="tokens/s">3,010</td>' in page_text(runs)
 
 
 def test_unpaired_seeds_are_left_out_and_one_seed_gives_no_interval(tmp_path):
@@ -261,21 +258,18 @@ def test_loads_of_training_are_labelled_if_no_held_out_text_was_evaluated(tmp_pa
     store_evaluation(runs[0], [60] * 4, [0, 0, 0, 60, 40])
     text = DataSpec.model_validate({"sources": {"own": {"path": "own.txt"}}, "prepared": "none", "seq_len": 16})
     store_evaluation(runs[1], [60] * 4, [0, 60, 40], text=text)
-    write_report(runs, tmp_path / "out")
-    assert '<p class="small">The loads of b were counted in training.' in (tmp_path / "out" / "report.html").read_text()
+    assert '<p class="small">The loads of b were counted in training.' in page_text(runs)
 
 
 def test_bits_per_byte_name_their_step_if_losses_have_another(tmp_path):
     runs = [make_run(tmp_path, "a", seed, 3.0) for seed in (0, 1)]
-    page = tmp_path / "out" / "report.html"
     expected = 300 / math.log(2) / 400
     for steps, expected_text in (((10, 20), ""), ((10, 10), f"{expected:.4f}, step 10"), ((20, 20), f"{expected:.4f}")):
         for run, step in zip(runs, steps, strict=True):
             for old_evaluation in run.evaluations.glob("*"):
                 old_evaluation.unlink()
             store_evaluation(run, [60] * 4, [0, 0, 0, 60, 40], step=step)
-        write_report(runs, tmp_path / "out")
-        assert f'<td data-label="bits/byte">{expected_text}</td>' in page.read_text()
+        assert f'<td data-label="bits/byte">{expected_text}</td>' in page_text(runs)
 
 
 def test_evaluations_of_a_step_are_sorted_by_key(tmp_path):
@@ -361,11 +355,11 @@ def test_imported_runs_unknown_baselines_and_runs_without_numbers_are_errors(tmp
     imported.path.mkdir()
     mark_imported(imported)
     with pytest.raises(RunError, match="run imported-000000: it was imported"):
-        write_report([imported], tmp_path / "out")
+        compare_runs([imported])
     with pytest.raises(RunError, match="choose from dense, mhmoe-h2"):
-        write_report(six_runs(tmp_path), tmp_path / "out", baseline="smoe")
+        compare_runs(six_runs(tmp_path), baseline="smoe")
     with pytest.raises(RunError, match="none of the runs has numbers yet"):
-        write_report([make_run(tmp_path, "a", 0, 3.0, steps=0)], tmp_path / "out")
+        compare_runs([make_run(tmp_path, "a", 0, 3.0, steps=0)])
 
 
 @pytest.mark.system
