@@ -77,16 +77,16 @@ def part_samples(spec: RunSpec, part: MicroBatchPart, seed: int) -> EncoderSampl
     images, texts = (part.samples * (name in part.columns) for name in ("image", "text"))
     side = encoder.patches_per_side
     tokens = np.full((texts, spec.data.seq_len), PADDING, np.uint16)
-    inputs, token_hidden = tokens.copy(), np.zeros(tokens.shape, bool)
+    inputs, token_predicted = tokens.copy(), np.zeros(tokens.shape, bool)
     for number in range(texts):
         count, label = int(rng.integers(1, spec.data.seq_len - 1)), f"{seed} {number}"
         tokens[number, : count + 1] = inputs[number, : count + 1] = [0, *rng.integers(1, 290, count)]
         if part.traits.hides:
             stretch = slice(1, 1 + count)
-            mask = token_hidden[number, stretch] = text_mask(count, 0.5, 0, label)
+            mask = token_predicted[number, stretch] = text_mask(count, 0.5, 0, label)
             inputs[number, stretch] = hide_tokens(tokens[number, stretch], mask, spec.model.vocab_size, 0, label)
         elif part.traits.writes:
-            token_hidden[number, : count + 1] = True
+            token_predicted[number, : count + 1] = True
     is_masked = part.traits.hides
     return EncoderSamples(
         rng.integers(0, 256, (images, encoder.image_size, encoder.image_size, 3), np.uint8),
@@ -95,7 +95,7 @@ def part_samples(spec: RunSpec, part: MicroBatchPart, seed: int) -> EncoderSampl
         ).reshape(images, side**2),
         tokens,
         inputs,
-        token_hidden,
+        token_predicted,
     )
 
 

@@ -326,13 +326,13 @@ def walk_batch(tree: Tree, folder: Path, recorder: Recorder) -> None:
     # watch that thread.
     small_tokenizer(spec.model.vocab_size).save(str(folder / "tokenizer.json"))
     prepare = tree.definition("prepare", ["spec"])
-    training_stream, split_padding = tree.definition("training_stream"), tree.definition("split_padding")
+    training_stream, to_model_samples = tree.definition("training_stream"), tree.definition("to_model_samples")
     micro_batch = tree.definition("micro_batch")
     size = spec.train.micro_batch_size
     with ray_in_this_process(), recorder.recording():
         manifest = prepare(spec)
         batch = next(training_stream(spec, 0, 1).iter_batches(batch_size=size, batch_format="numpy"))
-        model_batch = micro_batch(split_padding(batch["tokens"], manifest.token_bytes), torch.device("cpu"))
+        model_batch = micro_batch(to_model_samples(batch["tokens"], manifest.token_bytes), torch.device("cpu"))
     assert model_batch[0].shape == (size, spec.data.seq_len + 1)
 
 

@@ -116,7 +116,7 @@ def checked_sampling(
 
 
 def _checked_number(name: str, value: object, number_type: type[Integral] | type[Real]) -> int | float:
-    """Return a number of any library, such as numpy, as a Python int or float.
+    """Return a number from any library, such as numpy, as a Python int or float.
 
     Raises:
         ServeError: the value is not a number of the given type.

@@ -48,7 +48,7 @@ def plan(
 
     Raises:
         SpecError: `spec` is not a loaded spec, `nodes` and `gpus` do not describe a hypothetical cluster, or the run
-            cannot have as many workers.
+            cannot have that many workers.
     """
     require_spec(spec)
     if nodes is None and gpus is None:

@@ -293,7 +293,7 @@ class Run:
 
         Args:
             text: folders, files or patterns of raw text, or one of them.
-            tasks: names of lm-eval's tasks, or one of them; `english` and `xnli` are the papers' lists.
+            tasks: names of lm-eval's tasks, or one of them; `english` and `xnli` stand for the MH-MoE papers' tasks.
             checkpoint: one of the run's checkpoints, its name or its step; None for the newest.
             samples: largest number of samples of each domain of the text; None for 512.
             overrides: keys of a spec's `data` section with which the text is read.

@@ -18,7 +18,7 @@ import torch
 
 from mhmoe_ray.bench.processes import Measurement, run_in_process
 from mhmoe_ray.bench.timing import turns
-from mhmoe_ray.data.shards.columns import split_padding
+from mhmoe_ray.data.shards.columns import to_model_samples
 from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
@@ -142,7 +142,7 @@ def measure_loop(spec: RunSpec, _folder: Path, threads: int) -> dict[str, Any]:
     positions = np.arange(spec.train.steps * spec.samples_per_step).reshape(spec.train.steps, -1)
     samples, loss = TrainingSamples.open_cached(spec), 0.0
     steps = [
-        [split_padding(rows, token_bytes) for rows in np.split(samples.read(row), spec.train.micro_batches)]
+        [to_model_samples(rows, token_bytes) for rows in np.split(samples.read(row), spec.train.micro_batches)]
         for row in positions
     ]
     for number, step_samples in enumerate(steps):

@@ -119,7 +119,7 @@ def resume(
             "--until",
             metavar="STEPS",
             min=1,
-            help="Train up to this step, also if the run is finished.",
+            help="Train up to this step, even if the run is finished.",
             show_default=False,
         ),
     ] = None,

@@ -57,7 +57,7 @@ def deploy(
     storage: StorageOption = STORAGE,
     address: AddressOption = None,
 ) -> None:
-    """Serve a run's checkpoint without converting it, in place of the application that has this name now."""
+    """Serve a run's checkpoint without converting it, in place of any application of the same name."""
     from mhmoe_ray.api.service import serve
     from mhmoe_ray.checkpoint.manifest import stored_manifest
     from mhmoe_ray.cli.serve_choice import option_overrides

@@ -50,7 +50,7 @@ def translated_errors(connection: Connection, subject: str, error_type: type[Mhm
 
 
 def failure_reason(text: str) -> str:
-    """Return the reason of a failure from Ray's message, as one line of at most 500 characters.
+    """Return the reason for a failure from Ray's message, as one line of at most 500 characters.
 
     If the message has a traceback, the reason is the exception at its end. Otherwise it is the last line.
     """

@@ -242,7 +242,7 @@ def run_status(run: RunDir) -> dict[str, Any]:
 def state_of(
     run: RunDir, run_events: RunEvents, connect_to: Callable[[str], Connection] = connect
 ) -> tuple[str, str, str]:
-    """Return the state of a run, the reason of a failure, and a phrase on whether its cluster confirmed the state.
+    """Return the state of a run, the reason for a failure, and a phrase on whether its cluster confirmed the state.
 
     The cluster is asked unless the events record an end of the run. The state is "unknown" if the cluster does not
     answer.

@@ -88,7 +88,7 @@ class Drawing:
 
 
 def object_class(concept: Concept) -> str | None:
-    """Return the class that a concept has as an object in scenes; None if scenes do not contain the concept."""
+    """Return the object class of a concept in scenes; None if scenes do not contain the concept."""
     if concept.name in _OTHER_NAMES:
         return None
     return next((name for name, pattern in OBJECT_CLASSES.items() if pattern.fullmatch(concept.class_name)), None)

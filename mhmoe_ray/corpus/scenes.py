@@ -122,7 +122,7 @@ class _SceneSample:
         self.summary = SceneSummary()
         self.packages = DrawingPackages(folder, cache, print_line, self.summary)
         self._split_by_drawing = dict[bytes, str]()
-        # Drawings of scenes by split, class of objects and likeness key.
+        # Drawings by split, by class of objects, and by `likeness_key`.
         self._drawings: dict[str, dict[str, dict[str, list[Drawing]]]] = {split: {} for split in SPLITS}
         self._backgrounds: dict[str, list[Background]] = {split: [] for split in SPLITS}
 

@@ -30,7 +30,7 @@ from mhmoe_ray.data.shards.columns import (
     Samples,
     columns_of,
     padding_token,
-    split_padding,
+    to_model_samples,
     with_all_columns,
 )
 from mhmoe_ray.data.shards.files import ShardReader
@@ -271,7 +271,7 @@ class TrainingSamples:
     def read(self, positions: np.ndarray) -> Samples:
         """Return the samples at these positions in their stored form, in which a special token marks padding.
 
-        `split_padding` converts them for a model. If any source has conversations, all samples get the columns of
+        `to_model_samples` converts them for a model. If any source has conversations, all samples get the columns of
         conversations.
         """
         domains, samples = self._order(positions)
@@ -315,7 +315,7 @@ def validation_samples(
         sources: names of the sources whose samples are returned; by default all.
     """
     reader = ShardReader(folder, manifest.validation, manifest.token_bytes)
-    samples = split_padding(reader.read(np.arange(len(reader))), manifest.token_bytes)
+    samples = to_model_samples(reader.read(np.arange(len(reader))), manifest.token_bytes)
     # Validation samples are stored domain after domain in the manifest's order.
     counts = [domain.validation_samples for domain in manifest.domains.values()]
     is_kept = np.repeat([sources is None or source_of(name) in sources for name in manifest.domains], counts)

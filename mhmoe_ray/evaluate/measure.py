@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mhmoe_ray.data.chat.encoder import ConversationEncoder
 from mhmoe_ray.data.chat.template import ChatTemplate
 from mhmoe_ray.data.prepare.packing import pack_best_fit
-from mhmoe_ray.data.shards.columns import Samples, padding_token, split_padding
+from mhmoe_ray.data.shards.columns import Samples, padding_token, to_model_samples
 from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.sources import Document, FileReader, find_files
 from mhmoe_ray.data.stream import validation_samples
@@ -155,7 +155,7 @@ def conversation_samples(
             raise DataError(f"text {domain}", "no conversation in it can be read", "see `mhmoe data lint`")
         groups = [np.concatenate(rows)] if is_packed else rows
         packed_samples = [pack_best_fit(group, seq_len, encoder.start_token, padding).samples for group in groups]
-        samples = split_padding(np.concatenate(packed_samples)[:max_samples], _TOKEN_BYTES)
+        samples = to_model_samples(np.concatenate(packed_samples)[:max_samples], _TOKEN_BYTES)
         yield DomainSamples(domain, samples.token_ids, samples.target_mask, samples.document_starts)
 
 

@@ -166,8 +166,8 @@ def gathered_weight_bytes(spec: RunSpec) -> int:
 
     It is 0 on a single rank, and with all strategies but fsdp and zero3.
     """
-    # fsdp gathers the parameters outside blocks for the whole pass, the current block, and the next block in advance.
-    # For zero3, `distributed/strategies/zero.py` sets the same upper bound.
+    # fsdp gathers the current block and, in advance, the next one. The parameters outside blocks stay gathered for the
+    # whole pass. For zero3, `distributed/strategies/zero.py` sets the same upper bound.
     gathers_weights = spec.cluster.strategy in ("fsdp", "zero3") and spec.cluster.max_world_size > 1
     return _outside_bytes(spec) + 2 * _largest_block_bytes(spec) if gathers_weights else 0
 

@@ -18,7 +18,7 @@ class AcceleratorSpec(Section):
     """Accelerator of each worker, for the estimates of `mhmoe plan` and for the metric `mfu`."""
 
     name: str = "H100 SXM"
-    # The data sheet's figures without sparsity.
+    # Figures of the H100's data sheet, without sparsity.
     bfloat16_flops: PositiveFloat = 989e12
     """Peak FLOP/s of dense matrix products in bfloat16."""
     float32_flops: PositiveFloat = 67e12

@@ -59,8 +59,9 @@ class Sweep:
         """Start runs until all have ended, the sweep is stopped, or a newer job takes over.
 
         Raises:
-            MhmoeError: the data of some runs could not be prepared, or a cluster refuses to tell how some runs ended,
-                although all other runs were started. Or the storage failed for too long.
+            MhmoeError: the data of some runs could not be prepared, or a cluster refuses to tell how some runs ended.
+                This error is raised after all other runs have ended.
+            StorageError: the storage has failed for more than `STORAGE_SECONDS`.
         """
         while self._has_more_work():
             time.sleep(POLL_SECONDS)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from mhmoe_ray.checkpoint.save import Saver
-from mhmoe_ray.data.shards.columns import split_padding
+from mhmoe_ray.data.shards.columns import to_model_samples
 from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.distributed.mesh import build_mesh
@@ -67,7 +67,7 @@ def train(run: RunDir, stored: np.ndarray, token_bytes: int) -> None:
     for step_samples in stored:
         rank_samples = step_samples[mesh.rank :: mesh.world_size]
         sums = trainer.accumulate(
-            [micro_batch(split_padding(samples, token_bytes), trainer.device) for samples in rank_samples]
+            [micro_batch(to_model_samples(samples, token_bytes), trainer.device) for samples in rank_samples]
         )
         update = trainer.update(sums)
         loss_balance = torch.tensor([sums.loss, sums.balance], dtype=torch.float64)

@@ -10,7 +10,7 @@ import torch
 
 from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.checkpoint.manifest import committed_checkpoints, stored_manifest
-from mhmoe_ray.data.shards.columns import split_padding
+from mhmoe_ray.data.shards.columns import to_model_samples
 from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.model.loss import token_losses
 from mhmoe_ray.runs import history, metrics
@@ -109,7 +109,7 @@ def assert_first_loss_is_that_of_the_start(run: RunDir) -> None:
     spec, start = run.spec(), read_start(run)
     samples = TrainingSamples(spec, start.samples_before)
     stored = samples.read(np.arange(spec.samples_per_step))
-    model_samples = split_padding(stored, samples.token_bytes)
+    model_samples = to_model_samples(stored, samples.token_bytes)
     tokens, counts = torch.from_numpy(model_samples.token_ids), torch.from_numpy(model_samples.target_mask)
     model, _ = load_model(Path(start.ancestors[0].path))
     losses = token_losses(model(tokens[:, :-1]).logits_BTV, tokens[:, 1:])[counts]

@@ -112,7 +112,7 @@ def caption_batch(change_image=False, changed_position=None):
     samples = part_samples(spec, part, 0)
     samples.tokens[0, :6] = samples.inputs[0, :6] = [0, 11, 12, 13, 14, 15]
     samples.tokens[0, 6:] = samples.inputs[0, 6:] = PADDING
-    samples.token_hidden[0] = np.arange(spec.data.seq_len) < 6
+    samples.token_predicted[0] = np.arange(spec.data.seq_len) < 6
     if changed_position is not None:
         samples.inputs[0, changed_position] = 200
     if change_image:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mhmoe_ray.data.shards.columns import split_padding
+from mhmoe_ray.data.shards.columns import to_model_samples
 from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.distributed.mesh import build_mesh
@@ -31,7 +31,7 @@ def train_on_one_process(spec: RunSpec, steps: int) -> SingleProcessResult:
     losses = []
     for step in range(steps):
         stored = samples.read(step * m * b + np.arange(m * b)).reshape(m, b, -1)
-        sums = trainer.accumulate([micro_batch(split_padding(rows, token_bytes), trainer.device) for rows in stored])
+        sums = trainer.accumulate([micro_batch(to_model_samples(rows, token_bytes), trainer.device) for rows in stored])
         trainer.update(sums)
         losses.append(sums.loss / sums.targets)
     return SingleProcessResult(losses, {name: t.detach() for name, t in trainer.strategy.checkpoint_weights().items()})

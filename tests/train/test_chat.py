@@ -9,7 +9,7 @@ import torch
 from mhmoe_ray.data.chat.encoder import ConversationEncoder
 from mhmoe_ray.data.chat.template import BUILT_IN_TEMPLATE, ChatTemplate
 from mhmoe_ray.data.prepare.packing import pack_best_fit
-from mhmoe_ray.data.shards.columns import DOCUMENT_STARTS, TARGETS, TOKENS, padding_token, split_padding
+from mhmoe_ray.data.shards.columns import DOCUMENT_STARTS, TARGETS, TOKENS, padding_token, to_model_samples
 from mhmoe_ray.data.tokenizer import END_OF_TEXT
 from mhmoe_ray.data.tokenizer.train import train_bpe
 from mhmoe_ray.model.decoder import Decoder
@@ -86,7 +86,7 @@ def make_batches(spec: RunSpec, encoded, step: int) -> list[MicroBatch]:
     rows = np.concatenate([encoded[i].rows(2) for i in order])
     samples = pack_best_fit(rows, spec.data.seq_len, 0, padding_token(2)).samples[: spec.samples_per_step]
     parts = np.split(samples, spec.train.micro_batches)
-    return [micro_batch(split_padding(part, 2), CPU) for part in parts]
+    return [micro_batch(to_model_samples(part, 2), CPU) for part in parts]
 
 
 def losses_by_conversation(model: Decoder, batches: list[MicroBatch]) -> list[torch.Tensor]:
@@ -125,7 +125,7 @@ def test_targets_of_a_step_are_those_of_its_conversations(encoded):
     spec = chat_spec()
     rows = np.concatenate([conversation.rows(2) for conversation in encoded])
     samples = pack_best_fit(rows, spec.data.seq_len, 0, padding_token(2)).samples
-    batch = micro_batch(split_padding(samples, 2), CPU)
+    batch = micro_batch(to_model_samples(samples, 2), CPU)
     targets = batch.token_BT[:, 1:][batch.counts_BT].tolist()
     assert sorted(targets) == sorted(rows[TOKENS][rows[TARGETS]].tolist())
     assert int(samples[DOCUMENT_STARTS][:, :-1].sum()) >= len(encoded)

@@ -189,7 +189,7 @@ class MhmoeGatedExpert(nn.Module):
 
 
 class MhmoeNormedLayer(nn.Module):
-    """GELU layer with an inner LayerNorm, fc2(norm(gelu(fc1(x)))): a dense layer or an expert of the backbone subln."""
+    """GELU layer with an inner LayerNorm, fc2(norm(gelu(fc1(x)))): a dense layer or expert of backbone `subln`."""
 
     def __init__(self, width: int, hidden: int, eps: float) -> None:
         super().__init__()

@@ -74,7 +74,9 @@ class BatchMaker:
             samples: the samples of all parts, in the order of the parts.
         """
         transfer = partial(copy_to_device, device=self._device)
-        hidden_patch_I, hidden_token_J = (np.flatnonzero(mask) for mask in (samples.patch_hidden, samples.token_hidden))
+        hidden_patch_I, hidden_token_J = (
+            np.flatnonzero(mask) for mask in (samples.patch_hidden, samples.token_predicted)
+        )
         is_token = samples.inputs != self._padding
         token_NT = np.where(is_token, samples.inputs, 0).astype(np.int64)
         parts = list(parts)
@@ -123,7 +125,7 @@ def _groups(parts: Iterable[MicroBatchPart], samples: EncoderSamples) -> Iterato
     for part in parts:
         images, texts = (part.samples * (column in part.columns) for column in ("image", "text"))
         patch_hidden = samples.patch_hidden[first_image : first_image + images]
-        token_hidden = samples.token_hidden[first_text : first_text + texts]
+        token_predicted = samples.token_predicted[first_text : first_text + texts]
         first_image, first_text = first_image + images, first_text + texts
         size = GroupSize(images, texts, part.is_joint, is_causal=part.traits.writes)
-        yield Group(size, int(patch_hidden.sum()), int(token_hidden.sum()), part.loss_kinds)
+        yield Group(size, int(patch_hidden.sum()), int(token_predicted.sum()), part.loss_kinds)

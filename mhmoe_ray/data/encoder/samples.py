@@ -68,29 +68,29 @@ class SampleMaker:
             for label in image_labels
         ]
         texts = tokens if "text" in part.columns else tokens[:0]
-        inputs, token_hidden = texts.copy(), np.zeros(texts.shape, bool)
+        inputs, token_predicted = texts.copy(), np.zeros(texts.shape, bool)
         for number, row in enumerate(texts if is_masked else texts[:0]):
             # The start token is never hidden.
             count = int((row != self._padding).sum()) - 1
             if count > 0:
                 label, stretch = labels[number], slice(1, 1 + count)
                 mask = text_mask(count, text_share, seed, f"{label} text")
-                token_hidden[number, stretch] = mask
+                token_predicted[number, stretch] = mask
                 inputs[number, stretch] = hide_tokens(
                     row[stretch], mask, self._spec.model.vocab_size, seed, f"{label} tokens"
                 )
         if part.traits.writes:
             # A token is predicted at the position before it, and the end of a text at its last token. Nothing is
             # predicted at position T, because a text that fills all T tokens may have been cut.
-            token_hidden = texts != self._padding
-            token_hidden[:, -1] = False
+            token_predicted = texts != self._padding
+            token_predicted[:, -1] = False
         size = encoder.image_size
         return EncoderSamples(
             np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8),
             np.stack(patch_hidden) if patch_hidden else np.empty((0, side**2), bool),
             texts,
             inputs,
-            token_hidden,
+            token_predicted,
         )
 
     def _crop_function(self, label: str) -> Callable[[int, int], Crop]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mhmoe_ray.data.prepare.parts import Tokens, TokenStream
-from mhmoe_ray.data.shards.columns import Samples, document_start_mask, padding_token, single_row, target_mask
+from mhmoe_ray.data.shards.columns import Samples, document_start_mask, padding_token, single_token, target_mask
 from mhmoe_ray.data.shards.files import SHARD_BYTES, rows_per_shard, write_shard
 from mhmoe_ray.data.shards.manifest import Shard
 from mhmoe_ray.spec import DataSpec
@@ -112,10 +112,10 @@ def pack_best_fit(tokens: Tokens, seq_len: int, start: int, padding: int) -> Pac
     starts = np.flatnonzero(document_start_mask(tokens, start))
     targets = np.diff(starts, append=len(tokens))
     pieces, bin_count = _assign_bins(targets, seq_len)
-    samples = np.full((bin_count, seq_len + 1), single_row(tokens.dtype, padding), tokens.dtype)
+    samples = np.full((bin_count, seq_len + 1), single_token(tokens.dtype, padding), tokens.dtype)
     # The last target of a document is the start token of the next document. One more start token at the end gives the
     # last document such a target too.
-    extended_tokens = np.append(tokens, single_row(tokens.dtype, start, starts_document=True))
+    extended_tokens = np.append(tokens, single_token(tokens.dtype, start, starts_document=True))
     for document, offset, bin_index, bin_offset, length in pieces:
         token_index = starts[document] + offset
         if bin_offset == 0:

@@ -69,8 +69,8 @@ def join_columns(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     return rows
 
 
-def single_row(dtype: np.dtype[Any], token: int, *, starts_document: bool = False) -> np.ndarray:
-    """Return one token as a value of the dtype of samples; if the dtype has a field for targets, it is false."""
+def single_token(dtype: np.dtype[Any], token: int, *, starts_document: bool = False) -> np.ndarray:
+    """Return one token as a value of the dtype of samples; its field for targets, if there is one, is false."""
     return np.array(token if dtype.names is None else (token, False, starts_document), dtype)
 
 
@@ -117,7 +117,7 @@ class ModelSamples(NamedTuple):
     """Expert of each sample for router `domain`, (samples,) int64; None for any other router."""
 
 
-def split_padding(samples: Samples, token_bytes: int) -> ModelSamples:
+def to_model_samples(samples: Samples, token_bytes: int) -> ModelSamples:
     """Convert stored samples, in which a token value marks padding, to the input of a decoder.
 
     `token_bytes` is the number of bytes of a stored token, 2 or 4.
@@ -143,7 +143,7 @@ class EncoderSamples(NamedTuple):
     """Tokens of the texts as a shard stores them, with padding, (texts, T)."""
     inputs: np.ndarray
     """Tokens of the texts as the model reads them, (texts, T): most of the hidden ones are replaced."""
-    token_hidden: np.ndarray
+    token_predicted: np.ndarray
     """Mask of the positions at which the model predicts a token, (texts, T) bool: hidden tokens, or in a caption every
     position from which the next token or the end is predicted."""
 

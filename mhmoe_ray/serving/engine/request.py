@@ -162,7 +162,7 @@ class Update(NamedTuple):
 
 
 class ServedEngine(Protocol):
-    """The interface that all engines share: the reason of a failure, the statistics, and closing."""
+    """The interface that all engines share: the reason for a failure, the statistics, and closing."""
 
     @property
     def failure_reason(self) -> str | None:

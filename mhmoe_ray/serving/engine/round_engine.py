@@ -192,7 +192,7 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
     def _finish_round(
         self, states: Sequence[InputState[Input, Output]], results: Sequence[Output | Continued[Input]]
     ) -> None:
-        """Count the results of a round (forward pass), deliver finished answers, and let other inputs wait again."""
+        """Count the results of a round (forward pass), deliver finished answers, and queue other inputs again."""
         with self._condition:
             self._running = []
             for state, result in zip(states, results, strict=True):

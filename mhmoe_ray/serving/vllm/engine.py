@@ -161,7 +161,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
             engine.add_request("first", {"prompt_token_ids": [0]}, _vllm_params(WARMUP_REQUEST, max_new_tokens=2))
             while engine.has_unfinished_requests():
                 engine.step()
-            # Statistics must not include the request above and vLLM's own trial runs.
+            # Statistics must include neither the request above nor vLLM's own trial runs.
             self._stat_logger.steps = self._stat_logger.tokens = 0
             engine.collective_rpc("mhmoe_reset_counts")
         return engine

@@ -17,7 +17,7 @@ from mhmoe_ray.data.shards.columns import (
     Samples,
     columns_of,
     join_columns,
-    split_padding,
+    to_model_samples,
     token_bytes_for,
 )
 from mhmoe_ray.model.attention import document_indices, document_offsets
@@ -120,7 +120,7 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
 
     def receive(self, rows: Mapping[str, np.ndarray]) -> tuple[int, MicroBatch]:
         stored = join_columns(rows)
-        samples = split_padding(stored, self._token_bytes)._replace(experts=rows.get(EXPERT))
+        samples = to_model_samples(stored, self._token_bytes)._replace(experts=rows.get(EXPERT))
         masked_start_token = self._start_token if self.spec.model.document_masks else None
         return sample_digest(stored), micro_batch(samples, self.device, masked_start_token)
 
@@ -137,7 +137,7 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
         return batches, [int(count)], int(count)
 
     def run(self, batch: MicroBatch, noise: Noise | None) -> DecoderLoss:
-        """Return the loss and the routing of a micro-batch, with document masks if the spec asks for them.
+        """Return the loss and the routing of a micro-batch; attention is masked by document if the spec asks for it.
 
         Args:
             batch: the samples, of which the model reads all tokens but the last.

@@ -13,7 +13,7 @@ from mhmoe_ray.data.shards.columns import (
     conversation_dtype,
     join_columns,
     padding_token,
-    split_padding,
+    to_model_samples,
     token_bytes_for,
     with_all_columns,
 )
@@ -104,7 +104,7 @@ def test_rows_per_shard_is_at_least_one():
 def test_split_padding_masks_padding_and_makes_it_token_0(token_bytes):
     padding = padding_token(token_bytes)
     stored_tokens = np.array([[5, 0, 7, 8], [5, 9, padding, padding]], f"<u{token_bytes}")
-    tokens, target_mask, document_starts, experts = split_padding(stored_tokens, token_bytes)
+    tokens, target_mask, document_starts, experts = to_model_samples(stored_tokens, token_bytes)
     assert document_starts is experts is None
     assert tokens.dtype == np.int64
     assert tokens.tolist() == [[5, 0, 7, 8], [5, 9, 0, 0]]
@@ -112,7 +112,7 @@ def test_split_padding_masks_padding_and_makes_it_token_0(token_bytes):
     rows = with_all_columns(stored_tokens, start=5, padding=padding)
     rows[TARGETS][0, 2] = False
     rows[DOCUMENT_STARTS][0, 1] = True
-    tokens_of_rows, target_mask, document_starts, _ = split_padding(rows, token_bytes)
+    tokens_of_rows, target_mask, document_starts, _ = to_model_samples(rows, token_bytes)
     assert np.array_equal(tokens_of_rows, tokens)
     assert target_mask.tolist() == [[True, False, True], [True, False, False]]
     assert document_starts.tolist() == [[True, True, False], [True, False, False]]

@@ -102,7 +102,7 @@ def swiglu_backward_weights(
     gate_chunks = load_columns(gate_EFD + matrix, f, F, True, D, CHUNKS)
     up_chunks = load_columns(up_EFD + matrix, f, F, True, D, CHUNKS)
     down_chunks = load_columns(down_EDF + matrix, f, F, False, D, CHUNKS)
-    # All three gradients are [D, F], so that their wide side is dimension M of the matrix unit.
+    # All three gradients are [D, F], so that the width D, which is the larger side, is dimension M of the products.
     dgate, dup = zeros_columns(BLOCK_F, CHUNKS), zeros_columns(BLOCK_F, CHUNKS)
     ddown = zeros_columns(BLOCK_F, CHUNKS)
     end = tl.load(offset_E1 + expert + 1)
