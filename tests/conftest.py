@@ -21,7 +21,7 @@ from xdist.scheduler import LoadFileScheduling
 from mhmoe_kernels.cpu import level_environment, requested_level
 from mhmoe_ray.cluster import spawn
 from mhmoe_ray.cluster.local import RECORD, start_local, stop_local
-from mhmoe_ray.cluster.spawn import LocalCluster
+from mhmoe_ray.cluster.spawn import LocalCluster, free_ports
 from mhmoe_ray.errors import ClusterError
 from tests.browser import browser
 from tests.cli.run import command
@@ -205,3 +205,9 @@ def lane_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def local_cluster(lane_home: Path) -> LocalCluster:
     """Return the running local cluster of the lane; start it with 8 logical CPUs if no test has started it before."""
     return start_local(8)
+
+
+@pytest.fixture
+def unused_port() -> int:
+    """Return a port of this machine that is free now."""
+    return free_ports(1)[0]

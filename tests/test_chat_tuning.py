@@ -9,10 +9,7 @@ import httpx
 import pyarrow as pa
 import pytest
 
-from tests.cli.conftest import unused_port
 from tests.cli.run import mhmoe
-
-__all__ = ["unused_port"]
 
 JOBS = Path(__file__).parents[1] / "jobs"
 HELD_OUT = "data/sample/chat/held-out/english"

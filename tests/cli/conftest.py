@@ -2,7 +2,6 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.spec import dump_spec
 from tests.data.texts import write_corpus
 from tests.specs import tiny_spec
@@ -33,9 +32,3 @@ def write_spec(folder: Path, **sections) -> Path:
     path = folder / "spec.yaml"
     path.write_text(dump_spec(tiny_spec(folder, **merged)))
     return path
-
-
-@pytest.fixture
-def unused_port() -> int:
-    """Return a port of this machine that is free now."""
-    return free_ports(1)[0]
