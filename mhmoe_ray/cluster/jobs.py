@@ -206,6 +206,10 @@ def follow_logs(connection: Connection, job: str) -> Iterator[str]:
     """
     import aiohttp
 
+    # Ray's dashboard logs the headers of a WebSocket request that it refuses, and these contain the cluster's token.
+    # Therefore no such request is sent for an unknown job.
+    if info(connection, job) is None:
+        raise JobError(f"job {job}", "the cluster does not know it", "see `mhmoe list`")
     client = _client(connection)
     with translated_errors(connection, f"job {job}", JobError, "see `mhmoe list`"):
         partial_line = ""

@@ -67,8 +67,8 @@ def compare_runs(runs: Sequence[RunDir], baseline: str | None = None) -> Compari
     variants = group_variants([run for run in compared if run not in unfinished])
     baseline_variant = _find_baseline(variants, baseline, compared, trained)
     step = matched_step(variants)
-    others = [variant for variant in variants if variant is not baseline_variant]
-    verdicts = [compare_variants(baseline_variant, variant, step) for variant in others] if step else []
+    other_variants = [variant for variant in variants if variant is not baseline_variant]
+    verdicts = [compare_variants(baseline_variant, variant, step) for variant in other_variants] if step else []
     return Comparison(
         trained=trained,
         untrained=[run for run in runs if run.id not in trained_ids],

@@ -1,16 +1,21 @@
 """Run directory: all files of a run, readable without a cluster, in a local folder or on an object store.
 
-<storage>/<name>-<6 hex>/ spec.yaml          the submitted spec, with absolute paths; its cluster section is that of the
-newest attempt run.json           id, and cluster, job and time of each attempt (a submit or a resume), or the time of
-an import events.jsonl       events: submitted, started, checkpoint, failed, finished ... metrics.jsonl      one line
-per step logs/              logs of jobs and workers of the newest attempts, limited in size and without secrets
-(logs.py) routing/           route counts per layer and expert, one file per checkpointed step tensorboard/       event
-files evaluations/       results of `mhmoe eval` and `mhmoe routing`, one file for each request tokenizer.json
-start.json         models that the run started from, with their own ancestors; absent if its first weights were random
-chat_template.jinja   template that turns a conversation into a prompt; present if the run trains on conversations, if a
-user added it, or if the model that it was imported or started from has one checkpoints/step_00000200.<n>/   weights/
-optim/ manifest.json, written by the n-th worker group stop               present while a user asks the run to stop ray/
-Ray Train's own folder, which this package never reads
+<storage>/<name>-<6 hex>/
+  spec.yaml          the submitted spec, with absolute paths; its cluster section is that of the newest attempt
+  run.json           id, and cluster, job and time of each attempt (a submit or a resume), or the time of an import
+  events.jsonl       events: submitted, started, checkpoint, failed, finished ...
+  metrics.jsonl      one line per step
+  logs/              logs of jobs and workers of the newest attempts, limited in size and without secrets (logs.py)
+  routing/           route counts per layer and expert, one file per checkpointed step
+  tensorboard/       event files
+  evaluations/       results of `mhmoe eval` and `mhmoe routing`, one file for each request
+  tokenizer.json
+  start.json         models that the run started from, with their own ancestors; absent if its first weights were random
+  chat_template.jinja   template that turns a conversation into a prompt; present if the run trains on conversations, if
+                        a user added it, or if the model that it was imported or started from has one
+  checkpoints/step_00000200.<n>/   weights/ optim/ manifest.json, written by the n-th worker group
+  stop               present while a user asks the run to stop
+  ray/               Ray Train's own folder, which this package never reads
 
 The storage folder also holds the directories of sweeps, in <storage>/sweeps/ (sweeps.py).
 

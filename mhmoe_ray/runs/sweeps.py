@@ -1,8 +1,9 @@
 """Directory of a sweep: the orders to start runs, which commands write, and the run directories of the sweep's entries.
 
-<storage>/sweeps/<name>/ orders/000001-3f2a1c.json   written by a command: the runs, how many at a time, and the job
-that starts them runs.json                   written by the job of the last order: the run directory of each entry stop
-present while a user asks that no more runs start
+<storage>/sweeps/<name>/
+  orders/000001-3f2a1c.json   written by a command: the runs, how many at a time, and the job that starts them
+  runs.json                   written by the job of the last order: the run directory of each entry
+  stop                        present while a user asks that no more runs start
 
 Commands may run at the same moment and on several machines. So each command writes its own order once, and the names of
 the orders alone determine which order counts.

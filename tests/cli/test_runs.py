@@ -313,7 +313,7 @@ def test_no_secret_is_in_a_log_a_run_directory_or_a_command_line(corpus, local_c
             for line in _read(p).splitlines()
             if secret.encode() in line
         ]
-        assert leaking_lines == [], f"{secret_name} is in a file"
+        assert "\n".join(leaking_lines) == "", f"{secret_name} is in a file"
         assert secret not in command_lines, f"{secret_name} is in a command line"
         assert not [s for s in results if secret in s.out + s.err], f"{secret_name} was printed"
 

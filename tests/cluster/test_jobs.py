@@ -76,11 +76,15 @@ def test_stop_ends_a_job_and_can_be_repeated(connection):
 
 
 @pytest.mark.ray
-def test_unknown_job_has_no_status_and_other_calls_fail(connection):
+def test_unknown_job_has_no_status_and_other_calls_fail(connection, local_cluster):
+    """The dashboard must not log the cluster's token, which is in the headers of each request."""
     assert jobs.status(connection, "none") is None
     for call in (jobs.logs, jobs.stop, lambda *args: list(jobs.follow_logs(*args))):
         with pytest.raises(JobError, match="job none: "):
             call(connection, "none")
+    logs = [path.read_text(errors="replace") for path in local_cluster.folder.rglob("dashboard*.log")]
+    assert logs
+    assert not [log for log in logs if connection.token.value in log]
 
 
 @pytest.mark.ray

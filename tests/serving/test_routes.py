@@ -248,7 +248,7 @@ def test_detokenize_inverts_tokenize(app, answerer):
 
 
 def test_model_without_a_start_token_scores_and_tokenizes_whole_prompts():
-    """As some imported models do, this one reads texts without a start token."""
+    """Some imported models read texts without a start token."""
     answerer = create_answerer(build_model(), build_tokenizer(), SEQ_LEN, ServeSpec(), adds_start=False)
     app = create_app(answerer, "tiny", ServeSpec())
     ids = answerer.encode("the quick")

@@ -58,17 +58,17 @@ class _Sample:
         else:
             self.special_suffixes.add(suffix)
 
-    def content(self, suffix: str, missing: Reason) -> bytes | Fault:
+    def content(self, suffix: str, missing_reason: Reason) -> bytes | Fault:
         """Return the content of the member with this suffix, or the reason why it cannot be used.
 
         Args:
             suffix: the suffix of the member.
-            missing: the reason if the sample has no such member, or one that is not a file.
+            missing_reason: the reason if the sample has no such member, or one that is not a file.
         """
         if suffix in self.special_suffixes:
-            return Fault(missing, f".{suffix} is a link or another special file")
+            return Fault(missing_reason, f".{suffix} is a link or another special file")
         content = self.contents.get(suffix)
-        return Fault(missing, f"no member .{suffix}") if content is None else content
+        return Fault(missing_reason, f"no member .{suffix}") if content is None else content
 
 
 def read_webdataset(
