@@ -1,10 +1,11 @@
-"""Fork server for the workers of Ray in tests.
+"""Fork servers for the workers of Ray in tests.
 
 A short run starts a dozen workers, each of which spends nearly all of its time with imports. Here the first worker of a
-job becomes a server: it imports the large modules, and forks for itself and for each later worker of its job. A worker
-whose runtime environment changes how an interpreter starts has an interpreter of its own.
+node becomes the node's server, which imports the large modules other than Ray. For each job it forks a server of the
+job, which imports Ray and forks the workers of this job. A worker whose runtime environment changes how an interpreter
+starts has an interpreter of its own.
 
-Forked workers share the seed of Python's hashes and the modules that their server has imported. Without the option
+Forked workers share the seed of Python's hashes and the modules that their servers have imported. Without the option
 `--forks`, all workers start as users' workers do.
 """
 
@@ -16,20 +17,31 @@ import runpy
 import signal
 import socket
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("ray.data", "ray.train")
-"""Modules that a server imports at its start."""
+NODE_MODULES = (
+    *("boto3", "jinja2", "pandas", "pyarrow.dataset", "pydantic", "requests", "tensorboardX"),
+    *("torch", "torch.distributed.fsdp"),
+    *("mhmoe_ray.checkpoint.load", "mhmoe_ray.checkpoint.save", "mhmoe_ray.model.encoder.model"),
+)
+"""Modules without Ray that a node's server imports at its start."""
+JOB_MODULES = ("ray.data", "ray.train")
+"""Modules that a job's server imports at its start."""
 TRAINING_MODULES = ("ray.train.torch", "mhmoe_ray.train.worker")
 """Modules that it imports before it forks the first worker that trains."""
 TRAINING_VARIABLE = "MALLOC_ARENA_MAX"
 """Environment variable that only workers that train have."""
-IDLE_SECONDS = 20.0
-"""Seconds without a request after which a server ends. Later workers of its job start another one."""
+IDLE_SECONDS = 20
+"""Seconds without a request after which a job's server ends. Later workers of its job start another one."""
+PATIENCE_SECONDS = 2
+"""Seconds between two looks whether the raylet of a node's server, or the node's server of a job's, has ended."""
+INTERPRETER_FOLDERS = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+"""Folders that this interpreter was started with."""
 
 
 def start_worker(words: list[str]) -> None:
@@ -45,24 +57,19 @@ def start_worker(words: list[str]) -> None:
     if options.language != "PYTHON" or needs_interpreter(context):
         return
     [raylet_name] = (word for word in worker_words if word.startswith("--raylet-name="))
+    # Names that begin with a zero byte are not those of files, and end with their servers. Each job has a server of its
+    # own, because Ray reads the job's id when it is imported.
+    node_address = f"\0{raylet_name}"
+    job_address = f"{node_address} {os.environ.get('RAY_JOB_ID')}"
     environment = {**os.environ, **(context.get("env_vars") or {})}
-    request = json.dumps({"words": worker_words, "environment": environment, "folder": str(Path.cwd())}).encode()
-    # Each job has a server of its own, because Ray reads the job's id when it is imported. A name that begins with a
-    # zero byte is not that of a file, and ends with its server.
-    address = f"\0{raylet_name} {os.environ.get('RAY_JOB_ID')}"
+    request = json.dumps(
+        {"words": worker_words, "environment": environment, "folder": str(Path.cwd()), "job_address": job_address}
+    )
     while True:
-        with socket.socket(socket.AF_UNIX) as connection:
-            try:
-                connection.connect(address)
-                connection.sendall(len(request).to_bytes(4, "big"))
-                socket.send_fds(connection, [request], [0, 1, 2])
-                if connection.recv(1):
-                    os._exit(0)
-            # The server that has this address may end at any moment.
-            except ConnectionRefusedError:
-                become_server(address, request.decode())
-            except ConnectionError:
-                pass
+        # A server may end at any moment, and another process may become the server of the same address.
+        if send(request, job_address) or send(request, node_address):
+            os._exit(0)
+        become_node_server(node_address, request)
 
 
 def needs_interpreter(context: dict[str, Any]) -> bool:
@@ -76,8 +83,20 @@ def needs_interpreter(context: dict[str, Any]) -> bool:
     )
 
 
-def become_server(address: str, request: str) -> None:
-    """Replace this process by the server at an address, whose first worker has this request.
+def send(request: str, address: str) -> bool:
+    """Send a request and this process's standard streams to a server; return whether it has accepted the request."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        try:
+            connection.connect(address)
+            connection.sendall(len(request.encode()).to_bytes(4, "big"))
+            socket.send_fds(connection, [request.encode()], [0, 1, 2])
+            return bool(connection.recv(1))
+        except ConnectionError:
+            return False
+
+
+def become_node_server(address: str, request: str) -> None:
+    """Replace this process by the node's server, whose first request is `request`.
 
     Return if another process has become that server.
     """
@@ -93,44 +112,125 @@ def become_server(address: str, request: str) -> None:
         os.execv(sys.executable, [sys.executable, __file__, str(listener.fileno()), request])
 
 
-def serve(listener: socket.socket, first_request: str) -> None:
-    """Fork a worker for each request; end when there have been none for a while. Only workers return."""
-    import_modules(MODULES)
-    # The system then removes ended workers at once. Otherwise they would stay as zombies, as nobody waits for them.
+def serve_node(listener: socket.socket, first_request: str) -> None:
+    """Fork a server for each job until the raylet ends. Only workers return."""
+    raylet = os.getppid()
+    import_modules(NODE_MODULES)
+    # The system then removes ended processes at once. Otherwise they would stay as zombies, as nobody waits for them.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     if not os.fork():
         # The address is in use as long as any process has the listener.
         listener.close()
-        return become_worker(json.loads(first_request))
-    listener.settimeout(IDLE_SECONDS)
-    while True:
+        serve_job(json.loads(first_request))
+        return
+    for connection in connections(listener, raylet):
+        request, files = receive(connection)
+        if not os.fork():
+            listener.close()
+            replace_streams(files)
+            serve_job(request, connection)
+            return
+        close(connection, files)
+
+
+def serve_job(first_request: dict[str, Any], connection: socket.socket | None = None) -> None:
+    """Fork a worker for each request, until there have been none for a while. Only workers return.
+
+    Args:
+        first_request: the request of the first worker.
+        connection: the connection to the process that waits for an answer; None if there is none.
+    """
+    node_server = os.getppid()
+    with socket.socket(socket.AF_UNIX) as listener:
+        try:
+            listener.bind(first_request["job_address"])
+        except OSError:
+            # Another request has been earlier, so there is a server of this job already.
+            if send(json.dumps(first_request), first_request["job_address"]) and connection is not None:
+                connection.sendall(b"1")
+            os._exit(0)
+        listener.listen(64)
+        if connection is not None:
+            connection.sendall(b"1")
+            connection.close()
+        os.environ.clear()
+        os.environ |= first_request["environment"]
+        import_ray_modules(JOB_MODULES)
+        if not os.fork():
+            listener.close()
+            become_worker(first_request)
+            return
+        for worker_connection in connections(listener, node_server, IDLE_SECONDS):
+            request, files = receive(worker_connection)
+            if TRAINING_VARIABLE in request["environment"]:
+                import_ray_modules(TRAINING_MODULES)
+            if not os.fork():
+                listener.close()
+                worker_connection.close()
+                replace_streams(files)
+                become_worker(request)
+                return
+            worker_connection.sendall(b"1")
+            close(worker_connection, files)
+
+
+def connections(listener: socket.socket, parent: int, idle_seconds: float = float("inf")) -> Iterator[socket.socket]:
+    """Yield connections; end this process when its parent has ended, or after `idle_seconds` without a connection."""
+    idle_time = 0.0
+    while os.getppid() == parent and idle_time < idle_seconds:
+        listener.settimeout(PATIENCE_SECONDS)
         try:
             connection, _ = listener.accept()
         except TimeoutError:
-            os._exit(0)
-        with connection:
-            connection.settimeout(None)
-            size = int.from_bytes(connection.recv(4), "big")
-            content, files, _, _ = socket.recv_fds(connection, size, 3)
-            while len(content) < size:
-                content += connection.recv(size - len(content))
-            request = json.loads(content)
-            if TRAINING_VARIABLE in request["environment"]:
-                import_modules(TRAINING_MODULES)
-            if not os.fork():
-                listener.close()
-                connection.close()
-                for number, file in enumerate(files):
-                    os.dup2(file, number)
-                return become_worker(request)
-            connection.sendall(b"1")
-        for file in files:
-            os.close(file)
+            idle_time += PATIENCE_SECONDS
+            continue
+        idle_time = 0
+        connection.settimeout(None)
+        yield connection
+    os._exit(0)
+
+
+def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Return the request that a process sends over a connection, and descriptors of its standard streams."""
+    size = int.from_bytes(connection.recv(4), "big")
+    content, files, _, _ = socket.recv_fds(connection, size, 3)
+    while len(content) < size:
+        content += connection.recv(size - len(content))
+    return json.loads(content), files
+
+
+def replace_streams(files: list[int]) -> None:
+    """Make these descriptors the standard streams of this process."""
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+
+
+def close(connection: socket.socket, files: list[int]) -> None:
+    connection.close()
+    for file in files:
+        os.close(file)
 
 
 def import_modules(names: Iterable[str]) -> None:
     for name in names:
         import_module(name)
+
+
+def import_ray_modules(names: Iterable[str]) -> None:
+    """Import modules of Ray, or that import Ray, without drawing random numbers from the generator of Ray's C++.
+
+    Forked processes would share the state of this generator, and give equal ids to different tasks. Ray draws from it
+    for the id of each class of actors, also while it is imported.
+    """
+    import ray.actor
+
+    class_id = ray.actor.ActorClassID
+    ray.actor.ActorClassID = SimpleNamespace(from_random=lambda: class_id(os.urandom(class_id.size())))
+    try:
+        import_modules(names)
+    finally:
+        ray.actor.ActorClassID = class_id
 
 
 def become_worker(request: dict[str, Any]) -> None:
@@ -140,8 +240,7 @@ def become_worker(request: dict[str, Any]) -> None:
     # Ray kills the process group of a worker that ends.
     os.setpgid(0, 0)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    server_folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    other_folders = [folder for folder in sys.path[1:] if folder not in server_folders]
+    other_folders = [folder for folder in sys.path[1:] if folder not in INTERPRETER_FOLDERS]
     os.environ.clear()
     os.environ |= request["environment"]
     os.chdir(request["folder"])
@@ -153,5 +252,5 @@ def become_worker(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])
+    serve_node(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])
     runpy.run_path(sys.argv[0], run_name="__main__")
