@@ -56,11 +56,11 @@ def start_worker(words: list[str]) -> None:
     context = json.loads(options.serialized_runtime_env_context)
     if options.language != "PYTHON" or needs_interpreter(context):
         return
-    [raylet_name] = (word for word in worker_words if word.startswith("--raylet-name="))
-    # Names that begin with a zero byte are not those of files, and end with their servers. Each job has a server of its
-    # own, because Ray reads the job's id when it is imported.
-    node_address = f"\0{raylet_name}"
-    job_address = f"{node_address} {os.environ.get('RAY_JOB_ID')}"
+    [raylet_path] = (word.partition("=")[2] for word in worker_words if word.startswith("--raylet-name="))
+    # The sockets are beside the raylet's, in a folder that other users cannot enter. Each job has a server of its own,
+    # because Ray reads the job's id when it is imported.
+    node_address = f"{raylet_path}.forks"
+    job_address = f"{node_address}.{os.environ.get('RAY_JOB_ID')}"
     environment = {**os.environ, **(context.get("env_vars") or {})}
     request = json.dumps(
         {"words": worker_words, "environment": environment, "folder": str(Path.cwd()), "job_address": job_address}
@@ -91,8 +91,28 @@ def send(request: str, address: str) -> bool:
             connection.sendall(len(request.encode()).to_bytes(4, "big"))
             socket.send_fds(connection, [request.encode()], [0, 1, 2])
             return bool(connection.recv(1))
-        except ConnectionError:
+        except ConnectionRefusedError:
+            # The server was killed, and could not remove its socket.
+            Path(address).unlink(missing_ok=True)
             return False
+        except (ConnectionError, FileNotFoundError):
+            return False
+
+
+def listen(address: str) -> socket.socket | None:
+    """Return a socket that listens at an address; None if another process has that address."""
+    listener, own_path = socket.socket(socket.AF_UNIX), Path(f"{address}.{os.getpid()}")
+    listener.bind(str(own_path))
+    listener.listen(64)
+    try:
+        # A link appears together with its listener. After `bind` alone, a connection would be refused for a moment.
+        os.link(own_path, address)
+    except FileExistsError:
+        listener.close()
+        return None
+    finally:
+        own_path.unlink()
+    return listener
 
 
 def become_node_server(address: str, request: str) -> None:
@@ -100,16 +120,13 @@ def become_node_server(address: str, request: str) -> None:
 
     Return if another process has become that server.
     """
-    with socket.socket(socket.AF_UNIX) as listener:
-        try:
-            listener.bind(address)
-        except OSError:
-            return
-        listener.listen(64)
-        os.set_inheritable(listener.fileno(), True)
-        # OpenMP reads the variable when torch is imported. Ray sets it to the CPUs of a task, which are mostly 1.
-        os.environ["OMP_NUM_THREADS"] = "1"
-        os.execv(sys.executable, [sys.executable, __file__, str(listener.fileno()), request])
+    listener = listen(address)
+    if listener is None:
+        return
+    os.set_inheritable(listener.fileno(), True)
+    # OpenMP reads the variable when torch is imported. Ray sets it to the CPUs of a task, which are mostly 1.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.execv(sys.executable, [sys.executable, __file__, str(listener.fileno()), request])
 
 
 def serve_node(listener: socket.socket, first_request: str) -> None:
@@ -131,6 +148,7 @@ def serve_node(listener: socket.socket, first_request: str) -> None:
             serve_job(request, connection)
             return
         close(connection, files)
+    os._exit(0)
 
 
 def serve_job(first_request: dict[str, Any], connection: socket.socket | None = None) -> None:
@@ -141,41 +159,40 @@ def serve_job(first_request: dict[str, Any], connection: socket.socket | None = 
         connection: the connection to the process that waits for an answer; None if there is none.
     """
     node_server = os.getppid()
-    with socket.socket(socket.AF_UNIX) as listener:
-        try:
-            listener.bind(first_request["job_address"])
-        except OSError:
-            # Another request has been earlier, so there is a server of this job already.
-            if send(json.dumps(first_request), first_request["job_address"]) and connection is not None:
-                connection.sendall(b"1")
-            os._exit(0)
-        listener.listen(64)
-        if connection is not None:
+    listener = listen(first_request["job_address"])
+    if listener is None:
+        # Another request has been earlier, so there is a server of this job already.
+        if send(json.dumps(first_request), first_request["job_address"]) and connection is not None:
             connection.sendall(b"1")
-            connection.close()
-        os.environ.clear()
-        os.environ |= first_request["environment"]
-        import_ray_modules(JOB_MODULES)
+        os._exit(0)
+    if connection is not None:
+        connection.sendall(b"1")
+        connection.close()
+    os.environ.clear()
+    os.environ |= first_request["environment"]
+    import_ray_modules(JOB_MODULES)
+    if not os.fork():
+        listener.close()
+        become_worker(first_request)
+        return
+    for worker_connection in connections(listener, node_server, IDLE_SECONDS):
+        request, files = receive(worker_connection)
+        if TRAINING_VARIABLE in request["environment"]:
+            import_ray_modules(TRAINING_MODULES)
         if not os.fork():
             listener.close()
-            become_worker(first_request)
+            worker_connection.close()
+            replace_streams(files)
+            become_worker(request)
             return
-        for worker_connection in connections(listener, node_server, IDLE_SECONDS):
-            request, files = receive(worker_connection)
-            if TRAINING_VARIABLE in request["environment"]:
-                import_ray_modules(TRAINING_MODULES)
-            if not os.fork():
-                listener.close()
-                worker_connection.close()
-                replace_streams(files)
-                become_worker(request)
-                return
-            worker_connection.sendall(b"1")
-            close(worker_connection, files)
+        worker_connection.sendall(b"1")
+        close(worker_connection, files)
+    Path(first_request["job_address"]).unlink(missing_ok=True)
+    os._exit(0)
 
 
 def connections(listener: socket.socket, parent: int, idle_seconds: float = float("inf")) -> Iterator[socket.socket]:
-    """Yield connections; end this process when its parent has ended, or after `idle_seconds` without a connection."""
+    """Yield connections until the parent of this process has ended, or `idle_seconds` pass without a connection."""
     idle_time = 0.0
     while os.getppid() == parent and idle_time < idle_seconds:
         listener.settimeout(PATIENCE_SECONDS)
@@ -187,7 +204,6 @@ def connections(listener: socket.socket, parent: int, idle_seconds: float = floa
         idle_time = 0
         connection.settimeout(None)
         yield connection
-    os._exit(0)
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
