@@ -15,7 +15,7 @@ SDK_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job
 """Names of the loggers to which Ray's base HTTP client and its job client write a line for every upload."""
 
 PRIVATE_NAMES = {
-    # Resources of the cluster, node by node, for `train/resilience.py`.
+    # Free resources of each node, and nodes that are being drained, for `train/resilience.py`.
     "available_resources_per_node": "ray._private.state",
     "state": "ray._private.state",
     # Ray Train's controller, with its decisions about failures, worker counts and placement groups, for

@@ -35,8 +35,8 @@ def _register_models(module: ModuleType) -> None:
 
     models = import_module(OWN_MODULE)
     if not hasattr(models, "MhmoeForCausalLM"):
-        # Our module is still being imported, and one of its imports has led here. `_register_own_models` registers the
-        # classes when our module is complete.
+        # The module with our model classes is still being imported, and one of its own imports has led to this call.
+        # `_register_own_models` registers the classes when their module is complete.
         return
     module.AutoModel.register(MhmoeConfig, models.MhmoeModel, exist_ok=True)
     module.AutoModelForCausalLM.register(MhmoeConfig, models.MhmoeForCausalLM, exist_ok=True)
@@ -60,7 +60,8 @@ Each is called with this module after the module was imported.
 
 def _is_supported() -> bool:
     """Return whether the installed version of transformers is new enough for our model classes."""
-    # In an older version, importing our classes could fail, and with it the user's own import of transformers.
+    # With an older version of transformers, importing our model classes could fail and break the user's own import of
+    # transformers.
     numbers = version("transformers").split(".")[:2]
     return tuple(map(int, numbers)) >= OLDEST_TRANSFORMERS
 
@@ -94,7 +95,8 @@ class _RegisteringFinder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname not in self._names:
             return None
-        # This finder ignores a name that is not in the set, so `find_spec` gets the answer of the other finders.
+        # The name is removed, so that this finder ignores it in the nested call of `find_spec`, which asks the other
+        # finders.
         self._names.remove(fullname)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:

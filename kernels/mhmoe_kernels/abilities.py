@@ -37,10 +37,11 @@ KERNELS: dict[KernelName, KernelLimits] = {
     "grouped": KernelLimits(kept_rows="as configured"),
     # bfloat16 matrix units read values in pairs, so sizes must be even.
     "cpp": KernelLimits(device="CPUs", precision="bfloat16", function="swiglu", size_multiple=2, kept_rows="nothing"),
-    # Wider rows than 1024 do not fit on the chip (triton/fused/blocks.py).
+    # Rows wider than 1024 values do not fit into the GPU's on-chip memory (see triton/fused/blocks.py).
     "triton": KernelLimits(device="CUDA", max_row_width=1024, kept_rows="nothing"),
     "grouped_gemm": KernelLimits(device="CUDA", kept_rows="as configured"),
-    # torch's grouped_mm has no biases, needs rows of multiples of 16 bytes, and takes fewer than 1024 groups.
+    # torch's grouped_mm has no biases, needs rows whose size is a multiple of 16 bytes, and takes fewer than 1024
+    # groups.
     "grouped_mm": KernelLimits(
         device="CUDA",
         precision="bfloat16",

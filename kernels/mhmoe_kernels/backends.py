@@ -79,7 +79,7 @@ def unavailable_reason(name: str, device: torch.device, sizes: ExpertSizes | Non
     reason = BACKENDS[name].unavailable_reason(device)
     if reason or sizes is None:
         return reason
-    # `padded` is not a kernel that a spec can name, so it is not in the table of limits.
+    # `padded` is not a kernel that a spec can name, so the table of limits (`KERNELS`) does not contain it.
     limits_reason = next((limit_reason(kernel, sizes) for kernel in KERNELS if kernel == name), None)
     return limits_reason or BACKENDS[name].refusal(device, sizes)
 
@@ -93,7 +93,8 @@ def expert_sizes(x_ND: Tensor, weights: ExpertWeights) -> ExpertSizes:
 
 def _choose_for_device(purpose: Purpose, device: torch.device, *size_fields: Any) -> str:
     """Return the kernel that should be fastest on a device for experts of these sizes (`ExpertSizes`)."""
-    # `allow_compilation` needs plain values as arguments, so the fields of the sizes are separate.
+    # torch.compile treats the result as a constant (see `allow_compilation`), which needs plain values as arguments. So
+    # the fields of the sizes are separate arguments.
     sizes = ExpertSizes(*size_fields)
     if device.type == "cuda":
         return _choose_gpu_kernel(purpose, device, sizes)
@@ -111,7 +112,8 @@ def _choose_gpu_kernel(purpose: Purpose, device: torch.device, sizes: ExpertSize
 def allow_compilation() -> None:
     """Let torch.compile treat the choice of a kernel, and the check that it can run here, as constants of compiled
     code."""
-    # If it were used as a decorator, this module's import would load torch's compiler, which takes seconds.
+    # `assume_constant_result` is not used as a decorator, because this module's import would then load torch's
+    # compiler, which takes seconds.
     for function in (_choose_for_device, cpp.unavailable_reason, triton.unavailable_reason):
         torch.compiler.assume_constant_result(function)  # type: ignore[no-untyped-call]
 
@@ -178,8 +180,8 @@ def run_sorted_experts(backend: str, x_RD: Tensor, counts: list[int], weights: E
     if (run_sorted_rows := BACKENDS[backend].run_sorted) is not None:
         with _without_autocast(x_RD):
             return run_sorted_rows(x_RD, count_E, weights)
-    # Backends without `run_sorted` take routes and sort them again. This is cheap for `triton`, which sorts R numbers
-    # and reads the rows in place.
+    # Backends without `run_sorted` take each row with the index of its expert, and sort the rows again. This is cheap
+    # for `triton`, which sorts only R indices and reads the rows in place.
     expert_E = torch.arange(len(count_E), device=x_RD.device)
     # The host need not wait for the GPU, because the output size is known.
     expert_R = expert_E.repeat_interleave(copy_to_device(count_E, x_RD.device), output_size=len(x_RD))

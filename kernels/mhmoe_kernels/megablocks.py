@@ -57,9 +57,10 @@ def _gelu_subln(
     fc2_EDF: Tensor,
     fc2_bias_ED: Tensor,
 ) -> Tensor:
-    # Each row gets its expert's vector as the product of a one with a matrix that has this vector as its column. The
-    # gradient, a sum over the expert's rows, is then a grouped GEMM too, which sums in float32; the gradient of
-    # indexing would be summed in bfloat16. Eight columns make rows of 16 bytes, the alignment of a grouped GEMM.
+    # Each row gets its expert's vector (a bias, or a weight of the norm) as the product of a one with a matrix that has
+    # this vector as its column. The gradient, a sum over the expert's rows, is then a grouped GEMM too, which sums in
+    # float32; the gradient of indexing would be summed in bfloat16. Eight columns make rows of 16 bytes, the alignment
+    # of a grouped GEMM.
     one_R8 = F.pad(x_RD.new_ones(x_RD.shape[0], 1), (0, 7))
 
     def to_rows(v_EF: Tensor) -> Tensor:
@@ -93,8 +94,8 @@ def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights
             "make the micro-batch smaller, or use the kernel 'grouped'"
         )
     if N == 0:
-        # MegaBlocks is not called without rows: there is nothing to permute, and it does not say whether its kernels
-        # can be launched without blocks.
+        # Without rows, MegaBlocks is not called: there is nothing to permute, and its documentation does not state
+        # whether its kernels can be launched without blocks.
         return run_grouped(x_ND, expert_NK, gate_NK, weights)
     ops, K, E = _import_module("megablocks.ops"), expert_NK.shape[1], len(weights.stacked[0])
     with torch.no_grad():
@@ -102,7 +103,7 @@ def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights
         count_E = ops.histogram(expert_R, E)
         # With one expert, MegaBlocks returns a scalar, which `view` turns into a vector.
         end_E = ops.inclusive_cumsum(count_E, 0).view(E)
-    # MegaBlocks' copies assume that tensors are contiguous.
+    # MegaBlocks' operations that copy rows assume contiguous tensors.
     x_RD = ops.gather(x_ND.contiguous(), route_R, expert_R, end_E, K)
     out_RD = _run_sorted_rows(x_RD, count_E, end_E, weights).contiguous()
     y_ND: Tensor = ops.scatter(out_RD, route_R, expert_R, gate_NK.flatten(), end_E, K)

@@ -32,8 +32,8 @@ from mhmoe_kernels.cpu import CpuLevel, cpu_level, is_x86
 from mhmoe_kernels.permutation import combine, plan_routes
 from mhmoe_kernels.weights import ExpertWeights, Function, Swiglu
 
-# BLAS computes all rows of a product with sums in the same order if their number is a multiple of this one; see the
-# docstring of this module.
+# If the number of rows of a product is a multiple of this number, BLAS adds the terms of all rows in the same order
+# (see the docstring of this module).
 ROW_MULTIPLE = 16
 
 
@@ -46,7 +46,8 @@ def run_padded(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: Expert
     assert not (torch.is_grad_enabled() and any(w.requires_grad for w in weights.stacked))
     plan = plan_routes(expert_NK, len(weights.stacked[0]))
     padded_count_E = (plan.count_E + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
-    # A route's slot moves up by the padding of all experts before the route's own expert.
+    # A route's slot is the position of its row in the order sorted by expert. It moves up by the padding of all experts
+    # before the route's own expert.
     shift_E = (padded_count_E - plan.count_E).cumsum(0) - (padded_count_E - plan.count_E)
     plan = plan._replace(slot_NK=plan.slot_NK + shift_E[expert_NK])
     padded_counts = padded_count_E.tolist()

@@ -94,8 +94,9 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, out_RD: Tensor, gate_NK: Tensor, plan: RoutePlan) -> Tensor:
         ctx.save_for_backward(out_RD, gate_NK)
         ctx.plan = plan
-        # embedding_bag gathers, weights and adds in float32 in one pass, but takes weights in the dtype of the rows
-        # only. A gate is therefore split into two parts: its rounded value, and the rounding error.
+        # embedding_bag gathers rows, multiplies them by weights and adds them in float32 in one pass, but the weights
+        # must have the dtype of the rows. A gate is therefore split into two parts: its value in that dtype, and the
+        # rounding error.
         rounded_NK = gate_NK.to(out_RD.dtype)
         slot_NK, parts_NK = plan.slot_NK, rounded_NK
         if rounded_NK.dtype.itemsize < gate_NK.dtype.itemsize:

@@ -41,7 +41,8 @@ def run_capacity(
     slot_NK = slot_KN.view(top_k, -1).T
     fits_NK = kept_NK & (slot_NK < expert_capacity)
     slot_NKC = F.one_hot(slot_NK.clamp(max=expert_capacity - 1), expert_capacity) * fits_NK[..., None]
-    # Both masks below are N x E x C. A row is routed to an expert at most once, so the sum over k merges no routes.
+    # The masks `combine_NEC` and `dispatch_NEC` are N x E x C. A row is routed to an expert at most once, so their sums
+    # over the choices k merge no routes.
     chosen_NKE, slot_NKC = chosen_NKE.to(x_ND), slot_NKC.to(x_ND)
     combine_NEC = torch.einsum("nke,nkc,nk->nec", chosen_NKE, slot_NKC, gate_NK.to(x_ND))
     dispatch_NEC = torch.einsum("nke,nkc->nec", chosen_NKE, slot_NKC)

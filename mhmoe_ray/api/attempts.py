@@ -46,7 +46,7 @@ def run_argument(run: RunDir) -> str:
     It is the run's id if the run is in the storage folder that commands use by default, else its path.
     """
     storage_folder = location(default_storage()).absolute()
-    # The path is quoted, because the argument is shown in commands that users paste into a shell.
+    # The path is quoted, because messages show commands with it, which users paste into a shell.
     return run.id if run.path.parent == storage_folder else shlex.quote(str(run.path))
 
 
@@ -311,8 +311,8 @@ def wait_for_outcome(
         ClusterError, StorageError: the cluster or the storage has not answered for a while.
         TimeoutError: the run is not over when the timeout ends.
     """
-    # A failed request is repeated, because the run goes on even while its cluster or storage does not answer. Each of
-    # them has a caller of its own, which measures how long this one alone has not answered.
+    # A failed request is repeated, because the run goes on even while its cluster or storage does not answer. The
+    # storage and the cluster have a `RetryingCaller` each, which measures how long that service alone has not answered.
     start_time = query_time = time.monotonic()
     storage_caller, cluster_caller = (RetryingCaller(on_note, is_endless=is_endless) for _ in range(2))
     while True:

@@ -112,7 +112,8 @@ def check_gpus_of_this_machine(demand: WorkerDemand, cpus: int, address: str | N
     Raises:
         ClusterError: a local cluster would be started, and it could never hold the workers.
     """
-    # A running cluster need not be checked here: it knows its nodes, and `check_capacity` checks it later.
+    # Only a local cluster that would have to be started is checked here. For a running cluster, `check_capacity` later
+    # asks the cluster for its nodes.
     if demand.gpus and connect_if_running(address) is None:
         this_machine = Node("this machine", max(cpus, LOCAL_CPUS), gpus_of_this_machine())
         _check_capacity(demand, [this_machine], "local cluster")
@@ -147,7 +148,7 @@ def check_training(spec: RunSpec) -> None:
         DataError: the data is not prepared, and text is missing or the chat template cannot be used; or the prepared
             data does not suffice for the spec or was made with other settings.
     """
-    # These modules import pyarrow, which only this check of data needs.
+    # These imports are delayed, because the modules import pyarrow, which only this check of data needs.
     from mhmoe_ray.checkpoint.start.record import plan_start
     from mhmoe_ray.data.chat.template import check_template
     from mhmoe_ray.data.order.mixture import training_order

@@ -78,7 +78,7 @@ class EngineThread:
         try:
             with _report_close():
                 return future.result()
-        # Ctrl-C is a BaseException. A cancelled coroutine aborts its requests.
+        # Ctrl-C raises a BaseException, too. The coroutine is then cancelled, and so aborts its requests in the engine.
         except BaseException:
             future.cancel()
             raise
@@ -148,7 +148,7 @@ def _report_close() -> Iterator[None]:
 def close_abandoned_engine(engine: EngineThread) -> None:
     """Close the engine of a model that nobody closed, when the model is collected or the process ends."""
     # Python may collect the model in a thread of the engine, which cannot wait for its own end, so a new thread closes
-    # the engine. At the end of the process, this is the main thread, and new threads can no longer start.
+    # the engine. At the end of the process, this code runs in the main thread, and new threads can no longer start.
     if current_thread() is main_thread():
         engine.close()
     else:

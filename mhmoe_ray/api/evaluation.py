@@ -114,7 +114,7 @@ def _text_version(data: DataSpec) -> str:
     Raises:
         DataError: there is no such text, or it cannot be read.
     """
-    # The module imports pyarrow, which evaluations without raw text do not need here.
+    # This import is delayed, because the module imports pyarrow, which only evaluations on raw text need here.
     from mhmoe_ray.data.sources import find_files, version_hash
 
     try:
@@ -156,7 +156,7 @@ def load_or_evaluate(
         return stored_evaluation
     # This call raises an error if the prepared data is missing, before a cluster is started to read the data.
     if request.prepared:
-        # The module imports pyarrow, which a stored evaluation does not need.
+        # This import is delayed, because the module imports pyarrow, which is not needed to return a stored evaluation.
         from mhmoe_ray.data.shards.manifest import require_data_manifest
 
         require_data_manifest(Path(request.prepared))

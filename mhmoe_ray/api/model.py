@@ -413,7 +413,7 @@ def _answerer_builder(source: ModelSource, device: Device, threads: int) -> Call
 
         from mhmoe_ray.serving.engine.torch_engine import own_engine
 
-        # This limits only the current thread, that of `EngineThread`. OpenMP threads of this thread would slow down
+        # This limits only the current thread, in which answers arrive. OpenMP threads of this thread would slow down
         # those of the engine (see `TorchEngine`).
         torch.set_num_threads(1)
         gpus = int(device == "cuda")
@@ -421,7 +421,8 @@ def _answerer_builder(source: ModelSource, device: Device, threads: int) -> Call
             max_concurrency=CONCURRENCY,
             cpus_per_replica=threads,
             gpus_per_replica=gpus,
-            # On a CPU, unused parts of the cache take no memory. On a GPU, short prompts share the room of a long one.
+            # None gives the KV cache room for `max_concurrency` prompts of full length; on a CPU, parts that are not
+            # used take no memory. On a GPU it has room for one prompt of full length or for several short ones.
             cache_tokens=source.seq_len if gpus else None,
         )
         tokenizer = source.encoder.tokenizer

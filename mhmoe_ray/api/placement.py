@@ -106,8 +106,8 @@ def _place_workers(spec: RunSpec, description: str, nodes: list[Node], has_strea
     rank_nodes = pack_workers(nodes, cpus, gpus, cluster.max_world_size)
     room = len(rank_nodes)
     if has_stream and cluster.workers.is_elastic:
-        # An elastic run leaves one CPU for the data stream, because without it no step would begin. train/resilience.py
-        # has the same rule.
+        # An elastic run leaves one CPU for the data stream, because without data no step would begin.
+        # train/resilience.py has the same rule.
         room = min(room, int((free_cpus - 1) // cpus))
     count = max((n for n in counts if n <= room), default=0)
     if not count:
@@ -139,8 +139,8 @@ def _dispatch_remark(spec: RunSpec, layout: Layout) -> str | None:
 
     Dispatch sends rows (sub-tokens) to the ranks of their experts.
     """
-    # Hierarchical dispatch needs equally many ranks of a group on each of the group's nodes. In any other group it is
-    # flat.
+    # Hierarchical dispatch needs equally many ranks of an expert-parallel group on each of the group's nodes. Within
+    # any other group, rows are dispatched in the flat way.
     groups = [layout.spread(ranks) for ranks in layout.groups.ranks]
     flat_count = sum(group.total() > 1 and not has_rails(group) for group in groups)
     if spec.cluster.dispatch == "flat" or not flat_count:
@@ -165,7 +165,8 @@ def placement_remarks(placement: Placement) -> list[str]:
     """
     lines = [line for line in (placement.shortage, placement.refusal) if line] + placement.notes
     layout = placement.layout
-    # No line about groups is needed if there is a single node or one rank per group, or if the refusal describes them.
+    # The user needs no line about expert-parallel groups if there is a single node or one rank per group, or if the
+    # message that the run would be refused describes them already.
     if (
         layout
         and len(layout.node_groups) > 1

@@ -204,7 +204,8 @@ class Run:
             timeout=timeout,
             on_note=on_note,
         )
-        # The last events may have been recorded since they were read.
+        # The run may have recorded further events between the last read of its events and its end, so they are read
+        # once more.
         attempt_events.read()
         attempt_events.report()
         if outcome.state == "failed":
@@ -321,7 +322,7 @@ class Run:
             reason = "limit and task_folders are about tasks, and there are none"
             raise SpecError("evaluation", reason, "name some tasks")
         directory = self._existing_directory
-        # The weights need not be hashed here, because the job loads them and damage shows then.
+        # The weights need not be hashed here, because the evaluation job hashes them when it loads them.
         path, manifest = pick_checkpoint(directory, checkpoint, verify_hashes=False, on_note=on_note)
         if prior is not None and not has_domain_experts(manifest.model):
             reason = "priors are for a model with router domain, and this model has no experts of domains"

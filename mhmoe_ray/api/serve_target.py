@@ -127,8 +127,8 @@ def with_environment_keys(spec: ServeSpec) -> ServeSpec:
                 if name in keys_by_name
                 else KeySpec(name=name, sha256=key_hash)
             )
-        # Pydantic's error shows the name, which is the secret if somebody wrote KEY:NAME. The error is therefore not
-        # chained.
+        # Pydantic's error shows the name, which is the secret if somebody wrote KEY:NAME instead of NAME:KEY. The error
+        # is therefore not chained.
         except ValidationError:
             reason = "a name has up to 40 letters, digits, dots, dashes and underscores, and one name here breaks this"
             raise SpecError(API_KEYS_VARIABLE, reason, "correct it, or unset it") from None

@@ -180,7 +180,8 @@ class Service:
             ClusterError: the cluster does not answer.
         """
         application = self.application
-        # Applications that are not from this project must not see the key, which is a secret.
+        # This call raises an error for an application that does not serve a checkpoint of a run: applications that are
+        # not from this project must not see the API key, which is a secret.
         _checkpoint_of(application)
         key = key or os.environ.get(API_KEY_VARIABLE, "").strip() or None
         stats = serving.application_stats(application, key)

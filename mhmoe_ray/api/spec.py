@@ -75,12 +75,13 @@ def _plain_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain_value(value: Any) -> Any:
-    # A run and a checkpoint stand for their paths. A checkpoint is a tuple, too.
+    # In a spec, runs and checkpoints stand for their paths. A checkpoint is also a tuple, so this test comes before
+    # that for tuples.
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Mapping):
         return _plain_tree(value)
     if isinstance(value, list | tuple):
         return [_plain_value(item) for item in value]
-    # Numbers and arrays of numpy, and tensors of torch, have this method.
+    # Numbers and arrays of numpy, and tensors of torch, have the method `tolist`, which returns plain Python values.
     return value.tolist() if hasattr(value, "tolist") else value

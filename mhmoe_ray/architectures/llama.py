@@ -35,11 +35,13 @@ class Llama(Architecture):
         return self.expert_macs(width, hidden)
 
     def norm_saved_bytes(self, d: int, size: int) -> int:
-        # RMSNorm saves its input and the normalized input in float32, the operand of the next product, and a statistic.
+        # For the backward, RMSNorm saves its input and the normalized input in float32, the operand of the next
+        # product, and a statistic.
         return d * (2 * FLOAT32 + size) + FLOAT32
 
     def attention_saved_bytes(self, q_width: int, kv_width: int, heads: int, size: int) -> int:
-        # Saved are queries and keys before and after rotation, values, the result, and a statistic per head.
+        # For the backward, attention saves queries and keys before and after rotation, values, the result, and a
+        # statistic per head.
         return size * (3 * q_width + 3 * kv_width) + FLOAT32 * heads
 
     def hidden_saved_bytes(self, hidden: int, size: int) -> int:

@@ -50,7 +50,8 @@ class Subln(Architecture):
         return self.expert_macs(width, hidden) + 3 * hidden + width
 
     def norm_saved_bytes(self, d: int, size: int) -> int:
-        # LayerNorm saves its input, its output as the operand of the next product, and two statistics.
+        # For the backward, LayerNorm saves its input, its output as the operand of the next product, and two
+        # statistics.
         return d * (FLOAT32 + size) + 2 * FLOAT32
 
     def attention_saved_bytes(self, q_width: int, kv_width: int, heads: int, size: int) -> int:

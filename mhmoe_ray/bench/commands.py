@@ -72,8 +72,8 @@ def _run_command(*args: str) -> str:
 def _long_run(spec: RunSpec, lines: int) -> RunDir:
     """Create the directory of a finished run of `lines` steps, with one synthetic line of metrics per step."""
     run = create_run(spec.model_copy(update={"train": spec.train.model_copy(update={"steps": lines})}))
-    # Every run has an attempt. No cluster listens at this address, and none is needed: commands do not ask the cluster
-    # of a finished run.
+    # Every run needs an attempt, which names its job and cluster. No cluster listens at this address, and none is
+    # needed: commands do not ask the cluster of a finished run.
     add_attempt(run, Attempt("none", "http://127.0.0.1:1", local=True))
     constant_metrics = {
         metrics.GROUP: 1,

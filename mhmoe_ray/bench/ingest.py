@@ -76,12 +76,13 @@ def stream_with_mhmoe(spec: RunSpec, folder: Path, processes: int) -> dict[str, 
     stream.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
     [split] = stream.streaming_split(1, equal=True)
     b, batch_count, start_time = spec.train.micro_batch_size, spec.train.steps * spec.train.micro_batches, 0.0
-    # A row of a stream of images is a whole micro-batch.
+    # A row of an image stream is a whole micro-batch, and a row of a decoder's stream is one sample.
     rows = b if spec.model.kind == "decoder" else 1
     for number, batch in enumerate(split.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=4)):
         assert np.array_equal(batch["position"], number * b + np.arange(rows)), "the order"
         # The clock starts after the first micro-batch, because the wait for it includes the start of the stream, which
-        # is not measured. By then each task has made a few micro-batches more, so a fair measurement has a thousand.
+        # is not measured. By then some of the next micro-batches are made already, which distorts the rate unless there
+        # are about a thousand micro-batches.
         if number == 0:
             start_time = time.perf_counter()
         if number == batch_count - 1:
@@ -143,7 +144,7 @@ def _prepare_with_encoder(
 ) -> dict[str, Any]:
     """Prepare text as `prepare_with_datasets` does; the function `encode` turns texts into token ids."""
     os.environ |= {"HF_HOME": str(folder), "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    # The import must follow the line above, because datasets reads these environment variables when it is imported.
+    # datasets reads the environment variables, such as HF_HOME, when it is imported, so they are set before.
     import datasets
 
     datasets.disable_progress_bars()
@@ -159,8 +160,8 @@ def _prepare_with_encoder(
 
     files = [file.path for file in find_files(spec.data)]
     options: dict[str, Any] = {"split": "train", "cache_dir": str(folder)}
-    # The fields of `meta` differ from file to file, so the files have no common type for it. All columns are therefore
-    # loaded as text. Finding the names of the columns is not timed.
+    # The column `meta` has different fields in different files, so the files have no common type for it. All columns
+    # are therefore loaded as text. Finding the names of the columns is not timed.
     features_by_file = [
         datasets.load_dataset("json", data_files=[file], streaming=True, **options).features for file in files
     ]

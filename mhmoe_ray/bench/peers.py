@@ -86,7 +86,8 @@ def build_deepspeed(drop_tokens: bool, our_layer: MultiHeadMoE) -> nn.Module:
     gate_EFD, up_EFD, down_EDF = _weights(our_layer)
     experts, d_expert, d_model = gate_EFD.shape
     expert = FeedForward(ModelSpec(vocab_size=1, d_model=d_model, layers=1, attention_heads=1, d_ff=d_expert), d_expert)
-    # DeepSpeed copies `expert` once for each expert. The weights of the copies have the names that are filled in below.
+    # DeepSpeed makes a copy of the module `expert` for each expert. The state dict below overwrites the weights of
+    # these copies.
     layer: nn.Module = MoE(
         d_model,
         expert,
@@ -122,7 +123,7 @@ def build_sonicmoe(our_layer: MultiHeadMoE) -> nn.Module:
     )
     state = {
         "router.weight": _router_weight(our_layer),
-        # SonicMoE expects the rows of the gate projection and of the up projection in turn.
+        # SonicMoE expects the rows of the gate projection and of the up projection in alternation.
         "c_fc.weight": torch.stack([gate_EFD, up_EFD], dim=2).flatten(1, 2),
         "c_proj.weight": down_EDF,
     }
@@ -144,7 +145,7 @@ class ScatterMoELayer(nn.Module):
         self.experts: nn.Module = GLUMLP(d_model, d_expert, experts, self.top_k)
         state = {
             "router.weight": _router_weight(our_layer),
-            # The second half of the rows passes through the activation.
+            # The second half of the rows passes through the activation, so the gate projection is put there.
             "experts.experts.weight": torch.cat([up_EFD, gate_EFD], dim=1),
             "experts.output_experts.weight": down_EDF,
         }
@@ -163,7 +164,8 @@ class ScatterMoELayer(nn.Module):
 PEERS = (
     Peer("transformers eager", "transformers", (5, 16), partial(build_mixtral, "eager")),
     Peer("transformers grouped_mm", "transformers", (5, 16), partial(build_mixtral, "grouped_mm")),
-    # Versions of DeepSpeed before 0.19.4 are not measured, because they moved rows with the masks of static routing.
+    # Versions of DeepSpeed before 0.19.4 are not measured, because they sent rows to experts with the large masks of
+    # static routing.
     Peer("DeepSpeed capacity", "deepspeed", (0, 19, 4), partial(build_deepspeed, True), capacity_factor=1.0),
     Peer("DeepSpeed dropless", "deepspeed", (0, 19, 4), partial(build_deepspeed, False)),
     Peer("SonicMoE", "sonic-moe", (0, 1, 2), build_sonicmoe, needs_cuda=True),

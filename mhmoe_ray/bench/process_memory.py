@@ -50,7 +50,8 @@ class PeakMemory:
 
 def descendants(root: int) -> list[int]:
     """Return the ids of all descendants of a process, without the process itself."""
-    # Not every kernel lists the children of a process in /proc, but each names the parent, from which they are found.
+    # Not every Linux kernel lists a process's children in /proc, but each names the parent, by which children are
+    # found.
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

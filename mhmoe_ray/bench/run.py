@@ -86,8 +86,8 @@ def measure(spec: RunSpec, threads: int, rounds: int, report: Callable[[str], No
         raise SpecError(
             "bench run", f"train.steps is {steps}, and {WARM_UP_STEPS} are not timed", "set more train.steps"
         )
-    # The loop has no validation and no checkpoints. In the run they come only after the last step, so that the timed
-    # steps do the same work.
+    # The bare loop, with which the run is compared, has no validation and no checkpoints. The run has them only after
+    # its last step, so that the timed steps of both do the same work.
     intervals = {"validate_every": steps, "checkpoint_every": steps}
     one_worker = {"workers": WorkerRange(min=1, max=1), "ep": 1, "cpus_per_worker": threads}
     updates = {"train": spec.train.model_copy(update=intervals), "cluster": spec.cluster.model_copy(update=one_worker)}
@@ -102,7 +102,8 @@ def measure(spec: RunSpec, threads: int, rounds: int, report: Callable[[str], No
         report(f"round {turn + 1}: {name} {result['seconds']:.1f} s")
         results_by_name[name].append(result)
     losses = {result["loss"] for results in results_by_name.values() for result in results}
-    # The losses must be equal on CPUs. GPUs add numbers in no fixed order, so there they may differ slightly.
+    # The run and the bare loop must have equal losses on CPUs. GPUs add numbers in no fixed order, so there the losses
+    # may differ slightly.
     if max(losses) - min(losses) > (1e-3 if spec.cluster.gpus_per_worker else 0):
         raise JobError(
             "bench run", f"losses differ: {losses}", "this is a bug: their steps are not the same; report it"

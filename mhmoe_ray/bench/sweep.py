@@ -140,7 +140,8 @@ def extrapolate(measured_values: Sequence[tuple[int, float]], tokens: int) -> fl
         measured_values: pairs of T and value. Only the three with the largest T are used.
         tokens: a value of T beyond them.
     """
-    # Only the three largest T are used, because costs that the law does not describe have more weight at smaller T.
+    # Only the three largest numbers of tokens T are used, because costs that are not of the form a T + b T^2 have more
+    # weight at smaller T.
     t, y = (np.array(values, dtype=float) for values in zip(*sorted(measured_values)[-3:], strict=True))
 
     def fit_factors(powers: list[int]) -> Any:

@@ -117,7 +117,8 @@ def stored_slices(file: Location) -> dict[str, StoredSlice]:
     """
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
-        # In a file of another format, these 8 bytes may be a huge number, and reading so many bytes would fail.
+        # A safetensors file begins with the length of its header in 8 bytes. In a file of another format these may give
+        # a huge number, and reading so many bytes would fail.
         if length > file.stat().st_size:
             raise ValueError("it is no safetensors file")
         header = json.loads(f.read(length))

@@ -150,7 +150,7 @@ def restore(trainer: TrainerState, checkpoint: Location, manifest: CheckpointMan
     zero, and so are the buffers that only training needs.
     """
     strategy = trainer.strategy
-    # AdamW counts updates, and a skipped step makes no update.
+    # AdamW counts updates, which may be fewer than steps, because a skipped step makes no update.
     strategy.start_at_step(manifest.updates)
     weights, moments = strategy.checkpoint_weights(), strategy.checkpoint_moments()
     load_tensors(checkpoint / "weights", weights, trainer.on_progress)

@@ -196,8 +196,8 @@ def last_step(run: RunDir) -> int:
 
 def _committed_newest_first(run: RunDir) -> Iterator[Location]:
     """Return the committed checkpoints of a run, newest first: later worker groups first, then later steps."""
-    # A worker group continues from the newest intact checkpoint, which may be older than a damaged one. So a checkpoint
-    # of a later worker group is newer, even if its step is earlier.
+    # Workers that are started again form a new worker group. It continues from the newest intact checkpoint, which may
+    # be older than a damaged one. So a checkpoint of a later group is newer, even if its step is earlier.
     checkpoints: list[Location] = [p for p in run.checkpoints.glob("step_*") if _NAME_PATTERN.fullmatch(p.name)]
     checkpoints.sort(key=lambda folder: step_and_group(folder)[::-1], reverse=True)
     return (folder for folder in checkpoints if is_committed(folder))
@@ -236,7 +236,7 @@ def newest_checkpoint(
             if not is_committed(checkpoint):
                 return newest_checkpoint(run, parts, describe)
             skipped.append(e)
-    # Training must not silently start from the beginning because all checkpoints are damaged.
+    # If all checkpoints are damaged, this is an error, because training must not silently start from the beginning.
     if skipped:
         raise skipped[0]
     return None

@@ -33,7 +33,7 @@ class RetentionPolicy:
             step: step of the newest checkpoint.
             loss: validation loss of that step; None if it was not validated.
         """
-        # The history may be long, so it is read once. Later losses are arguments of this method.
+        # The run's history of metrics may be long, so it is read once. Later losses are arguments of this method.
         if self._losses is None:
             step_losses = ((line[metrics.STEP], line.get(metrics.VAL_LOSS)) for line in history.read(self._run))
             self._losses = {step: loss for step, loss in step_losses if loss is not None}
@@ -41,7 +41,8 @@ class RetentionPolicy:
             self._losses[step] = loss
         checkpoints, losses = committed_checkpoints(self._run), self._losses
         validated_checkpoints = [path for path in checkpoints if step_and_group(path)[0] in losses]
-        # If two checkpoints are of the same step, the history has the loss of the later one.
+        # If two checkpoints are of the same step, the history has the loss of the later one. So the order is reversed,
+        # and `min` returns the later one.
         best_checkpoint = min(
             reversed(validated_checkpoints), key=lambda path: losses[step_and_group(path)[0]], default=None
         )

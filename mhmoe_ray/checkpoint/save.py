@@ -167,7 +167,8 @@ class Saver:
         Raises:
             CheckpointError: the previous checkpoint could not be written.
         """
-        # The pause of training includes the wait for the previous checkpoint and, later, the wait for the copy.
+        # The measured pause of training includes this wait for the previous checkpoint and, later, the wait for the
+        # copy.
         start_time = time.monotonic()
         self.wait()
         self._copy_done.clear()
@@ -234,7 +235,8 @@ class Saver:
     def _copy_state(self, copies: list[_SliceCopy], state_ready: torch.cuda.Event | None) -> None:
         """Copy this rank's slices to CPU memory in the background thread. A GPU does this in a separate CUDA stream."""
         if self._copy_stream:
-            # The default device of a new thread is the first GPU, so without this call its memory would be used.
+            # The default device of a new thread is the first GPU. Without this call, the thread would use memory of
+            # that GPU.
             torch.cuda.set_device(self._copy_stream.device)
         with torch.cuda.stream(self._copy_stream):
             if self._copy_stream and state_ready:
@@ -347,7 +349,8 @@ class Saver:
 
     def _apply_retention(self, step: int, val_loss: float | None) -> None:
         """Delete the checkpoints that the retention policy does not keep. A failure only prints a warning."""
-        # The new checkpoint is committed, so a failure here must neither end training nor count as its failure.
+        # The new checkpoint is committed already. So if old checkpoints cannot be deleted, training must not end, and
+        # saving must not count as failed.
         try:
             removable_checkpoints = self._retention.removable_checkpoints(step, val_loss) if self._retention else []
         except OSError as e:

@@ -287,7 +287,8 @@ def ingest(
     rows = []
     for f in figures:
         seconds, first_round = f.median("seconds"), f.rounds[0]
-        # The results of a preparation have a number of tokens, and those of a stream have a number of micro-batches.
+        # A preparation reports a number of tokens, and a data stream a number of micro-batches, so their rates differ
+        # in unit.
         rate = (
             f"{first_round['micro_batches'] / seconds:,.0f} micro-batches/s" if "micro_batches" in first_round else ""
         )
@@ -349,8 +350,9 @@ app = typer.Typer(cls=SuggestingGroup, help="Measure alternatives side by side."
 @app.callback()
 def use_worker_memory(context: typer.Context) -> None:
     """Restart this process with the memory allocator's settings of training workers if the command needs them."""
-    # Layers and steps should take the time that they take in a run, so they need the memory settings of a worker. The
-    # allocator reads its settings only when a process starts, so this process is replaced by one with these settings.
+    # Layers and training steps should take as long as in a training run, so this process needs the memory allocator's
+    # settings of a training worker. The allocator reads its settings only when a process starts, so this process is
+    # replaced by one with these settings.
     timed_commands = ("layer", "train", "checkpoint", "dispatch")
     if context.invoked_subcommand in timed_commands and (settings := malloc.malloc_settings(os.environ)):
         os.execve(sys.executable, sys.orig_argv, os.environ | settings)

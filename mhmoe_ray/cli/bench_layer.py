@@ -161,7 +161,7 @@ def _parse_points(axis: "AxisName | None", points: str | None, heads: list[int] 
         numbers = [int(point) for point in points.split(",")] if points else []
     except ValueError:
         raise typer.BadParameter(f"--points {points}: they are not whole numbers; write them as 1024,4096") from None
-    # The points of each axis are counts (tokens, experts, choices or heads), so the smallest is 1.
+    # The points of each axis are counts (tokens, experts, experts per token or heads), so the smallest is 1.
     if any(point < 1 for point in numbers):
         raise typer.BadParameter(f"--points {points}: a point must be at least 1; leave the others out")
     return numbers

@@ -83,8 +83,8 @@ def serve(
         raise typer.BadParameter(f"--rate: {part} have no clients that come at random; leave it out, or name servers")
     if part is ServePart.HEADS and (peers or equal or prompt):
         raise typer.BadParameter(f"{part} would ignore --peers, --equal and --prompt; leave them out")
-    # The part `heads` times answers and prompts separately. Its answers follow prompts of one token, so that the
-    # prompts take hardly any of the time.
+    # `mhmoe bench serve heads` times prompts and answers separately. Answers are timed after prompts of a single token,
+    # so that the prompts take hardly any of the time.
     shape = Shape(1, tokens) if part is ServePart.HEADS else Shape(prompt or PROMPT_TOKENS, tokens, equal)
     if shape.max_tokens > SEQ_LEN:
         reason = f"--prompt and --tokens: {shape.max_tokens:,} tokens at most, but models have {SEQ_LEN:,} positions"
@@ -141,8 +141,8 @@ def _write_model(
     from mhmoe_ray.checkpoint.huggingface.export import export
     from mhmoe_ray.checkpoint.manifest import read_manifest
 
-    # Other packages read an exported copy of the checkpoint. Only the plain model has a copy, because other packages do
-    # not know the shape of our other models.
+    # Other packages read a copy of the checkpoint in Hugging Face's layout. Only the plain model gets a copy, because
+    # other packages do not know the architecture of our multi-head models.
     folder.mkdir()
     checkpoint = write_run(model, SEQ_LEN, folder / "bench-000000")
     if mixtral:
@@ -225,7 +225,7 @@ def _installed_names(names: "dict[str, Any]") -> list[str]:
     from mhmoe_ray.bench.serve.contest import PACKAGES
     from mhmoe_ray.bench.timing import installed_contestants
 
-    # A peer that is not installed is left out, and a note names it.
+    # A package that is not installed cannot be measured, so it is left out, and a note names it.
     return installed_contestants({name: PACKAGES.get(name) for name in names}, _print_note)
 
 

@@ -27,7 +27,8 @@ MIN_WIDTH = 140
 
 def print_parts(console: Console, parts: Iterable[Part]) -> None:
     """Print texts, and tables with their titles, separated by empty lines, at a width of at least `MIN_WIDTH`."""
-    # Tables are wider than a narrow terminal, so that lines wrap. Otherwise numbers would be truncated, which is worse.
+    # Even on a narrow terminal, tables keep this width, so that their lines wrap. Otherwise rich would truncate
+    # numbers, which is worse.
     console.width = max(console.width, MIN_WIDTH)
     for i, part in enumerate(parts):
         if i:
@@ -116,8 +117,9 @@ def sweep_tables(sweep: "Sweep") -> Iterable[Part]:
     """
     from mhmoe_ray.bench.sweep import AXES
 
-    # If work grows along the axis, time grows with a power of the points, and the last column is its exponent.
-    # Otherwise time should be equal at all points, and the column shows how much it differs.
+    # If the layers have more work at larger values of the varied size, their time grows with a power of this size, and
+    # the last column is the exponent. Otherwise the time should be equal at all values, and the last column shows how
+    # much it differs.
     growth_title = f"time ~ {sweep.axis}^" if AXES[sweep.axis].work_grows else "max / min - 1"
     points = [f"{point:,}" for point in sweep.points]
     times, peaks = [], []

@@ -42,7 +42,7 @@ def inspect(
     from mhmoe_ray.runs.directory import find_run
 
     run_dir = find_run(run, storage)
-    # Only the manifest is shown, so nothing is hashed.
+    # Only the checkpoint's manifest is shown, so the hashes of its files need not be verified.
     path, manifest = pick_checkpoint(run_dir, checkpoint, verify_hashes=False)
     if json:
         print_json({"run": run_dir.id, "name": path.name, "path": str(path), **manifest.model_dump(mode="json")})
@@ -121,7 +121,7 @@ def _compare(first_model: str, second_model: str, storage: str, json: bool) -> N
         if logits is not None:
             choices = f"{logits.same_choices:.1%} of the most likely tokens are the same"
             out.print(f"logits: largest difference {logits.largest:.3g}; {choices}")
-    # The list is on stdout already; the error gives the exit code.
+    # The differences are on stdout already; this error gives the command a nonzero exit code.
     if differences:
         reason = f"it differs from {second_model} in {len(differences)} places"
         raise CheckpointError(first_model, reason, "compare it with the model that it should be")
@@ -159,14 +159,15 @@ def _verify_run(run: str | None, storage: str, json: bool) -> None:
         try:
             read_manifest(path)
         except CheckpointError as error:
-            # A run may remove a checkpoint between the listing and the reading.
+            # The run may have removed this checkpoint since it was listed, which is no damage.
             if is_committed(path):
                 problems[path.name] = error.reason
             else:
                 dropped_names.append(path.name)
         else:
             problems[path.name] = None
-    # A removal deletes the manifest first, so a checkpoint that is being removed looks unfinished.
+    # The removal of a checkpoint deletes its manifest first. A checkpoint that is being removed therefore looks
+    # unfinished, and is left out here.
     unfinished_names = [path.name for path in uncommitted_checkpoints(run_dir) if path.name not in dropped_names]
     damaged = [name for name, reason in problems.items() if reason]
     if json:
@@ -178,7 +179,7 @@ def _verify_run(run: str | None, storage: str, json: bool) -> None:
         states: dict[str, str | None] = {name: reason or "whole" for name, reason in problems.items()}
         states |= dict.fromkeys(dropped_names, "dropped meanwhile") | dict.fromkeys(unfinished_names, "unfinished")
         out.print(fact_table(states, run_dir.id))
-    # The table is on stdout already; the error gives the exit code.
+    # The table of checkpoints is on stdout already; this error gives the command a nonzero exit code.
     if damaged:
         raise CheckpointError(
             f"run {run_dir.id}", f"{len(damaged)} of {len(problems)} checkpoints are damaged", "resume skips them"

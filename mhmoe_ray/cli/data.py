@@ -71,7 +71,8 @@ def prepare(
         connection = connect_to_cluster(cluster, [folder], cluster.cpus, address, print_note)
         manifest = _run_job(resolved, connection)
     check_recipe(folder, manifest, resolved)
-    # The job removes its staging directories at its end. A job that was killed after its last shard left them behind.
+    # A preparation job removes its staging directories at its end. A job that was killed after its last shard left them
+    # behind.
     clean_up(folder)
     if manifest.encoder or manifest.vision:
         for warning in sparse_parts(resolved, manifest.domains):
@@ -225,8 +226,8 @@ def _write_large(folder: Path, cache: Path, json: bool) -> None:
         total = ("", f"{sum(summary.documents.values()):,}", f"{sum(summary.bytes.values()) / 1e6:.1f}")
         out.print(number_table(["", "documents", "MB"], [*rows, total]))
         out.print(f"{format_bytes(summary.downloaded)} downloaded; licences in {folder / 'licenses'}", soft_wrap=True)
-    # Packages that could not be fetched are left out. The sample is written in any case, but the command fails if too
-    # much is missing.
+    # Packages whose text could not be fetched are left out. The sample is written in any case, but the command fails if
+    # too much text is missing.
     shortfall = summary.describe_shortfall()
     if shortfall:
         raise DataError(f"data sample {folder}", shortfall, "see the warnings above, then run it again")

@@ -85,7 +85,7 @@ def raw_text_target(paths: list[str], overrides: list[str]) -> InspectTarget:
     from mhmoe_ray.spec.raw_text import raw_text_sections
 
     data, cluster = raw_text_sections(paths, overrides)
-    # Only file paths are required on the nodes, because all nodes can reach an object store.
+    # Nodes must be able to read these paths. URLs are left out, because all nodes can reach an object store.
     required_paths = [Path(source.path) for source in data.sources.values() if "://" not in source.path]
     required_paths += [path for path in (data.tokenizer, data.chat_template) if path]
     return InspectTarget(", ".join(data.sources), data, cluster, required_paths, None, None)
@@ -234,7 +234,7 @@ def _figures_dict(figures: "Figures") -> dict[str, Any]:
         "lengths_in_tokens": lengths(tokens) if tokens else None,
         "longest": figures.longest,
         "longest_at": str(figures.longest_at) if figures.longest_at else None,
-        # Reports on text alone have no figures of images.
+        # A report on data without images has no entry for images.
         **({"images": _images_dict(figures.images)} if figures.images.images else {}),
     }
 
@@ -260,7 +260,7 @@ def _images_dict(figures: "ImageFigures") -> dict[str, Any]:
         },
         "aspect_ratios": {f"{2**ratio:.2f}": count for ratio, count in sorted(figures.aspect_ratios.items())},
         "extreme_aspect_ratios": figures.extreme,
-        # Only sources for vision models have classes or objects.
+        # `annotations` has entries only for sources of vision models, because no others have classes or objects.
         **annotations,
     }
 

@@ -59,8 +59,8 @@ def print_sample(sample: "DecodedSample") -> None:
         soft_wrap=True,
     )
     for part in sample.parts:
-        # The last part may be only a start token, without text. This token is only a target in this sample, and shows
-        # that the document before it ends.
+        # If a sample ends with the start token of the next document, its last part holds this token alone, without
+        # text. In this sample the token is only a target, which shows that the document before it ends.
         if part is sample.parts[-1] and part.begins and not part.text:
             out.print("--- the document ends", style="cyan")
             continue
@@ -69,7 +69,7 @@ def print_sample(sample: "DecodedSample") -> None:
         if part.pieces is None:
             out.print(part.text, soft_wrap=True)
             continue
-        # The marks are those of `git diff --word-diff`.
+        # Target tokens are marked {+like this+}, as `git diff --word-diff` marks added words.
         text = "".join(f"{{+{piece.text}+}}" if piece.is_target else piece.text for piece in part.pieces)
         out.print(text, soft_wrap=True)
     out.print()
@@ -174,7 +174,7 @@ def _print_classes(survey: dict[str, Any]) -> None:
 
 def _print_languages(survey: dict[str, Any]) -> None:
     """Print the languages of all domains together, then those of each domain that has several."""
-    # Text without named languages needs no table by language.
+    # If no language is named, a table by language would have a single row, so it is left out.
     if set(survey["languages"]) <= {""}:
         return
     columns = ["documents", *_SIZE_COLUMNS, *(_FERTILITY_COLUMNS if survey["tokenized"] else [])]

@@ -122,7 +122,7 @@ def eval_(
         raise typer.BadParameter("--limit and --task-folder are about --tasks: name some")
     if probe and not text:
         raise typer.BadParameter("--probe classifies the pictures of --text: name some")
-    # The weights need not be hashed here, because the job loads them and damage shows then.
+    # The weights need not be hashed here, because the evaluation job verifies their hashes when it loads them.
     path, manifest = pick_checkpoint(run_dir, checkpoint, verify_hashes=False)
     if prior is not None and not has_domain_experts(manifest.model):
         raise typer.BadParameter("--prior is for a model with router domain, and this model has no experts of domains")

@@ -111,7 +111,8 @@ def answer_file(
     if options.input is None:
         raise typer.BadParameter("--output needs a file of prompts: name one with --input")
     run_dir, checkpoint_path, spec = resolve_target(run, checkpoint, storage, options.overrides)
-    # The user may have named a checkpoint by the option, or by its folder in place of the run.
+    # If the user named no checkpoint, neither by the option nor by its folder in place of the run, use the one that
+    # gave the answers in the output folder.
     if checkpoint is None and (run is None or location(run).absolute() != checkpoint_path):
         checkpoint_path = _checkpoint_of_answers(run_dir, output) or checkpoint_path
     input_path = options.input if "://" in options.input else str(Path(options.input).absolute())
@@ -198,8 +199,8 @@ def _make_request(
     )
     output.check_request(request, is_first=True)
     is_checked = stored_request is not None and not stored_request.differences(request)
-    # Equal hashes show that these rows were already checked for the stored request, and checking takes longer than
-    # hashing.
+    # If the output folder holds a request with equal hashes, these rows were checked for that request. They are not
+    # checked again, because checking takes longer than hashing.
     checked_file = stored_request.input if stored_request and is_checked else _check_input(request)
     if checked_file.first_chat and not run.chat_template_file.exists():
         subject = f"{source.subject} row {checked_file.first_chat}"

@@ -49,7 +49,8 @@ def plan(
     if (nodes is None) != (gpus is None) or (nodes and address):
         raise typer.BadParameter("a cluster on paper needs both --nodes and --gpus, and takes no --address")
     if nodes and gpus:
-        # These overrides come after the user's and so replace them: the workers must fill the cluster on paper.
+        # The overrides of `paper_overrides` come last and so replace the user's, because the workers must fill the
+        # hypothetical cluster.
         resolved = read_spec(spec, [*set_, *paper_overrides(nodes, gpus)])
         placement = planned_placement(resolved, nodes, gpus)
     else:
@@ -144,8 +145,8 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
         f"of {spec.tokens_per_step:,}; {training_flops * spec.tokens_per_step * spec.train.steps:.3g} FLOPs in all",
         "learning rate": _learning_rate(spec.train),
         "checkpoints": f"{_checkpoints(spec.train)}, {format_bytes(checkpoint_bytes(spec))} each",
-        # The line starts with the largest number of workers. It is the last of `worker_counts`, so the slice leaves it
-        # out.
+        # The text starts with the largest number of workers. This number is the last one of `worker_counts`, so the
+        # slice, which gives the smaller ones, leaves it out.
         "workers": f"{cluster.workers.max} = {format_mesh(cluster.mesh_sizes())}, {_worker_resources(spec)} each"
         + (f"; or {', '.join(map(str, smaller_counts))}" if (smaller_counts := spec.worker_counts[-2::-1]) else ""),
         "CPUs": f"{cluster.cpus}, of which {STREAM_CPUS} for the data stream",
@@ -253,8 +254,8 @@ def _static_routing(spec: "RunSpec") -> str | None:
     rows = spec.tokens_per_micro_batch * moe.heads
     if (expert_capacity := moe.expert_capacity(rows)) is None:
         return None
-    # A random second expert is sometimes left out and then takes no capacity, so fewer routes are dropped than
-    # computed.
+    # With a random second expert, a token sometimes has no second expert and then takes up less capacity. Fewer routes
+    # (choices of an expert) are therefore dropped than computed here.
     qualifier = "at most " if moe.second_expert == "random" else ""
     return (
         f"expert capacity is {expert_capacity:,} for the {rows:,} rows of a micro-batch; even and random routing would "

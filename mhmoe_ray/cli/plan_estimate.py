@@ -54,7 +54,8 @@ def format_cost(spec: RunSpec, step: Estimate) -> str:
         for step_seconds in (step.overlapped_seconds, step.sequential_seconds)
     )
     hours = f"{format_digits(best)} to {format_digits(worst)} hours of an {spec.cluster.accelerator.name}"
-    # The line must mention the assumption of a single node, because it leaves out the cost of exchanges between nodes.
+    # Without a cluster, all workers are assumed to be on one node. The line must mention this assumption, because the
+    # estimate then lacks the cost of exchanges between nodes.
     assumption = ", taken to be on one node, as no cluster tells where" if ASSUMED_NODE in step.layout.nodes else ""
     return f"about {hours}, on {gpus:,} of them{assumption} (estimated, not checked)"
 

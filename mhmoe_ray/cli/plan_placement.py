@@ -65,7 +65,7 @@ def _format_location(ranks: list[int], layout: Layout) -> tuple[str, str]:
 def _shorten_rows(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     if len(rows) <= MAX_ROWS:
         return list(rows)
-    # The line with the count takes one of the rows, so one more row is hidden.
+    # The line that counts the hidden rows takes the place of a row, so one more row is hidden.
     hidden_count = len(rows) - MAX_ROWS + 1
     return [*rows[: MAX_ROWS - 1], (f"and {hidden_count:,} more", *("" for _ in rows[0][1:]))]
 

@@ -41,8 +41,7 @@ def report(
     for name in runs or []:
         sweep = sweep_dir(location(storage).absolute(), name)
         if sweep.exists:
-            # A run of the sweep without an attempt still waits for its job. It has nothing to compare yet, so it is
-            # left out.
+            # A run of the sweep that has no attempt (no submitted job) yet has nothing to compare, so it is left out.
             run_dirs += [run for run in sweep.runs().values() if run.attempts_file.exists()]
         else:
             run_dirs.append(find_run(name, storage, with_job=True))

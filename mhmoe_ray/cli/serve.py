@@ -120,8 +120,8 @@ def status(address: AddressOption = None, json: JsonOption = False) -> None:
     from mhmoe_ray.cluster.connect import connect
 
     applications = serving.applications(connect(address))
-    # Each of these applications gets the key, which is a secret. Applications that are not from this project must not
-    # see it, so they are left out.
+    # The API key is sent to each of these applications. Applications that are not from this project must not see this
+    # secret, so they are left out.
     our_applications = [a for a in applications if a.checkpoint and a.status == "RUNNING"]
     key = os.environ.get(API_KEY_VARIABLE, "").strip()
     stats = {a.name: serving.application_stats(a, key or None) for a in our_applications}

@@ -57,11 +57,12 @@ def _fact_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
         rows["skipped steps"] = f"{run_state['skipped_steps']}, whose gradient was not finite"
     if checkpoint := run_state["checkpoint"]:
         text = f"{checkpoint['name']}, {_format_age(checkpoint['time'])}"
-        # Each restart that skips a damaged checkpoint records this again, so every name is counted once.
+        # Every restart of the workers that skips a damaged checkpoint lists its name again, so each name is counted
+        # once.
         damaged_count = len(set(run_state["skipped_checkpoints"]))
         rows["checkpoint"] = f"{text}; {damaged_count} newer ones were damaged and skipped" if damaged_count else text
     rows["served"] = "\n".join(_format_application(s) for s in run_state["served"])
-    # The row is left out for a run that has ended, because it needs its cluster no more, and the cluster may be gone.
+    # A run that has ended gets no row for its cluster, because it no longer needs the cluster, which may be gone.
     if not events.is_end_state(run_state["state"]):
         rows["cluster"] = run_state["cluster"]
     return rows | {"dashboard": run_state["dashboard"], "path": run_state["path"]}
@@ -85,7 +86,8 @@ def _quality_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
     from mhmoe_ray.runs.metrics import METRICS
 
     last_metrics, validation, baselines = run_state["last"], run_state["validation"], run_state["baselines"]
-    # The loss of an encoder or a vision model is a sum over parts with different units.
+    # The loss of an encoder or a vision model is a sum over parts (objectives) with different units, so its unit is not
+    # nats per token.
     is_summed = run_state["model_kind"] in ("encoder", "vision")
     rows: dict[str, str | None] = {}
     if last_metrics:
@@ -105,9 +107,8 @@ def _quality_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
             + (f" (validation {format_nats(validation_losses[name])})" if name in validation_losses else "")
             for name, loss in part_losses.items()
         )
-    # The row helps to judge the loss: a model whose loss is above these values has not yet learned more than the
-    # frequencies of tokens and of pairs of tokens.
-    # Without texts there are no such values.
+    # The row "to beat" helps to judge the loss: a model whose loss is above these values has not yet learned more than
+    # the frequencies of tokens and of pairs of tokens. Data without texts have no such values.
     if baselines and "bigram" in baselines and run_state["model_kind"] == "encoder":
         rows["  to beat"] = f"{baselines['unigram_entropy']:.4f} unigram entropy of held-out texts"
     elif baselines and "bigram" in baselines:
@@ -134,7 +135,7 @@ def _speed_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
     if last_metrics and rate:
         clock_text = f", {mean:,.0f} by the clock since workers started" if mean else ""
         rows["speed"] = f"{rate:,.0f} tokens/s{clock_text}; waiting for data {last_metrics['data_wait']:.1%}"
-    # A dense model or a single rank exchanges no rows. Without this condition, the ratio would divide by zero.
+    # A dense model or a single rank sends no rows (sub-tokens) to other ranks, and the ratio would then divide by zero.
     if last_metrics and last_metrics.get("rows_least"):
         ratio, internode_rows = (
             last_metrics["rows_sent"] / last_metrics["rows_least"],

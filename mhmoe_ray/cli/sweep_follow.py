@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 POLL_SECONDS = 1.0
-# Seconds between two requests that ask the cluster whether the job is alive. The run directories, which show the
-# progress, are read more often.
+# Seconds between two requests that ask the cluster whether the sweep's job is alive. The run directories, which show
+# the progress of the runs, are read more often.
 JOB_CHECK_SECONDS = 5.0
-# Largest number of restarts of a job that ended without an error of its own. Without a limit, a job that always ends
-# in this way would be restarted forever.
+# Largest number of restarts of a sweep's job that ended without logging an error, for example because it was killed.
+# Without a limit, a job that always ends in this way would be restarted forever.
 MAX_RESTARTS = 3
 
 
@@ -69,8 +69,8 @@ def follow_order(directory: "SweepDir", name: str, connection: "Connection") -> 
             if stop_requested or caller.call(view.refresh, False):
                 return
             job_end_time = job_end_time or check_time
-            # The order is read again, because a stop may have ended the job, or a newer order may have replaced it,
-            # during the calls above.
+            # The newest order (request to start runs) is read again, because during the calls above a stop may have
+            # ended its job, or another command may have written a newer order.
             later_state = caller.call(partial(_newest_order, directory), None)
             if later_state and later_state[2]:
                 return
@@ -79,11 +79,11 @@ def follow_order(directory: "SweepDir", name: str, connection: "Connection") -> 
                 or later_state[0] != newest_name
                 or (newest_name != name and check_time - job_end_time < 2 * JOB_CHECK_SECONDS)
             ):
-                # The command that submitted the newest order may still follow it. This command waits, so that the other
-                # command can restart the job first.
+                # The newest order may be from another `mhmoe sweep` command, which may still follow it. This command
+                # waits, so that the other command can restart the job first.
                 continue
             if error := client.logged_error(order):
-                # If the order is another command's, that command shows the error.
+                # If another command wrote this order, that command shows the error.
                 if newest_name != name:
                     return
                 raise error

@@ -53,7 +53,7 @@ class SuggestingGroup(TyperGroup):
 
     def _hint(self, ctx: Any, name: str) -> str:
         """Return the end of the error about an unknown command: the intended command, or all commands of the group."""
-        # The import is inside the function, because it loads pydantic, which a command that exists may not need.
+        # The import is inside the function, because it loads pydantic, which is needed only to suggest a command here.
         from mhmoe_ray.spec.hints import MIN_SIMILARITY
 
         command = _COMMAND_BY_SYNONYM.get(name)

@@ -56,7 +56,7 @@ def failure_reason(text: str) -> str:
     """
     text = re.sub(r"\x1b\[[0-9;]*m|^Request failed with status code \d+: ", "", text)
     lines = [line.rstrip() for line in text.splitlines() if line.strip(" .")]
-    # Ray buffers this line, so it may come after all lines of a short job.
+    # Ray buffers this line, so it may be the last line in the log of a short job. It is never the reason for a failure.
     lines = [line for line in lines if not line.startswith("Running entrypoint for job ")]
     for i in reversed(range(len(lines))):
         if re.match(r"[\w.]+(Error|Exception|Exit|Interrupt)(:|$)", lines[i]):
@@ -251,7 +251,8 @@ def _items_of_thread(generator: AsyncGenerator[T]) -> Generator[T]:
     def run_loop() -> None:
         try:
             with closing(loop):
-                # This wait does not raise the task's error. The generator's reader raises it, by `task.result()`.
+                # `asyncio.wait` does not raise the task's error. The thread that reads the queue raises it, by
+                # `task.result()`.
                 loop.run_until_complete(asyncio.wait([task]))
         finally:
             item_queue.put(None)
@@ -264,7 +265,7 @@ def _items_of_thread(generator: AsyncGenerator[T]) -> Generator[T]:
             yield item
         task.result()
     finally:
-        # The loop refuses the call if it is closed. Then the generator has ended, and there is nothing to cancel.
+        # A closed loop raises a RuntimeError. Its generator has then ended, so there is nothing to cancel.
         with suppress(RuntimeError):
             loop.call_soon_threadsafe(task.cancel)
         thread.join()

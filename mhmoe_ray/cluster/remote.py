@@ -25,7 +25,7 @@ def job_request(
         runtime_env: Ray's runtime environment, as in the spec.
         python: the interpreter on the head node of another cluster, as in `jobs.job_request`.
     """
-    # The job's name is part of the URLs of Ray's jobs API, so any other character is replaced.
+    # The job's name is part of URLs of Ray's jobs API, so characters other than letters, digits and - are replaced.
     job_name = re.sub("[^A-Za-z0-9-]", "-", request.job_name)
     environment = {**runtime_env, "env_vars": {**runtime_env.get("env_vars", {}), **request.environment}}
     args = ["-m", request.module, job_name]

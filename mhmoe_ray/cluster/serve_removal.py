@@ -80,8 +80,8 @@ def _request_removal(
     try:
         _cancel_starting_replicas(connection, name, retrying_caller)
     finally:
-        # Remove the application even after an error. Otherwise it could stay deployed in the version that can start on
-        # no node.
+        # Remove the application even after an error, because by then it may be deployed in a version that no node can
+        # run.
         replace_config(connection, name, None, retrying_caller)
 
 
@@ -103,8 +103,8 @@ def _cancel_starting_replicas(connection: Connection, name: str, retrying_caller
                 return details
             time.sleep(0.2)
 
-    # Import the client before the first request. The import takes seconds, and after a request it would make the answer
-    # stale.
+    # `client` imports Ray's Serve client, which takes seconds. It is called before the first request, because otherwise
+    # the answer to that request would be outdated when it is used.
     client(connection)
     # Wait until Serve has built the application. Before that Serve reports no deployments, and it could start replicas
     # between two of our requests.
@@ -122,8 +122,8 @@ def _cancel_starting_replicas(connection: Connection, name: str, retrying_caller
 
 def _unplaceable_options() -> dict[str, Any]:
     """Return options of a deployment whose replicas no node can run and which Serve ends at once."""
-    # Each removal uses a new name for the resource. With the same name, Serve would see no change in a deployment that
-    # an interrupted removal left, and would not replace its replicas.
+    # The replicas demand a resource that no node has. Its name is new for each removal, because with an old name, left
+    # by an interrupted removal, Serve would see no change in the deployment and would not replace its replicas.
     resource = f"none_as_it_is_removed_{secrets.token_hex(4)}"
     return {
         "graceful_shutdown_timeout_s": GRACE_SECONDS,
@@ -156,8 +156,8 @@ def _has_cancelled(application: dict[str, Any], starting: list[str]) -> bool:
 
     Only replicas that were started before the last deployment are checked.
     """
-    # Both times are by Serve's clock, so they can be compared. If Serve starts a replica of the older version after the
-    # last deployment, it stops that replica before it reports applications again.
+    # Both times are by Serve's clock, so they can be compared. Replicas of the older version that start after the last
+    # deployment need no check, because Serve stops them before it reports applications again.
     for deployment in (application["deployments"][d] for d in starting if d in application["deployments"]):
         replicas = [r for r in deployment["replicas"] if r["start_time_s"] < application["last_deployed_time_s"]]
         timeout = deployment["deployment_config"]["graceful_shutdown_timeout_s"]

@@ -114,8 +114,8 @@ PRIVATE = {
 """Environment variables that make a Ray cluster reachable from this machine only, and only with a token."""
 
 _SINGLE_NODE_SETTINGS = {
-    # The watcher looks for nodes that will be taken away. It is one more process of each run, and useless with one
-    # node.
+    # Ray Train's watcher looks for nodes that are about to be preempted. It is one more process of each run, and
+    # useless with one node.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # This is the interval at which a run asks its workers whether they are done or have failed. Ray's default of 2 s
     # saves network traffic, which does not matter on a single node.

@@ -87,7 +87,8 @@ def read_stamps(
 
     Some stamps also have an SVG file, which is left out because the PNG file shows the same drawing.
     """
-    # Keys sort differently from paths, because the slash of a path is another character in a key.
+    # The stamps are sorted by key below, because paths sort differently: a key has another character in place of a
+    # path's slash.
     stamps = dict[str, tuple[Concept, bytes]]()
     for path, content in files.items():
         if path.endswith(".txt"):
@@ -112,8 +113,8 @@ def _read_named_files(
     failures: Counter[str],
 ) -> "Iterator[tuple[Concept, Image]]":
     """Yield the drawings in files that are named by the code points of emoji, sorted by key."""
-    # Artists differ in whether they write the joiner U+200D and the selector U+FE0F in names of files. No two emoji
-    # differ in these alone.
+    # Some artists write the joiner U+200D and the selector U+FE0F in file names, and others do not. Both are ignored
+    # here; no two emoji differ in these alone.
     content_by_name = {
         _name_without_joiners(PurePosixPath(path).stem.lower()): content for path, content in sorted(files.items())
     }
@@ -178,7 +179,8 @@ ARTISTS: tuple[Artist, ...] = (
         read_stamps,
         draws_emoji=False,
     ),
-    # The held-out artist comes after those of the training, because only concepts that they draw are tested.
+    # The held-out artist comes last, because the sample of pictures has only its drawings of concepts that earlier
+    # artists drew.
     Artist(
         "gemojione",
         SourcePackage(

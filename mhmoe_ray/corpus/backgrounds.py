@@ -97,7 +97,8 @@ def read_backgrounds(package: SourcePackage, files: Mapping[str, bytes]) -> Iter
         assert match
         try:
             image = Image.open(io.BytesIO(content))
-            # `thumbnail` decodes a JPEG file at a fraction of its size, which a conversion before it would prevent.
+            # `thumbnail` comes before the conversion to RGB, so that it can decode a JPEG file directly at a fraction
+            # of its size.
             image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
             yield Background(match[1], image.convert("RGB"))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:

@@ -72,7 +72,8 @@ def sequence_key(characters: str) -> str:
 
 def base_key(key: str) -> str:
     """Return the key of an emoji without its skin tone and sex, which is the same for all of its variants."""
-    # No part of a stamp's key is such a hexadecimal number, so the key of a stamp stays unchanged.
+    # The key of an emoji consists of hexadecimal code points. Other keys, those of Tux Paint's stamps, contain no code
+    # point of a skin tone and stay unchanged.
     tones = {f"{code_point:x}" for code_point in SKIN_TONES}
     untoned_key = "-".join(part for part in key.split("-") if part not in tones) or key
     for sign in SEX_SIGNS:
@@ -115,7 +116,7 @@ def read_locales(files: Mapping[str, bytes]) -> dict[str, Annotations]:
     locales = dict[str, Annotations]()
     for path, content in sorted(files.items()):
         name = PurePosixPath(path).stem
-        # The root locale has code points in place of names.
+        # CLDR's root locale has code points in place of names, so it is skipped.
         if name == "root":
             continue
         annotations = locales.setdefault(name.replace("_", "-"), Annotations())
@@ -125,7 +126,8 @@ def read_locales(files: Mapping[str, bytes]) -> dict[str, Annotations]:
             raise DataError(
                 f"annotations {path}", f"they are not XML ({e})", "delete the package from the cache"
             ) from e
-    # A locale that agrees with its parent in everything has a file without names.
+    # Locales without names are left out: CLDR has a file without names for a locale that agrees with its parent in
+    # everything.
     return {tag: annotations for tag, annotations in locales.items() if annotations.names}
 
 
@@ -180,7 +182,8 @@ def stamp_concept(path: str, lines: Iterable[str]) -> Concept | None:
     for line in translation_lines:
         if translation := re.fullmatch(r"([\w@]+)\.utf8= ?(.+)", line):
             locale, caption = translation.groups()
-            # The translators' tools fill gaps with the English caption.
+            # Translators' tools fill a missing caption with the English one, so a caption that equals the English one
+            # is left out unless the locale is English.
             if caption != first_line or locale.startswith("en_"):
                 captions[_CLDR_TAGS.get(locale, locale.replace("_", "-"))] = caption
     folder = PurePosixPath(path).parent

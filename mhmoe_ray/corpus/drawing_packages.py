@@ -58,8 +58,8 @@ class DrawingPackages:
         try:
             return work()
         except DataError as e:
-            # If a client such as apt-get is missing, all packages of its origin give the same error, and one warning is
-            # enough.
+            # If a download program such as apt-get is missing, every package that needs it gives the same error, and
+            # one warning is enough.
             if str(e) not in self._summary.missing_packages:
                 self._summary.missing_packages.append(str(e))
                 self._print_line(f"warning: {e}")

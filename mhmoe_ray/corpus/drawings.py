@@ -81,13 +81,13 @@ class EmojiFont:
         x_min, y_min, x_max, y_max = self._font.getbbox(characters)
         if x_max <= x_min or y_max <= y_min:
             raise UndrawableError("no glyph")
-        # Characters that the font cannot join become several glyphs. All glyphs of the font have the same width, apart
-        # from rounding.
+        # Characters that the font cannot join are drawn as several glyphs. All its glyphs have the same width, apart
+        # from rounding, so a wider drawing has several.
         if x_max - x_min > self._glyph_width + 1:
             raise UndrawableError("no glyph for the whole sequence")
         size = (round(x_max - x_min), round(y_max - y_min))
-        # Pillow blends the drawing into the image below it, on which its colours depend. With black below, colours are
-        # multiplied by alpha, and a division restores them.
+        # Pillow blends the drawing with the image that it draws on. On this black image, it multiplies each colour by
+        # alpha, so a division by alpha restores the colours.
         image = Image.new("RGBA", size)
         ImageDraw.Draw(image).text((-x_min, -y_min), characters, font=self._font, embedded_color=True)
         pixels = np.asarray(image).astype(np.uint32)
@@ -109,7 +109,7 @@ def render_svg(content: bytes, width: int) -> "Image":
     import resvg_py
     from PIL import Image
 
-    # Fonts of the machine would make the result depend on the machine.
+    # System fonts are skipped, because the result would otherwise depend on the machine.
     try:
         png = resvg_py.svg_to_bytes(
             svg_string=content.decode("utf-8"), width=width, dpi=SVG_DPI, skip_system_fonts=True

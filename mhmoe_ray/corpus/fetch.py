@@ -75,7 +75,8 @@ def fetch_package(package: SourcePackage, cache: Path) -> FetchedPackage:
             f"there is no {client_name} here",
             f"those that are not in {folder} are left out",
         )
-    # The client writes into a staging folder, so that only a complete file gets into the cache.
+    # The download program (apt-get or pip) writes into a staging folder, so that only a complete file gets into the
+    # cache.
     staging_folder = folder / f"{package.name}.part"
     shutil.rmtree(staging_folder, ignore_errors=True)
     staging_folder.mkdir(parents=True)
@@ -86,8 +87,8 @@ def fetch_package(package: SourcePackage, cache: Path) -> FetchedPackage:
         error_lines = (
             re.findall(r"(?m)^(?:E|ERROR): (.*)", process.stderr) or process.stderr.splitlines() or ["no reason given"]
         )
-        # If its package lists are old, apt-get asks for versions that the mirror no longer has. `apt-get update` renews
-        # the lists.
+        # If the machine's package lists are old, apt-get asks for versions that the mirror no longer has. `apt-get
+        # update` renews the lists.
         fix = "look at the network" if package.origin == "PyPI" else "look at the network, or run apt-get update"
         raise DataError(package_title, error_lines[0].rstrip(". "), fix)
     path = file.rename(folder / file.name)

@@ -95,8 +95,8 @@ def write_large_sample(
                 fetched = fetch_package(package, cache)
                 documents, size = writer.add_package(package, fetched)
             except DataError as e:
-                # If a client such as apt-get is missing, all packages of its origin give the same error, and one
-                # warning is enough.
+                # If a download program such as apt-get is missing, every package that needs it gives the same error,
+                # and one warning is enough.
                 if str(e) not in summary.missing_packages:
                     summary.missing_packages.append(str(e))
                     print_line(f"warning: {e}")
@@ -153,8 +153,8 @@ class _SampleWriter:
                 license_texts.append(content)
             elif language := file_language(path, package):
                 documents += [(language, path, document) for document in package.reader(content)]
-        # English originals come first, because the cleaner needs them before translations. The sort is stable, so the
-        # order is otherwise the package's.
+        # English originals come first, because the cleaner compares translations with them to find untranslated text.
+        # The sort is stable, so the order is otherwise the package's.
         documents.sort(key=lambda item: item[0] != "en")
         text_sizes = list[int]()
         for language, path, document in documents:

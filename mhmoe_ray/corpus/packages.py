@@ -72,7 +72,7 @@ _LIBREOFFICE_EXCLUDED = "//*[@class='relatedtopics' or @class='howtoget' or @cla
 
 PACKAGES: tuple[Package, ...] = (
     # Manuals and their translations. A package of English originals stands before the packages of its translations,
-    # because the cleaner must read English first.
+    # because untranslated text is found by comparison with the originals.
     _debian_package(
         "gnome-user-docs",
         "CC-BY-SA-3.0",
@@ -168,7 +168,7 @@ PACKAGES: tuple[Package, ...] = (
         _DOC_FOLDER + r"debian/FAQ/.*\.en\.html",
         question_reader("//body"),
     ),
-    # Source code.
+    # Source code in several programming languages.
     Package(
         "PyPI",
         "Django==5.2.8",

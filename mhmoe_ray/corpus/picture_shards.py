@@ -52,7 +52,8 @@ class PictureWriter:
             path = self._path.with_suffix(".part")
             self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - `close` closes it
         for suffix, content in files.items():
-            # A new member has time 0 and user 0, so the shard does not depend on who writes it when.
+            # A new `TarInfo` has time 0 and user 0, so the bytes of the shard do not depend on when and by whom it is
+            # written.
             member = tarfile.TarInfo(f"{concept.key}.{suffix}")
             member.size = len(content)
             self._tar.addfile(member, io.BytesIO(content))

@@ -123,7 +123,7 @@ class _PictureSample:
             first_key = first_keys.setdefault(blake2b(png).digest(), concept.key)
             part = "train"
             if artist.is_held_out:
-                # Concepts that share a drawing stay together, so that no drawing of the test is in the validation.
+                # Concepts that share a drawing go to the same split, so that no drawing is in both validation and test.
                 part = "test" if is_test_concept(first_key) else "validation"
             name = f"{part}/{artist.name}"
             writer = writers.setdefault(name, PictureWriter(self._folder / name))
@@ -152,7 +152,8 @@ def _remove_pictures(folder: Path) -> None:
     """
     # A new sample that is shorter would overwrite only some of the earlier shards, so all of them are removed first.
     for part in SPLITS:
-        # img2dataset names shards in the same way, so only folders of artists are searched.
+        # Only the folders of our artists are searched, because other folders may have a user's own shards, which
+        # img2dataset names in the same way.
         artist_folders = [folder / part / artist.name for artist in ARTISTS]
         for path in (folder / part, *artist_folders):
             if path.is_symlink():

@@ -122,7 +122,8 @@ class _SceneSample:
         self.summary = SceneSummary()
         self.packages = DrawingPackages(folder, cache, print_line, self.summary)
         self._split_by_drawing = dict[bytes, str]()
-        # Drawings by split, by class of objects, and by `likeness_key`.
+        # Drawings by split, by class of objects, and by `likeness_key`, which is the same for concepts that look almost
+        # alike.
         self._drawings: dict[str, dict[str, dict[str, list[Drawing]]]] = {split: {} for split in SPLITS}
         self._backgrounds: dict[str, list[Background]] = {split: [] for split in SPLITS}
 
@@ -151,7 +152,8 @@ class _SceneSample:
                 groups = self._drawings[split].setdefault(class_name, {})
                 groups.setdefault(group_key, []).append(Drawing(concept.key, artist.name, png))
                 self.summary.drawings[split] = self.summary.drawings.get(split, 0) + 1
-            # Stamps are left out here, because their folders are other classes than the subgroups of emoji.
+            # The classes of these pictures are the subgroups of emoji. Tux Paint's stamps have folders in place of
+            # subgroups, so they are left out here.
             is_classified = artist.draws_emoji and concept.class_name in training_classes
             if is_classified:
                 self._write_picture(split, concept, artist, png)
@@ -243,7 +245,8 @@ def _remove_scenes(folder: Path) -> None:
     # A new sample with fewer scenes would overwrite only some of the earlier ones, so all of them are removed first.
     for split in SPLITS:
         scene_folder = folder / "scenes" / split
-        # Without its annotations, a sample that is only partly removed is not mistaken for a complete one.
+        # The annotations are removed first, so that a sample whose removal was interrupted is not mistaken for a
+        # complete one.
         (scene_folder / "annotations" / f"instances_{split}.json").unlink(missing_ok=True)
         for path in scene_folder.glob(f"{split}/*.jpg"):
             if re.fullmatch(r"\d{6}\.jpg", path.name):

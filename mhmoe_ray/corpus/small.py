@@ -257,8 +257,8 @@ def _chat_records(folder: Path, is_held_out: bool) -> Iterator[Record]:
 
 def _is_held_out_remark(remark: str) -> bool:
     """Return whether the conversations that begin with a remark are held out, which a hash of the remark decides."""
-    # Without case and punctuation, conversations that begin alike are on the same side, so no held-out prompt is
-    # trained on.
+    # The hash ignores case and punctuation, so conversations that begin alike are all held out or all trained on, and
+    # no held-out prompt is trained on.
     letters = "".join(re.findall(r"\w+", remark.casefold()))
     digest = blake2b(letters.encode(), digest_size=8).digest()
     return int.from_bytes(digest) < HELD_OUT_SHARE * 2**64

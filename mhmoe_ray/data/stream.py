@@ -207,7 +207,8 @@ def _micro_batch_bytes(spec: RunSpec) -> int:
         return sum(3 * vision.tasks[part.name].image_size ** 2 * part.samples for part in spec.parts)
     assert encoder is not None
     images, texts = (sum(part.samples for part in spec.parts if name in part.columns) for name in ("image", "text"))
-    # A pixel has three bytes. A text has stored tokens, inputs and a mask.
+    # A pixel has three bytes, and a patch has a mask of one byte. A token of a text has nine: four as stored, four as
+    # input, and a mask.
     return images * (3 * encoder.image_size**2 + encoder.patches) + texts * 9 * spec.data.seq_len
 
 

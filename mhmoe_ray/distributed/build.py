@@ -15,8 +15,8 @@ def build_dispatch(spec: ClusterSpec, mesh: Mesh) -> FlatDispatch | Hierarchical
     This is a collective operation. Even if `spec.dispatch` is hierarchical, an expert-parallel group has a flat
     dispatch if it is on one node or has unequal numbers of ranks on its nodes (`Mesh.uneven_count`).
     """
-    # A group that cannot have a hierarchical dispatch gets a flat one. Both have the same results, so an uneven
-    # placement after a restart need not end the run.
+    # A group of ranks whose nodes do not allow a hierarchical dispatch gets a flat one. Both have the same results, so
+    # an uneven placement after a restart need not end the run.
     if mesh.size("ep") == 1:
         return None
     if spec.dispatch == "hierarchical":

@@ -150,7 +150,7 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domain
     columns = ranks.sort(dim=0).values
     devices = DeviceMesh(device_type, columns.reshape(*sizes.values()), mesh_dim_names=tuple(sizes))
     process_groups = {name: devices.get_group(name) for name in sizes}
-    # If sorting has changed the columns, the rows of the mesh are not the expert-parallel groups, and these need
+    # If sorting has changed the columns, the rows of the mesh are not the expert-parallel groups, which then need
     # process groups of their own.
     if not torch.equal(columns, ranks):
         expert_group = create_process_group(groups.ranks)

@@ -106,7 +106,7 @@ def specialisation(text_counts: RoutingCounts, total_counts: RoutingCounts) -> f
     The distance is half the sum of the absolute differences of the experts' shares of routes, averaged over layers. 0
     means equal shares, and 1 means that the one text and all texts use disjoint experts.
     """
-    # Loads are shares times E, so dividing by E gives shares again.
+    # A load is a share times the number E of experts, so dividing by E gives shares again.
     difference = (
         np.abs(expert_loads(text_counts.counts) - expert_loads(total_counts.counts)).sum(1)
         / len(total_counts.counts[0])

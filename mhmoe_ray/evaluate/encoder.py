@@ -180,7 +180,8 @@ class EncoderMeter:
             return {}
         pairs = with_few_captions(pairs)
         counter = RouteCounter(self._model)
-        # Objective contrastive hides nothing, and objective masked makes an image and its text one sample.
+        # The samples are made for the objective contrastive, which hides nothing. The model then reads them as for the
+        # objective masked, which makes an image and its text one sample.
         pair = MicroBatchPart("pairs", (), batch_size, "contrastive", ("image", "text"), 1.0)
         maker = SampleMaker(self._spec, token_bytes_for(self._spec.model.vocab_size))
         for start in range(0, len(pairs.images), batch_size):

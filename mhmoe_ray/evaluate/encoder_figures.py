@@ -147,7 +147,7 @@ def _caption_figures(
     start_token = boundaries(tokenizer).start
 
     def to_texts(rows: Sequence[Sequence[int]] | np.ndarray) -> list[str]:
-        # Padding is no token, and a caption ends where its row does.
+        # The start token and padding, whose id is above those of all tokens, are not part of a caption's text.
         texts: list[str] = tokenizer.decode_batch(
             [[token for token in row if token != start_token and token < meter.padding] for row in rows]
         )

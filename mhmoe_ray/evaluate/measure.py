@@ -142,7 +142,8 @@ def conversation_samples(
             continue
         domain_rows = rows_by_domain.setdefault(file.domain, [])
         for item in FileReader(file, data, template):
-            # Packed samples hold all tokens, so tokens count. Otherwise each conversation takes at least one sample.
+            # Reading stops when there are enough tokens for all samples or, if each conversation gets samples of its
+            # own, when there are as many conversations as samples.
             if token_counts[file.domain] > max_samples * seq_len or (not is_packed and len(domain_rows) == max_samples):
                 break
             if isinstance(item, Document):
@@ -207,7 +208,8 @@ class RouteCounter:
             assert self._current_counts is not None
             assert self._mask_N is not None
             heads = self._moe.heads
-            # A model whose tasks choose different numbers of experts has columns for the largest number.
+            # If the tasks of a model choose different numbers of experts, the router's output has columns for the
+            # largest number. The first `top_k` columns have the choices of these tokens.
             expert_NHK = routing.expert_NK.view(-1, heads, routing.expert_NK.shape[1])[self._mask_N, :, : self._top_k]
             gate_NHK = routing.gate_NK.view_as(routing.expert_NK).view(-1, heads, routing.expert_NK.shape[1])
             gate_NHK = gate_NHK[self._mask_N, :, : self._top_k]

@@ -106,8 +106,8 @@ class NearestImages:
             image_count += reader_images
         image_of_sample = np.concatenate(image_numbers)
         first_samples = np.sort(np.unique(image_of_sample, return_index=True)[1])
-        # The selection includes the first and the last image. Rounded numbers differ, because no more are selected than
-        # there are.
+        # The selected images are spread evenly from the first to the last. Their rounded numbers differ, because
+        # `count` is at most the number of images.
         count = min(MAX_IMAGES, len(first_samples))
         samples = first_samples[np.linspace(0, len(first_samples) - 1, count).round().astype(np.int64)]
         number_of_image = np.full(image_count, -1)

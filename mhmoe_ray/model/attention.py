@@ -37,8 +37,8 @@ def document_mask(document_BT: Tensor, dtype: torch.dtype) -> Tensor:
         document_BT: index of each token's document, int.
         dtype: dtype of the queries.
     """
-    # The mask is not boolean, because every layer would convert a boolean mask into one like this, and keep its own
-    # copy for the backward.
+    # The mask holds 0 and -inf. Every layer would convert a boolean mask into such a mask, and keep its own copy for
+    # the backward.
     visible_BTT = (document_BT[:, :, None] == document_BT[:, None, :]).tril()
     return torch.zeros_like(visible_BTT, dtype=dtype).masked_fill_(~visible_BTT, float("-inf"))[:, None]
 
@@ -157,8 +157,8 @@ class Attention(nn.Module):
             return _attend_within_documents(q, k, v, documents.offset_N1)
         mask_B1TT = None if documents is None else documents.mask_B1TT
         has_grouped_queries = self.kv_heads != self.heads
-        # On GPUs, only the kernel that keeps all T x T weights takes grouped queries with a mask or in float32, so keys
-        # and values are repeated for the other kernels.
+        # Of torch's attention kernels for GPUs, only the one that stores all T x T weights takes grouped queries with a
+        # mask or in float32. Keys and values are repeated, so that other kernels can be used.
         if has_grouped_queries and q.device.type == "cuda" and (mask_B1TT is not None or q.dtype == torch.float32):
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
             has_grouped_queries = False
@@ -177,7 +177,7 @@ class Attention(nn.Module):
 
 def _attend_within_documents(q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, offset_N1: Tensor) -> Tensor:
     """Return the output of causal attention within each document, by a kernel that skips pairs across documents."""
-    # In torch 2.11, this function does not take grouped queries.
+    # In torch 2.11, `varlen_attn` does not take grouped queries, so keys and values are repeated below.
     from torch.nn.attention.varlen import varlen_attn
 
     B, H, T, C = q_BHTC.shape

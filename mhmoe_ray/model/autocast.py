@@ -17,7 +17,8 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 def cast_for_autocast(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """Cast rows and weights to autocast's dtype if autocast is on; otherwise return them unchanged."""
-    # Autocast casts the operands of torch's own operations, but a feed-forward layer or an expert is one operation.
+    # Autocast casts the operands of torch's own operations only. A feed-forward layer or an expert is one custom
+    # operation, so its operands are cast here.
     if not torch.is_autocast_enabled(x.device.type):
         return x, *weights
     dtype = matmul_dtype(x)

@@ -95,7 +95,8 @@ class Block(TrunkBlock):
             y_BTM = self.attention(self.attention_norm(widen(x_BTM)), tables, cached_attention, generator, documents)
             return add_residual(x_BTM, dropout(y_BTM, self.dropout, generator)), generator
 
-        # `generator` continues after the random numbers that attention has drawn.
+        # The rest of the block draws from `generator`, which continues after the random numbers that attention has
+        # drawn.
         x_BTM, generator = recompute_in_backward(run_attention, x_BTM) if recompute else run_attention(x_BTM)
         y_BTM = self.ffn_norm(widen(x_BTM))
         if self.moe is not None:

@@ -29,7 +29,8 @@ class CastingModule(nn.Module):
 
     def cast(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return rows and all parameters in autocast's dtype if autocast is on."""
-        # The backward of every micro-batch can pass through the same casts, because a cast saves nothing for it.
+        # All micro-batches of a step can share one cast of each weight. Several backwards can pass through it, because
+        # a cast saves no tensors that the first backward would free.
         weights = self.step_casts if torch.is_grad_enabled() else None
         return *cast_for_autocast(x), *(weights or self.cast_weights())
 
@@ -92,7 +93,8 @@ class Experts(CastingModule):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the result of `dispatch`: each row's sum of expert outputs weighted by gates, and the shared expert's
         output, if there is one. With expert parallelism, the sum includes experts of other ranks."""
-        # The dispatch runs inside a forward of this module, because FSDP gathers sharded parameters only during one.
+        # The dispatch, which sends rows to their experts, runs inside a forward of this module, because FSDP gathers
+        # the module's sharded parameters only during its forward.
         return dispatch(x_ND, routing, self, shared)
 
     def compute(self, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, capacity: int | None = None) -> Tensor:

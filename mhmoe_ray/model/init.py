@@ -119,7 +119,8 @@ def _fill_initial_values(module: nn.Module, name: str, t: Tensor, generator: tor
         nn.init.constant_(t, math.log(1 / 0.07))
     elif isinstance(module, nn.Embedding) or (name.startswith("output.") and t.ndim == 2):
         nn.init.normal_(t, std=t.shape[1] ** -0.5, generator=generator)
-    # The papers do not describe projections of several layers. Each layer is initialized as if it were the only one.
+    # The papers do not describe head or merge projections of several layers. Each layer is initialized as if it were
+    # the only one.
     elif ".moe.head." in name or ".moe.merge." in name:
         _fill_projection(module, name, t, generator)
     elif t.ndim == 1:

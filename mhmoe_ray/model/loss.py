@@ -86,7 +86,8 @@ class _ChunkedLoss(torch.autograd.Function):
         loss_N = x_NM.new_empty(len(x_NM), dtype=torch.float32)
         dx_NM = torch.empty_like(x_NM) if needs_dx else None
         dweight_VM = torch.zeros_like(weight_VM, dtype=torch.float32) if needs_dweight else None
-        # Gradients of logits in a narrow dtype take little memory, so a product takes those of several chunks.
+        # In a dtype narrower than float32, gradients of logits take little memory, so one larger matrix product takes
+        # those of several chunks.
         product_rows = chunk_rows * (1 if dtype == torch.float32 else LOSS_CHUNKS_PER_PRODUCT)
         buffer_rows = min(product_rows, len(x_NM)) if needs_gradients else 0
         buffer_PV = weight_VM.new_empty(buffer_rows, len(weight_VM), dtype=dtype)
@@ -120,7 +121,8 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dx_NM, dweight_VM = ctx.saved_tensors
         dx_NM = None if dx_NM is None else dx_NM * dloss
-        # This gradient is as large as the weights, so it is scaled in place. The backward runs only once.
+        # This gradient is as large as the weights, so it is scaled in place. This is safe because the backward runs
+        # only once.
         dweight_VM = None if dweight_VM is None else dweight_VM.mul_(dloss).to(ctx.weight_dtype)
         return dx_NM, dweight_VM, None, None, None, None, None, None
 

@@ -44,7 +44,7 @@ def dispatch_locally(
 
 def _build_projection(widths: Iterable[int]) -> nn.Module:
     """Return a projection: a linear layer from each width to the next one, with ReLU between the layers."""
-    # The layers have biases, as in the authors' code, even where the rest of the model has none.
+    # The layers have biases, as in the code of the MH-MoE authors, even where the rest of the model has none.
     linear_layers = [nn.Linear(in_width, out_width) for in_width, out_width in pairwise(widths)]
     if len(linear_layers) == 1:
         return linear_layers[0]
@@ -133,9 +133,10 @@ class MultiHeadMoE(MoELayer):
         if not self.dropout or generator is None:
             outputs: tuple[Tensor, Tensor | None] = self.experts(x_ND, routing, self.dispatch, shared)
             return outputs
-        # Kernels and dispatch return weighted sums, but dropout applies to single outputs. So each route becomes a row
-        # of its own with weight 1, and its gate applies after dropout. Experts compute as many rows as without dropout.
-        # Masks are drawn here, on the rank of the sub-token, so that they do not depend on the number of ranks.
+        # Kernels and dispatch return weighted sums of expert outputs, but dropout applies to each output. So each route
+        # (one choice of an expert by a sub-token) becomes a row of its own with weight 1, and its gate applies after
+        # dropout. Experts compute as many rows as without dropout. Dropout masks are drawn here, on the rank of the
+        # sub-token, so that they do not depend on the number of ranks.
         top_k = routing.expert_NK.shape[1]
         x_RD = x_ND[:, None].expand(-1, top_k, -1).flatten(0, 1)
         # A gate of 0 marks a dropped route, which must stay dropped.

@@ -48,7 +48,8 @@ def default_generator_from(generator: torch.Generator | None) -> Iterator[None]:
     Afterwards `generator` has advanced, and the default generator has its previous state. Without a generator the
     context does nothing.
     """
-    # States of generators are stored on the host, so copying them does not wait for a GPU.
+    # The state of a generator is on the host even if its device is a GPU, so copying the state does not wait for the
+    # GPU.
     if generator is None:
         yield
         return

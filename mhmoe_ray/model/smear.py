@@ -59,7 +59,7 @@ class SmearRouter(Router):
     """Router of one layer that gives each sample a probability for every expert."""
 
     def __init__(self, width: int, moe: MoESpec, eps: float) -> None:
-        # The constructor of `Router` would create the module that computes scores without the norms.
+        # The constructor of `Router` would create a module of scores without the norms that `SmearScores` has.
         nn.Module.__init__(self)
         self.moe, self.scores = moe, SmearScores(width, moe, eps)
 
@@ -78,7 +78,7 @@ class SmearRouter(Router):
             generator: random generator of expert dropout; None disables it.
             sequences, domain_B, group_rows: not used.
         """
-        # Autocast would compute logits in bfloat16.
+        # Autocast would compute logits in bfloat16, in which many different logits become equal.
         with torch.autocast(x_ND.device.type, enabled=False):
             probability_NE = self.scores(widen(x_ND)).softmax(-1)
         probability_NE = self._drop_experts(probability_NE, generator)
@@ -100,7 +100,8 @@ class SmearRouter(Router):
         if not rate or generator is None:
             return probability_NE
         keep_mask = torch.rand(probability_NE.shape, device=probability_NE.device, generator=generator) >= rate
-        # With the authors' constant, a sample that has lost all of its experts gets the plain average of all experts.
+        # With this constant of SMEAR's authors (1e-10), a sample whose experts were all dropped gets the plain average
+        # of all experts.
         kept_NE = probability_NE * keep_mask + 1e-10
         return kept_NE / kept_NE.sum(-1, keepdim=True)
 
@@ -148,7 +149,8 @@ class MergedExperts(MoELayer):
         means = [_mean_of_positions(x_BUM, mask) for x_BUM, mask in zip(x_parts, masks, strict=True)]
         routing: Routing = self.router(torch.cat(means), generator)
         routing = routing._replace(count_E=self._count_positions(routing.gate_NK, lengths))
-        # FSDP gathers the experts' weights only during their forward, so they are merged inside it, as a dispatch.
+        # FSDP gathers the experts' weights only during their forward. They are merged inside it, because the forward
+        # calls the function that it gets as its dispatch.
         y_NM, _ = self.experts(x_NM, routing, partial(run_merged, lengths=lengths))
         y_NM = dropout(y_NM, self.dropout, generator)
         if self.shared is not None:
@@ -197,7 +199,7 @@ def run_merged(
         outputs = [run_samples(x, *part) for x, part in zip(_split_rows(x_NM, lengths), merged_parts, strict=True)]
         return torch.cat([y.flatten(0, 1) for y in outputs])
 
-    # Hidden rows need the merged weights for their backward, so both are recomputed together.
+    # The backward of the hidden rows needs the merged weights, so both are recomputed together.
     if experts.recompute and torch.is_grad_enabled():
         return recompute_in_backward(run, x_NM, routing.gate_NK), None
     return run(x_NM, routing.gate_NK), None
@@ -216,6 +218,6 @@ def _mean_of_positions(x_BUM: Tensor, mask: Tensor | None) -> Tensor:
         return x_BUM.mean(1)
     is_real_BU = (mask[:, 0, 0] == 0).to(x_BUM.dtype)
     share_BU = is_real_BU / is_real_BU.sum(1, keepdim=True)
-    # Autocast would compute the product in bfloat16.
+    # Autocast would compute this mean in bfloat16, which is too coarse for the router.
     with torch.autocast(x_BUM.device.type, enabled=False):
         return (share_BU[:, None] @ x_BUM)[:, 0]

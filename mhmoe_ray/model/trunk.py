@@ -107,7 +107,8 @@ def add_residual(x_BTM: Tensor, y_BTM: Tensor) -> Tensor:
 
 def recompute_in_backward(function: Callable[..., R], *inputs: Tensor) -> R:
     """Return `function(*inputs)`. Only its inputs are kept for the backward, which calls the function again."""
-    # The state of torch's default generator need not be kept, because all draws come from other generators.
+    # The state of torch's default generator need not be kept, because all random numbers are drawn from other
+    # generators.
     result: R = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
     return result
 

@@ -38,8 +38,8 @@ def activation_bytes_per_token(spec: RunSpec, size: int) -> int:
         layers = model.layers * block_input + max(dense, mixture) + noise // model.layers
     else:
         layers = (model.layers - model.moe_layers) * dense + model.moe_layers * mixture + noise
-    # The outputs of an encoder are counted elsewhere, because it computes them for few tokens. So are the heads of a
-    # vision model, which compute per image.
+    # The output layers of an encoder are counted elsewhere, because they run on few tokens. So are the heads of a
+    # vision model, which run once per image.
     if model.encoder is not None or model.vision is not None:
         return layers + norm
     # The other terms are those of the last norm, of the loss, and of the token ids and targets. A chunked loss keeps
@@ -57,7 +57,7 @@ def _dropout_bytes(model: ModelSpec, size: int) -> int:
         return masks
     outputs = model.joined_width * model.moe.top_k
     shared = model.d_model if model.moe.d_shared else 0
-    # Router smear has no gates at outputs.
+    # Router smear applies no gates to the outputs of experts, so only the masks are kept for it.
     return masks + model.moe_layers * (outputs * (1 + size * (model.moe.router != "smear")) + shared)
 
 
@@ -89,8 +89,8 @@ def _attention_bytes(model: ModelSpec, size: int) -> int:
 
 def static_layout_bytes(model: ModelSpec, tokens: int, size: int) -> int:
     """Return the bytes that kernel `capacity`, with its fixed slots per expert, keeps in all layers; 0 for others."""
-    # The additional bytes are those of N x E x C masks (C is the expert capacity), of each choice and of their sums,
-    # and of the rows and hidden rows of every slot.
+    # The bytes are those of the N x E x C masks (rows x experts x slots) of each choice and of their sums, and those of
+    # the rows and hidden rows of every slot.
     moe = model.moe
     if moe is None or moe.kernel != "capacity":
         return 0
@@ -149,13 +149,14 @@ def _smear_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
     saves for each sample, are left out.
     """
     d, architecture = model.d_model, model.architecture
-    # The rows of all samples are joined. The result of the norm before the layer is saved only if there is a layer
-    # beside the experts.
+    # The experts read a joined copy of the rows of all samples. So the result of the norm before the layer is saved
+    # only if there is a layer beside the experts.
     total = -d * size * (not model.has_experts_beside)
     if model.recomputed_share:
         total += d * FLOAT32
     else:
-        # In a batch of experts, the inner norm and the product with its weight are two operations, and both save rows.
+        # The merged experts run as one batch. In it, the inner norm and the product with its weight are two operations,
+        # and both save rows.
         total += d * size + architecture.hidden_saved_bytes(moe.d_expert, size) + moe.d_expert * size
     if moe.d_shared:
         # The shared expert casts the joined rows for itself.

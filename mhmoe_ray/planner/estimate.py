@@ -165,8 +165,8 @@ def _cost_factor(spec: RunSpec, part: str) -> float:
     if recompute == "block" or (recompute == "exchange" and not (is_distributed and is_mixture_part)):
         return 4
     # With `exchange`, nothing after the second norm of a block with distributed experts is recomputed, except by a
-    # kernel that follows `moe.recompute` ("as configured"). It recomputes the hidden rows: all but the last of an
-    # expert's products. With `experts`, nothing else is recomputed at all.
+    # kernel that follows `moe.recompute` ("as configured"). Such a kernel recomputes the hidden rows, which takes all
+    # but the last of an expert's products. With `experts`, nothing else is recomputed at all.
     moe = planned_model(spec).moe
     if part != EXPERTS or moe is None or moe.kernel_limits.kept_rows != "as configured":
         return 3

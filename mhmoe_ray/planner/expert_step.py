@@ -22,7 +22,7 @@ def assumed_kernel(spec: RunSpec) -> KernelName | None:
     as batched matrix products.
     """
     # `mhmoe_kernels.choose_kernel` would need the run's hardware, so its choice for `auto` is predicted: on GPUs, that
-    # of an H100, and otherwise grouped. On CPUs with AMX the choice is cpp, which needs less memory.
+    # for an H100, and on CPUs, grouped. On CPUs with AMX the run chooses cpp instead, which needs less memory.
     moe = spec.model.moe
     if moe is None or moe.router == "smear":
         return None

@@ -45,7 +45,8 @@ def stem_activation_bytes(model: ModelSpec, vision: VisionSpec) -> int:
         cells = vision.patch_size**2
         for width in vision.stem_widths(model.d_model)[1:]:
             cells //= 4
-            # The norm keeps its input with a mean and a deviation, GELU keeps its input, and the next layer its own.
+            # For the backward, the norm keeps its input with a mean and a deviation, GELU keeps its input, and the next
+            # layer keeps its input.
             values += cells * (3 * width + 2)
     return FLOAT32 * values
 
@@ -89,7 +90,8 @@ def _map_values(vision: VisionSpec, task: TaskSpec, detector: DetectorSpec) -> i
     """Return the number of values per image that a detector keeps of its feature pyramid and of outputs for anchors."""
     cells = sum(int(vision.patches(task) * scale**2) for scale in detector.scales)
     anchors = len(detector.anchor_sizes) * len(detector.anchor_ratios)
-    # A level keeps the input and the output of two convolutions and two norms; regions have a convolution more.
+    # A level of the pyramid keeps the inputs and outputs of two convolutions and two norms. The network that proposes
+    # regions has one more convolution.
     return cells * (7 * detector.width + 8 * anchors)
 
 

@@ -35,9 +35,10 @@ def launches_per_micro_batch(spec: RunSpec) -> int:
         local_experts = moe.experts // spec.cluster.ep
         block = MIXTURE_BLOCKS.get(kernel, LOOP_BLOCK + LOOP_EXPERT * local_experts)
         block_launches += mixture_blocks * (block + HEAD_PROJECTIONS * (moe.heads > 1))
-    # The forward, which is computed twice if blocks are recomputed, has about a third of the kernels.
     loss_launches = 0
     if spec.train.loss_chunk_rows is not None:
         loss_launches = LOSS_CHUNK * -(-spec.tokens_per_micro_batch // spec.train.loss_chunk_rows)
+    # The forward of a block has about a third of its kernels. If blocks are recomputed, it runs twice, so the factor is
+    # 4 / 3.
     recomputes_blocks = spec.train.recompute in ("exchange", "block")
     return OUTSIDE_BLOCKS + loss_launches + round(block_launches * (4 / 3 if recomputes_blocks else 1))

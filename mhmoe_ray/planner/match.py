@@ -95,8 +95,8 @@ def matched_heads(plain: ModelSpec, heads: int, top_k: int | None = None) -> Mod
         raise SpecError(
             f"heads {heads}", f"a width of {plain.d_model} does not split into so many parts", "choose another number"
         )
-    # The match replaces `experts` and `d_expert`, so these values are placeholders. They are chosen so that the checks
-    # of the model accept any `top_k`.
+    # `solve_match` replaces `experts` and `d_expert`, so these values are placeholders. They are chosen so that the
+    # checks of the model accept any `top_k`.
     moe = plain.moe.model_copy(update={"heads": heads, "top_k": top_k or heads, "experts": SEARCH_LIMIT, "d_expert": 8})
     d_expert, experts = solve_match(plain.with_moe(moe), plain, MatchSpec(to="smoe", by="both"))
     return plain.with_moe(moe.model_copy(update={"d_expert": d_expert, "experts": experts}))

@@ -180,7 +180,7 @@ def unsharded_gradient_bytes(spec: RunSpec) -> int:
     if spec.cluster.strategy != "fsdp" or spec.cluster.max_world_size == 1:
         return 0
     # With one micro-batch per rank and step, the gradients of a block are reduced to shards after its backward. Only
-    # those of one block and of what is outside blocks are unsharded at a time.
+    # those of one block and of the parameters outside blocks are unsharded at a time.
     if spec.train.micro_batches == spec.cluster.max_world_size:
         return _outside_bytes(spec) + _largest_block_bytes(spec)
     counts, size = compute_sizes(spec.model), bytes_of(spec.cluster.reduce_precision)
@@ -245,7 +245,7 @@ def _copy_bytes(spec: RunSpec, counts: Sizes) -> int:
     """Return the bytes of copies of the weights that matrix products use, in the precision of these products."""
     experts = counts.expert_parameters // spec.cluster.ep
     if gathers_in_bfloat16(spec):
-        # What is gathered in bfloat16 needs no copies, so only experts that are not sharded have some.
+        # Weights that are gathered in bfloat16 need no copies, so only experts that are not sharded have some.
         is_sharded = spec.cluster.shards_experts and spec.cluster.expert_shard_ranks > 1
         return 0 if is_sharded else bytes_per_value(spec) * experts
     # The router and the norms over whole tokens compute in float32, so their weights have no copies. An embedding has a

@@ -44,9 +44,9 @@ _P1_TRAIN = {
     **checkpoint_intervals(300_000),
 }
 # BEiT-3 base with an output for BEiT v2's codebook. It has 277 million parameters, as the dense model in table 11 of
-# P1. P1's release has no code for its multimodal models. That experts lie beside the feed-forward layers of every
-# second block is inferred: X-MoE with E experts then has 276 + 28.4 E million parameters, and in the table 276 +
-# 29.75 E.
+# paper P1 (arXiv 2404.15045). P1's release has no code for its multimodal models. That experts lie beside the
+# feed-forward layers of every second block is inferred: X-MoE with E experts then has 276 + 28.4 E million parameters,
+# and 276 + 29.75 E in the table.
 _P1_ENCODER_TRUNK: Tree = {
     "backbone": "subln",
     "encoder": {
@@ -66,7 +66,8 @@ _P1_ENCODER_TRUNK: Tree = {
     "dropout": 0.1,
     "attention_dropout": 0.1,
 }
-# The number of steps and the numbers of samples of the parts are BEiT-3's in proportion; P1 states the batch of 512.
+# The number of steps and the numbers of samples of the parts are BEiT-3's in proportion; paper P1 (arXiv 2404.15045)
+# states the batch of 512.
 _P1_ENCODER_TRAIN: Tree = {
     "steps": 1_000_000,
     "micro_batches": 16,
@@ -84,8 +85,8 @@ _P1_ENCODER_TRAIN: Tree = {
 }
 ENCODER_SEQ_LEN = 128
 """Number of tokens of a text in P1's multimodal runs, including the start token. P1 does not state this number."""
-# P1's dense and X-MoE models have micro-batches of two sequences. The size matters, because expert capacity is per
-# micro-batch.
+# The dense and X-MoE models of paper P1 (arXiv 2404.15045) have micro-batches of two sequences. The size matters,
+# because expert capacity is per micro-batch.
 _TWO_SEQUENCES = {"micro_batches": 128, "micro_batch_size": 2}
 _P2_TRUNK = {
     "backbone": "llama",
@@ -189,8 +190,8 @@ def _p1_routing(top_k: int) -> Tree:
 
     For `top_k` 2 they set static routing with a random second expert, and for any other `top_k` dropless routing.
     """
-    # torchscale's gate has only a first and a second choice. According to P1's public review, runs with more choices
-    # were dropless.
+    # The gate of the library torchscale has only a first and a second choice. According to the public review of paper
+    # P1 (arXiv 2404.15045), runs with more choices were dropless.
     static = {"capacity_factor": 1.0, "second_expert": "random"} if top_k == 2 else {}
     # With a single choice, a normalized gate would always be 1, so gates are normalized only for more choices.
     return {"router": "xmoe_torchscale", "top_k": top_k, "normalize_gates": top_k > 1, **static}
@@ -268,11 +269,11 @@ def _p2_moe(shape: Tree, eighths: int, has_shared: bool) -> Callable[[Mapping[st
 
 def _mixtral() -> Iterator[tuple[str, Preset]]:
     """Yield the presets of Mixtral 8x7B by name: as published, and with 2 and 4 heads."""
-    # P1's public review measured serving of MH-MoE in Mixtral. It states neither the width nor the number of experts,
-    # so both are Mixtral's.
+    # The public review of paper P1 (arXiv 2404.15045) measured serving of MH-MoE in Mixtral. It states neither the
+    # width nor the number of experts, so both are Mixtral's.
     shape: dict[str, Any] = {"experts": 8, "top_k": 2, "d_expert": 14_336, "every": 1, "normalize_gates": True}
-    # Mixtral's coefficient is 0.02. With uniform routing, its loss is k = 2 and is averaged over 32 layers, while ours
-    # is 1 and is summed over layers. The factor 2 / 32 makes both equal.
+    # Mixtral's coefficient of the load balancing loss is 0.02. With uniform routing, Mixtral's loss is k = 2 and is
+    # averaged over 32 layers, while ours is 1 and is summed over layers. The factor 2 / 32 makes both equal.
     loss: dict[str, Any] = {"balance_weight": 0.02 * 2 / 32, "balance_choices": "all"}
     for heads in (1, 2, 4):
         description = (

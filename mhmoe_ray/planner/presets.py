@@ -79,7 +79,8 @@ class Size(NamedTuple):
     @property
     def train(self) -> Tree:
         """The `train` section of all families' models of this size."""
-        # The learning rate is inversely proportional to the width of the model. P2's is 6e-4 at 768.
+        # The learning rate is inversely proportional to the width of the model. It is 6e-4 at width 768 in arXiv
+        # 2411.16205.
         lr = round(6e-4 * 768 / self.d_model, 6)
         return {
             "steps": self.steps,
@@ -119,8 +120,8 @@ def _mhmoe(_: Mapping[str, Any]) -> Tree:
 
 def _deepseek(trunk: Mapping[str, Any]) -> Tree:
     """Return the `moe` section of a DeepSeekMoE model (arXiv 2401.06066) for a trunk."""
-    # The layer has four times as many experts as `_smoe`, of a quarter of their width. Three of them and the shared
-    # expert compute as much as one expert of `_smoe`.
+    # The layer has four times as many experts as one of family `smoe`, of a quarter of their width. Three of them and
+    # the shared expert compute as much as one expert of `smoe`.
     quarter = dense_width(trunk) // 4
     shape = {"heads": 1, "experts": 32, "top_k": 3, "d_expert": quarter, "d_shared": quarter}
     return {**shape, "balance_choices": "all"}

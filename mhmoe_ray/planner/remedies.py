@@ -48,7 +48,8 @@ def memory_remedies(spec: RunSpec) -> list[Remedy]:
             saved_bytes = total - compute_memory(changed_spec).total
             if saved_bytes >= SMALLEST_SHARE * total:
                 remedies.append(Remedy(keys, saved_bytes))
-    # Of several changes that save the same, only the one with the fewest keys is kept: the other keys add nothing.
+    # Of several changes that save the same number of bytes, only the one with the fewest keys is kept: the other keys
+    # add nothing.
     remedies.sort(key=lambda remedy: (-remedy.saved_bytes, len(remedy.keys)))
     return [next(group) for _, group in groupby(remedies, key=lambda remedy: remedy.saved_bytes)]
 

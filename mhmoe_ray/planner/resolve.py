@@ -214,7 +214,8 @@ def _ep_size(tree: Tree) -> int:
 
 def _solve_section(moe: Tree, own_keys: Tree, match: MatchSpec, trunk: Tree, ep: int, label: str) -> Tree:
     """Return the `moe` section with the values that `match` solves for; the user's own keys keep their values."""
-    # The placeholders are large, because the check of the model requires at least `top_k` experts.
+    # Values that are still to be solved get large placeholders, because the check of the model requires at least
+    # `top_k` experts.
     placeholders = dict.fromkeys(SOLVED_KEYS[match.by] - own_keys.keys(), SEARCH_LIMIT)
     model = _build_model(trunk, {**moe, **placeholders}, label)
     d_expert, experts = solve_match(model, _reference_model(match.to, trunk, moe, label), match, own_keys.keys(), ep)

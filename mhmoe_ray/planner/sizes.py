@@ -268,8 +268,8 @@ def flops_per_token(spec: ModelSpec, attention_length: float, samples_per_token:
         samples_per_token: number of samples in a micro-batch divided by its number of tokens
             (`RunSpec.samples_per_token`), because router smear averages experts once per sample.
     """
-    # With causal attention, a token attends to (T + 1) / 2 keys on average. Each key costs as many multiply-adds as a
-    # token's queries have values, for its score, and as many for its value.
+    # With causal attention, a token attends to (T + 1) / 2 keys on average. Each key costs as many multiply-adds as the
+    # token's queries have values, once for its score and once for adding its value.
     is_causal = spec.encoder is None and spec.vision is None
     keys = (attention_length + 1) / 2 if is_causal else attention_length
     scores = round(2 * spec.layers * spec.query_width * keys)

@@ -129,7 +129,7 @@ def ring_pattern(group: Spread, kind: NodeKind) -> LinkLoads:
     ranks = sum(other_kind.ranks * nodes for other_kind, nodes in group.items())
     nodes, domains = group.total(), len({other_kind.domain for other_kind in group})
     node_exit_share = 1 / kind.ranks if nodes > 1 else 0.0
-    # Of the exits of all nodes, one per domain leads to another domain.
+    # Of the ranks that send to another node, one per node, one per domain sends to another domain.
     domain_exit_share = domains / nodes if domains > 1 else 0.0
     return LinkLoads(
         LinkLoad(1 - node_exit_share, 1 - node_exit_share, ranks - nodes),
@@ -233,7 +233,8 @@ def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exch
     # With dropout each route is sent as a row of its own. Otherwise one row is sent to a node for all its routes there.
     routes_per_row = 1 if model.dropout else moe.top_k
 
-    # A group without rails has a flat dispatch, in which its ranks send `flat_size` bytes.
+    # A group without rails (equal numbers of ranks on several nodes) has a flat dispatch, in which its ranks send
+    # `flat_size` bytes.
     def rail_pattern(size: int, flat_size: int, top_k: int) -> Pattern:
         def node_share(ranks: int, all_ranks: int) -> float:
             return hit_probability(moe.experts, moe.experts * ranks // all_ranks, top_k)
@@ -249,8 +250,8 @@ def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exch
     row_bytes, route_count = route_bytes // routes_per_row, tokens * moe.heads * moe.top_k
     extra_bytes = {stages[0]: route_count * (INT32 + FLOAT32), stages[3]: route_count * FLOAT32}
     result = [
-        # Each node gets two counts: of rows, and of their routes. Nodes without rows get them, too, so `top_k` is the
-        # number of all experts, with which a row goes to every node.
+        # Each node gets two counts: of rows, and of their routes. Nodes without rows get them, too. So `top_k` is set
+        # to the number of all experts, because then every row goes to every node.
         build_exchange("counts, by node", rail_pattern(2 * INT64, count_bytes, moe.experts)),
         build_exchange(
             "counts, within nodes",

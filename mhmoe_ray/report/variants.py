@@ -278,8 +278,8 @@ def sweep_table(sweep_dir: SweepDir) -> list[dict[str, Any]]:
     ).items():
         states = Counter(_state(figures.get(entry.name)) for entry in entries)
         variant = Variant(variant_name, [figures[e.name] for e in entries if e.name in compared])
-        # A started run has the spec that was used. The sweep file may have changed since, so its spec counts only if no
-        # run has started.
+        # The spec of a started run is the one that was used. The sweep file may have changed since, so the spec from
+        # that file counts only if no run of the variant has started.
         actual_spec = next((figures[e.name].spec for e in entries if e.name in figures), entries[0].spec)
         rows.append((actual_spec, states, variant))
     has_equal_steps = len({spec.train.steps for spec, _, _ in rows}) == 1

@@ -8,19 +8,22 @@ from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec.cluster import ClusterSpec, format_mesh
 
 EventKind = Literal[
-    # The comment after each kind lists the fields of its events.
+    # The comment at each kind of event names the fields of its events.
     "submitted",  # attempt, job, address
     "began",  # attempt, host, pid (of the process of the attempt's job)
     "preparing",  # folder
     "prepared",  # validation_tokens, and the fields of data.shards.manifest.Baselines
-    "initialized",  # how, sources (descriptions of the models that the run starts from), step (0), name (of the
-    # checkpoint)
+    # Fields of "initialized" events: how (key of the spec's section `start`), sources (descriptions of the models that
+    # the run starts from), step (0), name (of the checkpoint).
+    "initialized",
     "waiting",  # missing (text that names the resources which the cluster lacks for the workers)
     "restoring",  # name (of the checkpoint that the workers start from; null if they start anew), step, attempt
-    "started",  # group (number of the worker group), step, dp, ep, groups (ranks of each expert-parallel group),
-    # straddling_groups (number of groups on several nodes), groups_apart (number of groups in several domains),
-    # dispatch, flat_groups (number of groups that hierarchical dispatch leaves flat), asked (cluster.workers),
-    # workers: [{rank, pid, began (start time of the process), host, node}]
+    # Fields of "started" events: group (number of the worker group), step, dp and ep (sizes of the mesh), groups (ranks
+    # of each expert-parallel group), straddling_groups (number of groups on several nodes), groups_apart (number of
+    # groups in several network domains), dispatch (flat or hierarchical), flat_groups (number of groups that
+    # hierarchical dispatch leaves flat), asked (the spec's cluster.workers), and workers: [{rank, pid, began (start
+    # time of the process), host, node}].
+    "started",
     "hung",  # rank, host, pid, step (the last one), doing (phase), seconds, silent (true if heartbeats were missing)
     "lost",  # rank, reason, host, lines (last lines of the rank's log), ranks (number of all failed ranks)
     "checkpoint",  # step, name, pause (seconds that training waited), seconds (until it was committed)
@@ -77,8 +80,8 @@ def state(run_events: list[dict[str, Any]]) -> State:
         if kind == "began":
             begun_attempt = event.get("attempt", 0)
         elif kind == "submitted" and event.get("attempt", begun_attempt + 1) <= begun_attempt:
-            # On an object store, lines are in the order of their writers' clocks, which differ. So this event may come
-            # after the "began" event of the same attempt, and must not set the state back.
+            # On an object store, lines are in the order of their writers' clocks, which differ. So a "submitted" event
+            # may come after the "began" event of the same attempt, and must not set the state back.
             continue
         elif kind == "restoring" and current == "waiting":
             current = "preparing"
@@ -122,7 +125,8 @@ def interruptions(run_events: list[dict[str, Any]]) -> list[tuple[float, str]]:
     for event in run_events:
         kind = event["event"]
         if kind == "lost" and event["rank"] == hung_rank:
-            # The watchdog killed this rank, and the list already has its "hung" event.
+            # The watchdog killed this rank because it hung. The list already has its "hung" event, so "lost" is left
+            # out.
             hung_rank = None
         elif kind in sentences:
             sentences_by_time.append((event["time"], sentences[kind](event)))
@@ -134,7 +138,7 @@ def interruptions(run_events: list[dict[str, Any]]) -> list[tuple[float, str]]:
 
 def describe_workers(start_event: dict[str, Any]) -> str:
     """Return the number of workers of a "started" event as text, with the requested range for an elastic run."""
-    # Events of older versions lack this field, so it may be None.
+    # Events of older versions of this project lack the field `asked`, so the value may be None.
     requested = start_event.get("asked")
     return str(len(start_event["workers"])) + (
         f" (of {requested['min']} to {requested['max']})" if isinstance(requested, dict) else ""
@@ -165,7 +169,7 @@ def describe_straddling_groups(start_event: dict[str, Any]) -> str | None:
     if not (group_count := start_event["straddling_groups"]):
         return None
     sentence = f"{group_count} expert-parallel groups lie on more than one node"
-    # Events of older versions do not have the next two fields.
+    # Events of older versions of this project lack the fields `groups_apart` and `flat_groups`.
     if groups_apart := start_event.get("groups_apart"):
         sentence += f", {groups_apart} of them in more than one domain"
     if flat_groups := start_event.get("flat_groups"):

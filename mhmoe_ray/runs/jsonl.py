@@ -21,8 +21,8 @@ from typing import Any
 from mhmoe_ray.errors import StorageError
 from mhmoe_ray.storage import Location, ObjectPath
 
-# Size above which a segment gets no more lines. Each write of new lines writes the whole segment again, so it must not
-# grow without limit.
+# Size in bytes above which a segment (an object with some lines of a file) gets no more lines. Each write of new lines
+# writes the whole segment again, so it must not grow without limit.
 SEGMENT_BYTES = 1 << 18
 # Readers cache segments that have fewer bytes than this.
 SHORT_SEGMENT_BYTES = 1 << 12
@@ -66,7 +66,7 @@ def _append(path: Location, record: dict[str, Any], immediate: bool) -> None:
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     try:
         size = os.fstat(fd).st_size
-        # A writer that was killed may have left a torn last line. This line must not be appended to the torn one,
+        # A writer that was killed may have left an incomplete last line. The new line must not be appended to it,
         # because both would then be lost.
         if size and os.pread(fd, 1, size - 1) != b"\n":
             line = b"\n" + line
@@ -156,8 +156,8 @@ def _read_segment(part: ObjectPath, size: int) -> bytes:
     return part.read_bytes()
 
 
-# A segment only grows, so its name and size identify its content. Without the cache, a command that follows a run for
-# days would request each event from the store at every poll.
+# A segment (an object with some of a file's lines) only grows, so its name and size identify its content. Without the
+# cache, a command that follows a run for days would request each event from the store at every poll.
 _read_short_segment = lru_cache(maxsize=1 << 16)(_read_segment)
 
 
@@ -195,7 +195,7 @@ class Tail:
             with part.open("rb") as f:
                 f.seek(offset)
                 new_bytes = f.read()
-            # A last line without an end is still being written, so the next call reads it again.
+            # A last line without a line break is still being written, so the next call reads it again.
             complete_lines = new_bytes[: new_bytes.rfind(b"\n") + 1]
             self._offsets[part.name] = offset + len(complete_lines)
             yield from parse_lines(complete_lines.splitlines())
@@ -236,8 +236,8 @@ class JsonlSnapshot:
         index = bisect_right(self._ends, offset)
         while index < len(self._parts):
             start, end, length = max(offset, self._part_start(index)), self._ends[index], PROBE_BYTES
-            # Inside a part, the read begins one byte before `start`. A line begins at `start` only if that byte is a
-            # line break.
+            # Except at the start of a part of the file, the read begins one byte before `start`. A line begins at
+            # `start` only if that byte is a line break.
             starts_inside = start > self._part_start(index)
             while True:
                 block = self._read_range(index, start - starts_inside, min(end, start + length))

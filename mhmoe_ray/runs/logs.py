@@ -18,7 +18,8 @@ from threading import Event, Thread
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import Location, ObjectPath, remove_tree
 
-# Size of a full segment. Together with `NEWEST_SEGMENTS` and `NEWEST_ATTEMPTS` it limits the logs of a run to 32 MiB.
+# Size in bytes at which a segment of a run's log is full. Together with `NEWEST_SEGMENTS` and `NEWEST_ATTEMPTS` it
+# limits the logs of a run to 32 MiB.
 SEGMENT_BYTES = 1 << 20
 NEWEST_SEGMENTS = 7
 """Number of newest segments of an attempt that are kept in addition to its first one."""

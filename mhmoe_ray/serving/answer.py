@@ -298,7 +298,8 @@ class Answerer(ServedText):
             at_start: whether the text starts with these tokens. Special tokens before them do not count, because they
                 have no text.
         """
-        # A decoder may drop the space at the start of a text, so the first token with a text goes through the decoder.
+        # A decoder may drop the space at the start of a text. So the text of the first token that is not special comes
+        # from the decoder, and not from its bytes.
         for token, logprob, alternatives in scored_tokens:
             token_bytes, is_special = self._token_bytes[token], token in self.decode.special_ids
             text = self.decode([token]) if at_start or is_special else token_bytes.decode("utf-8", "replace")

@@ -27,8 +27,8 @@ class TextDecoder:
         byte_token_ids = (tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
         self._byte_by_token = {token: byte for byte, token in enumerate(byte_token_ids) if token is not None}
         """Byte by the id of each byte-fallback token; empty if the tokenizer has no byte fallback."""
-        # A vocabulary may have tokens with these names although its decoder does not turn them into bytes. The test is
-        # that the token of byte 65 decodes to "A".
+        # A vocabulary may have tokens named <0x00> to <0xFF> although its decoder does not turn them into bytes. The
+        # test is that the token of byte 65 decodes to "A".
         if (
             len(self._byte_by_token) < 256
             or tokenizer.decode([next(t for t, b in self._byte_by_token.items() if b == 65)]) != "A"
@@ -90,8 +90,7 @@ class TextStream:
         """Add a token, and return the next part of the text that no later token can change; empty if there is none."""
         self._token_ids.append(token)
         text = self._decode(self._token_ids)
-        # The bytes of an incomplete character decode to one replacement character at the very end, which is not
-        # released.
+        # An incomplete character at the end of the text is decoded to one replacement character, which is held back.
         piece = self._release_text(self._unreleased_text(text.removesuffix(REPLACEMENT)), is_final=False)
         if len(self._token_ids) >= 4 * CONTEXT_TOKENS and not text.endswith(REPLACEMENT):
             # Some tokens stay, because a decoder may treat the start of a text in its own way.

@@ -23,7 +23,8 @@ class AcceleratorSpec(Section):
     """Peak FLOP/s of dense matrix products in bfloat16."""
     float32_flops: PositiveFloat = 67e12
     """Peak FLOP/s of dense matrix products in float32, which torch does not replace by TF32 on its own."""
-    # An assumption, as is the share of the memory bandwidth below: data sheets state only peaks.
+    # This default is an assumption, because data sheets state only peaks. So is the share of the memory bandwidth
+    # below.
     flops_share: float = Field(default=0.4, gt=0, le=1)
     """Share of the peak FLOP/s that training reaches while it computes."""
     memory: PositiveFloat = 80e9
@@ -43,12 +44,12 @@ class AcceleratorSpec(Section):
 class LinkSpec(Section):
     """Network links of one class, such as those within a domain; the defaults are those of InfiniBand."""
 
-    # A 400 Gb/s InfiniBand port for each GPU.
+    # The default is the bandwidth of one 400 Gb/s InfiniBand port for each GPU.
     bandwidth: PositiveFloat = 50e9
     """Peak bytes/s in each direction, both at the same time."""
     per: Literal["rank", "node"] = "rank"
     """Owner of a link. rank: each rank has its own. node: all ranks of a node share one."""
-    # `hwLat` in NCCL's src/graph/tuning.cc, by which NCCL picks an algorithm: a ring with LL128 over the network.
+    # The latency that NCCL assumes (`hwLat` in src/graph/tuning.cc) for a ring with protocol LL128 over the network.
     latency: float = Field(default=4e-6, ge=0)
     """Latency of a message in seconds, in addition to the time of its bytes."""
 
@@ -58,17 +59,17 @@ class NodeLinkSpec(LinkSpec):
 
     # NVLink has 900 GB/s for both directions together.
     bandwidth: PositiveFloat = 450e9
-    # NCCL's `hwLat` again: a ring with LL128 over NVLink.
+    # The latency that NCCL assumes (`hwLat` in src/graph/tuning.cc) for a ring with protocol LL128 over NVLink.
     latency: float = Field(default=1.9e-6, ge=0)
 
 
 class BetweenLinkSpec(LinkSpec):
     """Network links between domains, such as racks; the defaults are those of Ethernet."""
 
-    # One 100 Gb/s port for each node.
+    # The default is the bandwidth of one 100 Gb/s Ethernet port for each node.
     bandwidth: PositiveFloat = 12.5e9
     per: Literal["rank", "node"] = "node"
-    # An assumption: NCCL's table has no value for Ethernet.
+    # This default is an assumption, because NCCL's table of latencies has no value for Ethernet.
     latency: float = Field(default=20e-6, ge=0)
 
 

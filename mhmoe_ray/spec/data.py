@@ -42,7 +42,7 @@ class SourceMix(Section):
 
         A new `alpha` or new `shares` replace both old values.
         """
-        # Alpha and shares exclude each other.
+        # `alpha` and `shares` exclude each other, so a new value of one also replaces an old value of the other.
         subfolder_mix = self if changes.alpha is None and changes.shares is None else changes
         weight = self.weight if changes.weight is None else changes.weight
         return SourceMix(weight=weight, alpha=subfolder_mix.alpha, shares=subfolder_mix.shares)
@@ -303,7 +303,8 @@ class DataSpec(Section):
         self._check_image_columns()
         if self.tokenizer is None and self.tokenizer_pattern is not None:
             raise ValueError("tokenizer_pattern is for a given vocabulary in tiktoken's format: give tokenizer as well")
-        # Both have None as the default, so that an explicit value that equals the default is refused too.
+        # Both keys default to None instead of the value that then applies, so an explicit value is refused even if it
+        # equals that one.
         for key in ("tokenizer_model", "tokenizer_train_mb"):
             if self.tokenizer is not None and getattr(self, key) is not None:
                 raise ValueError(f"a tokenizer is given and none is trained, so {key} would be ignored")

@@ -14,7 +14,7 @@ from mhmoe_ray.spec.hints import MIN_SIMILARITY
 
 Bucket = Literal["head", "middle", "tail"]
 
-# The names are spelled as they were published, including misspellings ("punctution").
+# Names of RedPajama-V2's quality signals, spelled as they were published, including misspellings ("punctution").
 _SIGNAL_NAMES = """
 ccnet_bucket ccnet_language_score ccnet_length ccnet_nlines ccnet_original_length ccnet_original_nlines ccnet_perplexity
 rps_doc_books_importance rps_doc_openwebtext_importance rps_doc_wikipedia_importance
@@ -82,7 +82,8 @@ class SignalRule(NamedTuple):
         return value is not None and _COMPARISONS[self.comparison](value, self.bound)
 
     def __str__(self) -> str:
-        # Prepared folders record rules in this short form. Six digits may be too few for a bound.
+        # Prepared folders record rules as text, with a short form of the bound. If its six digits are too few, all are
+        # written.
         short = f"{self.bound:g}"
         return f"{self.signal} {self.comparison} {short if float(short) == self.bound else self.bound}"
 

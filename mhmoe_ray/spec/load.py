@@ -27,7 +27,8 @@ class _Loader(yaml.SafeLoader):
     """YAML loader that refuses duplicate keys; yaml's own loader silently takes the last value."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # The check is here because merges (`<<`), which yaml inserts later, may legitimately repeat a key.
+        # Duplicate keys are looked for here, before yaml inserts merges (`<<`), because a merge may legitimately repeat
+        # a key.
         node = super().compose_mapping_node(anchor)
         seen_keys = set()
         for key, _ in node.value:
@@ -234,7 +235,7 @@ def _section_keys(root: type[BaseModel], section_path: tuple[int | str, ...]) ->
             fields = dict(zip(section_keys(current), current.model_fields.values(), strict=True))
             current = _non_none_type(fields[str(part)].annotation)
         else:
-            # The last argument is the type of the values: of dict[str, X], list[X] or tuple[X, ...].
+            # The last type argument of dict[str, X], list[X] or tuple[X, ...] is the type X of the values.
             current = _non_none_type([a for a in typing.get_args(current) if a is not Ellipsis][-1])
     return section_keys(current) if isinstance(current, type) and issubclass(current, BaseModel) else []
 

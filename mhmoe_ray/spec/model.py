@@ -54,7 +54,8 @@ class RopeScaling(Section):
             "yarn": llama3_keys,
             "llama3": yarn_keys,
         }[self.type]
-        # A spec that was written from another one names every key, so only values other than the defaults count.
+        # The spec in a run directory names every key, so a key counts as set by the user only if its value is not the
+        # default.
         for key in sorted(ignored_keys):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"type is {self.type}, so {key} would be ignored")
@@ -266,7 +267,8 @@ class ModelSpec(Section):
                 f"vision.adaptive.largest is {adaptive.largest}, but moe.top_groups ({moe.top_groups}) leaves a row "
                 f"{moe.top_groups * (moe.experts // moe.groups)} experts: lower largest, or raise top_groups"
             )
-        # With rule `coded`, one task may take back the raise of another, and then has an expert less than at the start.
+        # With rule `coded`, a task may take back the raise of another one, and then has one expert fewer than at the
+        # start.
         smallest = 2 if moe.normalize_gates else 1
         if adaptive.rule == "coded" and moe.top_k - 1 < smallest:
             raise ValueError(
@@ -329,8 +331,8 @@ class ModelSpec(Section):
             return float(moe.kernel_limits.kept_rows == "nothing")
         if moe.recompute is not None:
             return moe.recompute
-        # With this share, a layer with 4 heads needs about the memory of a plain one with the same work
-        # (kernels/README.md).
+        # If experts recompute the share 0.6 of their hidden rows, a layer with 4 heads needs about the memory of a
+        # plain layer with the same work (kernels/README.md).
         return 0.6 if moe.d_expert >= 8 * self.row_width else 0.0
 
     @property
@@ -355,8 +357,9 @@ class ModelSpec(Section):
         Those of the merge projection are the same in reverse order. The model must have mixture-of-experts layers.
         """
         assert self.moe is not None
-        # The inner width is h * D and not d, because a token passes ReLU unchanged only where its positive and its
-        # negative parts have values of their own. If h * D is at least 2 d, several layers can be the identity.
+        # Between the linear layers is a ReLU. A token of d values passes it unchanged only if its positive and its
+        # negative parts are separate values, 2 d in all. The inner width is therefore h * D and not d: if it is at
+        # least 2 d, several layers can be the identity.
         return [self.d_model, *[self.joined_width] * self.moe.projection_layers]
 
     @property

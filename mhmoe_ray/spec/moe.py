@@ -33,7 +33,8 @@ def _linear_sizes(E: int, D: int, Q: int) -> RouterSizes:
 
 def _xmoe_sizes(E: int, D: int, Q: int) -> RouterSizes:
     """Return the sizes of X-MoE's router for E experts, rows of D values, and a projection to Q values."""
-    # The router saves cosines, and a second set of probabilities at the temperature of the load balancing loss.
+    # For the backward pass, the router saves cosines, and a second set of probabilities at the temperature of the load
+    # balancing loss.
     return RouterSizes(macs=Q * (D + E), parameters=Q * (D + E) + 1, saved_values=2 * E + 4 * (Q + 1))
 
 
@@ -43,8 +44,9 @@ def _domain_sizes(E: int, D: int, Q: int) -> RouterSizes:
 
 def _smear_sizes(E: int, D: int, Q: int) -> RouterSizes:
     """Return the sizes of router `smear` for E experts and rows of D values."""
-    # The router computes logits once for each sample. `planner/sizes.py` counts that cost with the merging of experts.
-    # Besides the matrix, the parameters are the weight and bias of one norm, and the gain of another.
+    # The router computes logits once for each sample and not for each row, so they are not counted here:
+    # `planner/sizes.py` counts them with the cost of merging the experts. Besides the router's matrix, the parameters
+    # are the weight and the bias of one norm, and the gain of another.
     return RouterSizes(macs=0, parameters=D * E + 3 * D, saved_values=0)
 
 
@@ -245,7 +247,7 @@ class MoESpec(Section):
             raise ValueError(f"experts is {self.experts}, but domains names {len(self.domains)}: set it to that")
         if self.top_k != 1:
             raise ValueError("router domain sends a document to one expert: set top_k to 1")
-        # A spec may set `balance_weight`, which is not among these keys, but it has no effect here.
+        # Keys that this router ignores are refused, except for `balance_weight`, which a spec may set without effect.
         for key in ("gate_scale", "jitter", "noise", "capacity_factor", "balance_over", "z_weight", "bias_rate"):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"router domain computes no scores, so {key} would be ignored: remove it")
@@ -259,7 +261,7 @@ class MoESpec(Section):
             raise ValueError("router smear averages experts for whole samples, and splits no tokens: set heads to 1")
         if self.top_k != 1:
             raise ValueError("router smear averages all experts into one and makes no choice: set top_k to 1")
-        # A spec may set `balance_weight`, which is not among these keys, but it has no effect here.
+        # Keys that this router ignores are refused, except for `balance_weight`, which a spec may set without effect.
         refused_keys = (
             *("d_sub_token", "sub_token_residual", "gate_scale", "groups", "jitter", "noise"),
             *("capacity_factor", "balance_over", "z_weight", "bias_rate", "kernel", "recompute"),

@@ -58,7 +58,7 @@ def check_encoder_parts(spec: "RunSpec", encoder: EncoderSpec) -> None:
     losses = [loss for part in spec.parts for loss in part.losses]
     if len(set(losses)) < len(losses):
         raise ValueError(f"two losses of the parts have the same name, among {', '.join(losses)}: rename a part")
-    # A model from another run has learned to read both images and texts already.
+    # An encoder must learn to read both images and texts, unless it starts from a model that has learned both already.
     if {column for part in spec.parts for column in part.columns} != {"image", "text"} and spec.start is None:
         raise ValueError(
             "an encoder needs parts with images and with texts, or with pairs, unless it starts from another run"

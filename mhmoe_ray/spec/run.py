@@ -247,8 +247,8 @@ class RunSpec(Section):
     @property
     def _recomputes_experts(self) -> bool:
         """True if experts recompute all of their own hidden rows, regardless of `moe.recompute`."""
-        # With `exchange` and expert parallelism, a block is recomputed without its experts, which are spread over
-        # ranks.
+        # With `exchange` and expert parallelism, the recomputation of a block leaves out its experts, which are spread
+        # over ranks, so the experts recompute their own rows.
         return self.train.recompute == "experts" or (self.train.recompute == "exchange" and self.cluster.ep > 1)
 
     @property

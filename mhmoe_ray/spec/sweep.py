@@ -64,7 +64,7 @@ class SweepSpec(Section):
         varied_keys = {key for keys in (self.grid, *self.runs.values(), *size_overrides) for key in keys}
         for key in sorted(varied_keys.union(*(size.set for size in self.sizes.values())) & RESERVED_KEYS.keys()):
             raise ValueError(f"{key} of each run is set by the sweep: {RESERVED_KEYS[key]}")
-        # The sweep's own directory is in the same storage as its runs.
+        # A sweep has one directory, in the same storage as its runs, so its runs cannot have different storages.
         if "storage" in varied_keys:
             raise ValueError(
                 "storage must be the same for all runs of a sweep: set it by a size's `set`, or by an override"

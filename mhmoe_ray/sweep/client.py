@@ -133,8 +133,8 @@ def _submit_order(sweep_dir: SweepDir, connection: Connection, order: Order, *, 
     name = sweep_dir.new_order_name()
     request = SweepRequest(path=str(sweep_dir.path), order=name)
     job = remote.submit(connection, order.entries[0].spec.cluster.runtime_env, request).name
-    # A new order ends the job of the earlier order, so it is written only after a cluster has accepted its own job.
-    # Until then the new job waits for the order.
+    # A new order (request to start runs) makes the job of the earlier order end. It is therefore written only after a
+    # cluster has accepted the job of the new order, and that job waits for it.
     if clear_stop:
         sweep_dir.stop_file.unlink(missing_ok=True)
     job_fields = {"job": job, "address": connection.address, "local": connection.local, "submitted": time.time()}

@@ -55,8 +55,8 @@ def main() -> None:
         try:
             local = _wait_for_order(sweep_dir, name).local
         except TimeoutError:
-            # The command was killed after it submitted this job and before it wrote the order, so there is nothing to
-            # run.
+            # `mhmoe sweep` was killed after it submitted this job and before it wrote the order that lists the runs, so
+            # there is nothing to run.
             print("there is no order for this job")
             return
         connection = Connection(f"http://{context.dashboard_url}", local, local, tokens.user_token())

@@ -114,8 +114,8 @@ def _variants(sweep: SweepSpec, size: SweepSize) -> Iterator[tuple[str, dict[str
 
 def _shortened_name(name: str, sweep: SweepSpec) -> str:
     """Return the name of a variant, cut to the length that run names allow; a cut name ends with its digest."""
-    # The suffix is measured as if the largest seed had at least four digits. Otherwise a larger seed that is added
-    # later could leave less room for the name and so rename the variant.
+    # The suffix for the seed is measured as if the largest seed had at least four digits. Otherwise a larger seed that
+    # is added later could leave less room for the name of a variant and so rename the variant.
     room = NAME_LENGTH - len(seeded_name(f"{sweep.name}-", max(1000, *sweep.seeds)))
     if len(name) <= room:
         return name

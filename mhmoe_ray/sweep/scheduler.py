@@ -103,7 +103,8 @@ class Sweep:
                 continue
             if not self._is_prepared(entry):
                 self._settled.add(entry.name)
-            # Preparation may take long. If a newer order was written meanwhile, this job must not start more runs.
+            # Preparing the data may take long. If another command has written a newer order (request to start runs)
+            # meanwhile, that order's job starts runs, not this one.
             elif not self._is_newest_order:
                 break
             elif self._start(entry):
@@ -170,8 +171,8 @@ class Sweep:
         if known_outcome := recorded_outcome(events.read(run)):
             return known_outcome
         attempt = last_attempt(run)
-        # Even if the addresses differ, the attempt may be on this cluster: its address may be one that works only from
-        # outside. This cluster is therefore asked first whether it knows the job.
+        # If the addresses differ, the attempt may still be on this cluster, because the recorded address may be one
+        # that works only from outside of it. This cluster is therefore asked first whether it knows the job.
         if attempt.address != self._order.address and jobs.status(self._connection, attempt.job) is None:
             return outcome_or_lost(run, connect)
         return self._retrying_caller.call(lambda: outcome(run, self._connection), None)
@@ -219,8 +220,8 @@ class Sweep:
             except MhmoeError as e:
                 self._preparation_errors[text] = e
             except OSError as e:
-                # The caller treats an OSError as a failure of the storage and polls again. It must not leave this
-                # function, because a preparation may take a day and would be repeated.
+                # The caller would treat an OSError as a failure of the storage and poll again. The error is caught
+                # here, because otherwise the preparation, which may take a day, would be repeated at the next poll.
                 fix = "make room or repair the storage, then give the command again"
                 self._preparation_errors[text] = StorageError(
                     f"data {entry.spec.data.prepared}", e.strerror or str(e), fix

@@ -108,8 +108,9 @@ def _prepare_data(run: RunDir, spec: RunSpec) -> None:
     manifest = prepare(spec)
     verify_shards(folder, manifest)
     # `training_order` is called only for its checks, and its result is not used. A mistake in the mixture of sources
-    # raises here with one clear message; otherwise it would raise later, in a task of the stream. A run without
-    # start.json has not begun, so its start is planned from the spec.
+    # raises here with one clear message; otherwise it would raise later, in a task of the stream. The record of the
+    # models that a run starts from is in start.json. A run without this file has not begun, so the record is planned
+    # from the spec.
     record = read_start(run) or plan_start(spec)
     training_order(spec, manifest, record.samples_before if record else None)
     prepared_files: dict[str, tuple[Path, Location, str | None]] = {}

@@ -143,8 +143,8 @@ class DivisorScalingPolicy(ElasticScalingPolicy):
             checkpoint_step = last_step(self._run)
             is_ending = checkpoint_step >= self._last_step or self._run.stop_file.exists()
         except OSError:
-            # The workers do not need the run directory at the moment, so they train on. It is read again at the next
-            # poll.
+            # The workers do not need the run directory at the moment, so they train on. The directory is read again at
+            # the next poll.
             return NoopDecision()
         # To let a worker group grow, Ray ends it in the middle of a step, and the steps since the last checkpoint are
         # repeated. Growth is considered only when a new checkpoint appears, because then the fewest steps are repeated.
@@ -166,7 +166,8 @@ class DivisorScalingPolicy(ElasticScalingPolicy):
         """
         decision: ScalingDecision = super().make_decision_for_non_running_worker_group()
         if isinstance(decision, ResizeDecision):
-            # If this start fails, others may hold the resources. With 0, the next decision counts free resources only.
+            # If this start of workers fails, other jobs may hold the resources. With 0 held workers, the next decision
+            # counts free resources only.
             self._held_workers = 0
             self._is_waiting = False
         else:
@@ -210,25 +211,26 @@ class RunTrainer(TorchTrainer):
         self._run, self._spec = run, spec
 
     def _create_default_callbacks(self) -> list[Any]:
-        # The left-out callback starts a process on the head node that asks for the controller every second and frees
-        # its resources when it has died. This job does not need that: it ends with its controller, and Ray then frees
-        # its resources.
+        # PlacementGroupCleanerCallback is left out. It starts a process on the head node that asks every second whether
+        # Ray Train's controller is alive, and frees the controller's resources when it has died. Here the job ends with
+        # its controller, and Ray then frees the resources.
         callbacks = super()._create_default_callbacks()
         return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         options["failure_policy"] = NonRetryableFailurePolicy(self.run_config.failure_config, self._run, self._spec)
         if self._spec.cluster.workers.is_elastic:
-            # The scaling policy has counted room for the workers, so a start that waits relies on a node that has died.
-            # Ray notices the death after about 20 s, and its default timeout for a start is 60 s. A shorter one lets
-            # the policy count again soon.
+            # The scaling policy starts workers only after it has counted room for them. So if a start waits, a node
+            # that was counted has died. Ray notices the death after about 20 s, and its default timeout for a start is
+            # 60 s. A shorter timeout lets the policy count again soon.
             os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, "15")
             options["scaling_policy"] = DivisorScalingPolicy(self.scaling_config, self._run, self._spec)
         return super()._initialize_and_run_controller(**options)
 
 
 def _train_worker(config: dict[str, Any]) -> None:
-    # Only workers import this module. The import takes a second, which would delay the job's request for workers.
+    # Only workers import `mhmoe_ray.train.worker`. The import takes a second, which would delay the job's request for
+    # workers.
     from mhmoe_ray.train.worker import train_worker
 
     train_worker(config)

@@ -163,8 +163,8 @@ class Trainer:
         count_LE = self.zero_counts().to(self.device)
         part_sums_P2 = torch.zeros(len(spec.loss_names), 2, dtype=torch.float64, device=self.device)
         if self._dispatch:
-            # A validation since the last step has sent rows, too. Its bytes and waiting time do not belong to this
-            # step, so they are discarded.
+            # A validation since the last step has sent rows to other ranks, too. Its bytes and waiting time do not
+            # belong to this step, so they are discarded.
             self._dispatch.pop_sent_bytes()
             self._dispatch.pop_wait_seconds()
         batches, term_counts, targets = objective.count_targets(batches)
@@ -176,7 +176,7 @@ class Trainer:
                     output = self.forward(batch, noise)
                     sums: LossSums = objective.loss_sums(output, batch)
                     # Each term is M times the micro-batch's contribution to the mean over all targets of the step,
-                    # because the backward below divides by M.
+                    # where M is the number of micro-batches. The backward then divides by M.
                     terms = [
                         weight * (loss / (max(1, count) / m))
                         for weight, loss, count in zip(objective.weights, sums.terms, term_counts, strict=True)
@@ -222,9 +222,9 @@ class Trainer:
                 for layer in layers:
                     layer.step_casts = layer.cast_weights()
             with ExitStack() as contexts:
-                # Autocast keeps its casts until its outermost context ends, so the outer context here keeps them for
-                # the whole step. The inner one leaves autocast to `forward` alone. Casts of gathered weights must not
-                # be kept, so with shards there is no context around that of `forward`.
+                # Autocast keeps its casts until its outermost context ends, so the outer context keeps them for the
+                # whole step. The inner one disables autocast again, except inside `forward`, which enables it. Casts of
+                # weights that are gathered from shards must not be kept, so with shards these contexts are not entered.
                 if self.strategy.holds_whole_weights:
                     contexts.enter_context(self._autocast)
                     contexts.enter_context(torch.autocast(self.device.type, enabled=False))
@@ -248,7 +248,7 @@ class Trainer:
             moe: spec of the mixture-of-experts layers.
             rank_count_LE: number of this rank's routes to each expert of each layer, in this step.
         """
-        # Routes are summed over all ranks, so that the result is the same for any number of ranks.
+        # The counts of routes are summed over all ranks, so that the result is the same for any number of ranks.
         count_LE = rank_count_LE.to(self.device, copy=True)
         if self.mesh.world_size > 1:
             dist.all_reduce(count_LE)

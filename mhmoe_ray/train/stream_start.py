@@ -34,7 +34,7 @@ def describe_on_all_nodes(files: Sequence[Location]) -> Iterable[FileEntry]:
     if len(nodes) == 1 or sum(file.stat().st_size for file in files) < SINGLE_NODE_BYTES:
         return describe_files(files)
     shares = [files[i :: len(nodes)] for i in range(len(nodes))]
-    # With a soft strategy, another node hashes the share of a node that dies meanwhile. A strict one would raise an
+    # With a soft strategy, another node hashes the files of a node that dies meanwhile. A strict one would raise an
     # error.
     strategies = [NodeAffinitySchedulingStrategy(node, soft=True) for node in nodes]
     streams = [
@@ -82,8 +82,8 @@ class ResumingDataConfig(ray.train.DataConfig):
         for error in newest.skipped if newest else []:
             print(f"warning: {error}")
             events.record(self._run, "skipped_checkpoint", name=error.subject, reason=error.reason)
-        # The check is repeated because hashing may take long. If a newer job has begun meanwhile, the lines below would
-        # remove a checkpoint that it is writing.
+        # The check is repeated because hashing the files of a checkpoint may take long. If a newer job has begun
+        # meanwhile, the lines below would remove a checkpoint that it is writing.
         require_newest_attempt(self._run, self._attempt)
         # All uncommitted checkpoints are left over from earlier worker groups: the new group writes none before it has
         # the stream.

@@ -215,8 +215,8 @@ class Watchdog:
         silent_ranks = [r for r in records if current_time - r.heartbeat_time > self._timeout]
         if silent_ranks or not records or any(current_time - r.progress_time <= self._timeout for r in records):
             return silent_ranks
-        # `activity` does not show which ranks are behind, because it counts pieces of a checkpoint, and ranks write
-        # different numbers of pieces.
+        # The counter `activity` of a rank does not show which ranks are behind: it also counts pieces of a checkpoint,
+        # and ranks write different numbers of pieces.
         least_progress = min((r.progress.step, r.progress.training_progress) for r in records)
         return [r for r in records if (r.progress.step, r.progress.training_progress) == least_progress]
 

@@ -109,7 +109,8 @@ class Worker:
         adds_start = True
         if start_checkpoint:
             restore(self.trainer, *start_checkpoint)
-            # A run that starts from another model keeps that model's end tokens, and its choice about start tokens.
+            # A run that starts from another model keeps that model's end tokens, and its choice whether prompts begin
+            # with a start token.
             ends |= set(start_checkpoint[1].ends)
             adds_start = start_checkpoint[1].adds_start
         self.saver = Saver(run, self.trainer, self.group, heartbeat.report_side_progress, ends, adds_start)
@@ -154,9 +155,9 @@ class Worker:
         counts_LE = trainer.zero_counts()
         stop_requested = False
         while trainer.step < spec.train.steps and not stop_requested:
-            # The tasks' numbers of experts change before a step and not after one. The model in a checkpoint is then
-            # the one whose validation loss the checkpoint states. And a run that is made longer after its last step
-            # changes these numbers as a run of the full length does.
+            # The number of experts that a task's rows choose is adapted before a step and not after one. The model in a
+            # checkpoint is then the one whose validation loss the checkpoint states. And a run that is extended after
+            # its last step adapts these numbers at the same steps as a run of the full length.
             objective = trainer.objective
             task_metrics = self._adapt(objective, held_out_samples) if isinstance(objective, Tasks) else {}
             step_start = time.monotonic()

@@ -28,7 +28,7 @@ def sort_and_run(
 
     Arguments and result are those of `mhmoe_kernels.run_experts`.
     """
-    # `cpu` makes the host wait for a GPU, but the loop over experts needs the counts on the host.
+    # `.cpu()` makes the host wait for a GPU, but the loop over experts needs the counts on the host.
     plan = plan_routes(expert_NK, len(weights.stacked[0]))
     return combine(run_sorted(permute(x_ND, plan), plan.count_E.cpu(), weights), gate_NK, plan)
 

@@ -34,7 +34,8 @@ def gelu_sorted(x_RD: Tensor, count_E: Tensor, weights: tuple[Tensor, ...], eps:
         eps: value added to the variance in the norm.
         recompute: share of the rows for which nothing is kept for the backward.
     """
-    # If gradients are disabled, there is no backward, so the share is 1.0 and no hidden rows are kept.
+    # If gradients are disabled, there is no backward. So the share of rows to recompute is 1.0, and no hidden rows are
+    # kept.
     return _gelu(x_RD, count_E, eps, recompute if torch.is_grad_enabled() else 1.0, *weights)
 
 
@@ -132,8 +133,8 @@ def _gelu_backward(
         torch.ops.aten.gelu.out(inner_PF, out=gelu)
         whitened, mean, rstd = torch.native_layer_norm(gelu, (width,), None, None, eps)
         normed = torch.addcmul(norm_bias_EF[e], whitened, norm_EF[e], out=dinner)
-        # Zeros keep the rows past the piece out of sums over rows. All later gradients follow from dnormed, so they
-        # are 0 there, too.
+        # The window of a piece, which holds rows of one expert, may reach past the piece. Zeros in these padding rows
+        # keep them out of sums over rows. All later gradients follow from dnormed, so they are 0 there, too.
         normed[piece.padding_rows].zero_()
         torch.mm(dout, fc2_EDF[e], out=dnormed)
         dnormed[piece.padding_rows].zero_()
@@ -148,7 +149,8 @@ def _gelu_backward(
         torch.mm(dinner, fc1_EFD[e], out=dx_RD[window])
         dfc1_bias_EF[e] += dinner.sum(0, dtype=dnorm_EF.dtype)
         dfc2_bias_ED[e] += dout[: piece.rows].sum(0, dtype=dnorm_EF.dtype)
-    # Experts without rows have no piece, so their gradients are still uninitialized and are set to 0 here.
+    # The loop over pieces of rows skips experts without rows. Their gradients are still uninitialized, so they are set
+    # to 0.
     for idle_expert in set(range(len(fc1_EFD))) - {piece.expert for piece in pieces}:
         fc1_sum.total_EOI[idle_expert].zero_()
         fc2_sum.total_EOI[idle_expert].zero_()

@@ -74,7 +74,8 @@ def split_into_pieces(counts: list[int], recompute: float, *, round_windows: boo
     kept_rows = sum(counts) - round(recompute * sum(counts))
     if not row_bytes:
         return list(_iterate_pieces(counts, kept_rows, round_windows, sum(counts), MAX_PIECE_ROWS))
-    # The limit of a piece is the largest power of two of rows that fit into the cache.
+    # A piece has at most as many rows as fit into the cache, rounded down to a power of two, but the limit is at least
+    # 128.
     rows = min(MAX_PIECE_ROWS, max(128, 1 << (CACHE_BYTES // row_bytes).bit_length() >> 1))
     return list(_iterate_pieces(counts, kept_rows, round_windows, rows, rows))
 
@@ -103,8 +104,8 @@ def _iterate_pieces(
             )
             step = max(1, (1 << rows.bit_length() - 1) // WINDOW_STEPS) if round_windows else 1
             window_rows = -(-rows // step) * step
-            # No window may reach past the last of all rows. If this one would, the piece is made shorter and another
-            # one follows.
+            # A window (the rows of a piece, rounded up) must not reach past the last of all rows. If it would, the
+            # piece is made shorter and another one follows.
             if start + window_rows > total:
                 rows = window_rows = rows // step * step
             yield Piece(expert, start, rows, window_rows, start == expert_start, start + rows == expert_end, is_kept)

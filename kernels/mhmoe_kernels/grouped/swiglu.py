@@ -27,7 +27,8 @@ def swiglu_sorted(
         gate_EFD, up_EFD, down_EDF: weights of the E experts.
         recompute: share of the rows whose hidden layer is not kept for the backward.
     """
-    # If gradients are disabled, there is no backward, so the share is 1.0 and no hidden rows are kept.
+    # If gradients are disabled, there is no backward. So the share of rows to recompute is 1.0, and no hidden rows are
+    # kept.
     return _swiglu(x_RD, count_E, recompute if torch.is_grad_enabled() else 1.0, gate_EFD, up_EFD, down_EDF)
 
 
@@ -114,8 +115,8 @@ def _swiglu_backward(
             torch.mm(x, up_EFD[e].T, out=up_PF)
         torch.ops.aten.silu.out(gate_PF, out=silu)
         torch.mul(silu, up_PF, out=hidden)
-        # The window's rows past the piece belong to another expert or piece. Zeros there keep them out of the weight
-        # gradients; dup and dgate are products with dhidden and so are 0 there, too.
+        # The window of a piece may reach past the piece, into rows of other experts or pieces. Zeros in these padding
+        # rows keep them out of the weight gradients. dup and dgate are products with dhidden, so they are 0 there, too.
         hidden[piece.padding_rows].zero_()
         torch.mm(dout, down_EDF[e], out=dhidden)
         dhidden[piece.padding_rows].zero_()
@@ -126,7 +127,8 @@ def _swiglu_backward(
         gate_sum.add(piece, dgate.T, x)
         torch.mm(dgate, gate_EFD[e], out=dx_RD[window])
         dx_RD[window].addmm_(dup, up_EFD[e])
-    # Experts without rows have no piece, so their gradients are still uninitialized and are set to 0 here.
+    # The loop over pieces of rows skips experts without rows. Their gradients are still uninitialized, so they are set
+    # to 0.
     gradients = [s.total_EOI for s in accumulators]
     for idle_expert in set(range(len(gate_EFD))) - {piece.expert for piece in pieces}:
         for gradient in gradients:

@@ -180,7 +180,7 @@ def fused_routing(
 
 def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which kernels are launched on the tensor's device; fake tensors launch none."""
-    # Compiled code chooses the device itself.
+    # Code of torch.compile chooses the device itself, and fake tensors launch no kernels.
     if torch.compiler.is_compiling() or is_fake(tensor):
         return nullcontext()
     return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
@@ -195,6 +195,6 @@ def _check(x_ND: Tensor, weights: ExpertWeights) -> None:
     # An unsupported dtype is reported before an unsupported machine, because another machine would not help.
     if {x_ND.dtype, *(w.dtype for w in weights.stacked)} not in ({torch.float32}, {torch.bfloat16}):
         raise TypeError(f"rows and weights must all be float32 or all bfloat16, not {x_ND.dtype} and others")
-    # A fake tensor has no device that could lack anything.
+    # A fake tensor is on no real device, so there is no device to check.
     if not _is_fake(x_ND) and (reason := unavailable_reason(x_ND.device)):
         raise RuntimeError(reason)

@@ -24,7 +24,8 @@ _INTERPRETER_PROGRAMS = 4
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
     """Return a function that takes a kernel's arguments and compiler options and launches the kernel on a grid."""
-    # This is Triton's default. It is set explicitly, because Triton warns that the default will change.
+    # True is Triton's default for `enable_fp_fusion`. It is set explicitly, because Triton warns that the default will
+    # change.
     return partial(kernel[grid], enable_fp_fusion=True)
 
 
@@ -212,7 +213,8 @@ def combine_rows(out_RD: Tensor, second_RD: Tensor | None, slot_NK: Tensor, gate
     y_ND = out_RD.new_empty(count, width)
     if count:
         grid, block_rows, columns = _row_grid(count, width)
-        # The kernel needs a pointer for each argument, but does not read the pointers of missing tensors.
+        # The kernel needs a pointer for each argument. For a missing tensor it gets the pointer of another one, but
+        # does not read it.
         second, gates = (out_RD if tensor is None else tensor for tensor in (second_RD, gate_NK))
         launch(rows.combine_rows, grid)(
             out_RD, second, slot_NK, gates, y_ND, count, width, top_k, second_RD is not None, gate_NK is not None,

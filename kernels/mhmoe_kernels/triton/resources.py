@@ -186,7 +186,8 @@ def refusal(compiled: Any, shared_limit: int) -> str | None:
         compiled: result of `compile_build`.
         shared_limit: bytes of shared memory that a program can have on the GPU.
     """
-    # A trap ends a kernel with an error: the compiler could not translate a part of it.
+    # A `trap` instruction, which would end the kernel with an error, means that the compiler could not translate a part
+    # of it.
     if re.search(r"^\s*trap;", compiled.asm["ptx"], re.M):
         return "Triton compiles it to a trap for this GPU"
     if compiled.metadata.shared > shared_limit:

@@ -79,7 +79,7 @@ def _route_backward(
     """Return the gradient of the logits. `kept_NK` is the mask of routes that were kept; None if none was dropped."""
     rows, experts = logits_NE.shape
     dlogits_NE = torch.empty_like(logits_NE)
-    # Larger blocks spill registers.
+    # With larger blocks the kernel would need more registers than there are, and spill them to memory.
     block_rows, columns = _row_blocks(experts, 2048)
     launch(router.route_rows_backward, (triton.cdiv(rows, block_rows),))(
         logits_NE, expert_NK, gate_NK, log_sum_N, share_E, dgate_NK, dbalance, dz,
@@ -109,7 +109,7 @@ def _drop_routes(expert_NK: Tensor, gate_NK: Tensor, experts: int, capacity: int
     Return the new gates, the mask of kept routes, the number of kept routes per expert, and the number of dropped ones.
     """
     results = kept_gate_NK, kept_NK, count_E, dropped = _empty_drops(expert_NK, gate_NK, experts, capacity)
-    # Only the order of routes is needed, not the tiles, so their size (128) does not matter.
+    # Only the order of the routes is needed here, and not the tiles of rows, so the tile size (128) does not matter.
     routes = SortedRoutes(*sort_routes(expert_NK, experts, 128, by_choice=True))
     rows, top_k = expert_NK.shape
     launch(router.drop_routes, (triton.cdiv(rows * top_k, 1024),))(

@@ -34,7 +34,7 @@ def count_routes(
 ):  # fmt: skip
     """Store how many routes of a block go to each of E experts. BINS, a power of two, is larger than E."""
     block = tl.program_id(0)
-    # Routes past the end count for a bin that is not stored.
+    # Routes past the end count for an extra bin of the histogram, which is not stored.
     expert = _load_experts(expert_NK, block * BLOCK + tl.arange(0, BLOCK), R, E, K, BY_CHOICE)
     bin_ = tl.arange(0, BINS)
     tl.store(count_BE + block * E + bin_, tl.histogram(expert, BINS), mask=bin_ < E)
@@ -94,7 +94,8 @@ def place_routes(
     route = block * BLOCK + lane
     inside = route < R
     expert = _load_experts(expert_NK, route, R, E, K, BY_CHOICE)
-    # The same experts once more, as a column: Triton has no transposed view of a vector.
+    # The experts are loaded a second time, as the other side of a comparison of all pairs: Triton has no transposed
+    # view of a vector.
     other_expert = _load_experts(expert_NK, route, R, E, K, BY_CHOICE)
     is_earlier = (other_expert[None, :] == expert[:, None]) & (lane[None, :] < lane[:, None])
     rank = tl.sum(is_earlier.to(tl.int32), 1)

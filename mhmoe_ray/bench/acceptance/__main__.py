@@ -79,7 +79,7 @@ def _start_part(settings: Settings, name: str) -> dict[str, object]:
     if settings.device == "cpu":
         environment["TRITON_INTERPRET"] = "1"
     start = time.monotonic()
-    # The sanitizer's tool has a child of its own, so a part is a group of processes, which is ended as a whole.
+    # The sanitizer's tool starts a child process, so a part of the test is a process group, which is killed as a whole.
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         _, errors = process.communicate(timeout=PARTS[name])

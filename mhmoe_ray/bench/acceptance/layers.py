@@ -128,7 +128,7 @@ def _measure(settings: Settings, tokens: int) -> Rows:
         try:
             case.run(None)
             peaks[name] = peak_bytes(partial(case.run, None), settings.torch_device)
-        # Static routing and other packages may need more memory than the GPU has.
+        # Static routing and other packages may need more memory than the GPU has, which is no failure.
         except torch.OutOfMemoryError as error:
             yield {"name": f"{name}, {tokens} tokens", "skipped": first_line(error)}
             continue

@@ -24,7 +24,8 @@ def run(settings: Settings) -> Rows:
             module, x_BTM = make_layer(settings, size, kernel), make_tokens(settings, tokens)
             _pass(settings, module, x_BTM)  # compiles the kernels
             counts = _count(settings, module, x_BTM)
-            # Kernel `grouped` is here for comparison: with it the host waits for the number of rows of each expert.
+            # Kernel `grouped` cannot fail and is here for comparison: with it the host waits for the rows of each
+            # expert to be counted.
             if settings.device == "cuda" and kernel != "grouped":
                 counts["passed"] = counts["waits"] == 0 and counts["kernels"] <= MAX_KERNELS
             yield {"name": f"{name}, {kernel}", **counts}

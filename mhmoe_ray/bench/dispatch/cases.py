@@ -95,8 +95,8 @@ def link_bytes() -> int:
 
 
 def _exit_on_signal(number: int, _: object) -> None:
-    # By default these signals end the process without running the `finally` of `slow_link`. SystemExit runs it, so that
-    # the namespaces are removed.
+    # By default SIGTERM and SIGHUP end the process without running the `finally` of `slow_link`. SystemExit runs it, so
+    # that the network namespaces are removed.
     sys.exit(128 + number)
 
 

@@ -74,7 +74,7 @@ class Child:
     def _close(self) -> None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        # The child ends when its stdin is closed.
+        # The child process ends when its stdin is closed, so this comes before the wait for its end.
         self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()

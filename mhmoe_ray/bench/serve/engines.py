@@ -47,7 +47,8 @@ NO_STOP_TOKENS = frozenset[int]()
 
 def torch_engine(served_model: ServedModel) -> Answer:
     """Return a function that answers prompts with our own engine in this process."""
-    # A replica has the same limit (see `load_answerer`): OpenMP threads of this thread would slow those of the engine.
+    # This thread gets a single OpenMP thread, as in a replica (see `load_answerer`), because more would slow down the
+    # engine's own threads.
     torch.set_num_threads(1)
     model, manifest = load_model(served_model.checkpoint)
     vocab_size = manifest.model.vocab_size

@@ -93,7 +93,8 @@ def _open_checkpoint(checkpoint: Location) -> StoredModel:
     entries = tensor_entries(manifest.model)
     entry_of = {name: entry for group in entries for entry in group for name in entry.exported_names}
     names = {name for name, entry in entry_of.items() if entry.checkpoint_name in index}
-    # A tensor is exported in several parts, which are read one after another, so the last tensor is kept.
+    # A tensor may be exported in several parts, which callers read one after another. The parts of the last tensor are
+    # kept, so that it is loaded only once.
     last_parts: dict[str, Tensor] = {}
 
     def read(name: str) -> Tensor:
@@ -141,7 +142,7 @@ def compare_weights(first_model: StoredModel, second_model: StoredModel) -> list
     """
     findings = _compare_functions(first_model.model, second_model.model)
     if findings:
-        # Other sizes or options would make nearly every tensor different.
+        # If the models differ in sizes or options, nearly every tensor differs too, so tensors are not compared.
         return findings
     for a, b in ((first_model, second_model), (second_model, first_model)):
         findings += [Finding("missing", name, f"it is not in {b.label}") for name in sorted(a.names - b.names)]
@@ -270,7 +271,7 @@ def compare_logits(first_model: StoredModel, second_model: StoredModel) -> Logit
     """
     length = min(PROBE_TOKENS, first_model.seq_len, second_model.seq_len)
     tokens = torch.randint(first_model.model.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-    # One model at a time is in memory.
+    # The generator loads one model after the other, so that only one is in memory at a time.
     a, b = (_probe_logits(stored_model, tokens) for stored_model in (first_model, second_model))
     return LogitDifference((a - b).abs().max().item(), (a.argmax(-1) == b.argmax(-1)).double().mean().item())
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SECTION = "mhmoe"
-# Key that shows that config.json has the keys of an architecture. Exports of version 0.1 have only the section.
+# Key that shows that config.json has the keys of an architecture. Exports of version 0.1 have only the section `mhmoe`.
 FIRST_KEY = "hidden_size"
 
 AUTO_CLASSES = {
@@ -163,7 +163,8 @@ def _read_section(subject: str, model_type: str, fields: dict[str, Any]) -> Mhmo
     model = adapter.to_model_spec()
     if section is None:
         return MhmoeSection(model=model, seq_len=adapter.context_length, adds_start=None)
-    # The section is preferred because it also has the settings of the training.
+    # The section `mhmoe` is returned rather than the model that the other keys describe, because it also has the
+    # settings of the training.
     if computed_function(section.model) != computed_function(model) or section.seq_len != adapter.context_length:
         reason = f"the section {SECTION} of its {CONFIG} is not the model that the other keys describe"
         raise CheckpointError(subject, reason, "remove that section if the other keys are right")

@@ -137,14 +137,15 @@ def write_files(folder: Path, groups: Iterable[dict[str, Tensor]], count: int) -
         OSError: a file cannot be written.
     """
     weight_map: dict[str, str] = {}
-    # safetensors creates files that only their owner can read. They get the permissions of the folder.
+    # safetensors creates files that only their owner can read, so they get the read and write permissions of the
+    # folder.
     mode = folder.stat().st_mode & 0o666
     for number, tensors in enumerate(groups, 1):
         file = f"model-{number:05d}-of-{count:05d}.safetensors"
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except SafetensorError as e:
-            # safetensors raises this error for a full disk too.
+            # A full disk raises this error of safetensors instead of an OSError.
             raise OSError(str(e)) from e
         (folder / file).chmod(mode)
         weight_map |= dict.fromkeys(tensors, file)

@@ -49,7 +49,8 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
     model_type, config = read_config(source, seq_len)
     imported_tokenizer = read_folder_tokenizer(source, config)
     template = read_chat_template(source)
-    # Everything is checked before a run directory is created.
+    # Everything is checked before a run directory is created, so that a model that cannot be imported leaves none
+    # behind.
     with open_groups(source, model_type, config.model) as groups:
         run = create_empty_run(root.absolute(), name)
         folder = root.absolute() / run.id

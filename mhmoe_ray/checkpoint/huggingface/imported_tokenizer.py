@@ -49,7 +49,7 @@ def read_folder_tokenizer(source: Path, config: MhmoeSection) -> ImportedTokeniz
         reason = f"{file.name} cannot be read ({e.strerror or e})"
         raise CheckpointError(f"folder {source}", reason, "repair its disk, or get the folder again") from e
     tokenizer, settings = read_tokenizer(file), _read_settings(source)
-    # A trainer may have saved truncation or padding, which would hide the start token from the checks below.
+    # The file may have settings for truncation or padding, with which the checks below would not find the start token.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     adds_start = config.adds_start
@@ -94,7 +94,8 @@ def read_chat_template(source: Path) -> str | None:
     Raises:
         CheckpointError: the template cannot be read, or there are several and none is the default.
     """
-    # Older folders have no such file. There the template is an entry of tokenizer_config.json, which is read below.
+    # Newer folders have the template in a file of its own. In older ones it is an entry of tokenizer_config.json, which
+    # is read below.
     file = source / CHAT_TEMPLATE
     if file.exists():
         try:

@@ -54,7 +54,7 @@ def read_folder_model(folder: Path) -> FolderModel:
     model_type, section = read_config(folder, None)
     imported = read_folder_tokenizer(folder, section)
     tokenizer = Tokenizer.from_buffer(imported.content)
-    # A file may ask for truncation or padding, which would change prompts.
+    # A tokenizer.json may ask for truncation or padding, which would change prompts.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return FolderModel(

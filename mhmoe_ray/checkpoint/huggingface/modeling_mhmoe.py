@@ -311,7 +311,8 @@ class MhmoeSparseBlock(nn.Module):
         routing = self.gate(x_ND)
         y_ND = torch.zeros_like(x_ND, dtype=torch.float32)
         for e, expert in enumerate(self.experts):
-            # An expert without rows computes too, so that all parameters have gradients on all ranks of a training.
+            # An expert that gets no rows (sub-tokens) is computed too, so that in training all parameters have
+            # gradients on all ranks.
             row, choice = (routing.expert_NK == e).nonzero(as_tuple=True)
             out_RD = F.dropout(expert(x_ND[row]), dropout)
             y_ND = y_ND.index_add(0, row, out_RD * routing.gate_NK[row, choice, None])
@@ -441,8 +442,8 @@ class MhmoeModel(MhmoePreTrainedModel):
         x_BTM = hidden_states[-1] = self.norm(x_BTM)
         router_logits = None
         if output_router_logits:
-            # Trainers compute a load balancing loss from these tensors and the attention mask. They expect a row for
-            # each token, so each head has a tensor of its own.
+            # Trainers compute a load balancing loss from these tensors and the attention mask. They expect tensors with
+            # one row per token, so the sub-tokens of each head get a tensor of their own.
             router_logits = tuple(
                 logits for r in routings for logits in r.logits_NE.unflatten(0, (-1, config.moe_heads)).unbind(1)
             )

@@ -106,7 +106,7 @@ def tensor_entries(spec: ModelSpec, replacements: NameReplacements = ()) -> list
         spec: model section of a spec.
         replacements: pairs (part of a name in the table, the architecture's own name for it).
     """
-    # On the meta device the model has no values, because only names and shapes are needed.
+    # Only names and shapes are needed, so the model is created on the meta device, without values.
     with torch.device("meta"):
         model = Decoder(spec)
     groups: list[list[TensorEntry]] = [[] for _ in range(1 + spec.layers)]

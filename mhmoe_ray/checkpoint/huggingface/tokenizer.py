@@ -114,13 +114,13 @@ def tokenizer_config(
         seq_len: number of tokens that the model sees at once.
         chat_template: Jinja template that turns a conversation into a prompt; None if there is none.
     """
-    # If a token other than the start token ends a text, that one is used, such as </s> and not <s>.
+    # The end token is preferably one that is not also the start token, such as </s> rather than <s>.
     end = tokenizer.id_to_token(max(edge_tokens.ends - {edge_tokens.start}, default=edge_tokens.start))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokenizer.id_to_token(edge_tokens.start),
         "eos_token": end,
-        # There is no token for padding only. Padding is masked, so any token can be used.
+        # The tokenizer has no token that is only for padding. Padding is masked, so any token can be used.
         "pad_token": end,
         "model_max_length": seq_len,
         "clean_up_tokenization_spaces": False,

@@ -74,7 +74,8 @@ def _differences(
 def _field_differences(
     fields: dict[str, Any], start_fields: dict[str, Any], prefix: str, ignored_keys: Collection[str]
 ) -> Iterator[str]:
-    # In the order of the spec, a width comes before the widths that follow from it, so it is reported first.
+    # The keys have the order of the spec, in which a width comes before the widths that are computed from it. So the
+    # difference that explains the others is reported first.
     for key in {**fields, **start_fields}:
         value, start_value = fields.get(key), start_fields.get(key)
         if key in ignored_keys or value == start_value:
@@ -92,7 +93,7 @@ def _text(value: Any) -> str:
 def _copy_problems(model: ModelSpec, start_model: ModelSpec, count: int) -> Iterator[tuple[str, str]]:
     """Yield a reason and a fix for each difference between two models that prevents a plain copy of the weights."""
     ignored_keys = set(POSITION_KEYS)
-    # Selection biases begin at zero, where they change nothing, so a run may add them.
+    # The selection biases of a router begin at zero, where they change nothing, so a run may add them.
     if model.moe and start_model.moe and not start_model.moe.bias_rate:
         ignored_keys.add("bias_rate")
     # The head of the contrastive objective may be added with its initial values, or left out.
@@ -127,7 +128,7 @@ def _copied_expert_problems(moe: MoESpec, d_ff: int, prefix: str = "model.moe.")
         prefix: path of the section, for messages.
     """
     required_values = {"d_expert": d_ff, "gate_scale": 1.0, "sub_token_residual": False}
-    # The gates of router `domain` are 1 already.
+    # The gates of a token must add up to 1. Those of router `domain` do so without `normalize_gates`.
     if moe.router != "domain":
         required_values["normalize_gates"] = True
     for key, required_value in required_values.items():

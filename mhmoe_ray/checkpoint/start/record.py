@@ -82,7 +82,7 @@ def _samples_before(spec: RunSpec, start_model: StartModel) -> dict[str, int]:
         domain.name: count + earlier_count
         for domain, count, earlier_count in zip(mixture.domains, counts, mixture.samples_before, strict=True)
     }
-    # Domains that are not in the earlier run's data may have been read by its ancestors.
+    # A domain that is missing from the earlier run's data may have been read by the runs from which that run started.
     return {**earlier_counts, **own_counts}
 
 

@@ -87,11 +87,12 @@ def _fill_from_start(tree: Tree, label: str, find_sibling: FindSibling | None, s
     first_model = start_models[0]
     model = _model_defaults(start, first_model, own_model, len(start_models))
     if model["d_ff"] is None and own_model.get("d_ff") == first_model.model.d_ff:
-        # The spec repeats the width of the start model's dense layers, but no layer of the new model is dense.
+        # The spec file repeats the width of the start model's dense layers, but no layer of the new model is dense.
         own_model = {key: value for key, value in own_model.items() if key != "d_ff"}
     data: Tree = {"seq_len": first_model.seq_len}
     if first_model.sibling is not None and _reads_same_folder(own_data, first_model.sibling):
-        # The other run prepares the folder, perhaps with a tokenizer that it trains.
+        # The run starts from another run of the same sweep, which prepares the data, perhaps with a tokenizer that it
+        # trains. So its settings for the tokenizer are taken over.
         data |= first_model.sibling.data.model_dump(mode="json", include=TOKENIZER_KEYS)
     elif isinstance(first_model.tokenizer_file, Path):
         data["tokenizer"] = str(first_model.tokenizer_file)

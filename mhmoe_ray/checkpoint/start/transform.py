@@ -70,7 +70,8 @@ class StartTransform:
         if match := _SHARED.fullmatch(name):
             ffn_name = f"{match[1]}.ffn.{match[2]}"
         elif (match := _EXPERTS.fullmatch(name)) and match[1] not in self._shared_layers:
-            # An expert's matrix gate_FD is stacked over experts in gate_EFD.
+            # The tensor gate_EFD of the experts stacks a matrix gate_FD per expert. It is made from the dense layer's
+            # matrix gate_FD.
             ffn_name = f"{match[1]}.ffn.{match[2]}_{match[3]}"
         else:
             return None

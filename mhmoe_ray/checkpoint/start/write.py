@@ -97,7 +97,7 @@ def _write_weights(folder: Location, spec: RunSpec, start_models: list[StartMode
     transform = StartTransform(model, start_model, spec.seed, spec.start.new_experts if spec.start else None)
     with ExitStack() as stack:
         sources = [_open_groups(start_model, stack) for start_model in start_models]
-        # The names of the new model's tensors are grouped like the tensors of the start models.
+        # The names are grouped by layer, like the tensors of the start models, so that both can be read group by group.
         name_groups = _layer_groups(model)
         files = {}
         for number, (names, *source_groups) in enumerate(zip(name_groups, *sources, strict=True)):
@@ -134,7 +134,7 @@ def _open_groups(start_model: StartModel, stack: ExitStack) -> Iterator[dict[str
     """
     if start_model.model_type is None:
         return _checkpoint_groups(start_model.path, start_model.model)
-    # Of a model of the hub, only the settings were downloaded before. This downloads the weights, too.
+    # For a model of the Hugging Face hub, only the settings were downloaded before. This downloads the weights, too.
     folder = local_folder(start_model.source)
     return stack.enter_context(open_groups(folder, start_model.model_type, start_model.model))
 
@@ -179,7 +179,8 @@ def _write_moments(folder: Location, spec: RunSpec, start_model: StartModel) -> 
         }
         tensors = _read_tensors(start_model.path / "optim", shapes)
         if number == 0:
-            # The buffers count choices of experts for a balance loss over whole steps. The earlier run may have none.
+            # These buffers hold each expert's share of the choices of the last step, for a balance loss over whole
+            # steps. A run without such a loss has none.
             buffer_shapes = {name: t.shape for name, t in buffers.items()}
             tensors |= _read_tensors(
                 start_model.path / "optim", {name: s for name, s in buffer_shapes.items() if name in stored_names}

@@ -45,7 +45,8 @@ class ConversationEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.start_token = boundaries(tokenizer).start
-        # A post-processor adds nothing here, but a byte-level one would take white space out of the offsets.
+        # The post-processor is removed: without special tokens it would add nothing, but a byte-level one would take
+        # white space out of the tokens' offsets.
         content = json.loads(tokenizer.to_str()) | {"post_processor": None, "truncation": None, "padding": None}
         self._tokenizer = Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
         self._special_ids = {
@@ -88,7 +89,7 @@ class ConversationEncoder:
                 )
             special_ids = [i for i in turn.token_ids[turn.target_mask].tolist() if i in self._special_ids]
             end_text = self._tokenizer.id_to_token(special_ids[-1]) if special_ids else None
-            # White space may follow, such as the line break of ChatML.
+            # White space may follow the token that ends a turn, such as the line break of ChatML.
             if end_text is None or conversation.text[slice(*span)].rpartition(end_text)[2].strip():
                 raise ChatTemplateError(
                     "it ends the assistant's turns with no special token of the tokenizer, so a model could not learn "

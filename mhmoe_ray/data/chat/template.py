@@ -25,8 +25,8 @@ from mhmoe_ray.spec import DataSpec
 Message = dict[str, Any]
 """Message of a conversation: its `role`, its `content` and perhaps a `name`."""
 
-# The prompt ends with a line break and contents are trimmed, so that no tokenizer of words joins the end of the prompt
-# with the first word of an answer.
+# The prompt ends with a line break and the contents of messages are trimmed, so that no tokenizer of words joins the
+# end of the prompt with the first word of an answer.
 BUILT_IN_TEMPLATE = """\
 {%- for message in messages -%}
     {%- if message.role == "assistant" -%}
@@ -42,8 +42,8 @@ BUILT_IN_TEMPLATE = """\
 """
 """Chat template for a spec that names none: plain role headers, and the end token after each answer."""
 
-# Variables that are written before and after the text of a generation block; they are empty except while the spans of
-# these blocks are looked for.
+# Names of variables that a template prints before and after the text of a `{% generation %}` block. They are empty
+# strings except while the positions of these blocks are looked for.
 _BLOCK_START, _BLOCK_STOP = "_generation_start", "_generation_stop"
 _NO_MARKS = {_BLOCK_START: "", _BLOCK_STOP: ""}
 
@@ -187,12 +187,12 @@ class ChatTemplate:
 
     def _block_spans(self, messages: Sequence[Message], text: str) -> Iterator[Span]:
         """Yield the spans that the template's `{% generation %}` blocks have in the rendered conversation."""
-        # A random mark cannot be in a message.
+        # The mark is random, so that no message can contain it.
         mark = secrets.token_hex(16)
         marks = {_BLOCK_START: f"<{mark}>", _BLOCK_STOP: f"</{mark}>"}
         marked_text = self._render(self._timeless_template, messages, marks=marks)
-        # Texts and marks alternate, and so do the marks of block starts and block stops. This fails if the template
-        # keeps the output of a block in a variable and changes it before printing.
+        # The split gives texts and marks in turn, and the marks must be starts and stops of blocks in turn. The checks
+        # below fail if the template keeps the output of a block in a variable and changes it before printing.
         pieces = re.split(f"(</?{mark}>)", marked_text)
         printed_marks, edges = pieces[1::2], list(accumulate(map(len, pieces[::2])))
         if "".join(pieces[::2]) != text or printed_marks != [*marks.values()] * (len(printed_marks) // 2):

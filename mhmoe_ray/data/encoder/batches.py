@@ -41,7 +41,7 @@ def evaluated_samples(part: MicroBatchPart, samples: PartSamples) -> int:
 
 def normalized_patches(patch_IV: Tensor) -> Tensor:
     """Return patches, each normalized by the mean and the standard deviation of its values (MAE, arXiv 2111.06377)."""
-    # torch warns about the variance of an empty tensor.
+    # An empty tensor is returned at once, because torch warns about its variance.
     if not len(patch_IV):
         return patch_IV
     variance_I1, mean_I1 = torch.var_mean(patch_IV, dim=-1, keepdim=True)

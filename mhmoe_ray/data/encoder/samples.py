@@ -70,7 +70,7 @@ class SampleMaker:
         texts = tokens if "text" in part.columns else tokens[:0]
         inputs, token_predicted = texts.copy(), np.zeros(texts.shape, bool)
         for number, row in enumerate(texts if is_masked else texts[:0]):
-            # The start token is never hidden.
+            # The start token is never hidden, so it is not counted.
             count = int((row != self._padding).sum()) - 1
             if count > 0:
                 label, stretch = labels[number], slice(1, 1 + count)
@@ -81,7 +81,7 @@ class SampleMaker:
                 )
         if part.traits.writes:
             # A token is predicted at the position before it, and the end of a text at its last token. Nothing is
-            # predicted at position T, because a text that fills all T tokens may have been cut.
+            # predicted at the last position of a row, because a text that fills its row may have been cut.
             token_predicted = texts != self._padding
             token_predicted[:, -1] = False
         size = encoder.image_size
@@ -163,7 +163,8 @@ class HeldOutSamples:
 
     def rows(self, part: MicroBatchPart, start: int, stop: int) -> EncoderSamples:
         """Return samples `start` to `stop` - 1, in the form that `part`, the part of these samples, needs."""
-        # The reader cannot read zero rows. For an empty range, the first row gives the shape and dtype of the tokens.
+        # The reader cannot read zero rows. For an empty range the first row is read, which gives the shape and dtype of
+        # the tokens.
         tokens = self._reader.read_tokens(self._numbers[start:stop] if start < stop else self._numbers[:1])
         tokens, images = tokens[: stop - start], self._reader.read_values(IMAGE, self._numbers[start:stop])
         labels = [f"validation {part.name} {number}" for number in range(start, stop)]

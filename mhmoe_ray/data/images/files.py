@@ -140,8 +140,8 @@ def _open_image(content: bytes) -> "Iterator[Image.Image]":
     """Open an image file and read its header, without warnings about its content."""
     from PIL import Image
 
-    # Readers have a limit of their own (data.images.max_megapixels), which they check before they decode anything.
-    # Pillow's limit would only warn, or refuse images that a spec allows.
+    # Pillow's limit is switched off: it would only warn, or refuse images that a spec allows. Our readers check their
+    # own limit (data.images.max_megapixels) before they decode anything.
     Image.MAX_IMAGE_PIXELS = None
     with warnings.catch_warnings():
         # Pillow warns about oddities of files that it decodes all the same, such as damaged EXIF data.

@@ -5,7 +5,8 @@ A decoder works through the whole image for each scan, even for one of a few byt
 
 import re
 
-# In the data of a scan, FF is followed by 00 or by a restart marker. FF may be repeated before any marker.
+# In the data of a scan, the byte FF is followed by 00 or by the code of a restart marker (D0 to D7), so the pattern
+# excludes these. It also excludes FF, which may be repeated before any marker.
 _MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
 _FIRST_SEGMENT = 0xC0
 """Smallest code of a JPEG marker that may begin a segment; decoders skip smaller markers or end with an error."""
@@ -18,7 +19,8 @@ def count_scans(content: bytes) -> int:
     while (match := _MARKER.search(content, position)) and (marker := match[1][0]) != _END_OF_IMAGE:
         position = match.end()
         if marker >= _FIRST_SEGMENT and marker != _START_OF_IMAGE:
-            # A segment starts with its length. Bytes in it, such as a preview in EXIF data, are no markers.
+            # A segment starts with its length, by which it is skipped, because it may contain bytes that look like
+            # markers, such as those of a preview in EXIF data.
             position += int.from_bytes(content[position : position + 2])
         scans += marker == _START_OF_SCAN
     return scans

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from mhmoe_ray.data.sources import Tally
 from mhmoe_ray.data.vision.annotations import Annotation
 
-# Halving an octave four times gives 16 bins.
+# An octave (the lengths from n to 2n) is halved four times, which gives 16 bins of a histogram.
 OCTAVE_HALVINGS = 4
 
 
@@ -133,7 +133,7 @@ class ImageFigures:
         self.images += 1
         self.bytes += size
         self.sides[histogram_bin(min(width, height))] += 1
-        # The addition turns -0.0 into 0.0, which JSON would tell apart.
+        # Adding 0.0 turns -0.0 into 0.0. In JSON the two would be different keys.
         self.aspect_ratios[round(math.log2(width / height), 1) + 0.0] += 1
         self.extreme += max(width, height) > MAX_ASPECT_RATIO * min(width, height)
 
@@ -204,7 +204,8 @@ class Figures:
         self.bytes += size
         self.characters += characters
         self.words += words
-        # An ASCII text has no characters of unspaced scripts, and `isascii` is much faster than the search for them.
+        # An ASCII text has no characters of scripts without spaces between words, and `isascii` is much faster than the
+        # search for them.
         self.unspaced += 0 if text.isascii() else sum(map(len, _UNSPACED_SCRIPTS.findall(text)))
         self.held_out += held_out
         self.lengths[histogram_bin(characters)] += 1

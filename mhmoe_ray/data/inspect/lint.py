@@ -92,7 +92,7 @@ def _find_unreadable_items(inputs: LintInput) -> Iterator[Problem]:
         bad_counts = Counter({Reason(reason): n for reason, n in domain.quarantined.items()})
         documents = domain.all_figures.documents
         tally += Tally(damaged=domain.damaged, documents=documents, bad=bad_counts, dropped=domain.dropped)
-    # Above this limit a preparation would be aborted, so unreadable items are then errors instead of warnings.
+    # Unreadable items are errors instead of warnings if there are so many that a preparation would be aborted.
     is_limit_exceeded = QuarantineLimit(inputs.data_spec, []).is_exceeded(tally)
     fix = "repair or remove it" + (
         ", or raise data.max_bad_lines, max_bad_share or max_bad_files" if is_limit_exceeded else ""
@@ -122,8 +122,7 @@ def _find_unread_files(inputs: LintInput) -> Iterator[Problem]:
     read_paths = {path for file in files for path in file.stored_paths}
     formats = {source_of(file.domain): file.format for file in files}
     for name, source in inputs.data_spec.sources.items():
-        # Folders of these formats have other files beside the documents, so files that are not read are no problem
-        # there.
+        # Folders of these formats usually have files that are not documents, so unread files in them are not reported.
         if formats[name] in ("redpajama-v2", "huggingface", "coco"):
             continue
         root, listed_files = list_files(Storage(source.path), inputs.data_spec.prepared)
@@ -178,7 +177,8 @@ def _find_small_domains(inputs: LintInput) -> Iterator[Problem]:
     for name, domain in inputs.survey.domains.items():
         if not _fills_sample(name, domain, inputs):
             examples = [(name, _format_size(domain, inputs))]
-            # Training leaves out a domain without a fixed share, so for such a domain this is only a warning.
+            # A domain that is too small is an error only if it has a fixed share. Otherwise training leaves it out, so
+            # it is a warning.
             yield Problem(
                 "too-small",
                 _has_fixed_share(name, inputs.spec),
@@ -285,7 +285,8 @@ def _find_unsuitable_images(inputs: LintInput) -> Iterator[Problem]:
         figures = domain.all_figures.images
         max_count = MAX_IMAGE_SHARE * figures.images
         size = inputs.spec.image_size_of(source_of(name)) if inputs.spec else 0
-        # Bins of sides are a sixteenth of a side wide, so images that are a little too small do not count.
+        # Sides are counted in bins, each at most a sixteenth of its length wide. Images that are only a little too
+        # small fall into the bin of `size` and do not count.
         small = sum(count for side, count in figures.sides.items() if side < histogram_bin(size))
         if small > max_count:
             message = f"over {MAX_IMAGE_SHARE:.0%} of its images are smaller than the model reads them"

@@ -26,8 +26,7 @@ class SurveyRequest(RemoteJob[Survey]):
 
     module: ClassVar[str] = "mhmoe_ray.data.inspect.job"
     kind: ClassVar[str] = "inspect"
-    # This type lets `answer` write the result to the job's log, because raw text has no prepared folder for a result
-    # file.
+    # The job writes its result, which has this type, to its log: raw text has no prepared folder for a result file.
     result_type: ClassVar[type] = Survey
 
     data: DataSpec

@@ -110,7 +110,8 @@ def survey_file(
             figures.images.add_image(len(document.image), *image_size(document.image))
             if document.annotation is not None:
                 figures.images.add_annotation(unpack(document.annotation))
-            # Copies of a pair have the same image and the same text, and copies of an image alone the same image.
+            # Two documents with images are copies only if their images and their texts are equal, so the hash includes
+            # that of the image. An image alone has no words.
             size += len(document.image)
             entries.append((text_hash([*words, str(document.image_hash)]), number, document.line, size))
         else:
@@ -265,8 +266,8 @@ def _count_partitions(blocks: list[Any], partitions: int, files: list[RawFile]) 
         partitions: number of partitions.
         files: all files, in the order of their numbers.
     """
-    # One task counts a single partition, because the start of a shuffle would take longer than the counting. With
-    # several partitions, or more blocks than one task should get as arguments, Ray Data shuffles the blocks.
+    # A single partition is counted by one task, because a shuffle would take longer to start than the counting takes.
+    # With several partitions, or more blocks than one task should get as arguments, Ray Data shuffles the blocks.
     count = partial(_count_partition, domains=[f.domain for f in files], paths=[f.path for f in files])
     if partitions == 1 and len(blocks) <= MAX_BLOCKS:
         count_task = ray.remote(_count_blocks).options(num_cpus=1)

@@ -90,7 +90,8 @@ class Interleaver:
             slot: the number of the slot, from 0 to less than twice the weight of the tree's root.
         """
         domain, rank = np.empty_like(slot), np.empty_like(slot)
-        # `indices` holds the indices, in the result, of the slots whose walk is not finished.
+        # `indices` holds the positions, in the result arrays, of the slots whose walk down their tree has not reached a
+        # leaf.
         indices, node, visitor = np.arange(len(slot)), np.asarray(self._roots).take(tree), slot
         while True:
             is_leaf = node < self.domain_count

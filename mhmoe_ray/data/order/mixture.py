@@ -148,7 +148,8 @@ def _compute_part(
     first_slots = [(samples_before or {}).get(name, 0) for name in names]
     limits = _domain_limits(spec, part, manifest, domains, first_slots)
     samples_per_step = spec.train.micro_batches * part.samples
-    # A phase that starts after the end of the training is not read.
+    # Each step at which the mixture changes starts a phase. A phase that starts after the end of the training is left
+    # out.
     phase_starts = [step for step in spec.data.mixes if step < spec.train.steps]
     by_size, tempered = [], []
     for step in phase_starts:
@@ -157,8 +158,8 @@ def _compute_part(
         tempered.append(phase_shares(mixes, domains, sizes, apply_temperature=True))
     _check_experts(spec, names, tempered)
     steps = [stop - start for start, stop in pairwise([*phase_starts, spec.train.steps])]
-    # With limits, the weights must add up to the number of positions, so that the limits are exact. Without limits, a
-    # fixed total is used, so that a longer training begins with the same order as a shorter one.
+    # If `max_epochs` limits a domain, the weights must add up to the number of positions, so that the limits are exact.
+    # Without limits, a fixed total is used, so that a longer training begins with the same order as a shorter one.
     if any(limit is not None for limit in limits):
         positions = [n * samples_per_step for n in steps]
         split_limits = _split_limits(limits, positions, tempered)

@@ -39,8 +39,8 @@ from mhmoe_ray.data.draws import seeded_hash
 from mhmoe_ray.data.order.interleaver import Interleaver
 from mhmoe_ray.data.order.permutation import I64, MAX_POSITION, Permutations
 
-# This is the number of positions that are computed together. Many positions share the overhead of each tree level, but
-# the arrays of even more positions would not fit into a core's cache.
+# Number of positions of the order that are computed together. They share the overhead of each step down a tree, but the
+# arrays of even more positions would not fit into a core's cache.
 _POSITIONS_PER_CALL = 32_768
 
 
@@ -107,7 +107,8 @@ class Order:
                 phases[phase_number + 1].start if phase_number + 1 < len(phases) else phase.start + period
             )
             assert phase.start < self.position_count <= min(phase.start + period, MAX_POSITION)
-            # The phase starts at a seeded slot, so that the sequence of domains depends on the seed, too.
+            # The seed selects the slot at which a phase enters its repeating sequence of domains, so that this sequence
+            # depends on the seed, too.
             slot = seeded_hash(seed, f"phase {phase_number}") % period
             self._starts.append(phase.start)
             self._slots.append(slot)

@@ -34,8 +34,8 @@ class Permutations:
             keys: 64-bit key of each domain, which determines the order of its samples.
         """
         assert all(1 <= size <= MAX_POSITION for size in sizes)
-        # A nearly square rectangle has few cells outside of the permutation, so few values go through the network
-        # again.
+        # The samples are the cells of a rectangle. If it is nearly square, it has few more cells than samples, so few
+        # values must go through the Feistel network again.
         columns = [isqrt(size - 1) + 1 for size in sizes]
         self._sizes = np.asarray(sizes, np.int64)
         self._keys = np.asarray(keys, np.uint64)

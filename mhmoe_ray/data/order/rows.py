@@ -69,7 +69,7 @@ def held_out_numbers(spec: RunSpec, manifest: DataManifest) -> dict[str, np.ndar
         spec: spec of the run.
         manifest: manifest of the run's prepared data.
     """
-    # Held-out rows are stored domain after domain in the manifest's order.
+    # Validation samples are stored domain after domain in the manifest's order.
     counts = [domain.validation_samples for domain in manifest.domains.values()]
     sources = np.repeat([source_of(name) for name in manifest.domains], counts)
     numbers = {part.name: np.flatnonzero(np.isin(sources, part.sources)) for part in spec.parts}

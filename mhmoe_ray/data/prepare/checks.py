@@ -9,7 +9,8 @@ from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec, RunSpec
 
 if TYPE_CHECKING:
-    # The module of `Part` imports Ray, which the command line needs only if there is nothing prepared yet.
+    # Only type checkers need this import. At run time it would import Ray, which the command line does not need for
+    # data that are already prepared.
     from mhmoe_ray.data.prepare.tokenise import Part
 
 
@@ -21,7 +22,7 @@ def check_not_empty(spec: DataSpec, by_domain: "dict[str, list[Part]]") -> None:
     Raises:
         DataError: no domain has a validation sample, or none has a training sample.
     """
-    # The check is not in a task, since Ray would wrap its error in a traceback.
+    # This check does not run in a Ray task, because Ray would wrap its error in a traceback.
     fix = "raise data.validation_fraction or add documents"
     if not any(part.counts.held_out_documents for parts in by_domain.values() for part in parts):
         raise DataError("validation", "no document is in the held-out share", fix)

@@ -231,8 +231,8 @@ def _file_chunks(
                 conversations.append(item.conversation)
         else:
             bad_entries.append(quarantine_entry(file.domain, item))
-            # A fixed size is added, because the length of the entry depends on the names of folders, and chunks must
-            # depend on the file alone.
+            # A fixed size is added instead of the entry's length, which depends on the names of folders: the division
+            # of a file into chunks must depend on the file alone.
             size += BAD_LINE_CHARACTERS
             is_aborted = limit.will_be_exceeded(reader.tally)
             if is_aborted:

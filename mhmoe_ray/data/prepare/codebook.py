@@ -102,7 +102,7 @@ def _nearest_centres(points: np.ndarray, centres: np.ndarray) -> tuple[np.ndarra
     rows = max(1, _DISTANCE_BYTES // (4 * len(centres)))
     for start in range(0, len(points), rows):
         stretch = points[start : start + rows]
-        # |p - c|^2 without |p|^2, which is the same for all centres of a point.
+        # The score of a centre c for a point p is |p - c|^2 without |p|^2, which is the same for all centres.
         scores = centre_squares - 2 * stretch @ centres.T
         nearest_centres[start : start + rows] = scores.argmin(axis=1)
         smallest = np.take_along_axis(scores, nearest_centres[start : start + rows, None], axis=1)[:, 0]

@@ -53,9 +53,9 @@ def domain_entry(
         sum(result.shard.rows for result in shard_results),
         sum(result.padding for result in shard_results),
     )
-    # With concatenation, each token but the first of the domain can be a target, so `tokens - 1 - targets` tokens are
-    # unused. With best fit, a document has as many targets as tokens, because its end is a target too, and none is
-    # unused.
+    # If packing concatenates documents, each token of the domain but the first can be a target, so `tokens - 1 -
+    # targets` tokens are unused. With best fit, the end of each document is a target too, so there are as many targets
+    # as tokens, and no token is unused.
     targets = samples * seq_len - padding
     rows = [c.rows for c in counts if c.rows is not None]
     return Domain(

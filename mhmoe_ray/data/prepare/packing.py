@@ -88,7 +88,7 @@ def plan_best_fit(stream: TokenStream, tokens_per_shard: int) -> list[TokenStrea
 
     A shard has whole parts, which together have at least `tokens_per_shard` tokens, except for the last shard.
     """
-    # Whole parts keep documents whole, since a part ends with the end of a document.
+    # A part has the tokens of whole documents, so shards of whole parts do not cut documents.
     shards, start, stop = list[TokenStream](), 0, 0
     for part in stream.parts:
         stop += part.tokens
@@ -146,7 +146,8 @@ def _assign_bins(targets: np.ndarray, seq_len: int) -> tuple[list[_Piece], int]:
     """
     pieces, bin_count = list[_Piece](), 0
     bins_by_room: dict[int, list[int]] = {}
-    # Bit r is set if there is a bin with room r, so that the least sufficient room is found in constant time.
+    # Bit r is set if there is a bin with room for r more targets, so that the least sufficient room is found in
+    # constant time.
     room_bits = 0
 
     def add_piece(document: int, offset: int, length: int, bin_index: int, bin_offset: int) -> None:

@@ -76,5 +76,5 @@ class TokenStream:
 
 def part_file(folder: Path, name: str) -> Path:
     """Return the path of the file with a part's tokens."""
-    # There are many parts, so they are spread over 256 folders.
+    # There are many such files, so they are spread over 256 folders.
     return folder / name[:2] / f"{name}.tokens"

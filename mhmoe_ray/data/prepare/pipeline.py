@@ -101,12 +101,13 @@ def prepare(spec: RunSpec) -> DataManifest:
         except Exception:
             if read_data_manifest(folder) is None:
                 raise
-            # Another job published its result first and removed our parts, which made this job fail. The error is
-            # ignored, because the result of the other job is used.
+            # Another job published its result first and removed our parts (the encoded chunks), which made this job
+            # fail. The error is ignored, because the result of the other job is used.
         # If a folder without a manifest appeared meanwhile, nothing was published. This check then fails before
         # `clean_up`, so that the parts are kept.
         require_data_manifest(folder)
-    # This also removes the staging directory of a job that was killed between its publishing and its cleaning up.
+    # This also removes the staging directory of a job that was killed after publishing its result and before cleaning
+    # up.
     clean_up(folder)
     return require_prepared_data(spec)
 
@@ -133,7 +134,7 @@ class _Preparation:
 
     def __init__(self, spec: RunSpec, staging: StagingDirectory) -> None:
         self._spec, self._data_spec, self._staging = spec, spec.data, staging
-        # The samples of a vision model have no tokens.
+        # The samples of a vision model have no tokens, so it has no tokenizer.
         self._tokenizer = None if spec.model.vision else staging.result_path / "tokenizer.json"
         self._has_rows = spec.model.encoder is not None or spec.model.vision is not None
         self._token_bytes = token_bytes_for(spec.model.vocab_size)

@@ -174,7 +174,8 @@ def _find_counts(part: Path, row_bytes: int) -> PartCounts | None:
         size = part.stat().st_size
     except FileNotFoundError:
         return None
-    # A part of another size is damaged. It counts as missing, so that it is encoded again.
+    # If the file does not have the size that its counts imply, the part is damaged. It then counts as missing, so that
+    # it is encoded again.
     expected_size = (counts.tokens + counts.held_out_tokens) * row_bytes
     return counts if size == (counts.rows.file_bytes if counts.rows else expected_size) else None
 
@@ -213,7 +214,7 @@ def _split_documents(
             train.append(tokens)
             counts.documents += 1
             counts.tokens += len(tokens)
-    # Training documents come first, so that each kind is one slice of the part.
+    # Training documents come first and held-out ones last, so that each kind is one slice of the part.
     return np.concatenate([*train, *held_out]), counts
 
 

@@ -26,7 +26,8 @@ def is_validation(text: str, fraction: float) -> bool:
 
     For a document with an image, the text is the hash of the image (prepare/rows.py).
     """
-    # The hash puts copies of a text on the same side, so that no copy of a validation text is trained on.
+    # Copies of a text have the same hash, so either all or none are held out, and no copy of a validation text is
+    # trained on.
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
@@ -124,7 +125,8 @@ def select_rows(available: Mapping[str, int], max_samples: int) -> dict[str, np.
 def _equal_shares(available: Sequence[int], total: int) -> list[int]:
     """Divide `total` into shares that are as equal as possible, each at most its number in `available`."""
     shares = [0] * len(available)
-    # The smallest come first, because the others divide among them the samples that these cannot provide.
+    # The smallest entries of `available` come first, because the larger ones share the samples that smaller ones cannot
+    # provide.
     for share_count, index in enumerate(sorted(range(len(available)), key=lambda index: available[index])):
         shares[index] = min(available[index], -(-(total - sum(shares)) // (len(available) - share_count)))
     return shares

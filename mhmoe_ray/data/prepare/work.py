@@ -93,7 +93,7 @@ class ProgressReport:
         """Write progress.json with the current counts, the speed and the estimated remaining time."""
         self._write_time = time.monotonic()
         seconds = max(self._write_time - self._start_time, 1e-3)
-        # Reused parts take no time, so they do not count for the speed.
+        # Parts that are reused from an earlier job take no time, so they do not count for the speed.
         new_bytes = self.done_bytes - self.reused_bytes
         is_packing = self.stage == "packing"
         progress = PreparationProgress(
@@ -182,7 +182,7 @@ def _keep_alive(staging: StagingDirectory, stop_event: threading.Event) -> None:
     """Call `_touch_and_clean_up` every `TOUCH_SECONDS` until `stop_event` is set."""
     touch_times: dict[Path, float] = {}
     while True:
-        # An error is ignored, because a storage may be out of reach for a while, and the next update then suffices.
+        # An error is ignored, because the storage may be out of reach for a while, and a later update then suffices.
         with suppress(OSError):
             touch_times = _touch_and_clean_up(staging, touch_times)
         if stop_event.wait(TOUCH_SECONDS):

@@ -90,7 +90,8 @@ class ShardReader:
                     columns[name] = np.empty((len(numbers), stored_rows.shape[1]), stored_rows.dtype)
                 columns[name][sample_indices] = stored_rows[row_of[sample_indices]]
         length = columns[TOKENS].shape[1]
-        # Only the columns of bits of these samples are unpacked, because those of a whole shard would need much memory.
+        # Columns of booleans are stored as bits. Only those of the requested samples are unpacked, because those of
+        # whole shards would need much memory.
         return join_columns(
             {
                 name: rows if name == TOKENS else np.unpackbits(rows, axis=1, count=length).astype(bool)
@@ -111,7 +112,7 @@ def _map_columns(path: str, token_bytes: int) -> dict[str, np.ndarray]:
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         dtype = token_dtype(token_bytes) if name == TOKENS else np.dtype(np.uint8)
         shape = len(column), column.type.byte_width // dtype.itemsize
-        # Buffer 1 has the values and is part of the memory map, so nothing is copied.
+        # Buffer 1 of an Arrow column has the values. It is part of the memory map, so nothing is copied.
         columns[name] = np.ndarray(shape, dtype, column.buffers()[1])
     return columns
 

@@ -24,8 +24,8 @@ from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location, describe_file
 
-# This is the version of the format of prepared folders. It is part of the recipe, so folders of another version are
-# refused.
+# This is the version of the format of prepared folders. It is among the settings with which a spec is compared, so
+# folders of another version are refused.
 FORMAT = 3
 _TOKENIZER_KEYS = {"tokenizer", "tokenizer_pattern", "tokenizer_model", "tokenizer_train_mb"}
 TEMPLATE_FILE = "chat_template.jinja"
@@ -365,7 +365,8 @@ def check_recipe(folder: Path, manifest: DataManifest, spec: RunSpec) -> None:
     Raises:
         DataError: a setting or the text differs; the message names the first difference.
     """
-    # A run that starts from another run's model names the tokenizer that the other run may have trained in this folder.
+    # A run that starts from another run's model names a tokenizer, which the other run may have trained in this folder.
+    # Then the settings of tokenizers are not compared.
     spec_recipe = recipe(spec)
     has_same_tokenizer = spec_recipe["tokenizer"] == _tokenizer_label(manifest.tokenizer_sha256)
     for key, spec_value in spec_recipe.items():

@@ -55,10 +55,11 @@ def join_batches(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
     """Return the rows of one or more batches as one batch."""
 
     def join(name: str) -> pa.Array:
-        # The file of a slice would have bytes of the rows after it, as padding between its columns. `concat_arrays`
-        # copies the rows alone, so that the bytes of a shard depend on its rows alone.
+        # A batch may be a slice, whose file would also have bytes of the rows after it, as padding between its columns.
+        # `concat_arrays` copies the rows alone, so that the bytes of a shard depend on its rows alone.
         columns = [batch.column(name) for batch in batches]
-        # Arrow joins dictionaries and leaves out repetitions, too.
+        # A column of images has a dictionary. `concat_arrays` joins the dictionaries and keeps only one of equal
+        # images.
         return pa.concat_arrays([_used_images(column) for column in columns] if name == IMAGE else columns)
 
     schema = batches[0].schema
@@ -67,7 +68,7 @@ def join_batches(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
 
 def row_bytes(row: pa.RecordBatch) -> int:
     """Return the size in bytes of the values of one sample; `row` is a slice of a batch with one row."""
-    # For Arrow, the images of all rows of the batch belong to each slice of it.
+    # Arrow's `nbytes` counts the images of the whole batch for each slice of it, so the image is counted separately.
     other_columns = sum(row.column(name).nbytes for name in row.schema.names if name != IMAGE)
     return int(other_columns) + len(row.column(IMAGE)[0].as_py())
 

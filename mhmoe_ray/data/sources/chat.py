@@ -134,7 +134,7 @@ def _parse_message(entry: Any, number: int) -> Message:
     """
     if not isinstance(entry, dict):
         raise _MalformedRecordError(f"message {number} is {json_type(entry)}, not an object")
-    # Parquet files give all messages the keys of any, with null where a message lacks the key.
+    # In a Parquet file all messages have the same keys, and the value is null where a message lacks the key.
     message = {key: value for key, value in entry.items() if value is not None}
     for key in ("role", "content"):
         if not isinstance(message.get(key), str):

@@ -61,7 +61,8 @@ def read_coco(
     """
     columns = source.sample_columns
     try:
-        # The bytes are counted below, image by image, because the images take most of the time.
+        # The bytes are not counted here but in the loop over the images below, because the images take most of the
+        # time.
         content = b"".join(decompress(storage.chunks(file, Tally()), file.path))
         coco = _parse_coco(content, columns)
     except DamageError as damage:
@@ -83,7 +84,8 @@ def read_coco(
         if not isinstance(name, str) or not _is_id(entry.get("id")):
             yield BadLine(file.path, number, Reason.NO_IMAGE, f"image {number} has no id and file_name")
             continue
-        # The annotations of the id cannot belong to both images, and results are scored by the id.
+        # An image with the id of an earlier one is refused: annotations of this id cannot belong to both, and results
+        # are scored by the id.
         if columns != ("image",) and entry["id"] in read_ids:
             detail = f"{name}: its id {_id_text(entry['id'])} is that of an earlier image"
             yield BadLine(file.path, number, Reason.NO_IMAGE, detail)
@@ -221,7 +223,7 @@ def _checked_instance(fields: dict[str, Any], class_names: dict[int | str, str],
         raise ObjectError("its iscrowd is neither 0 nor 1")
     box = _checked_box(fields.get("bbox"), width, height)
     segmentation = fields.get("segmentation")
-    # Labelling programs that know only boxes write an empty list.
+    # Labelling programs that know only boxes write an empty list in place of a mask.
     mask = None if segmentation is None or segmentation == [] else encode_mask(segmentation, width, height)
     return Instance(class_names[category_id], box, mask, bool(is_crowd))
 

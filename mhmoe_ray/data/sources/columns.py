@@ -133,7 +133,8 @@ class _RowReader:
         self._text_column = (source.text_field or _TEXT_COLUMN) if "text" in self._columns else None
         if source.image_column is not None and (problem := image_column_problem(schema, source.image_column)):
             raise ColumnError(problem)
-        # A source of texts may have files without images.
+        # The first of these columns that the file has is read. The file may have none of them, because a source of
+        # texts needs no images.
         image_columns = (name for name in settings.image_columns if not image_column_problem(schema, name))
         self._image_column = next(image_columns, None)
         if self._text_column is not None and (problem := column_problem(schema, self._text_column)):
@@ -333,7 +334,8 @@ def read_row_groups(
                 group_start, row = row, row + table.metadata.row_group(group).num_rows
                 next_row = group_start
                 # Each batch has the whole dictionary, which small batches would decode again and again, so a row group
-                # of dictionary-encoded texts is read as one batch. A row group with images could have gigabytes.
+                # of dictionary-encoded texts is read as one batch. Others are read in small batches, because images
+                # could take gigabytes.
                 batch_rows = max(1, row - group_start) if in_dictionary else ROWS_PER_BATCH
                 try:
                     for batch in table.iter_batches(batch_rows, [group], columns, use_threads=False):

@@ -92,7 +92,8 @@ def fingerprints(spec: DataSpec, files: Sequence[RawFile]) -> dict[str, str]:
             continue
         root, digests[name] = Storage(path).root(), hashlib.sha256()
         for file in source_files:
-            # Of a group of images, only the names and the beginning of the first one are hashed: there may be millions.
+            # For a group of images, which may have millions of files, the hash covers all names but only the beginning
+            # of the first file.
             first_bytes = "\0".join(file.members).encode()
             with Path(file.stored_paths[0]).open("rb") as stream:
                 first_hash = hashlib.sha256(first_bytes + stream.read(FINGERPRINT_BYTES)).hexdigest()
@@ -224,7 +225,8 @@ def _files_of_source(name: str, source: SourceSpec, subfolders: list[str] | None
     if format == "images":
         image_files = list(selected_files)
         if "class" in source.sample_columns:
-            # There may be thousands of classes, and a class is not meant to have a weight in the mixture.
+            # The folders of classes do not become domains: there may be thousands of classes, and a class is not meant
+            # to have a weight in the mixture.
             filled_subfolders = {subfolder for subfolder, _ in image_files}
             image_files = [(ROOT_SUBFOLDER, file) for _, file in image_files]
         files = list(_image_folders(name, root, image_files))
@@ -234,7 +236,8 @@ def _files_of_source(name: str, source: SourceSpec, subfolders: list[str] | None
         fix = "correct its path, format or filters, or name its files by a pattern with *"
         raise DataError(subject, f"nothing below {source.path} is a file of format {format}", fix)
     expected_subfolders = subfolders
-    # Below the path of COCO's annotations, other folders have the images.
+    # Each subfolder must have files of the format. COCO is an exception, because its images are in other folders than
+    # its annotations.
     if subfolders is None and FORMATS[format].suffixes and format != "coco":
         expected_subfolders = sorted({subfolder_at(root, path) for path, _ in listed_files} - {ROOT_SUBFOLDER})
     if subfolders is not None or filled_subfolders is None:

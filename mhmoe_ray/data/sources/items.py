@@ -10,8 +10,7 @@ from mhmoe_ray.data.chat.template import RenderedConversation
 from mhmoe_ray.spec import DataSpec, Format
 
 _COMPRESSED_SUFFIXES = (".gz", ".zst", ".parquet")
-# These are the bytes of text per byte of a compressed file. A rough number suffices, since it only serves to estimate
-# sizes.
+# Assumed bytes of text per byte of a compressed file. A rough number suffices, since it only serves to estimate sizes.
 _COMPRESSION_RATIO = 3
 
 

@@ -54,7 +54,8 @@ def encode_mask(segmentation: object, width: int, height: int) -> str:
     if isinstance(segmentation, list):
         polygons = _checked_polygons(segmentation, width, height)
         polygon_masks = coco_masks.frPyObjects(polygons, height, width)
-        # Joining all masks at once would take time that grows with the square of their number.
+        # The masks are joined in small groups, because joining all at once would take time that grows with the square
+        # of their number.
         while len(polygon_masks) > 1:
             groups = range(0, len(polygon_masks), MASKS_PER_MERGE)
             polygon_masks = [coco_masks.merge(polygon_masks[start : start + MASKS_PER_MERGE]) for start in groups]

@@ -198,8 +198,8 @@ class _SignalReader:
 
     def __init__(self, storage: Storage, path: str, limit: int) -> None:
         self._path = path
-        # The bytes and bad lines of this file are not counted, because each bad line is counted as the document that is
-        # lost with it.
+        # The counts of this file of quality signals are discarded, because a bad line in it is counted as the document
+        # that is lost with it.
         self._records = read_records(storage, RawFile("", path, 0, "jsonl"), limit, Tally())
         self._row = -1
         self._signals: Any = None

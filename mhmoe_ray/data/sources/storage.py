@@ -64,7 +64,7 @@ class Storage:
         if scheme not in STORES:
             raise DataError(f"path {path}", *unknown_scheme(scheme))
         self._pattern, _, query = location.partition("?")
-        # In a URI a question mark begins the query, so it is no wildcard.
+        # In a URI a question mark begins the query, so it is not a wildcard.
         self._wildcards = re.compile(r"[*\[]")
         self._prefix = f"{scheme}://"
         try:
@@ -78,7 +78,7 @@ class Storage:
     @property
     def is_pattern(self) -> bool:
         """True if the path has wildcards and is not the name of an existing file or folder."""
-        # The name of a local file may contain the characters of a wildcard, so the path of an existing file is no
+        # The name of a local file may contain the characters of a wildcard, so the path of an existing file is not a
         # pattern.
         return bool(self._wildcards.search(self._pattern)) and not Path(self._pattern).exists()
 

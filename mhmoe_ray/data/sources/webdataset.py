@@ -77,7 +77,8 @@ def read_webdataset(
     """Yield the samples of a tar file as documents, up to any damage; see `reading.FormatReader` for the arguments."""
     columns = source.sample_columns
     class_field = (source.class_field or _DEFAULT_CLASS_FIELD) if "class" in columns else None
-    # A source of texts reads the images as well, if their hashes are needed.
+    # If any source of the spec has images, those of a source of texts are read, too: their hashes keep all documents of
+    # an image on the same side of the validation split.
     image_suffixes = IMAGE_SUFFIXES if "image" in columns or settings.hashes_images else ()
     suffixes = {*image_suffixes}
     if "text" in columns:
@@ -104,7 +105,8 @@ def read_webdataset(
             picture_document(file.path, sample.number, sample.key, image, caption, columns, language, annotation)
             for language, caption in captions.items()
         ]
-        # If the image of the documents cannot be used, no caption can, and the sample is one line in the quarantine.
+        # If the image of a sample cannot be used, neither can its captions, so the sample is a single line in the
+        # quarantine.
         return items[:1] if "image" in columns and isinstance(image, Fault) else items
 
     sample, number = None, 0
@@ -122,7 +124,8 @@ def read_webdataset(
             if suffix in suffixes:
                 sample.add(suffix, member)
     except DamageError as damage:
-        # The members of the last sample may be complete. If not, the sample belongs to the lost part.
+        # The last sample before the damage is yielded if all its members are complete. Otherwise it belongs to the lost
+        # part.
         items = to_items(sample) if sample is not None else []
         if items and all(isinstance(item, Document) for item in items):
             yield from items

@@ -113,8 +113,8 @@ def _newest_letters_agree(pattern: str) -> bool:
     tokens = [*(bytes([byte]) for byte in range(256)), *dict.fromkeys(t.encode()[:2] for t in texts.values())]
     ranks = {token: rank for rank, token in enumerate(tokens)}
     fast_encoder = tiktoken.Encoding("newest", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    # If the text stays in one piece, the letter a and the first byte of the character become one token, with a rank
-    # above 255.
+    # Each text is the letter a and a new letter. If tiktoken does not split it, the a and the first byte of the new
+    # letter become one token, with a rank above 255.
     return all(
         (len(library.pre_tokenize_str(t)) == 1) == (fast_encoder.encode_ordinary(t)[0] > 255) for t in texts.values()
     )
@@ -143,7 +143,8 @@ def _token_ranks(model: dict[str, Any]) -> dict[bytes, int] | None:
         merge_ranks.append(ranks[left_part + right_part])
     if any(next_rank < merge_rank for merge_rank, next_rank in pairwise(merge_ranks)):
         return None
-    # Without a merge for every cut, a token must consist of earlier tokens only; see the module's docstring.
+    # If a token lacks a merge for a way to cut it in two, tiktoken and the library surely agree only if each token
+    # consists of earlier tokens; the module's docstring tells why.
     long_tokens = [token for token in ranks if len(token) > 1]
     incomplete_tokens = [
         t for t in long_tokens if cuts_of_token[t] != {i for i in range(1, len(t)) if t[:i] in ranks and t[i:] in ranks}

@@ -100,8 +100,8 @@ def domain_budgets(sizes: dict[str, int], spec: DataSpec) -> dict[str, int]:
     return dict(zip(names, apportion(total, weights, limits, 0.5), strict=True))
 
 
-# This is the number of stored bytes of a pair of an image and a caption per character of the caption. Pairs of the web
-# have some hundreds, and small drawings fewer than ten. Too low a number reads fewer files than the text needs.
+# Assumed number of stored bytes of an image and its caption, per character of the caption. Pairs of the web have some
+# hundreds, and small drawings fewer than ten. With too low a number, fewer files would be read than the text needs.
 _PAIR_BYTES_PER_CHARACTER = 20
 
 
@@ -179,7 +179,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def train_unigram(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level Unigram language model (Kudo 2018, arXiv 1804.10959); `<|endoftext|>` has the last id."""
     # SentencePiece trains the model, because the scores of the tokenizers library differ from run to run: that library
-    # sums in the order of a hash table. Here it only splits the texts into words.
+    # sums in the order of a hash table. Here the tokenizers library only splits the texts into words.
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     split = pre_tokenizers.Sequence([byte_level, pre_tokenizers.FixedLength(MAX_WORD_BYTES)])
     words: Counter[str] = Counter()

@@ -87,7 +87,7 @@ def samples_in_row(row: Mapping[str, np.ndarray], parts: Sequence[MicroBatchPart
         row: the columns of the stream, each with the value of one row.
         parts: the parts of a micro-batch; each part has the samples of one task.
     """
-    # The columns are copied, because they may be read-only memory, of which torch makes no tensors.
+    # `np.array` copies the columns, because they may be in read-only memory, which a torch tensor must not share.
     samples = {}
     for part in parts:
         images = np.array(row[f"{part.name} images"][0])
@@ -100,7 +100,8 @@ def samples_in_row(row: Mapping[str, np.ndarray], parts: Sequence[MicroBatchPart
 
 def _pack_objects(objects: Sequence[ImageObjects]) -> bytes:
     """Encode the objects of several images as bytes, in which masks take a bit for each pixel."""
-    # Images have different numbers of objects, so the rows of a column of arrays would have different shapes.
+    # Images have different numbers of objects, so their arrays have different shapes and cannot be rows of one column
+    # of arrays. They are stored as bytes instead.
     buffer = io.BytesIO()
     arrays = dict[str, Any]()
     for number, (boxes, classes, masks) in enumerate(objects):

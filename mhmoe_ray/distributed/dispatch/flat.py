@@ -80,7 +80,7 @@ class FlatDispatch:
         """
         local_experts = len(weights.stacked[0])
         plan = plan_routes(self._sort_labels(expert_NK, gate_NK, local_experts), local_experts * self.ranks)
-        # Row 0 of these counts belongs to this rank, because the labels of its own experts come first.
+        # Routes are sorted with this rank's own experts first, so row 0 of these counts belongs to this rank.
         count_PX = plan.count_E.view(-1, local_experts)
         counts = self._exchange.start_counts(count_PX[1:])
         if routes is not None:
@@ -160,7 +160,7 @@ def _transpose_blocks(rows: Tensor, counts_AB: Sequence[Sequence[int]]) -> Tenso
         rows: blocks of rows, in the order of A, and then of B.
         counts_AB: number of rows of each block.
     """
-    # The copy makes the rows of each expert contiguous. It takes at most some per cent of the experts' time; the
+    # The copy makes the rows of each expert contiguous. It takes at most a few per cent of the experts' time. The
     # alternative, a matrix product for each rank's block, was slower at any number of ranks.
     if len(counts_AB) < 2 or len(counts_AB[0]) < 2:
         return rows
@@ -178,7 +178,7 @@ def _run_experts(
     """
     stacked, weights = weights.stacked, weights._replace(stacked=())
     shared_function, shared_tensors = shared_arguments(shared)
-    # The function gets the flag as an argument, because gradients are always disabled inside an autograd function.
+    # `torch.is_grad_enabled()` is called here, because gradients are always disabled inside an autograd function.
     settings = _Settings(kernel, weights, len(stacked), shared_function, torch.is_grad_enabled())
     y_RD, *shared_outputs = _apply_experts(round_trip, settings, x_RD, *stacked, *shared_tensors)
     return y_RD, shared_outputs[0] if shared_outputs else None

@@ -66,7 +66,7 @@ def exchange_rows(
         shared: shared expert, to be computed while rows travel.
     """
     shared_function, shared_tensors = shared_arguments(shared)
-    # The function gets the flag as an argument, because gradients are always disabled inside an autograd function.
+    # `torch.is_grad_enabled()` is called here, because gradients are always disabled inside an autograd function.
     outputs = _apply_exchange(
         exchange, source_counts, target_counts, shared_function, torch.is_grad_enabled(), len(tensors), *tensors,
         *shared_tensors,
@@ -208,9 +208,9 @@ class HierarchicalDispatch:
         expert_WK = expert_WK - rail.rank * experts_per_node
         is_local_WK = (expert_WK >= 0) & (expert_WK < experts_per_node)
         expert_WK, gate_WK = (t.where(is_local_WK, 0) for t in (expert_WK, gate_WK))
-        # The rank's own rows are dispatched together with those from the rail, and so wait for the rail. Dispatching
-        # them meanwhile would take a second flat dispatch, with five more exchanges, to hide at most 1/G of the
-        # experts' work (distributed/README.md).
+        # The rank's own rows are dispatched together with the rows from its rail (the ranks at the same position on
+        # other nodes), and so wait for them. Dispatching them meanwhile would take a second flat dispatch, with five
+        # more exchanges, to hide at most 1/G of the experts' work on G nodes (distributed/README.md).
         routes = node_counts[rail.rank][1] + sum(routes for _, routes in in_J)
         kernel = experts.select_kernel(x_ND, weights)
         y_WD, _ = self._flat.dispatch_rows(x_WD, expert_WK, gate_WK, kernel, weights, routes=routes)

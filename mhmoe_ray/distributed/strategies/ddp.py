@@ -74,7 +74,7 @@ class Strategy:
         parameters = dict(self.model.named_parameters())
         positions = {}
         for name, tensor in self._to_global({name: p.detach() for name, p in parameters.items()}).items():
-            # All shards are ranges of rows.
+            # All shards are ranges of rows, so only their first offset may differ from 0.
             first_row, *other_offsets = shard_offset(tensor) or (0,)
             assert not any(other_offsets)
             positions[parameters[name]] = ValuePosition(name, first_row * math.prod(tensor.shape[1:]))

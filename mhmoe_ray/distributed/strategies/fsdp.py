@@ -53,11 +53,11 @@ class FsdpStrategy(Strategy):
         self._units = units
         """One module for each group of parameters that FSDP2 gathers together, in the order of the forward."""
         self._prefetch_in_forward(True)
-        # Detectors and the norms of stems compute in float32, and are not called as modules, so they cannot have groups
-        # of their own.
+        # Detectors and the norms of stems compute in float32, and are not called as modules, so FSDP2 cannot gather
+        # them as groups of their own. They belong to the root's group, which is float32 for vision models.
         root_policy = self._policy if self.model.spec.vision is None else self._float32_policy
         # By default FSDP2 leaves the root's own tensors gathered after a forward. They are sharded again here, so that
-        # readers between steps always see shards.
+        # code that reads weights between steps always sees shards.
         fully_shard(
             self.model,
             mesh=shard_mesh,
@@ -78,8 +78,8 @@ class FsdpStrategy(Strategy):
             unit.set_modules_to_forward_prefetch([next_unit] if enabled else [])
 
     def backward(self, objective: Tensor) -> None:
-        # A recomputed block runs its forward again in the backward. It would gather the block after it, whose backward
-        # is done already, and which would then stay gathered until the whole backward ends.
+        # A recomputed block runs its forward again in the backward. With prefetching, that would gather the block after
+        # it, whose backward is done already, and which would then stay gathered until the whole backward ends.
         self._prefetch_in_forward(False)
         try:
             super().backward(objective)
@@ -118,8 +118,8 @@ class FsdpStrategy(Strategy):
             module.register_parameter(name, nn.Parameter(expert_shard))
         assert mesh.mesh_dim_names is not None
         sharded_module = fully_shard(module, mesh=mesh[mesh.mesh_dim_names[:-1]], mp_policy=self._policy)
-        # By default FSDP2 would divide the gradients of experts by dp only, which makes them ep times too large. So
-        # they are summed over dp and then divided by the world size.
+        # By default FSDP2 would divide the gradients of experts by the data-parallel size only, which makes them too
+        # large by the expert-parallel size. So they are summed and then divided by the world size.
         sharded_module.set_force_sum_reduction_for_comms(True)
         sharded_module.set_gradient_divide_factor(self.mesh.world_size)
         return sharded_module

@@ -174,15 +174,15 @@ class ZeroStrategy(Strategy):
 
     def start_at_step(self, step: int) -> None:
         """Set the number of updates in the optimizer's state, and leave the moments unchanged."""
-        # The moments exist since the start and must stay the same tensors, because DeepSpeed has linked them to their
-        # parameters.
+        # `_create_moments` has created the moments, and they must stay the same tensors, because DeepSpeed has linked
+        # them to their parameters.
         for state in self.optimizer.state.values():
             state["step"].fill_(float(step))
 
     def _create_moments(self) -> None:
         """Create AdamW's moments of all parameter groups, filled with zeros, before the first step."""
-        # The moments cannot be left to DeepSpeed: it would link those of all groups when it has created only those of
-        # the first group.
+        # DeepSpeed must not create the moments itself: it would link those of all parameter groups when it has created
+        # only those of the first group.
         zero_optimizer = self.engine.optimizer
         partitions = (
             zero_optimizer.fp32_partitioned_groups_flat

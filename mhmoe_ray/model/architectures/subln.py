@@ -42,7 +42,7 @@ class SublnModules(Modules):
     def query_scale(self, head_width: int, position_T: Tensor) -> Tensor | None:
         """Return xPos's factors of rotated queries (T, C). With them, the product of a query and a key shrinks as their
         distance grows."""
-        # 0.4 is the constant gamma of xPos's paper, with the value of torchscale.
+        # 0.4 is xPos's constant gamma, with the value that the library torchscale uses.
         even = torch.arange(0, head_width, 2, device=position_T.device, dtype=torch.float64)
         base = (even + 0.4 * head_width) / (1.4 * head_width)
         return (base ** (position_T[:, None] / XPOS_SCALE_BASE)).repeat(1, 2)
@@ -55,9 +55,11 @@ class SublnModules(Modules):
         """
         factor = math.sqrt(math.log(2 * layers))
         if ".qkv." in name:
-            # The values are the last third: this architecture has as many heads of values as of queries.
+            # The rows of queries, keys and values are joined in this order, and all three have as many heads. So the
+            # values are the last third.
             tensor[-len(tensor) // 3 :] *= factor
-        # The code of arXiv 2404.15045 selects tensors by name: the merge projection, but not the head projection.
+        # The code of arXiv 2404.15045 selects the tensors to rescale by name. That includes the merge projection after
+        # the experts, but not the head projection before them.
         elif any(part in name for part in (".fc1_", ".fc2_", ".attention.out.", ".merge.")):
             tensor *= factor
         return tensor

@@ -14,7 +14,7 @@ class MatchHead(nn.Module):
     def __init__(self, d_model: int, width: int) -> None:
         super().__init__()
         self.image, self.text = nn.Linear(d_model, width, bias=False), nn.Linear(d_model, width, bias=False)
-        # It is a vector of one element, because neither FSDP2 nor DeepSpeed accepts scalars.
+        # The parameter is a vector of one element, because neither FSDP2 nor DeepSpeed accepts scalars.
         self.log_scale = nn.Parameter(torch.empty(1))
 
     def image_vectors(self, image_BM: Tensor) -> Tensor:

@@ -81,8 +81,8 @@ class Encoder(Trunk):
         """Return the outputs of the last norms for a micro-batch. The arguments are those of `forward`."""
         active_noise = noise if self.spec.is_random else None
         image_NSM, text_NTM = self._embed(batch, active_noise)
-        # Blocks get only the sizes of groups. If compiled blocks depended on the numbers of hidden patches and tokens,
-        # they would be compiled again for almost every micro-batch.
+        # Blocks get only the sizes of the batch's groups of samples. If compiled blocks depended on the numbers of
+        # hidden patches and tokens, they would be compiled again for almost every micro-batch.
         sizes = [group.size for group in batch.groups]
         masks = attention_masks(sizes, batch.is_token_NT, self.image_tokens, matmul_dtype(image_NSM))
         if self.residual_dtype is not None:
@@ -142,8 +142,8 @@ class Encoder(Trunk):
                 else:
                     values.append(patch_part if kind == "image" else token_part)
         parts = [LossPart(value_I.sum(), value_I.detach()) for value_I in values]
-        # If nothing is hidden, the heads get gradients of zeros, because distributed strategies expect a gradient for
-        # every weight.
+        # If there are no patches or no tokens to predict, their output head gets gradients of zeros, because
+        # distributed strategies expect a gradient for every weight.
         unused_heads = patch_values[:0].sum() + token_values[:0].sum()
         return [parts[0]._replace(sum=parts[0].sum + unused_heads), *parts[1:]]
 

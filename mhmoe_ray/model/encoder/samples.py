@@ -82,7 +82,7 @@ def attention_masks(
             is_seen_QU = torch.ones(2 * is_key_BU.shape[1:], dtype=torch.bool, device=is_key_BU.device).tril()
             is_seen_QU[:image_tokens, :image_tokens] = True
             is_key_BQU = is_key_BQU & is_seen_QU
-        # The mask is not boolean, because every layer would convert a boolean mask into one like this.
+        # The mask holds 0 and -inf, because every layer would convert a boolean mask into such a mask.
         mask_BQU = torch.zeros(is_key_BQU.shape, dtype=dtype, device=is_key_BU.device)
         masks.append(mask_BQU.masked_fill_(~is_key_BQU, float("-inf"))[:, None])
     return masks

@@ -24,7 +24,8 @@ def capacity_mask(expert_NK: Tensor, candidate_NK: Tensor, experts: int, capacit
     choices before all second choices, and so on, each in the order of rows. A later row's first choice can therefore
     displace an earlier row's second choice: static routing is not causal.
     """
-    # Routes that are not candidates queue for an extra expert. A stable sort keeps the order within each queue.
+    # Routes that are not candidates for a slot queue for an extra expert, which does not exist. A stable sort keeps the
+    # order within the queue of each expert.
     queue_KN = torch.where(candidate_NK, expert_NK, experts).T.flatten()
     sorted_R, route_R = queue_KN.sort(stable=True)
     start_E = torch.searchsorted(sorted_R, torch.arange(experts + 1, device=sorted_R.device))
@@ -137,7 +138,7 @@ class Router(nn.Module):
             group_rows: number of rows of each modality or task, which lie one after another; for routers that treat
                 them separately.
         """
-        # Autocast would compute logits in bfloat16.
+        # Autocast would compute logits in bfloat16, in which many different logits become equal.
         with torch.autocast(x_ND.device.type, enabled=False):
             return self._route(widen(x_ND), generator, sequences, group_rows)
 
@@ -175,7 +176,8 @@ class Router(nn.Module):
         return Routing(
             expert_NK,
             gate_NK * kept_NK,
-            # The load balancing loss and the router z-loss of no rows would be NaN. The sum is 0 and has a gradient.
+            # Without rows, the load balancing loss and the router z-loss would be NaN. The sum of no logits is 0 and
+            # has a gradient.
             self._balance_loss(routed, sequences, group_rows) if rows else logits_NE.sum(),
             z_loss(logits_NE) if rows else logits_NE.sum(),
             count_E,
@@ -192,7 +194,7 @@ class Router(nn.Module):
         """
         moe = self.moe
         has_random_choice = moe.second_expert == "random" and generator is not None
-        # X-MoE's load balancing loss uses other probabilities than routing.
+        # X-MoE's load balancing loss uses other probabilities than its gates, which the fused kernel does not support.
         has_own_probabilities = (
             SCORES_BY_ROUTER[moe.router].balance_probabilities is not BaseScores.balance_probabilities
         )
@@ -237,8 +239,8 @@ class Router(nn.Module):
         if chosen_NK is not None:
             gate_NK = gate_NK * chosen_NK
         if moe.normalize_gates and is_softmax:
-            # This equals dividing the chosen probabilities by their sum. That sum is 0 if a bias chose experts whose
-            # probabilities have all underflowed.
+            # A softmax of the chosen logits equals the chosen probabilities divided by their sum. It also works if that
+            # sum is 0, because a bias chose experts whose probabilities have all underflowed.
             chosen_logits_NK = logits_NE.gather(-1, expert_NK)
             if chosen_NK is not None:
                 chosen_logits_NK = chosen_logits_NK.masked_fill(~chosen_NK, float("-inf"))

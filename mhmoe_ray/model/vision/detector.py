@@ -94,7 +94,7 @@ class Detector(nn.Module):
             d_model: number of channels of the feature map.
             task: the task, which must have a detector.
         """
-        # torchvision is an optional dependency, which other models do not need.
+        # torchvision is imported here, because it is an optional dependency that models without detectors do not need.
         from torchvision.models.detection.anchor_utils import AnchorGenerator
         from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
         from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -109,8 +109,8 @@ class Detector(nn.Module):
         self.pyramid = Pyramid(d_model, spec.width, spec.scales)
         names = [str(number) for number in range(len(spec.scales))]
         anchors_per_cell = len(spec.anchor_sizes) * len(spec.anchor_ratios)
-        # Anchors need real values even if the weights are created on the meta device. Their sizes depend on the feature
-        # maps, so `_anchors_of` sets them.
+        # Anchors need real values even if the weights are created on the meta device. The sizes here are placeholders:
+        # they depend on the feature maps, and `_anchors_of` sets them.
         with torch.device("cpu"):
             self.anchors = AnchorGenerator([(1.0,)] * len(names), [(1.0,)] * len(names))
         self.regions = RegionProposalNetwork(
@@ -289,7 +289,8 @@ class Detector(nn.Module):
         counts = [len(rows) for rows in object_rows]
         label_R = torch.cat([label_R[rows] for label_R, rows in zip(labels, object_rows, strict=True)])
         if not len(label_R):
-            # The head gets gradients of zeros, because distributed strategies expect a gradient for every weight.
+            # Without regions that show objects, the mask head gets gradients of zeros, because distributed strategies
+            # expect a gradient for every weight.
             return torch.stack([logits_RCYX.sum()] * len(boxes))
         target_RYX = torch.cat(
             [

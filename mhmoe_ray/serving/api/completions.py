@@ -122,7 +122,8 @@ class _TextOffsets:
         """Return the offset of the next token in the text, and advance by its characters."""
         try:
             score.token_bytes.decode()
-        # A token that is a part of a character gets the offset of that character, which is counted once it is complete.
+        # A token that is only a part of a character gets the offset of that character. The offset advances once the
+        # character is complete.
         except UnicodeDecodeError:
             self._partial_bytes += score.token_bytes
             return self._offset

@@ -53,7 +53,8 @@ async def image_request(
                     is_failed = True
                     raise
                 finally:
-                    # The tokens count however the request ends: a client that leaves early has used them.
+                    # The tokens also count if the client leaves early, because it has used them. They do not count if
+                    # the engine fails before it computes any token of an answer.
                     if request.answer_tokens or not is_failed:
                         client.record_tokens(request.input_tokens + request.answer_tokens)
     except TimeoutError as e:

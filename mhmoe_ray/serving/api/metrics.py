@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 from mhmoe_ray.serving.engine import Stats
 from mhmoe_ray.serving.engine.request import BUCKET_BOUNDS, Histogram
 
-# The keys of these three tables are names of fields of `Stats`.
+# The keys of `GAUGES`, `COUNTERS` and `HISTOGRAMS` are names of fields of `Stats`.
 GAUGES = {
     "waiting": "Requests that wait.",
     "running": "Requests that are computed.",

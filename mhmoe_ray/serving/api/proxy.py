@@ -41,7 +41,8 @@ class OpenAIErrorMiddleware:
             await error_response(progress.replacement)(scope, receive, send)
         elif not progress.headers_sent:
             await error_response(LOST_REPLICA)(scope, receive, send)
-        # The HTTP status of a stream has been sent already, so the error can only be the last event of the stream.
+        # A stream that was cut off has already sent its HTTP status, so the error can only be the last event of the
+        # stream.
         elif not progress.is_complete and progress.is_stream:
             event = f"data: {error_body(LOST_REPLICA).model_dump_json()}\n\n".encode()
             await send({"type": "http.response.body", "body": event, "more_body": False})
@@ -71,7 +72,7 @@ class _ResponseProgress:
         elif message["type"] == "http.response.body":
             self.is_complete = not message.get("more_body", False)
             if self.replacement is not None:
-                # Serve writes its texts as JSON strings, so the quotation marks around them are removed.
+                # Serve writes the texts of its errors as JSON strings, so the quotation marks around them are removed.
                 self.replacement.detail.message += message.get("body", b"").decode(errors="replace").strip().strip('"')
                 return
         await self._send(message)

@@ -106,7 +106,8 @@ class Answers:
             is_refused = not any(self._tokens)
             raise
         finally:
-            # The tokens count however the answers end: a client that leaves early has used the tokens up to then.
+            # The tokens up to now count even if the client leaves early or an answer fails, but not if the engine
+            # refused the request.
             if not is_refused:
                 self._client.record_tokens(self.usage.total_tokens)
 
@@ -199,8 +200,8 @@ class EventResponse(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
-        # Starlette leaves closing to the garbage collector, and until then the engine would compute an answer without a
-        # reader.
+        # Without this call, the generator would be closed only by the garbage collector, and until then the engine
+        # would compute an answer without a reader.
         finally:
             await self._events.aclose()
 

@@ -282,7 +282,8 @@ async def _read_body(http_request: Request, parameters: type[Parameters]) -> tup
         try:
             body = ImageInput[parameters].model_validate_json(content)  # type: ignore[valid-type]  # made at run time
         except ValidationError as e:
-            # The handler of these errors reports the second element of the location as the name of the field.
+            # The handler of these errors reports the second element of `loc` as the name of the wrong field, so that
+            # element gets the whole path of the field.
             paths = [".".join(map(str, error["loc"])) for error in e.errors()]
             errors = [
                 {**error, "loc": ("body", path)[: 1 + bool(path)]}

@@ -129,7 +129,8 @@ class JsonLines:
 
     def table_rows(self, table: pa.Table) -> list[Any]:
         """Decode the lines in a table that `read_tables` yielded."""
-        # `json` of the standard library accepts everything that `read_records` accepts.
+        # `read_records` parsed these lines before, and `json` of the standard library accepts all lines that it
+        # accepts.
         return [json.loads(line) for line in table[_LINE].to_pylist()]
 
     def encode(self, table: pa.Table, answers: Sequence[RowAnswer], has_logprobs: bool) -> bytes:

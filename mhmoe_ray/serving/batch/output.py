@@ -67,7 +67,7 @@ class BatchOutput:
         if request := self._read_model(self.request_file, BatchRequest):
             return request
         with self._report_storage_errors():
-            # On an object store, a folder without objects does not exist.
+            # A folder without files counts as unused. On an object store, such a folder does not even exist.
             is_used = self.folder.exists() and next(iter(self.folder.iterdir()), None) is not None
         if is_used:
             raise DataError(f"output {self.folder}", "it is no folder of answers", "give a new or an empty one")

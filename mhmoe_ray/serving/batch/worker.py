@@ -112,7 +112,8 @@ class ChunkWorker:
         from mhmoe_ray.serving.load import load_answerer
 
         self._request, self._output = request, output
-        # All rows of the chunks must be able to wait in the engine.
+        # All rows of the chunks that are computed at a time must be able to wait in the engine, which refuses further
+        # requests.
         spec = spec.model_copy(update={"max_waiting": chunks_at_a_time(request, spec) * request.chunk_rows})
         self._load_error: MhmoeError | None = None
         try:
@@ -173,7 +174,7 @@ class ChunkWorker:
             if isinstance(prompt, str):
                 ids = answerer.encode(prompt)
             else:
-                # The command refuses conversations if the run has no template.
+                # `mhmoe generate` refuses an input with conversations if the run has no chat template.
                 assert answerer.template is not None
                 ids = answerer.encode_chat(answerer.template, prompt)
             prompt_tokens = len(ids)

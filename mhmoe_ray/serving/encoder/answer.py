@@ -56,7 +56,7 @@ class EncoderAnswerer(ServedText):
 
     def encode(self, prompt: str) -> list[int]:
         """Return the token ids of a text as the model reads it, beginning with the start token."""
-        # Like the texts of the training, a text has no special tokens but the first one.
+        # As in training, the start token is the only special token of a text.
         [token_ids] = self._document_encoder.encode([prompt])
         return list(token_ids)
 

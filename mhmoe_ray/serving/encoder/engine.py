@@ -60,7 +60,7 @@ class EncoderEngine(RoundEngine[EncodeRequest, Encoding]):
         results = list[Encoding | Continued[EncodeRequest]]()
         for value, token in zip(inputs, tokens, strict=True):
             caption = [*value.token_ids, token]
-            # `seq_len` includes the start token, so a caption may have one token less.
+            # `seq_len` counts the start token, which is not part of a caption, so a caption may have one token less.
             if token == self._start_token:
                 results.append(Encoding(caption_ids=caption[:-1], finish_reason="stop"))
             elif len(caption) >= min(value.max_tokens or 0, self.seq_len - 1):
@@ -80,7 +80,7 @@ class EncoderEngine(RoundEngine[EncodeRequest, Encoding]):
         encoder = self._model.spec.encoder
         assert encoder is not None
         length = max((len(text) for text in texts), default=1)
-        # The start token fills up shorter texts; attention does not see it there.
+        # Shorter texts are padded with the start token; attention does not see the padding.
         token_NT = torch.full((len(texts), length), self._start_token, device=self._device)
         is_token_NT = torch.zeros(len(texts), length, dtype=torch.bool, device=self._device)
         for row, text in enumerate(texts):

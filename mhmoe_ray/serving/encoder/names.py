@@ -54,6 +54,6 @@ def _read_names(run: RunDir, checkpoint_manifest: CheckpointManifest, tokenizer:
     rows = [[token for token in row if token != padding] for row in held_out_captions(spec, manifest).tolist()]
     names = [name.strip() for name in tokenizer.decode_batch([row[1:] for row in rows])]
     encoded_names = DocumentEncoder(tokenizer).encode(names)
-    # A client sends a name back as text. The text of a cut caption may turn into other tokens, and into more than the
-    # model reads.
+    # A client sends a name back as text, which must become the same tokens again. If a caption was cut, the text may
+    # turn into other tokens, and into more than the model reads.
     return sorted({name for name, row, encoded in zip(names, rows, encoded_names, strict=True) if row == encoded})

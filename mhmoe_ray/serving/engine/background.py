@@ -15,7 +15,7 @@ class RequestTimes:
     """Times of a request by the clock `time.monotonic`; the request arrives when this object is created."""
 
     def __init__(self) -> None:
-        # vLLM reports its times by this clock too, so the two can be compared.
+        # vLLM reports times by this clock too, so they can be compared with the arrival time.
         self.arrival_time = time.monotonic()
         self.last_token_time: float | None = None
         """Time of the answer's newest token; None before the first one."""

@@ -70,8 +70,8 @@ class BlockPool:
         Args:
             block_ids: blocks of one sequence, in the order of its tokens.
         """
-        # The order is reversed, so that the end of a sequence is evicted before its start, because prefixes are shared
-        # most.
+        # The order is reversed, so that the end of a sequence is evicted before its start: requests share their starts
+        # most often.
         for block_id in reversed(block_ids):
             self._reference_counts[block_id] -= 1
             if not self._reference_counts[block_id]:

@@ -46,7 +46,7 @@ class InputState(Generic[Input, Output]):
         """Pass an answer or an error to the coroutine that waits for it. The engine's thread calls this."""
 
         def set_answer() -> None:
-            # A client that has gone away has cancelled its future.
+            # If the client has gone away, its future was cancelled and takes no answer.
             if self.answer.done():
                 return
             if isinstance(answer, EngineError):

@@ -165,7 +165,8 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
             if self._is_closed:
                 return []
             key = next(key for key, queue in self._queues.items() if len(queue))
-            # The key moves behind all others, so that keys take turns.
+            # Requests of different kinds (keys) wait in different queues. The chosen key moves behind all others, so
+            # that keys take turns.
             self._queues[key] = queue = self._queues.pop(key)
             self._running = []
             while len(queue) and len(self._running) < self._spec.max_concurrency:

@@ -17,7 +17,8 @@ from mhmoe_ray.serving.engine.fair_queue import FairQueue
 from mhmoe_ray.serving.engine.request import Request, ScoredToken
 from mhmoe_ray.serving.engine.threaded import Deliver, RequestState
 
-# The number is a multiple of the block size, because requests share whole blocks and a prompt reuses whole chunks.
+# This is a multiple of the block size, because the KV cache shares whole blocks between requests, and a prompt reuses
+# only whole chunks.
 PREFILL_CHUNK = 4 * BLOCK_SIZE
 """Number of prompt tokens that are computed together."""
 
@@ -113,7 +114,8 @@ class Scheduler:
         The chunks are one token for each running answer, and prefill chunks within the budget. The list is empty if
         there are no requests.
         """
-        # Answers come first and do not count against the budget, so prompts never stall them.
+        # Requests that are generating answers come first and do not count against the budget, so new prompts never
+        # stall them.
         chunks = [TokenChunk(s, s.computed_tokens, 1) for s in self.running if s.answer_tokens]
         remaining_budget = self._prefill_budget
         for sequence in [s for s in self.running if not s.answer_tokens]:

@@ -259,7 +259,7 @@ def own_engine(
     if dtype == torch.bfloat16:
         _convert_to_bfloat16(model)
     if spec.gpus_per_replica:
-        # The conversion comes first, because the float32 model may not fit on the GPU.
+        # The conversion to bfloat16 comes before this, because the float32 model may not fit on the GPU.
         model.to("cuda")
     if model.embedding.weight.device.type == "cpu":
         make_batch_invariant(model, dtype)
@@ -283,7 +283,8 @@ def make_batch_invariant(model: Decoder, dtype: torch.dtype) -> None:
         model: the model with all experts, on a CPU.
         dtype: data type of the model's matrices.
     """
-    # Packed matrices are faster, but need instructions that not every CPU has; padded products run on all.
+    # Products with packed matrices are faster, but need instructions that not every CPU has. Products with padded
+    # inputs run on every CPU.
     if packed.unavailable_reason(dtype) is None:
         pack_model(model)
     else:

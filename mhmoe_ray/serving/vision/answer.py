@@ -95,8 +95,8 @@ class VisionAnswerer(ServedModel):
         """
         super().__init__(engine, details)
         self.vision, self.class_names = vision, class_names
-        # Drawing the masks of one image takes longer than decoding an image, and the images of other requests must be
-        # decoded meanwhile.
+        # Masks are drawn in a thread of their own: the masks of one image take longer than decoding an image, and
+        # images of other requests must be decoded meanwhile.
         self._image_thread, self._mask_thread = ImageThread(), ImageThread()
 
     async def read(self, task: str, source: bytes | str) -> TaskImage:

@@ -40,7 +40,7 @@ from mhmoe_ray.storage import Location
 
 WARMUP_REQUEST = Request((0,), SamplingParams(max_tokens=2, top_p=0.9, seed=0), logprobs=1, prompt_logprobs=True)
 """Request that uses all parts of vLLM's sampler, to compile it before clients come."""
-# Each reading is a call to all workers, so it must be rare.
+# To read how often each expert was chosen, the engine calls all workers, so it must do this rarely.
 ROUNDS_PER_COUNT = 256
 """Number of steps between two readings of how many routes each expert got, while the engine is busy."""
 
@@ -103,7 +103,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
             raise EngineError(f"vLLM did not start: {self.failure_reason}") from self._failure
 
     def _run(self) -> None:
-        # The constructor waits for the thread, and raises any failure to start.
+        # `__init__` waits in another thread until vLLM is ready, and raises the error if vLLM does not start.
         try:
             self._vllm = self._create_vllm()
         except Exception as e:
@@ -161,7 +161,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
             engine.add_request("first", {"prompt_token_ids": [0]}, _vllm_params(WARMUP_REQUEST, max_new_tokens=2))
             while engine.has_unfinished_requests():
                 engine.step()
-            # Statistics must include neither the request above nor vLLM's own trial runs.
+            # Statistics must include neither the warm-up request nor the trial runs of vLLM itself.
             self._stat_logger.steps = self._stat_logger.tokens = 0
             engine.collective_rpc("mhmoe_reset_counts")
         return engine
@@ -198,7 +198,8 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
                 self._start_request(self._waiting_queue.pop())
             if self._is_closed:
                 return False
-            # The counts are read before the thread waits, so that they are complete while the engine is idle.
+            # How often each expert was chosen is read before the thread waits for requests, so that the counts are
+            # complete while the engine is idle.
             if not self._running:
                 self._read_expert_counts()
                 self._wait_for_work()
@@ -225,7 +226,8 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
         try:
             params = _vllm_params(state.request, state.max_new_tokens, self._stop_token_ids)
             self._vllm.add_request(state.vllm_id, {"prompt_token_ids": list(state.request.prompt_ids)}, params)
-        # vLLM refuses parameters with various exceptions. An engine that is broken fails in its next step too.
+        # vLLM refuses parameters with various exceptions, so all are caught. If vLLM itself is broken, its next step
+        # fails too.
         except Exception as e:
             state.is_finished = True
             self._fail_request(state, EngineError(f"{type(e).__name__}: {e}"))
@@ -282,7 +284,7 @@ def _vllm_params(
     """Convert the sampling parameters of a request into vLLM's class."""
     params = request.sampling_params
     return VllmSamplingParams(
-        # vLLM needs at least one; it is removed again if the request only scores its prompt.
+        # vLLM generates at least one token. If the request only scores its prompt, this token is removed again.
         max_tokens=max(max_new_tokens, 1),
         temperature=params.temperature,
         top_k=params.top_k,

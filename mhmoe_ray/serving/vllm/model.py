@@ -44,7 +44,7 @@ WEIGHT_NAMES = WeightsMapper(
         ".shared_expert.gate_proj": (".shared_expert.gate_up_proj", 0),
         ".shared_expert.up_proj": (".shared_expert.gate_up_proj", 1),
     },
-    # The router is the training model's module, whose parameters keep their own names.
+    # The router is the class that training uses, so its parameters have other names than in the exported folder.
     orig_to_new_suffix={
         ".gate.weight": ".gate.scores.weight_ED",
         ".gate.wg_reduction.weight": ".gate.scores.reduce_QD",
@@ -73,7 +73,8 @@ class FeedForward(nn.Module):
 
 def _projection(widths: list[int], quant_config: QuantizationConfig | None, prefix: str) -> nn.Module:
     """Return a projection that each rank has in full: linear layers between the given widths, with ReLU in between."""
-    # Ranks share the hidden units of each expert, or whole experts, so each rank needs complete rows as input.
+    # The experts between the projections are sharded over ranks, by hidden units or by whole experts. In both cases
+    # each rank needs complete rows as input, so projections are replicated.
     options = {"return_bias": False, "quant_config": quant_config}
     if len(widths) == 2:
         projection: nn.Module = ReplicatedLinear(*widths, prefix=prefix, **options)

@@ -125,8 +125,8 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
         return sample_digest(stored), micro_batch(samples, self.device, masked_start_token)
 
     def count_targets(self, batches: Iterable[MicroBatch]) -> tuple[Iterable[MicroBatch], list[int], int]:
-        # Samples of "concat" have no padding, so the number follows from the spec. The micro-batches then need not be
-        # read before the first forward pass.
+        # With packing "concat", samples have no padding, so the number of targets follows from the spec. The
+        # micro-batches then need not be read before the first forward pass.
         if self.spec.data.packing == "concat":
             targets = self.spec.tokens_per_step
             return batches, [targets], targets
@@ -217,8 +217,8 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
         sample_count = len(samples.token_BT)
         batch_count = -(-sample_count // (b * world))
         padding_rows = batch_count * b * world - sample_count
-        # Samples that have no weight in the mean fill the last round, so that every rank takes part in every
-        # all-to-all.
+        # Copies of the first sample, which do not count in the mean, fill the last round, so that every rank takes part
+        # in every all-to-all.
         padded = _map_parts(samples, lambda part: torch.cat([part, part[:1].expand(padding_rows, *part.shape[1:])]))
         padded.counts_BT[sample_count:] = False
         total = torch.zeros(2, dtype=torch.float64, device=self.device)

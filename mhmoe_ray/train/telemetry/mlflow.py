@@ -115,7 +115,7 @@ class MlflowRun:
         self._unsent += _drain(self._queue)
         while self._unsent:
             self._client.log_batch(self._run_id, metrics=self._unsent[:MAX_METRICS_PER_REQUEST])
-            # Deleted only after the request succeeded, so that a failed request is repeated.
+            # Metrics are deleted only after their request has succeeded, so that a failed request is repeated.
             del self._unsent[:MAX_METRICS_PER_REQUEST]
 
     def _experiment_id(self) -> str:

@@ -12,7 +12,8 @@ import triton.language as tl
 
 from mhmoe_kernels.triton.functions import dot
 
-# Largest and smallest width of a chunk: the largest N of a wgmma instruction, and the smallest K of a bfloat16 product.
+# Largest and smallest width of a chunk of a row: the largest N of Hopper's matrix instruction wgmma, and the smallest K
+# of a bfloat16 product.
 _MAX_WIDTH, _MIN_WIDTH = 256, 16
 
 

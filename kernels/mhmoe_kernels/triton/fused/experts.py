@@ -40,8 +40,8 @@ class _FusedExperts(torch.autograd.Function):
         route_R, slot_NK, offset_E1, x_ND, gate_NK, *saved = ctx.saved_tensors
         weights, terms, statistics = split(saved, *ctx.counts)
         dy_ND, routes = dy_ND.contiguous(), (route_R, offset_E1, gate_NK.shape[1])
-        # The kernel for weights reads results of the kernel for rows, so the kernel for rows always runs, whichever
-        # gradients are needed.
+        # The kernel for gradients of weights reads results of the kernel for gradients of rows. So the latter runs even
+        # if no gradient of rows is needed.
         dx_RD, dgate_S, row_statistics = fused_backward_rows(
             ctx.kind, x_ND, dy_ND, gate_NK, weights, terms, statistics, *routes
         )

@@ -73,7 +73,8 @@ def gelu_forward(
         g = gelu(u + _load_vector(fc1_bias_EF + expert * F, f, F))
         weighted = g * _load_vector(norm_weight_EF + expert * F, f, F)
         out = add_matmul(out, weighted, load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS), True)
-        # g is 0 past F, so its sum needs no mask. Its deviations from the mean are not 0 there, so they need one.
+        # g is 0 in columns past the hidden width F, so its sum needs no mask. Its deviations from the mean are not 0
+        # there, so they need one.
         merged_count, tile_count = f0 * 1.0, tl.minimum(F - f0, BLOCK_F) * 1.0
         tile_mean = tl.sum(g, 1) / tile_count
         deviation = tl.where((f < F)[None, :], g - tile_mean[:, None], 0.0)
@@ -122,7 +123,8 @@ def gelu_backward_rows(
         t = matmul(dy, load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS), False)
         c += tl.sum(t * _load_vector(norm_weight_EF + vector, f, F) * z, 1)
     tl.store(dscale_S + route, c + _dot_rows(dy, c_ED + expert * D, D, CHUNKS), mask=inside)
-    # a and c are sums over all of f. They are stored for the kernel for weights, which sees only a part of f.
+    # a and c are sums over all hidden columns f. They are stored for the kernel for gradients of weights, whose
+    # programs each see only a part of these columns.
     c /= F
     tl.store(a_R + slot, a, mask=inside)
     tl.store(c_R + slot, c, mask=inside)
@@ -170,7 +172,7 @@ def gelu_backward_weights(
         rstd = tl.load(rstd_R + slot, mask=inside, other=0.0)[:, None]
         a = tl.load(a_R + slot, mask=inside, other=0.0)[:, None]
         c = tl.load(c_R + slot, mask=inside, other=0.0)[:, None]
-        # Rows past the end get the scale 0, which removes them from all sums.
+        # Rows past the end of the expert get the scale 0, which removes them from all sums.
         scale = tl.load(scale_S + route, mask=inside, other=0.0).to(tl.float32)[:, None]
         u = matmul(x, fc1, False) + fc1_bias
         z = (gelu(u) - mean) * rstd

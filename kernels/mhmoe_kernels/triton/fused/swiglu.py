@@ -113,7 +113,7 @@ def swiglu_backward_weights(
         row = (route // K).to(tl.int64)
         x = load_rows(x_ND, row, inside, D, CHUNKS)
         dy = load_rows(dy_ND, row, inside, D, CHUNKS)
-        # Rows past the end get the scale 0, which removes them from all sums.
+        # Rows past the end of the expert get the scale 0, which removes them from all sums.
         scale = tl.load(scale_S + route, mask=inside, other=0.0).to(tl.float32)[:, None]
         h, da, du = _swiglu_gradients(
             matmul(x, gate_chunks, False), matmul(x, up_chunks, False), matmul(dy, down_chunks, False)

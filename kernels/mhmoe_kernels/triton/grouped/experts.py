@@ -171,7 +171,8 @@ class _RoutedExperts(torch.autograd.Function):
         out_RD, statistics = steps.finish(hidden, weights, products)
         ctx.steps, ctx.make_products, ctx.recompute, ctx.tile_rows = steps, make_products, recompute, tile_rows
         ctx.counts = len(weights), len(statistics)
-        # If all hidden rows are recomputed, the rows are gathered again, too.
+        # If the backward recomputes all hidden rows, it also gathers the sorted rows again, so only the unsorted rows
+        # are saved.
         x = x_ND if recompute == 1 else x_RD
         ctx.save_for_backward(*routes, gate_NK, x, *weights, *statistics, *_kept_hidden(hidden, recompute, products))
         y_ND: Tensor = combine_rows(out_RD, None, routes.slot_NK, gate_NK)

@@ -77,9 +77,9 @@ def grouped_outer(a_RO: Tensor, b_RI: Tensor, offset_E1: Tensor) -> Tensor:
     return dw_EOI
 
 
-# torch's own fake implementation of grouped_mm asks a real GPU for its compute capability. The products by torch are
-# therefore operators with other fake implementations. grouped_mm launches two kernels: one prepares the addresses of
-# groups.
+# torch's own fake implementation of grouped_mm asks a real GPU for its compute capability. So the products by
+# grouped_mm are operators of this package, with other fake implementations. grouped_mm launches two kernels, one of
+# which prepares the addresses of groups.
 @operator(
     "torch_linear(Tensor x_RI, Tensor w_EMN, Tensor offset_E1, bool transposed) -> Tensor",
     launches=2,

@@ -77,7 +77,8 @@ def grouped_linear(
             end = tl.load(offset_E1 + expert + 1)
             row = tl.load(start_T + rows_tile) + tl.arange(0, BLOCK_ROWS)
             column = (tile % out_blocks) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-            # Rows past the end are read from the last row instead of masked, because only stores need a mask.
+            # In place of rows past the end of the expert, its last row is read. No mask is needed for that, because
+            # only stores need one.
             source_row = tl.minimum(row, end - 1).to(tl.int64)
             mask = (row < end)[:, None] & (column < OUT)[None, :]
             value_offset = row.to(tl.int64)[:, None] * OUT + column[None, :]

@@ -66,7 +66,8 @@ def computed_function(model: ModelSpec) -> dict[str, Any]:
         "head_projection": moe.has_head_projection,
         "merge_projection": moe.has_merge_projection,
         "router_dim": None if moe.router == "linear" else moe.routing_width,
-        # The rate matters only in training, but a router with a rate has a bias.
+        # The rate at which training adapts the selection bias of a router matters only in training. But a router has
+        # this bias only if the rate is above 0.
         "bias_rate": moe.bias_rate > 0,
     }
     return {**fields, "moe": moe_fields}
@@ -85,7 +86,7 @@ def choose_adapter(model: ModelSpec, seq_len: int) -> Adapter:
             if adapter and computed_function(adapter.to_model_spec()) == computed_function(model):
                 return adapter
         except ValidationError:
-            # The keys of the architecture cannot express this model.
+            # The keys of this architecture cannot express the model, so the next architecture is tried.
             continue
     raise AssertionError(f"the adapter of {MhmoeAdapter.model_type} cannot express {model}")
 

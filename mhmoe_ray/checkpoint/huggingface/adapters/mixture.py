@@ -24,8 +24,8 @@ class MixtureAdapter(Adapter):
         moe = model.moe
         if model.backbone != "llama" or moe is None:
             return None
-        # For a uniform load, the load balancing loss of transformers is top_k and ours is 1. Theirs is a mean over
-        # layers, ours a sum.
+        # Under a uniform load, the load balancing loss is top_k in transformers and 1 in this package. Transformers
+        # takes the mean over layers, and this package the sum.
         coefficient = moe.balance_weight * model.moe_layers / moe.top_k
         return {"num_experts_per_tok": moe.top_k, "router_aux_loss_coef": coefficient}
 
@@ -86,8 +86,8 @@ class MixtralAdapter(MixtureAdapter):
             **self._common_moe_options(),
             "experts": self.num_local_experts,
             "d_expert": self.intermediate_size,
-            # Mixtral divides gates by their sum. With a single expert per token the router would learn nothing, so the
-            # spec refuses such a model.
+            # Mixtral divides the gates of a token by their sum. With one expert per token the gate would always be 1
+            # and the router would learn nothing, so the spec refuses such a model.
             "normalize_gates": True,
             "jitter": self.router_jitter_noise,
         }
@@ -112,7 +112,7 @@ class ManyExpertsAdapter(MixtureAdapter):
     @classmethod
     def _unify_expert_count(cls, fields: dict[str, Any]) -> dict[str, Any]:
         """Return the keys of config.json with the number of experts under the name `num_experts`."""
-        # Some versions of transformers write this number under the name that Mixtral gives it.
+        # Some versions of transformers write the number of experts under the name that Mixtral gives it.
         if "num_local_experts" not in fields or "num_experts" in fields:
             return fields
         other_fields = {key: value for key, value in fields.items() if key != "num_local_experts"}
@@ -156,7 +156,7 @@ class Qwen3MoeAdapter(ManyExpertsAdapter):
             return None
         return {
             **fields,
-            # The key must be there, even if no layer is dense.
+            # `intermediate_size` is a required key, even if no layer is dense.
             "intermediate_size": model.d_ff or moe.d_expert,
             "moe_intermediate_size": moe.d_expert,
             "decoder_sparse_step": moe.every,
