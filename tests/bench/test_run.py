@@ -3,9 +3,10 @@
 import pytest
 
 from mhmoe_ray.bench import run as bench
-from mhmoe_ray.errors import JobError, SpecError
+from mhmoe_ray.cli.bench import run
+from mhmoe_ray.errors import DataError, JobError, SpecError
 from mhmoe_ray.spec import dump_spec
-from tests.cli.run import assert_one_line, mhmoe_subprocess
+from tests.cli.run import mhmoe_subprocess
 from tests.specs import tiny_spec
 
 
@@ -15,13 +16,13 @@ def test_run_and_loop_end_with_same_loss(project):
     previous_files = sorted(project.rglob("*"))
     result = mhmoe_subprocess(project, "bench", "run", "spec.yaml", "--threads", "1", "--rounds", "1", "--json")
     output = result.json()
-    [run], [loop], [settled] = output["run"], output["loop"], output["settled"]
-    assert run["loss"] == loop["loss"] == settled["loss"] > 0
-    assert output["kept"] == loop["seconds"] / run["seconds"]
-    assert output["kept_of_settled"] == settled["seconds"] / run["seconds"]
-    assert 0 <= run["data_wait"] < 1
+    [ray_run], [loop], [settled] = output["run"], output["loop"], output["settled"]
+    assert ray_run["loss"] == loop["loss"] == settled["loss"] > 0
+    assert output["kept"] == loop["seconds"] / ray_run["seconds"]
+    assert output["kept_of_settled"] == settled["seconds"] / ray_run["seconds"]
+    assert 0 <= ray_run["data_wait"] < 1
     assert (output["steps"], output["tokens"]) == (20 - bench.WARM_UP_STEPS, (20 - bench.WARM_UP_STEPS) * 4 * 2 * 16)
-    for part in ("a run keeps 0.", "tokens/s", "waits for data", f"all end at loss {run['loss']:.4f}"):
+    for part in ("a run keeps 0.", "tokens/s", "waits for data", f"all end at loss {ray_run['loss']:.4f}"):
         assert part in result.err
     assert sorted(project.rglob("*")) == previous_files
 
@@ -40,5 +41,5 @@ def test_too_few_steps_are_refused():
 
 def test_bench_run_requires_prepared_data(tmp_path):
     (tmp_path / "spec.yaml").write_text(dump_spec(tiny_spec(tmp_path)))
-    result = mhmoe_subprocess(tmp_path, "bench", "run", "spec.yaml")
-    assert_one_line(result, 4, "it is not there", "mhmoe data prepare SPEC")
+    with pytest.raises(DataError, match="it is not there; run: mhmoe data prepare SPEC"):
+        run(tmp_path / "spec.yaml")

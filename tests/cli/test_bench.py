@@ -35,6 +35,7 @@ def test_bench_layer_shows_ratios_their_rounds_and_memory(tmp_path):
         assert part in result.err
 
 
+@pytest.mark.slow  # tests/model/test_loss.py compares chunks and their memory
 def test_bench_loss_compares_chunks_with_all_logits(tmp_path):
     sizes = ("--tokens", "64", "--vocab-size", "500", "--d-model", "16", "--chunk-rows", "8", "--precision", "float32")
     result = mhmoe_subprocess(tmp_path, "bench", "loss", *sizes, "--rounds", "2", "--json")

@@ -43,7 +43,7 @@ def bearer(key):
 @pytest.fixture(scope="module")
 def port(checkpoint):
     with start_ray_serve() as port:
-        deploy([application_config("tiny", checkpoint, SPEC, "tiny-abc123")])
+        deploy([application_config("tiny", checkpoint, TWO, "tiny-abc123")])
         wait_for_status("tiny", "RUNNING")
         yield port
 
@@ -161,6 +161,8 @@ def test_update_completes_all_requests(client, checkpoint, expert_parallel_check
 
     The update serves the same weights from other files, so both replicas give the same answers.
     """
+    deploy([application_config("tiny", checkpoint, SPEC, "tiny-abc123")])
+    wait_for_status("tiny", "RUNNING")
     [previous_stats] = client.get("/stats").json()["replicas"]
     body = {"prompt": "the quick", "temperature": 0, "max_tokens": 40}
     expected = complete(client, **body)["choices"]

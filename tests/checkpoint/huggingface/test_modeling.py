@@ -230,7 +230,10 @@ def test_export_needs_only_torch_and_transformers(exported_folder, tmp_path):
     run_script(LOAD + IMPORT_AFTER, exported_folder, tmp_path=tmp_path)
 
 
-@pytest.mark.parametrize("script", [IMPORT_BEFORE, IMPORT_OWN_MODULE], ids=["package", "module"])
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(IMPORT_BEFORE, id="package", marks=pytest.mark.slow), pytest.param(IMPORT_OWN_MODULE, id="module")],
+)
 def test_package_registers_the_model_before_transformers_is_imported(exported_folder, tmp_path, script):
     run_script(script, exported_folder, tmp_path=tmp_path)
 
