@@ -118,7 +118,7 @@ def level_environment(level: CpuLevel) -> dict[str, str]:
     """Return the environment variables that restrict this package, torch, oneDNN and MKL to an instruction level.
 
     They must be set before the first computation, because each library reads its variable then. Child processes inherit
-    them. On other architectures than x86, only this package's own variable is returned.
+    them. On architectures other than x86, only this package's own variable is returned.
 
     Args:
         level: the level; if it is above the machine's own level, the machine's level is used.

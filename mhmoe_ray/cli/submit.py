@@ -93,7 +93,7 @@ def _unfinished_run(spec: "RunSpec") -> "RunDir | None":
     """Return the newest run of this spec if it ended before its last step; return None if it is finished or missing.
 
     Raises:
-        RunError: the run may still be running, or its own spec differs from this one.
+        RunError: the run may still be running, or the spec in its run directory differs from the given one.
     """
     from mhmoe_ray.api.attempts import final_outcome
     from mhmoe_ray.errors import RunError

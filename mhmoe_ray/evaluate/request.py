@@ -83,8 +83,8 @@ class EvalRequest(BaseModel):
         the same key. The key changes if a file of the text changes.
         """
         excluded_fields = {"run", "batch", "cpus", "gpus"}
-        # Fields that are None are left out, so that the key stays the same as in earlier versions, which had none of
-        # these fields.
+        # Fields that are None are left out of the hash of the request, which then stays the same as in earlier versions
+        # without these fields.
         excluded_fields |= {
             name for name in ("prior", "probe", "probe_version", "text_version") if getattr(self, name) is None
         }

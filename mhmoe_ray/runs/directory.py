@@ -240,7 +240,7 @@ def list_runs(storage: Location | str) -> list[RunDir]:
             try:
                 creation_times[run] = run.creation_time()
             except RunError as e:
-                # If run.json is missing by now, the run was removed meanwhile, which is no reason for a warning.
+                # If this file (run.json) is missing by now, the run was removed meanwhile, so no warning is needed.
                 if run.attempts_file.exists():
                     print(f"warning: {e}", file=sys.stderr)
     return sorted(creation_times, key=creation_times.__getitem__)

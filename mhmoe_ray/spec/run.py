@@ -359,7 +359,7 @@ class RunSpec(Section):
     def with_absolute_paths(self, base: Path) -> Self:
         """Return the same spec with absolute paths.
 
-        Relative paths start at `base`. Addresses in an object store stay the same.
+        Relative paths are resolved against `base`. Addresses in an object store stay the same.
         """
         data = self.data
         sources = {n: s.model_copy(update={"path": absolute_path(base, s.path)}) for n, s in data.sources.items()}

@@ -91,7 +91,8 @@ def _record_end(run: RunDir, attempt: int, kind: Literal["failed", "stopped"], r
         try:
             events.record(run, kind, reason=reason)
         except StorageError as e:
-            # Without the event, `mhmoe status` takes the reason from the job's log, so the log must have the reason.
+            # The event of a failed attempt has its reason. If the event cannot be written, `mhmoe status` takes the
+            # reason from the job's log.
             e.log()
             if str(e) != reason:
                 print(reason)

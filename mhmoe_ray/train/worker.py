@@ -354,7 +354,7 @@ def _node_domains(spec: RunSpec, worker_infos: list[WorkerInfo]) -> list[str] | 
 
 
 class _TimedBatches:
-    """Iterator over the next `count` micro-batches of a stream, which times the waits and collects digests."""
+    """Iterator over the next `count` micro-batches of a stream, which times waits and collects digests of samples."""
 
     def __init__(self, stream: Iterator[dict[str, np.ndarray]], count: int, objective: Objective[Any, Any]) -> None:
         self._stream, self._remaining, self._objective = stream, count, objective

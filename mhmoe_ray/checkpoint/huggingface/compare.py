@@ -159,7 +159,7 @@ def compare_weights(first_model: StoredModel, second_model: StoredModel) -> list
 
 
 def _compare_functions(first_model: ModelSpec, second_model: ModelSpec) -> list[Finding]:
-    """Return a finding for each option by which two models compute differently."""
+    """Return a finding for each option that makes two models compute differently."""
 
     def flat(fields: dict[str, object], prefix: str = "") -> dict[str, object]:
         items: dict[str, object] = {}

@@ -209,8 +209,9 @@ class HierarchicalDispatch:
         is_local_WK = (expert_WK >= 0) & (expert_WK < experts_per_node)
         expert_WK, gate_WK = (t.where(is_local_WK, 0) for t in (expert_WK, gate_WK))
         # The rank's own rows are dispatched together with the rows from its rail (the ranks at the same position on
-        # other nodes), and so wait for them. Dispatching them meanwhile would take a second flat dispatch, with five
-        # more exchanges, to hide at most 1/G of the experts' work on G nodes (distributed/README.md).
+        # other nodes), and so wait for the exchange along the rail. Dispatching the own rows meanwhile would take a
+        # second flat dispatch, with five more exchanges, to hide at most 1/G of the experts' work on G nodes
+        # (distributed/README.md).
         routes = node_counts[rail.rank][1] + sum(routes for _, routes in in_J)
         kernel = experts.select_kernel(x_ND, weights)
         y_WD, _ = self._flat.dispatch_rows(x_WD, expert_WK, gate_WK, kernel, weights, routes=routes)

@@ -134,7 +134,7 @@ class JsonLines:
         return [json.loads(line) for line in table[_LINE].to_pylist()]
 
     def encode(self, table: pa.Table, answers: Sequence[RowAnswer], has_logprobs: bool) -> bytes:
-        """Return the lines of a table, with the keys of its answer added at the end of each line."""
+        """Return the rows of a table as lines of JSON; the keys of a row's answer are added at the end of its line."""
         columns = answer_columns(has_logprobs)
         return b"".join(
             _add_keys(line, {name: getattr(answer, name) for name in columns})
