@@ -6,10 +6,9 @@ from pathlib import Path
 
 FORKED_IDS = """
 import os
-from worker_forks import JOB_MODULES, NODE_MODULES, TRAINING_MODULES, import_modules, import_ray_modules
+from worker_forks import JOB_MODULES, import_ray_modules
 
-import_modules(NODE_MODULES)
-import_ray_modules(JOB_MODULES + TRAINING_MODULES)
+import_ray_modules(JOB_MODULES)
 for _ in range(2):
     if not os.fork():
         import ray

@@ -15,7 +15,10 @@ from mhmoe_ray.planner.placement import single_node_layout
 from tests.kernels.triton.accounting import Accounting
 from tests.specs import tiny_spec
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+]
 TRUNK = {"vocab_size": 512, "d_model": 256, "layers": 4, "attention_heads": 4}
 
 

@@ -395,7 +395,7 @@ def test_client_disconnect_while_sending_ends_the_answer_at_once(tokenizer, body
     answerer.engine.close()
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(
     temperature=st.sampled_from([0, 0.7, 1.5]),
     seed=st.integers(0, 1000),

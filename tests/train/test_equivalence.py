@@ -10,6 +10,8 @@ from tests.ranks import run_ranks
 from tests.specs import tiny_spec
 from tests.train import jobs
 
+pytestmark = pytest.mark.long
+
 STEPS = 20
 
 

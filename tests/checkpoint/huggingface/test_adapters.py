@@ -21,6 +21,8 @@ from tests.checkpoint.huggingface.test_names import model_specs
 from tests.llama_tokenizer import llama_tokenizer
 from tests.paged import logits_in_parts
 
+pytestmark = pytest.mark.long
+
 TOKENS = torch.randint(320, (2, SEQ_LEN), generator=torch.Generator().manual_seed(0))
 SIZES = {
     "vocab_size": 320,

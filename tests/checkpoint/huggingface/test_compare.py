@@ -15,6 +15,8 @@ from tests.checkpoint.huggingface.conftest import MODELS, export_run, make_run
 from tests.checkpoint.huggingface.test_import import edit_config
 from tests.cli.run import mhmoe
 
+pytestmark = pytest.mark.long
+
 EXPERTS = "model.layers.1.block_sparse_moe.experts"
 
 

@@ -38,6 +38,8 @@ from tests.paged import logits_in_parts
 from tests.ranks import run_ranks
 from tests.serving.asking import answer_pieces, answer_tokens
 
+pytestmark = pytest.mark.long
+
 TOKENS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(0))
 
 

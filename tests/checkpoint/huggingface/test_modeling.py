@@ -28,6 +28,8 @@ from tests.checkpoint.huggingface.conftest import MODEL_TYPES, MODELS, SEQ_LEN, 
 from tests.checkpoint.huggingface.test_names import model_specs
 from tests.serving.asking import answer_tokens
 
+pytestmark = pytest.mark.long
+
 TOKENS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(0))
 PROMPTS = ["fox", "the quick brown fox jumps"]
 OWN_KINDS = [kind for kind in MODELS if kind not in MODEL_TYPES]

@@ -17,6 +17,8 @@ from mhmoe_ray.data.sources.items import DamageError
 from tests.data.sources.read import bad_lines, document_texts, read_source
 from tests.data.texts import make_documents
 
+pytestmark = pytest.mark.long
+
 TEXTS = make_documents("long", 6000, words=90)
 LINES = [json.dumps({"text": t}).encode() + b"\n" for t in TEXTS]
 CONTENT = b"".join(LINES)

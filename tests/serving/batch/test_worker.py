@@ -9,6 +9,8 @@ from mhmoe_ray.serving.engine.sampler import Sampler
 
 from .conftest import GREEDY, PROMPTS, answer_here, make_request, read_output, served, served_texts, write_input
 
+pytestmark = pytest.mark.long
+
 LONG_PROMPT = "the quick brown fox " * 40
 
 
