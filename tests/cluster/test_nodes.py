@@ -69,6 +69,8 @@ def test_ray_packs_workers_as_forecast():
     """A first run is placed on free nodes, and then a second one on the resources that remain."""
     environment = {name: value for name, value in os.environ.items() if name not in USER_CLUSTER_VARIABLES}
     environment |= {"RAY_AUTH_MODE": "disabled"}
+    # Ray in this process hides GPUs from its children, and then refuses nodes that claim to have some.
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
     command = [sys.executable, "-m", "tests.cluster.pack_workers"]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
