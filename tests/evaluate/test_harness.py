@@ -108,7 +108,7 @@ def test_lm_eval_chooses_as_the_model_does(run, tmp_path):
     answerer.engine.close()
 
 
-@pytest.mark.slow  # the test of choices runs lm-eval, too
+@pytest.mark.slow  # the quick test of lm-eval is that of choices; it does not generate
 def test_generated_text_is_that_of_the_engine(run, tmp_path):
     """The target of two questions is the text that our engine generates, so that exactly these are right."""
     answerer = load_answerer(newest_checkpoint(run[0], ("weights",))[0], ServeSpec())

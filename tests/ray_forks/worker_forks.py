@@ -38,8 +38,8 @@ TRAINING_VARIABLE = "MALLOC_ARENA_MAX"
 """Environment variable that only workers that train have."""
 IDLE_SECONDS = 20
 """Seconds without a request after which a job's server ends. Later workers of its job start another one."""
-PATIENCE_SECONDS = 2
-"""Seconds between two looks whether the raylet of a node's server, or the node's server of a job's, has ended."""
+POLL_SECONDS = 2
+"""Seconds between two checks whether the parent of a server has ended: the raylet, or the node's server."""
 INTERPRETER_FOLDERS = os.environ.get("PYTHONPATH", "").split(os.pathsep)
 """Folders that this interpreter was started with."""
 
@@ -161,7 +161,7 @@ def serve_job(first_request: dict[str, Any], connection: socket.socket | None = 
     node_server = os.getppid()
     listener = listen(first_request["job_address"])
     if listener is None:
-        # Another request has been earlier, so there is a server of this job already.
+        # Another process has become the server of this job in the meantime, and takes the request.
         if send(json.dumps(first_request), first_request["job_address"]) and connection is not None:
             connection.sendall(b"1")
         os._exit(0)
@@ -195,11 +195,11 @@ def connections(listener: socket.socket, parent: int, idle_seconds: float = floa
     """Yield connections until the parent of this process has ended, or `idle_seconds` pass without a connection."""
     idle_time = 0.0
     while os.getppid() == parent and idle_time < idle_seconds:
-        listener.settimeout(PATIENCE_SECONDS)
+        listener.settimeout(POLL_SECONDS)
         try:
             connection, _ = listener.accept()
         except TimeoutError:
-            idle_time += PATIENCE_SECONDS
+            idle_time += POLL_SECONDS
             continue
         idle_time = 0
         connection.settimeout(None)
@@ -237,7 +237,7 @@ def import_ray_modules(names: Iterable[str]) -> None:
     """Import modules of Ray, or that import Ray, without drawing random numbers from the generator of Ray's C++.
 
     Forked processes would share the state of this generator, and give equal ids to different tasks. Ray draws from it
-    for the id of each class of actors, also while it is imported.
+    for the id of each class of actors, even while Ray is imported.
     """
     import ray.actor
 
