@@ -100,7 +100,7 @@ def part_samples(spec: RunSpec, part: MicroBatchPart, seed: int) -> EncoderSampl
 
 
 def micro_batch_samples(spec: RunSpec, micro_batch: int) -> EncoderSamples:
-    """Return the samples of all parts of a micro-batch."""
+    """Return the samples of the micro-batch number `micro_batch`, for all parts of the spec's objective."""
     return EncoderSamples.join(
         [part_samples(spec, part, 100 * micro_batch + number) for number, part in enumerate(spec.parts)]
     )

@@ -1,4 +1,4 @@
-"""Find the checkpoint of a run to serve, with its settings and API keys."""
+"""Find what a server needs: the checkpoint of a run, the run's settings for serving and the API keys."""
 
 import os
 from collections.abc import Sequence

@@ -87,8 +87,8 @@ def _checked_details(connection: Connection, application: dict[str, Any], host: 
     Raises:
         ServeError: Serve listens on another host or port, or another application answers at that route.
     """
-    # Shut Serve down if it has no applications. Otherwise it would keep its address, even one that it failed to listen
-    # on, and the new address would be refused.
+    # Shut Serve down if it has no applications. If it stayed up, it would keep its address, even one that it failed to
+    # listen on, and the new address would be refused.
     details = shut_down_idle(connection)
     _check_address(details, host, port)
     _check_route(details, application)

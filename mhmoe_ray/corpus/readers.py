@@ -22,7 +22,7 @@ class Document:
     """A document of a sample corpus: its title and its text.
 
     Attributes:
-        title: the document's title; empty if it has none, as a source file.
+        title: the document's title; empty if it has none. Source files have none.
         paragraphs: the parts of the text that `Cleaner` keeps or drops as a whole; a source file is one paragraph.
     """
 

@@ -46,7 +46,7 @@ def test_two_random_kills_change_nothing(project, request):
     wait_for_end(run)
     reference = request.getfixturevalue("reference")  # requested only now, so that the run above prepares the data
     harness.assert_equals_undisturbed_run(run, reference)
-    assert len(committed_checkpoints(run)) <= 3  # two newest ones, and the best one if it is older
+    assert len(committed_checkpoints(run)) <= 3  # the two newest ones, and the best one if it is older
     assert uncommitted_checkpoints(run) == []
 
 

@@ -354,7 +354,8 @@ def test_gradients_of_every_parameter_match_finite_differences(name, backbone):
         output = model(token[:, :-1])
         return token_losses(output.logits_BTV, token[:, 1:]).double().mean() + routing_loss(spec, output.routing)
 
-    def wide_loss():  # in float64; token_losses is float32 by design, too coarse for finite differences
+    # token_losses computes in float32, which is too coarse for finite differences. This loss is computed in float64.
+    def wide_loss():
         output = model(token[:, :-1])
         cross = F.cross_entropy(output.logits_BTV.flatten(0, 1), token[:, 1:].flatten())
         return cross + routing_loss(spec, output.routing)

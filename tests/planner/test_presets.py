@@ -63,7 +63,7 @@ def test_first_papers_presets_have_the_settings_of_its_runs():
     four = preset_models(find_preset("p1-mhmoe-32-h4-k4"))[0].moe
     assert (four.top_k, four.capacity_factor, four.second_expert) == (4, None, "always")
     compute = compare_models(model, reference)["multiply-adds of expert layers"].ratio
-    # P2 says that at equal parameters the compute is about 4.1 times as large.
+    # The second paper says that at equal parameters, this model's compute is about 4.1 times that of the reference.
     assert compute == pytest.approx(130 / 32, rel=0.02)
 
 

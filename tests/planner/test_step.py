@@ -1,4 +1,4 @@
-"""Tests of planned FLOPs and bytes of the expert step, against counts of the operations that run."""
+"""Tests of planned FLOPs and bytes of the experts' computation, against counts of the operations that run."""
 
 import math
 

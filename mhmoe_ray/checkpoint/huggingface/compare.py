@@ -93,8 +93,8 @@ def _open_checkpoint(checkpoint: Location) -> StoredModel:
     entries = tensor_entries(manifest.model)
     entry_of = {name: entry for group in entries for entry in group for name in entry.exported_names}
     names = {name for name, entry in entry_of.items() if entry.checkpoint_name in index}
-    # A tensor may be exported in several parts, which callers read one after another. The parts of the last tensor are
-    # kept, so that it is loaded only once.
+    # A tensor may be exported in several parts, which callers read one after another. The parts of the tensor that was
+    # loaded last are kept, so that it is loaded only once.
     last_parts: dict[str, Tensor] = {}
 
     def read(name: str) -> Tensor:

@@ -87,7 +87,10 @@ def hide_tokens(tokens: np.ndarray, mask: np.ndarray, vocab_size: int, seed: int
 
 
 def masked_count(tokens: int, share: float) -> int:
-    """Return how many tokens of a text to hide: a rounded share, but at least one, and never all of two or more."""
+    """Return how many tokens of a text to hide: a rounded share, but at least one token.
+
+    If the text has two or more tokens, at least one stays visible.
+    """
     return max(1, min(hidden_count(tokens, share), tokens - 1))
 
 

@@ -124,7 +124,7 @@ class SidecarFiles(NamedTuple):
         )
 
     def required_paths(self, filters: FilterSpec) -> list[str]:
-        """Return those of the three paths whose files the filters of a source need."""
+        """Return the paths of the signals, duplicates and minhash files that the filters of a source need."""
         is_required = {
             self.signals: filters.gopher or filters.signals,
             self.duplicates: filters.deduplicate,

@@ -121,7 +121,7 @@ class ZeroStrategy(Strategy):
         return nullcontext()
 
     def whole_layers(self) -> list[CastingModule]:
-        """Return no layers, because DeepSpeed may replace the data of any parameter."""
+        """Return no layers: DeepSpeed may replace the data of any parameter, so weights are not cast once per step."""
         return []
 
     def backward(self, objective: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Tests of the order of runs that continue the order of another run: no sample is repeated, and none is left out."""
+"""Tests of the order of samples in runs that continue another run: no sample is repeated, and none is left out."""
 
 import numpy as np
 import pytest
