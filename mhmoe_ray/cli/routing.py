@@ -115,7 +115,7 @@ def routing_figures(by_domain: "dict[str, Any]") -> dict[str, Any]:
     return {
         "tokens": total_counts.tokens,
         "layers": layers,
-        "routes_per_token": len(total_counts.distinct[0]) - 1,
+        "routes_per_token": activation.routes_per_token(total_counts),
         "activated": dict(zip(activation.THRESHOLDS, activation.activated_shares(total_counts), strict=True)),
         "activated_relative": dict(
             zip(activation.RELATIVE_THRESHOLDS, activation.relative_activated_shares(total_counts.counts), strict=True)
@@ -173,7 +173,7 @@ def _print_figures(figures: dict[str, Any]) -> None:
         agreement = "" if layer["agreement"] is None else f"{layer['agreement']:.1%}"
         loads = [f"{layer['entropy']:.3f}", f"{layer['least']:.2f}", f"{layer['most']:.2f}"]
         rows.append([str(layer_number), *loads, f"{layer['distinct']:.2f}", agreement, f"{layer['first_weight']:.3f}"])
-    experts = f"experts of {figures['routes_per_token']}"
+    experts = f"experts of {figures['routes_per_token']:.4g}"
     columns = ["layer", "entropy", "least", "most", experts, "heads agree", "first weight"]
     print_untruncated(number_table(columns, rows))
     out.print("least and most: loads, 1 is uniform; experts: different ones that a token sees, of its routes\n")

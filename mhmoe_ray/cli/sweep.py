@@ -90,9 +90,8 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     steps = {row["step"] for row in rows if row["step"]}
     if steps:
         step_text = " and ".join(f"{step:,}" for step in sorted(steps))
-        out.print(
-            f"validation loss in nats per token at step {step_text}, mean and deviation over seeds; ratios to the first"
-        )
+        unit = "summed over all parts" if part_names else "in nats per token"
+        out.print(f"validation loss {unit} at step {step_text}, mean and deviation over seeds; ratios to the first")
 
 
 def sweep(

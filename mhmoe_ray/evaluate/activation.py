@@ -32,7 +32,18 @@ def sum_counts(counts: Iterable[RoutingCounts]) -> RoutingCounts:
     def field_sum(name: str) -> Any:
         return np.sum([np.array(getattr(text_counts, name)) for text_counts in all_counts], axis=0).tolist()
 
-    return RoutingCounts(**{name: field_sum(name) for name in RoutingCounts.model_fields})
+    sums = {name: field_sum(name) for name in RoutingCounts.model_fields if name != "distinct"}
+    # The tasks of a vision model may choose different numbers of experts. The histograms of the largest number are the
+    # longest ones; the others have zeros at their end.
+    histograms = [np.array(text_counts.distinct) for text_counts in all_counts]
+    length = max(histogram.shape[1] for histogram in histograms)
+    padded = [np.pad(histogram, ((0, 0), (0, length - histogram.shape[1]))) for histogram in histograms]
+    return RoutingCounts(**sums, distinct=np.sum(padded, axis=0).tolist())
+
+
+def routes_per_token(counts: RoutingCounts) -> float:
+    """Return the mean number of routes of a token: h times k, or a number between if texts have different k."""
+    return sum(counts.counts[0]) / max(1, counts.tokens)
 
 
 def expert_loads(routes: RouteCounts) -> np.ndarray:

@@ -82,16 +82,22 @@ class EvalRequest(BaseModel):
         The hash leaves out the run directory, the batch size and the resources, so requests for the same results have
         the same key. The key changes if a file of the text changes.
         """
-        excluded_fields = {"run", "batch", "cpus", "gpus"}
-        # Fields that are None are left out of the hash of the request, which then stays the same as in earlier versions
-        # without these fields.
-        excluded_fields |= {
+        return f"{self.checkpoint}-{self._digest({'run', 'batch', 'cpus', 'gpus'})}"
+
+    @property
+    def question_digest(self) -> str:
+        """Hash of what is asked of a checkpoint, which is the same for the checkpoints of all runs."""
+        return self._digest({"run", "batch", "cpus", "gpus", "checkpoint"})
+
+    def _digest(self, excluded_fields: set[str]) -> str:
+        """Return the first eight characters of the hash of all fields but these."""
+        # Fields that are None are left out of the hash, which then stays the same as in earlier versions without these
+        # fields.
+        unset_fields = {
             name for name in ("prior", "probe", "probe_version", "text_version") if getattr(self, name) is None
         }
-        question_fields = self.model_dump(mode="json", exclude=excluded_fields)
-        return (
-            f"{self.checkpoint}-{hashlib.sha256(json.dumps(question_fields, sort_keys=True).encode()).hexdigest()[:8]}"
-        )
+        question_fields = self.model_dump(mode="json", exclude=excluded_fields | unset_fields)
+        return hashlib.sha256(json.dumps(question_fields, sort_keys=True).encode()).hexdigest()[:8]
 
     @property
     def description(self) -> str:

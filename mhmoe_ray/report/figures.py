@@ -170,7 +170,7 @@ def read_routes(figures: RunFigures) -> Routes | None:
     if evaluated:
         total_counts = activation.sum_counts(evaluated[-1].routing.values())
         agreement = activation.mean_head_agreement(total_counts)
-        per_token = len(total_counts.distinct[0]) - 1
+        per_token = max(1.0, activation.routes_per_token(total_counts))
         return Routes(
             activation.expert_loads(total_counts.counts),
             f"{evaluated[-1].request.description}, step {evaluated[-1].step:,}",

@@ -16,7 +16,7 @@ from mhmoe_ray.report import plots
 from mhmoe_ray.report.comparison import Comparison, compare_runs
 from mhmoe_ray.report.figures import Routes, RunFigures, compare_expert_use
 from mhmoe_ray.report.quality import runs_without_quality
-from mhmoe_ray.report.variants import Variant, variant_row
+from mhmoe_ray.report.variants import Variant, loss_unit, variant_row
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.metrics import METRICS
@@ -69,6 +69,7 @@ def render_page(comparison: Comparison, svg_by_name: Mapping[str, str]) -> str:
         .get_template("page.html")
         .render(
             title=", ".join(v.name for v in variants),
+            loss_unit=loss_unit(variants),
             creation_time=time.strftime("%Y-%m-%d %H:%M"),
             rows=[_variant_row(v, comparison.baseline, step, routes_by_name.get(v.name)) for v in variants],
             part_names=[*dict.fromkeys(name for v in variants for name in (v.part_losses(step) if step else {}))],

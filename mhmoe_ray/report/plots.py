@@ -9,7 +9,7 @@ import numpy as np
 from mhmoe_ray.evaluate import activation
 from mhmoe_ray.plotting import COLOURS, ROW_INCHES, new_figure
 from mhmoe_ray.report.figures import Routes, RunFigures
-from mhmoe_ray.report.variants import Variant, losses_at
+from mhmoe_ray.report.variants import Variant, loss_unit, losses_at
 from mhmoe_ray.runs import metrics
 
 if TYPE_CHECKING:
@@ -101,8 +101,9 @@ def draw_validation(variants: Sequence[Variant], axis_name: str) -> "Figure":
         if len(losses) > 1:
             axis.fill_between(x, losses.min(0), losses.max(0), color=style["color"], alpha=0.15, linewidth=0)
     _scale_to_later_losses(axis, variants)
-    axis.set(xlabel=title, ylabel="nats per token", title=f"validation loss against {title}")
-    if metrics.perplexity(axis.get_ylim()[1]) is not None:
+    axis.set(xlabel=title, ylabel=loss_unit(variants), title=f"validation loss against {title}")
+    has_perplexity = not any(variant.has_summed_loss for variant in variants)
+    if has_perplexity and metrics.perplexity(axis.get_ylim()[1]) is not None:
         second = axis.secondary_yaxis("right", functions=(np.exp, lambda y: np.log(np.maximum(y, 1e-9))))
         second.set_ylabel("perplexity")
     if axis_name == "steps":
@@ -136,7 +137,7 @@ def draw_differences(variants: Sequence[Variant], baseline: Variant) -> "Figure"
         axis.plot(steps, differences_SR.mean(1), label=variant.name, marker=".", markersize=4, **style)
         if differences_SR.shape[1] > 1:
             axis.fill_between(steps, low_S, high_S, color=style["color"], alpha=0.12, linewidth=0)
-    axis.set(xlabel="steps", ylabel="nats per token", title=f"validation loss less that of {baseline.name}")
+    axis.set(xlabel="steps", ylabel=loss_unit(variants), title=f"validation loss less that of {baseline.name}")
     _use_integer_steps(axis)
     _add_legend(figure, axis)
     return figure

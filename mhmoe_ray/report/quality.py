@@ -50,9 +50,10 @@ def quality_tables(variants: Sequence[Variant], baseline: Variant) -> list[Quali
     Raises:
         DataError: scipy, which intervals need, is not installed.
     """
-    by_key = [_evaluations_by_key(run) for variant in variants for run in variant.runs]
-    common_keys = [key for key in by_key[0] if all(key in evaluations for evaluations in by_key)] if by_key else []
-    return [_table(by_key[0][key], key, variants, baseline) for key in common_keys]
+    by_run = [_evaluations_by_question(run) for variant in variants for run in variant.runs]
+    first_run = by_run[0] if by_run else {}
+    common_questions = [question for question in first_run if all(question in evaluations for evaluations in by_run)]
+    return [_table(first_run[question], question, variants, baseline) for question in common_questions]
 
 
 def runs_without_quality(variants: Sequence[Variant]) -> list[RunFigures]:
@@ -60,25 +61,32 @@ def runs_without_quality(variants: Sequence[Variant]) -> list[RunFigures]:
 
     The list is empty if all runs have an evaluation in common, or if no run has any evaluation.
     """
-    by_run = [(run, set(_evaluations_by_key(run))) for variant in variants for run in variant.runs]
-    run_counts = Counter(key for _, keys in by_run for key in keys)
-    [(most_common_key, _)] = run_counts.most_common(1) or [("", 0)]
-    return [run for run, keys in by_run if run_counts and most_common_key not in keys]
+    by_run = [(run, set(_evaluations_by_question(run))) for variant in variants for run in variant.runs]
+    run_counts = Counter(question for _, questions in by_run for question in questions)
+    most_common = next((question for question, _ in run_counts.most_common(1)), None)
+    return [run for run, questions in by_run if most_common is not None and most_common not in questions]
 
 
-def _evaluations_by_key(run: RunFigures) -> dict[str, Evaluation]:
-    """Return the evaluations of a run that have accuracies, precisions or recalls, by the key of their request.
+class _Question(NamedTuple):
+    """Question that evaluations of different runs answer: the same request for a checkpoint of the same step.
 
-    The keys are equal if different runs were evaluated in the same way.
+    The names of the checkpoints may differ, because a run that was restarted counts its worker groups in them.
     """
-    return {e.request.key: e for e in run.all_evaluations if e.quality}
+
+    step: int
+    digest: str
 
 
-def _table(example: Evaluation, key: str, variants: Sequence[Variant], baseline: Variant) -> QualityTable:
-    """Return the table for the evaluation with this key; `example` is the evaluation of any one of the runs."""
+def _evaluations_by_question(run: RunFigures) -> dict[_Question, Evaluation]:
+    """Return the evaluations of a run that have accuracies, precisions or recalls, by their question."""
+    return {_Question(e.step, e.request.question_digest): e for e in run.all_evaluations if e.quality}
+
+
+def _table(example: Evaluation, question: _Question, variants: Sequence[Variant], baseline: Variant) -> QualityTable:
+    """Return the table of the answers to a question; `example` is the evaluation of any one of the runs."""
     rows = []
     for figure in example.quality:
-        values_by_variant = {variant.name: _values_by_seed(variant, key, figure) for variant in variants}
+        values_by_variant = {variant.name: _values_by_seed(variant, question, figure) for variant in variants}
         for name, values in values_by_variant.items():
             if not values:
                 continue
@@ -98,10 +106,10 @@ def _table(example: Evaluation, key: str, variants: Sequence[Variant], baseline:
     return QualityTable(example.request.description, example.step, rows)
 
 
-def _values_by_seed(variant: Variant, key: str, figure: str) -> dict[int, float]:
+def _values_by_seed(variant: Variant, question: _Question, figure: str) -> dict[int, float]:
     """Return an accuracy, precision or recall of a variant's runs, by seed.
 
     Runs whose model has no such output, for example no masks, are left out.
     """
-    qualities = {run.spec.seed: _evaluations_by_key(run)[key].quality for run in variant.runs}
+    qualities = {run.spec.seed: _evaluations_by_question(run)[question].quality for run in variant.runs}
     return {seed: quality[figure] for seed, quality in qualities.items() if figure in quality}

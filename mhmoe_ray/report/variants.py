@@ -12,9 +12,11 @@ from mhmoe_ray.planner.sizes import Sizes, compute_sizes
 from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.report.seeds import CONFIDENCE, SeedValues, pair_values
 from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.sweeps import SweepDir
 from mhmoe_ray.spec import NON_TRAINING_SECTIONS, RunSpec, SweepRun
-from mhmoe_ray.spec.sweep import unseeded_name
+from mhmoe_ray.spec.sweep import seeded_name, unseeded_name
+from mhmoe_ray.storage import location
 
 _UNTRAINED_KEYS = NON_TRAINING_SECTIONS | {"name", "storage", "seed", "origin", "reference"}
 """Sections and keys of a spec that do not change what is trained."""
@@ -79,6 +81,11 @@ class Variant:
     def routes_run(self) -> RunFigures:
         """First run whose routes (choices of experts) were counted on held-out text, else the first run."""
         return next((run for run in self.runs if any(e.routing for e in run.evaluations)), self.first_run)
+
+
+def loss_unit(variants: Iterable[Variant]) -> str:
+    """Return the unit of the variants' losses, for axes and tables."""
+    return "sum over all parts" if any(variant.has_summed_loss for variant in variants) else "nats per token"
 
 
 def variant_row(variant: Variant, variant_sizes: Sizes, baseline_sizes: Sizes, step: int | None) -> dict[str, Any]:
@@ -154,7 +161,22 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def _training_key(spec: RunSpec) -> str:
     """Return a key that is equal for specs that describe the same training, apart from the seed."""
+    if spec.start is not None:
+        sources = [_unseeded_source(source, spec.seed) for source in spec.start.sources]
+        spec = spec.model_copy(update={"start": spec.start.with_sources(sources)})
     return json.dumps(spec.model_dump(mode="json", exclude=_UNTRAINED_KEYS), sort_keys=True)
+
+
+def _unseeded_source(source: str, seed: int) -> str:
+    """Return a value of `start.from` without the seed if it is a checkpoint of a sweep's run with this seed.
+
+    Each run of a sweep that starts from another one starts from that with its own seed. Other values are returned
+    unchanged.
+    """
+    checkpoint = location(source)
+    run_name, step = RunDir.of_checkpoint(checkpoint).name, checkpoint.name.partition(".")[0]
+    variant = unseeded_name(run_name)
+    return f"{variant}@{step}" if run_name == seeded_name(variant, seed) else source
 
 
 def _split_by_distribution(runs: Sequence[RunFigures]) -> Iterable[list[RunFigures]]:

@@ -52,3 +52,15 @@ def test_sum_counts_equals_the_counts_of_all_texts(routes_by_text):
 
 def test_sum_counts_takes_any_number_of_texts():
     assert activation.sum_counts([make_counts([1, 2])] * 2000) == make_counts([2000, 4000])
+
+
+def test_sum_counts_takes_texts_of_tasks_with_different_k():
+    """Tasks of a vision model may choose two and three experts, so their histograms have different lengths."""
+    narrow, wide = make_counts([10, 0, 10, 0]), make_counts([30, 30, 0, 0])
+    narrow = narrow.model_copy(update={"tokens": 10, "distinct": [[0, 4, 6]]})
+    wide = wide.model_copy(update={"tokens": 20, "distinct": [[0, 5, 10, 5]]})
+    total_counts = activation.sum_counts([narrow, wide])
+    assert total_counts.distinct == [[0, 9, 16, 5]]
+    assert activation.mean_distinct_experts(total_counts) == pytest.approx([(9 + 2 * 16 + 3 * 5) / 30])
+    assert activation.routes_per_token(wide) == 3
+    assert activation.routes_per_token(total_counts) == pytest.approx((10 * 2 + 20 * 3) / 30)

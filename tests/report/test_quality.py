@@ -14,12 +14,10 @@ from tests.report.runs import read_variants, six_runs
 pytestmark = pytest.mark.long
 
 
-def store_vision_evaluation(run, top_1, box_ap50, *, masks=True, samples=500):
+def store_vision_evaluation(run, top_1, box_ap50, *, masks=True, samples=500, checkpoint="step_00000020.1"):
     """Store an evaluation of a run's last checkpoint on pictures of the user, with these figures."""
     fields = {"prepared": None, "text": None, "samples": samples, "tasks": [], "task_folders": [], "limit": None}
-    request = EvalRequest(
-        run=str(run.path), checkpoint="step_00000020.1", batch=8, half=False, cpus=1, gpus=0, **fields
-    )
+    request = EvalRequest(run=str(run.path), checkpoint=checkpoint, batch=8, half=False, cpus=1, gpus=0, **fields)
     accuracy = AccuracyFigures(images=9, classes=3, top_1=top_1, top_5=0.9, baseline=None, largest_class=None)
     precision = ObjectPrecision(
         box_ap=0.1,
@@ -79,3 +77,13 @@ def test_an_evaluation_that_a_run_lacks_is_left_out_and_the_run_is_named(tmp_pat
         "dense": 0,
         "mhmoe-h2": 0,
     }
+
+
+def test_evaluations_of_restarted_runs_are_compared_with_those_of_others(tmp_path):
+    """The name of a checkpoint counts the worker groups of its run, so it differs after a restart."""
+    runs = six_runs(tmp_path)
+    for number, run in enumerate(runs):
+        store_vision_evaluation(run, 0.5, 0.1, checkpoint=f"step_00000020.{1 + number % 2}")
+    comparison = compare_runs(runs)
+    assert [(table.step, len(table.rows)) for table in comparison.quality] == [(20, 14)]
+    assert "Without an evaluation" not in render_page(comparison, {})

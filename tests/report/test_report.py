@@ -12,11 +12,11 @@ from mhmoe_ray.planner.sizes import flops_per_token
 from mhmoe_ray.report.comparison import compare_runs
 from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.report.page import render_page, write_report
-from mhmoe_ray.report.plots import draw_differences
+from mhmoe_ray.report.plots import draw_differences, draw_validation
 from mhmoe_ray.report.variants import Variant, compare_variants, losses_at, matched_step
 from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import RunDir, mark_imported
-from mhmoe_ray.spec import DataSpec
+from mhmoe_ray.spec import DataSpec, StartSpec
 from tests.report.runs import MOE, make_run, read_variants, six_runs
 
 pytestmark = pytest.mark.long
@@ -34,6 +34,23 @@ def test_runs_that_differ_in_their_seed_alone_are_one_variant(tmp_path):
     assert all_variants[0].mean_loss(20) == pytest.approx(3.1)
     assert all_variants[0].deviation(20) == pytest.approx(0.1)
     assert all_variants[2].deviation(20) is None
+
+
+def test_runs_that_start_from_the_run_of_their_seed_are_one_variant(tmp_path):
+    """A sweep starts each run from the checkpoint of another run with the same seed."""
+    runs = []
+    for seed in (0, 1):
+        base = make_run(tmp_path, "base", seed, 3.0)
+        for name, source in (("branch", f"{base.path}/checkpoints/step_00000020.{1 + seed}"), ("fixed", "hf:a/b@1")):
+            run = make_run(tmp_path, name, seed, 2.0)
+            run.write_spec(run.spec().model_copy(update={"start": StartSpec(**{"from": source})}))
+            runs.append(run)
+    assert [(variant.name, len(variant.runs)) for variant in read_variants(runs)] == [("branch", 2), ("fixed", 2)]
+    # A start from a run with another seed is another training.
+    other_run = make_run(tmp_path, "branch", 2, 2.0)
+    source = runs[0].spec().start.sources[0]
+    other_run.write_spec(other_run.spec().model_copy(update={"start": StartSpec(**{"from": source})}))
+    assert len(read_variants([runs[0], other_run])) == 2
 
 
 def test_runs_distributed_in_different_ways_by_name_are_separate_variants(tmp_path):
@@ -398,3 +415,17 @@ def test_a_single_validation_has_no_loss_curve(tmp_path):
     write_report([make_run(tmp_path, "a", 0, 3.0, validated=20)], tmp_path / "report")
     assert not list((tmp_path / "report").glob("loss_by_*.png"))
     assert "20.09" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_summed_losses_have_no_perplexity_and_no_unit(tmp_path):
+    """The loss of an encoder or a vision model is a sum over objectives with different units."""
+    variants = read_variants(six_runs(tmp_path))
+    for has_summed_loss, unit in ((False, "nats per token"), (True, "sum over all parts")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Variant, "has_summed_loss", has_summed_loss)
+            figure = draw_validation(variants, "steps")
+            [axis] = figure.axes
+            assert axis.get_ylabel() == unit
+            assert len(axis.child_axes) == (0 if has_summed_loss else 1)
+            assert draw_differences(variants, variants[0]).axes[0].get_ylabel() == unit
+            assert f"held-out samples: {unit}." in page_text([run.run for v in variants for run in v.runs])
