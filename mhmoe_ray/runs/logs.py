@@ -116,17 +116,20 @@ class LogArchiver:
         if not lines:
             return
         data = self._redact(lines.decode(errors="replace")).encode()
-        if self._segment and len(self._segment) + len(data) > SEGMENT_BYTES:
-            self._segment_number, self._segment = self._segment_number + 1, b""
-            if (old_number := self._segment_number - NEWEST_SEGMENTS) > 1:
-                self._file(old_number).unlink(missing_ok=True)
-        self._segment += data
-        path = self._file(self._segment_number)
+        # The segment and its number change only after the lines are written. If the storage fails, the next call has
+        # the same lines again.
+        number, segment = self._segment_number, self._segment + data
+        if self._segment and len(segment) > SEGMENT_BYTES:
+            number, segment = number + 1, data
+        path = self._file(number)
         if isinstance(path, ObjectPath):
-            path.write_bytes(self._segment)
+            path.write_bytes(segment)
         else:
             with path.open("ab") as file:
                 file.write(data)
+        is_new, self._segment_number, self._segment = number > self._segment_number, number, segment
+        if is_new and (old_number := number - NEWEST_SEGMENTS) > 1:
+            self._file(old_number).unlink(missing_ok=True)
 
     def _file(self, number: int) -> Location:
         return self._folder / f"{number:06d}.log"

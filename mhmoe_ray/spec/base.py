@@ -12,8 +12,14 @@ class Section(BaseModel):
 
     # The docstring below a field becomes its description in the JSON schemas.
     # A key that cannot be a Python name, such as `from`, is the alias of a field.
+    # Some keys may be infinite, and tasks get specs as JSON. By default pydantic writes null for an infinite number.
     model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, serialize_by_alias=True
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        ser_json_inf_nan="constants",
+        use_attribute_docstrings=True,
+        serialize_by_alias=True,
     )
 
 

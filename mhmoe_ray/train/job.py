@@ -8,7 +8,7 @@ from mhmoe_ray.errors import MhmoeError, StorageError, logging_errors
 from mhmoe_ray.remote import RemoteJob
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir, newest_attempt_number, require_newest_attempt
-from mhmoe_ray.runs.logs import archive_log
+from mhmoe_ray.runs.logs import Redactor, archive_log
 from mhmoe_ray.storage import location
 
 
@@ -84,12 +84,13 @@ def _train_and_record(run: RunDir, attempt: int) -> None:
 def _record_end(run: RunDir, attempt: int, kind: Literal["failed", "stopped"], reason: str) -> None:
     """Record as an event of the run how this attempt to train it ended, unless the run has a newer attempt.
 
-    If the event cannot be written, the storage error and the reason are printed to the job's log instead.
+    Secrets in the reason are replaced. If the event cannot be written, the storage error and the reason are printed to
+    the job's log instead.
     """
     # If a newer attempt was submitted, the run goes on with it, so the end of this attempt is not the end of the run.
     if newest_attempt_number(run) == attempt:
         try:
-            events.record(run, kind, reason=reason)
+            events.record(run, kind, reason=Redactor(os.environ)(reason))
         except StorageError as e:
             # The event of a failed attempt has its reason. If the event cannot be written, `mhmoe status` takes the
             # reason from the job's log.

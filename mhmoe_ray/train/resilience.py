@@ -188,17 +188,20 @@ class DivisorScalingPolicy(ElasticScalingPolicy):
         # may have taken resources. So the nodes are read anew here.
         draining_nodes = state.get_draining_nodes()
         nodes = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in draining_nodes}
-        possible_workers = int(super()._count_possible_workers(nodes))
+        possible_workers, usable_nodes = int(super()._count_possible_workers(nodes)), nodes
         if self._held_workers is not None:
             free_resources = available_resources_per_node()
+            free_nodes = {n: free_resources.get(n, {}) for n in nodes}
             possible_workers = min(
-                possible_workers,
-                self._held_workers + super()._count_possible_workers({n: free_resources.get(n, {}) for n in nodes}),
+                possible_workers, self._held_workers + int(super()._count_possible_workers(free_nodes))
             )
-        total_cpus = sum(resources.get("CPU", 0.0) for resources in nodes.values())
-        # One CPU stays free for the data stream. Without it no step would begin.
+            if self._held_workers == 0:
+                usable_nodes = free_nodes
+        # One CPU stays free for the data stream. Without it no step would begin. While this run has workers, its stream
+        # has CPUs, too, which do not count as free. They cannot be told from those of others, so all CPUs count then.
+        usable_cpus = sum(resources.get("CPU", 0.0) for resources in usable_nodes.values())
         possible_workers = min(
-            possible_workers, int((total_cpus - 1) // self.scaling_config._resources_per_worker_not_none["CPU"])
+            possible_workers, int((usable_cpus - 1) // self.scaling_config._resources_per_worker_not_none["CPU"])
         )
         return max((count for count in self._worker_counts if count <= possible_workers), default=0)
 

@@ -3,6 +3,7 @@
 Ray Train restarts the worker group without reporting any of this, and Ray's logs are lost when the cluster ends.
 """
 
+import os
 import re
 import time
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from ray.exceptions import RayTaskError
 from mhmoe_ray.errors import MhmoeError, StorageError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.runs.logs import Redactor
 from mhmoe_ray.storage import location
 from mhmoe_ray.train.preemption import PreemptedError
 
@@ -35,7 +37,10 @@ class WorkerFailureCallback(ray.train.UserCallback):
         self._last_failure: tuple[frozenset[int], float] = frozenset(), 0.0
 
     def after_exception(self, run_context: object, worker_exceptions: Mapping[int, Exception]) -> None:
-        """Record an event for failed ranks, with the reason and the last log lines of the rank that caused it."""
+        """Record an event for failed ranks, with the reason and the last log lines of the rank that caused it.
+
+        Secrets in the reason and in the lines are replaced.
+        """
         if all(isinstance(error, PreemptedError) for error in worker_exceptions.values()):
             # The workers have recorded the preemption themselves, as an event.
             return
@@ -48,13 +53,14 @@ class WorkerFailureCallback(ray.train.UserCallback):
         run, errors = RunDir(location(self._run)), original_errors(worker_exceptions)
         rank = root_cause_rank(errors)
         root_cause = errors[rank]
-        fields = {"rank": rank, "ranks": len(worker_exceptions), "reason": failure_reason(root_cause)}
+        redact = Redactor(os.environ)
+        fields = {"rank": rank, "ranks": len(worker_exceptions), "reason": redact(failure_reason(root_cause))}
         try:
             worker = _recorded_worker(run, rank)
             # If the error is one of this package, its message is complete. The log lines would only repeat it with a
             # traceback.
             lines = [] if isinstance(root_cause, MhmoeError) else _last_lines(worker)
-            events.record(run, "lost", **fields, host=worker.get("host"), lines=lines)
+            events.record(run, "lost", **fields, host=worker.get("host"), lines=[redact(line) for line in lines])
         except (OSError, StorageError) as e:
             # An error here must not keep Ray Train from restarting the worker group.
             print(f"warning: rank {rank} failed ({fields['reason']}), but the event cannot be recorded: {e}")

@@ -4,6 +4,7 @@ secrets."""
 import os
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -36,6 +37,33 @@ def test_log_is_copied_line_by_line(run, tmp_path):
     archiver.copy(include_partial_line=True)
     assert list(archived_lines(run, 1)) == ["one", "two", "three"]
     assert archived_lines(run, 2) is None
+
+
+def test_lines_are_kept_once_if_the_storage_fails_for_a_while(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "SEGMENT_BYTES", 40)
+    source, can_write = tmp_path / "job.log", iter([True, False, False, False, True])
+    lines = [f"line {i:02d}" for i in range(9)]
+
+    def fail(original):
+        def write(path, *args):
+            if path.parent == archiver._folder and not next(can_write, True):
+                raise OSError("it does not answer")
+            return original(path, *args)
+
+        return write
+
+    archiver = LogArchiver(run, 1, source, Redactor({}))
+    if isinstance(run.path, ObjectPath):
+        monkeypatch.setattr(ObjectPath, "write_bytes", fail(ObjectPath.write_bytes))
+    else:
+        monkeypatch.setattr(type(tmp_path), "open", fail(type(tmp_path).open))
+    for end in (3, 6, 7, 8, 9):
+        with open(source, "w") as file:  # noqa: PTH123  # Path.open fails in this test
+            file.write("".join(f"{line}\n" for line in lines[:end]))
+        with suppress(OSError):
+            archiver.copy()
+    monkeypatch.undo()
+    assert list(archived_lines(run, 1)) == lines
 
 
 def test_first_and_newest_segments_of_a_long_log_are_kept(run, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.spec import dump_spec, load_resolved_spec
+from mhmoe_ray.spec import RunSpec, dump_spec, load_resolved_spec
 from mhmoe_ray.spec.load import read_tree
 
 QUICKSTART = Path("jobs/quickstart.yaml")
@@ -287,5 +287,7 @@ def test_some_limits_may_be_infinite():
     limits = ("train.clip_norm", "cluster.hang_seconds")
     spec = load_resolved_spec(QUICKSTART, [f"{key}=.inf" for key in limits])
     assert spec.train.clip_norm == spec.cluster.hang_seconds == float("inf")
+    # Tasks get the spec as JSON.
+    assert RunSpec.model_validate_json(spec.model_dump_json()) == spec
     with pytest.raises(SpecError, match="greater than 0"):
         load_resolved_spec(QUICKSTART, ["train.clip_norm=.nan"])

@@ -140,3 +140,27 @@ def test_ray_reports_the_exception_that_was_raised():
 
 def test_preemption_context_has_preemption_info():
     assert PreemptionContext().preemption_info is None
+
+
+@pytest.mark.parametrize(
+    ("held_workers", "free_cpus", "count"),
+    [
+        (0, 4.0, 2),  # four workers would take the CPU of the data stream
+        (0, 5.0, 4),
+        (0, 1.0, 0),
+        (2, 2.0, 4),  # the stream of a running worker group has its CPU, which is not free
+        (None, 0.0, 4),  # the last worker group may still hold what is not free
+    ],
+)
+def test_a_start_leaves_a_free_cpu_for_the_data_stream(tmp_path, monkeypatch, held_workers, free_cpus, count):
+    """The only node has eight CPUs; others hold those that are not free."""
+    spec = tiny_spec(cluster={"workers": {"min": 2, "max": 8}}, train={"micro_batches": 8})
+    policy = DivisorScalingPolicy(
+        ScalingConfig(num_workers=(2, 8), resources_per_worker={"CPU": 1}), RunDir(tmp_path), spec
+    )
+    # Answers of the cluster, of which there is none here.
+    monkeypatch.setattr(resilience.state, "get_draining_nodes", dict)
+    monkeypatch.setattr(resilience.ray, "nodes", lambda: [{"NodeID": "n", "Alive": True, "Resources": {"CPU": 8.0}}])
+    monkeypatch.setattr(resilience, "available_resources_per_node", lambda: {"n": {"CPU": free_cpus}})
+    policy._held_workers = held_workers
+    assert policy._count_possible_workers(None) == count

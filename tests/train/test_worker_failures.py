@@ -7,9 +7,10 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from mhmoe_ray.errors import CheckpointError, JobError
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt
 from mhmoe_ray.train import worker_failures
 from mhmoe_ray.train.driver import _training_error
+from mhmoe_ray.train.job import _record_end
 from mhmoe_ray.train.worker_failures import (
     WorkerFailureCallback,
     _recorded_worker,
@@ -120,3 +121,15 @@ def test_storage_failure_does_not_prevent_a_restart(tmp_path, capsys):
     run.events_file.mkdir()  # a folder cannot be read as a file
     WorkerFailureCallback(run).after_exception(None, {0: ValueError("shape")})
     assert "rank 0 failed (ValueError: shape), but the event cannot be recorded: [Errno 21]" in capsys.readouterr().out
+
+
+def test_secrets_are_not_recorded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "token-of-the-hub")
+    monkeypatch.setattr(worker_failures, "_last_lines", lambda worker: ["401 for token-of-the-hub", "ok"])
+    run = RunDir(tmp_path)
+    WorkerFailureCallback(run).after_exception(None, {0: ValueError("s3://me:password@bucket is refused")})
+    [event] = events.read(run)
+    assert (event["reason"], event["lines"]) == ("ValueError: s3://***@bucket is refused", ["401 for ***", "ok"])
+    add_attempt(run, Attempt("job-1", "http://127.0.0.1:1", local=True))
+    _record_end(run, 1, "failed", "it needs token-of-the-hub")
+    assert events.read(run)[-1]["reason"] == "it needs ***"
