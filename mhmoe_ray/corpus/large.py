@@ -47,7 +47,8 @@ class SampleSummary:
     def as_json(self) -> dict[str, Any]:
         """Return the summary as `mhmoe data sample --large --json` prints it."""
         fields = asdict(self)
-        return {**fields, "missing": fields.pop("missing_packages")}
+        missing_packages = fields.pop("missing_packages")
+        return {**fields, "missing": missing_packages}
 
     def describe_shortfall(self) -> str | None:
         """Return a clause for the user that tells how far the sample misses its goal; None if it reaches the goal."""

@@ -130,7 +130,7 @@ def conversation_samples(
         encoder: encoder of the run's tokenizer.
         template: the template that renders the conversations.
         seq_len: T, the number of input tokens per sample; longer conversations are cut.
-        max_samples: largest number of samples per domain, taken from its beginning.
+        max_samples: largest number of samples with targets per domain, taken from its beginning.
         is_packed: whether a sample has several conversations, which the model must keep apart by document masks.
 
     Raises:
@@ -156,8 +156,17 @@ def conversation_samples(
             raise DataError(f"text {domain}", "no conversation in it can be read", "see `mhmoe data lint`")
         groups = [np.concatenate(rows)] if is_packed else rows
         packed_samples = [pack_best_fit(group, seq_len, encoder.start_token, padding).samples for group in groups]
-        samples = to_model_samples(np.concatenate(packed_samples)[:max_samples], _TOKEN_BYTES)
-        yield DomainSamples(domain, samples.token_ids, samples.target_mask, samples.document_starts)
+        samples = to_model_samples(np.concatenate(packed_samples), _TOKEN_BYTES)
+        # The first pieces of a conversation with a long prompt have no word of the assistant. Without targets they have
+        # no loss, so they do not count.
+        sample_indices = np.flatnonzero(samples.target_mask.any(1))[:max_samples]
+        starts = samples.document_starts
+        yield DomainSamples(
+            domain,
+            samples.token_ids[sample_indices],
+            samples.target_mask[sample_indices],
+            None if starts is None else starts[sample_indices],
+        )
 
 
 # Bytes per token. The samples stay in memory, so a small size does not matter, and four bytes hold any token id.

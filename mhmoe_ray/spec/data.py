@@ -402,12 +402,12 @@ class DataSpec(Section):
 
         It is None if the source has no fixed shares in some phase, because that phase uses all of its subfolders.
         """
-        shares = [mixes[source].shares for mixes in self.mixes.values()]
-        return (
-            sorted({subfolder for source_shares in shares if source_shares for subfolder in source_shares})
-            if all(shares)
-            else None
-        )
+        has_shares_in_all_phases = all(mixes[source].shares for mixes in self.mixes.values())
+        return self.shared_subfolders(source) if has_shares_in_all_phases else None
+
+    def shared_subfolders(self, source: str) -> list[str]:
+        """Return the sorted names of the subfolders of a source that have a fixed share in any phase of training."""
+        return sorted({subfolder for mixes in self.mixes.values() for subfolder in mixes[source].shares or ()})
 
 
 def absolute_path(base: Path, path: str) -> str:

@@ -42,8 +42,18 @@ def make_chat_samples(folder, count, seq_len, *, is_packed, max_samples=99):
     for i in range(count):
         answer = "the lazy dog " * (i % 4 + 1)
         exchange = [{"role": "user", "content": f"fox {i}?"}, {"role": "assistant", "content": answer}]
-        lines.append(json.dumps({"messages": exchange * (1 + i % 2)}).encode())
+        lines.append(chat_line(exchange * (1 + i % 2)))
     write_lines(folder / "a/one.jsonl", lines)
+    return read_chat_samples(folder, seq_len, is_packed=is_packed, max_samples=max_samples)
+
+
+def chat_line(messages):
+    """Return a line of a file of conversations."""
+    return json.dumps({"messages": messages}).encode()
+
+
+def read_chat_samples(folder, seq_len, *, is_packed, max_samples):
+    """Return the samples of the conversations in a folder, by domain."""
     template = ChatTemplate(BUILT_IN_TEMPLATE, END_OF_TEXT, END_OF_TEXT)
     encoder = ConversationEncoder(build_tokenizer())
     data = data_spec(folder, format="chat")
@@ -76,3 +86,13 @@ def test_conversation_samples_are_limited_and_cut(tmp_path):
     assert not samples.document_starts[1:].all()
     [samples] = make_chat_samples(tmp_path, 30, 96, is_packed=True, max_samples=2)
     assert samples.tokens.shape == (2, 97)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_samples_without_an_answer_do_not_count(tmp_path, is_packed):
+    """The first pieces of a conversation with a long prompt have no answer."""
+    prompt = [{"role": "user", "content": "fox " * 60}]
+    write_lines(tmp_path / "a/one.jsonl", [chat_line([*prompt, {"role": "assistant", "content": "dog"}])] * 2)
+    [samples] = read_chat_samples(tmp_path, 48, is_packed=is_packed, max_samples=9)
+    assert len(samples.tokens) == 2
+    assert samples.target_mask.any(1).all()

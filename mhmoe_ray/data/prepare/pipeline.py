@@ -63,7 +63,7 @@ from mhmoe_ray.data.sources import Tally, file_blocks, find_files
 from mhmoe_ray.data.sources.find import fingerprints
 from mhmoe_ray.data.tokenizer import boundaries, boundary_texts, load_tokenizer, store_given_tokenizer, train_tokenizer
 from mhmoe_ray.data.vision.annotations import require_image_packages
-from mhmoe_ray.errors import DataError
+from mhmoe_ray.errors import DataError, MhmoeError
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import describe_file, write_json
 
@@ -158,6 +158,9 @@ class _Preparation:
             start = boundaries(tokenizer).start
             template, chat = self._check_chat(tokenizer)
             tokenizer_sha256 = describe_file(self._tokenizer).sha256
+        # The recipe has hashes of the given tokenizer and of the chat template. They are computed now, because users
+        # may change these files while the data is prepared.
+        used_recipe = recipe(self._spec)
         stage: Stage = "tokenising" if self._tokenizer else "reading"
         self._log(f"{stage} {len(self._files)} files")
         self._report.enter_stage(stage)
@@ -177,7 +180,7 @@ class _Preparation:
         validation, baselines = self._write_validation(by_domain, shards, start)
         encoder = self._write_codebook(by_domain, shards)
         manifest = DataManifest(
-            recipe=recipe(self._spec),
+            recipe=used_recipe,
             fingerprints=self._fingerprints,
             seq_len=self._data_spec.seq_len,
             token_bytes=self._token_bytes,
@@ -217,7 +220,13 @@ class _Preparation:
             store_given_tokenizer(self._data_spec, vocab_size, path)
         else:
             train = ray.remote(train_tokenizer).options(num_cpus=1)
-            tokenizer: Tokenizer = ray.get(train.remote(self._files, self._data_spec, vocab_size))
+            try:
+                tokenizer: Tokenizer = ray.get(train.remote(self._files, self._data_spec, vocab_size))
+            except ray.exceptions.RayTaskError as e:
+                # Ray wraps the error of the task, but only an `MhmoeError` itself is shown to the user as one line.
+                if isinstance(e.cause, MhmoeError):
+                    raise e.cause from e
+                raise
             tokenizer.save(str(path))
         return load_tokenizer(path, vocab_size)
 

@@ -36,6 +36,10 @@ from mhmoe_ray.data.shards.rows import (
 )
 from mhmoe_ray.data.vision.annotations import unpack
 
+SHARD_PARTS = 10_000
+"""Largest number of parts of a shard. All of them are memory-mapped when the shard is written, and Linux allows a
+process 65,530 mappings by default."""
+
 
 class RowCounts(BaseModel):
     """Counts of the rows in a part, the file that is made from one chunk of documents."""
@@ -207,7 +211,8 @@ class RowPart(NamedTuple):
 def plan_row_shards(domain: str, parts: Sequence[RowPart], row_bytes: int) -> list[RowPlan]:
     """Return the plans of a domain's shards, each of which gets the rows of one or more parts.
 
-    A shard has whole parts, which together have at least `SHARD_BYTES` bytes, except for the last shard.
+    A shard has whole parts, which together have at least `SHARD_BYTES` bytes, except for the last shard and for shards
+    of `SHARD_PARTS` small parts.
 
     Args:
         domain: the domain.
@@ -219,7 +224,7 @@ def plan_row_shards(domain: str, parts: Sequence[RowPart], row_bytes: int) -> li
         if part.counts.samples:
             group.append(part)
             size += part.counts.samples * row_bytes + part.counts.image_bytes
-        if group and (size >= SHARD_BYTES or index == len(parts) - 1):
+        if group and (size >= SHARD_BYTES or len(group) == SHARD_PARTS or index == len(parts) - 1):
             plans.append(
                 RowPlan(
                     domain,
@@ -280,8 +285,12 @@ def write_validation_rows(
         counts[name] = len(selected)
         for row_slice in slices:
             end_row = first_row + row_slice.stop - row_slice.start
-            for index in selected[(selected >= first_row) & (selected < end_row)] - first_row:
-                batch = row_slice.map_batch(parts).slice(int(index), 1)
+            selected_here = selected[(selected >= first_row) & (selected < end_row)] - first_row
+            # A part is mapped once, because the kernel limits the mappings of a process.
+            rows = row_slice.map_batch(parts) if len(selected_here) else None
+            for index in selected_here:
+                assert rows is not None
+                batch = rows.slice(int(index), 1)
                 if TOKENS in batch.schema.names:
                     tokens = tokens_of(batch, token_bytes)
                     targets += int((tokens[:, 1:] != padding_token(token_bytes)).sum())

@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
 
@@ -54,9 +54,9 @@ def find_files(spec: DataSpec, sources: Collection[str] | None = None) -> list[R
         DataError: a source or a named subfolder is missing or has no file of a known format.
     """
     files = []
-    for name, source in spec.sources.items():
+    for name in spec.sources:
         if sources is None or name in sources:
-            files += _files_of_source(name, source, spec.named_subfolders(name), spec.prepared)
+            files += _files_of_source(name, spec)
     return files
 
 
@@ -66,7 +66,7 @@ def source_errors(spec: DataSpec) -> list[DataError]:
     for name, source in spec.sources.items():
         if "://" not in source.path:
             try:
-                _files_of_source(name, source, spec.named_subfolders(name), spec.prepared)
+                _files_of_source(name, spec)
             except DataError as e:
                 errors.append(e)
     return errors
@@ -81,9 +81,6 @@ def fingerprints(spec: DataSpec, files: Sequence[RawFile]) -> dict[str, str]:
     Args:
         spec: the data section of a spec.
         files: the files of some or all sources, as `find_files` returns them.
-
-    Raises:
-        OSError: a file cannot be read.
     """
     digests: dict[str, Any] = {}
     for name, source_files in itertools.groupby(files, lambda file: source_of(file.domain)):
@@ -95,8 +92,14 @@ def fingerprints(spec: DataSpec, files: Sequence[RawFile]) -> dict[str, str]:
             # For a group of images, which may have millions of files, the hash covers all names but only the beginning
             # of the first file.
             first_bytes = "\0".join(file.members).encode()
-            with Path(file.stored_paths[0]).open("rb") as stream:
-                first_hash = hashlib.sha256(first_bytes + stream.read(FINGERPRINT_BYTES)).hexdigest()
+            try:
+                with Path(file.stored_paths[0]).open("rb") as stream:
+                    first_bytes += stream.read(FINGERPRINT_BYTES)
+            except OSError:
+                # The reader of the file reports the loss, which `max_bad_files` may allow. Without its content, the
+                # fingerprint covers the file's name and size.
+                pass
+            first_hash = hashlib.sha256(first_bytes).hexdigest()
             # Paths are relative to the root, so that a source that was moved keeps its fingerprint.
             entry = f"{file.domain}\0{relative_path(root, file.path)}\0{file.size}\0{first_hash}\n"
             digests[name].update(entry.encode())
@@ -186,23 +189,23 @@ def list_files(storage: Storage, prepared: Path) -> tuple[str, list[ListedFile]]
     ]
 
 
-def _files_of_source(name: str, source: SourceSpec, subfolders: list[str] | None, prepared: Path) -> list[RawFile]:
+def _files_of_source(name: str, spec: DataSpec) -> list[RawFile]:
     """Return the files of one source that have its given or detected format.
+
+    If the source has fixed shares in all phases of training, only the subfolders with a share are read.
 
     Args:
         name: the name of the source.
-        source: the settings of the source.
-        subfolders: the subfolders to read; None for all that exist.
-        prepared: the prepared folder, whose files are left out.
+        spec: the data section of a spec.
 
     Raises:
-        DataError: the source or a subfolder is missing or has no file of the format, the settings do not fit the
-            format, or the name of a file is not UTF-8.
+        DataError: the source or a subfolder with a share is missing or has no file of the format, the settings do not
+            fit the format, or the name of a file is not UTF-8.
     """
-    subject = f"source {name}"
+    source, subfolders, subject = spec.sources[name], spec.named_subfolders(name), f"source {name}"
     storage = Storage(source.path)
     try:
-        root, listed_files = list_files(storage, prepared)
+        root, listed_files = list_files(storage, spec.prepared)
     except FileNotFoundError as e:
         fix = "correct its path, or make sample text: mhmoe data sample data/sample"
         raise DataError(subject, short_message(e), fix) from e
@@ -216,7 +219,7 @@ def _files_of_source(name: str, source: SourceSpec, subfolders: list[str] | None
     except ValueError as e:
         raise DataError(subject, str(e), f"remove the key from data.sources.{name}") from e
     if format == "redpajama-v2":
-        selected_files = _redpajama_v2_files(subject, source.filters or FilterSpec(), listed_files)
+        selected_files = _redpajama_v2_files(subject, storage, source.filters or FilterSpec(), listed_files)
     elif format == "huggingface":
         selected_files = _huggingface_files(subject, storage, root, listed_files)
     else:
@@ -235,21 +238,26 @@ def _files_of_source(name: str, source: SourceSpec, subfolders: list[str] | None
     if not files:
         fix = "correct its path, format or filters, or name its files by a pattern with *"
         raise DataError(subject, f"nothing below {source.path} is a file of format {format}", fix)
-    expected_subfolders = subfolders
-    # Each subfolder must have files of the format. COCO is an exception, because its images are in other folders than
-    # its annotations.
-    if subfolders is None and FORMATS[format].suffixes and format != "coco":
-        expected_subfolders = sorted({subfolder_at(root, path) for path, _ in listed_files} - {ROOT_SUBFOLDER})
-    if subfolders is not None or filled_subfolders is None:
-        filled_subfolders = {subfolder_of(file.domain) for file in files}
     # Without this check, a subfolder that has no files of the format would be missing from the training without notice.
-    for subfolder in expected_subfolders or ():
-        if subfolder not in filled_subfolders:
-            fix = "remove the folder, or correct data.sources"
-            raise DataError(f"{subject}/{subfolder}", f"{root} has no file of format {format} for it", fix)
+    domains = {subfolder_of(file.domain) for file in files}
+    for subfolder in spec.shared_subfolders(name):
+        if subfolder not in domains:
+            _refuse_empty_subfolder(subject, subfolder, root, format)
+    # Each existing subfolder must have files of the format. COCO is an exception, because its images are in other
+    # folders than its annotations.
+    if subfolders is None and FORMATS[format].suffixes and format != "coco":
+        existing_subfolders = {subfolder_at(root, path) for path, _ in listed_files} - {ROOT_SUBFOLDER}
+        for subfolder in sorted(existing_subfolders - (filled_subfolders or domains)):
+            _refuse_empty_subfolder(subject, subfolder, root, format)
     requested_files = [file for file in files if subfolders is None or subfolder_of(file.domain) in subfolders]
     _check_names(subject, requested_files)
     return requested_files
+
+
+def _refuse_empty_subfolder(subject: str, subfolder: str, root: str, format: Format) -> NoReturn:
+    """Raise a DataError for a subfolder that has no files of the source's format."""
+    fix = "remove the folder, or correct data.sources"
+    raise DataError(f"{subject}/{subfolder}", f"{root} has no file of format {format} for it", fix)
 
 
 def _check_names(subject: str, files: list[RawFile]) -> None:
@@ -387,7 +395,7 @@ def _data_files(subject: str, storage: Storage, path: str) -> list[str]:
 
 
 def _redpajama_v2_files(
-    subject: str, filters: FilterSpec, listed_files: list[ListedFile]
+    subject: str, storage: Storage, filters: FilterSpec, listed_files: list[ListedFile]
 ) -> Iterator[tuple[str, ListedFile]]:
     """Yield the language of each document file of RedPajama-V2 that the filters select, with its path and size.
 
@@ -395,18 +403,18 @@ def _redpajama_v2_files(
         DataError: a file of quality signals, duplicates or signatures that the filters need is missing.
     """
     existing_paths = {path for path, _ in listed_files}
-    missing_paths = []
+    unlisted_paths = []
     for file in listed_files:
         match = DOCUMENTS_PATH.search(file.path)
         if match is None or match[3] not in filters.buckets or match[2] not in (filters.languages or [match[2]]):
             continue
-        missing_paths += [
+        unlisted_paths += [
             path
             for path in SidecarFiles.from_documents(file.path).required_paths(filters)
             if path not in existing_paths
         ]
         yield match[2], file
-    if missing_paths:
+    if missing_paths := storage.missing_paths(unlisted_paths):
         more_text = f" (and {len(missing_paths) - 1:,} more)" if len(missing_paths) > 1 else ""
         raise DataError(
             subject, f"{missing_paths[0]} is not there{more_text}", "download it, or take out the filter that needs it"

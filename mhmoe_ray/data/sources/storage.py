@@ -109,6 +109,21 @@ class Storage:
         files = [ListedFile(self._prefix + file.path, file.size) for file in sorted_files]
         return Listing(self._prefix + root, files, paths)
 
+    def missing_paths(self, paths: Sequence[str]) -> list[str]:
+        """Return those of the paths at which there is no file; the files need not be below the source's root.
+
+        Raises:
+            OSError: a folder cannot be listed.
+        """
+        if not self._prefix:
+            return [path for path in paths if not os.path.lexists(path)]
+        # A listing of the folder above each file's folder takes less time than a request for each file.
+        existing_paths = set[str]()
+        for folder in {path.rsplit("/", 2)[0] for path in paths}:
+            selector = fs.FileSelector(folder.removeprefix(self._prefix), allow_not_found=True, recursive=True)
+            existing_paths |= {self._prefix + info.path for info in self._fs.get_file_info(selector)}
+        return [path for path in paths if path not in existing_paths]
+
     def modification_times(self, paths: Sequence[str]) -> list[int | None]:
         """Return the modification time of each of these listed files, in nanoseconds since the epoch.
 

@@ -5,7 +5,7 @@ import pytest
 
 from mhmoe_ray.data.prepare.checks import check_rows_not_empty, sparse_parts
 from mhmoe_ray.data.prepare.finish import finish_rows
-from mhmoe_ray.data.prepare.rows import RowCounts, RowSlice, rows_file, write_validation_rows
+from mhmoe_ray.data.prepare.rows import RowCounts, RowPart, RowSlice, plan_row_shards, rows_file, write_validation_rows
 from mhmoe_ray.data.prepare.tokenise import Part, PartCounts
 from mhmoe_ray.data.prepare.validation import select_rows
 from mhmoe_ray.data.shards.manifest import Domain, recipe
@@ -123,3 +123,12 @@ def test_a_codebook_that_no_part_predicts_is_not_made(part):
     with pytest.raises(DataError, match="its images have 32 patches, fewer than the 500 entries of the codebook"):
         check_rows_not_empty(pretraining_spec, parts)
     assert "codebook" in recipe(pretraining_spec)
+
+
+def test_a_shard_has_a_limited_number_of_parts(monkeypatch):
+    """All parts of a shard are mapped at once when it is written."""
+    monkeypatch.setattr("mhmoe_ray.data.prepare.rows.SHARD_PARTS", 3)
+    parts = [RowPart(f"part{number}", 1, RowCounts(samples=number % 4)) for number in range(12)]
+    plans = plan_row_shards("a/all", parts, 8)
+    assert [len(plan.slices) for plan in plans] == [3, 3, 3]
+    assert [s.name for plan in plans for s in plan.slices] == [f"part{n}" for n in range(12) if n % 4]

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from mhmoe_ray.data.sources import RawFile, Reason, file_blocks, find_files
+from mhmoe_ray.data.sources.find import fingerprints
 from mhmoe_ray.errors import DataError, SpecError
 from mhmoe_ray.spec import DataSpec, validate_section
 from tests.data.sources.read import bad_lines, data_spec, document_texts, read_source
@@ -149,6 +150,11 @@ def test_broken_link_is_a_damaged_file(tmp_path, target, detail):
     assert (document_texts(items), bad_lines(items)) == (["text"], [(1, Reason.PART_LOST)])
     assert detail in items[-1].detail
     assert tally.damaged == 1
+    # The preparation goes on to the reader, which counts the loss; another loss is another text.
+    spec = data_spec(tmp_path)
+    fingerprint = fingerprints(spec, find_files(spec))
+    (tmp_path / "a" / "g.jsonl").unlink()
+    assert fingerprints(spec, find_files(spec)) != fingerprint
 
 
 def test_find_files_reports_a_name_that_is_not_utf8(tmp_path):
@@ -183,6 +189,14 @@ def test_find_files_names_missing_folders_and_domains(tmp_path):
     shares = {"sources": {"web": {"path": "raw", "shares": {"nowhere": 1}}}}
     with pytest.raises(DataError, match="web/nowhere"):
         find_files(tiny_spec(tmp_path, data=shares).data)
+    # A later phase of training may name a subfolder, while the first phase reads all of them.
+    (tmp_path / "raw" / "x" / "f.warc").unlink()
+    (tmp_path / "raw" / "x").rmdir()
+    schedule = [{"from_step": 2, "sources": {"web": {"shares": {"y": 1, "nowhere": 1}}}}]
+    with pytest.raises(DataError, match=r"web/nowhere: .* has no file of format jsonl for it"):
+        find_files(tiny_spec(tmp_path, data={"schedule": schedule}).data)
+    schedule[0]["sources"]["web"]["shares"].pop("nowhere")
+    assert [file.domain for file in find_files(tiny_spec(tmp_path, data={"schedule": schedule}).data)] == ["web/y"]
 
 
 def test_find_files_needs_a_format_for_mixed_files(tmp_path):

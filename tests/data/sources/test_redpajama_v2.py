@@ -46,6 +46,33 @@ def test_v2_domains_are_languages_with_head_and_middle(tmp_path):
         read_source(tmp_path, filters={"languages": ["fr"]})
 
 
+def test_v2_tables_lie_beside_the_folder_of_documents(tmp_path):
+    """The path may name the folder of documents or a pattern below it; the tables are in other folders."""
+    for name in (HEAD, "2023-06/0001/en_head", "2022-49/0000/en_head"):
+        write_v2_files(tmp_path, name, make_rows(name))
+    filters = {"gopher": True, "deduplicate": True}
+    for path in ("documents", "documents/2023-06/**", "documents/2023-06/0000/en_head.json.gz"):
+        assert find_files(data_spec(tmp_path / path, format="redpajama-v2", filters=filters))
+    (tmp_path / "quality_signals/2023-06/0001/en_head.signals.json.gz").unlink()
+    with pytest.raises(DataError, match=r"0001/en_head\.signals\.json\.gz is not there; download it"):
+        find_files(data_spec(tmp_path / "documents", filters=filters))
+    assert find_files(data_spec(tmp_path / "documents/2022-49", filters=filters))
+
+
+def test_v2_tables_on_s3_lie_beside_the_folder_of_documents(tmp_path, s3):
+    query, file_system = s3
+    for name in (HEAD, "2023-06/0001/en_head"):
+        write_v2_files(tmp_path / "v2", name, make_rows(name))
+    for path in (tmp_path / "v2").rglob("*.*"):
+        with file_system.open_output_stream(f"bucket/v2/{path.relative_to(tmp_path / 'v2')}") as stream:
+            stream.write(path.read_bytes())
+    spec = data_spec(f"s3://bucket/v2/documents?{query}", filters={"gopher": True, "deduplicate": True})
+    assert len(find_files(spec)) == 2
+    file_system.delete_file("bucket/v2/duplicates/2023-06/0001/en_head.duplicates.parquet")
+    with pytest.raises(DataError, match=r"0001/en_head\.duplicates\.parquet is not there; download it"):
+        find_files(spec)
+
+
 def test_v2_ignores_temporary_files_of_a_download(tmp_path):
     write_v2_files(tmp_path, HEAD, make_rows("once"))
     documents_path = tmp_path / "documents" / f"{HEAD}.json.gz"
