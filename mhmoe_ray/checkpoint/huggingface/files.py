@@ -17,6 +17,7 @@ from mhmoe_ray.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth")
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
 
 
@@ -45,6 +46,17 @@ class StoredTensors:
     @property
     def names(self) -> set[str]:
         return set(self._file_of)
+
+    def redundant_names(self, *, tied_embeddings: bool) -> set[str]:
+        """Return the names of the tensors that a model does not need, and that some programs store all the same.
+
+        These are the frequencies of rotary embeddings, which are computed, and with tied embeddings a copy of the
+        embedding as the weight of the output.
+        """
+        names = {name for name in self._file_of if name.endswith(".rotary_emb.inv_freq")}
+        if tied_embeddings and {OUTPUT, EMBEDDING} <= self.names and self.read(OUTPUT).equal(self.read(EMBEDDING)):
+            names.add(OUTPUT)
+        return names
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor; (1,) for a scalar."""

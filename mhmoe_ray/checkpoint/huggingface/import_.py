@@ -93,7 +93,7 @@ def open_groups(source: Path, model_type: str, model: ModelSpec) -> Iterator[Ite
     """
     with open_tensors(source) as stored:
         groups = tensor_entries(model, ADAPTERS[model_type].name_replacements)
-        _check_tensors(source, stored, groups)
+        _check_tensors(source, stored, groups, stored.redundant_names(tied_embeddings=model.tied_embeddings))
         yield _joined_groups(source, stored, groups)
 
 
@@ -130,8 +130,10 @@ def _checked_name(source: Path, name: str | None) -> str:
     return name
 
 
-def _check_tensors(source: Path, stored: StoredTensors, groups: list[list[TensorEntry]]) -> None:
-    """Check that the folder holds exactly the tensors of the model, as floats and in their shapes.
+def _check_tensors(
+    source: Path, stored: StoredTensors, groups: list[list[TensorEntry]], redundant_names: set[str]
+) -> None:
+    """Check that the folder holds exactly the tensors of the model and perhaps redundant ones, as floats and in shape.
 
     Raises:
         CheckpointError: a tensor is missing, does not belong to the model, has another shape or is not of floats, or
@@ -141,7 +143,7 @@ def _check_tensors(source: Path, stored: StoredTensors, groups: list[list[Tensor
     shapes = {name: shape for entry in all_entries for name, shape in entry.shapes.items()}
     problems = [
         *(f"{name} is missing" for name in sorted(shapes.keys() - stored.names)),
-        *(f"{name} does not belong to such a model" for name in sorted(stored.names - shapes.keys())),
+        *(f"{name} does not belong to such a model" for name in sorted(stored.names - redundant_names - shapes.keys())),
         *(
             f"{name} has shape {stored.shape(name)}, not {shapes[name]}"
             for name in sorted(shapes.keys() & stored.names)

@@ -43,6 +43,17 @@ def check_start(start: StartSpec, model: ModelSpec, start_models: Sequence[Start
     if start.optimizer and encoder and start_encoder and encoder.d_match and not start_encoder.d_match:
         reason = "start.optimizer is true, but the head of model.encoder.d_match is new and has no state"
         raise SpecError(f"start.from {first_model.ancestor.name}", reason, "set start.optimizer to false")
+    domains, start_domains = _expert_names(model), _expert_names(first_model.model)
+    if start.optimizer and domains != start_domains:
+        # The moments are copied in the order of the experts, and new experts have none.
+        reason = f"start.optimizer is true, but its experts are {', '.join(start_domains)}, in this order"
+        fix = "set start.optimizer to false, or model.moe.domains to the same names"
+        raise SpecError(f"start.from {first_model.ancestor.name}", reason, fix)
+
+
+def _expert_names(model: ModelSpec) -> list[str]:
+    """Return the names of the experts of a model with router `domain`; other models have experts without names."""
+    return (model.moe and model.moe.domains) or []
 
 
 def _check_new_experts(start: StartSpec, model: ModelSpec, start_model: ModelSpec) -> None:
@@ -53,7 +64,7 @@ def _check_new_experts(start: StartSpec, model: ModelSpec, start_model: ModelSpe
     Raises:
         SpecError: a name is wrong, or a model has no router `domain`.
     """
-    domains, start_domains = ((m.moe and m.moe.domains) or [] for m in (model, start_model))
+    domains, start_domains = _expert_names(model), _expert_names(start_model)
     for new_name, old_name in start.new_experts.items():
         if new_name not in domains or new_name in start_domains:
             new_names = ", ".join(name for name in domains if name not in start_domains) or "none"

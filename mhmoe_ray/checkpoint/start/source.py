@@ -9,7 +9,7 @@ from mhmoe_ray.checkpoint.huggingface.hub import PREFIX, pinned_source, settings
 from mhmoe_ray.checkpoint.huggingface.imported_tokenizer import read_chat_template, read_folder_tokenizer
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest, newest_checkpoint, stored_manifest
 from mhmoe_ray.checkpoint.tokenizer import run_tokenizer
-from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.errors import CheckpointError, SpecError
 from mhmoe_ray.runs.directory import CHAT_TEMPLATE, RunDir
 from mhmoe_ray.runs.start import Ancestor, read_start
 from mhmoe_ray.spec import ModelSpec, RunSpec
@@ -90,8 +90,16 @@ def find_start_model(source: str, storage: Location | str) -> StartModel:
 
 
 def _checkpoint_model(checkpoint: Location) -> StartModel:
-    """Return a checkpoint, which lies inside its run directory, as a model that a run can start from."""
+    """Return a checkpoint, which lies inside its run directory, as a model that a run can start from.
+
+    Raises:
+        SpecError: its model is a vision model, from which no run can start.
+    """
     manifest, run = stored_manifest(checkpoint), RunDir.of_checkpoint(checkpoint)
+    if manifest.model.kind == "vision":
+        raise SpecError(
+            f"start.from {run.id}", "it is a vision model, and start is for decoders and encoders", "remove start"
+        )
     record = read_start(run)
     tokens = manifest.tokens + (record.tokens if record else 0)
     template = run.chat_template_file

@@ -11,7 +11,8 @@ from mhmoe_ray.checkpoint.huggingface.compare import compare_logits, compare_wei
 from mhmoe_ray.checkpoint.huggingface.import_ import import_folder
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.errors import CheckpointError
-from tests.checkpoint.huggingface.conftest import MODELS, export_run, make_run
+from mhmoe_ray.spec import ModelSpec, MoESpec
+from tests.checkpoint.huggingface.conftest import DENSE, MODELS, export_run, make_run
 from tests.checkpoint.huggingface.test_import import edit_config
 from tests.cli.run import mhmoe
 
@@ -172,3 +173,11 @@ def test_run_can_be_imported_as_a_copy(folders, tmp_path):
     copy = next((tmp_path / "runs").glob("copy-*"))
     answer = mhmoe(tmp_path, "ckpt", "verify", str(run), str(copy))
     assert answer.out.startswith("all tensors are equal\n")
+
+
+def test_models_without_logits_of_text_alone_are_told(tmp_path):
+    """Router `domain` needs the domain of a text, and encoders and vision models have other outputs."""
+    moe = MoESpec(router="domain", top_k=1, heads=1, d_expert=24, experts=2, domains=["a", "b"])
+    run = make_run(tmp_path, ModelSpec(**DENSE, moe=moe))
+    assert differences(checkpoint_of(run), checkpoint_of(run)) == []
+    assert logit_difference(checkpoint_of(run), checkpoint_of(run)) is None

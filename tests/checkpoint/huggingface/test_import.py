@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mhmoe_ray.checkpoint.huggingface.compare import compare_weights, open_model
 from mhmoe_ray.checkpoint.huggingface.import_ import import_folder
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.errors import CheckpointError, MhmoeError, SpecError
@@ -126,6 +127,25 @@ def test_invalid_folder_is_rejected(tmp_path, mixtral_folder, spoil, reason):
         import_folder(mixtral_folder, None, tmp_path / "runs", None)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+
+
+def test_tensors_that_models_do_not_need_are_ignored(tmp_path):
+    """Some programs store the frequencies of rotary embeddings, and a tied output beside the embedding."""
+    folder = tmp_path / "folder"
+    export_run(make_run(tmp_path, MODELS["llama"]), folder)
+    shards = sorted(folder.glob("*.safetensors"))
+    tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    for file in (*shards, folder / "model.safetensors.index.json"):
+        file.unlink()
+    tensors |= {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    tensors |= {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(tensors, folder / "model.safetensors")
+    run = import_folder(folder, None, tmp_path / "runs", None)
+    with open_model(folder) as a, open_model(newest_checkpoint(run)[0]) as b:
+        assert compare_weights(a, b) == []
+    edit_tensors(lambda t: t["lm_head.weight"].add_(1))(folder)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight does not belong to such a model; "):
+        import_folder(folder, None, tmp_path / "runs", None)
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])

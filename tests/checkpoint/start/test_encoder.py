@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 
+from mhmoe_ray.checkpoint.huggingface.compare import open_model
 from mhmoe_ray.checkpoint.load import load_verified_encoder
-from mhmoe_ray.checkpoint.manifest import stored_manifest
+from mhmoe_ray.checkpoint.manifest import checkpoint_name, stored_manifest
 from mhmoe_ray.checkpoint.start.resolve import load_spec
+from mhmoe_ray.checkpoint.start.source import find_start_model
 from mhmoe_ray.checkpoint.start.write import write_start_checkpoint
-from mhmoe_ray.errors import SpecError
+from mhmoe_ray.errors import CheckpointError, SpecError
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs.directory import create_run
@@ -21,8 +23,10 @@ from tests.data.shards.manifests import make_manifest
 from tests.encoders import ENCODER, encoder_spec, micro_batch_samples
 from tests.llama_tokenizer import llama_tokenizer
 from tests.ranks import run_ranks
+from tests.saved import commit_checkpoint
 from tests.train import jobs
 from tests.train.objectives.test_masked import stream_rows
+from tests.visions import vision_spec
 
 MASKED_PARTS = {name: part for name, part in ENCODER["data"]["parts"].items() if name != "match"}
 MASKED_SOURCES = {name: source for name, source in ENCODER["data"]["sources"].items() if name != "matched"}
@@ -133,3 +137,20 @@ def test_matching_alone_trains_what_it_reads(tmp_path, source, workers, strategy
 def test_mistakes_are_named_before_a_job_starts(tmp_path, source, start, sections, message):
     with pytest.raises(SpecError, match=message):
         resolve(tmp_path, source, start, **sections)
+
+
+def test_a_vision_model_is_no_start(tmp_path):
+    spec = vision_spec().model_copy(update={"storage": tmp_path / "runs"})
+    run = create_run(spec)
+    mark_submitted(run)
+    checkpoint = run.checkpoints / checkpoint_name(1, 1)
+    (checkpoint / "weights").mkdir(parents=True)
+    commit_checkpoint(checkpoint, spec.model)
+    with pytest.raises(SpecError, match="it is a vision model, and start is for decoders and encoders; remove start"):
+        find_start_model(str(run.path), spec.storage)
+
+
+def test_encoders_are_not_compared(source):
+    opened_model = open_model(sorted(source.checkpoints.iterdir())[-1])
+    with pytest.raises(CheckpointError, match="its model is an encoder, and only decoders are compared"), opened_model:
+        pass

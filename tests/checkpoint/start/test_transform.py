@@ -10,6 +10,7 @@ from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.spec import ModelSpec, MoESpec, StartSpec
 from tests.checkpoint.huggingface.conftest import DENSE, MIXTRAL, random_model
 from tests.checkpoint.start.models import start_model
+from tests.specs import tiny_spec
 
 TOKENS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(0))
 
@@ -176,6 +177,11 @@ def test_experts_of_domains_are_added_removed_and_reordered_by_name():
             continue
         expected = [tensor[2], tensor[1], (sum(t.double() for t in tensor) / 3).float(), tensor[0]]
         assert torch.equal(tensors[name], torch.stack(expected))
+    trained_model = start_model(old_model.spec)._replace(sibling=tiny_spec())
+    # The optimizer's moments are copied only for the same experts in the same order.
+    with pytest.raises(SpecError, match=r"start\.optimizer is true, but its experts are a, b, c, in this order"):
+        check_start(start.model_copy(update={"optimizer": True}), spec, [trained_model])
+    check_start(StartSpec(**{"from": "run", "optimizer": True}), old_model.spec, [trained_model])
     with pytest.raises(SpecError, match="it is no new expert; the new ones are new, mean"):
         check_start(StartSpec(**{"from": "run", "new_experts": {"a": "b"}}), spec, [start_model(old_model.spec)])
     with pytest.raises(SpecError, match="the start has no expert d; choose from a, b, c"):
