@@ -183,8 +183,8 @@ def rm(
     from mhmoe_ray.storage import remove_tree
 
     # All runs are found and checked before the first one is removed, so that an error removes nothing. A name that is
-    # given twice counts once.
-    run_dirs = [find_run(name, storage) for name in dict.fromkeys(runs)]
+    # given twice counts once, and so does a run with two names (its id, the beginning of its id, and its path).
+    run_dirs = list(dict.fromkeys(find_run(name, storage) for name in runs))
     for run in run_dirs:
         check_removable(run, force)
     names = ", ".join(run.id for run in run_dirs)

@@ -274,8 +274,8 @@ def _without_unused_width(trunk: Tree, moe: Tree | None) -> Tree:
 def _refuse_unused_keys(shorthands: Shorthands, tree: Tree, own_moe: Tree, label: str) -> None:
     """Raise a SpecError if a key of the spec file would be ignored.
 
-    `size` would be ignored without `preset`. If the spec has `match`, so would `reference` and the keys of model.moe for
-    which the match computes the values.
+    `size` would be ignored without `preset`. If the spec has `match`, so would `reference` and the keys of model.moe
+    for which the match computes the values.
     """
     if shorthands.size and not shorthands.preset:
         raise SpecError(label, "'size' is given without preset, so it would be ignored", "add preset, or remove size")

@@ -261,7 +261,12 @@ def test_run_of_another_version_does_not_hide_other_runs(tmp_path, run):
 @pytest.fixture
 def ended_run(tmp_path, run):
     """Return a second run in the same storage, which has failed."""
-    run_dir = create_run(tiny_spec(tmp_path).model_copy(update={"name": "other"}))
+    return add_failed_run(tmp_path, "other")
+
+
+def add_failed_run(folder, name):
+    """Create a run that has failed, and return it."""
+    run_dir = create_run(tiny_spec(folder).model_copy(update={"name": name}))
     add_attempt(run_dir, Attempt("job-2", "http://127.0.0.1:1", local=True))
     events.record(run_dir, "failed", reason="it did")
     return run_dir
@@ -309,6 +314,11 @@ def test_rm_of_ended_runs_needs_a_confirmation(tmp_path, run, ended_run):
     assert_one_line(mhmoe(tmp_path, "rm", ended_run.id), 7, "--yes")
     assert_one_line(mhmoe(tmp_path, "rm", ended_run.id, run.id, "--yes"), 7, run.id)
     assert ended_run.path.exists()
+    # A run that is named twice, by its id and its path, is removed once, and the run after it is removed, too.
+    runs = [add_failed_run(tmp_path, name) for name in ("twice", "last")]
+    names = [runs[0].id, str(runs[0].path), runs[1].id]
+    answer = mhmoe(tmp_path, "rm", *names, "--yes")
+    assert (answer.code, answer.out.splitlines()) == (0, [f"removed {run.id}" for run in runs])
     words = command("rm", ended_run.id)
     for answer in ("n", "y"):
         terminal = pexpect.spawn(words[0], words[1:], cwd=tmp_path, encoding="utf-8")

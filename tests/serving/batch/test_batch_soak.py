@@ -24,7 +24,7 @@ CHUNKS_PER_KILL = ROWS // CHUNK_ROWS // (DRIVER_KILLS * (WORKER_KILLS_PER_DRIVER
 
 
 def kill_workers_and_driver(folder: Path, words: list[str], draws: random.Random) -> None:
-    """Start a job that writes its answers to a folder, kill some of its workers one after another, and then its driver."""
+    """Start a job that writes answers to a folder, kill some of its workers one after another, and then its driver."""
 
     def wait_for_chunks() -> None:
         count = chunk_count(folder)
