@@ -1,7 +1,7 @@
 """The log lines of a run's newest attempt, or of one of its workers, from the cluster or from the run directory."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from queue import Empty, Queue
 from threading import Thread
@@ -12,7 +12,7 @@ from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.cluster.dashboard import RetryingCaller
 from mhmoe_ray.cluster.nodes import process_log
-from mhmoe_ray.cluster.runs import outcome, recorded_outcome
+from mhmoe_ray.cluster.runs import Outcome, outcome, recorded_outcome
 from mhmoe_ray.errors import ClusterError, JobError, RunError, TokenError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir, last_attempt, newest_attempt_number
@@ -33,7 +33,8 @@ def log_lines(
     Args:
         run: the run whose log is read.
         rank: rank of the worker whose lines are returned; None for those of the whole job.
-        follow: whether to continue with new lines until the run ends.
+        follow: whether to continue with new lines until the run ends. If another process gets the rank meanwhile, its
+            lines follow.
         on_note: callback that gets a line of text about where the lines come from.
 
     Raises:
@@ -66,32 +67,40 @@ def without_colours(lines: Iterator[str]) -> Iterator[str]:
 
 
 def _worker_log(run: RunDir, connection: Connection, rank: int, follow: bool, on_note: OnNote) -> Iterator[str]:
-    """Return the lines of one worker: those of its stdout, which is mostly empty, and then its stderr with the log.
+    """Return the lines of one worker and, if they are followed, those of the workers that replace it.
 
     Args:
         run: the run whose log is read.
         connection: connection to the cluster on which the run is or was.
         rank: rank of the worker.
         follow: whether to continue with new lines until the run ends.
-        on_note: callback that gets a line of text that names the worker's process and host.
+        on_note: callback that gets a line of text that names the worker's process and host, for each of the workers.
 
     Raises:
         RunError: no workers have started yet, or there is no such rank.
         ClusterError, JobError: the cluster does not answer, or no longer has the log.
     """
     worker = _worker_entry(run, rank)
-    on_note(f"rank {rank}: process {worker['pid']} on {worker['host']}")
-    log_address = connection, worker["node"], worker["pid"]
-    printed_lines = process_log(*log_address, "out")
-    # `process_log` is a generator: it asks the cluster only when its first line is read. The first line is read here,
-    # so that the error of a missing log is raised inside the caller's `try`.
-    first_line = next(printed_lines, None)
-    printed_lines = chain([first_line] if first_line is not None else [], printed_lines)
+    on_note(_describe_process(worker))
+    # `process_log` is a generator: it asks the cluster only when its first line is read. One line is read here, so that
+    # the error of a missing log is raised inside the caller's `try`.
+    next(process_log(connection, worker["node"], worker["pid"], "out"), None)
     if not follow or recorded_outcome(events.read(run)):
-        return chain(printed_lines, process_log(*log_address, "err"))
-    return chain(
-        printed_lines, _lines_until_end(process_log(*log_address, "err", follow=True), run, connection, on_note)
-    )
+        return _process_lines(connection, worker)
+    return _lines_until_end(run, connection, worker, on_note)
+
+
+def _process_lines(connection: Connection, worker: Mapping[str, Any], *, follow: bool = False) -> Iterator[str]:
+    """Return the lines of a worker's process: those of its stdout, which is mostly empty, and its stderr with the log.
+
+    With `follow`, they never end by themselves.
+    """
+    log_address = connection, worker["node"], worker["pid"]
+    return chain(process_log(*log_address, "out"), process_log(*log_address, "err", follow=follow))
+
+
+def _describe_process(worker: Mapping[str, Any]) -> str:
+    return f"rank {worker['rank']}: process {worker['pid']} on {worker['host']}"
 
 
 def _worker_lines(lines: Iterator[str], pid: int) -> Iterator[str]:
@@ -100,50 +109,75 @@ def _worker_lines(lines: Iterator[str], pid: int) -> Iterator[str]:
     return (prefix.sub("", line) for line in lines if prefix.match(line))
 
 
+def _started_workers(run: RunDir) -> dict[int, dict[str, Any]]:
+    """Return the entries of the workers that the run's newest attempt started last, by rank; none before it did."""
+    started_event = events.newest_event(events.of_newest_attempt(events.read(run)), "started")
+    return {worker["rank"]: worker for worker in started_event["workers"]} if started_event else {}
+
+
 def _worker_entry(run: RunDir, rank: int) -> dict[str, Any]:
-    """Return the entry of a worker, by its rank, in the run's newest `started` event.
+    """Return the entry of a worker, by its rank, in the newest `started` event of the run's newest attempt.
 
     Raises:
         RunError: no workers have started yet, or there is no such rank.
     """
-    started_event = events.newest_event(events.read(run), "started")
-    if started_event is None:
+    workers = _started_workers(run)
+    if not workers:
         raise RunError(
             f"run {run.id}", "its workers have not started yet", f"see the log of its job: `mhmoe logs {run.id}`"
         )
-    worker = next((w for w in started_event["workers"] if w["rank"] == rank), None)
-    if worker is None:
-        reason = f"it has ranks 0 to {len(started_event['workers']) - 1}"
-        raise RunError(f"rank {rank} of run {run.id}", reason, "name one of them")
-    return dict(worker)
+    if rank not in workers:
+        raise RunError(f"rank {rank} of run {run.id}", f"it has ranks 0 to {len(workers) - 1}", "name one of them")
+    return workers[rank]
 
 
-def _lines_until_end(lines: Iterator[str], run: RunDir, connection: Connection, on_note: OnNote) -> Iterator[str]:
-    """Yield the lines of a log that never ends by itself, until the run has ended and no more lines arrive."""
-    line_queue, retrying_caller, run_outcome = Queue[str | Exception | None](), RetryingCaller(on_note), None
+def _lines_until_end(run: RunDir, connection: Connection, worker: dict[str, Any], on_note: OnNote) -> Iterator[str]:
+    """Yield the lines of a worker and of those that replace it, until the run has ended and no more lines arrive."""
+    rank, retrying_caller, is_over = worker["rank"], RetryingCaller(on_note), False
+    line_queue = _queue_lines(_process_lines(connection, worker, follow=True))
+
+    def find_progress() -> tuple[dict[str, Any] | None, Outcome | None]:
+        return _started_workers(run).get(rank), outcome(run, connection)
+
+    while True:
+        try:
+            item = line_queue.get(timeout=OUTCOME_CHECK_SECONDS)
+        except Empty:
+            # Both are one request, because an answer about one would hide that the other gets none.
+            newest_worker, run_outcome = retrying_caller.call(find_progress, None) or (None, None)
+            if newest_worker and any(newest_worker[key] != worker[key] for key in ("node", "pid")):
+                worker, is_over = newest_worker, False
+                on_note(_describe_process(worker))
+                line_queue = _queue_lines(_process_lines(connection, worker, follow=True))
+            # The last lines may arrive after the outcome is known, so one more interval must pass without a line.
+            elif is_over:
+                return
+            else:
+                is_over = run_outcome is not None
+            continue
+        if isinstance(item, (ClusterError, JobError)) and not isinstance(item, TokenError):
+            # The log is lost if its node is gone. Another process may replace this one later.
+            on_note(
+                f"process {worker['pid']}: its log has ended early ({item.subject}: {item.reason}); still following"
+            )
+        elif isinstance(item, Exception):
+            raise item
+        else:
+            yield item
+
+
+def _queue_lines(lines: Iterator[str]) -> Queue[str | Exception]:
+    """Return a queue that gets lines as they arrive, and the exception that ends them if one does."""
+    line_queue = Queue[str | Exception]()
 
     def fill_queue() -> None:
         try:
             for line in lines:
                 line_queue.put(line)
-            line_queue.put(None)
         except Exception as e:
             line_queue.put(e)
 
     # Ray follows a file forever, even if no process writes to it any more, so a read may block forever. A daemon thread
     # reads the lines, because it does not keep this process from ending.
     Thread(target=fill_queue, daemon=True).start()
-    while True:
-        try:
-            item = line_queue.get(timeout=OUTCOME_CHECK_SECONDS)
-        except Empty:
-            # The last lines may arrive after the outcome is known, so one more interval must pass without a line.
-            if run_outcome:
-                return
-            run_outcome = retrying_caller.call(lambda: outcome(run, connection), None)
-            continue
-        if item is None:
-            return
-        if isinstance(item, Exception):
-            raise item
-        yield item
+    return line_queue

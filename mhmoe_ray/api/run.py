@@ -163,7 +163,8 @@ class Run:
 
         Args:
             rank: rank of the worker; None for the whole job.
-            follow: whether to continue with new lines until the run ends.
+            follow: whether to continue with new lines until the run ends. If another process gets the rank meanwhile,
+                its lines follow.
             on_note: callback that gets a line of text about where the lines come from.
 
         Raises:
@@ -391,8 +392,7 @@ class _AttemptEvents:
         """Read the new events from the run directory, and return all events since the newest attempt was submitted."""
         self._events += self._tail.new_lines()
         if not self._reported_count:
-            submission_indices = [i for i, event in enumerate(self._events) if event["event"] == "submitted"]
-            self._events = self._events[max(submission_indices, default=0) :]
+            self._events = events.of_newest_attempt(self._events)
         return self._events
 
     def report(self) -> None:

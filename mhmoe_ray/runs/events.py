@@ -71,6 +71,23 @@ def newest_event(run_events: list[dict[str, Any]], kind: EventKind) -> dict[str,
     return next((event for event in reversed(run_events) if event["event"] == kind), None)
 
 
+def of_newest_attempt(run_events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the events of a run's newest attempt, oldest first: those since it was submitted.
+
+    All events are returned if none of them is of the kind "submitted".
+    """
+    submission = newest_event(run_events, "submitted")
+    if submission is None:
+        return run_events
+    # On an object store, "began" may come before the "submitted" event of the same attempt (see `state`).
+    first_index = next(
+        index
+        for index, event in enumerate(run_events)
+        if event is submission or (event["event"] == "began" and event.get("attempt", 0) == submission.get("attempt"))
+    )
+    return run_events[first_index:]
+
+
 def state(run_events: list[dict[str, Any]]) -> State:
     """Return the state of a run, as its events determine it."""
     current: State = "submitted"

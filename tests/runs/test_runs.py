@@ -205,6 +205,17 @@ def test_late_submitted_event_does_not_change_state(run):
     assert events.state(events.read(run)) == "submitted"
 
 
+def test_events_of_the_newest_attempt_begin_with_its_submission(run):
+    """The event "began" may precede the submission on an object store, and then it is the first one."""
+    for kind, attempt in (("submitted", 1), ("began", 1), ("failed", None), ("began", 2), ("started", None)):
+        events.record(run, kind, **({"attempt": attempt} if attempt else {}))
+    assert events.of_newest_attempt(events.read(run)) == events.read(run)
+    events.record(run, "submitted", attempt=2)
+    assert events.of_newest_attempt(events.read(run)) == events.read(run)[3:]
+    events.record(run, "submitted", attempt=3)
+    assert events.of_newest_attempt(events.read(run)) == events.read(run)[-1:]
+
+
 def test_attempts_are_numbered(run):
     for number, job in enumerate("ab", start=1):
         add_attempt(run, Attempt(job, "http://x", local=True))
