@@ -7,7 +7,7 @@ save.py         write checkpoints in the background of training, each rank its o
 load.py         load tensors at any world size, a trainer's state, or a model
 run_files.py    files in the run directory that a model needs, verified by their hashes
 tokenizer.py    the tokenizer of the checkpoint's run
-retention.py    checkpoint retention: keep the newest checkpoints and the best one
+retention.py    checkpoint retention: keep the newest checkpoints, the best one and served ones
 start/          runs that start from the weights of other models
 huggingface/    export to and import from folders in Hugging Face's layout
 """

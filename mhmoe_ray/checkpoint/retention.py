@@ -1,18 +1,19 @@
-"""Checkpoint retention: keep the newest checkpoints of a run and the best one, and delete the others."""
+"""Checkpoint retention: keep the newest checkpoints of a run, the best one and served ones, and delete the others."""
 
 import math
 
 from mhmoe_ray.checkpoint.manifest import MANIFEST, committed_checkpoints, step_and_group
-from mhmoe_ray.runs import history, metrics
+from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import Location, remove_tree
 
 
 class RetentionPolicy:
-    """Retention policy of a run: it keeps the newest checkpoints and the best one.
+    """Retention policy of a run: it keeps the newest checkpoints, the best one and those that are served.
 
     The best checkpoint is the one with the lowest validation loss. Checkpoints of steps without a validation, or with a
-    loss that is not finite, cannot be the best one.
+    loss that is not finite, cannot be the best one. A checkpoint counts as served if it is the one that an application
+    served last, whether or not the application still runs.
     """
 
     def __init__(self, run: RunDir, newest_count: int) -> None:
@@ -46,7 +47,13 @@ class RetentionPolicy:
         best_checkpoint = min(
             reversed(validated_checkpoints), key=lambda path: losses[step_and_group(path)[0]], default=None
         )
-        return [path for path in checkpoints[: -self._newest_count] if path != best_checkpoint]
+        # Each start of a replica loads the checkpoint that its application serves.
+        served_names = {event["checkpoint"] for event in events.deployments(events.read(self._run)).values()}
+        return [
+            path
+            for path in checkpoints[: -self._newest_count]
+            if path != best_checkpoint and path.name not in served_names
+        ]
 
 
 def delete_checkpoint(checkpoint: Location) -> None:

@@ -296,7 +296,7 @@ def serving_applications(run: RunDir, run_events: RunEvents, seconds: float = 10
         run_events: the run's events.
         seconds: the timeout in seconds for the answer of each cluster.
     """
-    deployed = {(e["address"], e["application"]): e for e in run_events if e["event"] == "served"}
+    deployed = events.deployments(run_events)
     entries = []
     for address in {address for address, _ in deployed}:
         try:

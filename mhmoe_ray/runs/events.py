@@ -88,6 +88,11 @@ def of_newest_attempt(run_events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return run_events[first_index:]
 
 
+def deployments(run_events: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return the newest "served" event of each application, by the address of its cluster and its name."""
+    return {(event["address"], event["application"]): event for event in run_events if event["event"] == "served"}
+
+
 def state(run_events: list[dict[str, Any]]) -> State:
     """Return the state of a run, as its events determine it."""
     current: State = "submitted"

@@ -1,4 +1,4 @@
-"""Tests of checkpoint retention: the newest checkpoints and the best one are kept."""
+"""Tests of checkpoint retention: the newest checkpoints, the best one and those that are served are kept."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 
 from mhmoe_ray.checkpoint.manifest import MANIFEST, committed_checkpoints, last_step
 from mhmoe_ray.checkpoint.retention import RetentionPolicy, delete_checkpoint
-from mhmoe_ray.runs import history, metrics
+from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import create_run
 from tests.specs import tiny_spec
 
@@ -50,6 +50,22 @@ def test_best_checkpoint_is_kept(run):
     record_losses(run, (10, 5.0), (20, 3.0), (25, 1.0), (40, 4.0))
     assert short_names(removable_checkpoints(run, 1)) == ["10.1", "30.1", "30.2", "40.2"]
     assert short_names(removable_checkpoints(run, 2)) == ["10.1", "30.1", "30.2"]
+
+
+def test_checkpoint_that_an_application_served_last_is_kept(run):
+    def serve(address, application, checkpoint):
+        events.record(run, "served", address=address, application=application, checkpoint=checkpoint)
+
+    retention = RetentionPolicy(run, 1)
+    serve("http://a", "mhmoe", "step_00000010.1")
+    serve("http://b", "mhmoe", "step_00000010.1")
+    serve("http://a", "other", "step_00000030.1")
+    assert short_names(retention.removable_checkpoints(50, None)) == ["20.1", "30.2", "40.2"]
+    # The other cluster still serves the checkpoint of step 10.
+    serve("http://a", "mhmoe", "step_00000020.1")
+    assert short_names(retention.removable_checkpoints(50, None)) == ["30.2", "40.2"]
+    serve("http://b", "mhmoe", "step_00000020.1")
+    assert short_names(retention.removable_checkpoints(50, None)) == ["10.1", "30.2", "40.2"]
 
 
 def test_replaced_loss_does_not_count(run):
