@@ -23,7 +23,7 @@ LOG_LINES = 40
 """Number of last lines of a worker's log that are recorded."""
 LOG_TIMEOUT_SECONDS = 5
 DUPLICATE_SECONDS = 20.0
-"""Seconds within which failures of the same ranks count as one failure of the same worker group."""
+"""Seconds within which reports of the same failed ranks count as one failure, if no worker group began since."""
 
 
 class WorkerFailureCallback(ray.train.UserCallback):
@@ -45,17 +45,20 @@ class WorkerFailureCallback(ray.train.UserCallback):
             # The workers have recorded the preemption themselves, as an event.
             return
         # While nodes are preempted, Ray Train reports the same failed ranks at every poll. Only the first report is
-        # recorded.
+        # recorded. A new worker group may fail like the last one just as soon, which is not a repeated report.
         (previous_ranks, previous_time), current_time = self._last_failure, time.monotonic()
         self._last_failure = frozenset(worker_exceptions), current_time
-        if previous_ranks == frozenset(worker_exceptions) and current_time - previous_time < DUPLICATE_SECONDS:
-            return
+        may_be_repeated = (
+            previous_ranks == frozenset(worker_exceptions) and current_time - previous_time < DUPLICATE_SECONDS
+        )
         run, errors = RunDir(location(self._run)), original_errors(worker_exceptions)
         rank = root_cause_rank(errors)
         root_cause = errors[rank]
         redact = Redactor(os.environ)
         fields = {"rank": rank, "ranks": len(worker_exceptions), "reason": redact(failure_reason(root_cause))}
         try:
+            if may_be_repeated and _newest_group_event(run).get("event") == "lost":
+                return
             worker = _recorded_worker(run, rank)
             # If the error is one of this package, its message is complete. The log lines would only repeat it with a
             # traceback.
@@ -128,11 +131,16 @@ def _recorded_worker(run: RunDir, rank: int) -> dict[str, Any]:
 
     The result is empty if the worker group has not started yet, because its processes are not recorded before.
     """
-    # Any of these events after "started" means that the recorded processes are of an earlier worker group.
-    event_kinds = ("began", "restoring", "started", "lost", "preempted")
-    newest_event = next((e for e in reversed(events.read(run)) if e["event"] in event_kinds), None)
-    workers = newest_event["workers"] if newest_event and newest_event["event"] == "started" else []
+    # Any other event here means that the recorded processes are of an earlier worker group.
+    newest_event = _newest_group_event(run)
+    workers = newest_event["workers"] if newest_event.get("event") == "started" else []
     return next((worker for worker in workers if worker["rank"] == rank), {})
+
+
+def _newest_group_event(run: RunDir) -> dict[str, Any]:
+    """Return the newest event about the beginning, the start or the end of a worker group; empty if there is none."""
+    event_kinds = ("began", "restoring", "started", "lost", "preempted")
+    return next((e for e in reversed(events.read(run)) if e["event"] in event_kinds), {})
 
 
 def _last_lines(worker: Mapping[str, Any]) -> list[str]:

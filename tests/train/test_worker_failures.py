@@ -116,6 +116,19 @@ def test_repeated_reports_of_a_failure_are_recorded_once(tmp_path, monkeypatch):
     assert [(event["rank"], event["ranks"]) for event in events.read(run)] == [(1, 1), (0, 2), (1, 1)]
 
 
+@pytest.mark.parametrize("kind", ["restoring", "started"])
+def test_equal_failure_of_a_new_worker_group_is_recorded(tmp_path, kind):
+    """A single worker always has rank 0, and it may fail at once when it is restarted."""
+    run = RunDir(tmp_path)
+    callback = WorkerFailureCallback(run)
+    for step in (1, 2):
+        callback.after_exception(None, {0: JobError("training", f"it failed at step {step}", "lower train.lr")})
+        callback.after_exception(None, {0: NOT_FINITE})
+        events.record(run, kind, workers=[])
+    reasons = [event["reason"] for event in events.read(run) if event["event"] == "lost"]
+    assert reasons == [f"training: it failed at step {step}; lower train.lr" for step in (1, 2)]
+
+
 def test_storage_failure_does_not_prevent_a_restart(tmp_path, capsys):
     run = RunDir(tmp_path)
     run.events_file.mkdir()  # a folder cannot be read as a file
