@@ -46,7 +46,7 @@ from mhmoe_ray.serving.answer import (
 )
 from mhmoe_ray.serving.engine import EngineError, Request, SamplingParams
 from mhmoe_ray.serving.engine.request import derived_seed
-from mhmoe_ray.serving.load import check_generates, token_limits
+from mhmoe_ray.serving.load import check_generates, check_predicts, token_limits
 from mhmoe_ray.spec import ModelSpec, ServeSpec
 from mhmoe_ray.storage import Location
 
@@ -316,11 +316,12 @@ class LoadedModel:
             Tensor of shape (tokens, vocabulary) on the device of the model.
 
         Raises:
-            ServeError: the text does not fit, a token id is not in the vocabulary, the model is closed, or the domain
-                is missing or unknown.
+            ServeError: the model is not a decoder, the text does not fit, a token id is not in the vocabulary, the
+                model is closed, or the domain is missing or unknown.
         """
         import torch
 
+        check_predicts(self.spec)
         if not isinstance(text, str) and not are_token_ids(prompt_elements(text)):
             raise ServeError("the prompt", "it is neither a text nor token ids", "`encode` a conversation first")
         ids = self.encode(text)

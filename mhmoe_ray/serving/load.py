@@ -103,18 +103,23 @@ def writes_captions(run: RunDir) -> bool:
     return any(part.traits.writes for part in run.spec().parts)
 
 
-def check_generates(model: ModelSpec) -> None:
-    """Raise ServeError if a model cannot generate text.
-
-    A model cannot if it is not a decoder, or if its router needs the domain (source) of a text, which a prompt does not
-    name.
-    """
+def check_predicts(model: ModelSpec) -> None:
+    """Raise ServeError if a model is not a decoder, and therefore does not predict next tokens."""
     if model.vision is not None:
         reason = "it is a vision model, which does not predict next tokens"
         raise ServeError("the model", reason, "ask it for classes and objects with `mhmoe serve deploy`")
     if model.encoder is not None:
         reason = "it is an encoder, which does not predict next tokens"
         raise ServeError("the model", reason, "ask it for vectors and captions with `mhmoe serve deploy`")
+
+
+def check_generates(model: ModelSpec) -> None:
+    """Raise ServeError if a model cannot generate text.
+
+    A model cannot if it is not a decoder, or if its router needs the domain (source) of a text, which a prompt does not
+    name.
+    """
+    check_predicts(model)
     moe = model.moe
     if moe is not None and moe.router == "domain":
         reason = "its router needs the domain of a text, which a prompt does not name"

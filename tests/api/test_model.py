@@ -19,6 +19,7 @@ from mhmoe_ray.serving.engine.sampler import Sampler
 from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import MoESpec, ServeSpec
 from tests.checkpoint.huggingface.conftest import DENSE, MODELS, export_run, make_run
+from tests.served_encoder import make_encoder_run
 from tests.serving.asking import answer_pieces
 from tests.watch import LIMIT, wait_until
 
@@ -176,6 +177,15 @@ def test_a_model_with_domains_needs_the_domain_of_a_text(tmp_path):
             model.logits("the quick")
         with pytest.raises(ServeError, match="its router needs the domain of a text"):
             model.generate("the quick")
+
+
+def test_an_encoder_predicts_no_next_tokens(tmp_path):
+    directory, _ = make_encoder_run(tmp_path)
+    [checkpoint] = committed_checkpoints(directory)
+    with mh.load(checkpoint) as model:
+        for function in (model.logits, model.generate):
+            with pytest.raises(ServeError, match="it is an encoder, which does not predict next tokens"):
+                function("the quick")
 
 
 def test_a_checkpoint_has_one_name_everywhere(run, model):
