@@ -155,6 +155,25 @@ def test_other_content_is_refused_in_one_line(chat_answerer, content, message):
     assert "\n" not in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"messages": [{**HELLO[0], "tool_calls": []}]}, "messages", "'messages.0.tool_calls' is not supported"),
+        ({"messages": [*HELLO, {"content": "a"}]}, "messages", "'messages.1.role': Field required"),
+        (
+            {"stream": True, "stream_options": {"include_obfuscation": False}},
+            "stream_options",
+            "'stream_options.include_obfuscation' is not supported",
+        ),
+    ],
+)
+def test_nested_field_is_named_in_the_error(chat_answerer, fields, param, message):
+    app = create_app(chat_answerer, "tiny", ServeSpec())
+    response = call(app, "POST", "/v1/chat/completions", json={"messages": HELLO, **fields})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["message"]) == (400, param, message)
+
+
 def test_template_refusal_is_a_bad_request(client):
     with pytest.raises(openai.BadRequestError, match="only user and assistant speak here") as error:
         client.chat.completions.create(model="tiny", messages=[{"role": "system", "content": "a"}])

@@ -201,6 +201,25 @@ def test_wrong_requests_are_refused_by_the_name_of_the_field(url, route, body, s
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text
 
 
+@pytest.mark.parametrize(
+    ("route", "body", "path"),
+    [
+        ("rerank", {"query": "fox", "documents": ["a", {"text": "b", "title": "c"}]}, "documents.1.title"),
+        ("rerank", {"query": {"text": "fox", "title": "c"}, "documents": ["a"]}, "query.title"),
+        (
+            "v1/chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a", "size": 1}}]}]},
+            "messages.0.content.0.image_url.size",
+        ),
+    ],
+)
+def test_nested_field_that_is_not_supported_is_named_by_its_path(answerer, route, body, path):
+    response = call(create_app(answerer, "pictures", ServeSpec()), "POST", f"/{route}", json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["message"]) == (400, f"{path!r} is not supported")
+    assert (error["param"], error["code"]) == (path.partition(".")[0], "unsupported_parameter")
+
+
 def test_requests_of_many_clients_get_their_own_answers(answerer, client):
     with ThreadPoolExecutor(24) as pool:
         futures = [

@@ -1,7 +1,8 @@
 """Error responses: bodies in the format of OpenAI's API, without details of the server's internals."""
 
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from typing import Any
 
 from fastapi import Request, Response
@@ -96,24 +97,42 @@ async def _handle_engine_error(_: Request, error: EngineError) -> Response:
     )
 
 
+def _field_path(location: Sequence[int | str], body: Any) -> str:
+    """Return the path of an unsupported or missing field in the body of a request, such as "messages.0.tool_calls".
+
+    Args:
+        location: pydantic's location of the field in the body, which ends with the name of the field.
+        body: the body of the request.
+    """
+    *parents, name = location
+    path, value = [], body
+    for parent in parents:
+        # Where a value may have one of several types, the location also has the name of a type, which is not in the
+        # body.
+        with suppress(LookupError, TypeError):
+            value = value[parent]
+            path.append(parent)
+    return ".".join(map(str, (*path, name)))
+
+
 async def _handle_validation_error(_: Request, error: RequestValidationError) -> Response:
     """Return a 400 response that names the first wrong field; an unsupported field comes before a wrong value."""
     first_error = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    # Pydantic's location of an error is ("body", field, index in a list), so its second element names the field.
-    param = (
-        str(first_error["loc"][1]) if len(first_error["loc"]) > 1 and first_error["type"] != "json_invalid" else None
-    )
-    if first_error["type"] == "extra_forbidden":
-        message = f"{param!r} is not supported"
+    # Pydantic's location of an error is ("body", field, index in a list, nested field).
+    kind, location = first_error["type"], first_error["loc"][1:]
+    # As in OpenAI's API, `param` is the field of the body, even if the error is in a nested field.
+    param = str(location[0]) if location and kind != "json_invalid" else None
+    if kind == "extra_forbidden":
+        message = f"{_field_path(location, error.body)!r} is not supported"
         return _json_response(400, ErrorDetail(message=message, param=param, code="unsupported_parameter"))
-    if first_error["type"] == "json_invalid":
+    if kind == "json_invalid":
         return _json_response(400, ErrorDetail(message="the body is not JSON"))
     # FastAPI parses only bodies that are declared to be JSON, and passes others on as bytes.
     if isinstance(error.body, bytes):
         return _json_response(
             400, ErrorDetail(message="the body is not declared to be JSON; send Content-Type: application/json")
         )
-    subject = f"{param!r}" if param else "the body"
+    subject = "the body" if param is None else repr(_field_path(location, error.body) if kind == "missing" else param)
     return _json_response(400, ErrorDetail(message=f"{subject}: {first_error['msg']}", param=param))
 
 
