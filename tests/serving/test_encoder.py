@@ -220,6 +220,25 @@ def test_nested_field_that_is_not_supported_is_named_by_its_path(answerer, route
     assert (error["param"], error["code"]) == (path.partition(".")[0], "unsupported_parameter")
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], "at least 1 item"),
+        (["fox"] * (MAX_DOCUMENTS + 1), f"at most {MAX_DOCUMENTS} items"),
+        (5, "should be a valid list"),
+        ("\ud800", "surrogates not allowed"),
+    ],
+)
+def test_wrong_input_of_vectors_is_explained(answerer, value, message):
+    body, headers = json.dumps({"input": value}), {"Content-Type": "application/json"}
+    response = call(
+        create_app(answerer, "pictures", ServeSpec()), "POST", "/v1/embeddings", content=body, headers=headers
+    )
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "input")
+    assert message in error["message"]
+
+
 def test_requests_of_many_clients_get_their_own_answers(answerer, client):
     with ThreadPoolExecutor(24) as pool:
         futures = [

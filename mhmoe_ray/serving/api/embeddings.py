@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import numpy as np
 from fastapi import APIRouter, Depends, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serving.api.access import Client
@@ -31,11 +31,13 @@ from mhmoe_ray.serving.api.schema import (
     StrictRequest,
     Text,
     Usage,
+    wrap_text,
 )
 from mhmoe_ray.serving.api.service import TextService
 from mhmoe_ray.serving.encoder.answer import EncoderAnswerer
 from mhmoe_ray.serving.encoder.request import MAX_DOCUMENTS, EncodeRequest, Encoding
 
+Inputs = Annotated[list[Text], Field(min_length=1, max_length=MAX_DOCUMENTS)]
 EncoderService = TextService[EncoderAnswerer]
 Reader = Callable[[], Awaitable[EncodeRequest]]
 
@@ -43,7 +45,7 @@ Reader = Callable[[], Awaitable[EncodeRequest]]
 class EmbeddingRequest(StrictRequest):
     """A request for the vectors of texts and images."""
 
-    input: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_DOCUMENTS)]
+    input: Annotated[Inputs, BeforeValidator(wrap_text, Text | Inputs)]
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     user: str | None = None
@@ -195,8 +197,8 @@ def vectors_router(service: EncoderService) -> APIRouter:
         request: EmbeddingRequest, client: Annotated[Client, Depends(service.access.authenticate)]
     ) -> EmbeddingList:
         service.check_model(request.model)
-        values = [request.input] if isinstance(request.input, str) else request.input
-        encodings, usage = await _answer(service, client, [partial(answerer.read, value) for value in values], "input")
+        readers = [partial(answerer.read, value) for value in request.input]
+        encodings, usage = await _answer(service, client, readers, "input")
         data = [
             Embedding(index=number, embedding=_encode(encoding, request.encoding_format))
             for number, encoding in enumerate(encodings)

@@ -52,7 +52,7 @@ def _allow_null(schema: dict[str, Any]) -> None:
             ]
 
 
-def _wrap_text(value: Any) -> Any:
+def wrap_text(value: Any) -> Any:
     """Return a single text as a list of one; any other value is returned unchanged."""
     return [value] if isinstance(value, str) else value
 
@@ -110,7 +110,7 @@ class SamplingRequest(StrictRequest):
     logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] = {}
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE_NUMBER] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE_NUMBER] = 1
-    stop: Annotated[StopTexts, BeforeValidator(_wrap_text, StopText | StopTexts)] = []
+    stop: Annotated[StopTexts, BeforeValidator(wrap_text, StopText | StopTexts)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
