@@ -164,7 +164,8 @@ def _wait_until_running(service: "Service") -> None:
 
 def curl_command(url: str) -> str:
     """Return a shell command that sends a completion request to the server at `url`."""
-    body = '{"prompt": "Fellow citizens", "max_tokens": 32}'
+    # Without `max_tokens`, the server chooses a number that its limit allows.
+    body = '{"prompt": "Fellow citizens"}'
     return f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
 
 

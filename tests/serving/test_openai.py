@@ -1,13 +1,17 @@
-"""Tests of completions through OpenAI's own client, over a real connection."""
+"""Tests of completions: through OpenAI's own client, over a real connection, and of their number of tokens."""
 
 import hashlib
+import json
+import shlex
 
 import openai
 import pytest
 import torch
 
+from mhmoe_ray.cli.serve import curl_command
 from mhmoe_ray.serving.api.app import create_app
 from mhmoe_ray.spec import KeySpec, ServeSpec
+from tests.serving.asking import call
 from tests.serving.conftest import SEQ_LEN, build_model, serve_app
 
 KEY = "a key of ours"
@@ -43,6 +47,25 @@ def test_completion_accepts_all_supported_fields(client):
     assert completion.choices[2].text.startswith("ein Jäger")
     assert completion.usage.completion_tokens == 4 * 8
     assert len(completion.choices[0].logprobs.tokens) == len(completion.choices[0].logprobs.token_logprobs)
+
+
+@pytest.mark.parametrize(("limit", "tokens"), [(5, 5), (40, 16)])
+def test_default_number_of_tokens_respects_the_limit_of_the_server(answerer, limit, tokens):
+    app = create_app(answerer, "tiny", ServeSpec(max_tokens=limit))
+    # The end token is forbidden, because it may end an answer early.
+    body = {"prompt": "the quick", "logit_bias": {"0": -100}}
+    response = call(app, "POST", "/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    assert response.json()["usage"]["completion_tokens"] == tokens
+    refusal = call(app, "POST", "/v1/completions", json={**body, "max_tokens": limit + 1})
+    assert (refusal.status_code, refusal.json()["error"]["param"]) == (400, "max_tokens")
+    assert call(app, "POST", "/v1/completions", json={**body, "max_tokens": 0}).status_code == 200
+
+
+def test_printed_command_respects_the_limit_of_the_server(answerer):
+    words = shlex.split(curl_command(""))
+    body = json.loads(words[words.index("-d") + 1])
+    assert call(create_app(answerer, "tiny", ServeSpec(max_tokens=1)), "POST", words[1], json=body).status_code == 200
 
 
 def test_streamed_chunks_join_to_the_complete_answer(client):

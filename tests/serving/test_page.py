@@ -26,6 +26,12 @@ def test_page_policy_allows_only_its_own_script_and_style(answerer):
     assert "default-src 'none'" in policy
 
 
+@pytest.mark.parametrize(("limit", "tokens"), [(8, 8), (512, 64)])
+def test_page_proposes_a_number_of_tokens_that_the_server_allows(answerer, limit, tokens):
+    page = call(create_app(answerer, "tiny", ServeSpec(max_tokens=limit)), "GET", "/").text
+    assert re.findall(r'<input id="max_tokens" [^>]*value="(.*?)"', page) == [str(tokens)]
+
+
 @pytest.mark.system
 @pytest.mark.parametrize("width", [390, 1200])
 def test_page_fits_the_screen_and_examples_fill_the_prompt(browser, answerer, width):

@@ -71,16 +71,16 @@ def create_app(
     if isinstance(answerer, VisionAnswerer):
         service = ModelService(answerer, model, spec, access)
         app.include_router(vision.vision_router(service), responses=RESPONSES)
-        app.include_router(page_router("vision.html"))
+        app.include_router(page_router("vision.html", spec))
     elif isinstance(answerer, EncoderAnswerer):
         service = TextService(answerer, model, spec, access)
         for router in embeddings.encoder_routers(service):
             app.include_router(router, responses=RESPONSES)
-        app.include_router(page_router("pictures.html"))
+        app.include_router(page_router("pictures.html", spec))
     else:
         service = Service(answerer, model, spec, access)
         app.include_router(completions.completions_router(service), responses=RESPONSES)
-        app.include_router(page_router("page.html"))
+        app.include_router(page_router("page.html", spec))
         app.include_router(completions.chat_router(service), responses=RESPONSES)
     info_routers = [_info_router(service, replica, collect_stats)]
     if isinstance(service, TextService):

@@ -44,11 +44,11 @@ def completions_router(service: Service) -> APIRouter:
         request: CompletionRequest, client: Annotated[Client, Depends(service.access.authenticate)]
     ) -> Response | Completion:
         service.check_model(request.model)
-        service.check_max_tokens(request.max_tokens, "max_tokens")
+        max_tokens = service.completion_max_tokens(request.max_tokens)
         if len(request.prompt) * request.n > MAX_CHOICES:
             message = f"{len(request.prompt)} prompts times n {request.n} are more than {MAX_CHOICES} choices"
             raise RequestError(400, message, "n")
-        prompts = [await service.prompt_ids(prompt, request.max_tokens > 0, "prompt") for prompt in request.prompt]
+        prompts = [await service.prompt_ids(prompt, max_tokens > 0, "prompt") for prompt in request.prompt]
         # The server may put the token that starts a document in front of a text, and nothing in front of token ids.
         added_tokens = [
             service.answerer.count_added(ids) if isinstance(prompt, str) else 0
@@ -58,7 +58,7 @@ def completions_router(service: Service) -> APIRouter:
             (
                 Request(
                     ids,
-                    request.sampling_params(request.max_tokens, choice),
+                    request.sampling_params(max_tokens, choice),
                     request.logprobs,
                     prompt_logprobs=request.echo and request.logprobs is not None,
                     client=client.name,

@@ -8,14 +8,23 @@ from importlib.resources import files
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
+from mhmoe_ray.spec import ServeSpec
+
 SHARED_FILES = {"/* page.css */": "page.css", "// page.js": "page.js"}
 """Shared files by the line of a page that is replaced by the content of the file."""
+PAGE_TOKENS = 64
+"""Largest number of tokens of an answer that the page of a decoder proposes, unless the server's limit is less."""
 
 
-def page_router(file: str) -> APIRouter:
-    """Return a router with the route GET /, which answers with the web page in a file of this package."""
+def page_router(file: str, spec: ServeSpec) -> APIRouter:
+    """Return a router with the route GET /, which answers with the web page in a file of this package.
+
+    Args:
+        file: name of the file.
+        spec: limits of the server, which the page respects.
+    """
     routes = APIRouter()
-    text = _read(file)
+    text = _read(file).replace("PAGE_TOKENS", str(min(PAGE_TOKENS, spec.max_tokens)))
     for line, shared_file in SHARED_FILES.items():
         text = text.replace(line, _read(shared_file))
     headers = {"Content-Security-Policy": _content_security_policy(text), "X-Content-Type-Options": "nosniff"}

@@ -153,7 +153,8 @@ class CompletionRequest(SamplingRequest):
 
     prompt: Annotated[Prompts, BeforeValidator(_wrap_prompt, Text | TokenIds | Prompts)]
     """Texts, or lists of token ids; the server puts no token in front of token ids."""
-    max_tokens: Annotated[int, Field(ge=0), WHOLE_NUMBER] = 16
+    max_tokens: Annotated[int, Field(ge=0), WHOLE_NUMBER] | None = None
+    """Largest number of tokens of an answer; by default 16, as in OpenAI's API, or the server's limit if it is less."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE_NUMBER] | None = None
     echo: bool = False
 

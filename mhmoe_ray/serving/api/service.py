@@ -17,6 +17,8 @@ from mhmoe_ray.serving.engine import Request
 from mhmoe_ray.spec import ServeSpec
 
 logger = logging.getLogger("ray.serve")
+COMPLETION_TOKENS = 16
+"""Largest number of tokens of a completion whose request names no number, as in OpenAI's API."""
 
 
 Served = TypeVar("Served", bound=ServedModel)
@@ -113,6 +115,20 @@ class Service(TextService[Answerer]):
     def __post_init__(self) -> None:
         # All requests share one pacer, because its interval depends on the number of all streams of the replica.
         self.pacer = StreamPacer(self.spec.stream_interval)
+
+    def completion_max_tokens(self, max_tokens: int | None) -> int:
+        """Return the largest number of tokens of a completion.
+
+        Args:
+            max_tokens: the request's field of this name; None for the default, which never exceeds the server's limit.
+
+        Raises:
+            RequestError: the request asks for more tokens than the server allows.
+        """
+        if max_tokens is None:
+            return min(COMPLETION_TOKENS, self.spec.max_tokens)
+        self.check_max_tokens(max_tokens, "max_tokens")
+        return max_tokens
 
     async def prompt_ids(self, prompt: str | Sequence[int], has_answer: bool, param: str) -> tuple[int, ...]:
         """Return the token ids of a prompt, checked for unknown ids and for length.
