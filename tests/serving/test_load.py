@@ -1,13 +1,15 @@
 import shutil
+from typing import Any
 
 import pytest
 import torch
 
 from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.checkpoint.manifest import read_manifest
-from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.errors import CheckpointError, ServeError
 from mhmoe_ray.serving.load import load_answerer
-from mhmoe_ray.spec import ServeSpec
+from mhmoe_ray.serving.vllm import folder
+from mhmoe_ray.spec import ModelSpec, ServeSpec
 from tests.serving.conftest import build_model
 
 
@@ -66,6 +68,44 @@ def test_invalid_chat_template_is_refused_before_replicas_start(checkpoint_copy)
     (checkpoint_copy.parent.parent / "chat_template.jinja").write_text("{% for %}")
     with pytest.raises(RayServeException, match=r"^the chat template: .*; correct chat_template\.jinja"):
         build(args)
+
+
+VLLM_MODEL: dict[str, Any] = {"vocab_size": 384, "d_model": 384, "layers": 2, "attention_heads": 12, "d_ff": 96}
+EXPERTS = {"heads": 2, "experts": 4, "d_expert": 24}
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "message"),
+    [
+        ({"qk_norm": "all"}, {"tensor_parallel": 2}, r"qk_norm: all.*set serve\.tensor_parallel=1"),
+        ({}, {"tensor_parallel": 5}, r"5 ranks cannot share 12 \(attention_heads\), 96 \(d_ff\), 384 \(vocab_size"),
+        ({"vocab_size": 300}, {"tensor_parallel": 3}, r"3 ranks cannot share 320 \(vocab_size, rounded"),
+        ({"kv_heads": 4}, {"tensor_parallel": 3}, r"3 ranks cannot share 4 \(kv_heads\)"),
+        ({"kv_heads": 2}, {"tensor_parallel": 3}, r"3 ranks cannot share 2 \(kv_heads\)"),
+        ({"moe": {**EXPERTS, "d_expert": 25}}, {"tensor_parallel": 2}, r"2 ranks cannot share 25 \(moe\.d_expert\)"),
+        ({"moe": {**EXPERTS, "d_shared": 25}}, {"tensor_parallel": 2}, r"2 ranks cannot share 25 \(moe\.d_shared\)"),
+        ({}, {"tensor_parallel": 2, "expert_parallel": True}, r"no experts.*set serve\.expert_parallel=false"),
+    ],
+)
+def test_models_that_vllm_cannot_shard_are_refused_by_name(model, settings, message, monkeypatch):
+    monkeypatch.setattr(folder, "find_spec", lambda _: True)
+    with pytest.raises(ServeError, match=f"^engine vllm: .*{message}"):
+        folder.check(ModelSpec.model_validate(VLLM_MODEL | model), ServeSpec(engine="vllm", **settings))
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ({"qk_norm": "all"}, {}),
+        ({"qk_norm": "head", "kv_heads": 2}, {"tensor_parallel": 4}),
+        ({"kv_heads": 6}, {"tensor_parallel": 3}),
+        ({"moe": {**EXPERTS, "d_expert": 25}}, {"tensor_parallel": 2, "expert_parallel": True}),
+        ({"moe": EXPERTS}, {"tensor_parallel": 2}),
+    ],
+)
+def test_models_that_vllm_can_shard_are_accepted(model, settings, monkeypatch):
+    monkeypatch.setattr(folder, "find_spec", lambda _: True)
+    folder.check(ModelSpec.model_validate(VLLM_MODEL | model), ServeSpec(engine="vllm", **settings))
 
 
 def test_checkpoint_outside_its_run_is_refused(checkpoint, tmp_path):

@@ -77,12 +77,12 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
             spec: parallelism, precision, and limits on numbers of requests.
 
         Raises:
-            ServeError: vLLM has no layers for this model.
+            ServeError: vLLM has no layers for this model, or cannot shard them.
             EngineError: vLLM does not start; the message says why.
         """
         super().__init__(manifest.seq_len, spec.max_concurrency, spec.max_waiting)
         self._on_cpu = current_platform.is_cpu()
-        check_fits(manifest.model, self._on_cpu)
+        check_fits(manifest.model, self._on_cpu, spec.tensor_parallel, spec.expert_parallel)
         self._checkpoint, self._manifest, self._stop_token_ids, self._tokenizer_size = (
             checkpoint,
             manifest,

