@@ -24,6 +24,7 @@ from mhmoe_ray.spec import (
     parse_overrides,
     validate_section,
 )
+from mhmoe_ray.spec.serve import is_valid_key
 from mhmoe_ray.storage import Location, location
 
 API_KEYS_VARIABLE = "MHMOE_API_KEYS"
@@ -104,7 +105,8 @@ def with_environment_keys(spec: ServeSpec) -> ServeSpec:
     A key of the environment with the same name as a key of the spec gets the limits of that key.
 
     Raises:
-        SpecError: two keys with the same name have different limits, or the environment variable is malformed.
+        SpecError: two keys with the same name have different limits, or the environment variable is malformed or has a
+            key that not every client can send.
     """
     keys_by_name: dict[str, KeySpec] = {}
     for key in spec.keys:
@@ -120,6 +122,10 @@ def with_environment_keys(spec: ServeSpec) -> ServeSpec:
         name, _, secret = map(str.strip, pair.partition(":"))
         if not (name and secret):
             raise SpecError(API_KEYS_VARIABLE, "it is not NAME:KEY,NAME:KEY", "correct it, or unset it")
+        # The error shows no name, which is the secret if somebody wrote KEY:NAME.
+        if not is_valid_key(secret):
+            reason = "a key has a character that is not printable ASCII, and not every client can send it"
+            raise SpecError(API_KEYS_VARIABLE, reason, "choose a key of ASCII letters and digits")
         key_hash = sha256(secret.encode()).hexdigest()
         try:
             environment_keys.append(

@@ -15,6 +15,7 @@ from mhmoe_ray.cluster.packages import EXCLUDED_PATTERNS, PACKAGES, check_size, 
 from mhmoe_ray.cluster.serve_client import app_configs, client, config_lock, put_configs, serve_details, shut_down_idle
 from mhmoe_ray.errors import ServeError, SpecError
 from mhmoe_ray.serving.config import IMPORT_PATH
+from mhmoe_ray.spec.serve import is_valid_key
 
 REPORT_SECONDS = 30.0
 """Seconds between two lines of progress about an application that does not answer yet."""
@@ -286,6 +287,8 @@ def application_stats(application: Application, key: str | None) -> dict[str, An
     url = application.url
     if not application.reachable:
         return f"{url} is an address of the cluster's own machine; ask there, or forward its port"
+    if key and not is_valid_key(key):
+        return "the API key has a character that is not printable ASCII; correct MHMOE_API_KEY"
     dashboard.keep_off_proxies(url)
     try:
         answer = requests.get(f"{url}/stats", headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=10)

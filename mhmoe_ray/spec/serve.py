@@ -22,6 +22,11 @@ class KeySpec(Section):
     next requests are refused until the limit allows them again."""
 
 
+def is_valid_key(key: str) -> bool:
+    """Return whether an API key consists of printable ASCII characters, which every HTTP client can send."""
+    return key.isascii() and key.isprintable()
+
+
 class EngineTraits(NamedTuple):
     """Properties of an inference engine that can serve models."""
 

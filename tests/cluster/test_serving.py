@@ -207,6 +207,15 @@ def test_api_key_is_not_sent_through_a_proxy(monkeypatch):
     assert (proxy_requests, requests) == ([], [("/stats", True)])
 
 
+@pytest.mark.parametrize("key", ["ключ", "sécret", "sec\nret"])
+def test_api_key_that_cannot_be_sent_is_explained_in_a_line_without_it(key):
+    with json_server({"/stats": {"model": "tiny"}}) as (port, requests):
+        application = serving.Application("mhmoe", f"http://{HOST}:{port}", True, "RUNNING", "", "/mnt/c")
+        answer = serving.application_stats(application, key)
+    assert answer == "the API key has a character that is not printable ASCII; correct MHMOE_API_KEY"
+    assert requests == []
+
+
 @pytest.mark.ray
 def test_deployment_on_a_used_port_fails_and_leaves_nothing(connection):
     with socket.socket() as s:
