@@ -353,7 +353,7 @@ def use_worker_memory(context: typer.Context) -> None:
     # Layers and training steps should take as long as in a training run, so this process needs the memory allocator's
     # settings of a training worker. The allocator reads its settings only when a process starts, so this process is
     # replaced by one with these settings.
-    timed_commands = ("layer", "train", "checkpoint", "dispatch")
+    timed_commands = ("layer", "train", "checkpoint", "loss", "dispatch")
     if context.invoked_subcommand in timed_commands and (settings := malloc.malloc_settings(os.environ)):
         os.execve(sys.executable, sys.orig_argv, os.environ | settings)
 

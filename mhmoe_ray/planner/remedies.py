@@ -11,11 +11,13 @@ from mhmoe_ray.spec import RunSpec
 CANDIDATES: tuple[dict[str, Any], ...] = (
     {"train.recompute": "block"},
     {"train.recompute": "exchange"},
+    {"train.recompute": "experts"},
     {"train.loss_chunk_rows": 128},
     {"cluster.strategy": "fsdp"},
     {"cluster.strategy": "fsdp", "cluster.shard_experts": True},
     {"cluster.shard_experts": True},
     {"cluster.gather_precision": "bfloat16"},
+    {"cluster.reduce_precision": "bfloat16"},
     {"train.moment_precision": "bfloat16"},
     {"train.residual_precision": "bfloat16"},
 )

@@ -115,7 +115,10 @@ def _figures(comparison: Comparison) -> "Iterator[tuple[str, Figure]]":
         for axis_name in plots.AXES:
             yield f"loss_by_{axis_name}", plots.draw_validation(all_variants, axis_name)
     for metric in METRICS.values():
-        if metric.plot and (figure := plots.draw_curve(all_variants, metric.name, metric.plot.title, metric.plot.axis)):
+        if metric.plot is None:
+            continue
+        label = loss_unit(all_variants) if metric.name == metrics.LOSS else metric.plot.axis
+        if figure := plots.draw_curve(all_variants, metric.name, metric.plot.title, label):
             yield metric.name, figure
     if len(all_variants) > 1:
         yield "throughput", plots.draw_throughput(all_variants)

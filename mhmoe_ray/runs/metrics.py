@@ -98,26 +98,26 @@ STEP = _metric(
 STEPS = _metric("steps", "Number of steps of the complete run.")
 LOSS = _metric(
     "loss",
-    "Mean loss of the newest step, in nats per token.",
+    "Mean loss of the newest step, in nats per token; of encoders and vision models, the weighted sum over all parts.",
     tag="loss/training",
     panel=Panel("training", "Loss", "{{run}} training"),
     plot=Plot("training loss", "nats per token"),
 )
 PART_LOSS = _metric(
     "part_loss",
-    "Mean loss of the newest step in each part of its micro-batches (`data.parts`), in nats per token.",
+    "Mean loss of the newest step in each part of its micro-batches (`data.parts`), in the unit of its objective.",
     scope="part",
     panel=Panel("training", "Loss", "{{run}} training, {{part}}"),
 )
 VAL_LOSS = _metric(
     "val_loss",
-    "Loss of the newest validation, in nats per held-out token.",
+    "Loss of the newest validation on held-out samples, in the unit of `loss`.",
     tag="loss/validation",
     panel=Panel("training", "Loss", "{{run}} validation"),
 )
 VAL_PART_LOSS = _metric(
     "val_part_loss",
-    "Loss of the newest validation in the held-out text of each part of micro-batches, in nats per token.",
+    "Loss of the newest validation on the held-out samples of each part, in the unit of `part_loss`.",
     scope="part",
     panel=Panel("training", "Loss", "{{run}} validation, {{part}}"),
 )

@@ -81,7 +81,9 @@ class ResumingDataConfig(ray.train.DataConfig):
         newest = newest_checkpoint(self._run, describe=self._describe_and_report)
         for error in newest.skipped if newest else []:
             print(f"warning: {error}")
-            events.record(self._run, "skipped_checkpoint", name=error.subject, reason=error.reason)
+            # The subject is the word "checkpoint" and the path of the checkpoint.
+            folder_name = error.subject.rpartition("/")[2]
+            events.record(self._run, "skipped_checkpoint", name=folder_name, reason=error.reason)
         # The check is repeated because hashing the files of a checkpoint may take long. If a newer job has begun
         # meanwhile, the lines below would remove a checkpoint that it is writing.
         require_newest_attempt(self._run, self._attempt)

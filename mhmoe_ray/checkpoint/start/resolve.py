@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from mhmoe_ray.checkpoint.start.compatibility import check_start
+from mhmoe_ray.checkpoint.start.compatibility import check_start, check_tokenizer
 from mhmoe_ray.checkpoint.start.source import (
     SWEEP_PREFIX,
     StartModel,
@@ -20,12 +20,15 @@ from mhmoe_ray.checkpoint.start.source import (
     sibling_model,
     sweep_variant,
 )
+from mhmoe_ray.data.tokenizer.tiktoken import is_tiktoken
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.presets import Tree
 from mhmoe_ray.planner.resolve import merge_trees, resolve_spec
 from mhmoe_ray.spec import MoESpec, RunSpec, StartSpec, read_tree, validate_section
 
 DEFAULT_STORAGE = "runs"
+TOKENIZER_FILE = "tokenizer.json"
+"""Name of the tokenizer's file in a prepared folder."""
 TOKENIZER_KEYS = {"tokenizer", "tokenizer_pattern", "tokenizer_model", "tokenizer_train_mb"}
 FindSibling = Callable[[str], RunSpec]
 """Function that takes the name of a variant in a sweep, and returns the spec of this variant's run."""
@@ -66,7 +69,25 @@ def build_spec(tree: Tree, label: str, find_sibling: FindSibling | None = None) 
     spec = resolve_spec(tree, label, fill_tree)
     if spec.start is not None:
         check_start(spec.start, spec.model, start_models)
+        _check_tokenizers(spec, start_models)
     return spec
+
+
+def _check_tokenizers(spec: RunSpec, start_models: list[StartModel]) -> None:
+    """Check that the tokenizer of a run's data, if it exists already, is that of the models that the run starts from.
+
+    Raises:
+        SpecError: a model has another tokenizer.
+    """
+    files = (spec.data.prepared / TOKENIZER_FILE, spec.data.tokenizer)
+    tokenizer_file = next((file for file in files if file is not None and file.is_file()), None)
+    # The job converts a vocabulary in tiktoken's format, and checks the result.
+    if tokenizer_file is None or is_tiktoken(tokenizer_file.read_bytes()):
+        return
+    for start_model in start_models:
+        # Another run of the same sweep may not have its tokenizer yet. The job checks that one.
+        if start_model.sibling is None:
+            check_tokenizer(start_model, tokenizer_file)
 
 
 def _fill_from_start(tree: Tree, label: str, find_sibling: FindSibling | None, start_models: list[StartModel]) -> Tree:
@@ -96,6 +117,10 @@ def _fill_from_start(tree: Tree, label: str, find_sibling: FindSibling | None, s
         data |= first_model.sibling.data.model_dump(mode="json", include=TOKENIZER_KEYS)
     elif isinstance(first_model.tokenizer_file, Path):
         data["tokenizer"] = str(first_model.tokenizer_file)
+    elif "tokenizer" not in own_data and not _is_prepared(own_data):
+        reason = f"its tokenizer is in an object store, {first_model.tokenizer_file}"
+        fix = "copy it to a folder that all nodes share, and name it as data.tokenizer"
+        raise SpecError(f"start.from {first_model.ancestor.name}", reason, fix)
     if first_model.chat_template is not None and "chat_template" not in own_data and _has_conversations(own_data):
         data["chat_template"] = str(_template_file(first_model))
     resolved_start = start.with_sources([start_model.source for start_model in start_models])
@@ -126,6 +151,12 @@ def _template_file(start_model: StartModel) -> Path:
         fix = "set data.chat_template, or run `mhmoe ckpt import` and start from the imported run"
         raise SpecError(f"start.from {start_model.ancestor.name}", reason, fix)
     return start_model.chat_template_file
+
+
+def _is_prepared(own_data: Tree) -> bool:
+    """Return whether the `data` section of a spec file names a prepared folder that has a tokenizer."""
+    folder = own_data.get("prepared")
+    return isinstance(folder, str) and (Path(folder) / TOKENIZER_FILE).is_file()
 
 
 def _reads_same_folder(own_data: Tree, sibling: RunSpec) -> bool:

@@ -1,5 +1,6 @@
 """Tests of the checkpoint of step 0, without Ray: what it holds, and how training goes on from it."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from mhmoe_ray.checkpoint.huggingface.import_ import import_folder
 from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.checkpoint.manifest import committed_checkpoints, newest_checkpoint, stored_manifest
 from mhmoe_ray.checkpoint.save import Saver
-from mhmoe_ray.checkpoint.start.resolve import load_spec
+from mhmoe_ray.checkpoint.start.resolve import build_spec, load_spec
 from mhmoe_ray.checkpoint.start.source import find_start_model
 from mhmoe_ray.checkpoint.start.write import write_start_checkpoint
 from mhmoe_ray.errors import CheckpointError, RunError, SpecError
@@ -18,7 +19,7 @@ from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run
 from mhmoe_ray.runs.start import read_start
 from mhmoe_ray.spec import RunSpec, dump_spec
-from mhmoe_ray.storage import copy_file
+from mhmoe_ray.storage import ObjectPath, copy_file
 from tests.checkpoint.huggingface.conftest import TEXT, export_run
 from tests.data.shards.manifests import make_manifest
 from tests.llama_tokenizer import llama_tokenizer
@@ -248,6 +249,23 @@ def test_another_tokenizer_is_refused(tmp_path):
     llama_tokenizer(["quite another text about nothing at all"] * 8, 320).save(str(other_data / "tokenizer.json"))
     with pytest.raises(SpecError, match="has another tokenizer than the data"):
         start_run(tmp_path, source.id, {}, data={"sources": {"web": {"path": "raw"}}, "prepared": str(other_data)})
+
+
+def test_a_tokenizer_in_an_object_store_must_be_copied(tmp_path, monkeypatch):
+    source = make_source(tmp_path)
+    start_model = find_start_model(str(source.path), tmp_path)
+    remote_model = start_model._replace(tokenizer_file=ObjectPath("s3://bucket/run/tokenizer.json"))
+    monkeypatch.setattr("mhmoe_ray.checkpoint.start.resolve.find_start_model", lambda *_: remote_model)
+    data = {"sources": {"web": {"path": "raw"}}, "prepared": "new"}
+    train = tiny_spec(train=TRAIN).train.model_dump()
+    tree = {"name": "branch", "start": {"from": source.id}, "data": data, "train": train}
+    with pytest.raises(SpecError, match=r"is in an object store, s3://bucket/run/tokenizer\.json; copy it"):
+        build_spec(copy.deepcopy(tree), "spec")
+    copied_file = tmp_path / "copy.json"
+    copied_file.write_bytes(start_model.tokenizer_file.read_bytes())
+    tree["data"]["tokenizer"] = str(copied_file)
+    monkeypatch.setattr(ObjectPath, "read_bytes", lambda _: start_model.tokenizer_file.read_bytes())
+    assert build_spec(tree, "spec").data.tokenizer == copied_file
 
 
 def test_a_spec_with_a_start_survives_a_dump(tmp_path):
