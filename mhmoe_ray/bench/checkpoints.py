@@ -89,14 +89,18 @@ def measure(spec: RunSpec, rounds: int, folder: Path, hardware: Hardware) -> Fig
         torch_file.unlink()
 
     def measure_checkpoint() -> None:
-        start_time = read_clock()
-        saver.save(case.trainer.zero_counts())
-        figures.steps_while_writing.append(_time_action(case.step, read_clock))
+        counts = case.trainer.zero_counts()
+
+        def save_and_step() -> None:
+            saver.save(counts)
+            case.step()
+
+        figures.steps_while_writing.append(_time_action(save_and_step, read_clock))
         saver.wait()
-        figures.committed.append(read_clock() - start_time)
-        figures.pauses.append(
-            next(event["pause"] for event in reversed(events.read(run)) if event["event"] == "checkpoint")
-        )
+        event = events.newest_event(events.read(run), "checkpoint")
+        assert event is not None
+        figures.pauses.append(event["pause"])
+        figures.committed.append(event["seconds"])
         remove_tree(committed_checkpoints(run)[-1])
 
     # The first checkpoint allocates the saver's buffers, which all later ones reuse. Its memory is therefore measured,

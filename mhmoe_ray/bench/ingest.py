@@ -75,7 +75,8 @@ def stream_with_mhmoe(spec: RunSpec, folder: Path, processes: int) -> dict[str, 
     # The stream is measured in order because training reads it in order. The assertion below needs the order too.
     stream.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
     [split] = stream.streaming_split(1, equal=True)
-    b, batch_count, start_time = spec.train.micro_batch_size, spec.train.steps * spec.train.micro_batches, 0.0
+    b, batch_count = spec.train.micro_batch_size, spec.train.steps * spec.train.micro_batches
+    start_time, end_time = 0.0, 0.0
     # A row of an image stream is a whole micro-batch, and a row of a decoder's stream is one sample.
     rows = b if spec.model.kind == "decoder" else 1
     for number, batch in enumerate(split.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=4)):
@@ -86,8 +87,10 @@ def stream_with_mhmoe(spec: RunSpec, folder: Path, processes: int) -> dict[str, 
         if number == 0:
             start_time = time.perf_counter()
         if number == batch_count - 1:
+            # The end is taken before the stream ends its tasks.
+            end_time = time.perf_counter()
             break
-    return {"seconds": time.perf_counter() - start_time, "micro_batches": batch_count - 1}
+    return {"seconds": end_time - start_time, "micro_batches": batch_count - 1}
 
 
 def stream_with_pool(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
@@ -207,7 +210,7 @@ def stream_with_mosaicml(spec: RunSpec, folder: Path, processes: int) -> dict[st
                     writer.write({"tokens": sample})
     dataset = StreamingDataset(local=str(folder), batch_size=b, shuffle=True, shuffle_seed=spec.seed)
     loader = DataLoader(dataset, batch_size=b, num_workers=processes, drop_last=True)
-    number, start_time = 0, 0.0
+    number, start_time, end_time = 0, 0.0, 0.0
     # One pass over the samples may give fewer micro-batches than the training has, so passes are repeated until there
     # are enough.
     while number < batch_count:
@@ -217,10 +220,12 @@ def stream_with_mosaicml(spec: RunSpec, folder: Path, processes: int) -> dict[st
                 start_time = time.perf_counter()
             number += 1
             if number == batch_count:
+                # The end is taken before the loader ends its processes.
+                end_time = time.perf_counter()
                 break
         if number == previous_number:
             raise ValueError(f"the samples do not fill a micro-batch of {b} in any of {processes} processes")
-    return {"seconds": time.perf_counter() - start_time, "micro_batches": batch_count - 1}
+    return {"seconds": end_time - start_time, "micro_batches": batch_count - 1}
 
 
 class Contestant(NamedTuple):

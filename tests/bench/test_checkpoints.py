@@ -27,6 +27,5 @@ def test_all_durations_use_device_clock(tmp_path, monkeypatch):
     figures = checkpoints.measure(tiny_spec(), 2, tmp_path, Hardware(device, "here", 1))
     assert devices == [device]
     assert figures.steps == figures.steps_while_writing == figures.torch_save == [1.0, 1.0]
-    # The clock ticks at each read. After the start it is read twice by the step that runs meanwhile, and once at the
-    # end.
-    assert figures.committed == [3.0, 3.0]
+    # The saver itself measures the pause and the time until a checkpoint is complete.
+    assert all(0 < pause < seconds for pause, seconds in zip(figures.pauses, figures.committed, strict=True))

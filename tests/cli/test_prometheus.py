@@ -9,6 +9,7 @@ import httpx
 import pytest
 import yaml
 
+from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.render.monitoring import DASHBOARDS, RATE_WINDOW, prometheus_config
 from tests.cli.conftest import write_spec
 from tests.cli.run import mhmoe
@@ -48,7 +49,7 @@ def url(tmp_path_factory, local_cluster):
     rendered = prometheus_config(str(local_cluster.ray_folder))
     config.write_text(yaml.safe_dump(rendered))
     subprocess.run(["promtool", "check", "config", config], check=True, capture_output=True)
-    listen = "127.0.0.1:19473"
+    listen = f"127.0.0.1:{free_ports(1)[0]}"
     arguments = [f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={listen}"]
     log = (folder / "log").open("w")
     process = subprocess.Popen(["prometheus", *arguments], stdout=log, stderr=log)

@@ -98,8 +98,9 @@ def test_halves_of_a_pair_influence_each_other():
     expected, by_image, by_text = (
         dict(zip(spec.loss_names, losses(model, b), strict=True)) for b in (batch, changed_image, changed_text)
     )
-    assert torch.equal(expected["texts"], by_image["texts"])
-    assert torch.equal(expected["images"], by_text["images"])
+    # The rounding of an expert's product depends on the place of a row, and the other rows have moved.
+    torch.testing.assert_close(expected["texts"], by_image["texts"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(expected["images"], by_text["images"], rtol=1e-5, atol=1e-5)
     pairs = [("pairs_text", by_image), ("pairs_image", by_text), ("match", by_image), ("match", by_text)]
     for name, changed_losses in pairs:
         assert not torch.isclose(expected[name], changed_losses[name]).any()
@@ -177,7 +178,7 @@ def test_a_router_by_modality_has_weights_for_each():
         for layer in model.moe_layers():
             layer.router.text.weight_ED.neg_()
     changed_losses = dict(zip(spec.loss_names, losses(model, batch), strict=True))
-    assert torch.equal(first_losses["images"], changed_losses["images"])
+    torch.testing.assert_close(first_losses["images"], changed_losses["images"], rtol=1e-5, atol=1e-5)
     assert not torch.isclose(first_losses["texts"], changed_losses["texts"]).any()
 
 

@@ -109,8 +109,10 @@ def _measure(settings: Settings, tokens: int) -> Rows:
     for name, size in settings.layers.items():
         for kernel in ("auto", *kernels_of(settings, size)):
             title = name if kernel == "auto" else f"{name}, {kernel}"
-            modules[title], flops[title] = make_layer(settings, size, kernel), layer_flops(settings, size, tokens)
-        modules[f"{name}, static"] = make_layer(settings, size, "auto", capacity_factor=1.25)
+            # The other packages' layers have weights in bfloat16, too, so no layer casts weights or gradients.
+            modules[title] = make_layer(settings, size, kernel).to(torch.bfloat16)
+            flops[title] = layer_flops(settings, size, tokens)
+        modules[f"{name}, static"] = make_layer(settings, size, "auto", capacity_factor=1.25).to(torch.bfloat16)
         flops[f"{name}, static"] = flops[name]
     if not settings.is_toy:
         plain = settings.layers["SMoE"]

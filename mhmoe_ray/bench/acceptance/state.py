@@ -2,6 +2,8 @@
 
 import statistics
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,9 +11,10 @@ import torch
 from mhmoe_ray.bench import checkpoints
 from mhmoe_ray.bench.acceptance.settings import Rows, Settings
 from mhmoe_ray.bench.steps import SMALL_SIZE, matched_models
-from mhmoe_ray.bench.timing import device_clock, find_hardware
+from mhmoe_ray.bench.timing import device_clock, find_hardware, time_interleaved
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.serving.engine.torch_engine import convert_to_bfloat16
 
 
 def run(settings: Settings) -> Rows:
@@ -28,19 +31,18 @@ def run(settings: Settings) -> Rows:
         "to_torch_save": figures.pause_to_torch_save,
         "state_gb": figures.state / 1e9,
     }
-    clock = device_clock(settings.torch_device)
+    passes, token_counts = dict[str, Callable[[], object]](), dict[str, int]()
     for name, spec in specs.items():
         model = Decoder(spec.model)
         init_weights(model, 0)
         model = model.to(settings.torch_device).eval()
+        # As in serving, weights are converted once, and not in each pass.
+        convert_to_bfloat16(model)
         for phase, shape in {"prefill": (1, size.seq_len), "decode": (32, 1)}.items():
             token_BT = torch.randint(spec.model.vocab_size, shape, device=settings.torch_device)
-            seconds = []
-            with torch.no_grad(), torch.autocast(settings.device, torch.bfloat16):
-                model(token_BT)
-                for _ in range(settings.rounds):
-                    start = clock()
-                    model(token_BT)
-                    seconds.append(clock() - start)
-            rate = token_BT.numel() / statistics.median(seconds)
-            yield {"name": f"{name}, {phase} of {shape[0]} x {shape[1]} tokens", "tokens/s": rate}
+            title = f"{name}, {phase} of {shape[0]} x {shape[1]} tokens"
+            passes[title], token_counts[title] = partial(model, token_BT), token_BT.numel()
+    with torch.no_grad(), torch.autocast(settings.device, torch.bfloat16):
+        timings = time_interleaved(passes, settings.rounds, device_clock(settings.torch_device))
+    for title, timing in timings.items():
+        yield {"name": title, "tokens/s": token_counts[title] / timing.median}

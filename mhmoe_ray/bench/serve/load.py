@@ -74,9 +74,10 @@ def open_loop(url: str, requests: Sequence[Prompt], rate: float, seed: int) -> L
 
     async def run(session: aiohttp.ClientSession) -> list[RequestOutcome]:
         tasks = []
-        for ids, tokens in requests:
+        for number, (ids, tokens) in enumerate(requests):
+            if number:
+                await asyncio.sleep(generator.expovariate(rate))
             tasks.append(asyncio.create_task(send_request(session, url, ids, tokens, stream=True)))
-            await asyncio.sleep(generator.expovariate(rate))
         return list(await asyncio.gather(*tasks))
 
     # Requests do not wait for earlier ones, so the number of connections must have no limit. For aiohttp, 0 means no

@@ -129,7 +129,7 @@ class SamplingRequest(StrictRequest):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling_params(self, max_tokens: int, choice: int) -> SamplingParams:
-        """Return the sampling parameters of one choice, one of the `n` answers to a prompt.
+        """Return the parameters by which one choice, one of the `n` answers to a prompt, is drawn.
 
         Args:
             max_tokens: largest number of tokens of the answer.

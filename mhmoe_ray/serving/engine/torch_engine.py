@@ -257,7 +257,7 @@ def own_engine(
     """
     dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
     if dtype == torch.bfloat16:
-        _convert_to_bfloat16(model)
+        convert_to_bfloat16(model)
     if spec.gpus_per_replica:
         # The conversion to bfloat16 comes before this, because the float32 model may not fit on the GPU.
         model.to("cuda")
@@ -292,7 +292,7 @@ def make_batch_invariant(model: Decoder, dtype: torch.dtype) -> None:
             layer.experts.kernel = "padded"
 
 
-def _convert_to_bfloat16(model: Decoder) -> None:
+def convert_to_bfloat16(model: Decoder) -> None:
     """Convert the weights of matrix products to bfloat16, in place; those of routers and norms stay float32."""
     # Routers have matrices too, but if bfloat16 made two of their scores equal, a token could go to another expert.
     for name in matrix_names(model):
