@@ -1,5 +1,6 @@
 """Evaluation of a run's checkpoint as a job on a cluster, unless the run directory holds the evaluation already."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from os import PathLike, fspath
 from pathlib import Path
@@ -68,6 +69,7 @@ def make_request(
     spec = None if run.is_imported else run.spec()
     cluster = spec.cluster if spec else ClusterSpec()
     held_out = spec is not None and not text and not tasks
+    folders = [Path(folder).absolute() for folder in _text_list(task_folders)]
     return EvalRequest(
         run=str(run.path),
         checkpoint=checkpoint,
@@ -76,7 +78,8 @@ def make_request(
         text_version=_text_version(text_data) if text_data else None,
         samples=(samples or EVALUATION_SAMPLES) if text else 0,
         tasks=_text_list(tasks),
-        task_folders=[str(Path(folder).absolute()) for folder in _text_list(task_folders)],
+        task_folders=[str(folder) for folder in folders],
+        tasks_version=_tasks_version(folders) if folders else None,
         limit=limit,
         batch=spec.train.micro_batch_size if spec else 1,
         half=spec is not None and spec.train.precision == "bfloat16",
@@ -121,6 +124,22 @@ def _text_version(data: DataSpec) -> str:
         return version_hash(data, find_files(data))
     except OSError as e:
         raise DataError(f"text {', '.join(data.sources)}", e.strerror or str(e), "correct its path") from e
+
+
+def _tasks_version(folders: Sequence[Path]) -> str:
+    """Return a hash over the names and contents of all files in folders of tasks.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for folder in folders:
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            try:
+                digest.update(f"{file.relative_to(folder)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+            except OSError as e:
+                raise DataError(f"file {file}", e.strerror or str(e), "make it readable") from e
+    return digest.hexdigest()
 
 
 def load_or_evaluate(

@@ -180,8 +180,9 @@ class EncoderMeter:
             return {}
         pairs = with_few_captions(pairs)
         counter = RouteCounter(self._model)
-        # The samples are made for the objective contrastive, which hides nothing. The model then reads them as for the
-        # objective masked, which makes an image and its text one sample.
+        # The samples are made for the objective contrastive, which hides nothing. If the model was trained on pairs of
+        # which attention reads both halves together, it reads them so here, as for the objective masked.
+        objective = "masked" if any(part.is_joint for part in self._spec.parts) else "contrastive"
         pair = MicroBatchPart("pairs", (), batch_size, "contrastive", ("image", "text"), 1.0)
         maker = SampleMaker(self._spec, token_bytes_for(self._spec.model.vocab_size))
         for start in range(0, len(pairs.images), batch_size):
@@ -189,7 +190,7 @@ class EncoderMeter:
             part = pair._replace(samples=stop - start)
             labels = [""] * part.samples
             samples = maker.make(part, pairs.tokens[start:stop], pairs.images[start:stop], labels, crops=False)
-            batch = self._batch_maker.make([part._replace(objective="masked")], samples)
+            batch = self._batch_maker.make([part._replace(objective=objective)], samples)
             is_text_N = torch.zeros(batch.token_NT.numel(), dtype=torch.bool, device=self._device)
             is_image_N = torch.ones(part.samples * self._model.image_tokens, dtype=torch.bool, device=self._device)
             masks = {

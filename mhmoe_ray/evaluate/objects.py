@@ -70,6 +70,8 @@ def average_precision(
     annotations: Sequence[Annotation],
     detections: Sequence[StoredDetection],
     class_names: Sequence[str],
+    *,
+    finds_masks: bool,
 ) -> ObjectPrecision:
     """Return the average precision of the objects that a model detected in images.
 
@@ -78,8 +80,9 @@ def average_precision(
         annotations: the true objects of each image; objects that are crowds are ignored.
         detections: detected objects of each image.
         class_names: names of the classes, in the order of their numbers.
+        finds_masks: whether the model finds the masks of objects, too.
     """
-    has_masks = any(d.masks for d in detections) and all(
+    has_masks = finds_masks and all(
         instance.mask is not None for annotation in annotations for instance in annotation.instances
     )
     numbers = {name: number for number, name in enumerate(class_names)}

@@ -54,6 +54,8 @@ class EvalRequest(BaseModel):
     """Names of lm-eval's tasks; `english` and `xnli` stand for tasks of the first MH-MoE paper."""
     task_folders: list[str]
     """Folders with tasks for lm-eval that the user has defined."""
+    tasks_version: str | None = None
+    """Hash that changes with the files of `task_folders`; None without folders, and in requests of earlier versions."""
     limit: int | None
     """Largest number of questions of each task; None asks all."""
     batch: int
@@ -94,7 +96,9 @@ class EvalRequest(BaseModel):
         # Fields that are None are left out of the hash, which then stays the same as in earlier versions without these
         # fields.
         unset_fields = {
-            name for name in ("prior", "probe", "probe_version", "text_version") if getattr(self, name) is None
+            name
+            for name in ("prior", "probe", "probe_version", "tasks_version", "text_version")
+            if getattr(self, name) is None
         }
         question_fields = self.model_dump(mode="json", exclude=excluded_fields | unset_fields)
         return hashlib.sha256(json.dumps(question_fields, sort_keys=True).encode()).hexdigest()[:8]

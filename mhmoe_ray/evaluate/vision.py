@@ -148,8 +148,10 @@ def vision_figures(context: EvaluationContext) -> EvaluationAnswer:
             detections = [detection for o in outputs for detection in o.detections]
             figures.objects[part.name] = ObjectFigures(
                 images=len(annotations),
-                objects=sum(len(annotation.instances) for annotation in annotations),
-                precision=average_precision(stored.images, annotations, detections, classes[part.name]),
+                objects=sum(not i.is_crowd for annotation in annotations for i in annotation.instances),
+                precision=average_precision(
+                    stored.images, annotations, detections, classes[part.name], finds_masks=part.has_masks
+                ),
             )
     routing = {} if meter.counter is None else meter.counter.routing_counts()
     return {"vision": figures, "routing": routing}

@@ -119,3 +119,18 @@ def test_an_evaluation_is_shown_by_its_figures(run, text):
     tasks = {"rte": {"acc,none": 0.5}}
     with_tasks = evaluation.model_copy(update={"domains": {}, "tasks": tasks})
     assert str(with_tasks) == f"Evaluation('{run.id}/{CHECKPOINT}', tasks={tasks})"
+
+
+def test_changed_files_of_tasks_make_another_request(tmp_path, run):
+    folder = tmp_path / "tasks"
+    (folder / "data").mkdir(parents=True)
+    (folder / "mine.yaml").write_text("task: mine")
+    (folder / "data" / "questions.jsonl").write_text("{}")
+
+    def request_key():
+        return make_request(run.directory, CHECKPOINT, tasks="mine", task_folders=folder).key
+
+    keys = [request_key(), request_key()]
+    (folder / "data" / "questions.jsonl").write_text("[]")
+    keys.append(request_key())
+    assert [keys.index(key) for key in keys] == [0, 0, 2]

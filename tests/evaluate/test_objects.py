@@ -28,8 +28,8 @@ def detection_of(annotation, names=NAMES, shift=0.0, score=0.9):
     return StoredDetection(boxes, classes, np.full(len(classes), score), masks)
 
 
-def precision(detections):
-    return average_precision([IMAGE] * len(TRUTH), TRUTH, detections, NAMES)
+def precision(detections, *, finds_masks=True):
+    return average_precision([IMAGE] * len(TRUTH), TRUTH, detections, NAMES, finds_masks=finds_masks)
 
 
 def test_the_truth_has_a_precision_of_one():
@@ -72,7 +72,9 @@ def test_a_region_of_several_classes_is_one_object_if_classes_do_not_count():
 
 def test_nothing_detected_has_a_precision_of_zero():
     empty = StoredDetection(np.empty((0, 4)), np.empty(0), np.empty(0), [])
-    assert precision([empty, empty]).box_ap50 == 0
+    result = precision([empty, empty])
+    assert (result.box_ap50, result.mask_ap, result.mask_ap50) == (0, 0, 0)
+    assert precision([empty, empty], finds_masks=False).mask_ap is None
 
 
 def test_a_detection_is_scaled_to_the_pixels_of_the_stored_image():

@@ -207,3 +207,21 @@ def test_an_error_of_the_model_breaks_the_engine(encoder):
         asyncio.run(answer_inputs(engine, [EncodeRequest(token_ids=(0, 999_999))]))
     assert "IndexError" in engine.failure_reason
     engine.close()
+
+
+def test_padding_is_neither_counted_as_tokens_nor_as_routes(encoder):
+    _, model = encoder
+    texts = [EncodeRequest(token_ids=(0, *range(5, 5 + length))) for length in (1, 2, SEQ_LEN - 1)]
+    engine = EncoderEngine(model, SEQ_LEN, 0, ServeSpec())
+    counts = []
+    for requests in (texts, *([text] for text in texts)):
+        before = engine.stats()
+        asyncio.run(answer_inputs(engine, requests))
+        after = engine.stats()
+        routes = np.array(after.count_LE) - np.array(before.count_LE)
+        counts.append((after.step_tokens - before.step_tokens, routes))
+    (joint_tokens, joint_routes), *single_counts = counts
+    assert joint_tokens == sum(len(text.token_ids) for text in texts) == sum(tokens for tokens, _ in single_counts)
+    moe = model.spec.moe
+    assert (joint_routes.sum(1) == joint_tokens * moe.heads * moe.top_k).all()
+    engine.close()

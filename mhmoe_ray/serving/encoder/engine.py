@@ -11,6 +11,7 @@ import torch
 
 from mhmoe_ray.model.encoder import Encoded, Encoder, EncoderBatch, Group, GroupSize
 from mhmoe_ray.model.encoder.captions import next_tokens
+from mhmoe_ray.model.router.balance import route_counts
 from mhmoe_ray.serving.encoder.request import EncodeRequest, Encoding
 from mhmoe_ray.serving.engine.round_engine import Continued, RoundEngine
 from mhmoe_ray.spec import ServeSpec
@@ -56,7 +57,7 @@ class EncoderEngine(RoundEngine[EncodeRequest, Encoding]):
         """Compute the next token of each caption; return finished captions, and the next inputs of unfinished ones."""
         image_NYXC = self._image_tensor([value.image for value in inputs])
         tokens, encoded = next_tokens(self._model, image_NYXC, [value.token_ids for value in inputs], self._start_token)
-        self._count_routes(encoded)
+        self._count_routes(encoded, [1 + len(value.token_ids) for value in inputs])
         results = list[Encoding | Continued[EncodeRequest]]()
         for value, token in zip(inputs, tokens, strict=True):
             caption = [*value.token_ids, token]
@@ -94,24 +95,40 @@ class EncoderEngine(RoundEngine[EncodeRequest, Encoding]):
         head = self._model.match
         assert head is not None
         vectors_NW = torch.cat([head.image_vectors(encoded.image_NSM[:, 0]), head.text_vectors(encoded.text_NTM[:, 0])])
-        expert_NLSH = self._count_routes(encoded)
+        expert_NLSH = self._count_routes(encoded, [len(text) for text in texts])
         return [
             Encoding(vector, expert_LSH=expert_NLSH[number] if number < len(images) and expert_NLSH.size else None)
             for number, vector in enumerate(vectors_NW.float().cpu().numpy())
         ]
 
-    def _count_routes(self, encoded: Encoded) -> np.ndarray:
-        """Count the routes of a forward pass in the statistics, and return the first choices of its images.
+    def _count_routes(self, encoded: Encoded, text_lengths: Sequence[int]) -> np.ndarray:
+        """Count the tokens and routes of a forward pass, without padding, and return the first choices of its images.
 
-        The result has the first-choice expert of each sub-token, (images, layers, positions, heads). It is empty if no
-        layer chooses experts.
+        Args:
+            encoded: the encoder's outputs of the pass.
+            text_lengths: number of tokens of each text without padding, with its start token.
+
+        Returns:
+            The first-choice expert of each sub-token, (images, layers, positions, heads). It is empty if no layer
+            chooses experts.
         """
         images, positions, _ = encoded.image_NSM.shape
         moe = self._model.spec.moe
         heads = moe.heads if moe else 1
         # The router `smear` averages the weights of all experts for each sample, so that positions choose no experts.
         layers = [] if moe is None or moe.router == "smear" else encoded.routing
-        self._record_pass(layers, encoded.image_NSM.shape[:2].numel() + encoded.text_NTM.shape[:2].numel())
+        length_N1 = torch.tensor(text_lengths, dtype=torch.int64, device=self._device)[:, None]
+        is_token_NT = torch.arange(encoded.text_NTM.shape[1], device=self._device) < length_N1
+        is_image_N = torch.ones(images * positions, dtype=torch.bool, device=self._device)
+        is_token_N = torch.cat([is_image_N, is_token_NT.flatten()])
+        is_row_N = is_token_N.repeat_interleave(heads)
+        # The gate of a dropped route is 0.
+        counts_LE = [
+            route_counts(routing.expert_NK[is_row_N], moe.experts, routing.gate_NK[is_row_N] > 0).tolist()
+            for routing in layers
+            if moe is not None
+        ]
+        self._record_pass(counts_LE, int(is_token_N.sum()))
         rows = images * positions * heads
         choices = [routing.expert_NK[:rows, 0].view(images, positions, heads).cpu().numpy() for routing in layers]
         return np.stack(choices, 1) if choices else np.empty(0)

@@ -16,7 +16,6 @@ from typing import Generic, NamedTuple
 
 import torch
 
-from mhmoe_ray.model.router import Routing
 from mhmoe_ray.serving.engine.background import BackgroundEngine
 from mhmoe_ray.serving.engine.client_request import ClientRequest, Input, InputState, Output
 from mhmoe_ray.serving.engine.fair_queue import FairQueue
@@ -230,14 +229,13 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
         if not is_queued:
             self._queue_of(request).add(request.client, request)
 
-    def _record_pass(self, routings: Sequence[Routing], tokens: int) -> None:
+    def _record_pass(self, count_LE: Sequence[Sequence[int]], tokens: int) -> None:
         """Add a forward pass, its tokens and its routes to the statistics.
 
         Args:
-            routings: choices of experts in each layer with experts.
+            count_LE: number of routes to each expert of each layer with experts.
             tokens: number of tokens and patches of the pass.
         """
-        count_LE = [routing.count_E.tolist() for routing in routings]
         with self._condition:
             for layer, counts in enumerate(count_LE):
                 self._stats.count_LE[layer] = [a + b for a, b in zip(self._stats.count_LE[layer], counts, strict=True)]

@@ -43,7 +43,8 @@ class VisionEngine(RoundEngine[VisionRequest, VisionOutput]):
         pixels_NYXC = torch.from_numpy(np.stack([value.image for value in inputs])).to(self._device)
         features = self._model.encode([pixels_NYXC if task == name else self._no_images(task) for task in self.patches])
         patch_NPM = features.patches[list(self.patches).index(name)]
-        self._record_pass(features.routing, patch_NPM.shape[:2].numel())
+        count_LE = [routing.count_E.tolist() for routing in features.routing]
+        self._record_pass(count_LE, patch_NPM.shape[:2].numel())
         if self._model.tasks[name].detector is None:
             outputs = [VisionOutput(logits_C.numpy()) for logits_C in self._model.class_logits(name, patch_NPM).cpu()]
         else:
