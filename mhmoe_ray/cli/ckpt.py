@@ -1,6 +1,5 @@
 """`mhmoe ckpt`: show, verify, export and import checkpoints."""
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -227,9 +226,8 @@ def import_(
     Its architecture is Llama, Mistral, Qwen2, Qwen3, Mixtral, Qwen3-MoE, OLMoE, or that of an export.
     """
     from mhmoe_ray.api.attempts import run_argument
-    from mhmoe_ray.checkpoint.huggingface.export import export as export_checkpoint
     from mhmoe_ray.checkpoint.huggingface.hub import PREFIX, local_folder
-    from mhmoe_ray.checkpoint.huggingface.import_ import import_folder, run_name
+    from mhmoe_ray.checkpoint.huggingface.import_ import import_checkpoint, import_folder, run_name
 
     note.print(f"importing {source}", soft_wrap=True)
     if source.startswith(PREFIX):
@@ -238,10 +236,7 @@ def import_(
         run = import_folder(local_folder(source), name, storage, seq_len)
     elif (source_run := _run_of(source, storage)) is not None:
         path, manifest = pick_checkpoint(source_run, None, verify_hashes=True)
-        with tempfile.TemporaryDirectory() as folder:
-            # An export followed by an import copies the weights and the tokenizer, and checks both.
-            export_checkpoint(path, manifest, Path(folder) / "model")
-            run = import_folder(Path(folder) / "model", name or run_name(source_run.id), storage, seq_len)
+        run = import_checkpoint(path, manifest, name or run_name(source_run.id), storage, seq_len)
     else:
         run = import_folder(Path(source), name, storage, seq_len)
     out.print(f"imported {source} as run {run.id}; serve it: mhmoe serve deploy {run_argument(run)}", soft_wrap=True)

@@ -21,8 +21,8 @@ EventKind = Literal[
     # Fields of "started" events: group (number of the worker group), step, dp and ep (sizes of the mesh), groups (ranks
     # of each expert-parallel group), straddling_groups (number of groups on several nodes), groups_apart (number of
     # groups in several network domains), dispatch (flat or hierarchical), flat_groups (number of groups that
-    # hierarchical dispatch leaves flat), asked (the spec's cluster.workers), and workers: [{rank, pid, began (start
-    # time of the process), host, node}].
+    # hierarchical dispatch leaves flat), asked (the spec's cluster.workers), and workers: [{rank, pid, began and
+    # start_ticks (start time of the process), host, node}].
     "started",
     "hung",  # rank, host, pid, step (the last one), doing (phase), seconds, silent (true if heartbeats were missing)
     "lost",  # rank, reason, host, lines (last lines of the rank's log), ranks (number of all failed ranks)
@@ -143,18 +143,18 @@ def interruptions(run_events: list[dict[str, Any]]) -> list[tuple[float, str]]:
     """
     sentences = {"hung": describe_hang, "preempted": describe_preemption, "lost": describe_failure}
     sentences_by_time: list[tuple[float, str]] = []
-    hung_rank = None
+    hung_ranks = set[int]()
     for event in run_events:
         kind = event["event"]
-        if kind == "lost" and event["rank"] == hung_rank:
+        if kind == "lost" and event["rank"] in hung_ranks:
             # The watchdog killed this rank because it hung. The list already has its "hung" event, so "lost" is left
             # out.
-            hung_rank = None
+            hung_ranks.clear()
         elif kind in sentences:
             sentences_by_time.append((event["time"], sentences[kind](event)))
-            hung_rank = event["rank"] if kind == "hung" else hung_rank
+            hung_ranks |= {event["rank"]} if kind == "hung" else set()
         elif kind == "started":
-            hung_rank = None
+            hung_ranks.clear()
     return sentences_by_time
 
 

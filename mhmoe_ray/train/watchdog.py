@@ -17,6 +17,7 @@ import time
 from collections.abc import Awaitable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any, Literal
 
@@ -47,12 +48,16 @@ class WorkerInfo:
     """Start time of the process in seconds since the epoch."""
     host: str
     node: str
+    # If the system's clock is set, Linux gives another start time since the epoch for the same process, but never other
+    # ticks since the boot.
+    start_ticks: int | None = None
+    """Start time of the process in clock ticks since the boot; None on systems other than Linux."""
 
     @classmethod
     def current(cls, rank: int) -> "WorkerInfo":
         """Return the `WorkerInfo` of the current process, which runs as `rank`."""
-        start_time = psutil.Process().create_time()
-        return cls(rank, os.getpid(), start_time, socket.gethostname(), ray.get_runtime_context().get_node_id())
+        began, pid, node = psutil.Process().create_time(), os.getpid(), ray.get_runtime_context().get_node_id()
+        return cls(rank, pid, began, socket.gethostname(), node, _start_ticks(pid))
 
 
 @dataclass(frozen=True)
@@ -231,7 +236,7 @@ class Watchdog:
         strategy = NodeAffinitySchedulingStrategy(worker_info.node, soft=False)
         try:
             kill_task: Awaitable[bool] = _kill_process.options(scheduling_strategy=strategy).remote(
-                worker_info.pid, worker_info.began
+                worker_info.pid, worker_info.began, worker_info.start_ticks
             )
             was_alive = await kill_task
         except ray.exceptions.RayError as e:
@@ -250,18 +255,31 @@ class Watchdog:
 
 
 @ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]  # Ray's decorator is untyped
-def _kill_process(pid: int, start_time: float) -> bool:
+def _kill_process(pid: int, began: float, start_ticks: int | None) -> bool:
     """Kill a process of this node, and return whether it was alive.
+
+    A process with the same id that started at another time is left alone.
 
     Args:
         pid: id of the process.
-        start_time: start time of the process; a process with the same id and another start time is left alone.
+        began, start_ticks: start time of the process, as in `WorkerInfo`.
     """
     try:
         process = psutil.Process(pid)
-        if process.create_time() != start_time or process.status() == psutil.STATUS_ZOMBIE:
+        is_same = process.create_time() == began if start_ticks is None else _start_ticks(pid) == start_ticks
+        if not is_same or process.status() == psutil.STATUS_ZOMBIE:
             return False
         process.kill()
     except psutil.NoSuchProcess:
         return False
     return True
+
+
+def _start_ticks(pid: int) -> int | None:
+    """Return when a process of this machine started, in clock ticks since the boot; None if /proc does not tell it."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    # The second field is the name of the program, in parentheses, which may have spaces. Field 22 is the start time.
+    return int(text.rpartition(")")[2].split()[19])

@@ -179,6 +179,15 @@ def test_status_shows_interruptions_and_last_lines_of_the_failed_worker(tmp_path
     assert "Fatal Python error: Segmentation fault\n  File [x]" in mhmoe(tmp_path, "status").out
 
 
+def test_ranks_that_hang_together_are_listed_as_hung(run):
+    for rank in range(3):
+        events.record(run, "hung", **{**HUNG_EVENT, "rank": rank})
+    events.record(run, "lost", rank=0, ranks=3, host="y", reason="its process is gone", lines=[])
+    descriptions = [text for _, text in events.interruptions(events.read(run))]
+    assert len(descriptions) == 3
+    assert not any("its process is gone" in text for text in descriptions)
+
+
 def test_status_shows_applications_of_a_cluster_that_is_gone(tmp_path, run, unused_address):
     application = {"application": "mhmoe", "url": "http://127.0.0.1:8000", "address": unused_address}
     events.record(run, "served", **application, checkpoint="step_00000007.1")

@@ -215,11 +215,11 @@ def test_padding_is_neither_counted_as_tokens_nor_as_routes(encoder):
     engine = EncoderEngine(model, SEQ_LEN, 0, ServeSpec())
     counts = []
     for requests in (texts, *([text] for text in texts)):
-        before = engine.stats()
+        first_stats = engine.stats()
         asyncio.run(answer_inputs(engine, requests))
-        after = engine.stats()
-        routes = np.array(after.count_LE) - np.array(before.count_LE)
-        counts.append((after.step_tokens - before.step_tokens, routes))
+        last_stats = engine.stats()
+        routes = np.array(last_stats.count_LE) - np.array(first_stats.count_LE)
+        counts.append((last_stats.step_tokens - first_stats.step_tokens, routes))
     (joint_tokens, joint_routes), *single_counts = counts
     assert joint_tokens == sum(len(text.token_ids) for text in texts) == sum(tokens for tokens, _ in single_counts)
     moe = model.spec.moe

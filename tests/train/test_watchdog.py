@@ -1,9 +1,13 @@
 """Tests of the ranks that the watchdog counts as hung; tests/faults runs it on real clusters."""
 
 import asyncio
+import os
+import signal
+import subprocess
 import sys
 from threading import Thread
 
+import psutil
 import pytest
 
 from mhmoe_ray.runs import events
@@ -144,3 +148,18 @@ def test_hang_description_names_rank_and_process(tmp_path):
     assert events.describe_hang(event) == (
         "rank 3 (process 4711 on n1) sent no heartbeat for 600 s, training after step 41; it was killed"
     )
+
+
+def test_a_process_is_known_by_its_ticks_whatever_the_clock_says():
+    kill_process = watchdog._kill_process._function
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        ticks = watchdog._start_ticks(process.pid)
+        assert ticks > watchdog._start_ticks(os.getpid())
+        assert not kill_process(process.pid, psutil.Process(process.pid).create_time(), ticks - 1)
+        # The clock was set after the process had started.
+        assert kill_process(process.pid, psutil.Process(process.pid).create_time() - 3600, ticks)
+        assert process.wait(10) == -signal.SIGKILL
+        assert not kill_process(process.pid, 0.0, ticks)
+    finally:
+        process.kill()

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from mhmoe_ray.checkpoint.huggingface.adapters import ADAPTERS
 from mhmoe_ray.checkpoint.huggingface.config import MhmoeSection, read_config
+from mhmoe_ray.checkpoint.huggingface.export import export
 from mhmoe_ray.checkpoint.huggingface.files import StoredTensors, open_tensors, write_files
 from mhmoe_ray.checkpoint.huggingface.imported_tokenizer import (
     ImportedTokenizer,
@@ -24,7 +26,7 @@ from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import CHAT_TEMPLATE, RunDir, create_empty_run, mark_imported
 from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.spec.run import NAME, NAME_LENGTH
-from mhmoe_ray.storage import describe_file, location, replace_file
+from mhmoe_ray.storage import Location, describe_file, location, replace_file
 
 
 def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: int | None) -> RunDir:
@@ -43,9 +45,7 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
         DataError: its tokenizer does not fit the model.
         SpecError: the name is not valid, or `storage` is not a local folder that can be written.
     """
-    name, root = _checked_name(source, name), location(storage)
-    if not isinstance(root, Path):
-        raise SpecError(f"storage {storage}", "an import is written to a local folder", "name one as storage")
+    name, root = _checked_name(source, name), _local_storage(storage)
     model_type, config = read_config(source, seq_len)
     imported_tokenizer = read_folder_tokenizer(source, config)
     template = read_chat_template(source)
@@ -74,6 +74,48 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
                 raise SpecError(f"storage {storage}", reason, fix) from e
             raise
     return run
+
+
+def import_checkpoint(
+    checkpoint: Location, manifest: CheckpointManifest, name: str, storage: str | Path, seq_len: int | None
+) -> RunDir:
+    """Import the weights and the tokenizer of a run's checkpoint as another run.
+
+    Args:
+        checkpoint: the checkpoint.
+        manifest: its manifest.
+        name: name with which the new run's id begins.
+        storage: local folder for the new run directory.
+        seq_len: number of tokens that prompt and answer may have together; None for the model's context length.
+
+    Raises:
+        MhmoeError: the checkpoint cannot be exported, or the import fails (see `import_folder`).
+    """
+    # The name and the folder are checked before the weights are copied.
+    root = _local_storage(storage)
+    _checked_name(root, name)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        # An export followed by an import copies the weights and the tokenizer, and checks both. The export is beside
+        # the new run, because other folders for temporary files are often small.
+        with tempfile.TemporaryDirectory(prefix=".import-", dir=root) as folder:
+            export(checkpoint, manifest, Path(folder) / "model")
+            return import_folder(Path(folder) / "model", name, root, seq_len)
+    except OSError as e:
+        reason, fix = e.strerror or str(e), "make room there, or name another folder as storage"
+        raise SpecError(f"storage {storage}", reason, fix) from e
+
+
+def _local_storage(storage: str | Path) -> Path:
+    """Return the local folder that `storage` names.
+
+    Raises:
+        SpecError: it is in an object store.
+    """
+    root = location(storage)
+    if not isinstance(root, Path):
+        raise SpecError(f"storage {storage}", "an import is written to a local folder", "name one as storage")
+    return root
 
 
 @contextmanager
