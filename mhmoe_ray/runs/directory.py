@@ -1,6 +1,7 @@
 """Run directory: its paths, functions that create and find runs, and the attempts that run.json records."""
 
 import json
+import os
 import secrets
 import sys
 import time
@@ -142,10 +143,11 @@ class RunDir:
             return spec
         storage = new_folder
         # Folders with equal names at the end of both paths were moved inside another folder. The loop goes up to the
-        # first folders whose names differ: these are the old and the new place of the topmost moved folder.
-        while old_folder.name == new_folder.name and old_folder != old_folder.parent:
+        # topmost moved folder: its names differ, or its old parent still exists. `os.access` raises no error for a path
+        # that this user may not look into, which counts as missing.
+        while old_folder.name == new_folder.name and not os.access(old_folder.parent, os.F_OK):
             old_folder, new_folder = old_folder.parent, new_folder.parent
-        if old_folder.exists():
+        if os.access(old_folder, os.F_OK):
             return spec
 
         def new_path(path: Path) -> Path:

@@ -317,5 +317,13 @@ def test_moved_run_has_moved_paths(tmp_path):
     moved_run = RunDir(tmp_path / "new" / run.path.relative_to(tmp_path / "old"))
     moved_spec = moved_run.spec()
     assert moved_spec == tiny_spec(tmp_path / "new", data={"tokenizer": "tokenizer.json"})
-    (tmp_path / "old").mkdir()  # the old folder exists again, so this run counts as a copy
+    spec.storage.mkdir(parents=True)  # the old folder exists again, so this run counts as a copy
     assert moved_run.spec() == spec
+
+
+def test_run_moved_into_another_folder_has_moved_paths(tmp_path):
+    (tmp_path / "archive").mkdir()
+    run = create_run(tiny_spec(tmp_path / "work/project"))
+    (tmp_path / "work/project").rename(tmp_path / "archive/project")
+    moved_run = RunDir(tmp_path / "archive/project" / run.path.relative_to(tmp_path / "work/project"))
+    assert moved_run.spec() == tiny_spec(tmp_path / "archive/project")
