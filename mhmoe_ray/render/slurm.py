@@ -65,7 +65,19 @@ run=$(mhmoe submit "$spec" --continue --detach --json | field path)
 # Before the time is over, the run saves a checkpoint and ends, and the job is put into the queue again.
 trap 'mhmoe stop "$run" && scontrol requeue "$SLURM_JOB_ID"' USR1
 mhmoe status "$run" --watch &
-wait $!
+watch=$!
+# The watch outlives a cluster that does not answer, so the head is watched as well.
+while kill -0 "$watch" 2> /dev/null; do
+  kill -0 "$head" 2> /dev/null || {{
+    echo "error: the head of the cluster has ended; the job is put into the queue again" >&2
+    kill "$watch"
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 1
+  }}
+  sleep 3 &
+  wait $!  # a signal ends a wait at once, and runs its trap
+done
+wait "$watch"
 mhmoe status "$run"
 [[ $(mhmoe status "$run" --json | field state) =~ ^(finished|stopped)$ ]]
 """

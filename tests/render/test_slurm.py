@@ -1,9 +1,10 @@
-"""Test of the rendered batch script of SLURM, with a real Ray and with stand-ins for SLURM's commands."""
+"""Tests of the rendered batch script of SLURM with stand-ins for SLURM's commands, and with a real Ray or without."""
 
 import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -18,8 +19,6 @@ from tests.cli.conftest import write_spec
 from tests.conftest import USER_CLUSTER_VARIABLES
 from tests.data.texts import write_corpus
 from tests.watch import newest_run, step_of, wait_until
-
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 COMMANDS = {
     # This srun runs the command on this machine, whichever node the option -w names. It records the process as one of
@@ -60,6 +59,8 @@ def start_job(tmp_path):
     return start
 
 
+@pytest.mark.ray
+@pytest.mark.slow
 def test_run_is_saved_before_the_time_limit_and_continued(tmp_path, start_job):
     write_corpus(tmp_path / "raw")
     spec = write_spec(tmp_path, train={"steps": 400, "checkpoint_every": 100, "validate_every": 100})
@@ -90,6 +91,50 @@ def test_run_is_saved_before_the_time_limit_and_continued(tmp_path, start_job):
     starts = [e["step"] for e in events.read(run) if e["event"] == "started"]
     assert starts == [0, stop_step]
     assert events.state(events.read(run)) == "finished"
+
+
+# These stand-ins replace Ray and the commands of this package. Each start of a process that stays alive is recorded.
+CLUSTER_COMMANDS = {
+    "ray": 'echo $$ > "$FAKE/head"\nexec sleep 600\n',
+    "mhmoe": """
+case "$*" in
+  *--watch) echo $$ > "$FAKE/watch"; exec sleep 600;;
+  "cluster status"*) echo '{"nodes": 1}';;
+  submit*) echo '{"path": "the-run"}';;
+  stop*) echo "$@" >> "$FAKE/said";;
+esac
+""",
+}
+
+
+@pytest.fixture
+def watched_job(tmp_path, start_job):
+    """Start a job without a real Ray, and return its process when the script waits for the end of the run."""
+    for name, text in CLUSTER_COMMANDS.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}")
+        (tmp_path / "bin" / name).chmod(0o755)
+    process = start_job()
+    wait_until((tmp_path / "watch").exists, "the watch")
+    yield process
+    process.kill()
+    process.wait()
+    for name in ("head", "watch"):
+        with suppress(ProcessLookupError):
+            os.kill(int((tmp_path / name).read_text()), signal.SIGKILL)
+
+
+def test_job_is_put_into_the_queue_again_if_the_head_ends(tmp_path, watched_job):
+    os.kill(int((tmp_path / "head").read_text()), signal.SIGKILL)
+    assert watched_job.wait(60) == 1
+    assert "error: the head of the cluster has ended" in (tmp_path / "log").read_text()
+    assert (tmp_path / "said").read_text().splitlines()[0] == f"requeue {os.getpid()}"
+    assert not psutil.pid_exists(int((tmp_path / "watch").read_text()))
+
+
+def test_run_is_stopped_and_job_put_into_the_queue_again_before_the_time_limit(tmp_path, watched_job):
+    watched_job.send_signal(signal.SIGUSR1)
+    assert watched_job.wait(60) == 128 + signal.SIGUSR1
+    assert (tmp_path / "said").read_text().splitlines()[:2] == ["stop the-run", f"requeue {os.getpid()}"]
 
 
 def _living_pids(folder):
