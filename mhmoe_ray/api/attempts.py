@@ -8,16 +8,16 @@ from mhmoe_ray.api.connection import connect_to_train
 from mhmoe_ray.api.defaults import OnNote, default_storage, ignore_note
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import LOCAL, Connection, connect
-from mhmoe_ray.cluster.dashboard import RetryingCaller
+from mhmoe_ray.cluster.dashboard import RetryingCaller, is_loopback
 from mhmoe_ray.cluster.runs import (
     QUIET_SECONDS,
     Outcome,
     RunEvents,
+    applications_at,
     outcome,
     outcome_or_lost,
     recorded_outcome,
     seconds_since_write,
-    serving_applications,
     start_attempt,
 )
 from mhmoe_ray.errors import ClusterError, JobError, RunError, SpecError, TokenError
@@ -216,12 +216,22 @@ def check_removable(run: RunDir, force: bool = False) -> None:
     """Raise an error if a run must not be removed, because it may run or is served.
 
     Raises:
-        RunError: the run is running, may still be running (unless `force`), or is served.
-        TokenError: its cluster requires a token that this machine does not have, so its state is unknown.
+        RunError: the run is running, is served, or (unless `force`) may still be running or served.
+        TokenError: a cluster of the run requires a token that this machine does not have, so its state is unknown.
     """
     final_outcome(run, force)
-    for application in serving_applications(run, events.read(run), DASHBOARD_WAIT_SECONDS):
-        if application["status"] != "unknown":
+    for address in {address for address, _ in events.deployments(events.read(run))}:
+        try:
+            served = applications_at(run, address, DASHBOARD_WAIT_SECONDS)
+        except TokenError:
+            raise
+        except ClusterError as e:
+            # A cluster of this machine that does not answer has ended, and a cluster elsewhere may be out of reach.
+            if force or is_loopback(address):
+                continue
+            reason = f"cluster {address}, on which it was served, does not answer ({e.reason})"
+            raise RunError(f"run {run.id}", reason, "make sure that it is not served any more, then force it") from e
+        for application in served:
             raise RunError(
                 f"run {run.id}",
                 f"it is served at {application['url']}",

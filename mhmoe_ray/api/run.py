@@ -370,11 +370,12 @@ class Run:
         """Remove the run with all its checkpoints. This cannot be undone.
 
         Args:
-            force: whether to remove it even if its cluster does not answer but it wrote something a moment ago.
+            force: whether to remove it even if its cluster does not answer but it wrote something a moment ago, or if
+                a cluster that served it does not answer.
 
         Raises:
-            RunError: the run is running, may still be running, or is served.
-            TokenError: its cluster asks for another token, so its state is unknown.
+            RunError: the run is running or served, or may still be.
+            TokenError: a cluster of the run asks for another token, so its state is unknown.
         """
         attempts.check_removable(self._existing_directory, force)
         remove_tree(self.path)

@@ -113,7 +113,8 @@ CheckpointOption = Annotated[
     str | None, typer.Option(help="Name or step of one of the run's checkpoints; newest by default.")
 ]
 ForceOption = Annotated[
-    bool, typer.Option("--force", help="Proceed even if the cluster does not answer but the run wrote a moment ago.")
+    bool,
+    typer.Option("--force", help="Proceed even if a cluster does not answer that may still train or serve the run."),
 ]
 DetachOption = Annotated[bool, typer.Option("--detach", help="Do not follow the job; it goes on by itself.")]
 BARS = "▁▂▃▄▅▆▇█"

@@ -286,21 +286,16 @@ def _requested_resources(spec: RunSpec) -> dict[str, Any]:
     }
 
 
-def serving_applications(run: RunDir, run_events: RunEvents, seconds: float = 10) -> list[dict[str, Any]]:
+def serving_applications(run: RunDir, run_events: RunEvents) -> list[dict[str, Any]]:
     """Return the applications that serve checkpoints of a run, as JSON objects, on all clusters that its events name.
 
     An application has the status "unknown" if its cluster does not answer.
-
-    Args:
-        run: the run.
-        run_events: the run's events.
-        seconds: the timeout in seconds for the answer of each cluster.
     """
     deployed = events.deployments(run_events)
     entries = []
     for address in {address for address, _ in deployed}:
         try:
-            application_by_name = {a.name: a for a in applications(connect(address), seconds)}
+            entries += applications_at(run, address, 10)
         except MhmoeError as e:
             names = [name for application_address, name in deployed if application_address == address]
             entries += [
@@ -308,10 +303,25 @@ def serving_applications(run: RunDir, run_events: RunEvents, seconds: float = 10
                 | {"checkpoint": deployed[address, n]["checkpoint"]}
                 for n in names
             ]
-            continue
-        for application in application_by_name.values():
-            checkpoint = location(application.checkpoint) if application.checkpoint else None
-            if checkpoint and RunDir.of_checkpoint(checkpoint) == run:
-                entry = {"application": application.name, "url": application.url, "checkpoint": checkpoint.name}
-                entries.append({**entry, "status": application.status, "message": application.message})
+    return entries
+
+
+def applications_at(run: RunDir, address: str, seconds: float) -> list[dict[str, Any]]:
+    """Return the applications that serve checkpoints of a run on the cluster at an address, as JSON objects.
+
+    Args:
+        run: the run.
+        address: the address of the cluster.
+        seconds: the timeout in seconds for the cluster's answer.
+
+    Raises:
+        ClusterError: the cluster does not answer.
+        TokenError: the cluster asks for another token.
+    """
+    entries = []
+    for application in applications(connect(address), seconds):
+        checkpoint = location(application.checkpoint) if application.checkpoint else None
+        if checkpoint and RunDir.of_checkpoint(checkpoint) == run:
+            entry = {"application": application.name, "url": application.url, "checkpoint": checkpoint.name}
+            entries.append({**entry, "status": application.status, "message": application.message})
     return entries

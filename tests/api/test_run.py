@@ -8,7 +8,7 @@ import pytest
 
 import mhmoe_ray as mh
 from mhmoe_ray.cluster import dashboard
-from mhmoe_ray.errors import CheckpointError, ClusterError, JobError, RunError, SpecError
+from mhmoe_ray.errors import CheckpointError, ClusterError, JobError, RunError, SpecError, TokenError
 from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run, mark_imported
 from mhmoe_ray.storage import remove_tree
@@ -159,6 +159,36 @@ def test_a_run_is_removed_when_it_is_over(directory):
         os.utime(file, (time.time() - 10_000,) * 2)
     run.remove()
     assert not directory.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "message"),
+    [
+        ("http://127.0.0.1:8265", TokenError("cluster", "it refuses the token", "give it"), "it refuses the token"),
+        ("http://ray.lab:8265", TokenError("cluster", "it refuses the token", "give it"), "it refuses the token"),
+        (
+            "http://ray.lab:8265",
+            ClusterError("cluster", "nothing answers there", "check it"),
+            "does not answer .* force",
+        ),
+        ("http://127.0.0.1:8265", ClusterError("cluster", "nothing answers there", "check it"), None),
+    ],
+)
+def test_a_run_that_may_be_served_is_not_removed(directory, monkeypatch, address, error, message):
+    def connect(_):
+        raise error
+
+    monkeypatch.setattr("mhmoe_ray.cluster.runs.connect", connect)
+    events.record(directory, "finished", step=2)
+    events.record(directory, "served", application="mhmoe", url="http://x", address=address, checkpoint="step_1.1")
+    assert [a["status"] for a in mh.Run(directory).status()["served"]] == ["unknown"]
+    if message:
+        with pytest.raises(TokenError if isinstance(error, TokenError) else RunError, match=message):
+            mh.Run(directory).remove()
+        assert directory.path.exists()
+    if not isinstance(error, TokenError):
+        mh.Run(directory).remove(force=message is not None)
+        assert not directory.path.exists()
 
 
 def test_useless_arguments_of_an_evaluation_are_errors(tmp_path):
