@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias
 
 from pydantic import BaseModel
 
-from mhmoe_ray.errors import SpecError
+from mhmoe_ray.errors import SpecError, StorageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -278,6 +278,24 @@ def object_store(scheme: str, bucket: str, query: str) -> "tuple[fs.FileSystem, 
 
 
 _PARTIAL_SUFFIX = ".partial"
+
+
+@contextmanager
+def report_write_errors(path: Location, next_step: str = "give the command again") -> Iterator[None]:
+    """Context manager that turns an OSError into an error about writing or removing `path`.
+
+    Args:
+        path: the file or folder that is changed in the context.
+        next_step: what the user is to do when the storage is repaired, as an imperative.
+
+    Raises:
+        StorageError: an OSError was raised in the context.
+    """
+    try:
+        yield
+    except OSError as e:
+        fix = f"make room or repair the storage, then {next_step}"
+        raise StorageError(f"storage {path}", f"it cannot be written: {e.strerror or e}", fix) from e
 
 
 def replace_file(path: Location, data: bytes | memoryview) -> None:

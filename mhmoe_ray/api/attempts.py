@@ -66,6 +66,7 @@ def start_run(spec: RunSpec, address: str | None = None, on_note: OnNote = ignor
     Raises:
         ClusterError, SpecError: the cluster cannot be reached or cannot hold the run (see `connect_to_train`).
         JobError: the cluster does not accept the job.
+        StorageError: the run directory cannot be written.
     """
     connection = connect_to_train(spec, address, on_note)
     run = create_run(spec)
@@ -86,11 +87,11 @@ def restart_run(run: RunDir, spec: RunSpec, address: str | None = None, on_note:
     Raises:
         ClusterError, SpecError: the cluster cannot be reached or cannot hold the run (see `connect_to_train`).
         JobError: the cluster does not accept the job.
+        StorageError: the run directory cannot be written.
     """
     connection = connect_to_train(spec, address, on_note)
     run.write_spec(spec)
-    # The stop file of an earlier stop is removed, because it would stop the new attempt too.
-    run.stop_file.unlink(missing_ok=True)
+    run.clear_stop()
     _submit_attempt(run, spec, connection, on_note)
     return connection
 
@@ -257,6 +258,7 @@ def stop_run(run: RunDir, end_immediately: bool = False, on_note: OnNote = ignor
         RunError: the run is over already, or was imported.
         ClusterError: the cluster does not answer, and only its job could end the run.
         TokenError: the cluster asks for another token.
+        StorageError: the run directory cannot be written.
     """
     attempt = last_attempt(run)
     run_events = events.read(run)
@@ -275,12 +277,12 @@ def stop_run(run: RunDir, end_immediately: bool = False, on_note: OnNote = ignor
             raise
         # The cluster may run within a batch job, where no client can reach it. The workers still read the run
         # directory, so the stop file there stops them.
-        run.stop_file.touch()
+        run.request_stop()
         on_note(
             f"its workers are asked to stop through its directory; this machine cannot see whether they do: {e.reason}"
         )
         return None
-    run.stop_file.touch()
+    run.request_stop()
     # Connecting may have taken long, so the state of the run is read again.
     if end_immediately or events.state(events.read(run)) != "running":
         jobs.stop(connection, attempt.job)

@@ -25,7 +25,7 @@ from mhmoe_ray.runs import events, history
 from mhmoe_ray.runs.directory import RunDir, last_attempt
 from mhmoe_ray.runs.jsonl import Tail
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.storage import Location, location, remove_tree
+from mhmoe_ray.storage import Location, location
 
 
 def submit(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_note) -> "Run":
@@ -375,10 +375,11 @@ class Run:
 
         Raises:
             RunError: the run is running or served, or may still be.
+            StorageError: the storage is read-only or out of reach.
             TokenError: a cluster of the run asks for another token, so its state is unknown.
         """
         attempts.check_removable(self._existing_directory, force)
-        remove_tree(self.path)
+        self.directory.remove()
 
 
 class _AttemptEvents:

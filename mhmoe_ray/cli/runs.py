@@ -180,7 +180,6 @@ def rm(
     from mhmoe_ray.api.attempts import check_removable
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs.directory import find_run
-    from mhmoe_ray.storage import remove_tree
 
     # All runs are found and checked before the first one is removed, so that an error removes nothing. A name that is
     # given twice counts once, and so does a run with two names (its id, the beginning of its id, and its path).
@@ -201,5 +200,5 @@ def rm(
         for run in run_dirs:
             check_removable(run, force)
     for run in run_dirs:
-        remove_tree(run.path)
+        run.remove()
         out.print(f"removed {run.id}")

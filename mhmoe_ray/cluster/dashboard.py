@@ -45,7 +45,7 @@ class RetryingCaller:
         except TokenError:
             # There is no retry, because it would send the same refused token again.
             raise
-        except (ClusterError, OSError) as e:
+        except (ClusterError, OSError, StorageError) as e:
             if self._unanswered_since is None:
                 self._unanswered_since = time.monotonic()
                 self._say(f"still following, but {e}")

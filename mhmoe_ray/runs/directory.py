@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mhmoe_ray.errors import RunError, SpecError, StorageError
 from mhmoe_ray.spec import RunSpec, dump_spec, load_resolved_spec
-from mhmoe_ray.storage import Location, location, remove_tree, replace_file, write_json
+from mhmoe_ray.storage import Location, location, remove_tree, replace_file, report_write_errors, write_json
 
 CHAT_TEMPLATE = "chat_template.jinja"
 
@@ -169,9 +169,41 @@ class RunDir:
         return spec.model_copy(update={"storage": storage, "data": data.model_copy(update=path_fields)})
 
     def write_spec(self, spec: RunSpec) -> None:
-        """Write the spec to the run's spec.yaml, atomically."""
+        """Write the spec to the run's spec.yaml, atomically.
+
+        Raises:
+            StorageError: the storage is full, read-only or out of reach.
+        """
         # The file is replaced in one step, because a partly written spec would leave the run without a description.
-        replace_file(self.spec_file, dump_spec(spec).encode())
+        with report_write_errors(self.spec_file):
+            replace_file(self.spec_file, dump_spec(spec).encode())
+
+    def request_stop(self) -> None:
+        """Create the stop file, which asks the workers to stop.
+
+        Raises:
+            StorageError: the storage is full, read-only or out of reach.
+        """
+        with report_write_errors(self.stop_file):
+            self.stop_file.touch()
+
+    def clear_stop(self) -> None:
+        """Remove the stop file of an earlier stop, if there is one, because it would stop a new attempt too.
+
+        Raises:
+            StorageError: the storage is read-only or out of reach.
+        """
+        with report_write_errors(self.stop_file):
+            self.stop_file.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Remove the directory with everything in it.
+
+        Raises:
+            StorageError: the storage is read-only or out of reach.
+        """
+        with report_write_errors(self.path):
+            remove_tree(self.path)
 
     def creation_time(self) -> float:
         """Return the time of the run's first attempt or of its import, in seconds since the epoch.
@@ -195,15 +227,16 @@ def create_run(spec: RunSpec) -> RunDir:
 
     Raises:
         SpecError: the storage folder cannot be written.
-        OSError: the spec cannot be written, for example because the disk is full.
+        StorageError: the spec cannot be written, for example because the disk is full.
     """
     run = create_empty_run(spec.storage, spec.name)
     try:
-        run.routing.mkdir()
+        with report_write_errors(run.routing):
+            run.routing.mkdir()
         run.write_spec(spec)
-    except OSError:
-        with suppress(OSError):
-            remove_tree(run.path)
+    except StorageError:
+        with suppress(StorageError):
+            run.remove()
         raise
     return run
 
@@ -237,7 +270,7 @@ def list_runs(storage: Location | str) -> list[RunDir]:
         StorageError: the storage cannot be read.
     """
     creation_times: dict[RunDir, float] = {}
-    with _report_storage_errors(storage):
+    with report_read_errors(storage):
         for run in (RunDir(p.parent) for p in location(storage).absolute().glob("*/run.json")):
             try:
                 creation_times[run] = run.creation_time()
@@ -249,7 +282,15 @@ def list_runs(storage: Location | str) -> list[RunDir]:
 
 
 @contextmanager
-def _report_storage_errors(storage: Location | str) -> Iterator[None]:
+def report_read_errors(storage: Location | str) -> Iterator[None]:
+    """Context manager that turns an OSError into an error about reading the storage.
+
+    Args:
+        storage: the file or folder that is read in the context.
+
+    Raises:
+        StorageError: an OSError was raised in the context.
+    """
     try:
         yield
     except OSError as e:
@@ -271,7 +312,7 @@ def find_run(name: str | None, storage: Location | str, *, with_job: bool = Fals
     """
     if name is not None:
         for candidate in (location(name), location(storage) / name):
-            with _report_storage_errors(candidate):
+            with report_read_errors(candidate):
                 if (run := RunDir(candidate.absolute())).attempts_file.is_file():
                     # This call only checks run.json: it raises a RunError if the file cannot be read.
                     run.creation_time()
@@ -340,9 +381,14 @@ def require_newest_attempt(run: RunDir, attempt: int) -> None:
 
 
 def add_attempt(run: RunDir, attempt: Attempt) -> None:
-    """Add an attempt to run.json."""
+    """Add an attempt to run.json.
+
+    Raises:
+        StorageError: the storage is full, read-only or out of reach.
+    """
     attempts = [*read_attempts(run), attempt]
-    write_json(run.attempts_file, {"id": run.id, "attempts": [asdict(a) for a in attempts]})
+    with report_write_errors(run.attempts_file):
+        write_json(run.attempts_file, {"id": run.id, "attempts": [asdict(a) for a in attempts]})
 
 
 def mark_imported(run: RunDir) -> None:

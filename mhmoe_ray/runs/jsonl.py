@@ -12,14 +12,12 @@ import secrets
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from mhmoe_ray.errors import StorageError
-from mhmoe_ray.storage import Location, ObjectPath
+from mhmoe_ray.storage import Location, ObjectPath, report_write_errors
 
 # Size in bytes above which a segment (an object with some lines of a file) gets no more lines. Each write of new lines
 # writes the whole segment again, so it must not grow without limit.
@@ -27,6 +25,8 @@ SEGMENT_BYTES = 1 << 18
 # Readers cache segments that have fewer bytes than this.
 SHORT_SEGMENT_BYTES = 1 << 12
 WRITE_SECONDS = 1.0
+_NEXT_STEP = "`mhmoe resume`"
+"""Advice after an error of the storage: usually it ended a run, whose job writes most lines."""
 
 
 def append(path: Location, record: dict[str, Any], *, immediate: bool = True) -> None:
@@ -41,17 +41,8 @@ def append(path: Location, record: dict[str, Any], *, immediate: bool = True) ->
     Raises:
         StorageError: the storage is full, read-only or out of reach.
     """
-    with _report_write_errors(path):
+    with report_write_errors(path, _NEXT_STEP):
         _append(path, record, immediate)
-
-
-@contextmanager
-def _report_write_errors(path: Location) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        fix = "make room or repair the storage, then `mhmoe resume`"
-        raise StorageError(f"file {path}", f"it cannot be written: {e.strerror or e}", fix) from e
 
 
 def _append(path: Location, record: dict[str, Any], immediate: bool) -> None:
@@ -87,7 +78,7 @@ def flush(path: Location) -> None:
         StorageError: the storage is full, read-only or out of reach.
     """
     if isinstance(path, ObjectPath):
-        with _report_write_errors(path):
+        with report_write_errors(path, _NEXT_STEP):
             _segment_buffer(path).write()
 
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ValidationError
 
 from mhmoe_ray.errors import RunError
-from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.runs.directory import RunDir, report_read_errors
 from mhmoe_ray.spec import SweepRun
-from mhmoe_ray.storage import Location, write_json
+from mhmoe_ray.storage import Location, report_write_errors, write_json
 
 
 class Order(BaseModel):
@@ -84,8 +84,12 @@ class SweepDir:
         """Return the names of all orders to start runs of the sweep, oldest first.
 
         The last order counts, and the jobs of earlier orders give way to its job.
+
+        Raises:
+            StorageError: the storage cannot be read.
         """
-        return sorted(path.name.removesuffix(".json") for path in self.orders_folder.glob("*.json"))
+        with report_read_errors(self.orders_folder):
+            return sorted(path.name.removesuffix(".json") for path in self.orders_folder.glob("*.json"))
 
     def new_order_name(self) -> str:
         """Return a name for a new order, which comes after all existing ones in the sorted names."""
@@ -110,7 +114,14 @@ class SweepDir:
             raise RunError(subject, "it is damaged, or written by another version", fix) from e
 
     def write_order(self, name: str, order: Order) -> None:
-        write_json(self.orders_folder / f"{name}.json", order.model_dump(mode="json"))
+        """Write an order with this name.
+
+        Raises:
+            StorageError: the storage is full, read-only or out of reach.
+        """
+        path = self.orders_folder / f"{name}.json"
+        with report_write_errors(path):
+            write_json(path, order.model_dump(mode="json"))
 
     def earlier_orders(self, name: str | None = None) -> Iterator[Order]:
         """Yield the orders of the sweep before the one called `name`, oldest first; all orders without a name.
@@ -135,12 +146,17 @@ class SweepDir:
         return list(entries_by_name.values())
 
     def runs(self) -> dict[str, RunDir]:
-        """Return the runs that were started, by the names of their entries; runs that were removed are left out."""
-        if not self.runs_file.exists():
-            return {}
-        run_ids: dict[str, str] = json.loads(self.runs_file.read_text())
-        runs = {entry: RunDir(self.path.parent.parent / run) for entry, run in run_ids.items()}
-        return {entry: run for entry, run in runs.items() if run.spec_file.exists()}
+        """Return the runs that were started, by the names of their entries; runs that were removed are left out.
+
+        Raises:
+            StorageError: the storage cannot be read.
+        """
+        with report_read_errors(self.runs_file):
+            if not self.runs_file.exists():
+                return {}
+            run_ids: dict[str, str] = json.loads(self.runs_file.read_text())
+            runs = {entry: RunDir(self.path.parent.parent / run) for entry, run in run_ids.items()}
+            return {entry: run for entry, run in runs.items() if run.spec_file.exists()}
 
     def write_runs(self, runs: Mapping[str, RunDir]) -> None:
         write_json(self.runs_file, {entry: run.id for entry, run in runs.items()})

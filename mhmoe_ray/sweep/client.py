@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from mhmoe_ray.cluster import jobs, remote
 from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.cluster.runs import outcome, recorded_outcome
-from mhmoe_ray.errors import MhmoeError, RunError, SpecError, logged
+from mhmoe_ray.errors import MhmoeError, RunError, SpecError, StorageError, logged
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir, last_attempt, newest_attempt_number
 from mhmoe_ray.runs.sweeps import Order, SweepDir
 from mhmoe_ray.spec import SweepRun
+from mhmoe_ray.storage import report_write_errors
 from mhmoe_ray.sweep.job import SweepRequest
 from mhmoe_ray.sweep.plan import with_sweep_names
 
@@ -136,7 +137,8 @@ def _submit_order(sweep_dir: SweepDir, connection: Connection, order: Order, *, 
     # A new order (request to start runs) makes the job of the earlier order end. It is therefore written only after a
     # cluster has accepted the job of the new order, and that job waits for it.
     if clear_stop:
-        sweep_dir.stop_file.unlink(missing_ok=True)
+        with report_write_errors(sweep_dir.stop_file):
+            sweep_dir.stop_file.unlink(missing_ok=True)
     job_fields = {"job": job, "address": connection.address, "local": connection.local, "submitted": time.time()}
     sweep_dir.write_order(name, order.model_copy(update=job_fields))
     return name
@@ -179,6 +181,8 @@ def _active_order(sweep_dir: SweepDir) -> Order | None:
     try:
         order = sweep_dir.read_order(sweep_dir.order_names()[-1]) if sweep_dir.exists else None
         return order if order and not sweep_dir.stop_file.exists() and is_alive(order) else None
+    except StorageError:
+        raise
     except MhmoeError:
         # The order's cluster does not answer, so the order counts as inactive. If its job is still alive, the job will
         # end when it sees a newer order.
@@ -223,13 +227,14 @@ def stop(sweep_dir: SweepDir) -> tuple[dict[str, events.State], list[MhmoeError]
         raise RunError(f"sweep {sweep_dir.name}", "it was never started", "start it first")
     # The stop file is created before any job is ended, because a command that follows the sweep would otherwise start
     # an ended job again.
-    sweep_dir.stop_file.touch()
+    with report_write_errors(sweep_dir.stop_file):
+        sweep_dir.stop_file.touch()
     cluster_errors = _end_jobs(sweep_dir)
     running: dict[str, events.State] = {}
     for name, run in sweep_dir.runs().items():
         state = events.state(events.read(run))
         if newest_attempt_number(run) and not events.is_end_state(state):
-            run.stop_file.touch()
+            run.request_stop()
             running[name] = state
     for name, state in running.items():
         if state != "running":

@@ -257,7 +257,7 @@ class Sweep:
         else:
             # The spec is written again, because its cluster section may differ, which `changed_keys` ignores.
             run.write_spec(spec)
-        run.stop_file.unlink(missing_ok=True)
+        run.clear_stop()
         starts = self._starts.get(entry.name, 0) + 1
         try:
             job = start_attempt(run, spec, self._connection, public_address=self._order.address)
@@ -282,7 +282,7 @@ def _create_run(spec: RunSpec) -> RunDir:
     """Create the directory of a run of the sweep, with the run's spec.
 
     Raises:
-        OSError: the storage fails, which may be temporary.
+        OSError, StorageError: the storage fails, which may be temporary.
     """
     try:
         return create_run(spec)

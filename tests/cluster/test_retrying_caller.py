@@ -1,3 +1,4 @@
+import re
 import time
 
 import pytest
@@ -34,17 +35,24 @@ def test_an_endless_caller_has_no_timeout(monkeypatch):
     assert [caller.call(_raise, "default") for _ in range(3)] == ["default"] * 3
 
 
-def test_storage_errors_are_tolerated_until_the_timeout(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(5, "Input/output error"), "storage: [Errno 5] Input/output error; repair it"),
+        (StorageError("storage x", "Input/output error", "check it"), "storage x: Input/output error; check it"),
+    ],
+)
+def test_storage_errors_are_tolerated_until_the_timeout(monkeypatch, error, text):
     messages = []
     caller = RetryingCaller(messages.append)
 
     def read():
-        raise OSError(5, "Input/output error")
+        raise error
 
     assert caller.call(read, "default") == "default"
-    assert messages == ["still following, but [Errno 5] Input/output error"]
+    assert messages == [f"still following, but {error}"]
     monkeypatch.setattr(dashboard, "SECONDS", 0.0)
-    with pytest.raises(StorageError, match=r"storage: \[Errno 5\] Input/output error; repair it"):
+    with pytest.raises(StorageError, match=re.escape(text)):
         caller.call(read, None)
 
 

@@ -1,5 +1,7 @@
+import errno
 import json
 import math
+import os
 import resource
 
 import pytest
@@ -21,6 +23,7 @@ from mhmoe_ray.runs.directory import (
     read_attempts,
     require_newest_attempt,
 )
+from mhmoe_ray.runs.sweeps import Order, SweepDir, sweep_dir
 from mhmoe_ray.storage import ObjectPath
 from tests.s3 import CREDENTIALS
 from tests.saved import commit_checkpoint
@@ -119,6 +122,42 @@ def test_unwritable_storage_is_reported(tmp_path):
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(SpecError, match="set storage to a folder you can write"):
         create_run(tiny_spec(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda run: run.write_spec(tiny_spec(run.path)),
+        RunDir.request_stop,
+        RunDir.clear_stop,
+        RunDir.remove,
+        lambda run: add_attempt(run, Attempt("job", "http://x", local=True)),
+        lambda run: SweepDir(run.path / "sweeps/a").write_order("1", Order.model_construct(entries=[])),
+    ],
+)
+def test_failed_write_to_a_run_directory_is_reported(tmp_path, write):
+    (tmp_path / "run").write_text("a file, in which there can be no other files")
+    with pytest.raises(
+        StorageError, match=r"^storage .*run.*: it cannot be written: .*; make room or repair the storage"
+    ):
+        write(RunDir(tmp_path / "run"))
+
+
+def test_run_that_cannot_be_written_leaves_no_directory(tmp_path, monkeypatch):
+    def fail(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("mhmoe_ray.runs.directory.replace_file", fail)
+    with pytest.raises(StorageError, match="it cannot be written: No space left on device"):
+        create_run(tiny_spec(tmp_path))
+    assert not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize("read", [SweepDir.order_names, SweepDir.runs])
+def test_unreadable_sweep_is_reported(tmp_path, read):
+    (tmp_path / "sweeps").mkdir()
+    with pytest.raises(StorageError, match="File name too long"):
+        read(sweep_dir(tmp_path, "a" * 300))
 
 
 def test_lines_survive_a_writer_killed_in_mid_line(tmp_path):
