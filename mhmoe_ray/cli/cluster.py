@@ -22,6 +22,7 @@ from mhmoe_ray.cli.common import (
     note,
     out,
     print_json,
+    print_untruncated,
     read_spec,
 )
 from mhmoe_ray.cli.verbs import SuggestingGroup
@@ -157,7 +158,7 @@ def list_(json: JsonOption = False) -> None:
     for cluster in named_clusters.by_name.values():
         marker = "*" if named_clusters.current == cluster.name else ""
         table.add_row(marker, cluster.name, cluster.address, cluster.token_file or "Ray's own")
-    out.print(table)
+    print_untruncated(table)
 
 
 @app.command()

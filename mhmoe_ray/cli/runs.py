@@ -21,6 +21,7 @@ from mhmoe_ray.cli.common import (
     out,
     print_json,
     print_note,
+    print_untruncated,
 )
 from mhmoe_ray.cli.follow import follow_run
 
@@ -73,8 +74,11 @@ def list_(
         created_text = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"]))
         step = f"{row['step']}/{row['steps']}" if row["steps"] is not None else ""
         table.add_row(row["run"], row["preset"] or "", row["state"], step, loss, created_text)
-    filter_text = " match the filters" if name or state or creation_text else ""
-    out.print(table if rows else f"no runs in {storage}{filter_text}")
+    if rows:
+        print_untruncated(table)
+    else:
+        filter_text = " match the filters" if name or state or creation_text else ""
+        out.print(f"no runs in {storage}{filter_text}")
 
 
 def _run_row(run: "RunDir", connect: "Callable[[str], Connection]") -> dict[str, Any]:

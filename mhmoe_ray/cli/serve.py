@@ -18,6 +18,7 @@ from mhmoe_ray.cli.common import (
     out,
     print_json,
     print_note,
+    print_untruncated,
 )
 from mhmoe_ray.cli.verbs import SuggestingGroup
 
@@ -131,7 +132,10 @@ def status(address: AddressOption = None, json: JsonOption = False) -> None:
     table = Table("application", "status", "url", "message", box=None, pad_edge=False)
     for a in applications:
         table.add_row(a.name, a.status, a.url, a.message)
-    out.print(table if applications else "nothing is served")
+    if applications:
+        print_untruncated(table)
+    else:
+        out.print("nothing is served")
     for name, application_stats in stats.items():
         if isinstance(application_stats, dict):
             out.print(f"\n{name}: {application_stats['model']}", style="bold")

@@ -296,6 +296,11 @@ def test_runs_are_listed_by_name_state_and_age(tmp_path, run, ended_run):
     assert (result.code, "it is no time" in result.err) == (2, True)
 
 
+def test_list_shows_whole_ids_in_a_narrow_terminal(tmp_path):
+    failed_run = add_failed_run(tmp_path, "a-name-as-long-as-names-of-runs-in-sweeps-are")
+    assert failed_run.id in mhmoe(tmp_path, "list", COLUMNS="80").out
+
+
 def test_rm_of_a_run_without_its_cluster_needs_quiet_or_force(tmp_path, run, ended_run):
     assert_one_line(mhmoe(tmp_path, "rm", run.id, "--yes"), 7, "its cluster does not answer", "or force it")
     os.utime(run.metrics_file, (time.time() - 10_000,) * 2)

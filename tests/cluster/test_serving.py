@@ -190,8 +190,9 @@ def test_api_key_is_not_sent_to_a_local_server_on_another_clusters_port(tmp_path
         with json_server(responses) as (dashboard_port, _):
             words = ("serve", "status", "--address", f"http://127.0.0.1:{dashboard_port}")
             [status] = mhmoe(tmp_path, *words, "--json", MHMOE_API_KEY="secret", MHMOE_HOME=str(tmp_path)).json()
-            result = mhmoe(tmp_path, *words, MHMOE_API_KEY="secret", MHMOE_HOME=str(tmp_path))
+            result = mhmoe(tmp_path, *words, MHMOE_API_KEY="secret", MHMOE_HOME=str(tmp_path), COLUMNS="30")
     assert requests == []
+    assert result.out.splitlines()[1].split() == ["mhmoe", "RUNNING", status["url"]]
     assert (status["url"], status["reachable"]) == (f"http://127.0.0.1:{port}", False)
     assert f"{status['url']} is an address of the cluster's own machine; ask there, or forward its port" in result.out
 
