@@ -50,7 +50,7 @@ class RemoteJob(BaseModel, Generic[R]):
 
     @property
     def job_name(self) -> str:
-        """Name of the job in Ray; by default each access returns a new and unique one."""
+        """Name of the job; by default each access returns a new and unique one."""
         return self.unique_name()
 
     def unique_name(self, *words: str) -> str:

@@ -14,6 +14,14 @@ from mhmoe_ray.remote import RemoteJob
 R = TypeVar("R")
 
 
+def submission_id(job_name: str) -> str:
+    """Return the name in Ray of the job that a request calls `job_name`.
+
+    The name is part of URLs of Ray's jobs API, so characters other than letters, digits and - are replaced.
+    """
+    return re.sub("[^A-Za-z0-9-]", "-", job_name)
+
+
 def job_request(
     request: RemoteJob[R], local: bool, runtime_env: Mapping[str, Any], python: str = "python"
 ) -> dict[str, Any]:
@@ -25,8 +33,7 @@ def job_request(
         runtime_env: Ray's runtime environment, as in the spec.
         python: the interpreter on the head node of another cluster, as in `jobs.job_request`.
     """
-    # The job's name is part of URLs of Ray's jobs API, so characters other than letters, digits and - are replaced.
-    job_name = re.sub("[^A-Za-z0-9-]", "-", request.job_name)
+    job_name = submission_id(request.job_name)
     environment = {**runtime_env, "env_vars": {**runtime_env.get("env_vars", {}), **request.environment}}
     args = ["-m", request.module, job_name]
     return jobs.job_request(

@@ -156,7 +156,7 @@ def start_attempt(run: RunDir, spec: RunSpec, connection: Connection, public_add
     """
     number = newest_attempt_number(run) + 1
     request = TrainRequest(path=str(run.path), attempt=number)
-    job, address = request.job_name, public_address or connection.address
+    job, address = remote.submission_id(request.job_name), public_address or connection.address
     # Record the attempt before its job is submitted, because a job that the run directory does not name could not be
     # found again.
     add_attempt(run, Attempt(job, address, connection.local))

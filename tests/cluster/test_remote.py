@@ -7,12 +7,15 @@ from typing import ClassVar
 
 import pytest
 
-from mhmoe_ray.cluster import remote
-from mhmoe_ray.cluster.connect import connect
+from mhmoe_ray.cluster import jobs, remote
+from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.cluster.nodes import head_python
+from mhmoe_ray.cluster.runs import start_attempt
 from mhmoe_ray.errors import DataError, JobError
+from mhmoe_ray.runs.directory import RunDir, create_run, last_attempt
 from mhmoe_ray.train.job import TrainRequest
 from tests.cluster.toy_job import SumRequest
+from tests.specs import tiny_spec
 
 
 class LostRequest(SumRequest):
@@ -59,6 +62,16 @@ def test_job_on_another_cluster_runs_in_the_python_of_ray(local_cluster):
     job = remote.submit(remote_connection, runtime_env, SumRequest(numbers={"a": [1, 2]}))
     list(job.lines())
     assert job.result("the sums") == {"a": 3}
+
+
+def test_attempt_of_a_renamed_run_has_the_name_of_its_job(tmp_path, monkeypatch):
+    submitted = []
+    monkeypatch.setattr(jobs, "submit", lambda connection, submission: submitted.append(submission["submission_id"]))
+    spec = tiny_spec(tmp_path)
+    run = RunDir(create_run(spec).path.rename(tmp_path / "runs/my_best run.2"))
+    job = start_attempt(run, spec, Connection("http://127.0.0.1:1", True, True, None))
+    assert [job] == submitted == ["my-best-run-2-1"]
+    assert last_attempt(run).job == job
 
 
 def test_request_is_sent_in_the_environment_and_named_in_the_entrypoint(tmp_path, monkeypatch):
