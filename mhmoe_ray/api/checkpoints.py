@@ -18,7 +18,7 @@ from mhmoe_ray.checkpoint.manifest import (
     step_and_group,
 )
 from mhmoe_ray.errors import CheckpointError
-from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.runs.directory import RunDir, report_read_errors
 from mhmoe_ray.storage import Location, describe_files, location
 
 
@@ -91,14 +91,25 @@ def find_model_folder(model: str | PathLike[str], storage: Location | str) -> Lo
 
     Raises:
         RunError: the text names neither a folder of a model nor a run.
+        StorageError: the folder that the text names cannot be read.
         CheckpointError: the hub has no such model or cannot be reached, this package does not compute the model, or
             the run has no checkpoint of the step.
     """
     name = path_text(model)
     folder: Location = local_folder(name) if "://" not in name else location(name)
-    if (isinstance(folder, Path) and (folder / CONFIG).is_file()) or (folder / MANIFEST).is_file():
+    if (isinstance(folder, Path) and has_file(folder, CONFIG)) or has_file(folder, MANIFEST):
         return folder
     return find_run_or_checkpoint(name, storage, f"model {name}")
+
+
+def has_file(folder: Location, name: str) -> bool:
+    """Return whether a folder, which the user names and which need not exist, has a file of this name.
+
+    Raises:
+        StorageError: the folder cannot be read, for example because it belongs to another user.
+    """
+    with report_read_errors(folder):
+        return (folder / name).is_file()
 
 
 def refuse_checkpoint(checkpoint: CheckpointName | None, model: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from mhmoe_ray.api.checkpoints import CheckpointName, path_text, pick_checkpoint, refuse_checkpoint
+from mhmoe_ray.api.checkpoints import CheckpointName, has_file, path_text, pick_checkpoint, refuse_checkpoint
 from mhmoe_ray.api.defaults import SPEC_SUFFIXES, OnNote, ignore_note
 from mhmoe_ray.api.spec import load_spec
 from mhmoe_ray.checkpoint.manifest import MANIFEST, read_manifest
@@ -52,6 +52,7 @@ def resolve_target(
     Raises:
         SpecError: an override changes a key that serving does not use, or a spec is wrong.
         RunError, CheckpointError: there is no such run or checkpoint, or the checkpoint is damaged.
+        StorageError: the folder that the target names cannot be read.
     """
     for keys, _ in parse_overrides(overrides):
         # An override that has no effect, such as one of train.lr, would mislead the user, so it is an error.
@@ -66,7 +67,7 @@ def resolve_target(
     if name and name.endswith(SPEC_SUFFIXES):
         spec_file = Path(name)
         run = _newest_run(load_spec(spec_file), f"spec {name}", f"start one: mhmoe submit {name}")
-    elif name and (location(name) / MANIFEST).exists():
+    elif name and has_file(location(name), MANIFEST):
         refuse_checkpoint(checkpoint, name)
         path = location(name).absolute()
         # This call raises an error for a damaged checkpoint, before a replica tries to load it. The manifest that it

@@ -247,13 +247,15 @@ def _run_of(source: str, storage: str) -> "RunDir | None":
 
     Raises:
         CheckpointError: the source is neither a folder nor a run.
+        StorageError: the folder cannot be read.
     """
     from mhmoe_ray.errors import CheckpointError, RunError
-    from mhmoe_ray.runs.directory import RunDir, find_run
+    from mhmoe_ray.runs.directory import RunDir, find_run, report_read_errors
 
     folder = Path(source)
-    if folder.exists() and not RunDir(folder.absolute()).attempts_file.is_file():
-        return None
+    with report_read_errors(folder):
+        if folder.exists() and not RunDir(folder.absolute()).attempts_file.is_file():
+            return None
     try:
         return find_run(source, storage)
     except RunError as e:

@@ -296,8 +296,8 @@ def storage_findings(folder: Location) -> Iterator[Finding]:
     """
     data = secrets.token_bytes(PROBE_BYTES)
     probe = folder / f".doctor-{secrets.token_hex(4)}"
-    created = isinstance(folder, Path) and not folder.exists()
     try:
+        created = isinstance(folder, Path) and not folder.exists()
         start = time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(probe, data)

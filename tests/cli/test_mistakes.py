@@ -134,6 +134,12 @@ def test_wrong_command_has_a_message_and_a_hint(case, tmp_path):
         assert_one_line(result, case.code, case.message)
 
 
+@pytest.mark.parametrize("words", [("serve", "deploy"), ("ckpt", "import"), ("ckpt", "verify", "other"), ("status",)])
+def test_folder_that_cannot_be_read_is_one_line(tmp_path, words):
+    # A name that is too long gives an error even to the root user, who may read the folders of all users.
+    assert_one_line(mhmoe(tmp_path, *words[:2], "a" * 300, *words[2:]), 7, "storage aaa", "File name too long")
+
+
 def test_plan_warns_of_missing_text_and_tokenizers(tmp_path):
     (tmp_path / "spec.yaml").write_text(QUICKSTART.read_text())
     changes = ["--set", "data.tokenizer=nowhere.json", "--set", "data.tokenizer_train_mb=null"]

@@ -67,6 +67,11 @@ def test_storage_check_reports_failures_and_leaves_no_files(tmp_path):
     assert finding.level == "error"
 
 
+def test_storage_with_an_impossible_name_is_an_error(tmp_path):
+    [finding] = doctor.storage_findings(tmp_path / ("a" * 300))
+    assert (finding.level, "File name too long" in finding.message) == ("error", True)
+
+
 def test_run_directories_that_others_can_read_are_a_warning(tmp_path):
     (tmp_path / "tiny-1").mkdir(mode=0o755)
     (tmp_path / "tiny-1" / "run.json").touch()
