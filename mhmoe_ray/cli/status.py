@@ -57,9 +57,7 @@ def _fact_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
         rows["skipped steps"] = f"{run_state['skipped_steps']}, whose gradient was not finite"
     if checkpoint := run_state["checkpoint"]:
         text = f"{checkpoint['name']}, {_format_age(checkpoint['time'])}"
-        # Every restart of the workers that skips a damaged checkpoint lists its name again, so each name is counted
-        # once.
-        damaged_count = len(set(run_state["skipped_checkpoints"]))
+        damaged_count = len(run_state["skipped_checkpoints"])
         rows["checkpoint"] = f"{text}; {damaged_count} newer ones were damaged and skipped" if damaged_count else text
     rows["served"] = "\n".join(_format_application(s) for s in run_state["served"])
     # A run that has ended gets no row for its cluster, because it no longer needs the cluster, which may be gone.

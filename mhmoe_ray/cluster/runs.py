@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from mhmoe_ray.checkpoint.manifest import step_and_group
 from mhmoe_ray.cluster import jobs, remote
 from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.cluster.serving import applications
@@ -192,6 +193,7 @@ def run_status(run: RunDir) -> dict[str, Any]:
     last_line = run_course.last_line
     start_event = events.newest_event(run_events, "started")
     loss_event = events.newest_event(run_events, "lost")
+    checkpoint_event, skipped_names = _newest_checkpoint(run, run_events)
     eta = None
     if spec and last_line and state == "running" and run_course.mean_rate:
         eta = (
@@ -223,11 +225,8 @@ def run_status(run: RunDir) -> dict[str, Any]:
         "interruptions": [{"time": event_time, "what": text} for event_time, text in events.interruptions(run_events)],
         "last_lines": loss_event["lines"] if loss_event else [],
         "skipped_steps": last_line.get(metrics.SKIPPED_STEPS, 0) if last_line else 0,
-        "skipped_checkpoints": [e["name"] for e in run_events if e["event"] == "skipped_checkpoint"],
-        "checkpoint": next(
-            filter(None, (events.newest_event(run_events, kind) for kind in ("checkpoint", "initialized", "imported"))),
-            None,
-        ),
+        "skipped_checkpoints": skipped_names,
+        "checkpoint": checkpoint_event,
         "tokens_per_s": run_course.rate,
         "mean_tokens_per_s": run_course.mean_rate,
         "eta_seconds": eta,
@@ -237,6 +236,24 @@ def run_status(run: RunDir) -> dict[str, Any]:
             for line in run_course.curve
         ],
     }
+
+
+def _newest_checkpoint(run: RunDir, run_events: RunEvents) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return the event of a run's newest checkpoint that was not skipped, and the names of newer ones that were.
+
+    A checkpoint is skipped if it is damaged. The event is None if there is no other checkpoint.
+    """
+    # Every restart of the workers that skips a checkpoint records its name again, and older versions of this project
+    # recorded the path in place of the name.
+    skipped_names = {e["name"].rpartition("/")[2] for e in run_events if e["event"] == "skipped_checkpoint"}
+    usable_events = [e for e in run_events if "name" in e and e["name"] not in skipped_names]
+    newest_events = (events.newest_event(usable_events, kind) for kind in ("checkpoint", "initialized", "imported"))
+    newest = next(filter(None, newest_events), None)
+
+    def position(name: str) -> tuple[int, int]:
+        return step_and_group(run.checkpoints / name)
+
+    return newest, [name for name in skipped_names if newest is None or position(name) > position(newest["name"])]
 
 
 def state_of(

@@ -188,6 +188,22 @@ def test_ranks_that_hang_together_are_listed_as_hung(run):
     assert not any("its process is gone" in text for text in descriptions)
 
 
+def test_status_shows_the_newest_checkpoint_that_is_not_damaged(tmp_path, run):
+    def checkpoint_row():
+        [row] = [line for line in mhmoe(tmp_path, "status", COLUMNS="200").out.splitlines() if "checkpoint" in line]
+        return re.sub(r", \d+ s ago", "", row.removeprefix("checkpoint").strip())
+
+    events.record(run, "checkpoint", name="step_00000010.1", step=10, pause=0.0, seconds=0.0)
+    events.record(run, "checkpoint", name="step_00000020.1", step=20, pause=0.0, seconds=0.0)
+    assert checkpoint_row() == "step_00000020.1"
+    # An older version of this project recorded the path, and each restart of the workers records the event again.
+    for name in ("checkpoint /runs/a-1/checkpoints/step_00000020.1", "step_00000020.1"):
+        events.record(run, "skipped_checkpoint", name=name, reason="it is torn")
+    assert checkpoint_row() == "step_00000010.1; 1 newer ones were damaged and skipped"
+    events.record(run, "checkpoint", name="step_00000020.2", step=20, pause=0.0, seconds=0.0)
+    assert checkpoint_row() == "step_00000020.2"
+
+
 def test_status_shows_applications_of_a_cluster_that_is_gone(tmp_path, run, unused_address):
     application = {"application": "mhmoe", "url": "http://127.0.0.1:8000", "address": unused_address}
     events.record(run, "served", **application, checkpoint="step_00000007.1")
