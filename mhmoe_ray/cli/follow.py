@@ -113,10 +113,10 @@ def follow_run(run: "RunDir", connection: "Connection", *, from_now: bool = Fals
 
 
 def _print_last_lines(run: "RunDir") -> None:
-    """Print the last lines that the most recently failed worker wrote, if a worker failed."""
+    """Print the last lines of the worker whose failure ended a run, if a worker failed."""
     from mhmoe_ray.runs import events
 
-    lost_event = events.newest_event(events.read(run), "lost")
+    lost_event = events.last_loss(events.read(run))
     if lost_event and lost_event["lines"]:
         note.print(f"last lines of rank {lost_event['rank']} on {lost_event['host']}:")
         for line in lost_event["lines"]:

@@ -192,7 +192,7 @@ def run_status(run: RunDir) -> dict[str, Any]:
     state, reason, cluster = state_of(run, run_events)
     last_line = run_course.last_line
     start_event = events.newest_event(run_events, "started")
-    loss_event = events.newest_event(run_events, "lost")
+    loss_event = events.last_loss(run_events)
     checkpoint_event, skipped_names = _newest_checkpoint(run, run_events)
     eta = None
     if spec and last_line and state == "running" and run_course.mean_rate:

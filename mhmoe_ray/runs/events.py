@@ -88,6 +88,18 @@ def of_newest_attempt(run_events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return run_events[first_index:]
 
 
+def newest_group_event(run_events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the newest event about the beginning, the start or the end of a worker group; empty if there is none."""
+    event_kinds = ("began", "restoring", "started", "lost", "preempted")
+    return next((event for event in reversed(run_events) if event["event"] in event_kinds), {})
+
+
+def last_loss(run_events: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the "lost" event of the newest attempt after which no workers began anew; None if there is none."""
+    event = newest_group_event(of_newest_attempt(run_events))
+    return event if event.get("event") == "lost" else None
+
+
 def deployments(run_events: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
     """Return the newest "served" event of each application, by the address of its cluster and its name."""
     return {(event["address"], event["application"]): event for event in run_events if event["event"] == "served"}

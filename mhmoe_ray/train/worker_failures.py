@@ -57,7 +57,7 @@ class WorkerFailureCallback(ray.train.UserCallback):
         redact = Redactor(os.environ)
         fields = {"rank": rank, "ranks": len(worker_exceptions), "reason": redact(failure_reason(root_cause))}
         try:
-            if may_be_repeated and _newest_group_event(run).get("event") == "lost":
+            if may_be_repeated and events.newest_group_event(events.read(run)).get("event") == "lost":
                 return
             worker = _recorded_worker(run, rank)
             # If the error is one of this package, its message is complete. The log lines would only repeat it with a
@@ -132,15 +132,9 @@ def _recorded_worker(run: RunDir, rank: int) -> dict[str, Any]:
     The result is empty if the worker group has not started yet, because its processes are not recorded before.
     """
     # Any other event here means that the recorded processes are of an earlier worker group.
-    newest_event = _newest_group_event(run)
+    newest_event = events.newest_group_event(events.read(run))
     workers = newest_event["workers"] if newest_event.get("event") == "started" else []
     return next((worker for worker in workers if worker["rank"] == rank), {})
-
-
-def _newest_group_event(run: RunDir) -> dict[str, Any]:
-    """Return the newest event about the beginning, the start or the end of a worker group; empty if there is none."""
-    event_kinds = ("began", "restoring", "started", "lost", "preempted")
-    return next((e for e in reversed(events.read(run)) if e["event"] in event_kinds), {})
 
 
 def _last_lines(worker: Mapping[str, Any]) -> list[str]:

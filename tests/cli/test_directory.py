@@ -15,7 +15,7 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from mhmoe_ray.cli.follow import _progress_bar, _RunView
+from mhmoe_ray.cli.follow import _print_last_lines, _progress_bar, _RunView
 from mhmoe_ray.cluster import runs
 from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.runs import outcome, outcome_or_lost
@@ -186,6 +186,24 @@ def test_ranks_that_hang_together_are_listed_as_hung(run):
     descriptions = [text for _, text in events.interruptions(events.read(run))]
     assert len(descriptions) == 3
     assert not any("its process is gone" in text for text in descriptions)
+
+
+@pytest.mark.parametrize(
+    "later_event",
+    [
+        {"kind": "submitted", "attempt": 2, "job": "job-2", "address": "http://127.0.0.1:1"},
+        {"kind": "began", "attempt": 2, "host": "x", "pid": 1},
+        {"kind": "restoring", "name": None, "step": 0, "attempt": 1},
+    ],
+)
+def test_last_lines_are_those_of_the_failure_that_ended_the_run(run, capsys, later_event):
+    events.record(run, "lost", rank=0, ranks=1, host="y", reason="killed", lines=["the first failure"])
+    assert runs.run_status(run)["last_lines"] == ["the first failure"]
+    events.record(run, **later_event)
+    events.record(run, "failed", reason="the data is damaged")
+    assert runs.run_status(run)["last_lines"] == []
+    _print_last_lines(run)
+    assert capsys.readouterr().err == ""
 
 
 def test_status_shows_the_newest_checkpoint_that_is_not_damaged(tmp_path, run):
