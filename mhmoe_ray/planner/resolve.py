@@ -20,7 +20,7 @@ from mhmoe_ray.planner.memory import compute_memory
 from mhmoe_ray.planner.papers import paper_presets
 from mhmoe_ray.planner.presets import FAMILIES, SIZES, Preset, SizeName, Tree
 from mhmoe_ray.planner.sizes import dense_width
-from mhmoe_ray.spec import ModelSpec, ReferenceSpec, RunSpec, validate_section
+from mhmoe_ray.spec import EncoderSpec, ModelSpec, ReferenceSpec, RunSpec, validate_section
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.hints import MIN_SIMILARITY
 
@@ -237,12 +237,12 @@ def _reference_section(value: Any, trunk: Tree, moe: Tree, label: str) -> Refere
 def _reference_model(name: str, trunk: Tree, moe: Tree, label: str) -> ModelSpec:
     """Return the reference model: the experts of preset `name` on the trunk of the model to compare.
 
-    If the section `moe` of the model to compare has the key `every`, which chooses the layers with experts, the
-    reference has the same value.
+    If the section `moe` of the model to compare has the keys `every` and `dense_first`, which choose the layers with
+    experts, the reference has the same values.
     """
     moe_section = _preset_moe(find_preset(name), trunk, label)
-    if moe_section is not None and "every" in moe:
-        moe_section["every"] = moe["every"]
+    if moe_section is not None:
+        moe_section.update({key: moe[key] for key in ("every", "dense_first") if key in moe})
     return _build_model(trunk, moe_section, f"{label}, reference {name}")
 
 
@@ -267,8 +267,13 @@ def _build_model(trunk: Tree, moe: Tree | None, label: str) -> ModelSpec:
 
 def _without_unused_width(trunk: Tree, moe: Tree | None) -> Tree:
     """Return the trunk, without its width of dense feed-forward layers if the model has no such layer."""
+    encoder = trunk.get("encoder")
+    default_position = EncoderSpec.model_fields["experts"].default
+    has_experts_beside = isinstance(encoder, dict) and encoder.get("experts", default_position) == "beside"
+    if moe is None or moe.get("every") != 1 or moe.get("dense_first") or has_experts_beside:
+        return trunk
     # The unused width may come from a preset. So it is removed and not reported as a mistake of the user.
-    return {**trunk, "d_ff": None} if moe is not None and moe.get("every") == 1 else trunk
+    return {**trunk, "d_ff": None}
 
 
 def _refuse_unused_keys(shorthands: Shorthands, tree: Tree, own_moe: Tree, label: str) -> None:

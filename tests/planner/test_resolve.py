@@ -107,6 +107,23 @@ def test_experts_in_every_layer_are_compared_with_experts_in_every_layer(write_s
         assert compared.moe_layers == compared.layers
 
 
+@pytest.mark.parametrize("d_ff", [[], ["model.d_ff=200"]])
+@pytest.mark.parametrize("reference", [[], ["reference=deepseek"], ["reference=dense"]])
+def test_dense_layers_before_experts_in_every_layer_keep_their_width(write_spec, d_ff, reference):
+    spec = write_spec(overrides=["model.moe.every=1", "model.moe.dense_first=1", *d_ff, *reference])
+    assert spec.model.moe_layers == spec.model.layers - 1
+    assert spec.reference_model.d_ff == spec.model.d_ff == (200 if d_ff else 384)
+    if spec.reference.name != "dense":
+        assert spec.reference_model.moe_layers == spec.model.moe_layers
+
+
+def test_experts_beside_dense_layers_are_compared_at_the_same_layers():
+    spec = load_spec(Path("jobs/pictures.yaml"), ["reference=smoe"])
+    assert spec.reference_model.moe_layers == spec.model.moe_layers == 2
+    assert spec.reference_model.d_ff == spec.model.d_ff
+    assert load_spec(Path("jobs/pictures.yaml"), ["model.moe.dense_first=0", "reference=smoe"]).reference_model.d_ff
+
+
 def test_a_spec_records_its_preset(write_spec):
     assert write_spec().origin == "mhmoe tiny"
     assert write_spec(size="small").origin == "mhmoe small"
