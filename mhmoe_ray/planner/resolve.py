@@ -257,11 +257,14 @@ def _preset_moe(preset: Preset, trunk: Tree, label: str) -> Tree | None:
 def _build_model(trunk: Tree, moe: Tree | None, label: str) -> ModelSpec:
     """Return the checked model of a trunk (a `model` section without `moe`) and a `moe` section.
 
-    Dense layers get the default width if the trunk sets none.
+    Dense layers get the default width if the trunk sets none. An adaptive number of experts (`vision.adaptive`) is left
+    out of a model without experts.
     """
     used_trunk = _without_unused_width(trunk, moe)
     if trunk.get("d_ff") is None and used_trunk is trunk and "d_model" in trunk:
         used_trunk = {**trunk, "d_ff": dense_width(trunk)}
+    if moe is None and isinstance(trunk.get("vision"), dict):
+        used_trunk = {**used_trunk, "vision": {**trunk["vision"], "adaptive": None}}
     return validate_section(ModelSpec, {**used_trunk, "moe": moe}, label, prefix="model.")
 
 

@@ -296,11 +296,15 @@ class ModelSpec(Section):
     def with_moe(self, moe: MoESpec | None) -> "ModelSpec":
         """Return a model with other mixture-of-experts layers and otherwise the same layers; with None, a dense model.
 
-        Dense feed-forward layers get the default width if this model has none. The new model is checked like any spec.
+        Dense feed-forward layers get the default width if this model has none. A dense model has no adaptive number of
+        experts (`vision.adaptive`). The new model is checked like any spec.
         """
         has_dense_layers = moe is None or moe.every > 1 or moe.dense_first > 0 or self.has_experts_beside
         d_ff = (self.d_ff or default_d_ff(self.d_model)) if has_dense_layers else None
-        return ModelSpec.model_validate({**self.model_dump(exclude={"moe", "d_ff"}), "d_ff": d_ff, "moe": moe})
+        tree = {**self.model_dump(exclude={"moe", "d_ff"}), "d_ff": d_ff, "moe": moe}
+        if moe is None and self.vision is not None:
+            tree["vision"] = {**tree["vision"], "adaptive": None}
+        return ModelSpec.model_validate(tree)
 
     def at_largest_top_k(self) -> "ModelSpec":
         """Return the model with the largest number of experts that a task may have, if that number is adaptive.

@@ -124,6 +124,17 @@ def test_experts_beside_dense_layers_are_compared_at_the_same_layers():
     assert load_spec(Path("jobs/pictures.yaml"), ["model.moe.dense_first=0", "reference=smoe"]).reference_model.d_ff
 
 
+@pytest.mark.parametrize("reference", ["reference=dense", "reference={name: mine, moe: null}"])
+def test_a_vision_model_with_adaptive_experts_is_compared_with_a_dense_one(reference):
+    spec = load_spec(Path("jobs/vision.yaml"), [reference])
+    assert spec.model.vision.adaptive is not None
+    assert spec.reference_model.moe is None
+    assert spec.reference_model.vision.adaptive is None
+    assert spec.reference_model.vision.tasks == spec.model.vision.tasks
+    with pytest.raises(SpecError, match="chooses the number of experts, but"):
+        load_spec(Path("jobs/vision.yaml"), [reference, "model.moe=null"])
+
+
 def test_a_spec_records_its_preset(write_spec):
     assert write_spec().origin == "mhmoe tiny"
     assert write_spec(size="small").origin == "mhmoe small"
