@@ -21,23 +21,24 @@ def activation_bytes_per_token(spec: RunSpec, size: int) -> int:
     model = planned_model(spec)
     moe = model.moe
     norm = model.architecture.norm_saved_bytes(model.d_model, size)
-    outer = norm + _attention_bytes(model, size) + norm
-    hidden = model.architecture.hidden_saved_bytes(model.d_ff, size) if model.d_ff is not None else 0
-    dense = outer + hidden
-    mixture = outer + (_moe_bytes(model, moe, size) if moe is not None else 0) + hidden * model.has_experts_beside
-    noise = _dropout_bytes(model, size) if model.dropout else 0
+    mask = model.d_model if model.dropout else 0  # a mask of dropout has one byte per value
+    attention_part = norm + _attention_bytes(model, size) + mask
+    hidden = model.architecture.hidden_saved_bytes(model.d_ff, size) + mask if model.d_ff is not None else 0
+    dense = attention_part + norm + hidden
+    mixture = attention_part + norm + hidden * model.has_experts_beside
+    if moe is not None:
+        mixture += _moe_bytes(model, moe, size) + (_expert_dropout_bytes(model, moe, size) if model.dropout else 0)
     block_input = model.d_model * bytes_of(spec.train.residual_precision)
     # With recompute `exchange`, a block with distributed experts is recomputed only up to its second norm, and keeps
     # everything from this norm on.
     if spec.train.recompute == "exchange" and spec.cluster.ep > 1:
-        attention_part = norm + _attention_bytes(model, size)
         layers = model.layers * block_input + model.moe_layers * (mixture - attention_part) + max(dense, attention_part)
-        layers += noise // model.layers
     # Each block keeps its input. The one block that is being recomputed keeps everything.
     elif spec.train.recompute in ("exchange", "block"):
-        layers = model.layers * block_input + max(dense, mixture) + noise // model.layers
+        layers = model.layers * block_input + max(dense, mixture)
     else:
-        layers = (model.layers - model.moe_layers) * dense + model.moe_layers * mixture + noise
+        layers = (model.layers - model.moe_layers) * dense + model.moe_layers * mixture
+    layers += mask  # that of the embedding
     # The output layers of an encoder are counted elsewhere, because they run on few tokens. So are the heads of a
     # vision model, which run once per image.
     if model.encoder is not None or model.vision is not None:
@@ -49,16 +50,13 @@ def activation_bytes_per_token(spec: RunSpec, size: int) -> int:
     return layers + norm - size * model.d_model + FLOAT32 * model.d_model + 2 * INT64
 
 
-def _dropout_bytes(model: ModelSpec, size: int) -> int:
-    """Return the bytes per token that dropout keeps for the backward in all layers."""
+def _expert_dropout_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
+    """Return the bytes per token that dropout keeps for the backward in the experts of one layer."""
     # Masks have one byte per value. Outputs of experts are kept before and after dropout, because gates apply after it.
-    masks = model.d_model * (1 + model.layers + model.dense_layers)
-    if model.moe is None:
-        return masks
-    outputs = model.joined_width * model.moe.top_k
-    shared = model.d_model if model.moe.d_shared else 0
     # Router smear applies no gates to the outputs of experts, so only the masks are kept for it.
-    return masks + model.moe_layers * (outputs * (1 + size * (model.moe.router != "smear")) + shared)
+    outputs = model.joined_width * moe.top_k
+    shared = model.d_model if moe.d_shared else 0
+    return outputs * (1 + size * (moe.router != "smear")) + shared
 
 
 def shared_attention_bytes(spec: RunSpec, size: int) -> int:

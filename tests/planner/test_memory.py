@@ -348,6 +348,22 @@ def test_activations_of_two_ranks_include_exchanged_rows():
     assert compute_memory(spec).activations == pytest.approx(sum(saved_bytes) / 2, rel=0.03)
 
 
+def test_dropout_of_distributed_experts_is_kept_in_every_layer_with_recompute_exchange():
+    """The bytes that dropout adds are compared."""
+
+    def planned_and_saved_bytes(dropout):
+        model, train = {"layers": 6, "dropout": dropout}, {"micro_batch_size": 4, "recompute": "exchange"}
+        spec = tiny_spec(model=model, cluster={"workers": 2, "ep": 2}, data={"seq_len": 64}, train=train)
+        return compute_memory(spec).activations, sum(run_ranks(2, autograd_bytes_of_rank, spec)) / 2
+
+    plain, plain_saved = planned_and_saved_bytes(0.0)
+    planned, saved = planned_and_saved_bytes(0.1)
+    # The forward does not save the masks of the attention and of the dense layer in the block that the backward
+    # recomputes.
+    recomputed_masks = 2 * 4 * 64 * 32
+    assert planned - plain == pytest.approx(saved - plain_saved + recomputed_masks, rel=0.05)
+
+
 def test_expert_parallelism_distributes_experts_only():
     single_rank = compute_memory(tiny_spec(cluster={"workers": 1}))
     rank_of_group = compute_memory(tiny_spec(cluster={"workers": 4, "ep": 4}))
