@@ -85,22 +85,26 @@ def _attention_bytes(model: ModelSpec, size: int) -> int:
     return saved_bytes + FLOAT32 * (copies * (model.query_width + model.kv_width) + norm_rows)
 
 
-def static_layout_bytes(model: ModelSpec, tokens: int, size: int) -> int:
-    """Return the bytes that kernel `capacity`, with its fixed slots per expert, keeps in all layers; 0 for others."""
+def static_layout_bytes(spec: RunSpec, size: int) -> int:
+    """Return the bytes that kernel `capacity`, with its fixed slots per expert, keeps over all layers that keep them.
+
+    The result is 0 for other kernels.
+    """
     # The bytes are those of the N x E x C masks (rows x experts x slots) of each choice and of their sums, and those of
     # the rows and hidden rows of every slot.
-    moe = model.moe
+    model, moe = spec.model, spec.model.moe
     if moe is None or moe.kernel != "capacity":
         return 0
-    rows = tokens * moe.heads
+    rows = spec.tokens_per_micro_batch * moe.heads
     slots = moe.experts * (moe.expert_capacity(rows) or 0)
     width = model.row_width * size
     hidden = model.architecture.hidden_saved_bytes(moe.d_expert, size)
+    layers = _kept_mixture_layers(spec)
     # With dropout, each route is a row of its own with the constant weight 1. So no output is kept for the gradient of
     # a gate.
     if model.dropout:
-        return model.moe_layers * slots * (2 * moe.top_k * rows * size + width + hidden)
-    return model.moe_layers * slots * ((moe.top_k + 2) * rows * size + 2 * width + hidden)
+        return layers * slots * (2 * moe.top_k * rows * size + width + hidden)
+    return layers * slots * ((moe.top_k + 2) * rows * size + 2 * width + hidden)
 
 
 def merged_expert_bytes(spec: RunSpec, size: int) -> int:
@@ -114,8 +118,15 @@ def merged_expert_bytes(spec: RunSpec, size: int) -> int:
     if model.moe is None or model.moe.router != "smear":
         return 0
     expert = model.architecture.expert_parameters(model.row_width, model.moe.d_expert)
-    layers = model.moe_layers if spec.train.recompute == "none" else 1
-    return layers * spec.samples_per_micro_batch * expert * size
+    return _kept_mixture_layers(spec) * spec.samples_per_micro_batch * expert * size
+
+
+def _kept_mixture_layers(spec: RunSpec) -> int:
+    """Return the number of mixture-of-experts layers that keep what their experts compute at the same time.
+
+    If the backward recomputes experts, only the layer that is being recomputed keeps it.
+    """
+    return spec.model.moe_layers if spec.train.recompute == "none" else 1
 
 
 def _expert_hidden_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:

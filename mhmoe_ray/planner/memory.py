@@ -83,7 +83,7 @@ def compute_memory(spec: RunSpec) -> Memory:
         + (FLOAT32 * hidden_output_values(spec, model.encoder) if model.encoder is not None else 0)
         + _task_bytes(spec)
         + shared_attention_bytes(spec, size)
-        + static_layout_bytes(model, tokens, size)
+        + static_layout_bytes(spec, size)
         + merged_expert_bytes(spec, size),
         logits=loss_bytes(spec),
         gathered=gathered_weight_bytes(spec) + unsharded_gradient_bytes(spec),

@@ -491,6 +491,7 @@ def test_peak_memory_with_a_large_vocabulary_is_at_the_loss(workers, strategy, c
     [
         ("dense", 1, "block", 3),
         ("multi-head", 1, "block", 3),
+        ("static", 1, "block", 3),
         ("multi-head", 1, "experts", 1.05),
         ("multi-head", 2, "exchange", 1.5),
         ("multi-head", 2, "block", 3),
@@ -504,7 +505,8 @@ def test_recomputation_keeps_inputs_of_blocks_and_one_block(experts, ep, mode, m
 
     def activations_and_peak(recompute):
         model = {**spec_of("llama", experts).model.model_dump(), "layers": 8, "vocab_size": 50}
-        train = {"micro_batch_size": 8, "recompute": recompute}
+        # The masks of kernel `capacity` grow with the square of the number of tokens.
+        train = {"micro_batch_size": 1 if experts == "static" else 8, "recompute": recompute}
         spec = tiny_spec(model=model, data={"seq_len": 256}, train=train, cluster={"workers": ep, "ep": ep})
         return compute_memory(spec).activations, sum(run_ranks(ep, peak_bytes_of_rank, spec)) / ep
 
