@@ -5,9 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.cluster import ClusterSpec
 from mhmoe_ray.spec.data import DataSpec, absolute_path
 from mhmoe_ray.spec.load import apply_overrides, validate_section
+
+
+class RawTextSpec(Section):
+    """Sections of a spec that apply to raw text without a spec file."""
+
+    data: DataSpec
+    cluster: ClusterSpec = ClusterSpec()
 
 
 def raw_text_sections(paths: Sequence[str], overrides: Sequence[str] = ()) -> tuple[DataSpec, ClusterSpec]:
@@ -31,13 +39,9 @@ def raw_text_sections(paths: Sequence[str], overrides: Sequence[str] = ()) -> tu
         sources[name] = {"path": absolute_path(Path.cwd(), path)}
     # A data section must have the keys `prepared` and `seq_len`. Raw text below `prepared` is skipped, so `prepared` is
     # the null device, which holds no text. seq_len has no meaning for raw text.
-    tree: dict[str, Any] = {"data": {"sources": sources, "prepared": os.devnull, "seq_len": 1}, "cluster": {}}
-    apply_overrides(tree, overrides)
-    label = f"text {', '.join(paths)}"
-    data, cluster = (
-        validate_section(DataSpec, tree["data"], label, "data."),
-        validate_section(ClusterSpec, tree["cluster"], label),
-    )
+    tree: dict[str, Any] = {"data": {"sources": sources, "prepared": os.devnull, "seq_len": 1}}
+    spec = validate_section(RawTextSpec, apply_overrides(tree, overrides), f"text {', '.join(paths)}")
+    data = spec.data
     # Relative paths become absolute, because the job that reads them has another working directory.
     given_paths = {"tokenizer": data.tokenizer, "chat_template": data.chat_template}
-    return data.model_copy(update={key: Path.cwd() / path for key, path in given_paths.items() if path}), cluster
+    return data.model_copy(update={key: Path.cwd() / path for key, path in given_paths.items() if path}), spec.cluster

@@ -6,6 +6,7 @@ import pytest
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec import RunSpec, dump_spec, load_resolved_spec
 from mhmoe_ray.spec.load import read_tree
+from mhmoe_ray.spec.raw_text import raw_text_sections
 
 QUICKSTART = Path("jobs/quickstart.yaml")
 
@@ -267,6 +268,22 @@ def test_a_duplicate_key_is_refused_with_name_and_line(tmp_path):
     with pytest.raises(SpecError) as raised:
         load_resolved_spec(path)
     assert str(raised.value) == f"spec {path}: line {line_index + 2}: the key 'steps' is given twice; correct the YAML"
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("sources.english.format=chat", "unknown key 'sources'; known keys here: data, cluster"),
+        ("datas.tokenizer=a.json", "unknown key 'datas'; did you mean 'data'?"),
+        ("cluster.worker=2", "unknown key 'cluster.worker'; did you mean 'workers'?"),
+        ("data.seqlen=2", "unknown key 'data.seqlen'; did you mean 'seq_len'?"),
+        ("data.sources.english.formatt=chat", "unknown key 'data.sources.english.formatt'; did you mean 'format'?"),
+    ],
+)
+def test_a_key_that_raw_text_does_not_have_is_refused(override, reason):
+    with pytest.raises(SpecError) as error:
+        raw_text_sections(["held-out/english"], [override])
+    assert str(error.value) == f"text held-out/english: {reason}"
 
 
 def test_a_merged_key_is_no_duplicate_key(tmp_path):
