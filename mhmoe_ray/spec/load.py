@@ -183,20 +183,32 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 def _set_value(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     """Set the value at a path of keys in the nested dictionaries of a spec; create sections that are missing.
 
+    Several parts of the path may be one key with dots, if the section has such a key.
+
     Raises:
         SpecError: the path goes through a value that is not a section.
     """
     node = tree
-    for i, key in enumerate(keys[:-1]):
+    key, rest = _split_key(node, keys)
+    while rest:
         child = node.setdefault(key, {})
         # A section whose keys are all commented out is None in YAML.
         if child is None:
             child = node[key] = {}
         if not isinstance(child, dict):
-            reason = f"{'.'.join(keys[: i + 1])} is a value, not a section"
+            reason = f"{'.'.join(keys[: len(keys) - len(rest)])} is a value, not a section"
             raise SpecError(f"override {'.'.join(keys)}", reason, "name a key of a section")
         node = child
-    node[keys[-1]] = value
+        key, rest = _split_key(node, rest)
+    node[key] = value
+
+
+def _split_key(section: dict[str, Any], keys: list[str]) -> tuple[str, list[str]]:
+    """Return the key of a section with which a path begins, and the rest of the path."""
+    # The name of a source may be that of a file, which has a dot.
+    dotted_keys = (".".join(keys[:count]) for count in range(len(keys), 1, -1))
+    key = next((key for key in dotted_keys if key in section), keys[0])
+    return key, keys[key.count(".") + 1 :]
 
 
 def _spec_error(

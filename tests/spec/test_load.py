@@ -5,7 +5,7 @@ import pytest
 
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec import RunSpec, dump_spec, load_resolved_spec
-from mhmoe_ray.spec.load import read_tree
+from mhmoe_ray.spec.load import apply_overrides, read_tree
 from mhmoe_ray.spec.raw_text import raw_text_sections
 
 QUICKSTART = Path("jobs/quickstart.yaml")
@@ -284,6 +284,18 @@ def test_a_key_that_raw_text_does_not_have_is_refused(override, reason):
     with pytest.raises(SpecError) as error:
         raw_text_sections(["held-out/english"], [override])
     assert str(error.value) == f"text held-out/english: {reason}"
+
+
+def test_an_override_names_a_source_with_dots_in_its_name():
+    overrides = ["data.sources.answers.jsonl.format=chat", "data.sources.a.b.txt.max_epochs=2", "data.seq_len=3"]
+    data, _ = raw_text_sections(["x/answers.jsonl", "a.b.txt", "answers"], overrides)
+    assert list(data.sources) == ["answers.jsonl", "a.b.txt", "answers"]
+    assert [source.format for source in data.sources.values()] == ["chat", None, None]
+    assert (data.sources["a.b.txt"].max_epochs, data.seq_len) == (2, 3)
+    tree = apply_overrides({"sources": {"a.jsonl": {"path": "x"}, "a": 1}}, ["sources.a.jsonl={path: y}"])
+    assert tree == {"sources": {"a.jsonl": {"path": "y"}, "a": 1}}
+    with pytest.raises(SpecError, match=r"data\.sources\.a\.jsonl\.path is a value, not a section"):
+        raw_text_sections(["a.jsonl"], ["data.sources.a.jsonl.path.x=1"])
 
 
 def test_a_merged_key_is_no_duplicate_key(tmp_path):
