@@ -78,6 +78,10 @@ if TYPE_CHECKING:
 else:
     RouterName = Literal[tuple(ROUTERS)]
 
+_CHOICE_KEYS = ("gate_scale", "groups", "jitter", "noise", "capacity_factor", "balance_over", "z_weight", "bias_rate")
+"""Keys about the choice of experts for each row, which routers `domain` and `smear` refuse, because they make none.
+`balance_weight` is not refused, so a spec may set it without effect."""
+
 
 class MoESpec(Section):
     """Options of mixture-of-experts layers. `heads: 1` is the plain sparse mixture of experts (SMoE)."""
@@ -247,8 +251,7 @@ class MoESpec(Section):
             raise ValueError(f"experts is {self.experts}, but domains names {len(self.domains)}: set it to that")
         if self.top_k != 1:
             raise ValueError("router domain sends a document to one expert: set top_k to 1")
-        # Keys that this router ignores are refused, except for `balance_weight`, which a spec may set without effect.
-        for key in ("gate_scale", "jitter", "noise", "capacity_factor", "balance_over", "z_weight", "bias_rate"):
+        for key in _CHOICE_KEYS:
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"router domain computes no scores, so {key} would be ignored: remove it")
 
@@ -261,12 +264,7 @@ class MoESpec(Section):
             raise ValueError("router smear averages experts for whole samples, and splits no tokens: set heads to 1")
         if self.top_k != 1:
             raise ValueError("router smear averages all experts into one and makes no choice: set top_k to 1")
-        # Keys that this router ignores are refused, except for `balance_weight`, which a spec may set without effect.
-        refused_keys = (
-            *("d_sub_token", "sub_token_residual", "gate_scale", "groups", "jitter", "noise"),
-            *("capacity_factor", "balance_over", "z_weight", "bias_rate", "kernel", "recompute"),
-        )
-        for key in refused_keys:
+        for key in (*_CHOICE_KEYS, "d_sub_token", "sub_token_residual", "kernel", "recompute"):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"router smear sends no rows to experts, so {key} would be ignored: remove it")
         for key in ("head_projection", "merge_projection"):
