@@ -8,7 +8,8 @@ another. Kernels are launched one after another, ahead of the GPU. Where the lau
 the GPU waits for them.
 
 The estimate leaves out norms, routing and permutation of rows, recomputation by `moe.recompute`, the data stream,
-checkpoints, stragglers, congestion, and routing that is not uniform.
+checkpoints, stragglers, congestion, and routing that is not uniform. It also leaves out the wait for launches of
+encoders and vision models.
 """
 
 from typing import NamedTuple
@@ -116,8 +117,8 @@ def estimate_step_time(spec: RunSpec, layout: Layout) -> Estimate:
 def _compute_times(spec: RunSpec, tokens: float) -> list[StepTime]:
     """Return the times per step of the parts of a rank's computation on its `tokens` tokens.
 
-    The parts are all but experts, experts if there are any, the accelerator's wait for launches of kernels, and the
-    update of weights.
+    The parts are all but experts, experts if there are any, the accelerator's wait for launches of a decoder's kernels,
+    and the update of weights.
     """
     model, moe, accelerator = spec.model, spec.model.moe, spec.cluster.accelerator
     micro_batches = tokens / spec.tokens_per_micro_batch
@@ -144,7 +145,10 @@ def _compute_times(spec: RunSpec, tokens: float) -> list[StepTime]:
     if step and moe:
         expert_passes = _cost_factor(spec, EXPERTS) * micro_batches * model.moe_layers
         times.append(product_time("experts", expert_passes * step.flops, expert_passes * step.bytes))
-    launch_seconds = micro_batches * launches_per_micro_batch(spec) * accelerator.launch_seconds
+    # How many kernels an encoder or a vision model launches depends on the parts of its micro-batches and on the
+    # objects in its images. These launches are not counted.
+    launches = launches_per_micro_batch(spec) if model.kind == "decoder" else 0
+    launch_seconds = micro_batches * launches * accelerator.launch_seconds
     waiting_seconds = launch_seconds - sum(time.seconds for time in times)
     if waiting_seconds > 0:
         times.append(StepTime("waiting for launches", waiting_seconds, LAUNCHES))

@@ -1,4 +1,4 @@
-"""The number of GPU kernels that a rank launches in a training step.
+"""The number of GPU kernels that a rank launches in a training step of a decoder.
 
 The constants below are numbers of operations that torch dispatches for a model, which tests/planner/test_launches.py
 checks. A compiled model (`train.compile`) launches fewer kernels.
@@ -23,15 +23,14 @@ LOOP_BLOCK, LOOP_EXPERT = 120, 19
 
 
 def launches_per_micro_batch(spec: RunSpec) -> int:
-    """Return the number of GPU kernels that a rank launches for the forward and backward of a micro-batch."""
+    """Return the number of GPU kernels that a rank launches for the forward and backward of a micro-batch.
+
+    The model must be a decoder.
+    """
     model, moe, kernel = spec.model, spec.model.moe, assumed_kernel(spec)
     dense_blocks, mixture_blocks = model.layers - model.moe_layers, model.moe_layers
     block_launches = dense_blocks * DENSE_BLOCK
-    if moe is not None and kernel is None:
-        # Router smear merges the experts into one, which runs like a dense layer. Merging takes only a few more
-        # kernels, which are left out.
-        block_launches += mixture_blocks * DENSE_BLOCK
-    elif moe is not None and kernel is not None:
+    if moe is not None and kernel is not None:
         local_experts = moe.experts // spec.cluster.ep
         block = MIXTURE_BLOCKS.get(kernel, LOOP_BLOCK + LOOP_EXPERT * local_experts)
         block_launches += mixture_blocks * (block + HEAD_PROJECTIONS * (moe.heads > 1))

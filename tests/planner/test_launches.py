@@ -12,8 +12,10 @@ from mhmoe_ray.model.trunk import routing_loss
 from mhmoe_ray.planner.estimate import LAUNCHES, estimate_step_time
 from mhmoe_ray.planner.launches import launches_per_micro_batch
 from mhmoe_ray.planner.placement import single_node_layout
+from tests.encoders import encoder_spec
 from tests.kernels.triton.accounting import Accounting
 from tests.specs import tiny_spec
+from tests.visions import vision_spec
 
 pytestmark = [
     pytest.mark.long,
@@ -62,6 +64,13 @@ def test_a_step_of_small_micro_batches_is_bound_by_launches():
     # With one rank, there is nothing but launches and the update.
     assert estimates[0].sequential_seconds == pytest.approx(launches * 4e-6 + update)
     assert "micro_batch_size" in estimates[0].longest_part.remedy
+
+
+@pytest.mark.parametrize("spec_with", [encoder_spec, vision_spec])
+def test_the_wait_of_encoders_and_vision_models_is_left_out(spec_with):
+    spec = spec_with(cluster__gpus_per_worker=1, train__precision="bfloat16")
+    estimate = estimate_step_time(spec, single_node_layout(1, 1))
+    assert LAUNCHES not in {time.bound for time in estimate.compute_times}
 
 
 def test_experts_that_run_one_after_another_launch_more_kernels():
