@@ -189,17 +189,17 @@ def _set_value(tree: dict[str, Any], keys: list[str], value: Any) -> None:
         SpecError: the path goes through a value that is not a section.
     """
     node = tree
-    key, rest = _split_key(node, keys)
-    while rest:
+    key, remaining_keys = _split_key(node, keys)
+    while remaining_keys:
         child = node.setdefault(key, {})
         # A section whose keys are all commented out is None in YAML.
         if child is None:
             child = node[key] = {}
         if not isinstance(child, dict):
-            reason = f"{'.'.join(keys[: len(keys) - len(rest)])} is a value, not a section"
+            reason = f"{'.'.join(keys[: len(keys) - len(remaining_keys)])} is a value, not a section"
             raise SpecError(f"override {'.'.join(keys)}", reason, "name a key of a section")
         node = child
-        key, rest = _split_key(node, rest)
+        key, remaining_keys = _split_key(node, remaining_keys)
     node[key] = value
 
 
