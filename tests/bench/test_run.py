@@ -22,7 +22,7 @@ def test_run_and_loop_end_with_same_loss(project):
     assert output["kept_of_settled"] == settled["seconds"] / ray_run["seconds"]
     assert 0 <= ray_run["data_wait"] < 1
     assert (output["steps"], output["tokens"]) == (20 - bench.WARM_UP_STEPS, (20 - bench.WARM_UP_STEPS) * 4 * 2 * 16)
-    for part in ("a run keeps 0.", "tokens/s", "waits for data", f"all end at loss {ray_run['loss']:.4f}"):
+    for part in ("a run keeps ", "tokens/s", "waits for data", f"all end at loss {ray_run['loss']:.4f}"):
         assert part in result.err
     assert sorted(project.rglob("*")) == previous_files
 
