@@ -16,7 +16,7 @@ from mhmoe_ray.spec import ModelSpec, RunSpec
 
 
 def tables(spec: RunSpec, placement: Placement) -> Iterator[tuple[str, Table]]:
-    """Yield the title and the table of each part of a plan: sizes, memory, exchanges and placement of ranks."""
+    """Yield the title and the table of each part of a plan: sizes, memory, traffic and placement of ranks."""
     yield "parameters and multiply-adds per token, in one layer", _parts_table(spec)
     if spec.reference and (reference := spec.reference_model):
         name = spec.reference.name

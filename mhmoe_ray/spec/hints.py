@@ -16,7 +16,7 @@ For example, `trian` and `train` have 0.8.
 # For each key of a spec, the names that mean the same in Hugging Face's configurations and Trainer, Megatron-LM,
 # axolotl, torchtitan, nanoGPT and litgpt, in lower case and with underscores.
 _FOREIGN_NAMES: dict[str, str] = {
-    # Names for the keys of the section `model`.
+    # Names that other tools use for the keys of the section `model`.
     "model.d_model": "hidden_size hidden_dim n_embd n_embed dim embed_dim embedding_dim model_dim d",
     "model.layers": "num_hidden_layers num_layers n_layer n_layers depth",
     "model.attention_heads": "num_attention_heads n_head n_heads num_heads attention_head_count",
@@ -48,7 +48,7 @@ _FOREIGN_NAMES: dict[str, str] = {
     "model.moe.z_weight": "router_z_loss_coef z_loss_weight moe_z_loss_coeff z_loss_coef",
     "model.moe.capacity_factor": "expert_capacity moe_capacity_factor expert_capacity_factor",
     "model.moe.jitter": "router_jitter_noise moe_input_jitter_eps jitter_noise",
-    # Names for the keys of the section `data`.
+    # Names that other tools use for the keys of the section `data`.
     "data.seq_len": "max_seq_len max_seq_length sequence_length sequence_len seq_length context_length block_size "
     "max_position_embeddings n_ctx n_positions max_length ctx_len",
     "data.sources": "datasets dataset dataset_name dataset_path train_data train_file data_path training_dataset",
@@ -56,7 +56,7 @@ _FOREIGN_NAMES: dict[str, str] = {
     "data.packing": "sample_packing pack pack_sequences",
     "data.chat_template": "chat_template_jinja chat_template_path chat_template_file",
     "data.validation_fraction": "val_set_size eval_fraction test_size val_fraction",
-    # Names for the keys of the section `train`.
+    # Names that other tools use for the keys of the section `train`.
     "train.steps": "max_steps num_steps train_steps training_steps total_steps max_iters iterations n_steps",
     "train.lr": "learning_rate max_lr peak_lr base_lr",
     "train.min_lr": "min_learning_rate final_lr lr_min",
@@ -78,7 +78,7 @@ _FOREIGN_NAMES: dict[str, str] = {
     "train.checkpoint_every": "save_steps save_interval save_every checkpoint_interval save_freq ckpt_every",
     "train.validate_every": "eval_steps eval_interval eval_every evaluation_interval validation_interval eval_freq",
     "train.keep_checkpoints": "save_total_limit keep_last_n keep_latest_k max_checkpoints",
-    # Names for the keys of the section `cluster`, and for a few others.
+    # Names that other tools use for the keys of the section `cluster`, and for a few others.
     "cluster.workers": "num_workers world_size num_processes nproc nproc_per_node num_gpus n_gpus num_nodes nodes",
     "cluster.gpus_per_worker": "use_gpu gpu gpus gpus_per_node num_gpus_per_worker",
     "cluster.ep": "expert_parallel expert_parallel_size expert_parallel_degree expert_model_parallel_size ep_size",
@@ -88,7 +88,7 @@ _FOREIGN_NAMES: dict[str, str] = {
     "name": "run_name experiment_name job_name",
     "seed": "random_seed torch_seed",
     "tracking.mlflow": "report_to logger mlflow_uri tracking_uri",
-    # Names for the keys of the section `serve`.
+    # Names that other tools use for the keys of the section `serve`.
     "serve.max_concurrency": "max_num_seqs max_batch_size",
     "serve.max_tokens": "max_new_tokens max_model_len",
     "serve.tensor_parallel": "tensor_parallel_size tp_size",

@@ -18,7 +18,7 @@ STEPS = 3
 
 
 def new_run(folder, cluster, **sections):
-    """Create a run below the folder, with files in place of a tokenizer and prepared data; return the spec and the run.
+    """Create a run with placeholder files for a tokenizer and prepared data, and return its spec and the run.
 
     `cluster` and `sections` replace keys of the tiny spec.
     """

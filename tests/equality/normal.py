@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 CHANGING_KEYS = {
-    # moments and durations
-    *("time", "created", "submitted", "imported", "seconds", "pause", "began", "eta_seconds"),
+    # times and durations
+    *("time", "created", "submitted", "imported", "seconds", "pause", "began", "start_ticks", "eta_seconds"),
     # speeds
     *("tokens_per_s", "mean_tokens_per_s", "data_wait", "exchange_wait", "mfu"),
     # processes, nodes and clusters

@@ -155,7 +155,7 @@ def test_models_and_health_are_served(client):
     assert client.get("/v1/nothing").json()["error"]["type"] == "invalid_request_error"
 
 
-@pytest.mark.slow  # tests/cli/test_runs.py updates a served checkpoint while a client sends requests
+@pytest.mark.slow  # the quick test, in tests/cli/test_runs.py, also updates a served checkpoint under requests
 def test_update_completes_all_requests(client, checkpoint, expert_parallel_checkpoint):
     """All requests are answered while a new replica replaces the old one.
 

@@ -44,8 +44,8 @@ def route_rows(
         probability_sum += tl.sum(tl.where(inside[:, None], probability, 0.0), 0)
         z_sum += tl.sum(tl.where(inside, log_sum * log_sum, 0.0), 0)
         # A gate is an exponential divided by the sum of the row's chosen exponentials, or of all of the row's
-        # exponentials. A row of NaN must still choose experts that exist, so NaN, -inf and very small logits rank
-        # equally, above the padding columns past the E experts. The gates of such a row are NaN.
+        # exponentials. A row of NaN must still choose experts that exist, so NaN, -inf and logits below -3.4e38
+        # rank equally, above the padding columns past the E experts. The gates of such a row are NaN.
         ranks = tl.where((column < E)[None, :], tl.maximum(logits, -3.4e38), float("-inf"))
         remaining, chosen_total = ranks, tl.zeros([BLOCK_N], tl.float32)
         for k in tl.static_range(K):

@@ -150,7 +150,7 @@ def read_config(folder: Path, seq_len: int | None) -> tuple[str, MhmoeSection]:
 
 
 def _read_section(subject: str, model_type: str, fields: dict[str, Any]) -> MhmoeSection:
-    """Return the `mhmoe` section of config.json, or the one that follows from the keys of the architecture.
+    """Return the `mhmoe` section of config.json, or without one a section that follows from its other keys.
 
     Raises:
         ValueError: the keys describe a model that this package does not compute.

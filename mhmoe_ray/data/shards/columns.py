@@ -154,7 +154,7 @@ class EncoderSamples(NamedTuple):
 
     @property
     def sample_count(self) -> int:
-        """The number of samples; it is right only if all samples belong to one part."""
+        """The number of samples. It must be read only if all samples belong to one part, that is, to one objective."""
         return max(len(self.images), len(self.tokens))
 
     def rows(self, part: MicroBatchPart, start: int, stop: int) -> "EncoderSamples":

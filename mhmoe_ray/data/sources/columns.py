@@ -249,7 +249,8 @@ def classes_in(classes: pa.Array, names: list[str] | None, limit: int) -> Iterat
 
     Args:
         classes: a column that `class_column_problem` accepts.
-        names: the names of the classes, which the integers in the column index; None to use the integers as names.
+        names: the names of the classes, if the column has integers that are indices into this list; None to use the
+            integers as names.
         limit: largest size of a name in bytes.
 
     Raises:

@@ -167,7 +167,10 @@ def _token_bytes(token: str) -> bytes:
 
 
 def _part_ranks(token: bytes, cuts: set[int], ranks: dict[bytes, int]) -> list[int]:
-    """Return the ranks of the parts of a token that is cut in two at `cuts`, without parts of a single byte."""
+    """Return the ranks of the two parts of a token for each position in `cuts` at which it is cut in two.
+
+    Parts of a single byte are left out.
+    """
     parts = (part for cut in cuts for part in (token[:cut], token[cut:]) if len(part) > 1)
     return [ranks[part] for part in parts]
 

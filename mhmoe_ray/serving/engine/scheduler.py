@@ -67,7 +67,7 @@ class TokenChunk(NamedTuple):
 
     @property
     def is_last(self) -> bool:
-        """True if the sequence ends with this chunk, so that its logits give the next token."""
+        """True if the sequence ends with this chunk, so that the chunk's logits give the next token."""
         return self.start + self.length == len(self.sequence.token_ids)
 
 

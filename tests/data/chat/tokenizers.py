@@ -1,4 +1,6 @@
-"""Small tokenizers for conversations, and the text of each of their tokens, found without offsets."""
+"""Small tokenizers for conversations, and functions that return the text of each token of a conversation.
+
+The functions do not use the offsets of tokens, from which the tested code computes the targets."""
 
 from functools import cache
 

@@ -23,7 +23,7 @@ def test_a_bomb_is_not_decoded():
 
 
 def test_images_within_the_limits_are_decoded():
-    """Comments of a JPEG file may have the bytes of a scan's start, and files of any encoder have repeated ones."""
+    """A JPEG file may have many scans, and its comments may contain the bytes with which a scan starts."""
     for extra_scans in (0, 80):
         content = jpeg_of_scans(extra_scans)
         assert count_scans(content) == content.count(b"\xff\xda") - 200
