@@ -109,7 +109,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Sort the tests of the longest files to the front, so that no lane runs one of them alone at the end.
+    """Sort the tests of the files that take longest to the front, so that no worker of xdist runs one alone at the end.
 
     With `--fast`, remove the tests marked `ray` or `long`.
     """

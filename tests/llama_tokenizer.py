@@ -9,7 +9,7 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def llama_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a tokenizer of at most `vocab_size` entries on texts; it encodes other characters than theirs as bytes."""
+    """Train a tokenizer of at most `vocab_size` entries on texts; it encodes all other characters as bytes."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(

@@ -156,7 +156,7 @@ def _lines_until_end(run: RunDir, connection: Connection, worker: dict[str, Any]
                 is_over = run_outcome is not None
             continue
         if isinstance(item, (ClusterError, JobError)) and not isinstance(item, TokenError):
-            # The log is lost if its node is gone. Another process may replace this one later.
+            # The log is lost if its node is gone. Another process may get this rank later.
             on_note(
                 f"process {worker['pid']}: its log has ended early ({item.subject}: {item.reason}); still following"
             )

@@ -35,7 +35,7 @@ They differ because each copy to an object store writes the whole segment again.
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL", re.IGNORECASE)
 _SECRET_TEXT = re.compile(
     r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # the user and password of a URI
-    r"|\b(?:hf_|sk-|ghp_|gho_|ghs_|ghu_|glpat-|xox[abp]-)[\w-]{16,}"  # tokens that begin with the mark of their service
+    r"|\b(?:hf_|sk-|ghp_|gho_|ghs_|ghu_|glpat-|xox[abp]-)[\w-]{16,}"  # tokens with the prefix of their service
     r"|\bAKIA[0-9A-Z]{16}\b"  # an AWS access key
     r"|(?<=[Bb]earer )[\w.~+/=-]{8,}"
 )

@@ -108,7 +108,7 @@ def write_coco(folder: Path, pictures: list[Picture], split: str = "train2017") 
 
 
 def write_image_folder(folder: Path, pictures: list[Picture]) -> None:
-    """Write the images of pictures as files of one folder."""
+    """Write the images of `pictures`, which are records with an image and texts, as files of one folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, image, _ in pictures:
         (folder / name).write_bytes(image)

@@ -87,7 +87,7 @@ def _exit_code_and_json(side: Side, normal: Normaliser, words: list[str]) -> Any
 
 
 def _runs(side: Side, models: list[str]) -> dict[str, Path]:
-    """Return the run directories of the sweep by the names of their variants.
+    """Return the run directories of the sweep that `side` has started, by the names of their variants.
 
     Raises:
         CommandError: A run has not finished.

@@ -80,8 +80,10 @@ def branch_spec(folder: Path, base: RunDir, **changes) -> None:
 
 @pytest.mark.slow
 def test_a_killed_branch_with_a_new_source_equals_an_undisturbed_one(folder, base):
-    """The branch changes the batch, the learning rate and the mixture, and goes on in each domain where its start
-    stood."""
+    """The branch changes the batch, the learning rate and the mixture.
+
+    In each domain it reads on from the sample at which the run that it starts from had arrived.
+    """
     branch_spec(folder, base)
     run = harness.submit(folder)
     worker = harness.workers_of_start(run, 1)[1]

@@ -237,7 +237,7 @@ def test_every_parameter_has_a_gradient(changes):
 @pytest.mark.parametrize("experts", EXPERTS)
 @pytest.mark.long
 def test_blocks_are_compiled_once(experts):
-    """All equal blocks share their code, whatever the numbers of hidden patches and tokens."""
+    """All equal blocks share their compiled code, whatever the numbers of masked patches and tokens."""
     spec = encoder_spec(model__layers=4, model__moe=EXPERTS[experts])
     model = build_encoder(spec)
     batches = [encoder_batch(spec, micro_batch) for micro_batch in range(3)]

@@ -1,4 +1,4 @@
-"""Tests of the planned runs of sweeps: those of the papers, and others."""
+"""Tests of the runs that sweeps plan: the sweeps in jobs/paper, and sweeps that the tests write."""
 
 from pathlib import Path
 

@@ -42,7 +42,7 @@ def random_crop(width: int, height: int, images: ImageSpec, seed: int, label: st
         width, height: size of the image in pixels.
         images: the section `data.images` of the spec.
         seed: seed of the run.
-        label: label of the sample, which names its part of a micro-batch and its position in the training.
+        label: label of the sample, which names its part (`data.parts`) and its position in the training.
     """
     draws = Draws(seed, label)
     is_mirrored = images.flip and draws.number() < 0.5

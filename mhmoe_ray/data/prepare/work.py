@@ -241,7 +241,7 @@ def publish(staging_result: Path, folder: Path) -> None:
 
 
 def clean_up(folder: Path) -> None:
-    """Remove the staging directories of all jobs for a prepared folder, with all parts and for any settings."""
+    """Remove the staging directories of all jobs for a prepared folder, whatever settings the jobs have."""
     for staging_path in folder.parent.glob(f"{glob.escape(folder.name)}.partial-*"):
         # Errors are ignored, because another job may remove the same folder or still write to it.
         shutil.rmtree(staging_path, ignore_errors=True)

@@ -23,7 +23,7 @@ class BaseScores(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x_ND: Tensor) -> Tensor:
-        """Return the logits NE of rows, in float32 or wider."""
+        """Return the logits of rows, of shape (N, E), in float32 or wider."""
 
     def balance_probabilities(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor:
         """Return the probabilities NE for the load balancing loss; by default those by which experts are chosen."""

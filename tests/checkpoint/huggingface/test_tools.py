@@ -37,7 +37,7 @@ EXPORTS = {
     "h 4, subln, X-MoE": MODELS["xmoe"].with_moe(MODELS["xmoe"].moe.model_copy(update={"heads": 4})),
     "all": MODELS["all"],
 }
-assert DENSE["vocab_size"] == 320  # the largest of TOKENS
+assert DENSE["vocab_size"] == 320  # TOKENS has ids below this number
 
 
 @pytest.fixture(scope="module", params=EXPORTS)

@@ -38,7 +38,10 @@ def test_order_equals_the_plain_loop(seed, mixture):
 
 @st.composite
 def large_mixtures(draw):
-    """Draw large domains, and phases of up to 10^13 positions whose weights add up to 2^50; some shares are tiny."""
+    """Draw large domains, and phases of up to 10^13 positions, in each of which the domains' weights add up to 2^50.
+
+    Some weights are tiny.
+    """
     size = draw(st.integers(1, 12))
     domains = [OrderedDomain(f"d{i}", draw(st.sampled_from("abc")), draw(st.integers(1, 10**9))) for i in range(size)]
     exponents = st.lists(st.floats(-9, 0), min_size=size, max_size=size)

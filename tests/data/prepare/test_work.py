@@ -29,7 +29,7 @@ def test_clean_up_keeps_files_of_other_folders(tmp_path):
 
 
 def test_prepare_cleans_up_after_a_job_killed_at_its_end(tmp_path):
-    """`prepare` returns the published manifest, and removes what a job left that was killed after publishing it.
+    """`prepare` returns the published manifest, and removes what is left of a job that was killed after it.
 
     Until then, the progress report makes the killed job look like a running preparation.
     """

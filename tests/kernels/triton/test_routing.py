@@ -20,7 +20,7 @@ pytestmark = [
 
 
 class Logits(torch.nn.Module):
-    """Scores that are the rows themselves, so that a router routes given logits."""
+    """Module in place of a router's scores that returns its input, so that a test gives the router its logits."""
 
     def forward(self, x_NE):
         return x_NE
