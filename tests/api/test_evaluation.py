@@ -7,7 +7,7 @@ import pytest
 
 import mhmoe_ray as mh
 from mhmoe_ray.api.evaluation import make_request
-from mhmoe_ray.errors import ClusterError, DataError, RunError
+from mhmoe_ray.errors import ClusterError, DataError, RunError, SpecError
 from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, save_evaluation
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs.directory import mark_imported
@@ -134,3 +134,8 @@ def test_changed_files_of_tasks_make_another_request(tmp_path, run):
     (folder / "data" / "questions.jsonl").write_text("[]")
     keys.append(request_key())
     assert [keys.index(key) for key in keys] == [0, 0, 2]
+
+
+def test_resources_of_an_evaluation_are_no_keys_of_its_text(run, text):
+    with pytest.raises(SpecError, match="has the CPUs and GPUs of one of the run's workers; remove it; --gpus sets"):
+        make_request(run.directory, CHECKPOINT, text=text, overrides=["cluster.cpus_per_worker=3"])

@@ -95,9 +95,8 @@ def test_groups_by_node_train_like_one_process(reference, ep):
         pytest.param(4, "abcd", "zero2", False, True, marks=pytest.mark.slow),
         pytest.param(2, "abcd", "fsdp", True, False, marks=pytest.mark.slow),
         pytest.param(2, "aabc", "ddp", False, False, marks=pytest.mark.slow),  # one of the two groups is within a node
-        pytest.param(
-            4, "aaab", "ddp", False, False, marks=pytest.mark.slow
-        ),  # the dispatch stays flat, since the ranks form no grid
+        # The ranks form no grid here, so the dispatch stays flat.
+        pytest.param(4, "aaab", "ddp", False, False, marks=pytest.mark.slow),
     ],
 )
 def test_hierarchical_dispatch_trains_like_one_process(request, ep, nodes, strategy, shard_experts, static):
