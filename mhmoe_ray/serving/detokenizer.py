@@ -1,5 +1,6 @@
 """The detokenizer: it turns tokens into text that can be streamed, and never retracts a piece."""
 
+import re
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -183,8 +184,8 @@ class TokenBytes:
         text = self._decode([*self._prefix_ids, token])[len(self._decode(self._prefix_ids)) :]
         if REPLACEMENT in text:
             token_name = self._tokenizer.id_to_token(token) or ""
-            if token_name.startswith("<0x"):
-                return bytes.fromhex(token_name[3:5])
+            if byte_name := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token_name):
+                return bytes.fromhex(byte_name[1])
             if BYTE_OF_LETTER.keys() >= set(token_name):
                 return bytes(BYTE_OF_LETTER[letter] for letter in token_name)
         # If the text still has a U+FFFD here, it is the token's own text: a vocabulary may have this character.

@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
 
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serving.detokenizer import TextDecoder, TokenBytes
@@ -60,6 +61,13 @@ def test_replacement_character_in_the_vocabulary_is_ordinary_text():
     bytes_by_token = TokenBytes(tokenizer, TextDecoder(tokenizer))
     token_bytes = [bytes_by_token[tokenizer.token_to_id(name)] for name in ("\ufffd", "a", "<0xE6>")]
     assert token_bytes == ["\ufffd".encode(), b"a", b"\xe6"]
+
+
+def test_a_name_that_only_begins_like_a_byte_is_ordinary_text():
+    tokenizer = Tokenizer(models.BPE({"<unk>": 0, "a": 1, "<0xEF>": 2, "<0xy\ufffd": 3}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    bytes_by_token = TokenBytes(tokenizer, tokenizer.decode)
+    assert [bytes_by_token[token] for token in (1, 2, 3)] == [b"a", b"\xef", "<0xy\ufffd".encode()]
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
