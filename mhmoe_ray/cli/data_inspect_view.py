@@ -308,12 +308,15 @@ def _plot_lengths(figure: Any, axis: Any, survey: dict[str, Any]) -> None:
         [100 * counts.get(1 << power, 0) / max(1, sum(counts.values())) for power in powers]
         for counts in by_domain.values()
     ]
+    axis.set_title(f"length of documents in {unit}")
+    if not by_domain:
+        # An encoder may have images without any text.
+        return
     image = axis.imshow(shares, aspect="auto", cmap="Blues", vmin=0, interpolation="none")
     axis.set_yticks(range(len(by_domain)), by_domain)
     # At most eight labels fit on the axis, so only every `step`-th power of two gets a label.
     step = -(-len(powers) // 8)
     axis.set_xticks([i - 0.5 for i in range(0, len(powers), step)], [short(1 << p) for p in powers[::step]])
-    axis.set_title(f"length of documents in {unit}")
     figure.colorbar(
         image,
         ax=axis,

@@ -218,14 +218,9 @@ class Sweep:
                 prepare(entry.spec)
                 self._preparation_errors[text] = None
             except MhmoeError as e:
+                # The caller would treat a StorageError as one of the run directories and poll again. The error is
+                # caught here, because otherwise the preparation, which may take a day, would be repeated.
                 self._preparation_errors[text] = e
-            except OSError as e:
-                # The caller would treat an OSError as a failure of the storage and poll again. The error is caught
-                # here, because otherwise the preparation, which may take a day, would be repeated at the next poll.
-                fix = "make room or repair the storage, then give the command again"
-                self._preparation_errors[text] = StorageError(
-                    f"data {entry.spec.data.prepared}", e.strerror or str(e), fix
-                )
             if self._preparation_errors[text]:
                 _print_line(f"{entry.name}: {self._preparation_errors[text]}")
         return self._preparation_errors[text] is None

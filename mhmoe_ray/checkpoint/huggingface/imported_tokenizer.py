@@ -49,9 +49,6 @@ def read_folder_tokenizer(source: Path, config: MhmoeSection) -> ImportedTokeniz
         reason = f"{file.name} cannot be read ({e.strerror or e})"
         raise CheckpointError(f"folder {source}", reason, "repair its disk, or get the folder again") from e
     tokenizer, settings = read_tokenizer(file), _read_settings(source)
-    # The file may have settings for truncation or padding, with which the checks below would not find the start token.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     adds_start = config.adds_start
     if adds_start is None:
         # In transformers, a tokenizer with <s> adds it even without a post-processor, unless a setting is false.

@@ -63,8 +63,6 @@ def open_encoder(path: Path, pattern: str | None) -> Encoder:
     """
     # The encoder is cached, because loading a large vocabulary takes longer than reading a small file.
     tokenizer = read_given_tokenizer(path, pattern)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     documents = DocumentEncoder(tokenizer) if find_boundaries(tokenizer) else None
 
     def encode(texts: Sequence[str]) -> list[list[int]]:

@@ -63,7 +63,7 @@ from mhmoe_ray.data.sources import Tally, file_blocks, find_files
 from mhmoe_ray.data.sources.find import fingerprints
 from mhmoe_ray.data.tokenizer import boundaries, boundary_texts, load_tokenizer, store_given_tokenizer, train_tokenizer
 from mhmoe_ray.data.vision.annotations import require_image_packages
-from mhmoe_ray.errors import DataError, MhmoeError
+from mhmoe_ray.errors import DataError, MhmoeError, StorageError
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import describe_file, write_json
 
@@ -91,25 +91,50 @@ def prepare(spec: RunSpec) -> DataManifest:
 
     Raises:
         DataError: sources are missing, too many lines are bad, or the folder was prepared with other settings.
+        StorageError: a disk is full, read-only or out of reach.
     """
     folder = spec.data.prepared
-    if read_data_manifest(folder) is None:
-        try:
-            with staging_directory(spec) as staging, _chunk_sized_blocks():
-                _Preparation(spec, staging).run()
-                publish(staging.result_path, folder)
-        except Exception:
-            if read_data_manifest(folder) is None:
-                raise
-            # Another job published its result first and removed our parts (the encoded chunks), which made this job
-            # fail. The error is ignored, because the result of the other job is used.
-        # If a folder without a manifest appeared meanwhile, nothing was published. This check then fails before
-        # `clean_up`, so that the parts are kept.
-        require_data_manifest(folder)
-    # This also removes the staging directory of a job that was killed after publishing its result and before cleaning
-    # up.
-    clean_up(folder)
-    return require_prepared_data(spec)
+    with _errors_of_tasks(folder):
+        if read_data_manifest(folder) is None:
+            try:
+                with staging_directory(spec) as staging, _settings_of_ray_data():
+                    _Preparation(spec, staging).run()
+                    publish(staging.result_path, folder)
+            except Exception:
+                if read_data_manifest(folder) is None:
+                    raise
+                # Another job published its result first and removed our parts (the encoded chunks), which made this
+                # job fail. The error is ignored, because the result of the other job is used.
+            # If a folder without a manifest appeared meanwhile, nothing was published. This check then fails before
+            # `clean_up`, so that the parts are kept.
+            require_data_manifest(folder)
+        # This also removes the staging directory of a job that was killed after publishing its result and before
+        # cleaning up.
+        clean_up(folder)
+        return require_prepared_data(spec)
+
+
+@contextmanager
+def _errors_of_tasks(folder: Path) -> Iterator[None]:
+    """Context manager that raises the error of a task in place of Ray's error, which has a traceback as its message.
+
+    Raises:
+        MhmoeError: a task raised it.
+        StorageError: a file cannot be read or written, in this process or in a task.
+    """
+    try:
+        yield
+    except (ray.exceptions.RayTaskError, OSError) as e:
+        error: Any = e
+        # A task may have waited for another task.
+        while isinstance(error, ray.exceptions.RayTaskError):
+            error = error.cause
+        if isinstance(error, MhmoeError):
+            raise error from e
+        if isinstance(error, OSError):
+            fix = "make room or repair the storage, then give the command again"
+            raise StorageError(f"data {folder}", error.strerror or str(error), fix) from e
+        raise
 
 
 _PlannedShards = tuple[list[ShardPlan] | list[RowPlan], Callable[[dict[str, Any]], dict[str, Any]]]
@@ -117,16 +142,25 @@ _PlannedShards = tuple[list[ShardPlan] | list[RowPlan], Callable[[dict[str, Any]
 
 
 @contextmanager
-def _chunk_sized_blocks() -> Iterator[None]:
-    """Set the block size of Ray Data to a chunk within this context, and switch off its progress bars."""
-    # A task tokenises one block, so a block is made as small as one chunk. Progress bars would fill the job's log.
+def _settings_of_ray_data() -> Iterator[None]:
+    """Set the block size of Ray Data to a chunk within this context, without progress bars and wrapped errors."""
     context = ray.data.DataContext.get_current()
-    previous_settings = context.target_max_block_size, context.enable_progress_bars
-    context.target_max_block_size, context.enable_progress_bars = CHUNK_CHARACTERS, False
+    settings = {
+        # A task tokenises one block, so a block is made as small as one chunk.
+        "target_max_block_size": CHUNK_CHARACTERS,
+        # Progress bars would fill the job's log.
+        "enable_progress_bars": False,
+        # By default the error of a task becomes one that does not have its cause any more.
+        "raise_original_map_exception": True,
+    }
+    previous_settings = {name: getattr(context, name) for name in settings}
+    for name, value in settings.items():
+        setattr(context, name, value)
     try:
         yield
     finally:
-        context.target_max_block_size, context.enable_progress_bars = previous_settings
+        for name, value in previous_settings.items():
+            setattr(context, name, value)
 
 
 class _Preparation:
@@ -220,13 +254,7 @@ class _Preparation:
             store_given_tokenizer(self._data_spec, vocab_size, path)
         else:
             train = ray.remote(train_tokenizer).options(num_cpus=1)
-            try:
-                tokenizer: Tokenizer = ray.get(train.remote(self._files, self._data_spec, vocab_size))
-            except ray.exceptions.RayTaskError as e:
-                # Ray wraps the error of the task, but only an `MhmoeError` itself is shown to the user as one line.
-                if isinstance(e.cause, MhmoeError):
-                    raise e.cause from e
-                raise
+            tokenizer: Tokenizer = ray.get(train.remote(self._files, self._data_spec, vocab_size))
             tokenizer.save(str(path))
         return load_tokenizer(path, vocab_size)
 

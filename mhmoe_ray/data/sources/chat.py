@@ -82,8 +82,7 @@ def conversation_of(line: int, fields: Any, path: str, template: ChatTemplate) -
     except _MalformedRecordError as e:
         return BadLine(path, line, Reason.NO_CONVERSATION, str(e))
     text = "\n".join(message["content"] for message in messages)
-    reason = text_problem(text)
-    if reason is not None:
+    if reason := text_problem(text):
         return BadLine(path, line, reason)
     try:
         conversation = template.render_conversation(messages)
@@ -91,6 +90,9 @@ def conversation_of(line: int, fields: Any, path: str, template: ChatTemplate) -
             raise ChatTemplateError("it renders no text of the assistant")
     except ChatTemplateError as e:
         return BadLine(path, line, Reason.NO_RENDERING, str(e))
+    # A template may also render the names and roles of messages.
+    if reason := text_problem(conversation.text):
+        return BadLine(path, line, reason)
     return Document(text, line, named_language(fields), conversation)
 
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
+from mhmoe_ray.data.tokenizer.load import read_tokenizer
 from mhmoe_ray.data.tokenizer.tiktoken import BYTE_OF_LETTER, PATTERNS
 from mhmoe_ray.data.tokenizer.vocabulary import BEGIN_TOKEN, END_OF_TEXT, END_TOKEN, boundaries
 
@@ -201,7 +202,7 @@ class DocumentEncoder:
 def document_encoder(path: Path) -> DocumentEncoder:
     """Return the encoder for a tokenizer.json that `load_tokenizer` accepts; a process caches its last encoder."""
     # The encoder is cached, because reading a large vocabulary takes seconds, and a chunk of documents may be small.
-    return DocumentEncoder(Tokenizer.from_file(str(path)))
+    return DocumentEncoder(read_tokenizer(path))
 
 
 def _without_special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:

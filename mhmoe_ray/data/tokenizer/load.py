@@ -19,32 +19,33 @@ from mhmoe_ray.storage import Location
 
 
 def load_tokenizer(path: Location, vocab_size: int) -> Tokenizer:
-    """Load a tokenizer.json for a model of `vocab_size` tokens, with truncation and padding switched off.
+    """Load a tokenizer.json for a model of `vocab_size` tokens.
 
     Raises:
         DataError: the file cannot be read, has more tokens than the model, has no boundary tokens, which start and end
             documents, or uses a boundary token as its unknown token, too.
     """
-    # A file may ask for truncation or padding, which would change documents, so both are switched off.
     tokenizer = read_tokenizer(path)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     check_tokenizer(tokenizer, path, vocab_size)
     return tokenizer
 
 
 def read_tokenizer(path: Location) -> Tokenizer:
-    """Read a tokenizer.json without changing or checking it.
+    """Read a tokenizer.json without checking it, and drop the truncation and the padding that it may have stored.
 
     Raises:
         DataError: the file cannot be read.
     """
     try:
-        return Tokenizer.from_buffer(path.read_bytes())
+        tokenizer = Tokenizer.from_buffer(path.read_bytes())
     # The library raises no subclass of Exception, so Exception itself is caught.
     except Exception as e:
         fix = "use a tokenizer.json of the tokenizers library, or a file in tiktoken's format as data.tokenizer"
         raise DataError(f"tokenizer {path}", str(e).splitlines()[0], fix) from e
+    # Other tools store the settings of their last batch, which would cut or pad every text here.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def read_given_tokenizer(path: Path, pattern: str | None) -> Tokenizer:

@@ -6,7 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mhmoe_ray.data.chat.template import ChatTemplate
 from mhmoe_ray.data.sources import Reason, find_files
+from mhmoe_ray.data.sources.chat import conversation_of
 from mhmoe_ray.errors import DataError
 from tests.data.sources.read import bad_lines, data_spec, document_texts, read_source
 from tests.data.texts import write_lines
@@ -87,6 +89,17 @@ def test_messages_that_the_template_refuses_are_bad_lines(tmp_path):
     items, _ = read_chat(tmp_path)
     assert bad_lines(items) == [(1, Reason.NO_RENDERING), (2, Reason.SURROGATE)]
     assert items[0].message == ("the chat template does not render it (a role is system, user or assistant, not tool)")
+
+
+def test_half_a_character_in_a_rendered_name_is_a_bad_line():
+    """JavaScript that shortens a name may cut an emoji in two."""
+    turn = "{{ m.name }}: {% generation %}{{ m.content }}{% endgeneration %}"
+    template = ChatTemplate(f"{{% for m in messages %}}{turn}{{% endfor %}}", "", "")
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    for name, reason in (("Bob", None), ("Bob\ud83d", Reason.SURROGATE)):
+        record = {"messages": [{**message, "name": name} for message in messages]}
+        result = conversation_of(1, record, "a.jsonl", template)
+        assert getattr(result, "reason", None) == reason
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from mhmoe_ray.data.tokenizer import boundaries, document_encoder
 from mhmoe_ray.data.tokenizer.encoder import DocumentEncoder
+from mhmoe_ray.data.tokenizer.load import load_tokenizer, read_tokenizer
 from mhmoe_ray.data.tokenizer.tiktoken import from_tiktoken
 from mhmoe_ray.data.tokenizer.train import train_bpe, train_unigram
 from tests.data.tokenizer.test_load import BYTES
@@ -90,3 +91,19 @@ def test_document_encoder_ignores_truncation_and_padding(tmp_path):
     tokenizer.save(str(tmp_path / "t.json"))
     assert "truncation" in json.loads((tmp_path / "t.json").read_text())
     assert document_encoder(tmp_path / "t.json").encode(["the moon rises"]) == [[0, *expected_ids]]
+
+
+def test_stored_padding_does_not_hide_the_start_token(tmp_path):
+    """The post-processor adds a start token of another name than the token that ends documents."""
+    tokenizer = train_bpe(TEXTS, 300)
+    tokenizer.add_special_tokens(["<|begin|>"])
+    begin = tokenizer.token_to_id("<|begin|>")
+    tokenizer.post_processor = processors.TemplateProcessing("<|begin|> $A", special_tokens=[("<|begin|>", begin)])
+    tokenizer.enable_padding(length=128)
+    tokenizer.enable_truncation(20)
+    file = tmp_path / "t.json"
+    tokenizer.save(str(file))
+    assert boundaries(read_tokenizer(file)).start == boundaries(load_tokenizer(file, 400)).start == begin
+    [[first_token, *text_tokens]] = document_encoder(file).encode(["the moon rises"])
+    assert first_token == begin
+    assert 128 > len(text_tokens) > 0
