@@ -51,22 +51,43 @@ def complete(url: str, prompt: str) -> str:
         return str(json.load(answer)["choices"][0]["text"])
 
 
+def refuse_served_models() -> None:
+    """End with a message if the cluster serves a model already: Serve has one address, and the name may be the same."""
+    if served := ask("serve", "status"):
+        names = ", ".join(application["name"] for application in served)
+        print(f"error: the cluster serves {names} already; stop it first: mhmoe serve down NAME", file=sys.stderr)
+        sys.exit(10)
+
+
 def main() -> None:
     """Prepare sample text, train a model on it, serve the model and ask it; arguments are `key=value` overrides."""
     overrides = sys.argv[1:]
     sets = [word for override in overrides for word in ("--set", override)]
-    starts_cluster = not os.environ.get("RAY_API_SERVER_ADDRESS") and ask("cluster", "status") is None
+    values = dict(override.split("=", 1) for override in overrides if "=" in override)
+    folder = values.get("storage", "runs")
+    storage = () if folder == "runs" and "MHMOE_STORAGE" not in os.environ else ("--storage", folder)
+    is_running = ask("cluster", "status") is not None
+    starts_cluster = not os.environ.get("RAY_API_SERVER_ADDRESS") and not is_running
     keep = os.environ.get("KEEP") == "1"
     deployed = False
+    if is_running:
+        refuse_served_models()
     try:
         mhmoe("data", "sample", "data/sample")
         mhmoe("data", "prepare", SPEC, *sets)
+        earlier_runs = {run["run"] for run in ask("list", *storage)}
         mhmoe("submit", SPEC, *sets)
-        mhmoe("status")
-        run = ask("status")
+        # Other runs may have been submitted meanwhile.
+        run_id = next(
+            run["run"]
+            for run in ask("list", values.get("name", "quickstart"), *storage)
+            if run["run"] not in earlier_runs
+        )
+        mhmoe("status", run_id, *storage)
+        run = ask("status", run_id, *storage)
         port = free_port(8000)
         deployed = True
-        mhmoe("serve", "deploy", run["run"], "--set", f"serve.port={port}")
+        mhmoe("serve", "deploy", run_id, *storage, "--set", f"serve.port={port}")
         url = f"http://127.0.0.1:{port}"
         print(f"\n{PROMPT} ...{complete(url, PROMPT)}")
         print(f"\nrun directory  {run['path']}\ndashboard      {run['dashboard']}")

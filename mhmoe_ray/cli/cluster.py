@@ -183,7 +183,7 @@ def render(
     Prometheus and Grafana.
 
     --set overrides keys of the run's spec; keys in MHMOE_API_KEYS are written as their hashes. For
-    example `mhmoe cluster render cluster/site.yaml --into /tmp/lab --run jobs/quickstart.yaml`.
+    example `mhmoe cluster render cluster/site.yaml --into /tmp/lab`.
     """
     from mhmoe_ray.api.serve_target import API_KEYS_VARIABLE, with_environment_keys
     from mhmoe_ray.cli.serve_choice import resolve_target

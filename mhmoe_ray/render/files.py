@@ -103,15 +103,19 @@ def _iter_files(site: SiteSpec, run: RunSpec | None, application: dict[str, Any]
 
 
 def _check_storage(site: SiteSpec, run: RunSpec) -> None:
-    """Check that all nodes of a site can read and write a run's directory and its prepared data.
+    """Check that all nodes of a site can read and write a run's directory, and can read its raw and prepared data.
 
     Raises:
-        SpecError: one of the two paths is neither on the site's storage nor in an object store, or the run's spec does
-            not set cluster.shared_filesystem.
+        SpecError: one of the paths is neither on the site's storage nor in an object store, or the run's spec does not
+            set cluster.shared_filesystem.
     """
     mount = site.storage.mount
-    for key, path in (("storage", run.storage), ("data.prepared", run.data.prepared)):
-        _check_path(site, str(path), f"run {run.name}, {key}", f"put it there: --set {key}={mount}/...")
+    paths = {"storage": str(run.storage), "data.prepared": str(run.data.prepared)}
+    # Prepared data is not prepared again, so its sources are not read.
+    if not (run.data.prepared / "manifest.json").is_file():
+        paths |= {f"data.sources.{name}.path": source.path for name, source in run.data.sources.items()}
+    for key, path in paths.items():
+        _check_path(site, path, f"run {run.name}, {key}", f"put it there: --set {key}={mount}/...")
     if not run.cluster.shared_filesystem:
         reason = f"the nodes share {mount}, but the spec does not say so, and `mhmoe submit` would refuse it there"
         raise SpecError(f"run {run.name}", reason, "--set cluster.shared_filesystem=true")

@@ -43,11 +43,23 @@ def planned_runs(sweep: SweepSpec, folder: Path, size: str, overrides: Sequence[
         if name in variants:
             raise SpecError(f"sweep {sweep.name}", f"two of its runs are called {name}", "give each a different name")
         variants[name] = keys
+    _refuse_undone_nulls(sweep, variants, overrides)
     runs = []
     for seed in sweep.seeds:
         planner = _SeedPlanner(sweep, folder / common.spec, variants, seed, overrides)
         runs += [SweepRun(variant=name, seed=seed, spec=planner.spec(name)) for name in variants]
     return runs
+
+
+def _refuse_undone_nulls(sweep: SweepSpec, variants: Mapping[str, Mapping[str, Any]], overrides: Sequence[str]) -> None:
+    """Raise a SpecError if an override sets a key in a section that a variant leaves out by `null`."""
+    for override_key in (override.partition("=")[0].strip() for override in overrides):
+        for name, keys in variants.items():
+            for key, value in keys.items():
+                if value is None and override_key.startswith(f"{key}."):
+                    reason = f"its run {name} has {key}: null, which this override would undo"
+                    fix = "set the key in the file, for each run"
+                    raise SpecError(f"sweep {sweep.name}, override {override_key}", reason, fix)
 
 
 class _SeedPlanner:

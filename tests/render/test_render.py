@@ -125,7 +125,7 @@ def test_image_has_compilers_extras_and_the_server_environment():
     assert dict(word.split("=") for word in env_lines.replace("\\\n", " ").split()) == ENVIRONMENT
     extras = re.search(r"'/src\[(.*?)\]'", text)[1].split(",")
     declared_extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert {"deepspeed", "eval", "mlflow"} == set(extras) <= set(declared_extras)
+    assert {"deepspeed", "eval", "mlflow", "vision"} == set(extras) <= set(declared_extras)
 
 
 def test_cluster_has_token_autoscaling_and_fault_tolerance():
@@ -248,6 +248,15 @@ def test_run_outside_the_shared_storage_is_rejected(tmp_path):
     with pytest.raises(SpecError, match="shared_filesystem=true"):
         render_files(SITE, run_spec(cluster={"shared_filesystem": False}))
     assert "kuberay/rayjob-tiny.yaml" in render_files(SITE, run_spec())
+    spec = run_spec(data={"sources": {"web": {"path": "/home/me/text"}}})
+    with pytest.raises(SpecError, match=r"data\.sources\.web\.path: /home/me/text is not below /mnt/mhmoe"):
+        render_files(SITE, spec)
+    # Sources of data that is prepared already are not read.
+    (tmp_path / "manifest.json").touch()
+    prepared = spec.data.model_copy(update={"prepared": tmp_path})
+    site = SITE.model_copy(update={"storage": SITE.storage.model_copy(update={"mount": str(tmp_path.parent)})})
+    spec = spec.model_copy(update={"data": prepared, "storage": tmp_path / "runs"})
+    assert "kuberay/rayjob-tiny.yaml" in render_files(site, spec)
 
 
 CLOUD = {"region": "r", "zone": "z", "project": "p", "head": "h", "data": "d", "workers": "w", "image": "i"}

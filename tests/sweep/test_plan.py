@@ -165,3 +165,12 @@ def test_impossible_starts_within_a_sweep_are_named(tmp_path, runs, reason):
     with pytest.raises(SpecError) as error:
         planned_runs(write_branching_sweep(tmp_path, runs), tmp_path, "s")
     assert reason in str(error.value)
+
+
+def test_an_override_does_not_undo_a_null_of_a_run(tmp_path):
+    """Otherwise the run from new weights would start from the model that the override names."""
+    runs = {"dense": {}, "branch": {"start.from": "sweep:dense"}, "scratch": {"start": None}}
+    sweep = write_branching_sweep(tmp_path, runs)
+    assert len(planned_runs(sweep, tmp_path, "s")) == 3 * len(sweep.seeds)
+    with pytest.raises(SpecError, match=r"override start\.from: its run scratch has start: null, which this"):
+        planned_runs(sweep, tmp_path, "s", ["start.from=other"])
