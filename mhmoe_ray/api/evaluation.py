@@ -68,7 +68,9 @@ def make_request(
         text_data, cluster_section = raw_text_sections(_text_list(text), overrides)
         if cluster_section != ClusterSpec():
             reason = "an evaluation has the CPUs and GPUs of one of the run's workers"
-            raise SpecError("override of the section cluster", reason, "remove it; --gpus sets the number of GPUs")
+            raise SpecError(
+                "override of the section cluster", reason, "remove it; the number of GPUs can be given apart"
+            )
     probe_data = _probe_data(text_data, fspath(probe)) if text_data and probe is not None else None
     # An imported run has neither a spec nor held-out samples, so defaults replace the spec.
     spec = None if run.is_imported else run.spec()

@@ -137,5 +137,7 @@ def test_changed_files_of_tasks_make_another_request(tmp_path, run):
 
 
 def test_resources_of_an_evaluation_are_no_keys_of_its_text(run, text):
-    with pytest.raises(SpecError, match="has the CPUs and GPUs of one of the run's workers; remove it; --gpus sets"):
+    with pytest.raises(
+        SpecError, match="has the CPUs and GPUs of one of the run's workers; remove it; the number of GPUs"
+    ):
         make_request(run.directory, CHECKPOINT, text=text, overrides=["cluster.cpus_per_worker=3"])
