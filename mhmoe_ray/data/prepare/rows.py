@@ -285,12 +285,13 @@ def write_validation_rows(
         counts[name] = len(selected)
         for row_slice in slices:
             end_row = first_row + row_slice.stop - row_slice.start
-            selected_here = selected[(selected >= first_row) & (selected < end_row)] - first_row
-            # A part is mapped once, because the kernel limits the mappings of a process.
-            rows = row_slice.map_batch(parts) if len(selected_here) else None
-            for index in selected_here:
-                assert rows is not None
-                batch = rows.slice(int(index), 1)
+            slice_indices = selected[(selected >= first_row) & (selected < end_row)] - first_row
+            selected_batches: list[pa.RecordBatch] = []
+            if len(slice_indices):
+                # A part is mapped once, and only if it is read, because Linux limits the mappings of a process.
+                rows = row_slice.map_batch(parts)
+                selected_batches = [rows.slice(index, 1) for index in slice_indices.tolist()]
+            for batch in selected_batches:
                 if TOKENS in batch.schema.names:
                     tokens = tokens_of(batch, token_bytes)
                     targets += int((tokens[:, 1:] != padding_token(token_bytes)).sum())
