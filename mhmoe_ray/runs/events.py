@@ -164,7 +164,8 @@ def interruptions(run_events: list[dict[str, Any]]) -> list[tuple[float, str]]:
             hung_ranks.clear()
         elif kind in sentences:
             sentences_by_time.append((event["time"], sentences[kind](event)))
-            hung_ranks |= {event["rank"]} if kind == "hung" else set()
+            if kind == "hung":
+                hung_ranks.add(event["rank"])
         elif kind == "started":
             hung_ranks.clear()
     return sentences_by_time
