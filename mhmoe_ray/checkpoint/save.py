@@ -266,7 +266,7 @@ class Saver:
             position=trainer.step * spec.samples_per_step,
             seed=spec.seed,
             world=trainer.mesh.world_size,
-            ep=trainer.mesh.size("ep"),
+            ep=trainer.mesh.ep,
             model=spec.model,
             seq_len=spec.data.seq_len,
             ends=self._ends,

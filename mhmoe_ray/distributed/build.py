@@ -17,7 +17,7 @@ def build_dispatch(spec: ClusterSpec, mesh: Mesh) -> FlatDispatch | Hierarchical
     """
     # A group of ranks whose nodes do not allow a hierarchical dispatch gets a flat one. Both have the same results, so
     # an uneven placement after a restart need not end the run.
-    if mesh.size("ep") == 1:
+    if mesh.ep == 1:
         return None
     if spec.dispatch == "hierarchical":
         # All ranks must create the process groups of all expert-parallel groups in the same order, so `grids` covers

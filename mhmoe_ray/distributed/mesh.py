@@ -1,4 +1,8 @@
-"""The mesh of ranks from the view of this process, with the dimensions dp (data parallel) and ep (expert parallel).
+"""The mesh of ranks from the view of this process.
+
+The spec names the dimensions of the mesh and their sizes. Its last dimension, ep (expert parallel), distributes the
+experts. Along all others, ranks hold the same experts, so code that handles experts sees them as one dimension,
+expert_dp (expert data parallel).
 
 torch numbers the ranks of a process group in ascending order, regardless of their order in a mesh. A rank's coordinate
 in the mesh is therefore its rank in the process group only if the rows and columns of the mesh ascend. If ranks of the
@@ -13,7 +17,7 @@ So rows of tokens are exchanged in process groups formed from `groups`, and tens
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -32,20 +36,20 @@ class Mesh:
 
     sizes: MeshSizes
     rank: int
-    coordinates: dict[str, int]
-    """Coordinate of this rank along each dimension."""
+    ep_rank: int
+    """Coordinate of this rank along ep."""
     devices: DeviceMesh | None
-    """Device mesh with the same dimensions; None with a single worker, which has no process group. Ranks along "dp"
-    hold the same experts. Ranks along "ep" need not be an expert-parallel group."""
+    """Device mesh with the dimensions "expert_dp" and "ep"; None with a single worker, which has no process group.
+    Ranks along "expert_dp" hold the same experts. Ranks along "ep" need not be an expert-parallel group."""
     shard_mesh: DeviceMesh | None
     """Device mesh over which fsdp shards tensors: all ranks in one dimension or, with hybrid sharding, in "replicas"
     and "shards"; None without a process group."""
     expert_mesh: DeviceMesh | None
     """Device mesh over which fsdp shards experts: `devices` or, with hybrid sharding, one with "replicas" and "shards"
-    in place of "dp"; None without a process group."""
+    in place of "expert_dp"; None without a process group."""
     process_groups: dict[str, dist.ProcessGroup]
-    """Process group of this rank along each dimension. Along "ep" it is the expert-parallel group. The dictionary is
-    empty without a process group."""
+    """Process group of this rank along "expert_dp" and "ep". Along "ep" it is the expert-parallel group. The dictionary
+    is empty without a process group."""
     groups: list[list[int]]
     """Ranks of each expert-parallel group."""
     nodes: Sequence[str]
@@ -74,18 +78,24 @@ class Mesh:
     def world_size(self) -> int:
         return math.prod(self.sizes.values())
 
-    def size(self, dimension: str) -> int:
-        """Return the number of ranks along a dimension of the mesh."""
-        return self.sizes[dimension]
+    @property
+    def ep(self) -> int:
+        """The number of ranks of an expert-parallel group, which share one set of experts."""
+        return self.sizes["ep"]
 
-    def group(self, dimension: str) -> dist.ProcessGroup:
-        """Return this rank's process group along a dimension."""
+    @property
+    def expert_dp(self) -> int:
+        """The number of ranks that hold the same experts."""
+        return self.world_size // self.ep
+
+    def group(self, dimension: Literal["expert_dp", "ep"]) -> dist.ProcessGroup:
+        """Return this rank's process group along a dimension. There must be a process group."""
         return self.process_groups[dimension]
 
-    def ranks(self, dimension: str) -> list[int]:
-        """Return the ranks of this rank's row or column of `devices`. There must be a process group."""
+    def same_expert_ranks(self) -> list[int]:
+        """Return the ranks that hold the same experts as this one. There must be a process group."""
         assert self.devices is not None
-        ranks: list[int] = self.devices[dimension].mesh.tolist()
+        ranks: list[int] = self.devices["expert_dp"].mesh.tolist()
         return ranks
 
     def expert_ids(self, experts: int) -> range:
@@ -94,8 +104,8 @@ class Mesh:
         Args:
             experts: number of experts of a layer.
         """
-        experts_per_rank = experts // self.size("ep")
-        return range(self.coordinates["ep"] * experts_per_rank, (self.coordinates["ep"] + 1) * experts_per_rank)
+        experts_per_rank = experts // self.ep
+        return range(self.ep_rank * experts_per_rank, (self.ep_rank + 1) * experts_per_rank)
 
     def expert_dtensor(self, local: torch.Tensor) -> torch.Tensor:
         """Return this rank's tensor of experts, [E/ep, ...], as a DTensor of the global shape [E, ...], without a copy.
@@ -104,8 +114,7 @@ class Mesh:
         """
         if self.devices is None:
             return local
-        placements = [Shard(0) if name == "ep" else Replicate() for name in self.sizes]
-        return DTensor.from_local(local, self.devices, placements, run_check=False)
+        return DTensor.from_local(local, self.devices, [Replicate(), Shard(0)], run_check=False)
 
 
 def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domains: Sequence[str] | None = None) -> Mesh:
@@ -132,7 +141,7 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domain
         return Mesh(
             sizes=dict.fromkeys(spec.mesh_sizes(), 1),
             rank=0,
-            coordinates=dict.fromkeys(spec.mesh_sizes(), 0),
+            ep_rank=0,
             devices=None,
             shard_mesh=None,
             expert_mesh=None,
@@ -145,11 +154,10 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domain
     world_size, rank = dist.get_world_size(), dist.get_rank()
     if world_size % spec.ep or not spec.workers.min <= world_size <= spec.workers.max:
         raise ClusterError("worker group", f"it has {world_size} workers, not {spec.workers}", "resume the run")
-    sizes = spec.mesh_sizes(world_size)
     ranks = torch.tensor(groups.ranks)
     columns = ranks.sort(dim=0).values
-    devices = DeviceMesh(device_type, columns.reshape(*sizes.values()), mesh_dim_names=tuple(sizes))
-    process_groups = {name: devices.get_group(name) for name in sizes}
+    devices = DeviceMesh(device_type, columns, mesh_dim_names=("expert_dp", "ep"))
+    process_groups = {name: devices.get_group(name) for name in ("expert_dp", "ep")}
     # If sorting has changed the columns, the rows of the mesh are not the expert-parallel groups, which then need
     # process groups of their own.
     if not torch.equal(columns, ranks):
@@ -164,9 +172,9 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domain
         shard_mesh = DeviceMesh(device_type, rank_RS, mesh_dim_names=("replicas", "shards"))
         expert_mesh = DeviceMesh(device_type, rank_RSE, mesh_dim_names=("replicas", "shards", "ep"))
     return Mesh(
-        sizes=sizes,
+        sizes=spec.mesh_sizes(world_size),
         rank=rank,
-        coordinates={name: devices.get_local_rank(name) for name in sizes},
+        ep_rank=devices.get_local_rank("ep"),
         devices=devices,
         shard_mesh=shard_mesh,
         expert_mesh=expert_mesh,

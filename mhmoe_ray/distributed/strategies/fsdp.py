@@ -1,6 +1,6 @@
 """FSDP2: each rank holds a shard of every tensor, and gathers the full tensors of a block while the block computes.
 
-Experts stay distributed by expert parallelism, and may also be sharded over the dp ranks that hold the same experts.
+Experts stay distributed by expert parallelism, and may also be sharded over the ranks that hold the same experts.
 Shards are float32. With `gather_precision: bfloat16`, operands of matrix products are gathered in bfloat16, to which
 autocast would cast them anyway. Norms and routers compute in float32, so they are gathered in groups of their own. The
 inputs and heads of vision models are gathered in float32, too.
@@ -31,7 +31,7 @@ class FsdpStrategy(Strategy):
 
     def __init__(self, model: Trunk, mesh: Mesh, spec: RunSpec, fill: FillModel) -> None:
         assert mesh.shard_mesh is not None
-        self._shards_experts = spec.cluster.shard_experts and mesh.size("dp") > mesh.replicas
+        self._shards_experts = spec.cluster.shard_experts and mesh.expert_dp > mesh.replicas
         self._reduce_dtype = DTYPES[spec.cluster.reduce_precision]
         self._gather_dtype = DTYPES[spec.cluster.gather_precision]
         super().__init__(model, mesh, spec, fill)

@@ -12,9 +12,11 @@ from mhmoe_ray.model.trunk import Trunk
 
 
 class ExpertReduction:
-    """Reduction of the gradients of experts that FSDP does not shard: they are summed over dp and divided by dp * ep.
+    """Reduction of the gradients of experts that FSDP does not shard.
 
-    A rank's experts compute the rows of all ep ranks of their group, so their gradients already are sums over these.
+    They are summed over the ranks that hold the same experts, and divided by the number of all ranks. A rank's experts
+    compute the rows of all ep ranks of their group, so their gradients already are sums over these.
+
     The experts' gradients of one layer form a bucket. In the last backward of a step, the all-reduce of a bucket starts
     as soon as its gradients are complete, and runs beside the backward of lower layers. Buckets start in the same order
     on all ranks, from the highest layer down.
@@ -40,7 +42,7 @@ class ExpertReduction:
         """Number of buckets whose all-reduces have started in this step."""
         self.is_last_backward = False
         """Whether the next backward is the last one of the step."""
-        if mesh.size("dp") > 1:
+        if mesh.expert_dp > 1:
             for bucket in self._buckets:
                 for parameter in bucket:
                     # torch's method has no annotations.
@@ -59,7 +61,7 @@ class ExpertReduction:
     def _start_next(self) -> None:
         for parameter in self._buckets[self._started_count]:
             assert parameter.grad is not None
-            work = dist.all_reduce(parameter.grad, group=self._mesh.group("dp"), async_op=True)
+            work = dist.all_reduce(parameter.grad, group=self._mesh.group("expert_dp"), async_op=True)
             assert work is not None
             self._works.append(work)
         self._started_count += 1
@@ -71,7 +73,7 @@ class ExpertReduction:
             # all-reduce needs a tensor from every rank.
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if self._mesh.size("dp") > 1:
+        if self._mesh.expert_dp > 1:
             while self._started_count < len(self._buckets):
                 self._start_next()
         for work in self._works:
@@ -108,7 +110,7 @@ def clip_gradients(model: Trunk, mesh: Mesh, clip_norm: float) -> float:
             (per_ep_rank if name in experts else replicated).append(parameter.grad)
     device = next(model.parameters()).device
     squares = torch.stack([_square_sum(grads, device) for grads in (replicated, per_ep_rank, sharded)])
-    if mesh.size("ep") > 1:
+    if mesh.ep > 1:
         dist.all_reduce(squares[1], group=mesh.group("ep"))
     if sharded:
         dist.all_reduce(squares[2])

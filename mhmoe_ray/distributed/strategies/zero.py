@@ -60,7 +60,7 @@ class ZeroStrategy(Strategy):
         self.model, self.mesh, self.spec = model, mesh, spec
         self._stage = stage
         fill(model)
-        self._experts = expert_parameters(model) if mesh.size("ep") > 1 else {}
+        self._experts = expert_parameters(model) if mesh.ep > 1 else {}
         module: nn.Module = model
         if self._experts:
             self._register_experts()
@@ -98,7 +98,7 @@ class ZeroStrategy(Strategy):
 
     @property
     def _group_name(self) -> str:
-        return f"ep_size_{self.mesh.size('ep')}"
+        return f"ep_size_{self.mesh.ep}"
 
     def _register_experts(self) -> None:
         """Register the experts' parameters and process groups with DeepSpeed."""
@@ -113,8 +113,8 @@ class ZeroStrategy(Strategy):
             parameter.group_name = self._group_name  # type: ignore[attr-defined]
         groups._EXPERT_PARALLEL_GROUP[self._group_name] = mesh.group("ep")
         groups._EXPERT_PARALLEL_GROUP_RANKS[self._group_name] = next(g for g in mesh.groups if mesh.rank in g)
-        groups._EXPERT_DATA_PARALLEL_GROUP[self._group_name] = mesh.group("dp")
-        groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[self._group_name] = mesh.ranks("dp")
+        groups._EXPERT_DATA_PARALLEL_GROUP[self._group_name] = mesh.group("expert_dp")
+        groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[self._group_name] = mesh.same_expert_ranks()
 
     def micro_batch_context(self, is_last: bool) -> AbstractContextManager[None]:
         self.engine.set_gradient_accumulation_boundary(is_last)

@@ -83,7 +83,7 @@ def step_line(
     if trainer.skipped:
         line[metrics.SKIPPED_STEPS] = trainer.skipped
     # Without expert parallelism no row leaves its rank, so these metrics are left out.
-    if trainer.mesh.size("ep") > 1:
+    if trainer.mesh.ep > 1:
         sent_bytes = totals.sent_bytes
         line |= {
             metrics.ROWS_SENT: sent_bytes.rows,
