@@ -27,7 +27,7 @@ from mhmoe_ray.data.encoder.samples import EncoderTrainingSamples
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.shards.columns import EncoderSamples
 from mhmoe_ray.data.shards.files import ShardReader
-from mhmoe_ray.data.shards.manifest import require_data_manifest
+from mhmoe_ray.data.shards.manifest import TOKENIZER_FILE, require_data_manifest
 from mhmoe_ray.data.sources import find_files
 from mhmoe_ray.data.stream import training_stream
 from mhmoe_ray.data.tokenizer import boundaries, document_encoder
@@ -126,7 +126,7 @@ def prepare_with_datasets(spec: RunSpec, folder: Path, processes: int) -> dict[s
         folder: an empty folder for the output.
         processes: the number of processes of each `map`, and the largest number of processes for loading.
     """
-    file = spec.data.prepared / "tokenizer.json"
+    file = spec.data.prepared / TOKENIZER_FILE
     tokenizer = Tokenizer.from_file(str(file))
     start_id = boundaries(tokenizer).start
 
@@ -138,7 +138,7 @@ def prepare_with_datasets(spec: RunSpec, folder: Path, processes: int) -> dict[s
 
 def prepare_with_our_encoder(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
     """Prepare text as `prepare_with_datasets` does, but tokenize it with our document encoder."""
-    file = spec.data.prepared / "tokenizer.json"
+    file = spec.data.prepared / TOKENIZER_FILE
     return _prepare_with_encoder(spec, folder, processes, lambda texts: document_encoder(file).encode(texts))
 
 

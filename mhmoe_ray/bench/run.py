@@ -19,7 +19,7 @@ import torch
 from mhmoe_ray.bench.processes import Measurement, run_in_process
 from mhmoe_ray.bench.timing import turns
 from mhmoe_ray.data.shards.columns import to_model_samples
-from mhmoe_ray.data.shards.manifest import require_data_manifest
+from mhmoe_ray.data.shards.manifest import TOKENIZER_FILE, require_data_manifest
 from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.distributed.mesh import build_mesh
@@ -137,7 +137,7 @@ def measure_loop(spec: RunSpec, _folder: Path, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     folder = spec.data.prepared
     token_bytes = require_data_manifest(folder).token_bytes
-    start_id = boundaries(load_tokenizer(folder / "tokenizer.json", spec.model.vocab_size)).start
+    start_id = boundaries(load_tokenizer(folder / TOKENIZER_FILE, spec.model.vocab_size)).start
     device = torch.device("cuda" if spec.cluster.gpus_per_worker else "cpu")
     trainer = Trainer(spec, build_mesh(spec.cluster, ["here"], device.type), device, start_id)
     positions = np.arange(spec.train.steps * spec.samples_per_step).reshape(spec.train.steps, -1)

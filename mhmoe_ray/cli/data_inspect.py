@@ -53,7 +53,9 @@ class InspectTarget:
         """Path of the prepared folder's tokenizer, else of the tokenizer that the spec gives; None without either."""
         # The prepared folder of a vision model has no tokenizer.
         has_prepared_tokenizer = self.manifest is not None and self.manifest.tokenizer_sha256 is not None
-        return self.data.prepared / "tokenizer.json" if has_prepared_tokenizer else self.data.tokenizer
+        from mhmoe_ray.data.shards.manifest import TOKENIZER_FILE
+
+        return self.data.prepared / TOKENIZER_FILE if has_prepared_tokenizer else self.data.tokenizer
 
 
 def resolve_target(arguments: list[str], overrides: list[str]) -> InspectTarget:

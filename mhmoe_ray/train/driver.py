@@ -14,7 +14,7 @@ from mhmoe_ray.checkpoint.start.write import write_start_checkpoint
 from mhmoe_ray.data.order.mixture import training_order
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.shards.files import verify_shards
-from mhmoe_ray.data.shards.manifest import CLASSES_FILE, TEMPLATE_FILE, require_matching_data
+from mhmoe_ray.data.shards.manifest import CLASSES_FILE, TEMPLATE_FILE, TOKENIZER_FILE, require_matching_data
 from mhmoe_ray.errors import DataError, JobError, MhmoeError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
@@ -115,7 +115,7 @@ def _prepare_data(run: RunDir, spec: RunSpec) -> None:
     training_order(spec, manifest, record.samples_before if record else None)
     prepared_files: dict[str, tuple[Path, Location, str | None]] = {}
     if manifest.vision is None:
-        prepared_files["tokenizer"] = (folder / "tokenizer.json", run.tokenizer_file, manifest.tokenizer_sha256)
+        prepared_files["tokenizer"] = (folder / TOKENIZER_FILE, run.tokenizer_file, manifest.tokenizer_sha256)
     else:
         prepared_files["classes"] = (folder / CLASSES_FILE, run.classes_file, manifest.vision.classes_sha256)
     if manifest.chat is not None:

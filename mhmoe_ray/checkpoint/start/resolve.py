@@ -20,6 +20,7 @@ from mhmoe_ray.checkpoint.start.source import (
     sibling_model,
     sweep_variant,
 )
+from mhmoe_ray.data.shards.manifest import TOKENIZER_FILE
 from mhmoe_ray.data.tokenizer.tiktoken import is_tiktoken
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.presets import Tree
@@ -27,8 +28,6 @@ from mhmoe_ray.planner.resolve import merge_trees, resolve_spec
 from mhmoe_ray.spec import MoESpec, RunSpec, StartSpec, read_tree, validate_section
 
 DEFAULT_STORAGE = "runs"
-TOKENIZER_FILE = "tokenizer.json"
-"""Name of the tokenizer's file in a prepared folder."""
 TOKENIZER_KEYS = {"tokenizer", "tokenizer_pattern", "tokenizer_model", "tokenizer_train_mb"}
 FindSibling = Callable[[str], RunSpec]
 """Function that takes the name of a variant in a sweep, and returns the spec of this variant's run."""

@@ -9,6 +9,7 @@ from mhmoe_ray.checkpoint.huggingface.hub import PREFIX, pinned_source, settings
 from mhmoe_ray.checkpoint.huggingface.imported_tokenizer import read_chat_template, read_folder_tokenizer
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest, newest_checkpoint, stored_manifest
 from mhmoe_ray.checkpoint.tokenizer import run_tokenizer
+from mhmoe_ray.data.shards.manifest import TOKENIZER_FILE
 from mhmoe_ray.errors import CheckpointError, SpecError
 from mhmoe_ray.runs.directory import CHAT_TEMPLATE, RunDir
 from mhmoe_ray.runs.start import Ancestor, read_start
@@ -167,7 +168,7 @@ def sibling_model(source: str, sibling: RunSpec) -> StartModel:
         model_type=None,
         model=sibling.model,
         seq_len=sibling.data.seq_len,
-        tokenizer_file=sibling.data.prepared / "tokenizer.json",
+        tokenizer_file=sibling.data.prepared / TOKENIZER_FILE,
         adds_start=True,
         ends=[],
         chat_template=None,

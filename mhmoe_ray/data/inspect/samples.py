@@ -15,6 +15,7 @@ from mhmoe_ray.data.shards.columns import (
     padding_mask,
     padding_token,
 )
+from mhmoe_ray.data.shards.manifest import TOKENIZER_FILE
 from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.errors import DataError
@@ -83,7 +84,7 @@ def decode_samples(
         fix = f"ask for positions from 0 to {position_count - 1:,}"
         raise DataError(f"samples {start:,} to {start + count - 1:,}", f"the training has {position_count:,}", fix)
     samples = TrainingSamples(spec, samples_before)
-    tokenizer = load_tokenizer(spec.data.prepared / "tokenizer.json", spec.model.text_vocab_size)
+    tokenizer = load_tokenizer(spec.data.prepared / TOKENIZER_FILE, spec.model.text_vocab_size)
     start_token, padding = boundaries(tokenizer).start, padding_token(samples.token_bytes)
     decoded_samples, positions = [], range(start, start + count)
     for position, row in zip(positions, samples.read(np.array(positions, np.int64)), strict=True):

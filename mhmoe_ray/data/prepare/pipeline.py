@@ -49,6 +49,7 @@ from mhmoe_ray.data.shards.columns import conversation_dtype, token_bytes_for, t
 from mhmoe_ray.data.shards.manifest import (
     CLASSES_FILE,
     TEMPLATE_FILE,
+    TOKENIZER_FILE,
     ChatData,
     DataManifest,
     EncoderData,
@@ -169,7 +170,7 @@ class _Preparation:
     def __init__(self, spec: RunSpec, staging: StagingDirectory) -> None:
         self._spec, self._data_spec, self._staging = spec, spec.data, staging
         # The samples of a vision model have no tokens, so it has no tokenizer.
-        self._tokenizer = None if spec.model.vision else staging.result_path / "tokenizer.json"
+        self._tokenizer = None if spec.model.vision else staging.result_path / TOKENIZER_FILE
         self._has_rows = spec.model.encoder is not None or spec.model.vision is not None
         self._token_bytes = token_bytes_for(spec.model.vocab_size)
         if spec.data.chat_sources:

@@ -17,7 +17,14 @@ import pyarrow as pa
 import ray.data
 
 from mhmoe_ray.data.shards.columns import TOKENS, Samples, columns_of, join_columns, token_dtype
-from mhmoe_ray.data.shards.manifest import CLASSES_FILE, CODEBOOK_FILE, TEMPLATE_FILE, DataManifest, Shard
+from mhmoe_ray.data.shards.manifest import (
+    CLASSES_FILE,
+    CODEBOOK_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    DataManifest,
+    Shard,
+)
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.storage import describe_file, replace_file
 
@@ -135,7 +142,7 @@ def verify_shards(folder: Path, manifest: DataManifest) -> None:
     shards = [*(s for d in manifest.domains.values() for s in d.shards), *manifest.validation]
     expected_hashes = {s.file: s.sha256 for s in shards}
     if manifest.tokenizer_sha256 is not None:
-        expected_hashes["tokenizer.json"] = manifest.tokenizer_sha256
+        expected_hashes[TOKENIZER_FILE] = manifest.tokenizer_sha256
     if manifest.vision is not None:
         expected_hashes[CLASSES_FILE] = manifest.vision.classes_sha256
     if manifest.chat is not None:

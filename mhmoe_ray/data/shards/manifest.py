@@ -28,6 +28,7 @@ from mhmoe_ray.storage import Location, describe_file
 # folders of another version are refused.
 FORMAT = 3
 _TOKENIZER_KEYS = {"tokenizer", "tokenizer_pattern", "tokenizer_model", "tokenizer_train_mb"}
+TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
 CODEBOOK_FILE = "codebook.npy"
 CLASSES_FILE = "classes.json"
