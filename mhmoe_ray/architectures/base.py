@@ -7,9 +7,10 @@ expert's rows (tokens or sub-tokens), F the hidden width of a feed-forward layer
 # The spec imports this package, so nothing here may need a spec.
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from mhmoe_kernels.abilities import ExpertFunction
+from mhmoe_kernels.abilities import ExpertFunction, KernelName
 
 FLOAT32 = 4
 """Bytes per float32 value."""
@@ -36,6 +37,10 @@ class Architecture(ABC):
     """True if a spec may choose biases and norms of attention and the scaling of positions."""
     expert_matrices: ClassVar[int]
     """Number of matrix products in a feed-forward layer or an expert, each between the widths D and F."""
+    dense_launches: ClassVar[int]
+    """Number of GPU kernels that a block with a dense feed-forward layer launches, forward and backward."""
+    mixture_launches: ClassVar[Mapping[KernelName, int]]
+    """Number of GPU kernels that a block with experts and one head launches, by the kernel of the experts."""
 
     tensor_names: ClassVar[tuple[tuple[str, str], ...]]
     """Names of the feed-forward tensors, as pairs of the name in a checkpoint and the name in an exported Hugging Face

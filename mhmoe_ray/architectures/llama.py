@@ -1,8 +1,9 @@
 """The llama architecture, as in the models of arXiv 2411.16205: RMSNorm, rotary positions, SwiGLU, no biases."""
 
+from collections.abc import Mapping
 from typing import ClassVar
 
-from mhmoe_kernels.abilities import ExpertFunction
+from mhmoe_kernels.abilities import ExpertFunction, KernelName
 from mhmoe_ray.architectures.base import FLOAT32, Architecture
 
 
@@ -16,6 +17,8 @@ class Llama(Architecture):
     norms_per_block = 2
     norm_vectors = 1
     expert_matrices = 3  # gate, up, down
+    dense_launches = 113
+    mixture_launches: ClassVar[Mapping[KernelName, int]] = {"grouped_gemm": 129, "grouped_mm": 139, "triton": 125}
 
     # fmt: off
     tensor_names = (

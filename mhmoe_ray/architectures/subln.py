@@ -3,9 +3,10 @@
 It also has xPos positions, GELU, biases, and embeddings scaled by sqrt(d), as in the models of arXiv 2404.15045.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
-from mhmoe_kernels.abilities import ExpertFunction
+from mhmoe_kernels.abilities import ExpertFunction, KernelName
 from mhmoe_ray.architectures.base import FLOAT32, Architecture
 
 
@@ -21,6 +22,8 @@ class Subln(Architecture):
     norm_vectors = 2  # weight and bias
     attention_bias = "all"
     expert_matrices = 2  # fc1, fc2
+    dense_launches = 88
+    mixture_launches: ClassVar[Mapping[KernelName, int]] = {"grouped_gemm": 108, "triton": 110}
 
     # fmt: off
     tensor_names = (

@@ -1,10 +1,10 @@
 """The number of GPU kernels that a rank launches in a training step of a decoder.
 
-The constants below are numbers of operations that torch dispatches for a model, which tests/planner/test_launches.py
-checks. A compiled model (`train.compile`) launches fewer kernels.
+The constants below, and those of each architecture, are numbers of operations that torch dispatches for a model, which
+tests/planner/test_launches.py checks. A compiled model (`train.compile`) launches fewer kernels.
 """
 
-from mhmoe_kernels.abilities import KernelName
+from mhmoe_ray.architectures import ARCHITECTURES
 from mhmoe_ray.planner.expert_step import assumed_kernel
 from mhmoe_ray.spec import RunSpec
 
@@ -12,10 +12,6 @@ OUTSIDE_BLOCKS = 58
 """Number of launches per micro-batch outside the model's blocks, forward and backward: embedding, output and loss."""
 LOSS_CHUNK = 14
 """Number of launches per chunk of the loss (`train.loss_chunk_rows`)."""
-DENSE_BLOCK = 113
-"""Number of launches per block with a dense feed-forward layer, forward and backward."""
-MIXTURE_BLOCKS: dict[KernelName, int] = {"grouped_gemm": 129, "grouped_mm": 139, "triton": 125}
-"""Number of launches per block with experts and one head, by the kernel of the experts (`model.moe.kernel`)."""
 HEAD_PROJECTIONS = 18
 """Number of launches for the head and merge projections of a multi-head layer."""
 LOOP_BLOCK, LOOP_EXPERT = 120, 19
@@ -29,10 +25,11 @@ def launches_per_micro_batch(spec: RunSpec) -> int:
     """
     model, moe, kernel = spec.model, spec.model.moe, assumed_kernel(spec)
     dense_blocks, mixture_blocks = model.layers - model.moe_layers, model.moe_layers
-    block_launches = dense_blocks * DENSE_BLOCK
+    architecture = ARCHITECTURES[model.backbone]
+    block_launches = dense_blocks * architecture.dense_launches
     if moe is not None and kernel is not None:
         local_experts = moe.experts // spec.cluster.ep
-        block = MIXTURE_BLOCKS.get(kernel, LOOP_BLOCK + LOOP_EXPERT * local_experts)
+        block = architecture.mixture_launches.get(kernel, LOOP_BLOCK + LOOP_EXPERT * local_experts)
         block_launches += mixture_blocks * (block + HEAD_PROJECTIONS * (moe.heads > 1))
     loss_launches = 0
     if spec.train.loss_chunk_rows is not None:

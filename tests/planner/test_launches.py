@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mhmoe_ray.architectures import ARCHITECTURES
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.loss import Targets
 from mhmoe_ray.model.trunk import routing_loss
@@ -24,22 +25,25 @@ pytestmark = [
 TRUNK = {"vocab_size": 512, "d_model": 256, "layers": 4, "attention_heads": 4}
 
 
-def spec_of(moe, **train):
+def spec_of(moe, backbone="llama", **train):
     cluster = {"gpus_per_worker": 1, "workers": 1, "ep": 1}
     has_dense_layers = moe.get("every", 2) > 1
     return tiny_spec(
-        model={**TRUNK, "d_ff": 512 if has_dense_layers else None, "moe": moe},
+        model={**TRUNK, "backbone": backbone, "d_ff": 512 if has_dense_layers else None, "moe": moe},
         cluster=cluster,
         train={"precision": "bfloat16", **train},
     )
 
 
-@pytest.mark.parametrize("kernel", ["grouped_gemm", "grouped_mm", "triton"])
+@pytest.mark.parametrize(
+    ("backbone", "kernel"),
+    [(name, kernel) for name in ARCHITECTURES for kernel in ARCHITECTURES[name].mixture_launches],
+)
 @pytest.mark.parametrize(("heads", "spacing", "chunk_rows"), [(1, 1, None), (1, 2, 8), (2, 1, None)])
-def test_planned_launches_are_those_of_a_model(monkeypatch, kernel, heads, spacing, chunk_rows):
+def test_planned_launches_are_those_of_a_model(monkeypatch, backbone, kernel, heads, spacing, chunk_rows):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     moe = {"heads": heads, "experts": 8, "top_k": 2, "d_expert": 256, "kernel": kernel, "every": spacing}
-    spec = spec_of(moe, loss_chunk_rows=chunk_rows)
+    spec = spec_of(moe, backbone, loss_chunk_rows=chunk_rows)
     with FakeTensorMode():
         model = Decoder(spec.model)
         model.loss_chunk_rows = chunk_rows
