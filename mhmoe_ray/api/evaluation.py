@@ -18,11 +18,11 @@ from mhmoe_ray.spec.raw_text import raw_text_sections
 
 EvaluationJob = SubmittedJob[Evaluation]
 Texts = str | PathLike[str] | Sequence[str | PathLike[str]]
-"""One path, name or glob pattern, or several of them."""
+"""Raw text (one or several paths, URLs or glob patterns), or one or several folders of tasks."""
 
 
 def has_domain_experts(model: ModelSpec) -> bool:
-    """Return whether a model has one expert for each domain (router `domain`). A `Prior` is for such models only."""
+    """Return whether a model has one expert for each domain (router `domain`); only such a model takes a `Prior`."""
     return model.moe is not None and model.moe.router == "domain"
 
 
@@ -49,8 +49,8 @@ def make_request(
         checkpoint: name of the checkpoint.
         text: folders, files or patterns of raw text, or one of them; empty for none.
         overrides: `key.path=value` strings for keys of the `data` section with which the text is read.
-        samples: largest number of samples of each domain of the text; for pictures, of different images. None for
-            `EVALUATION_SAMPLES`.
+        samples: largest number of samples of each domain of the text or, if `text` has pictures instead, of different
+            pictures of each domain. None for `EVALUATION_SAMPLES`.
         tasks: names of lm-eval's tasks, or one of them; empty for none.
         task_folders: folders of the user's own tasks.
         limit: largest number of questions of each task; None for all.
@@ -60,7 +60,7 @@ def make_request(
             no probe.
 
     Raises:
-        SpecError: an override is wrong, or there is a probe but `text` has several sources.
+        SpecError: an override is wrong, or there is a probe but `text` has no source or several.
         DataError: there is no such text.
     """
     text_data = None
@@ -71,7 +71,11 @@ def make_request(
             raise SpecError(
                 "override of the section cluster", reason, "remove it; the number of GPUs can be given apart"
             )
-    probe_data = _probe_data(text_data, fspath(probe)) if text_data and probe is not None else None
+    probe_data = None
+    if probe is not None:
+        if text_data is None:
+            raise SpecError("the linear probe", "it classifies the pictures of a text, and there is none", "name a text")
+        probe_data = _probe_data(text_data, fspath(probe))
     # An imported run has neither a spec nor held-out samples, so defaults replace the spec.
     spec = None if run.is_imported else run.spec()
     cluster = spec.cluster if spec else ClusterSpec()
@@ -158,7 +162,7 @@ def load_or_evaluate(
     follow: Callable[[EvaluationJob], None] | None = None,
     on_note: OnNote = ignore_note,
 ) -> Evaluation:
-    """Return the evaluation of a request: the one that the run directory holds, else a new one by a job on the cluster.
+    """Return the evaluation of a request: the one that the run directory holds, else one that a job computes.
 
     Args:
         run: the run whose checkpoint is evaluated.

@@ -26,17 +26,22 @@ _GRACE_SECONDS = 2.0
 Two different processes record the event and the end of the job, so the event may come later.
 """
 _SENDING_SECONDS = 300.0
-"""Timeout in seconds for sending code and packages to a cluster; before that, the cluster does not know the job."""
+"""Timeout in seconds for sending code and packages to a cluster, which does not know the job until they arrive."""
 _LOCAL_SECONDS = 30.0
 """Timeout in seconds until the local cluster knows a submitted job; it is short because no code is sent there."""
 _DOUBT_SECONDS = 30.0
 """Number of seconds since the last write of a run within which the run does not count as lost.
 
-If its cluster does not know its job within this time, this is an error instead. The time is less than
-`dashboard.SECONDS`, so that a client that follows a run learns of its end.
+Within this time, `outcome` raises an error if a cluster other than the local one does not know the run's job. A client
+that follows a run tolerates such errors for `dashboard.SECONDS`. That is longer than this time, so the client still
+learns that the run counts as failed.
 """
 _RECENT_SECONDS = 10.0
-"""Age in seconds below which the end of a job is recent; it allows for different clocks of two machines."""
+"""Number of seconds after a job's end during which `outcome` still waits for the run's last event.
+
+If the cluster does not know the job, the time counts from its submission. The number allows for the different clocks of
+two machines.
+"""
 
 
 class Outcome(NamedTuple):
@@ -245,7 +250,7 @@ def _newest_checkpoint(run: RunDir, run_events: RunEvents) -> tuple[dict[str, An
     """
     # Every restart of the workers that skips a checkpoint records its name again, and older versions of this project
     # recorded the path in place of the name.
-    skipped_names = {e["name"].rpartition("/")[2] for e in run_events if e["event"] == "skipped_checkpoint"}
+    skipped_names = {e["name"].rpartition("/")[2]: None for e in run_events if e["event"] == "skipped_checkpoint"}
     usable_events = [e for e in run_events if "name" in e and e["name"] not in skipped_names]
     newest_events = (events.newest_event(usable_events, kind) for kind in ("checkpoint", "initialized", "imported"))
     newest = next(filter(None, newest_events), None)
@@ -285,7 +290,7 @@ def _missing_resources(state: str, run_events: RunEvents) -> str | None:
 def _with_perplexity(line: dict[str, Any] | None, spec: RunSpec | None) -> dict[str, Any] | None:
     """Return a line of metrics with a validation loss, extended by the perplexity; None without a line.
 
-    The perplexity of an encoder or a vision model is None, because its loss is a sum with different units.
+    The perplexity of an encoder or a vision model is None, because its loss is a sum of terms with different units.
     """
     if line is None:
         return None
@@ -310,7 +315,7 @@ def serving_applications(run: RunDir, run_events: RunEvents) -> list[dict[str, A
     """
     deployed = events.deployments(run_events)
     entries = []
-    for address in {address for address, _ in deployed}:
+    for address in dict.fromkeys(address for address, _ in deployed):
         try:
             entries += applications_at(run, address, 10)
         except MhmoeError as e:

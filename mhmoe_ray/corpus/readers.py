@@ -13,6 +13,8 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from mhmoe_ray.errors import DataError
+
 if TYPE_CHECKING:
     from lxml import etree
 
@@ -51,7 +53,7 @@ class Vocabulary:
         blocks: elements whose beginning and end separate blocks of text, such as paragraphs and headings.
         preformatted: elements whose line breaks and indentation are kept.
         skipped: elements whose text is left out.
-        breaks: elements that end a line.
+        breaks: elements that end a line in preformatted text, and a block in other text.
         cells: elements before whose text a space is inserted.
     """
 
@@ -240,11 +242,19 @@ MALLARD = Vocabulary(
 
 
 def read_mallard(page: bytes) -> Iterator[Document]:
-    """Yield the one document of a page in Mallard, GNOME's help in XML."""
+    """Yield the one document of a page in Mallard, GNOME's help in XML.
+
+    Raises:
+        DataError: the page is not XML.
+    """
     from lxml import etree
 
     # Entities are not resolved: a page needs none, and an entity could name a file of this machine.
-    root = etree.fromstring(page, etree.XMLParser(resolve_entities=False, no_network=True, remove_comments=True))
+    parser = etree.XMLParser(resolve_entities=False, no_network=True, remove_comments=True)
+    try:
+        root = etree.fromstring(page, parser)
+    except etree.XMLSyntaxError as e:
+        raise DataError("page in Mallard", f"it is not XML ({e})", "delete its package from the cache") from e
     blocks = list(read_blocks(root, MALLARD))
     titles = [b.text for b in blocks if b.tag == "title"]
     yield Document(titles[0] if titles else "", [b.text for b in blocks])

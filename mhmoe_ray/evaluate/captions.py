@@ -1,7 +1,8 @@
 """Scores of captions: BLEU, CIDEr-D, and the share of captions that are exactly right.
 
-Both metrics count words as the function `words` splits them, so their values are comparable only with values by the
-same split. CIDEr-D is defined in arXiv 1411.5726, section 4. Its document frequencies are counted in the references.
+BLEU and CIDEr-D count words as the function `words` splits them, so their values are comparable only with values that
+use the same split. CIDEr-D is defined in arXiv 1411.5726, section 4. Its document frequencies are counted in the
+references.
 """
 
 import math
@@ -29,15 +30,17 @@ def words(text: str) -> list[str]:
 
     A text without letters and digits, such as an emoji, is split at spaces.
     """
-    found_words, is_open = list[str](), False
+    found_words, follows_word, is_open = list[str](), False, False
     for character in unicodedata.normalize("NFC", text.lower()):
         kind, is_unspaced = unicodedata.category(character)[0], _UNSPACED.match(character) is not None
-        if (kind == "M" and found_words) or (kind in "LN" and is_open and not is_unspaced):
+        if (kind == "M" and follows_word) or (kind in "LN" and is_open and not is_unspaced):
             found_words[-1] += character
         elif kind in "LN":
             found_words.append(character)
+        # A mark of an emoji, such as a variation selector, belongs to no word.
+        follows_word = kind in "LN" or (kind == "M" and follows_word)
         # A letter of an unspaced script ends its word.
-        is_open = kind in "LMN" and not is_unspaced and bool(found_words)
+        is_open = follows_word and not is_unspaced
     return found_words or text.split()
 
 
@@ -53,7 +56,8 @@ def score_captions(captions: Sequence[str], references: Sequence[Sequence[str]])
     caption_words = [words(caption) for caption in captions]
     reference_words = [[words(reference) for reference in group] for group in references]
     most_references = max(len(group) for group in references)
-    # sacrebleu takes the first reference of all captions, then the second, and None where there is none.
+    # sacrebleu takes a list of the first references of all captions, then a list of the second ones, and so on. A list
+    # has None for a caption with fewer references.
     streams: list[Sequence[Any]] = [
         [" ".join(group[number]) if number < len(group) else None for group in reference_words]
         for number in range(most_references)
@@ -82,7 +86,7 @@ def cider_d(captions: Sequence[Sequence[str]], references: Sequence[Sequence[Seq
     log_images = math.log(len(references))
 
     def weights(text: Sequence[str]) -> Sequence[NGrams]:
-        """Return the n-grams of a text by their length, weighted by frequency and rarity."""
+        """Return the n-grams of a text, one mapping for each length, with weights: frequency times rarity."""
         grams_by_length: list[dict[tuple[str, ...], float]] = [{} for _ in range(MAX_GRAM)]
         for gram, count in _count_grams(text).items():
             rarity = log_images - math.log(max(1, document_counts[gram]))

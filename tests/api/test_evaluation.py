@@ -100,6 +100,11 @@ def test_missing_text_is_an_error_before_a_job_starts(run, text):
             run.evaluate(paths, address=NOWHERE)
 
 
+def test_a_probe_without_text_is_refused(run):
+    with pytest.raises(SpecError, match="there is none; name a text"):
+        make_request(run.directory, CHECKPOINT, probe="pictures")
+
+
 def test_a_single_task_is_a_task(run):
     assert make_request(run.directory, CHECKPOINT, tasks="arc_easy").tasks == ["arc_easy"]
     request = make_request(run.directory, CHECKPOINT, tasks=["rte"], task_folders="own")

@@ -1,5 +1,6 @@
 import hypothesis.strategies as st
 import lxml.html
+import pytest
 from hypothesis import given
 
 from mhmoe_ray.corpus.readers import (
@@ -12,6 +13,7 @@ from mhmoe_ray.corpus.readers import (
     read_dictionary,
     read_mallard,
 )
+from mhmoe_ray.errors import DataError
 
 PAGE = """<!DOCTYPE html><html><head><title>2.1. Ports</title><style>p {}</style></head><body>
 <div id="nav">Home | Next</div>
@@ -89,6 +91,8 @@ def test_read_mallard_yields_the_page():
     (document,) = read_mallard(page.encode())
     assert document.title == "Tasten"
     assert document.paragraphs == ["Tasten", "Ein Wort Start, dann.", "Eins", "$ ls\n  -l"]
+    with pytest.raises(DataError, match="not XML"):
+        list(read_mallard(page.removesuffix("</page>").encode()))
 
 
 def test_read_code_removes_only_the_licence_notice():

@@ -54,6 +54,7 @@ def test_captions_that_equal_their_references_have_the_best_scores():
         ("தமிழ்", ["தமிழ்"]),
         ("e\u0301te\u0301", ["été"]),
         ("😀 !", ["😀", "!"]),
+        ("cat \u2764\ufe0fdog", ["cat", "dog"]),
     ],
 )
 def test_words_are_lower_case_and_single_characters_where_no_spaces_divide_them(text, expected):
