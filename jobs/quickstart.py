@@ -1,7 +1,7 @@
-"""The quickstart, from raw text to a served completion: the commands that a user would type, one after another.
+"""Run the quickstart, from raw text to a served completion: the commands that a user would type, one after another.
 
-`make quickstart` runs it. KEEP=1 leaves the cluster and the served model running. On a cluster named by
-RAY_API_SERVER_ADDRESS it starts nothing but the jobs themselves, and stops nothing but the served model.
+`make quickstart` runs this script. The environment variable KEEP=1 leaves the cluster and the served model running. If
+RAY_API_SERVER_ADDRESS names a cluster, the script neither starts nor stops a cluster, and stops only the served model.
 """
 
 import json
@@ -27,7 +27,7 @@ def mhmoe(*args: str) -> None:
 
 
 def ask(*args: str) -> Any:
-    """Run an `mhmoe` command with --json, and return its output, parsed."""
+    """Run an `mhmoe` command with --json, and return the parsed output."""
     return json.loads(subprocess.check_output([sys.executable, "-m", "mhmoe_ray.cli.app", *args, "--json"]))
 
 
@@ -52,7 +52,10 @@ def complete(url: str, prompt: str) -> str:
 
 
 def refuse_served_models() -> None:
-    """End with a message if the cluster serves a model already: Serve has one address, and the name may be the same."""
+    """End the script with a message if the cluster serves a model already.
+
+    Ray Serve has one address for all models of a cluster, and the served model may have the name of the new one.
+    """
     if served := ask("serve", "status"):
         names = ", ".join(application["name"] for application in served)
         print(f"error: the cluster serves {names} already; stop it first: mhmoe serve down NAME", file=sys.stderr)
@@ -60,7 +63,10 @@ def refuse_served_models() -> None:
 
 
 def main() -> None:
-    """Prepare sample text, train a model on it, serve the model and ask it; arguments are `key=value` overrides."""
+    """Prepare sample text, train a model on it, serve the model, and print a completion.
+
+    The command line's arguments are `key=value` overrides of the spec.
+    """
     overrides = sys.argv[1:]
     sets = [word for override in overrides for word in ("--set", override)]
     values = dict(override.split("=", 1) for override in overrides if "=" in override)
@@ -77,7 +83,7 @@ def main() -> None:
         mhmoe("data", "prepare", SPEC, *sets)
         earlier_runs = {run["run"] for run in ask("list", *storage)}
         mhmoe("submit", SPEC, *sets)
-        # Other runs may have been submitted meanwhile.
+        # Others may submit runs at the same time, so the run is the one with this name that was not listed before.
         run_id = next(
             run["run"]
             for run in ask("list", values.get("name", "quickstart"), *storage)

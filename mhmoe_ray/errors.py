@@ -27,7 +27,7 @@ class MhmoeError(Exception):
     """An error that is shown to the user as one line: what happened, why, and what to do.
 
     Args:
-        subject: the thing that failed, with its name ("spec jobs/a.yaml").
+        subject: the kind and the name of what failed, such as "spec jobs/a.yaml".
         reason: the reason, as a clause.
         fix: the next step for the user, as a clause.
     """

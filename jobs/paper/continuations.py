@@ -1,6 +1,6 @@
-"""A task for lm-eval from documents that a run has held out: which of four pieces of text continues a passage.
+"""Make a multiple-choice task for lm-eval from held-out documents of a run: which of four texts continues a passage?
 
-The wrong pieces continue passages of other documents of the same domain.
+The three wrong texts are taken from other documents of the same domain.
 
     python jobs/paper/continuations.py RUN FOLDER
     mhmoe eval RUN --tasks continuations --task-folder FOLDER
@@ -30,7 +30,7 @@ target_delimiter: ""
 metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 """
 PASSAGE, PIECE = 320, 64
-"""Approximate numbers of characters of a passage and of a piece; each ends where a word does."""
+"""Approximate numbers of characters of a passage and of a text that may continue it; both end at the end of a word."""
 QUESTIONS_PER_DOMAIN = 80
 
 
@@ -61,7 +61,7 @@ def main(run: str, folder: Path) -> None:
 
 
 def passages(data: DataSpec) -> dict[str, list[tuple[str, str]]]:
-    """Return pairs of a passage and the piece of text that continues it, by domain.
+    """Return pairs of a passage and the text that continues it, by domain.
 
     Every held-out document that is long enough gives one pair from its middle.
     """

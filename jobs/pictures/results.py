@@ -1,4 +1,7 @@
-"""Draw results.svg, MH-MoE beside SMoE, from the tables of jobs/paper/RESULTS.md: python jobs/pictures/results.py"""
+"""Draw results.svg, which compares MH-MoE with SMoE, from the tables of jobs/paper/RESULTS.md.
+
+It runs as `python jobs/pictures/results.py`.
+"""
 
 import re
 from pathlib import Path
@@ -11,13 +14,13 @@ VARIANTS = {"fine-grained": "fine-grained SMoE", "mhmoe-h2": "MH-MoE, h 2", "mhm
 
 
 def differences(section: str) -> dict[str, tuple[float, float, float]]:
-    """Return the difference of each variant to SMoE in nats per token, with its 95% interval, by variant.
+    """Return each variant's loss on held-out text less SMoE's, in nats per token, with its 95% interval.
 
     Args:
         section: heading of the section of RESULTS.md whose table of differences is read.
 
     Returns:
-        Difference, lower end and upper end, by the name of the variant.
+        Difference, and lower and upper end of its interval, by the name of the variant.
     """
     text = re.search(rf"^## {re.escape(section)}\n(.*?)(?=^## )", RESULTS.read_text(), re.S | re.M)[1]
     row = re.compile(r"^\| ([\w-]+)(?:, normalised)? +\| ([+-][\d.]+) +\| ([+-][\d.]+) to ([+-][\d.]+) +\|", re.M)
@@ -25,7 +28,7 @@ def differences(section: str) -> dict[str, tuple[float, float, float]]:
 
 
 def main() -> None:
-    """Draw the differences of both tables as points with intervals, and save results.svg beside this file."""
+    """Draw the differences with raw gates and with gates that add up to 1, and save results.svg beside this file."""
     with plotting.style():
         figure = plotting.new_figure(6.4, 2.7)
         axis = figure.subplots()

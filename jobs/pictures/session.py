@@ -1,7 +1,7 @@
 """Record a terminal session of `mhmoe submit` and `mhmoe status` as session.svg: python jobs/pictures/session.py
 
-The commands are real ones, on a local cluster, with the quickstart's spec at a tenth of its steps. They need its sample
-text: mhmoe data sample data/sample
+The commands are real ones, on a local cluster, with the quickstart's spec at a tenth of its steps. They need the
+quickstart's sample text, which `mhmoe data sample data/sample` writes.
 """
 
 import io

@@ -40,7 +40,7 @@ class Backend(NamedTuple):
     """False if the backend is for inference only."""
     refusal: Callable[[torch.device, ExpertSizes], str | None] = _never_refused
     """Function that returns the reason why the backend cannot compute experts of these sizes on a device, in one line;
-    None if it can. It is asked only if the backend can run there and its limits allow these sizes."""
+    None if it can. It is called only if the backend can run on the device and its limits allow these sizes."""
 
 
 BACKENDS: dict[str, Backend] = {

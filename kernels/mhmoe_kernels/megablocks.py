@@ -1,8 +1,8 @@
 """The library MegaBlocks as a backend: its sort, histogram and copies of rows around a grouped GEMM, on CUDA only.
 
 The operators are those of MegaBlocks' own dropless layer with `mlp_impl="grouped"` (Gale et al., "MegaBlocks", 2022).
-Its padded operators are not used: they serve block-sparse products, whose blocks of 128 are too large for a small
-expert.
+Its padded operators are not used: they serve block-sparse products, whose blocks of 128 x 128 values are too large for
+a small expert.
 
 This module imports `megablocks` at the first call, so that the base install does not need it.
 """

@@ -3,17 +3,17 @@
 `pack_layer` stores matrices once in the layout that oneDNN multiplies fastest. For CPUs on which oneDNN cannot do this,
 `run_padded` rounds up the number of rows of each expert.
 
-Padded experts. BLAS sums a product of few rows in another order than a product of more rows (OpenBLAS, and MKL on AMD's
-CPUs: fewer than four; MKL on Intel's: fewer than sixteen), and gives each thread a part of the rows. The last bits of a
-row would therefore depend on whether it is computed alone or among others, and a near-tie could end in another token.
-Products of a multiple of sixteen rows do not have this problem. The exception is MKL with sums over a thousand or more
-values and few outputs, which it splits among threads. But a torch with MKL also has oneDNN, so matrices are packed
-there.
+Padded experts. BLAS adds the terms of a product of few rows in another order than those of a product of more rows, and
+gives each thread a part of the rows. Few means fewer than four for OpenBLAS and for MKL on AMD's CPUs, and fewer than
+sixteen for MKL on Intel's. The last bits of a row would therefore depend on whether it is computed alone or among
+others, and two almost equal logits could change places, which selects another token. Products of a multiple of sixteen
+rows do not have this problem. The exception is MKL with sums over a thousand or more values and few outputs, which it
+splits among threads. But a torch with MKL also has oneDNN, so matrices are packed there.
 
 Packed experts. oneDNN reads a matrix in the layout in which it is stored, so in float32 a product of few rows takes a
-third of the time of a plain one. The result for a row does not depend on the number of other rows, to the last bit
-(tests/kernels/test_packed.py). torch has these operators for its compiler, which packs the weights of frozen models in
-the same way.
+third of the time of a product with an unpacked matrix. The result for a row does not depend on the number of other
+rows, to the last bit (tests/kernels/test_packed.py). torch has these operators for its compiler, which packs the
+weights of frozen models in the same way.
 
 Packing works where oneDNN has blocked kernels for the CPU: from AVX2 on in float32, from AVX512_BF16 on in bfloat16. At
 lower levels oneDNN multiplies like a BLAS, which sums a single row in another order. (This was seen with oneDNN

@@ -42,8 +42,8 @@ class RoutePlan(NamedTuple):
     def trimmed(self, routes: int) -> "RoutePlan":
         """Return a plan in which all sorted routes after the first `routes` ones share a single slot.
 
-        The gates of these routes must be 0. `permute` fills that slot with some row. The caller must write zeros to the
-        slot before `combine`, and in gradients.
+        The gates of these routes must be 0. `permute` copies one of their rows to that slot. The caller must write
+        zeros to the slot in the outputs, before `combine`, and in the gradient of the result of `permute`.
         """
         return RoutePlan(self.row_R[: routes + 1], self.slot_NK.clamp(max=routes), self.count_E)
 
@@ -66,7 +66,7 @@ def permute(x_ND: Tensor, plan: RoutePlan) -> Tensor:
 
 
 def combine(out_RD: Tensor, gate_NK: Tensor, plan: RoutePlan) -> Tensor:
-    """Return the weighted sum of each row's expert outputs, y_n = sum_k gate_nk * out[slot_nk]: undo `permute`.
+    """Return the weighted sum of each row's expert outputs, y_n = sum_k gate_nk * out[slot_nk], in the order of rows.
 
     The sum is computed in float32 or wider, and returned in the dtype of `out_RD`.
     """

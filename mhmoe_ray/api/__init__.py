@@ -13,7 +13,7 @@
     model.py          a model in this process: generate text, compute logits
     model_source.py   a stored model that is not loaded yet
     generation.py     checks of prompts, sampling and stop texts
-    engine_thread.py  the engine of such a model, and its answers
+    engine_thread.py  the engine of a model in this process, and its answers
     service.py        a model that a cluster serves
     serve_target.py   the checkpoint to serve, with its settings and API keys
 

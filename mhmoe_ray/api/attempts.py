@@ -256,7 +256,7 @@ def stop_run(run: RunDir, end_immediately: bool = False, on_note: OnNote = ignor
 
     Raises:
         RunError: the run is over already, or was imported.
-        ClusterError: the cluster does not answer, and only its job could end the run.
+        ClusterError: the cluster does not answer, and the run can be stopped only by ending its job.
         TokenError: the cluster asks for another token.
         StorageError: the run directory cannot be written.
     """

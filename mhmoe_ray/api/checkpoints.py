@@ -86,7 +86,7 @@ def find_model_folder(model: str | PathLike[str], storage: Location | str) -> Lo
     """Return the model that a text names: the folder of a checkpoint, a folder in Hugging Face's layout, or a run.
 
     Args:
-        model: path of a folder, hf:ORGANIZATION/NAME, RUN@STEP, or a run's id, the start of one, or its path.
+        model: path of a folder, hf:ORGANIZATION/NAME, RUN or RUN@STEP; RUN is a run's id, a prefix of it, or its path.
         storage: folder that holds run directories.
 
     Raises:

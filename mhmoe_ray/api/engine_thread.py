@@ -13,7 +13,7 @@ from mhmoe_ray.serving.engine import EngineError, FinishReason, Request
 
 T = TypeVar("T")
 CONCURRENCY = 16
-"""Number of prompts that are answered at the same time."""
+"""Largest number of prompts that are answered at the same time."""
 
 
 class Answer(NamedTuple):

@@ -129,7 +129,7 @@ def _checked_number(name: str, value: object, number_type: type[Integral] | type
 
 
 def stop_texts(stop: str | Sequence[str]) -> list[str]:
-    """Return the texts that end an answer as a list, from a single text or a sequence of texts.
+    """Return a list of the texts that end an answer, from a single text or a sequence of texts.
 
     Raises:
         ServeError: a text is empty, so that it would end every answer at once, or is not a string.

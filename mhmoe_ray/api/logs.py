@@ -91,9 +91,9 @@ def _worker_log(run: RunDir, connection: Connection, rank: int, follow: bool, on
 
 
 def _process_lines(connection: Connection, worker: Mapping[str, Any], *, follow: bool = False) -> Iterator[str]:
-    """Return the lines of a worker's process: those of its stdout, which is mostly empty, and its stderr with the log.
+    """Return the lines of a worker's process: those of its stdout, which is mostly empty, then its log from stderr.
 
-    With `follow`, they never end by themselves.
+    With `follow`, the iterator waits for new lines of stderr, and never ends by itself.
     """
     log_address = connection, worker["node"], worker["pid"]
     return chain(process_log(*log_address, "out"), process_log(*log_address, "err", follow=follow))
@@ -110,7 +110,10 @@ def _worker_lines(lines: Iterator[str], pid: int) -> Iterator[str]:
 
 
 def _started_workers(run: RunDir) -> dict[int, dict[str, Any]]:
-    """Return the entries of the workers that the run's newest attempt started last, by rank; none before it did."""
+    """Return the entries of workers, by rank, in the newest `started` event of the run's newest attempt.
+
+    The result is empty if this attempt has not started any workers yet.
+    """
     started_event = events.newest_event(events.of_newest_attempt(events.read(run)), "started")
     return {worker["rank"]: worker for worker in started_event["workers"]} if started_event else {}
 
@@ -143,7 +146,8 @@ def _lines_until_end(run: RunDir, connection: Connection, worker: dict[str, Any]
         try:
             item = line_queue.get(timeout=OUTCOME_CHECK_SECONDS)
         except Empty:
-            # Both are one request, because an answer about one would hide that the other gets none.
+            # One call makes both requests. With a call for each, every answer to one request would restart the time
+            # limit for an answer, so that a failure of the other would never be reported.
             newest_worker, run_outcome = retrying_caller.call(find_progress, None) or (None, None)
             if newest_worker and any(newest_worker[key] != worker[key] for key in ("node", "pid")):
                 worker, is_over = newest_worker, False
@@ -167,7 +171,7 @@ def _lines_until_end(run: RunDir, connection: Connection, worker: dict[str, Any]
 
 
 def _queue_lines(lines: Iterator[str]) -> Queue[str | Exception]:
-    """Return a queue that gets lines as they arrive, and the exception that ends them if one does."""
+    """Return a queue that gets lines as they arrive and, if reading them fails, the exception."""
     line_queue = Queue[str | Exception]()
 
     def fill_queue() -> None:

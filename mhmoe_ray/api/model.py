@@ -72,11 +72,11 @@ def load(
     Its weights are loaded when they are first needed.
 
     Args:
-        model: a run, its id, the start of one, or its path; RUN@STEP; a checkpoint or its folder; a folder in Hugging
-            Face's layout; or hf:ORGANIZATION/NAME.
+        model: a run, its id, the start of its id, or its path; RUN@STEP; a checkpoint or its folder; a folder in
+            Hugging Face's layout; or hf:ORGANIZATION/NAME.
         checkpoint: one of the run's checkpoints, its name or its step; None for the newest.
         device: device to compute on.
-        threads: number of threads that generate on a CPU; None for torch's own number.
+        threads: number of threads that generate on a CPU; None for torch's default.
         storage: folder that holds run directories; by default MHMOE_STORAGE, else `runs`.
         on_note: callback that gets a warning for each newer checkpoint that is damaged and therefore skipped.
 
@@ -105,7 +105,7 @@ def load_checkpoint(
         checkpoint: path of the checkpoint inside its run directory.
         manifest: manifest of the checkpoint, with which the weights were already verified.
         device: device to compute on.
-        threads: number of threads that generate on a CPU; None for torch's own number.
+        threads: number of threads that generate on a CPU; None for torch's default.
 
     Raises:
         CheckpointError, DataError: the run's tokenizer is missing or damaged.
@@ -123,7 +123,7 @@ class LoadedModel:
         Args:
             source: the stored model, which can load its weights later.
             device: device to compute on.
-            threads: number of threads that generate on a CPU; None for torch's own number.
+            threads: number of threads that generate on a CPU; None for torch's default.
 
         Raises:
             ServeError: there is no such device.
@@ -237,7 +237,7 @@ class LoadedModel:
 
         Args:
             prompt: a text to continue; a conversation, as a list of messages like {"role": "user", "content": "..."};
-                token ids, which get no token before them; or a list of such prompts.
+                token ids, before which no start token is added; or a list of such prompts.
             max_tokens: largest number of tokens of an answer. An answer ends at `seq_len` tokens of prompt and answer
                 together in any case; both limits give the finish reason "length".
             temperature: sampling temperature; 0 takes the most likely token each time.
@@ -387,7 +387,8 @@ class LoadedModel:
             self._require_open()
             engine = self._engine
             if engine is None:
-                # The engine loads a copy of the weights for itself, because it packs them.
+                # The engine loads a copy of the weights for itself, because it changes its model in place: on a CPU,
+                # for example, it packs the weights.
                 engine = self._engine = EngineThread(_answerer_builder(self._source, self._device, self._threads))
                 # An engine must be closed before the process ends (`Engine.close`), even if nobody closes the model.
                 self._finalizer = weakref.finalize(self, close_abandoned_engine, engine)
@@ -414,8 +415,8 @@ def _answerer_builder(source: ModelSource, device: Device, threads: int) -> Call
 
         from mhmoe_ray.serving.engine.torch_engine import own_engine
 
-        # This limits only the current thread, in which answers arrive. OpenMP threads of this thread would slow down
-        # those of the engine (see `TorchEngine`).
+        # This limits only the current thread, in which answers arrive. OpenMP threads that it starts would slow
+        # down those of the engine (see `TorchEngine`).
         torch.set_num_threads(1)
         gpus = int(device == "cuda")
         settings = ServeSpec(

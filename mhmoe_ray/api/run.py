@@ -31,8 +31,8 @@ from mhmoe_ray.storage import Location, location
 def submit(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_note) -> "Run":
     """Start a run of a spec on a cluster, without waiting for it, and return it.
 
-    Without an address, and if none is in use, a Ray cluster is started on this machine. Missing data is prepared first,
-    as part of the job.
+    Without an address, and if there is no default cluster, a Ray cluster is started on this machine. Missing data is
+    prepared first, as part of the job.
 
     Args:
         spec: spec of the run (`load_spec`).
@@ -52,10 +52,11 @@ def submit(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_n
 
 
 def find_run(name: "Run | str | PathLike[str] | None" = None, storage: str | PathLike[str] | None = None) -> "Run":
-    """Return a run by its id, the start of one, or its path; without a name, the newest run.
+    """Return a run by its id, the start of its id, or its path; without a name, the newest run.
 
     Args:
-        name: id, start of an id, or path; or a `Run`, which is returned; None for the newest run that was trained here.
+        name: id, start of an id, or path; or a `Run`, which is returned; None for the newest run that was not
+            imported.
         storage: folder that holds run directories, a path or s3://, gs://; by default MHMOE_STORAGE, else `runs`.
 
     Raises:
@@ -252,7 +253,8 @@ class Run:
             until: number of steps up to which it trains; None for the number in its spec.
             overrides: keys of the cluster section to change, such as `{"cluster.workers": 2}`.
             address: a Ray cluster; None for the one that the run was on.
-            force: whether to resume it even if its cluster does not answer but it wrote something a moment ago.
+            force: whether to resume the run even if its cluster does not answer and the run wrote something a moment
+                ago.
             on_note: callback that gets lines of text about the progress.
 
         Raises:
@@ -370,8 +372,8 @@ class Run:
         """Remove the run with all its checkpoints. This cannot be undone.
 
         Args:
-            force: whether to remove it even if its cluster does not answer but it wrote something a moment ago, or if
-                a cluster that served it does not answer.
+            force: whether to remove the run even if its cluster does not answer and the run wrote something a moment
+                ago, or if a cluster that served the run does not answer.
 
         Raises:
             RunError: the run is running or served, or may still be.

@@ -39,7 +39,7 @@ def resolve_target(
     overrides: Sequence[str] = (),
     on_note: OnNote = ignore_note,
 ) -> tuple[RunDir, Location, DeploySpec]:
-    """Return the run, checkpoint and spec to serve.
+    """Return the run and the checkpoint to serve, and the spec with which they are served.
 
     Args:
         target: a spec or its file, which stands for its newest run; a checkpoint or its folder; or a run, its id, the
@@ -123,7 +123,7 @@ def with_environment_keys(spec: ServeSpec) -> ServeSpec:
         name, _, secret = map(str.strip, pair.partition(":"))
         if not (name and secret):
             raise SpecError(API_KEYS_VARIABLE, "it is not NAME:KEY,NAME:KEY", "correct it, or unset it")
-        # The error shows no name, which is the secret if somebody wrote KEY:NAME.
+        # The error does not show the name, because the name is the secret if somebody wrote KEY:NAME.
         if not is_valid_key(secret):
             reason = "a key has a character that is not printable ASCII, and not every client can send it"
             raise SpecError(API_KEYS_VARIABLE, reason, "choose a key of ASCII letters and digits")

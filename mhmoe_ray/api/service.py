@@ -1,4 +1,4 @@
-"""A model that a cluster serves over OpenAI's API: deploy a checkpoint, update it, and stop."""
+"""A model that a cluster serves over OpenAI's API: deploy a checkpoint, replace it by another, and stop serving."""
 
 import os
 from dataclasses import dataclass, field
@@ -42,9 +42,9 @@ def serve(
 ) -> "Service":
     """Serve a checkpoint over OpenAI's API on a cluster, in place of the application that has this name now.
 
-    Without an address, and if none is in use, a Ray cluster is started on this machine. The application stays when this
-    process ends. Clients with keys in MHMOE_API_KEYS (NAME:KEY,NAME:KEY) may send requests, in addition to those of
-    serve.keys; without either, everybody who reaches the port may.
+    Without an address, and if there is no default cluster, a Ray cluster is started on this machine. The application
+    stays when this process ends. Clients with keys in MHMOE_API_KEYS (NAME:KEY,NAME:KEY) may send requests, in addition
+    to those of serve.keys; without either, everybody who reaches the port may.
 
     Args:
         target: a run; a spec or its file, whose newest run is served with the spec's settings; a checkpoint or its
@@ -118,7 +118,10 @@ class ServiceUpdate(NamedTuple):
 
 @dataclass(frozen=True)
 class Service:
-    """Handle of an application on a cluster that serves a run's checkpoint. Several processes may have one for it."""
+    """Handle of an application on a cluster that serves a run's checkpoint.
+
+    Several processes may have handles of the same application.
+    """
 
     name: str
     connection: Connection = field(repr=False)

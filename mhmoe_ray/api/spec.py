@@ -70,7 +70,7 @@ def _yaml_value(value: Any) -> str:
 
 
 def _plain_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a spec's mapping as a YAML file would give it: with dictionaries, lists and paths as text."""
+    """Return a copy of a spec's mapping as a YAML file would give it: paths become text, and tuples become lists."""
     return {key: _plain_value(value) for key, value in tree.items()}
 
 

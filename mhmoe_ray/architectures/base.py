@@ -40,7 +40,7 @@ class Architecture(ABC):
     dense_launches: ClassVar[int]
     """Number of GPU kernels that a block with a dense feed-forward layer launches, forward and backward."""
     mixture_launches: ClassVar[Mapping[KernelName, int]]
-    """Number of GPU kernels that a block with experts and one head launches, by the kernel of the experts."""
+    """Number of GPU kernels that a block with experts and h = 1 launches, forward and backward, by expert kernel."""
 
     tensor_names: ClassVar[tuple[tuple[str, str], ...]]
     """Names of the feed-forward tensors, as pairs of the name in a checkpoint and the name in an exported Hugging Face
@@ -101,7 +101,11 @@ class Architecture(ABC):
 
     @abstractmethod
     def grouped_hidden_saved_bytes(self, hidden: int, size: int) -> int:
-        """Return the bytes that kernel `grouped` saves for one hidden row, with the arguments of `hidden_saved_bytes`.
+        """Return the bytes that the expert kernel `grouped` saves for one hidden row of an expert.
 
         The kernel's backward is written by hand and needs fewer values than autograd's.
+
+        Args:
+            hidden: F, the width of the hidden row.
+            size: bytes per value in matrix products.
         """

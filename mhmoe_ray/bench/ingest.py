@@ -87,7 +87,7 @@ def stream_with_mhmoe(spec: RunSpec, folder: Path, processes: int) -> dict[str, 
         if number == 0:
             start_time = time.perf_counter()
         if number == batch_count - 1:
-            # The end is taken before the stream ends its tasks.
+            # The clock is read before the stream ends its tasks, because their end is not measured.
             end_time = time.perf_counter()
             break
     return {"seconds": end_time - start_time, "micro_batches": batch_count - 1}
@@ -116,10 +116,10 @@ def _read_micro_batch(spec: RunSpec, number: int) -> EncoderSamples | VisionSamp
 
 
 def prepare_with_datasets(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
-    """Prepare text with Hugging Face's datasets and tokenizers, and return the time, the memory and the tokens.
+    """Prepare text with Hugging Face's datasets and tokenizers, and return the time, memory and number of tokens.
 
-    It runs `load_dataset("json")`, then `map` with the tokenizers library, then `map` to samples of T + 1 tokens. All
-    domains are concatenated, which is less work than separate domains.
+    It runs `load_dataset("json")`, then `map` with the tokenizers library, then `map` to samples of T + 1 tokens, where
+    T is `data.seq_len`. All domains are concatenated, which is less work than separate domains.
 
     Args:
         spec: a spec whose data are prepared; their sources and their tokenizer.json are read.
@@ -137,7 +137,7 @@ def prepare_with_datasets(spec: RunSpec, folder: Path, processes: int) -> dict[s
 
 
 def prepare_with_our_encoder(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
-    """Prepare text as `prepare_with_datasets` does, but tokenize it with our document encoder."""
+    """Prepare text with Hugging Face's datasets, but tokenize it with our document encoder."""
     file = spec.data.prepared / TOKENIZER_FILE
     return _prepare_with_encoder(spec, folder, processes, lambda texts: document_encoder(file).encode(texts))
 
@@ -145,7 +145,7 @@ def prepare_with_our_encoder(spec: RunSpec, folder: Path, processes: int) -> dic
 def _prepare_with_encoder(
     spec: RunSpec, folder: Path, processes: int, encode: Callable[[list[str]], list[list[int]]]
 ) -> dict[str, Any]:
-    """Prepare text as `prepare_with_datasets` does; the function `encode` turns texts into token ids."""
+    """Prepare text with Hugging Face's datasets; the function `encode` turns texts into token ids."""
     os.environ |= {"HF_HOME": str(folder), "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     # datasets reads the environment variables, such as HF_HOME, when it is imported, so they are set before.
     import datasets
@@ -189,7 +189,8 @@ def _prepare_with_encoder(
 def stream_with_mosaicml(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
     """Read the training samples in random order with MosaicML's streaming and torch's DataLoader.
 
-    Return the seconds that this takes, without the writing of the samples as MDS shards and the first micro-batch.
+    Return the seconds that this takes. They include neither the writing of the samples as MDS shards nor the first
+    micro-batch.
 
     Args:
         spec: the spec of a training whose data are prepared.
@@ -220,7 +221,7 @@ def stream_with_mosaicml(spec: RunSpec, folder: Path, processes: int) -> dict[st
                 start_time = time.perf_counter()
             number += 1
             if number == batch_count:
-                # The end is taken before the loader ends its processes.
+                # The clock is read before the loader ends its processes, because their end is not measured.
                 end_time = time.perf_counter()
                 break
         if number == previous_number:

@@ -61,7 +61,7 @@ class SkippedCase(NamedTuple):
 
 
 def has_masks(moe: MoESpec | None) -> bool:
-    """Return whether a layer uses the masks of static routing, which grow with the square of the rows."""
+    """Return whether a layer uses the masks of static routing, whose size grows with the square of its rows."""
     return moe is not None and moe.kernel == "capacity"
 
 
@@ -115,8 +115,8 @@ def our_layers(
         dtype: the data type to run with.
 
     Raises:
-        SpecError: a layer of these sizes is impossible, no multi-head layer with one of the numbers of heads has equal
-            work, or no kernel can run.
+        SpecError: a layer of these sizes is impossible, one of the numbers of heads allows no multi-head layer of equal
+            work, the name of a kernel is wrong, or no kernel can run.
     """
     plain_moe = shape.plain_moe
     moes: dict[str, MoESpec] = {"SMoE": plain_moe, "X-MoE": plain_moe.model_copy(update={"router": "xmoe"})}

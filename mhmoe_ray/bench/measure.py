@@ -98,7 +98,8 @@ def highest_sum(changes: Iterable[int]) -> int:
 STATIC_ROWS = 8192
 """Largest number of rows at which static routing is measured.
 
-Its masks have k N^2 values each: with k = 2 a pass takes 3 GB at 8,192 rows, and about 64 times as much at 65,536.
+With N rows and k experts for each row, each mask of static routing has k N^2 values. With k = 2, a pass takes 3 GB at
+8,192 rows, and about 64 times as much at 65,536.
 """
 
 
@@ -196,7 +197,7 @@ def requested_layers(request: Request, device: torch.device) -> tuple[list[Layer
     Layers of static routing with more than `STATIC_ROWS` rows are skipped.
 
     Raises:
-        SpecError: in the same cases as `our_layers`.
+        SpecError: a layer of these sizes is impossible, the name of a kernel is wrong, or no kernel can run.
     """
     shape = request.shape
     layers, skipped = our_layers(shape, request.heads, request.static, request.kernels, device, request.dtype)

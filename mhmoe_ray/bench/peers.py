@@ -75,8 +75,8 @@ def build_deepspeed(drop_tokens: bool, our_layer: MultiHeadMoE) -> nn.Module:
     The random parts of its routing are switched off.
 
     Args:
-        drop_tokens: whether experts have a capacity of k N / E rows; otherwise their capacity is the number of rows of
-            the fullest expert.
+        drop_tokens: whether each of the E experts has a capacity of k N / E rows, for N rows with k experts each;
+            otherwise the capacity is the number of rows of the fullest expert.
         our_layer: the layer whose weights it gets.
     """
     # DeepSpeed's logger keeps writing to the stream that was stdout when DeepSpeed was imported. The import therefore

@@ -141,7 +141,7 @@ def _format_axes(axes: "Axes", sweep: Sweep, title: str) -> None:
 
 
 def _draw_guide(axes: "Axes", dense: dict[int, float]) -> None:
-    """Draw a dotted line of slope 1 through half the dense layer's time at the first point.
+    """Draw a dotted line of slope 1 (time proportional to size) through half the dense layer's time at the first point.
 
     Args:
         axes: the panel of times.

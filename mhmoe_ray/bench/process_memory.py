@@ -22,7 +22,7 @@ class MemoryUsage(NamedTuple):
 class PeakMemory:
     """Context manager that records the peak memory of any single process while it is open: this one or a descendant.
 
-    Afterwards `resident` and `private` have the largest bytes of each kind (see `MemoryUsage`).
+    Afterwards `resident` and `private` have the largest numbers of bytes of each kind (see `MemoryUsage`).
     """
 
     def __init__(self) -> None:

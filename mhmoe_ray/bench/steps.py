@@ -2,13 +2,13 @@
 
 P1 is the first paper on MH-MoE (arXiv 2404.15045), and P2 is the follow-up paper (arXiv 2411.16205). As in P2, the
 multi-head models split a token into h sub-tokens with k = h experts each, and have the multiply-adds and parameters of
-the plain model. At half of P2's width, `planner/match.py` finds P2's own numbers of experts, 40 for h 2 and 96 for h 3,
-at half their width.
+the plain model. If the width of the model is half of P2's, `planner/match.py` finds the same numbers of experts as P2,
+40 for h = 2 and 96 for h = 3.
 
 A step is a step of training: forward, loss and backward of M micro-batches, then clipping and AdamW.
 
-This module also holds P1's own throughput, of whole models in training on 8 RTX 3090 cards. The numbers are from the
-authors' answers in the review of P1, which state neither h nor the sizes.
+This module also holds the throughput that the authors of P1 measured when they trained whole models on 8 RTX 3090
+cards. The numbers are from their answers in the review of P1, which state neither h nor the sizes of the models.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ from mhmoe_ray.train.step import Trainer
 SMALL_SIZE = Size(384, 4, 8192, 256, steps=1000, micro_batches=2, micro_batch_size=8, precision="bfloat16")
 """Size at which a step takes about a second on two CPU cores.
 
-384 is the multiple of 2 and 3 that is nearest to the width of the presets' size `small`.
+The width, 384, is half of that of arXiv 2411.16205, and can be divided among 2 or 3 heads.
 """
 
 
@@ -45,9 +45,9 @@ class StepFigures(NamedTuple):
     ratio_to_smoe: float
     """Ratio of the median time to that of the plain model."""
     paper_ratio: float
-    """Ratio of the time per token of the first MH-MoE paper's model to that of its SMoE, both with dynamic routing.
+    """Time per token of this kind of model (SMoE or MH-MoE) in the first MH-MoE paper, divided by that of its SMoE.
 
-    The paper does not state its h.
+    Both have dynamic routing. The paper does not state the number of heads h of its MH-MoE model.
     """
 
     @property
@@ -163,7 +163,7 @@ def matched_models(size: Size, heads: Sequence[int]) -> dict[str, RunSpec]:
 
 
 def _run_spec(model: ModelSpec, size: Size) -> RunSpec:
-    """Return the spec of a run without text; `Case` draws random tokens."""
+    """Return the spec of a run that trains a model on random tokens, without a corpus."""
     # A spec must name a source and a prepared folder, but nothing reads them: `Case` draws random tokens, because the
     # time of a step does not depend on its tokens.
     data = DataSpec(sources={"none": SourceSpec(path="none")}, prepared="none", seq_len=size.seq_len)
@@ -179,12 +179,12 @@ PAPER_TOKENS_PER_SECOND = {
 
 
 def time_ratio(model: str, routing: str) -> float:
-    """Return the ratio of a model's time per token in the first paper to that of the paper's dynamic SMoE."""
+    """Return a model's time per token in the first MH-MoE paper, divided by that of its SMoE with dynamic routing."""
     return PAPER_TOKENS_PER_SECOND["SMoE", "dynamic"] / PAPER_TOKENS_PER_SECOND[model, routing]
 
 
 class PaperComparison(NamedTuple):
-    """Time of one of our layers beside that of a model in the first MH-MoE paper, both relative to a plain one."""
+    """Times of one of our layers and of a model in the first MH-MoE paper, each relative to a plain SMoE."""
 
     layer: str
     """Name of our layer."""
@@ -193,7 +193,7 @@ class PaperComparison(NamedTuple):
     tokens_a_second: float
     """Tokens per second of the paper's model."""
     papers_ratio: float
-    """Ratio of the time per token of the paper's model to that of the paper's dynamic SMoE."""
+    """Time per token of the paper's model, divided by that of the paper's SMoE with dynamic routing."""
     our_ratio: float
     """Ratio of our layer's time to that of our plain layer."""
 
@@ -202,7 +202,7 @@ def compare_with_paper(figures: Sequence[Figures]) -> list[PaperComparison]:
     """Return comparisons of our plain and multi-head layers, static and dropless, with the first paper's models.
 
     Args:
-        figures: measurements of the dense layer, of the plain one, and then of the others.
+        figures: measurements of the dense layer, of the plain mixture of experts, and then of the other layers.
     """
     [plain_median] = (f.median for f in figures[1:2])
     rows = []

@@ -1,8 +1,9 @@
 """Sweep: measurement of layers at several values (points) of one size (axis), and the growth of their cost.
 
-The axis is the number of tokens, of experts, of experts per row, or of heads. Static routing is measured up to
-`measure.STATIC_ROWS` rows. For more tokens T its cost is extrapolated as a T + b T^2: experts compute T rows, and the
-masks have T x E C values, where C is the expert capacity and E C grows with T.
+The axis is the number of tokens, of experts, of experts per row, or of heads. Rows are the vectors that are routed:
+tokens, or sub-tokens with several heads. Static routing is measured up to `measure.STATIC_ROWS` rows. For more tokens T
+its cost is extrapolated as a T + b T^2: experts compute T rows, and the masks have T x E C values, where E is the
+number of experts, C is the expert capacity, and E C grows with T.
 """
 
 import math
@@ -42,7 +43,7 @@ class Sweep(NamedTuple):
 
     axis: AxisName
     points: dict[int, list[Figures]]
-    """Measurements at each point of the axis: of the dense layer, of the plain one, and then of the others."""
+    """Measurements at each point: of the dense layer, of the plain mixture of experts, and then of the other layers."""
     skipped: list[SkippedCase]
 
     @property
@@ -58,7 +59,8 @@ class Sweep(NamedTuple):
     def growth(self) -> dict[str, float]:
         """Growth of the measured time along the axis, for each layer that was measured at two points or more.
 
-        If work grows along the axis, it is the exponent (1 is linear); if work stays the same, it is max / min - 1.
+        If work grows along the axis, growth is the exponent of a power law (1 is linear). If work stays the same,
+        growth is the longest time divided by the shortest, minus 1.
         """
         measure_growth = fit_exponent if AXES[self.axis].work_grows else relative_spread
         measured_times = {

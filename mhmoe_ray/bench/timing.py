@@ -1,7 +1,7 @@
 """Interleaved timing: each round runs all cases, so that other load on the machine affects all cases alike.
 
-The module also has what measurements share: the device and its clock, errors for impossible sizes, and the check of
-which packages to compare are installed.
+The module also has what measurements share: the device and its clock, errors for impossible sizes, and a check which of
+the packages to compare are installed.
 """
 
 import platform
@@ -45,7 +45,7 @@ def time_interleaved(
     Args:
         cases: the functions to time, by name.
         rounds: the number of rounds that are counted.
-        clock: a function that returns seconds; for a GPU, one that waits for it.
+        clock: a function that returns seconds; for a GPU, one that waits until the GPU has finished its work.
         warm_up: whether to add a first round that is not counted; cases that have run before do not need it.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -160,7 +160,8 @@ def installed_contestants(packages: Mapping[str, str | None], report: Callable[[
     """Return the names of the alternatives to measure whose package is installed, in the order of `packages`.
 
     Args:
-        packages: the package that each alternative needs, by the alternative's name; None if it needs only ours.
+        packages: the package that each alternative needs, by the alternative's name; None if it needs no other
+            package than mhmoe_ray.
         report: a function that is called with a line for each alternative whose package is missing.
     """
     missing_packages = {name: package for name, package in packages.items() if package and find_spec(package) is None}

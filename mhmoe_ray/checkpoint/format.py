@@ -18,7 +18,7 @@ from mhmoe_ray.model.held import local_shard, shard_offset
 from mhmoe_ray.storage import FileEntry, Location
 
 SUFFIX = ".safetensors"
-# Size of the pieces in which a file is written and a slice is converted, so that few extra bytes are in memory.
+# Files are written and slices are converted in pieces of this size, so that little additional memory is needed.
 PIECE_BYTES = 16 << 20
 _OFFSETS_KEY, _VERSION_KEY = "DCP_SHARDING_INFO", "DCP_VERSION"
 DTYPES = {

@@ -119,7 +119,7 @@ class StatefulObjective(Protocol):
         """State that a checkpoint must hold in addition to weights and moments; None if the objective has none."""
 
     def load_state(self, state: Mapping[str, Any] | None) -> None:
-        """Restore the objective from the state in a checkpoint; None if the checkpoint holds no such state."""
+        """Restore the objective from its state in a checkpoint; `state` is None if the checkpoint holds none."""
 
 
 class TrainerState(Protocol):
@@ -143,11 +143,11 @@ class TrainerState(Protocol):
 
 
 def restore(trainer: TrainerState, checkpoint: Location, manifest: CheckpointManifest) -> None:
-    """Restore a trainer's weights, moments, step, tokens and skipped steps from a checkpoint.
+    """Restore a trainer from a checkpoint: weights, moments, objective, step, and numbers of tokens and skipped steps.
 
     This is a collective operation. The checkpoint may come from a run with another world size or sharding strategy. Its
-    files are not verified here. A checkpoint at the start from another model may have no moments. Then moments are
-    zero, and so are the buffers that only training needs.
+    files are not verified here. The checkpoint of step 0 of a run that starts from another model may have no moments.
+    In this case the moments become zero, and so do the buffers that only training needs.
     """
     strategy = trainer.strategy
     # AdamW counts updates, which may be fewer than steps, because a skipped step makes no update.

@@ -52,7 +52,7 @@ class CheckpointManifest(BaseModel):
     skipped_in_a_row: int = 0
     """Number of consecutive skipped steps up to this one; 0 if the last step updated the weights."""
     objective: dict[str, Any] | None = None
-    """State of the training objective. Only that of a vision model with an adaptive number of experts has one."""
+    """State of the training objective; None unless the model is a vision model with an adaptive number of experts."""
     updates_before: int = 0
     """Number of optimizer updates of the earlier runs whose moments this run copied at its start; 0 without a copy."""
     tokens: int

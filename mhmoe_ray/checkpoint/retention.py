@@ -47,7 +47,7 @@ class RetentionPolicy:
         best_checkpoint = min(
             reversed(validated_checkpoints), key=lambda path: losses[step_and_group(path)[0]], default=None
         )
-        # Each start of a replica loads the checkpoint that its application serves.
+        # Each start of a replica loads the checkpoint that its application serves, so this checkpoint must be kept.
         served_names = {event["checkpoint"] for event in events.deployments(events.read(self._run)).values()}
         return [
             path

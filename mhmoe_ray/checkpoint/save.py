@@ -1,7 +1,7 @@
 """Checkpoint writer in the background: training waits neither for storage nor, usually, for the copy of its state.
 
     training    | step 100 | forward and backward of 101 | update | step 102 | step 103 | ...
-    background              | copy the state | write own file of each part, hash it | gather hashes | commit manifest |
+    background              | copy the state | write and hash the rank's own files  | gather hashes | commit manifest |
 
 The state of training changes only in optimizer updates, so it is copied during the forward and backward pass of the
 next step. The update waits until the copy is complete. Each rank copies only its own share (`WriterAssignment`) into

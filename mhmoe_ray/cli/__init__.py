@@ -7,7 +7,7 @@
     submit.py      start a run            follow.py     follow a run to its end
     runs.py        list, resume, stop, rm
     status.py      state of a run         logs.py       logs of its job and workers
-    plan.py, plan_tables.py                 the meaning of a spec
+    plan.py, plan_tables.py                 sizes, memory, traffic and placement of a spec's run
     plan_placement.py, plan_estimate.py     tables of the placement, and of estimates for a planned cluster
     presets.py     models by name         schema.py     the JSON schema of specs
     data.py        write sample text, prepare text as shards
@@ -20,8 +20,8 @@
     sweep.py, sweep_follow.py               many runs from one file
     report.py      comparison of runs
     bench.py, bench_layer.py, bench_serve.py, bench_tables.py   measurements of alternatives side by side
-    cluster.py     the local cluster, names for others, doctor
+    cluster.py     the local cluster, names for other clusters, doctor
 
-Commands parse arguments, call the Python interface (`mhmoe_ray/api`), print and follow. Modules here import neither
-torch nor ray, so that `mhmoe --help` answers at once. Commands import what they need when they run.
+Commands parse arguments, call the Python interface (`mhmoe_ray/api`), print results and follow jobs. Modules here
+import neither torch nor ray, so that `mhmoe --help` answers at once. Commands import what they need when they run.
 """

@@ -54,9 +54,10 @@ def train(
     """Time whole training steps of a plain mixture of experts (SMoE) and of MH-MoE with equal multiply-adds and
     parameters.
 
-    The models are those of the follow-up paper (arXiv 2411.16205) at a small size, with k = h. A step is training's
-    own: forward, loss and backward of each micro-batch, clipping, AdamW. All models take turns in each round; results
-    are medians, beside the throughput in the first paper (arXiv 2404.15045). With --json the table goes to stderr.
+    The models are those of the follow-up paper (arXiv 2411.16205) at a small size, with k = h. Each step does the
+    work of a training step: forward, loss and backward of each micro-batch, clipping, AdamW. All models take turns in
+    each round; results are medians, beside the throughput in the first paper (arXiv 2404.15045). With --json the table
+    goes to stderr.
     """
     from mhmoe_ray.bench import timing
     from mhmoe_ray.bench.steps import SMALL_SIZE, measure
@@ -141,9 +142,9 @@ def dispatch(
     ranks that are simulated by processes on this machine's CPU.
 
     Dispatch sends rows (tokens or sub-tokens) to the ranks that hold their experts. The table shows the bytes of rows
-    that are sent from node to node; with --slow-link it shows all bytes that crossed the link, headers included. Their
-    ratio is beside the ratio that follows from the random choices of experts. The link joins two network namespaces,
-    which are removed at the end. With --json the table goes to stderr.
+    that are sent from node to node; with --slow-link it shows all bytes that crossed the link, headers included. The
+    ratio of the bytes of hierarchical to flat dispatch is beside the ratio expected for random choices of experts. The
+    link joins two network namespaces, which are removed at the end. With --json the table goes to stderr.
     """
     from mhmoe_ray.bench import timing
     from mhmoe_ray.bench.dispatch.measure import measure
@@ -314,8 +315,8 @@ def commands(
     submit: Annotated[bool, typer.Option(help="Also submit the spec that many times, on the running cluster.")] = True,
     json: JsonOption = False,
 ) -> None:
-    """Time `mhmoe --help`, `mhmoe status` of a run with a million lines of metrics, and the time from `mhmoe submit` to
-    its job's first sign of life, each as a process of its own.
+    """Time `mhmoe --help`, `mhmoe status` of a run with a million lines of metrics, and `mhmoe submit` until its job
+    records its first event, each as a process of its own.
 
     Submitted runs are ended at once, and their directories stay; start a cluster and prepare the data beforehand.
     """

@@ -59,7 +59,7 @@ def layer(
     hardware = timing.find_hardware(device)
     shape = Shape(tokens, d_model, experts, top_k, d_expert)
     kernel_names = [kernel.strip() for kernel in kernels.split(",")]
-    # A sweep measures many points, so each of them gets fewer rounds.
+    # A sweep measures many points, so each of them gets fewer rounds than a single point without a sweep.
     request = Request(shape, heads or [2, 4], dtype, rounds or (3 if axis else 7), kernel_names, static, peers)
     header = {**hardware.as_json(), "dtype": dtype, "rounds": request.rounds, "shape": shape._asdict()}
     with checked_sizes("bench layer"):

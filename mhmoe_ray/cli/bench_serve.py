@@ -134,7 +134,7 @@ def _write_model(
         precision: precision of the weights when the model is served.
         threads: CPUs of each engine or server.
         max_clients: largest number of clients at a time.
-        mixtral: whether the model is a Mixtral, which is also exported in the format of other packages.
+        mixtral: whether the model is a Mixtral, which is also exported in Hugging Face's layout for other packages.
     """
     from mhmoe_ray.bench.serve.engines import ServedModel
     from mhmoe_ray.bench.serve.model import write_run

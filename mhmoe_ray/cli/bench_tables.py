@@ -78,7 +78,7 @@ def steps_table(figures: Sequence["steps_.StepFigures"]) -> Table:
 def rates_table(figures: "Sequence[Rates]") -> Table:
     """Return a table of the tokens per second of engines or servers, by number of clients.
 
-    Its last column has the ratios to engines or servers in earlier rows with the same number of clients.
+    The last column has the ratio of each rate to the rates in earlier rows with the same number of clients.
     """
     rows = []
     for f in figures:
@@ -137,7 +137,8 @@ def sweep_tables(sweep: "Sweep") -> Iterable[Part]:
 def paper_table(figures: Sequence["Figures"]) -> Part:
     """Return a table, with its title, of our layers beside the throughput of models in the first MH-MoE paper.
 
-    Each has a version with static routing, which drops rows beyond an expert's capacity, and a dropless version.
+    Each layer and model has a version with static routing, which drops rows beyond an expert's capacity, and a dropless
+    version.
     """
     from mhmoe_ray.bench.steps import compare_with_paper
 

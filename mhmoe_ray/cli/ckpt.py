@@ -82,9 +82,9 @@ def verify(
     """Check all checkpoints of a run, or compare two models tensor by tensor and expert by expert.
 
     With one run, names, sizes and hashes of all files are compared with the manifests. A checkpoint without a manifest
-    was never finished and does not count as damaged; a checkpoint that keep_checkpoints has removed meanwhile does not
-    count either. With two models, their weights and their logits on fixed tokens are compared. The exit code is 8 if a
-    checkpoint is damaged, or if the models differ by more than rounding to 16 bits.
+    was never finished and does not count as damaged; nor does a checkpoint that the run has removed meanwhile because
+    of keep_checkpoints. With two models, their weights and their logits on fixed tokens are compared. The exit code is
+    8 if a checkpoint is damaged, or if the models differ by more than rounding to 16 bits.
     """
     if run is not None and other_model is not None:
         _compare(run, other_model, storage, json)
@@ -223,7 +223,8 @@ def import_(
 ) -> None:
     """Import a model that was trained elsewhere as a run; it can be served and exported, not resumed.
 
-    Its architecture is Llama, Mistral, Qwen2, Qwen3, Mixtral, Qwen3-MoE, OLMoE, or that of an export.
+    Its architecture is Llama, Mistral, Qwen2, Qwen3, Mixtral, Qwen3-MoE, OLMoE, or that of a model that `mhmoe ckpt
+    export` wrote.
     """
     from mhmoe_ray.api.attempts import run_argument
     from mhmoe_ray.checkpoint.huggingface.hub import PREFIX, local_folder

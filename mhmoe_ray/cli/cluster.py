@@ -132,7 +132,7 @@ def use(
     """Use this cluster from now on, unless --address or the environment names another one.
 
     For example `mhmoe cluster use lab --address http://head:8265 --token-file ~/lab-token`; `mhmoe cluster use local`
-    goes back.
+    goes back to the local cluster.
     """
     from mhmoe_ray.cluster import connect
     from mhmoe_ray.cluster.connect import normalised
@@ -182,8 +182,8 @@ def render(
     """Write manifests for KubeRay, cluster files for `ray up`, a SLURM script, a container file, and configurations of
     Prometheus and Grafana.
 
-    --set overrides keys of the run's spec; keys in MHMOE_API_KEYS are written as their hashes. For
-    example `mhmoe cluster render cluster/site.yaml --into /tmp/lab`.
+    --set overrides keys of the run's spec; API keys in MHMOE_API_KEYS are written as their hashes. For example `mhmoe
+    cluster render cluster/site.yaml --into /tmp/lab`.
     """
     from mhmoe_ray.api.serve_target import API_KEYS_VARIABLE, with_environment_keys
     from mhmoe_ray.cli.serve_choice import resolve_target

@@ -144,9 +144,10 @@ def inspect(
 ) -> None:
     """Read text on the cluster and show its contents, by domain and by language.
 
-    It counts documents, bytes, characters and words; tokens, with the tokenizer of the spec's prepared folder, else
-    with data.tokenizer, and fertility; lengths; images and their sizes; unreadable records; exact copies. Of prepared
-    data it also shows the contents of the shards.
+    It counts documents, bytes, characters, words, images, unreadable records and exact copies, and shows the lengths of
+    documents and the sizes of images. With a tokenizer (that of the spec's prepared folder, else data.tokenizer) it
+    also counts tokens and shows fertility: tokens per word and per character. Of prepared data it also shows the
+    contents of the shards.
     """
     target = resolve_target(data, set_)
     # Packed samples are read here from the prepared folder, so no job is needed.

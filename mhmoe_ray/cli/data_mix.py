@@ -101,11 +101,11 @@ def mix(
 ) -> None:
     """Show what a training reads of each source, domain and language: shares, samples, epochs and tokens by phase.
 
-    Shares "by size" follow the sources' weights and the number of tokens; "tempered" shares also include alpha;
-    "limited" shares include max_epochs too. Numbers of samples are exact, as the training order itself counts them.
-    Tokens are without padding, and an average where samples are padded. For a run that continues the order of another,
-    "read before" is the number of samples that the other run has read: this one reads those after them. The data must
-    be prepared.
+    Shares "by size" follow the sources' weights and the number of tokens; "tempered" shares also depend on alpha;
+    "limited" shares depend on max_epochs too. Numbers of samples are exact, as the training order itself counts them.
+    Numbers of tokens exclude padding; where samples are padded, the domain's mean number of tokens per sample is used.
+    For a run that continues the order of another run, "read before" is the number of samples that the other run has
+    read; this run reads the samples after them. The data must be prepared.
     """
     from mhmoe_ray.data.shards.manifest import require_prepared_data
 

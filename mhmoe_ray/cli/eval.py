@@ -104,10 +104,13 @@ def eval_(
     json: JsonOption = False,
 ) -> None:
     """Show loss, perplexity and bits per byte of a run's checkpoint, by domain and language, on its held-out text or
-    any other text; or its scores in lm-eval's tasks. For an encoder: the loss of each part of its held-out samples, and
-    the value of the image, which is how much better hidden tokens of captions are predicted with their image than with
-    another or without one; retrieval and captions, if it learned them; or classes by a linear probe. For a vision
-    model: the losses of its tasks, the accuracy of classes, and COCO's average precision of objects.
+    any other text; or its scores in lm-eval's tasks.
+
+    For an encoder, it shows the losses on held-out samples, and the value of the image, which is how much better hidden
+    tokens of captions are predicted with their own image than with another image or none. It also shows the scores of
+    retrieval and of captions if the encoder learned them. With --probe, it shows only the accuracy of a linear probe.
+    For a vision model, it shows the losses of its tasks, the accuracy of classes, and COCO's average precision of
+    objects.
 
     The result stays in the run directory. Routing is dropless, as in serving. For example `mhmoe eval --text books/
     --samples 100`, or `mhmoe eval --tasks english --limit 200`.
@@ -179,8 +182,8 @@ def _print_class_scores(scores: "dict[str, ClassScore]") -> None:
 def _print_encoder_figures(figures: "EncoderFigures") -> None:
     """Print the evaluation of an encoder: losses, linear probe, value of the image, retrieval and captions.
 
-    The value of the image is how much the loss of hidden caption tokens falls if the model sees their image, in nats
-    per token.
+    The value of the image is how much lower the loss of hidden caption tokens is with their own image than with another
+    image or none, in nats per token.
     """
     if figures.losses:
         rows = [
@@ -219,13 +222,14 @@ def _print_encoder_figures(figures: "EncoderFigures") -> None:
 
 
 WAYS = ("name", "image")
-"""Result of each of the two directions of retrieval: the name that fits an image, and the image that fits a name."""
+"""Kind of result of each direction of retrieval: the name (caption) for an image, and the image for a name."""
 
 
 def _retrieval_rows(figures: "dict[str, RetrievalFigures]") -> list[list[str]]:
     """Return the rows of the retrieval table: each domain, followed by the languages of its captions.
 
-    If there is a baseline, the nearest training image in pixels, it has a row of its own below each of them.
+    If the scores have a baseline, which answers with the nearest training image in pixels, each of these rows is
+    followed by a row of the baseline.
     """
     rows = []
     for domain, domain_figures in figures.items():
@@ -247,7 +251,7 @@ def _task_rows(tasks: dict[str, dict[str, Any]]) -> list[list[str]]:
         for name, value in result.items():
             if name == "questions" or STANDARD_ERROR in name:
                 continue
-            # lm-eval names a figure MEASURE,FILTER and its standard error MEASURE_stderr,FILTER.
+            # lm-eval names a metric MEASURE,FILTER and its standard error MEASURE_stderr,FILTER.
             measure, comma, filter_name = name.partition(",")
             error = result.get(f"{measure}{STANDARD_ERROR}{comma}{filter_name}")
             error_text = "-" if error is None else f"{error:.4f}"

@@ -156,7 +156,7 @@ class _RunView:
         self._preparation = PreparationView(shared_folder(run.spec()), progress)
 
     def refresh(self) -> list[dict[str, Any]]:
-        """Show the events and metrics that the run directory got since the last call, and the data preparation.
+        """Show the run's events and metrics since the last call, and the progress of data preparation.
 
         Returns:
             All events that were shown.

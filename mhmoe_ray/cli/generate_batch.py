@@ -199,8 +199,8 @@ def _make_request(
     )
     output.check_request(request, is_first=True)
     is_checked = stored_request is not None and not stored_request.differences(request)
-    # If the output folder holds a request with equal hashes, these rows were checked for that request. They are not
-    # checked again, because checking takes longer than hashing.
+    # If the output folder holds an equal request (with the same hash of the input), these rows were checked for that
+    # request. They are not checked again, because a check takes longer than the hash.
     checked_file = stored_request.input if stored_request and is_checked else _check_input(request)
     if checked_file.first_chat and not run.chat_template_file.exists():
         subject = f"{source.subject} row {checked_file.first_chat}"

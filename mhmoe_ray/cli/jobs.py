@@ -21,7 +21,12 @@ def detach_from_job(job: "SubmittedJob[Any]", hint: str | None = None) -> Abstra
 
 
 def follow_job(job: "SubmittedJob[Any]", hint: str | None = None) -> None:
-    """Print the lines that a job writes for the user, until the job ends; for `hint` see `detach_from_job`."""
+    """Print the lines that a job writes for the user, until the job ends or the user presses Ctrl-C.
+
+    Args:
+        job: the job to follow.
+        hint: advice to the user after Ctrl-C; by default the address of the dashboard.
+    """
     with detach_from_job(job, hint):
         for line in job.progress():
             print_note(line)

@@ -92,7 +92,7 @@ def logs(
     storage: StorageOption = STORAGE,
     json: JsonOption = False,
 ) -> None:
-    """Print the log of a run's newest attempt, with all workers, or of one worker by its rank.
+    """Print the log of a run's newest attempt: that of the whole job, or that of the worker with a given rank.
 
     If the cluster is gone, the lines that the run directory keeps are printed.
 

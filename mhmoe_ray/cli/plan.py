@@ -1,4 +1,4 @@
-"""`mhmoe plan`: show what a spec means before anything starts."""
+"""`mhmoe plan`: show the sizes, memory, traffic and placement of a spec's run before it starts."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,8 +38,9 @@ def plan(
     """Show the resolved spec: sizes, ratios to its reference, memory and traffic per rank, and placement of its
     workers.
 
-    By default this is a forecast for the cluster that a run would go to, if one runs. With --nodes and --gpus it is a
-    plan for a cluster on paper, whose other properties are the spec's cluster.accelerator and cluster.network.
+    By default this is a forecast for the cluster that a run would go to, if that cluster is running. With --nodes and
+    --gpus it is a plan for a cluster on paper, whose other properties are the spec's cluster.accelerator and
+    cluster.network.
     """
     # Commands import inside their functions, so that `mhmoe --help` loads neither pydantic nor Ray.
     from mhmoe_ray.api.placement import forecast_placement, placement_remarks, planned_placement
@@ -264,7 +265,10 @@ def _static_routing(spec: "RunSpec") -> str | None:
 
 
 def _kernel(spec: "RunSpec") -> str | None:
-    """Return the summary's line about the kernel that `auto` stands for in the memory estimate; None for others."""
+    """Return the summary's line about the kernel that `auto` stands for in the memory estimate.
+
+    Return None if the spec names a kernel, or if the model has no kernel to choose (dense, or router `smear`).
+    """
     from mhmoe_ray.planner.expert_step import assumed_kernel, may_use_cpp
 
     if spec.model.moe is None or spec.model.moe.kernel != "auto" or spec.model.moe.router == "smear":

@@ -1,4 +1,4 @@
-"""`mhmoe presets`: list models by name, each compared with its reference."""
+"""`mhmoe presets`: list models by name, each compared with its reference model."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +19,7 @@ def presets(
     part: Annotated[str, typer.Argument(help="List only presets with this in their names.", show_default=False)] = "",
     json: JsonOption = False,
 ) -> None:
-    """List the models that `preset:` names in a spec, with sizes and ratios to their reference."""
+    """List the models that `preset:` names in a spec, with sizes and ratios to their reference models."""
     from mhmoe_ray.errors import SpecError
     from mhmoe_ray.planner.resolve import all_presets
 

@@ -25,12 +25,12 @@ def report(
     storage: StorageOption = STORAGE,
     json: JsonOption = False,
 ) -> None:
-    """Write one self-contained HTML page, and PNGs, that compare runs: losses against steps, tokens and FLOPs, sizes
-    and compute, balance, loads of experts, throughput, a verdict with its uncertainty over seeds, and the accuracies,
-    precisions and recalls of evaluations that all runs have (extra `report`).
+    """Write one self-contained HTML page, and PNGs, that compare runs (needs the extra `report`).
 
-    Runs that differ in their seed alone count as one variant. For example `mhmoe report follow-up-small --baseline
-    smoe`.
+    The page shows losses against steps, tokens and FLOPs; sizes and compute; balance and loads of experts; throughput;
+    a verdict with its uncertainty over seeds; and the accuracies, precisions and recalls of evaluations that all runs
+    have. Runs that differ in their seed alone count as one variant. For example `mhmoe report follow-up-small
+    --baseline smoe`.
     """
     from mhmoe_ray.report.page import PAGE_FILE, write_report
     from mhmoe_ray.runs.directory import find_run

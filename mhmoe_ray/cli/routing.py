@@ -47,9 +47,9 @@ def routing(
     address: AddressOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show how a run's router balanced in training, and where its checkpoint sends the tokens of its held-out text or
-    any other: loads, share of experts in use by threshold, how many experts a token's sub-tokens see, how often heads
-    agree, and how domains and languages differ, or images and texts.
+    """Show how evenly a run's router loaded the experts in training, and where its checkpoint sends the tokens of its
+    held-out text or any other text: loads, share of experts in use by threshold, how many experts a token's sub-tokens
+    go to, how often heads agree, and how domains and languages, or images and texts, differ.
 
     For example `mhmoe routing --text books/ --samples 100`.
     """

@@ -100,7 +100,8 @@ def _run_row(run: "RunDir", connect: "Callable[[str], Connection]") -> dict[str,
             spec = run.spec()
             steps, preset = spec.train.steps, spec.origin
         state, _, _ = state_of(run, events.read(run), connect)
-    # Another version may have written a spec that this one cannot read. The other runs should still be listed.
+    # Another version of the package may have written a spec that this version cannot read. The other runs should
+    # still be listed.
     except SpecError:
         steps, state = "?", "unreadable spec"
     return {
@@ -135,9 +136,9 @@ def resume(
 ) -> None:
     """Resume a run that stopped, failed or lost its cluster, from its newest complete checkpoint.
 
-    It runs on the same cluster as before, unless an address is given. Only keys of the cluster section may change: with
-    them the run goes on exactly as it would have. With --until, a run trains longer than its spec says, even if it is
-    finished. A learning rate that has decayed stays at its end, min_lr.
+    It runs on the same cluster as before, unless an address is given. With --set, only keys of the cluster section
+    may change, because the run must go on exactly as it would have without the interruption. With --until, a run trains
+    longer than its spec says, even if it is finished. A learning rate that has decayed stays at its last value, min_lr.
     """
     from mhmoe_ray.api.attempts import resume_run
     from mhmoe_ray.runs.directory import find_run

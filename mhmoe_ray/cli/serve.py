@@ -168,7 +168,7 @@ def _wait_until_running(service: "Service") -> None:
 
 def curl_command(url: str) -> str:
     """Return a shell command that sends a completion request to the server at `url`."""
-    # Without `max_tokens`, the server chooses a number that its limit allows.
+    # The body has no `max_tokens`, so that the server chooses a number of tokens that its limit allows.
     body = '{"prompt": "Fellow citizens"}'
     return f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
 
@@ -189,7 +189,7 @@ def caption_command(url: str) -> str:
 
 
 def image_command(url: str) -> str:
-    """Return a shell command that sends an image to a route of a vision model."""
+    """Return a shell command that sends an image to `url`, an endpoint of the server of a vision model."""
     return f"curl {url} -H 'Content-Type: image/jpeg' --data-binary @image.jpg"
 
 

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 
 def state_view(run_state: dict[str, Any]) -> RenderableType:
-    """Return the view of `mhmoe status`: a table of facts about a run and, if it failed, the last lines of its worker.
+    """Return the view of `mhmoe status`: a table of facts about a run.
+
+    If the run failed, the last lines of the worker that failed follow the table.
 
     Args:
         run_state: the state of the run, as `cluster.runs.run_status` returns it.
@@ -240,7 +242,7 @@ def status(
 ) -> None:
     """Show the state of a run.
 
-    For example `mhmoe status tiny-3` for the run whose id begins so, or `mhmoe status --watch` for the newest.
+    For example `mhmoe status tiny-3` for the run whose id begins with tiny-3, or `mhmoe status --watch` for the newest.
     """
     from mhmoe_ray.cluster.runs import run_status
     from mhmoe_ray.runs.directory import find_run

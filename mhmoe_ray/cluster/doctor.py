@@ -177,7 +177,7 @@ def port_findings() -> Iterator[Finding]:
     """Yield findings on servers of Ray on this machine that other machines can reach."""
     try:
         listening = [c for c in psutil.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-    except psutil.AccessDenied:  # for example on macOS
+    except psutil.AccessDenied:  # On macOS, for example, only root may list open ports.
         yield Finding("note", "open ports", "this user may not list them", "run `mhmoe doctor` as root to see them")
         return
     open_servers: set[tuple[str, str, int]] = set()
@@ -211,7 +211,7 @@ def _kind(pid: int) -> str | None:
 
 
 SKEW_SECONDS = 5.0
-"""Difference in seconds between two clocks from which on `mhmoe status` would show misleading ages."""
+"""Largest difference of clocks in seconds that is no problem; a larger one makes ages in `mhmoe status` misleading."""
 
 
 def reach_findings(address: str | None) -> Iterator[Finding]:
@@ -284,7 +284,7 @@ def _clock(connection: Connection) -> Iterator[Finding]:
 PROBE_BYTES = 8 << 20
 """Bytes of the file whose write and read measure the speed of the storage.
 
-The size suits slow storage, and is large enough to hide the latency.
+The file is small enough for slow storage, and large enough that latency hardly affects the measured speed.
 """
 
 

@@ -265,7 +265,7 @@ def _items_of_thread(generator: AsyncGenerator[T]) -> Generator[T]:
             yield item
         task.result()
     finally:
-        # A closed loop raises a RuntimeError. Its generator has then ended, so there is nothing to cancel.
+        # A closed loop raises a RuntimeError. The generator has ended by then, so there is nothing to cancel.
         with suppress(RuntimeError):
             loop.call_soon_threadsafe(task.cancel)
         thread.join()

@@ -97,7 +97,10 @@ def _labels(connection: Connection, label: str) -> dict[str, str]:
 
 
 def _taken_resources(usage: str) -> dict[str, float]:
-    """Return the CPUs and GPUs of a node that are taken, from Ray's usage lines; a new node has no such lines."""
+    """Return the CPUs and GPUs of a node that are taken, from Ray's usage lines.
+
+    A new node has no usage lines yet, so nothing of it counts as taken.
+    """
     amounts: dict[str, float] = {}
     for line in usage.splitlines():
         if match := _USAGE.match(line):
@@ -113,7 +116,7 @@ ALL_LINES = 1_000_000_000
 
 
 def process_log(connection: Connection, node: str, pid: int, kind: str, *, follow: bool = False) -> Iterator[str]:
-    """Yield the lines that a worker process wrote to stdout or stderr, without Ray's own marks.
+    """Yield the lines that a worker process wrote to stdout or stderr, without the lines that Ray inserts.
 
     Args:
         connection: the cluster.
@@ -123,7 +126,7 @@ def process_log(connection: Connection, node: str, pid: int, kind: str, *, follo
         follow: whether to wait for new lines forever, instead of ending with the last line.
 
     Raises:
-        JobError: the node is gone, or has no such file.
+        JobError: the node is gone, or has no log of this process.
     """
     query = {
         "node_id": node,

@@ -22,7 +22,7 @@ EXCLUDED_PATTERNS = (
 )
 """Patterns in the syntax of .gitignore for files that no job needs; .gitignore and .rayignore files apply as well."""
 SHOWN_PARTS = 5
-"""Number of files and folders that an error names about a folder that is too large to send: its largest parts."""
+"""Largest number of files and folders to name in an error about a folder that is too large to send."""
 
 
 class SentFolder(NamedTuple):
@@ -40,7 +40,7 @@ class SentFolder(NamedTuple):
 def sent_folders(runtime_env: Mapping[str, Any]) -> list[SentFolder]:
     """Return the folders of this machine that Ray would send with a runtime environment, and the sizes of their parts.
 
-    A part is a file or folder directly in one of them. Excluded files do not count.
+    A part is a file or folder that lies directly in a sent folder. Excluded files do not count.
     """
     excludes = list(runtime_env.get("excludes", []))
     modules = [runtime_env.get("working_dir"), *runtime_env.get("py_modules", [])]
@@ -91,10 +91,10 @@ def _files(folder: Path, predicates: list[Any]) -> Iterator[Path]:
 
 
 class _SilentLogger:
-    """Logger that drops all messages, for Ray's functions on exclude patterns."""
+    """Logger that drops all messages; it is passed to Ray's function that reads .gitignore and .rayignore files."""
 
     def info(self, *_: object) -> None:
-        """Drop the message; Ray logs one about each file with exclude patterns."""
+        """Drop the message; Ray logs one about each folder that has a .gitignore or .rayignore file."""
 
 
 def _format_megabytes(size: int) -> str:

@@ -1,4 +1,4 @@
-"""Submission of the requests of `mhmoe_ray/remote.py` as Ray jobs of a cluster; their logs and results."""
+"""Remote jobs on a cluster: submit a request of `mhmoe_ray/remote.py` as a Ray job, and read its log and result."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -15,9 +15,9 @@ R = TypeVar("R")
 
 
 def submission_id(job_name: str) -> str:
-    """Return the name in Ray of the job that a request calls `job_name`.
+    """Return the submission id, which is the name that Ray gets for the remote job `job_name`.
 
-    The name is part of URLs of Ray's jobs API, so characters other than letters, digits and - are replaced.
+    The id is part of URLs of Ray's jobs API, so characters other than letters, digits and - are replaced.
     """
     return re.sub("[^A-Za-z0-9-]", "-", job_name)
 

@@ -20,7 +20,7 @@ from mhmoe_ray.errors import ServeError
 from mhmoe_ray.ray_compat import SDK_LOGGERS
 
 END_SECONDS = 150.0
-"""Timeout in seconds for the shutdown of Serve, which is several times as long as one request for it waits (30 s)."""
+"""Timeout in seconds for the shutdown of Serve; it allows for several requests, each of which waits up to 30 s."""
 
 
 @functools.cache
@@ -29,7 +29,7 @@ def client(connection: Connection) -> Any:
     # The import takes longer than everything else that `mhmoe status` does, so it is delayed until it is needed.
     from mhmoe_ray.ray_compat import ServeSubmissionClient
 
-    logging.getLogger(SDK_LOGGERS[0]).setLevel(logging.WARNING)  # The client logs every upload.
+    logging.getLogger(SDK_LOGGERS[0]).setLevel(logging.WARNING)  # By default it logs every upload.
     return ServeSubmissionClient(connection.address, headers=connection.headers)
 
 

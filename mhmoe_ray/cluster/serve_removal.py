@@ -22,7 +22,7 @@ from mhmoe_ray.errors import ServeError
 REPORT_SECONDS = 30.0
 """Seconds between two lines of progress while an application is being removed."""
 CANCEL_SECONDS = 60.0
-"""Timeout in seconds for Serve to build an application and to cancel its starting replicas.
+"""Timeout in seconds for Serve to build an application, and once more for it to cancel the starting replicas.
 
 Both take a few seconds unless the machine is busy or an environment is being installed.
 """
@@ -88,10 +88,11 @@ def _request_removal(
 def _cancel_starting_replicas(connection: Connection, name: str, retrying_caller: RetryingCaller) -> None:
     """Make Serve cancel the starting replicas of an application, and wait for that up to `CANCEL_SECONDS`.
 
-    When Serve removes an application, it grants starting replicas the same time as running ones, which is ten minutes
-    for our applications. Serve ends them at once only if another version of their deployment replaces them. So this
-    function deploys a version that no node can run. It skips deployments with placement groups, because their resources
-    cannot be changed; our applications have none.
+    When Serve removes an application, it grants starting replicas the same time to end as running ones, which is ten
+    minutes for our applications. Serve ends starting replicas at once only if another version of their deployment
+    replaces them. So this function deploys a version that no node can run. It deploys nothing if one of the
+    deployments with starting replicas has placement groups, because their resources cannot be changed; our applications
+    have none.
     """
 
     def wait_until(is_done: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
@@ -152,9 +153,9 @@ def _has_starting_replicas(deployment: dict[str, Any]) -> bool:
 
 
 def _has_cancelled(application: dict[str, Any], starting: list[str]) -> bool:
-    """Return whether Serve has accepted the unplaceable version of deployments and cancelled their starting replicas.
+    """Return whether Serve has accepted the new version of deployments and cancelled starting replicas of the old one.
 
-    Only replicas that were started before the last deployment are checked.
+    The new version has `_unplaceable_options`. Only replicas that were started before Serve deployed it are checked.
     """
     # Both times are by Serve's clock, so they can be compared. Replicas of the older version that start after the last
     # deployment need no check, because Serve stops them before it reports applications again.

@@ -1,7 +1,7 @@
 """The `ray start` process of a local cluster: its options, its environment and its child processes.
 
-A process belongs to a cluster if the environment variable `MARK` names the cluster's folder; child processes inherit
-the variable.
+A process belongs to a cluster if its environment variable MHMOE_CLUSTER (`MARK`) names the cluster's folder; child
+processes inherit the variable.
 """
 
 import os
@@ -44,7 +44,7 @@ def process_tree(pid: int) -> list[psutil.Process]:
 
 
 def marked_processes_of(folder: Path) -> list[psutil.Process]:
-    """Return the processes whose environment variable `MARK` names this folder, except this process.
+    """Return the processes whose environment variable MHMOE_CLUSTER names this folder, except this process.
 
     They include jobs whose parent processes have ended. Ray's workers and dashboard modules are not among them, because
     their process titles overwrite their environment. `process_tree` finds those.
@@ -124,7 +124,7 @@ _SINGLE_NODE_SETTINGS = {
     # job has a runtime environment.
     "RAY_prestart_worker_first_driver": "0",
 }
-"""Environment variables that save Ray work on a cluster with a single node; the user's own values override them."""
+"""Environment variables that adapt Ray to a cluster with a single node; the user's own values override them."""
 
 _FOREIGN_VARIABLES = (
     "RAY_ADDRESS",

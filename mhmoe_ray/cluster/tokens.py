@@ -43,7 +43,8 @@ def _unusable_folder_error(folder: Path, e: OSError) -> ClusterError:
 def state_lock(name: str = "lock") -> Iterator[Path]:
     """Context manager that waits for a lock of the state folder, holds the lock, and yields the folder.
 
-    Commands hold the default lock while they start, stop or look for the local cluster, or change the named clusters.
+    `name` is the name of the lock's file. Commands hold the default lock while they start, stop or look for the local
+    cluster, or change the list of clusters that the user has named.
 
     Raises:
         ClusterError: the folder cannot be written, or its file system has no locks.

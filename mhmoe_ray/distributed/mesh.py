@@ -123,14 +123,14 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domain
     With a process group this is a collective operation, which creates the groups of each dimension.
 
     Args:
-        spec: cluster section of the spec; its `workers` must allow the size of the group.
+        spec: cluster section of the spec; its `workers` must allow the number of ranks.
         nodes: name of each rank's node.
         device_type: "cpu" or "cuda".
-        domains: name of the domain of each rank's node; by default all nodes are in one domain.
+        domains: name of the network domain (such as a rack) of each rank's node; by default there is one domain.
 
     Raises:
-        ClusterError: a group is on several nodes and `spec.straddling` is refuse, or the worker group has a size that
-            `spec` does not allow.
+        ClusterError: an expert-parallel group is on several nodes and `spec.straddling` is refuse, or `spec` does not
+            allow the number of ranks.
     """
     groups = expert_groups(nodes, spec.ep, domains)
     if spec.straddling == "refuse" and groups.refusal_reason:

@@ -1,8 +1,8 @@
 """AdamW with moments in bfloat16, which are rounded stochastically.
 
-Rounding to nearest would lose each change of a moment that is smaller than half a step between bfloat16 values. A
-stochastic rounding goes up with the probability by which the value lies above the lower neighbour, so that its mean is
-the value. Weights and the computation of an update are float32.
+Rounding to nearest would lose each change of a moment that is smaller than half a step between bfloat16 values.
+Stochastic rounding goes up with a probability that is the value's distance from its lower neighbour, divided by the
+step, so that the mean of the rounded values is the value. Weights and the computation of an update are float32.
 
 The random bits are a hash of the run's seed, the name of the parameter, the number of the update, and the position of
 the value in the full tensor. They do not depend on how tensors are sharded, nor on restarts.
@@ -24,7 +24,8 @@ PIECE_VALUES = 1 << 18
 """Number of values that are updated at a time, so that their moments in float32 take little memory and stay in the
 cache of a CPU."""
 _GOLDEN_RATIO = -0x61C8864680B583EB
-"""The odd number 2^64 / golden ratio, as a signed integer, which spreads positions over 64 bits."""
+"""2^64 / golden ratio, rounded down to an odd number, as a signed integer. Multiplication by it spreads positions over
+64 bits."""
 
 
 class ValuePosition(NamedTuple):

@@ -14,9 +14,9 @@ import numpy as np
 from mhmoe_ray.evaluate.request import RoutingCounts
 from mhmoe_ray.runs import metrics
 
-# The first paper counts the experts of all layers whose selections are above "a threshold (< 1)" (arXiv 2404.15045,
-# figure 1). It does not give the threshold's value, so the share of activated experts is computed for several
-# thresholds.
+# The first MH-MoE paper counts the experts of all layers whose selections are above "a threshold (< 1)" (arXiv
+# 2404.15045, figure 1). It does not give the threshold's value, so the share of activated experts is computed for
+# several thresholds.
 THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 RELATIVE_THRESHOLDS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 """Thresholds of an expert's load, in units of the load that every expert would have under uniform routing."""
@@ -33,8 +33,8 @@ def sum_counts(counts: Iterable[RoutingCounts]) -> RoutingCounts:
         return np.sum([np.array(getattr(text_counts, name)) for text_counts in all_counts], axis=0).tolist()
 
     sums = {name: field_sum(name) for name in RoutingCounts.model_fields if name != "distinct"}
-    # The tasks of a vision model may choose different numbers of experts. The histograms of the largest number are the
-    # longest ones; the others have zeros at their end.
+    # The tasks of a vision model may choose different numbers of experts per sub-token. Histograms for smaller numbers
+    # are shorter than those for the largest one, so zeros are added at their end.
     histograms = [np.array(text_counts.distinct) for text_counts in all_counts]
     length = max(histogram.shape[1] for histogram in histograms)
     padded = [np.pad(histogram, ((0, 0), (0, length - histogram.shape[1]))) for histogram in histograms]
@@ -42,14 +42,14 @@ def sum_counts(counts: Iterable[RoutingCounts]) -> RoutingCounts:
 
 
 def routes_per_token(counts: RoutingCounts) -> float:
-    """Return the mean number of routes of a token: h times k, or a number between if texts have different k."""
+    """Return the mean number of routes of a token: h times k, or a mean of such products if k varies between texts."""
     return sum(counts.counts[0]) / max(1, counts.tokens)
 
 
 def expert_loads(routes: RouteCounts) -> np.ndarray:
-    """Return the load of each expert: its share of its layer's routes times E, shape (L, E).
+    """Return the load of each expert: its share of its layer's routes, times the number E of experts, shape (L, E).
 
-    1 is a uniform load.
+    Under uniform routing, each load is 1.
     """
     return metrics.expert_loads(np.array(routes))
 
@@ -114,8 +114,9 @@ def first_choice_weight(counts: RoutingCounts) -> np.ndarray:
 def specialisation(text_counts: RoutingCounts, total_counts: RoutingCounts) -> float:
     """Return how much the experts that one text uses differ from those of all texts, from 0 to 1.
 
-    The distance is half the sum of the absolute differences of the experts' shares of routes, averaged over layers. 0
-    means equal shares, and 1 means that the one text and all texts use disjoint experts.
+    The result is half the sum of the absolute differences between each expert's share of the one text's routes and its
+    share of all texts' routes, averaged over layers. It is 0 if these shares are equal, and 1 if the experts are
+    disjoint.
     """
     # A load is a share times the number E of experts, so dividing by E gives shares again.
     difference = (

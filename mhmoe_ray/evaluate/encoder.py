@@ -31,9 +31,9 @@ from mhmoe_ray.model.transfer import copy_to_device
 from mhmoe_ray.spec import DataSpec, MicroBatchPart, RunSpec
 
 CAPTIONS_PER_IMAGE = 5
-"""Largest number of captions of an image on which the value of the image and the routes are measured.
+"""Largest number of captions per image with which the image's value is measured and routes are counted.
 
-An image of COCO has as many. An image with captions in all languages would have hundreds.
+Most images of COCO have this number of captions, but an image with captions in many languages can have hundreds.
 """
 
 
@@ -54,7 +54,7 @@ class EncoderMeter:
         Args:
             model: the model in evaluation mode.
             spec: spec of the run that trained the model.
-            codebook: entries of the codebook, for image_targets codebook; None otherwise.
+            codebook: entries of the codebook if the model's `image_targets` is `codebook`; None otherwise.
             use_bfloat16: whether matrix products are in bfloat16.
             on_progress: function that reports progress.
         """
@@ -64,12 +64,12 @@ class EncoderMeter:
 
     @torch.no_grad()
     def _sums(self, name: str, part: MicroBatchPart, samples: PartSamples) -> np.ndarray:
-        """Return the sum of the values and the number of targets of each loss of a part of micro-batches, (losses, 2).
+        """Return the sum over targets and the number of targets, for each loss of a part of micro-batches, (losses, 2).
 
         Args:
             name: name of the samples, with which progress is reported.
-            part: the part of micro-batches.
-            samples: its samples, over which the values are summed.
+            part: the part of micro-batches; a part has one objective, which has one or more losses.
+            samples: samples of the part, over whose targets each loss is summed.
         """
         total = evaluated_samples(part, samples)
         sums = np.zeros((len(part.losses), 2))
@@ -86,7 +86,7 @@ class EncoderMeter:
         """Return the mean of each loss over held-out samples, by the name of the loss.
 
         Args:
-            samples: held-out samples by part of micro-batches; parts without samples are left out.
+            samples: held-out samples by the name of the part of micro-batches; parts without samples are left out.
         """
         scores = {}
         for part in self._spec.parts:
@@ -99,10 +99,11 @@ class EncoderMeter:
         return scores
 
     def image_value(self, pairs: Pairs) -> ImageValue | None:
-        """Return the losses on hidden tokens of captions with and without images; None if a caption has no other image.
+        """Return the losses on hidden tokens of captions with their own image, another caption's image and no image.
 
-        An other image of a caption is one that does not belong to it. Images are cropped to the largest square at their
-        centre, and no patch is hidden. Of an image, at most `CAPTIONS_PER_IMAGE` captions are measured.
+        The result is None if, for some pair, no other pair differs in both caption and image. Images are cropped to the
+        largest square at their centre, and no patch is hidden. At most `CAPTIONS_PER_IMAGE` captions of each image are
+        used.
 
         Args:
             pairs: the captions of one domain with their images.
@@ -148,7 +149,7 @@ class EncoderMeter:
         return (torch.cat(image_vectors) @ torch.cat(text_vectors).T).cpu().numpy()
 
     def _encode(self, part: MicroBatchPart, tokens: np.ndarray, images: Sequence[bytes]) -> Iterator[Encoded]:
-        """Yield the encoder's outputs for images alone or texts alone, in micro-batches of the size of a part.
+        """Yield the encoder's outputs for images alone or texts alone, in micro-batches of `part.samples` samples.
 
         Args:
             part: part of micro-batches with one column, image or text.
@@ -170,9 +171,9 @@ class EncoderMeter:
 
     @torch.no_grad()
     def count_routes(self, pairs: Pairs) -> dict[str, RoutingCounts]:
-        """Return how often images and texts of pairs choose each expert, if nothing is hidden in them.
+        """Return how often the images and the texts of pairs choose each expert when nothing in them is hidden.
 
-        Of an image, at most `CAPTIONS_PER_IMAGE` captions are counted. The result is empty for a model whose tokens
+        At most `CAPTIONS_PER_IMAGE` captions of each image are counted. The result is empty for a model whose tokens
         choose no experts.
         """
         moe, batch_size = self._model.spec.moe, self._spec.train.micro_batch_size
@@ -180,8 +181,9 @@ class EncoderMeter:
             return {}
         pairs = with_few_captions(pairs)
         counter = RouteCounter(self._model)
-        # The samples are made for the objective contrastive, which hides nothing. If the model was trained on pairs of
-        # which attention reads both halves together, it reads them so here, as for the objective masked.
+        # The samples are made for the objective contrastive, which hides nothing. If attention read the image and the
+        # text of a pair together in training, the batch gets the objective masked, under which attention also reads
+        # them together.
         objective = "masked" if any(part.is_joint for part in self._spec.parts) else "contrastive"
         pair = MicroBatchPart("pairs", (), batch_size, "contrastive", ("image", "text"), 1.0)
         maker = SampleMaker(self._spec, token_bytes_for(self._spec.model.vocab_size))
@@ -206,7 +208,7 @@ class EncoderMeter:
 
     @torch.no_grad()
     def features(self, images: Sequence[bytes]) -> np.ndarray:
-        """Return the features of images for a linear probe, (images, 2d) float32.
+        """Return the features of images for a linear probe, (images, 2 * width of the model) float32.
 
         They are the output for the image as a whole, and the mean of the outputs for its patches.
         """
@@ -262,7 +264,7 @@ class EncoderMeter:
 
 
 def with_few_captions(pairs: Pairs) -> Pairs:
-    """Return pairs with at most `CAPTIONS_PER_IMAGE` captions per image, evenly spaced among the captions it has."""
+    """Return pairs with at most `CAPTIONS_PER_IMAGE` captions per image, evenly spaced among all its captions."""
     pairs_by_image: dict[int, list[int]] = {}
     for number, image in enumerate(distinct_images(pairs.images)[1]):
         pairs_by_image.setdefault(int(image), []).append(number)

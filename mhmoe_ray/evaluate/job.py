@@ -1,4 +1,4 @@
-"""The Ray job of `mhmoe eval` and `mhmoe routing`."""
+"""The Ray job of `mhmoe eval` and `mhmoe routing`, which computes an evaluation of a checkpoint."""
 
 from collections.abc import Callable
 from typing import ClassVar

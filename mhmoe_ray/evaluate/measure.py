@@ -157,8 +157,8 @@ def conversation_samples(
         groups = [np.concatenate(rows)] if is_packed else rows
         packed_samples = [pack_best_fit(group, seq_len, encoder.start_token, padding).samples for group in groups]
         samples = to_model_samples(np.concatenate(packed_samples), _TOKEN_BYTES)
-        # The first pieces of a conversation with a long prompt have no word of the assistant. Without targets they have
-        # no loss, so they do not count.
+        # The first samples of a conversation with a long prompt have no word of the assistant. They have no targets and
+        # therefore no loss, so they are left out.
         sample_indices = np.flatnonzero(samples.target_mask.any(1))[:max_samples]
         starts = samples.document_starts
         yield DomainSamples(
@@ -169,7 +169,7 @@ def conversation_samples(
         )
 
 
-# Bytes per token. The samples stay in memory, so a small size does not matter, and four bytes hold any token id.
+# Bytes per token. The samples are not written to disk, so their size matters little, and four bytes hold any token id.
 _TOKEN_BYTES = 4
 
 

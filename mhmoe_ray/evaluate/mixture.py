@@ -5,8 +5,8 @@ domains after the tokens before it. The prior probabilities of the domains at th
 
     uniform    the same for all domains
     updating   an exponential moving average of the posteriors of the samples before it, in the order of the text
-    cached     the mean posterior of other samples of the same text, which are read first: each half of the samples has
-               the mean of the other half, of at most `CACHED_SAMPLES` samples
+    cached     the mean posterior of other samples of the same text, which are read first: samples with even numbers
+               have the mean of the first `CACHED_SAMPLES` samples with odd numbers, and the reverse
 
 The product of the predictions of all tokens of a sample equals the mean of the experts' probabilities of the whole
 sample, weighted by the prior. So the loss of a sample follows from the loss that each expert has on it.
@@ -25,9 +25,9 @@ from mhmoe_ray.model.decoder import Decoder
 
 Prior = Literal["uniform", "updating", "cached"]
 DECAY = 0.3
-"""Factor by which a posterior loses weight with each sample after it, in prior `updating`; the paper's value."""
+"""Factor by which prior `updating` multiplies a posterior's weight at each later sample; the DEMix paper's value."""
 CACHED_SAMPLES = 100
-"""Largest number of samples whose posteriors prior `cached` averages, as in the paper."""
+"""Largest number of samples whose posteriors prior `cached` averages, as in the DEMix paper."""
 
 Probabilities = NDArray[np.float64]
 
@@ -77,7 +77,7 @@ def _posterior(losses_NE: Probabilities, prior_NE: Probabilities) -> Probabiliti
 
 
 def _positive(probabilities: Probabilities) -> Probabilities:
-    """Return probabilities that have a logarithm: smaller ones are raised to the smallest normal number."""
+    """Return probabilities, raised to at least the smallest normal float64, so that their logarithms are finite."""
     return np.maximum(probabilities, np.finfo(np.float64).tiny)
 
 

@@ -1,4 +1,4 @@
-"""Nearest training images in pixels: a baseline for everything that a model recognizes in images.
+"""Nearest training images in pixels: the baseline of retrieval, captions and classes of images.
 
 An image is shrunk to 16 x 16 pixels, and each of its values is standardized over the training images. The distance of
 two images is the Euclidean one.
@@ -25,7 +25,7 @@ MAX_IMAGES = 20_000
 If there are more, an evenly spaced selection is compared.
 """
 BLOCK_SCORES = 1 << 24
-"""Approximate number of scores of image pairs that are in memory at a time."""
+"""Approximate number of scores, each of an image and a labelled training image, that are in memory at a time."""
 
 
 def training_manifest(spec: RunSpec, data_sha256: str | None, print_line: Callable[[str], None]) -> DataManifest | None:
@@ -157,10 +157,9 @@ class NearestImages:
         return [int(sample) for sample in first_samples[nearest_numbers]]
 
     def _blocks(self, images: Sequence[bytes]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the distances of images to the training images, in blocks of `BLOCK_IMAGES` images.
+        """Yield minus the squared distances of images to the training images, in blocks of `BLOCK_IMAGES` images.
 
-        A block is the number of its first image, and minus the squared distances, (images of the block, training
-        images).
+        Each block is a pair: the number of its first image, and an array, (images of the block, training images).
         """
         training_norm_N = np.square(self._training_NV).sum(1)
         for start in range(0, len(images), BLOCK_IMAGES):

@@ -133,8 +133,8 @@ def average_precision(
 def _distinct_boxes(detection: StoredDetection) -> set[int]:
     """Return the numbers of the boxes of an image that remain if classes are ignored and duplicates are removed.
 
-    A detector reports a region once for each class that it may have. Without this, all but one of them would count as
-    errors.
+    A detector reports a region once for each class that the region may have. If classes are ignored, all but one of
+    these boxes would count as errors.
     """
     from torchvision.ops import nms
 

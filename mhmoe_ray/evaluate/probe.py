@@ -30,7 +30,7 @@ def classify(
     images: Sequence[bytes],
     classes: Sequence[bytes],
 ) -> ClassScore:
-    """Return the accuracy on some images of a linear probe, and of its baseline, the nearest training image.
+    """Return the accuracies with which a linear probe and its baseline, the nearest training image, classify images.
 
     Args:
         training_features: features of the images that the probe is trained on, (images, values).

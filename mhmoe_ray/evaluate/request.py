@@ -82,17 +82,20 @@ class EvalRequest(BaseModel):
         """Name of the evaluation's file without its suffix: the checkpoint and a hash of the request.
 
         The hash leaves out the run directory, the batch size and the resources, so requests for the same results have
-        the same key. The key changes if a file of the text changes.
+        the same key. The key changes if a file of the raw data or of the task folders changes.
         """
         return f"{self.checkpoint}-{self._digest({'run', 'batch', 'cpus', 'gpus'})}"
 
     @property
     def question_digest(self) -> str:
-        """Hash of what is asked of a checkpoint, which is the same for the checkpoints of all runs."""
+        """Hash of the request without its run, checkpoint, batch size and resources.
+
+        It is the same for evaluations that ask the same of checkpoints of different runs.
+        """
         return self._digest({"run", "batch", "cpus", "gpus", "checkpoint"})
 
     def _digest(self, excluded_fields: set[str]) -> str:
-        """Return the first eight characters of the hash of all fields but these."""
+        """Return the first eight characters of the hash of all fields but `excluded_fields`."""
         # Fields that are None are left out of the hash, which then stays the same as in earlier versions without these
         # fields.
         unset_fields = {

@@ -148,7 +148,7 @@ def _run_command(command: list[str]) -> str:
     """Run a command and return its stdout.
 
     Raises:
-        BuildError: the command cannot be run, or fails; the message has the first line of its stderr with an error.
+        BuildError: the command cannot be run, or fails; the message has the first line of stderr that reports an error.
     """
     try:
         process = subprocess.run(command, capture_output=True, text=True)

@@ -1,7 +1,7 @@
 """Kernel `grouped`: it sorts routes by expert, runs each expert once on its contiguous rows, and restores the order.
 
-It runs on any device. Both kinds of experts have a hand-written backward. For it, the forward keeps fewer activations
-than autograd would, or none.
+It runs on any device. The backward of SwiGLU and of GELU experts is written by hand. For it, the forward keeps fewer
+activations than autograd would, or none.
 
     pieces.py   division of sorted rows into pieces
     swiglu.py   SwiGLU experts

@@ -1,9 +1,9 @@
 """GELU experts with SubLN (an inner LayerNorm); each expert runs on its own contiguous rows.
 
-With h heads a row has width d/h, and there are h times as many hidden values in all, so passes over the hidden layer
-cost more than products. On a CPU, rows are therefore computed in pieces whose hidden layer stays in the cache. The
-forward keeps only the input of the GELU for the backward, one value where autograd keeps three. For recomputed rows it
-keeps nothing.
+With h heads a row has width d/h, and there are h times as many hidden values as with one head, so GELU and norm, which
+pass over the hidden layer, cost more than the matrix products. On a CPU, rows are therefore computed in pieces whose
+hidden layer stays in the cache. The forward keeps only the input of the GELU for the backward, one value where autograd
+keeps three. For recomputed rows it keeps nothing.
 """
 
 from collections.abc import Callable

@@ -1,14 +1,14 @@
-"""Experts as Triton kernels, fused or as grouped products. The host never waits for a GPU.
+"""Experts as Triton kernels, fused or as grouped matrix products. The host never waits for a GPU.
 
 This module imports Triton at the first use, because the base install does not include it.
 
-    operators.py   kernels as operators of torch; routes and rows
+    operators.py   kernels as operators of torch: the launch, the sort of routes, and copies and sums of rows
     functions.py   matrix products and GELU, which several kernels call
     sort.py        stable sort of routes by expert, divided into tiles
     router.py, routing.py  softmax, top-k, gates, counts and losses of a router in one pass, and their operators
     rows.py        gather of rows, and the weighted sum of each row's routes
-    fused/         an expert as one kernel: the hidden layer is never in memory
-    grouped/       experts as grouped products of any width, with small kernels between them
+    fused/         an expert as one kernel, which never writes the hidden layer to memory
+    grouped/       experts of any width as grouped matrix products, with small kernels between the products
     resources.py   resources of each compiled kernel, without a GPU
 """
 
@@ -103,7 +103,7 @@ def run_fused(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertW
 def run_grouped(
     x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights, use_torch: bool = False
 ) -> Tensor:
-    """Run routed rows through experts by grouped products; result and errors are those of `run_fused`.
+    """Run routed rows through experts by grouped matrix products; result and errors are those of `run_fused`.
 
     Args:
         x_ND, expert_NK, gate_NK, weights: as in `mhmoe_kernels.run_experts`.
@@ -118,8 +118,16 @@ def run_grouped(
 
 
 def run_sorted_grouped(x_RD: Tensor, count_E: Tensor, weights: ExpertWeights, use_torch: bool = False) -> Tensor:
-    """Run rows that are sorted by expert through experts by grouped products, as `mhmoe_kernels.run_sorted_experts`
-    does. `use_torch` and errors are those of `run_grouped`."""
+    """Run rows that are sorted by expert through their experts, by grouped matrix products.
+
+    Errors are those of `run_fused`.
+
+    Args:
+        x_RD: rows; the first count_E[0] belong to expert 0, and so on.
+        count_E: number of rows per expert, int64, in CPU memory.
+        weights: the experts.
+        use_torch: whether torch's grouped_mm computes the products, which needs SwiGLU experts.
+    """
     _check(x_RD, weights)
     from mhmoe_kernels.triton.grouped.experts import run_sorted
     from mhmoe_kernels.triton.grouped.products import TorchProducts, TritonProducts

@@ -161,7 +161,7 @@ def sort_routes(expert_NK: Tensor, experts: int, rows_per_tile: int, by_choice: 
     ),
 )
 def schedule_tiles(count_E: Tensor, routes: int, rows_per_tile: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Divide rows that are already sorted by expert into tiles: offset_E1, expert_T and start_T of `SortedRoutes`.
+    """Divide rows that are sorted by expert into tiles; return offset_E1, expert_T and start_T of `SortedRoutes`.
 
     Args:
         count_E: number of rows of each expert, int32.

@@ -44,8 +44,8 @@ _FLOAT32 = {
 }  # fmt: skip
 """Names of the kernels' arguments that point to float32 values whatever the dtype of the computation is.
 
-The sets above have the pointers to integers. Other arguments with an underscore in their name point to values in the
-dtype of the computation.
+The arguments in `_INT64` and `_INT32` point to integers. Other arguments with an underscore in their name point to
+values in the dtype of the computation.
 """
 _OPTIONS = ("num_warps", "num_stages")
 

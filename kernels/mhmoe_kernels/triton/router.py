@@ -1,7 +1,8 @@
-"""Kernels of the router: softmax, top-k, gates, counts and both losses in one pass over the logits, and their gradient.
+"""Kernels of the router: softmax, top-k, gates, counts and losses in one pass over the logits, and their gradient.
 
-Each program takes several blocks of rows and keeps its own sums over rows. `sum_programs` adds those of all programs.
-There are no atomic additions, so results are bitwise reproducible.
+The losses are the load balancing loss and the router z-loss. Each program takes several blocks of rows and keeps its
+own sums over rows. `sum_programs` adds those of all programs. There are no atomic additions, so results are bitwise
+reproducible.
 """
 
 import triton
@@ -76,7 +77,7 @@ def sum_programs(
     probability_PE, first_PE, count_PE, z_P, share_E, count_E, balance, z, P, N,
     E: tl.constexpr, K: tl.constexpr, COUNTS_FIRST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Add the sums of all programs: counts and shares of each expert in the choices, and both losses."""
+    """Add the sums of all programs; store the counts and shares of experts, the load balancing loss and the z-loss."""
     column = tl.arange(0, BLOCK_E)
     probability_sum, z_sum = tl.zeros([BLOCK_E], tl.float32), 0.0
     first_sum, count_sum = tl.zeros([BLOCK_E], tl.int32), tl.zeros([BLOCK_E], tl.int32)
@@ -108,7 +109,7 @@ def route_rows_backward(
     scale, E: tl.constexpr, K: tl.constexpr, NORMALIZED: tl.constexpr, HAS_DROPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of the logits from those of the gates and of both losses."""
+    """Compute the gradient of the logits from those of the gates, of the load balancing loss and of the z-loss."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside, column = row < N, tl.arange(0, BLOCK_E)
     logits = _load_logits(logits_NE, row, N, E, BLOCK_E)

@@ -19,9 +19,9 @@ ROUTES_PER_BLOCK = 256
 
 @triton.jit
 def _load_experts(expert_NK, index, R, E: tl.constexpr, K: tl.constexpr, BY_CHOICE: tl.constexpr):
-    """Load the expert of each route, for routes in the order in which they are counted. Indices past the end get E.
+    """Load the expert of each route in `index`; indices past the last route get E.
 
-    This is the order of rows. With BY_CHOICE, all first choices come before all second ones instead.
+    Routes are numbered row by row. With BY_CHOICE, all first choices come before all second ones instead.
     """
     route = index % (R // K) * K + index // (R // K) if BY_CHOICE else index
     return tl.load(expert_NK + route, mask=index < R, other=E).to(tl.int32)

@@ -19,7 +19,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 _SHAPES = ((1000, 192, 768, 8, 2), (2000, 384, 1000, 40, 4), (2000, 96, 384, 128, 8), (1000, 2048, 512, 16, 4))
 _TOY_SHAPES = ((8, 16, 24, 3, 2),)
 _SANITIZER_SHAPES = ((600, 128, 200, 5, 2), (300, 96, 64, 5, 2))
-"""Sizes of the cases: rows, width of a row, hidden width of an expert, experts, and experts per row."""
+"""Sizes for `run_sanitized`: rows, width of a row, hidden width of an expert, experts, and experts per row."""
 
 
 def run(settings: Settings) -> Rows:
@@ -68,8 +68,8 @@ def _check(
     # One kernel that fails must not hide the results of the others.
     except Exception as error:
         if device.type == "cuda":
-            # After an illegal access to memory, every CUDA call fails. This call then raises an error, which ends the
-            # part.
+            # After an illegal access to memory, every CUDA call fails. This call then raises an error, which ends this
+            # part of the test.
             torch.cuda.synchronize()
         return {"passed": False, "error": first_line(error)}
 

@@ -134,7 +134,7 @@ def _measure(settings: Settings, tokens: int) -> Rows:
         except torch.OutOfMemoryError as error:
             yield {"name": f"{name}, {tokens} tokens", "skipped": first_line(error)}
             continue
-        # One layer that fails must not hide the figures of the others.
+        # One layer that fails must not hide the measurements of the others.
         except Exception as error:
             if settings.device == "cuda":
                 torch.cuda.synchronize()

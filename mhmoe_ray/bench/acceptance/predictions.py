@@ -36,5 +36,6 @@ PREDICTIONS: dict[str, Prediction] = {
 }
 """Predictions by part of the test and name of the result.
 
-Those of static routing are ratios of the throughputs in the review of the first MH-MoE paper (arXiv 2404.15045).
+Those of static routing are ratios of the throughputs that the authors of the first MH-MoE paper (arXiv 2404.15045) gave
+in its public review.
 """

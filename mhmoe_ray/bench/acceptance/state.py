@@ -1,4 +1,4 @@
-"""Pause of training for a checkpoint beside `torch.save`, and throughput of forward passes as in prefill and decode."""
+"""Pause of training for a checkpoint or for `torch.save`, and throughput of forward passes in prefill and decode."""
 
 import statistics
 import tempfile

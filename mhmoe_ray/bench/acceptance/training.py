@@ -15,7 +15,7 @@ from mhmoe_ray.planner.sizes import compute_sizes
 from mhmoe_ray.spec import RunSpec
 
 _PAPER_SIZE = Size(768, 12, 32000, 2048, steps=1000, micro_batches=1, micro_batch_size=16, precision="bfloat16")
-"""Size of the follow-up paper's models, with a micro-batch that fills a GPU of 80 GB."""
+"""Size of the models of the second MH-MoE paper (arXiv 2411.16205), with a micro-batch that fills a GPU of 80 GB."""
 
 
 def run(settings: Settings) -> Rows:

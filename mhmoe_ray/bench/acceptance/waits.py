@@ -24,8 +24,8 @@ def run(settings: Settings) -> Rows:
             module, x_BTM = make_layer(settings, size, kernel), make_tokens(settings, tokens)
             _pass(settings, module, x_BTM)  # compiles the kernels
             counts = _count(settings, module, x_BTM)
-            # Kernel `grouped` cannot fail and is here for comparison: with it the host waits for the rows of each
-            # expert to be counted.
+            # Kernel `grouped` is measured only for comparison and cannot fail, because with it the host must wait until
+            # the rows of each expert are counted.
             if settings.device == "cuda" and kernel != "grouped":
                 counts["passed"] = counts["waits"] == 0 and counts["kernels"] <= MAX_KERNELS
             yield {"name": f"{name}, {kernel}", **counts}

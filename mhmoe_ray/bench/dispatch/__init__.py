@@ -2,5 +2,5 @@
 
 cases.py      layers of equal multiply-adds, random choices of experts, and the slow link
 rank.py       work of each of the four processes
-measure.py    start of the processes, and their combined figures
+measure.py    start of the processes, and their combined measurements
 """

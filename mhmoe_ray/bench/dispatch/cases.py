@@ -2,8 +2,8 @@
 
 The link joins two network namespaces on one machine: it is a pair of virtual interfaces that `tc` shapes.
 
-Processes in the same namespace communicate through its own address. The kernel routes that address over loopback, so
-this traffic does not cross the link, although gloo uses only the slow interface.
+Processes in the same namespace communicate through the address of its slow interface, which is the only interface that
+gloo uses. Linux routes this address over loopback, so their traffic does not cross the link.
 """
 
 import os
@@ -46,11 +46,11 @@ def slow_link(rate: str) -> Iterator[tuple[Namespace, Namespace]]:
     They are also removed on Ctrl-C, SIGTERM and SIGHUP.
 
     Args:
-        rate: the bandwidth in each direction, in the notation of `tc`: 200mbit, 1gbit.
+        rate: the bandwidth in each direction, in the notation of `tc`, such as 200mbit or 1gbit.
 
     Raises:
-        SpecError: `rate` is not a rate, or the machine or the user cannot create such a link.
-        JobError: the kernel refuses to create the link.
+        SpecError: `rate` is not a bandwidth, or the machine or the user cannot create such a link.
+        JobError: Linux refuses to create the link.
     """
     if not re.fullmatch(r"\d+(\.\d+)?[kmg]bit", rate):
         raise SpecError(f"--slow-link {rate}", "it is not a rate", "write one like 200mbit or 1gbit")
@@ -70,8 +70,8 @@ def slow_link(rate: str) -> Iterator[tuple[Namespace, Namespace]]:
             _run_command(*f"ip -n {namespace.name} address add 10.231.77.{i + 1}/30 dev {INTERFACE}".split())
             for interface in ("lo", INTERFACE):
                 _run_command(*f"ip -n {namespace.name} link set {interface} up".split())
-            # The burst is the number of bytes that `tbf` sends at once. It must hold several of the kernel's largest
-            # packets and the bytes of a few timer ticks, because otherwise the link would not reach its rate.
+            # The burst is the number of bytes that `tbf` sends at once. It must hold several of the largest packets
+            # of Linux and the bytes of a few timer ticks, because otherwise the link would not reach its rate.
             shape = f"tbf rate {rate} burst 256k latency 200ms"
             _run_command(*f"tc -n {namespace.name} qdisc add dev {INTERFACE} root {shape}".split())
         yield namespaces
@@ -120,7 +120,7 @@ def layer_models() -> dict[str, ModelSpec]:
     """Return the models to compare, by name.
 
     All have the same multiply-adds and parameters: plain layers with finer and finer experts, and the multi-head layers
-    with which the follow-up paper (arXiv 2411.16205) would compare them, at half of its width.
+    with which the second MH-MoE paper (arXiv 2411.16205) would compare them, at half the width of that paper's models.
     """
     models = {name: spec.model for name, spec in matched_models(SMALL_SIZE, [2, 3]).items()}
     plain_model = models.pop("SMoE")
@@ -164,8 +164,8 @@ def expected_bytes(model: ModelSpec, tokens: int) -> ExpectedBytes:
     """Return the bytes that each dispatch must send between nodes for the random routes of `Routes.draw`.
 
     Each rank has `tokens` tokens. Rows, outputs and the gradients of both are sent. Flat dispatch sends these once for
-    each route to an expert on another node. Hierarchical dispatch sends them once for each other node, and adds the
-    expert ids and, in both directions, the gates. Both also send counts of rows.
+    each route to an expert on another node. Hierarchical dispatch sends them once for each other node that has
+    experts of the row, and adds the expert ids and, in both directions, the gates. Both also send counts of rows.
     """
     moe = model.moe
     assert moe is not None

@@ -78,8 +78,8 @@ def measure(tokens: int, rounds: int, rate: str | None) -> list[Figures]:
         rate: the bandwidth of a slow link between the nodes; None for no link.
 
     Raises:
-        SpecError: in the same cases as `slow_link`.
-        JobError: in the same cases as `slow_link`, or a process failed.
+        SpecError: `rate` is not a bandwidth, or the machine or the user cannot create a slow link.
+        JobError: the slow link could not be created, or a process failed.
     """
     with slow_link(rate) if rate else nullcontext(()) as namespaces:
         results = _run_ranks(namespaces, {"tokens": tokens, "rounds": rounds, "link": bool(namespaces)})

@@ -49,9 +49,9 @@ def measure(tokens: int, rounds: int, link: bool) -> dict[str, Any]:
         link: whether there is a slow link, whose bytes are counted.
 
     Returns:
-        For each layer and dispatch: the seconds of each round until the last rank has finished, the bytes between nodes
-            of a pass as counted by all ranks together, and the bytes that crossed the link in each round, if there is
-            one.
+        For each layer and dispatch: the seconds of each round until the last rank has finished, the bytes that all
+            ranks together send between nodes in a pass, as the dispatch counts them, and the bytes that crossed the
+            link in each round, if there is a link.
     """
     mesh = build_mesh(cluster_spec("flat"), NODES, "cpu")
     dispatches = {name: build_dispatch(cluster_spec(name), mesh) for name in DISPATCHES}

@@ -1,6 +1,6 @@
 """Comparison of engines or servers in interleaved rounds.
 
-In a round all get the same prompts, and each round has new prompts.
+In a round all engines or servers get the same prompts, and each round has new prompts.
 """
 
 import random
@@ -23,7 +23,7 @@ PACKAGES = {
     "vllm, Ray Serve": "vllm",
     "vLLM's server": "vllm",
 }
-"""Package that each engine or server needs in addition to ours; those that are not listed need none."""
+"""Package that each listed engine or server needs in addition to mhmoe_ray; those that are not listed need none."""
 
 Report = Callable[[str], None]
 
@@ -71,7 +71,7 @@ class Rates(NamedTuple):
     name: str
     clients: int
     rates: list[float]
-    """Tokens per second, one value per round."""
+    """Tokens of answers (or of prompts, see `measure_engines`) per second, one value per round."""
     first_token_seconds: list[float]
     """Median seconds until the first token, one value per round; empty if answers are not streamed."""
 
@@ -96,14 +96,15 @@ def measure_engines(
     rounds: int,
     report: Report,
 ) -> list[Rates]:
-    """Measure the throughput of engines with each number of requests at a time.
+    """Measure the throughput of engines with several numbers of concurrent requests.
 
     A round has four times as many requests as the engine answers at a time.
 
     Args:
         served_models: the name of an engine and the model that it serves, by a unique title.
-        shape: the lengths of requests; if answers have one token, the tokens of prompts are counted.
-        clients: the numbers of requests at a time.
+        shape: the lengths of requests. Throughput counts the tokens of answers, but those of prompts if answers have
+            only one token.
+        clients: the numbers of concurrent requests.
         rounds: the number of rounds, each of all engines; every other round is in reverse order. A warm-up round before
             them is not counted.
         report: a function that is called with a line after each measurement.
@@ -136,7 +137,7 @@ def measure_servers(
     rounds: int,
     report: Report,
 ) -> list[Rates]:
-    """Measure the throughput of servers with each number of clients.
+    """Measure the throughput of servers with several numbers of concurrent clients.
 
     A client sends its next request when it has the answer to the last one.
 
@@ -146,7 +147,7 @@ def measure_servers(
         shape: the lengths of requests.
         clients: the numbers of clients.
         stream: whether answers are streamed token by token.
-        rounds: the number of rounds, as in `measure_engines`.
+        rounds: the number of rounds that are measured; a warm-up round comes before them.
         report: a function that is called with a line after each measurement.
     """
 
@@ -177,7 +178,7 @@ def measure_random_arrivals(
         shape: the lengths of requests.
         rate: the average number of requests per second.
         seconds: the average time over which all requests arrive.
-        rounds: the number of rounds, as in `measure_engines`.
+        rounds: the number of rounds that are measured; a warm-up round comes before them.
         report: a function that is called with a line after each measurement.
     """
 
@@ -202,7 +203,7 @@ def _measure_loads(
         served_model: the model that is served.
         clients: the numbers of clients.
         run_round: function (url, clients, round) that sends the requests of one round to a server.
-        rounds: the number of rounds, as in `measure_engines`.
+        rounds: the number of rounds that are measured; a warm-up round comes before them.
         report: a function that is called with a line after each measurement.
     """
     loads_by_case: dict[tuple[str, int], list[Load]] = {(name, n): [] for n in clients for name in names}

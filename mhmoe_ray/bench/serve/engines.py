@@ -16,7 +16,7 @@ from mhmoe_ray.serving.engine.torch_engine import own_engine
 from mhmoe_ray.spec import ServeSpec
 
 MODEL_NAME = "bench"
-"""Name of the model in the API."""
+"""Name of the served model in requests to servers."""
 
 
 class ServedModel(NamedTuple):
@@ -24,7 +24,7 @@ class ServedModel(NamedTuple):
 
     checkpoint: Path
     folder: Path
-    """Folder with the same weights in the format of other packages."""
+    """Folder with the same weights in Hugging Face's layout, which vLLM and transformers read."""
     precision: str
     threads: int
     max_requests: int

@@ -42,7 +42,7 @@ class StoredModel(NamedTuple):
     entries: list[list[TensorEntry]]
     """Names and shapes of the model's tensors: a group for those outside the layers, then a group for each layer."""
     names: set[str]
-    """Names of the stored tensors, translated to those in the table of `names.py` if they are in it."""
+    """Names of the stored tensors as in the table of `names.py`; tensors that it lacks keep their stored names."""
     read: Callable[[str], Tensor]
     """Function that reads a tensor by its name in the table of `names.py`."""
 
@@ -184,7 +184,7 @@ def _compare_functions(first_model: ModelSpec, second_model: ModelSpec) -> list[
 
 
 def _relation(a: Tensor, b: Tensor) -> str:
-    """Return how two tensors relate: equal, rounded, transposed, shape or different."""
+    """Return how two tensors relate: equal, rounded, transposed, shape (their shapes differ) or different."""
     if a.shape == b.shape:
         if torch.equal(a.double(), b.double()):
             return "equal"

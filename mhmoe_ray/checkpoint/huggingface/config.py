@@ -71,7 +71,7 @@ class EdgeTokens(BaseModel):
 
 
 def build_config(model: ModelSpec, seq_len: int, tokenizer_size: int) -> dict[str, Any]:
-    """Return the keys of config.json that decide what a model computes, with its `model_type` and its classes.
+    """Return the keys of config.json that decide what a model computes, with `model_type` and the names of its classes.
 
     Args:
         model: `model` section of the spec.
@@ -150,7 +150,7 @@ def read_config(folder: Path, seq_len: int | None) -> tuple[str, MhmoeSection]:
 
 
 def _read_section(subject: str, model_type: str, fields: dict[str, Any]) -> MhmoeSection:
-    """Return the `mhmoe` section of config.json, or without one a section that follows from its other keys.
+    """Return the `mhmoe` section of config.json; if there is none, a section made from the other keys of the file.
 
     Raises:
         ValueError: the keys describe a model that this package does not compute.

@@ -48,10 +48,10 @@ class StoredTensors:
         return set(self._file_of)
 
     def redundant_names(self, *, tied_embeddings: bool) -> set[str]:
-        """Return the names of the tensors that a model does not need, and that some programs store all the same.
+        """Return the names of stored tensors that a model does not need, although some programs store them.
 
-        These are the frequencies of rotary embeddings, which are computed, and with tied embeddings a copy of the
-        embedding as the weight of the output.
+        These tensors are the frequencies of rotary embeddings, which are computed, and with tied embeddings a copy of
+        the embedding as the weight of the output layer.
         """
         names = {name for name in self._file_of if name.endswith(".rotary_emb.inv_freq")}
         if tied_embeddings and {OUTPUT, EMBEDDING} <= self.names and self.read(OUTPUT).equal(self.read(EMBEDDING)):

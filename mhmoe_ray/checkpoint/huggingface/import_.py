@@ -82,8 +82,8 @@ def import_checkpoint(
     """Import the weights and the tokenizer of a run's checkpoint as another run.
 
     Args:
-        checkpoint: the checkpoint.
-        manifest: its manifest.
+        checkpoint: the checkpoint to import.
+        manifest: manifest of the checkpoint.
         name: name with which the new run's id begins.
         storage: local folder for the new run directory.
         seq_len: number of tokens that prompt and answer may have together; None for the model's context length.
@@ -175,7 +175,9 @@ def _checked_name(source: Path, name: str | None) -> str:
 def _check_tensors(
     source: Path, stored: StoredTensors, groups: list[list[TensorEntry]], redundant_names: set[str]
 ) -> None:
-    """Check that the folder holds exactly the tensors of the model and perhaps redundant ones, as floats and in shape.
+    """Check that a folder holds exactly the tensors of a model, as floats of the right shapes.
+
+    Redundant tensors, which the model does not need, are allowed.
 
     Raises:
         CheckpointError: a tensor is missing, does not belong to the model, has another shape or is not of floats, or

@@ -51,7 +51,7 @@ def read_folder_tokenizer(source: Path, config: MhmoeSection) -> ImportedTokeniz
     tokenizer, settings = read_tokenizer(file), _read_settings(source)
     adds_start = config.adds_start
     if adds_start is None:
-        # In transformers, a tokenizer with <s> adds it even without a post-processor, unless a setting is false.
+        # In transformers, a tokenizer with <s> adds it even without a post-processor, unless `add_bos_token` is false.
         default = tokenizer.token_to_id(BEGIN_TOKEN) is not None
         adds_start = added_start_token(tokenizer) is not None or bool(settings.get("add_bos_token", default))
     if find_boundaries(tokenizer) is None:
@@ -111,7 +111,7 @@ def read_chat_template(source: Path) -> str | None:
 
 
 def _default_template(templates: list[Any]) -> Any:
-    """Return the template named "default" in a list of {"name": ..., "template": ...}; the list itself if none is."""
+    """Return the template named "default" in a list of {"name": ..., "template": ...}; without one, the list itself."""
     templates_by_name = {
         t["name"]: t.get("template") for t in templates if isinstance(t, dict) and isinstance(t.get("name"), str)
     }

@@ -60,7 +60,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 
 
 def _model_rows(model: ModelSpec) -> dict[str, str]:
-    """Return the rows of the card's table that describe the model, as texts by their names."""
+    """Return the rows of the card's table that describe the model: the text of each row, by the row's name."""
     sizes, moe = compute_sizes(model), model.moe
     rows = {"parameters": f"{sizes.parameters:,}"}
     if moe is None:

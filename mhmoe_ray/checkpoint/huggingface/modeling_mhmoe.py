@@ -1,9 +1,10 @@
 """MH-MoE models in transformers, for use without the package that trained them.
 
 An export contains a copy of this file beside its copy of configuration_mhmoe.py. Both need only torch and transformers;
-they were tested with transformers 5.16, 5.19 and 5.24. A model computes the same as in the training package, with four
-differences in training: routing drops no sub-tokens, selection biases of routers stay constant, second choices are
-never left out at random, and the load balancing loss is computed over a batch.
+they were tested with transformers 5.16, 5.19 and 5.24. A model computes the same as in the training package, with these
+differences in training: routing drops no sub-tokens, routers add no noise to their logits, selection biases stay
+constant, second choices are never left out at random, and the load balancing loss is always computed from shares of
+choices over the rows of a batch.
 
 Shape suffixes: B sequences, T tokens, M width of the model (d), H attention heads, C width of a head, N rows
 (sub-tokens of width D, by default d/h), E experts, K choices of a row.
@@ -29,7 +30,10 @@ from transformers.utils import can_return_tuple
 from .configuration_mhmoe import MhmoeConfig
 
 XPOS_DISTANCE = 512
-"""Distance in tokens over which xPos decays by one factor of its scale."""
+"""Distance between query and key, in tokens, for which xPos multiplies a frequency's share of the score by its factor.
+
+Each frequency has its own factor, which is below 1. For twice this distance, the factor is squared.
+"""
 INITIAL_TEMPERATURE, MIN_TEMPERATURE = 0.3, 0.01
 # transformers has renamed the cache in outputs and arguments of models.
 CACHE = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -202,7 +206,7 @@ class MhmoeNormedLayer(nn.Module):
 
 
 def build_feed_forward(config: MhmoeConfig, width: int, hidden: int, gated_class: type[nn.Module]) -> nn.Module:
-    """Return a feed-forward layer or an expert for the configuration's backbone; `gated_class` is that for llama."""
+    """Return a feed-forward layer or an expert for the configuration's backbone; for llama, it is a `gated_class`."""
     if config.backbone == "subln":
         return MhmoeNormedLayer(width, hidden, config.rms_norm_eps)
     return gated_class(width, hidden)
@@ -268,9 +272,10 @@ class MhmoeRouter(nn.Module):
         return logits_NE, logits_NE.softmax(-1)
 
     def best_groups(self, preference_NE: Tensor) -> Tensor:
-        """Return the preferences for experts with -inf for all experts outside of the best groups of each row.
+        """Return the preferences of rows for experts, with -inf for all experts outside of the best groups of each row.
 
-        The value of a group of experts is the sum of its two largest preferences (DeepSeek-V3).
+        A preference is the score of an expert plus its selection bias. The value of a group of experts is the sum of
+        its two largest preferences (DeepSeek-V3).
         """
         groups, kept_groups = self.config.n_group, self.config.topk_group
         preference_NGE = preference_NE.unflatten(-1, (groups, -1))
@@ -337,7 +342,7 @@ def build_projection(widths: Iterable[int]) -> nn.Module:
 
 
 class MhmoeDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm block of attention, and of a dense feed-forward layer or a mixture of experts."""
+    """Pre-norm block: attention, then a dense feed-forward layer or a mixture of experts."""
 
     def __init__(self, config: MhmoeConfig, layer_idx: int) -> None:
         super().__init__()
@@ -393,7 +398,7 @@ class MhmoePreTrainedModel(PreTrainedModel):
 
 
 class MhmoeModel(MhmoePreTrainedModel):
-    """Decoder from token ids to the normed output of the last block."""
+    """Decoder from token ids to the output of the last block, after the final norm."""
 
     def __init__(self, config: MhmoeConfig) -> None:
         super().__init__(config)
@@ -417,7 +422,7 @@ class MhmoeModel(MhmoePreTrainedModel):
         output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> MhmoeModelOutput:
-        """Return the output for token ids or for their embeddings. The arguments are the usual ones of transformers."""
+        """Return the output for token ids or for their embeddings, with the arguments of transformers' own decoders."""
         config = self.config
         cache = past_key_values if cache is None else cache
         use_cache = config.use_cache if use_cache is None else use_cache
@@ -505,7 +510,7 @@ class MhmoeForCausalLM(MhmoePreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """Return the logits and, with `labels`, the loss. The arguments are the usual ones of transformers.
+        """Return the logits and, with `labels`, the loss. The arguments are those of transformers' own decoders.
 
         With `output_router_logits`, the loss includes the load balancing loss and the router z-loss, each multiplied by
         its coefficient in the configuration.

@@ -65,7 +65,7 @@ class TensorEntry(NamedTuple):
     row_counts: tuple[int, ...]
     """Number of rows of each exported tensor; empty if the tensor is not split by rows."""
     is_stacked: bool
-    """Whether each exported tensor is one index of the first dimension, as one of the stacked experts is."""
+    """Whether the tensor stacks weights of experts; each exported tensor is then one index of its first dimension."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -1,7 +1,7 @@
 """Runs that start from the weights of other models (the `start` section of a spec).
 
     source.py          the models that `start.from` names: runs, checkpoints, folders, models of the hub
-    compatibility.py   checks that a run can start from its models: shapes, functions, tokenizers
+    compatibility.py   checks that a run can start from its models: sizes, options, tokenizers
     resolve.py         load a spec whose `start` gives the defaults of its model, sequence length and tokenizer
     record.py          the record of the models that gave the weights, and of the samples that they have read
     transform.py       weights of one layer: copied, upcycled or mixed

@@ -1,4 +1,4 @@
-"""Checks that a run can start from given models: they need the same tokenizer, vocabulary, shapes and functions."""
+"""Checks that a run can start from given models: the sizes, options and tokenizers of the models must fit the run."""
 
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -24,8 +24,8 @@ def check_start(start: StartSpec, model: ModelSpec, start_models: Sequence[Start
         start_models: the models that `start.from` names, in the same order.
 
     Raises:
-        SpecError: the models differ in sizes or functions, and the message names the first key that differs; or the
-            optimizer's state should be copied, but there is none.
+        SpecError: the models differ in sizes or in what they compute, and the message names the first key that differs;
+            or the optimizer's state should be copied, but there is none.
     """
     checks = {"copy": _copy_problems, "upcycle": _upcycle_problems, "mix": _mix_problems}
     first_model = start_models[0]
@@ -131,7 +131,7 @@ def _trunk_problems(model: ModelSpec, start_model: ModelSpec) -> Iterator[tuple[
 
 
 def _copied_expert_problems(moe: MoESpec, d_ff: int, prefix: str = "model.moe.") -> Iterator[tuple[str, str]]:
-    """Yield a reason and a fix for each option that keeps experts, copied from a dense layer, from computing the same.
+    """Yield a reason and a fix for each option with which experts copied from a dense layer would not compute the same.
 
     Args:
         moe: `model.moe` section of the new model.
@@ -151,7 +151,7 @@ def _copied_expert_problems(moe: MoESpec, d_ff: int, prefix: str = "model.moe.")
 
 
 def _shared_expert_problems(moe: MoESpec, d_ff: int) -> Iterator[tuple[str, str]]:
-    """Yield a reason and a fix for each option that keeps a layer with experts from computing what a dense layer does.
+    """Yield a reason and a fix for each option with which a layer with experts would not compute what a dense one does.
 
     The dense layer, of hidden width `d_ff`, becomes the layer's shared expert.
     """

@@ -11,7 +11,7 @@ from mhmoe_ray.spec import RunSpec
 
 
 def plan_start(spec: RunSpec) -> StartRecord | None:
-    """Return the record of its start models that a run of a spec would get; None if it begins with random weights.
+    """Return the record of start models that a run of the spec would get; None if it would begin with random weights.
 
     The result is also None if the run starts from another run of its sweep, which may not exist yet.
 

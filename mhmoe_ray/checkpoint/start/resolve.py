@@ -3,9 +3,9 @@
 A spec with a `start` section gets the following keys from the start model by default. They depend on `start.how`:
 
     copy      model, data.seq_len, data.tokenizer; for conversations also data.chat_template
-    upcycle   the same; of model.moe, only the width of the experts or the shared expert that a dense layer becomes, or
-              all options of a sparse mixture but those for sub-tokens
-    mix       the same as for upcycle, with one expert for each model
+    upcycle   the keys of copy, but of model.moe only some: from a dense model, the options with which its dense layers
+              can become experts or shared experts; from a sparse mixture, all options but those for sub-tokens
+    mix       the keys of upcycle, with one expert for each model
 """
 
 from collections.abc import Callable, Sequence
@@ -80,7 +80,7 @@ def _check_tokenizers(spec: RunSpec, start_models: list[StartModel]) -> None:
     """
     files = (spec.data.prepared / TOKENIZER_FILE, spec.data.tokenizer)
     tokenizer_file = next((file for file in files if file is not None and file.is_file()), None)
-    # The job converts a vocabulary in tiktoken's format, and checks the result.
+    # A vocabulary in tiktoken's format is not checked here: the job converts it, and checks the result.
     if tokenizer_file is None or is_tiktoken(tokenizer_file.read_bytes()):
         return
     for start_model in start_models:

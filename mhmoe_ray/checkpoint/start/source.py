@@ -28,7 +28,7 @@ class StartModel(NamedTuple):
     """Value of `start.from` that names exactly this model in any working directory: an absolute path, or the name of a
     model of the Hugging Face hub with its revision."""
     ancestor: Ancestor
-    """Entry for this model in the new run's record of its start."""
+    """Entry for this model in the new run's record of the models that it started from."""
     path: Location
     """Path of a run's checkpoint, or of a folder in Hugging Face's layout."""
     manifest: CheckpointManifest | None
@@ -55,7 +55,7 @@ class StartModel(NamedTuple):
 
     @property
     def has_moments(self) -> bool:
-        """True if the optimizer's state can be copied. Another run of the sweep is assumed to have saved it by then."""
+        """True if the optimizer's state can be copied. Another run of the sweep is assumed to save it."""
         return self.sibling is not None or (self.manifest is not None and self.manifest.has_moments)
 
 

@@ -3,20 +3,24 @@
     target tensor             from a dense layer                        from a sparse mixture (h = 1)
     -----------------------   ---------------------------------------   --------------------------------------------
     attention, norms, ffn     the same tensor                           the same tensor
-    experts, h = 1            copies of ffn (mix: one of each model)    -
+    experts, h = 1            copies of ffn (mix: ffn of each model)    does not occur
     shared expert             ffn                                       the same tensor
     experts, h > 1            initial values                            the same tensors; a sub-token is as wide as a
-                                                                        token there
+                                                                        token of the start model
     router                    initial values                            the same tensor
     head projection           initial values                            identity for the first sub-token, initial
                                                                         values for the others
     merge projection          zero                                      identity for the first sub-token, zero for the
                                                                         others
 
-So an upcycled model has the same logits as the model that it starts from (sparse upcycling, arXiv 2212.05055). The
-reason is that equal experts whose gates add up to 1 compute the same as one of them, and that a merge projection of
-zero adds nothing to the shared expert. If several start models have a tensor that is not an expert's, its mean over
-the models is taken in float64 (Branch-Train-MiX, arXiv 2403.07816).
+The table is for the values `upcycle` and `mix` of `start.how`; `copy` keeps the tensors as they are, but can add, leave
+out and reorder experts of router `domain`. "ffn" is a dense feed-forward layer, and "initial values" are those of a
+model that is trained from scratch.
+
+With these weights, an upcycled model has the same logits as the model that it starts from (sparse upcycling, arXiv
+2212.05055). The reason is that equal experts whose gates add up to 1 compute the same as one of them, and that a merge
+projection of zero adds nothing to the shared expert. If several start models have a tensor that is not an expert's, its
+mean over the models is taken in float64 (Branch-Train-MiX, arXiv 2403.07816).
 """
 
 import re
@@ -121,7 +125,8 @@ class StartTransform:
 def _old_experts(spec: ModelSpec, start_spec: ModelSpec, new_experts: Mapping[str, str]) -> list[int | None] | None:
     """Return, for each expert that is named by its domain, the index of the old expert of which it is a copy.
 
-    An entry is None if the expert is the mean of all old ones. The result is None if a model has no router `domain`.
+    An entry is None if the expert is the mean of all old ones. The result is None unless both models have router
+    `domain`.
     """
     moe, start_moe = spec.moe, start_spec.moe
     if moe is None or start_moe is None or moe.domains is None or start_moe.domains is None:

@@ -68,7 +68,7 @@ class ConversationEncoder:
         return result
 
     def turn_ends(self, template: ChatTemplate) -> frozenset[int]:
-        """Return the special tokens that end the assistant's turns, after trying the template on a conversation.
+        """Return the ids of special tokens that end the assistant's turns, after trying the template on a conversation.
 
         Raises:
             ChatTemplateError: the template does not suit the tokenizer: no special token ends the assistant's turns, or

@@ -1,7 +1,8 @@
 """Chat templates: Jinja templates that render a conversation as a text.
 
-They have the same functions, filters and blocks as in Hugging Face's tokenizers. A server needs the prompt, up to where
-the assistant's next answer begins. Training needs the whole conversation and the spans of the assistant's turns in it.
+They can use the same functions, filters and blocks as in Hugging Face's tokenizers. A server needs the prompt, up to
+where the assistant's next answer begins. Training needs the whole conversation and the spans of the assistant's turns
+in it.
 """
 
 import json
@@ -140,7 +141,7 @@ class ChatTemplate:
         return True
 
     def check_prompts(self, messages: Sequence[Message]) -> None:
-        """Check that the prompt of each assistant's turn is the beginning of the conversation with that turn.
+        """Check that the prompt for each of the assistant's turns is the beginning of the conversation with that turn.
 
         Raises:
             ChatTemplateError: a prompt is not such a beginning, so a server's prompts would differ from those of

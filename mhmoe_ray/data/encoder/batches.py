@@ -16,7 +16,10 @@ from mhmoe_ray.spec import MicroBatchPart, ModelSpec
 
 
 class PartSamples(Protocol):
-    """Samples of one part of micro-batches, in memory (`EncoderSamples`) or decoded on access (`HeldOutSamples`)."""
+    """Samples of one part of micro-batches, which is trained with one objective.
+
+    They are in memory (`EncoderSamples`) or are decoded on access (`HeldOutSamples`).
+    """
 
     @property
     def sample_count(self) -> int:
@@ -97,8 +100,8 @@ class BatchMaker:
     def _predicted_tokens(self, parts: Iterable[MicroBatchPart], token_NT: np.ndarray) -> np.ndarray:
         """Return the token to predict at each position of the texts, (N, T).
 
-        It is the token at the position, or the next token if the part learns to write captions. The token to predict at
-        the end of a caption is its start token, which occurs nowhere else in a text.
+        It is the token at the position, or the next token if the text belongs to a part that learns to write captions.
+        The token to predict at the end of a caption is its start token, which occurs nowhere else in a text.
         """
         predicted_NT, first_text = token_NT, 0
         for part in parts:

@@ -1,7 +1,8 @@
 """Masks of masked pre-training: pure functions of a seed and a label, equal on every machine and in every process.
 
-The label of a sample names its part of a micro-batch and its position in the training, so a mask depends neither on the
-number of ranks nor on restarts. Sizes and shares are those of BEiT v2 (arXiv 2208.06366) and BEiT-3 (arXiv 2208.10442).
+The label of a sample names its part of a micro-batch (one objective with its data) and its position in the training, so
+a mask depends neither on the number of ranks nor on restarts. Sizes and shares are those of BEiT v2 (arXiv 2208.06366)
+and BEiT-3 (arXiv 2208.10442).
 """
 
 import math
@@ -17,17 +18,17 @@ MIN_BLOCK_SHARE = 16 / 14**2
 MIN_ASPECT = Decimal("0.3")
 """Smallest ratio of height to width of a block of hidden patches; the largest ratio is its inverse."""
 TRIES = 10
-"""Number of blocks that are drawn in a row; if none of them can be added to the mask, single patches fill the rest."""
+"""Number of blocks that are drawn in a row; if none of them can be added to the mask, single patches complete it."""
 
 
 def block_mask(rows: int, columns: int, share: float, seed: int, label: str) -> np.ndarray:
     """Return a mask of the hidden patches of an image: rectangular blocks, completed by single patches.
 
     Args:
-        rows, columns: number of patches along each side.
-        share: share of the patches to hide, from 0 to 1; exactly the rounded number of patches is hidden.
+        rows, columns: number of patches along the height and along the width of the image.
+        share: share of the patches to hide, from 0 to 1; the number of hidden patches is exactly this share, rounded.
         seed: seed of the run.
-        label: label of the sample, which names its part and its position in the training.
+        label: label of the sample, which names its part of a micro-batch and its position in the training.
 
     Returns:
         The mask, (rows, columns) bool.
@@ -74,7 +75,7 @@ def hide_tokens(tokens: np.ndarray, mask: np.ndarray, vocab_size: int, seed: int
         mask: mask of the hidden tokens.
         vocab_size: V, the number of tokens of the model; the mask token is the last one, V - 1.
         seed: seed of the run.
-        label: label of the sample, which names its part and its position in the training.
+        label: label of the sample, which names its part of a micro-batch and its position in the training.
     """
     inputs, hidden = tokens.copy(), np.flatnonzero(mask)
     draws = Draws(seed, label)
@@ -101,7 +102,7 @@ def text_mask(tokens: int, share: float, seed: int, label: str) -> np.ndarray:
         tokens: number of tokens of the text, at least 1.
         share: share of the tokens to hide, from 0 to 1; `masked_count` makes it a number of tokens.
         seed: seed of the run.
-        label: label of the sample, which names its part and its position in the training.
+        label: label of the sample, which names its part of a micro-batch and its position in the training.
 
     Returns:
         The mask, (tokens,) bool.

@@ -147,7 +147,7 @@ class HeldOutSamples:
     """
 
     def __init__(self, maker: SampleMaker, reader: RowReader, numbers: np.ndarray) -> None:
-        """Create the samples.
+        """Set up the access to held-out samples of one part, without reading them.
 
         Args:
             maker: maker of the samples.
@@ -162,7 +162,7 @@ class HeldOutSamples:
         return len(self._numbers)
 
     def rows(self, part: MicroBatchPart, start: int, stop: int) -> EncoderSamples:
-        """Return samples `start` to `stop` - 1, in the form that `part`, the part of these samples, needs."""
+        """Return samples `start` to `stop` - 1, with the columns and the masks that their part `part` needs."""
         # The reader cannot read zero rows. For an empty range the first row is read, which gives the shape and dtype of
         # the tokens.
         tokens = self._reader.read_tokens(self._numbers[start:stop] if start < stop else self._numbers[:1])

@@ -1,4 +1,7 @@
-"""Crops of images: pure functions of a seed and a sample's label, like the masks of an encoder (encoder/masking.py)."""
+"""Crops of images: a random crop depends only on the image's size, the settings, a seed and the sample's label.
+
+The label names the sample's part of a micro-batch and its position in the training.
+"""
 
 import math
 from collections.abc import Callable

@@ -104,7 +104,7 @@ def check_image_file(content: bytes, max_pixels: int) -> "Image.Image":
 
 
 def _check_limits(image: "Image.Image", content: bytes, max_pixels: int) -> None:
-    """Raise ImageError if an image takes more memory or time to decode than the size of its file suggests.
+    """Raise ImageError if an image exceeds one of the limits that bound the memory and the time of its decoding.
 
     Args:
         image: the image, of which only the header was read.

@@ -66,7 +66,7 @@ class Copies:
     """Bytes of the surplus documents, if the longest copy of each text is kept."""
     domains: dict[str, DomainCopies] = field(default_factory=dict)
     pairs: Counter[str] = field(default_factory=Counter)
-    """Number of different texts that two domains share, by their names: "one domain, other domain"."""
+    """Number of different texts that two domains share; the key is their names in ascending order, joined by ", "."""
     most_copied: list[tuple[int, TextLocation, TextLocation]] = field(default_factory=list)
     """Texts with the most copies: the number of copies, and the locations of the first and the second copy."""
 

@@ -2,9 +2,9 @@
 
 Figures can be added up in any order and grouping, so the result is the same for any division of the work into tasks.
 
-The histograms of lengths have 16 bins for each octave. Each length below 32 has a separate bin; from there on, a bin is
-at most a sixteenth of its length wide. So counts by octave are exact, and a quantile is at most a sixteenth below the
-true one.
+The histograms of lengths have 16 bins for each octave (the lengths from n to 2n - 1, for n a power of two). Each length
+below 32 has a separate bin; from there on, the width of a bin is at most a sixteenth of the smallest length in it. So
+counts by octave are exact, and a quantile is at most a sixteenth below the true one.
 """
 
 import math
@@ -67,7 +67,7 @@ def octave_counts(bins: Mapping[int, int]) -> dict[int, int]:
 EXAMPLES = 3
 """Number of example documents that are kept for each problem."""
 MAX_UNSPACED_SHARE = 0.3
-"""Share of characters in scripts without spaces between words from which a count of words is meaningless."""
+"""Smallest share of characters in scripts without spaces between words at which a count of words is meaningless."""
 _UNSPACED_SCRIPTS = re.compile(
     "["
     "\u0e00-\u0fff"  # Thai, Lao, Tibetan
@@ -119,7 +119,7 @@ class ImageFigures:
     sides: Counter[int] = field(default_factory=Counter)
     """Histogram of the shorter sides in pixels: number of images by `histogram_bin`."""
     aspect_ratios: Counter[float] = field(default_factory=Counter)
-    """Number of images by the ratio of width to height, rounded to one decimal place of its logarithm to base 2."""
+    """Number of images by the logarithm to base 2 of the ratio of width to height, rounded to one decimal place."""
     extreme: int = 0
     """Number of images with one side more than `MAX_ASPECT_RATIO` times as long as the other."""
     classes: Counter[str] = field(default_factory=Counter)
@@ -165,7 +165,7 @@ class Figures:
     """Bytes of the documents' texts in UTF-8."""
     characters: int = 0
     words: int = 0
-    """Number of words: runs of characters without white space, by `str.split`, as Gopher counts them."""
+    """Number of words as Gopher (arXiv 2112.11446) counts them: runs of characters without white space."""
     unspaced: int = 0
     """Number of characters in scripts without spaces between words."""
     held_out: int = 0
@@ -173,7 +173,7 @@ class Figures:
     tokens: int = 0
     """Number of tokens of the texts alone, without start tokens; 0 without a tokenizer."""
     unknown: int = 0
-    """Number of those tokens that are the tokenizer's unknown token."""
+    """Number of the tokens in `tokens` that are the tokenizer's unknown token."""
     lengths: Counter[int] = field(default_factory=Counter)
     """Histogram of text lengths in characters: number of documents by `histogram_bin`."""
     token_lengths: Counter[int] = field(default_factory=Counter)
@@ -254,7 +254,7 @@ class DomainSurvey:
     stored_bytes: int = 0
     """Bytes of the files as stored, compressed or not."""
     damaged: int = 0
-    """Number of damaged files, a part of which could not be read."""
+    """Number of damaged files, which could not be read completely."""
     quarantined: Counter[str] = field(default_factory=Counter)
     """Number of items that could not be read, by reason."""
     dropped: Counter[str] = field(default_factory=Counter)

@@ -21,7 +21,8 @@ from mhmoe_ray.spec import DataSpec, RunSpec
 MAX_COPY_SHARE = 0.01
 """Largest share of a domain's documents that may be copies without a warning."""
 MAX_IMAGE_SHARE = 0.1
-"""Largest share of a domain's images that may be small, or narrow, without a warning."""
+"""Largest share of a domain's images that may be smaller than the model's input without a warning; also the largest
+share that may be long and narrow."""
 MIN_BYTES_PER_TOKEN = 1.5
 """Bytes of text per token below which a tokenizer spells a language out nearly byte by byte."""
 MAX_UNKNOWN_SHARE = 0.001
@@ -63,7 +64,7 @@ class Problem:
 
 
 class LintInput(NamedTuple):
-    """Everything that the lint rules look at."""
+    """Input of the lint rules: a survey of raw text, its data section, and perhaps the spec of a run and a manifest."""
 
     survey: Survey
     data_spec: DataSpec
@@ -285,8 +286,8 @@ def _find_unsuitable_images(inputs: LintInput) -> Iterator[Problem]:
         figures = domain.all_figures.images
         max_count = MAX_IMAGE_SHARE * figures.images
         size = inputs.spec.image_size_of(source_of(name)) if inputs.spec else 0
-        # Sides are counted in bins, each at most a sixteenth of its length wide. Images that are only a little too
-        # small fall into the bin of `size` and do not count.
+        # Sides are counted in bins, whose width is at most a sixteenth of the smallest length in them. Images that are
+        # only a little too small fall into the bin of `size` and do not count.
         small = sum(count for side, count in figures.sides.items() if side < histogram_bin(size))
         if small > max_count:
             message = f"over {MAX_IMAGE_SHARE:.0%} of its images are smaller than the model reads them"

@@ -36,7 +36,7 @@ class SamplePart:
     """Document, or piece of a document, that is packed into one sample."""
 
     begins: bool
-    """True if the piece starts with the document's start token; otherwise it continues the previous sample."""
+    """True if the piece starts with the document's start token; otherwise the document begins in another sample."""
     tokens: int
     """Number of tokens, including the start token."""
     text: str

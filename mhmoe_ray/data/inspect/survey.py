@@ -39,7 +39,7 @@ ENTRIES_PER_ARRAY = 1 << 18
 
 
 class Encoder(NamedTuple):
-    """Parts of a tokenizer that a survey needs."""
+    """Encoding function and special tokens of a tokenizer, for a survey."""
 
     encode: Callable[[Sequence[str]], list[list[int]]]
     """Function that returns the token ids of texts without start tokens: the same ids as in preparation, if the
@@ -52,14 +52,14 @@ class Encoder(NamedTuple):
 
 @lru_cache(maxsize=2)
 def open_encoder(path: Path, pattern: str | None) -> Encoder:
-    """Return the encoder of a tokenizer file; a process caches the last two.
+    """Return the encoder of a tokenizer file; a process caches the last two encoders.
 
     Args:
         path: the path of a tokenizer.json, or of a vocabulary in tiktoken's format.
         pattern: `data.tokenizer_pattern`, for a vocabulary in tiktoken's format.
 
     Raises:
-        DataError: the file cannot be used, as for `read_given_tokenizer`.
+        DataError: the file cannot be read or has no tokenizer, or the pattern for a vocabulary is missing or invalid.
     """
     # The encoder is cached, because loading a large vocabulary takes longer than reading a small file.
     tokenizer = read_given_tokenizer(path, pattern)

@@ -33,7 +33,7 @@ class TextRule(NamedTuple):
 
 
 NEARLY_ALL = 0.8
-"""Share of a text's characters from which a part counts as nearly all of the text."""
+"""Share of a text's visible characters above which the repetitions of a line count as nearly all of the text."""
 MAX_WORD_LENGTH = 1000
 MIN_LETTER_SHARE = 0.25
 MIN_MATCHES = 3

@@ -2,22 +2,23 @@
 
 The domain of any slot is found without computing the slots before it.
 
-A binary tree has the domains as leaves. Each slot walks from the root to a leaf, as a visitor of the nodes on its way.
-A node's c-th visitor (from 0) goes left if floor((c + 1) a / A) exceeds floor(c a / A), where A is the node's weight
-and a its left child's. So floor(c a / A) of its first c visitors went left. This is also the visitor's number at the
-left child; at the right child its number is c minus this. The walk gives the slot's domain and the slot's number among
-that domain's slots. The sequence repeats after as many slots as the root's weight, and each domain has exactly its
-weight of these slots.
+A binary tree has the domains as leaves. A leaf has the weight of its domain, and another node has the sum of its
+children's weights. Each slot walks from the root to a leaf, as a visitor of the nodes on its way. A node's c-th visitor
+(from 0) goes left if floor((c + 1) a / A) exceeds floor(c a / A), where A is the node's weight and a its left child's.
+So floor(c a / A) of its first c visitors went left. This is also the visitor's number at the left child; at the right
+child its number is c minus this. The walk gives the slot's domain and the slot's number among that domain's slots. The
+sequence repeats after as many slots as the root's weight, and each domain has exactly its weight of these slots.
 
-Exactness: over any stretch of slots a child gets its part of its parent's visitors to within less than one. With
+Exactness: over any stretch of slots a child gets its share of its parent's visitors to within less than one. With
 weights W_0 > W_1 > ... > W_m from the root to a leaf, n consecutive slots give that leaf n W_m / W_0 to within less
 than the sum of W_m / W_k over k = 1..m. In a Huffman tree W_k >= W_(k+1) + W_(k+2), because the sibling of node k+1 is
 no lighter than node k+2, which was merged first. So the W_k grow at least as fast as the Fibonacci numbers from the
 leaf up, and the sum stays below that of the reciprocals, 1 + 1 + 1/2 + 1/3 + 1/5 + ... = 3.36. This holds for any
 number of domains and for any shares. Sources are the leaves of one Huffman tree and the roots of others: over any
-stretch a source is within 3.36 slots of its part and a domain within 6.72.
+stretch a source is within 3.36 slots of its share and a domain within 6.72.
 
-A walk takes about as many levels as the mixture has bits of entropy, and at most about log_phi(1 / share).
+A walk takes about as many levels as the mixture has bits of entropy. To a domain with a share s, it takes at most about
+log_phi(1 / s) levels, where phi is the golden ratio.
 """
 
 import heapq

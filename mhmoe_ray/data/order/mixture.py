@@ -2,8 +2,8 @@
 
     by size      W_s p_i: the source's weight, divided over its subfolders by their tokens (of an encoder, by their
                  samples), or by fixed shares
-    tempered     W_s q_i, q_i = p_i^alpha / sum_j p_j^alpha (XLM's rule); fixed shares stay
-    weights      the mixture weights: the tempered shares after `max_epochs`, as whole numbers for the order
+    tempered     W_s q_i, q_i = p_i^alpha / sum_j p_j^alpha (XLM's rule); fixed shares stay unchanged
+    weights      the mixture weights: the tempered shares, limited by `max_epochs`, as whole numbers for the order
 
 At most floor(max_epochs * samples) samples of a domain may be read in the whole training, including those that earlier
 runs have read if the run continues their order. This limit is divided over the phases in proportion to the samples that
@@ -252,7 +252,7 @@ def training_order(
     Domain i of the order has the i-th name of the list. The arguments are those of `compute_mixture`.
 
     Raises:
-        DataError: the mixture is impossible, as for `compute_mixture`.
+        DataError: the mixture is impossible (see `compute_mixture`).
     """
     order_mixture = compute_mixture(spec, manifest, samples_before)
     return [d.name for d in order_mixture.domains], order_mixture.order
@@ -305,7 +305,7 @@ def _domain_limits(
 def phase_shares(
     mixes: dict[str, SourceMix], domains: Sequence[OrderedDomain], sizes: Sequence[int], *, apply_temperature: bool
 ) -> list[float]:
-    """Return the share of each domain in one phase before limits; the shares sum to 1.
+    """Return the share of each domain in one phase before limits are applied; the shares sum to 1.
 
     Args:
         mixes: the weight, shares and temperature of each source in the phase.

@@ -25,8 +25,8 @@ epoch n // size and takes element n mod size of that epoch's permutation. The pe
 of the domain only, so another mixture reads the same domain in the same order. A run with `start.order: continue`
 counts on from the slots that the run before it has read, so the two runs read a domain as one longer run would.
 
-The domain and the sample are both given by closed formulas: to find them takes a walk down a few levels of a tree, at
-any position.
+The domain and the sample at any position are computed without the earlier positions: the domain by a walk down a few
+levels of a tree, and the sample by a few rounds of arithmetic.
 """
 
 from bisect import bisect_left
@@ -133,7 +133,7 @@ class Order:
         return domain, sample
 
     def _locate(self, position: I64) -> tuple[I64, I64]:
-        """Do the work of `__call__` for positions that are few enough for their arrays to fit into a core's cache."""
+        """Return what `__call__` returns, for so few positions that their arrays fit into a core's cache."""
         phase = np.searchsorted(self._starts, position, side="right") - 1
         domain, rank = self._interleaver(phase, position + self._slot_shifts.take(phase))
         return domain, self._permutations(domain, rank + self._offset_table[phase, domain])

@@ -1,4 +1,4 @@
-"""Stored rows of prepared images: the row of the sample at each position of a training, and the held-out rows."""
+"""Stored rows of encoders and vision models: the row at each position of a training, and the held-out rows."""
 
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -17,7 +17,7 @@ class TokenPairs(NamedTuple):
 
 
 def token_pairs(samples: Samples, padding: int) -> TokenPairs:
-    """Return each target that counts in samples (n, T + 1), paired with the token before it.
+    """Return each target of samples (n, T + 1) that counts in the loss, paired with the token before it.
 
     Args:
         samples: the samples.

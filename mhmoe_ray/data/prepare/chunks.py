@@ -99,7 +99,7 @@ class QuarantineLimit:
 
 CHUNK_CHARACTERS = 4 << 20
 """Size of a chunk: characters of text plus bytes of images and annotations. One core tokenises so much text in a
-fraction of a second, or in seconds with the tokenizers library."""
+fraction of a second with tiktoken, or in seconds with the tokenizers library."""
 
 BAD_LINE_CHARACTERS = 500
 """Number of characters that an unreadable line adds to the size of a chunk."""
@@ -130,9 +130,9 @@ class Chunk(NamedTuple):
     tally: Tally
     """Counts of the items that were read since the previous chunk."""
     is_aborted: bool
-    """True if the reading of the file was aborted here, since it has more bad items than the spec allows."""
+    """True if the reading of the file was aborted here, since it probably has more bad items than the spec allows."""
     conversations: list[RenderedConversation] | None = None
-    """The rendered conversations whose contents `texts` has; None if the file has documents of another kind."""
+    """The rendered conversation of each document; None without conversations. `texts` has only the messages."""
     images: list[bytes] | None = None
     """The image of each document, empty if it has none; None if no document's record has an image."""
     image_hashes: list[str] | None = None
@@ -170,8 +170,8 @@ def read_chunks(
     Args:
         table: a table with the columns `number` and the fields of `RawFile`, a row for each file.
         spec: the data section with which the files were found.
-        limit: the limit on bad items; if a file alone will probably exceed it, its reading ends with a chunk that has
-            `is_aborted`.
+        limit: the limit on bad items; if a file alone will probably exceed it, its reading is aborted, and
+            `is_aborted` is true in its last chunk.
         quarantine: the folder for unreadable lines; each chunk with bad items writes one file.
         characters: number of characters of text and bytes of images and annotations that fill a chunk.
         template: the template that renders conversations; None if no source has conversations.

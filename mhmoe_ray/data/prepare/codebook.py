@@ -1,7 +1,8 @@
 """The codebook of an encoder: the centres of a k-means clustering of normalized patches of training images.
 
 Only a sample of the patches is clustered: about `SAMPLE_BYTES` bytes of patches from at most `MAX_IMAGES` images. The
-sample is the same each time. An image is cropped to the largest square at its centre.
+seed of the sample is fixed, so the same images give the same sample. An image is cropped to the largest square at its
+centre.
 """
 
 import hashlib

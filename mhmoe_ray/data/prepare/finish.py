@@ -23,7 +23,7 @@ from mhmoe_ray.spec import RunSpec
 BASELINE_TOKENS = 20_000_000
 """Approximate number of training tokens on which the bigram model is counted."""
 SizedReader = tuple[int, Callable[[np.ndarray], np.ndarray]]
-"""Pair of the number of samples and a function that takes numbers of samples and returns their tokens."""
+"""Pair of the number of samples and a function that takes indices of samples and returns the samples' tokens."""
 
 
 def domain_entry(
@@ -133,7 +133,7 @@ def finish_rows(
         parts: the folder of the parts.
         held_out: held-out rows by domain.
         shards: training shards by domain.
-        spec: the spec.
+        spec: the spec of the run.
         token_bytes: bytes per token, 2 or 4.
     """
     validation_split = write_validation_rows(folder, parts, held_out, spec.data.validation_samples, token_bytes)

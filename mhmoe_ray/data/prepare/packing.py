@@ -141,8 +141,8 @@ class _Piece(NamedTuple):
 def _assign_bins(targets: np.ndarray, seq_len: int) -> tuple[list[_Piece], int]:
     """Assign the targets of each document to bins of T targets; return the pieces and the number of bins.
 
-    A document with more than T targets is cut into pieces of T. Then each other document, longest first, goes into the
-    bin with the least sufficient room, or into a new one.
+    A document with more than T targets is cut into pieces of at most T, each of which begins a new bin. Then each other
+    document, longest first, goes into the bin with the least sufficient room, or into a new one.
     """
     pieces, bin_count = list[_Piece](), 0
     bins_by_room: dict[int, list[int]] = {}

@@ -127,7 +127,7 @@ def _errors_of_tasks(folder: Path) -> Iterator[None]:
         yield
     except (ray.exceptions.RayTaskError, OSError) as e:
         error: Any = e
-        # A task may have waited for another task.
+        # A task may have waited for another task, so that its error has the other task's error as its cause.
         while isinstance(error, ray.exceptions.RayTaskError):
             error = error.cause
         if isinstance(error, MhmoeError):
@@ -144,14 +144,14 @@ _PlannedShards = tuple[list[ShardPlan] | list[RowPlan], Callable[[dict[str, Any]
 
 @contextmanager
 def _settings_of_ray_data() -> Iterator[None]:
-    """Set the block size of Ray Data to a chunk within this context, without progress bars and wrapped errors."""
+    """Context manager that sets Ray Data's block size to one chunk, and disables progress bars and wrapped errors."""
     context = ray.data.DataContext.get_current()
     settings = {
         # A task tokenises one block, so a block is made as small as one chunk.
         "target_max_block_size": CHUNK_CHARACTERS,
         # Progress bars would fill the job's log.
         "enable_progress_bars": False,
-        # By default the error of a task becomes one that does not have its cause any more.
+        # By default Ray Data wraps a task's error in a UserCodeException, which does not keep the error as its cause.
         "raise_original_map_exception": True,
     }
     previous_settings = {name: getattr(context, name) for name in settings}

@@ -159,7 +159,7 @@ def make_annotated_rows(chunk: Chunk, validation_fraction: float) -> tuple[memor
 def token_rows(
     tokens: Sequence[int], has_image: bool, seq_len: int, padding: int, token_bytes: int
 ) -> Iterator[np.ndarray]:
-    """Yield the tokens of each row that a document becomes: `seq_len` tokens, of which the last may be padding.
+    """Yield the tokens of each row that a document becomes: `seq_len` tokens, the last of which may be padding.
 
     The tokens of the document begin with the start token. With an image, the document becomes one row, so a longer text
     is cut.

@@ -70,7 +70,7 @@ class TokenisedChunk(NamedTuple):
     part: Part
     tally: Tally
     is_aborted: bool
-    """True if the reading of the file was aborted after this chunk, as in `Chunk`."""
+    """True if the reading of the file was aborted after this chunk, since probably too many of its items are bad."""
     is_reused: bool
     """True if the part already existed."""
 
@@ -102,8 +102,8 @@ def tokenise_chunk(
 
     Args:
         table: a table that `read_chunks` yielded.
-        tokenizer: the path of a tokenizer.json, which never changes; None for a vision model, whose parts have rows of
-            annotated images.
+        tokenizer: the path of a tokenizer.json, which must not change, because processes cache its content; None for a
+            vision model, whose parts have rows of annotated images.
         tokenizer_sha256: SHA-256 of that file.
         parts: the folder of the parts.
         validation_fraction: share of the documents that is held out.
@@ -167,7 +167,7 @@ def _find_counts(part: Path, row_bytes: int) -> PartCounts | None:
 
     Args:
         part: the path of the part's tokens or rows.
-        row_bytes: bytes per token with all its columns.
+        row_bytes: bytes of a stored token; in a conversation, of its id and its other columns together.
     """
     try:
         counts = PartCounts.model_validate_json(_counts_file(part).read_bytes())
@@ -181,7 +181,7 @@ def _find_counts(part: Path, row_bytes: int) -> PartCounts | None:
 
 
 def _encode_documents(chunk: Chunk, tokenizer: Path, token_bytes: int) -> Iterator[Tokens]:
-    """Yield the tokens of each document of a chunk; the tokens of a conversation have all columns of samples."""
+    """Yield the tokens of each document of a chunk; those of a conversation have the fields of `conversation_dtype`."""
     if chunk.conversations is None:
         for batch in _batches(chunk.texts, len):
             for ids in document_encoder(tokenizer).encode(batch):

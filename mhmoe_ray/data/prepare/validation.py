@@ -24,7 +24,7 @@ from mhmoe_ray.data.shards.manifest import Shard
 def is_validation(text: str, fraction: float) -> bool:
     """Return whether a document is held out for validation: a hash of its text selects a share of `fraction`.
 
-    For a document with an image, the text is the hash of the image (prepare/rows.py).
+    For a document with an image, `text` is the hash of the image (prepare/rows.py).
     """
     # Copies of a text have the same hash, so either all or none are held out, and no copy of a validation text is
     # trained on.
@@ -103,8 +103,8 @@ def select_samples(available: Sequence[int], max_samples: int) -> list[np.ndarra
 def select_rows(available: Mapping[str, int], max_samples: int) -> dict[str, np.ndarray]:
     """Select validation rows evenly among the held-out rows of each domain; return the selected numbers by domain.
 
-    Each source gets an equal share of the samples and divides it equally among its domains. If one has fewer rows than
-    its share, the others get more.
+    Each source gets an equal share of the samples and divides it equally among its domains. If a source or a domain has
+    fewer rows than its share, the others get more.
 
     Args:
         available: number of held-out rows of each domain.

@@ -51,9 +51,9 @@ class PreparationProgress(BaseModel):
     documents: int
     """Number of documents read so far."""
     tokens: int
-    """Number of tokens of these documents."""
+    """Number of tokens of the documents read so far."""
     found_tokens: int
-    """Number of these tokens that were found in parts of an earlier job, so that they need no tokenising."""
+    """Number of the tokens in `tokens` that were found in parts of an earlier job, so that they need no tokenising."""
     bytes_per_s: float
     """Bytes of raw files that this job reads per second, without those of reused parts; 0 outside of the reading
     stages."""

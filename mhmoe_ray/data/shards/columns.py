@@ -1,12 +1,13 @@
 """The columns of samples, in memory and in shards.
 
-A sample is a row of named columns. Each has T + 1 values, the first T for a model's input, the last T for its targets:
+A sample is a row of named columns. T is the sequence length. Each column has T + 1 values: the first T belong to a
+model's input, the last T to its targets.
 
-    | column          | value                                   | in a shard         | of which sources |
-    | --------------- | --------------------------------------- | ------------------ | ---------------- |
-    | tokens          | token id; the largest number is padding | 2 or 4 bytes, each | all              |
-    | targets         | whether the token is a target           | a bit, each        | conversations    |
-    | document_starts | whether a document begins with it       | a bit, each        | conversations    |
+    | column          | value                                    | size in a shard        | sources       |
+    | --------------- | ---------------------------------------- | ---------------------- | ------------- |
+    | tokens          | token id; the largest integer is padding | 2 or 4 bytes per token | all           |
+    | targets         | whether the token is a target            | 1 bit per token        | conversations |
+    | document_starts | whether the token begins a document      | 1 bit per token        | conversations |
 
 Samples with tokens only are a plain array of token ids. Samples with more columns are a structured array, which has a
 field for each column. In text, all tokens except padding are targets, and a start token begins each document. In a
@@ -21,11 +22,11 @@ import numpy as np
 from mhmoe_ray.spec import MicroBatchPart
 
 Samples = np.ndarray[tuple[int, int], np.dtype[Any]]
-"""Array of samples, (samples, T + 1): token ids, or structures with a field for each column."""
+"""Array of samples, (samples, T + 1) for sequence length T: token ids, or structures with a field for each column."""
 
 TOKENS, TARGETS, DOCUMENT_STARTS = "tokens", "targets", "document_starts"
 EXPERT = "expert"
-"""Name of the column of the training stream that has the expert of each sample, if the router is `domain`."""
+"""Name of the column of the training stream with the expert that router `domain` chooses by a sample's domain."""
 
 
 def token_dtype(token_bytes: int) -> np.dtype[np.unsignedinteger]:
@@ -87,13 +88,13 @@ def padding_mask(rows: np.ndarray, padding: int) -> np.ndarray:
 
 
 def document_start_mask(rows: np.ndarray, start: int) -> np.ndarray:
-    """Return a mask of the tokens in samples that begin a document; `start` is the token with which text begins."""
+    """Return a mask of the tokens in samples that begin a document; `start` is the id of the start token."""
     mask: np.ndarray = rows == start if rows.dtype.names is None else rows[DOCUMENT_STARTS]
     return mask
 
 
 def with_all_columns(rows: np.ndarray, start: int, padding: int) -> np.ndarray:
-    """Return samples with the columns tokens, targets and document_starts; samples of text lack the last two.
+    """Return samples with the columns tokens, targets and document_starts; compute the last two if `rows` lacks them.
 
     Args:
         rows: samples, or a one-dimensional array of tokens.

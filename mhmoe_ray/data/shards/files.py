@@ -70,7 +70,7 @@ def _stored_bytes(column: np.ndarray) -> np.ndarray:
 
 
 class ShardReader:
-    """Random access to the samples of a list of shards, in the order of the list; all have the same columns."""
+    """Reader with random access to the samples of a list of shards, which all have the same columns."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], token_bytes: int) -> None:
         self._paths = [str(folder / s.file) for s in shards]
@@ -126,7 +126,7 @@ def _map_columns(path: str, token_bytes: int) -> dict[str, np.ndarray]:
 
 FILES_PER_TASK = 16
 LOCAL_CHECK_BYTES = 1 << 30
-"""Largest size of all shards in bytes that one process verifies in less time than Ray needs to start others."""
+"""Largest total size of shards in bytes that one process verifies alone: starting more processes would take longer."""
 
 
 def verify_shards(folder: Path, manifest: DataManifest) -> None:

@@ -1,13 +1,13 @@
 """The data manifest of a folder of prepared shards; it is written last, so a folder with a manifest is complete.
 
 <prepared>/
-  train/<domain>/00000.arrow ...   packed samples, one column `tokens`; of conversations two more (see columns.py);
-                                   for an encoder rows of `tokens` and `image`, for a vision model of `image` and
-                                   `annotation` (see rows.py)
+  train/<domain>/00000.arrow ...   packed samples; texts have the column `tokens`, and conversations have two more
+                                   columns (see columns.py); the samples of an encoder have `tokens` and `image`, and
+                                   those of a vision model have `image` and `annotation` (see rows.py)
   validation/00000.arrow           the held-out samples, domain by domain
   tokenizer.json  quarantine.jsonl  manifest.json
   chat_template.jinja              the template of the conversations, if a source has any
-  codebook.npy                     the codebook of an encoder with image_targets codebook
+  codebook.npy                     the codebook of an encoder, if its `image_targets` is `codebook`
   classes.json                     the names of the classes of each task of a vision model, in place of tokenizer.json
 """
 
@@ -47,13 +47,13 @@ class Shard(BaseModel):
 
 
 class _KindAware(BaseModel):
-    """Base of the parts of the manifest that have additional fields if the folder has conversations or images."""
+    """Base class of models in the manifest that leave out fields about conversations and images if they are None."""
 
     @model_serializer(mode="wrap")
     def _leave_out_unset_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Serialize the fields, except those about conversations or images that are None."""
-        # Checkpoints identify their data by a hash of the manifest, so the manifest of a folder of text must not get
-        # more keys.
+        """Serialize the fields; leave out a field about conversations or images if its value is None."""
+        # Checkpoints identify their data by a hash of the manifest, so the manifest of a folder of text must stay
+        # without these keys.
         fields: dict[str, Any] = handler(self)
         return {key: value for key, value in fields.items() if value is not None or key not in _KIND_FIELDS}
 
@@ -62,7 +62,7 @@ _KIND_FIELDS = {"target_tokens", "chat", "images", "image_bytes", "encoder", "vi
 
 
 class Domain(_KindAware):
-    """Entry of a domain, a named source of documents, in the manifest: its counts and its training shards."""
+    """Entry of a domain (a subfolder of a source, such as redpajama/book) in the manifest: its counts and shards."""
 
     documents: int
     """Number of training documents."""
@@ -81,7 +81,7 @@ class Domain(_KindAware):
     samples: int
     """Number of training samples."""
     validation_samples: int
-    """Number of held-out samples that were selected."""
+    """Number of held-out samples that were selected for the validation."""
     unused_tokens: int
     """Number of tokens after the last full sample, if packing is by concatenation; always fewer than a sample has. In a
     folder for an encoder, the number of tokens that were cut from texts with images."""
@@ -163,8 +163,8 @@ class DataManifest(_KindAware):
     validation: list[Shard]
     validation_tokens: int
     """Number of targets in the samples of `validation` that count in the loss. For an encoder, it is the number of
-    tokens of texts without start tokens; for a vision model, the number of samples. The field of the same name in
-    `domains` counts all held-out tokens."""
+    tokens of the texts, without counting start tokens; for a vision model, the number of samples. The field of the same
+    name in `domains` counts all held-out tokens."""
     baselines: Baselines | None
     """Baselines of the validation loss; None if the folder has no texts."""
     bad_lines: int
@@ -367,7 +367,7 @@ def check_recipe(folder: Path, manifest: DataManifest, spec: RunSpec) -> None:
         DataError: a setting or the text differs; the message names the first difference.
     """
     # A run that starts from another run's model names a tokenizer, which the other run may have trained in this folder.
-    # Then the settings of tokenizers are not compared.
+    # If the folder has the tokenizer that the spec names, the settings of tokenizers are not compared.
     spec_recipe = recipe(spec)
     has_same_tokenizer = spec_recipe["tokenizer"] == _tokenizer_label(manifest.tokenizer_sha256)
     for key, spec_value in spec_recipe.items():

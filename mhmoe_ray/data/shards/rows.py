@@ -55,8 +55,9 @@ def join_batches(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
     """Return the rows of one or more batches as one batch."""
 
     def join(name: str) -> pa.Array:
-        # A batch may be a slice, whose file would also have bytes of the rows after it, as padding between its columns.
-        # `concat_arrays` copies the rows alone, so that the bytes of a shard depend on its rows alone.
+        # A batch may be a slice of a larger one. If Arrow wrote the slice itself, the padding between the columns of
+        # the file would have bytes of the rows after the slice. `concat_arrays` copies only the rows of the slice, so
+        # that the bytes of a shard depend on its rows alone.
         columns = [batch.column(name) for batch in batches]
         # A column of images has a dictionary. `concat_arrays` joins the dictionaries and keeps only one of equal
         # images.
@@ -123,7 +124,7 @@ class StoredValues(Sequence[bytes]):
     """Stored images or annotations of some rows, as a sequence that reads a value only when it is accessed."""
 
     def __init__(self, reader: "RowReader", column: str, numbers: np.ndarray) -> None:
-        """Create the sequence of the values in `column`, `image` or `annotation`, of the rows with these numbers."""
+        """Create the sequence of the values in a column (`image` or `annotation`) of the rows with these numbers."""
         self._reader, self._column, self._numbers = reader, column, numbers
 
     def __len__(self) -> int:
@@ -141,7 +142,7 @@ class StoredValues(Sequence[bytes]):
 
 
 class RowReader:
-    """Random access to the rows, which are samples, of a list of shards, in the order of the list."""
+    """Reader with random access to the rows of a list of shards; each row is a sample."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], token_bytes: int) -> None:
         self._paths = [str(folder / s.file) for s in shards]
@@ -160,7 +161,7 @@ class RowReader:
         return self.read_tokens(numbers), self.read_values(IMAGE, numbers)
 
     def read_values(self, column: str, numbers: np.ndarray) -> list[bytes]:
-        """Return the values in column `image` or `annotation` of the rows with these numbers, which may be none."""
+        """Return the values in column `image` or `annotation` of rows with these numbers; `numbers` may be empty."""
         shard_of, row_of = self._locate(numbers)
         return [
             _map_shard(self._paths[shard]).column(column)[int(row)].as_py()

@@ -90,7 +90,7 @@ def conversation_of(line: int, fields: Any, path: str, template: ChatTemplate) -
             raise ChatTemplateError("it renders no text of the assistant")
     except ChatTemplateError as e:
         return BadLine(path, line, Reason.NO_RENDERING, str(e))
-    # A template may also render the names and roles of messages.
+    # The rendered text is checked, too, because a template may also render the names and roles of messages.
     if reason := text_problem(conversation.text):
         return BadLine(path, line, reason)
     return Document(text, line, named_language(fields), conversation)

@@ -84,8 +84,8 @@ def read_coco(
         if not isinstance(name, str) or not _is_id(entry.get("id")):
             yield BadLine(file.path, number, Reason.NO_IMAGE, f"image {number} has no id and file_name")
             continue
-        # An image with the id of an earlier one is refused: annotations of this id cannot belong to both, and results
-        # are scored by the id.
+        # An image with the id of an earlier one is refused, because nothing tells to which of the two images the
+        # annotations of this id belong.
         if columns != ("image",) and entry["id"] in read_ids:
             detail = f"{name}: its id {_id_text(entry['id'])} is that of an earlier image"
             yield BadLine(file.path, number, Reason.NO_IMAGE, detail)
@@ -176,7 +176,7 @@ def _read_objects(
     columns: Sequence[Column],
     settings: ReadSettings,
 ) -> Iterator[Document | BadLine]:
-    """Yield a `BadLine` for each object of an image that cannot be used, then the image with its other objects.
+    """Yield a `BadLine` for each unusable object of an image, then the image with its other objects as a document.
 
     Args:
         path: the path of the JSON file.

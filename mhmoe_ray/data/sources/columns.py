@@ -235,7 +235,7 @@ def class_column_problem(schema: pa.Schema, column: str) -> str | None:
 
 
 def label_names(schema: pa.Schema, column: str) -> list[str] | None:
-    """Return the class names that Hugging Face stored in the schema for a column of integers; None without any."""
+    """Return the class names that Hugging Face stored in the schema for an integer column; None if there are none."""
     try:
         tree = orjson.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         names = tree["info"]["features"][column]["names"]
@@ -362,9 +362,10 @@ _END_OF_STREAM = struct.pack("<Ii", 0xFFFFFFFF, 0)
 def read_huggingface(
     storage: Storage, file: RawFile, source: SourceSpec, settings: ReadSettings, tally: Tally
 ) -> Iterator[Document | BadLine]:
-    """Yield the rows of an Arrow stream that Hugging Face's `save_to_disk` wrote as documents, up to any damage.
+    """Yield the rows of an Arrow stream, which Hugging Face's `save_to_disk` wrote, as documents.
 
-    If the file is damaged, the last item is a `BadLine`. See `reading.FormatReader` for the arguments.
+    If the file is damaged, the rows before the damage are yielded, and the last item is a `BadLine`. See
+    `reading.FormatReader` for the arguments.
     """
     row = 0
     try:

@@ -34,8 +34,8 @@ The letters PAR1 alone could begin a text, so that pattern includes the next byt
 
 # gzip produces at most this many bytes of output per call, so that a small input cannot fill the memory.
 OUTPUT_BYTES = 1 << 20
-# gzip gets at most this many bytes of input per call. The number is small, because each call copies the bytes after the
-# end of a member, which go back to the buffer.
+# gzip gets at most this many bytes of input per call. The number is small, because each call copies the input bytes
+# that it does not use, such as those after the end of a member; they go back to the buffer.
 INPUT_BYTES = 1 << 16
 # RFC 8878 section 3.1.1.2.4 limits a zstd block to this size.
 MAX_BLOCK = 1 << 17
@@ -186,8 +186,8 @@ def _unzstd(data: ByteBuffer) -> Iterator[bytes]:
     Raises:
         DamageError: a frame is damaged or cut off; all content before the damage is yielded first.
     """
-    # The library gets one block at a time. So no data before a damaged block is lost, no piece inflates to more than a
-    # block, and a frame that is cut off is not mistaken for a complete one.
+    # The library gets one block at a time. So no data before a damaged block is lost, no call returns more data than
+    # one block has, and a frame that is cut off is not mistaken for a complete one.
     while magic := data.take(4):
         if magic[:1] in SKIPPABLE_FIRST_BYTES and magic[1:] == _SKIPPABLE_REST:
             remaining_bytes = int.from_bytes(_take_exactly(data, 4), "little")

@@ -117,7 +117,7 @@ def version_hash(spec: DataSpec, files: Sequence[RawFile]) -> str:
         files: the files of its sources, as `find_files` returns them.
 
     Raises:
-        OSError: a file cannot be read.
+        OSError: the files cannot be listed, or the chat template cannot be found.
     """
     digest = hashlib.sha256()
     for name, group in itertools.groupby(files, lambda file: source_of(file.domain)):

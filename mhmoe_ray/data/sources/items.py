@@ -63,8 +63,8 @@ class Document(NamedTuple):
     one image have the same hash, so that they are on the same side of the validation split. None if there is no image
     to hash."""
     annotation: bytes | None = None
-    """Class or objects of the image, encoded by `data.vision.annotations.pack`; None if the source has no column of
-    them."""
+    """Class or objects of the image, encoded by `data.vision.annotations.pack`; None if the source's samples have
+    neither."""
 
     @property
     def model_text(self) -> str:
@@ -159,7 +159,7 @@ class Tally:
     files: int = 0
     """Number of files that were read to their end, or to the place where they are damaged."""
     damaged: int = 0
-    """Number of these files of which a part could not be read."""
+    """Number of damaged files, of which a part could not be read; `files` includes them."""
     bytes_read: int = 0
     """Bytes that were read from storage, before decompression."""
     text_bytes: int = 0

@@ -36,7 +36,7 @@ def is_number(value: object) -> bool:
 
 
 def encode_mask(segmentation: object, width: int, height: int) -> str:
-    """Return the mask of an object as compressed run lengths in the size of its image.
+    """Return the mask of an object, which has the size of its image, as COCO's compressed run lengths.
 
     Args:
         segmentation: the value of the key `segmentation` in COCO's JSON.
@@ -126,7 +126,7 @@ def decode_run_lengths(text: str, pixels: int) -> list[int]:
         pixels: number of pixels of the image.
 
     Raises:
-        ObjectError: the string has other characters, or a run length is negative or larger than the image.
+        ObjectError: the string is not in this format, or a run length is negative or larger than the image.
     """
     counts, value, shift = list[int](), 0, 0
     for character in text:
@@ -151,9 +151,10 @@ def decode_run_lengths(text: str, pixels: int) -> list[int]:
 
 
 def _join_runs(counts: Sequence[int]) -> list[int]:
-    """Return the run lengths of the same mask without runs of zero pixels, for which pycocotools has no room.
+    """Return the run lengths of a mask after its runs of zero pixels were removed and their neighbours joined.
 
-    Only the first run may have zero pixels, which means that the first pixel belongs to the object.
+    With runs of zero pixels, a mask may have more runs than pixels, for which pycocotools does not allocate enough
+    memory. Only the first run may have zero pixels, which means that the first pixel belongs to the object.
     """
     lengths, values = np.array(counts, np.int64), np.arange(len(counts)) % 2
     values, lengths = values[lengths > 0], lengths[lengths > 0]

@@ -105,10 +105,11 @@ def picture_document(
         image: the image file, or the reason why it cannot be used; None if the record has no image. If `columns` has
             the image, `check_image` has checked it.
         caption: the caption, or the reason why it cannot be used; None if the record has no caption.
-        columns: the columns of the source's samples, of which the document gets the image and the text.
+        columns: the columns of the source's samples. The document gets the image if `image` is among them, and the
+            caption if `text` is.
         language: the language of the caption; None if the record does not name it.
-        annotation: the encoded class or objects of the image, or the reason why they cannot be used; None if the source
-            has no column of them.
+        annotation: the encoded class or objects of the image, or the reason why they cannot be used; None if the
+            source's samples have neither.
     """
 
     def bad_line(reason: Reason, detail: str = "") -> BadLine:

@@ -1,17 +1,17 @@
 """Reader of one raw file of any format. The table shows what counts as one document in each format.
 
-| format       | a document is                                       | read in         |
-| ------------ | --------------------------------------------------- | --------------- |
-| jsonl        | a line: RedPajama-1T, multilingual folders          | records.py      |
-| text         | a file, or a part of it between delimiter lines     | records.py      |
-| redpajama-v2 | a line that passes the source's filters             | redpajama_v2.py |
-| parquet      | a row                                               | columns.py      |
-| huggingface  | a row of a folder that `save_to_disk` wrote         | columns.py      |
-| chat         | a conversation: a line of JSON or a row of Parquet  | chat.py         |
-| webdataset   | the image and the caption of a key in a tar file    | webdataset.py   |
-| images       | an image file                                       | pictures.py     |
-| coco         | an annotation with a caption, and its image         | coco.py         |
-| coco         | with the column objects: an image and its objects   | coco.py         |
+| format       | a document is                                                | read in         |
+| ------------ | ------------------------------------------------------------ | --------------- |
+| jsonl        | a line of JSON, for example of RedPajama-1T                  | records.py      |
+| text         | a file, or a part of it between delimiter lines              | records.py      |
+| redpajama-v2 | a line that passes the source's filters                      | redpajama_v2.py |
+| parquet      | a row                                                        | columns.py      |
+| huggingface  | a row of a folder that `save_to_disk` wrote                  | columns.py      |
+| chat         | a conversation: a line of JSON or a row of Parquet           | chat.py         |
+| webdataset   | the image and the caption of a sample in a tar file          | webdataset.py   |
+| images       | an image file                                                | pictures.py     |
+| coco         | a caption and its image, or an image and its objects if the  | coco.py         |
+|              | source's samples have objects                                |                 |
 """
 
 from collections.abc import Iterator
@@ -56,8 +56,8 @@ class FileReader:
     Args:
         file: a file from `find_files(spec)`.
         spec: the data section with which the file was found.
-        template: the template that renders conversations. With None it is that of the data section, in which the start
-            and end tokens have empty texts.
+        template: the template that renders conversations. If it is None, the template of the data section is used,
+            with empty texts for the start and end tokens.
 
     Raises:
         DataError: the section's chat template is needed and cannot be used, or the source has images and a package

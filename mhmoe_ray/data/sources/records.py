@@ -1,8 +1,8 @@
 """Readers of text files, decompressed and read line by line: JSON lines and plain text.
 
 JSON lines: a line is a document, as in RedPajama-1T and most other corpora; blank lines are skipped. orjson parses a
-line. If it refuses the line, the standard library parses it again, after removing a byte order mark, because it also
-accepts NaN and a lone surrogate outside of the text.
+line. If orjson refuses the line, the standard library parses it without its byte order mark, because the standard
+library also accepts NaN and lone surrogates. A lone surrogate in the text itself still makes the line unreadable.
 
 Plain text: a file is a document, or each of its parts between delimiter lines is one. A byte order mark and the last
 line break are not part of a document; CR LF becomes LF. A document with a NUL byte counts as unreadable. Blank parts

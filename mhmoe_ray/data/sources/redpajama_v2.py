@@ -71,7 +71,7 @@ def filter_rules(filters: FilterSpec) -> list[Rule]:
 
 
 def _parse_rule(text: str, prefix: str = "") -> Rule:
-    """Parse a rule such as `rps_doc_word_count >= 50`; the name of the rule is this text after `prefix`."""
+    """Parse a rule such as `rps_doc_word_count >= 50`; the rule's name is `prefix` followed by the parsed rule."""
     parsed = SignalRule.parse(text)
     return Rule(f"{prefix}{parsed}", lambda signals: parsed.holds(signal_value(signals, parsed.signal)))
 
@@ -97,8 +97,8 @@ def signal_value(signals: Signals, name: str) -> float | None:
 
 TEXT_FIELD = "raw_content"
 DOCUMENTS_PATH = re.compile(r"documents/(\d{4}-\d{2}/\d{4}/([a-z]{2,3})_(head|middle|tail))\.json\.gz\Z")
-"""Pattern of the path of a file of documents. Group 1 is the part of the path that is the same in all four folders,
-group 2 the language, and group 3 the bucket."""
+"""Pattern of the path of a file of documents. Group 1 is the part of the path that is the same for its sidecar
+files (`SidecarFiles`), group 2 is the language, and group 3 the bucket."""
 
 DUPLICATE = "duplicate"
 NEAR_DUPLICATE = "near duplicate in its file"
@@ -225,7 +225,7 @@ class _SignalReader:
             return _NoSignals(f"quality_signals of another form in {self._path}")
 
     def _read_next(self) -> bool:
-        """Read the next record; keep its signals if they are of a later row. Return False at the end of the file."""
+        """Read the next record; keep its signals if its row is after the last one. Return False at the file's end."""
         record = next(self._records, None)
         if isinstance(record, Record):
             fields = record.fields if isinstance(record.fields, dict) else {}

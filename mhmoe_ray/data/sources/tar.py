@@ -12,7 +12,8 @@ from mhmoe_ray.data.sources.compression import ByteBuffer
 from mhmoe_ray.data.sources.items import DamageError
 
 _BLOCK_BYTES = tarfile.BLOCKSIZE
-# This is the largest size of a header with a long name. It is far above any path's length, and bounds the memory.
+# A larger extra header, such as one with a long name, counts as damaged. The limit is far above any path's length, and
+# bounds the memory.
 _MAX_HEADER_BYTES = 1 << 20
 
 
@@ -37,7 +38,7 @@ def read_members(chunks: Iterator[bytes], is_selected: Callable[[str], bool], li
 
     Args:
         chunks: the bytes of the tar file, decompressed.
-        is_selected: function that returns whether the content of the file with a name is needed.
+        is_selected: function that returns whether the content of the file with the given name is needed.
         limit: largest size in bytes of a file whose content is read.
 
     Raises:

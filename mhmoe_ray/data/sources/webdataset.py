@@ -77,8 +77,8 @@ def read_webdataset(
     """Yield the samples of a tar file as documents, up to any damage; see `reading.FormatReader` for the arguments."""
     columns = source.sample_columns
     class_field = (source.class_field or _DEFAULT_CLASS_FIELD) if "class" in columns else None
-    # If any source of the spec has images, those of a source of texts are read, too: their hashes keep all documents of
-    # an image on the same side of the validation split.
+    # If any source of the spec has images, the images in a source that uses only texts are read, too: their hashes keep
+    # all documents of an image on the same side of the validation split.
     image_suffixes = IMAGE_SUFFIXES if "image" in columns or settings.hashes_images else ()
     suffixes = {*image_suffixes}
     if "text" in columns:

@@ -3,12 +3,13 @@
 tiktoken encodes byte-level BPE several times as fast as the tokenizers library. It is used only if the two encode every
 text alike. They choose the next merge of two neighbours differently: the library by the rank of the pair, tiktoken by
 the rank of the token that the pair forms. Both give the same ids if the merges are in the order of the tokens that they
-form, and each token
+form, and each token meets one of two conditions:
 
-- has a merge for every way to cut it in two, as in a vocabulary in tiktoken's format (see tiktoken.py); or
-- is the result of encoding its own bytes, and all tokens consist of earlier ones, as after training. Then, when merging
-  reaches the token's rank, a stretch of its bytes that no merge has crossed is in the same two parts in any context,
-  and these two parts are a pair in the list of merges.
+- It has a merge for every way to cut it into two tokens, as in a vocabulary in tiktoken's format (see tiktoken.py).
+- Encoding its bytes gives this token alone, and the merges of all tokens join only earlier tokens, as after training.
+  Take bytes of a text that spell the token, and whose first and last byte no merge has joined to the bytes outside. The
+  merges among these bytes do not depend on the text around them. When merging reaches the token's rank, the bytes are
+  therefore in the same two parts in every text, and the list of merges has the pair of these parts.
 
 tiktoken looks up a whole piece of text before it merges anything. If the library does not do this (`ignore_merges` is
 false), each token must be the result of encoding its own bytes.

@@ -51,7 +51,8 @@ def read_tokenizer(path: Location) -> Tokenizer:
 def read_given_tokenizer(path: Path, pattern: str | None) -> Tokenizer:
     """Read the tokenizer that `data.tokenizer` names, without checking it against a model.
 
-    The file is a tokenizer.json, which does not use `data.tokenizer_pattern`, or a vocabulary in tiktoken's format.
+    The file is a tokenizer.json or a vocabulary in tiktoken's format. Only the latter uses `pattern`, which is the
+    value of `data.tokenizer_pattern`.
 
     Raises:
         DataError: the file cannot be read, or it is a vocabulary in tiktoken's format and the pattern is missing or is
@@ -113,7 +114,7 @@ def check_tokenizer(tokenizer: Tokenizer, path: Location, vocab_size: int) -> No
             "post-processor adds no start token"
         )
         raise DataError(f"tokenizer {path}", reason, "add one or the other as special tokens")
-    # A boundary token may be the unknown token of a model with all 256 bytes, because such a model never produces it.
+    # If a model has all 256 bytes, it never needs its unknown token, so this token may also be a boundary token.
     if unknown_token(tokenizer) in boundary_tokens.ends | {boundary_tokens.start} and not _knows_all_bytes(tokenizer):
         reason = "its unknown token is also a boundary token of documents"
         raise DataError(f"tokenizer {path}", reason, "give it a separate unknown token")

@@ -1,12 +1,14 @@
 """Conversion of vocabularies in tiktoken's format to byte-level BPE of the tokenizers library.
 
-A line of such a vocabulary is a token's bytes in base64, a space and the token's rank, which is its id. tiktoken first
-looks up a whole piece of text. If the piece is not a token, tiktoken repeatedly merges the two neighbours whose bytes
-together have the lowest rank, the leftmost of equals. The library merges pairs by the rank of the pair, so each way to
-cut a token in two becomes a pair, in the order of the tokens' ranks. Several pairs of one token thus have different
-ranks instead of the same rank. No text ever offers two of them at once: merges within a stretch of bytes that no merge
-has crossed depend on these bytes alone, so the stretch is in the same two parts wherever it occurs. Both libraries
-therefore encode every text alike; tests compare them.
+A line of such a vocabulary is a token's bytes in base64, a space and the token's rank, which is its id. tiktoken splits
+a text into pieces by a pattern, and first looks up a whole piece. If the piece is not a token, tiktoken repeatedly
+merges the two neighbours whose bytes together have the lowest rank, the leftmost of equals. The library merges pairs by
+the rank of the pair, so each way to cut a token into two tokens becomes a pair, in the order of the tokens' ranks.
+
+Several pairs of one token thus have different ranks instead of the same rank. This makes no difference, because the
+bytes of the token are in the same two parts wherever they can be merged to it: as long as no merge has joined them to
+the bytes outside, the merges among them do not depend on the text around them. Both libraries therefore encode every
+text alike; tests compare them.
 """
 
 import base64
@@ -59,12 +61,12 @@ def is_tiktoken(content: bytes) -> bool:
 def from_tiktoken(content: bytes, pattern: str, subject: str) -> Tokenizer:
     """Convert a vocabulary in tiktoken's format to a tokenizer of the tokenizers library that gives the same ids.
 
-    `<|endoftext|>` becomes a special token, with the next id after the ranks unless it is among them.
+    `<|endoftext|>` becomes a special token. If the vocabulary does not have it, its id is the next one after the ranks.
 
     Args:
         content: the content of the file.
-        pattern: a name of PATTERNS, or a regular expression in the syntax of Oniguruma, where `$` is also the end of a
-            line. Text that it does not match becomes separate pieces.
+        pattern: a name of PATTERNS, or a regular expression in the syntax of Oniguruma, in which `$` also matches at
+            the end of a line. Text that the expression does not match becomes separate pieces.
         subject: the name of the file in error messages.
 
     Raises:

@@ -3,8 +3,8 @@
     budgets      numbers of characters to sample. A domain's budget follows the mixture of the first phase that reads
                  the domain, and is at most the domain's size. The budgets of its files are in proportion to their
                  sizes. Sizes are those of the stored files; a compressed file counts as three times its size.
-    files        a selection spread evenly over the domain. Each file has a budget of at least MIN_FILE_CHARACTERS, and
-                 the files together have four times the domain's budget; if they have less, all files are read.
+    files        a selection spread evenly over the domain: one file per MIN_FILE_CHARACTERS of the domain's budget.
+                 While the selected files have less than four times this budget of text, twice as many are selected.
     documents    those with the smallest hashes in the first part of a file, which is READ_FACTOR times as long as the
                  file's budget. The hash is not the one that selects held-out documents; otherwise the tokenizer would
                  know held-out documents best.
@@ -37,7 +37,7 @@ READ_FACTOR = 64
 
 
 def sample_texts(files: list[RawFile], spec: DataSpec) -> Iterator[str]:
-    """Yield sampled texts for training a tokenizer: about `spec.tokenizer_train_mb` million characters, or all."""
+    """Yield sampled texts for training a tokenizer: about `spec.train_mb` million characters, or all texts."""
     # Images are not decoded here: sources are read as if they had texts alone.
     text_sources = {name: source for name, source in spec.sources.items() if "text" in source.sample_columns}
     text_files = [file for file in files if source_of(file.domain) in text_sources]
@@ -76,8 +76,8 @@ def file_budgets(files: list[RawFile], spec: DataSpec) -> list[tuple[RawFile, in
 def domain_budgets(sizes: dict[str, int], spec: DataSpec) -> dict[str, int]:
     """Return the number of characters to sample of each domain for a tokenizer's training.
 
-    Budgets add up to `spec.tokenizer_train_mb` million characters, or less if there is less text. They have the
-    proportions of the mixture.
+    Budgets add up to `spec.train_mb` million characters, or less if there is less text. They have the proportions of
+    the mixture.
 
     Args:
         sizes: number of characters of each domain.
@@ -100,8 +100,9 @@ def domain_budgets(sizes: dict[str, int], spec: DataSpec) -> dict[str, int]:
     return dict(zip(names, apportion(total, weights, limits, 0.5), strict=True))
 
 
-# Assumed number of stored bytes of an image and its caption, per character of the caption. Pairs of the web have some
-# hundreds, and small drawings fewer than ten. With too low a number, fewer files would be read than the text needs.
+# Assumed number of stored bytes of an image and its caption, per character of the caption. Photos from the web have
+# some hundreds of bytes, and small drawings fewer than ten. If the number is too low, a file seems to have more text
+# than it has, and too few files are read.
 _PAIR_BYTES_PER_CHARACTER = 20
 
 
@@ -116,7 +117,7 @@ def _text_size(file: RawFile, spec: DataSpec) -> int:
 def _sample_file(file: RawFile, spec: DataSpec, characters: int) -> Iterator[str]:
     """Yield the documents with the smallest hashes in the first part of a file, `characters` characters of text in all.
 
-    The last document is cut to fit.
+    The first part has about `READ_FACTOR` times as many characters. The last document is cut to fit.
     """
     # Hashes are negative in the heap, so that the document with the largest hash is removed first.
     heap: list[tuple[int, int, str]] = []

@@ -11,8 +11,8 @@ END_OF_TEXT = "<|endoftext|>"
 BEGIN_TOKEN, END_TOKEN = "<s>", "</s>"
 UNKNOWN_WIDTH = -1
 """Width in `token_widths` of a token that stands for an unknown number of bytes."""
-# This text serves for a check: if a tokenizer leaves out spaces, punctuation or line breaks, its tokens of the text
-# have fewer bytes than the text.
+# `token_widths` encodes this text to find tokenizers that leave out spaces, punctuation or line breaks: their tokens of
+# the text have fewer bytes than the text.
 _PLAIN_TEXT = "It is a plain text, of words and spaces: 12 of them, (or more)\nin 2 lines."
 
 
@@ -40,7 +40,7 @@ def added_start_token(tokenizer: Tokenizer) -> int | None:
 
 
 def boundaries(tokenizer: Tokenizer) -> Boundaries:
-    """Return the tokens that start and end documents, as the table in the package's docstring defines them.
+    """Return the tokens that start and end documents, as the table in `mhmoe_ray.data.tokenizer` defines them.
 
     Raises:
         ValueError: the tokenizer has no boundary tokens; `load_tokenizer` refuses such a tokenizer.
@@ -92,8 +92,8 @@ def token_count(tokenizer: Tokenizer) -> int:
 def token_widths(tokenizer: Tokenizer) -> np.ndarray:
     """Return the number of UTF-8 bytes of text that each token id stands for, int64.
 
-    The width is 0 for special tokens, and UNKNOWN_WIDTH for the unknown token, which stands for any text without
-    another token. The widths of a document's tokens add up to its bytes, except for a space that some tokenizers add
+    The width is 0 for special tokens, and UNKNOWN_WIDTH for the unknown token, which stands for any text that no other
+    token represents. The widths of a document's tokens add up to its bytes, except for a space that some tokenizers add
     before the first word, and for changes that a normalizer made. If a tokenizer leaves out parts of a text, such as
     spaces, all widths are UNKNOWN_WIDTH.
     """

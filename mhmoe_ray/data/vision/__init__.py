@@ -2,7 +2,7 @@
 
 annotations.py  classes and objects of images, and how they are stored
 fit.py          the place of a whole image in the square that the model reads
-columns.py      samples in memory, and as columns of the stream
+columns.py      samples in memory, and as columns of the training stream
 samples.py      samples from stored rows, task by task
-batches.py      micro-batches: tensors
+batches.py      micro-batches as tensors on a device
 """

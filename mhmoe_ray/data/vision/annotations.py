@@ -44,7 +44,7 @@ class Annotation(NamedTuple):
 
 
 def require_image_packages(sources: Iterable[SourceSpec]) -> None:
-    """Check that the packages are installed that these sources need to read their images and objects.
+    """Check that the packages for reading the images and objects of these sources are installed.
 
     Raises:
         DataError: a package is missing.

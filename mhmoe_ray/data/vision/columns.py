@@ -1,4 +1,4 @@
-"""Samples of a vision model in memory, and as columns of the training stream. Nothing here reads prepared data."""
+"""Samples of a vision model in memory, and as columns of the training stream. This module reads no prepared data."""
 
 import io
 from collections.abc import Iterator, Mapping, Sequence

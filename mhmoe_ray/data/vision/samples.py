@@ -1,7 +1,8 @@
 """Samples of a vision model: decoded images with their classes or their objects, task by task.
 
 Images to classify are cropped. Images with objects are cropped in training; in evaluation they are scaled to fit, and
-filled up with grey to a square. Crops depend on the seed, the task and the sample's position in the training alone.
+filled up with grey to a square. The draws for a random crop depend only on the seed, the task and the sample's position
+in the training.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 MIN_VISIBLE_SHARE = 0.3
 """Smallest share of the area of an object's box that a crop must contain; otherwise the object is left out."""
 MIN_SIDE = 2
-"""Smallest height and width of an object in pixels that the model reads; smaller objects are left out."""
+"""Smallest height and width of an object, in pixels of the image that the model reads; smaller ones are left out."""
 
 
 class TaskSampleMaker:
@@ -145,7 +146,7 @@ def _visible_box(
 
 
 def task_makers(spec: RunSpec, classes: Mapping[str, Sequence[str]]) -> dict[str, TaskSampleMaker]:
-    """Return the maker of the samples of each task, by the name of the task; `classes` has the names of its classes."""
+    """Return the maker of the samples of each task, by the name of the task; `classes` has each task's class names."""
     return {part.name: TaskSampleMaker(spec, part, classes[part.name]) for part in spec.parts}
 
 

@@ -1,15 +1,15 @@
 """Expert-parallel dispatch (`cluster.dispatch`): send rows to the ranks of their experts, and the outputs back.
 
     flat.py           each route's row goes directly to its expert's rank
-    hierarchical.py   each row goes once to each node that has experts for it, then to ranks of that node; sums return
-    inner_pass.py     computation inside an autograd function, so that a dispatch can choose its place in the backward
-    exchange.py       the uneven all-to-all of both, with counts of its bytes and a timer of a rank's waits
+    hierarchical.py   each row goes once to each node with experts for it, and each node sends one sum of outputs back
+    inner_pass.py     computation inside an autograd function, so that a dispatch can choose when its backward runs
+    exchange.py       the uneven all-to-all of both dispatches, with counts of its bytes and a timer of a rank's waits
 
 A row is a sub-token, or a token if the model has one head; a route is one choice of an expert by a row. Both dispatches
 exchange any number of rows between two ranks and drop none. Their outputs and gradients are the same except for
 rounding. Every rank takes part in every exchange, forward and backward, even with no rows to send or to receive.
 
-Shape suffixes in addition to those of the kernels (P has another meaning there): P ranks of the group, J = P - 1 other
-ranks in rank order, X experts of one rank, G nodes, S received rows, W = N + S. R rows are sorted by destination, with
-dropped routes last. L, in `count_LE`, is that of the model.
+Shape suffixes in addition to those of `mhmoe_kernels`, where P has another meaning: P ranks of the group, J = P - 1
+other ranks in rank order, X experts of one rank, G nodes, S received rows, W = N + S. R rows are sorted by destination,
+with dropped routes last. L, in `count_LE`, is the number of mixture-of-experts layers.
 """

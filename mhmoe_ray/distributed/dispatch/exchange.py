@@ -51,9 +51,10 @@ class WaitTimer:
             self._seconds += time.perf_counter() - start_time
 
     def pop_seconds(self) -> float:
-        """Return the seconds measured since the last call, and start from 0 again.
+        """Return the seconds of all waits since the last call, and start from 0 again.
 
-        On a GPU this waits until the measured work is complete.
+        On a GPU the seconds are an estimate from the waits that were measured, and this method blocks until these are
+        over.
         """
         # The host waits for the GPU only here, and not in every exchange.
         sampled_seconds = 0.0

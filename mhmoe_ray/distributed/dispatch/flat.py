@@ -152,12 +152,12 @@ class _RoundTrip(NamedTuple):
 
 
 def _transpose_blocks(rows: Tensor, counts_AB: Sequence[Sequence[int]]) -> Tensor:
-    """Reorder rows that are sorted by rank and then by expert, so that they are sorted by expert and then by rank.
+    """Reorder rows that are sorted by A and then by B, so that they are sorted by B and then by A.
 
-    With experts as A and ranks as B, the function makes the opposite change.
+    A and B are the rank and the expert of a row, or its expert and its rank.
 
     Args:
-        rows: blocks of rows, in the order of A, and then of B.
+        rows: the rows; those with the same A and the same B form a block.
         counts_AB: number of rows of each block.
     """
     # The copy makes the rows of each expert contiguous. It takes at most a few per cent of the experts' time. The
@@ -190,7 +190,7 @@ class _Settings(NamedTuple):
     kernel: str
     weights: ExpertWeights
     """Function and options of the experts. The weight tensors are left out, because autograd needs them as arguments of
-    the function."""
+    `_ExpertsFunction`."""
     weight_count: int
     """Number of the experts' weight tensors."""
     shared_function: Function | None

@@ -1,10 +1,10 @@
 """Hierarchical dispatch: a row (sub-token) crosses the slow links between nodes once for each node with its experts.
 
-A group has G nodes of P ranks each. Its ranks are in the order of nodes, so that a node holds a range of experts. A
-rank's rail is the set of ranks at its position on every node. Along the rail, a row is sent once to each other node
-that has an expert for it, with its gates and the numbers of its experts. The receiving rank dispatches it flat within
-its node, to that node's experts only, together with the rank's own rows. One sum of weighted outputs is sent back for
-each received row, and the sender adds it to its own sum.
+An expert-parallel group has G nodes of P ranks each. Its ranks are in the order of nodes, so that a node holds a range
+of experts. A rank's rail is the set of ranks at its position on every node. Along the rail, a row is sent once to each
+other node that has an expert for it, with its gates and the numbers of its experts. The receiving rank dispatches it
+flat within its node, to that node's experts only, together with the rank's own rows. One sum of weighted outputs is
+sent back for each received row, and the sender adds it to its own sum.
 
     forward     counts | rows, gates along the rail | own and received rows, flat | sums back, added
     backward             gradients of sums out      | the same                    | gradients of rows and gates back
@@ -13,7 +13,8 @@ A shared expert is computed while rows, and in the backward their gradients, tra
 
 A row with two experts on another node therefore crosses once each way instead of twice, but it may be sent on to a
 neighbour there. A sum in bfloat16 is rounded once more than in flat dispatch. The host waits for the device twice
-instead of once. Nothing is saved if routes are rows of their own, as under dropout (`model/moe.py`).
+instead of once. Traffic between nodes does not shrink if each route is a row of its own, as under dropout
+(`model/moe.py`).
 
 The two stages are those of the hierarchical all-to-all of DeepSpeed-MoE (arXiv 2201.05596). In DeepSeek-V3 (arXiv
 2412.19437, section 3.2.2) a row also crosses once per node, but the number of nodes is limited.
@@ -53,7 +54,7 @@ def exchange_rows(
     tensors: Sequence[Tensor],
     shared: SharedExpert | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Exchange rows of several tensors with other ranks, and return the received rows, one tensor for each of them.
+    """Exchange rows of several tensors with other ranks, and return received rows, one tensor for each of `tensors`.
 
     The second result is the output of the shared expert; None without one. In the backward, gradients are exchanged in
     the opposite direction.

@@ -18,8 +18,8 @@ from mhmoe_ray.model.feedforward import SharedExpert
 class InnerPass:
     """Forward and backward of a function of rows and weights, inside an outer autograd function.
 
-    The graph of the pass holds no tensors. The outer function saves them instead, so that activation checkpointing of a
-    block can free them after the forward and compute them again.
+    The graph of the pass does not hold the tensors that its backward needs. The outer function saves them instead, so
+    that activation checkpointing of a block can free them after the forward and compute them again.
     """
 
     def __init__(self, function: Callable[..., Tensor], weights: Iterable[Tensor], differentiable: bool) -> None:

@@ -15,7 +15,7 @@ class ExpertReduction:
     """Reduction of the gradients of experts that FSDP does not shard.
 
     They are summed over the ranks that hold the same experts, and divided by the number of all ranks. A rank's experts
-    compute the rows of all ep ranks of their group, so their gradients already are sums over these.
+    compute on rows of all ep ranks of their group, so their gradients already are sums over these ranks.
 
     The experts' gradients of one layer form a bucket. In the last backward of a step, the all-reduce of a bucket starts
     as soon as its gradients are complete, and runs beside the backward of lower layers. Buckets start in the same order

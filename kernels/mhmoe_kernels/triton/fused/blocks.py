@@ -3,8 +3,8 @@
 NOT MEASURED: the sizes are predicted, and the kernels have only been compiled with them.
 
 A multiprocessor has 256 KiB of registers, at most 255 per thread, and 227 KiB of shared memory for a program. A program
-holds the bytes in this table, with R rows and F hidden units per block, s stages, b bytes per element, and M matrices
-of an expert (SwiGLU 3, GELU 2):
+holds the bytes in this table, with R rows of width D and F hidden units per block, s stages, b bytes per element, and M
+matrices of an expert (SwiGLU 3, GELU 2):
 
                       registers, float32               shared memory
     forward           4 R D + 4 (M - 1) R F            b R D + s M b F D

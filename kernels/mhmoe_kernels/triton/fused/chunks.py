@@ -4,7 +4,8 @@ The sides of Triton's tiles are powers of two. Widths such as 192 = 768/4 and 38
 up, the matrix units would do a third more work. A row is therefore held as a tuple of chunks: 192 = 128 + 64, 384 =
 256 + 128.
 
-A product over D is a sum over chunks. A product into D is one product for each chunk. Sums are float32.
+A product that sums over D is the sum of the chunks' products. A product whose result has width D consists of one
+product for each chunk. Sums are float32.
 """
 
 import triton

@@ -1,7 +1,8 @@
 """Autograd function of the fused experts, from routed rows to combined outputs.
 
-For the backward it keeps only x, routes and weights. The backward recomputes the hidden layer and the values for the
-gradients of the gates. For LayerNorm, the mean and the inverse deviation are also kept, two numbers per route.
+For the backward it keeps only x, routes, gates and weights, and for GELU experts two numbers per route (the mean and
+the inverse deviation of the norm) and two vectors per expert (`norm_terms`). The backward recomputes the hidden layer
+and the values for the gradients of the gates.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from mhmoe_kernels.triton.operators import SortedRoutes, combine_rows, sort_rout
 from mhmoe_kernels.weights import ExpertWeights, Swiglu
 
 _SORT_ROWS_PER_TILE = 128
-"""Rows of the tiles that the sort of routes makes. The fused kernels make tiles of their own sizes instead."""
+"""Number of rows of a tile in the sort of routes. Each fused kernel makes tiles of its block size instead of these."""
 
 
 class _FusedExperts(torch.autograd.Function):

@@ -36,7 +36,7 @@ from mhmoe_kernels.triton.fused.chunks import (
 
 @triton.jit
 def _load_vector(v_F, f, F):
-    """Load part of a bias or of a norm's weight, as a float32 row."""
+    """Load the values at the indices f of a vector of length F, such as a bias, as a float32 row."""
     return tl.load(v_F + f, mask=f < F, other=0.0).to(tl.float32)[None, :]
 
 

@@ -1,7 +1,7 @@
 """Operators of the fused experts, SwiGLU and GELU. The two kinds keep different tensors for their backward.
 
-`weights` are stacked over experts, in the order of the function's arguments. A scale is the gate of a route (one choice
-of an expert by a row). Scales are in the order of routes.
+`weights` are stacked over experts, in the order of the arguments of `Swiglu` or `GeluSubln`. A scale is the gate of a
+route (one choice of an expert by a row). Scales are in the order of routes.
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ class _KernelSetup:
         self.options = kernel_options(self.experts, top_k, self.width, self.hidden, self.block)
 
     def tiles(self, offset_E1: Tensor, routes: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Divide sorted routes into tiles for this kernel: offset_E1, expert_T and start_T of `SortedRoutes`."""
+        """Divide sorted routes into tiles for this kernel; return offset_E1, expert_T and start_T of `SortedRoutes`."""
         tiles: tuple[Tensor, Tensor, Tensor] = schedule_tiles(offset_E1.diff(), routes, self.block.rows)
         return tiles
 
@@ -71,9 +71,10 @@ def _empty_statistics(kind: str, x_ND: Tensor, routes: int) -> Tensors:
 
 
 def norm_terms(kind: str, weights: Sequence[Tensor]) -> Tensors:
-    """Return s = W2 w and c = W2 b + b2 of each GELU expert, which gelu.py explains; SwiGLU experts have none.
+    """Return s = W2 w and c = W2 b + b2 of each GELU expert; SwiGLU experts have no such terms.
 
-    They are float32, because mean * s is subtracted from a sum of similar size, which would amplify rounding errors.
+    W2 and b2 are the weight and bias of fc2, and w and b those of the norm; gelu.py explains what s and c are for. They
+    are float32, because mean * s is subtracted from a sum of similar size, which would amplify rounding errors.
     """
     if kind == "swiglu":
         return []
@@ -141,9 +142,10 @@ def fused_backward_rows(
     kind: str, x_ND: Tensor, dy_ND: Tensor, scale_S: Tensor, weights: Tensors, terms: Tensors, statistics: Tensors,
     route_R: Tensor, offset_E1: Tensor, top_k: int,
 ) -> tuple[Tensor, Tensor, Tensors]:  # fmt: skip
-    """Return the gradients of the row and of the scale of every route, and more statistics of each route.
+    """Return the gradients of the row and of the scale of every route, and two more statistics of each route.
 
-    The statistics are A and C of gelu.py, which `fused_backward_weights` needs. Experts without a norm have none.
+    The statistics are the means A and C over hidden units that gelu.py defines and `fused_backward_weights` needs.
+    Experts without a norm have none.
     """
     routes = len(route_R)
     dx_RD, dscale_S = x_ND.new_empty(routes, x_ND.shape[1]), _float32(x_ND, routes)

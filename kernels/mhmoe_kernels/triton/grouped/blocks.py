@@ -1,11 +1,11 @@
-"""Block sizes of the kernels of grouped products.
+"""Block sizes of the kernels of grouped matrix products.
 
 NOT MEASURED: the sizes are predicted, and the kernels have only been compiled with them.
 
-A block of rows x columns sums reads rows + columns values for each step of its sums, so larger blocks read less memory
-per sum. GPUs of compute capability 9 and 10 have room for 128 x 256 sums in registers or tensor memory, and for three
-stages of their operands in shared memory, which take 147 KiB. All others spill registers at that size, and consumer
-cards have 99 KiB of shared memory.
+A program computes a block of (rows x columns) sums of products. For each term of the sums it reads rows + columns
+values, so larger blocks read less memory per sum. GPUs of compute capability 9 and 10 have room for 128 x 256 sums in
+registers or tensor memory, and for three stages of their operands in shared memory, which take 147 KiB. All other GPUs
+spill registers at that size, and consumer cards have only 99 KiB of shared memory.
 """
 
 from typing import NamedTuple
@@ -57,9 +57,10 @@ def linear_blocks(rows: int, dtype: torch.dtype, capability: int) -> ProductBloc
 
 
 def outer_blocks(dtype: torch.dtype, capability: int) -> tuple[int, ProductBlocks]:
-    """Return the block sizes of `grouped_outer`: the rows of a block of the result, then all other sizes.
+    """Return the block sizes of `grouped_outer`: the number of rows of a block of the result, and all other sizes.
 
-    In the other sizes, `out` is the columns of that block, and `inner` is the number of rows that are added at a time.
+    In the other sizes, `out` is the number of columns of that block, and `inner` is the number of routed rows whose
+    products are added at a time.
 
     Args:
         dtype: dtype of the operands.

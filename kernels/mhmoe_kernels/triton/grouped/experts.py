@@ -1,4 +1,4 @@
-"""Experts as grouped products with small kernels around them, and their backward, on rows that are sorted by expert.
+"""Experts as grouped matrix products with small kernels between them, forward and backward, on rows sorted by expert.
 
 The backward is written by hand. From the forward it keeps the rows and, for SwiGLU, gate and up, or for GELU the input
 of the GELU and two numbers per row. Outputs of experts are not kept: the gradient of a gate is a product of hidden
@@ -141,7 +141,7 @@ def steps_of(function: Function) -> ExpertSteps:
 def _kept_hidden(hidden: Tensors, recompute: float, products: Products) -> Tensors:
     """Return the hidden values that are kept for the backward: those of all rows but a share `recompute` at the end.
 
-    Nothing is kept if all rows are recomputed, or if the products cannot skip rows that are known.
+    Nothing is kept if all rows are recomputed, or if `products` cannot take known rows (`skips_known_rows`).
     """
     if recompute == 0:
         return hidden

@@ -1,6 +1,7 @@
-"""Kernels of GELU and SubLN's norm between the products of an expert, and sums over an expert's rows.
+"""Kernels of GELU and SubLN's norm between the two matrix products of an expert, and sums over an expert's rows.
 
-With g = gelu(inner), its mean and deviation over F, and z = (g - mean) / deviation, an expert computes
+The result of the first product is `inner`. With g = gelu(inner), its mean and deviation over F, and
+z = (g - mean) / deviation, an expert computes
 
     normed = w z + b
 
@@ -15,7 +16,7 @@ from mhmoe_kernels.triton.functions import gelu, gelu_slope
 
 @triton.jit
 def _load_vector(v_EF, expert, column, F: tl.constexpr):
-    """Load some columns of an expert's vector, such as a bias, as a float32 row."""
+    """Load the values at the indices `column` of an expert's vector, such as a bias, as a float32 row."""
     return tl.load(v_EF + expert * F + column, mask=column < F, other=0.0).to(tl.float32)[None, :]
 
 

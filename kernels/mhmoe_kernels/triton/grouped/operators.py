@@ -1,4 +1,4 @@
-"""Operators of experts as grouped products: the products, and the activations, norms and sums between them."""
+"""Operators of experts as grouped matrix products: the products, and the activations, norms and sums between them."""
 
 import torch
 import triton
@@ -64,7 +64,7 @@ def grouped_linear(
     fake=lambda a_RO, b_RI, offset_E1: a_RO.new_empty(len(offset_E1) - 1, a_RO.shape[1], b_RI.shape[1]),
 )
 def grouped_outer(a_RO: Tensor, b_RI: Tensor, offset_E1: Tensor) -> Tensor:
-    """Return the gradient dw_EOI of matrices: for each expert the sum of a_r^T b_r over its rows r, in float32."""
+    """Return the gradient dw_EOI of matrices: the sum of a_r^T b_r over the rows r of each expert, in float32."""
     experts, out_width, in_width = len(offset_E1) - 1, a_RO.shape[1], b_RI.shape[1]
     dw_EOI = a_RO.new_empty(experts, out_width, in_width)
     block_out, block = outer_blocks(a_RO.dtype, device_capability(a_RO.device))
@@ -159,7 +159,10 @@ def swiglu_backward(
 
 
 def _scale_pointers(scale_S: Tensor | None, route_R: Tensor | None, other_tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scales and routes as a kernel's arguments. Without scales, `other_tensor` stands for both, unread."""
+    """Return scales and routes as a kernel's arguments.
+
+    Without scales, `other_tensor` takes the place of both arguments, and the kernel does not read it.
+    """
     return (other_tensor, other_tensor) if scale_S is None or route_R is None else (scale_S, route_R)
 
 

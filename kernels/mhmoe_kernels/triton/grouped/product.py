@@ -65,7 +65,8 @@ def grouped_linear(
 ):  # fmt: skip
     """Compute y: each row of x times the matrix of its expert. With HAS_SECOND, add the product of x2 and w2.
 
-    With HAS_KNOWN_ROWS, the first P rows of y are known. They are copied, unless their tile also has other rows.
+    With HAS_KNOWN_ROWS, the first P rows of y are known. They are copied from `known_PO`, except in a tile that also
+    has unknown rows, where all rows are computed.
     """
     out_blocks = tl.cdiv(OUT, BLOCK_OUT)
     for tile in range(tl.program_id(0), T * out_blocks, tl.num_programs(0)):
@@ -77,8 +78,8 @@ def grouped_linear(
             end = tl.load(offset_E1 + expert + 1)
             row = tl.load(start_T + rows_tile) + tl.arange(0, BLOCK_ROWS)
             column = (tile % out_blocks) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-            # In place of rows past the end of the expert, its last row is read. No mask is needed for that, because
-            # only stores need one.
+            # In place of rows past the end of the expert, its last row is read, so that loads need no mask for rows.
+            # The results for these rows are not stored.
             source_row = tl.minimum(row, end - 1).to(tl.int64)
             mask = (row < end)[:, None] & (column < OUT)[None, :]
             value_offset = row.to(tl.int64)[:, None] * OUT + column[None, :]

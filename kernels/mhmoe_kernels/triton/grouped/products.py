@@ -29,7 +29,7 @@ class Products(Protocol):
     """Matrix products of rows, sorted by expert, with the matrices of their experts."""
 
     skips_known_rows: ClassVar[bool]
-    """True if `linear` does not compute rows of the result that are known."""
+    """True if `linear` takes rows of its result that are known already (`known_PO`), to avoid their computation."""
 
     @property
     def tiles(self) -> Tiles:

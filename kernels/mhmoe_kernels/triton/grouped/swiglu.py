@@ -1,4 +1,4 @@
-"""Kernels of SwiGLU between the products of an expert: hidden = silu(gate) * up, and its gradients."""
+"""Kernels of SwiGLU between the matrix products of an expert: hidden = silu(gate) * up, and its gradients."""
 
 import triton
 import triton.language as tl

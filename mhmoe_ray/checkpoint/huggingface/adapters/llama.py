@@ -32,7 +32,7 @@ class LlamaAdapter(DenseAdapter):
 
     attention_bias: bool = False
     mlp_bias: Literal[False] = False
-    # A value above 1 computes the same as 1, in slices.
+    # With a value above 1, transformers computes matrix products in slices, which give the same results.
     pretraining_tp: int | None = 1
 
     @classmethod
@@ -78,7 +78,7 @@ class Qwen2Adapter(DenseAdapter):
 
 
 class Qwen3Adapter(Qwen2Adapter):
-    """Keys of config.json of Qwen3, which norms each head of queries and keys, and has no biases by default."""
+    """Keys of config.json of Qwen3, which normalizes each head of queries and keys, and has no biases by default."""
 
     model_type = "qwen3"
     class_name = "Qwen3ForCausalLM"

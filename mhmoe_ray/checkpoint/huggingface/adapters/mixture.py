@@ -34,7 +34,7 @@ class MixtureAdapter(Adapter):
         return ModelSpec.model_validate({**options, "moe": self._moe_options()})
 
     def _dense_options(self) -> dict[str, Any]:
-        """Return the options of a `model` section for dense feed-forward layers; none if all layers have experts."""
+        """Return the options of a `model` section for dense feed-forward layers; empty if all layers have experts."""
         return {}
 
     @abstractmethod
@@ -135,7 +135,7 @@ class ManyExpertsAdapter(MixtureAdapter):
 
 
 class Qwen3MoeAdapter(ManyExpertsAdapter):
-    """Keys of config.json of Qwen3-MoE, which norms each head of queries and keys."""
+    """Keys of config.json of Qwen3-MoE, which normalizes each head of queries and keys."""
 
     model_type = "qwen3_moe"
     class_name = "Qwen3MoeForCausalLM"
@@ -197,7 +197,7 @@ class Qwen3MoeAdapter(ManyExpertsAdapter):
 
 
 class OlmoeAdapter(ManyExpertsAdapter):
-    """Keys of config.json of OLMoE, which norms the queries of all heads together, and the keys of all heads."""
+    """Keys of config.json of OLMoE, which normalizes the queries of all heads together, and the keys likewise."""
 
     model_type = "olmoe"
     class_name = "OlmoeForCausalLM"
