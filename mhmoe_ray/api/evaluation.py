@@ -74,7 +74,7 @@ def make_request(
     probe_data = None
     if probe is not None:
         if text_data is None:
-            raise SpecError("the linear probe", "it classifies the pictures of a text, and there is none", "name a text")
+            raise SpecError("the linear probe", "it classifies pictures of a text, but none is given", "name a text")
         probe_data = _probe_data(text_data, fspath(probe))
     # An imported run has neither a spec nor held-out samples, so defaults replace the spec.
     spec = None if run.is_imported else run.spec()

@@ -14,21 +14,21 @@ from mhmoe_ray.evaluate.score import LanguageRetrieval, Recall, RetrievalFigures
 
 RECALL_RANKS = (1, 5, 10)
 Scorer = Callable[["Candidates"], np.ndarray]
-"""Function that takes `Candidates` and returns the similarity of each image and each caption, (I, C)."""
+"""Function that takes `Candidates` and returns the similarity of each of I images with each of C captions, (I, C)."""
 
 
 class Candidates(NamedTuple):
-    """Different images and different captions of some pairs, and the information which of them belong together."""
+    """Distinct images and distinct captions of pairs of an image and a caption, and the mask of those that match."""
 
     images: list[bytes]
     captions: np.ndarray
-    """Stored tokens of the different captions, (C, T)."""
+    """Tokens of the distinct captions as the data stores them, with padding, (C, T)."""
     fits: np.ndarray
     """Mask of the captions that belong to each image, (I, C) bool."""
 
     @staticmethod
     def of_pairs(images: list[bytes], tokens: np.ndarray) -> "Candidates":
-        """Return the different images and captions of pairs.
+        """Return the distinct images and captions of pairs, and the mask of the captions that belong to each image.
 
         Args:
             images: image file of each pair.
@@ -99,7 +99,9 @@ def retrieval_figures(
 
 
 def nearest_scores(candidates: Candidates, neighbours: NearestImages, training_tokens: np.ndarray) -> np.ndarray:
-    """Return the baseline's similarities, (I, C): a caption is as similar as the nearest training image that has it.
+    """Return the baseline's similarity of each image with each caption, (I, C), from training images with captions.
+
+    A caption is as similar to an image as the nearest, in pixels, of the training images that have this caption.
 
     Args:
         candidates: the images and captions.

@@ -84,12 +84,12 @@ class ImageValue(BaseModel):
     own_image: float
     """Loss with the image that belongs to the caption."""
     other_image: float
-    """Loss with the image of another caption, drawn by the run's seed."""
+    """Loss with the image of another caption, which is drawn at random with the run's seed."""
     no_image: float
     """Loss of the caption alone, without an image."""
 
     def figures(self) -> dict[str, float]:
-        """Return the losses, and by how much the own image lowers the loss against another image and against none."""
+        """Return the losses, and how much lower the loss is with the caption's image than with another one or none."""
         return {
             **self.model_dump(),
             "over_other_image": self.other_image - self.own_image,
@@ -121,7 +121,8 @@ class LanguageRetrieval(BaseModel):
 
     model: RetrievalScore
     baseline: RetrievalScore | None
-    """Score of the nearest training images in pixels (`evaluate.nearest`); None if the training data is gone."""
+    """Score of retrieval by the nearest training images in pixels (`evaluate.nearest`); None if the training data is
+    gone."""
 
 
 class RetrievalFigures(LanguageRetrieval):
@@ -171,9 +172,9 @@ class EncoderFigures(BaseModel):
     """Results of the evaluation of an encoder."""
 
     losses: dict[str, EncoderLossScore]
-    """Losses of the parts of micro-batches, by name (`RunSpec.loss_names`).
+    """Losses of all training objectives, by name (`RunSpec.loss_names`).
 
-    They are measured on held-out samples only, and empty for other data.
+    Only held-out samples have losses. The mapping is empty for other data.
     """
     image_values: dict[str, ImageValue]
     """Losses on captions with and without their images, by domain of pairs."""
@@ -190,7 +191,7 @@ class EncoderFigures(BaseModel):
     """
 
     def quality(self) -> dict[str, float]:
-        """Return accuracies, precisions and recalls under the names that reports show; a larger value is better."""
+        """Return recalls, scores of captions and accuracies under the names that reports show; larger is better."""
         values = {}
         for domain, retrieval in self.retrieval.items():
             values[f"{domain}, R@10 of captions"] = retrieval.model.image_to_text.at_10
@@ -202,7 +203,7 @@ class EncoderFigures(BaseModel):
 
 
 class AccuracyFigures(BaseModel):
-    """Accuracy of a vision model's task of classification."""
+    """Accuracy of a vision model on a classification task."""
 
     images: int
     classes: int
@@ -217,9 +218,9 @@ class AccuracyFigures(BaseModel):
     It is None if the training data is gone.
     """
     largest_class: float | None
-    """Share of images that belong to the most frequent class of the training images; None like `baseline`."""
+    """Share of images that belong to the most frequent class of the training images; None if `baseline` is."""
     training_images: int | None = None
-    """Number of training images among which the baseline finds the nearest one; None like `baseline`."""
+    """Number of training images among which the baseline finds the nearest one; None if `baseline` is."""
 
 
 class ObjectPrecision(BaseModel):
@@ -240,7 +241,7 @@ class ObjectPrecision(BaseModel):
 
 
 class ObjectFigures(BaseModel):
-    """Results of a vision model's task of detection."""
+    """Results of a vision model on a detection task."""
 
     images: int
     objects: int
@@ -258,7 +259,7 @@ class VisionFigures(BaseModel):
     """Average precision of each detection task, by the name of the task."""
 
     def quality(self) -> dict[str, float]:
-        """Return accuracies, precisions and recalls under the names that reports show; a larger value is better."""
+        """Return accuracies and precisions under the names that reports show; a larger value is better."""
         values = {}
         for task, accuracy in self.classes.items():
             values[f"{task}, top 1"], values[f"{task}, top 5"] = accuracy.top_1, accuracy.top_5

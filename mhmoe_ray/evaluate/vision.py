@@ -1,7 +1,7 @@
-"""Evaluation of a vision model: its losses, the accuracy of its classes, and the average precision of its objects.
+"""Evaluation of a vision model: its losses, its accuracy in classification, and its average precision in detection.
 
-pycocotools computes COCO's average precision, in the pixels of the stored images. The accuracy of classes has a
-baseline, which is the class of the nearest training image in pixels (nearest.py).
+pycocotools computes COCO's average precision, in the pixels of the stored images. The baseline of classification
+predicts the class of the nearest training image in pixels (nearest.py).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,13 +42,13 @@ class TaskOutputs(NamedTuple):
     losses: list[np.ndarray]
     """Values of each loss of the task, one for each image."""
     logits_NC: np.ndarray | None
-    """Logits of the classes of each image; None for a task of detection."""
+    """Logits of the classes of each image; None for a detection task."""
     detections: list[StoredDetection]
-    """Objects found in each image, in the pixels of the stored image; empty for a task of classification."""
+    """Objects found in each image, in the pixels of the stored image; empty for a classification task."""
 
 
 class VisionMeter:
-    """Meter that runs the tasks of a vision model on one device, and counts routes."""
+    """Meter that runs the tasks of a vision model on one device, and counts how often patches choose each expert."""
 
     def __init__(self, model: Vision, *, use_bfloat16: bool, on_progress: Progress) -> None:
         self._model, self._use_bfloat16, self._on_progress = model, use_bfloat16, on_progress
@@ -191,8 +191,8 @@ def _task_of_source(
 ) -> str:
     """Return the name of the task that the images of a source belong to.
 
-    Candidates are the tasks with the columns of the source. Among several candidates, the one with the name of the
-    source is chosen, or else the only one that knows all of the source's classes.
+    Candidates are the tasks whose training samples have the same columns as the source. Among several candidates, the
+    one with the name of the source is chosen, or else the only one that knows all of the source's classes.
 
     Raises:
         DataError: no task fits, several tasks fit, or the source has no usable image.

@@ -37,7 +37,7 @@ Three choices are not options. Projections have biases, as in the code of both p
 model has none. P1's code drops second choices at random in evaluation too; this model never does. X-MoE's sigmoid gate,
 and torchscale's division of gates after drops, are not implemented.
 
-The same parts build other published models. DeepSeekMoE has many narrow experts and `d_shared`. Mixtral has
+The same modules build other published models. DeepSeekMoE has many narrow experts and `d_shared`. Mixtral has
 `kv_heads`, `tied_embeddings: false`, `every: 1` and `normalize_gates: true`. Both are presets (planner/). With `heads:
 2` and a `d_sub_token` of d, a layer can compute exactly what a plain layer with the same experts computes (moe.py).
 Qwen, OLMoE and DeepSeek-V3's routing add norms of queries and keys, biases of attention, scaled positions, sigmoid

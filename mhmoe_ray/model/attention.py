@@ -185,5 +185,5 @@ def _attend_within_documents(q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, off
         k_BHTC, v_BHTC = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k_BHTC, v_BHTC))
     q, k, v = (t.transpose(1, 2).reshape(B * T, H, C) for t in (q_BHTC, k_BHTC, v_BHTC))
     y = varlen_attn(q, k, v, offset_N1, offset_N1, T, T, window_size=(-1, 0))
-    assert isinstance(y, Tensor)  # without options there are no further results
+    assert isinstance(y, Tensor)  # it would be a tuple if options asked for more results
     return y.view(B, T, H, C).transpose(1, 2)

@@ -174,7 +174,7 @@ class Decoder(Trunk):
         tables = rotary_tables(
             self.spec, cache.position_T if cache else torch.arange(token_BT.shape[1], device=token_BT.device)
         )
-        # A server may hold weights in bfloat16, but the residual stream is float32 unless a run asks for less.
+        # A server may hold weights in bfloat16, but the residual stream is float32 unless the run's spec sets bfloat16.
         x_BTM = widen(self.embedding(token_BT))
         if (scale := modules_of(self.spec).embedding_scale(self.spec)) != 1:
             x_BTM = x_BTM * scale

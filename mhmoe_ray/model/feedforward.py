@@ -15,7 +15,7 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class CastingModule(nn.Module):
-    """Module that casts its own parameters, because autocast does not cast the operands of its custom operation."""
+    """Module that casts its parameters itself, because autocast does not cast the operands of custom operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class FeedForward(CastingModule):
 
 
 class SharedExpert(NamedTuple):
-    """Shared expert of a layer, with its input. A dispatch between ranks can compute it while rows travel."""
+    """Shared expert of a layer, with its input. Expert parallelism can compute it while rows travel between ranks."""
 
     layer: FeedForward
     x_BTM: Tensor
@@ -71,7 +71,7 @@ def matrix_names(model: nn.Module) -> set[str]:
 class Experts(CastingModule):
     """The experts of a layer that this process holds: all E experts, or some of them with expert parallelism.
 
-    Each expert computes the same function as `FeedForward`, with a sub-token's width D and hidden width f. The
+    Each expert computes the same function as `FeedForward`, with a sub-token's width D and hidden width F. The
     parameters of all experts are stacked along a first dimension E, and registered in the order of the function's
     arguments.
     """
@@ -101,8 +101,10 @@ class Experts(CastingModule):
         """Run rows through the experts of this process, and return each row's sum of outputs weighted by gates.
 
         Args:
-            x_ND, expert_NK, gate_NK: rows and routes as in `mhmoe_kernels.run_experts`. Expert numbers start at 0 for
-                the first expert of this process.
+            x_ND: the rows.
+            expert_NK: chosen experts of each row, counted from 0 at the first expert of this process, as in
+                `mhmoe_kernels.run_experts`.
+            gate_NK: gates of the chosen experts.
             capacity: expert capacity in rows; None if no route is dropped.
         """
         x_ND, weights = self.cast_rows(x_ND)

@@ -103,7 +103,7 @@ def _initial_values(model: Trunk, module: nn.Module, name: str, template: Tensor
 
 
 def _fill_initial_values(module: nn.Module, name: str, t: Tensor, generator: torch.Generator) -> None:
-    """Fill `t` with initial values, by the row of the table in `init_weights` for this module and full name."""
+    """Fill `t` with the initial values that the table in `init_weights` gives for a tensor of this module and name."""
     # The module and the last part of the name tell what a tensor is. The earlier parts may be any words, such as the
     # names of tasks.
     tensor_name = name.rpartition(".")[2]

@@ -1,9 +1,9 @@
 """The cross-entropy of next tokens from the last hidden states: from all logits at once, or chunk by chunk.
 
-All logits of a micro-batch take N * V values, several times over: in the dtype of the product, in float32, as
-log-probabilities and as gradients. The chunked loss computes a few rows at a time, and their gradients with them, so
-that only one chunk exists at any time. It keeps two gradients for the backward: that of the hidden states, and that of
-the weights in float32.
+The logits of N tokens over a vocabulary of size V are N * V values. The loss from all logits at once holds them several
+times: in the dtype of the product, in float32, as log-probabilities and as gradients. The chunked loss computes the
+logits of a few tokens at a time, and their gradients with them, so that only a few chunks exist at any time. It keeps
+two gradients for the backward: that of the hidden states, and that of the output layer's weights in float32.
 """
 
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def chunked_loss(x_BTM: Tensor, weight_VM: Tensor, targets: Targets, chunk_rows:
     """Return the cross-entropy for the logits x @ weight^T, of which only `chunk_rows` tokens' logits exist at a time.
 
     Products are in autocast's dtype if autocast is on, and log-probabilities are in float32, as with all logits at
-    once. The gradient of the weights is summed over chunks in float32. Second derivatives do not exist.
+    once. The gradient of the weights is summed over chunks in float32. The loss cannot be differentiated twice.
 
     Args:
         x_BTM: hidden states after the last norm.
@@ -100,7 +100,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 logprob_CV = F.log_softmax(F.linear(x_NM[rows].to(dtype), compute_weight_VM).float(), dim=-1)
                 loss_N[rows] = -logprob_CV.gather(1, target_C1)[:, 0] * counts_N[rows]
                 if needs_gradients:
-                    # The gradient of a row's loss for its logits is its probabilities, less 1 for the target.
+                    # The gradient of a row's loss by its logits is its probabilities, less 1 at the target.
                     dlogits_CV = logprob_CV.exp_()
                     dlogits_CV.scatter_add_(1, target_C1, dlogits_CV.new_full((), -1.0).expand_as(target_C1))
                     dlogits_PV[rows.start - product_start : rows.stop - product_start] = dlogits_CV

@@ -71,7 +71,7 @@ class MoELayer(nn.Module):
 
 
 class MultiHeadMoE(MoELayer):
-    """Mixture-of-experts layer that splits each token into sub-tokens and sends every sub-token to its own experts."""
+    """Mixture-of-experts layer that splits each token into sub-tokens and sends each sub-token to its top-k experts."""
 
     def __init__(self, spec: ModelSpec, expert_ids: range | None = None) -> None:
         """Create the layer with uninitialized weights.

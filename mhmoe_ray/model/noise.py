@@ -27,7 +27,7 @@ class Noise:
         self._name = f"{seed}:{micro_batch}"
 
     def generator(self, layer: int, device: torch.device) -> torch.Generator:
-        """Return a new generator for a layer, `EMBEDDING` or `HEADS`; it draws the same numbers after each call."""
+        """Return a new generator for a layer, `EMBEDDING` or `HEADS`, in the same state at each call."""
         return seeded_generator(f"{self._name}:{layer}", device)
 
 

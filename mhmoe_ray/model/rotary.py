@@ -62,8 +62,8 @@ def _frequencies(spec: ModelSpec, device: torch.device) -> tuple[Tensor, float]:
 def _kept_share_yarn(spec: ModelSpec, scaling: RopeScaling, device: torch.device) -> Tensor:
     """Return the share, from 0 to 1, of each frequency (C/2) that YaRN does not scale (arXiv 2309.00071, section 3.2).
 
-    It falls linearly from the dimension that turns `beta_fast` times in the original length to the one that turns
-    `beta_slow` times.
+    It falls linearly from the dimension whose angle makes `beta_fast` full turns within the context length of
+    pretraining (`original_length`) to the dimension whose angle makes `beta_slow` full turns.
     """
     width, original_length = spec.head_width, scaling.original_length
     assert original_length is not None
@@ -81,8 +81,8 @@ def _kept_share_yarn(spec: ModelSpec, scaling: RopeScaling, device: torch.device
 def _kept_share_llama3(frequency: Tensor, scaling: RopeScaling) -> Tensor:
     """Return the share, from 0 to 1, of each frequency (C/2) that Llama 3.1 does not scale.
 
-    It rises linearly with the number of turns in the original length: it is 0 at `low_freq_factor` turns, and 1 at
-    `high_freq_factor` turns.
+    It rises linearly with the number of full turns that the frequency makes within the context length of pretraining
+    (`original_length`): it is 0 at `low_freq_factor` turns, and 1 at `high_freq_factor` turns.
     """
     assert scaling.original_length is not None
     turns = scaling.original_length * frequency / (2 * math.pi)

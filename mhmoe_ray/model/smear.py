@@ -8,9 +8,9 @@ There is no discrete choice, so the router learns by gradients alone. It needs n
 balancing loss. The router averages over whole samples, so the layer is for encoders only.
 
 The router is that of the authors' code (github.com/r-three/smear, class Router of adapter_utils.py) with the settings
-of its runs of SMEAR: the mean passes a layer norm, and so does each expert's row of the router's weights, whose gain
-starts at 0.01. There is no bias. The authors' norm of rows has a bias vector as well. It is left out here, because it
-adds the same number to the logits of all experts and so cannot change a softmax.
+of the authors' runs: the mean passes a layer norm, and so does each expert's row of the router's weights. The gain of
+the norm of rows starts at 0.01. There is no bias. The authors' norm of rows has a bias vector as well. It is left out
+here, because it adds the same number to the logits of all experts and so cannot change a softmax.
 
 Probabilities are computed in float32 or wider. Weights are merged in the precision of matrix products.
 

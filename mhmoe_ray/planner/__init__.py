@@ -2,7 +2,7 @@
 
 resolve.py      spec files with preset, size and match; presets by name
 presets.py      presets in families of three sizes        papers.py       the papers' models
-match.py        expert width and count that match a reference, and the comparison with it
+match.py        expert width and count that match a reference model, and the comparison with it
 sizes.py        parameters, multiply-adds, bytes per value
 heads.py        parameters and memory of the stem and the heads of vision models
 placement.py    ranks on nodes, and expert-parallel groups

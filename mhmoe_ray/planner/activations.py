@@ -38,9 +38,9 @@ def activation_bytes_per_token(spec: RunSpec, size: int) -> int:
         layers = model.layers * block_input + max(dense, mixture)
     else:
         layers = (model.layers - model.moe_layers) * dense + model.moe_layers * mixture
-    layers += mask  # that of the embedding
-    # The output layers of an encoder are counted elsewhere, because they run on few tokens. So are the heads of a
-    # vision model, which run once per image.
+    layers += mask  # the mask of dropout after the embedding
+    # memory.py counts the output layers of an encoder, which run on few tokens, and the heads of a vision model, which
+    # run once per image.
     if model.encoder is not None or model.vision is not None:
         return layers + norm
     # The other terms are those of the last norm, of the loss, and of the token ids and targets. A chunked loss keeps
@@ -65,7 +65,7 @@ def shared_attention_bytes(spec: RunSpec, size: int) -> int:
     They are the cosines and sines of positions, for queries and for keys, and the document mask.
     """
     if spec.model.encoder is not None or spec.model.vision is not None:
-        return 0  # learned positions, and a small mask of padding
+        return 0  # positions are learned, and the mask of padding is small
     T = spec.data.seq_len
     mask = size * spec.train.micro_batch_size * T**2 if spec.model.document_masks else 0
     return 4 * FLOAT32 * T * spec.model.head_width + mask
@@ -86,7 +86,7 @@ def _attention_bytes(model: ModelSpec, size: int) -> int:
 
 
 def static_layout_bytes(spec: RunSpec, size: int) -> int:
-    """Return the bytes that kernel `capacity`, with its fixed slots per expert, keeps over all layers that keep them.
+    """Return the bytes of the fixed slots of kernel `capacity`, summed over all layers that keep them at one time.
 
     The result is 0 for other kernels.
     """
@@ -108,7 +108,7 @@ def static_layout_bytes(spec: RunSpec, size: int) -> int:
 
 
 def merged_expert_bytes(spec: RunSpec, size: int) -> int:
-    """Return the bytes of the averaged experts that router smear computes, over all layers that keep them.
+    """Return the bytes of the averaged experts of router smear, summed over all layers that keep them at one time.
 
     The result is 0 for other routers. Router smear averages all experts of a layer into one expert for each sample.
     These experts are weights, so their size does not depend on the lengths of samples. Their gradients, which take as
@@ -122,9 +122,9 @@ def merged_expert_bytes(spec: RunSpec, size: int) -> int:
 
 
 def _kept_mixture_layers(spec: RunSpec) -> int:
-    """Return the number of mixture-of-experts layers that keep what their experts compute at the same time.
+    """Return how many mixture-of-experts layers keep the values of their experts for the backward at the same time.
 
-    If the backward recomputes experts, only the layer that is being recomputed keeps it.
+    If the backward recomputes experts, only the layer that is being recomputed keeps them.
     """
     return spec.model.moe_layers if spec.train.recompute == "none" else 1
 
@@ -143,7 +143,7 @@ def _expert_hidden_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
 
 
 def _router_bytes(moe: MoESpec, width: int) -> int:
-    """Return the bytes that the router saves per sub-token: probabilities, logits, and the values before them."""
+    """Return the bytes that the router saves per sub-token for its backward: probabilities, logits, and other values."""
     values = 2 * moe.experts + moe.router_sizes(width).saved_values
     if moe.scoring == "sigmoid":
         # Scores are divided by their sum for the load balancing loss, and gates by theirs for the experts.
@@ -159,7 +159,7 @@ def _smear_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
     """
     d, architecture = model.d_model, model.architecture
     # The experts read a joined copy of the rows of all samples. So the result of the norm before the layer is saved
-    # only if there is a layer beside the experts.
+    # only if a dense feed-forward layer beside the experts reads it.
     total = -d * size * (not model.has_experts_beside)
     if model.recomputed_share:
         total += d * FLOAT32

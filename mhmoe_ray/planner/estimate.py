@@ -1,15 +1,15 @@
-"""The time of a training step, estimated from the spec. It has not been compared with measurements on GPUs.
+"""Estimate of the time of a training step from the spec. It has not been compared with measurements on GPUs.
 
 Matrix products take the longer of two times: that of their FLOPs, and that of their bytes. `cluster.accelerator` gives
-the shares of the peak and of the memory bandwidth that they reach. A backward costs two forwards. Of all parts but the
-experts, only the weights count as bytes, once in each pass. The time of an exchange has two terms. One is bytes over
-bandwidth, for the most loaded rank on the slowest class of links. The other is the latency of its messages, one after
-another. Kernels are launched one after another, ahead of the GPU. Where the launches take longer than the computation,
-the GPU waits for them.
+the shares of the peak and of the memory bandwidth that they reach. A backward costs two forwards. For layers other than
+experts, only the weights count as bytes, read once per forward. The time of an exchange between ranks has two terms.
+One is bytes over bandwidth, for the most loaded rank on the slowest class of links. The other is the latency of the
+messages that a rank sends one after another. Kernels are launched one after another, ahead of the GPU. If the launches
+take longer than the computation, the GPU waits for them.
 
-The estimate leaves out norms, routing and permutation of rows, recomputation by `moe.recompute`, the data stream,
-checkpoints, stragglers, congestion, and routing that is not uniform. It also leaves out the wait for launches of
-encoders and vision models.
+The estimate leaves out norms, routing and permutation of rows, recomputation that only `moe.recompute` asks for, the
+data stream, checkpoints, stragglers, congestion, and routing that is not uniform. For encoders and vision models it
+also leaves out the GPU's wait for launches.
 """
 
 from typing import NamedTuple
@@ -34,8 +34,8 @@ from mhmoe_ray.spec import RunSpec
 
 COMPUTE, MEMORY, LATENCY, LAUNCHES = "compute", "memory bandwidth", "latency", "launches of kernels"
 LINK_NAMES = {"node": "links within nodes", "domain": "links between nodes", "between": "links between domains"}
-"""Names of the resources that may bound the time of a part of the step: COMPUTE, MEMORY, LATENCY, LAUNCHES, and here
-those of the link classes, by their key in `cluster.network`."""
+"""Names of the link classes, by their key in `cluster.network`. They and the four names COMPUTE, MEMORY, LATENCY and
+LAUNCHES are the resources that may bound the time of a computation or an exchange."""
 REMEDIES = {
     COMPUTE: "more or faster GPUs, or a smaller model, shorten it",
     MEMORY: "a larger train.micro_batch_size with fewer train.micro_batches reads the weights less often",
@@ -55,7 +55,7 @@ STATE_REMEDIES = {
     "bfloat16 halves the bytes, and cluster.ep keeps experts in place",
     GRADIENTS: "more tokens per step (train.micro_batches) reduce less often, and cluster.ep shares experts out",
 }
-"""Advice that shortens the weight update and exchanges of weights or gradients, by the start of the part's name."""
+"""Advice that shortens the weight update and exchanges of weights or gradients, by the start of `StepTime.name`."""
 
 
 class StepTime(NamedTuple):
@@ -117,8 +117,8 @@ def estimate_step_time(spec: RunSpec, layout: Layout) -> Estimate:
 def _compute_times(spec: RunSpec, tokens: float) -> list[StepTime]:
     """Return the times per step of the parts of a rank's computation on its `tokens` tokens.
 
-    The parts are all but experts, experts if there are any, the accelerator's wait for launches of a decoder's kernels,
-    and the update of weights.
+    The parts are the layers other than experts, the experts if there are any, the accelerator's wait for launches of a
+    decoder's kernels if there is one, and the update of weights.
     """
     model, moe, accelerator = spec.model, spec.model.moe, spec.cluster.accelerator
     micro_batches = tokens / spec.tokens_per_micro_batch
@@ -145,7 +145,7 @@ def _compute_times(spec: RunSpec, tokens: float) -> list[StepTime]:
     if step and moe:
         expert_passes = _cost_factor(spec, EXPERTS) * micro_batches * model.moe_layers
         times.append(product_time("experts", expert_passes * step.flops, expert_passes * step.bytes))
-    # How many kernels an encoder or a vision model launches depends on the parts of its micro-batches and on the
+    # How many kernels an encoder or a vision model launches depends on the objectives of its micro-batches and on the
     # objects in its images. These launches are not counted.
     launches = launches_per_micro_batch(spec) if model.kind == "decoder" else 0
     launch_seconds = micro_batches * launches * accelerator.launch_seconds
@@ -170,7 +170,7 @@ def _cost_factor(spec: RunSpec, part: str) -> float:
         return 4
     # With `exchange`, nothing after the second norm of a block with distributed experts is recomputed, except by a
     # kernel that follows `moe.recompute` ("as configured"). Such a kernel recomputes the hidden rows, which takes all
-    # but the last of an expert's products. With `experts`, nothing else is recomputed at all.
+    # but the last of an expert's products. With `experts`, nothing but these hidden rows is recomputed.
     moe = planned_model(spec).moe
     if part != EXPERTS or moe is None or moe.kernel_limits.kept_rows != "as configured":
         return 3
@@ -189,9 +189,10 @@ def _exchange_times(spec: RunSpec, layout: Layout) -> list[StepTime]:
 
 
 def exchange_time(exchange: Exchange, spec: RunSpec, layout: Layout) -> StepTime:
-    """Return the time per step of all calls of an exchange.
+    """Return the time per step of all calls of an exchange, which is a collective operation between ranks.
 
-    The time is bound by the slowest class of links, or by latency if the latency of the messages takes longer.
+    The result's `bound` is the slowest class of links, or latency if the latencies of the messages together take longer
+    than the transfer of their bytes.
     """
     network, transfer_seconds, latency = spec.cluster.network, {}, 0.0
     for name, load in zip(LinkLoads._fields, exchange.links, strict=True):

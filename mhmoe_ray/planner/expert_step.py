@@ -16,10 +16,10 @@ ASSUMED_MAJOR = 9
 
 
 def assumed_kernel(spec: RunSpec) -> KernelName | None:
-    """Return the kernel on which experts will probably run; None for a dense model and for router smear.
+    """Return the kernel that will probably compute the experts; None for a dense model and for the router `smear`.
 
-    Router smear needs no such kernel. It averages the experts into one expert for each sample, and torch computes these
-    as batched matrix products.
+    The router `smear` needs no such kernel. It averages the experts into one expert for each sample, and torch computes
+    the averaged experts as batched matrix products.
     """
     # `mhmoe_kernels.choose_kernel` would need the run's hardware, so its choice for `auto` is predicted: on GPUs, that
     # for an H100, and on CPUs, grouped. On CPUs with AMX the run chooses cpp instead, which needs less memory.
@@ -69,21 +69,21 @@ class ExpertStep(NamedTuple):
     flops: int
     """FLOPs of the matrix products; a multiply-add counts as two."""
     bytes: int
-    """Bytes of the operands and results of the matrix products, each counted once: rows in, hidden rows out and in,
-    rows out, and the weights of the rank's experts. The count assumes that the products are fused with the other
-    operations between them."""
+    """Bytes that the matrix products read and write: the rows that are read, the hidden rows that are written and read
+    again, the result rows that are written, and the weights of the rank's experts. The count assumes that the products
+    are fused with the other operations between them."""
 
     @property
     def intensity(self) -> float:
-        """The FLOPs per byte. If they are fewer than the machine's own ratio, memory bandwidth bounds the step."""
+        """The FLOPs per byte. Below the accelerator's ratio of FLOP/s to bytes/s, memory bandwidth bounds the step."""
         return self.flops / self.bytes
 
 
 def expert_step(spec: RunSpec) -> ExpertStep | None:
     """Return the rows, FLOPs and bytes of a layer's experts for one micro-batch of a run; None for a dense model.
 
-    With router smear, they include averaging all experts into one expert for each sample: all experts are read, and
-    each sample's averaged expert is written and read.
+    With the router `smear`, FLOPs and bytes include averaging all experts into one expert for each sample: all experts
+    are read, and each sample's averaged expert is written and read.
     """
     model, moe = spec.model, spec.model.moe
     if moe is None:
@@ -101,9 +101,9 @@ def expert_step(spec: RunSpec) -> ExpertStep | None:
 def expected_drop_share(moe: MoESpec, rows: int) -> float:
     """Return the share of routes that an expert capacity drops if each row chooses its k experts uniformly at random.
 
-    A router that prefers some experts drops more routes, and a router with more even loads drops fewer. With
-    `second_expert: random` the share is an upper bound, because second choices that are left out need no slot. The
-    share is 0 if routing is dropless.
+    Compared with such random choices, a router that prefers some experts drops more routes, and a router with more even
+    loads drops fewer. With `second_expert: random` the share is an upper bound, because second choices that are left
+    out need no slot. The share is 0 if routing is dropless.
 
     Args:
         moe: `moe` section of the spec.

@@ -11,8 +11,8 @@ from mhmoe_ray.spec import DetectorSpec, ModelSpec, TaskSpec, VisionSpec
 
 POOLED_CELLS = 7**2
 MASK_CELLS = 14**2
-"""Numbers of cells of a region's feature map from which a detector computes the region's class, and its mask
-(`model/vision/detector.py`)."""
+"""Number of cells of the pooled feature map of a region from which a detector computes the region's mask; POOLED_CELLS
+is that from which it computes the region's class (`model/vision/detector.py`)."""
 
 
 class StemSizes(NamedTuple):
@@ -79,7 +79,8 @@ def _level_parameters(d_model: int, width: int, scale: float) -> int:
 def head_activation_bytes(vision: VisionSpec, task: TaskSpec) -> int:
     """Return the approximate number of bytes that the head of a task keeps for the backward, for one image.
 
-    The head computes in float32. Anchors and samples of objects, whose number varies, are left out.
+    The head computes in float32. The number is approximate for a detector, because the numbers of its region proposals
+    and of the objects in an image vary.
     """
     if task.detector is None:
         return FLOAT32 * 2 * task.classes
@@ -87,7 +88,7 @@ def head_activation_bytes(vision: VisionSpec, task: TaskSpec) -> int:
 
 
 def _map_values(vision: VisionSpec, task: TaskSpec, detector: DetectorSpec) -> int:
-    """Return the number of values per image that a detector keeps of its feature pyramid and of outputs for anchors."""
+    """Return the number of values per image that a detector keeps for the backward of its pyramid and its proposals."""
     cells = sum(int(vision.patches(task) * scale**2) for scale in detector.scales)
     anchors = len(detector.anchor_sizes) * len(detector.anchor_ratios)
     # A level of the pyramid keeps the inputs and outputs of two convolutions and two norms. The network that proposes
@@ -96,9 +97,9 @@ def _map_values(vision: VisionSpec, task: TaskSpec, detector: DetectorSpec) -> i
 
 
 def _region_values(task: TaskSpec, detector: DetectorSpec) -> int:
-    """Return the number of values per image that a detector keeps for its sampled regions.
+    """Return the number of values per image that a detector keeps for the backward of its sampled regions.
 
-    At most half of the regions have masks. The count assumes a quarter.
+    At most half of the regions have masks. The count assumes that a quarter of them have one.
     """
     boxes = detector.box_samples * (detector.width * POOLED_CELLS + 5 * detector.d_box)
     if not detector.masks:

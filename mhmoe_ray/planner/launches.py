@@ -1,7 +1,8 @@
-"""The number of GPU kernels that a rank launches in a training step of a decoder.
+"""The number of GPU kernels that a rank launches for the forward and backward of a decoder's micro-batch.
 
-The constants below, and those of each architecture, are numbers of operations that torch dispatches for a model, which
-tests/planner/test_launches.py checks. A compiled model (`train.compile`) launches fewer kernels.
+The constants below, and those of each architecture (`dense_launches`, `mixture_launches`), are numbers of operations
+that torch dispatches. tests/planner/test_launches.py compares their sums with those of a real model. A compiled model
+(`train.compile`) launches fewer kernels.
 """
 
 from mhmoe_ray.architectures import ARCHITECTURES
@@ -13,9 +14,9 @@ OUTSIDE_BLOCKS = 58
 LOSS_CHUNK = 14
 """Number of launches per chunk of the loss (`train.loss_chunk_rows`)."""
 HEAD_PROJECTIONS = 18
-"""Number of launches for the head and merge projections of a multi-head layer."""
+"""Number of launches for the head and merge projections of a multi-head layer, forward and backward."""
 LOOP_BLOCK, LOOP_EXPERT = 120, 19
-"""Number of launches per block whose experts run one after another, without the experts, and for each expert."""
+"""Numbers of launches if experts run one after another: for a block without its experts, and for each expert."""
 
 
 def launches_per_micro_batch(spec: RunSpec) -> int:

@@ -1,4 +1,4 @@
-"""Search for experts that match a reference model in compute, parameters or both, and the comparison with it.
+"""Search for experts that match a reference model in compute, parameters or both, and comparison of two models.
 
 The search finds the expert width and the number of experts.
 """
@@ -23,8 +23,8 @@ class MatchSpec(Section):
     """Name of the preset whose expert layers, on this model's own trunk (everything but `moe`), are the reference."""
     by: Literal["flops", "params", "both"]
     """Quantity to match. flops: the expert width is solved for equal multiply-adds per token, without those of the
-    routers, as in both papers. params: the expert width is solved for equal parameters. both: the width is solved for
-    multiply-adds, then the number of experts for parameters."""
+    routers, as in arXiv 2404.15045 and arXiv 2411.16205. params: the expert width is solved for equal parameters. both:
+    the width is solved for equal multiply-adds, then the number of experts for equal parameters."""
     # The default is 8, because rows of 8 values suit grouped matrix products and 8 experts divide over 2, 4 or 8 ranks.
     multiple: PositiveInt = 8
     """Number of which the expert width and the number of experts become multiples. If this rounding would change a
@@ -195,11 +195,12 @@ class Comparison(NamedTuple):
 def compare_models(model: ModelSpec, reference: ModelSpec) -> dict[str, Comparison]:
     """Return comparisons of a model with its reference by name: parameters, multiply-adds and hidden activations.
 
-    A comparison is left out if the reference's count is 0, as the multiply-adds of expert layers in a dense model.
+    A comparison is left out if the reference's count is 0, such as that of hidden activations in a dense model.
 
     Equal parameters do not imply equal compute, and neither implies equal memory traffic of hidden activations.
     """
-    # The routers' multiply-adds are subtracted below, because both papers compare expert layers without them.
+    # The routers' multiply-adds are subtracted below, because the papers on MH-MoE (arXiv 2404.15045 and 2411.16205)
+    # compare expert layers without them.
     model_counts, reference_counts = compute_sizes(model), compute_sizes(reference)
     comparisons = {
         "parameters": Comparison(model_counts.parameters, reference_counts.parameters),

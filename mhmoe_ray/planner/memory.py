@@ -1,4 +1,6 @@
-"""The bytes of memory that a rank holds in training, computed from the spec. Tests compare them with a real step.
+"""The bytes of memory that a rank holds in training, computed from the spec.
+
+Tests compare these numbers with the memory of a real training step.
 
 The count leaves out the memory of the framework itself, of its allocator and communication buffers (including
 DeepSpeed's), and of the data stream. It also leaves out the T x T weights that attention saves where it has no fused
@@ -99,7 +101,7 @@ def loss_bytes(spec: RunSpec) -> int:
     A chunked loss holds, in float32, the logits and the log-probabilities of a chunk, the log-probabilities of the
     chunk before it, and the gradient of the output layer. In the precision of matrix products, it holds the gradients
     of the logits of one product, which covers several chunks in bfloat16. It also holds a copy of the output layer in
-    this precision, unless the layer is gathered in it.
+    this precision, unless ranks gather the layer's weights in the same precision.
     """
     tokens, vocab_size = spec.tokens_per_micro_batch, spec.model.vocab_size
     if spec.model.encoder is not None:
@@ -119,8 +121,8 @@ def loss_bytes(spec: RunSpec) -> int:
 def hidden_output_values(spec: RunSpec, encoder: EncoderSpec) -> int:
     """Return the number of output values of an encoder for a micro-batch.
 
-    The encoder computes outputs for hidden patches and hidden tokens, and for all tokens of captions that it learns to
-    write. Texts count as if all of them had `data.seq_len` tokens.
+    The encoder computes outputs for hidden (masked) patches and tokens, and for all tokens of captions that it learns
+    to write. Texts count as if all of them had `data.seq_len` tokens.
     """
     masking, values = spec.train.masking, 0.0
     for part in spec.parts:

@@ -16,8 +16,8 @@ from mhmoe_ray.planner.sizes import dense_width
 P1_EXPERTS = (8, 16, 32, 64, 128, 256)
 P1_HEADS = (2, 4, 6, 8, 12)
 P1_FITTED_WIDTHS = {8: 11_466, 16: 11_574, 32: 12_085, 64: 12_092, 128: 12_193, 256: 12_162}
-"""Expert width of P1's models with h = 4 heads, by the number of experts. P1's table 11 has numbers of parameters but
-no widths; these widths fit its numbers."""
+"""Expert width of the models with h = 4 heads of paper P1 (arXiv 2404.15045), by the number of experts. P1's table 11
+has numbers of parameters but no widths; these widths fit the numbers of parameters."""
 
 _P1_TRUNK = {
     "backbone": "subln",
@@ -66,8 +66,7 @@ _P1_ENCODER_TRUNK: Tree = {
     "dropout": 0.1,
     "attention_dropout": 0.1,
 }
-# The number of steps and the numbers of samples of the parts are BEiT-3's in proportion; paper P1 (arXiv 2404.15045)
-# states the batch of 512.
+# Paper P1 (arXiv 2404.15045) states the batch of 512 samples, but not the number of steps, which is that of BEiT-3.
 _P1_ENCODER_TRAIN: Tree = {
     "steps": 1_000_000,
     "micro_batches": 16,
@@ -84,7 +83,7 @@ _P1_ENCODER_TRAIN: Tree = {
     **checkpoint_intervals(1_000_000),
 }
 ENCODER_SEQ_LEN = 128
-"""Number of tokens of a text in P1's multimodal runs, including the start token. P1 does not state this number."""
+"""Number of tokens of a text, with its start token, in multimodal runs of arXiv 2404.15045, which does not state it."""
 # The dense and X-MoE models of paper P1 (arXiv 2404.15045) have micro-batches of two sequences. The size matters,
 # because expert capacity is per micro-batch.
 _TWO_SEQUENCES = {"micro_batches": 128, "micro_batch_size": 2}
@@ -124,7 +123,7 @@ def paper_presets() -> Mapping[str, Preset]:
 
 
 def _first_paper() -> Iterator[tuple[str, Preset]]:
-    """Yield the presets of P1's models by name: the dense model, X-MoE, and MH-MoE.
+    """Yield the presets of the models of arXiv 2404.15045 by name: the dense model, X-MoE, and MH-MoE.
 
     X-MoE and MH-MoE have a preset for each number of experts and each top-k; MH-MoE also for each number of heads.
     """
@@ -148,7 +147,7 @@ def _first_paper() -> Iterator[tuple[str, Preset]]:
 
 
 def _first_paper_encoders() -> Iterator[tuple[str, Preset]]:
-    """Yield the presets of P1's multimodal models by name, which are encoders of images and texts."""
+    """Yield the presets of the multimodal models of arXiv 2404.15045 by name: encoders of images and texts."""
     dense, trunk, train = "p1-multimodal-dense", _P1_ENCODER_TRUNK, _P1_ENCODER_TRAIN
     yield dense, Preset("P1, BEiT-3 base", trunk, None, None, train, ENCODER_SEQ_LEN)
     for experts in (8, 32):
@@ -164,9 +163,10 @@ def _first_paper_encoders() -> Iterator[tuple[str, Preset]]:
 def _p1_moe(heads: int, experts: int, top_k: int) -> Callable[[Mapping[str, Any]], Tree]:
     """Return a function that takes a trunk (a `model` section without `moe`) and returns P1's `moe` section for it.
 
-    With one head, an expert is as wide as a dense layer. With several heads, its width is the one at which the layer
-    has as many parameters as with one head (`equal_parameter_width`). Models with 4 heads on the trunk of P1's decoders
-    have `P1_FITTED_WIDTHS` instead. The function raises a SpecError if a width of the trunk is not a number.
+    P1 is the paper arXiv 2404.15045. With one head, an expert is as wide as a dense layer. With several heads, its
+    width is the one at which the layer has as many parameters as with one head (`equal_parameter_width`). Models with
+    4 heads on the trunk of P1's decoders have `P1_FITTED_WIDTHS` instead. The function raises a SpecError if a width of
+    the trunk is not a number.
     """
 
     def build_section(trunk: Mapping[str, Any]) -> Tree:
@@ -186,9 +186,10 @@ def _p1_moe(heads: int, experts: int, top_k: int) -> Callable[[Mapping[str, Any]
 
 
 def _p1_routing(top_k: int) -> Tree:
-    """Return the routing keys of P1's `moe` section, which depend on the number of experts per row.
+    """Return the routing keys of the `moe` section of a model of arXiv 2404.15045, given the number of experts per row.
 
-    For `top_k` 2 they set static routing with a random second expert, and for any other `top_k` dropless routing.
+    For `top_k` 2 the keys set an expert capacity and a random second expert, and for any other `top_k` dropless
+    routing.
     """
     # The gate of the library torchscale has only a first and a second choice. According to the public review of paper
     # P1 (arXiv 2404.15045), runs with more choices were dropless.
@@ -200,7 +201,8 @@ def _p1_routing(top_k: int) -> Tree:
 def equal_parameter_width(heads: int, experts: int, d: int, hidden: int) -> int:
     """Return the largest expert width at which P1's MH-MoE layer has no more parameters than its X-MoE layer.
 
-    The formula is that of P1, appendix D, with the biases and norms of P1's code added. Routers do not count.
+    The formula is that of paper P1 (arXiv 2404.15045), appendix D, with the biases and norms of P1's code added.
+    Routers do not count.
 
     Args:
         heads: number of heads h of the MH-MoE layer.
@@ -214,7 +216,7 @@ def equal_parameter_width(heads: int, experts: int, d: int, hidden: int) -> int:
 
 
 def _rebuttal() -> Iterator[tuple[str, Preset]]:
-    """Yield the presets of the models that P1's public review describes, by name."""
+    """Yield the presets of the models that the public review of arXiv 2404.15045 describes, by name."""
     six_layers = {**_P1_TRUNK, "layers": 6}
     train = {**_P1_TRAIN, "steps": 25_000, **checkpoint_intervals(25_000)}
     for top_k in (3, 4):
@@ -235,7 +237,10 @@ def _rebuttal() -> Iterator[tuple[str, Preset]]:
 
 
 def _follow_up() -> Iterator[tuple[str, Preset]]:
-    """Yield the presets of P2's models by name, each with and without a shared expert."""
+    """Yield the presets of the models of arXiv 2411.16205 by name.
+
+    Each model with experts has one preset without and one with a shared expert.
+    """
     yield "p2-dense", Preset("P2, the dense model", _P2_TRUNK, None, None, _P2_TRAIN, SEQ_LEN)
     variants: list[tuple[str, str, dict[str, int], int]] = [
         ("smoe", "SMoE", {"heads": 1, "top_k": 1, "experts": 8}, 8),
@@ -253,6 +258,8 @@ def _follow_up() -> Iterator[tuple[str, Preset]]:
 
 def _p2_moe(shape: Tree, eighths: int, has_shared: bool) -> Callable[[Mapping[str, Any]], Tree]:
     """Return a function that takes a trunk (a `model` section without `moe`) and returns P2's `moe` section for it.
+
+    P2 is the paper arXiv 2411.16205.
 
     Args:
         shape: keys `heads`, `top_k` and `experts` of the section.

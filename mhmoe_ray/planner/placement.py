@@ -13,8 +13,8 @@ class ExpertGroups(NamedTuple):
     """Division of all ranks into expert-parallel groups."""
 
     ranks: list[list[int]]
-    """Ranks of each of the dp groups: ep ranks, in ascending order. The rank at position j of each group holds the j-th
-    share of the experts."""
+    """Ranks of each group in ascending order, equally many in all groups. The rank at position j of each group holds
+    the j-th share of the experts."""
     straddling_indices: list[int]
     """Indices of the groups whose ranks are on more than one node."""
     cross_domain_indices: list[int]
@@ -62,7 +62,7 @@ def sharding_groups(expert_groups: Sequence[Sequence[int]], size: int) -> list[l
     Args:
         expert_groups: ranks of each expert-parallel group, as in `ExpertGroups`. Groups of the same node follow each
             other, so that a group of the result stays on a node if it can.
-        size: number of ranks of a group of the result, a multiple of `ep`.
+        size: number of ranks of a group of the result, a multiple of that of an expert-parallel group.
     """
     count = size // len(expert_groups[0])
     groups = [[list(ranks) for ranks in expert_groups[i : i + count]] for i in range(0, len(expert_groups), count)]

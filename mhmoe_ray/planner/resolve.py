@@ -5,7 +5,7 @@ In addition to the sections of a spec, the file may have shorthands:
 preset: mhmoe                  name of a model with its recipe; the file's sections override it key by key
 size: tiny                     size of the model, for a preset of a family
 match: {to: smoe, by: both}    solve for the expert width and the number of experts
-reference: smoe                model that `plan` compares with, instead of that of the preset or match
+reference: smoe                model to compare with in `mhmoe plan`, instead of that of the preset or match
 """
 
 import difflib
@@ -101,8 +101,8 @@ def resolve_spec(tree: Tree, label: str, fill_tree: Callable[[Tree, str], Tree] 
             one starts from.
 
     Raises:
-        SpecError: as in `validate_section`; also if the tree is that of a sweep, the preset does not exist, a key would
-            be ignored, or a match has no solution.
+        SpecError: the spec is invalid, the tree is that of a sweep, the preset does not exist, a key would be ignored,
+            or a match has no solution.
     """
     if "sizes" in tree and "model" not in tree:
         raise SpecError(label, "it is a sweep, not the spec of one run", "give it to `mhmoe sweep`")
@@ -117,7 +117,7 @@ def resolve_spec(tree: Tree, label: str, fill_tree: Callable[[Tree, str], Tree] 
 
 
 def _fill_gpu(spec: RunSpec) -> RunSpec:
-    """Return the spec of a preset with the largest micro-batches that fit on its GPUs, and as many samples in a step.
+    """Return a preset's spec with the largest micro-batches that fit on its GPUs, and with the same samples per step.
 
     Presets of the papers' models have micro-batches of one sequence, with which a GPU mostly waits for launches of
     kernels. Specs for CPUs do not change. Neither do specs with an expert capacity, because a capacity is counted per

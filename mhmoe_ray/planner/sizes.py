@@ -67,16 +67,18 @@ class Sizes(NamedTuple):
     """Number of parameters of all routed experts."""
     active_parameters: int
     """Number of parameters that one token's forward pass uses if its h sub-tokens are routed to min(h*k, E) different
-    experts. With router smear it uses all experts."""
+    experts. With the router `smear`, which averages experts, it uses all experts."""
     macs_per_token: int
     """Multiply-adds of all matrix products for one token, including output logits, without attention scores. For an
-    encoder, patches count as tokens, and outputs are left out, because they are computed for hidden tokens and patches
-    alone. For a vision model, patches count as tokens, and heads are left out, because they compute per image and per
-    object. The averaging of experts by router smear costs per sample (`merge_macs`), and is left out as well."""
+    encoder, patches count as tokens, and outputs are left out, because they are computed for hidden (masked) tokens and
+    patches alone. For a vision model, patches count as tokens, and heads are left out, because they compute per image
+    and per object. The averaging of experts by the router `smear` costs per sample (`merge_macs`), and is left out as
+    well."""
     moe_macs_per_token: int
     """Multiply-adds of the mixture-of-experts layers for one token: projections, router, experts and shared expert."""
     router_macs_per_token: int
-    """Multiply-adds of the routers for one token. Both papers leave them out when they compare models' compute."""
+    """Multiply-adds of the routers for one token. The papers arXiv 2404.15045 and 2411.16205 leave them out when they
+    compare the compute of models."""
     hidden_per_token: int
     """Number of hidden activations of routed experts for one token: h sub-tokens times k experts times the expert width
     f in each layer. At equal multiply-adds it grows with h, so models of equal compute differ in memory traffic."""
@@ -129,8 +131,8 @@ def _branches(spec: ModelSpec) -> int:
 def _embedding_parameters(spec: ModelSpec) -> int:
     """Return the number of parameters of all embeddings.
 
-    For an encoder or a vision model they include embeddings of positions. An encoder also has one for an image as a
-    whole and one for hidden patches.
+    For an encoder or a vision model they include embeddings of positions. An encoder also has an embedding for an image
+    as a whole and one for hidden (masked) patches.
     """
     rows, encoder, vision = spec.vocab_size, spec.encoder, spec.vision
     if vision is not None:
@@ -141,7 +143,7 @@ def _embedding_parameters(spec: ModelSpec) -> int:
 
 
 def _head_parts(spec: ModelSpec, encoder: EncoderSpec) -> list[Part]:
-    """Return the parts (counts by kind of layer) of an encoder's heads: its outputs, and the head for matching."""
+    """Return the parts (counts by kind) of an encoder's heads: the outputs, and the head that matches images with texts."""
     outputs = (spec.d_model + 1) * (encoder.target_values + spec.vocab_size)
     result = [Part(OUTPUT, 1, *_all_active(outputs), 0)]
     if encoder.d_match is not None:
@@ -247,7 +249,7 @@ class Flops(NamedTuple):
 
 
 def merge_macs(spec: ModelSpec) -> int:
-    """Return the multiply-adds with which router smear averages the experts of a layer for one sample.
+    """Return the multiply-adds with which the router `smear` averages the experts of a layer for one sample.
 
     They include those of the router's logits. The result is 0 for other routers.
     """
@@ -266,7 +268,7 @@ def flops_per_token(spec: ModelSpec, attention_length: float, samples_per_token:
         spec: spec of the model.
         attention_length: mean length in tokens of the sample that a token belongs to (`RunSpec.attention_length`).
         samples_per_token: number of samples in a micro-batch divided by its number of tokens
-            (`RunSpec.samples_per_token`), because router smear averages experts once per sample.
+            (`RunSpec.samples_per_token`), because the router `smear` averages experts once per sample.
     """
     # With causal attention, a token attends to (T + 1) / 2 keys on average. Each key costs as many multiply-adds as the
     # token's queries have values, once for its score and once for adding its value.

@@ -198,7 +198,8 @@ def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exch
     There are none if `cluster.ep` is 1. Hierarchical dispatch sends a row once to each other node with an expert for
     it, together with its k choices and gates. On that node, the row is sent to the rank of each of its experts there.
     One row is sent back, which is the sum over the node's experts. Gradients of rows and gates take the same paths. A
-    group with different numbers of ranks on its nodes has a flat dispatch, whose traffic counts as traffic by node.
+    group with different numbers of ranks on its nodes has a flat dispatch. If other groups have a hierarchical one, its
+    loads are in the exchanges whose names end in "by node".
     """
     cluster, model, moe = spec.cluster, spec.model, spec.model.moe
     if moe is None or cluster.ep == 1:
@@ -324,8 +325,9 @@ def _collective_exchanges(
 ) -> list[Exchange]:
     """Return the exchanges by which groups of ranks reduce gradients, and gather weights if ranks hold shards.
 
-    Blocks and buckets count as if they were sent in one piece. ZeRO 3 may still have up to two gathered blocks from the
-    forward when the backward begins. The count does not subtract them.
+    The count assumes that a pass exchanges all its weights or gradients in one call, although strategies exchange them
+    by block or bucket. ZeRO 3 may still have up to two gathered blocks from the forward when the backward begins. The
+    count does not subtract them.
 
     Args:
         spec: spec of the run.

@@ -27,8 +27,8 @@ def count_worker_nodes(site: SiteSpec, run: RunSpec) -> int:
     """Return the number of a site's worker nodes that a run uses with its largest number of workers.
 
     Raises:
-        SpecError: a worker of the run is larger than a node, the nodes are too few, or the workers leave too few CPUs
-            of their nodes and the data nodes for the data stream.
+        SpecError: a worker of the run is larger than a node, the nodes are too few, or too few CPUs are left for the
+            data stream on the data nodes and the workers' nodes.
     """
     group, cluster = site.workers, run.cluster
     worker_count, cpus, gpus = cluster.workers.max, cluster.cpus_per_worker, cluster.gpus_per_worker

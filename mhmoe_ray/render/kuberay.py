@@ -51,7 +51,8 @@ MAX_NAME_LENGTHS = {"RayCluster": 53, "RayJob": 47, "RayService": 47}
 """Largest number of characters of an object's name, by kind; the operator appends other characters to the name."""
 IDLE_SECONDS = 300
 STEP_PERCENT, STEP_SECONDS, SURGE_PERCENT = 25, 30, 100
-"""Per cent of requests that an upgrade moves in one step, seconds between steps, and per cent of extra replicas."""
+"""Settings of the upgrade of a RayService to a new cluster: per cent of requests that move in one step, seconds between
+steps, and per cent of its full capacity by which the new cluster grows at a time."""
 PORTS = {"metrics": 8080, "serve": 8000}
 """Ports that every node's pod has, by name."""
 HEAD_PORTS = {"gcs": 6379, "dashboard": 8265, "client": 10001, **PORTS}
@@ -63,7 +64,7 @@ def ray_cluster(site: SiteSpec) -> dict[str, Any]:
 
 
 def ray_job(site: SiteSpec, spec_path: str, name: str) -> dict[str, Any]:
-    """Return the manifest of a RayJob: a cluster that trains one run and is removed with it.
+    """Return the manifest of a RayJob: a cluster that trains one run and is removed after the run.
 
     Args:
         site: the description of the cluster.

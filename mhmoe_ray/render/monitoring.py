@@ -59,7 +59,7 @@ class Panel(NamedTuple):
 
 
 class Dashboard(NamedTuple):
-    """A Grafana dashboard of training runs or of served models; one of its variables chooses which ones it shows."""
+    """A Grafana dashboard of training runs or served models; one of its variables chooses the runs or models to show."""
 
     name: str
     title: str
@@ -192,7 +192,7 @@ def _label_variable(dashboard: Dashboard) -> dict[str, Any]:
 
 
 def _panel_json(panel: Panel, number: int) -> dict[str, Any]:
-    """Return a panel in Grafana's JSON format; `number` counts from 0 and gives its place, two panels in a row."""
+    """Return a panel in Grafana's JSON format; `number`, from 0, gives its position in a grid of two panels per row."""
     # A bar gauge compares only the newest values, with bars that start at 0. Other panels show values over time.
     is_bar_gauge = panel.kind == "bargauge"
     return {

@@ -129,7 +129,7 @@ def _node_types(site: SiteSpec, head: Any, data: Any, workers: Any) -> dict[str,
 
 
 def _node_type(group: GroupSpec, node_config: dict[str, Any]) -> dict[str, Any]:
-    """Return the node type of a group of equal nodes: provider's settings, resources and limits of the autoscaler."""
+    """Return the node type of equal nodes: the provider's settings, the resources, and the limits for autoscaling."""
     labels = {"labels": dict(group.labels)} if group.labels else {}
     return {
         "node_config": node_config,

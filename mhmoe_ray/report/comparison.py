@@ -23,7 +23,7 @@ class Comparison:
     all_diverged: bool
     """Whether all runs with metrics diverged."""
     unfinished: list[RunFigures]
-    """Runs that are left out because they ended early, unlike others."""
+    """Runs that are left out because they ended before their last step, while at least one other run has finished."""
     variants: list[Variant]
     """Variants of the runs that are not left out."""
     baseline: Variant
@@ -31,7 +31,7 @@ class Comparison:
     step: int | None
     """Step at which losses are compared; None if at no step all runs were validated."""
     verdicts: list[Verdict]
-    """Verdicts on the losses of the other variants beside the baseline."""
+    """Comparisons of the validation loss of each other variant with that of the baseline, at `step`."""
     quality: list[QualityTable]
     """Tables of accuracies, precisions and recalls from stored evaluations."""
     routes_by_name: dict[str, Routes]
@@ -87,7 +87,7 @@ def compare_runs(runs: Sequence[RunDir], baseline: str | None = None) -> Compari
 def _find_baseline(
     variants: Sequence[Variant], name: str | None, compared: Sequence[RunFigures], trained: Sequence[RunFigures]
 ) -> Variant:
-    """Return the variant that all others are compared with: the one called `name`, or the first one if that is None.
+    """Return the variant that all others are compared with: the one called `name`, or the first one if `name` is None.
 
     Raises:
         RunError: no compared variant has this name; the reason tells whether its runs were left out.

@@ -118,7 +118,7 @@ def has_curve(variants: Sequence[Variant]) -> bool:
 
 
 def draw_differences(variants: Sequence[Variant], baseline: Variant) -> "Figure":
-    """Draw the validation loss of each variant minus the baseline's: the mean over seeds, and a band from low to high.
+    """Draw the validation loss of each variant minus the baseline's: the mean over seeds, and their range as a band.
 
     Losses are paired by seed where `losses_at` can do so, as for the verdict on two variants.
     """

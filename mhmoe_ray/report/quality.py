@@ -70,7 +70,8 @@ def runs_without_quality(variants: Sequence[Variant]) -> list[RunFigures]:
 class _Question(NamedTuple):
     """Question that evaluations of different runs answer: the same request for a checkpoint of the same step.
 
-    The names of the checkpoints may differ, because a run that was restarted counts its worker groups in them.
+    The names of the checkpoints may differ between runs, because they contain the number of the worker group, which
+    grows with each restart of a run.
     """
 
     step: int

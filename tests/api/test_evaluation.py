@@ -101,7 +101,7 @@ def test_missing_text_is_an_error_before_a_job_starts(run, text):
 
 
 def test_a_probe_without_text_is_refused(run):
-    with pytest.raises(SpecError, match="there is none; name a text"):
+    with pytest.raises(SpecError, match="none is given; name a text"):
         make_request(run.directory, CHECKPOINT, probe="pictures")
 
 

@@ -12,7 +12,7 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class Modules(ABC):
-    """The parts of a model that differ between architectures."""
+    """Interface of an architecture: methods that create its modules and return its scales and initial weights."""
 
     @abstractmethod
     def norm(self, spec: ModelSpec) -> nn.Module:

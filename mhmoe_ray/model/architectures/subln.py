@@ -10,8 +10,8 @@ from mhmoe_ray.model.architectures.base import Modules
 from mhmoe_ray.spec import ModelSpec
 
 XPOS_SCALE_BASE = 512
-"""Distance in tokens over which xPos's scale changes by one factor of its base (arXiv 2212.10554; the value is that of
-the library torchscale)."""
+"""Number of positions over which xPos's scale of queries is multiplied once by its base (arXiv 2212.10554). The value is
+that of the library torchscale."""
 
 
 class SublnModules(Modules):
@@ -55,8 +55,8 @@ class SublnModules(Modules):
         """
         factor = math.sqrt(math.log(2 * layers))
         if ".qkv." in name:
-            # The rows of queries, keys and values are joined in this order, and all three have as many heads. So the
-            # values are the last third.
+            # The rows of queries, keys and values are joined in this order, and all three have the same number of
+            # heads. So the values are the last third.
             tensor[-len(tensor) // 3 :] *= factor
         # The code of arXiv 2404.15045 selects the tensors to rescale by name. That includes the merge projection after
         # the experts, but not the head projection before them.

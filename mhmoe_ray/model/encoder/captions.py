@@ -13,8 +13,8 @@ from mhmoe_ray.model.encoder.model import Encoded, Encoder
 def write_captions(model: Encoder, image_NYXC: Tensor, start_token: int, max_tokens: int) -> list[list[int]]:
     """Return the tokens of a caption for each image, each of them the most probable token at its position.
 
-    A model learns to write captions by the training objective `caption`. Its captions end with the start token, so this
-    token also ends a caption here.
+    The training objective `caption` teaches a model to write captions, and to predict the start token after the last
+    token of a caption. So a caption ends here when the model predicts the start token.
 
     Args:
         model: the model in evaluation mode, on the device of the images.

@@ -41,7 +41,7 @@ class Encoder(Trunk):
         """Create the encoder with uninitialized weights. Call `model.init.init_weights` or load a checkpoint next.
 
         Args:
-            spec: the model's sizes and options, with an `encoder`.
+            spec: the model's sizes and options, with an `encoder` section.
             expert_ids: global ids of the experts that this process holds in every layer; by default all.
         """
         super().__init__(spec)

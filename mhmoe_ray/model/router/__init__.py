@@ -1,11 +1,11 @@
 """Routers, which choose the experts of each row (a sub-token) of a mixture-of-experts layer.
 
 base.py     the interface of the modules that compute logits
-scores.py   logits over the experts
-table.py    the table of these modules by router
+scores.py   the modules that compute logits over the experts
+table.py    the table of the modules in scores.py, by the name of the router
 top_k.py    the choice of experts by their logits, gates, and expert capacity
 balance.py  load balancing losses, the selection bias, and the router z-loss
-groups.py   routers with logits of their own for each modality or each task
+groups.py   routers with separate weights for each modality or each task
 domain.py   the router that sends a sequence to the expert of its domain
 """
 

@@ -52,8 +52,8 @@ def balance_loss(moe: MoESpec, routed: RoutedLogits, sequences: int, share_E: Te
         moe: spec of the layer.
         routed: logits of the rows, and their choices.
         sequences: number of sequences, whose rows lie one after another.
-        share_E: each expert's share of all choices in the step before, for a load balancing loss over steps; None for
-            any other load balancing loss.
+        share_E: each expert's share of all choices in the previous step, for `balance_over: step`; None for other
+            values of `balance_over`.
     """
     if moe.balance == "importance_load":
         probability_NE, top_k = routed.clean_NE.softmax(-1), routed.expert_NK.shape[1]

@@ -36,7 +36,8 @@ class TaskRouter(Router):
     """Router of one layer of a vision model. Each task may have its own weights and its own number of experts per row.
 
     The expert capacity is for the rows of all tasks together. If tasks have their own weights, the load balancing loss
-    is the sum of one loss for each task. Otherwise it is one loss for all rows.
+    is the sum of one loss for each task. Otherwise it is one loss for all rows. If the tasks then choose different
+    numbers of experts, it is the mean of the tasks' losses, weighted by their numbers of rows.
     """
 
     def __init__(self, width: int, moe: MoESpec, tasks: Sequence[str], *, is_shared: bool) -> None:

@@ -57,7 +57,7 @@ class Routing(NamedTuple):
     gate_NK: Tensor
     """Gates (weights) of the chosen experts, float32; 0 for a route that is dropped."""
     balance_loss: Tensor
-    """Load balancing loss of the layer, scalar; 1 if routing is uniform."""
+    """Load balancing loss of the layer, scalar; the default loss (`balance: shares`) is 1 if routing is uniform."""
     z_loss: Tensor
     """Router z-loss of the layer, scalar."""
     count_E: Tensor
@@ -66,7 +66,7 @@ class Routing(NamedTuple):
     """Number of routes that exceed the expert capacity and are dropped, int64 scalar. Second choices that
     `second_expert: random` leaves out do not count."""
     capacity: int | None
-    """Expert capacity: the largest number of rows of an expert if routing is static; None if it is dropless."""
+    """Expert capacity: the largest number of rows that an expert takes; None if no route is dropped."""
 
 
 class TopK(NamedTuple):
@@ -189,8 +189,8 @@ class Router(nn.Module):
         """Return whether the kernel `fused_routing` can compute the routing.
 
         The kernel takes the k largest softmax scores, without a selection bias, groups of experts or a random second
-        expert. It computes only the load balancing loss of shares over a micro-batch, from the same probabilities.
-        Jitter and noise are applied before the kernel runs.
+        expert. Of the load balancing losses it computes only `balance: shares` over a micro-batch, from the
+        probabilities that the gates also come from. Jitter and noise are applied before the kernel runs.
         """
         moe = self.moe
         has_random_choice = moe.second_expert == "random" and generator is not None

@@ -109,8 +109,8 @@ class Detector(nn.Module):
         self.pyramid = Pyramid(d_model, spec.width, spec.scales)
         names = [str(number) for number in range(len(spec.scales))]
         anchors_per_cell = len(spec.anchor_sizes) * len(spec.anchor_ratios)
-        # Anchors need real values even if the weights are created on the meta device. The sizes here are placeholders:
-        # they depend on the feature maps, and `_anchors_of` sets them.
+        # Anchors need real values even if the weights are created on the meta device. The sizes here are placeholders,
+        # because the final ones depend on the feature maps; `_anchors_of` sets them.
         with torch.device("cpu"):
             self.anchors = AnchorGenerator([(1.0,)] * len(names), [(1.0,)] * len(names))
         self.regions = RegionProposalNetwork(
