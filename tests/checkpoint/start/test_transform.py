@@ -1,5 +1,7 @@
 """Tests of the first weights of runs that start from other models."""
 
+import copy
+
 import pytest
 import torch
 
@@ -63,7 +65,7 @@ def test_an_upcycled_model_computes_what_its_dense_start_computes(backbone, moe)
     ],
 )
 def test_an_upcycled_mixture_computes_what_its_start_computes(start, heads):
-    """The first sub-token is the token, which goes to the old experts; later training can use the other sub-tokens."""
+    """The first sub-token equals the token and goes to the old experts; later training can use the other sub-tokens."""
     assert start.moe is not None
     moe = start.moe.model_copy(update={"heads": heads, "d_sub_token": start.d_model})
     spec = start.model_copy(update={"moe": moe})
@@ -190,9 +192,14 @@ def test_experts_of_domains_are_added_removed_and_reordered_by_name():
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_dense_models_become_the_experts_of_domains(count):
-    """Each expert of a mix computes its own model's feed-forward layers; copies of one model compute that model."""
+    """Dense models that differ only in their feed-forward layers give each domain the logits of its own model."""
     dense = ModelSpec(**DENSE)
-    models = [random_model(dense)] * count
+    models = [random_model(dense)]
+    for _ in range(count - 1):
+        models.append(copy.deepcopy(models[0]))
+        for block in models[-1].blocks:
+            for parameter in block.ffn.parameters():
+                parameter.data.normal_(std=0.02)
     moe = MoESpec(router="domain", experts=3, top_k=1, heads=1, d_expert=48, domains=["a", "b", "c"], every=1)
     spec = dense.with_moe(moe)
     fields = {"from": ["a", "b", "c"], "how": "mix"} if count > 1 else {"from": "a", "how": "upcycle"}
@@ -200,4 +207,5 @@ def test_dense_models_become_the_experts_of_domains(count):
     model = transformed(spec, models)
     for domain in range(3):
         logits = model(TOKENS, domain_B=torch.full((len(TOKENS),), domain)).logits_BTV
-        torch.testing.assert_close(logits, models[0](TOKENS).logits_BTV, rtol=0, atol=1e-5)
+        dense_logits = models[domain if count > 1 else 0](TOKENS).logits_BTV
+        torch.testing.assert_close(logits, dense_logits, rtol=0, atol=1e-5)
