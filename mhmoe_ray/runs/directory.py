@@ -112,7 +112,7 @@ class RunDir:
             raise self._removed_error() from e
 
     def require_existing(self) -> None:
-        """Check that the directory holds a run; it does from the run's first attempt on.
+        """Check that the directory holds a run; it does from the run's first attempt or its import on.
 
         Raises:
             RunError: the directory holds no run, because the run was removed or moved.
@@ -143,8 +143,8 @@ class RunDir:
             return spec
         storage = new_folder
         # Folders with equal names at the end of both paths were moved inside another folder. The loop goes up to the
-        # topmost moved folder: its names differ, or its old parent still exists. `os.access` raises no error for a path
-        # that this user may not look into, which counts as missing.
+        # topmost moved folder: its old and new names differ, or its old parent still exists. `os.access` raises no
+        # error for a path that this user may not look into, which counts as missing.
         while old_folder.name == new_folder.name and not os.access(old_folder.parent, os.F_OK):
             old_folder, new_folder = old_folder.parent, new_folder.parent
         if os.access(old_folder, os.F_OK):
@@ -166,7 +166,12 @@ class RunDir:
             "tokenizer": new_path(data.tokenizer) if data.tokenizer else None,
             "chat_template": new_path(data.chat_template) if data.chat_template else None,
         }
-        return spec.model_copy(update={"storage": storage, "data": data.model_copy(update=path_fields)})
+        # The sources of a start may also be URIs or names, which `Path` would change.
+        start = spec.start and spec.start.with_sources(
+            [str(new_path(Path(s))) if Path(s).is_relative_to(old_folder) else s for s in spec.start.sources]
+        )
+        update = {"storage": storage, "data": data.model_copy(update=path_fields), "start": start}
+        return spec.model_copy(update=update)
 
     def write_spec(self, spec: RunSpec) -> None:
         """Write the spec to the run's spec.yaml, atomically.
@@ -341,7 +346,7 @@ class Attempt:
     address: str
     """URL of the cluster's dashboard."""
     local: bool
-    """Whether this package started the cluster, on the machine of the command (the local cluster)."""
+    """Whether the cluster is the local one, which this package starts on the machine where the user's command runs."""
     submitted: float = field(default_factory=time.time)
     """Time of the submit or resume, in seconds since the epoch."""
 

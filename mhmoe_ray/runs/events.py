@@ -11,7 +11,7 @@ EventKind = Literal[
     # The comment at each kind of event names the fields of its events.
     "submitted",  # attempt, job, address
     "began",  # attempt, host, pid (of the process of the attempt's job)
-    "preparing",  # folder
+    "preparing",  # folder (of the prepared data)
     "prepared",  # validation_tokens, and the fields of data.shards.manifest.Baselines
     # Fields of "initialized" events: how (key of the spec's section `start`), sources (descriptions of the models that
     # the run starts from), step (0), name (of the checkpoint).
@@ -24,7 +24,9 @@ EventKind = Literal[
     # hierarchical dispatch leaves flat), asked (the spec's cluster.workers), and workers: [{rank, pid, began and
     # start_ticks (start time of the process), host, node}].
     "started",
-    "hung",  # rank, host, pid, step (the last one), doing (phase), seconds, silent (true if heartbeats were missing)
+    # Fields of "hung" events: rank, host, pid, step (the last one), doing (phase, such as training), seconds (since the
+    # last heartbeat or progress), silent (true if heartbeats were missing).
+    "hung",
     "lost",  # rank, reason, host, lines (last lines of the rank's log), ranks (number of all failed ranks)
     "checkpoint",  # step, name, pause (seconds that training waited), seconds (until it was committed)
     "preempted",  # step, nodes (ids of the preempted nodes), deadline (in seconds since the epoch, or null)
@@ -72,7 +74,7 @@ def newest_event(run_events: list[dict[str, Any]], kind: EventKind) -> dict[str,
 
 
 def of_newest_attempt(run_events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the events of a run's newest attempt, oldest first: those since it was submitted.
+    """Return the events of a run's newest attempt, oldest first: those since that attempt was submitted.
 
     All events are returned if none of them is of the kind "submitted".
     """
@@ -89,19 +91,19 @@ def of_newest_attempt(run_events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def newest_group_event(run_events: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the newest event about the beginning, the start or the end of a worker group; empty if there is none."""
+    """Return the newest event about a job's start or a worker group's start or end; an empty dict if there is none."""
     event_kinds = ("began", "restoring", "started", "lost", "preempted")
     return next((event for event in reversed(run_events) if event["event"] in event_kinds), {})
 
 
 def last_loss(run_events: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the "lost" event of the newest attempt after which no workers began anew; None if there is none."""
+    """Return the newest attempt's last "lost" event; None if no workers failed, or if they were restarted since."""
     event = newest_group_event(of_newest_attempt(run_events))
     return event if event.get("event") == "lost" else None
 
 
 def deployments(run_events: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Return the newest "served" event of each application, by the address of its cluster and its name."""
+    """Return the newest "served" event of each application, by the cluster's address and the application's name."""
     return {(event["address"], event["application"]): event for event in run_events if event["event"] == "served"}
 
 
@@ -189,8 +191,9 @@ def describe_preemption(event: dict[str, Any]) -> str:
     """Return a sentence about preempted nodes, from a "preempted" event."""
     deadline_text = f" within {event['deadline'] - event['time']:.0f} s" if event["deadline"] else ""
     nodes = ", ".join(node[:12] for node in event["nodes"])
+    subject = f"node {nodes} is" if len(event["nodes"]) == 1 else f"nodes {nodes} are"
     return (
-        f"node {nodes} is preempted{deadline_text}; saved at step {event['step']}, "
+        f"{subject} preempted{deadline_text}; saved at step {event['step']}, "
         "restarting on other nodes or with fewer workers"
     )
 

@@ -90,6 +90,7 @@ def test_follower_prints_all_events_of_a_run(run, capsys):
     events.record(run, "skipped_checkpoint", name="step_00000007.1", reason="it is torn")
     events.record(run, "started", group=2, step=5, dp=1, ep=2, groups=[[0, 1]], straddling_groups=1, workers=workers)
     events.record(run, "preempted", step=7, nodes=["n1"], deadline=None)
+    events.record(run, "preempted", step=8, nodes=["n1", "n2"], deadline=None)
     history.append(run, {**history.last_line(run), metrics.STEP: 8, metrics.SKIPPED: True, metrics.VAL_LOSS: 2.25})
     with _progress_bar() as bar:
         _RunView(run, bar, from_now=False).refresh()
@@ -101,6 +102,7 @@ def test_follower_prints_all_events_of_a_run(run, capsys):
         "training from step 5 on 2 workers, dp 1 x ep 2, start 2 of the workers",
         "warning: 1 expert-parallel groups lie on more than one node",
         "node n1 is preempted; saved at step 7, restarting on other nodes or with fewer workers",
+        "nodes n1, n2 are preempted; saved at step 8, restarting on other nodes or with fewer workers",
         "step 8: validation loss 2.2500, loss 2.5000  9 tok/s",
         "warning: step 8 updated nothing: its gradient was not finite",
     ]

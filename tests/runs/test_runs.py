@@ -360,6 +360,14 @@ def test_moved_run_has_moved_paths(tmp_path):
     assert moved_run.spec() == spec
 
 
+@pytest.mark.parametrize(("source", "moved_source"), [("{}/old/runs/a", "{}/new/runs/a"), ("hf://a/b", "hf://a/b")])
+def test_moved_run_has_the_moved_path_of_its_start(tmp_path, source, moved_source):
+    run = create_run(tiny_spec(tmp_path / "old", start={"from": source.format(tmp_path)}))
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved_run = RunDir(tmp_path / "new" / run.path.relative_to(tmp_path / "old"))
+    assert moved_run.spec().start.sources == [moved_source.format(tmp_path)]
+
+
 def test_run_moved_into_another_folder_has_moved_paths(tmp_path):
     (tmp_path / "archive").mkdir()
     run = create_run(tiny_spec(tmp_path / "work/project"))

@@ -1,6 +1,8 @@
-"""Batch inference: a Ray Data job that answers the prompt in each row of a file, and continues after it was killed.
+"""Batch inference: a Ray Data job that answers the prompt in each row of a file.
 
-request.py    the request: a checkpoint, an input file, and how answers are drawn
+If a job is killed, the next job for the same request answers only the rows that have no answers yet.
+
+request.py    the request: a checkpoint, an input file, and how answers are sampled
 rows.py       a row of the input and its answer: the check of a row, and the columns of an answer
 formats.py    JSON lines and Parquet: reads rows chunk by chunk, and writes them with their answers
 input.py      the input file: finds it, and checks all of its rows

@@ -1,8 +1,8 @@
 """The formats of inputs and outputs: JSON lines, plain or compressed, and Parquet.
 
-A chunk of the input is a table with one row for each of its rows. For JSON lines, the table has one column with the raw
-lines, so that the output repeats them unchanged, to the last digit of a number. For Parquet, the table has the columns
-of the file.
+A chunk of the input is read into an Arrow table with one row per input row. For JSON lines, the table has one column
+with the raw lines, so that the output repeats them unchanged, to the last digit of a number. For Parquet, the table has
+the columns of the file.
 """
 
 import io
@@ -36,7 +36,7 @@ _LINE = "line"
 
 
 class SourceFile(NamedTuple):
-    """The input file of a batch inference, opened for reading."""
+    """The input file of a batch inference: the storage that has it, its path and size, and its format."""
 
     storage: Storage
     file: RawFile
@@ -62,7 +62,7 @@ class NumberedRow(NamedTuple):
 
 
 class Format(Protocol):
-    """Interface of the readers and writers of a file format, one for each format of inputs and outputs."""
+    """Interface of the reader and writer of a file format; each format of inputs and outputs implements it."""
 
     suffix: ClassVar[str]
     """Suffix of output files in this format."""
@@ -74,8 +74,8 @@ class Format(Protocol):
 
         Args:
             source: the input file.
-            has_logprobs: whether answers will have the scores of their tokens. The input must not have columns with the
-                names of an answer's columns.
+            has_logprobs: whether answers will have a column with the scores of their tokens. A Parquet file must not
+                have a column with the name of an answer's column.
 
         Raises:
             DataError: the file as a whole cannot be read.
@@ -129,9 +129,7 @@ class JsonLines:
 
     def table_rows(self, table: pa.Table) -> list[Any]:
         """Decode the lines in a table that `read_tables` yielded."""
-        # `read_records` parsed these lines before, and `json` of the standard library accepts all lines that it
-        # accepts.
-        return [json.loads(line) for line in table[_LINE].to_pylist()]
+        return [_decode(line) for line in table[_LINE].to_pylist()]
 
     def encode(self, table: pa.Table, answers: Sequence[RowAnswer], has_logprobs: bool) -> bytes:
         """Return the rows of a table as lines of JSON; the keys of a row's answer are added at the end of its line."""
@@ -143,7 +141,16 @@ class JsonLines:
 
     def count(self, content: bytes) -> AnswerCounts:
         """Count the answers and tokens in the content of an output file of JSON lines."""
-        return AnswerCounts.of_rows([json.loads(line) for line in content.split(b"\n") if line])
+        return AnswerCounts.of_rows([_decode(line) for line in content.split(b"\n") if line])
+
+
+def _decode(line: bytes) -> Any:
+    """Return the value of a line of JSON, as `read_records` decodes it."""
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        # orjson refuses NaN and lone surrogates, which `read_records` accepts.
+        return json.loads(line)
 
 
 def _line_table(lines: list[bytes]) -> pa.Table:
@@ -214,7 +221,7 @@ def _read_parquet(source: SourceFile, rows: int, columns: list[str] | None) -> I
     """Yield the rows of a Parquet file in tables of `rows` rows; the last one may have fewer.
 
     Args:
-        source: the Parquet file, opened for reading.
+        source: the input file, in Parquet.
         rows: number of rows of a table.
         columns: names of the columns to read; None for all.
 

@@ -11,7 +11,7 @@ from mhmoe_ray.spec import formats
 
 
 def open_input(path: str) -> SourceFile:
-    """Find the input file and open it; the suffix of its name determines its format.
+    """Find the input file and its format, which the suffix of its name determines.
 
     Args:
         path: path or URI of a file.
@@ -52,8 +52,8 @@ def check_rows(source: SourceFile, has_logprobs: bool) -> CheckedRows:
         has_logprobs: whether answers will have a column of token scores, whose name the rows must then not use.
 
     Raises:
-        DataError: there are no rows, or some rows cannot be answered. The error names the first bad row, and how many
-            there are.
+        DataError: there are no rows, or some rows cannot be answered. The error names the first bad row and the
+            number of bad rows.
     """
     file_format = FORMATS[source.format]
     row_count, bad_count, first_chat = 0, 0, None

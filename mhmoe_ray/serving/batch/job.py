@@ -73,7 +73,7 @@ def _check(job: BatchJob) -> None:
     Raises:
         DataError: the input has changed, or another command wrote its request to the output folder.
         CheckpointError: the checkpoint is damaged.
-        ServeError: the engine is not installed, cannot compute the model, or the chat template is invalid.
+        ServeError: the engine is not installed or cannot compute the model, or the chat template is invalid.
     """
     request, output = job.request, job.output_folder
     output.check_request(request, is_first=False)
@@ -145,7 +145,7 @@ class ProgressReport:
         self._start: tuple[float, int] | None = None
         """Time and number of answered rows at this job's first result; None before it.
 
-        The speed is measured from there, because loading the model takes long.
+        The speed is measured from this time on, because loading the model takes long.
         """
 
     def is_due(self, rows: int) -> bool:

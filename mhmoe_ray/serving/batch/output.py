@@ -1,7 +1,7 @@
 """The output folder of a batch inference.
 
     _request.json            the request, written before its first job starts
-    chunk-00000000.jsonl     the rows of chunk 0 with their answers; or .parquet
+    chunk-00000000.jsonl     the rows of chunk 0 with their answers; .parquet if the input is in Parquet
     _summary.json            the numbers of answers and tokens, written when the files of all chunks exist
 
 The file of a chunk appears in one step, when it is complete, so the existing files show which rows are answered. In the
@@ -62,7 +62,7 @@ class BatchOutput:
         """Return the request that the folder holds; None if it holds none.
 
         Raises:
-            DataError: the request is damaged, or the folder holds other files without a request.
+            DataError: the request is damaged, or the folder holds files but no request.
         """
         if request := self._read_model(self.request_file, BatchRequest):
             return request
@@ -124,7 +124,7 @@ class BatchOutput:
         try:
             counts = FORMATS[request.input.format].count(content)
         # Another program may have written something else into the file.
-        except (*PYARROW_ERRORS, TypeError) as e:
+        except (*PYARROW_ERRORS, TypeError, RecursionError) as e:
             raise DataError(f"file {path}", "it is damaged", "remove it, then give the command again") from e
         if counts.rows != request.rows_of(chunk):
             reason = f"it has {counts.rows} rows, not {request.rows_of(chunk)}"

@@ -44,8 +44,8 @@ def answer_chunks(
     pool = ray.data.ActorPoolStrategy(
         size=workers,
         max_concurrent_calls_per_actor=at_a_time,
-        # A worker holds no more chunks than it computes at a time. A further chunk would wait there while another
-        # worker is idle.
+        # A worker holds no more chunks than it computes at a time. A further chunk could wait in a busy worker while
+        # another worker is idle.
         max_tasks_in_flight_per_actor=at_a_time,
         enable_true_multi_threading=True,
     )

@@ -1,4 +1,4 @@
-"""The request of a batch inference: a checkpoint, a file of rows, and how the answers are drawn."""
+"""The request of a batch inference: a checkpoint, a file of rows, and how the answers are sampled."""
 
 from math import ceil
 from typing import Literal
@@ -11,7 +11,7 @@ from mhmoe_ray.spec.serve import EngineName
 from mhmoe_ray.storage import location
 
 CHUNK_ROWS = 128
-"""Default number of rows of a chunk. After a worker is killed, only a few chunks must be computed again."""
+"""Default number of rows of a chunk. It is small, so that little is computed again after a worker was killed."""
 _HASH_CHARACTERS = 8
 
 
@@ -25,7 +25,7 @@ class SamplingOptions(BaseModel):
     stop: tuple[str, ...]
     """Stop strings; an answer ends before the first of them."""
     logprobs: int | None
-    """Number of alternatives to report with each token and its log-probability; None reports no scores."""
+    """Number of most likely tokens to report beside each token and its log-probability; None reports no scores."""
 
     def params(self, row: int) -> SamplingParams:
         """Return the sampling parameters of a row of the input.
@@ -81,7 +81,7 @@ class BatchRequest(BaseModel):
 
     @property
     def checkpoint_label(self) -> str:
-        """Run, name and first characters of the manifest's hash, by which messages to the user name the checkpoint."""
+        """Run, checkpoint name and start of the manifest's hash, by which messages to the user name the checkpoint."""
         checkpoint = location(self.checkpoint)
         return f"{checkpoint.parent.parent.name}/{checkpoint.name} ({self.manifest_sha256[:_HASH_CHARACTERS]})"
 

@@ -27,7 +27,7 @@ class RowAnswer(NamedTuple):
     text: str | None = None
     finish_reason: FinishReason | None = None
     prompt_tokens: int | None = None
-    """Number of tokens of the prompt; None if the row has no prompt that can be counted."""
+    """Number of tokens of the prompt; None if the prompt could not be turned into tokens."""
     tokens: int | None = None
     """Number of tokens of the answer."""
     error: str | None = None
@@ -109,5 +109,5 @@ def parse_row(row: Any) -> str | Conversation:
 
 
 def taken_column(names: Collection[str], has_logprobs: bool) -> str | None:
-    """Return the first column name of an answer that the input uses already; None if the input uses none."""
+    """Return the first column name of answers that is also in `names`, the input's columns; None if there is none."""
     return next((name for name in answer_columns(has_logprobs) if name in names), None)

@@ -112,8 +112,8 @@ class ChunkWorker:
         from mhmoe_ray.serving.load import load_answerer
 
         self._request, self._output = request, output
-        # All rows of the chunks that are computed at a time must be able to wait in the engine, which refuses further
-        # requests.
+        # The engine refuses requests beyond `max_waiting`, so this limit is set to the number of rows of all chunks
+        # that are computed at a time.
         spec = spec.model_copy(update={"max_waiting": chunks_at_a_time(request, spec) * request.chunk_rows})
         self._load_error: MhmoeError | None = None
         try:
@@ -167,7 +167,12 @@ class ChunkWorker:
         return await asyncio.gather(*(self._answer_row(value, first_row + i) for i, value in enumerate(rows)))
 
     async def _answer_row(self, value: Any, row: int) -> RowAnswer:
-        """Return the answer to a row, or the error of a row whose prompt the model cannot read."""
+        """Return the answer to a row; it has an error instead of a text if the model cannot read the row's prompt.
+
+        Args:
+            value: the decoded row, in the form that `parse_row` takes.
+            row: number of the row in the input, from 0.
+        """
         sampling, answerer, prompt = self._request.sampling, self._answerer, parse_row(value)
         prompt_tokens: int | None = None
         try:

@@ -50,6 +50,14 @@ def test_lines_are_carried_to_the_last_digit(tmp_path):
     ]
 
 
+def test_deeply_nested_lines_are_decoded(tmp_path):
+    """The standard library decodes about 1,000 levels."""
+    line = b'{"prompt": "a", "nested": ' + b"[" * 1020 + b"]" * 1020 + b"}"
+    (tmp_path / "in.jsonl").write_bytes(line)
+    [table] = tables(tmp_path / "in.jsonl", 10)
+    assert [row["prompt"] for row in FORMATS["jsonl"].table_rows(table)] == ["a"]
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda children: st.lists(children) | st.dictionaries(st.text(), children),

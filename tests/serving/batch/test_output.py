@@ -109,7 +109,12 @@ def test_damaged_chunk_is_one_line(tmp_path, request_of_five):
     answer_here(request_of_five, output.folder)
     assert output.count_chunk(request_of_five, 2).rows == 2
     path = output.chunk_file(request_of_five, 0)
-    for content, reason in ((b"{", "it is damaged"), (b"[]\n", "it is damaged"), (b"", "it has 0 rows, not 5")):
+    for content, reason in (
+        (b"{", "it is damaged"),
+        (b"[]\n", "it is damaged"),
+        (b"[" * 2000, "it is damaged"),
+        (b"", "it has 0 rows, not 5"),
+    ):
         path.write_bytes(content)
         with pytest.raises(DataError, match=reason):
             output.count_chunk(request_of_five, 0)
