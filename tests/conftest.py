@@ -136,7 +136,7 @@ def pytest_runtest_setup() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call() -> None:
-    """Seed torch again, because the fixtures of a test may exist since earlier tests."""
+    """Seed torch again after the fixtures, because some of them may have been set up for earlier tests."""
     torch.manual_seed(0)
 
 

@@ -1,7 +1,7 @@
-"""Run the tests marked `cpu` once at each CPU level that this machine supports: `make test-cpu`.
+"""Run the tests marked `cpu` once at each instruction level that this machine's CPU supports: `make test-cpu`.
 
-Each level has a pytest process of its own. Further arguments go to each of them. The exit code is 1 if one of them
-failed.
+Each level has a pytest process of its own, which gets the arguments of this script. The exit code is 1 if a test failed
+at any level.
 """
 
 import os

@@ -6,7 +6,7 @@ edit: the top-level statements of the packages that only one of the two trees ha
 
 - import statements, module docstrings and `__all__` are left out,
 - `module.name`, where `module` is one of ours, is replaced by `name`,
-- names of our modules and paths of our files in strings are replaced by the same text.
+- all names of our modules and all paths of our files in strings are replaced by one fixed text.
 
 `--rename OLD=NEW` replaces a name of the commit first, which shows that a renaming changes nothing else.
 The exit code is 1 if there is an edit.

@@ -121,8 +121,10 @@ class LanguageRetrieval(BaseModel):
 
     model: RetrievalScore
     baseline: RetrievalScore | None
-    """Score of retrieval by the nearest training images in pixels (`evaluate.nearest`); None if the training data is
-    gone."""
+    """Score of retrieval by the nearest training images in pixels (`evaluate.nearest`).
+
+    It is None if the training data is gone.
+    """
 
 
 class RetrievalFigures(LanguageRetrieval):

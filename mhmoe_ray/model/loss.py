@@ -100,7 +100,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 logprob_CV = F.log_softmax(F.linear(x_NM[rows].to(dtype), compute_weight_VM).float(), dim=-1)
                 loss_N[rows] = -logprob_CV.gather(1, target_C1)[:, 0] * counts_N[rows]
                 if needs_gradients:
-                    # The gradient of a row's loss by its logits is its probabilities, less 1 at the target.
+                    # The gradient with respect to a row's logits is the row's probabilities, less 1 at the target.
                     dlogits_CV = logprob_CV.exp_()
                     dlogits_CV.scatter_add_(1, target_C1, dlogits_CV.new_full((), -1.0).expand_as(target_C1))
                     dlogits_PV[rows.start - product_start : rows.stop - product_start] = dlogits_CV

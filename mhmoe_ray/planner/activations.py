@@ -86,7 +86,7 @@ def _attention_bytes(model: ModelSpec, size: int) -> int:
 
 
 def static_layout_bytes(spec: RunSpec, size: int) -> int:
-    """Return the bytes of the fixed slots of kernel `capacity`, summed over all layers that keep them at one time.
+    """Return the bytes of the masks and slots of kernel `capacity` in all layers that keep them at the same time.
 
     The result is 0 for other kernels.
     """
@@ -108,7 +108,7 @@ def static_layout_bytes(spec: RunSpec, size: int) -> int:
 
 
 def merged_expert_bytes(spec: RunSpec, size: int) -> int:
-    """Return the bytes of the averaged experts of router smear, summed over all layers that keep them at one time.
+    """Return the bytes of the averaged experts of router smear in all layers that keep them at the same time.
 
     The result is 0 for other routers. Router smear averages all experts of a layer into one expert for each sample.
     These experts are weights, so their size does not depend on the lengths of samples. Their gradients, which take as
@@ -122,7 +122,7 @@ def merged_expert_bytes(spec: RunSpec, size: int) -> int:
 
 
 def _kept_mixture_layers(spec: RunSpec) -> int:
-    """Return how many mixture-of-experts layers keep the values of their experts for the backward at the same time.
+    """Return how many mixture-of-experts layers at the same time keep the values of their experts for the backward.
 
     If the backward recomputes experts, only the layer that is being recomputed keeps them.
     """
@@ -143,7 +143,7 @@ def _expert_hidden_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
 
 
 def _router_bytes(moe: MoESpec, width: int) -> int:
-    """Return the bytes that the router saves per sub-token for its backward: probabilities, logits, and other values."""
+    """Return the bytes per sub-token that the router saves for the backward: logits, probabilities and other values."""
     values = 2 * moe.experts + moe.router_sizes(width).saved_values
     if moe.scoring == "sigmoid":
         # Scores are divided by their sum for the load balancing loss, and gates by theirs for the experts.

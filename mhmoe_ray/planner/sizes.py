@@ -143,7 +143,7 @@ def _embedding_parameters(spec: ModelSpec) -> int:
 
 
 def _head_parts(spec: ModelSpec, encoder: EncoderSpec) -> list[Part]:
-    """Return the parts (counts by kind) of an encoder's heads: the outputs, and the head that matches images with texts."""
+    """Return the parts (counts by kind) of an encoder's heads: outputs, and the head that matches images with texts."""
     outputs = (spec.d_model + 1) * (encoder.target_values + spec.vocab_size)
     result = [Part(OUTPUT, 1, *_all_active(outputs), 0)]
     if encoder.d_match is not None:

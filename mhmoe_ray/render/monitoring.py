@@ -59,7 +59,7 @@ class Panel(NamedTuple):
 
 
 class Dashboard(NamedTuple):
-    """A Grafana dashboard of training runs or served models; one of its variables chooses the runs or models to show."""
+    """A Grafana dashboard of training runs or served models; a variable chooses which runs or models it shows."""
 
     name: str
     title: str

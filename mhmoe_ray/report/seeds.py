@@ -1,4 +1,4 @@
-"""Values of two variants by seed, and the confidence interval of their difference."""
+"""Difference of two variants (groups of runs that differ only in their seed), with its confidence interval."""
 
 import statistics
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import NamedTuple
 from mhmoe_ray.errors import DataError
 
 CONFIDENCE = 0.95
-"""Probability that an interval contains the true difference."""
+"""Confidence level: probability that a confidence interval contains the true difference of two variants."""
 
 
 class SeedValues(NamedTuple):
@@ -36,7 +36,7 @@ class SeedValues(NamedTuple):
 
     @property
     def difference(self) -> float:
-        """Mean difference of the variant's values to those of the baseline."""
+        """Mean of the variant's values minus the mean of the baseline's values."""
         return statistics.fmean(self.differences)
 
     def interval(self) -> tuple[float, float] | None:

@@ -29,7 +29,7 @@ class Variant:
     name: str
     runs: list[RunFigures]
     repeated: tuple[RunFigures, ...] = ()
-    """Older runs with the same seeds, which do not count because they are not independent samples."""
+    """Older runs with the same seeds as `runs`, which statistics leave out: they are not independent samples."""
 
     def losses(self, step: int) -> dict[int, float]:
         """Return the runs' validation losses at a training step, by seed."""
@@ -58,7 +58,7 @@ class Variant:
     def part_losses(self, step: int) -> dict[str, float]:
         """Return the validation loss of each part of micro-batches at a step, by name, as a mean over the runs.
 
-        A part is one objective with its samples. Runs without it do not count in its mean.
+        A part is one objective with its samples. Runs without a part do not count in the mean of that part.
         """
         losses = [run.part_validations.get(step, {}) for run in self.runs]
         names = dict.fromkeys(name for run_losses in losses for name in run_losses)
@@ -121,8 +121,8 @@ def group_variants(runs: Sequence[RunFigures]) -> list[Variant]:
     """Group runs into variants, in the order in which these first appear.
 
     If a variant has finished runs, only those count. Of several runs with the same seed, only the newest counts. Runs
-    of the same training with different names are separate variants if they are distributed in different ways, for
-    example by another strategy, because the comparison is then about those ways.
+    of the same training with different names are separate variants if they are distributed over workers in different
+    ways, for example with different strategies, because such runs are made to compare these ways.
     """
     runs_by_training: dict[str, list[RunFigures]] = {}
     for run in runs:
@@ -168,10 +168,10 @@ def _training_key(spec: RunSpec) -> str:
 
 
 def _unseeded_source(source: str, seed: int) -> str:
-    """Return a value of `start.from` without the seed if it is a checkpoint of a sweep's run with this seed.
+    """Return a model's name from the spec's `start.from`, without the seed if it is a checkpoint of a sweep's run.
 
-    Each run of a sweep that starts from another one starts from that with its own seed. Other values are returned
-    unchanged.
+    If one run of a sweep starts from a checkpoint of another, both have the same `seed`. So the results are equal for
+    all seeds of a variant. Other names are returned unchanged.
     """
     checkpoint = location(source)
     run_name, step = RunDir.of_checkpoint(checkpoint).name, checkpoint.name.partition(".")[0]
@@ -182,8 +182,8 @@ def _unseeded_source(source: str, seed: int) -> str:
 def _split_by_distribution(runs: Sequence[RunFigures]) -> Iterable[list[RunFigures]]:
     """Split runs of the same training by name if runs of different names are distributed in different ways.
 
-    The way is the strategy, the number of ranks in an expert-parallel group, and the dispatch. If all are distributed
-    in the same way, they are one group.
+    The way is the strategy, the number of ranks in an expert-parallel group, and the dispatch. If all runs are
+    distributed in the same way, they stay one group.
     """
     runs_by_name: dict[str, list[RunFigures]] = {}
     for run in runs:
@@ -205,9 +205,9 @@ def _shorten_names(names: Sequence[str]) -> list[str]:
 
 
 class Verdict(NamedTuple):
-    """Result of comparing two variants: the difference of validation losses, in nats per token.
+    """Result of comparing two variants: the difference of their mean validation losses at a training step.
 
-    The difference is the variant's loss minus the baseline's.
+    The difference is the variant's loss minus the baseline's, in nats per token unless `has_summed_loss`.
     """
 
     baseline: str
@@ -286,9 +286,9 @@ def sweep_table(sweep_dir: SweepDir) -> list[dict[str, Any]]:
     """Return the table of a sweep as JSON: one object per variant, in the order of the sweep.
 
     Losses are those of finished runs, or of all runs while none is finished, at the last step at which all of them were
-    validated. If the variants have different numbers of steps, for example because some continue others, the losses of
-    each are those at its own last step. Runs whose last validation loss is not finite do not count. Ratios are relative
-    to the first variant.
+    validated. If the variants have different numbers of steps, for example because some continue others, each variant's
+    losses are those at the last step at which all of its own runs were validated. Runs whose last validation loss is
+    not finite do not count. Ratios are relative to the first variant.
     """
     wanted_names = set(sweep_dir.read_order(sweep_dir.order_names()[-1]).wanted)
     figures = {name: RunFigures.read(run) for name, run in sweep_dir.runs().items() if run.attempts_file.exists()}

@@ -10,12 +10,15 @@
   tensorboard/       event files
   evaluations/       results of `mhmoe eval` and `mhmoe routing`, one file for each request
   tokenizer.json
+  classes.json       names of the classes of each task; in runs of vision models only, in place of tokenizer.json
   start.json         models that the run started from, with their own ancestors; absent if its first weights were random
   chat_template.jinja   template that turns a conversation into a prompt; present if the run trains on conversations, if
                         a user added it, or if the model that it was imported or started from has one
   checkpoints/step_00000200.<n>/   weights/ optim/ manifest.json, written by the n-th worker group
   stop               present while a user asks the run to stop
   ray/               Ray Train's own folder, which this package never reads
+
+A worker group is the set of a run's workers from one start or restart of the workers to the next.
 
 The storage folder also holds the directories of sweeps, in <storage>/sweeps/ (sweeps.py).
 

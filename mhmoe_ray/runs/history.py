@@ -37,7 +37,7 @@ def flush(run: RunDir) -> None:
 
 
 def read(run: RunDir) -> list[dict[str, Any]]:
-    """Return the effective history of a run: one line per step, in order, and the newest line of each repeated step."""
+    """Return the effective history of a run's metrics (`effective_lines`): one line per step, in order."""
     # On an object store, lines are in the order of their writers' clocks, and these differ between nodes. Sorting by
     # worker group restores the true order.
     return effective_lines(sorted(jsonl.read(run.metrics_file), key=lambda line: line.get(GROUP, 0)))

@@ -26,7 +26,7 @@ SEGMENT_BYTES = 1 << 18
 SHORT_SEGMENT_BYTES = 1 << 12
 WRITE_SECONDS = 1.0
 _NEXT_STEP = "`mhmoe resume`"
-"""Advice after an error of the storage: usually it ended a run, whose job writes most lines."""
+"""Command that the message of a storage error advises: most lines are written by a run's job, which the error ends."""
 
 
 def append(path: Location, record: dict[str, Any], *, immediate: bool = True) -> None:
@@ -46,7 +46,7 @@ def append(path: Location, record: dict[str, Any], *, immediate: bool = True) ->
 
 
 def _append(path: Location, record: dict[str, Any], immediate: bool) -> None:
-    """Append a record to a file like `append`, but let the OSError of the storage through."""
+    """Append a record to a file as `append` does, but raise an OSError of the storage unchanged."""
     line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
     if isinstance(path, ObjectPath):
         if immediate:

@@ -49,8 +49,8 @@ A shorter value does not count as a secret, even if the variable has the name of
 class Redactor:
     """Function that replaces the secrets in a text by `***`.
 
-    Secrets are the values of environment variables whose names suggest it (such as TOKEN or PASSWORD), the contents of
-    files that such variables name, passwords in URIs, and tokens of known forms.
+    Secrets are the values of environment variables whose names suggest a secret (such as TOKEN or PASSWORD), the
+    contents of files that such variables name, passwords in URIs, and tokens of known forms.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -141,7 +141,8 @@ def _sorted_files(folder: Location) -> list[Location]:
 
 def _remove_old_logs(run: RunDir) -> None:
     if run.logs.exists():
-        # One folder fewer is kept, because the attempt that begins now is one of the newest and has no folder yet.
+        # One folder fewer than `NEWEST_ATTEMPTS` is kept, because the attempt that begins now is one of the newest and
+        # has no folder yet.
         for folder in _sorted_files(run.logs)[: -NEWEST_ATTEMPTS + 1]:
             remove_tree(folder)
 
@@ -206,7 +207,7 @@ def _open_file_path(descriptor: int) -> Path | None:
 def archived_lines(run: RunDir, attempt: int) -> Iterator[str] | None:
     """Return the lines of an attempt's log in the run directory; None if there is no log.
 
-    Where segments were not kept, a line in brackets tells so.
+    A line in brackets takes the place of segments that were not kept, and tells their size.
     """
     folder = run.logs / f"{attempt:04d}"
     segments = _sorted_files(folder) if folder.exists() else []

@@ -34,7 +34,7 @@ class Panel(NamedTuple):
     legend: str = "{{run}}"
     """Legend of the series; a name in double braces stands for a label."""
     query: str = "{0}"
-    """Query in PromQL: {0} stands for the series of the metric, {name} for that of another metric."""
+    """Query in PromQL: {0} stands for the series of this metric, {NAME} for the series of the metric called NAME."""
     kind: PanelKind = "timeseries"
     unit: Unit | None = None
     """Unit of the result of the query; None if it is the metric's unit."""
@@ -259,7 +259,7 @@ def perplexity(loss: float | None) -> float | None:
 
 
 def expert_loads(count_LE: np.ndarray) -> np.ndarray:
-    """Return the load of each expert: its share of its layer's routes, times E.
+    """Return the load of each expert: its share of its layer's routes, times the number of experts E.
 
     1 is a uniform load. All loads of a layer without routes are 0.
 

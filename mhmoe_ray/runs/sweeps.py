@@ -1,9 +1,11 @@
-"""Directory of a sweep: the orders to start runs, which commands write, and the run directories of the sweep's entries.
+"""Directory of a sweep: orders to start runs, which commands write, and the run directory of each started entry.
 
 <storage>/sweeps/<name>/
   orders/000001-3f2a1c.json   written by a command: the runs, how many at a time, and the job that starts them
   runs.json                   written by the job of the last order: the run directory of each entry
   stop                        present while a user asks that no more runs start
+
+An entry is a run that the sweep file describes: a variant with one seed.
 
 Commands may run at the same moment and on several machines. So each command writes its own order once, and the names of
 the orders alone determine which order counts.
@@ -29,9 +31,9 @@ class Order(BaseModel):
     size: str
     """Name of the size in the sweep file whose settings the runs have."""
     concurrent: int
-    """Number of runs at the same time."""
+    """Largest number of runs that train at the same time."""
     entries: list[SweepRun]
-    """All runs that the sweep file describes."""
+    """All runs that the sweep file describes, and unfinished runs of an earlier order that this one replaces."""
     wanted: list[str]
     """Names of the entries that the job is to run."""
     retry: dict[str, int]
@@ -44,7 +46,7 @@ class Order(BaseModel):
     address: str
     """Address of the cluster's dashboard, as the user's commands reach it."""
     local: bool
-    """Whether this package started the cluster, on the machine of the command (the local cluster)."""
+    """Whether the cluster is the local one, which this package starts on the machine where the user's command runs."""
     submitted: float
     """Time of the order, in seconds since the epoch."""
 
@@ -124,7 +126,7 @@ class SweepDir:
             write_json(path, order.model_dump(mode="json"))
 
     def earlier_orders(self, name: str | None = None) -> Iterator[Order]:
-        """Yield the orders of the sweep before the one called `name`, oldest first; all orders without a name.
+        """Yield the orders of the sweep before the one called `name`, or all orders if `name` is None, oldest first.
 
         Orders that are damaged or that another version wrote are left out.
         """

@@ -58,7 +58,7 @@ class SharedRateLimiter:
 
 
 class RemoteRateLimiter:
-    """A `RateLimiter` for a replica, which asks the deployment `SharedRateLimiter`."""
+    """A replica's `RateLimiter`, which passes all calls on to the deployment `SharedRateLimiter`."""
 
     def __init__(self, deployment: DeploymentHandle) -> None:
         self._deployment = deployment

@@ -13,12 +13,13 @@ from mhmoe_ray.storage import Location
 IMPORT_PATH = "mhmoe_ray.serving.app:build"
 DEPLOYMENT = "completions"
 LIMITS_DEPLOYMENT = "limits"
-"""Name of the second deployment, which counts rate limits and exists only if API keys have some."""
+"""Name of the second deployment, which checks the rate limits of API keys; it exists only if a key has a limit."""
 ENVIRONMENT = {
     # This middleware turns errors of Serve's proxies, and of replicas that die, into the format of OpenAI's errors.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mhmoe_ray.serving.api.proxy:middlewares",
     # By default Serve's replicas and proxies pass each token through several threads, which only cost time, because
-    # engines compute in a thread of their own. By default Serve also flushes a log line for each request.
+    # engines compute in a thread of their own. The next two settings turn these threads off. By default Serve also
+    # flushes a log line for each request. The third setting makes it collect 1,000 lines first.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
@@ -57,9 +58,9 @@ def application_config(
         "max_surge_percent": 100 if spec.surge else 0,
         # A replica that an update or autoscaling removes gets this time to finish its running requests.
         "graceful_shutdown_timeout_s": spec.request_timeout,
-        # Serve's limit is above the engine's limit. So it is the engine that refuses requests, because it knows the
-        # clients, and health checks are answered however many requests wait. Only requests whose bodies would take too
-        # much memory are refused before (`BodySizeLimit`).
+        # Serve's limits on requests are above the engine's limit. So it is the engine that refuses requests, because it
+        # knows the clients, and health checks are answered however many requests wait. Only requests whose bodies would
+        # take too much memory are refused earlier, by `BodySizeLimit`.
         "max_ongoing_requests": spec.max_concurrency + spec.max_waiting + SPARE_REQUESTS,
         "max_queued_requests": spec.max_waiting * spec.replicas.max + SPARE_REQUESTS,
         "backpressure_config": {"status_code": 429, "retry_after_s": 1},

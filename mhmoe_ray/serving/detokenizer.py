@@ -1,4 +1,4 @@
-"""The detokenizer: it turns tokens into text that can be streamed, and never retracts a piece."""
+"""The detokenizer: it turns tokens into text that can be streamed, and never retracts text that it has returned."""
 
 import re
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ CONTEXT_TOKENS = 8
 
 
 class TextDecoder:
-    """Decoder of token ids whose text only grows with each further token, except for an incomplete last character.
+    """Decoder of token ids into text; each further token only adds text, or changes an incomplete last character.
 
     A tokenizer with byte fallback (LLaMA's, Mixtral's) has tokens <0x00> to <0xFF> for text that its vocabulary lacks.
     While one character of consecutive byte tokens is incomplete, the library `tokenizers` turns all of these tokens
-    into replacement characters, even those that were complete before. So this decoder turns byte tokens into bytes
-    first, as a byte-level tokenizer does.
+    into replacement characters, even those of complete characters. So this decoder turns byte tokens into bytes first,
+    as a byte-level tokenizer does.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -59,8 +59,8 @@ class TextStream:
     """Decoder of one answer's tokens as they arrive.
 
     A byte-level token may end in the middle of a character, and a stop string may begin in one token and end in a later
-    one. So the stream holds back text that a later token could still change or cut off. The joined pieces are the whole
-    answer, which ends before the first stop string.
+    one. So the stream holds back text that a later token could still change or cut off. The texts that `push` and
+    `finish` return are together the whole answer, which ends before the first stop string.
     """
 
     def __init__(self, decode: TextDecoder, stop_strings: Sequence[str] = (), prompt_ids: Sequence[int] = ()) -> None:
@@ -119,7 +119,7 @@ class TextStream:
     def _release_text(self, text: str, is_final: bool) -> str:
         """Return the part of a text that no later token can change, and hold back the rest.
 
-        A stop string ends the stream, and the part ends before it.
+        A stop string ends the stream, and the returned part ends before the stop string.
 
         Args:
             text: the text that is not released yet.

@@ -1,7 +1,8 @@
 """An engine's statistics as Ray metrics, which each node exports for all its replicas on the port for Prometheus.
 
-The names are those of `/metrics` with the prefix `ray_`. Ray adds the labels application, deployment and replica. Ray's
-own histograms need every observation separately, so buckets are counters here, with the label `le`.
+The names are those that the server's endpoint `/metrics` has, with the prefix `ray_`. Ray adds the labels application,
+deployment and replica. Ray's own histograms need every observation separately, so buckets are counters here, with the
+label `le`.
 """
 
 import time
@@ -46,7 +47,7 @@ class RayMetrics:
         return kind(f"mhmoe_{name}", description=text, tag_keys=("model", *labels))
 
     def export(self, stats: Stats) -> None:
-        """Set the gauges to these statistics, and add to each counter its increase since the last call."""
+        """Set the gauges to the values in `stats`, and add to each counter its increase since the last call."""
         for name, gauge in self._gauges.items():
             gauge.set(getattr(stats, name), tags=self._labels)
         for name, counter in self._counters.items():

@@ -46,7 +46,7 @@ class LinkSpec(Section):
 
     # The default is the bandwidth of one 400 Gb/s InfiniBand port for each GPU.
     bandwidth: PositiveFloat = 50e9
-    """Peak bytes/s in each direction, both at the same time."""
+    """Peak bytes/s in each direction, while both directions are in use."""
     per: Literal["rank", "node"] = "rank"
     """Owner of a link. rank: each rank has its own. node: all ranks of a node share one."""
     # The latency that NCCL assumes (`hwLat` in src/graph/tuning.cc) for a ring with protocol LL128 over the network.
@@ -89,8 +89,8 @@ class NetworkSpec(Section):
     `domain_label` gives the domains."""
 
 
-# CPUs for the data stream, in addition to the workers' own. If workers took every CPU, they would starve the stream
-# that feeds them.
+# The data stream gets this number of CPUs, in addition to those of the workers. If workers took every CPU, they would
+# starve the stream that feeds them.
 STREAM_CPUS = 4
 
 
@@ -127,7 +127,7 @@ class WorkerRange(Section):
 
 
 MeshSizes = dict[str, int]
-"""Number of ranks along each dimension of the device mesh, by its name; the expert dimension is the innermost."""
+"""Number of ranks along each dimension of the device mesh, by the dimension's name; `ep` is the innermost."""
 
 
 def format_mesh(sizes: Mapping[str, int]) -> str:
@@ -171,7 +171,8 @@ class ClusterSpec(Section):
     other node that holds experts for it, and is forwarded from there."""
     domain_label: str | None = None
     """Label of Ray nodes whose value is the name of the node's domain: nodes that a faster network connects, such as a
-    rack or an NVLink domain. A group that must span several nodes stays within one domain if possible."""
+    rack or an NVLink domain. An expert-parallel group that must span several nodes stays within one domain if
+    possible."""
     accelerator: AcceleratorSpec = AcceleratorSpec()
     network: NetworkSpec = NetworkSpec()
     cpus_per_worker: PositiveInt = 1

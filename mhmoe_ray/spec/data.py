@@ -38,7 +38,7 @@ class SourceMix(Section):
         return self
 
     def with_changes(self, changes: "SourceMix") -> "SourceMix":
-        """Return this mix with the values that `changes` sets in place of its own.
+        """Return a copy of this mix in which the values that `changes` sets replace the old ones.
 
         A new `alpha` or new `shares` replace both old values.
         """
@@ -76,22 +76,25 @@ class SourceSpec(Section):
     COCO's JSON). Parquet and `huggingface` may have images as well; see `columns`."""
     columns: list[Column] | None = Field(default=None, min_length=1)
     """Columns of a sample of this source: `text`, `image`, or both; or for vision models `image` and `class`, or
-    `image` and `objects`. The default is text and image for webdataset and coco, image for images, and text for all
-    other formats. Images are for models with an encoder and for vision models. `class` is the class of an image: in
-    images the name of the folder directly below the path, elsewhere `class_field`. `objects` are the boxes, classes and
-    masks in COCO's JSON of instances."""
+    `image` and `objects`. The default is text and image for webdataset and coco, image for format images, and text for
+    all other formats. Images are for models with an encoder and for vision models. `class` is the class of an image: in
+    format images it is the name of the folder directly below the path, and in other formats it is read from
+    `class_field`. `objects` are the boxes, classes and masks in COCO's JSON of instances."""
     text_field: str | None = Field(default=None, min_length=1)
-    """Key or column that holds the text; by default `raw_content` in redpajama-v2, `text` elsewhere. In webdataset, the
-    suffix of the tar member with the caption, by default `txt`; a suffix json.KEY names a key of a JSON member."""
+    """Key or column that holds the text; by default `raw_content` in redpajama-v2, `text` elsewhere. In webdataset it
+    is the suffix of the tar member with the caption, by default `txt`; a suffix json.KEY names a key of a JSON
+    member."""
     languages: list[str] | None = Field(default=None, min_length=1)
-    """Languages of the captions to read, by default all. It is for format webdataset, if json.KEY is an object with a
-    caption for each language. An image with several captions becomes a sample with each of them."""
+    """Languages of the captions to read, by default all. This key is for format webdataset, if `text_field` is json.KEY
+    and KEY holds an object with a caption for each language. An image with several captions becomes a sample with each
+    of them."""
     class_field: str | None = Field(default=None, min_length=1)
-    """Column of Parquet or `huggingface` that holds the class, a text or a number; by default `label`. In webdataset,
-    the suffix of the tar member with the class, by default `cls`; a suffix json.KEY names a key of a JSON member."""
+    """Column of Parquet or `huggingface` that holds the class, a text or a number; by default `label`. In webdataset
+    it is the suffix of the tar member with the class, by default `cls`; a suffix json.KEY names a key of a JSON
+    member."""
     image_field: str | None = Field(default=None, min_length=1)
     """Column of Parquet or `huggingface` that holds the image, as bytes or as {bytes, path}; by default `image`. If
-    another source has images, a source of texts alone also reads its images, but only their hashes: the text of a
+    another source has images, the images in the records of a source of texts alone are hashed, so that the text of a
     held-out image is held out, too. By default such a source looks for the columns of the other sources, then for
     image, jpg, png and webp."""
     delimiter: str | None = None
@@ -195,11 +198,12 @@ class PartSpec(Section):
     micro_batch_size: PositiveInt
     """Number of samples of this part in a micro-batch."""
     objective: Objective | None = None
-    """Training objective of this part. next_token: each token is predicted from those before it; a decoder has no
-    other. masked: the hidden patches and tokens of an image, a text or a pair of both are predicted; the default of an
-    encoder. contrastive: each image is matched with its text among all texts of the part in the same micro-batch, and
-    each text with its image. caption: each token of a text, and its end, is predicted from its image and the tokens
-    before it. A vision model has the task of the part's name, classify or detect, and needs no objective."""
+    """Training objective of this part. next_token: each token is predicted from those before it; this is the only
+    objective of a decoder. masked: the hidden patches and tokens of an image, a text or a pair of both are predicted;
+    this is the default of an encoder. contrastive: each image is matched with its text among all texts of the part in
+    the same micro-batch, and each text with its image. caption: each token of a text, and its end, is predicted from
+    its image and the tokens before it. classify, detect: a vision model has one of these for the task with the part's
+    name, and the key can be left out."""
     weight: PositiveFloat = 1.0
     """Factor of this part's losses in the loss of an encoder or a vision model, which is the sum of the mean losses of
     all parts."""
@@ -313,7 +317,10 @@ class DataSpec(Section):
         return self
 
     def _check_parts(self) -> None:
-        """Check that each source is in exactly one part, if there are parts, and that each part always has a source."""
+        """Check that each source is in exactly one part, if there are parts.
+
+        In each phase of training, each part must have a source whose weight is not 0.
+        """
         names = [name for part in self.parts.values() for name in part.sources]
         if not names:
             return
@@ -398,9 +405,9 @@ class DataSpec(Section):
         return result
 
     def named_subfolders(self, source: str) -> list[str] | None:
-        """Return the sorted names of the subfolders of a source that have a fixed share in any phase of training.
+        """Return the sorted names of the subfolders of a source that training uses; None if it uses all of them.
 
-        It is None if the source has no fixed shares in some phase, because that phase uses all of its subfolders.
+        Training uses all subfolders if the source has no fixed shares in some phase.
         """
         has_shares_in_all_phases = all(mixes[source].shares for mixes in self.mixes.values())
         return self.shared_subfolders(source) if has_shares_in_all_phases else None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 MIN_SIMILARITY = 0.7
 """Smallest similarity (difflib's ratio) of two spellings at which a hint suggests the known one.
 
-For example, `trian` and `train` have 0.8.
+For example, `trian` and `train` have the similarity 0.8.
 """
 
 # For each key of a spec, the names that mean the same in Hugging Face's configurations and Trainer, Megatron-LM,
@@ -78,7 +78,7 @@ _FOREIGN_NAMES: dict[str, str] = {
     "train.checkpoint_every": "save_steps save_interval save_every checkpoint_interval save_freq ckpt_every",
     "train.validate_every": "eval_steps eval_interval eval_every evaluation_interval validation_interval eval_freq",
     "train.keep_checkpoints": "save_total_limit keep_last_n keep_latest_k max_checkpoints",
-    # Names that other tools use for the keys of the section `cluster`, and for a few others.
+    # Names that other tools use for the keys of the section `cluster`, and for keys of the top level and of `tracking`.
     "cluster.workers": "num_workers world_size num_processes nproc nproc_per_node num_gpus n_gpus num_nodes nodes",
     "cluster.gpus_per_worker": "use_gpu gpu gpus gpus_per_node num_gpus_per_worker",
     "cluster.ep": "expert_parallel expert_parallel_size expert_parallel_degree expert_model_parallel_size ep_size",

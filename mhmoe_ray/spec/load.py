@@ -81,7 +81,7 @@ def load_site(path: Location) -> SiteSpec:
     """Read and check a site file, which describes a cluster.
 
     Raises:
-        SpecError: in the same cases as `load_resolved_spec`.
+        SpecError: the file is missing or is not YAML, or a key or value is wrong.
     """
     return validate_section(SiteSpec, read_tree(path), f"site {path}")
 
@@ -90,7 +90,7 @@ def load_sweep(path: Location, overrides: Sequence[str] = ()) -> SweepSpec:
     """Read and check a sweep file, which describes the runs of a sweep.
 
     Raises:
-        SpecError: in the same cases as `load_resolved_spec`.
+        SpecError: the file is missing or is not YAML, or a key or value is wrong.
     """
     return validate_section(SweepSpec, read_tree(path, overrides), f"sweep {path}")
 
@@ -101,7 +101,7 @@ def load_deploy_spec(path: Location | None, overrides: Sequence[str] = ()) -> De
     Without a file, only defaults and overrides apply.
 
     Raises:
-        SpecError: in the same cases as `load_resolved_spec`.
+        SpecError: the file is missing or is not YAML, or a key or value is wrong.
     """
     file_tree = read_tree(path) if path else {}
     tree = {name: file_tree[name] for name in DeploySpec.model_fields if name in file_tree}
@@ -173,7 +173,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
     """Apply `key.path=value` strings to the nested dictionaries of a spec in place, and return them.
 
     Raises:
-        SpecError: an override is malformed, or its path goes through a value.
+        SpecError: an override is malformed, or its path goes through a value that is not a section.
     """
     for keys, value in parse_overrides(overrides):
         _set_value(tree, keys, value)

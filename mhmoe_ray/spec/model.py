@@ -20,7 +20,7 @@ ModelKind = Literal["decoder", "encoder", "vision"]
 
 
 def default_d_ff(d_model: int) -> int:
-    """Return the default hidden width of a dense feed-forward layer: 8/3 of `d_model`, up to a multiple of 128."""
+    """Return the default hidden width of a dense feed-forward layer: 8/3 `d_model`, rounded up to a multiple of 128."""
     # 8/3 is LLaMA's factor.
     return math.ceil(d_model * 8 / 3 / 128) * 128
 
@@ -267,8 +267,8 @@ class ModelSpec(Section):
                 f"vision.adaptive.largest is {adaptive.largest}, but moe.top_groups ({moe.top_groups}) leaves a row "
                 f"{moe.top_groups * (moe.experts // moe.groups)} experts: lower largest, or raise top_groups"
             )
-        # With rule `coded`, a task may take back the raise of another one, and then has one expert fewer than at the
-        # start.
+        # With rule `coded`, all tasks share the memory of the last raise. A task may therefore lower its own number of
+        # experts after the raise of another task, and then has one expert fewer than at the start.
         smallest = 2 if moe.normalize_gates else 1
         if adaptive.rule == "coded" and moe.top_k - 1 < smallest:
             raise ValueError(
@@ -278,7 +278,10 @@ class ModelSpec(Section):
 
     @property
     def kind(self) -> ModelKind:
-        """The kind of the model. Except for decoders, the loss of a model is a sum over parts with different units."""
+        """The kind of the model: decoder, encoder or vision.
+
+        The loss of an encoder or a vision model is the sum of its parts' losses, which have different units.
+        """
         if self.encoder is not None:
             return "encoder"
         return "decoder" if self.vision is None else "vision"
@@ -307,9 +310,9 @@ class ModelSpec(Section):
         return ModelSpec.model_validate(tree)
 
     def at_largest_top_k(self) -> "ModelSpec":
-        """Return the model with the largest number of experts that a task may have, if that number is adaptive.
+        """Return the model with `top_k` set to the largest value that the adaptive rule may give a task.
 
-        Otherwise the model itself is returned.
+        If the number of experts is not adaptive, the model itself is returned.
         """
         adaptive = None if self.vision is None else self.vision.adaptive
         if self.moe is None or adaptive is None:
@@ -335,8 +338,8 @@ class ModelSpec(Section):
             return float(moe.kernel_limits.kept_rows == "nothing")
         if moe.recompute is not None:
             return moe.recompute
-        # If experts recompute the share 0.6 of their hidden rows, a layer with 4 heads needs about the memory of a
-        # plain layer with the same work (kernels/README.md).
+        # If experts recompute the share 0.6 of their hidden rows, a layer with 4 heads needs about 1.2 times the memory
+        # of a layer with one head and the same work (kernels/README.md).
         return 0.6 if moe.d_expert >= 8 * self.row_width else 0.0
 
     @property

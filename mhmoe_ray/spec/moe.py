@@ -79,8 +79,8 @@ else:
     RouterName = Literal[tuple(ROUTERS)]
 
 _CHOICE_KEYS = ("gate_scale", "groups", "jitter", "noise", "capacity_factor", "balance_over", "z_weight", "bias_rate")
-"""Keys about the choice of experts for each row, which routers `domain` and `smear` refuse, because they make none.
-`balance_weight` is not refused, so a spec may set it without effect."""
+"""Keys about the choice of experts for each row. Routers `domain` and `smear` make no such choice and refuse the keys.
+They do not refuse `balance_weight`, so a spec may set it without effect."""
 
 
 class MoESpec(Section):
@@ -114,7 +114,7 @@ class MoESpec(Section):
     the first MH-MoE paper)."""
     sub_token_residual: bool = False
     """If true, each sub-token is added to its experts' output before the merge projection. Equation 6 of the first
-    MH-MoE paper does so, but none of the authors' code."""
+    MH-MoE paper does so, but none of the authors' code does."""
     d_shared: NonNegativeInt = 0
     """Hidden width of a shared expert, which computes on every whole token in addition to the routed experts. 0: no
     shared expert."""
@@ -122,7 +122,7 @@ class MoESpec(Section):
     router: RouterName = "linear"
     """Router. linear: softmax of W x (second MH-MoE paper). xmoe: X-MoE's router as published, the cosine of a
     projection with expert embeddings, divided by a learnable temperature. xmoe_torchscale: X-MoE's router as coded in
-    torchscale and used for the first MH-MoE paper, with 16 dimensions, only the expert side normalized, and no
+    torchscale and used for the first MH-MoE paper: 16 dimensions, only the expert embeddings normalized, and no
     temperature. domain: no router; each document goes to the expert of its domain (DEMix, arXiv 2108.05036). smear: for
     encoders; the weights of all experts are averaged into one expert for each sample (SMEAR, arXiv 2306.03745)."""
     domains: list[str] | None = Field(default=None, min_length=1)
@@ -187,7 +187,7 @@ class MoESpec(Section):
     kernel: Annotated[KernelName, unmeasured("sonicmoe", "deepgemm", "fp8", "cuda_graphs")] = "auto"
     """Kernel that runs routed vectors through the experts (kernels/README.md). auto: the fastest kernel that the
     hardware can run. cpp: compiled for the CPU on which it runs. capacity: the static layout of the MH-MoE papers, with
-    masks of N x E x C values, for comparison."""
+    masks of N x E x C values (rows x experts x expert capacity), for comparison."""
     recompute: float | None = Field(default=None, ge=0, le=1)
     """Share of the routes (choices of an expert for a routed vector) whose hidden rows are recomputed in the backward
     pass instead of kept. By default it is 0.6 if an expert is at least 8 times as wide as a routed vector, and
@@ -272,7 +272,7 @@ class MoESpec(Section):
                 raise ValueError(f"router smear has no projections: remove {key}")
 
     def expert_of_domain(self, domain: str) -> int | None:
-        """Return the number of the expert for a domain of the data, with router `domain`; None if it has no expert."""
+        """Return the index of the expert that router `domain` uses for a domain of the data; None if there is none."""
         assert self.domains is not None
         for name in (domain, domain.partition("/")[0]):
             if name in self.domains:

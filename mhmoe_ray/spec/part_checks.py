@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def check_parts(spec: "RunSpec") -> None:
-    """Check that each part of micro-batches has an objective that fits the model, and that parts hold all samples."""
+    """Check that the parts have objectives that fit the model, and together as many samples as a micro-batch."""
     sizes = [part.micro_batch_size for part in spec.data.parts.values()]
     if sizes and sum(sizes) != spec.train.micro_batch_size:
         raise ValueError(

@@ -176,7 +176,7 @@ class RunSpec(Section):
     def check_compilation(self) -> None:
         """Check that torch.compile can compile the model, if the spec asks for it.
 
-        This is not among the checks of a spec, so that specs of older runs can still be read.
+        Reading a spec does not include this check, so that specs of older runs can still be read.
 
         Raises:
             SpecError: the model draws random numbers.
@@ -208,7 +208,7 @@ class RunSpec(Section):
 
     @property
     def reference_model(self) -> ModelSpec | None:
-        """The reference model, which differs from this model in its expert layers; None without a reference."""
+        """The reference model, which differs from the run's model in its expert layers; None without a reference."""
         return None if self.reference is None else self.model.with_moe(self.reference.moe)
 
     def changed_keys(self, previous_spec: Self) -> list[str]:
@@ -247,8 +247,8 @@ class RunSpec(Section):
     @property
     def _recomputes_experts(self) -> bool:
         """True if experts recompute all of their own hidden rows, regardless of `moe.recompute`."""
-        # With `exchange` and expert parallelism, the recomputation of a block leaves out its experts, which are spread
-        # over ranks, so the experts recompute their own rows.
+        # With `train.recompute: exchange` and expert parallelism, the recomputation of a block leaves out its experts,
+        # which are spread over ranks, so the experts recompute their own rows.
         return self.train.recompute == "experts" or (self.train.recompute == "exchange" and self.cluster.ep > 1)
 
     @property

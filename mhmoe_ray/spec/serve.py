@@ -61,9 +61,9 @@ class ServeSpec(Section):
     replicas: WorkerRange = WorkerRange(min=1, max=1)
     """Number of replicas, or {min: a, max: b} to let Serve add and remove replicas by the number of requests."""
     surge: bool = True
-    """Order of steps in an update. true: each new replica starts before an old one stops, so the cluster must have room
-    for both. false: an old replica stops taking requests before a new one starts. With a single replica, requests then
-    wait, at most `max_waiting` of them, and they are refused if the new replica cannot start."""
+    """Order of steps when an update replaces replicas. true: each new replica starts before an old one stops, so the
+    cluster must have room for both. false: an old replica stops taking requests before a new one starts. With a single
+    replica, requests then wait, at most `max_waiting` of them, and they are refused if the new replica cannot start."""
     engine: EngineName = "torch"
     """Inference engine. torch: the engine of this project, on CPUs or one GPU. vllm: vLLM, which must be installed on
     the nodes of the replicas."""

@@ -15,16 +15,16 @@ class StartSpec(Section):
     the folder of a checkpoint, a folder in Hugging Face's layout, or hf:ORGANIZATION/NAME. For `how: mix` it is a list
     of models. In a sweep, sweep:VARIANT names another run of the sweep with the same seed."""
     how: Literal["copy", "upcycle", "mix"] = "copy"
-    """Way in which the run gets its weights. copy: they are copied unchanged. upcycle: dense feed-forward layers become
-    experts (copies at one head, the shared expert at several), or a sparse mixture becomes MH-MoE; the logits stay the
-    same. mix: feed-forward layers of several models become the experts, and all other weights are averaged
-    (Branch-Train-MiX)."""
+    """Way in which the run gets its weights. copy: they are copied unchanged. upcycle: a dense model gets experts, or a
+    sparse mixture becomes MH-MoE; the logits stay the same. Experts are copies of the dense feed-forward layer; with
+    several heads or `moe.d_shared`, this layer becomes the shared expert instead. mix: feed-forward layers of several
+    models become the experts, and all other weights are averaged (Branch-Train-MiX)."""
     optimizer: bool = False
     """If true, the optimizer's moments and its number of updates are copied too, as for a branch of a run. By default
     the optimizer starts anew."""
     order: Literal["new", "continue"] = "new"
-    """Order of the samples. new: that of a new run. continue: each domain continues where the run that this one starts
-    from stopped, so that no sample is repeated or left out."""
+    """Order of the samples. new: that of a new run. continue: each domain begins after the last sample that the earlier
+    run read, so that no sample is repeated or left out."""
 
     new_experts: dict[str, str] = Field(default_factory=dict)
     """For each new expert of router `domain`, the expert of the earlier model that it is copied from, by name. By

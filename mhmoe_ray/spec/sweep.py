@@ -12,7 +12,7 @@ from mhmoe_ray.spec.run import RunSpec
 Overrides = dict[str, Any]
 """Values by dotted key of a spec (`train.steps`), including shorthands such as `preset`."""
 RESERVED_KEYS = {"name": "it is composed of names in this file", "seed": "use seeds"}
-"""Keys of a spec that the sweep itself sets for each of its runs, each with the end of the message that refuses it."""
+"""Keys of a spec that a sweep file must not set, each with the end of the error message for a file that sets it."""
 
 
 class SweepSize(Section):
@@ -23,7 +23,7 @@ class SweepSize(Section):
     set: Overrides = Field(default_factory=dict)
     """Keys of the spec that this size overrides, with their values."""
     runs: dict[str, Overrides] = Field(default_factory=dict)
-    """Keys of the spec that this size overrides in single runs, by the name of the run."""
+    """Keys of the spec that this size overrides for one run only, with their values, by the name of the run."""
     only: list[str] | None = Field(default=None, min_length=1)
     """Names of the runs that exist at this size; by default all runs."""
 
@@ -36,13 +36,13 @@ class SweepSpec(Section):
     sizes: dict[str, SweepSize] = Field(min_length=1)
     """Sizes of the sweep by name, each with a spec. The first size is the default."""
     runs: dict[str, Overrides] = Field(default_factory=dict)
-    """Keys of the spec that each run overrides, by the name of the run."""
+    """Keys of the spec that each run overrides, with their values, by the name of the run."""
     grid: dict[str, list[Any]] = Field(default_factory=dict)
     """Values to try, by key of the spec. Each of `runs`, or the spec itself if there are no `runs`, is run with every
     combination of the values."""
     seeds: list[NonNegativeInt] = Field(default=[0], min_length=1)
     concurrent: PositiveInt = 1
-    """Number of runs at the same time."""
+    """Largest number of runs that train at the same time."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -82,7 +82,7 @@ def unseeded_name(name: str) -> str:
 
 
 class SweepRun(Section):
-    """One run of a sweep: a variant with one seed, and its complete spec."""
+    """One run of a sweep: a variant (a set of values for keys of the spec) with one seed, and its complete spec."""
 
     variant: str
     """Name of the run without the suffix for its seed, for example h4."""

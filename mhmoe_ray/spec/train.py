@@ -10,9 +10,9 @@ from mhmoe_ray.spec.base import Precision, Section, unmeasured
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 LOSS_CHUNKS_PER_PRODUCT = 4
-"""Number of chunks of the loss whose gradients enter one matrix product in bfloat16.
+"""Number of chunks of the loss (`train.loss_chunk_rows`) whose gradients enter one matrix product in bfloat16.
 
-A product takes several chunks because gradients in bfloat16 need little memory.
+In float32, where gradients need twice the memory, each chunk has a product of its own.
 """
 Recompute = Literal["none", "experts", "exchange", "block"]
 
@@ -44,7 +44,7 @@ class MaskingSpec(Section):
         """Check that each share that a spec sets is used, and that shares of images hide some patches but not all.
 
         Args:
-            used_keys: keys of the shares that the parts of micro-batches use.
+            used_keys: keys of the shares that apply to the run's data, such as `pair_text` for texts with images.
             patches: number of patches of an image.
 
         Raises:
@@ -79,7 +79,7 @@ class TrainSpec(Section):
     micro_batch_size: PositiveInt
     """b: number of sequences in one micro-batch."""
     masking: MaskingSpec = MaskingSpec()
-    """Shares of texts and images that are hidden, which an encoder has to predict."""
+    """Shares of texts and images that are hidden from an encoder, which has to predict them."""
     precision: Annotated[Precision, unmeasured("fp8", "float8", "nvfp4")] = "float32"
     """Precision of training. bfloat16: autocast for matrix products; weights, router and loss stay float32. On a CPU,
     bfloat16 is faster with AMX or AMD's AVX512_BF16. On Intel's CPUs without AMX, products take twice as long as in
@@ -94,9 +94,9 @@ class TrainSpec(Section):
     (sub-token) is sent to experts on other ranks again; hidden rows of experts are not kept. block: a block keeps only
     its input; with expert parallelism its rows are sent once more. exchange and block take about a third more time."""
     loss_chunk_rows: PositiveInt | None = None
-    """Number of tokens whose logits are in memory at a time, for the loss; by default all tokens of a micro-batch. All
-    logits take several times micro_batch_size * seq_len * vocab_size values. With a number, the gradient of the output
-    layer is summed over chunks in float32."""
+    """Number of tokens whose logits are in memory at a time, for the loss; by default all tokens of a micro-batch. The
+    logits of all tokens and their gradients are several times micro_batch_size * seq_len * vocab_size values. If this
+    key is set, the gradient of the output layer is summed over chunks in float32."""
     compile: bool = False
     """If true, torch.compile compiles each block, except for the products of experts, which have kernels of their own,
     and the exchange of rows between ranks. All equal blocks share the compiled code. The model must draw no random
@@ -180,8 +180,8 @@ class TrackingSpec(Section):
     """Experiment tracking in addition to the metrics in the run directory."""
 
     mlflow: str | None = Field(default=None, min_length=1)
-    """Address http(s)://host:port of an MLflow tracking server, or any other tracking URI of MLflow. It needs the extra
-    `mlflow`. Set the server's user name or token in MLflow's own environment variables, never here."""
+    """Address http(s)://host:port of an MLflow tracking server, or any other tracking URI of MLflow. The key needs the
+    extra `mlflow`. Set the server's user name or token in MLflow's own environment variables, never here."""
     experiment: str = Field(default="mhmoe", min_length=1)
     """Name of the MLflow experiment that the run belongs to."""
 

@@ -15,9 +15,9 @@ def _check_scale(scale: float) -> float:
 
 
 class DetectorSpec(Section):
-    """Heads that find objects in images (Mask R-CNN, arXiv 1703.06870).
+    """Detector of objects in images (Mask R-CNN, arXiv 1703.06870).
 
-    They are a feature pyramid, region proposals, boxes with classes, and masks.
+    Heads predict region proposals, boxes with classes, and masks from the maps of a feature pyramid.
     """
 
     scales: list[Annotated[float, AfterValidator(_check_scale)]] = Field(default=[2, 1, 0.5], min_length=1)
@@ -26,7 +26,7 @@ class DetectorSpec(Section):
     width: PositiveInt = 64
     """Number of channels of the feature pyramid."""
     anchor_sizes: list[PositiveFloat] = Field(default=[4, 6], min_length=1)
-    """Side lengths of the anchors at each place of a map of the pyramid, in cells of that map."""
+    """Side lengths of the anchors at each position of a map of the feature pyramid, in cells of that map."""
     anchor_ratios: list[PositiveFloat] = Field(default=[0.5, 1, 2], min_length=1)
     """Ratios of height to width of the anchors."""
     anchor_samples: PositiveInt = 256
@@ -40,8 +40,8 @@ class DetectorSpec(Section):
     d_box: PositiveInt = 256
     """Hidden width of the head that predicts boxes and classes."""
     pooling_samples: PositiveInt = 2
-    """Number of points along each side of a cell from which the features of a region are interpolated. With 1, training
-    is faster on CPUs, where the gradient of this step uses a single core."""
+    """Number of sampling points along each side of a cell in the pooling of a region's features (RoIAlign). With 1,
+    training is faster on CPUs, where the gradient of this pooling uses a single core."""
     masks: bool = True
     """If true, the detector has a head for masks, and every object in its data must have a mask."""
     mask_layers: PositiveInt = 2
@@ -85,22 +85,22 @@ class TaskSpec(Section):
 
     @property
     def objective(self) -> Literal["classify", "detect"]:
-        """The objective of the parts of micro-batches that train this task."""
+        """The training objective of this task: `detect` if the task has a detector, otherwise `classify`."""
         return "classify" if self.detector is None else "detect"
 
 
 class AdaptiveSpec(Section):
     """Adaptive number of experts (AdaMV-MoE, ICCV 2023), where each task of a vision model has its own k.
 
-    All k begin with `moe.top_k`. The k of a task rises by one if the task's validation loss has not improved for
+    Each k is `moe.top_k` at first. The k of a task rises by one if the task's validation loss has not improved for
     `patience` steps. A rise that does not help is taken back.
     """
 
     largest: PositiveInt
     """Largest number of experts k of a task."""
     interval: PositiveInt = 2_000
-    """Number of steps between two validations. Each is made before the next step, so there is none after the last
-    step."""
+    """Number of steps between two validations for this rule. A validation takes place right before the next step, so
+    there is none after the last step of a run."""
     patience: PositiveInt = 5_000
     """Number of steps without an improvement after which a task's number of experts k changes."""
     batches: PositiveInt = 11
@@ -111,14 +111,14 @@ class AdaptiveSpec(Section):
     """Step from which `patience` is counted until a validation has improved on `first_loss`."""
     rule: Literal["published", "coded"] = "published"
     """Rule that changes the number of experts k. published: each task decides by itself, and takes back a raise that
-    did not help, after which its k stays. coded: as in the authors' code, where all tasks share the memory of the last
-    change and of the stop, and a task at the largest k takes nothing back."""
+    did not help, after which its k stays. coded: as in the authors' code, all tasks share the records of whether k was
+    raised and of whether k stays, and a task at the largest k does not take its last raise back."""
 
 
 class VisionSpec(Section):
     """A vision transformer instead of a decoder (ViT, arXiv 2010.11929): all tasks share its blocks and its experts.
 
-    Each task has a projection of patches, positions and a head of its own.
+    Each task has its own input layer (patches and position embeddings) and its own head.
     """
 
     patch_size: PositiveInt

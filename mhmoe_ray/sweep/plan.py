@@ -78,7 +78,7 @@ class _SeedPlanner:
         Args:
             sweep: the content of the sweep file.
             path: path of the spec that all runs share.
-            variants: values that each variant sets, by key of the spec, for each name of a variant.
+            variants: for each name of a variant, the values that the variant sets, by key of the spec.
             seed: the seed of all runs.
             overrides: `key.path=value` strings for every run.
         """
@@ -125,7 +125,10 @@ def _variants(sweep: SweepSpec, size: SweepSize) -> Iterator[tuple[str, dict[str
 
 
 def _shortened_name(name: str, sweep: SweepSpec) -> str:
-    """Return the name of a variant, cut to the length that run names allow; a cut name ends with its digest."""
+    """Return the name of a variant, cut to the length that run names allow.
+
+    A cut name ends with a digest of the whole name.
+    """
     # The suffix for the seed is measured as if the largest seed had at least four digits. Otherwise a larger seed that
     # is added later could leave less room for the name of a variant and so rename the variant.
     room = NAME_LENGTH - len(seeded_name(f"{sweep.name}-", max(1000, *sweep.seeds)))
@@ -178,7 +181,7 @@ def start_names(entry: SweepRun) -> list[str]:
 
 
 def with_run_paths(entry: SweepRun, runs: Mapping[str, RunDir]) -> RunSpec:
-    """Return the spec of a run that names checkpoints in place of the sweep's runs from which the run starts.
+    """Return the spec of a run, in which paths of checkpoints replace the names of the sweep's runs to start from.
 
     Args:
         entry: the run with its planned spec.

@@ -218,8 +218,8 @@ class Sweep:
                 prepare(entry.spec)
                 self._preparation_errors[text] = None
             except MhmoeError as e:
-                # The caller would treat a StorageError as one of the run directories and poll again. The error is
-                # caught here, because otherwise the preparation, which may take a day, would be repeated.
+                # The caller would take a StorageError of the data for a failure of the run directories, and poll again.
+                # The error is caught here, because otherwise the preparation, which may take a day, would be repeated.
                 self._preparation_errors[text] = e
             if self._preparation_errors[text]:
                 _print_line(f"{entry.name}: {self._preparation_errors[text]}")

@@ -3,9 +3,10 @@
 k is the number of experts that a task of a vision model chooses for each token. The rule is applied to the tasks one
 after another, at each validation. With L the loss of the task, and s the step:
 
-    L < best:                        best = L, best_step = s, changed = False
-    else, s - best_step > patience:  if changed: k = k - 1, and k stays from now on
-                                     else: k = k + 1, unless k is the largest; changed = True
+    if L < best:                             best = L, best_step = s, changed = False
+    else, if s - best_step > patience:
+        if changed:                          k = k - 1, and k stays from now on
+        else, if k is not the largest:       k = k + 1, changed = True
 
 In the paper (rule `published`), each task has its own `changed`, and the k of one task may stay while others change. In
 the authors' code (rule `coded`), all tasks share `changed` and the decision that k stays. There, `changed` stays true

@@ -63,7 +63,7 @@ def _train_and_record(run: RunDir, attempt: int) -> None:
         from mhmoe_ray.train.driver import train_run
 
         # Without an address, some actors of Ray connect to the only cluster on their machine. A machine may run several
-        # clusters, so all processes of the job get the address of theirs.
+        # clusters, so all processes of the job get the address of the job's cluster.
         ray.init(runtime_env={"env_vars": {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]}})
         train_run(run, attempt)
     except MhmoeError as e:

@@ -5,7 +5,7 @@ chooses the number of workers of an elastic run (`DivisorScalingPolicy`): Ray Tr
 between two bounds, but the number must divide the step's micro-batches.
 
 Ray has no public hook for either, so this module uses Ray's private interfaces (ray_compat.py).
-tests/train/test_ray_trainer.py fails when an interface that it relies on moves.
+tests/train/test_ray_trainer.py fails when Ray moves one of these interfaces.
 """
 
 import os
@@ -112,7 +112,7 @@ def _wait_for_storage(run: RunDir) -> None:
 
 
 def package_error(error: Exception) -> MhmoeError | None:
-    """Return the first error of this package among the ranks' errors in an error of Ray Train; None without any."""
+    """Return the first error of this package among the ranks' errors in an error of Ray Train; None if it has none."""
     # All ranks are searched, because any rank may hold the error: when one rank fails, the others fail too, in their
     # collective operations with it.
     rank_errors = getattr(error, "worker_failures", {}).values()
@@ -198,7 +198,7 @@ class DivisorScalingPolicy(ElasticScalingPolicy):
             if self._held_workers == 0:
                 usable_nodes = free_nodes
         # One CPU stays free for the data stream. Without it no step would begin. While this run has workers, its stream
-        # has CPUs, too, which do not count as free. They cannot be told from those of others, so all CPUs count then.
+        # uses CPUs, too. Ray does not tell them apart from the CPUs of other jobs, so all CPUs of the nodes count then.
         usable_cpus = sum(resources.get("CPU", 0.0) for resources in usable_nodes.values())
         possible_workers = min(
             possible_workers, int((usable_cpus - 1) // self.scaling_config._resources_per_worker_not_none["CPU"])

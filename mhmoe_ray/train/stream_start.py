@@ -68,7 +68,7 @@ class ResumingDataConfig(ray.train.DataConfig):
         self._run, self._spec, self._attempt, self._watchdog = run, spec, attempt, watchdog
 
     def configure(self, datasets: Any, world_size: int, *args: Any, **kwargs: Any) -> Any:
-        """Choose the checkpoint to resume from, record it, and return each worker's stream from its position on.
+        """Choose the checkpoint to resume from, record it, and return each worker's stream from this checkpoint on.
 
         Ray Train calls this once for each worker group, when the first rank asks for the stream. Uncommitted
         checkpoints of earlier worker groups are removed. Of `datasets` only the names are used.

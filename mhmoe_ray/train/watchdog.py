@@ -6,8 +6,8 @@ without an error. Ray's own health check finds a dead process, not a hanging one
 
 A rank hangs if it sends no heartbeat for the timeout (`cluster.hang_seconds`). If no rank makes progress for that long,
 the ranks that are behind the others hang. A straggler, which is a slow rank that still makes progress, is left alone:
-the other ranks wait for it in every step. With expert parallelism, the metric `exchange_wait` of each rank shows that
-time.
+the other ranks wait for it in every step. With expert parallelism, the metric `exchange_wait` shows how long each rank
+waits.
 """
 
 import asyncio
@@ -66,7 +66,7 @@ class Progress:
 
     worker_info: WorkerInfo
     activity: int = 0
-    """Counter of all pieces of work that the rank has finished, in any thread."""
+    """Counter of all pieces of work that the rank has finished, in any thread: in training and for checkpoints."""
     training_progress: int = 0
     """Counter of finished pieces of training work, such as micro-batches, which grows equally on all ranks. Writing a
     checkpoint does not count."""

@@ -23,7 +23,7 @@ LOG_LINES = 40
 """Number of last lines of a worker's log that are recorded."""
 LOG_TIMEOUT_SECONDS = 5
 DUPLICATE_SECONDS = 20.0
-"""Seconds within which reports of the same failed ranks count as one failure, if no worker group began since."""
+"""Seconds within which reports of the same failed ranks count as one failure, unless a new worker group began."""
 
 
 class WorkerFailureCallback(ray.train.UserCallback):
@@ -37,7 +37,7 @@ class WorkerFailureCallback(ray.train.UserCallback):
         self._last_failure: tuple[frozenset[int], float] = frozenset(), 0.0
 
     def after_exception(self, run_context: object, worker_exceptions: Mapping[int, Exception]) -> None:
-        """Record an event for failed ranks, with the reason and the last log lines of the rank that caused it.
+        """Record an event for failed ranks, with the reason and the last log lines of the rank that caused the failure.
 
         Secrets in the reason and in the lines are replaced.
         """
@@ -45,7 +45,7 @@ class WorkerFailureCallback(ray.train.UserCallback):
             # The workers have recorded the preemption themselves, as an event.
             return
         # While nodes are preempted, Ray Train reports the same failed ranks at every poll. Only the first report is
-        # recorded. A new worker group may fail like the last one just as soon, which is not a repeated report.
+        # recorded. The same ranks may also fail soon again in a new worker group, which is a new failure.
         (previous_ranks, previous_time), current_time = self._last_failure, time.monotonic()
         self._last_failure = frozenset(worker_exceptions), current_time
         may_be_repeated = (
@@ -131,7 +131,7 @@ def _recorded_worker(run: RunDir, rank: int) -> dict[str, Any]:
 
     The result is empty if the worker group has not started yet, because its processes are not recorded before.
     """
-    # Any other event here means that the recorded processes are of an earlier worker group.
+    # If the newest event is not "started", the recorded processes are those of an earlier worker group.
     newest_event = events.newest_group_event(events.read(run))
     workers = newest_event["workers"] if newest_event.get("event") == "started" else []
     return next((worker for worker in workers if worker["rank"] == rank), {})

@@ -1,4 +1,4 @@
-"""Tests of evaluations that the run directory holds already, and of requests for others."""
+"""Tests of evaluations that the run directory already holds, and of requests for evaluations that it does not hold."""
 
 import os
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_an_evaluation_is_repeated_when_its_text_has_changed(run, text):
         assert run.evaluate(paths, checkpoint=7, on_note=notes.append, address=NOWHERE) == evaluation
     expected_note = f"it was evaluated before, in {run.directory.evaluations}; `mhmoe eval --again` or recompute=True"
     assert [note.startswith(expected_note) for note in notes] == [True] * 5
-    # The new text has the same size and beginning.
+    # The new text has the size and the beginning of the old one.
     time = text.stat().st_mtime
     text.write_text("a line of text\n" * 999 + "another line !\n")
     os.utime(text, (time + 1, time + 1))

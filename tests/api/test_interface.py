@@ -13,7 +13,7 @@ README = (Path(__file__).parents[2] / "mhmoe_ray/api/README.md").read_text()
 
 @pytest.mark.parametrize("name", mh.__all__)
 def test_every_name_is_documented(name):
-    """A function has a section for its arguments, and a docstring begins with a sentence of its own."""
+    """A function's docstring has sections for arguments and errors; any other has a sentence as its first line."""
     value = getattr(mh, name)
     assert name in dir(mh)
     assert f"`mh.{name}" in README or f"mh.{name}(" in README
@@ -45,7 +45,7 @@ def test_unknown_names_are_attribute_errors():
 
 
 def test_help_shows_the_arguments_of_a_function():
-    """A module with the name of a function would take its place as soon as it is imported, so there is none."""
+    """A module with the name of a function would replace the function when imported, so there is no such module."""
     modules = {path.stem for path in Path(mh.__file__).parent.iterdir()}
     for name in ("serve", "submit", "load", "plan", "find_run"):
         assert inspect.isfunction(getattr(mh, name))

@@ -1,4 +1,4 @@
-"""Tests of models in this process, against the decoder and the engine that they are made of."""
+"""Tests of models that `mh.load` loads, compared with the decoder and the serving engine that compute their answers."""
 
 import asyncio
 import gc
@@ -106,7 +106,7 @@ def test_stop_strings_end_an_answer(model):
 
 
 def test_closing_a_stream_ends_its_computation(model, monkeypatch):
-    """The engine waits with the second token until the closed stream has reached it."""
+    """The sampler holds back the second token until the engine knows that the stream is closed."""
     sample, is_first, may_go_on = Sampler.sample, iter([True]), threading.Event()
 
     def sample_slowly(*arguments):
@@ -340,7 +340,7 @@ def test_a_closed_or_dropped_model_leaves_no_thread(run):
         with pytest.raises(ServeError, match="it is closed"):
             function("the")
     pieces = mh.load(run).stream("the", max_tokens=3, temperature=0)
-    # The model has no other reference than the stream.
+    # Only the stream refers to the model.
     gc.collect()
     assert len(list(pieces)) == 3
     del pieces

@@ -72,7 +72,7 @@ def readme_rows() -> dict[str, str]:
 
 def test_the_tables_have_all_metrics_and_events():
     rows = readme_rows()
-    # Prometheus alone has the values of each layer and expert, and the number of all steps.
+    # Only Prometheus has the values of each layer and expert, and the number of steps of the complete run.
     lines = {name: metric.help for name, metric in METRICS.items() if metric.scope not in ("layer", "expert")}
     del lines[STEPS]
     assert {name: rows[name] for name in lines} == lines

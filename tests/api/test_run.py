@@ -1,4 +1,4 @@
-"""Tests of handles on runs, by their directories: no cluster is needed for what a run directory tells."""
+"""Tests of `Run`, the handle of a run, with run directories and without a running cluster."""
 
 import os
 import time
@@ -25,7 +25,7 @@ def record_attempt(directory: RunDir, number: int) -> None:
 
 @pytest.fixture
 def directory(tmp_path):
-    """Return the directory of a run with two attempts, of which the second has no end yet."""
+    """Return the directory of a run with two attempts, of which the second has not ended."""
     directory = create_run(tiny_spec(tmp_path))
     record_attempt(directory, 1)
     events.record(directory, "failed", reason="it did")
@@ -117,7 +117,7 @@ def test_wait_ends_after_its_timeout_and_leaves_the_run_alone(directory):
 
 
 def test_wait_passes_an_error_of_the_callback_on(directory):
-    """An OSError of the storage is retried, one of the caller's own function is not."""
+    """`wait` tries again after an OSError of the storage, but not after one of the caller's function."""
 
     def fail(event):
         raise OSError(28, "No space left on device")

@@ -1,4 +1,4 @@
-"""Fixtures of the benchmark tests, which measure at sizes too small for their figures to mean anything."""
+"""Fixtures of the benchmark tests, whose sizes are too small for the measurements to mean anything."""
 
 import base64
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def project(local_cluster, tmp_path_factory) -> Path:
 
 
 def write_spec(folder: Path) -> RunSpec:
-    """Write spec.yaml and the tokenizer file that it names, which has only the single bytes; return the spec."""
+    """Write spec.yaml and the tokenizer file that it names, whose tokens are the 256 bytes; return the spec."""
     (folder / "ranks").write_bytes(b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
     data = {"validation_fraction": 0.2, "tokenizer": "ranks", "tokenizer_pattern": "gpt2"}
     spec = tiny_spec(folder, data=data)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_rehearsal_runs_all_parts_without_an_installation(tmp_path):
-    """The packages come from their folders, as on a machine where nothing can be installed."""
+    """The packages are imported from their source folders, as on a machine where nothing can be installed."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     process = subprocess.run(
         [sys.executable, "-m", "mhmoe_ray.bench.acceptance", "--device", "cpu", "--out", str(tmp_path)],
@@ -38,18 +38,18 @@ def test_rehearsal_runs_all_parts_without_an_installation(tmp_path):
     assert all(checks)
     report = (tmp_path / "report.md").read_text()
     assert all(f"\n## {part}\n" in report for part in PARTS)
-    # Predictions are for full sizes on a GPU.
+    # The report has no predictions, because they hold only for full sizes on a GPU.
     assert "reached" not in report
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_parts_need_only_torch_and_the_packages_that_are_fetched():
-    """A bare machine has torch with its own dependencies, numpy and pyarrow; `make gpu-wheels` adds others."""
+    """A bare machine has torch with its own dependencies, numpy and pyarrow; `make gpu-wheels` fetches the rest."""
     [line] = [line for line in (ROOT / "Makefile").read_text().splitlines() if "-c constraints.txt pydantic" in line]
     fetched = {name.lower().replace("pyyaml", "yaml") for name in line.split("constraints.txt")[1].split()}
     fetched |= {"pydantic_core", "annotated_types", "typing_inspection", "typing_extensions"}
     torchs_own = {"torch", "torchgen", "triton", "jinja2", "markupsafe", "mpmath", "sympy", "numpy", "pyarrow"}
-    # torch and triton use these if they are installed, and so they are here, but do not need them.
+    # torch and triton use these packages if they are installed, as they are here, but do not need them.
     optional = ["cloudpickle", "dill", "tqdm"]
     code = (
         "import importlib, sys\n"
@@ -82,7 +82,7 @@ def test_report_shows_predictions_and_failures(tmp_path):
     ]
 
 
-@pytest.mark.slow  # test_report_shows_predictions_and_failures has the report of a failure
+@pytest.mark.slow  # test_report_shows_predictions_and_failures tests the report of a failure
 def test_a_part_that_fails_is_reported_and_the_others_run(tmp_path):
     process = subprocess.run(
         [sys.executable, "-m", "mhmoe_ray.bench.acceptance", "--out", str(tmp_path), "--parts", "waits,ceilings"],

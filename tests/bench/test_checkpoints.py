@@ -1,4 +1,4 @@
-"""Test of the measurement of checkpoints."""
+"""Test of the benchmark of checkpoints, which measures how long saving a checkpoint takes."""
 
 import itertools
 

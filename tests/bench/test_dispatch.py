@@ -22,7 +22,7 @@ needs_root = pytest.mark.skipif(
 )
 
 
-@pytest.mark.slow  # tests/planner/test_traffic.py has the expected bytes, and tests/distributed the dispatch
+@pytest.mark.slow  # tests/planner/test_traffic.py tests the expected bytes, and tests/distributed the dispatch
 def test_dispatch_sends_expected_bytes(tmp_path):
     result = mhmoe_subprocess(tmp_path, "bench", "dispatch", "--tokens", "16", "--rounds", "1", "--json")
     output = result.json()
@@ -30,9 +30,9 @@ def test_dispatch_sends_expected_bytes(tmp_path):
     assert list(layers) == ["SMoE", "fine-grained x 2", "fine-grained x 8", "MH-MoE h 2", "MH-MoE h 3"]
     for layer in layers.values():
         experts, expected = layer["moe"]["experts"], layer["expected"]
-        # The expected bytes include numbers of rows of 8 bytes each, which `counted` leaves out. In flat dispatch, each
-        # of 4 ranks sends one number for each expert of the 2 ranks on the other node. In hierarchical dispatch, each
-        # rank sends 2 numbers.
+        # The expected bytes include counts of rows, each of 8 bytes, which `counted` leaves out. In flat dispatch, each
+        # of 4 ranks sends one count for each expert of the 2 ranks on the other node. In hierarchical dispatch, each
+        # rank sends 2 counts.
         assert layer["flat"]["counted"] == expected["flat"] - 4 * 2 * experts // 4 * 8
         assert layer["hierarchical"]["counted"] == expected["hierarchical"] - 4 * 2 * 8
         assert len(layer["flat"]["seconds"]) == len(layer["hierarchical"]["seconds"]) == 1

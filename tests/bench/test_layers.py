@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_layers_run_with_equal_cost(dtype):
-    # The kernel is `grouped`, because FlopCounterMode counts its products.
+    # The kernel is `grouped`, because FlopCounterMode counts its matrix products.
     layers, skipped = our_layers(SMALL, [2, 3], True, ["grouped"], CPU)
     assert [layer.name for layer in layers][:2] == ["dense", "SMoE"]
     assert [layer.name for layer in layers if has_masks(layer.moe)] == ["SMoE static", "MH-MoE h 2 static"]

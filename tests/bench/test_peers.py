@@ -68,7 +68,7 @@ def test_peers_cost_as_much_as_dense_layer():
     assert {case.name for case in layers + skipped} == set(PEER_BY_NAME)
     dense_flops = 3 * 2 * 3 * SHAPE.tokens * SHAPE.d_model * SHAPE.top_k * SHAPE.d_expert
     for layer in layers:
-        if layer.name == "transformers grouped_mm":  # torch does not count the FLOPs of its product
+        if layer.name == "transformers grouped_mm":  # torch does not count the FLOPs of its grouped matrix product
             continue
         case = Case(layer, SHAPE, "float32", CPU)
         with FlopCounterMode(display=False) as counter:

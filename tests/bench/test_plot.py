@@ -1,4 +1,4 @@
-"""Tests of the plot of a sweep with synthetic figures."""
+"""Tests of the plot of a sweep, with synthetic measurements."""
 
 import pytest
 import torch

@@ -100,7 +100,7 @@ def test_rates_are_compared_per_round():
     assert our_rates.ratio_to(peer_rates) == 2
 
 
-@pytest.mark.slow  # the test of the command measures engines
+@pytest.mark.slow  # test_command_prints_table_and_json measures engines too
 def test_engines_and_servers_answer_in_processes(served_model):
     lines = []
     [first_rates, second_rates] = measure_engines(

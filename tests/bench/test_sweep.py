@@ -36,9 +36,10 @@ def test_single_point_is_taken_as_quadratic():
 
 @pytest.mark.parametrize(("growth", "power"), [(1.5, 1), (6, 2)])
 def test_factors_of_law_are_not_negative(growth, power):
-    """The law a t + b t^2 has no negative factor, even where a free fit would give one.
+    """The law a t + b t^2 has no negative factor, even where an unconstrained fit would give one.
 
-    Here twice the tokens cost less than twice as much (1.5), or more than four times as much (6).
+    Twice the tokens cost 1.5 times as much, which is less than linear growth, or 6 times as much, which is more than
+    quadratic growth.
     """
     points = [(1024, 1.0), (2048, growth)]
     low, high = sorted((1.0, growth / 2**power))

@@ -1,4 +1,4 @@
-"""Tests of how users name a checkpoint, with the directories of committed checkpoints."""
+"""Tests of the names by which users choose a checkpoint, here a directory with an empty manifest."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_a_checkpoint_is_found_by_its_name_and_its_step(run):
     paths = [add_checkpoint(run, 0, 0), add_checkpoint(run, 20), add_checkpoint(run, 20, 2)]
     assert [find_checkpoint(run, path.name) for path in paths] == paths
     assert find_checkpoint(run, 0) == find_checkpoint(run, "0") == paths[0]
-    # The newer one of a repeated step counts.
+    # If a step was repeated, the newer one of its two checkpoints counts.
     assert find_checkpoint(run, 20) == paths[2]
     storage = run.path.parent
     assert find_run_or_checkpoint(f"{run.id}@20", storage, "model") == paths[2]

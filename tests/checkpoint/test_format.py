@@ -82,8 +82,7 @@ def draw_cuts(length, draw):
 
 @given(st.data(), st.lists(st.integers(1, 5), min_size=1, max_size=3), st.sampled_from([1, 40, 1 << 20]))
 def test_any_slice_is_read_from_any_blocks(data, shape, piece):
-    """Cut a tensor into blocks along all dimensions, write each block to a file, and fill any box of the tensor from
-    these files, in float32 or float64."""
+    """Read a random slice of a tensor, as float32 or float64, from files that have one block of the tensor each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slices_module, "PIECE_BYTES", piece)
         full_tensor = torch.arange(float(torch.Size(shape).numel())).view(shape)

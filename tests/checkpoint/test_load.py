@@ -124,8 +124,10 @@ def test_checkpoint_of_any_strategy_continues_with_any_other(checkpoint_by, unin
 
 @pytest.mark.parametrize("saver", ["alone", pytest.param("ddp", marks=pytest.mark.slow), "fsdp-experts"])
 def test_moments_in_bfloat16_load_at_any_world_size_and_continue(tmp_path, saver):
-    """Random bits depend on the update and on positions in full tensors, so a restart on the same ranks changes no bit,
-    and other ranks round alike."""
+    """A restart on the same ranks changes no bit, and other ranks load the same moments and round alike.
+
+    The random bits of stochastic rounding depend only on the update and on positions in full tensors.
+    """
     train = {"moment_precision": "bfloat16"}
     _, run = train_and_save(tmp_path, CLUSTERS[saver], train=train)
     checkpoint = newest_checkpoint(run)[0]
@@ -189,7 +191,7 @@ def test_experts_of_four_ranks_load_for_serving(four_rank_checkpoint):
 
 @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_experts_of_groups_by_node_load_in_one_process(tmp_path, strategy):
-    """The mesh for these nodes has ranks in another order than their numbers."""
+    """The mesh for these nodes does not have the ranks in the order of their numbers."""
     cluster = {"workers": 4, "ep": 2, "strategy": strategy, "shard_experts": strategy == "fsdp"}
     _, run = train_and_save(tmp_path, cluster, ["a", "b", "b", "a"])
     result = jobs.load_and_describe(tiny_spec(), newest_checkpoint(run)[0])

@@ -20,7 +20,7 @@ def write_spec(folder: Path, **sections) -> Path:
     """Write the spec of a tiny model to `folder`/spec.yaml, and return the path of that file.
 
     Args:
-        folder: The project folder, which the spec's paths are below.
+        folder: The project folder; the spec's paths are below it.
         sections: Keys to replace, as a mapping for each section, for example `train={"steps": 5}`.
     """
     defaults = {

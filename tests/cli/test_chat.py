@@ -99,13 +99,13 @@ def test_prepared_conversations_have_the_targets_that_are_counted_by_hand(run):
     assert web.target_tokens == web.tokens
     samples = ShardReader(spec.data.prepared, talk.shards, manifest.token_bytes).read(np.arange(talk.samples))
     assert sorted(samples[TOKENS][:, 1:][samples[TARGETS][:, 1:]].tolist()) == sorted(expected_targets)
-    # Only documents that fit are whole, and each begins where the mask says so.
+    # Only documents that fit into a sample are whole, and each begins at a position that the mask marks.
     begun_documents = set()
     for sample in samples:
         for position in np.flatnonzero(sample[DOCUMENT_STARTS]):
             begun_documents |= {len(d) for d in documents if sample[TOKENS][position : position + len(d)].tolist() == d}
     assert begun_documents == {len(document) for document in documents if len(document) <= 128}
-    # Shards of text are as in any folder.
+    # Shards of plain text have only token ids, as in a folder without conversations.
     assert ShardReader(spec.data.prepared, web.shards, manifest.token_bytes).read(np.arange(1)).dtype == np.uint16
     with pa.memory_map(str(spec.data.prepared / talk.shards[0].file)) as source:
         assert pa.ipc.open_file(source).schema.names == [TOKENS, TARGETS, DOCUMENT_STARTS]
@@ -124,7 +124,7 @@ def test_run_trains_on_targets_and_is_served_with_its_template(run):
     assert last_line[metrics.TOKENS] < 3 * run.spec().tokens_per_step
     assert run.chat_template_file.read_text() == BUILT_IN_TEMPLATE
     checkpoint, checkpoint_manifest, _ = newest_checkpoint(run)
-    # The tokenizer's own tokens end texts anyway.
+    # `ends` lists only tokens that end a text in addition to the tokenizer's end tokens.
     assert checkpoint_manifest.ends == []
     answerer = load_answerer(checkpoint, ServeSpec())
     try:
@@ -160,7 +160,7 @@ def test_commands_show_targets(project, run):
 
 
 @pytest.mark.ray
-@pytest.mark.slow  # tests/data/sources/test_chat.py has the reader
+@pytest.mark.slow  # tests/data/sources/test_chat.py tests the reader
 def test_record_without_an_answer_stops_the_preparation_in_one_line(tmp_path, local_cluster):
     write_chat_project(tmp_path)
     with (tmp_path / "raw/talk/en/one.jsonl").open("a") as out:

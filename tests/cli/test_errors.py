@@ -155,7 +155,7 @@ def test_corrupt_line_is_refused(tmp_path):
 
 
 @pytest.mark.ray
-@pytest.mark.slow  # tests/data/prepare/test_held_out.py has the check
+@pytest.mark.slow  # tests/data/prepare/test_held_out.py tests check_not_empty
 @pytest.mark.parametrize(
     ("override", "message"),
     [

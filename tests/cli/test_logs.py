@@ -20,7 +20,7 @@ REPLACEMENT = WORKER | {"pid": 6, "began": 2.0}
 
 @pytest.fixture
 def dashboard():
-    """Run a simulated dashboard that streams the logs of a worker and of its replacement, and control it.
+    """Run a simulated dashboard that streams the logs of a worker and of its replacement.
 
     Yield its address, its response about the job, which a test may change, and an event that a test sets to let the
     worker's second line come. Then the worker's stream breaks if the response about the job has the key `is_node_lost`.
@@ -70,7 +70,7 @@ def dashboard():
 
 @pytest.fixture
 def run(dashboard, tmp_path, monkeypatch):
-    """Return a run whose first attempt has a worker on the simulated dashboard, whose follower waits only briefly."""
+    """Return a run whose first attempt has a worker on the simulated dashboard, and shorten `OUTCOME_CHECK_SECONDS`."""
     monkeypatch.setattr(logs, "OUTCOME_CHECK_SECONDS", 0.1)
     run = create_run(tiny_spec(tmp_path))
     add_attempt(run, Attempt("job-1", dashboard[0], local=True))

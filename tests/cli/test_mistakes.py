@@ -1,4 +1,4 @@
-"""Tests of the errors that newcomers get, most of them for words of other projects.
+"""Tests of the errors that newcomers get, most of them for the keys and commands of other projects.
 
 Each mistake gives one line, with a hint only if there is a helpful one.
 """

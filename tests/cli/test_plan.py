@@ -10,7 +10,7 @@ from mhmoe_ray.planner.resolve import all_presets
 from tests.cli.run import mhmoe
 
 JOBS = Path(__file__).parents[2] / "jobs"
-# A spec with a start can only be planned where the run is that it starts from.
+# Files with `sizes` are sweeps. A spec with `start` can be planned only where the run exists from which it starts.
 SPECS = sorted(path for path in JOBS.rglob("*.yaml") if not re.search(r"^(sizes|start):", path.read_text(), re.M))
 
 

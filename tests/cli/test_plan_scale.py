@@ -31,13 +31,13 @@ def clusterless_project(corpus, tmp_path, monkeypatch):
 def plan_on_paper(*overrides):
     """Return what `mhmoe plan --nodes 128 --gpus 8 --json` prints for the trillion-parameter spec with overrides.
 
-    It computes the same in this process, without the command.
+    The plan is computed in this process, without the command.
     """
     return plan(load_spec(TRILLION, overrides), nodes=128, gpus=8)
 
 
 def plan_output(folder, *overrides, **env):
-    """Return the tables that `mhmoe plan --nodes 128 --gpus 8` prints for that spec with overrides."""
+    """Return the tables of `mhmoe plan --nodes 128 --gpus 8` for the trillion-parameter spec with overrides."""
     words = [word for key in overrides for word in ("--set", key)]
     return mhmoe(folder, "plan", TRILLION, "--nodes", "128", "--gpus", "8", *words, **env).out
 

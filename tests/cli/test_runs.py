@@ -359,7 +359,7 @@ def test_run_too_large_for_the_cluster_is_refused_at_once(corpus):
 
 @pytest.mark.slow  # tests/test_old_run.py has a run that is resumed
 def test_a_finished_run_is_trained_longer(corpus, finished):
-    # Other tests expect the run to have 30 steps, so this is the last one.
+    # Other tests expect the run to have 30 steps, so this test is the last one of the file.
     run, _ = finished
     first_losses = [line[metrics.LOSS] for line in history.read(run)]
     result = mhmoe(corpus, "resume", run.id, "--until", "34")

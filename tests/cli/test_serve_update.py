@@ -27,8 +27,9 @@ def run(tmp_path):
 def dashboard(run, *statuses):
     """Run a simulated dashboard of a cluster that serves the run's checkpoint.
 
-    Each request reports the next of `statuses` of the application, and the last one repeatedly; after a deployment it
-    is RUNNING. Yield the dashboard's address, and a list that collects the checkpoints that are deployed there.
+    Each request reports the next of `statuses` as the status of the application; the last one is repeated. After a
+    deployment, the status is RUNNING. Yield the dashboard's address, and a list that collects the checkpoints that are
+    deployed there.
     """
     [checkpoint] = committed_checkpoints(run)
     config = application_config("mhmoe", checkpoint, ServeSpec(), run.id)

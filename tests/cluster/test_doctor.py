@@ -117,7 +117,7 @@ def test_local_cluster_has_no_problems(local_cluster):
 
 @pytest.mark.ray
 def test_open_dashboard_is_a_warning(tmp_path):
-    """The dashboard is one of `ray start`, which by default everybody who reaches it can use without a token."""
+    """The dashboard of `ray start` needs no token by default, so everybody who can reach it can use it."""
     gcs_port, dashboard_port, client_port, *metric_ports = map(str, free_ports(5))
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     # The folder is directly in /tmp, because paths of Ray's sockets below it may have at most 103 characters.

@@ -114,7 +114,7 @@ def test_second_start_of_an_attempt_does_not_record_a_failure(connection, tmp_pa
     run = create_run(tiny_spec(tmp_path).model_copy(update={"name": "twice"}))
     job = start_attempt(run, run.spec(), connection)
     # Without the file, the second start gets the number of the first, as in a process that read the file before the
-    # first.
+    # first start.
     run.attempts_file.unlink()
     with pytest.raises(JobError, match=f"job {job}: .*already exists"):
         start_attempt(run, run.spec(), connection)

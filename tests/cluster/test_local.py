@@ -125,7 +125,7 @@ def test_stop_ends_every_process_of_one_cluster_and_none_of_another(local_cluste
 
 
 def _write_record(home: Path, **changes) -> LocalCluster:
-    """Write the record of a local cluster that does not run to `home`, with some of its keys changed; return it."""
+    """Write to `home` the record of a local cluster that is not running, changed by `changes`; return the cluster."""
     folder = home / "mhmoe-test"
     folder.mkdir()
     record = {"pid": 2**22 - 1, "address": "http://127.0.0.1:1", "gcs_address": "127.0.0.1:2", "cpus": 1}

@@ -54,7 +54,7 @@ def test_connect_if_running_returns_none_without_a_cluster(tmp_path, monkeypatch
 
 
 def test_resources_reserved_by_placement_groups_count_as_taken():
-    """The function by which Ray itself formats usage writes the texts."""
+    """The test takes its texts from `parse_usage`, the function with which Ray formats the usage of resources."""
     group = "1f5b8b8ff1a2ff30a6bd1b5b7ff81000000"
     usage = {"CPU": (5.0, 8.0), "GPU": (1.5, 4.0), "memory": (0.0, 2.0**30), "node:10.0.0.1": (0.0, 1.0)}
     assert _taken_resources("\n".join(parse_usage(usage, verbose=True))) == {"CPU": 5, "GPU": 1.5}
@@ -69,7 +69,7 @@ def test_ray_packs_workers_as_forecast():
     """A first run is placed on free nodes, and then a second one on the resources that remain."""
     environment = {name: value for name, value in os.environ.items() if name not in USER_CLUSTER_VARIABLES}
     environment |= {"RAY_AUTH_MODE": "disabled"}
-    # Ray in this process hides GPUs from its children, and then refuses nodes that claim to have some.
+    # Ray in this process may have set this variable to hide all GPUs. With it, Ray refuses nodes that claim GPUs.
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     command = [sys.executable, "-m", "tests.cluster.pack_workers"]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

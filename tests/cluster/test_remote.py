@@ -38,7 +38,7 @@ def test_job_returns_its_progress_lines_and_its_result(local_cluster):
 
 
 @pytest.mark.ray
-@pytest.mark.slow  # tests/cli/test_errors.py has the errors of preparations
+@pytest.mark.slow  # tests/cli/test_errors.py tests the errors of preparations
 def test_error_of_a_job_is_raised_by_result(local_cluster):
     connection = connect(local_cluster.address)
     job = remote.submit(connection, RUNTIME_ENV, SumRequest(numbers={}))

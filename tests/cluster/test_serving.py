@@ -49,9 +49,9 @@ def test_without_packages_removes_only_our_uploaded_packages():
 
 
 @pytest.mark.ray
-@pytest.mark.slow  # tests/cli/test_serve.py has the environment in the configuration that is deployed
+@pytest.mark.slow  # tests/cli/test_serve.py tests the environment in the deployed configuration
 def test_replicas_run_in_the_environment_of_the_spec(connection, port, tmp_path):
-    """Replicas also do so after an update, and on a cluster that we did not start, which is sent our packages too.
+    """Replicas also use it after an update, and on a cluster that we did not start, to which our packages are sent too.
 
     The application is not one of ours: it serves no run. So `mhmoe serve status` must not send it an API key, with
     which its operator could send requests to our applications.

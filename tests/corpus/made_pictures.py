@@ -32,7 +32,7 @@ def svg_file(colour: str, width: float = 10, height: float = 10) -> bytes:
 
 
 def emoji_font(colours: dict[str, tuple[float, float, float]]) -> bytes:
-    """Return a font that draws each emoji as a square of its colour, and sequences of characters as one glyph."""
+    """Return a font that draws each emoji as a square of its colour; an emoji of several characters is one glyph."""
     glyph_names = {characters: "_".join(f"u{ord(c):04x}" for c in characters) for characters in colours}
     characters_alone = sorted({c for characters in colours for c in characters})
     order = [
@@ -71,7 +71,7 @@ def emoji_font(colours: dict[str, tuple[float, float, float]]) -> bytes:
 
 
 def annotations_file(names: dict[str, str], keywords: str = "one | two") -> bytes:
-    """Return a file of CLDR with a name and keywords for each emoji."""
+    """Return an annotations file of CLDR with a name and keywords for each emoji."""
     lines = "".join(
         f'<annotation cp="{characters}">{keywords}</annotation>'
         f'<annotation cp="{characters}" type="tts">{name}</annotation>'
@@ -87,7 +87,7 @@ def emoji_table(*emoji: str, subgroup: str = "face") -> bytes:
 
 
 def read_shards(folder: Path) -> dict[str, dict]:
-    """Return the pictures of a folder's shards by key: `pixels`, `caption` and `record`."""
+    """Return `pixels`, `caption` and `record` of each picture in the shards of a folder, by the picture's key."""
     files = dict[str, dict[str, bytes]]()
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as tar:

@@ -1,4 +1,4 @@
-"""Golden tests of the readers of CLDR's annotations, of the table of emoji, and of the texts of stamps."""
+"""Golden tests of the readers of CLDR's annotations, of the table of emoji, and of the texts of Tux Paint's stamps."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Tests of the conversations of the small sample."""
+"""Tests of the conversations in the small sample, which `mhmoe data sample` writes by default."""
 
 import json
 import re

@@ -44,7 +44,7 @@ def test_masks_are_the_pixels_of_objects():
             assert not (union & placed.mask).any()
             union |= placed.mask
             channel, other_channel = (0, 2) if placed.class_name == "red" else (2, 0)
-            # Brightness 0.8, alpha 1/2 at the edge and the edge of a later object over it leave 51 of 255.
+            # Brightness 0.8, alpha 1/2 at the edge and the edge of a later object over it leave 255 x 0.8 x 1/4 = 51.
             assert pixels[placed.mask, channel].min() > 45
             assert np.median(pixels[placed.mask, channel]) > 200
             assert np.median(pixels[placed.mask, other_channel]) < 5

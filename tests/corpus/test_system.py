@@ -1,4 +1,4 @@
-"""Tests of the samples as a user builds them, from 710 MB of downloaded packages."""
+"""Tests of the samples that `mhmoe data sample` builds from 710 MB of downloaded packages."""
 
 import json
 

@@ -95,7 +95,7 @@ def tar_members(pictures: list[Picture]) -> list[tuple[str, bytes]]:
 
 
 def write_coco(folder: Path, pictures: list[Picture], split: str = "train2017") -> Path:
-    """Write pictures as COCO's captions with their images beside; return the path of the JSON file."""
+    """Write pictures in COCO's layout: the images, and a JSON file of captions, whose path is returned."""
     (folder / split).mkdir(parents=True, exist_ok=True)
     (folder / "annotations").mkdir(exist_ok=True)
     for name, image, _ in pictures:

@@ -22,8 +22,10 @@ def write_class_folders(folder: Path, count: int, size: int = 20) -> None:
 
 
 def write_coco_folder(folder: Path, count: int, width: int = 40, height: int = 32) -> None:
-    """Write images with objects in COCO's layout: `annotations/instances_train.json`, and the folder `train`. The
-    masks are polygons, as in COCO."""
+    """Write images with objects in COCO's layout: `annotations/instances_train.json`, and the folder `train`.
+
+    The masks are polygons, as in COCO.
+    """
     rng = np.random.default_rng(2)
     tree = {
         "images": [],

@@ -29,7 +29,7 @@ class Case(NamedTuple):
     kernel: str = "auto"
     recompute: float = 0.0
     has_shared_expert: bool = False
-    """Whether a shared expert computes the same rows, whose output is added."""
+    """Whether a shared expert also computes the rows; its outputs are added to those of the routed experts."""
 
     @property
     def experts(self) -> int:
@@ -80,8 +80,10 @@ def build_problem(case, expert_ids, only_rank=None):
 
 
 def outputs_and_gradients(case, dispatch, experts, x_ND, expert_NK, gate_NK, kept_NK, dy_ND):
-    """Return the list of outputs and gradients of rows, gates, expert weights and those of the shared expert under a
-    dispatch, and the routing."""
+    """Return the outputs of a dispatch and their gradients as one list, and the routing.
+
+    The gradients are those of rows, gates, expert weights and, if there is a shared expert, its weights.
+    """
     x_ND, gate_NK = (t.requires_grad_() for t in (x_ND, gate_NK.to(torch.promote_types(case.dtype, torch.float32))))
     count_E = torch.bincount(expert_NK[kept_NK], minlength=case.experts)
     routing = Routing(expert_NK, gate_NK * kept_NK, *[torch.zeros(())] * 2, count_E, torch.zeros(()), None)

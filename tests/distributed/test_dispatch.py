@@ -50,9 +50,10 @@ CASES = {
 
 
 def results_of_rank():
-    """Return this rank's results of each case: outputs and gradients, the same without gradients, and bytes sent.
+    """Return this rank's results of each case: outputs, gradients, sent bytes, and a forward that records no graph.
 
-    The key "parts" has the number of live passes before and after another backward of the last case, and its gradient.
+    Two further keys belong to the last case: "parts" has the gradient of another backward, between the numbers of live
+    passes before and after it; "after recomputation" has the result of `live_outputs_after_recomputation`.
     """
     rank, results = dist.get_rank(), {}
     expert_ids = range(rank * EXPERTS_PER_RANK, (rank + 1) * EXPERTS_PER_RANK)
@@ -81,11 +82,13 @@ def results_of_rank():
 
 
 def live_outputs_after_recomputation(x_ND, routing, experts):
-    """Return the number of outputs of passes that are in memory after the backward of a recomputed dispatch with a
-    shared expert, if Python's collector has not run; and the number of passes."""
+    """Return how many outputs of passes outlive the backward of a recomputed dispatch, and the number of passes.
+
+    The dispatch has a shared expert. Python's garbage collector is off, so that only reference counts free outputs.
+    """
     dispatch, layer = FlatDispatch(dist.group.WORLD), build_shared_layer(Case(model=(("backbone", "subln"),)))
     layer, outputs = layer.to(x_ND.dtype), []
-    # Their graph has had its backward.
+    # The gates are detached, because an earlier backward has freed their graph.
     routing = routing._replace(gate_NK=routing.gate_NK.detach())
 
     def compute(x_ND):
@@ -150,7 +153,7 @@ def test_the_backward_frees_its_tensors_while_the_loss_lives(ranks):
 
 
 def test_a_recomputed_shared_expert_leaves_nothing_behind(ranks):
-    """The forward and its recomputation have three passes each: of own rows, of received rows and of the tokens."""
+    """Forward and recomputation have three passes each: of own rows, of received rows and of the shared expert."""
     assert [rank["after recomputation"] for rank in ranks] == [(0, 6)] * RANKS
 
 

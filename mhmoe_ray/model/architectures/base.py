@@ -12,7 +12,7 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class Modules(ABC):
-    """Interface of an architecture: methods that create its modules and return its scales and initial weights."""
+    """Interface of an architecture: its norms, feed-forward function, scales, and changes to initial weights."""
 
     @abstractmethod
     def norm(self, spec: ModelSpec) -> nn.Module:

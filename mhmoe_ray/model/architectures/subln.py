@@ -10,8 +10,10 @@ from mhmoe_ray.model.architectures.base import Modules
 from mhmoe_ray.spec import ModelSpec
 
 XPOS_SCALE_BASE = 512
-"""Number of positions over which xPos's scale of queries is multiplied once by its base (arXiv 2212.10554). The value is
-that of the library torchscale."""
+"""Number of positions over which xPos's scale of queries is multiplied once by its base (arXiv 2212.10554).
+
+The value is that of the library torchscale.
+"""
 
 
 class SublnModules(Modules):

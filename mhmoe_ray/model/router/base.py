@@ -26,7 +26,7 @@ class BaseScores(nn.Module, ABC):
         """Return the logits of rows, of shape (N, E), in float32 or wider."""
 
     def balance_probabilities(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor:
-        """Return the probabilities NE for the load balancing loss; by default the normalized scores `probability_NE`."""
+        """Return the probabilities NE for the load balancing loss; by default `probability_NE`, normalized scores."""
         return probability_NE
 
 

@@ -66,7 +66,7 @@ class Routing(NamedTuple):
     """Number of routes that exceed the expert capacity and are dropped, int64 scalar. Second choices that
     `second_expert: random` leaves out do not count."""
     capacity: int | None
-    """Expert capacity: the largest number of rows that an expert takes; None if no route is dropped."""
+    """Expert capacity: the largest number of rows that an expert takes; None if there is no limit."""
 
 
 class TopK(NamedTuple):

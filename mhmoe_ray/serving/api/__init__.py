@@ -1,6 +1,6 @@
 """OpenAI's API over HTTP.
 
-app.py           the FastAPI application with all routes; it defines the small routes
+app.py           the FastAPI application with all routes; it defines those for health, models, tokens and statistics
 pages.py         the web pages at /: page.html, pictures.html and vision.html, with page.css and page.js
 completions.py   /v1/completions and /v1/chat/completions
 embeddings.py    /v1/embeddings, /rerank, /routes, and captions at /v1/chat/completions, for encoders

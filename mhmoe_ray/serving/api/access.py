@@ -125,7 +125,7 @@ class Client:
 
 
 class AccessControl:
-    """Access control of the server, which finds the client that sent a request by its API key."""
+    """Access control of the server: it identifies the client that sent a request by the API key in the request."""
 
     def __init__(self, keys: Sequence[KeySpec], rate_limiter: RateLimiter) -> None:
         """Set up access for the clients that have API keys.
@@ -166,9 +166,9 @@ IMAGE_BODY_BYTES = 16 << 20
 
 
 HELD_BODIES = 32
-"""Number of request bodies of the largest size that a server holds in memory at the same time."""
+"""Number of request bodies of the largest allowed size that a server holds in memory at the same time."""
 MIN_HELD_BYTES = 256 << 20
-"""Number of bytes of request bodies that a server may hold in memory, even if `HELD_BODIES` bodies have fewer."""
+"""Bytes of request bodies that a server may hold in memory, even if `HELD_BODIES` of the largest bodies have fewer."""
 BODY_SECONDS = 120.0
 """Seconds within which the whole body of a request must arrive."""
 

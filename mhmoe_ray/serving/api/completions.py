@@ -213,7 +213,7 @@ async def _encode_messages(service: Service, request: ChatRequest) -> tuple[int,
 
 
 def _choice_fields(piece: AnswerPiece) -> dict[str, Any]:
-    """Return the fields that an answer of a chat completion and its piece in a stream have in common."""
+    """Return the fields `logprobs` and `finish_reason` of a chat answer, or of a piece of it in a stream."""
     logprobs = (
         ChatLogprobs(content=[ChosenLogprob.from_score(score) for score in piece.scores]) if piece.scores else None
     )

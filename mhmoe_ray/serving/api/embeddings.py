@@ -127,7 +127,7 @@ class Routes(BaseModel):
 
 
 class Names(BaseModel):
-    """Captions of held-out images of the training, which the web page proposes as names of pictures."""
+    """Captions of the training data's held-out images, which the web page proposes as names of pictures."""
 
     names: list[str]
 
@@ -135,7 +135,7 @@ class Names(BaseModel):
 class ImageUrl(StrictRequest):
     url: Text
     detail: str | None = None
-    """OpenAI's choice of a resolution; it is accepted and ignored, because the model has only one resolution."""
+    """Resolution that the client asks for, as in OpenAI's API; it is ignored, because the model has only one."""
 
 
 class ContentPart(StrictRequest):

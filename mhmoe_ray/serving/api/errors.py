@@ -143,7 +143,7 @@ async def _handle_http_error(request: Request, error: HTTPException) -> Response
 
 
 async def _handle_exception(_: Request, error: Exception) -> Response:
-    """Return a 500 response for any other exception, without its traceback, which the framework logs."""
+    """Return a 500 response for an exception that no other handler handles; the framework logs its traceback."""
     return JSONResponse(INTERNAL_ERROR.model_dump(), 500)
 
 

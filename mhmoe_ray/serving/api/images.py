@@ -28,7 +28,7 @@ class RoutesRequest(StrictRequest):
 async def image_request(
     service: ModelService[EncoderAnswerer] | ModelService[VisionAnswerer], client: Client, param: str | None
 ) -> AsyncIterator[ClientRequest[Any, Any]]:
-    """Count a request of a client, and return a context in which its images are decoded and computed.
+    """Count a request of a client, and return a context in which to decode its images and compute its answers.
 
     When the context ends, the tokens of the request's inputs and answers count against the client's rate limit. They do
     not count if the engine failed before it computed any token of an answer.

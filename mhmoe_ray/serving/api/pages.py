@@ -13,7 +13,7 @@ from mhmoe_ray.spec import ServeSpec
 SHARED_FILES = {"/* page.css */": "page.css", "// page.js": "page.js"}
 """Shared files by the line of a page that is replaced by the content of the file."""
 PAGE_TOKENS = 64
-"""Largest number of tokens of an answer that the page of a decoder proposes, unless the server's limit is less."""
+"""Maximum number of tokens of an answer that a decoder's page proposes; the server's limit if that is less."""
 
 
 def page_router(file: str, spec: ServeSpec) -> APIRouter:

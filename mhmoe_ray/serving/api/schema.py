@@ -2,8 +2,8 @@
 
 The schemas follow OpenAI's API as far as this server supports it (https://platform.openai.com/docs/api-reference). A
 conversation is a list of chat messages with a role and a text each. A request with a field that is not defined here
-is refused, and the error names the field: ignoring a suffix, for example, would give another answer than the client
-requested.
+is refused, and the error names the field: ignoring OpenAI's field `suffix`, for example, would give another answer than
+the client requested.
 """
 
 from typing import Annotated, Any, Literal
@@ -30,7 +30,7 @@ MAX_LOGPROBS = 20
 
 
 def _check_encodable(text: str) -> str:
-    """Return the text if it is valid UTF-8; otherwise raise ValueError."""
+    """Return the text if it can be encoded as UTF-8; otherwise raise ValueError."""
     # JSON can carry half of a surrogate pair, which is not a character. `encode` raises a ValueError for it.
     text.encode()
     return text

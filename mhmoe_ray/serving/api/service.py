@@ -168,7 +168,7 @@ class Service(TextService[Answerer]):
         Args:
             engine_requests: requests to the engine, one for each choice (answer), each with the number of tokens that
                 the server added at the start of its prompt.
-            request: the client's request, for its stop strings and biases.
+            request: the client's request, for its stop strings and logit biases.
             echo: whether each text begins with that of the prompt; see `Answerer.answer`.
             prompt_tokens: number of tokens of all prompts.
             client: the client that sent the request.

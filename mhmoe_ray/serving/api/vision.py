@@ -1,7 +1,8 @@
-"""The routes of vision models: POST /image-classification, /object-detection, /image-segmentation and /routes.
+"""The HTTP routes of vision models: POST /image-classification, /object-detection, /image-segmentation and /routes.
 
-The first three have the formats of Hugging Face's tasks, so `huggingface_hub.InferenceClient` can call them. Their body
-is an image file, or JSON with the image as base64 or a data URL and with parameters.
+The first three have the formats of Hugging Face's tasks, so `huggingface_hub.InferenceClient` can call them. The body
+of such a request is an image file, or JSON with the image (in base64 or as a data URL) and with parameters. /routes
+returns the experts that the patches of an image choose, and GET /tasks returns the model's tasks.
 """
 
 import base64
@@ -51,7 +52,7 @@ class SegmentationParameters(DetectionParameters):
     """Parameters of a request to /image-segmentation."""
 
     mask_threshold: float = Field(default=0.5, ge=0, le=1)
-    """Probability from which a pixel belongs to a mask."""
+    """Lowest probability at which a pixel belongs to a mask."""
     subtask: Literal["instance", "panoptic", "semantic"] = "instance"
 
 
@@ -125,7 +126,7 @@ class TaskInfo(BaseModel):
 
     name: str
     kinds: list[TaskKind]
-    """Kinds of requests that the task answers, which are also the names of their routes."""
+    """Kinds of requests that the task answers, which are also the names of the HTTP routes for these requests."""
     image_size: int
     """Height and width in pixels of an image, as the model reads it."""
     patches_per_side: int
@@ -141,7 +142,7 @@ class TaskList(BaseModel):
 
 
 def vision_router(service: VisionService) -> APIRouter:
-    """Return a router with the routes of a vision model."""
+    """Return the FastAPI router with the HTTP routes of a vision model."""
     routes, answerer = APIRouter(), service.answerer
     authenticated_client = Annotated[Client, Depends(service.access.authenticate)]
 
@@ -222,7 +223,13 @@ def vision_router(service: VisionService) -> APIRouter:
 def _image_request(
     service: VisionService, client: Client, source: bytes | str
 ) -> AbstractAsyncContextManager[AdmittedRequest]:
-    """Return the context of a request whose image is the body or its field `inputs`; see `image_request`."""
+    """Return the context that `image_request` gives for one request.
+
+    Args:
+        service: the served vision model.
+        client: the client, whose rate limits count the request.
+        source: the image: bytes are the whole body of the request, a text is the field `inputs` of a JSON body.
+    """
     return image_request(service, client, "inputs" if isinstance(source, str) else None)
 
 
@@ -270,7 +277,7 @@ def _choose_task(answerer: VisionAnswerer, name: str | None, kind: TaskKind | No
 
 
 async def _read_body(http_request: Request, parameters: type[Parameters]) -> tuple[bytes | str, Parameters]:
-    """Return the image of a request, as the bytes of a file or as a text, and its parameters.
+    """Return a request's image (the bytes of a file, or text in base64 or as a data URL) and the request's parameters.
 
     Raises:
         RequestError: the body is empty, or of a type that is neither an image nor JSON.

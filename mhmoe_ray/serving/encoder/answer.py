@@ -34,7 +34,7 @@ class EncoderAnswerer(ServedText):
         writes_captions: bool,
         names: Sequence[str] = (),
     ) -> None:
-        """Combine an engine with the tokenizer and facts of its model.
+        """Combine an engine with the tokenizer and the details of its model.
 
         Args:
             engine: the engine that computes the answers.
@@ -42,7 +42,7 @@ class EncoderAnswerer(ServedText):
             details: name and sizes of the model, as clients see them.
             encoder: section of the model's spec with the sizes of images and patches.
             writes_captions: whether the model was trained on captions.
-            names: captions of the training's held-out images, which the web page proposes as names.
+            names: captions of the training's held-out images, which the web page proposes as names of pictures.
         """
         super().__init__(engine, tokenizer, details)
         self.encoder, self.writes_captions, self.names = encoder, writes_captions, list(names)

@@ -61,7 +61,8 @@ class EncoderEngine(RoundEngine[EncodeRequest, Encoding]):
         results = list[Encoding | Continued[EncodeRequest]]()
         for value, token in zip(inputs, tokens, strict=True):
             caption = [*value.token_ids, token]
-            # `seq_len` counts the start token, which is not part of a caption, so a caption may have one token less.
+            # `seq_len` counts the start token, which is not part of a caption, so a caption has at most `seq_len - 1`
+            # tokens.
             if token == self._start_token:
                 results.append(Encoding(caption_ids=caption[:-1], finish_reason="stop"))
             elif len(caption) >= min(value.max_tokens or 0, self.seq_len - 1):

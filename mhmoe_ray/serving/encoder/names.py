@@ -1,4 +1,4 @@
-"""Names that the web page of an encoder proposes: captions of the training's held-out images."""
+"""Names of pictures that the web page of an encoder proposes: captions of the training's held-out images."""
 
 import logging
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ logger = logging.getLogger("ray.serve")
 
 
 def held_out_names(run: RunDir, checkpoint_manifest: CheckpointManifest, tokenizer: Tokenizer) -> list[str]:
-    """Return captions of a run's held-out images, each once, without captions that were cut to the longest text.
+    """Return distinct captions of a run's held-out images, except those that were cut to the model's longest text.
 
     The list has at most as many captions as a request to /rerank may have documents. It is empty if the training data
-    are not visible here or cannot be read.
+    are missing, have changed or cannot be read.
     """
     try:
         names = _read_names(run, checkpoint_manifest, tokenizer)

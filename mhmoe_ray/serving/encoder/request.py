@@ -33,9 +33,9 @@ class Encoding(NamedTuple):
     vector_W: np.ndarray | None = None
     """Vector of length 1, float32; None for a caption."""
     caption_ids: list[int] | None = None
-    """Tokens of a caption without start and end; None for a vector."""
+    """Tokens of a caption, without the start token at its beginning and end; None for a vector."""
     finish_reason: FinishReason | None = None
     """Reason why a caption ends; None for a vector."""
     expert_LSH: np.ndarray | None = None
     """Expert that each sub-token of each position of an image chose first, in each layer with experts; None for a text,
-    and for a model without experts."""
+    for a caption, and for a model whose layers choose no experts."""

@@ -1,4 +1,4 @@
-"""Engines: token ids in, token ids out, for many requests at once.
+"""Engines, which compute the answers to many requests at once; those of decoders take and return token ids.
 
 request.py        requests, updates, sampling parameters and statistics; the interface of all engines
 background.py     base class of all engines: their thread and its lock, statistics, failure and closing

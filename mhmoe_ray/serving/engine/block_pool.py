@@ -1,9 +1,10 @@
 """KV-cache blocks: reference counts, a free list in LRU order, and prefix caching by block hash.
 
-A block holds the keys and values of `BLOCK_SIZE` tokens. The block hash of a full block is the hash of all tokens up to
-its last, so a request that starts with the same tokens reuses the block instead of computing it again. The reference
-count of a block is the number of requests that use it. A block with reference count 0 is free, but keeps its contents
-until it is allocated again; the block that has been free for longest is allocated first.
+A block holds the keys and values of `BLOCK_SIZE` tokens. The block hash of a full block is the hash of its tokens and
+of all tokens before them, so a request that starts with the same tokens reuses the block instead of computing it again.
+The reference count of a block is the number of requests that use it. A block with reference count 0 is free, but keeps
+its contents until it is allocated again. Free blocks without a block hash are allocated first, then the block that has
+been free for longest.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Packed models for inference on a CPU: matrices get the layout of oneDNN, and the plain ones are released."""
+"""Packed models for inference on a CPU: matrices get the layout of oneDNN, and the original ones are freed."""
 
 from collections.abc import Sequence
 from typing import cast

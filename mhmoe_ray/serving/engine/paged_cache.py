@@ -79,8 +79,8 @@ class PagedStep:
             self._lengths.append(self.padded_count - self.token_count)
         self.position_T, self._slot_T = position_T.to(device), slot_T.to(device)
         self.logit_count = len(logit_rows)
-        # The output layer needs a multiple of `ROW_MULTIPLE` rows too. Copies of row 0 fill them up, and the logits of
-        # these copies are not read.
+        # The output layer needs a multiple of `ROW_MULTIPLE` rows too. Copies of row 0 are added for this, and the
+        # logits of these copies are not read.
         padded_rows = [*logit_rows, *[0] * (_round_up(len(logit_rows)) - len(logit_rows))]
         self._logit_row_R = torch.tensor(padded_rows, dtype=torch.long, device=device)
 

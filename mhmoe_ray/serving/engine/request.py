@@ -57,13 +57,13 @@ class Stats:
     """Tokens of answers per second, averaged over the last ten seconds."""
     steps: int = 0
     step_tokens: int = 0
-    """Number of tokens that all steps (forward passes) computed; divided by `steps`, it is the mean batch size."""
+    """Number of tokens in all steps (forward passes); divided by `steps`, it is the mean batch size in tokens."""
     queue: Histogram = field(default_factory=Histogram)
     """Seconds from a request's arrival to its first step."""
     first_token: Histogram = field(default_factory=Histogram)
     """Seconds from a request's arrival to its first token, or to its first answer if answers have no tokens."""
     each_token: Histogram = field(default_factory=Histogram)
-    """Seconds between two tokens of an answer."""
+    """Seconds between two consecutive tokens of an answer."""
     count_LE: list[list[int]] = field(default_factory=list)
     """Number of routes (choices of an expert by a token or sub-token) per layer and expert."""
 
@@ -97,7 +97,7 @@ class SamplingParams:
     top_p: float = 1.0
     """Total probability of the smallest set of most likely tokens to draw from."""
     min_p: float = 0.0
-    """Smallest probability of a token to draw from, as a share of the most likely token's."""
+    """Smallest probability of a token to draw from, as a share of the most likely token's probability."""
     presence_penalty: float = 0.0
     """Amount subtracted from the logit of each token that the answer already has."""
     frequency_penalty: float = 0.0
@@ -107,7 +107,7 @@ class SamplingParams:
     seed: int | None = None
     """Seed of the random draws; None chooses a random one.
 
-    Equal requests with equal seeds get equal answers, whatever other requests are computed.
+    In `TorchEngine` on a CPU, equal requests with equal seeds get equal answers, whatever other requests are computed.
     """
 
 
@@ -131,7 +131,7 @@ class Request:
     """Token ids of the prompt, at least one."""
     sampling_params: SamplingParams
     logprobs: int | None = None
-    """Number of alternatives to report with each token and its log-probability; None reports no scores."""
+    """Number of most likely tokens to report beside each token and its log-probability; None reports no scores."""
     prompt_logprobs: bool = False
     """Whether to report scores of the prompt's tokens too."""
     client: str = ""
@@ -188,7 +188,7 @@ class TextEngine(ServedEngine, Protocol):
 
 
 class Engine(TextEngine, Protocol):
-    """The interface of engines of decoders; `TorchEngine` implements it."""
+    """The interface of engines of decoders; `TorchEngine` and `VllmEngine` implement it."""
 
     def generate(self, request: Request) -> AsyncGenerator[Update, None]:
         """Yield the answer in parts, each as soon as it is computed. Closing the generator early aborts the request.

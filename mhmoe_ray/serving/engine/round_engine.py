@@ -44,7 +44,7 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
         super().__init__()
         self._spec, self._device = spec, device
         self._queues: dict[Hashable, FairQueue[ClientRequest[Input, Output]]] = {}
-        """Queues of requests with waiting inputs, by the inputs' key; the first key that has any is computed next."""
+        """Queues of requests with waiting inputs, by the inputs' key; the first key with a request is computed next."""
         self._requests = set[ClientRequest[Input, Output]]()
         """All requests in the engine: their images are being decoded, or their inputs wait or are being computed."""
         self._running: list[InputState[Input, Output]] = []
@@ -119,7 +119,7 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
         return list(await asyncio.gather(*(state.answer for state in states)))
 
     def stats(self) -> Stats:
-        """Return the statistics of the engine up to now. A step is a forward pass over all inputs of a round."""
+        """Return the statistics of the engine up to now; a step in them is the forward pass of one round."""
         with self._condition:
             stats = deepcopy(self._stats)
             stats.running = len(self._requests.intersection(state.request for state in self._running))
@@ -178,7 +178,7 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
             return self._running
 
     def _record_start(self, state: InputState[Input, Output]) -> None:
-        """Record in the statistics that an input enters its first round; later rounds have no effect.
+        """Record in the statistics that an input enters its first round; in later rounds the call has no effect.
 
         Must be called with the lock held.
         """
@@ -192,7 +192,7 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
     def _finish_round(
         self, states: Sequence[InputState[Input, Output]], results: Sequence[Output | Continued[Input]]
     ) -> None:
-        """Count the results of a round (forward pass), deliver finished answers, and queue other inputs again."""
+        """Count the results of a round (forward pass), deliver finished answers, and queue unfinished inputs again."""
         with self._condition:
             self._running = []
             for state, result in zip(states, results, strict=True):

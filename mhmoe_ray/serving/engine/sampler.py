@@ -6,7 +6,7 @@ from torch import Tensor
 from mhmoe_ray.serving.engine.request import SamplingParams, ScoredToken
 
 NUCLEUS_CANDIDATES = 1024
-"""Number of most likely tokens among which the sampler first looks for all tokens that top-p and min-p leave."""
+"""Number of most likely tokens that are sorted first; if top-p and min-p keep all of them, all tokens are sorted."""
 
 
 class Sampler:

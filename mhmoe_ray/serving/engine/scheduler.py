@@ -1,9 +1,10 @@
 """The scheduler: it chooses the tokens that the next step computes (continuous batching), and admits waiting requests.
 
 Each step computes one token of every running answer (decode) and, within its budget, the next chunks of prompts
-(prefill), so a long prompt delays answers by one budget at a time. A prompt is cut every `PREFILL_CHUNK` tokens and
-never elsewhere: the tokens that a request's attention computes together are then the same, whatever other requests are
-running. They do not depend on earlier requests either, because a prompt reuses only whole chunks of earlier prompts.
+(prefill), so a long prompt delays each step by at most one budget of tokens. A prompt is cut every `PREFILL_CHUNK`
+tokens and never elsewhere: the tokens that a request's attention computes together are then the same, whatever other
+requests are running. They do not depend on earlier requests either, because a prompt reuses only whole chunks of
+earlier prompts.
 
 A request is admitted when the cache has room for its prompt and its longest possible answer, so no request is ever
 preempted. Waiting clients take turns.
@@ -20,7 +21,7 @@ from mhmoe_ray.serving.engine.threaded import Deliver, RequestState
 # This is a multiple of the block size, because the KV cache shares whole blocks between requests, and a prompt reuses
 # only whole chunks.
 PREFILL_CHUNK = 4 * BLOCK_SIZE
-"""Number of prompt tokens that are computed together."""
+"""Number of tokens of a prefill chunk; the last chunk of a prompt may have fewer."""
 
 
 class Sequence(RequestState):
@@ -80,7 +81,7 @@ class Scheduler:
         Args:
             pool: the blocks of the KV cache.
             max_running: largest number of running requests.
-            prefill_budget: number of prompt tokens per step, in addition to one token per answer.
+            prefill_budget: largest number of prompt tokens per step, in addition to one token per answer.
         """
         assert prefill_budget >= PREFILL_CHUNK
         self.pool, self._max_running, self._prefill_budget = pool, max_running, prefill_budget

@@ -144,8 +144,8 @@ class ThreadedEngine(BackgroundEngine, Generic[T]):
 
     def _wait_for_work(self) -> None:
         """Deliver pending updates, then wait until a request arrives or the engine is closed."""
-        # Updates are delivered at the end of a round, and no round ends while the thread waits. So an error of a
-        # request that failed meanwhile is delivered here.
+        # Updates are delivered at the end of a round, and no round ends while the thread waits. So the error of a
+        # request that failed earlier in this round is delivered here.
         self._deliver_updates()
         self._condition.wait()
 

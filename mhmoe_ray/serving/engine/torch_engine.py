@@ -108,7 +108,10 @@ class TorchEngine(ThreadedEngine[Sequence]):
         return bool(chunks)
 
     def _next_chunks(self) -> list[TokenChunk]:
-        """Wait until the scheduler has chunks of tokens for a step, and return them; none once the engine is closed."""
+        """Wait until the scheduler has chunks of tokens for a step, and return them.
+
+        The list is empty once the engine is closed.
+        """
         with self._condition:
             while not self._is_closed:
                 self._end_abandoned_requests()
@@ -123,7 +126,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
     def _run_step(self, chunks: list[TokenChunk]) -> None:
         """Run the model on the chunks, sample the next tokens, and queue the updates for delivery.
 
-        A request whose own parameters fail is ended with an error, and the others go on.
+        If the next token of a request cannot be sampled with its parameters, that request alone ends with an error.
         """
         logits_RV = self._compute_logits(chunks)
         best_tokens = logits_RV.argmax(-1).tolist()
@@ -157,7 +160,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
     def _compute_logits(self, chunks: list[TokenChunk]) -> Tensor:
         """Run the model on the chunks, count routes and tokens, and return the logits of all tokens that need them.
 
-        The logits are float32, in CPU memory, and cut to the tokens of the tokenizer.
+        The logits are float32, in CPU memory, and only those of ids for which the tokenizer has a token.
         """
         paged_chunks = [PagedChunk(p.sequence.block_ids, p.start, p.length, _count_logits(p)) for p in chunks]
         step = PagedStep(self._cache, paged_chunks)
@@ -167,8 +170,8 @@ class TorchEngine(ThreadedEngine[Sequence]):
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16):
             output = self._model(token_1T.to(self._device), step)
         for count_E, routing in zip(self._count_LE, output.routing, strict=True):
-            # A row is a sub-token. Each token has the same number of them, and those of the padding are last, so the
-            # first `row_count` rows are all that count.
+            # A row is a sub-token, and each token has the same number of rows. The rows of the padding are last, so the
+            # first `row_count` rows are those of the requests.
             row_count = len(routing.expert_NK) // step.padded_count * step.token_count
             count_E += torch.bincount(routing.expert_NK[:row_count].flatten().cpu(), minlength=len(count_E))
         self._stats.steps += 1
@@ -184,7 +187,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
         Args:
             chunk: tokens of the request that were computed.
             logits_RV: logits of those tokens of the chunk that need them.
-            best_token: the most likely token after the chunk; any number if the chunk is not the request's last one.
+            best_token: the most likely token after the chunk; it is not used if the prompt has further chunks.
         """
         sequence, request = chunk.sequence, chunk.sequence.request
         if request.prompt_logprobs:
@@ -218,7 +221,7 @@ def _count_logits(chunk: TokenChunk) -> int:
 
 
 def _score_prompt(chunk: TokenChunk, logits_RV: Tensor) -> list[ScoredToken]:
-    """Return the scores of the prompt tokens that this chunk predicts, which are one position after its own tokens.
+    """Return the scores of the prompt tokens that a chunk predicts: each of its tokens predicts the token after it.
 
     The result of the first chunk begins with the first token of the prompt, which has no score. A chunk of the answer
     gives an empty list.

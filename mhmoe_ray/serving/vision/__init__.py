@@ -1,6 +1,6 @@
 """Serving of vision models: classes of images, and objects with their boxes and masks.
 
 request.py  requests to the engine, and its answers
-engine.py   computes images of all requests of a task together, in one forward pass
-answer.py   images in, classes and objects out, in the pixels of the images
+engine.py   runs the model on the waiting images of a task together, in one forward pass
+answer.py   reads images, and returns the names of classes, and objects with boxes in pixels of the images
 """

@@ -1,4 +1,4 @@
-"""Images in, classes and objects out: a vision model's engine with the names of the classes of its tasks."""
+"""Answers of a vision model to images: the engine's outputs as named classes, and as objects in pixels of the image."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -182,9 +182,10 @@ class VisionAnswerer(ServedModel):
         return await self._mask_thread.run(_draw_mask, detected.mask, image, threshold)
 
     def square(self, task: str, image: TaskImage) -> tuple[int, int, int, int]:
-        """Return the square of an image that the patches of a task cover: left, top, right and bottom edge in pixels.
+        """Return the square that the model reads for a task: left, top, right and bottom edge in pixels of the image.
 
-        A detector reads the whole image at the top left of its square, so the square may be larger than the image.
+        A detector reads the whole image, padded at the right or the bottom to a square, so the square may be larger
+        than the image.
         """
         if self.vision.tasks[task].detector is None:
             return centre_crop(image.width, image.height).box

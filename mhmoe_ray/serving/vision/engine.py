@@ -1,4 +1,4 @@
-"""The engine of vision models: a thread computes up to `max_concurrency` images of a task in one forward pass."""
+"""The engine of vision models: a thread runs the model on up to `max_concurrency` images of a task in one pass."""
 
 from collections.abc import Hashable, Sequence
 
@@ -13,7 +13,7 @@ from mhmoe_ray.spec import ServeSpec
 
 
 class VisionEngine(RoundEngine[VisionRequest, VisionOutput]):
-    """Engine that computes all tasks of one vision model."""
+    """Engine that computes the answers to the requests for all tasks of one vision model."""
 
     def __init__(self, model: Vision, spec: ServeSpec) -> None:
         """Start the engine and its thread.
@@ -51,7 +51,8 @@ class VisionEngine(RoundEngine[VisionRequest, VisionOutput]):
             outputs = [VisionOutput(None, _on_host(detection)) for detection in self._model.detect(name, patch_NPM)]
         if features.routing and any(value.has_routes for value in inputs):
             heads = self._model.spec.moe.heads if self._model.spec.moe else 1
-            # The router makes as many choices as the task with the most experts needs; other tasks use the first ones.
+            # The router chooses as many experts as the task with the largest `top_k` needs. A task with a smaller
+            # `top_k` uses only the first choices.
             choices = [
                 routing.expert_NK[:, : self.top_k[name]].view(*patch_NPM.shape[:2], heads, -1).cpu().numpy()
                 for routing in features.routing

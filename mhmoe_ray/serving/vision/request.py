@@ -21,7 +21,7 @@ class DetectedObjects(NamedTuple):
     box_O4: np.ndarray
     """Left, top, right and bottom edge of each object, in pixels of the square image that the model reads."""
     class_O: np.ndarray
-    """Number of each object's class, from 0."""
+    """Index of each object's class, from 0, in the order of the model's outputs."""
     score_O: np.ndarray
     box_mask_OYX: np.ndarray
     """Probability that each cell of a grid over a box belongs to the object; empty if the detector has no masks."""

@@ -2,7 +2,7 @@
 
 vLLM's own loop runs in the engine's thread. On a CPU vLLM's core is in this process, which saves each step the round
 trip to another process; with GPUs the core is in another process, so that it does not share Python's lock with the HTTP
-server. Requests wait here, where clients take turns, and not in vLLM.
+server. Requests wait in the queue of this engine, where clients take turns, and not in vLLM.
 """
 
 import os
@@ -39,7 +39,7 @@ from mhmoe_ray.spec import ServeSpec
 from mhmoe_ray.storage import Location
 
 WARMUP_REQUEST = Request((0,), SamplingParams(max_tokens=2, top_p=0.9, seed=0), logprobs=1, prompt_logprobs=True)
-"""Request that uses all parts of vLLM's sampler, to compile it before clients come."""
+"""Request for the warm-up, in which vLLM compiles its sampler before clients come."""
 # To read how often each expert was chosen, the engine calls all workers, so it must do this rarely.
 ROUNDS_PER_COUNT = 256
 """Number of steps between two readings of how many routes each expert got, while the engine is busy."""
@@ -96,7 +96,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
         self._count_LE: list[list[int]] = []
         self._round_count = self._request_count = 0
         self._ready = Event()
-        # Threads of a CPU kernel belong to the thread that first computes, so vLLM is created in its own thread.
+        # Threads of CPU kernels belong to the thread that computes first, so vLLM is created in the engine's thread.
         self._thread.start()
         self._ready.wait()
         if self._failure:

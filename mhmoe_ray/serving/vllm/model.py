@@ -94,8 +94,8 @@ class MultiHeadMoE(nn.Module):
         assert moe is not None
         self.residual, self.row_width, widths = moe.sub_token_residual, spec.row_width, spec.projection_widths
         self.head_proj = _projection(widths, quant_config, f"{prefix}.head_proj") if moe.has_head_projection else None
-        # The training model's router in float32: two scores that bfloat16 cannot tell apart must still give the same
-        # route as in training.
+        # The router is that of training and computes in float32, because two scores that bfloat16 cannot tell apart
+        # must still give the same route as in training.
         self.gate = Router(self.row_width, moe).float()
         if moe.bias_rate:
             # vLLM's loader fills only parameters, so the bias, which is a buffer, becomes a parameter.

@@ -208,7 +208,8 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
         """Return the mean loss in nats over held-out tokens, and their number; both are the same on every rank.
 
         With static routing, routes above the expert capacity are dropped as in training. The code of the first paper
-        (arXiv 2404.15045) does the same: its capacity in evaluation is `-1`. The package `evaluate` drops no routes.
+        (arXiv 2404.15045) does the same: its evaluation capacity is `-1`, which stands for the capacity of training.
+        The package `evaluate` drops no routes.
 
         Args:
             samples: all held-out samples of a part; every rank passes the same.

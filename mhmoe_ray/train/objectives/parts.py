@@ -83,7 +83,7 @@ class PartObjective(Objective[Batch, PartLosses]):
         return Validation(_weighted_mean(weights, sum_P2), int(sum_P2[:, 1].sum()), part_losses)
 
     def part_sums(self, part: MicroBatchPart, samples: Any, batches: int | None = None) -> Tensor:
-        """Validate a part: return the sum of each of its losses and its number of targets, over all ranks.
+        """Validate a part: return the sum and the number of targets of each of its losses, over all ranks.
 
         Args:
             part: the part to validate.

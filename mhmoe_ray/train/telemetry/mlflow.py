@@ -134,7 +134,7 @@ class MlflowRun:
             return None
         run_id = str(mlflow_runs[0].info.run_id)
         self._client.update_run(run_id, status="RUNNING")
-        # An earlier worker group may have ended between the two requests of `_create_run`. Its MLflow run has no
+        # An earlier worker group may have ended between the two requests of `_create_run`. Its MLflow run then has no
         # parameters yet.
         if not mlflow_runs[0].data.params:
             self._log_params(run_id)

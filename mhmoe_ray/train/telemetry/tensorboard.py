@@ -38,8 +38,8 @@ class TensorBoard:
         self._folder, self._group, self._file_count = run.tensorboard, group, 0
         self._spool = None if isinstance(self._folder, Path) else tempfile.TemporaryDirectory(prefix="mhmoe-")
         self._open()
-        # At this START event, TensorBoard drops all earlier events from the event's step on. An earlier worker group
-        # wrote them at steps that this group repeats.
+        # At this START event, TensorBoard drops the events after step `start` that were written before this one.
+        # They are from an earlier worker group, and this group repeats these steps.
         self._writer.write_event(Event(session_log=SessionLog(status=SessionLog.START), step=start + 1))
 
     def report(self, line: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from tests.specs import tiny_spec
 PEER_CONTESTANTS = [name for name in CONTESTANTS if name not in OUR_CONTESTANTS]
 
 
-@pytest.mark.slow  # test_rounds_alternate_order_and_ratios_are_per_round is the quick test of its figures
+@pytest.mark.slow  # test_rounds_alternate_order_and_ratios_are_per_round tests the figures
 @pytest.mark.ray
 def test_ingest_measures_whole_preparation_and_stream(project):
     previous_files = sorted(project.rglob("*"))
@@ -74,7 +74,7 @@ def test_datasets_prepares_as_many_tokens_except_batch_ends(project):
     assert len(peer_tokens) == 2
 
 
-@pytest.mark.slow  # tests/cli/test_errors.py has the errors of preparations
+@pytest.mark.slow  # tests/cli/test_errors.py tests the errors of preparations
 @pytest.mark.ray
 def test_failure_is_one_line_with_cause(tmp_path):
     """If a preparation fails, the command prints one line that names the contestant and the cause."""

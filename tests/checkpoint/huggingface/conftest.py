@@ -44,13 +44,13 @@ MODELS = {
     "torchscale": ModelSpec(
         **DENSE,
         backbone="subln",
-        # The sub-tokens of a token are twice as wide together as the token.
+        # Together, the sub-tokens of a token are twice as wide as the token.
         moe=MoESpec(**ALL_FEATURES, router="xmoe_torchscale", heads=4, d_sub_token=16),
     ),
     "dense": ModelSpec(**DENSE, tied_embeddings=False),
     "dense-subln": ModelSpec(**DENSE, backbone="subln"),
     "mixtral": MIXTRAL,
-    # Everything that the trunk and the routers of other architectures have, together with heads.
+    # This model combines heads with all features of the trunks and routers of other architectures.
     "all": ModelSpec(
         **DENSE,
         d_head=10,

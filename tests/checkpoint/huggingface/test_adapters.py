@@ -33,7 +33,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": SEQ_LEN,
     "eos_token_id": 2,
-    "initializer_range": 0.2,  # far from uniform, so that a wrong weight shows
+    "initializer_range": 0.2,  # makes the output far from uniform, so that a wrong weight shows
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {

@@ -37,7 +37,10 @@ def logit_difference(first_model, second_model):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_healthy_pairs_have_no_difference(tmp_path, kind):
-    """A run, its export, the import of that and its export again are the same model: six pairs of each kind."""
+    """A run, its export, the run that is imported from the export, and the export of that run are the same model.
+
+    The test compares all six pairs of the four.
+    """
     first_run = make_run(tmp_path, MODELS[kind])
     export_run(first_run, tmp_path / "one")
     second_run = import_folder(tmp_path / "one", "again", tmp_path / "runs", None)
@@ -176,7 +179,7 @@ def test_run_can_be_imported_as_a_copy(folders, tmp_path):
 
 
 def test_models_without_logits_of_text_alone_are_told(tmp_path):
-    """Router `domain` needs the domain of a text, and encoders and vision models have other outputs."""
+    """Router `domain` computes logits only for tokens of a known domain, so the logits are not compared."""
     moe = MoESpec(router="domain", top_k=1, heads=1, d_expert=24, experts=2, domains=["a", "b"])
     run = make_run(tmp_path, ModelSpec(**DENSE, moe=moe))
     assert differences(checkpoint_of(run), checkpoint_of(run)) == []

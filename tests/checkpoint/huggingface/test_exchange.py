@@ -67,7 +67,7 @@ def test_export_and_import_round_trip_is_bit_identical(tmp_path, kind):
     second_run = import_folder(tmp_path / "one", "again", tmp_path / "runs", None)
     export_run(second_run, tmp_path / "two")
     for path in (tmp_path / "one").iterdir():
-        # The model card names the run, and has figures of its training.
+        # The model card differs, because it names the run and has figures of its training.
         if path.name == "README.md":
             continue
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
@@ -118,7 +118,7 @@ def test_an_export_from_before_sub_tokens_had_a_width_is_imported_as_the_same_mo
 
 
 def test_export_saved_by_transformers_can_be_imported(tmp_path):
-    """The config.json that transformers saves has both our section and the fields of transformers."""
+    """The config.json that transformers saves has both our section `mhmoe` and the fields of transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     run = make_run(tmp_path, MIXTRAL)

@@ -145,13 +145,13 @@ def test_any_model_computes_the_same_in_transformers(spec):
     tokens = torch.randint(spec.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = our_decoder(tokens).logits_BTV
-        # At a tie of two experts, both sides may choose another one.
+        # If two experts have nearly equal scores, the two models may choose different experts.
         if _smallest_margin(our_decoder, tokens) > 1e-5:
             torch.testing.assert_close(hf_model(tokens).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def _smallest_margin(model: Decoder, tokens: torch.Tensor) -> float:
-    """Return the smallest difference between the preferences for the last chosen expert and for the next one."""
+    """Return the smallest difference between the router's scores of the last chosen expert and of the next best one."""
     margins = [1.0]
     moe = model.spec.moe
     if moe is None or moe.top_k == moe.experts:
@@ -215,7 +215,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 @pytest.fixture(scope="module")
 def exported_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
-    # The tokenizer has fewer tokens than this.
+    # The tokenizer has fewer tokens than the model's vocabulary.
     export_run(make_run(folder, MODELS["llama"].model_copy(update={"vocab_size": 1000})), folder / "out")
     return folder / "out"
 
@@ -228,7 +228,7 @@ def run_script(script, *args, tmp_path):
 
 
 def test_export_needs_only_torch_and_transformers(exported_folder, tmp_path):
-    """Importing the package afterwards makes the same process take the package's classes."""
+    """A process loads the export without the package; once it imports the package, it uses the package's classes."""
     run_script(LOAD + IMPORT_AFTER, exported_folder, tmp_path=tmp_path)
 
 

@@ -2,8 +2,9 @@
 
     python use_export.py FOLDER OUTPUT TASK_FOLDER
 
-It loads the model in transformers, generates, trains ten steps with transformers' Trainer, with TRL's SFTTrainer and
-with LoRA, and asks lm-eval. It saves the tuned model in OUTPUT/tuned, and what it saw in OUTPUT/seen.pt.
+The script loads the model in transformers, generates text, evaluates the model with lm-eval, and trains it three times
+for ten steps: with transformers' Trainer, with TRL's SFTTrainer, and with LoRA. It saves the model of SFTTrainer in
+OUTPUT/tuned, and all results in OUTPUT/seen.pt.
 """
 
 import json
@@ -72,7 +73,7 @@ def train(folder, tokenizer, output):
 
 
 def evaluate(folder, task_folder):
-    """Return what lm-eval's class for transformers finds, without any option that is not needed."""
+    """Return the results of the task `choose` in lm-eval, whose class for transformers gets no needless options."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 

@@ -110,7 +110,7 @@ def test_matching_starts_from_the_weights_of_masked_training(tmp_path, source):
 
 @pytest.mark.parametrize(("workers", "strategy"), [(1, "ddp"), (2, "fsdp")])
 def test_matching_alone_trains_what_it_reads(tmp_path, source, workers, strategy):
-    """The heads of masked training get gradients of zeros, because no part hides anything, and stay as they are."""
+    """The heads of masked training get zero gradients and do not change, because no tokens or patches are hidden."""
     cluster = {"workers": workers, "strategy": strategy}
     spec = resolve(tmp_path, source, cluster=cluster, train={**TRAIN, "weight_decay": 0.0})
     run = create_run(spec)

@@ -52,7 +52,7 @@ def mark_submitted(run: RunDir) -> None:
 
 
 def start_run(folder: Path, source: str, start: dict, **sections) -> RunDir:
-    """Return a new run whose checkpoint of step 0 comes from another one."""
+    """Return a new run whose checkpoint of step 0 is made from the run, checkpoint or folder `source`."""
     tree = {
         "name": "branch",
         "storage": str(folder / "runs"),
@@ -100,8 +100,10 @@ def test_a_copy_has_the_weights_and_a_record_of_its_ancestors(tmp_path):
 
 
 def continue_training(spec: RunSpec, source: Path, branch: RunDir) -> tuple[dict, dict, int]:
-    """Return the state after the last four steps of a run, and the state after four steps of its branch on the same
-    samples, both with the moments; and the number of updates in the branch's checkpoint."""
+    """Return the states of a run and of its branch after four steps on the same samples, and the branch's updates.
+
+    The states have weights and moments. The updates are the number that the branch's newest checkpoint records.
+    """
     trainer, branch_trainer = jobs.build_trainer(spec), jobs.build_trainer(branch.spec())
     jobs.restore(trainer, source, stored_manifest(source))
     start = first_checkpoint(branch)
@@ -121,7 +123,7 @@ def continue_training(spec: RunSpec, source: Path, branch: RunDir) -> tuple[dict
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_branch_with_the_optimizer_trains_as_the_run_would_have(tmp_path, world):
-    """The branch may have another number of workers; its updates count on, which Adam's bias correction shows."""
+    """A branch with any number of workers continues the count of updates, on which Adam's bias correction depends."""
     source = make_source(tmp_path)
     run = start_run(tmp_path, source.id, {"optimizer": True}, cluster={"workers": world})
     spec = source.spec().with_workers(world)
@@ -152,7 +154,7 @@ def trained_logits(spec: RunSpec, checkpoint: Path) -> torch.Tensor:
 )
 @pytest.mark.parametrize("ep", [1, 2])
 def test_an_upcycled_run_begins_with_the_logits_of_its_start(tmp_path, moe, ep):
-    """The user gives no more than the experts: the trunk, and what makes the logits equal, follow from the start."""
+    """The user sets only keys of the experts; the trunk and the keys that keep the logits equal come from the start."""
     source = make_source(tmp_path)
     model = {"moe": moe}
     run = start_run(tmp_path, source.id, {"how": "upcycle"}, model=model, cluster={"workers": ep, "ep": ep})

@@ -1,7 +1,7 @@
-"""Chat templates as they are found, each with a rendering written by hand, which uses no Jinja.
+"""Chat templates like those of published models, each with a function that renders it without Jinja.
 
-A rendering is a list of pieces: a text, and whether it belongs to a turn of the assistant. The text up to such a piece
-is what a server sends to the model.
+A rendering is a list of pieces. A piece is a text, and whether it is an answer of the assistant. The text before an
+answer is the prompt that a server sends to the model.
 """
 
 from collections.abc import Callable
@@ -54,7 +54,7 @@ CHAT_ML_WITH_BLOCKS = """\
 
 
 def chat_ml_with_blocks(messages: list[Message]) -> list[Piece]:
-    """The line break after a turn is outside of the block, so it is no target."""
+    """Render ChatML; the line break after a turn is outside of the generation block, so it is no target."""
     pieces: list[Piece] = []
     for message in messages:
         is_answer = message["role"] == "assistant"

@@ -1,4 +1,4 @@
-"""Tests that the targets of conversations equal an oracle that uses neither Jinja nor the offsets of tokens."""
+"""Tests that the targets of conversations equal those of an oracle without Jinja and without offsets of tokens."""
 
 from functools import cache
 from itertools import accumulate
@@ -29,14 +29,14 @@ EXCHANGES = st.lists(st.tuples(CONTENTS, ANSWERS), min_size=1, max_size=4)
 
 @cache
 def prepare_case(case_name: str, tokenizer_name: str) -> tuple[ChatTemplate, Tokenizer, ConversationEncoder]:
-    """Return the compiled template of a case, and a tokenizer with its special tokens and its encoder."""
+    """Return the compiled template of a case, a tokenizer with the case's special tokens, and its encoder."""
     case = CASES[case_name]
     tokenizer = TOKENIZERS[tokenizer_name](case.special_tokens)
     return ChatTemplate(case.text, BEGIN, END), tokenizer, ConversationEncoder(tokenizer)
 
 
 def expected_targets(case: TemplateCase, messages, tokenizer, ids: list[int]) -> list[bool]:
-    """Return whether each token has bytes of a piece that the assistant wrote, by the rendering by hand."""
+    """Return for each token whether some of its bytes belong to an answer of the assistant in `render_by_hand`."""
     pieces = case.render_by_hand(messages)
     text = "".join(piece for piece, _ in pieces)
     ends = list(accumulate(len(piece.encode()) for piece, _ in pieces))
@@ -116,7 +116,7 @@ def test_tokens_that_overlap_a_span_in_part_are_targets():
 
 
 def test_bytes_of_one_character_are_targets_together():
-    """A character that no tokenizer has is several tokens, each of which has the offsets of the character."""
+    """A character without a token is encoded as several tokens, each of which has the offsets of the character."""
     for make_tokenizer in TOKENIZERS.values():
         tokenizer = make_tokenizer(())
         text = "a🦉b"

@@ -51,7 +51,7 @@ def test_built_in_template_is_read_as_a_dialogue():
 
 
 def test_generation_blocks_mark_what_they_do_in_transformers():
-    """The tokens that transformers gives as the assistant's are the same."""
+    """The targets are the tokens that transformers marks as the assistant's."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = byte_level_tokenizer(CASES["ChatML"].special_tokens)
@@ -170,7 +170,7 @@ def test_missing_template_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        # This tokenizer has no token of this name, so it is plain text.
+        # The tokenizers have no token <|im_end|>, so they encode it as plain text.
         (CHAT_ML, "ends the assistant's turns with no special token of the tokenizer"),
         (
             "{% for m in messages %}{% generation %}{{ bos_token }}{{ m.content }}.{% endgeneration %}{% endfor %}",

@@ -44,8 +44,10 @@ def byte_level_tokenizer(special_tokens: tuple[str, ...] = (), *, trims_offsets:
 
 @cache
 def sentence_tokenizer(special_tokens: tuple[str, ...] = ()) -> Tokenizer:
-    """Return a tokenizer like LLaMA's and Mistral's, with more special tokens: a space belongs to the next word, a text
-    begins with one, and other characters than those of `TEXTS` are bytes."""
+    """Return a tokenizer like LLaMA's and Mistral's, with more special tokens.
+
+    A space belongs to the next word, a text begins with a space, and characters that are not in `TEXTS` become bytes.
+    """
     tokenizer = llama_tokenizer(TEXTS, 380)
     tokenizer.add_special_tokens(list(special_tokens))
     return tokenizer

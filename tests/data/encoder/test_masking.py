@@ -24,7 +24,7 @@ def neighbour_share(mask):
 
 
 def test_blocks_are_larger_than_single_patches():
-    """A mask of single patches would have 0.4^2 + 0.6^2 = 0.52 of the pairs alike."""
+    """A mask of single patches would hide or show both patches of 0.4^2 + 0.6^2 = 0.52 of the pairs of neighbours."""
     masks = [block_mask(14, 14, 0.4, seed, "x") for seed in range(200)]
     assert np.mean([neighbour_share(mask) for mask in masks]) > 0.75
     shares = np.mean(masks, axis=0)
@@ -45,7 +45,7 @@ def test_every_token_is_hidden_equally_often():
 
 
 def test_masks_depend_on_seed_and_label_only():
-    """The digest is the same on every machine, because nothing but raw bits and float64 arithmetic decides."""
+    """The digest of the masks is equal on all machines, because only raw bits and float64 arithmetic decide them."""
     masks = [block_mask(14, 14, 0.4, seed, f"images:{position}") for seed in (0, 1) for position in range(20)]
     masks += [text_mask(64, 0.15, seed, f"texts:{position}") for seed in (0, 1) for position in range(20)]
     digests = {mask.tobytes() for mask in masks}

@@ -63,7 +63,7 @@ def test_flip_mirrors_half_of_the_crops(min_crop):
 
 
 def test_crops_depend_on_seed_and_label_only():
-    """The digest is the same on every machine, because nothing but raw bits and float64 arithmetic decides."""
+    """The digest of the crops is equal on all machines, because only raw bits and float64 arithmetic decide them."""
     images = ImageSpec(min_crop=0.4, flip=True)
     crops = [random_crop(320, 240, images, seed, f"images:{n}") for seed in (0, 1) for n in range(50)]
     assert len(set(crops)) == 100
@@ -72,7 +72,7 @@ def test_crops_depend_on_seed_and_label_only():
 
 
 def test_the_pixels_of_a_crop_are_those_of_its_box():
-    """The image has one grey value for each column, so a crop of its own width shows those of its box."""
+    """Each column of the image has its own grey value, so an unscaled crop has the values of its box's columns."""
     pixels = np.repeat(np.repeat(np.arange(100, dtype=np.uint8)[None, :, None], 40, axis=0), 3, axis=2)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")

@@ -1,4 +1,4 @@
-"""Job that runs mhmoe_ray.data.inspect.job with one task at a time, or with its entries in many partitions.
+"""Job that surveys data like mhmoe_ray.data.inspect.job, but with one task at a time or with many partitions.
 
 It runs as `python -m tests.data.inspect.survey_otherwise serially|in-partitions`.
 """

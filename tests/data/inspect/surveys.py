@@ -1,4 +1,4 @@
-"""Surveys without Ray, one file after another."""
+"""Surveys of raw data without Ray, which read one file after another."""
 
 from collections import Counter
 

@@ -59,7 +59,7 @@ def test_survey_counts_images_captions_and_copies(spec):
     assert pictures.images.aspect_ratios[2.3] == 4
     assert survey.domains["texts/all"].all_figures.images.images == 0
     assert survey.copies.domains["pairs/all"].extra == 1
-    # An image alone is no copy of a pair with a text.
+    # An image without a text is no copy of the pair with the same image.
     assert survey.copies.domains["pictures/a"].shared_texts == 0
     request = SurveyRequest(data=spec.data, tokenizer=None, rules=True)
     assert request.result_type is Survey

@@ -1,6 +1,6 @@
 # ruff: noqa: RUF001 - characters of many scripts
 
-"""Tests of the figures of a corpus against plain counting, for any split of its documents over files."""
+"""Tests that a survey's statistics of a corpus equal plain counts, however the documents are split over files."""
 
 import base64
 import json
@@ -57,7 +57,7 @@ def test_survey_figures_equal_plain_counting(tmp_path, tokenizer):
 
 
 def test_survey_counts_tokens_like_the_preparation(tmp_path, tokenizer):
-    """The survey counts as many tokens as preparation writes: the text of a special token is encoded as letters."""
+    """The survey counts as many tokens as preparation writes: both encode the text of a special token as plain text."""
     texts = ["<s>struck</s> out", "nothing special", "</s>"]
     write_documents(tmp_path / "raw" / "x.jsonl", texts)
     llama, path = tokenizer
@@ -91,7 +91,7 @@ DOCUMENTS = st.lists(st.tuples(st.sampled_from("ab c\né漢"), st.integers(1, 70
 
 @given(DOCUMENTS.filter(bool))
 def test_survey_is_independent_of_the_split_over_files(tokenizer, documents):
-    """The same documents have the same figures in one file and in up to four files."""
+    """The same documents have the same statistics in one file and in up to four files."""
     texts = [f"{character * length}." for character, length, _ in documents]
     with tempfile.TemporaryDirectory() as folder:
         write_documents(Path(folder) / "one" / "all.jsonl", texts)

@@ -9,7 +9,7 @@ from tests.data.sources.read import data_spec
 from tests.data.texts import make_documents, write_corpus, write_documents, write_lines
 from tests.llama_tokenizer import llama_tokenizer
 
-# Quick tests: test_reading.py of serial surveys, and tests/cli/test_inspect.py of the job.
+# test_reading.py has quick tests of serial surveys, and tests/cli/test_inspect.py has quick tests of the job.
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 

@@ -6,7 +6,7 @@ from mhmoe_ray.data.draws import seeded_hash
 from mhmoe_ray.data.order.order import OrderedDomain, Phase
 
 SOURCE_ERROR, DOMAIN_ERROR = 3.36, 6.72
-"""Largest errors of sources and of domains, in slots, as data/order/interleaver.py proves them."""
+"""Bounds, proven in data/order/interleaver.py, of the slots by which sources and domains differ from their shares."""
 
 
 class Leaf:

@@ -21,7 +21,7 @@ def apportionments(draw):
 
 
 def exact_parts(total: int, weights: list[float], limits: list[int]) -> list[Fraction]:
-    """Split `total` exactly in proportion to the weights; what exceeds a part's limit goes to parts below theirs."""
+    """Split `total` exactly in proportion to the weights; an excess over a part's limit goes to the other parts."""
     parts = [Fraction(0)] * len(weights)
     while total:
         fill_level = Fraction(total) / sum(Fraction(w) for w, p, m in zip(weights, parts, limits, strict=True) if p < m)

@@ -26,7 +26,7 @@ def mixture_of(samples, steps, sources, samples_before=None, seed=0, **train):
 
 
 def sequences(mixture, positions):
-    """Return the samples of each domain at these positions, in their order."""
+    """Return the samples of each domain at positions 0 .. `positions` - 1, in the order in which they are read."""
     domain, sample = mixture.order(np.arange(positions))
     return {d.name: sample[domain == i].tolist() for i, d in enumerate(mixture.domains)}
 
@@ -39,7 +39,7 @@ def sequences(mixture, positions):
     st.integers(0, 3),
 )
 def test_each_old_domain_goes_on_where_it_stood(branch_step, weights, batch_factor, seed):
-    """The branch adds a source, changes all weights and the batch size; each old domain is read as if nothing had."""
+    """A run that adds a source and changes weights and batch size continues each domain where the first run stopped."""
     old_sources = {"web": {"alpha": 0.5}, "books": {"weight": 0.5}}
     first_mixture = mixture_of(OLD_SAMPLES, 100, old_sources, seed=seed)
     position = branch_step * SAMPLES_PER_STEP
@@ -50,7 +50,7 @@ def test_each_old_domain_goes_on_where_it_stood(branch_step, weights, batch_fact
     branch = mixture_of(NEW_SAMPLES, 50, new_sources, read_counts, seed, micro_batches=4 * batch_factor)
     positions = 50 * SAMPLES_PER_STEP * batch_factor
     read_before, read_by_branch = sequences(first_mixture, position), sequences(branch, positions)
-    # A run of this domain alone shows its endless sequence.
+    # A run of one domain alone reads the domain's endless sequence of samples.
     for name, size in NEW_SAMPLES.items():
         single_mixture = mixture_of({name: size}, 2000, {name.partition("/")[0]: {}}, seed=seed)
         whole_sequence = [*read_before.get(name, []), *read_by_branch[name]]
@@ -61,7 +61,7 @@ def test_each_old_domain_goes_on_where_it_stood(branch_step, weights, batch_fact
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_a_continued_order_is_the_same_for_any_number_of_workers(world):
-    """The rows of the stream's blocks, which go to the ranks in turn, are the positions of the order."""
+    """The blocks that the ranks read in turn have, together, every position of the order once."""
     read_counts = {"web/en": 123, "books/a": 31}
     branch = mixture_of(NEW_SAMPLES, 50, {"web": {}, "books": {}, "code": {}}, read_counts)
     layout = StreamLayout(world, micro_batch_size=2, micro_batches=3)

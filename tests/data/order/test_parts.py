@@ -1,4 +1,4 @@
-"""Tests of the order of a training whose micro-batches have parts."""
+"""Tests of the order of samples if a micro-batch has several parts, each with samples of its own sources."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def make_spec(parts, sources=("books", "code", "web"), size=None, steps=20, **da
 
 
 def read_samples(spec, positions=None):
-    """Return the domain's name and the sample's number at each position, by default at all of the training."""
+    """Return the domain's name and the sample's number at each position, by default at all those of the training."""
     mixture = compute_mixture(spec, make_manifest(SAMPLES))
     if positions is None:
         positions = np.arange(spec.train.steps * spec.samples_per_step)
@@ -42,7 +42,7 @@ def test_every_micro_batch_has_every_part_in_order():
 
 @pytest.mark.parametrize(("part", "columns"), [("text", slice(0, 3)), ("programs", slice(3, 5))])
 def test_a_part_has_the_order_of_a_training_of_its_own(part, columns):
-    """The other training has the sources of the part only, and micro-batches of its size."""
+    """A training with only the part's sources, and with micro-batches of its size, reads the same samples in order."""
     samples = np.array(read_samples(make_spec(PARTS))).reshape(-1, 5, 2)[:, columns].reshape(-1, 2)
     own_spec = make_spec({}, sorted(PARTS[part]["sources"]), size=PARTS[part]["micro_batch_size"])
     assert samples.tolist() == [[name, str(sample)] for name, sample in read_samples(own_spec)]
@@ -74,7 +74,7 @@ def test_shares_are_those_of_all_parts_together():
 
 
 def test_a_limit_belongs_to_the_part_of_its_source():
-    """The text has enough samples for any training here, and the programs do not."""
+    """`max_epochs` limits only the domains of its source, and the error names the part that needs more samples."""
     assert compute_mixture(make_spec(PARTS, code={"max_epochs": 3}), make_manifest(SAMPLES)).limits == [
         None, 120, 75, None, None,
     ]  # fmt: skip

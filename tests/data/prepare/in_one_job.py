@@ -1,12 +1,13 @@
 """Job that runs several tasks in turn, because starting a job takes longer than most of them.
 
-It runs as `python -m tests.data.prepare.in_one_job TASK PATH ...`. TASK is
+It runs as `python -m tests.data.prepare.in_one_job TASK PATH ...`. PATH is a prepared folder for the task `check`, and
+the file of a spec for the others. TASK is
 
-check        verify a prepared folder by tasks, and print the report
-together     prepare a spec
+check        verify a prepared folder by Ray tasks, and print the report
+together     prepare the data of a spec by parallel tasks
 WORLD:START  read the training samples of a spec from position START, split over WORLD workers, into a JSON file beside
-             the spec; Ray's lines would break the long lines that a job prints
-serially     prepare a spec as prepare_serially does; all later preparations are then serial too
+             the spec; they are not printed, because Ray's output would break such long lines
+serially     prepare the data of a spec as prepare_serially does; all later preparations are then serial too
 """
 
 import json

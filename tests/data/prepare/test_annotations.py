@@ -1,4 +1,4 @@
-"""Tests of the names of parts whose images have annotations."""
+"""Tests that the name of a part, the file of a tokenised chunk, depends on the annotations of its images."""
 
 from mhmoe_ray.data.prepare.chunks import Chunk
 from mhmoe_ray.data.prepare.tokenise import TokenisedChunk, tokenise_chunk
@@ -7,7 +7,7 @@ from mhmoe_ray.data.tokenizer.train import train_bpe
 from mhmoe_ray.data.vision.annotations import Annotation, Instance, pack
 
 NAME_WITHOUT_ANNOTATIONS = "0da6bc7b325fcdbc3cbba3ac98ededb8c0b008bd"
-"""Name of the part of `CHUNK` before there were annotations: parts of earlier versions are reused."""
+"""Name of the part of `CHUNK`. It must not change, because parts that earlier versions have written are reused."""
 CHUNK = Chunk(0, 0, ["", "a boat"], Tally(), False, None, [b"image", b""], ["hash", ""])
 
 

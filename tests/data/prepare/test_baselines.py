@@ -42,7 +42,7 @@ def test_baselines_ignore_padding_of_training_samples():
 
 
 def test_baselines_of_conversations_are_those_of_their_targets():
-    """Tokens that are only read are contexts, but neither targets nor counted."""
+    """A token that is no target can be the first of a pair of tokens, but not the second."""
     rows = np.zeros((2, 4), conversation_dtype(2))
     rows[TOKENS], rows[TARGETS] = [[0, 1, 2, 1], [3, 1, 9, 9]], [[True, False, True, True], [False, True, False, False]]
     pairs = token_pairs(rows, 9)

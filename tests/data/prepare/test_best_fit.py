@@ -45,13 +45,13 @@ def test_best_fit_keeps_short_documents_whole(lengths, seq_len):
     assert packing.cut_documents == sum(len(d) > seq_len for d in documents)
 
 
-# A conversation is the mask of the targets among its tokens.
+# A conversation is drawn as a mask, which tells for each of its tokens whether it is a target.
 CONVERSATIONS = st.lists(st.lists(st.booleans(), min_size=1, max_size=40), min_size=1, max_size=20)
 
 
 @given(conversations=CONVERSATIONS, seq_len=st.integers(1, 16))
 def test_best_fit_makes_each_target_of_conversations_one_once(conversations, seq_len):
-    """Start tokens within conversations, as the ends of turns, neither begin a document nor are left out."""
+    """Start tokens within conversations, such as those at the ends of turns, begin no document and can be targets."""
     documents = []
     for masks, ids in zip(conversations, make_documents([len(masks) - 1 for masks in conversations]), strict=True):
         rows = np.zeros(len(ids), conversation_dtype(2))
@@ -76,7 +76,7 @@ def test_best_fit_makes_each_target_of_conversations_one_once(conversations, seq
 
 @given(lengths=st.lists(st.integers(0, 39), min_size=1, max_size=20))
 def test_best_fit_keeps_conversations_apart(lengths):
-    """A document begins at each start that a sample has, and is whole if it is short enough."""
+    """Each document start in a sample begins a whole document, because every document here fits into a sample."""
     documents = []
     for ids in make_documents(lengths):
         rows = np.zeros(len(ids), conversation_dtype(2))
@@ -93,7 +93,7 @@ def test_best_fit_keeps_conversations_apart(lengths):
 
 @given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=60))
 def test_best_fit_leaves_at_most_one_sample_half_empty(lengths):
-    """Best fit begins a new sample only if no other has room, so at most one sample is filled to half or less."""
+    """Best fit begins a new sample only if no earlier one has room, so at most one sample is filled to half or less."""
     _, packing = pack_documents(lengths, 32)
     filled_lengths = (packing.samples[:, 1:] != PADDING).sum(1)
     assert (filled_lengths <= 16).sum() <= 1

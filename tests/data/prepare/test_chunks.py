@@ -8,7 +8,7 @@ from tests.data.sources.read import data_spec
 
 
 def chunk_counts(folder, lines, characters):
-    """Write lines to a file, and return the numbers of texts and of bad lines in each of its chunks."""
+    """Write lines to a file; return the numbers of texts and bad lines in each chunk of `characters` characters."""
     folder.mkdir(parents=True)
     (folder / "f.jsonl").write_text("".join(f"{line}\n" for line in lines))
     spec = data_spec(folder, format="jsonl").model_copy(update={"max_bad_lines": len(lines)})

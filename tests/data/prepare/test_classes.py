@@ -1,4 +1,4 @@
-"""Tests of the check of a vision model's images: a task needs images, classes that fit, and masks if it learns them."""
+"""Tests of the check that each task of a vision model has images, outputs for its classes, and the masks it needs."""
 
 import pytest
 
@@ -13,7 +13,7 @@ SCENES = {"samples": 5, "held_out_samples": 1, "class_names": ["dog", "cat", "co
 
 
 def classes(drawings: dict, scenes: dict) -> dict[str, list[str]]:
-    """Return the classes of the tasks of `vision_spec`, whose domains have these counts beside the defaults."""
+    """Return the classes of each task of `vision_spec`; the arguments are changes to the counts of its two domains."""
     counts = {"drawings/all": DRAWINGS | drawings, "scenes/all": SCENES | scenes}
     by_domain = {
         name: [Part(0, 0, "part", PartCounts(rows=RowCounts(**keywords)))] for name, keywords in counts.items()

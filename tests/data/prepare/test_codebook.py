@@ -32,7 +32,7 @@ def test_centres_are_the_means_of_the_points_nearest_to_them():
     points = np.concatenate([mean + random.normal(0, 0.5, (50, 5)) for mean in means]).astype(np.float32)
     centres = k_means(points, 12)
     nearest_centres = np.square(points[:, None] - centres).sum(axis=2).argmin(axis=1)
-    # Ten iterations need not reach the fixed point for more points; for these they do.
+    # The ten iterations reach the fixed point of k-means for these points, but not for every set of points.
     for number, centre in enumerate(centres):
         assert np.allclose(centre, points[nearest_centres == number].mean(axis=0), atol=1e-3)
     assert np.array_equal(k_means(points, 12), centres)

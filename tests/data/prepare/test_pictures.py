@@ -59,9 +59,9 @@ class Results(NamedTuple):
     mixed: RunSpec
     """Spec with a source of pairs, one of texts, one of images and one of captions alone."""
     serial: RunSpec
-    """Spec of the same data, prepared by one task at a time in many chunks."""
+    """Spec of the data of `mixed`, prepared by one task at a time in many chunks."""
     killed: RunSpec
-    """Spec of the same data, whose first job was killed."""
+    """Spec of the data of `mixed`; the first job of its preparation was killed."""
     lines: list[str]
 
 
@@ -98,7 +98,8 @@ def results(local_cluster, tmp_path_factory):
     run_on_cluster(
         local_cluster,
         "tests.data.prepare.prepare_and_die",
-        # There are some 40 parts. Fewer could be those of images alone, whose reuse the log does not mention.
+        # The job is killed after 30 of some 40 parts, because the log mentions only the reuse of parts with text, and
+        # the first few parts may all have images alone.
         30,
         expected_status="FAILED",
         **PrepareRequest.from_spec(killed).environment,
@@ -186,7 +187,7 @@ def test_an_encoder_reads_pairs_texts_and_images(results):
         assert manifest.domains[name].padding == T * len(images)
     pairs = read_rows(folder, manifest.domains["pairs/all"].shards)
     captions = read_rows(folder, manifest.domains["captions/all"].shards)
-    # A caption alone is on the same side of the split as its image.
+    # A caption that is read without its image is held out if the image is.
     assert {tokens for tokens, _ in pairs} == {tokens for tokens, _ in captions} - {
         make_row([start, *tokenizer.encode("a text").ids])
     }
@@ -232,7 +233,7 @@ def test_codebook_has_the_nearest_entries_of_patches(results):
     image_NYXC = torch.from_numpy(read_crop(PICTURES[0].image, 32).copy())[None]
     patches = normalized_patches(image_patches(image_NYXC, 8)[0]).numpy()
     distances = np.square(patches[:, None] - codebook).sum(axis=2)
-    # The entries explain a part of the patches, whose values have a variance of 1.
+    # The nearest entries explain at least 5 per cent of the variance of the patches.
     assert distances.min(axis=1).mean() < 0.95 * np.square(patches).sum(axis=1).mean()
 
 

@@ -38,9 +38,9 @@ TRAIN = {"steps": 60, "micro_batches": 4, "micro_batch_size": 2}
 
 
 def run_on_cluster(cluster, *args, expected_status="SUCCEEDED", **env):
-    """Run a module as a job of the cluster, in our working directory, and return the lines that it prints.
+    """Run a module of our working directory as a job of the cluster, and return the lines that it prints.
 
-    Assert that the job ends with `expected_status`.
+    Assert that the job ends with `expected_status`. `env` has further environment variables of the job.
     """
     connection, job = connect(cluster.address), f"test-{secrets.token_hex(4)}"
     environment = {"env_vars": {"PYTHONPATH": str(Path.cwd()), **env}}
@@ -88,14 +88,14 @@ class Results(NamedTuple):
     spec: RunSpec
     texts: dict[str, list[str]]
     serial_spec: RunSpec
-    """Spec of the same preparation, but with one task at a time, and many chunks of a file instead of one."""
+    """Spec of the data of `spec`, prepared by one task at a time, and in many chunks of a file instead of one."""
     best_fit_spec: RunSpec
     serial_best_fit_spec: RunSpec
     end_of_text_specs: dict[str, RunSpec]
     training_spec: RunSpec
     """Spec of a training on the data of `spec`."""
     split_paths: list[Path]
-    """Files of the batches that the workers of that training read."""
+    """Files of the batches that the workers of the training of `training_spec` read."""
     checked_folders: tuple[Path, ...]
     lines: list[str]
 
@@ -170,7 +170,7 @@ def test_prepare_writes_every_document_once(results):
     assert int(samples.target_mask.sum()) == manifest.validation_tokens == held_out_tokens
     assert sum(d.validation_samples for d in manifest.domains.values()) == len(samples.token_ids)
     assert samples.token_ids.max() < padding_token(manifest.token_bytes)
-    # The samples of sources, in the order of names, are all samples.
+    # The validation samples of each source, joined in the order of the sources' names, are all validation samples.
     sources = sorted({source_of(name) for name in manifest.domains})
     samples_by_source = [validation_samples(folder, manifest, sources=[source]) for source in sources]
     assert np.array_equal(np.concatenate([part.token_ids for part in samples_by_source]), samples.token_ids)

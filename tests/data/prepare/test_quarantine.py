@@ -57,7 +57,7 @@ def test_will_be_exceeded_assumes_that_all_other_lines_are_good():
 
 
 def test_will_be_exceeded_expects_more_lines_of_compressed_files():
-    """4 % of bad lines exceed no limit of 1 % while an unread compressed file may still have enough good lines."""
+    """4 % of bad lines do not exceed a limit of 1 % while an unread compressed file may have enough good lines."""
     files = [RawFile("web/all", "a.jsonl", 3_000, "jsonl"), RawFile("web/all", "b.jsonl.gz", 2_000, "jsonl")]
     share_limit = QuarantineLimit(data_spec("raw").model_copy(update={"max_bad_share": 0.01}), files)
     plain_tally = make_tally(96 * MIN_EVIDENCE_LINES, 4 * MIN_EVIDENCE_LINES, text_bytes=3_000)
@@ -96,7 +96,7 @@ def test_quarantine_entry_names_place_and_reason():
 
 @pytest.mark.parametrize("damaged", [0, 1])
 def test_tally_keeps_the_reason_of_bad_lines_in_any_order(damaged):
-    """The counts since an earlier tally have an example of each reason for the error message, also of earlier lines.
+    """The counts since an earlier tally keep an example of each reason for the error, even one from before that tally.
 
     Chunks arrive in any order, so the one that exceeds the limit may come before the one with the first bad line.
     """

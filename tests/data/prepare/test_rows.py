@@ -21,11 +21,11 @@ def selected_counts(available, max_samples):
 @pytest.mark.parametrize(
     ("available", "max_samples", "expected"),
     [
-        # A rare source is whole, and the other ones share what it leaves.
+        # All samples of a rare source are selected, and the other sources share the rest equally.
         ({"pairs/all": 6, "texts/de": 9000, "images/a": 40}, 50, {"pairs/all": 6, "texts/de": 22, "images/a": 22}),
         # A source of many domains has no larger share than a source of one.
         ({"a/1": 50, "a/2": 50, "a/3": 2, "b/all": 500}, 40, {"a/1": 9, "a/2": 9, "a/3": 2, "b/all": 20}),
-        # If the samples cannot be divided, they go to the rarest.
+        # Samples that cannot be divided equally go to the rarest sources.
         ({"a/all": 9, "b/all": 8, "c/all": 7}, 5, {"a/all": 1, "b/all": 2, "c/all": 2}),
         ({"a/all": 3, "b/all": 0, "c/all": 4}, 100, {"a/all": 3, "b/all": 0, "c/all": 4}),
     ],
@@ -59,7 +59,7 @@ def test_validation_samples_are_rows_of_their_slices(tmp_path):
 
 
 def test_validation_shards_are_filled_with_rows(tmp_path, monkeypatch):
-    """The images of other rows of a part do not count."""
+    """The size of a shard counts the images of its own rows, and not those of other rows of the same part."""
     monkeypatch.setattr("mhmoe_ray.data.prepare.rows.SHARD_BYTES", 25_000)
     path = rows_file(tmp_path / "parts", "part")
     path.parent.mkdir(parents=True)
@@ -84,7 +84,7 @@ CODEBOOK = {"model__encoder__image_targets": "codebook", "model__encoder__codebo
 
 
 def fine_tuning_spec(part, **changes):
-    """Return the spec of a fine-tuning on one part of `ENCODER`."""
+    """Return the spec of a fine-tuning whose micro-batches have only one of the parts that `ENCODER` has."""
     section = ENCODER["data"]["parts"][part]
     return encoder_spec(
         start={"from": "pretrained"},
@@ -107,7 +107,7 @@ def test_fine_tuning_on_images_alone_needs_no_texts(tmp_path):
     result = finish_rows(tmp_path, tmp_path / "parts", held_out, {"pictures/all": []}, spec, 2)
     assert result.baselines is None
     assert result.validation.sample_counts == {"pictures/all": 2}
-    # With texts, images alone are not enough.
+    # An encoder that also reads texts needs held-out documents with a text.
     with pytest.raises(DataError, match="no document of the held-out share has a text"):
         check_rows_not_empty(encoder_spec(), {"pictures/all": [Part(0, 0, "part", counts)]})
 

@@ -1,4 +1,4 @@
-"""Tests of the reuse of parts of an earlier job."""
+"""Tests of `tokenise_chunk`, which writes a part, the file with a chunk's tokens, or reuses that of an earlier job."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def test_tokenise_chunk_reuses_a_part_of_the_same_inputs(tokenise):
 
 
 def test_parts_of_conversations_have_all_columns(tmp_path):
-    """A part is named by the rendered conversation, too, and its documents are held out by their contents."""
+    """The name of a part depends on the rendered conversations, too; the choice of held-out documents does not."""
     train_bpe(["a boat on the sea"], 300).save(str(tmp_path / "tokenizer.json"))
     texts, span = [f"Q: {i}\nA: yes<|endoftext|>" for i in range(9)], Span(7, 24)
     conversations = [RenderedConversation(text, (span,)) for text in texts]

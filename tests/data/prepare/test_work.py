@@ -29,7 +29,7 @@ def test_clean_up_keeps_files_of_other_folders(tmp_path):
 
 
 def test_prepare_cleans_up_after_a_job_killed_at_its_end(tmp_path):
-    """`prepare` returns the published manifest, and removes what is left of a job that was killed after it.
+    """`prepare` returns the published manifest, and removes the files of a job that was killed after publishing it.
 
     Until then, the progress report makes the killed job look like a running preparation.
     """
@@ -77,7 +77,7 @@ def test_staging_directory_removes_stale_jobs_only(tmp_path, monkeypatch):
 
 
 def test_stale_job_stays_while_our_heartbeat_is_as_old(tmp_path):
-    """A job whose own heartbeat was old removes no other job.
+    """A job whose own heartbeat was old does not remove the folders of other jobs.
 
     After a pause of the machine or the storage, all other jobs look stale to the first job that runs again.
     """

@@ -46,7 +46,7 @@ def test_write_shard_writes_an_arrow_file(tmp_path):
 
 
 def test_shards_of_text_have_the_bytes_of_earlier_versions(tmp_path):
-    """Runs of earlier versions go on with shards and digests of theirs."""
+    """Runs that an earlier version started can be continued, because their shards and digests stay valid."""
     rows = (np.arange(3 * 17).reshape(3, 17) * 977 % 60_000).astype("<u2")
     shard = write_shard(tmp_path, "a.arrow", rows)
     assert shard.sha256 == "d29f8c034adc8fb5940a94171c07b1525ac2879ffc492f4a463e5e3282762c84"
@@ -85,7 +85,7 @@ def test_columns_of_samples_join_to_the_samples():
     assert all_rows[TARGETS].tolist() == [[True, True, True], [True, True, False]]
     assert all_rows[DOCUMENT_STARTS].tolist() == [[True, False, False]] * 2
     assert np.array_equal(with_all_columns(rows, start=5, padding=65_535), rows)
-    # A digest of samples tells them apart by each of their columns.
+    # Samples have different digests if any of their columns differs.
     assert len({sample_digest(rows), sample_digest(text_rows), sample_digest(all_rows)}) == 3
 
 

@@ -32,7 +32,7 @@ def edit_lists(size: int) -> st.SearchStrategy[list[Edit]]:
 
 
 def _drop_overlaps(sorted_edits: list[Edit], size: int) -> list[Edit]:
-    """Drop edits that overlap or touch an earlier one, and end removals at the end of the data."""
+    """Drop edits that overlap or touch an earlier one, and shorten removals that go beyond the end of the data."""
     separate_edits: list[Edit] = []
     for edit in sorted_edits:
         removed_count = min(edit.removed_count, size - edit.offset)
@@ -54,5 +54,5 @@ def is_untouched(start: int, end: int, edits: list[Edit]) -> bool:
 
 
 def flip_bit(content: bytes, offset: int) -> bytes:
-    """Return a file with another lowest bit of one byte."""
+    """Return a copy of `content` in which the lowest bit of the byte at `offset` is flipped."""
     return content[:offset] + bytes([content[offset] ^ 1]) + content[offset + 1 :]

@@ -37,5 +37,5 @@ def document_texts(items: list[Document | BadLine]) -> list[str]:
 
 
 def bad_lines(items: list[Document | BadLine]) -> list[tuple[int, str]]:
-    """Return the line number and the reason of each part that could not be read."""
+    """Return the line number and the reason of each item that could not be read."""
     return [(item.line, item.reason) for item in items if isinstance(item, BadLine)]

@@ -39,7 +39,7 @@ def test_both_shapes_of_json_lines_are_conversations(tmp_path, name):
     write_records(tmp_path / name, records)
     items, tally = read_chat(tmp_path)
     assert document_texts(items) == ["hi\nhello", "hi\nhello", "\nhi\nhello\nand 日本語?", "hi\nhello", "hi\nhello"]
-    # Without the texts of a tokenizer's tokens, nothing ends an answer.
+    # No tokenizer gives the template an end token here, so an answer ends without one.
     rendered_text = "User:\nhi\nAssistant:\nhello"
     assert [item.conversation.text for item in items if item.line != 3] == [rendered_text] * 4
     assert items[2].conversation.text == f"System:\n\n{rendered_text}User:\nand 日本語?\n"

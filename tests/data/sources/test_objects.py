@@ -30,7 +30,7 @@ SQUARE = [4, 4, 12, 4, 12, 10, 4, 10]
 
 
 def write_objects(folder, annotations, images=None, **keys):
-    """Write JSON of instances with two images beside; return the path of the JSON file."""
+    """Write two images and a JSON file of annotated objects beside them; return the path of the JSON file."""
     folder.mkdir(exist_ok=True)
     random = np.random.default_rng(3)
     for name in ("a.png", "b.png"):
@@ -57,7 +57,7 @@ def random_mask(seed=0):
 
 
 def uncompressed_counts(mask):
-    """Return the run lengths of a mask, beginning with one outside of it."""
+    """Return the run lengths of a mask, of which the first is a run of pixels outside of it."""
     flat = mask.flatten(order="F")
     edges = np.flatnonzero(np.diff(flat)) + 1
     lengths = np.diff([0, *edges, flat.size]).tolist()

@@ -1,5 +1,4 @@
-"""Tests of the readers of pictures: every format yields the same documents, and bad records are quarantined one by
-one."""
+"""Tests of the readers of pictures: all formats yield the same documents, and bad records are quarantined singly."""
 
 import gzip
 import io
@@ -127,7 +126,7 @@ def test_sources_of_one_column_have_the_hashes_of_images(tmp_path, columns):
 
 @pytest.mark.parametrize("format", ["parquet", "huggingface"])
 def test_texts_have_the_hash_of_the_image_that_another_source_of_their_records_uses(tmp_path, format):
-    """A source of texts finds the column that the source of pairs names, and reads its own if it names one."""
+    """A source of texts hashes the image column that the source of pairs names, unless it names one itself."""
     photos, thumbnails = PICTURES[:6], PICTURES[6:]
     table = pa.table(
         {
@@ -142,7 +141,7 @@ def test_texts_have_the_hash_of_the_image_that_another_source_of_their_records_u
         pq.write_table(table, folder / "rows.parquet")
     else:
         Dataset(table).save_to_disk(folder)
-    # The other sources read nothing here; the first one's default column is in the file, too.
+    # `other` has no files. Its image column, `image`, is in the table too, but must not be hashed.
     sources = {
         "other": {"path": str(tmp_path / "other"), "format": format, **BOTH_COLUMNS},
         "photos": {"path": str(folder), "format": format, "image_field": "photo", **BOTH_COLUMNS},
@@ -457,7 +456,7 @@ def test_coco_documents_are_annotations(tmp_path):
     texts, _ = read_source(path, format="coco", columns=["text"])
     assert document_texts(texts) == [*document_texts(items), "gone", "elsewhere"]
     assert faults(texts)[-1] == faults(items)[-1]
-    # Images alone need no ids of their own.
+    # A source of images alone reads no annotations, so two of its images may have the same id.
     assert len(read_source(path, format="coco", columns=["image"])[0]) == 8
 
 

@@ -96,7 +96,7 @@ def test_fast_encoding_of_random_merges_is_equal_or_rejected(data):
         # The bytes of abc are merged to ab and c, and these two are not merged, so no merging gives the token abc.
         (["ab", "bc", "abc"], [("a", "b"), ("b", "c"), ("a", "bc")], False, False),
         (["ab", "bc", "abc"], [("a", "b"), ("b", "c"), ("a", "bc")], True, False),
-        # As a whole word, abc is looked up. Within a longer word it is merged of ab and c, so both ways give the token.
+        # As a whole word, abc is looked up. In a longer word it is merged from ab and c, so both ways give the token.
         (["ab", "bc", "abc"], [("a", "b"), ("b", "c"), ("a", "bc"), ("ab", "c")], True, True),
         # No merge makes the token ab.
         (["ab"], [], False, False),

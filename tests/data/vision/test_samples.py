@@ -1,4 +1,4 @@
-"""Tests of the samples of vision models: crops and fits of objects beside the same operation on pixels."""
+"""Tests of the samples of vision models: crops and fits of objects against the same operation on pixels."""
 
 import io
 
@@ -79,7 +79,7 @@ def test_evaluation_scales_whole_images_into_the_square():
     assert objects.boxes.tolist() == [[8, 4, 16, 12]]
     assert objects.masks[0].sum() == 64
     assert Fit.of_image(80, 40, 32) == (0.4, 32, 16)
-    # Proportions are kept in both directions, and small images are enlarged.
+    # Proportions are also kept for images that are higher than wide, and small images are enlarged.
     assert Fit.of_image(10, 20, 32) == (1.6, 16, 32)
     assert fit_pixels(Image.new("RGB", (1, 500)), 32).shape == (32, 32, 3)
 
