@@ -55,14 +55,14 @@ SMEAR: dict[str, Any] = {
     "every": 1,
     "dense_first": 1,
 }
-"""Experts that router smear averages, for the layers of `ENCODER`."""
+"""Section `moe` for the model of `ENCODER` with router `smear`, which averages the weights of all experts."""
 
 
 CAPTION_DATA: dict[str, Any] = {
     "sources": ENCODER["data"]["sources"],
     "parts": {**ENCODER["data"]["parts"], "match": {**ENCODER["data"]["parts"]["match"], "objective": "caption"}},
 }
-"""Sources and parts like those of `ENCODER` with a part of captions, for an encoder without a head for matching."""
+"""Sources and parts of `ENCODER`, except that part `match` trains captions, so no head for matching is needed."""
 
 
 def encoder_spec(**changes: Any) -> RunSpec:

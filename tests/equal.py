@@ -33,7 +33,7 @@ from tests.equality.stored import Store
 from tests.equality.walk import Observations, walk
 
 EXPECTED_COMMANDS = ("bin/mhmoe", "mhmoe_ray.train.job", "default_worker.py")
-"""Texts in the command lines of commands, of runs' jobs and of Ray's workers; each side must have started all three."""
+"""Substrings of the command lines of `mhmoe`, of runs' jobs and of Ray's workers; each tree must start all three."""
 
 # The path is short, because paths of Unix sockets must be. It is always the same, because prepared data record their
 # path, and checkpoints record the digest of that record.
@@ -59,7 +59,7 @@ def main() -> int:
     models = options.models.split(",")
     if unknown := set(models) - specs.MODELS.keys():
         parser.error(f"unknown models {', '.join(unknown)}; there are {', '.join(specs.MODELS)}")
-    # SIGTERM raises SystemExit, so that the side still stops its cluster; by default it would end this process at once.
+    # SIGTERM raises SystemExit, so that the cluster is still stopped; by default it would end this process at once.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     commit = trees.commit_of(options.commit)
     store = Store(commit, options.level, models)

@@ -2,7 +2,7 @@
 
 The server has imported the large modules, which would take each process seconds. It has computed nothing, so it has no
 threads of torch that a fork would lose. It has not imported modules that read the environment when they are imported:
-Ray, and the consoles of the command line.
+Ray, and the module of the command line that creates rich's consoles.
 """
 
 import multiprocessing

@@ -2,7 +2,7 @@
 `python -m tests.language`; CONTRIBUTING.md has the rules.
 
 A docstring's first line starts with a verb or a noun, and a name carries a noun: `matching_blocks`, not `found`. The
-words below cannot do either, so the check finds the common cases and no others.
+words listed below are neither, so the check finds the common violations of these rules, but not all.
 """
 
 import ast
@@ -51,7 +51,7 @@ EXCEPTIONS = {
     ("mhmoe_ray/spec/sweep.py", "only"): "a key of sweeps",
     ("mhmoe_ray/train/watchdog.py", "began"): "a key of the event `started`",
 }
-"""Vague names that stay because users write them or they are serialized, by file and name, with the place."""
+"""Vague names that stay because users write them or files contain them; each value says where the name is used."""
 
 # Only commits since this time are checked, because subjects of older ones have another form. It is a time and not a
 # hash, because a shallow clone may lack the commit of the hash.
@@ -135,7 +135,7 @@ def problems_of_file(path: str, source: str) -> Iterator[str]:
 
 
 def stale_exceptions(sources: Mapping[str, str]) -> Iterator[str]:
-    """Yield one line of text for each entry of `EXCEPTIONS` that excuses nothing.
+    """Yield one line of text for each entry of `EXCEPTIONS` whose name the file does not bind.
 
     Args:
         sources: The texts of all files that are checked, by their paths below the project.

@@ -1,6 +1,6 @@
 """Stand-ins for Ray that run tasks and datasets in this process, where `tests/walks.py` can record what they call.
 
-They measure which code of ours is entered. No test uses them: tests run on a real Ray.
+They serve to measure which functions of the project are called. No test uses them: tests run on a real Ray.
 """
 
 import inspect
@@ -90,8 +90,8 @@ def ray_in_this_process() -> Iterator[None]:
     ray.data.DataContext.get_current()
 
     def remote(*arguments: Any, **options: Any) -> Any:
-        # Everything but a plain function stays with Ray: no walk calls an actor, or a task that a module decorates with
-        # options when it is imported.
+        # Everything but a plain function stays with Ray: what `tests/walks.py` records calls no actor, and no task that
+        # a module decorates with options when it is imported.
         is_task = len(arguments) == 1 and inspect.isfunction(arguments[0])
         return LocalTask(arguments[0]) if is_task else ray_remote(*arguments, **options)
 

@@ -1,4 +1,4 @@
-"""Small encoders for tests of serving: a run with a checkpoint of random weights, images, and an engine in steps."""
+"""Small encoders for tests of serving: a run with a checkpoint, images, and an engine that waits for the test."""
 
 import asyncio
 import base64
@@ -64,7 +64,7 @@ class SteppedEngine(EncoderEngine):
             self._allowed_rounds.release()
 
     async def run_rounds(self, count):
-        """Let the engine compute rounds, and wait until it has."""
+        """Let the engine compute `count` rounds, and wait until they are computed."""
         steps = self.stats().steps + count
         self.allow_rounds(count)
         while self.stats().steps < steps:

@@ -80,7 +80,7 @@ def vision_spec(folder: Path, tasks: tuple[str, ...] = tuple(CLASSES)) -> RunSpe
 def make_vision_run(folder: Path, tasks: tuple[str, ...] = tuple(CLASSES)) -> tuple[RunDir, Vision]:
     """Return a run with a checkpoint of a vision model with random weights, and the model.
 
-    The first task has one expert for each sub-token, as if its number had been adapted, and the others have two.
+    The first task routes each sub-token to one expert, as if its top-k had been adapted, and the other tasks to two.
     """
     spec = vision_spec(folder, tasks)
     run = create_run(spec)
@@ -90,14 +90,15 @@ def make_vision_run(folder: Path, tasks: tuple[str, ...] = tuple(CLASSES)) -> tu
     assert isinstance(model, Vision)
     init_weights(model, 3)
     for name, parameter in model.named_parameters():
-        # With fresh weights, all classes have about the same score. Boxes stay near their anchors.
+        # Initial weights give all classes about the same score, so weights of outputs are enlarged. Weights of box
+        # offsets are reduced, which keeps boxes near their anchors.
         if name.startswith("outputs.") and parameter.dim() > 1:
             parameter.mul_(0.1 if "bbox_pred" in name else 4)
         if name.endswith(".cls_score.bias"):
             # Random weights may take every region for background, which is class 0.
             parameter[0] -= 10
         if name.endswith(".mask_fcn_logits.bias"):
-            # Nor would any cell of a mask belong to its object.
+            # Random weights may take no cell of a mask for its object.
             parameter += 2
     top_k = [1, *[2] * (len(tasks) - 1)]
     model.set_top_k(top_k)

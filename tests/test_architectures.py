@@ -1,4 +1,4 @@
-"""Tests that the counts of every architecture are those of a built model."""
+"""Tests that parameters and multiply-adds computed from a spec are those of a built model, for each architecture."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def flops_without_attention(model):
 @settings(max_examples=40)
 @given(spec=specs(router="linear", kernel="grouped", capacity_factor=None))
 def test_counts_of_random_layers_are_those_of_a_built_model(spec):
-    """Parameters and multiply-adds are exact for all heads, widths of sub-tokens and projections."""
+    """The numbers of parameters and multiply-adds are exact for any heads, widths of sub-tokens and projections."""
     sizes, model = compute_sizes(spec), Decoder(spec)
     assert sizes.parameters == sum(p.numel() for p in model.parameters())
     assert sizes.macs_per_token * 2 * 8 == flops_without_attention(model)

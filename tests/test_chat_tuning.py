@@ -1,4 +1,4 @@
-"""Fine-tuning on conversations as a user does it: train a base, tune it, ask the server what it has not read."""
+"""Test of fine-tuning as users do it: train a base model, tune it on conversations, and send it held-out prompts."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def held_out_prompts(folder: Path) -> list[str]:
-    """Return the different first remarks of the held-out conversations, in the order of the files."""
+    """Return the first message of each held-out conversation, in the order of the files and without repetitions."""
     prompts: dict[str, None] = {}
     for path in sorted((folder / HELD_OUT).glob("*")):
         with pa.input_stream(str(path)) as stream:

@@ -1,4 +1,4 @@
-"""Tests that links in Markdown documents lead to files and headings that exist, and that claims name existing tests."""
+"""Tests that links in Markdown documents lead to existing files and headings, and that CLAIMS.md names real tests."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Tests of the rules by which `make equal`, which takes minutes, compares two results."""
+"""Tests of the rules by which `make equal` compares the results of two versions of the project."""
 
 import json
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""Test that errors which programs get, too, do not speak of options of the command line.
+"""Test that errors which users of the Python interface get name no options of the command line.
 
-Errors that are raised below `mhmoe_ray.cli` reach the users of the Python interface, who have arguments in place of
-options. A whole command in backticks is allowed, because they can give it, too. The benchmarks and the rendering of
-files have commands only.
+Errors that are raised below `mhmoe_ray.cli` reach these users, who pass arguments instead of options. A whole command
+in backticks is allowed, because these users can run it, too. The benchmarks and the rendering of files are not checked,
+because only commands call them.
 """
 
 import ast
@@ -16,7 +16,7 @@ PACKAGE = Path(mhmoe_ray.__file__).parent
 OPTION = re.compile(r"(?<![\w-])--[a-z]")
 TEXT_NAMES = {"reason", "fix", "advice"}
 OTHER_TOOLS = ("--shm-size", "--dashboard-host")
-"""Options of container engines and of Ray."""
+"""Options of container engines and of Ray, which errors may name."""
 
 
 def string_texts(node: ast.AST) -> Iterator[tuple[int, str]]:
@@ -32,7 +32,7 @@ def string_texts(node: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def error_texts(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Yield the line and the text of each string that a module passes to an error, or binds to a name of its parts."""
+    """Yield the line and the text of each string that a module passes to an error or assigns to one of `TEXT_NAMES`."""
     for node in ast.walk(tree):
         match node:
             case ast.Call(func=ast.Name(id=name)) if name.endswith("Error"):

@@ -1,4 +1,4 @@
-"""The check of the language finds what breaks its rules, and nothing else."""
+"""Tests that the check of the code's language (tests/language.py) finds what breaks its rules, and nothing else."""
 
 import pytest
 

@@ -1,6 +1,7 @@
 """Tests of the quickstart and of the commands that the READMEs show, in a folder of their own.
 
-The quickstart starts the local cluster of its lane and leaves it running for later tests.
+The quickstart starts the local cluster of its lane (a worker process of pytest-xdist), and leaves it running for later
+tests.
 """
 
 import json
@@ -72,10 +73,10 @@ def first_output(project):
 
 @pytest.fixture(scope="module")
 def readme(project, first_output):
-    """Run the commands of cli/README.md in order, assert that each succeeds, and return their results by first word.
+    """Run the commands of cli/README.md in order, assert that each succeeds, and return the results by subcommand.
 
     `extended` is the result of `mhmoe resume --until`, `stopped` the JSON of `mhmoe status` after `mhmoe stop`, and
-    `evaluated` that of a second `mhmoe eval`.
+    `evaluated` the JSON of a second `mhmoe eval`.
     """
     block = re.search(r"```sh\n(.*?)```", (ROOT / "mhmoe_ray/cli/README.md").read_text(), re.S)[1]
     results = {}

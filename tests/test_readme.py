@@ -37,7 +37,7 @@ def test_readme_shows_the_plan_of_its_spec(tmp_path):
 
 
 def test_commands_of_the_readme_are_targets_of_the_makefile():
-    """The commands are `make test` and `make quickstart`; the tests of test_quickstart.py run what the latter runs."""
+    """The commands are not run here; test_quickstart.py tests the script that `make quickstart` runs."""
     makefile = (ROOT / "Makefile").read_text()
     for line in code_block("sh").splitlines():
         program, target = line.split("#")[0].split()

@@ -1,4 +1,4 @@
-"""Count the files and functions of ours that four walks through the code enter.
+"""Count the files and functions of this project that run in four tasks, which are called walks through the code.
 
     submit        `mhmoe submit SPEC --dry-run`, from the command line to the printed request
     step          one optimizer step of a small decoder on one rank
@@ -46,7 +46,7 @@ OWN_TREE = Path(__file__).resolve().parent.parent
 PACKAGE_FOLDERS = {"mhmoe_ray": Path(), "mhmoe_kernels": Path("kernels")}
 """Folder of the tree that holds each of our packages."""
 CLUSTER_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MHMOE_API_KEYS", "MHMOE_DEBUG", "MHMOE_STORAGE")
-"""Environment variables that would lead a walk elsewhere."""
+"""Environment variables that are removed, because they would make a walk enter other functions."""
 SETTLING_SECONDS = 0.5
 """Number of seconds without a call of a new function after which the other threads of a walk count as idle."""
 PROMPT = "the quick"
@@ -88,8 +88,10 @@ class Tree:
         self._definitions = self._parsed_definitions()
 
     def _parsed_definitions(self) -> dict[str, list[tuple[Path, list[str]]]]:
-        """Return the definitions of each top-level function and class by name: their file and parameters (none for a
-        class)."""
+        """Return the file and the parameters of each definition of a top-level function or class, by its name.
+
+        Classes have no parameters.
+        """
         definitions = defaultdict(list)
         for package in self.packages.values():
             for file in sorted(package.rglob("*.py")):

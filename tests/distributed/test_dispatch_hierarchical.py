@@ -1,5 +1,4 @@
-"""Tests of hierarchical dispatch between hypothetical nodes: its results, against all experts in one process, and its
-bytes."""
+"""Tests of the results of hierarchical dispatch between simulated nodes, and of the numbers of bytes that it sends."""
 
 import pytest
 import torch
@@ -50,16 +49,17 @@ CASES = {
 
 
 def dispatch_of(dispatch, nodes):
-    """Return the dispatch, "flat" or "hierarchical", of one group with a rank on each entry of `nodes`."""
+    """Return the "flat" or "hierarchical" dispatch of one expert-parallel group; `nodes` has the node of each rank."""
     spec = tiny_spec(cluster={"workers": len(nodes), "ep": len(nodes), "dispatch": dispatch}).cluster
     return build_dispatch(spec, build_mesh(spec, nodes, "cpu"))
 
 
 def results_of_rank():
-    """Return this rank's results of each layout and case: outputs and gradients, the same without gradients, bytes sent
-    by hierarchical and by flat dispatch, and the routes.
+    """Return this rank's results for each layout of nodes and each case.
 
-    The key "no grid" has the types of dispatch of three groups that lie within a node or unequally on nodes.
+    They are the outputs and gradients of hierarchical dispatch, its output when gradients are disabled, the bytes that
+    hierarchical and flat dispatch send, and the routes. The key "no grid" has the types of dispatch of three groups:
+    on one node, on two nodes with unequal numbers of ranks, and with ranks that are not in the order of nodes.
     """
     rank, results = dist.get_rank(), {}
     for layout, nodes in LAYOUTS.items():
@@ -140,7 +140,7 @@ def test_a_group_within_a_node_or_unequally_spread_stays_flat(ranks):
 
 
 def steps_of_rank():
-    """Return the names of this rank's steps of exchanges along the rail and of a shared expert, in order."""
+    """Return the order in which this rank starts and ends exchanges between nodes and computes a shared expert."""
     case, rank, steps = Case(ROWS), dist.get_rank(), []
     hierarchical = dispatch_of("hierarchical", LAYOUTS["4 nodes of 1"])
     experts, *problem = build_problem(case, range(rank * EXPERTS_PER_RANK, (rank + 1) * EXPERTS_PER_RANK), rank)
@@ -157,7 +157,7 @@ def steps_of_rank():
 
     def wait_and_record(pending, wait=PendingExchange.wait):
         result = wait(pending)
-        # The exchanges of a node with one rank have no work.
+        # An exchange within a node has no work to wait for here, because each node has one rank.
         if pending.work:
             steps.append("end")
         return result

@@ -13,7 +13,7 @@ LAYERS = 4
 
 
 class EventLog(TorchDispatchMode):
-    """Mode that appends the shape of each all-reduced tensor, and each gathering of weights, to a list of events."""
+    """Dispatch mode that appends the shape of each all-reduced tensor, and "gather" for each all-gather, to a list."""
 
     def __init__(self, events):
         super().__init__()
@@ -28,11 +28,13 @@ class EventLog(TorchDispatchMode):
 
 
 def record_events(connection, cluster, train):
-    """Train a step of two micro-batches as one of two ranks of a group that exchanges nothing, and send its events.
+    """Train a step of two micro-batches as rank 0 of a fake process group of two ranks, and send the step's events.
+
+    The events are forwards and backwards, all-gathers of weights and all-reduces of gradients, in order.
 
     Args:
-        connection: end of a pipe.
-        cluster, train: keys of the sections of the spec.
+        connection: end of a pipe, to which the list of events is sent.
+        cluster, train: keys that replace those of these sections of the spec.
     """
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     model = {**tiny_spec().model.model_dump(), "layers": LAYERS}
@@ -66,7 +68,7 @@ def events():
 
 
 def events_of_a_step(cluster, train):
-    """Return the events of `record_events` in a process of its own."""
+    """Run `record_events` in a new process, and return the events that it sends."""
     receiver, sender = FORKED.Pipe(duplex=False)
     process = FORKED.Process(target=record_events, args=(sender, cluster, train))
     process.start()
@@ -77,15 +79,17 @@ def events_of_a_step(cluster, train):
 
 
 def test_weights_of_a_block_are_gathered_before_the_block_before_it_computes(events):
-    """There is one gathering for each block, and one for what is outside blocks."""
+    """There is one all-gather for each block, and one for the weights outside blocks."""
     forward = events[: events.index("backward starts")]
     gathers_before = [forward[: forward.index(f"forward {layer}")].count("gather") for layer in range(LAYERS)]
     assert gathers_before == [min(layer + 3, LAYERS + 1) for layer in range(LAYERS)]
 
 
 def test_recomputed_blocks_are_gathered_once_in_a_backward():
-    """Each block has a group of what products read and one of norms and router. The final norm has one, too, and so has
-    what is outside blocks; these two are still gathered when the backward starts."""
+    """Each block has two groups of weights: those of matrix products, and those of norms and router.
+
+    The final norm and the weights outside blocks are two more groups, which are gathered when the backward starts.
+    """
     cluster, train = {"gather_precision": "bfloat16"}, {"precision": "bfloat16", "recompute": "block"}
     events = events_of_a_step(cluster, train)
     backward = events[events.index("backward starts") : events.index("backward ends")]

@@ -54,7 +54,7 @@ def test_bits_depend_only_on_the_position_in_the_full_tensor(start):
 
 
 def test_shards_are_updated_like_the_full_tensor(monkeypatch):
-    """Shards begin at any row, and pieces at any value."""
+    """A shard may begin at any row of the tensor, and the pieces that are updated at a time may begin at any value."""
     generator = torch.Generator().manual_seed(0)
     weight, *gradients = (torch.randn(10, 7, generator=generator) for _ in range(5))
     results = []

@@ -1,4 +1,4 @@
-"""Test of the timer of waits, with events that have times of their own in place of a GPU's."""
+"""Test of the timer of a GPU's waits, with fake events whose times are known in place of CUDA events."""
 
 import itertools
 
@@ -28,7 +28,7 @@ class Event:
 
 
 def test_a_sample_of_a_gpus_waits_stands_for_all(monkeypatch):
-    """Each measured wait takes a millisecond, and so do all the others."""
+    """Each measured wait takes a millisecond, and the timer's estimate for all waits assumes the same of the others."""
     monkeypatch.setattr(exchange, "_cuda_event", Event)
     timer = WaitTimer()
     for waits in (1, 40, 3 * GPU_WAITS_PER_SAMPLE):

@@ -14,5 +14,5 @@ request to a side with a name; its answers are the side's observations.
     differences.py  the first difference of two values
     site/           a `sitecustomize` that records from where processes import the project
 
-Nothing of the project is imported here, so its modules may have other names on either side.
+Nothing of the project is imported here, so a module of the project may have different names in the two trees.
 """

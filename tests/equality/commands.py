@@ -1,4 +1,4 @@
-"""Questions that need no cluster: help, plans, presets, files for clusters, and users' mistakes."""
+"""Questions to both compared trees without a Ray cluster: help, plans, presets, files for clusters, users' mistakes."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -47,7 +47,7 @@ PLANS: dict[str, list[str]] = {
     "p2": ["jobs/paper/p2.yaml"],
     "trillion on paper": ["jobs/scale/trillion.yaml", "--nodes", "128", "--gpus", "8"],
 }
-"""Arguments of `mhmoe plan` by name; the first is a file of the tree."""
+"""Arguments of `mhmoe plan`, by the name of the plan; the first argument is the path of a spec in the tree."""
 
 ON_SITE = {
     "cluster.shared_filesystem": "true",
@@ -99,7 +99,7 @@ def mistake(side: Side, normal: Normaliser, words: list[str]) -> dict[str, Any]:
 
 
 def _helps(side: Side, command: list[str]) -> Iterator[tuple[list[str], str]]:
-    """Yield a command and its help, and the same for each of its subcommands, which that help lists."""
+    """Yield a command and its help text, then the same for all of its subcommands, recursively."""
     text = side.text(*command, "--help")
     yield command, text
     _, _, command_table = text.partition("\nCommands:\n")
@@ -108,6 +108,6 @@ def _helps(side: Side, command: list[str]) -> Iterator[tuple[list[str], str]]:
 
 
 def _rendered_files(side: Side, normal: Normaliser, target_folder: str, *options: str) -> Any:
-    """Run `mhmoe cluster render` for the tree's site, and return its output and the files that it wrote, normalised."""
+    """Run `mhmoe cluster render` for the tree's cluster/site.yaml; return its output and written files, normalised."""
     output = side.text("cluster", "render", str(side.tree / "cluster" / "site.yaml"), "--into", target_folder, *options)
     return {"said": normal.text(output), **normal.value(reading.contents(side.project / target_folder))}

@@ -1,4 +1,4 @@
-"""Removal of what differs from call to call from values: times, process ids, names of runs, addresses."""
+"""Replacement of values that differ between two calls of a command: times, process ids, names of runs, addresses."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ CHANGING_KEYS = {
     *("tokens_per_s", "mean_tokens_per_s", "data_wait", "exchange_wait", "mfu"),
     # processes, nodes and clusters
     *("pid", "host", "node", "address", "dashboard", "replica", "stats", "system_fingerprint"),
-    # times of files
+    # a hash over the modification times of files
     "text_version",
 }
 """Keys of JSON objects whose values are left out."""
@@ -19,13 +19,13 @@ LEFT_OUT = "(left out)"
 
 
 class Normaliser:
-    """Replacement of what differs from call to call by placeholders, in texts and in JSON values."""
+    """Replacer that puts placeholders for values that differ between two calls of a command into texts and JSON."""
 
     def __init__(self, folder: Path) -> None:
-        """Compile the patterns of the parts that differ.
+        """Compile the patterns of the texts that are replaced.
 
         Args:
-            folder: The folder of a side, which is replaced by <side>.
+            folder: The folder of a side; its path is replaced by <side>.
         """
         self._patterns = [
             (re.compile(re.escape(str(folder))), "<side>"),
@@ -37,7 +37,7 @@ class Normaliser:
             (re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d(\.\d+)?)?"), "<time>"),
             # The module that a job runs may have another name in the tree of the other side.
             (re.compile(r"-m mhmoe\w+(\.\w+)+"), "-m <module>"),
-            # The module that Serve imports may have another name too, but the package must have the same.
+            # The module that Serve imports may have another name too, but the package must have the same name.
             (re.compile(r"\bmhmoe_ray(\.\w+)+:"), "<module>:"),
         ]
 

@@ -23,8 +23,8 @@ def digest(path: Path) -> str:
 def tensors(path: Path) -> dict[str, Any]:
     """Describe each tensor of a safetensors file, by its name: dtype, shape and the SHA-256 of its bytes.
 
-    `begins` is the offset of this slice in its whole tensor, or None if the file records none. Float tensors have their
-    norm too, which shows how far apart two of them are.
+    If a tensor is a slice of a sharded one, `begins` has the offset that the file records for the slice; else it is
+    None. Tensors with a dtype of `FLOATS` also have their norm, whose difference hints at how far apart two are.
     """
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")

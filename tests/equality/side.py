@@ -31,7 +31,7 @@ if __name__ == "__main__":
 
 
 class CommandError(Exception):
-    """Error of a command without whose result the comparison cannot go on."""
+    """Error that ends the comparison, such as the failure of a command whose result it needs."""
 
 
 class Answer(NamedTuple):
@@ -76,7 +76,7 @@ class Side:
         (self.folder / "bin" / "mhmoe").write_text(LAUNCHER.format(module=module, function=function))
 
     def _build_environment(self, level: str) -> dict[str, str]:
-        """Return the environment of commands: without the user's settings, and with the tree's packages first."""
+        """Return the environment of commands: without the user's settings, and with the side's tree on PYTHONPATH."""
         foreign_prefixes = ("RAY_", "MHMOE_", "PYTHON", "OMP_", "MKL_")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(foreign_prefixes)}
         packages = [path.parent for top in (self.tree, self.tree / "kernels") for path in top.glob("*/__init__.py")]
@@ -156,8 +156,8 @@ class Side:
         """Return one line for each import of the project that was not from this side's tree; none if all is well.
 
         Args:
-            parts: Texts of command lines. A line is added for each text that is in the command line of no process that
-                imported the project, since the check would have missed those processes.
+            parts: Substrings of command lines. There is also a line for each substring that is in no command line of a
+                process that imported the project, because the check must have missed such processes.
         """
         lines = [json.loads(line) for line in self.imports.read_text().splitlines()]
         foreign_imports = [f"{line['command']} imported {line['package']} from {line['origin']}" for line in lines]

@@ -1,4 +1,4 @@
-"""Text, models and specs that both sides get."""
+"""Texts, models and specs with which the comparison runs both trees."""
 
 import json
 import random
@@ -41,7 +41,7 @@ SPEC: dict[str, Any] = {
 }
 
 BEST_FIT = {"prepared": "prepared-best-fit", "packing": "best_fit", "tokenizer_model": "unigram"}
-"""Keys of the data section that differ in the second prepared folder."""
+"""Keys of the section `data` by which the spec of the second prepared folder differs from `SPEC`."""
 
 # `kernel` is never `auto`, because the choice of `auto` depends on the CPU and on the compilers of the machine.
 MODELS: dict[str, dict[str, Any]] = {
@@ -103,7 +103,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "cluster": {"workers": 2, "strategy": "ddp"},
     },
 }
-"""Keys of `SPEC` that each model replaces; a section, as `cluster`, replaces the whole section of `SPEC`."""
+"""Changes of `SPEC` for each model: new values by the paths of keys; a section such as `cluster` is replaced whole."""
 
 LETTERS = "aeiouäönrstlmdkbgß"
 
@@ -119,7 +119,7 @@ def run_name(model: str, precision: str) -> str:
 
 
 def write_project(folder: Path, models: list[str]) -> None:
-    """Write raw text, two specs and a sweep of these models at all precisions into a folder; the same every time."""
+    """Write raw text, two specs and a sweep of these models at all precisions into a folder, always the same files."""
     draw = random.Random(1)
     vocabulary = ["".join(draw.choices(LETTERS, k=draw.randint(2, 9))) for _ in range(150)]
     for name, count in (("a", 60), ("b", 25), ("c", 40)):

@@ -1,4 +1,4 @@
-"""All questions to a side, in order."""
+"""All questions (commands and HTTP requests) that the comparison asks one of its two sides, in order."""
 
 import json
 import urllib.error
@@ -24,13 +24,13 @@ PROMPTS = ("a", "der mond", "1 2 3 ä")
 
 
 def walk(side: Side, models: list[str], port: int, say: Callable[[str], None]) -> Observations:
-    """Run everything that is compared on a side, from preparing text to serving, and return the observations.
+    """Ask a side all questions, from preparing text to serving, and return its answers, the observations.
 
     Args:
         side: The side, whose project folder is empty.
         models: The names of the models to train, in `specs.MODELS`.
         port: The port that models are served at.
-        say: Function that is called with a line of progress before each part.
+        say: Function that is called with a line of progress before each stage, such as training.
 
     Raises:
         CommandError: A command failed that must succeed.
@@ -65,7 +65,7 @@ def _answers(questions: Iterable[Question]) -> Observations:
 
 
 def _preparations(side: Side, normal: Normaliser) -> Iterator[Question]:
-    """Yield the questions that prepare text, and those about raw and prepared text."""
+    """Yield the questions about raw and prepared text, of which the first ones prepare the text."""
     for file, folder in (("spec.yaml", "prepared"), ("best-fit.yaml", specs.BEST_FIT["prepared"])):
 
         def prepared(file: str = file, folder: str = folder) -> Any:

@@ -1,4 +1,4 @@
-"""Tests of the figures on the use of experts, against cases with known answers."""
+"""Tests of the statistics on a model's use of its experts, against cases with known answers."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_sum_counts_takes_any_number_of_texts():
 
 
 def test_sum_counts_takes_texts_of_tasks_with_different_k():
-    """Tasks of a vision model may choose two and three experts, so their histograms have different lengths."""
+    """One task of a vision model may choose two experts and another three, so their histograms differ in length."""
     narrow, wide = make_counts([10, 0, 10, 0]), make_counts([30, 30, 0, 0])
     narrow = narrow.model_copy(update={"tokens": 10, "distinct": [[0, 4, 6]]})
     wide = wide.model_copy(update={"tokens": 20, "distinct": [[0, 5, 10, 5]]})

@@ -29,7 +29,7 @@ REFERENCES = [
 
 
 def test_cider_is_that_of_the_reference_implementation():
-    """The figure is what pycocoevalcap 1.2 computes for these captions."""
+    """The expected score is the one that pycocoevalcap 1.2 computes for these captions."""
     split_references = [[words(reference) for reference in group] for group in REFERENCES]
     assert cider_d([words(caption) for caption in CAPTIONS], split_references) == pytest.approx(3.774352137965027)
 
@@ -62,7 +62,7 @@ def test_words_are_lower_case_and_single_characters_where_no_spaces_divide_them(
 
 
 def test_a_caption_has_the_most_probable_token_at_each_position():
-    """The loss of the written caption, in one pass over the whole of it, is the smallest that any token has there."""
+    """Each token of the caption has the largest logit at its position, in one pass over the whole caption."""
     spec = encoder_spec(model__encoder__d_match=None, data__parts=CAPTION_DATA["parts"])
     model = build_model(spec.model)
     init_weights(model, 1)

@@ -26,7 +26,8 @@ def test_continuations_ask_about_held_out_documents(tmp_path, monkeypatch):
     # passage before it.
     texts = [" ".join(generator.choices(WORDS, k=length)) for length in [300] * 30 + [20] * 10 + [50] * 10]
     write_documents(tmp_path / "raw/a/one.jsonl", texts)
-    # All documents of this domain are copies of one text, so they give a single piece. A question needs four.
+    # All documents of this domain are copies of one text, so they give a single piece. A question needs four
+    # different pieces.
     write_documents(tmp_path / "raw/b/one.jsonl", [t for t in texts[:30] if is_validation(t, FRACTION)][:1] * 20)
     run = create_run(tiny_spec(tmp_path, data={"validation_fraction": FRACTION}))
     add_attempt(run, Attempt("job-1", "http://127.0.0.1:9", local=True))

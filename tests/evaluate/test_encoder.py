@@ -1,4 +1,4 @@
-"""Tests of the evaluation of encoders: the pairs that are read, and the value of the image."""
+"""Tests of the evaluation of encoders: the pairs that are read, and how much an image helps to predict its caption."""
 
 import json
 
@@ -30,7 +30,7 @@ def caption(*tokens):
 
 
 def make_pairs(image_of, caption_of):
-    """Return pairs by the numbers of their images and captions."""
+    """Return pairs of an image and a caption; equal numbers stand for equal images or equal captions."""
     images = [encode_image(np.full((16, 16, 3), 20 * number, np.uint8)) for number in range(max(image_of) + 1)]
     tokens = np.stack([caption(*range(1, 5), 10 + number) for number in caption_of])
     return Pairs("web/all", tokens, [images[number] for number in image_of], [None] * len(image_of))

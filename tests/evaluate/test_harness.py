@@ -1,4 +1,4 @@
-"""Tests of lm-eval on exported checkpoints, on tasks of these tests."""
+"""Tests of lm-eval on exported checkpoints, with small tasks that this module defines."""
 
 import json
 
@@ -67,7 +67,7 @@ def _offline(monkeypatch, tmp_path):
 
 
 def write_task(folder, text, questions):
-    """Write a task with questions into a folder, and return the folder."""
+    """Write a task of lm-eval from the template `text` and its questions into a folder, and return the folder."""
     data_path = folder / "questions.jsonl"
     data_path.write_text("".join(json.dumps(question) + "\n" for question in questions))
     (folder / "task.yaml").write_text(text.format(data=data_path))
@@ -108,9 +108,9 @@ def test_lm_eval_chooses_as_the_model_does(run, tmp_path):
     answerer.engine.close()
 
 
-@pytest.mark.slow  # the quick test of lm-eval is that of choices; it does not generate
+@pytest.mark.slow  # the quick test of lm-eval is the one above, with multiple choice
 def test_generated_text_is_that_of_the_engine(run, tmp_path):
-    """The target of two questions is the text that our engine generates, so that exactly these are right."""
+    """The targets of two of three questions are the texts that our engine generates, so two answers count as right."""
     answerer = load_answerer(newest_checkpoint(run[0], ("weights",))[0], ServeSpec())
     questions = []
     for question in QUESTIONS:

@@ -15,7 +15,10 @@ GENERATOR = np.random.default_rng(0)
 
 
 def mixture_token_by_token(losses_TE, prior_E):
-    """Return the loss of a sample and the posterior after it, with a weighted mean of the predictions of each token."""
+    """Return a sample's loss under a mixture that averages the experts' probabilities of each token, and the posterior.
+
+    The weights of a token's average are the experts' posterior probabilities after the tokens before it.
+    """
     weight_E, loss = np.array(prior_E), 0.0
     for loss_E in losses_TE:
         probability_E = np.exp(-loss_E)
@@ -25,7 +28,7 @@ def mixture_token_by_token(losses_TE, prior_E):
 
 
 def expected_losses(losses_NTE, prior):
-    """Compute the mixture by its definition: posteriors of tokens, and priors from posteriors of whole samples."""
+    """Return the mixture's loss of each sample by its definition, token by token, for the kind of prior `prior`."""
     samples, _, experts = losses_NTE.shape
     uniform_E = np.full(experts, 1 / experts)
     if prior == "uniform":
@@ -91,7 +94,7 @@ def test_a_known_domain_is_computed_by_its_expert_and_an_unknown_one_by_all():
         logits = model(tokens[:, :-1], domain_B=torch.full((7,), expert)).logits_BTV
         expert_losses.append((token_losses(logits, tokens[:, 1:]) * mask).sum(1).double())
     losses_NE = torch.stack(expert_losses, 1).detach().numpy()
-    # The mean of the experts' probabilities of each sample, computed from its losses.
+    # With a uniform prior, a sample's probability is the mean of the probabilities that the experts give it.
     expected = (np.log(3) - np.logaddexp.reduce(-losses_NE, axis=1)).sum()
     assert mixture.nats == pytest.approx(expected, rel=1e-5)
     assert (mixture.tokens, mixture.text_bytes) == (6 * 12 + 5, 6 * 12 + 5)

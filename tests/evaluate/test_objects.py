@@ -21,7 +21,7 @@ TRUTH = [
 
 
 def detection_of(annotation, names=NAMES, shift=0.0, score=0.9):
-    """Return the objects of an annotation as detections, shifted to the right."""
+    """Return the objects of an annotation as detections, with their boxes shifted to the right by `shift` pixels."""
     masks = [i.mask.encode() for i in annotation.instances]
     boxes = np.array([i.box for i in annotation.instances]) + np.array([shift, 0, shift, 0])
     classes = np.array([names.index(i.class_name) for i in annotation.instances])
@@ -38,7 +38,7 @@ def test_the_truth_has_a_precision_of_one():
 
 
 def test_overlaps_classes_and_misses_lower_the_precision():
-    # Shifts by a fifth of the smallest side leave overlaps of 2 / 3 and more.
+    # Shifts by a fifth of the smallest object's side leave an intersection over union of at least 2 / 3.
     shifted = precision([detection_of(annotation, shift=3.2) for annotation in TRUTH])
     assert (shifted.box_ap50, shifted.mask_ap50) == pytest.approx((1, 1))
     assert shifted.box_ap75 == pytest.approx(1 / 3)
@@ -78,7 +78,7 @@ def test_nothing_detected_has_a_precision_of_zero():
 
 
 def test_a_detection_is_scaled_to_the_pixels_of_the_stored_image():
-    """An image of 64 x 48 pixels lies in the upper three quarters of a square of 32 pixels."""
+    """The model reads an image of 64 x 48 pixels in the upper three quarters of a square of 32 x 32 pixels."""
     fit = Fit.of_image(64, 48, 32)
     mask = torch.zeros(32, 32)
     mask[4:12, 6:20] = 1
@@ -91,7 +91,7 @@ def test_a_detection_is_scaled_to_the_pixels_of_the_stored_image():
     assert np.array_equal(stored_probabilities(mask.numpy(), 64, 48, fit) >= 0.5, expected)
     mask_YX = decode_mask(stored.masks[0].decode(), 64, 48)
     assert mask_YX[expected].all()
-    # torchvision rounds the edges of a mask to pixels of the square, of which each has two of the image.
+    # torchvision rounds the edges of a mask to pixels of the square, each of which is two image pixels wide.
     expected[6:26, 10:42] = True
     assert not mask_YX[~expected].any()
     outside = Detection(

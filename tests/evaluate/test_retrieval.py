@@ -1,4 +1,4 @@
-"""Tests of retrieval and of its baseline, the nearest images of the training."""
+"""Tests of retrieval between images and captions, and of its baseline, the nearest images of the training data."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_an_image_is_found_at_the_rank_of_its_best_caption():
     fits = np.array([[False, True, True], [False, True, False], [False, False, True]])
     result = recall(scores, fits)
     assert (result.at_1, result.at_5) == (pytest.approx(1 / 3), 1)
-    # Without any evidence, a wrong candidate comes first.
+    # If all scores are equal, wrong candidates come before the right one.
     assert recall(np.zeros((3, 3)), np.eye(3, dtype=bool)).at_1 == 0
 
 
@@ -50,7 +50,7 @@ def test_equal_images_and_equal_captions_count_once():
 
 
 def test_a_caption_is_as_near_as_the_nearest_image_of_the_training_with_it():
-    """The result equals that of the definition, computed image by image."""
+    """The scores equal those that follow from the definition, computed for one training image at a time."""
     rng = np.random.default_rng(0)
     training = [encode_image(rng.integers(0, 256, (20, 16, 3), np.uint8)) for _ in range(12)]
     training_tokens = np.stack([caption(1 + number % 5) for number in range(12)])
@@ -78,9 +78,9 @@ def test_equal_blocks_of_scores_give_the_same_scores(monkeypatch):
 
 
 def test_neighbours_are_an_evenly_spaced_selection_of_the_different_training_images(tmp_path, monkeypatch):
-    """Rows with the same image are compared once, and rows whose image is left out never."""
+    """Training rows that share an image count as one image, and rows whose image is not selected are not compared."""
     # Each image has two captions, and the last one of a shard comes again in the next shard.
-    # No image is as near to one image as to another, because rounding would then decide which of them is nearer.
+    # No image has the same distance to two others, because rounding would then decide which of the two is nearer.
     greys = [flat_image(*[4 * number**2] * 3) for number in range(8)]
     shards = [[0, 0, 1, 1, 2, 2], [2, 3, 3, 4, 4], [5, 5, 6, 6, 7, 7]]
     readers = []
@@ -130,7 +130,7 @@ def test_the_baseline_names_images_that_look_like_those_of_the_training():
 
 
 def test_similarities_are_the_cosines_of_the_matching_objective():
-    """The loss of a contrastive part of the same pairs follows from them."""
+    """The loss of the contrastive objective for the same pairs follows from the similarities."""
     spec = encoder_spec(model__vocab_size=300)
     model = build_model(spec.model)
     init_weights(model, 0)

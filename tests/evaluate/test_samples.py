@@ -62,7 +62,7 @@ def read_chat_samples(folder, seq_len, *, is_packed, max_samples):
 
 
 def test_packed_conversations_have_the_score_of_single_ones(tmp_path):
-    """A model with document masks reads them packed, one without reads each alone; the answers score alike."""
+    """A model with document masks has the same loss on packed conversations as one without has on single ones."""
     [packed], [single] = (make_chat_samples(tmp_path, 12, 160, is_packed=is_packed) for is_packed in (True, False))
     assert len(packed.tokens) < len(single.tokens) == 12
     assert packed.domain == "web/a"
@@ -90,7 +90,7 @@ def test_conversation_samples_are_limited_and_cut(tmp_path):
 
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_samples_without_an_answer_do_not_count(tmp_path, is_packed):
-    """The first pieces of a conversation with a long prompt have no answer."""
+    """A prompt that is longer than a sample fills the first samples of its conversation, which thus have no answer."""
     prompt = [{"role": "user", "content": "fox " * 60}]
     write_lines(tmp_path / "a/one.jsonl", [chat_line([*prompt, {"role": "assistant", "content": "dog"}])] * 2)
     [samples] = read_chat_samples(tmp_path, 48, is_packed=is_packed, max_samples=9)

@@ -25,7 +25,7 @@ def run(tmp_path_factory):
 
 
 def evaluate(run, sources):
-    """Evaluate a run on sources, and return the figures."""
+    """Evaluate the only checkpoint of a run on raw images of `sources`, and return the scores of its tasks."""
     request = EvalRequest(
         run=str(run.path),
         checkpoint="",

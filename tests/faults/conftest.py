@@ -35,7 +35,7 @@ def project(tmp_path_factory, local_cluster) -> Path:
 
 @pytest.fixture(scope="session")
 def reference(project) -> RunDir:
-    """Train a run of 120 steps without Ray and faults, and return it; it has its metrics and its last checkpoint."""
+    """Train a run of 120 steps without Ray and without faults; return it with its metrics and its last checkpoint."""
     harness.write_random_spec(project, train={"steps": 120})
     spec = load_resolved_spec(project / "spec.yaml")
     if not spec.data.prepared.exists():

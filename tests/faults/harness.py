@@ -1,7 +1,7 @@
 """Faults for runs while they train, and the check that a disturbed run equals an undisturbed one.
 
-All comparisons are exact. On CPUs, the same number of workers computes the same bits of a step again: exchanges add in
-a fixed order, and random draws depend only on the step.
+All comparisons are exact. On CPUs, a step that is repeated with the same number of workers gives the same bits:
+collectives add in a fixed order, and random draws depend only on the step.
 """
 
 import json
@@ -28,8 +28,8 @@ EXACT_METRICS = (metrics.LOSS, metrics.GRAD_NORM, metrics.BALANCE, metrics.TOKEN
 def write_random_spec(folder: Path, **sections: dict[str, Any]) -> None:
     """Write a spec with random draws, dropout and router jitter, and with document masks, to `folder`/spec.yaml.
 
-    Its runs have 2 workers, save a checkpoint every 5 steps and tolerate 1000 failures. `sections` replaces keys, as a
-    mapping for each section.
+    Its runs have 2 workers, save a checkpoint every 5 steps and tolerate 1000 failures. `sections` has keys that
+    replace these, as a mapping for each section of the spec.
     """
     moe = tiny_spec().model.model_dump()["moe"] | {"jitter": 0.1}
     defaults: dict[str, dict[str, Any]] = {
@@ -68,7 +68,7 @@ def kill(pid: int, signal_number: signal.Signals = signal.SIGKILL) -> bool:
 
 
 def stop_during_checkpoint(run: RunDir, pid: int) -> Location | None:
-    """If the run is writing a checkpoint now, suspend a process of it by SIGSTOP, and return that checkpoint.
+    """Suspend the process `pid` of a run by SIGSTOP if the run is writing a checkpoint, and return that checkpoint.
 
     Otherwise the process continues, and None is returned. A checkpoint is being written while it has no manifest.
     """
@@ -118,7 +118,7 @@ def soak(folder: Path, run: RunDir, kills: int, seed: int) -> None:
     Args:
         folder: The project folder.
         run: The run, which must not end before the last kill.
-        kills: The number of times.
+        kills: The number of kills.
         seed: The seed of the random choices.
     """
     rng = random.Random(seed)

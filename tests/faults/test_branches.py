@@ -1,4 +1,4 @@
-"""Tests of runs that are trained longer, and of runs that start from others, with kills, on a real Ray."""
+"""Tests on a real Ray cluster, with kills, of runs that are trained longer and of runs that start from another run."""
 
 import json
 import signal
@@ -107,7 +107,10 @@ def test_a_killed_branch_with_a_new_source_equals_an_undisturbed_one(folder, bas
 
 
 def assert_first_loss_is_that_of_the_start(run: RunDir) -> None:
-    """Assert that the loss of the first step is that of the source's checkpoint on the same samples."""
+    """Assert that a branch's first loss is that of the checkpoint it starts from, on the same samples.
+
+    Its last checkpoint must also count the updates of the run that it starts from.
+    """
     spec, start = run.spec(), read_start(run)
     samples = TrainingSamples(spec, start.samples_before)
     stored = samples.read(np.arange(spec.samples_per_step))
@@ -121,7 +124,7 @@ def assert_first_loss_is_that_of_the_start(run: RunDir) -> None:
 
 
 def assert_old_domain_continues(run: RunDir, base: RunDir) -> None:
-    """Assert that run and branch together read the old domain as the run alone would have."""
+    """Assert that `base` and its branch `run` together read the old domain's samples that `base` alone would read."""
     spec = run.spec()
     samples = TrainingSamples(spec, read_start(run).samples_before)
     located = [samples.locate_sample(i) for i in range(spec.train.steps * spec.samples_per_step)]
@@ -134,7 +137,7 @@ def assert_old_domain_continues(run: RunDir, base: RunDir) -> None:
     assert {domain for domain, _ in located} == {"web/a", "more/b"}
 
 
-@pytest.mark.slow  # the killed branch has prepared its data
+@pytest.mark.slow  # uses the data that the slow test of the killed branch prepares
 def test_a_branch_that_cannot_be_continued_is_refused_before_it_is_submitted(folder, base):
     branch_spec(folder, base, seed=1)
     assert_one_line(mhmoe(folder, "submit", "spec.yaml", "--detach"), 3, f"seed is 1, and that of {base.id}")

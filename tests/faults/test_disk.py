@@ -37,7 +37,7 @@ def disk(tmp_path):
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """Make a folder read-only during the block, as a failing disk becomes."""
+    """Make a folder read-only during the block, as if its disk were failing."""
     # Linux does not remount a file system read-only while files on it are open for writing. Therefore the folder is
     # bound over itself: this mount has no open files, so it can become read-only.
     subprocess.run(["mount", "--bind", folder, folder], check=True)

@@ -123,7 +123,7 @@ def placement_group_count() -> int:
 
 @pytest.mark.slow
 def test_a_controller_that_dies_ends_its_job_and_releases_its_resources(project, reference):
-    """Our runs disable the process of Ray Train that would release them if the controller dies."""
+    """Our runs do without the process by which Ray Train releases the resources of a controller that has died."""
     run = started_run(project)
     ranks = [worker["pid"] for worker in harness.workers_of_start(run, 1)]
     assert placement_group_count() == 1

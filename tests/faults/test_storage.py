@@ -70,7 +70,7 @@ class InterruptibleProxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close_for(self, seconds: float) -> None:
-        """End all connections and end new ones at once, for some seconds; return when the proxy works again."""
+        """Close all connections, and for `seconds` also each new one at once; return when the proxy works again."""
         self._open = False
         for connection in self._connections:
             with suppress(OSError):

@@ -1,6 +1,7 @@
-"""Training, serving and measuring on a GPU, beside a CPU. Without a GPU, the same tests compare a CPU with itself.
+"""Tests of training, serving and measuring on a GPU; losses and answers are compared with those of a CPU.
 
-They need neither Ray nor an installation: `make test-gpu` runs them on a machine where nothing can be installed.
+The tests also run on the CPU, and only there if there is no GPU. They need neither Ray nor an installation of this
+project: `make test-gpu` runs them on a machine where nothing can be installed.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Tests of `grouped` against `reference`, and of `reference` against the formula."""
+"""Tests of kernel `grouped` against kernel `reference`, and of `reference` against the formula of SwiGLU experts."""
 
 import importlib
 
@@ -48,8 +48,11 @@ def test_reference_computes_formula():
 def test_grouped_matches_reference_with_empty_experts(
     seed, n, e, data, dtype, function, recompute, piece, steps, cached
 ):
-    """Outputs and gradients match for any share of recomputed rows, and for any sizes of pieces, windows and cached
-    blocks."""
+    """Outputs and gradients match for any share of recomputed rows.
+
+    They also match for any size of the pieces into which an expert's rows are split, of the windows on which pieces are
+    computed, and of the blocks that are to stay in the cache.
+    """
     n_used = data.draw(st.integers(1, e), label="experts with rows")
     k = data.draw(st.integers(1, n_used), label="k")
     *routes, weights = make_problem(seed, n, d=8, f=6, e=e, k=k, dtype=dtype, n_used=n_used, function=function)
@@ -69,8 +72,10 @@ def test_grouped_matches_reference_with_empty_experts(
     rounded=st.booleans(), row_bytes=st.sampled_from([0, 1, 5000, 10**8]),
 )  # fmt: skip
 def test_pieces_cover_rows_of_each_expert_in_order(counts, recompute, rounded, row_bytes):
-    """The pieces also recompute the given share of all rows, respect the limits of rows and of cache bytes, and have
-    windows within all rows."""
+    """The pieces also recompute the given share of all rows, and respect the limits of rows and of cache bytes.
+
+    The window of a piece, which may have rows after the piece, does not reach past the last row.
+    """
     pieces, total = (
         grouped_pieces.split_into_pieces(counts, recompute, round_windows=rounded, row_bytes=row_bytes),
         sum(counts),

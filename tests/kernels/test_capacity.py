@@ -1,4 +1,4 @@
-"""Tests of kernel `capacity`, GShard's static routing with masks, against other kernels without the dropped routes."""
+"""Tests of kernel `capacity` (GShard's static routing by masks) against kernels with gates of 0 for dropped routes."""
 
 import pytest
 import torch

@@ -211,7 +211,7 @@ def test_compiler_failure_is_reported_in_one_line(tmp_path):
 
 @runs_here
 def test_unloadable_library_makes_kernel_unavailable(tmp_path):
-    """Examples are a cache without permission to execute, and a cache of a machine with another C library."""
+    """A library may fail to load because its folder is mounted noexec or because it was built for another C library."""
     assert printed_reason(start_process(tmp_path)) == "None"
     [library] = (tmp_path / "mhmoe").iterdir()
     library.unlink()

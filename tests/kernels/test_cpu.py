@@ -22,7 +22,7 @@ pytestmark = pytest.mark.cpu
 def machine(monkeypatch):
     """Yield a function that simulates a machine with the given instructions, with or without usable AMX.
 
-    No variable lowers the level of that machine.
+    The environment variable that lowers the CPU level is not set.
     """
 
     def set_machine(*instructions, amx=True, architecture="x86_64", capability="AVX512"):

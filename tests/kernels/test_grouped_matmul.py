@@ -1,4 +1,4 @@
-"""Tests of experts over a grouped GEMM against the same experts in a loop."""
+"""Tests of experts that a grouped GEMM computes, against the same experts computed one after another."""
 
 import pytest
 import torch

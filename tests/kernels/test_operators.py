@@ -1,4 +1,4 @@
-"""Tests of the operators of kernels `grouped` and `cpp`: their fake results are like the real ones."""
+"""Tests of custom operators of kernels `grouped` and `cpp`: results on fake tensors have the shapes of real ones."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ STEPS = ("forward", "backward")
 
 
 class CheckOperators(TorchDispatchMode):
-    """Mode that checks each call of an operator of ours by torch's own check."""
+    """Dispatch mode that checks each call of an operator of this project by `torch.library.opcheck`."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Tests of `padded` against `reference`, and of a row's independence of all other rows."""
+"""Tests of kernel `padded` against kernel `reference`, and of a row's independence of all other rows."""
 
 import pytest
 import torch

@@ -18,7 +18,7 @@ from mhmoe_ray.model.loss import Targets
 from mhmoe_ray.model.trunk import routing_loss
 from mhmoe_ray.spec import ModelSpec
 
-# Tracing gives rise to warnings inside torch, which must not be errors there.
+# Tracing gives rise to warnings inside torch, which pytest would turn into errors.
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.long]
 
 MODEL = {"vocab_size": 97, "d_model": 32, "layers": 3, "attention_heads": 4}
@@ -39,7 +39,7 @@ MODELS = {
 }
 
 ALWAYS = {"h-2", "gelu", "static", "sigmoid", "shared"}
-"""Models of the tests that are not slow."""
+"""Names in `MODELS` of the models whose test is not marked as slow."""
 
 
 def losses_and_gradients(spec, dtype, recompute, backend=None):
@@ -54,7 +54,8 @@ def losses_and_gradients(spec, dtype, recompute, backend=None):
     targets = Targets(token_BT[:, 1:], torch.ones(2, 12, dtype=torch.bool))
     document_BT = document_indices(token_BT[:, :-1] < 20) if spec.document_masks else None
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        # A training step casts weights before its first micro-batch. Unlike parameters, the casts may be of any size.
+        # A training step casts weights before its first micro-batch. By default torch.compile assumes static sizes for
+        # parameters, but not for their casts.
         for layer in (module for module in model.modules() if isinstance(module, CastingModule)):
             layer.step_casts = layer.cast_weights()
         output = model(token_BT[:, :-1], document_BT=document_BT, targets=targets)
@@ -97,7 +98,7 @@ def test_blocks_are_one_graph_in_bfloat16_and_recomputed(compilations, recompute
 
 
 def test_models_of_several_sizes_are_compiled_without_a_break(compilations):
-    """For a second model, torch would compile code for any size, which cannot choose a kernel."""
+    """Code for any sizes, which torch by default compiles for a second model, cannot choose a kernel by the sizes."""
     for number, heads in enumerate((1, 2, 4), start=1):
         spec = ModelSpec.model_validate({**MODEL, "moe": {**MOE, "heads": heads, "d_expert": 12 * heads}})
         losses_and_gradients(spec, torch.bfloat16, "none", "aot_eager")
@@ -114,7 +115,7 @@ def test_dense_blocks_and_blocks_with_experts_are_two_graphs(compilations):
 
 
 def attend_by_offsets(q_BHTC, k_BHTC, v_BHTC, offset_N1):
-    """Stand-in for the kernel of documents, which needs a GPU: attention with the mask that the offsets describe."""
+    """Compute attention with the mask that the offsets describe, in place of the variable-length kernel of GPUs."""
     B, _, T, _ = q_BHTC.shape
     document_BT = torch.searchsorted(offset_N1, torch.arange(B * T, dtype=torch.int32), right=True).view(B, T)
     mask_B1TT = document_mask(document_BT, q_BHTC.dtype)

@@ -111,7 +111,7 @@ def test_a_sequence_begins_a_document_also_without_a_start_token():
 
 @pytest.mark.parametrize("with_offsets", [False, True])
 def test_attention_within_documents_runs_on_fake_cuda_tensors(monkeypatch, with_offsets):
-    """Grouped queries with a mask or with offsets ask the host for nothing."""
+    """Attention with grouped queries, and with a mask or offsets, reads no tensor's values on the host."""
     # A CPU build of torch cannot fill fake tensors of this device with random numbers, or move them there.
     monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda self: None)
     spec = build_decoder(1, kv_heads=2, document_masks=True).spec

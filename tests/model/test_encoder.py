@@ -29,7 +29,7 @@ def build_encoder(spec):
 
 
 def losses(model, batch):
-    """Return the values of each loss, of each target."""
+    """Return one tensor for each loss of the model, with the loss of each of its targets in the batch."""
     with torch.no_grad():
         return [loss.value_I for loss in model(batch).losses]
 
@@ -66,7 +66,7 @@ def test_counts_of_parameters_are_those_of_the_model(moe, experts, routers, targ
 
 @pytest.mark.parametrize("routers", ["shared", "per_modality"])
 def test_samples_do_not_influence_each_other(routers):
-    """Each sample of a masked part has the same losses by itself as in a micro-batch of all parts."""
+    """Each sample of a part with hidden tokens or patches has the same losses alone as in a whole micro-batch."""
     spec = encoder_spec(model__encoder__routers=routers)
     model, maker = build_encoder(spec), BatchMaker(spec.model, torch.device("cpu"))
     batch_losses = dict(zip(spec.loss_names, losses(model, encoder_batch(spec)), strict=True))
@@ -90,7 +90,7 @@ def test_padding_has_no_influence(experts):
 
 
 def test_halves_of_a_pair_influence_each_other():
-    """A pair's tokens depend on its image and its patches on its text; a text without an image has no such input."""
+    """A pair's text losses depend on its image, and vice versa; texts and images that are no pairs are independent."""
     spec = encoder_spec()
     model, batch = build_encoder(spec), encoder_batch(spec)
     changed_image = batch._replace(image_NYXC=255 - batch.image_NYXC)
@@ -107,7 +107,10 @@ def test_halves_of_a_pair_influence_each_other():
 
 
 def caption_batch(change_image=False, changed_position=None):
-    """Return an encoder and a micro-batch of one caption of five tokens, and change its image or one of its tokens."""
+    """Return an encoder and a micro-batch of one image with a caption of five tokens.
+
+    The image is changed if `change_image` is true, and so is the input token at `changed_position`, if that is given.
+    """
     spec = encoder_spec(model__encoder__d_match=None, data__parts=CAPTION_DATA["parts"])
     part = spec.parts[-1]._replace(samples=1)
     samples = part_samples(spec, part, 0)
@@ -139,7 +142,7 @@ def test_tokens_of_captions_see_their_image_and_earlier_tokens_alone():
 
 
 def test_images_of_captions_do_not_see_their_text():
-    """Otherwise the image would tell a token what follows it. Two blocks are needed for that way round."""
+    """Otherwise a token could read later tokens by way of the image in two blocks: token to image, image to token."""
     model, batch = caption_batch()
     output = {}
     model.image_norm.register_forward_hook(lambda module, inputs, result: output.update(image=result))
@@ -170,7 +173,7 @@ def test_patches_are_squares_in_reading_order():
 
 
 def test_a_router_by_modality_has_weights_for_each():
-    """A change of the text router changes the routes of texts, and none of images alone."""
+    """A change of the text router changes the losses of texts, but not those of images without a text."""
     spec = encoder_spec(model__encoder__routers="per_modality")
     model, batch = build_encoder(spec), encoder_batch(spec)
     first_losses = dict(zip(spec.loss_names, losses(model, batch), strict=True))

@@ -35,7 +35,7 @@ def test_another_seed_gives_other_weights_and_no_two_experts_are_equal():
 
 
 def test_head_and_merge_projections_have_the_authors_initial_weights():
-    """Weights are Xavier uniform, divided by sqrt 2 for the head; the bias of the merge is 0."""
+    """Weights are Xavier uniform, divided by sqrt 2 for the head projection; the merge projection's bias is 0."""
     w = initial_weights()
     bound = math.sqrt(6 / 64)  # the bound of Xavier's initialization for 32 x 32
     assert 0.95 * bound < w["blocks.1.moe.merge.weight"].abs().max() <= bound
@@ -46,7 +46,7 @@ def test_head_and_merge_projections_have_the_authors_initial_weights():
 
 @pytest.mark.parametrize("projection_layers", [1, 3])
 def test_projections_of_wide_sub_tokens_have_the_bounds_of_their_shapes(projection_layers):
-    """Xavier's bound depends on both sides of a matrix, and that of a bias on the fan-in of its layer."""
+    """Xavier's bound depends on both dimensions of a matrix, and the bound of a bias on the fan-in of its layer."""
     d, joined = 64, 3 * 50
     moe = MoESpec(heads=3, d_sub_token=50, experts=2, top_k=1, d_expert=4, every=1, projection_layers=projection_layers)
     model = Decoder(ModelSpec(vocab_size=5, d_model=d, layers=1, attention_heads=1, moe=moe))
@@ -65,10 +65,10 @@ def test_projections_of_wide_sub_tokens_have_the_bounds_of_their_shapes(projecti
 @pytest.mark.parametrize("backbone", ["llama", "subln"])
 @pytest.mark.parametrize("router", list(SCORES_BY_ROUTER))
 def test_every_weight_starts_within_its_bound(backbone, router):
-    """Weights start as in nn.Linear (+-fan_in^-0.5), except for the projections. subln multiplies some of them by
-    sqrt(ln 2L).
+    """Weights start as in nn.Linear (+-fan_in^-0.5), except for head and merge projections, which are Xavier uniform.
 
-    Embedding and output are normal and have no bound, so their deviation is checked. Norms start as the identity.
+    Backbone subln multiplies some weights by sqrt(ln 2L). Embedding and output are normal and have no bound, so their
+    standard deviation is checked. Norms start as the identity.
     """
     moe = MoESpec(heads=2, experts=48, top_k=1, d_expert=100, router=router, projection_layers=2)
     sizes = {"vocab_size": 500, "d_model": 64, "layers": 4, "attention_heads": 4, "d_ff": 90, "moe": moe}
@@ -114,7 +114,7 @@ def test_every_weight_starts_within_its_bound(backbone, router):
 
 
 def test_norms_and_heads_of_vision_models_start_alike_whatever_their_names():
-    """The norms of the head of masks have only numbers as names, and names of tasks may be any words."""
+    """The norms of the mask head have only numbers as names, and a task may have a name such as "embedding"."""
     tree = vision_spec().model.vision.model_dump()["tasks"]
     tasks = {"normal": tree["classify"], "embedding": tree["detect"]}
     parts = {"normal": {"sources": ["drawings"], "micro_batch_size": 3}}
@@ -126,5 +126,5 @@ def test_norms_and_heads_of_vision_models_start_alike_whatever_their_names():
     heads = [p for name, p in model.named_parameters() if "task_normal" in name and p.dim() > 1]
     assert len(heads) == 4
     for weight in heads:
-        if weight.shape[0] != 16:  # positions are drawn from a normal distribution
+        if weight.shape[0] != 16:  # the position embedding has 16 rows and is drawn from a normal distribution
             assert 0 < weight.abs().max() <= weight.shape[1] ** -0.5

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def draw_inputs(batch, length, width, vocab_size, seed=0):
-    """Return hidden states, weights and targets, of which about a fifth do not count."""
+    """Return hidden states, weights and targets; about a fifth of the targets are masked out of the loss."""
     generator = torch.Generator().manual_seed(seed)
     x_BTM = torch.randn(batch, length, width, generator=generator)
     weight_VM = torch.randn(vocab_size, width, generator=generator) / width**0.5
@@ -22,7 +22,7 @@ def draw_inputs(batch, length, width, vocab_size, seed=0):
 
 
 def loss_and_gradients(compute_loss, x_BTM, weight_VM, scale=0.37):
-    """Return the sum, each token's loss, and the gradients of the sum times a factor."""
+    """Return the sum of the losses, each token's loss, and the gradients of the sum times `scale`."""
     x_BTM, weight_VM = (t.clone().requires_grad_() for t in (x_BTM, weight_VM))
     loss = compute_loss(x_BTM, weight_VM)
     (loss.sum * scale).backward()
@@ -30,7 +30,7 @@ def loss_and_gradients(compute_loss, x_BTM, weight_VM, scale=0.37):
 
 
 def both_losses(targets, chunk_rows):
-    """Return the function of the loss from all logits, and that of the chunked loss."""
+    """Return two functions, which compute the loss from all logits and the chunked loss."""
     return (
         lambda x_BTM, weight_VM: full_loss(F.linear(x_BTM, weight_VM), targets),
         lambda x_BTM, weight_VM: chunked_loss(x_BTM, weight_VM, targets, chunk_rows),
@@ -56,7 +56,7 @@ def test_mean_loss_is_equal_to_that_of_all_logits_within_a_millionth():
 
 
 def test_gradients_in_bfloat16_are_closer_to_float64_than_those_of_all_logits():
-    """Sums over chunks are in float32. With all logits, a product in bfloat16 rounds them."""
+    """Sums over chunks are in float32. With all logits, a product in bfloat16 rounds the same sums."""
     x_BTM, weight_VM, targets = draw_inputs(2, 192, 48, 700)
     [*_, dx, dweight] = loss_and_gradients(
         lambda x, weight: full_loss(F.linear(x, weight), targets), x_BTM.double(), weight_VM.double()
@@ -73,7 +73,7 @@ def test_gradients_in_bfloat16_are_closer_to_float64_than_those_of_all_logits():
 
 
 def test_torchs_fused_loss_agrees():
-    """torch's function exists from 2.12 on. It has no mask, so targets that do not count are its ignored index."""
+    """torch has the function from 2.12 on. It takes no mask, so masked targets get the index that it ignores."""
     fused_loss = getattr(F, "linear_cross_entropy", None)
     if fused_loss is None:
         pytest.skip("this torch has no linear_cross_entropy")
@@ -100,7 +100,8 @@ def test_gradients_are_computed_only_for_what_needs_them():
 
 @pytest.mark.long
 def test_peak_memory_is_at_most_a_fifth():
-    """2,048 tokens of width 512 and a vocabulary of 32,768, with the gradients of both."""
+    """The peak of the chunked loss with its gradients is compared with that of the loss from all logits, for 2,048
+    tokens of width 512 and a vocabulary of 32,768."""
     x_BTM, weight_VM, targets = draw_inputs(1, 2048, 512, 32768)
     leaves = x_BTM.requires_grad_(), weight_VM.requires_grad_()
 

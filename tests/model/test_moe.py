@@ -17,7 +17,7 @@ pytestmark = pytest.mark.long
 
 
 def project(projection, x):
-    """Apply a head or merge projection to the vector x; it is the identity if the model has none."""
+    """Apply a head or merge projection to the vector x; return x if the model has no such projection."""
     if isinstance(projection, torch.nn.Identity):
         return x
     weights = list(projection.parameters())
@@ -54,7 +54,7 @@ def router_probabilities(scores, kind, x):
 
 
 def layer_output(layer, moe, x_M):
-    """Return the layer's output for one token by equations 1 to 6 of the first paper, with plain loops."""
+    """Return the layer's output for one token by equations 1 to 6 of the first MH-MoE paper, in plain loops."""
     mixed = project(layer.head, x_M)
     width = moe.d_sub_token or len(x_M) // moe.heads
     assert len(mixed) == moe.heads * width
@@ -154,7 +154,8 @@ def test_heads_with_sub_tokens_as_wide_as_tokens_can_compute_what_a_plain_mixtur
 @given(data=st.data())
 @torch.no_grad()
 def test_dropped_routes_contribute_nothing_and_kept_routes_stay_the_same(data):
-    """The output with limited capacity is a sum over kept routes: gate without limit, times output of the expert."""
+    """The output with limited capacity is the sum over kept routes of the gate that a route has without a limit, times
+    the output of its expert."""
     factor = data.draw(st.sampled_from([0.2, 0.7, 1.0]))
     layer_strategy = layers(capacity_factor=factor, merge_projection=False, d_shared=0, sub_token_residual=False)
     layer, moe, x = data.draw(layer_strategy)

@@ -22,8 +22,8 @@ GATES = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloa
 @given(data=st.data(), dtype=DTYPES)
 @torch.no_grad()
 def test_shapes_gates_and_counts_are_consistent(data, dtype):
-    """Each row has k different experts, gates from 0 to a sum of 1, and routes that are kept or counted as dropped;
-    a route is dropped only where its expert's capacity is used up."""
+    """Each row has k different experts, and gates that are at least 0 and add up to at most 1. Each route is kept or
+    counted as dropped, and it is dropped only if its expert's capacity is used up."""
     layer, moe, x = data.draw(layers(batch=(0, 4), dtype=dtype))
     y, routing = layer(x)
     rows = x.shape[0] * x.shape[1] * moe.heads
@@ -57,7 +57,7 @@ def test_shapes_gates_and_counts_are_consistent(data, dtype):
 @torch.no_grad()
 def test_sub_tokens_are_slices_of_their_token_token_by_token(data):
     """Sub-token x_i^j of width D has features j D to (j + 1) D of token i after the head projection, in row i h + j
-    (P1, 3.1, where D is d/h)."""
+    (section 3.1 of the first MH-MoE paper, where D is d/h)."""
     layer, moe, x = data.draw(layers())
     mixed, width = layer.head(x).flatten(0, 1), moe.d_sub_token or WIDTH // moe.heads
     calls = []
@@ -72,7 +72,7 @@ def test_sub_tokens_are_slices_of_their_token_token_by_token(data):
 @given(data=st.data(), dtype=DTYPES, heads=st.sampled_from([1, 2, 3, 4, 6]), experts=st.integers(1, 6))
 @torch.no_grad()
 def test_experts_that_return_their_input_give_the_tokens_back(data, dtype, heads, experts):
-    """Tokens pass the split, the sort by expert and back, and the join bit by bit, because each weight is exactly 1."""
+    """The split, the sort by expert and back, and the join change no bit of a token, because each gate is exactly 1."""
     layer_strategy = layers(
         dtype=dtype, heads=heads, experts=experts, top_k=1, capacity_factor=None, router="linear", d_shared=0,
         head_projection=False, merge_projection=False, sub_token_residual=False,
@@ -132,7 +132,7 @@ def test_permuting_experts_changes_only_their_ids(data):
 @common
 @given(data=st.data(), dtype=DTYPES)
 def test_an_output_depends_on_its_own_token_only(data, dtype):
-    """The derivative of one token's output by another token's input is exactly 0, also between sequences.
+    """The derivative of a token's output with respect to any other token's input is exactly 0, also in other sequences.
 
     This holds with a limited capacity too, where other tokens decide only which routes are dropped.
     """
@@ -196,9 +196,9 @@ def test_empty_batch_runs_forward_and_backward(data):
 @given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 @torch.no_grad()
 def test_lower_precision_is_near_double(data, dtype):
-    """The outputs in both precisions are close for the same rounded weights and rows.
+    """The outputs in `dtype` and in float64 are close for the same rounded weights and rows.
 
-    There is no head projection, so that both route the same rows and rounding changes no route.
+    There is no head projection, so that both precisions route the same rows and rounding changes no route.
     """
     layer, _, x = data.draw(layers(dtype=dtype, head_projection=False))
     y, routing = layer(x)

@@ -44,8 +44,8 @@ def test_xmoe_router_computes_the_published_formula():
     routing = r(x)
     assert torch.equal(routing.expert_NK, probability.topk(2).indices)
     torch.testing.assert_close(routing.gate_NK, probability.topk(2).values)
-    # The load balancing loss divides by the initial temperature of 0.3, so that it cannot be lowered by learning
-    # another one.
+    # The load balancing loss divides by the initial temperature of 0.3, so that training cannot lower it by a change
+    # of the learned temperature.
     expected_loss = switch_balance_loss((cosine / 0.3).softmax(-1), routing.expert_NK[:, :1])
     torch.testing.assert_close(routing.balance_loss, expected_loss)
 
@@ -229,7 +229,8 @@ def test_the_routing_loss_is_the_weighted_sum_of_both_losses_over_layers():
 
 
 def test_sigmoid_scores_with_groups_equal_a_loop_over_rows():
-    """DeepSeek-V3's routing, row by row: the best groups by their two best experts, then the best experts in them."""
+    """The loop routes like DeepSeek-V3: it keeps the groups with the largest sums of their two best preferences, the
+    scores plus biases, and then chooses the best experts in these groups."""
     r = build_router(
         experts=8,
         top_k=3,
@@ -280,7 +281,8 @@ def test_groups_choose_like_transformers_deepseek():
     width = our_router.scores.weight_ED.shape[1]
     with torch.no_grad():
         deepseek_layer.gate.weight.zero_()[:, :width].copy_(our_router.scores.weight_ED)
-        # Their code gives excluded experts the score 0, so preferences must be positive.
+        # In transformers, experts outside the chosen groups get the preference 0, so those of other experts must be
+        # positive. A preference is a score plus a bias.
         deepseek_layer.gate.e_score_correction_bias.copy_(torch.linspace(0.0, 0.3, 8))
         our_router.bias_E.copy_(deepseek_layer.gate.e_score_correction_bias)
     expert_NK, gate_NK = _deepseek_routes(deepseek_layer, F.pad(x, (0, 16 - width)))

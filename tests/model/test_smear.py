@@ -31,7 +31,7 @@ def build_smear(**changes):
 
 
 def expected_probabilities(layer, rows_UM):
-    """Return the probabilities of experts for the real positions of one sample."""
+    """Return the probabilities of experts for one sample, whose rows without padding are `rows_UM`."""
     scores = layer.router.scores
 
     def normalize(x):
@@ -81,8 +81,8 @@ def test_each_sample_is_computed_by_its_average_of_experts():
 
 
 def test_both_halves_of_a_pair_have_one_expert_and_other_samples_their_own():
-    """The router reads the mean of all real positions of a sample: of both halves of a masked pair, but of the image
-    and of the text of a contrastive one separately."""
+    """The router reads the mean of a sample's positions without padding. A masked pair of an image and a text is one
+    sample, but the image and the text of a contrastive pair are two."""
     spec, model = build_smear()
     batch, block = encoder_batch(spec), model.blocks[1]
     values = {}
@@ -127,7 +127,7 @@ def test_planned_parameters_are_those_of_the_model(experts, d_shared):
 
 
 def test_planned_multiply_adds_are_those_of_the_layer():
-    """The plan counts the merged expert for each position, and the router with the averages for each sample."""
+    """The plan counts the averaged expert once per position, and the router and the averaging once per sample."""
     spec, model = build_smear()
     [layer] = model.moe_layers()
     counter = FlopCounterMode(display=False)
@@ -156,7 +156,7 @@ def test_expert_dropout_leaves_experts_out_of_samples():
     is_kept = dropped > 1e-6
     assert is_kept.float().mean() == pytest.approx(0.5, abs=0.1)
     for probabilities, expected, mask in zip(dropped, full, is_kept, strict=True):
-        # A sample without any expert left has the plain average.
+        # A sample whose experts are all dropped gets the plain average.
         if mask.all() and not torch.allclose(probabilities, expected):
             torch.testing.assert_close(probabilities, torch.full((4,), 0.25))
         else:
@@ -173,7 +173,7 @@ def test_random_numbers_depend_on_seed_and_micro_batch_alone():
 
 
 def test_a_sample_has_the_same_losses_alone():
-    """Each sample of a masked part is computed by the same expert by itself as in a micro-batch of all parts."""
+    """A sample for masked prediction has the same losses by itself as in a micro-batch of all data parts."""
     spec, model = build_smear()
     maker = BatchMaker(spec.model, torch.device("cpu"))
     batch_losses = dict(zip(spec.loss_names, (loss.value_I for loss in model(encoder_batch(spec)).losses), strict=True))

@@ -1,4 +1,4 @@
-"""Tests of routers with a number of experts and weights for each task, and of V-MoE's noise and losses."""
+"""Tests of routers with a top-k and weights for each task, and of V-MoE's noise and losses."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_a_kernel_with_one_loss_for_all_rows_is_not_used_with_weights_for_each_t
 def test_capacity_follows_the_number_of_experts_of_each_task():
     router, x = task_router(capacity_factor=1.0), rows()
     router.top_k = [1, 2]
-    # ceil(12 / 6) * 1 + ceil(20 / 6) * 2
+    # ceil(rows / experts) * top-k of each task: ceil(12 / 6) * 1 + ceil(20 / 6) * 2
     assert router(x, group_rows=ROWS).capacity == 2 + 8
     router.eval()
     assert router(x, group_rows=ROWS).capacity is None
@@ -116,7 +116,7 @@ def test_noise_has_the_deviation_of_the_spec_divided_by_the_number_of_experts():
 
 
 def test_load_is_the_probability_of_being_chosen_if_own_noise_is_drawn_again():
-    """The load of V-MoE beside a simulation: all other logits keep their noise."""
+    """V-MoE's load agrees with a simulation that draws the noise of one logit again and keeps that of all others."""
     generator = torch.Generator().manual_seed(0)
     clean = torch.randn(5, 4, dtype=torch.float64, generator=generator)
     noisy = clean + 0.5 * torch.randn(5, 4, dtype=torch.float64, generator=generator)

@@ -1,4 +1,4 @@
-"""Tests of the vision model: its tasks, its detector beside torchvision's losses, and learning."""
+"""Tests of the vision model: its tasks, its detector's losses against torchvision's, and learning."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def test_images_of_one_task_do_not_influence_those_of_another():
     mixed_losses = model((batch[0], other_batch[1])).losses
     torch.testing.assert_close(losses[0].value_I, mixed_losses[0].value_I)
     assert not torch.allclose(losses[1].value_I, mixed_losses[1].value_I)
-    # Neither do the other images of the same task.
+    # An image is not influenced by other images of the same task either.
     alone_patches = model.encode([batch[0].image_NYXC[:1], batch[1].image_NYXC[:0]]).patches[0]
     torch.testing.assert_close(alone_patches, model.encode([task.image_NYXC for task in batch]).patches[0][:1])
 
@@ -69,8 +69,8 @@ def test_every_weight_gets_a_gradient_even_without_objects():
 
 
 def test_losses_of_an_image_are_those_of_torchvision():
-    """torchvision's losses are means over the samples of a batch. For one image with as many samples as it should have,
-    both are equal."""
+    """torchvision's losses are means over the samples of a batch. Ours are sums over the samples of an image,
+    divided by the number of samples that the spec asks for. For one image with that number, both are equal."""
     spec = vision_spec(
         model__vision__tasks__detect__detector__anchor_samples=16,
         model__vision__tasks__detect__detector__box_samples=8,
@@ -124,7 +124,7 @@ def test_the_samples_of_a_detector_follow_the_noise_of_a_micro_batch():
     )
     assert torch.equal(losses, equal_losses)
     assert not torch.equal(losses, other_losses)
-    # An evaluation draws as well, and always the same.
+    # Without noise, as in evaluation, the detector draws the same samples at each call.
     assert torch.equal(*(torch.cat([loss.value_I for loss in model(batch).losses]) for _ in range(2)))
     assert torch.equal(state, torch.get_rng_state())
 
@@ -151,7 +151,7 @@ def test_anchors_are_centred_on_the_cells_of_each_map():
 
 @pytest.mark.long
 def test_a_model_learns_to_find_objects_and_their_masks():
-    """Coloured ellipses on grey: the class is the colour."""
+    """The images show coloured ellipses on grey, and the class of an object is its colour."""
     spec = vision_spec(
         model__vision__tasks={"detect": VISION["model"]["vision"]["tasks"]["detect"]},
         data__sources={"scenes": VISION["data"]["sources"]["scenes"]},

@@ -1,4 +1,4 @@
-"""Tests of the expected share of dropped routes, against the router's own rule for all or for random choices."""
+"""Tests of the expected share of dropped routes, against the router's own rule for all choices or for random ones."""
 
 import itertools
 

@@ -112,16 +112,16 @@ def test_a_step_has_all_its_micro_batches_and_all_their_layers(tied):
     result = estimate_step_time(spec, two_nodes(spec))
     dense, experts, _ = result.compute_times
     forward_and_backward, micro_batches, layers, width = 3, 2, 3, 2  # width: bytes of a bfloat16 value
-    # Each layer has four projections of attention, the head and merge projections with their biases, and a score of
-    # each expert. The matrix of the output is read once, also if it is tied to the embedding.
+    # Each layer has four projections of attention, the head and merge projections with their biases, and 16 router
+    # weights for each expert. The output matrix is read once, also if it is tied to the embedding.
     weight_values = layers * (4 * 32 * 32 + 2 * (32 * 32 + 32) + 4 * 16) + 300 * 32
     assert dense == (
         "all but experts",
         pytest.approx(forward_and_backward * micro_batches * width * weight_values / 500),
         "memory bandwidth",
     )
-    # This rank has one expert, with three products between 16 and 24 values. It gets 128 rows: 2 x 16 tokens with 2
-    # sub-tokens each, routed twice.
+    # This rank has one expert, with three matrices of 16 x 24 values. It gets 128 rows: 2 x 16 tokens with 2 sub-tokens
+    # each, routed twice.
     values = 3 * (128 * (16 + 24) + 16 * 24)
     assert experts == (
         "experts",
@@ -150,9 +150,9 @@ def test_a_step_has_all_its_micro_batches_and_all_their_layers(tied):
     ],
 )
 def test_recomputation_costs_another_forward_of_its_part(recompute, ep, passes, mixture_passes, expert_passes):
-    """The embedding and the output are computed once. Experts by themselves recompute only their hidden rows, which are
-    two of their three products. With `exchange`, projections, router and shared expert of layers that are distributed
-    over ranks are kept."""
+    """The embedding and the output layer are never recomputed. `experts` recomputes only the hidden rows of experts, by
+    two of their three products. `exchange` recomputes blocks. But in blocks whose experts are distributed over ranks,
+    it keeps projections, router and shared expert, and recomputes only the hidden rows of experts."""
     accelerator = {"bfloat16_flops": 1e6, "flops_share": 1, "memory_bandwidth": 1e15}
     model = {**tiny_spec().model.model_dump(), "moe": {"experts": 4, "d_expert": 24, "d_shared": 16, "every": 2}}
     cluster = {"workers": 4, "ep": ep, "accelerator": accelerator}

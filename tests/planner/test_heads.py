@@ -1,4 +1,4 @@
-"""Tests of the planned parameters and memory of vision models, beside built ones."""
+"""Tests of the planned parameters and memory of vision models, against built models."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_planned_parameters_equal_those_of_a_built_model(changes):
     assert dense + blocks.outside + experts == count
 
 
-# In these models the stem and the choice of experts need most of the memory.
+# In classifiers like these, the stem and the routing need most of the memory.
 CLASSIFIER = {
     "data__parts": {"classify": {"sources": ["drawings"], "micro_batch_size": 5}},
     "data__sources": {"drawings": {"path": "/nowhere/drawings", "format": "images", "columns": ["image", "class"]}},

@@ -1,4 +1,4 @@
-"""Tests of the planned numbers of kernels, against those that models dispatch on fake tensors."""
+"""Tests of the planned numbers of kernel launches, against the kernels that models dispatch on fake tensors."""
 
 import importlib.util
 

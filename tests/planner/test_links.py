@@ -172,8 +172,8 @@ def test_hierarchical_dispatch_sends_a_row_once_to_each_other_node():
     assert [e.links.node.mean for e in row_exchanges[1::2]] == [tokens * k * d * 4 / 2] * 4
     noisy = tiny_spec(model={**spec.model.model_dump(), "dropout": 0.1}, cluster=cluster)
     routes = next(e for e in dispatch_exchanges(noisy, layout_of([2, 2], 4)) if e.name == "outputs back, by node")
-    # With dropout, the output of each route is sent back separately, and half of the routes are those of the other
-    # node.
+    # With dropout, the output of each route is sent back separately, and half of the routes go to experts of the
+    # other node.
     assert routes.sent_bytes == tokens * k * d * 4 / 2
 
 

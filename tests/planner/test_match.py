@@ -27,8 +27,8 @@ def solve(moe, reference=SMOE, **match):
 
 
 def test_solve_match_finds_the_follow_up_papers_rows():
-    """The follow-up paper (P2) compares SMoE, 8 experts of width 2048 at top 1, with models of 2 heads, 40 x 768 at top
-    2, and of 3 heads, 96 x 512 at top 3."""
+    """The second MH-MoE paper (P2) compares SMoE, with 8 experts of width 2048 and top 1, with two models: 2 heads with
+    40 experts of width 768 and top 2, and 3 heads with 96 experts of width 512 and top 3."""
     assert solve({"heads": 2, "top_k": 2}, by="both") == (768, 40)
     assert solve({"heads": 3, "top_k": 3}, by="both") == (512, 96)
     assert solve({"heads": 1, "top_k": 2}, by="both") == (1024, 16)
@@ -39,8 +39,8 @@ def test_solve_match_finds_the_follow_up_papers_rows():
 
 
 def test_the_first_papers_width_is_the_one_of_equal_parameters():
-    """The width that matches parameters differs by at most three from the first paper's own rule, which leaves out the
-    router. That paper's models have biases and SubLN."""
+    """The width that matches parameters differs by at most three from that of the first MH-MoE paper's rule, which
+    leaves out the router. That paper's models have biases and SubLN."""
     from mhmoe_ray.planner.papers import equal_parameter_width
 
     trunk = {"backbone": "subln", "d_ff": 3072}
@@ -135,7 +135,7 @@ def test_rounding_takes_smaller_steps_if_the_error_is_large():
     ("ep", "experts"), [(2, 40), (3, 42), (4, 40), (5, 40), (6, 42), (7, 42), (8, 40), (9, 45), (16, 48)]
 )
 def test_experts_divide_over_any_number_of_ranks_and_stay_near_the_match(ep, experts):
-    """The exact match is 41.3 experts."""
+    """The model has exactly the reference's number of parameters at 41.3 experts."""
     moe = {"heads": 2, "top_k": 2}
     assert solve_match(model(moe), SMOE, MatchSpec(to="reference", by="both"), ep=ep) == (768, experts)
     matched = model({**moe, "d_expert": 768, "experts": experts})
@@ -168,8 +168,8 @@ def test_a_comparison_shows_equal_and_unequal_counts():
     assert 1.0 < comparisons["parameters"].ratio < 1.03
     dense = SMOE.with_moe(None)
     assert set(compare_models(SMOE, dense)) == {"parameters", "active parameters", "multiply-adds per token"}
-    # At equal parameters, the expert layers of the first paper's model (P1) have about 4.1 times the compute of those
-    # of its reference X-MoE, at top 2 (P2, section 2).
+    # At equal parameters, the expert layers of the first MH-MoE paper's model have about 4.1 times the compute of
+    # those of its reference X-MoE, at top 2 (section 2 of the second MH-MoE paper).
     p1 = {"backbone": "subln", "d_ff": 3072}
     routing = {"top_k": 2, "experts": 32, "router": "xmoe_torchscale"}
     xmoe = model({"heads": 1, "d_expert": 3072, **routing}, **p1)

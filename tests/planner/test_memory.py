@@ -95,7 +95,7 @@ EXPERTS = {
 
 
 def spec_of(kind, experts, precision="float32") -> RunSpec:
-    """Return the spec of a model of `KINDS` with the experts of `EXPERTS`, each by its name there."""
+    """Return the spec of a model; `kind` is a key of `KINDS`, and `experts` a key of `EXPERTS`."""
     train = {"micro_batch_size": 2, "precision": precision}
     model = {**TRUNK, **KINDS[kind], "moe": EXPERTS[experts]}
     if experts == "plain":
@@ -196,7 +196,7 @@ def wide_experts(draw) -> dict[str, object]:
     kind=st.sampled_from(list(ARCHITECTURES)), precision=st.sampled_from(["float32", "bfloat16"]), moe=wide_experts()
 )
 def test_planned_bytes_per_token_are_exact_for_any_width_of_sub_tokens(kind, precision, moe):
-    """The bytes that more tokens add are compared, so that copies of weights, which are rounded, do not count."""
+    """The bytes that more samples add are compared, so that rounded copies of the weights in bfloat16 do not count."""
 
     def added_bytes(count_bytes):
         model, data = {**TRUNK, **KINDS[kind], "moe": moe}, {"seq_len": 64}
@@ -224,8 +224,8 @@ def test_planned_activations_of_compiled_experts_equal_saved_bytes():
 
 @pytest.mark.parametrize("kind", ["llama", "subln"])
 def test_planned_activations_of_kernel_reference_equal_saved_bytes(kind):
-    """The experts are so wide that `grouped` would save less. The tolerance is larger because `reference` also saves
-    the positions of routes."""
+    """The experts are so wide that `grouped` would save less. The tolerance is larger than that for `grouped`, because
+    `reference` also saves the positions of routes."""
     spec = spec_of(kind, "recomputed")
     plain = spec.model.with_moe(spec.model.moe.model_copy(update={"kernel": "reference"}))
     spec = spec.model_copy(update={"model": plain})
@@ -264,8 +264,8 @@ def test_planned_bytes_of_averaged_experts_equal_what_autograd_saves(precision, 
 
 
 def test_recomputed_averages_of_experts_are_planned_for_one_layer():
-    """A layer keeps its input rows alone with train.recompute experts, and the plan has one layer's experts for the
-    backward."""
+    """Layers keep only their input rows with train.recompute experts, and the plan adds the averaged experts of one
+    layer for the backward pass."""
     options = {"model__layers": 4, "model__moe": {**SMEAR, "d_expert": 80}}
     plain, recomputed = (encoder_spec(train__recompute=value, **options) for value in ("none", "experts"))
     merged = 4 * recomputed.samples_per_micro_batch * compute_sizes(recomputed.model).expert_parameters // (3 * 4)
@@ -304,7 +304,7 @@ def test_kernel_triton_is_planned_without_hidden_rows():
     spec = spec_of("subln", "kept")
     moe = spec.model.moe
     fused = spec.model.with_moe(moe.model_copy(update={"kernel": "triton", "recompute": None}))
-    hidden = moe.heads * moe.top_k * spec.model.moe_layers * moe.d_expert * 4  # bytes of GELU's input
+    hidden = moe.heads * moe.top_k * spec.model.moe_layers * moe.d_expert * 4  # bytes of GELU's input per token
     tokens = spec.train.micro_batch_size * spec.data.seq_len
     saved = compute_memory(spec).activations - compute_memory(spec.model_copy(update={"model": fused})).activations
     assert saved == pytest.approx(tokens * hidden, rel=0.01)
@@ -449,7 +449,7 @@ def test_each_strategy_needs_less_memory_than_the_one_before():
 
 
 def test_hybrid_sharding_holds_as_much_as_its_groups_alone():
-    """Eight ranks in groups of four hold what four ranks hold, with the same expert-parallel groups."""
+    """Each of eight ranks in sharding groups of four holds as much as each of four ranks, with the same `ep`."""
     cluster = {"ep": 2, "strategy": "fsdp", "shard_experts": True}
     hybrid, group = (
         compute_memory(tiny_spec(cluster={**cluster, **sizes}, train={"micro_batches": 8}))
@@ -576,8 +576,8 @@ def test_gathered_bytes_of_fsdp_are_those_of_a_real_rank(shard_experts, precisio
     wide_parameters = float32_sizes(spec.model)
     block = gathered_bytes(spec, parameters.mixture + (experts // 2 if shard_experts else 0), wide_parameters.mixture)
     shards = compute_memory(spec).gradients - (0 if shard_experts else 4 * experts)
-    # Modules in float32 have groups of their own beside gathers in bfloat16. Those of the block and the last norm are
-    # not gathered while the experts compute.
+    # With gathers in bfloat16, norms and routers have FSDP groups of their own, in float32. Those of the block and of
+    # the last norm are not gathered while the experts compute.
     later_bytes = 4 * (wide_parameters.mixture + wide_parameters.outside) if precision == "bfloat16" else 0
     for weights, gradients in run_ranks(2, unsharded_bytes_of_rank, spec):
         assert gathered_weight_bytes(spec) == weights + block + later_bytes

@@ -49,7 +49,8 @@ def test_groups_straddle_no_more_than_whole_groups_of_each_node_allow(sizes, ep,
 
 
 def test_group_of_four_spans_nodes_with_six_and_two_free_gpus():
-    """Ray fills the node with six GPUs first. One group of 4 then spans both nodes, which is a reason to refuse it."""
+    """Ray fills the node with six GPUs first. One group of 4 then spans both nodes, which is a reason to refuse the
+    groups."""
     nodes = [Node("small", 8, 2), Node("large", 8, 6)]
     layout = build_layout(pack_workers(nodes, 1, 1, 8), 4)
     assert layout.nodes == ["large"] * 6 + ["small"] * 2
@@ -65,10 +66,11 @@ def test_scarcer_resources_decide_and_cpus_count_too():
 
 
 def test_few_groups_straddle_on_a_thousand_nodes_with_some_gpus_taken():
-    """The nodes have 8 GPUs each, of which every fourth node has only 6 free, in racks of 12 nodes.
+    """The nodes have 8 free GPUs each, except every fourth node, which has 6, and they are in racks of 12 nodes.
 
-    Groups of 4 are on one node, except for the remaining ranks of nodes with 6 GPUs. Two such nodes form one group, in
-    the same rack if possible. Of three such nodes in a rack, one remains.
+    Groups of 4 are on one node, except for the two remaining ranks of each node with 6 GPUs. The remaining ranks of two
+    such nodes form one group, in the same rack if possible. A full rack has three such nodes, so the ranks of one of
+    them form a group with those of a node in another rack.
     """
     nodes = [Node(f"node{i}", 64, 6 if i % 4 == 0 else 8, f"rack{i // 12}") for i in range(1000)]
     world = sum(int(node.gpus) for node in nodes)
@@ -83,7 +85,7 @@ def test_few_groups_straddle_on_a_thousand_nodes_with_some_gpus_taken():
 
 
 def test_groups_on_nodes_of_mixed_sizes_straddle_only_smaller_nodes():
-    """The nodes have 4, 8 and 2 GPUs, 300 nodes of each size. Groups of 8 are on a node of 8 or on several others."""
+    """The nodes have 4, 8 and 2 GPUs, 300 nodes of each size. Groups of 8 are on a node of 8 or on smaller nodes."""
     nodes = [Node(f"n{kind}-{i}", 16, size) for i in range(300) for kind, size in enumerate((4, 8, 2))]
     layout = build_layout(pack_workers(nodes, 1, 1, 300 * 14), 8)
     assert layout.nodes[: 300 * 8] == [f"n1-{i}" for i in range(300) for _ in range(8)]

@@ -12,13 +12,13 @@ NAMES = [name for name, _, _ in all_presets()]
 
 
 def parts_of(name, size=None):
-    """Return the numbers of parameters of a preset's model: all but the experts', the experts', and all."""
+    """Return the numbers of parameters of a preset's model: without its experts, of its experts, and in total."""
     sizes = compute_sizes(preset_models(find_preset(name, size))[0])
     return sizes.parameters - sizes.expert_parameters, sizes.expert_parameters, sizes.parameters
 
 
-# Table 11 of the first paper. A row has the number of experts and, in millions, the numbers of parameters of X-MoE and
-# of MH-MoE: of all but the experts, of the experts, and in all.
+# Table 11 of the first MH-MoE paper. A row has the number of experts, and the parameters of X-MoE and of MH-MoE in
+# millions: without experts, of the experts, and in total.
 TABLE_11 = [
     (8, (134, 227, 361), (141, 213, 354)),
     (16, (134, 454, 588), (141, 430, 571)),
@@ -41,7 +41,8 @@ def test_the_first_papers_dense_model_and_logs_are_exact():
     assert parts_of("p1-mhmoe-8-h2")[0] == 140_921_856
 
 
-# The multimodal rows of table 11, whose layers are inferred: all parameters of X-MoE and of MH-MoE in millions.
+# The rows of multimodal models in table 11: the total parameters of X-MoE and of MH-MoE in millions. Which layers
+# of the presets have experts is inferred, so the totals agree only approximately.
 @pytest.mark.parametrize(("experts", "xmoe", "mhmoe"), [(8, 514, 505), (32, 1228, 1209)])
 def test_the_first_papers_multimodal_models_are_within_four_percent_of_table_11(experts, xmoe, mhmoe):
     assert parts_of("p1-multimodal-dense") == (276_510_730, 0, 276_510_730)
@@ -63,7 +64,7 @@ def test_first_papers_presets_have_the_settings_of_its_runs():
     four = preset_models(find_preset("p1-mhmoe-32-h4-k4"))[0].moe
     assert (four.top_k, four.capacity_factor, four.second_expert) == (4, None, "always")
     compute = compare_models(model, reference)["multiply-adds of expert layers"].ratio
-    # The second paper says that at equal parameters, this model's compute is about 4.1 times that of the reference.
+    # The second MH-MoE paper says that at equal parameters, this model has about 4.1 times the reference's compute.
     assert compute == pytest.approx(130 / 32, rel=0.02)
 
 
@@ -79,7 +80,7 @@ def test_the_follow_up_papers_rows_cost_the_same_and_differ_in_parameters_as_pub
         )
         dense = 6 * 3 * 768 * 2048  # parameters of the dense layers that the expert layers replace
         routers = [6 * m.moe.experts * 768 // m.moe.heads for m in (model, reference)]
-        # The paper does not count the biases of the head and merge projections.
+        # The second MH-MoE paper does not count the biases of the head and merge projections.
         biases = 6 * 2 * 768 if model.moe.heads > 1 else 0
         shared_width = 6 * 3 * 768 * model.moe.d_shared
         model_parameters = model_layer + dense - routers[0] - biases - shared_width

@@ -1,4 +1,4 @@
-"""Tests of the keys that lower the memory of a rank."""
+"""Tests of the remedies for a lack of memory: changes of spec keys that lower the memory of a rank."""
 
 from pathlib import Path
 

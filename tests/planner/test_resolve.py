@@ -32,7 +32,7 @@ MIXTRALS_TRAINING = ["train.steps=1", "train.micro_batches=1", "train.micro_batc
 
 @pytest.fixture
 def write_spec(tmp_path):
-    """Return a function that writes a spec file with the keys of `tree` and `keys`, and returns the resolved spec."""
+    """Return a function that writes a spec file, by default with the keys of `BASE`, and returns the resolved spec."""
 
     def write(tree=BASE, overrides=(), **keys):
         path = tmp_path / "spec.yaml"
@@ -151,7 +151,8 @@ def test_match_on_a_model_without_a_preset(write_spec):
     )
     assert spec.reference.name == "smoe"
     assert spec.reference.moe.d_expert == 256
-    # The width follows P2's rule (k0 f0 - 2/3 d) / k with k0 = 1 and f0 = 256, rounded to a multiple of 8.
+    # The width follows the second MH-MoE paper's rule (k0 f0 - 2/3 d) / k, rounded to a multiple of 8. The reference
+    # has the top-k k0 = 1 and experts of width f0 = 256.
     assert spec.model.moe.d_expert == round((256 - 2 / 3 * 96) / 2 / 8) * 8
 
 
@@ -224,7 +225,7 @@ SMOE_BASE = {"name": "a", "preset": "smoe", "size": "base", "data": {"sources": 
 
 @pytest.mark.parametrize(("workers", "memory"), [(1, 80e9), (8, 80e9), (8, 24e9)])
 def test_a_preset_fills_the_memory_of_gpus(workers, memory):
-    """The step keeps its samples, and twice the micro-batch would not fit."""
+    """The number of samples per step stays 256, and micro-batches of twice the size would not fit."""
     cluster = {"gpus_per_worker": 1, "workers": workers, "accelerator": {"memory": memory}}
     spec = resolve_spec({**SMOE_BASE, "cluster": cluster}, "spec")
     train = spec.train

@@ -9,14 +9,14 @@ def spec(moe=None, d=768, layers=12):
 
 
 def p1(moe=None):
-    """Return the sizes of the first paper's language model, dense by default: 12 layers of width 768, and a vocabulary
-    of 100,287 tokens as in its logs."""
+    """Return the sizes of the first MH-MoE paper's language model, dense by default: 12 layers of width 768, and a
+    vocabulary of 100,287 tokens as in its logs."""
     shape = {"vocab_size": 100_287, "d_model": 768, "layers": 12, "attention_heads": 12, "d_ff": 3072}
     return compute_sizes(ModelSpec(backbone="subln", **shape, moe=moe))
 
 
 def p1_moe(**fields):
-    """Return the experts of the first paper, with its router and its two choices."""
+    """Return a spec of experts with the router and the top 2 of the first MH-MoE paper."""
     return MoESpec(router="xmoe_torchscale", top_k=2, **fields)
 
 
@@ -34,7 +34,8 @@ def test_the_first_papers_models_have_the_parameters_of_its_logs():
     ("heads", "top_k", "d_expert", "experts"), [(1, 1, 2048, 8), (1, 2, 1024, 16), (2, 2, 768, 40), (3, 3, 512, 96)]
 )
 def test_the_follow_up_papers_layers_cost_the_same(heads, top_k, d_expert, experts):
-    """The follow-up paper's table has 4,718,592 multiply-adds per token and layer in each row, without the router's."""
+    """Each row of the second MH-MoE paper's table has 4,718,592 multiply-adds per token and layer, besides the
+    router's."""
     moe = MoESpec(heads=heads, experts=experts, top_k=top_k, d_expert=d_expert)
     router = 768 * experts  # each of h sub-tokens has 768 / h values
     assert compute_sizes(spec(moe)).moe_macs_per_token // 6 - router == 4_718_592

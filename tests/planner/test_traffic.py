@@ -216,8 +216,8 @@ def test_zero_3_gathers_weights_for_each_pass_and_two_blocks_at_a_time():
     for accumulated_bytes, _, gathered_bytes in run_ranks(2, collectives_of_zero, spec):
         assert gathered_bytes == pytest.approx(expected, rel=0.05)
         assert accumulated_bytes["reduce_scatter_base"] == pytest.approx(planned_bytes(spec, "gradients"), rel=0.01)
-        # Some weights stay gathered from the forward to the backward pass. Each of the two ranks saves the bytes of its
-        # half.
+        # Some weights stay gathered from the forward to the backward pass, so neither of the two ranks sends its half
+        # of them again.
         kept_bytes = micro_batches * expected // 2
         all_gathers = accumulated_bytes["allgather_base"]
         assert all_gathers == pytest.approx(planned_bytes(spec, "weights") - kept_bytes, rel=0.05)

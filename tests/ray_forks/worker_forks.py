@@ -33,7 +33,7 @@ NODE_MODULES = (
 JOB_MODULES = ("ray.data", "ray.train")
 """Modules that a job's server imports at its start."""
 TRAINING_MODULES = ("ray.train.torch", "mhmoe_ray.train.worker")
-"""Modules that it imports before it forks the first worker that trains."""
+"""Modules that a job's server imports before it forks the first worker that trains."""
 TRAINING_VARIABLE = "MALLOC_ARENA_MAX"
 """Environment variable that only workers that train have."""
 IDLE_SECONDS = 20
@@ -45,9 +45,12 @@ INTERPRETER_FOLDERS = os.environ.get("PYTHONPATH", "").split(os.pathsep)
 
 
 def start_worker(words: list[str]) -> None:
-    """Have the worker of Ray with these words of its command line forked, and end this process.
+    """Let a server fork the Ray worker that this process was started to be, and end this process.
 
-    Return if the worker needs an interpreter of its own, which this one then becomes.
+    Return if the worker needs an interpreter of its own: then this process becomes the worker.
+
+    Args:
+        words: the words of the worker's command line.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--serialized-runtime-env-context", default="{}")
@@ -130,7 +133,7 @@ def become_node_server(address: str, request: str) -> None:
 
 
 def serve_node(listener: socket.socket, first_request: str) -> None:
-    """Fork a server for each job until the raylet ends. Only workers return."""
+    """Fork a server for each job until the raylet ends. The call returns only in forked workers."""
     raylet = os.getppid()
     import_modules(NODE_MODULES)
     # The system then removes ended processes at once. Otherwise they would stay as zombies, as nobody waits for them.
@@ -152,11 +155,11 @@ def serve_node(listener: socket.socket, first_request: str) -> None:
 
 
 def serve_job(first_request: dict[str, Any], connection: socket.socket | None = None) -> None:
-    """Fork a worker for each request, until there have been none for a while. Only workers return.
+    """Fork a worker for each request, until there have been none for a while. The call returns only in the workers.
 
     Args:
         first_request: the request of the first worker.
-        connection: the connection to the process that waits for an answer; None if there is none.
+        connection: the connection to the process that sent the request and waits for an answer; None if none waits.
     """
     node_server = os.getppid()
     listener = listen(first_request["job_address"])
@@ -250,7 +253,7 @@ def import_ray_modules(names: Iterable[str]) -> None:
 
 
 def become_worker(request: dict[str, Any]) -> None:
-    """Give this forked process what a new interpreter would have, for the worker with this request."""
+    """Set up this forked process like a new interpreter that Ray starts for the worker of this request."""
     import numpy as np
 
     # Ray kills the process group of a worker that ends.

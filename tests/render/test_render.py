@@ -52,7 +52,7 @@ def schema_errors(manifest):
 
 
 def manifests():
-    """Return rendered manifests of all kinds of KubeRay and with optional parts, by a name for each."""
+    """Return a rendered manifest of each kind of KubeRay's resources and of some variants, by descriptive names."""
     application = application_config(
         "tiny", MOUNT / "runs/tiny-abcdef/checkpoints/step_00000020.1", ServeSpec(), "tiny"
     )

@@ -28,7 +28,7 @@ def make_run(
 
     Args:
         folder: The project folder.
-        name: The name of its variant.
+        name: The name of the run's variant.
         seed: The seed of the run.
         final: The validation loss at step 20; earlier ones are higher.
         moe: The section of the mixture of experts, or None for a dense model.
@@ -71,5 +71,5 @@ def six_runs(folder):
 
 
 def read_variants(runs):
-    """Read the figures of runs, and return their variants."""
+    """Read the metrics, evaluations and events of runs, and return the variants into which the runs are grouped."""
     return group_variants([RunFigures.read(run) for run in runs])

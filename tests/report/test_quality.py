@@ -15,7 +15,7 @@ pytestmark = pytest.mark.long
 
 
 def store_vision_evaluation(run, top_1, box_ap50, *, masks=True, samples=500, checkpoint="step_00000020.1"):
-    """Store an evaluation of a run's last checkpoint on pictures of the user, with these figures."""
+    """Store an evaluation of a run's vision model with this top-1 accuracy and this box AP50."""
     fields = {"prepared": None, "text": None, "samples": samples, "tasks": [], "task_folders": [], "limit": None}
     request = EvalRequest(run=str(run.path), checkpoint=checkpoint, batch=8, half=False, cpus=1, gpus=0, **fields)
     accuracy = AccuracyFigures(images=9, classes=3, top_1=top_1, top_5=0.9, baseline=None, largest_class=None)
@@ -46,7 +46,8 @@ def test_figures_of_evaluations_have_intervals_over_seeds(tmp_path):
     ]
     base_row, other_row = rows["name, top 1", "dense"], rows["name, top 1", "mhmoe-h2"]
     assert (base_row.mean, base_row.deviation, base_row.difference) == (pytest.approx(0.6), pytest.approx(0.1), None)
-    # The differences 0.05, 0.07 and 0.07 have a deviation of 0.011547; Student's quantile with 2 degrees is 4.302653.
+    # The differences 0.05, 0.07 and 0.07 have a standard deviation of 0.011547. The 97.5 per cent quantile of Student's
+    # t with 2 degrees of freedom is 4.302653.
     half_width = 4.302653 * 0.011547 / math.sqrt(3)
     expected = (0.19 / 3, 0.19 / 3 - half_width, 0.19 / 3 + half_width)
     assert (other_row.difference, other_row.low, other_row.high) == pytest.approx(expected, abs=1e-5)

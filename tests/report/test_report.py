@@ -69,7 +69,7 @@ def test_runs_distributed_in_different_ways_by_name_are_separate_variants(tmp_pa
     ep_run.write_spec(spec.model_copy(update={"cluster": spec.cluster.model_copy(update={"ep": 1})}))
     assert [len(v.runs) for v in read_variants([*runs[:2], ep_run])] == [
         3
-    ]  # Runs of one name are one variant, wherever each ran.
+    ]  # Runs of one name are one variant, however each was distributed.
 
 
 def test_an_unfinished_run_does_not_count_beside_a_finished_one(tmp_path):
@@ -87,7 +87,8 @@ def test_a_seed_that_ended_early_is_named(tmp_path):
 
 
 def test_started_and_failed_runs_do_not_change_the_compared_step(tmp_path):
-    """A run that still trains and has been validated changes it, to the last step at which all runs were validated."""
+    """A run that still trains and has been validated does change the compared step, to the last step at which all runs
+    were validated."""
     top_1_moe = {**MOE, "top_k": 1}
     started_run = make_run(tmp_path, "began", 0, 3.0, moe={**MOE, "top_k": 3}, steps=3, end_event=None)
     failed_run = make_run(tmp_path, "failed", 0, 3.0, moe={**MOE, "top_k": 4}, steps=10, end_event="failed")

@@ -29,7 +29,7 @@ LENGTHS = st.lists(st.integers(0, 200), max_size=40)
 
 
 def write(path, lengths, torn=""):
-    """Write a line padded by each of `lengths`, then the incomplete line `torn`; return the full lines."""
+    """Write lines padded with `lengths` characters, then the incomplete line `torn`; return the complete lines."""
     lines = [{"i": i, "pad": "x" * length} for i, length in enumerate(lengths)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
     return lines

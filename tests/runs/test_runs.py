@@ -219,7 +219,7 @@ def test_history_has_newest_lines_of_repeated_steps(run):
 
 
 def test_later_group_counts_although_its_clock_is_behind(run):
-    """The lines of such a group come first in the history on an object store."""
+    """The lines of a group whose clock is behind come first in the history on an object store."""
     for group, steps in [(2, [3, 4, 5]), (1, [1, 2, 3, 4])]:
         for step in steps:
             history.append(run, {metrics.STEP: step, metrics.GROUP: group})

@@ -1,4 +1,4 @@
-"""Our own engine with a model in memory, without a checkpoint."""
+"""Answerers of our own inference engine for models in memory, without checkpoints."""
 
 from tokenizers import Tokenizer
 

@@ -214,7 +214,7 @@ class Gate:
 
 
 def limited_client(gate, **changes):
-    """Return a client of an application with bodies of 6 bytes at most, and 10 for all unanswered requests."""
+    """Return a client of an application that accepts at most 6 bytes in a body, and 10 in all unanswered requests."""
     transport = httpx.ASGITransport(BodySizeLimit(gate, **{"max_bytes": 6, "max_held_bytes": 10, **changes}))
     return httpx.AsyncClient(transport=transport, base_url="http://server")
 

@@ -32,7 +32,7 @@ stop_lists = st.lists(st.text(st.sampled_from("abt eo日🦊\ufffd"), min_size=1
 
 
 def push_all(ids, stop_strings, decode=DECODERS["bytes"], prompt=()):
-    """Push tokens to a text stream until a stop string ends it; return its pieces, and whether one did."""
+    """Push tokens to a text stream up to a stop string; return its pieces, and whether a stop string ended it."""
     stream, pieces = TextStream(decode, stop_strings, prompt), []
     for token in ids:
         pieces.append(stream.push(token))

@@ -137,7 +137,8 @@ def test_a_conversation_with_an_image_is_answered_by_its_caption(client, encoder
 
 
 def test_routes_are_those_of_the_patches(url, encoder):
-    """One layer has experts, 4 x 4 patches and two heads; the position of the image as a whole is left out."""
+    """The image has 4 x 4 patches, and the only layer with experts splits each into two sub-tokens. The routes of the
+    position that stands for the whole image are left out."""
     run, model = encoder
     body = httpx.post(f"{url}/routes", json={"image": URLS[0]}).json()
     part = run.spec().parts[1]._replace(samples=1, objective="contrastive")

@@ -1,4 +1,4 @@
-"""Tests of the engine of encoders: turns of clients, captions token by token, limits, figures and failures."""
+"""Tests of the engine of encoders: turns of clients, captions token by token, limits, statistics and failures."""
 
 import asyncio
 

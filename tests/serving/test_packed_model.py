@@ -1,4 +1,4 @@
-"""Tests of packed models against the training model."""
+"""Tests of packed models, whose matrices have the layout of oneDNN for inference, against the training model."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_packed_model_equals_the_training_model(kind):
 
 
 def test_packing_releases_the_plain_weights():
-    """Plain weights remain only in the embedding, the norms and the router; they are read row by row or are small."""
+    """Plain weights remain only in the embedding, which is read row by row, and in the small norms and router."""
     model = build_model()
     pack_model(model)
     remaining_names = {name.rpartition(".")[0].rpartition(".")[2] for name, _ in model.named_parameters()}

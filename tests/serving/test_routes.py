@@ -127,7 +127,7 @@ def test_server_stays_responsive_while_a_long_prompt_is_encoded(answerer, monkey
         monkeypatch.setattr(Answerer, name, with_wait(getattr(Answerer, name)))
 
     async def ask_both():
-        """Return the response to the long prompt, and that of a request while the prompt is encoded."""
+        """Return the responses to the long prompt, and to a request that is sent while that prompt is encoded."""
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as client:
             request = asyncio.create_task(client.post(path, json=body))
             assert await asyncio.to_thread(is_encoding.wait, 60)

@@ -90,7 +90,7 @@ def test_cuts_keep_the_most_likely_tokens():
     assert set(draw_tokens(SamplingParams(1, 2.0, top_k=2, seed=0), values)) == {0, 2}
     # Token 1 has exp(-2) = 0.135 of the largest probability, which is more than 0.13 of it, so it stays.
     assert set(draw_tokens(SamplingParams(1, 1.0, min_p=0.13, seed=0), values)) == {0, 1, 2}
-    # Of the probability of the two tokens that top-k leaves, the likelier one alone has more than 0.7, so only it
+    # Of the two tokens that top-k leaves, the likelier one has more than 0.7 of their total probability, so only it
     # stays.
     assert set(draw_tokens(SamplingParams(1, 1.0, top_k=2, top_p=0.7, seed=0), values)) == {2}
 

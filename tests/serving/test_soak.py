@@ -1,4 +1,4 @@
-"""Test of half an hour with clients that wait, stream, leave early, send nonsense, or exceed limits."""
+"""Test of a server during half an hour of clients that wait, stream, leave early, send nonsense, or exceed limits."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Tests of the interval between a stream's chunks, with an event loop whose clock advances by tokens."""
+"""Tests of the interval between a stream's chunks, on an event loop whose clock advances by 10 ms with each token."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""Tests of our own engine against the model itself, alone and with many requests at once."""
+"""Tests of our own engine (PyTorch, not vLLM) against the model itself, for single requests and for many at once."""
 
 import asyncio
 import threading
@@ -159,7 +159,8 @@ def test_cached_prefix_gives_the_same_bits():
 def test_second_turn_gets_the_bits_of_a_fresh_engine(tokenizer, precision):
     """A second turn is answered by an engine with a cache as by a fresh engine, bit for bit.
 
-    The first turn's answer completes a chunk of the second prompt, which must not be reused: decoding has other bits.
+    The first turn's answer completes a chunk of the second prompt, which must not be reused: decoding gives
+    other bits than prefill.
     """
     spec, sampling = (
         ServeSpec(precision=precision),
@@ -399,7 +400,8 @@ def test_different_seeds_give_different_answers(answerer):
 def test_answer_ends_at_the_end_of_text(answerer, tokenizer):
     """An answer ends before the end-of-text token.
 
-    The test swaps that token with one of a known answer, in the model and in the prompt.
+    The test exchanges the embeddings of that token and of a token in a known answer, and both tokens in the prompt. So
+    the model predicts the end-of-text token where the known answer has the other token.
     """
     ids = answerer.encode("the quick")
     original_tokens = answer_tokens(answerer.engine, ids, GREEDY)

@@ -202,7 +202,7 @@ def test_body_is_the_image_or_json_with_it(url, content_type):
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_printed_command_is_answered(url, tmp_path):
-    # The photos of cameras are larger than the bodies that a decoder reads.
+    # Photos may be larger than 1 MiB, the limit of bodies of requests to a decoder; that of a vision model is larger.
     photo = encode_image(np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), np.uint8), "jpg", quality=95)
     assert len(photo) > 1 << 20
     (tmp_path / "image.jpg").write_bytes(photo)
@@ -405,7 +405,7 @@ def test_images_of_a_task_share_a_pass_and_those_of_others_come_next(vision):
         await asyncio.gather(*tasks)
 
     asyncio.run(ask_all())
-    # Four images of the first task fill a pass, and the other task does not wait until that task has no more of them.
+    # Four images of the first task fill a pass, and the other task does not wait until the first has no more images.
     assert [task for _, task in finished] == [*["animals"] * 4, "weather", "animals"]
     assert engine.stats().steps == 3
     engine.close()

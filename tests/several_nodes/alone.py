@@ -1,4 +1,4 @@
-"""Training on one process without Ray, whose result a run on several workers must have."""
+"""Training on one process without Ray; runs on several workers are compared with its losses and weights."""
 
 from typing import NamedTuple
 

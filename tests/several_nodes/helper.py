@@ -40,8 +40,7 @@ class Holder:
 
 
 class Helper:
-    """Nodes of a Ray cluster that this process starts, kills and uses; each public method answers the request of its
-    name."""
+    """Handler of the requests to this process: each public method answers the requests of its name."""
 
     def __init__(self, address: str) -> None:
         self._address = address

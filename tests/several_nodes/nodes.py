@@ -15,7 +15,7 @@ RACKS = ("left", "right", "left", "right")
 SLOTS = 3
 """Number of workers with two CPUs each that fit on a node.
 
-The head has a single CPU, so workers are placed on nodes only, and the data stream can always use that CPU.
+The head has a single CPU, so workers are placed on the other nodes, and the data stream can always use that CPU.
 """
 
 SETTINGS = {

@@ -42,7 +42,7 @@ def submit(nodes: Nodes, project: Path, **sections: dict[str, Any]) -> RunDir:
 
 
 def layout(nodes: Nodes, event: dict[str, Any], label: str | None = None) -> tuple[list[str], ExpertGroups]:
-    """Return where the workers of a start are, and the expert-parallel groups that this placement should give.
+    """Return the nodes on which a run's workers were started, and the expert-parallel groups that these nodes imply.
 
     Args:
         nodes: The cluster, whose nodes must still be alive.
@@ -58,7 +58,7 @@ def layout(nodes: Nodes, event: dict[str, Any], label: str | None = None) -> tup
 
 
 def assert_as_planned(event: dict[str, Any], groups: ExpertGroups) -> None:
-    """Assert that a `started` event has these expert-parallel groups and counts them right."""
+    """Assert that a `started` event has these groups, and the numbers of those that span nodes and domains."""
     assert event["groups"] == groups.ranks
     assert event["straddling_groups"] == len(groups.straddling_indices)
     assert event["groups_apart"] == len(groups.cross_domain_indices)

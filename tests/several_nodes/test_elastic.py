@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def assert_nothing_lost_or_repeated(run: RunDir) -> None:
-    """Assert that a run has each step once, with the samples and about the loss of a training on one process."""
+    """Assert that a run has each step once, with the samples and nearly the losses of a training on one process."""
     lines = history.read(run)
     steps = len(lines)
     assert [line[metrics.STEP] for line in lines] == list(range(1, steps + 1))
@@ -49,9 +49,9 @@ def test_a_run_shrinks_when_it_loses_a_node_and_grows_when_it_is_back(nodes, pro
 
 
 def test_a_run_saves_and_leaves_a_preempted_node(nodes, project):
-    """The run continues from the step of that checkpoint, on a node that was free; this does not count as a failure.
+    """The run saves a checkpoint and continues from it on a node that was free, which does not count as a failure.
 
-    Its only expert-parallel group lies on two nodes, which the run records and `mhmoe status` shows.
+    The run's only expert-parallel group lies on two nodes, which the run records and `mhmoe status` shows.
     """
     with nodes.leave_slots([1, 1, 1, 0]):
         run = submit(nodes, project, cluster={"workers": 2, "max_failures": 0}, train={"checkpoint_every": 1000})
@@ -91,6 +91,6 @@ def test_a_run_is_resumed_with_a_range_of_workers(nodes, project):
     restart_step = start_events(run)[1]["step"]
     assert (
         f"training from step {restart_step} on 2 (of 2 to 4) workers, dp 1 x ep 2, start 2 of the workers"
-        in " ".join(resumed.err.split())  # long lines are broken
+        in " ".join(resumed.err.split())  # undoes the wrapping of long lines
     )
     assert_nothing_lost_or_repeated(run)

@@ -68,7 +68,7 @@ def test_list_and_status_show_the_current_state_of_runs(tmp_path, project):
         result = run_command(nodes, project, "resume", second_run.id, "--address", nodes.address)
         assert (result.code, "its cluster does not answer" in result.err) == (7, True), result
 
-    # This cluster has another head, with other ports.
+    # This new cluster takes the place of the one whose head died. Its head has other ports.
     with cluster_of_nodes(tmp_path / "home", tmp_path / "elsewhere") as nodes:
         assert states() == ("stopped", "unknown")
         step_before = step_of(second_run)

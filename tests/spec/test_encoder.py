@@ -1,4 +1,4 @@
-"""Tests of the shares that an encoder hides: mistakes of users."""
+"""Tests of the checks of an encoder's spec: shares of patches and tokens to hide, and parts of micro-batches."""
 
 import pytest
 from pydantic import ValidationError
@@ -19,7 +19,7 @@ def test_a_share_that_hides_no_patch_or_all_is_refused(key, share, amount):
 
 @pytest.mark.parametrize("share", [0.04, 0.96])
 def test_a_share_may_hide_one_patch_or_leave_one(share):
-    # Texts always have a hidden token and, if they have several, one that is not.
+    # All shares are valid for texts: at least one token is hidden and, if there are several, at least one is not.
     spec = encoder_spec(train__masking={"image": share, "pair_image": share, "text": 0.001, "pair_text": 0.999})
     assert spec.train.masking.image == share
 
@@ -31,7 +31,7 @@ def test_a_share_that_no_part_uses_is_refused(key, part):
     parts = {name: section for name, section in PARTS.items() if name != part}
     sources = {name: CAPTION_DATA["sources"][name] for section in parts.values() for name in section["sources"]}
     changes = {
-        # A part of captions hides nothing.
+        # One of these parts has objective caption, which hides nothing, so it uses none of the shares.
         "data__parts": parts,
         "data__sources": sources,
         "train__micro_batch_size": sum(section["micro_batch_size"] for section in parts.values()),
@@ -45,7 +45,7 @@ def test_a_share_that_no_part_uses_is_refused(key, part):
 
 
 def one_part_changes(*columns):
-    """Return the changes of a spec to one part that matches pairs, or masks what `columns` name."""
+    """Return changes that leave a spec one part with these columns: pairs to match, or images or texts to mask."""
     objective = "contrastive" if len(columns) > 1 else "masked"
     return {
         "data__sources": {"drawings": {"path": "raw", "format": "webdataset", "columns": list(columns)}},

@@ -166,7 +166,7 @@ def test_recomputation_of_experts_needs_experts_that_can_recompute():
 
 
 def test_a_value_that_another_section_overrides_is_refused():
-    """The value is accepted if it equals the one that the other section causes."""
+    """The value is accepted if it equals the one that follows from the other section."""
     recomputing = ["train.recompute=true", "model.moe.kernel=grouped"]
     with pytest.raises(
         SpecError, match=r"is 0\.3, but with train\.recompute exchange and cluster\.ep 2 experts recompute"
@@ -183,7 +183,7 @@ def test_a_value_that_another_section_overrides_is_refused():
 
 @pytest.mark.parametrize("override", ["model.dropout=0.1", "model.attention_dropout=0.1", "model.moe.jitter=0.1"])
 def test_compiled_models_with_random_numbers_are_refused(override):
-    """The spec itself stays readable, because an older run may have one like it."""
+    """Reading such a spec succeeds, because an older run may have one; only `check_compilation` refuses it."""
     load_resolved_spec(QUICKSTART, ["train.compile=true"]).check_compilation()
     load_resolved_spec(QUICKSTART, [override]).check_compilation()
     spec = load_resolved_spec(QUICKSTART, ["train.compile=true", override])
@@ -200,7 +200,7 @@ def test_a_kernel_for_cpus_is_refused_on_gpus():
 
 @pytest.mark.parametrize(("key", "value"), [("tokenizer_model", "bpe"), ("tokenizer_train_mb", "20")])
 def test_keys_of_tokenizer_training_are_refused_with_a_given_tokenizer(tmp_path, key, value):
-    """Explicit values are refused even if they equal the default. A dumped spec without them reads back."""
+    """Values that are set are refused even if they equal the default. A dumped spec without them can be read again."""
     with pytest.raises(SpecError, match=f"so {key} would be ignored"):
         load_resolved_spec(QUICKSTART, ["data.tokenizer=t.json", f"data.{key}={value}"])
     spec = load_resolved_spec(QUICKSTART, ["data.tokenizer=t.json", "data.tokenizer_pattern=gpt2"])
@@ -316,7 +316,7 @@ def test_some_limits_may_be_infinite():
     limits = ("train.clip_norm", "cluster.hang_seconds")
     spec = load_resolved_spec(QUICKSTART, [f"{key}=.inf" for key in limits])
     assert spec.train.clip_norm == spec.cluster.hang_seconds == float("inf")
-    # Tasks get the spec as JSON.
+    # Ray's tasks get the spec as JSON, which must keep infinities.
     assert RunSpec.model_validate_json(spec.model_dump_json()) == spec
     with pytest.raises(SpecError, match="greater than 0"):
         load_resolved_spec(QUICKSTART, ["train.clip_norm=.nan"])

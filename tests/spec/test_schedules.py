@@ -24,7 +24,7 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_its_minimum():
 
 
 def test_learning_rate_equals_that_in_the_first_papers_log():
-    """The rate is 6e-4 with warm-up 375, falling to 0 at step 300,000; the log of step 14,050 says 5.72616e-4."""
+    """The rate rises to 6e-4 in 375 steps and falls to 0 at step 300,000; the log has 5.72616e-4 at step 14,050."""
     p1 = TrainSpec(steps=300_000, micro_batches=1, micro_batch_size=1, lr=6e-4, min_lr=0, warmup_steps=375)
     assert p1.learning_rate(14_050) == pytest.approx(5.72616e-4, rel=1e-5)
 

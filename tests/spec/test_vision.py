@@ -1,4 +1,4 @@
-"""Tests of the section `model.vision`: mistakes of users, and what its parts train."""
+"""Tests of the section `model.vision`: mistakes that are refused, and the losses and tokens of its tasks."""
 
 import pytest
 from pydantic import ValidationError

@@ -16,7 +16,7 @@ SWEEPS = sorted(path for path in PAPER.glob("*.yaml") if "\nsizes:" in path.read
 
 
 def planned_specs(name, size):
-    """Return the spec of each variant of one of the papers' sweeps, at a size of that sweep."""
+    """Return the spec of each variant of a sweep in jobs/paper at size `size`, by the name of the variant."""
     path = PAPER / f"{name}.yaml"
     return {run.variant: run.spec for run in planned_runs(load_sweep(path), PAPER, size)}
 
@@ -124,7 +124,7 @@ def test_too_long_names_of_a_grid_are_shortened():
 
 
 def write_branching_sweep(folder, runs):
-    """Write a dense spec, and return a sweep of it with these runs."""
+    """Write the spec of a dense model, and return a sweep whose runs vary this spec as `runs` says, with two seeds."""
     spec = tiny_spec(folder, model={"moe": None}).model_dump(mode="json")
     (folder / "dense.yaml").write_text(yaml.safe_dump(spec))
     return SweepSpec.model_validate(
@@ -168,7 +168,7 @@ def test_impossible_starts_within_a_sweep_are_named(tmp_path, runs, reason):
 
 
 def test_an_override_does_not_undo_a_null_of_a_run(tmp_path):
-    """Otherwise the run from new weights would start from the model that the override names."""
+    """The override is refused, because the run from new weights would start from the model that the override names."""
     runs = {"dense": {}, "branch": {"start.from": "sweep:dense"}, "scratch": {"start": None}}
     sweep = write_branching_sweep(tmp_path, runs)
     assert len(planned_runs(sweep, tmp_path, "s")) == 3 * len(sweep.seeds)

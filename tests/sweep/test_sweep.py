@@ -155,7 +155,7 @@ def entry_from(folder, variant, source):
 
 
 def test_a_run_waits_for_the_run_that_it_starts_from(tmp_path, sweep, capsys):
-    """The base is still running at the last poll of the first job; the branch starts after its end."""
+    """The first job does not start the branch, because the base runs; the second job does, after the base has ended."""
     base, branch = make_entry(tmp_path, "base"), entry_from(tmp_path, "branch", "base")
     prepare(base.spec)
     base_run = start_run(sweep, base, "began")
@@ -167,7 +167,7 @@ def test_a_run_waits_for_the_run_that_it_starts_from(tmp_path, sweep, capsys):
     run_job_once(sweep, name)
     [source] = sweep.runs()[branch.name].spec().start.sources
     assert source == str(base_run.checkpoints / "step_00000020.1")
-    # The started run has a path where the sweep has a name, which is no other spec.
+    # The spec of the started run has the checkpoint's path where the sweep has the name of a run, which is no change.
     client.check_unchanged_specs(sweep, [branch, base])
 
 
@@ -253,7 +253,7 @@ def test_living_runs_of_earlier_orders_count_as_concurrent(tmp_path, sweep, caps
 
 
 def test_only_runs_that_ended_before_the_order_start_again(tmp_path, sweep):
-    """An order lists them with their last attempts, so a job that replaces a killed one starts the same runs."""
+    """An order lists the last attempts of these runs, so a job that replaces a killed one starts the same runs."""
     names = ("before", "later", "started")
     entries = {name: make_entry(tmp_path, name) for name in names}
     prepare(entries["before"].spec)

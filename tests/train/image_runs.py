@@ -1,4 +1,4 @@
-"""Checks that runs of encoders and vision models share; each run trains `spec.yaml` of a project folder."""
+"""Helpers that the tests of encoder runs and of vision runs share; each run trains `spec.yaml` of a project folder."""
 
 from pathlib import Path
 

@@ -57,7 +57,7 @@ def micro_batches(spec: RunSpec, step: int) -> list[MicroBatch]:
 
 
 def full_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return each tensor with the parts of all ranks, experts by global id. This is a collective operation."""
+    """Gather and return each tensor in full, with experts in the order of global ids; a collective operation."""
     return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in tensors.items()}
 
 
@@ -81,9 +81,11 @@ def validation_samples(spec: RunSpec) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train_and_collect(spec: RunSpec, steps: int, nodes: list[str] | None = None) -> dict[str, Any]:
-    """Train from step 0, and return the unclipped gradients of the first step, the mean loss over all ranks and the
-    gradient norm of each step, and at the end the full weights and moments, the number of tokens, and the result of a
-    validation."""
+    """Train `steps` steps from step 0, and return what tests compare between runs, by name.
+
+    The gradients are those of the first step before clipping. Each step has a loss, the mean over all ranks, and a
+    gradient norm. The full weights and moments, the number of tokens and a validation are those after the last step.
+    """
     trainer = build_trainer(spec, nodes)
     losses, norms, first_gradients = [], [], {}
     for step in range(steps):
@@ -157,8 +159,10 @@ def validation_loss(spec: RunSpec, token_NT: torch.Tensor, counts_NT: torch.Tens
 
 
 def train_without_rows(spec: RunSpec) -> dict[str, Any]:
-    """Train a step in which all rows go to the experts of rank 1 and those of rank 0 get none; return the number of
-    routes per layer and expert, and the weights."""
+    """Train a step in which rank 1's experts get all rows; return the routes per layer and expert, and the weights.
+
+    The experts of rank 0 get no rows.
+    """
     trainer = build_trainer(spec)
     with torch.no_grad():
         for layer in trainer.model.moe_layers():

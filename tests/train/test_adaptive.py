@@ -1,4 +1,4 @@
-"""Tests of the adaptive number of experts, as tables of validation losses and of what the rule does."""
+"""Tests of the rule for the adaptive number of experts k, applied to tables of validation losses by step."""
 
 import pytest
 
@@ -28,14 +28,15 @@ def test_k_stays_while_the_loss_improves(rule_name):
     assert run_rule(rule_name, table, ["det"]) == [(2,)] * 29
 
 
-# A stall is longer than 5,000 steps: it is seen 6,000 steps after the best loss, at the third validation.
+# A loss stalls if it has not improved for more than 5,000 steps (`patience`). Here the best loss is at step 2,000, so
+# the validation at step 8,000 is the first one that finds a stall.
 RISE = one_task((2_000, 5.0), (4_000, 5.1), (6_000, 5.2), (8_000, 5.1))
 
 
 @pytest.mark.parametrize("rule_name", ["published", "coded"])
 def test_k_rises_after_more_than_the_patience_without_an_improvement(rule_name):
     assert run_rule(rule_name, RISE, ["det"]) == [(2,), (2,), (2,), (3,)]
-    # With a validation after exactly the patience, it does not.
+    # If the validation is after exactly the patience, k does not rise.
     assert run_rule(rule_name, one_task((1_000, 5.0), (6_000, 5.0)), ["det"])[-1] == (2,)
     assert run_rule(rule_name, one_task((1_000, 5.0), (6_001, 5.0)), ["det"])[-1] == (3,)
 
@@ -53,7 +54,7 @@ def test_a_rise_that_helps_stays_and_may_be_followed_by_another(rule_name):
 
 
 def test_the_first_step_counts_only_until_a_loss_is_below_the_first_loss():
-    # The first losses are above 100, so the best step is 40,000.
+    # All losses are above first_loss (100 by default), so the patience is counted from first_step (40,000).
     table = one_task((2_000, 120.0), (10_000, 110.0), (44_000, 105.0), (46_000, 101.0))
     assert run_rule("published", table, ["det"]) == [(2,), (2,), (2,), (3,)]
     assert run_rule("published", table, ["det"], first_step=0)[1] == (3,)

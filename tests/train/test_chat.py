@@ -81,7 +81,7 @@ def chat_spec(**model) -> RunSpec:
 
 
 def make_batches(spec: RunSpec, encoded, step: int) -> list[MicroBatch]:
-    """Return the micro-batches of a step: packed samples of all conversations, in an order by the step."""
+    """Return the micro-batches of a step: packed samples of all conversations, whose order depends on the step."""
     order = np.random.default_rng(step).permutation(len(encoded))
     rows = np.concatenate([encoded[i].rows(2) for i in order])
     samples = pack_best_fit(rows, spec.data.seq_len, 0, padding_token(2)).samples[: spec.samples_per_step]
@@ -90,7 +90,7 @@ def make_batches(spec: RunSpec, encoded, step: int) -> list[MicroBatch]:
 
 
 def losses_by_conversation(model: Decoder, batches: list[MicroBatch]) -> list[torch.Tensor]:
-    """Return the losses of the targets of each conversation in micro-batches, computed alone and without masks."""
+    """Return the losses of the targets of each conversation, which are computed from this conversation alone."""
     losses = []
     for token_BT, counts_BT, document_starts_BT, *_ in batches:
         for token_T, counts_T, starts_T in zip(token_BT, counts_BT, document_starts_BT, strict=True):
@@ -168,5 +168,5 @@ def test_model_learns_to_end_its_turns(encoded, tokenizer, template):
     finally:
         answerer.engine.close()
     assert finish_reasons.count("stop") >= 0.95 * len(answers)
-    # It answers as the assistant does, with one sentence that begins alike.
+    # At least 90 % of the answers begin with the same four characters as the assistant's in the conversations.
     assert sum(answer[:4] == expected[:4] for answer, expected in answers) >= 0.9 * len(answers)

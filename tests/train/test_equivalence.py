@@ -40,8 +40,8 @@ def reference_with_drops():
 
 WORLDS = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
 STRATEGIES = [("ddp", False), ("fsdp", False), ("fsdp", True), ("zero1", False), ("zero2", False), ("zero3", False)]
-# These cases cover each world size and each strategy, and drops both with sharded experts and without. The other cases
-# are marked slow.
+# These cases cover each world size, each strategy, and dropped routes both with sharded experts and without. The other
+# cases are marked slow.
 ALWAYS = {
     (2, 1, "zero3", False, False),
     (2, 2, "ddp", False, True),
@@ -228,8 +228,10 @@ def test_bfloat16_losses_match_one_process(reference_in_bfloat16, workers, ep, s
     ],
 )
 def test_gathers_in_bfloat16_match_one_process(reference_in_bfloat16, workers, ep, recompute, reduce_precision):
-    """Products read the same weights as with autocast. Only embeddings are rounded as well, so that some tokens choose
-    other experts."""
+    """Matrix products read the same weights as with autocast, which would round them, too.
+
+    Embeddings are rounded only in gathers, so some tokens choose other experts.
+    """
     cluster = {"workers": workers, "ep": ep, "strategy": "fsdp", "shard_experts": True}
     cluster |= {"gather_precision": "bfloat16", "reduce_precision": reduce_precision}
     spec = tiny_spec(cluster=cluster, train={"precision": "bfloat16", "recompute": recompute})
@@ -244,7 +246,7 @@ def test_gathers_in_bfloat16_match_one_process(reference_in_bfloat16, workers, e
     ("workers", "ep", "strategy"), [(1, 1, "ddp"), pytest.param(4, 2, "fsdp", marks=pytest.mark.slow)]
 )
 def test_a_residual_stream_in_bfloat16_trains_like_one_in_float32(reference_in_bfloat16, workers, ep, strategy):
-    """The stream is rounded after each of its four additions, by a part in 256 at most."""
+    """The residual stream is rounded after each of its four additions, by at most 1 / 256 of each value."""
     train = {"precision": "bfloat16", "residual_precision": "bfloat16", "recompute": "block"}
     spec = parallel_spec(workers, ep, strategy, strategy == "fsdp", train=train)
     for result in run_ranks(workers, jobs.train_and_collect, spec, STEPS):
@@ -255,7 +257,7 @@ def test_a_residual_stream_in_bfloat16_trains_like_one_in_float32(reference_in_b
 
 
 def test_moments_in_bfloat16_train_like_those_in_float32(reference):
-    """The losses of 20 steps differ by the rounding of moments, which is a part in 256 at most."""
+    """The losses of 20 steps differ slightly, because moments are rounded, by at most 1 / 128 of each value."""
     spec = parallel_spec(1, 1, train={"moment_precision": "bfloat16"})
     [result] = run_ranks(1, jobs.train_and_collect, spec, STEPS)
     assert result["losses"] == pytest.approx(reference["losses"], rel=2e-3)
@@ -377,7 +379,7 @@ def test_recomputation_on_several_ranks_trains_like_one_process(reference, worke
     ],
 )
 def test_hybrid_sharding_trains_like_one_process(reference, ep, shard_experts, shard_group):
-    """Four ranks shard in groups of so many ranks; the groups sum their gradients."""
+    """Each group of `shard_group` ranks shards the whole model; gradients are summed over the groups."""
     cluster = {"workers": 4, "ep": ep, "strategy": "fsdp", "shard_experts": shard_experts, "shard_group": shard_group}
     for result in run_ranks(4, jobs.train_and_collect, tiny_spec(cluster=cluster), STEPS):
         assert_alike(result, reference)
@@ -401,7 +403,7 @@ def test_hybrid_sharding_trains_like_one_process(reference, ep, shard_experts, s
 )
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_a_chunked_loss_trains_like_all_logits(workers, ep, strategy, chunk_rows, tied):
-    """Gradients of a tied embedding are the sum of two, of which the loss gives one."""
+    """The gradient of a tied embedding is a sum of two: one is from the chunked loss, and one from the input tokens."""
     if strategy.startswith("zero"):
         pytest.importorskip("deepspeed")
     sections = merged_model({"tied_embeddings": tied, "moe": {}})
@@ -420,7 +422,10 @@ def train_one_step(spec):
 
 
 def test_recomputation_sends_rows_again_only_for_whole_blocks():
-    """Losses and gradients are the same with and without recomputation. A forward sends half of a step's rows."""
+    """Losses and gradients are the same with and without recomputation.
+
+    A forward pass sends half of the rows of a step, so its repetition adds half of them.
+    """
     expected, exchange_result, block_result = (
         run_ranks(2, train_one_step, parallel_spec(2, 2, train={"recompute": recompute}, **merged_model(FIRST_PAPER)))[
             0

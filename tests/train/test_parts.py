@@ -8,7 +8,8 @@ from tests.cli.run import mhmoe
 from tests.data.texts import make_documents, write_documents
 from tests.watch import newest_run
 
-# Quick tests: tests/data/order/test_parts.py of the order of parts, and test_encoder_runs.py of their losses.
+# Two files have quicker tests: tests/data/order/test_parts.py of the order of parts, and test_encoder_runs.py of their
+# losses.
 pytestmark = pytest.mark.slow
 PARTS = {"first": {"sources": ["a"], "micro_batch_size": 1}, "others": {"sources": ["b", "c"], "micro_batch_size": 3}}
 

@@ -89,7 +89,7 @@ def test_errors_of_this_package_are_not_retried(tmp_path, raised, decision):
 
 
 def test_retry_waits_until_run_directory_can_be_read(tmp_path, monkeypatch, capsys):
-    """Each new worker group reads the run directory, so without waiting a minute's outage would use up all retries."""
+    """Each new worker group reads the run directory, so an outage of a minute would use up all retries otherwise."""
     run = RunDir(tmp_path)
     run.spec_file.mkdir()  # a folder cannot be read as a file
     monkeypatch.setattr(resilience, "STORAGE_CHECK_SECONDS", 0.01)
@@ -153,12 +153,12 @@ def test_preemption_context_has_preemption_info():
     ],
 )
 def test_a_start_leaves_a_free_cpu_for_the_data_stream(tmp_path, monkeypatch, held_workers, free_cpus, count):
-    """The only node has eight CPUs; others hold those that are not free."""
+    """The only node has eight CPUs; workers of this run or other jobs hold those that are not free."""
     spec = tiny_spec(cluster={"workers": {"min": 2, "max": 8}}, train={"micro_batches": 8})
     policy = DivisorScalingPolicy(
         ScalingConfig(num_workers=(2, 8), resources_per_worker={"CPU": 1}), RunDir(tmp_path), spec
     )
-    # Answers of the cluster, of which there is none here.
+    # There is no cluster here, so these functions give the answers that a cluster would give.
     monkeypatch.setattr(resilience.state, "get_draining_nodes", dict)
     monkeypatch.setattr(resilience.ray, "nodes", lambda: [{"NodeID": "n", "Alive": True, "Resources": {"CPU": 8.0}}])
     monkeypatch.setattr(resilience, "available_resources_per_node", lambda: {"n": {"CPU": free_cpus}})

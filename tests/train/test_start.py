@@ -20,8 +20,10 @@ def parallel_spec(strategy, **cluster):
 
 
 def measure_start(spec):
-    """Return the peak of bytes that this rank allocates while it builds a trainer, the bytes of its weights and other
-    tensors, and the full weights."""
+    """Build a trainer, and return this rank's peak memory meanwhile, the memory of its model, and the full weights.
+
+    Both memory sizes are in bytes. The model's memory is that of the rank's shards of weights and other tensors.
+    """
     trainers = []
     peak = peak_bytes(lambda: trainers.append(jobs.build_trainer(spec)), torch.device("cpu"))
     held_bytes = sum(

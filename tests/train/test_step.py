@@ -137,7 +137,7 @@ def test_more_than_ten_consecutive_skipped_steps_stop_the_run(tmp_path):
 
 
 class Casts(TorchDispatchMode):
-    """Mode that counts the casts of parameters to bfloat16 by their shape."""
+    """Mode that counts casts to bfloat16 by the name of the parameter that is cast; other tensors count as None."""
 
     def __init__(self, parameters):
         super().__init__()
@@ -157,7 +157,7 @@ def test_weights_are_cast_once_in_a_step(recompute):
     trainer = build_trainer(spec)
     with Casts(trainer.model.named_parameters()) as casts:
         trainer.accumulate(rank_batches(spec, 0, trainer))
-    del casts.counts[None]  # activations
+    del casts.counts[None]  # the casts of activations
     assert set(casts.counts.values()) == {1}
     assert {name for name in casts.counts if ".experts." in name} == set(expert_parameters(trainer.model))
     assert all(layer.experts.step_casts is None for layer in trainer.model.moe_layers())

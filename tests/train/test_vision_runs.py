@@ -18,8 +18,10 @@ STEPS = 8
 PREPARE = ["data", "prepare", "spec.yaml"]
 TEXT_WITHOUT_CLASSES = ["--text", "raw/test-classes", "--set", "data.sources.test-classes.format=images"]
 ADAPTIVE = {"largest": 3, "interval": 2, "patience": 1, "batches": 2, "first_loss": 1e-6, "first_step": 0}
-"""No loss is below the first loss, so each task raises its number of experts at the first validation, and takes it back
-at the second one."""
+"""Options of the adaptive rule with which each task raises its number of experts and then takes the raise back.
+
+No loss is below `first_loss`, so the raise is at the first validation of the rule, and is taken back at the second one.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,7 @@ def test_a_vision_model_is_evaluated_on_held_out_images_and_on_others(project, r
     assert held_out["losses"]["classify"] == pytest.approx(validation["classify"], rel=1e-4)
     [accuracy] = held_out["classes"].values()
     assert 0 <= accuracy["top_1"] <= accuracy["top_5"] == 1
-    # The colours are easy for the nearest training image.
+    # The classes are colours, so the training image that is nearest in pixels nearly always has the right class.
     assert accuracy["baseline"] > 0.9
     text = ["--text", "raw/test-classes", "--text", "raw/test-scenes/annotations/*.json"]
     keys = {"test-classes": ("images", "[image,class]"), "annotations": ("coco", "[image,objects]")}
@@ -124,7 +126,7 @@ def test_plan_status_and_data_describe_a_vision_model(project, run):
     assert "held-out images" in prepared.out, prepared.err
 
 
-@pytest.mark.slow  # tests/data/prepare/test_classes.py has the check
+@pytest.mark.slow  # tests/data/prepare/test_classes.py has a quick test of the same error
 def test_more_classes_than_outputs_end_a_preparation(project):
     tasks = copy.deepcopy(VISION["model"]["vision"]["tasks"])
     tasks["classify"]["classes"] = 2
@@ -142,7 +144,7 @@ def test_a_broken_object_ends_a_preparation_with_its_id(project):
     assert_refused(project, PREPARE, "annotation 1: ")
 
 
-@pytest.mark.slow  # tests/data/prepare/test_classes.py has the check
+@pytest.mark.slow  # tests/data/prepare/test_classes.py has a quick test of the same error
 def test_objects_without_masks_end_a_preparation_for_a_detector_that_learns_masks(project):
     write_coco_folder(project / "raw" / "boxes", 10)
     path = project / "raw" / "boxes" / "annotations" / "instances_train.json"

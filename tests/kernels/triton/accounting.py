@@ -1,11 +1,11 @@
-"""Counts of what a layer does, from the operations that it dispatches: kernels, bytes, and bytes that stay alive."""
+"""Counts of a layer's kernels, of the bytes that they read and write, and of the bytes that autograd saves."""
 
 from collections import Counter
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Operations that only change the view of a tensor, allocate memory or read its properties.
+# These operations launch no kernel: they only change the view of a tensor, allocate memory or read properties.
 FREE = {
     "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand",
     "lift_fresh", "new_empty", "new_empty_strided", "permute", "reshape", "select", "slice", "split", "squeeze", "t",

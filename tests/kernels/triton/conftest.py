@@ -9,7 +9,7 @@ from tests.kernels.triton.problems import DEVICE
 def _interpreted():
     """Let Triton interpret kernels if there is no GPU.
 
-    Triton reads the variable when a kernel is defined, so tests import kernels in their functions.
+    Triton reads TRITON_INTERPRET when a kernel is defined, so tests import kernels only inside their functions.
     """
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE.type == "cpu":

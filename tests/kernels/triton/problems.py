@@ -1,4 +1,4 @@
-"""Problems for the Triton kernels, and the errors of their results compared with `reference` in float64.
+"""Random inputs for the Triton kernels, and the errors of their results compared with `reference` in float64.
 
 The kernels run on a GPU if there is one, else in Triton's interpreter. The interpreter truncates float32 to bfloat16
 where a GPU rounds to nearest, so its bfloat16 errors are twice as large.
@@ -12,8 +12,8 @@ from mhmoe_kernels import ExpertWeights, GeluSubln, Swiglu, run_experts
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KINDS = {"swiglu": Swiglu(), "gelu": GeluSubln()}
-# Largest allowed values of ||ours - float64|| / ||float64|| for the same rounded inputs. Measured are 1e-6 for float32
-# and, in the interpreter, 1.5e-2 for bfloat16.
+# The values are the largest allowed ||ours - float64|| / ||float64|| for the same rounded inputs. Measured errors are
+# 1e-6 for float32 and, in the interpreter, 1.5e-2 for bfloat16.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 

@@ -18,7 +18,8 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
     pytest.mark.long,
 ]
-# Layers of equal multiply-adds and parameters: h, E, k, f.
+# The layers have about the same numbers of multiply-adds and of parameters. A value is (h, E, k, f): numbers of heads,
+# of experts and of choices, and the hidden width of an expert.
 LAYERS = {"h 1": (1, 64, 8, 1024), "h 2": (2, 152, 8, 856), "h 4": (4, 296, 8, 856)}
 WIDTH, TOKENS = 2048, 32768
 SYNC_FREE = ["grouped_gemm", "grouped_mm", "triton"]
@@ -41,7 +42,7 @@ def build_small_layer(backbone, kernel, capacity_factor):
 
 
 def kernels_of(layer):
-    """Return the sync-free kernels that take the rows of a layer: kernel `triton` takes those of up to 1024 values."""
+    """Return the kernels of `SYNC_FREE` that accept the rows of a layer; `triton` accepts rows of up to 1024 values."""
     return [kernel for kernel in SYNC_FREE if kernel != "triton" or layer != "h 1"]
 
 
@@ -105,8 +106,10 @@ def test_inference_runs_on_fake_cuda_tensors(monkeypatch, layer, kernel):
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_grouped_products_move_few_bytes_and_keep_little(layer):
-    """The bound has each tensor written once and read once by each of its consumers: x, rows, gate and up, hidden,
-    outputs and y, their gradients, and weights with theirs."""
+    """The bound on moved bytes is 1.3 times those of writing each tensor once and reading it once for each consumer.
+
+    The tensors are x, rows, gate and up, hidden values, outputs, y and weights, and the gradients of all of them.
+    """
     heads, experts, top_k, hidden = LAYERS[layer]
     rows, width = TOKENS * heads, WIDTH // heads
     routes = rows * top_k
@@ -169,10 +172,11 @@ def test_operators_launch_what_they_state(monkeypatch):
                     (y.sum() + routing.balance_loss + routing.z_loss).backward()
                 assert torch.equal(routing.count_E.sum() + routing.dropped_routes, torch.tensor(32))
                 assert torch.equal(routing.count_E, route_counts(routing.expert_NK, 4, routing.gate_NK != 0))
-    # Kernels of torch do not pass through the interpreter.
+    # `schedule_tiles` is called only inside other operators here. `torch_linear` and `torch_outer` belong to kernel
+    # `grouped_mm`, which is not tested here.
     assert launches.keys() == LAUNCHES.keys() - {"schedule_tiles", "torch_linear", "torch_outer"}
     for name, launch_counts in launches.items():
-        # The sort of the tiles of another operator and small products on the host's side do not pass the interpreter.
+        # A number in `LAUNCHES` may be larger, because it includes kernels of torch, which are not interpreted.
         assert max(launch_counts) <= LAUNCHES[name], (name, launch_counts)
         assert max(launch_counts) >= 1, name
 

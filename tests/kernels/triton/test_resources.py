@@ -17,7 +17,7 @@ pytestmark = [
 
 
 OLDEST_TRITON = "3.6.0"
-"""Oldest version in pyproject.toml, which torch 2.11 brings along."""
+"""Oldest version of Triton that pyproject.toml allows; torch 2.11 brings this version along."""
 
 
 def compile_in_process(tmp_path, code, *packages):
@@ -37,7 +37,7 @@ def compile_in_process(tmp_path, code, *packages):
 
 @pytest.mark.slow  # test_experts.py runs the kernels in the interpreter
 def test_grouped_products_compile_for_an_h100(tmp_path):
-    """The products of training use the matrix units, without traps, within shared memory and with few spills."""
+    """Kernels of grouped products use tensor cores, have no traps, fit into shared memory and spill few registers."""
     printed = compile_in_process(
         tmp_path,
         "import torch\n"
@@ -54,7 +54,7 @@ def test_grouped_products_compile_for_an_h100(tmp_path):
 
 
 def compile_all(capability):
-    """Return code that compiles all kernels for a GPU and prints the version of Triton."""
+    """Return code that compiles all kernels for a compute capability, such as 90, and prints the version of Triton."""
     return (
         "import torch\n"
         "import triton\n"

@@ -13,7 +13,7 @@ from tests.kernels.triton.problems import DEVICE
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
     pytest.mark.long,
-    # They also run without a GPU, in the interpreter.
+    # The tests also run without a GPU, in Triton's interpreter.
     pytest.mark.gpu,
 ]
 
@@ -25,7 +25,7 @@ def sorted_routes(expert_NK, experts, rows_per_tile):
 
 
 def covered_slots(routes, rows_per_tile):
-    """Return the slots of all tiles with the expert of their tile."""
+    """Return (slot, expert) for each slot of each tile, where all slots of a tile have the expert of the tile."""
     offsets, slots = routes.offset_E1.tolist(), []
     for expert, start in zip(routes.expert_T.tolist(), routes.start_T.tolist(), strict=True):
         if expert < len(offsets) - 1:
@@ -76,7 +76,7 @@ def test_rows_are_gathered_and_combined_as_torch_does(seed, n, d, k):
     x_RD = gather_rows(x_ND, routes.route_R, k)
     assert torch.equal(x_RD, x_ND[plan.row_R])
     torch.testing.assert_close(combine_rows(x_RD, None, routes.slot_NK, gate_NK), combine(x_RD, gate_NK, plan))
-    # Without gates, it is the gradient of `gather_rows`: it adds the gradients of the routes of each row.
+    # Without gates, `combine_rows` is the gradient of `gather_rows`: it adds the gradients of the routes of each row.
     torch.testing.assert_close(combine_rows(x_RD, None, routes.slot_NK, None), x_RD[plan.slot_NK].sum(1))
     sums = combine_rows(x_RD, 2 * x_RD, routes.slot_NK, None)
     torch.testing.assert_close(sums, 3 * x_RD[plan.slot_NK].sum(1))

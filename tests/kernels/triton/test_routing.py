@@ -14,7 +14,7 @@ from tests.kernels.triton.problems import DEVICE
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
     pytest.mark.long,
-    # They also run without a GPU, in the interpreter.
+    # The tests also run without a GPU, in Triton's interpreter.
     pytest.mark.gpu,
 ]
 
@@ -73,7 +73,7 @@ def random_logits(seed, rows, experts):
     capacity_factor=st.sampled_from([None, 0.5, 1.25]),
 )  # fmt: skip
 def test_routing_is_that_of_the_model(seed, rows, experts, k, normalized, scale, choices, capacity_factor):
-    # With a single choice there are no others, and the spec says so.
+    # The spec refuses normalised gates, and a balance loss over all choices, if a row has a single choice.
     normalized, choices = (normalized, choices) if k > 1 else (False, "first")
     moe = MoESpec(
         heads=1, experts=experts, top_k=k, d_expert=8, normalize_gates=normalized, gate_scale=scale,
@@ -89,7 +89,7 @@ def test_many_rows_and_experts_are_routed_alike(capacity_factor):
     assert_routing_is_that_of_the_model(random_logits(1, 100_001, 296), moe)
 
 
-# numpy, by which the interpreter computes, warns of such numbers.
+# Triton's interpreter computes with numpy, which warns of NaN and infinity.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("experts", [5, 40])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -101,7 +101,7 @@ def read_output(folder: Path) -> list[dict[str, Any]]:
 def make_request(
     input_path: Path, checkpoint: Path, sampling: SamplingOptions = GREEDY, chunk_rows: int = 5
 ) -> BatchRequest:
-    """Return a request for the answers to all rows of a file, which are checked."""
+    """Check all rows of a file, and return a request for the answers to them."""
     source = open_input(str(input_path))
     rows = check_rows(source, sampling.logprobs is not None)
     input_file = InputFile(

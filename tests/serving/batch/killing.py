@@ -1,4 +1,4 @@
-"""Processes of a batch inference on the local cluster, and kills of them."""
+"""Functions that find, suspend and kill the processes of a batch inference on the local cluster."""
 
 import signal
 from collections.abc import Collection

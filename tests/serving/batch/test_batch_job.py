@@ -28,7 +28,7 @@ OPTIONS = ("--max-tokens", "24", "--temperature", "0")
 
 
 def generate_words(run, path: Path, folder: Path, *options: str) -> list[str]:
-    """Return the words of a command that answers a file into a folder."""
+    """Return the arguments of a command that writes the answers to the rows of a file into a folder."""
     return ["generate", str(run.path), "--input", str(path), "--output", str(folder), *options]
 
 
@@ -64,7 +64,7 @@ def test_answers_survive_the_death_of_a_worker_and_of_the_driver(tmp_path, local
         [new_worker] = suspend_new_workers(job, 1, known_pids=(killed_worker, other_worker))
         kill(new_worker, signal.SIGCONT)
         wait_until(lambda: chunk_count(folder) > count, "answers of the worker that replaces it")
-        # The other worker has chunks all the time, so the job has not ended yet.
+        # The other worker is still suspended with its chunks, so the job has not ended yet.
         kill_driver(job)
         kill(other_worker, signal.SIGCONT)
         err = first_command.communicate(timeout=120)[1]
@@ -77,7 +77,7 @@ def test_answers_survive_the_death_of_a_worker_and_of_the_driver(tmp_path, local
     count = chunk_count(folder)
     assert 1 < count < ROWS // CHUNK_ROWS
     assert not (folder / "_summary.json").exists()
-    # The job of the second command goes on without it, and the third command follows that job.
+    # The job of the second command goes on after Ctrl-C ends that command, and the third command follows the job.
     second_command = start(tmp_path, words)
     try:
         assert any("rows are answered; starting 1 worker" in line for line in second_command.stderr)

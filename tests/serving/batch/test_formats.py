@@ -51,7 +51,7 @@ def test_lines_are_carried_to_the_last_digit(tmp_path):
 
 
 def test_deeply_nested_lines_are_decoded(tmp_path):
-    """The standard library decodes about 1,000 levels."""
+    """The line is nested more deeply than the standard library can decode, which is about 1,000 levels."""
     line = b'{"prompt": "a", "nested": ' + b"[" * 1020 + b"]" * 1020 + b"}"
     (tmp_path / "in.jsonl").write_bytes(line)
     [table] = tables(tmp_path / "in.jsonl", 10)

@@ -56,7 +56,7 @@ def test_folder_refuses_another_request_in_one_line(tmp_path, batch_checkpoint, 
         "chunk_rows 5, not 6": request_of_five.model_copy(update={"chunk_rows": 6}),
     }
     for difference, other_request in other_requests.items():
-        # Without any answers, the folder is free for another request; a job that was submitted for it is refused.
+        # As long as the folder has no answers, a command may replace its request, but a job must have that request.
         output.check_request(other_request, is_first=True)
         with pytest.raises(DataError) as raised:
             output.check_request(other_request, is_first=False)

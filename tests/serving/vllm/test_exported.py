@@ -1,4 +1,4 @@
-"""Tests of vLLM's own server with exported folders, in a process that finds this package only through its plugin."""
+"""Tests that vLLM's own server serves exported folders; its process loads this package only as a plugin."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from tests.llama_tokenizer import llama_tokenizer
 from tests.serving.asking import answer_tokens
 from tests.watch import wait_until
 
-# vLLM accepts biases for tokens of the tokenizer only, so the models have no other rows.
+# vLLM accepts logit biases for tokens of the tokenizer only, so the models have embeddings of no other tokens.
 VOCAB_SIZE = llama_tokenizer(TEXT, 320).get_vocab_size()
 SIZES = {"vocab_size": VOCAB_SIZE, "d_model": 64, "layers": 2, "attention_heads": 2}
 EXPORTS = {
@@ -80,7 +80,7 @@ def test_server_of_vllm_answers_like_our_engine(folder):
         wait_until(lambda: is_ready(server, port), "vLLM's server", seconds=240)
         answerer = load_answerer(newest_checkpoint(run, ("weights",))[0], ServeSpec(max_concurrency=1))
         for prompt in PROMPTS:
-            biases = {1: -100.0, 2: -100.0}  # no token ends the answer
+            biases = {1: -100.0, 2: -100.0}  # tokens that would end the answer
             body = {"model": str(path), "prompt": prompt, "max_tokens": 24, "temperature": 0, "return_token_ids": True}
             answer = json.loads(ask(port, "/v1/completions", {**body, "logit_bias": biases}))
             params = SamplingParams(24, temperature=0, logit_bias=biases)

@@ -13,7 +13,7 @@ from tests.serving.vllm.conftest import SPEC, serve_with_vllm
 
 
 def changed_spec(moe: dict, **trunk: object) -> ModelSpec:
-    """Return `SPEC` with other keys of its MoE layers and of the rest of the model."""
+    """Return `SPEC` with the keys of `moe` replaced in its MoE layers, and those of `trunk` in the rest of it."""
     return ModelSpec.model_validate(SPEC.model_dump() | trunk | {"moe": SPEC.moe.model_dump() | moe})
 
 

@@ -1,4 +1,4 @@
-"""Tests of vLLM that each start their own engine, because a process has one vLLM at a time, like a replica."""
+"""Tests that each start a vLLM engine of their own, because a process can have only one such engine at a time."""
 
 import asyncio
 
@@ -83,7 +83,7 @@ def test_closed_engine_refuses_requests(checkpoint):
 
 
 def test_bfloat16_scores_are_close_to_the_training_model(checkpoint):
-    """Scores in bfloat16 differ by less than 0.1 on average: routing is in float32, so few rows change experts."""
+    """Scores in bfloat16 differ by less than 0.1 on average: with routing in float32, few sub-tokens change experts."""
     ids = random_prompts(1)[0]
     request = Request(ids, SamplingParams(0), logprobs=0, prompt_logprobs=True)
     with serve_with_vllm(checkpoint, precision="bfloat16") as answerer:

@@ -1,4 +1,4 @@
-"""Tests of the objectives of encoders: losses of a step on any number of ranks, weights of parts, and validation."""
+"""Tests of the objectives of encoders: losses on any number of ranks, the weights of losses, and validation."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ SMEAR_WITH_NOISE = {**SMEAR, "expert_dropout": 0.1}
 
 
 def stream_rows(samples):
-    """Return samples as a row of the training stream."""
+    """Return the samples of a micro-batch as a row of the training stream."""
     return {name: getattr(samples, name)[None] for name in EncoderSamples._fields}
 
 
@@ -78,8 +78,10 @@ def smear_result():
     ids=["ddp", "fsdp-sharded-experts", "zero2"],
 )
 def test_ranks_average_experts_as_one_does(smear_result, cluster):
-    """Router smear with expert dropout trains the same on two ranks; with fsdp each rank holds a shard of each layer's
-    experts."""
+    """Router smear, which averages experts, with expert dropout trains the same on two ranks as on one.
+
+    With fsdp, each rank holds a shard of each layer's experts.
+    """
     check_results_of_ranks(
         smear_result, encoder_spec(model__moe=SMEAR_WITH_NOISE, cluster={"workers": 2, **cluster}), 2
     )
@@ -98,7 +100,7 @@ def check_results_of_ranks(expected, spec, workers):
 
 
 def test_the_loss_of_a_step_is_the_weighted_sum_of_means(single_rank_result):
-    """The gradient is that of the sum over losses of weight times mean over all targets of the step."""
+    """Each loss is averaged over all its targets in the step and multiplied by its weight; the results are summed."""
     spec = encoder_spec()
     trainer = build_trainer(spec)
     batches = rank_batches(spec, trainer, 0)
@@ -123,7 +125,7 @@ def test_the_loss_of_a_step_is_the_weighted_sum_of_means(single_rank_result):
 
 
 def test_a_matching_part_is_validated_in_whole_micro_batches(single_rank_result):
-    """Six of seven pairs fill micro-batches of three; a single one would be matched without a choice."""
+    """Six of seven pairs fill micro-batches of three; the last is left out, as its loss alone would always be 0."""
     trainer = build_trainer(encoder_spec())
     part = trainer.spec.parts[3]
     samples = {"match": part_samples(trainer.spec, part._replace(samples=7), 5)}
@@ -161,7 +163,7 @@ def test_targets_of_a_codebook_are_its_nearest_entries():
 
 
 def test_an_encoder_that_predicts_no_patches_needs_no_codebook():
-    """The encoder is fine-tuned on texts and on matching, from one that learned a codebook."""
+    """The encoder starts from one that learned a codebook, and trains only on texts and on matching pairs."""
     names = ("texts", "match")
     parts = {name: ENCODER["data"]["parts"][name] for name in names}
     spec = encoder_spec(

@@ -67,7 +67,7 @@ def single_rank_result():
     ids=["2-ranks", "ep-2", "fsdp-ep-2", "zero2"],
 )
 def test_ranks_train_as_one_does(single_rank_result, workers, cluster):
-    """Proposals are equal but for ties of scores, which these samples do not have."""
+    """A detector's proposals could differ only where scores are equal, which does not happen with these samples."""
     results = run_ranks(workers, train_and_validate, vision_spec(**NOISY, cluster={"workers": workers, **cluster}))
     for result in results:
         torch.testing.assert_close(result["losses"][0], single_rank_result["losses"][0], rtol=1e-5, atol=1e-5)
@@ -139,7 +139,7 @@ def test_the_adaptive_rule_changes_the_model_and_its_state_is_restored():
     trainer, restored = build_trainer(spec), build_trainer(spec)
     samples = held_out_samples(spec)
     assert trainer.objective.adapt(samples, 1) == []
-    # The loss of no validation is below the first loss, so k rises at the first one after the patience.
+    # No validation has a loss below first_loss, so k rises at the first validation after the patience.
     assert trainer.objective.adapt(samples, 2) == [("classify", 3), ("detect", 3)]
     assert trainer.model.top_k == [3, 3]
     restored.objective.load_state(trainer.objective.state)

@@ -19,7 +19,7 @@ def test_a_layer_without_routes_has_load_and_entropy_0():
 
 
 def test_the_line_has_the_loss_of_each_part():
-    """A part without targets has no loss to divide."""
+    """A part of the micro-batches without targets has the loss 0, because there is no mean."""
     parts = {name: {"sources": [name], "micro_batch_size": 1} for name in ("web", "books")}
     spec = tiny_spec(data={"sources": {"web": {"path": "web"}, "books": {"path": "books"}}, "parts": parts})
     part_sums_P2 = torch.tensor([[6.0, 4.0], [0.0, 0.0]])

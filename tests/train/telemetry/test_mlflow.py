@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*filesystem.*:FutureWarning")
 
 @pytest.fixture(autouse=True)
 def short_intervals(monkeypatch):
-    """Send metrics often, allow MLflow to store runs in files, and let its client not retry requests."""
+    """Send metrics often, allow MLflow to store runs in files, and keep its client from retrying requests."""
     monkeypatch.setattr(sink, "SEND_SECONDS", 0.05)
     monkeypatch.setattr(sink, "CLOSE_SECONDS", 10.0)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")

@@ -11,7 +11,7 @@ from mhmoe_ray.train.telemetry.tensorboard import TensorBoard
 
 
 def line(step, loss):
-    """Return a line of metrics."""
+    """Return the line of metrics of a step with this loss."""
     return {metrics.STEP: step, metrics.TIME: 1000.0 + step, metrics.LOSS: loss, metrics.LR: 0.25, metrics.GROUP: 1}
 
 
