@@ -1,4 +1,4 @@
-"""Test that errors which users of the Python interface get name no options of the command line.
+"""Test that the errors of the Python interface do not name options of the command line.
 
 Errors that are raised below `mhmoe_ray.cli` reach these users, who pass arguments instead of options. A whole command
 in backticks is allowed, because these users can run it, too. The benchmarks and the rendering of files are not checked,

@@ -77,7 +77,7 @@ class Drawing:
     """A drawing that a scene can contain.
 
     Attributes:
-        key: the key of the concept.
+        key: the key of the drawn concept, which is an emoji or a stamp (`Concept`).
         artist: the name of the artist.
         png: the PNG file with alpha.
     """

@@ -89,11 +89,11 @@ class Mesh:
         return self.world_size // self.ep
 
     def group(self, dimension: Literal["expert_dp", "ep"]) -> dist.ProcessGroup:
-        """Return this rank's process group along a dimension. There must be a process group."""
+        """Return this rank's process group along a dimension. The default process group must exist."""
         return self.process_groups[dimension]
 
     def same_expert_ranks(self) -> list[int]:
-        """Return the ranks that hold the same experts as this one. There must be a process group."""
+        """Return the ranks that hold the same experts as this one. The default process group must exist."""
         assert self.devices is not None
         ranks: list[int] = self.devices["expert_dp"].mesh.tolist()
         return ranks

@@ -1,8 +1,8 @@
-"""Logs of a run in its run directory, so that they outlive the cluster: `logs/<attempt>/<number>.log`.
+"""Logs of a run, which are copied to its run directory because they must outlive the cluster.
 
-The output of the run's job and of its workers goes to one file, which the job copies in segments of 1 MiB. The first
-segment and the newest segments of each log are kept. Only the newest attempts have logs. Secrets are replaced before
-anything is written (`Redactor`).
+The output of the run's job and of its workers goes to one file, which the job copies in segments of 1 MiB, to
+`logs/<attempt>/<number of the segment>.log`. The first segment and the newest segments of each log are kept. Only the
+newest attempts have logs. Secrets are replaced before anything is written (`Redactor`).
 """
 
 import atexit

@@ -290,6 +290,6 @@ def load_entropy(count_LE: np.ndarray) -> np.ndarray:
 
 
 def _route_shares(count_LE: np.ndarray) -> np.ndarray:
-    """Return the share of its layer's routes that each expert got, (L, E); 0 in a layer without routes."""
+    """Return for each expert its share of the routes of its layer, (L, E); 0 in a layer without routes."""
     # Without `clip`, a layer without routes would have shares of NaN instead of 0.
     return np.asarray(count_LE / count_LE.sum(1, keepdims=True).clip(min=1))

@@ -177,7 +177,7 @@ class TokenBytes:
         return self._bytes_by_token[token]
 
     def _compute_bytes(self, token: int) -> bytes:
-        """Compute the bytes of a token from the text that it adds after another token, or else from its name."""
+        """Compute the bytes of a token from the text that it adds after another token, or from the vocabulary."""
         # The decoder leaves out special tokens, so their bytes cannot be found by decoding.
         if token in self._special_texts:
             return self._special_texts[token].encode()

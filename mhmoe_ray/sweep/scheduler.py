@@ -180,8 +180,8 @@ class Sweep:
     def _should_restart(self, name: str, run_outcome: Outcome) -> bool:
         """Return whether to restart a run that ended without finishing.
 
-        A run is restarted if it ended before the order was written. It is also restarted if its job died without
-        recording the end and this job has started the run fewer than `MAX_STARTS` times.
+        A run is restarted if it ended before this job's order to start runs was written. It is also restarted if its
+        job died without recording the end and this job has started the run fewer than `MAX_STARTS` times.
         """
         run = self._runs[name]
         if newest_attempt_number(run) <= self._order.retry.get(name, 0):

@@ -357,7 +357,7 @@ def test_run_too_large_for_the_cluster_is_refused_at_once(corpus):
     assert sorted(corpus.glob("runs/*")) == previous_runs
 
 
-@pytest.mark.slow  # tests/test_old_run.py has a run that is resumed
+@pytest.mark.slow  # among the faster tests, tests/test_old_run.py resumes a run
 def test_a_finished_run_is_trained_longer(corpus, finished):
     # Other tests expect the run to have 30 steps, so this test is the last one of the file.
     run, _ = finished

@@ -44,7 +44,7 @@ def cache(tmp_path_factory) -> Path:
 
 
 def write_test_sample(folder: Path, cache: Path) -> tuple[SampleSummary, list[str]]:
-    """Write a large sample from the packages in `cache`; return its summary and the lines that it prints."""
+    """Write a large sample from the packages in `cache`; return its summary and the lines that were printed."""
     lines = list[str]()
     english_subset = {name: itertools.islice(records, 5) for name, records in english_records().items()}
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -56,7 +56,7 @@ def write_test_sample(folder: Path, cache: Path) -> tuple[SampleSummary, list[st
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory, cache) -> tuple[Path, SampleSummary, list[str]]:
-    """Write a large sample; return its folder, its summary, and the lines that it prints."""
+    """Write a large sample; return its folder, its summary, and the lines that were printed."""
     folder = tmp_path_factory.mktemp("sample")
     return folder, *write_test_sample(folder, cache)
 

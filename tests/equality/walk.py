@@ -121,7 +121,7 @@ def _run_observations(name: str, run: Path, normal: Normaliser) -> Observations:
 
 
 def _statuses(side: Side, normal: Normaliser, runs: dict[str, Path]) -> Iterator[Question]:
-    """Yield a question for the status of each finished run."""
+    """Yield the question what the status of each finished run is."""
     for name, run in runs.items():
         yield f"status --json of {name}", lambda run=run: normal.value(side.json("status", run.name, "--json"))
 

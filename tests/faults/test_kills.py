@@ -44,7 +44,8 @@ def test_two_random_kills_change_nothing(project, request):
     assert set(malloc.malloc_settings({}).items()) <= _environment(worker["pid"]).items()
     harness.soak(project, run, kills=2, seed=15)
     wait_for_end(run)
-    reference = request.getfixturevalue("reference")  # requested only now, so that the run above prepares the data
+    # The fixture is requested only now, so that the run above prepares the data.
+    reference = request.getfixturevalue("reference")
     harness.assert_equals_undisturbed_run(run, reference)
     assert len(committed_checkpoints(run)) <= 3  # the two newest ones, and the best one if it is older
     assert uncommitted_checkpoints(run) == []

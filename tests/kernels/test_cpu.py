@@ -43,7 +43,7 @@ def machine(monkeypatch):
         ((), True, CpuLevel.GENERIC),
         (("avx2",), True, CpuLevel.GENERIC),  # for AVX2, torch requires FMA too
         (AVX2, True, CpuLevel.AVX2),
-        ((*AVX2, "avx512_f"), True, CpuLevel.AVX2),  # like Xeon Phi, without BW, DQ and VL
+        ((*AVX2, "avx512_f"), True, CpuLevel.AVX2),  # Xeon Phi lacks AVX-512 BW, DQ and VL.
         (AVX512, True, CpuLevel.AVX512),
         ((*AVX512, "amx_tile", "amx_bf16"), True, CpuLevel.AVX512),
         ((*AVX512, "avx512_bf16"), True, CpuLevel.AVX512_BF16),

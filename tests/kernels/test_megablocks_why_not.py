@@ -20,7 +20,7 @@ needs_megablocks = pytest.mark.skipif(
 def missing_dependency_in_process(**env):
     """Return what `_missing_dependency` returns in a new process with the variables `env`, followed by a line break.
 
-    That process uses the installed megablocks without the substitute of its extension.
+    That process imports the installed megablocks, without the module that replaces its CUDA extension in other tests.
     """
     code = "from mhmoe_kernels.megablocks import _missing_dependency; print(_missing_dependency())"
     return subprocess.run(

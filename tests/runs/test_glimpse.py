@@ -29,7 +29,10 @@ LENGTHS = st.lists(st.integers(0, 200), max_size=40)
 
 
 def write(path, lengths, torn=""):
-    """Write lines padded with `lengths` characters, then the incomplete line `torn`; return the complete lines."""
+    """Write a line for each of `lengths`, with so many characters of padding, then the incomplete line `torn`.
+
+    Return the complete lines.
+    """
     lines = [{"i": i, "pad": "x" * length} for i, length in enumerate(lengths)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
     return lines

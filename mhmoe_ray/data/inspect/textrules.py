@@ -97,7 +97,7 @@ _MOJIBAKE = re.compile(
 
 
 def _mojibake(view: TextView) -> str | None:
-    """Return the text around the first of at least `MIN_MATCHES` encoding errors, or None."""
+    """Return the text around the first encoding error; None if there are fewer than `MIN_MATCHES` errors."""
     matches = [match for match, _ in zip(_MOJIBAKE.finditer(view.text), range(MIN_MATCHES), strict=False)]
     return _example_at(view.text, matches[0]) if len(matches) == MIN_MATCHES else None
 

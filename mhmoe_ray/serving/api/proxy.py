@@ -58,7 +58,7 @@ class _ResponseProgress:
         """Error that replaces a plain-text refusal of the proxy; None without such a refusal."""
 
     async def send(self, message: Message) -> None:
-        """Pass a message on to the client; turn those of a plain-text refusal into `replacement` instead."""
+        """Pass a message on to the client, or add it to `replacement` if it belongs to a plain-text refusal."""
         if message["type"] == "http.response.start":
             headers = {name.decode().lower(): value.decode() for name, value in message["headers"]}
             content_type = headers.get("content-type", "")

@@ -134,7 +134,7 @@ class ThreadedEngine(BackgroundEngine, Generic[T]):
         try:
             while self._run_round():
                 self._deliver_updates()
-        # Any exception of a round breaks the engine, and its requests must learn that nobody computes them any more.
+        # Any exception of a round breaks the engine, and its waiting requests must end with an error.
         except Exception as e:
             self._failure = e
         with self._condition:

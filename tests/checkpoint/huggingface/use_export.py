@@ -73,7 +73,7 @@ def train(folder, tokenizer, output):
 
 
 def evaluate(folder, task_folder):
-    """Return the results of the task `choose` in lm-eval, whose class for transformers gets no needless options."""
+    """Return the results of the task `choose` in lm-eval, by its class for models of transformers."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 

@@ -102,7 +102,7 @@ def test_fast_encoding_of_random_merges_is_equal_or_rejected(data):
         (["ab"], [], False, False),
         # The order of the merges differs from that of their tokens.
         (["ab", "cd"], [("c", "d"), ("a", "b")], False, False),
-        # The token abc has a lower id than its parts. In the first case it has all merges, in the second case one is
+        # The token abc has a lower id than its parts. In the first case it has all merges; in the second case one is
         # missing.
         (["abc", "ab", "bc"], [("a", "bc"), ("ab", "c"), ("a", "b"), ("b", "c")], False, True),
         (["abc", "ab", "bc"], [("ab", "c"), ("a", "b"), ("b", "c")], False, False),

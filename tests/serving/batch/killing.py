@@ -18,7 +18,7 @@ def chunk_count(folder: Path) -> int:
 
 
 def running_job(folder: Path) -> dict[str, Any]:
-    """Wait until a job that answers into this folder has a driver, and return Ray's details of the job."""
+    """Wait until a job that writes its answers into this folder has a driver, and return Ray's details of the job."""
     connection = connect()
 
     def find_job() -> dict[str, Any] | None:

@@ -74,7 +74,7 @@ def computed_function(model: ModelSpec) -> dict[str, Any]:
 
 
 def choose_adapter(model: ModelSpec, seq_len: int) -> Adapter:
-    """Return a model's config.json keys in the first architecture of `ADAPTERS` that computes exactly the same.
+    """Return the adapter of the first architecture in `ADAPTERS` that computes exactly the same as a model.
 
     Args:
         model: `model` section of a spec.
