@@ -16,7 +16,7 @@ from mhmoe_ray.cluster import dashboard, tokens
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.dashboard import unreachable
 from mhmoe_ray.cluster.packages import check_size, with_packages
-from mhmoe_ray.errors import JobError, MhmoeError, SpecError
+from mhmoe_ray.errors import JobError, MhmoeError, SpecError, logged
 from mhmoe_ray.ray_compat import SDK_LOGGERS
 
 T = TypeVar("T")
@@ -52,7 +52,8 @@ def translated_errors(connection: Connection, subject: str, error_type: type[Mhm
 def failure_reason(text: str) -> str:
     """Return the reason for a failure from Ray's message, as one line of at most 500 characters.
 
-    If the message has a traceback, the reason is the exception at its end. Otherwise it is the last line.
+    If the message has a traceback, the reason is the exception at its end. Otherwise it is the last error that the job
+    logged for the user (`MhmoeError.log`), or else the last line.
     """
     text = re.sub(r"\x1b\[[0-9;]*m|^Request failed with status code \d+: ", "", text)
     lines = [line.rstrip() for line in text.splitlines() if line.strip(" .")]
@@ -62,6 +63,9 @@ def failure_reason(text: str) -> str:
         if re.match(r"[\w.]+(Error|Exception|Exit|Interrupt)(:|$)", lines[i]):
             # The message of an exception may have several lines, so all lines from the exception on are joined.
             return " ".join(" ".join(lines[i:]).split()).rstrip(".")[:500]
+    # Under load, Ray adds lines of the workers' logs after the job's own last line.
+    if error := logged("\n".join(lines)):
+        return str(error)[:500]
     return lines[-1].strip().rstrip(".")[:500] if lines else "no reason given"
 
 

@@ -57,6 +57,14 @@ def test_failed_job_has_its_last_log_line_as_message(connection):
     assert "ValueError: two\nlines\n" in jobs.logs(connection, "fails")
 
 
+def test_late_line_of_a_worker_is_no_reason():
+    """Under load, Ray adds lines of the workers' logs after the job's own last line."""
+    worker_line = "\n(RayTrainWorker pid=4790) 2026-12-01T01:09:30+0000 rank 1 INFO 2 workers, from step 0 on"
+    message = "job failed, last available logs:\nerror 7: disk d: Read-only file system; make it writable"
+    assert jobs.failure_reason(message + worker_line) == "disk d: Read-only file system; make it writable"
+    assert jobs.failure_reason(f"{message}\nRuntimeError: no rank{worker_line}").startswith("RuntimeError: no rank")
+
+
 def test_line_about_the_entrypoint_is_no_reason():
     text = "before\nValueError: two\nlines\nRunning entrypoint for job a: python -c 'print(1)'\n . .\n"
     assert jobs.failure_reason(text) == "ValueError: two lines"
