@@ -82,7 +82,11 @@ def query_values(url, query):
 def test_every_panel_has_data(trained_and_served, url):
     run, port = trained_and_served
     panels = [
-        (p.title, q) for dashboard in DASHBOARDS for p in dashboard.panels if not p.gpu for q in p.queries.values()
+        (p.title, q)
+        for dashboard in DASHBOARDS
+        for p in dashboard.panels
+        if not p.needs_gpu
+        for q in p.queries.values()
     ]
     request_count = itertools.count()
 
