@@ -1,4 +1,4 @@
-"""Test that every panel of the dashboards has data, with a real Prometheus, a run and a server."""
+"""Test that every panel of the dashboards has data, with a real Prometheus, runs and a server."""
 
 import itertools
 import json
@@ -13,6 +13,8 @@ from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.render.monitoring import DASHBOARDS, RATE_WINDOW, prometheus_config
 from tests.cli.conftest import write_spec
 from tests.cli.run import mhmoe
+from tests.data.scenes import write_class_folders, write_coco_folder
+from tests.train import test_vision_runs
 from tests.watch import newest_run, step_of, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.system]
@@ -37,6 +39,22 @@ def trained_and_served(corpus, local_cluster):
     yield run, port
     mhmoe(corpus, "stop", run.id, "--now")
     mhmoe(corpus, "serve", "down")
+
+
+@pytest.fixture
+def vision_run(tmp_path, local_cluster):
+    """Start a long run of a vision model, whose metrics have parts and adaptive tasks; yield the run, and then stop it.
+
+    The cluster has no room for this run beside those of `trained_and_served`.
+    """
+    write_class_folders(tmp_path / "raw" / "classes", 60)
+    write_coco_folder(tmp_path / "raw" / "scenes", 50)
+    test_vision_runs.write_spec(tmp_path, 2, train={"steps": 100_000})
+    assert mhmoe(tmp_path, "submit", "spec.yaml", "--detach").code == 0
+    run = newest_run(tmp_path)
+    wait_until(lambda: step_of(run) >= 10, "step 10")
+    yield run
+    mhmoe(tmp_path, "stop", run.id, "--now")
 
 
 @pytest.fixture(scope="module")
@@ -79,27 +97,46 @@ def query_values(url, query):
     return [(s["metric"], float(s["value"][1])) for s in answer["data"]["result"] if s["value"][1] != "NaN"]
 
 
-def test_every_panel_has_data(trained_and_served, url):
-    run, port = trained_and_served
-    panels = [
-        (p.title, q)
+def panel_queries(of_parts):
+    """Return the title and the query of each panel without a GPU, about parts of micro-batches or about all else."""
+    return [
+        (panel.title, query)
         for dashboard in DASHBOARDS
-        for p in dashboard.panels
-        if not p.needs_gpu
-        for q in p.queries.values()
+        for panel in dashboard.panels
+        for legend, query in panel.queries.items()
+        if not panel.needs_gpu and ("{{part}}" in legend) == of_parts
     ]
-    request_count = itertools.count()
+
+
+def wait_for_data(url, queries, generate_data=lambda: None):
+    """Wait until each query has a value; `generate_data` is called before each attempt."""
 
     def empty_panels():
-        # The prompt fills a block of the cache, so that the next prompt with the same first token is a cache hit.
-        body = {"prompt": [1 + next(request_count) % 3, *range(2, 200)], "max_tokens": 8}
-        assert httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60).status_code == 200
-        return [title for title, query in panels if not query_values(url, query)]
+        generate_data()
+        return [title for title, query in queries if not query_values(url, query)]
 
     try:
         wait_until(lambda: not empty_panels(), "data in every panel", 120)
     except AssertionError:
         pytest.fail(f"no data in: {empty_panels()}")
+
+
+def test_panels_of_parts_have_data(vision_run, url):
+    queries = panel_queries(of_parts=True)
+    assert len(queries) == 3
+    wait_for_data(url, queries)
+
+
+def test_all_other_panels_have_data(trained_and_served, url):
+    run, port = trained_and_served
+    request_count = itertools.count()
+
+    def send_request():
+        # The prompt fills a block of the cache, so that the next prompt with the same first token is a cache hit.
+        body = {"prompt": [1 + next(request_count) % 3, *range(2, 200)], "max_tokens": 8}
+        assert httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60).status_code == 200
+
+    wait_for_data(url, panel_queries(of_parts=False), send_request)
     [(labels, _)] = query_values(url, f'ray_mhmoe_train_loss{{run="{run.id}"}}')
     assert labels["run"] == run.id
     assert {labels["rank"] for labels, _ in query_values(url, "ray_mhmoe_train_data_wait")} == {"0", "1"}
