@@ -67,5 +67,4 @@ def test_a_tuned_model_predicts_and_ends_answers_that_it_has_not_read(tmp_path, 
     finally:
         mhmoe(tmp_path, "serve", "down", "chat")
     assert len(reasons) == PROMPTS
-    # With three seeds, 94 to 98 answers ended. Rounding differs between CPUs as much as between seeds.
-    assert reasons.count("stop") >= 90
+    assert reasons.count("stop") >= 95

@@ -1,8 +1,8 @@
 """Test that the errors of the Python interface do not name options of the command line.
 
-Errors that are raised below `mhmoe_ray.cli` reach these users, who pass arguments instead of options. A whole command
-in backticks is allowed, because these users can run it, too. The benchmarks and the rendering of files are not checked,
-because only commands call them.
+Errors that are raised below `mhmoe_ray.cli` also reach users of the Python interface, who pass arguments instead of
+options. A whole command in backticks is allowed, because these users can run it, too. The benchmarks and the rendering
+of files are not checked, because only commands call them.
 """
 
 import ast

@@ -51,10 +51,10 @@ class InspectTarget:
     @property
     def tokenizer(self) -> Path | None:
         """Path of the prepared folder's tokenizer, else of the tokenizer that the spec gives; None without either."""
-        # The prepared folder of a vision model has no tokenizer.
-        has_prepared_tokenizer = self.manifest is not None and self.manifest.tokenizer_sha256 is not None
         from mhmoe_ray.data.shards.manifest import TOKENIZER_FILE
 
+        # The prepared folder of a vision model has no tokenizer.
+        has_prepared_tokenizer = self.manifest is not None and self.manifest.tokenizer_sha256 is not None
         return self.data.prepared / TOKENIZER_FILE if has_prepared_tokenizer else self.data.tokenizer
 
 

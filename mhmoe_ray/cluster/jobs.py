@@ -16,7 +16,7 @@ from mhmoe_ray.cluster import dashboard, tokens
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.dashboard import unreachable
 from mhmoe_ray.cluster.packages import check_size, with_packages
-from mhmoe_ray.errors import JobError, MhmoeError, SpecError, logged
+from mhmoe_ray.errors import JobError, MhmoeError, SpecError
 from mhmoe_ray.ray_compat import SDK_LOGGERS
 
 T = TypeVar("T")
@@ -52,20 +52,19 @@ def translated_errors(connection: Connection, subject: str, error_type: type[Mhm
 def failure_reason(text: str) -> str:
     """Return the reason for a failure from Ray's message, as one line of at most 500 characters.
 
-    If the message has a traceback, the reason is the exception at its end. Otherwise it is the last error that the job
-    logged for the user (`MhmoeError.log`), or else the last line.
+    If the message has a traceback, the reason is the exception at its end. Otherwise it is the last line. Lines of the
+    job's worker processes do not count.
     """
     text = re.sub(r"\x1b\[[0-9;]*m|^Request failed with status code \d+: ", "", text)
     lines = [line.rstrip() for line in text.splitlines() if line.strip(" .")]
     # Ray buffers this line, so it may be the last line in the log of a short job. It is never the reason for a failure.
     lines = [line for line in lines if not line.startswith("Running entrypoint for job ")]
+    # If the machine is busy, Ray adds lines of workers, which begin with (NAME pid=N), after the job's own last line.
+    lines = [line for line in lines if not re.match(r"\([^()]*\bpid=\d+", line)]
     for i in reversed(range(len(lines))):
         if re.match(r"[\w.]+(Error|Exception|Exit|Interrupt)(:|$)", lines[i]):
             # The message of an exception may have several lines, so all lines from the exception on are joined.
             return " ".join(" ".join(lines[i:]).split()).rstrip(".")[:500]
-    # Under load, Ray adds lines of the workers' logs after the job's own last line.
-    if error := logged("\n".join(lines)):
-        return str(error)[:500]
     return lines[-1].strip().rstrip(".")[:500] if lines else "no reason given"
 
 

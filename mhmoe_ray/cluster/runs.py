@@ -250,7 +250,9 @@ def _newest_checkpoint(run: RunDir, run_events: RunEvents) -> tuple[dict[str, An
     """
     # Every restart of the workers that skips a checkpoint records its name again, and older versions of this project
     # recorded the path in place of the name.
-    skipped_names = {e["name"].rpartition("/")[2]: None for e in run_events if e["event"] == "skipped_checkpoint"}
+    skipped_names = dict.fromkeys(
+        e["name"].rpartition("/")[2] for e in run_events if e["event"] == "skipped_checkpoint"
+    )
     usable_events = [e for e in run_events if "name" in e and e["name"] not in skipped_names]
     newest_events = (events.newest_event(usable_events, kind) for kind in ("checkpoint", "initialized", "imported"))
     newest = next(filter(None, newest_events), None)

@@ -45,7 +45,7 @@ def trained_and_served(corpus, local_cluster):
 def vision_run(tmp_path, local_cluster):
     """Start a long run of a vision model, whose metrics have parts and adaptive tasks; yield the run, and then stop it.
 
-    The cluster has no room for this run beside those of `trained_and_served`.
+    It ends with its test, so that its CPUs are free for the runs of `trained_and_served`.
     """
     write_class_folders(tmp_path / "raw" / "classes", 60)
     write_coco_folder(tmp_path / "raw" / "scenes", 50)

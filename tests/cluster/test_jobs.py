@@ -60,9 +60,10 @@ def test_failed_job_has_its_last_log_line_as_message(connection):
 def test_late_line_of_a_worker_is_no_reason():
     """Ray adds lines of the workers' logs after the job's own last line if the machine is busy."""
     worker_line = "\n(RayTrainWorker pid=4790) 2026-12-01T01:09:30+0000 rank 1 INFO 2 workers, from step 0 on"
-    message = "job failed, last available logs:\nerror 7: disk d: Read-only file system; make it writable"
-    assert jobs.failure_reason(message + worker_line) == "disk d: Read-only file system; make it writable"
-    assert jobs.failure_reason(f"{message}\nRuntimeError: no rank{worker_line}").startswith("RuntimeError: no rank")
+    error = "error 7: disk d: Read-only file system; make it writable"
+    message = f"job failed, last available logs:\n{error}"
+    assert jobs.failure_reason(message + worker_line) == error
+    assert jobs.failure_reason(f"{message}\nRuntimeError: no rank{worker_line}") == "RuntimeError: no rank"
 
 
 def test_line_about_the_entrypoint_is_no_reason():

@@ -47,7 +47,7 @@ class Settings(NamedTuple):
 
     @property
     def layer_tokens(self) -> tuple[int, ...]:
-        """Numbers of tokens with which layers are measured; times of the last number have predictions."""
+        """Numbers of tokens with which layers are measured; the last number has predicted times."""
         return (8,) if self.is_toy else (8192, 32768)
 
     @property

@@ -103,6 +103,20 @@ def read_records(storage: Storage, file: RawFile, limit: int, tally: Tally) -> I
         yield BadLine(file.path, number + 1, Reason.PART_LOST, damage.reason)
 
 
+def decode_json(content: bytes) -> Any:
+    """Return the value of a JSON text, which may have NaN, infinities and lone surrogates.
+
+    Raises:
+        ValueError: the text is not JSON.
+        RecursionError: orjson refuses the text, and it is nested too deeply for the standard library.
+    """
+    try:
+        return orjson.loads(content)
+    except ValueError:
+        # The standard library accepts NaN and lone surrogates, which other programs write.
+        return json.loads(content)
+
+
 def _parse_leniently(path: str, number: int, line: bytes) -> Record | BadLine | None:
     """Parse a line with the standard library after orjson refused it, or return why it cannot be parsed.
 

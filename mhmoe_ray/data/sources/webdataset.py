@@ -11,17 +11,14 @@ same image. If the source has classes, the class is read as the caption is: from
 members are skipped, and so are members whose names have no dot.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-
-import orjson
 
 from mhmoe_ray.data.images.files import IMAGE_SUFFIXES
 from mhmoe_ray.data.sources.compression import decompress
 from mhmoe_ray.data.sources.items import BadLine, DamageError, Document, Fault, RawFile, ReadSettings, Reason, Tally
 from mhmoe_ray.data.sources.pictures import check_image, class_annotation, decode_caption, picture_document
-from mhmoe_ray.data.sources.records import json_type
+from mhmoe_ray.data.sources.records import decode_json, json_type
 from mhmoe_ray.data.sources.storage import Storage
 from mhmoe_ray.data.sources.tar import TarMember, read_members
 from mhmoe_ray.spec import SourceSpec
@@ -198,13 +195,8 @@ def _checked_caption(value: object, key: str) -> str | Fault:
 
 
 def _parse_json(content: bytes) -> object | Fault:
-    parsed: object
     try:
-        parsed = orjson.loads(content)
-    except ValueError:
-        # The standard library accepts NaN and lone surrogates, which other programs write.
-        try:
-            parsed = json.loads(content)
-        except (ValueError, RecursionError) as e:
-            return Fault(Reason.NOT_JSON, str(e))
+        parsed: object = decode_json(content)
+    except (ValueError, RecursionError) as e:
+        return Fault(Reason.NOT_JSON, str(e))
     return parsed

@@ -7,7 +7,6 @@ the columns of the file.
 
 import io
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 
 from mhmoe_ray.data.sources.columns import PYARROW_ERRORS, open_parquet
 from mhmoe_ray.data.sources.items import BadLine, RawFile, Tally
-from mhmoe_ray.data.sources.records import read_records
+from mhmoe_ray.data.sources.records import decode_json, read_records
 from mhmoe_ray.data.sources.storage import Storage, short_message
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.serving.batch.request import InputFormat
@@ -129,7 +128,7 @@ class JsonLines:
 
     def table_rows(self, table: pa.Table) -> list[Any]:
         """Decode the lines in a table that `read_tables` yielded."""
-        return [_decode(line) for line in table[_LINE].to_pylist()]
+        return [decode_json(line) for line in table[_LINE].to_pylist()]
 
     def encode(self, table: pa.Table, answers: Sequence[RowAnswer], has_logprobs: bool) -> bytes:
         """Return the rows of a table as lines of JSON; the keys of a row's answer are added at the end of its line."""
@@ -141,16 +140,7 @@ class JsonLines:
 
     def count(self, content: bytes) -> AnswerCounts:
         """Count the answers and tokens in the content of an output file of JSON lines."""
-        return AnswerCounts.of_rows([_decode(line) for line in content.split(b"\n") if line])
-
-
-def _decode(line: bytes) -> Any:
-    """Return the value of a line of JSON, as `read_records` decodes it."""
-    try:
-        return orjson.loads(line)
-    except orjson.JSONDecodeError:
-        # orjson refuses NaN and lone surrogates, which `read_records` accepts.
-        return json.loads(line)
+        return AnswerCounts.of_rows([decode_json(line) for line in content.split(b"\n") if line])
 
 
 def _line_table(lines: list[bytes]) -> pa.Table:
