@@ -64,11 +64,11 @@ def test_v2_tables_on_s3_lie_beside_the_folder_of_documents(tmp_path, s3):
     for name in (HEAD, "2023-06/0001/en_head"):
         write_v2_files(tmp_path / "v2", name, make_rows(name))
     for path in (tmp_path / "v2").rglob("*.*"):
-        with file_system.open_output_stream(f"bucket/v2/{path.relative_to(tmp_path / 'v2')}") as stream:
+        with file_system.open_output_stream(f"bucket/signals/{path.relative_to(tmp_path / 'v2')}") as stream:
             stream.write(path.read_bytes())
-    spec = data_spec(f"s3://bucket/v2/documents?{query}", filters={"gopher": True, "deduplicate": True})
+    spec = data_spec(f"s3://bucket/signals/documents?{query}", filters={"gopher": True, "deduplicate": True})
     assert len(find_files(spec)) == 2
-    file_system.delete_file("bucket/v2/duplicates/2023-06/0001/en_head.duplicates.parquet")
+    file_system.delete_file("bucket/signals/duplicates/2023-06/0001/en_head.duplicates.parquet")
     with pytest.raises(DataError, match=r"0001/en_head\.duplicates\.parquet is not there; download it"):
         find_files(spec)
 
