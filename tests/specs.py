@@ -23,13 +23,14 @@ TINY: dict[str, Any] = {
 }
 
 
-def tiny_spec(folder: Path = Path("/nowhere"), **sections: dict[str, Any]) -> RunSpec:
-    """Return the spec `TINY` with the given keys of its sections replaced, and with its relative paths below `folder`.
+def tiny_spec(folder: Path = Path("/nowhere"), **changes: Any) -> RunSpec:
+    """Return the spec `TINY` with changes, and with its relative paths below `folder`.
 
-    Sections that `TINY` does not have are added.
+    A change of a section replaces the keys that it has; any other change replaces the value or adds the key.
     """
-    tree = {k: {**v, **sections.get(k, {})} if isinstance(v, dict) else v for k, v in TINY.items()}
-    tree |= {k: v for k, v in sections.items() if k not in TINY}
+    tree = TINY | {
+        key: {**TINY.get(key, {}), **value} if isinstance(value, dict) else value for key, value in changes.items()
+    }
     return RunSpec.model_validate(tree).with_absolute_paths(folder)
 
 

@@ -232,9 +232,9 @@ def import_(
 
     note.print(f"importing {source}", soft_wrap=True)
     if source.startswith(PREFIX):
-        # The folder in the hub's cache is named by a hash, so the run takes the name of the model.
+        # The folder in the hub's cache is named by a hash, so the run is named after the model and records its id.
         name = name or run_name(source.partition("@")[0].rpartition("/")[2])
-        run = import_folder(local_folder(source), name, storage, seq_len)
+        run = import_folder(local_folder(source), name, storage, seq_len, origin=source)
     elif (source_run := _run_of(source, storage)) is not None:
         path, manifest = pick_checkpoint(source_run, None, verify_hashes=True)
         run = import_checkpoint(path, manifest, name or run_name(source_run.id), storage, seq_len)

@@ -120,7 +120,8 @@ class SourceSpec(Section):
     @classmethod
     def _check_path(cls, path: str) -> str:
         refuse_password(path)
-        return path
+        # Everywhere else, a path with a scheme is one in an object store.
+        return path.removeprefix("file://")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -78,9 +78,18 @@ if TYPE_CHECKING:
 else:
     RouterName = Literal[tuple(ROUTERS)]
 
-_CHOICE_KEYS = ("gate_scale", "groups", "jitter", "noise", "capacity_factor", "balance_over", "z_weight", "bias_rate")
-"""Keys about the choice of experts for each row. Routers `domain` and `smear` make no such choice and refuse the keys.
-They do not refuse `balance_weight`, so a spec may set it without effect."""
+_CHOICE_KEYS = (
+    "gate_scale",
+    "groups",
+    "jitter",
+    "noise",
+    "capacity_factor",
+    "balance_weight",
+    "balance_over",
+    "z_weight",
+    "bias_rate",
+)
+"""Keys about the choice of experts for each row. Routers `domain` and `smear` make no such choice and refuse them."""
 
 
 class MoESpec(Section):

@@ -73,6 +73,7 @@ def test_an_expert_has_the_name_of_a_domain_or_of_its_source():
         ({"jitter": 0.1}, "computes no scores, so jitter would be ignored"),
         ({"groups": 3}, "computes no scores, so groups would be ignored"),
         ({"groups": 3, "top_groups": 2}, "computes no scores, so groups would be ignored"),
+        ({"balance_weight": 0.02}, "computes no scores, so balance_weight would be ignored"),
         ({"bias_rate": 0.1}, "computes no scores, so bias_rate would be ignored"),
     ],
 )

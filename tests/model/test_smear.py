@@ -198,6 +198,7 @@ def test_a_sample_has_the_same_losses_alone():
         ({"head_projection": True}, "has no projections: remove head_projection"),
         ({"jitter": 0.1}, "sends no rows to experts, so jitter would be ignored"),
         ({"capacity_factor": 1.0}, "so capacity_factor would be ignored"),
+        ({"balance_weight": 0.02}, "so balance_weight would be ignored"),
         ({"z_weight": 0.1}, "so z_weight would be ignored"),
         ({"bias_rate": 0.1}, "so bias_rate would be ignored"),
         ({"groups": 2}, "so groups would be ignored"),

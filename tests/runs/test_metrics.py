@@ -43,6 +43,6 @@ def test_registered_metric_gets_tag_panel_and_status_row(monkeypatch):
 
 
 def test_unregistered_name_is_rejected(tmp_path):
-    run = create_run(tiny_spec(storage=tmp_path))
+    run = create_run(tiny_spec(tmp_path))
     with pytest.raises(AssertionError, match=r"not in the registry: \{'toy'\}"):
         history.append(run, {"step": 1, "toy": 1})

@@ -29,7 +29,9 @@ from mhmoe_ray.spec.run import NAME, NAME_LENGTH
 from mhmoe_ray.storage import Location, describe_file, location, replace_file
 
 
-def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: int | None) -> RunDir:
+def import_folder(
+    source: Path, name: str | None, storage: str | Path, seq_len: int | None, origin: str | None = None
+) -> RunDir:
     """Import a model that was trained elsewhere: create a run directory with one checkpoint that holds its weights.
 
     Only one layer of the weights is in memory at a time.
@@ -39,6 +41,7 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
         name: name with which the run's id begins; None for a name made from that of the folder.
         storage: local folder for the run directory.
         seq_len: number of tokens that prompt and answer may have together; None for the model's context length.
+        origin: what the run records as its source; None for the path of the folder.
 
     Raises:
         CheckpointError: the folder lacks a file, is damaged, or holds a model that this package does not compute.
@@ -62,7 +65,7 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
             (checkpoint / "weights").mkdir(parents=True)
             write_files(checkpoint / "weights", groups, 1 + config.model.layers)
             commit(checkpoint, _manifest(run, checkpoint, config, imported_tokenizer))
-            origin_fields = {"source": str(source.absolute()), "model_type": model_type}
+            origin_fields = {"source": origin or str(source.absolute()), "model_type": model_type}
             events.record(run, "imported", **origin_fields, step=0, name=checkpoint.name)
             # This comes last, because from now on the directory counts as a run.
             mark_imported(run)
@@ -100,7 +103,7 @@ def import_checkpoint(
         # the new run, because other folders for temporary files are often small.
         with tempfile.TemporaryDirectory(prefix=".import-", dir=root) as folder:
             export(checkpoint, manifest, Path(folder) / "model")
-            return import_folder(Path(folder) / "model", name, root, seq_len)
+            return import_folder(Path(folder) / "model", name, root, seq_len, origin=str(checkpoint))
     except OSError as e:
         reason, fix = e.strerror or str(e), "make room there, or name another folder as storage"
         raise SpecError(f"storage {storage}", reason, fix) from e

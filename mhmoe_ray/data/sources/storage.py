@@ -57,8 +57,8 @@ class Storage:
 
     def __init__(self, path: str) -> None:
         scheme, separator, location = path.partition("://")
-        if not separator or scheme == "file":
-            self._fs, self._prefix, self._pattern = fs.LocalFileSystem(), "", location if separator else path
+        if not separator:
+            self._fs, self._prefix, self._pattern = fs.LocalFileSystem(), "", path
             self._wildcards = _WILDCARDS
             return
         if scheme not in STORES:

@@ -11,6 +11,8 @@ from mhmoe_ray.checkpoint.huggingface.compare import compare_logits, compare_wei
 from mhmoe_ray.checkpoint.huggingface.import_ import import_folder
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.runs import events
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from tests.checkpoint.huggingface.conftest import DENSE, MODELS, export_run, make_run
 from tests.checkpoint.huggingface.test_import import edit_config
@@ -174,6 +176,8 @@ def test_run_can_be_imported_as_a_copy(folders, tmp_path):
     answer = mhmoe(tmp_path, "ckpt", "import", str(run), "--name", "copy")
     assert answer.code == 0, answer.err
     copy = next((tmp_path / "runs").glob("copy-*"))
+    [event] = events.read(RunDir(copy))
+    assert event["source"] == str(checkpoint_of(RunDir(run)))
     answer = mhmoe(tmp_path, "ckpt", "verify", str(run), str(copy))
     assert answer.out.startswith("all tensors are equal\n")
 

@@ -42,7 +42,7 @@ def test_model_of_the_hub_is_imported_from_the_cache(tmp_path, cache):
     run = find_run(None, tmp_path / "runs")
     assert run.id.startswith("small-model-")
     [event] = events.read(run)
-    assert event["model_type"] == "mixtral"
+    assert (event["model_type"], event["source"]) == ("mixtral", "hf:lab/Small.Model")
 
 
 def test_revision_of_a_model_is_read_from_the_cache(cache, offline):

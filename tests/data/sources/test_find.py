@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from mhmoe_ray.data.sources import RawFile, Reason, file_blocks, find_files
-from mhmoe_ray.data.sources.find import fingerprints
+from mhmoe_ray.data.sources.find import fingerprints, source_errors
 from mhmoe_ray.errors import DataError, SpecError
 from mhmoe_ray.spec import DataSpec, validate_section
 from tests.data.sources.read import bad_lines, data_spec, document_texts, read_source
@@ -221,3 +221,9 @@ def test_find_files_rejects_unknown_schemes(path):
 def test_find_files_accepts_a_file_uri(tmp_path):
     write_documents(tmp_path / "f.jsonl", ["text"])
     assert document_texts(read_source(f"file://{tmp_path}")[0]) == ["text"]
+
+
+def test_file_uri_is_a_local_source(tmp_path):
+    """A missing folder is reported before a job starts, while a source in an object store is left to the job."""
+    [error] = source_errors(data_spec(f"file://{tmp_path}/missing"))
+    assert f"there is no file or folder {tmp_path}/missing" in str(error)
