@@ -17,7 +17,7 @@ from mhmoe_ray.cluster import serving
 from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.cluster.serve_removal import remove
 from mhmoe_ray.cluster.serving import Application
-from mhmoe_ray.errors import ServeError, StorageError
+from mhmoe_ray.errors import ServeError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serving.config import application_config
@@ -297,11 +297,7 @@ def _record_deployment(
 ) -> None:
     """Record in the run directory that the run is served, so that `mhmoe status` can ask the application."""
     fields = {"application": application, "url": url, "address": connection.address, "checkpoint": checkpoint}
-    try:
-        events.record(run, "served", **fields)
-    # A checkpoint can be served even if its run directory cannot be written, so this is only a warning.
-    except StorageError as e:
-        on_note(f"warning: {e}")
+    events.record_use(run, "served", on_note, **fields)
 
 
 def _route_prefix(name: str) -> str:

@@ -240,6 +240,7 @@ def _start_or_find_job(
     from mhmoe_ray.api import connection as checks
     from mhmoe_ray.cluster import remote
     from mhmoe_ray.cluster.jobs import find_alive
+    from mhmoe_ray.runs import events
     from mhmoe_ray.serving.batch.job import OUTPUT_KEY, BatchJob
     from mhmoe_ray.storage import location
 
@@ -263,6 +264,9 @@ def _start_or_find_job(
         note.print(f"job {name} answers into this folder already", soft_wrap=True)
         return remote.SubmittedJob(connection, job, name)
     output.write_request(request)
+    # From now on, a run that still trains keeps the checkpoint until all rows are answered.
+    checkpoint_name = location(request.checkpoint).name
+    events.record_use(run, "answering", print_note, output=str(output.folder), checkpoint=checkpoint_name)
     return remote.submit(connection, spec.cluster.runtime_env, job)
 
 

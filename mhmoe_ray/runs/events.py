@@ -1,8 +1,10 @@
 """Events of a run in its events.jsonl; the state of a run, which follows from them; and sentences about events."""
 
 import time
+from collections.abc import Callable
 from typing import Any, Literal
 
+from mhmoe_ray.errors import StorageError
 from mhmoe_ray.runs import jsonl
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec.cluster import ClusterSpec, format_mesh
@@ -37,6 +39,8 @@ EventKind = Literal[
     "stopped",  # step if the workers ended as requested, reason if the job was ended
     "failed",  # reason
     "served",  # application, url, address (of the cluster), checkpoint (its name)
+    "answering",  # output (folder of a batch inference), checkpoint (its name)
+    "answered",  # output (folder of a batch inference whose rows are all answered)
     "imported",  # source, model_type, step, name (of the checkpoint)
 ]
 State = Literal["submitted", "preparing", "waiting", "running", "finished", "stopped", "failed", "imported"]
@@ -61,6 +65,21 @@ def record(run: RunDir, kind: EventKind, **fields: Any) -> None:
         StorageError: the storage is full, read-only or out of reach.
     """
     jsonl.append(run.events_file, {"time": time.time(), "event": kind, **fields})
+
+
+def record_use(run: RunDir, kind: EventKind, on_note: Callable[[str], object], **fields: Any) -> None:
+    """Record that a checkpoint of a run is used; if the run directory cannot be written, only give a warning.
+
+    Args:
+        run: the run of the checkpoint.
+        kind: kind of the event.
+        on_note: callback that gets the warning. A run that cannot be written can still be used.
+        **fields: fields of the event.
+    """
+    try:
+        record(run, kind, **fields)
+    except StorageError as e:
+        on_note(f"warning: {e}")
 
 
 def read(run: RunDir) -> list[dict[str, Any]]:
@@ -105,6 +124,21 @@ def last_loss(run_events: list[dict[str, Any]]) -> dict[str, Any] | None:
 def deployments(run_events: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
     """Return the newest "served" event of each application, by the cluster's address and the application's name."""
     return {(event["address"], event["application"]): event for event in run_events if event["event"] == "served"}
+
+
+def used_checkpoints(run_events: list[dict[str, Any]]) -> set[str]:
+    """Return the names of the checkpoints that applications and batch inferences use.
+
+    An application uses the checkpoint that it served last, whether or not it still runs. A batch inference uses its
+    checkpoint until all rows are answered, because the command that continues it needs the same checkpoint.
+    """
+    checkpoint_by_output: dict[str, str] = {}
+    for event in run_events:
+        if event["event"] == "answering":
+            checkpoint_by_output[event["output"]] = event["checkpoint"]
+        elif event["event"] == "answered":
+            checkpoint_by_output.pop(event["output"], None)
+    return {event["checkpoint"] for event in deployments(run_events).values()} | {*checkpoint_by_output.values()}
 
 
 def state(run_events: list[dict[str, Any]]) -> State:

@@ -132,8 +132,8 @@ class TrainSpec(Section):
     validate_every: PositiveInt = 100
     checkpoint_every: PositiveInt = 100
     keep_checkpoints: PositiveInt | None = None
-    """Number of newest checkpoints to keep, in addition to the one with the lowest validation loss and those that are
-    served; by default all."""
+    """Number of newest checkpoints to keep, in addition to the one with the lowest validation loss and those that
+    applications and batch inferences use; by default all."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,4 +1,4 @@
-"""Tests of checkpoint retention: the newest checkpoints, the best one and those that are served are kept."""
+"""Tests of checkpoint retention: the newest checkpoints, the best one and those that are used are kept."""
 
 import math
 
@@ -66,6 +66,29 @@ def test_checkpoint_that_an_application_served_last_is_kept(run):
     assert short_names(retention.removable_checkpoints(50, None)) == ["30.2", "40.2"]
     serve("http://b", "mhmoe", "step_00000020.1")
     assert short_names(retention.removable_checkpoints(50, None)) == ["10.1", "30.2", "40.2"]
+
+
+def test_checkpoint_of_an_unfinished_batch_inference_is_kept(run):
+    retention = RetentionPolicy(run, 1)
+    events.record(run, "answering", output="/first", checkpoint="step_00000010.1")
+    events.record(run, "answering", output="/second", checkpoint="step_00000010.1")
+    events.record(run, "answering", output="/third", checkpoint="step_00000030.1")
+    assert short_names(retention.removable_checkpoints(50, None)) == ["20.1", "30.2", "40.2"]
+    # The job of the third folder was ended before it had answers, and the folder is used with another checkpoint now.
+    events.record(run, "answering", output="/third", checkpoint="step_00000040.2")
+    events.record(run, "answered", output="/first")
+    assert short_names(retention.removable_checkpoints(50, None)) == ["20.1", "30.1", "30.2"]
+    events.record(run, "answered", output="/second")
+    assert short_names(retention.removable_checkpoints(50, None)) == ["10.1", "20.1", "30.1", "30.2"]
+
+
+def test_use_of_a_run_that_cannot_be_written_is_a_warning(tmp_path):
+    run = create_run(tiny_spec(tmp_path))
+    run.events_file.mkdir()
+    warnings = []
+    events.record_use(run, "answering", warnings.append, output="/out", checkpoint="step_00000010.1")
+    [warning] = warnings
+    assert warning.startswith(f"warning: storage {run.events_file}: it cannot be written: ")
 
 
 def test_replaced_loss_does_not_count(run):

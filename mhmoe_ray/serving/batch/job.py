@@ -10,6 +10,7 @@ from mhmoe_ray.checkpoint.manifest import read_manifest
 from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
 from mhmoe_ray.errors import DataError, logging_errors
 from mhmoe_ray.remote import RemoteJob
+from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serving.answer import load_chat_template
 from mhmoe_ray.serving.batch.output import BatchOutput
@@ -113,6 +114,8 @@ def _answer_missing_rows(job: BatchJob) -> None:
         reason = f"it changed while it was read: {counts.rows} of {request.input.rows} rows are answered"
         raise DataError(f"input {request.input.path}", reason, "restore it, then give the command again")
     output.complete(counts)
+    run = RunDir.of_checkpoint(location(request.checkpoint))
+    events.record_use(run, "answered", _print_line, output=job.output)
 
 
 def _print_line(line: str) -> None:

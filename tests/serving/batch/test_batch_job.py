@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serving.batch.output import BatchOutput
 from mhmoe_ray.serving.batch.pipeline import CHUNK_RETRIES
@@ -77,6 +78,8 @@ def test_answers_survive_the_death_of_a_worker_and_of_the_driver(tmp_path, local
     count = chunk_count(folder)
     assert 1 < count < ROWS // CHUNK_ROWS
     assert not (folder / "_summary.json").exists()
+    [checkpoint] = batch_run.checkpoints.iterdir()
+    assert checkpoint.name in events.used_checkpoints(events.read(batch_run))
     # The job of the second command goes on after Ctrl-C ends that command, and the third command follows the job.
     second_command = start(tmp_path, words)
     try:
@@ -129,6 +132,13 @@ def test_parquet_with_prompts_and_conversations(tmp_path, local_cluster, batch_r
     written_table = pq.read_table([tmp_path / "out" / f"chunk-0000000{i}.parquet" for i in range(2)])
     assert written_table.select(table.column_names).equals(table)
     rows = written_table.to_pylist()
+    [checkpoint] = batch_run.checkpoints.iterdir()
+    fields = {"output": str(tmp_path / "out")}
+    run_events = [event for event in events.read(batch_run) if event.items() >= fields.items()]
+    assert [(event["event"], event.get("checkpoint")) for event in run_events] == [
+        ("answering", checkpoint.name),
+        ("answered", None),
+    ]
     [choice] = served(server, "/v1/completions", prompt="lazy", max_tokens=24, temperature=0, logprobs=1)["choices"]
     assert rows[0]["text"] == choice["text"]
     assert [entry["logprob"] for entry in rows[0]["logprobs"]] == choice["logprobs"]["token_logprobs"]
