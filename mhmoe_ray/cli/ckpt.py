@@ -13,6 +13,7 @@ from mhmoe_ray.cli.common import (
     StorageOption,
     fact_table,
     format_bytes,
+    format_count,
     note,
     out,
     pick_checkpoint,
@@ -53,10 +54,10 @@ def inspect(
         "step": f"{manifest.step:,}",
         "tokens": f"{manifest.tokens:,}",
         "next sample": f"{manifest.position:,}",
-        "written by": f"{manifest.world} workers, ep {manifest.ep}; any other number may read it",
+        "written by": f"{format_count(manifest.world, 'worker')}, ep {manifest.ep}; any other number may read it",
         "model": f"{size.parameters:,} parameters{experts}",
         **{
-            part: f"{format_bytes(sum(file_sizes))} in {len(file_sizes)} files"
+            part: f"{format_bytes(sum(file_sizes))} in {format_count(len(file_sizes), 'file')}"
             for part, file_sizes in parts.items()
             if file_sizes
         },

@@ -232,6 +232,11 @@ def format_nats(value: float | None) -> str:
     return format_figure(value, ".4f")
 
 
+def format_count(count: int, noun: str) -> str:
+    """Format a number with its noun, which is in the plural unless the number is 1: "1 worker", "2 workers"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def format_bytes(count: int) -> str:
     """Format a number of bytes with three significant digits and a decimal unit: 1.21 GB."""
     size = float(count)

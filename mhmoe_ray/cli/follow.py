@@ -196,7 +196,8 @@ class _RunView:
         elif kind == "started":
             # The first group of workers is not a restart, so its line has no note.
             restart_note = "" if event["group"] == 1 else f", start {event['group']} of the workers"
-            layout = f"{events.describe_workers(event)} workers, {events.describe_mesh(event)}"
+            workers = events.describe_workers(event)
+            layout = f"{workers} worker{'' if workers == '1' else 's'}, {events.describe_mesh(event)}"
             note.print(f"training from step {event['step']} on {layout}{restart_note}")
             if warning := events.describe_straddling_groups(event):
                 note.print(f"warning: {warning}")

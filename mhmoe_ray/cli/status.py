@@ -17,6 +17,7 @@ from mhmoe_ray.cli.common import (
     StorageOption,
     fact_table,
     format_bytes,
+    format_count,
     format_figure,
     format_nats,
     out,
@@ -159,10 +160,11 @@ def _worker_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
     started_event, resource_request = run_state["started"], run_state["asked"]
     if resource_request:
         workers = resource_request["workers"]
-        count = f"{workers['min']} to {workers['max']}" if isinstance(workers, dict) else str(workers)
+        is_range = isinstance(workers, dict)
+        count = f"{workers['min']} to {workers['max']} workers" if is_range else format_count(workers, "worker")
         gpus = f", {resource_request['gpus_per_worker']} GPU" if resource_request["gpus_per_worker"] else ""
         rows["asked for"] = (
-            f"{count} workers, ep {resource_request['ep']}; {resource_request['cpus_per_worker']} CPU{gpus} each"
+            f"{count}, ep {resource_request['ep']}; {resource_request['cpus_per_worker']} CPU{gpus} each"
         )
     if started_event:
         host_counts = Counter(worker["host"] for worker in started_event["workers"])
@@ -170,7 +172,7 @@ def _worker_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
         rows["workers"] = (
             f"{len(started_event['workers'])}: {hosts}; {events.describe_mesh(started_event)}"
             f"; started {_format_times(run_state['worker_starts'])} "
-            f"in {_format_count(run_state['attempts'], 'attempt')}"
+            f"in {format_count(run_state['attempts'], 'attempt')}"
         )
         rows["warning"] = events.describe_straddling_groups(started_event)
     if interruptions := run_state["interruptions"]:
@@ -197,10 +199,6 @@ def _format_age(timestamp: float) -> str:
 
 def _format_times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
-
-
-def _format_count(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def format_duration(seconds: float) -> str:

@@ -130,7 +130,7 @@ def test_inspect_shows_path_and_contents_of_a_checkpoint(project):
     }
     output = mhmoe(folder, "ckpt", "inspect", run.id, COLUMNS="200").out
     size = sum(entry["size"] for entry in report["files"].values())
-    for part in (f"step_00000007.1 of {run.id}", "448", "1 workers, ep 1", f"{size / 1e3:.3g} kB in 1 files"):
+    for part in (f"step_00000007.1 of {run.id}", "448", "1 worker, ep 1", f"{size / 1e3:.3g} kB in 1 file"):
         assert part in output
 
 

@@ -95,7 +95,7 @@ def test_follower_prints_all_events_of_a_run(run, capsys):
     with _progress_bar() as bar:
         _RunView(run, bar, from_now=False).refresh()
     assert capsys.readouterr().err.splitlines() == [
-        "training from step 0 on 1 workers, dp 1 x ep 1",
+        "training from step 0 on 1 worker, dp 1 x ep 1",
         "warning: rank 0 (process 3 on x) made no progress for 9 s, training after step 7; it was killed",
         "warning: rank 0 on x failed, and 1 other with it: killed",
         "warning: step_00000007.1: it is torn; the previous one is used",
