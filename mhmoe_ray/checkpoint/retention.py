@@ -1,4 +1,4 @@
-"""Checkpoint retention: keep the newest checkpoints of a run, the best one and used ones, and delete the others."""
+"""Checkpoint retention: keep the newest checkpoints of a run, the best one and those in use; delete the others."""
 
 import math
 
@@ -9,11 +9,11 @@ from mhmoe_ray.storage import Location, remove_tree
 
 
 class RetentionPolicy:
-    """Retention policy of a run: it keeps the newest checkpoints, the best one and those that are used.
+    """Retention policy of a run: it keeps the newest checkpoints, the best one and those in use.
 
     The best checkpoint is the one with the lowest validation loss. Checkpoints of steps without a validation, or with a
-    loss that is not finite, cannot be the best one. Checkpoints are used by applications and batch inferences
-    (`events.used_checkpoints`).
+    loss that is not finite, cannot be the best one. `events.checkpoints_in_use` says which checkpoints applications
+    and batch inferences use.
     """
 
     def __init__(self, run: RunDir, newest_count: int) -> None:
@@ -47,12 +47,13 @@ class RetentionPolicy:
         best_checkpoint = min(
             reversed(validated_checkpoints), key=lambda path: losses[step_and_group(path)[0]], default=None
         )
-        # Each start of a replica or of a worker loads the checkpoint, so it must be kept.
-        used_names = events.used_checkpoints(events.read(self._run))
+        # A replica of an application or a worker of a batch inference may start again at any time, and then loads the
+        # checkpoint again.
+        names_in_use = events.checkpoints_in_use(events.read(self._run))
         return [
             path
             for path in checkpoints[: -self._newest_count]
-            if path != best_checkpoint and path.name not in used_names
+            if path != best_checkpoint and path.name not in names_in_use
         ]
 
 

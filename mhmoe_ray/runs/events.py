@@ -39,7 +39,7 @@ EventKind = Literal[
     "stopped",  # step if the workers ended as requested, reason if the job was ended
     "failed",  # reason
     "served",  # application, url, address (of the cluster), checkpoint (its name)
-    "answering",  # output (folder of a batch inference), checkpoint (its name)
+    "answering",  # output (folder of a batch inference), checkpoint (name of the one that answers)
     "answered",  # output (folder of a batch inference whose rows are all answered)
     "imported",  # source, model_type, step, name (of the checkpoint)
 ]
@@ -126,7 +126,7 @@ def deployments(run_events: list[dict[str, Any]]) -> dict[tuple[str, str], dict[
     return {(event["address"], event["application"]): event for event in run_events if event["event"] == "served"}
 
 
-def used_checkpoints(run_events: list[dict[str, Any]]) -> set[str]:
+def checkpoints_in_use(run_events: list[dict[str, Any]]) -> set[str]:
     """Return the names of the checkpoints that applications and batch inferences use.
 
     An application uses the checkpoint that it served last, whether or not it still runs. A batch inference uses its

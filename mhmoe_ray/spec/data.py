@@ -118,9 +118,9 @@ class SourceSpec(Section):
 
     @field_validator("path")
     @classmethod
-    def _check_path(cls, path: str) -> str:
+    def _normalized_path(cls, path: str) -> str:
         refuse_password(path)
-        # Everywhere else, a path with a scheme is one in an object store.
+        # A local path loses its scheme here, because all other code takes a path with a scheme for an object store's.
         return path.removeprefix("file://")
 
     @model_validator(mode="after")

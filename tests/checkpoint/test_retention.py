@@ -1,4 +1,4 @@
-"""Tests of checkpoint retention: the newest checkpoints, the best one and those that are used are kept."""
+"""Tests of checkpoint retention: the newest checkpoints, the best one and those in use are kept."""
 
 import math
 

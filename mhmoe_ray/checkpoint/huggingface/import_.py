@@ -41,7 +41,7 @@ def import_folder(
         name: name with which the run's id begins; None for a name made from that of the folder.
         storage: local folder for the run directory.
         seq_len: number of tokens that prompt and answer may have together; None for the model's context length.
-        origin: what the run records as its source; None for the path of the folder.
+        origin: name or path of the source that the run records; None for the path of the folder.
 
     Raises:
         CheckpointError: the folder lacks a file, is damaged, or holds a model that this package does not compute.

@@ -79,7 +79,7 @@ def test_answers_survive_the_death_of_a_worker_and_of_the_driver(tmp_path, local
     assert 1 < count < ROWS // CHUNK_ROWS
     assert not (folder / "_summary.json").exists()
     [checkpoint] = batch_run.checkpoints.iterdir()
-    assert checkpoint.name in events.used_checkpoints(events.read(batch_run))
+    assert checkpoint.name in events.checkpoints_in_use(events.read(batch_run))
     # The job of the second command goes on after Ctrl-C ends that command, and the third command follows the job.
     second_command = start(tmp_path, words)
     try:
@@ -133,8 +133,7 @@ def test_parquet_with_prompts_and_conversations(tmp_path, local_cluster, batch_r
     assert written_table.select(table.column_names).equals(table)
     rows = written_table.to_pylist()
     [checkpoint] = batch_run.checkpoints.iterdir()
-    fields = {"output": str(tmp_path / "out")}
-    run_events = [event for event in events.read(batch_run) if event.items() >= fields.items()]
+    run_events = [event for event in events.read(batch_run) if event["output"] == str(tmp_path / "out")]
     assert [(event["event"], event.get("checkpoint")) for event in run_events] == [
         ("answering", checkpoint.name),
         ("answered", None),
