@@ -2,7 +2,9 @@
 
 P1 is arXiv 2404.15045, P2 arXiv 2411.16205; `rebuttal` models are those of P1's public review. Where P1's paper and
 code disagree, the settings are those of the code and its logs: static capacity, the random second expert, normalized
-gates, torchscale's router, dropout. The description of a preset states what its source leaves open.
+gates, torchscale's router, dropout. The description of a preset states what its source leaves open. Presets whose names
+end with `-dropless` or `-raw` differ from these settings, so that models of several top-k have one routing and one kind
+of gates.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -114,6 +116,19 @@ _MIXTRAL_TRUNK = {
     "rope_theta": 1e6,
 }
 SEQ_LEN = 2048
+_STATIC: Tree = {
+    "router": "xmoe_torchscale",
+    "top_k": 2,
+    "normalize_gates": True,
+    "capacity_factor": 1.0,
+    "second_expert": "random",
+}
+"""Routing keys of P1's `moe` section, as its code has them. The gate of torchscale has no third choice."""
+
+
+def _dropless(top_k: int, normalize_gates: bool = True) -> Tree:
+    """Return the routing keys of a `moe` section like P1's, but without an expert capacity."""
+    return {"router": "xmoe_torchscale", "top_k": top_k, "normalize_gates": normalize_gates}
 
 
 @cache
@@ -129,17 +144,20 @@ def _first_paper() -> Iterator[tuple[str, Preset]]:
     """
     train = {**_P1_TRAIN, **_TWO_SEQUENCES}
     yield "p1-dense", Preset("P1, the dense model", _P1_TRUNK, None, None, train, SEQ_LEN)
+    variants = [
+        ("", _STATIC, "P1"),
+        ("-dropless", _dropless(2), "after P1, dropless"),
+        *((f"-k{k}", _dropless(k), "after P1, not published at this depth, dropless") for k in (3, 4)),
+    ]
     for experts in P1_EXPERTS:
-        for top_k in (2, 3, 4):
-            suffix = "" if top_k == 2 else f"-k{top_k}"
-            xmoe = f"p1-xmoe-{experts}{suffix}"
-            origin = "P1" if top_k == 2 else "after P1, not published at this depth"
+        for suffix, routing, origin in variants:
+            xmoe, top_k = f"p1-xmoe-{experts}{suffix}", routing["top_k"]
             description = f"{origin}: X-MoE with {experts} experts, top {top_k}"
-            yield xmoe, Preset(description, _P1_TRUNK, _p1_moe(1, experts, top_k), "p1-dense", train, SEQ_LEN)
+            yield xmoe, Preset(description, _P1_TRUNK, _p1_moe(1, experts, routing), "p1-dense", train, SEQ_LEN)
             for heads in P1_HEADS:
                 width_source = "fitted to table 11" if heads == 4 else "by equal parameters"
                 description = f"{origin}: MH-MoE with {experts} experts, h {heads}, top {top_k}; widths {width_source}"
-                moe = _p1_moe(heads, experts, top_k)
+                moe = _p1_moe(heads, experts, routing)
                 yield (
                     f"p1-mhmoe-{experts}-h{heads}{suffix}",
                     Preset(description, _P1_TRUNK, moe, xmoe, _P1_TRAIN, SEQ_LEN),
@@ -154,14 +172,16 @@ def _first_paper_encoders() -> Iterator[tuple[str, Preset]]:
         xmoe = f"p1-multimodal-xmoe-{experts}"
         position = "experts beside the feed-forward layers of every second block, which is inferred"
         description = f"P1, BEiT-3 base: X-MoE with {experts} experts; {position}"
-        yield xmoe, Preset(description, trunk, _p1_moe(1, experts, 2), dense, train, ENCODER_SEQ_LEN)
+        yield xmoe, Preset(description, trunk, _p1_moe(1, experts, _STATIC), dense, train, ENCODER_SEQ_LEN)
         description = f"P1, BEiT-3 base: MH-MoE with {experts} experts, h 4; widths by equal parameters"
-        moe = _p1_moe(4, experts, 2)
+        moe = _p1_moe(4, experts, _STATIC)
         yield f"p1-multimodal-mhmoe-{experts}-h4", Preset(description, trunk, moe, xmoe, train, ENCODER_SEQ_LEN)
 
 
-def _p1_moe(heads: int, experts: int, top_k: int) -> Callable[[Mapping[str, Any]], Tree]:
+def _p1_moe(heads: int, experts: int, routing: Tree) -> Callable[[Mapping[str, Any]], Tree]:
     """Return a function that takes a trunk (a `model` section without `moe`) and returns P1's `moe` section for it.
+
+    `routing` has the section's routing keys.
 
     P1 is the paper arXiv 2404.15045. With one head, an expert is as wide as a dense layer. With several heads, its
     width is the one at which the layer has as many parameters as with one head (`equal_parameter_width`). Models with
@@ -180,22 +200,9 @@ def _p1_moe(heads: int, experts: int, top_k: int) -> Callable[[Mapping[str, Any]
             width = P1_FITTED_WIDTHS[experts]
         elif heads > 1:
             width = equal_parameter_width(heads, experts, d_model, hidden)
-        return {"heads": heads, "experts": experts, "d_expert": width, **_p1_routing(top_k)}
+        return {"heads": heads, "experts": experts, "d_expert": width, **routing}
 
     return build_section
-
-
-def _p1_routing(top_k: int) -> Tree:
-    """Return the routing keys of the `moe` section of a model of arXiv 2404.15045, given the number of experts per row.
-
-    For `top_k` 2 the keys set an expert capacity and a random second expert, and for any other `top_k` dropless
-    routing.
-    """
-    # The gate of the library torchscale has only a first and a second choice. According to the public review of paper
-    # P1 (arXiv 2404.15045), runs with more choices were dropless.
-    static = {"capacity_factor": 1.0, "second_expert": "random"} if top_k == 2 else {}
-    # With a single choice, a normalized gate would always be 1, so gates are normalized only for more choices.
-    return {"router": "xmoe_torchscale", "top_k": top_k, "normalize_gates": top_k > 1, **static}
 
 
 def equal_parameter_width(heads: int, experts: int, d: int, hidden: int) -> int:
@@ -220,20 +227,27 @@ def _rebuttal() -> Iterator[tuple[str, Preset]]:
     six_layers = {**_P1_TRUNK, "layers": 6}
     train = {**_P1_TRAIN, "steps": 25_000, **checkpoint_intervals(25_000)}
     for top_k in (3, 4):
-        open_question = "their number (here 8) is not stated"
+        open_question = "their number (here 8) and the routing (here dropless) are not stated"
         xmoe = f"rebuttal-xmoe-k{top_k}"
         description = f"review of P1, 6 layers, X-MoE, top {top_k} experts; {open_question}"
-        yield xmoe, Preset(description, six_layers, _p1_moe(1, 8, top_k), None, train, SEQ_LEN)
+        yield xmoe, Preset(description, six_layers, _p1_moe(1, 8, _dropless(top_k)), None, train, SEQ_LEN)
         description = f"review of P1, 6 layers, MH-MoE h 2, top {top_k} experts; {open_question}"
-        yield f"rebuttal-mhmoe-k{top_k}", Preset(description, six_layers, _p1_moe(2, 8, top_k), xmoe, train, SEQ_LEN)
+        moe = _p1_moe(2, 8, _dropless(top_k))
+        yield f"rebuttal-mhmoe-k{top_k}", Preset(description, six_layers, moe, xmoe, train, SEQ_LEN)
     three_layers = {**_P1_TRUNK, "layers": 3}
     train = {**_P1_TRAIN, "steps": 20_000, **checkpoint_intervals(20_000)}
-    for experts, top_k, reference in [(128, 1, None), (256, 2, "rebuttal-smoe-128-k1")]:
-        description = (
-            f"review of P1, 3 layers, {experts} experts, top {top_k}; widths and router are not stated, here P1's"
-        )
-        moe = _p1_moe(1, experts, top_k)
-        yield f"rebuttal-smoe-{experts}-k{top_k}", Preset(description, three_layers, moe, reference, train, SEQ_LEN)
+    # With a single choice, a normalized gate would always be 1, and the router would learn nothing from the loss.
+    variants = [
+        ("128-k1", 128, _dropless(1, normalize_gates=False), "dropless with raw gates"),
+        ("256-k2", 256, _STATIC, "static with normalized gates"),
+        ("256-k2-raw", 256, _dropless(2, normalize_gates=False), "dropless with raw gates, as with 128 experts"),
+    ]
+    for suffix, experts, routing, routing_text in variants:
+        description = f"review of P1, 3 layers, {experts} experts, top {routing['top_k']}; widths and routing are not "
+        description += f"stated, here P1's widths, {routing_text}"
+        reference = None if suffix == "128-k1" else "rebuttal-smoe-128-k1"
+        moe = _p1_moe(1, experts, routing)
+        yield f"rebuttal-smoe-{suffix}", Preset(description, three_layers, moe, reference, train, SEQ_LEN)
 
 
 def _follow_up() -> Iterator[tuple[str, Preset]]:

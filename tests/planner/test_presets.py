@@ -1,5 +1,7 @@
 """Tests of presets: the papers' models have their published sizes, and the models of a family cost the same."""
 
+from pathlib import Path
+
 import pytest
 
 from mhmoe_ray.errors import SpecError
@@ -7,6 +9,7 @@ from mhmoe_ray.planner.match import compare_models
 from mhmoe_ray.planner.papers import P1_EXPERTS, P1_HEADS
 from mhmoe_ray.planner.resolve import all_presets, find_preset, preset_models
 from mhmoe_ray.planner.sizes import compute_sizes
+from mhmoe_ray.spec import load_sweep
 
 NAMES = [name for name, _, _ in all_presets()]
 
@@ -103,6 +106,24 @@ def test_models_of_the_first_papers_review_are_presets():
     small_model, large_model = (preset_models(find_preset(f"rebuttal-smoe-{e}"))[0] for e in ("128-k1", "256-k2"))
     assert (small_model.layers, small_model.moe.experts, small_model.moe.top_k) == (3, 128, 1)
     assert (large_model.moe.experts, large_model.moe.top_k) == (256, 2)
+
+
+def routing_of(name):
+    """Return the settings of a preset's routing and gates, apart from the number of choices."""
+    moe = preset_models(find_preset(name))[0].moe
+    return moe.router, moe.capacity_factor, moe.second_expert, moe.normalize_gates
+
+
+def test_sweeps_of_top_k_compare_one_routing_and_one_kind_of_gates():
+    for model in ("xmoe-8", "mhmoe-8-h2"):
+        names = [f"p1-{model}-dropless", f"p1-{model}-k3", f"p1-{model}-k4"]
+        assert {routing_of(name) for name in names} == {("xmoe_torchscale", None, "always", True)}
+        assert [preset_models(find_preset(name))[0].moe.top_k for name in names] == [2, 3, 4]
+    names = ["rebuttal-smoe-128-k1", "rebuttal-smoe-256-k2-raw"]
+    assert {routing_of(name) for name in names} == {("xmoe_torchscale", None, "always", False)}
+    sweep = load_sweep(Path(__file__).parents[2] / "jobs/paper/top-k.yaml")
+    presets = [settings["preset"] for settings in sweep.runs.values()]
+    assert len({routing_of(preset) for preset in presets}) == 1
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
