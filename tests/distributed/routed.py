@@ -1,9 +1,14 @@
 """Random rows and routes on several ranks, and the comparison of their results with those of one process."""
 
+import gc
+import weakref
 from typing import NamedTuple
 
+import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
+from mhmoe_ray.distributed.dispatch.inner_pass import InnerPass
 from mhmoe_ray.model.feedforward import Experts, FeedForward, SharedExpert
 from mhmoe_ray.model.moe import dispatch_locally
 from mhmoe_ray.model.router import Routing
@@ -114,3 +119,44 @@ def assert_equal_to_one_process(case, ranks):
         assert output.shape == oracle.shape
         rounding = 0.05 if case.autocast else {torch.float64: 1e-12, torch.float32: 1e-6}.get(case.dtype, 0.05)
         assert (output - oracle).norm() <= rounding * oracle.norm(), ("y", "dx", "dgate", *["weights"] * 15)[i]
+
+
+class LivingObjects(NamedTuple):
+    """Numbers of passes and of their outputs that still live after the steps that made them."""
+
+    outputs: int
+    """Outputs that only reference counts may have freed."""
+    passes: int
+    """Passes after a run of Python's garbage collector, which frees no cycle through C++."""
+    all_passes: int
+    """Number of passes that were made."""
+
+
+def count_living_after_recomputation(dispatch, x_ND, routing, experts, steps):
+    """Return what outlives some steps of a recomputed dispatch with a shared expert."""
+    layer = build_shared_layer(Case(model=(("backbone", "subln"),))).to(x_ND.dtype)
+    # The gates are detached, because an earlier backward has freed their graph.
+    routing = routing._replace(gate_NK=routing.gate_NK.detach())
+    outputs, passes = [], []
+
+    def compute(x_ND):
+        return sum(dispatch(x_ND, routing, experts, SharedExpert(layer, x_ND)))
+
+    def forward_and_record(inner_pass, x, forward=InnerPass.forward):
+        y = forward(inner_pass, x)
+        outputs.append(weakref.ref(y))
+        passes.append(weakref.ref(inner_pass))
+        return y
+
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(InnerPass, "forward", forward_and_record)
+            for _ in range(steps):
+                checkpoint(compute, x_ND, use_reentrant=False).sum().backward()
+        living_outputs = sum(output() is not None for output in outputs)
+    finally:
+        gc.enable()
+    gc.collect()
+    return LivingObjects(living_outputs, sum(reference() is not None for reference in passes), len(passes))

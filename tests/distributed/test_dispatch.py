@@ -1,13 +1,11 @@
 """Tests of flat dispatch between processes, against all rows and experts in one process."""
 
 import gc
-import weakref
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint
 
 import mhmoe_kernels
 from mhmoe_ray.distributed.dispatch import flat
@@ -19,9 +17,11 @@ from tests.distributed.routed import (
     EXPERTS_PER_RANK,
     WIDTH,
     Case,
+    LivingObjects,
     assert_equal_to_one_process,
     build_problem,
     build_shared_layer,
+    count_living_after_recomputation,
     outputs_and_gradients,
 )
 from tests.ranks import run_ranks
@@ -53,7 +53,7 @@ def results_of_rank():
     """Return this rank's results of each case: outputs, gradients, sent bytes, and a forward that records no graph.
 
     Two further keys belong to the last case: "parts" has the gradient of another backward, between the numbers of live
-    passes before and after it; "after recomputation" has the result of `live_outputs_after_recomputation`.
+    passes before and after it; "after recomputation" has the result of `count_living_after_recomputation`.
     """
     rank, results = dist.get_rank(), {}
     expert_ids = range(rank * EXPERTS_PER_RANK, (rank + 1) * EXPERTS_PER_RANK)
@@ -77,37 +77,8 @@ def results_of_rank():
         }
     y_ND, _ = dispatch(problem[0], routing, experts)
     results["parts"] = [count_live_passes(), torch.autograd.grad(y_ND.sum(), experts.fc2_EDF), count_live_passes()]
-    results["after recomputation"] = live_outputs_after_recomputation(problem[0], routing, experts)
+    results["after recomputation"] = count_living_after_recomputation(dispatch, problem[0], routing, experts, steps=3)
     return results
-
-
-def live_outputs_after_recomputation(x_ND, routing, experts):
-    """Return how many outputs of passes outlive the backward of a recomputed dispatch, and the number of passes.
-
-    The dispatch has a shared expert. Python's garbage collector is off, so that only reference counts free outputs.
-    """
-    dispatch, layer = FlatDispatch(dist.group.WORLD), build_shared_layer(Case(model=(("backbone", "subln"),)))
-    layer, outputs = layer.to(x_ND.dtype), []
-    # The gates are detached, because an earlier backward has freed their graph.
-    routing = routing._replace(gate_NK=routing.gate_NK.detach())
-
-    def compute(x_ND):
-        return sum(dispatch(x_ND, routing, experts, SharedExpert(layer, x_ND)))
-
-    def forward_and_record(inner_pass, x, forward=InnerPass.forward):
-        y = forward(inner_pass, x)
-        outputs.append(weakref.ref(y))
-        return y
-
-    gc.collect()
-    gc.disable()
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(InnerPass, "forward", forward_and_record)
-            checkpoint(compute, x_ND, use_reentrant=False).sum().backward()
-        return sum(output() is not None for output in outputs), len(outputs)
-    finally:
-        gc.enable()
 
 
 def count_live_passes():
@@ -152,9 +123,9 @@ def test_the_backward_frees_its_tensors_while_the_loss_lives(ranks):
         assert gradient[0].any()
 
 
-def test_a_recomputed_shared_expert_leaves_nothing_behind(ranks):
+def test_recomputed_steps_leave_nothing_behind(ranks):
     """Forward and recomputation have three passes each: of own rows, of received rows and of the shared expert."""
-    assert [rank["after recomputation"] for rank in ranks] == [(0, 6)] * RANKS
+    assert [rank["after recomputation"] for rank in ranks] == [LivingObjects(0, 0, 3 * 2 * 3)] * RANKS
 
 
 def test_each_remote_route_is_sent_as_a_row_four_times():

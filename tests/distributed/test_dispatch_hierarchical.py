@@ -14,9 +14,11 @@ from tests.distributed.routed import (
     EXPERTS_PER_RANK,
     WIDTH,
     Case,
+    LivingObjects,
     assert_equal_to_one_process,
     build_problem,
     build_shared_layer,
+    count_living_after_recomputation,
     outputs_and_gradients,
 )
 from tests.ranks import run_ranks
@@ -59,7 +61,8 @@ def results_of_rank():
 
     They are the outputs and gradients of hierarchical dispatch, its output when gradients are disabled, the bytes that
     hierarchical and flat dispatch send, and the routes. The key "no grid" has the types of dispatch of three groups:
-    on one node, on two nodes with unequal numbers of ranks, and with ranks that are not in the order of nodes.
+    on one node, on two nodes with unequal numbers of ranks, and with ranks that are not in the order of nodes. The key
+    "after recomputation" has the result of `count_living_after_recomputation`.
     """
     rank, results = dist.get_rank(), {}
     for layout, nodes in LAYOUTS.items():
@@ -84,6 +87,9 @@ def results_of_rank():
                 "routes": routing.expert_NK.masked_fill(routing.gate_NK == 0, -1).tolist(),
             }
             hierarchical.pop_sent_bytes()
+    results["after recomputation"] = count_living_after_recomputation(
+        hierarchical, problem[0], routing, experts, steps=3
+    )
     results["no grid"] = [type(dispatch_of("hierarchical", nodes)) for nodes in ("aaaa", "aaab", "abba")]
     return results
 
@@ -108,6 +114,10 @@ def test_dispatch_without_gradients_has_the_same_outputs_and_saves_nothing(ranks
         y_ND, differentiable, saved_tensors = rank[layout, name]["without gradients"]
         assert torch.equal(y_ND, rank[layout, name]["tensors"][0])
         assert (differentiable, saved_tensors) == (False, 0)
+
+
+def test_recomputed_steps_leave_nothing_behind(ranks):
+    assert [rank["after recomputation"] for rank in ranks] == [LivingObjects(0, 0, 3 * 2 * 3)] * RANKS
 
 
 @every_case

@@ -31,8 +31,9 @@ class InnerPass:
             differentiable: whether there will be a backward.
         """
         self._function, self._weights, self._differentiable = function, tuple(weights), differentiable
-        self.saved_tensors: list[Tensor] = []
-        """Tensors that the graph needs in its backward."""
+        # The graph's hooks refer to this list and not to this object. The object holds the graph, so together they
+        # would be a cycle through C++, which Python cannot collect.
+        self._saved_tensors: list[Tensor] = []
         self.saved_count = 0
         self.dweights: tuple[Tensor, ...] = ()
         """Gradients of the weights, after the backward."""
@@ -41,7 +42,13 @@ class InnerPass:
         """Apply the function to rows, and return the result. If there will be a backward, record the graph."""
         if not self._differentiable:
             return self._function(x, *self._weights)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self._save, self._load):
+        saved_tensors = self._saved_tensors
+
+        def save(tensor: Tensor) -> int:
+            saved_tensors.append(tensor)
+            return len(saved_tensors) - 1
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(save, saved_tensors.__getitem__):
             anchor = torch.empty(0, device=x.device, requires_grad=True)
             x, *weights = _start_graph(anchor, x, *self._weights)
             self._input_edges = [get_gradient_edge(t) for t in (x, *weights)]
@@ -52,28 +59,23 @@ class InnerPass:
 
     def take_saved(self) -> list[Tensor]:
         """Return the tensors that the backward needs, and drop this object's own references to them."""
-        saved_tensors, self.saved_tensors = self.saved_tensors, []
+        saved_tensors = self._saved_tensors.copy()
+        self._saved_tensors.clear()
         self.saved_count = len(saved_tensors)
         # The weights are among the saved tensors if the backward needs them.
         del self._function, self._weights
         return saved_tensors
 
-    def backward(self, dy: Tensor) -> Tensor:
-        """Return the gradient of the rows, given that of the result.
+    def restore_saved(self, saved_tensors: Iterable[Tensor]) -> None:
+        """Give this object the tensors that `take_saved` returned, for its backward."""
+        self._saved_tensors.extend(saved_tensors)
 
-        `saved_tensors` must hold the tensors that `take_saved` returned.
-        """
+    def backward(self, dy: Tensor) -> Tensor:
+        """Return the gradient of the rows, given that of the result. The saved tensors must have been restored."""
         dx, *dweights = torch.autograd.grad(self._edge, self._input_edges, dy)
         self.dweights = tuple(dweights)
-        self.saved_tensors = []
+        self._saved_tensors.clear()
         return dx
-
-    def _save(self, tensor: Tensor) -> int:
-        self.saved_tensors.append(tensor)
-        return len(self.saved_tensors) - 1
-
-    def _load(self, index: int) -> Tensor:
-        return self.saved_tensors[index]
 
 
 def shared_arguments(shared: SharedExpert | None) -> tuple[Function | None, tuple[Tensor, ...]]:
@@ -120,7 +122,7 @@ def take_all_saved(passes: Iterable[InnerPass]) -> list[Tensor]:
 def restore_saved(passes: Iterable[InnerPass], saved_tensors: list[Tensor]) -> None:
     """Give each pass the tensors for its backward, which `take_all_saved` returned. The list is empty afterwards."""
     for inner_pass in passes:
-        inner_pass.saved_tensors = saved_tensors[: inner_pass.saved_count]
+        inner_pass.restore_saved(saved_tensors[: inner_pass.saved_count])
         del saved_tensors[: inner_pass.saved_count]
 
 
