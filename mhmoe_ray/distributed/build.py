@@ -35,8 +35,8 @@ def build_dispatch(spec: ClusterSpec, mesh: Mesh) -> FlatDispatch | Hierarchical
 def build_strategy(model: Trunk, mesh: Mesh, spec: RunSpec, fill: FillModel) -> Strategy:
     """Return the parallel strategy of a run, which allocates the model's weights, fills them and shards them.
 
-    This is a collective operation. With one worker the result is always a plain `Strategy`, because there is nothing to
-    shard.
+    This is a collective operation. Without a process group, as in a run with one worker, the result is always a plain
+    `Strategy`, because there is nothing to shard.
 
     Args:
         model: model on the meta device.
@@ -48,7 +48,7 @@ def build_strategy(model: Trunk, mesh: Mesh, spec: RunSpec, fill: FillModel) -> 
         SpecError: a package that the strategy needs is not installed.
     """
     name = spec.cluster.strategy
-    if mesh.world_size == 1 or name == "ddp":
+    if mesh.devices is None or name == "ddp":
         return Strategy(model, mesh, spec, fill)
     if name == "fsdp":
         from mhmoe_ray.distributed.strategies.fsdp import FsdpStrategy

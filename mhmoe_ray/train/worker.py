@@ -62,6 +62,9 @@ def train_worker(config: dict[str, Any]) -> None:
             `watchdog`, the handle of the watchdog actor.
     """
     run = RunDir(location(config["run"]))
+    # Ray Train gives a single worker a process group, too. Parallelism strategies would use it, which only costs time.
+    if dist.is_initialized() and dist.get_world_size() == 1:
+        dist.destroy_process_group()
     rank = dist.get_rank() if dist.is_initialized() else 0
     _set_up_logging(rank)
     with Heartbeat(config["watchdog"], WorkerInfo.current(rank)) as heartbeat:

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from mhmoe_ray.bench import checkpoints
 from mhmoe_ray.bench.acceptance.steps import VARIANTS, make_spec
@@ -71,13 +73,18 @@ def process_group():
 
 
 @every_device
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_strategies_train_alike_on_one_rank(process_group, device, strategy):
+@pytest.mark.parametrize(("strategy", "wrapper"), [("ddp", DistributedDataParallel), ("fsdp", FSDPModule)])
+def test_strategies_train_alike_on_one_rank(request, device, strategy, wrapper):
     spec = make_spec("multi-head", "float32", is_toy=True)
-    expected_losses, _ = train(spec, "cpu")
+    # Without a process group, no strategy wraps the model.
+    plain_case = Case(spec, torch.device("cpu"))
+    assert plain_case.trainer.strategy.module is plain_case.trainer.model
+    expected_losses = [plain_case.step() for _ in range(3)]
+    request.getfixturevalue("process_group")
     cluster = spec.cluster.model_copy(update={"strategy": strategy})
-    losses, _ = train(spec.model_copy(update={"cluster": cluster}), device)
-    assert losses == pytest.approx(expected_losses, rel=1e-4)
+    case = Case(spec.model_copy(update={"cluster": cluster}), torch.device(device))
+    assert isinstance(case.trainer.strategy.module, wrapper)
+    assert [case.step() for _ in range(3)] == pytest.approx(expected_losses, rel=1e-4)
 
 
 @every_device

@@ -60,7 +60,7 @@ class Strategy:
     def _wrap_model(self, fill: FillModel) -> nn.Module:
         """Allocate and fill the model's weights, and return the module to call in its place, such as torch's DDP."""
         fill(self.model)
-        if self.mesh.world_size == 1:
+        if self.mesh.devices is None:
             return self.model
         _ignore_parameters(self.model, list(expert_parameters(self.model)))
         return DistributedDataParallel(self.model, gradient_as_bucket_view=True, forward_sync_buffers=False)
