@@ -60,7 +60,7 @@ def application_config(
         "graceful_shutdown_timeout_s": spec.request_timeout,
         # Serve's limits on requests are above the engine's limit. So it is the engine that refuses requests, because it
         # knows the clients, and health checks are answered however many requests wait. Only requests whose bodies would
-        # take too much memory are refused earlier, by `BodySizeLimit`.
+        # take too much memory or time are refused earlier, by `BodyLimits`.
         "max_ongoing_requests": spec.max_concurrency + spec.max_waiting + SPARE_REQUESTS,
         "max_queued_requests": spec.max_waiting * spec.replicas.max + SPARE_REQUESTS,
         "backpressure_config": {"status_code": 429, "retry_after_s": 1},

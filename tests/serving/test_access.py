@@ -11,7 +11,7 @@ from starlette.responses import PlainTextResponse
 
 from mhmoe_ray.api.serve_target import with_environment_keys
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.serving.api.access import BodySizeLimit, LocalRateLimiter, TokenBucket
+from mhmoe_ray.serving.api.access import AccessControl, BodyLimits, LocalRateLimiter, TokenBucket
 from mhmoe_ray.serving.api.app import create_app
 from mhmoe_ray.serving.engine import Request, SamplingParams
 from mhmoe_ray.spec import KeySpec, ServeSpec
@@ -213,9 +213,11 @@ class Gate:
                 await asyncio.sleep(0)
 
 
-def limited_client(gate, **changes):
+def limited_client(gate, *keys, address="1.1.1.1", **changes):
     """Return a client of an application that accepts at most 6 bytes in a body, and 10 in all unanswered requests."""
-    transport = httpx.ASGITransport(BodySizeLimit(gate, **{"max_bytes": 6, "max_held_bytes": 10, **changes}))
+    access = AccessControl(keys, LocalRateLimiter(keys))
+    limits = BodyLimits(gate, access, **{"max_bytes": 6, "max_held_bytes": 10, **changes})
+    transport = httpx.ASGITransport(limits, client=(address, 1))
     return httpx.AsyncClient(transport=transport, base_url="http://server")
 
 
@@ -271,6 +273,74 @@ def test_a_body_that_does_not_arrive_holds_no_memory(monkeypatch):
             return late_response.status_code, (await next_request).status_code
 
     assert asyncio.run(ask()) == (408, 200)
+
+
+def test_bodies_of_strangers_are_not_read():
+    async def ask():
+        gate = Gate()
+        async with limited_client(gate, make_key("ann")) as client:
+
+            async def unread_body():
+                raise AssertionError
+                yield b""
+
+            stranger = asyncio.create_task(client.post("/", content=unread_body()))
+            await gate.wait_for(1)
+            gate.ends[0].set()
+            await stranger
+            ann = asyncio.create_task(client.post("/", content=b"xxxx", headers=bearer_header("ann")))
+            await gate.wait_for(2)
+            gate.ends[1].set()
+            await ann
+        return gate.sizes
+
+    assert asyncio.run(ask()) == [0, 4]
+
+
+@pytest.mark.parametrize("has_keys", [True, False])
+def test_one_client_has_a_share_of_slow_bodies_and_unfinished_bytes(monkeypatch, has_keys):
+    """The address of a client stands for its key if the server has no keys."""
+    monkeypatch.setattr("mhmoe_ray.serving.api.access.SLOW_SECONDS", 0.05)
+    monkeypatch.setattr("mhmoe_ray.serving.api.access.SLOW_BODIES", 2)
+    keys = [make_key("ann"), make_key("bob")] if has_keys else []
+
+    async def ask():
+        gate, end = Gate(), asyncio.Event()
+        clients = [limited_client(gate, *keys, max_held_bytes=40)]
+        # The second client sends its requests to the same server from another address.
+        second_transport = httpx.ASGITransport(clients[0]._transport.app, client=("2.2.2.2", 1))
+        clients.append(httpx.AsyncClient(transport=second_transport, base_url="http://server"))
+        if has_keys:
+            clients[1] = clients[0]
+
+        async def unfinished_body(size):
+            yield b"x" * size
+            await end.wait()
+
+        def send(index, content):
+            headers = bearer_header(("ann", "bob")[index])
+            return asyncio.create_task(clients[index].post("/", content=content, headers=headers))
+
+        slow_requests = [send(0, unfinished_body(size)) for size in (5, 1)]
+        await asyncio.sleep(0.2)
+        third_response = await send(0, unfinished_body(1))
+        large_response = await send(0, unfinished_body(5))
+        other_request = send(1, b"xxxxxx")
+        await gate.wait_for(1)
+        end.set()
+        await gate.wait_for(3)
+        # The share is free again.
+        last_request = send(0, b"xxxxxx")
+        await gate.wait_for(4)
+        for gate_end in gate.ends:
+            gate_end.set()
+        await asyncio.gather(*slow_requests, other_request, last_request)
+        return [r.json()["error"]["message"] for r in (third_response, large_response)], sorted(gate.sizes)
+
+    messages, sizes = asyncio.run(ask())
+    assert "2 other bodies of this client are slow to arrive" in messages[0]
+    assert "unfinished requests of this client have 6 bytes" in messages[1]
+    assert sizes == [1, 5, 6, 6]
 
 
 @pytest.mark.parametrize("stream", [False, True])

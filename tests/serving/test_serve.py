@@ -3,10 +3,11 @@
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from importlib.util import find_spec
 
@@ -14,6 +15,7 @@ import httpx
 import pytest
 import ray
 
+from mhmoe_ray.serving.api.access import BODY_SECONDS
 from mhmoe_ray.serving.config import DEPLOYMENT, application_config
 from mhmoe_ray.serving.engine import SamplingParams
 from mhmoe_ray.spec import KeySpec, ServeSpec
@@ -298,6 +300,35 @@ def test_rate_limits_hold_over_all_replicas(port, checkpoint):
     while (refusal := ask(TALKER, 1)).status_code == 200:
         assert time.monotonic() < deadline
     assert "all its tokens" in refusal.json()["error"]["message"]
+
+
+@contextmanager
+def unfinished_bodies(port, count, key):
+    """Send the beginnings of requests with an API key over as many connections, and keep these open in the block."""
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Length: 90\r\n\r\n"
+    with ExitStack() as stack:
+        for _ in range(count):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            connection.sendall(head.encode() + b'{"prompt":')
+        yield
+
+
+@pytest.mark.parametrize("key", ["unknown", TALKER])
+def test_unfinished_bodies_of_one_client_leave_others_their_answers(port, checkpoint, key):
+    spec = SPEC.model_copy(update={"max_concurrency": 2, "max_waiting": 2})
+    config = application_config("tiny", checkpoint, spec, "tiny-abc123")
+    deploy([config])
+    wait_for_status("tiny", "RUNNING")
+    [options] = config["deployments"]
+    count = options["max_ongoing_requests"] + options["max_queued_requests"] + 50
+    body, url = {"prompt": "the", "max_tokens": 1}, f"http://127.0.0.1:{port}/v1/completions"
+    with unfinished_bodies(port, count, key):
+        # Other clients may have to wait until slow bodies are refused, but not until they time out.
+        deadline = time.monotonic() + BODY_SECONDS / 2
+        while (answer := httpx.post(url, json=body, headers=bearer(FREE), timeout=BODY_SECONDS)).status_code != 200:
+            assert (answer.status_code, time.monotonic() < deadline) == (429, True)
+            time.sleep(0.2)
+        assert time.monotonic() < deadline
 
 
 def test_unservable_checkpoint_fails_in_one_line(client, checkpoint):

@@ -4,11 +4,13 @@ import asyncio
 import hashlib
 import hmac
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from fastapi import Request
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mhmoe_ray.serving.api.errors import RequestError, error_response
@@ -136,15 +138,14 @@ class AccessControl:
         """
         self._clients = {key.sha256: Client(key.name, rate_limiter if has_limits([key]) else None) for key in keys}
 
-    def authenticate(self, http_request: Request) -> Client:
-        """Return the client that sent a request, by its API key; if the server has no keys, a client without a name.
+    def find_client(self, headers: Headers) -> Client | None:
+        """Return the client whose API key is in the headers; None if there is no such key.
 
-        Raises:
-            RequestError: the server has keys, and the request has none or an unknown one.
+        If the server has no keys, everyone is a client without a name.
         """
         if not self._clients:
             return Client("")
-        authorization = http_request.headers.get("authorization", "")
+        authorization = headers.get("authorization", "")
         matching_client = None
         scheme, _, key = authorization.partition(" ")
         if scheme.lower() == AUTH_SCHEME:
@@ -153,10 +154,19 @@ class AccessControl:
             for known_digest, client in self._clients.items():
                 if hmac.compare_digest(known_digest, digest):
                     matching_client = client
-        if matching_client is None:
+        return matching_client
+
+    def authenticate(self, http_request: Request) -> Client:
+        """Return the client that sent a request, as `find_client` does.
+
+        Raises:
+            RequestError: the server has keys, and the request has none or an unknown one.
+        """
+        client = self.find_client(http_request.headers)
+        if client is None:
             message = "no such API key; send one as `Authorization: Bearer KEY`"
             raise RequestError(401, message, code="invalid_api_key")
-        return matching_client
+        return client
 
 
 TEXT_BODY_BYTES = 1 << 20
@@ -171,63 +181,123 @@ MIN_HELD_BYTES = 256 << 20
 """Bytes of request bodies that a server may hold in memory, even if `HELD_BODIES` of the largest bodies have fewer."""
 BODY_SECONDS = 120.0
 """Seconds within which the whole body of a request must arrive."""
+SLOW_SECONDS = 1.0
+"""Seconds after which a body that has not arrived is slow."""
+SLOW_BODIES = 16
+"""Number of slow bodies that one client may have at a time, each of which keeps a request slot of a replica."""
+UNFINISHED_SHARE = 4
+"""Divisor of the bytes that a server may hold; one client's unfinished bodies get the quotient."""
 
 
-class BodySizeLimit:
-    """Middleware that refuses request bodies that are too large, too many or too slow, before they fill the memory.
+@dataclass
+class _Body:
+    """Body of a request, as far as it has arrived."""
 
-    A request gets a 413 if its body has more than `max_bytes` bytes, and a 429 if the bodies of all requests that are
-    not answered yet would have more than `max_held_bytes` bytes together. If a body does not arrive within
-    `BODY_SECONDS`, the request gets a 408, so that a client that stops in the middle does not hold memory.
+    client_name: str
+    messages: list[Message] = field(default_factory=list)
+    size: int = 0
+
+
+class BodyLimits:
+    """Middleware that reads only bodies of clients with access, and refuses those that are too large, many or slow.
+
+    A request gets a 413 if its body has more than `max_bytes` bytes, and a 408 if its body does not arrive within
+    `BODY_SECONDS`. It gets a 429 if the bodies of all unanswered requests would have more than `max_held_bytes` bytes
+    together. One client cannot use up the slots and the bytes of the others: it also gets a 429 if it has `SLOW_BODIES`
+    other slow bodies, or more than its share of bytes in unfinished ones. Without keys, a client is an IP address.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_held_bytes: int) -> None:
-        self._app, self._max_bytes, self._max_held_bytes = app, max_bytes, max_held_bytes
+    def __init__(self, app: ASGIApp, access: AccessControl, max_bytes: int, max_held_bytes: int) -> None:
+        self._app, self._access, self._max_bytes, self._max_held_bytes = app, access, max_bytes, max_held_bytes
         self._held_bytes = 0
+        self._unfinished_bytes, self._slow_bodies = Counter[str](), Counter[str]()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        declared_size = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        size, messages = 0, list[Message]()
-        # A chunked body declares no size, and a declared size may be false, so the bytes are counted too.
-        error = self._error(0, int(declared_size)) if declared_size.isdigit() else None
+        headers = Headers(scope=scope)
+        client = self._access.find_client(headers)
+        body = _Body((client and client.name) or (scope.get("client") or ("",))[0])
 
         # The body has been received already, so the application gets the stored messages first.
         async def replay() -> Message:
-            return messages.pop(0) if messages else await receive()
+            return body.messages.pop(0) if body.messages else await receive()
 
         try:
-            try:
-                async with asyncio.timeout(BODY_SECONDS):
-                    while error is None:
-                        message = await receive()
-                        chunk_size = len(message.get("body", b""))
-                        if error := self._error(size, size + chunk_size):
-                            break
-                        messages.append(message)
-                        size += chunk_size
-                        self._held_bytes += chunk_size
-                        if not message.get("more_body"):
-                            break
-            except TimeoutError:
-                reason = f"the body did not arrive within {BODY_SECONDS:g} s; send it again"
-                error = RequestError(408, reason, code="timeout")
+            if client is None:
+                # The application refuses the request, or answers it without a body if its route needs no key.
+                body.messages.append({"type": "http.request", "body": b"", "more_body": False})
+                error = None
+            else:
+                error = await self._read(body, headers.get("content-length", ""), receive)
             if error is None:
                 await self._app(scope, replay, send)
         finally:
-            self._held_bytes -= size
+            self._held_bytes -= body.size
         if error is not None:
             await error_response(error)(scope, receive, send)
 
-    def _error(self, size: int, new_size: int) -> RequestError | None:
-        """Return the error of a request whose body grows from `size` to `new_size` bytes; None if this is allowed."""
-        if new_size > self._max_bytes:
+    async def _read(self, body: _Body, declared_size: str, receive: Receive) -> RequestError | None:
+        """Read a body and count its bytes as held; return an error if the request is refused."""
+        reason = f"the body did not arrive within {BODY_SECONDS:g} s; send it again"
+        late_error, is_slow = RequestError(408, reason, code="timeout"), False
+
+        def count_as_slow() -> None:
+            nonlocal late_error, is_slow
+            if self._slow_bodies[body.client_name] < SLOW_BODIES:
+                self._slow_bodies[body.client_name] += 1
+                is_slow = True
+            else:
+                late_error = _busy_error(f"{SLOW_BODIES} other bodies of this client are slow to arrive")
+                deadline.reschedule(0)
+
+        # A chunked body declares no size, and a declared size may be false, so the bytes are counted too.
+        if declared_size.isdigit() and (error := self._error(body, int(declared_size))):
+            return error
+        timer = asyncio.get_running_loop().call_later(SLOW_SECONDS, count_as_slow)
+        try:
+            async with asyncio.timeout(BODY_SECONDS) as deadline:
+                while True:
+                    message = await receive()
+                    chunk_size = len(message.get("body", b""))
+                    if error := self._error(body, chunk_size):
+                        return error
+                    body.messages.append(message)
+                    body.size += chunk_size
+                    self._held_bytes += chunk_size
+                    self._unfinished_bytes[body.client_name] += chunk_size
+                    if not message.get("more_body"):
+                        return None
+        except TimeoutError:
+            return late_error
+        finally:
+            timer.cancel()
+            _subtract(self._unfinished_bytes, body.client_name, body.size)
+            _subtract(self._slow_bodies, body.client_name, int(is_slow))
+
+    def _error(self, body: _Body, growth: int) -> RequestError | None:
+        """Return the error of a request whose body grows by some bytes; None if this is allowed."""
+        if body.size + growth > self._max_bytes:
             reason = f"the body has more than {self._max_bytes:,} bytes"
             fix = "send a smaller one, or raise serve.max_body_bytes"
             return RequestError(413, f"{reason}; {fix}", code="request_too_large")
-        if new_size > size and self._held_bytes + new_size - size > self._max_held_bytes:
-            reason = f"the requests that it answers have {self._held_bytes:,} bytes"
-            return RequestError(429, f"the server is busy: {reason}; try again in 1 s", code="busy", retry_after=1)
+        if not growth:
+            return None
+        if self._held_bytes + growth > self._max_held_bytes:
+            return _busy_error(f"the requests that it answers have {self._held_bytes:,} bytes")
+        unfinished_bytes = self._unfinished_bytes[body.client_name]
+        if unfinished_bytes > body.size and unfinished_bytes + growth > self._max_held_bytes // UNFINISHED_SHARE:
+            return _busy_error(f"unfinished requests of this client have {unfinished_bytes:,} bytes")
         return None
+
+
+def _busy_error(reason: str) -> RequestError:
+    return RequestError(429, f"the server is busy: {reason}; try again in 1 s", code="busy", retry_after=1)
+
+
+def _subtract(counter: Counter[str], client_name: str, count: int) -> None:
+    """Subtract from the count of a client, and forget a count of zero, because a server meets many addresses."""
+    counter[client_name] -= count
+    if not counter[client_name]:
+        del counter[client_name]

@@ -17,7 +17,7 @@ from mhmoe_ray.serving.api.access import (
     MIN_HELD_BYTES,
     TEXT_BODY_BYTES,
     AccessControl,
-    BodySizeLimit,
+    BodyLimits,
     LocalRateLimiter,
     RateLimiter,
 )
@@ -66,7 +66,8 @@ def create_app(
     app = FastAPI(title="mhmoe-ray", exception_handlers=HANDLERS)
     default_body_bytes = TEXT_BODY_BYTES if isinstance(answerer, Answerer) else IMAGE_BODY_BYTES
     max_bytes = spec.max_body_bytes or default_body_bytes
-    app.add_middleware(BodySizeLimit, max_bytes=max_bytes, max_held_bytes=max(MIN_HELD_BYTES, HELD_BODIES * max_bytes))
+    max_held_bytes = max(MIN_HELD_BYTES, HELD_BODIES * max_bytes)
+    app.add_middleware(BodyLimits, access=access, max_bytes=max_bytes, max_held_bytes=max_held_bytes)
     service: AnyService
     if isinstance(answerer, VisionAnswerer):
         service = ModelService(answerer, model, spec, access)
