@@ -52,7 +52,7 @@ __all__ = [
     "serve",
     "submit",
 ]
-__version__ = "0.2.0"
+__version__ = "0.2.1"
 
 _MODULES = {
     "Answer": "mhmoe_ray.api.engine_thread",

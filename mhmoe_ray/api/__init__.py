@@ -16,6 +16,7 @@
     engine_thread.py  the engine of a model in this process, and its answers
     service.py        a model that a cluster serves
     serve_target.py   the checkpoint to serve, with its settings and API keys
+    trust.py          settings of runs that somebody else may have written
 
 README.md walks through the interface. Importing a module loads neither torch nor ray; functions load what they need.
 """

@@ -3,11 +3,13 @@
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from mhmoe_ray.api.connection import connect_to_train
 from mhmoe_ray.api.defaults import OnNote, default_storage, ignore_note
+from mhmoe_ray.api.trust import require_submitted_settings
 from mhmoe_ray.cluster import jobs
-from mhmoe_ray.cluster.connect import LOCAL, Connection, connect
+from mhmoe_ray.cluster.connect import LOCAL, Connection, connect_recorded, require_known
 from mhmoe_ray.cluster.dashboard import RetryingCaller, is_loopback
 from mhmoe_ray.cluster.runs import (
     QUIET_SECONDS,
@@ -20,10 +22,11 @@ from mhmoe_ray.cluster.runs import (
     seconds_since_write,
     start_attempt,
 )
+from mhmoe_ray.cluster.submissions import record_settings
 from mhmoe_ray.errors import ClusterError, JobError, RunError, SpecError, TokenError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import Attempt, RunDir, create_run, last_attempt
-from mhmoe_ray.spec import RunSpec, load_resolved_spec, parse_overrides
+from mhmoe_ray.spec import RunSpec, apply_overrides, load_resolved_spec, parse_overrides, validate_section
 from mhmoe_ray.storage import location
 
 POLL_SECONDS = 0.5
@@ -98,6 +101,7 @@ def restart_run(run: RunDir, spec: RunSpec, address: str | None = None, on_note:
 
 def _submit_attempt(run: RunDir, spec: RunSpec, connection: Connection, on_note: OnNote) -> None:
     """Submit the next attempt of a run as a job on the cluster, and report the run, the job and the dashboard's URL."""
+    record_settings(spec)
     job = start_attempt(run, spec, connection)
     on_note(f"run {run.id}  job {job}  dashboard {connection.address}")
 
@@ -109,6 +113,7 @@ def resume_run(
     address: str | None = None,
     *,
     force: bool = False,
+    trust_run: bool = False,
     on_note: OnNote = ignore_note,
 ) -> Connection:
     """Resume a run that has ended from its newest complete checkpoint, and return the connection to its cluster.
@@ -119,11 +124,12 @@ def resume_run(
         overrides: `key.path=value` strings that change keys of the spec's cluster section.
         address: address of the cluster; None for the cluster of the last attempt.
         force: whether to treat a cluster that does not answer as gone, even if the run wrote something a moment ago.
+        trust_run: whether to use settings of the run's spec that run code, even if this user never submitted them.
         on_note: callback that gets lines of text about the progress.
 
     Raises:
         RunError: the run is running, may still be running, is finished, was imported, or cannot have so many steps.
-        SpecError: an override is wrong, or changes a key outside of the cluster section.
+        SpecError: an override is wrong, or changes a key outside of the cluster section; or the run is not trusted.
         ClusterError, JobError: the cluster cannot hold the run, or does not accept its job.
     """
     for keys, _ in parse_overrides(overrides):
@@ -132,14 +138,18 @@ def resume_run(
             fix = "change only cluster keys, or submit a run that starts from this one (start.from)"
             raise SpecError(f"override {'.'.join(keys)}", reason, fix)
     previous_attempt = last_attempt(run)
-    run_outcome = final_outcome(run, force)
+    run_outcome = final_outcome(run, force, given_addresses=[address] if address else [])
     if run_outcome.state == "finished" and steps is None:
         fix = f"train it longer: `mhmoe resume {run_argument(run)} --until STEPS`"
         raise RunError(f"run {run.id}", "it is finished", fix)
-    spec = run.relocated_spec(load_resolved_spec(run.spec_file, overrides))
+    spec = load_resolved_spec(run.spec_file)
+    if not trust_run:
+        require_submitted_settings(run, spec)
+    changed_tree = apply_overrides(spec.model_dump(mode="json"), overrides)
+    spec = run.relocated_spec(validate_section(RunSpec, changed_tree, f"spec {run.spec_file}"))
     if steps is not None:
         spec = _extended_spec(run, spec, steps, on_note)
-    return restart_run(run, spec, address or attempt_address(previous_attempt), on_note)
+    return restart_run(run, spec, address or require_known(attempt_address(previous_attempt)), on_note)
 
 
 def _extended_spec(run: RunDir, spec: RunSpec, steps: int, on_note: OnNote) -> RunSpec:
@@ -173,7 +183,12 @@ def attempt_address(attempt: Attempt) -> str:
 
 
 def final_outcome(
-    run: RunDir, force: bool = False, *, is_patient: bool = False, on_note: OnNote = ignore_note
+    run: RunDir,
+    force: bool = False,
+    *,
+    is_patient: bool = False,
+    given_addresses: Sequence[str] = (),
+    on_note: OnNote = ignore_note,
 ) -> Outcome:
     """Return how a run ended; raise an error if it has not ended.
 
@@ -183,6 +198,7 @@ def final_outcome(
         run: the run that should be over.
         force: whether to treat a cluster that does not answer as gone, even if the run wrote something a moment ago.
         is_patient: whether to wait, if the cluster does not answer, until the run has written nothing for a while.
+        given_addresses: addresses of clusters that the user gave to this command.
         on_note: callback that gets a line of text about such a wait.
 
     Raises:
@@ -191,7 +207,7 @@ def final_outcome(
     """
     while True:
         try:
-            run_outcome = outcome_or_lost(run, connect)
+            run_outcome = outcome_or_lost(run, partial(connect_recorded, given_addresses=given_addresses))
         # A TokenError is also a ClusterError, but its cluster answers and may still train the run. The run must not
         # count as lost, so the error is raised again.
         except TokenError:
@@ -267,7 +283,7 @@ def stop_run(run: RunDir, end_immediately: bool = False, on_note: OnNote = ignor
         raise RunError(f"run {run.id}", f"it is {run_outcome.state} already", "see `mhmoe status`")
     is_training = events.state(run_events) == "running"
     try:
-        connection = connect(attempt.address)
+        connection = connect_recorded(attempt.address)
     # A TokenError is also a ClusterError, but here the cluster answers. It is raised again, so that the user gives the
     # cluster's token.
     except TokenError:

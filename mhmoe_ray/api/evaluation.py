@@ -4,11 +4,14 @@ import hashlib
 from collections.abc import Callable, Sequence
 from os import PathLike, fspath
 from pathlib import Path
+from typing import Any
 
 from mhmoe_ray.api.connection import connect_to_cluster
 from mhmoe_ray.api.defaults import EVALUATION_SAMPLES, OnNote, Prior, ignore_note
+from mhmoe_ray.api.trust import ignored_keys
 from mhmoe_ray.cluster import remote
 from mhmoe_ray.cluster.remote import SubmittedJob
+from mhmoe_ray.cluster.submissions import ENVIRONMENT_KEY
 from mhmoe_ray.errors import DataError, RunError, SpecError
 from mhmoe_ray.evaluate.job import EvalJob
 from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, load_evaluation
@@ -160,6 +163,7 @@ def load_or_evaluate(
     address: str | None = None,
     *,
     follow: Callable[[EvaluationJob], None] | None = None,
+    trust_run: bool = False,
     on_note: OnNote = ignore_note,
 ) -> Evaluation:
     """Return the evaluation of a request: the one that the run directory holds, else one that a job computes.
@@ -171,6 +175,7 @@ def load_or_evaluate(
         address: address of the cluster; None for the default cluster.
         follow: function that shows the progress of the job and returns when the job ends; None if `on_note` should get
             the lines that the job writes for the user.
+        trust_run: whether to use the runtime environment in the run's spec even if this user never submitted it.
         on_note: callback that gets lines of text about the progress.
 
     Raises:
@@ -190,9 +195,14 @@ def load_or_evaluate(
         from mhmoe_ray.data.shards.manifest import require_data_manifest
 
         require_data_manifest(Path(request.prepared))
-    section = ClusterSpec() if run.is_imported else run.spec().cluster
+    section, environment = ClusterSpec(), dict[str, Any]()
+    if not run.is_imported:
+        spec = run.spec()
+        section = spec.cluster
+        if not ignored_keys(run, spec, on_note, trust_run, [ENVIRONMENT_KEY]):
+            environment = section.runtime_env
     connection = connect_to_cluster(section, [run.path, *_local_paths(request)], request.cpus, address, on_note)
-    job = remote.submit(connection, section.runtime_env, EvalJob(request=request, can_grow=not connection.local))
+    job = remote.submit(connection, environment, EvalJob(request=request, can_grow=not connection.local))
     if follow is not None:
         follow(job)
     else:

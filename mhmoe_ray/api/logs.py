@@ -9,7 +9,7 @@ from typing import Any
 
 from mhmoe_ray.api.defaults import OnNote, ignore_note
 from mhmoe_ray.cluster import jobs
-from mhmoe_ray.cluster.connect import Connection, connect
+from mhmoe_ray.cluster.connect import Connection, connect_recorded
 from mhmoe_ray.cluster.dashboard import RetryingCaller
 from mhmoe_ray.cluster.nodes import process_log
 from mhmoe_ray.cluster.runs import Outcome, outcome, recorded_outcome
@@ -44,7 +44,7 @@ def log_lines(
     """
     attempt = last_attempt(run)
     try:
-        connection = connect(attempt.address)
+        connection = connect_recorded(attempt.address)
         if rank is not None:
             return _worker_log(run, connection, rank, follow, on_note)
         if jobs.status(connection, attempt.job) is None:

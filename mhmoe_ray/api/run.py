@@ -16,7 +16,7 @@ from mhmoe_ray.api.evaluation import Texts, has_domain_experts, load_or_evaluate
 from mhmoe_ray.api.logs import log_lines, without_colours
 from mhmoe_ray.api.spec import Overrides, override_list, require_spec
 from mhmoe_ray.checkpoint.huggingface.config import ExportResult
-from mhmoe_ray.cluster.connect import connect
+from mhmoe_ray.cluster.connect import connect_recorded
 from mhmoe_ray.cluster.runs import RunEvents, run_status, state_of
 from mhmoe_ray.errors import RunError, SpecError
 from mhmoe_ray.evaluate.request import Evaluation
@@ -200,7 +200,7 @@ class Run:
         attempt_events = _AttemptEvents(directory, on_event)
         outcome = attempts.wait_for_outcome(
             directory,
-            cache(lambda: connect(last_attempt(directory).address)),
+            cache(lambda: connect_recorded(last_attempt(directory).address)),
             attempt_events.read,
             on_poll=attempt_events.report,
             timeout=timeout,
@@ -242,6 +242,7 @@ class Run:
         address: str | None = None,
         *,
         force: bool = False,
+        trust_run: bool = False,
         on_note: OnNote = ignore_note,
     ) -> None:
         """Resume the run from its newest complete checkpoint, without waiting for it.
@@ -255,12 +256,14 @@ class Run:
             address: a Ray cluster; None for the one that the run was on.
             force: whether to resume the run even if its cluster does not answer and the run wrote something a moment
                 ago.
+            trust_run: whether to resume a run that somebody else submitted and whose spec sets `cluster.runtime_env`,
+                `serve.host` or `serve.keys`.
             on_note: callback that gets lines of text about the progress.
 
         Raises:
             RunError: the run is running, may still be running, is finished, was imported, or cannot have so many steps.
-            SpecError: an override is wrong or changes a key outside of the cluster section, or `until` is not a whole
-                number.
+            SpecError: an override is wrong or changes a key outside of the cluster section, `until` is not a whole
+                number, or the run needs `trust_run`.
             ClusterError, JobError: the cluster cannot be reached or hold the run, or does not accept its job.
         """
         if until is not None and not isinstance(until, Integral):
@@ -271,6 +274,7 @@ class Run:
             override_list(overrides),
             address,
             force=force,
+            trust_run=trust_run,
             on_note=on_note,
         )
 
@@ -288,6 +292,7 @@ class Run:
         prior: Prior | None = None,
         recompute: bool = False,
         address: str | None = None,
+        trust_run: bool = False,
         on_note: OnNote = ignore_note,
     ) -> Evaluation:
         """Return the scores of a checkpoint on raw text, by domain and language, or in lm-eval's tasks.
@@ -308,6 +313,7 @@ class Run:
                 together; None if the domain of each text is known.
             recompute: whether to evaluate even if the run directory holds the result.
             address: a Ray cluster; None for the default cluster.
+            trust_run: whether to use the `cluster.runtime_env` of a run that somebody else submitted.
             on_note: callback that gets lines of text about the progress.
 
         Raises:
@@ -342,7 +348,7 @@ class Run:
             gpus=gpus,
             prior=prior,
         )
-        return load_or_evaluate(directory, request, recompute, address, on_note=on_note)
+        return load_or_evaluate(directory, request, recompute, address, trust_run=trust_run, on_note=on_note)
 
     def export(
         self, folder: str | PathLike[str], checkpoint: CheckpointName | None = None, on_note: OnNote = ignore_note

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from mhmoe_ray.api.checkpoints import CheckpointName, has_file, path_text, pick_checkpoint, refuse_checkpoint
 from mhmoe_ray.api.defaults import SPEC_SUFFIXES, OnNote, ignore_note
 from mhmoe_ray.api.spec import load_spec
+from mhmoe_ray.api.trust import ignored_keys
 from mhmoe_ray.checkpoint.manifest import MANIFEST, read_manifest
 from mhmoe_ray.errors import RunError, SpecError
 from mhmoe_ray.runs.directory import RunDir, find_run, list_runs
@@ -38,6 +39,7 @@ def resolve_target(
     storage: Location | str,
     overrides: Sequence[str] = (),
     on_note: OnNote = ignore_note,
+    trust_run: bool = False,
 ) -> tuple[RunDir, Location, DeploySpec]:
     """Return the run and the checkpoint to serve, and the spec with which they are served.
 
@@ -47,7 +49,9 @@ def resolve_target(
         checkpoint: one of the run's checkpoints, its name or its step; None picks the newest.
         storage: folder that holds run directories; if the target is a spec, the spec's own folder is used instead.
         overrides: `key.path=value` strings that change keys of the spec.
-        on_note: callback that gets a warning for each newer checkpoint that is damaged and therefore skipped.
+        on_note: callback that gets a warning for each newer checkpoint that is damaged and therefore skipped, and one
+            for settings that are ignored.
+        trust_run: whether to use settings of the run's own spec that need trust even if this user never submitted them.
 
     Raises:
         SpecError: an override changes a key that serving does not use, or a spec is wrong.
@@ -74,13 +78,22 @@ def resolve_target(
         # returns is not needed.
         read_manifest(path, ("weights",), describe=None)
         run = RunDir.of_checkpoint(path)
-        return run, path, load_deploy_spec(None if run.is_imported else run.spec_file, overrides)
+        return run, path, _spec_of_run(run, overrides, on_note, trust_run)
     else:
         run = find_run(name, storage)
     # A spec file that the user names replaces the run's own spec, because its serve section may have changed since the
     # run started.
-    spec = load_deploy_spec(spec_file or (None if run.is_imported else run.spec_file), overrides)
+    spec = load_deploy_spec(spec_file, overrides) if spec_file else _spec_of_run(run, overrides, on_note, trust_run)
     return run, pick_checkpoint(run, checkpoint, verify_hashes=False, on_note=on_note)[0], spec
+
+
+def _spec_of_run(run: RunDir, overrides: Sequence[str], on_note: OnNote, trust_run: bool) -> DeploySpec:
+    """Return the sections of a run's own spec that serving uses, without settings that need trust and have none."""
+    return load_deploy_spec(
+        None if run.is_imported else run.spec_file,
+        overrides,
+        lambda spec: ignored_keys(run, spec, on_note, trust_run),
+    )
 
 
 def _newest_run(spec: RunSpec, subject: str, fix: str) -> RunDir:

@@ -38,6 +38,7 @@ def serve(
     storage: str | PathLike[str] | None = None,
     address: str | None = None,
     wait: bool = True,
+    trust_run: bool = False,
     on_note: OnNote = ignore_note,
 ) -> "Service":
     """Serve a checkpoint over OpenAI's API on a cluster, in place of the application that has this name now.
@@ -57,6 +58,8 @@ def serve(
         storage: folder that holds run directories; by default MHMOE_STORAGE, else `runs`.
         address: a Ray cluster: the URL of its dashboard, or its name; None for the default cluster.
         wait: whether to wait until the application answers requests.
+        trust_run: whether to use `cluster.runtime_env`, `serve.host` and `serve.keys` of a run that somebody else
+            submitted. By default they are ignored, with a note.
         on_note: callback that gets lines of text about the progress.
 
     Raises:
@@ -72,6 +75,7 @@ def serve(
         default_storage() if storage is None else path_text(storage),
         override_list(overrides),
         on_note,
+        trust_run,
     )
     settings = with_environment_keys(spec.serve)
     if settings.host not in ("127.0.0.1", "localhost", "::1") and not settings.keys:

@@ -18,6 +18,7 @@ from mhmoe_ray.cli.common import (
     JsonOption,
     SetOption,
     StorageOption,
+    TrustOption,
     fact_table,
     note,
     out,
@@ -178,6 +179,7 @@ def render(
     serve: Annotated[str | None, typer.Option(metavar="RUN", help="A run to serve on it.", show_default=False)] = None,
     set_: SetOption = [],  # noqa: B006 - typer needs the list
     storage: StorageOption = STORAGE,
+    trust_run: TrustOption = False,
 ) -> None:
     """Write manifests for KubeRay, cluster files for `ray up`, a SLURM script, a container file, and configurations of
     Prometheus and Grafana.
@@ -195,7 +197,7 @@ def render(
         raise typer.BadParameter("--set changes a run's spec; name one with --run")
     application = None
     if serve:
-        run_dir, path, spec = resolve_target(serve, None, storage, [])
+        run_dir, path, spec = resolve_target(serve, None, storage, [], trust_run)
         serve_spec = with_environment_keys(spec.serve)
         if not serve_spec.keys:
             note.print(

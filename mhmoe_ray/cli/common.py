@@ -116,6 +116,12 @@ ForceOption = Annotated[
     bool,
     typer.Option("--force", help="Proceed even if a cluster does not answer that may still train or serve the run."),
 ]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-run", help="Use cluster.runtime_env, serve.host and serve.keys of a run that you did not submit."
+    ),
+]
 DetachOption = Annotated[bool, typer.Option("--detach", help="Do not follow the job; it goes on by itself.")]
 BARS = "▁▂▃▄▅▆▇█"
 """Block characters for plots of one line, lowest first."""

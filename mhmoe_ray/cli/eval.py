@@ -17,6 +17,7 @@ from mhmoe_ray.cli.common import (
     JsonOption,
     RunArg,
     StorageOption,
+    TrustOption,
     number_table,
     out,
     pick_checkpoint,
@@ -101,6 +102,7 @@ def eval_(
     recompute: AgainOption = False,
     storage: StorageOption = STORAGE,
     address: AddressOption = None,
+    trust_run: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Show loss, perplexity and bits per byte of a run's checkpoint, by domain and language, on its held-out text or
@@ -144,7 +146,9 @@ def eval_(
         prior=prior,
         probe=probe,
     )
-    evaluation = load_or_evaluate(run_dir, request, recompute, address, follow=jobs.follow_job, on_note=print_note)
+    evaluation = load_or_evaluate(
+        run_dir, request, recompute, address, follow=jobs.follow_job, trust_run=trust_run, on_note=print_note
+    )
     if json:
         # The routing is left out, because `mhmoe routing` shows it.
         print_json({**evaluation.model_dump(exclude={"routing"}), "figures": _figures_dict(evaluation)})

@@ -16,6 +16,7 @@ from mhmoe_ray.cli.common import (
     JsonOption,
     RunArg,
     StorageOption,
+    TrustOption,
     pick_checkpoint,
     print_json,
 )
@@ -74,6 +75,7 @@ def generate(
     storage: StorageOption = STORAGE,
     address: AddressOption = None,
     detach: DetachOption = False,
+    trust_run: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Let a checkpoint of a run continue a prompt, in this process; the answer is printed as it is generated.
@@ -104,6 +106,7 @@ def generate(
         address=address,
         detach=detach,
         cancel=cancel,
+        trust_run=trust_run,
     )
     if not options.is_requested:
         options.require_none()

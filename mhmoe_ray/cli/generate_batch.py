@@ -46,6 +46,7 @@ class BatchOptions:
     address: str | None = None
     detach: bool = False
     cancel: bool = False
+    trust_run: bool = False
 
     @property
     def is_requested(self) -> bool:
@@ -110,7 +111,7 @@ def answer_file(
         return
     if options.input is None:
         raise typer.BadParameter("--output needs a file of prompts: name one with --input")
-    run_dir, checkpoint_path, spec = resolve_target(run, checkpoint, storage, options.overrides)
+    run_dir, checkpoint_path, spec = resolve_target(run, checkpoint, storage, options.overrides, options.trust_run)
     # If the user named no checkpoint, neither by the option nor by its folder in place of the run, use the one that
     # gave the answers in the output folder.
     if checkpoint is None and (run is None or location(run).absolute() != checkpoint_path):

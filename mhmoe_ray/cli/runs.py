@@ -17,6 +17,7 @@ from mhmoe_ray.cli.common import (
     RunArg,
     SetOption,
     StorageOption,
+    TrustOption,
     note,
     out,
     print_json,
@@ -133,6 +134,7 @@ def resume(
     address: AddressOption = None,
     detach: DetachOption = False,
     force: ForceOption = False,
+    trust_run: TrustOption = False,
 ) -> None:
     """Resume a run that stopped, failed or lost its cluster, from its newest complete checkpoint.
 
@@ -144,7 +146,7 @@ def resume(
     from mhmoe_ray.runs.directory import find_run
 
     run_dir = find_run(run, storage, with_job=True)
-    connection = resume_run(run_dir, last_step, set_, address, force=force, on_note=print_note)
+    connection = resume_run(run_dir, last_step, set_, address, force=force, trust_run=trust_run, on_note=print_note)
     # `from_now` leaves out the progress of earlier attempts, because it was shown when it happened.
     if not detach:
         follow_run(run_dir, connection, from_now=True)

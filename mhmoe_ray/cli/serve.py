@@ -14,6 +14,7 @@ from mhmoe_ray.cli.common import (
     JsonOption,
     SetOption,
     StorageOption,
+    TrustOption,
     detach_on_interrupt,
     out,
     print_json,
@@ -57,6 +58,7 @@ def deploy(
     ] = APPLICATION,
     storage: StorageOption = STORAGE,
     address: AddressOption = None,
+    trust_run: TrustOption = False,
 ) -> None:
     """Serve a run's checkpoint without converting it, in place of any application of the same name."""
     from mhmoe_ray.api.service import serve
@@ -72,6 +74,7 @@ def deploy(
         storage=storage,
         address=address,
         wait=False,
+        trust_run=trust_run,
         on_note=print_note,
     )
     _wait_until_running(service)

@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 
 def resolve_target(
-    target: str | None, checkpoint: str | None, storage: str, overrides: list[str]
+    target: str | None, checkpoint: str | None, storage: str, overrides: list[str], trust_run: bool
 ) -> "tuple[RunDir, Location, DeploySpec]":
     """Return the run, checkpoint and spec that a command's arguments name; see `api.serve_target.resolve_target`.
 
-    Print a warning for each newer checkpoint that is damaged and therefore skipped.
+    Print a warning for each newer checkpoint that is damaged and therefore skipped, and for settings that are ignored.
     """
     from mhmoe_ray.api import serve_target
 
-    return serve_target.resolve_target(target, checkpoint, storage, overrides, print_note)
+    return serve_target.resolve_target(target, checkpoint, storage, overrides, print_note, trust_run)
 
 
 def option_overrides(replicas: str | None, engine: str | None) -> list[str]:

@@ -3,6 +3,7 @@
 Importing these modules does not import ray, and of them only doctor.py imports torch.
 
 connect.py       choose the cluster and the token of a command; clusters that the user has named
+submissions.py   the record of what this user has submitted, by which foreign run directories are recognized
 tokens.py        the state folder of this user, and Ray's authentication tokens
 local.py         the local cluster: a Ray cluster that this package starts on this machine
 spawn.py         run `ray start` for the local cluster, and find the processes that belong to it

@@ -7,16 +7,16 @@ file, but not the token itself.
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from mhmoe_ray.cluster import dashboard, tokens
+from mhmoe_ray.cluster import dashboard, submissions, tokens
 from mhmoe_ray.cluster.local import find_local, recorded_address, start_local
 from mhmoe_ray.cluster.spawn import LocalCluster
 from mhmoe_ray.cluster.tokens import Token, state_folder, state_lock
-from mhmoe_ray.errors import ClusterError
+from mhmoe_ray.errors import ClusterError, TokenError
 from mhmoe_ray.storage import write_json
 
 FILE = "clusters.json"
@@ -144,8 +144,9 @@ class Connection:
 
     @property
     def headers(self) -> dict[str, str]:
-        """HTTP headers that carry the token; empty without a token."""
-        return self.token.headers if self.token else {}
+        """HTTP headers for Ray's clients, which carry the token of this connection or none."""
+        # Without this header, Ray's clients would add the user's token themselves.
+        return self.token.headers if self.token else {"Authorization": ""}
 
 
 def connect(address: str | None = None) -> Connection:
@@ -165,6 +166,56 @@ def connect(address: str | None = None) -> Connection:
     return connection
 
 
+def connect_recorded(address: str, given_addresses: Collection[str] = ()) -> Connection:
+    """Connect to an address that a run or sweep directory records; send the token only if the user knows the address.
+
+    The user knows addresses of the environment, of named clusters and of the local cluster, and those that an earlier
+    command was given. `given_addresses` are further ones, for a job on a cluster that has none of these.
+
+    Raises:
+        ClusterError: in the same cases as `connect`.
+        TokenError: the cluster asks for a token, and the user has never named its address.
+    """
+    if is_known(address):
+        return connect(address)
+    url = normalised(address)
+    if url in map(normalised, given_addresses):
+        return _connection(url, tokens.user_token())
+    try:
+        return _connection(url, None)
+    except TokenError as e:
+        reason = "it asks for a token, but only a run directory names its address, so no token is sent"
+        raise TokenError(
+            e.subject, reason, f"if the cluster is yours, name it: mhmoe cluster use NAME --address {url}"
+        ) from e
+
+
+def require_known(address: str) -> str:
+    """Return an address that a run directory records, to start a job there, if this user knows it.
+
+    Raises:
+        ClusterError: only the run directory names the address.
+    """
+    if is_known(address):
+        return address
+    reason = "only the run directory names its address"
+    raise ClusterError(f"cluster {address}", reason, "if the cluster is yours, give its address: --address")
+
+
+def is_known(address: str) -> bool:
+    """Return whether this user has named a cluster at this address, or it is the local cluster.
+
+    Named clusters and the environment count, and so do addresses that earlier commands were given.
+    """
+    resolved_address, environment_address = _resolve_address(address), _resolve_address(None)
+    if resolved_address is None:
+        return True
+    url = normalised(resolved_address)
+    known_addresses = [cluster.address for cluster in read_named_clusters().by_name.values()]
+    known_addresses += [environment_address] if environment_address else []
+    return url in map(normalised, known_addresses) or _is_local_cluster(url) or submissions.has_address(url)
+
+
 def connect_if_running(address: str | None = None) -> Connection | None:
     """Connect as `connect` does, but return None if no address is given and no local cluster runs."""
     named_cluster, address = _find_named_cluster(address), _resolve_address(address)
@@ -177,13 +228,20 @@ def connect_if_running(address: str | None = None) -> Connection | None:
     if address is None:
         return None
     address = normalised(address)
-    token = _token(address, named_cluster)
+    connection = _connection(address, _token(address, named_cluster))
+    if not is_known(address):
+        submissions.record_address(address)
+    return connection
+
+
+def _connection(address: str, token: Token | None) -> Connection:
+    """Return the connection to a cluster that this package did not start, after checking that it takes the token."""
     dashboard.ray_version(address, token)
     return Connection(address, False, dashboard.is_loopback(address) and _is_this_machine(address, token), token)
 
 
 def cached_connect() -> Callable[[str], Connection]:
-    """Return a function like `connect` that tries each address only once.
+    """Return a function like `connect_recorded` that tries each address only once.
 
     Later calls with the same address return the same connection, or raise the same ClusterError.
     """
@@ -192,7 +250,7 @@ def cached_connect() -> Callable[[str], Connection]:
     def connect_once(address: str) -> Connection:
         if address not in results:
             try:
-                results[address] = connect(address)
+                results[address] = connect_recorded(address)
             except ClusterError as e:
                 results[address] = e
         result = results[address]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from mhmoe_ray.checkpoint.manifest import step_and_group
 from mhmoe_ray.cluster import jobs, remote
-from mhmoe_ray.cluster.connect import Connection, connect
+from mhmoe_ray.cluster.connect import Connection, connect_recorded
 from mhmoe_ray.cluster.serving import applications
 from mhmoe_ray.errors import ClusterError, MhmoeError, TokenError
 from mhmoe_ray.runs import events, jsonl, metrics
@@ -264,7 +264,7 @@ def _newest_checkpoint(run: RunDir, run_events: RunEvents) -> tuple[dict[str, An
 
 
 def state_of(
-    run: RunDir, run_events: RunEvents, connect_to: Callable[[str], Connection] = connect
+    run: RunDir, run_events: RunEvents, connect_to: Callable[[str], Connection] = connect_recorded
 ) -> tuple[str, str, str]:
     """Return the state of a run, the reason for a failure, and a phrase on whether its cluster confirmed the state.
 
@@ -343,7 +343,7 @@ def applications_at(run: RunDir, address: str, seconds: float) -> list[dict[str,
         TokenError: the cluster asks for another token.
     """
     entries = []
-    for application in applications(connect(address), seconds):
+    for application in applications(connect_recorded(address), seconds):
         checkpoint = location(application.checkpoint) if application.checkpoint else None
         if checkpoint and RunDir.of_checkpoint(checkpoint) == run:
             entry = {"application": application.name, "url": application.url, "checkpoint": checkpoint.name}

@@ -5,7 +5,7 @@ An error message is one line. It names the wrong key and the most similar known 
 
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import yaml
@@ -95,18 +95,29 @@ def load_sweep(path: Location, overrides: Sequence[str] = ()) -> SweepSpec:
     return validate_section(SweepSpec, read_tree(path, overrides), f"sweep {path}")
 
 
-def load_deploy_spec(path: Location | None, overrides: Sequence[str] = ()) -> DeploySpec:
+def load_deploy_spec(
+    path: Location | None,
+    overrides: Sequence[str] = (),
+    find_ignored_keys: Callable[[DeploySpec], Collection[str]] = lambda _: (),
+) -> DeploySpec:
     """Read and check the sections of a spec that serving uses, and ignore the rest of the file.
 
     Without a file, only defaults and overrides apply.
 
+    Args:
+        path: path of the spec; None for no file.
+        overrides: `key.path=value` strings, whose values are YAML.
+        find_ignored_keys: function that returns the keys of the spec, such as "serve.host", that are ignored, too.
+
     Raises:
         SpecError: the file is missing or is not YAML, or a key or value is wrong.
     """
-    file_tree = read_tree(path) if path else {}
+    file_tree, label = read_tree(path) if path else {}, f"spec {path}" if path else "the overrides"
     tree = {name: file_tree[name] for name in DeploySpec.model_fields if name in file_tree}
-    apply_overrides(tree, overrides)
-    return validate_section(DeploySpec, tree, f"spec {path}" if path else "the overrides")
+    for key in find_ignored_keys(validate_section(DeploySpec, tree, label)):
+        section, _, name = key.partition(".")
+        del tree[section][name]
+    return validate_section(DeploySpec, apply_overrides(tree, overrides), label)
 
 
 def validate_section(

@@ -5,8 +5,9 @@ import time
 from collections.abc import Sequence
 
 from mhmoe_ray.cluster import jobs, remote
-from mhmoe_ray.cluster.connect import Connection, connect
+from mhmoe_ray.cluster.connect import Connection, connect_recorded, is_known
 from mhmoe_ray.cluster.runs import outcome, recorded_outcome
+from mhmoe_ray.cluster.submissions import record_settings, unrecorded_settings
 from mhmoe_ray.errors import MhmoeError, RunError, SpecError, StorageError, logged
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir, last_attempt, newest_attempt_number
@@ -77,6 +78,7 @@ def submit(
     Raises:
         JobError, ClusterError, SpecError: the cluster does not accept the job. No order is written in this case.
     """
+    record_settings(*(entry.spec for entry in entries))
     order = Order(
         size=size,
         concurrent=concurrent,
@@ -130,9 +132,17 @@ def _submit_order(sweep_dir: SweepDir, connection: Connection, order: Order, *, 
         connection: the cluster.
         order: the order, which lists the runs to start; its fields about the job are filled in here.
         clear_stop: whether to cancel an earlier stop of the sweep, which would otherwise end this job too.
+
+    Raises:
+        SpecError: the order has settings that run code, and this user has never submitted them.
     """
+    # Entries of an earlier order come from the sweep's directory, which somebody else may have written.
+    for entry in order.entries:
+        if settings := unrecorded_settings(entry.spec):
+            reason = f"its run {entry.name} has settings that this user has not submitted: {', '.join(settings)}"
+            raise SpecError(f"sweep {sweep_dir.name}", reason, "give the sweep another name")
     name = sweep_dir.new_order_name()
-    request = SweepRequest(path=str(sweep_dir.path), order=name)
+    request = SweepRequest(path=str(sweep_dir.path), order=name, known_addresses=_known_addresses(sweep_dir))
     job = remote.submit(connection, order.entries[0].spec.cluster.runtime_env, request).name
     # A new order (request to start runs) makes the job of the earlier order end. It is therefore written only after a
     # cluster has accepted the job of the new order, and that job waits for it.
@@ -142,6 +152,13 @@ def _submit_order(sweep_dir: SweepDir, connection: Connection, order: Order, *, 
     job_fields = {"job": job, "address": connection.address, "local": connection.local, "submitted": time.time()}
     sweep_dir.write_order(name, order.model_copy(update=job_fields))
     return name
+
+
+def _known_addresses(sweep_dir: SweepDir) -> tuple[str, ...]:
+    """Return the addresses of the clusters of earlier orders and attempts of a sweep that this user knows."""
+    addresses = {order.address for order in sweep_dir.earlier_orders()}
+    addresses |= {last_attempt(run).address for run in sweep_dir.runs().values() if newest_attempt_number(run)}
+    return tuple(sorted(filter(is_known, addresses)))
 
 
 def state_of(run: RunDir) -> events.State:
@@ -195,7 +212,7 @@ def is_alive(order: Order) -> bool:
     Raises:
         ClusterError: the job's cluster does not answer.
     """
-    return jobs.is_alive(connect(order.address), order.job)
+    return jobs.is_alive(connect_recorded(order.address), order.job)
 
 
 def logged_error(order: Order) -> MhmoeError | None:
@@ -207,7 +224,7 @@ def logged_error(order: Order) -> MhmoeError | None:
     Raises:
         ClusterError: the job's cluster does not answer.
     """
-    connection = connect(order.address)
+    connection = connect_recorded(order.address)
     if jobs.status(connection, order.job) is None:
         return None
     return logged(jobs.logs(connection, order.job))
@@ -258,7 +275,7 @@ def _end_jobs(sweep_dir: SweepDir) -> dict[str, MhmoeError]:
         last_address = order.address
         if order.address not in cluster_errors:
             try:
-                connection = connect(order.address)
+                connection = connect_recorded(order.address)
                 if jobs.is_alive(connection, order.job):
                     jobs.stop(connection, order.job)
                     while jobs.is_alive(connection, order.job):
@@ -274,7 +291,7 @@ def _end_run(run: RunDir) -> None:
     If the job did not record its end in the run directory, record the end there.
     """
     attempt = last_attempt(run)
-    connection = connect(attempt.address)
+    connection = connect_recorded(attempt.address)
     if jobs.is_alive(connection, attempt.job):
         jobs.stop(connection, attempt.job)
     while (run_outcome := outcome(run, connection)) is None:

@@ -32,6 +32,8 @@ class SweepRequest(RemoteJob[None]):
     """Path of the sweep's directory."""
     order: str
     """Name of the order in the sweep's directory."""
+    known_addresses: tuple[str, ...] = ()
+    """Addresses of earlier jobs of the sweep that the user knows, so that this job may send them the token."""
 
     @property
     def sweep_dir(self) -> SweepDir:
@@ -60,7 +62,7 @@ def main() -> None:
             print("there is no order for this job")
             return
         connection = Connection(f"http://{context.dashboard_url}", local, local, tokens.user_token())
-        Sweep(sweep_dir, name, connection).run()
+        Sweep(sweep_dir, name, connection, request.known_addresses).run()
 
 
 def _wait_for_order(sweep_dir: SweepDir, name: str) -> Order:

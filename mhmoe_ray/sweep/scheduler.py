@@ -1,9 +1,11 @@
 """Scheduler of a sweep: it starts training runs, each as a Ray job of its own, and a limited number at a time."""
 
 import time
+from collections.abc import Sequence
+from functools import partial
 
 from mhmoe_ray.cluster import jobs
-from mhmoe_ray.cluster.connect import Connection, connect
+from mhmoe_ray.cluster.connect import Connection, connect_recorded
 from mhmoe_ray.cluster.dashboard import RetryingCaller
 from mhmoe_ray.cluster.runs import (
     QUIET_SECONDS,
@@ -33,14 +35,18 @@ MAX_STARTS = 3
 class Sweep:
     """Scheduler of one order of a sweep: it starts the runs that the order lists, a limited number at a time."""
 
-    def __init__(self, sweep_dir: SweepDir, name: str, connection: Connection) -> None:
+    def __init__(
+        self, sweep_dir: SweepDir, name: str, connection: Connection, known_addresses: Sequence[str] = ()
+    ) -> None:
         """Read the order that this job carries out, which lists the runs to start.
 
         Args:
             sweep_dir: the sweep's directory.
             name: the name of the order.
             connection: connection to the cluster from within it.
+            known_addresses: other clusters that may get the token (`SweepRequest.known_addresses`).
         """
+        self._connect = partial(connect_recorded, given_addresses=known_addresses)
         self._sweep_dir, self._name, self._connection = sweep_dir, name, connection
         self._order = sweep_dir.read_order(name)
         self._entries = self._order.wanted_entries
@@ -134,7 +140,7 @@ class Sweep:
     def _is_job_alive(self, order: Order) -> bool:
         """Return whether the job of an order is alive; True even while this job's own cluster does not answer."""
         if order.address != self._order.address:
-            return jobs.is_alive(connect(order.address), order.job)
+            return jobs.is_alive(self._connect(order.address), order.job)
         return self._retrying_caller.call(lambda: jobs.is_alive(self._connection, order.job), True)
 
     def _is_alive(self, name: str) -> bool:
@@ -174,7 +180,7 @@ class Sweep:
         # If the addresses differ, the attempt may still be on this cluster, because the recorded address may be one
         # that works only from outside of it. This cluster is therefore asked first whether it knows the job.
         if attempt.address != self._order.address and jobs.status(self._connection, attempt.job) is None:
-            return outcome_or_lost(run, connect)
+            return outcome_or_lost(run, self._connect)
         return self._retrying_caller.call(lambda: outcome(run, self._connection), None)
 
     def _should_restart(self, name: str, run_outcome: Outcome) -> bool:

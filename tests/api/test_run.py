@@ -178,7 +178,7 @@ def test_a_run_that_may_be_served_is_not_removed(directory, monkeypatch, address
     def connect(_):
         raise error
 
-    monkeypatch.setattr("mhmoe_ray.cluster.runs.connect", connect)
+    monkeypatch.setattr("mhmoe_ray.cluster.runs.connect_recorded", connect)
     events.record(directory, "finished", step=2)
     events.record(directory, "served", application="mhmoe", url="http://x", address=address, checkpoint="step_1.1")
     assert [a["status"] for a in mh.Run(directory).status()["served"]] == ["unknown"]

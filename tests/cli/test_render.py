@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mhmoe_ray.runs.directory import find_run
 from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
 from tests.cli.run import assert_one_line, mhmoe
 
@@ -44,6 +45,19 @@ def test_service_without_keys_is_a_warning(tmp_path, rendered_service):
         result.err == "warning: the service answers everybody who reaches it; MHMOE_API_KEYS or serve.keys limit it\n"
     )
     assert file.exists()
+
+
+def test_service_of_a_foreign_run_has_no_runtime_environment_of_it(tmp_path, rendered_service):
+    file, words = rendered_service
+    run = find_run(words[-1], tmp_path / "runs")
+    spec = run.spec()
+    cluster = spec.cluster.model_copy(update={"runtime_env": {"env_vars": {"WORD": "hostile"}}})
+    run.write_spec(spec.model_copy(update={"cluster": cluster}))
+    warning = 'these settings of it are ignored: cluster.runtime_env={"env_vars": {"WORD": "hostile"}}; --trust-run'
+    assert warning in mhmoe(tmp_path, *words).err
+    assert "hostile" not in file.read_text()
+    assert "ignored" not in mhmoe(tmp_path, *words, "--trust-run").err
+    assert "hostile" in file.read_text()
 
 
 def test_mistakes_are_usage_errors(tmp_path):

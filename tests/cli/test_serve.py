@@ -9,6 +9,7 @@ import pytest
 from mhmoe_ray.cluster import serving
 from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.serve_removal import remove
+from mhmoe_ray.cluster.submissions import record_settings
 from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
 from tests.cli.run import assert_one_line, command, mhmoe
 from tests.watch import end_by_ctrl_c, events_of_kind
@@ -18,14 +19,20 @@ pytestmark = pytest.mark.ray
 RUNTIME_ENV = {"env_vars": {"WORD": "of the spec"}}
 
 
-@pytest.fixture
-def run(tmp_path):
-    """Return a run whose spec names a runtime environment."""
-    run = make_run(tmp_path, MIXTRAL)
+def make_run_with_environment(folder, runtime_env):
+    """Return a run whose spec has a runtime environment, as if this user had submitted it."""
+    run = make_run(folder, MIXTRAL)
     spec = run.spec()
-    cluster = spec.cluster.model_copy(update={"runtime_env": RUNTIME_ENV})
-    run.write_spec(spec.model_copy(update={"cluster": cluster}))
+    spec = spec.model_copy(update={"cluster": spec.cluster.model_copy(update={"runtime_env": runtime_env})})
+    run.write_spec(spec)
+    record_settings(spec)
     return run
+
+
+@pytest.fixture
+def run(tmp_path, lane_home):
+    """Return a run whose spec names a runtime environment."""
+    return make_run_with_environment(tmp_path, RUNTIME_ENV)
 
 
 @pytest.fixture
@@ -42,7 +49,7 @@ def full_cluster(local_cluster, unused_port):
 
 
 @pytest.fixture
-def breakable_run(tmp_path):
+def breakable_run(tmp_path, lane_home):
     """Return a run and the path of a file; while a test lets that file exist, no replica of the run can start.
 
     The file stands for a missing library or mount.
@@ -55,11 +62,7 @@ def breakable_run(tmp_path):
         "    sys.modules['mhmoe_ray.serving.load'] = None",
     ]
     (site / "sitecustomize.py").write_text("\n".join(lines))
-    run = make_run(tmp_path, MIXTRAL)
-    spec = run.spec()
-    cluster = spec.cluster.model_copy(update={"runtime_env": {"env_vars": {"PYTHONPATH": str(site)}}})
-    run.write_spec(spec.model_copy(update={"cluster": cluster}))
-    return run, failure_file
+    return make_run_with_environment(tmp_path, {"env_vars": {"PYTHONPATH": str(site)}}), failure_file
 
 
 @pytest.mark.slow

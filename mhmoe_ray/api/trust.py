@@ -1,0 +1,56 @@
+"""Settings of a run that somebody else may have written: they run code or open a server, so they need the user's word.
+
+The record of what this user has submitted is in `cluster/submissions.py`.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from mhmoe_ray.api.defaults import OnNote
+from mhmoe_ray.cluster.submissions import GUARDED_KEYS, unrecorded_settings
+from mhmoe_ray.errors import SpecError
+from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.spec import DeploySpec, RunSpec
+
+
+def ignored_keys(
+    run: RunDir,
+    spec: RunSpec | DeploySpec,
+    on_note: OnNote,
+    trust_run: bool = False,
+    used_keys: Collection[str] = GUARDED_KEYS,
+) -> Collection[str]:
+    """Return the keys of a run's spec that a command must ignore, and report them with their values.
+
+    Args:
+        run: run that has this spec.
+        spec: spec as the run directory has it.
+        on_note: callback that gets a warning with the ignored settings.
+        trust_run: whether the user trusts the run, so that no key is ignored.
+        used_keys: keys among `GUARDED_KEYS` that the command would use.
+    """
+    settings = {} if trust_run else unrecorded_settings(spec)
+    ignored_settings = {key: value for key, value in settings.items() if key in used_keys}
+    if ignored_settings:
+        on_note(
+            f"warning: you did not submit run {run.id}, so these settings of it are ignored: "
+            f"{_text(ignored_settings)}; --trust-run (trust_run=True) uses them"
+        )
+    return ignored_settings.keys()
+
+
+def require_submitted_settings(run: RunDir, spec: RunSpec) -> None:
+    """Check that this user has submitted the settings of a run's spec that run code or open a server.
+
+    Raises:
+        SpecError: somebody else may have written them.
+    """
+    if settings := unrecorded_settings(spec):
+        reason = f"you did not submit it, and its spec sets {_text(settings)}"
+        raise SpecError(f"run {run.id}", reason, "if you trust it, give --trust-run (trust_run=True)")
+
+
+def _text(settings: Mapping[str, Any]) -> str:
+    # JSON escapes characters that would control a terminal.
+    return ", ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
