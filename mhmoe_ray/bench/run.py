@@ -137,9 +137,9 @@ def measure_loop(spec: RunSpec, _folder: Path, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     folder = spec.data.prepared
     token_bytes = require_data_manifest(folder).token_bytes
-    start_id = boundaries(load_tokenizer(folder / TOKENIZER_FILE, spec.model.vocab_size)).start
+    inputs = boundaries(load_tokenizer(folder / TOKENIZER_FILE, spec.model.vocab_size))
     device = torch.device("cuda" if spec.cluster.gpus_per_worker else "cpu")
-    trainer = Trainer(spec, build_mesh(spec.cluster, ["here"], device.type), device, start_id)
+    trainer = Trainer(spec, build_mesh(spec.cluster, ["here"], device.type), device, inputs)
     positions = np.arange(spec.train.steps * spec.samples_per_step).reshape(spec.train.steps, -1)
     samples, loss = TrainingSamples.open_cached(spec), 0.0
     steps = [

@@ -175,8 +175,8 @@ def load_model(checkpoint: Location) -> tuple[Decoder, CheckpointManifest]:
             manifest names; or its model is not a decoder.
     """
     manifest = read_manifest(checkpoint, parts=("weights",))
-    if manifest.model.kind != "decoder":
-        reason = f"its model is {manifest.model.kind_name}, which does not predict next tokens"
+    if not manifest.model.family.predicts_next_token:
+        reason = f"its model is {manifest.model.family.title}, which does not predict next tokens"
         raise CheckpointError(f"checkpoint {checkpoint}", reason, "evaluate it with `mhmoe eval`, or name another run")
     return load_verified_model(checkpoint, manifest), manifest
 

@@ -103,8 +103,8 @@ def run(
     resolved = read_spec(spec, set_)
     # The preparation of data is not measured, so the data must be prepared already.
     require_prepared_data(resolved)
-    if resolved.model.kind != "decoder":
-        reason = f"the spec's model is {resolved.model.kind_name}, and the bare loop is for decoders"
+    if not resolved.model.family.predicts_next_token:
+        reason = f"the spec's model is {resolved.model.family.title}, and the bare loop is for decoders"
         raise SpecError("bench run", reason, "name another spec")
     figures = measure(resolved, threads, rounds, lambda line: note.print(line))
     # The measured seconds do not include the warm-up steps, so rates must not count these steps either.

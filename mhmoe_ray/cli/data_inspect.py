@@ -298,8 +298,8 @@ def _print_samples(target: InspectTarget, start: int, count: int, json: bool) ->
         raise typer.BadParameter(
             f"--samples: {target.name} is raw text, which has no packed samples; give a spec with prepared data"
         )
-    if target.spec.model.kind != "decoder":
-        reason = f"--samples shows texts of a decoder, and this is {target.spec.model.kind_name}"
+    if not target.spec.model.family.predicts_next_token:
+        reason = f"--samples shows texts of a decoder, and this is {target.spec.model.family.title}"
         raise SpecError(f"spec {target.name}", reason, "leave it out")
     record = plan_start(target.spec)
     samples = decode_samples(target.spec, start, count, record.samples_before if record else None)

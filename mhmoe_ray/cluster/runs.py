@@ -296,7 +296,7 @@ def _with_perplexity(line: dict[str, Any] | None, spec: RunSpec | None) -> dict[
     """
     if line is None:
         return None
-    is_summed = spec is not None and spec.model.kind != "decoder"
+    is_summed = spec is not None and not spec.model.family.predicts_next_token
     return {**line, "val_perplexity": None if is_summed else metrics.perplexity(line[metrics.VAL_LOSS])}
 
 

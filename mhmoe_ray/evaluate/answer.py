@@ -45,9 +45,9 @@ def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> N
     checkpoint = run.checkpoints / request.checkpoint
     manifest = read_manifest(checkpoint, parts=("weights",))
     model = manifest.model
-    if request.tasks and model.kind != "decoder":
+    if request.tasks and not model.family.predicts_next_token:
         raise RunError(
-            f"run {run.id}", f"its model is {model.kind_name}, and lm-eval's tasks are for decoders", "name no tasks"
+            f"run {run.id}", f"its model is {model.family.title}, and lm-eval's tasks are for decoders", "name no tasks"
         )
     on_progress = _progress_callback(print_line)
     figures = FIGURES[model.kind](EvaluationContext(request, run, checkpoint, manifest, print_line, on_progress))

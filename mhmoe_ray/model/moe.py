@@ -19,7 +19,7 @@ code. Each of a sub-token's k experts has its own mask. Neither the projections 
 dropout.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from mhmoe_ray.model.feedforward import Dispatch, Experts, FeedForward, SharedExpert
 from mhmoe_ray.model.noise import dropout
-from mhmoe_ray.model.router import DomainRouter, ModalityRouter, Router, Routing, TaskRouter
+from mhmoe_ray.model.router import DomainRouter, Router, Routing
 from mhmoe_ray.spec import ModelSpec
 
 
@@ -51,13 +51,18 @@ def _build_projection(widths: Iterable[int]) -> nn.Module:
     return nn.Sequential(*(module for layer in linear_layers for module in (layer, nn.ReLU())))[:-1]
 
 
+BuildRouter = Callable[[ModelSpec], Router]
+
+
 def build_router(spec: ModelSpec) -> Router:
     """Return the router of one layer of the model that a spec describes, with uninitialized parameters."""
+    build: BuildRouter = spec.family.part("router")
+    return build(spec)
+
+
+def build_plain_router(spec: ModelSpec) -> Router:
+    """Return a router that treats all rows of a layer alike."""
     assert spec.moe is not None
-    if spec.vision is not None:
-        return TaskRouter(spec.row_width, spec.moe, list(spec.vision.tasks), is_shared=spec.vision.routers == "shared")
-    if spec.encoder is not None and spec.encoder.routers == "per_modality":
-        return ModalityRouter(spec.row_width, spec.moe)
     return DomainRouter(spec.moe) if spec.moe.router == "domain" else Router(spec.row_width, spec.moe)
 
 

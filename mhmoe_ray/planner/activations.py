@@ -2,15 +2,12 @@
 
 from mhmoe_ray.architectures import FLOAT32
 from mhmoe_ray.planner.expert_step import planned_model
-from mhmoe_ray.planner.sizes import (
-    INT64,
-    bytes_of,
-)
+from mhmoe_ray.planner.family import INT64, bytes_of
 from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
 
 
 def activation_bytes_per_token(spec: RunSpec, size: int) -> int:
-    """Return the bytes per token that all layers and the loss keep from forward to backward.
+    """Return the bytes per token that all blocks and the last norm keep from forward to backward.
 
     With `train.recompute`, these bytes include all that the largest recomputed block keeps during its recomputation.
 
@@ -39,15 +36,7 @@ def activation_bytes_per_token(spec: RunSpec, size: int) -> int:
     else:
         layers = (model.layers - model.moe_layers) * dense + model.moe_layers * mixture
     layers += mask  # the mask of dropout after the embedding
-    # memory.py counts the output layers of an encoder, which run on few tokens, and the heads of a vision model, which
-    # run once per image.
-    if model.encoder is not None or model.vision is not None:
-        return layers + norm
-    # The other terms are those of the last norm, of the loss, and of the token ids and targets. A chunked loss keeps
-    # the gradient of its input instead of the input and the log-probabilities.
-    if spec.train.loss_chunk_rows is None:
-        return layers + norm + FLOAT32 * model.vocab_size + 2 * INT64
-    return layers + norm - size * model.d_model + FLOAT32 * model.d_model + 2 * INT64
+    return layers + norm
 
 
 def _expert_dropout_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
@@ -57,18 +46,6 @@ def _expert_dropout_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
     outputs = model.joined_width * moe.top_k
     shared = model.d_model if moe.d_shared else 0
     return outputs * (1 + size * (moe.router != "smear")) + shared
-
-
-def shared_attention_bytes(spec: RunSpec, size: int) -> int:
-    """Return the bytes of the tensors that all attention layers share.
-
-    They are the cosines and sines of positions, for queries and for keys, and the document mask.
-    """
-    if spec.model.encoder is not None or spec.model.vision is not None:
-        return 0  # positions are learned, and the mask of padding is small
-    T = spec.data.seq_len
-    mask = size * spec.train.micro_batch_size * T**2 if spec.model.document_masks else 0
-    return 4 * FLOAT32 * T * spec.model.head_width + mask
 
 
 def _attention_bytes(model: ModelSpec, size: int) -> int:

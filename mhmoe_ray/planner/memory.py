@@ -13,26 +13,19 @@ from mhmoe_ray.architectures import FLOAT32
 from mhmoe_ray.planner.activations import (
     activation_bytes_per_token,
     merged_expert_bytes,
-    shared_attention_bytes,
     static_layout_bytes,
 )
-from mhmoe_ray.planner.heads import head_activation_bytes, stem_activation_bytes
+from mhmoe_ray.planner.family import EMBEDDING, NORMS, OUTPUT, ROUTER, bytes_of, sizes_of
 from mhmoe_ray.planner.sizes import (
-    EMBEDDING,
-    NORMS,
-    OUTPUT,
-    ROUTER,
     Sizes,
     block_sizes,
-    bytes_of,
     bytes_per_value,
     compute_sizes,
     float32_sizes,
     gathered_bytes,
     model_parts,
 )
-from mhmoe_ray.spec import EncoderSpec, RunSpec
-from mhmoe_ray.spec.train import LOSS_CHUNKS_PER_PRODUCT
+from mhmoe_ray.spec import RunSpec
 
 
 class Memory(NamedTuple):
@@ -48,7 +41,7 @@ class Memory(NamedTuple):
     activations: int
     """Bytes that one micro-batch keeps from forward to backward, including the log-probabilities of all tokens."""
     logits: int
-    """Bytes that the loss needs temporarily, from `loss_bytes`."""
+    """Bytes that the loss needs temporarily, from `FamilySizes.loss_bytes`."""
     gathered: int
     """Bytes of tensors that fsdp and zero3 temporarily gather from shards: the sum of `gathered_weight_bytes` and
     `unsharded_gradient_bytes`."""
@@ -72,7 +65,7 @@ def compute_memory(spec: RunSpec) -> Memory:
     If the number of experts that a task chooses is adaptive, the largest number is assumed for all tasks.
     """
     spec = spec.model_copy(update={"model": spec.model.at_largest_top_k()})
-    model, counts = spec.model, compute_sizes(spec.model)
+    counts, sizes = compute_sizes(spec.model), sizes_of(spec.model)
     weights, gradients, moments = _state_bytes(spec, counts)
     tokens = spec.tokens_per_micro_batch
     size = bytes_per_value(spec)
@@ -82,72 +75,14 @@ def compute_memory(spec: RunSpec) -> Memory:
         moments=moments,
         copies=_copy_bytes(spec, counts) if size < FLOAT32 else 0,
         activations=tokens * activation_bytes_per_token(spec, size)
-        + (FLOAT32 * hidden_output_values(spec, model.encoder) if model.encoder is not None else 0)
-        + _task_bytes(spec)
-        + shared_attention_bytes(spec, size)
+        + sizes.output_bytes(spec, size)
+        + sizes.shared_attention_bytes(spec, size)
         + static_layout_bytes(spec, size)
         + merged_expert_bytes(spec, size),
-        logits=loss_bytes(spec),
+        logits=sizes.loss_bytes(spec),
         gathered=gathered_weight_bytes(spec) + unsharded_gradient_bytes(spec),
         checkpoint_copy=0 if spec.cluster.gpus_per_worker else checkpoint_copy_bytes(spec),
     )
-
-
-def loss_bytes(spec: RunSpec) -> int:
-    """Return the bytes that the loss needs temporarily.
-
-    If all logits exist at once, these are the gradients of log-probabilities and of logits, both in float32.
-
-    A chunked loss holds, in float32, the logits and the log-probabilities of a chunk, the log-probabilities of the
-    chunk before it, and the gradient of the output layer. In the precision of matrix products, it holds the gradients
-    of the logits of one product, which covers several chunks in bfloat16. It also holds a copy of the output layer in
-    this precision, unless ranks gather the layer's weights in the same precision.
-    """
-    tokens, vocab_size = spec.tokens_per_micro_batch, spec.model.vocab_size
-    if spec.model.encoder is not None:
-        return 2 * FLOAT32 * hidden_output_values(spec, spec.model.encoder)
-    if spec.model.vision is not None:
-        return 0  # the losses of heads are small
-    if spec.train.loss_chunk_rows is None:
-        return tokens * vocab_size * 2 * FLOAT32
-    rows, size = spec.train.loss_chunk_rows, bytes_per_value(spec)
-    product_rows = rows if size == FLOAT32 else LOSS_CHUNKS_PER_PRODUCT * rows
-    copy_size = size if size < FLOAT32 and not gathers_in_bfloat16(spec) else 0
-    return vocab_size * (
-        min(rows, tokens) * 3 * FLOAT32 + min(product_rows, tokens) * size + spec.model.d_model * (FLOAT32 + copy_size)
-    )
-
-
-def hidden_output_values(spec: RunSpec, encoder: EncoderSpec) -> int:
-    """Return the number of output values of an encoder for a micro-batch.
-
-    The encoder computes outputs for hidden (masked) patches and tokens, and for all tokens of captions that it learns
-    to write. Texts count as if all of them had `data.seq_len` tokens.
-    """
-    masking, values = spec.train.masking, 0.0
-    for part in spec.parts:
-        text_values = part.samples * (spec.data.seq_len - 1) * spec.model.vocab_size
-        if part.traits.writes:
-            values += text_values
-        if not part.traits.hides:
-            continue
-        is_pair = len(part.columns) > 1
-        if "image" in part.columns:
-            share = masking.pair_image if is_pair else masking.image
-            values += part.samples * share * encoder.patches * encoder.target_values
-        if "text" in part.columns:
-            share = masking.pair_text if is_pair else masking.text
-            values += share * text_values
-    return round(values)
-
-
-def _task_bytes(spec: RunSpec) -> int:
-    """Return the bytes that the stems and heads of a vision model keep for a micro-batch; 0 for other models."""
-    vision = spec.model.vision
-    if vision is None:
-        return 0
-    stem = spec.tokens_per_micro_batch * stem_activation_bytes(spec.model, vision)
-    return stem + sum(part.samples * head_activation_bytes(vision, vision.tasks[part.name]) for part in spec.parts)
 
 
 def checkpoint_bytes(spec: RunSpec) -> int:
@@ -192,11 +127,6 @@ def unsharded_gradient_bytes(spec: RunSpec) -> int:
     unsharded = size * (counts.parameters - counts.expert_parameters)
     unsharded += (size if spec.cluster.shards_experts else FLOAT32) * experts
     return unsharded - _state_bytes(spec, counts)[1]
-
-
-def gathers_in_bfloat16(spec: RunSpec) -> bool:
-    """Return whether ranks gather sharded weights in bfloat16, so that they need no copies for matrix products."""
-    return spec.cluster.gather_precision == "bfloat16" and spec.cluster.max_world_size > 1
 
 
 def _outside_bytes(spec: RunSpec) -> int:
@@ -246,7 +176,7 @@ def _state_bytes(spec: RunSpec, counts: Sizes) -> tuple[int, int, int]:
 def _copy_bytes(spec: RunSpec, counts: Sizes) -> int:
     """Return the bytes of copies of the weights that matrix products use, in the precision of these products."""
     experts = counts.expert_parameters // spec.cluster.ep
-    if gathers_in_bfloat16(spec):
+    if spec.cluster.gathers_in_bfloat16:
         # Weights that are gathered in bfloat16 need no copies, so only experts that are not sharded have some.
         is_sharded = spec.cluster.shards_experts and spec.cluster.expert_shard_ranks > 1
         return 0 if is_sharded else bytes_per_value(spec) * experts

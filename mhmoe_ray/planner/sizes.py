@@ -9,19 +9,24 @@ from typing import Any, NamedTuple
 
 from mhmoe_ray.architectures import FLOAT32
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.planner.heads import head_parameters, stem_sizes
-from mhmoe_ray.spec import EncoderSpec, ModelSpec, MoESpec, RunSpec
-from mhmoe_ray.spec.base import Precision
+from mhmoe_ray.planner.family import (
+    EMBEDDING,
+    EXPERTS,
+    HEADS,
+    MATCH,
+    NORMS,
+    OUTPUT,
+    PATCHES,
+    PROJECTIONS,
+    ROUTER,
+    SHARED,
+    Part,
+    all_active,
+    bytes_of,
+    sizes_of,
+)
+from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
 from mhmoe_ray.spec.model import default_d_ff
-
-# Bytes per value of the integer types.
-INT32 = 4
-INT64 = 8
-
-
-def bytes_of(precision: Precision) -> int:
-    """Return the number of bytes that a value takes in a precision."""
-    return 2 if precision == "bfloat16" else FLOAT32
 
 
 def bytes_per_value(spec: RunSpec) -> int:
@@ -43,19 +48,6 @@ def dense_width(trunk: Mapping[str, Any]) -> int:
     if not isinstance(d_ff, int):
         raise SpecError("model.d_ff", f"experts of a family follow from it, and it is {d_ff!r}", "give it a number")
     return d_ff
-
-
-class Part(NamedTuple):
-    """Part of a model: one kind of layer, with the counts of a single layer of this kind."""
-
-    name: str
-    layers: int
-    """Number of layers of this kind."""
-    parameters: int
-    active: int
-    """Number of parameters that one token's forward pass uses."""
-    macs: int
-    """Multiply-adds of matrix products for one token."""
 
 
 class Sizes(NamedTuple):
@@ -84,71 +76,25 @@ class Sizes(NamedTuple):
     f in each layer. At equal multiply-adds it grows with h, so models of equal compute differ in memory traffic."""
 
 
-EMBEDDING, PATCHES, NORMS, OUTPUT = "embedding", "patches", "norms", "output"
-PROJECTIONS, ROUTER, EXPERTS, SHARED = "projections", "router", "experts", "shared expert"
-MATCH, HEADS = "match", "heads"
-"""Names of the parts of a model (`Part.name`) that other modules look up."""
-
-
 def model_parts(spec: ModelSpec) -> list[Part]:
     """Return the counts of each kind of layer that a model has, from the embedding to the output."""
-    d, moe, branches = spec.d_model, spec.moe, _branches(spec)
-    embedding_parameters, norms = _embedding_parameters(spec), _norm_parameters(spec)
+    moe, sizes = spec.moe, sizes_of(spec)
+    embedding_parameters, norms = sizes.embedding_rows(spec) * spec.d_model, _norm_parameters(spec)
     attention = _attention_parameters(spec)
-    result = [Part(EMBEDDING, 1, *_all_active(embedding_parameters), 0)]
-    if spec.encoder is not None:
-        projection = spec.encoder.patch_values * d
-        result.append(Part(PATCHES, 1, *_all_active(projection + d), projection))
-    if spec.vision is not None:
-        stem = stem_sizes(spec, spec.vision)
-        result.append(Part(PATCHES, 1, len(spec.vision.tasks) * stem.parameters, *stem))
-    result += [
-        Part("attention", spec.layers, branches * attention, attention, attention_macs(spec)),
-        Part(NORMS, 1, *_all_active(norms), 0),
+    result = [
+        Part(EMBEDDING, 1, *all_active(embedding_parameters), 0),
+        *sizes.input_parts(spec),
+        Part("attention", spec.layers, sizes.branches * attention, attention, attention_macs(spec)),
+        Part(NORMS, 1, *all_active(norms), 0),
     ]
     if spec.dense_layers:
         assert spec.d_ff is not None
-        dense, macs = spec.architecture.expert_parameters(d, spec.d_ff), spec.architecture.expert_macs(d, spec.d_ff)
-        result.append(Part("feed-forward", spec.dense_layers, branches * dense, dense, macs))
+        d, dense_architecture = spec.d_model, spec.architecture
+        dense, macs = dense_architecture.expert_parameters(d, spec.d_ff), dense_architecture.expert_macs(d, spec.d_ff)
+        result.append(Part("feed-forward", spec.dense_layers, sizes.branches * dense, dense, macs))
     if moe is not None:
         result += _moe_parts(spec, moe)
-    if spec.encoder is not None:
-        return [*result, *_head_parts(spec, spec.encoder)]
-    if spec.vision is not None:
-        # A patch uses only the head of its own task, so the active parameters are those of the largest head.
-        heads = [head_parameters(spec, task) for task in spec.vision.tasks.values()]
-        return [*result, Part(HEADS, 1, sum(heads), max(heads), 0)]
-    # With tied embeddings the output has no parameters of its own, but its product still counts.
-    output_parameters = 0 if spec.tied_embeddings else embedding_parameters
-    return [*result, Part(OUTPUT, 1, output_parameters, output_parameters, embedding_parameters)]
-
-
-def _branches(spec: ModelSpec) -> int:
-    """Return how many copies of attention, norms and feed-forward layers a block has: one per modality of the model."""
-    return 1 if spec.encoder is None else 2
-
-
-def _embedding_parameters(spec: ModelSpec) -> int:
-    """Return the number of parameters of all embeddings.
-
-    For an encoder or a vision model they include embeddings of positions. An encoder also has an embedding for an image
-    as a whole and one for hidden (masked) patches.
-    """
-    rows, encoder, vision = spec.vocab_size, spec.encoder, spec.vision
-    if vision is not None:
-        rows += sum(vision.patches(task) for task in vision.tasks.values())
-    if encoder is not None:
-        rows += encoder.text_positions + (encoder.image_positions or encoder.image_tokens) + 2
-    return rows * spec.d_model
-
-
-def _head_parts(spec: ModelSpec, encoder: EncoderSpec) -> list[Part]:
-    """Return the parts (counts by kind) of an encoder's heads: outputs, and the head that matches images with texts."""
-    outputs = (spec.d_model + 1) * (encoder.target_values + spec.vocab_size)
-    result = [Part(OUTPUT, 1, *_all_active(outputs), 0)]
-    if encoder.d_match is not None:
-        result.append(Part(MATCH, 1, *_all_active(2 * spec.d_model * encoder.d_match + 1), 0))
-    return result
+    return [*result, *sizes.output_parts(spec)]
 
 
 def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[Part]:
@@ -156,10 +102,7 @@ def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[Part]:
     d, width, layers = spec.d_model, spec.row_width, spec.moe_layers
     expert = spec.architecture.expert_parameters(width, moe.d_expert)
     expert_macs = spec.architecture.expert_macs(width, moe.d_expert)
-    routes, router = moe.heads * moe.top_k, moe.router_sizes(width)
-    routers = 2 if spec.encoder is not None and spec.encoder.routers == "per_modality" else 1
-    if spec.vision is not None and spec.vision.routers == "per_task":
-        routers = len(spec.vision.tasks)
+    routes, router, routers = moe.heads * moe.top_k, moe.router_sizes(width), sizes_of(spec).routers(spec)
     used_experts = moe.experts if moe.router == "smear" else min(routes, moe.experts)
     result = [
         _projections_part(spec, moe),
@@ -169,7 +112,7 @@ def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[Part]:
     ]
     if moe.d_shared:
         shared = spec.architecture.expert_parameters(d, moe.d_shared)
-        result.append(Part(SHARED, layers, *_all_active(shared), spec.architecture.expert_macs(d, moe.d_shared)))
+        result.append(Part(SHARED, layers, *all_active(shared), spec.architecture.expert_macs(d, moe.d_shared)))
     return [part for part in result if part.parameters]
 
 
@@ -180,7 +123,7 @@ def _projections_part(spec: ModelSpec, moe: MoESpec) -> Part:
     shapes = [shape for widths in sides for shape in pairwise(widths)]
     macs = sum(in_width * out_width for in_width, out_width in shapes)
     biases = sum(out_width for _, out_width in shapes)
-    return Part(PROJECTIONS, spec.moe_layers, *_all_active(macs + biases), macs)
+    return Part(PROJECTIONS, spec.moe_layers, *all_active(macs + biases), macs)
 
 
 def compute_sizes(spec: ModelSpec) -> Sizes:
@@ -223,14 +166,12 @@ def block_sizes(spec: ModelSpec) -> BlockSizes:
 
 
 def float32_sizes(spec: ModelSpec) -> BlockSizes:
-    """Return the numbers of parameters of norms and routers, which always compute in float32.
-
-    For a vision model, the number outside blocks includes its inputs and heads, which fsdp gathers in float32.
-    """
+    """Return the numbers of parameters that fsdp gathers in float32: of norms, routers, and all that a family adds."""
     parameters = {part.name: part.parameters for part in model_parts(spec)}
     norms = (parameters[NORMS] - _final_norm_parameters(spec)) // spec.layers
     block = norms + _query_key_norm_parameters(spec)
-    outside = block_sizes(spec).outside if spec.vision is not None else _final_norm_parameters(spec)
+    gathers_all = sizes_of(spec).gathers_outside_in_float32
+    outside = block_sizes(spec).outside if gathers_all else _final_norm_parameters(spec)
     return BlockSizes(block, block + parameters.get(ROUTER, 0), outside)
 
 
@@ -272,27 +213,21 @@ def flops_per_token(spec: ModelSpec, attention_length: float, samples_per_token:
     """
     # With causal attention, a token attends to (T + 1) / 2 keys on average. Each key costs as many multiply-adds as the
     # token's queries have values, once for its score and once for adding its value.
-    is_causal = spec.encoder is None and spec.vision is None
-    keys = (attention_length + 1) / 2 if is_causal else attention_length
+    keys = (attention_length + 1) / 2 if sizes_of(spec).is_causal else attention_length
     scores = round(2 * spec.layers * spec.query_width * keys)
     merging = round(spec.moe_layers * merge_macs(spec) * samples_per_token)
     forward = 2 * (compute_sizes(spec).macs_per_token + scores + merging)
     return Flops(forward, 3 * forward)
 
 
-def _all_active(parameters: int) -> tuple[int, int]:
-    """Return the fields `parameters` and `active` of a part whose parameters are all used for every token."""
-    return parameters, parameters
-
-
 def _norm_parameters(spec: ModelSpec) -> int:
     """Return the number of parameters of all norms over whole tokens, including the final one."""
-    norms_of_blocks = _branches(spec) * spec.architecture.norms_per_block * spec.layers * _parameters_per_norm(spec)
-    return norms_of_blocks + _final_norm_parameters(spec)
+    norms = spec.architecture.norms_per_block * spec.layers + 1
+    return sizes_of(spec).branches * norms * _parameters_per_norm(spec)
 
 
 def _final_norm_parameters(spec: ModelSpec) -> int:
-    return _branches(spec) * _parameters_per_norm(spec)
+    return sizes_of(spec).branches * _parameters_per_norm(spec)
 
 
 def _parameters_per_norm(spec: ModelSpec) -> int:

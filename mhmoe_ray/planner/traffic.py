@@ -10,16 +10,9 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from mhmoe_ray.architectures import FLOAT32
+from mhmoe_ray.planner.family import INT32, INT64, bytes_of
 from mhmoe_ray.planner.placement import Layout, NodeKind, Spread, sharding_groups, single_node_layout
-from mhmoe_ray.planner.sizes import (
-    INT32,
-    INT64,
-    bytes_of,
-    bytes_per_value,
-    compute_sizes,
-    float32_sizes,
-    gathered_bytes,
-)
+from mhmoe_ray.planner.sizes import bytes_per_value, compute_sizes, float32_sizes, gathered_bytes
 from mhmoe_ray.spec import RunSpec
 
 

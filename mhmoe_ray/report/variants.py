@@ -53,7 +53,7 @@ class Variant:
     @property
     def has_summed_loss(self) -> bool:
         """True if the runs train encoders or vision models, whose loss is a sum over several objectives."""
-        return any(run.spec.model.kind != "decoder" for run in self.runs)
+        return not all(run.spec.model.family.predicts_next_token for run in self.runs)
 
     def part_losses(self, step: int) -> dict[str, float]:
         """Return the validation loss of each part of micro-batches at a step, by name, as a mean over the runs.

@@ -244,6 +244,11 @@ class ClusterSpec(Section):
         """
         return self.strategy != "fsdp" or self.shard_experts
 
+    @property
+    def gathers_in_bfloat16(self) -> bool:
+        """True if ranks gather sharded weights in bfloat16, so that they need no copies for matrix products."""
+        return self.gather_precision == "bfloat16" and self.max_world_size > 1
+
     def mesh_sizes(self, world_size: int | None = None) -> MeshSizes:
         """Return the sizes dp and ep of the device mesh.
 

@@ -10,13 +10,13 @@ from typing import Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mhmoe_ray.architectures import ARCHITECTURES, Architecture, ArchitectureName
+from mhmoe_ray.families import MODEL_FAMILIES, ModelFamily, ModelKind
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.encoder import EncoderSpec
 from mhmoe_ray.spec.moe import MoESpec
 from mhmoe_ray.spec.vision import AdaptiveSpec, VisionSpec
 
 AttentionBias = Literal["none", "qkv", "all"]
-ModelKind = Literal["decoder", "encoder", "vision"]
 
 
 def default_d_ff(d_model: int) -> int:
@@ -287,9 +287,9 @@ class ModelSpec(Section):
         return "decoder" if self.vision is None else "vision"
 
     @property
-    def kind_name(self) -> str:
-        """The kind of the model with an article, such as "a decoder", for messages to the user."""
-        return {"decoder": "a decoder", "encoder": "an encoder", "vision": "a vision model"}[self.kind]
+    def family(self) -> ModelFamily:
+        """The entry of the model's family."""
+        return MODEL_FAMILIES[self.kind]
 
     @property
     def architecture(self) -> Architecture:

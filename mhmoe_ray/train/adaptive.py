@@ -28,6 +28,9 @@ class TopKChange(NamedTuple):
     top_k: int
     """New number of experts."""
 
+    def __str__(self) -> str:
+        return f"task {self.task} chooses {self.top_k} experts"
+
 
 class TaskState(BaseModel):
     """State of the adaptive rule for one task: its number of experts, and its best validation loss so far."""

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,14 +18,13 @@ from mhmoe_ray.distributed.dispatch.exchange import SentBytes, flat_row_bytes
 from mhmoe_ray.distributed.mesh import Mesh
 from mhmoe_ray.errors import JobError, SpecError
 from mhmoe_ray.model.build import build_model
-from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.model.router import updated_bias
 from mhmoe_ray.model.trunk import Trunk, routing_loss
 from mhmoe_ray.planner.sizes import bytes_per_value
 from mhmoe_ray.spec import MoESpec, RunSpec
-from mhmoe_ray.train.objectives import Environment, LossSums, Objective, build_objective
+from mhmoe_ray.train.objectives import Environment, LossSums, Objective
 
 
 class RankSums(NamedTuple):
@@ -80,9 +78,8 @@ class Trainer:
         spec: RunSpec,
         mesh: Mesh,
         device: torch.device,
-        start_token: int | None = None,
+        objective_inputs: Any = None,
         on_progress: Callable[[], None] = lambda: None,
-        codebook: np.ndarray | None = None,
     ) -> None:
         """Build the model with its dispatch and its parallel strategy, and initialize the weights.
 
@@ -90,11 +87,9 @@ class Trainer:
             spec: spec of the run.
             mesh: mesh of this rank; its world size must divide the spec's `micro_batches`.
             device: device of this rank.
-            start_token: the token that precedes every document; needed if the model has `document_masks`.
+            objective_inputs: what the training objective needs from files (`Objective.load_inputs`).
             on_progress: called after each micro-batch and after each tensor of a checkpoint or of the initial weights,
                 so that the watchdog sees progress.
-            codebook: vectors of the codebook of image patches, (entries, values), for an encoder with `image_targets:
-                codebook`; otherwise None.
 
         Raises:
             SpecError: the kernel cannot run on this device, torch.compile cannot compile the model, or a package that
@@ -112,8 +107,6 @@ class Trainer:
         with torch.device("meta"):
             self.model = build_model(spec.computed_model, mesh.expert_ids(moe.experts) if moe else None)
         self.model.recompute = spec.train.recompute
-        if isinstance(self.model, Decoder):
-            self.model.loss_chunk_rows = spec.train.loss_chunk_rows
         if spec.train.residual_precision == "bfloat16":
             self.model.residual_dtype = torch.bfloat16
         self._dispatch = build_dispatch(spec.cluster, mesh)
@@ -123,9 +116,10 @@ class Trainer:
         if spec.train.compile:
             self.model.compile_blocks()
         self.strategy = build_strategy(self.model, mesh, spec, self._initialize_weights)
-        environment = Environment(spec, mesh, device, self._run_model, lambda: self.on_progress())
-        self.objective: Objective[Any, Any] = build_objective(environment, self.model, start_token, codebook)
-        """Training objective of the run: a `NextToken`, `Masked` or `Tasks`."""
+        environment = Environment(spec, mesh, device, self.forward, lambda: self.on_progress())
+        objective: type[Objective[Any, Any]] = spec.model.family.part("objective")
+        self.objective = objective(environment, self.model, objective_inputs)
+        """Training objective of the run."""
         self.step = 0
         self.tokens = 0
         """Number of targets that counted in the steps so far, over all ranks."""
@@ -289,16 +283,14 @@ class Trainer:
         return Update(norm, lr, applied)
 
     def forward(self, batch: Any, noise: Noise | None = None) -> Any:
-        """Run the model on a micro-batch in the run's precision, and return its losses and routing (`Objective.run`).
+        """Call the model on a micro-batch in the run's precision, and return its losses and routing.
 
         Args:
             batch: micro-batch as `Objective.receive` returns it.
             noise: random numbers of the micro-batch, for training; None for validation.
         """
-        return self.objective.run(batch, noise)
-
-    def _run_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model in the run's precision, through the parallel strategy's module if gradients are enabled."""
+        arguments = self.objective.model_arguments(batch)
         with self._autocast:
+            # A forward without a backward needs no parallel strategy.
             model = self.strategy.module if torch.is_grad_enabled() else self.model
-            return model(*args, **kwargs)
+            return model(*arguments.positional, noise=noise, **arguments.keywords)

@@ -7,7 +7,7 @@ order, at any number of workers.
 import hashlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -22,9 +22,6 @@ from mhmoe_ray.checkpoint.load import restore
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest, stored_manifest
 from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.data.shards.manifest import require_data_manifest
-from mhmoe_ray.data.shards.rows import read_codebook
-from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
-from mhmoe_ray.data.vision.columns import HeldOutTaskSamples
 from mhmoe_ray.distributed.dispatch.exchange import SentBytes
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.errors import DataError, JobError, StorageError
@@ -32,7 +29,7 @@ from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import RunDir, require_newest_attempt
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location, location
-from mhmoe_ray.train.objectives import Objective, Tasks
+from mhmoe_ray.train.objectives import Objective
 from mhmoe_ray.train.objectives.next_token import DIGEST_BYTES
 from mhmoe_ray.train.preemption import PreemptedError, preemption_notice
 from mhmoe_ray.train.step import RankSums, Trainer, Update
@@ -97,18 +94,16 @@ class Worker:
         rank = heartbeat.worker_info.rank
         worker_infos = _gather_objects(heartbeat.worker_info)
         mesh = build_mesh(spec.cluster, [p.node for p in worker_infos], device.type, _node_domains(spec, worker_infos))
-        start_token, end_tokens = None, frozenset[int]()
-        if spec.model.vision is None:
-            start_token, end_tokens = boundaries(load_tokenizer(run.tokenizer_file, spec.model.vocab_size))
         self.data = require_data_manifest(spec.data.prepared)
-        codebook = read_codebook(spec.data.prepared, self.data)
-        self.trainer = Trainer(spec, mesh, device, start_token, heartbeat.report_progress, codebook)
+        objective: type[Objective[Any, Any]] = spec.model.family.part("objective")
+        inputs = objective.load_inputs(run, spec, self.data)
+        self.trainer = Trainer(spec, mesh, device, inputs, heartbeat.report_progress)
         self.rank = rank
         # The first rank that makes this call causes Ray to create the stream. This also chooses the checkpoint to start
         # from, so the call must come before `_agree_on_start`.
         self.shard = ray.train.get_dataset_shard("train")
         self.group, start_checkpoint = self._agree_on_start()
-        ends = set(self.data.chat.turn_ends) - end_tokens if self.data.chat else set()
+        ends = self.trainer.objective.extra_ends(self.data)
         adds_start = True
         if start_checkpoint:
             restore(self.trainer, *start_checkpoint)
@@ -161,8 +156,7 @@ class Worker:
             # The number of experts that a task's rows choose is adapted before a step and not after one. The model in a
             # checkpoint is then the one whose validation loss the checkpoint states. And a run that is extended after
             # its last step adapts these numbers at the same steps as a run of the full length.
-            objective = trainer.objective
-            task_metrics = self._adapt(objective, held_out_samples) if isinstance(objective, Tasks) else {}
+            self._adapt(held_out_samples)
             step_start = time.monotonic()
             self.heartbeat.report_phase(trainer.step, "training")
             rank_batches = spec.train.micro_batches // trainer.mesh.world_size
@@ -182,7 +176,7 @@ class Worker:
             if is_last_step or trainer.step % spec.train.validate_every == 0:
                 self.heartbeat.report_phase(trainer.step, "validating")
                 line |= self._validate(held_out_samples)
-            line |= task_metrics
+            line |= trainer.objective.metrics
             self.telemetry.report(line, step_counts_LE, waits)
             if is_last_step or is_preempted or trainer.step % spec.train.checkpoint_every == 0:
                 self.heartbeat.report_phase(trainer.step, "saving")
@@ -207,16 +201,12 @@ class Worker:
             line[metrics.VAL_PART_LOSS] = validation.part_losses
         return line
 
-    def _adapt(self, objective: Tasks, held_out_samples: Mapping[str, HeldOutTaskSamples]) -> dict[str, Any]:
-        """Adapt how many experts each task of a vision model chooses, and return these numbers as metrics.
-
-        Nothing changes, and there are no metrics, unless the spec makes the numbers adaptive.
-        """
-        for change in objective.adapt(held_out_samples, self.trainer.step):
+    def _adapt(self, held_out_samples: Any) -> None:
+        """Adapt the model as the objective asks for, and record the changes."""
+        for change in self.trainer.objective.adapt(held_out_samples, self.trainer.step):
             if self.rank == 0:
-                events.record(self.run, "adapted", step=self.trainer.step, task=change.task, top_k=change.top_k)
-            LOGGER.info("step %d: task %s chooses %d experts", self.trainer.step, change.task, change.top_k)
-        return {} if objective.adaptive is None else {metrics.TASK_TOP_K: objective.adaptive.top_k}
+                events.record(self.run, "adapted", step=self.trainer.step, **change._asdict())
+            LOGGER.info("step %d: %s", self.trainer.step, change)
 
     def _agree_on_start(self) -> tuple[int, tuple[Location, CheckpointManifest] | None]:
         """Return the number of this worker group, and the checkpoint to restore (None to start anew).

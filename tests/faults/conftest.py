@@ -61,8 +61,8 @@ def train(run: RunDir, stored: np.ndarray, token_bytes: int) -> None:
     """
     spec, cluster = run.spec(), run.spec().cluster
     mesh = build_mesh(cluster, ["here"] * cluster.workers.max, "cpu")
-    start = boundaries(load_tokenizer(run.tokenizer_file, spec.model.vocab_size)).start
-    trainer = Trainer(spec, mesh, torch.device("cpu"), start)
+    inputs = boundaries(load_tokenizer(run.tokenizer_file, spec.model.vocab_size))
+    trainer = Trainer(spec, mesh, torch.device("cpu"), inputs)
     saver = Saver(run, trainer, group=1)
     for step_samples in stored:
         rank_samples = step_samples[mesh.rank :: mesh.world_size]

@@ -12,7 +12,8 @@ from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise, seeded_generator
 from mhmoe_ray.model.smear import SmearRouter
 from mhmoe_ray.planner.expert_step import expert_step
-from mhmoe_ray.planner.sizes import EXPERTS, block_sizes, compute_sizes, flops_per_token, merge_macs, model_parts
+from mhmoe_ray.planner.family import EXPERTS
+from mhmoe_ray.planner.sizes import block_sizes, compute_sizes, flops_per_token, merge_macs, model_parts
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from tests.encoders import SMEAR, encoder_batch, encoder_spec, part_samples
 from tests.specs import tiny_spec

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from mhmoe_ray.checkpoint.load import restore
 from mhmoe_ray.checkpoint.manifest import read_manifest
 from mhmoe_ray.checkpoint.save import Saver
+from mhmoe_ray.data.tokenizer import Boundaries
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
@@ -23,7 +24,7 @@ START_TOKEN = 0
 def build_trainer(spec: RunSpec, nodes: list[str] | None = None) -> Trainer:
     """Return the trainer of this rank on the CPU; `nodes` has the node of each rank, by default one node for all."""
     mesh = build_mesh(spec.cluster, nodes or ["node"] * spec.cluster.workers.max, "cpu")
-    return Trainer(spec, mesh, torch.device("cpu"), START_TOKEN)
+    return Trainer(spec, mesh, torch.device("cpu"), Boundaries(START_TOKEN, frozenset()))
 
 
 def rank_batches(spec: RunSpec, step: int, trainer: Trainer) -> list[MicroBatch]:

@@ -94,8 +94,8 @@ def _open_checkpoint(checkpoint: Location) -> StoredModel:
         CheckpointError: the checkpoint cannot be read, or its model is not a decoder.
     """
     manifest = read_manifest(checkpoint, parts=("weights",))
-    if manifest.model.kind != "decoder":
-        reason = f"its model is {manifest.model.kind_name}, and only decoders are compared"
+    if not manifest.model.family.predicts_next_token:
+        reason = f"its model is {manifest.model.family.title}, and only decoders are compared"
         raise CheckpointError(f"checkpoint {checkpoint}", reason, "verify it alone: leave out the second model")
     index = read_index(checkpoint / "weights")
     entries = tensor_entries(manifest.model)

@@ -51,8 +51,8 @@ def export(checkpoint: Location, manifest: CheckpointManifest, target: Path) -> 
             changed, or its model is not a decoder or has router `domain`.
     """
     subject = f"folder {target}"
-    if manifest.model.kind != "decoder":
-        reason = f"its model is {manifest.model.kind_name}, for which there is no exported form"
+    if not manifest.model.family.predicts_next_token:
+        reason = f"its model is {manifest.model.family.title}, for which there is no exported form"
         raise CheckpointError(f"checkpoint {checkpoint}", reason, "export a decoder")
     if manifest.model.moe is not None and manifest.model.moe.router == "domain":
         reason = "its router needs the domain of a text, which other tools do not give"

@@ -1,19 +1,23 @@
-"""The interface of a training objective: how a micro-batch becomes input of the model, and which losses it has."""
+"""The interface of a training objective: how a micro-batch becomes input of the model, and which losses it has.
+
+The trainer calls the model; an objective makes micro-batches and scores the model's outputs.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mhmoe_ray.distributed.mesh import Mesh
-from mhmoe_ray.model.noise import Noise
+from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.spec import RunSpec
 
 if TYPE_CHECKING:
     from mhmoe_ray.data.shards.manifest import DataManifest
+    from mhmoe_ray.runs.directory import RunDir
 
 Batch = TypeVar("Batch")
 Output = TypeVar("Output")
@@ -46,10 +50,23 @@ class Environment(NamedTuple):
     spec: RunSpec
     mesh: Mesh
     device: torch.device
-    run_model: Callable[..., Any]
-    """Function that calls the model in the run's precision, with gradients if they are enabled."""
+    run_model: Callable[[Any], Any]
+    """Function that returns the model's output for a micro-batch, in the run's precision and without random numbers."""
     on_progress: Callable[[], None]
     """Function to call after each micro-batch of a validation, so that the watchdog sees progress."""
+
+
+class Change(Protocol):
+    """Named tuple that describes, as a string too, what an objective has adapted; its fields become an event."""
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+
+class ModelArguments(NamedTuple):
+    """Arguments of a call of the model, except `noise`."""
+
+    positional: tuple[Any, ...]
+    keywords: dict[str, Any]
 
 
 class Objective(ABC, Generic[Batch, Output]):
@@ -63,9 +80,25 @@ class Objective(ABC, Generic[Batch, Output]):
     rows_per_micro_batch: int
     """Number of rows that a micro-batch takes in the Ray Dataset of the training stream."""
 
-    def __init__(self, environment: Environment) -> None:
+    def __init__(self, environment: Environment, model: Trunk, inputs: Any = None) -> None:
+        """Create the objective.
+
+        Args:
+            environment: spec, device and functions of this rank.
+            model: model of this rank.
+            inputs: result of `load_inputs`; None if the objective needs nothing from files.
+        """
         self.environment = environment
         self.spec, self.mesh, self.device = environment[:3]
+
+    @staticmethod
+    def load_inputs(run: "RunDir", spec: RunSpec, manifest: "DataManifest") -> Any:
+        """Return what the objective needs from files of the run and of its prepared data."""
+        return None
+
+    def extra_ends(self, manifest: "DataManifest") -> set[int]:
+        """Return the tokens that end a text in addition to those of the tokenizer."""
+        return set()
 
     @abstractmethod
     def receive(self, rows: Mapping[str, np.ndarray]) -> tuple[int, Batch]:
@@ -87,13 +120,8 @@ class Objective(ABC, Generic[Batch, Output]):
         """
 
     @abstractmethod
-    def run(self, batch: Batch, noise: Noise | None) -> Output:
-        """Return the model's output for a micro-batch; its field `routing` has the routing of each layer.
-
-        Args:
-            batch: micro-batch from `receive`.
-            noise: random numbers of the micro-batch, for training; None for validation.
-        """
+    def model_arguments(self, batch: Batch) -> ModelArguments:
+        """Return the arguments of the model for a micro-batch; its output's `routing` has the routing of each layer."""
 
     @abstractmethod
     def loss_sums(self, output: Output, batch: Batch) -> LossSums:
@@ -108,6 +136,20 @@ class Objective(ABC, Generic[Batch, Output]):
             targets: number of tokens of the step.
             part_sums_P2: sum of `LossSums.part_sums_P2`.
         """
+
+    def adapt(self, samples: Any, step: int) -> Sequence[Change]:
+        """Adapt the model before a step, as the spec asks for, and return the changes; a collective operation.
+
+        Args:
+            samples: held-out samples from `load_validation`.
+            step: number of steps done.
+        """
+        return []
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Metrics of the present state, beside those of steps."""
+        return {}
 
     @property
     def state(self) -> dict[str, Any] | None:

@@ -14,13 +14,15 @@ import numpy as np
 from mhmoe_ray.data.encoder.batches import BatchMaker, PartSamples, evaluated_samples
 from mhmoe_ray.data.shards.columns import EncoderSamples
 from mhmoe_ray.model.encoder import EncoderBatch
-from mhmoe_ray.spec import MicroBatchPart
+from mhmoe_ray.model.trunk import Trunk
+from mhmoe_ray.spec import MicroBatchPart, RunSpec
 from mhmoe_ray.train.objectives.base import Environment
 from mhmoe_ray.train.objectives.next_token import DIGEST_BYTES
 from mhmoe_ray.train.objectives.parts import PartObjective
 
 if TYPE_CHECKING:
     from mhmoe_ray.data.shards.manifest import DataManifest
+    from mhmoe_ray.runs.directory import RunDir
 
 
 def encoder_digest(samples: EncoderSamples) -> int:
@@ -34,9 +36,17 @@ def encoder_digest(samples: EncoderSamples) -> int:
 class Masked(PartObjective[EncoderBatch]):
     """Objective of encoders, whose micro-batches have parts with masked, contrastive or captioning losses."""
 
-    def __init__(self, environment: Environment, codebook: np.ndarray | None = None) -> None:
-        super().__init__(environment)
-        self._batch_maker = BatchMaker(self.spec.model, self.device, codebook)
+    def __init__(self, environment: Environment, model: Trunk, inputs: np.ndarray | None = None) -> None:
+        """Create the objective; `inputs` is the codebook, if the encoder has `image_targets: codebook`."""
+        super().__init__(environment, model)
+        self._batch_maker = BatchMaker(self.spec.model, self.device, inputs)
+
+    @staticmethod
+    def load_inputs(run: "RunDir", spec: RunSpec, manifest: "DataManifest") -> np.ndarray | None:
+        """Return the codebook of image patches, float32 (entries, values); None without one."""
+        from mhmoe_ray.data.shards.rows import read_codebook
+
+        return read_codebook(spec.data.prepared, manifest)
 
     def receive(self, rows: Mapping[str, np.ndarray]) -> tuple[int, EncoderBatch]:
         # The stream's columns may be in read-only memory, which torch does not support, so they are copied.

@@ -20,15 +20,19 @@ from mhmoe_ray.data.shards.columns import (
     to_model_samples,
     token_bytes_for,
 )
+from mhmoe_ray.data.tokenizer.load import load_tokenizer
+from mhmoe_ray.data.tokenizer.vocabulary import Boundaries, boundaries
 from mhmoe_ray.model.attention import document_indices, document_offsets
-from mhmoe_ray.model.decoder import DecoderLoss
+from mhmoe_ray.model.decoder import Decoder, DecoderLoss
 from mhmoe_ray.model.loss import Targets
-from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.model.transfer import copy_to_device
-from mhmoe_ray.train.objectives.base import Environment, LossSums, Objective, Validation
+from mhmoe_ray.model.trunk import Trunk
+from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.train.objectives.base import Environment, LossSums, ModelArguments, Objective, Validation
 
 if TYPE_CHECKING:
     from mhmoe_ray.data.shards.manifest import DataManifest
+    from mhmoe_ray.runs.directory import RunDir
 
 # Number of bytes of a micro-batch's digest. Ranks exchange digests as float64, which holds every integer of 6 bytes
 # exactly.
@@ -105,18 +109,30 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
 
     weights = (1.0,)
 
-    def __init__(self, environment: Environment, start_token: int | None) -> None:
-        """Create the objective.
-
-        Args:
-            environment: spec, device and functions of this rank.
-            start_token: the token that precedes every document; needed if the model has `document_masks`.
-        """
-        super().__init__(environment)
+    def __init__(self, environment: Environment, model: Trunk, inputs: Boundaries | None = None) -> None:
+        """Create the objective; `inputs` are needed if the model has `document_masks`."""
+        super().__init__(environment, model)
+        assert isinstance(model, Decoder)
+        model.loss_chunk_rows = self.spec.train.loss_chunk_rows
         self.rows_per_micro_batch = self.spec.train.micro_batch_size
-        self._start_token = start_token
+        self._boundaries = inputs
         self._token_bytes = token_bytes_for(self.spec.model.vocab_size)
         self._part_sizes = [part.micro_batch_size for part in self.spec.data.parts.values()]
+
+    @staticmethod
+    def load_inputs(run: "RunDir", spec: RunSpec, manifest: "DataManifest") -> Boundaries:
+        return boundaries(load_tokenizer(run.tokenizer_file, spec.model.vocab_size))
+
+    def extra_ends(self, manifest: "DataManifest") -> set[int]:
+        if manifest.chat is None:
+            return set()
+        assert self._boundaries is not None
+        return set(manifest.chat.turn_ends) - self._boundaries.ends
+
+    @property
+    def _start_token(self) -> int | None:
+        """The token that precedes every document."""
+        return None if self._boundaries is None else self._boundaries.start
 
     def receive(self, rows: Mapping[str, np.ndarray]) -> tuple[int, MicroBatch]:
         stored = join_columns(rows)
@@ -136,12 +152,10 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
             dist.all_reduce(count)
         return batches, [int(count)], int(count)
 
-    def run(self, batch: MicroBatch, noise: Noise | None) -> DecoderLoss:
-        """Return the loss and the routing of a micro-batch; attention is masked by document if the spec asks for it.
+    def model_arguments(self, batch: MicroBatch) -> ModelArguments:
+        """Return the arguments of the model, which reads all tokens but the last of each sample.
 
-        Args:
-            batch: the samples, of which the model reads all tokens but the last.
-            noise: random numbers of the micro-batch, for training; None for validation.
+        Attention is masked by document if the spec asks for it.
         """
         token_BT, document_starts_BT = batch.token_BT[:, :-1], batch.document_starts_BT
         document_BT = None
@@ -152,15 +166,13 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
                 # This does no harm: padding lies at the end of a sample, where no target counts.
                 document_starts_BT = token_BT.eq(self._start_token)
             document_BT = document_indices(document_starts_BT)
-        output: DecoderLoss = self.environment.run_model(
-            token_BT,
-            noise=noise,
-            document_BT=document_BT,
-            domain_B=batch.domain_B,
-            targets=Targets(batch.token_BT[:, 1:], batch.counts_BT),
-            document_offset_N1=batch.document_offset_N1,
-        )
-        return output
+        keywords = {
+            "document_BT": document_BT,
+            "domain_B": batch.domain_B,
+            "targets": Targets(batch.token_BT[:, 1:], batch.counts_BT),
+            "document_offset_N1": batch.document_offset_N1,
+        }
+        return ModelArguments((token_BT,), keywords)
 
     def loss_sums(self, output: DecoderLoss, batch: MicroBatch) -> LossSums:
         loss, loss_BT = output.loss
@@ -226,7 +238,7 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
         for i in range(batch_count):
             start = (i * world + self.mesh.rank) * b
             batch = _map_parts(padded, partial(self._take_rows, start=start, count=b))
-            loss_BT = self.run(batch, None).loss.token_BT
+            loss_BT = self.environment.run_model(batch).loss.token_BT
             total += torch.stack([t.sum(dtype=torch.float64) for t in (loss_BT, batch.counts_BT)])
             self.environment.on_progress()
         if world > 1:

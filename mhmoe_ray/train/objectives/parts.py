@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.model.part_losses import PartLosses
+from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.spec import MicroBatchPart
-from mhmoe_ray.train.objectives.base import Environment, LossSums, Objective, Validation
+from mhmoe_ray.train.objectives.base import Environment, LossSums, ModelArguments, Objective, Validation
 
 Batch = TypeVar("Batch")
 
@@ -26,8 +26,8 @@ class PartObjective(Objective[Batch, PartLosses]):
 
     rows_per_micro_batch = 1
 
-    def __init__(self, environment: Environment) -> None:
-        super().__init__(environment)
+    def __init__(self, environment: Environment, model: Trunk, inputs: Any = None) -> None:
+        super().__init__(environment, model)
         self.weights = tuple(part.weight for part in self.spec.parts for _ in part.losses)
 
     @abstractmethod
@@ -60,9 +60,8 @@ class PartObjective(Objective[Batch, PartLosses]):
             dist.all_reduce(count_P)
         return batches, count_P.tolist(), self.spec.tokens_per_step
 
-    def run(self, batch: Batch, noise: Noise | None) -> PartLosses:
-        output: PartLosses = self.environment.run_model(batch, noise=noise)
-        return output
+    def model_arguments(self, batch: Batch) -> ModelArguments:
+        return ModelArguments((batch,), {})
 
     def loss_sums(self, output: PartLosses, batch: Batch) -> LossSums:
         terms = [loss.sum for loss in output.losses]
@@ -103,7 +102,7 @@ class PartObjective(Objective[Batch, PartLosses]):
             stop = min(total, start + part.samples)
             # A rank without samples in the last round still takes part in every all-to-all, with no rows.
             batch = self.part_batch(part, samples, start, stop)
-            sum_P2 += self.loss_sums(self.run(batch, None), batch).part_sums_P2[self.losses_of(part)]
+            sum_P2 += self.loss_sums(self.environment.run_model(batch), batch).part_sums_P2[self.losses_of(part)]
             self.environment.on_progress()
         if world > 1:
             dist.all_reduce(sum_P2)

@@ -12,7 +12,9 @@ import torch
 
 from mhmoe_ray.data.vision.batches import task_batch
 from mhmoe_ray.data.vision.columns import HeldOutTaskSamples, TaskSamples, VisionSamples, samples_in_row
+from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.model.vision import Vision, VisionBatch
+from mhmoe_ray.runs import metrics
 from mhmoe_ray.spec import MicroBatchPart
 from mhmoe_ray.train.adaptive import AdaptiveTopK, TopKChange
 from mhmoe_ray.train.objectives.base import Environment
@@ -26,8 +28,9 @@ if TYPE_CHECKING:
 class Tasks(PartObjective[VisionBatch]):
     """Objective of vision models, whose micro-batches have samples of several tasks: classification and detection."""
 
-    def __init__(self, environment: Environment, model: Vision) -> None:
-        super().__init__(environment)
+    def __init__(self, environment: Environment, model: Trunk, inputs: None = None) -> None:
+        super().__init__(environment, model)
+        assert isinstance(model, Vision)
         assert self.spec.model.vision is not None
         self._vision, self._model = self.spec.model.vision, model
         self._parts = {part.name: part for part in self.spec.parts}
@@ -97,6 +100,10 @@ class Tasks(PartObjective[VisionBatch]):
         changes = rule.update(step, losses)
         self._model.set_top_k([rule.top_k[name] for name in self._vision.tasks])
         return changes
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return {} if self.adaptive is None else {metrics.TASK_TOP_K: self.adaptive.top_k}
 
     @property
     def state(self) -> dict[str, Any] | None:

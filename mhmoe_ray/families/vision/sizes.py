@@ -1,4 +1,4 @@
-"""Parameters and memory of the stem and the heads of a vision model, computed from the spec.
+"""Sizes of vision models: their stems and heads.
 
 Tests compare the numbers with those of a built model.
 """
@@ -7,12 +7,52 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from mhmoe_ray.architectures import FLOAT32
-from mhmoe_ray.spec import DetectorSpec, ModelSpec, TaskSpec, VisionSpec
+from mhmoe_ray.planner.family import HEADS, PATCHES, FamilySizes, Part
+from mhmoe_ray.spec import DetectorSpec, ModelSpec, RunSpec, TaskSpec, VisionSpec
 
 POOLED_CELLS = 7**2
 MASK_CELLS = 14**2
 """Number of cells of the pooled feature map of a region from which a detector computes the region's mask; POOLED_CELLS
 is that from which it computes the region's class (`model/vision/detector.py`)."""
+
+
+class VisionSizes(FamilySizes):
+    """Sizes of vision models, whose tasks share the blocks."""
+
+    is_causal = False
+    gathers_outside_in_float32 = True
+
+    def embedding_rows(self, model: ModelSpec) -> int:
+        vision = _vision(model)
+        return model.vocab_size + sum(vision.patches(task) for task in vision.tasks.values())
+
+    def input_parts(self, model: ModelSpec) -> list[Part]:
+        vision = _vision(model)
+        stem = stem_sizes(model, vision)
+        return [Part(PATCHES, 1, len(vision.tasks) * stem.parameters, *stem)]
+
+    def output_parts(self, model: ModelSpec) -> list[Part]:
+        # A patch uses only the head of its own task, so the active parameters are those of the largest head. Heads
+        # compute per image and per object, so their multiply-adds per token are left out.
+        heads = [head_parameters(model, task) for task in _vision(model).tasks.values()]
+        return [Part(HEADS, 1, sum(heads), max(heads), 0)]
+
+    def routers(self, model: ModelSpec) -> int:
+        vision = _vision(model)
+        return len(vision.tasks) if vision.routers == "per_task" else 1
+
+    def output_bytes(self, spec: RunSpec, size: int) -> int:
+        vision = _vision(spec.model)
+        stem = spec.tokens_per_micro_batch * stem_activation_bytes(spec.model, vision)
+        return stem + sum(part.samples * head_activation_bytes(vision, vision.tasks[part.name]) for part in spec.parts)
+
+    def loss_bytes(self, spec: RunSpec) -> int:
+        return 0  # the losses of heads are small
+
+
+def _vision(model: ModelSpec) -> VisionSpec:
+    assert model.vision is not None
+    return model.vision
 
 
 class StemSizes(NamedTuple):

@@ -1,0 +1,64 @@
+"""The families of models: decoders, encoders of images and texts, and vision models.
+
+All other code reaches a family through its entry in `MODEL_FAMILIES`, whose strings name objects of the family's
+modules, so that importing this table imports none of them.
+
+encoder/   encoders of images and texts
+vision/    vision models
+
+The decoder is the family that the packages outside describe.
+"""
+
+from pkgutil import resolve_name
+from typing import Any, Literal, NamedTuple
+
+ModelKind = Literal["decoder", "encoder", "vision"]
+
+
+class ModelFamily(NamedTuple):
+    """Entry of a family: its properties, and the names of the objects that implement it, as "module:object"."""
+
+    title: str
+    """Name of a model of the family with its article, for messages."""
+    predicts_next_token: bool
+    """Whether models predict each next token, so that they have a perplexity, generate text and can be exported."""
+    model: str
+    """`model.trunk.Trunk` subclass of the family's models."""
+    router: str
+    """`model.moe.BuildRouter`: function that builds the router of one layer."""
+    sizes: str
+    """`planner.family.FamilySizes` subclass."""
+    objective: str
+    """`train.objectives.Objective` subclass."""
+
+    def part(self, name: str) -> Any:
+        """Return the object that a field names; a package has a typed function for the field that it uses."""
+        return resolve_name(getattr(self, name))
+
+
+MODEL_FAMILIES: dict[ModelKind, ModelFamily] = {
+    "decoder": ModelFamily(
+        title="a decoder",
+        predicts_next_token=True,
+        model="mhmoe_ray.model.decoder:Decoder",
+        router="mhmoe_ray.model.moe:build_plain_router",
+        sizes="mhmoe_ray.planner.decoder:DecoderSizes",
+        objective="mhmoe_ray.train.objectives.next_token:NextToken",
+    ),
+    "encoder": ModelFamily(
+        title="an encoder",
+        predicts_next_token=False,
+        model="mhmoe_ray.model.encoder.model:Encoder",
+        router="mhmoe_ray.families.encoder.router:build_router",
+        sizes="mhmoe_ray.families.encoder.sizes:EncoderSizes",
+        objective="mhmoe_ray.train.objectives.masked:Masked",
+    ),
+    "vision": ModelFamily(
+        title="a vision model",
+        predicts_next_token=False,
+        model="mhmoe_ray.model.vision.model:Vision",
+        router="mhmoe_ray.families.vision.router:build_router",
+        sizes="mhmoe_ray.families.vision.sizes:VisionSizes",
+        objective="mhmoe_ray.train.objectives.tasks:Tasks",
+    ),
+}

@@ -1,0 +1,67 @@
+"""Sizes of encoders: patches, positions, outputs for hidden patches and tokens, and the head that matches pairs."""
+
+from mhmoe_ray.architectures import FLOAT32
+from mhmoe_ray.planner.family import MATCH, OUTPUT, PATCHES, FamilySizes, Part, all_active
+from mhmoe_ray.spec import EncoderSpec, ModelSpec, RunSpec
+
+
+class EncoderSizes(FamilySizes):
+    """Sizes of encoders, whose blocks have weights for images and weights for texts."""
+
+    branches = 2
+    is_causal = False
+
+    def embedding_rows(self, model: ModelSpec) -> int:
+        # Besides tokens and positions, an image as a whole and hidden patches have a vector each.
+        encoder = _encoder(model)
+        return model.vocab_size + encoder.text_positions + (encoder.image_positions or encoder.image_tokens) + 2
+
+    def input_parts(self, model: ModelSpec) -> list[Part]:
+        projection = _encoder(model).patch_values * model.d_model
+        return [Part(PATCHES, 1, *all_active(projection + model.d_model), projection)]
+
+    def output_parts(self, model: ModelSpec) -> list[Part]:
+        # Outputs are computed for hidden patches and tokens alone, so their multiply-adds per token are left out.
+        encoder = _encoder(model)
+        outputs = (model.d_model + 1) * (encoder.target_values + model.vocab_size)
+        parts = [Part(OUTPUT, 1, *all_active(outputs), 0)]
+        if encoder.d_match is not None:
+            parts.append(Part(MATCH, 1, *all_active(2 * model.d_model * encoder.d_match + 1), 0))
+        return parts
+
+    def routers(self, model: ModelSpec) -> int:
+        return 2 if _encoder(model).routers == "per_modality" else 1
+
+    def output_bytes(self, spec: RunSpec, size: int) -> int:
+        return FLOAT32 * hidden_output_values(spec)
+
+    def loss_bytes(self, spec: RunSpec) -> int:
+        return 2 * FLOAT32 * hidden_output_values(spec)
+
+
+def _encoder(model: ModelSpec) -> EncoderSpec:
+    assert model.encoder is not None
+    return model.encoder
+
+
+def hidden_output_values(spec: RunSpec) -> int:
+    """Return the number of output values of an encoder for a micro-batch.
+
+    The encoder computes outputs for hidden (masked) patches and tokens, and for all tokens of captions that it learns
+    to write. Texts count as if all of them had `data.seq_len` tokens.
+    """
+    encoder, masking, values = _encoder(spec.model), spec.train.masking, 0.0
+    for part in spec.parts:
+        text_values = part.samples * (spec.data.seq_len - 1) * spec.model.vocab_size
+        if part.traits.writes:
+            values += text_values
+        if not part.traits.hides:
+            continue
+        is_pair = len(part.columns) > 1
+        if "image" in part.columns:
+            share = masking.pair_image if is_pair else masking.image
+            values += part.samples * share * encoder.patches * encoder.target_values
+        if "text" in part.columns:
+            share = masking.pair_text if is_pair else masking.text
+            values += share * text_values
+    return round(values)
