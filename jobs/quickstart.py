@@ -14,7 +14,7 @@ import sys
 import urllib.request
 from typing import Any
 
-from mhmoe_ray.cli.serve import curl_command
+from mhmoe_ray.serving.decoder import curl_command
 
 SPEC = "jobs/quickstart.yaml"
 PROMPT = "Fellow citizens of the Senate and of the House of Representatives:"

@@ -65,6 +65,7 @@ def deploy(
     from mhmoe_ray.checkpoint.manifest import stored_manifest
     from mhmoe_ray.cli.serve_choice import option_overrides
     from mhmoe_ray.runs.directory import RunDir
+    from mhmoe_ray.serving.family import serving_of
 
     service = serve(
         target,
@@ -81,16 +82,7 @@ def deploy(
     application, run_dir = service.application, RunDir.of_checkpoint(service.checkpoint)
     hint = "ask it" if application.reachable else "ask it on the cluster's machine"
     model = stored_manifest(service.checkpoint).model
-    if model.vision is not None:
-        is_classifier = next(iter(model.vision.tasks.values())).detector is None
-        route = "image-classification" if is_classifier else "object-detection"
-        command = image_command(f"{application.url}/{route}")
-    elif model.encoder is None:
-        route, command = "v1/completions", curl_command(application.url)
-    elif model.encoder.d_match is not None:
-        route, command = "v1/embeddings", embeddings_command(application.url)
-    else:
-        route, command = "v1/chat/completions", caption_command(application.url)
+    route, command = serving_of(model.kind).request_example(model, application.url)
     out.print(f"serving {run_dir.id} at {application.url}/{route}; {hint}: {command}", soft_wrap=True)
 
 
@@ -167,33 +159,6 @@ def _wait_until_running(service: "Service") -> None:
     with detach_on_interrupt(hint):
         print_note("waiting until it answers; Ctrl-C ends the wait, not the deployment")
         service.wait(on_note=print_note)
-
-
-def curl_command(url: str) -> str:
-    """Return a shell command that sends a completion request to the server at `url`."""
-    # The body has no `max_tokens`, so that the server chooses a number of tokens that its limit allows.
-    body = '{"prompt": "Fellow citizens"}'
-    return f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
-
-
-def embeddings_command(url: str) -> str:
-    """Return a shell command that asks the server of an encoder at `url` for the vector of a text."""
-    body = '{"input": "green apple"}'
-    return f"curl {url}/v1/embeddings -H 'Content-Type: application/json' -d '{body}'"
-
-
-def caption_command(url: str) -> str:
-    """Return a shell command that asks the server of an encoder at `url` for the caption of an image."""
-    image = '{"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,%s"}}'
-    body = f'{{"messages": [{{"role": "user", "content": [{image}]}}]}}'
-    # The image is given to the shell's own printf, because an argument of a program may have only 128 KiB.
-    encoded_body = f"printf '{body}' \"$(base64 < image.jpg | tr -d '\\n')\""
-    return f"{encoded_body} | curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d @-"
-
-
-def image_command(url: str) -> str:
-    """Return a shell command that sends an image to `url`, an endpoint of the server of a vision model."""
-    return f"curl {url} -H 'Content-Type: image/jpeg' --data-binary @image.jpg"
 
 
 def _load_table(replicas: list[dict[str, Any]]) -> Table:

@@ -22,6 +22,8 @@ class ModelFamily(NamedTuple):
     """Name of a model of the family with its article, for messages."""
     predicts_next_token: bool
     """Whether models predict each next token, so that they have a perplexity, generate text and can be exported."""
+    answers: str
+    """What a served model is asked for."""
     model: str
     """`model.trunk.Trunk` subclass of the family's models."""
     router: str
@@ -30,6 +32,8 @@ class ModelFamily(NamedTuple):
     """`planner.family.FamilySizes` subclass."""
     objective: str
     """`train.objectives.Objective` subclass."""
+    serving: str
+    """`serving.family.FamilyServing` subclass."""
 
     def part(self, name: str) -> Any:
         """Return the object that a field names; a package has a typed function for the field that it uses."""
@@ -40,25 +44,31 @@ MODEL_FAMILIES: dict[ModelKind, ModelFamily] = {
     "decoder": ModelFamily(
         title="a decoder",
         predicts_next_token=True,
+        answers="texts",
         model="mhmoe_ray.model.decoder:Decoder",
         router="mhmoe_ray.model.moe:build_plain_router",
         sizes="mhmoe_ray.planner.decoder:DecoderSizes",
         objective="mhmoe_ray.train.objectives.next_token:NextToken",
+        serving="mhmoe_ray.serving.decoder:DecoderServing",
     ),
     "encoder": ModelFamily(
         title="an encoder",
         predicts_next_token=False,
+        answers="vectors and captions",
         model="mhmoe_ray.model.encoder.model:Encoder",
         router="mhmoe_ray.families.encoder.router:build_router",
         sizes="mhmoe_ray.families.encoder.sizes:EncoderSizes",
         objective="mhmoe_ray.train.objectives.masked:Masked",
+        serving="mhmoe_ray.families.encoder.serving:EncoderServing",
     ),
     "vision": ModelFamily(
         title="a vision model",
         predicts_next_token=False,
+        answers="classes and objects",
         model="mhmoe_ray.model.vision.model:Vision",
         router="mhmoe_ray.families.vision.router:build_router",
         sizes="mhmoe_ray.families.vision.sizes:VisionSizes",
         objective="mhmoe_ray.train.objectives.tasks:Tasks",
+        serving="mhmoe_ray.families.vision.serving:VisionServing",
     ),
 }

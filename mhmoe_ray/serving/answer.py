@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from pydantic import BaseModel
 from tokenizers import Tokenizer
@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError
 from mhmoe_ray.data.tokenizer import boundaries, boundary_texts, token_count
 from mhmoe_ray.errors import ServeError
+from mhmoe_ray.families import ModelKind
 from mhmoe_ray.planner.sizes import compute_sizes
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serving.detokenizer import TextDecoder, TextStream, TokenBytes
@@ -195,6 +196,8 @@ class PromptEncoder:
 class ServedModel:
     """A served model: its engine, and its name and sizes for clients."""
 
+    kind: ClassVar[ModelKind]
+
     def __init__(self, engine: ServedEngine, details: ModelDetails) -> None:
         """Combine an engine with the name and sizes of its model."""
         self.engine, self.details = engine, details
@@ -229,6 +232,7 @@ class ServedText(ServedModel, PromptEncoder):
 class Answerer(ServedText):
     """A served decoder, which answers prompts with text: its engine, its tokenizer and its chat template."""
 
+    kind = "decoder"
     engine: Engine
 
     def __init__(

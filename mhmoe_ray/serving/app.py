@@ -9,15 +9,13 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from mhmoe_ray.checkpoint.manifest import read_manifest
-from mhmoe_ray.checkpoint.run_files import load_run_classes
-from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
 from mhmoe_ray.errors import MhmoeError
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.serving.answer import load_chat_template
 from mhmoe_ray.serving.api.access import ExceededLimit, LocalRateLimiter, has_limits
 from mhmoe_ray.serving.api.app import create_app, replica_stats
 from mhmoe_ray.serving.config import DEPLOYMENT, LIMITS_DEPLOYMENT
 from mhmoe_ray.serving.engine import EngineError
+from mhmoe_ray.serving.family import serving_of
 from mhmoe_ray.serving.load import check_served
 from mhmoe_ray.serving.ray_metrics import export_periodically
 from mhmoe_ray.spec import KeySpec, ServeSpec
@@ -128,10 +126,7 @@ def build(args: Args) -> serve.Application:
         checkpoint = location(args.checkpoint)
         manifest = read_manifest(checkpoint, parts=("weights",))
         check_served(manifest, args.serve, RunDir.of_checkpoint(checkpoint))
-        if manifest.model.vision is not None:
-            load_run_classes(checkpoint, manifest)
-        else:
-            load_chat_template(RunDir.of_checkpoint(checkpoint), load_run_tokenizer(checkpoint, manifest))
+        serving_of(manifest.model.kind).check_files(checkpoint, manifest)
     except MhmoeError as e:
         raise RayServeException(str(e)) from e
     rate_limiter = None

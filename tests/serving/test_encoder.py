@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from mhmoe_ray.checkpoint.manifest import checkpoint_name, read_manifest
-from mhmoe_ray.cli.serve import caption_command
 from mhmoe_ray.data.encoder.batches import BatchMaker
 from mhmoe_ray.data.encoder.samples import SampleMaker
 from mhmoe_ray.data.images.crops import crop_pixels
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.evaluate.encoder import EncoderMeter
 from mhmoe_ray.evaluate.retrieval import Candidates
+from mhmoe_ray.families.encoder.serving import caption_command
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.encoder.captions import write_captions
 from mhmoe_ray.serving import load

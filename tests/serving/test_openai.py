@@ -8,8 +8,8 @@ import openai
 import pytest
 import torch
 
-from mhmoe_ray.cli.serve import curl_command
 from mhmoe_ray.serving.api.app import create_app
+from mhmoe_ray.serving.decoder import curl_command
 from mhmoe_ray.spec import KeySpec, ServeSpec
 from tests.serving.asking import call
 from tests.serving.conftest import SEQ_LEN, build_model, serve_app

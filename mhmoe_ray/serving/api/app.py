@@ -9,8 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from mhmoe_ray.serving.answer import Answerer, ServedModel, ServedText
-from mhmoe_ray.serving.api import completions, embeddings, vision
+from mhmoe_ray.serving.answer import ServedModel, ServedText
 from mhmoe_ray.serving.api.access import (
     HELD_BODIES,
     IMAGE_BODY_BYTES,
@@ -23,7 +22,6 @@ from mhmoe_ray.serving.api.access import (
 )
 from mhmoe_ray.serving.api.errors import HANDLERS, RESPONSES
 from mhmoe_ray.serving.api.metrics import render_exposition
-from mhmoe_ray.serving.api.pages import page_router
 from mhmoe_ray.serving.api.schema import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -34,18 +32,16 @@ from mhmoe_ray.serving.api.schema import (
     TokenizeResponse,
     TokenizerInfo,
 )
-from mhmoe_ray.serving.api.service import ModelService, Service, TextService
-from mhmoe_ray.serving.encoder.answer import EncoderAnswerer
+from mhmoe_ray.serving.api.service import ModelService, TextService
 from mhmoe_ray.serving.engine import EngineError
-from mhmoe_ray.serving.vision.answer import VisionAnswerer
+from mhmoe_ray.serving.family import serving_of
 from mhmoe_ray.spec import ServeSpec
 
 StatsCollector = Callable[[], Awaitable[list[dict[str, Any]]]]
-AnyService = Service | TextService[EncoderAnswerer] | ModelService[VisionAnswerer]
 
 
 def create_app(
-    answerer: Answerer | EncoderAnswerer | VisionAnswerer,
+    answerer: ServedModel,
     model: str,
     spec: ServeSpec,
     replica: str = "",
@@ -64,25 +60,12 @@ def create_app(
     """
     access = AccessControl(spec.keys, rate_limiter or LocalRateLimiter(spec.keys))
     app = FastAPI(title="mhmoe-ray", exception_handlers=HANDLERS)
-    default_body_bytes = TEXT_BODY_BYTES if isinstance(answerer, Answerer) else IMAGE_BODY_BYTES
+    serving = serving_of(answerer.kind)
+    default_body_bytes = IMAGE_BODY_BYTES if serving.reads_images else TEXT_BODY_BYTES
     max_bytes = spec.max_body_bytes or default_body_bytes
     max_held_bytes = max(MIN_HELD_BYTES, HELD_BODIES * max_bytes)
     app.add_middleware(BodyLimits, access=access, max_bytes=max_bytes, max_held_bytes=max_held_bytes)
-    service: AnyService
-    if isinstance(answerer, VisionAnswerer):
-        service = ModelService(answerer, model, spec, access)
-        app.include_router(vision.vision_router(service), responses=RESPONSES)
-        app.include_router(page_router("vision.html", spec))
-    elif isinstance(answerer, EncoderAnswerer):
-        service = TextService(answerer, model, spec, access)
-        for router in embeddings.encoder_routers(service):
-            app.include_router(router, responses=RESPONSES)
-        app.include_router(page_router("pictures.html", spec))
-    else:
-        service = Service(answerer, model, spec, access)
-        app.include_router(completions.completions_router(service), responses=RESPONSES)
-        app.include_router(page_router("page.html", spec))
-        app.include_router(completions.chat_router(service), responses=RESPONSES)
+    service = serving.add_routes(app, answerer, model, spec, access)
     info_routers = [_info_router(service, replica, collect_stats)]
     if isinstance(service, TextService):
         info_routers.append(_tokenizer_router(service))
@@ -122,7 +105,7 @@ def replica_stats(answerer: ServedModel, replica: str) -> dict[str, Any]:
     return {"replica": replica, **answerer.engine.stats().as_json()}
 
 
-def _info_router(service: AnyService, replica: str, collect_stats: StatsCollector | None) -> APIRouter:
+def _info_router(service: ModelService[Any], replica: str, collect_stats: StatsCollector | None) -> APIRouter:
     """Return a router with the routes for models and statistics.
 
     Args:
@@ -157,7 +140,7 @@ def _info_router(service: AnyService, replica: str, collect_stats: StatsCollecto
     return routes
 
 
-def _tokenizer_router(service: Service | TextService[EncoderAnswerer]) -> APIRouter:
+def _tokenizer_router(service: TextService[Any]) -> APIRouter:
     """Return a router with the routes /tokenize, /detokenize and /tokenizer_info, for a model that reads texts."""
     routes, answerer = APIRouter(), service.answerer
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 class EncoderAnswerer(ServedText):
     """A served encoder, which answers images and texts with vectors and captions: its engine and its tokenizer."""
 
+    kind = "encoder"
     engine: "EncoderEngine"
 
     def __init__(

@@ -76,6 +76,7 @@ class DetectedObject(NamedTuple):
 class VisionAnswerer(ServedModel):
     """A served vision model, which answers images with classes and objects: its engine and the names of its classes."""
 
+    kind = "vision"
     engine: "VisionEngine"
 
     def __init__(

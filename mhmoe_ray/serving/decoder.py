@@ -1,0 +1,55 @@
+"""Serving of decoders: completions and chat."""
+
+from typing import TYPE_CHECKING
+
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest
+from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
+from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.serving.answer import Answerer, load_chat_template
+from mhmoe_ray.serving.family import FamilyServing, RequestExample
+from mhmoe_ray.serving.load import check_engine, load_answerer
+from mhmoe_ray.spec import ModelSpec, ServeSpec
+from mhmoe_ray.storage import Location
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from mhmoe_ray.serving.api.access import AccessControl
+    from mhmoe_ray.serving.api.service import Service
+
+
+class DecoderServing(FamilyServing):
+    """Serving of decoders."""
+
+    def check(self, manifest: CheckpointManifest, spec: ServeSpec, run: RunDir) -> None:
+        check_engine(manifest, spec)
+
+    def check_files(self, checkpoint: Location, manifest: CheckpointManifest) -> None:
+        load_chat_template(RunDir.of_checkpoint(checkpoint), load_run_tokenizer(checkpoint, manifest))
+
+    def load(self, checkpoint: Location, spec: ServeSpec, manifest: CheckpointManifest) -> Answerer:
+        return load_answerer(checkpoint, spec, manifest)
+
+    def add_routes(
+        self, app: "FastAPI", served: Answerer, model: str, spec: ServeSpec, access: "AccessControl"
+    ) -> "Service":
+        from mhmoe_ray.serving.api import completions
+        from mhmoe_ray.serving.api.errors import RESPONSES
+        from mhmoe_ray.serving.api.pages import page_router
+        from mhmoe_ray.serving.api.service import Service
+
+        service = Service(served, model, spec, access)
+        app.include_router(completions.completions_router(service), responses=RESPONSES)
+        app.include_router(page_router("page.html", spec))
+        app.include_router(completions.chat_router(service), responses=RESPONSES)
+        return service
+
+    def request_example(self, model: ModelSpec, url: str) -> RequestExample:
+        return RequestExample("v1/completions", curl_command(url))
+
+
+def curl_command(url: str) -> str:
+    """Return a shell command that sends a completion request to the server at `url`."""
+    # The body has no `max_tokens`, so that the server chooses a number of tokens that its limit allows.
+    body = '{"prompt": "Fellow citizens"}'
+    return f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"

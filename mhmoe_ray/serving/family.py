@@ -1,0 +1,95 @@
+"""What serving asks a family of models: checks before replicas start, the loaded model, and its routes."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest
+from mhmoe_ray.errors import ServeError
+from mhmoe_ray.families import MODEL_FAMILIES, ModelKind
+from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.spec import ModelSpec, ServeSpec
+from mhmoe_ray.storage import Location
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from mhmoe_ray.serving.answer import ServedModel
+    from mhmoe_ray.serving.api.access import AccessControl
+    from mhmoe_ray.serving.api.service import ModelService
+
+
+class RequestExample(NamedTuple):
+    """Request that a user may try first."""
+
+    route: str
+    command: str
+    """Shell command that sends the request."""
+
+
+class FamilyServing(ABC):
+    """Serving of one family's models."""
+
+    reads_images = False
+    """Whether requests have images, so that their bodies may be larger."""
+
+    @abstractmethod
+    def check(self, manifest: CheckpointManifest, spec: ServeSpec, run: RunDir) -> None:
+        """Check that a model can be served here, without starting its engine.
+
+        Raises:
+            ServeError: the engine or a package is not installed, or the engine cannot compute this model.
+        """
+
+    @abstractmethod
+    def check_files(self, checkpoint: Location, manifest: CheckpointManifest) -> None:
+        """Check the files of the run that the model needs.
+
+        Raises:
+            CheckpointError, DataError, ServeError: a file is missing, damaged or invalid.
+        """
+
+    @abstractmethod
+    def load(self, checkpoint: Location, spec: ServeSpec, manifest: CheckpointManifest) -> "ServedModel":
+        """Start the engine for a checkpoint, whose manifest was verified, and return the served model.
+
+        Raises:
+            CheckpointError, DataError, ServeError: as from `check` and `check_files`.
+        """
+
+    @abstractmethod
+    def add_routes(
+        self, app: "FastAPI", served: Any, model: str, spec: ServeSpec, access: "AccessControl"
+    ) -> "ModelService[Any]":
+        """Add the routes of a served model and its web page to the application, and return their service."""
+
+    @abstractmethod
+    def request_example(self, model: ModelSpec, url: str) -> RequestExample:
+        """Return a first request to a model that is served at this URL."""
+
+
+def serving_of(kind: ModelKind) -> FamilyServing:
+    """Return the serving of a family."""
+    serving: type[FamilyServing] = MODEL_FAMILIES[kind].part("serving")
+    return serving()
+
+
+def require_packages(packages: Mapping[str, str], extra: str) -> None:
+    """Raise ServeError if a Python package is not installed.
+
+    Args:
+        packages: names of packages, as pip takes them, by the names of their modules.
+        extra: extra of this project that installs all of them.
+    """
+    for module, package in packages.items():
+        if find_spec(module) is None:
+            reason = f"it needs the package {package}, which is missing"
+            raise ServeError("the model", reason, f"pip install 'mhmoe-ray[{extra}]' where replicas run")
+
+
+def require_torch_engine(spec: ServeSpec, title: str) -> None:
+    """Raise ServeError if the spec names another engine than torch for a model that is not a decoder."""
+    if spec.engine != "torch":
+        reason = f"it computes decoders, and this is {title}"
+        raise ServeError(f"engine {spec.engine}", reason, "set serve.engine=torch")
