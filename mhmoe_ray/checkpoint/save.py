@@ -150,9 +150,9 @@ class Saver:
         self._copy_done = Event()
         self._pause_seconds = 0.0
         self._data_sha256 = data_digest(trainer.spec.data.prepared)
-        is_vision = trainer.spec.model.vision is not None
-        self._tokenizer_sha256 = None if is_vision else describe_file(run.tokenizer_file).sha256
-        self._classes_sha256 = describe_file(run.classes_file).sha256 if is_vision else None
+        has_tokenizer = trainer.spec.model.family.has_tokenizer
+        self._tokenizer_sha256 = describe_file(run.tokenizer_file).sha256 if has_tokenizer else None
+        self._classes_sha256 = None if has_tokenizer else describe_file(run.classes_file).sha256
         self._thread: Thread | None = None
         self._error: Exception | None = None
 

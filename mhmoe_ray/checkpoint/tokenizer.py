@@ -17,8 +17,9 @@ def run_tokenizer(checkpoint: Location, manifest: CheckpointManifest) -> Locatio
         CheckpointError: the file cannot be read, or is not the tokenizer that the model was trained with; or the model
             is a vision model, which has no tokenizer.
     """
-    if manifest.model.vision is not None:
-        reason = "its model is a vision model, which reads no texts"
+    family = manifest.model.family
+    if not family.has_tokenizer:
+        reason = f"its model is {family.title}, which reads no texts"
         raise CheckpointError(f"checkpoint {checkpoint}", reason, "serve it with `mhmoe serve deploy`")
     path = RunDir.of_checkpoint(checkpoint).tokenizer_file
     return verify_run_file(checkpoint, path, manifest.tokenizer_sha256, "tokenizer")

@@ -16,7 +16,7 @@
     serve.py, serve_choice.py               answers over HTTP
     generate.py, generate_batch.py          answers without a server, to a prompt or to all rows of a file
     ckpt.py        checkpoints, and conversion from and to other tools' formats
-    eval.py, eval_vision.py   quality of a checkpoint   routing.py    its use of experts
+    eval.py      quality of a checkpoint   routing.py    its use of experts
     sweep.py, sweep_follow.py               many runs from one file
     report.py      comparison of runs
     bench.py, bench_layer.py, bench_serve.py, bench_tables.py   measurements of alternatives side by side

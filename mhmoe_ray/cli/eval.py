@@ -25,11 +25,10 @@ from mhmoe_ray.cli.common import (
     print_note,
     print_untruncated,
 )
-from mhmoe_ray.cli.eval_vision import print_vision_figures
 
 if TYPE_CHECKING:
     from mhmoe_ray.evaluate.request import Evaluation
-    from mhmoe_ray.evaluate.score import ClassScore, EncoderFigures, RetrievalFigures, Score
+    from mhmoe_ray.evaluate.score import Score
 
 
 TextOption = Annotated[
@@ -118,6 +117,7 @@ def eval_(
     --samples 100`, or `mhmoe eval --tasks english --limit 200`.
     """
     from mhmoe_ray.api.evaluation import has_domain_experts, load_or_evaluate, make_request
+    from mhmoe_ray.planner.view import view_of
     from mhmoe_ray.runs.directory import find_run
 
     run_dir = find_run(run, storage)
@@ -159,92 +159,14 @@ def eval_(
     )
     if evaluation.domains:
         _print_scores(evaluation)
-    if evaluation.encoder:
-        _print_encoder_figures(evaluation.encoder)
-    if evaluation.vision:
-        print_vision_figures(evaluation.vision)
+    for figure_table in view_of(manifest.model).tables(evaluation.family_figures):
+        print_untruncated(number_table(figure_table.columns, figure_table.rows))
+        for line in figure_table.lines:
+            out.print(line, soft_wrap=True)
     if evaluation.tasks:
         print_untruncated(
             number_table(["", "questions", "measure", "value", "standard error"], _task_rows(evaluation.tasks))
         )
-
-
-def _print_class_scores(scores: "dict[str, ClassScore]") -> None:
-    """Print the accuracy of a linear probe on the images of each domain, beside two simple baselines."""
-    columns = ["classes of", "linear probe", "nearest pixels", "largest class", "classes", "images", "trained on"]
-    rows = [
-        [
-            name,
-            *(f"{share:.1%}" for share in (score.accuracy, score.baseline, score.largest_class)),
-            *(f"{count:,}" for count in (score.classes, score.images, score.training_images)),
-        ]
-        for name, score in scores.items()
-    ]
-    print_untruncated(number_table(columns, rows))
-
-
-def _print_encoder_figures(figures: "EncoderFigures") -> None:
-    """Print the evaluation of an encoder: losses, linear probe, value of the image, retrieval and captions.
-
-    The value of the image is how much lower the loss of hidden caption tokens is with their own image than with another
-    image or none, in nats per token.
-    """
-    if figures.losses:
-        rows = [
-            [name, f"{score.loss:.4f}", f"{score.perplexity:.2f}" if score.perplexity else "-", f"{score.targets:,}"]
-            for name, score in figures.losses.items()
-        ]
-        print_untruncated(number_table(["", "loss", "perplexity", "targets"], rows))
-    if figures.classes:
-        _print_class_scores(figures.classes)
-    if figures.image_values:
-        columns = ["hidden tokens of", "own image", "another", "none", "over another", "over none", "pairs", "tokens"]
-        rows = []
-        for name, value in figures.image_values.items():
-            losses = (value.own_image, value.other_image, value.no_image)
-            gains = (value.other_image - value.own_image, value.no_image - value.own_image)
-            texts = [*(f"{loss:.4f}" for loss in losses), *(f"{gain:+.4f}" for gain in gains)]
-            rows.append([name, *texts, f"{value.pairs:,}", f"{value.tokens:,}"])
-        print_untruncated(number_table(columns, rows))
-
-    if figures.retrieval:
-        columns = ["retrieval in", "images", "captions", *(f"{way} R@{rank}" for way in WAYS for rank in (1, 5, 10))]
-        print_untruncated(number_table(columns, _retrieval_rows(figures.retrieval)))
-
-    for name, caption_figures in figures.captions.items():
-        rows = [
-            [label, f"{score.images:,}", f"{score.bleu:.1f}", f"{score.cider:.3f}", f"{score.exact:.1%}"]
-            for label, score in (
-                (f"captions of {name}", caption_figures.model),
-                ("  nearest pixels", caption_figures.baseline),
-            )
-            if score is not None
-        ]
-        print_untruncated(number_table(["", "images", "BLEU-4", "CIDEr-D", "exactly right"], rows))
-        for reference, caption in caption_figures.examples:
-            out.print(f"  {reference}: {caption}", markup=False, highlight=False, soft_wrap=True)
-
-
-WAYS = ("name", "image")
-"""Kind of result of each direction of retrieval: the name (caption) for an image, and the image for a name."""
-
-
-def _retrieval_rows(figures: "dict[str, RetrievalFigures]") -> list[list[str]]:
-    """Return the rows of the retrieval table: each domain, followed by the languages of its captions.
-
-    If the scores have a baseline, which answers with the nearest training image in pixels, each of these rows is
-    followed by a row of the baseline.
-    """
-    rows = []
-    for domain, domain_figures in figures.items():
-        for name, entry in {domain: domain_figures, **domain_figures.languages}.items():
-            label = name if name == domain else f"  {name}"
-            for row_label, score in ((label, entry.model), ("  nearest pixels", entry.baseline)):
-                if score is not None:
-                    recalls = (score.image_to_text, score.text_to_image)
-                    shares = [f"{value:.1%}" for r in recalls for value in (r.at_1, r.at_5, r.at_10)]
-                    rows.append([row_label, f"{score.images:,}", f"{score.captions:,}", *shares])
-    return rows
 
 
 def _task_rows(tasks: dict[str, dict[str, Any]]) -> list[list[str]]:
@@ -268,8 +190,8 @@ def _figures_dict(evaluation: "Evaluation") -> dict[str, dict[str, Any]]:
         "domains": {name: score.figures() for name, score in evaluation.domains.items()},
         "languages": {name: score.figures() for name, score in evaluation.languages.items()},
     }
-    if evaluation.encoder:
-        figures["image_values"] = {name: value.figures() for name, value in evaluation.encoder.image_values.items()}
+    if evaluation.family_figures is not None:
+        figures |= evaluation.family_figures.derived()
     return {**figures, "total": {"all": evaluation.total_score.figures()}} if evaluation.domains else figures
 
 

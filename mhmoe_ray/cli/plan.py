@@ -19,7 +19,7 @@ from mhmoe_ray.cli.common import (
 
 if TYPE_CHECKING:
     from mhmoe_ray.planner.estimate import Estimate
-    from mhmoe_ray.spec import ModelSpec, RunSpec
+    from mhmoe_ray.spec import RunSpec
     from mhmoe_ray.spec.train import TrainSpec
 
 
@@ -95,6 +95,7 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
     from mhmoe_ray.planner.memory import checkpoint_bytes
     from mhmoe_ray.planner.resolve import preset_description
     from mhmoe_ray.planner.sizes import compute_sizes, flops_per_token
+    from mhmoe_ray.planner.view import view_of
     from mhmoe_ray.spec.cluster import STREAM_CPUS, format_mesh
 
     size, cluster, model, moe = compute_sizes(spec.model), spec.cluster, spec.model, spec.model.moe
@@ -130,8 +131,7 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
         "start": "\n".join(start_record.lines()) if start_record else None,
         "model": f"{model.backbone}, d {model.d_model}, {model.layers} layers"
         + (f", vocabulary {model.vocab_size}" if model.vocab_size else ""),
-        "encoder": _encoder(spec),
-        "vision": _vision(model),
+        **view_of(model).summary(spec),
         "micro-batch": _parts(spec),
         "mixture of experts": experts,
         "parameters": f"{size.parameters:,}",
@@ -156,40 +156,6 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
         "storage": str(spec.storage),
     }
     out.print(fact_table(rows, title=spec.name))
-
-
-def _encoder(spec: "RunSpec") -> str | None:
-    """Return the summary's line about an encoder: its images, texts and targets; None for any other model."""
-    encoder = spec.model.encoder
-    if encoder is None:
-        return None
-    targets = "pixels" if encoder.image_targets == "pixels" else f"a codebook of {encoder.codebook_size:,} entries"
-    text = (
-        f"images of {encoder.image_size} x {encoder.image_size} pixels in {encoder.patches} patches, which are "
-        f"predicted as {targets}; texts of up to {spec.data.seq_len - 1} tokens"
-    )
-    if spec.model.moe is None:
-        return text
-    routers = "one router" if encoder.routers == "shared" else "a router for each modality"
-    position = "beside" if encoder.experts == "beside" else "in place of"
-    return f"{text}; experts {position} the feed-forward layers, with {routers}"
-
-
-def _vision(model: "ModelSpec") -> str | None:
-    """Return the summary's lines about a vision model: its tasks and its routers; None for any other model."""
-    vision = model.vision
-    if vision is None:
-        return None
-    tasks = [
-        f"{name}: images of {task.image_size} x {task.image_size} pixels in {vision.patches(task)} patches, "
-        + (f"{task.classes} classes" if task.detector is None else f"objects of {task.classes} classes")
-        for name, task in vision.tasks.items()
-    ]
-    if model.moe is not None:
-        router = "one router for all tasks" if vision.routers == "shared" else "a router for each task"
-        adaptive = vision.adaptive
-        tasks.append(router + (f", which chooses up to {adaptive.largest} experts" if adaptive else ""))
-    return "\n".join(tasks)
 
 
 def _merging(spec: "RunSpec") -> str | None:

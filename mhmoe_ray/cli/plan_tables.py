@@ -12,6 +12,7 @@ from mhmoe_ray.planner.match import compare_models
 from mhmoe_ray.planner.memory import checkpoint_copy_bytes, compute_memory
 from mhmoe_ray.planner.sizes import model_parts
 from mhmoe_ray.planner.traffic import Exchange, all_exchanges
+from mhmoe_ray.planner.view import view_of
 from mhmoe_ray.spec import ModelSpec, RunSpec
 
 
@@ -21,11 +22,7 @@ def tables(spec: RunSpec, placement: Placement) -> Iterator[tuple[str, Table]]:
     if spec.reference and (reference := spec.reference_model):
         name = spec.reference.name
         yield f"beside {name} on the same trunk", _parity_table(spec.model, name, reference)
-    batch = f"{spec.train.micro_batch_size} x {spec.data.seq_len} tokens"
-    if spec.model.encoder is not None:
-        batch = f"{spec.tokens_per_micro_batch:,} patches and tokens"
-    if spec.model.vision is not None:
-        batch = f"{spec.tokens_per_micro_batch:,} patches"
+    batch = view_of(spec.model).micro_batch(spec)
     yield f"memory of a rank, micro-batches of {batch}", _memory_table(spec)
     step = expert_step(spec)
     if step:

@@ -7,22 +7,13 @@ import torch
 
 from mhmoe_ray.checkpoint.manifest import read_manifest
 from mhmoe_ray.errors import RunError
-from mhmoe_ray.evaluate.context import EvaluationAnswer, EvaluationContext, Progress
-from mhmoe_ray.evaluate.decoder_figures import decoder_figures
-from mhmoe_ray.evaluate.encoder_figures import encoder_figures
+from mhmoe_ray.evaluate.context import Evaluate, EvaluationContext, Progress
 from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, save_evaluation
-from mhmoe_ray.evaluate.vision import vision_figures
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import location
 
 # Smallest time between two lines about the progress of a domain. A line for every batch would flood the log of the job.
 PROGRESS_SECONDS = 5.0
-FIGURES: dict[str, Callable[[EvaluationContext], EvaluationAnswer]] = {
-    "decoder": decoder_figures,
-    "encoder": encoder_figures,
-    "vision": vision_figures,
-}
-"""Functions that evaluate a model, by the kind of the model."""
 
 
 def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> None:
@@ -50,7 +41,8 @@ def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> N
             f"run {run.id}", f"its model is {model.family.title}, and lm-eval's tasks are for decoders", "name no tasks"
         )
     on_progress = _progress_callback(print_line)
-    figures = FIGURES[model.kind](EvaluationContext(request, run, checkpoint, manifest, print_line, on_progress))
+    evaluate: Evaluate = model.family.part("evaluation")
+    figures = evaluate(EvaluationContext(request, run, checkpoint, manifest, print_line, on_progress))
     seconds = time.monotonic() - start_time
     save_evaluation(
         run, Evaluation(request=request, step=manifest.step, tokens=manifest.tokens, seconds=seconds, **figures)

@@ -35,3 +35,7 @@ class EvaluationAnswer(TypedDict, total=False):
     tasks: dict[str, dict[str, Any]]
     encoder: EncoderFigures
     vision: VisionFigures
+
+
+Evaluate = Callable[[EvaluationContext], EvaluationAnswer]
+"""Function that evaluates a model of one family."""

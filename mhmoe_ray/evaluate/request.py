@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from mhmoe_ray.evaluate.score import EncoderFigures, Score, VisionFigures
+from mhmoe_ray.evaluate.score import EncoderFigures, FamilyFigures, Score, VisionFigures
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import DataSpec
 from mhmoe_ray.storage import Location, location, write_json
@@ -150,14 +150,16 @@ class Evaluation(BaseModel):
             parts += [f"loss={score.loss:.4f}", f"perplexity={perplexity}"]
         if self.tasks:
             parts.append(f"tasks={self.tasks!r}")
-        if self.encoder:
-            parts += [f"{name}={score.loss:.4f}" for name, score in self.encoder.losses.items()]
-        if self.vision:
-            parts += [f"{name} top_1={figures.top_1:.4f}" for name, figures in self.vision.classes.items()]
-            parts += [f"{name} box_ap={f.precision.box_ap:.4f}" for name, f in self.vision.objects.items()]
+        if self.family_figures is not None:
+            parts += self.family_figures.texts()
         return f"Evaluation({', '.join(parts)})"
 
     __str__ = __repr__
+
+    @property
+    def family_figures(self) -> FamilyFigures | None:
+        """Results that only the model's family has; None for a decoder."""
+        return self.encoder or self.vision
 
     @property
     def total_score(self) -> Score:
@@ -167,8 +169,7 @@ class Evaluation(BaseModel):
     @property
     def quality(self) -> dict[str, float]:
         """Accuracies, precisions and recalls by name; empty for a decoder, whose quality is measured by its loss."""
-        figures = self.encoder or self.vision
-        return figures.quality() if figures else {}
+        return {} if self.family_figures is None else self.family_figures.quality()
 
 
 def save_evaluation(run: RunDir, evaluation: Evaluation) -> Location:

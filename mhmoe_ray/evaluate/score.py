@@ -1,7 +1,8 @@
 """Scores of models: of predicted texts (loss, perplexity, bits per byte), of encoders, and of vision models."""
 
 import math
-from typing import Self
+from abc import ABC, abstractmethod
+from typing import Any, Self
 
 from pydantic import BaseModel
 
@@ -170,7 +171,23 @@ class ClassScore(BaseModel):
     """Share of images that belong to the most frequent class of the training images."""
 
 
-class EncoderFigures(BaseModel):
+class FamilyFigures(BaseModel, ABC):
+    """Results of an evaluation that only one family of models has."""
+
+    @abstractmethod
+    def quality(self) -> dict[str, float]:
+        """Return the results under the names that reports show; a larger value is better."""
+
+    @abstractmethod
+    def texts(self) -> list[str]:
+        """Return the main results as "NAME=VALUE"."""
+
+    def derived(self) -> dict[str, dict[str, Any]]:
+        """Return figures that follow from the stored ones, for JSON."""
+        return {}
+
+
+class EncoderFigures(FamilyFigures):
     """Results of the evaluation of an encoder."""
 
     losses: dict[str, EncoderLossScore]
@@ -191,6 +208,12 @@ class EncoderFigures(BaseModel):
 
     It is None without a baseline.
     """
+
+    def texts(self) -> list[str]:
+        return [f"{name}={score.loss:.4f}" for name, score in self.losses.items()]
+
+    def derived(self) -> dict[str, dict[str, Any]]:
+        return {"image_values": {name: value.figures() for name, value in self.image_values.items()}}
 
     def quality(self) -> dict[str, float]:
         """Return recalls, scores of captions and accuracies under the names that reports show; larger is better."""
@@ -250,7 +273,7 @@ class ObjectFigures(BaseModel):
     precision: ObjectPrecision
 
 
-class VisionFigures(BaseModel):
+class VisionFigures(FamilyFigures):
     """Results of the evaluation of a vision model."""
 
     losses: dict[str, float]
@@ -259,6 +282,12 @@ class VisionFigures(BaseModel):
     """Accuracy of each classification task, by the name of the task."""
     objects: dict[str, ObjectFigures] = {}
     """Average precision of each detection task, by the name of the task."""
+
+    def texts(self) -> list[str]:
+        return [
+            *(f"{name} top_1={figures.top_1:.4f}" for name, figures in self.classes.items()),
+            *(f"{name} box_ap={figures.precision.box_ap:.4f}" for name, figures in self.objects.items()),
+        ]
 
     def quality(self) -> dict[str, float]:
         """Return accuracies and precisions under the names that reports show; a larger value is better."""

@@ -22,6 +22,8 @@ class ModelFamily(NamedTuple):
     """Name of a model of the family with its article, for messages."""
     predicts_next_token: bool
     """Whether models predict each next token, so that they have a perplexity, generate text and can be exported."""
+    has_tokenizer: bool
+    """Whether models read texts, so that runs have a tokenizer; vision models have names of classes instead."""
     answers: str
     """What a served model is asked for."""
     model: str
@@ -34,6 +36,10 @@ class ModelFamily(NamedTuple):
     """`train.objectives.Objective` subclass."""
     serving: str
     """`serving.family.FamilyServing` subclass."""
+    evaluation: str
+    """`evaluate.context.Evaluate`: function that evaluates a model."""
+    view: str
+    """`planner.view.FamilyView` subclass."""
 
     def part(self, name: str) -> Any:
         """Return the object that a field names; a package has a typed function for the field that it uses."""
@@ -44,31 +50,40 @@ MODEL_FAMILIES: dict[ModelKind, ModelFamily] = {
     "decoder": ModelFamily(
         title="a decoder",
         predicts_next_token=True,
+        has_tokenizer=True,
         answers="texts",
         model="mhmoe_ray.model.decoder:Decoder",
         router="mhmoe_ray.model.moe:build_plain_router",
         sizes="mhmoe_ray.planner.decoder:DecoderSizes",
         objective="mhmoe_ray.train.objectives.next_token:NextToken",
         serving="mhmoe_ray.serving.decoder:DecoderServing",
+        evaluation="mhmoe_ray.evaluate.decoder_figures:decoder_figures",
+        view="mhmoe_ray.planner.view:DecoderView",
     ),
     "encoder": ModelFamily(
         title="an encoder",
         predicts_next_token=False,
+        has_tokenizer=True,
         answers="vectors and captions",
         model="mhmoe_ray.model.encoder.model:Encoder",
         router="mhmoe_ray.families.encoder.router:build_router",
         sizes="mhmoe_ray.families.encoder.sizes:EncoderSizes",
         objective="mhmoe_ray.train.objectives.masked:Masked",
         serving="mhmoe_ray.families.encoder.serving:EncoderServing",
+        evaluation="mhmoe_ray.evaluate.encoder_figures:encoder_figures",
+        view="mhmoe_ray.families.encoder.view:EncoderView",
     ),
     "vision": ModelFamily(
         title="a vision model",
         predicts_next_token=False,
+        has_tokenizer=False,
         answers="classes and objects",
         model="mhmoe_ray.model.vision.model:Vision",
         router="mhmoe_ray.families.vision.router:build_router",
         sizes="mhmoe_ray.families.vision.sizes:VisionSizes",
         objective="mhmoe_ray.train.objectives.tasks:Tasks",
         serving="mhmoe_ray.families.vision.serving:VisionServing",
+        evaluation="mhmoe_ray.evaluate.vision:vision_figures",
+        view="mhmoe_ray.families.vision.view:VisionView",
     ),
 }

@@ -97,10 +97,10 @@ def _checkpoint_model(checkpoint: Location) -> StartModel:
         SpecError: its model is a vision model, from which no run can start.
     """
     manifest, run = stored_manifest(checkpoint), RunDir.of_checkpoint(checkpoint)
-    if manifest.model.kind == "vision":
-        raise SpecError(
-            f"start.from {run.id}", "it is a vision model, and start is for decoders and encoders", "remove start"
-        )
+    family = manifest.model.family
+    if not family.has_tokenizer:
+        reason = f"it is {family.title}, and start is for decoders and encoders"
+        raise SpecError(f"start.from {run.id}", reason, "remove start")
     record = read_start(run)
     tokens = manifest.tokens + (record.tokens if record else 0)
     template = run.chat_template_file
