@@ -23,16 +23,13 @@ from tokenizers import Tokenizer
 from mhmoe_ray.bench.process_memory import PeakMemory
 from mhmoe_ray.bench.processes import Measurement, run_in_process
 from mhmoe_ray.bench.timing import turns
-from mhmoe_ray.data.encoder.samples import EncoderTrainingSamples
+from mhmoe_ray.data.family import data_of
 from mhmoe_ray.data.prepare.pipeline import prepare
-from mhmoe_ray.data.shards.columns import EncoderSamples
 from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import TOKENIZER_FILE, require_data_manifest
 from mhmoe_ray.data.sources import find_files
 from mhmoe_ray.data.stream import training_stream
 from mhmoe_ray.data.tokenizer import boundaries, document_encoder
-from mhmoe_ray.data.vision.columns import VisionSamples
-from mhmoe_ray.data.vision.samples import VisionTrainingSamples
 from mhmoe_ray.spec import RunSpec
 
 
@@ -78,7 +75,7 @@ def stream_with_mhmoe(spec: RunSpec, folder: Path, processes: int) -> dict[str, 
     b, batch_count = spec.train.micro_batch_size, spec.train.steps * spec.train.micro_batches
     start_time, end_time = 0.0, 0.0
     # A row of an image stream is a whole micro-batch, and a row of a decoder's stream is one sample.
-    rows = b if spec.model.kind == "decoder" else 1
+    rows = 1 if data_of(spec.model).has_rows else b
     for number, batch in enumerate(split.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=4)):
         assert np.array_equal(batch["position"], number * b + np.arange(rows)), "the order"
         # The clock starts after the first micro-batch, because the wait for it includes the start of the stream, which
@@ -110,9 +107,8 @@ def stream_with_pool(spec: RunSpec, folder: Path, processes: int) -> dict[str, A
     return {"seconds": seconds, "micro_batches": batch_count - 1}
 
 
-def _read_micro_batch(spec: RunSpec, number: int) -> EncoderSamples | VisionSamples:
-    samples = EncoderTrainingSamples if spec.model.kind == "encoder" else VisionTrainingSamples
-    return samples.open_cached(spec).read(number)
+def _read_micro_batch(spec: RunSpec, number: int) -> Any:
+    return data_of(spec.model).training_samples(spec).read(number)
 
 
 def prepare_with_datasets(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:

@@ -267,11 +267,12 @@ def ingest(
     """
     from mhmoe_ray.bench.ingest import CONTESTANTS, IMAGE_CONTESTANTS, OUR_CONTESTANTS, run_contest
     from mhmoe_ray.bench.timing import installed_contestants
+    from mhmoe_ray.data.family import data_of
     from mhmoe_ray.data.shards.manifest import require_prepared_data
     from mhmoe_ray.errors import SpecError
 
     resolved = read_spec(spec, set_)
-    has_images = resolved.model.kind != "decoder"
+    has_images = data_of(resolved.model).has_rows
     if resolved.data.tokenizer is None and not has_images:
         fix = "prepare it, set data.tokenizer to the tokenizer.json in there and data.prepared to another folder"
         raise SpecError("bench ingest", "the spec has no data.tokenizer", fix)

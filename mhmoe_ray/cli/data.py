@@ -51,6 +51,7 @@ def prepare(
     """
     from mhmoe_ray.api.connection import connect_to_cluster
     from mhmoe_ray.data.chat.template import check_template
+    from mhmoe_ray.data.family import data_of
     from mhmoe_ray.data.prepare.checks import sparse_parts
     from mhmoe_ray.data.prepare.work import clean_up
     from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
@@ -74,7 +75,7 @@ def prepare(
     # A preparation job removes its staging directories at its end. A job that was killed after its last shard left them
     # behind.
     clean_up(folder)
-    if manifest.encoder or manifest.vision:
+    if data_of(resolved.model).has_rows:
         for warning in sparse_parts(resolved, manifest.domains):
             print_note(f"warning: {warning}")
     if json:

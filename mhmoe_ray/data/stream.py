@@ -21,11 +21,10 @@ import pyarrow as pa
 import ray.data
 
 from mhmoe_ray.data.domains import source_of
-from mhmoe_ray.data.encoder.samples import EncoderTrainingSamples
+from mhmoe_ray.data.family import data_of
 from mhmoe_ray.data.order.mixture import training_order
 from mhmoe_ray.data.shards.columns import (
     EXPERT,
-    EncoderSamples,
     ModelSamples,
     Samples,
     columns_of,
@@ -35,8 +34,6 @@ from mhmoe_ray.data.shards.columns import (
 )
 from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import DataManifest, require_data_manifest
-from mhmoe_ray.data.vision.columns import stream_columns
-from mhmoe_ray.data.vision.samples import VisionTrainingSamples
 from mhmoe_ray.ray_compat import ExecutionCallback
 from mhmoe_ray.spec import MoESpec, RunSpec
 
@@ -122,7 +119,7 @@ def training_stream(
         samples_before: number of samples of each domain that earlier runs have read, if this run continues their order
             (`compute_mixture`); None otherwise.
     """
-    if spec.model.encoder is not None or spec.model.vision is not None:
+    if data_of(spec.model).has_rows:
         return _micro_batch_stream(spec, start // spec.train.micro_batch_size, world_size)
     rows = spec.train.steps * spec.samples_per_step - start
     b = spec.train.micro_batch_size
@@ -200,28 +197,17 @@ def _read_rows(
     return columns if experts is None else {**columns, EXPERT: experts}
 
 
-def _micro_batch_bytes(spec: RunSpec) -> int:
-    """Return the approximate size in bytes of a micro-batch of an encoder or a vision model in the stream."""
-    encoder, vision = spec.model.encoder, spec.model.vision
-    if vision is not None:
-        return sum(3 * vision.tasks[part.name].image_size ** 2 * part.samples for part in spec.parts)
-    assert encoder is not None
-    images, texts = (sum(part.samples for part in spec.parts if name in part.columns) for name in ("image", "text"))
-    # A pixel has three bytes, and a patch has a mask of one byte. A token of a text has nine: four as stored, four as
-    # input, and a mask.
-    return images * (3 * encoder.image_size**2 + encoder.patches) + texts * 9 * spec.data.seq_len
-
-
 def _micro_batch_stream(spec: RunSpec, start: int, world_size: int) -> ray.data.Dataset:
     """Return a stream whose rows are whole micro-batches of an encoder or a vision model.
 
     The stream begins with micro-batch number `start` and ends with the training.
     """
     rows = spec.train.steps * spec.train.micro_batches - start
-    block_rows = max(1, min(MAX_MICRO_BATCHES, BLOCK_BYTES // _micro_batch_bytes(spec), rows // world_size))
+    micro_batch_bytes = data_of(spec.model).micro_batch_bytes(spec)
+    block_rows = max(1, min(MAX_MICRO_BATCHES, BLOCK_BYTES // micro_batch_bytes, rows // world_size))
     layout = StreamLayout(world_size, 1, block_rows)
     read_rows = partial(_read_micro_batches, spec=spec, layout=layout, start=start, end=start + rows)
-    return _stream_of_blocks(read_rows, layout, rows, block_rows * _micro_batch_bytes(spec), blocks_per_call=1)
+    return _stream_of_blocks(read_rows, layout, rows, block_rows * micro_batch_bytes, blocks_per_call=1)
 
 
 def _read_micro_batches(
@@ -229,13 +215,9 @@ def _read_micro_batches(
 ) -> dict[str, Any]:
     # No rank reads the rows past the end, so any existing micro-batch can fill them.
     numbers = np.minimum(start + layout.positions(layout.rows(batch["block"])), end - 1)
-    if spec.model.vision is not None:
-        vision_samples = VisionTrainingSamples.open_cached(spec)
-        columns = stream_columns([vision_samples.read(int(number)) for number in numbers])
-    else:
-        encoder_samples = EncoderTrainingSamples.open_cached(spec)
-        micro_batches = [encoder_samples.read(int(number)) for number in numbers]
-        columns = {name: np.stack([getattr(row, name) for row in micro_batches]) for name in EncoderSamples._fields}
+    data = data_of(spec.model)
+    samples = data.training_samples(spec)
+    columns = data.stream_columns([samples.read(int(number)) for number in numbers])
     return {"position": numbers * spec.train.micro_batch_size, **columns}
 
 

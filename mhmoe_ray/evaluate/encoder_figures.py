@@ -13,7 +13,6 @@ from mhmoe_ray.checkpoint.manifest import CheckpointManifest
 from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
 from mhmoe_ray.data.encoder.samples import Pairs, encoder_validation_samples, held_out_pairs
 from mhmoe_ray.data.shards.manifest import require_data_manifest, require_matching_data
-from mhmoe_ray.data.shards.rows import read_codebook
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries
 from mhmoe_ray.evaluate.captions import score_captions
 from mhmoe_ray.evaluate.context import EvaluationAnswer, EvaluationContext
@@ -23,6 +22,7 @@ from mhmoe_ray.evaluate.probe import classify
 from mhmoe_ray.evaluate.request import RoutingCounts
 from mhmoe_ray.evaluate.retrieval import Candidates, nearest_scores, retrieval_figures
 from mhmoe_ray.evaluate.score import CaptionFigures, ClassScore, EncoderFigures, EncoderLossScore
+from mhmoe_ray.families.encoder.data import read_codebook
 from mhmoe_ray.spec import RunSpec
 
 EXAMPLES = 8

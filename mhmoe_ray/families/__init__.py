@@ -32,6 +32,8 @@ class ModelFamily(NamedTuple):
     """`model.moe.BuildRouter`: function that builds the router of one layer."""
     sizes: str
     """`planner.family.FamilySizes` subclass."""
+    data: str
+    """`data.family.FamilyData` subclass."""
     objective: str
     """`train.objectives.Objective` subclass."""
     serving: str
@@ -55,6 +57,7 @@ MODEL_FAMILIES: dict[ModelKind, ModelFamily] = {
         model="mhmoe_ray.model.decoder:Decoder",
         router="mhmoe_ray.model.moe:build_plain_router",
         sizes="mhmoe_ray.planner.decoder:DecoderSizes",
+        data="mhmoe_ray.data.family:DecoderData",
         objective="mhmoe_ray.train.objectives.next_token:NextToken",
         serving="mhmoe_ray.serving.decoder:DecoderServing",
         evaluation="mhmoe_ray.evaluate.decoder_figures:decoder_figures",
@@ -68,6 +71,7 @@ MODEL_FAMILIES: dict[ModelKind, ModelFamily] = {
         model="mhmoe_ray.model.encoder.model:Encoder",
         router="mhmoe_ray.families.encoder.router:build_router",
         sizes="mhmoe_ray.families.encoder.sizes:EncoderSizes",
+        data="mhmoe_ray.families.encoder.data:EncoderRows",
         objective="mhmoe_ray.train.objectives.masked:Masked",
         serving="mhmoe_ray.families.encoder.serving:EncoderServing",
         evaluation="mhmoe_ray.evaluate.encoder_figures:encoder_figures",
@@ -81,6 +85,7 @@ MODEL_FAMILIES: dict[ModelKind, ModelFamily] = {
         model="mhmoe_ray.model.vision.model:Vision",
         router="mhmoe_ray.families.vision.router:build_router",
         sizes="mhmoe_ray.families.vision.sizes:VisionSizes",
+        data="mhmoe_ray.families.vision.data:VisionRows",
         objective="mhmoe_ray.train.objectives.tasks:Tasks",
         serving="mhmoe_ray.families.vision.serving:VisionServing",
         evaluation="mhmoe_ray.evaluate.vision:vision_figures",

@@ -1,7 +1,6 @@
 """Driver of a training job: it prepares missing data, and then trains with the workers of Ray Train."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,7 +19,7 @@ from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.start import read_start
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.storage import Location, ObjectPath, copy_file, describe_file
+from mhmoe_ray.storage import ObjectPath, copy_file, describe_file
 from mhmoe_ray.train.malloc import malloc_settings
 from mhmoe_ray.train.resilience import RunTrainer
 from mhmoe_ray.train.stream_start import ResumingDataConfig, describe_on_all_nodes
@@ -113,17 +112,17 @@ def _prepare_data(run: RunDir, spec: RunSpec) -> None:
     # from the spec.
     record = read_start(run) or plan_start(spec)
     training_order(spec, manifest, record.samples_before if record else None)
-    prepared_files: dict[str, tuple[Path, Location, str | None]] = {}
-    if manifest.vision is None:
-        prepared_files["tokenizer"] = (folder / TOKENIZER_FILE, run.tokenizer_file, manifest.tokenizer_sha256)
-    else:
-        prepared_files["classes"] = (folder / CLASSES_FILE, run.classes_file, manifest.vision.classes_sha256)
-    if manifest.chat is not None:
-        template = (folder / TEMPLATE_FILE, run.chat_template_file, manifest.chat.template_sha256)
-        prepared_files["chat template"] = template
-    for name, (prepared_file, run_file, sha256) in prepared_files.items():
+    run_files = {
+        TOKENIZER_FILE: ("tokenizer", run.tokenizer_file),
+        CLASSES_FILE: ("classes", run.classes_file),
+        TEMPLATE_FILE: ("chat template", run.chat_template_file),
+    }
+    for file_name, (name, run_file) in run_files.items():
+        sha256 = manifest.files.get(file_name)
+        if sha256 is None:
+            continue
         if not run_file.exists():
-            copy_file(prepared_file, run_file)
+            copy_file(folder / file_name, run_file)
         elif describe_file(run_file).sha256 != sha256:
             fix = "restore the prepared folder, or submit a new run"
             raise DataError(f"prepared data {folder}", f"its {name} is not the one this run began with", fix)

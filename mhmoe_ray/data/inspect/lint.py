@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mhmoe_ray.data.domains import source_of, subfolder_of
+from mhmoe_ray.data.family import data_of
 from mhmoe_ray.data.inspect import textrules
 from mhmoe_ray.data.inspect.figures import EXAMPLES, MAX_ASPECT_RATIO, DomainSurvey, Finding, histogram_bin
 from mhmoe_ray.data.inspect.result import Survey
@@ -201,8 +202,8 @@ def _has_whole_documents(inputs: LintInput) -> bool:
 
     With packing by best fit, padding fills up a sample. An encoder or a vision model never joins documents in a sample.
     """
-    has_images = inputs.spec is not None and inputs.spec.model.kind != "decoder"
-    return has_images or inputs.data_spec.packing == "best_fit"
+    has_rows = inputs.spec is not None and data_of(inputs.spec.model).has_rows
+    return has_rows or inputs.data_spec.packing == "best_fit"
 
 
 def _fills_sample(name: str, domain: DomainSurvey, inputs: LintInput) -> bool:

@@ -25,7 +25,8 @@ from tokenizers import Tokenizer
 from mhmoe_ray.data.chat.encoder import ConversationEncoder
 from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError, check_template, template_error
 from mhmoe_ray.data.domains import source_of
-from mhmoe_ray.data.prepare.checks import check_not_empty, check_rows_not_empty, classes_of_tasks, sparse_parts
+from mhmoe_ray.data.family import data_of
+from mhmoe_ray.data.prepare.checks import sparse_parts
 from mhmoe_ray.data.prepare.chunks import (
     CHUNK_CHARACTERS,
     QUARANTINE_FILE,
@@ -47,14 +48,11 @@ from mhmoe_ray.data.prepare.tokenise import Part, TokenisedChunk, tokenise_chunk
 from mhmoe_ray.data.prepare.work import ProgressReport, Stage, StagingDirectory, clean_up, publish, staging_directory
 from mhmoe_ray.data.shards.columns import conversation_dtype, token_bytes_for, token_dtype
 from mhmoe_ray.data.shards.manifest import (
-    CLASSES_FILE,
     TEMPLATE_FILE,
     TOKENIZER_FILE,
     ChatData,
     DataManifest,
-    EncoderData,
     Shard,
-    VisionData,
     read_data_manifest,
     recipe,
     require_data_manifest,
@@ -169,9 +167,9 @@ class _Preparation:
 
     def __init__(self, spec: RunSpec, staging: StagingDirectory) -> None:
         self._spec, self._data_spec, self._staging = spec, spec.data, staging
-        # The samples of a vision model have no tokens, so it has no tokenizer.
-        self._tokenizer = None if spec.model.vision else staging.result_path / TOKENIZER_FILE
-        self._has_rows = spec.model.encoder is not None or spec.model.vision is not None
+        self._tokenizer = staging.result_path / TOKENIZER_FILE if spec.model.family.has_tokenizer else None
+        self._family_data = data_of(spec.model)
+        self._has_rows = self._family_data.has_rows
         self._token_bytes = token_bytes_for(spec.model.vocab_size)
         if spec.data.chat_sources:
             # Tasks render conversations, too, but Ray would wrap their errors in tracebacks. So the template is checked
@@ -203,17 +201,13 @@ class _Preparation:
         by_domain: dict[str, list[Part]] = defaultdict(list)
         for part in parts:
             by_domain[self._files[part.file].domain].append(part)
-        vision = self._write_classes(by_domain)
-        if self._spec.model.encoder is not None:
-            check_rows_not_empty(self._spec, by_domain)
-        elif vision is None:
-            check_not_empty(self._data_spec, by_domain)
+        facts = self._family_data.check_parts(self._spec, self._staging.result_path, by_domain)
         self._log(f"packing {len(by_domain)} domains and languages")
         shard_results = self._write_shards(by_domain, start)
         self._report.enter_stage("finishing")
         shards = {name: [result.shard for result in shard_results[name]] for name in by_domain}
         validation, baselines = self._write_validation(by_domain, shards, start)
-        encoder = self._write_codebook(by_domain, shards)
+        facts |= self._family_data.finish(self._spec, self._staging.result_path, by_domain, shards, self._log)
         manifest = DataManifest(
             recipe=used_recipe,
             fingerprints=self._fingerprints,
@@ -221,8 +215,7 @@ class _Preparation:
             token_bytes=self._token_bytes,
             tokenizer_sha256=tokenizer_sha256,
             chat=chat,
-            encoder=encoder,
-            vision=vision,
+            **facts,
             domains={
                 name: domain_entry(
                     by_domain[name],
@@ -431,44 +424,6 @@ class _Preparation:
             fix = "raise data.validation_samples or add documents with texts"
             raise DataError("validation", "no selected held-out sample has a text", fix)
         return row_result
-
-    def _write_classes(self, by_domain: dict[str, list[Part]]) -> VisionData | None:
-        """Write the class names of a vision model's tasks, and return their entry for the manifest.
-
-        Return None for another model.
-
-        Raises:
-            DataError: a task lacks the images, classes or masks that it needs, or has too many classes.
-        """
-        if self._spec.model.vision is None:
-            return None
-        path = self._staging.result_path / CLASSES_FILE
-        write_json(path, classes_of_tasks(self._spec, by_domain))
-        return VisionData(classes_sha256=describe_file(path).sha256)
-
-    def _write_codebook(self, by_domain: dict[str, list[Part]], shards: dict[str, list[Shard]]) -> EncoderData | None:
-        """Write the codebook of an encoder that needs one, and return the encoder's entry for the manifest.
-
-        Return None for a model without an encoder.
-        """
-        encoder = self._spec.model.encoder
-        if encoder is None:
-            return None
-        if not self._spec.has_codebook:
-            return EncoderData()
-        # The module needs torch, whose import takes seconds, and few preparations make a codebook.
-        from mhmoe_ray.data.prepare.codebook import write_codebook
-
-        self._log(f"codebook of {encoder.codebook_size:,} entries")
-        # In each domain, either all training samples have an image or none has.
-        image_domains = [
-            name for name, parts in by_domain.items() if any(p.counts.rows and p.counts.rows.images for p in parts)
-        ]
-        image_shards = {name: shards[name] for name in image_domains}
-        write = ray.remote(write_codebook).options(num_cpus=1)
-        return EncoderData(
-            codebook_sha256=ray.get(write.remote(self._staging.result_path, image_shards, encoder, self._token_bytes))
-        )
 
     def _write_shards(self, by_domain: dict[str, list[Part]], start: int) -> dict[str, list[ShardResult]]:
         """Write the training shards of all domains; return each domain's results in the order of its shards."""

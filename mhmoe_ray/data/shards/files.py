@@ -18,10 +18,6 @@ import ray.data
 
 from mhmoe_ray.data.shards.columns import TOKENS, Samples, columns_of, join_columns, token_dtype
 from mhmoe_ray.data.shards.manifest import (
-    CLASSES_FILE,
-    CODEBOOK_FILE,
-    TEMPLATE_FILE,
-    TOKENIZER_FILE,
     DataManifest,
     Shard,
 )
@@ -141,14 +137,7 @@ def verify_shards(folder: Path, manifest: DataManifest) -> None:
     # All files are read, so the whole cluster shares the work if the data have more than `LOCAL_CHECK_BYTES` bytes.
     shards = [*(s for d in manifest.domains.values() for s in d.shards), *manifest.validation]
     expected_hashes = {s.file: s.sha256 for s in shards}
-    if manifest.tokenizer_sha256 is not None:
-        expected_hashes[TOKENIZER_FILE] = manifest.tokenizer_sha256
-    if manifest.vision is not None:
-        expected_hashes[CLASSES_FILE] = manifest.vision.classes_sha256
-    if manifest.chat is not None:
-        expected_hashes[TEMPLATE_FILE] = manifest.chat.template_sha256
-    if manifest.encoder is not None and manifest.encoder.codebook_sha256 is not None:
-        expected_hashes[CODEBOOK_FILE] = manifest.encoder.codebook_sha256
+    expected_hashes |= {name: sha256 for name, sha256 in manifest.files.items() if sha256 is not None}
     rows = [{"file": file, "sha256": sha256} for file, sha256 in expected_hashes.items()]
     total_bytes = sum(s.rows for s in shards) * manifest.seq_len * manifest.token_bytes
     total_bytes += sum(d.image_bytes or 0 for d in manifest.domains.values())

@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
 
 from mhmoe_ray.data.chat.template import read_template
+from mhmoe_ray.data.family import data_of
 from mhmoe_ray.data.sources.find import find_files, fingerprints
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import RunSpec
@@ -133,12 +134,22 @@ class EncoderData(BaseModel):
     codebook_sha256: str | None = None
     """SHA-256 of the file of the codebook; None if the encoder has none."""
 
+    @property
+    def files(self) -> dict[str, str | None]:
+        """Hashes of the family's files in the folder; None for a missing one."""
+        return {CODEBOOK_FILE: self.codebook_sha256}
+
 
 class VisionData(BaseModel):
     """Facts about a prepared folder for a vision model."""
 
     classes_sha256: str
     """SHA-256 of the file with the names of the classes of each task."""
+
+    @property
+    def files(self) -> dict[str, str | None]:
+        """Hashes of the family's files in the folder."""
+        return {CLASSES_FILE: self.classes_sha256}
 
 
 class DataManifest(_KindAware):
@@ -169,6 +180,14 @@ class DataManifest(_KindAware):
     """Baselines of the validation loss; None if the folder has no texts."""
     bad_lines: int
     """Number of all items in the quarantine. It includes lost parts of files, which `Tally.bad_lines` leaves out."""
+
+    @property
+    def files(self) -> dict[str, str | None]:
+        """Hashes of all files of the folder besides shards and the manifest, by name; None for a missing one."""
+        facts = self.encoder or self.vision
+        template_sha256 = self.chat.template_sha256 if self.chat else None
+        files = {TOKENIZER_FILE: self.tokenizer_sha256, TEMPLATE_FILE: template_sha256}
+        return files | (facts.files if facts else {})
 
 
 def recipe(spec: RunSpec) -> dict[str, Any]:
@@ -201,21 +220,7 @@ def recipe(spec: RunSpec) -> dict[str, Any]:
     if data.chat_sources:
         digest = hashlib.sha256(read_template(data).encode()).hexdigest()
         settings["chat_template"] = f"a template of SHA-256 {digest}"
-    encoder = spec.model.encoder
-    if encoder is not None:
-        for name, source in data.sources.items():
-            settings["reading"][name] |= {"columns": [*source.sample_columns], "image_field": source.image_field}
-            if source.languages is not None:
-                settings["reading"][name]["languages"] = source.languages
-        settings |= {"sample": "text", "max_megapixels": data.images.max_megapixels}
-        if spec.has_codebook:
-            settings["codebook"] = [encoder.codebook_size, encoder.image_size, encoder.patch_size]
-    if spec.model.vision is not None:
-        for name, source in data.sources.items():
-            settings["reading"][name] |= {"columns": [*source.sample_columns], "image_field": source.image_field}
-            settings["reading"][name]["class_field"] = source.class_field
-        settings |= {"sample": "annotated image", "max_megapixels": data.images.max_megapixels}
-        settings["tasks"] = {part.name: [*part.sources] for part in spec.parts}
+    data_of(spec.model).add_to_recipe(spec, settings)
     return settings
 
 

@@ -19,9 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mhmoe_ray.data.shards.columns import TOKENS, token_dtype
-from mhmoe_ray.data.shards.files import OPEN_SHARDS, file_problem
-from mhmoe_ray.data.shards.manifest import CODEBOOK_FILE, DataManifest, Shard
-from mhmoe_ray.errors import DataError
+from mhmoe_ray.data.shards.files import OPEN_SHARDS
+from mhmoe_ray.data.shards.manifest import Shard
 from mhmoe_ray.storage import replace_file
 
 IMAGE, ANNOTATION = "image", "annotation"
@@ -197,18 +196,3 @@ class RowReader:
         """Return the index of the shard of each row, and the number of the row within this shard."""
         shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
         return shard_of, numbers - self._starts[shard_of]
-
-
-def read_codebook(folder: Path, manifest: DataManifest) -> np.ndarray | None:
-    """Return the codebook of image patches in a prepared folder, float32 (entries, values); None if it has none.
-
-    Raises:
-        DataError: the file of the codebook is missing or damaged.
-    """
-    if manifest.encoder is None or manifest.encoder.codebook_sha256 is None:
-        return None
-    path = folder / CODEBOOK_FILE
-    if problem := file_problem(path, manifest.encoder.codebook_sha256):
-        raise DataError(f"prepared file {path}", problem, f"remove {folder} and prepare again")
-    codebook: np.ndarray = np.load(path)
-    return codebook

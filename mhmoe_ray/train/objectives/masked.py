@@ -44,7 +44,7 @@ class Masked(PartObjective[EncoderBatch]):
     @staticmethod
     def load_inputs(run: "RunDir", spec: RunSpec, manifest: "DataManifest") -> np.ndarray | None:
         """Return the codebook of image patches, float32 (entries, values); None without one."""
-        from mhmoe_ray.data.shards.rows import read_codebook
+        from mhmoe_ray.families.encoder.data import read_codebook
 
         return read_codebook(spec.data.prepared, manifest)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mhmoe_ray.data.prepare.checks import check_rows_not_empty, sparse_parts
+from mhmoe_ray.data.prepare.checks import sparse_parts
 from mhmoe_ray.data.prepare.finish import finish_rows
 from mhmoe_ray.data.prepare.rows import RowCounts, RowPart, RowSlice, plan_row_shards, rows_file, write_validation_rows
 from mhmoe_ray.data.prepare.tokenise import Part, PartCounts
@@ -11,6 +11,7 @@ from mhmoe_ray.data.prepare.validation import select_rows
 from mhmoe_ray.data.shards.manifest import Domain, recipe
 from mhmoe_ray.data.shards.rows import RowReader, file_content, row_batch
 from mhmoe_ray.errors import DataError
+from mhmoe_ray.families.encoder.data import check_rows_not_empty
 from tests.encoders import ENCODER, encoder_spec
 
 
