@@ -32,8 +32,9 @@ help:
 	@echo "make soak-train   50 random kills of one run, which must end like an undisturbed one (SOAK_SEED, SOAK_KILLS)"
 	@echo "make soak-serve   half an hour of clients of all kinds, good and bad (SOAK_SEED, SOAK_SECONDS)"
 	@echo "make test-gpu     the tests that need CUDA, without an installation"
-	@echo "make gpu-acceptance  what one GPU shows in half an hour, beside predictions; installs nothing (ACCEPTANCE='--parts"
-	@echo "                  layers'); make gpu-wheels fetches the packages that it needs beside torch"
+	@echo "make gpu-acceptance  what one GPU shows in half an hour, beside predictions; installs nothing. A call takes up to"
+	@echo "                  570 s (ACCEPTANCE='--budget 570'); repeat it until its last line says complete. make gpu-wheels"
+	@echo "                  fetches the packages that it needs beside torch"
 	@echo "make test-cpu     the tests that depend on the CPU, at each of its levels; MHMOE_CPU_LEVEL=avx2 make test"
 	@echo "                  holds all tests to one level: generic, avx2, avx512, avx512_bf16 or amx"
 	@echo "make explore      the tests without Ray, with new random examples"
@@ -83,9 +84,10 @@ test-gpu:
 		-W ignore::pytest.PytestUnknownMarkWarning \
 		--noconftest -m gpu tests/gpu tests/kernels/triton tests/kernels/test_megablocks.py tests/bench
 
-# Both need nothing but Python: the machine may have no network, and its torch must not be replaced.
+# Both need nothing but Python: the machine may have no network, and its torch must not be replaced. Without `exec`, a
+# SIGTERM to make would end the shell and not the acceptance.
 gpu-acceptance:
-	PYTHONPATH=.:kernels:.gpu-wheels $(PYTHON) -m mhmoe_ray.bench.acceptance $(ACCEPTANCE)
+	exec env PYTHONPATH=.:kernels:.gpu-wheels $(PYTHON) -m mhmoe_ray.bench.acceptance $(ACCEPTANCE)
 
 gpu-wheels:
 	$(PYTHON) -m pip install --target .gpu-wheels --upgrade --only-binary=:all: --python-version $(GPU_PYTHON) \

@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mhmoe_ray.architectures import ARCHITECTURES
+from mhmoe_ray.bench.acceptance.accounting import Accounting
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.loss import Targets
 from mhmoe_ray.model.trunk import routing_loss
@@ -14,7 +15,6 @@ from mhmoe_ray.planner.estimate import LAUNCHES, estimate_step_time
 from mhmoe_ray.planner.launches import launches_per_micro_batch
 from mhmoe_ray.planner.placement import single_node_layout
 from tests.encoders import encoder_spec
-from tests.kernels.triton.accounting import Accounting
 from tests.specs import tiny_spec
 from tests.visions import vision_spec
 

@@ -3,14 +3,17 @@
     python3 -m mhmoe_ray.bench.acceptance --out acceptance
 
 It needs torch 2.11 or newer with its Triton, and a few packages (`make gpu-wheels`), but no installation and no Ray.
-Each part of the test runs in a process of its own with a time limit, and appends its results to records.jsonl;
-report.md is written again after each part. The whole is meant to take half an hour; the limits add up to 43 minutes.
-`--device cpu` rehearses it at toy sizes, with Triton's interpreter.
+Each part of the test runs in a process of its own with a time limit, and appends the results of each of its cases to
+records.jsonl; report.md is written again after each part. A call ends within its `--budget`, with status 75 if
+something is left, and the next call with the same folder continues. All calls together are meant to take half an hour;
+the limits add up to 44 minutes. `--device cpu` rehearses it at toy sizes, with Triton's interpreter.
 
-__main__.py       run parts in processes, and write the report
+__main__.py       run parts in processes until the budget ends, and write the report
 settings.py       sizes of a full run and of a rehearsal; what a part yields
-predictions.py    predictions, which the report shows beside the results
+goals.py          goals, published ratios, and the ceilings of predictions
+accounting.py     kernels and bytes of a layer, counted on fake tensors
 report.py         records as a page of Markdown
+predictions.py    part: predictions from counted work, which the report shows beside the results
 ceilings.py       part: rates of the GPU, versions, limits
 correctness.py    part: results of each expert kernel beside float64
 steps.py          part: training steps beside those of a CPU

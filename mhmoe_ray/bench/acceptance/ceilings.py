@@ -3,15 +3,21 @@
 import platform
 import shutil
 import time
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 
-from mhmoe_ray.bench.acceptance.settings import Rows, Settings
+from mhmoe_ray.bench.acceptance.settings import PartCase, Rows, Settings
 from mhmoe_ray.bench.timing import device_clock, find_hardware, time_interleaved
 
 
-def run(settings: Settings) -> Rows:
-    """Yield versions and limits of the machine, the rates of matrix products and copies, and the time of a launch."""
+def cases(settings: Settings) -> Iterator[PartCase]:
+    """Yield the only case: versions and limits of the machine, rates of products and copies, and time of a launch."""
+    yield PartCase("rates", partial(_measure, settings))
+
+
+def _measure(settings: Settings) -> Rows:
     device = settings.torch_device
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     try:

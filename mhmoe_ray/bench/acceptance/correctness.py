@@ -3,6 +3,7 @@
 Special cases have no rows, or one expert that gets nearly all rows.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from mhmoe_kernels import BACKENDS, ExpertWeights, Function, GeluSubln, Swiglu, run_experts, unavailable_reason
 from mhmoe_kernels.choice import ExpertSizes
-from mhmoe_ray.bench.acceptance.settings import Rows, Settings, first_line
+from mhmoe_ray.bench.acceptance.settings import PartCase, Rows, Settings, first_line
 
 KERNELS = ("grouped_gemm", "grouped_mm", "triton", "grouped", "megablocks")
 FUNCTIONS: dict[str, Function] = {"swiglu": Swiglu(), "gelu_subln": GeluSubln()}
@@ -19,59 +20,62 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 _SHAPES = ((1000, 192, 768, 8, 2), (2000, 384, 1000, 40, 4), (2000, 96, 384, 128, 8), (1000, 2048, 512, 16, 4))
 _TOY_SHAPES = ((8, 16, 24, 3, 2),)
 _SANITIZER_SHAPES = ((600, 128, 200, 5, 2), (300, 96, 64, 5, 2))
-"""Sizes for `run_sanitized`: rows, width of a row, hidden width of an expert, experts, and experts per row."""
+"""Sizes for `sanitizer_cases`: rows, width of a row, hidden width of an expert, experts, and experts per row."""
 
 
-def run(settings: Settings) -> Rows:
-    """Yield the largest errors of each kernel with each expert function, dtype and shape.
-
-    `passed` is True if the errors are within the tolerance.
-    """
-    yield from _compare_all(settings, _TOY_SHAPES if settings.is_toy else _SHAPES, 20 if settings.is_toy else 4000)
+def cases(settings: Settings) -> Iterator[PartCase]:
+    """Yield a case for each kernel, dtype, expert function and shape: its largest errors, and whether it `passed`."""
+    return _cases(settings, _TOY_SHAPES if settings.is_toy else _SHAPES, 20 if settings.is_toy else 4000)
 
 
-def run_sanitized(settings: Settings) -> Rows:
-    """Yield the errors of each kernel, as `run` does, for a few shapes that reach all branches of the kernels.
-
-    This function runs under NVIDIA's compute-sanitizer.
-    """
-    yield from _compare_all(settings, _SANITIZER_SHAPES, 400)
+def sanitizer_cases(settings: Settings) -> Iterator[PartCase]:
+    """Yield the cases for NVIDIA's compute-sanitizer: a few shapes that reach all branches of the kernels."""
+    return _cases(settings, _SANITIZER_SHAPES, 400)
 
 
-def _compare_all(settings: Settings, shapes: tuple[tuple[int, ...], ...], hot_rows: int) -> Rows:
-    device = settings.torch_device
+def _cases(settings: Settings, shapes: tuple[tuple[int, ...], ...], hot_rows: int) -> Iterator[PartCase]:
     for kernel in KERNELS:
         for dtype in (torch.float32, torch.bfloat16):
             # Fused kernels take long to compile, and they are not meant for float32.
             few_shapes = kernel == "triton" and dtype == torch.float32
-            cases: list[tuple[str, Function, tuple[int, ...], bool]] = []
+            problems: list[tuple[str, Function, tuple[int, ...], bool]] = []
             for shape in shapes[:1] if few_shapes else shapes:
                 title = "rows {} x {}, hidden {}, E {}, k {}".format(*shape)
-                cases += [(f"{name}, {title}", function, shape, False) for name, function in FUNCTIONS.items()]
-            cases.append(("no rows", Swiglu(), (0, 16, 16, 8, 1), False))
-            cases.append(("hot", Swiglu(), (hot_rows, 16, 16, 8, 1), True))
-            for title, function, shape, is_hot in cases:
-                yield {"name": f"{kernel}, {dtype}, {title}", **_check(device, kernel, function, dtype, shape, is_hot)}
+                problems += [(f"{name}, {title}", function, shape, False) for name, function in FUNCTIONS.items()]
+            problems.append(("no rows", Swiglu(), (0, 16, 16, 8, 1), False))
+            problems.append(("hot", Swiglu(), (hot_rows, 16, 16, 8, 1), True))
+            for title, function, shape, is_hot in problems:
+                name = f"{kernel}, {dtype}, {title}"
+                check = partial(_check, name, settings.torch_device, kernel, dtype, function, shape, is_hot)
+                yield PartCase(name, check)
 
 
 def _check(
-    device: torch.device, kernel: str, function: Function, dtype: torch.dtype, shape: tuple[int, ...], is_hot: bool
-) -> dict[str, object]:
-    """Return the errors of one kernel in one case, or the reason why the case was skipped or failed."""
+    name: str,
+    device: torch.device,
+    kernel: str,
+    dtype: torch.dtype,
+    function: Function,
+    shape: tuple[int, ...],
+    is_hot: bool,
+) -> Rows:
+    """Yield the errors of one kernel in one case, or the reason why the case was skipped or failed."""
     _, width, hidden, experts, _ = shape
     sizes = ExpertSizes(function.name, str(dtype).removeprefix("torch."), width, hidden, experts)
     if reason := unavailable_reason(kernel, device, sizes):
         # Kernel `grouped_gemm` must run on every GPU, so it fails if it is unavailable. Other kernels are only skipped.
-        return {"skipped": reason, **({"passed": False} if kernel == "grouped_gemm" else {})}
+        yield {"name": name, "skipped": reason, **({"passed": False} if kernel == "grouped_gemm" else {})}
+        return
     try:
-        return compare(kernel, make_problem(function, dtype, shape, device, is_hot), TOLERANCES[dtype])
+        errors = compare(kernel, make_problem(function, dtype, shape, device, is_hot), TOLERANCES[dtype])
+        yield {"name": name, **errors}
     # One kernel that fails must not hide the results of the others.
     except Exception as error:
         if device.type == "cuda":
             # After an illegal access to memory, every CUDA call fails. This call then raises an error, which ends this
             # part of the test.
             torch.cuda.synchronize()
-        return {"passed": False, "error": first_line(error)}
+        yield {"name": name, "passed": False, "error": first_line(error)}
 
 
 Problem = tuple[Tensor, Tensor, Tensor, ExpertWeights]

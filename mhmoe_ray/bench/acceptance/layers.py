@@ -1,6 +1,6 @@
 """Time and memory of expert layers of equal work, with each of our kernels, beside layers of other packages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import median
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mhmoe_kernels import unavailable_reason
 from mhmoe_kernels.choice import ExpertSizes
-from mhmoe_ray.bench.acceptance.settings import LayerSize, Rows, Settings, first_line
+from mhmoe_ray.bench.acceptance.settings import LayerSize, PartCase, Rows, Settings, first_line
 from mhmoe_ray.bench.layers import Shape
 from mhmoe_ray.bench.measure import peak_bytes
 from mhmoe_ray.bench.peers import peer_layers
@@ -94,13 +94,18 @@ class _Case:
             self.backward_seconds.append(end - middle)
 
 
-def run(settings: Settings) -> Rows:
-    """Yield the time and memory of each layer with each kernel, and the ratio of its time to that of the plain layer.
+def name_suffix(settings: Settings, tokens: int) -> str:
+    """Return the end of the names of results for a number of tokens; the last number has none."""
+    return "" if tokens == settings.layer_tokens[-1] else f" at {tokens} tokens"
 
-    Both layers of a ratio have kernel `auto`.
+
+def cases(settings: Settings) -> Iterator[PartCase]:
+    """Yield a case for each number of tokens: the time and memory of each layer with each kernel, and ratios of times.
+
+    All layers of a case are timed in turn. Both layers of a ratio have kernel `auto`.
     """
     for tokens in settings.layer_tokens:
-        yield from _measure(settings, tokens)
+        yield PartCase(f"{tokens} tokens", partial(_measure, settings, tokens))
 
 
 def _measure(settings: Settings, tokens: int) -> Rows:
@@ -145,7 +150,7 @@ def _measure(settings: Settings, tokens: int) -> Rows:
     for _, name in turns(cases, settings.rounds):
         cases[name].run(clock)
     medians = {name: median(case.forward_seconds) + median(case.backward_seconds) for name, case in cases.items()}
-    suffix = "" if tokens == settings.layer_tokens[-1] else f" at {tokens} tokens"
+    suffix = name_suffix(settings, tokens)
     for name, case in cases.items():
         yield {
             "name": f"{name}{suffix}",

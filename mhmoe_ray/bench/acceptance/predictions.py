@@ -1,41 +1,69 @@
-"""Predictions for one H100, made before anything ran on a GPU.
+"""Predictions for one H100, computed from the work of the code at hand; the report shows them beside the results.
 
-Times of layers are for 32,768 tokens of width 2,048, forward and backward, at 798 TFLOP/s in bfloat16, 3.0 TB/s and 4
-microseconds for each kernel, so they are likely to be too short.
+A layer's time is the sum of the times of its FLOPs, of its bytes and of its kernels, each at the ceiling in `goals.py`,
+so it is likely to be too short. A training step's time is the planner's estimate at the same ceilings.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from mhmoe_kernels.choice import ExpertSizes, gpu_kernels
+from mhmoe_ray.bench.acceptance.accounting import count_pass
+from mhmoe_ray.bench.acceptance.goals import BANDWIDTH, LAUNCH_SECONDS, PEAK_FLOPS
+from mhmoe_ray.bench.acceptance.layers import layer_flops, name_suffix
+from mhmoe_ray.bench.acceptance.settings import LayerSize, PartCase, Rows, Settings
+from mhmoe_ray.bench.acceptance.training import compared_models
+from mhmoe_ray.bench.acceptance.training import name_suffix as training_suffix
+from mhmoe_ray.planner.estimate import estimate_step_time
+from mhmoe_ray.planner.expert_step import ASSUMED_MAJOR
+from mhmoe_ray.planner.placement import single_node_layout
+from mhmoe_ray.spec import RunSpec
 
 
-class Prediction(NamedTuple):
-    """Prediction of one measured value."""
-
-    value: float
-    unit: str
-    is_limit: bool
-    """True for a goal that the measured value should not exceed, False for an estimate."""
+def cases(settings: Settings) -> Iterator[PartCase]:
+    """Yield the only case: times and kernels of layers, and ratios between layers and between training steps."""
+    yield PartCase("counted work", partial(_predict, settings))
 
 
-PREDICTIONS: dict[str, Prediction] = {
-    "ceilings: matrix product": Prediction(798, "TFLOP/s", False),
-    "ceilings: copy": Prediction(3.0, "TB/s", False),
-    "ceilings: launch": Prediction(4, "us", False),
-    "layers: SMoE": Prediction(26, "ms", True),
-    "layers: MH-MoE h 2 to SMoE": Prediction(1.05, "times", True),
-    "layers: MH-MoE h 4 to SMoE": Prediction(1.25, "times", True),
-    "layers: SMoE, grouped": Prediction(31.9, "ms", False),
-    "layers: MH-MoE h 2, grouped": Prediction(41.2, "ms", False),
-    "layers: MH-MoE h 4, grouped": Prediction(57.2, "ms", False),
-    "layers: SMoE, grouped_mm": Prediction(35.5, "ms", False),
-    "layers: MH-MoE h 2, grouped_mm": Prediction(38.5, "ms", False),
-    "layers: MH-MoE h 4, grouped_mm": Prediction(45.1, "ms", False),
-    "training: MH-MoE h 2 to SMoE": Prediction(1.06, "times", True),
-    "training: MH-MoE h 2 to SMoE at micro-batches of 1": Prediction(2.3, "times", False),
-    "training: SMoE static to dropless": Prediction(33.98 / 32.21, "times", False),
-    "training: MH-MoE h 2 static to dropless": Prediction(31.93 / 25.77, "times", False),
-}
-"""Predictions by part of the test and name of the result.
+def _predict(settings: Settings) -> Rows:
+    for tokens in settings.layer_tokens:
+        suffix = name_suffix(settings, tokens)
+        seconds: dict[str, float] = {}
+        for name, size in settings.layers.items():
+            sizes = ExpertSizes("swiglu", "bfloat16", settings.layer_width // size.heads, size.hidden, size.experts)
+            # `auto` chooses the first kernel. The last one is `grouped`, which cannot be counted without values.
+            *kernels, _ = gpu_kernels("training", ASSUMED_MAJOR, sizes)
+            seconds_by_kernel = {k: predict_layer_seconds(settings, size, k, tokens) for k in kernels}
+            seconds[name] = seconds_by_kernel[kernels[0]]
+            yield {"name": f"layers: {name}{suffix}", "ms": seconds[name] * 1e3}
+            for kernel in kernels:
+                yield {"name": f"layers: {name}, {kernel}{suffix}", "ms": seconds_by_kernel[kernel] * 1e3}
+                if tokens == settings.layer_tokens[0]:
+                    launches = count_pass(settings, size, kernel, tokens).kernels.total()
+                    yield {"name": f"waits: {name}, {kernel}", "kernels": launches}
+            if name != "SMoE":
+                yield {"name": f"layers: {name} to SMoE{suffix}", "times": seconds[name] / seconds["SMoE"]}
+    for count, specs in compared_models(settings).items():
+        step_seconds = {name: predict_step_seconds(spec) for name, spec in specs.items()}
+        for name in specs:
+            if name != "SMoE":
+                ratio = step_seconds[name] / step_seconds["SMoE"]
+                yield {"name": f"training: {name} to SMoE{training_suffix(count)}", "times": ratio}
 
-Those of static routing are ratios of the throughputs that the authors of the first MH-MoE paper (arXiv 2404.15045) gave
-in its public review.
-"""
+
+def predict_layer_seconds(settings: Settings, size: LayerSize, kernel: str, tokens: int) -> float:
+    """Return the predicted time of a forward and backward pass of a layer with weights in bfloat16."""
+    counts = count_pass(settings, size, kernel, tokens, torch.bfloat16)
+    flops = layer_flops(settings, size, tokens)
+    return flops / PEAK_FLOPS + counts.bytes.total() / BANDWIDTH + counts.kernels.total() * LAUNCH_SECONDS
+
+
+def predict_step_seconds(spec: RunSpec) -> float:
+    """Return the planner's estimate of a training step on one GPU at the ceilings."""
+    ceilings = {"bfloat16_flops": PEAK_FLOPS, "memory_bandwidth": BANDWIDTH, "launch_seconds": LAUNCH_SECONDS}
+    accelerator = spec.cluster.accelerator.model_copy(update={**ceilings, "flops_share": 1.0, "memory_share": 1.0})
+    cluster = spec.cluster.model_copy(update={"gpus_per_worker": 1, "accelerator": accelerator})
+    spec_on_gpu = spec.model_copy(update={"cluster": cluster})
+    return estimate_step_time(spec_on_gpu, single_node_layout(1, 1)).sequential_seconds

@@ -1,14 +1,23 @@
 """Sizes of an acceptance test, and the form of the results that its parts yield."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Row = dict[str, Any]
 """Result of a part of the test, as a JSON object: `name` describes what was measured; other keys have the values."""
 Rows = Iterator[Row]
+
+
+class PartCase(NamedTuple):
+    """Unit of a part of the test, which is measured as a whole, and again if the part ended before it did."""
+
+    name: str
+    measure: Callable[[], Iterable[Row]]
+    """Function that yields the results."""
 
 
 class LayerSize(NamedTuple):
@@ -33,7 +42,10 @@ class Settings(NamedTuple):
     """Whether sizes are so small that all parts together take a minute on a CPU."""
 
     @property
-    def torch_device(self) -> torch.device:
+    def torch_device(self) -> "torch.device":
+        # The process that runs the parts needs no torch, whose import may take as long as a short part.
+        import torch
+
         return torch.device(self.device)
 
     @property

@@ -1,10 +1,12 @@
 """Training steps on the device beside the same steps on the CPU in float32, for each kind of model."""
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
-from mhmoe_ray.bench.acceptance.settings import Row, Rows, Settings
+from mhmoe_ray.bench.acceptance.settings import PartCase, Rows, Settings
 from mhmoe_ray.bench.steps import Case
 from mhmoe_ray.spec import DataSpec, ModelSpec, RunSpec, SourceSpec, TrainSpec
 
@@ -48,15 +50,16 @@ def make_spec(variant: str, precision: str, is_toy: bool) -> RunSpec:
     )
 
 
-def run(settings: Settings) -> Rows:
-    """Yield for each variant the largest relative error of a gradient in the first step, and of a loss in any step."""
-    steps = 2 if settings.is_toy else 20
+def cases(settings: Settings) -> Iterator[PartCase]:
+    """Yield a case for each variant: the largest error of a gradient in the first step, and of a loss in any step."""
     for variant in ("plain", "multi-head") if settings.is_toy else VARIANTS:
         for precision in ("float32", "bfloat16"):
-            yield {"name": f"{variant}, {precision}", **_compare(settings, variant, precision, steps)}
+            yield PartCase(f"{variant}, {precision}", partial(_compare, settings, variant, precision))
 
 
-def _compare(settings: Settings, variant: str, precision: str, steps: int) -> Row:
+def _compare(settings: Settings, variant: str, precision: str) -> Rows:
+    """Yield the largest errors relative to those of the CPU."""
+    steps = 2 if settings.is_toy else 20
     reference = Case(make_spec(variant, "float32", settings.is_toy), torch.device("cpu"))
     case = Case(make_spec(variant, precision, settings.is_toy), settings.torch_device)
     gradient_errors, loss_errors = [0.0], [0.0]
@@ -76,4 +79,5 @@ def _compare(settings: Settings, variant: str, precision: str, steps: int) -> Ro
     # If one of the errors is NaN, torch's `max` returns NaN, which fails the check. Python's `max` could hide it.
     gradient_error, loss_error = (float(torch.tensor(errors).max()) for errors in (gradient_errors, loss_errors))
     passed = gradient_error <= _GRADIENT_TOLERANCE[precision] and loss_error <= _LOSS_TOLERANCE[precision]
-    return {"gradient_error": gradient_error, "loss_error": loss_error, "steps": steps, "passed": passed}
+    errors = {"gradient_error": gradient_error, "loss_error": loss_error}
+    yield {"name": f"{variant}, {precision}", **errors, "steps": steps, "passed": passed}

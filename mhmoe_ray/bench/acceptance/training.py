@@ -3,11 +3,12 @@
 Each model is measured with dropless routing, and with static routing, which drops rows beyond an expert's capacity.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
-from mhmoe_ray.bench.acceptance.settings import Rows, Settings, first_line
+from mhmoe_ray.bench.acceptance.settings import PartCase, Rows, Settings, first_line
 from mhmoe_ray.bench.steps import PAPER_TOKENS_PER_SECOND, SMALL_SIZE, Case, matched_models
 from mhmoe_ray.bench.timing import device_clock, time_interleaved
 from mhmoe_ray.planner.presets import Size
@@ -18,31 +19,41 @@ _PAPER_SIZE = Size(768, 12, 32000, 2048, steps=1000, micro_batches=1, micro_batc
 """Size of the models of the second MH-MoE paper (arXiv 2411.16205), with a micro-batch that fills a GPU of 80 GB."""
 
 
-def run(settings: Settings) -> Rows:
-    """Yield the tokens per second and TFLOP/s of each model, and ratios between the step times of models."""
-    size = SMALL_SIZE._replace(d_model=96, layers=2, seq_len=8, vocab_size=64, micro_batch_size=1, micro_batches=1)
-    for micro_batch_size in (1,) if settings.is_toy else (16, 1):
-        base = size if settings.is_toy else _PAPER_SIZE
-        yield from _measure(settings, base._replace(micro_batch_size=micro_batch_size))
+def compared_models(settings: Settings) -> dict[int, dict[str, RunSpec]]:
+    """Return the specs of models with dropless routing, by micro-batch size and name."""
+    toy_size = SMALL_SIZE._replace(d_model=96, layers=2, seq_len=8, vocab_size=64, micro_batches=1)
+    size, heads = (toy_size, (2,)) if settings.is_toy else (_PAPER_SIZE, (2, 3))
+    micro_batch_sizes = (1,) if settings.is_toy else (16, 1)
+    return {count: matched_models(size._replace(micro_batch_size=count), heads) for count in micro_batch_sizes}
 
 
-def _measure(settings: Settings, size: Size) -> Rows:
-    suffix = " at micro-batches of 1" if size.micro_batch_size == 1 else ""
+def name_suffix(micro_batch_size: int) -> str:
+    """Return the end of the names of results for a micro-batch size."""
+    return " at micro-batches of 1" if micro_batch_size == 1 else ""
+
+
+def cases(settings: Settings) -> Iterator[PartCase]:
+    """Yield a case for each micro-batch size: tokens per second, TFLOP/s, and ratios between step times of models."""
+    for count, specs in compared_models(settings).items():
+        yield PartCase(f"micro-batches of {count}", partial(_measure, settings, name_suffix(count), specs))
+
+
+def _measure(settings: Settings, suffix: str, dropless_specs: dict[str, RunSpec]) -> Rows:
     specs: dict[str, RunSpec] = {}
-    for name, spec in matched_models(size, (2,) if settings.is_toy else (2, 3)).items():
+    for name, spec in dropless_specs.items():
         specs[name] = spec
         assert spec.model.moe is not None
         static_moe = spec.model.moe.model_copy(update={"capacity_factor": 1.25})
         specs[f"{name}, static"] = spec.model_copy(update={"model": spec.model.with_moe(static_moe)})
-    cases: dict[str, Case] = {}
+    training_cases: dict[str, Case] = {}
     for name, spec in specs.items():
         try:
             case = Case(spec, settings.torch_device)
             case.step()
-            cases[name] = case
+            training_cases[name] = case
         except torch.OutOfMemoryError as error:
             yield {"name": f"{name}{suffix}", "skipped": first_line(error)}
-    steps: dict[str, Callable[[], object]] = {name: case.step for name, case in cases.items()}
+    steps: dict[str, Callable[[], object]] = {name: case.step for name, case in training_cases.items()}
     timings = time_interleaved(steps, settings.rounds, device_clock(settings.torch_device))
     rates = {name: specs[name].tokens_per_step / timing.median for name, timing in timings.items()}
     for name, rate in rates.items():

@@ -9,10 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mhmoe_kernels import BACKENDS, allow_compilation
 from mhmoe_kernels.choice import GPU_CHOICES
+from mhmoe_ray.bench.acceptance.accounting import Accounting
 from mhmoe_ray.model.moe import MultiHeadMoE
 from mhmoe_ray.model.router import route_counts
 from mhmoe_ray.spec import ModelSpec
-from tests.kernels.triton.accounting import Accounting, saved_bytes
+from tests.kernels.triton.accounting import saved_bytes
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),

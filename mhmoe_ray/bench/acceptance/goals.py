@@ -1,0 +1,36 @@
+"""Values for one H100 that no code computes: the ceilings of the predictions, goals, and published ratios."""
+
+from typing import NamedTuple
+
+PEAK_FLOPS, BANDWIDTH, LAUNCH_SECONDS = 798e12, 3.0e12, 4e-6
+"""Rates of an H100: FLOP/s of matrix products in bfloat16, bytes/s of its memory, and seconds for each kernel.
+
+The first two are from published measurements (kernels/README.md), and the third one is the default of the planner.
+"""
+
+
+class Prediction(NamedTuple):
+    """Prediction of one measured value."""
+
+    value: float
+    unit: str
+    is_limit: bool
+    """True for a goal that the measured value should not exceed, False for an estimate."""
+
+
+STATED_PREDICTIONS: dict[str, Prediction] = {
+    "ceilings: matrix product": Prediction(PEAK_FLOPS / 1e12, "TFLOP/s", False),
+    "ceilings: copy": Prediction(BANDWIDTH / 1e12, "TB/s", False),
+    "ceilings: launch": Prediction(LAUNCH_SECONDS * 1e6, "us", False),
+    "layers: SMoE": Prediction(26, "ms", True),
+    "layers: MH-MoE h 2 to SMoE": Prediction(1.05, "times", True),
+    "layers: MH-MoE h 4 to SMoE": Prediction(1.25, "times", True),
+    "training: MH-MoE h 2 to SMoE": Prediction(1.06, "times", True),
+    "training: SMoE static to dropless": Prediction(33.98 / 32.21, "times", False),
+    "training: MH-MoE h 2 static to dropless": Prediction(31.93 / 25.77, "times", False),
+}
+"""Predictions by part of the test and name of the result; the part `predictions` computes more.
+
+Those of static routing are ratios of the throughputs that the authors of the first MH-MoE paper (arXiv 2404.15045) gave
+in its public review.
+"""
