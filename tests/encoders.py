@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mhmoe_ray.data.encoder.batches import BatchMaker
-from mhmoe_ray.data.encoder.masking import block_mask, hide_tokens, text_mask
-from mhmoe_ray.data.shards.columns import EncoderSamples
-from mhmoe_ray.model.encoder import EncoderBatch
+from mhmoe_ray.families.encoder.data.batches import BatchMaker
+from mhmoe_ray.families.encoder.data.columns import EncoderSamples
+from mhmoe_ray.families.encoder.data.masking import block_mask, hide_tokens, text_mask
+from mhmoe_ray.families.encoder.model import EncoderBatch
 from mhmoe_ray.spec import MicroBatchPart, RunSpec
 from tests.specs import with_changes
 

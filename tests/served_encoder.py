@@ -7,10 +7,10 @@ import threading
 import numpy as np
 
 from mhmoe_ray.checkpoint.manifest import checkpoint_name
+from mhmoe_ray.families.encoder.serving.engine import EncoderEngine
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs.directory import create_run
-from mhmoe_ray.serving.encoder.engine import EncoderEngine
 from tests.data.pictures import encode_image
 from tests.encoders import ENCODER, encoder_spec
 from tests.saved import commit_checkpoint, save_tensors

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from mhmoe_ray.checkpoint.manifest import checkpoint_name
+from mhmoe_ray.families.vision.model import Vision
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
-from mhmoe_ray.model.vision import Vision
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run
 from mhmoe_ray.spec import RunSpec
 from tests.saved import commit_checkpoint, save_tensors

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mhmoe_ray.data.vision.batches import task_batch
-from mhmoe_ray.data.vision.columns import ImageObjects, TaskSamples, VisionSamples
-from mhmoe_ray.model.vision import VisionBatch
+from mhmoe_ray.families.vision.data.batches import task_batch
+from mhmoe_ray.families.vision.data.columns import ImageObjects, TaskSamples, VisionSamples
+from mhmoe_ray.families.vision.model import VisionBatch
 from mhmoe_ray.spec import MicroBatchPart, RunSpec
 from tests.specs import with_changes
 

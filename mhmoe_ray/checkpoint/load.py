@@ -23,9 +23,7 @@ from mhmoe_ray.checkpoint.format import (
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest, read_manifest, removed_error
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.model.encoder import Encoder
 from mhmoe_ray.model.trunk import Trunk
-from mhmoe_ray.model.vision import Vision
 from mhmoe_ray.spec import ModelSpec, RunSpec
 from mhmoe_ray.storage import Location
 
@@ -183,34 +181,21 @@ def load_model(checkpoint: Location) -> tuple[Decoder, CheckpointManifest]:
 
 def load_verified_model(checkpoint: Location, manifest: CheckpointManifest) -> Decoder:
     """Load the decoder of a checkpoint for inference. The caller has verified the files with `read_manifest`."""
-    model = inference_decoder(manifest.model)
-    load_tensors(checkpoint / "weights", model.named_tensors())
-    return model
-
-
-def load_verified_encoder(checkpoint: Location, manifest: CheckpointManifest) -> Encoder:
-    """Load the encoder of a checkpoint for inference. The caller has verified the files with `read_manifest`."""
-    model = _for_inference(Encoder(manifest.model))
-    load_tensors(checkpoint / "weights", model.named_tensors())
-    return model
-
-
-def load_verified_vision(checkpoint: Location, manifest: CheckpointManifest) -> Vision:
-    """Load the vision model of a checkpoint for inference, and set how many experts each task's router chooses.
-
-    The manifest has these numbers if training adapted them. Otherwise the model keeps those of its spec. The files of
-    the checkpoint are not verified here.
-    """
-    model = _for_inference(Vision(manifest.model))
-    load_tensors(checkpoint / "weights", model.named_tensors())
-    if manifest.objective is not None:
-        model.set_top_k([task["top_k"] for task in manifest.objective["tasks"].values()])
-    return model
+    return load_for_inference(Decoder(manifest.model), checkpoint)
 
 
 def inference_decoder(spec: ModelSpec) -> Decoder:
     """Return a decoder with all experts and uninitialized weights, in evaluation mode, float32, without gradients."""
     return _for_inference(Decoder(spec))
+
+
+def load_for_inference(model: M, checkpoint: Location) -> M:
+    """Load the weights of a checkpoint into an uninitialized model, and return it ready for inference.
+
+    The caller has verified the files with `read_manifest`.
+    """
+    load_tensors(checkpoint / "weights", _for_inference(model).named_tensors())
+    return model
 
 
 def _for_inference(model: M) -> M:

@@ -52,11 +52,11 @@ def prepare(
     from mhmoe_ray.api.connection import connect_to_cluster
     from mhmoe_ray.data.chat.template import check_template
     from mhmoe_ray.data.family import data_of
+    from mhmoe_ray.data.images.annotations import require_image_packages
     from mhmoe_ray.data.prepare.checks import sparse_parts
     from mhmoe_ray.data.prepare.work import clean_up
     from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
     from mhmoe_ray.data.sources import find_files
-    from mhmoe_ray.data.vision.annotations import require_image_packages
 
     resolved = read_spec(spec, set_)
     folder = resolved.data.prepared

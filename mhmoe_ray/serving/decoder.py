@@ -40,7 +40,7 @@ class DecoderServing(FamilyServing):
 
         service = Service(served, model, spec, access)
         app.include_router(completions.completions_router(service), responses=RESPONSES)
-        app.include_router(page_router("page.html", spec))
+        app.include_router(page_router("mhmoe_ray.serving.api", spec))
         app.include_router(completions.chat_router(service), responses=RESPONSES)
         return service
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from mhmoe_ray.data.encoder.batches import BatchMaker
-from mhmoe_ray.data.shards.columns import EncoderSamples
-from mhmoe_ray.evaluate.captions import cider_d, score_captions, words
+from mhmoe_ray.families.encoder.data.batches import BatchMaker
+from mhmoe_ray.families.encoder.data.columns import EncoderSamples
+from mhmoe_ray.families.encoder.evaluate.captions import cider_d, score_captions, words
+from mhmoe_ray.families.encoder.model.captions import next_tokens, write_captions
 from mhmoe_ray.model.build import build_model
-from mhmoe_ray.model.encoder.captions import next_tokens, write_captions
 from mhmoe_ray.model.init import init_weights
 from tests.encoders import CAPTION_DATA, PADDING, encoder_spec
 

@@ -7,13 +7,13 @@ import pytest
 
 from mhmoe_ray.api.evaluation import make_request
 from mhmoe_ray.checkpoint.manifest import checkpoint_name, read_manifest
-from mhmoe_ray.data.encoder.samples import Pairs
 from mhmoe_ray.data.tokenizer import DocumentEncoder
 from mhmoe_ray.data.tokenizer.train import train_bpe
 from mhmoe_ray.evaluate.context import EvaluationContext
-from mhmoe_ray.evaluate.encoder import EncoderMeter, raw_pairs, with_few_captions
-from mhmoe_ray.evaluate.encoder_figures import encoder_figures
-from mhmoe_ray.evaluate.nearest import distinct_images
+from mhmoe_ray.families.encoder.data.samples import Pairs
+from mhmoe_ray.families.encoder.evaluate.figures import encoder_figures
+from mhmoe_ray.families.encoder.evaluate.meter import EncoderMeter, raw_pairs, with_few_captions
+from mhmoe_ray.families.images.nearest import distinct_images
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs.directory import create_run

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from mhmoe_ray.data.vision.annotations import Annotation, decode_mask
-from mhmoe_ray.data.vision.fit import Fit, stored_probabilities
-from mhmoe_ray.evaluate.objects import StoredDetection, average_precision, stored_detection
-from mhmoe_ray.model.vision import Detection
+from mhmoe_ray.data.images.annotations import Annotation, decode_mask
+from mhmoe_ray.families.vision.data.fit import Fit, stored_probabilities
+from mhmoe_ray.families.vision.evaluate.objects import StoredDetection, average_precision, stored_detection
+from mhmoe_ray.families.vision.model import Detection
 from tests.data.pictures import encode_image
 from tests.data.vision.test_samples import NAMES, instance, square_mask
 

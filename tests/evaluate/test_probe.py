@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mhmoe_ray.evaluate.probe import classify
+from mhmoe_ray.families.encoder.evaluate.probe import classify
 from tests.data.pictures import encode_image
 
 COLOURS = {b"red": (255, 0, 0), b"green": (0, 255, 0), b"blue": (0, 0, 255)}

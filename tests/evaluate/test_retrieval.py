@@ -4,13 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from mhmoe_ray.data.encoder.batches import BatchMaker
-from mhmoe_ray.data.encoder.samples import SampleMaker
-from mhmoe_ray.data.images.crops import read_crop
 from mhmoe_ray.data.shards.rows import RowReader, row_batch, write_row_shard
-from mhmoe_ray.evaluate.encoder import EncoderMeter
-from mhmoe_ray.evaluate.nearest import NearestImages, distinct_images
-from mhmoe_ray.evaluate.retrieval import Candidates, nearest_scores, recall, retrieval_figures, score_retrieval
+from mhmoe_ray.families.encoder.data.batches import BatchMaker
+from mhmoe_ray.families.encoder.data.samples import SampleMaker
+from mhmoe_ray.families.encoder.evaluate.meter import EncoderMeter
+from mhmoe_ray.families.encoder.evaluate.retrieval import (
+    Candidates,
+    nearest_scores,
+    recall,
+    retrieval_figures,
+    score_retrieval,
+)
+from mhmoe_ray.families.images.crops import read_crop
+from mhmoe_ray.families.images.nearest import NearestImages, distinct_images
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
 from tests.data.pictures import encode_image
@@ -73,7 +79,7 @@ def test_equal_blocks_of_scores_give_the_same_scores(monkeypatch):
     images = [encode_image(rng.integers(0, 256, (16, 16, 3), np.uint8)) for _ in range(10)]
     labels = np.arange(10) % 3
     expected = NearestImages(images).scores(images, labels, 3)
-    monkeypatch.setattr("mhmoe_ray.evaluate.nearest.BLOCK_SCORES", 25)
+    monkeypatch.setattr("mhmoe_ray.families.images.nearest.BLOCK_SCORES", 25)
     assert (NearestImages(images).scores(images, labels, 3) == expected).all()
 
 
@@ -96,9 +102,9 @@ def test_neighbours_are_an_evenly_spaced_selection_of_the_different_training_ima
     assert neighbours.scores(greys, labels, 8).argmax(1).tolist() == [*range(8)]
 
     decoded_images = []
-    monkeypatch.setattr("mhmoe_ray.evaluate.nearest.MAX_IMAGES", 3)
+    monkeypatch.setattr("mhmoe_ray.families.images.nearest.MAX_IMAGES", 3)
     monkeypatch.setattr(
-        "mhmoe_ray.evaluate.nearest.read_crop",
+        "mhmoe_ray.families.images.nearest.read_crop",
         lambda image, size: decoded_images.append(greys.index(image)) or read_crop(image, size),
     )
     neighbours = NearestImages.of_training(readers)

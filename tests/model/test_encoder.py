@@ -6,12 +6,12 @@ import torch
 from pydantic import ValidationError
 from torch._dynamo.utils import counters
 
-from mhmoe_ray.data.encoder.batches import BatchMaker
+from mhmoe_ray.families.encoder.data.batches import BatchMaker
+from mhmoe_ray.families.encoder.model.match import MatchHead
+from mhmoe_ray.families.images.patches import image_patches
 from mhmoe_ray.model.build import build_model
-from mhmoe_ray.model.encoder.match import MatchHead
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
-from mhmoe_ray.model.patches import image_patches
 from mhmoe_ray.planner.resolve import find_preset
 from mhmoe_ray.planner.sizes import block_sizes, compute_sizes
 from mhmoe_ray.spec import ModelSpec

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhmoe_ray.data.encoder.batches import BatchMaker
+from mhmoe_ray.families.encoder.data.batches import BatchMaker
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise, seeded_generator

@@ -4,7 +4,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from mhmoe_ray.model.router import Router, TaskRouter
+from mhmoe_ray.families.vision.router import TaskRouter
+from mhmoe_ray.model.router import Router
 from mhmoe_ray.model.router.balance import importance_load_loss
 from mhmoe_ray.spec import MoESpec
 

@@ -6,14 +6,14 @@ import torch
 import torchvision.models.detection.roi_heads as roi_heads
 from torch import nn
 
-from mhmoe_ray.data.vision.batches import task_batch
-from mhmoe_ray.data.vision.columns import TaskSamples
+from mhmoe_ray.families.vision.data.batches import task_batch
+from mhmoe_ray.families.vision.data.columns import TaskSamples
+from mhmoe_ray.families.vision.model import Vision, paste_mask
+from mhmoe_ray.families.vision.model.detector import Detector
+from mhmoe_ray.families.vision.model.pyramid import Pyramid
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise, default_generator_from, seeded_generator
-from mhmoe_ray.model.vision import Vision, paste_mask
-from mhmoe_ray.model.vision.detector import Detector
-from mhmoe_ray.model.vision.pyramid import Pyramid
 from tests.visions import VISION, image_objects, task_samples, vision_batch, vision_spec
 
 

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 NODE_MODULES = (
     *("boto3", "jinja2", "pandas", "pyarrow.dataset", "pydantic", "requests", "tensorboardX"),
     *("torch", "torch.distributed.fsdp"),
-    *("mhmoe_ray.checkpoint.load", "mhmoe_ray.checkpoint.save", "mhmoe_ray.model.encoder.model"),
+    *("mhmoe_ray.checkpoint.load", "mhmoe_ray.checkpoint.save", "mhmoe_ray.families.encoder.model.encoder"),
 )
 """Modules without Ray that a node's server imports at its start."""
 JOB_MODULES = ("ray.data", "ray.train")

@@ -15,22 +15,22 @@ import pytest
 import torch
 
 from mhmoe_ray.checkpoint.manifest import checkpoint_name, read_manifest
-from mhmoe_ray.data.encoder.batches import BatchMaker
-from mhmoe_ray.data.encoder.samples import SampleMaker
-from mhmoe_ray.data.images.crops import crop_pixels
 from mhmoe_ray.errors import ServeError
-from mhmoe_ray.evaluate.encoder import EncoderMeter
-from mhmoe_ray.evaluate.retrieval import Candidates
-from mhmoe_ray.families.encoder.serving import caption_command
+from mhmoe_ray.families.encoder.data.batches import BatchMaker
+from mhmoe_ray.families.encoder.data.samples import SampleMaker
+from mhmoe_ray.families.encoder.evaluate.meter import EncoderMeter
+from mhmoe_ray.families.encoder.evaluate.retrieval import Candidates
+from mhmoe_ray.families.encoder.model.captions import write_captions
+from mhmoe_ray.families.encoder.serving.answer import EncoderAnswerer
+from mhmoe_ray.families.encoder.serving.deployment import caption_command
+from mhmoe_ray.families.encoder.serving.engine import EncoderEngine
+from mhmoe_ray.families.encoder.serving.names import evenly_spaced
+from mhmoe_ray.families.encoder.serving.request import MAX_DOCUMENTS
+from mhmoe_ray.families.images.crops import crop_pixels
+from mhmoe_ray.families.images.image_urls import read_image_url
 from mhmoe_ray.model.build import build_model
-from mhmoe_ray.model.encoder.captions import write_captions
 from mhmoe_ray.serving import load
 from mhmoe_ray.serving.api.app import create_app
-from mhmoe_ray.serving.encoder.answer import EncoderAnswerer
-from mhmoe_ray.serving.encoder.engine import EncoderEngine
-from mhmoe_ray.serving.encoder.names import evenly_spaced
-from mhmoe_ray.serving.encoder.request import MAX_DOCUMENTS
-from mhmoe_ray.serving.images import read_image_url
 from mhmoe_ray.serving.load import check_served, load_served
 from mhmoe_ray.spec import KeySpec, ServeSpec
 from tests.data.pictures import encode_image

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from mhmoe_ray.data.images.crops import crop_pixels
+from mhmoe_ray.families.encoder.model.captions import write_captions
+from mhmoe_ray.families.encoder.serving.engine import EncoderEngine
+from mhmoe_ray.families.encoder.serving.request import EncodeRequest
+from mhmoe_ray.families.images.crops import crop_pixels
+from mhmoe_ray.families.images.image_urls import read_image_url
 from mhmoe_ray.model.build import build_model
-from mhmoe_ray.model.encoder.captions import write_captions
-from mhmoe_ray.serving.encoder.engine import EncoderEngine
-from mhmoe_ray.serving.encoder.request import EncodeRequest
 from mhmoe_ray.serving.engine import BusyError, EngineError
-from mhmoe_ray.serving.images import read_image_url
 from mhmoe_ray.spec import ServeSpec
 from tests.served_encoder import SEQ_LEN, URLS, SteppedEngine, endless_model, make_encoder_run
 from tests.serving.asking import answer_inputs

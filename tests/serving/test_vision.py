@@ -24,16 +24,16 @@ from mhmoe_ray.api import connection
 from mhmoe_ray.checkpoint.huggingface.export import export
 from mhmoe_ray.checkpoint.manifest import checkpoint_name, read_manifest
 from mhmoe_ray.cli.app import app as cli_app
-from mhmoe_ray.data.vision.annotations import Annotation, Instance, decode_mask, pack
-from mhmoe_ray.data.vision.samples import task_makers
+from mhmoe_ray.data.images.annotations import Annotation, Instance, decode_mask, pack
 from mhmoe_ray.errors import CheckpointError, ServeError
-from mhmoe_ray.evaluate.vision import VisionMeter
-from mhmoe_ray.families.vision.serving import image_command
+from mhmoe_ray.families.vision.data.samples import task_makers
+from mhmoe_ray.families.vision.evaluate.figures import VisionMeter
+from mhmoe_ray.families.vision.serving.deployment import image_command
+from mhmoe_ray.families.vision.serving.engine import VisionEngine
+from mhmoe_ray.families.vision.serving.request import VisionRequest
 from mhmoe_ray.serving.api.app import create_app
 from mhmoe_ray.serving.engine import BusyError, EngineError
 from mhmoe_ray.serving.load import check_served, load_served
-from mhmoe_ray.serving.vision.engine import VisionEngine
-from mhmoe_ray.serving.vision.request import VisionRequest
 from mhmoe_ray.spec import KeySpec, ServeSpec
 from tests.data.pictures import encode_image
 from tests.served_vision import CLASSES, make_vision_run, random_pixels

@@ -2,8 +2,8 @@
 
 import pytest
 
+from mhmoe_ray.families.vision.adaptive import AdaptiveTopK
 from mhmoe_ray.spec import AdaptiveSpec
-from mhmoe_ray.train.adaptive import AdaptiveTopK
 
 SPEC = {"largest": 4, "interval": 2_000, "patience": 5_000}
 

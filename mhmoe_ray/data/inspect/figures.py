@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from mhmoe_ray.data.images.annotations import Annotation
 from mhmoe_ray.data.sources import Tally
-from mhmoe_ray.data.vision.annotations import Annotation
 
 # An octave (the lengths from n to 2n) is halved four times, which gives 16 bins of a histogram.
 OCTAVE_HALVINGS = 4

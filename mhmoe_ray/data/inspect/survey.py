@@ -20,6 +20,7 @@ import ray.data
 
 from mhmoe_ray.data import domains
 from mhmoe_ray.data.domains import subfolder_of
+from mhmoe_ray.data.images.annotations import require_image_packages, unpack
 from mhmoe_ray.data.images.files import image_size
 from mhmoe_ray.data.inspect.copies import ENTRY_DTYPE, Copies, count_copies, partition_entries, text_hash
 from mhmoe_ray.data.inspect.figures import DomainSurvey, Figures, Finding, TextLocation
@@ -28,7 +29,6 @@ from mhmoe_ray.data.inspect.textrules import any_token_pattern, broken_rules
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.sources import Document, FileReader, RawFile, file_blocks, find_files
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, DocumentEncoder, find_boundaries, read_given_tokenizer, unknown_token
-from mhmoe_ray.data.vision.annotations import require_image_packages, unpack
 from mhmoe_ray.ray_compat import block_bundles
 from mhmoe_ray.spec import DataSpec
 

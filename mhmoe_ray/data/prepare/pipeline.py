@@ -26,6 +26,7 @@ from mhmoe_ray.data.chat.encoder import ConversationEncoder
 from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError, check_template, template_error
 from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.family import data_of
+from mhmoe_ray.data.images.annotations import require_image_packages
 from mhmoe_ray.data.prepare.checks import sparse_parts
 from mhmoe_ray.data.prepare.chunks import (
     CHUNK_CHARACTERS,
@@ -61,7 +62,6 @@ from mhmoe_ray.data.shards.manifest import (
 from mhmoe_ray.data.sources import Tally, file_blocks, find_files
 from mhmoe_ray.data.sources.find import fingerprints
 from mhmoe_ray.data.tokenizer import boundaries, boundary_texts, load_tokenizer, store_given_tokenizer, train_tokenizer
-from mhmoe_ray.data.vision.annotations import require_image_packages
 from mhmoe_ray.errors import DataError, MhmoeError, StorageError
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import describe_file, write_json

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel
 
+from mhmoe_ray.data.images.annotations import unpack
 from mhmoe_ray.data.prepare.chunks import Chunk
 from mhmoe_ray.data.prepare.packing import ShardResult
 from mhmoe_ray.data.prepare.validation import ValidationSplit, is_validation, select_rows
@@ -34,7 +35,6 @@ from mhmoe_ray.data.shards.rows import (
     tokens_of,
     write_row_shard,
 )
-from mhmoe_ray.data.vision.annotations import unpack
 
 SHARD_PARTS = 10_000
 """Largest number of parts of a shard. All of them are memory-mapped when the shard is written, and Linux allows a

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from mhmoe_ray.data.images.annotations import Annotation, Instance, pack
 from mhmoe_ray.data.sources.compression import decompress
 from mhmoe_ray.data.sources.items import BadLine, DamageError, Document, Fault, RawFile, ReadSettings, Reason, Tally
 from mhmoe_ray.data.sources.masks import ObjectError, encode_mask, is_number
 from mhmoe_ray.data.sources.pictures import check_image, decode_checked_image, picture_document
 from mhmoe_ray.data.sources.records import json_type, text_problem
 from mhmoe_ray.data.sources.storage import Storage, short_message
-from mhmoe_ray.data.vision.annotations import Annotation, Instance, pack
 from mhmoe_ray.spec import SourceSpec
 from mhmoe_ray.spec.formats import Column
 

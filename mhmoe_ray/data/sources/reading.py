@@ -20,10 +20,10 @@ from typing import Protocol
 
 from mhmoe_ray.data.chat.template import ChatTemplate, check_template
 from mhmoe_ray.data.domains import source_of
+from mhmoe_ray.data.images.annotations import require_image_packages
 from mhmoe_ray.data.sources.chat import read_chat
 from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, ReadSettings, Tally
 from mhmoe_ray.data.sources.storage import Storage
-from mhmoe_ray.data.vision.annotations import require_image_packages
 from mhmoe_ray.spec import DataSpec, SourceSpec
 from mhmoe_ray.spec.formats import FORMATS
 

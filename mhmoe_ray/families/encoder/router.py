@@ -1,8 +1,26 @@
 """Routers of encoders."""
 
+from collections.abc import Sequence
+
 from mhmoe_ray.model.moe import build_plain_router
-from mhmoe_ray.model.router import ModalityRouter, Router
+from mhmoe_ray.model.router import Router
+from mhmoe_ray.model.router.base import Scores
+from mhmoe_ray.model.router.groups import SplitScores
+from mhmoe_ray.model.router.table import build_scores
 from mhmoe_ray.spec import ModelSpec
+
+
+class ModalityRouter(Router):
+    """Router of one layer that computes the logits of patches and those of tokens by different weights.
+
+    The rows of both go through the rest together: the choice of experts, their capacity, and the load balancing loss.
+    """
+
+    def _build_scores(self, width: int) -> None:
+        self.image, self.text = build_scores(width, self.moe), build_scores(width, self.moe)
+
+    def _scores_of(self, group_rows: Sequence[int]) -> Scores:
+        return SplitScores([self.image, self.text], group_rows)
 
 
 def build_router(spec: ModelSpec) -> Router:

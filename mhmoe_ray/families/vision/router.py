@@ -1,11 +1,87 @@
-"""Routers of vision models."""
+"""Routers of vision models, which may have weights for each task (AdaMV-MoE, ICCV 2023)."""
 
-from mhmoe_ray.model.router import Router, TaskRouter
-from mhmoe_ray.spec import ModelSpec
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from mhmoe_ray.model.router import Router
+from mhmoe_ray.model.router.balance import RoutedLogits
+from mhmoe_ray.model.router.base import BaseScores, Scores
+from mhmoe_ray.model.router.groups import SplitScores
+from mhmoe_ray.model.router.table import build_scores
+from mhmoe_ray.model.router.top_k import TopK
+from mhmoe_ray.spec import ModelSpec, MoESpec
+from mhmoe_ray.spec.vision import module_key
+
+
+class TaskRouter(Router):
+    """Router of one layer of a vision model. Each task may have its own weights and its own number of experts per row.
+
+    The expert capacity is for the rows of all tasks together. If tasks have their own weights, the load balancing loss
+    is the sum of one loss for each task. Otherwise it is one loss for all rows. If the tasks then choose different
+    numbers of experts, it is the mean of the tasks' losses, weighted by their numbers of rows.
+    """
+
+    def __init__(self, width: int, moe: MoESpec, tasks: Sequence[str], *, is_shared: bool) -> None:
+        """Create the router with uninitialized parameters.
+
+        Args:
+            width: width of a row.
+            moe: spec of the layer.
+            tasks: names of the tasks, in the order in which their rows lie.
+            is_shared: whether all tasks use the same weights of the router.
+        """
+        # The constructor of the base class calls `_build_scores`, which needs these attributes.
+        self._tasks, self._is_shared = tuple(tasks), is_shared
+        super().__init__(width, moe)
+        self.top_k = [moe.top_k for _ in tasks]
+        """Number of experts that a row of each task chooses."""
+
+    def _build_scores(self, width: int) -> None:
+        if self._is_shared:
+            super()._build_scores(width)
+        else:
+            self.tasks = nn.ModuleDict({module_key(name): build_scores(width, self.moe) for name in self._tasks})
+
+    def _scores_of(self, group_rows: Sequence[int]) -> Scores:
+        if self._is_shared:
+            return self.scores
+        return SplitScores(cast("list[BaseScores]", [*self.tasks.values()]), group_rows)
+
+    def _is_plain(self, generator: torch.Generator | None) -> bool:
+        # The fused kernel computes one load balancing loss over all rows, not one for each task.
+        return self._is_shared and super()._is_plain(generator)
+
+    def _top_k_of(self, group_rows: Sequence[int], device: torch.device) -> TopK:
+        if len(set(self.top_k)) == 1:
+            return TopK(self.top_k[0])
+        count_N = torch.tensor(self.top_k, device=device).repeat_interleave(torch.tensor(group_rows, device=device))
+        return TopK(max(self.top_k), count_N)
+
+    def _capacity(self, group_rows: Sequence[int], rows: int) -> int | None:
+        capacities = [self.moe.expert_capacity(n, k) for n, k in zip(group_rows, self.top_k, strict=True)]
+        return None if self.moe.capacity_factor is None else sum(filter(None, capacities))
+
+    def _balance_loss(self, routed: RoutedLogits, sequences: int, group_rows: Sequence[int]) -> Tensor:
+        if self._is_shared and len(set(self.top_k)) == 1:
+            return super()._balance_loss(routed, sequences, group_rows)
+        ends = accumulate(group_rows, initial=0)
+        losses = [
+            super(TaskRouter, self)._balance_loss(routed.slice(start, stop, k), sequences, ())
+            for (start, stop), k in zip(pairwise(ends), self.top_k, strict=True)
+            if stop > start
+        ]
+        if self._is_shared:
+            # A shared router has one loss: the mean of the tasks' losses, weighted by their numbers of rows.
+            losses = [loss * n / sum(group_rows) for loss, n in zip(losses, filter(None, group_rows), strict=True)]
+        return torch.stack(losses).sum()
 
 
 def build_router(spec: ModelSpec) -> Router:
-    """Return the router of one layer, which may have weights for each task."""
+    """Return the router of one layer."""
     assert spec.vision is not None
     assert spec.moe is not None
     return TaskRouter(spec.row_width, spec.moe, list(spec.vision.tasks), is_shared=spec.vision.routers == "shared")

@@ -5,13 +5,12 @@ scores.py   the modules that compute logits over the experts
 table.py    the table of the modules in scores.py, by the name of the router
 top_k.py    the choice of experts by their logits, gates, and expert capacity
 balance.py  load balancing losses, the selection bias, and the router z-loss
-groups.py   routers with separate weights for each modality or each task
+groups.py   logits of rows in groups with separate weights
 domain.py   the router that sends a sequence to the expert of its domain
 """
 
 from mhmoe_ray.model.router.balance import route_counts, updated_bias
 from mhmoe_ray.model.router.domain import DomainRouter
-from mhmoe_ray.model.router.groups import ModalityRouter, TaskRouter
 from mhmoe_ray.model.router.scores import LinearScores
 from mhmoe_ray.model.router.table import SCORES_BY_ROUTER
 from mhmoe_ray.model.router.top_k import Router, Routing
@@ -20,10 +19,8 @@ __all__ = [
     "SCORES_BY_ROUTER",
     "DomainRouter",
     "LinearScores",
-    "ModalityRouter",
     "Router",
     "Routing",
-    "TaskRouter",
     "route_counts",
     "updated_bias",
 ]

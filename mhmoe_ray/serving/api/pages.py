@@ -16,17 +16,17 @@ PAGE_TOKENS = 64
 """Maximum number of tokens of an answer that a decoder's page proposes; the server's limit if that is less."""
 
 
-def page_router(file: str, spec: ServeSpec) -> APIRouter:
-    """Return a router with the route GET /, which answers with the web page in a file of this package.
+def page_router(package: str, spec: ServeSpec) -> APIRouter:
+    """Return a router with the route GET /, which answers with the web page in the file page.html of a package.
 
     Args:
-        file: name of the file.
+        package: name of the package.
         spec: limits of the server, which the page respects.
     """
     routes = APIRouter()
-    text = _read(file).replace("PAGE_TOKENS", str(min(PAGE_TOKENS, spec.max_tokens)))
+    text = _read(package, "page.html").replace("PAGE_TOKENS", str(min(PAGE_TOKENS, spec.max_tokens)))
     for line, shared_file in SHARED_FILES.items():
-        text = text.replace(line, _read(shared_file))
+        text = text.replace(line, _read(__package__, shared_file))
     headers = {"Content-Security-Policy": _content_security_policy(text), "X-Content-Type-Options": "nosniff"}
 
     @routes.get("/", include_in_schema=False)
@@ -36,8 +36,8 @@ def page_router(file: str, spec: ServeSpec) -> APIRouter:
     return routes
 
 
-def _read(file: str) -> str:
-    return files(__package__).joinpath(file).read_text("utf-8")
+def _read(package: str, file: str) -> str:
+    return files(package).joinpath(file).read_text("utf-8")
 
 
 def _content_security_policy(page: str) -> str:

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from mhmoe_ray.checkpoint.huggingface.compare import open_model
-from mhmoe_ray.checkpoint.load import load_verified_encoder
 from mhmoe_ray.checkpoint.manifest import checkpoint_name, stored_manifest
 from mhmoe_ray.checkpoint.start.resolve import load_spec
 from mhmoe_ray.checkpoint.start.source import find_start_model
 from mhmoe_ray.checkpoint.start.write import write_start_checkpoint
 from mhmoe_ray.errors import CheckpointError, SpecError
+from mhmoe_ray.families.encoder.checkpoint import load_verified_encoder
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs.directory import create_run

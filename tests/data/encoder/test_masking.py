@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mhmoe_ray.data.draws import Draws
-from mhmoe_ray.data.encoder.masking import block_mask, masked_count, text_mask
+from mhmoe_ray.families.encoder.data.masking import block_mask, masked_count, text_mask
 
 
 @given(rows=st.integers(1, 30), columns=st.integers(1, 30), share=st.floats(0, 1), seed=st.integers(0, 99))

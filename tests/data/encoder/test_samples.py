@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from mhmoe_ray.data.encoder.samples import SampleMaker, encoder_validation_samples
-from mhmoe_ray.data.images.crops import read_crop
 from mhmoe_ray.data.shards.manifest import DataManifest, Domain
 from mhmoe_ray.data.shards.rows import row_batch, write_row_shard
+from mhmoe_ray.families.encoder.data.samples import SampleMaker, encoder_validation_samples
+from mhmoe_ray.families.images.crops import read_crop
 from tests.data.pictures import make_pictures
 from tests.encoders import PADDING, encoder_spec
 
@@ -38,7 +38,7 @@ def test_held_out_samples_are_decoded_micro_batch_by_micro_batch(prepared, monke
     spec, manifest, _, images = prepared
     decoded_images = []
     monkeypatch.setattr(
-        "mhmoe_ray.data.encoder.samples.read_crop",
+        "mhmoe_ray.families.encoder.data.samples.read_crop",
         lambda content, *arguments: decoded_images.append(content) or read_crop(content, *arguments),
     )
     samples = encoder_validation_samples(spec, manifest)

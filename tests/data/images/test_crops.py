@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mhmoe_ray.data.images.crops import Crop, centre_crop, random_crop, read_crop
+from mhmoe_ray.families.images.crops import Crop, centre_crop, random_crop, read_crop
 from mhmoe_ray.spec import ImageSpec
 
 

@@ -1,10 +1,10 @@
 """Tests that the name of a part, the file of a tokenised chunk, depends on the annotations of its images."""
 
+from mhmoe_ray.data.images.annotations import Annotation, Instance, pack
 from mhmoe_ray.data.prepare.chunks import Chunk
 from mhmoe_ray.data.prepare.tokenise import TokenisedChunk, tokenise_chunk
 from mhmoe_ray.data.sources import Tally
 from mhmoe_ray.data.tokenizer.train import train_bpe
-from mhmoe_ray.data.vision.annotations import Annotation, Instance, pack
 
 NAME_WITHOUT_ANNOTATIONS = "0da6bc7b325fcdbc3cbba3ac98ededb8c0b008bd"
 """Name of the part of `CHUNK`. It must not change, because parts that earlier versions have written are reused."""

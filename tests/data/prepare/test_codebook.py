@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from mhmoe_ray.data.encoder.batches import BatchMaker
-from mhmoe_ray.data.encoder.samples import SampleMaker
-from mhmoe_ray.data.prepare.codebook import k_means, sample_patches
 from mhmoe_ray.data.shards.rows import RowReader, row_batch, write_row_shard
+from mhmoe_ray.families.encoder.data.batches import BatchMaker
+from mhmoe_ray.families.encoder.data.codebook import k_means, sample_patches
+from mhmoe_ray.families.encoder.data.samples import SampleMaker
 from tests.data.pictures import make_pictures
 from tests.encoders import encoder_spec
 

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from mhmoe_ray.data.encoder.batches import normalized_patches
-from mhmoe_ray.data.images.crops import read_crop
 from mhmoe_ray.data.prepare.job import PrepareRequest
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.shards.columns import padding_token
@@ -21,7 +19,9 @@ from mhmoe_ray.data.shards.rows import RowReader
 from mhmoe_ray.data.sources.pictures import image_hash
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.model.patches import image_patches
+from mhmoe_ray.families.encoder.data.batches import normalized_patches
+from mhmoe_ray.families.images.crops import read_crop
+from mhmoe_ray.families.images.patches import image_patches
 from mhmoe_ray.spec import RunSpec, dump_spec
 from mhmoe_ray.storage import describe_file
 from tests.data.pictures import (

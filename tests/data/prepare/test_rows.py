@@ -11,7 +11,7 @@ from mhmoe_ray.data.prepare.validation import select_rows
 from mhmoe_ray.data.shards.manifest import Domain, recipe
 from mhmoe_ray.data.shards.rows import RowReader, file_content, row_batch
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.families.encoder.data import check_rows_not_empty
+from mhmoe_ray.families.encoder.data.rows import check_rows_not_empty
 from tests.encoders import ENCODER, encoder_spec
 
 

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from mhmoe_ray.data.images.annotations import Annotation, Instance, pack
 from mhmoe_ray.data.images.files import decode_image
 from mhmoe_ray.data.shards.manifest import DataManifest, Domain
 from mhmoe_ray.data.shards.rows import row_batch, write_row_shard
-from mhmoe_ray.data.vision.annotations import Annotation, Instance, pack
-from mhmoe_ray.data.vision.samples import held_out_images, vision_validation_samples
+from mhmoe_ray.families.vision.data.samples import held_out_images, vision_validation_samples
 from tests.data.pictures import make_pictures
 from tests.visions import vision_spec
 
@@ -46,7 +46,7 @@ def test_held_out_images_are_those_of_the_sources_of_a_task(prepared):
 def test_held_out_samples_are_decoded_micro_batch_by_micro_batch(prepared, monkeypatch):
     decoded_images = []
     monkeypatch.setattr(
-        "mhmoe_ray.data.vision.samples.decode_image",
+        "mhmoe_ray.families.vision.data.samples.decode_image",
         lambda content: decoded_images.append(content) or decode_image(content),
     )
     samples = vision_validation_samples(*prepared)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mhmoe_ray.data.images.annotations import Annotation, Instance, pack
 from mhmoe_ray.data.images.files import decode_image, image_size
-from mhmoe_ray.data.vision.annotations import Annotation, Instance, pack
-from mhmoe_ray.data.vision.fit import Fit, fit_pixels
-from mhmoe_ray.data.vision.samples import TaskSampleMaker
+from mhmoe_ray.families.vision.data.fit import Fit, fit_pixels
+from mhmoe_ray.families.vision.data.samples import TaskSampleMaker
 from tests.data.pictures import encode_image
 from tests.visions import vision_spec
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mhmoe_ray.data.encoder.batches import BatchMaker, normalized_patches
-from mhmoe_ray.data.shards.columns import EncoderSamples
+from mhmoe_ray.families.encoder.data.batches import BatchMaker, normalized_patches
+from mhmoe_ray.families.encoder.data.columns import EncoderSamples
+from mhmoe_ray.families.encoder.objective import encoder_digest
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
-from mhmoe_ray.train.objectives.masked import encoder_digest
 from tests.encoders import ENCODER, SMEAR, encoder_spec, micro_batch_samples, part_samples
 from tests.ranks import run_ranks
 from tests.train.jobs import build_trainer, full_gradients, full_tensors

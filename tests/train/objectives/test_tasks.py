@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mhmoe_ray.data.vision.columns import samples_in_row, stream_columns
+from mhmoe_ray.families.vision.data.columns import samples_in_row, stream_columns
 from tests.ranks import run_ranks
 from tests.train.jobs import build_trainer, full_gradients, full_tensors
 from tests.visions import micro_batch_samples, task_samples, vision_spec

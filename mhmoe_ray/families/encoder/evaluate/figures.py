@@ -1,0 +1,166 @@
+"""Evaluation of an encoder: losses, routes and the value of images; retrieval, captions and classes with baselines."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest
+from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
+from mhmoe_ray.data.shards.manifest import require_data_manifest, require_matching_data
+from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries
+from mhmoe_ray.evaluate.context import EvaluationAnswer, EvaluationContext
+from mhmoe_ray.evaluate.request import RoutingCounts
+from mhmoe_ray.evaluate.score import CaptionFigures, ClassScore, EncoderFigures, EncoderLossScore
+from mhmoe_ray.families.encoder.checkpoint import load_verified_encoder
+from mhmoe_ray.families.encoder.data.rows import read_codebook
+from mhmoe_ray.families.encoder.data.samples import Pairs, encoder_validation_samples, held_out_pairs
+from mhmoe_ray.families.encoder.evaluate.captions import score_captions
+from mhmoe_ray.families.encoder.evaluate.meter import EncoderMeter, raw_pairs
+from mhmoe_ray.families.encoder.evaluate.probe import classify
+from mhmoe_ray.families.encoder.evaluate.retrieval import Candidates, nearest_scores, retrieval_figures
+from mhmoe_ray.families.images.nearest import NearestImages, training_manifest, training_readers
+from mhmoe_ray.spec import RunSpec
+
+EXAMPLES = 8
+"""Number of written captions that the result of an evaluation keeps as examples."""
+
+
+class Baseline(NamedTuple):
+    """Baseline of retrieval and captions: the pairs of image and caption that the model was trained on.
+
+    In place of a model's answer, the baseline has the caption of the training image that is nearest in pixels.
+    """
+
+    tokens: np.ndarray
+    """Stored tokens of the captions of all training samples, (samples, T)."""
+    neighbours: NearestImages
+
+
+def encoder_figures(context: EvaluationContext) -> EvaluationAnswer:
+    """Evaluate an encoder on the data that a request names; return its results and counts of routes.
+
+    Routes are counted separately for images and texts.
+
+    Raises:
+        DataError: the images cannot be read, or the data is not what the run was trained on.
+    """
+    request, run, checkpoint, manifest, print_line, on_progress = context
+    model, spec = load_verified_encoder(checkpoint, manifest), run.spec()
+    if request.gpus:
+        model.to("cuda")
+    codebook = data = None
+    if not request.text:
+        assert request.prepared is not None
+        require_matching_data(manifest.data_sha256, Path(request.prepared), "or evaluate other pictures")
+        data = require_data_manifest(Path(request.prepared))
+        # Only the losses of held-out images need the codebook.
+        codebook = read_codebook(spec.data.prepared, data)
+    meter = EncoderMeter(model, spec, codebook, use_bfloat16=request.half, on_progress=on_progress)
+    tokenizer = load_run_tokenizer(checkpoint, manifest)
+    losses: dict[str, EncoderLossScore] = {}
+    if data is not None:
+        losses = meter.losses(encoder_validation_samples(spec, data))
+        pairs = held_out_pairs(spec, data)
+    else:
+        assert request.text is not None
+        pairs = raw_pairs(request.text, DocumentEncoder(tokenizer), spec, request.samples)
+    if request.probe is not None:
+        probe_pairs = list(raw_pairs(request.probe, DocumentEncoder(tokenizer), spec, request.samples))
+        classes = {p.domain: _class_score(p, probe_pairs, meter) for p in pairs}
+        return {"encoder": EncoderFigures(losses={}, image_values={}, classes=classes)}
+    hides_text = any(part.traits.hides and "text" in part.columns for part in spec.parts)
+    writes_captions = any(part.traits.writes for part in spec.parts)
+    baseline = _read_baseline(spec, manifest, print_line) if model.match is not None or writes_captions else None
+    training_images = baseline.neighbours.image_count if baseline else None
+    figures = EncoderFigures(losses=losses, image_values={}, training_images=training_images)
+    routing = dict[str, RoutingCounts]()
+    for domain_pairs in pairs:
+        domain = domain_pairs.domain
+        routing |= meter.count_routes(domain_pairs)
+        if hides_text and (value := meter.image_value(domain_pairs)):
+            figures.image_values[domain] = value
+        if model.match is not None:
+            scorer = (
+                partial(nearest_scores, neighbours=baseline.neighbours, training_tokens=baseline.tokens)
+                if baseline
+                else None
+            )
+            figures.retrieval[domain] = retrieval_figures(
+                domain_pairs.images, domain_pairs.tokens, domain_pairs.languages, meter.similarities, scorer
+            )
+        if writes_captions:
+            figures.captions[domain] = _caption_figures(domain_pairs, meter, tokenizer, baseline)
+    return {"encoder": figures, "routing": routing}
+
+
+def _read_baseline(
+    spec: RunSpec, checkpoint_manifest: CheckpointManifest, print_line: Callable[[str], None]
+) -> Baseline | None:
+    """Return the training images and captions of a run, as the baseline of retrieval and captions.
+
+    It is None if the data of the training is gone, or was replaced by other data.
+    """
+    manifest = training_manifest(spec, checkpoint_manifest.data_sha256, print_line)
+    if manifest is None:
+        return None
+    pair_sources = [name for name, source in spec.data.sources.items() if len(source.sample_columns) > 1]
+    readers = training_readers(spec, manifest, pair_sources)
+    tokens = np.concatenate([reader.read_tokens(np.arange(len(reader))) for reader in readers])
+    return Baseline(tokens, NearestImages.of_training(readers))
+
+
+def _class_score(pairs: Pairs, probe_pairs: Sequence[Pairs], meter: EncoderMeter) -> ClassScore:
+    """Return the accuracy of a linear probe that classifies images; the captions of images are their classes.
+
+    Args:
+        pairs: the images to classify, with their classes.
+        probe_pairs: the images that the probe is trained on, with their classes, by domain.
+        meter: meter that computes the features of images.
+    """
+    training_images = [image for domain_pairs in probe_pairs for image in domain_pairs.images]
+    return classify(
+        meter.features(training_images),
+        training_images,
+        [row.tobytes() for domain_pairs in probe_pairs for row in domain_pairs.tokens],
+        meter.features(pairs.images),
+        pairs.images,
+        [row.tobytes() for row in pairs.tokens],
+    )
+
+
+def _caption_figures(
+    pairs: Pairs, meter: EncoderMeter, tokenizer: Tokenizer, baseline: Baseline | None
+) -> CaptionFigures:
+    """Return the scores of the captions that a model and its baseline give the different images of a domain.
+
+    Args:
+        pairs: the images with their right captions.
+        meter: meter of the model that writes captions.
+        tokenizer: the run's tokenizer.
+        baseline: training images and captions; None to leave the baseline out.
+    """
+    candidates = Candidates.of_pairs(pairs.images, pairs.tokens)
+    start_token = boundaries(tokenizer).start
+
+    def to_texts(rows: Sequence[Sequence[int]] | np.ndarray) -> list[str]:
+        # The start token and padding, whose id is above those of all tokens, are not part of a caption's text.
+        texts: list[str] = tokenizer.decode_batch(
+            [[token for token in row if token != start_token and token < meter.padding] for row in rows]
+        )
+        return [text.strip() for text in texts]
+
+    caption_texts = to_texts(candidates.captions.tolist())
+    references = [[caption_texts[number] for number in np.flatnonzero(row)] for row in candidates.fits]
+    captions = to_texts(meter.captions(candidates.images, start_token))
+    baseline_score = None
+    if baseline is not None:
+        nearest_tokens = baseline.tokens[baseline.neighbours.nearest_samples(candidates.images)]
+        baseline_score = score_captions(to_texts(nearest_tokens.tolist()), references)
+    examples = [(group[0], caption) for group, caption in zip(references, captions, strict=True)]
+    return CaptionFigures(
+        model=score_captions(captions, references), baseline=baseline_score, examples=examples[:EXAMPLES]
+    )

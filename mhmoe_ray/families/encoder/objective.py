@@ -1,0 +1,69 @@
+"""The objectives of encoders: hidden patches and tokens are predicted, and images are matched with their texts.
+
+Each part of a micro-batch (an objective with its data) becomes a group of the encoder's batch. It has a loss for its
+patches, a loss for its tokens, both, or a loss for matching its pairs. The pairs of a contrastive part are compared
+within a micro-batch, so their loss does not depend on the number of ranks.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mhmoe_ray.families.encoder.data.batches import BatchMaker, PartSamples, evaluated_samples
+from mhmoe_ray.families.encoder.data.columns import EncoderSamples
+from mhmoe_ray.families.encoder.model import EncoderBatch
+from mhmoe_ray.families.images.part_objective import PartObjective
+from mhmoe_ray.model.trunk import Trunk
+from mhmoe_ray.spec import MicroBatchPart, RunSpec
+from mhmoe_ray.train.objectives.base import Environment
+from mhmoe_ray.train.objectives.next_token import DIGEST_BYTES
+
+if TYPE_CHECKING:
+    from mhmoe_ray.data.shards.manifest import DataManifest
+    from mhmoe_ray.runs.directory import RunDir
+
+
+def encoder_digest(samples: EncoderSamples) -> int:
+    """Return the digest of an encoder's micro-batch, over its image crops, its tokens, and the masks of both."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for column in samples:
+        digest.update(np.ascontiguousarray(column).tobytes())
+    return int.from_bytes(digest.digest(), "little")
+
+
+class Masked(PartObjective[EncoderBatch]):
+    """Objective of encoders, whose micro-batches have parts with masked, contrastive or captioning losses."""
+
+    def __init__(self, environment: Environment, model: Trunk, inputs: np.ndarray | None = None) -> None:
+        """Create the objective; `inputs` is the codebook, if the encoder has `image_targets: codebook`."""
+        super().__init__(environment, model)
+        self._batch_maker = BatchMaker(self.spec.model, self.device, inputs)
+
+    @staticmethod
+    def load_inputs(run: "RunDir", spec: RunSpec, manifest: "DataManifest") -> np.ndarray | None:
+        """Return the codebook of image patches, float32 (entries, values); None without one."""
+        from mhmoe_ray.families.encoder.data.rows import read_codebook
+
+        return read_codebook(spec.data.prepared, manifest)
+
+    def receive(self, rows: Mapping[str, np.ndarray]) -> tuple[int, EncoderBatch]:
+        # The stream's columns may be in read-only memory, which torch does not support, so they are copied.
+        samples = EncoderSamples(*(np.array(rows[name][0]) for name in EncoderSamples._fields))
+        return encoder_digest(samples), self._batch_maker.make(self.spec.parts, samples)
+
+    def target_counts(self, batch: EncoderBatch) -> list[int]:
+        return [count for group in batch.groups for count in group.target_counts]
+
+    def evaluated_samples(self, part: MicroBatchPart, samples: PartSamples) -> int:
+        return evaluated_samples(part, samples)
+
+    def part_batch(self, part: MicroBatchPart, samples: PartSamples, start: int, stop: int) -> EncoderBatch:
+        return self._batch_maker.make([part._replace(samples=stop - start)], samples.rows(part, start, stop))
+
+    def load_validation(self, manifest: "DataManifest") -> Mapping[str, PartSamples]:
+        # The import is here, because the rest of the module needs neither Ray nor the code that prepares data.
+        from mhmoe_ray.families.encoder.data.samples import encoder_validation_samples
+
+        return encoder_validation_samples(self.spec, manifest)

@@ -1,0 +1,189 @@
+"""Nearest training images in pixels: the baseline of retrieval, captions and classes of images.
+
+An image is shrunk to 16 x 16 pixels, and each of its values is standardized over the training images. The distance of
+two images is the Euclidean one.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+
+from mhmoe_ray.data.domains import source_of
+from mhmoe_ray.data.shards.manifest import DataManifest, data_digest, read_data_manifest
+from mhmoe_ray.data.shards.rows import IMAGE, RowReader
+from mhmoe_ray.families.images.crops import read_crop
+from mhmoe_ray.spec import RunSpec
+
+SIZE = 16
+"""Height and width in pixels to which images are shrunk before they are compared."""
+BLOCK_IMAGES = 256
+"""Number of images whose distances are computed at a time."""
+MAX_IMAGES = 20_000
+"""Largest number of training images that are compared, because each of them must be decoded.
+
+If there are more, an evenly spaced selection is compared.
+"""
+BLOCK_SCORES = 1 << 24
+"""Approximate number of scores, each of an image and a labelled training image, that are in memory at a time."""
+
+
+def training_manifest(spec: RunSpec, data_sha256: str | None, print_line: Callable[[str], None]) -> DataManifest | None:
+    """Return the manifest of the data that a run was trained on; None if the data is gone, or was replaced.
+
+    Args:
+        spec: spec of the run.
+        data_sha256: hash of the data, from the manifest of the run's checkpoint.
+        print_line: a function that prints a line about missing data.
+    """
+    manifest = read_data_manifest(spec.data.prepared)
+    if manifest is None or data_digest(spec.data.prepared) != data_sha256:
+        print_line(f"no nearest neighbours: the training's data is not in {spec.data.prepared}")
+        return None
+    return manifest
+
+
+def training_readers(spec: RunSpec, manifest: DataManifest, sources: Iterable[str]) -> list[RowReader]:
+    """Return readers of the training samples of some sources, one reader for each domain with samples.
+
+    Args:
+        spec: spec of the run.
+        manifest: manifest of the run's prepared data.
+        sources: names of the sources.
+    """
+    names = set(sources)
+    return [
+        RowReader(spec.data.prepared, domain.shards, manifest.token_bytes)
+        for name, domain in manifest.domains.items()
+        if source_of(name) in names and domain.samples
+    ]
+
+
+class NearestImages:
+    """Training images, and the search for the nearest of them to other images.
+
+    Attributes:
+        image_count: number of different training images that are compared.
+    """
+
+    def __init__(self, training_images: Iterable[bytes], image_of: np.ndarray | None = None) -> None:
+        """Decode the training images; an image that occurs several times is decoded once.
+
+        Args:
+            training_images: image files, at least one.
+            image_of: for each training sample the number of its image, or a number below 0 if its image is not
+                compared; by default each sample has the image at its own position.
+        """
+        # Only the shrunken image is kept, since all image files together may be larger than the memory.
+        numbers, pixels, number_of = dict[bytes, int](), list[np.ndarray](), list[int]()
+        for image in training_images:
+            number = numbers.setdefault(_digest(image), len(numbers))
+            if number == len(pixels):
+                pixels.append(read_crop(image, SIZE).ravel())
+            number_of.append(number)
+        self.image_count = len(pixels)
+        self._image_of = np.array(number_of, np.int64)
+        if image_of is not None:
+            self._image_of = np.where(image_of < 0, -1, self._image_of[image_of])
+        pixel_NV = _values(pixels)
+        self._mean_V = pixel_NV.mean(0)
+        # A pixel that is the same in all images has deviation 0, so the lower bound avoids a division by 0.
+        self._scale_V = 1 / np.maximum(pixel_NV.std(0), 1e-6)
+        self._training_NV = self._standardize(pixel_NV)
+
+    @staticmethod
+    def of_training(readers: Sequence[RowReader]) -> "NearestImages":
+        """Create the search among the images of training samples, or among `MAX_IMAGES` of them.
+
+        Args:
+            readers: readers of the samples; samples are numbered in the order of the readers.
+        """
+        ends, image_numbers = np.cumsum([0, *map(len, readers)]), list[np.ndarray]()
+        image_count = 0
+        for reader in readers:
+            numbers, reader_images = reader.image_numbers()
+            image_numbers.append(image_count + numbers)
+            image_count += reader_images
+        image_of_sample = np.concatenate(image_numbers)
+        first_samples = np.sort(np.unique(image_of_sample, return_index=True)[1])
+        # The selected images are spread evenly from the first to the last. Their rounded numbers differ, because
+        # `count` is at most the number of images.
+        count = min(MAX_IMAGES, len(first_samples))
+        samples = first_samples[np.linspace(0, len(first_samples) - 1, count).round().astype(np.int64)]
+        number_of_image = np.full(image_count, -1)
+        number_of_image[image_of_sample[samples]] = np.arange(count)
+        reader_of = np.searchsorted(ends, samples, side="right") - 1
+        images = (
+            readers[reader].read_values(IMAGE, np.array([sample - ends[reader]]))[0]
+            for reader, sample in zip(reader_of, samples, strict=True)
+        )
+        return NearestImages(images, number_of_image[image_of_sample])
+
+    def _standardize(self, pixel_NV: np.ndarray) -> np.ndarray:
+        standardized_NV: np.ndarray = (pixel_NV - self._mean_V) * self._scale_V
+        return standardized_NV
+
+    def scores(self, images: Sequence[bytes], labels: np.ndarray, label_count: int) -> np.ndarray:
+        """Return the score of each label for each image, (images, labels) float32.
+
+        The score is minus the squared distance to the nearest training image with that label. It is minus infinity for
+        a label that no training image has.
+
+        Args:
+            images: image files.
+            labels: label of each training sample; a number below 0 means that it has none.
+            label_count: number of labels, which are numbered from 0.
+        """
+        is_labelled = (labels >= 0) & (self._image_of >= 0)
+        # Each pair of an image and a label counts once, in the order of the labels.
+        pairs = np.unique(np.stack([labels[is_labelled], self._image_of[is_labelled]], 1), axis=0)
+        scores = np.full((len(images), label_count), -np.inf, np.float32)
+        if not len(pairs):
+            return scores
+        present_labels, first_pairs = np.unique(pairs[:, 0], return_index=True)
+        rows = max(1, BLOCK_SCORES // len(pairs))
+        for start, score_BN in self._blocks(images):
+            for row in range(0, len(score_BN), rows):
+                score_BP = score_BN[row : row + rows, pairs[:, 1]]
+                best_BL = np.maximum.reduceat(score_BP, first_pairs, axis=1)
+                scores[start + row : start + row + len(score_BP), present_labels] = best_BL
+        return scores
+
+    def nearest_samples(self, images: Sequence[bytes]) -> list[int]:
+        """Return for each image the number of the first training sample that has the nearest image."""
+        compared_samples = np.flatnonzero(self._image_of >= 0)
+        first_samples = compared_samples[np.unique(self._image_of[compared_samples], return_index=True)[1]]
+        nearest_numbers = np.concatenate([score_BN.argmax(1) for _, score_BN in self._blocks(images)])
+        return [int(sample) for sample in first_samples[nearest_numbers]]
+
+    def _blocks(self, images: Sequence[bytes]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield minus the squared distances of images to the training images, in blocks of `BLOCK_IMAGES` images.
+
+        Each block is a pair: the number of its first image, and an array, (images of the block, training images).
+        """
+        training_norm_N = np.square(self._training_NV).sum(1)
+        for start in range(0, len(images), BLOCK_IMAGES):
+            pixels = [read_crop(image, SIZE).ravel() for image in images[start : start + BLOCK_IMAGES]]
+            query_BV = self._standardize(_values(pixels))
+            norm_B1 = np.square(query_BV).sum(1, keepdims=True)
+            yield start, 2 * query_BV @ self._training_NV.T - norm_B1 - training_norm_N
+
+
+def distinct_images(images: Iterable[bytes]) -> tuple[list[bytes], np.ndarray]:
+    """Return the different images, in the order of first occurrence, and the number of each image among these."""
+    numbers, distinct, image_of = dict[bytes, int](), list[bytes](), list[int]()
+    for image in images:
+        number = numbers.setdefault(_digest(image), len(numbers))
+        if number == len(distinct):
+            distinct.append(image)
+        image_of.append(number)
+    return distinct, np.array(image_of, np.int64)
+
+
+def _digest(image: bytes) -> bytes:
+    return hashlib.blake2b(image, digest_size=16).digest()
+
+
+def _values(pixels: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the pixel values of images, scaled to 0 to 1, (images, values) float32."""
+    return np.stack(pixels).astype(np.float32) / 255

@@ -1,0 +1,18 @@
+"""Vision models from checkpoints."""
+
+from mhmoe_ray.checkpoint.load import load_for_inference
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest
+from mhmoe_ray.families.vision.model import Vision
+from mhmoe_ray.storage import Location
+
+
+def load_verified_vision(checkpoint: Location, manifest: CheckpointManifest) -> Vision:
+    """Load the vision model of a checkpoint for inference, and set how many experts each task's router chooses.
+
+    The manifest has these numbers if training adapted them. Otherwise the model keeps those of its spec. The caller has
+    verified the files with `read_manifest`.
+    """
+    model = load_for_inference(Vision(manifest.model), checkpoint)
+    if manifest.objective is not None:
+        model.set_top_k([task["top_k"] for task in manifest.objective["tasks"].values()])
+    return model

@@ -1,0 +1,291 @@
+"""Evaluation of a vision model: its losses, its accuracy in classification, and its average precision in detection.
+
+pycocotools computes COCO's average precision, in the pixels of the stored images. The baseline of classification
+predicts the class of the nearest training image in pixels (nearest.py).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest
+from mhmoe_ray.data.domains import source_of
+from mhmoe_ray.data.images.annotations import Annotation, unpack
+from mhmoe_ray.data.images.files import image_size
+from mhmoe_ray.data.shards.manifest import (
+    read_classes,
+    require_data_manifest,
+    require_matching_data,
+)
+from mhmoe_ray.data.shards.rows import ANNOTATION
+from mhmoe_ray.data.sources import Document, FileReader, find_files
+from mhmoe_ray.errors import DataError
+from mhmoe_ray.evaluate.context import EvaluationAnswer, EvaluationContext, Progress
+from mhmoe_ray.evaluate.measure import RouteCounter
+from mhmoe_ray.evaluate.score import AccuracyFigures, ObjectFigures, VisionFigures
+from mhmoe_ray.families.images.nearest import NearestImages, training_manifest, training_readers
+from mhmoe_ray.families.vision.checkpoint import load_verified_vision
+from mhmoe_ray.families.vision.data.batches import task_batch
+from mhmoe_ray.families.vision.data.columns import HeldOutTaskSamples
+from mhmoe_ray.families.vision.data.samples import AnnotatedImages, StoredSamples, held_out_images, task_makers
+from mhmoe_ray.families.vision.evaluate.objects import StoredDetection, average_precision, stored_detection
+from mhmoe_ray.families.vision.model import Features, TaskBatch, Vision
+from mhmoe_ray.spec import DataSpec, MicroBatchPart, RunSpec
+
+
+class TaskOutputs(NamedTuple):
+    """Outputs of a vision model's task for a batch of its images."""
+
+    losses: list[np.ndarray]
+    """Values of each loss of the task, one for each image."""
+    logits_NC: np.ndarray | None
+    """Logits of the classes of each image; None for a detection task."""
+    detections: list[StoredDetection]
+    """Objects found in each image, in the pixels of the stored image; empty for a classification task."""
+
+
+class VisionMeter:
+    """Meter that runs the tasks of a vision model on one device, and counts how often patches choose each expert."""
+
+    def __init__(self, model: Vision, *, use_bfloat16: bool, on_progress: Progress) -> None:
+        self._model, self._use_bfloat16, self._on_progress = model, use_bfloat16, on_progress
+        self._device = next(model.parameters()).device
+        self.counter = None if model.spec.moe is None else RouteCounter(model)
+
+    @torch.no_grad()
+    def run(
+        self, part: MicroBatchPart, samples: HeldOutTaskSamples, images: Sequence[bytes], label: str
+    ) -> Iterator[TaskOutputs]:
+        """Yield the outputs of a task for each batch of its samples.
+
+        Args:
+            part: part of micro-batches that trains the task.
+            samples: the samples.
+            images: the image file of each sample.
+            label: name of the samples, under which their routes are counted.
+        """
+        names = list(self._model.tasks)
+        task_number = names.index(part.name)
+        empty = [self._empty_batch(name) for name in names]
+        for start in range(0, len(images), part.samples):
+            stop = min(len(images), start + part.samples)
+            batch = list(empty)
+            batch[task_number] = task_batch(samples.rows(start, stop), self._device)
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._use_bfloat16):
+                all_features = self._encode(batch, task_number, label)
+                losses = [loss.value_I for loss in self._model.losses(tuple(batch), all_features)]
+                features = all_features.patches[task_number]
+                detections, logits_NC = list[StoredDetection](), None
+                if part.objective == "classify":
+                    logits_NC = self._model.class_logits(part.name, features).cpu().numpy()
+                else:
+                    size = self._model.tasks[part.name].image_size
+                    for content, detection in zip(
+                        images[start:stop], self._model.detect(part.name, features), strict=True
+                    ):
+                        width, height = image_size(content)
+                        detections.append(stored_detection(detection, width, height, size))
+            own_losses = [loss.cpu().numpy() for loss in losses if len(loss)]
+            yield TaskOutputs(own_losses, logits_NC, detections)
+            self._on_progress(label, stop, len(images))
+
+    def _encode(self, batch: Sequence[TaskBatch], task_number: int, label: str) -> Features:
+        """Return the features of a batch in which only one task has images, and count the routes of these images."""
+        images = [task.image_NYXC for task in batch]
+        if self.counter is None:
+            return self._model.encode(images)
+        vision = self._model.spec.vision
+        assert vision is not None
+        patches = vision.patches(list(vision.tasks.values())[task_number])
+        mask_N = torch.ones(len(images[task_number]) * patches, dtype=torch.bool, device=self._device)
+        with self.counter.counting_routes(label, mask_N, self._model.top_k[task_number]):
+            return self._model.encode(images)
+
+    def _empty_batch(self, name: str) -> TaskBatch:
+        size = self._model.tasks[name].image_size
+        image_NYXC = torch.empty((0, size, size, 3), dtype=torch.uint8, device=self._device)
+        is_classified = self._model.tasks[name].detector is None
+        return TaskBatch(image_NYXC, image_NYXC.new_empty(0, dtype=torch.int64) if is_classified else None)
+
+
+def vision_figures(context: EvaluationContext) -> EvaluationAnswer:
+    """Evaluate a vision model on the data that a request names; return its results and the counts of routes by task.
+
+    Raises:
+        DataError: the images cannot be read, or the data is not what the run was trained on.
+    """
+    request, run, checkpoint, manifest, print_line, on_progress = context
+    model, spec, classes = load_verified_vision(checkpoint, manifest), run.spec(), read_classes(run.classes_file)
+    if request.gpus:
+        model.to("cuda")
+    if request.text:
+        images_by_task = _raw_images(request.text, spec, classes, request.samples)
+    else:
+        assert request.prepared is not None
+        require_matching_data(manifest.data_sha256, Path(request.prepared), "or evaluate other images")
+        images_by_task = held_out_images(spec, require_data_manifest(Path(request.prepared)))
+    meter = VisionMeter(model, use_bfloat16=request.half, on_progress=on_progress)
+    figures, makers = VisionFigures(losses={}), task_makers(spec, classes)
+    for part in spec.parts:
+        if (stored := images_by_task.get(part.name)) is None:
+            continue
+        annotations = [unpack(content) for content in stored.annotations]
+        _check_annotations(part, annotations, classes[part.name])
+        samples = StoredSamples(makers[part.name], stored)
+        outputs = list(meter.run(part, samples, stored.images, f"{part.name} images"))
+        for name, values in zip(part.losses, zip(*(o.losses for o in outputs), strict=True), strict=True):
+            figures.losses[name] = float(np.concatenate(values).mean())
+        if part.objective == "classify":
+            logits_NC = np.concatenate([o.logits_NC for o in outputs if o.logits_NC is not None])
+            neighbours = _read_baseline(spec, part, manifest, print_line)
+            figures.classes[part.name] = _accuracy_figures(
+                logits_NC, annotations, classes[part.name], stored.images, neighbours
+            )
+        else:
+            detections = [detection for o in outputs for detection in o.detections]
+            figures.objects[part.name] = ObjectFigures(
+                images=len(annotations),
+                objects=sum(not i.is_crowd for annotation in annotations for i in annotation.instances),
+                precision=average_precision(
+                    stored.images, annotations, detections, classes[part.name], finds_masks=part.has_masks
+                ),
+            )
+    routing = {} if meter.counter is None else meter.counter.routing_counts()
+    return {"vision": figures, "routing": routing}
+
+
+def _raw_images(
+    data: DataSpec, spec: RunSpec, classes: Mapping[str, Sequence[str]], max_images: int
+) -> dict[str, AnnotatedImages]:
+    """Return the annotated images in raw data, by the task that they belong to.
+
+    Args:
+        data: the data section that names the images.
+        spec: spec of the run.
+        classes: names of the classes of each task.
+        max_images: largest number of images of a source.
+
+    Raises:
+        DataError: a source has no usable image, or it does not fit exactly one task.
+    """
+    rows_by_source: dict[str, list[tuple[bytes, bytes]]] = {name: [] for name in data.sources}
+    for file in find_files(data):
+        rows = rows_by_source[source_of(file.domain)]
+        for item in FileReader(file, data):
+            if len(rows) >= max_images:
+                break
+            if isinstance(item, Document) and item.image is not None and item.annotation is not None:
+                rows.append((item.image, item.annotation))
+    rows_by_task: dict[str, list[tuple[bytes, bytes]]] = {}
+    for name, rows in rows_by_source.items():
+        task = _task_of_source(name, data, spec, classes, [annotation for _, annotation in rows])
+        rows_by_task.setdefault(task, []).extend(rows)
+    return {task: AnnotatedImages(*map(list, zip(*rows, strict=True))) for task, rows in rows_by_task.items()}
+
+
+def _task_of_source(
+    name: str, data: DataSpec, spec: RunSpec, classes: Mapping[str, Sequence[str]], annotations: Sequence[bytes]
+) -> str:
+    """Return the name of the task that the images of a source belong to.
+
+    Candidates are the tasks whose training samples have the same columns as the source. Among several candidates, the
+    one with the name of the source is chosen, or else the only one that knows all of the source's classes.
+
+    Raises:
+        DataError: no task fits, several tasks fit, or the source has no usable image.
+    """
+    columns = set(data.sources[name].sample_columns)
+    tasks = [part.name for part in spec.parts if set(part.columns) == columns]
+    if not tasks:
+        fix = f"set data.sources.{name}.columns and format to those of images with classes or objects"
+        raise DataError(f"source {name}", "no task of the model is about what its columns have", fix)
+    if not annotations:
+        raise DataError(f"source {name}", "no image in it can be used", "see `mhmoe data inspect`")
+    if name in tasks or len(tasks) == 1:
+        return name if name in tasks else tasks[0]
+    class_names = {class_name for content in annotations for class_name in unpack(content).class_names}
+    fitting_tasks = [task for task in tasks if class_names.issubset(classes[task])]
+    if len(fitting_tasks) != 1:
+        reason = f"its classes fit {len(fitting_tasks)} of the tasks {', '.join(tasks)}"
+        raise DataError(f"source {name}", reason, "give the source the name of its task")
+    return fitting_tasks[0]
+
+
+def _check_annotations(part: MicroBatchPart, annotations: Sequence[Annotation], names: Sequence[str]) -> None:
+    """Check that the model knows all classes of the images, and that objects have masks if the model's loss needs them.
+
+    Raises:
+        DataError: an image has an unknown class, or an object has no mask.
+    """
+    subject = f"images of task {part.name}"
+    unknown_names = sorted({name for annotation in annotations for name in annotation.class_names} - set(names))
+    if unknown_names:
+        reason = f"the model was not trained on {len(unknown_names)} of its classes, such as {unknown_names[0]!r}"
+        raise DataError(subject, reason, "evaluate images of the classes of the training")
+    instances = [instance for annotation in annotations for instance in annotation.instances if not instance.is_crowd]
+    maskless_objects = sum(instance.mask is None for instance in instances)
+    if part.has_masks and maskless_objects:
+        raise DataError(subject, f"{maskless_objects:,} of their objects have no mask", "add masks")
+
+
+class _Neighbours(NamedTuple):
+    """Baseline of a classification task: the training images, and the class of each training sample."""
+
+    nearest_images: NearestImages
+    classes: list[str]
+
+
+def _read_baseline(
+    spec: RunSpec, part: MicroBatchPart, checkpoint_manifest: CheckpointManifest, print_line: Callable[[str], None]
+) -> _Neighbours | None:
+    """Return the training images of a task with their classes; None if the training data is gone, or was replaced."""
+    manifest = training_manifest(spec, checkpoint_manifest.data_sha256, print_line)
+    if manifest is None:
+        return None
+    readers = training_readers(spec, manifest, part.sources)
+    class_names = list[str]()
+    for reader in readers:
+        annotations = reader.read_values(ANNOTATION, np.arange(len(reader)))
+        class_names += [unpack(content).class_name or "" for content in annotations]
+    return _Neighbours(NearestImages.of_training(readers), class_names)
+
+
+def _accuracy_figures(
+    logits_NC: np.ndarray,
+    annotations: Sequence[Annotation],
+    class_names: Sequence[str],
+    images: Sequence[bytes],
+    neighbours: _Neighbours | None,
+) -> AccuracyFigures:
+    """Return the accuracy of a classification task, and that of its baseline.
+
+    Args:
+        logits_NC: logits of the classes of each image.
+        annotations: the class of each image.
+        class_names: names of the classes, in the order of their numbers.
+        images: image files, which are compared with those of the training.
+        neighbours: training images and their classes; None to leave the baseline out.
+    """
+    names = [annotation.class_name or "" for annotation in annotations]
+    numbers = {name: number for number, name in enumerate(class_names)}
+    class_N = np.array([numbers[name] for name in names])
+    # If another class has the same logit as the right one, the other class is ranked before it.
+    rank_N = (logits_NC >= logits_NC[np.arange(len(class_N)), class_N][:, None]).sum(1) - 1
+    baseline = largest_class = None
+    if neighbours is not None:
+        nearest_names = [neighbours.classes[number] for number in neighbours.nearest_images.nearest_samples(images)]
+        baseline = float(np.mean([a == b for a, b in zip(nearest_names, names, strict=True)]))
+        most_frequent = max(set(neighbours.classes), key=lambda name: (neighbours.classes.count(name), name))
+        largest_class = float(np.mean([name == most_frequent for name in names]))
+    return AccuracyFigures(
+        images=len(class_N),
+        classes=len(set(names)),
+        top_1=float((rank_N < 1).mean()),
+        top_5=float((rank_N < 5).mean()),
+        baseline=baseline,
+        largest_class=largest_class,
+        training_images=None if neighbours is None else neighbours.nearest_images.image_count,
+    )

@@ -1,0 +1,237 @@
+"""Answers of a vision model to images: the engine's outputs as named classes, and as objects in pixels of the image."""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from mhmoe_ray.families.images.crops import centre_crop, crop_pixels
+from mhmoe_ray.families.images.image_urls import ImageThread, read_image_file, read_image_text
+from mhmoe_ray.families.vision.data.fit import Fit, fit_pixels, stored_boxes, stored_probabilities
+from mhmoe_ray.families.vision.serving.request import VisionOutput, VisionRequest
+from mhmoe_ray.serving.answer import ModelDetails, ServedModel
+from mhmoe_ray.serving.engine.client_request import ClientRequest
+from mhmoe_ray.spec import TaskSpec, VisionSpec
+
+if TYPE_CHECKING:
+    from mhmoe_ray.families.vision.serving.engine import VisionEngine
+
+AdmittedRequest = ClientRequest[VisionRequest, VisionOutput]
+TaskKind = Literal["image-classification", "object-detection", "image-segmentation"]
+"""Kind of request that a task of the model can answer, under the name that Hugging Face has for it."""
+ScoreFunction = Literal["softmax", "sigmoid", "none"]
+"""Function that turns the logits of classes into scores."""
+
+
+def kinds_of(task: TaskSpec) -> list[TaskKind]:
+    """Return the kinds of requests that a task of the model can answer."""
+    if task.detector is None:
+        return ["image-classification"]
+    return ["object-detection", "image-segmentation"] if task.detector.masks else ["object-detection"]
+
+
+class TaskImage(NamedTuple):
+    """Image of a request: its pixels as a task reads them, and its original size."""
+
+    pixels: np.ndarray
+    """Pixels that the model reads, uint8 (size, size, 3)."""
+    width: int
+    """Width of the original image in pixels."""
+    height: int
+
+    @property
+    def fit(self) -> Fit:
+        """Place of the image in the square that a detector reads."""
+        return Fit.of_image(self.width, self.height, len(self.pixels))
+
+
+class LabelScore(NamedTuple):
+    """Class of an image, with the score that the model gives it."""
+
+    label: str
+    score: float
+
+
+class BoxMask(NamedTuple):
+    """Mask of an object: a grid of probabilities in its box, in the square image that the model reads."""
+
+    probability_YX: np.ndarray
+    """Probability that each cell of a coarse grid over the box belongs to the object."""
+    box_4: np.ndarray
+    """Left, top, right and bottom edge of the box, in pixels of the square image that the model reads."""
+
+
+class DetectedObject(NamedTuple):
+    """Object that the model detected in an image."""
+
+    label: str
+    score: float
+    box: tuple[int, int, int, int]
+    """Left, top, right and bottom edge of the object, in pixels of the original image."""
+    mask: BoxMask | None
+    """Mask of the object; None if the detector has no masks."""
+
+
+class VisionAnswerer(ServedModel):
+    """A served vision model, which answers images with classes and objects: its engine and the names of its classes."""
+
+    kind = "vision"
+    engine: "VisionEngine"
+
+    def __init__(
+        self,
+        engine: "VisionEngine",
+        details: ModelDetails,
+        vision: VisionSpec,
+        class_names: Mapping[str, Sequence[str]],
+    ) -> None:
+        """Combine an engine with the names of the classes of its model.
+
+        Args:
+            engine: the engine that computes the answers.
+            details: name and sizes of the model, as clients see them.
+            vision: section of the model's spec with its tasks.
+            class_names: names of the classes of each task, in the order of the model's outputs.
+        """
+        super().__init__(engine, details)
+        self.vision, self.class_names = vision, class_names
+        # Masks are drawn in a thread of their own: the masks of one image take longer than decoding an image, and
+        # images of other requests must be decoded meanwhile.
+        self._image_thread, self._mask_thread = ImageThread(), ImageThread()
+
+    async def read(self, task: str, source: bytes | str) -> TaskImage:
+        """Decode an image, and return it as a task of the model reads it.
+
+        Args:
+            task: name of the task.
+            source: the image file, or a text with it in base64 or as a data URL.
+
+        Raises:
+            RefusedImageError: the image cannot be used.
+        """
+        return await self._image_thread.run(_read_image, source, self.vision.tasks[task])
+
+    async def compute(
+        self, request: AdmittedRequest, task: str, image: TaskImage, *, has_routes: bool = False
+    ) -> VisionOutput:
+        """Return the model's outputs for an image in one of its tasks.
+
+        Args:
+            request: the client's request, which the engine has admitted.
+            task: name of the task.
+            image: the image as the task reads it.
+            has_routes: whether the outputs include the experts that the image's patches chose.
+
+        Raises:
+            EngineError: the engine is broken or closed.
+        """
+        [output] = await self.engine.answer(request, [VisionRequest(task, image.pixels, has_routes)])
+        return output
+
+    def scores(self, task: str, output: VisionOutput, function: ScoreFunction) -> list[LabelScore]:
+        """Return the classes of an image with their scores, best first.
+
+        Args:
+            task: name of the task.
+            output: outputs of the model for the image.
+            function: name of the function that turns logits into scores.
+        """
+        assert output.logits_C is not None
+        score_C = _FUNCTIONS[function](output.logits_C.astype(np.float64))
+        # The model may have more outputs than the data has classes, and the rest have no names.
+        names = self.class_names[task]
+        order = np.argsort(-score_C[: len(names)], kind="stable")
+        return [LabelScore(names[number], float(score_C[number])) for number in order]
+
+    def objects(self, task: str, output: VisionOutput, image: TaskImage, threshold: float) -> list[DetectedObject]:
+        """Return the objects in an image, the most certain ones first.
+
+        Args:
+            task: name of the task.
+            output: outputs of the model for the image.
+            image: the image as the task reads it.
+            threshold: objects with a lower score are left out.
+        """
+        detected, names = output.objects, self.class_names[task]
+        assert detected is not None
+        box_O4 = stored_boxes(detected.box_O4, image.width, image.height, image.fit)
+        # A box in the padding beside the image has no area after it was clipped to the image. The model may have more
+        # outputs than the data has classes, and the rest have no names.
+        has_area_O = (box_O4[:, 2:] > box_O4[:, :2]).all(1)
+        is_answer_O = has_area_O & (detected.score_O >= threshold) & (detected.class_O < len(names))
+        has_masks = len(detected.box_mask_OYX) > 0
+        return [
+            DetectedObject(
+                label=names[detected.class_O[number]],
+                score=float(detected.score_O[number]),
+                box=tuple(box_O4[number].round().astype(int).tolist()),
+                mask=BoxMask(detected.box_mask_OYX[number], detected.box_O4[number]) if has_masks else None,
+            )
+            for number in np.flatnonzero(is_answer_O)
+        ]
+
+    async def draw_mask(self, detected: DetectedObject, image: TaskImage, threshold: float) -> bytes:
+        """Return the mask of an object as a PNG file in the size of the image, white where the object is.
+
+        Args:
+            detected: the object.
+            image: the image as the task reads it.
+            threshold: probability from which a pixel belongs to the object.
+        """
+        assert detected.mask is not None
+        return await self._mask_thread.run(_draw_mask, detected.mask, image, threshold)
+
+    def square(self, task: str, image: TaskImage) -> tuple[int, int, int, int]:
+        """Return the square that the model reads for a task: left, top, right and bottom edge in pixels of the image.
+
+        A detector reads the whole image, padded at the right or the bottom to a square, so the square may be larger
+        than the image.
+        """
+        if self.vision.tasks[task].detector is None:
+            return centre_crop(image.width, image.height).box
+        side = max(image.width, image.height)
+        return 0, 0, side, side
+
+
+def _read_image(source: bytes | str, task: TaskSpec) -> TaskImage:
+    image = read_image_file(source) if isinstance(source, bytes) else read_image_text(source)
+    # Evaluation reads images in the same way (`data.vision.samples.TaskSampleMaker`).
+    pixels = crop_pixels(image, task.image_size) if task.detector is None else fit_pixels(image, task.image_size)
+    return TaskImage(pixels, *image.size)
+
+
+def _draw_mask(mask: BoxMask, image: TaskImage, threshold: float) -> bytes:
+    # The import is here because a process that only checks whether a model can be served needs no torch.
+    import torch
+    from PIL import Image
+
+    from mhmoe_ray.families.vision.model import paste_mask
+
+    # torch keeps this number for each calling thread. More threads would slow down those of the engine.
+    torch.set_num_threads(1)
+    probability_YX, box_4 = (torch.from_numpy(values) for values in mask)
+    mask_YX = paste_mask(probability_YX, box_4, len(image.pixels)).numpy()
+    is_object_YX = stored_probabilities(mask_YX, image.width, image.height, image.fit) >= threshold
+    sink = io.BytesIO()
+    Image.fromarray(is_object_YX.astype(np.uint8) * 255).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def _softmax(logits_C: np.ndarray) -> np.ndarray:
+    weight_C = np.exp(logits_C - logits_C.max())
+    probability_C: np.ndarray = weight_C / weight_C.sum()
+    return probability_C
+
+
+def _sigmoid(logits_C: np.ndarray) -> np.ndarray:
+    # tanh does not overflow, as the exponential function would.
+    probability_C: np.ndarray = 0.5 * (1 + np.tanh(logits_C / 2))
+    return probability_C
+
+
+_FUNCTIONS: dict[ScoreFunction, Callable[[np.ndarray], np.ndarray]] = {
+    "softmax": _softmax,
+    "sigmoid": _sigmoid,
+    "none": lambda logits_C: logits_C,
+}
