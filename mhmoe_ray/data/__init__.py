@@ -7,9 +7,8 @@ chat/                renders conversations with a chat template, and marks the a
 prepare/             the job that runs once: sources -> tokenizer -> packed samples
 shards/              the prepared data: a folder of packed samples and its manifest
 order/               the order of samples: a pure function of (seed, position)
-images/              checks, decodes and crops images
-encoder/             samples and micro-batches of an encoder
-vision/              samples and micro-batches of a vision model
+images/              checks and decodes images, and their classes and objects
+family.py            the interface of the data of a family of models
 draws.py             random numbers that a seed and a label determine
 domains.py           names of domains and languages
 stream.py            streams the samples of the shards to the workers of a training, in the order of order/

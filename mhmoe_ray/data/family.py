@@ -1,4 +1,4 @@
-"""What the data pipeline asks a family of models: settings and files of a prepared folder, and rows of the stream."""
+"""The interface of the data of a family of models: settings and files of a prepared folder, rows of the stream."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence

@@ -122,7 +122,7 @@ class LanguageRetrieval(BaseModel):
 
     model: RetrievalScore
     baseline: RetrievalScore | None
-    """Score of retrieval by the nearest training images in pixels (`evaluate.nearest`).
+    """Score of retrieval by the nearest training images in pixels (`families/images/nearest.py`).
 
     It is None if the training data is gone.
     """
@@ -158,7 +158,7 @@ class CaptionFigures(BaseModel):
 
 
 class ClassScore(BaseModel):
-    """Accuracy of a linear probe that classifies images (`evaluate.probe`)."""
+    """Accuracy of a linear probe that classifies images (`families/encoder/evaluate/probe.py`)."""
 
     training_images: int
     images: int
@@ -238,7 +238,7 @@ class AccuracyFigures(BaseModel):
     top_5: float
     """Share of images whose right class is among the five with the highest scores."""
     baseline: float | None
-    """Share of images whose nearest training image in pixels has the right class (`evaluate.nearest`).
+    """Share of images whose nearest training image in pixels has the right class (`families/images/nearest.py`).
 
     It is None if the training data is gone.
     """
@@ -249,7 +249,7 @@ class AccuracyFigures(BaseModel):
 
 
 class ObjectPrecision(BaseModel):
-    """Average precision of detected objects, from 0 to 1 (`evaluate.objects`)."""
+    """Average precision of detected objects, from 0 to 1 (`families/vision/evaluate/objects.py`)."""
 
     box_ap: float
     """Average precision of boxes, as the mean over overlaps (intersection over union) from 0.5 to 0.95."""

@@ -5,8 +5,9 @@ modules, so that importing this table imports none of them.
 
 encoder/   encoders of images and texts
 vision/    vision models
+images/    code that both share
 
-The decoder is the family that the packages outside describe.
+The decoder is the family of the packages outside.
 """
 
 from pkgutil import resolve_name

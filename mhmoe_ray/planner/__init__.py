@@ -4,7 +4,8 @@ resolve.py      spec files with preset, size and match; presets by name
 presets.py      presets in families of three sizes        papers.py       the papers' models
 match.py        expert width and count that match a reference model, and the comparison with it
 sizes.py        parameters, multiply-adds, bytes per value
-heads.py        parameters and memory of the stem and the heads of vision models
+family.py       the interface of the sizes of a family    decoder.py      sizes of decoders
+view.py         the interface of lines and tables that commands show of a family
 placement.py    ranks on nodes, and expert-parallel groups
 memory.py       bytes that a rank holds                   activations.py  bytes that layers keep for the backward
 traffic.py      bytes that ranks exchange, by class of link

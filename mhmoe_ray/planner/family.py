@@ -1,4 +1,4 @@
-"""What the planner asks a family of models: the parts around the blocks, and the memory of outputs and losses."""
+"""The interface of the sizes of a family of models: parts around the blocks, and memory of outputs and losses."""
 
 from abc import ABC, abstractmethod
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""What commands show of a family's models: lines of a plan's summary, and tables of evaluations."""
+"""The interface of the lines and tables that commands show of a family's models."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

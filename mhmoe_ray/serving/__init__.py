@@ -7,9 +7,8 @@ answer.py          text in, text out: turns a prompt into pieces of the answer's
 detokenizer.py     turns tokens into streamed text, of which no piece is ever retracted
 engine/            token ids in, token ids out, for many requests at once
 vllm/              vLLM as an engine
-images.py          decodes images of requests
-encoder/           serves encoders: vectors of images and texts, and captions of images
-vision/            serves vision models: classes of images, and objects with boxes and masks
+family.py          the interface of the serving of a family of models
+decoder.py         serving of decoders
 batch/             answers the prompts in all rows of a file, by a Ray Data job
 load.py            checks that an engine can serve a checkpoint, loads its tokenizer, and starts the engine
 ray_metrics.py     an engine's statistics as Ray metrics

@@ -1,4 +1,4 @@
-"""What serving asks a family of models: checks before replicas start, the loaded model, and its routes."""
+"""The interface of the serving of a family of models: checks before replicas start, the loaded model, its routes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping

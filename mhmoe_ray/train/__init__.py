@@ -8,7 +8,6 @@
     worker.py            one rank: restore, train, validate, save
     malloc.py            settings of malloc for a worker on CPUs
     step.py              one optimizer step of M micro-batches
-    adaptive.py          the rule that adapts how many experts each task of a vision model chooses
     objectives/          training objectives: the model's input from a micro-batch, the losses, and validation
     watchdog.py          heartbeats of the ranks, and the actor that kills the process of a rank that hangs
     worker_failures.py   record of failed workers, with the reason

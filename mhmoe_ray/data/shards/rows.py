@@ -4,7 +4,7 @@ A sample of an encoder is a row with two columns. `tokens` has T tokens of 2 or 
 text, filled up with padding. Without a text, all T tokens are padding. `image` has the unchanged image file of the
 source, and is empty without an image. This column is dictionary-encoded, so that a shard stores an image with many
 captions once. A sample of a vision model has the columns `image` and `annotation`, which is the class or the objects of
-the image (data/vision/annotations.py). A shard is an Arrow file of one batch without nulls, which is memory-mapped for
+the image (data/images/annotations.py). A shard is an Arrow file of one batch without nulls, which is memory-mapped for
 reading.
 """
 

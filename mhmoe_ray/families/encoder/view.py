@@ -1,4 +1,4 @@
-"""What commands show of encoders."""
+"""The lines and tables that commands show of encoders."""
 
 from typing import TYPE_CHECKING
 

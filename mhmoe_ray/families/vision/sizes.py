@@ -13,7 +13,7 @@ from mhmoe_ray.spec import DetectorSpec, ModelSpec, RunSpec, TaskSpec, VisionSpe
 POOLED_CELLS = 7**2
 MASK_CELLS = 14**2
 """Number of cells of the pooled feature map of a region from which a detector computes the region's mask; POOLED_CELLS
-is that from which it computes the region's class (`model/vision/detector.py`)."""
+is that from which it computes the region's class (`model/detector.py`)."""
 
 
 class VisionSizes(FamilySizes):

@@ -1,4 +1,4 @@
-"""What commands show of vision models."""
+"""The lines and tables that commands show of vision models."""
 
 from typing import TYPE_CHECKING
 

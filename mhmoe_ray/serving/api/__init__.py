@@ -1,11 +1,8 @@
 """OpenAI's API over HTTP.
 
 app.py           the FastAPI application with all routes; it defines those for health, models, tokens and statistics
-pages.py         the web pages at /: page.html, pictures.html and vision.html, with page.css and page.js
+pages.py         the web page at /: page.html of a family, with page.css and page.js
 completions.py   /v1/completions and /v1/chat/completions
-embeddings.py    /v1/embeddings, /rerank, /routes, and captions at /v1/chat/completions, for encoders
-vision.py        /image-classification, /object-detection, /image-segmentation and /routes, for vision models
-images.py        functions for requests with images, which encoders and vision models share
 access.py        API keys, rate limits, and the largest size of a request
 stream.py        merges, counts and streams the pieces of answers
 schema.py        schemas of requests, responses and errors

@@ -2,9 +2,6 @@
 
 base.py         the interface of an objective
 next_token.py   decoders: each token is predicted from those before it
-parts.py        base class of objectives whose micro-batches have several parts, each with losses of its own
-masked.py       encoders: hidden patches and tokens are predicted, and images are matched with their texts
-tasks.py        vision models: images are classified, and objects are found in them
 """
 
 from mhmoe_ray.train.objectives.base import Environment, LossSums, ModelArguments, Objective, Validation

@@ -13,7 +13,7 @@ its start token.
 batch.py    micro-batches: groups of images, texts, or pairs
 samples.py  the samples over which attention runs: joining images and texts, splitting them again, and masks
 block.py    a block: weights for images and for texts, joint attention, and experts for both
-model.py    embeddings, blocks and losses
+encoder.py  embeddings, blocks and losses
 match.py    the head that compares images with texts
 captions.py the captions of images, token by token
 """

@@ -1,6 +1,6 @@
 """The vision model: a vision transformer with tasks that share its blocks and its experts.
 
-model.py      the trunk, the micro-batch, and the losses of all tasks
+vision.py     the trunk, the micro-batch, and the losses of all tasks
 stem.py       patches of images, with positions
 pyramid.py    feature maps of several scales from the single map of patches
 detector.py   region proposals, boxes with classes, and masks
