@@ -48,7 +48,7 @@ def require_submitted_settings(run: RunDir, spec: RunSpec) -> None:
     """
     if settings := unrecorded_settings(spec):
         reason = f"you did not submit it, and its spec sets {_text(settings)}"
-        raise SpecError(f"run {run.id}", reason, "if you trust it, give --trust-run (trust_run=True)")
+        raise SpecError(f"run {run.id}", reason, "if you trust it: `mhmoe resume --trust-run` or trust_run=True")
 
 
 def _text(settings: Mapping[str, Any]) -> str:

@@ -186,7 +186,7 @@ def connect_recorded(address: str, given_addresses: Collection[str] = ()) -> Con
     except TokenError as e:
         reason = "it asks for a token, but only a run directory names its address, so no token is sent"
         raise TokenError(
-            e.subject, reason, f"if the cluster is yours, name it: mhmoe cluster use NAME --address {url}"
+            e.subject, reason, f"if the cluster is yours, name it: `mhmoe cluster use NAME --address {url}`"
         ) from e
 
 
@@ -199,7 +199,7 @@ def require_known(address: str) -> str:
     if is_known(address):
         return address
     reason = "only the run directory names its address"
-    raise ClusterError(f"cluster {address}", reason, "if the cluster is yours, give its address: --address")
+    raise ClusterError(f"cluster {address}", reason, "if the cluster is yours, give its address as an argument")
 
 
 def is_known(address: str) -> bool:

@@ -105,7 +105,9 @@ def test_commands_send_the_token_to_no_address_of_a_run_directory(tmp_path, runn
 
 def test_a_job_starts_only_on_a_cluster_that_the_user_named(tmp_path, running_run, dashboard):
     events.record(running_run, "stopped", reason="its job was ended")
-    with pytest.raises(ClusterError, match=r"only the run directory names its address; .* give its address: --address"):
+    with pytest.raises(
+        ClusterError, match=r"only the run directory names its address; .* give its address as an argument"
+    ):
         resume_run(running_run)
     assert not dashboard.recorded_headers
 
@@ -206,7 +208,7 @@ def test_overrides_apply_to_the_defaults_of_ignored_keys(tmp_path, hostile_run, 
 def test_foreign_run_is_resumed_only_if_it_is_trusted(tmp_path, hostile_run, own_home):
     run, _ = hostile_run
     result = mhmoe(tmp_path, "resume", run.id, "--until", "30")
-    assert_one_line(result, SpecError.exit_code, f"run {run.id}", "you did not submit it", "give --trust-run")
+    assert_one_line(result, SpecError.exit_code, f"run {run.id}", "you did not submit it", "`mhmoe resume --trust-run`")
 
 
 def test_damaged_record_is_one_line(tmp_path, own_home, hostile_run):
