@@ -24,7 +24,8 @@ START_TOKEN = 0
 def build_trainer(spec: RunSpec, nodes: list[str] | None = None) -> Trainer:
     """Return the trainer of this rank on the CPU; `nodes` has the node of each rank, by default one node for all."""
     mesh = build_mesh(spec.cluster, nodes or ["node"] * spec.cluster.workers.max, "cpu")
-    return Trainer(spec, mesh, torch.device("cpu"), Boundaries(START_TOKEN, frozenset()))
+    inputs = Boundaries(START_TOKEN, frozenset()) if spec.model.family.predicts_next_token else None
+    return Trainer(spec, mesh, torch.device("cpu"), inputs)
 
 
 def rank_batches(spec: RunSpec, step: int, trainer: Trainer) -> list[MicroBatch]:
