@@ -1,11 +1,12 @@
 """Small specs for tests."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.checkpoint.start.resolve import build_spec
+from mhmoe_ray.spec import RunSpec, read_tree
 
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -32,6 +33,11 @@ def tiny_spec(folder: Path = Path("/nowhere"), **changes: Any) -> RunSpec:
         key: {**TINY.get(key, {}), **value} if isinstance(value, dict) else value for key, value in changes.items()
     }
     return RunSpec.model_validate(tree).with_absolute_paths(folder)
+
+
+def load_relative_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
+    """Return the spec of a file like `mhmoe_ray.load_spec`, but keep relative paths."""
+    return build_spec(read_tree(path, overrides), f"spec {path}")
 
 
 def with_changes(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

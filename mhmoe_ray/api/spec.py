@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from mhmoe_ray.checkpoint.start import resolve
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.spec import RunSpec, apply_overrides
+from mhmoe_ray.planner.resolve import resolve_spec
+from mhmoe_ray.spec import RunSpec, apply_overrides, read_tree
 
 Overrides = Sequence[str] | Mapping[str, Any]
 """Overrides of keys of a spec: `["train.steps=50"]`, with values in YAML, or `{"train.steps": 50}`."""
@@ -38,9 +38,16 @@ def load_spec(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Ove
         raise SpecError("spec", reason, fix)
     if isinstance(source, Mapping):
         tree = apply_overrides(_plain_tree(source), override_texts)
-        spec = resolve.build_spec(tree, f"spec {tree.get('name', '')}".strip())
+        label = f"spec {tree.get('name', '')}".strip()
     else:
-        spec = resolve.load_spec(Path(source), override_texts)
+        tree, label = read_tree(Path(source), override_texts), f"spec {source}"
+    if tree.get("start") is None:
+        spec = resolve_spec(tree, label)
+    else:
+        # This import is delayed, because only the models that a run starts from need what it imports.
+        from mhmoe_ray.checkpoint.start.resolve import build_spec
+
+        spec = build_spec(tree, label)
     return spec.with_absolute_paths(Path.cwd())
 
 

@@ -27,7 +27,6 @@ from mhmoe_ray.cli.common import (
     number_table,
     out,
     print_json,
-    read_spec,
 )
 from mhmoe_ray.cli.verbs import SuggestingGroup
 from mhmoe_ray.train import malloc
@@ -96,11 +95,12 @@ def run(
     on the spec's prepared data from the same initial weights, and the command checks that they end with the same loss.
     With --json the table goes to stderr.
     """
+    from mhmoe_ray.api.spec import load_spec
     from mhmoe_ray.bench.run import WARM_UP_STEPS, measure
     from mhmoe_ray.data.shards.manifest import require_prepared_data
     from mhmoe_ray.errors import SpecError
 
-    resolved = read_spec(spec, set_)
+    resolved = load_spec(spec, set_)
     # The preparation of data is not measured, so the data must be prepared already.
     require_prepared_data(resolved)
     if not resolved.model.family.predicts_next_token:
@@ -265,13 +265,14 @@ def ingest(
     stream is compared with a bare pool of processes that decode and crop the same images. With --json the table goes to
     stderr.
     """
+    from mhmoe_ray.api.spec import load_spec
     from mhmoe_ray.bench.ingest import CONTESTANTS, IMAGE_CONTESTANTS, OUR_CONTESTANTS, run_contest
     from mhmoe_ray.bench.timing import installed_contestants
     from mhmoe_ray.data.family import data_of
     from mhmoe_ray.data.shards.manifest import require_prepared_data
     from mhmoe_ray.errors import SpecError
 
-    resolved = read_spec(spec, set_)
+    resolved = load_spec(spec, set_)
     has_images = data_of(resolved.model).has_rows
     if resolved.data.tokenizer is None and not has_images:
         fix = "prepare it, set data.tokenizer to the tokenizer.json in there and data.prepared to another folder"
@@ -321,11 +322,12 @@ def commands(
 
     Submitted runs are ended at once, and their directories stay; start a cluster and prepare the data beforehand.
     """
+    from mhmoe_ray.api.spec import load_spec
     from mhmoe_ray.bench.commands import measure
     from mhmoe_ray.data.shards.manifest import require_prepared_data
     from mhmoe_ray.spec import dump_spec
 
-    resolved = read_spec(spec, set_)
+    resolved = load_spec(spec, set_)
     with tempfile.TemporaryDirectory(prefix="mhmoe-bench-") as folder:
         spec_file = None
         if submit:

@@ -24,7 +24,6 @@ from mhmoe_ray.cli.common import (
     out,
     print_json,
     print_untruncated,
-    read_spec,
 )
 from mhmoe_ray.cli.verbs import SuggestingGroup
 
@@ -188,6 +187,7 @@ def render(
     cluster render cluster/site.yaml --into /tmp/lab`.
     """
     from mhmoe_ray.api.serve_target import API_KEYS_VARIABLE, with_environment_keys
+    from mhmoe_ray.api.spec import load_spec
     from mhmoe_ray.cli.serve_choice import resolve_target
     from mhmoe_ray.render.files import render_files
     from mhmoe_ray.serving.config import application_config
@@ -205,7 +205,7 @@ def render(
             )
         environment = spec.cluster.runtime_env
         application = application_config(run_dir.id, path, serve_spec, run_dir.id, runtime_env=environment)
-    rendered = render_files(load_site(site), read_spec(run, set_) if run else None, application)
+    rendered = render_files(load_site(site), load_spec(run, set_) if run else None, application)
     try:
         for name, text in rendered.items():
             target = target_folder / name

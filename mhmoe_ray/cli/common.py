@@ -22,7 +22,6 @@ from mhmoe_ray.api.defaults import default_storage
 if TYPE_CHECKING:
     from mhmoe_ray.checkpoint.manifest import CheckpointManifest
     from mhmoe_ray.runs.directory import RunDir
-    from mhmoe_ray.spec import RunSpec
     from mhmoe_ray.storage import Location
 
 
@@ -125,17 +124,6 @@ TrustOption = Annotated[
 DetachOption = Annotated[bool, typer.Option("--detach", help="Do not follow the job; it goes on by itself.")]
 BARS = "▁▂▃▄▅▆▇█"
 """Block characters for plots of one line, lowest first."""
-
-
-def read_spec(path: Path, overrides: list[str]) -> "RunSpec":
-    """Read a spec file, apply the `key.path=value` overrides, and return the complete spec with absolute paths.
-
-    Raises:
-        SpecError: the file or an override is wrong.
-    """
-    from mhmoe_ray.api.spec import load_spec
-
-    return load_spec(path, overrides)
 
 
 def pick_checkpoint(run: "RunDir", name: str | None, *, verify_hashes: bool) -> "tuple[Location, CheckpointManifest]":

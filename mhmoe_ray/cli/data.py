@@ -24,7 +24,6 @@ from mhmoe_ray.cli.common import (
     print_json,
     print_note,
     print_untruncated,
-    read_spec,
 )
 from mhmoe_ray.cli.follow import PreparationView
 from mhmoe_ray.cli.verbs import SuggestingGroup
@@ -50,6 +49,7 @@ def prepare(
     An interrupted preparation is continued: text that was tokenised with the same settings is not tokenised again.
     """
     from mhmoe_ray.api.connection import connect_to_cluster
+    from mhmoe_ray.api.spec import load_spec
     from mhmoe_ray.data.chat.template import check_template
     from mhmoe_ray.data.family import data_of
     from mhmoe_ray.data.images.annotations import require_image_packages
@@ -58,7 +58,7 @@ def prepare(
     from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
     from mhmoe_ray.data.sources import find_files
 
-    resolved = read_spec(spec, set_)
+    resolved = load_spec(spec, set_)
     folder = resolved.data.prepared
     manifest = read_data_manifest(folder)
     if manifest is None:

@@ -13,7 +13,7 @@ import typer
 from mhmoe_ray import plotting
 from mhmoe_ray.api.defaults import SPEC_SUFFIXES
 from mhmoe_ray.cli import data_inspect_view, jobs
-from mhmoe_ray.cli.common import AddressOption, JsonOption, out, print_json, print_note, read_spec
+from mhmoe_ray.cli.common import AddressOption, JsonOption, out, print_json, print_note
 
 if TYPE_CHECKING:
     from mhmoe_ray.data.inspect.copies import DomainCopies
@@ -65,6 +65,7 @@ def resolve_target(arguments: list[str], overrides: list[str]) -> InspectTarget:
         SpecError: a spec is wrong, or it is named together with other data.
         DataError: the prepared data was made with other settings.
     """
+    from mhmoe_ray.api.spec import load_spec
     from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
     from mhmoe_ray.errors import SpecError
 
@@ -73,7 +74,7 @@ def resolve_target(arguments: list[str], overrides: list[str]) -> InspectTarget:
         return raw_text_target(arguments, overrides)
     if len(arguments) > 1:
         raise SpecError(f"spec {specs[0]}", "it is named together with other data", "give one spec, or raw text alone")
-    spec = read_spec(Path(specs[0]), overrides)
+    spec = load_spec(Path(specs[0]), overrides)
     manifest = read_data_manifest(spec.data.prepared)
     if manifest is not None:
         check_recipe(spec.data.prepared, manifest, spec)

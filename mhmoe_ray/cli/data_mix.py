@@ -18,7 +18,6 @@ from mhmoe_ray.cli.common import (
     out,
     print_json,
     print_untruncated,
-    read_spec,
 )
 from mhmoe_ray.data.domains import source_of, subfolder_of
 from mhmoe_ray.plotting import COLOURS, ROW_INCHES, new_figure, save, style
@@ -107,9 +106,10 @@ def mix(
     For a run that continues the order of another run, "read before" is the number of samples that the other run has
     read; this run reads the samples after them. The data must be prepared.
     """
+    from mhmoe_ray.api.spec import load_spec
     from mhmoe_ray.data.shards.manifest import require_prepared_data
 
-    resolved = read_spec(spec, set_)
+    resolved = load_spec(spec, set_)
     mixture = mixture_dict(resolved, require_prepared_data(resolved))
     if png:
         draw_mixture(mixture, png)

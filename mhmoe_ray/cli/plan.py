@@ -14,7 +14,6 @@ from mhmoe_ray.cli.common import (
     print_json,
     print_note,
     print_untruncated,
-    read_spec,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +44,7 @@ def plan(
     # Commands import inside their functions, so that `mhmoe --help` loads neither pydantic nor Ray.
     from mhmoe_ray.api.placement import forecast_placement, placement_remarks, planned_placement
     from mhmoe_ray.api.plan import data_warnings, estimate_step, paper_overrides, plan_figures
+    from mhmoe_ray.api.spec import load_spec
     from mhmoe_ray.cli import plan_estimate, plan_tables
 
     if (nodes is None) != (gpus is None) or (nodes and address):
@@ -52,10 +52,10 @@ def plan(
     if nodes and gpus:
         # The overrides of `paper_overrides` come last and so replace the user's, because the workers must fill the
         # hypothetical cluster.
-        resolved = read_spec(spec, [*set_, *paper_overrides(nodes, gpus)])
+        resolved = load_spec(spec, [*set_, *paper_overrides(nodes, gpus)])
         placement = planned_placement(resolved, nodes, gpus)
     else:
-        resolved = read_spec(spec, set_)
+        resolved = load_spec(spec, set_)
         placement = forecast_placement(resolved, address, print_note)
     warnings = data_warnings(resolved)
     for line in warnings:

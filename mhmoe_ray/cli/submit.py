@@ -14,7 +14,6 @@ from mhmoe_ray.cli.common import (
     note,
     print_json,
     print_note,
-    read_spec,
 )
 from mhmoe_ray.cli.follow import follow_run
 
@@ -49,6 +48,7 @@ def submit(
     from mhmoe_ray.api.connection import check_training
     from mhmoe_ray.api.placement import forecast_placement, placement_remarks
     from mhmoe_ray.api.plan import estimate_step
+    from mhmoe_ray.api.spec import load_spec
     from mhmoe_ray.cluster.connect import uses_local_cluster
     from mhmoe_ray.cluster.remote import job_request
     from mhmoe_ray.runs.directory import last_attempt
@@ -56,7 +56,7 @@ def submit(
 
     if json and not (detach or dry_run):
         raise typer.BadParameter("--json prints a run that is not followed: give --detach too")
-    resolved = read_spec(spec, set_)
+    resolved = load_spec(spec, set_)
     if dry_run:
         # Only a real run gets an id that ends in random digits, so x's stand for the digits.
         run_path = resolved.storage / f"{resolved.name}-xxxxxx"

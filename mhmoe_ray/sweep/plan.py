@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mhmoe_ray.checkpoint.start.resolve import FindSibling, load_spec
+from mhmoe_ray.checkpoint.start.resolve import FindSibling, build_spec
 from mhmoe_ray.checkpoint.start.source import SWEEP_PREFIX, find_start_model, sweep_variant
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.spec import RunSpec, SweepRun, SweepSize, SweepSpec
+from mhmoe_ray.spec import RunSpec, SweepRun, SweepSize, SweepSpec, read_tree
 from mhmoe_ray.spec.run import NAME_LENGTH
 from mhmoe_ray.spec.sweep import RESERVED_KEYS, seeded_name
 
@@ -169,7 +169,8 @@ def _spec(
     name_and_seed = [f"name={run_name}", f"seed={seed}"]
     key_overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in keys.items()]
     try:
-        return load_spec(path, [*key_overrides, *overrides, *name_and_seed], find_sibling)
+        tree = read_tree(path, [*key_overrides, *overrides, *name_and_seed])
+        return build_spec(tree, f"spec {path}", find_sibling)
     except SpecError as e:
         raise SpecError(f"sweep {sweep.name}, run {name}: {e.subject}", e.reason, e.fix) from e
 

@@ -3,11 +3,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mhmoe_ray.checkpoint.start.resolve import load_spec
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.memory import compute_memory
 from mhmoe_ray.planner.resolve import all_presets, preset_models, resolve_spec
 from mhmoe_ray.spec import dump_spec
+from tests.specs import load_relative_spec
 
 BASE = {
     "name": "a",
@@ -37,7 +37,7 @@ def write_spec(tmp_path):
     def write(tree=BASE, overrides=(), **keys):
         path = tmp_path / "spec.yaml"
         path.write_text(yaml.safe_dump({**tree, **keys}))
-        return load_spec(path, overrides)
+        return load_relative_spec(path, overrides)
 
     return write
 
@@ -53,7 +53,7 @@ def test_every_preset_makes_a_complete_spec_that_reads_back(write_spec, tmp_path
     assert spec.reference_model == reference
     assert (spec.reference and spec.reference.name) == preset.reference
     (tmp_path / "whole.yaml").write_text(dump_spec(spec))
-    assert load_spec(tmp_path / "whole.yaml") == spec
+    assert load_relative_spec(tmp_path / "whole.yaml") == spec
 
 
 def test_keys_of_the_sections_override_a_preset(write_spec):
@@ -118,21 +118,23 @@ def test_dense_layers_before_experts_in_every_layer_keep_their_width(write_spec,
 
 
 def test_experts_beside_dense_layers_are_compared_at_the_same_layers():
-    spec = load_spec(Path("jobs/pictures.yaml"), ["reference=smoe"])
+    spec = load_relative_spec(Path("jobs/pictures.yaml"), ["reference=smoe"])
     assert spec.reference_model.moe_layers == spec.model.moe_layers == 2
     assert spec.reference_model.d_ff == spec.model.d_ff
-    assert load_spec(Path("jobs/pictures.yaml"), ["model.moe.dense_first=0", "reference=smoe"]).reference_model.d_ff
+    assert load_relative_spec(
+        Path("jobs/pictures.yaml"), ["model.moe.dense_first=0", "reference=smoe"]
+    ).reference_model.d_ff
 
 
 @pytest.mark.parametrize("reference", ["reference=dense", "reference={name: mine, moe: null}"])
 def test_a_vision_model_with_adaptive_experts_is_compared_with_a_dense_one(reference):
-    spec = load_spec(Path("jobs/vision.yaml"), [reference])
+    spec = load_relative_spec(Path("jobs/vision.yaml"), [reference])
     assert spec.model.vision.adaptive is not None
     assert spec.reference_model.moe is None
     assert spec.reference_model.vision.adaptive is None
     assert spec.reference_model.vision.tasks == spec.model.vision.tasks
     with pytest.raises(SpecError, match="chooses the number of experts, but"):
-        load_spec(Path("jobs/vision.yaml"), [reference, "model.moe=null"])
+        load_relative_spec(Path("jobs/vision.yaml"), [reference, "model.moe=null"])
 
 
 def test_a_spec_records_its_preset(write_spec):
@@ -217,7 +219,7 @@ def test_torch_and_ray_are_not_imported():
 def test_specs_without_a_preset_stay_the_same():
     from mhmoe_ray.spec import load_resolved_spec
 
-    assert load_spec(Path("jobs/quickstart.yaml")) == load_resolved_spec(Path("jobs/quickstart.yaml"))
+    assert load_relative_spec(Path("jobs/quickstart.yaml")) == load_resolved_spec(Path("jobs/quickstart.yaml"))
 
 
 SMOE_BASE = {"name": "a", "preset": "smoe", "size": "base", "data": {"sources": {"t": {"path": "t"}}, "prepared": "p"}}

@@ -8,7 +8,7 @@ A spec with a `start` section gets the following keys from the start model by de
     mix       the keys of upcycle, with one expert for each model
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from mhmoe_ray.data.tokenizer.tiktoken import is_tiktoken
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.presets import Tree
 from mhmoe_ray.planner.resolve import merge_trees, resolve_spec
-from mhmoe_ray.spec import MoESpec, RunSpec, StartSpec, read_tree, validate_section
+from mhmoe_ray.spec import MoESpec, RunSpec, StartSpec, validate_section
 
 DEFAULT_STORAGE = "runs"
 TOKENIZER_KEYS = {"tokenizer", "tokenizer_pattern", "tokenizer_model", "tokenizer_train_mb"}
@@ -33,26 +33,10 @@ FindSibling = Callable[[str], RunSpec]
 """Function that takes the name of a variant in a sweep, and returns the spec of this variant's run."""
 
 
-def load_spec(path: Path, overrides: Sequence[str] = (), find_sibling: FindSibling | None = None) -> RunSpec:
-    """Read a spec file, and return the checked, complete spec.
+def build_spec(tree: Tree, label: str, find_sibling: FindSibling | None = None) -> RunSpec:
+    """Return the checked, complete spec that follows from the nested dictionaries of a spec file.
 
     Shorthands such as presets are replaced, and the models that the run starts from give defaults.
-
-    Args:
-        path: path of a YAML file.
-        overrides: `key.path=value` strings.
-        find_sibling: function that returns the spec of another run of the same sweep, which `start.from` may name; None
-            outside of a sweep.
-
-    Raises:
-        SpecError: the file cannot be read, the spec is wrong, or the run cannot start from the models that it names.
-        RunError, CheckpointError, DataError: a model that the run starts from cannot be read.
-    """
-    return build_spec(read_tree(path, overrides), f"spec {path}", find_sibling)
-
-
-def build_spec(tree: Tree, label: str, find_sibling: FindSibling | None = None) -> RunSpec:
-    """Return the checked, complete spec that follows from the nested dictionaries of a spec file, like `load_spec`.
 
     Args:
         tree: nested dictionaries of the spec file, with overrides applied; they may be changed in place.

@@ -7,7 +7,6 @@ import torch
 
 from mhmoe_ray.checkpoint.huggingface.compare import open_model
 from mhmoe_ray.checkpoint.manifest import checkpoint_name, stored_manifest
-from mhmoe_ray.checkpoint.start.resolve import load_spec
 from mhmoe_ray.checkpoint.start.source import find_start_model
 from mhmoe_ray.checkpoint.start.write import write_start_checkpoint
 from mhmoe_ray.errors import CheckpointError, SpecError
@@ -24,6 +23,7 @@ from tests.encoders import ENCODER, encoder_spec, micro_batch_samples
 from tests.llama_tokenizer import llama_tokenizer
 from tests.ranks import run_ranks
 from tests.saved import commit_checkpoint
+from tests.specs import load_relative_spec
 from tests.train import jobs
 from tests.train.objectives.test_masked import stream_rows
 from tests.visions import vision_spec
@@ -89,7 +89,7 @@ def resolve(folder, source, start=None, **sections) -> RunSpec:
         **sections,
     }
     (folder / "match.yaml").write_text(json.dumps(tree))
-    return load_spec(folder / "match.yaml").with_absolute_paths(folder)
+    return load_relative_spec(folder / "match.yaml").with_absolute_paths(folder)
 
 
 def test_matching_starts_from_the_weights_of_masked_training(tmp_path, source):

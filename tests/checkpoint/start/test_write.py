@@ -11,7 +11,7 @@ from mhmoe_ray.checkpoint.huggingface.import_ import import_folder
 from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.checkpoint.manifest import committed_checkpoints, newest_checkpoint, stored_manifest
 from mhmoe_ray.checkpoint.save import Saver
-from mhmoe_ray.checkpoint.start.resolve import build_spec, load_spec
+from mhmoe_ray.checkpoint.start.resolve import build_spec
 from mhmoe_ray.checkpoint.start.source import find_start_model
 from mhmoe_ray.checkpoint.start.write import write_start_checkpoint
 from mhmoe_ray.errors import CheckpointError, RunError, SpecError
@@ -24,7 +24,7 @@ from tests.checkpoint.huggingface.conftest import TEXT, export_run
 from tests.data.shards.manifests import make_manifest
 from tests.llama_tokenizer import llama_tokenizer
 from tests.ranks import run_ranks
-from tests.specs import tiny_spec
+from tests.specs import load_relative_spec, tiny_spec
 from tests.train import jobs
 
 DENSE = {**tiny_spec().model.model_dump(), "moe": None, "vocab_size": 320}
@@ -63,7 +63,7 @@ def start_run(folder: Path, source: str, start: dict, **sections) -> RunDir:
     }
     path = folder / "branch.yaml"
     path.write_text(json.dumps(tree))
-    spec = load_spec(path).with_absolute_paths(folder)
+    spec = load_relative_spec(path).with_absolute_paths(folder)
     run = create_run(spec)
     mark_submitted(run)
     copy_file(spec.data.prepared / "tokenizer.json", run.tokenizer_file)
