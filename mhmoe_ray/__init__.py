@@ -75,7 +75,7 @@ _MODULES = {
     "serve": "mhmoe_ray.api.service",
     "submit": "mhmoe_ray.api.run",
 }
-"""Module from which each name of the Python interface is imported, at the first use of the name."""
+"""Module of each name of the Python interface; it is imported at the first use of the name."""
 
 
 def __getattr__(name: str) -> Any:

@@ -42,7 +42,7 @@ class MhmoeError(Exception):
         return " ".join(f"{self.subject}: {self.reason}; {self.fix}".split())
 
     def log(self) -> None:
-        """Print the error to standard output as one line of the job's log, in the form that `logged` parses."""
+        """Print the error as one line of the job's log, in the form that `logged` parses."""
         print(f"error {self.exit_code}: {self}", flush=True)
 
 
@@ -87,7 +87,7 @@ _KINDS = (SpecError, DataError, ClusterError, TokenError, RunError, CheckpointEr
 
 @contextmanager
 def logging_errors() -> Iterator[None]:
-    """Context manager for all the work of a job: print an `MhmoeError` as one line, and exit with its exit code."""
+    """Context manager for the work of a job: print an `MhmoeError` as one line, and exit with its exit code."""
     try:
         yield
     except MhmoeError as e:
@@ -98,8 +98,8 @@ def logging_errors() -> Iterator[None]:
 def logged(log: str) -> MhmoeError | None:
     """Return the last error that `MhmoeError.log` wrote to a job's log; None if there is none.
 
-    The exit code in the log determines the class of the error. Code 7 gives a RunError, even if the job raised a
-    StorageError. An exit code that no class has gives an MhmoeError; such a line comes from the user's own code.
+    The exit code determines the class: code 7 gives a RunError, even if the job raised a StorageError, and a code of no
+    class, which comes from the user's own code, an MhmoeError.
     """
     matches = re.findall(r"^error (\d+): (.*?): (.*); (.*)$", log, re.MULTILINE)
     if not matches:

@@ -1,4 +1,4 @@
-"""Pictures in one common style, saved as PNG files; they need matplotlib, which the extra `plots` installs."""
+"""Figures in one common style, saved as PNG files; they need matplotlib, which the extra `plots` installs."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -27,21 +27,17 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
 }
 ROW_INCHES = 0.22
-"""Height in inches of one row in a picture with a row for each of many items, such as layers or domains."""
+"""Height in inches of a row in a figure with one row per item, such as a layer or a domain."""
 MOST_INCHES = 300.0
-"""Largest width or height of a figure, in inches: enough for a picture of a thousand rows."""
+"""Largest width or height of a figure in inches; a thousand rows fit."""
 MOST_PIXELS = 30_000
-"""Largest width or height of a saved picture, in pixels."""
+"""Largest width or height of a saved figure in pixels."""
 DPI = 200
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Apply the common style to everything that matplotlib draws within the context.
-
-    Raises:
-        DataError: matplotlib is not installed.
-    """
+    """Apply the common style to all figures drawn within the context; a missing matplotlib is a DataError."""
     try:
         import matplotlib as mpl
     except ImportError as e:
@@ -53,11 +49,7 @@ def style() -> Iterator[None]:
 
 
 def check(path: Path) -> None:
-    """Check that a picture can be drawn and saved at `path`, so that a long measurement does not fail at its end.
-
-    Raises:
-        DataError: matplotlib is not installed, or the file could not be written.
-    """
+    """Raise a DataError, before a long measurement, if matplotlib is missing or `path` cannot be written."""
     with style(), _writing(path):
         existed = path.exists()
         path.open("ab").close()
@@ -66,18 +58,14 @@ def check(path: Path) -> None:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """Return an empty figure with this width and height in inches, each limited to `MOST_INCHES`."""
+    """Return an empty figure of this size in inches, each side limited to `MOST_INCHES`."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(min(MOST_INCHES, width), min(MOST_INCHES, height)), layout="constrained")
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Write the figure as a PNG file with `DPI` pixels per inch, or with fewer if a side would exceed `MOST_PIXELS`.
-
-    Raises:
-        DataError: the file cannot be written.
-    """
+    """Write a PNG file with `DPI`, or less if a side would exceed `MOST_PIXELS`; a failed write is a DataError."""
     with _writing(path):
         figure.savefig(path, format="png", dpi=min(DPI, MOST_PIXELS / max(figure.get_size_inches())))
 
@@ -93,11 +81,7 @@ def short(number: int) -> str:
 
 @contextmanager
 def writing(subject: str, fix: str) -> Iterator[None]:
-    """Context manager that turns an OSError into a `DataError` about `subject`, with the remedy `fix` in its message.
-
-    Raises:
-        DataError: the storage refused an operation within the context.
-    """
+    """Context manager that turns an OSError into a `DataError` about `subject`, with the remedy `fix`."""
     try:
         yield
     except OSError as e:
@@ -105,5 +89,4 @@ def writing(subject: str, fix: str) -> Iterator[None]:
 
 
 def _writing(path: Path) -> AbstractContextManager[None]:
-    """Context manager that turns an OSError into a `DataError` about the picture at `path`."""
     return writing(f"picture {path}", "name a file you can write")

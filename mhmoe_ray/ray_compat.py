@@ -1,8 +1,8 @@
-"""All private interfaces of Ray that this project uses; a new version of Ray that moves them affects only this file.
+"""All private interfaces of Ray that this project uses, so that a new version of Ray affects only this file.
 
-Ray 2.60 has no public hook for these uses. Import a name from here as from any module. Ray's own module is imported at
-that moment, so that commands which need none of it stay fast. `tests/test_ray_compat.py` fails if Ray no longer has one
-of the names, or if any other file uses Ray's private modules.
+Ray 2.60 has no public hook for these uses. Ray's own module is imported when a name is imported from here, so that
+commands which need none of it stay fast. `tests/test_ray_compat.py` fails if Ray lacks one of the names, or if another
+file uses Ray's private modules.
 """
 
 from importlib import import_module
@@ -12,7 +12,7 @@ _TRAIN = "ray.train.v2._internal."
 _PACKAGING = "ray._private.runtime_env.packaging"
 
 SDK_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
-"""Names of the loggers to which Ray's base HTTP client and its job client write a line for every upload."""
+"""Loggers to which Ray's base HTTP client and its job client write a line for every upload."""
 
 PRIVATE_NAMES = {
     # Free resources of each node, and nodes that are being drained, for `train/resilience.py`.
@@ -41,24 +41,15 @@ PRIVATE_NAMES = {
     # Client that sends configurations to Ray Serve, for `cluster/serve_client.py`.
     "ServeSubmissionClient": "ray.dashboard.modules.serve.sdk",
 }
-"""Private names of Ray that this project uses, each with Ray's module that defines it."""
+"""Ray's module that defines each of its private names used here."""
 
 
 def __getattr__(name: str) -> Any:
-    """Import Ray's private object of this name, and return it; Python calls this for a name that the module lacks.
-
-    Raises:
-        AttributeError: the name is not in PRIVATE_NAMES.
-        ImportError: this version of Ray has no such module.
-    """
     if name not in PRIVATE_NAMES:
         raise AttributeError(f"module {__name__} has no attribute {name}")
     return getattr(import_module(PRIVATE_NAMES[name]), name)
 
 
 def block_bundles(dataset: Any) -> Any:
-    """Return an iterator over the blocks of a Ray Dataset, as bundles of object references.
-
-    The iterator computes the blocks one after the other. It does not fetch them to this process.
-    """
+    """Return an iterator that computes a Ray Dataset's blocks one by one, as references that are not fetched."""
     return dataset.iter_internal_ref_bundles()

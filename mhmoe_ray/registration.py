@@ -1,8 +1,7 @@
 """Registration of this package's model with transformers' auto classes, without importing transformers.
 
 `AutoModelForCausalLM.from_pretrained` then loads an exported MH-MoE model without `trust_remote_code`. Importing
-transformers takes seconds, so this module does not import it. It registers the model classes when other code imports
-transformers' modules of auto classes.
+transformers takes seconds, so the classes are registered when other code imports the auto classes.
 """
 
 import sys
@@ -15,10 +14,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 OLDEST_TRANSFORMERS = (5, 16)
-"""Oldest version (major, minor) of transformers that our model classes were tested with.
-
-With an older version, nothing is registered.
-"""
+"""Oldest version of transformers tested with our model classes; with an older one nothing is registered."""
 CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 MODEL_MODULE = "transformers.models.auto.modeling_auto"
 OWN_MODULE = "mhmoe_ray.checkpoint.huggingface.modeling_mhmoe"
@@ -52,14 +48,10 @@ REGISTRATIONS: dict[str, Callable[[ModuleType], None]] = {
     MODEL_MODULE: _register_models,
     OWN_MODULE: _register_own_models,
 }
-"""Functions that register our model classes with transformers, by the name of a module.
-
-Each is called with this module after the module was imported.
-"""
+"""Functions that register our classes, by module name; each is called with this module after its import."""
 
 
 def _is_supported() -> bool:
-    """Return whether the installed version of transformers is new enough for our model classes."""
     # With an older version of transformers, importing our model classes could fail and break the user's own import of
     # transformers.
     numbers = version("transformers").split(".")[:2]
@@ -67,8 +59,6 @@ def _is_supported() -> bool:
 
 
 class _RegisteringLoader(Loader):
-    """Loader that executes a module with another loader and then registers our model classes."""
-
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
@@ -82,10 +72,7 @@ class _RegisteringLoader(Loader):
 
 
 class _RegisteringFinder(MetaPathFinder):
-    """Import finder for the modules in `REGISTRATIONS`.
-
-    It lets the other finders search for the module, and wraps the loader that they return in a `_RegisteringLoader`.
-    """
+    """Finder that wraps the loader which other finders return for a module in `REGISTRATIONS`."""
 
     def __init__(self) -> None:
         self._names = set(REGISTRATIONS)

@@ -1,12 +1,10 @@
 """Files and folders, local or on an object store, with one set of methods; atomic writes; sizes and hashes of files.
 
-A location is a local `pathlib.Path` or an `ObjectPath`. An `ObjectPath` is a path in one of `STORES`, and has those
-methods of `pathlib.Path` that a run directory needs. Credentials and regions are found as the vendors' own tools find
-them. The query of a URI may name the server and other parameters of the connection. A folder of an object store exists
-when it holds at least one object.
+A location is a `pathlib.Path` or an `ObjectPath`, which has the methods of `pathlib.Path` that a run directory needs.
+Credentials and regions are found as the vendors' own tools find them; the query of a URI may set the server and other
+parameters of the connection. A folder of an object store exists when it holds an object.
 
-`replace_file` and `copy_file` write atomically: a reader sees either the complete old file or the complete new one,
-even after a crash.
+`replace_file` and `copy_file` are atomic: a reader sees the complete old or the complete new file, even after a crash.
 """
 
 import fnmatch
@@ -36,7 +34,6 @@ Store = Callable[[str, str, str], "tuple[fs.FileSystem, str]"]
 
 
 def _from_uri(scheme: str, bucket: str, query: str) -> "tuple[fs.FileSystem, str]":
-    """Open a bucket of an object store whose URI scheme pyarrow itself supports; the signature is that of `Store`."""
     import pyarrow as pa
     from pyarrow import fs
 
@@ -50,7 +47,7 @@ def _from_uri(scheme: str, bucket: str, query: str) -> "tuple[fs.FileSystem, str
 
 
 STORES: dict[str, Store] = {"s3": _from_uri, "gs": _from_uri}
-"""Functions that open a bucket, by URI scheme; run directories and raw training data can be on these object stores."""
+"""Functions that open a bucket, by URI scheme; run directories and raw training data can be on these stores."""
 
 
 def unknown_scheme(scheme: str) -> tuple[str, str]:
@@ -66,17 +63,13 @@ class Status(NamedTuple):
 
 
 class ObjectPath:
-    """Path on an object store. Paths are compared by their URIs, and only methods that need the store contact it."""
+    """Path `scheme://bucket/path?query` on an object store; an unknown scheme or a password is a SpecError.
+
+    Paths are compared by their URIs, and only methods that need the store contact it. As with `pathlib.Path`, a missing
+    object is a FileNotFoundError.
+    """
 
     def __init__(self, uri: str) -> None:
-        """Parse a URI without contacting the store.
-
-        Args:
-            uri: scheme://bucket/path?query
-
-        Raises:
-            SpecError: the scheme is unknown, or the URI holds a password.
-        """
         refuse_password(uri)
         self._scheme, separator, path_and_query = uri.partition("://")
         if not separator or self._scheme not in STORES:
@@ -118,21 +111,12 @@ class ObjectPath:
 
     @property
     def filesystem(self) -> "tuple[fs.FileSystem, str]":
-        """pyarrow's file system of the bucket, and the path of this object in that file system.
-
-        Raises:
-            OSError: the store cannot be reached.
-        """
+        """pyarrow's file system of the bucket and this object's path in it; OSError if the store is out of reach."""
         bucket, _, key = self._path.partition("/")
         system, root = object_store(self._scheme, bucket, self._query)
         return system, f"{root}/{key}".rstrip("/")
 
     def stat(self) -> Status:
-        """Return the size and the modification time of the object.
-
-        Raises:
-            FileNotFoundError: there is no such object.
-        """
         info = self._info()
         if info.type.name != "File":
             raise FileNotFoundError(2, "there is no such object", str(self))
@@ -149,11 +133,7 @@ class ObjectPath:
         return bool(self._info().type.name == "File")
 
     def read_bytes(self) -> bytes:
-        """Return the whole contents of the object, without decompressing them.
-
-        Raises:
-            FileNotFoundError: there is no such object.
-        """
+        """Return the contents of the object without decompressing them."""
         system, path = self.filesystem
         with system.open_input_stream(path, compression=None) as stream:
             return bytes(stream.read())
@@ -162,12 +142,7 @@ class ObjectPath:
         return self.read_bytes().decode()
 
     def open(self, mode: str = "rb", buffering: int = -1) -> "pa.NativeFile":
-        """Open the object: "rb" reads with random access, "xb" writes a new object, which appears when it is closed.
-
-        Raises:
-            FileNotFoundError: mode "rb", and there is no such object.
-            FileExistsError: mode "xb", and the object exists already.
-        """
+        """Open for random access ("rb"), or write a new object, which appears when it is closed ("xb")."""
         system, path = self.filesystem
         if mode == "rb":
             return system.open_input_file(path)
@@ -186,7 +161,7 @@ class ObjectPath:
         self.write_bytes(b"")
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
-        """Do nothing, as an object store needs no folders: a folder exists when it holds an object."""
+        """Do nothing, as a folder of an object store exists when it holds an object."""
 
     def unlink(self, missing_ok: bool = False) -> None:
         system, path = self.filesystem
@@ -197,17 +172,16 @@ class ObjectPath:
                 raise
 
     def remove_tree(self) -> None:
-        """Delete all objects below this path."""
         system, path = self.filesystem
         system.delete_dir(path)
 
     def iterdir(self) -> "Iterator[ObjectPath]":
-        """Yield the paths directly below this one, in the order of their names."""
+        """Yield the paths directly below this one, sorted by name."""
         for info in self._child_infos():
             yield self / info.base_name
 
     def sizes(self) -> "Iterator[tuple[ObjectPath, int]]":
-        """Yield the objects directly below this path, in the order of their names, each with its size in bytes."""
+        """Yield the objects directly below this path, sorted by name, each with its size in bytes."""
         for info in self._child_infos():
             if info.type.name == "File":
                 yield self / info.base_name, info.size
@@ -219,11 +193,7 @@ class ObjectPath:
         return sorted(system.get_file_info(fs.FileSelector(path, allow_not_found=True)), key=lambda i: i.path)
 
     def glob(self, pattern: str) -> "Iterator[ObjectPath]":
-        """Yield the existing paths below this one that match a pattern.
-
-        Args:
-            pattern: glob patterns of names separated by "/", one for each level.
-        """
+        """Yield the existing paths below this one that match a pattern of names separated by "/"."""
         head_pattern, _, tail_pattern = pattern.partition("/")
         plain = not any(c in head_pattern for c in "*?[")
         children = [self / head_pattern] if plain else list(self.iterdir())
@@ -239,12 +209,9 @@ Location: TypeAlias = Path | ObjectPath
 
 
 def refuse_password(uri: str) -> None:
-    """Raise if a URI holds a password, which would be visible in specs, logs and the metadata of jobs.
+    """Raise a SpecError if a URI holds a password, which specs, logs and the metadata of jobs would show.
 
     A user name alone is allowed before the bucket's name: gs://anonymous@bucket.
-
-    Raises:
-        SpecError: the URI holds a password.
     """
     scheme, separator, host_and_path = uri.partition("://")
     user, at_sign, host = host_and_path.partition("/")[0].rpartition("@")
@@ -255,11 +222,7 @@ def refuse_password(uri: str) -> None:
 
 
 def location(text: "str | Location") -> Location:
-    """Return the location that a text names: an `ObjectPath` for a URI, else a local `Path`.
-
-    Raises:
-        SpecError: the scheme is unknown, or the URI holds a password.
-    """
+    """Return an `ObjectPath` for a URI, else a local `Path`; an unknown scheme or a password is a SpecError."""
     if isinstance(text, Path | ObjectPath):
         return text
     return ObjectPath(text) if "://" in text else Path(text)
@@ -269,10 +232,8 @@ def location(text: "str | Location") -> Location:
 def object_store(scheme: str, bucket: str, query: str) -> "tuple[fs.FileSystem, str]":
     """Return pyarrow's file system of a bucket, and the bucket's path in it.
 
-    The result is cached within a process, since finding out a bucket's region takes a request.
-
-    Raises:
-        OSError: the store cannot be reached, or pyarrow does not know a key of the query.
+    The result is cached, since finding out a bucket's region takes a request. An OSError means that the store cannot be
+    reached, or that pyarrow does not know a key of the query.
     """
     return STORES[scheme](scheme, bucket, query)
 
@@ -282,15 +243,7 @@ _PARTIAL_SUFFIX = ".partial"
 
 @contextmanager
 def report_write_errors(path: Location, next_step: str = "give the command again") -> Iterator[None]:
-    """Context manager that turns an OSError into an error about writing or removing `path`.
-
-    Args:
-        path: the file or folder that is changed in the context.
-        next_step: what the user is to do when the storage is repaired, as an imperative.
-
-    Raises:
-        StorageError: an OSError was raised in the context.
-    """
+    """Context manager that turns an OSError into a StorageError about writing or removing `path`."""
     try:
         yield
     except OSError as e:
@@ -299,10 +252,7 @@ def report_write_errors(path: Location, next_step: str = "give the command again
 
 
 def replace_file(path: Location, data: bytes | memoryview) -> None:
-    """Write `data` to a file atomically, replacing an existing file; create its folder if it is missing.
-
-    Several processes may write the same file at the same time.
-    """
+    """Write a file atomically, creating its folder; several processes may write the same file at the same time."""
     if isinstance(path, ObjectPath):
         path.write_bytes(data)
         return
@@ -330,18 +280,15 @@ def remove_partial_files(folder: Location) -> None:
 
 
 def write_json(path: Location, value: dict[str, Any]) -> None:
-    """Write a dictionary as a JSON file, atomically as `replace_file` does."""
+    """Write a dictionary as a JSON file, atomically."""
     replace_file(path, json.dumps(value, indent=1).encode())
 
 
 @contextmanager
 def create_file(path: Location) -> Iterator[BinaryIO]:
-    """Context manager that opens a new file for writing, and creates its folder if it is missing.
+    """Open a new file for writing and create its folder; an existing file is a FileExistsError.
 
     When the context ends, the data is on the disk or in the object store.
-
-    Raises:
-        FileExistsError: the file exists already.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("xb", buffering=0) as f:
@@ -351,7 +298,7 @@ def create_file(path: Location) -> Iterator[BinaryIO]:
 
 
 def copy_file(source: Location, target: Location) -> None:
-    """Copy a small file atomically; its whole contents are held in memory."""
+    """Copy a small file atomically, through memory."""
     replace_file(target, source.read_bytes())
 
 
@@ -370,14 +317,14 @@ _READERS = 8
 
 
 class FileEntry(BaseModel):
-    """Size in bytes and SHA-256 of one file, as a manifest lists them."""
+    """Size in bytes and SHA-256 of a file, as a manifest lists them."""
 
     size: int
     sha256: str
 
 
 def describe_file(path: Location) -> FileEntry:
-    """Read a file and return its size and hash."""
+    """Return the size and hash of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as f:
         while block := f.read(_BLOCK_BYTES):
@@ -392,4 +339,4 @@ def describe_files(paths: Sequence[Location]) -> Iterable[FileEntry]:
 
 
 Describe = Callable[[Sequence[Location]], Iterable[FileEntry]]
-"""Type of a function that returns the size and hash of each file, in the order of the paths, like `describe_files`."""
+"""Function like `describe_files`."""

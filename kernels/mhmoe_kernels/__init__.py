@@ -1,10 +1,8 @@
 """Kernels that run rows through the experts that a router chose. They know nothing of heads, layers or processes.
 
 They require only torch; some of them also need Triton, MegaBlocks or a C++ compiler. A row is a token or a sub-token,
-and a route is one choice of an expert by a row.
-
-The import of this package does not import torch: its names are loaded at their first use, so that the spec and the
-planner can read abilities.py.
+and a route is one choice of an expert by a row. The import of this package does not import torch: names are loaded at
+first use, so that the spec and the planner can read abilities.py.
 
 Shape suffixes, here and in mhmoe_ray.model:
 
@@ -69,11 +67,7 @@ _MODULES = ("backends", "permutation", "triton", "weights")
 
 
 def __getattr__(name: str) -> Any:
-    """Load a name of `__all__` from the module that defines it (PEP 562).
-
-    Raises:
-        AttributeError: `__all__` does not contain the name.
-    """
+    """Load a name of `__all__` from the module that defines it (PEP 562)."""
     if name in __all__:
         # The name is stored as a global, so that from then on Python finds it without this function.
         for module in map(import_module, (f"{__name__}.{module}" for module in _MODULES)):

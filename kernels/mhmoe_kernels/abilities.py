@@ -1,35 +1,34 @@
-"""Limits of each kernel of experts, such as the device, dtype and sizes that it supports.
+"""Limits of each kernel of experts: device, dtype and sizes.
 
-The spec's checks, the planner's counts and the dispatcher in backends.py read the same entries. This module does not
+The spec's checks, the planner's counts and the dispatcher in backends.py read these entries. This module does not
 import torch, so that the spec and the planner do not need it.
 """
 
 from typing import Literal, NamedTuple
 
 ExpertFunction = Literal["swiglu", "gelu_subln"]
-"""Name of the function that a feed-forward layer or an expert computes; weights.py implements it."""
+"""Name of the function that a feed-forward layer or an expert computes (weights.py)."""
 KernelName = Literal[
     "auto", "grouped", "cpp", "triton", "grouped_gemm", "grouped_mm", "megablocks", "capacity", "reference"
 ]
 
 
 class KernelLimits(NamedTuple):
-    """Limits of a kernel of experts. A field is None where the kernel has no limit."""
+    """Limits of a kernel of experts; None where it has no limit."""
 
     device: Literal["CUDA", "CPUs"] | None = None
     precision: Literal["bfloat16"] | None = None
     function: ExpertFunction | None = None
-    """The only expert function that the kernel computes."""
+    """Only expert function that the kernel computes."""
     size_multiple: int = 1
-    """Number of which the widths of rows and the hidden widths of experts must be multiples."""
+    """Number of which widths of rows and hidden widths of experts must be multiples."""
     max_row_width: int | None = None
     max_experts: int | None = None
     """Largest number of experts that one rank may hold."""
     kept_rows: Literal["as configured", "nothing", "all"] = "all"
-    """Hidden activations of experts that the kernel keeps for the backward pass; "as configured" means that the spec's
-    `moe.recompute` decides."""
+    """Hidden activations that the kernel keeps for the backward; "as configured" means that `moe.recompute` decides."""
     is_static: bool = False
-    """True if the kernel lays out a fixed number of slots per expert (static routing), and so needs that number."""
+    """True if the kernel needs a fixed number of slots per expert (static routing)."""
 
 
 KERNELS: dict[KernelName, KernelLimits] = {

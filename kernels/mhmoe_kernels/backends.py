@@ -1,5 +1,4 @@
-"""Common interface of all kernels: they take rows and routes, and return the combined expert outputs of each row, with
-gradients."""
+"""Common interface of all kernels: rows and routes in, combined expert outputs of each row out, with gradients."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -27,20 +26,19 @@ def _never_refused(device: torch.device, sizes: ExpertSizes) -> None:
 
 
 class Backend(NamedTuple):
-    """Kernel of experts behind the common interface, with its abilities and the conditions under which it can run."""
+    """Kernel of experts with its abilities and the conditions under which it can run."""
 
     run: Callable[..., Tensor]
-    """Function (x_ND, expert_NK, gate_NK, weights) -> y_ND; `run_experts` describes the arguments."""
+    """(x_ND, expert_NK, gate_NK, weights) -> y_ND, as in `run_experts`."""
     unavailable_reason: Callable[[torch.device], str | None] = _always_available
-    """Function that returns the reason why the backend cannot run on a device of this machine, in one line; None if it
-    can."""
+    """Reason why the backend cannot run on a device of this machine, in one line; None if it can."""
     run_sorted: RunSorted | None = None
-    """Function (x_RD, count_E, weights) -> y_RD for rows that are already sorted by expert; None if there is none."""
+    """(x_RD, count_E, weights) -> y_RD for rows that are sorted by expert."""
     has_backward: bool = True
-    """False if the backend is for inference only."""
+    """False for inference only."""
     refusal: Callable[[torch.device, ExpertSizes], str | None] = _never_refused
-    """Function that returns the reason why the backend cannot compute experts of these sizes on a device, in one line;
-    None if it can. It is called only if the backend can run on the device and its limits allow these sizes."""
+    """Reason why the backend cannot compute experts of these sizes on a device, in one line; None if it can. It is
+    called only if device and limits allow the backend."""
 
 
 BACKENDS: dict[str, Backend] = {
@@ -61,18 +59,13 @@ BACKENDS: dict[str, Backend] = {
 }
 
 STATIC_BACKENDS = {name for name, limits in KERNELS.items() if limits.is_static}
-"""Names of the backends of static routing, whose `run` also takes `expert_capacity`."""
+"""Backends of static routing, whose `run` also takes `expert_capacity`."""
 
 
 def unavailable_reason(name: str, device: torch.device, sizes: ExpertSizes | None = None) -> str | None:
-    """Return the reason why a backend cannot run on a device of this machine, in one line; None if it can.
+    """Return in one line why a backend (or `auto`) cannot run on a device of this machine; None if it can.
 
-    `auto` can always run, because some kernel always can.
-
-    Args:
-        name: `auto` or a key of `BACKENDS`.
-        device: the device.
-        sizes: sizes of the experts that the backend should compute; None to check only the device.
+    Without `sizes` of experts, only the device is checked.
     """
     if name == "auto":
         return None
@@ -85,14 +78,13 @@ def unavailable_reason(name: str, device: torch.device, sizes: ExpertSizes | Non
 
 
 def expert_sizes(x_ND: Tensor, weights: ExpertWeights) -> ExpertSizes:
-    """Return the sizes by which a kernel is chosen, for these rows and experts."""
+    """Return the sizes of rows and experts by which a kernel is chosen."""
     dtype = str(x_ND.dtype).removeprefix("torch.")
     experts, hidden = weights.stacked[0].shape[:2]
     return ExpertSizes(weights.function.name, dtype, x_ND.shape[1], hidden, experts)
 
 
 def _choose_for_device(purpose: Purpose, device: torch.device, *size_fields: Any) -> str:
-    """Return the kernel that should be fastest on a device for experts of these sizes (`ExpertSizes`)."""
     # torch.compile treats the result as a constant (see `allow_compilation`), which needs plain values as arguments. So
     # the fields of the sizes are separate arguments.
     sizes = ExpertSizes(*size_fields)
@@ -103,15 +95,13 @@ def _choose_for_device(purpose: Purpose, device: torch.device, *size_fields: Any
 
 @cache
 def _choose_gpu_kernel(purpose: Purpose, device: torch.device, sizes: ExpertSizes) -> str:
-    """Return the first kernel of `GPU_CHOICES` that can compute experts of these sizes on this GPU."""
     major, _ = torch.cuda.get_device_capability(device)
     candidates = gpu_kernels(purpose, major, sizes)
     return next(kernel for kernel in candidates if unavailable_reason(kernel, device, sizes) is None)
 
 
 def allow_compilation() -> None:
-    """Let torch.compile treat the choice of a kernel, and the check that it can run here, as constants of compiled
-    code."""
+    """Let torch.compile treat the choice of a kernel, and the check that it can run here, as constants."""
     # `assume_constant_result` is not used as a decorator, because this module's import would then load torch's
     # compiler, which takes seconds.
     for function in (_choose_for_device, cpp.unavailable_reason, triton.unavailable_reason):
@@ -119,16 +109,10 @@ def allow_compilation() -> None:
 
 
 def choose_kernel(name: str, x_ND: Tensor, weights: ExpertWeights, expert_capacity: int | None = None) -> str:
-    """Return the key of `BACKENDS` that a kernel name selects; `auto` selects the kernel that should be fastest here.
+    """Return the key of `BACKENDS` for a name as in `MoESpec.kernel`; `auto` is the kernel that should be fastest here.
 
-    Static routing needs a capacity to lay out its slots. If there is none (`expert_capacity` is None, because routing
-    drops nothing), the name of a backend of static routing is treated as `auto`.
-
-    Args:
-        name: kernel name as in `MoESpec.kernel`: `auto` or a key of `BACKENDS`.
-        x_ND: rows, in the dtype in which experts get them.
-        weights: the experts.
-        expert_capacity: expert capacity as in `run_experts`.
+    Static routing without a capacity, because routing drops nothing, is treated as `auto`. `x_ND` has the dtype in
+    which experts get rows.
     """
     if name != "auto" and (expert_capacity is not None or name not in STATIC_BACKENDS):
         return name
@@ -155,9 +139,8 @@ def run_experts(
         expert_capacity: largest number of rows of an expert, for the backends in `STATIC_BACKENDS`.
 
     Returns:
-        y_ND in the dtype of x. All backends but `capacity` compute every route, even dropped ones, whose gate is 0. N
-            may be 0, and experts may get no rows. Gradients then still exist, which expert parallelism relies on. There
-            is no backward pass if `Backend.has_backward` is False.
+        y_ND in the dtype of x. All backends but `capacity` compute every route, even dropped ones. N may be 0, and
+            experts may get no rows; gradients then still exist, as expert parallelism needs, if `Backend.has_backward`.
     """
     extra_arguments = {"expert_capacity": expert_capacity} if backend in STATIC_BACKENDS else {}
     with _without_autocast(x_ND):
@@ -165,16 +148,13 @@ def run_experts(
 
 
 def run_sorted_experts(backend: str, x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tensor:
-    """Run rows that are sorted by expert through their experts, one expert per row, without gates.
+    """Run rows that are sorted by expert through their experts, without gates; return y_RD.
 
     Args:
         backend: a key of `BACKENDS`.
-        x_RD: rows; the first counts[0] belong to expert 0, and so on.
-        counts: number of rows per expert; their sum is R.
+        x_RD: rows; the first counts[0] belong to expert 0, and so on. R may be 0.
+        counts: number of rows per expert, which may be 0; their sum is R.
         weights: the E experts.
-
-    Returns:
-        y_RD. As in `run_experts`, R may be 0, and experts may get no rows.
     """
     count_E = torch.tensor(counts)
     if (run_sorted_rows := BACKENDS[backend].run_sorted) is not None:
@@ -190,25 +170,17 @@ def run_sorted_experts(backend: str, x_RD: Tensor, counts: list[int], weights: E
 
 
 FUSED_ROUTING_KERNELS = ("grouped_gemm", "grouped_mm", "triton")
-"""Kernels of experts with which a layer may also route by a fused kernel."""
+"""Kernels with which a layer may also route by a fused kernel."""
 
 
 def can_fuse_routing(kernel: str, logits_NE: Tensor) -> bool:
-    """Return whether a layer computes its routing by the fused kernel `triton.fused_routing`.
-
-    Args:
-        kernel: name of the layer's kernel as in `MoESpec.kernel`.
-        logits_NE: logits of the router.
-    """
+    """Return whether a layer with a kernel (as in `MoESpec.kernel`) routes by `triton.fused_routing`."""
     is_chosen = kernel in FUSED_ROUTING_KERNELS or (kernel == "auto" and logits_NE.device.type == "cuda")
     return is_chosen and triton.can_fuse_routing(logits_NE)
 
 
 def _without_autocast(x: Tensor) -> torch.autocast:
-    """Return a context that disables autocast inside kernels.
-
-    The caller has applied autocast already, so the tensors have its dtype.
-    """
+    """Disable autocast inside kernels, whose tensors have its dtype already."""
     # Inside a kernel, autocast would round values that are float32 on purpose. It would also widen values that must
     # stay narrow: on CUDA it makes the result of a norm float32, which cannot be multiplied by bfloat16 weights.
     return torch.autocast(x.device.type, enabled=False)

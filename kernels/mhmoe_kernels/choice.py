@@ -1,6 +1,6 @@
-"""The kernels that `auto` chooses on GPUs: one table, which the dispatcher and the planner read.
+"""The kernels that `auto` chooses on GPUs: one table, which the dispatcher and the planner read without torch.
 
-This module does not import torch. On CPUs, `cpp.is_faster` decides.
+On CPUs, `cpp.is_faster` decides.
 """
 
 from collections.abc import Iterator
@@ -16,24 +16,20 @@ class ExpertSizes(NamedTuple):
 
     function: ExpertFunction
     dtype: str
-    """Name of the dtype of the computation, such as bfloat16."""
+    """Dtype of the computation, such as bfloat16."""
     row_width: int
     hidden: int
-    """Hidden width of an expert."""
     experts: int
     """Number of experts that one rank holds."""
 
 
 class GpuChoice(NamedTuple):
-    """Row of the table `GPU_CHOICES`: a kernel, the cases in which it is preferred, and the evidence for this.
-
-    Even in these cases, the kernel is not chosen if its own limits (`KERNELS`) forbid it.
-    """
+    """Row of `GPU_CHOICES`: a kernel and the cases in which it is preferred, if its own limits (`KERNELS`) allow it."""
 
     kernel: KernelName
     purposes: tuple[Purpose, ...]
     majors: tuple[int, ...] | None
-    """Major numbers of the compute capabilities of GPUs; None for all GPUs."""
+    """Major numbers of compute capabilities; None for all GPUs."""
     dtypes: tuple[str, ...]
     evidence: str
     """Where the choice was measured, or why it is predicted."""
@@ -80,11 +76,11 @@ GPU_CHOICES: tuple[GpuChoice, ...] = (
         "the only one for these dtypes; the host waits in each layer",
     ),
 )
-"""Table of kernels in the order of preference. `auto` chooses the first row that applies and can run on the GPU."""
+"""Kernels in the order of preference: `auto` chooses the first row that applies and can run on the GPU."""
 
 
 def limit_reason(kernel: KernelName, sizes: ExpertSizes) -> str | None:
-    """Return in one line the limit of a kernel that forbids experts of these sizes; None if no limit forbids them."""
+    """Return in one line the limit of a kernel that forbids experts of these sizes, if there is one."""
     limits = KERNELS[kernel]
     if limits.function not in (None, sizes.function):
         return f"kernel {kernel} computes {limits.function} experts, not {sizes.function}"
@@ -102,13 +98,7 @@ def limit_reason(kernel: KernelName, sizes: ExpertSizes) -> str | None:
 
 
 def gpu_kernels(purpose: Purpose, major: int, sizes: ExpertSizes) -> Iterator[KernelName]:
-    """Yield the names of the kernels that suit experts on a GPU, the preferred one first.
-
-    Args:
-        purpose: training or inference.
-        major: major number of the GPU's compute capability.
-        sizes: sizes of the experts.
-    """
+    """Yield the kernels that suit experts on a GPU of compute capability `major`.x, the preferred one first."""
     for choice in GPU_CHOICES:
         if choice.applies(purpose, major, sizes) and limit_reason(choice.kernel, sizes) is None:
             yield choice.kernel

@@ -1,7 +1,7 @@
-"""Instruction level of the CPU, such as AVX2 or AMX: one of a few ordered levels (`CpuLevel`).
+"""Instruction level of the CPU, such as AVX2 or AMX.
 
-torch and oneDNN choose their code by the instructions of the CPU. `level_environment` restricts them and this package
-to a level, so that tests on one machine cover CPUs with fewer instructions.
+torch and oneDNN choose their code by the CPU's instructions. `level_environment` restricts them and this package to a
+level, so that tests on one machine cover CPUs with fewer instructions.
 """
 
 import os
@@ -11,11 +11,11 @@ from functools import cache
 import torch
 
 LEVEL_VARIABLE = "MHMOE_CPU_LEVEL"
-"""Environment variable that limits the instruction level that is used; its value is a level's name in lower case."""
+"""Environment variable that limits the instruction level; its value is a level's name in lower case."""
 
 
 class CpuLevel(IntEnum):
-    """Instruction level of a CPU; each level includes the instructions of the levels below it."""
+    """Instruction level of a CPU; each level includes the levels below it."""
 
     GENERIC = 0
     """x86 CPU without AVX2, or a CPU of another architecture."""
@@ -36,7 +36,7 @@ LEVEL_TITLES = {
     CpuLevel.AVX512_BF16: "AVX512, BF16",
     CpuLevel.AMX: "AVX512, BF16, AMX",
 }
-"""Names of the instruction levels for display."""
+"""Names of the levels for display."""
 
 _ENVIRONMENTS = {
     CpuLevel.GENERIC: ("default", "SSE41", "SSE4_2"),
@@ -45,23 +45,17 @@ _ENVIRONMENTS = {
     CpuLevel.AVX512_BF16: ("avx512", "AVX512_CORE_BF16", "AVX512_E3"),
     CpuLevel.AMX: ("avx512", "DEFAULT", "AVX512_E4"),
 }
-"""Values of ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS for each level.
-
-MKL obeys its variable on Intel's CPUs only.
-"""
+"""ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS, which MKL obeys on Intel's CPUs only."""
 
 
 def is_x86() -> bool:
-    """Return whether the CPU is an x86, the architecture for which levels above GENERIC exist."""
+    """Return whether the CPU is an x86, for which levels above GENERIC exist."""
     return str(torch.cpu.get_capabilities()["architecture"]) in ("x86", "x86_64")
 
 
 @cache
 def machine_level() -> CpuLevel:
-    """Return the instruction level of the CPU itself, regardless of environment variables.
-
-    The call also requests AMX from the system, after which the process may use it.
-    """
+    """Return the level of the CPU itself, and request AMX from the system, after which the process may use it."""
     # `torch.backends.cpu.get_cpu_capability` obeys ATEN_CPU_CAPABILITY, even for instructions that the CPU lacks. The
     # instruction flags below do not depend on that variable.
     capabilities = torch.cpu.get_capabilities()
@@ -82,11 +76,7 @@ def machine_level() -> CpuLevel:
 
 
 def requested_level() -> CpuLevel | None:
-    """Return the instruction level that MHMOE_CPU_LEVEL names; None if the variable is unset or empty.
-
-    Raises:
-        ValueError: the value of MHMOE_CPU_LEVEL is not the name of a level.
-    """
+    """Return the level that MHMOE_CPU_LEVEL names, if it is set; ValueError for an unknown name."""
     text = os.environ.get(LEVEL_VARIABLE, "")
     if not text:
         return None
@@ -99,13 +89,9 @@ def requested_level() -> CpuLevel | None:
 
 
 def cpu_level() -> CpuLevel:
-    """Return the instruction level that this process may use.
+    """Return the level that this process may use: the lowest of the CPU's, MHMOE_CPU_LEVEL and ATEN_CPU_CAPABILITY.
 
-    It is the lowest of the CPU's own level, MHMOE_CPU_LEVEL, and the level that torch uses, which ATEN_CPU_CAPABILITY
-    sets.
-
-    Raises:
-        ValueError: the value of MHMOE_CPU_LEVEL is not the name of a level.
+    An unknown MHMOE_CPU_LEVEL is a ValueError.
     """
     level_limit = requested_level()
     # AVX512 is the highest capability that torch reports. So a capability that is not in this table sets no limit.
@@ -115,13 +101,10 @@ def cpu_level() -> CpuLevel:
 
 
 def level_environment(level: CpuLevel) -> dict[str, str]:
-    """Return the environment variables that restrict this package, torch, oneDNN and MKL to an instruction level.
+    """Return the environment variables that restrict this package, torch, oneDNN and MKL to at most `level`.
 
-    They must be set before the first computation, because each library reads its variable then. Child processes inherit
-    them. On architectures other than x86, only this package's own variable is returned.
-
-    Args:
-        level: the level; if it is above the machine's own level, the machine's level is used.
+    Each library reads its variable at the first computation, and child processes inherit them. On other architectures
+    than x86, only this package's own variable is returned.
     """
     # torch would believe a higher level and crash at the first instruction that the CPU lacks.
     level = min(level, machine_level())

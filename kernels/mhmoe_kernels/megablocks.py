@@ -1,10 +1,8 @@
 """The library MegaBlocks as a backend: its sort, histogram and copies of rows around a grouped GEMM, on CUDA only.
 
 The operators are those of MegaBlocks' own dropless layer with `mlp_impl="grouped"` (Gale et al., "MegaBlocks", 2022).
-Its padded operators are not used: they serve block-sparse products, whose blocks of 128 x 128 values are too large for
-a small expert.
-
-This module imports `megablocks` at the first call, so that the base install does not need it.
+Its padded operators serve block-sparse products, whose blocks of 128 x 128 values are too large for a small expert.
+`megablocks` is imported at the first call, so that the base install does not need it.
 """
 
 import importlib
@@ -22,14 +20,11 @@ from mhmoe_kernels.grouped import run_grouped, run_sorted
 from mhmoe_kernels.weights import ExpertWeights, Swiglu
 
 Matmul = Callable[[Tensor, Tensor], Tensor]
-"""Function (x_RI, w_EOI) -> y_RO: F.linear of each row with the matrix of its expert. Rows are sorted by expert."""
+"""Function (x_RI, w_EOI) -> y_RO: F.linear of each sorted row with the matrix of its expert."""
 
 
 def run_grouped_gemm(x_RD: Tensor, weights: ExpertWeights, matmul: Matmul) -> Tensor:
-    """Run rows that are sorted by expert through their experts, with grouped GEMMs.
-
-    The result is the same as that of `run_sorted`. `can_group` must return True for the experts.
-    """
+    """Compute `run_sorted` with grouped GEMMs, for experts for which `can_group` is True."""
     # This must run outside autocast. Autocast would make the output of a norm float32, and no grouped GEMM takes
     # operands of two dtypes.
     if isinstance(weights.function, Swiglu):
@@ -38,7 +33,7 @@ def run_grouped_gemm(x_RD: Tensor, weights: ExpertWeights, matmul: Matmul) -> Te
 
 
 def can_group(weights: ExpertWeights) -> bool:
-    """Return whether each row of the experts' matrices has a multiple of 16 bytes, as grouped GEMMs require."""
+    """Return whether each row of the matrices has a multiple of 16 bytes, as grouped GEMMs require."""
     return all(w.shape[-1] * w.dtype.itemsize % 16 == 0 for w in weights.stacked if w.ndim == 3)
 
 
@@ -75,17 +70,14 @@ _INSTALL_COMMAND = "pip install --no-deps --no-build-isolation --no-cache-dir me
 
 
 def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
-    """Run routed rows through experts, as `mhmoe_kernels.run_experts` does.
+    """Run `mhmoe_kernels.run_experts` with MegaBlocks; ValueError for too many rows (32-bit indices).
 
-    A loop over experts computes the products if `can_group` returns False or the dtype is float64. Otherwise the
-    package grouped_gemm does, if it is installed and the dtype is bfloat16; the host then waits for the counts. In all
-    other cases `F.grouped_mm` does.
+    A loop over experts computes the products if `can_group` is False or the dtype is float64; otherwise the package
+    grouped_gemm, if it is installed and the dtype is bfloat16 (the host then waits for the counts), or else
+    `F.grouped_mm`.
 
-    MegaBlocks rounds each gated output to the dtype of x before it adds the K outputs of a row, and rounds gradients of
-    gates in the same way. It copies rows in float32, so float64 results have the precision of float32.
-
-    Raises:
-        ValueError: there are too many rows for the 32-bit indices of MegaBlocks' kernels.
+    MegaBlocks rounds each gated output to the dtype of x before it adds the K outputs of a row, and gradients of gates
+    likewise. It copies rows in float32, so float64 results have the precision of float32.
     """
     (N, D), K = x_ND.shape, expert_NK.shape[1]
     if N * K * D >= 2**31:
@@ -120,7 +112,6 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def _missing_dependency() -> str | None:
-    """Return in one line which package is missing or cannot be imported, and what to do; None if all can be used."""
     for module, package in (("triton", "triton"), ("stk", "stanford-stk"), ("megablocks", "megablocks")):
         if find_spec(module) is None:
             return f"{package} is not installed: {'pip install triton' if package == 'triton' else _INSTALL_COMMAND}"

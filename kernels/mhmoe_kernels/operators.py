@@ -1,7 +1,7 @@
 """Kernels as operators of torch, `torch.ops.mhmoe.*`.
 
-torch.compile and fake tensors do not look into an operator: they ask its fake implementation for the shapes of its
-results. They can therefore handle code whose work depends on values, such as a loop over experts and their rows.
+torch.compile and fake tensors ask an operator's fake implementation for the shapes of its results, so its work may
+depend on values, as in a loop over experts and their rows.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,8 @@ LIBRARY = torch.library.Library("mhmoe", "DEF")  # type: ignore[no-untyped-call]
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator that turns a function into an operator of torch, which has no backward.
 
-    Args:
-        schema: name, arguments and results in torch's notation. Results must not share memory with arguments.
-        fake: function of the same arguments that returns uninitialized results of the right shapes.
+    `schema` has name, arguments and results in torch's notation; results must not share memory with arguments. `fake`
+    returns uninitialized results for the same arguments.
     """
 
     def define(function: Callable[..., Any]) -> Any:
@@ -33,10 +32,9 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
 
 
 def compiled_operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Return a decorator like that of `operator`, but the function is an operator only in code that is compiled.
+    """Return a decorator like `operator` that calls the function directly outside of torch.compile.
 
-    Without torch.compile, the function is called directly, so that profilers and torch's dispatch modes see the
-    operations in it.
+    Profilers and torch's dispatch modes then see the operations in it.
     """
 
     def define(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,22 +3,19 @@
 `pack_layer` stores matrices once in the layout that oneDNN multiplies fastest. For CPUs on which oneDNN cannot do this,
 `run_padded` rounds up the number of rows of each expert.
 
-Padded experts. BLAS adds the terms of a product of few rows in another order than those of a product of more rows, and
-gives each thread a part of the rows. Few means fewer than four for OpenBLAS and for MKL on AMD's CPUs, and fewer than
-sixteen for MKL on Intel's. The last bits of a row would therefore depend on whether it is computed alone or among
-others, and two almost equal logits could change places, which selects another token. Products of a multiple of sixteen
-rows do not have this problem. The exception is MKL with sums over a thousand or more values and few outputs, which it
-splits among threads. But a torch with MKL also has oneDNN, so matrices are packed there.
+Padded experts. BLAS adds the terms of a product of few rows in another order than those of more rows, and gives each
+thread a part of the rows. Few means fewer than four for OpenBLAS and for MKL on AMD's CPUs, and fewer than sixteen for
+MKL on Intel's. The last bits of a row would depend on other rows, so two almost equal logits could change places.
+Products of a multiple of sixteen rows do not have this problem, except in MKL with sums over a thousand or more values
+and few outputs, which it splits among threads; but a torch with MKL also has oneDNN, so matrices are packed there.
 
-Packed experts. oneDNN reads a matrix in the layout in which it is stored, so in float32 a product of few rows takes a
-third of the time of a product with an unpacked matrix. The result for a row does not depend on the number of other
-rows, to the last bit (tests/kernels/test_packed.py). torch has these operators for its compiler, which packs the
-weights of frozen models in the same way.
+Packed experts. oneDNN reads a matrix in the layout in which it is stored, so a float32 product of few rows takes a
+third of the time, and a row's result does not depend on the number of rows (tests/kernels/test_packed.py). torch has
+these operators for its compiler, which packs the weights of frozen models in the same way.
 
-Packing works where oneDNN has blocked kernels for the CPU: from AVX2 on in float32, from AVX512_BF16 on in bfloat16. At
-lower levels oneDNN multiplies like a BLAS, which sums a single row in another order. (This was seen with oneDNN
-restricted to SSE4.1, in float32 at widths from 384 to 1,024.) There, matrices are not packed, and `run_padded` runs the
-rows.
+Packing works where oneDNN has blocked kernels: from AVX2 on in float32, from AVX512_BF16 on in bfloat16. At lower
+levels oneDNN sums a single row in another order, as seen with SSE4.1 in float32 at widths from 384 to 1,024, so
+`run_padded` runs the rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,10 +35,9 @@ ROW_MULTIPLE = 16
 
 
 def run_padded(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
-    """Run routed rows through experts, as `mhmoe_kernels.run_experts` does, with padding rows for each expert.
+    """Run `mhmoe_kernels.run_experts` with each expert's rows padded to a multiple of `ROW_MULTIPLE`.
 
-    The rows of each expert are padded to a multiple of `ROW_MULTIPLE`. There is no backward, and the weights of experts
-    without rows are not read.
+    There is no backward, and the weights of experts without rows are not read.
     """
     assert not (torch.is_grad_enabled() and any(w.requires_grad for w in weights.stacked))
     plan = plan_routes(expert_NK, len(weights.stacked[0]))
@@ -61,15 +57,11 @@ def run_padded(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: Expert
 
 
 LAYOUT_ROWS = 16
-"""Number of rows for which oneDNN chooses the packed layout; the layout works for any number."""
+"""Rows for which oneDNN chooses the packed layout, which works for any number."""
 
 
 def unavailable_reason(dtype: torch.dtype) -> str | None:
-    """Return the reason why matrices of this dtype cannot be packed on this machine, in one line; None if they can.
-
-    Raises:
-        ValueError: the value of MHMOE_CPU_LEVEL is not the name of a level.
-    """
+    """Return in one line why this machine cannot pack matrices of a dtype; None if it can."""
     if dtype not in (torch.float32, torch.bfloat16):
         return f"oneDNN cannot pack {dtype}"
     if not torch._C._has_mkldnn:
@@ -84,21 +76,15 @@ def unavailable_reason(dtype: torch.dtype) -> str | None:
 
 
 class PackedMatrix:
-    """Matrix in oneDNN's packed layout, with an optional bias, by which rows are multiplied on a CPU."""
+    """Matrix in oneDNN's packed layout, in the orientation of F.linear, with an optional bias; there is no backward."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
-        """Convert a matrix to the packed layout.
-
-        Args:
-            weight_OI: matrix in the layout of F.linear; no reference to it is kept.
-            bias_O: bias of the outputs.
-        """
         self.dtype = weight_OI.dtype
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), LAYOUT_ROWS)
         self._bias_O = None if bias_O is None else bias_O.to(self.dtype)
 
     def __call__(self, x_NI: Tensor) -> Tensor:
-        """Cast rows to the matrix's dtype, multiply them by the matrix, and add the bias. There is no backward."""
+        """Cast rows to the matrix's dtype, multiply them by the matrix, and add the bias."""
         x_NI = x_NI.to(self.dtype)
         y_NO: Tensor = torch.ops.mkldnn._linear_pointwise(x_NI, self._packed, self._bias_O, "none", [], "")
         return y_NO
@@ -109,14 +95,7 @@ RowFunction = Callable[[Tensor], Tensor]
 
 
 def pack_layer(function: Function, weights: Sequence[Tensor]) -> RowFunction:
-    """Pack the matrices of a feed-forward layer or of one expert, and return a function that computes it for rows.
-
-    There is no backward.
-
-    Args:
-        function: function of the layer.
-        weights: weights of the function, in the order of its arguments.
-    """
+    """Pack the matrices of a layer or an expert, and return a function without backward that computes it for rows."""
     if isinstance(function, Swiglu):
         gate_FD, up_FD, down_DF = weights
         return partial(_swiglu, PackedMatrix(torch.cat([gate_FD, up_FD])), PackedMatrix(down_DF))
@@ -137,7 +116,7 @@ def _gelu_subln(fc1_matrix: PackedMatrix, norm: RowFunction, fc2_matrix: PackedM
 
 
 def run_packed(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, experts: Sequence[RowFunction]) -> Tensor:
-    """Run routed rows through experts that `pack_layer` has packed, as `mhmoe_kernels.run_experts` does.
+    """Run `mhmoe_kernels.run_experts` with experts from `pack_layer`.
 
     There is no backward, and the weights of experts without rows are not read.
     """

@@ -1,6 +1,6 @@
 """Sorting of routes by expert, and its inverse. A route is one choice of an expert by a row.
 
-Both directions only gather rows, in the forward and in the backward. There is no scatter-add.
+Both directions, forward and backward, only gather rows, without scatter-add.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,36 +20,36 @@ def widen(x: Tensor) -> Tensor:
 
 
 def copy_to_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of numbers from CPU memory to a device. The host does not wait for a GPU."""
+    """Copy a tensor from CPU memory to a device; the host does not wait for a GPU."""
     pinned_numbers = numbers.pin_memory() if device.type == "cuda" else numbers
     return pinned_numbers.to(device, non_blocking=True)
 
 
 CACHE_VALUES = 1 << 17
-"""Number of float32 values of a block that fits into a CPU's cache together with a few other such blocks."""
+"""Float32 values of a block that fits into a CPU's cache with a few other such blocks."""
 
 
 class RoutePlan(NamedTuple):
-    """Permutation that sorts the R = N * K routes of N rows by expert. Routes of one expert keep the order of rows."""
+    """Permutation that sorts the R = N * K routes by expert; routes of one expert keep the order of rows."""
 
     row_R: Tensor
-    """Index of the row of each sorted route."""
+    """Row of each sorted route."""
     slot_NK: Tensor
-    """Position of each route of a row in the sorted order."""
+    """Position of each route in the sorted order."""
     count_E: Tensor
-    """Number of routes per expert."""
+    """Routes per expert."""
 
     def trimmed(self, routes: int) -> "RoutePlan":
         """Return a plan in which all sorted routes after the first `routes` ones share a single slot.
 
-        The gates of these routes must be 0. `permute` copies one of their rows to that slot. The caller must write
-        zeros to the slot in the outputs, before `combine`, and in the gradient of the result of `permute`.
+        Their gates must be 0. `permute` copies one of their rows to that slot. The caller must write zeros to the slot
+        in the outputs, before `combine`, and in the gradient of the result of `permute`.
         """
         return RoutePlan(self.row_R[: routes + 1], self.slot_NK.clamp(max=routes), self.count_E)
 
 
 def plan_routes(expert_NK: Tensor, n_experts: int) -> RoutePlan:
-    """Return the plan that sorts routes by expert; `expert_NK` has the expert of each route, int64, below n_experts."""
+    """Return the plan that sorts routes by expert; `expert_NK` is int64."""
     flat_R = expert_NK.flatten()
     order_R = torch.argsort(flat_R, stable=True)
     slot_R = torch.empty_like(order_R)
@@ -61,15 +61,12 @@ def plan_routes(expert_NK: Tensor, n_experts: int) -> RoutePlan:
 
 
 def permute(x_ND: Tensor, plan: RoutePlan) -> Tensor:
-    """Return x_RD, the row of each route, sorted by expert. Row n appears once for each of its routes."""
+    """Return x_RD, the row of each route, sorted by expert."""
     return _permute(x_ND, plan)
 
 
 def combine(out_RD: Tensor, gate_NK: Tensor, plan: RoutePlan) -> Tensor:
-    """Return the weighted sum of each row's expert outputs, y_n = sum_k gate_nk * out[slot_nk], in the order of rows.
-
-    The sum is computed in float32 or wider, and returned in the dtype of `out_RD`.
-    """
+    """Return y_n = sum_k gate_nk * out[slot_nk] in the dtype of `out_RD`, added in float32 or wider."""
     return _combine(out_RD, gate_NK, plan)
 
 
@@ -126,7 +123,7 @@ _combine: Callable[[Tensor, Tensor, RoutePlan], Tensor] = _Combine.apply
 
 
 def _row_blocks(x_RD: Tensor) -> Iterator[slice]:
-    """Return slices that together cover all rows: one slice on GPUs, and slices that fit into the cache on CPUs."""
+    """Return slices that cover all rows: one on GPUs, and slices that fit into the cache on CPUs."""
     # The caller reads and writes each row several times, so on a CPU its rows should stay in the cache.
     rows = max(1, CACHE_VALUES // x_RD.shape[1]) if x_RD.device.type == "cpu" else max(1, len(x_RD))
     return (slice(start, start + rows) for start in range(0, len(x_RD), rows))

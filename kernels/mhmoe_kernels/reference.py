@@ -1,10 +1,8 @@
 """Two readable kernels: `reference`, a loop over experts in any dtype, and `capacity`, GShard's static routing.
 
-Static routing is implemented as in the paper (GShard, arXiv 2006.16668): one-hot masks of N x E x C values move rows
-into E buffers of C slots and move the outputs back. It is here for comparison. Its memory grows with N * E * C, which
-at a capacity factor of 1 is about k * N^2. It computes every slot, even empty ones.
-
-Additional shape suffix: C slots in an expert's buffer.
+Static routing follows the paper (arXiv 2006.16668), for comparison: one-hot masks of N x E x C values move rows into E
+buffers of C slots and back. Its memory grows with N * E * C, which at a capacity factor of 1 is about k * N^2, and it
+computes even empty slots.
 """
 
 import torch
@@ -15,7 +13,7 @@ from mhmoe_kernels.weights import ExpertWeights
 
 
 def run_reference(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
-    """Run routed rows through experts, as `mhmoe_kernels.run_experts` does. Tests compare other kernels with this."""
+    """Run routed rows through experts, as `mhmoe_kernels.run_experts` does; tests compare other kernels with it."""
     y_ND = torch.zeros_like(x_ND)
     for e in range(len(weights.stacked[0])):
         rows, choice = (expert_NK == e).nonzero(as_tuple=True)
@@ -27,7 +25,7 @@ def run_reference(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: Exp
 def run_capacity(
     x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights, *, expert_capacity: int
 ) -> Tensor:
-    """Run routed rows through experts as `mhmoe_kernels.run_experts` does, with C = `expert_capacity` slots per expert.
+    """Run `mhmoe_kernels.run_experts` with C = `expert_capacity` slots per expert.
 
     A route with gate 0 takes no slot, because the router has dropped it. First choices get slots before second choices,
     as in the router, so every route that the router kept under this capacity gets a slot.

@@ -49,10 +49,10 @@ Function = Swiglu | GeluSubln
 
 
 class ExpertWeights(NamedTuple):
-    """Weights of E experts of one kind. Matrices are [E, out, in], which is the layout of F.linear for each expert."""
+    """Weights of E experts of one kind; matrices are [E, out, in], as in F.linear."""
 
     function: Function
     stacked: tuple[Tensor, ...]
     """Weights of the function, each [E, ...], in the order of its arguments."""
     recompute: float = 0.0
-    """Share of the routes, from 0 to 1, whose hidden activations the backward recomputes, if the backend keeps any."""
+    """Share of the routes whose hidden activations the backward recomputes, if the backend keeps any."""

@@ -1,7 +1,5 @@
-"""The subln architecture (SubLN, arXiv 2210.06423): LayerNorm also inside attention and feed-forward layers.
-
-It also has xPos positions, GELU, biases, and embeddings scaled by sqrt(d), as in the models of arXiv 2404.15045.
-"""
+"""The subln architecture (SubLN, arXiv 2210.06423): LayerNorm also inside attention and feed-forward layers, and xPos
+positions, GELU, biases, and embeddings scaled by sqrt(d), as in the models of arXiv 2404.15045."""
 
 from collections.abc import Mapping
 from typing import ClassVar

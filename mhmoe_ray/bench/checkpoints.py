@@ -23,19 +23,17 @@ class Figures(NamedTuple):
     state: int
     """Bytes of weights and of the optimizer's moments."""
     steps: list[float]
-    """Seconds of a training step while no checkpoint is written."""
+    """Training steps while no checkpoint is written."""
     steps_while_writing: list[float]
-    """Seconds of a training step while a checkpoint is written, including the pauses."""
+    """Training steps while a checkpoint is written, including the pauses."""
     torch_save: list[float]
-    """Seconds of `torch.save` of the whole state to a file, which is not flushed to the disk."""
+    """Calls of `torch.save` with the whole state to a file, which is not flushed to the disk."""
     pauses: list[float]
-    """Seconds for which training waits for a checkpoint: at its start, and before the next update until the state is
-    copied."""
+    """Waits of training for a checkpoint: at its start, and before the next update until the state is copied."""
     committed: list[float]
-    """Seconds until a checkpoint is complete, on the disk and with hashes; training continues meanwhile."""
+    """Times until a checkpoint is complete, on the disk and with hashes; training continues meanwhile."""
     extra: int | None
-    """Bytes of resident memory that the first checkpoint took beyond training's own; None if the system does not report
-    it."""
+    """Resident bytes that the first checkpoint took beyond training's own; None if the system does not report them."""
 
     @property
     def pause_to_torch_save(self) -> float:
@@ -44,7 +42,6 @@ class Figures(NamedTuple):
 
     @property
     def extra_to_state(self) -> float | None:
-        """Ratio of `extra` to `state`; None if `extra` is None."""
         return None if self.extra is None else self.extra / self.state
 
     def as_json(self) -> dict[str, Any]:
@@ -61,11 +58,7 @@ class Figures(NamedTuple):
 def measure(spec: RunSpec, rounds: int, folder: Path, hardware: Hardware) -> Figures:
     """Measure a checkpoint, `torch.save` and a training step without either, in interleaved rounds.
 
-    Args:
-        spec: the spec of the training.
-        rounds: the number of rounds that are counted.
-        folder: an empty folder on the disk to write to.
-        hardware: the hardware to train on.
+    `folder` is an empty folder on the disk.
     """
     spec = _with_folders(spec, folder)
     run = create_run(spec)
@@ -117,7 +110,6 @@ def measure(spec: RunSpec, rounds: int, folder: Path, hardware: Hardware) -> Fig
 
 
 def _with_folders(spec: RunSpec, folder: Path) -> RunSpec:
-    """Return the spec with its run directory in `folder`, and with an empty manifest of prepared data."""
     # The measurement reads no data, but the saver records the hash of this manifest in each checkpoint, so the manifest
     # must exist.
     prepared = folder / "prepared"
@@ -128,17 +120,15 @@ def _with_folders(spec: RunSpec, folder: Path) -> RunSpec:
 
 
 def _time_action(action: Callable[[], object], read_clock: Callable[[], float]) -> float:
-    """Call `action`, and return the seconds that it takes, as `read_clock` measures them."""
     start_time = read_clock()
     action()
     return read_clock() - start_time
 
 
 def _settled_peak(action: Callable[[], object], tolerance: int) -> int | None:
-    """Repeat an action until its peak memory has settled, and return the last peak in bytes.
+    """Repeat an action until its peak memory has settled, and return it in bytes; None if the system reports none.
 
-    The peak has settled if it grew by less than `tolerance` bytes in each of 8 runs in a row. The action runs at most
-    65 times. The result is None if the system does not report the peak.
+    It has settled if it grew by less than `tolerance` bytes in each of 8 runs in a row. There are at most 65 runs.
     """
     # During the first tens of steps, the C library keeps more and more freed memory for reuse. The steps are repeated
     # until this growth ends, because otherwise it would count as the checkpoint's memory.
@@ -154,7 +144,7 @@ def _settled_peak(action: Callable[[], object], tolerance: int) -> int | None:
 
 
 def _peak_resident(action: Callable[[], object]) -> int | None:
-    """Call `action`, and return this process's peak of resident bytes meanwhile; None if the system reports none."""
+    """Return this process's peak of resident bytes during `action`; None if the system reports none."""
     status = Path("/proc/self/status")
     if status.exists():
         # Writing 5 resets the process's peak memory (VmHWM) to its current memory, so that the peak below is that of

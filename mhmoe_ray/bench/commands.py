@@ -1,7 +1,4 @@
-"""Latency of `mhmoe --help`, of `mhmoe status` on a long run, and of `mhmoe submit` until its job's first event.
-
-Each command runs in a process of its own.
-"""
+"""Latency of `mhmoe --help`, of `mhmoe status` on a long run, and of `mhmoe submit` until its job's first event."""
 
 import json
 import subprocess
@@ -24,31 +21,19 @@ EVENT_TIMEOUT = 60.0
 
 
 class CommandFigures(NamedTuple):
-    """Latency of three `mhmoe` commands in seconds."""
+    """Latency of three `mhmoe` commands in seconds, one value per round."""
 
     help: list[float]
-    """Seconds of `mhmoe --help`, one value per round."""
     status: list[float]
-    """Seconds of `mhmoe status` on a long run, one value per round."""
     submit: list[float]
-    """Seconds from the call of `mhmoe submit` to the first event that the job itself records, one value per round.
-
-    The list is empty without a spec to submit.
-    """
+    """Seconds from the call to the first event that the job itself records; empty without a spec to submit."""
 
 
 def measure(spec: RunSpec, spec_file: Path | None, folder: Path, lines: int, rounds: int) -> CommandFigures:
-    """Measure the latency of `mhmoe --help`, `mhmoe status` and `mhmoe submit`.
+    """Measure the latency of `mhmoe --help`, `mhmoe status` and `mhmoe submit`; a failed command or job is a JobError.
 
-    Args:
-        spec: the spec of the long run, whose metrics are synthetic.
-        spec_file: the spec to submit to the running cluster; None to leave submit out.
-        folder: an empty folder in which the long run is created.
-        lines: the number of lines in the metrics of the long run.
-        rounds: the number of rounds of each command.
-
-    Raises:
-        JobError: a command or the submitted job fails.
+    `spec` is that of a long run with `lines` synthetic lines of metrics, which is created in the empty `folder`.
+    `spec_file` is submitted to the running cluster; None leaves submit out.
     """
     long_run = _long_run(spec.model_copy(update={"storage": folder}), lines)
     cases: dict[str, Callable[[], object]] = {
@@ -61,7 +46,6 @@ def measure(spec: RunSpec, spec_file: Path | None, folder: Path, lines: int, rou
 
 
 def _run_command(*args: str) -> str:
-    """Run `mhmoe` with these arguments in a process, and return its stdout; raise JobError if it fails."""
     command = [sys.executable, "-m", "mhmoe_ray.cli.app", *args]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode:
@@ -70,7 +54,6 @@ def _run_command(*args: str) -> str:
 
 
 def _long_run(spec: RunSpec, lines: int) -> RunDir:
-    """Create the directory of a finished run of `lines` steps, with one synthetic line of metrics per step."""
     run = create_run(spec.model_copy(update={"train": spec.train.model_copy(update={"steps": lines})}))
     # Every run needs an attempt, which names its job and cluster. No cluster listens at this address, and none is
     # needed: commands do not ask the cluster of a finished run.
@@ -102,9 +85,6 @@ def _submit(spec_file: Path) -> float:
     """Submit a spec, and return the seconds until the job's first event.
 
     The run is stopped; its run directory stays.
-
-    Raises:
-        JobError: a command fails, or the job fails or records no event in time.
     """
     # The end of the measurement is the wall-clock time of an event that another process records. The start must be read
     # from the same clock, so the monotonic clock does not fit.

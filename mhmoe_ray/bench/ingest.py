@@ -1,8 +1,8 @@
 """Preparation of text as shards, and streaming of micro-batches, by several packages in interleaved rounds.
 
-Our preparation is compared with Hugging Face's datasets, and our stream with MosaicML's streaming, if they are
-installed. The stream of a model with images is compared with a bare pool of processes that decode and crop the same
-images. Each measurement runs in a process and a folder of its own.
+Our preparation is compared with Hugging Face's datasets, our stream with MosaicML's streaming, and the stream of a
+model with images with a bare pool of processes that decode and crop the same images. Each measurement runs in a process
+and an empty folder of its own.
 """
 
 import multiprocessing
@@ -34,15 +34,7 @@ from mhmoe_ray.spec import RunSpec
 
 
 def prepare_with_mhmoe(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
-    """Prepare text as `mhmoe data prepare` does, and return the time, the memory and the amounts of text and tokens.
-
-    The preparation includes the quarantine of unreadable lines, held-out documents and the baselines of the loss.
-
-    Args:
-        spec: a spec that names its tokenizer; its sources are read.
-        folder: an empty folder for the output.
-        processes: the number of processes that tokenize at a time.
-    """
+    """Prepare text as `mhmoe data prepare` does, with quarantine, held-out documents and the baselines of the loss."""
     data = spec.data.model_copy(update={"prepared": folder / "prepared"})
     ray.init("local", num_cpus=processes, log_to_driver=False, include_dashboard=False)
     with PeakMemory() as peak:
@@ -62,10 +54,7 @@ def prepare_with_mhmoe(spec: RunSpec, folder: Path, processes: int) -> dict[str,
 def stream_with_mhmoe(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
     """Stream all micro-batches of a training to one rank, check their order, and measure the time of all but the first.
 
-    Args:
-        spec: the spec of a training whose data are prepared.
-        folder: not used, but every measurement gets one.
-        processes: the number of logical CPUs of Ray.
+    `processes` is the number of Ray's logical CPUs.
     """
     ray.init("local", num_cpus=processes, log_to_driver=False, include_dashboard=False)
     stream = training_stream(spec, 0, 1)
@@ -91,13 +80,7 @@ def stream_with_mhmoe(spec: RunSpec, folder: Path, processes: int) -> dict[str, 
 
 
 def stream_with_pool(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
-    """Make all micro-batches of a training with images in a pool of processes, and measure all but the first.
-
-    Args:
-        spec: the spec of a training whose data are prepared.
-        folder: not used, but every measurement gets one.
-        processes: the number of processes in the pool.
-    """
+    """Make all micro-batches of a training with images in a pool of processes, and measure all but the first."""
     batch_count, start_time = spec.train.steps * spec.train.micro_batches, 0.0
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for number, _ in enumerate(pool.imap(partial(_read_micro_batch, spec), range(batch_count), POOL_CHUNK)):
@@ -112,15 +95,10 @@ def _read_micro_batch(spec: RunSpec, number: int) -> Any:
 
 
 def prepare_with_datasets(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
-    """Prepare text with Hugging Face's datasets and tokenizers, and return the time, memory and number of tokens.
+    """Prepare text with Hugging Face's datasets and tokenizers.
 
-    It runs `load_dataset("json")`, then `map` with the tokenizers library, then `map` to samples of T + 1 tokens, where
-    T is `data.seq_len`. All domains are concatenated, which is less work than separate domains.
-
-    Args:
-        spec: a spec whose data are prepared; their sources and their tokenizer.json are read.
-        folder: an empty folder for the output.
-        processes: the number of processes of each `map`, and the largest number of processes for loading.
+    It runs `load_dataset("json")`, then `map` with the tokenizers library, then `map` to samples of T + 1 tokens. All
+    domains are concatenated, which is less work than separate domains. The tokenizer is that of the prepared data.
     """
     file = spec.data.prepared / TOKENIZER_FILE
     tokenizer = Tokenizer.from_file(str(file))
@@ -141,7 +119,6 @@ def prepare_with_our_encoder(spec: RunSpec, folder: Path, processes: int) -> dic
 def _prepare_with_encoder(
     spec: RunSpec, folder: Path, processes: int, encode: Callable[[list[str]], list[list[int]]]
 ) -> dict[str, Any]:
-    """Prepare text with Hugging Face's datasets; the function `encode` turns texts into token ids."""
     os.environ |= {"HF_HOME": str(folder), "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     # datasets reads the environment variables, such as HF_HOME, when it is imported, so they are set before.
     import datasets
@@ -185,13 +162,7 @@ def _prepare_with_encoder(
 def stream_with_mosaicml(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
     """Read the training samples in random order with MosaicML's streaming and torch's DataLoader.
 
-    Return the seconds that this takes. They include neither the writing of the samples as MDS shards nor the first
-    micro-batch.
-
-    Args:
-        spec: the spec of a training whose data are prepared.
-        folder: an empty folder for the shards.
-        processes: the number of worker processes of the DataLoader.
+    The seconds include neither the writing of the samples as MDS shards nor the first micro-batch.
     """
     from streaming import MDSWriter, StreamingDataset
     from torch.utils.data import DataLoader
@@ -226,12 +197,10 @@ def stream_with_mosaicml(spec: RunSpec, folder: Path, processes: int) -> dict[st
 
 
 class Contestant(NamedTuple):
-    """Way to prepare or to stream data with one package, which is measured beside the others."""
+    """Way to prepare or to stream data with one package, which must be installed."""
 
     task: str
-    """Name of the task, `prepare` or `stream`."""
     package: str
-    """Name of the package that must be installed."""
     run: Measurement
 
 
@@ -245,22 +214,21 @@ CONTESTANTS = {
 }
 OUR_CONTESTANTS = ("prepare: mhmoe", "stream: mhmoe")
 IMAGE_CONTESTANTS = ("stream: mhmoe", "stream: a bare pool")
-"""Keys of `CONTESTANTS` that are measured for the spec of a model with images."""
+"""Keys of `CONTESTANTS` that are measured for a model with images."""
 POOL_CHUNK = 4
 """Number of micro-batches that a process of the pool gets at a time."""
 
 
 class Figures(NamedTuple):
-    """Measurements of one package that prepares or streams data, in all rounds."""
+    """Measurements of one package that prepares or streams data."""
 
     name: str
     rounds: list[dict[str, Any]]
-    """Measurements of each round, including `seconds`."""
     ratio_to_ours: float
-    """Median over rounds of the ratio of the package's time to that of this project."""
+    """Median over rounds of the ratio of the package's time to ours."""
 
     def median(self, key: str) -> float:
-        """Return the median over rounds of the measurement with this key, such as `seconds`."""
+        """Return the median over rounds of a measurement, such as `seconds`."""
         return float(statistics.median(measurement[key] for measurement in self.rounds))
 
 
@@ -269,15 +237,8 @@ def run_contest(
 ) -> Iterator[Figures]:
     """Measure several packages at preparing or streaming data in interleaved rounds, and yield the results of each.
 
-    Args:
-        spec: a spec that names its tokenizer; for measurements of streaming, its data must be prepared.
-        names: keys of `CONTESTANTS`, including the one of this project for each task.
-        rounds: the number of rounds, each of all packages; every other round is in reverse order.
-        processes: the number of processes of each package.
-        report: a function that is called with a line after each measurement.
-
-    Raises:
-        JobError: one of the measurements failed.
+    `names` are keys of `CONTESTANTS`, including the one of this project for each task. Streaming needs prepared data. A
+    measurement that fails is a JobError.
     """
     results_by_name: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for turn, name in turns(names, rounds):

@@ -24,7 +24,7 @@ from mhmoe_ray.spec.base import Precision
 
 
 class Shape(NamedTuple):
-    """Sizes of the plain mixture of experts, from which the sizes of all other layers to compare follow."""
+    """Sizes of the plain mixture of experts, from which those of all other layers follow."""
 
     tokens: int = 4096
     d_model: int = 512
@@ -38,7 +38,7 @@ class Shape(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """Description of a layer to measure; `build` creates the layer itself."""
+    """Description of a layer to measure."""
 
     name: str
     moe: MoESpec | None
@@ -76,7 +76,7 @@ class Case:
         self.x_BTM = x_BTM.to(device, DTYPES[dtype]).requires_grad_()
 
     def forward(self) -> Tensor:
-        """Return the output of the layer for the input of this case."""
+        """Return the output of the layer."""
         y = self.module(self.x_BTM)
         y_BTM: Tensor = y[0] if isinstance(y, tuple) else y  # the output comes before routing, loss or counts
         return y_BTM
@@ -88,7 +88,7 @@ class Case:
             leaf.grad = None
 
     def run(self) -> Tensor:
-        """Run one forward and backward pass, and return the output."""
+        """Run a forward and backward pass, and return the output."""
         y_BTM = self.forward()
         self.backward(y_BTM)
         return y_BTM.detach()
@@ -102,21 +102,11 @@ def our_layers(
     device: torch.device,
     dtype: Precision = "bfloat16",
 ) -> tuple[list[Layer], list[SkippedCase]]:
-    """Return our layers to measure, and the requested kernels that cannot run.
+    """Return our layers to measure, with each kernel that can run, and the requested kernels that cannot.
 
-    The dense layer comes first, then the plain one with the first kernel, then the others.
-
-    Args:
-        shape: the sizes of the plain layer.
-        heads: the numbers of heads h of the multi-head layers.
-        static: whether to add static routing with its masks, for the plain layer and for the one with the fewest heads.
-        kernels: names as in `MoESpec.kernel`; each layer is returned with each kernel that can run on the device.
-        device: the device to run on.
-        dtype: the data type to run with.
-
-    Raises:
-        SpecError: a layer of these sizes is impossible, one of the numbers of heads allows no multi-head layer of equal
-            work, the name of a kernel is wrong, or no kernel can run.
+    The dense layer comes first, then the plain one with the first kernel. `static` adds static routing with its masks,
+    for the plain layer and for the one with the fewest heads. An impossible layer, a number of heads without a layer of
+    equal work, an unknown kernel, and kernels of which none can run are SpecErrors.
     """
     plain_moe = shape.plain_moe
     moes: dict[str, MoESpec] = {"SMoE": plain_moe, "X-MoE": plain_moe.model_copy(update={"router": "xmoe"})}
@@ -144,11 +134,6 @@ def our_layers(
 def _split_kernels(
     kernels: Sequence[str], device: torch.device, dtype: Precision
 ) -> tuple[list[str], list[SkippedCase]]:
-    """Return the kernels that can run on the device with this data type, and the others with the reason.
-
-    Raises:
-        SpecError: a name is unknown or names static routing, or no kernel can run.
-    """
     runnable_kernels, skipped = [], []
     trainable_kernels = [name for name, backend in BACKENDS.items() if backend.has_backward]
     for kernel in kernels:

@@ -25,7 +25,7 @@ class Size(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """Measurements of one way to compute the loss, for all logits at once or chunk by chunk."""
+    """Measurements of one way to compute the loss, and their ratios to those of computing all logits at once."""
 
     name: str
     timing: Timing
@@ -35,9 +35,7 @@ class Figures(NamedTuple):
     loss: float
     """Mean loss of a token in nats."""
     time_ratio: float
-    """Ratio of the median time to that of computing all logits at once."""
     memory_ratio: float
-    """Ratio of the peak memory to that of computing all logits at once."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the measurements as `mhmoe bench loss --json` prints them."""
@@ -47,10 +45,7 @@ class Figures(NamedTuple):
 def measure(
     size: Size, chunk_rows: Sequence[int], precision: Precision, rounds: int, hardware: Hardware
 ) -> list[Figures]:
-    """Measure the loss with all logits at once and with each number of rows (tokens) in a chunk.
-
-    The alternatives take turns in each round.
-    """
+    """Measure the loss with all logits at once and with each number of rows in a chunk, in interleaved rounds."""
     device = hardware.device
     generator = torch.Generator().manual_seed(0)
     x_BTM = torch.randn(1, size.tokens, size.d_model, generator=generator).to(device).requires_grad_()

@@ -1,7 +1,6 @@
 """Measurement of all expert layers at one set of sizes: memory in a first pass, then time in interleaved rounds.
 
-Memory means the bytes from torch's allocator, without the bytes that libraries allocate themselves, such as oneDNN's
-scratch space.
+Memory is that of torch's allocator, without what libraries allocate themselves, such as oneDNN's scratch space.
 """
 
 import os
@@ -31,13 +30,7 @@ class Footprint(NamedTuple):
 
 
 def footprint(layer: nn.Module, forward: Callable[[], Tensor], backward: Callable[[Tensor], None]) -> Footprint:
-    """Run one forward and backward pass, and return its memory, including memory that stays allocated after it.
-
-    Args:
-        layer: the layer, whose weights do not count as saved.
-        forward: a function that returns the output.
-        backward: a function that takes the output and computes the gradients.
-    """
+    """Run one forward and backward pass, and return its memory, including memory that stays allocated after it."""
     saved_sizes: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
 
@@ -74,7 +67,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def _allocation_changes(run: Callable[[], object]) -> list[int]:
-    """Call `run`, and return the bytes of each allocation on the CPU in order of time; releases are negative."""
+    """Return the bytes of each allocation on the CPU during `run` in order of time; releases are negative."""
     # Without this variable, the profiler announces its stages on stderr. The profiler reads the variable at its first
     # use, so it is set before.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -98,17 +91,15 @@ def highest_sum(changes: Iterable[int]) -> int:
 STATIC_ROWS = 8192
 """Largest number of rows at which static routing is measured.
 
-With N rows and k experts for each row, each mask of static routing has k N^2 values. With k = 2, a pass takes 3 GB at
-8,192 rows, and about 64 times as much at 65,536.
-"""
+A mask of static routing has k N^2 values for N rows. With k = 2, a pass takes 3 GB at 8,192 rows, and about 64 times as
+much at 65,536."""
 
 
 class Request(NamedTuple):
-    """Request of `mhmoe bench layer`: the layers to measure, their sizes, and the number of rounds."""
+    """Layers that `mhmoe bench layer` measures, their sizes, and the number of rounds."""
 
     shape: Shape
     heads: Sequence[int]
-    """Numbers of heads h of the multi-head layers."""
     dtype: Precision
     rounds: int
     kernels: Sequence[str] = ("auto",)
@@ -117,42 +108,31 @@ class Request(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """Measurements of a forward and backward pass of one layer."""
+    """Measurements of a forward and backward pass of one layer; memory is that of `Footprint`."""
 
     name: str
     moe: MoESpec | None
-    """Sizes of the mixture of experts; None for the dense layer."""
     package: str | None
-    """Package of the layer, with its version; None for ours."""
     median: float
-    """Median time of a pass in seconds."""
     seconds: list[float]
     """Seconds of a pass, one value per round."""
     peak_bytes: int
-    """Peak memory in bytes, as in `Footprint`."""
     saved_bytes: int | None
     is_extrapolated: bool = False
     """True if the values are extrapolated from fewer rows instead of measured."""
 
 
 class Measurements(NamedTuple):
-    """Measurements of all requested layers that can run, and the layers and kernels that were skipped."""
+    """Measurements of the requested layers that can run, in the order of `our_layers`, and what was skipped."""
 
     figures: list[Figures]
-    """Measurements of the dense layer, of the plain one, and then of all others."""
     skipped: list[SkippedCase]
 
 
 def measure(request: Request, hardware: Hardware, report: Callable[[str], None]) -> Measurements:
     """Measure memory and time of every layer that can run; a layer that fails is skipped with the reason.
 
-    Args:
-        request: the layers to measure.
-        hardware: the device to measure on.
-        report: a function that is called with a line about the next measurement.
-
-    Raises:
-        SpecError: a layer of these sizes is impossible, or the first two layers do not fit into memory.
+    Impossible sizes, and a failure of one of the first two layers, are SpecErrors.
     """
     device = hardware.device
     layers, skipped = requested_layers(request, device)
@@ -194,10 +174,7 @@ def measure(request: Request, hardware: Hardware, report: Callable[[str], None])
 def requested_layers(request: Request, device: torch.device) -> tuple[list[Layer], list[SkippedCase]]:
     """Return the layers of a request to measure, and the layers and kernels that are skipped, with the reason.
 
-    Layers of static routing with more than `STATIC_ROWS` rows are skipped.
-
-    Raises:
-        SpecError: a layer of these sizes is impossible, the name of a kernel is wrong, or no kernel can run.
+    Static routing with more than `STATIC_ROWS` rows is skipped. The SpecErrors are those of `our_layers`.
     """
     shape = request.shape
     layers, skipped = our_layers(shape, request.heads, request.static, request.kernels, device, request.dtype)
@@ -215,15 +192,15 @@ def requested_layers(request: Request, device: torch.device) -> tuple[list[Layer
 
 
 def row_count(moe: MoESpec | None, shape: Shape) -> int:
-    """Return the number of rows N that a layer sends to experts: its tokens or, with several heads, its sub-tokens."""
+    """Return the number of rows N that a layer sends to experts."""
     return shape.tokens * (moe.heads if moe else 1)
 
 
 def failure_reason(layer: Layer, error: Exception) -> str | None:
-    """Return the reason why a layer cannot run, in one line, from the error that it raised; None if the error is a bug.
+    """Return the reason in one line why a layer cannot run, from the error that it raised; None if the error is a bug.
 
-    For every layer, too little memory on the device is a reason. For a layer of another package, every error is a
-    reason. For a kernel that the request names, a ValueError is a reason, because kernels refuse sizes in this way.
+    Reasons are too little memory, any error of another package's layer, and a ValueError with a kernel that the request
+    names, because kernels refuse sizes in this way.
     """
     is_kernel_named = layer.moe is not None and layer.moe.kernel != "auto"
     if (
@@ -238,7 +215,7 @@ def failure_reason(layer: Layer, error: Exception) -> str | None:
 
 
 def as_json(figures: Sequence[Figures]) -> list[dict[str, Any]]:
-    """Return the measurements of layers as JSON data, with ratios to the first two, the dense and the plain layer."""
+    """Return the measurements as JSON data, with ratios to the first two layers, the dense and the plain one."""
     dense, plain = (f.median for f in figures[:2])
     return [
         {

@@ -30,7 +30,6 @@ class Peer(NamedTuple):
     capacity_factor: float | None = None
     """Capacity factor of its routing; None if it drops no rows."""
     needs_cuda: bool = False
-    """Whether it runs on NVIDIA's GPUs only."""
     source: str | None = None
     """Argument of `pip install`, if the package is not in the package index."""
 
@@ -41,12 +40,7 @@ class Peer(NamedTuple):
 
 
 def build_mixtral(implementation: str, our_layer: MultiHeadMoE) -> nn.Module:
-    """Return transformers' Mixtral block with our weights.
-
-    Args:
-        implementation: the implementation of its experts: `eager`, which is a loop, or `grouped_mm`.
-        our_layer: the layer whose weights it gets.
-    """
+    """Return transformers' Mixtral block with our weights; its experts run in a loop (`eager`) or as `grouped_mm`."""
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -70,14 +64,9 @@ def build_mixtral(implementation: str, our_layer: MultiHeadMoE) -> nn.Module:
 
 
 def build_deepspeed(drop_tokens: bool, our_layer: MultiHeadMoE) -> nn.Module:
-    """Return DeepSpeed's layer with our weights, on one rank and without a process group.
+    """Return DeepSpeed's layer with our weights, on one rank, without a process group and without random routing.
 
-    The random parts of its routing are switched off.
-
-    Args:
-        drop_tokens: whether each of the E experts has a capacity of k N / E rows, for N rows with k experts each;
-            otherwise the capacity is the number of rows of the fullest expert.
-        our_layer: the layer whose weights it gets.
+    With `drop_tokens`, an expert has a capacity of k N / E rows, otherwise of the number of rows of the fullest expert.
     """
     # DeepSpeed's logger keeps writing to the stream that was stdout when DeepSpeed was imported. The import therefore
     # sees stderr as stdout, because our stdout is only for results.
@@ -152,7 +141,6 @@ class ScatterMoELayer(nn.Module):
         self.load_state_dict(state)
 
     def forward(self, x_BTM: Tensor) -> Tensor:
-        """Return the output of the layer for each token, in the shape of the input."""
         # Autocast does not reach ScatterMoE's own functions, so the types are converted here.
         x_ND = x_BTM.flatten(0, 1).to(self.router.weight.dtype)
         gate_NK, expert_NK = self.router(x_ND).float().softmax(-1).topk(self.top_k)
@@ -200,12 +188,9 @@ def _build(peer: Peer, shape: Shape) -> nn.Module:
 
 
 def unavailable_reason(peer: Peer, version: str | None, device: torch.device) -> str | None:
-    """Return the reason why a layer of another package cannot be measured, in one line; None if it can be measured.
+    """Return the reason in one line why a layer of another package cannot be measured; None if it can be measured.
 
-    Args:
-        peer: the layer of the package.
-        version: the installed version; None if the package is not installed.
-        device: the device to run on.
+    `version` is the installed one, or None.
     """
     if peer.needs_cuda and device.type != "cuda":
         return f"{peer.package} runs on NVIDIA's GPUs only"
@@ -217,7 +202,7 @@ def unavailable_reason(peer: Peer, version: str | None, device: torch.device) ->
 
 
 def installed_version(package: str) -> str | None:
-    """Return the installed version of a package; None if the package is not installed."""
+    """Return the version of a package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -21,26 +21,24 @@ MARKS = "osD^vPX<>*pd"
 
 
 class Style(NamedTuple):
-    """Colour and marks of a layer's line in the plot."""
+    """Colour and marks of a layer's line; marks are hollow for static routing and for other packages."""
 
     colour: str
     mark: str
     is_hollow: bool
-    """True if marks are hollow, as for static routing and for other packages."""
 
 
 def plot(sweep: Sweep, request: Request, hardware: Hardware, path: Path) -> None:
     """Draw the measurements of a sweep, and write the plot as a PNG file.
 
-    Raises:
-        DataError: matplotlib is not installed, or the file cannot be written.
+    A lack of matplotlib, or a file that cannot be written, is a DataError.
     """
     with style():
         save(draw_picture(sweep, request, hardware), path)
 
 
 def draw_picture(sweep: Sweep, request: Request, hardware: Hardware) -> "Figure":
-    """Return a figure of a sweep: panels of the time, its ratio to the dense layer and peak memory, and a legend."""
+    """Return a figure with panels of the time, its ratio to the dense layer and peak memory, and a legend."""
     figure = new_figure(13, 4.6)
     time, ratio, memory = figure.subplots(1, 3)
     dense = {point: figures[0].median for point, figures in sweep.points.items()}
@@ -71,10 +69,9 @@ def draw_picture(sweep: Sweep, request: Request, hardware: Hardware) -> "Figure"
 
 
 def layer_styles(series: dict[str, dict[int, Figures]]) -> dict[str, Style]:
-    """Return the colour and the marks of each layer of a sweep, by the layer's name.
+    """Return the style of each layer of a sweep by the layer's name.
 
-    A layer has the same colour with static routing and with any kernel. The marks change from layer to layer; they are
-    hollow for static routing and for layers of other packages.
+    A layer has the same colour with static routing and with any kernel. The marks change from layer to layer.
     """
     colour_by_layer: dict[str, str] = {}
     styles = {}
@@ -92,15 +89,7 @@ def layer_styles(series: dict[str, dict[int, Figures]]) -> dict[str, Style]:
 def _draw_layer(
     axes: "Axes", layer_figures: dict[int, Figures], values: dict[int, float], style: Style, label: str = ""
 ) -> None:
-    """Draw the values of a layer at its points as a line, whose extrapolated part is dashed.
-
-    Args:
-        axes: the panel to draw in.
-        layer_figures: the measurements of the layer by point (value of the size that varies).
-        values: the values to draw, by point.
-        style: the colour and marks of the layer.
-        label: the name in the legend; empty for no entry.
-    """
+    """Draw the values of a layer by point as a line, whose extrapolated part is dashed; `label` may be empty."""
     measured_points = [point for point in layer_figures if not layer_figures[point].is_extrapolated]
     extrapolated_points = [point for point in layer_figures if layer_figures[point].is_extrapolated]
     line_options: dict[str, Any] = {
@@ -121,7 +110,6 @@ def _draw_layer(
 
 
 def _format_axes(axes: "Axes", sweep: Sweep, title: str) -> None:
-    """Give a panel its title, logarithmic axes and ticks."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_title(title, loc="left")
@@ -141,12 +129,7 @@ def _format_axes(axes: "Axes", sweep: Sweep, title: str) -> None:
 
 
 def _draw_guide(axes: "Axes", dense: dict[int, float]) -> None:
-    """Draw a dotted line of slope 1 (time proportional to size) through half the dense layer's time at the first point.
-
-    Args:
-        axes: the panel of times.
-        dense: time of the dense layer by point.
-    """
+    """Draw a dotted line of slope 1 (time proportional to size) through half the dense layer's first time."""
     first_point, last_point = min(dense), max(dense)
     guide = {first_point: dense[first_point] / 2, last_point: dense[first_point] / 2 * last_point / first_point}
     axes.plot(list(guide), list(guide.values()), color=GREY, linewidth=1, linestyle=":")
@@ -156,7 +139,6 @@ def _draw_guide(axes: "Axes", dense: dict[int, float]) -> None:
 
 
 def _title(sweep: Sweep, request: Request, hardware: Hardware) -> str:
-    """Return the title of the figure: fixed sizes, data type, hardware, and remarks on static routing."""
     s = request.shape
     sizes = {"tokens": f"T {s.tokens:,}", "": f"d {s.d_model}", "experts": f"E {s.experts}", "top-k": f"k {s.top_k}"}
     fixed_sizes = ", ".join([text for axis, text in sizes.items() if axis != sweep.axis] + [f"f {s.d_expert:,}"])

@@ -22,7 +22,7 @@ class MemoryUsage(NamedTuple):
 class PeakMemory:
     """Context manager that records the peak memory of any single process while it is open: this one or a descendant.
 
-    Afterwards `resident` and `private` have the largest numbers of bytes of each kind (see `MemoryUsage`).
+    Afterwards `resident` and `private` have the largest values of `MemoryUsage`.
     """
 
     def __init__(self) -> None:
@@ -66,13 +66,12 @@ def descendants(root: int) -> list[int]:
 
 
 def memory_usage(pid: int) -> MemoryUsage:
-    """Return the present memory of a process; zeros if it has ended."""
+    """Return the memory of a process; zeros if it has ended."""
     entry = Path("/proc") / str(pid)
     return MemoryUsage(*(1024 * int(_status_field(entry, name).split()[0]) for name in ("VmRSS:", "RssAnon:")))
 
 
 def _status_field(entry: Path, name: str) -> str:
-    """Return a field of a process's /proc/PID/status; "0" if the field is missing or the process has ended."""
     try:
         lines = (entry / "status").read_text().splitlines()
     # The process may have ended since its folder was listed.

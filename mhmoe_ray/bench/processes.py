@@ -17,26 +17,15 @@ from mhmoe_ray.cluster.spawn import PRIVATE
 from mhmoe_ray.spec import RunSpec
 
 Measurement = Callable[[RunSpec, Path, int], dict[str, Any]]
-"""Function (spec, empty folder, number of processes or threads) that measures something and returns the results.
-
-The results must be data that JSON can represent.
-"""
+"""Function (spec, empty folder, number of processes or threads) that returns results that JSON can represent."""
 
 
 def run_in_process(
     measurement: Measurement, spec: RunSpec, number: int, title: str, **variables: str
 ) -> dict[str, Any]:
-    """Run a measurement in a process of its own with an empty temporary folder, and return its results.
+    """Run a measurement in a process of its own with an empty temporary folder; if it fails, raise a JobError.
 
-    Args:
-        measurement: a function at the top level of a module.
-        spec: the first argument of the function.
-        number: the last argument of the function, a number of processes or threads.
-        title: the name of the measurement in an error.
-        variables: additional variables of the process's environment.
-
-    Raises:
-        JobError: the measurement failed.
+    `measurement` is a function at the top level of a module. `variables` are added to the process's environment.
     """
     folder = tempfile.mkdtemp(prefix="mhmoe-bench-")
     function_name = {"module": measurement.__module__, "function": measurement.__qualname__}

@@ -1,8 +1,8 @@
 """Overhead of a run: training with Ray Train and the data stream, compared with the same steps in a bare loop.
 
-The run and the loop train the same model on the same samples from the same initial weights. On CPUs their final losses
-are therefore bit-identical. The loop is measured twice: with the C library's default settings for memory, and with the
-settings of a run's workers (train/malloc.py).
+Both train the same model on the same samples from the same weights, so on CPUs their final losses are bit-identical.
+The loop is measured twice: with the C library's default settings for memory, and with the settings of a run's workers
+(train/malloc.py).
 """
 
 import os
@@ -38,15 +38,15 @@ WARM_UP_STEPS = 10
 
 
 class Figures(NamedTuple):
-    """Measurements of a run and of the same steps in a bare loop."""
+    """Measurements of a run and of the same steps in a bare loop, one per round."""
 
     run: list[dict[str, Any]]
-    """Measurements of the run, one per round: `seconds` of the timed steps, `loss` of the last step, and `data_wait`,
-    the share of time spent waiting for data."""
+    """`seconds` of the timed steps, `loss` of the last step, and `data_wait`, the share of time spent waiting for
+    data."""
     loop: list[dict[str, Any]]
-    """Measurements of the loop with the C library's default settings, one per round, without `data_wait`."""
+    """Loop with the C library's default settings, without `data_wait`."""
     settled: list[dict[str, Any]]
-    """Measurements of the loop with the workers' memory settings, one per round, without `data_wait`."""
+    """Loop with the workers' memory settings, without `data_wait`."""
 
     @property
     def throughput_ratio(self) -> float:
@@ -69,17 +69,8 @@ def _throughput_ratio(run: list[dict[str, Any]], loop: list[dict[str, Any]]) -> 
 def measure(spec: RunSpec, threads: int, rounds: int, report: Callable[[str], None]) -> Figures:
     """Measure the run, and the loop with both memory settings, in interleaved rounds.
 
-    Every other round is in reverse order.
-
-    Args:
-        spec: a spec whose data are prepared.
-        threads: the number of threads of the run's worker, and of the loop.
-        rounds: the number of rounds.
-        report: a function that is called with a line after each measurement.
-
-    Raises:
-        SpecError: the spec has too few steps.
-        JobError: one of the measurements failed, or their losses differ.
+    The data must be prepared. `threads` is the number of threads of the run's worker, and of the loop. Too few steps
+    are a SpecError; a measurement that fails, or different losses, are a JobError.
     """
     steps = spec.train.steps
     if steps <= WARM_UP_STEPS:
@@ -112,12 +103,7 @@ def measure(spec: RunSpec, threads: int, rounds: int, report: Callable[[str], No
 
 
 def measure_run(spec: RunSpec, folder: Path, _threads: int) -> dict[str, Any]:
-    """Train the spec as a run on a local Ray cluster, as the job of `mhmoe submit` does, and return its measurements.
-
-    Args:
-        spec: the spec of the run.
-        folder: an empty folder for the run directory.
-    """
+    """Train the spec as a run on a local Ray cluster, as the job of `mhmoe submit` does."""
     ray.init("local", num_cpus=spec.cluster.cpus, log_to_driver=False, include_dashboard=False)
     run = create_run(spec.model_copy(update={"storage": folder / "runs"}))
     train_run(run, 0)
@@ -133,7 +119,7 @@ def measure_run(spec: RunSpec, folder: Path, _threads: int) -> dict[str, Any]:
 
 
 def measure_loop(spec: RunSpec, _folder: Path, threads: int) -> dict[str, Any]:
-    """Train the spec in a bare loop without Ray, on samples that are read beforehand, and return its measurements."""
+    """Train the spec in a bare loop without Ray, on samples that are read beforehand."""
     torch.set_num_threads(threads)
     folder = spec.data.prepared
     token_bytes = require_data_manifest(folder).token_bytes

@@ -1,14 +1,10 @@
 """Whole training steps of a plain mixture of experts and of multi-head models of equal work.
 
-P1 is the first paper on MH-MoE (arXiv 2404.15045), and P2 is the follow-up paper (arXiv 2411.16205). As in P2, the
-multi-head models split a token into h sub-tokens with k = h experts each, and have the multiply-adds and parameters of
-the plain model. If the width of the model is half of P2's, `planner/match.py` finds the same numbers of experts as P2,
-40 for h = 2 and 96 for h = 3.
-
-A step is a step of training: forward, loss and backward of M micro-batches, then clipping and AdamW.
-
-This module also holds the throughput that the authors of P1 measured when they trained whole models on 8 RTX 3090
-cards. The numbers are from their answers in the review of P1, which state neither h nor the sizes of the models.
+P1 is arXiv 2404.15045, and P2 is arXiv 2411.16205. As in P2, the multi-head models have h sub-tokens with k = h experts
+each, and the multiply-adds and parameters of the plain model. At half of P2's width, `planner/match.py` finds P2's
+numbers of experts, 40 for h = 2 and 96 for h = 3. A step has the forward, loss and backward of M micro-batches, then
+clipping and AdamW. `PAPER_TOKENS_PER_SECOND` has P1's throughput of whole models on 8 RTX 3090 cards, from its authors'
+answers in the public review, which state neither h nor the sizes of the models.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,27 +24,21 @@ from mhmoe_ray.train.objectives import MicroBatch
 from mhmoe_ray.train.step import Trainer
 
 SMALL_SIZE = Size(384, 4, 8192, 256, steps=1000, micro_batches=2, micro_batch_size=8, precision="bfloat16")
-"""Size at which a step takes about a second on two CPU cores.
-
-The width, 384, is half of that of arXiv 2411.16205, and can be divided among 2 or 3 heads.
-"""
+"""Size at which a step takes about a second on two CPU cores; its width, half of P2's, is divisible by 2 and 3."""
 
 
 class StepFigures(NamedTuple):
-    """Measurements of the training steps of one model."""
+    """Measurements of the training steps of one model; `seconds` has one value per round."""
 
     name: str
     spec: RunSpec
     seconds: list[float]
-    """Seconds of a step, one value per round."""
     median: float
     ratio_to_smoe: float
     """Ratio of the median time to that of the plain model."""
     paper_ratio: float
-    """Time per token of this kind of model (SMoE or MH-MoE) in the first MH-MoE paper, divided by that of its SMoE.
-
-    Both have dynamic routing. The paper does not state the number of heads h of its MH-MoE model.
-    """
+    """Time per token of this kind of model (SMoE or MH-MoE) in P1, divided by that of its SMoE, with dynamic
+    routing."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -84,10 +74,7 @@ class Case:
         self.batches = [self._micro_batch(token_BT, counts_BT, device) for token_BT in token_MBT]
 
     def _micro_batch(self, token_BT: torch.Tensor, counts_BT: torch.Tensor, device: torch.device) -> MicroBatch:
-        """Return a micro-batch of these tokens on the device.
-
-        If the model has document masks, token 0 begins a document.
-        """
+        """Return a micro-batch on the device. If the model has document masks, token 0 begins a document."""
         if not self.spec.model.document_masks:
             return MicroBatch(token_BT.to(device), counts_BT)
         starts_BT = token_BT[:, :-1] == 0
@@ -104,19 +91,9 @@ class Case:
 def measure(
     size: Size, heads: Sequence[int], rounds: int, hardware: Hardware, compiled: bool = False
 ) -> list[StepFigures]:
-    """Measure training steps of the plain model and of multi-head models of equal work, in interleaved rounds.
+    """Measure training steps of the plain model, which is first, and of multi-head models, in interleaved rounds.
 
-    The plain model comes first in the result.
-
-    Args:
-        size: width, depth, batch and precision that all models share.
-        heads: numbers of heads h of the multi-head models.
-        rounds: number of rounds.
-        hardware: device on which the steps run.
-        compiled: whether to measure each model with the option `train.compile` too.
-
-    Raises:
-        SpecError: in the same cases as `matched_models`.
+    `compiled` adds each model with `train.compile`. The errors are those of `matched_models`.
     """
     specs = matched_models(size, heads)
     if compiled:
@@ -141,19 +118,13 @@ def measure(
 
 
 def _compiled(spec: RunSpec) -> RunSpec:
-    """Return the spec with the option `train.compile` switched on."""
     return spec.model_copy(update={"train": spec.train.model_copy(update={"compile": True})})
 
 
 def matched_models(size: Size, heads: Sequence[int]) -> dict[str, RunSpec]:
-    """Return the specs of the plain model and of multi-head models of equal work, by name; the plain one is first.
+    """Return the specs of the plain model, which is first, and of multi-head models of equal work, by name.
 
-    Args:
-        size: width, depth, batch and precision that all models share.
-        heads: the numbers of heads h of the multi-head models.
-
-    Raises:
-        SpecError: a number of heads does not divide the width, or no model with it has equal work and parameters.
+    A number of heads that does not divide the width or allows no equal work and parameters raises a SpecError.
     """
     trunk = size.trunk
     plain = ModelSpec.model_validate({**trunk, "moe": (FAMILIES["smoe"].moe or dict)(trunk)})
@@ -163,7 +134,6 @@ def matched_models(size: Size, heads: Sequence[int]) -> dict[str, RunSpec]:
 
 
 def _run_spec(model: ModelSpec, size: Size) -> RunSpec:
-    """Return the spec of a run that trains a model on random tokens, without a corpus."""
     # A spec must name a source and a prepared folder, but nothing reads them: `Case` draws random tokens, because the
     # time of a step does not depend on its tokens.
     data = DataSpec(sources={"none": SourceSpec(path="none")}, prepared="none", seq_len=size.seq_len)
@@ -179,30 +149,24 @@ PAPER_TOKENS_PER_SECOND = {
 
 
 def time_ratio(model: str, routing: str) -> float:
-    """Return a model's time per token in the first MH-MoE paper, divided by that of its SMoE with dynamic routing."""
+    """Return a model's time per token in P1, divided by that of P1's SMoE with dynamic routing."""
     return PAPER_TOKENS_PER_SECOND["SMoE", "dynamic"] / PAPER_TOKENS_PER_SECOND[model, routing]
 
 
 class PaperComparison(NamedTuple):
-    """Times of one of our layers and of a model in the first MH-MoE paper, each relative to a plain SMoE."""
+    """Times of one of our layers and of a model of P1, each relative to a plain SMoE."""
 
     layer: str
-    """Name of our layer."""
     paper: str
-    """Name of the paper's model."""
     tokens_a_second: float
-    """Tokens per second of the paper's model."""
     papers_ratio: float
-    """Time per token of the paper's model, divided by that of the paper's SMoE with dynamic routing."""
     our_ratio: float
-    """Ratio of our layer's time to that of our plain layer."""
 
 
 def compare_with_paper(figures: Sequence[Figures]) -> list[PaperComparison]:
-    """Return comparisons of our plain and multi-head layers, static and dropless, with the first paper's models.
+    """Return comparisons of our plain and multi-head layers, static and dropless, with P1's models.
 
-    Args:
-        figures: measurements of the dense layer, of the plain mixture of experts, and then of the other layers.
+    `figures` begin with those of the dense layer and of the plain mixture of experts.
     """
     [plain_median] = (f.median for f in figures[1:2])
     rows = []

@@ -1,9 +1,8 @@
 """Sweep: measurement of layers at several values (points) of one size (axis), and the growth of their cost.
 
-The axis is the number of tokens, of experts, of experts per row, or of heads. Rows are the vectors that are routed:
-tokens, or sub-tokens with several heads. Static routing is measured up to `measure.STATIC_ROWS` rows. For more tokens T
-its cost is extrapolated as a T + b T^2: experts compute T rows, and the masks have T x E C values, where E is the
-number of experts, C is the expert capacity, and E C grows with T.
+The axis is the number of tokens, of experts, of experts per row, or of heads. Static routing is measured up to
+`measure.STATIC_ROWS` rows. For more tokens T its cost is extrapolated as a T + b T^2: experts compute T rows, and the
+masks have T x E C values, where E C (experts times expert capacity) grows with T.
 """
 
 import math
@@ -21,11 +20,10 @@ AxisName = Literal["tokens", "experts", "top-k", "heads"]
 
 
 class Axis(NamedTuple):
-    """Axis of a sweep: the size that varies from point to point."""
+    """Size that varies from point to point, with its default points."""
 
     label: str
     points: tuple[int, ...]
-    """Default points of the axis."""
     work_grows: bool = True
     """True if work grows along the axis; otherwise it should stay the same."""
 
@@ -39,16 +37,16 @@ AXES: dict[AxisName, Axis] = {
 
 
 class Sweep(NamedTuple):
-    """Measurements of all layers at each point of an axis, that is, at each value of the size that varies."""
+    """Measurements of all layers at each point of an axis."""
 
     axis: AxisName
     points: dict[int, list[Figures]]
-    """Measurements at each point: of the dense layer, of the plain mixture of experts, and then of the other layers."""
+    """Measurements at each point, with the dense layer and the plain one first."""
     skipped: list[SkippedCase]
 
     @property
     def series(self) -> dict[str, dict[int, Figures]]:
-        """Measurements of each layer by point of the axis, in the order in which the layers first appear."""
+        """Measurements of each layer by point, in the order in which the layers first appear."""
         names = dict.fromkeys(f.name for figures in self.points.values() for f in figures)
         return {
             name: {point: f for point, figures in self.points.items() for f in figures if f.name == name}
@@ -57,10 +55,10 @@ class Sweep(NamedTuple):
 
     @property
     def growth(self) -> dict[str, float]:
-        """Growth of the measured time along the axis, for each layer that was measured at two points or more.
+        """Growth of the time along the axis, for each layer that was measured at two points or more.
 
-        If work grows along the axis, growth is the exponent of a power law (1 is linear). If work stays the same,
-        growth is the longest time divided by the shortest, minus 1.
+        If work grows along the axis, it is the exponent of a power law (1 is linear), else the longest time divided by
+        the shortest, minus 1.
         """
         measure_growth = fit_exponent if AXES[self.axis].work_grows else relative_spread
         measured_times = {
@@ -73,10 +71,9 @@ class Sweep(NamedTuple):
 def sweep(
     request: Request, axis: AxisName, points: Sequence[int], hardware: Hardware, report: Callable[[str], None]
 ) -> Sweep:
-    """Measure every layer at every point of an axis; at each point the layers take turns.
+    """Measure every layer at every point of an axis, in interleaved rounds at each point.
 
-    Raises:
-        SpecError: in the same cases as `measure`.
+    The SpecErrors are those of `measure`, and come before any measurement if sizes are impossible.
     """
     requests = {point: _request_at(request, axis, point) for point in sorted(set(points))}
     for point_request in requests.values():
@@ -134,13 +131,10 @@ def extrapolate_static(sweep_result: Sweep) -> Sweep:
 
 
 def extrapolate(measured_values: Sequence[tuple[int, float]], tokens: int) -> float:
-    """Extrapolate a cost that grows as a T + b T^2 to T = `tokens`.
+    """Extrapolate a cost that grows as a T + b T^2 to T = `tokens`, from pairs of T and value.
 
-    The factors a and b are at least 0 and have the least relative error. From a single value only b is fitted.
-
-    Args:
-        measured_values: pairs of T and value. Only the three with the largest T are used.
-        tokens: a value of T beyond them.
+    The factors a and b are at least 0 and have the least relative error for the three largest T. From a single value
+    only b is fitted.
     """
     # Only the three largest numbers of tokens T are used, because costs that are not of the form a T + b T^2 have more
     # weight at smaller T.

@@ -1,7 +1,6 @@
 """Interleaved timing: each round runs all cases, so that other load on the machine affects all cases alike.
 
-The module also has what measurements share: the device and its clock, errors for impossible sizes, and a check which of
-the packages to compare are installed.
+The module also has the device and its clock, errors of measurements, and a check of installed packages.
 """
 
 import platform
@@ -24,10 +23,9 @@ Case = TypeVar("Case")
 
 
 class Timing(NamedTuple):
-    """Measured times of one case, that is, of one of the alternatives that are compared."""
+    """Seconds of one case, one value per round."""
 
     seconds: list[float]
-    """Seconds, one value per round."""
 
     @property
     def median(self) -> float:
@@ -42,11 +40,8 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """Time each case once per round, every other round in reverse order.
 
-    Args:
-        cases: the functions to time, by name.
-        rounds: the number of rounds that are counted.
-        clock: a function that returns seconds; for a GPU, one that waits until the GPU has finished its work.
-        warm_up: whether to add a first round that is not counted; cases that have run before do not need it.
+    `clock` returns seconds; for a GPU, it waits until the GPU has finished its work. `warm_up` adds a first round that
+    is not counted; cases that have run before do not need it.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn, name in turns(cases, rounds, warm_up):
@@ -58,13 +53,7 @@ def time_interleaved(
 
 
 def turns(cases: Iterable[Case], rounds: int, warm_up: bool = False) -> Iterator[tuple[int, Case]]:
-    """Yield each case once per round, with the number of the round from 0; every other round is in reverse order.
-
-    Args:
-        cases: the cases in the order of the first round.
-        rounds: the number of rounds that are counted.
-        warm_up: whether to add a round -1 before them.
-    """
+    """Yield each case once per round, with the number of the round from 0; a warm-up is round -1."""
     # The order alternates, so that a steady change of the machine's speed affects all cases alike.
     order = list(cases)
     for turn in range(-1 if warm_up else 0, rounds):
@@ -90,11 +79,7 @@ class Hardware(NamedTuple):
 
 
 def find_hardware(device: str) -> Hardware:
-    """Return the hardware of a device: `cpu`, or `cuda` for the current graphics card.
-
-    Raises:
-        SpecError: torch finds no graphics card.
-    """
+    """Return the hardware of `cpu` or `cuda`, the current graphics card; raise a SpecError if there is no card."""
     if device == "cpu":
         return Hardware(torch.device("cpu"), cpu_name(), torch.get_num_threads())
     if not torch.cuda.is_available():
@@ -125,14 +110,7 @@ def device_clock(device: torch.device) -> Callable[[], float]:
 
 @contextmanager
 def checked_sizes(title: str) -> Iterator[None]:
-    """Turn a ValidationError for an impossible model inside the `with` block into an error about the user's sizes.
-
-    Args:
-        title: the command or option with the sizes.
-
-    Raises:
-        SpecError: the model is impossible; the reason is the first message of the ValidationError.
-    """
+    """Turn a ValidationError for an impossible model inside the block into a SpecError about the user's sizes."""
     try:
         yield
     except ValidationError as e:
@@ -143,10 +121,7 @@ def checked_sizes(title: str) -> Iterator[None]:
 def process_failure(title: str, stderr: str, code: int) -> JobError:
     """Return the error for a process that failed, with the first error of its traceback.
 
-    Args:
-        title: the name of the process.
-        stderr: the whole stderr of the process.
-        code: its exit code; if negative, minus the number of the signal that ended it.
+    If negative, the exit code is minus the number of the signal that ended the process.
     """
     # A traceback prints a chain of errors with the cause first, so the first error is the one to report.
     lines = [line for line in stderr.splitlines() if line.strip()]
@@ -157,13 +132,7 @@ def process_failure(title: str, stderr: str, code: int) -> JobError:
 
 
 def installed_contestants(packages: Mapping[str, str | None], report: Callable[[str], None]) -> list[str]:
-    """Return the names of the alternatives to measure whose package is installed, in the order of `packages`.
-
-    Args:
-        packages: the package that each alternative needs, by the alternative's name; None if it needs no other
-            package than mhmoe_ray.
-        report: a function that is called with a line for each alternative whose package is missing.
-    """
+    """Return the alternatives whose package, if they need one, is installed, and report a line for each other one."""
     missing_packages = {name: package for name, package in packages.items() if package and find_spec(package) is None}
     for name, package in missing_packages.items():
         report(f"{name} is not measured: {package} is not installed")

@@ -7,20 +7,14 @@ from mhmoe_ray.runs.directory import RunDir, find_run
 from mhmoe_ray.storage import Location
 
 SHOWN_CHECKPOINTS = 10
-"""Largest number of existing checkpoints that the error about an unknown checkpoint lists, newest first."""
+"""Largest number of existing checkpoints, newest first, in the error about an unknown checkpoint."""
 
 
 def find_checkpoint(run: RunDir, checkpoint: str | int) -> Location:
-    """Return the path of a run's committed checkpoint with a given name, or of the newest one of a given step.
+    """Return the path of a run's committed checkpoint by its name or its step (an integer or a string of digits).
 
-    The files of the checkpoint are not verified.
-
-    Args:
-        run: run whose checkpoints are searched.
-        checkpoint: name or step of the checkpoint; a string of digits is read as a step.
-
-    Raises:
-        CheckpointError: there is no such checkpoint.
+    For a step with several checkpoints, this is the newest one. Its files are not verified; an unknown checkpoint is a
+    CheckpointError.
     """
     checkpoints = committed_checkpoints(run)
     if isinstance(checkpoint, int) or checkpoint.isdecimal():
@@ -50,16 +44,10 @@ def no_checkpoint_error(run: RunDir) -> CheckpointError:
 
 
 def find_run_or_checkpoint(source: str, storage: Location | str, subject: str) -> RunDir | Location:
-    """Return the run that a user's text names by its id or path, or the checkpoint that it names as RUN@STEP.
+    """Return the run that `source` names by its id or path, or the checkpoint that it names as RUN@STEP.
 
-    Args:
-        source: the text; the caller has checked that it is not the folder of a checkpoint or a model.
-        storage: folder that holds run directories.
-        subject: words with which error messages refer to `source`, such as "model NAME".
-
-    Raises:
-        RunError: there is no such run.
-        CheckpointError: the run has no checkpoint of this step.
+    The caller has checked that `source` is not the folder of a checkpoint or a model. Error messages call it `subject`.
+    An unknown run is a RunError, an unknown step a CheckpointError.
     """
     name, _, step = source.rpartition("@")
     try:

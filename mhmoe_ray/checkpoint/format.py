@@ -38,9 +38,8 @@ class Slice(NamedTuple):
     """Slice of a tensor that this process holds in memory."""
 
     local: Tensor
-    """Values of the slice."""
     offset: tuple[int, ...]
-    """Index of the slice's first element in the full tensor, one number per dimension."""
+    """Index of the slice's first element in the full tensor."""
     shape: tuple[int, ...]
     """Shape of the full tensor."""
 
@@ -51,12 +50,9 @@ def local_slice(tensor: Tensor) -> Slice:
 
 
 def write_slices(file: BinaryIO, slices: Mapping[str, Slice], on_piece: Callable[[], None] = lambda: None) -> FileEntry:
-    """Write slices of tensors as a complete safetensors file, and return its size and hash.
+    """Write slices in CPU memory, by tensor name, as a complete safetensors file; return its size and hash.
 
-    Args:
-        file: new file that is open for writing.
-        slices: slices in CPU memory, by the names of their tensors.
-        on_piece: callback after each piece of at most `PIECE_BYTES` of data is written.
+    `on_piece` is called after each piece of at most `PIECE_BYTES` of data.
     """
     header: dict[str, Any] = {
         "__metadata__": {
@@ -106,15 +102,11 @@ class StoredSlice(NamedTuple):
     shape: tuple[int, ...]
     """Shape of the slice; (1,) for a scalar."""
     offset: tuple[int, ...]
-    """Index of the slice's first element in the full tensor, one number per dimension."""
+    """Index of the slice's first element in the full tensor."""
 
 
 def stored_slices(file: Location) -> dict[str, StoredSlice]:
-    """Read the header of a safetensors file, and return the file's slices by the names of their tensors.
-
-    Raises:
-        ValueError: the file is not a safetensors file, or a tensor has a dtype that is not in `DTYPES`.
-    """
+    """Return the slices in a safetensors file by tensor name, from its header; ValueError for another file or dtype."""
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
         # A safetensors file begins with the length of its header in 8 bytes. In a file of another format these may give
@@ -135,7 +127,7 @@ def stored_slices(file: Location) -> dict[str, StoredSlice]:
 
 
 class Readable(Protocol):
-    """Interface of a binary file that is open for reading."""
+    """Binary file that is open for reading."""
 
     def seek(self, offset: int, /) -> int: ...
 
@@ -143,17 +135,9 @@ class Readable(Protocol):
 
 
 def read_into(target: Slice, stored: StoredSlice, file: Readable) -> int:
-    """Copy the overlap of a stored slice and a slice in memory from the file, and return its number of elements.
+    """Copy the overlap of a stored slice and a slice in memory from the open file; return its number of elements.
 
-    The values are converted to the dtype of the slice in memory.
-
-    Args:
-        target: slice in memory to fill, wholly or in part.
-        stored: stored slice of the same tensor.
-        file: the file `stored.file`, open for reading.
-
-    Raises:
-        ValueError: the file ends before all values are read.
+    `file` is `stored.file`. Values are converted to the dtype in memory. A file that ends too early is a ValueError.
     """
     local = target.local if target.local.ndim else target.local.view(1)
     shape, stored_offset, target_offset = stored.shape, stored.offset, target.offset or (0,)
@@ -186,7 +170,6 @@ def read_into(target: Slice, stored: StoredSlice, file: Readable) -> int:
 
 
 def _read_fully(file: Readable, buffer: memoryview) -> None:
-    """Fill the buffer from the file; raise ValueError if the file ends first."""
     while buffer:
         count = file.readinto(buffer)
         if not count:
@@ -199,11 +182,11 @@ SliceIndex = Mapping[str, list[StoredSlice]]
 
 
 def file_name(rank: int) -> str:
-    """Return the name of the file that a rank writes into each folder (`weights` and `optim`) of a checkpoint."""
+    """Return the name of a rank's file in the folders `weights` and `optim` of a checkpoint."""
     return f"rank_{rank:05d}{SUFFIX}"
 
 
 def full_shape(slices: list[StoredSlice]) -> tuple[int, ...]:
-    """Return the shape of a full tensor, computed from the positions and shapes of all its stored slices."""
+    """Return the shape of a full tensor, computed from all its stored slices."""
     slice_ends = [[o + n for o, n in zip(s.offset, s.shape, strict=True)] for s in slices]
     return tuple(max(dim) for dim in zip(*slice_ends, strict=True))

@@ -41,17 +41,10 @@ def load_tensors(
     on_slice: Callable[[], None] = lambda: None,
     index: SliceIndex | None = None,
 ) -> None:
-    """Fill tensors in place with the values that a checkpoint stores under their names, converted to their dtypes.
+    """Fill tensors in place with the values that folder `weights` or `optim` stores, converted to the tensors' dtypes.
 
-    Args:
-        folder: folder `weights` or `optim` of a checkpoint.
-        tensors: tensors to fill, by name; of a DTensor, only this rank's shard is filled.
-        on_slice: callback after each slice is read.
-        index: result of `read_index` for this folder; None if the caller has not read the index.
-
-    Raises:
-        CheckpointError: a tensor is missing from the folder, wholly or in part, or has another shape; or the checkpoint
-            was removed while it was read.
+    Of a DTensor, only this rank's shard is filled. `index` saves a second `read_index`. A missing tensor, a missing
+    part, a wrong shape or a checkpoint that is removed meanwhile is a CheckpointError.
     """
     index = read_index(folder) if index is None else index
     targets = {name: local_slice(tensor) for name, tensor in tensors.items()}
@@ -77,10 +70,9 @@ def load_tensors(
 
 
 def read_index(folder: Location) -> SliceIndex:
-    """Read the headers of all safetensors files in a folder, and return their slices by the names of the tensors.
+    """Return the slices in all safetensors files of a folder by tensor name, from their headers.
 
-    Raises:
-        CheckpointError: a file is not a safetensors file, or the checkpoint was removed while it was read.
+    A damaged file, or a checkpoint that is removed meanwhile, is a CheckpointError.
     """
     index: dict[str, list[StoredSlice]] = {}
     with _report_removal(folder):
@@ -117,11 +109,11 @@ class StatefulObjective(Protocol):
         """State that a checkpoint must hold in addition to weights and moments; None if the objective has none."""
 
     def load_state(self, state: Mapping[str, Any] | None) -> None:
-        """Restore the objective from its state in a checkpoint; `state` is None if the checkpoint holds none."""
+        """Restore the state of a checkpoint; `state` is None if the checkpoint holds none."""
 
 
 class TrainerState(Protocol):
-    """Interface through which checkpoints access a trainer (`train.step.Trainer`): state, mesh, device and progress."""
+    """Interface through which checkpoints access a trainer (`train.step.Trainer`)."""
 
     spec: RunSpec
     mesh: "Mesh"
@@ -141,11 +133,10 @@ class TrainerState(Protocol):
 
 
 def restore(trainer: TrainerState, checkpoint: Location, manifest: CheckpointManifest) -> None:
-    """Restore a trainer from a checkpoint: weights, moments, objective, step, and numbers of tokens and skipped steps.
+    """Restore a trainer from a checkpoint, which may come from another world size or sharding strategy.
 
-    This is a collective operation. The checkpoint may come from a run with another world size or sharding strategy. Its
-    files are not verified here. The checkpoint of step 0 of a run that starts from another model may have no moments.
-    In this case the moments become zero, and so do the buffers that only training needs.
+    This is a collective operation that verifies no files. The checkpoint of step 0 of a run that starts from another
+    model may have no moments; the moments and the buffers that only training needs are then zero.
     """
     strategy = trainer.strategy
     # AdamW counts updates, which may be fewer than steps, because a skipped step makes no update.
@@ -163,14 +154,9 @@ def restore(trainer: TrainerState, checkpoint: Location, manifest: CheckpointMan
 
 
 def load_model(checkpoint: Location) -> tuple[Decoder, CheckpointManifest]:
-    """Verify the weights of a checkpoint and load its model with all experts, ready for inference on one device.
+    """Verify the weights of a checkpoint and load its decoder for inference on one device: float32, with all experts.
 
-    Returns:
-        The decoder in evaluation mode, float32, without gradients; and the manifest that it was built from.
-
-    Raises:
-        CheckpointError: the checkpoint is uncommitted, incomplete or damaged, or does not hold the model that its
-            manifest names; or its model is not a decoder.
+    An uncommitted, incomplete or damaged checkpoint, or another model than a decoder, is a CheckpointError.
     """
     manifest = read_manifest(checkpoint, parts=("weights",))
     if not manifest.model.family.predicts_next_token:
@@ -180,7 +166,7 @@ def load_model(checkpoint: Location) -> tuple[Decoder, CheckpointManifest]:
 
 
 def load_verified_model(checkpoint: Location, manifest: CheckpointManifest) -> Decoder:
-    """Load the decoder of a checkpoint for inference. The caller has verified the files with `read_manifest`."""
+    """Load the decoder of a checkpoint whose files `read_manifest` has verified, for inference."""
     return load_for_inference(Decoder(manifest.model), checkpoint)
 
 
@@ -190,16 +176,12 @@ def inference_decoder(spec: ModelSpec) -> Decoder:
 
 
 def load_for_inference(model: M, checkpoint: Location) -> M:
-    """Load the weights of a checkpoint into an uninitialized model, and return it ready for inference.
-
-    The caller has verified the files with `read_manifest`.
-    """
+    """Load a checkpoint that `read_manifest` has verified into an uninitialized model, ready for inference."""
     load_tensors(checkpoint / "weights", _for_inference(model).named_tensors())
     return model
 
 
 def _for_inference(model: M) -> M:
-    """Put a model in evaluation mode, without gradients and with expert kernels for this machine, and return it."""
     model.requires_grad_(False).eval()
     for layer in model.moe_layers():
         # The kernel that training used may need a device or a package that this machine lacks.

@@ -48,48 +48,46 @@ class CheckpointManifest(BaseModel):
     step: int
     """Number of training steps done, including skipped ones."""
     skipped: int = 0
-    """Number of training steps so far that updated no weights, because their gradient was not finite."""
+    """Number of steps that updated no weights, because their gradient was not finite."""
     skipped_in_a_row: int = 0
-    """Number of consecutive skipped steps up to this one; 0 if the last step updated the weights."""
+    """Number of consecutive skipped steps up to this one."""
     objective: dict[str, Any] | None = None
-    """State of the training objective; None unless the model is a vision model with an adaptive number of experts."""
+    """State of the training objective; only vision models with an adaptive number of experts have one."""
     updates_before: int = 0
-    """Number of optimizer updates of the earlier runs whose moments this run copied at its start; 0 without a copy."""
+    """Number of optimizer updates of the earlier runs whose moments this run copied at its start."""
     tokens: int
-    """Number of tokens that training has predicted so far, without padding."""
+    """Number of predicted tokens so far, without padding."""
     position: int
-    """Number of samples read so far: the position in the stream where training continues."""
+    """Number of samples read so far, from which training continues."""
     seed: int | None
-    """Seed of the initial weights and of the data order; None for imported weights, which were not trained here."""
+    """Seed of the initial weights and of the data order; None for imported weights."""
     world: int
     ep: int
-    """Number of workers (`world`) that wrote the checkpoint, and their expert-parallel size (`ep`). The
-    checkpoint can be loaded with any other sizes."""
+    """World size and expert-parallel size of the writers; any others can load the checkpoint."""
     model: ModelSpec
     seq_len: int
     ends: list[int] = []
-    """Token ids that end a text, in addition to the tokenizer's own end tokens (`data.tokenizer.boundaries`).
-    An imported folder names them, or they end an assistant's turn in the training data. Older manifests have none."""
+    """Token ids that end a text in addition to those of the tokenizer (`data.tokenizer.boundaries`): an imported folder
+    names them, or they end an assistant's turn in the training data. Older manifests have none."""
     adds_start: bool = True
     """Whether a start token precedes each text; false for imported weights whose own tokenizer adds none."""
     tokenizer_sha256: str | None
-    """SHA-256 of the run's tokenizer.json; None for a vision model, which has no tokenizer."""
+    """Hash of the run's tokenizer.json; None for a vision model."""
     classes_sha256: str | None = None
-    """SHA-256 of the run's file of class names; None unless the model is a vision model."""
+    """Hash of a vision model's file of class names; None for other models."""
     data_sha256: str | None
-    """Hash of the manifest of the prepared data in which `position` counts samples. It is None for imported
-    weights, which were not trained on data prepared here."""
+    """Hash of the manifest of the prepared data in which `position` counts samples; None for imported weights."""
     files: dict[str, FileEntry]
     """Size and hash of each file, by path below the checkpoint."""
 
     @property
     def has_moments(self) -> bool:
-        """True if the checkpoint has files with the optimizer's moments."""
+        """True if the checkpoint has the optimizer's moments."""
         return any(name.startswith("optim/") for name in self.files)
 
     @property
     def updates(self) -> int:
-        """The number of optimizer updates so far, including those of earlier runs whose moments this run copied."""
+        """The number of optimizer updates so far, including `updates_before`."""
         return self.updates_before + self.step - self.skipped
 
 
@@ -97,7 +95,7 @@ _NAME_PATTERN = re.compile(r"step_\d+\.\d+")
 
 
 def checkpoint_name(step: int, group: int) -> str:
-    """Return the directory name of the checkpoint that worker group `group` writes at step `step`."""
+    """Return the directory name of the checkpoint that a worker group writes at a step."""
     return f"step_{step:08d}.{group}"
 
 
@@ -107,11 +105,7 @@ def commit(checkpoint: Location, manifest: CheckpointManifest) -> None:
 
 
 def stored_manifest(checkpoint: Location) -> CheckpointManifest:
-    """Return the manifest of a checkpoint without verifying its files.
-
-    Raises:
-        CheckpointError: the checkpoint is uncommitted, or its manifest is damaged.
-    """
+    """Return a checkpoint's manifest without verifying files; CheckpointError if it is uncommitted or damaged."""
     try:
         return CheckpointManifest.model_validate(json.loads((checkpoint / MANIFEST).read_text()))
     except OSError as e:
@@ -123,16 +117,10 @@ def stored_manifest(checkpoint: Location) -> CheckpointManifest:
 def read_manifest(
     checkpoint: Location, parts: tuple[str, ...] = PARTS, describe: Describe | None = describe_files
 ) -> CheckpointManifest:
-    """Check the names, sizes and hashes of a checkpoint's files against its manifest, and return the manifest.
+    """Verify the files in the folders `parts` of a checkpoint against its manifest, and return the manifest.
 
-    Args:
-        checkpoint: directory of the checkpoint.
-        parts: folders of the checkpoint whose files are checked: `weights`, `optim` or both.
-        describe: function that reads all files and computes their hashes; with None only names and sizes are checked.
-
-    Raises:
-        CheckpointError: the checkpoint is uncommitted, incomplete, damaged, or removed while it is read; the message
-            names the file and the damage.
+    `describe` computes hashes; with None only names and sizes are checked. A checkpoint that is uncommitted,
+    incomplete, damaged or removed meanwhile is a CheckpointError, which names the file and the damage.
     """
     manifest = stored_manifest(checkpoint)
     try:
@@ -151,17 +139,14 @@ def removed_error(checkpoint: Location) -> CheckpointError:
 
 
 def is_committed(checkpoint: Location) -> bool:
-    """Return whether a checkpoint is committed, which means that its manifest exists."""
+    """Return whether a checkpoint's manifest exists."""
     return (checkpoint / MANIFEST).exists()
 
 
 def _problems(
     checkpoint: Location, manifest: CheckpointManifest, parts: tuple[str, ...], describe: Describe | None
 ) -> Iterator[str]:
-    """Yield a text about each difference between the files in the folders `parts` of a checkpoint and its manifest.
-
-    Wrong names and sizes come first, because no file needs to be read to find them.
-    """
+    """Yield a text about each difference from the manifest: wrong names and sizes first, because they need no read."""
     present = {f"{part}/{p.name}" for part in parts for p in checkpoint.glob(f"{part}/*")}
     files = {name: entry for name, entry in manifest.files.items() if name.startswith(tuple(f"{p}/" for p in parts))}
     yield from (f"{name} is missing" for name in sorted(files.keys() - present))
@@ -179,13 +164,13 @@ def _problems(
 
 
 def uncommitted_checkpoints(run: RunDir) -> list[Location]:
-    """Return the directories of a run's uncommitted checkpoints, either in progress or left by a killed process."""
+    """Return a run's uncommitted checkpoints: in progress, or left by a killed process."""
     checkpoints = (p for p in run.checkpoints.glob("step_*") if _NAME_PATTERN.fullmatch(p.name))
     return sorted(p for p in checkpoints if not is_committed(p))
 
 
 def committed_checkpoints(run: RunDir) -> list[Location]:
-    """Return the committed checkpoints of a run, oldest first, without verifying their files."""
+    """Return a run's committed checkpoints, oldest first, without verifying their files."""
     return [*_committed_newest_first(run)][::-1]
 
 
@@ -209,23 +194,16 @@ class NewestCheckpoint(NamedTuple):
     checkpoint: Location
     manifest: CheckpointManifest
     skipped: list[CheckpointError]
-    """Errors about newer checkpoints that were skipped because they are damaged, newest first."""
+    """Errors about newer, damaged checkpoints, newest first."""
 
 
 def newest_checkpoint(
     run: RunDir, parts: tuple[str, ...] = PARTS, describe: Describe | None = describe_files
 ) -> NewestCheckpoint | None:
-    """Return the newest intact checkpoint of a run; None if the run has no committed checkpoint.
+    """Return the newest intact checkpoint of a run; None without a committed checkpoint.
 
-    Uncommitted checkpoints are skipped silently.
-
-    Args:
-        run: the run whose checkpoints are searched.
-        parts: folders of each checkpoint whose files are checked; with an empty tuple, only the manifests are read.
-        describe: function that computes the hashes of files; with None only names and sizes are checked.
-
-    Raises:
-        CheckpointError: the run has committed checkpoints, but none is intact; the error describes the newest one.
+    The arguments are those of `read_manifest`; with empty `parts`, only manifests are read. If all committed
+    checkpoints are damaged, the error about the newest one is raised (CheckpointError).
     """
     skipped: list[CheckpointError] = []
     for checkpoint in _committed_newest_first(run):

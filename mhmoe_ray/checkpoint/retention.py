@@ -11,28 +11,19 @@ from mhmoe_ray.storage import Location, remove_tree
 class RetentionPolicy:
     """Retention policy of a run: it keeps the newest checkpoints, the best one and those in use.
 
-    The best checkpoint is the one with the lowest validation loss. Checkpoints of steps without a validation, or with a
-    loss that is not finite, cannot be the best one. `events.checkpoints_in_use` says which checkpoints applications
-    and batch inferences use.
+    The best checkpoint has the lowest validation loss; one without a validation, or with a loss that is not finite,
+    cannot be the best. `events.checkpoints_in_use` says which checkpoints applications and batch inferences use.
     """
 
     def __init__(self, run: RunDir, newest_count: int) -> None:
-        """Set up the policy. The validation losses in the run's history are read when they are first needed.
-
-        Args:
-            run: the run whose checkpoints are kept or deleted.
-            newest_count: number of newest checkpoints to keep.
-        """
         self._run, self._newest_count = run, newest_count
         self._losses: dict[int, float] | None = None
-        """Validation loss by step; None until the run's history is read."""
+        """Validation loss by step; None until the run's history is first needed and read."""
 
     def removable_checkpoints(self, step: int, loss: float | None) -> list[Location]:
         """Return the committed checkpoints that the policy does not keep, oldest first.
 
-        Args:
-            step: step of the newest checkpoint.
-            loss: validation loss of that step; None if it was not validated.
+        `loss` is the validation loss of `step`, the newest checkpoint's step; None without a validation.
         """
         # The run's history of metrics may be long, so it is read once. Later losses are arguments of this method.
         if self._losses is None:
@@ -58,7 +49,7 @@ class RetentionPolicy:
 
 
 def delete_checkpoint(checkpoint: Location) -> None:
-    """Delete a committed checkpoint. Its manifest goes first, so that a partly deleted checkpoint is ignored."""
+    """Delete a committed checkpoint, its manifest first."""
     # Without its manifest the checkpoint is ignored, even if the removal of the other files fails.
     (checkpoint / MANIFEST).unlink()
     remove_tree(checkpoint)

@@ -8,16 +8,9 @@ from mhmoe_ray.storage import Location, describe_file
 
 
 def verify_run_file(checkpoint: Location, path: Location, sha256: str | None, subject: str) -> Location:
-    """Return the path of a file in the run directory of a checkpoint, after checking its hash.
+    """Return `path` after checking that a file in the run directory of a checkpoint has the hash from training.
 
-    Args:
-        checkpoint: checkpoint whose model needs the file; error messages name it.
-        path: path of the file.
-        sha256: expected SHA-256, that of the file with which the model was trained.
-        subject: plain name of the file's content for error messages, such as "tokenizer".
-
-    Raises:
-        CheckpointError: the file cannot be read, or is not the one that the model was trained with.
+    Error messages call the content `subject`, such as "tokenizer". An unreadable or other file is a CheckpointError.
     """
     try:
         actual_sha256 = describe_file(path).sha256
@@ -31,12 +24,9 @@ def verify_run_file(checkpoint: Location, path: Location, sha256: str | None, su
 
 
 def load_run_classes(checkpoint: Location, manifest: CheckpointManifest) -> dict[str, list[str]]:
-    """Return the class names of each task of a vision model, in the order of the class numbers.
+    """Return a vision model's class names by task, in the order of the class numbers.
 
-    Raises:
-        CheckpointError: the run's file of class names cannot be read, or is not the one that the model was trained
-            with.
-        DataError: the file is damaged.
+    An unreadable file or one with another hash is a CheckpointError, a damaged one a DataError.
     """
     path = RunDir.of_checkpoint(checkpoint).classes_file
     return read_classes(verify_run_file(checkpoint, path, manifest.classes_sha256, "list of classes"))

@@ -33,7 +33,7 @@ from mhmoe_ray.storage import FileEntry, Location, create_file, describe_file, w
 
 
 class WriterAssignment:
-    """Assignment of each slice of a tensor to the rank that writes it: the least loaded of the ranks that hold it.
+    """Assignment of each slice of a tensor to its writer: the least loaded of the ranks that hold the slice.
 
     Every rank computes the same assignment without communication, if all ask for the same tensors in the same order.
     """
@@ -45,20 +45,19 @@ class WriterAssignment:
     def is_writer(self, tensor: Tensor) -> bool:
         """Assign a writer to each slice of a tensor, and return whether this rank writes the slice that it holds.
 
-        A DTensor has a slice for each shard; any other tensor is a single slice that all ranks hold.
+        Each shard of a DTensor is a slice; any other tensor is a single slice that all ranks hold.
         """
         rank_groups = self._holders(tensor)
         slice_elements = tensor.numel() // len(rank_groups)
         return self._rank in [self._assign_writer(holders, slice_elements) for holders in rank_groups]
 
     def _assign_writer(self, holders: list[int], elements: int) -> int:
-        """Return the rank of `holders` that has the fewest elements to write so far, and add `elements` to these."""
         writer = min(holders, key=self._assigned_elements.__getitem__)
         self._assigned_elements[writer] += elements
         return writer
 
     def _holders(self, tensor: Tensor) -> list[list[int]]:
-        """Return one list for each slice of a tensor, with the ranks that hold this slice."""
+        """Return the ranks that hold a slice, one list for each slice of a tensor."""
         if not is_dtensor(tensor):
             return [list(range(len(self._assigned_elements)))]
         from torch.distributed.tensor import Replicate
@@ -75,19 +74,9 @@ class WriterAssignment:
 def save_slices(
     folder: Location, slices: Mapping[str, Slice], rank: int, on_piece: Callable[[], None] = lambda: None
 ) -> FileEntry:
-    """Write a rank's slices of tensors to its file in a folder of a checkpoint; without slices the file has no data.
+    """Write a rank's slices to its new file in a folder of a checkpoint; without slices the file has no data.
 
-    Args:
-        folder: folder `weights` or `optim` of a checkpoint.
-        slices: slices in CPU memory, by the names of their tensors.
-        rank: rank that writes the file.
-        on_piece: callback after each piece of the file is written.
-
-    Returns:
-        Size and hash of the file.
-
-    Raises:
-        OSError: the file exists already, or cannot be written.
+    An existing file is an OSError, like any failure to write.
     """
     with create_file(folder / file_name(rank)) as file:
         return write_slices(file, slices, on_piece)
@@ -99,14 +88,14 @@ _FIX = "make room or repair the storage, then `mhmoe resume`; the previous check
 
 
 class _SliceCopy(NamedTuple):
-    """Copy of one slice of a tensor in CPU memory, which this rank makes and then writes into a checkpoint."""
+    """Copy of one slice of a tensor in CPU memory, which this rank makes and then writes."""
 
     part: str
     name: str
     source: torch.Tensor | None
     """Tensor to copy; None if the copy is done."""
     slice: Slice
-    """The slice with its position in the full tensor; its values (`local`) are the copy."""
+    """Slice whose values are the copy."""
 
 
 class Saver:
@@ -124,17 +113,16 @@ class Saver:
         ends: Iterable[int] = (),
         adds_start: bool = True,
     ) -> None:
-        """Prepare to save the state of a trainer. From now on, its optimizer updates wait for a copy in progress.
+        """Prepare to save a trainer, whose optimizer updates wait for a copy in progress from now on.
 
         This is a collective operation, because it creates a process group.
 
         Args:
-            run: the run that the checkpoints belong to.
+            run: run that the checkpoints belong to.
             trainer: trainer whose state is saved.
-            group: number of this worker group, which is part of each checkpoint's name, so that names are unique.
+            group: number of this worker group, which makes checkpoint names unique.
             on_piece: callback in the background thread after each piece of a file is written.
-            ends: ids of the tokens that end a text in addition to the tokenizer's end tokens, such as the token at the
-                end of an assistant's turn.
+            ends: token ids that end a text in addition to the tokenizer's, such as at the end of an assistant's turn.
             adds_start: whether a start token precedes each text.
         """
         self._ends, self._adds_start = sorted(ends), adds_start
@@ -157,15 +145,10 @@ class Saver:
         self._error: Exception | None = None
 
     def save(self, count_LE: torch.Tensor, val_loss: float | None = None) -> None:
-        """Start to write a checkpoint in the background. The next optimizer update waits until the state is copied.
+        """Start to write a checkpoint in the background; a failure of the previous one is a CheckpointError.
 
-        Args:
-            count_LE: number of routes (choices of an expert by a token) per layer and expert since the previous
-                checkpoint; rank 0 writes them to the run's folder `routing`.
-            val_loss: validation loss of this step, for retention; None if this step had no validation.
-
-        Raises:
-            CheckpointError: the previous checkpoint could not be written.
+        Rank 0 writes `count_LE`, the routes per layer and expert since the previous checkpoint, to the run's folder
+        `routing`. `val_loss` is for retention; None if this step had no validation.
         """
         # The measured pause of training includes this wait for the previous checkpoint and, later, the wait for the
         # copy.
@@ -182,18 +165,13 @@ class Saver:
         self._pause_seconds = time.monotonic() - start_time
 
     def _wait_for_copy(self) -> None:
-        """Wait until the trainer's state is copied. The trainer calls this before each optimizer update."""
         if self._thread and not self._copy_done.is_set():
             start_time = time.monotonic()
             self._copy_done.wait()
             self._pause_seconds += time.monotonic() - start_time
 
     def wait(self) -> None:
-        """Wait until the checkpoint that `save` started is written and committed, if there is one.
-
-        Raises:
-            CheckpointError: any rank could not write its files of a checkpoint.
-        """
+        """Wait until the started checkpoint is committed; CheckpointError if any rank could not write its files."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -202,17 +180,14 @@ class Saver:
 
     @property
     def has_failed(self) -> bool:
-        """True if writing a checkpoint has failed, so that `wait` would raise the error.
+        """True if `wait` would raise an error.
 
         Ranks learn of a failure at different moments, so they must agree on it before they call `wait`.
         """
         return self._error is not None
 
     def _prepare_copies(self) -> list[_SliceCopy]:
-        """Return the slices that this rank writes, with the buffers for their copies.
-
-        Slices of gathered tensors, which are temporary, are copied here already. `_copy_state` copies the others.
-        """
+        """Return the slices that this rank writes, with buffers for their copies; gathered tensors are copied here."""
         copies, assignment, strategy = list[_SliceCopy](), WriterAssignment(), self._trainer.strategy
         for part, name, tensor in strategy.checkpoint_tensors():
             if not assignment.is_writer(tensor):
@@ -233,7 +208,6 @@ class Saver:
         return copies
 
     def _copy_state(self, copies: list[_SliceCopy], state_ready: torch.cuda.Event | None) -> None:
-        """Copy this rank's slices to CPU memory in the background thread. A GPU does this in a separate CUDA stream."""
         if self._copy_stream:
             # The default device of a new thread is the first GPU. Without this call, the thread would use memory of
             # that GPU.
@@ -255,7 +229,6 @@ class Saver:
                 self._copy_stream.synchronize()
 
     def _manifest(self) -> CheckpointManifest:
-        """Return the manifest of a checkpoint of the trainer's current state. It lists no files yet."""
         trainer, spec = self._trainer, self._trainer.spec
         return CheckpointManifest(
             step=trainer.step,
@@ -286,10 +259,7 @@ class Saver:
         counts: dict[str, Any],
         val_loss: float | None,
     ) -> None:
-        """Write this rank's files of the checkpoint; on rank 0, also commit it and delete old ones.
-
-        This runs in the background thread. An error is stored, and `wait` raises it.
-        """
+        """Write this rank's files; rank 0 also commits the checkpoint and deletes old ones. `wait` raises an error."""
         start_time = time.monotonic()
         checkpoint = self._run.checkpoints / checkpoint_name(manifest.step, self._group)
         rank = self._trainer.mesh.rank
@@ -323,11 +293,7 @@ class Saver:
             self._error = e
 
     def _run_on_all_ranks(self, action: Callable[[], T], checkpoint: Location) -> list[T]:
-        """Run an action on this rank, and return the results of all ranks, which call this together.
-
-        Raises:
-            CheckpointError: the action failed on a rank; raised on all ranks.
-        """
+        """Run an action on all ranks together, and return all results; a failure on one is a CheckpointError on all."""
         failure = None
         outcome: tuple[T | None, str | None] = (None, None)
         try:
@@ -348,7 +314,6 @@ class Saver:
         return cast("list[T]", [result for result, _ in outcomes])
 
     def _apply_retention(self, step: int, val_loss: float | None) -> None:
-        """Delete the checkpoints that the retention policy does not keep. A failure only prints a warning."""
         # The new checkpoint is committed already. So if old checkpoints cannot be deleted, training must not end, and
         # saving must not count as failed.
         try:

@@ -11,11 +11,9 @@ from mhmoe_ray.storage import Location
 
 
 def run_tokenizer(checkpoint: Location, manifest: CheckpointManifest) -> Location:
-    """Return the path of tokenizer.json in the run directory of a checkpoint, after checking its hash.
+    """Return the path of the tokenizer.json of a checkpoint's run, after checking its hash.
 
-    Raises:
-        CheckpointError: the file cannot be read, or is not the tokenizer that the model was trained with; or the model
-            is a vision model, which has no tokenizer.
+    An unreadable file, another hash, or a vision model, which has no tokenizer, is a CheckpointError.
     """
     family = manifest.model.family
     if not family.has_tokenizer:
@@ -26,10 +24,5 @@ def run_tokenizer(checkpoint: Location, manifest: CheckpointManifest) -> Locatio
 
 
 def load_run_tokenizer(checkpoint: Location, manifest: CheckpointManifest) -> Tokenizer:
-    """Load the tokenizer from the run directory of a checkpoint, after checking its hash.
-
-    Raises:
-        CheckpointError: the file cannot be read or has another hash, or the model has no tokenizer (`run_tokenizer`).
-        DataError: the tokenizer does not fit the model's vocabulary size, or the file holds no valid tokenizer.
-    """
+    """Load the tokenizer that `run_tokenizer` finds; DataError if it is invalid or does not fit the vocabulary size."""
     return load_tokenizer(run_tokenizer(checkpoint, manifest), manifest.model.vocab_size)

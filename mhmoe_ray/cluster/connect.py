@@ -1,7 +1,6 @@
 """Connections to clusters: choose the cluster and the token of a command; store clusters that the user has named.
 
-The file `clusters.json` in the state folder (tokens.py) stores the names. It holds the path of each cluster's token
-file, but not the token itself.
+The file `clusters.json` in the state folder (tokens.py) has the names and the paths of token files, but no token.
 """
 
 import json
@@ -46,13 +45,7 @@ class NamedClusters:
 
 
 def read_named_clusters() -> NamedClusters:
-    """Read the clusters that the user has named, and the name of the current one, from the state folder.
-
-    If the user has named none yet, there is no file to read, and the local cluster is the current one.
-
-    Raises:
-        ClusterError: the file is damaged.
-    """
+    """Read the clusters that the user has named and the current one; a damaged file is a ClusterError."""
     path = state_folder() / FILE
     if not path.exists():
         return NamedClusters(LOCAL, {})
@@ -65,16 +58,7 @@ def read_named_clusters() -> NamedClusters:
 
 
 def use(name: str, address: str | None = None, token_file: Path | None = None) -> NamedCluster | None:
-    """Make a cluster the current one, which commands use by default, and return it; None for the local cluster.
-
-    Args:
-        name: the name of a known cluster or, together with an address, the name that the cluster gets.
-        address: the URL of the cluster's dashboard; None for a cluster that is known already.
-        token_file: the file that holds the cluster's token; None to use the token that Ray's own tools would send.
-
-    Raises:
-        ClusterError: no cluster of this name is known, the name is not allowed, or the arguments do not fit together.
-    """
+    """Make a cluster the current one and return it, None for the local one; an `address` names a new cluster."""
     with state_lock():
         clusters = read_named_clusters()
         if name == LOCAL:
@@ -101,11 +85,7 @@ def use(name: str, address: str | None = None, token_file: Path | None = None) -
 
 
 def forget(name: str) -> None:
-    """Remove a named cluster; if it is the current one, the local cluster becomes current.
-
-    Raises:
-        ClusterError: no cluster of this name is known.
-    """
+    """Remove a named cluster; if it is the current one, the local cluster becomes current."""
     with state_lock():
         clusters = read_named_clusters()
         if name not in clusters.by_name:
@@ -115,7 +95,6 @@ def forget(name: str) -> None:
 
 
 def _write(clusters: NamedClusters) -> None:
-    """Write the named clusters and the current one to the state folder, readable by the user only."""
     path = state_folder() / FILE
     write_json(path, {"current": clusters.current, "known": {n: asdict(c) for n, c in clusters.by_name.items()}})
     # The file lists host names and paths of token files, which other users of this machine must not read.
@@ -131,34 +110,23 @@ class Connection:
     local: bool
     """Whether this package started the cluster (the local cluster)."""
     is_local_machine: bool
-    """Whether the cluster has a single node, which is this machine.
-
-    A loopback address is not sufficient, because it may be the end of a tunnel to another machine.
-    """
+    """Whether the cluster is this machine alone; a loopback address does not prove it, as it may be a tunnel's end."""
     token: Token | None
     local_cluster: LocalCluster | None = None
-    """Record of the local cluster, with its CPUs and its folder; None for all other clusters.
-
-    It is also None in a process that runs within the local cluster itself.
-    """
+    """Record of the local cluster; None for other clusters, and in a process within the local cluster itself."""
 
     @property
     def headers(self) -> dict[str, str]:
-        """HTTP headers for Ray's clients, which carry the token of this connection or none."""
+        """HTTP headers for Ray's clients, with this connection's token or none."""
         # Without this header, Ray's clients would add the user's token themselves.
         return self.token.headers if self.token else {"Authorization": ""}
 
 
 def connect(address: str | None = None) -> Connection:
-    """Find the cluster of this address or name, check that it answers, and return the connection to it.
+    """Connect to the cluster of this address or name; it has to answer and to accept the token.
 
     Without an address, the cluster is that of RAY_API_SERVER_ADDRESS or RAY_ADDRESS, else the one that `mhmoe cluster
-    use` chose, else the local cluster.
-
-    Raises:
-        ClusterError: the address is malformed, nothing answers there, it is not a Ray dashboard, or no address is given
-            and no local cluster runs.
-        TokenError: the cluster asks for another token.
+    use` chose, else the local cluster. A refused or missing token is a TokenError, any other failure a ClusterError.
     """
     connection = connect_if_running(address)
     if connection is None:
@@ -169,12 +137,8 @@ def connect(address: str | None = None) -> Connection:
 def connect_recorded(address: str, given_addresses: Collection[str] = ()) -> Connection:
     """Connect to an address that a run or sweep directory records; send the token only if the user knows the address.
 
-    The user knows addresses of the environment, of named clusters and of the local cluster, and those that an earlier
-    command was given. `given_addresses` are further ones, for a job on a cluster that has none of these.
-
-    Raises:
-        ClusterError: in the same cases as `connect`.
-        TokenError: the cluster asks for a token, and the user has never named its address.
+    The user knows the addresses of `is_known`; `given_addresses` are further ones, for a job on a cluster, which has no
+    such record. Any other cluster that asks for a token is a TokenError.
     """
     if is_known(address):
         return connect(address)
@@ -191,11 +155,7 @@ def connect_recorded(address: str, given_addresses: Collection[str] = ()) -> Con
 
 
 def require_known(address: str) -> str:
-    """Return an address that a run directory records, to start a job there, if this user knows it.
-
-    Raises:
-        ClusterError: only the run directory names the address.
-    """
+    """Return an address from a run directory, to start a job there; one that is not `is_known` is a ClusterError."""
     if is_known(address):
         return address
     reason = "only the run directory names its address"
@@ -203,10 +163,7 @@ def require_known(address: str) -> str:
 
 
 def is_known(address: str) -> bool:
-    """Return whether this user has named a cluster at this address, or it is the local cluster.
-
-    Named clusters and the environment count, and so do addresses that earlier commands were given.
-    """
+    """Return whether an address is of the local or a named cluster, of the environment, or of an earlier command."""
     resolved_address, environment_address = _resolve_address(address), _resolve_address(None)
     if resolved_address is None:
         return True
@@ -241,10 +198,7 @@ def _connection(address: str, token: Token | None) -> Connection:
 
 
 def cached_connect() -> Callable[[str], Connection]:
-    """Return a function like `connect_recorded` that tries each address only once.
-
-    Later calls with the same address return the same connection, or raise the same ClusterError.
-    """
+    """Return a function like `connect_recorded` that tries each address once and repeats its result or ClusterError."""
     results: dict[str, Connection | ClusterError] = {}
 
     def connect_once(address: str) -> Connection:
@@ -262,11 +216,7 @@ def cached_connect() -> Callable[[str], Connection]:
 
 
 def start(cpus: int) -> Connection:
-    """Connect to the local cluster; if it does not run, start it with `cpus` logical CPUs first.
-
-    Raises:
-        ClusterError: Ray does not start, or the local cluster does not answer.
-    """
+    """Connect to the local cluster; if it does not run, start it with `cpus` logical CPUs first."""
     return _local_connection(start_local(cpus))
 
 
@@ -281,11 +231,7 @@ def _is_local_cluster(address: str) -> bool:
 
 
 def normalised(address: str) -> str:
-    """Return a dashboard's URL in the form in which URLs are compared: with a scheme, and without a slash at the end.
-
-    Raises:
-        ClusterError: the address is not the URL of a dashboard.
-    """
+    """Return a dashboard's URL with a scheme and without a slash at its end; any other address is a ClusterError."""
     fix = "give the dashboard's URL, like http://host:8265"
     url = address.rstrip("/") if "://" in address else f"http://{address.rstrip('/')}"
     try:
@@ -302,14 +248,7 @@ def normalised(address: str) -> str:
 
 
 def _resolve_address(address: str | None) -> str | None:
-    """Return the dashboard's address that the argument, the environment or the current cluster gives.
-
-    Args:
-        address: an address or the name of a cluster, as commands take it; None if the user gave none.
-
-    Returns:
-        The address; None for the local cluster.
-    """
+    """Return the address that the argument, environment or current cluster gives; None for the local cluster."""
     if address == LOCAL:
         return None
     named_cluster = _find_named_cluster(address)
@@ -326,22 +265,13 @@ def _explicit_address(address: str | None) -> str | None:
 
 
 def _find_named_cluster(address: str | None) -> NamedCluster | None:
-    """Return the named cluster that a command talks to: by its argument, the environment, or else `mhmoe cluster use`.
-
-    Returns:
-        The cluster; None if the user gave a plain address instead of a name, or if the command uses the local cluster.
-    """
+    """Return the named cluster that a command talks to; None for a plain address or the local cluster."""
     clusters = read_named_clusters()
     return clusters.by_name.get(_explicit_address(address) or clusters.current)
 
 
 def _token(address: str, named_cluster: NamedCluster | None) -> Token | None:
-    """Return the token for the cluster at this address: from its token file, else the one that Ray's tools would send.
-
-    Args:
-        address: the normalised URL of the dashboard.
-        named_cluster: the cluster, if the user gave its name.
-    """
+    """Return the token of the cluster at this normalised URL: its token file's, else the one Ray's tools would send."""
     clusters = read_named_clusters()
     same_address = {name: c for name, c in clusters.by_name.items() if normalised(c.address) == address}
     # Several named clusters may have the same address, for example that of a tunnel. If the user gave an address
@@ -356,7 +286,6 @@ def _local_connection(cluster: LocalCluster) -> Connection:
 
 
 def _is_this_machine(address: str, token: Token | None) -> bool:
-    """Return whether the cluster has a single node, which is this machine."""
     alive, _ = dashboard.nodes(address, token)
     # The name of a session folder is unique, so a node whose folder exists here runs here. `os.path.isdir` is used
     # because `Path.is_dir` raises an error if this user has no permission to look.

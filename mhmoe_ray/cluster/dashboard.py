@@ -13,32 +13,23 @@ from mhmoe_ray.errors import ClusterError, StorageError, TokenError
 
 T = TypeVar("T")
 SECONDS = 60.0
-"""Number of seconds without any answer after which a server counts as gone."""
+"""Seconds without any answer after which a server counts as gone."""
 
 
 class RetryingCaller:
-    """Caller for loops that repeat a request: it tolerates up to `SECONDS` without an answer, and warns once."""
+    """Caller for loops that repeat a request: it tolerates up to `SECONDS` without an answer, and warns once.
+
+    An endless one has no timeout; it is for clients whose own end would stop the jobs they watch.
+    """
 
     def __init__(self, say: Callable[[str], object], *, is_endless: bool = False) -> None:
-        """Create a caller that has made no request yet.
-
-        Args:
-            say: a function that gets a line for the user when the first of several requests in a row gets no answer.
-            is_endless: whether to retry without a timeout, for clients whose own end would stop the jobs they watch.
-        """
         self._say, self._is_endless = say, is_endless
         self._unanswered_since: float | None = None
 
     def call(self, request: Callable[[], T], default: T) -> T:
         """Return the result of a request, or `default` if the request gets no answer now.
 
-        Args:
-            request: a function that makes the request.
-            default: the value to return without an answer.
-
-        Raises:
-            ClusterError, StorageError: there has been no answer for more than `SECONDS`.
-            TokenError: the cluster asks for another token.
+        After `SECONDS` without an answer it raises the ClusterError or StorageError, and a TokenError at once.
         """
         try:
             answer = request()
@@ -61,16 +52,8 @@ class RetryingCaller:
 def get(address: str, path: str, token: Token | None, *, missing_ok: bool = False, seconds: float = 10) -> Any:
     """Request a path of the dashboard, and return the JSON of its answer; None for a 404 that `missing_ok` allows.
 
-    Args:
-        address: the URL of the dashboard.
-        path: the path with its query.
-        token: the cluster's token.
-        missing_ok: whether status 404 is allowed and not an error.
-        seconds: the timeout of the answer in seconds; the timeout of the connection is 10 s.
-
-    Raises:
-        ClusterError: nothing answers, or something that is not a Ray dashboard.
-        TokenError: the dashboard refuses the token, or asks for one.
+    The answer has to come within `seconds`, the connection within 10 s. A refused or missing token is a TokenError; no
+    answer, or one that is not a Ray dashboard's, is a ClusterError.
     """
     import requests  # type: ignore[import-untyped, unused-ignore]  # typed where types-requests is
 
@@ -93,13 +76,7 @@ def get(address: str, path: str, token: Token | None, *, missing_ok: bool = Fals
 
 @contextmanager
 def streamed(address: str, path: str, token: Token | None) -> Iterator[tuple[int, Iterator[bytes]]]:
-    """Context manager that requests a path of the dashboard, and yields the HTTP status and the chunks of the content.
-
-    The chunks are yielded as they arrive, without a timeout.
-
-    Raises:
-        ClusterError, TokenError: in the same cases as `get`.
-    """
+    """Request a path, and yield its status and the chunks as they arrive, without a timeout; errors are as in `get`."""
     import requests
 
     keep_off_proxies(address)
@@ -115,11 +92,7 @@ def streamed(address: str, path: str, token: Token | None) -> Iterator[tuple[int
 
 
 def ray_version(address: str, token: Token | None) -> dict[str, Any]:
-    """Return the answer of /api/version: `ray_version`, and `session_name`, which is unique to each cluster.
-
-    Raises:
-        ClusterError, TokenError: in the same cases as `get`, and if the server is not a Ray dashboard.
-    """
+    """Return the answer of /api/version: `ray_version`, and `session_name`, which is unique to each cluster."""
     version = get(address, "/api/version", token)
     if not isinstance(version, dict) or "ray_version" not in version:
         raise _not_ray(address, "it is another kind of server")
@@ -127,11 +100,7 @@ def ray_version(address: str, token: Token | None) -> dict[str, Any]:
 
 
 def nodes(address: str, token: Token | None) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Return the dashboard's entry for each live node, and Ray's lines of resource usage by node id.
-
-    Raises:
-        ClusterError, TokenError: in the same cases as `get`.
-    """
+    """Return the dashboard's entry for each live node, and Ray's lines of resource usage by node id."""
     summary = get(address, "/nodes?view=summary", token)["data"]
     raylets = (node["raylet"] for node in summary["summary"])
     return [r for r in raylets if r.get("state") != "DEAD"], summary["nodeLogicalResources"]
@@ -150,11 +119,7 @@ def is_open(address: str) -> bool:
 
 
 def date(address: str, token: Token | None) -> str | None:
-    """Return the current time of the dashboard's server as an HTTP `Date` header; None if the server does not send one.
-
-    Raises:
-        ClusterError: the dashboard does not answer.
-    """
+    """Return the server's current time as an HTTP `Date` header; None if the server does not send one."""
     import requests
 
     try:
@@ -166,10 +131,7 @@ def date(address: str, token: Token | None) -> str | None:
 
 
 def url_at(host: str, port: int) -> str:
-    """Return the URL of a server that listens on this host and port, for a client on the server's own machine.
-
-    A wildcard host such as 0.0.0.0 becomes 127.0.0.1.
-    """
+    """Return the URL of a server of this machine on this host and port; a wildcard host becomes 127.0.0.1."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -186,17 +148,14 @@ def is_loopback(address: str) -> bool:
 
 
 def is_loopback_ip(ip: str) -> bool:
-    """Return whether an IP address is loopback, so that only this machine reaches it.
-
-    The address may be an IPv4 one written as IPv6 (::ffff:127.0.0.1).
-    """
+    """Return whether an IP address is loopback, be it an IPv4 one written as IPv6 (::ffff:127.0.0.1)."""
     parsed = ipaddress.ip_address(ip)
     mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
     return (mapped or parsed).is_loopback
 
 
 def unreachable(address: str, error: Exception) -> ClusterError:
-    """Return the error for a request to this address that got no answer, from the exception of the HTTP client."""
+    """Return the error for a request that got no answer, from the exception of the HTTP client."""
     import requests
 
     fix = "check the address, and that the cluster runs"
@@ -220,10 +179,10 @@ def _not_ray(address: str, reason: str) -> ClusterError:
 
 
 def keep_off_proxies(address: str) -> None:
-    """Make HTTP requests to a loopback address bypass proxies: add its host to no_proxy in this process' environment.
+    """Add the host of a loopback address to no_proxy in this process' environment.
 
-    Otherwise the package requests, which Ray's clients use, would send even requests to 127.0.0.1 to a proxy that the
-    environment names. Other addresses are left alone.
+    Otherwise the package requests, which Ray's clients use, would send requests to 127.0.0.1 to the environment's
+    proxy.
     """
     if is_loopback(address):
         host = urlsplit(address).hostname or ""

@@ -1,9 +1,4 @@
-"""Checks of `mhmoe doctor`, which find problems of this machine and of the cluster, each with its reason and remedy.
-
-The checks cover this machine (packages, accelerators, kernels, shared memory, limits), the cluster that commands talk
-to, Ray servers on this machine that other machines can reach, and the folder that holds run directories. For each of
-these areas a function yields findings one by one.
-"""
+"""Checks of `mhmoe doctor`, which find problems of this machine and of the cluster, each with its reason and remedy."""
 
 import os
 import platform
@@ -31,11 +26,7 @@ from mhmoe_ray.errors import ClusterError, TokenError
 from mhmoe_ray.storage import Location, location, replace_file
 
 Level = Literal["ok", "note", "warning", "error"]
-"""Severity of a finding.
-
-note: something is missing that not everybody needs. warning: commands work, but not as they should. error: commands
-will fail.
-"""
+"""Severity: `note` if not everybody needs the thing, `warning` if commands work badly, `error` if they will fail."""
 
 
 class Finding(NamedTuple):
@@ -79,7 +70,6 @@ def machine_findings() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    """Yield findings on the version of Ray and on the optional packages in `EXTRAS`."""
     ray_release = version("ray")
     if ray_release.startswith(f"{RAY_RELEASE}."):
         yield Finding("ok", "ray", ray_release)
@@ -103,7 +93,6 @@ def _version(distribution: str) -> str | None:
 
 
 def _accelerators() -> Iterator[Finding]:
-    """Yield findings on torch and this machine's CPUs, on its GPUs, and on the library for collectives."""
     try:
         level = LEVEL_TITLES[cpu_level()] if is_x86() else platform.machine()
     except ValueError as error:
@@ -145,7 +134,6 @@ def _kernels() -> Iterator[Finding]:
 
 
 def _limits() -> Iterator[Finding]:
-    """Yield findings on the size of shared memory and on the limit of open files."""
     memory = psutil.virtual_memory().total
     try:
         shared = os.statvfs("/dev/shm")
@@ -215,11 +203,7 @@ SKEW_SECONDS = 5.0
 
 
 def reach_findings(address: str | None) -> Iterator[Finding]:
-    """Yield findings on the cluster that commands would talk to.
-
-    Args:
-        address: the address or name of a cluster, as commands take it.
-    """
+    """Yield findings on the cluster that commands with this address or name would talk to."""
     try:
         connection = connect_if_running(address)
     except TokenError as e:
@@ -242,7 +226,6 @@ def reach_findings(address: str | None) -> Iterator[Finding]:
 
 
 def _ray_version(connection: Connection) -> Iterator[Finding]:
-    """Yield a finding on whether the cluster runs the same minor version of Ray as this machine."""
     cluster_release = dashboard.ray_version(connection.address, connection.token)["ray_version"]
     client_release = version("ray")
     if cluster_release.split(".")[:2] == client_release.split(".")[:2]:
@@ -271,7 +254,6 @@ def _token_requirement(connection: Connection) -> Iterator[Finding]:
 
 
 def _clock(connection: Connection) -> Iterator[Finding]:
-    """Yield a finding on whether the clocks of this machine and of the head node agree."""
     date_header = dashboard.date(connection.address, connection.token)
     skew = abs(parsedate_to_datetime(date_header).timestamp() - time.time()) if date_header else 0.0
     if skew > SKEW_SECONDS:
@@ -289,11 +271,7 @@ The file is small enough for slow storage, and large enough that latency hardly 
 
 
 def storage_findings(folder: Location) -> Iterator[Finding]:
-    """Yield findings on the folder that holds run directories.
-
-    They tell whether the folder can be written, how fast the storage is, and which run directories other users can
-    read.
-    """
+    """Yield findings on the folder of run directories: whether it is writable, its speed, and runs open to others."""
     data = secrets.token_bytes(PROBE_BYTES)
     probe = folder / f".doctor-{secrets.token_hex(4)}"
     try:
@@ -330,7 +308,7 @@ def storage_findings(folder: Location) -> Iterator[Finding]:
 
 
 def _is_loose_run(path: Path) -> bool:
-    """Return whether a path is a run directory that other users may read; False if this user may not look into it."""
+    """Return whether a path is a run directory that other users may read."""
     try:
         return bool(path.stat().st_mode & (stat.S_IRWXO | stat.S_IRWXG)) and (path / "run.json").exists()
     except OSError:  # This user may not look into the path, or it was removed meanwhile.
@@ -341,12 +319,7 @@ __all__ = ["Finding", "examine"]
 
 
 def examine(address: str | None, folder: str) -> Iterator[Finding]:
-    """Yield the findings of all checks one after another, as they are made.
-
-    Args:
-        address: the address or name of a cluster, as commands take it.
-        folder: the folder that holds run directories; it need not exist yet.
-    """
+    """Yield the findings of all checks as they are made; `folder` holds run directories and need not exist yet."""
     yield from machine_findings()
     yield from reach_findings(address)
     yield from port_findings()

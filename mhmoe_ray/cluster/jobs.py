@@ -1,4 +1,4 @@
-"""Ray jobs: submit, inspect, follow and stop them."""
+"""Ray jobs: submit, inspect, follow and stop them. A cluster that does not answer in time is a ClusterError."""
 
 import functools
 import logging
@@ -24,17 +24,10 @@ T = TypeVar("T")
 
 @contextmanager
 def translated_errors(connection: Connection, subject: str, error_type: type[MhmoeError], fix: str) -> Iterator[None]:
-    """Context manager that translates errors of Ray's clients into errors of this package.
+    """Translate errors of Ray's clients into errors of this package.
 
-    Args:
-        connection: the cluster that the requests go to.
-        subject: the thing that the requests are about, for the message of the error.
-        error_type: the class of the error for a request that the cluster could not serve; Ray's message is its reason.
-        fix: the remedy, for the message of the error.
-
-    Raises:
-        ClusterError: the cluster does not answer any more.
-        TokenError: the cluster refuses the token.
+    A request that the cluster could not serve becomes an `error_type` with Ray's message as its reason, no answer a
+    ClusterError, and a refused token a TokenError.
     """
     import requests
     from ray.exceptions import AuthenticationError
@@ -52,8 +45,7 @@ def translated_errors(connection: Connection, subject: str, error_type: type[Mhm
 def failure_reason(text: str) -> str:
     """Return the reason for a failure from Ray's message, as one line of at most 500 characters.
 
-    If the message has a traceback, the reason is the exception at its end. Otherwise it is the last line. Lines of the
-    job's worker processes do not count.
+    It is the exception at the end of a traceback, else the last line that is not one of the job's worker processes.
     """
     text = re.sub(r"\x1b\[[0-9;]*m|^Request failed with status code \d+: ", "", text)
     lines = [line.rstrip() for line in text.splitlines() if line.strip(" .")]
@@ -92,16 +84,11 @@ def job_request(
     runtime_env: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Return the request to Ray Jobs that `submit` sends.
+    """Return the request to Ray Jobs that `submit` sends; no other job of the cluster may have had its `submission_id`.
 
-    Args:
-        args: the arguments of the Python interpreter, for example ["-m", "mhmoe_ray.train.job", "tiny-3f2a1c-1"].
-        submission_id: the job's name on the cluster, which no other job of the cluster has had.
-        local: whether this package started the cluster (`Connection.local`). If so, the job runs in the interpreter of
-            this process. On another cluster the job runs in `python`, and our packages are sent there.
-        python: path or command of the interpreter on the head node of another cluster.
-        runtime_env: Ray's runtime environment of the job.
-        metadata: strings that Ray stores with the job.
+    `args` are those of the Python interpreter. A job on a cluster that this package started (`local`) runs in the
+    interpreter of this process. Elsewhere it runs in `python`, a path or command on the head node, and our packages are
+    sent there.
     """
     return {
         "entrypoint": shlex.join([sys.executable if local else python, *args]),
@@ -112,12 +99,7 @@ def job_request(
 
 
 def submit(connection: Connection, request: Mapping[str, Any]) -> None:
-    """Submit a job to the cluster, where it runs independently of this process.
-
-    Raises:
-        JobError: the cluster does not accept the job.
-        SpecError: Ray does not accept the runtime environment, or its files are larger than Ray allows.
-    """
+    """Submit a job; a refused one is a JobError, a wrong or too large runtime environment a SpecError."""
     job = request["submission_id"]
     check_size(request["runtime_env"])
     with translated_errors(connection, f"job {job}", JobError, "see the cluster's dashboard"):
@@ -129,36 +111,19 @@ def submit(connection: Connection, request: Mapping[str, Any]) -> None:
 
 
 def status(connection: Connection, job: str) -> str | None:
-    """Return the status of a job as in `JobInfo.status`; None if the cluster knows no such job.
-
-    Raises:
-        ClusterError: the cluster gives no answer, or none in time.
-    """
+    """Return the status of a job as in `JobInfo.status`; None if the cluster knows no such job."""
     job_info = info(connection, job)
     return job_info.status if job_info else None
 
 
 def is_alive(connection: Connection, job: str) -> bool:
-    """Return whether a job is pending or running; False if the cluster knows no such job.
-
-    Raises:
-        ClusterError: in the same cases as `status`.
-    """
+    """Return whether a job is pending or running; False if the cluster knows no such job."""
     job_info = info(connection, job)
     return job_info is not None and job_info.is_alive
 
 
 def find_alive(connection: Connection, key: str, value: str) -> str | None:
-    """Return the name of a pending or running job that has a given entry in its metadata; None if there is none.
-
-    Args:
-        connection: the cluster.
-        key: key of the entry.
-        value: value of the entry.
-
-    Raises:
-        ClusterError: in the same cases as `status`.
-    """
+    """Return the name of a pending or running job with this entry in its metadata; None if there is none."""
     for details in dashboard.get(connection.address, "/api/jobs/", connection.token):
         job_info = _job_info(details)
         # A driver that was not submitted as a job, such as a notebook, has no metadata.
@@ -174,11 +139,7 @@ def message(connection: Connection, job: str) -> str:
 
 
 def info(connection: Connection, job: str) -> JobInfo | None:
-    """Return the status, message and end time of a job; None if the cluster knows no such job.
-
-    Raises:
-        ClusterError: in the same cases as `status`.
-    """
+    """Return the status, message and end time of a job; None if the cluster knows no such job."""
     details = dashboard.get(connection.address, f"/api/jobs/{job}", connection.token, missing_ok=True)
     if details is None:
         return None
@@ -186,27 +147,17 @@ def info(connection: Connection, job: str) -> JobInfo | None:
 
 
 def _job_info(details: Mapping[str, Any]) -> JobInfo:
-    """Return the `JobInfo` of a job from its details in the answer of Ray's jobs API."""
     return JobInfo(str(details["status"]), failure_reason(details["message"] or ""), (details["end_time"] or 0) / 1000)
 
 
 def logs(connection: Connection, job: str) -> str:
-    """Return the whole log of a job: everything that its entrypoint has written so far.
-
-    Raises:
-        JobError: the cluster knows no such job.
-    """
+    """Return everything that a job's entrypoint has written so far; an unknown job is a JobError."""
     with translated_errors(connection, f"job {job}", JobError, "see `mhmoe list`"):
         return str(_client(connection).get_job_logs(job))
 
 
 def follow_logs(connection: Connection, job: str) -> Iterator[str]:
-    """Yield the lines of the job's log from the first one on, as they arrive, until the job ends.
-
-    Raises:
-        JobError: the cluster knows no such job.
-        ClusterError: the cluster does not answer any more.
-    """
+    """Yield the lines of a job's log from the first one on until the job ends; an unknown job is a JobError."""
     import aiohttp
 
     # Ray's dashboard logs the headers of a WebSocket request that it refuses, and these contain the cluster's token.
@@ -232,13 +183,10 @@ def follow_logs(connection: Connection, job: str) -> Iterator[str]:
 
 
 def _items_of_thread(generator: AsyncGenerator[T]) -> Generator[T]:
-    """Yield the items of an asynchronous generator, which runs in an event loop of a thread of its own.
+    """Yield the items of an asynchronous generator, none of them None, from an event loop of a thread of its own.
 
-    A thread of its own is needed because the caller's thread may run an event loop already, as in a notebook. Closing
-    this generator cancels the asynchronous one and waits until it has ended.
-
-    Args:
-        generator: an asynchronous generator that never yields None.
+    The caller's thread may run an event loop already, as in a notebook. Closing this generator cancels the asynchronous
+    one and waits until it has ended.
     """
     import asyncio
 
@@ -275,18 +223,13 @@ def _items_of_thread(generator: AsyncGenerator[T]) -> Generator[T]:
 
 
 def stop(connection: Connection, job: str) -> None:
-    """Request that a job ends, without waiting for it: its processes get SIGTERM and, three seconds later, SIGKILL.
-
-    Raises:
-        JobError: the cluster knows no such job.
-    """
+    """Request that a job ends: SIGTERM and, three seconds later, SIGKILL. An unknown job is a JobError."""
     with translated_errors(connection, f"job {job}", JobError, "see `mhmoe list`"):
         _client(connection).stop_job(job)
 
 
 @functools.cache
 def _client(connection: Connection) -> Any:
-    """Return Ray's own jobs client for a cluster; the client is cached."""
     from ray.job_submission import JobSubmissionClient
 
     for name in SDK_LOGGERS:  # Ray gives both loggers a level at which they log every upload.

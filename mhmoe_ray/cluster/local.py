@@ -23,17 +23,13 @@ from mhmoe_ray.storage import write_json
 RECORD = "cluster.json"
 """Name of the file in the state folder that records the local cluster."""
 START_SECONDS = 120
-"""Timeout in seconds for the start of Ray, which takes 5 to 10 seconds on an idle machine."""
+"""Timeout for the start of Ray, which takes 5 to 10 seconds on an idle machine."""
 ANSWER_SECONDS = 30
-"""Timeout in seconds for the first answer of a local cluster whose process is alive."""
+"""Timeout for the first answer of a local cluster whose process is alive."""
 
 
 def start_local(cpus: int) -> LocalCluster:
-    """Return the local cluster; start it with `cpus` logical CPUs if it does not run.
-
-    Raises:
-        ClusterError: Ray does not start; the reason is the last line of its log.
-    """
+    """Return the local cluster; start it with `cpus` logical CPUs if it does not run. A failure is a ClusterError."""
     with state_lock():
         running = _find()
         if running:
@@ -54,9 +50,8 @@ def start_local(cpus: int) -> LocalCluster:
 def find_local() -> LocalCluster | None:
     """Return the local cluster if it runs; None otherwise.
 
-    Raises:
-        ClusterError: its process lives but its dashboard does not answer, or it was started on another machine that
-            shares this state folder.
+    It is a ClusterError if the dashboard of a live process does not answer, or if the cluster was started on another
+    machine that shares this state folder.
     """
     if not (state_folder() / RECORD).exists():
         return None
@@ -65,20 +60,13 @@ def find_local() -> LocalCluster | None:
 
 
 def recorded_address() -> str | None:
-    """Return the address that the local cluster had when it started, without a check whether it still runs.
-
-    None means that no local cluster is recorded.
-    """
+    """Return the address that the local cluster had when it started, without a check whether it still runs."""
     cluster = _read()
     return cluster.address if cluster else None
 
 
 def stop_local() -> bool:
-    """Stop the local cluster, with every job on it, and remove its files; return whether it was running.
-
-    Raises:
-        ClusterError: the cluster runs on another machine that shares this state folder.
-    """
+    """Stop the local cluster, with every job on it, and remove its files; return whether it was running."""
     with state_lock():
         cluster = _read()
         if cluster is None:
@@ -89,13 +77,7 @@ def stop_local() -> bool:
 
 
 def _find() -> LocalCluster | None:
-    """Return the local cluster if it runs and answers; if it died, remove its files and return None.
-
-    The caller must hold the lock of the state folder.
-
-    Raises:
-        ClusterError: in the same cases as `find_local`.
-    """
+    """Return the local cluster if it answers; remove a dead one's files. The caller holds the state folder's lock."""
     cluster = _read()
     if cluster is None:
         return None
@@ -119,11 +101,7 @@ def _find() -> LocalCluster | None:
 
 
 def _runs_here(cluster: LocalCluster) -> bool:
-    """Return whether the `ray start` process of the cluster is alive on this machine.
-
-    Raises:
-        ClusterError: the cluster was started on another machine.
-    """
+    """Return whether the cluster's `ray start` process is alive; a cluster of another machine is a ClusterError."""
     if spawn.is_ray_of(cluster.pid, cluster.folder):
         return True
     if cluster.host != socket.gethostname():
@@ -133,11 +111,6 @@ def _runs_here(cluster: LocalCluster) -> bool:
 
 
 def _wait_until_ready(cluster: LocalCluster) -> None:
-    """Wait until a cluster that this process has started is ready to run jobs.
-
-    Raises:
-        ClusterError: its process ended, or it is not ready after `START_SECONDS`.
-    """
     deadline = time.monotonic() + START_SECONDS
     while True:
         if os.waitpid(cluster.pid, os.WNOHANG)[0]:
@@ -154,28 +127,20 @@ def _wait_until_ready(cluster: LocalCluster) -> None:
 
 
 def _check_ready(cluster: LocalCluster) -> None:
-    """Check that Ray has written its own address, which is the last step of its start, and that its jobs API answers.
-
-    Raises:
-        ClusterError: the cluster is not ready.
-    """
+    """Raise a ClusterError until Ray has written its address, the last step of its start, and its jobs API answers."""
     if not (cluster.ray_folder / "ray_current_cluster").exists():
         raise ClusterError("local cluster", "Ray is still starting", "wait")
     dashboard.ray_version(cluster.address, tokens.own_token())
 
 
 def _last_line(log: Path) -> str:
-    """Return the last line with text of a log file, without terminal colours."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     lines = re.sub(r"\x1b\[[0-9;]*m", "", text).split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "its log is empty")
 
 
 def _end(cluster: LocalCluster) -> None:
-    """End the local cluster: shut Ray down by SIGTERM, kill the cluster's other processes, and remove its files.
-
-    `ray stop` is never used, because it ends every Ray on the machine.
-    """
+    """Shut Ray down (`ray stop` would end every Ray on the machine), kill the other processes, and remove the files."""
     members = spawn.process_tree(cluster.pid) if spawn.is_ray_of(cluster.pid, cluster.folder) else []
     # After SIGTERM, `ray start` normally ends its child processes within seconds. Those that still run are then killed,
     # because they would hold ports and memory.

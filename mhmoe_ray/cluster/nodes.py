@@ -20,17 +20,9 @@ MAX_NODES = 10_000
 
 
 def free_nodes(connection: Connection, domain_label: str | None) -> list[Node]:
-    """Return the nodes of a cluster that are alive, with their free CPUs and GPUs.
+    """Return a cluster's live nodes with their free CPUs and GPUs, named by host and, if they share it, by id.
 
-    A node is named by its host; if several nodes share a host, the start of the node's id is added.
-
-    Args:
-        connection: the cluster.
-        domain_label: the node label that names a node's domain (nodes with a fast network between them, such as a
-            rack); None leaves all domains empty.
-
-    Raises:
-        ClusterError, TokenError: in the same cases as `dashboard.get`.
+    `domain_label` is the node label that names a node's domain; None leaves all domains empty.
     """
     alive, usage = dashboard.nodes(connection.address, connection.token)
     domains = _labels(connection, domain_label) if domain_label else {}
@@ -46,11 +38,7 @@ def free_nodes(connection: Connection, domain_label: str | None) -> list[Node]:
 
 
 def total_nodes(connection: Connection) -> list[Node]:
-    """Return the nodes of a cluster that are alive, with all of their CPUs and GPUs, whether free or used.
-
-    Raises:
-        ClusterError, TokenError: in the same cases as `dashboard.get`.
-    """
+    """Return the live nodes of a cluster with all of their CPUs and GPUs, whether free or used."""
     alive, _ = dashboard.nodes(connection.address, connection.token)
     totals = [(node["nodeManagerHostname"], node["resourcesTotal"]) for node in alive]
     return [Node(host, total.get("CPU", 0.0), total.get("GPU", 0.0)) for host, total in totals]
@@ -71,11 +59,8 @@ _OWN_PYTHON = {"pip", "uv", "conda", "py_executable", "container", "image_uri"}
 def head_python(connection: Connection, runtime_env: Mapping[str, Any]) -> str:
     """Return the Python interpreter that a job uses on the head node, as a path or a command.
 
-    Usually it is the path of Ray's own interpreter, which need not be on the PATH. The command `python` is returned if
-    the runtime environment brings an interpreter, or if the path of Ray's interpreter is not found.
-
-    Raises:
-        ClusterError, TokenError: in the same cases as `dashboard.get`.
+    It is Ray's own interpreter, which need not be on the PATH. It is the command `python` if the runtime environment
+    brings an interpreter, or if the path of Ray's is not found.
     """
     if _OWN_PYTHON & runtime_env.keys():
         return "python"
@@ -97,10 +82,7 @@ def _labels(connection: Connection, label: str) -> dict[str, str]:
 
 
 def _taken_resources(usage: str) -> dict[str, float]:
-    """Return the CPUs and GPUs of a node that are taken, from Ray's usage lines.
-
-    A new node has no usage lines yet, so nothing of it counts as taken.
-    """
+    """Return a node's taken CPUs and GPUs from Ray's usage lines, which a new node does not have yet."""
     amounts: dict[str, float] = {}
     for line in usage.splitlines():
         if match := _USAGE.match(line):
@@ -112,21 +94,13 @@ def _taken_resources(usage: str) -> dict[str, float]:
 MARK_PREFIXES = (":job_id:", ":actor_name:", ":task_name:")
 """Prefixes of lines that Ray inserts into a log to mark which job, actor or task wrote the lines after them."""
 ALL_LINES = 1_000_000_000
-"""Number of lines to request in order to get a whole log; no log has more."""
+"""Number of lines to request for a whole log; no log has more."""
 
 
 def process_log(connection: Connection, node: str, pid: int, kind: str, *, follow: bool = False) -> Iterator[str]:
-    """Yield the lines that a worker process wrote to stdout or stderr, without the lines that Ray inserts.
+    """Yield the lines that a worker process wrote to stderr (`kind` "err") or stdout ("out"), without those of Ray.
 
-    Args:
-        connection: the cluster.
-        node: the id of the node that the process runs or ran on.
-        pid: the process id.
-        kind: "err" for stderr, "out" for stdout.
-        follow: whether to wait for new lines forever, instead of ending with the last line.
-
-    Raises:
-        JobError: the node is gone, or has no log of this process.
+    `follow` waits for new lines forever. A node that is gone, or that has no log of the process, is a JobError.
     """
     query = {
         "node_id": node,
@@ -150,7 +124,6 @@ def process_log(connection: Connection, node: str, pid: int, kind: str, *, follo
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
-    """Yield the lines of a log that arrives in chunks of bytes."""
     partial_line = b""
     for chunk in chunks:
         *lines, partial_line = (partial_line + chunk).split(b"\n")

@@ -22,7 +22,7 @@ EXCLUDED_PATTERNS = (
 )
 """Patterns in the syntax of .gitignore for files that no job needs; .gitignore and .rayignore files apply as well."""
 SHOWN_PARTS = 5
-"""Largest number of files and folders to name in an error about a folder that is too large to send."""
+"""Largest number of parts to name in an error about a folder that is too large to send."""
 
 
 class SentFolder(NamedTuple):
@@ -38,10 +38,7 @@ class SentFolder(NamedTuple):
 
 
 def sent_folders(runtime_env: Mapping[str, Any]) -> list[SentFolder]:
-    """Return the folders of this machine that Ray would send with a runtime environment, and the sizes of their parts.
-
-    A part is a file or folder that lies directly in a sent folder. Excluded files do not count.
-    """
+    """Return the folders of this machine that Ray would send with a runtime environment, without excluded files."""
     excludes = list(runtime_env.get("excludes", []))
     modules = [runtime_env.get("working_dir"), *runtime_env.get("py_modules", [])]
     folders = [Path(p) for p in modules if isinstance(p, str) and "://" not in p and Path(p).is_dir()]
@@ -49,11 +46,7 @@ def sent_folders(runtime_env: Mapping[str, Any]) -> list[SentFolder]:
 
 
 def check_size(runtime_env: Mapping[str, Any]) -> None:
-    """Check that no folder that the runtime environment sends is too large for Ray.
-
-    Raises:
-        SpecError: one of the folders is larger than Ray allows; the error names its largest parts.
-    """
+    """Raise a SpecError if the runtime environment sends a folder too large for Ray; it names the largest parts."""
     from mhmoe_ray.ray_compat import GCS_STORAGE_MAX_SIZE
 
     for sent_folder in sent_folders(runtime_env):
@@ -67,7 +60,6 @@ def check_size(runtime_env: Mapping[str, Any]) -> None:
 
 
 def _sizes(folder: Path, excludes: list[str]) -> dict[str, int]:
-    """Return how many bytes Ray would send of each file or folder directly in `folder`, the largest first."""
     from mhmoe_ray.ray_compat import _get_excludes
 
     count: Counter[str] = Counter()
@@ -105,10 +97,7 @@ PACKAGES = ("mhmoe_ray", "mhmoe_kernels")
 
 
 def with_packages(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the runtime environment with our packages added, for a cluster on which they are not installed.
-
-    Files that no job needs (`EXCLUDED_PATTERNS`) are excluded as well.
-    """
+    """Return the environment with our packages and `EXCLUDED_PATTERNS`, for a cluster without our packages."""
     folders = []
     for package in PACKAGES:
         module_spec = importlib.util.find_spec(package)

@@ -15,24 +15,14 @@ R = TypeVar("R")
 
 
 def submission_id(job_name: str) -> str:
-    """Return the submission id, which is the name that Ray gets for the remote job `job_name`.
-
-    The id is part of URLs of Ray's jobs API, so characters other than letters, digits and - are replaced.
-    """
+    """Return Ray's name for a remote job; it is part of URLs of the jobs API, so other characters become -."""
     return re.sub("[^A-Za-z0-9-]", "-", job_name)
 
 
 def job_request(
     request: RemoteJob[R], local: bool, runtime_env: Mapping[str, Any], python: str = "python"
 ) -> dict[str, Any]:
-    """Return the request to Ray Jobs that submits a remote job; `mhmoe submit --dry-run` prints it.
-
-    Args:
-        request: the remote job, of any kind.
-        local: whether this package started the cluster, as in `jobs.job_request`.
-        runtime_env: Ray's runtime environment, as in the spec.
-        python: the interpreter on the head node of another cluster, as in `jobs.job_request`.
-    """
+    """Return the request to Ray Jobs that submits a remote job; `mhmoe submit --dry-run` prints it."""
     job_name = submission_id(request.job_name)
     environment = {**runtime_env, "env_vars": {**runtime_env.get("env_vars", {}), **request.environment}}
     args = ["-m", request.module, job_name]
@@ -62,15 +52,10 @@ class SubmittedJob(Generic[R]):
         return jobs.is_alive(self.connection, self.name)
 
     def result(self, subject: str, fix: str = "see the job in the dashboard") -> R:
-        """Return the result of a job that has ended.
+        """Return the result of a job that has ended; `subject` names it in errors.
 
-        Args:
-            subject: the name of the result, for the message of an error.
-            fix: the remedy if the job ended without an error of its own, for example because it was killed.
-
-        Raises:
-            MhmoeError: the job failed or wrote no result. It is the last error that the job logged; without one, it is
-                a JobError with Ray's message.
+        Without a result, raise the last error that the job logged. If it logged none, for example because it was
+        killed, raise a JobError with Ray's message and the remedy `fix`.
         """
         log = jobs.logs(self.connection, self.name)
         result = self.request.result(lambda: log)
@@ -80,16 +65,7 @@ class SubmittedJob(Generic[R]):
 
 
 def submit(connection: Connection, runtime_env: Mapping[str, Any], request: RemoteJob[R]) -> SubmittedJob[R]:
-    """Submit a remote job to the cluster, without waiting for it.
-
-    Args:
-        connection: the cluster.
-        runtime_env: Ray's runtime environment, as in the spec.
-        request: the remote job, of any kind.
-
-    Raises:
-        JobError, SpecError, ClusterError: in the same cases as `jobs.submit`.
-    """
+    """Submit a remote job to the cluster, without waiting for it; errors are those of `jobs.submit`."""
     python = "python" if connection.local else head_python(connection, runtime_env)
     submission = job_request(request, connection.local, runtime_env, python)
     jobs.submit(connection, submission)

@@ -19,28 +19,23 @@ from mhmoe_ray.storage import location
 from mhmoe_ray.train.job import TrainRequest
 
 QUIET_SECONDS = 120.0
-"""Number of seconds without a new event or metric after which a run whose cluster does not answer counts as dead."""
+"""Seconds without a new event or metric after which a run whose cluster does not answer counts as dead."""
 _GRACE_SECONDS = 2.0
-"""Number of seconds to wait for the last event of a run after the end of its job.
-
-Two different processes record the event and the end of the job, so the event may come later.
-"""
+"""Seconds to wait for the last event after a job's end: another process records it, perhaps later."""
 _SENDING_SECONDS = 300.0
-"""Timeout in seconds for sending code and packages to a cluster, which does not know the job until they arrive."""
+"""Timeout for sending code and packages to a cluster, which does not know the job until they arrive."""
 _LOCAL_SECONDS = 30.0
-"""Timeout in seconds until the local cluster knows a submitted job; it is short because no code is sent there."""
+"""Timeout until the local cluster knows a submitted job; it is short because no code is sent there."""
 _DOUBT_SECONDS = 30.0
-"""Number of seconds since the last write of a run within which the run does not count as lost.
+"""Seconds since a run's last write within which a job unknown to a remote cluster is a ClusterError in `outcome`.
 
-Within this time, `outcome` raises an error if a cluster other than the local one does not know the run's job. A client
-that follows a run tolerates such errors for `dashboard.SECONDS`. That is longer than this time, so the client still
-learns that the run counts as failed.
+A following client tolerates such errors for `dashboard.SECONDS`, which is longer, so it still learns that the run
+failed.
 """
 _RECENT_SECONDS = 10.0
-"""Number of seconds after a job's end during which `outcome` still waits for the run's last event.
+"""Seconds after a job's end in which `outcome` still waits for the run's last event; two machines' clocks may differ.
 
-If the cluster does not know the job, the time counts from its submission. The number allows for the different clocks of
-two machines.
+If the cluster does not know the job, the time counts from its submission.
 """
 
 
@@ -55,17 +50,9 @@ class Outcome(NamedTuple):
 def outcome(run: RunDir, connection: Connection, doubt: float = _DOUBT_SECONDS) -> Outcome | None:
     """Return how a run ended, according to its run directory or else its job; None while it runs.
 
-    If the run directory shows a running run but its job is dead, the job was killed or its cluster is gone. This counts
-    as a failure.
-
-    Args:
-        run: a run with at least one attempt.
-        connection: the run's cluster, or the cluster that has its address now.
-        doubt: time in seconds. If the run wrote something within this time although the cluster does not know its job,
-            another cluster must have the address now.
-
-    Raises:
-        ClusterError: the run directory records no end, and the cluster does not answer or is not the run's.
+    A dead job whose run directory shows a running run was killed or lost its cluster, and counts as a failure. If the
+    cluster does not know the job but the run wrote something within `doubt` seconds, another cluster must have the
+    address now. Both this and no answer are ClusterErrors.
     """
     known_outcome = recorded_outcome(events.read(run))
     if known_outcome:
@@ -107,15 +94,8 @@ def _may_be_starting(run: RunDir, attempt: Attempt) -> bool:
 def outcome_or_lost(run: RunDir, connect_to: Callable[[str], Connection]) -> Outcome | None:
     """Return how a run ended, like `outcome`, but even if its cluster is gone; None while the run goes on.
 
-    A run counts as failed if its cluster does not answer and it wrote nothing for `QUIET_SECONDS`.
-
-    Args:
-        run: a run with at least one attempt.
-        connect_to: a function that connects to the cluster at an address.
-
-    Raises:
-        ClusterError: the run's cluster does not answer, but the run wrote something less than `QUIET_SECONDS` ago.
-        TokenError: the cluster asks for another token.
+    If the cluster does not answer, the run counts as failed once it has written nothing for `QUIET_SECONDS`; earlier,
+    the ClusterError is raised. A TokenError is always raised.
     """
     known_outcome = recorded_outcome(events.read(run))
     if known_outcome:
@@ -145,20 +125,11 @@ def recorded_outcome(run_events: list[dict[str, Any]]) -> Outcome | None:
 
 
 def start_attempt(run: RunDir, spec: RunSpec, connection: Connection, public_address: str | None = None) -> str:
-    """Submit the job of a run's next attempt, and record the attempt in the run directory.
+    """Submit the job of a run's next attempt, record the attempt in the run directory, and return the job's name.
 
-    Args:
-        run: the run directory.
-        spec: the run's spec.
-        connection: the cluster.
-        public_address: the cluster's address for everybody who reads the run directory; None if it is the connection's.
-
-    Returns:
-        The job's name.
-
-    Raises:
-        JobError, SpecError, ClusterError: the cluster did not accept the job. The run counts as failed if the cluster
-            confirms that it does not know the job.
+    `public_address` is the cluster's address for readers of the run directory, if it is not the connection's. If the
+    job is not accepted, its error is raised, and the run counts as failed if the cluster confirms that it does not know
+    the job.
     """
     number = newest_attempt_number(run) + 1
     request = TrainRequest(path=str(run.path), attempt=number)
@@ -185,10 +156,7 @@ RunEvents = list[dict[str, Any]]
 
 
 def run_status(run: RunDir) -> dict[str, Any]:
-    """Return everything that `mhmoe status` shows of a run, as a JSON object.
-
-    The run's cluster is asked about the job. The key `cluster` tells whether the cluster confirmed the state.
-    """
+    """Return what `mhmoe status` shows of a run, as JSON; `cluster` tells whether the cluster confirmed the state."""
     run_events = events.read(run)
     spec = None if run.is_imported else run.spec()
     run_course = read_trend(run, spec.train.validate_every if spec else 1)
@@ -244,10 +212,7 @@ def run_status(run: RunDir) -> dict[str, Any]:
 
 
 def _newest_checkpoint(run: RunDir, run_events: RunEvents) -> tuple[dict[str, Any] | None, list[str]]:
-    """Return the event of a run's newest checkpoint that was not skipped, and the names of newer ones that were.
-
-    A checkpoint is skipped if it is damaged. The event is None if there is no other checkpoint.
-    """
+    """Return the event of the newest checkpoint not skipped as damaged, and the names of newer skipped ones."""
     # Every restart of the workers that skips a checkpoint records its name again, and older versions of this project
     # recorded the path in place of the name.
     skipped_names = dict.fromkeys(
@@ -268,8 +233,7 @@ def state_of(
 ) -> tuple[str, str, str]:
     """Return the state of a run, the reason for a failure, and a phrase on whether its cluster confirmed the state.
 
-    The cluster is asked unless the events record an end of the run. The state is "unknown" if the cluster does not
-    answer.
+    The cluster is asked unless the events record an end; if it does not answer, the state is "unknown".
     """
     attempts = read_attempts(run)
     known_outcome, cluster = recorded_outcome(run_events), "not asked: the run is over"
@@ -284,16 +248,12 @@ def state_of(
 
 
 def _missing_resources(state: str, run_events: RunEvents) -> str | None:
-    """Return the resources that a waiting run lacks, as its job described them; None if the run does not wait."""
     waiting = events.newest_event(run_events, "waiting") if state == "waiting" else None
     return waiting.get("missing") if waiting else None
 
 
 def _with_perplexity(line: dict[str, Any] | None, spec: RunSpec | None) -> dict[str, Any] | None:
-    """Return a line of metrics with a validation loss, extended by the perplexity; None without a line.
-
-    The perplexity of an encoder or a vision model is None, because its loss is a sum of terms with different units.
-    """
+    """Add the perplexity to a line of metrics; it is None if the loss is a sum of terms with different units."""
     if line is None:
         return None
     is_summed = spec is not None and not spec.model.family.predicts_next_token
@@ -311,10 +271,7 @@ def _requested_resources(spec: RunSpec) -> dict[str, Any]:
 
 
 def serving_applications(run: RunDir, run_events: RunEvents) -> list[dict[str, Any]]:
-    """Return the applications that serve checkpoints of a run, as JSON objects, on all clusters that its events name.
-
-    An application has the status "unknown" if its cluster does not answer.
-    """
+    """Return a run's applications on all clusters that its events name, as JSON; "unknown" if one does not answer."""
     deployed = events.deployments(run_events)
     entries = []
     for address in dict.fromkeys(address for address, _ in deployed):
@@ -331,17 +288,7 @@ def serving_applications(run: RunDir, run_events: RunEvents) -> list[dict[str, A
 
 
 def applications_at(run: RunDir, address: str, seconds: float) -> list[dict[str, Any]]:
-    """Return the applications that serve checkpoints of a run on the cluster at an address, as JSON objects.
-
-    Args:
-        run: the run.
-        address: the address of the cluster.
-        seconds: the timeout in seconds for the cluster's answer.
-
-    Raises:
-        ClusterError: the cluster does not answer.
-        TokenError: the cluster asks for another token.
-    """
+    """Return the applications on the cluster at `address` that serve a run's checkpoints; `seconds` is the timeout."""
     entries = []
     for application in applications(connect_recorded(address), seconds):
         checkpoint = location(application.checkpoint) if application.checkpoint else None

@@ -1,7 +1,7 @@
 """Client of Ray Serve's configuration, which all applications of a cluster share, over the dashboard's REST API.
 
-A change replaces the whole configuration. So it has to read the current one first, and nobody else may change it in
-between. A lock in the state folder ensures this among the commands that share that folder. Serve itself has no lock.
+A change replaces the whole configuration, so nobody may change it between the requests that read and send it. Serve has
+no lock; a lock in the state folder serves the commands that share that folder.
 """
 
 import functools
@@ -20,7 +20,7 @@ from mhmoe_ray.errors import ServeError
 from mhmoe_ray.ray_compat import SDK_LOGGERS
 
 END_SECONDS = 150.0
-"""Timeout in seconds for the shutdown of Serve; it allows for several requests, each of which waits up to 30 s."""
+"""Timeout for the shutdown of Serve; it allows for several requests, each of which waits up to 30 s."""
 
 
 @functools.cache
@@ -36,13 +36,7 @@ def client(connection: Connection) -> Any:
 def serve_details(connection: Connection, seconds: float = 60) -> dict[str, Any]:
     """Return the state of Serve as its REST API reports it: `applications` by name, `http_options` and more.
 
-    Args:
-        connection: the cluster.
-        seconds: the timeout of the answer in seconds. The first answer takes longest, since the dashboard then joins
-            the cluster.
-
-    Raises:
-        ClusterError, TokenError: in the same cases as `dashboard.get`.
+    `seconds` is the timeout; the first answer takes longest, since the dashboard then joins the cluster.
     """
     path = "/api/serve/applications/"
     details: dict[str, Any] = dashboard.get(connection.address, path, connection.token, seconds=seconds)
@@ -50,20 +44,16 @@ def serve_details(connection: Connection, seconds: float = 60) -> dict[str, Any]
 
 
 def app_configs(details: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the configuration of each application, from the state that `serve_details` returned.
+    """Return the configuration of each application in the state that `serve_details` returned.
 
-    Applications that a program deployed by `serve.run` have no configuration. Replacing the configurations does not
-    affect them.
+    Applications that a program deployed by `serve.run` have none, and replacing the configurations does not affect
+    them.
     """
     return [a["deployed_app_config"] for a in details["applications"].values() if a["deployed_app_config"]]
 
 
 def config_lock(connection: Connection) -> AbstractContextManager[Path]:
-    """Return a context manager that holds the lock of a cluster's Serve configuration.
-
-    A change must hold it from the request that reads the configuration until the one that sends the changed
-    configuration.
-    """
+    """Return the lock of a cluster's Serve configuration; a change holds it from its first request to its last."""
     cluster = "" if connection.local else f"-{hashlib.sha256(connection.address.encode()).hexdigest()[:8]}"
     return state_lock(f"serve{cluster}.lock")
 
@@ -71,13 +61,7 @@ def config_lock(connection: Connection) -> AbstractContextManager[Path]:
 def replace_config(
     connection: Connection, name: str, config: dict[str, Any] | None, retrying_caller: RetryingCaller
 ) -> None:
-    """Replace the configuration of an application, or make Serve remove the application if `config` is None.
-
-    Nothing happens if the application is gone.
-
-    Raises:
-        ClusterError, TokenError: in the same cases as `RetryingCaller.call`.
-    """
+    """Replace the configuration of an application that still exists; None makes Serve remove the application."""
     with config_lock(connection):
         while (details := retrying_caller.call(functools.partial(serve_details, connection), None)) is None:
             time.sleep(0.2)
@@ -89,14 +73,7 @@ def replace_config(
 def put_configs(
     connection: Connection, details: dict[str, Any], configs: list[dict[str, Any]], http: dict[str, Any]
 ) -> None:
-    """Send Serve the configurations of all applications; Serve removes those applications that they do not contain.
-
-    Args:
-        connection: the cluster.
-        details: the state that `serve_details` returned; its proxy location and target capacity are kept.
-        configs: the configurations of the applications.
-        http: Serve's host and port.
-    """
+    """Send Serve all configurations, keeping its proxy location and capacity; applications without one are removed."""
     config = {"applications": configs, "http_options": http}
     if details.get("proxy_location"):
         config["proxy_location"] = details["proxy_location"]
@@ -106,17 +83,10 @@ def put_configs(
 
 
 def shut_down_idle(connection: Connection) -> dict[str, Any]:
-    """Shut Serve down if it has no applications, which frees its port.
+    """Shut Serve down if it has no applications, which frees its port; return the state of Serve afterwards.
 
     The caller must hold `config_lock`, because a Serve that was just started for a configuration has no applications
-    yet.
-
-    Returns:
-        The state of Serve afterwards, as `serve_details` returns it.
-
-    Raises:
-        ServeError: Serve does not shut down.
-        ClusterError, TokenError: in the same cases as `dashboard.get`.
+    yet. A Serve that does not end is a ServeError.
     """
     deadline = time.monotonic() + END_SECONDS
     while (details := serve_details(connection)).get("http_options") and not details["applications"]:

@@ -22,10 +22,7 @@ from mhmoe_ray.errors import ServeError
 REPORT_SECONDS = 30.0
 """Seconds between two lines of progress while an application is being removed."""
 CANCEL_SECONDS = 60.0
-"""Timeout in seconds for Serve to build an application, and once more for it to cancel the starting replicas.
-
-Both take a few seconds unless the machine is busy or an environment is being installed.
-"""
+"""Timeout for Serve to build an application, and again to cancel starting replicas; both usually take seconds."""
 
 GRACE_SECONDS = 0
 """Graceful shutdown timeout in seconds of replicas that Serve has to end at once."""
@@ -34,19 +31,9 @@ GRACE_SECONDS = 0
 def remove(connection: Connection, name: str, say: Callable[[str], object] = lambda line: None) -> None:
     """Remove an application and wait until it is gone; with the last application, Serve shuts down and frees its port.
 
-    Running replicas finish their requests within the time that their deployment allows. Replicas that are still
-    starting end at once; they may be loading weights, or waiting for a node with room for them. An interrupted removal
-    can leave Serve running without any application. Then this function shuts Serve down, regardless of `name`.
-
-    Args:
-        connection: the cluster.
-        name: the application's name.
-        say: a function that gets a line of progress from time to time.
-
-    Raises:
-        ServeError: there is no such application, it was not deployed by a configuration, or somebody deploys it again
-            meanwhile.
-        ClusterError, TokenError: the cluster does not answer, or asks for another token.
+    Running replicas finish their requests within the time that their deployment allows; starting ones end at once. An
+    interrupted removal can leave Serve running without any application; then Serve is shut down, regardless of `name`.
+    An application that is missing, was deployed by a program, or is deployed again meanwhile is a ServeError.
     """
     subject, retrying_caller = f"application {name}", RetryingCaller(say)
     details = serve_details(connection)
@@ -63,13 +50,6 @@ def remove(connection: Connection, name: str, say: Callable[[str], object] = lam
 def _request_removal(
     connection: Connection, name: str, details: dict[str, Any], retrying_caller: RetryingCaller
 ) -> None:
-    """Make Serve remove an application, without waiting for the end of the removal.
-
-    Nothing happens if Serve is removing the application already.
-
-    Raises:
-        ServeError: there is no such application, or a program deployed it without a configuration.
-    """
     subject, application = f"application {name}", details["applications"].get(name)
     if application is None:
         raise ServeError(subject, "there is no such application", "see `mhmoe serve status`")
@@ -88,10 +68,9 @@ def _request_removal(
 def _cancel_starting_replicas(connection: Connection, name: str, retrying_caller: RetryingCaller) -> None:
     """Make Serve cancel the starting replicas of an application, and wait for that up to `CANCEL_SECONDS`.
 
-    When Serve removes an application, it grants starting replicas the same time to end as running ones, which is ten
-    minutes for our applications. Serve ends starting replicas at once only if another version of their deployment
-    replaces them. So this function deploys a version that no node can run. It deploys nothing if one of the
-    deployments with starting replicas has placement groups, because their resources cannot be changed; our applications
+    A removal grants starting replicas the same time to end as running ones, ten minutes for our applications. Serve
+    ends them at once only if another version of their deployment replaces them, so this deploys a version that no node
+    can run. It deploys nothing if one of the deployments has placement groups, whose resources cannot be changed; ours
     have none.
     """
 
@@ -134,7 +113,6 @@ def _unplaceable_options() -> dict[str, Any]:
 
 
 def _deployments(details: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the deployments of an application by name, from Serve's details; empty if the application is gone."""
     deployments: dict[str, Any] = details["applications"].get(name, {}).get("deployments", {})
     return deployments
 
@@ -144,19 +122,13 @@ def _is_built(application: dict[str, Any]) -> bool:
 
 
 def _has_starting_replicas(deployment: dict[str, Any]) -> bool:
-    """Return whether a deployment is starting replicas or will do so next.
-
-    During an update a deployment starts new replicas although the old ones already reach the target number.
-    """
+    """Return whether replicas start now or next; an update starts new ones beside the target number of old ones."""
     states = [replica["state"] for replica in deployment["replicas"]]
     return "STARTING" in states or states.count("RUNNING") < deployment["target_num_replicas"]
 
 
 def _has_cancelled(application: dict[str, Any], starting: list[str]) -> bool:
-    """Return whether Serve has accepted the new version of deployments and cancelled starting replicas of the old one.
-
-    The new version has `_unplaceable_options`. Only replicas that were started before Serve deployed it are checked.
-    """
+    """Return whether Serve has deployed `_unplaceable_options` and cancelled all replicas that were starting before."""
     # Both times are by Serve's clock, so they can be compared. Replicas of the older version that start after the last
     # deployment need no check, because Serve stops them before it reports applications again.
     for deployment in (application["deployments"][d] for d in starting if d in application["deployments"]):
@@ -170,11 +142,7 @@ def _has_cancelled(application: dict[str, Any], starting: list[str]) -> bool:
 def _wait_until_removed(
     connection: Connection, name: str, retrying_caller: RetryingCaller, say: Callable[[str], object]
 ) -> None:
-    """Wait without a timeout until an application is gone; Serve itself kills replicas that exceed their own timeout.
-
-    Raises:
-        ServeError: somebody deploys the application again meanwhile.
-    """
+    """Wait without a timeout, as Serve kills replicas that exceed theirs; a new deployment is a ServeError."""
     start_time = last_report = time.monotonic()
     while (details := retrying_caller.call(partial(serve_details, connection), None)) is None or name in details[
         "applications"

@@ -27,38 +27,23 @@ class Application:
 
     name: str
     url: str
-    """URL at which the application answers."""
     reachable: bool
-    """Whether this machine can reach the URL.
-
-    A loopback address of another machine is not reachable: on this machine it would lead to a server of this machine.
-    """
+    """Whether this machine can reach the URL; another machine's loopback address would lead to a server of this one."""
     status: str
     """One of NOT_STARTED, DEPLOYING, RUNNING, DEPLOY_FAILED, UNHEALTHY and DELETING."""
     message: str
     """Serve's message as one line; empty if all is well."""
     checkpoint: str | None
-    """Path of the checkpoint that the application serves; None if this package did not deploy the application."""
+    """Path of the served checkpoint; None if this package did not deploy the application."""
 
 
 def deploy(connection: Connection, application: dict[str, Any], host: str, port: int) -> str:
-    """Add an application to those that Serve runs, or replace the one of the same name, without waiting for its start.
+    """Add an application to those that Serve runs, or replace the one of the same name; return its URL without waiting.
 
-    Args:
-        connection: the cluster.
-        application: the configuration as in Serve's config file: name, route_prefix, import_path, args, runtime_env ...
-            Folders and files of this machine that runtime_env names are uploaded. To a cluster that this package did
-            not start, our packages are uploaded too.
-        host: the address that Serve's proxies listen on.
-        port: the port that they listen on.
-
-    Returns:
-        The URL at which the application will answer.
-
-    Raises:
-        ServeError: Serve does not accept the application, cannot listen on this host and port, or already listens on
-            others.
-        SpecError: Ray does not accept the runtime environment, or its files are larger than Ray allows.
+    `application` is a configuration as in Serve's config file. Folders and files of this machine that its runtime_env
+    names are uploaded, as are our packages to a cluster that this package did not start. If Serve refuses the
+    application or cannot take this address, it is a ServeError; a wrong or too large runtime environment is a
+    SpecError.
     """
     subject = f"application {application['name']}"
     with translated_errors(connection, subject, ServeError, f"correct it, or its address {host}:{port}"):
@@ -83,11 +68,7 @@ def deploy(connection: Connection, application: dict[str, Any], host: str, port:
 
 
 def _checked_details(connection: Connection, application: dict[str, Any], host: str, port: int) -> dict[str, Any]:
-    """Return the state of Serve, after a check that the application's address and route fit what Serve runs.
-
-    Raises:
-        ServeError: Serve listens on another host or port, or another application answers at that route.
-    """
+    """Return the state of Serve; an application whose address or route does not fit it is a ServeError."""
     # Shut Serve down if it has no applications. If it stayed up, it would keep its address, even one that it failed to
     # listen on, and the new address would be refused.
     details = shut_down_idle(connection)
@@ -97,13 +78,7 @@ def _checked_details(connection: Connection, application: dict[str, Any], host: 
 
 
 def _upload_runtime_env(serve: Any, runtime_env: dict[str, Any]) -> dict[str, Any]:
-    """Upload the local folders that a runtime environment names, and return the environment in Serve's form.
-
-    In this form URIs replace the folders, and the contents of requirements files replace the files' names.
-
-    Raises:
-        SpecError: Ray does not accept the runtime environment.
-    """
+    """Upload a runtime environment's local folders, and return it with URIs and the contents of requirements files."""
     from ray.runtime_env import RuntimeEnv
 
     check_size(runtime_env)
@@ -132,20 +107,10 @@ def without_packages(runtime_env: dict[str, Any]) -> dict[str, Any]:
 def wait_until_running(
     connection: Connection, name: str, timeout: float = math.inf, say: Callable[[str], object] = lambda line: None
 ) -> Application:
-    """Wait until an application answers, and return it.
+    """Wait until an application answers, and return it; one that failed, is gone or is late is a ServeError.
 
-    By default there is no timeout, because starting a node and pulling its image can take long. Serve itself reports a
-    failure.
-
-    Args:
-        connection: the cluster.
-        name: the application's name.
-        timeout: the timeout in seconds, which counts only while the cluster answers.
-        say: a function that gets a line of progress from time to time.
-
-    Raises:
-        ServeError: the application failed, is gone, or does not run in time; the reason is Serve's message.
-        ClusterError, TokenError: the cluster gave no answer for too long, or asks for another token.
+    By default there is no timeout, because starting a node and pulling its image can take long, and Serve itself
+    reports a failure. `timeout` is in seconds and counts only while the cluster answers; `say` gets lines of progress.
     """
     subject, retrying_caller = f"application {name}", RetryingCaller(say)
     start_time = last_report = time.monotonic()
@@ -174,16 +139,7 @@ def _application(connection: Connection, name: str) -> Application:
 
 
 def applications(connection: Connection, seconds: float = 60) -> list[Application]:
-    """Return all applications that Serve runs on the cluster, sorted by name.
-
-    Args:
-        connection: the cluster.
-        seconds: the timeout of the answer in seconds. The first answer takes longest, since the dashboard then joins
-            the cluster.
-
-    Raises:
-        ClusterError, TokenError: in the same cases as `dashboard.get`.
-    """
+    """Return all applications that Serve runs, sorted by name; `seconds` is the timeout, as in `serve_details`."""
     details = serve_details(connection, seconds)
     http = details.get("http_options") or {}
     base, reachable = _public_url(connection, str(http.get("host")), int(http.get("port") or 0))
@@ -211,11 +167,7 @@ def _is_ours(config: dict[str, Any]) -> bool:
 
 
 def _check_address(details: dict[str, Any], host: str, port: int) -> None:
-    """Check that Serve does not listen on another host or port; a running Serve silently ignores a new address.
-
-    Raises:
-        ServeError: Serve listens on another host or port.
-    """
+    """Raise a ServeError if Serve listens on another host or port; a running Serve silently ignores a new address."""
     http = details.get("http_options")
     if http and (http["host"], http["port"]) != (host, port):
         reason = f"Serve already listens on {http['host']}:{http['port']}, its one address for all applications"
@@ -223,11 +175,6 @@ def _check_address(details: dict[str, Any], host: str, port: int) -> None:
 
 
 def _check_route(details: dict[str, Any], application: dict[str, Any]) -> None:
-    """Check that no other application of Serve answers at the route of this one.
-
-    Raises:
-        ServeError: another application answers there.
-    """
     route = application.get("route_prefix", "/")
     for name, app in details["applications"].items():
         if _route(app) == route and name != application["name"]:
@@ -236,14 +183,12 @@ def _check_route(details: dict[str, Any], application: dict[str, Any]) -> None:
 
 
 def _route(app: dict[str, Any]) -> str | None:
-    """Return the route prefix of an application; None if it has none."""
     # While Serve builds an application, it reports no route for it, so the route in the configuration is used.
     route: str | None = app["route_prefix"] or (app["deployed_app_config"] or {}).get("route_prefix")
     return route
 
 
 def _message(app: dict[str, Any]) -> str:
-    """Return Serve's message about an application as one line; empty if the application runs or has no message."""
     # The application's own message only names the deployment that failed, so a deployment's message comes first.
     if app["status"] == "RUNNING":
         return ""
@@ -252,13 +197,9 @@ def _message(app: dict[str, Any]) -> str:
 
 
 def deployed_config(connection: Connection, name: str) -> tuple[dict[str, Any], str, int]:
-    """Return the configuration of a deployed application of this package, and Serve's host and port.
+    """Return the configuration of a deployed application, which `deploy` accepts, and Serve's host and port.
 
-    The configuration can be passed to `deploy`. It has URIs in place of the uploaded folders.
-
-    Raises:
-        ServeError: there is no such application, or this package did not deploy it.
-        ClusterError, TokenError: in the same cases as `dashboard.get`.
+    It has URIs in place of the uploaded folders. An application that is missing or foreign is a ServeError.
     """
     subject, details = f"application {name}", serve_details(connection)
     app_config = next((config for config in app_configs(details) if config["name"] == name), None)
@@ -274,12 +215,8 @@ def deployed_config(connection: Connection, name: str) -> tuple[dict[str, Any], 
 def application_stats(application: Application, key: str | None) -> dict[str, Any] | str:
     """Request the serving statistics of one of our applications; return them, or a sentence on why there are none.
 
-    An unreachable application gets no request, because its address may belong to another server on this machine, which
-    must not see the API key.
-
-    Args:
-        application: the application.
-        key: its API key; None to send no key.
+    An unreachable application gets no request: its address may be another server's here, which must not see the API
+    key.
     """
     # The import takes longer than all other imports of this module, so it is delayed until it is needed.
     import requests

@@ -44,10 +44,9 @@ def process_tree(pid: int) -> list[psutil.Process]:
 
 
 def marked_processes_of(folder: Path) -> list[psutil.Process]:
-    """Return the processes whose environment variable MHMOE_CLUSTER names this folder, except this process.
+    """Return the processes with this folder in `MARK`, except this process; they include jobs whose parents have ended.
 
-    They include jobs whose parent processes have ended. Ray's workers and dashboard modules are not among them, because
-    their process titles overwrite their environment. `process_tree` finds those.
+    The titles of Ray's workers and dashboard modules overwrite their environment; `process_tree` finds those.
     """
     marked_processes = []
     for process in psutil.process_iter():
@@ -60,13 +59,7 @@ def marked_processes_of(folder: Path) -> list[psutil.Process]:
 
 
 def end_processes(processes: Sequence[psutil.Process], *, timeout: float, terminate: bool = False) -> None:
-    """Wait up to `timeout` seconds until processes have ended, then kill those that still run.
-
-    Args:
-        processes: the processes to end.
-        timeout: the time in seconds that they get to end by themselves.
-        terminate: whether to send them SIGTERM first.
-    """
+    """Wait up to `timeout` seconds until processes have ended, then kill the rest; `terminate` sends SIGTERM first."""
     # psutil compares start times before it sends a signal, so it never hits another process with the same id.
     for process in processes if terminate else ():
         with suppress(psutil.Error):
@@ -100,10 +93,7 @@ def _is_gone_or_zombie(process: psutil.Process) -> bool:
 
 OBJECT_STORE_BYTES = 512 << 20
 PORTS = range(20000, 30000)
-"""Range of ports for the servers of local clusters.
-
-The range avoids the ports of other clusters' workers (10002 to 19999) and those that Linux assigns (from 32768).
-"""
+"""Ports of local clusters, apart from those of other clusters' workers (10002 to 19999) and of Linux (from 32768)."""
 
 PRIVATE = {
     "RAY_AUTH_MODE": "token",
@@ -166,11 +156,7 @@ class LocalCluster:
 
 
 def spawn_ray(cpus: int) -> LocalCluster:
-    """Start Ray with `cpus` logical CPUs in a process session of its own, without waiting until it is ready.
-
-    Raises:
-        ClusterError: no ports are free.
-    """
+    """Start Ray with `cpus` logical CPUs in a process session of its own, without waiting until it is ready."""
     gcs, board, client, *metrics = free_ports(5)
     folder = _make_folder()
     cluster = LocalCluster(0, f"http://127.0.0.1:{board}", f"127.0.0.1:{gcs}", cpus, socket.gethostname(), folder)
@@ -210,7 +196,6 @@ def spawn_ray(cpus: int) -> LocalCluster:
 
 
 def _make_folder() -> Path:
-    """Create the folder of a local cluster, with a short path."""
     # The path of a Unix socket may have 103 characters on macOS and 107 on Linux. The part of Ray's socket paths that
     # follows `base` has up to 84 characters, so `base` must be short.
     base = tempfile.gettempdir()
@@ -218,7 +203,6 @@ def _make_folder() -> Path:
 
 
 def _shared_memory_holds(size: int) -> bool:
-    """Return whether /dev/shm has `size` bytes free; True on a system without it."""
     try:
         shm = os.statvfs("/dev/shm")
     except OSError:
@@ -228,11 +212,7 @@ def _shared_memory_holds(size: int) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports from `PORTS` that are free at the moment.
-
-    Raises:
-        ClusterError: fewer ports than `count` are free.
-    """
+    """Return ports from `PORTS` that are free at the moment; fewer than `count` are a ClusterError."""
     ports: list[int] = []
     for port in random.SystemRandom().sample(PORTS, len(PORTS)):
         with socket.socket() as s:

@@ -63,11 +63,6 @@ Part = Literal["settings", "addresses"]
 
 
 def _read(part: Part) -> list[str]:
-    """Return a part of the record.
-
-    Raises:
-        ClusterError: the file is damaged.
-    """
     path = state_folder() / FILE
     try:
         return [str(item) for item in json.loads(path.read_text()).get(part, [])] if path.exists() else []

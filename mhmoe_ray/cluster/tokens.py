@@ -18,13 +18,7 @@ from mhmoe_ray.errors import ClusterError, TokenError
 
 
 def state_folder() -> Path:
-    """Return the state folder: $MHMOE_HOME, else $XDG_STATE_HOME/mhmoe, else ~/.local/state/mhmoe.
-
-    A missing folder is created with access for its owner only.
-
-    Raises:
-        ClusterError: the folder cannot be created.
-    """
+    """Return $MHMOE_HOME, else $XDG_STATE_HOME/mhmoe, else ~/.local/state/mhmoe, created with mode 0700 if missing."""
     configured_home, xdg = os.environ.get("MHMOE_HOME"), os.environ.get("XDG_STATE_HOME")
     base = Path(xdg) if xdg and Path(xdg).is_absolute() else Path.home() / ".local/state"
     folder = Path(configured_home).absolute() if configured_home else base / "mhmoe"
@@ -41,13 +35,9 @@ def _unusable_folder_error(folder: Path, e: OSError) -> ClusterError:
 
 @contextmanager
 def state_lock(name: str = "lock") -> Iterator[Path]:
-    """Context manager that waits for a lock of the state folder, holds the lock, and yields the folder.
+    """Wait for a lock of the state folder, hold it, and yield the folder; an unusable folder is a ClusterError.
 
-    `name` is the name of the lock's file. Commands hold the default lock while they start, stop or look for the local
-    cluster, or change the list of clusters that the user has named.
-
-    Raises:
-        ClusterError: the folder cannot be written, or its file system has no locks.
+    Commands hold the default lock while they start, stop or look for the local cluster, or change the named clusters.
     """
     folder = state_folder()
     try:
@@ -82,10 +72,7 @@ def token_file() -> Path:
 
 
 def make_token() -> Path:
-    """Return the path of the file with our own token, and create the file if it is missing.
-
-    The caller must hold the lock of the state folder.
-    """
+    """Return the path of the file with our own token, created if missing; the caller holds the state folder's lock."""
     path = token_file()
     if not path.exists():
         fd, partial = tempfile.mkstemp(dir=path.parent)  # mkstemp makes the file readable by its owner only.
@@ -98,20 +85,12 @@ def make_token() -> Path:
 
 
 def own_token() -> Token:
-    """Return the token of clusters that this package starts.
-
-    Raises:
-        TokenError: the token's file is gone or empty.
-    """
+    """Return the token of clusters that this package starts; a missing or empty file is a TokenError."""
     return _read_token(token_file(), str(token_file()), "run `mhmoe cluster down`, then `mhmoe cluster up`")
 
 
 def user_token() -> Token | None:
-    """Return the token that Ray itself would send to a cluster; None if the user has none or has disabled tokens.
-
-    Raises:
-        TokenError: the file of RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token, holds no token.
-    """
+    """Return the token that Ray itself would send, None if the user has or wants none; a bad file is a TokenError."""
     if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
         return None
     if value := os.environ.get("RAY_AUTH_TOKEN", "").strip():
@@ -123,11 +102,7 @@ def user_token() -> Token | None:
 
 
 def token_from_file(path: Path) -> Token:
-    """Return the token in a file that the user has named for a cluster.
-
-    Raises:
-        TokenError: the file holds no token.
-    """
+    """Return the token in a file that the user has named for a cluster; an unusable file is a TokenError."""
     return _read_token(path, str(path), "write the cluster's token into it, or name another file: mhmoe cluster use")
 
 
@@ -144,11 +119,6 @@ def refused_token_error(address: str, token: Token | None) -> TokenError:
 
 
 def _read_token(path: Path, source: str, fix: str) -> Token:
-    """Return the token in the first line of a file.
-
-    Raises:
-        TokenError: the file cannot be read or has no token; the error names `source` and has `fix` as its remedy.
-    """
     try:
         value = path.read_text(encoding="utf-8").partition("\n")[0].strip()
     except (OSError, UnicodeDecodeError) as e:

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 DrawingReader = Callable[
     [Mapping[str, bytes], Mapping[str, Concept], int, Counter[str]], "Iterator[tuple[Concept, Image]]"
 ]
-"""Type of a function that yields pairs of a concept and an artist's drawing of it, sorted by the concept's key.
+"""Function that yields concepts with an artist's drawings of them, sorted by the concept's key.
 
-The arguments of the function are the files of the artist's package by path, the concepts of emoji by key, the size of a
-picture in pixels, and the number of undrawable concepts by reason, to which the function adds.
+Its arguments are the files of the artist's package by path, the concepts of emoji by key, the size of a picture in
+pixels, and the counts of undrawable concepts by reason, to which it adds.
 """
 
 
@@ -33,11 +33,8 @@ class Artist:
     """An artist, whose drawings share a style and a folder.
 
     Attributes:
-        name: the name of the artist's folder.
-        package: the package with the drawings.
-        license_file: the path of the licence text in the package.
-        read_drawings: the function that reads the drawings.
-        draws_emoji: whether the drawings are emoji, and need the tables of Unicode.
+        license_file: path of the licence text in the package.
+        draws_emoji: whether the drawings need the tables of Unicode.
         is_held_out: whether the drawings are for validation and test only.
     """
 
@@ -52,13 +49,7 @@ class Artist:
 def read_noto(
     files: Mapping[str, bytes], concepts: Mapping[str, Concept], size: int, failures: Counter[str]
 ) -> "Iterator[tuple[Concept, Image]]":
-    """Yield Noto's drawings of emoji from a font, the only file of its package that is read.
-
-    `DrawingReader` describes the arguments.
-
-    Raises:
-        DataError: the font is unreadable.
-    """
+    """Yield Noto's drawings of emoji from a font, the only file that is read; an unreadable font is a DataError."""
     for content in files.values():
         font = EmojiFont(content)
         for concept in concepts.values():
@@ -71,30 +62,23 @@ def read_noto(
 def read_openmoji(
     files: Mapping[str, bytes], concepts: Mapping[str, Concept], size: int, failures: Counter[str]
 ) -> "Iterator[tuple[Concept, Image]]":
-    """Yield OpenMoji's drawings: SVG files that are named by the code points of their emoji.
-
-    `DrawingReader` describes the arguments.
-    """
+    """Yield OpenMoji's drawings: SVG files that are named by the code points of their emoji."""
     yield from _read_named_files(files, concepts, lambda content: render_svg(content, size), failures)
 
 
 def read_gemojione(
     files: Mapping[str, bytes], concepts: Mapping[str, Concept], size: int, failures: Counter[str]
 ) -> "Iterator[tuple[Concept, Image]]":
-    """Yield Gemojione's drawings: PNG files that are named by the code points of their emoji.
-
-    `DrawingReader` describes the arguments.
-    """
+    """Yield Gemojione's drawings: PNG files that are named by the code points of their emoji."""
     yield from _read_named_files(files, concepts, read_bitmap, failures)
 
 
 def read_stamps(
     files: Mapping[str, bytes], concepts: Mapping[str, Concept], size: int, failures: Counter[str]
 ) -> "Iterator[tuple[Concept, Image]]":
-    """Yield Tux Paint's stamps: PNG files, each with a text file that has its captions.
+    """Yield Tux Paint's stamps: PNG files, each with a text file of captions.
 
-    Some stamps also have an SVG file, which is left out because the PNG file shows the same drawing. `DrawingReader`
-    describes the arguments.
+    Some stamps also have an SVG file of the same drawing, which is left out.
     """
     # The stamps are sorted by key below, because paths sort differently: a key has another character in place of a
     # path's slash.
@@ -141,7 +125,6 @@ def _read_named_files(
 
 
 def _name_without_joiners(name: str) -> str:
-    """Return the code points of a file's name without U+200D and U+FE0F."""
     return "-".join(part for part in name.split("-") if part not in ("200d", "fe0f"))
 
 
@@ -153,11 +136,11 @@ CLDR = SourcePackage(
     "Unicode-3.0",
     re.compile(r"usr/share/unicode/cldr/common/annotations(Derived)?/\w+\.xml"),
 )
-"""Package with the names and keywords of emoji in all locales of CLDR, Unicode's data of languages."""
+"""Package with the names and keywords of emoji in all locales of CLDR."""
 UNICODE_DATA = SourcePackage(
     "Debian", "unicode-data", "Unicode-3.0", re.compile(r"usr/share/unicode/emoji/emoji-test\.txt")
 )
-"""Package with Unicode's table of emoji, which has their groups and subgroups."""
+"""Package with Unicode's table of emoji, their groups and subgroups."""
 
 ARTISTS: tuple[Artist, ...] = (
     Artist(

@@ -54,23 +54,13 @@ BACKGROUND_PACKAGES = (
 
 @dataclass(frozen=True)
 class Background:
-    """A photograph or painting whose crops are backgrounds of scenes.
-
-    Attributes:
-        name: the name of the picture, without its package.
-        image: the picture in RGB, whose longer side has at most `LONGEST_SIDE` pixels.
-    """
+    """A photograph or painting in RGB whose crops are backgrounds of scenes."""
 
     name: str
     image: "Image"
 
     def crop(self, size: int, generator: np.random.Generator) -> "Image":
-        """Return a random square crop of the picture, scaled to the size of a scene and mirrored in half of all cases.
-
-        Args:
-            size: the width and height of the result in pixels.
-            generator: the source of the random numbers.
-        """
+        """Return a random square crop, scaled to `size` pixels and mirrored in half of all cases."""
         from PIL import Image, ImageOps
 
         shortest_side = min(self.image.size)
@@ -81,14 +71,9 @@ class Background:
 
 
 def read_backgrounds(package: SourcePackage, files: Mapping[str, bytes]) -> Iterator[Background]:
-    """Yield the backgrounds of a package, sorted by path.
+    """Yield the backgrounds of a package, sorted by path; DataError for an unreadable picture.
 
-    Args:
-        package: the package; the first group of its pattern is the name of a picture.
-        files: the content of the pictures by path in the package.
-
-    Raises:
-        DataError: Pillow cannot read a picture.
+    The first group of the package's pattern is the name of a picture.
     """
     from PIL import Image
 

@@ -14,12 +14,12 @@ from xml.etree import ElementTree
 from mhmoe_ray.errors import DataError
 
 VARIATION_SELECTOR = "\ufe0f"
-"""Character that asks for the character before it to be shown as a picture; CLDR leaves it out of all sequences."""
+"""Character that asks for the character before it to be shown as a picture; CLDR leaves it out."""
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 SEX_SIGNS = "\u2640\u2642"
 """Signs that, joined to an emoji of a person, make it a woman or a man."""
 UNTRANSLATED_MARK = "↑↑↑"
-"""Text that a locale of CLDR has in place of a name that is the same as in its parent locale."""
+"""Text that a locale of CLDR has in place of a name that its parent locale has."""
 
 _CLDR_TAGS = {
     "ca@valencia": "ca-ES-VALENCIA",
@@ -38,14 +38,11 @@ class Concept:
     """A thing that artists draw, with its captions.
 
     Attributes:
-        key: the key of the concept's files; for an emoji its code points in hexadecimal without U+FE0F, such as
-            "1f44b-1f3fb".
-        characters: the emoji itself; empty for the subject of a stamp.
+        key: key of the concept's files; for an emoji its code points without U+FE0F, such as "1f44b-1f3fb".
+        characters: the emoji itself; empty for a stamp.
         name: the English caption.
-        keywords: English keywords.
         class_name: the subgroup of an emoji, or the folder of a stamp.
-        group: the group that contains the class.
-        captions: the caption by locale, a tag of BCP 47 as CLDR has it ("pt-PT"); English is one of them.
+        captions: the caption by locale, a tag of BCP 47 as CLDR has it ("pt-PT"), including English.
     """
 
     key: str
@@ -59,7 +56,7 @@ class Concept:
 
 @dataclass
 class Annotations:
-    """The names and keywords of one locale of CLDR, by the key of a concept."""
+    """Names and keywords of one locale of CLDR, by the key of a concept."""
 
     names: dict[str, str] = field(default_factory=dict)
     keywords: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -71,7 +68,7 @@ def sequence_key(characters: str) -> str:
 
 
 def base_key(key: str) -> str:
-    """Return the key of an emoji without its skin tone and sex, which is the same for all of its variants."""
+    """Return the key of an emoji without its skin tone and sex, the same for all variants."""
     # The key of an emoji consists of hexadecimal code points. Other keys, those of Tux Paint's stamps, contain no code
     # point of a skin tone and stay unchanged.
     tones = {f"{code_point:x}" for code_point in SKIN_TONES}
@@ -82,16 +79,10 @@ def base_key(key: str) -> str:
 
 
 def read_annotations(content: bytes, annotations: Annotations) -> None:
-    """Add the names and keywords of a file of CLDR to those of its locale.
+    """Add the names and keywords in a file of CLDR, from `annotations` or `annotationsDerived`, to those of its locale.
 
-    Unconfirmed names and keywords are left out, and so are references to a parent locale.
-
-    Args:
-        content: XML of the folder `annotations` or `annotationsDerived`.
-        annotations: the annotations of the file's locale, to which those of the file are added.
-
-    Raises:
-        ElementTree.ParseError: the content is not XML.
+    Unconfirmed entries and references to a parent locale are left out. Content that is not XML is an
+    ElementTree.ParseError.
     """
     for element in ElementTree.fromstring(content).iter("annotation"):
         text = " ".join((element.text or "").split())
@@ -105,13 +96,9 @@ def read_annotations(content: bytes, annotations: Annotations) -> None:
 
 
 def read_locales(files: Mapping[str, bytes]) -> dict[str, Annotations]:
-    """Return the annotations of all locales, by tag of BCP 47.
+    """Return the annotations of all locales, by tag of BCP 47, from files that are named by locale ("de_CH.xml").
 
-    Args:
-        files: the content of files of CLDR by path; the name of a file is its locale ("de_CH.xml").
-
-    Raises:
-        DataError: a file is not XML.
+    A file that is not XML is a DataError.
     """
     locales = dict[str, Annotations]()
     for path, content in sorted(files.items()):
@@ -132,11 +119,7 @@ def read_locales(files: Mapping[str, bytes]) -> dict[str, Annotations]:
 
 
 def read_emoji_table(text: str) -> dict[str, tuple[str, str, str]]:
-    """Return the characters, the group and the subgroup of each complete emoji, by key.
-
-    Args:
-        text: the text of `emoji-test.txt`. Parts of emoji, such as a hair colour alone, are left out.
-    """
+    """Return the characters, group and subgroup of each complete emoji in `emoji-test.txt`, by key."""
     table, group, subgroup = dict[str, tuple[str, str, str]](), "", ""
     for line in text.splitlines():
         if heading := re.fullmatch(r"# (group|subgroup): (.+)", line):
@@ -169,11 +152,10 @@ def emoji_concepts(locales: Mapping[str, Annotations], table: Mapping[str, tuple
 
 
 def stamp_concept(path: str, lines: Iterable[str]) -> Concept | None:
-    """Return the concept of a stamp; None if its text has no English caption.
+    """Return the concept of a stamp; None without an English caption.
 
-    Args:
-        path: the path of the stamp below the folder of stamps, without suffix ("animals/birds/crow").
-        lines: the lines of its text: the English caption, then translations such as `pt_BR.utf8=Um corvo.`
+    The path is below the folder of stamps, without suffix ("animals/birds/crow"). The lines are the English caption,
+    then translations such as `pt_BR.utf8=Um corvo.`
     """
     first_line, *translation_lines = [" ".join(line.split()) for line in lines] or [""]
     if not first_line:

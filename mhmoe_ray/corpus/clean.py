@@ -7,9 +7,9 @@ from hashlib import blake2b
 from mhmoe_ray.corpus.readers import Document
 
 MIN_DOCUMENT_BYTES = 300
-"""Bytes of text below which a document is dropped, because so short a document teaches little."""
+"""Bytes of text below which a document is dropped, because it teaches little."""
 MIN_PARAGRAPH_CHARS = 20
-"""Number of characters below which a paragraph is kept even if it is repeated, such as the heading "Example"."""
+"""Number of characters below which a repeated paragraph is kept, such as the heading "Example"."""
 
 # These words are frequent in any English sentence and rare in other languages. Some of them are words of another
 # language too ("in" and "will" are German), so one such word proves nothing and a share of them is needed.
@@ -32,12 +32,9 @@ class Cleaner:
         self._english_digests = set[bytes]()
 
     def clean(self, document: Document, domain: str, is_translation: bool) -> str | None:
-        """Return the cleaned text of a document, with paragraphs joined by newlines; None if too little text remains.
+        """Return a document's cleaned text, with paragraphs joined by newlines; None if too little text remains.
 
-        Args:
-            document: the document to clean.
-            domain: the domain or language within which no paragraph may occur twice.
-            is_translation: True if the document is not English; then its English paragraphs are removed.
+        No paragraph occurs twice in a domain or language (`domain`). English paragraphs of a translation are removed.
         """
         domain_digests, document_digests = self._digests_by_domain.setdefault(domain, set()), set[bytes]()
         original_length, clean_paragraphs = 0, list[str]()
@@ -73,7 +70,7 @@ class Cleaner:
 
 
 def normalise_text(text: str) -> str:
-    """Return a text in Unicode's form NFC, without control and other invisible characters and lone surrogates.
+    """Return a text in form NFC, without control and other invisible characters and lone surrogates.
 
     Tabs and newlines stay, and non-breaking spaces become spaces.
     """
@@ -81,10 +78,7 @@ def normalise_text(text: str) -> str:
 
 
 def is_english(paragraph: str) -> bool:
-    """Return whether a paragraph of a translation is English, by its share of frequent English words.
-
-    A paragraph with fewer than `_MIN_WORDS` words is never taken for English.
-    """
+    """Return whether a paragraph of at least `_MIN_WORDS` words is English, by its share of frequent English words."""
     words = re.findall(r"[^\W\d_]+", paragraph.lower())
     return len(words) >= _MIN_WORDS and sum(word in _ENGLISH_WORDS for word in words) >= _MIN_ENGLISH_SHARE * len(words)
 

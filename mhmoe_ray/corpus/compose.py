@@ -17,23 +17,22 @@ if TYPE_CHECKING:
 _Item = TypeVar("_Item")
 
 LARGEST_COUNT = 4
-"""Largest number of objects in a scene."""
 SCALES = (0.25, 0.65)
 """Range of the length of an object's longer side, as a share of the scene's side."""
 ROTATIONS = (-15.0, 15.0)
 """Range of the rotation of an object in degrees."""
 BRIGHTNESSES = (0.8, 1.2)
-"""Range of the factor that multiplies the brightness of an object's drawing."""
+"""Range of the factor of an object's brightness."""
 SMALLEST_VISIBLE_SHARE = 0.5
-"""Smallest share of an object's pixels that the objects in front of it must leave visible."""
+"""Smallest share of an object's pixels that the objects in front of it leave visible."""
 SMALLEST_AREA = 16
-"""Smallest number of visible pixels of an object: some drawings of thin lines nearly vanish when they are small."""
+"""Smallest number of visible pixels of an object; small drawings of thin lines nearly vanish."""
 ATTEMPTS = 5
-"""Number of attempts to place a random object before the scene goes without it."""
+"""Number of attempts to place a random object."""
 LARGEST_OUTSIDE_ALPHA = 127
-"""Largest alpha, from 0 to 255, of a pixel that counts as outside of an object's mask."""
+"""Largest alpha, from 0 to 255, of a pixel outside of an object's mask."""
 UNMIRRORED_CLASSES = frozenset({"flag"})
-"""Classes of objects that are never mirrored, because the mirror image of a flag may be another flag."""
+"""Classes of objects that are never mirrored: the mirror image of a flag may be another flag."""
 
 
 @dataclass
@@ -41,8 +40,6 @@ class SceneObject:
     """An object in a scene.
 
     Attributes:
-        class_name: the class of the object.
-        drawing: the drawing of the object.
         mask: whether the object is visible, by pixel of the scene (bool, height x width).
         drawn_area: number of the object's pixels without occlusion.
     """
@@ -55,13 +52,7 @@ class SceneObject:
 
 @dataclass
 class Scene:
-    """A picture with objects, which are ordered from back to front.
-
-    Attributes:
-        image: the picture in RGB.
-        background: the name of the background.
-        objects: the objects.
-    """
+    """A picture in RGB with objects from back to front, and the name of its background."""
 
     image: "Image"
     background: str
@@ -74,13 +65,10 @@ def seeded_generator(label: str) -> np.random.Generator:
 
 
 class SceneComposer:
-    """Composer of the random scenes of a split (train, validation or test).
+    """Composer of the random scenes of a split, from at least one background and one class of drawings.
 
-    Args:
-        backgrounds: the backgrounds; at least one.
-        drawings: groups of drawings by class of objects; at least one class. Drawings that look almost the same, such
-            as those of one emoji in all skin tones, form a group. All groups of a class are equally likely.
-        size: width and height of a scene in pixels.
+    A class has groups of drawings that look almost the same, such as one emoji in all skin tones; all groups of a class
+    are equally likely. `size` is the width and height of a scene in pixels.
     """
 
     def __init__(
@@ -90,11 +78,7 @@ class SceneComposer:
         self._groups = sorted(drawings.items())
 
     def compose(self, generator: np.random.Generator) -> Scene:
-        """Return a random scene.
-
-        Args:
-            generator: the source of the random numbers; its state determines the scene.
-        """
+        """Return a random scene, which the generator's state determines."""
         background = _choose(self._backgrounds, generator)
         scene = Scene(background.crop(self._size, generator), background.name, [])
         for _ in range(generator.integers(1, LARGEST_COUNT + 1)):
@@ -104,7 +88,7 @@ class SceneComposer:
         return scene
 
     def _add_object(self, scene: Scene, generator: np.random.Generator) -> bool:
-        """Try to put a random object in front of a scene; return False if it is too small or hides too much."""
+        """Put a random object in front of a scene; return False if it is too small or hides too much."""
         class_name, groups = _choose(self._groups, generator)
         drawing = _choose(_choose(groups, generator), generator)
         picture = self._draw_picture(class_name, drawing, generator)
@@ -126,7 +110,6 @@ class SceneComposer:
         return True
 
     def _draw_picture(self, class_name: str, drawing: Drawing, generator: np.random.Generator) -> "Image":
-        """Return a drawing with random size, mirroring, rotation and brightness, cut to its visible part."""
         from PIL import Image, ImageEnhance, ImageOps
 
         side = self._size * generator.uniform(*SCALES)
@@ -144,5 +127,4 @@ class SceneComposer:
 
 
 def _choose(items: Sequence[_Item], generator: np.random.Generator) -> _Item:
-    """Return a random item of a sequence; all are equally likely."""
     return items[int(generator.integers(len(items)))]

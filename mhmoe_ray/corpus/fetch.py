@@ -24,13 +24,7 @@ from mhmoe_ray.errors import DataError
 
 @dataclass(frozen=True)
 class FetchedPackage:
-    """A package of Debian or PyPI whose file is in the local cache of downloads.
-
-    Attributes:
-        path: the package's file.
-        version: the package's version.
-        downloaded_bytes: size of the download; 0 if the package was in the cache.
-    """
+    """A package of Debian or PyPI in the local cache; `downloaded_bytes` is 0 if the package was there already."""
 
     path: Path
     version: str
@@ -38,7 +32,7 @@ class FetchedPackage:
 
 
 def download_command(origin: Origin) -> list[str] | None:
-    """Return the command that, followed by a package's name, downloads the package into the working directory.
+    """Return the command that, followed by a package's name, downloads it into the working directory.
 
     Return None if the machine has no client for the origin (pip or apt-get).
     """
@@ -53,14 +47,9 @@ def download_command(origin: Origin) -> list[str] | None:
 
 
 def fetch_package(package: SourcePackage, cache: Path) -> FetchedPackage:
-    """Return a package from the cache; if it is not there, download the newest version that the client knows.
+    """Return a package from the cache; if it is not there, download it.
 
-    Args:
-        package: the package; if its name has the form NAME==VERSION, that version is used instead of the newest.
-        cache: the folder of the cache.
-
-    Raises:
-        DataError: the package cannot be downloaded.
+    NAME==VERSION names a version; otherwise it is the newest that the client knows. A failed download is a DataError.
     """
     folder = cache / package.origin
     cached_path = _cached_file(package, folder)
@@ -97,7 +86,6 @@ def fetch_package(package: SourcePackage, cache: Path) -> FetchedPackage:
 
 
 def _cached_file(package: SourcePackage, folder: Path) -> Path | None:
-    """Return the path of a package's file in a folder of the cache; None if the package is not there."""
     name, _, version = package.name.partition("==")
     if package.origin == "Debian":
         return next(iter(sorted(folder.glob(f"{name}_*.deb"))), None)
@@ -107,29 +95,20 @@ def _cached_file(package: SourcePackage, folder: Path) -> Path | None:
 
 
 def _file_version(path: Path) -> str:
-    """Return the version in the name of a package's file.
-
-    Names have the forms name_1%3a2.0-1_all.deb and name-2.0-py3-none-any.whl.
-    """
+    """Return the version in a file name such as name_1%3a2.0-1_all.deb or name-2.0-py3-none-any.whl."""
     # `unquote` restores the colon of a Debian version, which apt-get writes as %3a.
     return unquote(path.name.split("_")[1] if path.suffix == ".deb" else path.name.split("-")[1])
 
 
 MAX_MEMBER_BYTES = 100_000_000
-"""Largest size in bytes of a file that is read from a package; no larger file is needed for a sample."""
+"""Largest size in bytes of a file that is read from a package; no sample needs a larger one."""
 
 
 def read_members(package: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """Yield the path and the content of the selected regular files in a package, in the package's order.
+    """Yield the paths and contents of the files of a .deb or a wheel whose path is wanted, in the package's order.
 
-    Content that is compressed with gzip is decompressed. Files above `MAX_MEMBER_BYTES` are skipped.
-
-    Args:
-        package: the path of a .deb or a wheel.
-        is_wanted: a function that takes a path in the package and returns whether to read that file.
-
-    Raises:
-        DataError: the package is damaged, or there is no dpkg-deb to read a .deb with.
+    Content in gzip is decompressed, and files above `MAX_MEMBER_BYTES` are skipped. A damaged package, or a missing
+    dpkg-deb, is a DataError.
     """
     read_archive = _read_deb if package.suffix == ".deb" else _read_wheel
     try:
@@ -144,7 +123,6 @@ def read_members(package: Path, is_wanted: Callable[[str], bool]) -> Iterator[tu
 
 
 def _read_deb(package: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """Yield the path and the content of the selected regular files in a .deb, without decompressing them."""
     if not shutil.which("dpkg-deb"):
         raise DataError(f"package {package}", "there is no dpkg-deb to read it with", "install dpkg")
     command = ["dpkg-deb", "--fsys-tarfile", str(package.absolute())]
@@ -169,7 +147,6 @@ def _read_deb(package: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple
 
 
 def _read_wheel(package: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """Yield the path and the content of the selected files in a wheel."""
     with zipfile.ZipFile(package) as wheel:
         for member in wheel.infolist():
             if not member.is_dir() and member.file_size <= MAX_MEMBER_BYTES and is_wanted(member.filename):

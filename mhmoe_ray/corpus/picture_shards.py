@@ -16,10 +16,6 @@ class PictureWriter:
     """Writer of pictures into the shards of a folder. The caller must call `close`.
 
     The shards depend only on the pictures: they hold neither timestamps nor the names of users.
-
-    Attributes:
-        folder: the folder of the shards.
-        picture_count: number of pictures written so far.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,12 +26,8 @@ class PictureWriter:
     def add(self, concept: Concept, png: bytes, artist: str, license: str, same_drawing_as: str | None) -> None:
         """Write a picture with its caption and its JSON file, into a new shard if the open one has no room for them.
 
-        Args:
-            concept: the concept that the picture shows.
-            png: the PNG file.
-            artist: the name of the artist.
-            license: the licence of the picture, as an SPDX expression.
-            same_drawing_as: the key of the artist's first concept with the same drawing; None if this is the first.
+        `license` is an SPDX expression. `same_drawing_as` is the key of the artist's first concept with the same
+        drawing; None for this first one.
         """
         files = {
             "json": json.dumps(_record(concept, artist, license, same_drawing_as), ensure_ascii=False).encode(),
@@ -73,7 +65,6 @@ class PictureWriter:
 
 
 def _record(concept: Concept, artist: str, license: str, same_drawing_as: str | None) -> dict[str, Any]:
-    """Return the content of a picture's JSON file; `PictureWriter.add` describes the arguments."""
     return {
         "concept": concept.key,
         "name": concept.name,

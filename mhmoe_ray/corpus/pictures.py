@@ -32,11 +32,10 @@ class PictureSummary(DrawingSummary):
 
     Attributes:
         pictures: number of pictures by folder below DIR.
-        concepts: number of concepts, such as emoji, that at least one picture shows.
+        concepts: number of concepts that at least one picture shows.
         locales: number of locales in which at least one picture has a caption.
         captions: number of captions in all locales, of all pictures.
-        shared_drawings: number of pictures, by folder, that are byte-identical to an earlier picture of the same
-            artist.
+        shared_drawings: number of pictures, by folder, with the same bytes as an earlier picture of the artist.
     """
 
     pictures: dict[str, int] = field(default_factory=dict)
@@ -46,7 +45,7 @@ class PictureSummary(DrawingSummary):
     shared_drawings: dict[str, int] = field(default_factory=dict)
 
     def describe_shortfall(self, artists: Iterable[Artist] = ARTISTS) -> str | None:
-        """Return a clause for the user that names the artists without pictures; None if every artist has pictures."""
+        """Return a clause for the user that names the artists without pictures; None without such artists."""
         drawing_artists = {folder.partition("/")[2] for folder in self.pictures}
         missing_artists = [artist.name for artist in artists if artist.name not in drawing_artists]
         return f"it has no pictures of {', '.join(missing_artists)}" if missing_artists else None
@@ -59,20 +58,11 @@ def write_picture_sample(
     size: int = PICTURE_SIZE,
     artists: Iterable[Artist] = ARTISTS,
 ) -> PictureSummary:
-    """Write the picture sample below `folder` and return its summary; an earlier sample there is replaced.
+    """Write the picture sample below `folder`, in place of an earlier one, and return its summary.
 
-    An artist whose package cannot be downloaded or read is left out. The same packages give the same shards, byte for
-    byte.
-
-    Args:
-        folder: the folder of the sample.
-        cache: the folder of the downloads; a package in it is not downloaded again.
-        print_line: a function that prints a line for each package, and a warning for each missing package.
-        size: the width and height of the pictures in pixels.
-        artists: the artists; those that are held out must come after all others.
-
-    Raises:
-        DataError: Pillow or resvg-py is not installed, or a folder cannot be written.
+    An artist whose package cannot be downloaded or read is left out with a printed warning. Held-out artists must come
+    after all others. The same packages give the same shards, byte for byte; `size` is the width and height of a picture
+    in pixels. Missing Pillow or resvg-py, or a folder that cannot be written, is a DataError.
     """
     check_libraries()
     sample = _PictureSample(folder, cache, print_line, size)
@@ -88,10 +78,9 @@ def write_picture_sample(
 
 
 def is_test_concept(key: str) -> bool:
-    """Return whether the held-out pictures of a concept are in the test split instead of the validation split.
+    """Return whether the held-out pictures of a concept are for test instead of validation, which a hash decides.
 
-    A hash selects half of the concepts. All variants of an emoji in skin tone and sex are in the same split, because
-    they look alike.
+    All variants of an emoji in skin tone and sex are in the same split, because they look alike.
     """
     return blake2b(base_key(key).encode(), digest_size=8).digest()[0] < 128
 
@@ -106,14 +95,9 @@ class _PictureSample:
         self._drawn_keys, self._locales = set[str](), set[str]()
 
     def add_artist(self, artist: Artist, concepts: dict[str, Concept]) -> None:
-        """Write the drawings of an artist into the shards of their splits.
+        """Write an artist's drawings into the shards of their splits.
 
-        Args:
-            artist: the artist.
-            concepts: the concepts of emoji by key.
-
-        Raises:
-            DataError: the package is missing or damaged, or has no drawing that the sample can use.
+        A package that is missing, damaged or without usable drawings is a DataError.
         """
         failures, first_keys, writers = Counter[str](), dict[bytes, str](), dict[str, PictureWriter]()
         for concept, png in self.packages.read_drawings(artist, concepts, self._size, failures):
@@ -136,7 +120,6 @@ class _PictureSample:
         self.packages.finish_artist(artist, sum(writer.picture_count for writer in writers.values()), failures)
 
     def _count_picture(self, name: str, concept: Concept, is_shared: bool) -> None:
-        """Add a picture to the counts of the summary; `name` is the folder of the picture."""
         self._drawn_keys.add(concept.key)
         self._locales.update(concept.captions)
         self.summary.concepts, self.summary.locales = len(self._drawn_keys), len(self._locales)
@@ -145,10 +128,9 @@ class _PictureSample:
 
 
 def _remove_pictures(folder: Path) -> None:
-    """Remove the shards of an earlier sample in a folder, and the artists' folders that are then empty.
+    """Remove the shards of an earlier sample, and the artists' folders that are then empty.
 
-    Raises:
-        DataError: a folder of the sample is a link, so that files outside of the sample would be removed.
+    A folder that is a link is a DataError, because its files are outside of the sample.
     """
     # A new sample that is shorter would overwrite only some of the earlier shards, so all of them are removed first.
     for part in SPLITS:

@@ -21,11 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Document:
-    """A document of a sample corpus: its title and its text.
+    """A document of a sample corpus; its title may be empty.
 
     Attributes:
-        title: the document's title; empty if it has none. Source files have none.
-        paragraphs: the parts of the text that `Cleaner` keeps or drops as a whole; a source file is one paragraph.
+        paragraphs: parts of the text that `Cleaner` keeps or drops as a whole; a source file is one paragraph.
     """
 
     title: str
@@ -33,7 +32,7 @@ class Document:
 
 
 Reader = Callable[[bytes], Iterator[Document]]
-"""Function that takes the content of a file and yields the documents in it."""
+"""Function from the content of a file to the documents in it."""
 
 
 class Block(NamedTuple):
@@ -45,12 +44,12 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Names of the elements of a markup language that have a role in the extraction of text.
+    """Elements of a markup language, without namespaces, that have a role in the extraction of text.
 
-    Names are without namespaces. Text in any other element is part of the text around that element.
+    Text in any other element is part of the text around that element.
 
     Attributes:
-        blocks: elements whose beginning and end separate blocks of text, such as paragraphs and headings.
+        blocks: elements whose beginning and end separate blocks of text.
         preformatted: elements whose line breaks and indentation are kept.
         skipped: elements whose text is left out.
         breaks: elements that end a line in preformatted text, and a block in other text.
@@ -65,10 +64,7 @@ class Vocabulary:
 
 
 def read_blocks(root: "etree._Element", vocabulary: Vocabulary) -> Iterator[Block]:
-    """Yield the text of an element and all elements in it as blocks, in reading order.
-
-    A block is a paragraph, a heading, an item or a code listing.
-    """
+    """Yield the text of an element and all elements in it as blocks, in reading order."""
     from lxml import etree
 
     open_blocks, pieces, preformatted_depth = [_local_name(root)], list[str](), 0
@@ -103,7 +99,7 @@ def read_blocks(root: "etree._Element", vocabulary: Vocabulary) -> Iterator[Bloc
 
 
 def _finish_block(tag: str, pieces: list[str], is_preformatted: bool) -> Iterator[Block]:
-    """Join `pieces` to the text of a block and clear them; yield the block unless it is blank.
+    """Join and clear `pieces`, and yield the block unless it is blank.
 
     White space becomes single spaces; preformatted text keeps its line breaks and is dedented.
     """
@@ -119,7 +115,6 @@ def _finish_block(tag: str, pieces: list[str], is_preformatted: bool) -> Iterato
 
 
 def _local_name(element: "etree._Element") -> str:
-    """Return an element's name without its namespace."""
     # The tag of a comment or of a processing instruction is a function and not a string, so its name is empty.
     return element.tag.rpartition("}")[2] if isinstance(element.tag, str) else ""
 
@@ -169,9 +164,8 @@ _SECTION_NUMBER = re.compile(r"^[A-Z]?[\d.]+\s+")
 def page_reader(content_xpath: str, excluded_xpath: str = "") -> Reader:
     """Return a reader of HTML pages that makes a document of each page.
 
-    Args:
-        content_xpath: XPath of the element that holds the text; pages without it (indexes, frames) are skipped.
-        excluded_xpath: XPath of elements within it that hold no text, such as links to the next page.
+    Pages without an element at `content_xpath` (indexes, frames) are skipped, and so are the elements at
+    `excluded_xpath` within it, such as links to the next page.
     """
 
     def read_page(page: bytes) -> Iterator[Document]:
@@ -185,8 +179,7 @@ def page_reader(content_xpath: str, excluded_xpath: str = "") -> Reader:
 def question_reader(content_xpath: str, excluded_xpath: str = "") -> Reader:
     """Return a reader of HTML pages that makes a document of each question, in the form "Q: ... A: ...".
 
-    A question is a heading with a question mark. The text until the next heading is its answer. `page_reader` describes
-    the arguments.
+    A question is a heading with a question mark, and the text until the next heading is its answer.
     """
 
     def read_page(page: bytes) -> Iterator[Document]:
@@ -205,10 +198,7 @@ def question_reader(content_xpath: str, excluded_xpath: str = "") -> Reader:
 
 
 def _parse_page(page: bytes, content_xpath: str, excluded_xpath: str) -> tuple[str, list[Block]]:
-    """Return the title of an HTML page and the blocks of text in the element at `content_xpath`.
-
-    Both are empty if the page has no such element.
-    """
+    """Return an HTML page's title and the blocks in the element at `content_xpath`; both are empty without it."""
     import lxml.html
     from lxml import etree
 
@@ -242,11 +232,7 @@ MALLARD = Vocabulary(
 
 
 def read_mallard(page: bytes) -> Iterator[Document]:
-    """Yield the one document of a page in Mallard, GNOME's help in XML.
-
-    Raises:
-        DataError: the page is not XML.
-    """
+    """Yield the one document of a page in Mallard; DataError if the page is not XML."""
     from lxml import etree
 
     # Entities are not resolved: a page needs none, and an entity could name a file of this machine.
@@ -264,7 +250,7 @@ _DATE = re.compile(r"\(\d{4}-\d\d-\d\d\)")
 
 
 def read_dictionary(content: bytes) -> Iterator[Document]:
-    """Yield a document for each entry of a file of the DICT server; entries about the dictionary itself are skipped.
+    """Yield a document for each entry of a file of the DICT server, except for entries about the dictionary itself.
 
     An entry begins with a line that is not indented, its headword.
     """
@@ -288,7 +274,7 @@ _COMMENT_BLOCK = re.compile(r"\A\s*/\*.*?\*/\s*", re.DOTALL)
 def read_code(content: bytes) -> Iterator[Document]:
     """Yield a source file as one document of one paragraph, without the licence notice at its top.
 
-    Yield nothing for a file that is not UTF-8 or that `is_worth_reading` rejects.
+    A file that is not UTF-8, or that `is_worth_reading` rejects, yields nothing.
     """
     try:
         text = content.decode("utf-8")
@@ -303,10 +289,10 @@ def read_code(content: bytes) -> Iterator[Document]:
 
 
 def is_worth_reading(text: str) -> bool:
-    """Return whether the text of a source file is long enough and looks as if a person wrote it.
+    """Return whether a source file is long enough and looks as if a person wrote it.
 
-    Such a file has at least 200 characters, of which at least a quarter are letters or digits. Its lines have at most
-    1,000 characters, and at most 100 on average.
+    It has at least 200 characters, of which at least a quarter are letters or digits. Its lines have at most 1,000
+    characters, and at most 100 on average.
     """
     # The limits on lines and on letters and digits are those that RedPajama filters GitHub's files with.
     lengths = [len(line) for line in text.splitlines()] or [0]

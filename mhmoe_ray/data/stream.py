@@ -1,13 +1,12 @@
-"""The training samples as a Ray Dataset, in the order that order/order.py computes, and the fixed validation samples.
+"""The training samples as a Ray Dataset in the order of order/order.py, and the fixed validation samples.
 
-The j-th micro-batch of rank r, in a world of w ranks, is micro-batch j * w + r of the training. Ray's
-`streaming_split(equal=True)` hands blocks to the ranks in turn, if the order is preserved and all blocks have the same
-size. A block therefore holds the next n micro-batches of one rank. Each block costs Ray some milliseconds at any size,
-so a block holds many micro-batches if the training is long enough:
+Micro-batch j of rank r, in a world of w ranks, is micro-batch j * w + r of the training. Ray's
+`streaming_split(equal=True)` hands blocks of equal size to the ranks in turn, so a block holds the next n micro-batches
+of one rank. A block costs Ray some milliseconds at any size, so it holds many micro-batches in a long training:
 
     w = 2, n = 3     | 0 2 4 | 1 3 5 | 6 8 10 | 7 9 11 | ...
 
-Every row carries its position, so that a worker notices at once if it receives the rows of another rank.
+Every row carries its position, so a worker notices rows of another rank at once.
 """
 
 import time
@@ -39,60 +38,49 @@ from mhmoe_ray.spec import MoESpec, RunSpec
 
 BLOCK_BYTES = 1 << 20
 MAX_MICRO_BATCHES = 32
-"""Largest number of micro-batches in a block of the stream. Larger blocks would not be faster, and the first training
-step has to wait until each rank has a block."""
+"""Largest number of micro-batches in a block. Larger blocks are no faster and delay the first training step, which
+waits for a block on each rank."""
 BLOCKS_PER_TASK = 16
-"""Number of blocks that one Ray task makes, one after another. A task of a long run makes more (`task_blocks`)."""
+"""Number of blocks that one Ray task makes, one after another; more in a long run (`task_blocks`)."""
 MAX_TABLES = 2_000
-"""Largest number of tables that list block numbers, the input of the stream's tasks. Ray stores all tables at the
-start, and each takes some milliseconds."""
+"""Largest number of tables of block numbers, the input of the stream's tasks. Ray stores all tables at the start, and
+each takes some milliseconds."""
 MAX_TASK_BYTES = 512 << 20
-"""Largest size in bytes of all blocks of one task. The blocks wait in Ray's object store until those of all earlier
-tasks are consumed. If the store had no room for them, only the first of the running tasks would go on."""
+"""Largest bytes of all blocks of one task. They wait in Ray's object store until those of earlier tasks are consumed;
+without room for them, only the first running task would go on."""
 ReadRows = Callable[[dict[str, np.ndarray]], dict[str, Any]]
 LOOP_PAUSE_SECONDS = 0.03
-"""Pause between two steps of the loop in which Ray Data starts tasks and hands out blocks. A step takes some
-milliseconds of CPU time, so with a pause of only 10 ms the loop would keep a sixth of a core busy."""
+"""Pause between steps of Ray Data's scheduling loop. A step takes some milliseconds of CPU time, so a pause of only 10
+ms would keep a sixth of a core busy."""
 
 
 class PausingCallback(ExecutionCallback):  # type: ignore[misc]  # a name of `ray_compat` has type Any
-    """Callback that makes Ray Data's scheduling loop pause at each step.
-
-    While tasks wait for workers to consume their blocks, the loop would otherwise run without a pause, and keep almost
-    half of a core busy.
-    """
+    """Callback that pauses Ray Data's scheduling loop, which would spin on half a core while tasks wait."""
 
     def on_execution_step(self, executor: object) -> None:
         time.sleep(LOOP_PAUSE_SECONDS)
 
 
 class StreamLayout(NamedTuple):
-    """Layout of the training stream: which rows each block has, and which sample of the training each row is."""
+    """Layout of the stream: the rows of each block, and the position in the training of each row."""
 
     world_size: int
     micro_batch_size: int
-    """Number of rows in a micro-batch, b; 1 if each row is a whole micro-batch."""
+    """Rows of a micro-batch, b; 1 if each row is a whole micro-batch."""
     micro_batches: int
-    """Number of micro-batches in a block, n."""
+    """Micro-batches of a block, n."""
 
     @property
     def block_rows(self) -> int:
-        """Number of rows in a block of the stream."""
+        """Number of rows in a block."""
         return self.micro_batches * self.micro_batch_size
 
     def rows(self, blocks: np.ndarray) -> np.ndarray:
-        """Return the numbers of all rows in some blocks, one block after another.
-
-        Blocks and rows are both numbered from the start of the stream.
-        """
+        """Return the numbers of all rows in some blocks, one block after another."""
         return np.asarray((blocks[:, np.newaxis] * self.block_rows + np.arange(self.block_rows)).ravel())
 
     def positions(self, rows: np.ndarray) -> np.ndarray:
-        """Return the position of the sample in each row.
-
-        Rows and positions are both counted from the start of the stream. Blocks go to the ranks in turn, and the j-th
-        micro-batch of rank r is number j * world_size + r of all micro-batches.
-        """
+        """Return the position of the sample in each row."""
         block, row_in_block = np.divmod(rows, self.block_rows)
         batch_in_block, sample = np.divmod(row_in_block, self.micro_batch_size)
         block_round, rank = np.divmod(block, self.world_size)
@@ -104,20 +92,13 @@ class StreamLayout(NamedTuple):
 def training_stream(
     spec: RunSpec, start: int, world_size: int, samples_before: Mapping[str, int] | None = None
 ) -> ray.data.Dataset:
-    """Return a dataset that streams the training samples from a position to the end of the training.
+    """Return a dataset of the training samples from position `start` on, in blocks for `world_size` ranks in turn.
 
-    The blocks go to `world_size` ranks in turn. The last block of each rank may extend past the end of the training; no
-    rank reads the rows there. The columns are `position` (int64) and those of the samples (data/shards/columns.py).
-    With router `domain`, which chooses experts by domain, there is also a column `expert` (int64). For an encoder or a
-    vision model, a row is a whole micro-batch, and its position is that of its first sample (encoder/samples.py,
-    vision/samples.py). The caller must read the dataset with `preserve_order`.
-
-    Args:
-        spec: spec of the run.
-        start: position of the first sample in the whole training.
-        world_size: number of ranks.
-        samples_before: number of samples of each domain that earlier runs have read, if this run continues their order
-            (`compute_mixture`); None otherwise.
+    The columns are `position` (int64), those of the samples (data/shards/columns.py), and `expert` (int64) with router
+    `domain`. For an encoder or a vision model, a row is a whole micro-batch and has the position of its first sample
+    (encoder/samples.py, vision/samples.py). The last block of each rank may extend past the end of the training. The
+    caller must read the dataset with `preserve_order`. `samples_before` counts each domain's samples that earlier runs
+    have read, if this run continues their order (`compute_mixture`).
     """
     if data_of(spec.model).has_rows:
         return _micro_batch_stream(spec, start // spec.train.micro_batch_size, world_size)
@@ -135,25 +116,17 @@ def training_stream(
 
 
 def task_blocks(block_count: int, block_bytes: int) -> int:
-    """Return the largest number of blocks that one task makes.
-
-    The stream has `block_count` blocks of `block_bytes` bytes each.
-    """
+    """Return the largest number of blocks that one task makes, for a stream of `block_count` blocks."""
     return min(max(BLOCKS_PER_TASK, -(-block_count // MAX_TABLES)), max(1, MAX_TASK_BYTES // block_bytes))
 
 
 def _stream_of_blocks(
     read_rows: ReadRows, layout: StreamLayout, rows: int, block_bytes: int, *, blocks_per_call: int
 ) -> ray.data.Dataset:
-    """Return a stream of at least `rows` rows, with the same number of blocks for each rank.
+    """Return a stream of at least `rows` rows, with equally many blocks for each rank.
 
-    Args:
-        read_rows: function that takes block numbers, in the column `block`, and returns the columns of the rows in
-            those blocks.
-        layout: layout of the stream.
-        rows: number of rows that all ranks together read.
-        block_bytes: approximate size of a block in bytes.
-        blocks_per_call: largest number of blocks in a call of `read_rows`.
+    `read_rows` maps block numbers, in the column `block`, to the columns of their rows, for at most `blocks_per_call`
+    blocks a call.
     """
     rounds = -(-rows // (layout.block_rows * layout.world_size))
     block_count = rounds * layout.world_size
@@ -198,10 +171,7 @@ def _read_rows(
 
 
 def _micro_batch_stream(spec: RunSpec, start: int, world_size: int) -> ray.data.Dataset:
-    """Return a stream whose rows are whole micro-batches of an encoder or a vision model.
-
-    The stream begins with micro-batch number `start` and ends with the training.
-    """
+    """Return a stream of whole micro-batches, from number `start` to the end of the training."""
     rows = spec.train.steps * spec.train.micro_batches - start
     micro_batch_bytes = data_of(spec.model).micro_batch_bytes(spec)
     block_rows = max(1, min(MAX_MICRO_BATCHES, BLOCK_BYTES // micro_batch_bytes, rows // world_size))
@@ -222,40 +192,35 @@ def _read_micro_batches(
 
 
 class TrainingSamples:
-    """Random access to training samples by their position in the training."""
+    """Random access to training samples by position."""
 
     def __init__(self, spec: RunSpec, samples_before: Mapping[str, int] | None = None) -> None:
         folder = spec.data.prepared
         manifest = require_data_manifest(folder)
         self._names, self._order = training_order(spec, manifest, samples_before)
         self.token_bytes = manifest.token_bytes
-        """Bytes per token, 2 or 4, as in `DataManifest`."""
         self._chat = manifest.chat
         self._expert_numbers = domain_experts(spec.model.moe, self._names)
         self._shard_readers = [ShardReader(folder, manifest.domains[n].shards, self.token_bytes) for n in self._names]
 
     @staticmethod
     def open_cached(spec: RunSpec, samples_before: Mapping[str, int] | None = None) -> "TrainingSamples":
-        """Return the samples of a spec; a process opens them once and caches them for its next tasks."""
+        """Return the samples of a spec; a process caches them for its next tasks."""
         return _open_samples(spec.model_dump_json(), tuple(sorted((samples_before or {}).items())))
 
     def locate_sample(self, position: int) -> tuple[str, int]:
-        """Return the domain of the sample at `position`, and the sample's number within that domain, from 0."""
+        """Return the domain of the sample at `position` and the sample's number in it."""
         domains, samples = self._order(np.array([position]))
         return self._names[domains[0]], int(samples[0])
 
     def experts(self, positions: np.ndarray) -> np.ndarray | None:
-        """Return the number of the expert that router `domain` chooses for the sample at each position.
-
-        Return None for a model with any other router.
-        """
+        """Return the expert that router `domain` chooses at each position; None for any other router."""
         return None if self._expert_numbers is None else self._expert_numbers[self._order(positions)[0]]
 
     def read(self, positions: np.ndarray) -> Samples:
-        """Return the samples at these positions in their stored form, in which the largest token value marks padding.
+        """Return stored samples, in which the largest token value marks padding (`to_model_samples` converts them).
 
-        `to_model_samples` converts them for a model. If any source has conversations, all samples get the columns of
-        conversations.
+        If any source has conversations, all samples get the columns of conversations.
         """
         domains, samples = self._order(positions)
         rows: Samples | None = None
@@ -278,7 +243,7 @@ def _open_samples(spec_json: str, samples_before: tuple[tuple[str, int], ...]) -
 
 
 def domain_experts(moe: MoESpec | None, names: Sequence[str]) -> np.ndarray | None:
-    """Return the number of each domain's expert, or -1 for a domain without one; None if the router is not `domain`."""
+    """Return each domain's expert, or -1 without one; None if the router is not `domain`."""
     if moe is None or moe.router != "domain":
         return None
     numbers = (moe.expert_of_domain(name) for name in names)
@@ -288,14 +253,10 @@ def domain_experts(moe: MoESpec | None, names: Sequence[str]) -> np.ndarray | No
 def validation_samples(
     folder: Path, manifest: DataManifest, moe: MoESpec | None = None, sources: Collection[str] | None = None
 ) -> ModelSamples:
-    """Return the validation samples of a folder of prepared data, in the form that a model takes.
+    """Return the validation samples of a prepared folder in the form that a model takes.
 
-    Args:
-        folder: the prepared folder.
-        manifest: the manifest of that folder.
-        moe: `moe` section of the model's spec; None keeps all samples. With router `domain`, samples of domains without
-            an expert are left out.
-        sources: names of the sources whose samples are returned; by default all.
+    With router `domain` in `moe`, samples of domains without an expert are left out. `sources` limits the samples to
+    those sources.
     """
     reader = ShardReader(folder, manifest.validation, manifest.token_bytes)
     samples = to_model_samples(reader.read(np.arange(len(reader))), manifest.token_bytes)

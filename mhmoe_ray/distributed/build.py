@@ -10,11 +10,9 @@ from mhmoe_ray.spec import ClusterSpec, RunSpec
 
 
 def build_dispatch(spec: ClusterSpec, mesh: Mesh) -> FlatDispatch | HierarchicalDispatch | None:
-    """Return the dispatch of this rank, which sends rows to the ranks of their experts; None if ep is 1.
-
-    This is a collective operation. Even if `spec.dispatch` is hierarchical, an expert-parallel group has a flat
-    dispatch if it is on one node or has unequal numbers of ranks on its nodes (`Mesh.uneven_count`).
-    """
+    """Return the dispatch of this rank, or None if ep is 1, in a collective operation. Even if `spec.dispatch` is
+    hierarchical, a group on one node or with unequal numbers of ranks on its nodes has a flat one
+    (`Mesh.uneven_count`)."""
     # A group of ranks whose nodes do not allow a hierarchical dispatch gets a flat one. Both have the same results, so
     # an uneven placement after a restart need not end the run.
     if mesh.ep == 1:
@@ -33,20 +31,9 @@ def build_dispatch(spec: ClusterSpec, mesh: Mesh) -> FlatDispatch | Hierarchical
 
 
 def build_strategy(model: Trunk, mesh: Mesh, spec: RunSpec, fill: FillModel) -> Strategy:
-    """Return the parallel strategy of a run, which allocates the model's weights, fills them and shards them.
-
-    This is a collective operation. Without a process group, as in a run with one worker, the result is always a plain
-    `Strategy`, because there is nothing to shard.
-
-    Args:
-        model: model on the meta device.
-        mesh: mesh of this rank.
-        spec: spec of the run.
-        fill: function that allocates and fills the model's weights.
-
-    Raises:
-        SpecError: a package that the strategy needs is not installed.
-    """
+    """Return a run's strategy, which allocates the meta model's weights, fills them and shards them. This is a
+    collective operation. Without a process group, the result is a plain `Strategy`. A package that is not installed is
+    a SpecError."""
     name = spec.cluster.strategy
     if mesh.devices is None or name == "ddp":
         return Strategy(model, mesh, spec, fill)

@@ -1,12 +1,11 @@
 """The mesh of ranks from the view of this process.
 
-The spec names the dimensions of the mesh and their sizes. Its last dimension, ep (expert parallel), distributes the
-experts. Along all others, ranks hold the same experts, so code that handles experts sees them as one dimension,
-expert_dp (expert data parallel).
+The spec names the dimensions of the mesh and their sizes. The last dimension, ep, distributes the experts. Along all
+others, ranks hold the same experts, so code that handles experts sees them as one dimension, expert_dp.
 
-torch numbers the ranks of a process group in ascending order, regardless of their order in a mesh. A rank's coordinate
-in the mesh is therefore its rank in the process group only if the rows and columns of the mesh ascend. If ranks of the
-same node form expert-parallel groups, the rows of the mesh ascend, but the columns may not:
+torch numbers the ranks of a process group in ascending order, so a rank's coordinate in the mesh is its rank in the
+process group only if the rows and columns of the mesh ascend. If ranks of the same node form expert-parallel groups,
+the rows ascend, but the columns may not:
 
     groups      [0, 3]        devices   [0, 2]      the same columns, which are the ranks that hold the same experts,
                 [1, 2]                  [1, 3]      but sorted; the rows still ascend
@@ -32,39 +31,30 @@ from mhmoe_ray.spec.cluster import MeshSizes
 
 @dataclass(frozen=True)
 class Mesh:
-    """Mesh of all ranks and the coordinates of this rank in it."""
+    """Mesh of all ranks and the coordinates of this rank in it. Without a process group, as in a run with a single
+    worker, the device meshes are None."""
 
     sizes: MeshSizes
     rank: int
-    ep_rank: int
-    """Coordinate of this rank along ep."""
+    ep_rank: int  # coordinate of this rank along ep
     devices: DeviceMesh | None
-    """Device mesh with the dimensions "expert_dp" and "ep"; None with a single worker, which has no process group.
-    Ranks along "expert_dp" hold the same experts. Ranks along "ep" need not be an expert-parallel group."""
+    """Device mesh of "expert_dp" and "ep". Ranks along "ep" need not be an expert-parallel group."""
     shard_mesh: DeviceMesh | None
-    """Device mesh over which fsdp shards tensors: all ranks in one dimension or, with hybrid sharding, in "replicas"
-    and "shards"; None without a process group."""
+    """Device mesh over which fsdp shards tensors: all ranks or, with hybrid sharding, "replicas" and "shards"."""
     expert_mesh: DeviceMesh | None
-    """Device mesh over which fsdp shards experts: `devices` or, with hybrid sharding, one with "replicas" and "shards"
-    in place of "expert_dp"; None without a process group."""
+    """Device mesh over which fsdp shards experts: `devices` or, with hybrid sharding, one that has "replicas" and
+    "shards" in place of "expert_dp"."""
     process_groups: dict[str, dist.ProcessGroup]
-    """Process group of this rank along "expert_dp" and "ep". Along "ep" it is the expert-parallel group. The dictionary
-    is empty without a process group."""
-    groups: list[list[int]]
-    """Ranks of each expert-parallel group."""
-    nodes: Sequence[str]
-    """Name of each rank's node."""
-    straddling_count: int
-    """Number of expert-parallel groups on more than one node."""
-    cross_domain_count: int
-    """Number of expert-parallel groups in more than one domain, such as a rack, within which the network is faster."""
+    """Process groups of this rank by dimension; that of "ep" is its expert-parallel group."""
+    groups: list[list[int]]  # ranks of each expert-parallel group
+    nodes: Sequence[str]  # name of each rank's node
+    straddling_count: int  # expert-parallel groups on more than one node
+    cross_domain_count: int  # expert-parallel groups in several domains, within which the network is faster
 
     @property
     def uneven_count(self) -> int:
-        """The number of expert-parallel groups that cannot have a hierarchical dispatch.
-
-        They have different numbers of ranks on their nodes, or their ranks are not in the order of nodes.
-        """
+        """The number of expert-parallel groups that cannot have a hierarchical dispatch: they have different numbers of
+        ranks on their nodes, or ranks that are not in the order of nodes."""
         return sum(ranks_by_node(group, self.nodes) is None for group in self.groups)
 
     @property
@@ -99,19 +89,13 @@ class Mesh:
         return ranks
 
     def expert_ids(self, experts: int) -> range:
-        """Return the global ids of the experts of each layer that this rank holds.
-
-        Args:
-            experts: number of experts of a layer.
-        """
+        """Return the global ids of the experts that this rank holds, of the `experts` of each layer."""
         experts_per_rank = experts // self.ep
         return range(self.ep_rank * experts_per_rank, (self.ep_rank + 1) * experts_per_rank)
 
     def expert_dtensor(self, local: torch.Tensor) -> torch.Tensor:
-        """Return this rank's tensor of experts, [E/ep, ...], as a DTensor of the global shape [E, ...], without a copy.
-
-        Without a process group, return the tensor itself.
-        """
+        """Return this rank's experts, [E/ep, ...], as a DTensor of the global shape [E, ...], without a copy; without a
+        process group, return the tensor itself."""
         if self.devices is None:
             return local
         return DTensor.from_local(local, self.devices, [Replicate(), Shard(0)], run_check=False)
@@ -120,17 +104,10 @@ class Mesh:
 def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domains: Sequence[str] | None = None) -> Mesh:
     """Return the mesh of the default process group, or of a single process if there is none.
 
-    With a process group this is a collective operation, which creates the groups of each dimension.
-
-    Args:
-        spec: cluster section of the spec; its `workers` must allow the number of ranks.
-        nodes: name of each rank's node.
-        device_type: "cpu" or "cuda".
-        domains: name of the network domain (such as a rack) of each rank's node; by default there is one domain.
-
-    Raises:
-        ClusterError: an expert-parallel group is on several nodes and `spec.straddling` is refuse, or `spec` does not
-            allow the number of ranks.
+    With a process group this is a collective operation, which creates the groups of each dimension. `nodes` and
+    `domains` name the node and the network domain of each rank; by default there is one domain. An expert-parallel
+    group on several nodes while `spec.straddling` is refuse, or a number of ranks that `spec` does not allow, is a
+    ClusterError.
     """
     groups = expert_groups(nodes, spec.ep, domains)
     if spec.straddling == "refuse" and groups.refusal_reason:
@@ -187,10 +164,8 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domain
 
 
 def create_process_group(groups: list[list[int]]) -> dist.ProcessGroup | None:
-    """Create a process group for each list of ranks, and return that of this rank; None if no list has this rank.
-
-    This is a collective operation: all ranks must create the same groups in the same order.
-    """
+    """Create a process group for each list of ranks, and return that of this rank, or None. This is a collective
+    operation: all ranks must create the same groups in the same order."""
     return _new_groups(groups)[0]
 
 

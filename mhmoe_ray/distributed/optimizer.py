@@ -25,14 +25,8 @@ def expert_parameters(model: Trunk) -> dict[str, nn.Parameter]:
 def build_optimizer(
     model: Trunk, spec: TrainSpec, seed: int = 0, positions: Mapping[nn.Parameter, ValuePosition] | None = None
 ) -> torch.optim.AdamW:
-    """Return an AdamW optimizer of all parameters. Only matrices, including those of experts, have weight decay.
-
-    Args:
-        model: model with the parameters that this rank holds.
-        spec: `train` section of the spec.
-        seed: seed of the run, for the stochastic rounding of moments in bfloat16.
-        positions: position of this rank's values of each parameter, needed for moments in bfloat16.
-    """
+    """Return an AdamW optimizer in which only matrices, including those of experts, have weight decay. Moments in
+    bfloat16 need the `positions` of this rank's values, and the run's `seed` for stochastic rounding."""
     # Experts have parameter groups of their own, because they may be sharded differently: they may be full tensors
     # where other parameters are sharded, or be sharded over fewer ranks.
     expert_names, decayed_names = set(expert_parameters(model)), matrix_names(model)

@@ -4,8 +4,8 @@ Rounding to nearest would lose each change of a moment that is smaller than half
 Stochastic rounding goes up with a probability that is the value's distance from its lower neighbour, divided by the
 step, so that the mean of the rounded values is the value. Weights and the computation of an update are float32.
 
-The random bits are a hash of the run's seed, the name of the parameter, the number of the update, and the position of
-the value in the full tensor. They do not depend on how tensors are sharded, nor on restarts.
+The random bits are a hash of the run's seed, the parameter's name, the number of the update, and the value's position
+in the full tensor. They do not depend on how tensors are sharded, nor on restarts.
 """
 
 import hashlib
@@ -18,27 +18,22 @@ from torch.optim.adamw import adamw
 
 from mhmoe_ray.model.held import local_shard
 
-MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
-"""Names of AdamW's two moments in its state."""
+MOMENT_NAMES = ("exp_avg", "exp_avg_sq")  # AdamW's two moments in its state
 PIECE_VALUES = 1 << 18
-"""Number of values that are updated at a time, so that their moments in float32 take little memory and stay in the
-cache of a CPU."""
+"""Number of values updated at a time: their moments in float32 take little memory and stay in the cache of a CPU."""
 _GOLDEN_RATIO = -0x61C8864680B583EB
-"""2^64 / golden ratio, rounded down to an odd number, as a signed integer. Multiplication by it spreads positions over
-64 bits."""
+"""2^64 / golden ratio, rounded down to an odd number, signed. It spreads positions over 64 bits by multiplication."""
 
 
 class ValuePosition(NamedTuple):
     """Position of this rank's values of a parameter, which decides the random bits for rounding their moments."""
 
-    name: str
-    """Name of the parameter."""
-    offset: int
-    """Position of this rank's first value in the full tensor, counted in values."""
+    name: str  # of the parameter
+    offset: int  # of this rank's first value in the full tensor, counted in values
 
 
 class RoundedAdamW(torch.optim.AdamW):
-    """AdamW with moments in bfloat16, which are rounded stochastically."""
+    """AdamW with moments in bfloat16, which are rounded stochastically; the first update creates them."""
 
     def __init__(
         self,
@@ -47,14 +42,6 @@ class RoundedAdamW(torch.optim.AdamW):
         seed: int,
         **options: Any,
     ) -> None:
-        """Create the optimizer; its moments are created by the first update.
-
-        Args:
-            groups: parameter groups.
-            positions: position of this rank's values of each parameter.
-            seed: seed of the run, from which the random bits follow.
-            options: options of torch's AdamW.
-        """
         super().__init__(groups, **options)
         self._positions, self._seed = positions, seed
 
@@ -93,22 +80,16 @@ class RoundedAdamW(torch.optim.AdamW):
 
 
 def round_to_bfloat16(values: Tensor, bits: Tensor) -> Tensor:
-    """Return finite float32 values as bfloat16, each rounded at random to one of its two neighbours in bfloat16.
-
-    Args:
-        values: the values, float32.
-        bits: a random integer in 0..65535 for each value, int32. It is added to the 16 bits of the value that bfloat16
-            leaves out. If the sum overflows, the value is rounded away from zero, and otherwise towards zero.
-    """
+    """Return finite float32 values as bfloat16, each rounded at random to one of its two neighbours. A random integer
+    in 0..65535 (`bits`, int32) is added to the 16 bits that bfloat16 leaves out. If the sum overflows, the value is
+    rounded away from zero, and otherwise towards zero."""
     # The low 16 bits of the sum are 0 after the mask, so the conversion is exact.
     return ((values.view(torch.int32) + bits) & -0x10000).view(torch.float32).to(torch.bfloat16)
 
 
 def random_bits(key: int, start: int, count: int, device: torch.device) -> Tensor:
-    """Return 32 random bits, as int32, for each of `count` positions from `start` on.
-
-    The bits depend only on `key` and the position.
-    """
+    """Return 32 random bits (int32) for each of `count` positions from `start` on, which depend only on `key` and
+    position."""
     position = torch.arange(start, start + count, device=device, dtype=torch.int64)
     bits = ((position * _GOLDEN_RATIO) >> 32).to(torch.int32) ^ key
     # These are the constants of a 32-bit integer hash whose bits are almost free of bias (lowbias32 of the
@@ -119,6 +100,5 @@ def random_bits(key: int, start: int, count: int, device: torch.device) -> Tenso
 
 
 def _hash_key(seed: int, name: str, update: int) -> int:
-    """Return a hash of the seed, a parameter's name and the number of its update, as a signed 32-bit integer."""
     digest = hashlib.blake2b(f"{seed} {name} {update}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little", signed=True)

@@ -24,9 +24,9 @@ class ModelFamily(NamedTuple):
     predicts_next_token: bool
     """Whether models predict each next token, so that they have a perplexity, generate text and can be exported."""
     has_tokenizer: bool
-    """Whether models read texts, so that runs have a tokenizer; vision models have names of classes instead."""
+    """Whether models read texts, so that runs have a tokenizer."""
     answers: str
-    """What a served model is asked for."""
+    """Plural noun for the answers of a served model, such as "texts"."""
     model: str
     """`model.trunk.Trunk` subclass of the family's models."""
     router: str

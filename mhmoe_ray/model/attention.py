@@ -15,28 +15,18 @@ from mhmoe_ray.model.rotary import RotaryTables, rotate
 from mhmoe_ray.spec import ModelSpec
 
 CachedAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Function (q_BHTC, k_BHTC, v_BHTC) -> y_BHTC for generation. It stores the keys and values of the newest tokens in the
-KV cache and attends to these and all earlier tokens."""
+"""Function (q_BHTC, k_BHTC, v_BHTC) -> y_BHTC for generation, which stores the newest tokens' keys and values in the KV
+cache and attends to these and all earlier tokens."""
 
 
 def document_indices(document_starts_BT: Tensor) -> Tensor:
-    """Return the index (B, T) of each token's document within its sequence.
-
-    `document_starts_BT` is the mask of the tokens that begin a document. Tokens before the first start have index 0.
-    """
+    """Return the index (B, T) of each token's document in its sequence; tokens before the first start have index 0."""
     return document_starts_BT.cumsum(1)
 
 
 def document_mask(document_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the mask (B, 1, T, T), added to attention scores, that keeps causal attention within each document.
-
-    It is 0 where a token may attend (to itself and to earlier tokens of its document), and -inf elsewhere. Positions
-    need not restart in each document, because RoPE and xPos depend only on the distance between two tokens.
-
-    Args:
-        document_BT: index of each token's document, int.
-        dtype: dtype of the queries.
-    """
+    """Return the causal mask (B, 1, T, T) within documents: 0 where a token may attend, and -inf elsewhere. Positions
+    need not restart in each document, because RoPE and xPos depend only on the distance between two tokens."""
     # The mask holds 0 and -inf. Every layer would convert a boolean mask into such a mask, and keep its own copy for
     # the backward.
     visible_BTT = (document_BT[:, :, None] == document_BT[:, None, :]).tril()
@@ -44,14 +34,8 @@ def document_mask(document_BT: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def document_offsets(document_starts_BT: Tensor) -> Tensor:
-    """Return the index of each document's first token in the flattened tokens of a batch, then the number of tokens.
-
-    All values are int32. The first token of a sequence always counts as the start of a document.
-
-    Args:
-        document_starts_BT: mask of the tokens that begin a document, in CPU memory, because its values decide the shape
-            of the result.
-    """
+    """Return the index of each document's first token in the flattened batch, then the number of tokens, all int32. A
+    sequence always starts a document. The mask is in CPU memory, because its values decide the result's shape."""
     starts_BT = document_starts_BT.clone()
     starts_BT[:, 0] = True
     return torch.cat([starts_BT.flatten().nonzero()[:, 0], torch.tensor([starts_BT.numel()])]).int()
@@ -60,22 +44,13 @@ def document_offsets(document_starts_BT: Tensor) -> Tensor:
 class Documents(NamedTuple):
     """Restriction of attention to each token's own document, in one of two forms."""
 
-    mask_B1TT: Tensor | None
-    """Result of `document_mask`; None if attention uses the offsets instead."""
-    offset_N1: Tensor | None
-    """Result of `document_offsets`, on the device of the tokens; None if attention uses the mask instead."""
+    mask_B1TT: Tensor | None  # `document_mask`; None if attention uses the offsets instead
+    offset_N1: Tensor | None  # `document_offsets` on the tokens' device; None if attention uses the mask
 
 
 def has_variable_length_kernel(spec: ModelSpec, x: Tensor) -> bool:
-    """Return whether torch has a kernel that computes the attention of documents of any lengths without a mask.
-
-    The kernel is flash attention for NVIDIA's GPUs of compute capability 8.0 or more. Whether it is faster than
-    attention with a mask, and by how much, has not been measured.
-
-    Args:
-        spec: spec of the model.
-        x: tensor on the device of the attention.
-    """
+    """Return whether torch has a kernel for attention of documents without a mask: flash attention for NVIDIA's GPUs of
+    compute capability 8.0 or more. Whether it is faster than attention with a mask has not been measured."""
     if x.device.type != "cuda" or torch.version.hip or matmul_dtype(x) not in (torch.bfloat16, torch.float16):
         return False
     # A fake tensor may claim to be on a GPU although this machine has none.
@@ -110,15 +85,8 @@ class Attention(nn.Module):
         generator: torch.Generator | None = None,
         documents: Documents | None = None,
     ) -> Tensor:
-        """Return the attention output of tokens. A token attends to itself and to earlier tokens (of its document).
-
-        Args:
-            x_BTM: hidden states of T tokens.
-            tables: `rotary_tables` of the tokens' positions.
-            cached_attention: attention over a KV cache, for generation after earlier tokens.
-            generator: random generator of dropout on the attention weights; None in evaluation.
-            documents: the tokens' documents, to which attention is restricted; None for no restriction.
-        """
+        """Return the attention output of tokens, which attend to themselves and to earlier tokens (of their document).
+        The generator is for dropout on the attention weights; None in evaluation."""
         q, k, v = self.project(x_BTM)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         q, k = rotate(q, tables.q_cos_TC, tables.q_sin_TC), rotate(k, tables.k_cos_TC, tables.k_sin_TC)
@@ -152,7 +120,6 @@ class Attention(nn.Module):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, generator: torch.Generator | None, documents: Documents | None
     ) -> Tensor:
-        """Return the output of causal attention without a KV cache, over all documents or within each document."""
         if documents is not None and documents.offset_N1 is not None:
             return _attend_within_documents(q, k, v, documents.offset_N1)
         mask_B1TT = None if documents is None else documents.mask_B1TT

@@ -29,28 +29,22 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class KeyValueCache(Protocol):
-    """KV cache for generation, with the keys and values of all earlier tokens.
+    """KV cache for generation, with the keys and values of all tokens before those of the current forward pass."""
 
-    The newest tokens are those of the current forward pass.
-    """
-
-    position_T: Tensor
-    """Position of each of the newest tokens in its sequence, int64. A batch may have the tokens of several sequences,
-    one after another."""
+    position_T: Tensor  # of the newest tokens, int64; a batch may have several sequences, one after another
 
     def attend(self, layer: int, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor) -> Tensor:
-        """Store the keys and values of the newest tokens in layer `layer`, and return the attention output of their
-        queries over these and all earlier tokens."""
+        """Store the newest tokens' keys and values in layer `layer`, and return their attention over all tokens so
+        far."""
         ...
 
     def requested_rows(self, x_BTM: Tensor) -> Tensor:
-        """Return the hidden states of the tokens whose logits were requested. The decoder computes no other logits."""
+        """Return the hidden states of the tokens whose logits were requested; the decoder computes no others."""
         ...
 
 
 class Block(TrunkBlock):
-    """Decoder block: x + attention(norm(x)), then x + feed-forward(norm(x)). The feed-forward layer is dense or a
-    mixture of experts."""
+    """Decoder block: x + attention(norm(x)), then x + feed-forward(norm(x)), which is dense or a mixture of experts."""
 
     moe: MultiHeadMoE | None
 
@@ -76,18 +70,9 @@ class Block(TrunkBlock):
         recompute: bool,
         domain_B: Tensor | None,
     ) -> tuple[Tensor, Routing | None]:
-        """Run the block and return its output, and its routing if it has experts.
-
-        Args:
-            x_BTM: hidden states of the tokens.
-            tables: rotary tables of the tokens' positions.
-            cached_attention: attention over a KV cache, for generation after earlier tokens.
-            create_generator: function that returns a new random generator for dropout and routing, in the same state at
-                each call; in evaluation it returns None.
-            documents: the tokens' documents, to which attention is restricted.
-            recompute: whether the backward recomputes the attention part of the block.
-            domain_B: index of each sequence's expert; only router `domain` uses it.
-        """
+        """Return the output and, with experts, the routing. `create_generator` returns a new generator in the same
+        state at each call, or None in evaluation. The backward recomputes attention with `recompute`. Only router
+        `domain` uses `domain_B`, the expert of each sequence."""
 
         def run_attention(x_BTM: Tensor) -> tuple[Tensor, torch.Generator | None]:
             # The backward may run this again and must then draw the same numbers, so each run creates a new generator.
@@ -111,31 +96,24 @@ class DecoderOutput(NamedTuple):
     """Output of the decoder for a batch of tokens: logits, and how sub-tokens were routed to experts."""
 
     logits_BTV: Tensor
-    routing: list[Routing]
-    """Result of the router of each mixture-of-experts layer, from the first layer to the last."""
+    routing: list[Routing]  # of each mixture-of-experts layer, from the first layer to the last
 
 
 class DecoderLoss(NamedTuple):
     """Output of the decoder for a batch with targets: the loss, and how sub-tokens were routed to experts."""
 
     loss: Loss
-    routing: list[Routing]
-    """Result of the router of each mixture-of-experts layer, from the first layer to the last."""
+    routing: list[Routing]  # of each mixture-of-experts layer, from the first layer to the last
 
 
 class Decoder(Trunk):
     """Decoder from tokens to next-token logits: an embedding, blocks, and an output layer."""
 
     def __init__(self, spec: ModelSpec, expert_ids: range | None = None) -> None:
-        """Create the decoder with uninitialized weights. Call `model.init.init_weights` or load a checkpoint next.
-
-        Args:
-            spec: the model's sizes and options.
-            expert_ids: global ids of the experts that this process holds in every layer; by default all.
-        """
+        """Create the decoder with uninitialized weights and, in every layer, the experts of `expert_ids`, by default
+        all."""
         super().__init__(spec)
-        self.loss_chunk_rows: int | None = None
-        """Number of tokens whose logits exist at a time when the loss is computed; None for all of them."""
+        self.loss_chunk_rows: int | None = None  # tokens whose logits exist at a time in the loss; None for all
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
         self.blocks = nn.ModuleList(Block(spec, i, expert_ids) for i in range(spec.layers))
         self.norm = modules_of(spec).norm(spec)
@@ -156,18 +134,10 @@ class Decoder(Trunk):
     ) -> DecoderOutput | DecoderLoss:
         """Return next-token logits or, with targets, the loss; and the routing of each mixture-of-experts layer.
 
-        Args:
-            token_BT: token ids, int64.
-            cache: KV cache of the earlier tokens, to which the call adds the new ones. It selects the tokens that get
-                logits; without a cache all tokens do.
-            noise: source of a training step's randomness; None in evaluation. It is used only if the spec has dropout
-                or another random part.
-            document_BT: index of each token's document, int; required if the spec has `document_masks` and there is no
-                cache.
-            domain_B: index of each sequence's expert, int64; required for router `domain`.
-            document_offset_N1: `document_offsets` of the tokens. With them, attention on a GPU needs no mask.
-            targets: the next tokens. With them, this call computes the loss, because FSDP and ZeRO gather the weights
-                of the output layer only for the duration of the call.
+        The call adds the new tokens to the cache, which selects those that get logits. `noise` is None in evaluation.
+        Document indices are required with `document_masks` and no cache; with `document_offsets`, attention on a GPU
+        needs no mask. Router `domain` requires `domain_B`, the expert of each sequence. The loss is computed here,
+        because FSDP and ZeRO gather the output layer's weights only for the duration of the call.
         """
         # A prompt is one document, so generation with a cache needs no mask.
         assert (document_BT is not None) == (self.spec.document_masks and cache is None)

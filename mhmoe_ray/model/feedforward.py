@@ -19,8 +19,7 @@ class CastingModule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.step_casts: tuple[Tensor, ...] | None = None
-        """Parameters, already cast, that a training step keeps for all of its micro-batches; None if it keeps none."""
+        self.step_casts: tuple[Tensor, ...] | None = None  # parameters, cast once for all micro-batches of a step
 
     def cast_weights(self) -> tuple[Tensor, ...]:
         """Return all parameters, in the order of their registration, in autocast's dtype if autocast is on."""
@@ -53,13 +52,11 @@ class SharedExpert(NamedTuple):
     """Shared expert of a layer, with its input. Expert parallelism can compute it while rows travel between ranks."""
 
     layer: FeedForward
-    x_BTM: Tensor
-    """Hidden states of whole tokens, before they are split into sub-tokens."""
+    x_BTM: Tensor  # whole tokens, before they are split into sub-tokens
 
 
 def matrix_names(model: nn.Module) -> set[str]:
-    """Return the names of all parameters that are matrices or stacks of experts' matrices; biases and norms are left
-    out."""
+    """Return the names of all matrices and stacks of experts' matrices; biases and norms are left out."""
     return {
         name
         for path, module in model.named_modules()
@@ -71,9 +68,8 @@ def matrix_names(model: nn.Module) -> set[str]:
 class Experts(CastingModule):
     """The experts of a layer that this process holds: all E experts, or some of them with expert parallelism.
 
-    Each expert computes the same function as `FeedForward`, with a sub-token's width D and hidden width F. The
-    parameters of all experts are stacked along a first dimension E, and registered in the order of the function's
-    arguments.
+    Each computes the function of `FeedForward`, with a sub-token's width D and hidden width F. The parameters of all
+    experts are stacked along a first dimension E, and registered in the order of the function's arguments.
     """
 
     def __init__(self, spec: ModelSpec, expert_ids: range) -> None:
@@ -91,33 +87,19 @@ class Experts(CastingModule):
     def forward(
         self, x_ND: Tensor, routing: Routing, dispatch: "Dispatch", shared: SharedExpert | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the result of `dispatch`: each row's sum of expert outputs weighted by gates, and the shared expert's
-        output, if there is one. With expert parallelism, the sum includes experts of other ranks."""
+        """Return the result of `dispatch`; with expert parallelism, sums include outputs of other ranks' experts."""
         # The dispatch, which sends rows to their experts, runs inside a forward of this module, because FSDP gathers
         # the module's sharded parameters only during its forward.
         return dispatch(x_ND, routing, self, shared)
 
     def compute(self, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, capacity: int | None = None) -> Tensor:
-        """Run rows through the experts of this process, and return each row's sum of outputs weighted by gates.
-
-        Args:
-            x_ND: the rows.
-            expert_NK: chosen experts of each row, counted from 0 at the first expert of this process, as in
-                `mhmoe_kernels.run_experts`.
-            gate_NK: gates of the chosen experts.
-            capacity: expert capacity in rows; None if no route is dropped.
-        """
+        """Return each row's sum of outputs weighted by gates; `expert_NK` counts from 0 at this process's first
+        expert."""
         x_ND, weights = self.cast_rows(x_ND)
         return run_experts(self.select_kernel(x_ND, weights, capacity), x_ND, expert_NK, gate_NK, weights, capacity)
 
     def select_kernel(self, x_ND: Tensor, weights: ExpertWeights, capacity: int | None = None) -> str:
-        """Return the name of the kernel that runs these rows. Rows and weights are results of `cast_rows`.
-
-        Args:
-            x_ND: rows, in the dtype and on the device of the computation.
-            weights: weights of the experts.
-            capacity: expert capacity in rows; None if no route is dropped. Kernel `capacity` cannot run without it.
-        """
+        """Return the name of the kernel for results of `cast_rows`; kernel `capacity` needs a capacity, in rows."""
         return choose_kernel(self.kernel, x_ND, weights, capacity)
 
     def cast_rows(self, x_ND: Tensor) -> tuple[Tensor, ExpertWeights]:

@@ -1,5 +1,4 @@
-"""Initial weights, which depend only on the seed, the tensor's name and the expert's global id, not on the number of
-ranks."""
+"""Initial weights, which depend only on the seed, the tensor's name and the expert's global id, not on the ranks."""
 
 import math
 from collections.abc import Callable
@@ -17,9 +16,7 @@ from mhmoe_ray.model.trunk import Trunk
 
 @torch.no_grad()
 def init_weights(model: Trunk, seed: int, on_tensor: Callable[[], None] = lambda: None) -> None:
-    """Set every parameter and buffer of `model` to its initial values, in place.
-
-    For a DTensor, only this rank's shard is set.
+    """Set every parameter and buffer of `model` to its initial values, in place; of a DTensor, only this rank's shard.
 
     | tensor | initial values |
     | --- | --- |
@@ -35,13 +32,9 @@ def init_weights(model: Trunk, seed: int, on_tensor: Callable[[], None] = lambda
     | factor of the contrastive loss | 1 / 0.07, as in CLIP |
 
     "As nn.Linear" means that weights and biases are uniform in +-n^-0.5, where n is the fan-in of the matrix. In the
-    head projection, n is d for the first layer, and h times the width of a sub-token for later layers. By default both
-    are d. The architecture may then change the initial values (`Modules.rescale_initial`), as subln does.
-
-    Args:
-        model: the model to initialize.
-        seed: seed of the run.
-        on_tensor: function that is called after each parameter, for example to show that the process is alive.
+    head projection, n is d for the first layer, and h times the width of a sub-token for later layers; by default both
+    are d. The architecture may then change the values (`Modules.rescale_initial`). `on_tensor` is called after each
+    parameter.
     """
     # Tensors are drawn one by one: at most one full tensor, or one expert of a stack, is in CPU memory at a time.
     for module_name, module in model.named_modules():
@@ -66,13 +59,8 @@ def init_weights(model: Trunk, seed: int, on_tensor: Callable[[], None] = lambda
 
 @torch.no_grad()
 def initial_tensor(model: Trunk, name: str, seed: int) -> Tensor:
-    """Return the initial values of one tensor of a model, in CPU memory, as `init_weights` sets them.
-
-    Args:
-        model: the model with all experts; it may be on the meta device.
-        name: name of a parameter or a buffer.
-        seed: seed of the run.
-    """
+    """Return the initial values of a parameter or buffer in CPU memory; `model` has all experts and may be on the meta
+    device."""
     module_name, _, tensor_name = name.rpartition(".")
     module = model.get_submodule(module_name)
     tensor = getattr(module, tensor_name)
@@ -86,17 +74,14 @@ def initial_tensor(model: Trunk, name: str, seed: int) -> Tensor:
 
 
 def _initial_expert(model: Trunk, module: Experts, name: str, template: Tensor, expert: int, seed: int) -> Tensor:
-    """Return the initial values of one expert's slice of a stacked tensor; every expert has a seed of its own."""
     return _initial_values(model, module, name, template, seeded_generator(f"{seed}:{name}.{expert}"))
 
 
 def _initial_tensor(model: Trunk, module: nn.Module, name: str, template: Tensor, seed: int) -> Tensor:
-    """Return the initial values of a full tensor that does not belong to experts."""
     return _initial_values(model, module, name, template, seeded_generator(f"{seed}:{name}"))
 
 
 def _initial_values(model: Trunk, module: nn.Module, name: str, template: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the initial values of a tensor in CPU memory, with the shape and dtype of `template`."""
     t = torch.empty(template.shape, dtype=template.dtype)
     _fill_initial_values(module, name, t, generator)
     return modules_of(model.spec).rescale_initial(name, t, layers=model.spec.layers)
@@ -130,7 +115,6 @@ def _fill_initial_values(module: nn.Module, name: str, t: Tensor, generator: tor
 
 
 def _fill_projection(module: nn.Module, name: str, t: Tensor, generator: torch.Generator) -> None:
-    """Fill a weight or a bias of a head or merge projection with its initial values, in place."""
     is_head = ".moe.head." in name
     if t.ndim == 2:
         nn.init.xavier_uniform_(t, gain=2**-0.5 if is_head else 1.0, generator=generator)
@@ -141,13 +125,12 @@ def _fill_projection(module: nn.Module, name: str, t: Tensor, generator: torch.G
 
 
 def _fill_bias(module: nn.Module, name: str, t: Tensor, generator: torch.Generator) -> None:
-    """Fill a bias with random values as nn.Linear does, in a range that depends on the fan-in of its matrix."""
     fan_in = _fan_in(module, name)
     nn.init.uniform_(t, -(fan_in**-0.5), fan_in**-0.5, generator=generator)
 
 
 def _fan_in(module: nn.Module, bias_name: str) -> int:
-    """Return the fan-in of the matrix that a bias belongs to. `module` contains the matrix and the bias."""
+    """Return the fan-in of the matrix that a bias belongs to; `module` contains both."""
     if isinstance(module, nn.Linear):
         return module.in_features
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):

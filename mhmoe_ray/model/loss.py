@@ -18,26 +18,21 @@ from mhmoe_ray.model.autocast import matmul_dtype
 from mhmoe_ray.spec.train import LOSS_CHUNKS_PER_PRODUCT
 
 PRODUCT_ROWS = {"cpu": 4096, "cuda": 32768}
-"""Number of rows of the weights' gradient that are added to its float32 sum at a time, by type of device. On a CPU,
-this many rows stay in the cache."""
+"""Rows of the weights' gradient added to its float32 sum at a time; on a CPU, this many rows stay in the cache."""
 
 
 class Targets(NamedTuple):
     """Next tokens that a decoder should predict for a batch, and which of them count in the loss."""
 
-    token_BT: Tensor
-    """Next token of each position, int64."""
-    counts_BT: Tensor
-    """Mask, bool: True for targets that count in the loss."""
+    token_BT: Tensor  # next token of each position, int64
+    counts_BT: Tensor  # bool: True for targets that count in the loss
 
 
 class Loss(NamedTuple):
     """Cross-entropy of a batch in nats, float32."""
 
-    sum: Tensor
-    """Sum over the targets that count, a scalar with gradients."""
-    token_BT: Tensor
-    """Loss of each token, without gradients; those of targets that do not count are 0."""
+    sum: Tensor  # over the targets that count, a scalar with gradients
+    token_BT: Tensor  # without gradients; 0 for targets that do not count
 
 
 def token_losses(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
@@ -57,12 +52,6 @@ def chunked_loss(x_BTM: Tensor, weight_VM: Tensor, targets: Targets, chunk_rows:
 
     Products are in autocast's dtype if autocast is on, and log-probabilities are in float32, as with all logits at
     once. The gradient of the weights is summed over chunks in float32. The loss cannot be differentiated twice.
-
-    Args:
-        x_BTM: hidden states after the last norm.
-        weight_VM: weights of the output layer.
-        targets: the next tokens.
-        chunk_rows: largest number of tokens in a chunk.
     """
     dtype = matmul_dtype(x_BTM)
     differentiable = torch.is_grad_enabled()
@@ -131,7 +120,6 @@ _apply_chunked_loss: Callable[..., tuple[Tensor, Tensor]] = _ChunkedLoss.apply
 
 
 def _add_product(sum_VM: Tensor, a_VC: Tensor, b_CM: Tensor) -> None:
-    """Add the product a @ b to a float32 sum, in place."""
     if a_VC.dtype == sum_VM.dtype:
         sum_VM.addmm_(a_VC, b_CM)
         return

@@ -35,9 +35,7 @@ def dispatch_locally(
     x_ND: Tensor, routing: Routing, experts: Experts, shared: SharedExpert | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Run sub-tokens through their experts without communication; this process must hold all experts of the layer.
-
-    Return each sub-token's sum of expert outputs weighted by gates, and the shared expert's output, if there is one.
-    """
+    Return each sub-token's sum of expert outputs weighted by gates, and the shared expert's output, if there is one."""
     y_ND = experts.compute(x_ND, routing.expert_NK, routing.gate_NK, routing.capacity)
     return y_ND, None if shared is None else shared.layer(shared.x_BTM)
 
@@ -71,20 +69,14 @@ class MoELayer(nn.Module):
 
     router: Router
     experts: Experts
-    dispatch: Dispatch
-    """Function that sends sub-tokens to their experts. Expert parallelism replaces the default, `dispatch_locally`."""
+    dispatch: Dispatch  # sends sub-tokens to experts; expert parallelism replaces `dispatch_locally`
 
 
 class MultiHeadMoE(MoELayer):
     """Mixture-of-experts layer that splits each token into sub-tokens and sends each sub-token to its top-k experts."""
 
     def __init__(self, spec: ModelSpec, expert_ids: range | None = None) -> None:
-        """Create the layer with uninitialized weights.
-
-        Args:
-            spec: model spec; its `moe` section must be present.
-            expert_ids: global ids of the experts that this process holds; by default all.
-        """
+        """Create the layer with uninitialized weights and the experts of `expert_ids`, by default all."""
         super().__init__()
         moe = spec.moe
         assert moe is not None
@@ -104,14 +96,9 @@ class MultiHeadMoE(MoELayer):
         domain_B: Tensor | None = None,
         group_tokens: Sequence[int] = (),
     ) -> tuple[Tensor, Routing]:
-        """Return the output (B, T, M) of the layer, and its routing.
-
-        Args:
-            x_BTM: hidden states of the tokens.
-            generator: generator of the router's randomness and of dropout in training; None in evaluation.
-            domain_B: index of each sequence's expert; only router `domain` uses it.
-            group_tokens: number of tokens of each modality or task, for routers that treat them separately.
-        """
+        """Return the output (B, T, M) of the layer, and its routing. The generator of the router and of dropout is None
+        in evaluation. Only router `domain` uses `domain_B`; `group_tokens` has the number of tokens of each modality or
+        task."""
         x = self.head(x_BTM)
         x_ND = x.reshape(-1, x.shape[-1] // self.heads)
         group_rows = [count * self.heads for count in group_tokens]
@@ -133,8 +120,8 @@ class MultiHeadMoE(MoELayer):
     def _run_experts(
         self, x_ND: Tensor, routing: Routing, generator: torch.Generator | None, shared: SharedExpert | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return each sub-token's sum of expert outputs weighted by gates, and the output of the shared expert, if
-        there is one. With a generator, dropout applies to each routed expert's output before its gate."""
+        """Return each sub-token's weighted sum of expert outputs, with dropout before gates, and the shared output if
+        any."""
         if not self.dropout or generator is None:
             outputs: tuple[Tensor, Tensor | None] = self.experts(x_ND, routing, self.dispatch, shared)
             return outputs

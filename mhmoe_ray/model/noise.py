@@ -7,14 +7,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-EMBEDDING = -1
-"""Number that stands for the embedding in `Noise.generator`, where blocks have their layer numbers."""
-HEADS = -2
-"""Number that stands for the output heads in `Noise.generator`, where blocks have their layer numbers."""
+EMBEDDING = -1  # layer number of the embedding in `Noise.generator`
+HEADS = -2  # layer number of the output heads in `Noise.generator`
 
 
 def seeded_generator(name: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a new random generator, seeded by `name`. The same name gives the same random numbers in every process."""
+    """Return a new random generator that gives the same numbers for the same `name` in every process."""
     # Python's own hash of a string differs between processes.
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -32,8 +30,8 @@ class Noise:
 
 
 def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
-    """Return x with each entry set to zero with probability `rate`, and the rest divided by 1 - rate. If the generator
-    is None or the rate is 0, return x itself."""
+    """Return x with entries set to zero with probability `rate` and the rest divided by 1 - rate; x itself without
+    generator."""
     if not rate or generator is None:
         return x
     # The mask is drawn in float32, so that it does not depend on the dtype of x.
@@ -43,11 +41,8 @@ def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor
 
 @contextmanager
 def default_generator_from(generator: torch.Generator | None) -> Iterator[None]:
-    """Let operations inside the context draw from `generator`, even those that only use the device's default generator.
-
-    Afterwards `generator` has advanced, and the default generator has its previous state. Without a generator the
-    context does nothing.
-    """
+    """Let operations in the context draw from `generator` as the device's default one, and then restore the default
+    state. `generator` has advanced afterwards; None changes nothing."""
     # The state of a generator is on the host even if its device is a GPU, so copying the state does not wait for the
     # GPU.
     if generator is None:

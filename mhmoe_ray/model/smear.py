@@ -1,16 +1,16 @@
-"""SMEAR, soft merging of experts with adaptive routing (arXiv 2306.03745): each sample has an expert of its own, which
-is a weighted average of all experts.
+"""SMEAR, soft merging of experts with adaptive routing (arXiv 2306.03745): a weighted average of experts for each
+sample.
 
     positions of a sample (U, M) -> mean without padding -> norm -> logits -> softmax -> probabilities (E)
     weights of experts (E, F, M) -> average by probabilities (F, M) -> merged expert, which computes all U positions
 
-There is no discrete choice, so the router learns by gradients alone. It needs neither an expert capacity nor a load
-balancing loss. The router averages over whole samples, so the layer is for encoders only.
+There is no discrete choice, so the router learns by gradients alone, without an expert capacity or a balancing loss. It
+averages over whole samples, so the layer is for encoders only.
 
 The router is that of the authors' code (github.com/r-three/smear, class Router of adapter_utils.py) with the settings
-of the authors' runs: the mean passes a layer norm, and so does each expert's row of the router's weights. The gain of
-the norm of rows starts at 0.01. There is no bias. The authors' norm of rows has a bias vector as well. It is left out
-here, because it adds the same number to the logits of all experts and so cannot change a softmax.
+of their runs: the mean passes a layer norm, and so does each expert's row of the router's weights, with a gain that
+starts at 0.01. There is no bias. The bias vector of their norm of rows is left out, because it adds the same number to
+the logits of all experts and so cannot change a softmax.
 
 Probabilities are computed in float32 or wider. Weights are merged in the precision of matrix products.
 
@@ -37,13 +37,6 @@ class SmearScores(LinearScores):
     """Module that computes the logits of router `smear`: the normalized mean of a sample times normalized weights."""
 
     def __init__(self, width: int, moe: MoESpec, eps: float) -> None:
-        """Create uninitialized parameters.
-
-        Args:
-            width: D, the width of a sample's mean.
-            moe: spec of the layer.
-            eps: value added to variances in the norms.
-        """
         super().__init__(width, moe)
         self.eps = eps
         self.norm_weight_D, self.norm_bias_D = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
@@ -71,13 +64,7 @@ class SmearRouter(Router):
         domain_B: Tensor | None = None,
         group_rows: Sequence[int] = (),
     ) -> Routing:
-        """Return a routing in which each sample goes to all experts, with the experts' probabilities as gates.
-
-        Args:
-            x_ND: the mean of each sample.
-            generator: random generator of expert dropout; None disables it.
-            sequences, domain_B, group_rows: not used.
-        """
+        """Return a routing of each sample, given its mean, to all experts, with their probabilities as gates."""
         # Autocast would compute logits in bfloat16, in which many different logits become equal.
         with torch.autocast(x_ND.device.type, enabled=False):
             probability_NE = self.scores(widen(x_ND)).softmax(-1)
@@ -94,8 +81,7 @@ class SmearRouter(Router):
         )
 
     def _drop_experts(self, probability_NE: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Apply expert dropout: leave out some experts of each sample at random, and rescale the other probabilities to
-        a sum of 1."""
+        """Leave out some experts of each sample at random, and rescale the other probabilities to a sum of 1."""
         rate = self.moe.expert_dropout
         if not rate or generator is None:
             return probability_NE
@@ -107,18 +93,10 @@ class SmearRouter(Router):
 
 
 class MergedExperts(MoELayer):
-    """Mixture-of-experts layer with router `smear`, which merges all experts into one expert for each sample.
-
-    Its parameters have the same names as those of a `MultiHeadMoE` with one head.
-    """
+    """Mixture-of-experts layer with router `smear`, which merges all experts into one expert for each sample. Its
+    parameters have the same names as those of a `MultiHeadMoE` with one head."""
 
     def __init__(self, spec: ModelSpec, expert_ids: range | None = None) -> None:
-        """Create the layer with uninitialized weights.
-
-        Args:
-            spec: model spec; its `moe` section must have router `smear`.
-            expert_ids: global ids of the experts that this process holds, which must be all of them.
-        """
         super().__init__()
         moe = spec.moe
         assert moe is not None
@@ -132,16 +110,12 @@ class MergedExperts(MoELayer):
     def forward(
         self, samples: Sequence[Tensor], masks: Sequence[Tensor | None], generator: torch.Generator | None = None
     ) -> tuple[list[Tensor], Routing]:
-        """Return the outputs of all positions, and the routing of samples.
+        """Return the outputs of all positions in sets of samples (B, U, M), and the routing, with one row for each
+        sample.
 
-        The routing has one row for each sample, with all experts. Its `count_E` counts positions, padding included: all
-        positions of a sample count for the sample's most probable expert. The counts thus show whether the router
-        prefers some experts, although all experts contribute to each position.
-
-        Args:
-            samples: sets of samples, (B, U, M) each. The samples of a set have the same length U.
-            masks: mask of each set that is added to attention scores, (B, 1, 1, U), or None if the set has no padding.
-            generator: generator of expert dropout and of dropout in training; None in evaluation.
+        A mask, (B, 1, 1, U), is added to attention scores; None means no padding. `count_E` counts positions, padding
+        included, all for their sample's most probable expert. It shows whether the router prefers some experts,
+        although all experts contribute to each position.
         """
         lengths = [x_BUM.shape[:2] for x_BUM in samples]
         x_NM = torch.cat([x_BUM.flatten(0, 1) for x_BUM in samples])
@@ -175,15 +149,8 @@ def run_merged(
     *,
     lengths: Sequence[torch.Size],
 ) -> tuple[Tensor, None]:
-    """Run the positions of each sample through the sample's merged expert. This is the dispatch of router `smear`.
-
-    Args:
-        x_NM: hidden states at the positions of all samples.
-        routing: routing of samples to all experts.
-        experts: all experts of the layer.
-        shared: not used.
-        lengths: for each set of samples, the number of samples and the number of positions of one sample.
-    """
+    """Run positions through their sample's merged expert, as the dispatch of router `smear`; `lengths` has (B, U) of
+    each set."""
 
     def run(x_NM: Tensor, probability_SE: Tensor) -> Tensor:
         x_NM, weights = experts.cast_rows(x_NM)

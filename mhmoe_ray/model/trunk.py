@@ -32,9 +32,7 @@ class RecomputedParts(NamedTuple):
     """Choice of what the backward pass recomputes of one transformer block, to save memory."""
 
     block: bool
-    """True if the backward recomputes the whole block."""
-    attention: bool
-    """True if the backward recomputes only the attention part of the block, not the feed-forward layer or experts."""
+    attention: bool  # only the attention part, not the feed-forward layer or experts
 
 
 class Trunk(nn.Module, ABC):
@@ -46,12 +44,10 @@ class Trunk(nn.Module, ABC):
         super().__init__()
         self.spec = spec
         self.recompute: Recompute = "none"
-        """Part of each block that training recomputes in the backward; `TrainSpec.recompute` explains the values.
-        Experts also recompute their hidden activations, independently of this: see `MoESpec.recompute`."""
-        self.residual_dtype: torch.dtype | None = None
-        """Dtype of the residual stream between blocks. None keeps the dtype of embeddings, float32 or wider."""
+        """Part of each block to recompute (`TrainSpec.recompute`); `MoESpec.recompute` is about experts' hidden
+        activations."""
+        self.residual_dtype: torch.dtype | None = None  # None keeps the dtype of embeddings, float32 or wider
         self.is_compiled = False
-        """True if torch.compile compiles the blocks."""
 
     @abstractmethod
     def final_norms(self) -> list[nn.Module]:
@@ -65,14 +61,9 @@ class Trunk(nn.Module, ABC):
         return RecomputedParts(is_whole, recompute == "exchange" and not is_whole)
 
     def compile_blocks(self, **options: Any) -> None:
-        """Set up torch.compile for each block, in place; a block is compiled at its first call.
-
-        The exchange of rows between ranks is not compiled. It divides a block into parts, which are compiled
-        separately. The model must not draw random numbers, as dropout does.
-
-        Args:
-            options: options of torch.compile.
-        """
+        """Set up torch.compile for each block, in place; a block is compiled at its first call. The exchange of rows
+        between ranks divides a block into parts and is not compiled. The model must not draw random numbers, as dropout
+        does."""
         allow_compilation()
         for layer in self.moe_layers():
             if layer.dispatch is not dispatch_locally:
@@ -87,10 +78,8 @@ class Trunk(nn.Module, ABC):
         return [m for m in self.modules() if isinstance(m, MoELayer)]
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """Return all tensors that a checkpoint stores as `weights`, by name and detached: parameters and buffers.
-
-        These buffers are the selection biases by which routers balance the load of experts.
-        """
+        """Return all tensors that a checkpoint stores as `weights`, by name and detached: parameters and selection
+        biases."""
         training_buffers = self.training_buffers()
         tensors = (*self.named_parameters(), *self.named_buffers())
         return {name: t.detach() for name, t in tensors if name not in training_buffers}
@@ -114,13 +103,7 @@ def recompute_in_backward(function: Callable[..., R], *inputs: Tensor) -> R:
 
 
 def routing_loss(spec: ModelSpec, routing: list[Routing]) -> Tensor:
-    """Return the load balancing loss and the router z-loss of a micro-batch, weighted by the spec and summed over
-    layers.
-
-    Args:
-        spec: spec of the model, which must have experts.
-        routing: result of the router of each mixture-of-experts layer.
-    """
+    """Return the load balancing loss and the router z-loss of a micro-batch, weighted and summed over layers."""
     assert spec.moe is not None
     layers = [spec.moe.balance_weight * r.balance_loss + spec.moe.z_weight * r.z_loss for r in routing]
     return torch.stack(layers).sum()

@@ -9,11 +9,8 @@ from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
 def activation_bytes_per_token(spec: RunSpec, size: int) -> int:
     """Return the bytes per token that all blocks and the last norm keep from forward to backward.
 
-    With `train.recompute`, these bytes include all that the largest recomputed block keeps during its recomputation.
-
-    Args:
-        spec: spec of the run.
-        size: bytes per value in matrix products.
+    With `train.recompute`, they include all that the largest recomputed block keeps during its recomputation. `size` is
+    the bytes per value in matrix products.
     """
     model = planned_model(spec)
     moe = model.moe
@@ -40,7 +37,6 @@ def activation_bytes_per_token(spec: RunSpec, size: int) -> int:
 
 
 def _expert_dropout_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
-    """Return the bytes per token that dropout keeps for the backward in the experts of one layer."""
     # Masks have one byte per value. Outputs of experts are kept before and after dropout, because gates apply after it.
     # Router smear applies no gates to the outputs of experts, so only the masks are kept for it.
     outputs = model.joined_width * moe.top_k
@@ -49,7 +45,6 @@ def _expert_dropout_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
 
 
 def _attention_bytes(model: ModelSpec, size: int) -> int:
-    """Return the bytes per token that one attention layer saves for the backward."""
     saved_bytes = model.architecture.attention_saved_bytes(
         model.query_width, model.kv_width, model.attention_heads, size
     )
@@ -63,10 +58,7 @@ def _attention_bytes(model: ModelSpec, size: int) -> int:
 
 
 def static_layout_bytes(spec: RunSpec, size: int) -> int:
-    """Return the bytes of the masks and slots of kernel `capacity` in all layers that keep them at the same time.
-
-    The result is 0 for other kernels.
-    """
+    """Return the bytes of kernel `capacity`'s masks and slots in all layers that keep them at the same time, else 0."""
     # The bytes are those of the N x E x C masks (rows x experts x slots) of each choice and of their sums, and those of
     # the rows and hidden rows of every slot.
     model, moe = spec.model, spec.model.moe
@@ -85,11 +77,10 @@ def static_layout_bytes(spec: RunSpec, size: int) -> int:
 
 
 def merged_expert_bytes(spec: RunSpec, size: int) -> int:
-    """Return the bytes of the averaged experts of router smear in all layers that keep them at the same time.
+    """Return the bytes of the averaged experts of router smear in all layers that keep them at the same time, else 0.
 
-    The result is 0 for other routers. Router smear averages all experts of a layer into one expert for each sample.
-    These experts are weights, so their size does not depend on the lengths of samples. Their gradients, which take as
-    much memory for one layer at a time, are left out.
+    There is one averaged expert per layer and sample. It consists of weights, so its size does not depend on the
+    sample's length. The gradients, which take as much memory for one layer at a time, are left out.
     """
     model = spec.model
     if model.moe is None or model.moe.router != "smear":
@@ -99,18 +90,12 @@ def merged_expert_bytes(spec: RunSpec, size: int) -> int:
 
 
 def _kept_mixture_layers(spec: RunSpec) -> int:
-    """Return how many mixture-of-experts layers at the same time keep the values of their experts for the backward.
-
-    If the backward recomputes experts, only the layer that is being recomputed keeps them.
-    """
+    """Return the number of expert layers that keep values at a time: all, or only the one that is being recomputed."""
     return spec.model.moe_layers if spec.train.recompute == "none" else 1
 
 
 def _expert_hidden_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
-    """Return the bytes that an expert saves for the hidden row of one route, as a mean over all routes.
-
-    Routes whose hidden rows are recomputed save nothing.
-    """
+    """Return the bytes that an expert saves for the hidden row of one route, as a mean over all routes."""
     has_manual_backward = moe.kernel_limits.kept_rows == "as configured"
     saved_bytes = (
         model.architecture.grouped_hidden_saved_bytes if has_manual_backward else model.architecture.hidden_saved_bytes
@@ -120,7 +105,7 @@ def _expert_hidden_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
 
 
 def _router_bytes(moe: MoESpec, width: int) -> int:
-    """Return the bytes per sub-token that the router saves for the backward: logits, probabilities and other values."""
+    """Return the bytes per sub-token that the router saves for the backward."""
     values = 2 * moe.experts + moe.router_sizes(width).saved_values
     if moe.scoring == "sigmoid":
         # Scores are divided by their sum for the load balancing loss, and gates by theirs for the experts.
@@ -129,11 +114,7 @@ def _router_bytes(moe: MoESpec, width: int) -> int:
 
 
 def _smear_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
-    """Return the bytes per token that a layer with router smear saves for the backward.
-
-    Router smear averages all experts into one expert for each sample. These averaged experts, and all that the router
-    saves for each sample, are left out.
-    """
+    """Return the bytes per token that router smear saves in a layer, without averaged experts and values per sample."""
     d, architecture = model.d_model, model.architecture
     # The experts read a joined copy of the rows of all samples. So the result of the norm before the layer is saved
     # only if a dense feed-forward layer beside the experts reads it.
@@ -151,10 +132,7 @@ def _smear_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
 
 
 def _moe_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
-    """Return the bytes per token that one mixture-of-experts layer saves for the backward.
-
-    The slots of kernel `capacity` and the masks of dropout are left out.
-    """
+    """Return the bytes per token that a layer saves, without slots of kernel `capacity` and masks of dropout."""
     d, joined_width, routes = model.d_model, model.joined_width, moe.heads * moe.top_k
     if moe.router == "smear":
         return _smear_bytes(model, moe, size)

@@ -37,12 +37,11 @@ class DecoderSizes(FamilySizes):
     def loss_bytes(self, spec: RunSpec) -> int:
         """Return the bytes that the loss needs temporarily.
 
-        If all logits exist at once, these are the gradients of log-probabilities and of logits, both in float32.
-
-        A chunked loss holds, in float32, the logits and the log-probabilities of a chunk, the log-probabilities of the
-        chunk before it, and the gradient of the output layer. In the precision of matrix products, it holds the
-        gradients of the logits of one product, which covers several chunks in bfloat16. It also holds a copy of the
-        output layer in this precision, unless ranks gather the layer's weights in the same precision.
+        If all logits exist at once, these are the float32 gradients of log-probabilities and logits. A chunked loss
+        holds, in float32, the logits and log-probabilities of a chunk, the log-probabilities of the chunk before it,
+        and the gradient of the output layer. In the precision of matrix products, it holds the gradients of the logits
+        of one product, which covers several chunks in bfloat16, and a copy of the output layer unless ranks gather it
+        in this precision.
         """
         tokens, vocab_size = spec.tokens_per_micro_batch, spec.model.vocab_size
         if spec.train.loss_chunk_rows is None:

@@ -29,8 +29,8 @@ from mhmoe_ray.spec import RunSpec
 
 COMPUTE, MEMORY, LATENCY, LAUNCHES = "compute", "memory bandwidth", "latency", "launches of kernels"
 LINK_NAMES = {"node": "links within nodes", "domain": "links between nodes", "between": "links between domains"}
-"""Names of the link classes, by their key in `cluster.network`. They and the four names COMPUTE, MEMORY, LATENCY and
-LAUNCHES are the resources that may bound the time of a computation or an exchange."""
+"""Names of the link classes, by key of `cluster.network`. They and the four names above are the resources that may
+bound a time."""
 REMEDIES = {
     COMPUTE: "more or faster GPUs, or a smaller model, shorten it",
     MEMORY: "a larger train.micro_batch_size with fewer train.micro_batches reads the weights less often",
@@ -42,7 +42,7 @@ REMEDIES = {
         "between"
     ]: "cluster.dispatch: hierarchical, or an expert group within a domain (cluster.ep), spares them",
 }
-"""Advice that shortens a computation or an exchange of rows, by the name of the resource that bounds its time."""
+"""Advice that shortens a computation or an exchange of rows, by the resource that bounds its time."""
 UPDATE, WEIGHTS, GRADIENTS = "update of weights", "weights of ", "gradients of "
 STATE_REMEDIES = {
     UPDATE: "more tokens per step (train.micro_batches) update less often, and sharding (cluster.strategy) shares it",
@@ -54,13 +54,12 @@ STATE_REMEDIES = {
 
 
 class StepTime(NamedTuple):
-    """Time of one part of a training step, such as the experts or the exchange of gradients."""
+    """Time per training step of one part, such as the experts or the exchange of gradients."""
 
     name: str
     seconds: float
-    """Seconds that the part takes in each training step."""
     bound: str
-    """Name of the resource that bounds the time, such as "compute"."""
+    """Name of the resource that bounds the time."""
 
     @property
     def remedy(self) -> str:
@@ -75,11 +74,9 @@ class Estimate(NamedTuple):
     compute_times: list[StepTime]
     exchange_times: list[StepTime]
     peak_seconds: float
-    """Seconds that the FLOPs of a step on one rank take at the accelerator's peak, without recomputation."""
+    """Seconds of a rank's FLOPs in a step at the accelerator's peak, without recomputation."""
     tokens: int
-    """Number of tokens per step."""
     layout: Layout
-    """Placement of the ranks on nodes."""
 
     @property
     def sequential_seconds(self) -> float:
@@ -97,7 +94,7 @@ class Estimate(NamedTuple):
 
 
 def estimate_step_time(spec: RunSpec, layout: Layout) -> Estimate:
-    """Return an estimate of the time per training step of a run, for a given placement of its ranks on nodes."""
+    """Return an estimate of the time per training step of a run, for a given placement of its ranks."""
     rank_tokens = spec.tokens_per_step / len(layout.nodes)
     training_flops = flops_per_token(spec.model, spec.attention_length, spec.samples_per_token).training
     return Estimate(
@@ -110,11 +107,6 @@ def estimate_step_time(spec: RunSpec, layout: Layout) -> Estimate:
 
 
 def _compute_times(spec: RunSpec, tokens: float) -> list[StepTime]:
-    """Return the times per step of the parts of a rank's computation on its `tokens` tokens.
-
-    The parts are the layers other than experts, the experts if there are any, the accelerator's wait for launches of a
-    decoder's kernels if there is one, and the update of weights.
-    """
     model, moe, accelerator = spec.model, spec.model.moe, spec.cluster.accelerator
     micro_batches = tokens / spec.tokens_per_micro_batch
     flops_rate = accelerator.peak_flops(spec.train.precision) * accelerator.flops_share
@@ -171,7 +163,6 @@ def _cost_factor(spec: RunSpec, part: str) -> float:
 
 
 def _exchange_times(spec: RunSpec, layout: Layout) -> list[StepTime]:
-    """Return the times per step of all exchanges between ranks; those of expert parallelism are summed into one."""
     dispatch_times = [exchange_time(exchange, spec, layout) for exchange in dispatch_exchanges(spec, layout)]
     times = [exchange_time(exchange, spec, layout) for exchange in reduction_exchanges(spec, layout)]
     if dispatch_times:
@@ -181,11 +172,7 @@ def _exchange_times(spec: RunSpec, layout: Layout) -> list[StepTime]:
 
 
 def exchange_time(exchange: Exchange, spec: RunSpec, layout: Layout) -> StepTime:
-    """Return the time per step of all calls of an exchange, which is a collective operation between ranks.
-
-    The result's `bound` is the slowest class of links, or latency if the latencies of the messages together take longer
-    than the transfer of their bytes.
-    """
+    """Return the time per step of an exchange; its bound is the slowest link class, or latency if that takes longer."""
     network, transfer_seconds, latency = spec.cluster.network, {}, 0.0
     for name, load in zip(LinkLoads._fields, exchange.links, strict=True):
         link = getattr(network, name)

@@ -1,7 +1,4 @@
-"""Predictions for the experts of a layer: the kernel that `auto` selects, FLOPs and bytes, and dropped routes.
-
-The expert step is the computation of a layer's experts on one micro-batch.
-"""
+"""Predictions for a layer's experts on one micro-batch: the kernel for `auto`, FLOPs and bytes, and dropped routes."""
 
 import math
 from typing import NamedTuple
@@ -18,8 +15,7 @@ ASSUMED_MAJOR = 9
 def assumed_kernel(spec: RunSpec) -> KernelName | None:
     """Return the kernel that will probably compute the experts; None for a dense model and for the router `smear`.
 
-    The router `smear` needs no such kernel. It averages the experts into one expert for each sample, and torch computes
-    the averaged experts as batched matrix products.
+    The router `smear` needs no kernel: torch computes its averaged experts as batched matrix products.
     """
     # `mhmoe_kernels.choose_kernel` would need the run's hardware, so its choice for `auto` is predicted: on GPUs, that
     # for an H100, and on CPUs, grouped. On CPUs with AMX the run chooses cpp instead, which needs less memory.
@@ -35,10 +31,7 @@ def assumed_kernel(spec: RunSpec) -> KernelName | None:
 
 
 def may_use_cpp(spec: RunSpec) -> bool:
-    """Return whether a run on CPUs with AMX (Intel's matrix units) would get the kernel `cpp`.
-
-    It gets this kernel if the spec's kernel is `auto`, and its sizes, expert function and precision allow `cpp`.
-    """
+    """Return whether a run on CPUs with AMX (Intel's matrix units) would get the kernel `cpp` for `auto`."""
     model, moe, limits = spec.model, spec.model.moe, KERNELS["cpp"]
     if moe is None or moe.kernel != "auto" or moe.router == "smear" or spec.cluster.gpus_per_worker:
         return False
@@ -48,10 +41,7 @@ def may_use_cpp(spec: RunSpec) -> bool:
 
 
 def planned_model(spec: RunSpec) -> ModelSpec:
-    """Return the model of a run with the kernel of `assumed_kernel` in place of `auto`.
-
-    The model also has the value of `moe.recompute` that applies under `train.recompute` (`RunSpec.computed_model`).
-    """
+    """Return the run's model (`RunSpec.computed_model`) with the kernel of `assumed_kernel` in place of `auto`."""
     model, kernel = spec.computed_model, assumed_kernel(spec)
     if model.moe is None or kernel is None:
         return model
@@ -59,19 +49,15 @@ def planned_model(spec: RunSpec) -> ModelSpec:
 
 
 class ExpertStep(NamedTuple):
-    """Rows, FLOPs and bytes of the forward of one micro-batch through the experts of one layer.
-
-    With expert parallelism, the numbers are those of one rank under uniform routing.
-    """
+    """Rows, FLOPs and bytes of a micro-batch's forward through a layer's experts, on a rank under uniform routing."""
 
     rows: int
-    """Number of routed rows N * h * k, each of a sub-token's width: N tokens with h sub-tokens and k experts each."""
+    """Number of routed rows N * h * k, each of a sub-token's width."""
     flops: int
     """FLOPs of the matrix products; a multiply-add counts as two."""
     bytes: int
-    """Bytes that the matrix products read and write: the rows that are read, the hidden rows that are written and read
-    again, the result rows that are written, and the weights of the rank's experts. The count assumes that the products
-    are fused with the other operations between them."""
+    """Bytes of the rows read, the hidden rows written and read again, the results written, and the weights of the
+    rank's experts, if the products are fused with the operations between them."""
 
     @property
     def intensity(self) -> float:
@@ -82,8 +68,7 @@ class ExpertStep(NamedTuple):
 def expert_step(spec: RunSpec) -> ExpertStep | None:
     """Return the rows, FLOPs and bytes of a layer's experts for one micro-batch of a run; None for a dense model.
 
-    With the router `smear`, FLOPs and bytes include averaging all experts into one expert for each sample: all experts
-    are read, and each sample's averaged expert is written and read.
+    With the router `smear`, all experts are read, and each sample's averaged expert is written and read.
     """
     model, moe = spec.model, spec.model.moe
     if moe is None:
@@ -101,13 +86,8 @@ def expert_step(spec: RunSpec) -> ExpertStep | None:
 def expected_drop_share(moe: MoESpec, rows: int) -> float:
     """Return the share of routes that an expert capacity drops if each row chooses its k experts uniformly at random.
 
-    Compared with such random choices, a router that prefers some experts drops more routes, and a router with more even
-    loads drops fewer. With `second_expert: random` the share is an upper bound, because second choices that are left
-    out need no slot. The share is 0 if routing is dropless.
-
-    Args:
-        moe: `moe` section of the spec.
-        rows: number of rows that are routed together, those of a micro-batch.
+    A router that prefers some experts drops more, and one with more even loads fewer. With `second_expert: random` the
+    share is an upper bound, because second choices that are left out need no slot. `rows` are those of a micro-batch.
     """
     # The load of an expert is binomially distributed, with `rows` draws of probability k / E.
     capacity, p = moe.expert_capacity(rows), moe.top_k / moe.experts
@@ -126,6 +106,5 @@ def expected_drop_share(moe: MoESpec, rows: int) -> float:
 
 
 def _binomial_probability(load: int, rows: int, p: float) -> float:
-    """Return the binomial probability that an expert gets `load` of `rows` rows, each with probability p."""
     log_ways = math.lgamma(rows + 1) - math.lgamma(load + 1) - math.lgamma(rows - load + 1)
     return math.exp(log_ways + load * math.log(p) + (rows - load) * math.log1p(-p))

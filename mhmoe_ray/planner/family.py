@@ -21,7 +21,6 @@ class Part(NamedTuple):
 
     name: str
     layers: int
-    """Number of layers of this kind."""
     parameters: int
     active: int
     """Number of parameters that one token's forward pass uses."""
@@ -78,16 +77,16 @@ class FamilySizes(ABC):
 
 
 def sizes_of(model: ModelSpec) -> FamilySizes:
-    """Return the sizes of the family of a model."""
+    """Return the sizes of a model's family."""
     sizes: type[FamilySizes] = model.family.part("sizes")
     return sizes()
 
 
 def bytes_of(precision: Precision) -> int:
-    """Return the number of bytes that a value takes in a precision."""
+    """Return the bytes per value of a precision."""
     return 2 if precision == "bfloat16" else FLOAT32
 
 
 def all_active(parameters: int) -> tuple[int, int]:
-    """Return the fields `parameters` and `active` of a part whose parameters are all used for every token."""
+    """Return `parameters` and `active` of a part whose parameters are all used for every token."""
     return parameters, parameters

@@ -1,8 +1,7 @@
 """The number of GPU kernels that a rank launches for the forward and backward of a decoder's micro-batch.
 
-The constants below, and those of each architecture (`dense_launches`, `mixture_launches`), are numbers of operations
-that torch dispatches. tests/planner/test_launches.py compares their sums with those of a real model. A compiled model
-(`train.compile`) launches fewer kernels.
+The constants here and in each architecture (`dense_launches`, `mixture_launches`) are numbers of operations that torch
+dispatches; tests/planner/test_launches.py compares their sums with a real model. A compiled model launches fewer.
 """
 
 from mhmoe_ray.architectures import ARCHITECTURES
@@ -10,20 +9,17 @@ from mhmoe_ray.planner.expert_step import assumed_kernel
 from mhmoe_ray.spec import RunSpec
 
 OUTSIDE_BLOCKS = 58
-"""Number of launches per micro-batch outside the model's blocks, forward and backward: embedding, output and loss."""
+"""Number of launches per micro-batch outside blocks: embedding, output and loss."""
 LOSS_CHUNK = 14
-"""Number of launches per chunk of the loss (`train.loss_chunk_rows`)."""
+"""Number of launches per chunk of the loss."""
 HEAD_PROJECTIONS = 18
-"""Number of launches for the head and merge projections of a multi-head layer, forward and backward."""
+"""Number of launches for a layer's head and merge projections, forward and backward."""
 LOOP_BLOCK, LOOP_EXPERT = 120, 19
-"""Numbers of launches if experts run one after another: for a block without its experts, and for each expert."""
+"""Numbers of launches of a loop over experts: for a block without its experts, and for each expert."""
 
 
 def launches_per_micro_batch(spec: RunSpec) -> int:
-    """Return the number of GPU kernels that a rank launches for the forward and backward of a micro-batch.
-
-    The model must be a decoder.
-    """
+    """Return the number of kernels that a rank launches for a decoder's micro-batch."""
     model, moe, kernel = spec.model, spec.model.moe, assumed_kernel(spec)
     dense_blocks, mixture_blocks = model.layers - model.moe_layers, model.moe_layers
     architecture = ARCHITECTURES[model.backbone]

@@ -1,7 +1,4 @@
-"""Search for experts that match a reference model in compute, parameters or both, and comparison of two models.
-
-The search finds the expert width and the number of experts.
-"""
+"""Search for the width and number of experts that match a reference model, and comparison of two models."""
 
 import math
 from bisect import bisect_left
@@ -36,7 +33,7 @@ SOLVED_KEYS = {"flops": {"d_expert"}, "params": {"d_expert"}, "both": {"d_expert
 """Keys of the `moe` section that a match solves for, by the value of `MatchSpec.by`."""
 
 TOLERANCE = 0.04
-"""Largest relative change of a value by rounding. If rounding would change it more, a smaller multiple is tried."""
+"""Largest relative change of a value by rounding. For a larger one, a smaller multiple is tried."""
 SEARCH_LIMIT = 1 << 20
 """Upper bound of the search, above any expert width or number of experts."""
 
@@ -46,19 +43,9 @@ def solve_match(
 ) -> tuple[int, int]:
     """Return the expert width f and the number of experts E with which `model` matches a reference model.
 
-    The match generalizes equations 8 and 9 of arXiv 2411.16205 to any layers and options. If it solves for only one of
-    the two numbers, the other one is returned with its value in `model`.
-
-    Args:
-        model: the model to solve for; its values of the solved keys are ignored.
-        reference: the model to match.
-        match: quantities to match, and the multiple for rounding.
-        fixed_keys: keys of SOLVED_KEYS that keep their value in `model`; with `by: both`, the other key is still
-            solved.
-        ep: size of the expert-parallel groups, which must divide the number of experts.
-
-    Raises:
-        SpecError: no width, or no number of experts, matches the reference.
+    The match generalizes equations 8 and 9 of arXiv 2411.16205 to any layers and options. A number that it does not
+    solve for, or whose key is in `fixed_keys`, keeps its value in `model`. `ep` divides E. A match without a solution
+    is a SpecError.
     """
     moe = model.moe
     assert moe is not None
@@ -82,13 +69,8 @@ def solve_match(
 def matched_heads(plain: ModelSpec, heads: int, top_k: int | None = None) -> ModelSpec:
     """Return the multi-head counterpart of a plain mixture-of-experts model, matched in multiply-adds and parameters.
 
-    Args:
-        plain: a model whose experts compute on whole tokens.
-        heads: h, the number of sub-tokens per token.
-        top_k: number of experts per sub-token; by default h, as in the models of arXiv 2411.16205.
-
-    Raises:
-        SpecError: the model's width does not split into `heads` equal parts, or no width or number of experts matches.
+    By default `top_k` equals `heads`, as in arXiv 2411.16205. A width that does not split into `heads` equal parts and
+    a match without a solution are SpecErrors.
     """
     assert plain.moe is not None
     if heads < 1 or plain.d_model % heads:
@@ -105,9 +87,8 @@ def matched_heads(plain: ModelSpec, heads: int, top_k: int | None = None) -> Mod
 def experts_without_ep(spec: RunSpec) -> int | None:
     """Return the number of experts that would match the reference's parameters if cluster.ep did not have to divide it.
 
-    The result is None unless cluster.ep prevents the match. It does so if the spec's number of experts is the multiple
-    of cluster.ep that matches best, but differs from the exact number by more than `TOLERANCE`. The result is also None
-    without a reference that has experts.
+    The result is None without a reference with experts, and unless cluster.ep prevents the match: the spec's number is
+    the multiple of cluster.ep that matches best, but it differs from the exact number by more than `TOLERANCE`.
     """
     model, reference, ep = spec.model, spec.reference_model, spec.cluster.ep
     if ep == 1 or model.moe is None or reference is None or reference.moe is None:
@@ -127,11 +108,8 @@ def _solve_key(
 ) -> int:
     """Return the rounded value of the key `key` of `moe` at which `count` of the model is nearest to `target`.
 
-    The value is a multiple of `divisor`. It is also a multiple of `match.multiple`, or of a half, a quarter or an
-    eighth of this number: the largest of these with which rounding stays within `TOLERANCE`, or else the smallest.
-
-    Raises:
-        SpecError: the model without its experts already reaches the target.
+    It is a multiple of `divisor`, and of `match.multiple` or the largest half, quarter or eighth of it with which
+    rounding stays within `TOLERANCE`.
     """
 
     def count_at(value: int) -> int:
@@ -149,10 +127,7 @@ def _solve_key(
 
 
 def _nearest_value(count_at: Callable[[int], int], target: int, step: int) -> int:
-    """Return the multiple of `step` at which `count_at` is nearest to the target.
-
-    `count_at` must not decrease as its argument grows.
-    """
+    """Return the multiple of `step` at which `count_at`, which must not decrease, is nearest to the target."""
     # The value is searched by bisection, because a count does not always grow linearly with it.
     upper_index = bisect_left(range(SEARCH_LIMIT), target, key=lambda n: count_at(n * step))
     return step * min(max(0, upper_index - 1), upper_index, key=lambda n: abs(count_at(n * step) - target))
@@ -168,7 +143,6 @@ def _replace_moe(model: ModelSpec, **moe: int) -> ModelSpec:
 
 
 def _macs_without_routers(model: ModelSpec) -> int:
-    """Return the multiply-adds per token of a model, without those of its routers."""
     counts = compute_sizes(model)
     return counts.macs_per_token - counts.router_macs_per_token
 
@@ -193,9 +167,7 @@ class Comparison(NamedTuple):
 
 
 def compare_models(model: ModelSpec, reference: ModelSpec) -> dict[str, Comparison]:
-    """Return comparisons of a model with its reference by name: parameters, multiply-adds and hidden activations.
-
-    A comparison is left out if the reference's count is 0, such as that of hidden activations in a dense model.
+    """Return comparisons of a model with its reference by name, without counts that are 0 in the reference.
 
     Equal parameters do not imply equal compute, and neither implies equal memory traffic of hidden activations.
     """

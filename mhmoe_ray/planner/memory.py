@@ -1,6 +1,4 @@
-"""The bytes of memory that a rank holds in training, computed from the spec.
-
-Tests compare these numbers with the memory of a real training step.
+"""Bytes of memory that a rank holds in training, computed from the spec. Tests compare them with a real step.
 
 The count leaves out the memory of the framework itself, of its allocator and communication buffers (including
 DeepSpeed's), and of the data stream. It also leaves out the T x T weights that attention saves where it has no fused
@@ -36,18 +34,17 @@ class Memory(NamedTuple):
     moments: int
     """Bytes of AdamW's two moments."""
     copies: int
-    """Bytes of copies of the weights in the precision of matrix products, if that precision is not float32. The copies
-    are kept from forward to backward."""
+    """Bytes of copies of the weights for matrix products in another precision than float32, kept from forward to
+    backward."""
     activations: int
     """Bytes that one micro-batch keeps from forward to backward, including the log-probabilities of all tokens."""
     logits: int
-    """Bytes that the loss needs temporarily, from `FamilySizes.loss_bytes`."""
+    """Bytes that the loss needs temporarily."""
     gathered: int
-    """Bytes of tensors that fsdp and zero3 temporarily gather from shards: the sum of `gathered_weight_bytes` and
+    """Bytes of tensors that fsdp and zero3 temporarily gather: `gathered_weight_bytes` and
     `unsharded_gradient_bytes`."""
     checkpoint_copy: int
-    """Bytes of the copy of weights and moments that is written to a checkpoint (`checkpoint_copy_bytes`). With GPUs it
-    is 0, because the copy is in the host's memory."""
+    """Bytes of the copy for a checkpoint (`checkpoint_copy_bytes`); 0 with GPUs, because it is in the host's memory."""
 
     @property
     def total(self) -> int:
@@ -60,10 +57,7 @@ class Memory(NamedTuple):
 
 
 def compute_memory(spec: RunSpec) -> Memory:
-    """Return the bytes, by kind, that one rank needs for training under uniform routing.
-
-    If the number of experts that a task chooses is adaptive, the largest number is assumed for all tasks.
-    """
+    """Return the bytes that one rank needs for training under uniform routing, with the largest top-k of all tasks."""
     spec = spec.model_copy(update={"model": spec.model.at_largest_top_k()})
     counts, sizes = compute_sizes(spec.model), sizes_of(spec.model)
     weights, gradients, moments = _state_bytes(spec, counts)
@@ -91,18 +85,15 @@ def checkpoint_bytes(spec: RunSpec) -> int:
 
 
 def checkpoint_copy_bytes(spec: RunSpec) -> int:
-    """Return the bytes of host memory for a rank's copy of the weights and moments that it writes to a checkpoint.
+    """Return the mean bytes of host memory of a rank for the weights and moments that it writes to a checkpoint.
 
-    The number is a mean over ranks. The memory stays allocated after the first checkpoint. With GPUs it is pinned.
+    The memory stays allocated after the first checkpoint. With GPUs it is pinned.
     """
     return checkpoint_bytes(spec) // spec.cluster.max_world_size
 
 
 def gathered_weight_bytes(spec: RunSpec) -> int:
-    """Return the largest number of bytes of weights that a rank holds gathered from shards at the same time.
-
-    It is 0 on a single rank, and with all strategies but fsdp and zero3.
-    """
+    """Return the most bytes of weights that fsdp or zero3 gathers from shards at a time; 0 otherwise or on one rank."""
     # fsdp gathers the current block and, in advance, the next one. The parameters outside blocks stay gathered for the
     # whole pass. For zero3, `distributed/strategies/zero.py` sets the same upper bound.
     gathers_weights = spec.cluster.strategy in ("fsdp", "zero3") and spec.cluster.max_world_size > 1
@@ -110,10 +101,7 @@ def gathered_weight_bytes(spec: RunSpec) -> int:
 
 
 def unsharded_gradient_bytes(spec: RunSpec) -> int:
-    """Return the bytes of unsharded gradients that fsdp holds in addition to the shards.
-
-    The result is 0 with other strategies or on a single rank.
-    """
+    """Return the bytes of unsharded gradients that fsdp holds in addition to the shards; 0 otherwise or on one rank."""
     if spec.cluster.strategy != "fsdp" or spec.cluster.max_world_size == 1:
         return 0
     # With one micro-batch per rank and step, the gradients of a block are reduced to shards after its backward. Only
@@ -130,15 +118,11 @@ def unsharded_gradient_bytes(spec: RunSpec) -> int:
 
 
 def _outside_bytes(spec: RunSpec) -> int:
-    """Return the bytes of the parameters outside blocks, such as the embedding, when they are gathered from shards."""
     return gathered_bytes(spec, block_sizes(spec.model).outside, float32_sizes(spec.model).outside)
 
 
 def _largest_block_bytes(spec: RunSpec) -> int:
-    """Return the bytes of the parameters of the largest block when they are gathered from shards.
-
-    Parameters that ranks do not hold in shards are left out.
-    """
+    """Return the gathered bytes of the largest block, without parameters that ranks do not hold in shards."""
     model, counts, float32_counts = spec.model, block_sizes(spec.model), float32_sizes(spec.model)
     expert_parameters = 0
     if model.moe and spec.cluster.shards_experts and spec.cluster.expert_shard_ranks > 1:
@@ -149,7 +133,7 @@ def _largest_block_bytes(spec: RunSpec) -> int:
 
 
 def _state_bytes(spec: RunSpec, counts: Sizes) -> tuple[int, int, int]:
-    """Return the bytes of weights, gradients and moments of a rank under `cluster.strategy`, as a mean over ranks."""
+    """Return the bytes of weights, gradients and moments of a rank, as a mean over ranks."""
     # Experts are sharded over the ranks of a shard group that hold the same experts, and all other tensors over all
     # ranks of the group.
     cluster = spec.cluster
@@ -174,7 +158,6 @@ def _state_bytes(spec: RunSpec, counts: Sizes) -> tuple[int, int, int]:
 
 
 def _copy_bytes(spec: RunSpec, counts: Sizes) -> int:
-    """Return the bytes of copies of the weights that matrix products use, in the precision of these products."""
     experts = counts.expert_parameters // spec.cluster.ep
     if spec.cluster.gathers_in_bfloat16:
         # Weights that are gathered in bfloat16 need no copies, so only experts that are not sharded have some.

@@ -18,8 +18,8 @@ from mhmoe_ray.planner.sizes import dense_width
 P1_EXPERTS = (8, 16, 32, 64, 128, 256)
 P1_HEADS = (2, 4, 6, 8, 12)
 P1_FITTED_WIDTHS = {8: 11_466, 16: 11_574, 32: 12_085, 64: 12_092, 128: 12_193, 256: 12_162}
-"""Expert width of the models with h = 4 heads of paper P1 (arXiv 2404.15045), by the number of experts. P1's table 11
-has numbers of parameters but no widths; these widths fit the numbers of parameters."""
+"""Expert width of P1's models with h = 4 heads, by the number of experts. It fits the numbers of parameters in P1's
+table 11, which has no widths."""
 
 _P1_TRUNK = {
     "backbone": "subln",
@@ -127,7 +127,6 @@ _STATIC: Tree = {
 
 
 def _dropless(top_k: int, normalize_gates: bool = True) -> Tree:
-    """Return the routing keys of a `moe` section like P1's, but without an expert capacity."""
     return {"router": "xmoe_torchscale", "top_k": top_k, "normalize_gates": normalize_gates}
 
 
@@ -138,10 +137,7 @@ def paper_presets() -> Mapping[str, Preset]:
 
 
 def _first_paper() -> Iterator[tuple[str, Preset]]:
-    """Yield the presets of the models of arXiv 2404.15045 by name: the dense model, X-MoE, and MH-MoE.
-
-    X-MoE and MH-MoE have a preset for each number of experts and each top-k; MH-MoE also for each number of heads.
-    """
+    """Yield P1's decoders: the dense model, X-MoE and MH-MoE."""
     train = {**_P1_TRAIN, **_TWO_SEQUENCES}
     yield "p1-dense", Preset("P1, the dense model", _P1_TRUNK, None, None, train, SEQ_LEN)
     variants = [
@@ -165,7 +161,6 @@ def _first_paper() -> Iterator[tuple[str, Preset]]:
 
 
 def _first_paper_encoders() -> Iterator[tuple[str, Preset]]:
-    """Yield the presets of the multimodal models of arXiv 2404.15045 by name: encoders of images and texts."""
     dense, trunk, train = "p1-multimodal-dense", _P1_ENCODER_TRUNK, _P1_ENCODER_TRAIN
     yield dense, Preset("P1, BEiT-3 base", trunk, None, None, train, ENCODER_SEQ_LEN)
     for experts in (8, 32):
@@ -179,14 +174,10 @@ def _first_paper_encoders() -> Iterator[tuple[str, Preset]]:
 
 
 def _p1_moe(heads: int, experts: int, routing: Tree) -> Callable[[Mapping[str, Any]], Tree]:
-    """Return a function that takes a trunk (a `model` section without `moe`) and returns P1's `moe` section for it.
+    """Return a function of a trunk that returns P1's `moe` section; a width that is not a number is a SpecError.
 
-    `routing` has the section's routing keys.
-
-    P1 is the paper arXiv 2404.15045. With one head, an expert is as wide as a dense layer. With several heads, its
-    width is the one at which the layer has as many parameters as with one head (`equal_parameter_width`). Models with
-    4 heads on the trunk of P1's decoders have `P1_FITTED_WIDTHS` instead. The function raises a SpecError if a width of
-    the trunk is not a number.
+    With one head, an expert is as wide as a dense layer; with several, its layer has as many parameters as with one
+    (`equal_parameter_width`). Models with 4 heads on the trunk of P1's decoders have `P1_FITTED_WIDTHS` instead.
     """
 
     def build_section(trunk: Mapping[str, Any]) -> Tree:
@@ -208,14 +199,8 @@ def _p1_moe(heads: int, experts: int, routing: Tree) -> Callable[[Mapping[str, A
 def equal_parameter_width(heads: int, experts: int, d: int, hidden: int) -> int:
     """Return the largest expert width at which P1's MH-MoE layer has no more parameters than its X-MoE layer.
 
-    The formula is that of paper P1 (arXiv 2404.15045), appendix D, with the biases and norms of P1's code added.
-    Routers do not count.
-
-    Args:
-        heads: number of heads h of the MH-MoE layer.
-        experts: number of experts of both layers.
-        d: width of the model.
-        hidden: width of an expert of X-MoE.
+    The formula is that of P1's appendix D, with the biases and norms of P1's code added. Routers do not count. `hidden`
+    is the width of an expert of X-MoE.
     """
     xmoe = experts * ((2 * d + 3) * hidden + d)
     projections = 2 * (d * d + d)
@@ -223,7 +208,7 @@ def equal_parameter_width(heads: int, experts: int, d: int, hidden: int) -> int:
 
 
 def _rebuttal() -> Iterator[tuple[str, Preset]]:
-    """Yield the presets of the models that the public review of arXiv 2404.15045 describes, by name."""
+    """Yield the models of P1's public review."""
     six_layers = {**_P1_TRUNK, "layers": 6}
     train = {**_P1_TRAIN, "steps": 25_000, **checkpoint_intervals(25_000)}
     for top_k in (3, 4):
@@ -251,10 +236,7 @@ def _rebuttal() -> Iterator[tuple[str, Preset]]:
 
 
 def _follow_up() -> Iterator[tuple[str, Preset]]:
-    """Yield the presets of the models of arXiv 2411.16205 by name.
-
-    Each model with experts has one preset without and one with a shared expert.
-    """
+    """Yield P2's models, those with experts once without and once with a shared expert."""
     yield "p2-dense", Preset("P2, the dense model", _P2_TRUNK, None, None, _P2_TRAIN, SEQ_LEN)
     variants: list[tuple[str, str, dict[str, int], int]] = [
         ("smoe", "SMoE", {"heads": 1, "top_k": 1, "experts": 8}, 8),
@@ -271,15 +253,7 @@ def _follow_up() -> Iterator[tuple[str, Preset]]:
 
 
 def _p2_moe(shape: Tree, eighths: int, has_shared: bool) -> Callable[[Mapping[str, Any]], Tree]:
-    """Return a function that takes a trunk (a `model` section without `moe`) and returns P2's `moe` section for it.
-
-    P2 is the paper arXiv 2411.16205.
-
-    Args:
-        shape: keys `heads`, `top_k` and `experts` of the section.
-        eighths: width of an expert, in eighths of the width of a dense layer.
-        has_shared: whether there is a shared expert, as wide as a dense layer.
-    """
+    """Return a function of a trunk that returns P2's `moe` section; `eighths` of a dense width are the expert width."""
 
     def build_section(trunk: Mapping[str, Any]) -> Tree:
         width = dense_width(trunk)
@@ -289,7 +263,6 @@ def _p2_moe(shape: Tree, eighths: int, has_shared: bool) -> Callable[[Mapping[st
 
 
 def _mixtral() -> Iterator[tuple[str, Preset]]:
-    """Yield the presets of Mixtral 8x7B by name: as published, and with 2 and 4 heads."""
     # The public review of paper P1 (arXiv 2404.15045) measured serving of MH-MoE in Mixtral. It states neither the
     # width nor the number of experts, so both are Mixtral's.
     shape: dict[str, Any] = {"experts": 8, "top_k": 2, "d_expert": 14_336, "every": 1, "normalize_gates": True}

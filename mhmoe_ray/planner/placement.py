@@ -1,7 +1,4 @@
-"""The division of ranks into expert-parallel groups, and a prediction of the nodes on which Ray places ranks.
-
-The module imports neither torch nor Ray.
-"""
+"""Expert-parallel groups of ranks, and a prediction of the nodes on which Ray places ranks, without torch or Ray."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,8 +10,7 @@ class ExpertGroups(NamedTuple):
     """Division of all ranks into expert-parallel groups."""
 
     ranks: list[list[int]]
-    """Ranks of each group in ascending order, equally many in all groups. The rank at position j of each group holds
-    the j-th share of the experts."""
+    """Ranks of each group, ascending and equally many. The rank at position j holds the j-th share of the experts."""
     straddling_indices: list[int]
     """Indices of the groups whose ranks are on more than one node."""
     cross_domain_indices: list[int]
@@ -30,15 +26,10 @@ class ExpertGroups(NamedTuple):
 
 
 def expert_groups(nodes: Sequence[str], ep: int, domains: Sequence[str] | None = None) -> ExpertGroups:
-    """Divide all ranks into expert-parallel groups of `ep` ranks; the number of ranks must be a multiple of `ep`.
+    """Divide ranks into expert-parallel groups of `ep`: first within nodes, then within domains, then anywhere.
 
-    Ranks of the same node form as many groups as possible. Remaining ranks of the same domain form groups next, and the
-    remaining ranks of all domains last. Nodes and domains are in the order of their first rank.
-
-    Args:
-        nodes: name of each rank's node.
-        ep: number of ranks per group.
-        domains: name of the domain (a rack, an NVLink domain) of each rank's node; by default there is one domain.
+    The number of ranks must be a multiple of `ep`. Nodes and domains, such as racks or NVLink domains, are in the order
+    of their first rank. By default there is one domain.
     """
     assert len(nodes) % ep == 0
     domains = domains or [""] * len(nodes)
@@ -55,14 +46,10 @@ def expert_groups(nodes: Sequence[str], ep: int, domains: Sequence[str] | None =
 
 
 def sharding_groups(expert_groups: Sequence[Sequence[int]], size: int) -> list[list[list[int]]]:
-    """Return the groups of ranks over which fsdp shards tensors, each as a list of rows of ranks.
+    """Return the groups of `size` ranks over which fsdp shards tensors, each as a list of rows of ranks.
 
     The ranks of a row hold different experts, and together all of them. The ranks of a column hold the same experts.
-
-    Args:
-        expert_groups: ranks of each expert-parallel group, as in `ExpertGroups`. Groups of the same node follow each
-            other, so that a group of the result stays on a node if it can.
-        size: number of ranks of a group of the result, a multiple of that of an expert-parallel group.
+    Expert groups of the same node must follow each other, so that a group of the result stays on a node if it can.
     """
     count = size // len(expert_groups[0])
     groups = [[list(ranks) for ranks in expert_groups[i : i + count]] for i in range(0, len(expert_groups), count)]
@@ -73,8 +60,7 @@ def sharding_groups(expert_groups: Sequence[Sequence[int]], size: int) -> list[l
 def ranks_by_node(group: Sequence[int], nodes: Sequence[str]) -> list[list[int]] | None:
     """Return the ranks of a group as one list per node, in the group's order.
 
-    The result is None if the nodes have different numbers of the group's ranks, or if the ranks of a node are not
-    consecutive in the group.
+    The result is None if the lists are not equally long, or if a node's ranks are not consecutive in the group.
     """
     runs = [list(ranks) for _, ranks in groupby(group, key=lambda rank: nodes[rank])]
     is_even = len(runs) == len({nodes[rank] for rank in group}) and len({len(ranks) for ranks in runs}) == 1
@@ -82,15 +68,7 @@ def ranks_by_node(group: Sequence[int], nodes: Sequence[str]) -> list[list[int]]
 
 
 def _fill_groups(ranks: Iterable[int], locations: Sequence[object], ep: int) -> tuple[list[list[int]], list[int]]:
-    """Form as many groups of `ep` ranks at the same location as possible; return them and the remaining ranks.
-
-    The remaining ranks are in the order of their locations.
-
-    Args:
-        ranks: ranks to group.
-        locations: location of each rank, such as its node.
-        ep: number of ranks per group.
-    """
+    """Form as many groups of `ep` ranks at a location as possible; return them and the remaining ranks by location."""
     ranks_by_location: dict[object, list[int]] = {}
     for rank in ranks:
         ranks_by_location.setdefault(locations[rank], []).append(rank)
@@ -104,18 +82,11 @@ def _fill_groups(ranks: Iterable[int], locations: Sequence[object], ep: int) -> 
 
 
 def _spanning_groups(groups: list[list[int]], locations: Sequence[str]) -> list[int]:
-    """Return the indices of the groups whose ranks are at more than one location."""
     return [i for i, group in enumerate(groups) if len({locations[rank] for rank in group}) > 1]
 
 
 def capacity_shortfall(nodes: "Sequence[Node]", cpus: int, gpus: int, workers: int) -> str | None:
-    """Return a message of one line if a cluster is too small for `workers` workers; None if it can hold them.
-
-    Args:
-        nodes: all nodes of the cluster, with their total resources.
-        cpus, gpus: number of CPUs and GPUs per worker.
-        workers: smallest number of workers with which the run can start.
-    """
+    """Return a message of one line if a cluster's total resources are too few for `workers` workers, else None."""
     fitting_workers = len(pack_workers(nodes, cpus, gpus, workers))
     if fitting_workers >= workers:
         return None
@@ -137,29 +108,20 @@ class Node(NamedTuple):
 
     name: str
     cpus: float
-    """Number of CPUs."""
     gpus: float
-    """Number of GPUs."""
     domain: str = ""
-    """Name of the node's domain: a set of nodes that a faster network connects. Nodes with no domain name form one
-    domain."""
+    """Name of the set of nodes that a faster network connects; nodes without a name form one domain."""
 
     def worker_capacity(self, cpus: int, gpus: int) -> int:
-        """Return the number of workers that the node can hold, each with `cpus` CPUs and `gpus` GPUs."""
+        """Return the number of workers with `cpus` CPUs and `gpus` GPUs each that the node can hold."""
         return int(min(self.cpus // cpus, self.gpus // gpus) if gpus else self.cpus // cpus)
 
 
 def pack_workers(nodes: Sequence[Node], cpus: int, gpus: int, workers: int) -> list[Node]:
-    """Return the node on which Ray would place each rank, in the order of ranks.
+    """Return the node on which Ray would place each rank; the list is shorter if the nodes cannot hold all workers.
 
-    If the nodes cannot hold all workers, the list is shorter. Ray's order among equal nodes is arbitrary; here it is
-    the order of `nodes`.
-
-    Args:
-        nodes: nodes with their free resources.
-        cpus: number of CPUs per worker.
-        gpus: number of GPUs per worker.
-        workers: total number of workers.
+    `nodes` have their free resources, of which each worker takes `cpus` CPUs and `gpus` GPUs. Ray's order among equal
+    nodes is arbitrary; here it is that of `nodes`.
     """
 
     # Ray Train requests a placement group of equal bundles. Ray's BundlePackSchedulingPolicy
@@ -179,10 +141,7 @@ def pack_workers(nodes: Sequence[Node], cpus: int, gpus: int, workers: int) -> l
 
 
 def hypothetical_nodes(nodes: int, cpus: int, gpus: int, nodes_per_domain: int | None = None) -> list[Node]:
-    """Return `nodes` equal nodes of a cluster that need not exist, with `cpus` CPUs and `gpus` GPUs each.
-
-    Every `nodes_per_domain` nodes form a domain; None puts all nodes into one domain.
-    """
+    """Return equal nodes of a cluster that need not exist; without `nodes_per_domain` they are in one domain."""
     domains = [f"domain{i // nodes_per_domain}" if nodes_per_domain else "" for i in range(nodes)]
     return [Node(f"node{i}", cpus, gpus, domain) for i, domain in enumerate(domains)]
 
@@ -195,7 +154,6 @@ class NodeKind(NamedTuple):
 
     domain: str
     ranks: int
-    """Number of the group's ranks on such a node."""
 
 
 Spread = Counter[NodeKind]
@@ -203,16 +161,14 @@ Spread = Counter[NodeKind]
 
 
 class Layout(NamedTuple):
-    """Placement of all ranks on nodes, and their expert-parallel groups."""
+    """Placement of all ranks on nodes and in domains, by rank, and their expert-parallel groups."""
 
     nodes: list[str]
-    """Name of each rank's node."""
     domains: list[str]
-    """Name of each rank's domain."""
     groups: ExpertGroups
 
     def spread(self, ranks: Sequence[int]) -> Spread:
-        """Return the number of nodes of each kind that hold the ranks of a group."""
+        """Return the spread of a group of ranks over nodes."""
         ranks_per_node = Counter((self.domains[rank], self.nodes[rank]) for rank in ranks)
         return Counter(NodeKind(domain, count) for (domain, _), count in ranks_per_node.items())
 
@@ -223,7 +179,6 @@ class Layout(NamedTuple):
 
     @property
     def node_groups(self) -> list[list[int]]:
-        """The ranks of each node, one list per node."""
         ranks_by_name: dict[str, list[int]] = {}
         for rank, node in enumerate(self.nodes):
             ranks_by_name.setdefault(node, []).append(rank)
@@ -231,11 +186,11 @@ class Layout(NamedTuple):
 
 
 def build_layout(rank_nodes: Sequence[Node], ep: int) -> Layout:
-    """Return the layout of ranks, given the node of each rank. The number of ranks must be a multiple of `ep`."""
+    """Return the layout of ranks on their nodes. The number of ranks must be a multiple of `ep`."""
     nodes, domains = [node.name for node in rank_nodes], [node.domain for node in rank_nodes]
     return Layout(nodes, domains, expert_groups(nodes, ep, domains))
 
 
 def single_node_layout(workers: int, ep: int) -> Layout:
-    """Return the layout of `workers` ranks that are all on one node, in expert-parallel groups of `ep` ranks."""
+    """Return the layout of `workers` ranks on one node."""
     return build_layout([Node("node", workers, workers)] * workers, ep)

@@ -1,7 +1,6 @@
 """Presets: complete models with their training recipe, in families of three sizes.
 
-All families have the trunk (the model without its experts) of the follow-up paper, P2 (arXiv 2411.16205). The size
-`base` is the paper's own.
+All families have the trunk of paper P2 (arXiv 2411.16205). The size `base` is the paper's own.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,16 +18,13 @@ class Preset(NamedTuple):
     """Complete model with its training recipe."""
 
     description: str
-    """One-line description of the model and its source."""
     trunk: Mapping[str, Any]
     """The `model` section of the spec, without the key `moe`."""
     moe: Callable[[Mapping[str, Any]], Tree] | None
-    """Function that returns the `moe` section for a trunk, which may be that of another model; None if the model is
-    dense."""
+    """Function that returns the `moe` section for a trunk, which may be another model's; None for a dense model."""
     reference: str | None
     """Name of the preset whose expert layers this one is compared with, on the same trunk."""
     train: Mapping[str, Any]
-    """Keys of the `train` section that the preset sets."""
     seq_len: int
     match: MatchSpec | None = None
     """Match with a reference that solves for the keys `d_expert` and `experts` of `moe`; None if `moe` sets both."""
@@ -119,7 +115,7 @@ def _mhmoe(_: Mapping[str, Any]) -> Tree:
 
 
 def _deepseek(trunk: Mapping[str, Any]) -> Tree:
-    """Return the `moe` section of a DeepSeekMoE model (arXiv 2401.06066) for a trunk."""
+    """Return the `moe` section of a DeepSeekMoE model (arXiv 2401.06066)."""
     # The layer has four times as many experts as one of family `smoe`, of a quarter of their width. Three of them and
     # the shared expert compute as much as one expert of `smoe`.
     quarter = dense_width(trunk) // 4
@@ -128,7 +124,7 @@ def _deepseek(trunk: Mapping[str, Any]) -> Tree:
 
 
 class Family(NamedTuple):
-    """Family of presets: models of one design in all sizes. The fields have the meaning of those of `Preset`."""
+    """Family of presets: models of one design in all sizes. The fields are those of `Preset`."""
 
     description: str
     moe: Callable[[Mapping[str, Any]], Tree] | None
@@ -136,7 +132,6 @@ class Family(NamedTuple):
     match: MatchSpec | None = None
 
     def preset_at(self, size: SizeName) -> Preset:
-        """Return the family's preset of this size."""
         size_settings = SIZES[size]
         return Preset(
             self.description,

@@ -30,7 +30,7 @@ class Remedy(NamedTuple):
     """Change of a spec that lowers the memory of a rank."""
 
     keys: dict[str, Any]
-    """New values of the changed keys, by key, such as `train.recompute`."""
+    """New values by key, such as `train.recompute`."""
     saved_bytes: int
 
     def __str__(self) -> str:
@@ -38,10 +38,7 @@ class Remedy(NamedTuple):
 
 
 def memory_remedies(spec: RunSpec) -> list[Remedy]:
-    """Return the changes of a spec that lower the memory of a rank, starting with the one that saves most.
-
-    Each change is evaluated by itself, and not in combination with others.
-    """
+    """Return the changes of a spec that each by itself lower the memory of a rank, starting with the largest saving."""
     total = compute_memory(spec).total
     remedies = []
     for keys in (*CANDIDATES, _smaller_micro_batches(spec)):
@@ -57,7 +54,6 @@ def memory_remedies(spec: RunSpec) -> list[Remedy]:
 
 
 def _smaller_micro_batches(spec: RunSpec) -> dict[str, Any]:
-    """Return the keys that halve the micro-batch size and keep the samples per step; none if the size is odd."""
     size = spec.train.micro_batch_size
     if size % 2:
         return {}
@@ -65,7 +61,6 @@ def _smaller_micro_batches(spec: RunSpec) -> dict[str, Any]:
 
 
 def _with_keys(spec: RunSpec, keys: dict[str, Any]) -> RunSpec | None:
-    """Return a spec with new values of some keys; None if the changed spec is invalid."""
     sections = spec.model_dump()
     for key, value in keys.items():
         section, name = key.split(".")

@@ -30,15 +30,7 @@ GPU_MEMORY_SHARE = 0.8
 
 
 def find_preset(name: str, size: SizeName | None = None) -> Preset:
-    """Return the preset (a complete model with its training recipe) of this name.
-
-    Args:
-        name: name of a family of presets, or of one of the papers' models.
-        size: size of the family's model, by default tiny; it must be None for a paper's model.
-
-    Raises:
-        SpecError: there is no such preset, or a size is given for a model with a size of its own.
-    """
+    """Return the preset of a name; an unknown name, or a size for a paper's model, is a SpecError."""
     if name in FAMILIES:
         return FAMILIES[name].preset_at(size or DEFAULT_SIZE)
     if name not in paper_presets():
@@ -58,18 +50,12 @@ def all_presets() -> list[tuple[str, SizeName | None, Preset]]:
 
 
 def preset_origin(name: str, size: SizeName | None) -> str:
-    """Return the value of the key `origin` with which a spec records its preset.
-
-    It is the preset's name, followed by a blank and its size if the preset belongs to a family.
-    """
+    """Return the spec's key `origin`: the preset's name, followed by a blank and its size if it belongs to a family."""
     return f"{name} {size or DEFAULT_SIZE}" if name in FAMILIES else name
 
 
 def preset_description(origin: str) -> str:
-    """Return the description of the preset that a spec's key `origin` names.
-
-    If there is no such preset, the description tells only that the preset is one of another version.
-    """
+    """Return the description of the preset that a spec's key `origin` names, which may be one of another version."""
     name, _, size = origin.partition(" ")
     descriptions = (preset.description for n, s, preset in all_presets() if n == name and (not size or s == size))
     # The preset may be missing here, because another version of this package, with other presets, may have written the
@@ -93,16 +79,10 @@ class Shorthands(Section):
 def resolve_spec(tree: Tree, label: str, fill_tree: Callable[[Tree, str], Tree] | None = None) -> RunSpec:
     """Replace the shorthands of a spec file, such as `preset`, and return the checked, complete spec.
 
-    Args:
-        tree: content of the spec file as nested dictionaries (`spec.read_tree`), after overrides, which may set
-            shorthands too. The function may change it.
-        label: name of the spec in an error message.
-        fill_tree: function (tree, label) that returns the tree with more defaults, such as those of the run that this
-            one starts from.
-
-    Raises:
-        SpecError: the spec is invalid, the tree is that of a sweep, the preset does not exist, a key would be ignored,
-            or a match has no solution.
+    `tree` is the file's content after overrides, which may set shorthands too; it may be changed. `label` names the
+    spec in error messages. `fill_tree(tree, label)` returns the tree with more defaults, such as those of the run that
+    this one starts from. An invalid spec, a sweep, an unknown preset, a key that would be ignored and a match without a
+    solution are SpecErrors.
     """
     if "sizes" in tree and "model" not in tree:
         raise SpecError(label, "it is a sweep, not the spec of one run", "give it to `mhmoe sweep`")
@@ -119,9 +99,8 @@ def resolve_spec(tree: Tree, label: str, fill_tree: Callable[[Tree, str], Tree] 
 def _fill_gpu(spec: RunSpec) -> RunSpec:
     """Return a preset's spec with the largest micro-batches that fit on its GPUs, and with the same samples per step.
 
-    Presets of the papers' models have micro-batches of one sequence, with which a GPU mostly waits for launches of
-    kernels. Specs for CPUs do not change. Neither do specs with an expert capacity, because a capacity is counted per
-    micro-batch.
+    Papers' presets have micro-batches of one sequence, with which a GPU mostly waits for launches of kernels. Specs
+    with an expert capacity do not change, because it is counted per micro-batch.
     """
     moe, train = spec.model.moe, spec.train
     if not spec.cluster.gpus_per_worker or (moe is not None and moe.capacity_factor is not None):
@@ -143,17 +122,14 @@ def _fill_gpu(spec: RunSpec) -> RunSpec:
 
 
 def preset_models(preset: Preset) -> tuple[ModelSpec, ModelSpec | None]:
-    """Return a preset's model, and the reference model to compare it with, which is None if the preset names none."""
+    """Return a preset's model and its reference model, which is None if the preset names none."""
     trunk, label = dict(preset.trunk), "preset"
     model = _build_model(trunk, _preset_moe(preset, trunk, label), label)
     return model, _reference_model(preset.reference, trunk, {}, label) if preset.reference else None
 
 
 def _resolve_shorthands(tree: Tree, label: str) -> Tree:
-    """Return the content of a spec file, as nested dictionaries, with its shorthands replaced by other keys.
-
-    `tree` itself may change.
-    """
+    """Replace the shorthands of a spec file, which may itself change."""
     shorthand_values = {key: tree.pop(key) for key in Shorthands.model_fields if key in tree}
     shorthands = validate_section(Shorthands, shorthand_values, label)
     own_model = tree.get("model", {})
@@ -188,10 +164,9 @@ def _resolve_shorthands(tree: Tree, label: str) -> Tree:
 def _moe_section(
     own_keys: Tree | None, preset: Preset | None, match: MatchSpec | None, trunk: Tree, ep: int, label: str
 ) -> Tree | None:
-    """Return the `moe` section of a spec, or None if the model is dense.
+    """Return the `moe` section: the preset's keys, overridden by `own_keys`, and the keys that a match solves for.
 
-    The section has the keys of the preset, overridden by the user's own keys, and the keys that a match solves for. If
-    `own_keys` is None, the user asked for a dense model.
+    It is None for a dense model. If `own_keys` is None, the user asked for one.
     """
     base = preset.moe(trunk) if preset and preset.moe else {}
     moe = {**base, **own_keys} if own_keys is not None else {}
@@ -205,7 +180,6 @@ def _moe_section(
 
 
 def _ep_size(tree: Tree) -> int:
-    """Return `cluster.ep` of a spec file; 1 if it is absent or malformed."""
     # A malformed value is no error here, because the check of the complete spec reports it.
     cluster = tree.get("cluster")
     ep = cluster.get("ep", 1) if isinstance(cluster, dict) else 1
@@ -213,7 +187,6 @@ def _ep_size(tree: Tree) -> int:
 
 
 def _solve_section(moe: Tree, own_keys: Tree, match: MatchSpec, trunk: Tree, ep: int, label: str) -> Tree:
-    """Return the `moe` section with the values that `match` solves for; the user's own keys keep their values."""
     # Values that are still to be solved get large placeholders, because the check of the model requires at least
     # `top_k` experts.
     placeholders = dict.fromkeys(SOLVED_KEYS[match.by] - own_keys.keys(), SEARCH_LIMIT)
@@ -223,7 +196,7 @@ def _solve_section(moe: Tree, own_keys: Tree, match: MatchSpec, trunk: Tree, ep:
 
 
 def _reference_section(value: Any, trunk: Tree, moe: Tree, label: str) -> ReferenceSpec:
-    """Return the section `reference` of a spec, given as the name of a preset or as a section in the spec file."""
+    """Return the section `reference`, which a file may also give as the name of a preset."""
     if isinstance(value, str):
         return ReferenceSpec(name=value, moe=_reference_model(value, trunk, moe, label).moe)
     _refuse_value(value, "reference", label)
@@ -237,8 +210,7 @@ def _reference_section(value: Any, trunk: Tree, moe: Tree, label: str) -> Refere
 def _reference_model(name: str, trunk: Tree, moe: Tree, label: str) -> ModelSpec:
     """Return the reference model: the experts of preset `name` on the trunk of the model to compare.
 
-    If the section `moe` of the model to compare has the keys `every` and `dense_first`, which choose the layers with
-    experts, the reference has the same values.
+    Its layers with experts are those that the keys `every` and `dense_first` of `moe` choose.
     """
     moe_section = _preset_moe(find_preset(name), trunk, label)
     if moe_section is not None:
@@ -247,7 +219,6 @@ def _reference_model(name: str, trunk: Tree, moe: Tree, label: str) -> ModelSpec
 
 
 def _preset_moe(preset: Preset, trunk: Tree, label: str) -> Tree | None:
-    """Return a preset's `moe` section for a trunk, with the keys that its match solves for; None if it is dense."""
     if preset.moe is None:
         return None
     moe = preset.moe(trunk)
@@ -255,10 +226,9 @@ def _preset_moe(preset: Preset, trunk: Tree, label: str) -> Tree | None:
 
 
 def _build_model(trunk: Tree, moe: Tree | None, label: str) -> ModelSpec:
-    """Return the checked model of a trunk (a `model` section without `moe`) and a `moe` section.
+    """Return the checked model of a trunk and a `moe` section.
 
-    Dense layers get the default width if the trunk sets none. An adaptive number of experts (`vision.adaptive`) is left
-    out of a model without experts.
+    Dense layers get the default width if the trunk sets none. `vision.adaptive` is left out of a model without experts.
     """
     used_trunk = _without_unused_width(trunk, moe)
     if trunk.get("d_ff") is None and used_trunk is trunk and "d_model" in trunk:
@@ -269,7 +239,6 @@ def _build_model(trunk: Tree, moe: Tree | None, label: str) -> ModelSpec:
 
 
 def _without_unused_width(trunk: Tree, moe: Tree | None) -> Tree:
-    """Return the trunk, without its width of dense feed-forward layers if the model has no such layer."""
     encoder = trunk.get("encoder")
     default_position = EncoderSpec.model_fields["experts"].default
     has_experts_beside = isinstance(encoder, dict) and encoder.get("experts", default_position) == "beside"
@@ -280,11 +249,6 @@ def _without_unused_width(trunk: Tree, moe: Tree | None) -> Tree:
 
 
 def _refuse_unused_keys(shorthands: Shorthands, tree: Tree, own_moe: Tree, label: str) -> None:
-    """Raise a SpecError if a key of the spec file would be ignored.
-
-    `size` would be ignored without `preset`. If the spec has `match`, so would `reference` and the keys of model.moe
-    for which the match computes the values.
-    """
     if shorthands.size and not shorthands.preset:
         raise SpecError(label, "'size' is given without preset, so it would be ignored", "add preset, or remove size")
     if shorthands.match is None:
@@ -299,23 +263,13 @@ def _refuse_unused_keys(shorthands: Shorthands, tree: Tree, own_moe: Tree, label
 
 
 def _refuse_value(value: Any, name: str, label: str, alternative: str = "") -> None:
-    """Raise a SpecError if the value of a key of a spec file is not a section.
-
-    Args:
-        value: value of the key.
-        name: name of the key in the error message.
-        label: name of the spec in the error message.
-        alternative: text that ends the remedy in the error message.
-    """
+    """Raise a SpecError if the value of the key `name` is not a section."""
     if not isinstance(value, dict):
         raise SpecError(label, f"{name!r} is a value, not a section", f"write its keys below it{alternative}")
 
 
 def merge_trees(base: Any, override: Any) -> Any:
-    """Return `base` with the values of `override`, merged key by key at all levels of nested mappings.
-
-    If either is not a mapping, the result is `override`.
-    """
+    """Merge `override` into `base` key by key at all levels; if either is not a mapping, the result is `override`."""
     if not isinstance(base, Mapping) or not isinstance(override, Mapping):
         return override
     return {**base, **{key: merge_trees(base.get(key), value) for key, value in override.items()}}

@@ -10,10 +10,7 @@ _PRESET_SECTIONS = ("ModelSpec", "MoESpec", "TrainSpec", "DataSpec")
 
 
 def spec_schema() -> dict[str, Any]:
-    """Return the JSON schema of the spec file of a run.
-
-    The file may have shorthands such as `preset`, and may leave out the keys that a preset can fill.
-    """
+    """Return the JSON schema of a run's spec file, which may have shorthands and leave out keys that a preset fills."""
     schema, shorthands = RunSpec.model_json_schema(), Shorthands.model_json_schema()
     definitions = schema["$defs"] | shorthands.get("$defs", {})
     for name in _PRESET_SECTIONS:
@@ -40,6 +37,6 @@ def spec_schema() -> dict[str, Any]:
 
 
 def sweep_schema() -> dict[str, Any]:
-    """Return the JSON schema of a sweep file, which describes several runs to compare."""
+    """Return the JSON schema of a sweep file."""
     schema = SweepSpec.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "A sweep of mhmoe-ray"}

@@ -1,7 +1,4 @@
-"""Parameters, multiply-adds and bytes of a model, computed from the spec without building the model.
-
-Tests compare the numbers with those of a built model.
-"""
+"""Parameters, multiply-adds and bytes of a model, computed from the spec. Tests compare them with a built model."""
 
 from collections.abc import Mapping
 from itertools import pairwise
@@ -35,13 +32,7 @@ def bytes_per_value(spec: RunSpec) -> int:
 
 
 def dense_width(trunk: Mapping[str, Any]) -> int:
-    """Return the feed-forward width of a trunk (a `model` section without `moe`), or the default width if it has none.
-
-    The expert widths of presets are fractions of this width.
-
-    Raises:
-        SpecError: `d_ff` is not a number, or it is missing and `d_model` is not a number.
-    """
+    """Return the feed-forward width of a `model` section, or its default; one that is not a number is a SpecError."""
     d_ff, d_model = trunk.get("d_ff"), trunk.get("d_model")
     if d_ff is None and isinstance(d_model, int):
         return default_d_ff(d_model)
@@ -51,33 +42,30 @@ def dense_width(trunk: Mapping[str, Any]) -> int:
 
 
 class Sizes(NamedTuple):
-    """Counts of a whole model: parameters, and multiply-adds and hidden activations per token."""
+    """Counts of a whole model."""
 
     parameters: int
     """Number of all parameters; a tied embedding counts once."""
     expert_parameters: int
     """Number of parameters of all routed experts."""
     active_parameters: int
-    """Number of parameters that one token's forward pass uses if its h sub-tokens are routed to min(h*k, E) different
-    experts. With the router `smear`, which averages experts, it uses all experts."""
+    """Number of parameters that a token uses if its h sub-tokens are routed to min(h*k, E) different experts. With the
+    router `smear` it uses all experts."""
     macs_per_token: int
-    """Multiply-adds of all matrix products for one token, including output logits, without attention scores. For an
-    encoder, patches count as tokens, and outputs are left out, because they are computed for hidden (masked) tokens and
-    patches alone. For a vision model, patches count as tokens, and heads are left out, because they compute per image
-    and per object. The averaging of experts by the router `smear` costs per sample (`merge_macs`), and is left out as
-    well."""
+    """Multiply-adds of all matrix products for one token or patch, with output logits, without attention scores.
+    Outputs of encoders and heads of vision models are left out, because they compute for masked tokens and patches
+    alone, or per image and object. So is the averaging by the router `smear`, which costs per sample (`merge_macs`)."""
     moe_macs_per_token: int
-    """Multiply-adds of the mixture-of-experts layers for one token: projections, router, experts and shared expert."""
+    """Multiply-adds of projections, routers, experts and shared experts for one token."""
     router_macs_per_token: int
-    """Multiply-adds of the routers for one token. The papers arXiv 2404.15045 and 2411.16205 leave them out when they
-    compare the compute of models."""
+    """Multiply-adds of the routers for one token, which arXiv 2404.15045 and 2411.16205 leave out of comparisons."""
     hidden_per_token: int
-    """Number of hidden activations of routed experts for one token: h sub-tokens times k experts times the expert width
-    f in each layer. At equal multiply-adds it grows with h, so models of equal compute differ in memory traffic."""
+    """Number of hidden activations of routed experts for one token: h * k * f in each layer. At equal multiply-adds it
+    grows with h, so models of equal compute differ in memory traffic."""
 
 
 def model_parts(spec: ModelSpec) -> list[Part]:
-    """Return the counts of each kind of layer that a model has, from the embedding to the output."""
+    """Return each kind of layer that a model has, from the embedding to the output."""
     moe, sizes = spec.moe, sizes_of(spec)
     embedding_parameters, norms = sizes.embedding_rows(spec) * spec.d_model, _norm_parameters(spec)
     attention = _attention_parameters(spec)
@@ -98,7 +86,6 @@ def model_parts(spec: ModelSpec) -> list[Part]:
 
 
 def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[Part]:
-    """Return the parts of the mixture-of-experts layers that have parameters: projections, router and experts."""
     d, width, layers = spec.d_model, spec.row_width, spec.moe_layers
     expert = spec.architecture.expert_parameters(width, moe.d_expert)
     expert_macs = spec.architecture.expert_macs(width, moe.d_expert)
@@ -117,7 +104,6 @@ def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[Part]:
 
 
 def _projections_part(spec: ModelSpec, moe: MoESpec) -> Part:
-    """Return the counts of the head and merge projections of a mixture-of-experts layer, as a part of the model."""
     head_widths = spec.projection_widths
     sides = [head_widths] * moe.has_head_projection + [head_widths[::-1]] * moe.has_merge_projection
     shapes = [shape for widths in sides for shape in pairwise(widths)]
@@ -127,7 +113,7 @@ def _projections_part(spec: ModelSpec, moe: MoESpec) -> Part:
 
 
 def compute_sizes(spec: ModelSpec) -> Sizes:
-    """Return the numbers of parameters, multiply-adds and hidden activations of a whole model."""
+    """Return the counts of a whole model."""
     all_parts, moe = model_parts(spec), spec.moe
     moe_parts = [p for p in all_parts if p.name in (PROJECTIONS, ROUTER, EXPERTS, SHARED)]
     return Sizes(
@@ -142,19 +128,19 @@ def compute_sizes(spec: ModelSpec) -> Sizes:
 
 
 class BlockSizes(NamedTuple):
-    """Numbers of parameters of blocks and of everything outside them, without routed experts."""
+    """Numbers of parameters, without routed experts, of a dense block, of a block with experts, and outside blocks.
+
+    The number for a kind of block that the model lacks is meaningless.
+    """
 
     dense: int
-    """Number of parameters of a block without experts; meaningless if the model has no such block."""
     mixture: int
-    """Number of parameters of a block with experts, not counting its routed experts; meaningless if the model has no
-    such block."""
     outside: int
     """Number of parameters of the embedding, the final norm, and the output layer or heads."""
 
 
 def block_sizes(spec: ModelSpec) -> BlockSizes:
-    """Return the numbers of parameters in a dense block, in a block with experts, and outside blocks."""
+    """Return the numbers of parameters in blocks and outside them."""
     parameters = {part.name: part.parameters for part in model_parts(spec)}
     outside_parts = (EMBEDDING, PATCHES, OUTPUT, MATCH, HEADS)
     outside_blocks = sum(parameters.get(name, 0) for name in outside_parts) + _final_norm_parameters(spec)
@@ -186,11 +172,11 @@ class Flops(NamedTuple):
 
     forward: int
     training: int
-    """FLOPs of the forward and of the backward, which costs twice as much as the forward."""
+    """FLOPs of the forward and of the backward, which costs two forwards."""
 
 
 def merge_macs(spec: ModelSpec) -> int:
-    """Return the multiply-adds with which the router `smear` averages the experts of a layer for one sample.
+    """Return the multiply-adds with which the router `smear` averages a layer's experts for one sample.
 
     They include those of the router's logits. The result is 0 for other routers.
     """
@@ -203,13 +189,8 @@ def merge_macs(spec: ModelSpec) -> int:
 def flops_per_token(spec: ModelSpec, attention_length: float, samples_per_token: float = 0.0) -> Flops:
     """Return the FLOPs per token of all matrix products, including attention scores and weighted values.
 
-    The numbers are the same with document masks, although attention is then shorter.
-
-    Args:
-        spec: spec of the model.
-        attention_length: mean length in tokens of the sample that a token belongs to (`RunSpec.attention_length`).
-        samples_per_token: number of samples in a micro-batch divided by its number of tokens
-            (`RunSpec.samples_per_token`), because the router `smear` averages experts once per sample.
+    Document masks do not lower them, although attention is then shorter. `attention_length` is the mean length in
+    tokens of a token's sample. `samples_per_token` counts because the router `smear` averages experts once per sample.
     """
     # With causal attention, a token attends to (T + 1) / 2 keys on average. Each key costs as many multiply-adds as the
     # token's queries have values, once for its score and once for adding its value.
@@ -221,7 +202,6 @@ def flops_per_token(spec: ModelSpec, attention_length: float, samples_per_token:
 
 
 def _norm_parameters(spec: ModelSpec) -> int:
-    """Return the number of parameters of all norms over whole tokens, including the final one."""
     norms = spec.architecture.norms_per_block * spec.layers + 1
     return sizes_of(spec).branches * norms * _parameters_per_norm(spec)
 
@@ -248,23 +228,13 @@ def _attention_parameters(spec: ModelSpec) -> int:
 
 
 def _query_key_norm_parameters(spec: ModelSpec) -> int:
-    """Return the number of parameters of the norms of queries and keys in one attention layer."""
     return {"none": 0, "head": 2 * spec.head_width, "all": spec.query_width + spec.kv_width}[spec.qk_norm]
 
 
 def model_flops_utilisation(spec: RunSpec, tokens_per_s: float, workers: int) -> float | None:
-    """Return the model FLOPs utilization (MFU; PaLM, arXiv 2204.02311, appendix B) of a run at a given speed.
+    """Return the model FLOPs utilization of a run (MFU; PaLM, arXiv 2204.02311, appendix B), a fraction; None on CPUs.
 
-    It is the ratio of the FLOP/s that the model needs at this speed to the peak of its accelerators. Recomputation does
-    not count, and causal attention counts half.
-
-    Args:
-        spec: spec of the run; its `cluster.accelerator` gives the peak.
-        tokens_per_s: tokens per second of all workers together.
-        workers: number of workers, each with `cluster.gpus_per_worker` GPUs.
-
-    Returns:
-        The utilization as a fraction; None on CPUs, whose peak is not known.
+    Recomputation does not count, and causal attention counts half. `tokens_per_s` is the speed of all workers together.
     """
     if not spec.cluster.gpus_per_worker:
         return None

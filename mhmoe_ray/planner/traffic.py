@@ -1,7 +1,4 @@
-"""The bytes that ranks exchange in one training step, by the class of the links that they cross.
-
-There are three classes: links within a node, between nodes of a domain (such as a rack), and between domains.
-"""
+"""Bytes that ranks exchange in a training step, by link class: within a node, within a domain, between domains."""
 
 import itertools
 import math
@@ -17,10 +14,9 @@ from mhmoe_ray.spec import RunSpec
 
 
 class LinkLoad(NamedTuple):
-    """Amount that ranks send over links of one class in one exchange, in bytes or as a fraction of the payload."""
+    """Amount that a rank sends over links of one class in one exchange, in bytes or as a fraction of the payload."""
 
     mean: float = 0.0
-    """Mean of the amounts that the ranks send."""
     maximum: float = 0.0
     """Amount of the rank that sends the most, which determines the time of the exchange."""
     messages: int = 0
@@ -39,25 +35,16 @@ class LinkLoads(NamedTuple):
     between: LinkLoad = LinkLoad()
 
     def scaled(self, size: float, rounds: int = 1) -> "LinkLoads":
-        """Return these loads, which are fractions of a payload, in bytes for a payload of `size` bytes.
-
-        The payload is sent in `rounds` rounds, each with the same number of messages.
-        """
+        """Return these fractions of a payload in bytes, for `size` bytes that are sent in `rounds` rounds."""
         return LinkLoads(*(LinkLoad(size * load.mean, size * load.maximum, rounds * load.messages) for load in self))
 
 
 Pattern = Callable[[Spread, NodeKind], LinkLoads]
-"""Pattern of an exchange: a function from a group's spread over nodes and the kind of a node to the loads that a rank
-on such a node sends."""
+"""Loads that a rank sends in an exchange, as a function of its group's spread and the kind of its node."""
 
 
 def group_loads(groups: Iterable[Spread], pattern: Pattern) -> LinkLoads:
-    """Return the loads of an exchange within each group of ranks, as mean and maximum over the ranks of all groups.
-
-    Args:
-        groups: spread of each group over nodes.
-        pattern: pattern of the exchange within a group.
-    """
+    """Return the loads of an exchange within each group of ranks, as mean and maximum over the ranks of all groups."""
     kind_loads = [(kind.ranks * nodes, pattern(group, kind)) for group in groups for kind, nodes in group.items()]
     ranks = sum(count for count, _ in kind_loads)
 
@@ -71,10 +58,7 @@ def group_loads(groups: Iterable[Spread], pattern: Pattern) -> LinkLoads:
 
 
 def all_to_all_pattern(group: Spread, kind: NodeKind) -> LinkLoads:
-    """Return the loads that a rank sends in an all-to-all with equally many rows for each rank of its group.
-
-    The loads are fractions of the rank's rows.
-    """
+    """Return the loads of a rank in an all-to-all with equally many rows for each rank, as fractions of its rows."""
     ranks = sum(other_kind.ranks * nodes for other_kind, nodes in group.items())
     in_domain = sum(other_kind.ranks * nodes for other_kind, nodes in group.items() if other_kind.domain == kind.domain)
     message_counts = (kind.ranks - 1, in_domain - kind.ranks, ranks - in_domain)
@@ -84,11 +68,8 @@ def all_to_all_pattern(group: Spread, kind: NodeKind) -> LinkLoads:
 def to_nodes_pattern(node_share: Callable[[int, int], float]) -> Pattern:
     """Return the pattern of an exchange in which a rank sends rows to one rank of each other node.
 
-    The loads are fractions of the rank's rows.
-
-    Args:
-        node_share: function that returns the fraction of the rows that are sent to a node. Its arguments are the number
-            of the group's ranks on that node, and the number of all ranks of the group.
+    `node_share(ranks, all_ranks)` is the fraction of its rows that goes to a node with `ranks` of the group's
+    `all_ranks` ranks. The loads are fractions of its rows, too.
     """
 
     def pattern(group: Spread, kind: NodeKind) -> LinkLoads:
@@ -111,11 +92,10 @@ def within_nodes_pattern(_: Spread, kind: NodeKind) -> LinkLoads:
 
 
 def ring_pattern(group: Spread, kind: NodeKind) -> LinkLoads:
-    """Return the loads that a rank sends in a ring through all ranks of its group, as fractions of all its bytes.
+    """Return the loads that a rank sends in one round of a ring through its group, as fractions of all its bytes.
 
-    The number of messages is that of one round of the ring, in which data passes all ranks. All ranks of a node have an
-    equal share of the bytes that leave the node. `mean` and `maximum` differ, because only one node of each domain
-    sends to another domain.
+    All ranks of a node have an equal share of the bytes that leave it. `mean` and `maximum` differ, because only one
+    node of each domain sends to another domain.
     """
     # The ring goes through all ranks of a node, then through all nodes of a domain. So one rank of each node, the
     # node's exit, sends to another node.
@@ -137,8 +117,8 @@ def ring_pattern(group: Spread, kind: NodeKind) -> LinkLoads:
 def hit_probability(experts: int, local_experts: int, top_k: int) -> float:
     """Return the probability that a row needs a node, which holds `local_experts` of all `experts` experts.
 
-    The row has `top_k` different experts, drawn uniformly from all. Summed over nodes, the probability is the expected
-    number of nodes to which a row is sent.
+    The row has `top_k` different experts, drawn uniformly. Summed over nodes, the probability is the expected number of
+    nodes to which a row is sent.
     """
     # This is 1 minus the hypergeometric probability that the row has none of the node's experts.
     return 1 - math.comb(experts - local_experts, top_k) / math.comb(experts, top_k)
@@ -149,50 +129,38 @@ class Exchange(NamedTuple):
 
     name: str
     ranks: int
-    """Number of ranks in the collective's group."""
     payload: int
-    """Bytes of the tensor that the rank contributes to one call. For an all-to-all these are the bytes that it sends to
-    other ranks under uniform routing."""
+    """Bytes that the rank contributes to one call; for an all-to-all, those that it sends under uniform routing."""
     sent_bytes: int
-    """Bytes that the rank sends in one call. Collectives other than an all-to-all count as rings."""
+    """Bytes that the rank sends in one call; collectives other than an all-to-all count as rings."""
     times: int
     """Number of calls per step."""
     links: LinkLoads
-    """Amounts that ranks send in one call over each class of links."""
+    """Bytes that ranks send in one call over each class of links."""
 
     @property
     def sent_per_step(self) -> int:
-        """The bytes that the rank sends in all calls of a step."""
         return self.sent_bytes * self.times
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields and `sent_per_step` as `mhmoe plan --json` prints them.
-
-        The key of `sent_bytes` is `sent` there.
-        """
+        """Return the fields and `sent_per_step` as `mhmoe plan --json` prints them, with `sent` for `sent_bytes`."""
         fields = self._asdict()
         links = {name: load.as_json() for name, load in self.links._asdict().items()}
         return {"sent": fields.pop("sent_bytes"), **fields, "sent_per_step": self.sent_per_step, "links": links}
 
 
 def all_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
-    """Return all exchanges of a training step: those of rows, of gradients, and of weights if ranks hold shards.
-
-    Args:
-        spec: spec of the run.
-        layout: placement of its ranks on nodes; by default all ranks are on one node.
-    """
+    """Return all exchanges of a training step; without a layout, all ranks are on one node."""
     return [*dispatch_exchanges(spec, layout), *reduction_exchanges(spec, layout)]
 
 
 def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
     """Return the exchanges of expert parallelism, in the order of a layer's forward and backward.
 
-    There are none if `cluster.ep` is 1. Hierarchical dispatch sends a row once to each other node with an expert for
-    it, together with its k choices and gates. On that node, the row is sent to the rank of each of its experts there.
-    One row is sent back, which is the sum over the node's experts. Gradients of rows and gates take the same paths. A
-    group with different numbers of ranks on its nodes has a flat dispatch. If other groups have a hierarchical one, its
-    loads are in the exchanges whose names end in "by node".
+    Hierarchical dispatch sends a row, with its k choices and gates, once to each other node with an expert for it.
+    There, the row is sent to the rank of each of its experts, and the sum of their outputs is sent back. Gradients take
+    the same paths. A group with different numbers of ranks on its nodes has a flat dispatch. If other groups have a
+    hierarchical one, its loads are in the exchanges whose names end in "by node".
     """
     cluster, model, moe = spec.cluster, spec.model, spec.model.moe
     if moe is None or cluster.ep == 1:
@@ -268,18 +236,15 @@ def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exch
 
 
 def has_rails(group: Spread) -> bool:
-    """Return whether an expert-parallel group spans several nodes with the same number of ranks on each.
+    """Return whether a group has the same number of ranks on each of several nodes, as hierarchical dispatch needs.
 
-    Only such a group can have a hierarchical dispatch, whose rails are the ranks at the same position on each node.
+    Its rails are the ranks at the same position on each node.
     """
     return group.total() > 1 and len({kind.ranks for kind in group}) == 1
 
 
 def reduction_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
-    """Return the exchanges of data parallelism: those of gradients, and of weights if ranks hold shards.
-
-    Collective operations of a single rank are left out.
-    """
+    """Return the exchanges of data parallelism among several ranks: of gradients, and of weights in shards."""
     cluster, counts = spec.cluster, compute_sizes(spec.model)
     layout = layout or single_node_layout(cluster.max_world_size, cluster.ep)
     float32_counts = float32_sizes(spec.model)
@@ -318,20 +283,8 @@ def _collective_exchanges(
 ) -> list[Exchange]:
     """Return the exchanges by which groups of ranks reduce gradients, and gather weights if ranks hold shards.
 
-    The count assumes that a pass exchanges all its weights or gradients in one call, although strategies exchange them
-    by block or bucket. ZeRO 3 may still have up to two gathered blocks from the forward when the backward begins. The
-    count does not subtract them.
-
-    Args:
-        spec: spec of the run.
-        strategy: strategy for these parameters, a value of `cluster.strategy`.
-        label: name of the parameters, such as "experts", for the names of the exchanges.
-        parameters: number of parameters that each group holds.
-        float32_parameters: number of these parameters that are gathered in float32, whatever `cluster.gather_precision`
-            is.
-        layout: placement of the ranks.
-        groups: ranks of each group. With hybrid sharding, the ranks at the same position of groups sum their shards of
-            gradients.
+    The count assumes one call for all weights or gradients of a pass, although strategies exchange them by block or
+    bucket. It does not subtract the up to two gathered blocks that ZeRO 3 may still have when the backward begins.
     """
     ranks, micro_batches = len(groups[0]), _micro_batches(spec)
     gradients, weights = f"gradients of {label}", f"weights of {label}"
@@ -368,12 +321,7 @@ def _exchanges_between_groups(
 ) -> list[Exchange]:
     """Return the exchange by which groups of hybrid sharding sum their shards of gradients; none with a single group.
 
-    Args:
-        spec: spec of the run.
-        name: name of the gradients, with which the name of the exchange begins.
-        shard_size: bytes of the gradients that one rank holds as its shard.
-        layout: placement of the ranks.
-        groups: ranks of each group over which tensors are sharded, first those of the first shard group.
+    The groups of the first shard group come first in `groups`.
     """
     replicas = spec.cluster.max_world_size // spec.cluster.shard_ranks
     if replicas == 1:
@@ -389,5 +337,4 @@ def _exchanges_between_groups(
 
 
 def _micro_batches(spec: RunSpec) -> int:
-    """Return the number of micro-batches of each rank in a training step, at the largest number of workers."""
     return spec.train.micro_batches // spec.cluster.max_world_size

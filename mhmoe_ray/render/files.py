@@ -1,4 +1,4 @@
-"""All files of a site (the description of a cluster), by path, and the check that a run's workers fit on its nodes."""
+"""All files of a site, by path, and the check that a run's workers fit on its nodes."""
 
 import json
 from collections.abc import Iterator
@@ -26,9 +26,7 @@ from mhmoe_ray.spec.site import SiteSpec
 def count_worker_nodes(site: SiteSpec, run: RunSpec) -> int:
     """Return the number of a site's worker nodes that a run uses with its largest number of workers.
 
-    Raises:
-        SpecError: a worker of the run is larger than a node, the nodes are too few, or too few CPUs are left for the
-            data stream on the data nodes and the workers' nodes.
+    Workers that do not fit on the nodes, or that leave too few CPUs for the data stream, are a SpecError.
     """
     group, cluster = site.workers, run.cluster
     worker_count, cpus, gpus = cluster.workers.max, cluster.cpus_per_worker, cluster.gpus_per_worker
@@ -56,23 +54,15 @@ HEADER = "# Rendered by `mhmoe cluster render`: change the site's file, not this
 def render_files(
     site: SiteSpec, run: RunSpec | None = None, application: dict[str, Any] | None = None
 ) -> dict[str, str]:
-    """Return the contents of all files of a site, by path; no file is written.
+    """Return the contents of all files of a site, by path, with a run to train and an application to serve on it.
 
-    Args:
-        site: the description of the cluster.
-        run: a run to train on it; None for no run.
-        application: an application to serve on it, as `serve.config.application_config` makes it; None for no
-            application.
-
-    Raises:
-        SpecError: the run does not fit on the site, the run or the checkpoint is not on the site's storage, or a name
-            is longer than KubeRay takes.
+    The application is one of `serving.config.application_config`. A run that does not fit, a run or checkpoint that is
+    not on the site's storage, and a name that is too long for KubeRay are SpecErrors.
     """
     return dict(_iter_files(site, run, application))
 
 
 def _iter_files(site: SiteSpec, run: RunSpec | None, application: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
-    """Yield the path and the text of each file of a site; for arguments and errors see `render_files`."""
     yield "kuberay/raycluster.yaml", _yaml_text(kuberay.ray_cluster(site))
     if run:
         count_worker_nodes(site, run)
@@ -103,12 +93,7 @@ def _iter_files(site: SiteSpec, run: RunSpec | None, application: dict[str, Any]
 
 
 def _check_storage(site: SiteSpec, run: RunSpec) -> None:
-    """Check that all nodes of a site can read and write a run's directory, and can read its raw and prepared data.
-
-    Raises:
-        SpecError: one of the paths is neither on the site's storage nor in an object store, or the run's spec does not
-            set cluster.shared_filesystem.
-    """
+    """Raise a SpecError unless all nodes of a site can reach a run's directory and its raw or prepared data."""
     mount = site.storage.mount
     paths = {"storage": str(run.storage), "data.prepared": str(run.data.prepared)}
     # Prepared data is not prepared again, so its sources are not read.

@@ -64,13 +64,7 @@ def ray_cluster(site: SiteSpec) -> dict[str, Any]:
 
 
 def ray_job(site: SiteSpec, spec_path: str, name: str) -> dict[str, Any]:
-    """Return the manifest of a RayJob: a cluster that trains one run and is removed after the run.
-
-    Args:
-        site: the description of the cluster.
-        spec_path: the path of the run's spec, on the storage that all nodes mount.
-        name: the name of the run.
-    """
+    """Return the manifest of a RayJob: a cluster that trains the run of a spec on the storage, and is then removed."""
     return _manifest(
         "RayJob",
         site,
@@ -93,10 +87,6 @@ def ray_service(site: SiteSpec, application: dict[str, Any]) -> dict[str, Any]:
     """Return the manifest of a RayService: an application of Ray Serve on a cluster of its own.
 
     A changed application, for example one with a newer checkpoint, takes over while both versions answer.
-
-    Args:
-        site: the description of the cluster.
-        application: the application, as `serve.config.application_config` makes it.
     """
     return _manifest(
         "RayService",
@@ -119,11 +109,7 @@ def ray_service(site: SiteSpec, application: dict[str, Any]) -> dict[str, Any]:
 
 
 def _manifest(kind: str, site: SiteSpec, name: str, spec: dict[str, Any]) -> dict[str, Any]:
-    """Return the manifest of an object of this kind, with its name, namespace and label.
-
-    Raises:
-        SpecError: KubeRay or Kubernetes does not accept the name.
-    """
+    """Return the manifest of an object; a name that KubeRay or Kubernetes does not accept is a SpecError."""
     if len(name) > MAX_NAME_LENGTHS[kind]:
         reason = f"its name has {len(name)} characters, and KubeRay takes {MAX_NAME_LENGTHS[kind]}"
         raise SpecError(f"{kind} {name}", reason, "give the site, or the run, a shorter name")
@@ -175,14 +161,7 @@ def _group_spec(site: SiteSpec, name: str, group: GroupSpec) -> dict[str, Any]:
 
 
 def _pod_template(site: SiteSpec, name: str, node: NodeSpec, ports: dict[str, int]) -> dict[str, Any]:
-    """Return the template of a pod with one container, which gets a node's resources and mounts the site's storage.
-
-    Args:
-        site: the description of the cluster.
-        name: the name of the container.
-        node: the resources of the pod.
-        ports: the ports of the container, by name.
-    """
+    """Return the template of a pod with one container, which gets a node's resources and mounts the site's storage."""
     resources: dict[str, str] = {"cpu": str(node.cpus), "memory": f"{node.memory_gib}Gi"}
     if node.gpus:
         resources["nvidia.com/gpu"] = str(node.gpus)

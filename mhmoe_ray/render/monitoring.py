@@ -13,11 +13,7 @@ RAY_FOLDER = "/tmp/ray"
 
 
 def prometheus_config(ray_folder: str) -> dict[str, Any]:
-    """Return the configuration of a Prometheus server on the machine of the head node.
-
-    Args:
-        ray_folder: the folder for temporary files with which the head node was started, as --temp-dir.
-    """
+    """Return the configuration of a Prometheus server on the head node, whose --temp-dir is `ray_folder`."""
     return {
         "global": {"scrape_interval": "10s"},
         "scrape_configs": [{"job_name": "ray", "file_sd_configs": [{"files": [f"{ray_folder}/{DISCOVERY_FILE}"]}]}],
@@ -77,10 +73,7 @@ def _run_series(name: str) -> str:
 
 
 def _run_panels(dashboard: str) -> list[Panel]:
-    """Return the panels that the registry of metrics declares for a dashboard, `training` or `routing`.
-
-    Metrics whose panels have the same title share one panel.
-    """
+    """Return the panels that the metrics declare for a dashboard; metrics with equal panel titles share one panel."""
     series = {name: _run_series(name) for name in METRICS}
     panels: dict[str, Panel] = {}
     for metric in METRICS.values():

@@ -80,13 +80,7 @@ def _cloud_config(site: SiteSpec, provider: dict[str, Any], user: str, types: di
 
 
 def _common_config(site: SiteSpec, provider: dict[str, Any], user: str) -> dict[str, Any]:
-    """Return the part of a cluster file that all providers share: the container, the storage and the start of Ray.
-
-    Args:
-        site: the description of the cluster.
-        provider: the section `provider` of the cluster file.
-        user: the user that Ray's launcher logs in as by ssh.
-    """
+    """Return the part of a cluster file that all providers share: the container, the storage and the start of Ray."""
     mount = site.storage.mount
     # The folder is created before Docker needs it: Docker would create it as root, and Ray runs as another user in the
     # container, which could not write to it.

@@ -12,30 +12,26 @@ from mhmoe_ray.runs.directory import RunDir
 
 @dataclass(frozen=True)
 class Comparison:
-    """Comparison of runs, grouped into variants. A variant is a set of runs that differ only in their seed."""
+    """Comparison of runs, grouped into variants."""
 
     trained: list[RunFigures]
-    """Runs that have metrics."""
     untrained: list[RunDir]
     """Runs without metrics, which are left out."""
     diverged: list[RunFigures]
     """Runs whose last validation loss is not finite. They are left out unless `all_diverged`."""
     all_diverged: bool
-    """Whether all runs with metrics diverged."""
     unfinished: list[RunFigures]
     """Runs that are left out because they ended before their last step, while at least one other run has finished."""
     variants: list[Variant]
     """Variants of the runs that are not left out."""
     baseline: Variant
-    """Variant that the others are compared with."""
     step: int | None
     """Step at which losses are compared; None if at no step all runs were validated."""
     verdicts: list[Verdict]
-    """Comparisons of the validation loss of each other variant with that of the baseline, at `step`."""
+    """Comparisons of each other variant's validation loss with the baseline's, at `step`."""
     quality: list[QualityTable]
-    """Tables of accuracies, precisions and recalls from stored evaluations."""
     routes_by_name: dict[str, Routes]
-    """Counted routes of each variant that has them, by the variant's name."""
+    """Counted routes of each variant that has them."""
 
     @property
     def repeated(self) -> list[RunFigures]:
@@ -44,15 +40,9 @@ class Comparison:
 
 
 def compare_runs(runs: Sequence[RunDir], baseline: str | None = None) -> Comparison:
-    """Group runs into variants, and compare each variant with the baseline.
+    """Group runs into variants, and compare each with the baseline, by default the first variant.
 
-    Args:
-        runs: the runs, which must have been trained, not imported.
-        baseline: the name of the variant that the others are compared with; the first variant by default.
-
-    Raises:
-        RunError: no run has metrics yet, a run was imported, or no variant has the name in `baseline`.
-        DataError: scipy is not installed.
+    Runs without any metrics, an imported run and an unknown `baseline` are RunErrors; without scipy, it is a DataError.
     """
     trained = [run_figures for run_figures in map(RunFigures.read, runs) if run_figures.lines]
     if not trained:
@@ -87,11 +77,7 @@ def compare_runs(runs: Sequence[RunDir], baseline: str | None = None) -> Compari
 def _find_baseline(
     variants: Sequence[Variant], name: str | None, compared: Sequence[RunFigures], trained: Sequence[RunFigures]
 ) -> Variant:
-    """Return the variant that all others are compared with: the one called `name`, or the first one if `name` is None.
-
-    Raises:
-        RunError: no compared variant has this name; the reason tells whether its runs were left out.
-    """
+    """Return the variant called `name`, by default the first one; a RunError tells why a variant is left out."""
     baseline = variants[0] if name is None else next((v for v in variants if v.name == name), None)
     if baseline is not None:
         return baseline

@@ -1,4 +1,4 @@
-"""Metrics of a run, and the experts that its tokens go to (routes), in the form that plots and tables need."""
+"""Metrics of a run, and its routes to experts, in the form that plots and tables need."""
 
 import json
 import math
@@ -29,11 +29,7 @@ class RunFigures:
 
     @classmethod
     def read(cls, run: RunDir) -> "RunFigures":
-        """Read the spec and the metrics of a run from its directory.
-
-        Raises:
-            RunError: the run was imported, not trained.
-        """
+        """Read the spec and the metrics of a run; an imported run is a RunError."""
         if run.is_imported:
             reason = "it was imported, not trained here, so it has no numbers"
             raise RunError(f"run {run.id}", reason, "leave it out")
@@ -56,16 +52,11 @@ class RunFigures:
 
     @cached_property
     def run_events(self) -> list[dict[str, Any]]:
-        """Events that the run recorded, such as `prepared` and `started`."""
         return events.read(self.run)
 
     @property
     def held_out(self) -> str:
-        """Key of the run's held-out text: validation losses of two runs with equal keys can be compared.
-
-        It consists of the folder of the prepared data and, if preparation recorded them, the number of held-out tokens
-        and their unigram entropy.
-        """
+        """Key of the run's held-out text: validation losses of two runs with equal keys can be compared."""
         prepared = events.newest_event(self.run_events, "prepared") or {}
         return f"{self.spec.data.prepared} {prepared.get('validation_tokens')} {prepared.get('unigram_entropy')}"
 
@@ -77,10 +68,7 @@ class RunFigures:
 
     @property
     def part_validations(self) -> dict[int, dict[str, float]]:
-        """Validation losses of the parts of micro-batches, which have one objective each, by step and name of the part.
-
-        The dictionary is empty for a run without parts.
-        """
+        """Validation losses of the parts of micro-batches, with one objective each, by step and name of the part."""
         lines = (line for line in self.lines if metrics.VAL_PART_LOSS in line)
         return {line[metrics.STEP]: line[metrics.VAL_PART_LOSS] for line in lines}
 
@@ -119,11 +107,7 @@ class RunFigures:
 
     @property
     def seconds(self) -> float:
-        """Seconds of training, without the time for which the run was stopped.
-
-        Each start of the workers forms a new group. The result is the sum over groups of the time between the first and
-        the last line of metrics of the group.
-        """
+        """Seconds of training without pauses: the sum over worker groups of the time from first to last metrics."""
         times_of_group: dict[int, list[float]] = {}
         for line in self.lines:
             times_of_group.setdefault(line[metrics.GROUP], []).append(line[metrics.TIME])
@@ -136,29 +120,20 @@ class RunFigures:
 
 
 class Routes(NamedTuple):
-    """Summary of the routes of a run: the experts that its sub-tokens (parts of tokens) go to."""
+    """Summary of the routes of a run; fields that only an evaluation of routing gives are None without one."""
 
     load: np.ndarray
     """Share of each expert in the routes of its layer, times E, so that 1 is an even load, shape (L, E)."""
     source: str
     """Description of the samples whose routes were counted, with the training step."""
     activated: list[float] | None
-    """Share of experts that more than a given share of all tokens select, for each share in activation.THRESHOLDS.
-
-    It is None if routing was not evaluated.
-    """
+    """Share of experts that more than a given share of all tokens select, for each share in activation.THRESHOLDS."""
     activated_relative: list[float]
     """Share of experts whose load exceeds a multiple of an even load, by multiple in activation.RELATIVE_THRESHOLDS."""
     distinct: float | None
-    """Mean number of different experts per token, divided by its number of routes: 1 means that all are different.
-
-    It is None if routing was not evaluated.
-    """
+    """Mean number of different experts per token, divided by its number of routes: 1 means that all are different."""
     agreement: float | None
-    """Share of tokens, from 0 to 1, for which two heads have the same expert as first choice: a mean over layers.
-
-    It is None with a single head, or if routing was not evaluated.
-    """
+    """Share of tokens whose two heads have the same first expert, a mean over layers; None with a single head, too."""
 
 
 def read_routes(figures: RunFigures) -> Routes | None:
@@ -194,17 +169,7 @@ def read_routes(figures: RunFigures) -> Routes | None:
 
 
 def compare_expert_use(baseline: str, variant: str, baseline_routes: Routes, variant_routes: Routes) -> str | None:
-    """Return a sentence that compares which shares of their experts two variants use, at each threshold of use.
-
-    Args:
-        baseline: name of the variant to compare with.
-        variant: name of the other variant.
-        baseline_routes: routes of the variant to compare with.
-        variant_routes: routes of the other variant.
-
-    Returns:
-        The sentence; None if the routing of one of the variants was not evaluated.
-    """
+    """Return a sentence that compares the shares of experts in use by threshold; None without evaluated routing."""
     if baseline_routes.activated is None or variant_routes.activated is None:
         return None
     pairs = zip(activation.THRESHOLDS, variant_routes.activated, baseline_routes.activated, strict=True)

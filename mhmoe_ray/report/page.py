@@ -32,19 +32,10 @@ MAX_LOAD = 2.0
 
 
 def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = None) -> Comparison:
-    """Write a report that compares runs: an HTML page, and its plots as PNG files.
+    """Write an HTML page that compares runs, and its plots as PNG files, and return the comparison.
 
-    Args:
-        runs: the runs, which must have been trained, not imported.
-        folder: the output folder, created if missing; files of the same names in it are replaced.
-        baseline: the name of the variant that the others are compared with; the first variant by default.
-
-    Returns:
-        The comparison that the page shows.
-
-    Raises:
-        RunError: no run has metrics yet, a run was imported, or no variant has the name in `baseline`.
-        DataError: matplotlib or scipy is not installed, or the folder cannot be written.
+    A missing folder is created, and files of the same names are replaced. Errors are those of `compare_runs`; a missing
+    matplotlib and a folder that cannot be written are DataErrors, too.
     """
     comparison = compare_runs(runs, baseline)
     with _translated_write_errors(folder):
@@ -57,12 +48,7 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
 
 
 def render_page(comparison: Comparison, svg_by_name: Mapping[str, str]) -> str:
-    """Return the HTML page of a report.
-
-    Args:
-        comparison: the comparison to show.
-        svg_by_name: the plots as SVG, by name.
-    """
+    """Return the HTML page of a report, with its plots as SVG."""
     variants, step, routes_by_name = comparison.variants, comparison.step, comparison.routes_by_name
     return (
         _environment()
@@ -95,7 +81,6 @@ def render_page(comparison: Comparison, svg_by_name: Mapping[str, str]) -> str:
 
 
 def _translated_write_errors(folder: Path) -> AbstractContextManager[None]:
-    """Return a context manager that turns an OSError into a DataError about the report's folder."""
     return plotting.writing(f"report {folder}", "name a folder you can write")
 
 
@@ -133,7 +118,6 @@ def _figures(comparison: Comparison) -> "Iterator[tuple[str, Figure]]":
 
 
 def _expert_use_sentences(baseline: str, routes_by_name: dict[str, Routes]) -> list[str]:
-    """Return sentences that compare which share of its experts each variant uses with the share of the baseline."""
     if baseline not in routes_by_name:
         return []
     sentences = (
@@ -154,14 +138,7 @@ def _write_figure(figure: "Figure", png: Path) -> str:
 
 
 def _variant_row(variant: Variant, baseline: Variant, step: int | None, routes: Routes | None) -> dict[str, Any]:
-    """Return the row of a variant in the page's tables of results and of sizes.
-
-    Args:
-        variant: runs that differ only in their seed.
-        baseline: the variant that ratios are relative to.
-        step: the training step at which losses are compared; None if there is none yet.
-        routes: the experts that the variant's tokens go to; None if they were not counted.
-    """
+    """Return the row of a variant in the page's tables of results and of sizes; ratios are relative to the baseline."""
     moe, has_several_runs = variant.first_run.spec.model.moe, len(variant.runs) > 1
     width = f", D {moe.d_sub_token}" if moe and moe.d_sub_token is not None else ""
     return {
@@ -179,10 +156,7 @@ def _variant_row(variant: Variant, baseline: Variant, step: int | None, routes: 
 
 
 def _bits_per_byte(variant: Variant) -> tuple[float, int] | None:
-    """Return the mean loss in bits per byte of the runs' newest evaluations on held-out text, and their training step.
-
-    Return None unless all runs of the variant have such an evaluation at the same step.
-    """
+    """Return mean bits per byte of the newest held-out evaluations, and their step; None unless all runs share it."""
     newest = [next((e for e in reversed(run.evaluations) if e.domains), None) for run in variant.runs]
     evaluations = [evaluation for evaluation in newest if evaluation is not None]
     steps = {evaluation.step for evaluation in evaluations}
@@ -213,12 +187,10 @@ def _unequal_conditions(all_variants: Sequence[Variant]) -> list[str]:
 
 
 def _leaves(spec: RunSpec) -> Iterator[tuple[str, Any]]:
-    """Yield each dotted key in a spec's sections model, data and train, such as `train.steps`, with its value."""
     return dotted_items(spec.model_dump(mode="json", include={"model", "data", "train"}))
 
 
 def _run_row(run: RunFigures) -> dict[str, Any]:
-    """Return the row of a run in the page's table of runs."""
     start_event = events.newest_event(run.run_events, "started")
     return {
         "id": run.run.id,

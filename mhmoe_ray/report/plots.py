@@ -80,12 +80,7 @@ def line_style(number: int) -> dict[str, Any]:
 
 
 def draw_validation(variants: Sequence[Variant], axis_name: str) -> "Figure":
-    """Draw the validation loss of each variant: the mean over seeds, with a band from the lowest to the highest.
-
-    Args:
-        variants: groups of runs that differ only in their seed.
-        axis_name: the key in AXES of the horizontal axis.
-    """
+    """Draw the validation loss of each variant: the mean over seeds, with a band from the lowest to the highest."""
     title, x_of = AXES[axis_name]
     figure, axis = _figure_with_legend_room([variant.name for variant in variants])
     for number, variant in enumerate(variants):
@@ -118,10 +113,7 @@ def has_curve(variants: Sequence[Variant]) -> bool:
 
 
 def draw_differences(variants: Sequence[Variant], baseline: Variant) -> "Figure":
-    """Draw the validation loss of each variant minus the baseline's: the mean over seeds, and their range as a band.
-
-    Losses are paired by seed where `losses_at` can do so, as for the verdict on two variants.
-    """
+    """Draw each variant's loss minus the baseline's: the mean over seeds and their range, paired as in `losses_at`."""
     figure, axis = _figure_with_legend_room([variant.name for variant in variants])
     axis.axhline(0, label=baseline.name, linewidth=1, **line_style(variants.index(baseline)))
     for number, variant in enumerate(variants):
@@ -198,13 +190,7 @@ def draw_throughput(variants: Sequence[Variant]) -> "Figure":
 
 
 def draw_heat_map(name: str, routes: Routes, max_load: float) -> "Figure":
-    """Draw a heat map of the loads of a model's experts, with a row for each layer.
-
-    Args:
-        name: the name of the variant, for the title.
-        routes: the experts that the variant's tokens go to.
-        max_load: the load at the upper end of the colour scale, which all heat maps of a page share.
-    """
+    """Draw the loads of a model's experts with a row per layer, coloured up to `max_load` on all maps of a page."""
     layers, experts = routes.load.shape
     figure, axis = _figure_with_legend_room(height=1.15 + ROW_INCHES * layers)
     image = axis.imshow(routes.load, aspect="auto", cmap="viridis", vmin=0, vmax=max_load, interpolation="nearest")
@@ -218,13 +204,8 @@ def draw_heat_map(name: str, routes: Routes, max_load: float) -> "Figure":
 def draw_activation(routes_by_name: dict[str, Routes], colours: dict[str, int], relative: bool) -> "Figure | None":
     """Draw the share of experts in use as a function of the threshold above which an expert counts as in use.
 
-    Args:
-        routes_by_name: the experts that the tokens of each variant go to, by name of the variant.
-        colours: the number of each variant's `line_style`, by name of the variant.
-        relative: whether the threshold is a multiple of a uniform load; otherwise it is a share of tokens.
-
-    Returns:
-        The figure; None if no variant has these shares.
+    The threshold is a multiple of a uniform load if `relative`, else a share of tokens. `colours` are numbers for
+    `line_style`. Return None if no variant has these shares.
     """
     figure, axis = _figure_with_legend_room(list(routes_by_name))
     is_drawn = False

@@ -17,7 +17,6 @@ class QualityRow(NamedTuple):
     figure: str
     variant: str
     mean: float
-    """Mean over the seeds."""
     deviation: float | None
     """Sample standard deviation over the seeds; None with one seed."""
     difference: float | None
@@ -31,7 +30,6 @@ class QualityTable(NamedTuple):
     """Accuracies, precisions and recalls of all variants in one evaluation that all their runs have."""
 
     description: str
-    """Description of what was evaluated."""
     step: int
     """Training step of the evaluated checkpoints."""
     rows: list[QualityRow]
@@ -46,9 +44,6 @@ def quality_tables(variants: Sequence[Variant], baseline: Variant) -> list[Quali
     """Return a table for each evaluation of encoders or vision models that all runs of all variants have.
 
     An evaluation that some runs lack is left out, because the other runs would be a selection of the seeds.
-
-    Raises:
-        DataError: scipy, which intervals need, is not installed.
     """
     by_run = [_evaluations_by_question(run) for variant in variants for run in variant.runs]
     first_run = by_run[0] if by_run else {}
@@ -57,10 +52,7 @@ def quality_tables(variants: Sequence[Variant], baseline: Variant) -> list[Quali
 
 
 def runs_without_quality(variants: Sequence[Variant]) -> list[RunFigures]:
-    """Return the runs that lack the evaluation that most runs have, and so keep it out of the tables.
-
-    The list is empty if all runs have an evaluation in common, or if no run has any evaluation.
-    """
+    """Return the runs that lack the evaluation that most runs have, and so keep it out of the tables."""
     by_run = [(run, set(_evaluations_by_question(run))) for variant in variants for run in variant.runs]
     run_counts = Counter(question for _, questions in by_run for question in questions)
     most_common = next((question for question, _ in run_counts.most_common(1)), None)
@@ -70,8 +62,7 @@ def runs_without_quality(variants: Sequence[Variant]) -> list[RunFigures]:
 class _Question(NamedTuple):
     """Question that evaluations of different runs answer: the same request for a checkpoint of the same step.
 
-    The names of the checkpoints may differ between runs, because they contain the number of the worker group, which
-    grows with each restart of a run.
+    Checkpoint names may differ: they contain the number of the worker group, which grows with each restart of a run.
     """
 
     step: int
@@ -79,7 +70,6 @@ class _Question(NamedTuple):
 
 
 def _evaluations_by_question(run: RunFigures) -> dict[_Question, Evaluation]:
-    """Return the evaluations of a run that have accuracies, precisions or recalls, by their question."""
     return {_Question(e.step, e.request.question_digest): e for e in run.all_evaluations if e.quality}
 
 
@@ -108,9 +98,6 @@ def _table(example: Evaluation, question: _Question, variants: Sequence[Variant]
 
 
 def _values_by_seed(variant: Variant, question: _Question, figure: str) -> dict[int, float]:
-    """Return an accuracy, precision or recall of a variant's runs, by seed.
-
-    Runs whose model has no such output, for example no masks, are left out.
-    """
+    """Return a variant's values of `figure` by seed, without runs whose model has no such output, such as masks."""
     qualities = {run.spec.seed: _evaluations_by_question(run)[question].quality for run in variant.runs}
     return {seed: quality[figure] for seed, quality in qualities.items() if figure in quality}

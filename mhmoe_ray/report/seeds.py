@@ -1,4 +1,4 @@
-"""Difference of two variants (groups of runs that differ only in their seed), with its confidence interval."""
+"""Difference of two variants, with its confidence interval."""
 
 import statistics
 from collections.abc import Mapping
@@ -7,7 +7,6 @@ from typing import NamedTuple
 from mhmoe_ray.errors import DataError
 
 CONFIDENCE = 0.95
-"""Confidence level: probability that a confidence interval contains the true difference of two variants."""
 
 
 class SeedValues(NamedTuple):
@@ -16,11 +15,7 @@ class SeedValues(NamedTuple):
     baseline: list[float]
     variant: list[float]
     paired: bool
-    """Whether the two lists have the values of the same seeds, in the same order.
-
-    Values are paired in this way if the variants have two or more seeds in common, or if all seeds of one variant are
-    also seeds of the other.
-    """
+    """Whether the two lists have the values of the same seeds, in the same order."""
 
     @property
     def seeds(self) -> int:
@@ -42,10 +37,7 @@ class SeedValues(NamedTuple):
     def interval(self) -> tuple[float, float] | None:
         """Return the confidence interval of the mean difference; None if one variant has a single seed.
 
-        The interval is that of Student's t-test if the values are paired, else that of Welch's t-test.
-
-        Raises:
-            DataError: scipy is not installed.
+        It is that of Student's t-test if the values are paired, else of Welch's; without scipy, it is a DataError.
         """
         if self.seeds < 2:
             return None
@@ -60,11 +52,10 @@ class SeedValues(NamedTuple):
 
 
 def pair_values(baseline: Mapping[int, float], variant: Mapping[int, float]) -> SeedValues | None:
-    """Return the values of two variants, paired by seed if their seeds allow it; None if one variant has no values.
+    """Return the values of two variants, which are given by seed; None if one variant has no values.
 
-    Args:
-        baseline: values of the variant to compare with, by seed.
-        variant: values of the other variant, by seed.
+    They are paired if the variants have two or more seeds in common, or if all seeds of one are also seeds of the
+    other.
     """
     if not baseline or not variant:
         return None

@@ -1,4 +1,4 @@
-"""Variants (groups of runs that differ only in their seed), their comparison, and the table of a sweep."""
+"""Variants of runs, their comparison, and the table of a sweep."""
 
 import json
 import statistics
@@ -44,22 +44,16 @@ class Variant:
         return statistics.stdev(losses) if len(losses) > 1 else None
 
     def perplexity(self, step: int) -> float | None:
-        """Return the perplexity of the mean validation loss at a step; None without a loss.
-
-        It is also None for encoders and vision models, whose loss is a sum over objectives with different units.
-        """
+        """Return the perplexity of the mean validation loss at a step; None without a loss or for a summed loss."""
         return None if self.has_summed_loss else metrics.perplexity(self.mean_loss(step))
 
     @property
     def has_summed_loss(self) -> bool:
-        """True if the runs train encoders or vision models, whose loss is a sum over several objectives."""
+        """True for encoders and vision models, whose loss is a sum over objectives with different units."""
         return not all(run.spec.model.family.predicts_next_token for run in self.runs)
 
     def part_losses(self, step: int) -> dict[str, float]:
-        """Return the validation loss of each part of micro-batches at a step, by name, as a mean over the runs.
-
-        A part is one objective with its samples. Runs without a part do not count in the mean of that part.
-        """
+        """Return each objective's mean validation loss at a step, over the runs that have its part of micro-batches."""
         losses = [run.part_validations.get(step, {}) for run in self.runs]
         names = dict.fromkeys(name for run_losses in losses for name in run_losses)
         means = {name: _mean(run_losses.get(name) for run_losses in losses) for name in names}
@@ -79,7 +73,7 @@ class Variant:
 
     @property
     def routes_run(self) -> RunFigures:
-        """First run whose routes (choices of experts) were counted on held-out text, else the first run."""
+        """First run whose routes were counted on held-out text, else the first run."""
         return next((run for run in self.runs if any(e.routing for e in run.evaluations)), self.first_run)
 
 
@@ -89,14 +83,7 @@ def loss_unit(variants: Iterable[Variant]) -> str:
 
 
 def variant_row(variant: Variant, variant_sizes: Sizes, baseline_sizes: Sizes, step: int | None) -> dict[str, Any]:
-    """Return the row of a variant, with the columns that the tables of reports and of sweeps share.
-
-    Args:
-        variant: the variant, which may have no runs yet.
-        variant_sizes: numbers of parameters and multiply-adds of the variant's model.
-        baseline_sizes: the same numbers of the model that ratios are relative to.
-        step: the step at which losses are compared; None if there is none yet.
-    """
+    """Return the columns that tables of reports and of sweeps share; the variant may have no runs yet."""
     return {
         "parameters": variant_sizes.parameters,
         "parameters_ratio": variant_sizes.parameters / baseline_sizes.parameters,
@@ -120,9 +107,9 @@ def losses_at(step: int, baseline: Variant, variant: Variant) -> SeedValues | No
 def group_variants(runs: Sequence[RunFigures]) -> list[Variant]:
     """Group runs into variants, in the order in which these first appear.
 
-    If a variant has finished runs, only those count. Of several runs with the same seed, only the newest counts. Runs
+    If a variant has finished runs, only those count; of several runs with the same seed, only the newest counts. Runs
     of the same training with different names are separate variants if they are distributed over workers in different
-    ways, for example with different strategies, because such runs are made to compare these ways.
+    ways, because such runs are made to compare these ways.
     """
     runs_by_training: dict[str, list[RunFigures]] = {}
     for run in runs:
@@ -134,16 +121,12 @@ def group_variants(runs: Sequence[RunFigures]) -> list[Variant]:
 
 
 def matched_step(compared: Sequence[Variant]) -> int | None:
-    """Return the last step at which all runs were validated; None if there is no such step.
-
-    Runs without any validation do not count.
-    """
+    """Return the last step at which all runs with validations were validated; None if there is no such step."""
     validated = [set(run.validations) for variant in compared for run in variant.runs if run.validations]
     return max(set.intersection(*validated), default=None) if validated else None
 
 
 def _variant_of_newest_runs(name: str, runs: Sequence[RunFigures]) -> Variant:
-    """Return a variant with the newest run of each seed, in the order in which the seeds first appear."""
     # Only the newest run of each seed counts, because two runs with the same seed are not independent samples.
     run_of_seed: dict[int, RunFigures] = {}
     for run in runs:
@@ -154,7 +137,6 @@ def _variant_of_newest_runs(name: str, runs: Sequence[RunFigures]) -> Variant:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """Return the mean of the values that are not None; None if there are none."""
     numbers = [value for value in values if value is not None]
     return statistics.fmean(numbers) if numbers else None
 
@@ -168,11 +150,7 @@ def _training_key(spec: RunSpec) -> str:
 
 
 def _unseeded_source(source: str, seed: int) -> str:
-    """Return a model's name from the spec's `start.from`, without the seed if it is a checkpoint of a sweep's run.
-
-    If one run of a sweep starts from a checkpoint of another, both have the same `seed`. So the results are equal for
-    all seeds of a variant. Other names are returned unchanged.
-    """
+    """Return VARIANT@STEP, equal for all seeds, for a checkpoint of a sweep's run with this seed, else the source."""
     checkpoint = location(source)
     run_name, step = RunDir.of_checkpoint(checkpoint).name, checkpoint.name.partition(".")[0]
     variant = unseeded_name(run_name)
@@ -180,11 +158,7 @@ def _unseeded_source(source: str, seed: int) -> str:
 
 
 def _split_by_distribution(runs: Sequence[RunFigures]) -> Iterable[list[RunFigures]]:
-    """Split runs of the same training by name if runs of different names are distributed in different ways.
-
-    The way is the strategy, the number of ranks in an expert-parallel group, and the dispatch. If all runs are
-    distributed in the same way, they stay one group.
-    """
+    """Split runs of a training by name if their strategies, expert-parallel sizes or dispatches differ by name."""
     runs_by_name: dict[str, list[RunFigures]] = {}
     for run in runs:
         runs_by_name.setdefault(unseeded_name(run.spec.name), []).append(run)
@@ -205,10 +179,7 @@ def _shorten_names(names: Sequence[str]) -> list[str]:
 
 
 class Verdict(NamedTuple):
-    """Result of comparing two variants: the difference of their mean validation losses at a training step.
-
-    The difference is the variant's loss minus the baseline's, in nats per token unless `has_summed_loss`.
-    """
+    """Difference of mean validation losses at a step, variant minus baseline, in nats per token unless summed."""
 
     baseline: str
     variant: str
@@ -252,19 +223,7 @@ class Verdict(NamedTuple):
 
 
 def compare_variants(baseline: Variant, variant: Variant, step: int) -> Verdict | None:
-    """Compare the validation losses of a variant with those of the baseline.
-
-    Args:
-        baseline: the variant to compare with.
-        variant: the other variant.
-        step: a training step at which both were validated.
-
-    Returns:
-        The verdict; None if one of them has no loss at that step.
-
-    Raises:
-        DataError: scipy is not installed.
-    """
+    """Compare the validation losses of two variants at a training step; None if one has no loss there."""
     losses = losses_at(step, baseline, variant)
     if losses is None:
         return None
@@ -286,9 +245,8 @@ def sweep_table(sweep_dir: SweepDir) -> list[dict[str, Any]]:
     """Return the table of a sweep as JSON: one object per variant, in the order of the sweep.
 
     Losses are those of finished runs, or of all runs while none is finished, at the last step at which all of them were
-    validated. If the variants have different numbers of steps, for example because some continue others, each variant's
-    losses are those at the last step at which all of its own runs were validated. Runs whose last validation loss is
-    not finite do not count. Ratios are relative to the first variant.
+    validated. If variants have different numbers of steps, because some continue others, each variant has the last such
+    step of its own runs. Diverged runs do not count. Ratios are relative to the first variant.
     """
     wanted_names = set(sweep_dir.read_order(sweep_dir.order_names()[-1]).wanted)
     figures = {name: RunFigures.read(run) for name, run in sweep_dir.runs().items() if run.attempts_file.exists()}
@@ -323,7 +281,6 @@ def sweep_table(sweep_dir: SweepDir) -> list[dict[str, Any]]:
 
 
 def _by_variant(entries: Iterable[SweepRun]) -> dict[str, list[SweepRun]]:
-    """Group the entries of a sweep, which are its planned runs, by the name of their variant."""
     entries_by_variant: dict[str, list[SweepRun]] = {}
     for entry in entries:
         entries_by_variant.setdefault(entry.variant, []).append(entry)
@@ -331,7 +288,6 @@ def _by_variant(entries: Iterable[SweepRun]) -> dict[str, list[SweepRun]]:
 
 
 def _state(run: RunFigures | None) -> str:
-    """Return the state of a sweep's run for the table; "queued" if it was not started yet."""
     if run is None:
         return "queued"
     state = events.state(events.read(run.run))

@@ -12,20 +12,16 @@
   tokenizer.json
   classes.json       names of the classes of each task; in runs of vision models only, in place of tokenizer.json
   start.json         models that the run started from, with their own ancestors; absent if its first weights were random
-  chat_template.jinja   template that turns a conversation into a prompt; present if the run trains on conversations, if
-                        a user added it, or if the model that it was imported or started from has one
-  checkpoints/step_00000200.<n>/   weights/ optim/ manifest.json, written by the n-th worker group
+  chat_template.jinja   template of prompts; present if the run trains on conversations, if a user added it, or if the
+                        model that it was imported or started from has one
+  checkpoints/step_00000200.<n>/   weights/ optim/ manifest.json, written by the n-th worker group (`checkpoint/`)
   stop               present while a user asks the run to stop
   ray/               Ray Train's own folder, which this package never reads
 
-A worker group is the set of a run's workers from one start or restart of the workers to the next.
-
-The storage folder also holds the directories of sweeps, in <storage>/sweeps/ (sweeps.py).
-
-On an object store events.jsonl and metrics.jsonl are folders of segments (jsonl.py).
-
-An imported run (checkpoint/huggingface/) is a foreign model that was never trained here. It has run.json, events.jsonl,
-tokenizer.json, perhaps chat_template.jinja, and one checkpoint, of step 0. It has no spec, because nobody wrote one.
+A worker group is the set of a run's workers from one start or restart of the workers to the next. On an object store,
+events.jsonl and metrics.jsonl are folders of segments (jsonl.py). An imported run (checkpoint/huggingface/) has
+run.json, events.jsonl, tokenizer.json, perhaps chat_template.jinja, and one checkpoint, of step 0, but no spec. The
+storage folder also holds the directories of sweeps, <storage>/sweeps/ (sweeps.py).
 
     directory.py   paths in the run directory, functions that create and find runs, and run.json
     start.py       start.json
@@ -35,6 +31,4 @@ tokenizer.json, perhaps chat_template.jinja, and one checkpoint, of step 0. It h
     logs.py        logs that outlive the cluster
     jsonl.py       append-only files of JSON lines
     sweeps.py      the directory of a sweep
-
-The package `checkpoint/` defines the format of checkpoints.
 """

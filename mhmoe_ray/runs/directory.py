@@ -19,7 +19,10 @@ CHAT_TEMPLATE = "chat_template.jinja"
 
 @dataclass(frozen=True)
 class RunDir:
-    """Directory of a run, with the paths of its files; the directory itself need not exist."""
+    """Directory of a run, with the paths of its files; the directory itself need not exist.
+
+    Methods that write raise a StorageError if the storage is full, read-only or out of reach.
+    """
 
     path: Location
 
@@ -29,12 +32,11 @@ class RunDir:
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Location) -> "RunDir":
-        """Return the run directory that contains a checkpoint."""
         return cls(checkpoint.parent.parent)
 
     @property
     def name(self) -> str:
-        """Name of the run in its spec, which is the id without the suffix that `create_empty_run` adds."""
+        """Name of the run in its spec: the id without the suffix that `create_empty_run` adds."""
         return self.id.rpartition("-")[0]
 
     @property
@@ -75,12 +77,10 @@ class RunDir:
 
     @property
     def classes_file(self) -> Location:
-        """Path of the JSON file with the names of classes, which only runs of vision models have."""
         return self.path / "classes.json"
 
     @property
     def chat_template_file(self) -> Location:
-        """Path of the Jinja template that turns a conversation into a prompt, for models that have one."""
         return self.path / CHAT_TEMPLATE
 
     @property
@@ -101,42 +101,30 @@ class RunDir:
 
     @property
     def is_imported(self) -> bool:
-        """True if the run was imported and never trained here, so that it has no spec, no attempts and no metrics.
-
-        Raises:
-            RunError: the run was removed.
-        """
+        """True if the run has no spec, attempts or metrics, because it was imported; RunError if it was removed."""
         try:
             return "imported" in json.loads(self.attempts_file.read_text())
         except FileNotFoundError as e:
             raise self._removed_error() from e
 
     def require_existing(self) -> None:
-        """Check that the directory holds a run; it does from the run's first attempt or its import on.
-
-        Raises:
-            RunError: the directory holds no run, because the run was removed or moved.
-        """
+        """Raise a RunError if there is no run, because it was removed, moved, or not submitted or imported yet."""
         if not self.attempts_file.exists():
             raise self._removed_error()
 
     def _removed_error(self) -> RunError:
-        """Return the error for a run that was removed or moved."""
         reason = f"it was removed, or moved: there is no {self.attempts_file}"
         return RunError(f"run {self.id}", reason, "see `mhmoe list`")
 
     def spec(self) -> RunSpec:
-        """Read the run's spec; its paths are adapted if the run was moved (`relocated_spec`)."""
+        """Read the run's spec, with current paths if the run was moved (`relocated_spec`)."""
         return self.relocated_spec(load_resolved_spec(self.spec_file))
 
     def relocated_spec(self, spec: RunSpec) -> RunSpec:
-        """Return `spec` with current paths, if the run was moved together with other folders, as in a moved checkout.
+        """Return a spec of this run with current paths, if the run was moved together with other folders.
 
-        Paths below the old folder become paths below the new one. The spec is returned unchanged if the run was not
-        moved, if the old folder still exists, or if the run is on an object store.
-
-        Args:
-            spec: spec of this run, with the paths of the time when it was written.
+        Paths below the old folder, such as a checkout, become paths below the new one. The spec stays unchanged if the
+        run was not moved, if the old folder still exists, or if the run is on an object store.
         """
         old_folder, new_folder = spec.storage, self.path.absolute().parent
         if not (isinstance(old_folder, Path) and isinstance(new_folder, Path)) or old_folder == new_folder:
@@ -174,48 +162,26 @@ class RunDir:
         return spec.model_copy(update=update)
 
     def write_spec(self, spec: RunSpec) -> None:
-        """Write the spec to the run's spec.yaml, atomically.
-
-        Raises:
-            StorageError: the storage is full, read-only or out of reach.
-        """
         # The file is replaced in one step, because a partly written spec would leave the run without a description.
         with report_write_errors(self.spec_file):
             replace_file(self.spec_file, dump_spec(spec).encode())
 
     def request_stop(self) -> None:
-        """Create the stop file, which asks the workers to stop.
-
-        Raises:
-            StorageError: the storage is full, read-only or out of reach.
-        """
+        """Create the stop file, which asks the workers to stop."""
         with report_write_errors(self.stop_file):
             self.stop_file.touch()
 
     def clear_stop(self) -> None:
-        """Remove the stop file of an earlier stop, if there is one, because it would stop a new attempt too.
-
-        Raises:
-            StorageError: the storage is read-only or out of reach.
-        """
+        """Remove the stop file of an earlier stop, because it would stop a new attempt too."""
         with report_write_errors(self.stop_file):
             self.stop_file.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Remove the directory with everything in it.
-
-        Raises:
-            StorageError: the storage is read-only or out of reach.
-        """
         with report_write_errors(self.path):
             remove_tree(self.path)
 
     def creation_time(self) -> float:
-        """Return the time of the run's first attempt or of its import, in seconds since the epoch.
-
-        Raises:
-            RunError: run.json cannot be read or does not hold this time.
-        """
+        """Return the time of the first attempt or the import, in seconds since the epoch; RunError without one."""
         try:
             state = json.loads(self.attempts_file.read_text())
             return float(state["imported"] if "imported" in state else state["attempts"][0]["submitted"])
@@ -226,13 +192,10 @@ class RunDir:
 
 
 def create_run(spec: RunSpec) -> RunDir:
-    """Create the directory of a new run that has not begun, with its spec.
+    """Create the directory of a run that has not begun, with its spec; remove it again if an error occurs.
 
-    The directory has the spec's name with a random suffix. If an error occurs, it is removed again.
-
-    Raises:
-        SpecError: the storage folder cannot be written.
-        StorageError: the spec cannot be written, for example because the disk is full.
+    A storage folder that cannot be written is a SpecError. A spec that cannot be written, for example on a full disk,
+    is a StorageError.
     """
     run = create_empty_run(spec.storage, spec.name)
     try:
@@ -247,13 +210,7 @@ def create_run(spec: RunSpec) -> RunDir:
 
 
 def create_empty_run(storage: Location, name: str) -> RunDir:
-    """Create a run directory without a spec, with a unique id; only its owner can read it.
-
-    The id is `name` with a random suffix.
-
-    Raises:
-        SpecError: the storage folder cannot be written.
-    """
+    """Create a run directory for its owner alone, without a spec; an unwritable storage folder is a SpecError."""
     try:
         storage.mkdir(parents=True, exist_ok=True)
         # A new id is drawn until no run has it, because two runs may get the same six hexadecimal digits.
@@ -267,13 +224,7 @@ def create_empty_run(storage: Location, name: str) -> RunDir:
 
 
 def list_runs(storage: Location | str) -> list[RunDir]:
-    """Return the runs in the folder `storage`, oldest first.
-
-    A run whose run.json cannot be read is left out, with a warning on stderr.
-
-    Raises:
-        StorageError: the storage cannot be read.
-    """
+    """Return the runs in the folder `storage`, oldest first, and warn on stderr of each unreadable run.json."""
     creation_times: dict[RunDir, float] = {}
     with report_read_errors(storage):
         for run in (RunDir(p.parent) for p in location(storage).absolute().glob("*/run.json")):
@@ -288,14 +239,7 @@ def list_runs(storage: Location | str) -> list[RunDir]:
 
 @contextmanager
 def report_read_errors(storage: Location | str) -> Iterator[None]:
-    """Context manager that turns an OSError into an error about reading the storage.
-
-    Args:
-        storage: the file or folder that is read in the context.
-
-    Raises:
-        StorageError: an OSError was raised in the context.
-    """
+    """Context manager that turns an OSError into a StorageError about reading `storage`."""
     try:
         yield
     except OSError as e:
@@ -306,14 +250,8 @@ def report_read_errors(storage: Location | str) -> Iterator[None]:
 def find_run(name: str | None, storage: Location | str, *, with_job: bool = False) -> RunDir:
     """Return the run with this id, unique prefix of an id, or path; without a name, the newest run.
 
-    Args:
-        name: id, prefix of an id, or path, as the user writes it; None for the newest run.
-        storage: folder that holds run directories.
-        with_job: whether the newest run must have a job; imported runs have none. It matters only without a name.
-
-    Raises:
-        RunError: there is no such run, the prefix fits several, or the run.json of that id or path cannot be read.
-        StorageError: the storage cannot be read.
+    With `with_job`, the newest run must have a job, which imported runs lack. A missing, ambiguous or unreadable run is
+    a RunError, and storage that cannot be read is a StorageError.
     """
     if name is not None:
         for candidate in (location(name), location(storage) / name):
@@ -342,28 +280,23 @@ class Attempt:
     """Attempt of a run: a job that `mhmoe submit` or `mhmoe resume` started."""
 
     job: str
-    """Submission id of the job in Ray."""
     address: str
     """URL of the cluster's dashboard."""
     local: bool
-    """Whether the cluster is the local one, which this package starts on the machine where the user's command runs."""
+    """True for the local cluster, which this package starts on the machine of the user's command."""
     submitted: float = field(default_factory=time.time)
-    """Time of the submit or resume, in seconds since the epoch."""
+    """Time in seconds since the epoch."""
 
 
 def read_attempts(run: RunDir) -> list[Attempt]:
-    """Return all attempts of a run, oldest first; none if the run was not submitted yet or was imported."""
+    """Return all attempts of a run, oldest first; none if it was not submitted yet or was imported."""
     if not run.attempts_file.exists():
         return []
     return [Attempt(**a) for a in json.loads(run.attempts_file.read_text())["attempts"]]
 
 
 def last_attempt(run: RunDir) -> Attempt:
-    """Return the newest attempt of a run.
-
-    Raises:
-        RunError: the run was imported, so it has no attempt.
-    """
+    """Return the newest attempt of a run; an imported run has none, which is a RunError."""
     if run.is_imported:
         reason = "it was imported, not trained here, so it has no job"
         raise RunError(f"run {run.id}", reason, "serve it with `mhmoe serve deploy`, or name another run")
@@ -376,26 +309,18 @@ def newest_attempt_number(run: RunDir) -> int:
 
 
 def require_newest_attempt(run: RunDir, attempt: int) -> None:
-    """Check that `attempt` is the newest attempt of the run, because the job of an older one must write nothing more.
-
-    Raises:
-        RunError: there is a newer attempt.
-    """
+    """Raise a RunError if there is a newer attempt, because the job of an older one must write nothing more."""
     if newest_attempt_number(run) > attempt:
         raise RunError(f"run {run.id}", "it was resumed elsewhere", "leave it to the newer job")
 
 
 def add_attempt(run: RunDir, attempt: Attempt) -> None:
-    """Add an attempt to run.json.
-
-    Raises:
-        StorageError: the storage is full, read-only or out of reach.
-    """
+    """Add an attempt to run.json; a failed write is a StorageError."""
     attempts = [*read_attempts(run), attempt]
     with report_write_errors(run.attempts_file):
         write_json(run.attempts_file, {"id": run.id, "attempts": [asdict(a) for a in attempts]})
 
 
 def mark_imported(run: RunDir) -> None:
-    """Write the run.json of an imported run, with the current time; from then on the directory counts as a run."""
+    """Write the run.json of an imported run; from then on the directory counts as a run."""
     write_json(run.attempts_file, {"id": run.id, "attempts": [], "imported": time.time()})

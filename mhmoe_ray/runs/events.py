@@ -59,23 +59,12 @@ _STATE_AFTER: dict[str, State] = {
 
 
 def record(run: RunDir, kind: EventKind, **fields: Any) -> None:
-    """Append an event with the current time to a run's events.jsonl.
-
-    Raises:
-        StorageError: the storage is full, read-only or out of reach.
-    """
+    """Append an event with the current time to events.jsonl; a failed write is a StorageError."""
     jsonl.append(run.events_file, {"time": time.time(), "event": kind, **fields})
 
 
 def record_use(run: RunDir, kind: EventKind, on_note: Callable[[str], object], **fields: Any) -> None:
-    """Record that a checkpoint of a run is used; if the run directory cannot be written, only give a warning.
-
-    Args:
-        run: the run of the checkpoint.
-        kind: kind of the event.
-        on_note: callback that gets the warning. A run that cannot be written can still be used.
-        **fields: fields of the event.
-    """
+    """Record the use of a checkpoint; `on_note` gets a warning if the run, which stays usable, cannot be written."""
     try:
         record(run, kind, **fields)
     except StorageError as e:
@@ -88,15 +77,12 @@ def read(run: RunDir) -> list[dict[str, Any]]:
 
 
 def newest_event(run_events: list[dict[str, Any]], kind: EventKind) -> dict[str, Any] | None:
-    """Return the newest event of this kind among a run's events; None if there is none."""
+    """Return the newest event of this kind; None if there is none."""
     return next((event for event in reversed(run_events) if event["event"] == kind), None)
 
 
 def of_newest_attempt(run_events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the events of a run's newest attempt, oldest first: those since that attempt was submitted.
-
-    All events are returned if none of them is of the kind "submitted".
-    """
+    """Return the events since the newest attempt was submitted, oldest first; without a submission, all events."""
     submission = newest_event(run_events, "submitted")
     if submission is None:
         return run_events
@@ -130,7 +116,7 @@ def checkpoints_in_use(run_events: list[dict[str, Any]]) -> set[str]:
     """Return the names of the checkpoints that applications and batch inferences use.
 
     An application uses the checkpoint that it served last, whether or not it still runs. A batch inference uses its
-    checkpoint until all rows are answered, because the command that continues it needs the same checkpoint.
+    checkpoint until all rows are answered, because the command that continues it needs the same one.
     """
     checkpoint_by_output: dict[str, str] = {}
     for event in run_events:
@@ -183,11 +169,9 @@ def describe_failure(event: dict[str, Any]) -> str:
 
 
 def interruptions(run_events: list[dict[str, Any]]) -> list[tuple[float, str]]:
-    """Return the time and a description of each interruption of a run's workers, whether or not they were restarted.
+    """Return each hang, preemption and failure of a run's workers: time in seconds since the epoch, and a sentence.
 
-    An interruption is a rank that hung, a node that was preempted, or workers that failed. Times are in seconds since
-    the epoch, and descriptions are sentences. A rank that was killed because it hung is listed once, although it also
-    failed.
+    A rank that was killed because it hung is listed once, although it also failed.
     """
     sentences = {"hung": describe_hang, "preempted": describe_preemption, "lost": describe_failure}
     sentences_by_time: list[tuple[float, str]] = []
@@ -208,7 +192,7 @@ def interruptions(run_events: list[dict[str, Any]]) -> list[tuple[float, str]]:
 
 
 def describe_workers(start_event: dict[str, Any]) -> str:
-    """Return the number of workers of a "started" event as text, with the requested range for an elastic run."""
+    """Return the number of workers of a "started" event as text, with the range of an elastic run."""
     # Events of older versions of this project lack the field `asked`, so the value may be None.
     requested = start_event.get("asked")
     return str(len(start_event["workers"])) + (
@@ -233,11 +217,7 @@ def describe_preemption(event: dict[str, Any]) -> str:
 
 
 def describe_straddling_groups(start_event: dict[str, Any]) -> str | None:
-    """Return a sentence about the expert-parallel groups that lie on several nodes; None if there are none.
-
-    Args:
-        start_event: the "started" event of the worker group.
-    """
+    """Return a sentence about a "started" event's expert-parallel groups on several nodes; None without any."""
     if not (group_count := start_event["straddling_groups"]):
         return None
     sentence = f"{group_count} expert-parallel groups lie on more than one node"

@@ -1,6 +1,6 @@
 """History of a run's metrics: metrics.jsonl, one line per step, and queries on it.
 
-A history may have a million lines, so `read_trend` reads only a few of them. This module does not need torch.
+A history may have a million lines, of which `read_trend` reads only a few. This module does not need torch.
 """
 
 import math
@@ -15,36 +15,34 @@ from mhmoe_ray.runs.metrics import GROUP, METRICS, STEP, TIME, TOKENS, TOKENS_PE
 
 
 def append(run: RunDir, line: dict[str, Any]) -> None:
-    """Append the metrics of a step to metrics.jsonl as one line.
+    """Append the metrics of a step to metrics.jsonl, with null for each number that is not finite.
 
-    Numbers that are not finite become null, because JSON cannot express them. On an object store, the line may stay in
-    memory until the next `append` or `flush` writes it.
+    On an object store, the line may stay in memory until the next `append` or `flush` writes it.
     """
     assert line.keys() <= METRICS.keys(), f"not in the registry: {line.keys() - METRICS.keys()}"
     jsonl.append(run.metrics_file, {name: _to_json(value) for name, value in line.items()}, immediate=False)
 
 
 def _to_json(value: Any) -> Any:
-    """Return a metric's value for JSON, with None in place of each number that is not finite."""
     if isinstance(value, dict):
         return {key: _to_json(number) for key, number in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def flush(run: RunDir) -> None:
-    """Write the lines of metrics that this process still holds in memory, which it does only for an object store."""
+    """Write the lines that this process still holds in memory, which it does only for an object store."""
     jsonl.flush(run.metrics_file)
 
 
 def read(run: RunDir) -> list[dict[str, Any]]:
-    """Return the effective history of a run's metrics (`effective_lines`): one line per step, in order."""
+    """Return the effective history of a run's metrics (`effective_lines`)."""
     # On an object store, lines are in the order of their writers' clocks, and these differ between nodes. Sorting by
     # worker group restores the true order.
     return effective_lines(sorted(jsonl.read(run.metrics_file), key=lambda line: line.get(GROUP, 0)))
 
 
 def effective_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the lines of metrics that count, in order: a line replaces earlier lines of the same or a later step.
+    """Return one line per step, in order: a line replaces earlier lines of the same or a later step.
 
     Such earlier lines exist if a worker group was restarted from a checkpoint and repeats the steps since then.
     """
@@ -62,16 +60,16 @@ def last_line(run: RunDir) -> dict[str, Any] | None:
 
 
 class Trend(NamedTuple):
-    """Excerpt of the history of a run's metrics, as `read_trend` returns it."""
+    """Excerpt of the history of a run's metrics."""
 
     recent_lines: list[dict[str, Any]]
-    """Newest lines of the effective history (`effective_lines`), at most `RECENT_LINES`."""
+    """Newest effective lines, at most `RECENT_LINES`."""
     validation_line: dict[str, Any] | None
-    """Newest line of metrics with a validation loss; None if there is none."""
+    """Newest line with a validation loss."""
     curve: list[dict[str, Any]]
-    """Lines spread evenly over the effective history, in order, for the loss curve; all lines of a short history."""
+    """Lines spread evenly over the effective history, in order; all lines of a short history."""
     start_line: dict[str, Any] | None
-    """First line of metrics of the newest worker group, the workers since the last restart; None without lines."""
+    """First line of the newest worker group."""
 
     @property
     def last_line(self) -> dict[str, Any] | None:
@@ -79,7 +77,7 @@ class Trend(NamedTuple):
 
     @property
     def rate(self) -> float | None:
-        """Tokens per second over the recent steps, without the time between steps; None if there are too few steps."""
+        """Tokens per second over the recent steps, without the time between steps; None if there are too few."""
         pairs = [
             (b[TOKENS] - a[TOKENS], b[TOKENS_PER_S]) for a, b in pairwise(self.recent_lines) if a[GROUP] == b[GROUP]
         ]
@@ -88,10 +86,7 @@ class Trend(NamedTuple):
 
     @property
     def mean_rate(self) -> float | None:
-        """Tokens per second since the newest worker group started, including validations and pauses.
-
-        It is None if no time has passed since the group's first line of metrics.
-        """
+        """Tokens per second since the newest worker group's first line, with all pauses; None at that line."""
         if self.last_line is None or self.start_line is None or self.last_line[TIME] <= self.start_line[TIME]:
             return None
         return float(
@@ -106,12 +101,7 @@ CURVE_LINES = 60
 
 
 def read_trend(run: RunDir, validate_every: int) -> Trend:
-    """Return recent lines, the newest validation and the loss curve of a run's metrics, without reading the whole file.
-
-    Args:
-        run: the run.
-        validate_every: number of steps between two of its validations.
-    """
+    """Return recent lines, the newest validation and the loss curve, without reading the whole file."""
     file = JsonlSnapshot(run.metrics_file)
     newest_lines = list(islice(file.lines_backwards(), CURVE_LINES))[::-1]
     if not newest_lines:

@@ -1,8 +1,7 @@
 """Append-only files of JSON lines that stay readable if a writer is killed, and queries on long files.
 
-A writer that is killed may leave a torn last line, which readers skip. An object store cannot append. There such a file
-is a folder of segments, which are sorted by time. Usually each line is a segment of its own. If a process writes many
-lines, it gathers them in one segment, which it writes again once a second.
+Readers skip the torn last line of a killed writer. An object store cannot append, so there a file is a folder of
+segments in the order of time: one for each line, or one for many lines of a process, which rewrites it once a second.
 """
 
 import atexit
@@ -26,27 +25,20 @@ SEGMENT_BYTES = 1 << 18
 SHORT_SEGMENT_BYTES = 1 << 12
 WRITE_SECONDS = 1.0
 _NEXT_STEP = "`mhmoe resume`"
-"""Command that the message of a storage error advises: most lines are written by a run's job, which the error ends."""
+"""Command that a storage error advises: most lines are written by a run's job, which the error ends."""
 
 
 def append(path: Location, record: dict[str, Any], *, immediate: bool = True) -> None:
-    """Append a record to a file as one line of JSON.
+    """Append a record to a file as one line of JSON; a failed write is a StorageError.
 
-    Args:
-        path: path of the file, which is created if it is missing.
-        record: content of the line, which JSON must be able to express.
-        immediate: whether the line is written immediately on an object store, too. Otherwise a later `append` or
-            `flush` may write it, and no other process may append to the file meanwhile.
-
-    Raises:
-        StorageError: the storage is full, read-only or out of reach.
+    Without `immediate`, the line may reach an object store with a later `append` or `flush`, and no other process may
+    append to the file meanwhile.
     """
     with report_write_errors(path, _NEXT_STEP):
         _append(path, record, immediate)
 
 
 def _append(path: Location, record: dict[str, Any], immediate: bool) -> None:
-    """Append a record to a file as `append` does, but raise an OSError of the storage unchanged."""
     line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
     if isinstance(path, ObjectPath):
         if immediate:
@@ -70,13 +62,7 @@ def _append(path: Location, record: dict[str, Any], immediate: bool) -> None:
 
 
 def flush(path: Location) -> None:
-    """Write all lines of a file that this process still holds in memory, so that other processes can read them.
-
-    Lines are held only on an object store, if they were appended without `immediate`.
-
-    Raises:
-        StorageError: the storage is full, read-only or out of reach.
-    """
+    """Write the lines that this process holds in memory: those for an object store without `immediate`."""
     if isinstance(path, ObjectPath):
         with report_write_errors(path, _NEXT_STEP):
             _segment_buffer(path).write()
@@ -87,7 +73,7 @@ def _segment_name() -> str:
 
 
 class _SegmentBuffer:
-    """Buffer that gathers the lines which this process appends to a file on an object store in one segment."""
+    """Buffer that gathers the lines of this process for a file on an object store in one segment."""
 
     def __init__(self, folder: ObjectPath) -> None:
         self._folder, self._lines, self._has_unwritten_lines, self._last_write_time = folder, b"", False, 0.0
@@ -95,7 +81,6 @@ class _SegmentBuffer:
         atexit.register(self.write)
 
     def append(self, line: bytes) -> None:
-        """Add a line; write the segment if it was last written at least `WRITE_SECONDS` ago."""
         if not self._lines:
             self._name = _segment_name()
         self._lines += line
@@ -104,7 +89,6 @@ class _SegmentBuffer:
             self.write()
 
     def write(self) -> None:
-        """Write the segment if it has unwritten lines; begin a new one if it exceeds `SEGMENT_BYTES`."""
         if not self._has_unwritten_lines:
             return
         (self._folder / self._name).write_bytes(self._lines)
@@ -119,20 +103,14 @@ def _segment_buffer(path: ObjectPath) -> _SegmentBuffer:
 
 
 def parts_with_sizes(path: Location) -> list[tuple[Location, int]]:
-    """Return the parts of a file of JSON lines, in order, with their sizes in bytes.
-
-    The parts are its segments on an object store, and otherwise the file itself. The list is empty if there is no file.
-    """
+    """Return a file's parts and their sizes in bytes: its segments in order, or the file itself if it exists."""
     if isinstance(path, ObjectPath):
         return [*path.sizes()]
     return [(path, path.stat().st_size)] if path.exists() else []
 
 
 def read(path: Location) -> Iterator[dict[str, Any]]:
-    """Yield the content of all complete lines of a file of JSON lines, in order; none if there is no file.
-
-    A torn line, which a killed writer left behind, is skipped.
-    """
+    """Yield the content of all complete lines of a file, in order; none if there is no file."""
     for part, size in parts_with_sizes(path):
         if isinstance(part, Path):
             with part.open("rb") as f:
@@ -153,7 +131,7 @@ _read_short_segment = lru_cache(maxsize=1 << 16)(_read_segment)
 
 
 def parse_lines(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """Yield the JSON content of each line; skip torn lines, which are not valid JSON."""
+    """Yield the JSON content of each line, without torn ones."""
     for line in lines:
         try:
             yield json.loads(line)
@@ -162,15 +140,12 @@ def parse_lines(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
 
 
 def modification_time(path: Location) -> float:
-    """Return the time when a file's last line was written, in seconds since the epoch; 0 if it has no lines."""
+    """Return the time of a file's last line in seconds since the epoch; 0 if it has no lines."""
     return max((part.stat().st_mtime for part, _ in parts_with_sizes(path)[-1:]), default=0.0)
 
 
 class Tail:
-    """Reader of the complete lines that were added to a file of JSON lines since the last call of `new_lines`.
-
-    The first call yields all lines or, with `from_now`, those that were added since the reader was created.
-    """
+    """Reader of the lines that are added to a file; with `from_now`, lines older than the reader are skipped."""
 
     def __init__(self, path: Location, *, from_now: bool = False) -> None:
         self._path, self._offsets = path, dict[str, int]()
@@ -198,7 +173,7 @@ PROBE_BYTES = 1 << 12
 
 
 class JsonlSnapshot:
-    """Random access to the lines that a file of JSON lines had when this object was created; torn lines are skipped."""
+    """Random access to the complete lines that a file of JSON lines had when this object was created."""
 
     def __init__(self, path: Location) -> None:
         self._parts, sizes = [], []
@@ -207,7 +182,7 @@ class JsonlSnapshot:
             sizes.append(size)
         self._ends = list(accumulate(sizes))
         self.size = self._ends[-1] if self._ends else 0
-        """Size of the file in bytes."""
+        """Size in bytes."""
 
     def lines_backwards(self) -> Iterator[dict[str, Any]]:
         """Yield the content of all lines, the last one first."""
@@ -242,19 +217,12 @@ class JsonlSnapshot:
         return None
 
     def sample_lines(self, count: int) -> list[dict[str, Any]]:
-        """Return at most `count` lines in order, evenly spaced by their position in bytes.
-
-        A line of a short file may appear twice.
-        """
+        """Return `count` lines in order, evenly spaced in bytes; a line of a short file may appear twice."""
         lines = (self.line_at(self.size * i // count) for i in range(count))
         return [line for line in lines if line]
 
     def first_match(self, predicate: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
-        """Return the first line for which `predicate` is true, found by bisection; None if there is none.
-
-        Args:
-            predicate: function of a line's content. If it is true for one line, it must be true for all later lines.
-        """
+        """Return the first line that fits `predicate`, by bisection, as all later lines must fit too; else None."""
         low, high = 0, self.size
         while low < high:
             middle = (low + high) // 2
@@ -269,7 +237,7 @@ class JsonlSnapshot:
         return self._ends[index - 1] if index else 0
 
     def _read_range(self, index: int, start: int, stop: int) -> bytes:
-        """Return the bytes of part `index` from `start` to `stop`, both of which are offsets in the whole file."""
+        """Return the bytes of part `index` between two offsets in the whole file."""
         with self._parts[index].open("rb") as f:
             f.seek(start - self._part_start(index))
             return bytes(f.read(stop - start))

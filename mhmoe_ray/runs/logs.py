@@ -1,8 +1,7 @@
 """Logs of a run, which are copied to its run directory because they must outlive the cluster.
 
-The output of the run's job and of its workers goes to one file, which the job copies in segments of 1 MiB, to
-`logs/<attempt>/<number of the segment>.log`. The first segment and the newest segments of each log are kept. Only the
-newest attempts have logs. Secrets are replaced before anything is written (`Redactor`).
+The output of the run's job and its workers goes to one file, which the job copies in segments of 1 MiB to
+`logs/<attempt>/<number of the segment>.log`. The first segment and the newest ones of the newest attempts are kept.
 """
 
 import atexit
@@ -22,15 +21,12 @@ from mhmoe_ray.storage import Location, ObjectPath, remove_tree
 # limits the logs of a run to 32 MiB.
 SEGMENT_BYTES = 1 << 20
 NEWEST_SEGMENTS = 7
-"""Number of newest segments of an attempt that are kept in addition to its first one."""
+"""Number of newest segments of an attempt that are kept besides its first one."""
 NEWEST_ATTEMPTS = 4
 MAX_LINE_BYTES = 64 << 10
-"""Number of bytes above which an unfinished line of the log is copied without waiting for its end."""
+"""Size above which an unfinished line of the log is copied without waiting for its end."""
 COPY_SECONDS, OBJECT_COPY_SECONDS = 2.0, 15.0
-"""Seconds between two copies of the log, on a local disk and on an object store.
-
-They differ because each copy to an object store writes the whole segment again.
-"""
+"""Seconds between two copies of the log; each copy to an object store writes the whole segment again."""
 
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL", re.IGNORECASE)
 _SECRET_TEXT = re.compile(
@@ -40,17 +36,14 @@ _SECRET_TEXT = re.compile(
     r"|(?<=[Bb]earer )[\w.~+/=-]{8,}"
 )
 MIN_SECRET_CHARACTERS = 8
-"""Smallest number of characters of a secret in an environment variable.
-
-A shorter value does not count as a secret, even if the variable has the name of one.
-"""
+"""Length from which the value of an environment variable counts as a secret."""
 
 
 class Redactor:
     """Function that replaces the secrets in a text by `***`.
 
-    Secrets are the values of environment variables whose names suggest a secret (such as TOKEN or PASSWORD), the
-    contents of files that such variables name, passwords in URIs, and tokens of known forms.
+    Secrets are values of environment variables with a name such as TOKEN or PASSWORD, the contents of files that such
+    variables name, passwords in URIs, and tokens of known forms.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -75,25 +68,13 @@ class LogArchiver:
     """Archiver that copies a growing log file into the run directory, with secrets replaced."""
 
     def __init__(self, run: RunDir, attempt: int, source: Path, redact: Redactor) -> None:
-        """Create the folder of the attempt's log, and remove logs of old attempts.
-
-        Args:
-            run: the run whose log it is.
-            attempt: number of the attempt (a submit or a resume).
-            source: file to copy.
-            redact: function that replaces secrets in a text.
-        """
         self._folder, self._source, self._redact = run.logs / f"{attempt:04d}", source, redact
         self._offset, self._partial_line, self._segment_number, self._segment = 0, b"", 1, b""
         _remove_old_logs(run)
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def copy(self, *, include_partial_line: bool = False) -> None:
-        """Copy the lines that were added to the log file since the last call.
-
-        Args:
-            include_partial_line: whether to copy an unfinished last line too.
-        """
+        """Copy the lines that were added to the log since the last call."""
         with self._source.open("rb") as file:
             file.seek(self._offset)
             while chunk := file.read(SEGMENT_BYTES // 2):
@@ -109,10 +90,6 @@ class LogArchiver:
             self._partial_line = b""
 
     def _write(self, lines: bytes) -> None:
-        """Append lines to the current segment, with secrets replaced.
-
-        If the segment would become too large, a new one begins. The first segment and the newest ones are kept.
-        """
         if not lines:
             return
         data = self._redact(lines.decode(errors="replace")).encode()
@@ -148,10 +125,7 @@ def _remove_old_logs(run: RunDir) -> None:
 
 
 def archive_log(run: RunDir, attempt: int) -> None:
-    """Start a thread that copies the standard output of this process into the run directory until the process ends.
-
-    Nothing is copied if standard output is not a file. If the storage fails, a warning is printed and the run goes on.
-    """
+    """Start a thread that copies standard output, if it is a file, to the run directory, and only warns of errors."""
     source = _open_file_path(sys.stdout.fileno())
     if source is None:
         return
@@ -205,10 +179,7 @@ def _open_file_path(descriptor: int) -> Path | None:
 
 
 def archived_lines(run: RunDir, attempt: int) -> Iterator[str] | None:
-    """Return the lines of an attempt's log in the run directory; None if there is no log.
-
-    A line in brackets takes the place of segments that were not kept, and tells their size.
-    """
+    """Return the lines of an attempt's log, with one in brackets for segments not kept; None without a log."""
     folder = run.logs / f"{attempt:04d}"
     segments = _sorted_files(folder) if folder.exists() else []
     return _read_lines(segments) if segments else None

@@ -17,27 +17,24 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 PREFIX = "mhmoe_train_"
-"""Prefix of the names of metrics in Prometheus; Ray puts `ray_` before it."""
+"""Prefix of the names in Prometheus; Ray puts `ray_` before it."""
 Unit = Literal["short", "percentunit", "s", "reqps", "bytes", "none"]
 """Units under Grafana's names: `percentunit` is a share from 0 to 1, `reqps` is a rate per second."""
 PanelKind = Literal["timeseries", "bargauge", "stat"]
 
 
 class Panel(NamedTuple):
-    """Grafana panel of a metric.
-
-    Metrics with the same title share a panel, which takes the unit and kind of the first one.
-    """
+    """Grafana panel of a metric; metrics with the same title share one, with the unit and kind of the first."""
 
     dashboard: Literal["training", "routing"]
     title: str
     legend: str = "{{run}}"
-    """Legend of the series; a name in double braces stands for a label."""
+    """Legend of the series; a label stands in double braces."""
     query: str = "{0}"
-    """Query in PromQL: {0} stands for the series of this metric, {NAME} for the series of the metric called NAME."""
+    """PromQL: {0} stands for the series of this metric, {NAME} for that of another one."""
     kind: PanelKind = "timeseries"
     unit: Unit | None = None
-    """Unit of the result of the query; None if it is the metric's unit."""
+    """Unit of the query's result; by default the metric's unit."""
 
 
 class Plot(NamedTuple):
@@ -49,43 +46,37 @@ class Plot(NamedTuple):
 
 @dataclass(frozen=True)
 class Metric:
-    """Entry of the registry of metrics: one metric, and how each output shows it."""
+    """Entry of the registry: a metric, and how each output shows it."""
 
     name: str
     help: str
-    """Description of the metric in one sentence, for Prometheus and for the Grafana panel."""
+    """One sentence for Prometheus and the Grafana panel."""
     unit: Unit = "short"
     scope: Literal["run", "rank", "layer", "expert", "part", "file"] = "run"
-    """Scope of a value: the whole run, or one rank, layer, expert or part of the micro-batches.
-
-    A part is an objective with its data in a micro-batch. Prometheus has the scope as labels. A metric with scope
-    `file` is in metrics.jsonl only. There, the value of a metric with scope `part` is an object with the parts' names
-    as keys.
-    """
+    """Scope of a value, which Prometheus has as labels. A part is an objective with its data in a micro-batch; its
+    values are an object by name in metrics.jsonl. Scope `file` is in metrics.jsonl only."""
     tag: str | None = None
-    """Tag in TensorBoard and MLflow; None if they do not get the metric."""
     panel: Panel | None = None
     status: str | None = None
-    """Format of the value in `mhmoe status`, which omits zeros; None if the metric has no row there."""
+    """Format in `mhmoe status`, which omits zeros."""
     plot: Plot | None = None
     absent: float | None = None
-    """Value in Prometheus after a step without the metric; None to leave the gauge unchanged then."""
+    """Value in Prometheus after a step without the metric; by default the gauge stays unchanged then."""
     needs_gpu: bool = False
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of the metric's labels in Prometheus, besides `run`."""
+        """Names of the labels in Prometheus besides `run`."""
         return {"rank": ("rank",), "layer": ("layer",), "expert": ("layer", "expert"), "part": ("part",)}.get(
             self.scope, ()
         )
 
 
 METRICS: dict[str, Metric] = {}
-"""All metrics by name, in the order in which this module registers them."""
+"""All metrics by name, in the order of their registration."""
 
 
 def _metric(name: str, help: str, **fields: Any) -> str:
-    """Add a metric to the registry, and return its name."""
     METRICS[name] = Metric(name, help, **fields)
     return name
 
@@ -250,38 +241,20 @@ _MAX_NATS = 709.0
 
 
 def perplexity(loss: float | None) -> float | None:
-    """Return the perplexity that belongs to a loss in nats per token.
-
-    Returns:
-        The perplexity; None without a loss, if the loss is not finite, or if the perplexity is larger than any float.
-    """
+    """Return the perplexity of a loss in nats per token; None without a finite loss, or if it exceeds any float."""
     return math.exp(loss) if loss is not None and loss < _MAX_NATS else None
 
 
 def expert_loads(count_LE: np.ndarray) -> np.ndarray:
-    """Return the load of each expert: its share of its layer's routes, times the number of experts E.
-
-    1 is a uniform load. All loads of a layer without routes are 0.
-
-    Args:
-        count_LE: number of routes (choices of an expert by a token) per layer and expert.
-
-    Returns:
-        Loads, (L, E), float64.
-    """
+    """Return each expert's share of its layer's routes times E, (L, E) float64: 1 if uniform, 0 without routes."""
     return np.asarray(_route_shares(count_LE) * count_LE.shape[1])
 
 
 def load_entropy(count_LE: np.ndarray) -> np.ndarray:
-    """Return for each layer the entropy of its experts' shares of routes, divided by the highest possible one, log E.
+    """Return the entropy of each layer's shares of routes over the highest, log E, as (L,) float64.
 
-    1 is a uniform distribution. 0 means that one expert got all routes, or that there are no routes at all.
-
-    Args:
-        count_LE: number of routes (choices of an expert by a token) per layer and expert, for at least two experts.
-
-    Returns:
-        Relative entropies, (L,), float64.
+    There must be at least two experts. 1 is a uniform distribution. 0 means that one expert got all routes, or that
+    there are no routes at all.
     """
     share_LE = _route_shares(count_LE)
     # An expert without routes adds 0 to the entropy. Its logarithm would not be finite, so 0 takes its place.
@@ -290,6 +263,5 @@ def load_entropy(count_LE: np.ndarray) -> np.ndarray:
 
 
 def _route_shares(count_LE: np.ndarray) -> np.ndarray:
-    """Return for each expert its share of the routes of its layer, (L, E); 0 in a layer without routes."""
     # Without `clip`, a layer without routes would have shares of NaN instead of 0.
     return np.asarray(count_LE / count_LE.sum(1, keepdims=True).clip(min=1))

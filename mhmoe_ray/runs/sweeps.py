@@ -5,10 +5,8 @@
   runs.json                   written by the job of the last order: the run directory of each entry
   stop                        present while a user asks that no more runs start
 
-An entry is a run that the sweep file describes: a variant with one seed.
-
-Commands may run at the same moment and on several machines. So each command writes its own order once, and the names of
-the orders alone determine which order counts.
+An entry is a run that the sweep file describes: a variant with one seed. Commands may run at the same moment and on
+several machines, so each writes its own order once, and the names of the orders alone determine which order counts.
 """
 
 import json
@@ -29,26 +27,22 @@ class Order(BaseModel):
     """Order to start runs of a sweep, which a command writes and a job carries out."""
 
     size: str
-    """Name of the size in the sweep file whose settings the runs have."""
+    """Name of the size in the sweep file."""
     concurrent: int
     """Largest number of runs that train at the same time."""
     entries: list[SweepRun]
-    """All runs that the sweep file describes, and unfinished runs of an earlier order that this one replaces."""
+    """Runs of the sweep file, and unfinished runs of an earlier order that this one replaces."""
     wanted: list[str]
     """Names of the entries that the job is to run."""
     retry: dict[str, int]
-    """Number of the last attempt of each run that had failed or was stopped at the time of the order, by entry.
-
-    Each of these runs is retried once.
-    """
+    """Number of the last attempt of each entry that had failed or was stopped then; each is retried once."""
     job: str
-    """Submission id of the job that carries out the order."""
     address: str
     """Address of the cluster's dashboard, as the user's commands reach it."""
     local: bool
-    """Whether the cluster is the local one, which this package starts on the machine where the user's command runs."""
+    """True for the local cluster, which this package starts on the machine of the user's command."""
     submitted: float
-    """Time of the order, in seconds since the epoch."""
+    """Time in seconds since the epoch."""
 
     @property
     def wanted_entries(self) -> list[SweepRun]:
@@ -57,7 +51,7 @@ class Order(BaseModel):
 
 @dataclass(frozen=True)
 class SweepDir:
-    """Directory of a sweep, with the orders to start its runs and the runs of its entries; it need not exist."""
+    """Directory of a sweep, which may be missing; its listings and `write_order` can raise a StorageError."""
 
     path: Location
 
@@ -79,34 +73,22 @@ class SweepDir:
 
     @property
     def exists(self) -> bool:
-        """True if a command has ordered runs of this sweep."""
         return bool(self.order_names())
 
     def order_names(self) -> list[str]:
-        """Return the names of all orders to start runs of the sweep, oldest first.
-
-        The last order counts, and the jobs of earlier orders give way to its job.
-
-        Raises:
-            StorageError: the storage cannot be read.
-        """
+        """Return the names of all orders, oldest first; the jobs of earlier ones give way to the job of the last."""
         with report_read_errors(self.orders_folder):
             return sorted(path.name.removesuffix(".json") for path in self.orders_folder.glob("*.json"))
 
     def new_order_name(self) -> str:
-        """Return a name for a new order, which comes after all existing ones in the sorted names."""
+        """Return a name for a new order, which sorts after all existing ones."""
         # Two commands may take the same number at the same moment. The random suffix makes their names different, and
         # all processes sort these names in the same order.
         last_number = max((int(name.partition("-")[0]) for name in self.order_names()), default=0)
         return f"{last_number + 1:06d}-{secrets.token_hex(3)}"
 
     def read_order(self, name: str) -> Order:
-        """Return the order with this name, which is an order to start runs of the sweep.
-
-        Raises:
-            FileNotFoundError: the order is not written yet.
-            RunError: the order is damaged, or another version wrote it.
-        """
+        """Return an order; FileNotFoundError if it does not exist yet, RunError if damaged or of another version."""
         text = (self.orders_folder / f"{name}.json").read_text()
         try:
             return Order.model_validate_json(text)
@@ -116,27 +98,19 @@ class SweepDir:
             raise RunError(subject, "it is damaged, or written by another version", fix) from e
 
     def write_order(self, name: str, order: Order) -> None:
-        """Write an order with this name.
-
-        Raises:
-            StorageError: the storage is full, read-only or out of reach.
-        """
         path = self.orders_folder / f"{name}.json"
         with report_write_errors(path):
             write_json(path, order.model_dump(mode="json"))
 
     def earlier_orders(self, name: str | None = None) -> Iterator[Order]:
-        """Yield the orders of the sweep before the one called `name`, or all orders if `name` is None, oldest first.
-
-        Orders that are damaged or that another version wrote are left out.
-        """
+        """Yield the orders before `name`, or all orders, oldest first; skip those that `read_order` refuses."""
         names = self.order_names()
         for earlier_name in names[: names.index(name) if name else None]:
             with suppress(RunError):
                 yield self.read_order(earlier_name)
 
     def entries(self) -> list[SweepRun]:
-        """Return the runs of the last order, and those started runs of earlier orders that the last one lacks."""
+        """Return the runs of the last order, and those started runs of earlier orders that it lacks."""
         started_runs, last_order = self.runs(), self.order_names()[-1]
         entries_by_name = {entry.name: entry for entry in self.read_order(last_order).entries}
         # The newest order comes first, because `setdefault` keeps the first definition of an entry and the newest one
@@ -148,11 +122,7 @@ class SweepDir:
         return list(entries_by_name.values())
 
     def runs(self) -> dict[str, RunDir]:
-        """Return the runs that were started, by the names of their entries; runs that were removed are left out.
-
-        Raises:
-            StorageError: the storage cannot be read.
-        """
+        """Return the started runs by the names of their entries, without removed ones."""
         with report_read_errors(self.runs_file):
             if not self.runs_file.exists():
                 return {}
@@ -165,5 +135,5 @@ class SweepDir:
 
 
 def sweep_dir(storage: Location, name: str) -> SweepDir:
-    """Return the directory of a sweep in the folder `storage`, which also holds its runs; nothing is created."""
+    """Return the directory of a sweep in `storage`, which also holds its runs; nothing is created."""
     return SweepDir(storage / "sweeps" / name)

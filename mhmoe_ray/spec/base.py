@@ -24,15 +24,12 @@ class Section(BaseModel):
 
 
 def section_keys(section: type[BaseModel]) -> list[str]:
-    """Return the keys of a section in the spelling of a spec file: a field's alias if it has one, else its name."""
+    """Return the keys of a section as a spec file spells them: a field's alias if it has one, else its name."""
     return [field.alias or name for name, field in section.model_fields.items()]
 
 
 def unmeasured(*names: str) -> BeforeValidator:
-    """Return a validator that refuses values of a key: names of GPU techniques that are not offered yet.
-
-    They will be offered once they have been measured on a GPU.
-    """
+    """Return a validator that refuses names of GPU techniques until they have been measured on a GPU."""
 
     def refuse(value: Any) -> Any:
         if value in names:

@@ -1,9 +1,8 @@
 """The `cluster` section: workers and their resources, the spread of experts over workers, and the hardware to plan for.
 
-`mhmoe plan` computes with the accelerators and links given here. They do not change what a run computes, except that
-its metric `mfu` is relative to the accelerator's peak. For accelerators other than the default, set their values.
-
-The defaults are data-sheet figures of NVIDIA's DGX H100, with one 100 Gb/s Ethernet port per node between domains.
+`mhmoe plan` computes with the accelerators and links given here. Of a run they change only the metric `mfu`, which is
+relative to the accelerator's peak. The defaults are data-sheet figures of NVIDIA's DGX H100, with one 100 Gb/s Ethernet
+port per node between domains.
 """
 
 from collections.abc import Mapping
@@ -127,11 +126,11 @@ class WorkerRange(Section):
 
 
 MeshSizes = dict[str, int]
-"""Number of ranks along each dimension of the device mesh, by the dimension's name; `ep` is the innermost."""
+"""Number of ranks along each dimension of the device mesh, by name; `ep` is the innermost."""
 
 
 def format_mesh(sizes: Mapping[str, int]) -> str:
-    """Return the sizes of a device mesh in readable form, such as "dp 2 x ep 4"."""
+    """Return the sizes of a device mesh as text, such as "dp 2 x ep 4"."""
     return " x ".join(f"{name} {size}" for name, size in sizes.items())
 
 
@@ -218,41 +217,32 @@ class ClusterSpec(Section):
 
     @property
     def shard_ranks(self) -> int:
-        """The number of ranks over which the strategy shards tensors, for a run with its largest number of ranks."""
+        """Number of ranks over which the strategy shards tensors, at the largest number of ranks."""
         return self.shard_group or self.max_world_size
 
     @property
     def expert_shard_ranks(self) -> int:
-        """The number of ranks over which the strategy shards one expert, if it shards experts."""
         return self.shard_ranks // self.ep
 
     @property
     def cpus(self) -> int:
-        """The largest number of CPUs that a run takes from Ray: the CPUs of its workers and of its data stream."""
+        """Largest number of CPUs that a run takes from Ray, for its workers and its data stream."""
         return self.max_world_size * self.cpus_per_worker + STREAM_CPUS
 
     @property
     def max_world_size(self) -> int:
-        """The largest number of ranks that the run may have."""
         return self.workers.max
 
     @property
     def shards_experts(self) -> bool:
-        """True if the strategy treats experts like all other parameters, among the ranks that hold the same experts.
-
-        It is false only for fsdp without `shard_experts`, which shards all parameters but the experts.
-        """
+        """True if the strategy treats experts like other parameters, among the ranks that hold the same experts."""
         return self.strategy != "fsdp" or self.shard_experts
 
     @property
     def gathers_in_bfloat16(self) -> bool:
-        """True if ranks gather sharded weights in bfloat16, so that they need no copies for matrix products."""
+        """True if ranks gather sharded weights in bfloat16, and need no copies for matrix products."""
         return self.gather_precision == "bfloat16" and self.max_world_size > 1
 
     def mesh_sizes(self, world_size: int | None = None) -> MeshSizes:
-        """Return the sizes dp and ep of the device mesh.
-
-        Args:
-            world_size: number of ranks; by default the largest that the run may have.
-        """
+        """Return the sizes dp and ep of the device mesh, by default for the largest number of ranks."""
         return {"dp": (world_size or self.max_world_size) // self.ep, "ep": self.ep}

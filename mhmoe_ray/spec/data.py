@@ -14,7 +14,6 @@ from mhmoe_ray.storage import refuse_password
 # Weights and shares have a large upper bound because users may write token counts as well as fractions.
 Weight = Annotated[float, Field(ge=0, le=1e18)]
 Share = Annotated[float, Field(gt=0, le=1e18)]
-"""Type of a share; like weights, shares may be fractions or token counts, because only their ratios matter."""
 Epochs = Annotated[float, Field(gt=0, le=1e6)]
 
 
@@ -38,10 +37,7 @@ class SourceMix(Section):
         return self
 
     def with_changes(self, changes: "SourceMix") -> "SourceMix":
-        """Return a copy of this mix in which the values that `changes` sets replace the old ones.
-
-        A new `alpha` or new `shares` replace both old values.
-        """
+        """Return a copy with the values that `changes` sets; a new `alpha` or `shares` replaces both old values."""
         # `alpha` and `shares` exclude each other, so a new value of one also replaces an old value of the other.
         subfolder_mix = self if changes.alpha is None and changes.shares is None else changes
         weight = self.weight if changes.weight is None else changes.weight
@@ -58,7 +54,7 @@ class PhaseSpec(Section):
 
 
 SourceName = Annotated[str, Field(pattern=r"^[^/]+$")]
-"""Type of a source name. It has no slash, because the name of a domain is the source name, a slash and a subfolder."""
+"""Name of a source, without a slash because a domain is named SOURCE/SUBFOLDER."""
 
 
 class SourceSpec(Section):
@@ -142,7 +138,6 @@ class SourceSpec(Section):
         return self
 
     def _check_annotation_columns(self) -> None:
-        """Check that the format has the class or the objects that `columns` names."""
         annotations = [column for column in self.sample_columns if column in ("class", "objects")]
         if annotations and ("image" not in self.sample_columns or len(self.sample_columns) > 2):
             raise ValueError("columns with class or objects are those of vision models: image and one of the two")
@@ -157,17 +152,14 @@ class SourceSpec(Section):
 
     @property
     def sample_columns(self) -> tuple[Column, ...]:
-        """The columns of a sample of this source, in the order of their names."""
+        """Columns of a sample of this source, sorted by name."""
         if self.columns is not None:
             return tuple(sorted(self.columns))
         return ("text",) if self.format is None else FORMATS[self.format].columns
 
     @property
     def image_column(self) -> str | None:
-        """The column that has the image of a record, in a format with columns.
-
-        It is None in other formats, and for a source of texts that does not name the column.
-        """
+        """Column with the image of a record; None in formats without columns, and for texts that do not name it."""
         has_columns = self.format is not None and "image_field" in FORMATS[self.format].keys
         if self.image_field is None and "image" in self.sample_columns and has_columns:
             return IMAGE_COLUMNS[0]
@@ -175,15 +167,11 @@ class SourceSpec(Section):
 
     @property
     def mix(self) -> SourceMix:
-        """The mixture weight of this source and the division among its subfolders, at the start of training."""
+        """Mixture weight and division among subfolders at the start of training."""
         return SourceMix(weight=self.weight, alpha=None if self.shares else self.alpha, shares=self.shares)
 
     def check_format(self, format: Format) -> None:
-        """Check that every key that this source sets applies to files of a format.
-
-        Raises:
-            ValueError: a key is set that the format does not use.
-        """
+        """Raise a ValueError if a key is set that files of `format` do not use."""
         for key, refusal in SOURCE_KEYS.items():
             if getattr(self, key) is not None and key not in FORMATS[format].keys:
                 raise ValueError(refusal.format(format))
@@ -318,10 +306,6 @@ class DataSpec(Section):
         return self
 
     def _check_parts(self) -> None:
-        """Check that each source is in exactly one part, if there are parts.
-
-        In each phase of training, each part must have a source whose weight is not 0.
-        """
         names = [name for part in self.parts.values() for name in part.sources]
         if not names:
             return
@@ -338,11 +322,6 @@ class DataSpec(Section):
                     raise ValueError(f"every source of part {part_name} has weight 0 from step {step} on")
 
     def _check_image_columns(self) -> None:
-        """Check that each `image_field` is needed, and that all sources of one path name the same column of images.
-
-        Documents are held out by the image of their record. With different columns, one source could train on documents
-        that the other holds out.
-        """
         first_sources = dict[str, str]()
         for name, source in self.sources.items():
             if source.image_field is not None and not self.has_images:
@@ -359,10 +338,7 @@ class DataSpec(Section):
                 )
 
     def image_columns(self, name: str) -> tuple[str, ...]:
-        """Return the names of columns that may hold the images in the files of a source, the likeliest first.
-
-        The result is empty if no source has images.
-        """
+        """Return the columns that may hold a source's images, the likeliest first; none if no source has images."""
         source = self.sources[name]
         if source.image_column is not None:
             return (source.image_column,)
@@ -375,27 +351,24 @@ class DataSpec(Section):
 
     @property
     def has_images(self) -> bool:
-        """True if any source has images."""
         return any("image" in source.sample_columns for source in self.sources.values())
 
     @property
     def has_texts(self) -> bool:
-        """True if any source has texts."""
         return any("text" in source.sample_columns for source in self.sources.values())
 
     @property
     def chat_sources(self) -> list[str]:
-        """The names of the sources of conversations."""
         return [name for name, source in self.sources.items() if source.format == "chat"]
 
     @property
     def train_mb(self) -> float:
-        """The number of characters, in millions, that a new tokenizer is trained on."""
+        """Number of characters, in millions, that a new tokenizer is trained on."""
         return self.tokenizer_train_mb or 20.0
 
     @property
     def mixes(self) -> dict[int, dict[str, SourceMix]]:
-        """The mix of each source in each phase of training, by the number of steps before the phase; the first is 0."""
+        """Mix of each source in each phase of training, by the number of steps before the phase."""
         current_mixes = {name: source.mix for name, source in self.sources.items()}
         result = {0: current_mixes}
         for phase in self.schedule:
@@ -406,18 +379,15 @@ class DataSpec(Section):
         return result
 
     def named_subfolders(self, source: str) -> list[str] | None:
-        """Return the sorted names of the subfolders of a source that training uses; None if it uses all of them.
-
-        Training uses all subfolders if the source has no fixed shares in some phase.
-        """
+        """Return the sorted subfolders of a source that training uses; None (all) if a phase has no shares."""
         has_shares_in_all_phases = all(mixes[source].shares for mixes in self.mixes.values())
         return self.shared_subfolders(source) if has_shares_in_all_phases else None
 
     def shared_subfolders(self, source: str) -> list[str]:
-        """Return the sorted names of the subfolders of a source that have a fixed share in any phase of training."""
+        """Return the sorted subfolders of a source that have a fixed share in any phase of training."""
         return sorted({subfolder for mixes in self.mixes.values() for subfolder in mixes[source].shares or ()})
 
 
 def absolute_path(base: Path, path: str) -> str:
-    """Return a local path relative to `base` as an absolute path; return a URI unchanged."""
+    """Return a local path relative to `base` as an absolute path, and a URI unchanged."""
     return path if "://" in path else str(base / path)

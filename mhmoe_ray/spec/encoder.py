@@ -56,20 +56,18 @@ class EncoderSpec(Section):
 
     @property
     def patches(self) -> int:
-        """The number of patches of an image."""
         return self.patches_per_side**2
 
     @property
     def patch_values(self) -> int:
-        """The number of values of a patch: three (the colours) for each pixel."""
         return 3 * self.patch_size**2
 
     @property
     def image_tokens(self) -> int:
-        """The number of positions that an image takes: one for each patch, and one for the image as a whole."""
+        """Number of positions of an image: one for each patch, and one for the image as a whole."""
         return self.patches + 1
 
     @property
     def target_values(self) -> int:
-        """The number of values that the model computes for a hidden patch: its pixels, or logits of a codebook."""
+        """Number of values computed for a hidden patch: its pixels, or the logits of a codebook."""
         return self.patch_values if self.image_targets == "pixels" else self.codebook_size

@@ -31,7 +31,6 @@ rps_doc_frac_chars_top_2gram rps_doc_frac_chars_top_3gram rps_doc_frac_chars_top
 rps_doc_ldnoobw_words rps_doc_ut1_blacklist
 """
 SIGNALS = frozenset(_SIGNAL_NAMES.split())
-"""Names of all quality signals of RedPajama-V2."""
 SIMILARITIES = (0.7, 0.8, 0.9, 1.0)
 """Similarities of documents for which RedPajama-V2 has MinHash signatures."""
 
@@ -47,10 +46,7 @@ _RULE = re.compile(r"\s*(\w+)\s*(<=|>=|==|!=|<|>)\s*(\S+)\s*")
 
 
 class SignalRule(NamedTuple):
-    """Rule on a quality signal of RedPajama-V2, such as `rps_doc_word_count >= 50`.
-
-    A document is kept if the rule holds. A document without a value for the signal is not kept.
-    """
+    """Rule on a quality signal, such as `rps_doc_word_count >= 50`."""
 
     signal: str
     comparison: str
@@ -58,11 +54,7 @@ class SignalRule(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Parse a rule such as `rps_doc_word_count >= 50`.
-
-        Raises:
-            ValueError: the text is not `signal op number`, there is no such signal, or the number is not finite.
-        """
+        """Parse `signal op number`; a wrong form, an unknown signal or an infinite number is a ValueError."""
         match = _RULE.fullmatch(text)
         if match is None:
             raise ValueError("write a rule as `signal op number`, for example rps_doc_word_count >= 50")
@@ -78,7 +70,7 @@ class SignalRule(NamedTuple):
         return cls(signal, comparison, number)
 
     def holds(self, value: float | None) -> bool:
-        """Return whether a document with this value of the signal is kept; the value None means that it is missing."""
+        """Return whether a document with this value of the signal is kept; without a value (None) it is not."""
         return value is not None and _COMPARISONS[self.comparison](value, self.bound)
 
     def __str__(self) -> str:

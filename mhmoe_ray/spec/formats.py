@@ -10,22 +10,19 @@ _PARQUET = (".parquet",)
 
 
 class FormatTraits(NamedTuple):
-    """Properties of a format of raw data, which determine how its files are found, checked and read."""
+    """Properties of a format of raw data, by which its files are found, checked and read."""
 
     reader: str | None
-    """Module and name of the function that reads a file (`FormatReader` in data/sources/reading.py). None for `chat`,
-    because its reader also needs a chat template."""
+    """Module and name of the `FormatReader` of a file; None for `chat`, which also needs a template."""
     suffixes: tuple[str, ...] = ()
-    """Suffixes of the format's files; empty if the files are found by the folders that contain them."""
+    """Suffixes of files; empty if files are found by the folders that contain them."""
     is_recognized: bool = False
-    """True if files with these suffixes have this format unless the spec names another one. All other formats must be
-    named in the spec, except those that `data/sources/find.py` recognizes by their folders."""
+    """True if the suffixes determine the format where the spec names none. `data/sources/find.py` recognizes some other
+    formats by their folders."""
     keys: tuple[str, ...] = ()
-    """Keys of a source that apply to this format, among those in `SOURCE_KEYS`."""
+    """Keys of `SOURCE_KEYS` that apply."""
     columns: tuple[Column, ...] = ("text",)
-    """Columns that a sample has by default: text, an image, or both."""
     possible_columns: tuple[Column, ...] = ("text",)
-    """Columns that a record of this format may have."""
 
 
 FORMATS: dict[str, FormatTraits] = {
@@ -81,11 +78,11 @@ SOURCE_KEYS = {
     "text_field": "text_field is for records with a text, and format {} has none",
     "languages": "languages choose captions in a key of JSON: set format webdataset and text_field json.KEY",
 }
-"""Keys of a source that only some formats use, each with the error message for the other formats."""
+"""Keys of a source that only some formats use, with the error message for the others."""
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp")
-"""Names that Hugging Face and img2dataset give to a column of images; the first is the default of `image_field`."""
+"""Names of image columns of Hugging Face and img2dataset; the first is the default of `image_field`."""
 
 
 def formats_with(column: Column) -> list[str]:
-    """Return the names of the formats whose records may have a column, sorted."""
+    """Return the sorted names of the formats whose records may have a column."""
     return sorted(name for name, traits in FORMATS.items() if column in traits.possible_columns)

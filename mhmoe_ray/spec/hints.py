@@ -1,17 +1,10 @@
-"""Hints for an unknown key in a spec.
-
-A hint is the key that means the same as a name from another project, or the key with the most similar spelling, or a
-list of all known keys.
-"""
+"""Hints for an unknown key in a spec: the key with this meaning or a similar spelling, or all known keys."""
 
 import difflib
 from collections.abc import Sequence
 
 MIN_SIMILARITY = 0.7
-"""Smallest similarity (difflib's ratio) of two spellings at which a hint suggests the known one.
-
-For example, `trian` and `train` have the similarity 0.8.
-"""
+"""Smallest difflib ratio at which a hint suggests a spelling; that of `trian` and `train` is 0.8."""
 
 # For each key of a spec, the names that mean the same in Hugging Face's configurations and Trainer, Megatron-LM,
 # axolotl, torchtitan, nanoGPT and litgpt, in lower case and with underscores.
@@ -115,13 +108,7 @@ _UNSUPPORTED = {
 
 
 def key_hint(key: str, section: str, known_keys: Sequence[str]) -> str:
-    """Return a hint for an unknown key of a spec: the key to use instead, or the known keys.
-
-    Args:
-        key: last part of the dotted key that is unknown.
-        section: dotted name of the section that contains the key, with a dot at its end; empty for the top level.
-        known_keys: keys that the section has.
-    """
+    """Return a hint for the last part `key` of an unknown dotted key; `section` is the rest and ends with a dot."""
     normalized_key = key.lower().replace("-", "_")
     if normalized_key in _KEY_BY_NAME:
         our_key = _KEY_BY_NAME[normalized_key]

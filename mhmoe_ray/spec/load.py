@@ -1,6 +1,6 @@
 """Functions that read a spec from YAML, apply `a.b=c` overrides, and check the result.
 
-An error message is one line. It names the wrong key and the most similar known one.
+An error is a SpecError with a message of one line, which names the wrong key and the most similar known one.
 """
 
 import types
@@ -41,26 +41,12 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_resolved_spec(path: Location, overrides: Sequence[str] = ()) -> RunSpec:
-    """Read and check a complete spec, such as that of a run directory.
-
-    The spec must not contain shorthands; `planner.resolve` reads specs that do.
-
-    Raises:
-        SpecError: the file is missing or is not YAML, or a key or value is wrong.
-    """
+    """Read a complete spec, such as that of a run directory; `planner.resolve` reads those with shorthands."""
     return validate_section(RunSpec, read_tree(path, overrides), f"spec {path}")
 
 
 def read_tree(path: Location, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a YAML file and return its mapping with overrides applied; keys and values are not checked.
-
-    Args:
-        path: path of a YAML file.
-        overrides: `key.path=value` strings, whose values are YAML.
-
-    Raises:
-        SpecError: the file is missing, not YAML, or not a mapping; a key is given twice; or an override is malformed.
-    """
+    """Read the mapping in a YAML file and apply overrides; keys and values are not checked."""
     try:
         text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as e:
@@ -78,20 +64,12 @@ def read_tree(path: Location, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def load_site(path: Location) -> SiteSpec:
-    """Read and check a site file, which describes a cluster.
-
-    Raises:
-        SpecError: the file is missing or is not YAML, or a key or value is wrong.
-    """
+    """Read and check a site file, which describes a cluster."""
     return validate_section(SiteSpec, read_tree(path), f"site {path}")
 
 
 def load_sweep(path: Location, overrides: Sequence[str] = ()) -> SweepSpec:
-    """Read and check a sweep file, which describes the runs of a sweep.
-
-    Raises:
-        SpecError: the file is missing or is not YAML, or a key or value is wrong.
-    """
+    """Read and check a sweep file."""
     return validate_section(SweepSpec, read_tree(path, overrides), f"sweep {path}")
 
 
@@ -100,17 +78,9 @@ def load_deploy_spec(
     overrides: Sequence[str] = (),
     find_ignored_keys: Callable[[DeploySpec], Collection[str]] = lambda _: (),
 ) -> DeploySpec:
-    """Read and check the sections of a spec that serving uses, and ignore the rest of the file.
+    """Read and check the sections of a spec that serving uses; without a file, defaults and overrides apply.
 
-    Without a file, only defaults and overrides apply.
-
-    Args:
-        path: path of the spec; None for no file.
-        overrides: `key.path=value` strings, whose values are YAML.
-        find_ignored_keys: function that returns the keys of the spec, such as "serve.host", that are ignored, too.
-
-    Raises:
-        SpecError: the file is missing or is not YAML, or a key or value is wrong.
+    `find_ignored_keys` returns the keys of the file, such as "serve.host", that are ignored too.
     """
     file_tree, label = read_tree(path) if path else {}, f"spec {path}" if path else "the overrides"
     tree = {name: file_tree[name] for name in DeploySpec.model_fields if name in file_tree}
@@ -125,15 +95,8 @@ def validate_section(
 ) -> S:
     """Build a section of a spec from the values in a file, and check the values.
 
-    Args:
-        section: class of the section.
-        tree: values of the section by key, as they were read from YAML.
-        label: name of the spec in an error message.
-        prefix: dotted prefix of the section within the spec, such as "model.".
-        extra_keys: keys besides the section's own that the hint on a misspelt key may suggest.
-
-    Raises:
-        SpecError: a key or value is wrong or missing. The message names the first such key in one line.
+    `label` names the spec in an error, `prefix` is the section's dotted prefix such as "model.", and `extra_keys` are
+    further keys that the hint on a misspelt key may suggest.
     """
     try:
         return section.model_validate(tree)
@@ -142,14 +105,7 @@ def validate_section(
 
 
 def dotted_items(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted keys of a dumped spec, such as `train.steps`, with their values.
-
-    Keys whose value is None are left out.
-
-    Args:
-        tree: dumped spec, or a section of it, as nested dictionaries.
-        prefix: dotted name of the section with a dot at its end; empty for a whole spec.
-    """
+    """Yield the dotted keys of a dumped spec, such as `train.steps`, and their values other than None."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from dotted_items(value, f"{prefix}{key}.")
@@ -163,11 +119,7 @@ def dump_spec(spec: RunSpec) -> str:
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
-    """Parse overrides: `["train.steps=5"]` becomes `[(["train", "steps"], 5)]`.
-
-    Raises:
-        SpecError: an override is not `key=value`, or its value is not YAML.
-    """
+    """Parse overrides: `["train.steps=5"]` becomes `[(["train", "steps"], 5)]`."""
     parsed = []
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -181,24 +133,13 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Apply `key.path=value` strings to the nested dictionaries of a spec in place, and return them.
-
-    Raises:
-        SpecError: an override is malformed, or its path goes through a value that is not a section.
-    """
+    """Apply `key.path=value` strings with YAML values to the dictionaries of a spec in place, and return them."""
     for keys, value in parse_overrides(overrides):
         _set_value(tree, keys, value)
     return tree
 
 
 def _set_value(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    """Set the value at a path of keys in the nested dictionaries of a spec; create sections that are missing.
-
-    Several parts of the path may be one key with dots, if the section has such a key.
-
-    Raises:
-        SpecError: the path goes through a value that is not a section.
-    """
     node = tree
     key, remaining_keys = _split_key(node, keys)
     while remaining_keys:
@@ -215,7 +156,6 @@ def _set_value(tree: dict[str, Any], keys: list[str], value: Any) -> None:
 
 
 def _split_key(section: dict[str, Any], keys: list[str]) -> tuple[str, list[str]]:
-    """Return the key of a section with which a path begins, and the rest of the path."""
     # The name of a source may be that of a file, which has a dot.
     dotted_keys = (".".join(keys[:count]) for count in range(len(keys), 1, -1))
     key = next((key for key in dotted_keys if key in section), keys[0])
@@ -225,11 +165,6 @@ def _split_key(section: dict[str, Any], keys: list[str]) -> tuple[str, list[str]
 def _spec_error(
     section: type[BaseModel], error: ValidationError, label: str, prefix: str, extra_keys: Sequence[str]
 ) -> SpecError:
-    """Return an error that describes the first problem of a failed validation in one line.
-
-    Unknown keys come before other problems, and the message has a hint on the key. It also has the number of further
-    problems. The arguments are those of `validate_section` and the error that pydantic raised.
-    """
     # Wrong keys come first, because they often cause wrong or missing values.
     problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
     problem = problems[0]
@@ -251,7 +186,6 @@ def _spec_error(
 
 
 def _section_keys(root: type[BaseModel], section_path: tuple[int | str, ...]) -> list[str]:
-    """Return the known keys of the section at `section_path` below `root`; none if the path leads to a value."""
     current: Any = root
     for part in section_path:
         if isinstance(current, type) and issubclass(current, BaseModel):
@@ -264,7 +198,6 @@ def _section_keys(root: type[BaseModel], section_path: tuple[int | str, ...]) ->
 
 
 def _non_none_type(annotation: Any) -> Any:
-    """Return `X` for a type annotation `X | None`; return any other annotation unchanged."""
     if isinstance(annotation, types.UnionType):
         return next(a for a in typing.get_args(annotation) if a is not type(None))
     return annotation

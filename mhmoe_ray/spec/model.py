@@ -1,7 +1,6 @@
 """The `model` section: a decoder, an encoder or a vision model with (multi-head) mixture-of-experts layers.
 
-Sizes have the names of the papers on MH-MoE, which `moe.py` lists. `architectures/` has the options of each
-architecture.
+`moe.py` lists the papers' names of sizes; `architectures/` has the options of each architecture.
 """
 
 import math
@@ -20,7 +19,7 @@ AttentionBias = Literal["none", "qkv", "all"]
 
 
 def default_d_ff(d_model: int) -> int:
-    """Return the default hidden width of a dense feed-forward layer: 8/3 `d_model`, rounded up to a multiple of 128."""
+    """Return the default hidden width of a dense layer: 8/3 `d_model`, rounded up to a multiple of 128."""
     # 8/3 is LLaMA's factor.
     return math.ceil(d_model * 8 / 3 / 128) * 128
 
@@ -211,7 +210,6 @@ class ModelSpec(Section):
             )
 
     def _check_encoder(self, encoder: EncoderSpec) -> None:
-        """Check that no option is set that only decoders have, and that the layers suit an encoder."""
         if self.backbone != "subln":
             raise ValueError(f"an encoder has the layers of backbone subln, not {self.backbone}: set backbone to subln")
         if self.document_masks:
@@ -234,7 +232,6 @@ class ModelSpec(Section):
             )
 
     def _check_vision(self, vision: VisionSpec) -> None:
-        """Check that no option is set that only decoders or encoders have, and that the layers suit a vision model."""
         fields = type(self).model_fields
         for key in ("vocab_size", "document_masks", "rope_theta", "tied_embeddings"):
             if getattr(self, key) != fields[key].default:
@@ -261,7 +258,6 @@ class ModelSpec(Section):
 
     @staticmethod
     def _check_adaptive(moe: MoESpec, adaptive: AdaptiveSpec) -> None:
-        """Check that a task can have every number of experts that the rule for adaptive numbers may choose."""
         if moe.groups > 1 and adaptive.largest > moe.top_groups * (moe.experts // moe.groups):
             raise ValueError(
                 f"vision.adaptive.largest is {adaptive.largest}, but moe.top_groups ({moe.top_groups}) leaves a row "
@@ -278,29 +274,23 @@ class ModelSpec(Section):
 
     @property
     def kind(self) -> ModelKind:
-        """The kind of the model: decoder, encoder or vision.
-
-        The loss of an encoder or a vision model is the sum of its parts' losses, which have different units.
-        """
+        """Kind of the model; the loss of an encoder or a vision model sums losses with different units."""
         if self.encoder is not None:
             return "encoder"
         return "decoder" if self.vision is None else "vision"
 
     @property
     def family(self) -> ModelFamily:
-        """The entry of the model's family."""
         return MODEL_FAMILIES[self.kind]
 
     @property
     def architecture(self) -> Architecture:
-        """The options and counts of the architecture that `backbone` names."""
         return ARCHITECTURES[self.backbone]
 
     def with_moe(self, moe: MoESpec | None) -> "ModelSpec":
-        """Return a model with other mixture-of-experts layers and otherwise the same layers; with None, a dense model.
+        """Return a model with other mixture-of-experts layers, or a dense model; it is checked like any spec.
 
-        Dense feed-forward layers get the default width if this model has none. A dense model has no adaptive number of
-        experts (`vision.adaptive`). The new model is checked like any spec.
+        Dense layers get the default width if this model has none, and a dense model has no `vision.adaptive`.
         """
         has_dense_layers = moe is None or moe.every > 1 or moe.dense_first > 0 or self.has_experts_beside
         d_ff = (self.d_ff or default_d_ff(self.d_model)) if has_dense_layers else None
@@ -310,25 +300,19 @@ class ModelSpec(Section):
         return ModelSpec.model_validate(tree)
 
     def at_largest_top_k(self) -> "ModelSpec":
-        """Return the model with `top_k` set to the largest value that the adaptive rule may give a task.
-
-        If the number of experts is not adaptive, the model itself is returned.
-        """
+        """Return the model with the largest `top_k` that the adaptive rule may give a task."""
         adaptive = None if self.vision is None else self.vision.adaptive
         if self.moe is None or adaptive is None:
             return self
         return self.model_copy(update={"moe": self.moe.model_copy(update={"top_k": adaptive.largest})})
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Return whether layer `layer` (counted from 0) is a mixture of experts."""
+        """Return whether layer `layer`, counted from 0, is a mixture of experts."""
         return self.moe is not None and layer >= self.moe.dense_first and (layer + 1) % self.moe.every == 0
 
     @property
     def recomputed_share(self) -> float:
-        """The share of the routes whose hidden rows in experts are recomputed in the backward pass instead of kept.
-
-        A route is one choice of an expert by a sub-token. The share of a dense model is 0.
-        """
+        """Share of the routes whose hidden rows in experts are recomputed in the backward pass."""
         moe = self.moe
         if moe is None:
             return 0.0
@@ -344,25 +328,19 @@ class ModelSpec(Section):
 
     @property
     def row_width(self) -> int:
-        """The width D of the rows (sub-tokens) that the router and the experts of a layer compute on.
-
-        The model must have mixture-of-experts layers.
-        """
+        """Width D of the rows that the router and the experts compute on; the model must have experts."""
         assert self.moe is not None
         return self.moe.d_sub_token or self.d_model // self.moe.heads
 
     @property
     def joined_width(self) -> int:
-        """The width h * D of a token's h sub-tokens together. The model must have mixture-of-experts layers."""
+        """Width h * D of a token's h sub-tokens together; the model must have experts."""
         assert self.moe is not None
         return self.moe.heads * self.row_width
 
     @property
     def projection_widths(self) -> list[int]:
-        """The widths of the values before, between and after the linear layers of the head projection.
-
-        Those of the merge projection are the same in reverse order. The model must have mixture-of-experts layers.
-        """
+        """Widths before, between and after the layers of the head projection; reversed, of the merge projection."""
         assert self.moe is not None
         # Between the linear layers is a ReLU. A token of d values passes it unchanged only if its positive and its
         # negative parts are separate values, 2 d in all. The inner width is therefore h * D and not d: if it is at
@@ -371,7 +349,6 @@ class ModelSpec(Section):
 
     @property
     def moe_layers(self) -> int:
-        """The number of mixture-of-experts layers."""
         return sum(self.is_moe_layer(i) for i in range(self.layers))
 
     @property
@@ -381,12 +358,11 @@ class ModelSpec(Section):
 
     @property
     def dense_layers(self) -> int:
-        """The number of layers that have dense feed-forward layers."""
         return self.layers if self.has_experts_beside else self.layers - self.moe_layers
 
     @property
     def text_vocab_size(self) -> int:
-        """The largest number of entries of a tokenizer: all rows of the embedding but an encoder's mask token."""
+        """Largest number of entries of a tokenizer: all rows but an encoder's mask token."""
         return self.vocab_size - (self.encoder is not None)
 
     @property
@@ -396,7 +372,6 @@ class ModelSpec(Section):
 
     @property
     def n_kv_heads(self) -> int:
-        """The number of heads of keys and values."""
         return self.kv_heads or self.attention_heads
 
     @property
@@ -405,15 +380,13 @@ class ModelSpec(Section):
 
     @property
     def query_width(self) -> int:
-        """The width of the queries of all attention heads together."""
         return self.attention_heads * self.head_width
 
     @property
     def kv_width(self) -> int:
-        """The width of the keys of all heads together, which is also that of their values."""
+        """Width of the keys of all heads together, and of the values."""
         return self.n_kv_heads * self.head_width
 
     @property
     def biased_attention(self) -> AttentionBias:
-        """The projections of attention that have a bias: none, qkv or all."""
         return self.attention_bias or self.architecture.attention_bias

@@ -1,11 +1,9 @@
 """The `model.moe` section: (multi-head) mixture-of-experts layers, their routers and their kernels.
 
-Sizes have the papers' names: d (`d_model`), h (`heads`), E (`experts`), k (`top_k`), f (`d_expert`). D (`d_sub_token`)
-is the width of a sub-token, which is d / h in the papers. The first MH-MoE paper is arXiv 2404.15045, the second is
-arXiv 2411.16205. Where the papers or their code disagree, both readings are options, and the default is the reading of
-the second.
-
-`mhmoe_kernels.abilities` has the limits of each kernel.
+Sizes have the papers' names: d (`d_model`), h (`heads`), E (`experts`), k (`top_k`), f (`d_expert`), and D
+(`d_sub_token`), which is d / h in the papers. The first MH-MoE paper is arXiv 2404.15045, the second 2411.16205. Where
+they or their code disagree, both readings are options, and the second's is the default. `mhmoe_kernels.abilities` has
+the limits of each kernel.
 """
 
 from collections.abc import Callable
@@ -18,13 +16,13 @@ from mhmoe_ray.spec.base import Section, unmeasured
 
 
 class RouterSizes(NamedTuple):
-    """Sizes of the router of one layer: its computation, its parameters and its memory."""
+    """Sizes of the router of one layer."""
 
     macs: int
-    """Number of multiply-adds per row, which is one routed vector."""
+    """Multiply-adds per row."""
     parameters: int
     saved_values: int
-    """Number of values per row that the forward pass saves for the backward pass, besides logits and probabilities."""
+    """Values per row kept for the backward pass, besides logits and probabilities."""
 
 
 def _linear_sizes(E: int, D: int, Q: int) -> RouterSizes:
@@ -32,7 +30,6 @@ def _linear_sizes(E: int, D: int, Q: int) -> RouterSizes:
 
 
 def _xmoe_sizes(E: int, D: int, Q: int) -> RouterSizes:
-    """Return the sizes of X-MoE's router for E experts, rows of D values, and a projection to Q values."""
     # For the backward pass, the router saves cosines, and a second set of probabilities at the temperature of the load
     # balancing loss.
     return RouterSizes(macs=Q * (D + E), parameters=Q * (D + E) + 1, saved_values=2 * E + 4 * (Q + 1))
@@ -43,7 +40,6 @@ def _domain_sizes(E: int, D: int, Q: int) -> RouterSizes:
 
 
 def _smear_sizes(E: int, D: int, Q: int) -> RouterSizes:
-    """Return the sizes of router `smear` for E experts and rows of D values."""
     # The router computes logits once for each sample and not for each row, so they are not counted here:
     # `planner/sizes.py` counts them with the cost of merging the experts. Besides the router's matrix, the parameters
     # are the weight and the bias of one norm, and the gain of another.
@@ -55,14 +51,12 @@ def _torchscale_sizes(E: int, D: int, Q: int) -> RouterSizes:
 
 
 class RouterTraits(NamedTuple):
-    """Properties of a kind of router: its sizes, and the class that computes its logits."""
+    """Properties of a kind of router."""
 
     sizes: Callable[[int, int, int], RouterSizes]
-    """Function (E, D, Q) -> sizes of the router for E experts and rows of D values. X-MoE's routers first project a row
-    to Q values."""
+    """Function (E, D, Q) -> sizes, for rows of D values that X-MoE's routers first project to Q values."""
     scores: str | None = None
-    """Module and name of the class that computes the router's logits, a subclass of `BaseScores`; None if the router
-    has no logits for each row."""
+    """Module and name of the `BaseScores` that computes logits; None if rows have no logits."""
 
 
 ROUTERS: dict[str, RouterTraits] = {
@@ -89,7 +83,7 @@ _CHOICE_KEYS = (
     "z_weight",
     "bias_rate",
 )
-"""Keys about the choice of experts for each row. Routers `domain` and `smear` make no such choice and refuse them."""
+"""Keys about the choice of experts for each row, which routers `domain` and `smear` refuse."""
 
 
 class MoESpec(Section):
@@ -281,7 +275,7 @@ class MoESpec(Section):
                 raise ValueError(f"router smear has no projections: remove {key}")
 
     def expert_of_domain(self, domain: str) -> int | None:
-        """Return the index of the expert that router `domain` uses for a domain of the data; None if there is none."""
+        """Return the index of the expert that router `domain` uses for a domain; None if there is none."""
         assert self.domains is not None
         for name in (domain, domain.partition("/")[0]):
             if name in self.domains:
@@ -308,18 +302,10 @@ class MoESpec(Section):
 
     @property
     def kernel_limits(self) -> KernelLimits:
-        """The limits of the kernel that runs the layer's experts."""
         return KERNELS[self.kernel]
 
     def expert_capacity(self, rows: int, top_k: int | None = None) -> int | None:
-        """Return the largest number of rows (routed vectors) of an expert, rounded up; None if routing is dropless.
-
-        It is capacity_factor * k * ceil(N / E).
-
-        Args:
-            rows: N, the number of rows of a micro-batch.
-            top_k: k, by default that of the spec.
-        """
+        """Return the largest number of an expert's rows, capacity_factor * k * ceil(N / E); None if dropless."""
         # With factor 1 this is the capacity of the code of both MH-MoE papers: 2 * ceil(N / E) for the top-2 routing of
         # the first paper, and k * ceil(N / E) for the second.
         if self.capacity_factor is None:
@@ -335,10 +321,10 @@ class MoESpec(Section):
 
     @property
     def routing_width(self) -> int:
-        """The width Q of the projection in X-MoE's routers. Router `linear` has none and ignores it."""
+        """Width Q of the projection in X-MoE's routers, which router `linear` ignores."""
         # The code of the first MH-MoE paper has no other width than 16.
         return 16 if self.router == "xmoe_torchscale" else self.router_dim or max(2, self.experts // 2)
 
     def router_sizes(self, width: int) -> RouterSizes:
-        """Return the computation, parameters and memory of the router for rows (routed vectors) of width `width`."""
+        """Return the sizes of the router for rows of width `width`."""
         return ROUTERS[self.router].sizes(self.experts, width, self.routing_width)

@@ -3,25 +3,21 @@
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 LossKind = Literal["image", "text", "match", "caption"]
-"""Kind of a loss of an encoder: the prediction of hidden patches (image), of hidden tokens (text) or of captions, or
-the matching of images with texts (match)."""
+"""Loss of an encoder on hidden patches, hidden tokens, matches of images with texts, or captions."""
 
 
 class ObjectiveTraits(NamedTuple):
-    """Properties of a training objective, on which its samples, its checks and the estimates of `mhmoe plan` depend."""
+    """Properties of a training objective, for its samples, its checks and the estimates of `mhmoe plan`."""
 
     model: Literal["decoder", "encoder", "vision"]
-    """Kind of the models that can be trained with the objective."""
     hides: bool = False
     """True if patches and tokens are hidden in the input, and predicted at their positions."""
     writes: bool = False
-    """True if the model writes texts: each token and the end of a text are predicted at the position before, from the
-    image and the earlier tokens."""
+    """True if each token and the end of a text are predicted from the image and the earlier tokens."""
     compares: bool = False
-    """True if each image is compared with all texts of the part in the same micro-batch. Images and texts are then
-    encoded separately."""
+    """True if images are compared with all texts of the part in a micro-batch, and encoded apart."""
     loss: LossKind | None = None
-    """Kind of the objective's loss, if it has a single one; None if each column (image, text) has a loss."""
+    """Kind of the single loss; None if each column has a loss."""
 
     @property
     def needs_pairs(self) -> bool:

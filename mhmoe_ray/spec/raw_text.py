@@ -19,15 +19,10 @@ class RawTextSpec(Section):
 
 
 def raw_text_sections(paths: Sequence[str], overrides: Sequence[str] = ()) -> tuple[DataSpec, ClusterSpec]:
-    """Return the sections data and cluster of a spec for raw text, in which each path is a source.
+    """Return the sections data and cluster for raw text; each path (folder, file, pattern or URL) is a source.
 
-    Args:
-        paths: folders, files, patterns or URLs. A source has the name of its path's last part without a pattern, with
-            dashes added if another source has that name.
-        overrides: overrides of keys of the sections data and cluster.
-
-    Raises:
-        SpecError: an override is wrong.
+    A source has the name of its path's last part without a pattern, with dashes added if another source has that name.
+    A wrong override is a SpecError.
     """
     sources: dict[str, Any] = {}
     for path in paths:

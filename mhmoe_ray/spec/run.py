@@ -29,7 +29,7 @@ def _parse_location(value: Any) -> Location:
 
 StoragePath = Annotated[Location, PlainValidator(_parse_location), PlainSerializer(str)]
 NON_TRAINING_SECTIONS = {"cluster", "serve", "tracking"}
-"""Names of the sections that do not change how a run trains."""
+"""Sections that do not change how a run trains."""
 NAME_LENGTH = 41
 NAME = rf"^[a-z0-9][a-z0-9-]{{0,{NAME_LENGTH - 1}}}$"
 
@@ -161,7 +161,7 @@ class RunSpec(Section):
 
     @property
     def expert_sizes(self) -> ExpertSizes | None:
-        """Sizes and type of the experts as training computes them on one rank; None for a dense model."""
+        """Sizes and type of the experts as one rank computes them in training; None for a dense model."""
         model, moe = self.model, self.model.moe
         if moe is None:
             return None
@@ -174,12 +174,9 @@ class RunSpec(Section):
         )
 
     def check_compilation(self) -> None:
-        """Check that torch.compile can compile the model, if the spec asks for it.
+        """Raise a SpecError if the spec asks for torch.compile, but the model draws random numbers.
 
         Reading a spec does not include this check, so that specs of older runs can still be read.
-
-        Raises:
-            SpecError: the model draws random numbers.
         """
         if self.train.compile and self.model.is_random:
             reason = "it cannot compile random numbers that are the same for any number of workers"
@@ -190,11 +187,6 @@ class RunSpec(Section):
             raise SpecError("train.compile", reason, f"{fix}, or train.compile to false")
 
     def _check_chat(self, source: str) -> None:
-        """Check that conversations are not cut in training, and do not attend to each other.
-
-        Args:
-            source: the name of a source of conversations.
-        """
         if self.data.packing != "best_fit":
             raise ValueError(
                 f"data.packing is {self.data.packing}, which cuts the conversations of data.sources.{source} anywhere: "
@@ -208,14 +200,11 @@ class RunSpec(Section):
 
     @property
     def reference_model(self) -> ModelSpec | None:
-        """The reference model, which differs from the run's model in its expert layers; None without a reference."""
+        """Reference model, which differs from the run's model in its expert layers."""
         return None if self.reference is None else self.model.with_moe(self.reference.moe)
 
     def changed_keys(self, previous_spec: Self) -> list[str]:
-        """Return the names of the top-level keys whose values differ from those of `previous_spec`.
-
-        Sections that do not change the training (`NON_TRAINING_SECTIONS`) are ignored.
-        """
+        """Return the top-level keys, without `NON_TRAINING_SECTIONS`, whose values differ."""
         previous_sections, current_sections = (
             spec.model_dump(mode="json", exclude=NON_TRAINING_SECTIONS) for spec in (previous_spec, self)
         )
@@ -223,22 +212,19 @@ class RunSpec(Section):
 
     @property
     def worker_counts(self) -> list[int]:
-        """The numbers of workers that the run may have, ascending.
-
-        With each of these numbers, all workers compute the same number of micro-batches.
-        """
+        """Numbers of workers that the run may have, ascending; all workers compute equally many micro-batches."""
         step = self.cluster.shard_group or self.cluster.ep
         candidate_counts = range(self.cluster.workers.min, self.cluster.workers.max + 1, step)
         return [n for n in candidate_counts if self.train.micro_batches % n == 0]
 
     def with_workers(self, count: int) -> Self:
-        """Return the same spec with a fixed number of workers, which must be one of its `worker_counts`."""
+        """Return the spec with a fixed number of workers, one of its `worker_counts`."""
         cluster = self.cluster.model_copy(update={"workers": WorkerRange(min=count, max=count)})
         return self.model_copy(update={"cluster": cluster})
 
     @property
     def computed_model(self) -> ModelSpec:
-        """The model as training computes it: with the share `moe.recompute` that is in effect."""
+        """Model with the share `moe.recompute` that is in effect in training."""
         moe = self.model.moe
         if moe is None or moe.kernel_limits.kept_rows != "as configured" or not self._recomputes_experts:
             return self.model
@@ -246,18 +232,13 @@ class RunSpec(Section):
 
     @property
     def _recomputes_experts(self) -> bool:
-        """True if experts recompute all of their own hidden rows, regardless of `moe.recompute`."""
         # With `train.recompute: exchange` and expert parallelism, the recomputation of a block leaves out its experts,
         # which are spread over ranks, so the experts recompute their own rows.
         return self.train.recompute == "experts" or (self.train.recompute == "exchange" and self.cluster.ep > 1)
 
     @property
     def parts(self) -> list[MicroBatchPart]:
-        """The parts of every micro-batch, in their order.
-
-        If the spec has no parts, there is a single one without a name. The parts of a vision model have the order of
-        its tasks.
-        """
+        """Parts of every micro-batch, those of a vision model in the order of its tasks; by default a nameless one."""
         if not self.data.parts:
             sources = tuple(self.data.sources)
             return [MicroBatchPart("", sources, self.train.micro_batch_size, "next_token", ("text",), 1.0)]
@@ -278,10 +259,7 @@ class RunSpec(Section):
 
     @property
     def has_codebook(self) -> bool:
-        """True if a part of the micro-batches predicts hidden patches as entries of a codebook.
-
-        The preparation of the data (`data prepare`) makes this codebook.
-        """
+        """True if a part predicts hidden patches as entries of a codebook, which `data prepare` makes."""
         encoder = self.model.encoder
         return (
             encoder is not None
@@ -290,7 +268,7 @@ class RunSpec(Section):
         )
 
     def image_size_of(self, source: str) -> int:
-        """Return the height and width in pixels in which the model reads a source's images; 0 if it reads no images."""
+        """Return the height and width in pixels of a source's images for the model; 0 if it reads none."""
         if self.model.vision is not None:
             sizes = [self.model.vision.tasks[part.name].image_size for part in self.parts if source in part.sources]
             return sizes[0] if sizes else 0
@@ -298,52 +276,41 @@ class RunSpec(Section):
 
     @property
     def loss_names(self) -> list[str]:
-        """The names of the losses of a run whose micro-batches have parts, in the order of the parts."""
+        """Names of the losses of all parts, in order; none without parts."""
         return [name for part in self.parts for name in part.losses] if self.data.parts else []
 
     @property
     def samples_per_step(self) -> int:
-        """The number of sequences per optimizer step: M micro-batches of b sequences."""
+        """Number of sequences per optimizer step: M micro-batches of b sequences."""
         return self.train.micro_batches * self.train.micro_batch_size
 
     @property
     def tokens_per_step(self) -> int:
-        """The number of predicted tokens per optimizer step: M micro-batches of b sequences of T tokens.
-
-        With best-fit packing this includes padding. For an encoder it is the number of positions of all images and
-        texts.
-        """
+        """Number of predicted tokens per optimizer step, with padding; see `tokens_per_micro_batch`."""
         return self.train.micro_batches * self.tokens_per_micro_batch
 
     @property
     def tokens_per_micro_batch(self) -> int:
-        """The number of tokens in a micro-batch: b sequences of T tokens, or the positions of all images and texts."""
+        """Number of tokens in a micro-batch: b sequences of T, or the positions of all images and texts."""
         return sum(length * count for length, count in self._sample_lengths)
 
     @property
     def attention_length(self) -> float:
-        """The length of the sample that a token belongs to, as a mean over all tokens.
-
-        It is T for a decoder. The tokens of an encoder are the positions of images and texts.
-        """
+        """Length of the sample that a token or position belongs to, as a mean over all of them."""
         return sum(length**2 * count for length, count in self._sample_lengths) / self.tokens_per_micro_batch
 
     @property
     def samples_per_token(self) -> float:
-        """The number of samples in a micro-batch divided by the number of its tokens (for an encoder, positions)."""
         return self.samples_per_micro_batch / self.tokens_per_micro_batch
 
     @property
     def samples_per_micro_batch(self) -> int:
-        """The number of samples in a micro-batch; attention is within one sample."""
+        """Number of samples in a micro-batch; attention is within one sample."""
         return sum(count for _, count in self._sample_lengths)
 
     @property
     def _sample_lengths(self) -> list[tuple[int, int]]:
-        """The length of a sample in tokens and the number of such samples, for each part of a micro-batch.
-
-        Attention is within one sample. The images and the texts of a contrastive part are separate samples.
-        """
+        """Length in tokens and number of samples by part; a contrastive part has separate images and texts."""
         encoder, vision, lengths = self.model.encoder, self.model.vision, []
         if vision is not None:
             return [(vision.patches(vision.tasks[part.name]), part.samples) for part in self.parts]
@@ -357,10 +324,7 @@ class RunSpec(Section):
         return lengths
 
     def with_absolute_paths(self, base: Path) -> Self:
-        """Return the same spec with absolute paths.
-
-        Relative paths are resolved against `base`. Addresses in an object store stay the same.
-        """
+        """Return the spec with local paths resolved against `base`."""
         data = self.data
         sources = {n: s.model_copy(update={"path": absolute_path(base, s.path)}) for n, s in data.sources.items()}
         update = {

@@ -23,19 +23,18 @@ class KeySpec(Section):
 
 
 def is_valid_key(key: str) -> bool:
-    """Return whether an API key consists of printable ASCII characters, which every HTTP client can send."""
+    """Return whether an API key is printable ASCII, which every HTTP client can send."""
     return key.isascii() and key.isprintable()
 
 
 class EngineTraits(NamedTuple):
-    """Properties of an inference engine that can serve models."""
+    """Properties of an inference engine."""
 
     start: str
-    """Module and name of the function that starts the engine (`StartEngine` in serving/load.py)."""
+    """Module and name of the function that starts the engine (`StartEngine`)."""
     check: str | None = None
-    """Module and name of a function that takes a model and a `ServeSpec`, and raises ServeError if the engine is not
-    installed or cannot compute the model; None if the engine computes all decoders. The module does not import the
-    engine's library."""
+    """Module and name of a function that raises ServeError if the engine is missing or cannot compute a model; None if
+    it computes all decoders. The module does not import the engine's library."""
     has_ranks: bool = False
     """True if a replica may consist of several ranks (`serve.tensor_parallel`)."""
 
@@ -121,7 +120,7 @@ class ServeSpec(Section):
 
 
 class DeploySpec(Section):
-    """The sections of a spec that serving uses. An imported run has no spec, so the defaults apply to it."""
+    """Sections of a spec that serving uses; an imported run has none, so the defaults apply to it."""
 
     cluster: ClusterSpec = ClusterSpec()
     serve: ServeSpec = ServeSpec()

@@ -1,7 +1,4 @@
-"""The site file: a description of a cluster, from which `mhmoe cluster render` writes manifests.
-
-It does not depend on the spec of a run.
-"""
+"""The site file: a description of a cluster, from which `mhmoe cluster render` writes manifests."""
 
 from typing import Annotated, Self
 
@@ -10,10 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from mhmoe_ray.spec.base import Section
 
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,200}$")]
-"""Text that needs no quotes in a manifest or a script.
-
-It has no blanks, quotes or characters that a shell interprets.
-"""
+"""Text that needs no quotes in a manifest or a script."""
 Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,30}[a-z0-9])?$")]
 # The syntax of label values on Kubernetes, which has at most 63 characters.
 LabelValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$")]
@@ -22,18 +16,17 @@ Mount = Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._-]+)+$")]
 
 
 class NodeSpec(Section):
-    """Resources of one node: those of a machine, or those that a pod requests on Kubernetes."""
+    """Resources of one node: of a machine, or those that a pod requests on Kubernetes."""
 
     cpus: PositiveInt
     memory_gib: PositiveInt
     gpus: NonNegativeInt = 0
     labels: dict[Word, Word] = Field(default_factory=dict)
-    """Labels of the Ray node, for example its rack. `cluster.domain_label` in the spec of a run may be the key of one
-    of them."""
+    """Labels of the Ray node, such as its rack, for `cluster.domain_label` in the spec of a run."""
 
 
 class GroupSpec(NodeSpec):
-    """Group of nodes with equal resources. An autoscaler starts as many of them as are needed."""
+    """Group of equal nodes, of which an autoscaler starts as many as are needed."""
 
     min: NonNegativeInt = 0
     max: PositiveInt
@@ -46,14 +39,14 @@ class GroupSpec(NodeSpec):
 
 
 class StorageSpec(Section):
-    """File system that all nodes mount at the same path. It stores run directories and prepared data."""
+    """File system with run directories and prepared data, which all nodes mount at the same path."""
 
     mount: Mount = "/mnt/mhmoe"
     claim: Name = "mhmoe-storage"
     """Name of the PersistentVolumeClaim on Kubernetes, which must be ReadWriteMany."""
     nfs: Word | None = None
-    """NFS export in the form host:/export. Nodes of `aws`, `gcp` and `on_premise` mount it at `mount` when they start.
-    By default nodes mount nothing, and the file system must already be mounted."""
+    """NFS export host:/export, which nodes of `aws`, `gcp` and `on_premise` mount when they start. By default the file
+    system must already be mounted."""
 
 
 class CloudSpec(Section):
@@ -61,29 +54,28 @@ class CloudSpec(Section):
 
     region: Word
     zone: Word | None = None
-    """Availability zone. By default the provider chooses it; on GCP it is required."""
+    """Availability zone; by default the provider chooses it, but GCP requires it."""
     project: Word | None = None
-    """Project on GCP, where it is required."""
+    """Project on GCP, which requires it."""
     head: Word
     data: Word
     workers: Word
-    """Machine type of the worker nodes. `head` and `data` are the machine types of the head node and of the data
-    nodes."""
+    """Machine type of the worker nodes; `head` and `data` are those of the other nodes."""
     image: Word | None = None
-    """Image of all machines, with Ubuntu and Docker: an AMI of the region on AWS, an image or an image family on GCP.
-    For workers with GPUs it needs NVIDIA's driver, 580 or newer, and NVIDIA's container toolkit. GCP has a default with
-    both. On AWS the default is Ray's, whose driver is older."""
+    """Image with Ubuntu and Docker: an AMI of the region, or an image or image family on GCP. For GPUs it needs
+    NVIDIA's driver 580 or newer and container toolkit, as GCP's default has; the default on AWS, Ray's, has an older
+    driver."""
     spot: bool = False
-    """If true, workers run on spot machines. If one is taken away, a run continues on other nodes."""
+    """If true, workers run on spot machines; a run continues on other nodes if one is taken away."""
 
 
 class OnPremiseSpec(Section):
-    """Existing machines, by host name, and the user who logs in to them."""
+    """Existing machines by host name, and the user who logs in to them."""
 
     user: Word
     head: Word
     workers: Annotated[tuple[Word, ...], Field(min_length=1)]
-    """Host names of the worker nodes. The machine that starts the cluster logs in to them by ssh."""
+    """Host names of the worker nodes, to which the machine that starts the cluster logs in by ssh."""
 
 
 class SlurmSpec(Section):
@@ -106,23 +98,21 @@ class SiteSpec(Section):
     """Container image of all nodes; the project's container file builds one."""
     head: NodeSpec = NodeSpec(cpus=4, memory_gib=16)
     data: GroupSpec = GroupSpec(cpus=16, memory_gib=64, max=4)
-    """Nodes without GPUs for data preparation. The data stream of a run also uses them if workers use all CPUs of their
-    own nodes."""
+    """Nodes without GPUs for data preparation, and for a run's data stream if workers use all their CPUs."""
     workers: GroupSpec
     storage: StorageSpec = StorageSpec()
     token_file: TokenPath = "~/.ray/auth_token"
-    """Path of the file with the cluster's token, on the machine that starts the cluster. On Kubernetes the operator
-    creates a token instead."""
+    """File with the cluster's token on the machine that starts the cluster; on Kubernetes the operator creates one."""
     redis: Word | None = None
-    """Address host:port of a Redis server, where the head node stores its state, so that it can be restarted. Without
-    it, a restarted head node does not know the jobs that are running. Run directories record them in either case."""
+    """Address host:port of a Redis server with the head node's state. Without it, a restarted head node does not know
+    the running jobs, which run directories record in either case."""
     redis_secret: Name | None = None
-    """Name of the Kubernetes Secret that holds the password of Redis under the key `password`."""
+    """Name of the Kubernetes Secret with the password of Redis under the key `password`."""
     monitor_labels: dict[Word, LabelValue] = Field(default_factory=dict)
-    """Labels of the PodMonitor on Kubernetes, by which the Prometheus operator finds it. kube-prometheus-stack looks
-    for the label `release` with the name of its own Helm release as its value."""
+    """Labels by which the Prometheus operator finds the PodMonitor on Kubernetes; kube-prometheus-stack looks for
+    `release` with the name of its Helm release."""
     gateway: Word = "istio"
-    """Class of the Kubernetes Gateway that shifts requests from one served version of a model to the next."""
+    """Class of the Kubernetes Gateway that shifts requests to the next served version of a model."""
     aws: CloudSpec | None = None
     gcp: CloudSpec | None = None
     on_premise: OnPremiseSpec | None = None

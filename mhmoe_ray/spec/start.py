@@ -47,9 +47,8 @@ class StartSpec(Section):
 
     @property
     def sources(self) -> list[str]:
-        """The names of the models to start from, as a list even if there is only one."""
         return [self.from_] if isinstance(self.from_, str) else self.from_
 
     def with_sources(self, sources: list[str]) -> Self:
-        """Return the same section with other names of the models to start from."""
+        """Return the section with other models to start from."""
         return self.model_copy(update={"from_": sources[0] if isinstance(self.from_, str) else sources})

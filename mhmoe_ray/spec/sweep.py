@@ -12,7 +12,7 @@ from mhmoe_ray.spec.run import RunSpec
 Overrides = dict[str, Any]
 """Values by dotted key of a spec (`train.steps`), including shorthands such as `preset`."""
 RESERVED_KEYS = {"name": "it is composed of names in this file", "seed": "use seeds"}
-"""Keys of a spec that a sweep file must not set, each with the end of the error message for a file that sets it."""
+"""Keys that a sweep file must not set, with the end of the error message."""
 
 
 class SweepSize(Section):
@@ -72,24 +72,23 @@ class SweepSpec(Section):
 
 
 def seeded_name(name: str, seed: int) -> str:
-    """Return the name of a run of a sweep with a suffix for its seed, such as `h4-s0`."""
+    """Return a run's name with a suffix for its seed, such as `h4-s0`."""
     return f"{name}-s{seed}"
 
 
 def unseeded_name(name: str) -> str:
-    """Return a name from `seeded_name` without its suffix for the seed; return any other name unchanged."""
+    """Return a name from `seeded_name` without its suffix, and any other name unchanged."""
     return re.sub(r"-s\d+$", "", name)
 
 
 class SweepRun(Section):
-    """One run of a sweep: a variant (a set of values for keys of the spec) with one seed, and its complete spec."""
+    """Run of a sweep: a variant (a set of values for keys) with one seed, and its complete spec."""
 
     variant: str
-    """Name of the run without the suffix for its seed, for example h4."""
+    """Name without the suffix for the seed, such as h4."""
     seed: NonNegativeInt
     spec: RunSpec
 
     @property
     def name(self) -> str:
-        """The name of the run within the sweep."""
         return seeded_name(self.variant, self.seed)

@@ -10,15 +10,13 @@ from mhmoe_ray.spec.base import Precision, Section, unmeasured
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 LOSS_CHUNKS_PER_PRODUCT = 4
-"""Number of chunks of the loss (`train.loss_chunk_rows`) whose gradients enter one matrix product in bfloat16.
-
-In float32, where gradients need twice the memory, each chunk has a product of its own.
-"""
+"""Number of chunks (`train.loss_chunk_rows`) whose gradients enter one matrix product in bfloat16; in float32, which
+needs twice the memory, each chunk has its own."""
 Recompute = Literal["none", "experts", "exchange", "block"]
 
 
 def _recompute_from_flag(value: object) -> object:
-    """Return the value of `recompute` that a true or false in a spec of an earlier version stands for."""
+    """Convert a boolean, as specs of earlier versions have it, to a value of `recompute`."""
     return {True: "exchange", False: "none"}[value] if isinstance(value, bool) else value
 
 
@@ -41,15 +39,7 @@ class MaskingSpec(Section):
     """Share of the patches of an image with a text."""
 
     def check_use(self, used_keys: Collection[str], patches: int) -> None:
-        """Check that each share that a spec sets is used, and that shares of images hide some patches but not all.
-
-        Args:
-            used_keys: keys of the shares that apply to the run's data, such as `pair_text` for texts with images.
-            patches: number of patches of an image.
-
-        Raises:
-            ValueError: a share would be ignored, or hides nothing or everything.
-        """
+        """Raise a ValueError if a share is set but not in `used_keys`, or hides none or all `patches` of an image."""
         for key, field in type(self).model_fields.items():
             share = getattr(self, key)
             if key not in used_keys and share != field.default:
@@ -65,7 +55,7 @@ class MaskingSpec(Section):
 
 
 def hidden_count(count: int, share: float) -> int:
-    """Return the number of patches or tokens to hide out of `count`, for a share from 0 to 1, rounded."""
+    """Return the rounded number of patches or tokens to hide out of `count`, for a share from 0 to 1."""
     return math.floor(share * count + 0.5)
 
 
@@ -158,11 +148,11 @@ class TrainSpec(Section):
 
     @property
     def last_decay_step(self) -> int:
-        """The step at which a decaying learning rate reaches min_lr."""
+        """Step at which a decaying learning rate reaches min_lr."""
         return self.schedule_steps or self.steps
 
     def learning_rate(self, step: int) -> float:
-        """Return the learning rate that the schedule gives for the update of step `step`, counted from 1."""
+        """Return the learning rate of the schedule for step `step`, counted from 1."""
         if step <= self.warmup_steps:
             return self.lr * step / self.warmup_steps
         if self.schedule == "constant":

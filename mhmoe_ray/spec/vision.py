@@ -65,10 +65,7 @@ TaskName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
 def module_key(task: str) -> str:
-    """Return the name under which a model registers the modules of a task.
-
-    The task's own name is not used, because it may be the name of a method of torch's modules.
-    """
+    """Return a task's module name, prefixed because a task may be called like a method of torch's modules."""
     return f"task_{task}"
 
 
@@ -85,7 +82,6 @@ class TaskSpec(Section):
 
     @property
     def objective(self) -> Literal["classify", "detect"]:
-        """The training objective of this task: `detect` if the task has a detector, otherwise `classify`."""
         return "classify" if self.detector is None else "detect"
 
 
@@ -161,19 +157,13 @@ class VisionSpec(Section):
         return task.image_size // self.patch_size
 
     def patches(self, task: TaskSpec) -> int:
-        """Return the number of patches in an image of this task."""
         return self.patches_per_side(task) ** 2
 
     @property
     def patch_values(self) -> int:
-        """The number of values of a patch: three (the colours) for each pixel."""
         return 3 * self.patch_size**2
 
     def stem_widths(self, d_model: int) -> list[int]:
-        """Return the number of channels before and after each convolution of the stem.
-
-        The last convolution has d_model channels, and each earlier one has half as many as the next. The input has
-        three.
-        """
+        """Return the channels between the convolutions of the stem: 3 in the input, then doubling up to d_model."""
         layers = self.patch_size.bit_length() - 1
         return [3, *(max(1, d_model >> (layers - 1 - layer)) for layer in range(layers))]

@@ -21,15 +21,7 @@ POLL_SECONDS = 0.5
 
 
 def check_unchanged_specs(sweep_dir: SweepDir, wanted_entries: Sequence[SweepRun]) -> None:
-    """Check that no run of the sweep was started with another spec than the sweep file gives it now.
-
-    Args:
-        sweep_dir: the sweep's directory.
-        wanted_entries: the runs that are to be started, with the specs that the sweep file gives them.
-
-    Raises:
-        SpecError: a wanted run, or another seed of its variant, was started with another spec.
-    """
+    """Raise a SpecError if a wanted run, or another seed of its variant, was started with another spec."""
     # If its spec changed, a run would continue from checkpoints of the old spec, and a report would average the losses
     # of different specs.
     started_runs = {name: run for name, run in sweep_dir.runs().items() if newest_attempt_number(run)}
@@ -59,24 +51,11 @@ def submit(
     size: str,
     concurrent: int,
 ) -> str:
-    """Submit the job that starts runs of a sweep, and write its order, a file that lists these runs.
+    """Submit the job that starts the wanted runs of a sweep, write its order, and return the order's name.
 
-    The job of an earlier order ends when it sees the new order. If that job is still alive, the new order includes the
-    unfinished runs of the earlier order.
-
-    Args:
-        sweep_dir: the sweep's directory.
-        connection: the cluster.
-        entries: all runs of the sweep file, with their specs.
-        wanted_names: the names of the runs that are to be started.
-        size: the name of the sweep's size.
-        concurrent: the largest number of runs at the same time.
-
-    Returns:
-        The order's name.
-
-    Raises:
-        JobError, ClusterError, SpecError: the cluster does not accept the job. No order is written in this case.
+    `entries` are all runs of the sweep file, and `concurrent` is the largest number of runs at the same time. The job
+    of an earlier order ends when it sees the new order, which includes the earlier order's unfinished runs if that job
+    is still alive. If the cluster does not accept the job, its error is raised, and no order is written.
     """
     record_settings(*(entry.spec for entry in entries))
     order = Order(
@@ -108,33 +87,15 @@ def submit(
 
 
 def restart_job(sweep_dir: SweepDir, connection: Connection, order: Order) -> str:
-    """Submit another job for an order; runs that ended since the order was written are not started again.
-
-    Args:
-        sweep_dir: the sweep's directory.
-        connection: the cluster.
-        order: the order, which lists the runs to start.
-
-    Returns:
-        The new order's name.
-
-    Raises:
-        JobError, ClusterError, SpecError: in the same cases as `submit`.
-    """
+    """Submit another job for an order, without the runs that ended since then, and return the new order's name."""
     return _submit_order(sweep_dir, connection, order, clear_stop=False)
 
 
 def _submit_order(sweep_dir: SweepDir, connection: Connection, order: Order, *, clear_stop: bool) -> str:
-    """Submit the job of an order, write the order, and return its name.
+    """Submit the job of an order, fill in the order's fields about the job, write the order, and return its name.
 
-    Args:
-        sweep_dir: the sweep's directory.
-        connection: the cluster.
-        order: the order, which lists the runs to start; its fields about the job are filled in here.
-        clear_stop: whether to cancel an earlier stop of the sweep, which would otherwise end this job too.
-
-    Raises:
-        SpecError: the order has settings that run code, and this user has never submitted them.
+    `clear_stop` cancels an earlier stop of the sweep, which would end this job too. Settings that run code and that
+    this user has never submitted are a SpecError.
     """
     # Entries of an earlier order come from the sweep's directory, which somebody else may have written.
     for entry in order.entries:
@@ -155,7 +116,6 @@ def _submit_order(sweep_dir: SweepDir, connection: Connection, order: Order, *, 
 
 
 def _known_addresses(sweep_dir: SweepDir) -> tuple[str, ...]:
-    """Return the addresses of the clusters of earlier orders and attempts of a sweep that this user knows."""
     addresses = {order.address for order in sweep_dir.earlier_orders()}
     addresses |= {last_attempt(run).address for run in sweep_dir.runs().values() if newest_attempt_number(run)}
     return tuple(sorted(filter(is_known, addresses)))
@@ -170,12 +130,6 @@ def is_to_run(name: str, run: RunDir, state: events.State, order: Order) -> bool
     """Return whether the job of an order still has to start a run, or to wait for its end.
 
     This holds if the run has not ended, or if it failed or was stopped before the order was written.
-
-    Args:
-        name: name of the run.
-        run: directory of the run.
-        state: present state of the run.
-        order: the order, which lists the runs to start.
     """
     return not events.is_end_state(state) or (
         state != "finished" and newest_attempt_number(run) <= order.retry.get(name, 0)
@@ -207,23 +161,12 @@ def _active_order(sweep_dir: SweepDir) -> Order | None:
 
 
 def is_alive(order: Order) -> bool:
-    """Return whether the job of an order is pending or running.
-
-    Raises:
-        ClusterError: the job's cluster does not answer.
-    """
+    """Return whether the job of an order is pending or running; no answer is a ClusterError."""
     return jobs.is_alive(connect_recorded(order.address), order.job)
 
 
 def logged_error(order: Order) -> MhmoeError | None:
-    """Return the error that the job of an order logged at its end.
-
-    Returns:
-        The error; None if the job logged none (for example because it was killed), or if its cluster does not know it.
-
-    Raises:
-        ClusterError: the job's cluster does not answer.
-    """
+    """Return the error that an order's job logged at its end; None without one, or if the cluster lacks the job."""
     connection = connect_recorded(order.address)
     if jobs.status(connection, order.job) is None:
         return None
@@ -233,12 +176,8 @@ def logged_error(order: Order) -> MhmoeError | None:
 def stop(sweep_dir: SweepDir) -> tuple[dict[str, events.State], list[MhmoeError]]:
     """Stop a sweep: runs that train stop after a checkpoint, runs that do not train yet end at once, no others start.
 
-    Returns:
-        The states that the unfinished runs had before the stop, by name; and an error for each cluster that did not
-            answer. Workers on such a cluster learn of the stop from their run directory.
-
-    Raises:
-        RunError: there is no such sweep.
+    Return the states that unfinished runs had before, by name, and an error for each cluster that did not answer, whose
+    workers learn of the stop from their run directory. A sweep that does not exist is a RunError.
     """
     if not sweep_dir.exists:
         raise RunError(f"sweep {sweep_dir.name}", "it was never started", "start it first")
@@ -263,11 +202,9 @@ def stop(sweep_dir: SweepDir) -> tuple[dict[str, events.State], list[MhmoeError]
 
 
 def _end_jobs(sweep_dir: SweepDir) -> dict[str, MhmoeError]:
-    """End the jobs of all orders. Even the job of an earlier order may be preparing data, and would then start a run.
+    """End the jobs of all orders; even an earlier order's job may be preparing data, and would then start a run.
 
-    Returns:
-        The error for the job of the last order, by its cluster's address, if that job could not be ended. Errors for
-            earlier orders are left out, because their clusters may be long gone.
+    Return the error of the last order's cluster by its address, if there is one; earlier clusters may be long gone.
     """
     cluster_errors: dict[str, MhmoeError] = {}
     last_address = ""
@@ -286,10 +223,7 @@ def _end_jobs(sweep_dir: SweepDir) -> dict[str, MhmoeError]:
 
 
 def _end_run(run: RunDir) -> None:
-    """End the job of a run at once, and wait until it has ended.
-
-    If the job did not record its end in the run directory, record the end there.
-    """
+    """End the job of a run at once, wait until it has ended, and record its end if the job did not do so."""
     attempt = last_attempt(run)
     connection = connect_recorded(attempt.address)
     if jobs.is_alive(connection, attempt.job):

@@ -1,8 +1,8 @@
 """The Ray job of a sweep, which starts the runs of the sweep.
 
 A run of a sweep is an ordinary run: `mhmoe status`, `logs`, `stop` and `resume` work on it, and its failure does not
-affect the others. This job may be killed and started again at any time: the runs do not depend on it. The job carries
-out one order, which is a file that lists the runs to start. It ends when a newer order, with its own job, replaces it.
+affect the others. The runs do not depend on this job, so it may be killed and started again at any time. The job
+carries out one order, a file that lists the runs to start, and ends when a newer order with its own job replaces it.
 """
 
 import time
@@ -20,10 +20,7 @@ ORDER_SECONDS = 60
 
 
 class SweepRequest(RemoteJob[None]):
-    """Request for the job that carries out an order of a sweep.
-
-    The order, a file that lists the runs to start, is in the sweep's directory.
-    """
+    """Request for the job that carries out an order of a sweep."""
 
     module: ClassVar[str] = "mhmoe_ray.sweep.job"
     kind: ClassVar[str] = "sweep"
@@ -31,7 +28,6 @@ class SweepRequest(RemoteJob[None]):
     path: str
     """Path of the sweep's directory."""
     order: str
-    """Name of the order in the sweep's directory."""
     known_addresses: tuple[str, ...] = ()
     """Addresses of earlier jobs of the sweep that the user knows, so that this job may send them the token."""
 
@@ -45,7 +41,7 @@ class SweepRequest(RemoteJob[None]):
 
 
 def main() -> None:
-    """Run the job of a `SweepRequest`: wait until its order is written, and start the runs that the order lists."""
+    """Wait until the order of a `SweepRequest` is written, and start the runs that it lists."""
     import ray
 
     from mhmoe_ray.sweep.scheduler import Sweep
@@ -66,11 +62,7 @@ def main() -> None:
 
 
 def _wait_for_order(sweep_dir: SweepDir, name: str) -> Order:
-    """Wait for the order of this job, which a command writes after the cluster has accepted the job, and return it.
-
-    Raises:
-        TimeoutError: the order does not exist after `ORDER_SECONDS` attempts, one per second.
-    """
+    """Return the order, which a command writes once the cluster has accepted this job; else raise a TimeoutError."""
     for _ in range(ORDER_SECONDS):
         if name in sweep_dir.order_names():
             return sweep_dir.read_order(name)

@@ -20,17 +20,9 @@ from mhmoe_ray.spec.sweep import RESERVED_KEYS, seeded_name
 def planned_runs(sweep: SweepSpec, folder: Path, size: str, overrides: Sequence[str] = ()) -> list[SweepRun]:
     """Return the runs of all variants and seeds of a sweep, with their complete specs.
 
-    A variant has its own values for some keys of the spec. All variants of a seed come before those of the next seed,
-    so that a sweep that ends early has runs of each variant.
-
-    Args:
-        sweep: the content of the sweep file.
-        folder: the folder of the sweep file.
-        size: the name of one of the sweep's sizes, each of which has a spec that all runs share.
-        overrides: `key.path=value` strings for every run.
-
-    Raises:
-        SpecError: there is no such size, two variants have the same name, or a run's spec is wrong.
+    All variants of a seed come before those of the next seed, so that a sweep that ends early has runs of each variant.
+    `folder` is that of the sweep file, and `overrides` are `key.path=value` strings for every run. An unknown size, two
+    variants with the same name and a wrong spec are SpecErrors.
     """
     if size not in sweep.sizes:
         raise SpecError(f"sweep {sweep.name}", f"it has no size {size!r}", f"choose from {', '.join(sweep.sizes)}")
@@ -73,26 +65,13 @@ class _SeedPlanner:
         seed: int,
         overrides: Sequence[str],
     ) -> None:
-        """Prepare to resolve the specs of one seed.
-
-        Args:
-            sweep: the content of the sweep file.
-            path: path of the spec that all runs share.
-            variants: for each name of a variant, the values that the variant sets, by key of the spec.
-            seed: the seed of all runs.
-            overrides: `key.path=value` strings for every run.
-        """
         self._sweep, self._path, self._variants = sweep, path, variants
         self._seed, self._overrides = seed, overrides
         self._specs: dict[str, RunSpec | None] = {}
         """Specs by variant; None while a spec is being resolved, which reveals runs that start from each other."""
 
     def spec(self, variant: str) -> RunSpec:
-        """Return the complete spec of the run of a variant.
-
-        Raises:
-            SpecError: the spec is wrong, there is no such variant, or runs start from each other in a circle.
-        """
+        """Return the complete spec of a variant's run; runs that start from each other in a circle are a SpecError."""
         subject = f"sweep {self._sweep.name}, start.from sweep:{variant}"
         if variant not in self._variants:
             raise SpecError(subject, "it has no such run", f"choose from {', '.join(self._variants)}")
@@ -108,10 +87,7 @@ class _SeedPlanner:
 
 
 def _variants(sweep: SweepSpec, size: SweepSize) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the name of each variant, and the values by key that it sets in the common spec.
-
-    Values of the grid come last and take precedence.
-    """
+    """Yield each variant's name and the values that it sets by key of the spec; those of the grid take precedence."""
     keys_by_name = {name: keys for name, keys in sweep.runs.items() if size.only is None or name in size.only} or {
         "": {}
     }
@@ -125,10 +101,7 @@ def _variants(sweep: SweepSpec, size: SweepSize) -> Iterator[tuple[str, dict[str
 
 
 def _shortened_name(name: str, sweep: SweepSpec) -> str:
-    """Return the name of a variant, cut to the length that run names allow.
-
-    A cut name ends with a digest of the whole name.
-    """
+    """Cut a variant's name to the length that run names allow, with a digest of the whole name at its end."""
     # The suffix for the seed is measured as if the largest seed had at least four digits. Otherwise a larger seed that
     # is added later could leave less room for the name of a variant and so rename the variant.
     room = NAME_LENGTH - len(seeded_name(f"{sweep.name}-", max(1000, *sweep.seeds)))
@@ -151,20 +124,7 @@ def _spec(
     overrides: Sequence[str],
     find_sibling: FindSibling,
 ) -> RunSpec:
-    """Return the spec of a run: the spec file at `path` with the variant's keys, the user's overrides, and the seed.
-
-    Args:
-        sweep: the content of the sweep file.
-        path: path of the spec that all runs share.
-        name: name of the variant.
-        seed: the seed of the run.
-        keys: values that the variant sets, by key of the spec.
-        overrides: `key.path=value` strings for every run.
-        find_sibling: function that returns the spec of another variant, from which this one may start.
-
-    Raises:
-        SpecError: the spec is wrong; the error names the run.
-    """
+    """Return a run's spec from the file at `path`, the variant's keys, overrides and seed; errors name the run."""
     run_name = seeded_name(f"{sweep.name}-{name}", seed)
     name_and_seed = [f"name={run_name}", f"seed={seed}"]
     key_overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in keys.items()]
@@ -182,15 +142,7 @@ def start_names(entry: SweepRun) -> list[str]:
 
 
 def with_run_paths(entry: SweepRun, runs: Mapping[str, RunDir]) -> RunSpec:
-    """Return the spec of a run, in which paths of checkpoints replace the names of the sweep's runs to start from.
-
-    Args:
-        entry: the run with its planned spec.
-        runs: run directories of the sweep by name of the run, among them those from which this run starts.
-
-    Raises:
-        CheckpointError: there is no such checkpoint.
-    """
+    """Return a run's spec with checkpoint paths in place of names of the sweep's runs, or raise a CheckpointError."""
     start = entry.spec.start
     if start is None:
         return entry.spec
@@ -205,15 +157,7 @@ def with_run_paths(entry: SweepRun, runs: Mapping[str, RunDir]) -> RunSpec:
 
 
 def with_sweep_names(started_spec: RunSpec, entry: SweepRun) -> RunSpec:
-    """Return the spec of a started run, changed so that it can be compared with the spec that the sweep plans for it.
-
-    Where the planned spec names other runs of the sweep to start from, the started run has paths of their checkpoints.
-    The result has the names again.
-
-    Args:
-        started_spec: the spec with which the run was started.
-        entry: the run with its planned spec.
-    """
+    """Return a started run's spec with the sweep's run names in place of paths, to compare it with the planned one."""
     start, entry_start = started_spec.start, entry.spec.start
     if start is None or entry_start is None or len(start.sources) != len(entry_start.sources):
         return started_spec

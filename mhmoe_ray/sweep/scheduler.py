@@ -27,25 +27,17 @@ from mhmoe_ray.sweep.plan import start_names, with_run_paths
 
 POLL_SECONDS = 2.0
 STORAGE_SECONDS = 3600.0
-"""Seconds for which the storage may fail without interruption, so that a sweep that takes weeks survives an outage."""
+"""Seconds for which the storage may fail without interruption, so that a sweep of weeks survives an outage."""
 MAX_STARTS = 3
 """Largest number of times that a run is started, if its jobs are killed before they record how the run ended."""
 
 
 class Sweep:
-    """Scheduler of one order of a sweep: it starts the runs that the order lists, a limited number at a time."""
+    """Scheduler of one order of a sweep, with a connection to the cluster from within it."""
 
     def __init__(
         self, sweep_dir: SweepDir, name: str, connection: Connection, known_addresses: Sequence[str] = ()
     ) -> None:
-        """Read the order that this job carries out, which lists the runs to start.
-
-        Args:
-            sweep_dir: the sweep's directory.
-            name: the name of the order.
-            connection: connection to the cluster from within it.
-            known_addresses: other clusters that may get the token (`SweepRequest.known_addresses`).
-        """
         self._connect = partial(connect_recorded, given_addresses=known_addresses)
         self._sweep_dir, self._name, self._connection = sweep_dir, name, connection
         self._order = sweep_dir.read_order(name)
@@ -64,10 +56,8 @@ class Sweep:
     def run(self) -> None:
         """Start runs until all have ended, the sweep is stopped, or a newer job takes over.
 
-        Raises:
-            MhmoeError: the data of some runs could not be prepared, or a cluster refuses to tell how some runs ended.
-                This error is raised after all other runs have ended.
-            StorageError: the storage has failed for more than `STORAGE_SECONDS`.
+        Then raise the error of data that could not be prepared, or of a cluster that refuses to tell how runs ended.
+        Storage that fails for more than `STORAGE_SECONDS` is a StorageError.
         """
         while self._has_more_work():
             time.sleep(POLL_SECONDS)
@@ -75,11 +65,7 @@ class Sweep:
             raise error
 
     def _has_more_work(self) -> bool:
-        """Poll all runs once, and return whether there is more to do.
-
-        Raises:
-            StorageError: the storage has failed for more than `STORAGE_SECONDS`.
-        """
+        """Poll all runs once, and return whether there is more to do."""
         try:
             if not self._is_started:
                 self._wait_for_earlier_jobs()
@@ -100,7 +86,6 @@ class Sweep:
         return True
 
     def _check_runs(self) -> None:
-        """Check all runs, and start the next ones while fewer than the order's `concurrent` runs are alive."""
         alive = {name for name in self._runs if self._is_alive(name)}
         for entry in self._entries:
             if len(alive) >= self._order.concurrent:
@@ -118,14 +103,11 @@ class Sweep:
 
     @property
     def _is_newest_order(self) -> bool:
-        """True if the sweep is not stopped and has no newer order than this job's, so that the job may start runs."""
+        """True if this job may start runs: the sweep is not stopped, and has no newer order."""
         return not self._sweep_dir.stop_file.exists() and self._sweep_dir.order_names()[-1] == self._name
 
     def _wait_for_earlier_jobs(self) -> None:
-        """Wait until the jobs of earlier orders have ended, except those whose cluster does not answer.
-
-        These jobs end as soon as they see this job's order, but may be starting a run until then.
-        """
+        """Wait until earlier orders' jobs, which may be starting a run, have ended or their clusters do not answer."""
         silent: set[str] = set()
         for order in self._sweep_dir.earlier_orders(self._name):
             while self._is_newest_order and order.address not in silent:
@@ -144,10 +126,10 @@ class Sweep:
         return self._retrying_caller.call(lambda: jobs.is_alive(self._connection, order.job), True)
 
     def _is_alive(self, name: str) -> bool:
-        """Return whether a run is alive; if it has ended for good, mark it as settled, so that it is not started again.
+        """Return whether a run is alive; mark one that has ended for good as settled, so that it is not started again.
 
-        A run counts as alive if its cluster does not answer. If the cluster refuses the token, the run counts as alive
-        until it has written nothing for `QUIET_SECONDS`.
+        A run whose cluster does not answer counts as alive. So does one whose cluster refuses the token, until it has
+        written nothing for `QUIET_SECONDS`.
         """
         run = self._runs[name]
         if name in self._settled or not run.spec_file.exists() or not newest_attempt_number(run):
@@ -186,8 +168,8 @@ class Sweep:
     def _should_restart(self, name: str, run_outcome: Outcome) -> bool:
         """Return whether to restart a run that ended without finishing.
 
-        A run is restarted if it ended before this job's order to start runs was written. It is also restarted if its
-        job died without recording the end and this job has started the run fewer than `MAX_STARTS` times.
+        This holds if it ended before the order was written, or if its job died without recording the end and this job
+        has started the run fewer than `MAX_STARTS` times.
         """
         run = self._runs[name]
         if newest_attempt_number(run) <= self._order.retry.get(name, 0):
@@ -196,10 +178,7 @@ class Sweep:
         return run_outcome.state == "failed" and known_outcome is None and self._starts.get(name, 0) < MAX_STARTS
 
     def _must_wait(self, entry: SweepRun) -> bool:
-        """Return whether a run cannot start now, because it starts from checkpoints of runs that are not finished.
-
-        If one of these runs ended without finishing, or does not belong to the order, the waiting run is never started.
-        """
+        """Return whether a run waits for runs from which it starts; if one of them cannot finish, it never starts."""
         for name in start_names(entry):
             run = self._runs.get(name)
             if run is not None and newest_attempt_number(run) and events.state(events.read(run)) == "finished":
@@ -212,10 +191,7 @@ class Sweep:
         return False
 
     def _is_prepared(self, entry: SweepRun) -> bool:
-        """Convert the raw data of a run into shards, unless they exist already, and return whether that succeeded.
-
-        A failure is printed and remembered; this job continues with runs that read other data.
-        """
+        """Prepare a run's data if they are missing; a failure is printed and excludes all runs that read these data."""
         # The data are prepared before any run that reads them starts, because two runs would otherwise prepare them at
         # the same time.
         text = prepared_key(entry.spec)
@@ -232,10 +208,7 @@ class Sweep:
         return self._preparation_errors[text] is None
 
     def _start(self, entry: SweepRun) -> bool:
-        """Start a run of the sweep, and return whether it may be alive now; its run directory is created if missing.
-
-        A run that the cluster refuses, or that was started with another spec earlier, is not tried again.
-        """
+        """Start a run and return whether it may be alive; a refused run or one with another spec is never retried."""
         run = self._runs.get(entry.name)
         try:
             spec = with_run_paths(entry, self._runs)
@@ -280,11 +253,7 @@ class Sweep:
 
 
 def _create_run(spec: RunSpec) -> RunDir:
-    """Create the directory of a run of the sweep, with the run's spec.
-
-    Raises:
-        OSError, StorageError: the storage fails, which may be temporary.
-    """
+    """Create the directory of a run; a failing storage, which may recover, is an OSError or StorageError."""
     try:
         return create_run(spec)
     except SpecError as e:

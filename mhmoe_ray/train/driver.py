@@ -28,17 +28,8 @@ from mhmoe_ray.train.worker_failures import WorkerFailureCallback, failure_reaso
 
 
 def train_run(run: RunDir, attempt: int) -> None:
-    """Prepare a run's data if it is missing, train it from its newest checkpoint on, and record how it ended.
-
-    The training ends with the last step of the spec or, at a user's request, earlier.
-
-    Args:
-        run: run directory.
-        attempt: number of the attempt (a submit or a resume) that this job executes.
-
-    Raises:
-        MhmoeError: the data, a checkpoint or the training failed; if a worker failed, the message holds the reason.
-    """
+    """Prepare a run's data if it is missing, train from its newest checkpoint on, and record how it ended: with the
+    last step or, at a user's request, earlier. A failure is an MhmoeError; that of a worker has the worker's reason."""
     spec = run.spec()
     _prepare_data(run, spec)
     if spec.start is not None:
@@ -94,13 +85,9 @@ def train_run(run: RunDir, attempt: int) -> None:
 
 
 def _prepare_data(run: RunDir, spec: RunSpec) -> None:
-    """Prepare (tokenize) the data if its folder is missing, verify it, and copy its small files into the run directory.
-
-    The small files are the tokenizer and the chat template or, for a vision model, the names of its classes.
-
-    Raises:
-        DataError: the data is damaged, does not fit the spec, or has other small files than the run began with.
-    """
+    """Prepare the data if it is missing, verify it, and copy its tokenizer, chat template and class names into the run
+    directory. Data that is damaged, does not fit the spec, or has other such files than the run began with is a
+    DataError."""
     folder = spec.data.prepared
     if not folder.exists():
         events.record(run, "preparing", folder=str(folder))
@@ -144,11 +131,8 @@ def _worker_resources(spec: RunSpec) -> dict[str, float]:
 
 
 def _training_error(run: RunDir, error: Exception) -> MhmoeError:
-    """Return an error for the user that names the root cause of an error of Ray Train.
-
-    If the root cause is an error of this package, that error is returned. Otherwise the result is a `JobError` with the
-    reason in one line.
-    """
+    """Return the root cause of an error of Ray Train: an error of this package, or a `JobError` with a one-line
+    reason."""
     if isinstance(error, ray.train.WorkerGroupError):
         errors = original_errors(error.worker_failures)
         rank = root_cause_rank(errors)

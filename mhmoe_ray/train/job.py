@@ -13,16 +13,13 @@ from mhmoe_ray.storage import location
 
 
 class TrainRequest(RemoteJob[None]):
-    """Request for a Ray job that trains one attempt of a run, which is a submit or a resume.
-
-    The job returns nothing. Its results are in the run directory: checkpoints, metrics and events.
-    """
+    """Request for a Ray job that trains one attempt of a run. Its results are in the run directory: checkpoints,
+    metrics and events."""
 
     module: ClassVar[str] = "mhmoe_ray.train.job"
     kind: ClassVar[str] = "train"
 
-    path: str
-    """Path of the run directory, whose name is the run's id."""
+    path: str  # run directory, whose name is the run's id
     attempt: int
 
     @property
@@ -39,10 +36,8 @@ class TrainRequest(RemoteJob[None]):
 
 
 def main() -> None:
-    """Train as the job's `TrainRequest` asks, unless the run has a newer attempt; after an error, exit with its code.
-
-    An attempt is a submit or a resume of the run.
-    """
+    """Train as the job's `TrainRequest` asks, unless the run has a newer attempt; after an error, exit with its
+    code."""
     request = TrainRequest.received()
     run, attempt = request.run, request.attempt
     with logging_errors():
@@ -82,11 +77,8 @@ def _train_and_record(run: RunDir, attempt: int) -> None:
 
 
 def _record_end(run: RunDir, attempt: int, kind: Literal["failed", "stopped"], reason: str) -> None:
-    """Record as an event of the run how this attempt to train it ended, unless the run has a newer attempt.
-
-    Secrets in the reason are replaced. If the event cannot be written, the storage error and the reason are printed to
-    the job's log instead.
-    """
+    """Record how this attempt ended, unless the run has a newer one. Secrets in the reason are replaced. If the event
+    cannot be written, the storage error and the reason are printed to the job's log instead."""
     # If a newer attempt was submitted, the run goes on with it, so the end of this attempt is not the end of the run.
     if newest_attempt_number(run) == attempt:
         try:

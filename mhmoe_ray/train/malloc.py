@@ -1,9 +1,8 @@
 """Settings of the C library that make malloc keep freed memory on a CPU worker.
 
 A training step allocates the same large tensors as the previous step. By default glibc returns each of them to the
-system and maps it again, at one page fault per 4 KiB. Training runs in a thread of its own, where glibc does this with
-all large tensors. With these settings, their memory stays in one heap of huge pages and is reused (measurements:
-kernels/README.md).
+system and maps it again, at one page fault per 4 KiB: training runs in a thread of its own, where this happens to all
+large tensors. With these settings, memory stays in one heap of huge pages (measurements: kernels/README.md).
 """
 
 import sys
@@ -21,9 +20,5 @@ _SETTINGS = {
 
 
 def malloc_settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return environment variables that configure malloc for training on CPUs; none if the system is not Linux.
-
-    Args:
-        environment: environment of this process; variables that it already has are left out and keep their value.
-    """
+    """Return environment variables for training on CPUs that `environment` does not have yet; none unless on Linux."""
     return {k: v for k, v in _SETTINGS.items() if k not in environment} if sys.platform == "linux" else {}

@@ -1,9 +1,8 @@
 """Preemption of a node: the notice of a spot machine, or `ray drain-node` with a deadline.
 
-Ray Train sends all workers a preemption notice with the node and its deadline, and ends the worker group at the
-deadline. Steps that are trained until then would be repeated. So a run saves a checkpoint as soon as it gets the notice
-and ends the worker group itself. The next worker group starts at exactly that step, on other nodes or with fewer
-workers.
+Ray Train sends all workers a preemption notice, and ends the worker group at the deadline. Steps that are trained until
+then would be repeated. So a run saves a checkpoint as soon as it gets the notice and ends the worker group itself. The
+next worker group starts at exactly that step, on other nodes or with fewer workers.
 """
 
 from ray.exceptions import RayActorError
@@ -23,10 +22,8 @@ class PreemptedError(RayActorError):
 
 
 def preemption_notice() -> PreemptionInfo | None:
-    """Return the preemption notice that this rank has received; None if it has not received any.
-
-    Other ranks may receive it a step earlier or later.
-    """
+    """Return the preemption notice that this rank has received, if any; other ranks may get it a step earlier or
+    later."""
     # `ray.train.get_preemption_info` is not called here: it makes all ranks agree on one value through an actor, which
     # is too slow for a call in every step.
     info: PreemptionInfo | None = get_train_context().preemption_context.preemption_info

@@ -1,10 +1,7 @@
 """Ray Train policies of a run: the retry policy for failures, and the scaling policy for the number of workers.
 
-The retry policy decides which failures start a new worker group (`NonRetryableFailurePolicy`). The scaling policy
-chooses the number of workers of an elastic run (`DivisorScalingPolicy`): Ray Train's own policy takes any number
-between two bounds, but the number must divide the step's micro-batches.
-
-Ray has no public hook for either, so this module uses Ray's private interfaces (ray_compat.py).
+Ray Train's own scaling policy takes any number of workers between two bounds, but the number must divide the step's
+micro-batches. Ray has no public hook for either policy, so this module uses Ray's private interfaces (ray_compat.py).
 tests/train/test_ray_trainer.py fails when Ray moves one of these interfaces.
 """
 
@@ -39,11 +36,7 @@ from mhmoe_ray.spec import RunSpec
 
 
 def missing_resources(spec: RunSpec) -> str:
-    """Return one line on why the cluster has no room for the smallest number of workers with which a run can start.
-
-    The line names the resources that the cluster's nodes lack. If the nodes are large enough, the line tells that
-    others use their resources.
-    """
+    """Return one line on why the cluster has no room for the fewest workers with which a run can start."""
     cluster, node_resources = spec.cluster, [node["Resources"] for node in ray.nodes() if node["Alive"]]
     nodes = [Node("", resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in node_resources]
     shortage = capacity_shortfall(nodes, cluster.cpus_per_worker, cluster.gpus_per_worker, spec.worker_counts[0])
@@ -51,11 +44,8 @@ def missing_resources(spec: RunSpec) -> str:
 
 
 def record_waiting(run: RunDir, spec: RunSpec) -> None:
-    """Record as an event that the workers wait for resources, and which ones the cluster lacks.
-
-    Ray Train itself retries without end and reports nothing. While a wait is already recorded, nothing is added. If the
-    event cannot be recorded, a warning is printed.
-    """
+    """Record that the workers wait for resources, because Ray Train retries without end and reports nothing. A wait is
+    recorded once; if it cannot be recorded, a warning is printed."""
     try:
         if events.state(events.read(run)) != "waiting":
             events.record(run, "waiting", missing=missing_resources(spec))
@@ -69,11 +59,10 @@ STORAGE_TIMEOUT_SECONDS, STORAGE_CHECK_SECONDS = 600.0, 5.0
 
 
 class NonRetryableFailurePolicy(DefaultFailurePolicy):
-    """Retry policy for failures of a worker group: errors that would occur again are not retried.
+    """Retry policy of a worker group that raises errors of this package, which would occur again.
 
-    These are errors of this package that a worker raised, for example a gradient that is not finite. All other
-    failures, such as killed workers, are retried within the spec's limit. So are errors of storage or of a checkpoint,
-    because the storage may come back.
+    An example is a gradient that is not finite. All other failures, such as killed workers, are retried within the
+    spec's limit. So are errors of storage or of a checkpoint, because the storage may come back.
     """
 
     def __init__(self, failure_config: FailureConfig, run: RunDir, spec: RunSpec) -> None:
@@ -81,10 +70,7 @@ class NonRetryableFailurePolicy(DefaultFailurePolicy):
         self._run, self._spec = run, spec
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
-        """Decide whether to retry after this error or to raise it; before a retry, wait for the storage.
-
-        If the workers could not start in time, an event records that they wait for resources.
-        """
+        """Decide to retry or to raise. Wait for the storage before a retry, and record a wait for resources."""
         if isinstance(getattr(training_failed_error, "controller_failure", None), WorkerGroupStartupTimeoutError):
             record_waiting(self._run, self._spec)
         error = package_error(training_failed_error)
@@ -95,7 +81,6 @@ class NonRetryableFailurePolicy(DefaultFailurePolicy):
 
 
 def _wait_for_storage(run: RunDir) -> None:
-    """Wait until the run directory can be read, for at most `STORAGE_TIMEOUT_SECONDS`."""
     # Each new worker group first reads the run directory. Without this wait, new groups would fail at once while the
     # storage is unavailable, and a short outage would use up all retries.
     deadline = time.monotonic() + STORAGE_TIMEOUT_SECONDS
@@ -120,18 +105,16 @@ def package_error(error: Exception) -> MhmoeError | None:
 
 
 class DivisorScalingPolicy(ElasticScalingPolicy):
-    """Scaling policy that chooses the largest allowed number of workers for which there are resources.
-
-    Growth is considered once after each checkpoint. A healthy worker group never shrinks.
-    """
+    """Scaling policy that chooses the largest allowed number of workers for which there are resources. It considers
+    growth once after each checkpoint, and never shrinks a healthy worker group."""
 
     def __init__(self, scaling_config: ray.train.ScalingConfig, run: RunDir, spec: RunSpec) -> None:
         super().__init__(scaling_config)
         self._run, self._spec, self._last_step, self._worker_counts = run, spec, spec.train.steps, spec.worker_counts
         self._considered_step, self._is_waiting = -1, False
         self._held_workers: int | None = 0
-        """Number of workers whose resources this run holds itself; the cluster does not count these resources as free.
-        None while the number is unknown, because a failed worker group may still hold its resources."""
+        """Number of workers whose resources this run holds itself, which are not free in the cluster; None if a failed
+        worker group may still hold its resources."""
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
         """Decide to grow if there is a new checkpoint and room for more workers, and otherwise to do nothing."""
@@ -160,10 +143,7 @@ class DivisorScalingPolicy(ElasticScalingPolicy):
         )
 
     def make_decision_for_non_running_worker_group(self) -> Any:
-        """Decide to start as many workers as possible or, if there are too few resources, to wait.
-
-        The beginning of a wait is recorded as an event.
-        """
+        """Decide to start as many workers as possible or, with too few resources, to wait and record that."""
         decision: ScalingDecision = super().make_decision_for_non_running_worker_group()
         if isinstance(decision, ResizeDecision):
             # If this start of workers fails, other jobs may hold the resources. With 0 held workers, the next decision
@@ -179,11 +159,9 @@ class DivisorScalingPolicy(ElasticScalingPolicy):
         return decision
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
-        """Return the largest allowed number of workers for which there are resources; 0 if no allowed number fits.
-
-        Only nodes that are alive and not draining count. Of their resources, only free ones and this run's own count,
-        unless a failed worker group may still hold some. One CPU is left for the data stream.
-        """
+        """Return the largest allowed number of workers for which live, not draining nodes have resources; 0 if none
+        fits. Only free resources and this run's own count, unless a failed worker group may still hold some. One CPU is
+        left for the data stream."""
         # Ray's own count uses `reserved_resources`, which may be 20 s old. Since then nodes may have died, or others
         # may have taken resources. So the nodes are read anew here.
         draining_nodes = state.get_draining_nodes()

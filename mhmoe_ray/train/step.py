@@ -1,7 +1,5 @@
-"""Optimizer step: gradients of M micro-batches, accumulated over all ranks, and then one update of the weights.
-
-This module uses neither Ray nor files.
-"""
+"""Optimizer step: gradients of M micro-batches, accumulated over all ranks, and then one update of the weights. This
+module uses neither Ray nor files."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -30,44 +28,30 @@ from mhmoe_ray.train.objectives import Environment, LossSums, Objective
 class RankSums(NamedTuple):
     """Losses, routes and traffic of one training step, summed over the micro-batches of one rank."""
 
-    targets: int
-    """Number of targets (predicted tokens) that count in the loss, over all ranks. For an encoder or a vision model, it
-    is the number of patches and tokens that the model reads."""
-    loss: float
-    """Sum of all terms of the loss over all targets that count, in nats for a decoder."""
-    balance: float
-    """Load balancing loss of the experts, summed over micro-batches and layers."""
-    dropped: int
-    """Number of routes (choices of an expert) that were dropped because the expert's capacity was used up, over all
-    layers."""
-    count_LE: Tensor
-    """Number of kept routes to each expert of each layer, int64."""
+    targets: int  # over all ranks; for an encoder or a vision model, the patches and tokens that the model reads
+    loss: float  # all terms over all targets that count, in nats for a decoder
+    balance: float  # load balancing loss, summed over micro-batches and layers
+    dropped: int  # routes dropped because the expert's capacity was used up, over all layers
+    count_LE: Tensor  # kept routes to each expert of each layer, int64
     part_sums_P2: Tensor
-    """Sum of each of the P losses in `RunSpec.loss_names`, and the number of its targets, float64. P is 0 if the spec
-    has no `data.parts`."""
-    sent_bytes: SentBytes = SentBytes()
-    """Bytes that expert-parallel dispatch sent to other ranks."""
+    """Sum of each of the P losses in `RunSpec.loss_names`, and its targets, float64; P is 0 without `data.parts`."""
+    sent_bytes: SentBytes = SentBytes()  # to other ranks, by expert-parallel dispatch
     least_bytes: int = 0
-    """Smallest number of bytes that flat dispatch (every route as a row of its own) can send for this rank's tokens.
-    Summed over ranks, it is a lower bound of `sent_bytes.rows`."""
-    wait_seconds: float = 0.0
-    """Seconds that this rank waited for rows (sub-tokens sent to experts) of other ranks."""
+    """Fewest bytes that flat dispatch can send for this rank's tokens. Over all ranks, they are a lower bound of
+    `sent_bytes.rows`."""
+    wait_seconds: float = 0.0  # waits for rows of other ranks
 
 
 class Update(NamedTuple):
     """Result of one optimizer update."""
 
-    norm: float
-    """Norm of the gradient of all parameters before clipping."""
+    norm: float  # of the gradient of all parameters before clipping
     lr: float
-    """Learning rate of the step."""
-    applied: bool
-    """Whether the update was applied; False if the norm is not finite and the spec says to skip such a step."""
+    applied: bool  # False if the norm is not finite and the spec says to skip such a step
 
 
 # A few steps may have a gradient that is not finite by accident. More such steps in a row mean a fault of the run.
 MAX_SKIPPED_STEPS = 10
-"""Largest number of consecutive steps whose updates may be skipped."""
 
 
 class Trainer:
@@ -83,17 +67,10 @@ class Trainer:
     ) -> None:
         """Build the model with its dispatch and its parallel strategy, and initialize the weights.
 
-        Args:
-            spec: spec of the run.
-            mesh: mesh of this rank; its world size must divide the spec's `micro_batches`.
-            device: device of this rank.
-            objective_inputs: what the training objective needs from files (`Objective.load_inputs`).
-            on_progress: called after each micro-batch and after each tensor of a checkpoint or of the initial weights,
-                so that the watchdog sees progress.
-
-        Raises:
-            SpecError: the kernel cannot run on this device, torch.compile cannot compile the model, or a package that
-                the strategy needs is not installed.
+        The mesh's world size must divide `micro_batches`; `objective_inputs` come from `Objective.load_inputs`. The
+        watchdog sees progress by `on_progress`, called after each micro-batch and each tensor of a checkpoint or of the
+        initial weights. A kernel that cannot run on this device, a model that torch.compile cannot compile, or a
+        missing package is a SpecError.
         """
         spec.check_compilation()
         assert spec.train.micro_batches % mesh.world_size == 0
@@ -119,35 +96,24 @@ class Trainer:
         environment = Environment(spec, mesh, device, self.forward, lambda: self.on_progress())
         objective: type[Objective[Any, Any]] = spec.model.family.part("objective")
         self.objective = objective(environment, self.model, objective_inputs)
-        """Training objective of the run."""
         self.step = 0
-        self.tokens = 0
-        """Number of targets that counted in the steps so far, over all ranks."""
+        self.tokens = 0  # targets that counted in the steps so far, over all ranks
         self.before_update: Callable[[], None] = lambda: None
-        """Callback before each update of weights and moments. A checkpoint in progress uses it to finish its copy."""
-        self.skipped = 0
-        """Number of steps so far whose updates were not applied."""
-        self.skipped_in_a_row = 0
-        """Number of consecutive steps up to now whose updates were not applied."""
-        self.updates_before = 0
-        """Number of optimizer updates in earlier runs, if this run continues with their AdamW moments; otherwise 0."""
+        """Callback before each update of weights and moments, in which a checkpoint in progress finishes its copy."""
+        self.skipped = 0  # steps so far whose updates were not applied
+        self.skipped_in_a_row = 0  # consecutive steps up to now whose updates were not applied
+        self.updates_before = 0  # optimizer updates in earlier runs, if this run continues with their AdamW moments
 
     def _initialize_weights(self, model: Trunk) -> None:
         model.to_empty(device=self.device)
         init_weights(model, self.spec.seed, self.on_progress)
 
     def accumulate(self, batches: Iterable[Any]) -> RankSums:
-        """Accumulate the gradients of this rank's micro-batches, and reduce them over ranks.
-
-        The gradients are neither clipped nor applied yet; `update` does that. The result has this rank's sums of the
-        loss, the route counts and the bytes sent.
+        """Accumulate the gradients of this rank's M / world micro-batches over ranks, and return this rank's sums.
 
         Every target of a loss has the same weight in the step's loss, however much padding its micro-batch has. Padding
-        is routed like any token. So the balance loss, the expert capacity and the route counts include padding: they
+        is routed like any token, so the balance loss, the expert capacity and the route counts include it: they
         describe the rows that experts compute.
-
-        Args:
-            batches: the M / world micro-batches of this rank, on the device.
         """
         spec, m = self.spec, self.spec.train.micro_batches
         rank_batches = m // self.mesh.world_size
@@ -204,7 +170,6 @@ class Trainer:
 
     @property
     def _autocast(self) -> torch.autocast:
-        """Autocast context with the precision of the spec (`train.precision`)."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.train.precision == "bfloat16")
 
     @contextmanager
@@ -228,20 +193,12 @@ class Trainer:
                 layer.step_casts = None
 
     def zero_counts(self) -> Tensor:
-        """Return zeros to which counts of routes to each layer's experts are added, (L, E), int64.
-
-        E is 0 for a dense model.
-        """
+        """Return zeros for counts of routes to each layer's experts, (L, E), int64; E is 0 for a dense model."""
         moe = self.spec.model.moe
         return torch.zeros(self.spec.model.moe_layers, moe.experts if moe else 0, dtype=torch.int64)
 
     def _update_routers(self, moe: MoESpec, rank_count_LE: Tensor) -> None:
-        """Update the selection biases of routers, and the expert shares for the balance loss, from the route counts.
-
-        Args:
-            moe: spec of the mixture-of-experts layers.
-            rank_count_LE: number of this rank's routes to each expert of each layer, in this step.
-        """
+        """Update the selection biases and expert shares of routers from this rank's route counts of the step."""
         # The counts of routes are summed over all ranks, so that the result is the same for any number of ranks.
         count_LE = rank_count_LE.to(self.device, copy=True)
         if self.mesh.world_size > 1:
@@ -253,17 +210,9 @@ class Trainer:
                 layer.router.share_E.copy_(count_E / count_E.sum())
 
     def update(self, sums: RankSums) -> Update:
-        """Clip the accumulated gradients, update the weights if the gradients' norm is finite, and count the step.
-
-        A step whose update is skipped counts as done, too.
-
-        Args:
-            sums: result of `accumulate`.
-
-        Raises:
-            JobError: the norm is not finite, and either the spec does not skip such steps, or more than
-                `MAX_SKIPPED_STEPS` consecutive steps were skipped. All ranks raise it.
-        """
+        """Clip the gradients, update the weights if the gradients' norm is finite, and count the step, even if skipped.
+        All ranks raise a JobError if the norm is not finite and the spec does not skip such steps, or more than
+        `MAX_SKIPPED_STEPS` consecutive ones were skipped."""
         lr = self.spec.train.learning_rate(self.step + 1)
         self.before_update()
         norm = self.strategy.apply_update(lr)
@@ -283,12 +232,8 @@ class Trainer:
         return Update(norm, lr, applied)
 
     def forward(self, batch: Any, noise: Noise | None = None) -> Any:
-        """Call the model on a micro-batch in the run's precision, and return its losses and routing.
-
-        Args:
-            batch: micro-batch as `Objective.receive` returns it.
-            noise: random numbers of the micro-batch, for training; None for validation.
-        """
+        """Return the model's losses and routing of a micro-batch in the run's precision; `noise` is None in
+        validation."""
         arguments = self.objective.model_arguments(batch)
         with self._autocast:
             # A forward without a backward needs no parallel strategy.

@@ -21,15 +21,12 @@ from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import FileEntry, Location, describe_files, remove_tree
 
 SINGLE_NODE_BYTES = 4 << 30
-"""Total bytes of files below which this process hashes all of them, as other nodes must start a process first."""
+"""Total bytes below which this process hashes all files, because other nodes must start a process first."""
 
 
 def describe_on_all_nodes(files: Sequence[Location]) -> Iterable[FileEntry]:
     """Return the size and hash of each file, in the order of the files, as an iterable that may still be computing.
-
-    If the files have `SINGLE_NODE_BYTES` or more in all, each live node of the cluster hashes a share of them. All
-    nodes must be able to read the files.
-    """
+    From `SINGLE_NODE_BYTES` on, each live node hashes a share of the files, which all nodes must be able to read."""
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     if len(nodes) == 1 or sum(file.stat().st_size for file in files) < SINGLE_NODE_BYTES:
         return describe_files(files)
@@ -50,20 +47,10 @@ def _describe_share(files: Sequence[Location]) -> Iterator[FileEntry]:
 
 
 class ResumingDataConfig(ray.train.DataConfig):
-    """Ray Train data config that resumes the training stream at the newest intact checkpoint for each worker group.
-
-    The checkpoint is recorded as an event: the workers wait for the stream and then restore the same checkpoint.
-    """
+    """Ray Train data config that resumes the training stream at the newest intact checkpoint for each worker group. It
+    records this checkpoint as an event, from which the workers restore the same one."""
 
     def __init__(self, run: RunDir, spec: RunSpec, attempt: int, watchdog: Any) -> None:
-        """Prepare the data config, which preserves the order of the stream.
-
-        Args:
-            run: run directory.
-            spec: spec of the run.
-            attempt: number of the attempt (a submit or a resume) that this job executes.
-            watchdog: handle of the watchdog actor, which gets a report for each hashed file.
-        """
         super().__init__(execution_options=ray.data.ExecutionOptions(preserve_order=True))
         self._run, self._spec, self._attempt, self._watchdog = run, spec, attempt, watchdog
 
@@ -71,11 +58,8 @@ class ResumingDataConfig(ray.train.DataConfig):
         """Choose the checkpoint to resume from, record it, and return each worker's stream from this checkpoint on.
 
         Ray Train calls this once for each worker group, when the first rank asks for the stream. Uncommitted
-        checkpoints of earlier worker groups are removed. Of `datasets` only the names are used.
-
-        Raises:
-            RunError: the run has a newer job.
-            CheckpointError: there are checkpoints, but none is intact.
+        checkpoints of earlier worker groups are removed; of `datasets` only the names are used. A newer job of the run
+        is a RunError, and having checkpoints of which none is intact is a CheckpointError.
         """
         require_newest_attempt(self._run, self._attempt)
         newest = newest_checkpoint(self._run, describe=self._describe_and_report)

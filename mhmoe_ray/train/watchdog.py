@@ -5,9 +5,8 @@ stopped, or whose node swaps, cannot detect this itself, and the other ranks wai
 without an error. Ray's own health check finds a dead process, not a hanging one.
 
 A rank hangs if it sends no heartbeat for the timeout (`cluster.hang_seconds`). If no rank makes progress for that long,
-the ranks that are behind the others hang. A straggler, which is a slow rank that still makes progress, is left alone:
-the other ranks wait for it in every step. With expert parallelism, the metric `exchange_wait` shows how long each rank
-waits.
+the ranks that are behind the others hang. A straggler still makes progress and is left alone: the other ranks wait for
+it in every step, and with expert parallelism the metric `exchange_wait` shows how long each rank waits.
 """
 
 import asyncio
@@ -44,14 +43,12 @@ class WorkerInfo:
     pid: int
     # When the process has ended, the operating system may give its pid to another process. The start time tells these
     # two processes apart.
-    began: float
-    """Start time of the process in seconds since the epoch."""
+    began: float  # start time in seconds since the epoch
     host: str
     node: str
     # If the system's clock is set, Linux gives another start time since the epoch for the same process, but never other
     # ticks since the boot.
-    start_ticks: int | None = None
-    """Start time of the process in clock ticks since the boot; None on systems other than Linux."""
+    start_ticks: int | None = None  # start time in clock ticks since the boot; None on systems other than Linux
 
     @classmethod
     def current(cls, rank: int) -> "WorkerInfo":
@@ -65,28 +62,16 @@ class Progress:
     """Progress of a rank in training, which each of its heartbeats carries to the watchdog."""
 
     worker_info: WorkerInfo
-    activity: int = 0
-    """Counter of all pieces of work that the rank has finished, in any thread: in training and for checkpoints."""
-    training_progress: int = 0
-    """Counter of finished pieces of training work, such as micro-batches, which grows equally on all ranks. Writing a
-    checkpoint does not count."""
+    activity: int = 0  # finished pieces of work in all threads, of training and of checkpoints
+    training_progress: int = 0  # finished pieces of training work, such as micro-batches; equal growth on all ranks
     step: int = 0
     phase: Phase = "restoring"
 
 
 class Heartbeat(AbstractContextManager["Heartbeat"]):
-    """Heartbeat of a rank: a thread that sends the rank's progress to the watchdog every `HEARTBEAT_SECONDS`.
-
-    The thread starts when the context is entered, and ends with the context.
-    """
+    """Heartbeat of a rank: a thread that sends its progress every `HEARTBEAT_SECONDS` while the context is open."""
 
     def __init__(self, watchdog: Any, worker_info: WorkerInfo) -> None:
-        """Prepare the heartbeat; its thread starts when the context is entered.
-
-        Args:
-            watchdog: handle of the watchdog actor.
-            worker_info: process of this rank.
-        """
         self.worker_info = worker_info
         self._watchdog, self._progress, self._stop_event = watchdog, Progress(worker_info), Event()
         # The lock is needed because two threads count progress: the one that trains, and the one that writes a
@@ -95,24 +80,18 @@ class Heartbeat(AbstractContextManager["Heartbeat"]):
         self._thread = Thread(target=self._send_heartbeats, name="heartbeat", daemon=True)
 
     def report_phase(self, step: int, phase: Phase) -> None:
-        """Report the step and the phase that this rank has reached; this counts as progress in training.
-
-        Args:
-            step: number of the last finished step.
-            phase: phase that begins now.
-        """
+        """Report the last finished step and the phase that begins now; this counts as progress in training."""
         self._update(step=step, phase=phase)
 
     def report_progress(self) -> None:
-        """Report that this rank has finished a piece of training work, such as a micro-batch, within a phase."""
+        """Report a finished piece of training work, such as a micro-batch, within a phase."""
         self._update()
 
     def report_side_progress(self) -> None:
-        """Report that this rank has finished a piece of work beside training, such as a part of a checkpoint."""
+        """Report a finished piece of work beside training, such as a part of a checkpoint."""
         self._update(training_progress=0)
 
     def _update(self, training_progress: int = 1, **changes: Any) -> None:
-        """Add 1 to the counter `activity` and `training_progress` to the counter of that name; set other fields."""
         with self._lock:
             progress = self._progress
             self._progress = replace(
@@ -149,18 +128,9 @@ class _RankRecord:
 
 
 class Watchdog:
-    """Ray actor that watches the heartbeats of all ranks, and kills the process of a rank that hangs.
-
-    `start` creates the actor.
-    """
+    """Ray actor that watches the heartbeats of all ranks and kills the process of a hung one; `start` creates it."""
 
     def __init__(self, run: str, timeout: float) -> None:
-        """Prepare a watchdog that knows no rank yet.
-
-        Args:
-            run: path of the run directory, for events.
-            timeout: seconds without progress, or without a heartbeat, after which a rank counts as hung.
-        """
         self._run, self._timeout = RunDir(location(run)), timeout
         self._records: dict[WorkerInfo, _RankRecord] = {}
 
@@ -185,13 +155,13 @@ class Watchdog:
         self._records[progress.worker_info] = _RankRecord(progress, current_time, progress_time)
 
     async def report_shared_progress(self) -> None:
-        """Count progress for all ranks. The job calls this for work that all ranks wait for, such as hashing files."""
+        """Count progress for all ranks, during work of the job that all ranks wait for, such as hashing files."""
         current_time = time.monotonic()
         for record in self._records.values():
             record.progress_time = current_time
 
     async def forget(self, worker_info: WorkerInfo) -> None:
-        """Stop watching a rank. A rank calls this when it ends, because it will send no more heartbeats."""
+        """Stop watching a rank; a rank calls this when it ends, because it will send no more heartbeats."""
         self._records.pop(worker_info, None)
 
     async def watch(self) -> None:
@@ -210,12 +180,7 @@ class Watchdog:
                 await self._kill_rank(hung_rank, current_time)
 
     def _hung_ranks(self, current_time: float) -> list[_RankRecord]:
-        """Return the ranks that hang.
-
-        A rank hangs if it has sent no heartbeat for the timeout. If all ranks send heartbeats but none has made
-        progress for that long, the ranks that are behind the others hang. If all are stuck in the same collective
-        operation, all of them hang.
-        """
+        """Return the ranks that hang; if all are stuck in the same collective operation, all of them do."""
         records = list(self._records.values())
         silent_ranks = [r for r in records if current_time - r.heartbeat_time > self._timeout]
         if silent_ranks or not records or any(current_time - r.progress_time <= self._timeout for r in records):
@@ -226,11 +191,7 @@ class Watchdog:
         return [r for r in records if (r.progress.step, r.progress.training_progress) == least_progress]
 
     async def _kill_rank(self, record: _RankRecord, current_time: float) -> None:
-        """Kill the process of a rank that hangs, and record this as an event.
-
-        No event is recorded if the process no longer exists: Ray may have ended the worker group, and then its ranks
-        send no heartbeat either.
-        """
+        """Kill a rank that hangs. Record an event, unless Ray has ended the worker group and the process is gone."""
         progress, worker_info = record.progress, record.progress.worker_info
         self._records.pop(worker_info, None)
         strategy = NodeAffinitySchedulingStrategy(worker_info.node, soft=False)
@@ -256,14 +217,7 @@ class Watchdog:
 
 @ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]  # Ray's decorator is untyped
 def _kill_process(pid: int, began: float, start_ticks: int | None) -> bool:
-    """Kill a process of this node, and return whether it was alive.
-
-    A process with the same id that started at another time is left alone.
-
-    Args:
-        pid: id of the process.
-        began, start_ticks: start time of the process, as in `WorkerInfo`.
-    """
+    """Kill a process of this node if it started at the given time, and return whether it was alive."""
     try:
         process = psutil.Process(pid)
         is_same = process.create_time() == began if start_ticks is None else _start_ticks(pid) == start_ticks

@@ -38,7 +38,7 @@ from mhmoe_ray.train.watchdog import Heartbeat, WorkerInfo
 
 
 def combine_digests(digests: Iterable[int]) -> str:
-    """Return one hexadecimal digest for a step from the digests of its micro-batches, given in the step's order."""
+    """Return one hexadecimal digest of a step from those of its micro-batches, in the step's order."""
     data = b"".join(d.to_bytes(DIGEST_BYTES, "little") for d in digests)
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
@@ -50,14 +50,8 @@ STOP_CHECK_SECONDS = 1.0
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """Train as one rank of the run.
-
-    Ray Train calls this on each worker.
-
-    Args:
-        config: `run`, the path of the run directory; `attempt`, the number of the attempt (a submit or a resume); and
-            `watchdog`, the handle of the watchdog actor.
-    """
+    """Train as one rank; Ray Train calls this on each worker. `config` has the path of the run directory (`run`), the
+    number of the `attempt`, and the handle of the `watchdog` actor."""
     run = RunDir(location(config["run"]))
     # Ray Train gives a single worker a process group, too. Parallelism strategies would use it, which only costs time.
     if dist.is_initialized() and dist.get_world_size() == 1:
@@ -69,7 +63,6 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 def _set_up_logging(rank: int) -> None:
-    """Configure the logger so that each line begins with the time and the rank."""
     # Each line has its time with an offset from UTC, because `mhmoe logs --since` may run on a machine in another time
     # zone.
     handler = logging.StreamHandler()
@@ -84,7 +77,7 @@ def _set_up_logging(rank: int) -> None:
 
 
 class Worker:
-    """Training on one rank: creating the object restores the checkpoint to start from, and `train` runs all steps."""
+    """Training on one rank: the constructor restores the checkpoint to start from, and `train` runs all steps."""
 
     def __init__(self, run: RunDir, spec: RunSpec, attempt: int, heartbeat: Heartbeat) -> None:
         # Ray starts a worker with one thread for torch, whatever number of CPUs the worker has.
@@ -113,8 +106,7 @@ class Worker:
             adds_start = start_checkpoint[1].adds_start
         self.saver = Saver(run, self.trainer, self.group, heartbeat.report_side_progress, ends, adds_start)
         self.start_step = self.trainer.step
-        self._next_stop_check = 0.0
-        """Monotonic time in seconds at which rank 0 next checks the run directory."""
+        self._next_stop_check = 0.0  # monotonic time in seconds at which rank 0 next checks the run directory
         self.telemetry = Telemetry(run, spec, rank, self.group, self.start_step)
         if rank == 0:
             worker_fields = [vars(p) for p in worker_infos]
@@ -142,11 +134,7 @@ class Worker:
         self.telemetry.close("FINISHED" if self.trainer.step == self.spec.train.steps else "KILLED")
 
     def _train(self) -> None:
-        """Train step by step, and validate, report metrics and save checkpoints at the steps that the spec names.
-
-        Raises:
-            PreemptedError: a node of the worker group is preempted; a checkpoint was saved before.
-        """
+        """Train, validate, report and save step by step. A preempted node raises PreemptedError after a checkpoint."""
         spec, trainer = self.spec, self.trainer
         held_out_samples = trainer.objective.load_validation(self.data)
         stream = self._stream()
@@ -194,7 +182,6 @@ class Worker:
         self.saver.wait()
 
     def _validate(self, held_out_samples: Any) -> dict[str, Any]:
-        """Validate on held-out samples, and return the metrics: the loss, its number of targets, and losses by part."""
         validation = self.trainer.objective.validate(held_out_samples)
         line: dict[str, Any] = {metrics.VAL_LOSS: validation.loss, metrics.VAL_TOKENS: validation.targets}
         if validation.part_losses:
@@ -202,18 +189,14 @@ class Worker:
         return line
 
     def _adapt(self, held_out_samples: Any) -> None:
-        """Adapt the model as the objective asks for, and record the changes."""
         for change in self.trainer.objective.adapt(held_out_samples, self.trainer.step):
             if self.rank == 0:
                 events.record(self.run, "adapted", step=self.trainer.step, **change._asdict())
             LOGGER.info("step %d: %s", self.trainer.step, change)
 
     def _agree_on_start(self) -> tuple[int, tuple[Location, CheckpointManifest] | None]:
-        """Return the number of this worker group, and the checkpoint to restore (None to start anew).
-
-        All ranks get the same result. The training stream begins at this checkpoint: `ResumingDataConfig` chose it and
-        recorded it as an event.
-        """
+        """Return the number of this worker group and the checkpoint to restore (None to start anew), the same on all
+        ranks. `ResumingDataConfig` chose this checkpoint, at which the stream begins, and recorded it as an event."""
         choice: tuple[int, tuple[Location, CheckpointManifest] | None] | None = None
         if self.rank == 0:
             run_events = events.read(self.run)
@@ -230,11 +213,7 @@ class Worker:
         return agreed_choice
 
     def _stream(self) -> Iterator[dict[str, np.ndarray]]:
-        """Yield this rank's micro-batches from the training stream, each as arrays by the name of their column.
-
-        Raises:
-            DataError: a micro-batch is not the next one of the training order.
-        """
+        """Yield this rank's micro-batches by column; one that is not next in the training order is a DataError."""
         spec, world = self.spec, self.trainer.mesh.world_size
         b, rows = spec.train.micro_batch_size, self.trainer.objective.rows_per_micro_batch
         first_position = self.start_step * spec.samples_per_step + self.rank * b
@@ -253,14 +232,9 @@ class Worker:
     ) -> tuple[dict[str, Any], torch.Tensor, WaitShares, bool, bool]:
         """Gather the step's metrics of all ranks, in one collective operation.
 
-        Returns:
-            The line of the step's metrics; the number of routes to each layer's experts, over all ranks; the shares of
-            the step's time that this rank waited; whether a stop is requested; and whether a node of the worker group
-            is preempted.
-
-        Raises:
-            CheckpointError: a checkpoint could not be written; raised on all ranks at the same step.
-            RunError: the run has a newer job; raised on rank 0.
+        Return the step's line, the routes to each layer's experts over all ranks, this rank's shares of waiting, and
+        whether a stop is requested and a node is preempted. A checkpoint that could not be written is a CheckpointError
+        on all ranks at the same step; a newer job of the run is a RunError on rank 0.
         """
         spec, trainer = self.spec, self.trainer
         stop_requested = self.rank == 0 and self._stop_requested()
@@ -300,13 +274,8 @@ class Worker:
         return line, count_LE, waits, bool(stop_flag), bool(preemption_flag)
 
     def _stop_requested(self) -> bool:
-        """Return whether the user asked the run to stop; this is checked at most once per `STOP_CHECK_SECONDS`.
-
-        Between two checks, and if the run directory cannot be read, the result is False.
-
-        Raises:
-            RunError: the run has a newer job.
-        """
+        """Return whether the user asked the run to stop. Between two checks, and if the run directory cannot be read,
+        the result is False; a newer job of the run is a RunError."""
         current_time = time.monotonic()
         if current_time < self._next_stop_check:
             return False
@@ -320,11 +289,7 @@ class Worker:
             return False
 
     def _end_preempted_group(self) -> None:
-        """Record that a node of this worker group is preempted, and end the group; a checkpoint was saved before.
-
-        Raises:
-            PreemptedError: always, on every rank.
-        """
+        """Record which nodes are preempted, and raise PreemptedError on every rank; a checkpoint was saved before."""
         notice = next(info for info in _gather_objects(preemption_notice()) if info)
         if self.rank == 0:
             deadline = notice.deadline_ms and notice.deadline_ms / 1000
@@ -335,10 +300,8 @@ class Worker:
 
 
 def _node_domains(spec: RunSpec, worker_infos: list[WorkerInfo]) -> list[str] | None:
-    """Return the network domain (such as a rack) of each rank's node, which is the value of a label of the Ray node.
-
-    All nodes without the label are one domain. The result is None if the spec names no label.
-    """
+    """Return the network domain of each rank's node: a label of the Ray node, or one common domain without the label.
+    The result is None if the spec names no label."""
     label = spec.cluster.domain_label
     if label is None:
         return None
@@ -366,7 +329,7 @@ class _TimedBatches:
 
 
 def _gather_objects(value: Any) -> list[Any]:
-    """Gather one object from each rank, and return them in the order of ranks; every rank gets the same list."""
+    """Return the objects of all ranks, in the order of ranks, on every rank."""
     if not dist.is_initialized():
         return [value]
     objects: list[Any] = [None] * dist.get_world_size()
@@ -375,7 +338,7 @@ def _gather_objects(value: Any) -> list[Any]:
 
 
 def _gather_numbers(numbers: torch.Tensor) -> torch.Tensor:
-    """Gather one vector from each rank into a CPU tensor, (world size, len(numbers)); every rank gets the same."""
+    """Return the vectors of all ranks as a CPU tensor, (world size, len(numbers)), on every rank."""
     if not dist.is_initialized():
         return numbers[None]
     device = ray.train.torch.get_device()

@@ -19,28 +19,22 @@ from mhmoe_ray.runs.logs import Redactor
 from mhmoe_ray.storage import location
 from mhmoe_ray.train.preemption import PreemptedError
 
-LOG_LINES = 40
-"""Number of last lines of a worker's log that are recorded."""
+LOG_LINES = 40  # last lines of a worker's log that are recorded
 LOG_TIMEOUT_SECONDS = 5
 DUPLICATE_SECONDS = 20.0
 """Seconds within which reports of the same failed ranks count as one failure, unless a new worker group began."""
 
 
 class WorkerFailureCallback(ray.train.UserCallback):
-    """Callback of Ray Train that records failed workers as a "lost" event, except workers that were preempted.
-
-    Ray Train calls it in the process that monitors the workers.
-    """
+    """Ray Train callback that records failed workers as a "lost" event, except preempted ones. It runs in the process
+    that monitors the workers."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = str(run.path)
         self._last_failure: tuple[frozenset[int], float] = frozenset(), 0.0
 
     def after_exception(self, run_context: object, worker_exceptions: Mapping[int, Exception]) -> None:
-        """Record an event for failed ranks, with the reason and the last log lines of the rank that caused the failure.
-
-        Secrets in the reason and in the lines are replaced.
-        """
+        """Record the reason and the last log lines of the rank that caused the failure, with secrets replaced."""
         if all(isinstance(error, PreemptedError) for error in worker_exceptions.values()):
             # The workers have recorded the preemption themselves, as an event.
             return
@@ -70,11 +64,8 @@ class WorkerFailureCallback(ray.train.UserCallback):
 
 
 def original_errors(failures: Mapping[int, Exception]) -> dict[int, Exception]:
-    """Return the error of each failed rank, without Ray's wrapper around errors of remote tasks.
-
-    If a rank failed because a remote task that it called failed, the result is the error that the task raised. Ray's
-    wrapper has a traceback as its message.
-    """
+    """Return each failed rank's error. For a failed remote task this is the error that the task raised, because Ray's
+    wrapper has a traceback as its message."""
     return {
         rank: error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
         for rank, error in failures.items()
@@ -82,11 +73,9 @@ def original_errors(failures: Mapping[int, Exception]) -> dict[int, Exception]:
 
 
 def root_cause_rank(errors: Mapping[int, Exception]) -> int:
-    """Return the rank whose failure caused the failures of the others.
-
-    A rank with an error of this package is the most likely cause, then a rank whose process is gone, then a rank that
-    failed outside of a collective operation. Among equally likely ranks, the lowest is returned.
-    """
+    """Return the rank whose failure caused those of the others. An error of this package is the most likely cause, then
+    a rank whose process is gone, then a failure outside of a collective operation; of equals, the lowest rank is
+    returned."""
 
     def priority(rank: int) -> tuple[bool, bool, bool, int]:
         error = errors[rank]
@@ -106,10 +95,8 @@ def root_cause_rank(errors: Mapping[int, Exception]) -> int:
 
 
 def failure_reason(error: Exception) -> str:
-    """Return the reason of a worker's failure in one line.
-
-    The line has at most 500 characters, unless the error is one of this package, whose message is kept whole.
-    """
+    """Return the reason of a worker's failure in one line of at most 500 characters; errors of this package keep
+    theirs."""
     if hasattr(error, "health_check_failure"):
         error = error.health_check_failure
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -127,10 +114,7 @@ def failure_reason(error: Exception) -> str:
 
 
 def _recorded_worker(run: RunDir, rank: int) -> dict[str, Any]:
-    """Return the process of a rank of the current worker group, with the fields that the event "started" recorded.
-
-    The result is empty if the worker group has not started yet, because its processes are not recorded before.
-    """
+    """Return a rank's process as the event "started" recorded it; empty if the current worker group has not started."""
     # If the newest event is not "started", the recorded processes are those of an earlier worker group.
     newest_event = events.newest_group_event(events.read(run))
     workers = newest_event["workers"] if newest_event.get("event") == "started" else []
@@ -138,10 +122,8 @@ def _recorded_worker(run: RunDir, rank: int) -> dict[str, Any]:
 
 
 def _last_lines(worker: Mapping[str, Any]) -> list[str]:
-    """Return the last lines that a worker's process wrote, at most `LOG_LINES` of them; none if its node is gone.
-
-    The lines are from stderr, or from stdout if the process wrote nothing to stderr.
-    """
+    """Return the last `LOG_LINES` lines of a worker's stderr or, if that is empty, of its stdout; none if its node is
+    gone."""
     from ray.util.state import get_log
     from ray.util.state.exception import RayStateApiException
 

@@ -1,7 +1,7 @@
 """SwiGLU experts in bfloat16 as one fused C++ kernel for CPUs.
 
 The hidden layer stays in the cache, in the forward and in the backward. The kernel is compiled at its first use, in two
-seconds, if the machine has a compiler. The base install needs no compiler.
+seconds, if the machine has a compiler, which the base install does not need.
 
     build.py      compilation of this folder's kernels for the CPU
     autograd.py   the kernels as a torch autograd function
@@ -32,31 +32,20 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def is_faster(sizes: ExpertSizes) -> bool:
-    """Return whether this kernel can compute these experts on this machine's CPU, and faster than kernel `grouped`.
-
-    It is faster on CPUs with AMX; kernels/README.md has the measurements.
-    """
+    """Return whether this kernel suits these experts and beats `grouped` here: on CPUs with AMX (kernels/README.md)."""
     is_suitable = cpu_level() >= CpuLevel.AMX and limit_reason("cpp", sizes) is None
     return is_suitable and unavailable_reason(torch.device("cpu")) is None
 
 
 def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
-    """Run routed rows through experts, as `mhmoe_kernels.run_experts` does; `run_sorted` lists the errors."""
+    """Run routed rows through experts, as `mhmoe_kernels.run_experts` does; errors are those of `run_sorted`."""
     return sort_and_run(run_sorted, x_ND, expert_NK, gate_NK, weights)
 
 
 def run_sorted(x_RD: Tensor, count_E: Tensor, weights: ExpertWeights) -> Tensor:
-    """Run rows that are sorted by expert through their experts.
+    """Run rows that are sorted by expert through experts; `count_E` is int64 in CPU memory.
 
-    Args:
-        x_RD: rows; the first count_E[0] belong to expert 0, and so on.
-        count_E: number of rows per expert, int64, in CPU memory; their sum is R.
-        weights: the experts, len(count_E) of them.
-
-    Raises:
-        ValueError: the kernel does not compute these experts or sizes.
-        TypeError: rows or weights are not bfloat16.
-        RuntimeError: the kernel cannot run on this machine; the message is the `unavailable_reason`.
+    Other experts or sizes raise ValueError, other dtypes TypeError, and an `unavailable_reason` RuntimeError.
     """
     _check(x_RD, weights)
     from mhmoe_kernels.cpp.autograd import swiglu_sorted
@@ -66,7 +55,6 @@ def run_sorted(x_RD: Tensor, count_E: Tensor, weights: ExpertWeights) -> Tensor:
 
 
 def _check(x_RD: Tensor, weights: ExpertWeights) -> None:
-    """Raise one of the errors that `run_sorted` lists if the kernel cannot compute these rows and experts."""
     # Unsupported experts are reported before an unsupported machine, because another machine would not help.
     limits = KERNELS["cpp"]
     if weights.function.name != limits.function:

@@ -13,14 +13,9 @@ from mhmoe_kernels.operators import compiled_operator
 
 
 def swiglu_sorted(x_RD: Tensor, count_E: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
-    """Return down(silu(gate(x)) * up(x)) for each row x, computed by the row's expert.
+    """Return down(silu(gate(x)) * up(x)) for rows that are sorted by expert.
 
-    Rows and weights must be bfloat16, and D and F must be even.
-
-    Args:
-        x_RD: rows; the first count_E[0] belong to expert 0, and so on.
-        count_E: number of rows per expert, int64; their sum is R.
-        gate_EFD, up_EFD, down_EDF: weights of the E experts.
+    Rows and weights must be bfloat16, D and F even, and `count_E` int64.
     """
     return _swiglu(x_RD, count_E, gate_EFD, up_EFD, down_EDF)
 
@@ -50,7 +45,7 @@ _swiglu: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = _SwiGLU.ap
     fake=lambda x_RD, *_: torch.empty_like(x_RD),
 )
 def _forward(x_RD: Tensor, count_E: Tensor, *weights: Tensor) -> Tensor:
-    """Return the experts' outputs for sorted rows; all tensors must be contiguous."""
+    """Return the experts' outputs; all tensors must be contiguous."""
     y_RD = torch.empty_like(x_RD)
     sizes = _sizes(weights[0])
     scratch = _scratch_memory(library().forward_bytes, *sizes[1:])
@@ -64,7 +59,7 @@ def _forward(x_RD: Tensor, count_E: Tensor, *weights: Tensor) -> Tensor:
     fake=lambda dy_RD, count_E, *tensors: tuple(map(torch.empty_like, tensors)),
 )
 def _backward(dy_RD: Tensor, count_E: Tensor, x_RD: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients of the rows and of the weights; all tensors must be contiguous."""
+    """Return the gradients of rows and weights; all tensors must be contiguous."""
     dx_RD, *gradients = (torch.empty_like(t) for t in (x_RD, *weights))
     sizes = _sizes(weights[0])
     scratch = _scratch_memory(library().backward_bytes, *_pointers(count_E), *sizes)
@@ -73,7 +68,6 @@ def _backward(dy_RD: Tensor, count_E: Tensor, x_RD: Tensor, *weights: Tensor) ->
 
 
 def _sizes(gate_EFD: Tensor) -> tuple[Any, ...]:
-    """Return E, D, F and the number of threads, in the C types of the kernels' arguments."""
     E, F, D = gate_EFD.shape
     return *(ctypes.c_int64(n) for n in (E, D, F)), ctypes.c_int(torch.get_num_threads())
 
@@ -83,12 +77,7 @@ def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
 
 
 def _scratch_memory(size_function: Any, *arguments: Any) -> Tensor:
-    """Return scratch memory from torch's allocator, so that it is counted with torch's other memory.
-
-    Args:
-        size_function: compiled function that returns the number of bytes.
-        arguments: arguments of that function.
-    """
+    """Return memory of `size_function(*arguments)` bytes from torch's allocator, which counts it."""
     # ctypes truncates results to 32 bits unless it is told their type.
     size_function.restype = ctypes.c_int64
     return torch.empty(size_function(*arguments), dtype=torch.uint8)

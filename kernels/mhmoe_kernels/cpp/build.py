@@ -21,15 +21,11 @@ FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-fopenmp", "-Wall", "-W
 
 
 class BuildError(Exception):
-    """Error whose message is the reason, in one line, why the kernels cannot be built or loaded."""
+    """Reason, in one line, why the kernels cannot be built or loaded."""
 
 
 def library() -> ctypes.CDLL:
-    """Return the library of the compiled kernels; the first call builds and loads it.
-
-    Raises:
-        BuildError: this machine cannot build or load the kernels.
-    """
+    """Return the compiled kernels, which the first call builds and loads; BuildError if this fails."""
     result = _library_or_error()
     if isinstance(result, BuildError):
         raise result
@@ -38,7 +34,6 @@ def library() -> ctypes.CDLL:
 
 @cache
 def _library_or_error() -> ctypes.CDLL | BuildError:
-    """Build and load the library and return it, or return the error if this fails."""
     # The error is returned, not raised, so that it is cached too: otherwise each layer would try the build again.
     try:
         path = _ensure_built()
@@ -52,11 +47,6 @@ def _library_or_error() -> ctypes.CDLL | BuildError:
 
 
 def _ensure_built() -> Path:
-    """Return the path of the compiled library, which is built if it does not exist yet.
-
-    Raises:
-        BuildError: this machine cannot build the library, or its CPU cannot run it.
-    """
     if sys.platform != "linux":
         raise BuildError("the kernel is built on Linux only")
     try:
@@ -82,7 +72,6 @@ def _cache_folder() -> Path:
 
 
 def _fingerprint(compiler: str) -> str:
-    """Return a hash of everything that the compiled library depends on."""
     # The hash covers the machine, because machines with different CPUs, compilers or versions of torch may share a home
     # directory and its cache folder.
     source_folder = Path(__file__).parent
@@ -94,11 +83,6 @@ def _fingerprint(compiler: str) -> str:
 
 
 def _compile(compiler: str, path: Path) -> None:
-    """Compile the kernels into a library at `path`.
-
-    Raises:
-        BuildError: the kernels do not compile, or the folder of `path` cannot be written.
-    """
     # The library is built in a folder of its own beside `path` and then moved, so that processes that build at the same
     # time do not interfere.
     source_folder, torch_folder = Path(__file__).parent, Path(torch.__file__).parent
@@ -132,11 +116,7 @@ def _compile(compiler: str, path: Path) -> None:
 
 
 def _openmp_path() -> Path:
-    """Return the path of the OpenMP library that the import of torch has loaded into this process.
-
-    Raises:
-        BuildError: torch does not use GNU's OpenMP.
-    """
+    """Return the path of the OpenMP library that the import of torch has loaded into this process."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         path = Path(line.split(maxsplit=5)[-1])
         if path.name.startswith("libgomp"):
@@ -145,11 +125,7 @@ def _openmp_path() -> Path:
 
 
 def _run_command(command: list[str]) -> str:
-    """Run a command and return its stdout.
-
-    Raises:
-        BuildError: the command cannot be run, or fails; the message has the first line of stderr that reports an error.
-    """
+    """Return a command's stdout; a BuildError has the first line of stderr that reports an error."""
     try:
         process = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:

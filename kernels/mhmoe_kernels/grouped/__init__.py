@@ -1,7 +1,6 @@
 """Kernel `grouped`: it sorts routes by expert, runs each expert once on its contiguous rows, and restores the order.
 
-It runs on any device. The backward of SwiGLU and of GELU experts is written by hand. For it, the forward keeps fewer
-activations than autograd would, or none.
+It runs on any device. The backward is written by hand, and keeps fewer activations than autograd would, or none.
 
     pieces.py   division of sorted rows into pieces
     swiglu.py   SwiGLU experts
@@ -18,16 +17,13 @@ from mhmoe_kernels.permutation import combine, permute, plan_routes
 from mhmoe_kernels.weights import ExpertWeights, Swiglu
 
 RunSorted = Callable[[Tensor, Tensor, ExpertWeights], Tensor]
-"""Function (x_RD, count_E, weights) -> y_RD of rows that are sorted by expert; `run_sorted` describes the arguments."""
+"""Function (x_RD, count_E, weights) -> y_RD, like `run_sorted`."""
 
 
 def sort_and_run(
     run_sorted: RunSorted, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights
 ) -> Tensor:
-    """Sort routed rows by expert, run them through their experts with `run_sorted`, and combine the outputs per row.
-
-    Arguments and result are those of `mhmoe_kernels.run_experts`.
-    """
+    """Sort routed rows by expert, run `run_sorted` on them, and combine the outputs of each row."""
     # `.cpu()` makes the host wait for a GPU, but the loop over experts needs the counts on the host.
     plan = plan_routes(expert_NK, len(weights.stacked[0]))
     return combine(run_sorted(permute(x_ND, plan), plan.count_E.cpu(), weights), gate_NK, plan)
@@ -39,13 +35,7 @@ def run_grouped(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: Exper
 
 
 def run_sorted(x_RD: Tensor, count_E: Tensor, weights: ExpertWeights) -> Tensor:
-    """Run rows that are sorted by expert through their experts.
-
-    Args:
-        x_RD: rows; the first count_E[0] belong to expert 0, and so on.
-        count_E: number of rows per expert, int64, in CPU memory; their sum is R.
-        weights: the experts, len(count_E) of them.
-    """
+    """Run rows that are sorted by expert through their experts; `count_E` is int64 in CPU memory."""
     if isinstance(weights.function, Swiglu):
         gate_EFD, up_EFD, down_EDF = weights.stacked
         return swiglu_sorted(x_RD, count_E, gate_EFD, up_EFD, down_EDF, weights.recompute)

@@ -1,9 +1,8 @@
 """GELU experts with SubLN (an inner LayerNorm); each expert runs on its own contiguous rows.
 
 With h heads a row has width d/h, and there are h times as many hidden values as with one head, so GELU and norm, which
-pass over the hidden layer, cost more than the matrix products. On a CPU, rows are therefore computed in pieces whose
-hidden layer stays in the cache. The forward keeps only the input of the GELU for the backward, one value where autograd
-keeps three. For recomputed rows it keeps nothing.
+pass over the hidden layer, cost more than the matrix products. On a CPU, pieces of rows therefore keep their hidden
+layer in the cache. The forward keeps one value where autograd keeps three, the GELU's input; for recomputed rows none.
 """
 
 from collections.abc import Callable
@@ -25,14 +24,9 @@ from mhmoe_kernels.permutation import widen
 
 
 def gelu_sorted(x_RD: Tensor, count_E: Tensor, weights: tuple[Tensor, ...], eps: float, recompute: float) -> Tensor:
-    """Return fc2(norm(gelu(fc1(x)))) for each row x, computed by the row's expert.
+    """Return fc2(norm(gelu(fc1(x)))) for rows that are sorted by expert; `count_E` is int64 in CPU memory.
 
-    Args:
-        x_RD: rows; the first count_E[0] belong to expert 0, and so on.
-        count_E: number of rows per expert, int64, in CPU memory; their sum is R.
-        weights: the weights of `GeluSubln`, stacked over experts.
-        eps: value added to the variance in the norm.
-        recompute: share of the rows for which nothing is kept for the backward.
+    `weights` are those of `GeluSubln`, stacked; for a share `recompute` of the rows nothing is kept for the backward.
     """
     # If gradients are disabled, there is no backward. So the share of rows to recompute is 1.0, and no hidden rows are
     # kept.
@@ -110,7 +104,6 @@ def _gelu_forward(
 def _gelu_backward(
     dout_RD: Tensor, count_E: Tensor, eps: float, recompute: float, x_RD: Tensor, kept_RF: Tensor, *weights: Tensor
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of the rows and of the weights."""
     fc1_EFD, fc1_bias_EF, norm_EF, norm_bias_EF, fc2_EDF, _ = weights
     width = fc1_EFD.shape[1]
     pieces = _gelu_pieces(x_RD, count_E, fc1_EFD, recompute)

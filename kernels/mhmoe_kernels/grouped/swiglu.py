@@ -1,8 +1,7 @@
 """SwiGLU experts; each expert runs on its own contiguous rows.
 
-For each row of an expert, autograd would keep 4 F values for the backward. This code keeps 2 F, gate and up, and
-computes the rest from them with a product and a sigmoid. For recomputed rows it keeps nothing: the backward computes
-gate and up again. These rows are computed in pieces that are small enough for their hidden layer to stay in the cache.
+For each row of an expert, autograd would keep 4 F values for the backward. This code keeps 2 F, gate and up, and for
+recomputed rows none. These are computed in pieces whose hidden layer stays in the cache.
 """
 
 from collections.abc import Callable
@@ -19,13 +18,9 @@ from mhmoe_kernels.operators import compiled_operator
 def swiglu_sorted(
     x_RD: Tensor, count_E: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, recompute: float
 ) -> Tensor:
-    """Return down(silu(gate(x)) * up(x)) for each row x, computed by the row's expert.
+    """Return down(silu(gate(x)) * up(x)) for rows that are sorted by expert; `count_E` is int64 in CPU memory.
 
-    Args:
-        x_RD: rows; the first count_E[0] belong to expert 0, and so on.
-        count_E: number of rows per expert, int64, in CPU memory; their sum is R.
-        gate_EFD, up_EFD, down_EDF: weights of the E experts.
-        recompute: share of the rows whose hidden layer is not kept for the backward.
+    For a share `recompute` of the rows, the hidden layer is not kept for the backward.
     """
     # If gradients are disabled, there is no backward. So the share of rows to recompute is 1.0, and no hidden rows are
     # kept.
@@ -94,7 +89,6 @@ def _swiglu_backward(
     dout_RD: Tensor, count_E: Tensor, recompute: float, x_RD: Tensor, gate_EFD: Tensor, up_EFD: Tensor,
     down_EDF: Tensor, *kept_buffers: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return the gradients of the rows and of the weights."""
     pieces = split_into_pieces(count_E.tolist(), recompute, round_windows=x_RD.device.type == "cpu")
     dout_RD = dout_RD.contiguous()
     dx_RD = torch.empty_like(x_RD)

@@ -39,12 +39,12 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def is_interpreted() -> bool:
-    """Return whether Triton interprets kernels on the CPU, which the variable TRITON_INTERPRET requests."""
+    """Return whether TRITON_INTERPRET makes Triton interpret kernels on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 
 
 def fused_refusal(device: torch.device, sizes: ExpertSizes) -> str | None:
-    """Return the reason why `run_fused` cannot compute experts of these sizes on a GPU, in one line; None if it can.
+    """Return in one line why `run_fused` cannot compute experts of these sizes on a GPU; None if it can.
 
     The kernels are compiled once for the GPU, which takes some seconds.
     """
@@ -64,7 +64,7 @@ def fused_refusal(device: torch.device, sizes: ExpertSizes) -> str | None:
 
 
 def grouped_mm_refusal(device: torch.device, sizes: ExpertSizes) -> str | None:
-    """Return the reason why torch's grouped_mm is not used on a device, in one line; None if it can be used."""
+    """Return in one line why torch's grouped_mm is not used on a device; None if it can be used."""
     # AMD's GPUs number their compute capabilities differently from NVIDIA's.
     if device.type == "cuda" and torch.version.hip:
         return "kernel grouped_mm has only been considered for NVIDIA's GPUs: use grouped_gemm"
@@ -75,23 +75,14 @@ def grouped_mm_refusal(device: torch.device, sizes: ExpertSizes) -> str | None:
 
 @cache
 def _has_compiler(compiler: str | None, path: str | None) -> bool:
-    """Return whether there is a C compiler where Triton looks for one: CC, then gcc and clang in PATH.
-
-    Args:
-        compiler: value of the environment variable CC.
-        path: value of the environment variable PATH.
-    """
+    """Return whether there is a C compiler where Triton looks for one: CC, then gcc and clang in PATH."""
     return bool(compiler or which("gcc", path=path) or which("clang", path=path))
 
 
 def run_fused(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
-    """Run routed rows through fused experts, as `mhmoe_kernels.run_experts` does, in float32 or bfloat16.
+    """Run `mhmoe_kernels.run_experts` by fused experts, in float32 or bfloat16; float32 sums are bitwise reproducible.
 
-    Sums are computed in float32 and are bitwise reproducible.
-
-    Raises:
-        TypeError: the kernels do not compute in this dtype, or dtypes are mixed.
-        RuntimeError: the kernels cannot run on this device; the message is the `unavailable_reason`.
+    Other or mixed dtypes raise TypeError, and an `unavailable_reason` RuntimeError.
     """
     _check(x_ND, weights)
     from mhmoe_kernels.triton.fused.experts import run
@@ -103,11 +94,9 @@ def run_fused(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertW
 def run_grouped(
     x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights, use_torch: bool = False
 ) -> Tensor:
-    """Run routed rows through experts by grouped matrix products; result and errors are those of `run_fused`.
+    """Run `mhmoe_kernels.run_experts` by grouped matrix products; result and errors are those of `run_fused`.
 
-    Args:
-        x_ND, expert_NK, gate_NK, weights: as in `mhmoe_kernels.run_experts`.
-        use_torch: whether torch's grouped_mm computes the products, which needs SwiGLU experts.
+    torch's grouped_mm (`use_torch`) needs SwiGLU experts.
     """
     _check(x_ND, weights)
     from mhmoe_kernels.triton.grouped.experts import run
@@ -118,15 +107,9 @@ def run_grouped(
 
 
 def run_sorted_grouped(x_RD: Tensor, count_E: Tensor, weights: ExpertWeights, use_torch: bool = False) -> Tensor:
-    """Run rows that are sorted by expert through their experts, by grouped matrix products.
+    """Run rows that are sorted by expert by grouped matrix products, like `run_grouped`.
 
-    Errors are those of `run_fused`.
-
-    Args:
-        x_RD: rows; the first count_E[0] belong to expert 0, and so on.
-        count_E: number of rows per expert, int64, in CPU memory.
-        weights: the experts.
-        use_torch: whether torch's grouped_mm computes the products, which needs SwiGLU experts.
+    `count_E` is int64 in CPU memory.
     """
     _check(x_RD, weights)
     from mhmoe_kernels.triton.grouped.experts import run_sorted
@@ -137,24 +120,24 @@ def run_sorted_grouped(x_RD: Tensor, count_E: Tensor, weights: ExpertWeights, us
 
 
 MAX_FUSED_EXPERTS = 1024
-"""Largest number of experts that `fused_routing` can take, because a program holds all logits of a row."""
+"""Largest number of experts of `fused_routing`, because a program holds all logits of a row."""
 
 
 class FusedRouting(NamedTuple):
     """Experts that a softmax router chooses for each row, with their gates, counts and losses."""
 
     expert_NK: Tensor
-    """Experts of each row, int64, in the order of preference."""
+    """int64, in the order of preference."""
     gate_NK: Tensor
-    """Gates of the chosen experts, float32."""
+    """float32."""
     balance_loss: Tensor
-    """Load balancing loss, scalar: E * sum_e mean_n(p_ne) * (share of the counted choices that are e)."""
+    """Scalar: E * sum_e mean_n(p_ne) * (share of the counted choices that are e)."""
     z_loss: Tensor
-    """Router z-loss, scalar: the mean over rows of the squared log-sum-exp of the logits."""
+    """Scalar: the mean over rows of the squared log-sum-exp of the logits."""
     count_E: Tensor
-    """Number of kept routes (choices by rows) of each expert, int64."""
+    """Kept routes of each expert, int64."""
     dropped_routes: Tensor
-    """Number of routes that were dropped because they exceed the expert capacity, int64 scalar."""
+    """Routes beyond the expert capacity, int64 scalar."""
 
 
 def can_fuse_routing(logits_NE: Tensor) -> bool:
@@ -169,10 +152,8 @@ def fused_routing(
 ) -> FusedRouting:
     """Choose the top k experts of each row by softmax, with gates, losses and their gradients, in fused kernels.
 
-    `can_fuse_routing` must return True for the logits.
-
     Args:
-        logits_NE: router logits.
+        logits_NE: router logits for which `can_fuse_routing` is True.
         top_k: number of choices of each row.
         capacity: largest number of rows of an expert; None if routing is dropless. Routes beyond it are dropped: second
             choices before first ones, and later rows before earlier ones.
@@ -187,7 +168,7 @@ def fused_routing(
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Return a context in which kernels are launched on the tensor's device; fake tensors launch none."""
+    """Return a context in which kernels are launched on the tensor's device."""
     # Code of torch.compile chooses the device itself, and fake tensors launch no kernels.
     if torch.compiler.is_compiling() or is_fake(tensor):
         return nullcontext()

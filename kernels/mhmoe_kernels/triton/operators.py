@@ -1,7 +1,7 @@
 """Launch of Triton kernels as operators of torch, and the operators that sort routes and move rows for all experts.
 
-An operator allocates its results and launches its kernels. Fake tensors and tracing can pass through it without a GPU.
-Each operator states the largest number of kernels that it launches. This number never depends on values on the device.
+An operator allocates its results and launches its kernels; fake tensors and tracing pass through it without a GPU. Each
+states the largest number of kernels that it launches, which never depends on values on the device.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,51 +17,42 @@ from mhmoe_kernels.triton import rows, sort
 
 Tensors = tuple[Tensor, ...]
 LAUNCHES: dict[str, int] = {}
-"""Largest number of kernels that each operator launches, by its name."""
+"""Largest number of kernels that each operator launches."""
 _INTERPRETER_PROGRAMS = 4
-"""Number of programs of a persistent kernel in Triton's interpreter, where programs run one after another."""
+"""Programs of a persistent kernel in Triton's interpreter, which runs them one after another."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
-    """Return a function that takes a kernel's arguments and compiler options and launches the kernel on a grid."""
+    """Return a function that launches a kernel with its arguments and compiler options on a grid."""
     # True is Triton's default for `enable_fp_fusion`. It is set explicitly, because Triton warns that the default will
     # change.
     return partial(kernel[grid], enable_fp_fusion=True)
 
 
 def operator(schema: str, launches: int, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Return a decorator that turns a function that launches kernels into an operator of torch.
-
-    Args:
-        schema: name, arguments and results in torch's notation.
-        launches: largest number of kernels that a call launches.
-        fake: function of the same arguments that returns uninitialized results of the right shapes.
-    """
+    """Define an operator like `mhmoe_kernels.operators.operator`, which launches at most `launches` kernels."""
 
     LAUNCHES[schema.partition("(")[0]] = launches
     return define_operator(schema, fake)
 
 
 class SortedRoutes(NamedTuple):
-    """Routes (choices of an expert by a row) sorted by expert and divided into tiles of one expert each.
-
-    All tensors are int32 on the device.
-    """
+    """Routes sorted by expert and divided into tiles of one expert each, int32 on the device."""
 
     route_R: Tensor
-    """Route of each slot, that is, of each position in the sorted order; route r is choice r % K of row r // K."""
+    """Route of each slot (position in the sorted order); route r is choice r % K of row r // K."""
     slot_NK: Tensor
     """Slot of each of a row's K routes."""
     offset_E1: Tensor
-    """Slot of the first route of each expert; the last entry is R."""
+    """First slot of each expert; the last entry is R."""
     expert_T: Tensor
     """Expert of each tile; E marks a tile that is not needed."""
     start_T: Tensor
-    """Slot of the first route of each tile."""
+    """First slot of each tile."""
 
 
 def split(tensors: Sequence[Tensor], first_length: int, second_length: int) -> tuple[Tensors, Tensors, Tensors]:
-    """Split the tensors that an autograd function saved into three tuples; the first two have the given lengths."""
+    """Split the tensors that an autograd function saved into three tuples."""
     third_start = first_length + second_length
     return tuple(tensors[:first_length]), tuple(tensors[first_length:third_start]), tuple(tensors[third_start:])
 
@@ -73,7 +64,7 @@ def tile_limit(routes: int, experts: int, rows_per_tile: int) -> int:
 
 @cache
 def program_count(device: torch.device) -> int:
-    """Return the number of programs of a persistent kernel, which is one for each multiprocessor of a GPU."""
+    """Return the programs of a persistent kernel, one for each multiprocessor of a GPU."""
     if device.type != "cuda":
         return _INTERPRETER_PROGRAMS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -89,7 +80,7 @@ def device_capability(device: torch.device) -> int:
 
 
 def _row_grid(count: int, width: int) -> tuple[tuple[int, int], int, int]:
-    """Return the launch grid of a kernel that moves rows, and the number of rows and columns of its blocks."""
+    """Return the launch grid of a kernel that moves rows, and the rows and columns of its blocks."""
     # Padding the block to a power of two is free: memory bandwidth limits the kernel, and masked lanes move no bytes.
     columns = min(256, triton.next_power_of_2(width))
     block_rows = max(1, 4096 // columns)
@@ -121,14 +112,9 @@ def _empty_sort(expert_NK: Tensor, experts: int, rows_per_tile: int) -> SortedRo
     ),
 )
 def sort_routes(expert_NK: Tensor, experts: int, rows_per_tile: int, by_choice: bool = False) -> tuple[Tensor, ...]:
-    """Sort routes by expert and return the fields of `SortedRoutes`. Routes of one expert keep their order.
+    """Sort routes (int64) by expert, in stable order, and return the fields of `SortedRoutes`.
 
-    Args:
-        expert_NK: expert of each route, int64.
-        experts: number of experts.
-        rows_per_tile: largest number of rows of a tile.
-        by_choice: whether routes are numbered by choice: all first choices of all rows come before the second ones, and
-            `slot_NK` has this order, too.
+    With `by_choice`, routes are numbered by choice: all first choices come before the second ones, also in `slot_NK`.
     """
     results = _empty_sort(expert_NK, experts, rows_per_tile)
     routes = expert_NK.numel()
@@ -163,10 +149,7 @@ def sort_routes(expert_NK: Tensor, experts: int, rows_per_tile: int, by_choice: 
 def schedule_tiles(count_E: Tensor, routes: int, rows_per_tile: int) -> tuple[Tensor, Tensor, Tensor]:
     """Divide rows that are sorted by expert into tiles; return offset_E1, expert_T and start_T of `SortedRoutes`.
 
-    Args:
-        count_E: number of rows of each expert, int32.
-        routes: sum of the counts.
-        rows_per_tile: largest number of rows of a tile.
+    `count_E` is int32.
     """
     offset_E1 = count_E.new_empty(len(count_E) + 1)
     expert_T, start_T = _empty_tiles(count_E, routes, len(count_E), rows_per_tile)
@@ -190,7 +173,7 @@ def _launch_schedule(count_E: Tensor, offset_E1: Tensor, expert_T: Tensor, start
     fake=lambda x_ND, route_R, top_k: x_ND.new_empty(len(route_R), x_ND.shape[1]),
 )
 def gather_rows(x_ND: Tensor, route_R: Tensor, top_k: int) -> Tensor:
-    """Return x_RD, the row of each sorted route; a row with K routes appears K times."""
+    """Return x_RD, the row of each sorted route."""
     routes, width = len(route_R), x_ND.shape[1]
     x_RD = x_ND.new_empty(routes, width)
     if routes:
@@ -205,9 +188,9 @@ def gather_rows(x_ND: Tensor, route_R: Tensor, top_k: int) -> Tensor:
     fake=lambda out_RD, second_RD, slot_NK, gate_NK: out_RD.new_empty(len(slot_NK), out_RD.shape[1]),
 )
 def combine_rows(out_RD: Tensor, second_RD: Tensor | None, slot_NK: Tensor, gate_NK: Tensor | None) -> Tensor:
-    """Return each row's sum over its routes, y_n = sum_k gate_nk * (out + second)[slot_nk], added in float32.
+    """Return y_n = sum_k gate_nk * (out + second)[slot_nk], added in float32.
 
-    Without gates, the outputs are added without weights, which is the gradient of `gather_rows`.
+    Without gates, this is the gradient of `gather_rows`.
     """
     (count, top_k), width = slot_NK.shape, out_RD.shape[1]
     y_ND = out_RD.new_empty(count, width)

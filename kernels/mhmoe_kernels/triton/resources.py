@@ -26,12 +26,12 @@ from mhmoe_kernels.triton.grouped import gelu, product, swiglu
 from mhmoe_kernels.triton.grouped.blocks import ROW_BLOCKS, linear_blocks, outer_blocks
 
 SHARED_LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-"""Largest number of bytes of shared memory that a program can have, by compute capability without its dot."""
+"""Bytes of shared memory that a program can have, by compute capability without its dot."""
 MAX_SPILLED_BYTES = 64
 """Bytes per thread that a kernel may spill to memory; with more, its block sizes count as badly chosen."""
 
 WIDTH, HIDDEN = 2048, 856
-"""Width of a row and hidden width of an expert for which grouped products are compiled. 856 is not a multiple of 16."""
+"""Row width and hidden width for which grouped products are compiled. 856 is not a multiple of 16."""
 
 _INT64 = {"expert_NK", "count_E", "dropped"}
 _INT32 = {
@@ -42,11 +42,8 @@ _FLOAT32 = {
     "mean_R", "rstd_R", "scale_S", "dscale_S", "gate_NK", "kept_gate_NK", "dgate_NK", "a_R", "c_R", "s_ED", "c_ED",
     "logits_NE", "dlogits_NE", "log_sum_N", "probability_PE", "z_P", "share_E", "balance", "z", "dbalance", "dz",
 }  # fmt: skip
-"""Names of the kernels' arguments that point to float32 values whatever the dtype of the computation is.
-
-The arguments in `_INT64` and `_INT32` point to integers. Other arguments with an underscore in their name point to
-values in the dtype of the computation.
-"""
+"""Arguments of the kernels that point to float32 values in any dtype of the computation. Those in `_INT64` and `_INT32`
+point to integers, and others with an underscore to values in the dtype of the computation."""
 _OPTIONS = ("num_warps", "num_stages")
 
 _FUSED: dict[tuple[str, Kernel], triton.JITFunction] = {
@@ -72,13 +69,13 @@ class Usage(NamedTuple):
 
     registers: int
     spilled_bytes: int
-    """Bytes per thread that the kernel keeps in memory because registers are short."""
+    """Bytes per thread kept in memory for want of registers."""
     shared_bytes: int
     matrix_instructions: int
 
 
 def fused_builds(kind: str, width: int, dtype: torch.dtype) -> Iterator[Build]:
-    """Yield the kernels of fused experts of one kind (`swiglu` or `gelu`) for rows of a width."""
+    """Yield the kernels of fused experts of a kind (`swiglu` or `gelu`) for rows of a width."""
     for (own_kind, kernel), function in _FUSED.items():
         if own_kind == kind:
             options = kernel_options(64, 8, width, HIDDEN, blocks_for(kind, kernel, width, dtype))
@@ -158,13 +155,7 @@ def small_builds() -> Iterator[Build]:
 
 
 def compile_build(build: Build, capability: int, dtype: torch.dtype) -> Any:
-    """Compile a kernel for a GPU, which this machine need not have, and return the compiled kernel.
-
-    Args:
-        build: the kernel with its constants and options.
-        capability: compute capability without its dot, such as 90.
-        dtype: dtype of the computation, float32 or bfloat16.
-    """
+    """Compile a kernel for float32 or bfloat16 and a GPU of a compute capability such as 90, without that GPU."""
     constants = dict(build.constants)
     options = {name: constants.pop(name) for name in _OPTIONS if name in constants}
     element = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
@@ -180,12 +171,7 @@ def compile_build(build: Build, capability: int, dtype: torch.dtype) -> Any:
 
 
 def refusal(compiled: Any, shared_limit: int) -> str | None:
-    """Return the reason why a compiled kernel cannot run on a GPU, in one clause; None if it can.
-
-    Args:
-        compiled: result of `compile_build`.
-        shared_limit: bytes of shared memory that a program can have on the GPU.
-    """
+    """Return in one clause why a kernel from `compile_build` cannot run on a GPU; None if it can."""
     # A `trap` instruction, which would end the kernel with an error, means that the compiler could not translate a part
     # of it.
     if re.search(r"^\s*trap;", compiled.asm["ptx"], re.M):
@@ -196,7 +182,7 @@ def refusal(compiled: Any, shared_limit: int) -> str | None:
 
 
 def usage(compiled: Any) -> Usage:
-    """Return the resources of a compiled kernel, as reported by cuobjdump, which is part of the Triton package."""
+    """Return the resources of a compiled kernel, as cuobjdump of the Triton package reports them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -213,7 +199,6 @@ def usage(compiled: Any) -> Usage:
 
 
 def _argument_type(name: str, element: str) -> str:
-    """Return the type of a kernel's argument in Triton's notation, such as `*i32`, from the argument's name."""
     if name in ("eps", "scale"):
         return "fp32"
     for names, kind in ((_INT64, "*i64"), (_INT32, "*i32"), (_FLOAT32, "*fp32"), ({"kept_NK"}, "*i1")):
@@ -224,17 +209,7 @@ def _argument_type(name: str, element: str) -> str:
 
 @cache
 def fused_refusal(kind: str, width: int, dtype: torch.dtype, capability: int, shared_limit: int) -> str | None:
-    """Return the reason why fused experts cannot run on a GPU, in one clause; None if they can.
-
-    The first call compiles the kernels; later calls return the cached result.
-
-    Args:
-        kind: kind of experts, `swiglu` or `gelu`.
-        width: width of a row.
-        dtype: dtype of the computation.
-        capability: compute capability without its dot.
-        shared_limit: bytes of shared memory that a program can have on the GPU.
-    """
+    """Return in one clause why fused experts cannot run on a GPU; None if they can. The first call compiles them."""
     for build in fused_builds(kind, width, dtype):
         if reason := refusal(compile_build(build, capability, dtype), shared_limit):
             return f"{build.name} for rows of {width}: {reason}"
@@ -242,7 +217,7 @@ def fused_refusal(kind: str, width: int, dtype: torch.dtype, capability: int, sh
 
 
 def main(arguments: list[str]) -> None:
-    """Print a line of resources for each kernel; the arguments are those of the command line."""
+    """Print a line of resources for each kernel."""
     capabilities = [int(a.removeprefix("sm_")) for a in arguments if a.startswith("sm_")] or [90]
     widths = [int(a) for a in arguments if not a.startswith("sm_")] or [96, 128, 192, 256, 384, 768]
     for capability in capabilities:

@@ -1,8 +1,7 @@
 """Kernels of the router: softmax, top-k, gates, counts and losses in one pass over the logits, and their gradient.
 
-The losses are the load balancing loss and the router z-loss. Each program takes several blocks of rows and keeps its
-own sums over rows. `sum_programs` adds those of all programs. There are no atomic additions, so results are bitwise
-reproducible.
+Each program takes several blocks of rows and keeps its own sums over rows, which `sum_programs` adds. Without atomic
+additions, results are bitwise reproducible.
 """
 
 import triton
@@ -11,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def _load_logits(logits_NE, row, N, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Load the logits of a block of rows. Columns past E are -inf, and rows past N are 0."""
+    """Load the logits of a block of rows; columns past E are -inf, and rows past N are 0."""
     expert = tl.arange(0, BLOCK_E)
     value_offset = row.to(tl.int64)[:, None] * E + expert[None, :]
     logits = tl.load(logits_NE + value_offset, mask=(row < N)[:, None] & (expert < E)[None, :], other=0.0)
@@ -25,8 +24,7 @@ def route_rows(
 ):  # fmt: skip
     """Choose the experts of each row, and store a program's sums over its rows.
 
-    For each expert, these are the sum of its probabilities, the number of first choices and the number of all choices.
-    One more sum is that of the squared log-sum-exp.
+    They are each expert's probabilities, first choices and all choices, and the squared log-sum-exp.
     """
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK_E)
@@ -77,7 +75,7 @@ def sum_programs(
     probability_PE, first_PE, count_PE, z_P, share_E, count_E, balance, z, P, N,
     E: tl.constexpr, K: tl.constexpr, COUNTS_FIRST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Add the sums of all programs; store the counts and shares of experts, the load balancing loss and the z-loss."""
+    """Add the sums of all programs; store the counts and shares of experts and the two losses."""
     column = tl.arange(0, BLOCK_E)
     probability_sum, z_sum = tl.zeros([BLOCK_E], tl.float32), 0.0
     first_sum, count_sum = tl.zeros([BLOCK_E], tl.int32), tl.zeros([BLOCK_E], tl.int32)
@@ -98,7 +96,7 @@ def sum_programs(
 
 @triton.jit
 def _load_gate_gradient(dgate_NK, kept_NK, value_offset, inside, HAS_DROPS: tl.constexpr):
-    """Load the gradients of gates, and return 0 for routes that were dropped."""
+    """Load the gradients of gates, with 0 for routes that were dropped."""
     mask = inside & tl.load(kept_NK + value_offset, mask=inside, other=0).to(tl.int1) if HAS_DROPS else inside
     return tl.load(dgate_NK + value_offset, mask=mask, other=0.0)
 
@@ -109,7 +107,7 @@ def route_rows_backward(
     scale, E: tl.constexpr, K: tl.constexpr, NORMALIZED: tl.constexpr, HAS_DROPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of the logits from those of the gates, of the load balancing loss and of the z-loss."""
+    """Compute the gradient of the logits from those of the gates and the two losses."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside, column = row < N, tl.arange(0, BLOCK_E)
     logits = _load_logits(logits_NE, row, N, E, BLOCK_E)
@@ -150,8 +148,7 @@ def drop_routes(
 ):  # fmt: skip
     """Set the gates of routes beyond the expert capacity to 0; the first program also counts the kept routes.
 
-    A route is one choice of an expert by a row. Routes queue for their expert in the order of slots, in which all first
-    choices come before all second ones.
+    Routes queue for their expert in the order of slots, in which all first choices come before all second ones.
     """
     route = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = route < N * K

@@ -13,7 +13,7 @@ from mhmoe_kernels.triton.operators import SortedRoutes, launch, operator, progr
 
 
 def _row_blocks(experts: int, values: int) -> tuple[int, int]:
-    """Return the number of rows and columns of a block that has up to `values` logits."""
+    """Return the rows and columns of a block of up to `values` logits."""
     columns = max(16, triton.next_power_of_2(experts))
     return max(1, values // columns), columns
 
@@ -40,12 +40,7 @@ def _empty_routing(logits_NE: Tensor, top_k: int) -> tuple[Tensor, ...]:
 def _route(logits_NE: Tensor, top_k: int, normalized: bool, scale: float, counts_first: bool) -> tuple[Tensor, ...]:
     """Return the first five fields of `FusedRouting`, each row's log-sum-exp, and each expert's share of the choices.
 
-    Args:
-        logits_NE: logits, float32, contiguous, of at least one row.
-        top_k: number of choices of each row.
-        normalized: whether the gates of a row add up to `scale`; otherwise they are probabilities times `scale`.
-        scale: factor of the gates.
-        counts_first: whether only first choices count in the load balancing loss.
+    The logits are float32, contiguous, of at least one row; other arguments are those of `fused_routing`.
     """
     rows, experts = logits_NE.shape
     results = expert_NK, gate_NK, balance, z, count_E, log_sum_N, share_E = _empty_routing(logits_NE, top_k)
@@ -76,7 +71,7 @@ def _route_backward(
     logits_NE: Tensor, expert_NK: Tensor, gate_NK: Tensor, log_sum_N: Tensor, share_E: Tensor, dgate_NK: Tensor,
     dbalance: Tensor, dz: Tensor, kept_NK: Tensor | None, normalized: bool, scale: float,
 ) -> Tensor:  # fmt: skip
-    """Return the gradient of the logits. `kept_NK` is the mask of routes that were kept; None if none was dropped."""
+    """Return the gradient of the logits; `kept_NK` is the mask of routes that were kept."""
     rows, experts = logits_NE.shape
     dlogits_NE = torch.empty_like(logits_NE)
     # With larger blocks the kernel would need more registers than there are, and spill them to memory.
@@ -104,9 +99,9 @@ def _empty_drops(expert_NK: Tensor, gate_NK: Tensor, experts: int, capacity: int
     fake=_empty_drops,
 )
 def _drop_routes(expert_NK: Tensor, gate_NK: Tensor, experts: int, capacity: int) -> tuple[Tensor, ...]:
-    """Drop the routes that exceed the expert capacity, that is, set their gates to 0.
+    """Set the gates of routes beyond the expert capacity to 0.
 
-    Return the new gates, the mask of kept routes, the number of kept routes per expert, and the number of dropped ones.
+    Return the new gates, the mask of kept routes, the kept routes per expert, and the number of dropped ones.
     """
     results = kept_gate_NK, kept_NK, count_E, dropped = _empty_drops(expert_NK, gate_NK, experts, capacity)
     # Only the order of the routes is needed here, and not the tiles of rows, so the tile size (128) does not matter.
@@ -162,4 +157,4 @@ class _Routing(torch.autograd.Function):
 
 
 route: Callable[[Tensor, int, int | None, bool, float, bool], tuple[Tensor, ...]] = _Routing.apply
-"""Function with gradients that returns the fields of `FusedRouting`; its arguments are those of `fused_routing`."""
+"""Function with gradients that returns the fields of `FusedRouting` for the arguments of `fused_routing`."""

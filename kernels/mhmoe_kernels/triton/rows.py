@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["R"])
 def gather_rows(x_ND, route_R, x_RD, R, D: tl.constexpr, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Copy the row of each route, in the order of routes sorted by expert. Route r belongs to row r // K."""
+    """Copy the row r // K of each route r, in the order of routes sorted by expert."""
     # The index is 64 bits wide, because the offset of a value may exceed 32 bits.
     slot = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -21,10 +21,9 @@ def combine_rows(
     out_RD, second_RD, slot_NK, gate_NK, y_ND, N, D: tl.constexpr, K: tl.constexpr,
     HAS_SECOND: tl.constexpr, HAS_GATES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Add the outputs of each row's routes in float32, each multiplied by the route's gate.
+    """Add each row's routes in float32, times their gates with HAS_GATES.
 
-    Without HAS_GATES, outputs are added without weights. With HAS_SECOND, the output of a route is the sum of its rows
-    in `out_RD` and in `second_RD`.
+    With HAS_SECOND, the output of a route is the sum of its rows in `out_RD` and in `second_RD`.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -1,8 +1,7 @@
 """Kernels that sort routes by expert and divide them into tiles: a stable counting sort, all of it on the device.
 
-A route is one choice of an expert by a row. A tile is up to BLOCK_ROWS sorted routes of one expert. The host knows only
-how many tiles there can be at most, so it never waits for the counts. The sort takes four launches for any number of
-experts:
+A tile is up to BLOCK_ROWS sorted routes of one expert. The host knows only how many tiles there can be at most, so it
+never waits for the counts. The sort takes four launches for any number of experts:
 
     count_routes        counts of each expert in each block of routes
     add_counts          counts in earlier blocks, and the total of each expert
@@ -14,14 +13,14 @@ import triton
 import triton.language as tl
 
 ROUTES_PER_BLOCK = 256
-"""Number of routes that one program counts and places. It compares each of them with all others of the program."""
+"""Routes that one program counts and places, comparing each with all others."""
 
 
 @triton.jit
 def _load_experts(expert_NK, index, R, E: tl.constexpr, K: tl.constexpr, BY_CHOICE: tl.constexpr):
-    """Load the expert of each route in `index`; indices past the last route get E.
+    """Load the expert of each route in `index`, or E past the last route.
 
-    Routes are numbered row by row. With BY_CHOICE, all first choices come before all second ones instead.
+    With BY_CHOICE, routes are numbered with all first choices before all second ones, else row by row.
     """
     route = index % (R // K) * K + index // (R // K) if BY_CHOICE else index
     return tl.load(expert_NK + route, mask=index < R, other=E).to(tl.int32)
@@ -42,7 +41,7 @@ def count_routes(
 
 @triton.jit(do_not_specialize=["B"])
 def add_counts(count_BE, before_BE, total_E, B, E: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Store, for each block, how many routes each expert has in earlier blocks; and store each expert's total."""
+    """Store each expert's routes in earlier blocks, for each block, and its total."""
     expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     total = tl.zeros([BLOCK_E], tl.int32)
     for start in range(0, B, BLOCK_B):

@@ -43,7 +43,7 @@ PARTS = {
     "state": 180,
     "profiles": 120,
 }
-"""Longest time in seconds of each part of the acceptance test within a call, by the name of the part."""
+"""Longest time of each part within a call, in seconds."""
 INCOMPLETE_STATUS = 75
 """Exit status of a call that leaves something for the next one (EX_TEMPFAIL in sysexits.h), and of such a part."""
 GRACE_SECONDS = 3
@@ -57,8 +57,8 @@ START_SECONDS = 15
 def main(arguments: list[str]) -> int:
     """Run the parts that the arguments name until the budget ends, and return the exit status.
 
-    The status is `INCOMPLETE_STATUS` if another call must continue. Otherwise it is 1 if a check failed or a part ended
-    in an error or at its time limit.
+    It is `INCOMPLETE_STATUS` if another call must continue, and else 1 if a check failed or a part ended in an error or
+    at its time limit.
     """
     start = time.monotonic()
     parser = argparse.ArgumentParser(prog="python3 -m mhmoe_ray.bench.acceptance", description=__doc__.splitlines()[0])
@@ -109,7 +109,6 @@ def _incomplete_parts(folder: Path, names: list[str]) -> list[str]:
 
 
 def _report(settings: Settings, names: list[str]) -> int:
-    """Write the report, print failures and what another call must run, and return the exit status."""
     incomplete_parts = _incomplete_parts(settings.folder, names)
     write_report(settings.folder, has_predictions=not settings.is_toy, incomplete_parts=incomplete_parts)
     failed_lines = failures(settings.folder)
@@ -122,7 +121,6 @@ def _report(settings: Settings, names: list[str]) -> int:
 
 
 def _run_parts(settings: Settings, names: list[str], deadline: float, budget: float) -> None:
-    """Run the parts that have not ended yet, in order, until one must be continued by another call."""
     folder = settings.folder
     for index, name in enumerate(_incomplete_parts(folder, names)):
         if index and time.monotonic() + START_SECONDS > deadline:
@@ -141,8 +139,8 @@ def _run_parts(settings: Settings, names: list[str], deadline: float, budget: fl
 def check_progress(folder: Path, part: str, old_count: int, budget: float) -> Row:
     """Return what the end of a part says of a case that had a whole call and did not end; the second time, it fails.
 
-    Otherwise such a case would be started by each call, and the test would never end. `old_count` is the number of the
-    part's records before this call.
+    Otherwise each call would start such a case, and the test would never end. `old_count` is the number of the part's
+    records before this call.
     """
     records = part_records(folder, part)
     old_records, new_records = records[:old_count], records[old_count:]
@@ -161,7 +159,6 @@ def check_progress(folder: Path, part: str, old_count: int, budget: float) -> Ro
 
 
 def _run_process(settings: Settings, name: str, deadline: float, is_first: bool) -> Row:
-    """Run a part of the test in a process of its own, and return its status and how many seconds it took."""
     command = [sys.executable, "-m", "mhmoe_ray.bench.acceptance", "--out", str(settings.folder)]
     command += ["--device", settings.device, "--run-part", name, "--deadline", str(deadline), "--first", str(+is_first)]
     if settings.is_toy:
@@ -207,7 +204,6 @@ def _run_process(settings: Settings, name: str, deadline: float, is_first: bool)
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """End all processes of a part, if any are left: first by SIGTERM, then by SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -216,8 +212,7 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _run_part(settings: Settings, name: str, deadline: float, is_first: bool) -> int:
-    """Run the cases of a part that have no results yet, append the results of each to the records, and return the exit
-    status of this process.
+    """Run the cases of a part that have no results yet, append their results, and return the exit status.
 
     A case is started only if one as long as the longest so far would end before the deadline, or if it is the first of
     a call. Before a case has ended, it counts as long as its share of the part's limit.
@@ -249,7 +244,7 @@ def _run_part(settings: Settings, name: str, deadline: float, is_first: bool) ->
 
 
 def _exit_with_parent() -> None:
-    """End this process at once when the process that started it has ended, so that it does not stay on the GPU."""
+    """End this process at once when its parent has ended, so that it does not stay on the GPU."""
     os.read(0, 1)
     os._exit(1)
 

@@ -47,7 +47,6 @@ class Accounting(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch h
 
 
 def _tensors_of(values: Any) -> list[Tensor]:
-    """Return the tensors in arguments or results, which may be in lists."""
     if isinstance(values, Tensor):
         return [values]
     return [t for v in values for t in _tensors_of(v)] if isinstance(values, tuple | list) else []

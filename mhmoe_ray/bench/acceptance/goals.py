@@ -5,17 +5,15 @@ from typing import NamedTuple
 PEAK_FLOPS, BANDWIDTH, LAUNCH_SECONDS = 798e12, 3.0e12, 4e-6
 """Rates of an H100: FLOP/s of matrix products in bfloat16, bytes/s of its memory, and seconds for each kernel.
 
-The first two are from published measurements (kernels/README.md), and the third one is the default of the planner.
-"""
+The first two are from published measurements (kernels/README.md), and the third one is the planner's default."""
 
 
 class Prediction(NamedTuple):
-    """Prediction of one measured value."""
+    """Prediction of a measured value: a goal that it should not exceed if `is_limit`, else an estimate."""
 
     value: float
     unit: str
     is_limit: bool
-    """True for a goal that the measured value should not exceed, False for an estimate."""
 
 
 STATED_PREDICTIONS: dict[str, Prediction] = {
@@ -29,8 +27,6 @@ STATED_PREDICTIONS: dict[str, Prediction] = {
     "training: SMoE static to dropless": Prediction(33.98 / 32.21, "times", False),
     "training: MH-MoE h 2 static to dropless": Prediction(31.93 / 25.77, "times", False),
 }
-"""Predictions by part of the test and name of the result; the part `predictions` computes more.
+"""Predictions by part and result; the part `predictions` computes more.
 
-Those of static routing are ratios of the throughputs that the authors of the first MH-MoE paper (arXiv 2404.15045) gave
-in its public review.
-"""
+Those of static routing are ratios of throughputs in the public review of arXiv 2404.15045."""

@@ -70,8 +70,6 @@ def layer_flops(settings: Settings, size: LayerSize, tokens: int) -> int:
 
 
 class _Case:
-    """Layer with its input, whose forward and backward passes are timed separately."""
-
     def __init__(self, settings: Settings, module: torch.nn.Module, tokens: int) -> None:
         self.module, self.x_BTM, self._device = module, make_tokens(settings, tokens), settings.device
         self.forward_seconds: list[float] = []

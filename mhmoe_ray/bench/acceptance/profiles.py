@@ -13,7 +13,7 @@ from mhmoe_ray.bench.acceptance.settings import LayerSize, PartCase, Rows, Setti
 def cases(settings: Settings) -> Iterator[PartCase]:
     """Yield a case for each layer: the CUDA kernels that take the most time, with their number of launches.
 
-    The layer computes its experts with the kernel that `auto` chooses. On a CPU, the times are of torch's operators.
+    The layer's kernel is `auto`. On a CPU, the times are of torch's operators.
     """
     for name, size in settings.layers.items():
         yield PartCase(name, partial(_profile, settings, name, size))

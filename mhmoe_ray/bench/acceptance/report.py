@@ -37,13 +37,7 @@ def part_status(records: list[Row]) -> str:
 
 
 def write_report(folder: Path, has_predictions: bool, incomplete_parts: list[str]) -> None:
-    """Write the Markdown page that shows all results so far.
-
-    Args:
-        folder: folder of the records and of the page.
-        has_predictions: whether to show predictions, which hold for full sizes and not for toy sizes.
-        incomplete_parts: names of the parts that another call must run or continue.
-    """
+    """Write the Markdown page of all results so far; predictions hold for full sizes and not for toy sizes."""
     rows_by_part = _rows_by_part(folder)
     predictions = _predictions(rows_by_part) if has_predictions else {}
     lines = ["# Acceptance of the GPU path", ""]
@@ -59,7 +53,7 @@ def write_report(folder: Path, has_predictions: bool, incomplete_parts: list[str
 
 
 def failures(folder: Path) -> list[str]:
-    """Return a line of text for each check that failed, and for each part of the test that did not end normally."""
+    """Return a line for each failed check, and for each part that did not end normally."""
     return [
         f"{part}: {row['name']}: {_figures(row)}"
         for part, rows in _rows_by_part(folder).items()
@@ -84,7 +78,6 @@ def _rows_by_part(folder: Path) -> dict[str, list[Row]]:
 
 
 def _predictions(rows_by_part: dict[str, list[Row]]) -> dict[str, list[Prediction]]:
-    """Return the stated predictions and those that the part `predictions` computed, by part and name of the result."""
     predictions = {name: [prediction] for name, prediction in STATED_PREDICTIONS.items()}
     for row in rows_by_part.get("predictions", []):
         for unit, value in row.items():
@@ -98,7 +91,6 @@ def _figures(row: Row) -> str:
 
 
 def _comparison(prediction: Prediction, row: Row) -> str:
-    """Return a prediction as text and, if it is a limit, whether the measured value keeps to it."""
     text = f"{'at most ' if prediction.is_limit else ''}{_number(prediction.value)} {prediction.unit}"
     figure = row.get(prediction.unit)
     if not prediction.is_limit or figure is None:

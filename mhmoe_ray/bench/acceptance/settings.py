@@ -8,23 +8,19 @@ if TYPE_CHECKING:
     import torch
 
 Row = dict[str, Any]
-"""Result of a part of the test, as a JSON object: `name` describes what was measured; other keys have the values."""
+"""Result as a JSON object: `name` describes what was measured; other keys have the values."""
 Rows = Iterator[Row]
 
 
 class PartCase(NamedTuple):
-    """Unit of a part of the test, which is measured as a whole, and again if the part ended before it did."""
+    """Unit of a part, which is measured as a whole, and again if the part ended before it did."""
 
     name: str
     measure: Callable[[], Iterable[Row]]
-    """Function that yields the results."""
 
 
 class LayerSize(NamedTuple):
-    """Sizes of an expert layer: heads h, experts E, experts k per sub-token, and hidden width f of an expert.
-
-    A sub-token is one of the h parts of a token.
-    """
+    """Sizes of an expert layer: heads h, experts E, experts k per sub-token, and hidden width f of an expert."""
 
     heads: int
     experts: int
@@ -37,9 +33,8 @@ class Settings(NamedTuple):
 
     device: Literal["cuda", "cpu"]
     folder: Path
-    """Folder of the report."""
     is_toy: bool
-    """Whether sizes are so small that all parts together take a minute on a CPU."""
+    """True for sizes with which all parts together take a minute on a CPU."""
 
     @property
     def torch_device(self) -> "torch.device":
@@ -64,7 +59,7 @@ class Settings(NamedTuple):
 
     @property
     def layers(self) -> dict[str, LayerSize]:
-        """Sizes of layers with equal multiply-adds and parameters, by name: plain experts (SMoE), and MH-MoE."""
+        """Sizes of layers with equal multiply-adds and parameters, by name."""
         if self.is_toy:
             return {"SMoE": LayerSize(1, 4, 2, 16), "MH-MoE h 2": LayerSize(2, 4, 2, 16)}
         return {

@@ -58,7 +58,6 @@ def cases(settings: Settings) -> Iterator[PartCase]:
 
 
 def _compare(settings: Settings, variant: str, precision: str) -> Rows:
-    """Yield the largest errors relative to those of the CPU."""
     steps = 2 if settings.is_toy else 20
     reference = Case(make_spec(variant, "float32", settings.is_toy), torch.device("cpu"))
     case = Case(make_spec(variant, precision, settings.is_toy), settings.torch_device)

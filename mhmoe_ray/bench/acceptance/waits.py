@@ -17,10 +17,7 @@ EXTRA_KERNELS = 8
 
 
 def cases(settings: Settings) -> Iterator[PartCase]:
-    """Yield a case for each layer and expert kernel: how often the host waits, and how many CUDA kernels run.
-
-    They are counted in a forward and backward pass.
-    """
+    """Yield a case for each layer and kernel: waits of the host and CUDA kernels in a forward and backward pass."""
     for name, size in settings.layers.items():
         for kernel in kernels_of(settings, size):
             yield PartCase(f"{name}, {kernel}", partial(_measure, settings, name, size, kernel))

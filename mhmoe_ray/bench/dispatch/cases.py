@@ -1,9 +1,8 @@
-"""Layers of equal cost, random routes (choices of experts), the bytes that they send between nodes, and a slow link.
+"""Layers of equal cost, random routes, the bytes that they send between nodes, and a slow link.
 
-The link joins two network namespaces on one machine: it is a pair of virtual interfaces that `tc` shapes.
-
-Processes in the same namespace communicate through the address of its slow interface, which is the only interface that
-gloo uses. Linux routes this address over loopback, so their traffic does not cross the link.
+The link joins two network namespaces by a pair of virtual interfaces that `tc` shapes. Processes in a namespace
+communicate through the address of its slow interface, the only one that gloo uses. Linux routes this address over
+loopback, so their traffic does not cross the link.
 """
 
 import os
@@ -43,14 +42,9 @@ class Namespace(NamedTuple):
 def slow_link(rate: str) -> Iterator[tuple[Namespace, Namespace]]:
     """Yield two network namespaces with a slow link between them, and remove them at the end of the block.
 
-    They are also removed on Ctrl-C, SIGTERM and SIGHUP.
-
-    Args:
-        rate: the bandwidth in each direction, in the notation of `tc`, such as 200mbit or 1gbit.
-
-    Raises:
-        SpecError: `rate` is not a bandwidth, or the machine or the user cannot create such a link.
-        JobError: Linux refuses to create the link.
+    They are also removed on Ctrl-C, SIGTERM and SIGHUP. `rate` is the bandwidth in each direction as `tc` writes it,
+    such as 200mbit. A malformed rate, or a machine or user that cannot create such a link, is a SpecError. A refusal by
+    Linux is a JobError.
     """
     if not re.fullmatch(r"\d+(\.\d+)?[kmg]bit", rate):
         raise SpecError(f"--slow-link {rate}", "it is not a rate", "write one like 200mbit or 1gbit")
@@ -86,10 +80,7 @@ def slow_link(rate: str) -> Iterator[tuple[Namespace, Namespace]]:
 
 
 def link_bytes() -> int:
-    """Return the bytes that have crossed the link so far, in both directions and with all headers.
-
-    Call this in one of the link's namespaces.
-    """
+    """Return the bytes that have crossed the link of this namespace so far, in both directions and with all headers."""
     statistics = Path("/sys/class/net", INTERFACE, "statistics")
     return sum(int((statistics / f"{direction}_bytes").read_text()) for direction in ("rx", "tx"))
 
@@ -108,7 +99,7 @@ def _run_command(*command: str) -> None:
 
 
 NODES = ("a", "a", "b", "b")
-"""Name of the simulated node of each rank, in the order of ranks."""
+"""Name of the simulated node of each rank."""
 DISPATCHES = ("flat", "hierarchical")
 # Bytes of one value of a row, which is sent in bfloat16.
 VALUE_BYTES = 2
@@ -117,10 +108,10 @@ GATE_BYTES, ID_BYTES, COUNT_BYTES = 4, 4, 8
 
 
 def layer_models() -> dict[str, ModelSpec]:
-    """Return the models to compare, by name.
+    """Return the models to compare by name, all with the same multiply-adds and parameters.
 
-    All have the same multiply-adds and parameters: plain layers with finer and finer experts, and the multi-head layers
-    with which the second MH-MoE paper (arXiv 2411.16205) would compare them, at half the width of that paper's models.
+    They are plain layers with finer and finer experts, and the multi-head layers with which arXiv 2411.16205 would
+    compare them, at half the width of that paper's models.
     """
     models = {name: spec.model for name, spec in matched_models(SMALL_SIZE, [2, 3]).items()}
     plain_model = models.pop("SMoE")
@@ -145,7 +136,7 @@ class Routes(NamedTuple):
 
     @staticmethod
     def draw(model: ModelSpec, tokens: int, rank: int) -> "Routes":
-        """Return random experts for the rows of `tokens` tokens; the rank is the seed, so ranks draw different ones."""
+        """Return random routes for the rows of `tokens` tokens; the rank is the seed."""
         moe = model.moe
         assert moe is not None
         generator = torch.Generator().manual_seed(rank)
@@ -154,18 +145,18 @@ class Routes(NamedTuple):
 
 
 class ExpectedBytes(NamedTuple):
-    """Expected bytes that each dispatch sends between nodes in a forward and backward pass, summed over all ranks."""
+    """Bytes that each dispatch sends between nodes in a forward and backward pass, summed over all ranks."""
 
     flat: int
     hierarchical: int
 
 
 def expected_bytes(model: ModelSpec, tokens: int) -> ExpectedBytes:
-    """Return the bytes that each dispatch must send between nodes for the random routes of `Routes.draw`.
+    """Return the bytes that each dispatch must send between nodes for the routes of `Routes.draw`.
 
-    Each rank has `tokens` tokens. Rows, outputs and the gradients of both are sent. Flat dispatch sends these once for
-    each route to an expert on another node. Hierarchical dispatch sends them once for each other node that has
-    experts of the row, and adds the expert ids and, in both directions, the gates. Both also send counts of rows.
+    Each rank has `tokens` tokens. Flat dispatch sends rows, outputs and the gradients of both once for each route to an
+    expert on another node. Hierarchical dispatch sends them once for each other node that has experts of the row, and
+    adds the expert ids and, in both directions, the gates. Both also send counts of rows.
     """
     moe = model.moe
     assert moe is not None

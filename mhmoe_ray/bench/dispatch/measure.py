@@ -41,7 +41,7 @@ class PassFigures(NamedTuple):
         return median(self.seconds)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the measurements of this dispatch as `mhmoe bench dispatch --json` prints them."""
+        """Return the values as `mhmoe bench dispatch --json` prints them."""
         return {"seconds": self.seconds, "counted": self.counted_bytes, "over_link": self.over_link}
 
     @property
@@ -51,12 +51,11 @@ class PassFigures(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """Measurements of one layer with flat and with hierarchical dispatch."""
+    """Measurements of one layer, with rows of width D, with flat and with hierarchical dispatch."""
 
     name: str
     moe: MoESpec
     width: int
-    """Width D of a row."""
     flat: PassFigures
     hierarchical: PassFigures
     expected: ExpectedBytes
@@ -70,16 +69,10 @@ class Figures(NamedTuple):
 
 
 def measure(tokens: int, rounds: int, rate: str | None) -> list[Figures]:
-    """Measure every layer with flat and with hierarchical dispatch, and return the measurements of each layer.
+    """Measure every layer with flat and with hierarchical dispatch; a rate puts a slow link between the nodes.
 
-    Args:
-        tokens: the number of tokens of each rank.
-        rounds: the number of interleaved rounds.
-        rate: the bandwidth of a slow link between the nodes; None for no link.
-
-    Raises:
-        SpecError: `rate` is not a bandwidth, or the machine or the user cannot create a slow link.
-        JobError: the slow link could not be created, or a process failed.
+    `tokens` is the number of tokens of each rank. The link's errors are those of `slow_link`, and a process that fails
+    is a JobError.
     """
     with slow_link(rate) if rate else nullcontext(()) as namespaces:
         results = _run_ranks(namespaces, {"tokens": tokens, "rounds": rounds, "link": bool(namespaces)})
@@ -92,13 +85,7 @@ def measure(tokens: int, rounds: int, rate: str | None) -> list[Figures]:
 
 
 def _run_ranks(namespaces: Sequence[Namespace], request: dict[str, Any]) -> dict[str, Any]:
-    """Run a process for each rank, and return the measurements that rank 0 prints.
-
-    `request` has the numbers of tokens and rounds, and whether there is a slow link.
-
-    Raises:
-        JobError: a process failed; the others are then killed.
-    """
+    """Run a process for each rank, and return the measurements that rank 0 prints; if one fails, kill the others."""
     node_names = sorted(set(NODES))
     with tempfile.TemporaryDirectory(prefix="mhmoe-bench-") as folder:
         arguments = [sys.executable, "-m", "mhmoe_ray.bench.dispatch.rank", json.dumps({**request, "folder": folder})]
@@ -133,7 +120,7 @@ def _run_ranks(namespaces: Sequence[Namespace], request: dict[str, Any]) -> dict
 
 
 def wait_for_ranks(ranks: Sequence["subprocess.Popen[bytes]"]) -> int | None:
-    """Wait until all processes have ended, or until the first one fails; return the rank that failed, or None."""
+    """Wait until all processes have ended or one fails; return the rank that failed, or None."""
     # All ranks are polled in turn. After a failure the other ranks wait for the failed one forever, so waiting for one
     # rank after another might never end.
     while True:

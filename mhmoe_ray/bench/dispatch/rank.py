@@ -33,7 +33,7 @@ class Case:
         self.x_ND = torch.randn(len(routes.expert_NK), model.row_width, dtype=torch.bfloat16).requires_grad_()
 
     def run(self, dispatch: Dispatch) -> None:
-        """Run a forward and backward pass through a dispatch, and drop the gradients of rows, gates and weights."""
+        """Run a forward and backward pass, and drop the gradients of rows, gates and weights."""
         y_ND, _ = dispatch(self.x_ND, self.routing, self.experts, None)
         torch.autograd.backward(y_ND, torch.ones_like(y_ND))
         for leaf in (self.x_ND, self.gate_NK, *self.experts.parameters()):
@@ -41,17 +41,11 @@ class Case:
 
 
 def measure(tokens: int, rounds: int, link: bool) -> dict[str, Any]:
-    """Measure each layer with each dispatch, together with the other ranks.
+    """Measure each layer with each dispatch, together with the other ranks; each rank has `tokens` tokens.
 
-    Args:
-        tokens: the number of tokens of each rank.
-        rounds: the number of rounds that are counted.
-        link: whether there is a slow link, whose bytes are counted.
-
-    Returns:
-        For each layer and dispatch: the seconds of each round until the last rank has finished, the bytes that all
-            ranks together send between nodes in a pass, as the dispatch counts them, and the bytes that crossed the
-            link in each round, if there is a link.
+    The seconds of a round end when the last rank has finished. `counted_bytes` are those that all ranks send between
+    nodes in a pass, as the dispatch counts them. `over_link` has the bytes that crossed the link in each round, if
+    there is one.
     """
     mesh = build_mesh(cluster_spec("flat"), NODES, "cpu")
     dispatches = {name: build_dispatch(cluster_spec(name), mesh) for name in DISPATCHES}
@@ -88,7 +82,6 @@ def measure(tokens: int, rounds: int, link: bool) -> dict[str, Any]:
 
 
 def _synchronized_time() -> float:
-    """Wait for all ranks, and return the time in seconds."""
     dist.barrier()
     return time.perf_counter()
 
@@ -96,7 +89,7 @@ def _synchronized_time() -> float:
 def main() -> None:
     """Join the process group, measure both dispatches, and print the results as JSON on rank 0.
 
-    The only argument of the program is a JSON object with the settings of the measurement.
+    The program's argument is a JSON object with the settings.
     """
     request = json.loads(sys.argv[1])
     # Each of the four ranks uses a single thread, because all of them share the CPUs of this machine.

@@ -66,7 +66,7 @@ class Child:
         self._close()
 
     def time_answers(self, prompts: Sequence[Prompt], clients: int) -> float:
-        """Let the engine in the child process answer prompts, `clients` at a time, and return the seconds it takes."""
+        """Let the engine answer prompts, `clients` at a time, and return the seconds it takes."""
         assert self._process.stdin is not None
         print(json.dumps([prompts, clients]), file=self._process.stdin, flush=True)
         return float(self._read_message()["seconds"])
@@ -89,11 +89,7 @@ class Child:
             self._process.kill()
 
     def _read_message(self) -> dict[str, Any]:
-        """Return the next JSON message that the child process sends.
-
-        Raises:
-            JobError: the process has ended, or it does not answer in time and is therefore ended.
-        """
+        """Return the next message of the child process; raise a JobError if it has ended or does not answer in time."""
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], ANSWER_TIMEOUT)[0]:
             self._interrupt()
@@ -112,8 +108,8 @@ class Child:
 def main() -> None:
     """Run the engine or server that the JSON argument names, until stdin is closed.
 
-    The URL of a server is printed once the server runs. An engine answers the prompts in each line on stdin, and the
-    seconds that it took are printed.
+    The URL of a server is printed once it runs. An engine answers the prompts in each line on stdin, and its seconds
+    are printed.
     """
     request = json.loads(sys.argv[1])
     paths = {key: Path(request["place"][key]) for key in ("checkpoint", "folder")}

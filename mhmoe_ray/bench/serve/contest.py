@@ -1,6 +1,6 @@
-"""Comparison of engines or servers in interleaved rounds.
+"""Comparison of engines or servers in interleaved rounds; each round has new prompts, the same for all.
 
-In a round all engines or servers get the same prompts, and each round has new prompts.
+A warm-up round before them is not counted.
 """
 
 import random
@@ -23,19 +23,17 @@ PACKAGES = {
     "vllm, Ray Serve": "vllm",
     "vLLM's server": "vllm",
 }
-"""Package that each listed engine or server needs in addition to mhmoe_ray; those that are not listed need none."""
+"""Package that an engine or server needs in addition to mhmoe_ray."""
 
 Report = Callable[[str], None]
 
 
 class Shape(NamedTuple):
-    """Lengths of prompts and answers in tokens."""
+    """Lengths of prompts and answers in tokens. Unless `is_equal`, lengths vary from 1/4 to 7/4 of these."""
 
     prompt: int
     tokens: int
-    """Number of tokens of an answer, on average."""
     is_equal: bool = True
-    """True if all prompts and answers have these lengths; otherwise lengths vary from 1/4 to 7/4 of them."""
 
     @property
     def max_tokens(self) -> int:
@@ -66,14 +64,14 @@ class Shape(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """Throughput of one engine or server with one number of clients."""
+    """Throughput of one engine or server with one number of clients; lists have one value per round."""
 
     name: str
     clients: int
     rates: list[float]
-    """Tokens of answers (or of prompts, see `measure_engines`) per second, one value per round."""
+    """Tokens of answers (or of prompts, see `measure_engines`) per second."""
     first_token_seconds: list[float]
-    """Median seconds until the first token, one value per round; empty if answers are not streamed."""
+    """Median seconds until the first token; empty if answers are not streamed."""
 
     @property
     def rate(self) -> float:
@@ -96,21 +94,10 @@ def measure_engines(
     rounds: int,
     report: Report,
 ) -> list[Rates]:
-    """Measure the throughput of engines with several numbers of concurrent requests.
+    """Measure the throughput of engines, given with their models by a unique title, with several numbers of requests.
 
-    A round has four times as many requests as the engine answers at a time.
-
-    Args:
-        served_models: the name of an engine and the model that it serves, by a unique title.
-        shape: the lengths of requests. Throughput counts the tokens of answers, but those of prompts if answers have
-            only one token.
-        clients: the numbers of concurrent requests.
-        rounds: the number of rounds, each of all engines; every other round is in reverse order. A warm-up round before
-            them is not counted.
-        report: a function that is called with a line after each measurement.
-
-    Raises:
-        JobError: one of the engines failed.
+    A round has four times as many requests as the engine answers at a time. Throughput counts the tokens of answers,
+    but those of prompts if answers have only one token. An engine that fails is a JobError.
     """
     rates: dict[tuple[str, int], list[float]] = {(name, n): [] for n in clients for name in served_models}
     with ExitStack() as stack:
@@ -137,18 +124,9 @@ def measure_servers(
     rounds: int,
     report: Report,
 ) -> list[Rates]:
-    """Measure the throughput of servers with several numbers of concurrent clients.
+    """Measure servers with several numbers of clients.
 
     A client sends its next request when it has the answer to the last one.
-
-    Args:
-        names: keys of `SERVERS`.
-        served_model: the model that is served.
-        shape: the lengths of requests.
-        clients: the numbers of clients.
-        stream: whether answers are streamed token by token.
-        rounds: the number of rounds that are measured; a warm-up round comes before them.
-        report: a function that is called with a line after each measurement.
     """
 
     def run_round(url: str, n: int, turn: int) -> Load:
@@ -170,16 +148,8 @@ def measure_random_arrivals(
 ) -> list[Rates]:
     """Measure the throughput of servers under streamed requests that arrive at random times.
 
-    The field `clients` of the results is 0, because there is no fixed number of clients.
-
-    Args:
-        names: keys of `SERVERS`.
-        served_model: the model that is served.
-        shape: the lengths of requests.
-        rate: the average number of requests per second.
-        seconds: the average time over which all requests arrive.
-        rounds: the number of rounds that are measured; a warm-up round comes before them.
-        report: a function that is called with a line after each measurement.
+    On average, `rate` requests per second arrive over `seconds`. The field `clients` of the results is 0, because there
+    is no fixed number of clients.
     """
 
     def run_round(url: str, n: int, turn: int) -> Load:
@@ -196,16 +166,7 @@ def _measure_loads(
     rounds: int,
     report: Report,
 ) -> Iterator[Rates]:
-    """Measure servers in interleaved rounds, and yield the rates of each server with each number of clients.
-
-    Args:
-        names: keys of `SERVERS`.
-        served_model: the model that is served.
-        clients: the numbers of clients.
-        run_round: function (url, clients, round) that sends the requests of one round to a server.
-        rounds: the number of rounds that are measured; a warm-up round comes before them.
-        report: a function that is called with a line after each measurement.
-    """
+    """Measure servers in interleaved rounds; `run_round(url, clients, round)` sends the requests of one round."""
     loads_by_case: dict[tuple[str, int], list[Load]] = {(name, n): [] for n in clients for name in names}
     with ExitStack() as stack:
         children = {name: stack.enter_context(Child(name, served_model)) for name in names}

@@ -31,7 +31,7 @@ class ServedModel(NamedTuple):
     """Largest number of requests at a time."""
 
     def serve_spec(self, engine: str) -> ServeSpec:
-        """Return a spec to serve the model with one of our engines, `torch` or `vllm`."""
+        """Return a spec to serve the model with our engine `torch` or `vllm`."""
         sizes = {"max_concurrency": self.max_requests, "max_waiting": 1024, "cpus_per_replica": self.threads}
         return ServeSpec.model_validate({"engine": engine, "precision": self.precision, "max_tokens": 4096, **sizes})
 
@@ -129,7 +129,6 @@ def transformers_generate(served_model: ServedModel) -> Answer:
 
 
 def _answer_with(engine: Engine) -> Answer:
-    """Return a function that answers prompts with one of our engines."""
 
     async def answer_all(prompts: Sequence[Prompt], clients: int) -> None:
         pending_prompts = iter(prompts)

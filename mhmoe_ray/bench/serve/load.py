@@ -14,19 +14,17 @@ from mhmoe_ray.bench.serve.engines import MODEL_NAME, Prompt
 
 
 class RequestOutcome(NamedTuple):
-    """Outcome of one request; times are in seconds after it was sent."""
+    """Outcome of one request; times are in seconds after it was sent. Without a stream, the first token has no time."""
 
     first_token_seconds: float | None
-    """Seconds until the first token; None if the answer is not streamed."""
     total_seconds: float
     tokens: int
 
 
 class Load(NamedTuple):
-    """Outcomes of all requests that were sent to a server in a round."""
+    """Outcomes of all requests of a round; `seconds` are those from the first request to the last answer."""
 
     seconds: float
-    """Seconds from the first request to the last answer."""
     outcomes: list[RequestOutcome]
 
     @property
@@ -36,16 +34,13 @@ class Load(NamedTuple):
 
     @property
     def first_token_seconds(self) -> float | None:
-        """Median seconds until the first token; None if no answer is streamed."""
+        """Median seconds until the first token; None without a stream."""
         seconds = [a.first_token_seconds for a in self.outcomes if a.first_token_seconds is not None]
         return median(seconds) if seconds else None
 
 
 def closed_loop(url: str, requests: Sequence[Prompt], clients: int, stream: bool) -> Load:
-    """Send requests from a number of clients, each of which waits for its answer before its next request.
-
-    The clients share the requests; `stream` says whether answers are streamed.
-    """
+    """Send requests from clients that share them; each waits for its answer before its next request."""
 
     async def run(session: aiohttp.ClientSession) -> list[RequestOutcome]:
         pending_requests = iter(requests)
@@ -62,14 +57,7 @@ def closed_loop(url: str, requests: Sequence[Prompt], clients: int, stream: bool
 
 
 def open_loop(url: str, requests: Sequence[Prompt], rate: float, seed: int) -> Load:
-    """Send streamed requests at random times (a Poisson process), without waiting for answers to earlier requests.
-
-    Args:
-        url: the URL of the server.
-        requests: the requests.
-        rate: the average number of requests per second.
-        seed: the seed of the random times.
-    """
+    """Send streamed requests at random times (a Poisson process of `rate` per second), without waiting for answers."""
     generator = random.Random(seed)
 
     async def run(session: aiohttp.ClientSession) -> list[RequestOutcome]:
@@ -90,10 +78,7 @@ async def send_request(
 ) -> RequestOutcome:
     """Request one greedy completion of `tokens` tokens, and return its times and its number of tokens.
 
-    `stream` tells whether the answer is streamed token by token.
-
-    Raises:
-        aiohttp.ClientError: the request was refused, was interrupted, or failed after the answer had started.
+    A request that is refused, interrupted, or fails after the answer has started raises an aiohttp.ClientError.
     """
     body: dict[str, Any] = {"model": MODEL_NAME, "prompt": list(ids), "max_tokens": tokens, "temperature": 0}
     if stream:
@@ -118,12 +103,7 @@ async def send_request(
 
 
 def _measure_load(run: Any, connections: int) -> Load:
-    """Send requests by means of a coroutine function, and return their outcomes and the time that all of them took.
-
-    Args:
-        run: coroutine function that sends all requests through an HTTP session and returns their outcomes.
-        connections: largest number of connections at a time; 0 for no limit.
-    """
+    """Send requests with `run`, a coroutine function of an HTTP session; 0 connections are no limit."""
 
     async def run_session() -> Load:
         connector = aiohttp.TCPConnector(limit=connections)

@@ -21,7 +21,7 @@ from mhmoe_ray.serving.api.app import create_app
 from mhmoe_ray.serving.load import load_answerer
 
 START_TIMEOUT = 300
-"""Seconds after which a server that has not started counts as failed."""
+"""Timeout in seconds for the start of a server."""
 
 Server = Callable[[ServedModel], AbstractContextManager[str]]
 """Function that starts a server for the length of a `with` block and yields its URL."""
@@ -100,11 +100,6 @@ def vllm_server(served_model: ServedModel) -> Iterator[str]:
 
 
 def _wait_until_healthy(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Wait until a server answers a request to `url` with success.
-
-    Raises:
-        ServeError: the process ended or took longer than `START_TIMEOUT`; the message has the last line of its log.
-    """
     import requests
 
     deadline = time.monotonic() + START_TIMEOUT

@@ -27,7 +27,7 @@ from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.storage import Location
 
 PROBE_TOKENS = 64
-"""Largest number of random tokens for which logits are compared. Equal vocabulary sizes give the same tokens."""
+"""Largest number of random tokens for which logits are compared; equal vocabulary sizes give the same tokens."""
 NARROW_DTYPES = (torch.bfloat16, torch.float16)
 EXPERT = re.compile(r"(model\.layers\.\d+\.block_sparse_moe\.experts)\.(\d+)\.(.+)")
 
@@ -36,24 +36,20 @@ class StoredModel(NamedTuple):
     """A model in storage, whose tensors are read one by one."""
 
     label: str
-    """Name of the checkpoint or the folder for messages."""
+    """Name of the checkpoint or the folder in messages."""
     model: ModelSpec
     seq_len: int
     entries: list[list[TensorEntry]]
-    """Names and shapes of the model's tensors: a group for those outside the layers, then a group for each layer."""
+    """Tensors outside the layers, then a group for each layer."""
     names: set[str]
-    """Names of the stored tensors as in the table of `names.py`; tensors that it lacks keep their stored names."""
+    """Names of the stored tensors in the table of `names.py`; tensors that it lacks keep their stored names."""
     read: Callable[[str], Tensor]
-    """Function that reads a tensor by its name in the table of `names.py`."""
+    """Function that reads a tensor by its name in the table."""
 
 
 @contextmanager
 def open_model(location: Location) -> Iterator[StoredModel]:
-    """Context manager that opens a model to compare: a checkpoint of a run, or a folder in Hugging Face's layout.
-
-    Raises:
-        CheckpointError: the model cannot be read, or this package does not compute it.
-    """
+    """Open a run's checkpoint or a folder in Hugging Face's layout; CheckpointError if the model cannot be read."""
     if isinstance(location, Path) and (location / CONFIG).is_file():
         with _open_folder(location) as stored_model:
             yield stored_model
@@ -63,7 +59,6 @@ def open_model(location: Location) -> Iterator[StoredModel]:
 
 @contextmanager
 def _open_folder(folder: Path) -> Iterator[StoredModel]:
-    """Context manager that opens a folder in Hugging Face's layout."""
     model_type, section = read_config(folder, None)
     table_entries = tensor_entries(section.model)
     folder_entries = tensor_entries(section.model, ADAPTERS[model_type].name_replacements)
@@ -88,11 +83,7 @@ def _open_folder(folder: Path) -> Iterator[StoredModel]:
 
 
 def _open_checkpoint(checkpoint: Location) -> StoredModel:
-    """Return a checkpoint of a run as a stored model, after checking the hashes of its files.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be read, or its model is not a decoder.
-    """
+    """Open a checkpoint after checking the hashes of its files; another model than a decoder is a CheckpointError."""
     manifest = read_manifest(checkpoint, parts=("weights",))
     if not manifest.model.family.predicts_next_token:
         reason = f"its model is {manifest.model.family.title}, and only decoders are compared"
@@ -127,7 +118,7 @@ class Finding(NamedTuple):
     kind: str
     """Kind of the difference: model, missing, shape, swapped, zero, transposed, rounded or different."""
     subject: str
-    """Name of the tensor, the expert or the option that differs."""
+    """Name of the tensor, the expert or the option."""
     detail: str
 
     @property
@@ -144,10 +135,7 @@ class LogitDifference(NamedTuple):
 
 
 def compare_weights(first_model: StoredModel, second_model: StoredModel) -> list[Finding]:
-    """Return the differences between two models in sizes, options and weights; an empty list if there are none.
-
-    Options that matter only in training are ignored.
-    """
+    """Return the differences between two models in sizes, weights, and options that matter outside of training."""
     findings = _compare_functions(first_model.model, second_model.model)
     if findings:
         # If the models differ in sizes or options, nearly every tensor differs too, so tensors are not compared.
@@ -167,8 +155,6 @@ def compare_weights(first_model: StoredModel, second_model: StoredModel) -> list
 
 
 def _compare_functions(first_model: ModelSpec, second_model: ModelSpec) -> list[Finding]:
-    """Return a finding for each option that makes two models compute differently."""
-
     def flat(fields: dict[str, object], prefix: str = "") -> dict[str, object]:
         items: dict[str, object] = {}
         for key, value in fields.items():
@@ -205,7 +191,6 @@ def _is_rounded(a: Tensor, b: Tensor) -> bool:
 
 
 def _compare_tensors(name: str, a: Tensor, b: Tensor) -> list[Finding]:
-    """Return the difference between two tensors of the same name, in a list; an empty one if they are equal."""
     # Some tools store a scalar without a dimension.
     relation = _relation(a.reshape(a.shape or (1,)), b.reshape(b.shape or (1,)))
     details = {
@@ -226,12 +211,7 @@ def _compare_tensors(name: str, a: Tensor, b: Tensor) -> list[Finding]:
 def _compare_experts(
     first_model: StoredModel, second_model: StoredModel, experts: dict[str, re.Match[str]]
 ) -> list[Finding]:
-    """Return the differences between the experts of one layer in two models.
-
-    Args:
-        first_model, second_model: the models to compare.
-        experts: names of the tensors of the layer's experts, each with its match of the regular expression `EXPERT`.
-    """
+    """Return the differences between the experts of a layer; `experts` maps tensor names to matches of `EXPERT`."""
     a: dict[int, dict[str, Tensor]] = defaultdict(dict)
     b: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for name, match in experts.items():
@@ -272,12 +252,10 @@ def _is_zero(tensors: Iterable[Tensor]) -> bool:
 
 @torch.inference_mode()
 def compare_logits(first_model: StoredModel, second_model: StoredModel) -> LogitDifference | None:
-    """Return the difference between the logits of two models with the same names of tensors, computed in float32.
+    """Return the difference between two models' logits in float32; both have the same tensor names.
 
-    It is None for router `domain`, which computes logits only for tokens of a known domain.
-
-    Raises:
-        CheckpointError: a tensor is missing, or its shape does not fit the model.
+    It is None for router `domain`, which needs tokens of a known domain. A missing or misshapen tensor is a
+    CheckpointError.
     """
     if any(m.model.moe is not None and m.model.moe.router == "domain" for m in (first_model, second_model)):
         return None
@@ -289,7 +267,7 @@ def compare_logits(first_model: StoredModel, second_model: StoredModel) -> Logit
 
 
 def _probe_logits(stored_model: StoredModel, tokens: Tensor) -> Tensor:
-    """Load a stored model, and return its logits, of shape (T, vocabulary), for tokens of shape (1, T)."""
+    """Load a stored model, and return its logits of shape (T, vocabulary) for tokens of shape (1, T)."""
     model = Decoder(stored_model.model).requires_grad_(False).eval()
     tensors = model.named_tensors()
     for group in stored_model.entries:

@@ -54,10 +54,10 @@ class MhmoeSection(BaseModel):
 
     model: ModelSpec
     seq_len: PositiveInt
-    """Context length: number of tokens that the model sees at once."""
+    """Context length in tokens."""
     tokenizer_sha256: str | None = None
     """Hash of the parts of tokenizer.json that encode text (`tokenizer_identity`); in older folders, of the whole file.
-    None in folders that this package did not write."""
+    None in folders of other tools."""
     adds_start: bool | None = True
     """Whether a start token precedes each text; None in folders of other tools, where the tokenizer decides."""
 
@@ -71,13 +71,7 @@ class EdgeTokens(BaseModel):
 
 
 def build_config(model: ModelSpec, seq_len: int, tokenizer_size: int) -> dict[str, Any]:
-    """Return the keys of config.json that decide what a model computes, with `model_type` and the names of its classes.
-
-    Args:
-        model: `model` section of the spec.
-        seq_len: number of tokens that the model sees at once.
-        tokenizer_size: number of tokens of the tokenizer.
-    """
+    """Return the keys of config.json that decide what a model computes, with the names of its type and classes."""
     adapter = choose_adapter(model, seq_len)
     fields: dict[str, Any] = {"architectures": [adapter.class_name], "model_type": adapter.model_type}
     if adapter.model_type == SECTION:
@@ -94,17 +88,7 @@ def build_exported_config(
     tokenizer_sha256: str,
     adds_start: bool,
 ) -> dict[str, Any]:
-    """Return the content of config.json for an exported model.
-
-    Args:
-        model: `model` section of the spec.
-        seq_len: number of tokens that the model sees at once.
-        dtype: dtype of the weights.
-        edge_tokens: token ids that start, end and pad a text.
-        tokenizer_size: number of tokens of the tokenizer.
-        tokenizer_sha256: hash of the tokenizer (`tokenizer_identity`).
-        adds_start: whether a start token precedes each text.
-    """
+    """Return the content of config.json for an exported model; `tokenizer_sha256` is its `tokenizer_identity`."""
     section = MhmoeSection(model=model, seq_len=seq_len, tokenizer_sha256=tokenizer_sha256, adds_start=adds_start)
     return {
         **build_config(model, seq_len, tokenizer_size),
@@ -115,17 +99,10 @@ def build_exported_config(
 
 
 def read_config(folder: Path, seq_len: int | None) -> tuple[str, MhmoeSection]:
-    """Read a folder's config.json; return its model type, and its `mhmoe` section with the requested context length.
+    """Return the model type in a folder's config.json, and its `mhmoe` section with the requested context length.
 
-    If it has no `mhmoe` section, because another tool wrote it, the section is made from the keys of its architecture.
-
-    Args:
-        folder: folder with a config.json.
-        seq_len: requested context length in tokens; None for that of the model.
-
-    Raises:
-        CheckpointError: config.json cannot be read, it describes a model that this package does not compute, or
-            `seq_len` is larger than the model's context length.
+    The keys of the architecture give the section if another tool wrote the file. A file that cannot be read, a model
+    that this package does not compute, or a `seq_len` above the model's context length is a CheckpointError.
     """
     subject = f"folder {folder}"
     try:
@@ -150,11 +127,10 @@ def read_config(folder: Path, seq_len: int | None) -> tuple[str, MhmoeSection]:
 
 
 def _read_section(subject: str, model_type: str, fields: dict[str, Any]) -> MhmoeSection:
-    """Return the `mhmoe` section of config.json; if there is none, a section made from the other keys of the file.
+    """Return the `mhmoe` section of config.json, or one made from the other keys.
 
-    Raises:
-        ValueError: the keys describe a model that this package does not compute.
-        CheckpointError: the section and the keys describe different models.
+    Keys of a model that is not computed here are a ValueError; a section that contradicts the keys is a
+    CheckpointError.
     """
     section = MhmoeSection.model_validate(fields[SECTION]) if SECTION in fields else None
     if section is not None and FIRST_KEY not in fields:
@@ -172,7 +148,7 @@ def _read_section(subject: str, model_type: str, fields: dict[str, Any]) -> Mhmo
 
 
 def _error_text(error: Exception) -> str:
-    """Return the text of an error about config.json in one line, with the wrong key if pydantic found the error."""
+    """Return an error about config.json in one line, with the wrong key if pydantic found it."""
     if not isinstance(error, ValidationError):
         return str(error)
     first_error = error.errors()[0]
@@ -181,14 +157,9 @@ def _error_text(error: Exception) -> str:
 
 
 def read_end_tokens(folder: Path, token_count: int) -> set[int]:
-    """Return the token ids that end a text: all that config.json and generation_config.json name as `eos_token_id`.
+    """Return the token ids that config.json and generation_config.json name as `eos_token_id`.
 
-    Args:
-        folder: folder whose config.json was read.
-        token_count: number of tokens of the tokenizer; all token ids are below it.
-
-    Raises:
-        CheckpointError: a file cannot be read, or names an id that is not a token of the tokenizer.
+    A file that cannot be read, or an id outside of the tokenizer's `token_count` tokens, is a CheckpointError.
     """
     subject, end_tokens = f"folder {folder}", set[int]()
     for file in (folder / CONFIG, folder / GENERATION):

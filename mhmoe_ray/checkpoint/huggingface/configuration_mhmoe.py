@@ -23,7 +23,7 @@ class MhmoeConfig(PreTrainedConfig):
     feed-forward layers, xPos, GELU, biases, embeddings scaled by sqrt(d)."""
     vocab_size: int = 32_000
     tokenizer_size: int | None = None
-    """Number of tokens of the tokenizer. The embedding may have more rows, which no text uses."""
+    """Number of tokens of the tokenizer; further embedding rows are unused."""
     hidden_size: int = 768
     intermediate_size: int | None = None
     """Hidden width of the dense feed-forward layers; None if every layer is a mixture of experts."""
@@ -36,7 +36,7 @@ class MhmoeConfig(PreTrainedConfig):
     """Epsilon of all norms, both RMSNorm and LayerNorm."""
     rope_parameters: dict[str, Any] | None = None
     attention_bias: str = "none"
-    """Projections of attention with a bias: none, qkv (queries, keys and values) or all (also the output)."""
+    """Projections with a bias: none, qkv (queries, keys and values) or all (also the output)."""
     qk_norm: str = "none"
     """RMSNorm of queries and keys before rotation: none, head (each head by itself) or all (all heads together)."""
     tie_word_embeddings: bool = True
@@ -48,7 +48,7 @@ class MhmoeConfig(PreTrainedConfig):
     num_experts: int = 0
     """E: number of experts of a layer; 0 for a dense model."""
     num_experts_per_tok: int = 2
-    """Number of experts that each sub-token is routed to."""
+    """Number of experts of each sub-token."""
     moe_intermediate_size: int | None = None
     decoder_sparse_step: int = 1
     """Layer i (from 0) is a mixture of experts if i + 1 is a multiple of this number."""
@@ -57,21 +57,18 @@ class MhmoeConfig(PreTrainedConfig):
     moe_heads: int = 1
     """h: number of sub-tokens that a token is split into."""
     sub_token_size: int | None = None
-    """Width of a sub-token, the input of the router and the experts; None for d / h. With another width, the first
-    layer of the head projection and the last layer of the merge projection change the width of a token."""
+    """Width of a sub-token; None for d / h. With another width, the first layer of the head projection and the last
+    layer of the merge projection change the width of a token."""
     head_projection_layers: int = 0
-    """Number of linear layers of the head projection, before the split into sub-tokens, with ReLU between them; 0 for
-    none."""
+    """Number of linear layers before the split into sub-tokens, with ReLU between them; 0 for none."""
     merge_projection_layers: int = 0
-    """Number of linear layers of the merge projection, after sub-tokens are joined, with ReLU between them; 0 for
-    none."""
+    """Number of linear layers after sub-tokens are joined, with ReLU between them; 0 for none."""
     sub_token_residual: bool = False
     shared_expert_intermediate_size: int = 0
     """Hidden width of the shared expert, which computes on whole tokens; 0 for none."""
 
     router_type: str = "linear"
-    """Kind of router. linear: a linear layer. xmoe: X-MoE's router as published. xmoe_torchscale: that router as
-    torchscale computes it."""
+    """Kind of router: linear, xmoe (X-MoE's router as published) or xmoe_torchscale (as torchscale computes it)."""
     router_dim: int | None = None
     """Width to which X-MoE's routers project a sub-token; None for router linear."""
     scoring_func: str = "softmax"
@@ -79,16 +76,16 @@ class MhmoeConfig(PreTrainedConfig):
     norm_topk_prob: bool = False
     """If true, the gates of a sub-token are divided by their sum."""
     routed_scaling_factor: float = 1.0
-    """Factor by which all gates are multiplied."""
+    """Factor of all gates."""
     n_group: int = 1
-    """Number of groups of experts, of which only the best `topk_group` are considered for a sub-token."""
+    """Number of groups of experts, of which a sub-token considers only the best `topk_group`."""
     topk_group: int = 1
     router_bias: bool = False
-    """True if each router has a bias that is added to the scores for the choice of experts, but not to the gates."""
+    """If true, the choice of experts, but not the gates, adds a bias to the scores."""
     router_jitter_noise: float = 0.0
     output_router_logits: bool = False
     router_aux_loss_coef: float = 0.0
-    """Factor of the load balancing loss, which is summed over layers."""
+    """Factor of the load balancing loss, summed over layers."""
     router_z_loss_coef: float = 0.0
     """Factor of the mean squared log-sum-exp of the router's logits, summed over layers."""
     balance_choices: str = "first"
@@ -109,6 +106,6 @@ class MhmoeConfig(PreTrainedConfig):
         return self.sub_token_size or self.hidden_size // self.moe_heads
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Return whether layer `layer`, counted from 0, is a mixture of experts."""
+        """Return whether a layer, counted from 0, is a mixture of experts."""
         is_sparse = self.num_experts > 0 and layer >= self.first_k_dense_replace
         return is_sparse and (layer + 1) % self.decoder_sparse_step == 0

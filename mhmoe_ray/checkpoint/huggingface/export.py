@@ -31,24 +31,16 @@ from mhmoe_ray.runs.directory import CHAT_TEMPLATE, RunDir
 from mhmoe_ray.storage import Location, replace_file, write_json
 
 CODE_FILES = tuple(Path(__file__).with_name(name) for name in ("configuration_mhmoe.py", "modeling_mhmoe.py"))
-"""Files with the code of MH-MoE models, which transformers lacks; an export of such a model contains copies of them."""
+"""Code of MH-MoE models, which transformers lacks; an export of such a model contains copies."""
 
 
 def export(checkpoint: Location, manifest: CheckpointManifest, target: Path) -> ExportResult:
-    """Export a checkpoint to a folder in Hugging Face's layout; one layer at a time is in memory.
+    """Export a verified checkpoint to a new or empty folder in Hugging Face's layout, one layer at a time in memory.
 
     The folder gets safetensors with their index, config.json, generation_config.json, tokenizer.json,
-    tokenizer_config.json, a model card and, if the run has one, chat_template.jinja. For a model that transformers does
-    not have, it also gets the code of its classes.
-
-    Args:
-        checkpoint: checkpoint inside its run directory, already verified.
-        manifest: manifest of the checkpoint.
-        target: folder to write, which must not exist or must be empty; it gets this name when it is complete.
-
-    Raises:
-        CheckpointError: the folder cannot be written, the checkpoint cannot be read, its tokenizer is missing or has
-            changed, or its model is not a decoder or has router `domain`.
+    tokenizer_config.json, a model card and, if they exist, chat_template.jinja and the code of the model's classes. It
+    gets its name when it is complete. A failure to read or write, a missing or changed tokenizer, another model than a
+    decoder, or router `domain` is a CheckpointError.
     """
     subject = f"folder {target}"
     if not manifest.model.family.predicts_next_token:
@@ -76,11 +68,7 @@ def export(checkpoint: Location, manifest: CheckpointManifest, target: Path) -> 
 
 @contextmanager
 def _report_read_errors(checkpoint: Location) -> Iterator[None]:
-    """Context manager that turns an OSError into an error about reading the checkpoint, not about writing the folder.
-
-    Raises:
-        CheckpointError: an OSError was raised in the context.
-    """
+    """Turn an OSError into a CheckpointError about reading the checkpoint, not about writing the folder."""
     try:
         yield
     except OSError as e:
@@ -91,7 +79,6 @@ def _report_read_errors(checkpoint: Location) -> Iterator[None]:
 def _write_folder(
     folder: Path, checkpoint: Location, manifest: CheckpointManifest, tokenizer: Location
 ) -> ExportResult:
-    """Write all files of the export of a checkpoint into an existing folder, with the tokenizer at path `tokenizer`."""
     adapter = choose_adapter(manifest.model, manifest.seq_len)
     groups = tensor_entries(manifest.model, adapter.name_replacements)
     # The files are read before anything is written, because errors of reading and of writing have different messages.

@@ -25,15 +25,7 @@ class StoredTensors:
     """Tensors in the safetensors files of a folder, by name; only headers are in memory until `read` is called."""
 
     def __init__(self, folder: Path, files: dict[str, Any]) -> None:
-        """Find the file that holds each tensor.
-
-        Args:
-            folder: folder of the files, which error messages name.
-            files: open safetensors files, by their names.
-
-        Raises:
-            CheckpointError: a tensor is in two files.
-        """
+        """Find the file of each tensor in the open safetensors `files`; a tensor in two files is a CheckpointError."""
         self._folder, self._files = folder, files
         self._file_of: dict[str, str] = {}
         for file, open_file in files.items():
@@ -48,10 +40,10 @@ class StoredTensors:
         return set(self._file_of)
 
     def redundant_names(self, *, tied_embeddings: bool) -> set[str]:
-        """Return the names of stored tensors that a model does not need, although some programs store them.
+        """Return the names of tensors that some programs store although a model does not need them.
 
-        These tensors are the frequencies of rotary embeddings, which are computed, and with tied embeddings a copy of
-        the embedding as the weight of the output layer.
+        These are the frequencies of rotary embeddings, and with tied embeddings a copy of the embedding as output
+        layer.
         """
         names = {name for name in self._file_of if name.endswith(".rotary_emb.inv_freq")}
         if tied_embeddings and {OUTPUT, EMBEDDING} <= self.names and self.read(OUTPUT).equal(self.read(EMBEDDING)):
@@ -64,11 +56,7 @@ class StoredTensors:
         return tuple(self._slice(name).get_shape()) or (1,)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of a tensor.
-
-        Raises:
-            CheckpointError: the tensor's numbers are not floats of 16 to 64 bits.
-        """
+        """Return the dtype of a tensor; CheckpointError unless it holds floats of 16 to 64 bits."""
         dtype_name = self._slice(name).get_dtype()
         if dtype_name not in FLOATS:
             reason = f"{name} is stored as {dtype_name}, and only {', '.join(FLOATS)} are understood"
@@ -86,10 +74,9 @@ class StoredTensors:
 
 @contextmanager
 def open_tensors(folder: Path) -> Iterator[StoredTensors]:
-    """Context manager that opens the weights of a folder: one safetensors file, or the files that its index names.
+    """Open the weights of a folder: one safetensors file, or the files that its index names.
 
-    Raises:
-        CheckpointError: there are no weights, a file of the index is missing, or a file is damaged.
+    Missing weights, a missing file of the index, or a damaged file is a CheckpointError.
     """
     subject, fix = f"folder {folder}", "get the folder again"
     with ExitStack() as stack:
@@ -105,11 +92,7 @@ def open_tensors(folder: Path) -> Iterator[StoredTensors]:
 
 
 def _file_names(folder: Path) -> list[str]:
-    """Return the names of a folder's safetensors files with weights.
-
-    Raises:
-        CheckpointError: there are none, or the index is damaged or cannot be read.
-    """
+    """Return the names of a folder's weight files; CheckpointError without any, or for a damaged index."""
     subject = f"folder {folder}"
     if (folder / SINGLE).is_file():
         return [SINGLE]
@@ -135,18 +118,9 @@ def _file_names(folder: Path) -> list[str]:
 
 
 def write_files(folder: Path, groups: Iterable[dict[str, Tensor]], count: int) -> dict[str, str]:
-    """Write each group of tensors to a safetensors file of its own, with one group in memory at a time.
+    """Write each group of tensors to one of `count` safetensors files, and return the file of each tensor by name.
 
-    Args:
-        folder: existing folder.
-        groups: groups of tensors by name, each produced when it is written.
-        count: number of groups, which is part of each file's name.
-
-    Returns:
-        Name of the file of each tensor, by the tensor's name.
-
-    Raises:
-        OSError: a file cannot be written.
+    Each group is produced when it is written. A full disk is an OSError.
     """
     weight_map: dict[str, str] = {}
     # safetensors creates files that only their owner can read, so they get the read and write permissions of the

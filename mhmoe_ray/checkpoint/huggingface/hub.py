@@ -14,12 +14,10 @@ WEIGHT_FILES = ("*.safetensors",)
 
 
 def local_folder(source: str) -> Path:
-    """Return the local folder of a model, after downloading it if `source` names a model of the Hugging Face hub.
+    """Return the local folder of a model, after downloading a model of the hub.
 
-    config.json is checked before the weights are downloaded.
-
-    Raises:
-        CheckpointError: the hub has no such model or cannot be reached, or this package does not compute the model.
+    config.json is checked before the weights are downloaded. A model that the hub lacks or this package does not
+    compute, or an unreachable hub, is a CheckpointError.
     """
     if not source.startswith(PREFIX):
         return Path(source)
@@ -29,30 +27,19 @@ def local_folder(source: str) -> Path:
 
 
 def settings_folder(source: str) -> Path:
-    """Download the settings and the tokenizer of a model of the Hugging Face hub, and return its local folder.
+    """Download the settings and the tokenizer of a model of the hub, and return its local folder.
 
-    Raises:
-        CheckpointError: the hub has no such model or cannot be reached.
+    A model that the hub lacks, or an unreachable hub, is a CheckpointError.
     """
     return _download(source, SETTINGS_FILES)
 
 
 def pinned_source(source: str, folder: Path) -> str:
-    """Return the name of a model of the Hugging Face hub with the revision that was downloaded.
-
-    Args:
-        source: hf:ORGANIZATION/NAME, perhaps with @REVISION.
-        folder: the model's folder in the hub's cache, whose name is the revision.
-    """
+    """Return a model's name with the downloaded revision, which is the name of its folder in the hub's cache."""
     return f"{source.partition('@')[0]}@{folder.name}"
 
 
 def _download(source: str, patterns: tuple[str, ...]) -> Path:
-    """Download the files of a model of the hub that match the patterns, and return its folder in the cache.
-
-    Raises:
-        CheckpointError: the hub has no such model, or cannot be reached.
-    """
     # Importing the package takes a third of a second, so it is imported only for models of the hub.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (

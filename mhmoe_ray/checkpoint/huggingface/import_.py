@@ -32,21 +32,13 @@ from mhmoe_ray.storage import Location, describe_file, location, replace_file
 def import_folder(
     source: Path, name: str | None, storage: str | Path, seq_len: int | None, origin: str | None = None
 ) -> RunDir:
-    """Import a model that was trained elsewhere: create a run directory with one checkpoint that holds its weights.
+    """Import a folder with config.json, tokenizer.json and safetensors as a run with one checkpoint.
 
-    Only one layer of the weights is in memory at a time.
-
-    Args:
-        source: folder with config.json, tokenizer.json and safetensors.
-        name: name with which the run's id begins; None for a name made from that of the folder.
-        storage: local folder for the run directory.
-        seq_len: number of tokens that prompt and answer may have together; None for the model's context length.
-        origin: name or path of the source that the run records; None for the path of the folder.
-
-    Raises:
-        CheckpointError: the folder lacks a file, is damaged, or holds a model that this package does not compute.
-        DataError: its tokenizer does not fit the model.
-        SpecError: the name is not valid, or `storage` is not a local folder that can be written.
+    One layer of the weights at a time is in memory. The run's id begins with `name`, by default the name of the folder.
+    `seq_len` limits the tokens of prompt and answer together, by default to the context length. The run records
+    `origin`, by default the folder's path. An incomplete, damaged or unsupported folder is a CheckpointError, a
+    tokenizer that does not fit a DataError, and an invalid name, or a storage that is remote or cannot be written, a
+    SpecError.
     """
     name, root = _checked_name(source, name), _local_storage(storage)
     model_type, config = read_config(source, seq_len)
@@ -82,17 +74,9 @@ def import_folder(
 def import_checkpoint(
     checkpoint: Location, manifest: CheckpointManifest, name: str, storage: str | Path, seq_len: int | None
 ) -> RunDir:
-    """Import the weights and the tokenizer of a run's checkpoint as another run.
+    """Import the weights and the tokenizer of a run's checkpoint as another run; any failure is an MhmoeError.
 
-    Args:
-        checkpoint: the checkpoint to import.
-        manifest: manifest of the checkpoint.
-        name: name with which the new run's id begins.
-        storage: local folder for the new run directory.
-        seq_len: number of tokens that prompt and answer may have together; None for the model's context length.
-
-    Raises:
-        MhmoeError: the checkpoint cannot be exported, or the import fails (see `import_folder`).
+    The arguments are those of `import_folder`.
     """
     # The name and the folder are checked before the weights are copied.
     root = _local_storage(storage)
@@ -110,11 +94,7 @@ def import_checkpoint(
 
 
 def _local_storage(storage: str | Path) -> Path:
-    """Return the local folder that `storage` names.
-
-    Raises:
-        SpecError: it is in an object store.
-    """
+    """Return the local folder that `storage` names; an object store is a SpecError."""
     root = location(storage)
     if not isinstance(root, Path):
         raise SpecError(f"storage {storage}", "an import is written to a local folder", "name one as storage")
@@ -123,18 +103,10 @@ def _local_storage(storage: str | Path) -> Path:
 
 @contextmanager
 def open_groups(source: Path, model_type: str, model: ModelSpec) -> Iterator[Iterator[dict[str, Tensor]]]:
-    """Context manager that opens the weights of a folder in Hugging Face's layout, after checking names and shapes.
+    """Open the weights of a folder in Hugging Face's layout, after checking names and shapes.
 
-    Its value is an iterator over groups of the model's tensors, by their names in a checkpoint: first those outside the
-    layers, then those of each layer. One group at a time is in memory.
-
-    Args:
-        source: folder with safetensors.
-        model_type: `model_type` of its config.json.
-        model: model section that its config.json describes.
-
-    Raises:
-        CheckpointError: the folder cannot be read, or does not hold exactly the tensors of the model.
+    The value iterates over groups of tensors by their checkpoint names: first those outside the layers, then those of
+    each layer. One group at a time is in memory. A folder with other tensors than the model's is a CheckpointError.
     """
     with open_tensors(source) as stored:
         groups = tensor_entries(model, ADAPTERS[model_type].name_replacements)
@@ -144,11 +116,7 @@ def open_groups(source: Path, model_type: str, model: ModelSpec) -> Iterator[Ite
 
 @contextmanager
 def _report_read_errors(source: Path) -> Iterator[None]:
-    """Context manager that turns an error into one about reading the source folder, not about writing the storage.
-
-    Raises:
-        CheckpointError: an OSError or a SafetensorError was raised in the context.
-    """
+    """Turn an error into a CheckpointError about reading the source folder, not about writing the storage."""
     try:
         yield
     except (OSError, SafetensorError) as e:
@@ -157,16 +125,12 @@ def _report_read_errors(source: Path) -> Iterator[None]:
 
 
 def run_name(text: str) -> str:
-    """Return a valid name of a run made from a text, such as the name of a folder."""
+    """Return a valid run name made from a text, such as the name of a folder."""
     return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")[:NAME_LENGTH].strip("-") or "imported"
 
 
 def _checked_name(source: Path, name: str | None) -> str:
-    """Return the name of the imported run: `name` if it is valid, or one made from that of the folder if it is None.
-
-    Raises:
-        SpecError: `name` is not valid.
-    """
+    """Return `name`, or one made from that of the folder; an invalid `name` is a SpecError."""
     if name is None:
         return run_name(source.absolute().name)
     if not re.fullmatch(NAME, name):
@@ -178,13 +142,9 @@ def _checked_name(source: Path, name: str | None) -> str:
 def _check_tensors(
     source: Path, stored: StoredTensors, groups: list[list[TensorEntry]], redundant_names: set[str]
 ) -> None:
-    """Check that a folder holds exactly the tensors of a model, as floats of the right shapes.
+    """Check that a folder holds exactly a model's tensors, apart from redundant ones, as floats of the right shapes.
 
-    Redundant tensors, which the model does not need, are allowed.
-
-    Raises:
-        CheckpointError: a tensor is missing, does not belong to the model, has another shape or is not of floats, or
-            tensors that are joined differ in dtype.
+    Any other tensor, and tensors of different dtypes that are joined, are a CheckpointError.
     """
     all_entries = [entry for group in groups for entry in group]
     shapes = {name: shape for entry in all_entries for name, shape in entry.shapes.items()}
@@ -210,7 +170,6 @@ def _check_tensors(
 
 
 def _joined_groups(source: Path, stored: StoredTensors, groups: list[list[TensorEntry]]) -> Iterator[dict[str, Tensor]]:
-    """Read a folder's tensors group by group, and yield the model's tensors that they are joined to, by name."""
     for group in groups:
         with _report_read_errors(source):
             tensors = {
@@ -223,7 +182,6 @@ def _joined_groups(source: Path, stored: StoredTensors, groups: list[list[Tensor
 
 
 def _manifest(run: RunDir, checkpoint: Path, config: MhmoeSection, tokenizer: ImportedTokenizer) -> CheckpointManifest:
-    """Return the manifest of the checkpoint that holds imported weights, with the hashes of its files."""
     files = {str(p.relative_to(checkpoint)): describe_file(p) for p in sorted(checkpoint.glob("weights/*"))}
     return CheckpointManifest(
         step=0,

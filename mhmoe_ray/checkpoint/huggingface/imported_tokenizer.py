@@ -26,18 +26,15 @@ class ImportedTokenizer(NamedTuple):
     content: bytes
     """Content of tokenizer.json in the run directory."""
     adds_start: bool
-    """Whether a start token precedes each text."""
     end_tokens: list[int]
-    """Token ids that end a text, in addition to the tokenizer's own end tokens."""
+    """Token ids that end a text, in addition to the tokenizer's own."""
 
 
 def read_folder_tokenizer(source: Path, config: MhmoeSection) -> ImportedTokenizer:
     """Read and check the tokenizer of a folder in Hugging Face's layout.
 
-    Raises:
-        CheckpointError: the folder has no tokenizer.json, or not the one that the model was trained with, or a file
-            cannot be read.
-        DataError: the tokenizer does not fit the model, or has no token that can start a text.
+    A missing, other or unreadable tokenizer.json is a CheckpointError. A tokenizer that does not fit the model, or
+    without a token that can start a text, is a DataError.
     """
     file = source / "tokenizer.json"
     if not file.is_file():
@@ -70,11 +67,7 @@ def read_folder_tokenizer(source: Path, config: MhmoeSection) -> ImportedTokeniz
 
 
 def _read_settings(source: Path) -> dict[str, Any]:
-    """Return the content of a folder's tokenizer_config.json; an empty dictionary if there is none.
-
-    Raises:
-        CheckpointError: the file cannot be read.
-    """
+    """Return the content of a folder's tokenizer_config.json, if there is one; CheckpointError if it cannot be read."""
     file = source / TOKENIZER_CONFIG
     try:
         settings = json.loads(file.read_text()) if file.exists() else {}
@@ -86,10 +79,9 @@ def _read_settings(source: Path) -> dict[str, Any]:
 
 
 def read_chat_template(source: Path) -> str | None:
-    """Return the chat template of a folder in Hugging Face's layout; None if it has none.
+    """Return the chat template of a folder in Hugging Face's layout; None without one.
 
-    Raises:
-        CheckpointError: the template cannot be read, or there are several and none is the default.
+    An unreadable template, or several without a default, is a CheckpointError.
     """
     # Newer folders have the template in a file of its own. In older ones it is an entry of tokenizer_config.json, which
     # is read below.

@@ -14,25 +14,22 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class FolderModel(NamedTuple):
-    """A model in a folder in Hugging Face's layout. Its weights are not loaded until `load_decoder` is called."""
+    """A model in a folder in Hugging Face's layout, whose weights only `load_decoder` loads."""
 
     folder: Path
     model_type: str
-    """`model_type` in the folder's config.json."""
     model: ModelSpec
     seq_len: int
     tokenizer: Tokenizer
     adds_start: bool
-    """Whether a start token precedes each text."""
     ends: list[int]
-    """Token ids that end a text, in addition to the tokenizer's own end tokens."""
+    """Token ids that end a text, in addition to the tokenizer's own."""
     chat_template: str | None
 
     def load_decoder(self) -> Decoder:
         """Load the weights into a decoder with all experts, in evaluation mode, float32, without gradients.
 
-        Raises:
-            CheckpointError: the folder cannot be read, or does not hold exactly the tensors of the model.
+        A folder that cannot be read, or that holds other tensors than the model's, is a CheckpointError.
         """
         decoder = inference_decoder(self.model)
         tensors = decoder.named_tensors()
@@ -45,11 +42,9 @@ class FolderModel(NamedTuple):
 
 
 def read_folder_model(folder: Path) -> FolderModel:
-    """Read and check everything but the weights of a model in a folder in Hugging Face's layout.
+    """Read and check everything but the weights of a folder in Hugging Face's layout.
 
-    Raises:
-        CheckpointError: the folder lacks a file, is damaged, or holds a model that this package does not compute.
-        DataError: its tokenizer does not fit the model.
+    An incomplete, damaged or unsupported folder is a CheckpointError, a tokenizer that does not fit a DataError.
     """
     model_type, section = read_config(folder, None)
     imported = read_folder_tokenizer(folder, section)

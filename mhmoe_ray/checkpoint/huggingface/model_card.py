@@ -12,13 +12,7 @@ CARD = "README.md"
 
 
 def build_card(run: RunDir, manifest: CheckpointManifest, model_type: str) -> str:
-    """Return the text of the model card for an exported checkpoint.
-
-    Args:
-        run: run directory of the checkpoint.
-        manifest: manifest of the checkpoint.
-        model_type: `model_type` in the folder's config.json.
-    """
+    """Return the text of the model card for an exported checkpoint; `model_type` is that of config.json."""
     rows = {**_model_rows(manifest.model), "context length": f"{manifest.seq_len:,} tokens"}
     rows |= _training_rows(run, manifest)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
@@ -60,7 +54,6 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 
 
 def _model_rows(model: ModelSpec) -> dict[str, str]:
-    """Return the rows of the card's table that describe the model: the text of each row, by the row's name."""
     sizes, moe = compute_sizes(model), model.moe
     rows = {"parameters": f"{sizes.parameters:,}"}
     if moe is None:
@@ -77,7 +70,7 @@ def _model_rows(model: ModelSpec) -> dict[str, str]:
 
 
 def _training_rows(run: RunDir, manifest: CheckpointManifest) -> dict[str, str]:
-    """Return the rows of the card's table about training up to the checkpoint; for an imported model, its origin."""
+    """Return the card's rows about training up to the checkpoint; for an imported model, its origin."""
     if run.is_imported:
         return {"origin": "imported"}
     lines = [line for line in history.read(run) if line[STEP] <= manifest.step]

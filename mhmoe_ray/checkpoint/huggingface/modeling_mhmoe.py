@@ -30,14 +30,11 @@ from transformers.utils import can_return_tuple
 from .configuration_mhmoe import MhmoeConfig
 
 XPOS_DISTANCE = 512
-"""Distance between query and key, in tokens, for which xPos multiplies a frequency's share of the score by its factor.
-
-Each frequency has its own factor, which is below 1. For twice this distance, the factor is squared.
-"""
+"""Distance between query and key, in tokens, for which xPos multiplies a frequency's share of the score by its factor,
+which is below 1. For twice this distance, the factor is squared."""
 INITIAL_TEMPERATURE, MIN_TEMPERATURE = 0.3, 0.01
 # transformers has renamed the cache in outputs and arguments of models.
 CACHE = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""Name of the output field with the KV cache in the installed version of transformers."""
 
 
 class Routing(NamedTuple):
@@ -52,10 +49,7 @@ class Routing(NamedTuple):
 
 @dataclass
 class MhmoeModelOutput(MoeModelOutputWithPast):
-    """Output of the decoder.
-
-    `router_logits` has a tensor of shape (tokens, E) for each head of each layer with experts.
-    """
+    """Output of the decoder; `router_logits` has shape (tokens, E) for each head of each layer with experts."""
 
     routings: tuple[Routing, ...] | None = None
     """Routing of each layer with experts; None without `output_router_logits`."""
@@ -64,7 +58,7 @@ class MhmoeModelOutput(MoeModelOutputWithPast):
 def rotary_tables(config: MhmoeConfig, position_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the cosines and sines of rotary positions and xPos's factors, three tensors of shape (B, 1, T, C).
 
-    Rotated queries are multiplied by the factors, and rotated keys are divided by them. The factors are 1 without xPos.
+    Queries are multiplied by the factors, and keys are divided by them. The factors are 1 without xPos.
     """
     # Angles are computed in float64, because those of late positions would lose digits in float32. Apple's GPUs have no
     # float64.
@@ -87,7 +81,7 @@ def rotary_tables(config: MhmoeConfig, position_BT: Tensor) -> tuple[Tensor, Ten
 
 
 def rotate(x_BHTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return queries or keys after rotating them by their positions, whose cosines and sines are given."""
+    """Return queries or keys after rotating them by their positions."""
     first_half, second_half = x_BHTC.chunk(2, dim=-1)
     return (x_BHTC * cos + torch.cat((-second_half, first_half), dim=-1) * sin).to(x_BHTC.dtype)
 
@@ -102,10 +96,7 @@ def eager_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return the attention output of shape (B, T, H, C), and the attention weights.
-
-    transformers calls this for the attention implementation `eager`.
-    """
+    """Return the attention output of shape (B, T, H, C) and the weights, as transformers' implementation `eager`."""
     groups = query.shape[1] // key.shape[1]
     score = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * scaling
     if attention_mask is not None:
@@ -206,7 +197,7 @@ class MhmoeNormedLayer(nn.Module):
 
 
 def build_feed_forward(config: MhmoeConfig, width: int, hidden: int, gated_class: type[nn.Module]) -> nn.Module:
-    """Return a feed-forward layer or an expert for the configuration's backbone; for llama, it is a `gated_class`."""
+    """Return a feed-forward layer or an expert of the configuration's backbone; for llama, a `gated_class`."""
     if config.backbone == "subln":
         return MhmoeNormedLayer(width, hidden, config.rms_norm_eps)
     return gated_class(width, hidden)
@@ -230,7 +221,7 @@ class MhmoeRouter(nn.Module):
             self.register_buffer("e_score_correction_bias", torch.zeros(experts))
 
     def forward(self, x_ND: Tensor) -> Routing:
-        """Return the chosen experts and their gates for rows (sub-tokens), with the inputs of the router's losses."""
+        """Return the routing of rows, with the inputs of the router's losses."""
         config = self.config
         with torch.autocast(x_ND.device.type, enabled=False):
             x_ND = x_ND.float()
@@ -272,10 +263,10 @@ class MhmoeRouter(nn.Module):
         return logits_NE, logits_NE.softmax(-1)
 
     def best_groups(self, preference_NE: Tensor) -> Tensor:
-        """Return the preferences of rows for experts, with -inf for all experts outside of the best groups of each row.
+        """Return the preferences of rows for experts, with -inf outside of the best groups of each row.
 
-        A preference is the score of an expert plus its selection bias. The value of a group of experts is the sum of
-        its two largest preferences (DeepSeek-V3).
+        A preference is a score plus the selection bias; a group's value is the sum of its two largest ones
+        (DeepSeek-V3).
         """
         groups, kept_groups = self.config.n_group, self.config.topk_group
         preference_NGE = preference_NE.unflatten(-1, (groups, -1))
@@ -309,7 +300,6 @@ class MhmoeSparseBlock(nn.Module):
             )
 
     def forward(self, x_BTM: Tensor) -> tuple[Tensor, Routing]:
-        """Return the output for tokens, and the routing of their sub-tokens."""
         dropout = self.config.hidden_dropout if self.training else 0.0
         h_BTM = self.head_proj(x_BTM)
         x_ND = h_BTM.reshape(-1, self.config.row_width)
@@ -331,10 +321,7 @@ class MhmoeSparseBlock(nn.Module):
 
 
 def build_projection(widths: Iterable[int]) -> nn.Module:
-    """Return a projection: a linear layer from each width to the next one, with ReLU between the layers.
-
-    For a single width, it is the identity.
-    """
+    """Return a linear layer from each width to the next, with ReLU between; the identity for a single width."""
     layers = [nn.Linear(in_width, out_width) for in_width, out_width in pairwise(widths)]
     if len(layers) < 2:
         return layers[0] if layers else nn.Identity()
@@ -375,7 +362,7 @@ def build_norm(config: MhmoeConfig) -> nn.Module:
 
 
 class MhmoePreTrainedModel(PreTrainedModel):
-    """Base class of MH-MoE models. It declares which features of transformers they support, and initializes weights."""
+    """Base class of MH-MoE models."""
 
     config_class = MhmoeConfig
     config: MhmoeConfig
@@ -422,7 +409,7 @@ class MhmoeModel(MhmoePreTrainedModel):
         output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> MhmoeModelOutput:
-        """Return the output for token ids or for their embeddings, with the arguments of transformers' own decoders."""
+        """Return the output for token ids or embeddings, with the arguments of transformers' own decoders."""
         config = self.config
         cache = past_key_values if cache is None else cache
         use_cache = config.use_cache if use_cache is None else use_cache
@@ -464,7 +451,7 @@ class MhmoeModel(MhmoePreTrainedModel):
 def router_losses(
     config: MhmoeConfig, routings: tuple[Routing, ...], attention_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the load balancing loss and the router z-loss, each summed over layers. Padding is left out."""
+    """Return the load balancing loss and the router z-loss, each summed over layers, without padding."""
     balance_loss = z_loss = routings[0].logits_NE.new_zeros(())
     is_text_N = None
     if attention_mask is not None and attention_mask.ndim == 2 and not attention_mask.all():
@@ -510,10 +497,10 @@ class MhmoeForCausalLM(MhmoePreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """Return the logits and, with `labels`, the loss. The arguments are those of transformers' own decoders.
+        """Return the logits and, with `labels`, the loss, with the arguments of transformers' own decoders.
 
-        With `output_router_logits`, the loss includes the load balancing loss and the router z-loss, each multiplied by
-        its coefficient in the configuration.
+        With `output_router_logits`, the loss includes the load balancing loss and the router z-loss with their
+        coefficients.
         """
         config = self.config
         if output_router_logits is None:

@@ -57,15 +57,15 @@ _FIELD_PATTERNS = {"{i}": r"(?P<i>\d+)", "{n}": r"(?P<n>\d+)", "{p}": "(?P<p>wei
 
 
 class TensorEntry(NamedTuple):
-    """One tensor of the model: its name in a checkpoint, and the exported tensors into which it is split, in order."""
+    """One tensor of the model, and the exported tensors into which it is split, in order."""
 
     checkpoint_name: str
     shape: tuple[int, ...]
     exported_names: tuple[str, ...]
     row_counts: tuple[int, ...]
-    """Number of rows of each exported tensor; empty if the tensor is not split by rows."""
+    """Rows of each exported tensor; empty without a split by rows."""
     is_stacked: bool
-    """Whether the tensor stacks weights of experts; each exported tensor is then one index of its first dimension."""
+    """Whether the tensor stacks experts; each exported tensor is then one index of the first dimension."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -77,7 +77,7 @@ class TensorEntry(NamedTuple):
         return {name: (rows, *self.shape[1:]) for name, rows in zip(self.exported_names, self.row_counts, strict=True)}
 
     def with_replacements(self, replacements: NameReplacements) -> "TensorEntry":
-        """Return a copy of the entry in whose exported names the first text of each pair is replaced by the second."""
+        """Return a copy with the first text of each pair replaced by the second in the exported names."""
         names = self.exported_names
         for part, own_part in replacements:
             names = tuple(name.replace(part, own_part) for name in names)
@@ -93,19 +93,14 @@ class TensorEntry(NamedTuple):
         return dict(zip(self.exported_names, parts, strict=True))
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """Join the exported tensors, given in the order of `exported_names`, into the model's tensor."""
+        """Join the exported tensors, in the order of `exported_names`, into the model's tensor."""
         if self.is_stacked:
             return torch.stack(parts)
         return torch.cat(parts) if self.row_counts else parts[0]
 
 
 def tensor_entries(spec: ModelSpec, replacements: NameReplacements = ()) -> list[list[TensorEntry]]:
-    """Return the entries of all tensors of a model, in groups: those outside the layers, then those of each layer.
-
-    Args:
-        spec: model section of a spec.
-        replacements: pairs (part of a name in the table, the architecture's own name for it).
-    """
+    """Return the entries of all tensors of a model in groups: those outside the layers, then those of each layer."""
     # Only names and shapes are needed, so the model is created on the meta device, without values.
     with torch.device("meta"):
         model = Decoder(spec)
@@ -118,7 +113,7 @@ def tensor_entries(spec: ModelSpec, replacements: NameReplacements = ()) -> list
 
 
 def _create_entry(spec: ModelSpec, name: str, shape: tuple[int, ...]) -> TensorEntry:
-    """Return the entry of the model's tensor with this name, from the only row of the table that matches it."""
+    """Return the entry of a tensor from the only row of the table that matches its name."""
     [(name_match, pattern)] = [
         (match, exported_name)
         for pattern_regex, exported_name in _patterns(spec.backbone)
@@ -136,7 +131,7 @@ def _create_entry(spec: ModelSpec, name: str, shape: tuple[int, ...]) -> TensorE
 
 
 def _compile_pattern(checkpoint_name: str) -> re.Pattern[str]:
-    """Return the regular expression for a checkpoint name of the table, with a group for each placeholder."""
+    """Return the regular expression for a checkpoint name, with a group for each placeholder."""
     return re.compile(
         "".join(_FIELD_PATTERNS.get(part, re.escape(part)) for part in re.split(r"(\{\w\})", checkpoint_name))
     )
@@ -144,10 +139,7 @@ def _compile_pattern(checkpoint_name: str) -> re.Pattern[str]:
 
 @cache
 def _patterns(backbone: ArchitectureName) -> list[tuple[re.Pattern[str], str]]:
-    """Return the rows of the name table for an architecture, with regular expressions for the names in a checkpoint.
-
-    The second element of each row is the exported name with its placeholders.
-    """
+    """Return the rows of the name table for an architecture: the compiled checkpoint name and the exported name."""
     return [
         (_compile_pattern(checkpoint_name), exported_name)
         for checkpoint_name, exported_name in (*NAME_TABLE, *ARCHITECTURES[backbone].tensor_names)

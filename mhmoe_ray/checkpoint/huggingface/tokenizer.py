@@ -20,14 +20,9 @@ _SAMPLE_TEXT = "A text of some words."
 
 
 def add_start_token(content: bytes, start: int | None = None) -> bytes:
-    """Change a tokenizer.json so that its encoding of a text begins with the start token, and return its new content.
+    """Return a tokenizer.json whose encoding of a text begins with the start token; unchanged if it does already.
 
-    If its encoding already begins with that token, the content is returned unchanged.
-
-    Args:
-        content: content of a tokenizer.json.
-        start: id of the start token; None for the one that `boundaries` finds in a tokenizer that `load_tokenizer`
-            accepts.
+    `start` is by default the token that `boundaries` finds in a tokenizer that `load_tokenizer` accepts.
     """
     tokenizer = Tokenizer.from_buffer(content)
     if start is None:
@@ -42,19 +37,13 @@ def add_start_token(content: bytes, start: int | None = None) -> bytes:
 
 
 def remove_start_token(content: bytes) -> bytes:
-    """Change a tokenizer.json so that its encoding of a text begins with no added token, and return its new content.
-
-    If its encoding has no such token, the content is returned unchanged.
-
-    Args:
-        content: content of a tokenizer.json.
-    """
+    """Return a tokenizer.json whose encoding begins with no added token; unchanged if there is none."""
     tokenizer = Tokenizer.from_buffer(content)
     return content if added_start_token(tokenizer) is None else _with_processors(tokenizer, content, [])
 
 
 def _with_processors(tokenizer: Tokenizer, content: bytes, processors: list[TemplateProcessing]) -> bytes:
-    """Return the content of a tokenizer.json after its post-processors are replaced, except for a byte-level one."""
+    """Return a tokenizer.json with other post-processors, beside which only a byte-level one stays."""
     # A byte-level processor only corrects offsets. Any other processor would add further tokens and is left out.
     byte_level_processors = [ByteLevel(**options)] if (options := _byte_level_options(content)) is not None else []
     tokenizer.post_processor = Sequence([*byte_level_processors, *processors])
@@ -62,14 +51,9 @@ def _with_processors(tokenizer: Tokenizer, content: bytes, processors: list[Temp
 
 
 def special_token(tokenizer: Tokenizer, settings: dict[str, Any], *names: str) -> int | None:
-    """Return the id of a special token: that of the first key in `names` with a token in tokenizer_config.json.
+    """Return the id of the token that the first fitting key of tokenizer_config.json names; None without one.
 
-    The result is None if none of the keys has a token of the tokenizer.
-
-    Args:
-        tokenizer: the tokenizer in the same folder.
-        settings: content of tokenizer_config.json.
-        names: keys of tokenizer_config.json in the order in which they are tried, such as "bos_token".
+    `names` are keys such as "bos_token", in the order in which they are tried.
     """
     for name in names:
         entry = settings.get(name)
@@ -81,7 +65,7 @@ def special_token(tokenizer: Tokenizer, settings: dict[str, Any], *names: str) -
 
 
 def _byte_level_options(content: bytes) -> dict[str, bool] | None:
-    """Return the options of the byte-level post-processor in a tokenizer.json; None if there is none."""
+    """Return the options of the byte-level post-processor in a tokenizer.json; None without one."""
     post_processor = json.loads(content)["post_processor"] or {}
     for processor in (post_processor, *post_processor.get("processors", [])):
         if processor.get("type") == "ByteLevel":
@@ -90,11 +74,7 @@ def _byte_level_options(content: bytes) -> dict[str, bool] | None:
 
 
 def tokenizer_identity(content: bytes) -> str:
-    """Return a hash that is equal for tokenizers that encode the text between special tokens alike.
-
-    Args:
-        content: content of a tokenizer.json.
-    """
+    """Return a hash that is equal for tokenizer.json files that encode the text between special tokens alike."""
     # Other tools may write the same tokenizer in another form of JSON, or with a post-processor that adds other special
     # tokens to a text. So only the parts that encode text are hashed.
     parts = json.loads(Tokenizer.from_buffer(content).to_str())
@@ -108,11 +88,7 @@ def tokenizer_config(
 ) -> dict[str, Any]:
     """Return the content of tokenizer_config.json, which names the special tokens for other tools.
 
-    Args:
-        tokenizer: tokenizer of the tokenizer.json in the same folder.
-        edge_tokens: token that starts a text, and all tokens that end one.
-        seq_len: number of tokens that the model sees at once.
-        chat_template: Jinja template that turns a conversation into a prompt; None if there is none.
+    `edge_tokens` has the start token and all end tokens; `chat_template` is Jinja text.
     """
     # The end token is preferably one that is not also the start token, such as </s> rather than <s>.
     end = tokenizer.id_to_token(max(edge_tokens.ends - {edge_tokens.start}, default=edge_tokens.start))

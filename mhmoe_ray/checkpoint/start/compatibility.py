@@ -11,21 +11,13 @@ from mhmoe_ray.spec import ModelSpec, MoESpec, StartSpec
 from mhmoe_ray.storage import Location
 
 POSITION_KEYS = {"rope_theta", "rope_scaling"}
-"""Keys of a `model` section that a run may change at its start, in order to read longer texts, even though the model
-then computes differently."""
+"""Keys of a `model` section that a run may change at its start, to read longer texts, although the results change."""
 
 
 def check_start(start: StartSpec, model: ModelSpec, start_models: Sequence[StartModel]) -> None:
-    """Check that a model can get its first weights from other models in the way that `start.how` names.
+    """Check that a model can get its first weights from the models of `start.from` as `start.how` says.
 
-    Args:
-        start: `start` section of the run's spec.
-        model: `model` section of the run's spec.
-        start_models: the models that `start.from` names, in the same order.
-
-    Raises:
-        SpecError: the models differ in sizes or in what they compute, and the message names the first key that differs;
-            or the optimizer's state should be copied, but there is none.
+    A SpecError names the first key in which they differ, or says that there is no optimizer state to copy.
     """
     checks = {"copy": _copy_problems, "upcycle": _upcycle_problems, "mix": _mix_problems}
     first_model = start_models[0]
@@ -52,17 +44,13 @@ def check_start(start: StartSpec, model: ModelSpec, start_models: Sequence[Start
 
 
 def _expert_names(model: ModelSpec) -> list[str]:
-    """Return the names of the experts of a model with router `domain`; other models have experts without names."""
     return (model.moe and model.moe.domains) or []
 
 
 def _check_new_experts(start: StartSpec, model: ModelSpec, start_model: ModelSpec) -> None:
-    """Check that `start.new_experts` maps names of new experts to names of experts of the start model.
+    """Check that `start.new_experts` maps new experts to experts of the start model; SpecError for a wrong name.
 
-    Experts have names with router `domain`, which sends each document to the expert of its domain.
-
-    Raises:
-        SpecError: a name is wrong, or a model has no router `domain`.
+    Only router `domain` gives experts names.
     """
     domains, start_domains = _expert_names(model), _expert_names(start_model)
     for new_name, old_name in start.new_experts.items():
@@ -77,7 +65,7 @@ def _check_new_experts(start: StartSpec, model: ModelSpec, start_model: ModelSpe
 def _differences(
     model: ModelSpec, start_model: ModelSpec, prefix: str, ignored_keys: Collection[str] = ()
 ) -> Iterator[str]:
-    """Yield a text about each key of the `model` section by which a model and its start model compute differently."""
+    """Yield a text about each key by which two models compute differently."""
     fields, start_fields = computed_function(model), computed_function(start_model)
     yield from _field_differences(fields, start_fields, prefix, ignored_keys)
 
@@ -102,7 +90,7 @@ def _text(value: Any) -> str:
 
 
 def _copy_problems(model: ModelSpec, start_model: ModelSpec, count: int) -> Iterator[tuple[str, str]]:
-    """Yield a reason and a fix for each difference between two models that prevents a plain copy of the weights."""
+    """Yield a reason and a fix for each difference that prevents a plain copy of the weights."""
     ignored_keys = set(POSITION_KEYS)
     # The selection biases of a router begin at zero, where they change nothing, so a run may add them.
     if model.moe and start_model.moe and not start_model.moe.bias_rate:
@@ -118,10 +106,7 @@ def _copy_problems(model: ModelSpec, start_model: ModelSpec, count: int) -> Iter
 
 
 def _trunk_problems(model: ModelSpec, start_model: ModelSpec) -> Iterator[tuple[str, str]]:
-    """Yield a reason and a fix for each difference between two models outside of their experts.
-
-    A new model without a `model.moe` section is a problem, too.
-    """
+    """Yield a reason and a fix for each difference outside of the experts, and for a missing `model.moe` section."""
     for difference in _differences(model, start_model, "model.", {"moe", "d_ff", *POSITION_KEYS}):
         yield difference, "remove that key: all but the experts stays as it is"
     if model.moe is None:
@@ -131,13 +116,7 @@ def _trunk_problems(model: ModelSpec, start_model: ModelSpec) -> Iterator[tuple[
 
 
 def _copied_expert_problems(moe: MoESpec, d_ff: int, prefix: str = "model.moe.") -> Iterator[tuple[str, str]]:
-    """Yield a reason and a fix for each option with which experts copied from a dense layer would not compute the same.
-
-    Args:
-        moe: `model.moe` section of the new model.
-        d_ff: hidden width of the dense layer.
-        prefix: path of the section, for messages.
-    """
+    """Yield a reason and a fix for each option with which copies of a dense layer would not compute the same."""
     required_values = {"d_expert": d_ff, "gate_scale": 1.0, "sub_token_residual": False}
     # The gates of a token must add up to 1. Those of router `domain` do so without `normalize_gates`.
     if moe.router != "domain":
@@ -151,10 +130,7 @@ def _copied_expert_problems(moe: MoESpec, d_ff: int, prefix: str = "model.moe.")
 
 
 def _shared_expert_problems(moe: MoESpec, d_ff: int) -> Iterator[tuple[str, str]]:
-    """Yield a reason and a fix for each option with which a layer with experts would not compute what a dense one does.
-
-    The dense layer, of hidden width `d_ff`, becomes the layer's shared expert.
-    """
+    """Yield a reason and a fix for each option that keeps the dense layer from becoming the shared expert."""
     if moe.d_shared != d_ff:
         reason = f"model.moe.d_shared is {moe.d_shared}, and the dense layers there have width {d_ff}"
         yield reason, f"set model.moe.d_shared to {d_ff}: with {moe.heads} heads the dense layer becomes shared"
@@ -178,7 +154,7 @@ def _upcycle_problems(model: ModelSpec, start_model: ModelSpec, count: int) -> I
 def _mixture_problems(
     model: ModelSpec, start_model: ModelSpec, moe: MoESpec, start_moe: MoESpec
 ) -> Iterator[tuple[str, str]]:
-    """Yield each reason, with a fix, why an MH-MoE layer would not compute the same as a sparse mixture of experts."""
+    """Yield each reason, with a fix, why an MH-MoE layer would compute differently from a sparse mixture of experts."""
     if start_moe.heads > 1:
         yield f"it has {start_moe.heads} heads already", "set start.how to copy"
     if moe.heads == 1:
@@ -216,15 +192,7 @@ def _mix_problems(model: ModelSpec, start_model: ModelSpec, count: int) -> Itera
 
 
 def check_tokenizer(start_model: StartModel, tokenizer_file: Location) -> None:
-    """Check that a run's tokenizer encodes text like that of the model that the run starts from.
-
-    Args:
-        start_model: the model that the run starts from.
-        tokenizer_file: tokenizer.json of the run's data.
-
-    Raises:
-        SpecError: the two tokenizers differ.
-    """
+    """Check that the tokenizer of a run's data encodes text like that of the start model; SpecError if not."""
     content, start_content = tokenizer_file.read_bytes(), start_model.tokenizer_file.read_bytes()
     if content == start_content or tokenizer_identity(content) == tokenizer_identity(start_content):
         return

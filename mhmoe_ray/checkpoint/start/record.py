@@ -11,13 +11,10 @@ from mhmoe_ray.spec import RunSpec
 
 
 def plan_start(spec: RunSpec) -> StartRecord | None:
-    """Return the record of start models that a run of the spec would get; None if it would begin with random weights.
+    """Return the record of start models that a run would get; None if it begins with random weights.
 
-    The result is also None if the run starts from another run of its sweep, which may not exist yet.
-
-    Raises:
-        RunError, CheckpointError: a model that the run starts from cannot be read.
-        SpecError, DataError: the run cannot continue the data order of the earlier run.
+    It is also None for a start from another run of the sweep, which may not exist yet. A model that cannot be read is a
+    RunError or CheckpointError; a data order that cannot be continued is a SpecError or DataError.
     """
     start = spec.start
     if start is None or any(source.startswith(SWEEP_PREFIX) for source in start.sources):
@@ -26,15 +23,7 @@ def plan_start(spec: RunSpec) -> StartRecord | None:
 
 
 def build_record(spec: RunSpec, start_models: Sequence[StartModel]) -> StartRecord:
-    """Return the record of how a run starts from other models, which is stored in the run directory.
-
-    Args:
-        spec: spec of the run, with a `start` section.
-        start_models: the models from which the run starts.
-
-    Raises:
-        SpecError, DataError: the run cannot continue the data order of the earlier run.
-    """
+    """Return the record of a run's start; SpecError or DataError if the data order cannot be continued."""
     start = spec.start
     assert start is not None
     return StartRecord(
@@ -46,17 +35,10 @@ def build_record(spec: RunSpec, start_models: Sequence[StartModel]) -> StartReco
 
 
 def _samples_before(spec: RunSpec, start_model: StartModel) -> dict[str, int]:
-    """Return how many samples of each domain an earlier run and its own ancestors have read up to a checkpoint.
+    """Return the samples of each domain that an earlier run and its ancestors have read up to a checkpoint.
 
-    A domain is a named source of documents.
-
-    Args:
-        spec: spec of the new run, which continues the data order of the earlier run.
-        start_model: checkpoint of the earlier run from which the new run starts.
-
-    Raises:
-        SpecError: the earlier run was not trained here, or has another seed.
-        DataError: the data of the earlier run is gone or changed, or a domain has other samples in the new run's data.
+    SpecError: the earlier run was not trained here, or has another seed. DataError: its data is gone or changed, or a
+    domain has other samples in the new run's data.
     """
     run, manifest = start_model.run, start_model.manifest
     if run is None or manifest is None or run.is_imported:
@@ -87,11 +69,7 @@ def _samples_before(spec: RunSpec, start_model: StartModel) -> dict[str, int]:
 
 
 def _check_same_samples(earlier_data: DataManifest, own_data: DataManifest, spec: RunSpec) -> None:
-    """Check that each domain that is in the data of both an earlier and a new run has the same samples in both.
-
-    Raises:
-        DataError: a domain has other samples in the new run's data; the message names the domain.
-    """
+    """Check that each domain in the data of both runs has the same samples in both; DataError if not."""
     for name in sorted(earlier_data.domains.keys() & own_data.domains.keys()):
         earlier_hashes, own_hashes = (
             [shard.sha256 for shard in data.domains[name].shards] for data in (earlier_data, own_data)

@@ -30,22 +30,14 @@ from mhmoe_ray.spec import MoESpec, RunSpec, StartSpec, validate_section
 DEFAULT_STORAGE = "runs"
 TOKENIZER_KEYS = {"tokenizer", "tokenizer_pattern", "tokenizer_model", "tokenizer_train_mb"}
 FindSibling = Callable[[str], RunSpec]
-"""Function that takes the name of a variant in a sweep, and returns the spec of this variant's run."""
+"""Function from the name of a variant in a sweep to the spec of its run."""
 
 
 def build_spec(tree: Tree, label: str, find_sibling: FindSibling | None = None) -> RunSpec:
-    """Return the checked, complete spec that follows from the nested dictionaries of a spec file.
+    """Return the checked, complete spec for the nested dictionaries of a spec file, which may be changed in place.
 
-    Shorthands such as presets are replaced, and the models that the run starts from give defaults.
-
-    Args:
-        tree: nested dictionaries of the spec file, with overrides applied; they may be changed in place.
-        label: name of the spec in error messages.
-        find_sibling: function that returns the spec of another run of the same sweep; None outside of a sweep.
-
-    Raises:
-        SpecError: the spec is wrong (see `resolve_spec`), or the run cannot start from the models that it names.
-        RunError, CheckpointError, DataError: a model that the run starts from cannot be read.
+    `label` names the spec in error messages; `find_sibling` is None outside of a sweep. A wrong spec or an impossible
+    start is a SpecError; a start model that cannot be read is a RunError, CheckpointError or DataError.
     """
     start_models: list[StartModel] = []
     fill_tree = partial(_fill_from_start, find_sibling=find_sibling, start_models=start_models)
@@ -57,11 +49,7 @@ def build_spec(tree: Tree, label: str, find_sibling: FindSibling | None = None) 
 
 
 def _check_tokenizers(spec: RunSpec, start_models: list[StartModel]) -> None:
-    """Check that the tokenizer of a run's data, if it exists already, is that of the models that the run starts from.
-
-    Raises:
-        SpecError: a model has another tokenizer.
-    """
+    """Check that the tokenizer of a run's data, if it exists already, is that of the start models; SpecError if not."""
     files = (spec.data.prepared / TOKENIZER_FILE, spec.data.tokenizer)
     tokenizer_file = next((file for file in files if file is not None and file.is_file()), None)
     # A vocabulary in tiktoken's format is not checked here: the job converts it, and checks the result.
@@ -74,10 +62,7 @@ def _check_tokenizers(spec: RunSpec, start_models: list[StartModel]) -> None:
 
 
 def _fill_from_start(tree: Tree, label: str, find_sibling: FindSibling | None, start_models: list[StartModel]) -> Tree:
-    """Return a spec's nested dictionaries with the defaults of the models that it starts from.
-
-    These models are appended to `start_models`.
-    """
+    """Return a spec's nested dictionaries with defaults from the start models; append these to `start_models`."""
     if tree.get("start") is None:
         return tree
     start = validate_section(StartSpec, tree["start"], label, prefix="start.")
@@ -116,7 +101,6 @@ def _fill_from_start(tree: Tree, label: str, find_sibling: FindSibling | None, s
 
 
 def _has_conversations(own_data: Tree) -> bool:
-    """Return whether the `data` section of a spec file has a source of conversations."""
     sources = own_data.get("sources")
     return isinstance(sources, dict) and any(
         isinstance(source, dict) and source.get("format") == "chat" for source in sources.values()
@@ -124,11 +108,7 @@ def _has_conversations(own_data: Tree) -> bool:
 
 
 def _template_file(start_model: StartModel) -> Path:
-    """Return the file of a model's chat template, with which a run trains on conversations.
-
-    Raises:
-        SpecError: there is no such file.
-    """
+    """Return the file of a model's chat template; SpecError if the template has no file of its own."""
     if start_model.chat_template_file is None:
         reason = "its chat template is no file of its own"
         fix = "set data.chat_template, or run `mhmoe ckpt import` and start from the imported run"
@@ -137,23 +117,18 @@ def _template_file(start_model: StartModel) -> Path:
 
 
 def _is_prepared(own_data: Tree) -> bool:
-    """Return whether the `data` section of a spec file names a prepared folder that has a tokenizer."""
+    """Return whether a `data` section names a prepared folder that has a tokenizer."""
     folder = own_data.get("prepared")
     return isinstance(folder, str) and (Path(folder) / TOKENIZER_FILE).is_file()
 
 
 def _reads_same_folder(own_data: Tree, sibling: RunSpec) -> bool:
-    """Return whether the `data` section of a spec names the same prepared folder as another run of the sweep."""
     folder = own_data.get("prepared")
     return isinstance(folder, str) and Path(folder).absolute() == sibling.data.prepared.absolute()
 
 
 def _find_model(source: str, storage: str, find_sibling: FindSibling | None) -> StartModel:
-    """Return the model that a value of `start.from` names, which may be another run of the same sweep.
-
-    Raises:
-        SpecError: `source` names another run of a sweep, but there is no sweep or it has no such run.
-    """
+    """Return the model of `start.from`; a name of another run outside of a sweep is a SpecError."""
     if not source.startswith(SWEEP_PREFIX):
         return find_start_model(source, storage)
     if find_sibling is None:
@@ -164,14 +139,7 @@ def _find_model(source: str, storage: str, find_sibling: FindSibling | None) -> 
 
 
 def _model_defaults(start: StartSpec, start_model: StartModel, own_model: Tree, count: int) -> Tree:
-    """Return the defaults of a run's `model` section that follow from its start model, as nested dictionaries.
-
-    Args:
-        start: `start` section of the spec.
-        start_model: the first model that `start.from` names.
-        own_model: `model` section of the spec file.
-        count: number of models that `start.from` names.
-    """
+    """Return the defaults of a run's `model` section from the first of its `count` start models."""
     model = start_model.model
     tree: Tree = model.model_dump(mode="json")
     own_moe = own_model.get("moe") or {}

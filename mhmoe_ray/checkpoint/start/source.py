@@ -17,60 +17,53 @@ from mhmoe_ray.spec import ModelSpec, RunSpec
 from mhmoe_ray.storage import Location, location
 
 SWEEP_PREFIX = "sweep:"
-"""Prefix of a value of `start.from` that names another run of the same sweep."""
+"""Prefix of a `start.from` that names another run of the same sweep."""
 MANIFEST_FILE = "manifest.json"
 
 
 class StartModel(NamedTuple):
-    """Description of a model that a run can start from: everything but its weights."""
+    """A model that a run can start from: everything but its weights."""
 
     source: str
-    """Value of `start.from` that names exactly this model in any working directory: an absolute path, or the name of a
-    model of the Hugging Face hub with its revision."""
+    """Value of `start.from` that names exactly this model in any working directory: an absolute path, or a model of the
+    Hugging Face hub with its revision."""
     ancestor: Ancestor
-    """Entry for this model in the new run's record of the models that it started from."""
+    """Entry for this model in the new run's start record."""
     path: Location
     """Path of a run's checkpoint, or of a folder in Hugging Face's layout."""
     manifest: CheckpointManifest | None
-    """Manifest of the checkpoint; None for a folder in Hugging Face's layout."""
+    """Manifest of the checkpoint; None for a folder."""
     model_type: str | None
     """`model_type` of the folder's config.json; None for a checkpoint."""
     model: ModelSpec
     seq_len: int
     tokenizer_file: Location
     adds_start: bool
-    """Whether a start token precedes each text."""
     ends: list[int]
-    """Token ids that end a text, in addition to the tokenizer's own end tokens."""
+    """Token ids that end a text, in addition to the tokenizer's own."""
     chat_template: str | None
     chat_template_file: Path | None = None
-    """Local file with the chat template; None if there is none, or if it is an entry of tokenizer_config.json."""
+    """Local file with the chat template; None without one, or if it is an entry of tokenizer_config.json."""
     sibling: RunSpec | None = None
-    """Spec of the run, if the model is another run of the same sweep, which may not exist yet; else None."""
+    """Spec of the run if the model is another run of the same sweep, which may not exist yet."""
 
     @property
     def run(self) -> RunDir | None:
-        """The run of the checkpoint; None for a folder in Hugging Face's layout."""
+        """The run of the checkpoint; None for a folder."""
         return None if self.manifest is None else RunDir.of_checkpoint(self.path)
 
     @property
     def has_moments(self) -> bool:
-        """True if the optimizer's state can be copied. Another run of the sweep is assumed to save it."""
+        """True if the optimizer's state can be copied; another run of the sweep is assumed to save it."""
         return self.sibling is not None or (self.manifest is not None and self.manifest.has_moments)
 
 
 def find_start_model(source: str, storage: Location | str) -> StartModel:
-    """Return the model that a value of `start.from` names. Its settings are read, but not its weights.
+    """Return the model that a value of `start.from` names, without its weights.
 
-    Args:
-        source: a run, RUN@STEP, the folder of a checkpoint or of a model in Hugging Face's layout, or
-            hf:ORGANIZATION/NAME with or without @REVISION.
-        storage: folder that holds run directories.
-
-    Raises:
-        RunError: there is no such run.
-        CheckpointError: there is no such checkpoint, or the model cannot be read.
-        DataError: the tokenizer of a folder does not fit its model.
+    The value is a run, RUN@STEP, the folder of a checkpoint or of a model in Hugging Face's layout, or
+    hf:ORGANIZATION/NAME with or without @REVISION. An unknown run is a RunError, an unreadable model a CheckpointError,
+    a folder's tokenizer that does not fit a DataError.
     """
     if source.startswith(PREFIX):
         folder = settings_folder(source)
@@ -91,11 +84,7 @@ def find_start_model(source: str, storage: Location | str) -> StartModel:
 
 
 def _checkpoint_model(checkpoint: Location) -> StartModel:
-    """Return a checkpoint, which lies inside its run directory, as a model that a run can start from.
-
-    Raises:
-        SpecError: its model is a vision model, from which no run can start.
-    """
+    """Return the start model for a checkpoint inside its run directory; a vision model is a SpecError."""
     manifest, run = stored_manifest(checkpoint), RunDir.of_checkpoint(checkpoint)
     family = manifest.model.family
     if not family.has_tokenizer:
@@ -121,15 +110,9 @@ def _checkpoint_model(checkpoint: Location) -> StartModel:
 
 
 def _folder_model(source: str, folder: Path) -> StartModel:
-    """Return a folder in Hugging Face's layout as a model that a run can start from.
+    """Return the start model for a folder in Hugging Face's layout, which `start.from` names as `source`.
 
-    Args:
-        source: value of `start.from` that names the folder.
-        folder: local path of the folder.
-
-    Raises:
-        CheckpointError: the folder cannot be read, or its tokenizer.json lacks the token that starts a text.
-        DataError: the tokenizer does not fit the model.
+    A folder that cannot be read, or whose tokenizer.json lacks the start token, is a CheckpointError.
     """
     model_type, section = read_config(folder, None)
     tokenizer = read_folder_tokenizer(folder, section)
@@ -154,12 +137,7 @@ def _folder_model(source: str, folder: Path) -> StartModel:
 
 
 def sibling_model(source: str, sibling: RunSpec) -> StartModel:
-    """Return another run of a sweep as a model to start from. Only its spec is read, because it may not exist yet.
-
-    Args:
-        source: value of `start.from` that names the other run.
-        sibling: spec of the other run.
-    """
+    """Return the start model for another run of the sweep from its spec alone, because the run may not exist yet."""
     return StartModel(
         source=source,
         ancestor=Ancestor(name=sibling.name, path="", step=sibling.train.steps, tokens=0),
@@ -177,5 +155,5 @@ def sibling_model(source: str, sibling: RunSpec) -> StartModel:
 
 
 def sweep_variant(source: str) -> str:
-    """Return the variant of a sweep that a value of `start.from` names, such as "dense" in "sweep:dense@200"."""
+    """Return the variant of a sweep in a value of `start.from`, such as "dense" in "sweep:dense@200"."""
     return source.removeprefix(SWEEP_PREFIX).partition("@")[0]

@@ -40,35 +40,27 @@ _PROJECTION = re.compile(r"blocks\.\d+\.moe\.(?P<part>head|merge)\.(?:(?P<index>
 
 
 class StartTransform:
-    """Computation of a new model's first weights from those of the models that it starts from, tensor by tensor."""
+    """Computation of a new model's first weights from those of its start models, tensor by tensor."""
 
     def __init__(
         self, model: Trunk, start_model: Trunk, seed: int, new_experts: Mapping[str, str] | None = None
     ) -> None:
-        """Prepare the transformation from the names and shapes of both models' tensors.
+        """Prepare the transformation from the names and shapes of both models on the meta device.
 
-        Args:
-            model: the new model, with all experts, on the meta device.
-            start_model: the model that the new one starts from, on the meta device; if there are several, any of them,
-                because they have the same shapes.
-            seed: seed of the run, for tensors that get random initial values.
-            new_experts: for experts that are named by their domains: the names of new experts, each with the name of
-                the old expert of which it becomes a copy.
+        Several start models have the same shapes, so `start_model` is any of them. `seed` is for random initial values.
+        `new_experts` maps new experts of router `domain` to the old experts that they copy.
         """
         self._model, self._seed = model, seed
         self._shapes = {name: t.shape for name, t in model.named_tensors().items()}
         self._start_names = set(start_model.named_tensors())
         self._is_dense_start = not start_model.moe_layers()
         self._shared_layers = {match[1] for name in self._shapes if (match := _SHARED.fullmatch(name))}
-        """Names of the layers with a shared expert. The dense layer of a dense start model becomes this expert."""
+        """Names of the layers with a shared expert, which a dense start model's dense layer becomes."""
         self._old_experts = _old_experts(model.spec, start_model.spec, new_experts or {})
         self._projection_layers = model.spec.moe.projection_layers if model.spec.moe else 0
 
     def source_name(self, name: str) -> str | None:
-        """Return the name of the start model's tensor from which tensor `name` of the new model is made.
-
-        The result is None if the start model has no tensor for it.
-        """
+        """Return the name of the start model's tensor from which a new tensor is made; None without one."""
         if name in self._start_names:
             return name
         if match := _SHARED.fullmatch(name):
@@ -82,12 +74,7 @@ class StartTransform:
         return ffn_name if ffn_name in self._start_names else None
 
     def tensor(self, name: str, sources: Sequence[Tensor]) -> Tensor:
-        """Return the values of a tensor of the new model at step 0.
-
-        Args:
-            name: name of the tensor in the new model.
-            sources: tensor `source_name(name)` of each model that the run starts from; empty if that name is None.
-        """
+        """Return the values of a tensor at step 0 from tensor `source_name(name)` of each start model."""
         if self._old_experts is not None and _EXPERTS.fullmatch(name):
             [tensor_E] = sources
             experts = [_mean(list(tensor_E)) if number is None else tensor_E[number] for number in self._old_experts]
@@ -106,10 +93,10 @@ class StartTransform:
         return initial_tensor(self._model, name, self._seed)
 
     def _identity_projection(self, name: str, *, is_head: bool, is_weight: bool) -> Tensor:
-        """Return the initial weight or bias of a projection with which the experts compute on whole tokens.
+        """Return a projection's initial weight or bias with which the experts compute on whole tokens.
 
-        The head projection makes the first sub-token equal to the token. The merge projection returns the first
-        sub-token and ignores all others.
+        The head projection makes the first sub-token equal to the token; the merge projection returns only this
+        sub-token.
         """
         width = self._model.spec.d_model
         if is_head:
@@ -123,10 +110,9 @@ class StartTransform:
 
 
 def _old_experts(spec: ModelSpec, start_spec: ModelSpec, new_experts: Mapping[str, str]) -> list[int | None] | None:
-    """Return, for each expert that is named by its domain, the index of the old expert of which it is a copy.
+    """Return the index of the old expert that each expert copies, or None for the mean of all old experts.
 
-    An entry is None if the expert is the mean of all old ones. The result is None unless both models have router
-    `domain`.
+    The result is None unless both models have router `domain`.
     """
     moe, start_moe = spec.moe, start_spec.moe
     if moe is None or start_moe is None or moe.domains is None or start_moe.domains is None:

@@ -35,16 +35,10 @@ from mhmoe_ray.storage import FileEntry, Location, create_file, describe_file, r
 
 
 def write_start_checkpoint(run: RunDir, spec: RunSpec) -> None:
-    """Write a run's checkpoint of step 0 and the record of its start models, unless it has a checkpoint already.
+    """Write a run's checkpoint of step 0 and its start record, unless it has a checkpoint already.
 
-    Of each model that the run starts from, only one layer at a time is in memory.
-
-    Args:
-        run: the new run, whose directory has its tokenizer already.
-        spec: spec of the run, with a `start` section; its data is already prepared.
-
-    Raises:
-        MhmoeError: a model cannot be read, or the run cannot start from it.
+    The run's data is prepared, and its directory has the tokenizer. Only one layer of each start model at a time is in
+    memory. A model that cannot be read, or from which the run cannot start, is an MhmoeError.
     """
     start = spec.start
     assert start is not None
@@ -91,7 +85,7 @@ def write_start_checkpoint(run: RunDir, spec: RunSpec) -> None:
 
 
 def _write_weights(folder: Location, spec: RunSpec, start_models: list[StartModel]) -> dict[str, FileEntry]:
-    """Write the weights of step 0, a file for each layer; return the sizes and hashes of the files."""
+    """Write the weights of step 0, a file for each layer; return the files' sizes and hashes."""
     with torch.device("meta"):
         model, start_model = build_model(spec.model), build_model(start_models[0].model)
     transform = StartTransform(model, start_model, spec.seed, spec.start.new_experts if spec.start else None)
@@ -117,7 +111,7 @@ def _file_name(number: int) -> str:
 
 
 def _layer_groups(model: Trunk) -> list[list[str]]:
-    """Return the names of a model's tensors in groups: those outside the layers, then those of each layer."""
+    """Return the tensor names of a model in groups: those outside the layers, then those of each layer."""
     groups: list[list[str]] = [[] for _ in range(1 + model.spec.layers)]
     for name in model.named_tensors():
         _, block, suffix = name.partition("blocks.")
@@ -126,12 +120,7 @@ def _layer_groups(model: Trunk) -> list[list[str]]:
 
 
 def _open_groups(start_model: StartModel, stack: ExitStack) -> Iterator[dict[str, Tensor]]:
-    """Return an iterator over the tensors of a model, in the groups of `_layer_groups`.
-
-    Args:
-        start_model: model to read, in a checkpoint or in a folder in Hugging Face's layout.
-        stack: exit stack that closes the folder's files when it ends.
-    """
+    """Return an iterator over a model's tensors in the groups of `_layer_groups`; `stack` closes a folder's files."""
     if start_model.model_type is None:
         return _checkpoint_groups(start_model.path, start_model.model)
     # For a model of the Hugging Face hub, only the settings were downloaded before. This downloads the weights, too.
@@ -140,7 +129,6 @@ def _open_groups(start_model: StartModel, stack: ExitStack) -> Iterator[dict[str
 
 
 def _checkpoint_groups(checkpoint: Location, spec: ModelSpec) -> Iterator[dict[str, Tensor]]:
-    """Yield the tensors of a checkpoint in their stored dtype, in the groups of `_layer_groups`."""
     with torch.device("meta"):
         model = build_model(spec)
     for names in _layer_groups(model):
@@ -148,7 +136,7 @@ def _checkpoint_groups(checkpoint: Location, spec: ModelSpec) -> Iterator[dict[s
 
 
 def _read_tensors(folder: Location, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Read tensors by name from a folder of a checkpoint, `weights` or `optim`, in their stored dtype."""
+    """Read tensors from folder `weights` or `optim` of a checkpoint, in their stored dtype."""
     index = read_index(folder)
     # A missing tensor has no dtype here; `load_tensors` raises the error for it.
     tensors = {
@@ -160,11 +148,7 @@ def _read_tensors(folder: Location, shapes: Mapping[str, torch.Size]) -> dict[st
 
 
 def _write_moments(folder: Location, spec: RunSpec, start_model: StartModel) -> dict[str, FileEntry]:
-    """Copy the optimizer's moments and the buffers that only training needs from a checkpoint, a file for each layer.
-
-    Returns:
-        Size and hash of each written file, by its path below the new checkpoint.
-    """
+    """Copy the optimizer's moments and the training buffers from a checkpoint, a file for each layer."""
     with torch.device("meta"):
         model = build_model(spec.model)
     parameters, buffers = dict(model.named_parameters()), model.training_buffers()
@@ -191,7 +175,6 @@ def _write_moments(folder: Location, spec: RunSpec, start_model: StartModel) -> 
 
 
 def _write_file(file: Location, tensors: Mapping[str, Tensor]) -> FileEntry:
-    """Write full tensors as a safetensors file, and return its size and hash."""
     slices = {name: Slice(t.contiguous(), (0,) * t.ndim, tuple(t.shape)) for name, t in tensors.items()}
     with create_file(file) as stream:
         return write_slices(stream, slices)

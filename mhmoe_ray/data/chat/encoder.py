@@ -16,31 +16,24 @@ from mhmoe_ray.data.tokenizer.vocabulary import boundaries
 
 
 class EncodedConversation(NamedTuple):
-    """Token ids of a conversation, with a mask of the tokens that a model learns to predict."""
+    """Token ids of a conversation and the mask of its targets."""
 
     token_ids: np.ndarray
-    """Token ids, (n,) int64. The first is the start token, which is added unless the template writes it."""
+    """(n,) int64. The first is the start token, which is added unless the template writes it."""
     target_mask: np.ndarray
-    """Mask of the targets, (n,) bool: True for tokens of the assistant's turns, including the tokens that end a
-    turn."""
+    """(n,) bool: True for tokens of the assistant's turns, including those that end a turn."""
 
     def rows(self, token_bytes: int) -> np.ndarray:
-        """Return a row for each token, with all columns that stored samples have.
-
-        A token id is stored in `token_bytes` bytes, 2 or 4.
-        """
+        """Return a row of all stored columns for each token, whose id takes `token_bytes` bytes."""
         document_starts = np.arange(len(self.token_ids)) == 0
         tokens = self.token_ids.astype(token_dtype(token_bytes))
         return join_columns({TOKENS: tokens, TARGETS: self.target_mask, DOCUMENT_STARTS: document_starts})
 
 
 class ConversationEncoder:
-    """Encoder of rendered conversations, which gives the token ids that a server gives to the same text.
+    """Encoder of rendered conversations that gives the same token ids as a server.
 
-    Unlike the text of a document, a conversation may contain special tokens: the template writes them.
-
-    Args:
-        tokenizer: a tokenizer with tokens for the start and the end of a document (see `boundaries`).
+    The text may contain special tokens, which the template writes. The tokenizer needs `boundaries`.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -68,11 +61,9 @@ class ConversationEncoder:
         return result
 
     def turn_ends(self, template: ChatTemplate) -> frozenset[int]:
-        """Return the ids of special tokens that end the assistant's turns, after trying the template on a conversation.
+        """Return the ids of special tokens that end the assistant's turns, by trying the template.
 
-        Raises:
-            ChatTemplateError: the template does not suit the tokenizer: no special token ends the assistant's turns, or
-                the end of a prompt and the beginning of an answer become one token.
+        A ChatTemplateError says that no special token ends a turn, or that prompt and answer share a token.
         """
         messages = EXCHANGES if template.accepts(EXCHANGES) else EXCHANGES[:2]
         conversation = template.render_conversation(messages)
@@ -100,12 +91,7 @@ class ConversationEncoder:
 
 
 def _tokens_in(spans: Sequence[Span], offsets: np.ndarray) -> np.ndarray:
-    """Return a mask of the tokens that overlap one of the spans.
-
-    Args:
-        spans: spans of characters in a text.
-        offsets: the index of each token's first character in the text, and the index after its last one, (n, 2).
-    """
+    """Return a mask of the tokens that overlap a span; `offsets` (n, 2) has each token's first character and end."""
     starts, stops = offsets.T
     # A token may have no characters of its own, such as the space that a tokenizer puts before a word. It counts as
     # part of the character after it.

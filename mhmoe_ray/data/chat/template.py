@@ -1,8 +1,7 @@
 """Chat templates: Jinja templates that render a conversation as a text.
 
-They can use the same functions, filters and blocks as in Hugging Face's tokenizers. A server needs the prompt, up to
-where the assistant's next answer begins. Training needs the whole conversation and the spans of the assistant's turns
-in it.
+They have the functions, filters and blocks of Hugging Face's tokenizers. A server renders the prompt; training needs
+the whole conversation and the spans of the assistant's turns.
 """
 
 import json
@@ -50,41 +49,31 @@ _NO_MARKS = {_BLOCK_START: "", _BLOCK_STOP: ""}
 
 
 class ChatTemplateError(Exception):
-    """Error of a chat template, or of messages that a template does not accept; its text is the reason, in one line."""
+    """Error of a chat template, or of messages that it does not accept, with the reason in one line."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(" ".join(reason.split()))
 
 
 class Span(NamedTuple):
-    """Span of a text: the characters from index `start` to index `stop - 1`."""
+    """Span of a text: the characters from `start` to `stop` - 1."""
 
     start: int
     stop: int
 
 
 class RenderedConversation(NamedTuple):
-    """Conversation that a chat template has rendered as the text that a model reads."""
+    """Conversation rendered as the text that a model reads."""
 
     text: str
     spans: tuple[Span, ...]
-    """Spans of the assistant's turns in `text`, in order. A span includes the text that ends its turn."""
+    """Spans of the assistant's turns in order, each with the text that ends the turn."""
 
 
 class ChatTemplate:
-    """The compiled chat template of a model."""
+    """Compiled chat template; text that does not compile raises ChatTemplateError."""
 
     def __init__(self, text: str, start_text: str, end_text: str) -> None:
-        """Compile the template.
-
-        Args:
-            text: the template.
-            start_text: text of the token that starts a document.
-            end_text: text of a token that ends a document.
-
-        Raises:
-            ChatTemplateError: the text is not a valid template.
-        """
         self.text, self.start_text, self.end_text = text, start_text, end_text
         self._environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
@@ -107,26 +96,19 @@ class ChatTemplate:
 
     @cached_property
     def _timeless_template(self) -> Template:
-        """The template without `strftime_now`, so that training data do not depend on the day of their preparation."""
+        """The template without `strftime_now`, so that training data do not depend on the day of preparation."""
         return self._environment.from_string(self.text)
 
     def render(self, messages: Sequence[Message]) -> str:
-        """Return the conversation as a prompt, which ends where the assistant's next answer begins.
-
-        Raises:
-            ChatTemplateError: the template does not accept these messages.
-        """
+        """Return the prompt for the assistant's next answer; rejected messages raise ChatTemplateError."""
         return self._render(self._template, messages, add_generation_prompt=True)
 
     def render_conversation(self, messages: Sequence[Message]) -> RenderedConversation:
         """Return the whole conversation as training reads it, with the spans of the assistant's turns.
 
-        The spans are those of the template's `{% generation %}` blocks. Without such blocks, a turn begins where the
-        prompt of the messages before it ends, and ends where the conversation up to it ends.
-
-        Raises:
-            ChatTemplateError: the template does not accept these messages, or has no `{% generation %}` block and
-                renders the beginning of the conversation differently from the whole.
+        The spans are the template's `{% generation %}` blocks. Without such blocks, a turn is the conversation up to it
+        without its prompt; a template that renders the beginning of a conversation differently is then a
+        ChatTemplateError.
         """
         text = self._render(self._timeless_template, messages)
         spans = self._block_spans(messages, text) if self._has_generation_blocks else self._turn_spans(messages, text)
@@ -141,11 +123,9 @@ class ChatTemplate:
         return True
 
     def check_prompts(self, messages: Sequence[Message]) -> None:
-        """Check that the prompt for each of the assistant's turns is the beginning of the conversation with that turn.
+        """Raise ChatTemplateError if a prompt is not the beginning of the conversation with its answer.
 
-        Raises:
-            ChatTemplateError: a prompt is not such a beginning, so a server's prompts would differ from those of
-                training.
+        A server's prompts would then differ from those of training.
         """
         for number, message in enumerate(messages):
             if message["role"] == "assistant":
@@ -173,7 +153,7 @@ class ChatTemplate:
             raise ChatTemplateError(str(e)) from e
 
     def _turn_spans(self, messages: Sequence[Message], text: str) -> Iterator[Span]:
-        """Yield the spans of the assistant's turns, which are found by rendering the beginnings of the conversation."""
+        """Yield the spans of the assistant's turns by rendering the beginnings of the conversation."""
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -187,7 +167,6 @@ class ChatTemplate:
             yield Span(len(prompt), len(text_with_turn))
 
     def _block_spans(self, messages: Sequence[Message], text: str) -> Iterator[Span]:
-        """Yield the spans that the template's `{% generation %}` blocks have in the rendered conversation."""
         # The mark is random, so that no message can contain it.
         mark = secrets.token_hex(16)
         marks = {_BLOCK_START: f"<{mark}>", _BLOCK_STOP: f"</{mark}>"}
@@ -205,11 +184,7 @@ class ChatTemplate:
 
 
 def read_template(spec: DataSpec) -> str:
-    """Return the text of the chat template that a spec names, or of the built-in one.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
+    """Return the text of a spec's chat template or of the built-in one; an unreadable file is a DataError."""
     if spec.chat_template is None:
         return BUILT_IN_TEMPLATE
     try:
@@ -231,15 +206,10 @@ EXCHANGES: list[Message] = [
 
 
 def check_template(spec: DataSpec, start_text: str = "", end_text: str = "") -> ChatTemplate:
-    """Compile the chat template of a spec, try it on a conversation, and return it.
+    """Compile a spec's chat template, try it on a conversation, and return it.
 
-    Args:
-        spec: a data section with sources of format `chat`.
-        start_text: text of the token that starts a document.
-        end_text: text of the token that ends a document.
-
-    Raises:
-        DataError: the template cannot be read or compiled, or cannot show the assistant's turns of a conversation.
+    The spec has sources of format `chat`. `start_text` and `end_text` are the texts of the start token and of an end
+    token. A template that cannot be read, compiled or used is a DataError.
     """
     text = read_template(spec)
     try:
@@ -255,7 +225,7 @@ def check_template(spec: DataSpec, start_text: str = "", end_text: str = "") -> 
 
 
 def template_error(spec: DataSpec, reason: str) -> DataError:
-    """Return the error for a spec whose chat template cannot be used."""
+    """Return the DataError for a spec whose chat template cannot be used."""
     return DataError(_subject(spec), reason, "correct data.chat_template, or leave it out for the built-in template")
 
 
@@ -264,12 +234,11 @@ def _subject(spec: DataSpec) -> str:
 
 
 class _GenerationBlock(Extension):
-    """The block `{% generation %}`, which marks the assistant's text for training; it renders the text inside."""
+    """The block `{% generation %}`, which marks the assistant's text and renders it."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja declares it so
 
     def parse(self, parser: Parser) -> Scope:
-        """Return the statements inside the block, in a scope of their own. Jinja calls this at the block's tag."""
         # As in transformers, the block has its own scope, so variables that are set inside are not visible outside.
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
@@ -278,12 +247,10 @@ class _GenerationBlock(Extension):
 
 
 def _raise_template_error(message: str) -> NoReturn:
-    """Raise a `TemplateError` with this message; templates call it as `raise_exception`."""
     raise TemplateError(message)
 
 
 def _format_now(time_format: str) -> str:
-    """Return the present local time in a format of `strftime`; templates call it as `strftime_now`."""
     return datetime.now().strftime(time_format)
 
 
@@ -294,6 +261,5 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Return a value as JSON; templates use it as the filter `tojson`."""
     # Jinja's own `tojson` escapes HTML characters and sorts keys, which would change prompts.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

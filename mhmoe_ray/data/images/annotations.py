@@ -1,7 +1,6 @@
 """Annotations of images for vision models, and their storage as JSON.
 
-An annotation is the class of an image, or its objects with boxes, classes and masks. Classes are stored by name. The
-number of a class is its index among the sorted names of all classes in the training samples of a task.
+Classes are stored by name. A class's number is its index among the sorted class names in a task's training samples.
 """
 
 import importlib.util
@@ -17,22 +16,22 @@ from mhmoe_ray.spec import SourceSpec
 
 
 class Instance(NamedTuple):
-    """Annotated object in an image: its class, its box and perhaps its mask."""
+    """Annotated object in an image."""
 
     class_name: str
     box: tuple[float, float, float, float]
     """Left, top, right and bottom edge in pixels."""
     mask: str | None
-    """Mask in the size of the image as COCO's compressed run lengths (`counts`); None if the object has only a box."""
+    """COCO's compressed run lengths (`counts`) at the size of the image; None if the object has only a box."""
     is_crowd: bool = False
-    """True if the mask covers a group of objects. Training leaves such a group out, and evaluation ignores it."""
+    """True if the mask covers a group of objects, which training leaves out and evaluation ignores."""
 
 
 class Annotation(NamedTuple):
-    """Annotation of an image in its source: the class of the image, or its objects."""
+    """The class of an image, or its objects."""
 
     class_name: str | None = None
-    """Class of the image; None if its source has objects."""
+    """None if the source has objects."""
     instances: tuple[Instance, ...] = ()
     image_id: int | str | None = None
     """Id of the image in its source; None if the source has classes of images."""
@@ -44,11 +43,7 @@ class Annotation(NamedTuple):
 
 
 def require_image_packages(sources: Iterable[SourceSpec]) -> None:
-    """Check that the packages for reading the images and objects of these sources are installed.
-
-    Raises:
-        DataError: a package is missing.
-    """
+    """Raise DataError if a package for the images or objects of these sources is missing."""
     columns = {column for source in sources for column in source.sample_columns}
     if "image" in columns:
         require_pillow()
@@ -74,7 +69,7 @@ def unpack(content: bytes) -> Annotation:
 
 
 def decode_mask(counts: str, width: int, height: int) -> np.ndarray:
-    """Return a mask as an array, bool (height, width), from COCO's compressed run lengths."""
+    """Decode COCO's compressed run lengths to a mask, bool (height, width)."""
     from pycocotools import mask as coco_masks
 
     mask: np.ndarray = coco_masks.decode({"size": [height, width], "counts": counts.encode()}).astype(bool)

@@ -24,65 +24,54 @@ MAX_SIDE = 32_768
 """Largest height or width of an image in pixels."""
 # Libtiff has this limit for JPEG data in TIFF files. Encoders write about ten scans.
 MAX_SCANS = 100
-"""Largest number of scans of a JPEG file. A decoder works through the whole image for each scan."""
+"""Largest number of scans of a JPEG file, each of which makes a decoder work through the whole image."""
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 """TIFF tags with the width and the height of tiles in pixels."""
 _ORIENTATION = 0x0112
 """EXIF tag of the orientation, which tells how an image must be turned."""
 _FIRST_SIDE_ORIENTATION = 5
-"""Smallest EXIF orientation of an image that lies on its side. The larger values, up to 8, mean this, too."""
+"""Smallest EXIF orientation, of those up to 8, for an image that lies on its side."""
 
 
 class ImageError(Exception):
-    """Error for an image file that cannot be used; the message of the error has the details."""
+    """Error for an image file that cannot be used."""
 
 
 class NotImageError(ImageError):
-    """Error for a file that is not an image of a supported format."""
+    """The file is not an image of a supported format."""
 
 
 class TooManyPixelsError(ImageError):
-    """Error for an image with more pixels than the limit; the message of the error is its size."""
+    """The image has more pixels than the limit; the message is its size."""
 
 
 class ImageLimitError(ImageError):
-    """Error for an image that exceeds a fixed limit, which the message of the error names."""
+    """The image exceeds a fixed limit, which the message names."""
 
 
 class DamagedImageError(ImageError):
-    """Error for an image file that is damaged, so that it cannot be decoded."""
+    """The image file is damaged and cannot be decoded."""
 
 
 def require_pillow() -> None:
-    """Check that Pillow is installed.
-
-    Raises:
-        DataError: Pillow is missing.
-    """
+    """Raise DataError if Pillow is missing."""
     if importlib.util.find_spec("PIL") is None:
         raise DataError("sources with images", "the package pillow is missing", "pip install 'mhmoe-ray[pictures]'")
 
 
 def decode_image(content: bytes) -> "Image.Image":
-    """Return the image in a file as RGB, turned upright by its EXIF orientation, with white for transparent pixels.
+    """Decode a file that `check_image_file` accepts to RGB, upright by EXIF, with white for transparent pixels.
 
-    The file must be one that `check_image_file` accepts. For an animation, the result is the first frame.
+    An animation gives its first frame.
     """
     with _open_image(content) as image:
         return _to_rgb(image)
 
 
 def check_image_file(content: bytes, max_pixels: int) -> "Image.Image":
-    """Check that an image file can be used, and return the decoded image, as `decode_image` does.
+    """Check an image file and decode it as `decode_image` does; an unusable file raises a subclass of ImageError.
 
-    An image with too many pixels is never decoded: its size is in its header.
-
-    Args:
-        content: the content of the file.
-        max_pixels: largest number of pixels of an image.
-
-    Raises:
-        ImageError: the file cannot be used; the subclass of the error tells why.
+    The size is read from the header, so an image of more than `max_pixels` is never decoded.
     """
     require_pillow()
     from PIL import UnidentifiedImageError
@@ -104,13 +93,7 @@ def check_image_file(content: bytes, max_pixels: int) -> "Image.Image":
 
 
 def _check_limits(image: "Image.Image", content: bytes, max_pixels: int) -> None:
-    """Raise ImageError if an image exceeds one of the limits that bound the memory and the time of its decoding.
-
-    Args:
-        image: the image, of which only the header was read.
-        content: the content of its file.
-        max_pixels: largest number of pixels of an image.
-    """
+    """Raise ImageError if an image, of which only the header was read, would take too much memory or time to decode."""
     from PIL.TiffImagePlugin import TiffImageFile
 
     width, height = image.size
@@ -128,7 +111,7 @@ def _check_limits(image: "Image.Image", content: bytes, max_pixels: int) -> None
 
 
 def image_size(content: bytes) -> tuple[int, int]:
-    """Return the width and the height of the image that `decode_image` returns, in pixels, from its file's header."""
+    """Return width and height in pixels of the image that `decode_image` returns, from its file's header."""
     with _open_image(content) as image:
         width, height = image.size
         is_on_side = image.getexif().get(_ORIENTATION, 1) >= _FIRST_SIDE_ORIENTATION
@@ -137,7 +120,6 @@ def image_size(content: bytes) -> tuple[int, int]:
 
 @contextmanager
 def _open_image(content: bytes) -> "Iterator[Image.Image]":
-    """Open an image file and read its header, without warnings about its content."""
     from PIL import Image
 
     # Pillow's limit is switched off: it would only warn, or refuse images that a spec allows. Our readers check their

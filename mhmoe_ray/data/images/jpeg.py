@@ -1,6 +1,6 @@
 """Counting of the scans of a JPEG file without decoding it.
 
-A decoder works through the whole image for each scan, even for one of a few bytes, so a small file may take hours.
+A decoder works through the whole image for each scan, so a small file may take hours.
 """
 
 import re

@@ -1,8 +1,8 @@
 """Duplicate detection: texts that occur more than once, compared exactly except for white space.
 
 An entry of 20 bytes represents a document: 64 bits of a hash of its text, its location, and its size. Entries are
-partitioned by their hash, so all copies of a text are in the same partition and partitions can be counted separately.
-Among a hundred million texts, two different ones have the same hash with a probability of 3 in 10,000.
+partitioned by hash, so partitions can be counted separately. Among a hundred million texts, two different ones have the
+same hash with a probability of 3 in 10,000.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ ENTRY_DTYPE = np.dtype([("hash", "<u8"), ("file", "<u4"), ("line", "<u4"), ("byt
 
 
 def text_hash(words: Iterable[str]) -> int:
-    """Return a 64-bit hash of a text's words; texts that differ only in white space have the same hash."""
+    """Return a 64-bit hash of a text's words."""
     return int.from_bytes(hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest(), "little")
 
 
 def partition_entries(entries: np.ndarray, partitions: int) -> list[tuple[int, np.ndarray]]:
-    """Partition the entries of documents by hash; return the number and the entries of each non-empty partition."""
+    """Partition entries by hash; return the number and the entries of each non-empty partition."""
     partition_of_entry = entries["hash"] % np.uint64(partitions)
     return [(int(p), entries[partition_of_entry == p]) for p in np.unique(partition_of_entry)]
 
@@ -35,13 +35,12 @@ class DomainCopies:
     """Counts of duplicates in one domain."""
 
     distinct: int = 0
-    """Number of different texts in the domain."""
     extra: int = 0
-    """Number of surplus documents, without which each text would occur once in the domain."""
+    """Documents beyond one for each text."""
     extra_bytes: int = 0
-    """Bytes of the surplus documents, if the longest copy of each text is kept (copies may differ in white space)."""
+    """Bytes of the extra documents if the longest copy of each text is kept (copies may differ in white space)."""
     shared_texts: int = 0
-    """Number of different texts of this domain that also occur in another domain."""
+    """Different texts that also occur in another domain."""
 
     def __iadd__(self, addend: "DomainCopies") -> "DomainCopies":
         self.distinct += addend.distinct
@@ -53,22 +52,16 @@ class DomainCopies:
 
 @dataclass
 class Copies:
-    """Counts of duplicates in one or more partitions of the documents' entries.
-
-    Counts of different partitions add up with `+=`.
-    """
+    """Counts of duplicates in partitions, which `+=` adds up; `distinct` and `extra` are over all domains."""
 
     distinct: int = 0
-    """Number of different texts in all domains together."""
     extra: int = 0
-    """Number of surplus documents, without which each text would occur once in all domains together."""
     extra_bytes: int = 0
-    """Bytes of the surplus documents, if the longest copy of each text is kept."""
     domains: dict[str, DomainCopies] = field(default_factory=dict)
     pairs: Counter[str] = field(default_factory=Counter)
-    """Number of different texts that two domains share; the key is their names in ascending order, joined by ", "."""
+    """Different texts that two domains share, by their sorted names, joined by ", "."""
     most_copied: list[tuple[int, TextLocation, TextLocation]] = field(default_factory=list)
-    """Texts with the most copies: the number of copies, and the locations of the first and the second copy."""
+    """Number of copies of the most copied texts, with the locations of the first and the second copy."""
 
     def __iadd__(self, addend: "Copies") -> "Copies":
         self.distinct += addend.distinct
@@ -83,12 +76,10 @@ class Copies:
 
 
 def count_copies(entries: np.ndarray, domains: Sequence[str], paths: Sequence[str]) -> Copies:
-    """Count the duplicate texts among the documents of one partition.
+    """Count the duplicate texts in one partition.
 
-    Args:
-        entries: array (documents,) of dtype `ENTRY_DTYPE`, in any order.
-        domains: the domain of each file, by file number.
-        paths: the path of each file, by file number.
+    `entries` is an array (documents,) of dtype `ENTRY_DTYPE`, in any order. `domains` and `paths` are indexed by file
+    number.
     """
     names, domain_of_file = np.unique(np.array(domains), return_inverse=True)
     # Sorting puts copies side by side, and makes the result independent of the order of the entries.

@@ -2,9 +2,8 @@
 
 Figures can be added up in any order and grouping, so the result is the same for any division of the work into tasks.
 
-The histograms of lengths have 16 bins for each octave (the lengths from n to 2n - 1, for n a power of two). Each length
-below 32 has a separate bin; from there on, the width of a bin is at most a sixteenth of the smallest length in it. So
-counts by octave are exact, and a quantile is at most a sixteenth below the true one.
+A histogram has 16 bins for each octave (the lengths from n to 2n - 1, for n a power of two), and a bin for each length
+below 32. So counts by octave are exact, and a quantile is at most a sixteenth below the true one.
 """
 
 import math
@@ -22,20 +21,13 @@ OCTAVE_HALVINGS = 4
 
 
 def histogram_bin(length: int) -> int:
-    """Return the histogram bin of a length: the smallest length that falls into the same bin."""
+    """Return the histogram bin of a length: the smallest length that falls into it."""
     shift = max(0, length.bit_length() - 1 - OCTAVE_HALVINGS)
     return length >> shift << shift
 
 
 def quantile(bins: Mapping[int, int], share: float) -> int:
-    """Return a quantile of a histogram: the smallest bin up to which the bins hold `share` of all entries.
-
-    Return 0 if there are no entries.
-
-    Args:
-        bins: number of entries by bin, as from `histogram_bin`.
-        share: share of the entries, for example 0.5 for the median.
-    """
+    """Return the smallest bin up to which a histogram's bins hold `share` of all entries; 0 without entries."""
     target_count, cumulative_count = share * sum(bins.values()), 0
     for bin_start in sorted(bins):
         cumulative_count += bins[bin_start]
@@ -45,13 +37,7 @@ def quantile(bins: Mapping[int, int], share: float) -> int:
 
 
 def octave_counts(bins: Mapping[int, int]) -> dict[int, int]:
-    """Sum a histogram of lengths by octave, with the first length of each octave (0, 1, 2, 4, 8 ...) as its key.
-
-    Octaves are in ascending order and without gaps: an empty one between others has count 0.
-
-    Args:
-        bins: number of entries by bin, as from `histogram_bin`.
-    """
+    """Sum a histogram by octave, keyed by first length (0, 1, 2, 4, 8 ...), in ascending order and without gaps."""
     counts: Counter[int] = Counter()
     for bin_start, count in bins.items():
         counts[1 << bin_start.bit_length() - 1 if bin_start else 0] += count
@@ -65,9 +51,8 @@ def octave_counts(bins: Mapping[int, int]) -> dict[int, int]:
 
 
 EXAMPLES = 3
-"""Number of example documents that are kept for each problem."""
 MAX_UNSPACED_SHARE = 0.3
-"""Smallest share of characters in scripts without spaces between words at which a count of words is meaningless."""
+"""Share of characters in scripts without spaces from which a count of words is meaningless."""
 _UNSPACED_SCRIPTS = re.compile(
     "["
     "\u0e00-\u0fff"  # Thai, Lao, Tibetan
@@ -80,11 +65,10 @@ _UNSPACED_SCRIPTS = re.compile(
 
 
 class TextLocation(NamedTuple):
-    """Location of a text in a raw file."""
+    """Location of a text: the path, and the number of its first line or row, from 1."""
 
     path: str
     line: int
-    """Number of the text's line or row, or of its first line, from 1."""
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}"
@@ -92,21 +76,21 @@ class TextLocation(NamedTuple):
 
 @dataclass
 class Finding:
-    """Documents of one domain that break one rule: their number and some examples."""
+    """Documents of one domain that break one rule, with examples."""
 
     count: int = 0
     examples: list[tuple[TextLocation, str]] = field(default_factory=list)
-    """First `EXAMPLES` examples in the order of locations, each with the evidence."""
+    """First `EXAMPLES` locations in order, each with the evidence."""
 
     def add_examples(self, count: int, examples: list[tuple[TextLocation, str]]) -> None:
-        """Add `count` documents that break the rule, and the examples of them that are known."""
+        """Add `count` documents that break the rule, and the known examples of them."""
         self.count += count
         # Sorting makes the examples independent of the order in which findings are added up.
         self.examples = sorted([*self.examples, *examples])[:EXAMPLES]
 
 
 MAX_ASPECT_RATIO = 3.0
-"""Ratio of the sides of an image above which it counts as extreme: a square crop then shows less than a third of it."""
+"""Ratio of sides above which an image is extreme: a square crop shows less than a third of it."""
 
 
 @dataclass
@@ -115,21 +99,18 @@ class ImageFigures:
 
     images: int = 0
     bytes: int = 0
-    """Bytes of the image files."""
     sides: Counter[int] = field(default_factory=Counter)
-    """Histogram of the shorter sides in pixels: number of images by `histogram_bin`."""
+    """Images by `histogram_bin` of the shorter side in pixels."""
     aspect_ratios: Counter[float] = field(default_factory=Counter)
-    """Number of images by the logarithm to base 2 of the ratio of width to height, rounded to one decimal place."""
+    """Images by log2 of width / height, rounded to one decimal place."""
     extreme: int = 0
-    """Number of images with one side more than `MAX_ASPECT_RATIO` times as long as the other."""
     classes: Counter[str] = field(default_factory=Counter)
-    """Number of images of each class, or of objects of each class."""
+    """Images, or objects, of each class."""
     objects: Counter[int] = field(default_factory=Counter)
-    """Histogram of the number of objects in an image, if the source has objects: number of images by
-    `histogram_bin`."""
+    """Images by `histogram_bin` of their number of objects."""
 
     def add_image(self, size: int, width: int, height: int) -> None:
-        """Add one image: the bytes of its file, and its width and height in pixels."""
+        """Add an image by the bytes of its file, and its width and height in pixels."""
         self.images += 1
         self.bytes += size
         self.sides[histogram_bin(min(width, height))] += 1
@@ -162,42 +143,34 @@ class Figures:
 
     documents: int = 0
     bytes: int = 0
-    """Bytes of the documents' texts in UTF-8."""
+    """Bytes of the texts in UTF-8."""
     characters: int = 0
     words: int = 0
-    """Number of words as Gopher (arXiv 2112.11446) counts them: runs of characters without white space."""
+    """Words as Gopher (arXiv 2112.11446) counts them: runs of characters without white space."""
     unspaced: int = 0
-    """Number of characters in scripts without spaces between words."""
+    """Characters in scripts without spaces between words."""
     held_out: int = 0
-    """Number of documents that are held out for validation."""
+    """Documents that are held out for validation."""
     tokens: int = 0
-    """Number of tokens of the texts alone, without start tokens; 0 without a tokenizer."""
+    """Tokens of the texts without start tokens; 0 without a tokenizer."""
     unknown: int = 0
-    """Number of the tokens in `tokens` that are the tokenizer's unknown token."""
+    """Tokens that are the tokenizer's unknown token."""
     lengths: Counter[int] = field(default_factory=Counter)
-    """Histogram of text lengths in characters: number of documents by `histogram_bin`."""
+    """Documents by `histogram_bin` of their characters."""
     token_lengths: Counter[int] = field(default_factory=Counter)
-    """Histogram of text lengths in tokens: number of documents by `histogram_bin`."""
+    """Documents by `histogram_bin` of their tokens."""
     longest: int = 0
-    """Length of the longest document in characters."""
+    """Characters of the longest document."""
     longest_at: TextLocation | None = None
-    """Location of the longest document; None without documents."""
     images: ImageFigures = field(default_factory=ImageFigures)
-    """Statistics of the images. A document that is an image without text counts only here and in `documents` and
-    `held_out`."""
+    """An image without text counts only here and in `documents` and `held_out`."""
 
     def add_document(
         self, text: str, size: int, words: int, tokens: int | None, held_out: bool, location: TextLocation
     ) -> None:
-        """Add one document with a text to the statistics; unknown tokens are counted by the caller.
+        """Add a document with a text of `size` bytes in UTF-8; `tokens` is None without a tokenizer.
 
-        Args:
-            text: the document's text.
-            size: bytes of the text in UTF-8.
-            words: number of words in the text.
-            tokens: number of tokens of the text; None without a tokenizer.
-            held_out: whether the document is held out for validation.
-            location: the location of the document's beginning.
+        The caller counts unknown tokens.
         """
         characters = len(text)
         self.documents += 1
@@ -225,7 +198,7 @@ class Figures:
         return self
 
     def _update_longest(self, characters: int, location: TextLocation) -> None:
-        """Update the longest document; of several with the same length, keep the first in the order of locations."""
+        """Update the longest document; of equals, keep the first in the order of locations."""
         if self.longest_at is None or (-characters, location) < (-self.longest, self.longest_at):
             self.longest, self.longest_at = characters, location
 
@@ -241,31 +214,30 @@ class Figures:
 
     @property
     def tokens_per_word(self) -> float | None:
-        """Fertility of the tokenizer, tokens per word; None without tokens, or if spaces do not separate the words."""
+        """Fertility of the tokenizer; None without tokens, or if spaces do not separate the words."""
         is_spaced = self.unspaced < MAX_UNSPACED_SHARE * self.characters
         return self.tokens / self.words if self.tokens and is_spaced else None
 
 
 @dataclass
 class DomainSurvey:
-    """Survey of some or all raw files of one domain: statistics of their documents, and problems in them."""
+    """Statistics and problems of some or all raw files of one domain."""
 
     files: int = 0
     stored_bytes: int = 0
     """Bytes of the files as stored, compressed or not."""
     damaged: int = 0
-    """Number of damaged files, which could not be read completely."""
     quarantined: Counter[str] = field(default_factory=Counter)
-    """Number of items that could not be read, by reason."""
+    """Unreadable items by reason."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Number of documents that the source's filters dropped, by rule."""
+    """Documents that filters dropped, by rule."""
     languages: dict[str, Figures] = field(default_factory=dict)
-    """Statistics of documents by language: the language that a document's record names, else that of the subfolder."""
+    """Statistics by the language that a document's record names, or else its subfolder."""
     findings: dict[str, Finding] = field(default_factory=dict)
-    """Findings by the rule of textrules.py that documents break, or by the reason why items are in quarantine."""
+    """Findings by the rule of textrules.py, or by the reason for the quarantine."""
 
     def add_file(self, size: int, tally: Tally) -> None:
-        """Add one file that was read to its end: its size in bytes, and the tally (the counts of its items)."""
+        """Add a file of `size` bytes that was read to its end."""
         self.files += 1
         self.stored_bytes += size
         self.damaged += tally.damaged
@@ -287,12 +259,12 @@ class DomainSurvey:
 
     @property
     def all_figures(self) -> Figures:
-        """Statistics of all documents of the domain, in all languages."""
+        """Statistics of all documents in all languages."""
         return sum_figures(self.languages.values())
 
 
 def sum_figures(parts: Iterable[Figures]) -> Figures:
-    """Return the sum of several statistics of documents as a new object."""
+    """Return the sum of several statistics as a new object."""
     result = Figures()
     for part in parts:
         result += part

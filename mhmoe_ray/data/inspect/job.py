@@ -5,7 +5,7 @@ from mhmoe_ray.errors import logging_errors
 
 
 def main() -> None:
-    """Make the survey that the current job's request asks for, write it to the log, and log errors for the user."""
+    """Answer the current job's request for a survey, and log errors for the user."""
     import ray
 
     from mhmoe_ray.data.inspect.survey import survey

@@ -22,17 +22,16 @@ from mhmoe_ray.spec import DataSpec, RunSpec
 MAX_COPY_SHARE = 0.01
 """Largest share of a domain's documents that may be copies without a warning."""
 MAX_IMAGE_SHARE = 0.1
-"""Largest share of a domain's images that may be smaller than the model's input without a warning; also the largest
-share that may be long and narrow."""
+"""Largest share of a domain's images that may be smaller than the model's input, or long and narrow, without a
+warning."""
 MIN_BYTES_PER_TOKEN = 1.5
 """Bytes of text per token below which a tokenizer spells a language out nearly byte by byte."""
 MAX_UNKNOWN_SHARE = 0.001
 """Largest share of tokens that may be the unknown token without a warning."""
 MIN_TOKENS = 1000
-"""Smallest number of tokens of a language from which lint rules judge a tokenizer."""
+"""Tokens of a language from which lint rules judge a tokenizer."""
 MAX_EPOCHS = 4
-"""Number of epochs up to which repeated text is nearly as good as new text (Muennighoff et al. 2023, arXiv
-2305.16264)."""
+"""Epochs up to which repeated text is nearly as good as new text (Muennighoff et al. 2023, arXiv 2305.16264)."""
 
 
 @dataclass
@@ -49,7 +48,7 @@ class Problem:
     count: int
     """Number of documents, files or other items that have the problem."""
     examples: list[tuple[str, str]]
-    """Some examples: the location, and the evidence."""
+    """Locations, each with the evidence."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the problem as `mhmoe data lint --json` prints it."""
@@ -65,30 +64,27 @@ class Problem:
 
 
 class LintInput(NamedTuple):
-    """Input of the lint rules: a survey of raw text, its data section, and perhaps the spec of a run and a manifest."""
+    """Input of the lint rules: a survey of raw text, and what is known of the run that reads the text."""
 
     survey: Survey
     data_spec: DataSpec
     spec: RunSpec | None
     """Spec of the run; None for raw text without a spec."""
     manifest: DataManifest | None
-    """Manifest of the spec's prepared folder; None if there is none."""
+    """Manifest of the spec's prepared folder, if it exists."""
     samples_before: Mapping[str, int] = {}
-    """Number of samples of each domain that earlier runs have read, whose order the run continues."""
+    """Samples of each domain that earlier runs have read, whose order the run continues."""
 
 
 def lint(inputs: LintInput) -> list[Problem]:
-    """Apply all lint rules and return the problems, errors before warnings, each kind in the order of RULES."""
+    """Apply all lint rules; return the errors, then the warnings, each in the order of RULES."""
     # Sorting is stable, so the order of RULES stays among errors and among warnings.
     problems = [problem for rule in RULES for problem in rule(inputs)]
     return sorted(problems, key=lambda problem: not problem.severe)
 
 
 def _find_unreadable_items(inputs: LintInput) -> Iterator[Problem]:
-    """Yield a problem for each reason for which items of a domain could not be read.
-
-    It is an error if there are more such items than a preparation allows.
-    """
+    """Yield a problem for each reason for unreadable items, as an error if they exceed what a preparation allows."""
     tally = Tally()
     for domain in inputs.survey.domains.values():
         bad_counts = Counter({Reason(reason): n for reason, n in domain.quarantined.items()})
@@ -107,7 +103,6 @@ def _find_unreadable_items(inputs: LintInput) -> Iterator[Problem]:
 
 
 def _find_damaged_texts(inputs: LintInput) -> Iterator[Problem]:
-    """Yield a warning for each rule of textrules.py that documents of a domain break."""
     for name, rule in textrules.RULES.items():
         for domain, survey in inputs.survey.domains.items():
             if finding := survey.findings.get(name):
@@ -119,7 +114,6 @@ def _format_examples(finding: Finding) -> list[tuple[str, str]]:
 
 
 def _find_unread_files(inputs: LintInput) -> Iterator[Problem]:
-    """Yield a warning for each source that has files which are not read, because they have another format."""
     files = find_files(inputs.data_spec)
     read_paths = {path for file in files for path in file.stored_paths}
     formats = {source_of(file.domain): file.format for file in files}
@@ -147,7 +141,6 @@ def _find_unread_files(inputs: LintInput) -> Iterator[Problem]:
 
 
 def _find_copies(inputs: LintInput) -> Iterator[Problem]:
-    """Yield a warning for each domain with many copies of documents, and for each with many texts of other domains."""
     survey = inputs.survey
     for name, copies in survey.copies.domains.items():
         share = copies.extra / (copies.distinct + copies.extra)
@@ -166,10 +159,7 @@ def _find_copies(inputs: LintInput) -> Iterator[Problem]:
 
 
 def _find_small_domains(inputs: LintInput) -> Iterator[Problem]:
-    """Yield a problem for each domain without a training sample, and a warning for each without held-out documents.
-
-    Without a spec of a run, yield nothing.
-    """
+    """Yield a problem for each domain without a training sample, and a warning for each without validation."""
     if inputs.spec is None:
         return
     T = inputs.data_spec.seq_len
@@ -198,7 +188,7 @@ def _find_small_domains(inputs: LintInput) -> Iterator[Problem]:
 
 
 def _has_whole_documents(inputs: LintInput) -> bool:
-    """Return whether a single training document of any length is enough for a sample.
+    """Return whether one training document of any length is enough for a sample.
 
     With packing by best fit, padding fills up a sample. An encoder or a vision model never joins documents in a sample.
     """
@@ -207,11 +197,7 @@ def _has_whole_documents(inputs: LintInput) -> bool:
 
 
 def _fills_sample(name: str, domain: DomainSurvey, inputs: LintInput) -> bool:
-    """Return whether a domain has at least one training sample.
-
-    The manifest of the prepared data decides, if it has the domain. Otherwise the number of tokens decides, or, without
-    a tokenizer, the number of bytes.
-    """
+    """Return whether a domain has a training sample by the manifest, or else by its tokens, or else by its bytes."""
     if inputs.manifest is not None and name in inputs.manifest.domains:
         return inputs.manifest.domains[name].samples > 0
     figures = domain.all_figures
@@ -229,17 +215,12 @@ def _has_fixed_share(name: str, spec: RunSpec) -> bool:
 
 
 def _format_size(domain: DomainSurvey, inputs: LintInput) -> str:
-    """Return the numbers of documents, bytes and tokens of a domain for the user."""
     figures = domain.all_figures
     tokens = f", {figures.tokens:,} tokens" if inputs.survey.tokenized else ""
     return f"{figures.documents:,} documents, {figures.bytes:,} bytes{tokens}"
 
 
 def _find_repeated_domains(inputs: LintInput) -> Iterator[Problem]:
-    """Yield a warning for each domain that training reads more than `MAX_EPOCHS` times.
-
-    If the mixture is impossible, yield that as an error. Without a spec of a run or prepared data, yield nothing.
-    """
     if inputs.spec is None or inputs.manifest is None:
         return
     try:
@@ -259,10 +240,6 @@ def _find_repeated_domains(inputs: LintInput) -> Iterator[Problem]:
 
 
 def _find_poor_tokenization(inputs: LintInput) -> Iterator[Problem]:
-    """Yield a warning for each language of a domain with few bytes per token, and for each with many unknown tokens.
-
-    Languages with fewer than `MIN_TOKENS` tokens are skipped.
-    """
     fix = "use a tokenizer that knows this language, or train one with more of its text"
     for name, domain in inputs.survey.domains.items():
         for language, figures in sorted(domain.languages.items()):
@@ -282,7 +259,6 @@ def _find_poor_tokenization(inputs: LintInput) -> Iterator[Problem]:
 
 
 def _find_unsuitable_images(inputs: LintInput) -> Iterator[Problem]:
-    """Yield a warning for each domain with many images that are smaller than the model's input, or long and narrow."""
     for name, domain in inputs.survey.domains.items():
         figures = domain.all_figures.images
         max_count = MAX_IMAGE_SHARE * figures.images

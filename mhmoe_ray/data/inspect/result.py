@@ -1,4 +1,4 @@
-"""The request for a survey that `mhmoe data inspect` and `lint` send to their job, and the survey that it returns."""
+"""Request for a survey that `mhmoe data inspect` and `lint` send to their job, and its result."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +12,12 @@ from mhmoe_ray.spec import DataSpec
 
 @dataclass
 class Survey:
-    """Result of a survey of raw text: statistics and problems of each domain, and counts of duplicates."""
+    """Statistics and problems of each domain, and counts of duplicates."""
 
     tokenized: bool
-    """True if the tokens of the texts were counted, which needs a tokenizer."""
+    """True if tokens were counted, which needs a tokenizer."""
     domains: dict[str, DomainSurvey] = field(default_factory=dict)
-    """Survey of each domain by its name, in the order of names."""
+    """Survey of each domain, in the order of names."""
     copies: Copies = field(default_factory=Copies)
 
 

@@ -27,7 +27,6 @@ class TextPiece:
     """Stretch of a conversation's text, in which either all tokens are targets or none is."""
 
     is_target: bool
-    """True if the model learns to predict the tokens of the stretch; otherwise it only reads them."""
     text: str
 
 
@@ -36,14 +35,13 @@ class SamplePart:
     """Document, or piece of a document, that is packed into one sample."""
 
     begins: bool
-    """True if the piece starts with the document's start token; otherwise the document begins in another sample."""
+    """True if the piece starts with the start token; otherwise the document begins in another sample."""
     tokens: int
     """Number of tokens, including the start token."""
     text: str
-    """Text of the piece, without the start token."""
+    """Text without the start token."""
     pieces: list[TextPiece] | None = None
-    """The text of a conversation, cut where targets begin and end; None if the prepared data have no conversations,
-    because then all text is targets."""
+    """Text of a conversation, cut where targets begin and end; None without conversations, when all text is targets."""
 
 
 @dataclass
@@ -51,15 +49,15 @@ class DecodedSample:
     """Packed training sample, decoded to text."""
 
     position: int
-    """Position of the sample in the whole training, from 0."""
+    """Position in the whole training, from 0."""
     step: int
     """Training step that reads the sample, from 0."""
     domain: str
     sample: int
-    """Number of the sample within its domain, from 0."""
+    """Number within its domain, from 0."""
     parts: list[SamplePart]
     padding: int
-    """Number of padding tokens at the end of the sample."""
+    """Number of padding tokens at the end."""
 
 
 def decode_samples(
@@ -67,17 +65,9 @@ def decode_samples(
 ) -> list[DecodedSample]:
     """Return the training samples at positions start .. start + count - 1, decoded to text.
 
-    The text includes the last token of a sample, which is a target but never an input.
-
-    Args:
-        spec: spec of a run.
-        start: position of the first sample.
-        count: number of samples.
-        samples_before: number of samples of each domain that earlier runs have read, if this run continues their order
-            (`compute_mixture`).
-
-    Raises:
-        DataError: the data are not prepared, or the training has no such positions.
+    The text includes the last token of a sample, which is a target but never an input. `samples_before` has the samples
+    of each domain that earlier runs have read, if this run continues their order (`compute_mixture`). Data that are not
+    prepared, or positions outside of the training, are a DataError.
     """
     position_count = spec.train.steps * spec.samples_per_step
     if not 0 <= start <= start + count <= position_count:

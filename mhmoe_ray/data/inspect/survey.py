@@ -39,28 +39,20 @@ ENTRIES_PER_ARRAY = 1 << 18
 
 
 class Encoder(NamedTuple):
-    """Encoding function and special tokens of a tokenizer, for a survey."""
+    """Encoding function and special tokens of a tokenizer."""
 
     encode: Callable[[Sequence[str]], list[list[int]]]
-    """Function that returns the token ids of texts without start tokens: the same ids as in preparation, if the
-    tokenizer has the boundary tokens that preparation needs."""
+    """Function that returns the token ids of texts without start tokens, as in preparation if the tokenizer has the
+    boundary tokens that preparation needs."""
     special: list[str]
-    """Special tokens of the tokenizer, which lint looks for in texts."""
+    """Special tokens, which lint looks for in texts."""
     unknown: int | None
-    """Id of the tokenizer's unknown token; None if it has none."""
+    """Id of the unknown token, if the tokenizer has one."""
 
 
 @lru_cache(maxsize=2)
 def open_encoder(path: Path, pattern: str | None) -> Encoder:
-    """Return the encoder of a tokenizer file; a process caches the last two encoders.
-
-    Args:
-        path: the path of a tokenizer.json, or of a vocabulary in tiktoken's format.
-        pattern: `data.tokenizer_pattern`, for a vocabulary in tiktoken's format.
-
-    Raises:
-        DataError: the file cannot be read or has no tokenizer, or the pattern for a vocabulary is missing or invalid.
-    """
+    """Return the encoder of a tokenizer file that `read_given_tokenizer` accepts; a process caches the last two."""
     # The encoder is cached, because loading a large vocabulary takes longer than reading a small file.
     tokenizer = read_given_tokenizer(path, pattern)
     documents = DocumentEncoder(tokenizer) if find_boundaries(tokenizer) else None
@@ -75,7 +67,7 @@ def open_encoder(path: Path, pattern: str | None) -> Encoder:
 
 
 class FileSurvey(NamedTuple):
-    """Survey of one whole file: the last item that `survey_file` yields, after its arrays of entries."""
+    """Survey of a whole file: the last item of `survey_file`."""
 
     survey: DomainSurvey
 
@@ -83,14 +75,10 @@ class FileSurvey(NamedTuple):
 def survey_file(
     number: int, file: RawFile, spec: DataSpec, tokenizer: Path | None, rules: bool
 ) -> Iterator[np.ndarray | FileSurvey]:
-    """Read a file; yield arrays of `ENTRY_DTYPE` with an entry for each document, then the survey of the whole file.
+    """Yield arrays of `ENTRY_DTYPE` with an entry for each document of a file, then the survey of the file.
 
-    Args:
-        number: the file's number, which the entries of its documents carry.
-        file: a file from `find_files(spec)`.
-        spec: the data section with which the file was found.
-        tokenizer: the tokenizer file with which tokens are counted; None to count no tokens.
-        rules: whether texts are checked against the rules of textrules.py.
+    `number` is the file's number in the entries. Without a tokenizer, no tokens are counted. `rules` decides whether
+    texts are checked against textrules.py.
     """
     survey, entries = DomainSurvey(), []
     folder_language = domains.language_of_folder(subfolder_of(file.domain))
@@ -148,7 +136,6 @@ def _read_documents(reader: FileReader, survey: DomainSurvey) -> Iterator[Docume
 def _encode_documents(
     documents: Iterator[Document], encoder: Encoder | None
 ) -> Iterator[tuple[Document, list[int] | None]]:
-    """Yield each document with its token ids, or with None if there is no encoder."""
     if encoder is None:
         yield from ((document, None) for document in documents)
         return
@@ -157,7 +144,7 @@ def _encode_documents(
 
 
 def _take_batch(documents: Iterator[Document]) -> Iterator[Document]:
-    """Yield the next documents until there are `DOCUMENTS_PER_CALL`, or more than `CHARACTERS_PER_CALL` characters."""
+    """Yield `DOCUMENTS_PER_CALL` documents, or fewer with more than `CHARACTERS_PER_CALL` characters."""
     characters = 0
     for document in islice(documents, DOCUMENTS_PER_CALL):
         yield document
@@ -168,24 +155,16 @@ def _take_batch(documents: Iterator[Document]) -> Iterator[Document]:
 
 
 PARTITION_BYTES = 4 << 30
-"""Bytes of raw files for each partition of the documents' entries. With documents of 500 stored bytes, a partition has
-8 million entries, which are 160 MB."""
+"""Bytes of raw files for each partition of the entries. With documents of 500 stored bytes, a partition has 8 million
+entries, which are 160 MB."""
 MAX_PARTITIONS = 4096
 PROGRESS_LINES = 10
-"""Largest number of log lines that report the progress of reading."""
 
 
 def survey(request: SurveyRequest, partition_bytes: int = PARTITION_BYTES) -> Survey:
-    """Read all raw files that a request names, on the cluster, and return their survey.
+    """Survey all raw files that a request names on the running Ray cluster, and print the progress.
 
-    Progress is printed. Ray must be running.
-
-    Args:
-        request: the data section of the text, the tokenizer, and whether to check texts against rules.
-        partition_bytes: bytes of raw files for each partition of the documents' entries.
-
-    Raises:
-        DataError: sources are missing, or the tokenizer cannot be used.
+    Missing sources or an unusable tokenizer are a DataError.
     """
     # Open the tokenizer here too, so that an unusable one is reported before any task starts.
     if request.tokenizer:
@@ -222,7 +201,6 @@ def survey(request: SurveyRequest, partition_bytes: int = PARTITION_BYTES) -> Su
 
 
 def _task_pool() -> ray.data.TaskPoolStrategy:
-    """Return a task pool that is limited by the cluster's CPUs and, on a single machine, also by its cores."""
     # A local cluster may declare more CPUs than the machine has cores, and starting a process for each would take
     # longer than reading a few files.
     nodes, cores = [node for node in ray.nodes() if node["Alive"]], os.cpu_count()
@@ -231,14 +209,13 @@ def _task_pool() -> ray.data.TaskPoolStrategy:
 
 
 MAX_BLOCKS = 1000
-"""Largest number of blocks of Ray Data that are passed to one task as arguments."""
+"""Number of blocks of Ray Data that one task may get as arguments."""
 
 _FILE_SURVEY = -1
-"""Value in the column `partition` that marks the row with the survey of a file."""
 
 
 def _read_file(row: dict[str, Any], *, request: SurveyRequest, partitions: int) -> Iterator[dict[str, Any]]:
-    """Survey one raw file: a task of Ray Data that yields rows with the columns `partition`, `domain` and `data`.
+    """Survey one raw file in a task of Ray Data that yields rows with the columns `partition`, `domain` and `data`.
 
     `data` is the entries of one partition as bytes, or, with `_FILE_SURVEY` as partition, a pickled `DomainSurvey`.
     """
@@ -252,18 +229,11 @@ def _read_file(row: dict[str, Any], *, request: SurveyRequest, partitions: int) 
 
 
 def _partition_rows(block: pa.Table, partition: int) -> pa.Table:
-    """Return the rows of a block of `_read_file`'s results that belong to a partition."""
     return block.filter(pc.equal(block["partition"], partition))
 
 
 def _count_partitions(blocks: list[Any], partitions: int, files: list[RawFile]) -> Iterator[Copies]:
-    """Count the duplicates in each partition of the documents' entries.
-
-    Args:
-        blocks: references to the blocks of rows from `_read_file`.
-        partitions: number of partitions.
-        files: all files, in the order of their numbers.
-    """
+    """Count the duplicates in each partition of `_read_file`'s rows; `files` are in the order of their numbers."""
     # A single partition is counted by one task, because a shuffle would take longer to start than the counting takes.
     # With several partitions, or more blocks than one task should get as arguments, Ray Data shuffles the blocks.
     count = partial(_count_partition, domains=[f.domain for f in files], paths=[f.path for f in files])
@@ -278,11 +248,9 @@ def _count_partitions(blocks: list[Any], partitions: int, files: list[RawFile]) 
 
 
 def _count_blocks(count: Callable[[pa.Table], pa.Table], *blocks: pa.Table) -> pa.Table:
-    """Count duplicates with a single partition: apply `count` to the rows of partition 0 in all blocks."""
     return count(pa.concat_tables(_partition_rows(block, 0) for block in blocks))
 
 
 def _count_partition(rows: pa.Table, *, domains: list[str], paths: list[str]) -> pa.Table:
-    """Count the duplicates in one partition; return a table of one row with the pickled `Copies`."""
     entries = np.frombuffer(b"".join(rows["data"].to_pylist()), ENTRY_DTYPE)
     return pa.table({"data": [pickle.dumps(count_copies(entries, domains, paths))]})

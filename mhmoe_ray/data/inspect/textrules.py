@@ -14,36 +14,33 @@ class TextView(NamedTuple):
 
     text: str
     words: list[str]
-    """The words of the text, `text.split()`."""
     language: str
-    """Language that the document's record names; `domains.NO_LANGUAGE` if it names none."""
+    """Language that the document's record names, or `domains.NO_LANGUAGE`."""
     folder_language: str
-    """Language that the name of the subfolder stands for; `domains.NO_LANGUAGE` if it stands for none."""
+    """Language that the name of the subfolder stands for, or `domains.NO_LANGUAGE`."""
     special: re.Pattern[str]
-    """Pattern that matches any of the tokenizer's special tokens."""
+    """Pattern of the tokenizer's special tokens."""
 
 
 class TextRule(NamedTuple):
     """Rule that the text of a document should pass, with a message about documents that break it and advice."""
 
     check: Callable[[TextView], str | None]
-    """Function that returns short evidence that a document breaks the rule; None if the document passes."""
+    """Function that returns short evidence that a document breaks the rule, or None."""
     message: str
     fix: str
 
 
 NEARLY_ALL = 0.8
-"""Share of a text's visible characters above which the repetitions of a line count as nearly all of the text."""
+"""Share of a text's visible characters above which the repetitions of a line are nearly all of the text."""
 MAX_WORD_LENGTH = 1000
 MIN_LETTER_SHARE = 0.25
 MIN_MATCHES = 3
-"""Number of encoding errors, or of HTML tags, from which a text breaks a rule; fewer can be intended."""
+"""Number of encoding errors or HTML tags from which a text breaks a rule; fewer can be intended."""
 EXAMPLE_CHARACTERS = 40
-"""Number of characters of the text that are shown as evidence."""
 
 
 def _repeated_line(view: TextView) -> str | None:
-    """Return how often a line repeats and its beginning, if its repetitions are nearly all of the text; else None."""
     lines = view.text.splitlines()
     if len(lines) < 5 or len(set(lines)) > len(lines) // 2:
         return None
@@ -60,14 +57,12 @@ def _repeated_line(view: TextView) -> str | None:
 
 
 def _long_word(view: TextView) -> str | None:
-    """Return the length and the beginning of the first ASCII word above `MAX_WORD_LENGTH` characters, or None."""
     # Only ASCII words are checked, because sound text in a script without spaces seems to be one long word.
     word = next((w for w in view.words if len(w) > MAX_WORD_LENGTH and w.isascii()), None)
     return f"{len(word):,} characters: {_printable_start(word)}" if word else None
 
 
 def _few_letters(view: TextView) -> str | None:
-    """Return the number of letters and the beginning of a text, if it has too few letters; else None."""
     letter_count = sum(map(str.isalpha, view.text))
     has_few_letters = letter_count < MIN_LETTER_SHARE * _visible_characters(view)
     return (
@@ -97,7 +92,6 @@ _MOJIBAKE = re.compile(
 
 
 def _mojibake(view: TextView) -> str | None:
-    """Return the text around the first encoding error; None if there are fewer than `MIN_MATCHES` errors."""
     matches = [match for match, _ in zip(_MOJIBAKE.finditer(view.text), range(MIN_MATCHES), strict=False)]
     return _example_at(view.text, matches[0]) if len(matches) == MIN_MATCHES else None
 
@@ -116,7 +110,6 @@ _HTML = re.compile(
 
 
 def _html(view: TextView) -> str | None:
-    """Return the text around the first of at least `MIN_MATCHES` tags or entities of HTML, or None."""
     matches = [match for match, _ in zip(_HTML.finditer(view.text), range(MIN_MATCHES), strict=False)]
     return _example_at(view.text, matches[0]) if len(matches) == MIN_MATCHES else None
 
@@ -157,7 +150,6 @@ RULES: dict[str, TextRule] = {
         _language, "its record names another language than its folder", "correct the record or the folder"
     ),
 }
-"""Rules that the text of each document should pass, by name."""
 
 
 def any_token_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
@@ -166,14 +158,10 @@ def any_token_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
 
 
 def broken_rules(text: str, words: list[str], language: str, domain: str, special: re.Pattern[str]) -> dict[str, str]:
-    """Check a document against all rules of RULES; return the evidence of each rule that it breaks, by the rule's name.
+    """Return the evidence of each rule of RULES that a document breaks, by name.
 
-    Args:
-        text: the document's text.
-        words: the words of the text, `text.split()`.
-        language: the language that the document's record names; `domains.NO_LANGUAGE` if it names none.
-        domain: the document's domain, source/subfolder.
-        special: the pattern of the tokenizer's special tokens, from `any_token_pattern`.
+    `words` is `text.split()`, `language` is that of the document's record or `domains.NO_LANGUAGE`, `domain` is
+    source/subfolder, and `special` comes from `any_token_pattern`.
     """
     view = TextView(text, words, language, domains.language_of_folder(subfolder_of(domain)), special)
     return {name: evidence for name, rule in RULES.items() if (evidence := rule.check(view)) is not None}
@@ -185,12 +173,10 @@ def _visible_characters(view: TextView) -> int:
 
 
 def _example_at(text: str, match: re.Match[str] | None) -> str | None:
-    """Return the text around a match in printable form; None without a match."""
     if match is None:
         return None
     return _printable_start(text[max(0, match.start() - EXAMPLE_CHARACTERS // 4) :])
 
 
 def _printable_start(text: str) -> str:
-    """Return the beginning of a text in printable form."""
     return repr(text[:EXAMPLE_CHARACTERS])

@@ -1,24 +1,22 @@
-"""Assignment of the slots of an endless sequence to domains, in any given proportions.
+"""Assignment of the slots of an endless sequence to domains, in any proportions; any slot is found directly.
 
-The domain of any slot is found without computing the slots before it.
-
-A binary tree has the domains as leaves. A leaf has the weight of its domain, and another node has the sum of its
-children's weights. Each slot walks from the root to a leaf, as a visitor of the nodes on its way. A node's c-th visitor
-(from 0) goes left if floor((c + 1) a / A) exceeds floor(c a / A), where A is the node's weight and a its left child's.
-So floor(c a / A) of its first c visitors went left. This is also the visitor's number at the left child; at the right
-child its number is c minus this. The walk gives the slot's domain and the slot's number among that domain's slots. The
-sequence repeats after as many slots as the root's weight, and each domain has exactly its weight of these slots.
+A binary tree has the domains as leaves. A leaf weighs its domain's weight, another node the sum of its children. Each
+slot walks from the root to a leaf. A node's c-th visitor (from 0) goes left if floor((c + 1) a / A) exceeds floor(c a /
+A), where A is the node's weight and a its left child's. So floor(c a / A) of its first c visitors went left, which is
+the visitor's number at the left child; at the right child its number is c minus this. The walk gives the slot's domain
+and its number among that domain's slots. The sequence repeats after as many slots as the root's weight, and each domain
+has exactly its weight of these.
 
 Exactness: over any stretch of slots a child gets its share of its parent's visitors to within less than one. With
 weights W_0 > W_1 > ... > W_m from the root to a leaf, n consecutive slots give that leaf n W_m / W_0 to within less
 than the sum of W_m / W_k over k = 1..m. In a Huffman tree W_k >= W_(k+1) + W_(k+2), because the sibling of node k+1 is
 no lighter than node k+2, which was merged first. So the W_k grow at least as fast as the Fibonacci numbers from the
-leaf up, and the sum stays below that of the reciprocals, 1 + 1 + 1/2 + 1/3 + 1/5 + ... = 3.36. This holds for any
-number of domains and for any shares. Sources are the leaves of one Huffman tree and the roots of others: over any
-stretch a source is within 3.36 slots of its share and a domain within 6.72.
+leaf up, and the sum stays below that of the reciprocals, 1 + 1 + 1/2 + 1/3 + 1/5 + ... = 3.36, for any number of
+domains and any shares. Sources are the leaves of one Huffman tree and the roots of others, so a source stays within
+3.36 slots of its share and a domain within 6.72.
 
-A walk takes about as many levels as the mixture has bits of entropy. To a domain with a share s, it takes at most about
-log_phi(1 / s) levels, where phi is the golden ratio.
+A walk takes about as many levels as the mixture has bits of entropy, and at most about log_phi(1 / s) levels to a
+domain with share s, where phi is the golden ratio.
 """
 
 import heapq
@@ -29,24 +27,18 @@ import numpy as np
 from mhmoe_ray.data.order.permutation import I64
 
 MAX_WEIGHT = 2**50
-"""Largest weight of a tree's root. A slot number below twice this weight, multiplied by a ratio of at most one half,
-has an error of less than one in float64."""
+"""Largest weight of a root. A slot below twice this weight, times a ratio of at most one half, has an error of less
+than one in float64."""
 
 
 class Interleaver:
     """Binary trees over the same domains, one for each set of proportions.
 
-    Each tree assigns the slots of an endless sequence to the domains, in its own proportions.
+    `weights` has, for each tree, the slots that each domain gets before the sequence repeats: at least one is positive,
+    and they sum to at most `MAX_WEIGHT`.
     """
 
     def __init__(self, sources: Sequence[str], weights: Sequence[Sequence[int]]) -> None:
-        """Build the trees.
-
-        Args:
-            sources: the source of each domain.
-            weights: for each tree, the number of slots that each domain gets before the sequence repeats. At least one
-                is above 0, and their sum is at most `MAX_WEIGHT`.
-        """
         self.domain_count = len(sources)
         # A node is a tuple: the weight of its left child, the sum of the weights of both children, and the two
         # children. The nodes of all trees are in one list, so that a walk can descend different trees in one array
@@ -61,7 +53,7 @@ class Interleaver:
         self._ratios = np.nextafter(self._left_weights / self._weights, np.inf)
 
     def _build_tree(self, sources: Sequence[str], weights: Sequence[int]) -> int:
-        """Add the nodes of one tree, with each source's domains in a subtree; return the number of the root."""
+        """Add a tree's nodes, with each source's domains in a subtree; return the number of the root."""
         assert min(weights) >= 0
         assert 0 < sum(weights) <= MAX_WEIGHT
         by_source: dict[str, list[tuple[int, int]]] = {}
@@ -71,10 +63,7 @@ class Interleaver:
         return self._merge_nodes([self._merge_nodes(leaves) for leaves in by_source.values()])[1]
 
     def _merge_nodes(self, heap: list[tuple[int, int]]) -> tuple[int, int]:
-        """Merge nodes into one tree as Huffman's algorithm does: repeatedly merge the two lightest.
-
-        The heap holds pairs of a node's weight and its number; the result is the pair of the root.
-        """
+        """Merge (weight, number) pairs of nodes by Huffman's algorithm; return the pair of the root."""
         heapq.heapify(heap)
         while len(heap) > 1:
             light_node, heavy_node = heapq.heappop(heap), heapq.heappop(heap)
@@ -84,11 +73,9 @@ class Interleaver:
         return heap[0]
 
     def __call__(self, tree: I64, slot: I64) -> tuple[I64, I64]:
-        """Return the domain of each slot, and the slot's number among the slots of that domain, elementwise.
+        """Return each slot's domain and its number among that domain's slots, elementwise.
 
-        Args:
-            tree: the number of the tree to whose sequence each slot belongs.
-            slot: the number of the slot, from 0 to less than twice the weight of the tree's root.
+        `tree` numbers each slot's tree; `slot` is below twice the weight of its root.
         """
         domain, rank = np.empty_like(slot), np.empty_like(slot)
         # `indices` holds the positions, in the result arrays, of the slots whose walk down their tree has not reached a
@@ -107,7 +94,7 @@ class Interleaver:
             node, visitor = self._descend(node - self.domain_count, visitor)
 
     def _descend(self, node: I64, visitor: I64) -> tuple[I64, I64]:
-        """Descend one level of the trees; return the child that each slot goes to, and the slot's number there."""
+        """Descend one level; return the child that each slot goes to, and the slot's number there."""
         left_weight, weight = self._left_weights.take(node), self._weights.take(node)
         left_visitor = (visitor * self._ratios.take(node)).astype(np.int64)
         # The products wrap round 2^64, but their difference is small, so the remainder is right.
@@ -121,7 +108,7 @@ class Interleaver:
         return self._children.take(2 * node + goes_right), np.where(goes_right, visitor - left_visitor, left_visitor)
 
     def slot_counts(self, tree: int, slot: int) -> list[int]:
-        """Return the number of slots of each domain among a tree's first `slot` slots."""
+        """Return each domain's number of slots among a tree's first `slot` slots."""
         counts = [0] * self.domain_count
         pending_nodes = [(self._roots[tree], slot)]
         while pending_nodes:

@@ -31,18 +31,12 @@ from mhmoe_ray.spec import MicroBatchPart, RunSpec, SourceMix
 
 
 def apportion(total: int, weights: Sequence[float], limits: Sequence[int], offset: float) -> list[int]:
-    """Split `total` into whole numbers in proportion to `weights`, each at most its limit.
+    """Split `total` into integers in proportion to `weights`, each at most its limit.
 
-    An entry whose proportional share would exceed its limit gets its limit, and the others divide the rest in
-    proportion. The split is exact: the numbers add up to the total, each is at most its limit, and each number below
-    its limit is the exact share of the rest, rounded down or up.
-
-    Args:
-        total: number to split, at least 0 and at most the sum of the limits of positive weights.
-        weights: weight of each entry, at least 0; an entry of weight 0 gets 0.
-        limits: limit of each entry, at least 0.
-        offset: number from 0 to below 1 that determines which entries are rounded up. If it is drawn uniformly, the
-            mean of each number is its exact share.
+    Entries whose share would exceed their limit get the limit, and the others divide the rest. The split is exact: the
+    numbers add up to the total, and each one below its limit is the exact share of the rest, rounded. `offset` in [0,
+    1) determines which entries are rounded up; if it is drawn uniformly, the mean of each number is its exact share.
+    The limits of positive weights must allow the total.
     """
     # The weights are scaled to integers so that the split is exact. The scaling is exact too, because the denominators
     # of floats are powers of two.
@@ -78,37 +72,33 @@ def apportion(total: int, weights: Sequence[float], limits: Sequence[int], offse
 
 @dataclass(frozen=True)
 class MixturePhase:
-    """Phase of a training, in which the share of each domain is constant.
-
-    The lists have an entry for each domain of the mixture.
-    """
+    """Phase of a training with constant shares; the lists have an entry for each domain and sum to 1."""
 
     from_step: int
     steps: int
-    """Number of training steps in the phase."""
     by_size: list[float]
-    """Share of each domain before temperature and limits are applied; the shares sum to 1."""
+    """Shares before temperature and limits."""
     tempered: list[float]
-    """Share of each domain after temperature and before limits are applied; the shares sum to 1."""
+    """Shares after temperature and before limits."""
     shares: list[float]
-    """Share of each domain after temperature and limits are applied; the shares sum to 1."""
+    """Shares after temperature and limits."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Mixture of a training: its domains, their limits, its phases, and the order of samples that follows from them."""
+    """Domains of a training, their limits, the phases, and the order of samples."""
 
     domains: list[OrderedDomain]
     limits: list[int | None]
-    """Number of samples that this run may read of each domain, counting repeats; None for a domain without a limit."""
+    """Samples, with repeats, that this run may read of each domain; None without a limit."""
     samples_before: list[int]
-    """Number of samples of each domain that earlier runs have read, whose order this run continues."""
+    """Samples of each domain that earlier runs have read, whose order this run continues."""
     phases: list[MixturePhase]
     samples_per_step: int
     order: Order | PartedOrder
 
     def samples_read(self, from_step: int, to_step: int) -> list[int]:
-        """Return the number of samples of each domain that steps from_step .. to_step - 1 read."""
+        """Return the samples of each domain that steps from_step .. to_step - 1 read."""
         start_counts, end_counts = (
             self.order.domain_counts(step * self.samples_per_step) for step in (from_step, to_step)
         )
@@ -116,20 +106,12 @@ class Mixture:
 
 
 def compute_mixture(spec: RunSpec, manifest: DataManifest, samples_before: Mapping[str, int] | None = None) -> Mixture:
-    """Return the mixture of a training: the shares in which its phases read the domains.
+    """Return the mixture of a training, with all domains that fill at least one sample, sorted by name.
 
-    The mixture has all domains that fill at least one sample, sorted by name. A domain that no phase reads has share 0.
-    If micro-batches consist of parts, the shares are those in all parts together.
-
-    Args:
-        spec: the spec of the run.
-        manifest: the manifest of the run's prepared data.
-        samples_before: the number of samples of each domain that earlier runs have read, if the run continues their
-            order (`start.order`). Limits count these samples too.
-
-    Raises:
-        DataError: a domain with a fixed share fills no sample, no domain of a source fills one, `max_epochs_of` names a
-            subfolder that is not in the data, or the limits leave steps without data.
+    A domain that no phase reads has share 0. If micro-batches consist of parts, the shares are those of all parts
+    together. `samples_before` counts each domain's samples that earlier runs have read, if the run continues their
+    order (`start.order`); limits include them. A DataError says that a domain with a fixed share or a whole source
+    fills no sample, that `max_epochs_of` names an unknown subfolder, or that the limits leave steps without data.
     """
     mixtures = [_compute_part(spec, part, manifest, samples_before) for part in spec.parts]
     return mixtures[0] if len(mixtures) == 1 else _combine_parts(spec, mixtures)
@@ -138,10 +120,7 @@ def compute_mixture(spec: RunSpec, manifest: DataManifest, samples_before: Mappi
 def _compute_part(
     spec: RunSpec, part: MicroBatchPart, manifest: DataManifest, samples_before: Mapping[str, int] | None
 ) -> Mixture:
-    """Return the mixture of the sources that one part of every micro-batch reads.
-
-    The other arguments are those of `compute_mixture`.
-    """
+    """Return the mixture of the sources that one part of every micro-batch reads."""
     names = sorted(name for name, d in manifest.domains.items() if d.samples and source_of(name) in part.sources)
     domains = [OrderedDomain(name, source_of(name), manifest.domains[name].samples) for name in names]
     sizes = [manifest.domains[name].size for name in names]
@@ -187,12 +166,7 @@ def _compute_part(
 
 
 def _combine_parts(spec: RunSpec, mixtures: Sequence[Mixture]) -> Mixture:
-    """Combine the mixtures of the parts of a micro-batch into one mixture of whole micro-batches.
-
-    Args:
-        spec: the spec of the run.
-        mixtures: the mixture of each part, in the order of the spec's parts.
-    """
+    """Combine the mixtures of the parts, in the order of the spec, into one of whole micro-batches."""
     sizes = [part.samples for part in spec.parts]
     # Each row is a pair: the number of a part, and the number of a domain in that part. Rows are sorted by domain name.
     rows = sorted(
@@ -205,7 +179,6 @@ def _combine_parts(spec: RunSpec, mixtures: Sequence[Mixture]) -> Mixture:
     ]
 
     def join_shares(shares: Sequence[Sequence[float]]) -> list[float]:
-        """Return the share of each domain in whole micro-batches, given the shares within each part."""
         return [shares[part][number] * sizes[part] / sum(sizes) for part, number in rows]
 
     phases = [
@@ -230,11 +203,7 @@ def _combine_parts(spec: RunSpec, mixtures: Sequence[Mixture]) -> Mixture:
 
 
 def _check_experts(spec: RunSpec, names: Sequence[str], phase_shares: Sequence[Sequence[float]]) -> None:
-    """Check that each domain that is read has an expert, if the router is `domain`, which chooses experts by domain.
-
-    Raises:
-        DataError: a domain that some phase reads has no expert.
-    """
+    """Raise DataError if the router is `domain` and a domain that is read has no expert."""
     moe = spec.model.moe
     if moe is None or moe.router != "domain":
         return
@@ -247,12 +216,9 @@ def _check_experts(spec: RunSpec, names: Sequence[str], phase_shares: Sequence[S
 def training_order(
     spec: RunSpec, manifest: DataManifest, samples_before: Mapping[str, int] | None = None
 ) -> tuple[list[str], Order | PartedOrder]:
-    """Return the names of the domains that a training reads, and the order of its samples.
+    """Return the names of the domains and the order of a training's samples; domain i of the order has the i-th name.
 
-    Domain i of the order has the i-th name of the list. The arguments are those of `compute_mixture`.
-
-    Raises:
-        DataError: the mixture is impossible (see `compute_mixture`).
+    Arguments and errors are those of `compute_mixture`.
     """
     order_mixture = compute_mixture(spec, manifest, samples_before)
     return [d.name for d in order_mixture.domains], order_mixture.order
@@ -265,19 +231,7 @@ def _domain_limits(
     domains: Sequence[OrderedDomain],
     samples_before: Sequence[int],
 ) -> list[int | None]:
-    """Return how many samples of each domain `max_epochs` allows this run to read; None for a domain without a limit.
-
-    Args:
-        spec: the spec of the run.
-        part: the part of micro-batches that reads the domains.
-        manifest: the manifest of the run's prepared data.
-        domains: the domains, in the order of the result.
-        samples_before: the number of samples of each domain that earlier runs have read.
-
-    Raises:
-        DataError: `max_epochs_of` names a subfolder that is not in the prepared data, or earlier runs have read a
-            domain beyond its limit.
-    """
+    """Return the samples of each domain that `max_epochs` still allows; None for a domain without a limit."""
     for name in part.sources:
         for subfolder in spec.data.sources[name].max_epochs_of:
             if f"{name}/{subfolder}" not in manifest.domains:
@@ -305,16 +259,10 @@ def _domain_limits(
 def phase_shares(
     mixes: dict[str, SourceMix], domains: Sequence[OrderedDomain], sizes: Sequence[int], *, apply_temperature: bool
 ) -> list[float]:
-    """Return the share of each domain in one phase before limits are applied; the shares sum to 1.
+    """Return each domain's share in one phase before limits; the shares sum to 1.
 
-    Args:
-        mixes: the weight, shares and temperature of each source in the phase.
-        domains: the domains, in the order of the result.
-        sizes: number of tokens of each domain, or of its samples for an encoder.
-        apply_temperature: whether to raise sizes to the exponent alpha of their source.
-
-    Raises:
-        DataError: a domain with a fixed share, or every domain of a source, fills no sample.
+    `sizes` has each domain's tokens, or samples for an encoder; `apply_temperature` raises them to their source's
+    alpha. A DataError says that a domain with a fixed share, or every domain of a source, fills no sample.
     """
     result = [0.0] * len(domains)
     weight_sum = fsum(mix.weight or 0 for mix in mixes.values())
@@ -340,21 +288,16 @@ def phase_shares(
 
 
 def _power(base: int, exponent: float) -> float:
-    """Return base^exponent, bit-identical on every machine.
-
-    All machines must compute the same order of samples, but the last bit of the C library's power function may differ
-    between them.
-    """
+    """Return base^exponent with equal bits on every machine; the C library's power differs in the last bit."""
     return float(Context(prec=28).power(Decimal(base), Decimal(exponent)))
 
 
 def _split_limits(
     limits: Sequence[int | None], positions: Sequence[int], shares: Sequence[Sequence[float]]
 ) -> list[list[int]]:
-    """Split the limit of each domain over the phases; return the limits of the domains for each phase.
+    """Split each domain's limit over the phases, in proportion to positions times share; return the limits by phase.
 
-    A phase gets an amount in proportion to its positions times the domain's share in it, and the amounts add up to the
-    whole limit. A domain without a limit, or one that no phase reads, is limited by the phase's positions only.
+    A domain without a limit, or one that no phase reads, is limited by the phase's positions only.
     """
     by_domain = []
     for limit, share in zip(limits, zip(*shares, strict=True), strict=True):
@@ -378,17 +321,10 @@ def _check_limits(
     limits: Sequence[int | None],
     shares: Sequence[Sequence[float]],
 ) -> None:
-    """Check that the limits from `max_epochs` leave enough samples for every phase.
-
-    Raises:
-        DataError: a phase has too few samples; the message names the longest training that the limits allow.
-    """
+    """Raise DataError if a phase has too few samples; it names the longest training that the limits allow."""
 
     def find_shortage(steps: int) -> tuple[int, int, int] | None:
-        """Return the first phase with too few samples in a training of `steps` steps; None if all phases have enough.
-
-        The result is the number of the phase, the number of available samples, and the number of required ones.
-        """
+        """Return the first phase with too few samples, and its available and required ones; None if there is none."""
         phase_bounds = [min(step, steps) for step in (*phase_starts, steps)]
         positions = [(stop - start) * spec.train.micro_batches * part.samples for start, stop in pairwise(phase_bounds)]
         for i, phase_limits in enumerate(_split_limits(limits, positions, shares)):
@@ -423,14 +359,9 @@ def _split_by_source(
     limits: Sequence[int],
     offsets: Sequence[float],
 ) -> list[int]:
-    """Split `total` into whole numbers by domain, first over the sources, then over the domains of each source.
+    """Split `total` into integers by domain, first over the sources, then over the domains of each source.
 
-    Args:
-        total: number to split.
-        shares: share of each domain; a domain with share 0 gets 0.
-        domains: the domains.
-        limits: largest number that each domain may get.
-        offsets: two offsets for the rounding in `apportion`: one for the sources, one for the domains of each source.
+    `offsets` has one offset of `apportion` for the sources and one for the domains.
     """
     domains_by_source: dict[str, list[int]] = {}
     for i, domain in enumerate(domains):

@@ -1,7 +1,7 @@
 """The order of training samples: a pure function of (seed, position), the same for every process at every time.
 
-A position is the number of a sample in the whole training, from 0. Step s of M micro-batches of b sequences reads
-positions s*M*b .. (s+1)*M*b - 1, micro-batch by micro-batch.
+A position is the number of a sample in the whole training. Step s of M micro-batches of b sequences reads positions
+s*M*b .. (s+1)*M*b - 1, micro-batch by micro-batch.
 
 | value                                 | depends on                                              | computed in    |
 | ------------------------------------- | ------------------------------------------------------- | -------------- |
@@ -15,18 +15,17 @@ positions s*M*b .. (s+1)*M*b - 1, micro-batch by micro-batch.
 
 Only the last row depends on the number of workers, so a step reads the same text with any number of them.
 
-The domain of a position: a phase of the training has whole-number weights and assigns its positions to domains in
-proportion to them, starting at a seeded slot of an endless sequence. In every prefix of the phase a source is within
-3.36 samples of its share and a domain within 6.72 (interleaver.py); a phase whose length is the sum of its weights
-reads exactly its weights.
+The domain of a position: a phase has integer weights and assigns its positions to domains in proportion to them,
+starting at a seeded slot of an endless sequence. In every prefix of the phase a source is within 3.36 samples of its
+share and a domain within 6.72 (interleaver.py); a phase whose length is the sum of its weights reads exactly its
+weights.
 
-The sample within the domain: slot n of a domain is its n-th position, counted from 0 over all phases. It belongs to
-epoch n // size and takes element n mod size of that epoch's permutation. The permutation depends on seed, name and size
-of the domain only, so another mixture reads the same domain in the same order. A run with `start.order: continue`
-counts on from the slots that the run before it has read, so the two runs read a domain as one longer run would.
+The sample within the domain: slot n, the domain's n-th position over all phases, takes element n mod size of the
+permutation of epoch n // size. The permutation depends on seed, name and size of the domain only, so another mixture
+reads the same domain in the same order. A run with `start.order: continue` counts on from the slots that the run before
+it has read, so the two runs read a domain as one longer run would.
 
-The domain and the sample at any position are computed without the earlier positions: the domain by a walk down a few
-levels of a tree, and the sample by a few rounds of arithmetic.
+Both are computed without the earlier positions.
 """
 
 from bisect import bisect_left
@@ -45,28 +44,27 @@ _POSITIONS_PER_CALL = 32_768
 
 
 class OrderedDomain(NamedTuple):
-    """Domain, a named source of documents, whose samples `Order` puts into an order."""
+    """Domain whose samples `Order` puts into an order."""
 
     name: str
     source: str
     samples: int
-    """Number of samples, at least 1 in an `Order`."""
+    """At least 1 in an `Order`."""
 
 
 class Phase(NamedTuple):
-    """Phase of a training: a stretch of positions in which the weights of the domains stay the same."""
+    """Stretch of positions in which the weights of the domains stay the same."""
 
     start: int
     """First position of the phase; 0 for the first phase."""
     weights: Sequence[int]
-    """Weight of each domain, 0 for a domain that is not read. The sum of the weights is at least the number of
-    positions of the phase and at most 2^50."""
+    """Weight of each domain. Their sum is at least the phase's number of positions and at most 2^50."""
 
 
 class Order:
     """Order in which a training, or one part of its micro-batches, reads the samples of its domains.
 
-    The order maps each position to a domain and a sample of that domain.
+    `first_slots` has each domain's samples that earlier runs have read; a run that continues an order begins there.
     """
 
     def __init__(
@@ -76,27 +74,16 @@ class Order:
         phases: Sequence[Phase],
         first_slots: Sequence[int] | None = None,
     ) -> None:
-        """Prepare the order of a training.
-
-        Args:
-            seed: the seed of the order; another seed gives another order.
-            domains: the domains that positions are assigned to.
-            phases: the phases in the order of their start.
-            first_slots: for each domain, the number of its samples that earlier runs have read; by default 0. A run
-                that continues the order of another begins where that run stopped.
-        """
         assert phases[0].start == 0
         self._first_slots = [0] * len(domains) if first_slots is None else list(first_slots)
         self._interleaver = Interleaver([d.source for d in domains], [p.weights for p in phases])
         self._permutations = Permutations([d.samples for d in domains], [seeded_hash(seed, d.name) for d in domains])
         self._starts: list[int] = []
         self._slots: list[int] = []
-        """Slot at which each phase begins in its sequence of domains (the tree in `Interleaver`)."""
+        """Slot at which each phase begins in its sequence of domains."""
         self._rank_offsets: list[list[int]] = []
-        """Offset that is added to a domain's slot number in the tree of a phase to get its slot number in the training,
-        by phase and domain."""
+        """Difference between a domain's slot number in the training and in the tree, by phase and domain."""
         self.position_count = 0
-        """Number of positions that the order covers."""
         for phase_number, phase in enumerate(phases):
             start_counts = [
                 first_slot + count
@@ -124,7 +111,7 @@ class Order:
         self._offset_table = np.array(self._rank_offsets)
 
     def __call__(self, position: I64) -> tuple[I64, I64]:
-        """Return the domain at each position, and the number of the sample within it; all arrays have shape (n,)."""
+        """Return the domain and the number of the sample within it at each position, (n,)."""
         assert not len(position) or (position.min() >= 0 and position.max() < self.position_count)
         domain, sample = np.empty(len(position), np.int64), np.empty(len(position), np.int64)
         for i in range(0, len(position), _POSITIONS_PER_CALL):
@@ -133,13 +120,13 @@ class Order:
         return domain, sample
 
     def _locate(self, position: I64) -> tuple[I64, I64]:
-        """Return what `__call__` returns, for so few positions that their arrays fit into a core's cache."""
+        """Compute `__call__` for so few positions that their arrays fit into a core's cache."""
         phase = np.searchsorted(self._starts, position, side="right") - 1
         domain, rank = self._interleaver(phase, position + self._slot_shifts.take(phase))
         return domain, self._permutations(domain, rank + self._offset_table[phase, domain])
 
     def domain_counts(self, position: int) -> list[int]:
-        """Return how many samples of each domain this run reads at its first `position` positions."""
+        """Return the samples of each domain that this run reads at its first `position` positions."""
         if not position:
             return [0] * self._interleaver.domain_count
         phase = bisect_left(self._starts, position) - 1
@@ -153,25 +140,18 @@ class Order:
 class PartedOrder:
     """Order of a training whose micro-batches consist of parts, each of a fixed size and with its own order.
 
-    A micro-batch has the samples of its first part, then those of its second part, and so on. If a part has b samples,
-    those of micro-batch m are at positions m*b .. (m+1)*b - 1 of the part's order.
+    A micro-batch has the samples of one part after another. For a part of b samples, those of micro-batch m are at
+    positions m*b .. (m+1)*b - 1 of the part's order. `domains` numbers each part's domains in the combined order.
     """
 
     def __init__(self, orders: Sequence[Order], sizes: Sequence[int], domains: Sequence[Sequence[int]]) -> None:
-        """Combine the orders of the parts.
-
-        Args:
-            orders: order of each part.
-            sizes: number of samples of each part in a micro-batch.
-            domains: for each part, the numbers that the combined order gives to the domains of the part's order.
-        """
         self._orders, self._sizes = orders, sizes
         self._domains = [np.asarray(numbers, np.int64) for numbers in domains]
         self._ends = np.cumsum(sizes)
         self._starts = self._ends - sizes
 
     def __call__(self, position: I64) -> tuple[I64, I64]:
-        """Return the domain at each position, and the number of the sample within it; all arrays have shape (n,)."""
+        """Return the domain and the number of the sample within it at each position, (n,)."""
         batch, row = np.divmod(position, self._ends[-1])
         part_of_row = np.searchsorted(self._ends, row, side="right")
         domain, sample = np.empty_like(position), np.empty_like(position)
@@ -182,7 +162,7 @@ class PartedOrder:
         return domain, sample
 
     def domain_counts(self, position: int) -> list[int]:
-        """Return the number of samples of each domain among the first `position` positions."""
+        """Return the samples of each domain among the first `position` positions."""
         batch, row = divmod(position, int(self._ends[-1]))
         counts = [0] * sum(map(len, self._domains))
         for part, (order, size) in enumerate(zip(self._orders, self._sizes, strict=True)):

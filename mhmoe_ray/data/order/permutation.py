@@ -1,8 +1,8 @@
 """Shuffled samples within a domain: any element of any keyed permutation of 0..n-1, in constant time and memory.
 
 The permutation is a Feistel network over a rectangle of a x b cells, with a and b close to the square root of n; the
-rounds add modulo a and b in turn. Fewer than a + b of the cells lie outside 0..n-1. A value that lands on one of them
-goes through the network again.
+rounds add modulo a and b in turn. A value that lands on one of the fewer than a + b cells outside 0..n-1 goes through
+the network again.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,7 @@ U64 = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
 I64 = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 MAX_POSITION = 2**52
-"""Upper bound of slots and positions. The quotient of two whole numbers below it, computed in float64, is never rounded
-up to the next whole number."""
+"""Upper bound of slots and positions, below which float64 quotients of integers never round up to the next integer."""
 
 # This is the number of pairs of Feistel rounds. With only 4 pairs, the possible orders of fewer than 20 samples are
 # visibly not equally likely.
@@ -24,15 +23,12 @@ ROUND_PAIRS = 6
 
 
 class Permutations:
-    """Endless shuffled sequences of samples, one for each domain; each sample occurs once in every epoch."""
+    """Endless shuffled sequences of samples, one for each domain; each sample occurs once in every epoch.
+
+    `sizes` are from 1 to `MAX_POSITION`; the 64-bit `keys` determine the orders.
+    """
 
     def __init__(self, sizes: Sequence[int], keys: Sequence[int]) -> None:
-        """Set up a sequence for each domain.
-
-        Args:
-            sizes: number of samples of each domain, from 1 to `MAX_POSITION`.
-            keys: 64-bit key of each domain, which determines the order of its samples.
-        """
         assert all(1 <= size <= MAX_POSITION for size in sizes)
         # The samples are the cells of a rectangle. If it is nearly square, it has few more cells than samples, so few
         # values must go through the Feistel network again.
@@ -43,12 +39,7 @@ class Permutations:
         self._rows = np.asarray([-(-size // c) for size, c in zip(sizes, columns, strict=True)], np.int64)
 
     def __call__(self, domain: I64, slot: I64) -> I64:
-        """Return the number of the sample in each slot of a domain's sequence, elementwise.
-
-        Args:
-            domain: the number of the domain.
-            slot: the index in the domain's sequence, from 0 to less than `MAX_POSITION`, counted over all epochs.
-        """
+        """Return the sample in each slot of a domain's sequence, elementwise; slots are counted over all epochs."""
         sizes, rows, columns = self._sizes.take(domain), self._rows.take(domain), self._columns.take(domain)
         # Below MAX_POSITION the float division, which is fast, gives the exact whole quotient.
         epoch = (slot / sizes).astype(np.int64)
@@ -67,7 +58,7 @@ class Permutations:
 
 
 def _feistel_network(value: I64, rows: I64, columns: I64, key: U64) -> I64:
-    """Permute cells of the rectangle by the keyed Feistel network; the number of a cell is row * columns + column."""
+    """Permute cells of the rectangle; the number of a cell is row * columns + column."""
     row = (value / columns).astype(np.int64)
     column = (value - row * columns).astype(np.uint32)
     left_half, right_half = row.astype(np.uint32), column
@@ -82,10 +73,7 @@ def _feistel_network(value: I64, rows: I64, columns: I64, key: U64) -> I64:
 
 
 def _feistel_round(target_half: U32, source_half: U32, key: U32, modulus: U32) -> U32:
-    """Return target_half + f(source_half, key) modulo `modulus`, one round of the Feistel network.
-
-    The function f mixes bits and scales the result to below `modulus`.
-    """
+    """Return target_half + f(source_half, key) modulo `modulus`; f mixes bits and scales the result below `modulus`."""
     # The constants are those of MurmurHash3's finaliser.
     x = source_half + key
     x *= np.uint32(0x85EBCA6B)
@@ -104,7 +92,7 @@ def _feistel_round(target_half: U32, source_half: U32, key: U32, modulus: U32) -
 
 
 def _mix_bits(x: U64) -> U64:
-    """Mix the bits of `x` with the finaliser of splitmix64."""
+    """Mix bits with the finaliser of splitmix64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

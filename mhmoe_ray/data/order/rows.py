@@ -13,30 +13,29 @@ from mhmoe_ray.spec import MicroBatchPart, RunSpec
 
 
 class RowGroup(NamedTuple):
-    """Samples of one domain among those at requested positions of the training, with the rows that store them."""
+    """Samples of one domain among requested positions, with the rows that store them."""
 
     indices: np.ndarray
-    """Indices of these samples in the array of requested positions."""
+    """Indices of the samples in the requested positions."""
     reader: RowReader
-    """Reader of the domain's shards."""
     numbers: np.ndarray
-    """Numbers of the samples' rows within the domain."""
+    """Numbers of the rows within the domain."""
 
 
 class PartPositions(NamedTuple):
-    """Positions, in the whole training, of the samples that one part has in a micro-batch."""
+    """Positions in the whole training of the samples that one part has in a micro-batch."""
 
     part: MicroBatchPart
     positions: np.ndarray
 
     @property
     def labels(self) -> list[str]:
-        """Label of each sample, which together with the seed of the run determines its random crop and its masks."""
+        """Labels that, with the seed of the run, determine each sample's random crop and masks."""
         return [f"{self.part.name} {position}" for position in self.positions]
 
 
 class RowOrder:
-    """Order of the samples in the training of an encoder or a vision model, whose micro-batches consist of parts."""
+    """Order of the samples in the training of an encoder or a vision model."""
 
     def __init__(self, spec: RunSpec) -> None:
         folder = spec.data.prepared
@@ -46,7 +45,7 @@ class RowOrder:
         self._readers = [RowReader(folder, manifest.domains[name].shards, manifest.token_bytes) for name in names]
 
     def parts(self, micro_batch: int) -> Iterator[PartPositions]:
-        """Yield the positions of the samples of each part, in the micro-batch with this number in the training."""
+        """Yield the positions of each part's samples in micro-batch number `micro_batch` of the training."""
         first_position = micro_batch * self._spec.train.micro_batch_size
         for part in self._spec.parts:
             yield PartPositions(part, first_position + np.arange(part.samples))
@@ -61,13 +60,9 @@ class RowOrder:
 
 
 def held_out_numbers(spec: RunSpec, manifest: DataManifest) -> dict[str, np.ndarray]:
-    """Return the numbers of the held-out rows that each part reads, by the name of the part.
+    """Return, by part name, the numbers that its held-out rows have among all held-out rows of the folder.
 
-    Rows are numbered among all held-out rows of the folder. A part without held-out rows is left out.
-
-    Args:
-        spec: spec of the run.
-        manifest: manifest of the run's prepared data.
+    A part without held-out rows is left out.
     """
     # Validation samples are stored domain after domain in the manifest's order.
     counts = [domain.validation_samples for domain in manifest.domains.values()]

@@ -1,6 +1,6 @@
 """Preparation: a job of the cluster that turns raw text and images into shards of training samples.
 
-A chunk is some consecutive documents of a raw file. A part is the file that the tokens of a chunk are written to.
+A chunk is some consecutive documents of a raw file. A part is the file of the tokens of a chunk.
 
 job.py          entry point of the job of `mhmoe data prepare`
 pipeline.py     the stages of the job, with Ray Data: chunks to parts, parts to shards

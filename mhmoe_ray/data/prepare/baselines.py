@@ -17,30 +17,19 @@ class TokenPairs(NamedTuple):
 
 
 def token_pairs(samples: Samples, padding: int) -> TokenPairs:
-    """Return each target of samples (n, T + 1) that counts in the loss, paired with the token before it.
-
-    Args:
-        samples: the samples.
-        padding: the token that marks padding.
-    """
+    """Pair each target of samples (n, T + 1) that counts in the loss with the token before it."""
     tokens, is_counted = columns_of(samples)[TOKENS], target_mask(samples, padding)[:, 1:]
     return TokenPairs(tokens[:, :-1][is_counted].astype(np.uint32), tokens[:, 1:][is_counted].astype(np.uint32))
 
 
 def join_pairs(parts: Iterable[TokenPairs]) -> TokenPairs:
-    """Concatenate several arrays of token pairs, at least one, into one."""
+    """Concatenate one or more arrays of token pairs."""
     contexts, targets = zip(*parts, strict=True)
     return TokenPairs(np.concatenate(contexts), np.concatenate(targets))
 
 
 def compute_baselines(train: TokenPairs, validation: TokenPairs, vocab_size: int) -> Baselines:
-    """Return the entropy of the validation targets, and the loss on them of a bigram model of the training tokens.
-
-    Args:
-        train: the pairs of training samples, on which the bigram model is counted.
-        validation: the pairs of validation samples.
-        vocab_size: V; every token id is below it.
-    """
+    """Return the entropy of the validation targets, and the loss on them of a bigram model of `train`."""
     token_shares = np.bincount(validation.target, minlength=vocab_size) / len(validation.target)
     # A token that does not occur adds nothing to the entropy. It is left out, because the logarithm of 0 is infinite.
     frequencies = token_shares[token_shares > 0]
@@ -52,10 +41,10 @@ def compute_baselines(train: TokenPairs, validation: TokenPairs, vocab_size: int
 
 
 def _bigram_loss(train: TokenPairs, validation: TokenPairs, vocab_size: int) -> float:
-    """Return the cross-entropy of the validation pairs under a bigram model of the training pairs, in nats per token.
+    """Return the cross-entropy in nats per token of a bigram model of `train` with Witten-Bell smoothing.
 
-    The model has Witten-Bell smoothing: p(b|a) = (c(ab) + t(a) p(b)) / (c(a) + t(a)). Here c counts occurrences in
-    training, t(a) is the number of different successors of a, and p(b) is the add-one unigram probability.
+    p(b|a) = (c(ab) + t(a) p(b)) / (c(a) + t(a)), where c counts occurrences in training, t(a) is the number of
+    different successors of a, and p(b) is the add-one unigram probability.
     """
     pair_keys, pair_counts = _count_keys(_pair_keys(train, vocab_size))
     context_counts = np.bincount(train.context, minlength=vocab_size)
@@ -75,7 +64,6 @@ def _bigram_loss(train: TokenPairs, validation: TokenPairs, vocab_size: int) -> 
 
 
 def _pair_keys(pairs: TokenPairs, vocab_size: int) -> np.ndarray:
-    """Return one number for each pair, context * V + target, which no other pair has."""
     keys = pairs.context.astype(np.int64)
     keys *= vocab_size
     keys += pairs.target
@@ -83,7 +71,7 @@ def _pair_keys(pairs: TokenPairs, vocab_size: int) -> np.ndarray:
 
 
 def _count_keys(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the distinct keys in ascending order, and how often each occurs; `keys` is sorted in place."""
+    """Return the distinct keys in ascending order and their counts; `keys` is sorted in place."""
     # np.unique with counts would do the same in three times the memory.
     keys.sort()
     starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))

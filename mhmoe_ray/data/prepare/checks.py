@@ -1,4 +1,4 @@
-"""Checks that the data suffice for training and validation, which a preparation makes before it writes shards."""
+"""Checks that the data suffice for training and validation, before shards are written."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -15,12 +15,9 @@ if TYPE_CHECKING:
 
 
 def check_not_empty(spec: DataSpec, by_domain: "dict[str, list[Part]]") -> None:
-    """Check that at least one domain fills a validation sample, and at least one domain fills a training sample.
+    """Raise DataError unless some domain fills a validation sample and some domain a training sample.
 
-    Tokens of different domains do not add up: a sample has tokens of one domain.
-
-    Raises:
-        DataError: no domain has a validation sample, or none has a training sample.
+    A sample has tokens of one domain only.
     """
     # This check does not run in a Ray task, because Ray would wrap its error in a traceback.
     fix = "raise data.validation_fraction or add documents"
@@ -34,12 +31,7 @@ def check_not_empty(spec: DataSpec, by_domain: "dict[str, list[Part]]") -> None:
 
 
 def sparse_parts(spec: RunSpec, domains: Mapping[str, Domain]) -> list[str]:
-    """Return a warning for each part of micro-batches that has fewer held-out samples than samples in a micro-batch.
-
-    Args:
-        spec: spec of an encoder or a vision model.
-        domains: the domains of the prepared data, by name.
-    """
+    """Return a warning for each part of micro-batches with fewer held-out samples than samples in a micro-batch."""
     warnings = []
     for part in spec.parts:
         count = sum(domain.validation_samples for name, domain in domains.items() if source_of(name) in part.sources)

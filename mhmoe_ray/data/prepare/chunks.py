@@ -1,11 +1,9 @@
 """Chunks of the documents of raw files, the quarantine of unreadable lines, and the limit on quarantined lines.
 
-A chunk is the unit of work of a tokenising task, and the unit that a restarted job can reuse. It ends with the item
-that fills it, a document or a line that cannot be read, so chunks depend on the file alone. The last chunk of a file
-may have no items.
+A chunk is the unit of work of a tokenising task, and the unit that a restarted job can reuse. It ends with the document
+or unreadable line that fills it, so chunks depend on the file alone. The last chunk of a file may have no items.
 
-A line that cannot be read goes to the quarantine with its location and reason, and is counted by reason. Too many such
-lines abort the job.
+An unreadable line goes to the quarantine with its location and reason. Too many such lines abort the job.
 """
 
 import json
@@ -25,11 +23,11 @@ from mhmoe_ray.storage import replace_file
 QUARANTINE_FILE = "quarantine.jsonl"
 
 MIN_EVIDENCE_LINES = 10_000
-"""Number of lines that must be read before the share of bad lines serves as an estimate for the rest."""
+"""Lines that must be read before the share of bad lines serves as an estimate for the rest."""
 
 
 def quarantine_entry(domain: str, bad: BadLine) -> str:
-    """Return the line of the quarantine file for an item that could not be read, as JSON with a newline."""
+    """Return the JSON line of the quarantine file for an unreadable item."""
     fields = {"domain": domain, "path": bad.path, "line": bad.line, "reason": bad.reason, "detail": bad.detail}
     return json.dumps(fields) + "\n"
 
@@ -37,10 +35,7 @@ def quarantine_entry(domain: str, bad: BadLine) -> str:
 class QuarantineLimit:
     """Limit on the quarantined lines and damaged files of a job; above it the job is aborted.
 
-    Args:
-        spec: the data section with the `max_bad_...` keys.
-        files: all raw files of the job. `will_be_exceeded` estimates the number of lines from their sizes;
-            `is_exceeded` does not need them.
+    Only `will_be_exceeded` needs all raw files of the job, by whose sizes it estimates the number of lines.
     """
 
     def __init__(self, spec: DataSpec, files: Iterable[RawFile]) -> None:
@@ -48,20 +43,13 @@ class QuarantineLimit:
         self._text_bytes = sum(file.size * file.inflation for file in files)
 
     def is_exceeded(self, tally: Tally) -> bool:
-        """Return whether more items were bad than the spec allows.
-
-        The tally has the counts of the items that were read from all files of the job.
-        """
+        """Return whether the tally of all files has more bad items than the spec allows."""
         return tally.damaged > self._max_files or tally.bad_lines > max(
             self._max_lines, int(self._max_share * tally.lines)
         )
 
     def will_be_exceeded(self, tally: Tally) -> bool:
-        """Return whether all files together will probably have more bad items than the spec allows.
-
-        The estimate is based on a tally (the counts of read items) of the files that were read so far. Without
-        `max_bad_share`, no estimate is needed: the limit will be exceeded if this tally exceeds it.
-        """
+        """Estimate from the tally of the files read so far whether all files will have too many bad items."""
         if tally.damaged > self._max_files:
             return True
         # Without `max_bad_share` the limit does not grow with the text, so no estimate is needed.
@@ -74,11 +62,7 @@ class QuarantineLimit:
         return tally.bad_lines > max(self._max_lines, 2 * self._max_share * expected_lines)
 
     def error(self, tally: Tally) -> DataError:
-        """Return the error that aborts a job with too many bad items; it shows one of them as an example.
-
-        Args:
-            tally: the counts of read items, which exceed the limit.
-        """
+        """Return the error that aborts the job, with one bad item as an example."""
         if tally.damaged > self._max_files:
             loss = tally.examples[Reason.PART_LOST]
             return DataError(
@@ -98,11 +82,11 @@ class QuarantineLimit:
 
 
 CHUNK_CHARACTERS = 4 << 20
-"""Size of a chunk: characters of text plus bytes of images and annotations. One core tokenises so much text in a
-fraction of a second with tiktoken, or in seconds with the tokenizers library."""
+"""Size of a chunk: characters of text plus bytes of images and annotations. A core tokenises it in a fraction of a
+second with tiktoken, or in seconds with the tokenizers library."""
 
 BAD_LINE_CHARACTERS = 500
-"""Number of characters that an unreadable line adds to the size of a chunk."""
+"""Characters that an unreadable line adds to the size of a chunk."""
 
 SCHEMA = pa.schema(
     [
@@ -120,7 +104,7 @@ SCHEMA = pa.schema(
 
 
 class Chunk(NamedTuple):
-    """Consecutive documents of one raw file, which one task tokenises."""
+    """Consecutive documents of one raw file, which one task tokenises; a column that no document has is None."""
 
     file: int
     """Number of the file among all files of the spec."""
@@ -128,17 +112,16 @@ class Chunk(NamedTuple):
     """Number of the chunk within the file, from 0."""
     texts: list[str]
     tally: Tally
-    """Counts of the items that were read since the previous chunk."""
+    """Counts of the items read since the previous chunk."""
     is_aborted: bool
-    """True if the reading of the file was aborted here, since it probably has more bad items than the spec allows."""
+    """True if the reading of the file was aborted here because of probably too many bad items."""
     conversations: list[RenderedConversation] | None = None
-    """The rendered conversation of each document; None without conversations. `texts` has only the messages."""
+    """Rendered conversations; `texts` then has only the messages."""
     images: list[bytes] | None = None
-    """The image of each document, empty if it has none; None if no document's record has an image."""
+    """Empty for a document without an image."""
     image_hashes: list[str] | None = None
-    """The hash of the image of each document's record, empty if it has none; None if `images` is None."""
+    """Hash of the image of each document's record, empty if it has none."""
     annotations: list[bytes] | None = None
-    """The annotation of each document's image, empty if it has none; None if no document has one."""
 
     def as_table(self) -> pa.Table:
         """Return the chunk as a table of one row with `SCHEMA`."""
@@ -149,7 +132,7 @@ class Chunk(NamedTuple):
 
     @classmethod
     def from_table(cls, table: pa.Table) -> "Chunk":
-        """Return the chunk in a table that `as_table` made."""
+        """Return the chunk in a table from `as_table`."""
         file, number, texts, tally, is_aborted, conversations, *image_columns = (
             column[0].as_py() for column in table.select(SCHEMA.names).columns
         )
@@ -165,16 +148,10 @@ def read_chunks(
     characters: int,
     template: ChatTemplate | None = None,
 ) -> Iterator[pa.Table]:
-    """Read raw files and yield their chunks, one in each table; write unreadable lines to the quarantine.
+    """Read the raw files in a table (`number` and the fields of `RawFile`) and yield their chunks, one a table.
 
-    Args:
-        table: a table with the columns `number` and the fields of `RawFile`, a row for each file.
-        spec: the data section with which the files were found.
-        limit: the limit on bad items; if a file alone will probably exceed it, its reading is aborted, and
-            `is_aborted` is true in its last chunk.
-        quarantine: the folder for unreadable lines; each chunk with bad items writes one file.
-        characters: number of characters of text and bytes of images and annotations that fill a chunk.
-        template: the template that renders conversations; None if no source has conversations.
+    Each chunk with unreadable items writes one file to the folder `quarantine`. A file that alone will probably exceed
+    `limit` is aborted. `characters` of text, plus bytes of images and annotations, fill a chunk.
     """
     for row in table.to_pylist():
         file = RawFile.from_row(row)
@@ -191,7 +168,6 @@ def _file_chunks(
     characters: int,
     template: ChatTemplate | None,
 ) -> Iterator[Chunk]:
-    """Yield the chunks of one file; `read_chunks` describes the arguments."""
     reader = FileReader(file, spec, template)
     previous_tally, texts, bad_entries, size, chunk_number, is_aborted = Tally(), list[str](), list[str](), 0, 0, False
     conversations, images, image_hashes = list[RenderedConversation](), list[bytes](), list[str]()
@@ -244,5 +220,5 @@ def _file_chunks(
 
 
 def quarantine_file(folder: Path, file: int, chunk: int) -> Path:
-    """Return the path of the file with the unreadable lines of one chunk."""
+    """Return the file of a chunk's unreadable lines."""
     return folder / f"{file:07d}-{chunk:07d}.jsonl"

@@ -1,4 +1,4 @@
-"""The end of a preparation: validation samples, baselines of the validation loss, and the entries of the manifest."""
+"""The end of a preparation: validation samples, baselines of the validation loss, and manifest entries."""
 
 from collections.abc import Callable, Sequence
 from math import ceil
@@ -23,7 +23,7 @@ from mhmoe_ray.spec import RunSpec
 BASELINE_TOKENS = 20_000_000
 """Approximate number of training tokens on which the bigram model is counted."""
 SizedReader = tuple[int, Callable[[np.ndarray], np.ndarray]]
-"""Pair of the number of samples and a function that takes indices of samples and returns the samples' tokens."""
+"""Number of samples, and a function from indices of samples to their tokens."""
 
 
 def domain_entry(
@@ -36,16 +36,10 @@ def domain_entry(
     has_chat: bool,
     has_rows: bool,
 ) -> Domain:
-    """Return the entry of a domain in the manifest, which has its counts and its shards.
+    """Return the manifest's entry of a domain from its parts, the tally of its files and its shards.
 
-    Args:
-        parts: the parts of the domain.
-        tally: the counts of the items that were read from the domain's files.
-        shard_results: the results of writing its training shards.
-        validation_samples: number of its validation samples.
-        seq_len: T, the number of targets of a sample.
-        has_chat: whether any source of the folder has conversations; then the entry has the number of targets.
-        has_rows: whether the folder is for an encoder or a vision model; then the entry has the number of images.
+    With `has_chat` (a source has conversations) the entry has the number of targets; with `has_rows` (the folder is for
+    an encoder or a vision model) the number of images.
     """
     counts = [part.counts for part in parts]
     documents, tokens = sum(c.documents for c in counts), sum(c.tokens for c in counts)
@@ -79,11 +73,11 @@ def domain_entry(
 
 
 class FinishResult(NamedTuple):
-    """Validation split and baselines, the results of the last stage of a preparation."""
+    """Results of the last stage of a preparation."""
 
     validation: ValidationSplit
     baselines: Baselines | None
-    """Baselines of the validation loss; None if no source has texts."""
+    """None if no source has texts."""
 
 
 def finish(
@@ -94,17 +88,9 @@ def finish(
     token_bytes: int,
     start_token: int,
 ) -> FinishResult:
-    """Write the validation samples and compute the baselines of the validation loss.
+    """Write the validation samples, and compute the baselines of their loss.
 
     The bigram model is counted on the first samples of each domain, about `BASELINE_TOKENS` tokens in all.
-
-    Args:
-        folder: the staging directory of the result, with the training shards.
-        held_out: held-out tokens by domain.
-        shards: training shards by domain.
-        spec: the spec of the run.
-        token_bytes: bytes per token, 2 or 4.
-        start_token: the token that each document begins with.
     """
     validation_split = write_validation_split(
         folder, held_out, spec.data.validation_samples, spec.data.seq_len, token_bytes, start_token
@@ -123,18 +109,9 @@ def finish_rows(
     spec: RunSpec,
     token_bytes: int,
 ) -> FinishResult | None:
-    """Write the validation samples of an encoder or a vision model, and compute baselines of the loss on their texts.
+    """Write the validation samples of an encoder or a vision model, and compute baselines of the loss on texts.
 
-    There are no baselines if no source has texts. Return None if sources have texts, but no selected validation sample
-    has one.
-
-    Args:
-        folder: the staging directory of the result, with the training shards.
-        parts: the folder of the parts.
-        held_out: held-out rows by domain.
-        shards: training shards by domain.
-        spec: the spec of the run.
-        token_bytes: bytes per token, 2 or 4.
+    The result is None if sources have texts, but no selected validation sample has one.
     """
     validation_split = write_validation_rows(folder, parts, held_out, spec.data.validation_samples, token_bytes)
     if not spec.data.has_texts:
@@ -151,7 +128,6 @@ def finish_rows(
 def _measure_baselines(
     training: Sequence[SizedReader], validation: SizedReader, spec: RunSpec, token_bytes: int
 ) -> Baselines:
-    """Compute the baselines of the validation loss; the bigram model is counted on the first samples of each domain."""
     padding = padding_token(token_bytes)
     tokens = sum(samples for samples, _ in training) * spec.data.seq_len
     share = min(1.0, BASELINE_TOKENS / tokens)

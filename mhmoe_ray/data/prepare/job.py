@@ -12,13 +12,13 @@ from mhmoe_ray.spec import RunSpec, dump_spec
 
 
 class PrepareRequest(RemoteJob[DataManifest]):
-    """Request for the job of `mhmoe data prepare`, whose result is the manifest of the spec's prepared folder."""
+    """Request for the job of `mhmoe data prepare`; its result is the data manifest of the spec's prepared folder."""
 
     module: ClassVar[str] = "mhmoe_ray.data.prepare.job"
     kind: ClassVar[str] = "prepare"
 
     spec_yaml: str
-    """The whole spec as YAML, as `dump_spec` writes it."""
+    """Whole spec, from `dump_spec`."""
 
     @classmethod
     def from_spec(cls, spec: RunSpec) -> "PrepareRequest":

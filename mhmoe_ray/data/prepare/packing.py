@@ -1,8 +1,8 @@
 """Sequence packing: the plans of shards, and the task that packs tokens into one shard.
 
-With sequence packing, the documents of a domain fill samples of T + 1 tokens, and samples fill shards. There are two
-kinds: concatenation puts the documents one after another and cuts them wherever a sample ends; best fit keeps every
-document whole that fits into a sample (arXiv 2404.10830).
+Documents of a domain fill samples of T + 1 tokens, and samples fill shards. There are two kinds of sequence packing:
+concatenation puts the documents one after another and cuts them wherever a sample ends; best fit keeps every document
+whole that fits into a sample (arXiv 2404.10830).
 """
 
 import pickle
@@ -19,23 +19,15 @@ from mhmoe_ray.spec import DataSpec
 
 
 class Cut(NamedTuple):
-    """Stretch of a domain's tokens that becomes one shard when documents are packed by concatenation."""
+    """Stretch of a domain's tokens that becomes one shard by concatenation."""
 
     stream: TokenStream
     samples: int
-    """Number of samples that the stretch fills; the tokens after them only show where documents end."""
+    """Samples that the stretch fills; the tokens after them only show where documents end."""
 
 
 def plan_concat(stream: TokenStream, seq_len: int, rows: int) -> list[Cut]:
-    """Divide the tokens of a domain into stretches, from each of which concatenation makes one shard.
-
-    Tokens after the last full sample are in no sample.
-
-    Args:
-        stream: all training tokens of the domain.
-        seq_len: T; a sample has T + 1 tokens.
-        rows: samples per shard.
-    """
+    """Divide a domain's tokens into stretches of up to `rows` samples; tokens after the last full sample are unused."""
     samples = max(0, len(stream) - 1) // seq_len
     cuts = []
     for first_sample in range(0, samples, rows):
@@ -48,21 +40,14 @@ def plan_concat(stream: TokenStream, seq_len: int, rows: int) -> list[Cut]:
 
 
 def cut_concat(tokens: Tokens, samples: int, seq_len: int) -> Samples:
-    """Cut the tokens of a shard into samples by concatenation; return `samples` of them as a view (samples, T + 1)."""
+    """Cut a shard's tokens into samples by concatenation, a view (samples, T + 1)."""
     # Neighbouring samples share a token: the last target of one is the first input of the next.
     windows = np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)
     return windows[: samples * seq_len : seq_len]
 
 
 def count_whole_documents(tokens: Tokens, samples: int, seq_len: int, start: int) -> int:
-    """Return how many documents are whole within one sample, in a shard that is packed by concatenation.
-
-    Args:
-        tokens: the tokens of the shard, from its `Cut`.
-        samples: the number of samples of the shard, from its `Cut`.
-        seq_len: T; a sample has T + 1 tokens.
-        start: the token that each document begins with.
-    """
+    """Return how many documents are whole within one sample, given the tokens and samples of a `Cut`."""
     starts = np.flatnonzero(tokens == start)
     ends = np.append(starts[1:], len(tokens)) - 1
     # The last token of a sample is also the first token of the next sample. A document that begins with this token
@@ -78,15 +63,14 @@ class PackedSamples(NamedTuple):
     padding: int
     """Number of targets that are padding."""
     documents: int
-    """Number of documents."""
     cut_documents: int
-    """Number of documents that are longer than a sample and were cut."""
+    """Documents that are longer than a sample."""
 
 
 def plan_best_fit(stream: TokenStream, tokens_per_shard: int) -> list[TokenStream]:
-    """Divide the tokens of a domain into streams, from each of which best fit makes one shard.
+    """Divide a domain's tokens into streams of whole parts, each of which best fit packs into one shard.
 
-    A shard has whole parts, which together have at least `tokens_per_shard` tokens, except for the last shard.
+    Each stream has at least `tokens_per_shard` tokens, except for the last one.
     """
     # A part has the tokens of whole documents, so shards of whole parts do not cut documents.
     shards, start, stop = list[TokenStream](), 0, 0
@@ -99,15 +83,9 @@ def plan_best_fit(stream: TokenStream, tokens_per_shard: int) -> list[TokenStrea
 
 
 def pack_best_fit(tokens: Tokens, seq_len: int, start: int, padding: int) -> PackedSamples:
-    """Pack documents into samples by best fit, and fill up the samples with padding.
+    """Pack documents, each of which begins with `start`, by best fit into samples filled up with padding.
 
     A document of at most T tokens is whole in one sample; a longer one is cut.
-
-    Args:
-        tokens: the tokens of the documents, each of which begins with `start`.
-        seq_len: T; a sample has T + 1 tokens.
-        start: the token that each document begins with.
-        padding: the token that marks padding.
     """
     starts = np.flatnonzero(document_start_mask(tokens, start))
     targets = np.diff(starts, append=len(tokens))
@@ -128,18 +106,18 @@ def pack_best_fit(tokens: Tokens, seq_len: int, start: int, padding: int) -> Pac
 
 
 class _Piece(NamedTuple):
-    """Piece of a document, or a whole document, with its place in a bin; each bin becomes a sample."""
+    """Piece of a document with its place in a bin, which becomes a sample."""
 
     document: int
     offset: int
-    """Offset of the piece within the document's targets."""
+    """Offset within the document's targets."""
     bin_index: int
     bin_offset: int
     length: int
 
 
 def _assign_bins(targets: np.ndarray, seq_len: int) -> tuple[list[_Piece], int]:
-    """Assign the targets of each document to bins of T targets; return the pieces and the number of bins.
+    """Assign each document's targets to bins of T targets; return the pieces and the number of bins.
 
     A document with more than T targets is cut into pieces of at most T, each of which begins a new bin. Then each other
     document, longest first, goes into the bin with the least sufficient room, or into a new one.
@@ -179,14 +157,14 @@ def _assign_bins(targets: np.ndarray, seq_len: int) -> tuple[list[_Piece], int]:
 
 
 class ShardPlan(NamedTuple):
-    """Plan of one shard of a domain: the tokens to pack into it."""
+    """Plan of one shard of a domain."""
 
     domain: str
     number: int
     """Number of the shard within the domain, from 0."""
     tokens: TokenStream
     samples: int | None
-    """Number of samples to cut with concatenation; None with best fit, which determines the number when it packs."""
+    """Samples to cut with concatenation; None with best fit."""
 
 
 class ShardResult(NamedTuple):
@@ -198,15 +176,15 @@ class ShardResult(NamedTuple):
     padding: int
     """Number of targets that are padding."""
     whole_documents: int
-    """Number of documents that are whole within one sample."""
+    """Documents that are whole within one sample."""
     targets: int
-    """Number of targets that count in the training loss."""
+    """Number of targets that count in the loss."""
 
 
 def plan_shards(domain: str, stream: TokenStream, spec: DataSpec, token_bytes: int) -> list[ShardPlan]:
-    """Return the plans of a domain's shards, for the kind of packing that the spec names.
+    """Return the plans of a domain's shards for the spec's kind of packing.
 
-    The content of a shard depends on the domain's tokens alone, so shards can be written in any order.
+    A shard depends on the domain's tokens alone, so shards can be written in any order.
     """
     if spec.packing == "best_fit":
         streams = plan_best_fit(stream, SHARD_BYTES // token_bytes)
@@ -216,17 +194,7 @@ def plan_shards(domain: str, stream: TokenStream, spec: DataSpec, token_bytes: i
 
 
 def make_shard(row: dict[str, Any], *, folder: Path, seq_len: int, token_bytes: int, start: int) -> dict[str, Any]:
-    """Pack the tokens of one shard and write its file: a task of Ray Data.
-
-    It takes a pickled `ShardPlan` in the column `plan` and returns a pickled `ShardResult` in the column `result`.
-
-    Args:
-        row: the row of the Ray dataset that has the plan.
-        folder: the staging directory of the result.
-        seq_len: T; a sample has T + 1 tokens.
-        token_bytes: bytes per token, 2 or 4.
-        start: the token that each document begins with.
-    """
+    """Write the shard of a pickled `ShardPlan` in column `plan`; return a pickled `ShardResult` in column `result`."""
     plan: ShardPlan = pickle.loads(row["plan"])
     tokens = plan.tokens.read()
     if plan.samples is None:

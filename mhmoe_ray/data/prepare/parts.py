@@ -11,11 +11,11 @@ import numpy as np
 from mhmoe_ray.errors import DataError
 
 Tokens = np.ndarray[tuple[int], np.dtype[Any]]
-"""Array of tokens: of token ids, or of rows with a field for each column (data/shards/columns.py)."""
+"""Token ids, or rows with a field for each column (data/shards/columns.py)."""
 
 
 class PartSlice(NamedTuple):
-    """Slice of a part, the file with the tokens of a chunk: its training documents, or its held-out documents."""
+    """Training documents or held-out documents of a part, as a slice of its tokens."""
 
     name: str
     start: int
@@ -28,13 +28,7 @@ class PartSlice(NamedTuple):
 
 
 class TokenStream:
-    """Stream of the tokens of several parts, one after another; tokens are read from disk only by `read`.
-
-    Args:
-        folder: the folder of the parts.
-        parts: the slices of parts, in the order of the stream.
-        dtype: the dtype of the tokens.
-    """
+    """Stream of the tokens of several part slices; only `read` reads from disk."""
 
     def __init__(self, folder: Path, parts: Sequence[PartSlice], dtype: np.dtype[Any]) -> None:
         self._folder, self.dtype = folder, dtype
@@ -45,7 +39,7 @@ class TokenStream:
         return self._ends[-1]
 
     def substream(self, start: int, stop: int) -> "TokenStream":
-        """Return the tokens start .. stop - 1 as a separate stream."""
+        """Return the tokens start .. stop - 1 as a stream."""
         first_part, end_part = bisect_right(self._ends, start) - 1, bisect_left(self._ends, stop)
         parts = [
             PartSlice(part.name, part.start + max(start - offset, 0), part.stop - max(offset + part.tokens - stop, 0))
@@ -54,16 +48,11 @@ class TokenStream:
         return TokenStream(self._folder, parts, self.dtype)
 
     def read(self) -> Tokens:
-        """Read all tokens of the stream into one array.
-
-        Raises:
-            DataError: a part has fewer tokens than expected.
-        """
+        """Read all tokens of the stream into one array; a part that is too short is a DataError."""
         # The empty array is added because np.concatenate needs at least one array. It also fixes the dtype.
         return np.concatenate([*self._read_parts(), np.empty(0, self.dtype)])
 
     def _read_parts(self) -> Iterator[Tokens]:
-        """Read the tokens of each part's slice from disk and yield them."""
         for part in self.parts:
             path = part_file(self._folder, part.name)
             tokens = np.fromfile(path, self.dtype, part.tokens, offset=part.start * self.dtype.itemsize)

@@ -3,9 +3,8 @@
     files -> chunks of documents -> parts (their tokens)      chunks.py, tokenise.py
     parts, domain by domain      -> shards (packed samples)   packing.py, validation.py; rows.py for an encoder
 
-Tasks read files, tokenise chunks and pack shards in parallel; each has a few chunks or one shard in memory. The result
-depends on the files and the settings only, not on the number of tasks or on earlier jobs that were killed. It is
-published under its name in one rename, when it is complete.
+Each task has a few chunks or one shard in memory. The result depends on the files and the settings only, not on the
+number of tasks or on earlier jobs that were killed. One rename publishes it when it is complete.
 """
 
 import hashlib
@@ -67,30 +66,25 @@ from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import describe_file, write_json
 
 CPUS_PER_READER = 8
-"""Number of the cluster's CPUs for each reader of files: one core reads at least as fast as this many cores tokenise.
-Readers and tokenising tasks wait for each other, so readers reserve no CPU in Ray."""
+"""CPUs of the cluster for each reader of files: one core reads at least as fast as this many tokenise. Readers and
+tokenising tasks wait for each other, so readers reserve no CPU in Ray."""
 
 CPUS_PER_PICTURE_READER = 1
-"""Number of the cluster's CPUs for each reader of pictures. A reader also decodes each image, which takes nearly all of
-the time."""
+"""CPUs for each reader of images, which spends nearly all of its time decoding them."""
 
 CPUS_PER_CHAT_READER = 2
-"""Number of the cluster's CPUs for each reader of conversations. A reader also renders them, which takes about as long
-as their tokenising."""
+"""CPUs for each reader of conversations, whose rendering takes about as long as their tokenising."""
 
 MAX_EXPECTED_CPUS = 64
-"""Largest number of CPUs that is assumed for an autoscaling cluster without any nodes yet. The readers for these CPUs
-start at once, perhaps all on the head node."""
+"""Largest number of CPUs assumed for an autoscaling cluster without any nodes yet, whose readers start at once, perhaps
+all on the head node."""
 
 
 def prepare(spec: RunSpec) -> DataManifest:
-    """Prepare the data of a spec, unless its prepared folder already exists, and return the folder's manifest.
+    """Prepare the data of a spec, unless its prepared folder exists, and return the folder's manifest.
 
-    Ray must be running.
-
-    Raises:
-        DataError: sources are missing, too many lines are bad, or the folder was prepared with other settings.
-        StorageError: a disk is full, read-only or out of reach.
+    Ray must be running. Missing sources, too many bad lines, and a folder with other settings are a DataError; a disk
+    that is full, read-only or out of reach is a StorageError.
     """
     folder = spec.data.prepared
     with _errors_of_tasks(folder):
@@ -115,12 +109,7 @@ def prepare(spec: RunSpec) -> DataManifest:
 
 @contextmanager
 def _errors_of_tasks(folder: Path) -> Iterator[None]:
-    """Context manager that raises the error of a task in place of Ray's error, which has a traceback as its message.
-
-    Raises:
-        MhmoeError: a task raised it.
-        StorageError: a file cannot be read or written, in this process or in a task.
-    """
+    """Raise the MhmoeError of a task in place of Ray's error, and a StorageError for an OSError."""
     try:
         yield
     except (ray.exceptions.RayTaskError, OSError) as e:
@@ -142,7 +131,6 @@ _PlannedShards = tuple[list[ShardPlan] | list[RowPlan], Callable[[dict[str, Any]
 
 @contextmanager
 def _settings_of_ray_data() -> Iterator[None]:
-    """Context manager that sets Ray Data's block size to one chunk, and disables progress bars and wrapped errors."""
     context = ray.data.DataContext.get_current()
     settings = {
         # A task tokenises one block, so a block is made as small as one chunk.
@@ -163,7 +151,7 @@ def _settings_of_ray_data() -> Iterator[None]:
 
 
 class _Preparation:
-    """Preparation of the data of a spec by one job, in a staging directory."""
+    """Preparation of a spec's data by one job, in a staging directory."""
 
     def __init__(self, spec: RunSpec, staging: StagingDirectory) -> None:
         self._spec, self._data_spec, self._staging = spec, spec.data, staging
@@ -182,7 +170,7 @@ class _Preparation:
         self._report = ProgressReport(staging.shared_path, sum(file.size for file in self._files))
 
     def run(self) -> None:
-        """Run all stages and write the complete result into the staging directory, the manifest last."""
+        """Run all stages and write the complete result, the manifest last."""
         start, template, chat, tokenizer_sha256 = 0, None, None, None
         if self._tokenizer is not None:
             self._log(f"tokenizer for {len(self._files)} files")
@@ -242,7 +230,6 @@ class _Preparation:
         print(f"prepare: {text}", flush=True)
 
     def _make_tokenizer(self, path: Path) -> Tokenizer:
-        """Train the tokenizer or take the given one, write it to `path`, and return the tokenizer."""
         vocab_size = self._spec.model.text_vocab_size
         if self._data_spec.tokenizer is not None:
             store_given_tokenizer(self._data_spec, vocab_size, path)
@@ -253,11 +240,7 @@ class _Preparation:
         return load_tokenizer(path, vocab_size)
 
     def _check_chat(self, tokenizer: Tokenizer) -> tuple[ChatTemplate, ChatData] | tuple[None, None]:
-        """Write the chat template, and return it with its entry for the manifest; (None, None) without format `chat`.
-
-        Raises:
-            DataError: the template cannot be used at all, or cannot be used with this tokenizer.
-        """
+        """Write the chat template, and return it with its manifest entry; (None, None) without format `chat`."""
         if not self._data_spec.chat_sources:
             return None, None
         template = check_template(self._data_spec, *boundary_texts(tokenizer))
@@ -275,17 +258,9 @@ class _Preparation:
     def _tokenise(
         self, template: ChatTemplate | None, tokenizer_sha256: str | None
     ) -> tuple[list[Part], dict[str, Tally]]:
-        """Tokenise all files into parts, keep the progress report up to date, and write the quarantine file.
+        """Tokenise all files and write the quarantine; return the parts by file and chunk, and each domain's tally.
 
-        Args:
-            template: the template that renders conversations; None if no source has conversations.
-            tokenizer_sha256: SHA-256 of the tokenizer; None for a vision model.
-
-        Returns:
-            All parts in the order of files and chunks, and a tally (the counts of read items) for each domain.
-
-        Raises:
-            DataError: more items are bad than the spec allows.
+        More bad items than the spec allows are a DataError.
         """
         quarantine = self._staging.quarantine_path
         read = partial(
@@ -344,19 +319,16 @@ class _Preparation:
         return parts, tallies
 
     def _stream(self, domain: str, slices: list[PartSlice]) -> TokenStream:
-        """Return a stream of those tokens of a domain that are in the given slices of its parts."""
         is_chat = self._data_spec.sources[source_of(domain)].format == "chat"
         dtype = conversation_dtype(self._token_bytes) if is_chat else token_dtype(self._token_bytes)
         return TokenStream(self._staging.parts_path, slices, dtype)
 
     def _training_stream(self, domain: str, parts: list[Part]) -> TokenStream:
-        """Return a stream of the tokens of the training documents in these parts of a domain."""
         return self._stream(
             domain, [PartSlice(part.name, 0, part.counts.tokens) for part in parts if part.counts.tokens]
         )
 
     def _held_out_stream(self, domain: str, parts: list[Part]) -> TokenStream:
-        """Return a stream of the tokens of the held-out documents in these parts of a domain."""
         held_out_parts = [(part.name, part.counts) for part in parts if part.counts.held_out_tokens]
         slices = [
             PartSlice(name, counts.tokens, counts.tokens + counts.held_out_tokens) for name, counts in held_out_parts
@@ -364,7 +336,6 @@ class _Preparation:
         return self._stream(domain, slices)
 
     def _plan_shards(self, by_domain: dict[str, list[Part]], start: int) -> _PlannedShards:
-        """Return the plans of a decoder's shards, and the task that writes the shard of one plan."""
         plans = [
             plan
             for name, parts in by_domain.items()
@@ -380,7 +351,6 @@ class _Preparation:
         return plans, task
 
     def _plan_row_shards(self, by_domain: dict[str, list[Part]]) -> _PlannedShards:
-        """Return the plans of an encoder's or vision model's shards, and the task that writes the shard of one plan."""
         plans = [
             plan
             for name, parts in by_domain.items()
@@ -395,11 +365,6 @@ class _Preparation:
     def _write_validation(
         self, by_domain: dict[str, list[Part]], shards: dict[str, list[Shard]], start: int
     ) -> "FinishResult":
-        """Write the validation samples and compute the baselines of the validation loss, in a Ray task.
-
-        The arguments are all parts by domain, the training shards by domain, and the token that each document begins
-        with.
-        """
         names, folder = sorted(by_domain), self._staging.result_path
         if not self._has_rows:
             held_out = {name: self._held_out_stream(name, by_domain[name]) for name in names}
@@ -426,7 +391,6 @@ class _Preparation:
         return row_result
 
     def _write_shards(self, by_domain: dict[str, list[Part]], start: int) -> dict[str, list[ShardResult]]:
-        """Write the training shards of all domains; return each domain's results in the order of its shards."""
         if self._has_rows:
             plans, task = self._plan_row_shards(by_domain)
         else:

@@ -1,12 +1,10 @@
 """Rows of encoders and vision models: chunks of documents become parts, and parts become shards and validation samples.
 
-A row of an encoder has T (`data.seq_len`) tokens, and perhaps an image. A text with an image is one row, and is cut if
-it has more than T - 1 tokens. A text without an image becomes as many rows as it needs, and each begins with the start
-token. An image without text is one row of padding. An image of a vision model is one row with its annotation, and
-without tokens.
+A row of an encoder has T (`data.seq_len`) tokens, and perhaps an image. A text with an image is one row, cut to T - 1
+tokens. Another text becomes as many rows as it needs, each with a start token. An image without text is one row of
+padding. A row of a vision model is an image with its annotation, without tokens.
 
-A part is an Arrow file of rows: those of the training documents, then those of the held-out ones. A shard has whole
-parts.
+A part is an Arrow file of rows, training documents first, then held-out ones. A shard has whole parts.
 """
 
 import hashlib
@@ -37,34 +35,30 @@ from mhmoe_ray.data.shards.rows import (
 )
 
 SHARD_PARTS = 10_000
-"""Largest number of parts of a shard. All of them are memory-mapped when the shard is written, and Linux allows a
-process 65,530 mappings by default."""
+"""Largest number of parts of a shard. All are memory-mapped at once, and Linux allows a process 65,530 mappings by
+default."""
 
 
 class RowCounts(BaseModel):
-    """Counts of the rows in a part, the file that is made from one chunk of documents."""
+    """Counts of the rows in a part; those without `held_out` count training rows or documents."""
 
     samples: int = 0
-    """Number of training rows."""
     held_out_samples: int = 0
     images: int = 0
-    """Number of training rows with an image."""
+    """Training rows with an image."""
     image_bytes: int = 0
-    """Bytes of the images of the training rows."""
     targets: int = 0
-    """Number of tokens of the training rows without start tokens and padding."""
+    """Tokens without start tokens and padding."""
     padding: int = 0
-    """Number of padding tokens in the training rows."""
     cut_documents: int = 0
-    """Number of training documents that were cut, or became several rows."""
+    """Documents that were cut, or became several rows."""
     cut_tokens: int = 0
-    """Number of tokens of training documents that are in no row, because their document was cut."""
+    """Tokens in no row, because their document was cut."""
     class_names: list[str] = []
-    """Names of all classes in the annotations of a vision model, sorted."""
+    """All classes in the annotations of a vision model, sorted."""
     objects_without_mask: int = 0
-    """Number of objects in the annotations of a vision model that have a box but no mask."""
+    """Annotated objects with a box but no mask."""
     file_bytes: int = 0
-    """Size of the part's file in bytes."""
 
 
 def rows_file(folder: Path, name: str) -> Path:
@@ -73,16 +67,13 @@ def rows_file(folder: Path, name: str) -> Path:
 
 
 def is_held_out(chunk: Chunk, document: int, fraction: float) -> bool:
-    """Return whether a document of a chunk is held out, by its image if its record has one, otherwise by its text."""
+    """Return whether a document is held out, by its image if its record has one, otherwise by its text."""
     image_hash = chunk.image_hashes[document] if chunk.image_hashes else ""
     return is_validation(image_hash or chunk.texts[document], fraction)
 
 
 def update_digest(digest: "hashlib._Hash", chunk: Chunk, seq_len: int) -> None:
-    """Add the row length, images and annotations of a chunk to the digest from which the name of its part is made.
-
-    The digest already covers the texts and the tokenizer, which determine the rows too.
-    """
+    """Add row length, images and annotations to a part's digest, which already covers texts and tokenizer."""
     digest.update(f"rows of {seq_len}".encode())
     if chunk.images is not None and chunk.image_hashes is not None:
         digest.update(repr([(bool(i), h) for i, h in zip(chunk.images, chunk.image_hashes, strict=True)]).encode())
@@ -93,14 +84,9 @@ def update_digest(digest: "hashlib._Hash", chunk: Chunk, seq_len: int) -> None:
 def make_rows(
     chunk: Chunk, documents: Sequence[Sequence[int]], validation_fraction: float, seq_len: int, token_bytes: int
 ) -> tuple[memoryview, RowCounts]:
-    """Make the rows of a chunk's documents; return the content of the file of their part, and the counts of the rows.
+    """Make the rows of a chunk's documents; return the content of their part's file, and the counts.
 
-    Args:
-        chunk: the chunk, with at least one document.
-        documents: the tokens of each document with its start token; empty for a document without text.
-        validation_fraction: share of the documents that is held out.
-        seq_len: T, the number of tokens of a row.
-        token_bytes: bytes per token, 2 or 4.
+    `documents` has each document's tokens with the start token; empty for a document without text.
     """
     counts, padding = RowCounts(), padding_token(token_bytes)
     train_rows, held_out_rows = list[tuple[np.ndarray, bytes]](), list[tuple[np.ndarray, bytes]]()
@@ -129,12 +115,7 @@ def make_rows(
 
 
 def make_annotated_rows(chunk: Chunk, validation_fraction: float) -> tuple[memoryview, RowCounts]:
-    """Make the rows of a chunk for a vision model; return the content of the file of their part, and their counts.
-
-    Args:
-        chunk: the chunk, with at least one document, all of which have an image and an annotation.
-        validation_fraction: share of the documents that is held out.
-    """
+    """Make the rows of a vision model's chunk; return the content of their part's file, and the counts."""
     assert chunk.images is not None
     assert chunk.annotations is not None
     held_out = [is_held_out(chunk, number, validation_fraction) for number in range(len(chunk.texts))]
@@ -159,10 +140,9 @@ def make_annotated_rows(chunk: Chunk, validation_fraction: float) -> tuple[memor
 def token_rows(
     tokens: Sequence[int], has_image: bool, seq_len: int, padding: int, token_bytes: int
 ) -> Iterator[np.ndarray]:
-    """Yield the tokens of each row that a document becomes: `seq_len` tokens, the last of which may be padding.
+    """Yield the `seq_len` tokens, the last of which may be padding, of each row of a document.
 
-    The tokens of the document begin with the start token. With an image, the document becomes one row, so a longer text
-    is cut.
+    A document with an image becomes one row, so a longer text is cut.
     """
     width = seq_len - 1
     row_count = 1 if has_image else -(-max(0, len(tokens) - 1) // width)
@@ -176,19 +156,19 @@ def token_rows(
 
 
 class RowSlice(NamedTuple):
-    """Slice of the rows of a part, the file of a chunk: its training documents, or its held-out documents."""
+    """Training documents or held-out documents of a part, as a slice of its rows."""
 
     name: str
     start: int
     stop: int
 
     def map_batch(self, folder: Path) -> pa.RecordBatch:
-        """Return the rows of the slice, memory-mapped from the part's file; `folder` is the folder of all parts."""
+        """Return the rows, memory-mapped from the part's file in the folder of all parts."""
         return map_rows(rows_file(folder, self.name)).slice(self.start, self.stop - self.start)
 
 
 class RowPlan(NamedTuple):
-    """Plan of one shard of a domain: the rows that it gets."""
+    """Plan of one shard of a domain."""
 
     domain: str
     number: int
@@ -200,7 +180,7 @@ class RowPlan(NamedTuple):
 
 
 class RowPart(NamedTuple):
-    """Name and counts of one part of a domain, from which the shards of the domain are planned."""
+    """Part of a domain, from which shards are planned."""
 
     name: str
     documents: int
@@ -209,15 +189,9 @@ class RowPart(NamedTuple):
 
 
 def plan_row_shards(domain: str, parts: Sequence[RowPart], row_bytes: int) -> list[RowPlan]:
-    """Return the plans of a domain's shards, each of which gets the rows of one or more parts.
+    """Return the plans of a domain's shards, each of whole parts; `row_bytes` are those of a row's tokens.
 
-    A shard has whole parts, which together have at least `SHARD_BYTES` bytes, except for the last shard and for shards
-    of `SHARD_PARTS` small parts.
-
-    Args:
-        domain: the domain.
-        parts: the parts of the domain, in order.
-        row_bytes: bytes of the tokens of a row.
+    A shard has at least `SHARD_BYTES` bytes or `SHARD_PARTS` parts, except for the last one.
     """
     plans, group, size = list[RowPlan](), list[RowPart](), 0
     for index, part in enumerate(parts):
@@ -240,15 +214,7 @@ def plan_row_shards(domain: str, parts: Sequence[RowPart], row_bytes: int) -> li
 
 
 def make_row_shard(row: dict[str, Any], *, folder: Path, parts: Path) -> dict[str, Any]:
-    """Join the rows of one shard and write its file: a task of Ray Data.
-
-    It takes a pickled `RowPlan` in the column `plan` and returns a pickled `ShardResult` in the column `result`.
-
-    Args:
-        row: the row of the Ray dataset that has the plan.
-        folder: the staging directory of the result.
-        parts: the folder of the parts.
-    """
+    """Write the shard of a pickled `RowPlan` in column `plan`; return a pickled `ShardResult` in column `result`."""
     plan: RowPlan = pickle.loads(row["plan"])
     batch = join_batches([row_slice.map_batch(parts) for row_slice in plan.slices])
     shard = write_row_shard(folder, f"train/{plan.domain}/{plan.number:05d}.arrow", batch)
@@ -259,15 +225,7 @@ def make_row_shard(row: dict[str, Any], *, folder: Path, parts: Path) -> dict[st
 def write_validation_rows(
     folder: Path, parts: Path, held_out: dict[str, list[RowSlice]], max_samples: int, token_bytes: int
 ) -> ValidationSplit:
-    """Select validation samples among the held-out rows (`select_rows`), and write their shards.
-
-    Args:
-        folder: the staging directory of the result.
-        parts: the folder of the parts.
-        held_out: held-out rows by domain.
-        max_samples: largest number of samples of all domains together.
-        token_bytes: bytes per token, 2 or 4.
-    """
+    """Select validation samples among the held-out rows (`select_rows`), and write their shards."""
     selected_rows = select_rows(
         {name: sum(row_slice.stop - row_slice.start for row_slice in slices) for name, slices in held_out.items()},
         max_samples,

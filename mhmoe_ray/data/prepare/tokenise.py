@@ -1,9 +1,7 @@
 """Tokenising of a chunk of documents into a part, a file whose name is a hash of its texts and settings.
 
-A part has the tokens of the documents, or the rows of the samples of an encoder or a vision model (rows.py).
-
-A part that exists is reused. So a job that follows a killed one continues its work, even if files were added, moved or
-changed in between.
+A part has the tokens of the documents, or the rows of an encoder or a vision model (rows.py). An existing part is
+reused, so a job continues the work of a killed one even if files were added, moved or changed in between.
 """
 
 import hashlib
@@ -35,44 +33,43 @@ from mhmoe_ray.data.tokenizer import document_encoder
 from mhmoe_ray.storage import replace_file
 
 BATCH_CHARACTERS = 1 << 18
-"""Largest number of characters that are encoded in one call (a longer text is encoded alone); an encoding takes about
-50 times the memory of its text."""
+"""Largest number of characters encoded in one call (a longer text is encoded alone); an encoding takes about 50 times
+the memory of its text."""
 
 
 class PartCounts(BaseModel):
-    """Counts of a part: the file with the tokens of a chunk's training documents, then of its held-out documents."""
+    """Counts of a part, which has the training documents first, then the held-out ones."""
 
     documents: int = 0
     """Number of training documents."""
     tokens: int = 0
-    """Number of tokens of the training documents, including a start token for each."""
+    """Tokens of the training documents, with their start tokens."""
     held_out_documents: int = 0
     held_out_tokens: int = 0
     text_bytes: int = 0
-    """UTF-8 bytes of the texts of all documents, training and held out."""
+    """UTF-8 bytes of the texts of all documents."""
     rows: RowCounts | None = None
-    """Counts of the rows of an encoder or a vision model; None for a decoder, whose parts have tokens instead."""
+    """Counts of the rows of an encoder or a vision model; None for a decoder."""
 
 
 class Part(NamedTuple):
-    """Record of a part, the file with the tokens of one chunk; the driver keeps it until all shards are packed."""
+    """Record of a part, which the driver keeps until all shards are packed."""
 
     file: int
     chunk: int
     name: str
-    """Name of the part; empty for a chunk without documents."""
+    """Empty for a chunk without documents."""
     counts: PartCounts
 
 
 class TokenisedChunk(NamedTuple):
-    """Result of tokenising a chunk of documents into a part, the file with its tokens."""
+    """Result of tokenising a chunk of documents into a part."""
 
     part: Part
     tally: Tally
     is_aborted: bool
-    """True if the reading of the file was aborted after this chunk, since probably too many of its items are bad."""
+    """True if the reading of the file was aborted after this chunk because of probably too many bad items."""
     is_reused: bool
-    """True if the part already existed."""
 
     def as_row(self) -> dict[str, Any]:
         """Return the result as a row of a Ray dataset."""
@@ -80,7 +77,7 @@ class TokenisedChunk(NamedTuple):
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "TokenisedChunk":
-        """Return the result in a row that `as_row` made."""
+        """Return the result in a row from `as_row`."""
         tokenised = pickle.loads(row["tokenised"])
         assert isinstance(tokenised, cls)
         return tokenised
@@ -96,19 +93,10 @@ def tokenise_chunk(
     token_bytes: int,
     row_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """Tokenise a chunk into a part, the file with its tokens, or reuse an existing part: a task of Ray Data.
+    """Tokenise the chunk in a table into a part, or reuse an existing part; return a batch of one `TokenisedChunk`.
 
-    The task maps a table with one `Chunk` to a batch with one `TokenisedChunk`.
-
-    Args:
-        table: a table that `read_chunks` yielded.
-        tokenizer: the path of a tokenizer.json, which must not change, because processes cache its content; None for a
-            vision model, whose parts have rows of annotated images.
-        tokenizer_sha256: SHA-256 of that file.
-        parts: the folder of the parts.
-        validation_fraction: share of the documents that is held out.
-        token_bytes: bytes per token, 2 or 4.
-        row_tokens: T for an encoder, whose parts have rows, and 0 for a vision model; None for a decoder.
+    `tokenizer` is a tokenizer.json that must not change, because processes cache it; None for a vision model.
+    `row_tokens` is T for an encoder, 0 for a vision model, and None for a decoder.
     """
     # Ray runs one such process for each CPU, so the tokenizers library must not start threads for all CPUs in each of
     # them.
@@ -143,7 +131,7 @@ def tokenise_chunk(
 def _part_name(
     chunk: Chunk, tokenizer_sha256: str | None, validation_fraction: float, token_bytes: int, row_tokens: int | None
 ) -> str:
-    """Return the name of a part: a hash of everything that determines its content."""
+    """Return a part's name: a hash of everything that determines its content."""
     digest = hashlib.sha256(f"{tokenizer_sha256} {validation_fraction} {token_bytes}".encode())
     for text in chunk.texts:
         data = text.encode()
@@ -163,12 +151,7 @@ def _counts_file(part: Path) -> Path:
 
 
 def _find_counts(part: Path, row_bytes: int) -> PartCounts | None:
-    """Return the counts of an existing part, or None if the part is missing, incomplete or damaged.
-
-    Args:
-        part: the path of the part's tokens or rows.
-        row_bytes: bytes of a stored token; in a conversation, of its id and its other columns together.
-    """
+    """Return the counts of an existing part, or None if the part is missing, incomplete or damaged."""
     try:
         counts = PartCounts.model_validate_json(_counts_file(part).read_bytes())
         size = part.stat().st_size
@@ -181,7 +164,7 @@ def _find_counts(part: Path, row_bytes: int) -> PartCounts | None:
 
 
 def _encode_documents(chunk: Chunk, tokenizer: Path, token_bytes: int) -> Iterator[Tokens]:
-    """Yield the tokens of each document of a chunk; those of a conversation have the fields of `conversation_dtype`."""
+    """Yield each document's tokens; those of a conversation have the fields of `conversation_dtype`."""
     if chunk.conversations is None:
         for batch in _batches(chunk.texts, len):
             for ids in document_encoder(tokenizer).encode(batch):
@@ -195,14 +178,6 @@ def _encode_documents(chunk: Chunk, tokenizer: Path, token_bytes: int) -> Iterat
 def _split_documents(
     texts: Sequence[str], documents: Iterable[Tokens], validation_fraction: float, dtype: np.dtype[Any]
 ) -> tuple[Tokens, PartCounts]:
-    """Return the content of a part and its counts: the tokens of training documents, then those of held-out ones.
-
-    Args:
-        texts: the texts of the documents, whose hashes select the held-out ones.
-        documents: the tokens of each document.
-        validation_fraction: share of the documents that is held out.
-        dtype: the dtype of the tokens.
-    """
     counts, train, held_out = PartCounts(), list[Tokens](), [np.empty(0, dtype)]
     for text, tokens in zip(texts, documents, strict=True):
         counts.text_bytes += len(text.encode())
@@ -221,10 +196,6 @@ def _split_documents(
 def _encode_rows(
     chunk: Chunk, tokenizer: Path, validation_fraction: float, seq_len: int, token_bytes: int
 ) -> tuple[memoryview, PartCounts]:
-    """Encode a chunk into the rows of an encoder; return the content and the counts of the part with these rows.
-
-    The arguments `validation_fraction`, `seq_len` and `token_bytes` are those of `make_rows`.
-    """
     texts = [text for text in chunk.texts if text]
     encoded = (
         ids for batch in (_batches(texts, len) if texts else ()) for ids in document_encoder(tokenizer).encode(batch)
@@ -246,12 +217,7 @@ T = TypeVar("T")
 
 
 def _batches(documents: Sequence[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
-    """Yield documents in batches of at most `BATCH_CHARACTERS` characters; a longer document is a batch of its own.
-
-    Args:
-        documents: the documents, at least one.
-        size_of: function that returns the number of characters of a document.
-    """
+    """Yield documents in batches of at most `BATCH_CHARACTERS` characters; a longer one is a batch of its own."""
     batch, size = list[T](), 0
     for document in documents:
         if batch and size + size_of(document) > BATCH_CHARACTERS:

@@ -1,8 +1,8 @@
 """The validation split: the selection of held-out documents, and their samples.
 
-The samples of texts are spread evenly over all held-out text. They are cut as by concatenation, even if training
-samples are packed by best fit. Conversations are packed by best fit, as in training. The samples of encoders and vision
-models are divided among the sources, because the sources are of different kinds, and each kind has losses of its own.
+Samples of texts are spread evenly over all held-out text, and cut as by concatenation even if training samples are
+packed by best fit; conversations are packed by best fit. Samples of encoders and vision models are divided among the
+sources, because these are of different kinds with losses of their own.
 """
 
 import hashlib
@@ -22,10 +22,7 @@ from mhmoe_ray.data.shards.manifest import Shard
 
 
 def is_validation(text: str, fraction: float) -> bool:
-    """Return whether a document is held out for validation: a hash of its text selects a share of `fraction`.
-
-    For a document with an image, `text` is the hash of the image (prepare/rows.py).
-    """
+    """Return whether a document is held out: a hash of its text, or of its image, selects a share of `fraction`."""
     # Copies of a text have the same hash, so either all or none are held out, and no copy of a validation text is
     # trained on.
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
@@ -37,10 +34,9 @@ class ValidationSplit(NamedTuple):
 
     shards: list[Shard]
     sample_counts: dict[str, int]
-    """Number of samples of each domain, in the order of the domains in the shards."""
+    """Number of samples of each domain, in the order of the shards."""
     target_count: int
-    """Number of targets that count in the validation loss: without padding, and of conversations only the assistant's
-    turns. For a vision model, the number of samples."""
+    """Targets that count in the validation loss; for a vision model, samples."""
 
 
 def write_validation_split(
@@ -48,16 +44,8 @@ def write_validation_split(
 ) -> ValidationSplit:
     """Select validation samples, spread evenly over all held-out tokens, and write their shards.
 
-    The last sample of a domain may be filled up with padding. If any domain has conversations, the samples of all
-    domains get the columns of conversations, because they share shards.
-
-    Args:
-        folder: the staging directory of the result.
-        streams: held-out tokens by domain.
-        max_samples: largest number of samples of all domains together.
-        seq_len: T; a sample has T + 1 tokens.
-        token_bytes: bytes per token, 2 or 4.
-        start_token: the token that each document begins with.
+    Padding may fill up the last sample of a domain. If any domain has conversations, all samples get their columns,
+    because domains share shards.
     """
     padding = padding_token(token_bytes)
     # Conversations are packed whole, because the beginning of a sample would otherwise have answers without questions.
@@ -89,12 +77,7 @@ def write_validation_split(
 
 
 def select_samples(available: Sequence[int], max_samples: int) -> list[np.ndarray]:
-    """Select validation samples evenly among those of all domains; return the selected numbers for each domain.
-
-    Args:
-        available: number of held-out samples of each domain.
-        max_samples: largest number of samples of all domains together.
-    """
+    """Select validation samples evenly among those of all domains; return the selected numbers by domain."""
     ends = np.cumsum([0, *available])
     selected = np.unique(np.linspace(0, ends[-1] - 1, min(max_samples, ends[-1])).round().astype(int))
     return [selected[(selected >= start) & (selected < end)] - start for start, end in pairwise(ends)]
@@ -103,12 +86,7 @@ def select_samples(available: Sequence[int], max_samples: int) -> list[np.ndarra
 def select_rows(available: Mapping[str, int], max_samples: int) -> dict[str, np.ndarray]:
     """Select validation rows evenly among the held-out rows of each domain; return the selected numbers by domain.
 
-    Each source gets an equal share of the samples and divides it equally among its domains. If a source or a domain has
-    fewer rows than its share, the others get more.
-
-    Args:
-        available: number of held-out rows of each domain.
-        max_samples: largest number of samples of all domains together.
+    Each source gets an equal share and divides it equally among its domains; what one cannot fill goes to the others.
     """
     domains_by_source: dict[str, list[str]] = {}
     for name in available:
@@ -123,7 +101,7 @@ def select_rows(available: Mapping[str, int], max_samples: int) -> dict[str, np.
 
 
 def _equal_shares(available: Sequence[int], total: int) -> list[int]:
-    """Divide `total` into shares that are as equal as possible, each at most its number in `available`."""
+    """Divide `total` into shares as equal as possible, each at most its number in `available`."""
     shares = [0] * len(available)
     # The smallest entries of `available` come first, because the larger ones share the samples that smaller ones cannot
     # provide.
@@ -133,7 +111,6 @@ def _equal_shares(available: Sequence[int], total: int) -> list[int]:
 
 
 def _read_sample(stream: TokenStream, number: int, seq_len: int, token_bytes: int) -> Tokens:
-    """Read one sample of T + 1 tokens from a domain's stream of text, with padding after the end of the stream."""
     start = number * seq_len
     tokens = stream.substream(start, min(len(stream), start + seq_len + 1)).read()
     row: Tokens = np.full(seq_len + 1, padding_token(token_bytes), token_dtype(token_bytes))

@@ -36,37 +36,33 @@ WRITE_SECONDS = 1.0
 
 Stage = Literal["tokenizer", "tokenising", "reading", "packing", "finishing"]
 READING_STAGES: tuple[Stage, ...] = ("tokenising", "reading")
-"""Stages in which the raw files are read. The stage is called `reading` if there is no text to tokenise, as for vision
-models."""
+"""Stages that read raw files: `reading` if there is no text to tokenise, as for vision models."""
 
 
 class PreparationProgress(BaseModel):
-    """Progress of a preparation: the content of progress.json."""
+    """Content of progress.json."""
 
     stage: Stage
     done: int
-    """Number of shards written so far in the stage `packing`; in the other stages, bytes of raw files read so far."""
+    """Shards written in the stage `packing`; in the other stages, bytes of raw files read."""
     total: int
-    """Number of all shards in the stage `packing`; in the other stages, bytes of all raw files."""
+    """All shards in the stage `packing`; in the other stages, bytes of all raw files."""
     documents: int
-    """Number of documents read so far."""
     tokens: int
-    """Number of tokens of the documents read so far."""
     found_tokens: int
-    """Number of the tokens in `tokens` that were found in parts of an earlier job, so that they need no tokenising."""
+    """Those of `tokens` that were found in parts of an earlier job."""
     bytes_per_s: float
-    """Bytes of raw files that this job reads per second, without those of reused parts; 0 outside of the reading
-    stages."""
+    """Bytes of raw files that this job reads per second, without reused parts; 0 outside of the reading stages."""
     seconds_left: float | None
-    """Estimated seconds until all files are read; None while there is no estimate."""
+    """Estimate until all files are read, if there is one."""
 
 
 @dataclass
 class ProgressReport:
-    """Progress of a preparation: counts that the job keeps up to date and writes to progress.json."""
+    """Counts that a job keeps up to date and writes to progress.json."""
 
     folder: Path
-    """Folder of progress.json: the staging directory that jobs share."""
+    """Staging directory that jobs share."""
     total_bytes: int
     stage: Stage = "tokenizer"
     done_bytes: int = 0
@@ -80,17 +76,17 @@ class ProgressReport:
     _write_time: float = 0.0
 
     def enter_stage(self, stage: Stage) -> None:
-        """Begin a stage of the preparation and write progress.json."""
+        """Begin a stage and write progress.json."""
         self.stage, self._start_time = stage, time.monotonic()
         self.write()
 
     def refresh(self) -> None:
-        """Write progress.json if it was last written at least `WRITE_SECONDS` ago."""
+        """Write progress.json at most every `WRITE_SECONDS`."""
         if time.monotonic() - self._write_time >= WRITE_SECONDS:
             self.write()
 
     def write(self) -> None:
-        """Write progress.json with the current counts, the speed and the estimated remaining time."""
+        """Write progress.json with counts, speed and the estimated remaining time."""
         self._write_time = time.monotonic()
         seconds = max(self._write_time - self._start_time, 1e-3)
         # Parts that are reused from an earlier job take no time, so they do not count for the speed.
@@ -112,10 +108,7 @@ class ProgressReport:
 
 
 def read_progress(folder: Path) -> PreparationProgress | None:
-    """Return the progress that was last written to a staging directory, or None if there is no readable report.
-
-    The report of a job that was killed stays until another job replaces it.
-    """
+    """Return a staging directory's last progress, or None without a readable report; a killed job's report stays."""
     try:
         return PreparationProgress.model_validate_json((folder / PROGRESS_FILE).read_bytes())
     except (OSError, ValidationError):
@@ -126,25 +119,25 @@ ALIVE_FILE = "alive"
 TOUCH_SECONDS = 20.0
 """Seconds between two updates of the modification time of a job's file `alive`."""
 STALE_SECONDS = 1200.0
-"""Age of the modification time of a job's file `alive`, in seconds, above which the job counts as dead."""
+"""Age of that modification time in seconds above which the job counts as dead."""
 
 
 class StagingDirectory(NamedTuple):
     """Paths of the staging directory of a preparation job."""
 
     shared_path: Path
-    """Staging directory that all jobs with the same settings share."""
+    """Staging directory of all jobs with the same settings."""
     job_path: Path
-    """Staging directory of this job alone, a folder in the shared one."""
+    """Staging directory of this job alone, in the shared one."""
 
     @property
     def parts_path(self) -> Path:
-        """Folder of the parts (the tokens of chunks of documents), which jobs share."""
+        """Folder of the parts, which jobs share."""
         return self.shared_path / "parts"
 
     @property
     def quarantine_path(self) -> Path:
-        """Folder of the quarantine files: one for each chunk that has unreadable lines."""
+        """Folder of a quarantine file for each chunk with unreadable lines."""
         return self.job_path / "quarantine"
 
     @property
@@ -154,17 +147,16 @@ class StagingDirectory(NamedTuple):
 
 
 def shared_folder(spec: RunSpec) -> Path:
-    """Return the path of the staging directory that all jobs with a spec's settings share."""
+    """Return the staging directory that all jobs with a spec's settings share."""
     digest = hashlib.sha256(json.dumps(recipe(spec), sort_keys=True).encode()).hexdigest()
     return spec.data.prepared.with_name(f"{spec.data.prepared.name}.partial-{digest[:8]}")
 
 
 @contextmanager
 def staging_directory(spec: RunSpec) -> Iterator[StagingDirectory]:
-    """Create the staging directory of a new job and remove it at the end of the context.
+    """Create the staging directory of a new job and remove it at the end of the context; shared parts are kept.
 
-    Within the context, a thread updates the job's file `alive` and removes the staging directories of dead jobs. Parts
-    are kept, since jobs share them.
+    Meanwhile a thread updates the job's file `alive` and removes the staging directories of dead jobs.
     """
     staging = StagingDirectory(shared_path := shared_folder(spec), shared_path / secrets.token_hex(4))
     staging.result_path.mkdir(parents=True)
@@ -179,7 +171,6 @@ def staging_directory(spec: RunSpec) -> Iterator[StagingDirectory]:
 
 
 def _keep_alive(staging: StagingDirectory, stop_event: threading.Event) -> None:
-    """Call `_touch_and_clean_up` every `TOUCH_SECONDS` until `stop_event` is set."""
     touch_times: dict[Path, float] = {}
     while True:
         # An error is ignored, because the storage may be out of reach for a while, and a later update then suffices.
@@ -190,18 +181,10 @@ def _keep_alive(staging: StagingDirectory, stop_event: threading.Event) -> None:
 
 
 def _touch_and_clean_up(staging: StagingDirectory, previous_times: dict[Path, float]) -> dict[Path, float]:
-    """Update the modification time of our file `alive`, and remove the staging directories of dead jobs.
+    """Update our file `alive`, and remove the staging directories of dead jobs; return all modification times.
 
-    A job is dead if the modification time of its file is older than `STALE_SECONDS` and has not changed since our
-    previous check. If this job itself stood still since then, no job is treated as dead, because the others may have
-    stood still too.
-
-    Args:
-        staging: the staging directory of this job.
-        previous_times: the modification time of each job's file at the previous check, in seconds.
-
-    Returns:
-        The modification time of each job's file at this check.
+    A job is dead if its modification time is older than `STALE_SECONDS` and equals that in `previous_times`. If this
+    job itself stood still since then, no job is treated as dead, because the others may have stood still too.
     """
     our_file = staging.job_path / ALIVE_FILE
     previous_time = our_file.stat().st_mtime
@@ -222,7 +205,7 @@ def _touch_and_clean_up(staging: StagingDirectory, previous_times: dict[Path, fl
 
 
 def _remove_job_folder(staging: StagingDirectory) -> None:
-    """Remove one job's staging directory; errors are ignored, because another job can remove the rest later."""
+    """Remove one job's staging directory; another job can remove the rest after an error."""
     # The folder with the file `alive` is removed last. If this process is killed midway, the file is still there, so
     # another job recognises that this job is dead and removes the rest.
     for folder in (staging.result_path, staging.quarantine_path, staging.job_path):
@@ -241,7 +224,7 @@ def publish(staging_result: Path, folder: Path) -> None:
 
 
 def clean_up(folder: Path) -> None:
-    """Remove the staging directories of all jobs for a prepared folder, whatever settings the jobs have."""
+    """Remove the staging directories of all jobs for a prepared folder, whatever their settings."""
     for staging_path in folder.parent.glob(f"{glob.escape(folder.name)}.partial-*"):
         # Errors are ignored, because another job may remove the same folder or still write to it.
         shutil.rmtree(staging_path, ignore_errors=True)

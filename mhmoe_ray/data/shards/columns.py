@@ -1,7 +1,7 @@
 """The columns of samples, in memory and in shards.
 
-A sample is a row of named columns. T is the sequence length. Each column has T + 1 values: the first T belong to a
-model's input, the last T to its targets.
+A sample is a row of named columns of T + 1 values, where T is the sequence length: the first T belong to a model's
+input, the last T to its targets.
 
     | column          | value                                    | size in a shard        | sources       |
     | --------------- | ---------------------------------------- | ---------------------- | ------------- |
@@ -9,9 +9,9 @@ model's input, the last T to its targets.
     | targets         | whether the token is a target            | 1 bit per token        | conversations |
     | document_starts | whether the token begins a document      | 1 bit per token        | conversations |
 
-Samples with tokens only are a plain array of token ids. Samples with more columns are a structured array, which has a
-field for each column. In text, all tokens except padding are targets, and a start token begins each document. In a
-conversation, the start token may also end a turn, so a column marks where documents begin.
+Samples with tokens only are a plain array of token ids; others are a structured array with a field for each column. In
+text, all tokens except padding are targets, and a start token begins each document. In a conversation, the start token
+may also end a turn, so a column marks where documents begin.
 """
 
 from collections.abc import Mapping
@@ -20,45 +20,42 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Samples = np.ndarray[tuple[int, int], np.dtype[Any]]
-"""Array of samples, (samples, T + 1) for sequence length T: token ids, or structures with a field for each column."""
+"""Samples (samples, T + 1): token ids, or structures with a field for each column."""
 
 TOKENS, TARGETS, DOCUMENT_STARTS = "tokens", "targets", "document_starts"
 EXPERT = "expert"
-"""Name of the column of the training stream with the expert that router `domain` chooses by a sample's domain."""
+"""Column of the training stream with the expert that router `domain` chooses by a sample's domain."""
 
 
 def token_dtype(token_bytes: int) -> np.dtype[np.unsignedinteger]:
-    """Return the dtype of stored tokens: little-endian unsigned integers of `token_bytes` bytes."""
+    """Return the dtype of stored tokens: little-endian unsigned integers."""
     return np.dtype(f"<u{token_bytes}")
 
 
 def conversation_dtype(token_bytes: int) -> np.dtype[np.void]:
-    """Return the structured dtype of tokens of conversations, with a field for each column of a sample."""
+    """Return the structured dtype of tokens of conversations."""
     return np.dtype([(TOKENS, token_dtype(token_bytes)), (TARGETS, np.bool_), (DOCUMENT_STARTS, np.bool_)])
 
 
 def token_bytes_for(vocab_size: int) -> int:
-    """Return the number of bytes in which a token is stored, 2 or 4.
-
-    The largest value of that size is no token id, since it marks padding.
-    """
+    """Return the bytes in which a token is stored, 2 or 4; the largest value marks padding and is no token id."""
     return 2 if vocab_size < 2**16 else 4
 
 
 def padding_token(token_bytes: int) -> int:
-    """Return the value that marks padding in stored samples: the largest one of a token of `token_bytes` bytes."""
+    """Return the value that marks padding in stored samples."""
     return int(np.iinfo(token_dtype(token_bytes)).max)
 
 
 def columns_of(rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the columns, by name, of an array of samples or tokens; plain token ids are the column `tokens`."""
+    """Return the columns of samples or tokens by name; plain token ids are the column `tokens`."""
     if rows.dtype.names is None:
         return {TOKENS: rows}
     return {name: np.ascontiguousarray(rows[name]) for name in rows.dtype.names}
 
 
 def join_columns(columns: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return the array of samples or tokens that has these columns; columns with unknown names are left out."""
+    """Return the samples or tokens with these columns; unknown names are left out."""
     tokens = columns[TOKENS]
     if TARGETS not in columns:
         return tokens
@@ -69,36 +66,30 @@ def join_columns(columns: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def single_token(dtype: np.dtype[Any], token: int, *, starts_document: bool = False) -> np.ndarray:
-    """Return one token as a value of the dtype of samples; its field for targets, if there is one, is false."""
+    """Return one token in the dtype of samples; its field for targets, if any, is false."""
     return np.array(token if dtype.names is None else (token, False, starts_document), dtype)
 
 
 def target_mask(rows: np.ndarray, padding: int) -> np.ndarray:
-    """Return a mask of the tokens in samples that are targets of the loss; `padding` is the token id of padding."""
+    """Return a mask of the tokens that are targets of the loss."""
     mask: np.ndarray = rows != padding if rows.dtype.names is None else rows[TARGETS]
     return mask
 
 
 def padding_mask(rows: np.ndarray, padding: int) -> np.ndarray:
-    """Return a mask of the tokens in samples that are padding; `padding` is the token id of padding."""
+    """Return a mask of the tokens that are padding."""
     mask: np.ndarray = columns_of(rows)[TOKENS] == padding
     return mask
 
 
 def document_start_mask(rows: np.ndarray, start: int) -> np.ndarray:
-    """Return a mask of the tokens in samples that begin a document; `start` is the id of the start token."""
+    """Return a mask of the tokens that begin a document; `start` is the start token."""
     mask: np.ndarray = rows == start if rows.dtype.names is None else rows[DOCUMENT_STARTS]
     return mask
 
 
 def with_all_columns(rows: np.ndarray, start: int, padding: int) -> np.ndarray:
-    """Return samples with the columns tokens, targets and document_starts; compute the last two if `rows` lacks them.
-
-    Args:
-        rows: samples, or a one-dimensional array of tokens.
-        start: the token that each document begins with.
-        padding: the token that marks padding.
-    """
+    """Return samples or tokens with all three columns; compute the two masks if `rows` lacks them."""
     masks = {TARGETS: target_mask(rows, padding), DOCUMENT_STARTS: document_start_mask(rows, start)}
     return join_columns(columns_of(rows) | masks)
 
@@ -107,20 +98,17 @@ class ModelSamples(NamedTuple):
     """Samples in the form in which a decoder takes them."""
 
     token_ids: np.ndarray
-    """Token ids, (samples, T + 1) int64, with token 0 for padding."""
+    """(samples, T + 1) int64, with token 0 for padding."""
     target_mask: np.ndarray
-    """Mask of the targets that count in the loss, (samples, T) bool."""
+    """Targets that count in the loss, (samples, T) bool."""
     document_starts: np.ndarray | None = None
-    """Mask of the input tokens that begin a document, (samples, T) bool; None if every start token begins one."""
+    """Input tokens that begin a document, (samples, T) bool; None if every start token does."""
     experts: np.ndarray | None = None
-    """Expert of each sample for router `domain`, (samples,) int64; None for any other router."""
+    """Expert of each sample for router `domain`, (samples,) int64."""
 
 
 def to_model_samples(samples: Samples, token_bytes: int) -> ModelSamples:
-    """Convert stored samples, in which a token value marks padding, to the input of a decoder.
-
-    `token_bytes` is the number of bytes of a stored token, 2 or 4.
-    """
+    """Convert stored samples, in which a token value marks padding, to the input of a decoder."""
     padding = padding_token(token_bytes)
     tokens = columns_of(samples)[TOKENS]
     token_ids = np.where(tokens != padding, tokens, 0).astype(np.int64)

@@ -1,8 +1,7 @@
 """Shard files of packed samples: writing and reading them, and the check of all files of a prepared folder.
 
-A shard is an Arrow file of one batch. Each column of its samples (columns.py) is a fixed-size binary without nulls.
-Training reads samples in random order: the file is memory-mapped, and a sample is read by its number without its
-neighbours.
+A shard is an Arrow file of one batch, whose columns (columns.py) are fixed-size binaries without nulls. Training reads
+samples in random order from the memory-mapped file.
 """
 
 import hashlib
@@ -35,13 +34,7 @@ def rows_per_shard(seq_len: int, token_bytes: int) -> int:
 
 
 def write_shard(folder: Path, file: str, samples: Samples) -> Shard:
-    """Write one shard file atomically, and return its entry for the manifest.
-
-    Args:
-        folder: the folder of the prepared data.
-        file: the path of the file below that folder.
-        samples: the samples, at least one, in the dtype of the folder's tokens.
-    """
+    """Write one or more samples as a shard file atomically, and return its manifest entry."""
     columns = {name: _stored_bytes(column) for name, column in columns_of(samples).items()}
     arrays = [
         pa.FixedSizeBinaryArray.from_buffers(pa.binary(rows.shape[1]), len(rows), [None, pa.py_buffer(rows)])
@@ -66,7 +59,7 @@ def _stored_bytes(column: np.ndarray) -> np.ndarray:
 
 
 class ShardReader:
-    """Reader with random access to the samples of a list of shards, which all have the same columns."""
+    """Random access to the samples of a list of shards with equal columns."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], token_bytes: int) -> None:
         self._paths = [str(folder / s.file) for s in shards]
@@ -77,11 +70,7 @@ class ShardReader:
         return int(self._starts[-1])
 
     def read(self, numbers: np.ndarray) -> Samples:
-        """Return the samples with these numbers, in the dtype of the folder's tokens.
-
-        Args:
-            numbers: the numbers of the samples, counted across all shards from 0; at least one number.
-        """
+        """Return one or more samples, numbered across all shards from 0, in the dtype of the folder's tokens."""
         shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
         row_of = numbers - self._starts[shard_of]
         shards = np.unique(shard_of)
@@ -105,10 +94,7 @@ class ShardReader:
 
 @lru_cache(maxsize=OPEN_SHARDS)
 def _map_columns(path: str, token_bytes: int) -> dict[str, np.ndarray]:
-    """Return the columns of a shard file as memory-mapped arrays; a process caches the last `OPEN_SHARDS` files.
-
-    The column `tokens` has token ids. Columns of bits stay packed, with 8 bits in a byte.
-    """
+    """Return a shard's columns as memory-mapped arrays, those of bits packed 8 in a byte; a process caches them."""
     with pa.memory_map(path) as source:
         batch = pa.ipc.open_file(source).get_batch(0)
     columns = {}
@@ -122,18 +108,11 @@ def _map_columns(path: str, token_bytes: int) -> dict[str, np.ndarray]:
 
 FILES_PER_TASK = 16
 LOCAL_CHECK_BYTES = 1 << 30
-"""Largest total size of shards in bytes that one process verifies alone: starting more processes would take longer."""
+"""Largest bytes of shards that one process verifies alone, because starting more would take longer."""
 
 
 def verify_shards(folder: Path, manifest: DataManifest) -> None:
-    """Verify that the files of a prepared folder exist and have the content that was written.
-
-    These files are the shards and, if the folder has them, the tokenizer, the names of classes, the chat template and
-    the codebook.
-
-    Raises:
-        DataError: a file is missing or damaged.
-    """
+    """Raise DataError if a file of a prepared folder is missing or does not have the content that was written."""
     # All files are read, so the whole cluster shares the work if the data have more than `LOCAL_CHECK_BYTES` bytes.
     shards = [*(s for d in manifest.domains.values() for s in d.shards), *manifest.validation]
     expected_hashes = {s.file: s.sha256 for s in shards}
@@ -148,14 +127,12 @@ def verify_shards(folder: Path, manifest: DataManifest) -> None:
 
 
 def _check_locally(rows: list[dict[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
-    """Verify files in this process, and yield each missing or damaged one with the reason."""
     # Hashing releases the GIL, so threads verify files in parallel.
     with ThreadPoolExecutor() as threads:
         yield from (row for row in threads.map(partial(_check_file, folder=folder), rows) if row["reason"])
 
 
 def _check_on_cluster(rows: list[dict[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
-    """Verify files on the Ray cluster, and yield one missing or damaged file with the reason, if there is any."""
     files = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // FILES_PER_TASK))
     files.context.enable_progress_bars = False
     # One problem is enough for the error, so the other files need not be read.
@@ -167,7 +144,7 @@ def _check_file(row: dict[str, Any], *, folder: Path) -> dict[str, Any]:
 
 
 def file_problem(path: Path, sha256: str) -> str | None:
-    """Return the reason why the content of a file does not have this SHA-256, or None if it does."""
+    """Return the reason why a file does not have this SHA-256, or None if it does."""
     if not path.is_file():
         return "it is missing"
     return None if describe_file(path).sha256 == sha256 else "its content is not what was written"

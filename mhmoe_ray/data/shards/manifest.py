@@ -38,21 +38,20 @@ _READING_KEYS = {"format", "text_field", "delimiter", "filters"}
 
 
 class Shard(BaseModel):
-    """Entry of a shard file in the manifest of a prepared folder."""
+    """Manifest entry of a shard file."""
 
     file: str
-    """Path of the file below the prepared folder."""
+    """Path below the prepared folder."""
     rows: int
-    """Number of samples in the shard."""
+    """Number of samples."""
     sha256: str
 
 
 class _KindAware(BaseModel):
-    """Base class of models in the manifest that leave out fields about conversations and images if they are None."""
+    """Base class of manifest models that leave out unset fields about conversations and images."""
 
     @model_serializer(mode="wrap")
     def _leave_out_unset_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Serialize the fields; leave out a field about conversations or images if its value is None."""
         # Checkpoints identify their data by a hash of the manifest, so the manifest of a folder of text must stay
         # without these keys.
         fields: dict[str, Any] = handler(self)
@@ -63,41 +62,39 @@ _KIND_FIELDS = {"target_tokens", "chat", "images", "image_bytes", "encoder", "vi
 
 
 class Domain(_KindAware):
-    """Entry of a domain (a subfolder of a source, such as redpajama/book) in the manifest: its counts and shards."""
+    """Manifest entry of a domain: its counts and shards."""
 
     documents: int
     """Number of training documents."""
     validation_documents: int
     """Number of held-out documents."""
     quarantined: dict[str, int]
-    """Number of lines, table rows, files or lost parts of files that could not be read, by reason."""
+    """Number of unreadable lines, table rows, files or lost parts of files, by reason."""
     dropped: dict[str, int]
-    """Number of documents that the source's filters dropped, by the name of the rule."""
+    """Documents that the source's filters dropped, by rule."""
     text_bytes: int
-    """UTF-8 bytes of the texts of all training and held-out documents."""
+    """UTF-8 bytes of the texts of all documents, training and held-out."""
     tokens: int
-    """Number of tokens of the training documents, including one start token for each text."""
+    """Tokens of the training documents, with a start token for each text."""
     validation_tokens: int
-    """Number of tokens of all held-out documents, including start tokens; the selected samples may have fewer."""
+    """Tokens of all held-out documents, with start tokens; the selected samples may have fewer."""
     samples: int
-    """Number of training samples."""
     validation_samples: int
-    """Number of held-out samples that were selected for the validation."""
+    """Held-out samples that were selected for the validation."""
     unused_tokens: int
-    """Number of tokens after the last full sample, if packing is by concatenation; always fewer than a sample has. In a
-    folder for an encoder, the number of tokens that were cut from texts with images."""
+    """Tokens after the last full sample, if packing is by concatenation: fewer than a sample has. For an encoder,
+    tokens that were cut from texts with images."""
     padding: int
-    """Number of targets that are padding, in samples that were filled up because no further document fits. In a folder
-    for an encoder, the number of padding tokens."""
+    """Targets that are padding in samples without room for a further document. For an encoder, padding tokens."""
     target_tokens: int | None = None
-    """Number of targets in the training samples that count in the loss: in conversations, the tokens of the
-    assistant's turns. None in a folder without conversations, where all targets except padding count."""
+    """Targets in training samples that count in the loss: in conversations, those of the assistant's turns. None
+    without conversations, where all targets except padding count."""
     cut_documents: int
-    """Number of training documents that were cut, so that no sample has the whole document."""
+    """Training documents of which no sample has the whole."""
     images: int | None = None
-    """Number of training samples with an image; None in a folder for a decoder."""
+    """Training samples with an image; None for a decoder."""
     image_bytes: int | None = None
-    """Size in bytes of the stored images of these samples; None in a folder for a decoder."""
+    """Bytes of these samples' stored images; None for a decoder."""
     shards: list[Shard]
 
     @property
@@ -107,36 +104,35 @@ class Domain(_KindAware):
 
 
 class Baselines(BaseModel):
-    """Validation losses of simple models without a neural network, in nats per token, as baselines for training."""
+    """Validation losses of simple models in nats per token."""
 
     unigram_entropy: float
-    """Entropy of the frequencies of the validation tokens: the lowest loss of any model without context."""
+    """Entropy of the validation tokens: the lowest loss of any model without context."""
     bigram: float
     """Cross-entropy of a bigram model with Witten-Bell smoothing, counted on training tokens."""
     bigram_tokens: int
-    """Number of training tokens that the bigram model was counted on."""
+    """Training tokens on which the bigram model was counted."""
 
 
 class ChatData(BaseModel):
     """Facts about the conversations in a prepared folder."""
 
     template_sha256: str
-    """SHA-256 of the file of the chat template."""
     start_token: int
-    """Id of the token that precedes each document."""
+    """Token that precedes each document."""
     turn_ends: list[int]
-    """Ids of the tokens that end a turn of the assistant."""
+    """Tokens that end a turn of the assistant."""
 
 
 class EncoderData(BaseModel):
     """Facts about a prepared folder for an encoder."""
 
     codebook_sha256: str | None = None
-    """SHA-256 of the file of the codebook; None if the encoder has none."""
+    """None if the encoder has no codebook."""
 
     @property
     def files(self) -> dict[str, str | None]:
-        """Hashes of the family's files in the folder; None for a missing one."""
+        """Hashes of the family's files; None for a missing one."""
         return {CODEBOOK_FILE: self.codebook_sha256}
 
 
@@ -144,46 +140,41 @@ class VisionData(BaseModel):
     """Facts about a prepared folder for a vision model."""
 
     classes_sha256: str
-    """SHA-256 of the file with the names of the classes of each task."""
 
     @property
     def files(self) -> dict[str, str | None]:
-        """Hashes of the family's files in the folder."""
+        """Hashes of the family's files."""
         return {CLASSES_FILE: self.classes_sha256}
 
 
 class DataManifest(_KindAware):
-    """Manifest of a prepared folder: the settings of its preparation, its counts and its shards."""
+    """Data manifest of a prepared folder: the settings of its preparation, its counts and its shards."""
 
     recipe: dict[str, Any]
-    """Settings that determine the content of the folder, as the function `recipe` returns them."""
+    """Settings that determine the content of the folder, from the function `recipe`."""
     fingerprints: dict[str, str] = {}
-    """Fingerprint of each local source (see `data/sources/find.py`), by which moved text is recognised."""
+    """Fingerprint of each local source (`data/sources/find.py`), by which moved text is recognised."""
     seq_len: int
     token_bytes: int
-    """Bytes per token, 2 or 4; tokens are little-endian unsigned integers."""
+    """2 or 4; tokens are little-endian unsigned integers."""
     tokenizer_sha256: str | None
-    """SHA-256 of the tokenizer's file; None in a folder for a vision model."""
+    """None for a vision model."""
     chat: ChatData | None = None
-    """Facts about the conversations; None if no source has any."""
     encoder: EncoderData | None = None
-    """Facts about the samples of an encoder; None if the folder is for another model."""
     vision: VisionData | None = None
-    """Facts about the samples of a vision model; None if the folder is for another model."""
     domains: dict[str, Domain]
     validation: list[Shard]
     validation_tokens: int
-    """Number of targets in the samples of `validation` that count in the loss. For an encoder, it is the number of
-    tokens of the texts, without counting start tokens; for a vision model, the number of samples. The field of the same
-    name in `domains` counts all held-out tokens."""
+    """Targets in `validation` that count in the loss; for an encoder, tokens of texts without start tokens; for a
+    vision model, samples. The field of that name in `domains` counts all held-out tokens."""
     baselines: Baselines | None
-    """Baselines of the validation loss; None if the folder has no texts."""
+    """None if the folder has no texts."""
     bad_lines: int
-    """Number of all items in the quarantine. It includes lost parts of files, which `Tally.bad_lines` leaves out."""
+    """All items in the quarantine, with lost parts of files, which `Tally.bad_lines` leaves out."""
 
     @property
     def files(self) -> dict[str, str | None]:
-        """Hashes of all files of the folder besides shards and the manifest, by name; None for a missing one."""
+        """Hashes of all files besides shards and the manifest, by name; None for a missing one."""
         facts = self.encoder or self.vision
         template_sha256 = self.chat.template_sha256 if self.chat else None
         files = {TOKENIZER_FILE: self.tokenizer_sha256, TEMPLATE_FILE: template_sha256}
@@ -193,8 +184,7 @@ class DataManifest(_KindAware):
 def recipe(spec: RunSpec) -> dict[str, Any]:
     """Return the settings of a spec that determine the content of its prepared folder.
 
-    Raises:
-        DataError: the given tokenizer or chat template cannot be read.
+    A given tokenizer or chat template that cannot be read is a DataError.
     """
     # The mixture is not among the settings, since it only affects reading. A tokenizer that was trained for one mixture
     # stays when the mixture changes.
@@ -225,11 +215,7 @@ def recipe(spec: RunSpec) -> dict[str, Any]:
 
 
 def read_classes(file: Location) -> dict[str, list[str]]:
-    """Return the names of the classes of each task, in the order of their numbers, from a `classes.json`.
-
-    Raises:
-        DataError: the file is missing or damaged.
-    """
+    """Return the class names of each task, in the order of their numbers; an unreadable file is a DataError."""
     try:
         classes: dict[str, list[str]] = json.loads(file.read_bytes())
     except (OSError, ValueError) as e:
@@ -238,11 +224,7 @@ def read_classes(file: Location) -> dict[str, list[str]]:
 
 
 def _given_tokenizer(path: Path) -> str:
-    """Return a text that identifies a given tokenizer by the content of its file, not by its path.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
+    """Return a text that identifies a given tokenizer by the content of its file, not by its path."""
     try:
         return _tokenizer_label(describe_file(path).sha256)
     except OSError as e:
@@ -254,10 +236,9 @@ def _tokenizer_label(sha256: str | None) -> str:
 
 
 def read_data_manifest(folder: Path) -> DataManifest | None:
-    """Read the manifest of a prepared folder; return None if the folder does not exist.
+    """Read the data manifest of a prepared folder, or return None without the folder.
 
-    Raises:
-        DataError: the folder exists, but its manifest is missing or cannot be read.
+    A folder whose manifest is missing or cannot be read is a DataError.
     """
     subject, fix = f"prepared data {folder}", "set data.prepared to another folder, or remove this one"
     try:
@@ -276,10 +257,9 @@ def read_data_manifest(folder: Path) -> DataManifest | None:
 
 
 def data_digest(folder: Path) -> str:
-    """Return the hash of a prepared folder by which checkpoints identify the data that they were trained on.
+    """Return the hash by which checkpoints identify the data that they were trained on.
 
-    It is a hash of the manifest without the paths of local sources, which have a fingerprint. It therefore stays the
-    same when local text is moved.
+    It covers the manifest without the paths of sources with a fingerprint, so moving local text keeps it.
     """
     manifest = json.loads((folder / "manifest.json").read_bytes())
     # Folders of earlier versions have no fingerprints, so the hash of the whole manifest identifies their data.
@@ -291,14 +271,13 @@ def data_digest(folder: Path) -> str:
 
 
 PreparedKey = tuple[Path, str]
-"""Key of prepared data: the path of its folder, and the settings of its preparation as JSON."""
+"""Path of a prepared folder, and the settings of its preparation as JSON."""
 
 
 def _is_same_text(manifest: DataManifest, spec: RunSpec) -> bool:
-    """Return whether the sources of a spec have the text that was prepared for a manifest, even if it was moved.
+    """Return whether a spec's sources have the text that was prepared.
 
-    A local source with another path has the same text if its fingerprint is equal. A source at a URI has the same text
-    only if its path is equal.
+    A local source may have moved if its fingerprint is equal; a source at a URI must have the same path.
     """
     manifest_sources, spec_sources = manifest.recipe["sources"], recipe(spec)["sources"]
     moved_sources = {name for name in spec_sources if manifest_sources.get(name) != spec_sources[name]}
@@ -317,7 +296,7 @@ def _is_same_text(manifest: DataManifest, spec: RunSpec) -> bool:
 def prepared_key(spec: RunSpec) -> PreparedKey:
     """Return a key that is equal for specs that read the same prepared data.
 
-    A given tokenizer and a given chat template are identified by their paths, so their files are not read.
+    A given tokenizer and chat template are identified by their paths, so their files are not read.
     """
     given_files = {"tokenizer": spec.data.tokenizer, "chat_template": spec.data.chat_template}
     data = spec.data.model_copy(update=dict.fromkeys(given_files))
@@ -327,15 +306,9 @@ def prepared_key(spec: RunSpec) -> PreparedKey:
 
 
 def require_matching_data(expected_digest: str | None, folder: Path, advice: str) -> None:
-    """Check that a prepared folder has the data that a checkpoint was trained on.
+    """Raise DataError if a prepared folder is not the data that a checkpoint was trained on.
 
-    Args:
-        expected_digest: the data digest in the checkpoint.
-        folder: the prepared folder.
-        advice: end of the error message that names an alternative to restoring the folder ("or ...").
-
-    Raises:
-        DataError: the folder has another digest.
+    `advice` ends the message with an alternative to restoring the folder ("or ...").
     """
     if data_digest(folder) != expected_digest:
         fix = f"restore the folder that the run began with, {advice}"
@@ -343,11 +316,7 @@ def require_matching_data(expected_digest: str | None, folder: Path, advice: str
 
 
 def require_data_manifest(folder: Path) -> DataManifest:
-    """Return the data manifest of a prepared folder, which must exist.
-
-    Raises:
-        DataError: the folder does not exist, or it has no readable manifest.
-    """
+    """Return the data manifest of a prepared folder; a missing folder or manifest is a DataError."""
     manifest = read_data_manifest(folder)
     if manifest is None:
         raise DataError(f"prepared data {folder}", "it is not there", "run: mhmoe data prepare SPEC")
@@ -355,22 +324,14 @@ def require_data_manifest(folder: Path) -> DataManifest:
 
 
 def require_prepared_data(spec: RunSpec) -> DataManifest:
-    """Return the data manifest of a spec's prepared folder, which must fit the spec.
-
-    Raises:
-        DataError: the folder is not prepared, or it was prepared with settings or text that differ from the spec.
-    """
+    """Return the data manifest of a spec's prepared folder, which must fit the spec (else DataError)."""
     manifest = require_data_manifest(spec.data.prepared)
     check_recipe(spec.data.prepared, manifest, spec)
     return manifest
 
 
 def check_recipe(folder: Path, manifest: DataManifest, spec: RunSpec) -> None:
-    """Check that a folder was prepared with the settings of a spec and from the same text, which may have been moved.
-
-    Raises:
-        DataError: a setting or the text differs; the message names the first difference.
-    """
+    """Raise DataError with the first setting in which a folder differs from a spec; text may have moved."""
     # A run that starts from another run's model names a tokenizer, which the other run may have trained in this folder.
     # If the folder has the tokenizer that the spec names, the settings of tokenizers are not compared.
     spec_recipe = recipe(spec)

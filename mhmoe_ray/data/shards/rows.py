@@ -1,11 +1,9 @@
 """Shards of samples with images, for encoders and vision models: writing and reading their rows.
 
-A sample of an encoder is a row with two columns. `tokens` has T tokens of 2 or 4 bytes: the start token and those of a
-text, filled up with padding. Without a text, all T tokens are padding. `image` has the unchanged image file of the
-source, and is empty without an image. This column is dictionary-encoded, so that a shard stores an image with many
-captions once. A sample of a vision model has the columns `image` and `annotation`, which is the class or the objects of
-the image (data/images/annotations.py). A shard is an Arrow file of one batch without nulls, which is memory-mapped for
-reading.
+A sample of an encoder is a row of two columns. `tokens` has T tokens of 2 or 4 bytes: the start token and those of a
+text, filled up with padding, or padding only. `image` has the source's unchanged image file, or is empty; it is
+dictionary-encoded, so a shard stores an image with many captions once. A sample of a vision model has `image` and
+`annotation` (data/images/annotations.py). A shard is a memory-mapped Arrow file of one batch without nulls.
 """
 
 import hashlib
@@ -29,12 +27,9 @@ IMAGE, ANNOTATION = "image", "annotation"
 def row_batch(
     tokens: np.ndarray | None, images: Sequence[bytes], annotations: Sequence[bytes] | None = None
 ) -> pa.RecordBatch:
-    """Return samples as an Arrow record batch with the columns of a shard.
+    """Return one or more samples as a batch with the columns of a shard.
 
-    Args:
-        tokens: (rows, T) tokens in the dtype of the prepared folder, at least one row; None for a vision model.
-        images: the image file of each row; empty for a row without image.
-        annotations: the annotation of each row, for a vision model; None for an encoder.
+    An encoder has `tokens`, (rows, T), and a vision model `annotations`; an image is empty if its row has none.
     """
     columns: dict[str, pa.Array] = {}
     if tokens is not None:
@@ -67,21 +62,21 @@ def join_batches(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
 
 
 def row_bytes(row: pa.RecordBatch) -> int:
-    """Return the size in bytes of the values of one sample; `row` is a slice of a batch with one row."""
+    """Return the bytes of the values of one sample, a batch of one row."""
     # Arrow's `nbytes` counts the images of the whole batch for each slice of it, so the image is counted separately.
     other_columns = sum(row.column(name).nbytes for name in row.schema.names if name != IMAGE)
     return int(other_columns) + len(row.column(IMAGE)[0].as_py())
 
 
 def _used_images(images: pa.DictionaryArray) -> pa.DictionaryArray:
-    """Return a column of images whose dictionary has only the images that its rows use, in the order of the rows."""
+    """Return a column of images whose dictionary has only those that its rows use, in their order."""
     used_numbers = pc.unique(images.indices)
     indices = pc.index_in(images.indices, used_numbers).cast(images.indices.type)
     return pa.DictionaryArray.from_arrays(indices, images.dictionary.take(used_numbers))
 
 
 def file_content(batch: pa.RecordBatch) -> memoryview:
-    """Return the content of an Arrow file that consists of one batch."""
+    """Return the content of an Arrow file of one batch."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
@@ -89,13 +84,7 @@ def file_content(batch: pa.RecordBatch) -> memoryview:
 
 
 def write_row_shard(folder: Path, file: str, batch: pa.RecordBatch) -> Shard:
-    """Write one shard file atomically, and return its entry for the manifest.
-
-    Args:
-        folder: the folder of the prepared data.
-        file: the path of the file below that folder.
-        batch: the rows, from `row_batch` or `join_batches`.
-    """
+    """Write one shard file atomically, and return its manifest entry."""
     content = file_content(batch)
     replace_file(folder / file, content)
     return Shard(file=file, rows=len(batch), sha256=hashlib.sha256(content).hexdigest())
@@ -111,7 +100,7 @@ _map_shard = lru_cache(maxsize=OPEN_SHARDS)(map_rows)
 
 
 def tokens_of(batch: pa.RecordBatch, token_bytes: int) -> np.ndarray:
-    """Return the tokens of a batch, (rows, T), as a view of its memory."""
+    """Return the tokens of a batch, (rows, T), as a view."""
     column = batch.column(TOKENS)
     length = column.type.byte_width // token_bytes
     all_tokens = np.frombuffer(column.buffers()[1], token_dtype(token_bytes)).reshape(-1, length)
@@ -120,10 +109,9 @@ def tokens_of(batch: pa.RecordBatch, token_bytes: int) -> np.ndarray:
 
 
 class StoredValues(Sequence[bytes]):
-    """Stored images or annotations of some rows, as a sequence that reads a value only when it is accessed."""
+    """Stored images or annotations of some rows; a value is read only when it is accessed."""
 
     def __init__(self, reader: "RowReader", column: str, numbers: np.ndarray) -> None:
-        """Create the sequence of the values in a column (`image` or `annotation`) of the rows with these numbers."""
         self._reader, self._column, self._numbers = reader, column, numbers
 
     def __len__(self) -> int:
@@ -141,7 +129,7 @@ class StoredValues(Sequence[bytes]):
 
 
 class RowReader:
-    """Reader with random access to the rows of a list of shards; each row is a sample."""
+    """Random access to the rows of a list of shards."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], token_bytes: int) -> None:
         self._paths = [str(folder / s.file) for s in shards]
@@ -152,15 +140,11 @@ class RowReader:
         return int(self._starts[-1])
 
     def read(self, numbers: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
-        """Return the tokens, (rows, T), and the image files of some rows; an image is empty if the row has none.
-
-        Args:
-            numbers: the numbers of the rows, counted across all shards from 0; at least one number.
-        """
+        """Return the tokens (rows, T) and image files of one or more rows, numbered across all shards from 0."""
         return self.read_tokens(numbers), self.read_values(IMAGE, numbers)
 
     def read_values(self, column: str, numbers: np.ndarray) -> list[bytes]:
-        """Return the values in column `image` or `annotation` of rows with these numbers; `numbers` may be empty."""
+        """Return the `image` or `annotation` of rows; `numbers` may be empty."""
         shard_of, row_of = self._locate(numbers)
         return [
             _map_shard(self._paths[shard]).column(column)[int(row)].as_py()
@@ -168,9 +152,9 @@ class RowReader:
         ]
 
     def image_numbers(self) -> tuple[np.ndarray, int]:
-        """Return the index of the stored image of each row, and how many images are stored, without reading any image.
+        """Return each row's index among the stored images, and how many are stored, without reading any image.
 
-        A shard stores an image once. Equal images have different indices only if their rows are in different shards.
+        A shard stores an image once, so equal images have different indices only in different shards.
         """
         numbers, count = [np.empty(0, np.int64)], 0
         for path in self._paths:
@@ -180,7 +164,7 @@ class RowReader:
         return np.concatenate(numbers), count
 
     def read_tokens(self, numbers: np.ndarray) -> np.ndarray:
-        """Return the tokens, (rows, T), of some rows without reading their images; see `read` for `numbers`."""
+        """Return the tokens (rows, T) of one or more rows without reading their images."""
         shard_of, row_of = self._locate(numbers)
         tokens: np.ndarray | None = None
         for shard in np.unique(shard_of):
@@ -193,6 +177,5 @@ class RowReader:
         return tokens
 
     def _locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the index of the shard of each row, and the number of the row within this shard."""
         shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
         return shard_of, numbers - self._starts[shard_of]

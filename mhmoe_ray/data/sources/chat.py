@@ -29,14 +29,9 @@ _COLUMN_SETS = (["messages"], list(PAIR_KEYS))
 def read_chat(
     storage: Storage, file: RawFile, limit: int, tally: Tally, template: ChatTemplate
 ) -> Iterator[Document | BadLine]:
-    """Yield the conversations of a file as documents, and a `BadLine` for each record that is not a conversation.
+    """Yield the conversations of a file, and a `BadLine` for each other record and each of more than `limit` bytes.
 
-    Args:
-        storage: the storage that holds the file.
-        file: the file to read: Parquet if its name ends in .parquet, otherwise JSON lines.
-        limit: largest size of a conversation in bytes.
-        tally: the counts for this file, of which `bytes_read` is updated.
-        template: the template that renders the conversations.
+    A file whose name ends in .parquet is Parquet, any other JSON lines. Of the tally, only `bytes_read` is updated.
     """
     if file.path.endswith(".parquet"):
         yield from _read_parquet(storage, file, limit, tally, template)
@@ -69,14 +64,7 @@ def _read_parquet(
 
 
 def conversation_of(line: int, fields: Any, path: str, template: ChatTemplate) -> Document | BadLine:
-    """Return the conversation in a record as a document, or a `BadLine` with the reason why the record has none.
-
-    Args:
-        line: the number of the record in its file, from 1.
-        fields: the record, any JSON value.
-        path: the path of the file.
-        template: the template that renders the conversation.
-    """
+    """Return the conversation in a record, which may be any JSON value, or a `BadLine` with the reason."""
     try:
         messages = parse_messages(fields)
     except _MalformedRecordError as e:
@@ -97,17 +85,13 @@ def conversation_of(line: int, fields: Any, path: str, template: ChatTemplate) -
 
 
 class _MalformedRecordError(Exception):
-    """Error for a record that is not a conversation; the message of the error is the reason."""
+    """Error for a record that is not a conversation; its message is the reason."""
 
 
 def parse_messages(fields: Any) -> list[Message]:
-    """Return the messages in a record, after a check that it is a conversation.
+    """Return the checked messages of a record, which may be any JSON value.
 
-    Args:
-        fields: the parsed record, which may be any JSON value.
-
-    Raises:
-        _MalformedRecordError: the record is not a conversation, or the assistant has no turn in it.
+    A record that is no conversation, or has no turn of the assistant, is a _MalformedRecordError.
     """
     if not isinstance(fields, dict):
         raise _MalformedRecordError(f"it is {json_type(fields)}, not an object")
@@ -129,11 +113,7 @@ def parse_messages(fields: Any) -> list[Message]:
 
 
 def _parse_message(entry: Any, number: int) -> Message:
-    """Return the checked message at position `number` of its conversation, from 1, without keys whose value is null.
-
-    Raises:
-        _MalformedRecordError: the message lacks a role or a content, has an unknown key, or is an empty answer.
-    """
+    """Return message `number` (from 1) without null keys; an incomplete or unknown form is a _MalformedRecordError."""
     if not isinstance(entry, dict):
         raise _MalformedRecordError(f"message {number} is {json_type(entry)}, not an object")
     # In a Parquet file all messages have the same keys, and the value is null where a message lacks the key.

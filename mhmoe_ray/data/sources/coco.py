@@ -1,16 +1,15 @@
 """Reader of COCO's JSON files: captions of images, or images with objects.
 
 A file has `images`, a list of {id, file_name}, and `annotations`. In a file of captions, an annotation is {image_id,
-caption}, and a document is one caption with its image. If a source uses only the images, each image is one document.
+caption}, and a document is one caption with its image, or one image if the source uses only images.
 
 In a file of instances, an annotation is {id, image_id, category_id, bbox, segmentation, iscrowd}, and `categories` is a
 list of {id, name}. A document is an image with all its objects, even if it has none. An object that cannot be used is
 quarantined by its id, and its image stays. The size of an image is read from the image file, because `width` and
 `height` in the JSON may be wrong.
 
-An image is looked for by its `file_name` in four folders: that of the JSON file, the parent of this folder, and the
-subfolder of each that is named like the split. The split is the last word of the JSON file's name: `train2017` for
-`captions_train2017.json`.
+An image is looked for by its `file_name` in four folders: that of the JSON file, its parent, and the subfolder of each
+that is named like the split, the last word of the JSON file's name: `train2017` for `captions_train2017.json`.
 """
 
 import math
@@ -31,7 +30,6 @@ from mhmoe_ray.spec import SourceSpec
 from mhmoe_ray.spec.formats import Column
 
 MAX_ID_CHARACTERS = 100
-"""Largest number of characters of an id that an error message shows."""
 
 
 class _CocoFile(NamedTuple):
@@ -44,20 +42,18 @@ class _CocoFile(NamedTuple):
 
 
 class _ImageAnnotation(NamedTuple):
-    """Entry of the list `annotations` in COCO's JSON, with its position in the list."""
+    """Entry of the list `annotations`, with its number in the file from 1."""
 
     number: int
-    """Number of the annotation within the file, from 1."""
     fields: dict[str, Any]
 
 
 def read_coco(
     storage: Storage, file: RawFile, source: SourceSpec, settings: ReadSettings, tally: Tally
 ) -> Iterator[Document | BadLine]:
-    """Yield the documents of one of COCO's JSON files, image by image: captions, images, or images with objects.
+    """Yield the documents of one of COCO's JSON files, image by image.
 
-    `Document.line` of a caption is the number of its annotation in the file; for all other documents it is the number
-    of the image. See `reading.FormatReader` for the arguments.
+    `Document.line` is the number of the annotation for a caption, and of the image for all other documents.
     """
     columns = source.sample_columns
     try:
@@ -118,24 +114,13 @@ def _is_id(value: object) -> bool:
 
 
 def _id_text(value: object) -> str:
-    """Return the text of an id for an error message; the JSON value may have any type.
-
-    A list or an object is described by its type alone, since it may be nested too deeply for Python to print it.
-    """
+    """Return an id, any JSON value, for an error message: lists and objects by type, since they may nest too deeply."""
     is_printable = value is None or isinstance(value, int | float | str)
     return repr(value)[:MAX_ID_CHARACTERS] if is_printable else json_type(value)
 
 
 def _parse_coco(content: bytes, columns: Sequence[Column]) -> _CocoFile:
-    """Parse one of COCO's JSON files, and check that it has the lists that the source needs.
-
-    Args:
-        content: the content of the file.
-        columns: the columns of the source's samples, which tell whether it needs captions or objects.
-
-    Raises:
-        DamageError: the content is not JSON, or a list that the source needs is missing.
-    """
+    """Parse one of COCO's JSON files; without JSON or the lists that the columns need, raise DamageError."""
     try:
         tree = orjson.loads(content)
     except ValueError as e:
@@ -176,18 +161,7 @@ def _read_objects(
     columns: Sequence[Column],
     settings: ReadSettings,
 ) -> Iterator[Document | BadLine]:
-    """Yield a `BadLine` for each unusable object of an image, then the image with its other objects as a document.
-
-    Args:
-        path: the path of the JSON file.
-        number: the number of the image within the file.
-        entry: the entry of the image in the JSON, with `id` and `file_name`.
-        image: the image file, or the reason why it could not be read.
-        annotations: the annotations of the image.
-        class_names: the names of the categories by id.
-        columns: the columns of the source's samples.
-        settings: the size limits of documents and images.
-    """
+    """Yield a `BadLine` for each unusable object of an image, then the image with its other objects as a document."""
     decoded_image = decode_checked_image(image, settings)
     if isinstance(decoded_image, Fault):
         yield picture_document(path, number, entry["file_name"], decoded_image, None, columns)
@@ -204,17 +178,7 @@ def _read_objects(
 
 
 def _checked_instance(fields: dict[str, Any], class_names: dict[int | str, str], width: int, height: int) -> Instance:
-    """Return the object that an annotation describes, with its box cut off at the edges of the image.
-
-    Args:
-        fields: the entry of the annotation in the JSON.
-        class_names: the names of the categories by id.
-        width: width of the image in pixels.
-        height: height of the image in pixels.
-
-    Raises:
-        ObjectError: the object cannot be used.
-    """
+    """Return the object of an annotation, its box cut off at the edges of the image, or raise ObjectError."""
     category_id = fields.get("category_id")
     if not _is_id(category_id) or category_id not in class_names:
         raise ObjectError(f"category_id {_id_text(category_id)} is not among the categories with a name")
@@ -229,11 +193,7 @@ def _checked_instance(fields: dict[str, Any], class_names: dict[int | str, str],
 
 
 def _checked_box(bbox: object, width: int, height: int) -> tuple[float, float, float, float]:
-    """Convert a box of COCO's JSON, [x, y, width, height], to its left, top, right and bottom edge within the image.
-
-    Raises:
-        ObjectError: the value is not a box, or the box lies outside of the image.
-    """
+    """Return the left, top, right and bottom of COCO's box [x, y, width, height] in the image, or raise ObjectError."""
     if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(is_number, bbox)):
         raise ObjectError("its bbox is no list of four numbers")
     x, y, box_width, box_height = map(float, bbox)
@@ -249,12 +209,7 @@ def _checked_box(bbox: object, width: int, height: int) -> tuple[float, float, f
 
 
 class _ImageFinder:
-    """Finder of the image files that one of COCO's JSON files names.
-
-    Args:
-        storage: the storage that holds the file.
-        path: the path of the JSON file.
-    """
+    """Finder of the image files that a JSON file of COCO names."""
 
     def __init__(self, storage: Storage, path: str) -> None:
         self._storage = storage
@@ -266,10 +221,7 @@ class _ImageFinder:
         self._folders += [f"{root}{split}/" for root in self._folders]
 
     def read_image(self, name: str, limit: int) -> bytes | Fault:
-        """Return the content of the image file `name`, or the reason why it cannot be read.
-
-        A file of more than `limit` bytes is not read to its end.
-        """
+        """Return an image file, or the reason why it cannot be read; reading stops after `limit` bytes."""
         # A name from somebody else's file must not lead outside of the data set.
         if name.startswith("/") or ".." in name.split("/"):
             return Fault(Reason.NO_IMAGE, "its name is no path below a folder")

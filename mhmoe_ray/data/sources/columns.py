@@ -37,7 +37,7 @@ def open_parquet(storage: Storage, path: str) -> pq.ParquetFile:
 
 
 def column_problem(schema: pa.Schema, column: str) -> str | None:
-    """Return the reason why texts cannot be read from a column; None if the column exists and holds strings."""
+    """Return the reason why texts cannot be read from a column, or None."""
     if column not in schema.names:
         hint = "; conversations need format chat" if "messages" in schema.names else ""
         return f"it has no column {column!r}; it has {', '.join(map(repr, schema.names))}{hint}"
@@ -46,7 +46,7 @@ def column_problem(schema: pa.Schema, column: str) -> str | None:
 
 
 def _value_type(schema: pa.Schema, column: str) -> pa.DataType:
-    """Return the type of a column's values; for a dictionary-encoded column, the type of the dictionary's values."""
+    """Return the type of a column's values, also if the column is dictionary-encoded."""
     column_type = schema.field(column).type
     return column_type.value_type if pa.types.is_dictionary(column_type) else column_type
 
@@ -58,11 +58,7 @@ def _is_string(data_type: pa.DataType) -> bool:
 
 
 def as_bytes(texts: pa.Array) -> pa.Array:
-    """Return an array of strings as an array of bytes, after a check that makes decoding damaged data safe.
-
-    Raises:
-        ArrowInvalid: offsets or indices point outside of the data.
-    """
+    """Return strings as bytes that are safe to decode; offsets or indices out of range are an ArrowInvalid."""
     if pa.types.is_dictionary(texts.type):
         texts.validate()
         # `from_arrays` checks that the indices point into the dictionary.
@@ -73,13 +69,9 @@ def as_bytes(texts: pa.Array) -> pa.Array:
 
 
 def documents_in(texts: pa.Array, path: str, first_row: int, limit: int) -> Iterator[Document | BadLine]:
-    """Yield a `Document` for each row of a column, or a `BadLine` for a row that has no usable text.
+    """Yield each row of a column from `as_bytes` as a `Document`, or a `BadLine` if it has no usable text.
 
-    Args:
-        texts: the texts as bytes, from `as_bytes`.
-        path: the path of the file.
-        first_row: the number of the first row within the file, from 0.
-        limit: largest size of a document in bytes.
+    `first_row` counts from 0 within the file. A text of more than `limit` bytes is unusable.
     """
     for start in range(0, len(texts), ROWS_PER_BATCH):
         batch = texts.slice(start, ROWS_PER_BATCH)
@@ -88,10 +80,6 @@ def documents_in(texts: pa.Array, path: str, first_row: int, limit: int) -> Iter
 
 
 def _decode_batch(texts: pa.Array, path: str, first_row: int, limit: int) -> Iterator[Document | BadLine]:
-    """Yield a `Document` or a `BadLine` for each row of a small array of texts, as `documents_in` does.
-
-    The array is not dictionary-encoded.
-    """
     lengths = pc.binary_length(texts).to_pylist()
     for row, (length, text) in enumerate(zip(lengths, texts, strict=True), start=first_row + 1):
         if length is None:
@@ -109,7 +97,7 @@ def _decode_batch(texts: pa.Array, path: str, first_row: int, limit: int) -> Ite
 
 
 class ColumnError(Exception):
-    """Error for a file that lacks a column that its source reads; the message of the error is the reason."""
+    """Error for a file that lacks a column that its source reads; its message is the reason."""
 
 
 _TEXT_COLUMN, _CLASS_COLUMN = "text", "label"
@@ -118,14 +106,7 @@ _TEXT_COLUMN, _CLASS_COLUMN = "text", "label"
 class _RowReader:
     """Reader that turns the rows of a Parquet file or a Hugging Face dataset into documents.
 
-    Args:
-        source: the settings of the source.
-        settings: the size limits of documents and images.
-        schema: the schema of the file.
-        path: the path of the file.
-
-    Raises:
-        ColumnError: the file lacks a column that the source reads, or the column has a wrong type.
+    A column that the source reads and that is missing or has a wrong type is a ColumnError.
     """
 
     def __init__(self, source: SourceSpec, settings: ReadSettings, schema: pa.Schema, path: str) -> None:
@@ -148,15 +129,12 @@ class _RowReader:
 
     @property
     def columns(self) -> list[str]:
-        """Names of the columns of texts, images and classes that must be read from the file."""
+        """Columns of texts, images and classes that must be read from the file."""
         names = (self._text_column, self._image_column, self._class_column)
         return [name for name in names if name is not None]
 
     def items_in(self, batch: pa.RecordBatch, first_row: int) -> Iterator[Document | BadLine]:
-        """Yield a `Document` or a `BadLine` for each row of a batch.
-
-        `first_row` is the number of the first of these rows within the file, from 0.
-        """
+        """Yield each row of a batch as a `Document` or a `BadLine`; `first_row` counts from 0 within the file."""
         limit = self._settings.document_bytes
         text_items: Iterable[Document | BadLine | None] = itertools.repeat(None, len(batch))
         if self._text_column is not None:
@@ -177,7 +155,7 @@ class _RowReader:
 
 
 def image_column_problem(schema: pa.Schema, column: str) -> str | None:
-    """Return the reason why images cannot be read from a column; None if the column exists and holds bytes."""
+    """Return the reason why images cannot be read from a column, or None."""
     if column not in schema.names:
         names = ", ".join(map(repr, schema.names))
         hint = "; download the images with img2dataset first" if {"url", "URL"} & {*schema.names} else ""
@@ -197,14 +175,9 @@ def _is_binary(data_type: pa.DataType) -> bool:
 
 
 def image_bytes(images: pa.Array, limit: int) -> Iterator[bytes | Fault]:
-    """Yield the image file in each row of a column, or the reason why the row has no image that can be used.
+    """Yield each row's image file from a column of bytes, or of structures with the field `bytes`, or else a fault.
 
-    Args:
-        images: a column of bytes, or of structures with the field `bytes`.
-        limit: largest size of an image in bytes.
-
-    Raises:
-        ArrowInvalid: offsets point outside of the data.
+    An image of more than `limit` bytes is a fault. Offsets that point outside of the data raise ArrowInvalid.
     """
     reason = "it is null"
     if pa.types.is_struct(images.type):
@@ -222,10 +195,7 @@ def image_bytes(images: pa.Array, limit: int) -> Iterator[bytes | Fault]:
 
 
 def class_column_problem(schema: pa.Schema, column: str) -> str | None:
-    """Return the reason why classes cannot be read from a column; None if they can.
-
-    Classes can be read from a column of texts or integers.
-    """
+    """Return the reason why classes cannot be read from a column, which needs texts or integers, or None."""
     if column not in schema.names:
         return f"it has no column {column!r}; it has {', '.join(map(repr, schema.names))}"
     column_type = _value_type(schema, column)
@@ -235,7 +205,7 @@ def class_column_problem(schema: pa.Schema, column: str) -> str | None:
 
 
 def label_names(schema: pa.Schema, column: str) -> list[str] | None:
-    """Return the class names that Hugging Face stored in the schema for an integer column; None if there are none."""
+    """Return the class names that Hugging Face stored in the schema for an integer column, or None."""
     try:
         tree = orjson.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         names = tree["info"]["features"][column]["names"]
@@ -245,16 +215,10 @@ def label_names(schema: pa.Schema, column: str) -> list[str] | None:
 
 
 def classes_in(classes: pa.Array, names: list[str] | None, limit: int) -> Iterator[str | Fault]:
-    """Yield the name of the class in each row of a column, or the reason why the row has none.
+    """Yield the class of each row of a column that `class_column_problem` accepts, or the reason why the row has none.
 
-    Args:
-        classes: a column that `class_column_problem` accepts.
-        names: the names of the classes, if the column has integers that are indices into this list; None to use the
-            integers as names.
-        limit: largest size of a name in bytes.
-
-    Raises:
-        ArrowInvalid: offsets or indices point outside of the data.
+    Integers are indices into `names`, or the names themselves if that is None. A name of more than `limit` bytes is a
+    fault. Offsets or indices that point outside of the data raise ArrowInvalid.
     """
     value_type = classes.type.value_type if pa.types.is_dictionary(classes.type) else classes.type
     if _is_string(value_type):
@@ -285,10 +249,7 @@ def classes_in(classes: pa.Array, names: list[str] | None, limit: int) -> Iterat
 def read_parquet(
     storage: Storage, file: RawFile, source: SourceSpec, settings: ReadSettings, tally: Tally
 ) -> Iterator[Document | BadLine]:
-    """Yield the rows of a Parquet file as documents, and a `BadLine` for each damaged row group.
-
-    See `reading.FormatReader` for the arguments.
-    """
+    """Yield the rows of a Parquet file as documents, and a `BadLine` for each damaged row group."""
     row_reader: _RowReader | None = None
 
     def choose_columns(schema: pa.Schema) -> list[str]:
@@ -312,14 +273,8 @@ def read_row_groups(
 ) -> Iterator[Document | BadLine]:
     """Yield the documents and unreadable rows of a Parquet file, and a `BadLine` for each damaged row group.
 
-    Args:
-        storage: the storage that holds the file.
-        file: the file to read.
-        tally: the counts for this file, of which `bytes_read` is updated.
-        choose_columns: function that returns the names of the columns to read; it raises `ColumnError` if the file
-            lacks them.
-        read_batch: function that yields the documents and unreadable rows of a batch. Its arguments are the batch and
-            the number of the batch's first row within the file, from 0.
+    `choose_columns` raises ColumnError if the file lacks a column that it needs. `read_batch` gets a batch and the
+    number of its first row within the file, from 0. Of the tally, only `bytes_read` is updated.
     """
     row = 0
     try:
@@ -362,11 +317,7 @@ _END_OF_STREAM = struct.pack("<Ii", 0xFFFFFFFF, 0)
 def read_huggingface(
     storage: Storage, file: RawFile, source: SourceSpec, settings: ReadSettings, tally: Tally
 ) -> Iterator[Document | BadLine]:
-    """Yield the rows of an Arrow stream, which Hugging Face's `save_to_disk` wrote, as documents.
-
-    If the file is damaged, the rows before the damage are yielded, and the last item is a `BadLine`. See
-    `reading.FormatReader` for the arguments.
-    """
+    """Yield the rows of an Arrow stream of `save_to_disk` as documents; at damage, end with a `BadLine`."""
     row = 0
     try:
         with storage.open_seekable(file.path) as stream:

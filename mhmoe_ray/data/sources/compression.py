@@ -27,10 +27,8 @@ _OTHER_FORMATS = {
     rb"\x04\x22\x4d\x18": "lz4",
     rb"PAR1\x15": "Parquet",
 }
-"""Names of unsupported formats, by a pattern of the first bytes of their files, with which no text begins.
-
-The letters PAR1 alone could begin a text, so that pattern includes the next byte, the first of a page header.
-"""
+"""Names of unsupported formats, by a pattern of their first bytes with which no text begins. PAR1 alone could begin a
+text, so its pattern includes the first byte of a page header."""
 
 # gzip produces at most this many bytes of output per call, so that a small input cannot fill the memory.
 OUTPUT_BYTES = 1 << 20
@@ -48,12 +46,8 @@ _CUT_OFF_REASON = "its zstd frame is cut off"
 def decompress(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
     """Yield the content of a file in chunks, decompressed if its first bytes are those of gzip or zstd.
 
-    Args:
-        chunks: the bytes of the file as stored.
-        name: the file's name, which helps to distinguish a damaged beginning from plain text.
-
-    Raises:
-        DamageError: `chunks` raises it, the rest of the content cannot be decompressed, or its format is not supported.
+    The name helps to distinguish a damaged beginning from plain text. Content that cannot be decompressed, in full or
+    in part, is a DamageError, which `chunks` may raise as well.
     """
     data = ByteBuffer(chunks)
     magic = data.peek(10)
@@ -84,10 +78,7 @@ def _is_zstd(magic: bytes) -> bool:
 
 
 def _is_text(start: bytes) -> bool:
-    """Return whether a file's first bytes look like text: not empty, and UTF-8 without control characters.
-
-    The last character may be cut off. Tab, line feed and carriage return are allowed.
-    """
+    """Return whether a file's first bytes are UTF-8, perhaps cut off, without control characters but tab, LF, CR."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(start)
     except UnicodeDecodeError:
@@ -104,7 +95,7 @@ class ByteBuffer:
         self._offset = 0
 
     def take(self, count: int) -> bytes:
-        """Return the next `count` bytes and remove them from the buffer; fewer at the end of the file."""
+        """Remove and return the next `count` bytes; fewer at the end of the file."""
         while len(self._buffer) - self._offset < count and (chunk := next(self._chunks, b"")):
             self._buffer, self._offset = self._buffer[self._offset :] + chunk, 0
         content = self._buffer[self._offset : self._offset + count]
@@ -112,7 +103,7 @@ class ByteBuffer:
         return content
 
     def peek(self, count: int) -> bytes:
-        """Return the next `count` bytes without taking them, or fewer at the end of the file."""
+        """Return the next `count` bytes without taking them; fewer at the end of the file."""
         content = self.take(count)
         self._offset -= len(content)
         return content
@@ -122,10 +113,7 @@ class ByteBuffer:
         self._offset -= count
 
     def take_available(self, limit: int = INPUT_BYTES) -> bytes:
-        """Take at most `limit` bytes from the buffer, or from the next chunk if the buffer is empty.
-
-        Return empty bytes at the end of the file.
-        """
+        """Take up to `limit` bytes of the buffer, or of the next chunk if it is empty; b"" at the file's end."""
         if self._offset == len(self._buffer):
             self._buffer, self._offset = next(self._chunks, b""), 0
         return self.take(min(limit, len(self._buffer) - self._offset))
@@ -137,10 +125,9 @@ class ByteBuffer:
 
 
 def _gunzip(data: ByteBuffer) -> Iterator[bytes]:
-    """Yield the decompressed content of gzip members (RFC 1952); zero bytes after a member are skipped as padding.
+    """Yield the content of gzip members (RFC 1952), skipping zero bytes after a member as padding.
 
-    Raises:
-        DamageError: the stream is damaged or cut off; all content before the damage is yielded first.
+    A damaged stream raises DamageError after all content before the damage was yielded.
     """
     while True:
         member = zlib.decompressobj(wbits=31)
@@ -168,7 +155,7 @@ def _gunzip(data: ByteBuffer) -> Iterator[bytes]:
 
 
 def _decompress_to_damage(member: "zlib._Decompress", chunk: bytes) -> Iterator[bytes]:
-    """Yield the content before the damage in a damaged gzip chunk, which is decompressed byte by byte."""
+    """Yield the content of a damaged gzip chunk before the damage, by decompressing it byte by byte."""
     for byte in chunk:
         try:
             yield member.decompress(bytes([byte]))
@@ -181,10 +168,9 @@ def _zlib_reason(error: zlib.error) -> str:
 
 
 def _unzstd(data: ByteBuffer) -> Iterator[bytes]:
-    """Yield the decompressed content of zstd frames (RFC 8878), block by block.
+    """Yield the content of zstd frames (RFC 8878), block by block.
 
-    Raises:
-        DamageError: a frame is damaged or cut off; all content before the damage is yielded first.
+    A damaged frame raises DamageError after all content before the damage was yielded.
     """
     # The library gets one block at a time. So no data before a damaged block is lost, no call returns more data than
     # one block has, and a frame that is cut off is not mistaken for a complete one.
@@ -223,7 +209,6 @@ def _unzstd(data: ByteBuffer) -> Iterator[bytes]:
 
 
 def _take_exactly(data: ByteBuffer, count: int) -> bytes:
-    """Return the next `count` bytes of a zstd frame; raise DamageError if the file ends too early."""
     content = data.take(count)
     if len(content) < count:
         raise DamageError(_CUT_OFF_REASON)

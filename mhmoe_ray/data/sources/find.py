@@ -1,8 +1,8 @@
 """Discovery of the raw files of a spec: the files of each source, their format, and the domain of each file.
 
 The domain of a file is named after the folder directly below the source's path that contains the file, or in
-RedPajama-V2 after the language of the file. Files directly in the source's path belong to the domain `all`. If the
-folders are classes of images, all images belong to the domain `all`.
+RedPajama-V2 after the language of the file. Files directly in the source's path belong to the domain `all`, and so do
+all images if the folders are classes.
 """
 
 import hashlib
@@ -26,16 +26,15 @@ from mhmoe_ray.spec import DataSpec, FilterSpec, Format, SourceSpec
 from mhmoe_ray.spec.formats import FORMATS
 
 ROOT_SUBFOLDER = "all"
-"""Name that stands for the subfolder in the domain of files that lie directly in the source's path."""
+"""Subfolder in the domain of files that lie directly in the source's path."""
 
 MAX_FILE_BLOCKS = 1000
-"""Largest number of files for which each file is a separate block of the Ray dataset."""
+"""Number of files up to which each is a separate block of the Ray dataset."""
 BLOCK_BYTES = 4 << 20
-"""Total size in bytes at which a block of files is full: no more files are added to it."""
+"""Bytes of files from which a block is full."""
 
 FINGERPRINT_BYTES = 4096
-"""Number of bytes at the beginning of a file that its fingerprint includes. Files that differ only later nearly always
-have different sizes, which the fingerprint includes, too."""
+"""Bytes at a file's beginning that its fingerprint covers. Files that differ only later mostly differ in size, too."""
 
 _PREPARED_FILES = ("manifest.json", "quarantine.jsonl")
 """Files by which a folder of prepared shards is recognized: no other folder has both of them."""
@@ -44,14 +43,9 @@ _STATE_FILE, _SPLITS_FILE = "state.json", "dataset_dict.json"
 
 
 def find_files(spec: DataSpec, sources: Collection[str] | None = None) -> list[RawFile]:
-    """Return the raw files of a spec's sources, in an order that depends on names only.
+    """Return the raw files of a spec's sources, or of those named in `sources`, in an order that depends on names only.
 
-    Args:
-        spec: the data section of a spec.
-        sources: the names of the sources whose files are returned; None for all.
-
-    Raises:
-        DataError: a source or a named subfolder is missing or has no file of a known format.
+    A source or a named subfolder that is missing or has no file of a known format is a DataError.
     """
     files = []
     for name in spec.sources:
@@ -73,14 +67,10 @@ def source_errors(spec: DataSpec) -> list[DataError]:
 
 
 def fingerprints(spec: DataSpec, files: Sequence[RawFile]) -> dict[str, str]:
-    """Return a fingerprint of the content of each local source, by its name; moving the files does not change it.
+    """Return a fingerprint of each local source in `files`, which moving the files does not change.
 
-    The fingerprint is a hash over the relative paths, sizes and first bytes of the source's files. A source in an
-    object store has no fingerprint: its URI identifies it.
-
-    Args:
-        spec: the data section of a spec.
-        files: the files of some or all sources, as `find_files` returns them.
+    It is a hash over the relative paths, sizes and first bytes of the source's files, which are in the order of
+    `find_files`. A source in an object store has none: its URI identifies it.
     """
     digests: dict[str, Any] = {}
     for name, source_files in itertools.groupby(files, lambda file: source_of(file.domain)):
@@ -109,15 +99,8 @@ def fingerprints(spec: DataSpec, files: Sequence[RawFile]) -> dict[str, str]:
 def version_hash(spec: DataSpec, files: Sequence[RawFile]) -> str:
     """Return a hash that changes when a file is written, added or removed, and when the chat template is written.
 
-    It is a hash over the paths, sizes and modification times. Unlike `fingerprints`, it also tells two files apart that
-    have the same size and beginning. On an object store, it needs one listing of the files.
-
-    Args:
-        spec: the data section of a spec.
-        files: the files of its sources, as `find_files` returns them.
-
-    Raises:
-        OSError: the files cannot be listed, or the chat template cannot be found.
+    It covers paths, sizes and modification times, and so also tells apart files of the same size and beginning. On an
+    object store, it needs one listing. A failed listing or a missing template is an OSError.
     """
     digest = hashlib.sha256()
     for name, group in itertools.groupby(files, lambda file: source_of(file.domain)):
@@ -144,10 +127,9 @@ _FILE_SCHEMA = pa.schema(
 
 
 def file_blocks(files: Sequence[RawFile]) -> list[pa.Table]:
-    """Group files into the blocks of a Ray dataset; a task reads the files of one block.
+    """Group files into the blocks of a Ray dataset, each a table of file numbers and `RawFile` fields for one task.
 
-    A block is a table with a row for each file: its number and the fields of `RawFile`. Each file has a separate block
-    unless there are more than `MAX_FILE_BLOCKS`; then small files that follow each other share a block.
+    Each file has its own block unless there are more than `MAX_FILE_BLOCKS`; then small neighbouring files share one.
     """
     # Small files share a block if there are many files. With a task for each, the overhead of tasks would dominate.
     files_per_block, blocks, rows, size = ceil(len(files) / MAX_FILE_BLOCKS), [], [], 0
@@ -161,17 +143,10 @@ def file_blocks(files: Sequence[RawFile]) -> list[pa.Table]:
 
 
 def list_files(storage: Storage, prepared: Path) -> tuple[str, list[ListedFile]]:
-    """List files as `Storage.list_files` does, but leave out prepared folders and the staging directories beside them.
+    """Return the root and the files of `Storage.list_files` without prepared folders and their staging directories.
 
-    Both may be below a source's path. Besides `prepared` itself, folders that look like other prepared folders or their
-    staging directories are left out.
-
-    Returns:
-        The root folder and the files.
-
-    Raises:
-        DataError: the pattern is invalid.
-        OSError: the path cannot be listed, or nothing of this name exists.
+    Both may be below a source's path, and those of other preparations are recognized by their files or names. An
+    invalid pattern is a DataError, and a path that cannot be listed or does not exist an OSError.
     """
     root, files, paths = storage.list_files()
     manifest_folders = (path.rpartition("/")[0] for path in paths if path.endswith(f"/{_PREPARED_FILES[0]}"))
@@ -192,15 +167,8 @@ def list_files(storage: Storage, prepared: Path) -> tuple[str, list[ListedFile]]
 def _files_of_source(name: str, spec: DataSpec) -> list[RawFile]:
     """Return the files of one source that have its given or detected format.
 
-    If the source has fixed shares in all phases of training, only the subfolders with a share are read.
-
-    Args:
-        name: the name of the source.
-        spec: the data section of a spec.
-
-    Raises:
-        DataError: the source or a subfolder with a share is missing or has no file of the format, the settings do not
-            fit the format, or the name of a file is not UTF-8.
+    If the source has fixed shares in all phases, only the subfolders with a share are read. A missing source, subfolder
+    or file, settings that do not fit the format, and a name that is not UTF-8 are a DataError.
     """
     source, subfolders, subject = spec.sources[name], spec.named_subfolders(name), f"source {name}"
     storage = Storage(source.path)
@@ -255,17 +223,11 @@ def _files_of_source(name: str, spec: DataSpec) -> list[RawFile]:
 
 
 def _refuse_empty_subfolder(subject: str, subfolder: str, root: str, format: Format) -> NoReturn:
-    """Raise a DataError for a subfolder that has no files of the source's format."""
     fix = "remove the folder, or correct data.sources"
     raise DataError(f"{subject}/{subfolder}", f"{root} has no file of format {format} for it", fix)
 
 
 def _check_names(subject: str, files: list[RawFile]) -> None:
-    """Check that the names of files are UTF-8.
-
-    Raises:
-        DataError: a name is not UTF-8.
-    """
     # A local name may be any bytes, but pyarrow and JSON accept only text.
     for path in (path for file in files for path in file.stored_paths):
         printable_path = path.encode(errors="backslashreplace").decode()
@@ -274,11 +236,7 @@ def _check_names(subject: str, files: list[RawFile]) -> None:
 
 
 def _detect_format(subject: str, source: SourceSpec, listed_files: list[ListedFile]) -> Format:
-    """Return the format of a source, recognised by the names of its files.
-
-    Raises:
-        DataError: the names show no known format, or several.
-    """
+    """Return the format that the names of a source's files show; none or several are a DataError."""
     names = {path.rpartition("/")[2] for path, _ in listed_files}
     if any(DOCUMENTS_PATH.search(path) for path, _ in listed_files):
         return "redpajama-v2"
@@ -300,23 +258,17 @@ def _detect_format(subject: str, source: SourceSpec, listed_files: list[ListedFi
 
 
 def subfolder_at(root: str, path: str) -> str:
-    """Return the name of the folder directly below `root` that a file is in, or ROOT_SUBFOLDER if it is in the root."""
+    """Return the folder directly below `root` that a file is in, or ROOT_SUBFOLDER if it is in the root."""
     folder, slash, _ = relative_path(root, path).partition("/")
     return folder if slash else ROOT_SUBFOLDER
 
 
 IMAGES_BYTES = 64 << 20
-"""Total size in bytes at which a group of images in one `RawFile` is full. Reading such a group takes some seconds."""
+"""Bytes at which a group of images in one `RawFile` is full. Reading such a group takes some seconds."""
 
 
 def _image_folders(name: str, root: str, image_files: Iterable[tuple[str, ListedFile]]) -> Iterator[RawFile]:
-    """Yield the images of a source in groups of about `IMAGES_BYTES` bytes, folder by folder; a group is a `RawFile`.
-
-    Args:
-        name: the name of the source.
-        root: the folder of the source.
-        image_files: the subfolder of each image with its path and size, in the order of paths.
-    """
+    """Yield the images of a source, in the order of paths, as groups of about `IMAGES_BYTES` in one subfolder."""
     for subfolder, group in itertools.groupby(image_files, lambda image_file: image_file[0]):
         folder = root if subfolder == ROOT_SUBFOLDER else f"{root.rstrip('/')}/{subfolder}"
         members, size = list[str](), 0
@@ -333,7 +285,7 @@ def _image_folders(name: str, root: str, image_files: Iterable[tuple[str, Listed
 def _files_by_suffix(
     source: SourceSpec, storage: Storage, root: str, format: Format, listed_files: list[ListedFile]
 ) -> Iterator[tuple[str, ListedFile]]:
-    """Yield the subfolder of each file whose name ends in a suffix of the format, with the file's path and size.
+    """Yield the files whose names end in a suffix of the format, each with its subfolder.
 
     If the format is given and the source's path is a pattern or a single file, files with any suffix are taken.
     """
@@ -348,12 +300,9 @@ def _files_by_suffix(
 def _huggingface_files(
     subject: str, storage: Storage, root: str, listed_files: list[ListedFile]
 ) -> Iterator[tuple[str, ListedFile]]:
-    """Yield the subfolder of each Arrow file that a dataset's `state.json` names, with the file's path and size.
+    """Yield the Arrow files that the `state.json` of each dataset names, each with its subfolder.
 
-    If Hugging Face's `save_to_disk` wrote a dictionary of splits, only the split `train` is used.
-
-    Raises:
-        DataError: there is no split `train`, or a `state.json` cannot be used.
+    Of a dictionary of splits, only `train` is used; its absence or an unusable `state.json` is a DataError.
     """
     sizes = dict(listed_files)
     split_folders = {path.rpartition("/")[0] for path in sizes if path.endswith(f"/{_SPLITS_FILE}")}
@@ -377,11 +326,7 @@ def _huggingface_files(
 
 
 def _data_files(subject: str, storage: Storage, path: str) -> list[str]:
-    """Return the names of the data files in a dataset's `state.json`.
-
-    Raises:
-        DataError: the file cannot be read, or the dataset is a selection of rows through an index.
-    """
+    """Return the data files that a `state.json` names; a selection of rows through an index is a DataError."""
     try:
         with storage.open(path) as stream:
             state = json.loads(stream.read())
@@ -397,11 +342,7 @@ def _data_files(subject: str, storage: Storage, path: str) -> list[str]:
 def _redpajama_v2_files(
     subject: str, storage: Storage, filters: FilterSpec, listed_files: list[ListedFile]
 ) -> Iterator[tuple[str, ListedFile]]:
-    """Yield the language of each document file of RedPajama-V2 that the filters select, with its path and size.
-
-    Raises:
-        DataError: a file of quality signals, duplicates or signatures that the filters need is missing.
-    """
+    """Yield the files that the filters select, each with its language; a missing sidecar file is a DataError."""
     existing_paths = {path for path, _ in listed_files}
     unlisted_paths = []
     for file in listed_files:

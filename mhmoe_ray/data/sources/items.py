@@ -1,4 +1,4 @@
-"""Items that the readers of raw files yield: documents, and unreadable lines with their location and the reason."""
+"""Items that the readers of raw files yield: documents, and unreadable lines with the reason."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -15,65 +15,62 @@ _COMPRESSION_RATIO = 3
 
 
 class RawFile(NamedTuple):
-    """File of raw text or pictures to read. For format `images`, it is a group of image files below one folder."""
+    """File to read; for format `images`, a group of image files below one folder."""
 
     domain: str
-    """Domain of the file, <source>/<subfolder>, for example redpajama/book."""
+    """Domain, for example redpajama/book for <source>/<subfolder>."""
     path: str
     """Local path of the file or folder, or its URI without the query."""
     size: int
-    """Size in bytes of the file, or of all images of the group, at the time when the source was listed."""
+    """Bytes of the file or group when the source was listed."""
     format: Format
     members: tuple[str, ...] = ()
-    """Paths of the images of a folder (format `images`), relative to `path`; empty for a single file."""
+    """Paths of a group's images, relative to `path`."""
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "RawFile":
-        """Return the raw file that one row of a table from `find.file_blocks` describes."""
+        """Return the raw file in a row of a table from `find.file_blocks`."""
         file = cls(*(row[name] for name in cls._fields))
         return file._replace(members=tuple(file.members))
 
     @property
     def stored_paths(self) -> list[str]:
-        """Paths of the stored files: one path for each image of a group, or `path` alone for a single file."""
+        """Paths of a group's images, or `path` alone."""
         return [f"{self.path}/{member}" for member in self.members] or [self.path]
 
     @property
     def inflation(self) -> int:
-        """Estimated bytes of text per stored byte: 3 if the path ends in .gz, .zst or .parquet, otherwise 1."""
+        """Estimated bytes of text per stored byte."""
         return _COMPRESSION_RATIO if self.path.endswith(_COMPRESSED_SUFFIXES) else 1
 
 
 class Document(NamedTuple):
-    """Document that was read from a raw file: a text, a conversation, or an image with or without a caption."""
+    """Text, conversation, or image with or without a caption."""
 
     text: str
-    """Text of the document, always valid Unicode. It is empty only if the document is an image without a caption."""
+    """Valid Unicode; it is empty only for an image without a caption."""
     line: int
-    """Position of the document in its file, from 1: usually the number of its first line, table row or tar member."""
+    """Position in its file, from 1: usually its first line, table row or tar member."""
     language: str | None = None
-    """Language that the stored record gives for the document; None if it gives none."""
+    """Language that the stored record gives."""
     conversation: RenderedConversation | None = None
-    """Conversation as the chat template renders it; None if the document is no conversation. In a conversation, `text`
-    has only the contents of the messages."""
+    """Conversation as the chat template renders it; `text` then has only the contents of the messages."""
     image: bytes | None = None
-    """Image of the document as an encoded file, such as JPEG; None if the document has no image."""
+    """Image as an encoded file."""
     image_hash: str | None = None
-    """Hash of the image in the document's record, even if the source uses only the text of the record. All documents of
-    one image have the same hash, so that they are on the same side of the validation split. None if there is no image
-    to hash."""
+    """Hash of the record's image, also if the source uses only texts: the validation split keeps an image's documents
+    together."""
     annotation: bytes | None = None
-    """Class or objects of the image, encoded by `data.vision.annotations.pack`; None if the source's samples have
-    neither."""
+    """Class or objects of the image, encoded by `data.images.annotations.pack`."""
 
     @property
     def model_text(self) -> str:
-        """Text that a model reads: the rendered conversation if the document is one, otherwise `text`."""
+        """Text that a model reads: the rendered conversation, or else `text`."""
         return self.text if self.conversation is None else self.conversation.text
 
 
 class Reason(StrEnum):
-    """Reason why a line, an image or a part of a file is in the quarantine, the list of what could not be read."""
+    """Reason why a line, an image or a part of a file is in the quarantine."""
 
     NOT_UTF8 = "it is not UTF-8"
     NOT_JSON = "it is not JSON"
@@ -96,54 +93,53 @@ class Reason(StrEnum):
 
     @property
     def loses_lines(self) -> bool:
-        """True if the reason is a lost part of a file, in which the number of lines or documents is unknown."""
+        """True if a part of a file is lost, in which the number of lines or documents is unknown."""
         return self is Reason.PART_LOST
 
 
 class Fault(NamedTuple):
-    """Reason why an image, a text or a class in a record cannot be used."""
+    """Reason why an image, a text or a class cannot be used."""
 
     reason: Reason
     detail: str = ""
 
 
 class ReadSettings(NamedTuple):
-    """Settings that readers of a source's files need from the data section of a spec, such as size limits."""
+    """Settings that readers of a source need."""
 
     document_bytes: int
-    """Largest size in bytes of a stored document or image; a larger one counts as unreadable."""
+    """Largest size in bytes of a stored document or image."""
     pixels: int
-    """Largest number of pixels of an image; a larger image counts as unreadable."""
+    """Largest number of pixels of an image."""
     hashes_images: bool
-    """True if any source of the spec has images. Readers of sources of texts then hash the images in their records,
-    too, so that the validation split keeps the documents of one image together."""
+    """True if any source of the spec has images: sources of texts then fill `Document.image_hash`, too."""
     image_columns: tuple[str, ...]
-    """Names to try for the column of images in the source's files, the likeliest first (`DataSpec.image_columns`)."""
+    """Names to try for the column of images, in this order."""
 
     @classmethod
     def from_spec(cls, spec: DataSpec, source: str) -> "ReadSettings":
-        """Return the settings of a data section for the source of this name."""
+        """Return the settings for the source of this name."""
         document_bytes, pixels = int(spec.max_document_mb * 1e6), int(spec.images.max_megapixels * 1e6)
         return cls(document_bytes, pixels, spec.has_images, spec.image_columns(source))
 
 
 class BadLine(NamedTuple):
-    """Line, table row, tar member or part of a raw file that could not be read, with the reason."""
+    """Line, table row, tar member or part of a raw file that could not be read."""
 
     path: str
     line: int
-    """Position in the file, from 1, as in `Document.line`; for a lost part of the file, where this part begins."""
+    """Position as in `Document.line`; a lost part begins there."""
     reason: Reason
     detail: str = ""
 
     @property
     def message(self) -> str:
-        """Reason and its detail as one text, which users see."""
+        """Reason with its detail, as users see it."""
         return f"{self.reason} ({self.detail})" if self.detail else str(self.reason)
 
 
 class DamageError(Exception):
-    """Error that ends the reading of a damaged file, after everything before the damage was read."""
+    """Error that ends the reading of a damaged file, after everything before the damage."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -154,44 +150,40 @@ class DamageError(Exception):
 
 @dataclass
 class Tally:
-    """Counts of what was read from raw files: bytes, documents and unreadable lines. `+=` adds another tally."""
+    """Counts of what was read from raw files; `+=` adds another tally."""
 
     files: int = 0
-    """Number of files that were read to their end, or to the place where they are damaged."""
+    """Files read to their end or to their damage."""
     damaged: int = 0
-    """Number of damaged files, of which a part could not be read; `files` includes them."""
+    """Those of the files of which a part is lost."""
     bytes_read: int = 0
-    """Bytes that were read from storage, before decompression."""
+    """Bytes read from storage, before decompression."""
     text_bytes: int = 0
-    """Estimated bytes of text that were read: stored bytes times the `RawFile.inflation` of each file."""
+    """Bytes of text, as `RawFile.inflation` estimates them."""
     documents: int = 0
     bad: Counter[Reason] = field(default_factory=Counter)
-    """Number of unreadable items (lines, images or parts of files), by reason."""
+    """Unreadable lines, images or parts of files, by reason."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Number of documents that a source's filters dropped, by the name of the rule."""
+    """Documents that filters dropped, by the name of the rule."""
     examples: dict[Reason, BadLine] = field(default_factory=dict)
-    """One unreadable item for each reason, as an example that users see."""
 
     def count_bad(self, bad: BadLine) -> None:
-        """Count an unreadable item; the first one with each reason becomes the example of this reason."""
+        """Count an unreadable item; the first with each reason becomes its example for users."""
         self.bad[bad.reason] += 1
         self.examples.setdefault(bad.reason, bad)
 
     @property
     def bad_lines(self) -> int:
-        """Number of lines that could not be read; lost parts of files are not counted."""
+        """Number of lines that could not be read, without lost parts of files."""
         return sum(n for reason, n in self.bad.items() if not reason.loses_lines)
 
     @property
     def lines(self) -> int:
-        """Number of all lines: documents, lines that could not be read, and dropped documents."""
+        """Number of documents, unreadable lines and dropped documents."""
         return self.documents + self.bad_lines + self.dropped.total()
 
     def counts_since(self, earlier_tally: "Tally") -> "Tally":
-        """Return the counts that were added since `earlier_tally`, which is an earlier copy of this tally.
-
-        The result has all examples of this tally, including those of the earlier copy.
-        """
+        """Return the counts added since an earlier copy of this tally, with all examples."""
         return Tally(
             self.files - earlier_tally.files,
             self.damaged - earlier_tally.damaged,
@@ -204,7 +196,7 @@ class Tally:
         )
 
     def copy(self) -> "Tally":
-        """Return a copy of these counts, which stays the same when this tally changes."""
+        """Return an independent copy of these counts."""
         return Tally().__iadd__(self)
 
     def __iadd__(self, addend: "Tally") -> "Tally":

@@ -1,10 +1,10 @@
 """Check of the masks of objects in COCO's JSON, and their encoding as compressed run lengths.
 
-A mask is a list of polygons or run lengths. Run lengths go through the pixels column by column: a run of pixels outside
-of the object, then one inside, and so on. They are a list of numbers or COCO's compressed string.
+A mask is a list of polygons, or it is run lengths: a list of numbers or COCO's compressed string. They go through the
+pixels column by column: a run of pixels outside of the object, then one inside, and so on.
 
-pycocotools encodes the masks. It is C code that trusts its input: wrong run lengths make it write outside of its
-memory. Every mask is therefore checked before pycocotools is called.
+pycocotools is C code that trusts its input: wrong run lengths make it write outside of its memory. Masks are checked
+first.
 """
 
 from collections.abc import Sequence
@@ -15,36 +15,30 @@ import numpy as np
 from mhmoe_ray.data.sources.records import json_type
 
 MAX_PIXELS = (1 << 31) - 1
-"""Largest number of pixels of an image with masks: pycocotools numbers pixels with signed 32-bit integers."""
+"""Pixel limit of pycocotools, which numbers pixels with signed 32-bit integers."""
 MAX_POLYGONS = 10_000
-"""Largest number of polygons of a mask: joining so many takes about a second."""
+"""Polygon limit of a mask: joining so many takes about a second."""
 MASKS_PER_MERGE = 64
 MAX_OUTLINE = 1_000_000
-"""Largest total length in pixels of the outlines of a mask's polygons. pycocotools needs some 100 bytes per pixel."""
+"""Limit in pixels of the total length of a mask's outlines; pycocotools needs some 100 bytes per pixel."""
 
 _FIRST_CHARACTER = ord("0")
 _MAX_SHIFT = 40
 
 
 class ObjectError(Exception):
-    """Error for an annotated object of an image that cannot be used; the message of the error is the reason."""
+    """Error for an annotated object that cannot be used; its message is the reason."""
 
 
 def is_number(value: object) -> bool:
-    """Return whether a JSON value is a number; true and false are not, although they are integers in Python."""
+    """Return whether a JSON value is a number; true and false are not."""
     return type(value) in (int, float)
 
 
 def encode_mask(segmentation: object, width: int, height: int) -> str:
-    """Return the mask of an object, which has the size of its image, as COCO's compressed run lengths.
+    """Return an object's mask, which has the size of its image, as COCO's compressed run lengths.
 
-    Args:
-        segmentation: the value of the key `segmentation` in COCO's JSON.
-        width: width of the image in pixels.
-        height: height of the image in pixels.
-
-    Raises:
-        ObjectError: the value is not a mask of an image of this size, or no pixel belongs to the mask.
+    A JSON value that is no mask of this size, or a mask without a pixel, is an ObjectError.
     """
     from pycocotools import mask as coco_masks
 
@@ -73,11 +67,7 @@ def encode_mask(segmentation: object, width: int, height: int) -> str:
 
 
 def _checked_polygons(segmentation: list[Any], width: int, height: int) -> list[np.ndarray]:
-    """Return the coordinates of each polygon of a mask, x and y in turn.
-
-    Raises:
-        ObjectError: the values are not polygons, or drawing them would take too much time or memory.
-    """
+    """Return x and y of each polygon in turn; polygons that are too costly to draw are an ObjectError."""
     if not 0 < len(segmentation) <= MAX_POLYGONS:
         raise ObjectError(f"its segmentation has {len(segmentation):,} polygons")
     polygons, outline, limits = list[np.ndarray](), 0.0, np.array([width, height], np.float64)
@@ -96,11 +86,6 @@ def _checked_polygons(segmentation: list[Any], width: int, height: int) -> list[
 
 
 def _checked_run_lengths(segmentation: dict[str, Any], width: int, height: int) -> list[int]:
-    """Return the run lengths of a mask; their sum is the number of pixels of the image.
-
-    Raises:
-        ObjectError: the values are not the run lengths of an image of this size.
-    """
     size, counts, pixels = segmentation.get("size"), segmentation.get("counts"), width * height
     if not isinstance(size, list) or len(size) != 2 or not all(map(is_number, size)):
         raise ObjectError("its segmentation has no size of two numbers")
@@ -116,17 +101,10 @@ def _checked_run_lengths(segmentation: dict[str, Any], width: int, height: int) 
 
 
 def decode_run_lengths(text: str, pixels: int) -> list[int]:
-    """Return the run lengths in COCO's compressed string.
+    """Return the run lengths in COCO's compressed string; one that is malformed is an ObjectError.
 
-    A character holds 5 bits of a number, lowest bits first, and a sixth bit that is set if the number goes on in the
-    next character. From the fourth number on, the string has the difference to the run length two places before.
-
-    Args:
-        text: the compressed string.
-        pixels: number of pixels of the image.
-
-    Raises:
-        ObjectError: the string is not in this format, or a run length is negative or larger than the image.
+    A character holds 5 bits of a number, lowest bits first, and a sixth bit that is set if the next character continues
+    it. From the fourth number on, the string has the difference to the run length two places before.
     """
     counts, value, shift = list[int](), 0, 0
     for character in text:
@@ -151,10 +129,9 @@ def decode_run_lengths(text: str, pixels: int) -> list[int]:
 
 
 def _join_runs(counts: Sequence[int]) -> list[int]:
-    """Return the run lengths of a mask after its runs of zero pixels were removed and their neighbours joined.
+    """Remove runs of zero pixels except the first, and join their neighbours.
 
-    With runs of zero pixels, a mask may have more runs than pixels, for which pycocotools does not allocate enough
-    memory. Only the first run may have zero pixels, which means that the first pixel belongs to the object.
+    Otherwise a mask may have more runs than pixels, for which pycocotools does not allocate enough memory.
     """
     lengths, values = np.array(counts, np.int64), np.arange(len(counts)) % 2
     values, lengths = values[lengths > 0], lengths[lengths > 0]

@@ -17,12 +17,7 @@ if TYPE_CHECKING:
 
 
 def check_image(image: bytes | Fault | None, settings: ReadSettings) -> bytes | Fault:
-    """Return the content of an image file if it can be used, otherwise the reason why it cannot.
-
-    Args:
-        image: the content, the reason why it could not be read, or None if there is no image.
-        settings: the size limits of documents and images.
-    """
+    """Return an image file if it can be used, otherwise the reason why it cannot; None stands for a missing image."""
     decoded_image = decode_checked_image(image, settings)
     if isinstance(decoded_image, Fault):
         return decoded_image
@@ -31,10 +26,7 @@ def check_image(image: bytes | Fault | None, settings: ReadSettings) -> bytes | 
 
 
 def decode_checked_image(image: bytes | Fault | None, settings: ReadSettings) -> "Image.Image | Fault":
-    """Return the decoded image, turned upright, or the reason why it cannot be used.
-
-    The arguments are those of `check_image`.
-    """
+    """Return the decoded image, turned upright, or the reason why it cannot be used."""
     if image is None:
         return Fault(Reason.NO_IMAGE)
     if isinstance(image, Fault):
@@ -54,14 +46,7 @@ def decode_checked_image(image: bytes | Fault | None, settings: ReadSettings) ->
 
 
 def decode_caption(content: bytes, subject: str = "caption") -> str | Fault:
-    """Decode the content of a file with a caption or a class, without a byte order mark and the last line break.
-
-    Return the reason why it cannot be used if it is not UTF-8.
-
-    Args:
-        content: the content of the file.
-        subject: the word for the text in the reason: caption or class.
-    """
+    """Decode a file with a caption or class (`subject`) without byte order mark and last line break."""
     try:
         return content.removeprefix(BOM).removesuffix(b"\n").removesuffix(b"\r").decode()
     except UnicodeDecodeError as e:
@@ -69,7 +54,7 @@ def decode_caption(content: bytes, subject: str = "caption") -> str | Fault:
 
 
 def class_annotation(class_name: str | Fault) -> bytes | Fault:
-    """Return the encoded annotation of an image with this class, or the reason why the class cannot be used."""
+    """Return the encoded annotation of an image of this class, or the reason why the class cannot be used."""
     if isinstance(class_name, Fault):
         return class_name
     match text_problem(class_name):
@@ -82,7 +67,7 @@ def class_annotation(class_name: str | Fault) -> bytes | Fault:
 
 
 def image_hash(image: bytes) -> str:
-    """Return the hash of an image file, by which documents with the same image are recognised."""
+    """Return the hash by which documents with the same image are recognised."""
     return hashlib.blake2b(image, digest_size=16).hexdigest()
 
 
@@ -96,20 +81,10 @@ def picture_document(
     language: str | None = None,
     annotation: bytes | Fault | None = None,
 ) -> Document | BadLine:
-    """Return a document of an image, a caption or both, or a `BadLine` with the reason why it cannot be used.
+    """Return a document of an image, a caption or both, as `columns` selects, or a `BadLine` with the reason.
 
-    Args:
-        path: the path of the file.
-        line: the number of the record within the file.
-        label: the name of the record in its file, for error messages; empty if records have no names.
-        image: the image file, or the reason why it cannot be used; None if the record has no image. If `columns` has
-            the image, `check_image` has checked it.
-        caption: the caption, or the reason why it cannot be used; None if the record has no caption.
-        columns: the columns of the source's samples. The document gets the image if `image` is among them, and the
-            caption if `text` is.
-        language: the language of the caption; None if the record does not name it.
-        annotation: the encoded class or objects of the image, or the reason why they cannot be used; None if the
-            source's samples have neither.
+    `label` names the record in error messages and may be empty. If `columns` has the image, `check_image` has checked
+    it. `annotation` is None if the source's samples have neither a class nor objects.
     """
 
     def bad_line(reason: Reason, detail: str = "") -> BadLine:
@@ -140,7 +115,7 @@ def picture_document(
 def read_images(
     storage: Storage, file: RawFile, source: SourceSpec, settings: ReadSettings, tally: Tally
 ) -> Iterator[Document | BadLine]:
-    """Yield the image files of a folder as documents; see `reading.FormatReader` for the arguments.
+    """Yield the image files of a folder as documents.
 
     `Document.line` is the number of the image within the `RawFile`. An image that cannot be used is reported as line 1
     of its own file. If the source has classes, the class of an image is the first folder of its path below the source.
@@ -162,6 +137,5 @@ def read_images(
 
 
 def _folder_class(member: str) -> str | Fault:
-    """Return the class of an image, the first folder of its path below the source; without a folder, return a fault."""
     folder, slash, _ = member.partition("/")
     return folder if slash else Fault(Reason.NO_CLASS, "it is in no folder of a class")

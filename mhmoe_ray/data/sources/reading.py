@@ -10,8 +10,7 @@
 | chat         | a conversation: a line of JSON or a row of Parquet           | chat.py         |
 | webdataset   | the image and the caption of a sample in a tar file          | webdataset.py   |
 | images       | an image file                                                | pictures.py     |
-| coco         | a caption and its image, or an image and its objects if the  | coco.py         |
-|              | source's samples have objects                                |                 |
+| coco         | a caption and its image, or an image with its objects        | coco.py         |
 """
 
 from collections.abc import Iterator
@@ -50,23 +49,14 @@ class FormatReader(Protocol):
 class FileReader:
     """Iterable over the documents of a file and the items that could not be read, in their order in the file.
 
-    Items are read one at a time, and the attribute `tally` counts them. Damage raises no error: the iteration yields a
-    `BadLine` for it.
-
-    Args:
-        file: a file from `find_files(spec)`.
-        spec: the data section with which the file was found.
-        template: the template that renders conversations. If it is None, the template of the data section is used,
-            with empty texts for the start and end tokens.
-
-    Raises:
-        DataError: the section's chat template is needed and cannot be used, or the source has images and a package
-            for them is missing.
+    Damage raises no error: the iteration yields a `BadLine` for it. Without `template`, conversations are rendered by
+    that of the data section, with empty start and end tokens. An unusable template, or a missing package for images, is
+    a DataError.
     """
 
     def __init__(self, file: RawFile, spec: DataSpec, template: ChatTemplate | None = None) -> None:
         self.tally = Tally()
-        """Counts of the documents and unreadable lines that have been yielded so far."""
+        """Counts of the items that have been yielded so far."""
         self._file = file
         self._items = _read_items(file, spec, self.tally, template)
 

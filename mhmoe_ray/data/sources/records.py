@@ -1,12 +1,12 @@
 """Readers of text files, decompressed and read line by line: JSON lines and plain text.
 
-JSON lines: a line is a document, as in RedPajama-1T and most other corpora; blank lines are skipped. orjson parses a
-line. If orjson refuses the line, the standard library parses it without its byte order mark, because the standard
-library also accepts NaN and lone surrogates. A lone surrogate in the text itself still makes the line unreadable.
+JSON lines: a line is a document; blank lines are skipped. If orjson refuses a line, the standard library parses it
+without its byte order mark, because it also accepts NaN and lone surrogates. A lone surrogate in the text itself still
+makes the line unreadable.
 
-Plain text: a file is a document, or each of its parts between delimiter lines is one. A byte order mark and the last
-line break are not part of a document; CR LF becomes LF. A document with a NUL byte counts as unreadable. Blank parts
-between delimiters are skipped; without a delimiter, a blank file counts as unreadable.
+Plain text: a file is a document, or each of its parts between delimiter lines is one, without byte order mark and last
+line break; CR LF becomes LF. A document with a NUL byte is unreadable. Blank parts between delimiters are skipped;
+without a delimiter, a blank file is unreadable.
 """
 
 import json
@@ -24,9 +24,8 @@ from mhmoe_ray.spec import SourceSpec
 def split_lines(chunks: Iterable[bytes], limit: int) -> Iterator[bytes | None]:
     """Yield each line without its newline, and None in place of a line that is longer than `limit` bytes.
 
-    Raises:
-        DamageError: `chunks` raises it. Its `cut_off_line` is then set to the beginning of the line that was cut off,
-            unless this beginning is longer than the limit.
+    If `chunks` raises DamageError, its `cut_off_line` is set to the beginning of the last line, unless that is too
+    long.
     """
     # The pieces belong to a line that began in an earlier chunk. They are dropped when the line gets too long.
     pieces: list[bytes] = []
@@ -54,31 +53,22 @@ def split_lines(chunks: Iterable[bytes], limit: int) -> Iterator[bytes | None]:
 
 
 MAX_KEY_CHARACTERS = 40
-"""Largest number of characters of a record's key that an error message shows."""
 BOM = b"\xef\xbb\xbf"
 
 
 class Record(NamedTuple):
-    """One line of a file of JSON lines, parsed."""
+    """Parsed line: its number from 1, any JSON value, and its bytes without newline and byte order mark."""
 
     line: int
-    """Number of the line, from 1."""
     fields: Any
-    """Any JSON value; the caller checks whether it is an object with a text."""
     content: bytes
-    """The line as it is stored, without its newline and without a byte order mark."""
 
 
 def read_records(storage: Storage, file: RawFile, limit: int, tally: Tally) -> Iterator[Record | BadLine]:
-    """Yield the parsed lines of a file of JSON lines, and the lines that could not be parsed; skip blank lines.
+    """Yield the lines of a file of JSON lines, parsed or as a `BadLine`; skip blank lines.
 
-    Damage to the file raises no error: the last item is then a `BadLine` for the rest of the file.
-
-    Args:
-        storage: the storage that holds the file.
-        file: the file to read.
-        limit: largest size of a line in bytes.
-        tally: the counts for this file, of which `bytes_read` is updated.
+    Only `tally.bytes_read` is updated. A line of more than `limit` bytes is unreadable. Damage raises no error: the
+    last item is a `BadLine` for the rest.
     """
     number = 0
     try:
@@ -104,12 +94,7 @@ def read_records(storage: Storage, file: RawFile, limit: int, tally: Tally) -> I
 
 
 def decode_json(content: bytes) -> Any:
-    """Return the value of a JSON text, which may have NaN, infinities and lone surrogates.
-
-    Raises:
-        ValueError: the text is not JSON.
-        RecursionError: orjson refuses the text, and it is nested too deeply for the standard library.
-    """
+    """Parse JSON with NaN, infinities and lone surrogates; raise ValueError, or RecursionError if it is too deep."""
     try:
         return orjson.loads(content)
     except ValueError:
@@ -118,10 +103,7 @@ def decode_json(content: bytes) -> Any:
 
 
 def _parse_leniently(path: str, number: int, line: bytes) -> Record | BadLine | None:
-    """Parse a line with the standard library after orjson refused it, or return why it cannot be parsed.
-
-    Return None for a blank line.
-    """
+    """Parse a line with the standard library after orjson refused it; return None for a blank line."""
     content = line.removeprefix(BOM)
     if not content.strip():
         return None
@@ -140,13 +122,7 @@ def _parse_leniently(path: str, number: int, line: bytes) -> Record | BadLine | 
 
 
 def document_of(record: Record, text_field: str, path: str) -> Document | BadLine:
-    """Return the document in a record, or a `BadLine` with the reason why the record has none.
-
-    Args:
-        record: one parsed line of a file of JSON lines.
-        text_field: the key of the record that has the text.
-        path: the path of the file.
-    """
+    """Return the document in a record, or a `BadLine` with the reason why it has none."""
     fields = record.fields
     if not isinstance(fields, dict):
         return BadLine(path, record.line, Reason.NO_TEXT, f"it is {json_type(fields)}, not an object")
@@ -160,17 +136,14 @@ def document_of(record: Record, text_field: str, path: str) -> Document | BadLin
 
 
 def named_language(fields: dict[str, Any]) -> str | None:
-    """Return the language under the key `language` of a record or of its `meta`; None if there is no such text."""
+    """Return the text under the key `language` of a record or of its `meta`, or None."""
     meta = fields.get("meta")
     language = fields.get("language", meta.get("language") if isinstance(meta, dict) else None)
     return language if isinstance(language, str) else None
 
 
 def text_problem(text: str) -> Reason | None:
-    """Return the reason why a text cannot be a document, or None if it can.
-
-    NUL characters are allowed, since they are valid Unicode.
-    """
+    """Return the reason why a text cannot be a document, or None. NUL characters are allowed as valid Unicode."""
     if not text or text.isspace():
         return Reason.EMPTY
     # Encoding fails only for a text with a lone surrogate.
@@ -182,7 +155,6 @@ def text_problem(text: str) -> Reason | None:
 
 
 def _missing_text_detail(fields: dict[str, Any], text_field: str) -> str:
-    """Explain for an error message why a record has no text, for example because its value is not a string."""
     if text_field in fields:
         return f"{text_field!r} is {json_type(fields[text_field])}"
     if "messages" in fields or fields.keys() >= {"prompt", "completion"}:
@@ -223,11 +195,7 @@ def read_jsonl(
 def read_text(
     storage: Storage, file: RawFile, source: SourceSpec, settings: ReadSettings, tally: Tally
 ) -> Iterator[Document | BadLine]:
-    """Yield a plain text file as one document, or its parts between delimiter lines as documents.
-
-    In a damaged file, the part with the damage and all later parts are lost. See `reading.FormatReader` for the
-    arguments.
-    """
+    """Yield a plain text file, or each part between delimiter lines; damage loses its part and all later ones."""
     limit = settings.document_bytes
     part = _TextPart(file.path, limit)
     end = None if source.delimiter is None else source.delimiter.encode()
@@ -259,10 +227,10 @@ class _TextPart:
         self._length = 0
         self._too_long = False
         self.first_line = 0
-        """Number of the document's first line within the file, from 1; 0 before a line is added."""
+        """Number of the document's first line in the file, from 1; 0 before a line is added."""
 
     def add(self, number: int, line: bytes | None) -> None:
-        """Add a line and its number within the file; None stands for a line that is longer than the limit."""
+        """Add a line and its number in the file; None stands for a line that is longer than the limit."""
         self.first_line = self.first_line or number
         self._length += len(line or b"") + 1
         if line is None or self._too_long or self._length - 1 > self._limit:
@@ -272,7 +240,7 @@ class _TextPart:
             self._lines.append(line)
 
     def finish(self) -> Iterator[Document | BadLine]:
-        """Yield the document, or a `BadLine` with the reason why it cannot be read; yield nothing for a blank part."""
+        """Yield the document or a `BadLine`; yield nothing for a blank part."""
         if self._too_long:
             yield BadLine(self._path, self.first_line, Reason.TOO_LONG)
             return

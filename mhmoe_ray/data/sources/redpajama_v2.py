@@ -1,16 +1,15 @@
 """Reader of RedPajama-V2: documents with quality signals and tables of duplicates, and the rules that filter them.
 
-`gopher: true` means the rules of Rae et al. 2021 (arXiv 2112.11446, appendix A.1.1) for which V2 has a signal. Their
-rules on duplicate lines and paragraphs are left out, since V2 does not count these. The stop words of each language are
-those that V2 counts.
-
     documents/<snapshot>/<shard>/<language>_<bucket>.json.gz               one object a line, the text is `raw_content`
     quality_signals/<snapshot>/<shard>/<language>_<bucket>.signals.json.gz     in the same order; `id` ends in /<row>
     duplicates/<snapshot>/<shard>/<language>_<bucket>.duplicates.parquet       `doc_id` ends in /<row>
     minhash/<snapshot>/<shard>/<language>_<bucket>.minhash.parquet             `id` ends in /<row>
 
-A row is the number of a line in the file of documents, from 0. Tables are joined by it, so that a line that is missing
-in one of them loses one document and leaves the following lines aligned.
+A row is the number of a line in the file of documents, from 0. Tables are joined by it, so a line that is missing in
+one of them loses one document and leaves the following lines aligned.
+
+`gopher: true` means the rules of Rae et al. 2021 (arXiv 2112.11446, appendix A.1.1) for which V2 has a signal: none on
+duplicate lines and paragraphs, and with the stop words that V2 counts for each language.
 """
 
 import re
@@ -25,8 +24,8 @@ from mhmoe_ray.data.sources.storage import Storage, short_message
 from mhmoe_ray.spec import FilterSpec, SignalRule, SourceSpec
 
 Signals = Mapping[str, list[list[Any]]]
-"""Quality signals of a document by name. Each is a list of spans [start, end, score or null]: one span for the whole
-document, or for signals with a name `rps_lines_...` one for each of its lines."""
+"""Quality signals by name, as spans [start, end, score or null]: one for the document, or in `rps_lines_...` one for
+each line."""
 
 GOPHER_RULES = (
     "rps_doc_word_count >= 50",
@@ -48,21 +47,20 @@ GOPHER_RULES = (
     "rps_doc_frac_chars_dupe_10grams <= 0.1",
 )
 MIN_STOP_WORDS = 2
-"""Smallest number of stop words of a document that satisfies Gopher's rules; V2 stores their share of all words."""
+"""Smallest number of stop words that satisfies Gopher's rules; V2 stores their share of all words."""
 
 
 class Rule(NamedTuple):
-    """Rule on quality signals; documents that break it are dropped."""
+    """Rule on quality signals; the documents that break it are dropped and counted under its name."""
 
     name: str
-    """Name under which the documents that the rule drops are counted."""
     is_satisfied: Callable[[Signals], bool]
-    """Function that returns whether a document's signals satisfy the rule. It raises KeyError if the rule's signal is
-    missing, and TypeError or ValueError if the signal has a wrong form."""
+    """Check of a document's signals; it raises KeyError for a missing signal, TypeError or ValueError for a wrong
+    form."""
 
 
 def filter_rules(filters: FilterSpec) -> list[Rule]:
-    """Return the rules that a source's filters set on quality signals, in the order in which they are checked."""
+    """Return a source's rules on quality signals, in the order in which they are checked."""
     rules = []
     if filters.gopher:
         rules = [_parse_rule(text, "gopher: ") for text in GOPHER_RULES]
@@ -71,7 +69,6 @@ def filter_rules(filters: FilterSpec) -> list[Rule]:
 
 
 def _parse_rule(text: str, prefix: str = "") -> Rule:
-    """Parse a rule such as `rps_doc_word_count >= 50`; the rule's name is `prefix` followed by the parsed rule."""
     parsed = SignalRule.parse(text)
     return Rule(f"{prefix}{parsed}", lambda signals: parsed.holds(signal_value(signals, parsed.signal)))
 
@@ -84,28 +81,21 @@ def _has_stop_words(signals: Signals) -> bool:
 
 
 def signal_value(signals: Signals, name: str) -> float | None:
-    """Return the value of one of a document's signals: its score, or the mean of its lines' scores.
-
-    Return None if there is no score.
-
-    Raises:
-        KeyError: there is no such signal.
-    """
+    """Return a signal's score or the mean of its lines' scores; None without a score, KeyError without the signal."""
     scores = [score for _, _, score in signals[name] if score is not None]
     return sum(scores) / len(scores) if scores else None
 
 
 TEXT_FIELD = "raw_content"
 DOCUMENTS_PATH = re.compile(r"documents/(\d{4}-\d{2}/\d{4}/([a-z]{2,3})_(head|middle|tail))\.json\.gz\Z")
-"""Pattern of the path of a file of documents. Group 1 is the part of the path that is the same for its sidecar
-files (`SidecarFiles`), group 2 is the language, and group 3 the bucket."""
+"""Path of a file of documents; the groups are the part shared with the sidecar files, the language and the bucket."""
 
 DUPLICATE = "duplicate"
 NEAR_DUPLICATE = "near duplicate in its file"
 
 
 class SidecarFiles(NamedTuple):
-    """Paths of the files that V2 has beside a file of documents: quality signals, duplicates and MinHash signatures."""
+    """Paths of the files beside a file of documents: quality signals, duplicates and MinHash signatures."""
 
     signals: str
     duplicates: str
@@ -113,7 +103,7 @@ class SidecarFiles(NamedTuple):
 
     @classmethod
     def from_documents(cls, documents: str) -> "SidecarFiles":
-        """Return the paths of the files that V2 has beside the file of documents at this path."""
+        """Return the paths for a file of documents."""
         match = DOCUMENTS_PATH.search(documents)
         assert match is not None, "find.py takes no other file for RedPajama-V2's"
         root, stem = documents[: match.start()], match[1]
@@ -124,7 +114,7 @@ class SidecarFiles(NamedTuple):
         )
 
     def required_paths(self, filters: FilterSpec) -> list[str]:
-        """Return the paths of the signals, duplicates and minhash files that the filters of a source need."""
+        """Return the paths of the files that the filters of a source need."""
         is_required = {
             self.signals: filters.gopher or filters.signals,
             self.duplicates: filters.deduplicate,
@@ -136,10 +126,7 @@ class SidecarFiles(NamedTuple):
 def read_redpajama_v2(
     storage: Storage, file: RawFile, source: SourceSpec, settings: ReadSettings, tally: Tally
 ) -> Iterator[Document | BadLine]:
-    """Yield the documents of a RedPajama-V2 file that pass the source's filters; count the others in `tally.dropped`.
-
-    See `reading.FormatReader` for the arguments.
-    """
+    """Yield a RedPajama-V2 file's documents that pass the source's filters; count the others in `tally.dropped`."""
     text_field, filters = source.text_field or TEXT_FIELD, source.filters or FilterSpec()
     sidecars = SidecarFiles.from_documents(file.path)
     rules = filter_rules(filters)
@@ -178,23 +165,15 @@ def read_redpajama_v2(
 
 
 class _TableError(Exception):
-    """Error for a damaged table of duplicates or signatures, without which no more documents can be filtered."""
+    """Damage of a table of duplicates or signatures, without which no more documents can be filtered."""
 
 
 class _NoSignals(NamedTuple):
-    """Result of the check of a document that has no usable quality signals, with the reason."""
-
     reason: str
 
 
 class _SignalReader:
-    """Reader of a file of quality signals, which checks documents against rules in the order of the documents.
-
-    Args:
-        storage: the storage that holds the file.
-        path: the path of the file.
-        limit: largest size of a line in bytes.
-    """
+    """Reader of a file of quality signals, which checks documents against rules in the order of their rows."""
 
     def __init__(self, storage: Storage, path: str, limit: int) -> None:
         self._path = path
@@ -206,11 +185,7 @@ class _SignalReader:
         self._missing_reason = "no record"
 
     def broken_rule(self, row: int, rules: list[Rule]) -> Rule | _NoSignals | None:
-        """Return the first rule that a document breaks, or None if it breaks none.
-
-        Return `_NoSignals` if the document has no usable signals. `row` is the number of the document's line within its
-        file, from 0; it must grow from call to call.
-        """
+        """Return the first rule that a document breaks, if any. `row` counts from 0 and must grow from call to call."""
         while self._row < row and self._read_next():
             pass
         if self._row != row:
@@ -225,7 +200,7 @@ class _SignalReader:
             return _NoSignals(f"quality_signals of another form in {self._path}")
 
     def _read_next(self) -> bool:
-        """Read the next record; keep its signals if its row is after the last one. Return False at the file's end."""
+        """Read the next record and keep its signals if its row comes later; return False at the file's end."""
         record = next(self._records, None)
         if isinstance(record, Record):
             fields = record.fields if isinstance(record.fields, dict) else {}
@@ -238,30 +213,18 @@ class _SignalReader:
 
 
 def row_of(identifier: object) -> int | None:
-    """Return the row number at the end of a document's identifier: 17 for `2023-06/0000/en_head.json.gz/17`.
-
-    Return None if the identifier has no such number.
-    """
+    """Return the row number at the end of an identifier, 17 for `2023-06/0000/en_head.json.gz/17`, or None."""
     row = identifier.rpartition("/")[2] if isinstance(identifier, str) else ""
     return int(row) if row.isascii() and row.isdigit() else None
 
 
 def _duplicate_rows(storage: Storage, path: str) -> frozenset[int]:
-    """Return the row numbers of the documents that a table of duplicates lists.
-
-    The table does not list the first of several copies, so all listed documents can be dropped.
-    """
+    """Return the rows in a table of duplicates, which lists all copies but the first, so that all can be dropped."""
     return frozenset(row for row, _ in _read_table(storage, path, "doc_id", "doc_id"))
 
 
 class _NearDuplicates:
-    """Detector of near duplicates, which share a band of the MinHash signature with an earlier document that was kept.
-
-    Args:
-        storage: the storage that holds the table of signatures.
-        path: the path of the table.
-        similarity: the smallest similarity of near duplicates; the table has signatures for a few values.
-    """
+    """Detector of documents that share a band of the MinHash signature with an earlier document that was kept."""
 
     def __init__(self, storage: Storage, path: str, similarity: float) -> None:
         self._rows = _read_table(storage, path, "id", f"signature_sim{similarity}")
@@ -272,8 +235,8 @@ class _NearDuplicates:
     def is_duplicate(self, row: int) -> bool:
         """Return whether a document is a near duplicate of an earlier one; if not, keep it for later comparisons.
 
-        `row` is the number of the document's line within its file, from 0; it must grow from call to call. A document
-        without a signature, because its text is too short, is not a near duplicate.
+        `row` counts from 0 and must grow from call to call. A text that is too short for a signature is not a near
+        duplicate.
         """
         while self._row < row:
             self._row, bands = next(self._rows, (1 << 62, None))
@@ -289,11 +252,7 @@ class _NearDuplicates:
 
 
 def _read_table(storage: Storage, path: str, id_column: str, column: str) -> Iterator[tuple[int, Any]]:
-    """Yield for each entry of a table the row number at the end of its identifier, and its value in `column`.
-
-    Raises:
-        _TableError: the table is damaged, or an identifier does not end in a row number.
-    """
+    """Yield the row number and the value in `column` of each entry; damage to the table is a `_TableError`."""
     try:
         with open_parquet(storage, path) as table:
             columns = list(dict.fromkeys([id_column, column]))

@@ -25,34 +25,28 @@ _WILDCARDS = re.compile(r"[*?\[]")
 
 
 class ListedFile(NamedTuple):
-    """File that was found when the files of a source were listed."""
+    """File of a listing, with its path as `Storage.open` takes it and its size in bytes."""
 
     path: str
-    """Path of the file, in the form that `Storage.open` takes and error messages show."""
     size: int
-    """Size of the file in bytes."""
 
 
 class Listing(NamedTuple):
-    """Result of `Storage.list_files`: the files of a source, and the folder that contains them."""
+    """Files of a source, and the folder that contains them."""
 
     root: str
-    """Folder that contains all files: the path up to the first wildcard, or the folder of a single file."""
+    """Path up to the first wildcard, or the folder of a single file."""
     files: list[ListedFile]
     """Files that the source's path selects, in the order of their paths."""
     paths: set[str]
-    """Paths of all files that exist below the root, whether or not a pattern selects them."""
+    """All files below the root, whether or not a pattern selects them."""
 
 
 class Storage:
-    """Access to the files of one source, which may be local or in an object store.
+    """Access to the files of one source.
 
-    Args:
-        path: the path in the spec: a folder, a file or a pattern. The query of a URI has options of the object store,
-            such as its region.
-
-    Raises:
-        DataError: the scheme is not known, or the object store cannot be opened.
+    The path of the spec is a folder, a file or a pattern; the query of a URI has options of the object store, such as
+    its region. An unknown scheme, or an object store that cannot be opened, is a DataError.
     """
 
     def __init__(self, path: str) -> None:
@@ -85,12 +79,9 @@ class Storage:
     def list_files(self) -> Listing:
         """List the files that the path selects, and all paths below its root.
 
-        Hidden files, and files in hidden folders (with a leading dot or underscore), are not among `Listing.files`.
-
-        Raises:
-            DataError: the pattern is invalid.
-            FileNotFoundError: the root does not exist.
-            OSError: the path cannot be listed.
+        Names with a leading dot or underscore, and all files below such folders, are left out of `Listing.files`. An
+        invalid pattern is a DataError, a root that does not exist a FileNotFoundError, and any other failure an
+        OSError.
         """
         root, pattern_parts = self._split_pattern()
         info = self._file_info(root)
@@ -110,11 +101,7 @@ class Storage:
         return Listing(self._prefix + root, files, paths)
 
     def missing_paths(self, paths: Sequence[str]) -> list[str]:
-        """Return those of the paths at which there is no file; the files need not be below the source's root.
-
-        Raises:
-            OSError: a folder cannot be listed.
-        """
+        """Return those of the paths at which there is no file; a folder that cannot be listed is an OSError."""
         if not self._prefix:
             return [path for path in paths if not os.path.lexists(path)]
         # A listing of the folder above each file's folder takes less time than a request for each file.
@@ -125,13 +112,7 @@ class Storage:
         return [path for path in paths if path not in existing_paths]
 
     def modification_times(self, paths: Sequence[str]) -> list[int | None]:
-        """Return the modification time of each of these listed files, in nanoseconds since the epoch.
-
-        The time is None for a file that no longer exists.
-
-        Raises:
-            OSError: the files cannot be listed.
-        """
+        """Return each file's modification time in ns since the epoch, None if it vanished; a failure is an OSError."""
         if not self._prefix:
             return [info.mtime_ns for info in self._fs.get_file_info([*paths])]
         # On an object store, one listing takes less time than a request for each file.
@@ -143,17 +124,13 @@ class Storage:
         return [times.get(path) for path in paths]
 
     def root(self) -> str:
-        """Return the folder that contains all files of the source, like `Listing.root`, without listing them.
-
-        Raises:
-            OSError: the path cannot be read.
-        """
+        """Return `Listing.root` without listing the files; a path that cannot be read is an OSError."""
         root, _ = self._split_pattern()
         is_file = self._file_info(root).type == fs.FileType.File
         return self._prefix + (root.rpartition("/")[0] if is_file else root)
 
     def _split_pattern(self) -> tuple[str, list[str]]:
-        """Split the path into the part before the first component with a wildcard, and the components from there on."""
+        """Split the path before the first component with a wildcard."""
         parts = self._pattern.rstrip("/").split("/")
         root_depth = len(parts)
         if self.is_pattern:
@@ -161,7 +138,6 @@ class Storage:
         return "/".join(parts[:root_depth]) or "/", parts[root_depth:]
 
     def _file_info(self, path: str) -> fs.FileInfo:
-        """Return pyarrow's description of a file or folder; raise OSError if the path is malformed."""
         try:
             return self._fs.get_file_info(path)
         # pyarrow raises these exceptions for a path with an empty name between two slashes or with a NUL.
@@ -174,19 +150,11 @@ class Storage:
                 yield ListedFile(info.path, info.size)
 
     def open(self, path: str) -> pa.NativeFile:
-        """Open a file for reading from its start, without decompression.
-
-        Raises:
-            OSError: there is no such file, or it cannot be reached.
-        """
+        """Open a file for reading from its start, without decompression; a failure is an OSError."""
         return self._fs.open_input_stream(path.removeprefix(self._prefix), compression=None)
 
     def open_seekable(self, path: str) -> pa.NativeFile:
-        """Open a file for reading at any offset.
-
-        Raises:
-            OSError: there is no such file, or it cannot be reached.
-        """
+        """Open a file for reading at any offset; a failure is an OSError."""
         # The file is not memory-mapped: a mapped file that shrinks would crash the process.
         return self._fs.open_input_file(path.removeprefix(self._prefix))
 
@@ -195,11 +163,7 @@ class Storage:
         return OBJECT_CHUNK_BYTES if self._prefix else CHUNK_BYTES
 
     def read_bytes(self, path: str, limit: int) -> bytes | None:
-        """Return the content of a file, or None if it has more than `limit` bytes.
-
-        Raises:
-            OSError: there is no such file, or it cannot be read.
-        """
+        """Return the content of a file, or None if it has more than `limit` bytes; a failure is an OSError."""
         content = bytearray()
         try:
             with self.open(path) as stream:
@@ -211,11 +175,7 @@ class Storage:
         return bytes(content) if len(content) <= limit else None
 
     def chunks(self, file: RawFile, tally: Tally) -> Iterator[bytes]:
-        """Yield the bytes of a file as they are stored, and count them in `tally.bytes_read`.
-
-        Raises:
-            DamageError: the file vanished or shrank, or a read failed.
-        """
+        """Yield and count a file's stored bytes; one that vanished, shrank or cannot be read is a DamageError."""
         read_bytes = 0
         try:
             with self.open(file.path) as stream:
@@ -237,16 +197,12 @@ def short_message(error: Exception) -> str:
 
 
 def relative_path(root: str, path: str) -> str:
-    """Return the path of a file relative to a folder that contains it."""
+    """Return a file's path relative to a folder that contains it."""
     return path.removeprefix(root.rstrip("/") + "/")
 
 
 def _pattern_regex(parts: list[str]) -> re.Pattern[str]:
-    """Translate the components of a path pattern into one regular expression; `**` stands for any number of folders.
-
-    Raises:
-        DataError: the pattern is invalid, for example because of a wrong range in brackets.
-    """
+    """Translate the components of a path pattern into a regular expression; an invalid pattern is a DataError."""
     regex = ""
     for i, part in enumerate(parts):
         is_last_part = i == len(parts) - 1
@@ -268,8 +224,8 @@ def _pattern_regex(parts: list[str]) -> re.Pattern[str]:
 def _list_local(folder: str, ancestors: frozenset[str] = frozenset()) -> Iterator[ListedFile]:
     """Yield all files below a local folder, following links, since users often link to data elsewhere.
 
-    A broken link is yielded as a file of size 0, like a file that has vanished. A link to a folder in `ancestors` is
-    not followed, since the walk would never end.
+    A broken link has size 0, like a file that has vanished. Links to `ancestors` are not followed: the walk would not
+    end.
     """
     real = os.path.realpath(folder)
     if real in ancestors:

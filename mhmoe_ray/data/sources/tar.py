@@ -18,31 +18,24 @@ _MAX_HEADER_BYTES = 1 << 20
 
 
 MemberKind = Literal["file", "folder", "other"]
-"""Kind of a member of a tar file; the kind `other` is a link, a device or a sparse file."""
+"""Kind of a member of a tar file; `other` is a link, a device or a sparse file."""
 
 
 class TarMember(NamedTuple):
-    """Member of a tar file, with its content if it was read."""
+    """Member of a tar file, with its number in the file from 1."""
 
     number: int
-    """Number of the member within the file, from 1."""
     name: str
     size: int
     kind: MemberKind
     content: bytes | None
-    """Content of the member; None if it is not a file, was not selected, or is larger than the limit."""
+    """Content; None if the member is not a file, was not selected, or is larger than the limit."""
 
 
 def read_members(chunks: Iterator[bytes], is_selected: Callable[[str], bool], limit: int) -> Iterator[TarMember]:
-    """Yield the members of a tar file in the order of the file.
+    """Yield the members of a decompressed tar file, with the content of selected files of up to `limit` bytes.
 
-    Args:
-        chunks: the bytes of the tar file, decompressed.
-        is_selected: function that returns whether the content of the file with the given name is needed.
-        limit: largest size in bytes of a file whose content is read.
-
-    Raises:
-        DamageError: the tar file is damaged or cut off; all members before the damage are yielded first.
+    A damaged tar file raises DamageError after all members before the damage were yielded.
     """
     # `ByteBuffer` takes an empty chunk for the end of the file, but decompression may yield one anywhere.
     data = ByteBuffer(chunk for chunk in chunks if chunk)
@@ -83,11 +76,7 @@ def read_members(chunks: Iterator[bytes], is_selected: Callable[[str], bool], li
 
 
 def _read_header(data: ByteBuffer, number: int) -> tarfile.TarInfo | None:
-    """Return the next header of a tar file, or None at the mark that ends the file.
-
-    Raises:
-        DamageError: the header is damaged or cut off. The error tells how many members, `number`, come before it.
-    """
+    """Return the next header, or None at the end mark; damage after `number` members is a DamageError."""
     block = data.take(_BLOCK_BYTES)
     if len(block) < _BLOCK_BYTES:
         raise DamageError(f"it is cut off after {number:,} members")
@@ -139,11 +128,7 @@ def _decode_name(name: bytes) -> str:
 
 
 def _take(data: ByteBuffer, count: int) -> Iterator[bytes]:
-    """Yield the next `count` bytes of a tar file in pieces.
-
-    Raises:
-        DamageError: the tar file ends too early.
-    """
+    """Yield the next `count` bytes in pieces; raise DamageError if the tar file ends too early."""
     while count > 0:
         piece = data.take_available(count)
         if not piece:
@@ -158,6 +143,5 @@ def _skip(data: ByteBuffer, size: int) -> None:
 
 
 def _skip_padding(data: ByteBuffer, size: int) -> None:
-    """Skip the bytes that fill the last block of a member."""
     for _ in _take(data, -size % _BLOCK_BYTES):
         pass

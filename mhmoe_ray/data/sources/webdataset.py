@@ -1,14 +1,12 @@
 """Reader of WebDataset's tar files, which may be compressed.
 
 The members of a sample follow each other and have the same key: the path up to the first dot of the file name. The
-suffix is the rest of the name after this dot.
+suffix is the rest of the name. Other members are skipped, as are those without a dot.
 
 The image of a sample is the member with the suffix that comes first in `IMAGE_SUFFIXES`. The caption is the member with
 the suffix `text_field`, by default `txt`. With `text_field: json.KEY`, it is the value of a key in the member with the
-suffix `json`. If this value is an object, it has a caption for each language, and each caption is a document with the
-same image. If the source has classes, the class is read as the caption is: from the member with the suffix
-`class_field`, by default `cls`, or with `class_field: json.KEY` from a key whose value is a text or an integer. Other
-members are skipped, and so are members whose names have no dot.
+suffix `json`; an object there has a caption for each language, and each caption is a document with the same image. The
+class is read in the same way by `class_field`, by default `cls`; under a key, it is a text or an integer.
 """
 
 from collections.abc import Iterator
@@ -36,16 +34,16 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 @dataclass
 class _Sample:
-    """One sample of a tar file: its members, which have the same key."""
+    """Members of a tar file with the same key."""
 
     key: str
     number: int
-    """Number of the sample's first member within the tar file, from 1."""
+    """Number of the first member within the tar file, from 1."""
     contents: dict[str, bytes | Fault] = field(default_factory=dict)
-    """Content of each member that is needed, by suffix, or the reason why it cannot be used."""
+    """Content of each needed member, or the reason why it cannot be used, by suffix."""
 
     special_suffixes: set[str] = field(default_factory=set)
-    """Suffixes of members that are needed, but are links or other special files."""
+    """Suffixes of needed members that are links or other special files."""
 
     def add(self, suffix: str, member: TarMember) -> None:
         if member.content is not None:
@@ -56,12 +54,7 @@ class _Sample:
             self.special_suffixes.add(suffix)
 
     def content(self, suffix: str, missing_reason: Reason) -> bytes | Fault:
-        """Return the content of the member with this suffix, or the reason why it cannot be used.
-
-        Args:
-            suffix: the suffix of the member.
-            missing_reason: the reason if the sample has no such member, or one that is not a file.
-        """
+        """Return the content of a member, or why it cannot be used: `missing_reason` if there is no regular file."""
         if suffix in self.special_suffixes:
             return Fault(missing_reason, f".{suffix} is a link or another special file")
         content = self.contents.get(suffix)
@@ -71,7 +64,7 @@ class _Sample:
 def read_webdataset(
     storage: Storage, file: RawFile, source: SourceSpec, settings: ReadSettings, tally: Tally
 ) -> Iterator[Document | BadLine]:
-    """Yield the samples of a tar file as documents, up to any damage; see `reading.FormatReader` for the arguments."""
+    """Yield the samples of a tar file as documents, up to any damage."""
     columns = source.sample_columns
     class_field = (source.class_field or _DEFAULT_CLASS_FIELD) if "class" in columns else None
     # If any source of the spec has images, the images in a source that uses only texts are read, too: their hashes keep
@@ -135,12 +128,10 @@ def read_webdataset(
 
 
 def _suffix(field_name: str) -> str:
-    """Return the suffix of the member with a text or a class: `json` for the field `json.KEY`, otherwise the field."""
     return "json" if field_name.startswith(_JSON_PREFIX) else field_name.lower()
 
 
 def _class_name(sample: _Sample, class_field: str) -> str | Fault:
-    """Return the class of a sample, or the reason why it has none."""
     content = sample.content(_suffix(class_field), Reason.NO_CLASS)
     if isinstance(content, Fault):
         return content
@@ -161,10 +152,9 @@ def _class_name(sample: _Sample, class_field: str) -> str | Fault:
 
 
 def _captions(sample: _Sample, source: SourceSpec) -> dict[str | None, str | Fault | None]:
-    """Return the captions of a sample by language, or the reasons why they cannot be used.
+    """Return the captions or faults of a sample by language; None is the language of a single caption.
 
-    The language is None if the sample has a single caption. The result is empty if there are captions, but none in the
-    languages that the source selects.
+    The result is empty if there are captions, but none in the languages that the source selects.
     """
     text_field = source.text_field or _DEFAULT_TEXT_FIELD
     content = sample.content(_suffix(text_field), Reason.NO_TEXT)

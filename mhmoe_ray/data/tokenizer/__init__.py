@@ -1,10 +1,10 @@
 """Tokenizers: a given tokenizer.json or file in tiktoken's format, or one trained on the sources.
 
 A prepared folder and a run store any tokenizer as tokenizer.json. Their manifests and those of checkpoints have its
-SHA-256; a file with another SHA-256 is refused.
+SHA-256; a file with another one is refused.
 
-Documents. A start token precedes each document, in training and in prompts. The token means "a new document begins"
-and, in a text being generated, "this document is over". No other special token is ever added.
+A start token precedes each document, in training and in prompts. It means "a new document begins" and, in a text being
+generated, "this document is over". No other special token is ever added. The first row that fits applies:
 
     | a tokenizer with               | start token   | tokens that end a generated text             |
     | ------------------------------ | ------------- | -------------------------------------------- |
@@ -12,12 +12,9 @@ and, in a text being generated, "this document is over". No other special token 
     | <|endoftext|>                  | <|endoftext|> | <|endoftext|>                                |
     | <s> and </s>                   | <s>           | <s>, </s>                                    |
 
-The first row that fits applies. An imported model can be one that was trained without a start token; its checkpoint
-manifest then has `adds_start: false`, and prompts begin without it.
-
-Special tokens. A document is plain text from its first character to its last: if it contains the letters
-"<|endoftext|>", these letters are encoded, never the token. A prompt is different: it may name special tokens, so that
-it can contain several documents.
+An imported model may have been trained without a start token; its checkpoint manifest then has `adds_start: false`, and
+prompts begin without it. If a document contains the letters "<|endoftext|>", these letters are encoded, never the
+token. A prompt may name special tokens, so that it can contain several documents.
 
     vocabulary.py   the table above, the number of tokens, and the number of bytes of each
     encoder.py      the encoder of documents, by the tokenizers library, or by tiktoken if both give the same ids

@@ -1,15 +1,14 @@
 """Encoding of documents to token ids, in which text never becomes a special token.
 
-tiktoken encodes byte-level BPE several times as fast as the tokenizers library. It is used only if the two encode every
-text alike. They choose the next merge of two neighbours differently: the library by the rank of the pair, tiktoken by
-the rank of the token that the pair forms. Both give the same ids if the merges are in the order of the tokens that they
-form, and each token meets one of two conditions:
+tiktoken encodes byte-level BPE several times as fast as the tokenizers library, and is used if both surely encode every
+text alike. The library merges the two neighbours with the lowest rank of the pair, tiktoken those with the lowest rank
+of the token that they form. Both give the same ids if the merges are in the order of the tokens that they form, and
+each token meets one of two conditions:
 
 - It has a merge for every way to cut it into two tokens, as in a vocabulary in tiktoken's format (see tiktoken.py).
 - Encoding its bytes gives this token alone, and the merges of all tokens join only earlier tokens, as after training.
-  Take bytes of a text that spell the token, and whose first and last byte no merge has joined to the bytes outside. The
-  merges among these bytes do not depend on the text around them. When merging reaches the token's rank, the bytes are
-  therefore in the same two parts in every text, and the list of merges has the pair of these parts.
+  Merges among bytes that spell the token do not depend on the text around them, as long as none joins them to bytes
+  outside. At the token's rank, the bytes are therefore in the same two parts in any text, and this pair has a merge.
 
 tiktoken looks up a whole piece of text before it merges anything. If the library does not do this (`ignore_merges` is
 false), each token must be the result of encoding its own bytes.
@@ -35,21 +34,17 @@ if TYPE_CHECKING:
 
 
 NEWEST_LETTERS = "\U00011f04\U0001e4d0\U00031350\U0002ebf0\U000105c0\U00010d4a\u1c89\U00010940\U00011db0\U000323b0"
-"""Letters that Unicode 15, 15.1, 16 and 17 added: a regular-expression engine with older tables does
-not know them as letters."""
+"""Letters that Unicode 15, 15.1, 16 and 17 added, which a regular-expression engine with older tables does not know."""
 
 MAX_SPACE_RUN = 5_000
-"""Size in characters of the windows in which `can_encode` looks for white space. tiktoken's expressions backtrack over
-white space, and its engine's stack overflows on a run of a million characters."""
+"""Characters of a window in which `can_encode` looks for white space: tiktoken's expressions backtrack over it, and
+their engine's stack overflows on a run of a million characters."""
 
 
 def fast_encoding(content: dict[str, Any]) -> "tiktoken.Encoding | None":
-    """Return a tiktoken encoding that gives the tokenizer's ids for every text that `can_encode` accepts.
+    """Return a tiktoken encoding with the ids of a parsed tokenizer.json, or None if this is not certain.
 
-    Return None if this is not certain.
-
-    Args:
-        content: the parsed content of a tokenizer.json.
+    It is for texts that `can_encode` accepts.
     """
     # Serving does not need tiktoken, so it is imported only here.
     import tiktoken
@@ -64,9 +59,9 @@ def fast_encoding(content: dict[str, Any]) -> "tiktoken.Encoding | None":
 
 
 def can_encode(text: str) -> bool:
-    """Return whether tiktoken can encode a text: it has no very long run of white space.
+    """Return whether tiktoken can encode a text, which then has no very long run of white space.
 
-    A run of up to `MAX_SPACE_RUN` - 1 characters is accepted, and a run of twice `MAX_SPACE_RUN` is not.
+    Runs below `MAX_SPACE_RUN` characters are accepted, and runs of twice that length are refused.
     """
     # Windows at fixed distances are fast to check, and a run of twice their size always fills one.
     return not any(
@@ -75,10 +70,10 @@ def can_encode(text: str) -> bool:
 
 
 def _split_pattern(split: dict[str, Any] | None) -> str | None:
-    """Return the pattern by which a pre-tokenizer splits text, if tiktoken interprets the pattern in the same way.
+    """Return the one pattern of `PATTERNS` by which a byte-level pre-tokenizer splits text, or None.
 
-    tiktoken and the tokenizers library have different regular-expression engines. Return None if the pattern is not in
-    `PATTERNS`, or if the pre-tokenizer is not byte-level or does more than split by one pattern.
+    tiktoken's regular-expression engine is another one than the library's, and interprets these patterns in the same
+    way.
     """
     split_type = split and split["type"]
     if split is None or split_type not in ("ByteLevel", "Sequence"):
@@ -104,10 +99,7 @@ def _split_pattern(split: dict[str, Any] | None) -> str | None:
 
 
 def _newest_letters_agree(pattern: str) -> bool:
-    """Return whether tiktoken and the tokenizers library split text with the newest letters of Unicode alike.
-
-    Their regular-expression engines have different tables of letters. `pattern` is the pattern that splits the text.
-    """
+    """Return whether both engines, whose tables of letters differ, split text with Unicode's newest letters alike."""
     import tiktoken
 
     library = pre_tokenizers.Split(Regex(pattern), "isolated")
@@ -125,8 +117,7 @@ def _newest_letters_agree(pattern: str) -> bool:
 def _token_ranks(model: dict[str, Any]) -> dict[bytes, int] | None:
     """Return the ids of a model's tokens by their bytes, without tokens that no text is encoded to.
 
-    Return None if the model is not plain byte-level BPE, or if it is not certain that tiktoken and the tokenizers
-    library encode alike.
+    The result is None if the model is not plain byte-level BPE, or tiktoken and the library may differ.
     """
     unusual_keys = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     if model["type"] != "BPE" or any(model[key] for key in unusual_keys):
@@ -169,20 +160,12 @@ def _token_bytes(token: str) -> bytes:
 
 
 def _part_ranks(token: bytes, cuts: set[int], ranks: dict[bytes, int]) -> list[int]:
-    """Return the ranks of the two parts of a token for each position in `cuts` at which it is cut in two.
-
-    Parts of a single byte are left out.
-    """
     parts = (part for cut in cuts for part in (token[:cut], token[cut:]) if len(part) > 1)
     return [ranks[part] for part in parts]
 
 
 class DocumentEncoder:
-    """Encoder of whole documents to token ids; the text of a document never becomes a special token.
-
-    Args:
-        tokenizer: a tokenizer with tokens that start and end documents (see `boundaries`).
-    """
+    """Encoder of whole documents to token ids by a tokenizer with `boundaries`; text never becomes a special token."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._start_token = boundaries(tokenizer).start
@@ -207,9 +190,9 @@ def document_encoder(path: Path) -> DocumentEncoder:
 
 
 def _without_special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the parsed tokenizer.json of a copy of the tokenizer that finds no special token in any text.
+    """Return the parsed tokenizer.json of a copy that finds no special token in any text.
 
-    Special tokens keep their ids, but get random names that no text contains. All other tokens stay the same.
+    Special tokens keep their ids, but get random names. All other tokens stay the same.
     """
     # The library's `encode_special_tokens` does not suffice: it only stops the search for special tokens before the
     # model. A Unigram or word model usually has "<s>" among its pieces and still finds it.

@@ -19,23 +19,14 @@ from mhmoe_ray.storage import Location
 
 
 def load_tokenizer(path: Location, vocab_size: int) -> Tokenizer:
-    """Load a tokenizer.json for a model of `vocab_size` tokens.
-
-    Raises:
-        DataError: the file cannot be read, has more tokens than the model, has no boundary tokens, which start and end
-            documents, or uses a boundary token as its unknown token, too.
-    """
+    """Load a tokenizer.json for a model of `vocab_size` tokens; an unreadable or unsuitable one is a DataError."""
     tokenizer = read_tokenizer(path)
     check_tokenizer(tokenizer, path, vocab_size)
     return tokenizer
 
 
 def read_tokenizer(path: Location) -> Tokenizer:
-    """Read a tokenizer.json without checking it, and drop the truncation and the padding that it may have stored.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
+    """Read a tokenizer.json without its stored truncation and padding; an unreadable file is a DataError."""
     try:
         tokenizer = Tokenizer.from_buffer(path.read_bytes())
     # The library raises no subclass of Exception, so Exception itself is caught.
@@ -49,14 +40,9 @@ def read_tokenizer(path: Location) -> Tokenizer:
 
 
 def read_given_tokenizer(path: Path, pattern: str | None) -> Tokenizer:
-    """Read the tokenizer that `data.tokenizer` names, without checking it against a model.
+    """Read `data.tokenizer`: a tokenizer.json, or a vocabulary in tiktoken's format, which needs the `pattern`.
 
-    The file is a tokenizer.json or a vocabulary in tiktoken's format. Only the latter uses `pattern`, which is the
-    value of `data.tokenizer_pattern`.
-
-    Raises:
-        DataError: the file cannot be read, or it is a vocabulary in tiktoken's format and the pattern is missing or is
-            not a regular expression.
+    An unreadable file, and a missing or invalid pattern for a vocabulary, are a DataError.
     """
     subject = f"tokenizer {path}"
     try:
@@ -74,14 +60,7 @@ def read_given_tokenizer(path: Path, pattern: str | None) -> Tokenizer:
 def store_given_tokenizer(spec: DataSpec, vocab_size: int, target: Path) -> None:
     """Write the tokenizer that a spec names as a tokenizer.json: a copy, or the conversion of a tiktoken vocabulary.
 
-    Args:
-        spec: a data section with a `tokenizer`.
-        vocab_size: number of tokens of the model.
-        target: the file to write.
-
-    Raises:
-        DataError: `read_given_tokenizer` refuses the tokenizer, or `load_tokenizer` would refuse it, or
-            `tokenizer_pattern` is set although the file is a tokenizer.json.
+    A tokenizer that `load_tokenizer` would refuse, and a pattern beside a tokenizer.json, are a DataError.
     """
     path, pattern = spec.tokenizer, spec.tokenizer_pattern
     assert path is not None
@@ -97,11 +76,9 @@ def store_given_tokenizer(spec: DataSpec, vocab_size: int, target: Path) -> None
 
 
 def check_tokenizer(tokenizer: Tokenizer, path: Location, vocab_size: int) -> None:
-    """Check that a tokenizer fits a model, and that it has boundary tokens, which start and end documents only.
+    """Check that a tokenizer fits a model, and that its boundary tokens only start and end documents.
 
-    Raises:
-        DataError: it has more tokens than the model or no boundary tokens, or it uses a boundary token as its unknown
-            token, too.
+    More tokens than the model has, no boundary tokens, or one that is also the unknown token are a DataError.
     """
     size = token_count(tokenizer)
     if size > vocab_size:

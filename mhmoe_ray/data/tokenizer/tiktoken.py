@@ -1,14 +1,13 @@
 """Conversion of vocabularies in tiktoken's format to byte-level BPE of the tokenizers library.
 
 A line of such a vocabulary is a token's bytes in base64, a space and the token's rank, which is its id. tiktoken splits
-a text into pieces by a pattern, and first looks up a whole piece. If the piece is not a token, tiktoken repeatedly
-merges the two neighbours whose bytes together have the lowest rank, the leftmost of equals. The library merges pairs by
-the rank of the pair, so each way to cut a token into two tokens becomes a pair, in the order of the tokens' ranks.
+a text into pieces by a pattern. If a piece is not a token, tiktoken repeatedly merges the two neighbours whose bytes
+together have the lowest rank, the leftmost of equals. The library merges pairs by the rank of the pair, so each way to
+cut a token into two tokens becomes a pair, in the order of the tokens' ranks.
 
-Several pairs of one token thus have different ranks instead of the same rank. This makes no difference, because the
-bytes of the token are in the same two parts wherever they can be merged to it: as long as no merge has joined them to
-the bytes outside, the merges among them do not depend on the text around them. Both libraries therefore encode every
-text alike; tests compare them.
+The different ranks of a token's pairs make no difference: merges among the token's bytes do not depend on the text
+around them, as long as none joins them to bytes outside, so these bytes are in the same two parts wherever they can
+form the token. Both libraries therefore encode every text alike; tests compare them.
 """
 
 import base64
@@ -35,11 +34,10 @@ PATTERNS = {
     ),
     "qwen2": _CL100K.replace(r"\p{N}{1,3}", r"\p{N}"),
 }
-"""Patterns that split text into pieces before merging, by the name of the vocabulary; Llama 3 uses that of cl100k."""
+"""Patterns that split text into pieces, by vocabulary; Llama 3 uses that of cl100k."""
 
 
 def _byte_letters() -> dict[int, int]:
-    """Return GPT-2's table: the code point of the printable character for each byte."""
     # GPT-2 writes the printable characters of Latin-1 as themselves and all other bytes as letters from U+0100 on.
     printable_bytes = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     other_bytes = [byte for byte in range(256) if byte not in printable_bytes]
@@ -54,23 +52,16 @@ _LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) ([0-9]{1,9})")
 
 
 def is_tiktoken(content: bytes) -> bool:
-    """Return whether the first line of a file's content is in tiktoken's format."""
+    """Return whether a file's first line is in tiktoken's format."""
     return _LINE.fullmatch(content.lstrip().partition(b"\n")[0].rstrip()) is not None
 
 
 def from_tiktoken(content: bytes, pattern: str, subject: str) -> Tokenizer:
     """Convert a vocabulary in tiktoken's format to a tokenizer of the tokenizers library that gives the same ids.
 
-    `<|endoftext|>` becomes a special token. If the vocabulary does not have it, its id is the next one after the ranks.
-
-    Args:
-        content: the content of the file.
-        pattern: a name of PATTERNS, or a regular expression in the syntax of Oniguruma, in which `$` also matches at
-            the end of a line. Text that the expression does not match becomes separate pieces.
-        subject: the name of the file in error messages.
-
-    Raises:
-        DataError: the content is not in the format, or the expression is wrong.
+    `pattern` is a name of PATTERNS, or a regular expression in the syntax of Oniguruma, in which `$` also matches at
+    the end of a line; text that it does not match becomes separate pieces. `<|endoftext|>` becomes a special token, if
+    need be with the next id after the ranks. A malformed vocabulary or expression is a DataError.
     """
     ranks = _parse_ranks(content, subject)
     try:
@@ -101,11 +92,7 @@ def from_tiktoken(content: bytes, pattern: str, subject: str) -> Tokenizer:
 
 
 def _parse_ranks(content: bytes, subject: str) -> dict[bytes, int]:
-    """Parse a vocabulary in tiktoken's format; return the ranks of tokens by their bytes, in the order of ranks.
-
-    Raises:
-        DataError: a line is not in the format, a token repeats, a byte has no token, or the ranks are not 0 to n - 1.
-    """
+    """Return the ranks of tokens by their bytes, in order; a malformed or incomplete vocabulary is a DataError."""
     fix = "use a whole file as tiktoken reads it: lines of base64, a space and a rank"
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines(), 1):

@@ -1,19 +1,17 @@
 """Training of a tokenizer on a sample of the sources, in the proportions in which the model's training reads them.
 
-    budgets      numbers of characters to sample. A domain's budget follows the mixture of the first phase that reads
-                 the domain, and is at most the domain's size. The budgets of its files are in proportion to their
-                 sizes. Sizes are those of the stored files; a compressed file counts as three times its size.
+    budgets      characters to sample. A domain's budget follows the mixture of the first phase that reads the domain,
+                 and is at most the domain's size. The budgets of its files are in proportion to their stored sizes; a
+                 compressed file counts as three times its size.
     files        a selection spread evenly over the domain: one file per MIN_FILE_CHARACTERS of the domain's budget.
-                 While the selected files have less than four times this budget of text, twice as many are selected.
-    documents    those with the smallest hashes in the first part of a file, which is READ_FACTOR times as long as the
-                 file's budget. The hash is not the one that selects held-out documents; otherwise the tokenizer would
-                 know held-out documents best.
+                 While they have less than four times this budget of text, twice as many are selected.
+    documents    those with the smallest hashes in the first part of a file, which is READ_FACTOR times as long as its
+                 budget. The hash is not the one that selects held-out documents; otherwise the tokenizer would know
+                 these best.
 
-The sample depends on names, sizes and texts alone. A file of up to READ_FACTOR times its budget is sampled from
-beginning to end. Neither memory nor reading grows with the corpus.
-
-Both kinds of tokenizer, BPE and Unigram, spell text in bytes and have all 256 of them, so that decoding restores any
-text exactly. The result depends on the files and settings alone.
+The sample depends on names, sizes and texts alone, and the result on files and settings. Neither memory nor reading
+grows with the corpus. Both kinds of tokenizer, BPE and Unigram, have all 256 bytes, so that decoding restores any text
+exactly.
 """
 
 import hashlib
@@ -37,7 +35,7 @@ READ_FACTOR = 64
 
 
 def sample_texts(files: list[RawFile], spec: DataSpec) -> Iterator[str]:
-    """Yield sampled texts for training a tokenizer: about `spec.train_mb` million characters, or all texts."""
+    """Yield sampled texts: about `spec.train_mb` million characters, or all texts."""
     # Images are not decoded here: sources are read as if they had texts alone.
     text_sources = {name: source for name, source in spec.sources.items() if "text" in source.sample_columns}
     text_files = [file for file in files if source_of(file.domain) in text_sources]
@@ -50,7 +48,7 @@ def sample_texts(files: list[RawFile], spec: DataSpec) -> Iterator[str]:
 
 
 def file_budgets(files: list[RawFile], spec: DataSpec) -> list[tuple[RawFile, int]]:
-    """Return the files to read for a tokenizer's training and the number of characters to sample of each."""
+    """Return the files to read for training and the number of characters to sample of each."""
     text_size = partial(_text_size, spec=spec)
     by_domain: dict[str, list[RawFile]] = defaultdict(list)
     for file in files:
@@ -74,15 +72,10 @@ def file_budgets(files: list[RawFile], spec: DataSpec) -> list[tuple[RawFile, in
 
 
 def domain_budgets(sizes: dict[str, int], spec: DataSpec) -> dict[str, int]:
-    """Return the number of characters to sample of each domain for a tokenizer's training.
+    """Return the number of characters to sample of each domain, given the `sizes` of the domains in characters.
 
-    Budgets add up to `spec.train_mb` million characters, or less if there is less text. They have the proportions of
-    the mixture.
-
-    Args:
-        sizes: number of characters of each domain.
-        spec: the data section with the mixture. A domain gets its share of the first phase of the mixture's schedule
-            that reads it.
+    Budgets add up to at most `spec.train_mb` million characters. A domain's share is that of the first phase of the
+    mixture's schedule that reads it.
     """
     names = sorted(sizes)
     domains = [OrderedDomain(name, source_of(name), 0) for name in names]
@@ -107,7 +100,6 @@ _PAIR_BYTES_PER_CHARACTER = 20
 
 
 def _text_size(file: RawFile, spec: DataSpec) -> int:
-    """Return the estimated number of characters of a file's text."""
     has_images = "image" in spec.sources[source_of(file.domain)].sample_columns
     if file.format == "webdataset" or (has_images and file.format != "coco"):
         return file.size // _PAIR_BYTES_PER_CHARACTER
@@ -115,10 +107,7 @@ def _text_size(file: RawFile, spec: DataSpec) -> int:
 
 
 def _sample_file(file: RawFile, spec: DataSpec, characters: int) -> Iterator[str]:
-    """Yield the documents with the smallest hashes in the first part of a file, `characters` characters of text in all.
-
-    The first part has about `READ_FACTOR` times as many characters. The last document is cut to fit.
-    """
+    """Yield the documents with the smallest hashes in a file's first part, the last one cut to `characters` in all."""
     # Hashes are negative in the heap, so that the document with the largest hash is removed first.
     heap: list[tuple[int, int, str]] = []
     heap_characters = read_characters = 0
@@ -143,13 +132,13 @@ def _sample_file(file: RawFile, spec: DataSpec, characters: int) -> Iterator[str
 MAX_PIECE_BYTES = 32
 """Largest number of bytes in a Unigram piece; a letter has up to 4 bytes."""
 MAX_WORD_BYTES = 1000
-"""Largest number of bytes that are processed together: text without a space or another break (a DNA sequence, Base64)
-is cut, since time grows with the square of a word's length."""
+"""Bytes that are processed together: text without a break (a DNA sequence, Base64) is cut, since time grows with the
+square of a word's length."""
 # SentencePiece writes a space as this character, which is not in the byte-level alphabet.
 _SPACE = "\u2581"
 _THREADS = 16
-"""Number of threads of SentencePiece, the same on every machine: it adds up the counts of the threads, so another
-number would change the last digits of the scores."""
+"""Threads of SentencePiece: it adds up the counts of the threads, so another number would change the last digits of
+scores."""
 
 
 def train_tokenizer(files: Iterable[RawFile], spec: DataSpec, vocab_size: int) -> Tokenizer:
@@ -199,10 +188,7 @@ def train_unigram(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _unigram_pieces(words: Counter[str], piece_count: int) -> list[tuple[str, float]]:
-    """Train a Unigram model on counted words; return at most `piece_count` pieces with their log probabilities.
-
-    Each letter of the words is one of the pieces.
-    """
+    """Return at most `piece_count` pieces of a Unigram model, with all letters, and their log probabilities."""
     # Serving does not need SentencePiece, so it is imported only here.
     import sentencepiece
 
@@ -237,10 +223,6 @@ def _unigram_pieces(words: Counter[str], piece_count: int) -> list[tuple[str, fl
 
 
 def _training_lines(words: Counter[str]) -> Iterator[str]:
-    """Yield the lines of SentencePiece's input, each a text and its count.
-
-    A word stands once before a space, and its other occurrences stand alone.
-    """
     # SentencePiece makes a piece only of text that occurs before two different characters. Each word therefore stands
     # once before a space, so that every word that occurs twice can become a piece. SentencePiece splits the word off
     # the space again.

@@ -1,4 +1,4 @@
-"""Properties of a vocabulary: the boundary tokens of documents, the number of tokens, and the bytes of each token."""
+"""Properties of a vocabulary: boundary tokens of documents, number of tokens, and bytes of each token."""
 
 import json
 import re
@@ -10,41 +10,35 @@ from tokenizers import Tokenizer
 END_OF_TEXT = "<|endoftext|>"
 BEGIN_TOKEN, END_TOKEN = "<s>", "</s>"
 UNKNOWN_WIDTH = -1
-"""Width in `token_widths` of a token that stands for an unknown number of bytes."""
+"""Width of a token that stands for an unknown number of bytes."""
 # `token_widths` encodes this text to find tokenizers that leave out spaces, punctuation or line breaks: their tokens of
 # the text have fewer bytes than the text.
 _PLAIN_TEXT = "It is a plain text, of words and spaces: 12 of them, (or more)\nin 2 lines."
 
 
 class Boundaries(NamedTuple):
-    """Token ids that mark the boundaries of a document."""
+    """Ids of the token that precedes each document, and of the tokens that each end one."""
 
     start: int
-    """Token that precedes each document."""
     ends: frozenset[int]
-    """Tokens that each end a document."""
 
 
 def unknown_token(tokenizer: Tokenizer) -> int | None:
-    """Return the id of the tokenizer's unknown token, or None if it has none."""
+    """Return the id of the tokenizer's unknown token, or None."""
     model = json.loads(tokenizer.to_str())["model"]
     unknown_entry = model.get("unk_token", model.get("unk_id"))
     return tokenizer.token_to_id(unknown_entry) if isinstance(unknown_entry, str) else unknown_entry
 
 
 def added_start_token(tokenizer: Tokenizer) -> int | None:
-    """Return the special token that the tokenizer's post-processor puts before a text; None if it adds none there."""
+    """Return the special token that the tokenizer's post-processor puts before a text, or None."""
     text_ids = tokenizer.encode(_PLAIN_TEXT, add_special_tokens=False).ids
     ids = tokenizer.encode(_PLAIN_TEXT).ids
     return ids[0] if text_ids and ids[1 : 1 + len(text_ids)] == text_ids else None
 
 
 def boundaries(tokenizer: Tokenizer) -> Boundaries:
-    """Return the tokens that start and end documents, as the table in `mhmoe_ray.data.tokenizer` defines them.
-
-    Raises:
-        ValueError: the tokenizer has no boundary tokens; `load_tokenizer` refuses such a tokenizer.
-    """
+    """Return the boundary tokens by the table in `mhmoe_ray.data.tokenizer`; raise ValueError if there are none."""
     boundary_tokens = find_boundaries(tokenizer)
     if boundary_tokens is None:
         raise ValueError(
@@ -54,7 +48,7 @@ def boundaries(tokenizer: Tokenizer) -> Boundaries:
 
 
 def find_boundaries(tokenizer: Tokenizer) -> Boundaries | None:
-    """Return the tokens that start and end documents, as `boundaries` does, or None if the tokenizer has none."""
+    """Return the boundary tokens, or None if the tokenizer has none."""
     end_of_text, begin, end = (tokenizer.token_to_id(token) for token in (END_OF_TEXT, BEGIN_TOKEN, END_TOKEN))
     start = added_start_token(tokenizer)
     if start is not None:
@@ -67,10 +61,7 @@ def find_boundaries(tokenizer: Tokenizer) -> Boundaries | None:
 
 
 def boundary_texts(tokenizer: Tokenizer) -> tuple[str, str]:
-    """Return the text of the token that starts a document, and the text of a token that ends one.
-
-    If the start token and another token both end documents, the second text is that of the other token: </s>, not <s>.
-    """
+    """Return the texts of a document's start token and of an end token, if possible another one: </s>, not <s>."""
     start, ends = boundaries(tokenizer)
     start_text, end_text = (tokenizer.id_to_token(token) for token in (start, max(ends - {start}, default=start)))
     assert start_text is not None
@@ -82,20 +73,16 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def token_count(tokenizer: Tokenizer) -> int:
-    """Return the number of token ids, which is one more than the largest id.
-
-    The ids may have gaps, so the result can exceed the number of entries.
-    """
+    """Return one more than the largest token id; ids may have gaps, so it can exceed the number of entries."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def token_widths(tokenizer: Tokenizer) -> np.ndarray:
     """Return the number of UTF-8 bytes of text that each token id stands for, int64.
 
-    The width is 0 for special tokens, and UNKNOWN_WIDTH for the unknown token, which stands for any text that no other
-    token represents. The widths of a document's tokens add up to its bytes, except for a space that some tokenizers add
-    before the first word, and for changes that a normalizer made. If a tokenizer leaves out parts of a text, such as
-    spaces, all widths are UNKNOWN_WIDTH.
+    The width is 0 for special tokens, and UNKNOWN_WIDTH for the unknown token. Widths add up to a document's bytes,
+    except for a space that some tokenizers add before the first word, and for changes by a normalizer. If a tokenizer
+    leaves out parts of a text, such as spaces, all widths are UNKNOWN_WIDTH.
     """
     content = json.loads(tokenizer.to_str())
     special_by_id = {token["id"]: token["special"] for token in content["added_tokens"]}
@@ -120,7 +107,6 @@ def token_widths(tokenizer: Tokenizer) -> np.ndarray:
 
 
 def _text_width(token: str, is_byte_level: bool) -> int:
-    """Return the number of bytes of text that a token's written form stands for."""
     if is_byte_level:
         # Each character of a byte-level token stands for one byte.
         return len(token)

@@ -17,8 +17,8 @@ _cuda_event: Callable[..., torch.cuda.Event] = torch.cuda.Event
 
 
 GPU_WAITS_PER_SAMPLE = 17
-"""One of this many waits of a GPU is measured, because each measurement takes two CUDA events. The number is a prime,
-so that each of the exchanges of a layer is measured in turn."""
+"""One of this many waits of a GPU is measured, because a measurement takes two CUDA events. By a prime number, each of
+the exchanges of a layer is measured in turn."""
 
 
 class WaitTimer:
@@ -27,12 +27,11 @@ class WaitTimer:
     def __init__(self) -> None:
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._gpu_waits = 0
-        """Number of waits of the GPU since the last call of `pop_seconds`."""
+        self._gpu_waits = 0  # since the last call of `pop_seconds`
 
     @contextmanager
     def measure(self, device: torch.device) -> Iterator[None]:
-        """Return a context manager that measures how long `device` spends in it, and adds this time to the timer."""
+        """Return a context manager that adds the time that `device` spends in it to the timer."""
         # The host runs ahead while a GPU waits, so its clock does not see the wait. Events on the GPU's stream measure
         # the time instead.
         if device.type == "cuda":
@@ -51,11 +50,8 @@ class WaitTimer:
             self._seconds += time.perf_counter() - start_time
 
     def pop_seconds(self) -> float:
-        """Return the seconds of all waits since the last call, and start from 0 again.
-
-        On a GPU the seconds are an estimate from the waits that were measured, and this method blocks until these are
-        over.
-        """
+        """Return the seconds of all waits since the last call, and start from 0 again. On a GPU they are an estimate
+        from the waits that were measured, and this method blocks until these are over."""
         # The host waits for the GPU only here, and not in every exchange.
         sampled_seconds = 0.0
         for start_event, end_event in self._events:
@@ -74,26 +70,17 @@ T = TypeVar("T")
 class SentBytes(NamedTuple):
     """Numbers of bytes that this rank sent to other ranks."""
 
-    rows: int = 0
-    """Bytes of rows, of outputs, and of the gradients of both, including gates and expert numbers sent with rows."""
-    counts: int = 0
-    """Bytes of the counts that ranks exchange before their rows."""
-    between_nodes: int = 0
-    """Bytes of `rows` that were sent to other nodes."""
+    rows: int = 0  # rows, outputs, and gradients of both, including gates and expert numbers
+    counts: int = 0  # counts that ranks exchange before their rows
+    between_nodes: int = 0  # bytes of `rows` that were sent to other nodes
 
     def plus(self, other_bytes: "SentBytes") -> "SentBytes":
         return SentBytes(*(a + b for a, b in zip(self, other_bytes, strict=True)))
 
 
 def flat_row_bytes(count_LE: Tensor, expert_ids: range, row_bytes: int, passes: int = 2) -> int:
-    """Return the bytes of rows that flat dispatch sends between ranks for this rank's tokens, there and back.
-
-    Args:
-        count_LE: number of kept routes of this rank's tokens to each expert of each layer.
-        expert_ids: global ids of the experts that this rank holds.
-        row_bytes: bytes of one row in an exchange.
-        passes: number of passes in a step: one forward and one backward, and another forward if blocks are recomputed.
-    """
+    """Return the bytes that flat dispatch sends between ranks for the kept routes of this rank's tokens, there and
+    back. A step has two passes, forward and backward, and a third one if blocks are recomputed."""
     remote_routes = count_LE.sum() - count_LE[:, expert_ids.start : expert_ids.stop].sum()
     # Each route to another rank is a row of its own, which is sent there and back.
     return passes * 2 * int(remote_routes) * row_bytes
@@ -102,15 +89,13 @@ def flat_row_bytes(count_LE: Tensor, expert_ids: range, row_bytes: int, passes: 
 class PendingExchange(NamedTuple):
     """Asynchronous all-to-all that has started."""
 
-    work: Any
-    """Handle of the asynchronous all-to-all; None if there are no other ranks."""
-    rows: Tensor
-    """Rows that are being sent. The reference keeps torch from giving their memory to another tensor."""
+    work: Any  # None if there are no other ranks
+    rows: Tensor  # being sent; the reference keeps torch from giving their memory to another tensor
     output: Tensor
     wait_timer: WaitTimer
 
     def wait(self) -> Tensor:
-        """Wait until the all-to-all is complete, measure the wait with the timer, and return the received rows."""
+        """Wait until the all-to-all is complete, measure the wait, and return the received rows."""
         if self.work:
             with self.wait_timer.measure(self.output.device):
                 self.work.wait()
@@ -121,12 +106,8 @@ class Exchange:
     """All-to-all exchanges of this rank with the other ranks of a group, with counts of bytes and of waiting time."""
 
     def __init__(self, group: dist.ProcessGroup, nodes: Sequence[object] | None = None) -> None:
-        """Prepare exchanges within a process group.
-
-        Args:
-            group: process group of this rank.
-            nodes: identifier of each rank's node, of any type; by default all ranks are on one node.
-        """
+        """Prepare exchanges in a group; `nodes` identifies each rank's node, and by default all ranks are on one
+        node."""
         self._group, self.ranks, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
         nodes = nodes or [None] * self.ranks
         self._remote_flags = [node_name != nodes[self.rank] for node_name in self.exclude_own(nodes)]
@@ -134,11 +115,7 @@ class Exchange:
         self._wait_timer = WaitTimer()
 
     def exclude_own(self, values: Sequence[T]) -> list[T]:
-        """Return the values of the other ranks, without this rank's own.
-
-        Args:
-            values: one value for each rank of the group.
-        """
+        """Return the values of the other ranks, given one value for each rank of the group."""
         return [*values[: self.rank], *values[self.rank + 1 :]]
 
     def pop_sent_bytes(self) -> SentBytes:
@@ -151,30 +128,22 @@ class Exchange:
         return self._wait_timer.pop_seconds()
 
     def start_counts(self, count_JX: Tensor) -> PendingExchange:
-        """Start an all-to-all of row counts, in which the j-th other rank receives count_JX[j].
-
-        The result of the exchange has the counts from the j-th other rank at index j.
-        """
+        """Start an all-to-all of row counts: the j-th other rank receives count_JX[j], and its counts arrive at index
+        j."""
         self._sent_bytes = self._sent_bytes.plus(SentBytes(counts=count_JX.nbytes))
         split_sizes = [1] * len(self._remote_flags)
         return self._start_all_to_all(count_JX, torch.empty_like(count_JX), split_sizes, split_sizes)
 
     def start_rows(self, rows: Tensor, output: Tensor, out_J: list[int], in_J: list[int]) -> PendingExchange:
-        """Start an all-to-all of rows, in which the j-th other rank receives the next out_J[j] of `rows`.
-
-        Args:
-            rows: rows to send, in the order of the other ranks.
-            output: tensor for the received rows, in the order of the other ranks.
-            out_J: number of rows for each other rank.
-            in_J: number of rows from each other rank.
-        """
+        """Start an all-to-all of rows, in which the j-th other rank receives the next out_J[j] of `rows`. Its in_J[j]
+        rows arrive in `output`, in the order of ranks."""
         remote_count = sum(count for count, is_remote in zip(out_J, self._remote_flags, strict=True) if is_remote)
         remote_bytes = remote_count * rows.shape[1] * rows.itemsize
         self._sent_bytes = self._sent_bytes.plus(SentBytes(rows=rows.nbytes, between_nodes=remote_bytes))
         return self._start_all_to_all(rows, output, out_J, in_J)
 
     def _start_all_to_all(self, rows: Tensor, output: Tensor, out_J: list[int], in_J: list[int]) -> PendingExchange:
-        """Start an all-to-all of rows or counts, with the arguments of `start_rows`, without counting its bytes."""
+        """Start an all-to-all like `start_rows`, without counting its bytes."""
         if self.ranks == 1:
             return PendingExchange(None, rows, output, self._wait_timer)
         rank = self.rank

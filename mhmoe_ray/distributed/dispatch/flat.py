@@ -32,18 +32,12 @@ from mhmoe_ray.model.router import Routing
 
 
 class FlatDispatch:
-    """Flat dispatch, a `model.feedforward.Dispatch`: each route's row goes directly to the rank that holds its expert.
-
-    Rank p of the process group holds experts p * E/P .. (p + 1) * E/P - 1.
-    """
+    """Flat dispatch, a `model.feedforward.Dispatch`. Rank p of the process group holds experts p * E/P .. (p + 1) * E/P
+    - 1."""
 
     def __init__(self, group: dist.ProcessGroup, nodes: Sequence[object] | None = None) -> None:
-        """Prepare dispatch within an expert-parallel group.
-
-        Args:
-            group: expert-parallel process group of this rank.
-            nodes: identifier of each rank's node, of any type; by default all ranks are on one node.
-        """
+        """Prepare dispatch in a group; `nodes` identifies each rank's node, and by default all ranks are on one
+        node."""
         self._exchange = Exchange(group, nodes)
         self.ranks, self.pop_sent_bytes = self._exchange.ranks, self._exchange.pop_sent_bytes
         self.pop_wait_seconds = self._exchange.pop_wait_seconds
@@ -65,18 +59,11 @@ class FlatDispatch:
         shared: SharedExpert | None = None,
         routes: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Send rows to the ranks of their experts, and return each row's sum of expert outputs, weighted by gates.
+        """Send rows to their experts' ranks; return each row's weighted sum of outputs, and the shared output if any.
 
-        The second result is the output of the shared expert; None without one.
-
-        Args:
-            x_ND: rows, in the dtype of the weights.
-            expert_NK: numbers of the K experts of each row, int64, in 0..E-1 of the group's experts.
-            gate_NK: gates of the routes; 0 for a route that was dropped.
-            kernel: name of the kernel that runs the experts.
-            weights: weights of the experts that this rank holds.
-            shared: shared expert, to be computed while rows travel.
-            routes: number of routes that were not dropped. If this number is given, dropped routes take no memory.
+        Rows are in the dtype of the weights. `expert_NK` counts the group's experts, 0..E-1; a gate of 0 marks a
+        dropped route. With `routes`, the number of routes that were not dropped, dropped routes take no memory. The
+        shared expert is computed while rows travel.
         """
         local_experts = len(weights.stacked[0])
         plan = plan_routes(self._sort_labels(expert_NK, gate_NK, local_experts), local_experts * self.ranks)
@@ -96,11 +83,7 @@ class FlatDispatch:
         return combine(out_RD, gate_NK, plan), y_BTM
 
     def _sort_labels(self, expert_NK: Tensor, gate_NK: Tensor, n_local: int) -> Tensor:
-        """Return a number for each route, by which routes are sorted.
-
-        Routes to this rank's experts come first. Routes to other experts follow in the order of experts, and dropped
-        routes are last.
-        """
+        """Return each route's sort key: own experts first, then other experts in order, and dropped routes last."""
         id_E, start = torch.arange(n_local * self.ranks, device=expert_NK.device), self._exchange.rank * n_local
         label_E = torch.cat([id_E[n_local : n_local + start], id_E[:n_local], id_E[n_local + start :]])
         return label_E[expert_NK].masked_fill(gate_NK == 0, len(id_E))
@@ -110,12 +93,9 @@ class _RoundTrip(NamedTuple):
     """Round trip of sorted rows, or of gradients in the backward, to the experts of all ranks and back."""
 
     start_exchange: Callable[[Tensor, Tensor, list[int], list[int]], PendingExchange]
-    own_X: list[int]
-    """Number of this rank's rows for each of its own experts."""
-    out_JX: list[list[int]]
-    """Number of this rank's rows for each expert of each other rank."""
-    in_JX: list[list[int]]
-    """Number of rows from each other rank for each expert of this rank."""
+    own_X: list[int]  # this rank's rows for each of its own experts
+    out_JX: list[list[int]]  # this rank's rows for each expert of each other rank
+    in_JX: list[list[int]]  # rows from each other rank for each expert of this rank
 
     def __call__(
         self,
@@ -124,16 +104,9 @@ class _RoundTrip(NamedTuple):
         compute_received: Callable[[Tensor], Tensor],
         compute_meanwhile: Callable[[], None],
     ) -> Tensor:
-        """Send rows to the ranks of their experts, compute, and return the R results in the order of x_RD.
-
-        The results of dropped routes are 0.
-
-        Args:
-            x_RD: sorted rows or, in the backward, gradients of outputs.
-            compute_own: function that applies this rank's experts to its own rows, sorted by expert.
-            compute_received: function that applies this rank's experts to the received rows, sorted by expert.
-            compute_meanwhile: function that is called while results travel back.
-        """
+        """Send sorted rows (in the backward, gradients), compute, and return the R results in the same order; those of
+        dropped routes are 0. Functions get rows sorted by expert. `compute_meanwhile` runs while results travel
+        back."""
         out_J, in_J = [sum(count_X) for count_X in self.out_JX], [sum(count_X) for count_X in self.in_JX]
         own_rows = sum(self.own_X)
         end = own_rows + sum(out_J)
@@ -152,14 +125,8 @@ class _RoundTrip(NamedTuple):
 
 
 def _transpose_blocks(rows: Tensor, counts_AB: Sequence[Sequence[int]]) -> Tensor:
-    """Reorder rows that are sorted by A and then by B, so that they are sorted by B and then by A.
-
-    A and B are the rank and the expert of a row, or its expert and its rank.
-
-    Args:
-        rows: the rows; those with the same A and the same B form a block.
-        counts_AB: number of rows of each block.
-    """
+    """Reorder rows that are sorted by A and then by B, in blocks of `counts_AB` rows, by B and then by A. A and B are
+    the rank and the expert of a row, or its expert and its rank."""
     # The copy makes the rows of each expert contiguous. It takes at most a few per cent of the experts' time. The
     # alternative, a matrix product for each rank's block, was slower at any number of ranks.
     if len(counts_AB) < 2 or len(counts_AB[0]) < 2:
@@ -172,10 +139,8 @@ def _transpose_blocks(rows: Tensor, counts_AB: Sequence[Sequence[int]]) -> Tenso
 def _run_experts(
     x_RD: Tensor, round_trip: _RoundTrip, kernel: str, weights: ExpertWeights, shared: SharedExpert | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the expert's output for each sorted row, and the output of the shared expert (None without one).
-
-    Outputs of dropped routes are 0. Both results are differentiable.
-    """
+    """Return the expert's output for each sorted row, 0 for dropped routes, and that of the shared expert, if there is
+    one."""
     stacked, weights = weights.stacked, weights._replace(stacked=())
     shared_function, shared_tensors = shared_arguments(shared)
     # `torch.is_grad_enabled()` is called here, because gradients are always disabled inside an autograd function.
@@ -188,23 +153,12 @@ class _Settings(NamedTuple):
     """Arguments of `_ExpertsFunction` that are not tensors."""
 
     kernel: str
-    weights: ExpertWeights
-    """Function and options of the experts. The weight tensors are left out, because autograd needs them as arguments of
-    `_ExpertsFunction`."""
+    weights: ExpertWeights  # function and options; autograd needs the tensors as arguments of `_ExpertsFunction`
     weight_count: int
-    """Number of the experts' weight tensors."""
     shared_function: Function | None
-    """Function of the shared expert, if there is one."""
-    differentiable: bool
-    """Whether there will be a backward."""
+    differentiable: bool  # whether there will be a backward
 
     def expert_pass(self, counts: list[int], stacked: Sequence[Tensor]) -> InnerPass:
-        """Return the pass (forward and backward) of rows through this rank's experts.
-
-        Args:
-            counts: number of rows of each expert.
-            stacked: weight tensors of the experts.
-        """
         kernel, weights = self.kernel, self.weights
 
         def run(x: Tensor, *stacked: Tensor) -> Tensor:

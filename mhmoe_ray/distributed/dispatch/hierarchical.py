@@ -1,10 +1,10 @@
 """Hierarchical dispatch: a row (sub-token) crosses the slow links between nodes once for each node with its experts.
 
-An expert-parallel group has G nodes of P ranks each. Its ranks are in the order of nodes, so that a node holds a range
-of experts. A rank's rail is the set of ranks at its position on every node. Along the rail, a row is sent once to each
-other node that has an expert for it, with its gates and the numbers of its experts. The receiving rank dispatches it
-flat within its node, to that node's experts only, together with the rank's own rows. One sum of weighted outputs is
-sent back for each received row, and the sender adds it to its own sum.
+An expert-parallel group has G nodes of P ranks each, in the order of nodes, so that a node holds a range of experts. A
+rank's rail is the set of ranks at its position on every node. Along the rail, a row is sent once to each other node
+that has an expert for it, with its gates and expert numbers. The receiving rank dispatches it flat within its node, to
+that node's experts only, together with its own rows. One sum of weighted outputs is sent back for each received row,
+and the sender adds it to its own sum.
 
     forward     counts | rows, gates along the rail | own and received rows, flat | sums back, added
     backward             gradients of sums out      | the same                    | gradients of rows and gates back
@@ -12,11 +12,11 @@ sent back for each received row, and the sender adds it to its own sum.
 A shared expert is computed while rows, and in the backward their gradients, travel along the rail.
 
 A row with two experts on another node therefore crosses once each way instead of twice, but it may be sent on to a
-neighbour there. A sum in bfloat16 is rounded once more than in flat dispatch. The host waits for the device twice
+neighbour there. A sum in bfloat16 is rounded once more than in flat dispatch, and the host waits for the device twice
 instead of once. Traffic between nodes does not shrink if each route is a row of its own, as under dropout
 (`model/moe.py`).
 
-The two stages are those of the hierarchical all-to-all of DeepSpeed-MoE (arXiv 2201.05596). In DeepSeek-V3 (arXiv
+The two stages are those of DeepSpeed-MoE's hierarchical all-to-all (arXiv 2201.05596). In DeepSeek-V3 (arXiv
 2412.19437, section 3.2.2) a row also crosses once per node, but the number of nodes is limited.
 """
 
@@ -40,10 +40,9 @@ from mhmoe_ray.model.router import Routing
 class RowCounts(NamedTuple):
     """Numbers of rows at the source or at the target of an exchange."""
 
-    count_J: list[int]
-    """Number of rows that are sent to, or received from, each other rank."""
+    count_J: list[int]  # rows sent to, or received from, each other rank
     rows: int
-    """Number of all rows of a tensor. Rows after the exchanged ones are not sent at the source, and are 0 at the
+    """Number of all rows of a tensor; those after the exchanged ones are not sent at the source, and are 0 at the
     target."""
 
 
@@ -54,17 +53,10 @@ def exchange_rows(
     tensors: Sequence[Tensor],
     shared: SharedExpert | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Exchange rows of several tensors with other ranks, and return received rows, one tensor for each of `tensors`.
+    """Exchange rows of two-dimensional tensors, and return the received rows of each, and the shared output if any.
 
-    The second result is the output of the shared expert; None without one. In the backward, gradients are exchanged in
-    the opposite direction.
-
-    Args:
-        exchange: exchange with the other ranks.
-        source_counts: numbers of rows of every tensor before the exchange.
-        target_counts: numbers of rows of every tensor after the exchange.
-        tensors: two-dimensional tensors of any dtype and width, with the same number of rows.
-        shared: shared expert, to be computed while rows travel.
+    The tensors may have any dtype and width, but must have equally many rows. The shared expert is computed while rows
+    travel. In the backward, gradients are exchanged in the opposite direction.
     """
     shared_function, shared_tensors = shared_arguments(shared)
     # `torch.is_grad_enabled()` is called here, because gradients are always disabled inside an autograd function.
@@ -82,10 +74,7 @@ def _exchange_tensors(
     tensors: list[Tensor],
     compute_meanwhile: Callable[[], None],
 ) -> list[Tensor]:
-    """Exchange rows of several tensors as `exchange_rows` does, but without autograd.
-
-    `compute_meanwhile` is called while rows travel.
-    """
+    """Exchange rows like `exchange_rows`, but without autograd; `compute_meanwhile` is called while rows travel."""
     sent_rows, received_rows = sum(source_counts.count_J), sum(target_counts.count_J)
     # The rows of all tensors are joined byte by byte into one tensor, so that there is one exchange instead of several.
     rows = torch.cat([t[:sent_rows].contiguous().view(torch.uint8) for t in tensors], 1)
@@ -151,19 +140,12 @@ _apply_exchange: Callable[..., tuple[Tensor, ...]] = _ExchangeRows.apply
 
 
 class HierarchicalDispatch:
-    """Hierarchical dispatch of rows (sub-tokens), a `model.feedforward.Dispatch`.
-
-    A row goes once to each node that has experts for it, and from there to the ranks of that node. The expert-parallel
-    group has G nodes with P ranks each. The p-th rank on node g holds the (g * P + p)-th share of the experts.
-    """
+    """Hierarchical dispatch, a `model.feedforward.Dispatch`, in a group of G nodes with P ranks each. The p-th rank on
+    node g holds the (g * P + p)-th share of the experts."""
 
     def __init__(self, node: dist.ProcessGroup, rail: dist.ProcessGroup) -> None:
-        """Prepare flat dispatch within the node and exchanges along the rail.
-
-        Args:
-            node: process group of the ranks of this rank's node, in the order of their shares of the experts.
-            rail: process group of the ranks at this rank's position on each node, in the order of nodes.
-        """
+        """Prepare dispatch in the node, whose ranks are in the order of their experts, and along the rail, in the order
+        of nodes."""
         self._flat = FlatDispatch(node)
         self._rail = Exchange(rail, nodes=range(dist.get_world_size(rail)))
 

@@ -1,8 +1,5 @@
-"""Computation inside an autograd function, forward and backward, with an autograd graph of its own.
-
-The autograd function of a dispatch contains several such passes, so that it can choose their order even in the
-backward.
-"""
+"""Computation inside an autograd function, forward and backward, with an autograd graph of its own. The autograd
+function of a dispatch contains several such passes, so that it can choose their order even in the backward."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -16,27 +13,19 @@ from mhmoe_ray.model.feedforward import SharedExpert
 
 
 class InnerPass:
-    """Forward and backward of a function of rows and weights, inside an outer autograd function.
+    """Forward and backward of a function (x, *weights) -> y, inside an outer autograd function.
 
     The graph of the pass does not hold the tensors that its backward needs. The outer function saves them instead, so
     that activation checkpointing of a block can free them after the forward and compute them again.
     """
 
     def __init__(self, function: Callable[..., Tensor], weights: Iterable[Tensor], differentiable: bool) -> None:
-        """Prepare a pass.
-
-        Args:
-            function: function (x, *weights) -> y.
-            weights: weights of the function.
-            differentiable: whether there will be a backward.
-        """
         self._function, self._weights, self._differentiable = function, tuple(weights), differentiable
         # The graph's hooks refer to this list and not to this object. The object holds the graph, so together they
         # would be a cycle through C++, which Python cannot collect.
         self._saved_tensors: list[Tensor] = []
         self.saved_count = 0
-        self.dweights: tuple[Tensor, ...] = ()
-        """Gradients of the weights, after the backward."""
+        self.dweights: tuple[Tensor, ...] = ()  # gradients of the weights, after the backward
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the function to rows, and return the result. If there will be a backward, record the graph."""
@@ -71,7 +60,7 @@ class InnerPass:
         self._saved_tensors.extend(saved_tensors)
 
     def backward(self, dy: Tensor) -> Tensor:
-        """Return the gradient of the rows, given that of the result. The saved tensors must have been restored."""
+        """Return the gradient of the rows, given that of the result, after `restore_saved`."""
         dx, *dweights = torch.autograd.grad(self._edge, self._input_edges, dy)
         self.dweights = tuple(dweights)
         self._saved_tensors.clear()
@@ -79,10 +68,8 @@ class InnerPass:
 
 
 def shared_arguments(shared: SharedExpert | None) -> tuple[Function | None, tuple[Tensor, ...]]:
-    """Return the function of a shared expert, and its arguments: the tokens and the weights, cast as autocast would.
-
-    Without a shared expert, the result is (None, ()).
-    """
+    """Return the function of a shared expert, and its tokens and weights, cast as autocast would; (None, ()) without
+    one."""
     return (None, ()) if shared is None else (shared.layer.function, shared.layer.cast(shared.x_BTM))
 
 
@@ -90,17 +77,9 @@ class SharedPass:
     """Pass of tokens through the shared expert of a layer, if there is one."""
 
     def __init__(self, function: Function | None, tensors: Sequence[Tensor], differentiable: bool) -> None:
-        """Prepare the pass.
-
-        Args:
-            function: function of the shared expert; None if there is none.
-            tensors: the tokens, and the weights of the function.
-            differentiable: whether there will be a backward.
-        """
         self._inputs = list(tensors[:1])
         self.passes = [] if function is None else [InnerPass(function, tensors[1:], differentiable)]
-        self.gradients: list[Tensor] = []
-        """Gradients of the tokens and weights, after the backward."""
+        self.gradients: list[Tensor] = []  # of the tokens and weights, after the backward
 
     def forward(self) -> list[Tensor]:
         """Return a list with the output of the shared expert; an empty list if there is no shared expert."""
@@ -127,10 +106,8 @@ def restore_saved(passes: Iterable[InnerPass], saved_tensors: list[Tensor]) -> N
 
 
 class _StartGraph(torch.autograd.Function):
-    """Autograd function that starts a graph whose inputs are not leaves.
-
-    An input that is a leaf would stay in memory as long as the graph.
-    """
+    """Autograd function that starts a graph whose inputs are not leaves; a leaf would stay in memory as long as the
+    graph."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,7 +1,5 @@
-"""DDP: every rank holds all parameters except other ranks' experts, and gradients are averaged in the last backward.
-
-The last backward is that of the last micro-batch of a step. This module also has the base class of all strategies.
-"""
+"""DDP: every rank holds all parameters except other ranks' experts, and a step's last backward averages gradients. This
+module also has the base class of all strategies."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -22,8 +20,8 @@ from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.spec import RunSpec
 
 FillModel = Callable[[Trunk], None]
-"""Function that allocates the memory of a model on the meta device and fills it with weights. For a DTensor, it does so
-only for this rank's shard."""
+"""Function that allocates a model on the meta device and fills it with weights; of a DTensor, only this rank's
+shard."""
 
 _ignore_parameters: Callable[[nn.Module, list[str]], None]
 _ignore_parameters = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
@@ -32,15 +30,14 @@ _ignore_parameters = DistributedDataParallel._set_params_and_buffers_to_ignore_f
 class Strategy:
     """The DDP strategy, and the base class of the others.
 
-    A strategy holds the model and its optimizer. It reduces gradients over ranks, updates the weights, and gives
+    A strategy holds the model and its optimizer, reduces gradients over ranks, updates the weights, and gives
     checkpoints the tensors to save or to fill.
     """
 
-    holds_whole_weights = True
-    """True if a rank holds all weights, except other ranks' experts, in full and not as shards."""
+    holds_whole_weights = True  # True if weights, except other ranks' experts, are no shards
     gathers_state = False
-    """True if `checkpoint_tensors` gathers tensors from shards. Otherwise the tensors are views of weights and moments,
-    which change only in `apply_update`."""
+    """True if `checkpoint_tensors` gathers from shards; else its views of weights and moments change only in
+    `apply_update`."""
 
     def __init__(self, model: Trunk, mesh: Mesh, spec: RunSpec, fill: FillModel) -> None:
         """Allocate and fill the model's weights, wrap the model for its strategy, and build the optimizer.
@@ -52,8 +49,7 @@ class Strategy:
             fill: function that allocates and fills the model's weights; it is called once.
         """
         self.model, self.mesh, self.spec = model, mesh, spec
-        self.module: nn.Module = self._wrap_model(fill)
-        """Module to call instead of the model for each forward pass that a backward follows."""
+        self.module: nn.Module = self._wrap_model(fill)  # called in place of the model if a backward follows
         self._expert_reduction = ExpertReduction(model, mesh)
         self.optimizer = build_optimizer(model, spec.train, spec.seed, self._value_positions())
 
@@ -70,7 +66,6 @@ class Strategy:
         return DTYPES[self.spec.train.moment_precision]
 
     def _value_positions(self) -> dict[nn.Parameter, ValuePosition]:
-        """Return, for each parameter, the position in the full tensor of the values that this rank holds."""
         parameters = dict(self.model.named_parameters())
         positions = {}
         for name, tensor in self._to_global({name: p.detach() for name, p in parameters.items()}).items():
@@ -81,12 +76,8 @@ class Strategy:
         return positions
 
     def micro_batch_context(self, is_last: bool) -> AbstractContextManager[None]:
-        """Return the context in which forward and backward of a micro-batch must run.
-
-        Args:
-            is_last: whether this is this rank's last micro-batch of the step. DDP and FSDP reduce gradients over ranks
-                only in its backward.
-        """
+        """Return the context of a micro-batch's forward and backward. If this is the rank's last one of the step, DDP
+        and FSDP reduce gradients over ranks in its backward."""
         self._expert_reduction.is_last_backward = is_last
         if isinstance(self.module, DistributedDataParallel) and not is_last:
             return self.module.no_sync()
@@ -98,11 +89,7 @@ class Strategy:
         return [m for m in layers if not any(map(is_dtensor, m.parameters()))]
 
     def backward(self, objective: Tensor) -> None:
-        """Run the backward of a micro-batch, which adds to the gradients of this rank.
-
-        Args:
-            objective: loss to minimize, a scalar.
-        """
+        """Run the backward of a micro-batch from its loss, a scalar, which adds to the gradients of this rank."""
         torch.autograd.backward(objective)
 
     def finish_reduction(self) -> None:
@@ -110,11 +97,8 @@ class Strategy:
         self._expert_reduction.finish()
 
     def apply_update(self, lr: float) -> float:
-        """Clip gradients by their global norm and update the weights; return the norm before clipping.
-
-        The norm is the same on every rank. If it is not finite, the gradients are discarded and the weights stay the
-        same.
-        """
+        """Clip gradients by their global norm and update the weights; return the norm before clipping, equal on every
+        rank. If it is not finite, the gradients are discarded and the weights stay the same."""
         norm = clip_gradients(self.model, self.mesh, self.spec.train.clip_norm)
         if math.isfinite(norm):
             set_learning_rate(self.optimizer, lr)
@@ -123,17 +107,13 @@ class Strategy:
         return norm
 
     def checkpoint_weights(self) -> dict[str, Tensor]:
-        """Return the weights for a checkpoint by name, with global shapes: experts and sharded tensors are DTensors.
-
-        The tensors are views, so that filling them loads the model, unless `gathers_state` is True.
-        """
+        """Return the weights by name, with global shapes: experts and sharded tensors are DTensors. Unless
+        `gathers_state` is True, they are views, so that filling them loads the model."""
         return self._to_global(self.model.named_tensors())
 
     def checkpoint_moments(self) -> dict[str, Tensor]:
-        """Return AdamW's two moments for a checkpoint, by the names "exp_avg.NAME" and "exp_avg_sq.NAME".
-
-        They are views like those of `checkpoint_weights`. Moments that do not exist yet are created.
-        """
+        """Return AdamW's two moments as "exp_avg.NAME" and "exp_avg_sq.NAME", in views like those of
+        `checkpoint_weights`. Moments that do not exist yet are created."""
         # The optimizer has no moments before its first update. A checkpoint may be saved earlier, if the updates of the
         # first steps were skipped.
         if not self.optimizer.state:
@@ -146,19 +126,15 @@ class Strategy:
         return moments
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield all tensors to save in a checkpoint as (section, name, tensor), in the same order on all ranks.
-
-        The section of the checkpoint is "weights" or "optim". This is a collective operation.
-        """
+        """Yield all tensors to save as ("weights" or "optim", name, tensor), in the same order on all ranks. This is a
+        collective operation."""
         yield from (("weights", name, t) for name, t in self.checkpoint_weights().items())
         yield from (("optim", name, t) for name, t in self.checkpoint_moments().items())
         yield from (("optim", name, t) for name, t in self.model.training_buffers().items())
 
     def start_at_step(self, step: int) -> None:
-        """Give the optimizer the state that it has after `step` updates, but with moments of zero.
-
-        Loading a checkpoint fills the moments afterwards.
-        """
+        """Give the optimizer its state after `step` updates, but with moments of zero, which loading a checkpoint
+        fills."""
         step_device = "cpu" if isinstance(self.optimizer, RoundedAdamW) else None
         for parameter in self.model.parameters():
             self.optimizer.state[parameter] = {
@@ -167,10 +143,7 @@ class Strategy:
             }
 
     def finish_loading(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-        """Finish loading a checkpoint, after it was read into `checkpoint_weights` and `checkpoint_moments`.
-
-        The base class does nothing, because those tensors are views of the model and the optimizer.
-        """
+        """Finish loading a checkpoint into `checkpoint_weights` and `checkpoint_moments`; views need nothing more."""
 
     def _to_global(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors by name, with those of experts as DTensors of their global shape, without copies."""

@@ -51,8 +51,7 @@ class FsdpStrategy(Strategy):
             block_unit = fully_shard(block, mesh=shard_mesh, ignored_params=ignored_parameters, mp_policy=self._policy)
             units += [block_unit, *float32_units, *expert_units]
         units += self._shard_in_float32(self.model.final_norms())
-        self._units = units
-        """One module for each group of parameters that FSDP2 gathers together, in the order of the forward."""
+        self._units = units  # one module per group of parameters that is gathered together, in the order of the forward
         self._prefetch_in_forward(True)
         # Detectors and the norms of stems compute in float32, and are not called as modules, so FSDP2 cannot gather
         # them as groups of their own. They belong to the root's group, which is float32 for vision models.
@@ -72,10 +71,7 @@ class FsdpStrategy(Strategy):
         return self.model
 
     def _prefetch_in_forward(self, enabled: bool) -> None:
-        """Set whether the forward of each unit (parameters that are gathered together) also gathers the next unit.
-
-        In the backward, FSDP2 gathers the next unit by itself.
-        """
+        """Set whether a unit's forward also gathers the next unit. In the backward, FSDP2 does this by itself."""
         for unit, next_unit in pairwise(self._units):
             unit.set_modules_to_forward_prefetch([next_unit] if enabled else [])
 
@@ -90,29 +86,21 @@ class FsdpStrategy(Strategy):
 
     @property
     def _policy(self) -> MixedPrecisionPolicy:
-        """Precisions in which weights are gathered and gradients are summed, as the spec sets them."""
         return MixedPrecisionPolicy(self._gather_dtype, self._reduce_dtype, cast_forward_inputs=False)
 
     @property
     def _float32_policy(self) -> MixedPrecisionPolicy:
-        """Precisions for modules that compute in float32, whose weights are gathered in float32."""
         return MixedPrecisionPolicy(torch.float32, self._reduce_dtype, cast_forward_inputs=False)
 
     def _shard_in_float32(self, modules: list[nn.Module]) -> list[FSDPModule]:
-        """Shard modules that compute in float32 as one group, if all others are gathered in bfloat16.
-
-        Return a list with the first module of the group. If all weights are gathered in float32, these modules need no
-        group of their own, and the list is empty.
-        """
+        """Shard modules that compute in float32 as one group, and return its first module. If all weights are gathered
+        in float32, they need no such group, and the list is empty."""
         if self._gather_dtype == torch.float32:
             return []
         return fully_shard(modules, mesh=self.mesh.shard_mesh, mp_policy=self._float32_policy)[:1]
 
     def _shard_experts(self, module: Experts) -> FSDPModule:
-        """Shard this rank's experts of a layer over the ranks that hold the same experts, and return the module.
-
-        The module's parameters become DTensors over `Mesh.expert_mesh`.
-        """
+        """Shard a layer's experts over the ranks that hold the same ones, as DTensors over `Mesh.expert_mesh`."""
         mesh = self.mesh.expert_mesh
         assert mesh is not None
         for name, parameter in list(module.named_parameters()):

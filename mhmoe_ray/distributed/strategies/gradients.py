@@ -15,33 +15,22 @@ class ExpertReduction:
     """Reduction of the gradients of experts that FSDP does not shard.
 
     They are summed over the ranks that hold the same experts, and divided by the number of all ranks. A rank's experts
-    compute on rows of all ep ranks of their group, so their gradients already are sums over these ranks.
-
-    The experts' gradients of one layer form a bucket. In the last backward of a step, the all-reduce of a bucket starts
-    as soon as its gradients are complete, and runs beside the backward of lower layers. Buckets start in the same order
-    on all ranks, from the highest layer down.
+    compute on rows of all ep ranks of their group, so their gradients already are sums over these ranks. In the last
+    backward of a step, the all-reduce of a layer's bucket starts as soon as its gradients are complete, beside the
+    backward of lower layers. Buckets start in the same order on all ranks, from the highest layer down.
     """
 
     def __init__(self, model: Trunk, mesh: Mesh) -> None:
-        """Prepare the reduction and, if several ranks hold the same experts, register hooks on their gradients.
-
-        Args:
-            model: model whose experts are on the device.
-            mesh: mesh of this rank.
-        """
         self._mesh = mesh
         self._parameters = list(expert_parameters(model).values()) if mesh.world_size > 1 else []
         layers = [m for m in model.modules() if isinstance(m, Experts)]
         # FSDP itself sums and divides the gradients of sharded experts.
         buckets = [[p for p in layer.parameters() if not isinstance(p, DTensor)] for layer in reversed(layers)]
         self._buckets = [bucket for bucket in buckets if bucket] if mesh.world_size > 1 else []
-        self._complete: set[nn.Parameter] = set()
-        """Parameters whose gradients of this step are complete."""
+        self._complete: set[nn.Parameter] = set()  # parameters whose gradients of this step are complete
         self._works: list[dist.Work] = []
-        self._started_count = 0
-        """Number of buckets whose all-reduces have started in this step."""
-        self.is_last_backward = False
-        """Whether the next backward is the last one of the step."""
+        self._started_count = 0  # buckets whose all-reduces have started in this step
+        self.is_last_backward = False  # whether the next backward is the last one of the step
         if mesh.expert_dp > 1:
             for bucket in self._buckets:
                 for parameter in bucket:
@@ -49,7 +38,7 @@ class ExpertReduction:
                     parameter.register_post_accumulate_grad_hook(self._complete_gradient)  # type: ignore[no-untyped-call]
 
     def _complete_gradient(self, parameter: nn.Parameter) -> None:
-        """Note that a gradient is complete, and start the all-reduce of each complete bucket whose turn has come."""
+        """Note a complete gradient, and start the all-reduce of each complete bucket whose turn has come."""
         if not self.is_last_backward:
             return
         self._complete.add(parameter)
@@ -88,13 +77,8 @@ class ExpertReduction:
 
 
 def clip_gradients(model: Trunk, mesh: Mesh, clip_norm: float) -> float:
-    """Scale all gradients in place so that their global norm, over the parameters of all ranks, is at most `clip_norm`.
-
-    Gradients whose norm is not finite stay as they are.
-
-    Returns:
-        The norm before clipping, the same number on every rank.
-    """
+    """Scale all gradients in place so that their norm over all ranks' parameters is at most `clip_norm`. Return the
+    norm before clipping, equal on every rank. Gradients whose norm is not finite stay as they are."""
     experts = expert_parameters(model)
     # The norm must count each value once, so gradients are split into three kinds: replicated ones are the same on
     # every rank, those of experts differ between ep ranks only, and sharded ones differ on every rank.
@@ -125,7 +109,6 @@ def clip_gradients(model: Trunk, mesh: Mesh, clip_norm: float) -> float:
 
 
 def _square_sum(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """Return the sum of the squares of all values of the gradients, as a float64 scalar on the device."""
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
     return torch.stack(torch._foreach_norm(gradients)).double().square().sum()

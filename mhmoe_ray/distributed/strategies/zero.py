@@ -1,12 +1,9 @@
 """DeepSpeed's ZeRO, stages 1 to 3, on the process groups of the run's mesh.
 
-Stage 1 shards the optimizer's state over ranks, stage 2 also the gradients, and stage 3 also the weights.
-
-With expert parallelism, experts are a parameter group of their own, which is sharded over the dp ranks that hold the
-same experts. DeepSpeed sums their gradients over these ranks and divides the sums by the world size, as all other
-strategies do.
-
-DeepSpeed's own functions gather tensors for a checkpoint, and shard them when a checkpoint is loaded.
+Stage 1 shards the optimizer's state over ranks, stage 2 also the gradients, and stage 3 also the weights. With expert
+parallelism, experts are a parameter group of their own, which is sharded over the dp ranks that hold the same experts.
+DeepSpeed sums their gradients over these ranks and divides the sums by the world size, as all other strategies do. Its
+own functions gather tensors for a checkpoint, and shard them when a checkpoint is loaded.
 """
 
 import logging
@@ -36,18 +33,7 @@ class ZeroStrategy(Strategy):
     gathers_state = True
 
     def __init__(self, model: Trunk, mesh: Mesh, spec: RunSpec, fill: FillModel, stage: int) -> None:
-        """Fill the model and initialize a DeepSpeed engine with it.
-
-        Args:
-            model: model on the meta device.
-            mesh: mesh of this rank.
-            spec: spec of the run.
-            fill: function that allocates and fills the model's weights; it is called once.
-            stage: stage of ZeRO, 1 to 3.
-
-        Raises:
-            SpecError: DeepSpeed is not installed.
-        """
+        """Fill the model and initialize a DeepSpeed engine of stage 1 to 3; a missing DeepSpeed is a SpecError."""
         try:
             import deepspeed
         except ImportError as error:
@@ -101,7 +87,6 @@ class ZeroStrategy(Strategy):
         return f"ep_size_{self.mesh.ep}"
 
     def _register_experts(self) -> None:
-        """Register the experts' parameters and process groups with DeepSpeed."""
         from deepspeed.utils import groups
 
         # DeepSpeed recognizes a parameter of experts by its two attributes `allreduce` and `group_name`, and finds the
@@ -142,17 +127,14 @@ class ZeroStrategy(Strategy):
         return dict(self._iterate_moments())
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield all tensors to save in a checkpoint as (section, name, tensor), in the same order on all ranks.
-
-        The section of the checkpoint is "weights" or "optim". Each tensor is gathered when it is yielded.
-        """
+        """Yield all tensors to save, as `Strategy` does; each is gathered when it is yielded."""
         # The generators gather one tensor at a time, so that its memory is free again before the next one is gathered.
         yield from (("weights", name, t) for name, t in self._iterate_weights())
         yield from (("optim", name, t) for name, t in self._iterate_moments())
         yield from (("optim", name, t) for name, t in self.model.training_buffers().items())
 
     def _iterate_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name and the tensor of each weight and buffer; in stage 3, weights are gathered one by one."""
+        """Yield each weight and buffer by name; in stage 3, weights are gathered one by one."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         if self._stage < 3:
@@ -164,7 +146,7 @@ class ZeroStrategy(Strategy):
         yield from ((name, t) for name, t in self.model.named_tensors().items() if name in buffer_names)
 
     def _iterate_moments(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name and the tensor of each of AdamW's moments, which are gathered one by one."""
+        """Yield each of AdamW's moments by name; they are gathered one by one."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         for moment in MOMENT_NAMES:
@@ -180,7 +162,6 @@ class ZeroStrategy(Strategy):
             state["step"].fill_(float(step))
 
     def _create_moments(self) -> None:
-        """Create AdamW's moments of all parameter groups, filled with zeros, before the first step."""
         # DeepSpeed must not create the moments itself: it would link those of all parameter groups when it has created
         # only those of the first group.
         zero_optimizer = self.engine.optimizer
@@ -213,10 +194,8 @@ class ZeroStrategy(Strategy):
 
 
 def _gathering_settings(model: Trunk) -> dict[str, int]:
-    """Return DeepSpeed settings with which stage 3 gathers only the current and the next block, like fsdp.
-
-    Small tensors, such as norms, stay gathered all the time.
-    """
+    """Return settings with which stage 3 gathers only the current and the next block, like fsdp; small tensors stay
+    gathered."""
     # By default DeepSpeed gathers up to 1e9 parameters at a time, so a smaller model would stay gathered from its
     # forward to the end of its backward.
     largest_block = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
@@ -240,10 +219,8 @@ def _disable_compilation() -> None:
 
 
 def _add_expert_marker(model: Trunk) -> nn.Module:
-    """Return a module that calls the model and has an empty layer of DeepSpeed's class `MoE`.
-
-    By this class, DeepSpeed recognizes that the model has experts.
-    """
+    """Return a module that calls the model and has an empty layer of DeepSpeed's class `MoE`, by which DeepSpeed
+    recognizes that the model has experts."""
     from deepspeed.moe.layer import MoE
 
     class ExpertMarker(MoE):

@@ -1,8 +1,7 @@
 """The objectives of encoders: hidden patches and tokens are predicted, and images are matched with their texts.
 
-Each part of a micro-batch (an objective with its data) becomes a group of the encoder's batch. It has a loss for its
-patches, a loss for its tokens, both, or a loss for matching its pairs. The pairs of a contrastive part are compared
-within a micro-batch, so their loss does not depend on the number of ranks.
+Each part of a micro-batch becomes a group of the encoder's batch, with a loss for its patches, its tokens, both, or the
+match of its pairs. Pairs are compared within a micro-batch, so their loss does not depend on the number of ranks.
 """
 
 import hashlib
@@ -37,7 +36,6 @@ class Masked(PartObjective[EncoderBatch]):
     """Objective of encoders, whose micro-batches have parts with masked, contrastive or captioning losses."""
 
     def __init__(self, environment: Environment, model: Trunk, inputs: np.ndarray | None = None) -> None:
-        """Create the objective; `inputs` is the codebook, if the encoder has `image_targets: codebook`."""
         super().__init__(environment, model)
         self._batch_maker = BatchMaker(self.spec.model, self.device, inputs)
 

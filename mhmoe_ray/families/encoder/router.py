@@ -11,9 +11,9 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class ModalityRouter(Router):
-    """Router of one layer that computes the logits of patches and those of tokens by different weights.
+    """Router of one layer with separate weights for patches and for tokens.
 
-    The rows of both go through the rest together: the choice of experts, their capacity, and the load balancing loss.
+    Their rows go together through the choice of experts, the expert capacity and the load balancing loss.
     """
 
     def _build_scores(self, width: int) -> None:

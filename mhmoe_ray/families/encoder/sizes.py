@@ -45,10 +45,9 @@ def _encoder(model: ModelSpec) -> EncoderSpec:
 
 
 def hidden_output_values(spec: RunSpec) -> int:
-    """Return the number of output values of an encoder for a micro-batch.
+    """Return the number of output values for hidden patches and tokens, and for all tokens of captions.
 
-    The encoder computes outputs for hidden (masked) patches and tokens, and for all tokens of captions that it learns
-    to write. Texts count as if all of them had `data.seq_len` tokens.
+    The values are those of a micro-batch. Texts count as if all of them had `data.seq_len` tokens.
     """
     encoder, masking, values = _encoder(spec.model), spec.train.masking, 0.0
     for part in spec.parts:

@@ -13,7 +13,6 @@ class EncoderView(FamilyView):
     """View of encoders."""
 
     def summary(self, spec: RunSpec) -> dict[str, str]:
-        """Return the line about images, texts, targets and experts."""
         encoder = spec.model.encoder
         assert encoder is not None
         targets = "pixels" if encoder.image_targets == "pixels" else f"a codebook of {encoder.codebook_size:,} entries"
@@ -31,7 +30,6 @@ class EncoderView(FamilyView):
         return f"{spec.tokens_per_micro_batch:,} patches and tokens"
 
     def tables(self, figures: "EncoderFigures") -> list[FigureTable]:
-        """Return losses, the linear probe, the value of the image, retrieval and captions."""
         tables = []
         if figures.losses:
             rows = [
@@ -64,7 +62,6 @@ WAYS = ("name", "image")
 
 
 def _class_table(scores: "dict[str, ClassScore]") -> FigureTable:
-    """Return the accuracy of a linear probe on the images of each domain, beside two simple baselines."""
     columns = ["classes of", "linear probe", "nearest pixels", "largest class", "classes", "images", "trained on"]
     rows = [
         [
@@ -78,7 +75,7 @@ def _class_table(scores: "dict[str, ClassScore]") -> FigureTable:
 
 
 def _image_value_table(image_values: "dict[str, ImageValue]") -> FigureTable:
-    """Return the losses of hidden caption tokens with their own image, another one and none, in nats per token."""
+    """Return the losses of hidden caption tokens in nats per token."""
     columns = ["hidden tokens of", "own image", "another", "none", "over another", "over none", "pairs", "tokens"]
     rows = []
     for name, value in image_values.items():
@@ -90,11 +87,7 @@ def _image_value_table(image_values: "dict[str, ImageValue]") -> FigureTable:
 
 
 def _retrieval_rows(figures: "dict[str, RetrievalFigures]") -> list[list[str]]:
-    """Return the rows of each domain, followed by the languages of its captions.
-
-    If the scores have a baseline, which answers with the nearest training image in pixels, each of these rows is
-    followed by a row of the baseline.
-    """
+    """Return the rows of each domain and of its captions' languages, each followed by a row of the baseline, if any."""
     rows = []
     for domain, domain_figures in figures.items():
         for name, entry in {domain: domain_figures, **domain_figures.languages}.items():

@@ -39,14 +39,7 @@ def centre_crop(width: int, height: int) -> Crop:
 
 
 def random_crop(width: int, height: int, images: ImageSpec, seed: int, label: str) -> Crop:
-    """Return a random crop of an image, with the size and the mirroring that `data.images` of a spec allows.
-
-    Args:
-        width, height: size of the image in pixels.
-        images: the section `data.images` of the spec.
-        seed: seed of the run.
-        label: label of the sample, which names its part (`data.parts`) and its position in the training.
-    """
+    """Return a random crop of an image of this size in pixels, with the area and the mirroring that `images` allows."""
     draws = Draws(seed, label)
     is_mirrored = images.flip and draws.number() < 0.5
     if images.min_crop == 1:
@@ -62,18 +55,12 @@ def random_crop(width: int, height: int, images: ImageSpec, seed: int, label: st
 
 
 def read_crop(content: bytes, size: int, choose_crop: Callable[[int, int], Crop] = centre_crop) -> np.ndarray:
-    """Return a crop of an image as the model reads it, uint8 (size, size, 3).
-
-    Args:
-        content: the encoded image.
-        size: height and width of the result in pixels.
-        choose_crop: function that chooses the crop, given the width and the height of the image in pixels.
-    """
+    """Return a crop of an encoded image, uint8 (size, size, 3); `choose_crop` takes the image's width and height."""
     return crop_pixels(decode_image(content), size, choose_crop)
 
 
 def crop_pixels(image: "Image.Image", size: int, choose_crop: Callable[[int, int], Crop] = centre_crop) -> np.ndarray:
-    """Return a crop of a decoded image, uint8 (size, size, 3); see `read_crop` for the arguments."""
+    """Return a crop of a decoded image, uint8 (size, size, 3)."""
     from PIL import Image
 
     crop = choose_crop(*image.size)

@@ -43,10 +43,7 @@ class ImageThread:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="images")
 
     async def run(self, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-        """Call a function in the thread, and return its result.
-
-        If the request is cancelled while the call waits for the thread, the function is never called.
-        """
+        """Call a function in the thread, but never after the request is cancelled while it waits for the thread."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: function(*args, **options))
 
 
@@ -56,11 +53,7 @@ def is_image_url(text: str) -> bool:
 
 
 def read_image_url(url: str) -> "Image.Image":
-    """Return the image in a data URL as RGB.
-
-    Raises:
-        RefusedImageError: the text is not a data URL of an image, or the image cannot be used.
-    """
+    """Return the image in a data URL as RGB; another text or an unusable image is a RefusedImageError."""
     prefix = _DATA_URL.match(url)
     if prefix is None:
         raise RefusedImageError("an image must be a data URL, data:image/png;base64,...; other URLs are not fetched")
@@ -68,21 +61,13 @@ def read_image_url(url: str) -> "Image.Image":
 
 
 def read_image_text(text: str) -> "Image.Image":
-    """Return the image in a data URL or in base64 as RGB.
-
-    Raises:
-        RefusedImageError: the text is neither of the two, or the image cannot be used.
-    """
+    """Return the image in a data URL or in base64 as RGB; another text or an unusable image is a RefusedImageError."""
     # Base64 has no colons, and every URL has one.
     return read_image_url(text) if _URL.match(text) else read_image_file(_decode_base64(text, "the text"))
 
 
 def read_image_file(content: bytes) -> "Image.Image":
-    """Return the image in the content of an image file as RGB.
-
-    Raises:
-        RefusedImageError: the image is too large, or it cannot be decoded.
-    """
+    """Return the image in an image file as RGB; one too large or impossible to decode is a RefusedImageError."""
     try:
         return check_image_file(content, round(MAX_MEGAPIXELS * 1e6))
     except NotImageError as e:
@@ -97,7 +82,6 @@ def read_image_file(content: bytes) -> "Image.Image":
 
 
 def _decode_base64(text: str, subject: str) -> bytes:
-    """Decode a text in base64 into bytes; `subject` names the text in the error message."""
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as e:

@@ -20,22 +20,13 @@ SIZE = 16
 BLOCK_IMAGES = 256
 """Number of images whose distances are computed at a time."""
 MAX_IMAGES = 20_000
-"""Largest number of training images that are compared, because each of them must be decoded.
-
-If there are more, an evenly spaced selection is compared.
-"""
+"""Largest number of training images that are compared, evenly spaced, because each of them must be decoded."""
 BLOCK_SCORES = 1 << 24
 """Approximate number of scores, each of an image and a labelled training image, that are in memory at a time."""
 
 
 def training_manifest(spec: RunSpec, data_sha256: str | None, print_line: Callable[[str], None]) -> DataManifest | None:
-    """Return the manifest of the data that a run was trained on; None if the data is gone, or was replaced.
-
-    Args:
-        spec: spec of the run.
-        data_sha256: hash of the data, from the manifest of the run's checkpoint.
-        print_line: a function that prints a line about missing data.
-    """
+    """Return the manifest of a run's training data; None, with a printed line, if it is gone or was replaced."""
     manifest = read_data_manifest(spec.data.prepared)
     if manifest is None or data_digest(spec.data.prepared) != data_sha256:
         print_line(f"no nearest neighbours: the training's data is not in {spec.data.prepared}")
@@ -44,13 +35,7 @@ def training_manifest(spec: RunSpec, data_sha256: str | None, print_line: Callab
 
 
 def training_readers(spec: RunSpec, manifest: DataManifest, sources: Iterable[str]) -> list[RowReader]:
-    """Return readers of the training samples of some sources, one reader for each domain with samples.
-
-    Args:
-        spec: spec of the run.
-        manifest: manifest of the run's prepared data.
-        sources: names of the sources.
-    """
+    """Return readers of the training samples of some sources, one for each domain with samples."""
     names = set(sources)
     return [
         RowReader(spec.data.prepared, domain.shards, manifest.token_bytes)
@@ -60,19 +45,13 @@ def training_readers(spec: RunSpec, manifest: DataManifest, sources: Iterable[st
 
 
 class NearestImages:
-    """Training images, and the search for the nearest of them to other images.
-
-    Attributes:
-        image_count: number of different training images that are compared.
-    """
+    """Search for the nearest training images to other images, among `image_count` different ones."""
 
     def __init__(self, training_images: Iterable[bytes], image_of: np.ndarray | None = None) -> None:
-        """Decode the training images; an image that occurs several times is decoded once.
+        """Decode each different training image once.
 
-        Args:
-            training_images: image files, at least one.
-            image_of: for each training sample the number of its image, or a number below 0 if its image is not
-                compared; by default each sample has the image at its own position.
+        `image_of` has the number of each sample's image, below 0 if it is not compared; by default each sample has the
+        image at its own position.
         """
         # Only the shrunken image is kept, since all image files together may be larger than the memory.
         numbers, pixels, number_of = dict[bytes, int](), list[np.ndarray](), list[int]()
@@ -93,11 +72,7 @@ class NearestImages:
 
     @staticmethod
     def of_training(readers: Sequence[RowReader]) -> "NearestImages":
-        """Create the search among the images of training samples, or among `MAX_IMAGES` of them.
-
-        Args:
-            readers: readers of the samples; samples are numbered in the order of the readers.
-        """
+        """Create the search among at most `MAX_IMAGES` images of samples, which are numbered in the readers' order."""
         ends, image_numbers = np.cumsum([0, *map(len, readers)]), list[np.ndarray]()
         image_count = 0
         for reader in readers:
@@ -126,13 +101,8 @@ class NearestImages:
     def scores(self, images: Sequence[bytes], labels: np.ndarray, label_count: int) -> np.ndarray:
         """Return the score of each label for each image, (images, labels) float32.
 
-        The score is minus the squared distance to the nearest training image with that label. It is minus infinity for
-        a label that no training image has.
-
-        Args:
-            images: image files.
-            labels: label of each training sample; a number below 0 means that it has none.
-            label_count: number of labels, which are numbered from 0.
+        The score is minus the squared distance to the nearest training image with that label, or minus infinity if
+        there is none. `labels` has a label for each training sample, below 0 if it has none.
         """
         is_labelled = (labels >= 0) & (self._image_of >= 0)
         # Each pair of an image and a label counts once, in the order of the labels.
@@ -157,10 +127,7 @@ class NearestImages:
         return [int(sample) for sample in first_samples[nearest_numbers]]
 
     def _blocks(self, images: Sequence[bytes]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield minus the squared distances of images to the training images, in blocks of `BLOCK_IMAGES` images.
-
-        Each block is a pair: the number of its first image, and an array, (images of the block, training images).
-        """
+        """Yield the number of each block's first image, and minus the squared distances, (images, training images)."""
         training_norm_N = np.square(self._training_NV).sum(1)
         for start in range(0, len(images), BLOCK_IMAGES):
             pixels = [read_crop(image, SIZE).ravel() for image in images[start : start + BLOCK_IMAGES]]
@@ -185,5 +152,4 @@ def _digest(image: bytes) -> bytes:
 
 
 def _values(pixels: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the pixel values of images, scaled to 0 to 1, (images, values) float32."""
     return np.stack(pixels).astype(np.float32) / 255

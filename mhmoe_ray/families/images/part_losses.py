@@ -20,6 +20,6 @@ class PartLosses(NamedTuple):
     """Losses of all parts of a micro-batch, and how its rows were routed to experts."""
 
     losses: list[LossPart]
-    """Losses of the parts, one part after another. A part may have several, in the order of its kinds of loss."""
+    """Losses of the parts, one part after another, in the order of a part's kinds of loss."""
     routing: list[Routing]
-    """Result of the router of each mixture-of-experts layer, from the first layer to the last."""
+    """Routing of each mixture-of-experts layer, from the first to the last."""

@@ -1,7 +1,7 @@
 """Base class of the objectives of encoders and vision models, whose micro-batches have parts with losses of their own.
 
-The loss of a step is a weighted sum of these losses, with the weights of their parts. Each loss is a mean over all its
-targets in the step, so the number of a part's targets does not affect how much the part counts.
+The loss of a step is the sum of these losses, weighted by part. Each loss is a mean over all its targets in the step,
+so the number of a part's targets does not affect how much the part counts.
 """
 
 from abc import abstractmethod
@@ -22,7 +22,7 @@ Batch = TypeVar("Batch")
 
 
 class PartObjective(Objective[Batch, PartLosses]):
-    """Objective of a model whose micro-batches have parts, and whose output is the losses of these parts."""
+    """Objective of models whose output is the losses of a micro-batch's parts."""
 
     rows_per_micro_batch = 1
 
@@ -40,16 +40,11 @@ class PartObjective(Objective[Batch, PartLosses]):
 
     @abstractmethod
     def part_batch(self, part: MicroBatchPart, samples: Any, start: int, stop: int) -> Batch:
-        """Return held-out samples `start` to `stop` - 1 of a part as a micro-batch.
-
-        The micro-batch has no samples if `start` equals `stop`, as on a rank without samples in the last round.
-        """
+        """Return held-out samples `start` to `stop` - 1 of a part as a micro-batch; a rank without samples in the last
+        round gets an empty one."""
 
     def losses_of(self, part: MicroBatchPart) -> slice:
-        """Return the positions of a part's losses among all losses of a micro-batch that `part_batch` returned.
-
-        By default these are all positions.
-        """
+        """Return the positions of a part's losses among those of a micro-batch of `part_batch`, by default all."""
         return slice(None)
 
     def count_targets(self, batches: Iterable[Batch]) -> tuple[Iterable[Batch], list[int], int]:
@@ -82,16 +77,8 @@ class PartObjective(Objective[Batch, PartLosses]):
         return Validation(_weighted_mean(weights, sum_P2), int(sum_P2[:, 1].sum()), part_losses)
 
     def part_sums(self, part: MicroBatchPart, samples: Any, batches: int | None = None) -> Tensor:
-        """Validate a part: return the sum and the number of targets of each of its losses, over all ranks.
-
-        Args:
-            part: the part to validate.
-            samples: held-out samples of the part.
-            batches: largest number of micro-batches to use; by default all samples are used.
-
-        Returns:
-            Sum and number of targets of each of the P losses, (P, 2) float64.
-        """
+        """Validate a part on at most `batches` micro-batches, by default all: return the sum and the number of targets
+        of each of its P losses over all ranks, (P, 2) float64."""
         total = self.evaluated_samples(part, samples)
         if batches is not None:
             total = min(total, batches * part.samples)

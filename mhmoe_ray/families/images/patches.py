@@ -4,13 +4,9 @@ from torch import Tensor
 
 
 def image_patches(image_NYXC: Tensor, patch_size: int) -> Tensor:
-    """Divide images into square patches and return their pixels, (N, P, 3 * patch_size^2), float32 from 0 to 1.
+    """Divide uint8 images into patches and return their pixels, (N, P, 3 * patch_size^2), float32 from 0 to 1.
 
     The P patches of an image are in the order of its rows, from the top left.
-
-    Args:
-        image_NYXC: uint8 images with three color channels.
-        patch_size: height and width of a patch in pixels.
     """
     images, height, width, _ = image_NYXC.shape
     rows, columns = height // patch_size, width // patch_size

@@ -28,17 +28,10 @@ async def image_request(
 ) -> AsyncIterator[ClientRequest[Any, Any]]:
     """Count a request of a client, and return a context in which to decode its images and compute its answers.
 
-    When the context ends, the tokens of the request's inputs and answers count against the client's rate limit. They do
-    not count if the engine failed before it computed any token of an answer.
-
-    Args:
-        service: the served model.
-        client: the client, whose rate limits count the request.
-        param: name of the request's field with the image; None if the body is the image.
-
-    Raises:
-        RequestError: an image cannot be used, the client has used up a rate limit, or the context takes too long.
-        BusyError, EngineError: the engine is busy or broken.
+    When the context ends, the tokens of the request count against the client's rate limit, unless the engine failed
+    before it computed any token of an answer. `param` names the field with the image; it is None if the body is the
+    image. An unusable image, a used-up rate limit and a timeout are a RequestError, a busy or broken engine BusyError
+    or EngineError.
     """
     await service.begin_request(client)
     try:

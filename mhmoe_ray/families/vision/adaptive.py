@@ -1,7 +1,7 @@
 """The adaptive number of experts of AdaMV-MoE (ICCV 2023): a task raises its own k if its validation loss stalls.
 
-k is the number of experts that a task of a vision model chooses for each token. The rule is applied to the tasks one
-after another, at each validation. With L the loss of the task, and s the step:
+At each validation, the rule is applied to one task after another. With k the number of experts that a task chooses for
+a token, L its loss, and s the step:
 
     if L < best:                             best = L, best_step = s, changed = False
     else, if s - best_step > patience:
@@ -22,11 +22,10 @@ from mhmoe_ray.spec import AdaptiveSpec
 
 
 class TopKChange(NamedTuple):
-    """Change of the number of experts that a task of a vision model chooses for each token."""
+    """Change of the number of experts that a task chooses for each token, to `top_k`."""
 
     task: str
     top_k: int
-    """New number of experts."""
 
     def __str__(self) -> str:
         return f"task {self.task} chooses {self.top_k} experts"
@@ -39,8 +38,7 @@ class TaskState(BaseModel):
     best_loss: float
     best_step: int
     has_changed: bool = False
-    """True if k was changed and the loss has not improved since. With rule `coded`, all tasks use the value of the
-    first task."""
+    """True if k changed after the best loss. With rule `coded`, all tasks use the value of the first task."""
     is_stopped: bool = False
     """True if k no longer changes. With rule `coded`, all tasks use the value of the first task."""
 
@@ -52,16 +50,9 @@ class AdaptiveState(BaseModel):
 
 
 class AdaptiveTopK:
-    """Rule that adapts the number of experts k of each task to its validation loss."""
+    """Rule that adapts each task's number of experts k to its validation loss, one task after another."""
 
     def __init__(self, spec: AdaptiveSpec, tasks: Sequence[str], top_k: int) -> None:
-        """Create the rule in its initial state, in which all tasks choose `top_k` experts.
-
-        Args:
-            spec: options of the rule.
-            tasks: names of the tasks, in the order in which the rule is applied.
-            top_k: k of all tasks at the start.
-        """
         self.spec = spec
         first_state = TaskState(top_k=top_k, best_loss=spec.first_loss, best_step=spec.first_step)
         self.state = AdaptiveState(tasks={name: first_state.model_copy() for name in tasks})
@@ -72,16 +63,13 @@ class AdaptiveTopK:
         return {name: task.top_k for name, task in self.state.tasks.items()}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Replace the state of the rule by the one in a checkpoint, to continue a run."""
+        """Replace the state of the rule by the one in a checkpoint."""
         self.state = AdaptiveState.model_validate(state)
 
     def update(self, step: int, losses: Mapping[str, float]) -> list[TopKChange]:
-        """Apply the rule after a validation, and return the changes of tasks' numbers of experts.
+        """Apply the rule after a validation, and return the changes.
 
-        Args:
-            step: number of steps done.
-            losses: validation loss of each task, summed over micro-batches; tasks without held-out samples are left
-                out.
+        `losses` has the loss of each task with held-out samples, summed over micro-batches.
         """
         previous_top_k = self.top_k
         for name, loss in losses.items():

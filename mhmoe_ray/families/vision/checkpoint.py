@@ -7,10 +7,9 @@ from mhmoe_ray.storage import Location
 
 
 def load_verified_vision(checkpoint: Location, manifest: CheckpointManifest) -> Vision:
-    """Load the vision model of a checkpoint for inference, and set how many experts each task's router chooses.
+    """Load a vision model for inference, with the numbers of experts that training adapted, if it did.
 
-    The manifest has these numbers if training adapted them. Otherwise the model keeps those of its spec. The caller has
-    verified the files with `read_manifest`.
+    The caller has verified the files with `read_manifest`.
     """
     model = load_for_inference(Vision(manifest.model), checkpoint)
     if manifest.objective is not None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Tasks(PartObjective[VisionBatch]):
-    """Objective of vision models, whose micro-batches have samples of several tasks: classification and detection."""
+    """Objective of vision models, whose micro-batches have samples of several tasks."""
 
     def __init__(self, environment: Environment, model: Trunk, inputs: None = None) -> None:
         super().__init__(environment, model)
@@ -78,14 +78,10 @@ class Tasks(PartObjective[VisionBatch]):
         return vision_validation_samples(self.spec, manifest)
 
     def adapt(self, samples: Mapping[str, HeldOutTaskSamples], step: int) -> Sequence[TopKChange]:
-        """Validate the tasks, adapt how many experts each of them chooses, and return the changes.
+        """Validate the tasks, adapt how many experts each of them chooses, and return the changes, equal on all ranks.
 
-        Nothing happens unless the spec makes these numbers adaptive and `step` is a multiple of the rule's interval.
-        This is a collective operation. All ranks get the same changes.
-
-        Args:
-            samples: held-out samples of each task.
-            step: number of steps done.
+        This is a collective operation. Nothing happens unless the spec makes these numbers adaptive and `step` is a
+        multiple of the rule's interval.
         """
         rule = self.adaptive
         if rule is None or step == 0 or step % rule.spec.interval:

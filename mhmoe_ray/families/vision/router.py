@@ -18,22 +18,14 @@ from mhmoe_ray.spec.vision import module_key
 
 
 class TaskRouter(Router):
-    """Router of one layer of a vision model. Each task may have its own weights and its own number of experts per row.
+    """Router of one layer. Each task may have its own weights and its own number of experts per row.
 
-    The expert capacity is for the rows of all tasks together. If tasks have their own weights, the load balancing loss
-    is the sum of one loss for each task. Otherwise it is one loss for all rows. If the tasks then choose different
-    numbers of experts, it is the mean of the tasks' losses, weighted by their numbers of rows.
+    `tasks` are in the order of their rows, which share the expert capacity. If tasks have their own weights, the load
+    balancing loss is the sum of one loss for each task. Otherwise it is one loss for all rows or, if the tasks choose
+    different numbers of experts, the mean of the tasks' losses, weighted by their numbers of rows.
     """
 
     def __init__(self, width: int, moe: MoESpec, tasks: Sequence[str], *, is_shared: bool) -> None:
-        """Create the router with uninitialized parameters.
-
-        Args:
-            width: width of a row.
-            moe: spec of the layer.
-            tasks: names of the tasks, in the order in which their rows lie.
-            is_shared: whether all tasks use the same weights of the router.
-        """
         # The constructor of the base class calls `_build_scores`, which needs these attributes.
         self._tasks, self._is_shared = tuple(tasks), is_shared
         super().__init__(width, moe)

@@ -1,7 +1,4 @@
-"""Sizes of vision models: their stems and heads.
-
-Tests compare the numbers with those of a built model.
-"""
+"""Sizes of vision models: their stems and heads. Tests compare the numbers with those of a built model."""
 
 from itertools import pairwise
 from typing import NamedTuple
@@ -12,8 +9,7 @@ from mhmoe_ray.spec import DetectorSpec, ModelSpec, RunSpec, TaskSpec, VisionSpe
 
 POOLED_CELLS = 7**2
 MASK_CELLS = 14**2
-"""Number of cells of the pooled feature map of a region from which a detector computes the region's mask; POOLED_CELLS
-is that from which it computes the region's class (`model/detector.py`)."""
+"""Numbers of cells of the feature maps that a detector pools for a region's class and mask (`model/detector.py`)."""
 
 
 class VisionSizes(FamilySizes):
@@ -56,7 +52,7 @@ def _vision(model: ModelSpec) -> VisionSpec:
 
 
 class StemSizes(NamedTuple):
-    """Parameters and multiply-adds of the stem of one task: the layers from pixels to patches."""
+    """Sizes of the stem of one task: the layers from pixels to patches."""
 
     parameters: int
     macs: int
@@ -64,7 +60,7 @@ class StemSizes(NamedTuple):
 
 
 def stem_sizes(model: ModelSpec, vision: VisionSpec) -> StemSizes:
-    """Return the numbers of parameters and multiply-adds of the stem of one task of a vision model."""
+    """Return the numbers of parameters and multiply-adds of the stem of one task."""
     if vision.stem == "linear":
         projection = vision.patch_values * model.d_model
         return StemSizes(projection + model.d_model, projection)
@@ -106,7 +102,6 @@ def head_parameters(model: ModelSpec, task: TaskSpec) -> int:
 
 
 def _level_parameters(d_model: int, width: int, scale: float) -> int:
-    """Return the number of parameters of one level of the feature pyramid."""
     channels, total = d_model, 0
     for number in range(int(scale) // 2):
         half = channels // 2
@@ -117,10 +112,9 @@ def _level_parameters(d_model: int, width: int, scale: float) -> int:
 
 
 def head_activation_bytes(vision: VisionSpec, task: TaskSpec) -> int:
-    """Return the approximate number of bytes that the head of a task keeps for the backward, for one image.
+    """Return the approximate number of bytes that the head of a task keeps for the backward, in float32, for one image.
 
-    The head computes in float32. The number is approximate for a detector, because the numbers of its region proposals
-    and of the objects in an image vary.
+    A detector's numbers of region proposals and of objects vary.
     """
     if task.detector is None:
         return FLOAT32 * 2 * task.classes
@@ -139,7 +133,7 @@ def _map_values(vision: VisionSpec, task: TaskSpec, detector: DetectorSpec) -> i
 def _region_values(task: TaskSpec, detector: DetectorSpec) -> int:
     """Return the number of values per image that a detector keeps for the backward of its sampled regions.
 
-    At most half of the regions have masks. The count assumes that a quarter of them have one.
+    At most half of the regions have masks, and the count assumes a quarter.
     """
     boxes = detector.box_samples * (detector.width * POOLED_CELLS + 5 * detector.d_box)
     if not detector.masks:

@@ -13,7 +13,6 @@ class VisionView(FamilyView):
     """View of vision models."""
 
     def summary(self, spec: RunSpec) -> dict[str, str]:
-        """Return the lines about tasks and routers."""
         vision = spec.model.vision
         assert vision is not None
         tasks = [
@@ -31,7 +30,6 @@ class VisionView(FamilyView):
         return f"{spec.tokens_per_micro_batch:,} patches"
 
     def tables(self, figures: "VisionFigures") -> list[FigureTable]:
-        """Return the losses by task, the accuracy of classification, and the average precision of detection."""
         tables = [FigureTable(["", "loss"], [[name, f"{loss:.4f}"] for name, loss in figures.losses.items()])]
         if figures.classes:
             columns = ["classes of", "top 1", "top 5", "nearest pixels", "largest class", "classes", "images"]

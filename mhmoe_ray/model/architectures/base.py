@@ -1,7 +1,5 @@
-"""The interface between a model and its architecture: norms, feed-forward function, positions, initial weights.
-
-A method has a default if most architectures agree on it, so that an architecture defines only the differences.
-"""
+"""The interface between a model and its architecture: norms, feed-forward function, positions, initial weights. A
+method has a default if most architectures agree on it, so that an architecture defines only the differences."""
 
 from abc import ABC, abstractmethod
 
@@ -28,35 +26,21 @@ class Modules(ABC):
 
     @abstractmethod
     def expert_shapes(self, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the parameters of a feed-forward layer or an expert by name, in the order of its
-        function's arguments.
-
-        Args:
-            width: D, the width of the rows that the layer takes and returns.
-            hidden: F, the hidden width of the layer.
-        """
+        """Return the shapes of a feed-forward layer's or expert's parameters by name, in the order of its function's
+        arguments. Rows have width D, hidden rows width F."""
 
     def embedding_scale(self, spec: ModelSpec) -> float:
         """Return the factor by which token embeddings are multiplied; by default 1."""
         return 1.0
 
     def query_scale(self, head_width: int, position_T: Tensor) -> Tensor | None:
-        """Return the factors by which rotated queries are multiplied and rotated keys are divided; None, the default,
-        for plain RoPE.
-
-        Args:
-            head_width: C, the width of an attention head.
-            position_T: positions of T tokens, float64.
-
-        Returns:
-            The factors (T, C), float64.
-        """
+        """Return the factors (T, C), float64, that multiply rotated queries and divide rotated keys. Positions are
+        float64. The default None stands for plain RoPE."""
         return None
 
     def rescale_initial(self, name: str, tensor: Tensor, layers: int) -> Tensor:
-        """Apply the architecture's own changes to an initial weight or bias and return it; by default it is unchanged.
-
-        The method may change the tensor in place.
+        """Return a tensor after the architecture's own changes to its initial values, which may be in place; by default
+        none.
 
         Args:
             name: full name of the tensor in the model.

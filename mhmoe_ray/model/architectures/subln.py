@@ -10,10 +10,7 @@ from mhmoe_ray.model.architectures.base import Modules
 from mhmoe_ray.spec import ModelSpec
 
 XPOS_SCALE_BASE = 512
-"""Number of positions over which xPos's scale of queries is multiplied once by its base (arXiv 2212.10554).
-
-The value is that of the library torchscale.
-"""
+"""Positions over which xPos's scale of queries is multiplied once by its base (arXiv 2212.10554, as in torchscale)."""
 
 
 class SublnModules(Modules):
@@ -42,19 +39,15 @@ class SublnModules(Modules):
         return float(spec.d_model**0.5)
 
     def query_scale(self, head_width: int, position_T: Tensor) -> Tensor | None:
-        """Return xPos's factors of rotated queries (T, C). With them, the product of a query and a key shrinks as their
-        distance grows."""
+        """Return xPos's factors (T, C), with which the product of a query and a key shrinks as their distance grows."""
         # 0.4 is xPos's constant gamma, with the value that the library torchscale uses.
         even = torch.arange(0, head_width, 2, device=position_T.device, dtype=torch.float64)
         base = (even + 0.4 * head_width) / (1.4 * head_width)
         return (base ** (position_T[:, None] / XPOS_SCALE_BASE)).repeat(1, 2)
 
     def rescale_initial(self, name: str, tensor: Tensor, layers: int) -> Tensor:
-        """Multiply some tensors by sqrt(ln(2 L)) for L layers, in place (SubLN, arXiv 2210.06423). Return the tensor.
-
-        These are the weights and biases of fc1, of fc2, of attention's value and output projections, and of the merge
-        projection. Other tensors stay unchanged.
-        """
+        """Multiply the weights and biases of fc1, fc2, attention's value and output projections and the merge
+        projection by sqrt(ln(2 L)) for L layers, in place (SubLN, arXiv 2210.06423)."""
         factor = math.sqrt(math.log(2 * layers))
         if ".qkv." in name:
             # The rows of queries, keys and values are joined in this order, and all three have the same number of

@@ -1,8 +1,7 @@
 """The load of experts: counts of routes, load balancing losses, the selection bias, and the router z-loss.
 
-A route is one choice of an expert by a row. The load balancing loss and the bias make the loads of experts equal; the
-router z-loss keeps logits small. Each of them belongs to one layer, and a model sums the losses over its layers. They
-are computed in float32 or wider.
+The load balancing loss and the bias make the loads of experts equal; the router z-loss keeps logits small. Each belongs
+to one layer, and a model sums the losses over its layers. They are computed in float32 or wider.
 """
 
 import math
@@ -17,16 +16,11 @@ from mhmoe_ray.spec import MoESpec
 class RoutedLogits(NamedTuple):
     """Router logits of rows and the experts chosen by them: the inputs of the load balancing losses."""
 
-    x_ND: Tensor
-    """Rows that the router gets, in float32 or wider."""
-    clean_NE: Tensor
-    """Logits before the router's random noise is added."""
-    noisy_NE: Tensor
-    """Logits by which experts were chosen, with noise; equal to `clean_NE` if the router has no noise."""
-    probability_NE: Tensor
-    """Probability of each expert for the load balancing loss (`BaseScores.balance_probabilities`)."""
-    expert_NK: Tensor
-    """Chosen experts of each row, int64, the best one first."""
+    x_ND: Tensor  # float32 or wider
+    clean_NE: Tensor  # without the router's random noise
+    noisy_NE: Tensor  # logits by which experts were chosen
+    probability_NE: Tensor  # for the load balancing loss (`BaseScores.balance_probabilities`)
+    expert_NK: Tensor  # int64, the best one first
 
     def slice(self, start: int, stop: int, top_k: int) -> "RoutedLogits":
         """Return the values of rows `start` to `stop` - 1, with only the first `top_k` choices of each row."""
@@ -35,10 +29,7 @@ class RoutedLogits(NamedTuple):
 
 
 def route_counts(expert_NK: Tensor, experts: int, kept_NK: Tensor | None = None) -> Tensor:
-    """Return how many routes (choices by rows) go to each of `experts` experts, int64.
-
-    With the mask `kept_NK`, only routes for which it is True count.
-    """
+    """Return how many routes, of those in the mask `kept_NK` if it is given, go to each of `experts` experts, int64."""
     # bincount would make the host wait for a GPU.
     weight_NK = torch.ones_like(expert_NK) if kept_NK is None else kept_NK.long()
     zero_E = torch.zeros(experts, dtype=torch.int64, device=expert_NK.device)
@@ -46,15 +37,8 @@ def route_counts(expert_NK: Tensor, experts: int, kept_NK: Tensor | None = None)
 
 
 def balance_loss(moe: MoESpec, routed: RoutedLogits, sequences: int, share_E: Tensor | None) -> Tensor:
-    """Return the load balancing loss of the rows of one layer, of the kind that the spec selects.
-
-    Args:
-        moe: spec of the layer.
-        routed: logits of the rows, and their choices.
-        sequences: number of sequences, whose rows lie one after another.
-        share_E: each expert's share of all choices in the previous step, for `balance_over: step`; None for other
-            values of `balance_over`.
-    """
+    """Return the load balancing loss of one layer; the rows of sequences lie one after another. With `balance_over:
+    step`, `share_E` is each expert's share of all choices in the previous step; otherwise it is None."""
     if moe.balance == "importance_load":
         probability_NE, top_k = routed.clean_NE.softmax(-1), routed.expert_NK.shape[1]
         return importance_load_loss(probability_NE, routed.clean_NE, routed.noisy_NE, top_k, moe.noise / moe.experts)
@@ -69,10 +53,9 @@ def balance_loss(moe: MoESpec, routed: RoutedLogits, sequences: int, share_E: Te
 def switch_balance_loss(probability_NE: Tensor, expert_NK: Tensor) -> Tensor:
     """Return the load balancing loss E * sum_e mean_n(p_ne) * (share of the choices that are e).
 
-    This is equation 4 of Switch Transformers (arXiv 2101.03961). It counts choices before any route is dropped.
-
-    With only the first column of `expert_NK`, it is the loss in the code of both MH-MoE papers. With all columns, it is
-    MegaBlocks' loss. It is exactly 1 if either factor is uniform, and at most E. Its gradient flows only through the
+    This is equation 4 of Switch Transformers (arXiv 2101.03961), which counts choices before any route is dropped. With
+    only the first column of `expert_NK`, it is the loss in the code of both MH-MoE papers; with all columns, it is
+    MegaBlocks'. It is exactly 1 if either factor is uniform, and at most E. Its gradient flows only through the
     probabilities.
     """
     experts = probability_NE.shape[1]
@@ -81,14 +64,8 @@ def switch_balance_loss(probability_NE: Tensor, expert_NK: Tensor) -> Tensor:
 
 
 def sequence_balance_loss(probability_NE: Tensor, expert_NK: Tensor, sequences: int) -> Tensor:
-    """Return the mean over sequences of the load balancing loss of each sequence (DeepSeek-V3, arXiv 2412.19437,
-    equations 17 to 20).
-
-    Args:
-        probability_NE: probabilities of rows; the rows of a sequence lie one after another.
-        expert_NK: the choices that the loss counts.
-        sequences: number of sequences, which have equally many rows.
-    """
+    """Return the mean load balancing loss of sequences (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20). They have
+    equally many rows, which lie one after another."""
     experts = probability_NE.shape[1]
     choice_SC = expert_NK.reshape(sequences, -1)
     one_SC = torch.ones_like(choice_SC, dtype=probability_NE.dtype)
@@ -107,16 +84,9 @@ def importance_load_loss(
 ) -> Tensor:
     """Return V-MoE's load balancing loss: its importance loss plus its load loss (arXiv 2106.05974, appendix A).
 
-    The importance of an expert is the sum of its probabilities over all rows. Its load is the mean probability that it
-    would be chosen, if only its own noise were drawn again. Each of the two losses is the squared coefficient of
-    variation of these values over the experts.
-
-    Args:
-        probability_NE: probabilities of rows without noise.
-        clean_logits_NE: logits of rows without noise.
-        noisy_logits_NE: logits by which experts were chosen.
-        top_k: number of experts that a row chooses.
-        noise: standard deviation of the noise.
+    The importance of an expert is the sum of its probabilities (without noise) over all rows. Its load is the mean
+    probability that it would be chosen, if only its own noise, of standard deviation `noise`, were drawn again. Each of
+    the two losses is the squared coefficient of variation of these values over the experts.
     """
     threshold_N1 = noisy_logits_NE.topk(top_k, dim=-1).values[:, -1:]
     # The probability that a normal variable exceeds z is erfc(z / sqrt 2) / 2.
@@ -125,15 +95,12 @@ def importance_load_loss(
 
 
 def z_loss(logits_NE: Tensor) -> Tensor:
-    """Return the router z-loss: the mean over rows of the squared log-sum-exp of the logits (ST-MoE, arXiv
-    2202.08906)."""
+    """Return the router z-loss: the mean squared log-sum-exp of the rows' logits (ST-MoE, arXiv 2202.08906)."""
     return logits_NE.logsumexp(-1).square().mean()
 
 
 def updated_bias(bias_E: Tensor, count_E: Tensor, rate: float) -> Tensor:
     """Return each expert's selection bias for the next step, which balances loads without a loss (arXiv 2408.15664).
-
-    The bias rises by `rate` for experts with fewer routes than the mean, and falls by `rate` for experts with more.
-    """
+    The bias rises by `rate` for experts with fewer routes than the mean, and falls by `rate` for experts with more."""
     load_E = count_E.to(bias_E.dtype)
     return bias_E + rate * (load_E.mean() - load_E).sign()

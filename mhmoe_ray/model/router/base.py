@@ -13,12 +13,7 @@ class BaseScores(nn.Module, ABC):
 
     @abstractmethod
     def __init__(self, width: int, moe: MoESpec) -> None:
-        """Create uninitialized parameters.
-
-        Args:
-            width: D, the width of a row.
-            moe: spec of the layer, with its number of experts E.
-        """
+        """Create uninitialized parameters for rows of width D."""
         super().__init__()
 
     @abstractmethod

@@ -1,9 +1,6 @@
-"""The router of DEMix layers (arXiv 2108.05036): a document goes to the expert of its domain, a source of documents.
-
-The router has no parameters. In training and in validation the domain is known, and a sample has documents of one
-domain. For text of unknown origin, `evaluate/mixture.py` weights the predictions of all experts by their posterior
-probabilities.
-"""
+"""The router of DEMix layers (arXiv 2108.05036), without parameters: a document goes to the expert of its domain, a
+source of documents. The domain is known in training and validation, and a sample has documents of one domain. For text
+of unknown origin, `evaluate/mixture.py` weights the predictions of all experts by their posterior probabilities."""
 
 from collections.abc import Sequence
 
@@ -31,15 +28,8 @@ class DomainRouter(Router):
         domain_B: Tensor | None = None,
         group_rows: Sequence[int] = (),
     ) -> Routing:
-        """Return the routing that sends each row to its sequence's expert; its losses are 0.
-
-        Args:
-            x_ND: the rows; those of a sequence lie one after another.
-            generator: not used, because this routing draws no random numbers.
-            sequences: B, the number of sequences, which have equally many rows.
-            domain_B: index of each sequence's expert, int64; required.
-            group_rows: not used.
-        """
+        """Return the routing by `domain_B`, the expert of each sequence. Sequences have equally many rows, one after
+        another."""
         assert domain_B is not None, "router domain needs the domain of each sequence"
         expert_N1 = domain_B.repeat_interleave(len(x_ND) // sequences)[:, None]
         zero = torch.zeros((), device=x_ND.device)

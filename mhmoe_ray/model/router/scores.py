@@ -1,9 +1,6 @@
-"""Modules that compute the logits of a router: E values for each row, one per expert.
-
-Logits are W x (arXiv 2404.15045, equation 5; arXiv 2411.16205, section 2.1), those of X-MoE as published (arXiv
-2204.09179), or those of X-MoE as torchscale computes them, the library that the first of these papers used. They are
-computed in float32 or wider.
-"""
+"""Modules that compute a router's logits in float32 or wider: W x (arXiv 2404.15045, equation 5; arXiv 2411.16205,
+section 2.1), or X-MoE's (arXiv 2204.09179), as published or as torchscale computes them, the library of the first
+paper."""
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +29,8 @@ MIN_TEMPERATURE = 0.01
 
 
 class XMoEScores(BaseScores):
-    """Module of router `xmoe` as X-MoE's paper describes it (arXiv 2204.09179).
-
-    Its logits are the cosines of projected rows with expert embeddings, divided by a learnable temperature.
-    """
+    """Module of router `xmoe` as X-MoE's paper describes it (arXiv 2204.09179): logits are the cosines of projected
+    rows with expert embeddings, divided by a learnable temperature."""
 
     def __init__(self, width: int, moe: MoESpec) -> None:
         super().__init__(width, moe)
@@ -64,9 +59,7 @@ class XMoEScores(BaseScores):
 
 class TorchscaleScores(BaseScores):
     """Module of router `xmoe_torchscale`, which is X-MoE's router as the code of MH-MoE (arXiv 2404.15045) computes it.
-
-    Only the expert embeddings are normalized, and there is no temperature.
-    """
+    Only the expert embeddings are normalized, and there is no temperature."""
 
     def __init__(self, width: int, moe: MoESpec) -> None:
         super().__init__(width, moe)

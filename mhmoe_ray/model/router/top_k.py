@@ -1,7 +1,7 @@
 """The top-k router of one layer: the choice of experts by their logits, gates, and expert capacity.
 
-A route is one choice of an expert by a row. With an expert capacity, an expert takes a limited number of rows, and the
-routes beyond it are dropped. Everything here is computed in float32 or wider.
+With an expert capacity, an expert takes a limited number of rows, and the routes beyond it are dropped. Everything here
+is computed in float32 or wider.
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ from mhmoe_ray.spec import MoESpec
 
 
 def capacity_mask(expert_NK: Tensor, candidate_NK: Tensor, experts: int, capacity: int) -> Tensor:
-    """Return the mask NK of the candidate routes that experts can take, with a capacity of `capacity` rows each.
+    """Return the mask NK of the candidate routes that experts can take, `capacity` rows each; all others must be
+    dropped.
 
-    A route is one choice of an expert by a row. All other candidates must be dropped. Slots are assigned to all first
-    choices before all second choices, and so on, each in the order of rows. A later row's first choice can therefore
-    displace an earlier row's second choice: static routing is not causal.
+    Slots are assigned to all first choices before all second choices, and so on, each in the order of rows. A later
+    row's first choice can therefore displace an earlier row's second choice: static routing is not causal.
     """
     # Routes that are not candidates for a slot queue for an extra expert, which does not exist. A stable sort keeps the
     # order within the queue of each expert.
@@ -35,11 +35,8 @@ def capacity_mask(expert_NK: Tensor, candidate_NK: Tensor, experts: int, capacit
 
 
 def mask_groups(preference_NE: Tensor, groups: int, top_groups: int) -> Tensor:
-    """Return the preferences for experts, with -inf for experts outside the `top_groups` best groups of each row.
-
-    The value of a group is the sum of its two largest preferences (group-limited routing, DeepSeek-V3, arXiv
-    2412.19437).
-    """
+    """Return the preferences, with -inf outside the `top_groups` best groups of each row. The value of a group is the
+    sum of its two largest preferences (group-limited routing, DeepSeek-V3, arXiv 2412.19437)."""
     preference_NGE = preference_NE.view(len(preference_NE), groups, -1)
     value_NG = preference_NGE.topk(min(2, preference_NGE.shape[-1]), dim=-1).values.sum(-1)
     is_kept_NG = torch.zeros_like(value_NG, dtype=torch.bool).scatter_(
@@ -52,30 +49,21 @@ def mask_groups(preference_NE: Tensor, groups: int, top_groups: int) -> Tensor:
 class Routing(NamedTuple):
     """Result of a router: the experts of each of N rows (sub-tokens), their weights, losses and counts."""
 
-    expert_NK: Tensor
-    """Chosen experts of each row, int64, in the order of preference. The experts of a row are all different."""
-    gate_NK: Tensor
-    """Gates (weights) of the chosen experts, float32; 0 for a route that is dropped."""
-    balance_loss: Tensor
-    """Load balancing loss of the layer, scalar; the default loss (`balance: shares`) is 1 if routing is uniform."""
-    z_loss: Tensor
-    """Router z-loss of the layer, scalar."""
-    count_E: Tensor
-    """Number of kept routes per expert, int64."""
+    expert_NK: Tensor  # chosen experts, int64, in the order of preference, all different
+    gate_NK: Tensor  # weights of the chosen experts, float32; 0 for a dropped route
+    balance_loss: Tensor  # of the layer, scalar; the default loss (`balance: shares`) is 1 if routing is uniform
+    z_loss: Tensor  # of the layer, scalar
+    count_E: Tensor  # kept routes per expert, int64
     dropped_routes: Tensor
-    """Number of routes that exceed the expert capacity and are dropped, int64 scalar. Second choices that
-    `second_expert: random` leaves out do not count."""
-    capacity: int | None
-    """Expert capacity: the largest number of rows that an expert takes; None if there is no limit."""
+    """Routes beyond the expert capacity, int64 scalar, without those that `second_expert: random` leaves out."""
+    capacity: int | None  # expert capacity in rows; None if there is no limit
 
 
 class TopK(NamedTuple):
     """Number of experts that each row chooses."""
 
-    largest: int
-    """K: the largest number of experts of any row, and the number of columns of a `Routing`."""
-    count_N: Tensor | None = None
-    """Number of experts of each row, int64; None if all rows choose K experts."""
+    largest: int  # K: the largest number of any row, and of columns of a `Routing`
+    count_N: Tensor | None = None  # int64; None if all rows choose K experts
 
 
 def _chosen_mask(top_k: TopK, count_N: Tensor) -> Tensor:
@@ -100,24 +88,16 @@ class Router(nn.Module):
             """Share of each expert in the choices of the step before; zero in the first step."""
 
     def _build_scores(self, width: int) -> None:
-        """Create the modules that compute logits for rows of width `width`."""
         self.scores = build_scores(width, self.moe)
 
     def _scores_of(self, group_rows: Sequence[int]) -> Scores:
-        """Return the function that computes logits; `group_rows` has the number of rows of each modality or task."""
         return self.scores
 
     def _top_k_of(self, group_rows: Sequence[int], device: torch.device) -> TopK:
-        """Return how many experts each row chooses; `group_rows` has the number of rows of each modality or task."""
         return TopK(self.moe.top_k)
 
     def _capacity(self, group_rows: Sequence[int], rows: int) -> int | None:
-        """Return the largest number of rows that an expert takes, or None if there is no limit.
-
-        Args:
-            group_rows: number of rows of each modality or task.
-            rows: number of rows in all.
-        """
+        """Return the expert capacity in rows, or None if there is no limit; groups are modalities or tasks."""
         return self.moe.expert_capacity(rows)
 
     def forward(
@@ -134,9 +114,8 @@ class Router(nn.Module):
             x_ND: the rows.
             generator: random generator of jitter, of noise and of the random second expert; None disables all three.
             sequences: number of sequences, whose rows lie one after another.
-            domain_B: not used; `DomainRouter` needs it.
-            group_rows: number of rows of each modality or task, which lie one after another; for routers that treat
-                them separately.
+            domain_B: expert of each sequence, int64, which only `DomainRouter` uses.
+            group_rows: number of rows of each modality or task, for routers that treat them separately.
         """
         # Autocast would compute logits in bfloat16, in which many different logits become equal.
         with torch.autocast(x_ND.device.type, enabled=False):
@@ -186,12 +165,9 @@ class Router(nn.Module):
         )
 
     def _is_plain(self, generator: torch.Generator | None) -> bool:
-        """Return whether the kernel `fused_routing` can compute the routing.
-
-        The kernel takes the k largest softmax scores, without a selection bias, groups of experts or a random second
-        expert. Of the load balancing losses it computes only `balance: shares` over a micro-batch, from the
-        probabilities that the gates also come from. Jitter and noise are applied before the kernel runs.
-        """
+        """Return whether the kernel `fused_routing` can compute the routing. It takes the k largest softmax scores, and
+        of the load balancing losses computes only `balance: shares` over a micro-batch, from the probabilities of the
+        gates."""
         moe = self.moe
         has_random_choice = moe.second_expert == "random" and generator is not None
         # X-MoE's load balancing loss uses other probabilities than its gates, which the fused kernel does not support.
@@ -209,21 +185,12 @@ class Router(nn.Module):
         )
 
     def _balance_loss(self, routed: RoutedLogits, sequences: int, group_rows: Sequence[int]) -> Tensor:
-        """Return the load balancing loss of rows; `group_rows` has the number of rows of each modality or task."""
         return balance_loss(self.moe, routed, sequences, self.share_E if self.moe.balance_over == "step" else None)
 
     def choose_experts(self, logits_NE: Tensor, top_k: TopK | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Choose the top k experts of each row.
-
-        Args:
-            logits_NE: logits of the rows.
-            top_k: number of experts that each row chooses; by default that of the spec.
-
-        Returns:
-            expert_NK and gate_NK as in `Routing`, before any route is dropped, and the probabilities NE: the scores of
-                each row, scaled to a sum of 1. A row has K different experts. If it chooses fewer, the other gates are
-                0.
-        """
+        """Return `expert_NK` and `gate_NK` before any route is dropped, and the probabilities NE, scores scaled to a
+        sum of 1. A row has K different experts; if it chooses fewer, the other gates are 0. The default `top_k` is the
+        spec's."""
         top_k = top_k or TopK(self.moe.top_k)
         moe = self.moe
         is_softmax = moe.scoring == "softmax"
@@ -253,8 +220,8 @@ class Router(nn.Module):
         return expert_NK, gate_NK, score_NE if is_softmax else score_NE / score_NE.sum(-1, keepdim=True)
 
     def _candidate_routes(self, expert_NK: Tensor, gate_NK: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Return the mask NK of the routes that compete for the slots of experts: all but the second choices that
-        `second_expert: random` leaves out."""
+        """Return the mask NK of routes that compete for slots: all but those that `second_expert: random` leaves
+        out."""
         candidate_NK = torch.ones_like(expert_NK, dtype=torch.bool)
         if self.moe.second_expert == "random" and generator is not None:
             u_N = torch.rand(len(gate_NK), device=gate_NK.device, dtype=gate_NK.dtype, generator=generator)

@@ -26,22 +26,18 @@ Output = TypeVar("Output")
 class LossSums(NamedTuple):
     """Losses of one micro-batch, as sums over its targets."""
 
-    terms: list[Tensor]
-    """Each term of the step's loss, summed over the targets of the micro-batch, with gradients."""
+    terms: list[Tensor]  # summed over the targets of the micro-batch, with gradients
     part_sums_P2: Tensor
-    """Sum of each of the P losses in `RunSpec.loss_names`, and the number of its targets, float64, without
-    gradients."""
+    """Sum of each of the P losses in `RunSpec.loss_names`, and its targets, float64, without gradients."""
 
 
 class Validation(NamedTuple):
     """Losses of a validation on held-out samples."""
 
     loss: float
-    targets: int
-    """Number of targets that count, in all held-out samples."""
+    targets: int  # that count, in all held-out samples
     part_losses: dict[str, float]
-    """Mean of each loss in `RunSpec.loss_names` that has held-out samples, by name; empty for a run without
-    `data.parts`."""
+    """Mean of each loss in `RunSpec.loss_names` that has held-out samples; empty without `data.parts`."""
 
 
 class Environment(NamedTuple):
@@ -50,10 +46,8 @@ class Environment(NamedTuple):
     spec: RunSpec
     mesh: Mesh
     device: torch.device
-    run_model: Callable[[Any], Any]
-    """Function that returns the model's output for a micro-batch, in the run's precision and without random numbers."""
-    on_progress: Callable[[], None]
-    """Function to call after each micro-batch of a validation, so that the watchdog sees progress."""
+    run_model: Callable[[Any], Any]  # model's output for a micro-batch, in the run's precision, without random numbers
+    on_progress: Callable[[], None]  # to call after each micro-batch of a validation, for the watchdog
 
 
 class Change(Protocol):
@@ -75,19 +69,11 @@ class Objective(ABC, Generic[Batch, Output]):
     The loss of a step is a weighted sum of terms. Each term is a mean over all its targets in the step, on all ranks.
     """
 
-    weights: tuple[float, ...]
-    """Weight of each term in the loss of a step."""
-    rows_per_micro_batch: int
-    """Number of rows that a micro-batch takes in the Ray Dataset of the training stream."""
+    weights: tuple[float, ...]  # of each term in the loss of a step
+    rows_per_micro_batch: int  # in the Ray Dataset of the training stream
 
     def __init__(self, environment: Environment, model: Trunk, inputs: Any = None) -> None:
-        """Create the objective.
-
-        Args:
-            environment: spec, device and functions of this rank.
-            model: model of this rank.
-            inputs: result of `load_inputs`; None if the objective needs nothing from files.
-        """
+        """Create the objective of this rank; `inputs` is the result of `load_inputs`."""
         self.environment = environment
         self.spec, self.mesh, self.device = environment[:3]
 
@@ -102,18 +88,12 @@ class Objective(ABC, Generic[Batch, Output]):
 
     @abstractmethod
     def receive(self, rows: Mapping[str, np.ndarray]) -> tuple[int, Batch]:
-        """Return the digest of a micro-batch of the training stream, and the micro-batch on the device of this rank.
-
-        Args:
-            rows: the micro-batch as it comes from the stream, as arrays by the name of their column.
-        """
+        """Return the digest of a micro-batch and the micro-batch on this rank's device; `rows` are the stream's
+        columns."""
 
     @abstractmethod
     def count_targets(self, batches: Iterable[Batch]) -> tuple[Iterable[Batch], list[int], int]:
         """Count the targets of a step over all ranks; this may be a collective operation.
-
-        Args:
-            batches: micro-batches of this rank.
 
         Returns:
             The micro-batches; the number of targets of each term of the loss; and the number of tokens of the step.
@@ -138,12 +118,8 @@ class Objective(ABC, Generic[Batch, Output]):
         """
 
     def adapt(self, samples: Any, step: int) -> Sequence[Change]:
-        """Adapt the model before a step, as the spec asks for, and return the changes; a collective operation.
-
-        Args:
-            samples: held-out samples from `load_validation`.
-            step: number of steps done.
-        """
+        """Adapt the model after `step` steps by held-out samples, as the spec asks, and return the changes. This is a
+        collective operation."""
         return []
 
     @property
@@ -161,15 +137,9 @@ class Objective(ABC, Generic[Batch, Output]):
 
     @abstractmethod
     def load_validation(self, manifest: "DataManifest") -> Any:
-        """Return the held-out samples that `validate` takes; every rank loads the same.
-
-        Args:
-            manifest: manifest of the prepared data.
-        """
+        """Return the held-out samples that `validate` takes; every rank loads the same."""
 
     @abstractmethod
     def validate(self, samples: Any) -> Validation:
-        """Return the losses of held-out samples, which are the same on every rank.
-
-        This is a collective operation. Every rank passes the same samples.
-        """
+        """Return the losses of held-out samples in a collective operation; samples and losses are the same on every
+        rank."""

@@ -42,19 +42,11 @@ DIGEST_BYTES = 6
 class MicroBatch(NamedTuple):
     """Micro-batch of b samples: their token ids, and the targets that count."""
 
-    token_BT: Tensor
-    """Token ids of each sample, int64, (b, T + 1): T inputs, and T targets that are shifted by one."""
-    counts_BT: Tensor
-    """Mask of the targets, bool, (b, T): True for those that count in the loss. It is False for padding and for tokens
-    that the model only reads, such as the question in a chat."""
-    document_starts_BT: Tensor | None = None
-    """Mask of the input tokens that begin a document, bool, (b, T); None if start tokens mark these places."""
-    domain_B: Tensor | None = None
-    """Expert of each sample for router `domain`, which sends a document to the expert of its domain, int64, (b,). None
-    for any other router."""
-    document_offset_N1: Tensor | None = None
-    """Position of the first token of each document in the flattened input (`document_offsets`); None if attention reads
-    a mask of documents instead."""
+    token_BT: Tensor  # int64, (b, T + 1): T inputs, and T targets that are shifted by one
+    counts_BT: Tensor  # bool, (b, T): False for padding and for tokens that are only read, such as a chat's question
+    document_starts_BT: Tensor | None = None  # bool, (b, T); None if start tokens mark the first tokens of documents
+    domain_B: Tensor | None = None  # int64, (b,): expert of each sample for router `domain`; None for other routers
+    document_offset_N1: Tensor | None = None  # `document_offsets` of the input; None if attention reads a mask
 
 
 def sample_digest(samples: Samples) -> int:
@@ -67,14 +59,9 @@ def sample_digest(samples: Samples) -> int:
 
 
 def micro_batch(samples: ModelSamples, device: torch.device, masked_start_token: int | None = None) -> MicroBatch:
-    """Return samples as a micro-batch on a device; the copy does not wait for work that is queued on the device.
-
-    Args:
-        samples: token ids and masks in CPU memory.
-        device: device of this rank.
-        masked_start_token: the token that precedes every document, if attention is restricted to documents. On a GPU,
-            the micro-batch then has the offsets of its documents.
-    """
+    """Return samples in CPU memory as a micro-batch on a device, without waiting for work that is queued there.
+    `masked_start_token` precedes every document if attention is restricted to documents; a GPU then gets their
+    offsets."""
     transfer = partial(copy_to_device, device=device)
     token_ids, target_mask, document_starts, experts = samples
     offset_N1 = None
@@ -102,10 +89,8 @@ def _map_parts(batch: MicroBatch, function: Callable[[Tensor], Tensor]) -> Micro
 
 
 class NextToken(Objective[MicroBatch, DecoderLoss]):
-    """Objective of decoders: predict each token from those before it.
-
-    Every target that counts has the same weight in the loss, however much padding its micro-batch has.
-    """
+    """Objective of decoders: predict each token from those before it. Every target that counts has the same weight in
+    the loss, however much padding its micro-batch has."""
 
     weights = (1.0,)
 
@@ -131,7 +116,6 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
 
     @property
     def _start_token(self) -> int | None:
-        """The token that precedes every document."""
         return None if self._boundaries is None else self._boundaries.start
 
     def receive(self, rows: Mapping[str, np.ndarray]) -> tuple[int, MicroBatch]:
@@ -153,10 +137,7 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
         return batches, [int(count)], int(count)
 
     def model_arguments(self, batch: MicroBatch) -> ModelArguments:
-        """Return the arguments of the model, which reads all tokens but the last of each sample.
-
-        Attention is masked by document if the spec asks for it.
-        """
+        """Return the arguments of the model, which reads all tokens but the last of each sample."""
         token_BT, document_starts_BT = batch.token_BT[:, :-1], batch.document_starts_BT
         document_BT = None
         if self.spec.model.document_masks:
@@ -187,10 +168,8 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
         return loss / max(1, targets)
 
     def load_validation(self, manifest: "DataManifest") -> dict[str, MicroBatch]:
-        """Return the held-out samples of each part of micro-batches that has any, by the name of the part.
-
-        If the spec has no `data.parts`, the only key is the empty string, with all held-out samples.
-        """
+        """Return the held-out samples of each part that has any, by its name; "" is the only name without
+        `data.parts`."""
         # The import is here, because the module of the stream needs Ray, and nothing else in this file does.
         from mhmoe_ray.data.stream import validation_samples
 
@@ -212,19 +191,15 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
         return Validation(loss, tokens, {name: loss for name, (loss, _) in losses.items()})
 
     def _take_rows(self, part: Tensor, start: int, count: int) -> Tensor:
-        """Return `count` rows of a tensor from row `start` on, on this rank's device."""
         return part[start : start + count].to(self.device)
 
     @torch.no_grad()
     def validate_part(self, samples: MicroBatch) -> tuple[float, int]:
-        """Return the mean loss in nats over held-out tokens, and their number; both are the same on every rank.
+        """Return the mean loss in nats over a part's held-out tokens, and their number, both equal on every rank.
 
         With static routing, routes above the expert capacity are dropped as in training. The code of the first paper
         (arXiv 2404.15045) does the same: its evaluation capacity is `-1`, which stands for the capacity of training.
-        The package `evaluate` drops no routes.
-
-        Args:
-            samples: all held-out samples of a part; every rank passes the same.
+        The package `evaluate` drops no routes. Every rank passes the same samples.
         """
         b, world = self.spec.train.micro_batch_size, self.mesh.world_size
         sample_count = len(samples.token_BT)

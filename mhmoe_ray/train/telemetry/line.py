@@ -1,7 +1,6 @@
 """Line of metrics.jsonl, which has all metrics of one training step.
 
-The shares of time that ranks wait reveal a straggler, which is a slow rank: the other ranks wait for its rows, or it
-waits for data itself.
+The shares of time that ranks wait reveal a straggler: the other ranks wait for its rows, or it waits for data itself.
 """
 
 import time
@@ -18,7 +17,7 @@ from mhmoe_ray.train.step import Trainer, Update
 
 
 class StepTotals(NamedTuple):
-    """Totals of a training step over all ranks, in the fields of `RankSums`, which has those of one rank."""
+    """Totals of a training step over all ranks, in the fields of `RankSums`."""
 
     targets: int
     loss: float
@@ -28,34 +27,21 @@ class StepTotals(NamedTuple):
     part_sums_P2: Tensor
     sent_bytes: SentBytes
     least_bytes: int
-    digest: str
-    """Hexadecimal digest of the step's samples, in their order."""
+    digest: str  # hexadecimal, of the step's samples in their order
 
 
 class WaitShares(NamedTuple):
     """Shares of a step's time, from 0 to 1, that a rank spent waiting."""
 
-    data: float
-    """Share of the step's time spent waiting for the data stream."""
-    exchange: float
-    """Share of the step's time spent waiting for rows of other ranks. It is small on a straggler, and large on the
-    ranks that wait for the straggler."""
+    data: float  # for the data stream
+    exchange: float  # for rows of other ranks: small on a straggler, and large on the ranks that wait for it
 
 
 def step_line(
     spec: RunSpec, trainer: Trainer, group: int, totals: StepTotals, waits: WaitShares, update: Update, seconds: float
 ) -> dict[str, Any]:
-    """Return the metrics of a step by name, which become a line of metrics.jsonl.
-
-    Args:
-        spec: spec of the run.
-        trainer: the trainer, after the step.
-        group: number of the worker group.
-        totals: totals of the step over all ranks.
-        waits: largest share of any rank for waiting for data, and largest share of any rank for waiting for rows.
-        update: result of the optimizer's update.
-        seconds: duration of the step.
-    """
+    """Return the metrics of a step by name, for a line of metrics.jsonl. `trainer` is the trainer after the step, and
+    `waits` has the largest shares of any rank."""
     moe, tokens_per_s = spec.model.moe, totals.targets / seconds
     line: dict[str, Any] = {
         metrics.STEP: trainer.step,

@@ -1,8 +1,8 @@
 """Metrics of a run in MLflow, if the spec names a server (`tracking.mlflow`).
 
 A thread of its own makes all requests, so training never waits for the server. Metrics that the server does not accept
-are sent again later. If the server never accepts them, the log gets a warning; metrics.jsonl has all metrics in any
-case. A resumed run continues its MLflow run, which has the run's id in the tag `mhmoe_run`.
+are sent again later; if it never accepts them, the log gets a warning, and metrics.jsonl has them in any case. A
+resumed run continues its MLflow run, which has the run's id in the tag `mhmoe_run`.
 """
 
 import logging
@@ -24,30 +24,18 @@ if TYPE_CHECKING:
 
 
 LOG = logging.getLogger("mhmoe")
-SEND_SECONDS = 5.0
-"""Seconds between two rounds in which queued metrics are sent."""
-CLOSE_SECONDS = 10.0
-"""Seconds for which the end of training waits for unsent metrics."""
-MAX_METRICS_PER_REQUEST = 1000
-"""Largest number of metrics that MLflow accepts in one request."""
-MAX_VALUE_CHARACTERS = 6000
-"""Largest number of characters of a parameter's value in MLflow."""
+SEND_SECONDS = 5.0  # between two rounds in which queued metrics are sent
+CLOSE_SECONDS = 10.0  # longest wait for unsent metrics at the end of training
+MAX_METRICS_PER_REQUEST = 1000  # MLflow's limit
+MAX_VALUE_CHARACTERS = 6000  # MLflow's limit for the value of a parameter
 TAG = "mhmoe_run"
 
 
 class MlflowRun:
-    """Sink that sends the metrics of a run to an MLflow server, by a thread of its own."""
+    """Tracker that sends the metrics of a run to an MLflow server."""
 
     def __init__(self, run: RunDir, spec: RunSpec) -> None:
-        """Start the thread that sends metrics.
-
-        Args:
-            run: the run whose metrics are sent.
-            spec: spec of the run, which names an MLflow server.
-
-        Raises:
-            JobError: MLflow is not installed, or does not accept the server's address.
-        """
+        """Start the thread that sends metrics; without MLflow, or with an address that it refuses, raise a JobError."""
         assert spec.tracking.mlflow is not None
         self._run, self._spec, self._server = run, spec, spec.tracking.mlflow
         self._client = _client(self._server)
@@ -61,7 +49,7 @@ class MlflowRun:
         self._thread.start()
 
     def report(self, line: dict[str, Any]) -> None:
-        """Queue the metrics of a step's line for the thread that sends them."""
+        """Queue the metrics of a step for the thread that sends them."""
         from mlflow.entities import Metric
 
         # MLflow has timestamps in milliseconds.
@@ -73,13 +61,7 @@ class MlflowRun:
         """Do nothing, because the thread sends metrics by itself."""
 
     def close(self, end_status: EndStatus) -> None:
-        """Send the remaining metrics and the run's final status, and stop the thread; wait at most `CLOSE_SECONDS`.
-
-        If the server has not accepted all metrics by then, a warning in the log tells how many are missing.
-
-        Args:
-            end_status: MLflow status for the end of the training.
-        """
+        """Send the remaining metrics and the final status, within `CLOSE_SECONDS`; a warning counts unsent metrics."""
         self._end_status = end_status
         self._stop_event.set()
         self._thread.join(CLOSE_SECONDS)
@@ -124,11 +106,7 @@ class MlflowRun:
         return str(experiment.experiment_id if experiment else self._client.create_experiment(name))
 
     def _find_run(self) -> str | None:
-        """Find the MLflow run that an earlier worker group created, and set its status to running.
-
-        Returns:
-            Its id in MLflow; None if there is no such run.
-        """
+        """Return the id of the MLflow run of an earlier worker group, set to running; None if there is no such run."""
         mlflow_runs = self._client.search_runs([self._experiment_id()], f"tags.{TAG} = '{self._run.id}'", max_results=1)
         if not mlflow_runs:
             return None
@@ -155,11 +133,6 @@ class MlflowRun:
 
 
 def _client(server: str) -> Any:
-    """Return MLflow's client for a server.
-
-    Raises:
-        JobError: MLflow is not installed, or does not accept the address.
-    """
     # Without this setting MLflow sends data about its use to its makers.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # The client need not retry a request, because the sending thread itself repeats it in its next round.
@@ -179,7 +152,6 @@ def _client(server: str) -> Any:
 
 
 def _drain(queue: "SimpleQueue[Metric]") -> "Iterator[Metric]":
-    """Yield metrics from a queue, and remove them from it, until the queue is empty."""
     while True:
         try:
             yield queue.get_nowait()
@@ -188,8 +160,6 @@ def _drain(queue: "SimpleQueue[Metric]") -> "Iterator[Metric]":
 
 
 def open_tracker(run: RunDir, spec: RunSpec, group: int, start: int) -> MlflowRun | None:
-    """Return the MLflow tracker of a run; None if the spec names no MLflow server.
-
-    `group` and `start` are unused; they belong to the signature of all such functions (`sinks.OpenTracker`).
-    """
+    """Return the MLflow tracker of a run, or None without a server; `group` and `start` belong to
+    `sinks.OpenTracker`."""
     return MlflowRun(run, spec) if spec.tracking.mlflow else None

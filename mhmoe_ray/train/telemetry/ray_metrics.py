@@ -30,11 +30,6 @@ class Gauges:
     # longer than that, so a thread repeats all values.
 
     def __init__(self, run: str) -> None:
-        """Start the thread that repeats the values.
-
-        Args:
-            run: id of the run, a label of all gauges.
-        """
         self._run = run
         self._gauges: dict[str, Gauge] = {}
         self._values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
@@ -48,7 +43,7 @@ class Gauges:
         self._gauges[metric.name] = Gauge(PREFIX + metric.name, description=metric.help, tag_keys=labels)
 
     def set(self, name: str, value: float, **labels: str) -> None:
-        """Report a value of a metric. `labels` are the values of its labels, without the label `run`."""
+        """Report a value of a metric; `labels` are all its labels but `run`."""
         with self._lock:
             self._values[name, (("run", self._run), *labels.items())] = value
             self._gauges[name].set(value, tags={"run": self._run, **labels})
@@ -71,31 +66,21 @@ def add_rank(gauges: Gauges) -> None:
 
 
 def report_rank(gauges: Gauges, rank: int, waits: WaitShares) -> None:
-    """Report the metrics of one rank for a step: the shares of the step's time that it waited."""
+    """Report the shares of a step's time that a rank waited."""
     for name, value in ((DATA_WAIT, waits.data), (EXCHANGE_WAIT, waits.exchange)):
         gauges.set(name, value, rank=str(rank))
 
 
 def add_run(gauges: Gauges, steps: int) -> None:
-    """Create the gauges of metrics of the whole run, and report the number of its steps.
-
-    Args:
-        gauges: gauges of rank 0.
-        steps: number of steps of the complete run.
-    """
+    """Create the gauges of metrics of the whole run, and report its number of steps."""
     for metric in _metrics_of_scope("run", "layer", "expert", "part"):
         gauges.add(metric)
     gauges.set(STEPS, steps)
 
 
 def report_run(gauges: Gauges, line: dict[str, Any], count_LE: Tensor) -> None:
-    """Report a step's metrics of the whole run, of each part of micro-batches, of each layer and of each expert.
-
-    Args:
-        gauges: gauges of rank 0.
-        line: metrics of the step (`step_line`).
-        count_LE: number of the step's routes to each expert of each layer; it has no layers for a dense model.
-    """
+    """Report a step's metrics of the whole run (`step_line`), and of each part, layer and expert. `count_LE` has no
+    layers for a dense model."""
     for metric in _metrics_of_scope("run"):
         value = line.get(metric.name)
         if (gauge_value := metric.absent if value is None else value) is not None:

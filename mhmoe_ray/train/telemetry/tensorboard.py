@@ -1,8 +1,5 @@
-"""Event files for TensorBoard below the run directory: `tensorboard --logdir RUN/tensorboard`.
-
-An event file on an object store cannot grow. So each flush there writes a new file, with the events since the last
-flush.
-"""
+"""Event files for TensorBoard below the run directory: `tensorboard --logdir RUN/tensorboard`. An event file on an
+object store cannot grow, so each flush there writes a new file, with the events since the last flush."""
 
 import tempfile
 import time
@@ -25,16 +22,10 @@ FLUSH_SECONDS = 10.0
 
 
 class TensorBoard:
-    """Sink for metrics of a run: event files that TensorBoard reads."""
+    """Tracker that writes event files for TensorBoard."""
 
     def __init__(self, run: RunDir, group: int, start: int) -> None:
-        """Open an event file, and mark earlier events of steps after `start` as void.
-
-        Args:
-            run: the run whose events are written.
-            group: number of the worker group, a part of the files' names.
-            start: step from which the worker group continues; it repeats later steps of earlier groups.
-        """
+        """Open an event file, and void earlier events of steps after `start`, which this worker group repeats."""
         self._folder, self._group, self._file_count = run.tensorboard, group, 0
         self._spool = None if isinstance(self._folder, Path) else tempfile.TemporaryDirectory(prefix="mhmoe-")
         self._open()
@@ -43,7 +34,7 @@ class TensorBoard:
         self._writer.write_event(Event(session_log=SessionLog(status=SessionLog.START), step=start + 1))
 
     def report(self, line: dict[str, Any]) -> None:
-        """Write the metrics of a step as one event; `line` is the step's line of metrics.jsonl."""
+        """Write the metrics of a step as one event."""
         scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in tagged_values(line).items()]
         step, wall_time = line[metrics.STEP], line[metrics.TIME]
         self._writer.write_event(Event(summary=Summary(value=scalars), step=step, wall_time=wall_time))
@@ -59,7 +50,7 @@ class TensorBoard:
         self._flushed = time.monotonic()
 
     def close(self, end_status: EndStatus) -> None:
-        """Write all events, and close the event file. `end_status` is unused, because TensorBoard shows no status."""
+        """Write all events and close the file. `end_status` is unused, because TensorBoard shows no status."""
         if self._spool:
             self._upload()
             self._spool.cleanup()
@@ -67,7 +58,6 @@ class TensorBoard:
             self._writer.close()
 
     def _open(self) -> None:
-        """Open a new event file, in the run directory or, for an object store, in a temporary folder."""
         folder = Path(self._spool.name) if self._spool else self._folder
         assert isinstance(folder, Path)
         folder.mkdir(exist_ok=True)
@@ -78,7 +68,6 @@ class TensorBoard:
         self._flushed = time.monotonic()
 
     def _upload(self) -> None:
-        """Close the event file, and move it from the temporary folder to the object store."""
         assert self._spool
         self._writer.close()
         for file in Path(self._spool.name).iterdir():
@@ -87,5 +76,5 @@ class TensorBoard:
 
 
 def open_tracker(run: RunDir, spec: RunSpec, group: int, start: int) -> TensorBoard:
-    """Return the TensorBoard tracker of a run, which writes event files; for the arguments see `TensorBoard`."""
+    """Return the TensorBoard tracker of a run."""
     return TensorBoard(run, group, start)

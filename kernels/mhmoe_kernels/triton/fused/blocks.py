@@ -3,8 +3,8 @@
 NOT MEASURED: the sizes are predicted, and the kernels have only been compiled with them.
 
 A multiprocessor has 256 KiB of registers, at most 255 per thread, and 227 KiB of shared memory for a program. A program
-holds the bytes in this table, with R rows of width D and F hidden units per block, s stages, b bytes per element, and M
-matrices of an expert (SwiGLU 3, GELU 2):
+holds these bytes, with R rows of width D and F hidden units per block, s stages, b bytes per element, and M matrices of
+an expert (SwiGLU 3, GELU 2):
 
                       registers, float32               shared memory
     forward           4 R D + 4 (M - 1) R F            b R D + s M b F D
@@ -14,7 +14,7 @@ matrices of an expert (SwiGLU 3, GELU 2):
 For every block, a kernel reads its weights, or its rows, again from the L2 cache. In bfloat16, it computes this many
 FLOP per byte of these reads: R in `forward`, 5/3 R (SwiGLU) or 5/4 R (GELU) in `backward_rows`, and M F in
 `backward_weights`. An H100 needs about 145 (798 TFLOP/s over about 5.5 TB/s), so R should be 128 and F 64.
-kernels/README.md has predicted times and the compiler's report on each entry.
+kernels/README.md has predicted times and the compiler's report.
 """
 
 from typing import Literal, NamedTuple
@@ -25,7 +25,7 @@ Kernel = Literal["forward", "backward_rows", "backward_weights"]
 
 
 class Blocks(NamedTuple):
-    """Numbers of rows and hidden units that a program holds at a time, of its warps, and of its pipeline stages."""
+    """Rows and hidden units that a program holds at a time, its warps, and its pipeline stages."""
 
     rows: int
     hidden: int
@@ -81,17 +81,7 @@ _FLOAT32 = {1024: Blocks(16, 16, 8, 1)}
 
 
 def blocks_for(kind: str, kernel: Kernel, width: int, dtype: torch.dtype) -> Blocks:
-    """Return the block sizes with which a fused kernel is launched for rows of `width` values.
-
-    Args:
-        kind: kind of experts, `swiglu` or `gelu`.
-        kernel: name of the kernel.
-        width: width of a row.
-        dtype: float32 or bfloat16.
-
-    Raises:
-        ValueError: the rows are too wide: no tile of them fits on the chip.
-    """
+    """Return the block sizes of a fused kernel for rows of `width` values; ValueError if the chip cannot hold them."""
     table = _FLOAT32 if dtype == torch.float32 else _BFLOAT16[kind, kernel]
     for widest, blocks in table.items():
         if width <= widest:

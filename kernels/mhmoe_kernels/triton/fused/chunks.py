@@ -1,11 +1,10 @@
 """Tiles of rows of width D, held as chunks whose widths are powers of two.
 
-The sides of Triton's tiles are powers of two. Widths such as 192 = 768/4 and 384 = 768/2 are not. If they were rounded
-up, the matrix units would do a third more work. A row is therefore held as a tuple of chunks: 192 = 128 + 64, 384 =
-256 + 128.
+The sides of Triton's tiles are powers of two. Rounding up widths such as 192 = 768/4 and 384 = 768/2 would cost the
+matrix units a third more work. A row is therefore a tuple of chunks: 192 = 128 + 64, 384 = 256 + 128.
 
-A product that sums over D is the sum of the chunks' products. A product whose result has width D consists of one
-product for each chunk. Sums are float32.
+A product that sums over D is the sum of the chunks' products; one whose result has width D is one product for each
+chunk. Sums are float32.
 """
 
 import triton
@@ -19,7 +18,7 @@ _MAX_WIDTH, _MIN_WIDTH = 256, 16
 
 
 def chunk_widths(width: int) -> tuple[int, ...]:
-    """Return the widths of the chunks of a row: powers of two, at most 256, in falling order.
+    """Return the widths of a row's chunks: falling powers of two, at most 256.
 
     They add up to `width`, rounded up to a multiple of 16.
     """
@@ -42,7 +41,7 @@ def _column_offset(chunks: tuple[int, ...], c: int) -> int:
 
 @triton.jit
 def chunk_columns(CHUNKS: tl.constexpr, c: tl.constexpr) -> tl.tensor:
-    """Return the indices of the columns of a row that chunk c holds; the last chunk may have columns past D."""
+    """Return the columns of a row that chunk c holds; the last chunk may have columns past D."""
     return _column_offset(CHUNKS, c) + tl.arange(0, _width(CHUNKS, c))
 
 
@@ -50,7 +49,7 @@ def chunk_columns(CHUNKS: tl.constexpr, c: tl.constexpr) -> tl.tensor:
 def load_rows(
     x_ND: tl.tensor, row_B: tl.tensor, inside_B: tl.tensor, D: tl.constexpr, CHUNKS: tl.constexpr
 ) -> tl.tuple:
-    """Load the rows `row_B` of a matrix [*, D] as chunks [B, width]; rows where `inside_B` is False become zeros."""
+    """Load rows of a matrix [*, D] as chunks [B, width]; rows where `inside_B` is False become zeros."""
     chunks = ()
     for c in tl.static_range(len(CHUNKS)):
         col = chunk_columns(CHUNKS, c)
@@ -63,8 +62,7 @@ def load_rows(
 def load_columns(
     w: tl.tensor, f_B: tl.tensor, F: tl.constexpr, TRANSPOSED: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr
 ) -> tl.tuple:
-    """Load the columns `f_B` of a matrix [D, F], or the rows `f_B` of a matrix [F, D] if TRANSPOSED, as chunks
-    [width, B]."""
+    """Load the columns `f_B` of a matrix [D, F], or rows of [F, D] if TRANSPOSED, as chunks [width, B]."""
     chunks = ()
     for c in tl.static_range(len(CHUNKS)):
         col = chunk_columns(CHUNKS, c)[:, None]
@@ -77,7 +75,7 @@ def load_columns(
 def store_rows(
     x_ND: tl.tensor, row_B: tl.tensor, inside_B: tl.tensor, chunks: tl.tuple, D: tl.constexpr, CHUNKS: tl.constexpr
 ) -> None:
-    """Store chunks [B, width] in the rows `row_B` of a matrix [*, D]; rows where `inside_B` is False are skipped."""
+    """Store chunks [B, width] in rows of a matrix [*, D]; rows where `inside_B` is False are skipped."""
     for c in tl.static_range(len(CHUNKS)):
         col = chunk_columns(CHUNKS, c)
         mask = inside_B[:, None] & (col < D)[None, :]
@@ -89,8 +87,7 @@ def store_columns(
     w: tl.tensor, f_B: tl.tensor, F: tl.constexpr, chunks: tl.tuple, TRANSPOSED: tl.constexpr,
     D: tl.constexpr, CHUNKS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Store chunks [width, B] in the columns `f_B` of a matrix [D, F], or in the rows `f_B` of a matrix [F, D] if
-    TRANSPOSED."""
+    """Store chunks [width, B] in the columns `f_B` of a matrix [D, F], or in rows of [F, D] if TRANSPOSED."""
     for c in tl.static_range(len(CHUNKS)):
         col = chunk_columns(CHUNKS, c)[:, None]
         mask = (col < D) & (f_B < F)[None, :]
@@ -100,7 +97,7 @@ def store_columns(
 
 @triton.jit
 def zeros_rows(B: tl.constexpr, CHUNKS: tl.constexpr) -> tl.tuple:
-    """Return chunks [B, width] of float32 zeros, one for each width in CHUNKS."""
+    """Return chunks [B, width] of float32 zeros."""
     chunks = ()
     for c in tl.static_range(len(CHUNKS)):
         chunks = chunks + (tl.zeros([B, _width(CHUNKS, c)], tl.float32),)
@@ -109,7 +106,7 @@ def zeros_rows(B: tl.constexpr, CHUNKS: tl.constexpr) -> tl.tuple:
 
 @triton.jit
 def zeros_columns(B: tl.constexpr, CHUNKS: tl.constexpr) -> tl.tuple:
-    """Return chunks [width, B] of float32 zeros, one for each width in CHUNKS."""
+    """Return chunks [width, B] of float32 zeros."""
     chunks = ()
     for c in tl.static_range(len(CHUNKS)):
         chunks = chunks + (tl.zeros([_width(CHUNKS, c), B], tl.float32),)
@@ -127,7 +124,7 @@ def scale_rows(chunks: tl.tuple, scale_B1: tl.tensor) -> tl.tuple:
 
 @triton.jit
 def matmul(rows: tl.tuple, w: tl.tuple, TRANSPOSED: tl.constexpr) -> tl.tensor:
-    """Return rows [B, D] @ w [D, F], as [B, F]; if TRANSPOSED, w is given as chunks of [F, D]."""
+    """Return rows [B, D] @ w [D, F], as [B, F]; if TRANSPOSED, w is chunks of [F, D]."""
     F: tl.constexpr = w[0].shape[0 if TRANSPOSED else 1]
     out = tl.zeros([rows[0].shape[0], F], tl.float32)
     for c in tl.static_range(len(rows)):
@@ -137,8 +134,7 @@ def matmul(rows: tl.tuple, w: tl.tuple, TRANSPOSED: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def add_matmul(sums: tl.tuple, h: tl.tensor, w: tl.tuple, TRANSPOSED: tl.constexpr) -> tl.tuple:
-    """Return sums [B, D] + h [B, F] @ w [F, D], with h rounded to w's dtype; if TRANSPOSED, w is given as chunks of
-    [D, F]."""
+    """Return sums [B, D] + h [B, F] @ w [F, D], with h rounded to w's dtype; if TRANSPOSED, w is chunks of [D, F]."""
     chunks = ()
     for c in tl.static_range(len(sums)):
         chunks = chunks + (dot(h.to(w[c].dtype), w[c].T if TRANSPOSED else w[c], sums[c]),)

@@ -1,8 +1,7 @@
 """Autograd function of the fused experts, from routed rows to combined outputs.
 
-For the backward it keeps only x, routes, gates and weights, and for GELU experts two numbers per route (the mean and
-the inverse deviation of the norm) and two vectors per expert (`norm_terms`). The backward recomputes the hidden layer
-and the values for the gradients of the gates.
+For the backward it keeps only x, routes, gates and weights, and for GELU experts two numbers per route (mean and
+inverse deviation of the norm) and two vectors per expert (`norm_terms`). The backward recomputes the hidden layer.
 """
 
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from mhmoe_kernels.triton.operators import SortedRoutes, combine_rows, sort_rout
 from mhmoe_kernels.weights import ExpertWeights, Swiglu
 
 _SORT_ROWS_PER_TILE = 128
-"""Number of rows of a tile in the sort of routes. Each fused kernel makes tiles of its block size instead of these."""
+"""Rows of a tile in the sort of routes; each fused kernel makes tiles of its own block size."""
 
 
 class _FusedExperts(torch.autograd.Function):

@@ -36,7 +36,6 @@ from mhmoe_kernels.triton.fused.chunks import (
 
 @triton.jit
 def _load_vector(v_F, f, F):
-    """Load the values at the indices f of a vector of length F, such as a bias, as a float32 row."""
     return tl.load(v_F + f, mask=f < F, other=0.0).to(tl.float32)[None, :]
 
 
@@ -196,7 +195,7 @@ def weighted_row_sums(
     dy_ND, route_R, scale_S, offset_E1, sum_ED,
     K: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Store the gradient of fc2's bias: the sum of scale * dy over the routes of each expert. A scale is a gate."""
+    """Store the gradient of fc2's bias: the sum of scale * dy over the routes of each expert."""
     col = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     expert = tl.program_id(1).to(tl.int64)
     total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)

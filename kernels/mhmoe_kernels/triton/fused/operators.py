@@ -1,7 +1,7 @@
 """Operators of the fused experts, SwiGLU and GELU. The two kinds keep different tensors for their backward.
 
 `weights` are stacked over experts, in the order of the arguments of `Swiglu` or `GeluSubln`. A scale is the gate of a
-route (one choice of an expert by a row). Scales are in the order of routes.
+route; scales are in the order of routes.
 """
 
 from collections.abc import Sequence
@@ -21,15 +21,7 @@ Tensors = list[Tensor]
 
 
 def kernel_options(experts: int, top_k: int, width: int, hidden: int, block: Blocks) -> dict[str, Any]:
-    """Return the constants and compiler options of a fused kernel.
-
-    Args:
-        experts: number of experts.
-        top_k: number of experts of each row.
-        width: width of a row.
-        hidden: hidden width of an expert.
-        block: block sizes of the kernel.
-    """
+    """Return the constants and compiler options of a fused kernel."""
     return {
         "F": hidden,
         "E": experts,
@@ -48,15 +40,13 @@ def _float32(device_tensor: Tensor, *shape: int) -> Tensor:
 
 
 class _KernelSetup:
-    """Block sizes, tiles and compiler options with which one fused kernel is launched."""
-
     def __init__(self, kind: str, kernel: Kernel, weights: Tensors, x_ND: Tensor, top_k: int) -> None:
         self.experts, self.hidden, self.width = weights[0].shape
         self.block = blocks_for(kind, kernel, self.width, x_ND.dtype)
         self.options = kernel_options(self.experts, top_k, self.width, self.hidden, self.block)
 
     def tiles(self, offset_E1: Tensor, routes: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Divide sorted routes into tiles for this kernel; return offset_E1, expert_T and start_T of `SortedRoutes`."""
+        """Divide sorted routes into tiles for this kernel; return offset_E1, expert_T and start_T."""
         tiles: tuple[Tensor, Tensor, Tensor] = schedule_tiles(offset_E1.diff(), routes, self.block.rows)
         return tiles
 
@@ -66,15 +56,14 @@ class _KernelSetup:
 
 
 def _empty_statistics(kind: str, x_ND: Tensor, routes: int) -> Tensors:
-    """Return two uninitialized tensors with one value per route for GELU experts, and none for SwiGLU experts."""
     return [] if kind == "swiglu" else [_float32(x_ND, routes) for _ in range(2)]
 
 
 def norm_terms(kind: str, weights: Sequence[Tensor]) -> Tensors:
-    """Return s = W2 w and c = W2 b + b2 of each GELU expert; SwiGLU experts have no such terms.
+    """Return s = W2 w and c = W2 b + b2 of each GELU expert (see gelu.py); SwiGLU experts have no such terms.
 
-    W2 and b2 are the weight and bias of fc2, and w and b those of the norm; gelu.py explains what s and c are for. They
-    are float32, because mean * s is subtracted from a sum of similar size, which would amplify rounding errors.
+    W2 and b2 are fc2's weight and bias, w and b the norm's. The terms are float32, because mean * s is subtracted from
+    a sum of similar size, which would amplify rounding errors.
     """
     if kind == "swiglu":
         return []
@@ -96,18 +85,9 @@ def fused_forward(
     kind: str, eps: float, x_ND: Tensor, weights: Tensors, terms: Tensors, route_R: Tensor, offset_E1: Tensor,
     top_k: int,
 ) -> tuple[Tensor, Tensors]:  # fmt: skip
-    """Return the expert output of every sorted route, before it is scaled by its gate, and statistics of each route.
+    """Return the unscaled expert output of every sorted route, and its norm's mean and inverse deviation (GELU only).
 
-    The statistics are the mean and the inverse deviation of the norm. Experts without a norm have none.
-
-    Args:
-        kind: kind of experts, `swiglu` or `gelu`.
-        eps: value added to the variance in the norm of GELU experts.
-        x_ND: rows.
-        weights: weights of the experts.
-        terms: `norm_terms` of the weights.
-        route_R, offset_E1: as in `SortedRoutes`.
-        top_k: number of routes of each row.
+    `terms` are the `norm_terms` of the weights; `route_R` and `offset_E1` are as in `SortedRoutes`.
     """
     routes = len(route_R)
     out_RD = x_ND.new_empty(routes, x_ND.shape[1])
@@ -142,10 +122,9 @@ def fused_backward_rows(
     kind: str, x_ND: Tensor, dy_ND: Tensor, scale_S: Tensor, weights: Tensors, terms: Tensors, statistics: Tensors,
     route_R: Tensor, offset_E1: Tensor, top_k: int,
 ) -> tuple[Tensor, Tensor, Tensors]:  # fmt: skip
-    """Return the gradients of the row and of the scale of every route, and two more statistics of each route.
+    """Return the gradients of the row and of the scale of every route, and two more statistics (GELU only).
 
-    The statistics are the means A and C over hidden units that gelu.py defines and `fused_backward_weights` needs.
-    Experts without a norm have none.
+    These are the means A and C over hidden units that gelu.py defines and `fused_backward_weights` needs.
     """
     routes = len(route_R)
     dx_RD, dscale_S = x_ND.new_empty(routes, x_ND.shape[1]), _float32(x_ND, routes)
@@ -175,10 +154,7 @@ def fused_backward_weights(
     kind: str, x_ND: Tensor, dy_ND: Tensor, scale_S: Tensor, weights: Tensors, statistics: Tensors,
     route_R: Tensor, offset_E1: Tensor, top_k: int,
 ) -> Tensors:  # fmt: skip
-    """Return the gradient of each of the experts' weights.
-
-    `statistics` has those of `fused_forward`, then those of `fused_backward_rows`.
-    """
+    """Return the gradients of the weights; `statistics` has those of `fused_forward`, then of `fused_backward_rows`."""
     setup = _KernelSetup(kind, "backward_weights", weights, x_ND, top_k)
     gradients = [torch.empty_like(w) for w in weights]
     if kind == "swiglu":

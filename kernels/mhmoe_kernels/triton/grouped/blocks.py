@@ -2,10 +2,10 @@
 
 NOT MEASURED: the sizes are predicted, and the kernels have only been compiled with them.
 
-A program computes a block of (rows x columns) sums of products. For each term of the sums it reads rows + columns
-values, so larger blocks read less memory per sum. GPUs of compute capability 9 and 10 have room for 128 x 256 sums in
-registers or tensor memory, and for three stages of their operands in shared memory, which take 147 KiB. All other GPUs
-spill registers at that size, and consumer cards have only 99 KiB of shared memory.
+A program computes a block of (rows x columns) sums of products and reads rows + columns values for each term, so larger
+blocks read less memory per sum. GPUs of compute capability 9 and 10 have room for 128 x 256 sums in registers or tensor
+memory, and for three stages of their operands in shared memory, which take 147 KiB. All other GPUs spill registers at
+that size, and consumer cards have only 99 KiB of shared memory.
 """
 
 from typing import NamedTuple
@@ -13,41 +13,28 @@ from typing import NamedTuple
 import torch
 
 ROW_BLOCKS = (128, 64, 32, 16)
-"""Possible numbers of rows of a tile, the largest first. `rows_per_tile` chooses one of them."""
+"""Possible numbers of rows of a tile, the largest first."""
 _LARGE_MAJORS = (9, 10)
 
 
 class ProductBlocks(NamedTuple):
-    """Block sizes of a matrix product, the number of warps of a program, and the stages of its pipeline."""
+    """Block sizes of a matrix product, the warps of a program, and its pipeline stages."""
 
     out: int
-    """Number of columns of the result that a program computes at a time."""
+    """Columns of the result that a program computes at a time."""
     inner: int
-    """Number of values along the summed dimension that are multiplied at a time."""
+    """Values along the summed dimension that are multiplied at a time."""
     warps: int
     stages: int
 
 
 def rows_per_tile(routes: int, experts: int) -> int:
-    """Return the number of rows of a tile, which is one of `ROW_BLOCKS`.
-
-    It is the largest one that is at most twice the mean number of rows of an expert, and otherwise the smallest one.
-
-    Args:
-        routes: number of routes, that is, of rows of all experts.
-        experts: number of experts.
-    """
+    """Return the largest of `ROW_BLOCKS` that is at most twice an expert's mean number of rows, or the smallest one."""
     return next((rows for rows in ROW_BLOCKS if rows * experts <= 2 * routes), ROW_BLOCKS[-1])
 
 
 def linear_blocks(rows: int, dtype: torch.dtype, capability: int) -> ProductBlocks:
-    """Return the block sizes, warps and stages with which `grouped_linear` is launched for tiles of `rows` rows.
-
-    Args:
-        rows: number of rows of a tile.
-        dtype: dtype of the operands.
-        capability: compute capability without its dot, such as 90 for 9.0.
-    """
+    """Return the block sizes of `grouped_linear`; `capability` has no dot, such as 90."""
     if dtype == torch.float32:
         # Matrix units do not compute exact float32 products, so single threads multiply and add.
         return ProductBlocks(64, 16, 8, 2)
@@ -57,14 +44,9 @@ def linear_blocks(rows: int, dtype: torch.dtype, capability: int) -> ProductBloc
 
 
 def outer_blocks(dtype: torch.dtype, capability: int) -> tuple[int, ProductBlocks]:
-    """Return the block sizes of `grouped_outer`: the number of rows of a block of the result, and all other sizes.
+    """Return the rows of a block of `grouped_outer`'s result, and its other sizes.
 
-    In the other sizes, `out` is the number of columns of that block, and `inner` is the number of routed rows whose
-    products are added at a time.
-
-    Args:
-        dtype: dtype of the operands.
-        capability: compute capability without its dot.
+    There, `out` is the columns of that block, and `inner` the routed rows whose products are added at a time.
     """
     if dtype == torch.float32:
         return 64, ProductBlocks(64, 16, 8, 2)

@@ -1,8 +1,8 @@
 """Experts as grouped matrix products with small kernels between them, forward and backward, on rows sorted by expert.
 
-The backward is written by hand. From the forward it keeps the rows and, for SwiGLU, gate and up, or for GELU the input
-of the GELU and two numbers per row. Outputs of experts are not kept: the gradient of a gate is a product of hidden
-values with their gradient.
+The backward is written by hand. It needs the rows and, for SwiGLU, gate and up, or for GELU the input of the GELU and
+two numbers per row. Outputs of experts are not kept: the gradient of a gate is a product of hidden values with their
+gradient.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from mhmoe_kernels.triton.operators import (
 from mhmoe_kernels.weights import ExpertWeights, Function, Swiglu
 
 MakeProducts = Callable[[Tiles], Products]
-"""Function that creates the matrix products for given tiles of rows: the class `TritonProducts` or `TorchProducts`."""
+"""Class of the matrix products, `TritonProducts` or `TorchProducts`."""
 
 
 class Scales(NamedTuple):
@@ -42,17 +42,10 @@ class ExpertSteps(Protocol):
     """Forward and backward of one kind of experts, on rows that are sorted by expert."""
 
     def project(self, x_RD: Tensor, weights: Tensors, products: Products, known_rows: Tensors = ()) -> Tensors:
-        """Return the hidden values before the activation.
-
-        Args:
-            x_RD: sorted rows.
-            weights: weights of the experts.
-            products: matrix products for the tiles of these rows.
-            known_rows: first rows of the results, if the forward has kept them.
-        """
+        """Return the hidden values before the activation; the forward may have kept their first rows, `known_rows`."""
 
     def finish(self, hidden: Tensors, weights: Tensors, products: Products) -> tuple[Tensor, Tensors]:
-        """Return the expert output of each row from the results of `project`, and row statistics for the backward."""
+        """Return each row's expert output from the results of `project`, and row statistics for the backward."""
 
     def backward(
         self, dout_RD: Tensor, x_RD: Tensor, hidden: Tensors, statistics: Tensors, weights: Tensors, products: Products,
@@ -60,14 +53,8 @@ class ExpertSteps(Protocol):
     ) -> tuple[Parts, Tensor, Tensors]:  # fmt: skip
         """Return the gradients of the rows (as a sum of one or two tensors), of the scales, and of the weights.
 
-        Args:
-            dout_RD: gradient of the scaled outputs.
-            x_RD: rows of the forward pass.
-            hidden: results of `project`.
-            statistics: statistics from `finish`.
-            weights: weights of the experts.
-            products: matrix products for the tiles of these rows.
-            scales: scales by which the outputs were multiplied.
+        `dout_RD` is the gradient of the scaled outputs, `hidden` the results of `project`, `statistics` those of
+        `finish`.
         """
 
 
@@ -96,7 +83,7 @@ class SwigluSteps:
 
 
 class GeluSublnSteps(NamedTuple):
-    """Steps of GELU experts with biases and an inner norm: `project` computes the input of the GELU.
+    """Steps of GELU experts with an inner norm: `project` computes the input of the GELU.
 
     The statistics of a row are the mean and the inverse standard deviation of its norm.
     """
@@ -134,14 +121,14 @@ class GeluSublnSteps(NamedTuple):
 
 
 def steps_of(function: Function) -> ExpertSteps:
-    """Return the object with the forward and backward of experts that compute `function`."""
+    """Return the steps of experts that compute `function`."""
     return SwigluSteps() if isinstance(function, Swiglu) else GeluSublnSteps(function.eps)
 
 
 def _kept_hidden(hidden: Tensors, recompute: float, products: Products) -> Tensors:
-    """Return the hidden values that are kept for the backward: those of all rows but a share `recompute` at the end.
+    """Return the hidden values of all rows but a share `recompute` at the end, which the backward reuses.
 
-    Nothing is kept if all rows are recomputed, or if `products` cannot take known rows (`skips_known_rows`).
+    Nothing is kept if `products` cannot take known rows (`skips_known_rows`).
     """
     if recompute == 0:
         return hidden
@@ -154,8 +141,6 @@ def _kept_hidden(hidden: Tensors, recompute: float, products: Products) -> Tenso
 
 
 class _RoutedExperts(torch.autograd.Function):
-    """Autograd function of routed experts, y_n = sum_k gate_nk * expert_{expert_nk}(x_n)."""
-
     @staticmethod
     def forward(
         ctx: Any, steps: ExpertSteps, make_products: MakeProducts, recompute: float, expert_NK: Tensor, x_ND: Tensor,
@@ -198,8 +183,6 @@ class _RoutedExperts(torch.autograd.Function):
 
 
 class _SortedExperts(torch.autograd.Function):
-    """Autograd function that returns the expert output of each row, for rows that are sorted by expert."""
-
     @staticmethod
     def forward(
         ctx: Any, steps: ExpertSteps, products: Products, recompute: float, x_RD: Tensor, *weights: Tensor
@@ -247,5 +230,4 @@ def run_sorted(make_products: MakeProducts, x_RD: Tensor, count_E: Tensor, weigh
 
 
 def _applied_recompute(weights: ExpertWeights) -> float:
-    """Return the share of rows, from 0 to 1, whose hidden values are recomputed; 0 if gradients are disabled."""
     return weights.recompute if torch.is_grad_enabled() else 0.0

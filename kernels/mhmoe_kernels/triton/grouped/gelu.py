@@ -1,7 +1,7 @@
 """Kernels of GELU and SubLN's norm between the two matrix products of an expert, and sums over an expert's rows.
 
-The result of the first product is `inner`. With g = gelu(inner), its mean and deviation over F, and
-z = (g - mean) / deviation, an expert computes
+The result of the first product is `inner`. With g = gelu(inner), its mean and deviation over F, and z = (g - mean) /
+deviation, an expert computes
 
     normed = w z + b
 
@@ -16,7 +16,6 @@ from mhmoe_kernels.triton.functions import gelu, gelu_slope
 
 @triton.jit
 def _load_vector(v_EF, expert, column, F: tl.constexpr):
-    """Load the values at the indices `column` of an expert's vector, such as a bias, as a float32 row."""
     return tl.load(v_EF + expert * F + column, mask=column < F, other=0.0).to(tl.float32)[None, :]
 
 
@@ -66,10 +65,10 @@ def gelu_norm_backward(
     F: tl.constexpr, D: tl.constexpr, E: tl.constexpr, HAS_SCALES: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of GELU's input `inner`, and the normed values again, both times the route's scale (gate).
+    """Compute the gradient of `inner`, and the normed values again, both times the route's scale (gate).
 
-    dnormed and dout do not contain the scale. The gradient of the scale is <dy, fc2(normed)>, which is
-    <dnormed, normed> + <dout, bias of fc2>.
+    dnormed and dout do not contain the scale. Its gradient is <dy, fc2(normed)> = <dnormed, normed> + <dout, bias of
+    fc2>.
     """
     expert = tl.load(expert_T + tl.program_id(0))
     if expert >= E:

@@ -28,14 +28,8 @@ def grouped_linear(
 ) -> Tensor:  # fmt: skip
     """Return x_r @ w_e + x2_r @ w2_e + bias_e for the rows r of each expert e, added in float32.
 
-    Args:
-        x_RI, x2_RI: rows sorted by expert; the second ones are optional.
-        w_EMN, w2_EMN: matrix of each expert: [in, out], or [out, in] if transposed.
-        bias_EO: bias of each expert, if there is one.
-        known_PO: the first rows of the result, if they are known and need not be computed.
-        offset_E1, expert_T, start_T: as in `SortedRoutes`.
-        transposed: whether rows are multiplied by the transposed matrices.
-        rows_per_tile: largest number of rows of a tile.
+    Matrices are [in, out], or [out, in] if transposed. `known_PO` are first rows of the result that need not be
+    computed; offset_E1, expert_T and start_T are as in `SortedRoutes`.
     """
     y_RO = _fake_linear(
         x_RI, w_EMN, x2_RI, w2_EMN, bias_EO, known_PO, offset_E1, expert_T, start_T, transposed, rows_per_tile
@@ -86,7 +80,7 @@ def grouped_outer(a_RO: Tensor, b_RI: Tensor, offset_E1: Tensor) -> Tensor:
     fake=lambda x_RI, w_EMN, offset_E1, transposed: x_RI.new_empty(len(x_RI), w_EMN.shape[1 if transposed else 2]),
 )
 def torch_linear(x_RI: Tensor, w_EMN: Tensor, offset_E1: Tensor, transposed: bool) -> Tensor:
-    """Return x_r @ w_e for the rows r of each expert e by torch's grouped_mm; arguments are as in `grouped_linear`."""
+    """Compute x_r @ w_e of `grouped_linear` by torch's grouped_mm."""
     w_EIO = w_EMN.transpose(1, 2) if transposed else w_EMN
     # Tensors without rows have no address, which CUTLASS may not accept.
     if not len(x_RI):
@@ -100,7 +94,7 @@ def torch_linear(x_RI: Tensor, w_EMN: Tensor, offset_E1: Tensor, transposed: boo
     fake=lambda a_RO, b_RI, offset_E1: a_RO.new_empty(len(offset_E1) - 1, a_RO.shape[1], b_RI.shape[1]),
 )
 def torch_outer(a_RO: Tensor, b_RI: Tensor, offset_E1: Tensor) -> Tensor:
-    """Return the same gradient of matrices as `grouped_outer`, computed by torch's grouped_mm."""
+    """Compute `grouped_outer` by torch's grouped_mm."""
     if not len(a_RO):
         return a_RO.new_zeros(len(offset_E1) - 1, a_RO.shape[1], b_RI.shape[1])
     return torch.nn.functional.grouped_mm(a_RO.T, b_RI, offs=offset_E1[1:])
@@ -112,7 +106,7 @@ def torch_outer(a_RO: Tensor, b_RI: Tensor, offset_E1: Tensor) -> Tensor:
     fake=lambda gate_RF, up_RF: torch.empty_like(gate_RF),
 )
 def swiglu_forward(gate_RF: Tensor, up_RF: Tensor) -> Tensor:
-    """Return the hidden values silu(gate) * up of SwiGLU experts, computed in float32 by one kernel."""
+    """Return silu(gate) * up of SwiGLU experts, computed in float32 by one kernel."""
     hidden_RF = torch.empty_like(gate_RF)
     if hidden_RF.numel():
         launch(swiglu.swiglu_forward, (triton.cdiv(hidden_RF.numel(), 1024),))(
@@ -137,13 +131,10 @@ def _fake_scale_gradient(gate_RF: Tensor, scale_S: Tensor | None) -> Tensor:
 def swiglu_backward(
     gate_RF: Tensor, up_RF: Tensor, dhidden_RF: Tensor, scale_S: Tensor | None, route_R: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of gate and up and the hidden values, all times the scales, and the gradient of the scales.
+    """Return the gradients of gate and up and the hidden values, all times the scales, and the scales' gradient.
 
-    Args:
-        gate_RF, up_RF: values of the forward pass.
-        dhidden_RF: gradient of the hidden values, without the scales.
-        scale_S: scale (gate) of each route, in the order of routes; if it is None, the gradient of the scales is empty.
-        route_R: route of each slot, if there are scales.
+    `dhidden_RF` is without the scales, the gates in the order of routes; `route_R` has the route of each slot. Without
+    scales, their gradient is empty.
     """
     count, width = gate_RF.shape
     dgate_RF, dup_RF, hidden_RF = (torch.empty_like(gate_RF) for _ in range(3))
@@ -159,10 +150,7 @@ def swiglu_backward(
 
 
 def _scale_pointers(scale_S: Tensor | None, route_R: Tensor | None, other_tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scales and routes as a kernel's arguments.
-
-    Without scales, `other_tensor` takes the place of both arguments, and the kernel does not read it.
-    """
+    """Return scales and routes as kernel arguments, or `other_tensor` twice, which the kernel then does not read."""
     return (other_tensor, other_tensor) if scale_S is None or route_R is None else (scale_S, route_R)
 
 
@@ -196,7 +184,6 @@ def gelu_norm_forward(
 
 
 def _norm_blocks(width: int) -> tuple[int, int]:
-    """Return the number of rows and columns of a block in the kernels of the norm."""
     columns = min(512, max(16, triton.next_power_of_2(width)))
     return max(1, min(16, 2048 // columns)), columns
 
@@ -259,7 +246,7 @@ def norm_sums(
     fake=lambda x_RF, scale_S, route_R, offset_E1: x_RF.new_empty(len(offset_E1) - 1, x_RF.shape[1]),
 )
 def row_sums(x_RF: Tensor, scale_S: Tensor | None, route_R: Tensor | None, offset_E1: Tensor) -> Tensor:
-    """Return the sum of each expert's rows, multiplied by their scales if there are any, and added in float32."""
+    """Return the sum of each expert's rows, times their scales if there are any, added in float32."""
     experts, width = len(offset_E1) - 1, x_RF.shape[1]
     sum_EF = x_RF.new_empty(experts, width)
     block_columns = min(128, triton.next_power_of_2(width))

@@ -1,9 +1,9 @@
 """Persistent kernels of grouped matrix products: rows times the matrix of their expert, and the gradients of matrices.
 
-A fixed number of programs takes one tile after another until all are done. One launch therefore computes all experts,
-however many rows each of them has. Widths are constants of a kernel, so that the compiler knows which loads are
-aligned: a width of 856 is not a multiple of 16, but its rows are multiples of 16 bytes. The numbers of rows and tiles
-change all the time and must not cause a new compilation (`do_not_specialize`).
+A fixed number of programs takes one tile after another, so one launch computes all experts, however many rows each has.
+Widths are constants of a kernel, so that the compiler knows which loads are aligned: 856 is not a multiple of 16, but
+its rows are multiples of 16 bytes. The numbers of rows and tiles change all the time and must not cause a new
+compilation (`do_not_specialize`).
 
     grouped_linear   y_r = x_r @ w_e^T, or x_r @ w_e, for the rows r of each expert e
     grouped_outer    dw_e = sum over the rows r of expert e of a_r^T b_r
@@ -22,18 +22,7 @@ def _add_product(
 ):  # fmt: skip
     """Return sums + x[row] @ w[expert][:, column], or with w[expert][column]^T if TRANSPOSED.
 
-    Args:
-        sums: float32 sums [rows, columns].
-        x_RI: rows of width IN.
-        w_EMN: matrices, [OUT, IN] if TRANSPOSED, else [IN, OUT].
-        row: rows of the tile, in 64 bits.
-        expert: expert of the tile, in 64 bits.
-        column: columns of the tile.
-        IN: width of the rows.
-        OUT: width of the result.
-        TRANSPOSED: whether to multiply by the transposed matrix.
-        BLOCK_IN: values of a row that are multiplied at a time.
-        IS_EVEN: whether BLOCK_IN divides IN.
+    The sums are float32 [rows, columns]; `row` and `expert` are 64 bits wide. IS_EVEN says that BLOCK_IN divides IN.
     """
     inner = tl.arange(0, BLOCK_IN)
     x = x_RI + row[:, None] * IN + inner[None, :]
@@ -63,7 +52,7 @@ def grouped_linear(
     TRANSPOSED: tl.constexpr, HAS_SECOND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_KNOWN_ROWS: tl.constexpr,
     IS_EVEN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
-    """Compute y: each row of x times the matrix of its expert. With HAS_SECOND, add the product of x2 and w2.
+    """Compute y: each row of x times the matrix of its expert, plus x2 times w2 with HAS_SECOND.
 
     With HAS_KNOWN_ROWS, the first P rows of y are known. They are copied from `known_PO`, except in a tile that also
     has unknown rows, where all rows are computed.

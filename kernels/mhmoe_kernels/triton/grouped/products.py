@@ -8,11 +8,11 @@ from torch import Tensor
 from mhmoe_kernels.triton.grouped import operators as ops
 
 Parts = tuple[Tensor, Tensor | None]
-"""A tensor as the sum of one or two tensors; the second one may be None."""
+"""A tensor as the sum of one or two tensors."""
 
 
 class Tiles(NamedTuple):
-    """Tiles of rows that are sorted by expert; the tensors are those of `SortedRoutes`."""
+    """Tiles of rows that are sorted by expert, as in `SortedRoutes`."""
 
     offset_E1: Tensor
     expert_T: Tensor
@@ -21,7 +21,7 @@ class Tiles(NamedTuple):
     """Largest number of rows of a tile."""
 
     def arguments(self, transposed: bool) -> tuple[Tensor, Tensor, Tensor, bool, int]:
-        """Return the tiles as the last arguments of operator `grouped_linear`."""
+        """Return the last arguments of operator `grouped_linear`."""
         return self.offset_E1, self.expert_T, self.start_T, transposed, self.rows
 
 
@@ -29,7 +29,7 @@ class Products(Protocol):
     """Matrix products of rows, sorted by expert, with the matrices of their experts."""
 
     skips_known_rows: ClassVar[bool]
-    """True if `linear` takes rows of its result that are known already (`known_PO`), to avoid their computation."""
+    """True if `linear` takes rows of its result that are known already, to avoid their computation."""
 
     @property
     def tiles(self) -> Tiles:
@@ -38,23 +38,19 @@ class Products(Protocol):
     def linear(
         self, x_RI: Tensor, w_EOI: Tensor, bias_EO: Tensor | None = None, known_PO: Tensor | None = None
     ) -> Tensor:
-        """Return F.linear of each row with the matrix and the bias of its expert.
+        """Return F.linear of each row with its expert's matrix and bias.
 
-        Args:
-            x_RI: sorted rows.
-            w_EOI: matrices of the experts.
-            bias_EO: biases of the experts, if they have any.
-            known_PO: the first rows of the result, if they are known and need not be computed.
+        `known_PO` are the first rows of the result, if they are known and need not be computed.
         """
 
     def backward(self, dy_RO: Tensor, w_EOI: Tensor) -> Tensor:
-        """Return the gradient of the input rows of `linear` from the gradient `dy_RO` of its result."""
+        """Return the gradient of the input rows of `linear`."""
 
     def backward_sum(self, dy_RO: Tensor, w_EOI: Tensor, dy2_RO: Tensor, w2_EOI: Tensor) -> Parts:
         """Return the gradient of rows that are the input of two products, as a sum of one or two tensors."""
 
     def outer(self, dy_RO: Tensor, x_RI: Tensor) -> Tensor:
-        """Return the gradient of the matrices of `linear` from the gradient `dy_RO` of its result."""
+        """Return the gradient of the matrices of `linear`."""
 
 
 @dataclass(frozen=True)

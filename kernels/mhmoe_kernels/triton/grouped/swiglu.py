@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def swiglu_forward(gate_RF, up_RF, hidden_RF, VALUES, BLOCK: tl.constexpr):
-    """Compute the hidden values silu(gate) * up in float32, and store them in the dtype of `hidden_RF`."""
+    """Compute silu(gate) * up in float32, and store it in the dtype of `hidden_RF`."""
     value = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = value < VALUES
     gate = tl.load(gate_RF + value, mask=mask, other=0.0).to(tl.float32)
@@ -19,10 +19,10 @@ def swiglu_backward(
     gate_RF, up_RF, dhidden_RF, scale_S, route_R, dgate_RF, dup_RF, hidden_RF, dscale_S, R, F: tl.constexpr,
     HAS_SCALES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of gate and up, and the hidden values again, all multiplied by the route's scale (gate).
+    """Compute the gradients of gate and up, and the hidden values again, all times the route's scale (gate).
 
-    dhidden does not contain the scale, so its product with the hidden values is the gradient of the scale:
-    <dy, down(h)> = <down^T(dy), h>. It needs no output of the expert. Scales are in the order of routes, not of slots.
+    dhidden does not contain the scale, so its product with the hidden values is the gradient of the scale, without the
+    expert's output: <dy, down(h)> = <down^T(dy), h>. Scales are in the order of routes, not of slots.
     """
     slot = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = slot < R

@@ -47,13 +47,13 @@ MOE_TRAINING_OPTIONS = {
     "kernel",
     "recompute",
 }
-"""Options of the `model.moe` section that matter only in training, and do not change what a trained model computes."""
+"""Options of `model.moe` that do not change what a trained model computes."""
 
 
 def computed_function(model: ModelSpec) -> dict[str, Any]:
-    """Return the options that decide what a model computes for a text. They are equal for models that compute the same.
+    """Return the options that decide what a model computes for a text; equal for models that compute the same.
 
-    Options that matter only in training are left out, and unset options are replaced by the values that they stand for.
+    Options that matter only in training are left out, and unset options have the values that they stand for.
     """
     fields = model.model_dump(mode="json", exclude=TRAINING_OPTIONS | {"moe"})
     fields |= {"kv_heads": model.n_kv_heads, "d_head": model.head_width, "attention_bias": model.biased_attention}
@@ -74,12 +74,7 @@ def computed_function(model: ModelSpec) -> dict[str, Any]:
 
 
 def choose_adapter(model: ModelSpec, seq_len: int) -> Adapter:
-    """Return the adapter of the first architecture in `ADAPTERS` that computes exactly the same as a model.
-
-    Args:
-        model: `model` section of a spec.
-        seq_len: number of tokens that the model sees at once.
-    """
+    """Return the first adapter in `ADAPTERS` that computes exactly the same as a model."""
     for adapter_class in ADAPTERS.values():
         try:
             adapter = adapter_class.from_model(model, seq_len)

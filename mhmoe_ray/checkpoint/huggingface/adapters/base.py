@@ -12,7 +12,7 @@ from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.spec.model import RopeScaling
 
 NameReplacements = tuple[tuple[str, str], ...]
-"""Pairs of texts: a part of a tensor's name in the table of `names.py`, and an architecture's name for this part."""
+"""Pairs of texts: a part of a tensor's name in `names.py`, and an architecture's name for this part."""
 # Keys of any config.json that do not change what a model computes for a text: tokens, dtype, files, generation, labels.
 NEUTRAL_KEYS = {
     "_name_or_path",
@@ -58,13 +58,11 @@ class Adapter(BaseModel, ABC):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     model_type: ClassVar[str]
-    """Name of the architecture in config.json."""
     class_name: ClassVar[str]
-    """Name of the class in transformers that computes the architecture, for `architectures` in config.json."""
+    """Class in transformers that computes the architecture, for `architectures` in config.json."""
     default_theta: ClassVar[float] = 10_000.0
     """Base of the frequencies of rotary positions if config.json omits it."""
     name_replacements: ClassVar[NameReplacements] = ()
-    """Pairs of texts: a part of a tensor's name in `names.py`, and the architecture's own name for this part."""
 
     vocab_size: PositiveInt
     hidden_size: PositiveInt
@@ -83,10 +81,7 @@ class Adapter(BaseModel, ABC):
     @model_validator(mode="before")
     @classmethod
     def _unify_rope(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Return the keys of config.json with rotary positions in `rope_parameters`, as transformers 5 writes them.
-
-        Older versions of transformers write other keys, which are replaced.
-        """
+        """Move older keys for rotary positions to `rope_parameters`, as transformers 5 writes them."""
         rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             return fields
@@ -98,7 +93,7 @@ class Adapter(BaseModel, ABC):
 
     @model_validator(mode="after")
     def _check_unknown_keys(self) -> Self:
-        """Raise ValueError for a key that may change what the model computes and that the adapter does not know."""
+        """Raise ValueError for an unknown key that may change what the model computes."""
         for key, value in (self.model_extra or {}).items():
             # A key that switches something off, such as `mlp_bias: false`, does not change what the model computes.
             if key not in NEUTRAL_KEYS and value not in (None, False, [], {}):
@@ -148,7 +143,7 @@ class Adapter(BaseModel, ABC):
         """
 
     def _trunk_options(self) -> dict[str, Any]:
-        """Return the options of a `model` section for everything but feed-forward layers."""
+        """Return the options of a `model` section outside of feed-forward layers."""
         head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         is_default_width = head_dim * self.num_attention_heads == self.hidden_size
         return {
@@ -167,7 +162,7 @@ class Adapter(BaseModel, ABC):
 
     @property
     def context_length(self) -> int:
-        """Context length: number of tokens that the model sees at once."""
+        """Number of tokens that the model sees at once."""
         # Up to the length of the sliding window, attention with the window equals attention without it.
         window = self.sliding_window if self.use_sliding_window else None
         return min(self.max_position_embeddings, window or self.max_position_embeddings)
@@ -189,11 +184,7 @@ def rope_parameters(model: ModelSpec) -> dict[str, Any]:
 
 
 def _rope_scaling(rope: Mapping[str, Any], max_positions: int) -> RopeScaling | None:
-    """Return the scaling of rotary positions that `rope_parameters` in config.json describes; None without scaling.
-
-    Raises:
-        ValueError: positions are scaled in a way that this package does not compute.
-    """
+    """Return the scaling that `rope_parameters` describes; ValueError for one that this package does not compute."""
     rope_type = rope["rope_type"]
     names = {
         "default": (),

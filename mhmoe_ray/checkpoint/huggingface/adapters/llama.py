@@ -9,7 +9,7 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class DenseAdapter(Adapter):
-    """Keys of config.json that the dense decoders share, and their translation to and from a spec."""
+    """Keys of config.json that the dense decoders share."""
 
     hidden_act: Literal["silu"] = "silu"
     intermediate_size: PositiveInt
@@ -25,7 +25,7 @@ class DenseAdapter(Adapter):
 
 
 class LlamaAdapter(DenseAdapter):
-    """Keys of config.json of Llama 1 to 3, and their translation to and from a spec."""
+    """Keys of config.json of Llama 1 to 3."""
 
     model_type = "llama"
     class_name = "LlamaForCausalLM"
@@ -45,7 +45,7 @@ class LlamaAdapter(DenseAdapter):
 
 
 class MistralAdapter(DenseAdapter):
-    """Keys of config.json of Mistral, and their translation to and from a spec."""
+    """Keys of config.json of Mistral."""
 
     model_type = "mistral"
     class_name = "MistralForCausalLM"

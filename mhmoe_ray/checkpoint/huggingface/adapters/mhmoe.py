@@ -10,14 +10,11 @@ from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.spec.moe import RouterName
 
 BIAS_RATE = 0.001
-"""Value of `bias_rate` for an imported router with a selection bias (DeepSeek-V3's rate); only training uses it."""
+"""`bias_rate` of an imported router with a selection bias (DeepSeek-V3's rate), for training only."""
 
 
 class MhmoeAdapter(Adapter):
-    """Keys of config.json of MH-MoE models, and their translation to and from a spec.
-
-    They can express every decoder of this package that can be exported.
-    """
+    """Keys of config.json of MH-MoE models, which express every decoder that can be exported."""
 
     model_type = "mhmoe"
     class_name = "MhmoeForCausalLM"

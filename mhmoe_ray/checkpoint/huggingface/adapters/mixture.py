@@ -13,7 +13,7 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class MixtureAdapter(Adapter):
-    """Keys of config.json that mixtures of experts share, and their translation to and from a spec."""
+    """Keys of config.json that mixtures of experts share."""
 
     hidden_act: Literal["silu"] = "silu"
     num_experts_per_tok: PositiveInt
@@ -34,7 +34,7 @@ class MixtureAdapter(Adapter):
         return ModelSpec.model_validate({**options, "moe": self._moe_options()})
 
     def _dense_options(self) -> dict[str, Any]:
-        """Return the options of a `model` section for dense feed-forward layers; empty if all layers have experts."""
+        """Return the `model` options for dense feed-forward layers; empty if all layers have experts."""
         return {}
 
     @abstractmethod
@@ -42,7 +42,6 @@ class MixtureAdapter(Adapter):
         """Return the `model.moe` section that these keys describe."""
 
     def _moe_layers(self) -> int:
-        """Return the number of layers with experts."""
         return self.num_hidden_layers
 
     def _common_moe_options(self) -> dict[str, Any]:
@@ -57,7 +56,7 @@ class MixtureAdapter(Adapter):
 
 
 class MixtralAdapter(MixtureAdapter):
-    """Keys of config.json of Mixtral, and their translation to and from a spec."""
+    """Keys of config.json of Mixtral."""
 
     model_type = "mixtral"
     class_name = "MixtralForCausalLM"
@@ -111,7 +110,6 @@ class ManyExpertsAdapter(MixtureAdapter):
     @model_validator(mode="before")
     @classmethod
     def _unify_expert_count(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Return the keys of config.json with the number of experts under the name `num_experts`."""
         # Some versions of transformers write the number of experts under the name that Mixtral gives it.
         if "num_local_experts" not in fields or "num_experts" in fields:
             return fields
@@ -185,11 +183,7 @@ class Qwen3MoeAdapter(ManyExpertsAdapter):
         return max(1, sum((layer + 1) % self.decoder_sparse_step == 0 for layer in layers))
 
     def _dense_first(self) -> int:
-        """Return the number of dense layers before the first layer with experts.
-
-        Raises:
-            ValueError: `mlp_only_layers` names other layers than the first ones.
-        """
+        """Return the number of first dense layers; ValueError if `mlp_only_layers` names others than the first."""
         layers = sorted(self.mlp_only_layers or [])
         if layers != list(range(len(layers))):
             raise ValueError(f"mlp_only_layers is {layers}; only the first layers can be dense here")

@@ -17,10 +17,7 @@ from mhmoe_ray.spec import MicroBatchPart, ModelSpec
 
 
 class PartSamples(Protocol):
-    """Samples of one part of micro-batches, which is trained with one objective.
-
-    They are in memory (`EncoderSamples`) or are decoded on access (`HeldOutSamples`).
-    """
+    """Samples of one part of micro-batches, in memory (`EncoderSamples`) or decoded on access (`HeldOutSamples`)."""
 
     @property
     def sample_count(self) -> int:
@@ -31,11 +28,10 @@ class PartSamples(Protocol):
 
 
 def evaluated_samples(part: MicroBatchPart, samples: PartSamples) -> int:
-    """Return how many samples of a part of micro-batches an evaluation uses, counted from the first one.
+    """Return how many samples of a part an evaluation uses, counted from the first one.
 
-    An evaluation uses all samples of most parts. If the objective compares images and texts within a micro-batch, and
-    there are enough samples, it uses full micro-batches only: a smaller one has fewer pairs to choose from, and so a
-    smaller loss.
+    If the objective compares images with texts and there are enough samples, only full micro-batches are used: a
+    smaller one has fewer pairs to choose from, and so a smaller loss.
     """
     count = samples.sample_count
     if part.traits.compares and count > part.samples:
@@ -53,17 +49,9 @@ def normalized_patches(patch_IV: Tensor) -> Tensor:
 
 
 class BatchMaker:
-    """Maker of micro-batches of an encoder from samples in CPU memory."""
+    """Maker of an encoder's micro-batches; `codebook` is float32 (entries, values), None if no target is an entry."""
 
     def __init__(self, spec: ModelSpec, device: torch.device, codebook: np.ndarray | None = None) -> None:
-        """Create the maker.
-
-        Args:
-            spec: spec of the model.
-            device: device of the micro-batches.
-            codebook: the codebook, float32 (entries, values), if the targets of hidden patches are its entries; None if
-                the targets are pixels or no patch is hidden.
-        """
         assert spec.encoder is not None
         self._predicts_entries = spec.encoder.image_targets == "codebook"
         self._patch_size, self._device = spec.encoder.patch_size, device
@@ -71,12 +59,7 @@ class BatchMaker:
         self._codebook = None if codebook is None else copy_to_device(codebook, device)
 
     def make(self, parts: Iterable[MicroBatchPart], samples: EncoderSamples) -> EncoderBatch:
-        """Return a micro-batch of samples as tensors on the device, with the targets that the model predicts.
-
-        Args:
-            parts: the parts of the micro-batch, with the number of samples that each of them has in it.
-            samples: the samples of all parts, in the order of the parts.
-        """
+        """Return the samples of all parts, in the parts' order, as a micro-batch on the device with its targets."""
         transfer = partial(copy_to_device, device=self._device)
         hidden_patch_I, hidden_token_J = (
             np.flatnonzero(mask) for mask in (samples.patch_hidden, samples.token_predicted)
@@ -99,10 +82,9 @@ class BatchMaker:
         )
 
     def _predicted_tokens(self, parts: Iterable[MicroBatchPart], token_NT: np.ndarray) -> np.ndarray:
-        """Return the token to predict at each position of the texts, (N, T).
+        """Return the token to predict at each position, (N, T): the token itself, or in captions the next token.
 
-        It is the token at the position, or the next token if the text belongs to a part that learns to write captions.
-        The token to predict at the end of a caption is its start token, which occurs nowhere else in a text.
+        At the end of a caption it is the start token, which occurs nowhere else in a text.
         """
         predicted_NT, first_text = token_NT, 0
         for part in parts:
@@ -124,7 +106,6 @@ class BatchMaker:
 
 
 def _groups(parts: Iterable[MicroBatchPart], samples: EncoderSamples) -> Iterator[Group]:
-    """Yield for each part of a micro-batch its group: the number of its images, texts and targets, and its losses."""
     first_image = first_text = 0
     for part in parts:
         images, texts = (part.samples * (column in part.columns) for column in ("image", "text"))

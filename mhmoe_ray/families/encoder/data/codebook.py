@@ -1,8 +1,7 @@
 """The codebook of an encoder: the centres of a k-means clustering of normalized patches of training images.
 
-Only a sample of the patches is clustered: about `SAMPLE_BYTES` bytes of patches from at most `MAX_IMAGES` images. The
-seed of the sample is fixed, so the same images give the same sample. An image is cropped to the largest square at its
-centre.
+About `SAMPLE_BYTES` bytes of patches from at most `MAX_IMAGES` images are clustered. The seed of the sample is fixed,
+so the same images give the same sample. An image is cropped to the largest square at its centre.
 """
 
 import hashlib
@@ -29,13 +28,9 @@ _SEED = 0
 
 
 def write_codebook(folder: Path, shards: Mapping[str, Sequence[Shard]], encoder: EncoderSpec, token_bytes: int) -> str:
-    """Make the codebook, write it to a file as float32 (entries, values), and return the file's SHA-256: a Ray task.
+    """Write the codebook to the staging directory as float32 (entries, values), and return its SHA-256: a Ray task.
 
-    Args:
-        folder: the staging directory of the result, with the training shards.
-        shards: training shards of the domains with images.
-        encoder: the encoder; its images must have at least as many patches as the codebook has entries.
-        token_bytes: bytes per token, 2 or 4.
+    The images of `shards` must have at least as many patches as the codebook has entries.
     """
     readers = [RowReader(folder, shards[name], token_bytes) for name in sorted(shards) if shards[name]]
     codebook = k_means(sample_patches(readers, encoder), encoder.codebook_size)
@@ -46,12 +41,7 @@ def write_codebook(folder: Path, shards: Mapping[str, Sequence[Shard]], encoder:
 
 
 def sample_patches(readers: Sequence[RowReader], encoder: EncoderSpec) -> np.ndarray:
-    """Return a random sample of normalized patches of training images, (patches, values) float32.
-
-    Args:
-        readers: readers of the domains with images.
-        encoder: the encoder.
-    """
+    """Return a random sample of normalized patches of training images, (patches, values) float32."""
     random = np.random.default_rng(_SEED)
     ends = np.cumsum([0, *map(len, readers)])
     image_count = min(int(ends[-1]), MAX_IMAGES)
@@ -70,13 +60,10 @@ def sample_patches(readers: Sequence[RowReader], encoder: EncoderSpec) -> np.nda
 
 
 def k_means(points: np.ndarray, entries: int) -> np.ndarray:
-    """Cluster points by Lloyd's algorithm, and return the centres of the clusters, (entries, values) float32.
+    """Cluster points, (points, values), by Lloyd's algorithm, and return the centres, (entries, values), all float32.
 
-    A centre that is nearest to no point moves to the point that is farthest from its own centre.
-
-    Args:
-        points: (points, values) float32, at least as many as entries.
-        entries: number of centres.
+    A centre that is nearest to no point moves to the point that is farthest from its own centre. There must be at least
+    as many points as entries.
     """
     random = np.random.default_rng(_SEED)
     centres: np.ndarray = points[np.sort(random.choice(len(points), entries, replace=False))]
@@ -97,7 +84,7 @@ def k_means(points: np.ndarray, entries: int) -> np.ndarray:
 
 
 def _nearest_centres(points: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the number of the centre that is nearest to each point, and the square of its distance."""
+    """Return the number of the nearest centre of each point, and the square of its distance."""
     nearest_centres, distances = np.empty(len(points), np.int64), np.empty(len(points), np.float32)
     centre_squares = np.square(centres).sum(axis=1)
     rows = max(1, _DISTANCE_BYTES // (4 * len(centres)))

@@ -1,8 +1,7 @@
 """Masks of masked pre-training: pure functions of a seed and a label, equal on every machine and in every process.
 
-The label of a sample names its part of a micro-batch (one objective with its data) and its position in the training, so
-a mask depends neither on the number of ranks nor on restarts. Sizes and shares are those of BEiT v2 (arXiv 2208.06366)
-and BEiT-3 (arXiv 2208.10442).
+The label of a sample names its part of a micro-batch and its position in the training, so a mask depends neither on the
+number of ranks nor on restarts. Sizes and shares are those of BEiT v2 (arXiv 2208.06366) and BEiT-3 (arXiv 2208.10442).
 """
 
 import math
@@ -22,16 +21,9 @@ TRIES = 10
 
 
 def block_mask(rows: int, columns: int, share: float, seed: int, label: str) -> np.ndarray:
-    """Return a mask of the hidden patches of an image: rectangular blocks, completed by single patches.
+    """Return a mask of the hidden patches of an image, (rows, columns) bool: blocks, completed by single patches.
 
-    Args:
-        rows, columns: number of patches along the height and along the width of the image.
-        share: share of the patches to hide, from 0 to 1; the number of hidden patches is exactly this share, rounded.
-        seed: seed of the run.
-        label: label of the sample, which names its part of a micro-batch and its position in the training.
-
-    Returns:
-        The mask, (rows, columns) bool.
+    The number of hidden patches is exactly the share of all patches, rounded.
     """
     draws = Draws(seed, label)
     mask = np.zeros((rows, columns), np.bool_)
@@ -44,10 +36,7 @@ def block_mask(rows: int, columns: int, share: float, seed: int, label: str) -> 
 
 
 def _add_block(mask: np.ndarray, draws: Draws, min_area: float, missing_count: int) -> bool:
-    """Draw a block, and add it to the mask if it hides from 1 to `missing_count` more patches.
-
-    Return whether the block was added.
-    """
+    """Add a random block to the mask if it hides 1 to `missing_count` more patches; return whether it was added."""
     rows, columns = mask.shape
     area = draws.between(min(min_area, missing_count), missing_count)
     aspect = draws.ratio(MIN_ASPECT)
@@ -68,15 +57,7 @@ MASK_TOKEN_SHARE, RANDOM_TOKEN_SHARE = 0.8, 0.1
 
 
 def hide_tokens(tokens: np.ndarray, mask: np.ndarray, vocab_size: int, seed: int, label: str) -> np.ndarray:
-    """Return tokens as the model reads them: hidden ones are replaced by the mask token, by random tokens, or stay.
-
-    Args:
-        tokens: token ids of a text, (tokens,).
-        mask: mask of the hidden tokens.
-        vocab_size: V, the number of tokens of the model; the mask token is the last one, V - 1.
-        seed: seed of the run.
-        label: label of the sample, which names its part of a micro-batch and its position in the training.
-    """
+    """Return tokens as the model reads them: hidden ones become the mask token, `vocab_size` - 1, or random or stay."""
     inputs, hidden = tokens.copy(), np.flatnonzero(mask)
     draws = Draws(seed, label)
     fate, random_token = draws.uniform(len(hidden)), draws.uniform(len(hidden))
@@ -88,25 +69,12 @@ def hide_tokens(tokens: np.ndarray, mask: np.ndarray, vocab_size: int, seed: int
 
 
 def masked_count(tokens: int, share: float) -> int:
-    """Return how many tokens of a text to hide: a rounded share, but at least one token.
-
-    If the text has two or more tokens, at least one stays visible.
-    """
+    """Return how many tokens of a text to hide: a rounded share, at least one, and never all of two or more."""
     return max(1, min(hidden_count(tokens, share), tokens - 1))
 
 
 def text_mask(tokens: int, share: float, seed: int, label: str) -> np.ndarray:
-    """Return a mask of the tokens of a text that are hidden, drawn at random.
-
-    Args:
-        tokens: number of tokens of the text, at least 1.
-        share: share of the tokens to hide, from 0 to 1; `masked_count` makes it a number of tokens.
-        seed: seed of the run.
-        label: label of the sample, which names its part of a micro-batch and its position in the training.
-
-    Returns:
-        The mask, (tokens,) bool.
-    """
+    """Return a random mask of the hidden tokens of a text, (tokens,) bool; `masked_count` determines their number."""
     mask = np.zeros(tokens, np.bool_)
     mask[Draws(seed, label).choose(np.arange(tokens), masked_count(tokens, share))] = True
     return mask

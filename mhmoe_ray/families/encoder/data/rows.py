@@ -46,7 +46,6 @@ class EncoderRows(FamilyData):
         shards: "Mapping[str, Sequence[Shard]]",
         log: Callable[[str], None],
     ) -> Facts:
-        """Write the codebook of an encoder that needs one."""
         if not spec.has_codebook:
             return {"encoder": EncoderData()}
         # These modules need Ray, or torch, whose import takes seconds, and few preparations make a codebook.
@@ -85,12 +84,9 @@ class EncoderRows(FamilyData):
 
 
 def check_rows_not_empty(spec: RunSpec, by_domain: "dict[str, list[Part]]") -> None:
-    """Check that an encoder has training samples, held-out samples, and enough image patches for its codebook.
+    """Raise a DataError if training samples, held-out samples, or image patches for the codebook are missing.
 
     If any source has texts, some training samples and some held-out samples must have a text.
-
-    Raises:
-        DataError: some of these are missing.
     """
     assert spec.model.encoder is not None
     counts = [part.counts for parts in by_domain.values() for part in parts]
@@ -112,11 +108,7 @@ def check_rows_not_empty(spec: RunSpec, by_domain: "dict[str, list[Part]]") -> N
 
 
 def read_codebook(folder: Path, manifest: DataManifest) -> np.ndarray | None:
-    """Return the codebook of image patches in a prepared folder, float32 (entries, values); None if it has none.
-
-    Raises:
-        DataError: the file of the codebook is missing or damaged.
-    """
+    """Return a folder's codebook, float32 (entries, values), or None; a missing or damaged file is a DataError."""
     if manifest.encoder is None or manifest.encoder.codebook_sha256 is None:
         return None
     path = folder / CODEBOOK_FILE

@@ -1,7 +1,7 @@
 """Samples of an encoder: decoded crops of images, tokens of texts, and the masks of both, part by part.
 
-A part of a micro-batch is one objective with its data. Images and texts are in the order of the parts. Crops and masks
-depend on the seed, the part and the sample's position in the training alone, not on the number of ranks.
+Images and texts are in the order of the parts. Crops and masks depend on the seed, the part and the sample's position
+in the training alone, not on the number of ranks.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,14 +43,9 @@ class SampleMaker:
     def make(
         self, part: MicroBatchPart, tokens: np.ndarray, images: Sequence[bytes], labels: Sequence[str], *, crops: bool
     ) -> EncoderSamples:
-        """Return samples of one part of a micro-batch.
+        """Return samples of a part from stored tokens, (samples, T), and encoded images, empty where a sample has none.
 
-        Args:
-            part: the part; its columns and its objective determine what its samples have and what is hidden.
-            tokens: stored tokens of each sample, (samples, T).
-            images: encoded image of each sample; empty for a sample without one.
-            labels: label of each sample. With the seed of the run, it determines the random crop and the masks.
-            crops: whether to crop images at random, as in training.
+        With the seed of the run, a sample's label determines its masks and, if `crops` is true, its random crop.
         """
         seed, encoder, sections = self._spec.seed, self._encoder, self._spec.train.masking
         is_pair, is_masked = len(part.columns) > 1, part.traits.hides
@@ -95,7 +90,6 @@ class SampleMaker:
         )
 
     def _crop_function(self, label: str) -> Callable[[int, int], Crop]:
-        """Return the function that chooses the random crop of a sample from the size of its image."""
         return partial(random_crop, images=self._spec.data.images, seed=self._spec.seed, label=label)
 
 
@@ -108,11 +102,11 @@ class EncoderTrainingSamples:
 
     @staticmethod
     def open_cached(spec: RunSpec) -> "EncoderTrainingSamples":
-        """Return the training samples of a spec; a process opens them once and caches them for its next Ray tasks."""
+        """Return the training samples of a spec, which a process caches for its next Ray tasks."""
         return _open_samples(spec.model_dump_json())
 
     def read(self, micro_batch: int) -> EncoderSamples:
-        """Return the samples of all parts of the micro-batch with this number."""
+        """Return the samples of all parts of a micro-batch."""
         return EncoderSamples.join(
             [
                 self._maker.make(part.part, *self._read_rows(part.positions), part.labels, crops=True)
@@ -121,7 +115,6 @@ class EncoderTrainingSamples:
         )
 
     def _read_rows(self, positions: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
-        """Return the stored tokens and images of samples of one part, given their positions in the training."""
         tokens: np.ndarray | None = None
         images = [b""] * len(positions)
         for group in self._order.locate(positions):
@@ -142,19 +135,10 @@ def _open_samples(spec_json: str) -> EncoderTrainingSamples:
 
 
 class HeldOutSamples:
-    """Held-out samples of one part of micro-batches, which are read and decoded on access.
-
-    Their masks are the same at each access. Images are cropped to the largest square at their centre.
-    """
+    """Held-out samples of one part, decoded on access, with the same masks and the largest central square each time."""
 
     def __init__(self, maker: SampleMaker, reader: RowReader, numbers: np.ndarray) -> None:
-        """Set up the access to held-out samples of one part, without reading them.
-
-        Args:
-            maker: maker of the samples.
-            reader: reader of the held-out rows.
-            numbers: numbers of the part's rows among all held-out rows.
-        """
+        """Set up access to rows `numbers` of all held-out rows, without reading them."""
         self._maker, self._reader, self._numbers = maker, reader, numbers
 
     @property
@@ -163,7 +147,7 @@ class HeldOutSamples:
         return len(self._numbers)
 
     def rows(self, part: MicroBatchPart, start: int, stop: int) -> EncoderSamples:
-        """Return samples `start` to `stop` - 1, with the columns and the masks that their part `part` needs."""
+        """Return samples `start` to `stop` - 1, with the columns and the masks of `part`."""
         # The reader cannot read zero rows. For an empty range the first row is read, which gives the shape and dtype of
         # the tokens.
         tokens = self._reader.read_tokens(self._numbers[start:stop] if start < stop else self._numbers[:1])
@@ -173,41 +157,28 @@ class HeldOutSamples:
 
 
 def encoder_validation_samples(spec: RunSpec, manifest: DataManifest) -> Mapping[str, HeldOutSamples]:
-    """Return the held-out samples of each part of micro-batches that has any, by the name of the part.
-
-    Args:
-        spec: spec of the run.
-        manifest: manifest of the prepared data.
-    """
+    """Return the held-out samples of each part of micro-batches that has any, by the name of the part."""
     reader = RowReader(spec.data.prepared, manifest.validation, manifest.token_bytes)
     maker = SampleMaker(spec, manifest.token_bytes)
     return {name: HeldOutSamples(maker, reader, rows) for name, rows in held_out_numbers(spec, manifest).items()}
 
 
 def held_out_pairs(spec: RunSpec, manifest: DataManifest) -> Iterator[Pairs]:
-    """Yield the held-out pairs of an image and a caption in a run's prepared data, domain by domain.
-
-    Args:
-        spec: spec of the run.
-        manifest: manifest of the prepared data.
-    """
+    """Yield the held-out pairs of an image and a caption in a run's prepared data, domain by domain."""
     reader = RowReader(spec.data.prepared, manifest.validation, manifest.token_bytes)
     for name, rows in _held_out_pair_rows(spec, manifest):
         yield Pairs(name, *reader.read(rows), [None] * len(rows))
 
 
 def held_out_captions(spec: RunSpec, manifest: DataManifest) -> np.ndarray:
-    """Return the stored tokens of the held-out captions, (captions, T), without reading their images.
-
-    See `held_out_pairs` for the arguments.
-    """
+    """Return the stored tokens of the held-out captions, (captions, T), without reading their images."""
     reader = RowReader(spec.data.prepared, manifest.validation, manifest.token_bytes)
     tokens = [reader.read_tokens(rows) for _, rows in _held_out_pair_rows(spec, manifest)]
     return np.concatenate([np.empty((0, spec.data.seq_len), np.int64), *tokens])
 
 
 def _held_out_pair_rows(spec: RunSpec, manifest: DataManifest) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield each domain that has held-out pairs of an image and a caption, and the numbers of their rows."""
+    """Yield each domain with held-out pairs, and the numbers of their rows."""
     first_row = 0
     for name, domain in manifest.domains.items():
         rows = np.arange(first_row, first_row := first_row + domain.validation_samples)

@@ -1,8 +1,7 @@
 """Scores of captions: BLEU, CIDEr-D, and the share of captions that are exactly right.
 
-BLEU and CIDEr-D count words as the function `words` splits them, so their values are comparable only with values that
-use the same split. CIDEr-D is defined in arXiv 1411.5726, section 4. Its document frequencies are counted in the
-references.
+BLEU and CIDEr-D count words as `words` splits them, so their values are comparable only with values that use the same
+split. CIDEr-D is defined in arXiv 1411.5726, section 4; its document frequencies are counted in the references.
 """
 
 import math
@@ -45,12 +44,7 @@ def words(text: str) -> list[str]:
 
 
 def score_captions(captions: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionScore:
-    """Return the score of captions of images: BLEU-4, CIDEr-D, and the share of exactly right captions.
-
-    Args:
-        captions: a caption for each image, at least one.
-        references: the right captions of each image, at least one for each.
-    """
+    """Return the score of one caption for each image, given at least one right caption for each."""
     import sacrebleu
 
     caption_words = [words(caption) for caption in captions]
@@ -74,19 +68,13 @@ def score_captions(captions: Sequence[str], references: Sequence[Sequence[str]])
 
 
 def cider_d(captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> float:
-    """Return the CIDEr-D score of captions, from 0 to 10; 10 means that captions equal their references.
-
-    Args:
-        captions: the words of one caption for each image.
-        references: the words of each right caption, for each image.
-    """
+    """Return CIDEr-D, from 0 to 10, of the words of one caption for each image; 10 means equality."""
     document_counts = Counter[tuple[str, ...]]()
     for group in references:
         document_counts.update({gram for reference in group for gram in _count_grams(reference)})
     log_images = math.log(len(references))
 
     def weights(text: Sequence[str]) -> Sequence[NGrams]:
-        """Return the n-grams of a text, one mapping for each length, with weights: frequency times rarity."""
         grams_by_length: list[dict[tuple[str, ...], float]] = [{} for _ in range(MAX_GRAM)]
         for gram, count in _count_grams(text).items():
             rarity = log_images - math.log(max(1, document_counts[gram]))
@@ -104,7 +92,6 @@ def cider_d(captions: Sequence[Sequence[str]], references: Sequence[Sequence[Seq
 
 
 def _count_grams(text: Sequence[str]) -> Counter[tuple[str, ...]]:
-    """Return how often each n-gram of 1 to `MAX_GRAM` words occurs in a text."""
     return Counter(
         tuple(text[start : start + length])
         for length in range(1, MAX_GRAM + 1)
@@ -113,10 +100,7 @@ def _count_grams(text: Sequence[str]) -> Counter[tuple[str, ...]]:
 
 
 def _clipped_cosine(caption: NGrams, reference: NGrams) -> float:
-    """Return the cosine similarity of the weighted n-grams of a caption and a reference.
-
-    A weight of the caption is clipped to that of the reference, so that a caption gains nothing by repeating words.
-    """
+    """Return the cosine similarity; a caption's weights are clipped to the reference's, so repeats gain nothing."""
     norms = [math.sqrt(sum(weight**2 for weight in grams.values())) for grams in (caption, reference)]
     if not all(norms):
         return 0.0

@@ -26,14 +26,11 @@ from mhmoe_ray.families.images.nearest import NearestImages, training_manifest, 
 from mhmoe_ray.spec import RunSpec
 
 EXAMPLES = 8
-"""Number of written captions that the result of an evaluation keeps as examples."""
+"""Number of written captions that an evaluation keeps as examples."""
 
 
 class Baseline(NamedTuple):
-    """Baseline of retrieval and captions: the pairs of image and caption that the model was trained on.
-
-    In place of a model's answer, the baseline has the caption of the training image that is nearest in pixels.
-    """
+    """Baseline of retrieval and captions, which answers with the caption of the nearest training image in pixels."""
 
     tokens: np.ndarray
     """Stored tokens of the captions of all training samples, (samples, T)."""
@@ -41,12 +38,9 @@ class Baseline(NamedTuple):
 
 
 def encoder_figures(context: EvaluationContext) -> EvaluationAnswer:
-    """Evaluate an encoder on the data that a request names; return its results and counts of routes.
+    """Evaluate an encoder, and count the routes of images and texts separately.
 
-    Routes are counted separately for images and texts.
-
-    Raises:
-        DataError: the images cannot be read, or the data is not what the run was trained on.
+    Images that cannot be read, and other data than the run was trained on, are a DataError.
     """
     request, run, checkpoint, manifest, print_line, on_progress = context
     model, spec = load_verified_encoder(checkpoint, manifest), run.spec()
@@ -100,10 +94,7 @@ def encoder_figures(context: EvaluationContext) -> EvaluationAnswer:
 def _read_baseline(
     spec: RunSpec, checkpoint_manifest: CheckpointManifest, print_line: Callable[[str], None]
 ) -> Baseline | None:
-    """Return the training images and captions of a run, as the baseline of retrieval and captions.
-
-    It is None if the data of the training is gone, or was replaced by other data.
-    """
+    """Return the training images and captions of a run; None if the training data is gone or was replaced."""
     manifest = training_manifest(spec, checkpoint_manifest.data_sha256, print_line)
     if manifest is None:
         return None
@@ -114,13 +105,7 @@ def _read_baseline(
 
 
 def _class_score(pairs: Pairs, probe_pairs: Sequence[Pairs], meter: EncoderMeter) -> ClassScore:
-    """Return the accuracy of a linear probe that classifies images; the captions of images are their classes.
-
-    Args:
-        pairs: the images to classify, with their classes.
-        probe_pairs: the images that the probe is trained on, with their classes, by domain.
-        meter: meter that computes the features of images.
-    """
+    """Return the accuracy of a linear probe; the captions of images are their classes."""
     training_images = [image for domain_pairs in probe_pairs for image in domain_pairs.images]
     return classify(
         meter.features(training_images),
@@ -135,14 +120,7 @@ def _class_score(pairs: Pairs, probe_pairs: Sequence[Pairs], meter: EncoderMeter
 def _caption_figures(
     pairs: Pairs, meter: EncoderMeter, tokenizer: Tokenizer, baseline: Baseline | None
 ) -> CaptionFigures:
-    """Return the scores of the captions that a model and its baseline give the different images of a domain.
-
-    Args:
-        pairs: the images with their right captions.
-        meter: meter of the model that writes captions.
-        tokenizer: the run's tokenizer.
-        baseline: training images and captions; None to leave the baseline out.
-    """
+    """Return the scores of the model's and the baseline's captions of a domain's different images."""
     candidates = Candidates.of_pairs(pairs.images, pairs.tokens)
     start_token = boundaries(tokenizer).start
 

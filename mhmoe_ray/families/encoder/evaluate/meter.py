@@ -1,8 +1,7 @@
 """Evaluation of an encoder: its losses on held-out samples, and the value of an image for predicting its caption.
 
 The value of the image is the difference that it makes to the loss on hidden tokens of captions, in nats per hidden
-token. The same tokens are predicted three times: with the caption's own image, with an image of another caption, and
-without an image. A model that ignores images has the same loss each time.
+token. The same tokens are predicted with the caption's own image, with an image of another caption, and without one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,14 +30,14 @@ from mhmoe_ray.model.transfer import copy_to_device
 from mhmoe_ray.spec import DataSpec, MicroBatchPart, RunSpec
 
 CAPTIONS_PER_IMAGE = 5
-"""Largest number of captions per image with which the image's value is measured and routes are counted.
+"""Largest number of captions per image in the image's value and in counts of routes.
 
-Most images of COCO have this number of captions, but an image with captions in many languages can have hundreds.
+Most images of COCO have this many, but an image with captions in many languages can have hundreds.
 """
 
 
 class EncoderMeter:
-    """Meter that runs an encoder on one device and measures its losses, routes, similarities and captions."""
+    """Evaluator that runs an encoder on one device. Images are cropped to the largest square at their centre."""
 
     def __init__(
         self,
@@ -49,28 +48,13 @@ class EncoderMeter:
         use_bfloat16: bool,
         on_progress: Progress,
     ) -> None:
-        """Create the meter.
-
-        Args:
-            model: the model in evaluation mode.
-            spec: spec of the run that trained the model.
-            codebook: entries of the codebook if the model's `image_targets` is `codebook`; None otherwise.
-            use_bfloat16: whether matrix products are in bfloat16.
-            on_progress: function that reports progress.
-        """
         self._model, self._spec, self._use_bfloat16, self._on_progress = model, spec, use_bfloat16, on_progress
         self._device = next(model.parameters()).device
         self._batch_maker = BatchMaker(spec.model, self._device, codebook)
 
     @torch.no_grad()
     def _sums(self, name: str, part: MicroBatchPart, samples: PartSamples) -> np.ndarray:
-        """Return the sum over targets and the number of targets, for each loss of a part of micro-batches, (losses, 2).
-
-        Args:
-            name: name of the samples, with which progress is reported.
-            part: the part of micro-batches; a part has one objective, which has one or more losses.
-            samples: samples of the part, over whose targets each loss is summed.
-        """
+        """Return the sum over targets and the number of targets of each loss of a part, (losses, 2)."""
         total = evaluated_samples(part, samples)
         sums = np.zeros((len(part.losses), 2))
         for start in range(0, total, part.samples):
@@ -83,11 +67,7 @@ class EncoderMeter:
         return sums
 
     def losses(self, samples: Mapping[str, PartSamples]) -> dict[str, EncoderLossScore]:
-        """Return the mean of each loss over held-out samples, by the name of the loss.
-
-        Args:
-            samples: held-out samples by the name of the part of micro-batches; parts without samples are left out.
-        """
+        """Return the mean of each loss, by its name, over the held-out samples of each part."""
         scores = {}
         for part in self._spec.parts:
             if part.name in samples:
@@ -101,12 +81,8 @@ class EncoderMeter:
     def image_value(self, pairs: Pairs) -> ImageValue | None:
         """Return the losses on hidden tokens of captions with their own image, another caption's image and no image.
 
-        The result is None if, for some pair, no other pair differs in both caption and image. Images are cropped to the
-        largest square at their centre, and no patch is hidden. At most `CAPTIONS_PER_IMAGE` captions of each image are
-        used.
-
-        Args:
-            pairs: the captions of one domain with their images.
+        No patch is hidden, and at most `CAPTIONS_PER_IMAGE` captions of each image are used. The result is None if some
+        pair has no other pair that differs in both caption and image.
         """
         pairs = with_few_captions(pairs)
         other_images = self._draw_other_images(pairs)
@@ -131,10 +107,7 @@ class EncoderMeter:
 
     @torch.no_grad()
     def similarities(self, candidates: Candidates) -> np.ndarray:
-        """Return the cosine similarity of each image and each caption, (images, captions) float32.
-
-        The model must have a head for matching. Images are cropped to the largest square at their centre.
-        """
+        """Return the cosine of each image and caption, (images, captions) float32; the model must have a match head."""
         head, size = self._model.match, self._spec.train.micro_batch_size
         assert head is not None
         image_part = MicroBatchPart("images", (), size, "contrastive", ("image",), 1.0)
@@ -149,13 +122,7 @@ class EncoderMeter:
         return (torch.cat(image_vectors) @ torch.cat(text_vectors).T).cpu().numpy()
 
     def _encode(self, part: MicroBatchPart, tokens: np.ndarray, images: Sequence[bytes]) -> Iterator[Encoded]:
-        """Yield the encoder's outputs for images alone or texts alone, in micro-batches of `part.samples` samples.
-
-        Args:
-            part: part of micro-batches with one column, image or text.
-            tokens: stored tokens of texts, (texts, T); empty for images.
-            images: image files, which are cropped to the largest square at their centre; empty for texts.
-        """
+        """Yield the outputs for images alone or stored texts, (texts, T), alone, `part.samples` samples at a time."""
         maker = SampleMaker(self._spec, token_bytes_for(self._spec.model.vocab_size))
         count = max(len(tokens), len(images))
         for start in range(0, count, part.samples):
@@ -173,8 +140,8 @@ class EncoderMeter:
     def count_routes(self, pairs: Pairs) -> dict[str, RoutingCounts]:
         """Return how often the images and the texts of pairs choose each expert when nothing in them is hidden.
 
-        At most `CAPTIONS_PER_IMAGE` captions of each image are counted. The result is empty for a model whose tokens
-        choose no experts.
+        At most `CAPTIONS_PER_IMAGE` captions of each image are counted. The result is empty if tokens choose no
+        experts.
         """
         moe, batch_size = self._model.spec.moe, self._spec.train.micro_batch_size
         if moe is None or moe.router == "smear":
@@ -208,10 +175,7 @@ class EncoderMeter:
 
     @torch.no_grad()
     def features(self, images: Sequence[bytes]) -> np.ndarray:
-        """Return the features of images for a linear probe, (images, 2 * width of the model) float32.
-
-        They are the output for the image as a whole, and the mean of the outputs for its patches.
-        """
+        """Return features, (images, 2 * width) float32: the output for the whole image, and the mean over patches."""
         part = MicroBatchPart("images", (), self._spec.train.micro_batch_size, "contrastive", ("image",), 1.0)
         features = []
         for encoded in self._encode(part, np.empty((0, self._spec.data.seq_len)), images):
@@ -225,10 +189,7 @@ class EncoderMeter:
         return padding_token(token_bytes_for(self._spec.model.vocab_size))
 
     def captions(self, images: Sequence[bytes], start_token: int) -> list[list[int]]:
-        """Return the tokens of the caption that the model writes for each image.
-
-        Images are cropped to the largest square at their centre.
-        """
+        """Return the tokens of the caption that the model writes for each image."""
         assert self._spec.model.encoder is not None
         size, batch, captions = (
             self._spec.model.encoder.image_size,
@@ -244,10 +205,7 @@ class EncoderMeter:
         return captions
 
     def _draw_other_images(self, pairs: Pairs) -> list[int] | None:
-        """Draw for each pair another one that differs in both caption and image, and return the numbers of these pairs.
-
-        The result is None if one of the pairs has no such counterpart.
-        """
+        """Draw for each pair another one that differs in both caption and image; return None if a pair has none."""
         rng = np.random.Generator(np.random.Philox(key=seeded_hash(self._spec.seed, f"other images {pairs.domain}")))
         captions = np.unique(pairs.tokens, axis=0, return_inverse=True)[1].ravel()
         images = distinct_images(pairs.images)[1]
@@ -281,16 +239,8 @@ def with_few_captions(pairs: Pairs) -> Pairs:
 def raw_pairs(data: DataSpec, encoder: DocumentEncoder, spec: RunSpec, max_images: int) -> Iterator[Pairs]:
     """Yield the pairs of image and caption of each domain of raw data, in the order of its files.
 
-    A domain ends before the first image that exceeds `max_images`. Long captions are cut to the sequence length.
-
-    Args:
-        data: the data section that names the images.
-        encoder: encoder of the run's tokenizer.
-        spec: spec of the run.
-        max_images: largest number of different images per domain.
-
-    Raises:
-        DataError: a source has no pairs of an image and a text, or none of a domain can be read.
+    A domain ends before the first image that exceeds `max_images`. Long captions are cut to the sequence length. A
+    source without pairs, or a domain without a readable one, is a DataError.
     """
     seq_len, token_bytes = spec.data.seq_len, token_bytes_for(spec.model.vocab_size)
     for name, source in data.sources.items():

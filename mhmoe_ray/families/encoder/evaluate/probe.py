@@ -17,7 +17,7 @@ from mhmoe_ray.families.images.nearest import NearestImages
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 HELD_OUT = 5
-"""One of this many training images is held out, to choose the weight of the probe's L2 penalty."""
+"""Inverse of the share of training images that are held out to choose the weight of the L2 penalty."""
 STEPS = 100
 """Largest number of iterations of L-BFGS, which fits the probe."""
 
@@ -32,16 +32,8 @@ def classify(
 ) -> ClassScore:
     """Return the accuracies with which a linear probe and its baseline, the nearest training image, classify images.
 
-    Args:
-        training_features: features of the images that the probe is trained on, (images, values).
-        training_images: the files of these images.
-        training_classes: the classes of these images.
-        features: features of the images to classify, (images, values).
-        images: the files of these images.
-        classes: the classes of these images; an image whose class no training image has counts as wrong.
-
-    Raises:
-        DataError: there are too few training images.
+    Features are (images, values). An image whose class no training image has counts as wrong. Fewer than `HELD_OUT`
+    training images are a DataError.
     """
     numbers = {name: number for number, name in enumerate(sorted(set(training_classes)))}
     training_labels = np.array([numbers[name] for name in training_classes])
@@ -78,7 +70,6 @@ def classify(
 def _accuracy(
     features: np.ndarray, labels: np.ndarray, is_fitted: np.ndarray, is_tested: np.ndarray, classes: int, penalty: float
 ) -> float:
-    """Return the accuracy of a logistic regression that is fitted to some images and tested on others."""
     mean, scale = features[is_fitted].mean(0), np.maximum(features[is_fitted].std(0), 1e-6)
     feature_NV = torch.from_numpy(((features - mean) / scale).astype(np.float32))
     weight_CV = _fit(feature_NV[is_fitted], torch.from_numpy(labels[is_fitted]), classes, penalty)
@@ -87,10 +78,7 @@ def _accuracy(
 
 
 def _fit(feature_NV: Tensor, label_N: Tensor, classes: int, penalty: float) -> Tensor:
-    """Return the weights of a logistic regression, (classes, values + 1).
-
-    The last weight of a class is its constant term.
-    """
+    """Return the weights of a logistic regression, (classes, values + 1), with the constant term last."""
     feature_NV = _with_constant(feature_NV)
     weight_CV = torch.zeros(classes, feature_NV.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([weight_CV], max_iter=STEPS, line_search_fn="strong_wolfe")

@@ -18,7 +18,7 @@ Scorer = Callable[["Candidates"], np.ndarray]
 
 
 class Candidates(NamedTuple):
-    """Distinct images and distinct captions of pairs of an image and a caption, and the mask of those that match."""
+    """Distinct images and distinct captions of pairs, and the mask of those that match."""
 
     images: list[bytes]
     captions: np.ndarray
@@ -28,12 +28,7 @@ class Candidates(NamedTuple):
 
     @staticmethod
     def of_pairs(images: list[bytes], tokens: np.ndarray) -> "Candidates":
-        """Return the distinct images and captions of pairs, and the mask of the captions that belong to each image.
-
-        Args:
-            images: image file of each pair.
-            tokens: stored tokens of the caption of each pair, (pairs, T).
-        """
+        """Return the candidates of pairs, given the image file and the stored tokens, (pairs, T), of each pair."""
         different_images, image_of = distinct_images(images)
         captions, caption_of = np.unique(tokens, axis=0, return_inverse=True)
         fits = np.zeros((len(different_images), len(captions)), np.bool_)
@@ -44,9 +39,7 @@ class Candidates(NamedTuple):
 def recall(scores: np.ndarray, fits: np.ndarray) -> Recall:
     """Return the shares of queries for which a right candidate is among the first 1, 5 and 10 by score.
 
-    Args:
-        scores: score of each candidate for each query, (queries, candidates).
-        fits: mask of the right candidates of each query, (queries, candidates) bool; each query has at least one.
+    Both arrays are (queries, candidates); each query has at least one right candidate.
     """
     best_Q1 = np.where(fits, scores, -np.inf).max(1, keepdims=True)
     # An equal score is no evidence for the right candidate, so wrong candidates with the same score come before it.
@@ -75,12 +68,7 @@ def retrieval_figures(
 ) -> RetrievalFigures:
     """Return the scores of retrieval among all pairs, and among those of each language if there are several.
 
-    Args:
-        images: image file of each pair.
-        tokens: stored tokens of each caption, (pairs, T).
-        languages: language of each caption; None if it is not known.
-        scorer: function that returns the model's similarities.
-        nearest_scorer: function that returns the baseline's similarities; None to leave the baseline out.
+    `tokens` are the stored captions, (pairs, T).
     """
 
     def score(numbers: Sequence[int]) -> LanguageRetrieval:
@@ -99,14 +87,10 @@ def retrieval_figures(
 
 
 def nearest_scores(candidates: Candidates, neighbours: NearestImages, training_tokens: np.ndarray) -> np.ndarray:
-    """Return the baseline's similarity of each image with each caption, (I, C), from training images with captions.
+    """Return the baseline's similarity of each image with each caption, (I, C).
 
-    A caption is as similar to an image as the nearest, in pixels, of the training images that have this caption.
-
-    Args:
-        candidates: the images and captions.
-        neighbours: the training images.
-        training_tokens: stored tokens of the caption of each training sample, (samples, T).
+    It is that of the nearest training image, in pixels, that has this caption. `training_tokens` are the stored
+    captions of the training samples, (samples, T).
     """
     numbers = {caption.tobytes(): number for number, caption in enumerate(candidates.captions)}
     labels = np.array([numbers.get(row.tobytes(), -1) for row in training_tokens], np.int64)

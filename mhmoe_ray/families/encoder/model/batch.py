@@ -8,31 +8,26 @@ from mhmoe_ray.spec import LossKind
 
 
 class GroupSize(NamedTuple):
-    """Numbers of images and texts in a group of samples, and how attention connects them."""
+    """Numbers of images and texts in a group, which lie after those of earlier groups, and the form of attention."""
 
     images: int
-    """Number of images. In the tensor of all images, they lie after those of earlier groups."""
     texts: int
-    """Number of texts. In the tensor of all texts, they lie after those of earlier groups."""
     is_joint: bool
-    """True if image i and text i of the group form one sample, so that attention runs over both."""
+    """True if image i and text i form one sample, so that attention runs over both."""
     is_causal: bool = False
     """True for captions: an image attends only to itself, and a token to its image, to itself and to earlier tokens."""
 
 
 class Group(NamedTuple):
-    """Samples of a micro-batch that are encoded in the same way and have the same losses.
-
-    A group belongs to one part of the micro-batch, that is, to one training objective with its data.
-    """
+    """Samples of one part of a micro-batch, which are encoded in the same way and have the same losses."""
 
     size: GroupSize
     hidden_patches: int
-    """Number of hidden patches that the model must predict, in all images of the group."""
+    """Number of patches to predict in all images of the group."""
     hidden_tokens: int
-    """Number of tokens that the model must predict, in all texts of the group."""
+    """Number of tokens to predict in all texts of the group."""
     losses: tuple[LossKind, ...]
-    """Kinds of loss that the group has. `match` compares image i with text i."""
+    """Kinds of loss; `match` compares image i with text i."""
 
     @property
     def target_counts(self) -> list[int]:
@@ -56,10 +51,8 @@ class EncoderBatch(NamedTuple):
     hidden_patch_I: Tensor
     """Indices of the patches to predict among all patches of all images, ascending, int64."""
     patch_target_I: Tensor
-    """Targets of the patches in `hidden_patch_I`: normalized pixels, float32 (I, values), or the numbers of the closest
-    entries of a codebook of patches, int64 (I,)."""
+    """Targets of `hidden_patch_I`: normalized pixels, float32 (I, values), or nearest codebook entries, int64 (I,)."""
     hidden_token_J: Tensor
-    """Indices of the positions at which a token is predicted, among the positions of all texts, ascending, int64. They
-    are the positions of hidden tokens and, for captions, the position before each token."""
+    """Ascending indices, int64, of hidden tokens or, in captions, of the position before each token, in all texts."""
     token_target_J: Tensor
     """Token ids to predict at the positions in `hidden_token_J`, int64."""

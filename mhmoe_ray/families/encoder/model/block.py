@@ -40,16 +40,10 @@ class EncoderBlock(TrunkBlock):
         create_generator: Callable[[], torch.Generator | None],
         recompute: bool,
     ) -> tuple[Tensor, Tensor, Routing | None]:
-        """Run the block and return its output for images, its output for texts, and its routing if it has experts.
+        """Return the block's outputs for images and for texts, and its routing if it has experts.
 
-        Args:
-            image_NSM: hidden states at the positions of all images.
-            text_NTM: hidden states of the tokens of all texts.
-            sizes: sizes of the groups of the batch.
-            masks: `attention_masks` of the samples.
-            create_generator: function that returns a new random generator for dropout and routing, in the same state at
-                each call; in evaluation it returns None.
-            recompute: whether the backward recomputes the attention part of the block.
+        `masks` are the `attention_masks` of the samples. `create_generator` returns a new generator in the same state
+        at each call, or None in evaluation. With `recompute`, the backward recomputes the attention part.
         """
 
         def run_attention(image_NSM: Tensor, text_NTM: Tensor) -> tuple[Tensor, Tensor, torch.Generator | None]:
@@ -103,10 +97,7 @@ class EncoderBlock(TrunkBlock):
         masks: Sequence[Tensor | None],
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the attention outputs of images and of texts.
-
-        Attention runs over whole samples (an image, a text, or a pair of both), where the masks allow it.
-        """
+        """Return the attention outputs of images and of texts; attention runs over whole samples where masks allow."""
         image_heads = self.image.attention.project(self.image.attention_norm(widen(image_NSM)))
         text_heads = self.text.attention.project(self.text.attention_norm(widen(text_NTM)))
         heads = [join_samples(*halves, sizes) for halves in zip(image_heads, text_heads, strict=True)]
@@ -118,7 +109,7 @@ class EncoderBlock(TrunkBlock):
         return self.image.attention.merge(image_y), self.text.attention.merge(text_y)
 
     def _attend_over(self, heads: Sequence[Tensor], mask: Tensor | None, generator: torch.Generator | None) -> Tensor:
-        """Return the attention output (B, U, H, C) of one set of samples from its queries, keys and values."""
+        """Return the attention output of one set of samples, (B, U, H, C)."""
         q, k, v = (t.transpose(1, 2) for t in heads)
         dropout_rate = self.attention_dropout if generator is not None else 0.0
         with default_generator_from(generator if dropout_rate else None):

@@ -11,17 +11,10 @@ from mhmoe_ray.families.encoder.model.encoder import Encoded, Encoder
 
 @torch.no_grad()
 def write_captions(model: Encoder, image_NYXC: Tensor, start_token: int, max_tokens: int) -> list[list[int]]:
-    """Return the tokens of a caption for each image, each of them the most probable token at its position.
+    """Return the tokens of a caption for each image, uint8: always the most probable next token.
 
-    The training objective `caption` teaches a model to write captions, and to predict the start token after the last
-    token of a caption. So a caption ends here when the model predicts the start token.
-
-    Args:
-        model: the model in evaluation mode, on the device of the images.
-        image_NYXC: images of the size that the model reads, uint8.
-        start_token: the token before a caption.
-        max_tokens: largest number of tokens of a caption. The model must have a text position for each of them and for
-            the start token.
+    The objective `caption` teaches a model to predict the start token after the last token, so a caption ends there.
+    The model must have a text position for the start token and for each of `max_tokens` tokens.
     """
     captions: list[list[int]] = [[] for _ in range(len(image_NYXC))]
     numbers = list(range(len(image_NYXC)))
@@ -41,15 +34,9 @@ def write_captions(model: Encoder, image_NYXC: Tensor, start_token: int, max_tok
 def next_tokens(
     model: Encoder, image_NYXC: Tensor, captions: Sequence[Sequence[int]], start_token: int
 ) -> tuple[list[int], Encoded]:
-    """Return the most probable next token of each image's caption, and the encoder's outputs of this forward pass.
+    """Return the most probable next token of each caption so far, and the encoder's outputs of this forward pass.
 
-    Each call encodes the images again, without a cache, because captions are short.
-
-    Args:
-        model: the model in evaluation mode, on the device of the images.
-        image_NYXC: images of the size that the model reads, uint8; at least one.
-        captions: tokens of each caption so far, without the start token.
-        start_token: the token before a caption, which also ends it.
+    `captions` are without the start token. Each call encodes the images again, without a cache, as captions are short.
     """
     length, device = 1 + max(map(len, captions)), image_NYXC.device
     # Shorter captions are padded with the start token. The mask hides the padding from attention.
@@ -67,13 +54,7 @@ def next_tokens(
 
 
 def caption_batch(image_NYXC: Tensor, token_NT: Tensor, is_token_NT: Tensor) -> EncoderBatch:
-    """Return images and the beginnings of their captions as a micro-batch without losses.
-
-    Args:
-        image_NYXC: the images, uint8.
-        token_NT: the start token and the tokens of each caption, padded with any tokens.
-        is_token_NT: mask that is True for these tokens and False for padding.
-    """
+    """Return images, uint8, and the beginnings of their captions, from the start token, as a batch without losses."""
     images = len(image_NYXC)
     empty = torch.empty(0, dtype=torch.int64, device=image_NYXC.device)
     return EncoderBatch(

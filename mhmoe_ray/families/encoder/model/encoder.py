@@ -27,23 +27,20 @@ class Encoded(NamedTuple):
     """Outputs of the encoder's last norms for a micro-batch."""
 
     image_NSM: Tensor
-    """Outputs for all images: position 0 stands for the image as a whole, and its patches follow."""
+    """Outputs at position 0, which stands for the image as a whole, and at its patches."""
     text_NTM: Tensor
-    """Outputs for the tokens of all texts."""
     routing: list[Routing]
-    """Result of the router of each mixture-of-experts layer, from the first layer to the last."""
+    """Routing of each mixture-of-experts layer, from the first to the last."""
 
 
 class Encoder(Trunk):
-    """Encoder of images and texts: embeddings, blocks, and a head for each modality."""
+    """Encoder of images and texts.
+
+    Its weights are uninitialized: call `model.init.init_weights` or load a checkpoint next. `expert_ids` are the
+    experts that this process holds in every layer, by default all.
+    """
 
     def __init__(self, spec: ModelSpec, expert_ids: range | None = None) -> None:
-        """Create the encoder with uninitialized weights. Call `model.init.init_weights` or load a checkpoint next.
-
-        Args:
-            spec: the model's sizes and options, with an `encoder` section.
-            expert_ids: global ids of the experts that this process holds in every layer; by default all.
-        """
         super().__init__(spec)
         encoder, d = spec.encoder, spec.d_model
         assert encoder is not None
@@ -67,18 +64,12 @@ class Encoder(Trunk):
         return [self.image_norm, self.text_norm]
 
     def forward(self, batch: EncoderBatch, noise: Noise | None = None) -> PartLosses:
-        """Return the losses of a micro-batch, and the routing of each mixture-of-experts layer.
-
-        Args:
-            batch: the micro-batch.
-            noise: source of a training step's randomness; None in evaluation. It is used only if the spec has dropout
-                or another random part.
-        """
+        """Return the losses and the routing of a micro-batch; `noise` is a training step's randomness, else None."""
         encoded = self.encode(batch, noise)
         return PartLosses(self._losses(batch, encoded.image_NSM, encoded.text_NTM), encoded.routing)
 
     def encode(self, batch: EncoderBatch, noise: Noise | None = None) -> Encoded:
-        """Return the outputs of the last norms for a micro-batch. The arguments are those of `forward`."""
+        """Return the outputs of the last norms for a micro-batch."""
         active_noise = noise if self.spec.is_random else None
         image_NSM, text_NTM = self._embed(batch, active_noise)
         # Blocks get only the sizes of the batch's groups of samples. If compiled blocks depended on the numbers of
@@ -108,7 +99,6 @@ class Encoder(Trunk):
         return Encoded(self.image_norm(widen(image_NSM)), self.text_norm(widen(text_NTM)), routings)
 
     def _embed(self, batch: EncoderBatch, noise: Noise | None) -> tuple[Tensor, Tensor]:
-        """Return the inputs of the first block for images and texts."""
         # Pixels are scaled to the range from -1 to 1, as in BEiT.
         patch_NPM = widen(self.patch_projection(2 * image_patches(batch.image_NYXC, self.patch_size) - 1))
         hidden_M = widen(self.hidden_embedding.weight[0])
@@ -121,7 +111,7 @@ class Encoder(Trunk):
         return dropout(image_NSM, self.spec.dropout, generator), dropout(text_NTM, self.spec.dropout, generator)
 
     def _losses(self, batch: EncoderBatch, image_NSM: Tensor, text_NTM: Tensor) -> list[LossPart]:
-        """Return the losses of each group, computed from the outputs of the last norms."""
+        """Return the losses of each group, one group after another."""
         groups = batch.groups
         hidden_IM = image_NSM[:, 1:].flatten(0, 1)[batch.hidden_patch_I]
         patch_values = _patch_losses(self.output["image"](hidden_IM).float(), batch.patch_target_I)
@@ -149,8 +139,7 @@ class Encoder(Trunk):
 
 
 def _patch_losses(output_IV: Tensor, target_I: Tensor) -> Tensor:
-    """Return the loss of each hidden patch: the mean squared error of its pixels, or the cross-entropy of its codebook
-    entry in nats."""
+    """Return the loss of each patch: mean squared error of pixels, or cross-entropy of its codebook entry in nats."""
     if target_I.is_floating_point():
         return (output_IV - target_I).square().mean(-1)
     return F.cross_entropy(output_IV, target_I, reduction="none")

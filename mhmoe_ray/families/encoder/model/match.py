@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MAX_MATCH_SCALE = 100.0
-"""Upper limit of the learned factor of cosines in the contrastive loss (CLIP, arXiv 2103.00020)."""
+"""Upper limit of the learned factor of cosines in the contrastive loss, as in CLIP."""
 
 
 class MatchHead(nn.Module):
@@ -26,11 +26,8 @@ class MatchHead(nn.Module):
         return F.normalize(self.text(text_BM).float())
 
     def forward(self, image_BM: Tensor, text_BM: Tensor) -> Tensor:
-        """Return the contrastive loss of each pair of an image and a text, in nats (CLIP, arXiv 2103.00020).
-
-        It is the mean of two cross-entropies: choosing the pair's text among all texts, given its image, and choosing
-        its image among all images, given its text.
-        """
+        """Return the contrastive loss of each pair, in nats: the mean of the cross-entropies of choosing the pair's
+        text among all texts and its image among all images."""
         image_BW, text_BW = self.image_vectors(image_BM), self.text_vectors(text_BM)
         if not len(image_BM):
             return image_BW.new_empty(0)

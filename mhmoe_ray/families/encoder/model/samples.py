@@ -10,15 +10,10 @@ from mhmoe_ray.families.encoder.model.batch import GroupSize
 
 
 def join_samples(image_NS: Tensor, text_NT: Tensor, sizes: Sequence[GroupSize]) -> list[Tensor]:
-    """Join values of images and texts into values of whole samples, and return one tensor (B, U, ...) for each set.
+    """Join values of images, (N, S, ...), and texts, (N, T, ...), into one tensor (B, U, ...) for each set of samples.
 
-    A set has samples of one kind: pairs of an image and a text, images, or texts. A group of pairs has one set. Any
-    other group has a set of images and a set of texts, of which an empty one is left out.
-
-    Args:
-        image_NS: values at the positions of all images, (N, S, ...).
-        text_NT: values at the positions of all texts, (N, T, ...).
-        sizes: sizes of the groups of the batch.
+    A group of pairs has one set. Any other group has a set of images and a set of texts, of which an empty one is left
+    out.
     """
     image_parts = torch.split(image_NS, [size.images for size in sizes])
     text_parts = torch.split(text_NT, [size.texts for size in sizes])
@@ -34,12 +29,9 @@ def join_samples(image_NS: Tensor, text_NT: Tensor, sizes: Sequence[GroupSize]) 
 def split_samples(
     samples: Sequence[Tensor], sizes: Sequence[GroupSize], image_NS: Tensor, text_NT: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Split values of samples into those of all images and those of all texts: the inverse of `join_samples`.
+    """Split values of samples into those of images and of texts: the inverse of `join_samples`.
 
-    Args:
-        samples: values of each set of samples.
-        sizes: sizes of the groups of the batch.
-        image_NS, text_NT: any two tensors with the shapes of the results for images and for texts.
+    `image_NS` and `text_NT` are any tensors with the shapes of the results.
     """
     image_parts, text_parts = [image_NS[:0]], [text_NT[:0]]
     sample_sets = iter(samples)
@@ -63,12 +55,6 @@ def attention_masks(
 
     A mask is added to attention scores. It is 0 for keys that a query may see, and -inf for other keys and for padding.
     Its shape is (B, 1, queries, keys) for causal groups and (B, 1, 1, keys) for other groups.
-
-    Args:
-        sizes: sizes of the groups of the batch.
-        is_token_NT: mask of the tokens of all texts.
-        image_tokens: number of positions of an image.
-        dtype: dtype of the queries.
     """
     masks: list[Tensor | None] = []
     for size, is_token_BT in zip(sizes, torch.split(is_token_NT, [size.texts for size in sizes]), strict=True):

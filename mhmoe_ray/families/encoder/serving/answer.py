@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class EncoderAnswerer(ServedText):
-    """A served encoder, which answers images and texts with vectors and captions: its engine and its tokenizer."""
+    """Served encoder: its engine, its tokenizer, and the `names` of pictures that its web page proposes."""
 
     kind = "encoder"
     engine: "EncoderEngine"
@@ -35,16 +35,6 @@ class EncoderAnswerer(ServedText):
         writes_captions: bool,
         names: Sequence[str] = (),
     ) -> None:
-        """Combine an engine with the tokenizer and the details of its model.
-
-        Args:
-            engine: the engine that computes the answers.
-            tokenizer: the model's tokenizer.
-            details: name and sizes of the model, as clients see them.
-            encoder: section of the model's spec with the sizes of images and patches.
-            writes_captions: whether the model was trained on captions.
-            names: captions of the training's held-out images, which the web page proposes as names of pictures.
-        """
         super().__init__(engine, tokenizer, details)
         self.encoder, self.writes_captions, self.names = encoder, writes_captions, list(names)
         self._document_encoder = DocumentEncoder(tokenizer)
@@ -63,28 +53,18 @@ class EncoderAnswerer(ServedText):
 
     # Threads decode images and tokenize texts, because large ones take a while and other requests must go on meanwhile.
     async def read_image(self, url: str, max_tokens: int | None = None) -> EncodeRequest:
-        """Decode the image in a data URL, and return the engine's request for the vector or the caption of the image.
+        """Return the request for an image's caption, or its vector if `max_tokens` is None.
 
-        Args:
-            url: the data URL.
-            max_tokens: largest number of tokens of the caption; None for the vector.
-
-        Raises:
-            RefusedImageError: the image cannot be used.
+        An image that cannot be used is a RefusedImageError.
         """
         image = await self._image_thread.run(self._read_pixels, url)
         return EncodeRequest(image=image, max_tokens=max_tokens)
 
     def _read_pixels(self, url: str) -> np.ndarray:
-        """Return the image in a data URL as the model reads it: the largest square at its centre, rescaled."""
         return crop_pixels(read_image_url(url), self.encoder.image_size)
 
     async def read_text(self, text: str) -> EncodeRequest:
-        """Tokenize a text, and return the engine's request for the vector of the text.
-
-        Raises:
-            ServeError: the text is longer than the model's longest text.
-        """
+        """Return the request for the vector of a text; a text longer than the model's longest one is a ServeError."""
         token_ids = await asyncio.to_thread(self.encode, text)
         if len(token_ids) > self.engine.seq_len:
             reason = f"it has {len(token_ids)} tokens with the start token, and the model reads {self.engine.seq_len}"
@@ -92,10 +72,5 @@ class EncoderAnswerer(ServedText):
         return EncodeRequest(token_ids=token_ids)
 
     async def read(self, value: str) -> EncodeRequest:
-        """Return the engine's request for the vector of a text, or of an image if the value is a data URL.
-
-        Raises:
-            RefusedImageError: the image cannot be used.
-            ServeError: the text is longer than the model's longest text.
-        """
+        """Return the request for the vector of a text, or of an image in a data URL, with the errors of both."""
         return await (self.read_image(value) if is_image_url(value) else self.read_text(value))

@@ -80,7 +80,6 @@ class EncoderServing(FamilyServing):
 
 
 def _writes_captions(run: RunDir) -> bool:
-    """Return whether a run trains an encoder to write captions."""
     return any(part.traits.writes for part in run.spec().parts)
 
 

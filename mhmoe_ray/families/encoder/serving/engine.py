@@ -18,17 +18,9 @@ from mhmoe_ray.spec import ServeSpec
 
 
 class EncoderEngine(RoundEngine[EncodeRequest, Encoding]):
-    """Engine that computes the vectors and captions of one encoder."""
+    """Engine of one encoder. `seq_len` counts the start token of a text, and `start_token` also ends a caption."""
 
     def __init__(self, model: Encoder, seq_len: int, start_token: int, spec: ServeSpec) -> None:
-        """Start the engine and its thread.
-
-        Args:
-            model: the model in evaluation mode, on its device.
-            seq_len: largest number of tokens of a text, with the start token.
-            start_token: the token before a text, which also ends a caption.
-            spec: precision, threads, and limits on numbers of requests.
-        """
         super().__init__(model.spec, model.embedding.weight.device, spec)
         self.seq_len, self._model, self._start_token = seq_len, model, start_token
         self._thread.start()
@@ -77,7 +69,7 @@ class EncoderEngine(RoundEngine[EncodeRequest, Encoding]):
         return torch.from_numpy(pixels.astype(np.uint8)).to(self._device)
 
     def _vectors(self, images: Sequence[np.ndarray | None], texts: Sequence[Sequence[int]]) -> list[Encoding]:
-        """Return the vectors of images, then those of texts, computed in one forward pass."""
+        """Return the vectors of images, then those of texts, from one forward pass."""
         image_NYXC = self._image_tensor(images)
         encoder = self._model.spec.encoder
         assert encoder is not None
@@ -103,16 +95,8 @@ class EncoderEngine(RoundEngine[EncodeRequest, Encoding]):
         ]
 
     def _count_routes(self, encoded: Encoded, text_lengths: Sequence[int]) -> np.ndarray:
-        """Count the tokens and routes of a forward pass, without padding, and return the first choices of its images.
-
-        Args:
-            encoded: the encoder's outputs of the pass.
-            text_lengths: number of tokens of each text without padding, with its start token.
-
-        Returns:
-            The first-choice expert of each sub-token, (images, layers, positions, heads). It is empty if no layer
-            chooses experts.
-        """
+        """Count the tokens and routes of a pass, without padding, and return the first-choice expert of each sub-token
+        of its images, (images, layers, positions, heads), or an empty array if no layer chooses experts."""
         images, positions, _ = encoded.image_NSM.shape
         moe = self._model.spec.moe
         heads = moe.heads if moe else 1

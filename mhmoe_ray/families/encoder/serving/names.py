@@ -21,8 +21,8 @@ logger = logging.getLogger("ray.serve")
 def held_out_names(run: RunDir, checkpoint_manifest: CheckpointManifest, tokenizer: Tokenizer) -> list[str]:
     """Return distinct captions of a run's held-out images, except those that were cut to the model's longest text.
 
-    The list has at most as many captions as a request to /rerank may have documents. It is empty if the training data
-    are missing, have changed or cannot be read.
+    There are at most as many as a request to /rerank may have documents. There are none if the training data is
+    missing, has changed or cannot be read.
     """
     try:
         names = _read_names(run, checkpoint_manifest, tokenizer)
@@ -39,13 +39,7 @@ def evenly_spaced(sorted_names: Sequence[str], limit: int) -> list[str]:
 
 
 def _read_names(run: RunDir, checkpoint_manifest: CheckpointManifest, tokenizer: Tokenizer) -> list[str]:
-    """Read the captions of a run's held-out images from its training data, and return them sorted.
-
-    The list is empty if the data have no manifest or are not those of the checkpoint.
-
-    Raises:
-        DataError, OSError, pyarrow.ArrowInvalid: the data cannot be read.
-    """
+    """Return the sorted captions of a run's held-out images; none without data or if it is not the checkpoint's."""
     spec = run.spec()
     manifest = read_data_manifest(spec.data.prepared)
     if manifest is None or data_digest(spec.data.prepared) != checkpoint_manifest.data_sha256:

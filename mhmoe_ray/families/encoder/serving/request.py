@@ -8,7 +8,7 @@ import numpy as np
 from mhmoe_ray.serving.engine import FinishReason
 
 MAX_DOCUMENTS = 2048
-"""Largest number of inputs of a request to /v1/embeddings, and of documents of a request to /rerank."""
+"""Largest number of inputs of /v1/embeddings, and of documents of /rerank, in a request."""
 
 
 class EncodeRequest(NamedTuple):
@@ -23,7 +23,7 @@ class EncodeRequest(NamedTuple):
 
     @property
     def is_caption(self) -> bool:
-        """True if the request is for a caption, and not for a vector."""
+        """True if the request is for a caption."""
         return self.max_tokens is not None
 
 
@@ -37,5 +37,4 @@ class Encoding(NamedTuple):
     finish_reason: FinishReason | None = None
     """Reason why a caption ends; None for a vector."""
     expert_LSH: np.ndarray | None = None
-    """Expert that each sub-token of each position of an image chose first, in each layer with experts; None for a text,
-    for a caption, and for a model whose layers choose no experts."""
+    """First-choice experts of an image by layer, position and head; None for other requests and without experts."""

@@ -101,7 +101,6 @@ class RankedDocument(BaseModel):
     """A document of a request to /rerank, with the score of how well it matches the query."""
 
     index: int
-    """Index of the document in the request, from 0."""
     relevance_score: float
     """Cosine of the document's vector and the query's vector."""
     document: dict[str, str] | None = None
@@ -177,7 +176,6 @@ def encoder_routers(service: EncoderService) -> list[APIRouter]:
 
 
 def _names_router(service: EncoderService) -> APIRouter:
-    """Return a router with the route GET /names."""
     routes = APIRouter()
 
     @routes.get("/names", dependencies=[Depends(service.access.authenticate)])
@@ -278,17 +276,9 @@ def captions_router(service: EncoderService) -> APIRouter:
 async def _answer(
     service: EncoderService, client: Client, readers: Sequence[Reader], param: str
 ) -> tuple[list[Encoding], EmbeddingUsage]:
-    """Compute the vectors or captions for a client's request, and return them with the request's numbers of tokens.
+    """Return the answers to the requests that `readers` decode one after another, and their numbers of tokens.
 
-    Args:
-        service: the served model.
-        client: the client, whose rate limits count the request.
-        readers: functions that each decode one image or text into a request to the engine; they are called one after
-            another.
-        param: name of the request's field, for errors.
-
-    Raises:
-        RequestError: a value cannot be used, the client has used up a rate limit, or there is no answer in time.
+    An unusable value, a used-up rate limit, or a timeout is a RequestError about the request's field `param`.
     """
     try:
         async with image_request(service, client, param) as request:
@@ -305,7 +295,6 @@ class _Document:
     """Query or document of a request to /rerank, which is a text or an image."""
 
     def __init__(self, query: Query, param: str) -> None:
-        """Check that a query or a document has a text or an image; `param` names the request's field."""
         fields = {"text": query} if isinstance(query, str) else query.model_dump(exclude_none=True)
         if len(fields) != 1:
             raise RequestError(400, f"{param!r}: a document has a text or an image", param)
@@ -319,7 +308,6 @@ class _Document:
 
 
 def _image_url(request: CaptionRequest) -> str:
-    """Return the data URL of the only image in the messages of a conversation."""
     parts = [part for message in request.messages if not isinstance(message.content, str) for part in message.content]
     urls = [part.image_url.url for part in parts if part.image_url is not None]
     if len(urls) != 1:

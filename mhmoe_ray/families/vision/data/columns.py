@@ -36,12 +36,12 @@ class TaskSamples(NamedTuple):
         return len(self.images)
 
     def rows(self, start: int, stop: int) -> "TaskSamples":
-        """Return the samples of the task from `start` to `stop` - 1."""
+        """Return samples `start` to `stop` - 1 of the task."""
         classes = None if self.classes is None else self.classes[start:stop]
         return TaskSamples(self.images[start:stop], classes, self.objects[start:stop])
 
     def arrays(self) -> Iterator[np.ndarray]:
-        """Yield all arrays of these samples, from which training computes the digest of its data."""
+        """Yield all arrays, from which training computes the digest of its data."""
         yield self.images
         if self.classes is not None:
             yield self.classes
@@ -81,12 +81,7 @@ def stream_columns(micro_batches: Sequence[VisionSamples]) -> dict[str, np.ndarr
 
 
 def samples_in_row(row: Mapping[str, np.ndarray], parts: Sequence[MicroBatchPart]) -> VisionSamples:
-    """Return the samples of a micro-batch from its row of the stream: the inverse of `stream_columns`.
-
-    Args:
-        row: the columns of the stream, each with the value of one row.
-        parts: the parts of a micro-batch; each part has the samples of one task.
-    """
+    """Return the samples of a micro-batch from its row of the stream: the inverse of `stream_columns`."""
     # `np.array` copies the columns, because they may be in read-only memory, which a torch tensor must not share.
     samples = {}
     for part in parts:
@@ -99,7 +94,6 @@ def samples_in_row(row: Mapping[str, np.ndarray], parts: Sequence[MicroBatchPart
 
 
 def _pack_objects(objects: Sequence[ImageObjects]) -> bytes:
-    """Encode the objects of several images as bytes, in which masks take a bit for each pixel."""
     # Images have different numbers of objects, so their arrays have different shapes and cannot be rows of one column
     # of arrays. They are stored as bytes instead.
     buffer = io.BytesIO()
@@ -112,7 +106,6 @@ def _pack_objects(objects: Sequence[ImageObjects]) -> bytes:
 
 
 def _unpack_objects(content: bytes) -> list[ImageObjects]:
-    """Decode the objects of several images from the bytes of `_pack_objects`."""
     objects = []
     with np.load(io.BytesIO(content)) as arrays:
         for number in range(len(arrays.files) // 4):

@@ -37,13 +37,7 @@ def fit_pixels(image: "Image.Image", size: int) -> np.ndarray:
 
 
 def stored_boxes(box_O4: np.ndarray, width: int, height: int, fit: Fit) -> np.ndarray:
-    """Convert boxes from the pixels that the model reads to those of the stored image, (objects, 4) float64.
-
-    Args:
-        box_O4: left, top, right and bottom edges in the pixels that the model reads.
-        width, height: size of the stored image in pixels.
-        fit: place of the image in the square that the model reads.
-    """
+    """Convert boxes from the pixels that the model reads to those of the stored image, (objects, 4) float64."""
     edges = np.array([width, height] * 2)
     scale = edges / np.array([fit.width, fit.height] * 2)
     boxes: np.ndarray = np.clip(box_O4.astype(np.float64) * scale, 0, edges)
@@ -51,13 +45,7 @@ def stored_boxes(box_O4: np.ndarray, width: int, height: int, fit: Fit) -> np.nd
 
 
 def stored_probabilities(mask_YX: np.ndarray, width: int, height: int, fit: Fit) -> np.ndarray:
-    """Return the probability that each pixel of a stored image belongs to an object, float32 (height, width).
-
-    Args:
-        mask_YX: these probabilities in the square that the model reads.
-        width, height: size of the stored image in pixels.
-        fit: place of the image in that square.
-    """
+    """Scale an object's probabilities from the model's square to the stored image, float32 (height, width)."""
     from PIL import Image
 
     part = Image.fromarray(mask_YX[: fit.height, : fit.width].astype(np.float32))

@@ -30,7 +30,6 @@ class VisionRows(FamilyData):
         settings["tasks"] = {part.name: [*part.sources] for part in spec.parts}
 
     def check_parts(self, spec: RunSpec, folder: Path, by_domain: "dict[str, list[Part]]") -> Facts:
-        """Write the names of the classes of each task, too."""
         path = folder / CLASSES_FILE
         write_json(path, classes_of_tasks(spec, by_domain))
         return {"vision": VisionData(classes_sha256=describe_file(path).sha256)}
@@ -50,11 +49,10 @@ class VisionRows(FamilyData):
 
 
 def classes_of_tasks(spec: RunSpec, by_domain: "Mapping[str, Sequence[Part]]") -> dict[str, list[str]]:
-    """Return the names of the classes of each task of a vision model, sorted.
+    """Return the sorted names of the classes of each task.
 
-    Raises:
-        DataError: a task has no training samples or no held-out samples, no class, or more classes than outputs; or its
-            detector learns masks, and an object has no mask.
+    A DataError reports a task without training samples, held-out samples or classes, with more classes than outputs, or
+    with a detector of masks and an object without one.
     """
     assert spec.model.vision is not None
     classes = {}

@@ -1,8 +1,7 @@
 """Samples of a vision model: decoded images with their classes or their objects, task by task.
 
 Images to classify are cropped. Images with objects are cropped in training; in evaluation they are scaled to fit, and
-filled up with grey to a square. The draws for a random crop depend only on the seed, the task and the sample's position
-in the training.
+filled up with grey to a square. A random crop depends only on the seed, the task and the position in the training.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,27 +30,17 @@ MIN_SIDE = 2
 
 
 class TaskSampleMaker:
-    """Maker of the samples of one task of a vision model: it decodes and crops stored images with their annotations."""
+    """Maker of one task's samples from stored images; `class_names` are in the order of the classes' numbers."""
 
     def __init__(self, spec: RunSpec, part: MicroBatchPart, class_names: Sequence[str]) -> None:
-        """Create the maker.
-
-        Args:
-            spec: spec of the run.
-            part: part of micro-batches that has the samples of the task.
-            class_names: names of the classes of the task, in the order of their numbers.
-        """
         assert spec.model.vision is not None
         self._spec, self._part, self._task = spec, part, spec.model.vision.tasks[part.name]
         self._numbers = {name: number for number, name in enumerate(class_names)}
 
     def make(self, images: Sequence[bytes], annotations: Sequence[bytes], labels: Sequence[str] | None) -> TaskSamples:
-        """Return samples of the task, with images as the model reads them.
+        """Return samples of the task from encoded images and stored annotations.
 
-        Args:
-            images: encoded image of each sample.
-            annotations: stored annotation of each sample, which is a class or objects.
-            labels: label of each sample, which with the seed of the run determines its random crop; None in evaluation.
+        With the seed of the run, a sample's label determines its random crop; `labels` is None in evaluation.
         """
         size, unpacked = self._task.image_size, [unpack(content) for content in annotations]
         choosers = [self._crop_function(label) for label in labels] if labels is not None else [None] * len(images)
@@ -70,7 +59,6 @@ class TaskSampleMaker:
         return TaskSamples(_stack([pixels for pixels, _ in samples], size), None, [objects for _, objects in samples])
 
     def _crop_function(self, label: str) -> Callable[[int, int], Crop]:
-        """Return the function that chooses the random crop of a sample from the size of its image."""
         return partial(random_crop, images=self._spec.data.images, seed=self._spec.seed, label=f"{label} crop")
 
     def _read_objects(
@@ -120,12 +108,7 @@ def _visible_box(
 ) -> np.ndarray | None:
     """Return the edges of an object in the pixels that the model reads, or None if too little of it is visible.
 
-    Args:
-        instance: the object in its image.
-        mask: its mask as the model reads it; None if it has only a box.
-        crop: part of the image that the model reads.
-        target_size: width and height of this part in the pixels that the model reads.
-        size: height and width of the square that the model reads.
+    `mask` and `target_size`, the crop's width and height, are in these pixels. `size` is the side of the square.
     """
     left_edge, top_edge, right_edge, bottom_edge = crop.box
     crop_width, crop_height = right_edge - left_edge, bottom_edge - top_edge
@@ -146,7 +129,7 @@ def _visible_box(
 
 
 def task_makers(spec: RunSpec, classes: Mapping[str, Sequence[str]]) -> dict[str, TaskSampleMaker]:
-    """Return the maker of the samples of each task, by the name of the task; `classes` has each task's class names."""
+    """Return the maker of each task's samples, by the name of the task; `classes` has each task's class names."""
     return {part.name: TaskSampleMaker(spec, part, classes[part.name]) for part in spec.parts}
 
 
@@ -159,11 +142,11 @@ class VisionTrainingSamples:
 
     @staticmethod
     def open_cached(spec: RunSpec) -> "VisionTrainingSamples":
-        """Return the training samples of a spec; a process opens them once and caches them for its next Ray tasks."""
+        """Return the training samples of a spec, which a process caches for its next Ray tasks."""
         return _open_samples(spec.model_dump_json())
 
     def read(self, micro_batch: int) -> VisionSamples:
-        """Return the samples of all tasks in the micro-batch with this number."""
+        """Return the samples of all tasks in a micro-batch."""
         samples = {}
         for part in self._order.parts(micro_batch):
             columns = {name: [b""] * len(part.positions) for name in (IMAGE, ANNOTATION)}
@@ -207,12 +190,7 @@ class StoredSamples:
 
 
 def held_out_images(spec: RunSpec, manifest: DataManifest) -> dict[str, AnnotatedImages]:
-    """Return the held-out images of each task that has any, by the name of the task; they are read on access.
-
-    Args:
-        spec: spec of the run.
-        manifest: manifest of the prepared data.
-    """
+    """Return the held-out images of each task that has any, by the name of the task; they are read on access."""
     reader = RowReader(spec.data.prepared, manifest.validation, manifest.token_bytes)
     return {
         name: AnnotatedImages(StoredValues(reader, IMAGE, rows), StoredValues(reader, ANNOTATION, rows))

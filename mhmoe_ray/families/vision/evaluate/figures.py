@@ -48,7 +48,7 @@ class TaskOutputs(NamedTuple):
 
 
 class VisionMeter:
-    """Meter that runs the tasks of a vision model on one device, and counts how often patches choose each expert."""
+    """Evaluator that runs the tasks of a vision model on one device, and counts routes."""
 
     def __init__(self, model: Vision, *, use_bfloat16: bool, on_progress: Progress) -> None:
         self._model, self._use_bfloat16, self._on_progress = model, use_bfloat16, on_progress
@@ -59,14 +59,7 @@ class VisionMeter:
     def run(
         self, part: MicroBatchPart, samples: HeldOutTaskSamples, images: Sequence[bytes], label: str
     ) -> Iterator[TaskOutputs]:
-        """Yield the outputs of a task for each batch of its samples.
-
-        Args:
-            part: part of micro-batches that trains the task.
-            samples: the samples.
-            images: the image file of each sample.
-            label: name of the samples, under which their routes are counted.
-        """
+        """Yield the outputs of a task for each batch of its samples, whose routes are counted under `label`."""
         names = list(self._model.tasks)
         task_number = names.index(part.name)
         empty = [self._empty_batch(name) for name in names]
@@ -93,7 +86,7 @@ class VisionMeter:
             self._on_progress(label, stop, len(images))
 
     def _encode(self, batch: Sequence[TaskBatch], task_number: int, label: str) -> Features:
-        """Return the features of a batch in which only one task has images, and count the routes of these images."""
+        """Return the features of a batch in which only one task has images, and count their routes."""
         images = [task.image_NYXC for task in batch]
         if self.counter is None:
             return self._model.encode(images)
@@ -112,10 +105,9 @@ class VisionMeter:
 
 
 def vision_figures(context: EvaluationContext) -> EvaluationAnswer:
-    """Evaluate a vision model on the data that a request names; return its results and the counts of routes by task.
+    """Evaluate a vision model, and count routes by task.
 
-    Raises:
-        DataError: the images cannot be read, or the data is not what the run was trained on.
+    Images that cannot be read, and other data than the run was trained on, are a DataError.
     """
     request, run, checkpoint, manifest, print_line, on_progress = context
     model, spec, classes = load_verified_vision(checkpoint, manifest), run.spec(), read_classes(run.classes_file)
@@ -160,17 +152,7 @@ def vision_figures(context: EvaluationContext) -> EvaluationAnswer:
 def _raw_images(
     data: DataSpec, spec: RunSpec, classes: Mapping[str, Sequence[str]], max_images: int
 ) -> dict[str, AnnotatedImages]:
-    """Return the annotated images in raw data, by the task that they belong to.
-
-    Args:
-        data: the data section that names the images.
-        spec: spec of the run.
-        classes: names of the classes of each task.
-        max_images: largest number of images of a source.
-
-    Raises:
-        DataError: a source has no usable image, or it does not fit exactly one task.
-    """
+    """Return the annotated images in raw data by task, at most `max_images` of each source."""
     rows_by_source: dict[str, list[tuple[bytes, bytes]]] = {name: [] for name in data.sources}
     for file in find_files(data):
         rows = rows_by_source[source_of(file.domain)]
@@ -189,13 +171,10 @@ def _raw_images(
 def _task_of_source(
     name: str, data: DataSpec, spec: RunSpec, classes: Mapping[str, Sequence[str]], annotations: Sequence[bytes]
 ) -> str:
-    """Return the name of the task that the images of a source belong to.
+    """Return the task of a source's images; none or several that fit, or no usable image, is a DataError.
 
-    Candidates are the tasks whose training samples have the same columns as the source. Among several candidates, the
-    one with the name of the source is chosen, or else the only one that knows all of the source's classes.
-
-    Raises:
-        DataError: no task fits, several tasks fit, or the source has no usable image.
+    Candidates are the tasks whose training samples have the same columns as the source. Among several, the one with the
+    name of the source is chosen, or else the only one that knows all of its classes.
     """
     columns = set(data.sources[name].sample_columns)
     tasks = [part.name for part in spec.parts if set(part.columns) == columns]
@@ -215,11 +194,7 @@ def _task_of_source(
 
 
 def _check_annotations(part: MicroBatchPart, annotations: Sequence[Annotation], names: Sequence[str]) -> None:
-    """Check that the model knows all classes of the images, and that objects have masks if the model's loss needs them.
-
-    Raises:
-        DataError: an image has an unknown class, or an object has no mask.
-    """
+    """Raise a DataError if an image has an unknown class, or an object lacks the mask that the model's loss needs."""
     subject = f"images of task {part.name}"
     unknown_names = sorted({name for annotation in annotations for name in annotation.class_names} - set(names))
     if unknown_names:
@@ -241,7 +216,7 @@ class _Neighbours(NamedTuple):
 def _read_baseline(
     spec: RunSpec, part: MicroBatchPart, checkpoint_manifest: CheckpointManifest, print_line: Callable[[str], None]
 ) -> _Neighbours | None:
-    """Return the training images of a task with their classes; None if the training data is gone, or was replaced."""
+    """Return the training images of a task with their classes; None if the training data is gone or was replaced."""
     manifest = training_manifest(spec, checkpoint_manifest.data_sha256, print_line)
     if manifest is None:
         return None
@@ -260,15 +235,7 @@ def _accuracy_figures(
     images: Sequence[bytes],
     neighbours: _Neighbours | None,
 ) -> AccuracyFigures:
-    """Return the accuracy of a classification task, and that of its baseline.
-
-    Args:
-        logits_NC: logits of the classes of each image.
-        annotations: the class of each image.
-        class_names: names of the classes, in the order of their numbers.
-        images: image files, which are compared with those of the training.
-        neighbours: training images and their classes; None to leave the baseline out.
-    """
+    """Return the accuracy of a classification task, and that of its baseline unless `neighbours` is None."""
     names = [annotation.class_name or "" for annotation in annotations]
     numbers = {name: number for number, name in enumerate(class_names)}
     class_N = np.array([numbers[name] for name in names])

@@ -21,7 +21,7 @@ DUPLICATE_OVERLAP = 0.5
 
 
 class StoredDetection(NamedTuple):
-    """Objects that a model found in an image, in the pixel coordinates of the stored image."""
+    """Objects that a model found in an image, in pixels of the stored image."""
 
     boxes: np.ndarray
     """Left, top, right and bottom edges of each object, (objects, 4) float64."""
@@ -33,13 +33,7 @@ class StoredDetection(NamedTuple):
 
 
 def stored_detection(detection: Detection, width: int, height: int, size: int) -> StoredDetection:
-    """Convert detected objects from the pixels that the model reads to the pixels of the stored image.
-
-    Args:
-        detection: the objects in the pixels that the model reads.
-        width, height: size of the stored image in pixels.
-        size: height and width in pixels of the square that the model reads.
-    """
+    """Convert detected objects from the square of `size` pixels that the model reads to pixels of the stored image."""
     fit = Fit.of_image(width, height, size)
     boxes = stored_boxes(detection.box_O4.cpu().numpy(), width, height, fit)
     # Masks are made one at a time, because an image may have a hundred objects. Without masks, the loop ends at once.
@@ -51,13 +45,8 @@ def stored_detection(detection: Detection, width: int, height: int, size: int) -
 
 
 def stored_mask(mask: np.ndarray, width: int, height: int, fit: Fit) -> bytes:
-    """Return the mask of an object in the stored image, as COCO's compressed run lengths.
-
-    Args:
-        mask: probability that each pixel belongs to the object, in the square that the model reads.
-        width, height: size of the stored image in pixels.
-        fit: position of the stored image in that square.
-    """
+    """Return an object's mask in the stored image as COCO's compressed run lengths; `mask` has the probabilities in the
+    square that the model reads."""
     from pycocotools import mask as coco_masks
 
     is_object_YX = stored_probabilities(mask, width, height, fit) >= MASK_THRESHOLD
@@ -73,15 +62,7 @@ def average_precision(
     *,
     finds_masks: bool,
 ) -> ObjectPrecision:
-    """Return the average precision of the objects that a model detected in images.
-
-    Args:
-        images: image files.
-        annotations: the true objects of each image; objects that are crowds are ignored.
-        detections: detected objects of each image.
-        class_names: names of the classes, in the order of their numbers.
-        finds_masks: whether the model finds the masks of objects, too.
-    """
+    """Return the average precision of the objects that a model detected; true objects that are crowds are ignored."""
     has_masks = finds_masks and all(
         instance.mask is not None for annotation in annotations for instance in annotation.instances
     )
@@ -131,10 +112,10 @@ def average_precision(
 
 
 def _distinct_boxes(detection: StoredDetection) -> set[int]:
-    """Return the numbers of the boxes of an image that remain if classes are ignored and duplicates are removed.
+    """Return the numbers of the boxes that remain if classes are ignored and duplicates are removed.
 
-    A detector reports a region once for each class that the region may have. If classes are ignored, all but one of
-    these boxes would count as errors.
+    A detector reports a region once for each class that it may have. If classes are ignored, all but one of these boxes
+    would count as errors.
     """
     from torchvision.ops import nms
 
@@ -153,11 +134,7 @@ def _precisions(
 ) -> tuple[float, float, float]:
     """Return the average precision over overlaps from 0.5 to 0.95, that at 0.5, and that at 0.75; 0 without detections.
 
-    Args:
-        truth: true objects of the images in COCO's form.
-        results: detected objects in COCO's form.
-        kind: `bbox` for boxes or `segm` for masks.
-        by_class: whether an object counts as found only with the right class.
+    Objects are in COCO's form, and `kind` is `bbox` for boxes or `segm` for masks.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval

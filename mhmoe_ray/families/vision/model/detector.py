@@ -23,8 +23,7 @@ BOX_BETA = 1 / 9
 POOLED_SIZE = 7
 """Height and width of the pooled feature map from which the class and the edges of a region are computed."""
 MASK_SIZE = 14
-"""Height and width of the pooled feature map from which the mask of a region is computed. The mask is twice as high and
-wide."""
+"""Height and width of the pooled feature map from which a region's mask, twice as high and wide, is computed."""
 
 
 class Objects(NamedTuple):
@@ -47,8 +46,7 @@ class Detection(NamedTuple):
     """Class of each object, int64, from 0."""
     score_O: Tensor
     box_mask_OYX: Tensor
-    """Mask of each object: probabilities on a coarse grid of cells inside its box. The tensor is empty if the detector
-    has no masks. `paste_mask` enlarges a mask to the size of the image that the model reads."""
+    """Mask of each object: probabilities on a grid of cells in its box; empty without masks. See `paste_mask`."""
 
 
 class Proposals(NamedTuple):
@@ -85,15 +83,9 @@ class BoxHead(nn.Sequential):
 
 
 class Detector(nn.Module):
-    """Object detector on the feature map of a vision transformer. It finds boxes with classes, and optionally masks."""
+    """Object detector on the feature map of a vision transformer: boxes with classes, and optionally masks."""
 
     def __init__(self, d_model: int, task: TaskSpec) -> None:
-        """Create the detector with uninitialized weights.
-
-        Args:
-            d_model: number of channels of the feature map.
-            task: the task, which must have a detector.
-        """
         # torchvision is imported here, because it is an optional dependency that models without detectors do not need.
         from torchvision.models.detection.anchor_utils import AnchorGenerator
         from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
@@ -147,13 +139,7 @@ class Detector(nn.Module):
         )
 
     def losses(self, map_NMYX: Tensor, targets: Sequence[Objects], generator: torch.Generator) -> list[Tensor]:
-        """Return the losses of detection in the order of `spec.parts.DETECTION_LOSSES`, each (N,) float32 for N images.
-
-        Args:
-            map_NMYX: feature map of each image.
-            targets: labelled objects of each image.
-            generator: random generator by which anchors and regions are sampled.
-        """
+        """Return the losses of each image, (N,) float32 each, in the order of `spec.parts.DETECTION_LOSSES`."""
         # torchvision numbers classes from 1, and 0 is the background.
         dicts = [{"boxes": t.box_O4, "labels": t.class_O + 1, "masks": t.mask_OYX} for t in targets]
         if not dicts:
@@ -168,7 +154,7 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def detect(self, map_NMYX: Tensor) -> list[Detection]:
-        """Return the objects that the detector finds in each image. The model must be in evaluation mode."""
+        """Return the objects in each image; the model must be in evaluation mode."""
         if not len(map_NMYX):
             return []
         features = self._features(map_NMYX)
@@ -186,15 +172,13 @@ class Detector(nn.Module):
         ]
 
     def _sizes(self, images: int) -> list[tuple[int, int]]:
-        """Return a list with the height and width of each image in pixels, which torchvision's functions take."""
         return [(self.image_size, self.image_size)] * images
 
     def _features(self, map_NMYX: Tensor) -> dict[str, Tensor]:
-        """Return the feature maps of all scales, by the names under which torchvision's pooling looks them up."""
+        """Return the feature maps of all scales, by the names that torchvision's pooling expects."""
         return {str(number): level for number, level in enumerate(self.pyramid(map_NMYX))}
 
     def _propose(self, features: dict[str, Tensor]) -> Proposals:
-        """Return the region proposals of each image, computed from the feature maps of all scales."""
         from torchvision.models.detection.rpn import concat_box_prediction_layers
 
         maps = list(features.values())
@@ -248,11 +232,8 @@ class Detector(nn.Module):
     ) -> list[Tensor]:
         """Return the losses of boxes of each image, (N,) each: their classes, their edges, and masks if there are any.
 
-        Args:
-            features: feature maps of all scales.
-            boxes, labels, edges, matches: sampled regions of each image: the edges of a region, its class, the edges of
-                its object relative to the region, and the index of its object.
-            targets: labelled objects of each image.
+        A sampled region has its edges in `boxes`, its class in `labels`, the edges of its object relative to it in
+        `edges`, and the index of its object in `matches`.
         """
         sizes = self._sizes(len(boxes))
         pooled = self.boxes.box_head(self.boxes.box_roi_pool(features, boxes, sizes))
@@ -277,8 +258,7 @@ class Detector(nn.Module):
         matches: list[Tensor],
         targets: list[dict[str, Tensor]],
     ) -> Tensor:
-        """Return for each image the mean loss of the masks of its sampled objects, (N,). The arguments are those of
-        `_region_losses`."""
+        """Return the mean mask loss of each image's sampled objects, (N,), with the arguments of `_region_losses`."""
         from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
         heads: Any = self.boxes
@@ -305,13 +285,8 @@ class Detector(nn.Module):
 
 
 def paste_mask(box_mask_YX: Tensor, box_4: Tensor, image_size: int) -> Tensor:
-    """Return the probability that each pixel of the square image that the model reads belongs to an object.
-
-    Args:
-        box_mask_YX: probabilities on a grid of cells inside the box of the object.
-        box_4: edges of the box in pixels.
-        image_size: height and width of the image in pixels.
-    """
+    """Return the probability that each pixel of the model's square image belongs to an object, from a grid of cells
+    inside the object's box, whose edges are in pixels."""
     from torchvision.models.detection.roi_heads import paste_masks_in_image
 
     mask_YX: Tensor = paste_masks_in_image(box_mask_YX[None, None], box_4[None], (image_size, image_size))[0, 0]

@@ -1,5 +1,5 @@
-"""The feature pyramid of a plain vision transformer: feature maps of several scales, made from its single map (ViTDet,
-arXiv 2203.16527)."""
+"""The feature pyramid of a plain vision transformer: maps of several scales from its single map (ViTDet, arXiv
+2203.16527)."""
 
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -15,16 +15,9 @@ class MapNorm(nn.LayerNorm):
 
 
 class Pyramid(nn.Module):
-    """Feature pyramid: for each scale, it enlarges or halves the feature map and applies two convolutions."""
+    """Feature pyramid: for each scale, 0.5, 1, 2 or 4, it halves or enlarges the map and applies two convolutions."""
 
     def __init__(self, d_model: int, width: int, scales: Iterable[float]) -> None:
-        """Create the pyramid with uninitialized weights.
-
-        Args:
-            d_model: number of channels of the input map.
-            width: number of channels of each output map.
-            scales: height and width of each output map, relative to the input map: 0.5, 1, 2 or 4.
-        """
         super().__init__()
         self.levels = nn.ModuleList(_build_level(d_model, width, scale) for scale in scales)
 

@@ -37,7 +37,6 @@ class TaskInput(nn.Module):
 
 
 def _build_stem(widths: list[int]) -> nn.Sequential:
-    """Return convolutions of stride 2, each followed by a norm and GELU, and a last 1 x 1 convolution without them."""
     modules = OrderedDict[str, nn.Module]()
     for number, (channels, width) in enumerate(pairwise(widths)):
         modules[f"convolution{number}"] = nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False)

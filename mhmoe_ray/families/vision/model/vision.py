@@ -73,14 +73,10 @@ class VisionBlock(TrunkBlock):
         create_generator: Callable[[], torch.Generator | None],
         recompute: bool,
     ) -> tuple[Tensor, Routing | None]:
-        """Run the block and return its output, and its routing if it has experts.
+        """Return the block's output, and its routing if it has experts.
 
-        Args:
-            x_1RM: hidden states of the patches of all images of all tasks.
-            shapes: number of images of each task, and of patches of an image.
-            create_generator: function that returns a new random generator for dropout and routing, in the same state at
-                each call; in evaluation it returns None.
-            recompute: whether the backward recomputes the attention part of the block.
+        `create_generator` returns a new generator in the same state at each call, or None in evaluation. With
+        `recompute`, the backward recomputes the attention part.
         """
 
         def run_attention(x_1RM: Tensor) -> tuple[Tensor, torch.Generator | None]:
@@ -99,7 +95,6 @@ class VisionBlock(TrunkBlock):
         return add_residual(x_1RM, dropout(self.branch.ffn(normed), self.dropout, generator)), None
 
     def _attend(self, x_1RM: Tensor, shapes: Sequence[GroupShape], generator: torch.Generator | None) -> Tensor:
-        """Return the attention output of patches, each of which attends to all patches of its image."""
         attention = self.branch.attention
         rows = [shape.rows for shape in shapes]
         heads = [torch.split(t[0], rows) for t in attention.project(self.branch.attention_norm(widen(x_1RM)))]
@@ -124,19 +119,17 @@ class Features(NamedTuple):
     patches: list[Tensor]
     """Outputs for the patches of each task's images, (images, patches, M)."""
     routing: list[Routing]
-    """Result of the router of each mixture-of-experts layer, from the first layer to the last."""
+    """Routing of each mixture-of-experts layer, from the first to the last."""
 
 
 class Vision(Trunk):
-    """Vision transformer with tasks: inputs, blocks, and a head for each task."""
+    """Vision transformer with tasks.
+
+    Its weights are uninitialized: call `model.init.init_weights` or load a checkpoint next. `expert_ids` are the
+    experts that this process holds in every layer, by default all.
+    """
 
     def __init__(self, spec: ModelSpec, expert_ids: range | None = None) -> None:
-        """Create the model with uninitialized weights. Call `model.init.init_weights` or load a checkpoint next.
-
-        Args:
-            spec: the model's sizes and options, with a `vision` section.
-            expert_ids: global ids of the experts that this process holds in every layer; by default all.
-        """
         super().__init__(spec)
         vision, d = spec.vision, spec.d_model
         assert vision is not None
@@ -156,10 +149,7 @@ class Vision(Trunk):
 
     @property
     def top_k(self) -> list[int]:
-        """The number of experts that a row of each task chooses, in the order of the spec's tasks.
-
-        The model must have experts.
-        """
+        """The number of experts that a row of each task chooses, in the spec's order; the model must have experts."""
         router = self.moe_layers()[0].router
         assert isinstance(router, TaskRouter)
         return router.top_k
@@ -171,18 +161,16 @@ class Vision(Trunk):
             layer.router.top_k = list(top_k)
 
     def forward(self, batch: VisionBatch, noise: Noise | None = None) -> PartLosses:
-        """Return the losses of a micro-batch, and the routing of each mixture-of-experts layer.
+        """Return the losses and the routing of a micro-batch.
 
-        Args:
-            batch: the micro-batch.
-            noise: source of a training step's randomness; None in evaluation. In evaluation, a detector also draws
-                random samples, but the same ones at every call.
+        `noise` is the source of randomness, None in evaluation, where a detector draws the same random samples at every
+        call.
         """
         features = self.encode([task.image_NYXC for task in batch], noise)
         return PartLosses(self.losses(batch, features, noise), features.routing)
 
     def losses(self, batch: VisionBatch, features: Features, noise: Noise | None = None) -> list[LossPart]:
-        """Return the losses of each task of a micro-batch from its features. `noise` is as in `forward`."""
+        """Return the losses of each task of a micro-batch from its features."""
         # All detectors draw from one generator, one after another, and the blocks have generators of their own.
         device = features.patches[0].device
         generator = seeded_generator("evaluation", device) if noise is None else noise.generator(HEADS, device)
@@ -193,7 +181,7 @@ class Vision(Trunk):
         return losses
 
     def _values_of(self, name: str, batch: TaskBatch, patch_NPM: Tensor, generator: torch.Generator) -> list[Tensor]:
-        """Return the losses of one task; each has one value for each of the task's images."""
+        """Return the losses of one task, each with a value per image."""
         if self.tasks[name].detector is not None:
             with torch.autocast(patch_NPM.device.type, enabled=False):
                 detector = cast("Detector", self.outputs[module_key(name)])
@@ -222,7 +210,7 @@ class Vision(Trunk):
         return widen(patch_NPM).transpose(1, 2).reshape(images, width, side, side)
 
     def encode(self, images: Sequence[Tensor], noise: Noise | None = None) -> Features:
-        """Return the outputs of the last norm for the images of each task. `noise` is as in `forward`."""
+        """Return the outputs of the last norm for the images of each task."""
         active_noise = noise if self.spec.is_random else None
         inputs = [task_input(image) for task_input, image in zip(self.inputs.values(), images, strict=True)]
         shapes = [GroupShape(*x.shape[:2]) for x in inputs]

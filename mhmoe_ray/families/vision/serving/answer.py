@@ -35,7 +35,7 @@ class TaskImage(NamedTuple):
     """Image of a request: its pixels as a task reads them, and its original size."""
 
     pixels: np.ndarray
-    """Pixels that the model reads, uint8 (size, size, 3)."""
+    """Pixels, uint8 (size, size, 3)."""
     width: int
     """Width of the original image in pixels."""
     height: int
@@ -57,7 +57,6 @@ class BoxMask(NamedTuple):
     """Mask of an object: a grid of probabilities in its box, in the square image that the model reads."""
 
     probability_YX: np.ndarray
-    """Probability that each cell of a coarse grid over the box belongs to the object."""
     box_4: np.ndarray
     """Left, top, right and bottom edge of the box, in pixels of the square image that the model reads."""
 
@@ -74,7 +73,7 @@ class DetectedObject(NamedTuple):
 
 
 class VisionAnswerer(ServedModel):
-    """A served vision model, which answers images with classes and objects: its engine and the names of its classes."""
+    """Served vision model: its engine, and each task's class names in the order of the model's outputs."""
 
     kind = "vision"
     engine: "VisionEngine"
@@ -86,14 +85,6 @@ class VisionAnswerer(ServedModel):
         vision: VisionSpec,
         class_names: Mapping[str, Sequence[str]],
     ) -> None:
-        """Combine an engine with the names of the classes of its model.
-
-        Args:
-            engine: the engine that computes the answers.
-            details: name and sizes of the model, as clients see them.
-            vision: section of the model's spec with its tasks.
-            class_names: names of the classes of each task, in the order of the model's outputs.
-        """
         super().__init__(engine, details)
         self.vision, self.class_names = vision, class_names
         # Masks are drawn in a thread of their own: the masks of one image take longer than decoding an image, and
@@ -101,42 +92,18 @@ class VisionAnswerer(ServedModel):
         self._image_thread, self._mask_thread = ImageThread(), ImageThread()
 
     async def read(self, task: str, source: bytes | str) -> TaskImage:
-        """Decode an image, and return it as a task of the model reads it.
-
-        Args:
-            task: name of the task.
-            source: the image file, or a text with it in base64 or as a data URL.
-
-        Raises:
-            RefusedImageError: the image cannot be used.
-        """
+        """Return an image (a file, base64 or a data URL) as a task reads it; an unusable one is a RefusedImageError."""
         return await self._image_thread.run(_read_image, source, self.vision.tasks[task])
 
     async def compute(
         self, request: AdmittedRequest, task: str, image: TaskImage, *, has_routes: bool = False
     ) -> VisionOutput:
-        """Return the model's outputs for an image in one of its tasks.
-
-        Args:
-            request: the client's request, which the engine has admitted.
-            task: name of the task.
-            image: the image as the task reads it.
-            has_routes: whether the outputs include the experts that the image's patches chose.
-
-        Raises:
-            EngineError: the engine is broken or closed.
-        """
+        """Return the model's outputs for an image; an engine that is broken or closed raises an EngineError."""
         [output] = await self.engine.answer(request, [VisionRequest(task, image.pixels, has_routes)])
         return output
 
     def scores(self, task: str, output: VisionOutput, function: ScoreFunction) -> list[LabelScore]:
-        """Return the classes of an image with their scores, best first.
-
-        Args:
-            task: name of the task.
-            output: outputs of the model for the image.
-            function: name of the function that turns logits into scores.
-        """
+        """Return the classes of an image with their scores, best first."""
         assert output.logits_C is not None
         score_C = _FUNCTIONS[function](output.logits_C.astype(np.float64))
         # The model may have more outputs than the data has classes, and the rest have no names.
@@ -145,14 +112,7 @@ class VisionAnswerer(ServedModel):
         return [LabelScore(names[number], float(score_C[number])) for number in order]
 
     def objects(self, task: str, output: VisionOutput, image: TaskImage, threshold: float) -> list[DetectedObject]:
-        """Return the objects in an image, the most certain ones first.
-
-        Args:
-            task: name of the task.
-            output: outputs of the model for the image.
-            image: the image as the task reads it.
-            threshold: objects with a lower score are left out.
-        """
+        """Return the objects in an image with at least the score `threshold`, the most certain ones first."""
         detected, names = output.objects, self.class_names[task]
         assert detected is not None
         box_O4 = stored_boxes(detected.box_O4, image.width, image.height, image.fit)
@@ -172,21 +132,14 @@ class VisionAnswerer(ServedModel):
         ]
 
     async def draw_mask(self, detected: DetectedObject, image: TaskImage, threshold: float) -> bytes:
-        """Return the mask of an object as a PNG file in the size of the image, white where the object is.
-
-        Args:
-            detected: the object.
-            image: the image as the task reads it.
-            threshold: probability from which a pixel belongs to the object.
-        """
+        """Return an object's mask as a PNG file in the size of the image, white from the probability `threshold` on."""
         assert detected.mask is not None
         return await self._mask_thread.run(_draw_mask, detected.mask, image, threshold)
 
     def square(self, task: str, image: TaskImage) -> tuple[int, int, int, int]:
         """Return the square that the model reads for a task: left, top, right and bottom edge in pixels of the image.
 
-        A detector reads the whole image, padded at the right or the bottom to a square, so the square may be larger
-        than the image.
+        A detector's square is padded at the right or the bottom, so it may be larger than the image.
         """
         if self.vision.tasks[task].detector is None:
             return centre_crop(image.width, image.height).box

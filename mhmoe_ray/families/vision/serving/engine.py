@@ -13,15 +13,9 @@ from mhmoe_ray.spec import ServeSpec
 
 
 class VisionEngine(RoundEngine[VisionRequest, VisionOutput]):
-    """Engine that computes the answers to the requests for all tasks of one vision model."""
+    """Engine of one vision model, for requests to all of its tasks."""
 
     def __init__(self, model: Vision, spec: ServeSpec) -> None:
-        """Start the engine and its thread.
-
-        Args:
-            model: the model in evaluation mode, on its device.
-            spec: precision, threads, and limits on numbers of requests.
-        """
         super().__init__(model.spec, next(model.parameters()).device, spec)
         vision = model.spec.vision
         assert vision is not None
@@ -70,5 +64,4 @@ class VisionEngine(RoundEngine[VisionRequest, VisionOutput]):
 
 
 def _on_host(detection: Detection) -> DetectedObjects:
-    """Copy detected objects from the device to host memory, as NumPy arrays."""
     return DetectedObjects(*(tensor.cpu().numpy() for tensor in detection))

@@ -35,5 +35,4 @@ class VisionOutput(NamedTuple):
     objects: DetectedObjects | None = None
     """Detected objects; None for a task of classification."""
     expert_LPHK: np.ndarray | None = None
-    """Experts that each sub-token of each patch chose in each layer with experts, the preferred ones first; None if the
-    request does not ask for them, and for a model without experts."""
+    """Chosen experts by layer, patch, head and preference; None if not requested, and for a model without experts."""

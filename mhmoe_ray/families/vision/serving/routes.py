@@ -223,20 +223,13 @@ def vision_router(service: VisionService) -> APIRouter:
 def _image_request(
     service: VisionService, client: Client, source: bytes | str
 ) -> AbstractAsyncContextManager[AdmittedRequest]:
-    """Return the context that `image_request` gives for one request.
-
-    Args:
-        service: the served vision model.
-        client: the client, whose rate limits count the request.
-        source: the image: bytes are the whole body of the request, a text is the field `inputs` of a JSON body.
-    """
+    """Return the context of a request; a text is the field `inputs` of a JSON body, and bytes are the whole body."""
     return image_request(service, client, "inputs" if isinstance(source, str) else None)
 
 
 async def _detect(
     answerer: VisionAnswerer, request: AdmittedRequest, task: str, source: bytes | str, threshold: float
 ) -> tuple[TaskImage, list[DetectedObject]]:
-    """Decode an image, and return it with the objects that a task of the model detects in it."""
     image = await answerer.read(task, source)
     output = await answerer.compute(request, task, image)
     return image, answerer.objects(task, output, image, threshold)
@@ -255,16 +248,7 @@ def _task_info(answerer: VisionAnswerer, name: str) -> TaskInfo:
 
 
 def _choose_task(answerer: VisionAnswerer, name: str | None, kind: TaskKind | None) -> str:
-    """Return the task that a request asks for: the named one, or the first that answers requests of this kind.
-
-    Args:
-        answerer: the model with its tasks.
-        name: name of the task; None if the request names none.
-        kind: kind of request that the task must answer; None for any.
-
-    Raises:
-        RequestError: the model has no such task.
-    """
+    """Return the named task, or the first that answers requests of a kind; a task that is missing is a RequestError."""
     kinds = {task: kinds_of(spec) for task, spec in answerer.vision.tasks.items()}
     names = [task for task in kinds if kind is None or kind in kinds[task]]
     if name is None and names:
@@ -277,11 +261,9 @@ def _choose_task(answerer: VisionAnswerer, name: str | None, kind: TaskKind | No
 
 
 async def _read_body(http_request: Request, parameters: type[Parameters]) -> tuple[bytes | str, Parameters]:
-    """Return a request's image (the bytes of a file, or text in base64 or as a data URL) and the request's parameters.
+    """Return a request's image (a file's bytes, or text in base64 or as a data URL) and its parameters.
 
-    Raises:
-        RequestError: the body is empty, or of a type that is neither an image nor JSON.
-        RequestValidationError: the JSON lacks a field, or has an unknown field or a wrong value.
+    An empty body or one of another type is a RequestError, and JSON that does not fit is a RequestValidationError.
     """
     content_type = http_request.headers.get("content-type", "").partition(";")[0].strip().lower()
     content = await http_request.body()
@@ -308,7 +290,6 @@ async def _read_body(http_request: Request, parameters: type[Parameters]) -> tup
 
 
 def _body_description(parameters: type[StrictRequest]) -> dict[str, Any]:
-    """Describe the request body of a route in the OpenAPI format."""
     file_schema = {"schema": {"type": "string", "format": "binary"}}
     json_schema = {
         "type": "object",
