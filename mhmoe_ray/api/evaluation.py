@@ -1,7 +1,8 @@
 """Evaluation of a run's checkpoint as a job on a cluster, unless the run directory holds the evaluation already."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -24,85 +25,100 @@ Texts = str | PathLike[str] | Sequence[str | PathLike[str]]
 """Raw text (one or several paths, URLs or glob patterns), or one or several folders of tasks."""
 
 
-def has_domain_experts(model: ModelSpec) -> bool:
-    """Return whether a model has one expert for each domain (router `domain`); only such a model takes a `Prior`."""
-    return model.moe is not None and model.moe.router == "domain"
+FIELD_NAMES = {
+    name: name for name in ("text", "overrides", "samples", "tasks", "task_folders", "limit", "prior", "probe")
+}
 
 
-def make_request(
-    run: RunDir,
-    checkpoint: str,
-    *,
-    text: Texts = (),
-    overrides: Sequence[str] = (),
-    samples: int | None = None,
-    tasks: str | Sequence[str] = (),
-    task_folders: Texts = (),
-    limit: int | None = None,
-    gpus: int | None = None,
-    prior: Prior | None = None,
-    probe: str | PathLike[str] | None = None,
-) -> EvalRequest:
-    """Return a request to evaluate a run's checkpoint on raw text, in tasks or, without either, on held-out samples.
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """Options of an evaluation, which `mhmoe eval`, `mhmoe routing` and `Run.evaluate` take.
 
-    The run's spec gives the batch size, the precision and the resources.
-
-    Args:
-        run: the run that has the checkpoint.
-        checkpoint: name of the checkpoint.
-        text: folders, files or patterns of raw text, or one of them; empty for none.
-        overrides: `key.path=value` strings for keys of the `data` section with which the text is read.
-        samples: largest number of samples of each domain of the text or, if `text` has pictures instead, of different
-            pictures of each domain. None for `EVALUATION_SAMPLES`.
-        tasks: names of lm-eval's tasks, or one of them; empty for none.
-        task_folders: folders of the user's own tasks.
-        limit: largest number of questions of each task; None for all.
-        gpus: number of GPUs; None for as many as a worker of the training had.
-        prior: prior probabilities of the domains of the text, for router `domain`; None if the domains are known.
-        probe: pictures on which a linear probe is trained, which then classifies the pictures of `text`; None to train
-            no probe.
-
-    Raises:
-        SpecError: an override is wrong, or there is a probe but `text` has no source or several.
-        DataError: there is no such text.
+    A checkpoint is evaluated on raw text, in tasks or, without either, on held-out samples.
     """
-    text_data = None
-    if text:
-        text_data, cluster_section = raw_text_sections(_text_list(text), overrides)
-        if cluster_section != ClusterSpec():
-            reason = "an evaluation has the CPUs and GPUs of one of the run's workers"
-            raise SpecError(
-                "override of the section cluster", reason, "remove it; the number of GPUs can be given apart"
-            )
-    probe_data = None
-    if probe is not None:
-        if text_data is None:
-            raise SpecError("the linear probe", "it classifies pictures of a text, but none is given", "name a text")
-        probe_data = _probe_data(text_data, fspath(probe))
-    # An imported run has neither a spec nor held-out samples, so defaults replace the spec.
-    spec = None if run.is_imported else run.spec()
-    cluster = spec.cluster if spec else ClusterSpec()
-    held_out = spec is not None and not text and not tasks
-    folders = [Path(folder).absolute() for folder in _text_list(task_folders)]
-    return EvalRequest(
-        run=str(run.path),
-        checkpoint=checkpoint,
-        prepared=str(spec.data.prepared) if spec and held_out else None,
-        text=text_data,
-        text_version=_text_version(text_data) if text_data else None,
-        samples=(samples or EVALUATION_SAMPLES) if text else 0,
-        tasks=_text_list(tasks),
-        task_folders=[str(folder) for folder in folders],
-        tasks_version=_tasks_version(folders) if folders else None,
-        limit=limit,
-        batch=spec.train.micro_batch_size if spec else 1,
-        half=spec is not None and spec.train.precision == "bfloat16",
-        cpus=cluster.cpus_per_worker,
-        gpus=cluster.gpus_per_worker if gpus is None else gpus,
-        prior=prior,
-        probe=probe_data,
-        probe_version=_text_version(probe_data) if probe_data else None,
-    )
+
+    text: Texts = ()
+    """Folders, files or patterns of raw text, or one of them; empty for none."""
+    overrides: Sequence[str] = ()
+    """`key.path=value` strings for keys of the `data` section with which the text is read."""
+    samples: int | None = None
+    """Largest number of samples, or of different images, of each domain of the text; None for `EVALUATION_SAMPLES`."""
+    tasks: str | Sequence[str] = ()
+    """Names of lm-eval's tasks, or one of them; empty for none."""
+    task_folders: Texts = ()
+    """Folders of the user's own tasks."""
+    limit: int | None = None
+    """Largest number of questions of each task; None for all."""
+    gpus: int | None = None
+    """Number of GPUs, 0 or 1; None for as many as a worker of the training had."""
+    prior: Prior | None = None
+    """Prior probabilities of the domains of the text, for router `domain`; None if the domains are known."""
+    probe: str | PathLike[str] | None = None
+    """Images on which a linear probe is trained, which then classifies the images of `text`; None for no probe."""
+
+    def mistake(self, names: Mapping[str, str] = FIELD_NAMES) -> tuple[str, str] | None:
+        """Return why these options do not go together, and what to do; None if they do.
+
+        `names` has the user's name of each field, such as the option of a command.
+        """
+        if not self.text and (self.overrides or self.samples):
+            return f"{names['overrides']} and {names['samples']} are about {names['text']}", "name some"
+        if not self.tasks and (self.limit or self.task_folders):
+            return f"{names['limit']} and {names['task_folders']} are about {names['tasks']}", "name some"
+        if self.probe and not self.text:
+            return f"{names['probe']} classifies the pictures of {names['text']}", "name some"
+        return None
+
+    def mistake_for(self, model: ModelSpec, names: Mapping[str, str] = FIELD_NAMES) -> tuple[str, str] | None:
+        """Return why an option is not for a model, and what to do, as `mistake` does; None if all options are."""
+        if self.prior is not None and not (model.moe and model.moe.router == "domain"):
+            reason = "is for a model with router domain, and this model has no experts of domains"
+            return f"{names['prior']} {reason}", "leave it out"
+        if self.probe and model.encoder is None:
+            return f"{names['probe']} classifies pictures by an encoder, and this model is none", "leave it out"
+        return None
+
+    def request(self, run: RunDir, checkpoint: str) -> EvalRequest:
+        """Return the request to evaluate a run's checkpoint, with the batch size and resources of the run's spec.
+
+        Raises:
+            SpecError: an override is wrong, or there is a probe and `text` has several sources.
+            DataError: there is no such text.
+        """
+        text_data, probe_data = None, None
+        if self.text:
+            text_data, cluster_section = raw_text_sections(_text_list(self.text), self.overrides)
+            if cluster_section != ClusterSpec():
+                reason = "an evaluation has the CPUs and GPUs of one of the run's workers"
+                raise SpecError(
+                    "override of the section cluster", reason, "remove it; the number of GPUs can be given apart"
+                )
+            if self.probe is not None:
+                probe_data = _probe_data(text_data, fspath(self.probe))
+        # An imported run has neither a spec nor held-out samples, so defaults replace the spec.
+        spec = None if run.is_imported else run.spec()
+        cluster = spec.cluster if spec else ClusterSpec()
+        held_out = spec is not None and not self.text and not self.tasks
+        folders = [Path(folder).absolute() for folder in _text_list(self.task_folders)]
+        return EvalRequest(
+            run=str(run.path),
+            checkpoint=checkpoint,
+            prepared=str(spec.data.prepared) if spec and held_out else None,
+            text=text_data,
+            text_version=_text_version(text_data) if text_data else None,
+            samples=(self.samples or EVALUATION_SAMPLES) if self.text else 0,
+            tasks=_text_list(self.tasks),
+            task_folders=[str(folder) for folder in folders],
+            tasks_version=_tasks_version(folders) if folders else None,
+            limit=self.limit,
+            batch=spec.train.micro_batch_size if spec else 1,
+            half=spec is not None and spec.train.precision == "bfloat16",
+            cpus=cluster.cpus_per_worker,
+            gpus=cluster.gpus_per_worker if self.gpus is None else self.gpus,
+            prior=self.prior,
+            probe=probe_data,
+            probe_version=_text_version(probe_data) if probe_data else None,
+        )
 
 
 def _probe_data(text: DataSpec, path: str) -> DataSpec:

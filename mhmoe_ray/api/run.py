@@ -12,7 +12,7 @@ from mhmoe_ray.api import attempts
 from mhmoe_ray.api.checkpoints import Checkpoint, CheckpointName, list_checkpoints, path_text, pick_checkpoint
 from mhmoe_ray.api.connection import check_training
 from mhmoe_ray.api.defaults import OnNote, Prior, default_storage, ignore_note
-from mhmoe_ray.api.evaluation import Texts, has_domain_experts, load_or_evaluate, make_request
+from mhmoe_ray.api.evaluation import EvaluationOptions, Texts, load_or_evaluate
 from mhmoe_ray.api.logs import log_lines, without_colours
 from mhmoe_ray.api.spec import Overrides, override_list, require_spec
 from mhmoe_ray.checkpoint.huggingface.config import ExportResult
@@ -290,6 +290,7 @@ class Run:
         limit: int | None = None,
         gpus: int | None = None,
         prior: Prior | None = None,
+        probe: str | PathLike[str] | None = None,
         recompute: bool = False,
         address: str | None = None,
         trust_run: bool = False,
@@ -311,6 +312,8 @@ class Run:
             gpus: number of GPUs, 0 or 1; None for as many as a worker of the training had.
             prior: prior probabilities of the domains, with which all experts of a model with router `domain` predict
                 together; None if the domain of each text is known.
+            probe: pictures on which a linear probe is trained, which then classifies the pictures of `text`, for an
+                encoder; None for no probe.
             recompute: whether to evaluate even if the run directory holds the result.
             address: a Ray cluster; None for the default cluster.
             trust_run: whether to use the `cluster.runtime_env` of a run that somebody else submitted.
@@ -324,30 +327,25 @@ class Run:
             DataError: the text is missing.
             MhmoeError: the job failed; this is the error that it logged.
         """
-        override_texts = override_list(overrides)
-        if not text and (override_texts or samples):
-            raise SpecError("evaluation", "overrides and samples are about text, and there is none", "name some text")
-        if not tasks and (limit or task_folders):
-            reason = "limit and task_folders are about tasks, and there are none"
-            raise SpecError("evaluation", reason, "name some tasks")
-        directory = self._existing_directory
-        # The weights need not be hashed here, because the evaluation job hashes them when it loads them.
-        path, manifest = pick_checkpoint(directory, checkpoint, verify_hashes=False, on_note=on_note)
-        if prior is not None and not has_domain_experts(manifest.model):
-            reason = "priors are for a model with router domain, and this model has no experts of domains"
-            raise SpecError("evaluation", reason, "leave out the prior")
-        request = make_request(
-            directory,
-            path.name,
+        options = EvaluationOptions(
             text=text,
-            overrides=override_texts,
+            overrides=override_list(overrides),
             samples=samples,
             tasks=tasks,
             task_folders=task_folders,
             limit=limit,
             gpus=gpus,
             prior=prior,
+            probe=probe,
         )
+        if mistake := options.mistake():
+            raise SpecError("evaluation", *mistake)
+        directory = self._existing_directory
+        # The weights need not be hashed here, because the evaluation job hashes them when it loads them.
+        path, manifest = pick_checkpoint(directory, checkpoint, verify_hashes=False, on_note=on_note)
+        if mistake := options.mistake_for(manifest.model):
+            raise SpecError("evaluation", *mistake)
+        request = options.request(directory, path.name)
         return load_or_evaluate(directory, request, recompute, address, trust_run=trust_run, on_note=on_note)
 
     def export(

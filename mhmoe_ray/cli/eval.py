@@ -27,8 +27,12 @@ from mhmoe_ray.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from mhmoe_ray.api.evaluation import EvaluationOptions
+    from mhmoe_ray.checkpoint.manifest import CheckpointManifest
     from mhmoe_ray.evaluate.request import Evaluation
     from mhmoe_ray.evaluate.score import Score
+    from mhmoe_ray.runs.directory import RunDir
+    from mhmoe_ray.storage import Location
 
 
 TextOption = Annotated[
@@ -66,14 +70,32 @@ PriorOption = Annotated[
 ]
 
 
-def require_text(text: list[str], overrides: list[str], samples: int | None) -> None:
-    """Check that the user named raw text if the options --set or --samples, which are about it, are given.
+OPTION_NAMES = {
+    "text": "--text",
+    "overrides": "--set",
+    "samples": "--samples",
+    "tasks": "--tasks",
+    "task_folders": "--task-folder",
+    "limit": "--limit",
+    "gpus": "--gpus",
+    "prior": "--prior",
+    "probe": "--probe",
+}
+"""Options of the commands by the field of `EvaluationOptions` that they set."""
 
-    Raises:
-        BadParameter: one of these options is given without --text.
-    """
-    if not text and (overrides or samples):
-        raise typer.BadParameter("--set and --samples are about --text: name some")
+
+def pick_valid(
+    run: "RunDir", checkpoint: str | None, options: "EvaluationOptions"
+) -> "tuple[Location, CheckpointManifest]":
+    """Return the checkpoint that the user names; options that are not for it or each other raise BadParameter."""
+    mistake = options.mistake(OPTION_NAMES)
+    if mistake is None:
+        # The weights need not be hashed here, because the evaluation job verifies their hashes when it loads them.
+        path, manifest = pick_checkpoint(run, checkpoint, verify_hashes=False)
+        mistake = options.mistake_for(manifest.model, OPTION_NAMES)
+    if mistake is not None:
+        raise typer.BadParameter(": ".join(mistake))
+    return path, manifest
 
 
 def eval_(
@@ -116,36 +138,24 @@ def eval_(
     The result stays in the run directory. Routing is dropless, as in serving. For example `mhmoe eval --text books/
     --samples 100`, or `mhmoe eval --tasks english --limit 200`.
     """
-    from mhmoe_ray.api.evaluation import has_domain_experts, load_or_evaluate, make_request
+    from mhmoe_ray.api.evaluation import EvaluationOptions, load_or_evaluate
     from mhmoe_ray.planner.view import view_of
     from mhmoe_ray.runs.directory import find_run
 
     run_dir = find_run(run, storage)
-    require_text(text, set_, samples)
-    task_names = [task.strip() for task in tasks.split(",")] if tasks else []
-    if not task_names and (limit or task_folder):
-        raise typer.BadParameter("--limit and --task-folder are about --tasks: name some")
-    if probe and not text:
-        raise typer.BadParameter("--probe classifies the pictures of --text: name some")
-    # The weights need not be hashed here, because the evaluation job verifies their hashes when it loads them.
-    path, manifest = pick_checkpoint(run_dir, checkpoint, verify_hashes=False)
-    if prior is not None and not has_domain_experts(manifest.model):
-        raise typer.BadParameter("--prior is for a model with router domain, and this model has no experts of domains")
-    if probe and manifest.model.encoder is None:
-        raise typer.BadParameter("--probe classifies pictures by an encoder, and this model is none")
-    request = make_request(
-        run_dir,
-        path.name,
+    options = EvaluationOptions(
         text=text,
         overrides=set_,
         samples=samples,
-        tasks=task_names,
+        tasks=[task.strip() for task in tasks.split(",")] if tasks else (),
         task_folders=task_folder,
         limit=limit,
         gpus=gpus,
         prior=prior,
         probe=probe,
     )
+    path, manifest = pick_valid(run_dir, checkpoint, options)
+    request = options.request(run_dir, path.name)
     evaluation = load_or_evaluate(
         run_dir, request, recompute, address, follow=jobs.follow_job, trust_run=trust_run, on_note=print_note
     )

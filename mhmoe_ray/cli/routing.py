@@ -12,7 +12,6 @@ from mhmoe_ray.cli.common import (
     StorageOption,
     number_table,
     out,
-    pick_checkpoint,
     print_json,
     print_note,
     print_untruncated,
@@ -23,7 +22,7 @@ from mhmoe_ray.cli.eval import (
     SamplesOption,
     TextOption,
     TextSetOption,
-    require_text,
+    pick_valid,
 )
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def routing(
 
     For example `mhmoe routing --text books/ --samples 100`.
     """
-    from mhmoe_ray.api.evaluation import load_or_evaluate, make_request
+    from mhmoe_ray.api.evaluation import EvaluationOptions, load_or_evaluate
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs.directory import find_run
 
@@ -67,9 +66,9 @@ def routing(
         # The error is raised before the checkpoint is evaluated, because the evaluation could take minutes on the
         # cluster.
         raise dense_error
-    require_text(text, set_, samples)
-    path, _ = pick_checkpoint(run_dir, checkpoint, verify_hashes=False)
-    request = make_request(run_dir, path.name, text=text, overrides=set_, samples=samples, gpus=gpus)
+    options = EvaluationOptions(text=text, overrides=set_, samples=samples, gpus=gpus)
+    path, _ = pick_valid(run_dir, checkpoint, options)
+    request = options.request(run_dir, path.name)
     evaluation = load_or_evaluate(run_dir, request, recompute, address, follow=jobs.follow_job, on_note=print_note)
     # An imported run has no spec, so only its evaluation shows that it is dense.
     if not evaluation.routing and moe is None:

@@ -1,12 +1,17 @@
 """Tests of evaluations that the run directory already holds, and of requests for evaluations that it does not hold."""
 
+import dataclasses
+import inspect
 import os
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 import mhmoe_ray as mh
-from mhmoe_ray.api.evaluation import make_request
+from mhmoe_ray.api.evaluation import EvaluationOptions
+from mhmoe_ray.cli.app import app
+from mhmoe_ray.cli.eval import OPTION_NAMES
 from mhmoe_ray.errors import ClusterError, DataError, RunError, SpecError
 from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, save_evaluation
 from mhmoe_ray.evaluate.score import Score
@@ -42,7 +47,7 @@ def store_evaluation(run, request):
 
 
 def test_an_evaluation_is_repeated_when_its_text_has_changed(run, text):
-    evaluation = store_evaluation(run, make_request(run.directory, CHECKPOINT, text=text))
+    evaluation = store_evaluation(run, EvaluationOptions(text=text).request(run.directory, CHECKPOINT))
     notes = []
     for paths in (str(text), text, [str(text)], [text], (text.absolute(),)):
         assert run.evaluate(paths, checkpoint=7, on_note=notes.append, address=NOWHERE) == evaluation
@@ -56,10 +61,10 @@ def test_an_evaluation_is_repeated_when_its_text_has_changed(run, text):
         run.evaluate(str(text), address=NOWHERE)
     Path("more").mkdir()
     Path("more/a.txt").write_text("some text\n")
-    key = make_request(run.directory, CHECKPOINT, text="more").key
-    assert make_request(run.directory, CHECKPOINT, text="more").key == key
+    key = EvaluationOptions(text="more").request(run.directory, CHECKPOINT).key
+    assert EvaluationOptions(text="more").request(run.directory, CHECKPOINT).key == key
     Path("more/b.txt").write_text("some text\n")
-    assert make_request(run.directory, CHECKPOINT, text="more").key != key
+    assert EvaluationOptions(text="more").request(run.directory, CHECKPOINT).key != key
 
 
 def test_a_changed_chat_template_changes_the_key(run, tmp_path):
@@ -72,7 +77,7 @@ def test_a_changed_chat_template_changes_the_key(run, tmp_path):
     for time in (1, 2):
         os.utime(template, (time, time))
         overrides = ["data.sources.talk.format=chat", f"data.chat_template={template}"]
-        keys.add(make_request(run.directory, CHECKPOINT, text=tmp_path / "talk", overrides=overrides).key)
+        keys.add(EvaluationOptions(text=tmp_path / "talk", overrides=overrides).request(run.directory, CHECKPOINT).key)
     assert len(keys) == 2
 
 
@@ -100,14 +105,31 @@ def test_missing_text_is_an_error_before_a_job_starts(run, text):
             run.evaluate(paths, address=NOWHERE)
 
 
-def test_a_probe_without_text_is_refused(run):
-    with pytest.raises(SpecError, match="none is given; name a text"):
-        make_request(run.directory, CHECKPOINT, probe="pictures")
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"samples": 3}, "overrides and samples are about text; name some"),
+        ({"limit": 3}, "limit and task_folders are about tasks; name some"),
+        ({"probe": "pictures"}, "probe classifies the pictures of text; name some"),
+        ({"text": "a", "probe": "b"}, "probe classifies pictures by an encoder, and this model is none; leave it out"),
+        ({"prior": "uniform"}, "this model has no experts of domains; leave it out"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(run, options, reason):
+    with pytest.raises(SpecError, match=reason):
+        run.evaluate(**options, address=NOWHERE)
+
+
+def test_every_option_can_be_given_in_python_and_on_the_command_line():
+    fields = {field.name for field in dataclasses.fields(EvaluationOptions)}
+    assert fields <= set(inspect.signature(mh.Run.evaluate).parameters)
+    flags = {flag for parameter in get_command(app).commands["eval"].params for flag in parameter.opts}
+    assert {OPTION_NAMES[field] for field in fields} <= flags
 
 
 def test_a_single_task_is_a_task(run):
-    assert make_request(run.directory, CHECKPOINT, tasks="arc_easy").tasks == ["arc_easy"]
-    request = make_request(run.directory, CHECKPOINT, tasks=["rte"], task_folders="own")
+    assert EvaluationOptions(tasks="arc_easy").request(run.directory, CHECKPOINT).tasks == ["arc_easy"]
+    request = EvaluationOptions(tasks=["rte"], task_folders="own").request(run.directory, CHECKPOINT)
     assert request.task_folders == [str(Path("own").absolute())]
 
 
@@ -119,7 +141,7 @@ def test_an_imported_run_needs_text_or_tasks(tmp_path):
 
 
 def test_an_evaluation_is_shown_by_its_figures(run, text):
-    evaluation = store_evaluation(run, make_request(run.directory, CHECKPOINT, text=text))
+    evaluation = store_evaluation(run, EvaluationOptions(text=text).request(run.directory, CHECKPOINT))
     assert repr(evaluation) == str(evaluation) == f"Evaluation('{run.id}/{CHECKPOINT}', loss=2.0000, perplexity=7.389)"
     tasks = {"rte": {"acc,none": 0.5}}
     with_tasks = evaluation.model_copy(update={"domains": {}, "tasks": tasks})
@@ -133,7 +155,7 @@ def test_changed_files_of_tasks_make_another_request(tmp_path, run):
     (folder / "data" / "questions.jsonl").write_text("{}")
 
     def request_key():
-        return make_request(run.directory, CHECKPOINT, tasks="mine", task_folders=folder).key
+        return EvaluationOptions(tasks="mine", task_folders=folder).request(run.directory, CHECKPOINT).key
 
     keys = [request_key(), request_key()]
     (folder / "data" / "questions.jsonl").write_text("[]")
@@ -145,4 +167,4 @@ def test_resources_of_an_evaluation_are_no_keys_of_its_text(run, text):
     with pytest.raises(
         SpecError, match="has the CPUs and GPUs of one of the run's workers; remove it; the number of GPUs"
     ):
-        make_request(run.directory, CHECKPOINT, text=text, overrides=["cluster.cpus_per_worker=3"])
+        EvaluationOptions(text=text, overrides=["cluster.cpus_per_worker=3"]).request(run.directory, CHECKPOINT)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mhmoe_ray.api.checkpoints import pick_checkpoint
-from mhmoe_ray.api.evaluation import load_or_evaluate, make_request
+from mhmoe_ray.api.evaluation import EvaluationOptions, load_or_evaluate
 from mhmoe_ray.bench.serve.model import plain_model, write_run
 from mhmoe_ray.cli.eval import _task_rows
 from mhmoe_ray.errors import DataError
@@ -29,7 +29,7 @@ def test_stored_evaluation_is_shown_without_torch_and_ray(tmp_path):
     write_run(plain_model(64, 1, 2, 1, 32), 16, tmp_path / "bench-000000")
     mark_imported(run)
     (tmp_path / "one.txt").write_text("some text\n")
-    request = make_request(run, newest_name(run), text=[str(tmp_path / "one.txt")])
+    request = EvaluationOptions(text=[str(tmp_path / "one.txt")]).request(run, newest_name(run))
     counts = RoutingCounts(
         tokens=4, counts=[[4, 0]], tokens_of=[[4, 0]], distinct=[[0, 4]], agreement=[[[4]]], first_weight=[4.0]
     )
@@ -53,7 +53,7 @@ def test_stored_evaluation_is_shown_after_its_held_out_text_is_gone(tmp_path):
     run = create_run(tiny_spec(tmp_path))
     add_attempt(run, Attempt(f"{run.id}-1", "http://127.0.0.1:1", local=True))
     write_checkpoint(run, 1)
-    request = make_request(run, newest_name(run))
+    request = EvaluationOptions().request(run, newest_name(run))
     score = Score(nats=8.0, tokens=4, text_bytes=9)
     figures = {"domains": {"a": score}, "languages": {}, "routing": {}, "tasks": {}}
     evaluation = Evaluation(request=request, step=1, tokens=0, seconds=1.0, **figures)

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from mhmoe_ray.api.evaluation import make_request
+from mhmoe_ray.api.evaluation import EvaluationOptions
 from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.cluster import dashboard, tokens
 from mhmoe_ray.cluster.connect import connect
@@ -118,7 +118,7 @@ def test_checkpoint_is_evaluated_and_its_routes_are_counted(corpus, finished):
     run, _ = finished
     # A job of `mhmoe eval` calls `run_evaluation`. This test calls it without a job, because the test of README's
     # commands starts such a job.
-    process = FORKED.Process(target=run_evaluation, args=(make_request(run, NEWEST_CHECKPOINT), print))
+    process = FORKED.Process(target=run_evaluation, args=(EvaluationOptions().request(run, NEWEST_CHECKPOINT), print))
     process.start()
     process.join()
     assert process.exitcode == 0

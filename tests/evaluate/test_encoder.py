@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from mhmoe_ray.api.evaluation import make_request
+from mhmoe_ray.api.evaluation import EvaluationOptions
 from mhmoe_ray.checkpoint.manifest import checkpoint_name, read_manifest
 from mhmoe_ray.data.tokenizer import DocumentEncoder
 from mhmoe_ray.data.tokenizer.train import train_bpe
@@ -61,9 +61,8 @@ def test_other_pictures_need_neither_the_prepared_data_nor_the_codebook(tmp_path
     save_tensors(checkpoint / "weights", model.named_tensors())
     commit_checkpoint(checkpoint, spec.model, seq_len=12)
     write_tar(tmp_path / "test" / "a.tar", tar_members(make_pictures(6)))
-    request = make_request(
-        run, checkpoint.name, text=tmp_path / "test", overrides=["data.sources.test.format=webdataset"]
-    )
+    options = EvaluationOptions(text=tmp_path / "test", overrides=["data.sources.test.format=webdataset"])
+    request = options.request(run, checkpoint.name)
     lines = []
     context = EvaluationContext(request, run, checkpoint, read_manifest(checkpoint), lines.append, lambda *_: None)
     figures = encoder_figures(context)["encoder"]

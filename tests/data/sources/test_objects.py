@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_masks
 
+from mhmoe_ray.data.images import annotations as annotations_module
 from mhmoe_ray.data.images.annotations import Instance, decode_mask, unpack
 from mhmoe_ray.data.sources import Reason, masks
 from mhmoe_ray.data.sources.items import BadLine, Document
 from mhmoe_ray.data.sources.masks import ObjectError, decode_run_lengths, encode_mask
-from mhmoe_ray.data.vision import annotations as annotations_module
 from mhmoe_ray.errors import DataError
 from tests.data.pictures import encode_image
 from tests.data.sources.read import read_source
