@@ -43,6 +43,7 @@ def test_an_image_is_found_at_the_rank_of_its_best_caption():
     assert (result.at_1, result.at_5) == (pytest.approx(1 / 3), 1)
     # If all scores are equal, wrong candidates come before the right one.
     assert recall(np.zeros((3, 3)), np.eye(3, dtype=bool)).at_1 == 0
+    assert recall(np.full((3, 3), np.nan), np.eye(3, dtype=bool)).at_1 == 0
 
 
 def test_equal_images_and_equal_captions_count_once():

@@ -104,7 +104,8 @@ def test_a_source_without_classes_and_one_without_usable_images_are_refused(run,
         evaluate(run, {"some": source})
 
 
-def test_ties_count_against_the_model():
-    logits_NC = np.array([[1.0, 1.0, 0.0], [2.0, 1.0, 0.0]], np.float32)
+@pytest.mark.parametrize("worst_logit", [1.0, np.nan])
+def test_ties_and_logits_that_are_no_numbers_count_against_the_model(worst_logit):
+    logits_NC = np.array([[worst_logit, 1.0, 0.0], [2.0, 1.0, 0.0]], np.float32)
     figures = _accuracy_figures(logits_NC, [Annotation("cat")] * 2, ["cat", "cow", "dog"], [b""] * 2, None)
     assert figures.top_1 == 0.5

@@ -42,8 +42,9 @@ def recall(scores: np.ndarray, fits: np.ndarray) -> Recall:
     Both arrays are (queries, candidates); each query has at least one right candidate.
     """
     best_Q1 = np.where(fits, scores, -np.inf).max(1, keepdims=True)
-    # An equal score is no evidence for the right candidate, so wrong candidates with the same score come before it.
-    ranks = 1 + ((scores >= best_Q1) & ~fits).sum(1)
+    # An equal score is no evidence for the right candidate, so wrong candidates with the same score come before it. A
+    # score that is not a number is below none, so that a model that has diverged finds nothing.
+    ranks = 1 + (~(scores < best_Q1) & ~fits).sum(1)
     shares = {rank: float(np.mean(ranks <= rank)) for rank in RECALL_RANKS}
     return Recall(at_1=shares[1], at_5=shares[5], at_10=shares[10])
 

@@ -239,8 +239,9 @@ def _accuracy_figures(
     names = [annotation.class_name or "" for annotation in annotations]
     numbers = {name: number for number, name in enumerate(class_names)}
     class_N = np.array([numbers[name] for name in names])
-    # If another class has the same logit as the right one, the other class is ranked before it.
-    rank_N = (logits_NC >= logits_NC[np.arange(len(class_N)), class_N][:, None]).sum(1) - 1
+    # If another class has the same logit as the right one, the other class is ranked before it. A logit that is not a
+    # number is below none, so that a model that has diverged classifies nothing.
+    rank_N = (~(logits_NC < logits_NC[np.arange(len(class_N)), class_N][:, None])).sum(1) - 1
     baseline = largest_class = None
     if neighbours is not None:
         nearest_names = [neighbours.classes[number] for number in neighbours.nearest_images.nearest_samples(images)]
