@@ -1,4 +1,4 @@
-"""Tests that CONTRIBUTING.md names files, folders and functions that exist."""
+"""Tests that the guides to the code name files, folders and functions that exist."""
 
 import ast
 import re
@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "CONTRIBUTING.md").read_text()
-TOUR = TEXT[TEXT.index("## Three walks") : TEXT.index("## Habits")]
+GUIDE = (ROOT / "mhmoe_ray/README.md").read_text()
+TEXT = (ROOT / "CONTRIBUTING.md").read_text() + GUIDE
+TOUR = GUIDE[GUIDE.index("## Three walks") : GUIDE.index("## Rules of some parts")]
 NAMED_FUNCTIONS = sorted(set(re.findall(r"`([\w/]+\.py)`,?\s+`([A-Za-z_][\w.]*)`", TOUR)))
 PATHS = sorted(set(re.findall(r"`([\w/]+(?:\.py|/))`", TEXT)))
 FOLDERS = (ROOT, ROOT / "mhmoe_ray", ROOT / "kernels/mhmoe_kernels")
