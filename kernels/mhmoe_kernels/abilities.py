@@ -1,7 +1,6 @@
 """Limits of each kernel of experts: device, dtype and sizes.
 
-The spec's checks, the planner's counts and the dispatcher in backends.py read these entries. This module does not
-import torch, so that the spec and the planner do not need it.
+The spec's checks, the planner's counts and the dispatcher in backends.py read them, the first two without torch.
 """
 
 from typing import Literal, NamedTuple

@@ -1,4 +1,4 @@
-"""Common interface of all kernels: rows and routes in, combined expert outputs of each row out, with gradients."""
+"""Common interface of all kernels: rows and routes in, combined expert outputs out, with gradients."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -37,8 +37,8 @@ class Backend(NamedTuple):
     has_backward: bool = True
     """False for inference only."""
     refusal: Callable[[torch.device, ExpertSizes], str | None] = _never_refused
-    """Reason why the backend cannot compute experts of these sizes on a device, in one line; None if it can. It is
-    called only if device and limits allow the backend."""
+    """Reason why the backend cannot compute experts of these sizes on a device that it and its limits allow, in one
+    line."""
 
 
 BACKENDS: dict[str, Backend] = {
@@ -65,7 +65,7 @@ STATIC_BACKENDS = {name for name, limits in KERNELS.items() if limits.is_static}
 def unavailable_reason(name: str, device: torch.device, sizes: ExpertSizes | None = None) -> str | None:
     """Return in one line why a backend (or `auto`) cannot run on a device of this machine; None if it can.
 
-    Without `sizes` of experts, only the device is checked.
+    Without `sizes`, only the device is checked.
     """
     if name == "auto":
         return None
@@ -101,7 +101,7 @@ def _choose_gpu_kernel(purpose: Purpose, device: torch.device, sizes: ExpertSize
 
 
 def allow_compilation() -> None:
-    """Let torch.compile treat the choice of a kernel, and the check that it can run here, as constants."""
+    """Let torch.compile treat the choice of a kernel and the check that it can run as constants."""
     # `assume_constant_result` is not used as a decorator, because this module's import would then load torch's
     # compiler, which takes seconds.
     for function in (_choose_for_device, cpp.unavailable_reason, triton.unavailable_reason):
@@ -111,8 +111,7 @@ def allow_compilation() -> None:
 def choose_kernel(name: str, x_ND: Tensor, weights: ExpertWeights, expert_capacity: int | None = None) -> str:
     """Return the key of `BACKENDS` for a name as in `MoESpec.kernel`; `auto` is the kernel that should be fastest here.
 
-    Static routing without a capacity, because routing drops nothing, is treated as `auto`. `x_ND` has the dtype in
-    which experts get rows.
+    Static routing without a capacity is treated as `auto`. `x_ND` has the dtype in which experts get rows.
     """
     if name != "auto" and (expert_capacity is not None or name not in STATIC_BACKENDS):
         return name

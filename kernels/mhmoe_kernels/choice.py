@@ -24,7 +24,7 @@ class ExpertSizes(NamedTuple):
 
 
 class GpuChoice(NamedTuple):
-    """Row of `GPU_CHOICES`: a kernel and the cases in which it is preferred, if its own limits (`KERNELS`) allow it."""
+    """Row of `GPU_CHOICES`: a kernel and the cases in which it is preferred within its own limits."""
 
     kernel: KernelName
     purposes: tuple[Purpose, ...]
@@ -36,7 +36,7 @@ class GpuChoice(NamedTuple):
     max_row_width: int | None = None
 
     def applies(self, purpose: Purpose, major: int, sizes: ExpertSizes) -> bool:
-        """Return whether this row is for experts of these sizes, on a GPU of compute capability `major`.x."""
+        """Return whether this row is for these experts on a GPU of compute capability `major`.x."""
         return (
             purpose in self.purposes
             and (self.majors is None or major in self.majors)
@@ -76,11 +76,11 @@ GPU_CHOICES: tuple[GpuChoice, ...] = (
         "the only one for these dtypes; the host waits in each layer",
     ),
 )
-"""Kernels in the order of preference: `auto` chooses the first row that applies and can run on the GPU."""
+"""Kernels by preference: `auto` chooses the first that applies and can run on the GPU."""
 
 
 def limit_reason(kernel: KernelName, sizes: ExpertSizes) -> str | None:
-    """Return in one line the limit of a kernel that forbids experts of these sizes, if there is one."""
+    """Return in one line the limit of a kernel that forbids these experts, if any."""
     limits = KERNELS[kernel]
     if limits.function not in (None, sizes.function):
         return f"kernel {kernel} computes {limits.function} experts, not {sizes.function}"
@@ -98,7 +98,7 @@ def limit_reason(kernel: KernelName, sizes: ExpertSizes) -> str | None:
 
 
 def gpu_kernels(purpose: Purpose, major: int, sizes: ExpertSizes) -> Iterator[KernelName]:
-    """Yield the kernels that suit experts on a GPU of compute capability `major`.x, the preferred one first."""
+    """Yield the kernels for experts on a GPU of compute capability `major`.x by preference."""
     for choice in GPU_CHOICES:
         if choice.applies(purpose, major, sizes) and limit_reason(choice.kernel, sizes) is None:
             yield choice.kernel

@@ -1,7 +1,7 @@
 """Instruction level of the CPU, such as AVX2 or AMX.
 
-torch and oneDNN choose their code by the CPU's instructions. `level_environment` restricts them and this package to a
-level, so that tests on one machine cover CPUs with fewer instructions.
+torch and oneDNN choose their code by it. `level_environment` restricts them and this package to a level, so that tests
+on one machine cover other CPUs.
 """
 
 import os
@@ -11,7 +11,7 @@ from functools import cache
 import torch
 
 LEVEL_VARIABLE = "MHMOE_CPU_LEVEL"
-"""Environment variable that limits the instruction level; its value is a level's name in lower case."""
+"""Environment variable that limits the instruction level to a name in lower case."""
 
 
 class CpuLevel(IntEnum):
@@ -55,7 +55,7 @@ def is_x86() -> bool:
 
 @cache
 def machine_level() -> CpuLevel:
-    """Return the level of the CPU itself, and request AMX from the system, after which the process may use it."""
+    """Return the CPU's own level, and request AMX from the system, which the process may use afterwards."""
     # `torch.backends.cpu.get_cpu_capability` obeys ATEN_CPU_CAPABILITY, even for instructions that the CPU lacks. The
     # instruction flags below do not depend on that variable.
     capabilities = torch.cpu.get_capabilities()
@@ -103,8 +103,8 @@ def cpu_level() -> CpuLevel:
 def level_environment(level: CpuLevel) -> dict[str, str]:
     """Return the environment variables that restrict this package, torch, oneDNN and MKL to at most `level`.
 
-    Each library reads its variable at the first computation, and child processes inherit them. On other architectures
-    than x86, only this package's own variable is returned.
+    Each library reads its variable at the first computation. On other architectures than x86, only this package's own
+    variable is returned.
     """
     # torch would believe a higher level and crash at the first instruction that the CPU lacks.
     level = min(level, machine_level())

@@ -20,7 +20,7 @@ from mhmoe_kernels.grouped import run_grouped, run_sorted
 from mhmoe_kernels.weights import ExpertWeights, Swiglu
 
 Matmul = Callable[[Tensor, Tensor], Tensor]
-"""Function (x_RI, w_EOI) -> y_RO: F.linear of each sorted row with the matrix of its expert."""
+"""Function (x_RI, w_EOI) -> y_RO: F.linear of sorted rows with their experts' matrices."""
 
 
 def run_grouped_gemm(x_RD: Tensor, weights: ExpertWeights, matmul: Matmul) -> Tensor:
@@ -33,7 +33,7 @@ def run_grouped_gemm(x_RD: Tensor, weights: ExpertWeights, matmul: Matmul) -> Te
 
 
 def can_group(weights: ExpertWeights) -> bool:
-    """Return whether each row of the matrices has a multiple of 16 bytes, as grouped GEMMs require."""
+    """Return whether rows of the matrices have multiples of 16 bytes, as grouped GEMMs require."""
     return all(w.shape[-1] * w.dtype.itemsize % 16 == 0 for w in weights.stacked if w.ndim == 3)
 
 

@@ -16,8 +16,8 @@ LIBRARY = torch.library.Library("mhmoe", "DEF")  # type: ignore[no-untyped-call]
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator that turns a function into an operator of torch, which has no backward.
 
-    `schema` has name, arguments and results in torch's notation; results must not share memory with arguments. `fake`
-    returns uninitialized results for the same arguments.
+    `schema` is in torch's notation; results must not share memory with arguments. `fake` returns uninitialized results
+    for the same arguments.
     """
 
     def define(function: Callable[..., Any]) -> Any:

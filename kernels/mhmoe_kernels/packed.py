@@ -10,12 +10,11 @@ Products of a multiple of sixteen rows do not have this problem, except in MKL w
 and few outputs, which it splits among threads; but a torch with MKL also has oneDNN, so matrices are packed there.
 
 Packed experts. oneDNN reads a matrix in the layout in which it is stored, so a float32 product of few rows takes a
-third of the time, and a row's result does not depend on the number of rows (tests/kernels/test_packed.py). torch has
-these operators for its compiler, which packs the weights of frozen models in the same way.
+third of the time, and a row's result is always the same (tests/kernels/test_packed.py). torch has these operators for
+its compiler, which packs the weights of frozen models.
 
 Packing works where oneDNN has blocked kernels: from AVX2 on in float32, from AVX512_BF16 on in bfloat16. At lower
-levels oneDNN sums a single row in another order, as seen with SSE4.1 in float32 at widths from 384 to 1,024, so
-`run_padded` runs the rows.
+levels oneDNN sums a single row in another order, as seen with SSE4.1 in float32 at widths from 384 to 1,024.
 """
 
 from collections.abc import Callable, Sequence
@@ -76,7 +75,7 @@ def unavailable_reason(dtype: torch.dtype) -> str | None:
 
 
 class PackedMatrix:
-    """Matrix in oneDNN's packed layout, in the orientation of F.linear, with an optional bias; there is no backward."""
+    """Matrix for F.linear in oneDNN's packed layout, with an optional bias and no backward."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         self.dtype = weight_OI.dtype
@@ -84,7 +83,7 @@ class PackedMatrix:
         self._bias_O = None if bias_O is None else bias_O.to(self.dtype)
 
     def __call__(self, x_NI: Tensor) -> Tensor:
-        """Cast rows to the matrix's dtype, multiply them by the matrix, and add the bias."""
+        """Cast rows to the matrix's dtype and multiply them."""
         x_NI = x_NI.to(self.dtype)
         y_NO: Tensor = torch.ops.mkldnn._linear_pointwise(x_NI, self._packed, self._bias_O, "none", [], "")
         return y_NO
@@ -95,7 +94,7 @@ RowFunction = Callable[[Tensor], Tensor]
 
 
 def pack_layer(function: Function, weights: Sequence[Tensor]) -> RowFunction:
-    """Pack the matrices of a layer or an expert, and return a function without backward that computes it for rows."""
+    """Pack the matrices of a layer or an expert into a function of rows without backward."""
     if isinstance(function, Swiglu):
         gate_FD, up_FD, down_DF = weights
         return partial(_swiglu, PackedMatrix(torch.cat([gate_FD, up_FD])), PackedMatrix(down_DF))
@@ -116,10 +115,7 @@ def _gelu_subln(fc1_matrix: PackedMatrix, norm: RowFunction, fc2_matrix: PackedM
 
 
 def run_packed(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, experts: Sequence[RowFunction]) -> Tensor:
-    """Run `mhmoe_kernels.run_experts` with experts from `pack_layer`.
-
-    There is no backward, and the weights of experts without rows are not read.
-    """
+    """Run `mhmoe_kernels.run_experts` with experts from `pack_layer`, like `run_padded`."""
     plan = plan_routes(expert_NK, len(experts))
     parts = torch.split(x_ND.index_select(0, plan.row_R), plan.count_E.tolist())
     outputs = [expert(x) for expert, x in zip(experts, parts, strict=True) if len(x)]

@@ -20,17 +20,17 @@ def widen(x: Tensor) -> Tensor:
 
 
 def copy_to_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor from CPU memory to a device; the host does not wait for a GPU."""
+    """Copy a tensor from CPU memory to a device without waiting for a GPU."""
     pinned_numbers = numbers.pin_memory() if device.type == "cuda" else numbers
     return pinned_numbers.to(device, non_blocking=True)
 
 
 CACHE_VALUES = 1 << 17
-"""Float32 values of a block that fits into a CPU's cache with a few other such blocks."""
+"""Float32 values of a block, of which a few fit into a CPU's cache."""
 
 
 class RoutePlan(NamedTuple):
-    """Permutation that sorts the R = N * K routes by expert; routes of one expert keep the order of rows."""
+    """Permutation that sorts the R = N * K routes by expert, and those of one expert by row."""
 
     row_R: Tensor
     """Row of each sorted route."""
@@ -123,7 +123,7 @@ _combine: Callable[[Tensor, Tensor, RoutePlan], Tensor] = _Combine.apply
 
 
 def _row_blocks(x_RD: Tensor) -> Iterator[slice]:
-    """Return slices that cover all rows: one on GPUs, and slices that fit into the cache on CPUs."""
+    """Return slices that cover all rows: one on GPUs, small ones for the cache on CPUs."""
     # The caller reads and writes each row several times, so on a CPU its rows should stay in the cache.
     rows = max(1, CACHE_VALUES // x_RD.shape[1]) if x_RD.device.type == "cpu" else max(1, len(x_RD))
     return (slice(start, start + rows) for start in range(0, len(x_RD), rows))

@@ -1,7 +1,7 @@
 """SwiGLU experts in bfloat16 as one fused C++ kernel for CPUs.
 
-The hidden layer stays in the cache, in the forward and in the backward. The kernel is compiled at its first use, in two
-seconds, if the machine has a compiler, which the base install does not need.
+The hidden layer stays in the cache. The kernel is compiled at its first use, in two seconds, if the machine has a
+compiler.
 
     build.py      compilation of this folder's kernels for the CPU
     autograd.py   the kernels as a torch autograd function
@@ -32,7 +32,7 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def is_faster(sizes: ExpertSizes) -> bool:
-    """Return whether this kernel suits these experts and beats `grouped` here: on CPUs with AMX (kernels/README.md)."""
+    """Return whether this kernel suits these experts and beats `grouped`, on CPUs with AMX (kernels/README.md)."""
     is_suitable = cpu_level() >= CpuLevel.AMX and limit_reason("cpp", sizes) is None
     return is_suitable and unavailable_reason(torch.device("cpu")) is None
 

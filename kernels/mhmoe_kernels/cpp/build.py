@@ -1,4 +1,4 @@
-"""Compilation of this folder's C++ kernels for this machine's CPU; the user's cache folder keeps the library."""
+"""Compilation of this folder's C++ kernels for this machine's CPU, into the user's cache folder."""
 
 import ctypes
 import hashlib
@@ -116,7 +116,6 @@ def _compile(compiler: str, path: Path) -> None:
 
 
 def _openmp_path() -> Path:
-    """Return the path of the OpenMP library that the import of torch has loaded into this process."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         path = Path(line.split(maxsplit=5)[-1])
         if path.name.startswith("libgomp"):
@@ -125,7 +124,6 @@ def _openmp_path() -> Path:
 
 
 def _run_command(command: list[str]) -> str:
-    """Return a command's stdout; a BuildError has the first line of stderr that reports an error."""
     try:
         process = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:

@@ -23,7 +23,7 @@ RunSorted = Callable[[Tensor, Tensor, ExpertWeights], Tensor]
 def sort_and_run(
     run_sorted: RunSorted, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights
 ) -> Tensor:
-    """Sort routed rows by expert, run `run_sorted` on them, and combine the outputs of each row."""
+    """Run `mhmoe_kernels.run_experts` by sorting routes, `run_sorted`, and combining outputs."""
     # `.cpu()` makes the host wait for a GPU, but the loop over experts needs the counts on the host.
     plan = plan_routes(expert_NK, len(weights.stacked[0]))
     return combine(run_sorted(permute(x_ND, plan), plan.count_E.cpu(), weights), gate_NK, plan)

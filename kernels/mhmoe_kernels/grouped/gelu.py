@@ -77,7 +77,6 @@ _GELU_WEIGHTS = (
 def _gelu_forward(
     x_RD: Tensor, count_E: Tensor, eps: float, recompute: float, *weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the experts' outputs, and the rows of the GELU's input that are kept for the backward."""
     fc1_EFD, fc1_bias_EF, norm_EF, norm_bias_EF, fc2_EDF, fc2_bias_ED = weights
     width = fc1_EFD.shape[1]
     pieces = _gelu_pieces(x_RD, count_E, fc1_EFD, recompute)

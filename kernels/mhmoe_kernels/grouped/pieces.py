@@ -1,7 +1,7 @@
 """Division of rows that are sorted by expert into pieces, and sums over the pieces of an expert.
 
-A piece is a range of rows of one expert that are computed together. Its window may also have some rows after it, which
-belong to later pieces; these overwrite their outputs, and zeros keep the rows out of the piece's sums.
+A piece is a range of rows of one expert that are computed together. Its window may have rows of later pieces after it;
+these overwrite their outputs, and zeros keep the rows out of the piece's sums.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 MAX_PIECE_ROWS = 1024
-"""Largest number of rows of a piece whose hidden layer is recomputed or should stay in the cache."""
+"""Largest rows of a piece that is recomputed or should stay in the cache."""
 
 CACHE_BYTES = 4 << 20
 """Largest bytes of a piece's hidden layer, so that it stays in a CPU's cache. Of the limits from 1 to 8 MB, 4 MiB was
@@ -56,7 +56,7 @@ def split_into_pieces(counts: list[int], recompute: float, *, round_windows: boo
     """Split rows that are sorted by expert into pieces, in order.
 
     A piece has all rows of an expert whose hidden layer is kept, or at most `MAX_PIECE_ROWS` recomputed ones, which are
-    the last share `recompute` of all rows. The last pieces may be shorter, because no window reaches past the last row.
+    the last share `recompute` of all rows. No window reaches past the last row, so the last pieces may be shorter.
     `round_windows` rounds windows up to few sizes, as a CPU needs. With `row_bytes` per hidden row, every piece is
     limited to the rows that fit into `CACHE_BYTES`, rounded down to a power of two, from 128 to `MAX_PIECE_ROWS`.
     """

@@ -62,7 +62,6 @@ def _new_swiglu_results(
 def _swiglu_forward(
     x_RD: Tensor, count_E: Tensor, recompute: float, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor
 ) -> tuple[Tensor, ...]:
-    """Return the experts' outputs, and the rows of gate and up that are kept for the backward."""
     pieces = split_into_pieces(count_E.tolist(), recompute, round_windows=x_RD.device.type == "cpu")
     width = gate_EFD.shape[1]
     out_RD, *kept_buffers = _new_swiglu_results(x_RD, count_E, recompute, gate_EFD, up_EFD, down_EDF)

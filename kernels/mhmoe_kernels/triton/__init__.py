@@ -44,7 +44,7 @@ def is_interpreted() -> bool:
 
 
 def fused_refusal(device: torch.device, sizes: ExpertSizes) -> str | None:
-    """Return in one line why `run_fused` cannot compute experts of these sizes on a GPU; None if it can.
+    """Return in one line why `run_fused` cannot compute these experts on a GPU, or None.
 
     The kernels are compiled once for the GPU, which takes some seconds.
     """
@@ -64,7 +64,7 @@ def fused_refusal(device: torch.device, sizes: ExpertSizes) -> str | None:
 
 
 def grouped_mm_refusal(device: torch.device, sizes: ExpertSizes) -> str | None:
-    """Return in one line why torch's grouped_mm is not used on a device; None if it can be used."""
+    """Return in one line why torch's grouped_mm is not used on a device, or None."""
     # AMD's GPUs number their compute capabilities differently from NVIDIA's.
     if device.type == "cuda" and torch.version.hip:
         return "kernel grouped_mm has only been considered for NVIDIA's GPUs: use grouped_gemm"
@@ -75,7 +75,6 @@ def grouped_mm_refusal(device: torch.device, sizes: ExpertSizes) -> str | None:
 
 @cache
 def _has_compiler(compiler: str | None, path: str | None) -> bool:
-    """Return whether there is a C compiler where Triton looks for one: CC, then gcc and clang in PATH."""
     return bool(compiler or which("gcc", path=path) or which("clang", path=path))
 
 
@@ -107,10 +106,7 @@ def run_grouped(
 
 
 def run_sorted_grouped(x_RD: Tensor, count_E: Tensor, weights: ExpertWeights, use_torch: bool = False) -> Tensor:
-    """Run rows that are sorted by expert by grouped matrix products, like `run_grouped`.
-
-    `count_E` is int64 in CPU memory.
-    """
+    """Run rows that are sorted by expert, like `run_grouped`; `count_E` is int64 in CPU memory."""
     _check(x_RD, weights)
     from mhmoe_kernels.triton.grouped.experts import run_sorted
     from mhmoe_kernels.triton.grouped.products import TorchProducts, TritonProducts
@@ -120,7 +116,7 @@ def run_sorted_grouped(x_RD: Tensor, count_E: Tensor, weights: ExpertWeights, us
 
 
 MAX_FUSED_EXPERTS = 1024
-"""Largest number of experts of `fused_routing`, because a program holds all logits of a row."""
+"""Largest number of experts of `fused_routing`: a program holds all logits of a row."""
 
 
 class FusedRouting(NamedTuple):

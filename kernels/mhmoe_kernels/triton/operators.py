@@ -23,7 +23,7 @@ _INTERPRETER_PROGRAMS = 4
 
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
-    """Return a function that launches a kernel with its arguments and compiler options on a grid."""
+    """Return a function that launches a kernel on a grid."""
     # True is Triton's default for `enable_fp_fusion`. It is set explicitly, because Triton warns that the default will
     # change.
     return partial(kernel[grid], enable_fp_fusion=True)
@@ -58,7 +58,7 @@ def split(tensors: Sequence[Tensor], first_length: int, second_length: int) -> t
 
 
 def tile_limit(routes: int, experts: int, rows_per_tile: int) -> int:
-    """Return the largest number of tiles that sorted routes can need, for any distribution over experts."""
+    """Return the largest number of tiles of sorted routes, for any distribution over experts."""
     return min(routes, (routes + experts * (rows_per_tile - 1)) // rows_per_tile)
 
 
@@ -72,7 +72,7 @@ def program_count(device: torch.device) -> int:
 
 @cache
 def device_capability(device: torch.device) -> int:
-    """Return the compute capability of a GPU without its dot, such as 90; 0 for a CPU."""
+    """Return a GPU's compute capability without its dot, such as 90; 0 for a CPU."""
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -80,7 +80,7 @@ def device_capability(device: torch.device) -> int:
 
 
 def _row_grid(count: int, width: int) -> tuple[tuple[int, int], int, int]:
-    """Return the launch grid of a kernel that moves rows, and the rows and columns of its blocks."""
+    """Return the launch grid of a kernel that moves rows, and its block's rows and columns."""
     # Padding the block to a power of two is free: memory bandwidth limits the kernel, and masked lanes move no bytes.
     columns = min(256, triton.next_power_of_2(width))
     block_rows = max(1, 4096 // columns)

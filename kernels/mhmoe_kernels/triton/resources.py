@@ -1,6 +1,6 @@
 """Resources that the compiled kernels use on a GPU: registers, shared memory, spills and traps. No GPU is needed.
 
-Run `python -m mhmoe_kernels.triton.resources [sm_90 ...] [WIDTH ...]` for a table; WIDTH is a width of rows.
+`python -m mhmoe_kernels.triton.resources [sm_90 ...] [WIDTH ...]` prints a table; WIDTH is a width of rows.
 """
 
 import re
@@ -42,8 +42,8 @@ _FLOAT32 = {
     "mean_R", "rstd_R", "scale_S", "dscale_S", "gate_NK", "kept_gate_NK", "dgate_NK", "a_R", "c_R", "s_ED", "c_ED",
     "logits_NE", "dlogits_NE", "log_sum_N", "probability_PE", "z_P", "share_E", "balance", "z", "dbalance", "dz",
 }  # fmt: skip
-"""Arguments of the kernels that point to float32 values in any dtype of the computation. Those in `_INT64` and `_INT32`
-point to integers, and others with an underscore to values in the dtype of the computation."""
+"""Arguments that point to float32 values in any dtype of the computation. Those in `_INT64` and `_INT32` point to
+integers, and others with an underscore to values in that dtype."""
 _OPTIONS = ("num_warps", "num_stages")
 
 _FUSED: dict[tuple[str, Kernel], triton.JITFunction] = {

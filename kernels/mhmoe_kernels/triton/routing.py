@@ -101,7 +101,7 @@ def _empty_drops(expert_NK: Tensor, gate_NK: Tensor, experts: int, capacity: int
 def _drop_routes(expert_NK: Tensor, gate_NK: Tensor, experts: int, capacity: int) -> tuple[Tensor, ...]:
     """Set the gates of routes beyond the expert capacity to 0.
 
-    Return the new gates, the mask of kept routes, the kept routes per expert, and the number of dropped ones.
+    Return new gates, the mask of kept routes, their number per expert, and the number of dropped ones.
     """
     results = kept_gate_NK, kept_NK, count_E, dropped = _empty_drops(expert_NK, gate_NK, experts, capacity)
     # Only the order of the routes is needed here, and not the tiles of rows, so the tile size (128) does not matter.

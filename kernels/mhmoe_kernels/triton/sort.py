@@ -1,4 +1,4 @@
-"""Kernels that sort routes by expert and divide them into tiles: a stable counting sort, all of it on the device.
+"""Kernels that sort routes by expert and divide them into tiles: a stable counting sort on the device.
 
 A tile is up to BLOCK_ROWS sorted routes of one expert. The host knows only how many tiles there can be at most, so it
 never waits for the counts. The sort takes four launches for any number of experts:
@@ -20,7 +20,7 @@ ROUTES_PER_BLOCK = 256
 def _load_experts(expert_NK, index, R, E: tl.constexpr, K: tl.constexpr, BY_CHOICE: tl.constexpr):
     """Load the expert of each route in `index`, or E past the last route.
 
-    With BY_CHOICE, routes are numbered with all first choices before all second ones, else row by row.
+    With BY_CHOICE, all first choices come before all second ones, else routes are numbered row by row.
     """
     route = index % (R // K) * K + index // (R // K) if BY_CHOICE else index
     return tl.load(expert_NK + route, mask=index < R, other=E).to(tl.int32)

@@ -1,10 +1,9 @@
 """Tiles of rows of width D, held as chunks whose widths are powers of two.
 
 The sides of Triton's tiles are powers of two. Rounding up widths such as 192 = 768/4 and 384 = 768/2 would cost the
-matrix units a third more work. A row is therefore a tuple of chunks: 192 = 128 + 64, 384 = 256 + 128.
-
-A product that sums over D is the sum of the chunks' products; one whose result has width D is one product for each
-chunk. Sums are float32.
+matrix units a third more work. A row is therefore a tuple of chunks: 192 = 128 + 64, 384 = 256 + 128. A product that
+sums over D is the sum of the chunks' products; one whose result has width D is one product for each chunk. Sums are
+float32.
 """
 
 import triton

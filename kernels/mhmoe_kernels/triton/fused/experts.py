@@ -16,7 +16,7 @@ from mhmoe_kernels.triton.operators import SortedRoutes, combine_rows, sort_rout
 from mhmoe_kernels.weights import ExpertWeights, Swiglu
 
 _SORT_ROWS_PER_TILE = 128
-"""Rows of a tile in the sort of routes; each fused kernel makes tiles of its own block size."""
+"""Rows of a tile in the sort of routes; the fused kernels have their own tiles."""
 
 
 class _FusedExperts(torch.autograd.Function):

@@ -41,7 +41,6 @@ def _load_vector(v_F, f, F):
 
 @triton.jit
 def _dot_rows(rows, v_D, D: tl.constexpr, CHUNKS: tl.constexpr):
-    """Return the dot product of each row, held as chunks, with the vector v_D, in float32."""
     total = tl.sum(rows[0].to(tl.float32) * _load_vector(v_D, chunk_columns(CHUNKS, 0), D), 1)
     for c in tl.static_range(1, len(CHUNKS)):
         total += tl.sum(rows[c].to(tl.float32) * _load_vector(v_D, chunk_columns(CHUNKS, c), D), 1)

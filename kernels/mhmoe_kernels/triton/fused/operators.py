@@ -62,8 +62,8 @@ def _empty_statistics(kind: str, x_ND: Tensor, routes: int) -> Tensors:
 def norm_terms(kind: str, weights: Sequence[Tensor]) -> Tensors:
     """Return s = W2 w and c = W2 b + b2 of each GELU expert (see gelu.py); SwiGLU experts have no such terms.
 
-    W2 and b2 are fc2's weight and bias, w and b the norm's. The terms are float32, because mean * s is subtracted from
-    a sum of similar size, which would amplify rounding errors.
+    W2 and b2 are fc2's weight and bias, w and b the norm's. The terms are float32: mean * s is subtracted from a sum of
+    similar size, which amplifies rounding errors.
     """
     if kind == "swiglu":
         return []
@@ -124,7 +124,7 @@ def fused_backward_rows(
 ) -> tuple[Tensor, Tensor, Tensors]:  # fmt: skip
     """Return the gradients of the row and of the scale of every route, and two more statistics (GELU only).
 
-    These are the means A and C over hidden units that gelu.py defines and `fused_backward_weights` needs.
+    They are the means A and C that gelu.py defines and `fused_backward_weights` needs.
     """
     routes = len(route_R)
     dx_RD, dscale_S = x_ND.new_empty(routes, x_ND.shape[1]), _float32(x_ND, routes)

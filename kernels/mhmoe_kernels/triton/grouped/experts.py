@@ -1,8 +1,7 @@
 """Experts as grouped matrix products with small kernels between them, forward and backward, on rows sorted by expert.
 
-The backward is written by hand. It needs the rows and, for SwiGLU, gate and up, or for GELU the input of the GELU and
-two numbers per row. Outputs of experts are not kept: the gradient of a gate is a product of hidden values with their
-gradient.
+The hand-written backward needs the rows and, for SwiGLU, gate and up, or for GELU its input and two numbers per row.
+Outputs of experts are not kept: the gradient of a gate is a product of hidden values with their gradient.
 """
 
 from collections.abc import Callable
@@ -32,14 +31,14 @@ MakeProducts = Callable[[Tiles], Products]
 
 
 class Scales(NamedTuple):
-    """Scale (gate) of each route, in the order of routes, and the route of each slot; both None without scales."""
+    """Scale (gate) of each route, in the order of routes, and the route of each slot, if any."""
 
     scale_S: Tensor | None = None
     route_R: Tensor | None = None
 
 
 class ExpertSteps(Protocol):
-    """Forward and backward of one kind of experts, on rows that are sorted by expert."""
+    """Forward and backward of one kind of experts, on sorted rows."""
 
     def project(self, x_RD: Tensor, weights: Tensors, products: Products, known_rows: Tensors = ()) -> Tensors:
         """Return the hidden values before the activation; the forward may have kept their first rows, `known_rows`."""

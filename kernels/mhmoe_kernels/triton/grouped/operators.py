@@ -1,4 +1,4 @@
-"""Operators of experts as grouped matrix products: the products, and the activations, norms and sums between them."""
+"""Operators of experts as grouped matrix products: products, activations, norms and sums."""
 
 import torch
 import triton
@@ -150,7 +150,7 @@ def swiglu_backward(
 
 
 def _scale_pointers(scale_S: Tensor | None, route_R: Tensor | None, other_tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scales and routes as kernel arguments, or `other_tensor` twice, which the kernel then does not read."""
+    """Return scales and routes, or without scales `other_tensor` twice, which the kernel then does not read."""
     return (other_tensor, other_tensor) if scale_S is None or route_R is None else (scale_S, route_R)
 
 
@@ -229,7 +229,7 @@ def norm_sums(
     inner_RF: Tensor, dnormed_RF: Tensor, mean_R: Tensor, rstd_R: Tensor, scale_S: Tensor | None,
     route_R: Tensor | None, offset_E1: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of the weight and the bias of each expert's norm, added over rows in float32."""
+    """Return the gradients of each norm's weight and bias, added over rows in float32."""
     experts, width = len(offset_E1) - 1, inner_RF.shape[1]
     dweight_EF, dbias_EF = (inner_RF.new_empty(experts, width) for _ in range(2))
     block_columns = min(128, triton.next_power_of_2(width))
@@ -246,7 +246,7 @@ def norm_sums(
     fake=lambda x_RF, scale_S, route_R, offset_E1: x_RF.new_empty(len(offset_E1) - 1, x_RF.shape[1]),
 )
 def row_sums(x_RF: Tensor, scale_S: Tensor | None, route_R: Tensor | None, offset_E1: Tensor) -> Tensor:
-    """Return the sum of each expert's rows, times their scales if there are any, added in float32."""
+    """Return the sum of each expert's rows, times their scales if any, in float32."""
     experts, width = len(offset_E1) - 1, x_RF.shape[1]
     sum_EF = x_RF.new_empty(experts, width)
     block_columns = min(128, triton.next_power_of_2(width))

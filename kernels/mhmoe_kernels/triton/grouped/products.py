@@ -1,4 +1,4 @@
-"""Products of rows, sorted by expert, with the matrices of their experts, by Triton kernels or by torch."""
+"""Products of rows, sorted by expert, with their experts' matrices, by Triton kernels or by torch."""
 
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
@@ -26,10 +26,10 @@ class Tiles(NamedTuple):
 
 
 class Products(Protocol):
-    """Matrix products of rows, sorted by expert, with the matrices of their experts."""
+    """Matrix products of sorted rows with their experts' matrices."""
 
     skips_known_rows: ClassVar[bool]
-    """True if `linear` takes rows of its result that are known already, to avoid their computation."""
+    """True if `linear` takes known rows of its result instead of computing them."""
 
     @property
     def tiles(self) -> Tiles:
@@ -40,14 +40,14 @@ class Products(Protocol):
     ) -> Tensor:
         """Return F.linear of each row with its expert's matrix and bias.
 
-        `known_PO` are the first rows of the result, if they are known and need not be computed.
+        `known_PO` are first rows of the result that need not be computed.
         """
 
     def backward(self, dy_RO: Tensor, w_EOI: Tensor) -> Tensor:
         """Return the gradient of the input rows of `linear`."""
 
     def backward_sum(self, dy_RO: Tensor, w_EOI: Tensor, dy2_RO: Tensor, w2_EOI: Tensor) -> Parts:
-        """Return the gradient of rows that are the input of two products, as a sum of one or two tensors."""
+        """Return the gradient of rows that are the input of two products, as a sum."""
 
     def outer(self, dy_RO: Tensor, x_RI: Tensor) -> Tensor:
         """Return the gradient of the matrices of `linear`."""
