@@ -1,8 +1,8 @@
 """Transformer architectures without their modules: options, counts of parameters and bytes, and Hugging Face names.
 
-An architecture has two files of the same name. The one here needs no torch; the spec and the planner read it. The one
-in `model/architectures/` has the modules and the initialization. `tests/test_architectures.py` compares the counts of
-each architecture with the built model.
+An architecture has two files of the same name: one here without torch, for the spec and the planner, and one in
+`model/architectures/` with modules and initialization. `tests/test_architectures.py` compares the counts with the built
+model.
 
     base.py     the interface of an architecture
     llama.py    RMSNorm, rotary positions and SwiGLU (the models of arXiv 2411.16205)

@@ -16,7 +16,7 @@ FLOAT32 = 4  # bytes per value
 
 
 class Architecture(ABC):
-    """Transformer architecture: its options, its counts of parameters and bytes, and names of its exported tensors."""
+    """Transformer architecture without its modules."""
 
     expert_function: ClassVar[ExpertFunction]  # of dense layers and experts, by its name in mhmoe_kernels
     grouped_queries: ClassVar[bool]  # True if attention heads may share keys and values (`model.kv_heads`)
@@ -27,8 +27,7 @@ class Architecture(ABC):
     norm_vectors: ClassVar[int]  # parameter vectors of a norm, each as wide as the model
     attention_bias: ClassVar[Literal["none", "qkv", "all"]] = "none"
     """Projections of attention that have a bias, unless the spec chooses them (`model.attention_bias`)."""
-    has_trunk_options: ClassVar[bool] = False
-    """True if a spec may choose attention's biases and norms, and position scaling."""
+    has_trunk_options: ClassVar[bool] = False  # a spec may choose attention's biases and norms, and position scaling
     expert_matrices: ClassVar[int]  # products in a feed-forward layer or an expert, each between widths D and F
     dense_launches: ClassVar[int]  # GPU kernels of a block with a dense feed-forward layer, forward and backward
     mixture_launches: ClassVar[Mapping[KernelName, int]]
@@ -39,32 +38,30 @@ class Architecture(ABC):
     notation of `checkpoint/huggingface/names.py`."""
 
     def norm_parameters(self, d: int) -> int:
-        """Return the number of parameters of one norm over rows of width `d`."""
+        """Return the parameters of one norm over rows of width `d`."""
         return self.norm_vectors * d
 
     def expert_macs(self, width: int, hidden: int) -> int:
-        """Return the number of multiply-adds of a feed-forward layer or an expert for one row."""
+        """Return the multiply-adds of a feed-forward layer or an expert for one row."""
         return self.expert_matrices * width * hidden
 
     @abstractmethod
     def expert_parameters(self, width: int, hidden: int) -> int:
-        """Return the number of parameters of a feed-forward layer or an expert."""
+        """Return the parameters of a feed-forward layer or an expert."""
 
     @abstractmethod
     def norm_saved_bytes(self, d: int, size: int) -> int:
-        """Return the bytes per token that a norm saves for the backward, with its result in the next product's
-        precision."""
+        """Return the bytes per token that a norm saves for the backward, including the next product's operand."""
 
     @abstractmethod
     def attention_saved_bytes(self, q_width: int, kv_width: int, heads: int, size: int) -> int:
-        """Return the bytes per token that attention saves for the backward. Widths are those of all queries, or the
-        result before the output projection, and of all keys or all values."""
+        """Return the bytes per token that attention saves for the backward, from the widths of all queries (or the
+        result) and of all keys (or all values)."""
 
     @abstractmethod
     def hidden_saved_bytes(self, hidden: int, size: int) -> int:
-        """Return the bytes that autograd saves for one hidden row of a feed-forward layer or an expert."""
+        """Return the bytes that autograd saves for one hidden row."""
 
     @abstractmethod
     def grouped_hidden_saved_bytes(self, hidden: int, size: int) -> int:
-        """Return the bytes that expert kernel `grouped` saves for a hidden row: fewer than autograd, by a backward of
-        its own."""
+        """Return the bytes that expert kernel `grouped`, whose backward needs fewer values, saves for a hidden row."""

@@ -8,7 +8,7 @@ from mhmoe_ray.architectures.base import FLOAT32, Architecture
 
 
 class Llama(Architecture):
-    """The llama architecture: its options, counts of parameters and bytes, and names of exported tensors."""
+    """The llama architecture."""
 
     expert_function: ClassVar[ExpertFunction] = "swiglu"
     grouped_queries = True

@@ -9,7 +9,7 @@ from mhmoe_ray.architectures.base import FLOAT32, Architecture
 
 
 class Subln(Architecture):
-    """The subln architecture: its options, counts of parameters and bytes, and names of exported tensors."""
+    """The subln architecture."""
 
     expert_function: ClassVar[ExpertFunction] = "gelu_subln"
     grouped_queries = False

@@ -1,4 +1,4 @@
-"""Names of domains, <source>/<subfolder>, and one code for each language (ISO 639-1 where there is one)."""
+"""Names of domains, <source>/<subfolder>, and codes of languages (ISO 639-1 where there is one)."""
 
 import re
 from functools import lru_cache
@@ -51,7 +51,7 @@ LANGUAGE_CODES |= {"farsi": "fa", "flemish": "nl", "mandarin": "zh", "oriya": "o
 NO_LANGUAGE = ""
 """Language of a document without a language in its record or folder."""
 OTHER_LANGUAGE = "other"
-"""Language of a document whose record names it in a form that is not recognised."""
+"""Language of a document whose record names it in an unknown form."""
 
 # Corpora write a tag with hyphens, as BCP 47 does (`pt-BR`), or with underscores, as locales do (`pt_BR`). Only the
 # first part, the language, is used.
@@ -60,16 +60,16 @@ _LANGUAGE_TAG = re.compile(r"([a-z]{2,16})([-_][a-z0-9]{1,8})*", re.ASCII)
 
 @lru_cache(maxsize=4096)
 def language_of_folder(name: str) -> str:
-    """Return the language code for the name of a subfolder (`de` for `german`, `pt` for `pt_BR`), or NO_LANGUAGE."""
+    """Return the language code of a subfolder's name (`de` for `german`, `pt` for `pt_BR`), or NO_LANGUAGE."""
     tag = _LANGUAGE_TAG.fullmatch(name.lower())
     return LANGUAGE_CODES.get(tag[1], NO_LANGUAGE) if tag else NO_LANGUAGE
 
 
 @lru_cache(maxsize=4096)
 def language_of_record(name: str | None) -> str:
-    """Return the code of the language that a document's record names, without region and script.
+    """Return the language code of the name in a document's record, without region and script.
 
-    An unknown tag is returned in lower case (`XYZ-AB` gives `xyz`); text that is no tag gives OTHER_LANGUAGE.
+    An unknown tag stays in lower case (`XYZ-AB` gives `xyz`); text that is no tag gives OTHER_LANGUAGE.
     """
     if not name:
         return NO_LANGUAGE

@@ -1,4 +1,4 @@
-"""Random numbers that a seed and a label determine: the same on every machine and in every process."""
+"""Random numbers that a seed and a label determine, on every machine and in every process."""
 
 import hashlib
 from decimal import Context, Decimal
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def seeded_hash(seed: int, label: str) -> int:
-    """Return a hash of a seed and a label, from 0 to 2^64 - 1."""
+    """Return a 64-bit hash of a seed and a label."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{label}".encode(), digest_size=8).digest(), "little")
 
 
@@ -18,7 +18,7 @@ RATIOS = 1024
 
 @cache
 def _ratios(smallest: Decimal) -> list[float]:
-    """Return `RATIOS` ratios between `smallest` and `1 / smallest`, evenly spaced on a logarithmic scale."""
+    """Return `RATIOS` ratios from `smallest` to its inverse, evenly spaced on a logarithmic scale."""
     # Decimal arithmetic gives the same result on every machine. The C library's exponential function may differ in the
     # last bit.
     context = Context(prec=28)
@@ -27,7 +27,7 @@ def _ratios(smallest: Decimal) -> list[float]:
 
 
 class Draws:
-    """Generator of random numbers from the raw bits of Philox, which do not change between versions of NumPy."""
+    """Generator of random numbers from Philox's raw bits, which do not change between versions of NumPy."""
 
     def __init__(self, seed: int, label: str) -> None:
         self._bits = np.random.Philox(key=seeded_hash(seed, label))

@@ -1,4 +1,4 @@
-"""The interface of the data of a family of models: settings and files of a prepared folder, rows of the stream."""
+"""The interface of a family's data: settings and files of a prepared folder, rows of the stream."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +30,8 @@ class FamilyData(ABC):
     """Data of one family's models."""
 
     has_rows = True
-    """Whether each document becomes rows of its own and a row of the stream is a whole micro-batch. Otherwise documents
-    are packed as tokens, and a row of the stream is a sample."""
+    """Whether each document becomes rows of its own and a row of the stream is a micro-batch. Otherwise documents are
+    packed as tokens, and a row of the stream is a sample."""
 
     def add_to_recipe(self, spec: RunSpec, settings: dict[str, Any]) -> None:
         """Add the settings that determine the content of a prepared folder to its recipe."""

@@ -2,7 +2,7 @@
 
 Micro-batch j of rank r, in a world of w ranks, is micro-batch j * w + r of the training. Ray's
 `streaming_split(equal=True)` hands blocks of equal size to the ranks in turn, so a block holds the next n micro-batches
-of one rank. A block costs Ray some milliseconds at any size, so it holds many micro-batches in a long training:
+of one rank. A block costs Ray some milliseconds at any size, so n is large in a long training:
 
     w = 2, n = 3     | 0 2 4 | 1 3 5 | 6 8 10 | 7 9 11 | ...
 
@@ -38,31 +38,30 @@ from mhmoe_ray.spec import MoESpec, RunSpec
 
 BLOCK_BYTES = 1 << 20
 MAX_MICRO_BATCHES = 32
-"""Largest number of micro-batches in a block. Larger blocks are no faster and delay the first training step, which
-waits for a block on each rank."""
+"""Largest number of micro-batches in a block. Larger blocks are no faster and delay the first step."""
 BLOCKS_PER_TASK = 16
-"""Number of blocks that one Ray task makes, one after another; more in a long run (`task_blocks`)."""
+"""Blocks that one Ray task makes, one after another; more in a long run (`task_blocks`)."""
 MAX_TABLES = 2_000
-"""Largest number of tables of block numbers, the input of the stream's tasks. Ray stores all tables at the start, and
-each takes some milliseconds."""
+"""Largest number of tables of block numbers, the tasks' input. Ray stores all at the start, in some milliseconds
+each."""
 MAX_TASK_BYTES = 512 << 20
-"""Largest bytes of all blocks of one task. They wait in Ray's object store until those of earlier tasks are consumed;
-without room for them, only the first running task would go on."""
+"""Largest bytes of all blocks of a task. They wait in Ray's object store until earlier tasks' are consumed; without
+room for them, only the first running task would go on."""
 ReadRows = Callable[[dict[str, np.ndarray]], dict[str, Any]]
 LOOP_PAUSE_SECONDS = 0.03
-"""Pause between steps of Ray Data's scheduling loop. A step takes some milliseconds of CPU time, so a pause of only 10
-ms would keep a sixth of a core busy."""
+"""Pause between steps of Ray Data's scheduling loop, each some milliseconds of CPU time; 10 ms would keep a sixth of a
+core busy."""
 
 
 class PausingCallback(ExecutionCallback):  # type: ignore[misc]  # a name of `ray_compat` has type Any
-    """Callback that pauses Ray Data's scheduling loop, which would spin on half a core while tasks wait."""
+    """Callback that pauses Ray Data's scheduling loop, which would keep half a core busy while tasks wait."""
 
     def on_execution_step(self, executor: object) -> None:
         time.sleep(LOOP_PAUSE_SECONDS)
 
 
 class StreamLayout(NamedTuple):
-    """Layout of the stream: the rows of each block, and the position in the training of each row."""
+    """Layout of the stream: the rows of each block, and the position of each row."""
 
     world_size: int
     micro_batch_size: int
@@ -96,9 +95,8 @@ def training_stream(
 
     The columns are `position` (int64), those of the samples (data/shards/columns.py), and `expert` (int64) with router
     `domain`. For an encoder or a vision model, a row is a whole micro-batch and has the position of its first sample
-    (encoder/samples.py, vision/samples.py). The last block of each rank may extend past the end of the training. The
-    caller must read the dataset with `preserve_order`. `samples_before` counts each domain's samples that earlier runs
-    have read, if this run continues their order (`compute_mixture`).
+    (encoder/samples.py, vision/samples.py). Blocks may extend past the end of the training. The caller must read the
+    dataset with `preserve_order`. `samples_before` is that of `compute_mixture`.
     """
     if data_of(spec.model).has_rows:
         return _micro_batch_stream(spec, start // spec.train.micro_batch_size, world_size)
@@ -116,7 +114,7 @@ def training_stream(
 
 
 def task_blocks(block_count: int, block_bytes: int) -> int:
-    """Return the largest number of blocks that one task makes, for a stream of `block_count` blocks."""
+    """Return the largest number of blocks that one task makes."""
     return min(max(BLOCKS_PER_TASK, -(-block_count // MAX_TABLES)), max(1, MAX_TASK_BYTES // block_bytes))
 
 
@@ -125,8 +123,7 @@ def _stream_of_blocks(
 ) -> ray.data.Dataset:
     """Return a stream of at least `rows` rows, with equally many blocks for each rank.
 
-    `read_rows` maps block numbers, in the column `block`, to the columns of their rows, for at most `blocks_per_call`
-    blocks a call.
+    `read_rows` maps block numbers (column `block`) to the columns of their rows.
     """
     rounds = -(-rows // (layout.block_rows * layout.world_size))
     block_count = rounds * layout.world_size
@@ -171,7 +168,6 @@ def _read_rows(
 
 
 def _micro_batch_stream(spec: RunSpec, start: int, world_size: int) -> ray.data.Dataset:
-    """Return a stream of whole micro-batches, from number `start` to the end of the training."""
     rows = spec.train.steps * spec.train.micro_batches - start
     micro_batch_bytes = data_of(spec.model).micro_batch_bytes(spec)
     block_rows = max(1, min(MAX_MICRO_BATCHES, BLOCK_BYTES // micro_batch_bytes, rows // world_size))
@@ -214,13 +210,13 @@ class TrainingSamples:
         return self._names[domains[0]], int(samples[0])
 
     def experts(self, positions: np.ndarray) -> np.ndarray | None:
-        """Return the expert that router `domain` chooses at each position; None for any other router."""
+        """Return the expert of each position for router `domain`, or None."""
         return None if self._expert_numbers is None else self._expert_numbers[self._order(positions)[0]]
 
     def read(self, positions: np.ndarray) -> Samples:
-        """Return stored samples, in which the largest token value marks padding (`to_model_samples` converts them).
+        """Return stored samples, in which the largest token value marks padding (see `to_model_samples`).
 
-        If any source has conversations, all samples get the columns of conversations.
+        If any source has conversations, all samples get their columns.
         """
         domains, samples = self._order(positions)
         rows: Samples | None = None
@@ -253,10 +249,9 @@ def domain_experts(moe: MoESpec | None, names: Sequence[str]) -> np.ndarray | No
 def validation_samples(
     folder: Path, manifest: DataManifest, moe: MoESpec | None = None, sources: Collection[str] | None = None
 ) -> ModelSamples:
-    """Return the validation samples of a prepared folder in the form that a model takes.
+    """Return the validation samples of a prepared folder, of `sources` if given, in the form that a model takes.
 
-    With router `domain` in `moe`, samples of domains without an expert are left out. `sources` limits the samples to
-    those sources.
+    With router `domain` in `moe`, samples of domains without an expert are left out.
     """
     reader = ShardReader(folder, manifest.validation, manifest.token_bytes)
     samples = to_model_samples(reader.read(np.arange(len(reader))), manifest.token_bytes)

@@ -10,9 +10,8 @@ from mhmoe_ray.spec import ClusterSpec, RunSpec
 
 
 def build_dispatch(spec: ClusterSpec, mesh: Mesh) -> FlatDispatch | HierarchicalDispatch | None:
-    """Return the dispatch of this rank, or None if ep is 1, in a collective operation. Even if `spec.dispatch` is
-    hierarchical, a group on one node or with unequal numbers of ranks on its nodes has a flat one
-    (`Mesh.uneven_count`)."""
+    """Return the dispatch of this rank, or None if ep is 1, in a collective operation. A group on one node, or with
+    unequal numbers of ranks on its nodes (`Mesh.uneven_count`), always has a flat one."""
     # A group of ranks whose nodes do not allow a hierarchical dispatch gets a flat one. Both have the same results, so
     # an uneven placement after a restart need not end the run.
     if mesh.ep == 1:
@@ -31,9 +30,8 @@ def build_dispatch(spec: ClusterSpec, mesh: Mesh) -> FlatDispatch | Hierarchical
 
 
 def build_strategy(model: Trunk, mesh: Mesh, spec: RunSpec, fill: FillModel) -> Strategy:
-    """Return a run's strategy, which allocates the meta model's weights, fills them and shards them. This is a
-    collective operation. Without a process group, the result is a plain `Strategy`. A package that is not installed is
-    a SpecError."""
+    """Build a run's strategy, with the weights of a model on the meta device, in a collective operation. Without a
+    process group, it is a plain `Strategy`. A missing package is a SpecError."""
     name = spec.cluster.strategy
     if mesh.devices is None or name == "ddp":
         return Strategy(model, mesh, spec, fill)

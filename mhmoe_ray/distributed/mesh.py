@@ -31,14 +31,14 @@ from mhmoe_ray.spec.cluster import MeshSizes
 
 @dataclass(frozen=True)
 class Mesh:
-    """Mesh of all ranks and the coordinates of this rank in it. Without a process group, as in a run with a single
-    worker, the device meshes are None."""
+    """Mesh of all ranks and this rank's coordinates. Without a process group, as with a single worker, device meshes
+    are None and `process_groups` is empty."""
 
     sizes: MeshSizes
     rank: int
     ep_rank: int  # coordinate of this rank along ep
     devices: DeviceMesh | None
-    """Device mesh of "expert_dp" and "ep". Ranks along "ep" need not be an expert-parallel group."""
+    """Device mesh "expert_dp" x "ep". Ranks along "ep" need not be an expert-parallel group."""
     shard_mesh: DeviceMesh | None
     """Device mesh over which fsdp shards tensors: all ranks or, with hybrid sharding, "replicas" and "shards"."""
     expert_mesh: DeviceMesh | None
@@ -53,13 +53,13 @@ class Mesh:
 
     @property
     def uneven_count(self) -> int:
-        """The number of expert-parallel groups that cannot have a hierarchical dispatch: they have different numbers of
-        ranks on their nodes, or ranks that are not in the order of nodes."""
+        """The number of expert-parallel groups that cannot have a hierarchical dispatch: with different numbers of
+        ranks on their nodes, or with ranks not in the order of nodes."""
         return sum(ranks_by_node(group, self.nodes) is None for group in self.groups)
 
     @property
     def replicas(self) -> int:
-        """The number of copies of the model's shards: 1, or with hybrid sharding the number of shard groups."""
+        """The number of copies of the model's shards: 1, or with hybrid sharding that of shard groups."""
         if self.shard_mesh is None or self.shard_mesh.ndim == 1:
             return 1
         return self.shard_mesh.size(0)
@@ -70,7 +70,7 @@ class Mesh:
 
     @property
     def ep(self) -> int:
-        """The number of ranks of an expert-parallel group, which share one set of experts."""
+        """The number of ranks of an expert-parallel group."""
         return self.sizes["ep"]
 
     @property
@@ -79,23 +79,23 @@ class Mesh:
         return self.world_size // self.ep
 
     def group(self, dimension: Literal["expert_dp", "ep"]) -> dist.ProcessGroup:
-        """Return this rank's process group along a dimension. The default process group must exist."""
+        """Return this rank's process group along a dimension, of which there must be one."""
         return self.process_groups[dimension]
 
     def same_expert_ranks(self) -> list[int]:
-        """Return the ranks that hold the same experts as this one. The default process group must exist."""
+        """Return the ranks that hold the same experts; there must be a process group."""
         assert self.devices is not None
         ranks: list[int] = self.devices["expert_dp"].mesh.tolist()
         return ranks
 
     def expert_ids(self, experts: int) -> range:
-        """Return the global ids of the experts that this rank holds, of the `experts` of each layer."""
+        """Return the global ids of this rank's experts, of `experts` in each layer."""
         experts_per_rank = experts // self.ep
         return range(self.ep_rank * experts_per_rank, (self.ep_rank + 1) * experts_per_rank)
 
     def expert_dtensor(self, local: torch.Tensor) -> torch.Tensor:
-        """Return this rank's experts, [E/ep, ...], as a DTensor of the global shape [E, ...], without a copy; without a
-        process group, return the tensor itself."""
+        """Return this rank's experts, [E/ep, ...], as a DTensor [E, ...], without a copy; without a process group, as
+        they are."""
         if self.devices is None:
             return local
         return DTensor.from_local(local, self.devices, [Replicate(), Shard(0)], run_check=False)
@@ -104,10 +104,9 @@ class Mesh:
 def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domains: Sequence[str] | None = None) -> Mesh:
     """Return the mesh of the default process group, or of a single process if there is none.
 
-    With a process group this is a collective operation, which creates the groups of each dimension. `nodes` and
-    `domains` name the node and the network domain of each rank; by default there is one domain. An expert-parallel
-    group on several nodes while `spec.straddling` is refuse, or a number of ranks that `spec` does not allow, is a
-    ClusterError.
+    With a process group this is a collective operation. `domains` names the network domain of each rank's node; by
+    default there is one. An expert-parallel group on several nodes while `spec.straddling` is refuse, or a number of
+    ranks that `spec` does not allow, is a ClusterError.
     """
     groups = expert_groups(nodes, spec.ep, domains)
     if spec.straddling == "refuse" and groups.refusal_reason:
@@ -164,8 +163,8 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domain
 
 
 def create_process_group(groups: list[list[int]]) -> dist.ProcessGroup | None:
-    """Create a process group for each list of ranks, and return that of this rank, or None. This is a collective
-    operation: all ranks must create the same groups in the same order."""
+    """Create a group for each list of ranks, and return this rank's, if any. This is a collective operation: all ranks
+    must create the same groups in the same order."""
     return _new_groups(groups)[0]
 
 

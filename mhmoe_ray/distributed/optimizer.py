@@ -13,7 +13,7 @@ from mhmoe_ray.spec import TrainSpec
 
 
 def expert_parameters(model: Trunk) -> dict[str, nn.Parameter]:
-    """Return the parameters of the routed experts that this process holds, by their name in the model."""
+    """Return the parameters of this process's routed experts, by name."""
     return {
         f"{module_name}.{name}": parameter
         for module_name, module in model.named_modules()
@@ -25,8 +25,8 @@ def expert_parameters(model: Trunk) -> dict[str, nn.Parameter]:
 def build_optimizer(
     model: Trunk, spec: TrainSpec, seed: int = 0, positions: Mapping[nn.Parameter, ValuePosition] | None = None
 ) -> torch.optim.AdamW:
-    """Return an AdamW optimizer in which only matrices, including those of experts, have weight decay. Moments in
-    bfloat16 need the `positions` of this rank's values, and the run's `seed` for stochastic rounding."""
+    """Return an AdamW optimizer in which only matrices have weight decay. Moments in bfloat16 need the `positions` of
+    this rank's values, and `seed` for stochastic rounding."""
     # Experts have parameter groups of their own, because they may be sharded differently: they may be full tensors
     # where other parameters are sharded, or be sharded over fewer ranks.
     expert_names, decayed_names = set(expert_parameters(model)), matrix_names(model)

@@ -1,11 +1,11 @@
 """AdamW with moments in bfloat16, which are rounded stochastically.
 
 Rounding to nearest would lose each change of a moment that is smaller than half a step between bfloat16 values.
-Stochastic rounding goes up with a probability that is the value's distance from its lower neighbour, divided by the
-step, so that the mean of the rounded values is the value. Weights and the computation of an update are float32.
+Stochastic rounding goes up with the probability (distance from the lower neighbour / step), so that the mean of the
+rounded values is the value. Weights and updates are float32.
 
 The random bits are a hash of the run's seed, the parameter's name, the number of the update, and the value's position
-in the full tensor. They do not depend on how tensors are sharded, nor on restarts.
+in the full tensor. They depend neither on how tensors are sharded nor on restarts.
 """
 
 import hashlib
@@ -20,20 +20,20 @@ from mhmoe_ray.model.held import local_shard
 
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")  # AdamW's two moments in its state
 PIECE_VALUES = 1 << 18
-"""Number of values updated at a time: their moments in float32 take little memory and stay in the cache of a CPU."""
+"""Values updated at a time: their float32 moments take little memory and stay in a CPU's cache."""
 _GOLDEN_RATIO = -0x61C8864680B583EB
 """2^64 / golden ratio, rounded down to an odd number, signed. It spreads positions over 64 bits by multiplication."""
 
 
 class ValuePosition(NamedTuple):
-    """Position of this rank's values of a parameter, which decides the random bits for rounding their moments."""
+    """Position of this rank's values of a parameter, which decides the random bits."""
 
     name: str  # of the parameter
     offset: int  # of this rank's first value in the full tensor, counted in values
 
 
 class RoundedAdamW(torch.optim.AdamW):
-    """AdamW with moments in bfloat16, which are rounded stochastically; the first update creates them."""
+    """AdamW with stochastically rounded moments in bfloat16, which the first update creates."""
 
     def __init__(
         self,
@@ -80,16 +80,15 @@ class RoundedAdamW(torch.optim.AdamW):
 
 
 def round_to_bfloat16(values: Tensor, bits: Tensor) -> Tensor:
-    """Return finite float32 values as bfloat16, each rounded at random to one of its two neighbours. A random integer
-    in 0..65535 (`bits`, int32) is added to the 16 bits that bfloat16 leaves out. If the sum overflows, the value is
-    rounded away from zero, and otherwise towards zero."""
+    """Return finite float32 values as bfloat16, each rounded at random to one of its two neighbours. A random int32 in
+    0..65535 is added to the 16 bits that bfloat16 leaves out; an overflow rounds away from zero, and any other sum
+    towards zero."""
     # The low 16 bits of the sum are 0 after the mask, so the conversion is exact.
     return ((values.view(torch.int32) + bits) & -0x10000).view(torch.float32).to(torch.bfloat16)
 
 
 def random_bits(key: int, start: int, count: int, device: torch.device) -> Tensor:
-    """Return 32 random bits (int32) for each of `count` positions from `start` on, which depend only on `key` and
-    position."""
+    """Return 32 random bits (int32) for each position, which depend only on `key` and the position."""
     position = torch.arange(start, start + count, device=device, dtype=torch.int64)
     bits = ((position * _GOLDEN_RATIO) >> 32).to(torch.int32) ^ key
     # These are the constants of a 32-bit integer hash whose bits are almost free of bias (lowbias32 of the

@@ -33,16 +33,13 @@ The papers of MH-MoE, their tables and their code disagree. Each reading in the 
     | hidden width of an expert       | 4 beta d P1's appendix; 4 beta h d P2 and    | none: it must be given      |
     |   d_expert                      | P1's parameter counts                        |                             |
 
-Three choices are not options. Projections have biases, as in the code of both papers, even though the rest of P2's
-model has none. P1's code drops second choices at random in evaluation too; this model never does. X-MoE's sigmoid gate,
-and torchscale's division of gates after drops, are not implemented.
+Three choices are not options. Projections have biases, as in the code of both papers, though the rest of P2's model
+has none. P1's code drops second choices at random in evaluation too; this model never does. X-MoE's sigmoid gate, and
+torchscale's division of gates after drops, are not implemented.
 
 The same modules build other published models. DeepSeekMoE has many narrow experts and `d_shared`. Mixtral has
-`kv_heads`, `tied_embeddings: false`, `every: 1` and `normalize_gates: true`. Both are presets (planner/). With `heads:
-2` and a `d_sub_token` of d, a layer can compute exactly what a plain layer with the same experts computes (moe.py).
-Qwen, OLMoE and DeepSeek-V3's routing add norms of queries and keys, biases of attention, scaled positions, sigmoid
-scores and groups of experts, which are options too. SMEAR (soft merging of experts, arXiv 2306.03745) is the only
-design here that does not send sub-tokens to experts. Its router `smear` averages the weights of all experts into one
-expert for each sample (smear.py). This router reads whole samples, so in a decoder later tokens would influence earlier
-ones. It is therefore for encoders only.
+`kv_heads`, `tied_embeddings: false`, `every: 1` and `normalize_gates: true`. Both are presets (planner/). Qwen, OLMoE
+and DeepSeek-V3's routing add norms of queries and keys, biases of attention, scaled positions, sigmoid scores and
+groups of experts, which are options too. Router `smear` (arXiv 2306.03745) merges experts instead of sending sub-tokens
+to them (smear.py). It reads whole samples, so in a decoder later tokens would influence earlier ones.
 """

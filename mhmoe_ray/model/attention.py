@@ -15,18 +15,18 @@ from mhmoe_ray.model.rotary import RotaryTables, rotate
 from mhmoe_ray.spec import ModelSpec
 
 CachedAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Function (q_BHTC, k_BHTC, v_BHTC) -> y_BHTC for generation, which stores the newest tokens' keys and values in the KV
-cache and attends to these and all earlier tokens."""
+"""Function (q_BHTC, k_BHTC, v_BHTC) -> y_BHTC that stores the newest tokens' keys and values in the KV cache and
+attends to all tokens so far."""
 
 
 def document_indices(document_starts_BT: Tensor) -> Tensor:
-    """Return the index (B, T) of each token's document in its sequence; tokens before the first start have index 0."""
+    """Return the index (B, T) of each token's document in its sequence, 0 before the first start."""
     return document_starts_BT.cumsum(1)
 
 
 def document_mask(document_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the causal mask (B, 1, T, T) within documents: 0 where a token may attend, and -inf elsewhere. Positions
-    need not restart in each document, because RoPE and xPos depend only on the distance between two tokens."""
+    """Return the causal mask (B, 1, T, T) within documents, 0 or -inf. Positions need not restart in each document,
+    because RoPE and xPos depend only on distances."""
     # The mask holds 0 and -inf. Every layer would convert a boolean mask into such a mask, and keep its own copy for
     # the backward.
     visible_BTT = (document_BT[:, :, None] == document_BT[:, None, :]).tril()
@@ -34,23 +34,23 @@ def document_mask(document_BT: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def document_offsets(document_starts_BT: Tensor) -> Tensor:
-    """Return the index of each document's first token in the flattened batch, then the number of tokens, all int32. A
-    sequence always starts a document. The mask is in CPU memory, because its values decide the result's shape."""
+    """Return the index of each document's first token in the flattened batch, then the number of tokens, int32. A
+    sequence starts a document. The mask is in CPU memory, as its values decide the result's shape."""
     starts_BT = document_starts_BT.clone()
     starts_BT[:, 0] = True
     return torch.cat([starts_BT.flatten().nonzero()[:, 0], torch.tensor([starts_BT.numel()])]).int()
 
 
 class Documents(NamedTuple):
-    """Restriction of attention to each token's own document, in one of two forms."""
+    """Restriction of attention to each token's document, in one of two forms."""
 
     mask_B1TT: Tensor | None  # `document_mask`; None if attention uses the offsets instead
     offset_N1: Tensor | None  # `document_offsets` on the tokens' device; None if attention uses the mask
 
 
 def has_variable_length_kernel(spec: ModelSpec, x: Tensor) -> bool:
-    """Return whether torch has a kernel for attention of documents without a mask: flash attention for NVIDIA's GPUs of
-    compute capability 8.0 or more. Whether it is faster than attention with a mask has not been measured."""
+    """Return whether torch has flash attention for documents without a mask: on NVIDIA's GPUs of compute capability 8.0
+    or more. Whether it is faster has not been measured."""
     if x.device.type != "cuda" or torch.version.hip or matmul_dtype(x) not in (torch.bfloat16, torch.float16):
         return False
     # A fake tensor may claim to be on a GPU although this machine has none.
@@ -60,7 +60,7 @@ def has_variable_length_kernel(spec: ModelSpec, x: Tensor) -> bool:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with H heads. Several heads may share keys and values (grouped queries)."""
+    """Causal self-attention with H heads; several may share keys and values."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Attention(nn.Module):
         self.dropout = spec.attention_dropout
         bias = spec.biased_attention
         self.qkv = nn.Linear(spec.d_model, spec.query_width + 2 * spec.kv_width, bias=bias != "none")
-        """Projection to all queries, then all keys, then all values."""
+        """Projection to all queries, all keys, all values."""
         self.qk_norm = spec.qk_norm
         if spec.qk_norm != "none":
             is_per_head = spec.qk_norm == "head"
@@ -85,8 +85,7 @@ class Attention(nn.Module):
         generator: torch.Generator | None = None,
         documents: Documents | None = None,
     ) -> Tensor:
-        """Return the attention output of tokens, which attend to themselves and to earlier tokens (of their document).
-        The generator is for dropout on the attention weights; None in evaluation."""
+        """Return the attention output; the generator is for dropout on attention weights."""
         q, k, v = self.project(x_BTM)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         q, k = rotate(q, tables.q_cos_TC, tables.q_sin_TC), rotate(k, tables.k_cos_TC, tables.k_sin_TC)
@@ -94,7 +93,7 @@ class Attention(nn.Module):
         return self.merge(y.transpose(1, 2))
 
     def project(self, x_BTM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the queries, keys and values of tokens, each (B, T, heads, C), before rotation."""
+        """Return queries, keys and values, each (B, T, heads, C), before rotation."""
         B, T, _ = x_BTM.shape
         heads_BTHC = self.qkv(x_BTM).view(B, T, self.heads + 2 * self.kv_heads, self.width)
         q, k, v = torch.split(heads_BTHC, [self.heads, self.kv_heads, self.kv_heads], dim=2)
@@ -103,12 +102,11 @@ class Attention(nn.Module):
         return q, k, v
 
     def merge(self, y_BTHC: Tensor) -> Tensor:
-        """Combine the attention outputs of all heads into the output of the layer."""
+        """Combine the outputs of all heads into the layer's output."""
         output: Tensor = self.out(self.inner_norm(y_BTHC.flatten(2)))
         return output
 
     def _normed(self, norm: nn.Module, rows_BTHC: Tensor) -> Tensor:
-        """Return queries or keys after RMSNorm, in their own dtype. The norm is over each head or over all heads."""
         # torch's fused norm needs inputs in the dtype of its weight, which is float32.
         wide_BTHC = widen(rows_BTHC)
         if self.qk_norm == "head":
@@ -143,7 +141,7 @@ class Attention(nn.Module):
 
 
 def _attend_within_documents(q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, offset_N1: Tensor) -> Tensor:
-    """Return the output of causal attention within each document, by a kernel that skips pairs across documents."""
+    """Return causal attention within documents, without pairs across them."""
     # In torch 2.11, `varlen_attn` does not take grouped queries, so keys and values are repeated below.
     from torch.nn.attention.varlen import varlen_attn
 

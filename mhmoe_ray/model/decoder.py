@@ -29,17 +29,16 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class KeyValueCache(Protocol):
-    """KV cache for generation, with the keys and values of all tokens before those of the current forward pass."""
+    """KV cache for generation, with the keys and values of all earlier tokens."""
 
     position_T: Tensor  # of the newest tokens, int64; a batch may have several sequences, one after another
 
     def attend(self, layer: int, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor) -> Tensor:
-        """Store the newest tokens' keys and values in layer `layer`, and return their attention over all tokens so
-        far."""
+        """Store the newest tokens' keys and values in layer `layer`, and return their attention over all tokens."""
         ...
 
     def requested_rows(self, x_BTM: Tensor) -> Tensor:
-        """Return the hidden states of the tokens whose logits were requested; the decoder computes no others."""
+        """Return the hidden states of the tokens that get logits."""
         ...
 
 
@@ -70,9 +69,8 @@ class Block(TrunkBlock):
         recompute: bool,
         domain_B: Tensor | None,
     ) -> tuple[Tensor, Routing | None]:
-        """Return the output and, with experts, the routing. `create_generator` returns a new generator in the same
-        state at each call, or None in evaluation. The backward recomputes attention with `recompute`. Only router
-        `domain` uses `domain_B`, the expert of each sequence."""
+        """Return the output and, with experts, the routing. `create_generator` returns a generator in the same state at
+        each call, or None in evaluation. `recompute` is about attention. Only router `domain` uses `domain_B`."""
 
         def run_attention(x_BTM: Tensor) -> tuple[Tensor, torch.Generator | None]:
             # The backward may run this again and must then draw the same numbers, so each run creates a new generator.
@@ -93,25 +91,23 @@ class Block(TrunkBlock):
 
 
 class DecoderOutput(NamedTuple):
-    """Output of the decoder for a batch of tokens: logits, and how sub-tokens were routed to experts."""
+    """Output of the decoder without targets."""
 
     logits_BTV: Tensor
     routing: list[Routing]  # of each mixture-of-experts layer, from the first layer to the last
 
 
 class DecoderLoss(NamedTuple):
-    """Output of the decoder for a batch with targets: the loss, and how sub-tokens were routed to experts."""
+    """Output of the decoder with targets."""
 
     loss: Loss
     routing: list[Routing]  # of each mixture-of-experts layer, from the first layer to the last
 
 
 class Decoder(Trunk):
-    """Decoder from tokens to next-token logits: an embedding, blocks, and an output layer."""
+    """Decoder from tokens to next-token logits. Its weights are uninitialized until `init_weights` or a checkpoint."""
 
     def __init__(self, spec: ModelSpec, expert_ids: range | None = None) -> None:
-        """Create the decoder with uninitialized weights and, in every layer, the experts of `expert_ids`, by default
-        all."""
         super().__init__(spec)
         self.loss_chunk_rows: int | None = None  # tokens whose logits exist at a time in the loss; None for all
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
@@ -135,9 +131,9 @@ class Decoder(Trunk):
         """Return next-token logits or, with targets, the loss; and the routing of each mixture-of-experts layer.
 
         The call adds the new tokens to the cache, which selects those that get logits. `noise` is None in evaluation.
-        Document indices are required with `document_masks` and no cache; with `document_offsets`, attention on a GPU
-        needs no mask. Router `domain` requires `domain_B`, the expert of each sequence. The loss is computed here,
-        because FSDP and ZeRO gather the output layer's weights only for the duration of the call.
+        `document_BT` is required with `document_masks` and no cache; with `document_offsets`, attention on a GPU needs
+        no mask. Router `domain` requires `domain_B`, each sequence's expert. The loss is computed here, because FSDP
+        and ZeRO gather the output layer's weights only during the call.
         """
         # A prompt is one document, so generation with a cache needs no mask.
         assert (document_BT is not None) == (self.spec.document_masks and cache is None)

@@ -15,19 +15,19 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class CastingModule(nn.Module):
-    """Module that casts its parameters itself, because autocast does not cast the operands of custom operations."""
+    """Module that casts its parameters itself, because autocast skips custom operations."""
 
     def __init__(self) -> None:
         super().__init__()
         self.step_casts: tuple[Tensor, ...] | None = None  # parameters, cast once for all micro-batches of a step
 
     def cast_weights(self) -> tuple[Tensor, ...]:
-        """Return all parameters, in the order of their registration, in autocast's dtype if autocast is on."""
+        """Return all parameters, in order, in autocast's dtype if autocast is on."""
         # Parameters are DTensors if training shards experts over ranks.
         return cast_for_autocast(*(local_shard(p) for p in self.parameters()))
 
     def cast(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return rows and all parameters in autocast's dtype if autocast is on."""
+        """Return rows and all parameters in autocast's dtype if it is on."""
         # All micro-batches of a step can share one cast of each weight. Several backwards can pass through it, because
         # a cast saves no tensors that the first backward would free.
         weights = self.step_casts if torch.is_grad_enabled() else None
@@ -49,14 +49,14 @@ class FeedForward(CastingModule):
 
 
 class SharedExpert(NamedTuple):
-    """Shared expert of a layer, with its input. Expert parallelism can compute it while rows travel between ranks."""
+    """Shared expert with its input, to be computed while rows travel."""
 
     layer: FeedForward
     x_BTM: Tensor  # whole tokens, before they are split into sub-tokens
 
 
 def matrix_names(model: nn.Module) -> set[str]:
-    """Return the names of all matrices and stacks of experts' matrices; biases and norms are left out."""
+    """Return the names of all matrices and stacks of matrices, without biases and norms."""
     return {
         name
         for path, module in model.named_modules()
@@ -68,8 +68,8 @@ def matrix_names(model: nn.Module) -> set[str]:
 class Experts(CastingModule):
     """The experts of a layer that this process holds: all E experts, or some of them with expert parallelism.
 
-    Each computes the function of `FeedForward`, with a sub-token's width D and hidden width F. The parameters of all
-    experts are stacked along a first dimension E, and registered in the order of the function's arguments.
+    Each computes the function of `FeedForward`, with a sub-token's width D and hidden width F. Parameters are stacked
+    along a first dimension E, and registered in the order of the function's arguments.
     """
 
     def __init__(self, spec: ModelSpec, expert_ids: range) -> None:
@@ -87,27 +87,26 @@ class Experts(CastingModule):
     def forward(
         self, x_ND: Tensor, routing: Routing, dispatch: "Dispatch", shared: SharedExpert | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the result of `dispatch`; with expert parallelism, sums include outputs of other ranks' experts."""
+        """Return the result of `dispatch`, maybe with outputs of other ranks' experts."""
         # The dispatch, which sends rows to their experts, runs inside a forward of this module, because FSDP gathers
         # the module's sharded parameters only during its forward.
         return dispatch(x_ND, routing, self, shared)
 
     def compute(self, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, capacity: int | None = None) -> Tensor:
-        """Return each row's sum of outputs weighted by gates; `expert_NK` counts from 0 at this process's first
-        expert."""
+        """Return each row's weighted sum of outputs; `expert_NK` counts from this process's first expert."""
         x_ND, weights = self.cast_rows(x_ND)
         return run_experts(self.select_kernel(x_ND, weights, capacity), x_ND, expert_NK, gate_NK, weights, capacity)
 
     def select_kernel(self, x_ND: Tensor, weights: ExpertWeights, capacity: int | None = None) -> str:
-        """Return the name of the kernel for results of `cast_rows`; kernel `capacity` needs a capacity, in rows."""
+        """Return the kernel's name for results of `cast_rows`; kernel `capacity` needs a capacity, in rows."""
         return choose_kernel(self.kernel, x_ND, weights, capacity)
 
     def cast_rows(self, x_ND: Tensor) -> tuple[Tensor, ExpertWeights]:
-        """Return rows and the weights of this process's experts, both in autocast's dtype if autocast is on."""
+        """Return rows and weights, both in autocast's dtype if it is on."""
         x_ND, *stacked = self.cast(x_ND)
         return x_ND, ExpertWeights(self.function, tuple(stacked), self.recompute)
 
 
 Dispatch = Callable[[Tensor, Routing, Experts, SharedExpert | None], tuple[Tensor, Tensor | None]]
 """Function (x_ND, routing, experts, shared) -> (y_ND, y_BTM) that sends routed rows to their experts, and returns the
-combined outputs and those of the shared expert, if there is one."""
+combined outputs and those of the shared expert, if any."""

@@ -59,8 +59,7 @@ def init_weights(model: Trunk, seed: int, on_tensor: Callable[[], None] = lambda
 
 @torch.no_grad()
 def initial_tensor(model: Trunk, name: str, seed: int) -> Tensor:
-    """Return the initial values of a parameter or buffer in CPU memory; `model` has all experts and may be on the meta
-    device."""
+    """Return the initial values of a parameter or buffer, in CPU memory; the model may be on the meta device."""
     module_name, _, tensor_name = name.rpartition(".")
     module = model.get_submodule(module_name)
     tensor = getattr(module, tensor_name)
@@ -88,7 +87,7 @@ def _initial_values(model: Trunk, module: nn.Module, name: str, template: Tensor
 
 
 def _fill_initial_values(module: nn.Module, name: str, t: Tensor, generator: torch.Generator) -> None:
-    """Fill `t` with the initial values that the table in `init_weights` gives for a tensor of this module and name."""
+    """Fill `t` with the initial values of the table in `init_weights`."""
     # The module and the last part of the name tell what a tensor is. The earlier parts may be any words, such as the
     # names of tasks.
     tensor_name = name.rpartition(".")[2]
@@ -130,7 +129,6 @@ def _fill_bias(module: nn.Module, name: str, t: Tensor, generator: torch.Generat
 
 
 def _fan_in(module: nn.Module, bias_name: str) -> int:
-    """Return the fan-in of the matrix that a bias belongs to; `module` contains both."""
     if isinstance(module, nn.Linear):
         return module.in_features
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):

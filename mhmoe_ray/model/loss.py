@@ -1,9 +1,9 @@
 """The cross-entropy of next tokens from the last hidden states: from all logits at once, or chunk by chunk.
 
 The logits of N tokens over a vocabulary of size V are N * V values. The loss from all logits at once holds them several
-times: in the dtype of the product, in float32, as log-probabilities and as gradients. The chunked loss computes the
-logits of a few tokens at a time, and their gradients with them, so that only a few chunks exist at any time. It keeps
-two gradients for the backward: that of the hidden states, and that of the output layer's weights in float32.
+times: in the dtype of the product, in float32, as log-probabilities and as gradients. The chunked loss computes logits
+and their gradients a few tokens at a time, so that only a few chunks exist. It keeps two gradients for the backward:
+that of the hidden states, and that of the output layer's weights in float32.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ PRODUCT_ROWS = {"cpu": 4096, "cuda": 32768}
 
 
 class Targets(NamedTuple):
-    """Next tokens that a decoder should predict for a batch, and which of them count in the loss."""
+    """Next tokens that a decoder should predict for a batch."""
 
     token_BT: Tensor  # next token of each position, int64
     counts_BT: Tensor  # bool: True for targets that count in the loss
@@ -36,13 +36,13 @@ class Loss(NamedTuple):
 
 
 def token_losses(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
-    """Return the cross-entropy of each token in nats, float32, shape BT."""
+    """Return the cross-entropy of each token in nats, float32, BT."""
     loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), target_BT.flatten(), reduction="none")
     return loss.view(target_BT.shape)
 
 
 def full_loss(logits_BTV: Tensor, targets: Targets) -> Loss:
-    """Return the cross-entropy of a batch from the logits of all tokens at once."""
+    """Return the cross-entropy of a batch from all logits at once."""
     loss_BT = token_losses(logits_BTV, targets.token_BT) * targets.counts_BT
     return Loss(loss_BT.sum(), loss_BT.detach())
 
@@ -63,7 +63,7 @@ def chunked_loss(x_BTM: Tensor, weight_VM: Tensor, targets: Targets, chunk_rows:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Autograd function of `chunked_loss`. Its forward also computes the gradients; its backward only scales them."""
+    """Autograd function whose forward computes the gradients and whose backward scales them."""
 
     @staticmethod
     def forward(

@@ -4,19 +4,17 @@ P1 is the first paper (arXiv 2404.15045, section 3.1), P2 the follow-up (arXiv 2
 
     x (N, d) -> head projection -> split (N*h, D) -> router -> experts -> join (N, h*D) -> merge projection
 
-The h sub-tokens of a token are neighbouring rows (token-major, head-minor). Their width D is d/h, or the option
-`d_sub_token`. With the option, the first layer of the head projection maps d to h*D values, and the last layer of the
-merge projection maps back to d. With D = d, a multi-head layer can compute exactly what a plain layer with the same
-experts and router computes: the head projection copies each token to its first sub-token, and the merge projection
-reads only the first sub-token.
+The h sub-tokens of a token are neighbouring rows (token-major, head-minor). Their width D is d/h, or `d_sub_token`:
+then the first layer of the head projection maps d to h*D values, and the last layer of the merge projection maps back
+to d. With D = d, a multi-head layer can compute exactly what a plain layer with the same experts and router computes:
+the head projection copies each token to its first sub-token, and the merge projection reads only that sub-token.
 
-By default there is no residual connection around a sub-token: the block's own residual is the only one, as in the
-authors' code and in P2. Equation 6 of P1 has one, which the option `sub_token_residual` adds. P2 leaves open where a
-shared expert is. Here it computes on whole tokens, before the split.
+By default there is no residual around a sub-token, as in the authors' code and in P2. Equation 6 of P1 has one, which
+the option `sub_token_residual` adds. P2 leaves open where a shared expert is; here it computes on whole tokens, before
+the split into sub-tokens.
 
 In training, dropout applies to the output of each expert, shared or routed, before gates and merge, as in the authors'
-code. Each of a sub-token's k experts has its own mask. Neither the projections nor the output of the whole layer have
-dropout.
+code. Each of a sub-token's k experts has its own mask. Projections and the layer's output have no dropout.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -34,14 +32,14 @@ from mhmoe_ray.spec import ModelSpec
 def dispatch_locally(
     x_ND: Tensor, routing: Routing, experts: Experts, shared: SharedExpert | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Run sub-tokens through their experts without communication; this process must hold all experts of the layer.
-    Return each sub-token's sum of expert outputs weighted by gates, and the shared expert's output, if there is one."""
+    """Run sub-tokens through experts that are all in this process; return each sub-token's sum of outputs weighted by
+    gates, and the shared expert's output, if there is one."""
     y_ND = experts.compute(x_ND, routing.expert_NK, routing.gate_NK, routing.capacity)
     return y_ND, None if shared is None else shared.layer(shared.x_BTM)
 
 
 def _build_projection(widths: Iterable[int]) -> nn.Module:
-    """Return a projection: a linear layer from each width to the next one, with ReLU between the layers."""
+    """Return linear layers from each width to the next one, with ReLU between them."""
     # The layers have biases, as in the code of the MH-MoE authors, even where the rest of the model has none.
     linear_layers = [nn.Linear(in_width, out_width) for in_width, out_width in pairwise(widths)]
     if len(linear_layers) == 1:
@@ -53,7 +51,7 @@ BuildRouter = Callable[[ModelSpec], Router]
 
 
 def build_router(spec: ModelSpec) -> Router:
-    """Return the router of one layer of the model that a spec describes, with uninitialized parameters."""
+    """Return the uninitialized router of one layer."""
     build: BuildRouter = spec.family.part("router")
     return build(spec)
 
@@ -73,10 +71,9 @@ class MoELayer(nn.Module):
 
 
 class MultiHeadMoE(MoELayer):
-    """Mixture-of-experts layer that splits each token into sub-tokens and sends each sub-token to its top-k experts."""
+    """Layer that splits each token into sub-tokens and routes each to its top-k experts."""
 
     def __init__(self, spec: ModelSpec, expert_ids: range | None = None) -> None:
-        """Create the layer with uninitialized weights and the experts of `expert_ids`, by default all."""
         super().__init__()
         moe = spec.moe
         assert moe is not None
@@ -96,9 +93,8 @@ class MultiHeadMoE(MoELayer):
         domain_B: Tensor | None = None,
         group_tokens: Sequence[int] = (),
     ) -> tuple[Tensor, Routing]:
-        """Return the output (B, T, M) of the layer, and its routing. The generator of the router and of dropout is None
-        in evaluation. Only router `domain` uses `domain_B`; `group_tokens` has the number of tokens of each modality or
-        task."""
+        """Return the output (B, T, M) and the routing; the generator is None in evaluation. Only router `domain` uses
+        `domain_B`. `group_tokens` has the number of tokens of each modality or task."""
         x = self.head(x_BTM)
         x_ND = x.reshape(-1, x.shape[-1] // self.heads)
         group_rows = [count * self.heads for count in group_tokens]
@@ -120,8 +116,7 @@ class MultiHeadMoE(MoELayer):
     def _run_experts(
         self, x_ND: Tensor, routing: Routing, generator: torch.Generator | None, shared: SharedExpert | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return each sub-token's weighted sum of expert outputs, with dropout before gates, and the shared output if
-        any."""
+        """Return sums of expert outputs weighted by gates, with dropout before gates, and the shared output."""
         if not self.dropout or generator is None:
             outputs: tuple[Tensor, Tensor | None] = self.experts(x_ND, routing, self.dispatch, shared)
             return outputs

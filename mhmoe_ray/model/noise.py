@@ -12,26 +12,25 @@ HEADS = -2  # layer number of the output heads in `Noise.generator`
 
 
 def seeded_generator(name: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a new random generator that gives the same numbers for the same `name` in every process."""
+    """Return a new random generator, with the same numbers for a `name` in every process."""
     # Python's own hash of a string differs between processes.
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 class Noise:
-    """Source of random generators for the forward pass of one micro-batch in training. Evaluation has none."""
+    """Source of random generators for a micro-batch in training; evaluation has none."""
 
     def __init__(self, seed: int, micro_batch: int) -> None:
         self._name = f"{seed}:{micro_batch}"
 
     def generator(self, layer: int, device: torch.device) -> torch.Generator:
-        """Return a new generator for a layer, `EMBEDDING` or `HEADS`, in the same state at each call."""
+        """Return a generator for a layer, in the same state at each call."""
         return seeded_generator(f"{self._name}:{layer}", device)
 
 
 def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
-    """Return x with entries set to zero with probability `rate` and the rest divided by 1 - rate; x itself without
-    generator."""
+    """Return x with entries zeroed with probability `rate`, others divided by 1 - rate; x itself without generator."""
     if not rate or generator is None:
         return x
     # The mask is drawn in float32, so that it does not depend on the dtype of x.
@@ -41,8 +40,8 @@ def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor
 
 @contextmanager
 def default_generator_from(generator: torch.Generator | None) -> Iterator[None]:
-    """Let operations in the context draw from `generator` as the device's default one, and then restore the default
-    state. `generator` has advanced afterwards; None changes nothing."""
+    """Let operations in the context draw from `generator`, even those that only use the device's default one.
+    Afterwards `generator` has advanced, and the default state is as before; None changes nothing."""
     # The state of a generator is on the host even if its device is a GPU, so copying the state does not wait for the
     # GPU.
     if generator is None:

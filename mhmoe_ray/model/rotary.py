@@ -12,7 +12,7 @@ from mhmoe_ray.spec.model import RopeScaling
 
 
 class RotaryTables(NamedTuple):
-    """Cosines and sines, float32, that rotate queries and keys at T positions. The two differ only with xPos."""
+    """Cosines and sines, float32, for T positions; queries and keys differ only with xPos."""
 
     q_cos_TC: Tensor
     q_sin_TC: Tensor
@@ -22,7 +22,7 @@ class RotaryTables(NamedTuple):
 
 def rotary_tables(spec: ModelSpec, position_T: Tensor) -> RotaryTables:
     """Return RoPE's cosines and sines for each position (arXiv 2104.09864, half-split pairing). An architecture's
-    `query_scale` multiplies the tables of queries and divides those of keys."""
+    `query_scale` multiplies those of queries and divides those of keys."""
     # Angles are computed in float64, because those of late positions would lose digits in float32.
     width, position = spec.head_width, position_T.double()
     frequency, factor = _frequencies(spec, position.device)
@@ -35,8 +35,7 @@ def rotary_tables(spec: ModelSpec, position_T: Tensor) -> RotaryTables:
 
 
 def _frequencies(spec: ModelSpec, device: torch.device) -> tuple[Tensor, float]:
-    """Return RoPE's frequencies (C/2), radians per token, float64, and the factor of rotated queries and keys, 1 except
-    in YaRN."""
+    """Return RoPE's frequencies (C/2), radians per token, float64, and a factor, 1 except in YaRN."""
     even_indices = torch.arange(0, spec.head_width, 2, device=device, dtype=torch.float64)
     frequency = spec.rope_theta ** (-even_indices / spec.head_width)
     scaling = spec.rope_scaling
@@ -53,9 +52,9 @@ def _frequencies(spec: ModelSpec, device: torch.device) -> tuple[Tensor, float]:
 
 
 def _kept_share_yarn(spec: ModelSpec, scaling: RopeScaling, device: torch.device) -> Tensor:
-    """Return the share, from 0 to 1, of each frequency (C/2) that YaRN does not scale (arXiv 2309.00071, section 3.2).
-    It falls linearly from the dimension whose angle makes `beta_fast` full turns within the context length of
-    pretraining (`original_length`) to that with `beta_slow` turns."""
+    """Return the share, 0 to 1, of each frequency (C/2) that YaRN does not scale (arXiv 2309.00071, section 3.2). It
+    falls linearly from the dimension whose angle makes `beta_fast` full turns within the context length of pretraining
+    to that with `beta_slow` turns."""
     width, original_length = spec.head_width, scaling.original_length
     assert original_length is not None
 
@@ -70,9 +69,8 @@ def _kept_share_yarn(spec: ModelSpec, scaling: RopeScaling, device: torch.device
 
 
 def _kept_share_llama3(frequency: Tensor, scaling: RopeScaling) -> Tensor:
-    """Return the share, from 0 to 1, of each frequency (C/2) that Llama 3.1 does not scale. It rises linearly with the
-    full turns within the context length of pretraining, from 0 at `low_freq_factor` to 1 at `high_freq_factor`
-    turns."""
+    """Return the share, 0 to 1, of each frequency (C/2) that Llama 3.1 does not scale. It rises linearly with the full
+    turns within the context length of pretraining, from `low_freq_factor` to `high_freq_factor` turns."""
     assert scaling.original_length is not None
     turns = scaling.original_length * frequency / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -80,6 +78,6 @@ def _kept_share_llama3(frequency: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rotate(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
-    """Rotate queries or keys by the angles of their positions, and return them in their own dtype."""
+    """Rotate queries or keys by the angles of their positions, in their own dtype."""
     first_half, second_half = x_BHTC.chunk(2, dim=-1)
     return (x_BHTC * cos_TC + torch.cat((-second_half, first_half), dim=-1) * sin_TC).to(x_BHTC.dtype)

@@ -1,20 +1,18 @@
-"""SMEAR, soft merging of experts with adaptive routing (arXiv 2306.03745): a weighted average of experts for each
-sample.
+"""SMEAR, soft merging of experts with adaptive routing (arXiv 2306.03745): an average of all experts for each sample.
 
     positions of a sample (U, M) -> mean without padding -> norm -> logits -> softmax -> probabilities (E)
     weights of experts (E, F, M) -> average by probabilities (F, M) -> merged expert, which computes all U positions
 
-There is no discrete choice, so the router learns by gradients alone, without an expert capacity or a balancing loss. It
+Without a discrete choice, the router learns by gradients alone: it needs no expert capacity and no balancing loss. It
 averages over whole samples, so the layer is for encoders only.
 
 The router is that of the authors' code (github.com/r-three/smear, class Router of adapter_utils.py) with the settings
 of their runs: the mean passes a layer norm, and so does each expert's row of the router's weights, with a gain that
-starts at 0.01. There is no bias. The bias vector of their norm of rows is left out, because it adds the same number to
-the logits of all experts and so cannot change a softmax.
+starts at 0.01. There is no bias. The bias vector of their norm of rows is left out, because it cannot change a softmax:
+it adds the same number to all logits.
 
-Probabilities are computed in float32 or wider. Weights are merged in the precision of matrix products.
-
-Additional shape suffixes: S samples of a micro-batch, U positions of a sample.
+Probabilities are computed in float32 or wider. Weights are merged in the precision of matrix products. Additional shape
+suffixes: S samples of a micro-batch, U positions of a sample.
 """
 
 from collections.abc import Sequence
@@ -34,7 +32,7 @@ from mhmoe_ray.spec import ModelSpec, MoESpec
 
 
 class SmearScores(LinearScores):
-    """Module that computes the logits of router `smear`: the normalized mean of a sample times normalized weights."""
+    """Module of the logits of router `smear`: the normalized mean of a sample times normalized weights."""
 
     def __init__(self, width: int, moe: MoESpec, eps: float) -> None:
         super().__init__(width, moe)
@@ -49,7 +47,7 @@ class SmearScores(LinearScores):
 
 
 class SmearRouter(Router):
-    """Router of one layer that gives each sample a probability for every expert."""
+    """Router that gives each sample a probability for every expert."""
 
     def __init__(self, width: int, moe: MoESpec, eps: float) -> None:
         # The constructor of `Router` would create a module of scores without the norms that `SmearScores` has.
@@ -64,7 +62,7 @@ class SmearRouter(Router):
         domain_B: Tensor | None = None,
         group_rows: Sequence[int] = (),
     ) -> Routing:
-        """Return a routing of each sample, given its mean, to all experts, with their probabilities as gates."""
+        """Return a routing of each sample's mean to all experts, with probabilities as gates."""
         # Autocast would compute logits in bfloat16, in which many different logits become equal.
         with torch.autocast(x_ND.device.type, enabled=False):
             probability_NE = self.scores(widen(x_ND)).softmax(-1)
@@ -81,7 +79,7 @@ class SmearRouter(Router):
         )
 
     def _drop_experts(self, probability_NE: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Leave out some experts of each sample at random, and rescale the other probabilities to a sum of 1."""
+        """Drop experts at random, and rescale the other probabilities to a sum of 1."""
         rate = self.moe.expert_dropout
         if not rate or generator is None:
             return probability_NE
@@ -93,8 +91,8 @@ class SmearRouter(Router):
 
 
 class MergedExperts(MoELayer):
-    """Mixture-of-experts layer with router `smear`, which merges all experts into one expert for each sample. Its
-    parameters have the same names as those of a `MultiHeadMoE` with one head."""
+    """Mixture-of-experts layer that merges all experts into one for each sample. Its parameters have the names of those
+    of a `MultiHeadMoE` with one head."""
 
     def __init__(self, spec: ModelSpec, expert_ids: range | None = None) -> None:
         super().__init__()
@@ -110,12 +108,10 @@ class MergedExperts(MoELayer):
     def forward(
         self, samples: Sequence[Tensor], masks: Sequence[Tensor | None], generator: torch.Generator | None = None
     ) -> tuple[list[Tensor], Routing]:
-        """Return the outputs of all positions in sets of samples (B, U, M), and the routing, with one row for each
-        sample.
+        """Return the outputs of all positions in sets of samples (B, U, M), and the routing, a row for each sample.
 
-        A mask, (B, 1, 1, U), is added to attention scores; None means no padding. `count_E` counts positions, padding
-        included, all for their sample's most probable expert. It shows whether the router prefers some experts,
-        although all experts contribute to each position.
+        A mask, (B, 1, 1, U), is added to attention scores; None means no padding. `count_E` counts all positions,
+        padding included, for their sample's most probable expert, to show which experts the router prefers.
         """
         lengths = [x_BUM.shape[:2] for x_BUM in samples]
         x_NM = torch.cat([x_BUM.flatten(0, 1) for x_BUM in samples])
@@ -132,7 +128,7 @@ class MergedExperts(MoELayer):
         return _split_rows(y_NM, lengths), routing
 
     def _count_positions(self, probability_SE: Tensor, lengths: Sequence[torch.Size]) -> Tensor:
-        """Return for each expert the number of positions in those samples whose most probable expert it is."""
+        """Return for each expert the positions of samples that prefer it."""
         best_parts = torch.split(probability_SE.argmax(-1, keepdim=True), [samples for samples, _ in lengths])
         counts = [
             positions * route_counts(best_B1, probability_SE.shape[1])
@@ -149,8 +145,7 @@ def run_merged(
     *,
     lengths: Sequence[torch.Size],
 ) -> tuple[Tensor, None]:
-    """Run positions through their sample's merged expert, as the dispatch of router `smear`; `lengths` has (B, U) of
-    each set."""
+    """Run positions through their sample's merged expert, as a dispatch."""
 
     def run(x_NM: Tensor, probability_SE: Tensor) -> Tensor:
         x_NM, weights = experts.cast_rows(x_NM)
@@ -173,13 +168,13 @@ def run_merged(
 
 
 def _split_rows(x_NM: Tensor, lengths: Sequence[torch.Size]) -> list[Tensor]:
-    """Split rows into sets of samples, and return each set as a view (B, U, M)."""
+    """Return sets of samples as views (B, U, M)."""
     parts = torch.split(x_NM, [length.numel() for length in lengths])
     return [part.view(*length, x_NM.shape[1]) for part, length in zip(parts, lengths, strict=True)]
 
 
 def _mean_of_positions(x_BUM: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mean over the positions of each sample, padding excluded, in float32 or wider."""
+    """Return each sample's mean without padding, in float32 or wider."""
     x_BUM = widen(x_BUM)
     if mask is None:
         return x_BUM.mean(1)

@@ -18,18 +18,18 @@ R = TypeVar("R")
 
 
 class TrunkBlock(nn.Module):
-    """Transformer block that may have a mixture-of-experts layer; the base class of the blocks of all models."""
+    """Transformer block, the base class of all models' blocks."""
 
     moe: MoELayer | None
 
     @property
     def has_distributed_experts(self) -> bool:
-        """True if the block has experts that are distributed over ranks (expert parallelism)."""
+        """True if the block's experts are distributed over ranks."""
         return self.moe is not None and self.moe.dispatch is not dispatch_locally
 
 
 class RecomputedParts(NamedTuple):
-    """Choice of what the backward pass recomputes of one transformer block, to save memory."""
+    """Parts of a block that the backward recomputes, to save memory."""
 
     block: bool
     attention: bool  # only the attention part, not the feed-forward layer or experts
@@ -44,8 +44,7 @@ class Trunk(nn.Module, ABC):
         super().__init__()
         self.spec = spec
         self.recompute: Recompute = "none"
-        """Part of each block to recompute (`TrainSpec.recompute`); `MoESpec.recompute` is about experts' hidden
-        activations."""
+        """What to recompute of each block (`TrainSpec.recompute`), apart from `MoESpec.recompute`."""
         self.residual_dtype: torch.dtype | None = None  # None keeps the dtype of embeddings, float32 or wider
         self.is_compiled = False
 
@@ -54,16 +53,15 @@ class Trunk(nn.Module, ABC):
         """Return the norms between the last block and the output layers."""
 
     def recomputed_parts(self, block: TrunkBlock) -> RecomputedParts:
-        """Return which parts of a block the backward must recompute; none if gradients are disabled."""
+        """Return what the backward recomputes of a block; nothing without gradients."""
         recompute = self.recompute if torch.is_grad_enabled() else "none"
         # Recomputing a whole block with distributed experts would exchange their rows between ranks a second time.
         is_whole = recompute == "block" or (recompute == "exchange" and not block.has_distributed_experts)
         return RecomputedParts(is_whole, recompute == "exchange" and not is_whole)
 
     def compile_blocks(self, **options: Any) -> None:
-        """Set up torch.compile for each block, in place; a block is compiled at its first call. The exchange of rows
-        between ranks divides a block into parts and is not compiled. The model must not draw random numbers, as dropout
-        does."""
+        """Set up torch.compile for each block, in place, for its first call. The exchange of rows between ranks is not
+        compiled and divides a block. The model must not draw random numbers, as dropout does."""
         allow_compilation()
         for layer in self.moe_layers():
             if layer.dispatch is not dispatch_locally:
@@ -78,24 +76,23 @@ class Trunk(nn.Module, ABC):
         return [m for m in self.modules() if isinstance(m, MoELayer)]
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """Return all tensors that a checkpoint stores as `weights`, by name and detached: parameters and selection
-        biases."""
+        """Return a checkpoint's `weights`, detached: parameters and selection biases."""
         training_buffers = self.training_buffers()
         tensors = (*self.named_parameters(), *self.named_buffers())
         return {name: t.detach() for name, t in tensors if name not in training_buffers}
 
     def training_buffers(self) -> dict[str, Tensor]:
-        """Return the buffers that only training needs, by name: each expert's share of the choices of the last step."""
+        """Return the buffers that only training needs: experts' shares of the last step's choices."""
         return {name: t for name, t in self.named_buffers() if name.endswith(".share_E")}
 
 
 def add_residual(x_BTM: Tensor, y_BTM: Tensor) -> Tensor:
-    """Add the output y of a layer to the residual stream x, and return the sum in the dtype of x."""
+    """Add a layer's output y to the residual stream x, in the dtype of x."""
     return (x_BTM + y_BTM).to(x_BTM.dtype)
 
 
 def recompute_in_backward(function: Callable[..., R], *inputs: Tensor) -> R:
-    """Return `function(*inputs)`. Only its inputs are kept for the backward, which calls the function again."""
+    """Return `function(*inputs)`; the backward calls it again instead of keeping its values."""
     # The state of torch's default generator need not be kept, because all random numbers are drawn from other
     # generators.
     result: R = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -103,7 +100,7 @@ def recompute_in_backward(function: Callable[..., R], *inputs: Tensor) -> R:
 
 
 def routing_loss(spec: ModelSpec, routing: list[Routing]) -> Tensor:
-    """Return the load balancing loss and the router z-loss of a micro-batch, weighted and summed over layers."""
+    """Return the weighted load balancing loss and router z-loss of a micro-batch, summed over layers."""
     assert spec.moe is not None
     layers = [spec.moe.balance_weight * r.balance_loss + spec.moe.z_weight * r.z_loss for r in routing]
     return torch.stack(layers).sum()

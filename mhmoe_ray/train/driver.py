@@ -85,8 +85,8 @@ def train_run(run: RunDir, attempt: int) -> None:
 
 
 def _prepare_data(run: RunDir, spec: RunSpec) -> None:
-    """Prepare the data if it is missing, verify it, and copy its tokenizer, chat template and class names into the run
-    directory. Data that is damaged, does not fit the spec, or has other such files than the run began with is a
+    """Prepare the data if it is missing, verify it, and copy its tokenizer and other small files into the run
+    directory. Damaged data, or data that does not fit the spec or has other such files than the run began with, is a
     DataError."""
     folder = spec.data.prepared
     if not folder.exists():

@@ -1,5 +1,4 @@
-"""Optimizer step: gradients of M micro-batches, accumulated over all ranks, and then one update of the weights. This
-module uses neither Ray nor files."""
+"""Optimizer step: accumulated gradients of M micro-batches over all ranks, then one update; without Ray and files."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +27,7 @@ from mhmoe_ray.train.objectives import Environment, LossSums, Objective
 class RankSums(NamedTuple):
     """Losses, routes and traffic of one training step, summed over the micro-batches of one rank."""
 
-    targets: int  # over all ranks; for an encoder or a vision model, the patches and tokens that the model reads
+    targets: int  # those that count, over all ranks; for encoders and vision models, the patches and tokens read
     loss: float  # all terms over all targets that count, in nats for a decoder
     balance: float  # load balancing loss, summed over micro-batches and layers
     dropped: int  # routes dropped because the expert's capacity was used up, over all layers
@@ -37,7 +36,7 @@ class RankSums(NamedTuple):
     """Sum of each of the P losses in `RunSpec.loss_names`, and its targets, float64; P is 0 without `data.parts`."""
     sent_bytes: SentBytes = SentBytes()  # to other ranks, by expert-parallel dispatch
     least_bytes: int = 0
-    """Fewest bytes that flat dispatch can send for this rank's tokens. Over all ranks, they are a lower bound of
+    """Fewest bytes that flat dispatch can send for this rank's tokens; their sum is a lower bound of
     `sent_bytes.rows`."""
     wait_seconds: float = 0.0  # waits for rows of other ranks
 
@@ -67,10 +66,9 @@ class Trainer:
     ) -> None:
         """Build the model with its dispatch and its parallel strategy, and initialize the weights.
 
-        The mesh's world size must divide `micro_batches`; `objective_inputs` come from `Objective.load_inputs`. The
-        watchdog sees progress by `on_progress`, called after each micro-batch and each tensor of a checkpoint or of the
-        initial weights. A kernel that cannot run on this device, a model that torch.compile cannot compile, or a
-        missing package is a SpecError.
+        `objective_inputs` is the result of `Objective.load_inputs`. `on_progress` is called after each micro-batch and
+        each tensor of a checkpoint or of the initial weights. A kernel or torch.compile that cannot run here, or a
+        missing package, is a SpecError.
         """
         spec.check_compilation()
         assert spec.train.micro_batches % mesh.world_size == 0

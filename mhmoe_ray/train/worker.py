@@ -50,8 +50,8 @@ STOP_CHECK_SECONDS = 1.0
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """Train as one rank; Ray Train calls this on each worker. `config` has the path of the run directory (`run`), the
-    number of the `attempt`, and the handle of the `watchdog` actor."""
+    """Train as one rank, called by Ray Train. `config` has the run directory's path (`run`), the number of the
+    `attempt`, and the handle of the `watchdog` actor."""
     run = RunDir(location(config["run"]))
     # Ray Train gives a single worker a process group, too. Parallelism strategies would use it, which only costs time.
     if dist.is_initialized() and dist.get_world_size() == 1:
@@ -300,8 +300,8 @@ class Worker:
 
 
 def _node_domains(spec: RunSpec, worker_infos: list[WorkerInfo]) -> list[str] | None:
-    """Return the network domain of each rank's node: a label of the Ray node, or one common domain without the label.
-    The result is None if the spec names no label."""
+    """Return the network domain of each rank's node, which is a label of the Ray node ("" without the label); None if
+    the spec names no label."""
     label = spec.cluster.domain_label
     if label is None:
         return None

@@ -73,9 +73,8 @@ def original_errors(failures: Mapping[int, Exception]) -> dict[int, Exception]:
 
 
 def root_cause_rank(errors: Mapping[int, Exception]) -> int:
-    """Return the rank whose failure caused those of the others. An error of this package is the most likely cause, then
-    a rank whose process is gone, then a failure outside of a collective operation; of equals, the lowest rank is
-    returned."""
+    """Return the rank whose failure caused those of the others: most likely one with an error of this package, then one
+    whose process is gone, then one that failed outside of a collective operation; of equals, the lowest."""
 
     def priority(rank: int) -> tuple[bool, bool, bool, int]:
         error = errors[rank]

@@ -1,7 +1,7 @@
 """Conversations: their chat template, and those of their tokens that a model learns to predict.
 
-A conversation is rendered as one text and encoded once. The tokens of the assistant's turns, with those that end a
-turn, are the targets. A server renders prompts with the same template.
+The targets are the tokens of the assistant's turns, with those that end a turn. A server renders prompts with the same
+template.
 
 template.py   the chat template: prompts, and the spans of the assistant's turns
 encoder.py    the tokens of a rendered conversation, and the mask of its targets

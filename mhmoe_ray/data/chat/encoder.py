@@ -24,17 +24,14 @@ class EncodedConversation(NamedTuple):
     """(n,) bool: True for tokens of the assistant's turns, including those that end a turn."""
 
     def rows(self, token_bytes: int) -> np.ndarray:
-        """Return a row of all stored columns for each token, whose id takes `token_bytes` bytes."""
+        """Return a row of all stored columns for each token."""
         document_starts = np.arange(len(self.token_ids)) == 0
         tokens = self.token_ids.astype(token_dtype(token_bytes))
         return join_columns({TOKENS: tokens, TARGETS: self.target_mask, DOCUMENT_STARTS: document_starts})
 
 
 class ConversationEncoder:
-    """Encoder of rendered conversations that gives the same token ids as a server.
-
-    The text may contain special tokens, which the template writes. The tokenizer needs `boundaries`.
-    """
+    """Encoder that gives a conversation the same token ids as a server; its text may have special tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.start_token = boundaries(tokenizer).start
@@ -47,7 +44,7 @@ class ConversationEncoder:
         }
 
     def encode(self, conversations: Sequence[RenderedConversation]) -> list[EncodedConversation]:
-        """Return the tokens of each conversation; a start token is put first unless the template writes it."""
+        """Return the tokens of each conversation."""
         encodings = self._tokenizer.encode_batch([c.text for c in conversations], add_special_tokens=False)
         result = []
         for conversation, encoding in zip(conversations, encodings, strict=True):
@@ -63,7 +60,7 @@ class ConversationEncoder:
     def turn_ends(self, template: ChatTemplate) -> frozenset[int]:
         """Return the ids of special tokens that end the assistant's turns, by trying the template.
 
-        A ChatTemplateError says that no special token ends a turn, or that prompt and answer share a token.
+        A ChatTemplateError says that there is none, or that prompt and answer share a token.
         """
         messages = EXCHANGES if template.accepts(EXCHANGES) else EXCHANGES[:2]
         conversation = template.render_conversation(messages)
@@ -104,5 +101,5 @@ def _tokens_in(spans: Sequence[Span], offsets: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def conversation_encoder(path: Path) -> ConversationEncoder:
-    """Return the encoder of a tokenizer.json that `load_tokenizer` accepts; a process caches the last one."""
+    """Return the encoder of a tokenizer.json; a process caches the last one."""
     return ConversationEncoder(read_tokenizer(path))

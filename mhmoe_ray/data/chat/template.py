@@ -1,7 +1,6 @@
 """Chat templates: Jinja templates that render a conversation as a text.
 
-They have the functions, filters and blocks of Hugging Face's tokenizers. A server renders the prompt; training needs
-the whole conversation and the spans of the assistant's turns.
+They have the functions, filters and blocks of Hugging Face's tokenizers.
 """
 
 import json
@@ -40,7 +39,7 @@ BUILT_IN_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- "Assistant:\\n" -}}{%- endif -%}
 """
-"""Chat template for a spec that names none: plain role headers, and the end token after each answer."""
+"""Template for a spec that names none: plain role headers, and the end token after each answer."""
 
 # Names of variables that a template prints before and after the text of a `{% generation %}` block. They are empty
 # strings except while the positions of these blocks are looked for.
@@ -49,7 +48,7 @@ _NO_MARKS = {_BLOCK_START: "", _BLOCK_STOP: ""}
 
 
 class ChatTemplateError(Exception):
-    """Error of a chat template, or of messages that it does not accept, with the reason in one line."""
+    """Error of a chat template, or of messages that it does not accept."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(" ".join(reason.split()))
@@ -96,7 +95,7 @@ class ChatTemplate:
 
     @cached_property
     def _timeless_template(self) -> Template:
-        """The template without `strftime_now`, so that training data do not depend on the day of preparation."""
+        """The template without `strftime_now`, so that training data do not depend on the day."""
         return self._environment.from_string(self.text)
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -106,9 +105,8 @@ class ChatTemplate:
     def render_conversation(self, messages: Sequence[Message]) -> RenderedConversation:
         """Return the whole conversation as training reads it, with the spans of the assistant's turns.
 
-        The spans are the template's `{% generation %}` blocks. Without such blocks, a turn is the conversation up to it
-        without its prompt; a template that renders the beginning of a conversation differently is then a
-        ChatTemplateError.
+        The spans are the template's `{% generation %}` blocks. Without such blocks, a turn is what follows its prompt;
+        a template that renders the beginning of a conversation differently is then a ChatTemplateError.
         """
         text = self._render(self._timeless_template, messages)
         spans = self._block_spans(messages, text) if self._has_generation_blocks else self._turn_spans(messages, text)
@@ -123,10 +121,7 @@ class ChatTemplate:
         return True
 
     def check_prompts(self, messages: Sequence[Message]) -> None:
-        """Raise ChatTemplateError if a prompt is not the beginning of the conversation with its answer.
-
-        A server's prompts would then differ from those of training.
-        """
+        """Raise ChatTemplateError if a server's prompts would not be the beginnings of training's conversations."""
         for number, message in enumerate(messages):
             if message["role"] == "assistant":
                 prompt = self._render(self._timeless_template, messages[:number], add_generation_prompt=True)
@@ -153,7 +148,6 @@ class ChatTemplate:
             raise ChatTemplateError(str(e)) from e
 
     def _turn_spans(self, messages: Sequence[Message], text: str) -> Iterator[Span]:
-        """Yield the spans of the assistant's turns by rendering the beginnings of the conversation."""
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -184,7 +178,7 @@ class ChatTemplate:
 
 
 def read_template(spec: DataSpec) -> str:
-    """Return the text of a spec's chat template or of the built-in one; an unreadable file is a DataError."""
+    """Return the text of a spec's chat template; an unreadable file is a DataError."""
     if spec.chat_template is None:
         return BUILT_IN_TEMPLATE
     try:
@@ -208,8 +202,8 @@ EXCHANGES: list[Message] = [
 def check_template(spec: DataSpec, start_text: str = "", end_text: str = "") -> ChatTemplate:
     """Compile a spec's chat template, try it on a conversation, and return it.
 
-    The spec has sources of format `chat`. `start_text` and `end_text` are the texts of the start token and of an end
-    token. A template that cannot be read, compiled or used is a DataError.
+    `start_text` and `end_text` are the texts of the boundary tokens. A template that cannot be read, compiled or used
+    is a DataError.
     """
     text = read_template(spec)
     try:

@@ -1,6 +1,6 @@
 """Annotations of images for vision models, and their storage as JSON.
 
-Classes are stored by name. A class's number is its index among the sorted class names in a task's training samples.
+A class is stored by name; its number is its index among the sorted class names in a task's training samples.
 """
 
 import importlib.util

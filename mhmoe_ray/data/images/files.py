@@ -24,13 +24,12 @@ MAX_SIDE = 32_768
 """Largest height or width of an image in pixels."""
 # Libtiff has this limit for JPEG data in TIFF files. Encoders write about ten scans.
 MAX_SCANS = 100
-"""Largest number of scans of a JPEG file, each of which makes a decoder work through the whole image."""
+"""Largest number of scans of a JPEG file, each of which decodes the whole image."""
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 """TIFF tags with the width and the height of tiles in pixels."""
 _ORIENTATION = 0x0112
-"""EXIF tag of the orientation, which tells how an image must be turned."""
 _FIRST_SIDE_ORIENTATION = 5
-"""Smallest EXIF orientation, of those up to 8, for an image that lies on its side."""
+"""Smallest EXIF orientation, up to 8, of an image on its side."""
 
 
 class ImageError(Exception):
@@ -60,7 +59,7 @@ def require_pillow() -> None:
 
 
 def decode_image(content: bytes) -> "Image.Image":
-    """Decode a file that `check_image_file` accepts to RGB, upright by EXIF, with white for transparent pixels.
+    """Decode a checked file to RGB, upright by EXIF, with white for transparent pixels.
 
     An animation gives its first frame.
     """
@@ -69,9 +68,9 @@ def decode_image(content: bytes) -> "Image.Image":
 
 
 def check_image_file(content: bytes, max_pixels: int) -> "Image.Image":
-    """Check an image file and decode it as `decode_image` does; an unusable file raises a subclass of ImageError.
+    """Check and decode an image file; an unusable one raises a subclass of ImageError.
 
-    The size is read from the header, so an image of more than `max_pixels` is never decoded.
+    An image of more than `max_pixels` in its header is never decoded.
     """
     require_pillow()
     from PIL import UnidentifiedImageError
@@ -93,7 +92,7 @@ def check_image_file(content: bytes, max_pixels: int) -> "Image.Image":
 
 
 def _check_limits(image: "Image.Image", content: bytes, max_pixels: int) -> None:
-    """Raise ImageError if an image, of which only the header was read, would take too much memory or time to decode."""
+    """Raise ImageError by an image's header if its decoding would take too much memory or time."""
     from PIL.TiffImagePlugin import TiffImageFile
 
     width, height = image.size
@@ -111,7 +110,7 @@ def _check_limits(image: "Image.Image", content: bytes, max_pixels: int) -> None
 
 
 def image_size(content: bytes) -> tuple[int, int]:
-    """Return width and height in pixels of the image that `decode_image` returns, from its file's header."""
+    """Return width and height of the decoded image in pixels, from its file's header."""
     with _open_image(content) as image:
         width, height = image.size
         is_on_side = image.getexif().get(_ORIENTATION, 1) >= _FIRST_SIDE_ORIENTATION

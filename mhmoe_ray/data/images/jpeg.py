@@ -9,7 +9,7 @@ import re
 # excludes these. It also excludes FF, which may be repeated before any marker.
 _MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
 _FIRST_SEGMENT = 0xC0
-"""Smallest code of a JPEG marker that may begin a segment; decoders skip smaller markers or end with an error."""
+"""Smallest code of a marker that may begin a segment; decoders skip smaller ones or end with an error."""
 _START_OF_IMAGE, _END_OF_IMAGE, _START_OF_SCAN = 0xD8, 0xD9, 0xDA
 
 

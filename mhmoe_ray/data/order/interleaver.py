@@ -3,20 +3,20 @@
 A binary tree has the domains as leaves. A leaf weighs its domain's weight, another node the sum of its children. Each
 slot walks from the root to a leaf. A node's c-th visitor (from 0) goes left if floor((c + 1) a / A) exceeds floor(c a /
 A), where A is the node's weight and a its left child's. So floor(c a / A) of its first c visitors went left, which is
-the visitor's number at the left child; at the right child its number is c minus this. The walk gives the slot's domain
-and its number among that domain's slots. The sequence repeats after as many slots as the root's weight, and each domain
-has exactly its weight of these.
+the visitor's number at the left child; at the right child its number is c minus this. At the leaf it is the slot's
+number among its domain's slots. The sequence repeats after as many slots as the root's weight, and each domain has
+exactly its weight of these.
 
 Exactness: over any stretch of slots a child gets its share of its parent's visitors to within less than one. With
 weights W_0 > W_1 > ... > W_m from the root to a leaf, n consecutive slots give that leaf n W_m / W_0 to within less
 than the sum of W_m / W_k over k = 1..m. In a Huffman tree W_k >= W_(k+1) + W_(k+2), because the sibling of node k+1 is
 no lighter than node k+2, which was merged first. So the W_k grow at least as fast as the Fibonacci numbers from the
-leaf up, and the sum stays below that of the reciprocals, 1 + 1 + 1/2 + 1/3 + 1/5 + ... = 3.36, for any number of
-domains and any shares. Sources are the leaves of one Huffman tree and the roots of others, so a source stays within
-3.36 slots of its share and a domain within 6.72.
+leaf up, and the sum stays below that of the reciprocals, 1 + 1 + 1/2 + 1/3 + 1/5 + ... = 3.36, for any domains and
+shares. Sources are the leaves of one Huffman tree and the roots of others, so a source stays within 3.36 slots of its
+share and a domain within 6.72.
 
-A walk takes about as many levels as the mixture has bits of entropy, and at most about log_phi(1 / s) levels to a
-domain with share s, where phi is the golden ratio.
+A walk takes about as many levels as the mixture has bits of entropy, and at most about log_phi(1 / s) to a domain with
+share s, where phi is the golden ratio.
 """
 
 import heapq
@@ -34,8 +34,7 @@ than one in float64."""
 class Interleaver:
     """Binary trees over the same domains, one for each set of proportions.
 
-    `weights` has, for each tree, the slots that each domain gets before the sequence repeats: at least one is positive,
-    and they sum to at most `MAX_WEIGHT`.
+    `weights` has each tree's slots by domain before the sequence repeats, from 1 to `MAX_WEIGHT` in all.
     """
 
     def __init__(self, sources: Sequence[str], weights: Sequence[Sequence[int]]) -> None:
@@ -53,7 +52,6 @@ class Interleaver:
         self._ratios = np.nextafter(self._left_weights / self._weights, np.inf)
 
     def _build_tree(self, sources: Sequence[str], weights: Sequence[int]) -> int:
-        """Add a tree's nodes, with each source's domains in a subtree; return the number of the root."""
         assert min(weights) >= 0
         assert 0 < sum(weights) <= MAX_WEIGHT
         by_source: dict[str, list[tuple[int, int]]] = {}
@@ -63,7 +61,7 @@ class Interleaver:
         return self._merge_nodes([self._merge_nodes(leaves) for leaves in by_source.values()])[1]
 
     def _merge_nodes(self, heap: list[tuple[int, int]]) -> tuple[int, int]:
-        """Merge (weight, number) pairs of nodes by Huffman's algorithm; return the pair of the root."""
+        """Merge (weight, number) pairs of nodes by Huffman's algorithm; return the root."""
         heapq.heapify(heap)
         while len(heap) > 1:
             light_node, heavy_node = heapq.heappop(heap), heapq.heappop(heap)
@@ -73,9 +71,9 @@ class Interleaver:
         return heap[0]
 
     def __call__(self, tree: I64, slot: I64) -> tuple[I64, I64]:
-        """Return each slot's domain and its number among that domain's slots, elementwise.
+        """Return each slot's domain and its number there, elementwise; `tree` numbers each slot's tree.
 
-        `tree` numbers each slot's tree; `slot` is below twice the weight of its root.
+        A slot is below twice the weight of its root.
         """
         domain, rank = np.empty_like(slot), np.empty_like(slot)
         # `indices` holds the positions, in the result arrays, of the slots whose walk down their tree has not reached a
@@ -94,7 +92,7 @@ class Interleaver:
             node, visitor = self._descend(node - self.domain_count, visitor)
 
     def _descend(self, node: I64, visitor: I64) -> tuple[I64, I64]:
-        """Descend one level; return the child that each slot goes to, and the slot's number there."""
+        """Return the child that each slot goes to, and the slot's number there."""
         left_weight, weight = self._left_weights.take(node), self._weights.take(node)
         left_visitor = (visitor * self._ratios.take(node)).astype(np.int64)
         # The products wrap round 2^64, but their difference is small, so the remainder is right.

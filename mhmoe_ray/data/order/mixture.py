@@ -5,14 +5,14 @@
     tempered     W_s q_i, q_i = p_i^alpha / sum_j p_j^alpha (XLM's rule); fixed shares stay unchanged
     weights      the mixture weights: the tempered shares, limited by `max_epochs`, as whole numbers for the order
 
-At most floor(max_epochs * samples) samples of a domain may be read in the whole training, including those that earlier
-runs have read if the run continues their order. This limit is divided over the phases in proportion to the samples that
-they would read without limits. Within a phase, the samples that a domain cannot provide go to the other domains of its
-source in proportion. If all domains of a source are at their limits, the rest goes to the other sources.
+At most floor(max_epochs * samples) samples of a domain may be read in the whole training, with those of earlier runs
+whose order the run continues. The limit is divided over the phases in proportion to the samples that they would read
+without limits. Samples that a domain cannot provide go to the other domains of its source in proportion, or to other
+sources if all of these are at their limits.
 
-Without any `max_epochs`, the weights of a phase are shares out of 2^50, so its order does not depend on its length: a
-longer training begins with the same order as a shorter one. With `max_epochs`, the weights of a phase add up to its
-number of positions, so that limits are exact to the sample, and the order depends on `train.steps`.
+Without any `max_epochs`, the weights of a phase are shares out of 2^50, so a longer training begins with the same order
+as a shorter one. With `max_epochs`, they add up to the phase's positions, so that limits are exact to the sample, and
+the order depends on `train.steps`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,10 +33,9 @@ from mhmoe_ray.spec import MicroBatchPart, RunSpec, SourceMix
 def apportion(total: int, weights: Sequence[float], limits: Sequence[int], offset: float) -> list[int]:
     """Split `total` into integers in proportion to `weights`, each at most its limit.
 
-    Entries whose share would exceed their limit get the limit, and the others divide the rest. The split is exact: the
-    numbers add up to the total, and each one below its limit is the exact share of the rest, rounded. `offset` in [0,
-    1) determines which entries are rounded up; if it is drawn uniformly, the mean of each number is its exact share.
-    The limits of positive weights must allow the total.
+    Entries whose share would exceed their limit get the limit, and the others divide the rest exactly, rounded up or
+    down. `offset` in [0, 1) determines which are rounded up; if it is drawn uniformly, the mean of each number is its
+    exact share. The limits of positive weights must allow the total.
     """
     # The weights are scaled to integers so that the split is exact. The scaling is exact too, because the denominators
     # of floats are powers of two.
@@ -108,10 +107,10 @@ class Mixture:
 def compute_mixture(spec: RunSpec, manifest: DataManifest, samples_before: Mapping[str, int] | None = None) -> Mixture:
     """Return the mixture of a training, with all domains that fill at least one sample, sorted by name.
 
-    A domain that no phase reads has share 0. If micro-batches consist of parts, the shares are those of all parts
-    together. `samples_before` counts each domain's samples that earlier runs have read, if the run continues their
-    order (`start.order`); limits include them. A DataError says that a domain with a fixed share or a whole source
-    fills no sample, that `max_epochs_of` names an unknown subfolder, or that the limits leave steps without data.
+    A domain that no phase reads has share 0. With parts of micro-batches, the shares are those of all parts together.
+    `samples_before` counts each domain's samples that earlier runs have read, if the run continues their order
+    (`start.order`); limits include them. A DataError says that a domain with a fixed share or a whole source fills no
+    sample, that `max_epochs_of` names an unknown subfolder, or that the limits leave steps without data.
     """
     mixtures = [_compute_part(spec, part, manifest, samples_before) for part in spec.parts]
     return mixtures[0] if len(mixtures) == 1 else _combine_parts(spec, mixtures)
@@ -120,7 +119,6 @@ def compute_mixture(spec: RunSpec, manifest: DataManifest, samples_before: Mappi
 def _compute_part(
     spec: RunSpec, part: MicroBatchPart, manifest: DataManifest, samples_before: Mapping[str, int] | None
 ) -> Mixture:
-    """Return the mixture of the sources that one part of every micro-batch reads."""
     names = sorted(name for name, d in manifest.domains.items() if d.samples and source_of(name) in part.sources)
     domains = [OrderedDomain(name, source_of(name), manifest.domains[name].samples) for name in names]
     sizes = [manifest.domains[name].size for name in names]
@@ -166,7 +164,6 @@ def _compute_part(
 
 
 def _combine_parts(spec: RunSpec, mixtures: Sequence[Mixture]) -> Mixture:
-    """Combine the mixtures of the parts, in the order of the spec, into one of whole micro-batches."""
     sizes = [part.samples for part in spec.parts]
     # Each row is a pair: the number of a part, and the number of a domain in that part. Rows are sorted by domain name.
     rows = sorted(
@@ -203,7 +200,6 @@ def _combine_parts(spec: RunSpec, mixtures: Sequence[Mixture]) -> Mixture:
 
 
 def _check_experts(spec: RunSpec, names: Sequence[str], phase_shares: Sequence[Sequence[float]]) -> None:
-    """Raise DataError if the router is `domain` and a domain that is read has no expert."""
     moe = spec.model.moe
     if moe is None or moe.router != "domain":
         return
@@ -216,10 +212,7 @@ def _check_experts(spec: RunSpec, names: Sequence[str], phase_shares: Sequence[S
 def training_order(
     spec: RunSpec, manifest: DataManifest, samples_before: Mapping[str, int] | None = None
 ) -> tuple[list[str], Order | PartedOrder]:
-    """Return the names of the domains and the order of a training's samples; domain i of the order has the i-th name.
-
-    Arguments and errors are those of `compute_mixture`.
-    """
+    """Return the names of the domains, by their number in the order, and the order, as in `compute_mixture`."""
     order_mixture = compute_mixture(spec, manifest, samples_before)
     return [d.name for d in order_mixture.domains], order_mixture.order
 
@@ -231,7 +224,7 @@ def _domain_limits(
     domains: Sequence[OrderedDomain],
     samples_before: Sequence[int],
 ) -> list[int | None]:
-    """Return the samples of each domain that `max_epochs` still allows; None for a domain without a limit."""
+    """Return the samples of each domain that `max_epochs` still allows."""
     for name in part.sources:
         for subfolder in spec.data.sources[name].max_epochs_of:
             if f"{name}/{subfolder}" not in manifest.domains:
@@ -259,10 +252,10 @@ def _domain_limits(
 def phase_shares(
     mixes: dict[str, SourceMix], domains: Sequence[OrderedDomain], sizes: Sequence[int], *, apply_temperature: bool
 ) -> list[float]:
-    """Return each domain's share in one phase before limits; the shares sum to 1.
+    """Return each domain's share in one phase before limits.
 
-    `sizes` has each domain's tokens, or samples for an encoder; `apply_temperature` raises them to their source's
-    alpha. A DataError says that a domain with a fixed share, or every domain of a source, fills no sample.
+    `sizes` has each domain's tokens, or samples for an encoder. A DataError says that a domain with a fixed share, or
+    every domain of a source, fills no sample.
     """
     result = [0.0] * len(domains)
     weight_sum = fsum(mix.weight or 0 for mix in mixes.values())
@@ -295,7 +288,7 @@ def _power(base: int, exponent: float) -> float:
 def _split_limits(
     limits: Sequence[int | None], positions: Sequence[int], shares: Sequence[Sequence[float]]
 ) -> list[list[int]]:
-    """Split each domain's limit over the phases, in proportion to positions times share; return the limits by phase.
+    """Return the domains' limits for each phase, in proportion to positions times share.
 
     A domain without a limit, or one that no phase reads, is limited by the phase's positions only.
     """
@@ -324,7 +317,7 @@ def _check_limits(
     """Raise DataError if a phase has too few samples; it names the longest training that the limits allow."""
 
     def find_shortage(steps: int) -> tuple[int, int, int] | None:
-        """Return the first phase with too few samples, and its available and required ones; None if there is none."""
+        """Return the first phase with too few samples, with its available and required ones."""
         phase_bounds = [min(step, steps) for step in (*phase_starts, steps)]
         positions = [(stop - start) * spec.train.micro_batches * part.samples for start, stop in pairwise(phase_bounds)]
         for i, phase_limits in enumerate(_split_limits(limits, positions, shares)):
@@ -359,10 +352,7 @@ def _split_by_source(
     limits: Sequence[int],
     offsets: Sequence[float],
 ) -> list[int]:
-    """Split `total` into integers by domain, first over the sources, then over the domains of each source.
-
-    `offsets` has one offset of `apportion` for the sources and one for the domains.
-    """
+    """Split `total` by domain, first over the sources; `offsets` has one for sources, one for domains."""
     domains_by_source: dict[str, list[int]] = {}
     for i, domain in enumerate(domains):
         if shares[i]:

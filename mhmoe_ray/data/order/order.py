@@ -15,17 +15,11 @@ s*M*b .. (s+1)*M*b - 1, micro-batch by micro-batch.
 
 Only the last row depends on the number of workers, so a step reads the same text with any number of them.
 
-The domain of a position: a phase has integer weights and assigns its positions to domains in proportion to them,
-starting at a seeded slot of an endless sequence. In every prefix of the phase a source is within 3.36 samples of its
-share and a domain within 6.72 (interleaver.py); a phase whose length is the sum of its weights reads exactly its
-weights.
-
-The sample within the domain: slot n, the domain's n-th position over all phases, takes element n mod size of the
-permutation of epoch n // size. The permutation depends on seed, name and size of the domain only, so another mixture
-reads the same domain in the same order. A run with `start.order: continue` counts on from the slots that the run before
-it has read, so the two runs read a domain as one longer run would.
-
-Both are computed without the earlier positions.
+A phase starts at a seeded slot of an endless sequence of domains in proportion to its integer weights. In every prefix
+of the phase a source is within 3.36 samples of its share and a domain within 6.72 (interleaver.py); a phase whose
+length is the sum of its weights reads exactly its weights. Slot n takes element n mod size of the permutation of epoch
+n // size, so another mixture reads the same domain in the same order. A run with `start.order: continue` counts on from
+the slots that the run before it has read, so the two runs read a domain as one longer run would.
 """
 
 from bisect import bisect_left
@@ -62,9 +56,9 @@ class Phase(NamedTuple):
 
 
 class Order:
-    """Order in which a training, or one part of its micro-batches, reads the samples of its domains.
+    """Order in which a training, or one part of its micro-batches, reads its domains.
 
-    `first_slots` has each domain's samples that earlier runs have read; a run that continues an order begins there.
+    `first_slots` has each domain's samples that earlier runs, whose order this run continues, have read.
     """
 
     def __init__(
@@ -140,8 +134,8 @@ class Order:
 class PartedOrder:
     """Order of a training whose micro-batches consist of parts, each of a fixed size and with its own order.
 
-    A micro-batch has the samples of one part after another. For a part of b samples, those of micro-batch m are at
-    positions m*b .. (m+1)*b - 1 of the part's order. `domains` numbers each part's domains in the combined order.
+    For a part of b samples, those of micro-batch m are at positions m*b .. (m+1)*b - 1 of the part's order. `domains`
+    numbers each part's domains in the combined order.
     """
 
     def __init__(self, orders: Sequence[Order], sizes: Sequence[int], domains: Sequence[Sequence[int]]) -> None:

@@ -1,8 +1,7 @@
 """Shuffled samples within a domain: any element of any keyed permutation of 0..n-1, in constant time and memory.
 
 The permutation is a Feistel network over a rectangle of a x b cells, with a and b close to the square root of n; the
-rounds add modulo a and b in turn. A value that lands on one of the fewer than a + b cells outside 0..n-1 goes through
-the network again.
+rounds add modulo a and b in turn. A value on one of the fewer than a + b cells outside 0..n-1 goes through it again.
 """
 
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ ROUND_PAIRS = 6
 class Permutations:
     """Endless shuffled sequences of samples, one for each domain; each sample occurs once in every epoch.
 
-    `sizes` are from 1 to `MAX_POSITION`; the 64-bit `keys` determine the orders.
+    `sizes` are from 1 to `MAX_POSITION`; `keys` have 64 bits.
     """
 
     def __init__(self, sizes: Sequence[int], keys: Sequence[int]) -> None:
@@ -58,7 +57,7 @@ class Permutations:
 
 
 def _feistel_network(value: I64, rows: I64, columns: I64, key: U64) -> I64:
-    """Permute cells of the rectangle; the number of a cell is row * columns + column."""
+    """Permute cells, numbered row * columns + column."""
     row = (value / columns).astype(np.int64)
     column = (value - row * columns).astype(np.uint32)
     left_half, right_half = row.astype(np.uint32), column

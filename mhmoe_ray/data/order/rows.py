@@ -23,7 +23,7 @@ class RowGroup(NamedTuple):
 
 
 class PartPositions(NamedTuple):
-    """Positions in the whole training of the samples that one part has in a micro-batch."""
+    """Positions in the whole training of one part's samples in a micro-batch."""
 
     part: MicroBatchPart
     positions: np.ndarray
@@ -52,7 +52,7 @@ class RowOrder:
             first_position += part.samples
 
     def locate(self, positions: np.ndarray) -> Iterator[RowGroup]:
-        """Yield the stored rows of the samples at these positions, one group for each domain."""
+        """Yield the stored rows at these positions, one group for each domain."""
         domains, numbers = self._order(positions)
         for domain in np.unique(domains):
             indices = np.flatnonzero(domains == domain)
@@ -60,10 +60,7 @@ class RowOrder:
 
 
 def held_out_numbers(spec: RunSpec, manifest: DataManifest) -> dict[str, np.ndarray]:
-    """Return, by part name, the numbers that its held-out rows have among all held-out rows of the folder.
-
-    A part without held-out rows is left out.
-    """
+    """Return, for each part with held-out rows, their numbers among all held-out rows of the folder."""
     # Validation samples are stored domain after domain in the manifest's order.
     counts = [domain.validation_samples for domain in manifest.domains.values()]
     sources = np.repeat([source_of(name) for name in manifest.domains], counts)

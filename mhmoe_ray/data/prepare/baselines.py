@@ -1,4 +1,4 @@
-"""Baselines of the validation loss that need only counting: those of a unigram and a bigram model."""
+"""Baselines of the validation loss by counting: a unigram and a bigram model."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -29,7 +29,7 @@ def join_pairs(parts: Iterable[TokenPairs]) -> TokenPairs:
 
 
 def compute_baselines(train: TokenPairs, validation: TokenPairs, vocab_size: int) -> Baselines:
-    """Return the entropy of the validation targets, and the loss on them of a bigram model of `train`."""
+    """Return the entropy of the validation targets, and their loss under a bigram model of `train`."""
     token_shares = np.bincount(validation.target, minlength=vocab_size) / len(validation.target)
     # A token that does not occur adds nothing to the entropy. It is left out, because the logarithm of 0 is infinite.
     frequencies = token_shares[token_shares > 0]
@@ -71,7 +71,7 @@ def _pair_keys(pairs: TokenPairs, vocab_size: int) -> np.ndarray:
 
 
 def _count_keys(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the distinct keys in ascending order and their counts; `keys` is sorted in place."""
+    """Return the distinct keys and their counts; `keys` is sorted in place."""
     # np.unique with counts would do the same in three times the memory.
     keys.sort()
     starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))

@@ -15,10 +15,7 @@ if TYPE_CHECKING:
 
 
 def check_not_empty(spec: DataSpec, by_domain: "dict[str, list[Part]]") -> None:
-    """Raise DataError unless some domain fills a validation sample and some domain a training sample.
-
-    A sample has tokens of one domain only.
-    """
+    """Raise DataError unless some domain fills a validation sample and some domain a training sample."""
     # This check does not run in a Ray task, because Ray would wrap its error in a traceback.
     fix = "raise data.validation_fraction or add documents"
     if not any(part.counts.held_out_documents for parts in by_domain.values() for part in parts):
@@ -31,7 +28,7 @@ def check_not_empty(spec: DataSpec, by_domain: "dict[str, list[Part]]") -> None:
 
 
 def sparse_parts(spec: RunSpec, domains: Mapping[str, Domain]) -> list[str]:
-    """Return a warning for each part of micro-batches with fewer held-out samples than samples in a micro-batch."""
+    """Return a warning for each part with fewer held-out samples than samples in a micro-batch."""
     warnings = []
     for part in spec.parts:
         count = sum(domain.validation_samples for name, domain in domains.items() if source_of(name) in part.sources)

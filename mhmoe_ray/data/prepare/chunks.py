@@ -1,9 +1,8 @@
 """Chunks of the documents of raw files, the quarantine of unreadable lines, and the limit on quarantined lines.
 
-A chunk is the unit of work of a tokenising task, and the unit that a restarted job can reuse. It ends with the document
-or unreadable line that fills it, so chunks depend on the file alone. The last chunk of a file may have no items.
-
-An unreadable line goes to the quarantine with its location and reason. Too many such lines abort the job.
+A chunk is the unit of work of a task and the unit that a restarted job can reuse. It ends with the document or
+unreadable line that fills it, so chunks depend on the file alone. The last one may have no items. An unreadable line
+goes to the quarantine with its location and reason.
 """
 
 import json
@@ -23,7 +22,7 @@ from mhmoe_ray.storage import replace_file
 QUARANTINE_FILE = "quarantine.jsonl"
 
 MIN_EVIDENCE_LINES = 10_000
-"""Lines that must be read before the share of bad lines serves as an estimate for the rest."""
+"""Lines after which the share of bad lines serves as an estimate for the rest."""
 
 
 def quarantine_entry(domain: str, bad: BadLine) -> str:
@@ -33,9 +32,9 @@ def quarantine_entry(domain: str, bad: BadLine) -> str:
 
 
 class QuarantineLimit:
-    """Limit on the quarantined lines and damaged files of a job; above it the job is aborted.
+    """Limit on the quarantined lines and damaged files of a job, above which the job is aborted.
 
-    Only `will_be_exceeded` needs all raw files of the job, by whose sizes it estimates the number of lines.
+    Only `will_be_exceeded` needs all raw files, by whose sizes it estimates the number of lines.
     """
 
     def __init__(self, spec: DataSpec, files: Iterable[RawFile]) -> None:
@@ -43,13 +42,13 @@ class QuarantineLimit:
         self._text_bytes = sum(file.size * file.inflation for file in files)
 
     def is_exceeded(self, tally: Tally) -> bool:
-        """Return whether the tally of all files has more bad items than the spec allows."""
+        """Return whether all files together have too many bad items."""
         return tally.damaged > self._max_files or tally.bad_lines > max(
             self._max_lines, int(self._max_share * tally.lines)
         )
 
     def will_be_exceeded(self, tally: Tally) -> bool:
-        """Estimate from the tally of the files read so far whether all files will have too many bad items."""
+        """Estimate from the files read so far whether all will have too many bad items."""
         if tally.damaged > self._max_files:
             return True
         # Without `max_bad_share` the limit does not grow with the text, so no estimate is needed.
@@ -83,7 +82,7 @@ class QuarantineLimit:
 
 CHUNK_CHARACTERS = 4 << 20
 """Size of a chunk: characters of text plus bytes of images and annotations. A core tokenises it in a fraction of a
-second with tiktoken, or in seconds with the tokenizers library."""
+second with tiktoken, or in seconds with tokenizers."""
 
 BAD_LINE_CHARACTERS = 500
 """Characters that an unreadable line adds to the size of a chunk."""
@@ -104,7 +103,7 @@ SCHEMA = pa.schema(
 
 
 class Chunk(NamedTuple):
-    """Consecutive documents of one raw file, which one task tokenises; a column that no document has is None."""
+    """Consecutive documents of one raw file, for one task; a column that no document has is None."""
 
     file: int
     """Number of the file among all files of the spec."""
@@ -114,7 +113,7 @@ class Chunk(NamedTuple):
     tally: Tally
     """Counts of the items read since the previous chunk."""
     is_aborted: bool
-    """True if the reading of the file was aborted here because of probably too many bad items."""
+    """True if the reading of the file was aborted here for too many bad items."""
     conversations: list[RenderedConversation] | None = None
     """Rendered conversations; `texts` then has only the messages."""
     images: list[bytes] | None = None
@@ -150,8 +149,8 @@ def read_chunks(
 ) -> Iterator[pa.Table]:
     """Read the raw files in a table (`number` and the fields of `RawFile`) and yield their chunks, one a table.
 
-    Each chunk with unreadable items writes one file to the folder `quarantine`. A file that alone will probably exceed
-    `limit` is aborted. `characters` of text, plus bytes of images and annotations, fill a chunk.
+    Each chunk with unreadable items writes one file to `quarantine`. A file that alone will probably exceed `limit` is
+    aborted.
     """
     for row in table.to_pylist():
         file = RawFile.from_row(row)

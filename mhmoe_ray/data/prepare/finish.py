@@ -1,4 +1,4 @@
-"""The end of a preparation: validation samples, baselines of the validation loss, and manifest entries."""
+"""The end of a preparation: validation samples, baselines of their loss, and manifest entries."""
 
 from collections.abc import Callable, Sequence
 from math import ceil
@@ -38,8 +38,7 @@ def domain_entry(
 ) -> Domain:
     """Return the manifest's entry of a domain from its parts, the tally of its files and its shards.
 
-    With `has_chat` (a source has conversations) the entry has the number of targets; with `has_rows` (the folder is for
-    an encoder or a vision model) the number of images.
+    With `has_chat` (a source has conversations) it has the number of targets, with `has_rows` that of images.
     """
     counts = [part.counts for part in parts]
     documents, tokens = sum(c.documents for c in counts), sum(c.tokens for c in counts)
@@ -90,7 +89,7 @@ def finish(
 ) -> FinishResult:
     """Write the validation samples, and compute the baselines of their loss.
 
-    The bigram model is counted on the first samples of each domain, about `BASELINE_TOKENS` tokens in all.
+    The bigram model is counted on each domain's first samples, about `BASELINE_TOKENS` tokens in all.
     """
     validation_split = write_validation_split(
         folder, held_out, spec.data.validation_samples, spec.data.seq_len, token_bytes, start_token
@@ -109,9 +108,9 @@ def finish_rows(
     spec: RunSpec,
     token_bytes: int,
 ) -> FinishResult | None:
-    """Write the validation samples of an encoder or a vision model, and compute baselines of the loss on texts.
+    """Write the validation samples of an encoder or a vision model, and compute baselines for their texts.
 
-    The result is None if sources have texts, but no selected validation sample has one.
+    The result is None if sources have texts, but no selected sample has one.
     """
     validation_split = write_validation_rows(folder, parts, held_out, spec.data.validation_samples, token_bytes)
     if not spec.data.has_texts:

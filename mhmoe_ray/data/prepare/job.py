@@ -12,7 +12,7 @@ from mhmoe_ray.spec import RunSpec, dump_spec
 
 
 class PrepareRequest(RemoteJob[DataManifest]):
-    """Request for the job of `mhmoe data prepare`; its result is the data manifest of the spec's prepared folder."""
+    """Request for the job of `mhmoe data prepare`, which results in a data manifest."""
 
     module: ClassVar[str] = "mhmoe_ray.data.prepare.job"
     kind: ClassVar[str] = "prepare"
@@ -37,7 +37,7 @@ class PrepareRequest(RemoteJob[DataManifest]):
 
 
 def main() -> None:
-    """Prepare the data that the current job's request asks for, and log errors for the user."""
+    """Run the job of `mhmoe data prepare` for its request."""
     # Ray is imported only here, because the command line imports this module for `PrepareRequest` and does not need
     # Ray.
     import ray

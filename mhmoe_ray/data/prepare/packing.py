@@ -1,8 +1,7 @@
 """Sequence packing: the plans of shards, and the task that packs tokens into one shard.
 
-Documents of a domain fill samples of T + 1 tokens, and samples fill shards. There are two kinds of sequence packing:
-concatenation puts the documents one after another and cuts them wherever a sample ends; best fit keeps every document
-whole that fits into a sample (arXiv 2404.10830).
+Documents of a domain fill samples of T + 1 tokens. There are two kinds of sequence packing: concatenation cuts the
+documents wherever a sample ends; best fit keeps every document whole that fits into a sample (arXiv 2404.10830).
 """
 
 import pickle
@@ -27,7 +26,7 @@ class Cut(NamedTuple):
 
 
 def plan_concat(stream: TokenStream, seq_len: int, rows: int) -> list[Cut]:
-    """Divide a domain's tokens into stretches of up to `rows` samples; tokens after the last full sample are unused."""
+    """Divide a domain's tokens into stretches of up to `rows` samples, without those after the last full sample."""
     samples = max(0, len(stream) - 1) // seq_len
     cuts = []
     for first_sample in range(0, samples, rows):
@@ -47,7 +46,7 @@ def cut_concat(tokens: Tokens, samples: int, seq_len: int) -> Samples:
 
 
 def count_whole_documents(tokens: Tokens, samples: int, seq_len: int, start: int) -> int:
-    """Return how many documents are whole within one sample, given the tokens and samples of a `Cut`."""
+    """Return how many documents are whole within one sample of a `Cut`."""
     starts = np.flatnonzero(tokens == start)
     ends = np.append(starts[1:], len(tokens)) - 1
     # The last token of a sample is also the first token of the next sample. A document that begins with this token
@@ -68,9 +67,9 @@ class PackedSamples(NamedTuple):
 
 
 def plan_best_fit(stream: TokenStream, tokens_per_shard: int) -> list[TokenStream]:
-    """Divide a domain's tokens into streams of whole parts, each of which best fit packs into one shard.
+    """Divide a domain's tokens into streams of whole parts, for one shard each.
 
-    Each stream has at least `tokens_per_shard` tokens, except for the last one.
+    All but the last have at least `tokens_per_shard` tokens.
     """
     # A part has the tokens of whole documents, so shards of whole parts do not cut documents.
     shards, start, stop = list[TokenStream](), 0, 0
@@ -83,7 +82,7 @@ def plan_best_fit(stream: TokenStream, tokens_per_shard: int) -> list[TokenStrea
 
 
 def pack_best_fit(tokens: Tokens, seq_len: int, start: int, padding: int) -> PackedSamples:
-    """Pack documents, each of which begins with `start`, by best fit into samples filled up with padding.
+    """Pack documents, each of which begins with `start`, into padded samples by best fit.
 
     A document of at most T tokens is whole in one sample; a longer one is cut.
     """
@@ -119,8 +118,8 @@ class _Piece(NamedTuple):
 def _assign_bins(targets: np.ndarray, seq_len: int) -> tuple[list[_Piece], int]:
     """Assign each document's targets to bins of T targets; return the pieces and the number of bins.
 
-    A document with more than T targets is cut into pieces of at most T, each of which begins a new bin. Then each other
-    document, longest first, goes into the bin with the least sufficient room, or into a new one.
+    A document with more than T targets is cut into pieces, each of which begins a new bin. Then each other document,
+    longest first, goes into the bin with the least sufficient room, or into a new one.
     """
     pieces, bin_count = list[_Piece](), 0
     bins_by_room: dict[int, list[int]] = {}
@@ -182,10 +181,7 @@ class ShardResult(NamedTuple):
 
 
 def plan_shards(domain: str, stream: TokenStream, spec: DataSpec, token_bytes: int) -> list[ShardPlan]:
-    """Return the plans of a domain's shards for the spec's kind of packing.
-
-    A shard depends on the domain's tokens alone, so shards can be written in any order.
-    """
+    """Return the plans of a domain's shards, which can be written in any order."""
     if spec.packing == "best_fit":
         streams = plan_best_fit(stream, SHARD_BYTES // token_bytes)
         return [ShardPlan(domain, i, part, None) for i, part in enumerate(streams)]
@@ -194,7 +190,7 @@ def plan_shards(domain: str, stream: TokenStream, spec: DataSpec, token_bytes: i
 
 
 def make_shard(row: dict[str, Any], *, folder: Path, seq_len: int, token_bytes: int, start: int) -> dict[str, Any]:
-    """Write the shard of a pickled `ShardPlan` in column `plan`; return a pickled `ShardResult` in column `result`."""
+    """Write the shard of a pickled `ShardPlan` (`plan`); return a pickled `ShardResult` (`result`)."""
     plan: ShardPlan = pickle.loads(row["plan"])
     tokens = plan.tokens.read()
     if plan.samples is None:

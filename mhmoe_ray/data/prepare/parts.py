@@ -1,4 +1,4 @@
-"""One stream of all tokens of a domain, which are stored in parts: one file for each chunk of documents."""
+"""One stream of all tokens of a domain, which are stored in parts, one for each chunk."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
@@ -48,7 +48,7 @@ class TokenStream:
         return TokenStream(self._folder, parts, self.dtype)
 
     def read(self) -> Tokens:
-        """Read all tokens of the stream into one array; a part that is too short is a DataError."""
+        """Read all tokens into one array; a part that is too short is a DataError."""
         # The empty array is added because np.concatenate needs at least one array. It also fixes the dtype.
         return np.concatenate([*self._read_parts(), np.empty(0, self.dtype)])
 

@@ -4,7 +4,7 @@
     parts, domain by domain      -> shards (packed samples)   packing.py, validation.py; rows.py for an encoder
 
 Each task has a few chunks or one shard in memory. The result depends on the files and the settings only, not on the
-number of tasks or on earlier jobs that were killed. One rename publishes it when it is complete.
+number of tasks or on killed jobs. One rename publishes it.
 """
 
 import hashlib
@@ -66,25 +66,25 @@ from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import describe_file, write_json
 
 CPUS_PER_READER = 8
-"""CPUs of the cluster for each reader of files: one core reads at least as fast as this many tokenise. Readers and
-tokenising tasks wait for each other, so readers reserve no CPU in Ray."""
+"""CPUs for each reader of files: one core reads at least as fast as this many tokenise. Readers and tokenising tasks
+wait for each other, so readers reserve no CPU in Ray."""
 
 CPUS_PER_PICTURE_READER = 1
-"""CPUs for each reader of images, which spends nearly all of its time decoding them."""
+"""CPUs for each reader of images, which spends nearly all of its time decoding."""
 
 CPUS_PER_CHAT_READER = 2
-"""CPUs for each reader of conversations, whose rendering takes about as long as their tokenising."""
+"""CPUs for each reader of conversations, which renders them about as long as they are tokenised."""
 
 MAX_EXPECTED_CPUS = 64
-"""Largest number of CPUs assumed for an autoscaling cluster without any nodes yet, whose readers start at once, perhaps
-all on the head node."""
+"""Largest number of CPUs assumed for an autoscaling cluster without nodes, whose readers may all start on the head
+node."""
 
 
 def prepare(spec: RunSpec) -> DataManifest:
-    """Prepare the data of a spec, unless its prepared folder exists, and return the folder's manifest.
+    """Prepare the data of a spec, unless its prepared folder exists, and return the manifest; Ray must be running.
 
-    Ray must be running. Missing sources, too many bad lines, and a folder with other settings are a DataError; a disk
-    that is full, read-only or out of reach is a StorageError.
+    Missing sources, too many bad lines, and a folder with other settings are a DataError; a disk that is full,
+    read-only or out of reach is a StorageError.
     """
     folder = spec.data.prepared
     with _errors_of_tasks(folder):
@@ -109,7 +109,7 @@ def prepare(spec: RunSpec) -> DataManifest:
 
 @contextmanager
 def _errors_of_tasks(folder: Path) -> Iterator[None]:
-    """Raise the MhmoeError of a task in place of Ray's error, and a StorageError for an OSError."""
+    """Raise a task's MhmoeError in place of Ray's error, and a StorageError for an OSError."""
     try:
         yield
     except (ray.exceptions.RayTaskError, OSError) as e:
@@ -126,7 +126,6 @@ def _errors_of_tasks(folder: Path) -> Iterator[None]:
 
 
 _PlannedShards = tuple[list[ShardPlan] | list[RowPlan], Callable[[dict[str, Any]], dict[str, Any]]]
-"""Plans of shards, and the task that writes the shard of one plan."""
 
 
 @contextmanager
@@ -240,7 +239,7 @@ class _Preparation:
         return load_tokenizer(path, vocab_size)
 
     def _check_chat(self, tokenizer: Tokenizer) -> tuple[ChatTemplate, ChatData] | tuple[None, None]:
-        """Write the chat template, and return it with its manifest entry; (None, None) without format `chat`."""
+        """Write the chat template, and return it with its manifest entry."""
         if not self._data_spec.chat_sources:
             return None, None
         template = check_template(self._data_spec, *boundary_texts(tokenizer))
@@ -258,10 +257,7 @@ class _Preparation:
     def _tokenise(
         self, template: ChatTemplate | None, tokenizer_sha256: str | None
     ) -> tuple[list[Part], dict[str, Tally]]:
-        """Tokenise all files and write the quarantine; return the parts by file and chunk, and each domain's tally.
-
-        More bad items than the spec allows are a DataError.
-        """
+        """Tokenise all files and write the quarantine; return the parts by file and chunk, and each domain's tally."""
         quarantine = self._staging.quarantine_path
         read = partial(
             read_chunks,

@@ -2,9 +2,8 @@
 
 A row of an encoder has T (`data.seq_len`) tokens, and perhaps an image. A text with an image is one row, cut to T - 1
 tokens. Another text becomes as many rows as it needs, each with a start token. An image without text is one row of
-padding. A row of a vision model is an image with its annotation, without tokens.
-
-A part is an Arrow file of rows, training documents first, then held-out ones. A shard has whole parts.
+padding. A row of a vision model is an annotated image. A part is an Arrow file of rows, training documents first. A
+shard has whole parts.
 """
 
 import hashlib
@@ -35,8 +34,7 @@ from mhmoe_ray.data.shards.rows import (
 )
 
 SHARD_PARTS = 10_000
-"""Largest number of parts of a shard. All are memory-mapped at once, and Linux allows a process 65,530 mappings by
-default."""
+"""Largest number of parts of a shard. All are memory-mapped, and Linux allows 65,530 mappings by default."""
 
 
 class RowCounts(BaseModel):
@@ -57,7 +55,7 @@ class RowCounts(BaseModel):
     class_names: list[str] = []
     """All classes in the annotations of a vision model, sorted."""
     objects_without_mask: int = 0
-    """Annotated objects with a box but no mask."""
+    """All annotated objects with a box but no mask."""
     file_bytes: int = 0
 
 
@@ -67,13 +65,13 @@ def rows_file(folder: Path, name: str) -> Path:
 
 
 def is_held_out(chunk: Chunk, document: int, fraction: float) -> bool:
-    """Return whether a document is held out, by its image if its record has one, otherwise by its text."""
+    """Return whether a document is held out, by its record's image or else by its text."""
     image_hash = chunk.image_hashes[document] if chunk.image_hashes else ""
     return is_validation(image_hash or chunk.texts[document], fraction)
 
 
 def update_digest(digest: "hashlib._Hash", chunk: Chunk, seq_len: int) -> None:
-    """Add row length, images and annotations to a part's digest, which already covers texts and tokenizer."""
+    """Add row length, images and annotations to a part's digest of texts and tokenizer."""
     digest.update(f"rows of {seq_len}".encode())
     if chunk.images is not None and chunk.image_hashes is not None:
         digest.update(repr([(bool(i), h) for i, h in zip(chunk.images, chunk.image_hashes, strict=True)]).encode())
@@ -86,7 +84,7 @@ def make_rows(
 ) -> tuple[memoryview, RowCounts]:
     """Make the rows of a chunk's documents; return the content of their part's file, and the counts.
 
-    `documents` has each document's tokens with the start token; empty for a document without text.
+    `documents` has each document's tokens with the start token, or none.
     """
     counts, padding = RowCounts(), padding_token(token_bytes)
     train_rows, held_out_rows = list[tuple[np.ndarray, bytes]](), list[tuple[np.ndarray, bytes]]()
@@ -115,7 +113,7 @@ def make_rows(
 
 
 def make_annotated_rows(chunk: Chunk, validation_fraction: float) -> tuple[memoryview, RowCounts]:
-    """Make the rows of a vision model's chunk; return the content of their part's file, and the counts."""
+    """Make the rows of a vision model's chunk, like `make_rows`."""
     assert chunk.images is not None
     assert chunk.annotations is not None
     held_out = [is_held_out(chunk, number, validation_fraction) for number in range(len(chunk.texts))]
@@ -140,10 +138,7 @@ def make_annotated_rows(chunk: Chunk, validation_fraction: float) -> tuple[memor
 def token_rows(
     tokens: Sequence[int], has_image: bool, seq_len: int, padding: int, token_bytes: int
 ) -> Iterator[np.ndarray]:
-    """Yield the `seq_len` tokens, the last of which may be padding, of each row of a document.
-
-    A document with an image becomes one row, so a longer text is cut.
-    """
+    """Yield the `seq_len` tokens of each row of a document, which may end with padding; with an image, one row."""
     width = seq_len - 1
     row_count = 1 if has_image else -(-max(0, len(tokens) - 1) // width)
     for number in range(row_count):
@@ -191,7 +186,7 @@ class RowPart(NamedTuple):
 def plan_row_shards(domain: str, parts: Sequence[RowPart], row_bytes: int) -> list[RowPlan]:
     """Return the plans of a domain's shards, each of whole parts; `row_bytes` are those of a row's tokens.
 
-    A shard has at least `SHARD_BYTES` bytes or `SHARD_PARTS` parts, except for the last one.
+    All but the last have at least `SHARD_BYTES` bytes or `SHARD_PARTS` parts.
     """
     plans, group, size = list[RowPlan](), list[RowPart](), 0
     for index, part in enumerate(parts):
@@ -214,7 +209,7 @@ def plan_row_shards(domain: str, parts: Sequence[RowPart], row_bytes: int) -> li
 
 
 def make_row_shard(row: dict[str, Any], *, folder: Path, parts: Path) -> dict[str, Any]:
-    """Write the shard of a pickled `RowPlan` in column `plan`; return a pickled `ShardResult` in column `result`."""
+    """Write the shard of a pickled `RowPlan` (`plan`); return a pickled `ShardResult` (`result`)."""
     plan: RowPlan = pickle.loads(row["plan"])
     batch = join_batches([row_slice.map_batch(parts) for row_slice in plan.slices])
     shard = write_row_shard(folder, f"train/{plan.domain}/{plan.number:05d}.arrow", batch)

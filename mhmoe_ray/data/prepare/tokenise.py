@@ -1,7 +1,7 @@
 """Tokenising of a chunk of documents into a part, a file whose name is a hash of its texts and settings.
 
-A part has the tokens of the documents, or the rows of an encoder or a vision model (rows.py). An existing part is
-reused, so a job continues the work of a killed one even if files were added, moved or changed in between.
+A part has tokens, or the rows of an encoder or a vision model (rows.py). An existing part is reused, so a job continues
+the work of a killed one even if files were added, moved or changed in between.
 """
 
 import hashlib
@@ -33,8 +33,8 @@ from mhmoe_ray.data.tokenizer import document_encoder
 from mhmoe_ray.storage import replace_file
 
 BATCH_CHARACTERS = 1 << 18
-"""Largest number of characters encoded in one call (a longer text is encoded alone); an encoding takes about 50 times
-the memory of its text."""
+"""Largest number of characters encoded in one call, except for a longer text; an encoding takes about 50 times the
+memory."""
 
 
 class PartCounts(BaseModel):
@@ -49,7 +49,7 @@ class PartCounts(BaseModel):
     text_bytes: int = 0
     """UTF-8 bytes of the texts of all documents."""
     rows: RowCounts | None = None
-    """Counts of the rows of an encoder or a vision model; None for a decoder."""
+    """None for a decoder."""
 
 
 class Part(NamedTuple):
@@ -68,7 +68,7 @@ class TokenisedChunk(NamedTuple):
     part: Part
     tally: Tally
     is_aborted: bool
-    """True if the reading of the file was aborted after this chunk because of probably too many bad items."""
+    """True if the reading of the file was aborted after this chunk."""
     is_reused: bool
 
     def as_row(self) -> dict[str, Any]:
@@ -95,8 +95,8 @@ def tokenise_chunk(
 ) -> dict[str, Any]:
     """Tokenise the chunk in a table into a part, or reuse an existing part; return a batch of one `TokenisedChunk`.
 
-    `tokenizer` is a tokenizer.json that must not change, because processes cache it; None for a vision model.
-    `row_tokens` is T for an encoder, 0 for a vision model, and None for a decoder.
+    Processes cache the file `tokenizer` (None for a vision model), so it must not change. `row_tokens` is T for an
+    encoder, 0 for a vision model, and None for a decoder.
     """
     # Ray runs one such process for each CPU, so the tokenizers library must not start threads for all CPUs in each of
     # them.
@@ -131,7 +131,6 @@ def tokenise_chunk(
 def _part_name(
     chunk: Chunk, tokenizer_sha256: str | None, validation_fraction: float, token_bytes: int, row_tokens: int | None
 ) -> str:
-    """Return a part's name: a hash of everything that determines its content."""
     digest = hashlib.sha256(f"{tokenizer_sha256} {validation_fraction} {token_bytes}".encode())
     for text in chunk.texts:
         data = text.encode()
@@ -151,7 +150,7 @@ def _counts_file(part: Path) -> Path:
 
 
 def _find_counts(part: Path, row_bytes: int) -> PartCounts | None:
-    """Return the counts of an existing part, or None if the part is missing, incomplete or damaged."""
+    """Return an existing part's counts, or None if it is missing, incomplete or damaged."""
     try:
         counts = PartCounts.model_validate_json(_counts_file(part).read_bytes())
         size = part.stat().st_size
@@ -217,7 +216,6 @@ T = TypeVar("T")
 
 
 def _batches(documents: Sequence[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
-    """Yield documents in batches of at most `BATCH_CHARACTERS` characters; a longer one is a batch of its own."""
     batch, size = list[T](), 0
     for document in documents:
         if batch and size + size_of(document) > BATCH_CHARACTERS:

@@ -2,7 +2,7 @@
 
 Samples of texts are spread evenly over all held-out text, and cut as by concatenation even if training samples are
 packed by best fit; conversations are packed by best fit. Samples of encoders and vision models are divided among the
-sources, because these are of different kinds with losses of their own.
+sources, whose different kinds have losses of their own.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from mhmoe_ray.data.shards.manifest import Shard
 
 
 def is_validation(text: str, fraction: float) -> bool:
-    """Return whether a document is held out: a hash of its text, or of its image, selects a share of `fraction`."""
+    """Return whether a hash of a document's text, or of its image, selects it for a held-out share of `fraction`."""
     # Copies of a text have the same hash, so either all or none are held out, and no copy of a validation text is
     # trained on.
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
@@ -44,8 +44,8 @@ def write_validation_split(
 ) -> ValidationSplit:
     """Select validation samples, spread evenly over all held-out tokens, and write their shards.
 
-    Padding may fill up the last sample of a domain. If any domain has conversations, all samples get their columns,
-    because domains share shards.
+    Padding may fill up a domain's last sample. Domains share shards, so all samples get the columns of conversations if
+    any domain has some.
     """
     padding = padding_token(token_bytes)
     # Conversations are packed whole, because the beginning of a sample would otherwise have answers without questions.
@@ -77,16 +77,16 @@ def write_validation_split(
 
 
 def select_samples(available: Sequence[int], max_samples: int) -> list[np.ndarray]:
-    """Select validation samples evenly among those of all domains; return the selected numbers by domain."""
+    """Select validation samples evenly among all domains; return their numbers by domain."""
     ends = np.cumsum([0, *available])
     selected = np.unique(np.linspace(0, ends[-1] - 1, min(max_samples, ends[-1])).round().astype(int))
     return [selected[(selected >= start) & (selected < end)] - start for start, end in pairwise(ends)]
 
 
 def select_rows(available: Mapping[str, int], max_samples: int) -> dict[str, np.ndarray]:
-    """Select validation rows evenly among the held-out rows of each domain; return the selected numbers by domain.
+    """Select validation rows evenly among the held-out rows of each domain; return their numbers by domain.
 
-    Each source gets an equal share and divides it equally among its domains; what one cannot fill goes to the others.
+    Each source gets an equal share and divides it equally among its domains; others get what one cannot fill.
     """
     domains_by_source: dict[str, list[str]] = {}
     for name in available:
@@ -101,7 +101,7 @@ def select_rows(available: Mapping[str, int], max_samples: int) -> dict[str, np.
 
 
 def _equal_shares(available: Sequence[int], total: int) -> list[int]:
-    """Divide `total` into shares as equal as possible, each at most its number in `available`."""
+    """Divide `total` as equally as possible into shares within `available`."""
     shares = [0] * len(available)
     # The smallest entries of `available` come first, because the larger ones share the samples that smaller ones cannot
     # provide.

@@ -36,7 +36,7 @@ WRITE_SECONDS = 1.0
 
 Stage = Literal["tokenizer", "tokenising", "reading", "packing", "finishing"]
 READING_STAGES: tuple[Stage, ...] = ("tokenising", "reading")
-"""Stages that read raw files: `reading` if there is no text to tokenise, as for vision models."""
+"""Stages that read raw files; `reading` has no text to tokenise, as for vision models."""
 
 
 class PreparationProgress(BaseModel):
@@ -44,9 +44,9 @@ class PreparationProgress(BaseModel):
 
     stage: Stage
     done: int
-    """Shards written in the stage `packing`; in the other stages, bytes of raw files read."""
+    """Bytes of raw files read; shards written in the stage `packing`."""
     total: int
-    """All shards in the stage `packing`; in the other stages, bytes of all raw files."""
+    """Bytes of all raw files; all shards in the stage `packing`."""
     documents: int
     tokens: int
     found_tokens: int
@@ -108,7 +108,7 @@ class ProgressReport:
 
 
 def read_progress(folder: Path) -> PreparationProgress | None:
-    """Return a staging directory's last progress, or None without a readable report; a killed job's report stays."""
+    """Return a staging directory's last progress, if it has a readable report; a killed job's report stays."""
     try:
         return PreparationProgress.model_validate_json((folder / PROGRESS_FILE).read_bytes())
     except (OSError, ValidationError):
@@ -154,7 +154,7 @@ def shared_folder(spec: RunSpec) -> Path:
 
 @contextmanager
 def staging_directory(spec: RunSpec) -> Iterator[StagingDirectory]:
-    """Create the staging directory of a new job and remove it at the end of the context; shared parts are kept.
+    """Create the staging directory of a new job and remove it, without shared parts, at the end of the context.
 
     Meanwhile a thread updates the job's file `alive` and removes the staging directories of dead jobs.
     """
@@ -184,7 +184,7 @@ def _touch_and_clean_up(staging: StagingDirectory, previous_times: dict[Path, fl
     """Update our file `alive`, and remove the staging directories of dead jobs; return all modification times.
 
     A job is dead if its modification time is older than `STALE_SECONDS` and equals that in `previous_times`. If this
-    job itself stood still since then, no job is treated as dead, because the others may have stood still too.
+    job itself stood still since then, the others may have, too, so none is treated as dead.
     """
     our_file = staging.job_path / ALIVE_FILE
     previous_time = our_file.stat().st_mtime
@@ -205,7 +205,6 @@ def _touch_and_clean_up(staging: StagingDirectory, previous_times: dict[Path, fl
 
 
 def _remove_job_folder(staging: StagingDirectory) -> None:
-    """Remove one job's staging directory; another job can remove the rest after an error."""
     # The folder with the file `alive` is removed last. If this process is killed midway, the file is still there, so
     # another job recognises that this job is dead and removes the rest.
     for folder in (staging.result_path, staging.quarantine_path, staging.job_path):
@@ -213,7 +212,7 @@ def _remove_job_folder(staging: StagingDirectory) -> None:
 
 
 def publish(staging_result: Path, folder: Path) -> None:
-    """Rename a complete result to the prepared folder, unless that folder already exists with any content."""
+    """Rename a result to the prepared folder, unless that folder has content."""
     try:
         staging_result.rename(folder)
     except OSError as e:

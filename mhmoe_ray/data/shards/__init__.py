@@ -2,6 +2,6 @@
 
 manifest.py   the data manifest: the contents of the folder, and the settings of its preparation
 columns.py    the columns of samples, in memory and in shards
-rows.py       Arrow files of samples with images, for encoders and vision models: writing and reading them
-files.py      Arrow files of samples of text: writing and reading them, and the check of all files of a folder
+rows.py       Arrow files of samples with images, for encoders and vision models
+files.py      Arrow files of samples of text, and the check of all files of a folder
 """

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Samples = np.ndarray[tuple[int, int], np.dtype[Any]]
-"""Samples (samples, T + 1): token ids, or structures with a field for each column."""
+"""(samples, T + 1) token ids, or structures with a field for each column."""
 
 TOKENS, TARGETS, DOCUMENT_STARTS = "tokens", "targets", "document_starts"
 EXPERT = "expert"
-"""Column of the training stream with the expert that router `domain` chooses by a sample's domain."""
+"""Column of the training stream with a sample's expert for router `domain`."""
 
 
 def token_dtype(token_bytes: int) -> np.dtype[np.unsignedinteger]:
@@ -38,7 +38,7 @@ def conversation_dtype(token_bytes: int) -> np.dtype[np.void]:
 
 
 def token_bytes_for(vocab_size: int) -> int:
-    """Return the bytes in which a token is stored, 2 or 4; the largest value marks padding and is no token id."""
+    """Return the bytes of a stored token, 2 or 4; the largest value marks padding and is no token id."""
     return 2 if vocab_size < 2**16 else 4
 
 
@@ -48,7 +48,7 @@ def padding_token(token_bytes: int) -> int:
 
 
 def columns_of(rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the columns of samples or tokens by name; plain token ids are the column `tokens`."""
+    """Return the columns by name; plain token ids are `tokens`."""
     if rows.dtype.names is None:
         return {TOKENS: rows}
     return {name: np.ascontiguousarray(rows[name]) for name in rows.dtype.names}
@@ -66,7 +66,7 @@ def join_columns(columns: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def single_token(dtype: np.dtype[Any], token: int, *, starts_document: bool = False) -> np.ndarray:
-    """Return one token in the dtype of samples; its field for targets, if any, is false."""
+    """Return one token in the dtype of samples, which is no target."""
     return np.array(token if dtype.names is None else (token, False, starts_document), dtype)
 
 
@@ -83,13 +83,13 @@ def padding_mask(rows: np.ndarray, padding: int) -> np.ndarray:
 
 
 def document_start_mask(rows: np.ndarray, start: int) -> np.ndarray:
-    """Return a mask of the tokens that begin a document; `start` is the start token."""
+    """Return a mask of the tokens that begin a document."""
     mask: np.ndarray = rows == start if rows.dtype.names is None else rows[DOCUMENT_STARTS]
     return mask
 
 
 def with_all_columns(rows: np.ndarray, start: int, padding: int) -> np.ndarray:
-    """Return samples or tokens with all three columns; compute the two masks if `rows` lacks them."""
+    """Return samples or tokens with all three columns."""
     masks = {TARGETS: target_mask(rows, padding), DOCUMENT_STARTS: document_start_mask(rows, start)}
     return join_columns(columns_of(rows) | masks)
 
@@ -108,7 +108,7 @@ class ModelSamples(NamedTuple):
 
 
 def to_model_samples(samples: Samples, token_bytes: int) -> ModelSamples:
-    """Convert stored samples, in which a token value marks padding, to the input of a decoder."""
+    """Convert stored samples to the input of a decoder."""
     padding = padding_token(token_bytes)
     tokens = columns_of(samples)[TOKENS]
     token_ids = np.where(tokens != padding, tokens, 0).astype(np.int64)

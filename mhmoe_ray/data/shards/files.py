@@ -1,7 +1,7 @@
 """Shard files of packed samples: writing and reading them, and the check of all files of a prepared folder.
 
-A shard is an Arrow file of one batch, whose columns (columns.py) are fixed-size binaries without nulls. Training reads
-samples in random order from the memory-mapped file.
+A shard is an Arrow file of one batch, whose columns (columns.py) are fixed-size binaries without nulls, memory-mapped
+for reading in random order.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ def rows_per_shard(seq_len: int, token_bytes: int) -> int:
 
 
 def write_shard(folder: Path, file: str, samples: Samples) -> Shard:
-    """Write one or more samples as a shard file atomically, and return its manifest entry."""
+    """Write one or more samples as a shard file atomically."""
     columns = {name: _stored_bytes(column) for name, column in columns_of(samples).items()}
     arrays = [
         pa.FixedSizeBinaryArray.from_buffers(pa.binary(rows.shape[1]), len(rows), [None, pa.py_buffer(rows)])
@@ -52,7 +52,7 @@ def write_shard(folder: Path, file: str, samples: Samples) -> Shard:
 
 
 def _stored_bytes(column: np.ndarray) -> np.ndarray:
-    """Return the bytes of each row of a column as a shard stores them, (rows, bytes) uint8."""
+    """Return each row of a column as a shard stores it, (rows, bytes) uint8."""
     if column.dtype == np.bool_:
         return np.packbits(column, axis=1)
     return np.ascontiguousarray(column).view(np.uint8)
@@ -70,7 +70,7 @@ class ShardReader:
         return int(self._starts[-1])
 
     def read(self, numbers: np.ndarray) -> Samples:
-        """Return one or more samples, numbered across all shards from 0, in the dtype of the folder's tokens."""
+        """Return one or more samples, numbered across all shards from 0."""
         shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
         row_of = numbers - self._starts[shard_of]
         shards = np.unique(shard_of)
@@ -94,7 +94,7 @@ class ShardReader:
 
 @lru_cache(maxsize=OPEN_SHARDS)
 def _map_columns(path: str, token_bytes: int) -> dict[str, np.ndarray]:
-    """Return a shard's columns as memory-mapped arrays, those of bits packed 8 in a byte; a process caches them."""
+    """Return a shard's memory-mapped columns, those of bits packed 8 in a byte."""
     with pa.memory_map(path) as source:
         batch = pa.ipc.open_file(source).get_batch(0)
     columns = {}
@@ -108,11 +108,11 @@ def _map_columns(path: str, token_bytes: int) -> dict[str, np.ndarray]:
 
 FILES_PER_TASK = 16
 LOCAL_CHECK_BYTES = 1 << 30
-"""Largest bytes of shards that one process verifies alone, because starting more would take longer."""
+"""Largest bytes of shards that one process verifies faster than a cluster."""
 
 
 def verify_shards(folder: Path, manifest: DataManifest) -> None:
-    """Raise DataError if a file of a prepared folder is missing or does not have the content that was written."""
+    """Raise DataError if a file of a prepared folder is missing or its content is not what was written."""
     # All files are read, so the whole cluster shares the work if the data have more than `LOCAL_CHECK_BYTES` bytes.
     shards = [*(s for d in manifest.domains.values() for s in d.shards), *manifest.validation]
     expected_hashes = {s.file: s.sha256 for s in shards}
@@ -144,7 +144,7 @@ def _check_file(row: dict[str, Any], *, folder: Path) -> dict[str, Any]:
 
 
 def file_problem(path: Path, sha256: str) -> str | None:
-    """Return the reason why a file does not have this SHA-256, or None if it does."""
+    """Return the reason why a file does not have this SHA-256, or None."""
     if not path.is_file():
         return "it is missing"
     return None if describe_file(path).sha256 == sha256 else "its content is not what was written"

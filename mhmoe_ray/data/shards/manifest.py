@@ -82,13 +82,13 @@ class Domain(_KindAware):
     validation_samples: int
     """Held-out samples that were selected for the validation."""
     unused_tokens: int
-    """Tokens after the last full sample, if packing is by concatenation: fewer than a sample has. For an encoder,
-    tokens that were cut from texts with images."""
+    """Tokens after the last full sample with concatenation, fewer than a sample has; for an encoder, tokens cut from
+    texts with images."""
     padding: int
-    """Targets that are padding in samples without room for a further document. For an encoder, padding tokens."""
+    """Targets that are padding in samples without room for a document; for an encoder, padding tokens."""
     target_tokens: int | None = None
-    """Targets in training samples that count in the loss: in conversations, those of the assistant's turns. None
-    without conversations, where all targets except padding count."""
+    """Targets in training samples that count in the loss, in conversations only the assistant's. None without
+    conversations, where all targets except padding count."""
     cut_documents: int
     """Training documents of which no sample has the whole."""
     images: int | None = None
@@ -99,7 +99,7 @@ class Domain(_KindAware):
 
     @property
     def size(self) -> int:
-        """Size by which domains share the weight of their source: tokens, or samples if the folder has images."""
+        """Size by which domains share their source's weight: tokens, or samples if the folder has images."""
         return self.tokens if self.images is None else self.samples
 
 
@@ -148,7 +148,7 @@ class VisionData(BaseModel):
 
 
 class DataManifest(_KindAware):
-    """Data manifest of a prepared folder: the settings of its preparation, its counts and its shards."""
+    """Data manifest of a prepared folder: its recipe, counts and shards."""
 
     recipe: dict[str, Any]
     """Settings that determine the content of the folder, from the function `recipe`."""
@@ -174,7 +174,7 @@ class DataManifest(_KindAware):
 
     @property
     def files(self) -> dict[str, str | None]:
-        """Hashes of all files besides shards and the manifest, by name; None for a missing one."""
+        """Hashes of all files besides shards and the manifest; None for a missing one."""
         facts = self.encoder or self.vision
         template_sha256 = self.chat.template_sha256 if self.chat else None
         files = {TOKENIZER_FILE: self.tokenizer_sha256, TEMPLATE_FILE: template_sha256}
@@ -184,7 +184,7 @@ class DataManifest(_KindAware):
 def recipe(spec: RunSpec) -> dict[str, Any]:
     """Return the settings of a spec that determine the content of its prepared folder.
 
-    A given tokenizer or chat template that cannot be read is a DataError.
+    An unreadable tokenizer or chat template is a DataError.
     """
     # The mixture is not among the settings, since it only affects reading. A tokenizer that was trained for one mixture
     # stays when the mixture changes.
@@ -215,7 +215,7 @@ def recipe(spec: RunSpec) -> dict[str, Any]:
 
 
 def read_classes(file: Location) -> dict[str, list[str]]:
-    """Return the class names of each task, in the order of their numbers; an unreadable file is a DataError."""
+    """Return each task's class names by number; an unreadable file is a DataError."""
     try:
         classes: dict[str, list[str]] = json.loads(file.read_bytes())
     except (OSError, ValueError) as e:
@@ -224,7 +224,6 @@ def read_classes(file: Location) -> dict[str, list[str]]:
 
 
 def _given_tokenizer(path: Path) -> str:
-    """Return a text that identifies a given tokenizer by the content of its file, not by its path."""
     try:
         return _tokenizer_label(describe_file(path).sha256)
     except OSError as e:
@@ -238,7 +237,7 @@ def _tokenizer_label(sha256: str | None) -> str:
 def read_data_manifest(folder: Path) -> DataManifest | None:
     """Read the data manifest of a prepared folder, or return None without the folder.
 
-    A folder whose manifest is missing or cannot be read is a DataError.
+    A folder without a readable manifest is a DataError.
     """
     subject, fix = f"prepared data {folder}", "set data.prepared to another folder, or remove this one"
     try:
@@ -259,7 +258,7 @@ def read_data_manifest(folder: Path) -> DataManifest | None:
 def data_digest(folder: Path) -> str:
     """Return the hash by which checkpoints identify the data that they were trained on.
 
-    It covers the manifest without the paths of sources with a fingerprint, so moving local text keeps it.
+    It leaves out the paths of sources with a fingerprint, so moving local text keeps it.
     """
     manifest = json.loads((folder / "manifest.json").read_bytes())
     # Folders of earlier versions have no fingerprints, so the hash of the whole manifest identifies their data.
@@ -277,7 +276,7 @@ PreparedKey = tuple[Path, str]
 def _is_same_text(manifest: DataManifest, spec: RunSpec) -> bool:
     """Return whether a spec's sources have the text that was prepared.
 
-    A local source may have moved if its fingerprint is equal; a source at a URI must have the same path.
+    A local source with an equal fingerprint may have moved; a source at a URI may not.
     """
     manifest_sources, spec_sources = manifest.recipe["sources"], recipe(spec)["sources"]
     moved_sources = {name for name in spec_sources if manifest_sources.get(name) != spec_sources[name]}
@@ -296,7 +295,7 @@ def _is_same_text(manifest: DataManifest, spec: RunSpec) -> bool:
 def prepared_key(spec: RunSpec) -> PreparedKey:
     """Return a key that is equal for specs that read the same prepared data.
 
-    A given tokenizer and chat template are identified by their paths, so their files are not read.
+    It has the paths of a given tokenizer and chat template, which are not read.
     """
     given_files = {"tokenizer": spec.data.tokenizer, "chat_template": spec.data.chat_template}
     data = spec.data.model_copy(update=dict.fromkeys(given_files))
@@ -308,7 +307,7 @@ def prepared_key(spec: RunSpec) -> PreparedKey:
 def require_matching_data(expected_digest: str | None, folder: Path, advice: str) -> None:
     """Raise DataError if a prepared folder is not the data that a checkpoint was trained on.
 
-    `advice` ends the message with an alternative to restoring the folder ("or ...").
+    `advice` ("or ...") is an alternative to restoring the folder.
     """
     if data_digest(folder) != expected_digest:
         fix = f"restore the folder that the run began with, {advice}"
@@ -316,7 +315,7 @@ def require_matching_data(expected_digest: str | None, folder: Path, advice: str
 
 
 def require_data_manifest(folder: Path) -> DataManifest:
-    """Return the data manifest of a prepared folder; a missing folder or manifest is a DataError."""
+    """Return the data manifest of a prepared folder, or raise DataError."""
     manifest = read_data_manifest(folder)
     if manifest is None:
         raise DataError(f"prepared data {folder}", "it is not there", "run: mhmoe data prepare SPEC")
@@ -324,14 +323,14 @@ def require_data_manifest(folder: Path) -> DataManifest:
 
 
 def require_prepared_data(spec: RunSpec) -> DataManifest:
-    """Return the data manifest of a spec's prepared folder, which must fit the spec (else DataError)."""
+    """Return the data manifest of a prepared folder that fits the spec, or raise DataError."""
     manifest = require_data_manifest(spec.data.prepared)
     check_recipe(spec.data.prepared, manifest, spec)
     return manifest
 
 
 def check_recipe(folder: Path, manifest: DataManifest, spec: RunSpec) -> None:
-    """Raise DataError with the first setting in which a folder differs from a spec; text may have moved."""
+    """Raise DataError for the first setting in which a folder differs from a spec; text may have moved."""
     # A run that starts from another run's model names a tokenizer, which the other run may have trained in this folder.
     # If the folder has the tokenizer that the spec names, the settings of tokenizers are not compared.
     spec_recipe = recipe(spec)

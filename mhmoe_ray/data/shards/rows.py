@@ -1,9 +1,9 @@
 """Shards of samples with images, for encoders and vision models: writing and reading their rows.
 
-A sample of an encoder is a row of two columns. `tokens` has T tokens of 2 or 4 bytes: the start token and those of a
-text, filled up with padding, or padding only. `image` has the source's unchanged image file, or is empty; it is
-dictionary-encoded, so a shard stores an image with many captions once. A sample of a vision model has `image` and
-`annotation` (data/images/annotations.py). A shard is a memory-mapped Arrow file of one batch without nulls.
+A sample of an encoder has the columns `tokens`, T tokens of 2 or 4 bytes (the start token, a text and padding, or
+padding only), and `image`, the source's unchanged image file or empty. Images are dictionary-encoded, so a shard stores
+an image with many captions once. A sample of a vision model has `image` and `annotation` (data/images/annotations.py).
+A shard is a memory-mapped Arrow file of one batch without nulls.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ def row_batch(
 ) -> pa.RecordBatch:
     """Return one or more samples as a batch with the columns of a shard.
 
-    An encoder has `tokens`, (rows, T), and a vision model `annotations`; an image is empty if its row has none.
+    Tokens are (rows, T), or None for a vision model; an image is empty if its row has none.
     """
     columns: dict[str, pa.Array] = {}
     if tokens is not None:
@@ -69,7 +69,7 @@ def row_bytes(row: pa.RecordBatch) -> int:
 
 
 def _used_images(images: pa.DictionaryArray) -> pa.DictionaryArray:
-    """Return a column of images whose dictionary has only those that its rows use, in their order."""
+    """Return a column whose dictionary has only the images that its rows use, in their order."""
     used_numbers = pc.unique(images.indices)
     indices = pc.index_in(images.indices, used_numbers).cast(images.indices.type)
     return pa.DictionaryArray.from_arrays(indices, images.dictionary.take(used_numbers))
@@ -109,7 +109,7 @@ def tokens_of(batch: pa.RecordBatch, token_bytes: int) -> np.ndarray:
 
 
 class StoredValues(Sequence[bytes]):
-    """Stored images or annotations of some rows; a value is read only when it is accessed."""
+    """Stored images or annotations of some rows, which are read when they are accessed."""
 
     def __init__(self, reader: "RowReader", column: str, numbers: np.ndarray) -> None:
         self._reader, self._column, self._numbers = reader, column, numbers
@@ -140,7 +140,7 @@ class RowReader:
         return int(self._starts[-1])
 
     def read(self, numbers: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
-        """Return the tokens (rows, T) and image files of one or more rows, numbered across all shards from 0."""
+        """Return tokens (rows, T) and image files of one or more rows, numbered across all shards from 0."""
         return self.read_tokens(numbers), self.read_values(IMAGE, numbers)
 
     def read_values(self, column: str, numbers: np.ndarray) -> list[bytes]:
@@ -154,7 +154,7 @@ class RowReader:
     def image_numbers(self) -> tuple[np.ndarray, int]:
         """Return each row's index among the stored images, and how many are stored, without reading any image.
 
-        A shard stores an image once, so equal images have different indices only in different shards.
+        Equal images have different indices only in different shards.
         """
         numbers, count = [np.empty(0, np.int64)], 0
         for path in self._paths:

@@ -6,10 +6,10 @@
     exchange.py       the uneven all-to-all of both dispatches, with counts of its bytes and a timer of a rank's waits
 
 A row is a sub-token, or a token if the model has one head; a route is one choice of an expert by a row. Both dispatches
-exchange any number of rows between two ranks and drop none. Their outputs and gradients are the same except for
-rounding. Every rank takes part in every exchange, forward and backward, even with no rows to send or to receive.
+exchange any number of rows and drop none; their results differ only by rounding. Every rank takes part in every
+exchange, forward and backward, even without rows.
 
-Shape suffixes in addition to those of `mhmoe_kernels`, where P has another meaning: P ranks of the group, J = P - 1
-other ranks in rank order, X experts of one rank, G nodes, S received rows, W = N + S. R rows are sorted by destination,
-with dropped routes last. L, in `count_LE`, is the number of mixture-of-experts layers.
+Shape suffixes beside those of `mhmoe_kernels`, where P has another meaning: P ranks of the group, J = P - 1 other ranks
+in rank order, X experts of one rank, G nodes, S received rows, W = N + S. R rows are sorted by destination, with
+dropped routes last. L, in `count_LE`, is the number of mixture-of-experts layers.
 """

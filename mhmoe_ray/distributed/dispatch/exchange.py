@@ -1,7 +1,7 @@
 """The uneven all-to-all between the ranks of a group, with counts of the bytes sent and a timer of the waits.
 
-Before the all-to-all of rows, an all-to-all of counts tells each rank how many rows it will receive. Each all-to-all is
-asynchronous, so that a rank can meanwhile compute on its own rows, or compute a shared expert.
+An all-to-all of counts tells each rank how many rows it will receive. Each all-to-all is asynchronous, so that a rank
+can meanwhile compute on its own rows, or compute a shared expert.
 """
 
 import time
@@ -17,12 +17,12 @@ _cuda_event: Callable[..., torch.cuda.Event] = torch.cuda.Event
 
 
 GPU_WAITS_PER_SAMPLE = 17
-"""One of this many waits of a GPU is measured, because a measurement takes two CUDA events. By a prime number, each of
-the exchanges of a layer is measured in turn."""
+"""One of this many waits of a GPU is measured, by two CUDA events. A prime measures each exchange of a layer in
+turn."""
 
 
 class WaitTimer:
-    """Timer of a rank's waits for rows of other ranks. On a GPU it measures a sample of them."""
+    """Timer of a rank's waits for rows of other ranks; on a GPU it measures a sample of them."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -31,7 +31,7 @@ class WaitTimer:
 
     @contextmanager
     def measure(self, device: torch.device) -> Iterator[None]:
-        """Return a context manager that adds the time that `device` spends in it to the timer."""
+        """Add the time that `device` spends in the context to the timer."""
         # The host runs ahead while a GPU waits, so its clock does not see the wait. Events on the GPU's stream measure
         # the time instead.
         if device.type == "cuda":
@@ -50,8 +50,8 @@ class WaitTimer:
             self._seconds += time.perf_counter() - start_time
 
     def pop_seconds(self) -> float:
-        """Return the seconds of all waits since the last call, and start from 0 again. On a GPU they are an estimate
-        from the waits that were measured, and this method blocks until these are over."""
+        """Return the seconds of waits since the last call. On a GPU they are an estimate from the measured waits, for
+        whose end this method blocks."""
         # The host waits for the GPU only here, and not in every exchange.
         sampled_seconds = 0.0
         for start_event, end_event in self._events:
@@ -68,7 +68,7 @@ T = TypeVar("T")
 
 
 class SentBytes(NamedTuple):
-    """Numbers of bytes that this rank sent to other ranks."""
+    """Bytes that this rank sent to other ranks."""
 
     rows: int = 0  # rows, outputs, and gradients of both, including gates and expert numbers
     counts: int = 0  # counts that ranks exchange before their rows
@@ -79,8 +79,8 @@ class SentBytes(NamedTuple):
 
 
 def flat_row_bytes(count_LE: Tensor, expert_ids: range, row_bytes: int, passes: int = 2) -> int:
-    """Return the bytes that flat dispatch sends between ranks for the kept routes of this rank's tokens, there and
-    back. A step has two passes, forward and backward, and a third one if blocks are recomputed."""
+    """Return the bytes that flat dispatch sends for this rank's tokens, there and back; recomputed blocks are a third
+    pass."""
     remote_routes = count_LE.sum() - count_LE[:, expert_ids.start : expert_ids.stop].sum()
     # Each route to another rank is a row of its own, which is sent there and back.
     return passes * 2 * int(remote_routes) * row_bytes
@@ -95,7 +95,7 @@ class PendingExchange(NamedTuple):
     wait_timer: WaitTimer
 
     def wait(self) -> Tensor:
-        """Wait until the all-to-all is complete, measure the wait, and return the received rows."""
+        """Wait for the all-to-all, measure the wait, and return the received rows."""
         if self.work:
             with self.wait_timer.measure(self.output.device):
                 self.work.wait()
@@ -103,11 +103,10 @@ class PendingExchange(NamedTuple):
 
 
 class Exchange:
-    """All-to-all exchanges of this rank with the other ranks of a group, with counts of bytes and of waiting time."""
+    """All-to-all exchanges within a group, with counts of bytes and of waiting time."""
 
     def __init__(self, group: dist.ProcessGroup, nodes: Sequence[object] | None = None) -> None:
-        """Prepare exchanges in a group; `nodes` identifies each rank's node, and by default all ranks are on one
-        node."""
+        """Prepare exchanges; `nodes` identifies each rank's node, by default one for all."""
         self._group, self.ranks, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
         nodes = nodes or [None] * self.ranks
         self._remote_flags = [node_name != nodes[self.rank] for node_name in self.exclude_own(nodes)]
@@ -115,16 +114,16 @@ class Exchange:
         self._wait_timer = WaitTimer()
 
     def exclude_own(self, values: Sequence[T]) -> list[T]:
-        """Return the values of the other ranks, given one value for each rank of the group."""
+        """Return the values of the other ranks."""
         return [*values[: self.rank], *values[self.rank + 1 :]]
 
     def pop_sent_bytes(self) -> SentBytes:
-        """Return the numbers of bytes that this rank has sent since the last call, and start from 0 again."""
+        """Return the bytes that this rank sent since the last call."""
         sent_bytes, self._sent_bytes = self._sent_bytes, SentBytes()
         return sent_bytes
 
     def pop_wait_seconds(self) -> float:
-        """Return the seconds that this rank waited for other ranks since the last call, and start from 0 again."""
+        """Return the seconds that this rank waited for other ranks since the last call."""
         return self._wait_timer.pop_seconds()
 
     def start_counts(self, count_JX: Tensor) -> PendingExchange:
@@ -135,15 +134,15 @@ class Exchange:
         return self._start_all_to_all(count_JX, torch.empty_like(count_JX), split_sizes, split_sizes)
 
     def start_rows(self, rows: Tensor, output: Tensor, out_J: list[int], in_J: list[int]) -> PendingExchange:
-        """Start an all-to-all of rows, in which the j-th other rank receives the next out_J[j] of `rows`. Its in_J[j]
-        rows arrive in `output`, in the order of ranks."""
+        """Start an all-to-all of rows: the j-th other rank receives the next out_J[j] of `rows`, and sends in_J[j] for
+        `output`."""
         remote_count = sum(count for count, is_remote in zip(out_J, self._remote_flags, strict=True) if is_remote)
         remote_bytes = remote_count * rows.shape[1] * rows.itemsize
         self._sent_bytes = self._sent_bytes.plus(SentBytes(rows=rows.nbytes, between_nodes=remote_bytes))
         return self._start_all_to_all(rows, output, out_J, in_J)
 
     def _start_all_to_all(self, rows: Tensor, output: Tensor, out_J: list[int], in_J: list[int]) -> PendingExchange:
-        """Start an all-to-all like `start_rows`, without counting its bytes."""
+        """Start an all-to-all like `start_rows`, without counting bytes."""
         if self.ranks == 1:
             return PendingExchange(None, rows, output, self._wait_timer)
         rank = self.rank

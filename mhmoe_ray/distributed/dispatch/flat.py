@@ -1,7 +1,7 @@
 """Flat dispatch: for each choice of an expert (route), the row goes directly to the rank that holds this expert.
 
-Rows for a rank's own experts enter no exchange. Forward and backward, the experts compute on them while the rows of
-other ranks are being sent. A shared expert is computed while the results for other ranks travel back.
+Rows for a rank's own experts enter no exchange: they are computed, forward and backward, while other rows are sent. A
+shared expert is computed while results travel back.
 
     forward     counts out | permute, read counts | rows out      | own rows | received rows | outputs back   | shared
     backward                                        gradients out | the same | the same      | gradients back | shared
@@ -32,12 +32,9 @@ from mhmoe_ray.model.router import Routing
 
 
 class FlatDispatch:
-    """Flat dispatch, a `model.feedforward.Dispatch`. Rank p of the process group holds experts p * E/P .. (p + 1) * E/P
-    - 1."""
+    """Flat dispatch, a `model.feedforward.Dispatch`. Rank p of the group holds experts p * E/P .. (p + 1) * E/P - 1."""
 
     def __init__(self, group: dist.ProcessGroup, nodes: Sequence[object] | None = None) -> None:
-        """Prepare dispatch in a group; `nodes` identifies each rank's node, and by default all ranks are on one
-        node."""
         self._exchange = Exchange(group, nodes)
         self.ranks, self.pop_sent_bytes = self._exchange.ranks, self._exchange.pop_sent_bytes
         self.pop_wait_seconds = self._exchange.pop_wait_seconds
@@ -61,9 +58,9 @@ class FlatDispatch:
     ) -> tuple[Tensor, Tensor | None]:
         """Send rows to their experts' ranks; return each row's weighted sum of outputs, and the shared output if any.
 
-        Rows are in the dtype of the weights. `expert_NK` counts the group's experts, 0..E-1; a gate of 0 marks a
-        dropped route. With `routes`, the number of routes that were not dropped, dropped routes take no memory. The
-        shared expert is computed while rows travel.
+        Rows have the dtype of the weights. `expert_NK` counts the group's experts, 0..E-1; a gate of 0 marks a dropped
+        route. With `routes`, the number of routes that were not dropped, dropped routes take no memory. The shared
+        expert is computed while rows travel.
         """
         local_experts = len(weights.stacked[0])
         plan = plan_routes(self._sort_labels(expert_NK, gate_NK, local_experts), local_experts * self.ranks)
@@ -83,14 +80,14 @@ class FlatDispatch:
         return combine(out_RD, gate_NK, plan), y_BTM
 
     def _sort_labels(self, expert_NK: Tensor, gate_NK: Tensor, n_local: int) -> Tensor:
-        """Return each route's sort key: own experts first, then other experts in order, and dropped routes last."""
+        """Return each route's sort key: own experts first, then others in order, dropped routes last."""
         id_E, start = torch.arange(n_local * self.ranks, device=expert_NK.device), self._exchange.rank * n_local
         label_E = torch.cat([id_E[n_local : n_local + start], id_E[:n_local], id_E[n_local + start :]])
         return label_E[expert_NK].masked_fill(gate_NK == 0, len(id_E))
 
 
 class _RoundTrip(NamedTuple):
-    """Round trip of sorted rows, or of gradients in the backward, to the experts of all ranks and back."""
+    """Round trip of sorted rows, or of gradients, to the experts of all ranks."""
 
     start_exchange: Callable[[Tensor, Tensor, list[int], list[int]], PendingExchange]
     own_X: list[int]  # this rank's rows for each of its own experts
@@ -104,9 +101,8 @@ class _RoundTrip(NamedTuple):
         compute_received: Callable[[Tensor], Tensor],
         compute_meanwhile: Callable[[], None],
     ) -> Tensor:
-        """Send sorted rows (in the backward, gradients), compute, and return the R results in the same order; those of
-        dropped routes are 0. Functions get rows sorted by expert. `compute_meanwhile` runs while results travel
-        back."""
+        """Send sorted rows, compute, and return the results in the same order, 0 for dropped routes. Expert functions
+        get rows sorted by expert. `compute_meanwhile` runs while results travel back."""
         out_J, in_J = [sum(count_X) for count_X in self.out_JX], [sum(count_X) for count_X in self.in_JX]
         own_rows = sum(self.own_X)
         end = own_rows + sum(out_J)
@@ -125,8 +121,7 @@ class _RoundTrip(NamedTuple):
 
 
 def _transpose_blocks(rows: Tensor, counts_AB: Sequence[Sequence[int]]) -> Tensor:
-    """Reorder rows that are sorted by A and then by B, in blocks of `counts_AB` rows, by B and then by A. A and B are
-    the rank and the expert of a row, or its expert and its rank."""
+    """Reorder rows sorted by A, then B, by B, then A; A and B are the rank and the expert of a row, or the reverse."""
     # The copy makes the rows of each expert contiguous. It takes at most a few per cent of the experts' time. The
     # alternative, a matrix product for each rank's block, was slower at any number of ranks.
     if len(counts_AB) < 2 or len(counts_AB[0]) < 2:
@@ -139,8 +134,7 @@ def _transpose_blocks(rows: Tensor, counts_AB: Sequence[Sequence[int]]) -> Tenso
 def _run_experts(
     x_RD: Tensor, round_trip: _RoundTrip, kernel: str, weights: ExpertWeights, shared: SharedExpert | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the expert's output for each sorted row, 0 for dropped routes, and that of the shared expert, if there is
-    one."""
+    """Return the output of each sorted row, 0 for dropped routes, and that of the shared expert, if any."""
     stacked, weights = weights.stacked, weights._replace(stacked=())
     shared_function, shared_tensors = shared_arguments(shared)
     # `torch.is_grad_enabled()` is called here, because gradients are always disabled inside an autograd function.
@@ -170,7 +164,7 @@ class _Settings(NamedTuple):
 # A single autograd function runs all steps from rows to outputs. With a function for each step, autograd would run
 # their backwards in reverse order, and so wait for received rows before it works on the rank's own rows.
 class _ExpertsFunction(torch.autograd.Function):
-    """Autograd function of `_run_experts`; it computes the shared expert while outputs, or gradients, travel back."""
+    """Autograd function of `_run_experts`."""
 
     @staticmethod
     def forward(

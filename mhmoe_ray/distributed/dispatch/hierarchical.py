@@ -2,22 +2,20 @@
 
 An expert-parallel group has G nodes of P ranks each, in the order of nodes, so that a node holds a range of experts. A
 rank's rail is the set of ranks at its position on every node. Along the rail, a row is sent once to each other node
-that has an expert for it, with its gates and expert numbers. The receiving rank dispatches it flat within its node, to
-that node's experts only, together with its own rows. One sum of weighted outputs is sent back for each received row,
-and the sender adds it to its own sum.
+that has an expert for it, with its gates and expert numbers. The receiving rank dispatches it flat within its node,
+with its own rows. One sum of weighted outputs is sent back for each row, and the sender adds it to its own.
 
     forward     counts | rows, gates along the rail | own and received rows, flat | sums back, added
     backward             gradients of sums out      | the same                    | gradients of rows and gates back
 
 A shared expert is computed while rows, and in the backward their gradients, travel along the rail.
 
-A row with two experts on another node therefore crosses once each way instead of twice, but it may be sent on to a
-neighbour there. A sum in bfloat16 is rounded once more than in flat dispatch, and the host waits for the device twice
-instead of once. Traffic between nodes does not shrink if each route is a row of its own, as under dropout
-(`model/moe.py`).
+A row with two experts on another node crosses once each way instead of twice, but may be sent on to a neighbour there.
+A sum in bfloat16 is rounded once more than in flat dispatch, and the host waits for the device twice. Traffic between
+nodes does not shrink if each route is a row of its own, as under dropout (`model/moe.py`).
 
-The two stages are those of DeepSpeed-MoE's hierarchical all-to-all (arXiv 2201.05596). In DeepSeek-V3 (arXiv
-2412.19437, section 3.2.2) a row also crosses once per node, but the number of nodes is limited.
+The two stages are those of DeepSpeed-MoE (arXiv 2201.05596). In DeepSeek-V3 (arXiv 2412.19437, section 3.2.2) a row
+also crosses once per node, but the number of nodes is limited.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,12 +36,11 @@ from mhmoe_ray.model.router import Routing
 
 
 class RowCounts(NamedTuple):
-    """Numbers of rows at the source or at the target of an exchange."""
+    """Numbers of rows at the source or the target of an exchange."""
 
     count_J: list[int]  # rows sent to, or received from, each other rank
     rows: int
-    """Number of all rows of a tensor; those after the exchanged ones are not sent at the source, and are 0 at the
-    target."""
+    """Number of all rows; those after the exchanged ones are not sent at the source, and are 0 at the target."""
 
 
 def exchange_rows(
@@ -53,11 +50,9 @@ def exchange_rows(
     tensors: Sequence[Tensor],
     shared: SharedExpert | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Exchange rows of two-dimensional tensors, and return the received rows of each, and the shared output if any.
-
-    The tensors may have any dtype and width, but must have equally many rows. The shared expert is computed while rows
-    travel. In the backward, gradients are exchanged in the opposite direction.
-    """
+    """Exchange rows of two-dimensional tensors, of any dtype and width, with equally many rows. Return the received
+    rows of each, and the output of the shared expert, computed meanwhile. The backward exchanges gradients in the
+    opposite direction."""
     shared_function, shared_tensors = shared_arguments(shared)
     # `torch.is_grad_enabled()` is called here, because gradients are always disabled inside an autograd function.
     outputs = _apply_exchange(
@@ -74,7 +69,7 @@ def _exchange_tensors(
     tensors: list[Tensor],
     compute_meanwhile: Callable[[], None],
 ) -> list[Tensor]:
-    """Exchange rows like `exchange_rows`, but without autograd; `compute_meanwhile` is called while rows travel."""
+    """Exchange rows like `exchange_rows`, without autograd; `compute_meanwhile` runs while rows travel."""
     sent_rows, received_rows = sum(source_counts.count_J), sum(target_counts.count_J)
     # The rows of all tensors are joined byte by byte into one tensor, so that there is one exchange instead of several.
     rows = torch.cat([t[:sent_rows].contiguous().view(torch.uint8) for t in tensors], 1)
@@ -140,21 +135,20 @@ _apply_exchange: Callable[..., tuple[Tensor, ...]] = _ExchangeRows.apply
 
 
 class HierarchicalDispatch:
-    """Hierarchical dispatch, a `model.feedforward.Dispatch`, in a group of G nodes with P ranks each. The p-th rank on
-    node g holds the (g * P + p)-th share of the experts."""
+    """Hierarchical dispatch, a `model.feedforward.Dispatch`. Of G nodes with P ranks each, the p-th rank on node g
+    holds the (g * P + p)-th share of the experts."""
 
     def __init__(self, node: dist.ProcessGroup, rail: dist.ProcessGroup) -> None:
-        """Prepare dispatch in the node, whose ranks are in the order of their experts, and along the rail, in the order
-        of nodes."""
+        """Prepare dispatch in the node, ordered by experts, and along the rail, ordered by nodes."""
         self._flat = FlatDispatch(node)
         self._rail = Exchange(rail, nodes=range(dist.get_world_size(rail)))
 
     def pop_sent_bytes(self) -> SentBytes:
-        """Return the bytes that this rank sent since the last call, and start from 0 again."""
+        """Return the bytes that this rank sent since the last call."""
         return self._rail.pop_sent_bytes().plus(self._flat.pop_sent_bytes())
 
     def pop_wait_seconds(self) -> float:
-        """Return the seconds that this rank waited for other ranks since the last call, and start from 0 again."""
+        """Return the seconds that this rank waited for other ranks since the last call."""
         return self._rail.pop_wait_seconds() + self._flat.pop_wait_seconds()
 
     def __call__(

@@ -1,5 +1,5 @@
-"""Computation inside an autograd function, forward and backward, with an autograd graph of its own. The autograd
-function of a dispatch contains several such passes, so that it can choose their order even in the backward."""
+"""Computation inside an autograd function with an autograd graph of its own. A dispatch contains several such passes in
+its autograd function, so that it can choose their order even in the backward."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,8 +15,8 @@ from mhmoe_ray.model.feedforward import SharedExpert
 class InnerPass:
     """Forward and backward of a function (x, *weights) -> y, inside an outer autograd function.
 
-    The graph of the pass does not hold the tensors that its backward needs. The outer function saves them instead, so
-    that activation checkpointing of a block can free them after the forward and compute them again.
+    The outer function saves the tensors that the backward needs, so that activation checkpointing of a block can free
+    them after the forward and compute them again.
     """
 
     def __init__(self, function: Callable[..., Tensor], weights: Iterable[Tensor], differentiable: bool) -> None:
@@ -28,7 +28,7 @@ class InnerPass:
         self.dweights: tuple[Tensor, ...] = ()  # gradients of the weights, after the backward
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the function to rows, and return the result. If there will be a backward, record the graph."""
+        """Apply the function to rows; if there will be a backward, record the graph."""
         if not self._differentiable:
             return self._function(x, *self._weights)
         saved_tensors = self._saved_tensors
@@ -47,7 +47,7 @@ class InnerPass:
         return y.detach()
 
     def take_saved(self) -> list[Tensor]:
-        """Return the tensors that the backward needs, and drop this object's own references to them."""
+        """Return the tensors that the backward needs, and drop the references to them."""
         saved_tensors = self._saved_tensors.copy()
         self._saved_tensors.clear()
         self.saved_count = len(saved_tensors)
@@ -56,11 +56,11 @@ class InnerPass:
         return saved_tensors
 
     def restore_saved(self, saved_tensors: Iterable[Tensor]) -> None:
-        """Give this object the tensors that `take_saved` returned, for its backward."""
+        """Take back what `take_saved` returned, for the backward."""
         self._saved_tensors.extend(saved_tensors)
 
     def backward(self, dy: Tensor) -> Tensor:
-        """Return the gradient of the rows, given that of the result, after `restore_saved`."""
+        """Return the gradient of the rows, after `restore_saved`."""
         dx, *dweights = torch.autograd.grad(self._edge, self._input_edges, dy)
         self.dweights = tuple(dweights)
         self._saved_tensors.clear()
@@ -68,13 +68,13 @@ class InnerPass:
 
 
 def shared_arguments(shared: SharedExpert | None) -> tuple[Function | None, tuple[Tensor, ...]]:
-    """Return the function of a shared expert, and its tokens and weights, cast as autocast would; (None, ()) without
+    """Return the shared expert's function, and its tokens and weights, cast as autocast would; (None, ()) without
     one."""
     return (None, ()) if shared is None else (shared.layer.function, shared.layer.cast(shared.x_BTM))
 
 
 class SharedPass:
-    """Pass of tokens through the shared expert of a layer, if there is one."""
+    """Pass of tokens through the shared expert of a layer, if any."""
 
     def __init__(self, function: Function | None, tensors: Sequence[Tensor], differentiable: bool) -> None:
         self._inputs = list(tensors[:1])
@@ -82,32 +82,31 @@ class SharedPass:
         self.gradients: list[Tensor] = []  # of the tokens and weights, after the backward
 
     def forward(self) -> list[Tensor]:
-        """Return a list with the output of the shared expert; an empty list if there is no shared expert."""
+        """Return the shared expert's output in a list, which is empty without one."""
         # Keeping the output here would form a reference cycle: the output's graph refers to the outer function, which
         # refers to this pass.
         return [inner_pass.forward(self._inputs.pop()) for inner_pass in self.passes]
 
     def backward(self, doutputs: Sequence[Tensor]) -> None:
-        """Compute the gradients of the tokens and weights from the gradients of the outputs."""
+        """Compute `gradients` from the gradients of the outputs."""
         for inner_pass, dy in zip(self.passes, doutputs, strict=True):
             self.gradients = [inner_pass.backward(dy), *inner_pass.dweights]
 
 
 def take_all_saved(passes: Iterable[InnerPass]) -> list[Tensor]:
-    """Return the tensors that the backwards of all passes need, so that the outer autograd function can save them."""
+    """Return the tensors that all backwards need, for the outer function to save."""
     return [tensor for inner_pass in passes for tensor in inner_pass.take_saved()]
 
 
 def restore_saved(passes: Iterable[InnerPass], saved_tensors: list[Tensor]) -> None:
-    """Give each pass the tensors for its backward, which `take_all_saved` returned. The list is empty afterwards."""
+    """Give each pass what `take_all_saved` returned; the list is empty afterwards."""
     for inner_pass in passes:
         inner_pass.restore_saved(saved_tensors[: inner_pass.saved_count])
         del saved_tensors[: inner_pass.saved_count]
 
 
 class _StartGraph(torch.autograd.Function):
-    """Autograd function that starts a graph whose inputs are not leaves; a leaf would stay in memory as long as the
-    graph."""
+    """Autograd function that makes inputs no leaves, which would stay in memory as long as the graph."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -6,6 +6,5 @@
     gradients.py   the reduction of experts' gradients during the last backward, and clipping
 
 Under every strategy, experts stay distributed by expert parallelism. A rank's experts compute on rows of all ranks of
-its group. Their gradients are therefore summed over dp and divided by dp * ep, whereas all other gradients are averaged
-over dp * ep.
+its group, so their gradients are summed over dp and divided by dp * ep.
 """

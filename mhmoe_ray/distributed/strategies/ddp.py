@@ -1,5 +1,5 @@
-"""DDP: every rank holds all parameters except other ranks' experts, and a step's last backward averages gradients. This
-module also has the base class of all strategies."""
+"""DDP: every rank holds all parameters but other ranks' experts, and the last backward averages gradients. This module
+also has the base class of all strategies."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -34,27 +34,21 @@ class Strategy:
     checkpoints the tensors to save or to fill.
     """
 
-    holds_whole_weights = True  # True if weights, except other ranks' experts, are no shards
+    holds_whole_weights = True  # in full and not as shards, except other ranks' experts
     gathers_state = False
     """True if `checkpoint_tensors` gathers from shards; else its views of weights and moments change only in
     `apply_update`."""
 
     def __init__(self, model: Trunk, mesh: Mesh, spec: RunSpec, fill: FillModel) -> None:
-        """Allocate and fill the model's weights, wrap the model for its strategy, and build the optimizer.
-
-        Args:
-            model: model on the meta device.
-            mesh: mesh of this rank.
-            spec: spec of the run.
-            fill: function that allocates and fills the model's weights; it is called once.
-        """
+        """Allocate and fill the model, which is on the meta device, wrap it, and build the optimizer; `fill` is called
+        once."""
         self.model, self.mesh, self.spec = model, mesh, spec
         self.module: nn.Module = self._wrap_model(fill)  # called in place of the model if a backward follows
         self._expert_reduction = ExpertReduction(model, mesh)
         self.optimizer = build_optimizer(model, spec.train, spec.seed, self._value_positions())
 
     def _wrap_model(self, fill: FillModel) -> nn.Module:
-        """Allocate and fill the model's weights, and return the module to call in its place, such as torch's DDP."""
+        """Fill the model, and return the module to call in its place, such as torch's DDP."""
         fill(self.model)
         if self.mesh.devices is None:
             return self.model
@@ -76,29 +70,29 @@ class Strategy:
         return positions
 
     def micro_batch_context(self, is_last: bool) -> AbstractContextManager[None]:
-        """Return the context of a micro-batch's forward and backward. If this is the rank's last one of the step, DDP
-        and FSDP reduce gradients over ranks in its backward."""
+        """Return the context of a micro-batch's forward and backward. DDP and FSDP reduce gradients over ranks only in
+        the rank's last backward of a step."""
         self._expert_reduction.is_last_backward = is_last
         if isinstance(self.module, DistributedDataParallel) and not is_last:
             return self.module.no_sync()
         return nullcontext()
 
     def whole_layers(self) -> list[CastingModule]:
-        """Return the feed-forward layers and experts that are not sharded; their weights may be cast once per step."""
+        """Return the feed-forward layers and experts that are not sharded, to be cast once per step."""
         layers = [m for m in self.model.modules() if isinstance(m, CastingModule)]
         return [m for m in layers if not any(map(is_dtensor, m.parameters()))]
 
     def backward(self, objective: Tensor) -> None:
-        """Run the backward of a micro-batch from its loss, a scalar, which adds to the gradients of this rank."""
+        """Run the backward of a micro-batch from its scalar loss, adding to this rank's gradients."""
         torch.autograd.backward(objective)
 
     def finish_reduction(self) -> None:
-        """Complete the reduction of the step's gradients over ranks, after the last backward."""
+        """Complete the reduction of the step's gradients, after the last backward."""
         self._expert_reduction.finish()
 
     def apply_update(self, lr: float) -> float:
-        """Clip gradients by their global norm and update the weights; return the norm before clipping, equal on every
-        rank. If it is not finite, the gradients are discarded and the weights stay the same."""
+        """Clip gradients by their global norm and update the weights; return the norm before clipping, equal on all
+        ranks. If it is not finite, gradients are discarded and weights stay the same."""
         norm = clip_gradients(self.model, self.mesh, self.spec.train.clip_norm)
         if math.isfinite(norm):
             set_learning_rate(self.optimizer, lr)
@@ -107,13 +101,13 @@ class Strategy:
         return norm
 
     def checkpoint_weights(self) -> dict[str, Tensor]:
-        """Return the weights by name, with global shapes: experts and sharded tensors are DTensors. Unless
-        `gathers_state` is True, they are views, so that filling them loads the model."""
+        """Return the weights by name, with experts and sharded tensors as DTensors of global shapes. Filling these
+        views loads the model, unless `gathers_state` is True."""
         return self._to_global(self.model.named_tensors())
 
     def checkpoint_moments(self) -> dict[str, Tensor]:
-        """Return AdamW's two moments as "exp_avg.NAME" and "exp_avg_sq.NAME", in views like those of
-        `checkpoint_weights`. Moments that do not exist yet are created."""
+        """Return AdamW's moments like `checkpoint_weights`, as "exp_avg.NAME" and "exp_avg_sq.NAME", created if
+        missing."""
         # The optimizer has no moments before its first update. A checkpoint may be saved earlier, if the updates of the
         # first steps were skipped.
         if not self.optimizer.state:
@@ -133,8 +127,7 @@ class Strategy:
         yield from (("optim", name, t) for name, t in self.model.training_buffers().items())
 
     def start_at_step(self, step: int) -> None:
-        """Give the optimizer its state after `step` updates, but with moments of zero, which loading a checkpoint
-        fills."""
+        """Give the optimizer its state after `step` updates, with moments of zero, which loading fills."""
         step_device = "cpu" if isinstance(self.optimizer, RoundedAdamW) else None
         for parameter in self.model.parameters():
             self.optimizer.state[parameter] = {
@@ -143,9 +136,9 @@ class Strategy:
             }
 
     def finish_loading(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-        """Finish loading a checkpoint into `checkpoint_weights` and `checkpoint_moments`; views need nothing more."""
+        """Finish loading a checkpoint; views need nothing more."""
 
     def _to_global(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors by name, with those of experts as DTensors of their global shape, without copies."""
+        """Return tensors by name, with those of experts as DTensors, without copies."""
         experts = expert_parameters(self.model)
         return {name: self.mesh.expert_dtensor(t) if name in experts else t for name, t in local.items()}

@@ -1,9 +1,9 @@
 """FSDP2: each rank holds a shard of every tensor, and gathers the full tensors of a block while the block computes.
 
-Experts stay distributed by expert parallelism, and may also be sharded over the ranks that hold the same experts.
-Shards are float32. With `gather_precision: bfloat16`, operands of matrix products are gathered in bfloat16, to which
-autocast would cast them anyway. Norms and routers compute in float32, so they are gathered in groups of their own. The
-inputs and heads of vision models are gathered in float32, too.
+Experts stay distributed by expert parallelism, and may also be sharded over the ranks that hold the same ones. Shards
+are float32. With `gather_precision: bfloat16`, operands of matrix products are gathered in bfloat16, to which autocast
+would cast them anyway. Norms and routers compute in float32, so they are gathered in groups of their own. The inputs
+and heads of vision models are gathered in float32, too.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -26,7 +26,7 @@ from mhmoe_ray.spec import RunSpec
 
 
 class FsdpStrategy(Strategy):
-    """The strategy fsdp: FSDP2 shards all parameters over ranks, and experts too if requested."""
+    """The strategy fsdp: FSDP2 shards all parameters, and experts too if requested."""
 
     holds_whole_weights = False
 
@@ -71,7 +71,7 @@ class FsdpStrategy(Strategy):
         return self.model
 
     def _prefetch_in_forward(self, enabled: bool) -> None:
-        """Set whether a unit's forward also gathers the next unit. In the backward, FSDP2 does this by itself."""
+        """Set whether a unit's forward also gathers the next unit, as FSDP2 does by itself in the backward."""
         for unit, next_unit in pairwise(self._units):
             unit.set_modules_to_forward_prefetch([next_unit] if enabled else [])
 
@@ -93,8 +93,8 @@ class FsdpStrategy(Strategy):
         return MixedPrecisionPolicy(torch.float32, self._reduce_dtype, cast_forward_inputs=False)
 
     def _shard_in_float32(self, modules: list[nn.Module]) -> list[FSDPModule]:
-        """Shard modules that compute in float32 as one group, and return its first module. If all weights are gathered
-        in float32, they need no such group, and the list is empty."""
+        """Shard float32 modules as one group, and return its first module, or none if all weights are gathered in
+        float32."""
         if self._gather_dtype == torch.float32:
             return []
         return fully_shard(modules, mesh=self.mesh.shard_mesh, mp_policy=self._float32_policy)[:1]

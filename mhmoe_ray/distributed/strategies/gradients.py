@@ -12,12 +12,10 @@ from mhmoe_ray.model.trunk import Trunk
 
 
 class ExpertReduction:
-    """Reduction of the gradients of experts that FSDP does not shard.
+    """Reduction of the gradients of experts that FSDP does not shard: a sum over expert_dp, divided by the world size.
 
-    They are summed over the ranks that hold the same experts, and divided by the number of all ranks. A rank's experts
-    compute on rows of all ep ranks of their group, so their gradients already are sums over these ranks. In the last
-    backward of a step, the all-reduce of a layer's bucket starts as soon as its gradients are complete, beside the
-    backward of lower layers. Buckets start in the same order on all ranks, from the highest layer down.
+    In a step's last backward, the all-reduce of a layer's bucket starts as soon as its gradients are complete, beside
+    the backward of lower layers. Buckets start in the same order on all ranks, from the highest layer down.
     """
 
     def __init__(self, model: Trunk, mesh: Mesh) -> None:
@@ -38,7 +36,7 @@ class ExpertReduction:
                     parameter.register_post_accumulate_grad_hook(self._complete_gradient)  # type: ignore[no-untyped-call]
 
     def _complete_gradient(self, parameter: nn.Parameter) -> None:
-        """Note a complete gradient, and start the all-reduce of each complete bucket whose turn has come."""
+        """Note a complete gradient, and start the all-reduces of complete buckets in turn."""
         if not self.is_last_backward:
             return
         self._complete.add(parameter)
@@ -56,7 +54,7 @@ class ExpertReduction:
         self._started_count += 1
 
     def finish(self) -> None:
-        """Complete the reduction of all experts' gradients; an expert without a gradient gets a gradient of zeros."""
+        """Complete the reduction of all experts' gradients; an expert without one gets zeros."""
         for parameter in self._parameters:
             # If a rank's experts got no row in any micro-batch of the step, they may have no gradient, but the
             # all-reduce needs a tensor from every rank.
@@ -77,8 +75,8 @@ class ExpertReduction:
 
 
 def clip_gradients(model: Trunk, mesh: Mesh, clip_norm: float) -> float:
-    """Scale all gradients in place so that their norm over all ranks' parameters is at most `clip_norm`. Return the
-    norm before clipping, equal on every rank. Gradients whose norm is not finite stay as they are."""
+    """Scale all gradients in place to a global norm of at most `clip_norm`, and return the norm before, equal on all
+    ranks. Gradients whose norm is not finite stay as they are."""
     experts = expert_parameters(model)
     # The norm must count each value once, so gradients are split into three kinds: replicated ones are the same on
     # every rank, those of experts differ between ep ranks only, and sharded ones differ on every rank.

@@ -1,9 +1,9 @@
-"""DeepSpeed's ZeRO, stages 1 to 3, on the process groups of the run's mesh.
+"""DeepSpeed's ZeRO on the process groups of the run's mesh.
 
 Stage 1 shards the optimizer's state over ranks, stage 2 also the gradients, and stage 3 also the weights. With expert
-parallelism, experts are a parameter group of their own, which is sharded over the dp ranks that hold the same experts.
-DeepSpeed sums their gradients over these ranks and divides the sums by the world size, as all other strategies do. Its
-own functions gather tensors for a checkpoint, and shard them when a checkpoint is loaded.
+parallelism, experts are a parameter group of their own, sharded over the dp ranks that hold the same ones. DeepSpeed
+sums their gradients over these ranks and divides by the world size, as all other strategies do. It gathers tensors for
+a checkpoint, and shards them on loading.
 """
 
 import logging
@@ -27,13 +27,13 @@ from mhmoe_ray.spec import RunSpec
 
 
 class ZeroStrategy(Strategy):
-    """The strategies zero1, zero2 and zero3, in which a DeepSpeed engine holds the model and the optimizer."""
+    """The strategies zero1, zero2 and zero3: a DeepSpeed engine holds the model and the optimizer."""
 
     holds_whole_weights = False
     gathers_state = True
 
     def __init__(self, model: Trunk, mesh: Mesh, spec: RunSpec, fill: FillModel, stage: int) -> None:
-        """Fill the model and initialize a DeepSpeed engine of stage 1 to 3; a missing DeepSpeed is a SpecError."""
+        """Fill the model and initialize a DeepSpeed engine; a missing DeepSpeed is a SpecError."""
         try:
             import deepspeed
         except ImportError as error:
@@ -106,14 +106,14 @@ class ZeroStrategy(Strategy):
         return nullcontext()
 
     def whole_layers(self) -> list[CastingModule]:
-        """Return no layers: DeepSpeed may replace the data of any parameter, so weights are not cast once per step."""
+        """Return no layers: DeepSpeed may replace any parameter's data, so weights are not cast once per step."""
         return []
 
     def backward(self, objective: Tensor) -> None:
         self.engine.backward(objective, scale_wrt_gas=False)
 
     def finish_reduction(self) -> None:
-        """Do nothing, because DeepSpeed has reduced the gradients in the backward."""
+        """Do nothing: the backward has reduced the gradients."""
 
     def apply_update(self, lr: float) -> float:
         set_learning_rate(self.optimizer, lr)
@@ -127,14 +127,14 @@ class ZeroStrategy(Strategy):
         return dict(self._iterate_moments())
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield all tensors to save, as `Strategy` does; each is gathered when it is yielded."""
+        """Yield all tensors to save, each gathered when it is yielded."""
         # The generators gather one tensor at a time, so that its memory is free again before the next one is gathered.
         yield from (("weights", name, t) for name, t in self._iterate_weights())
         yield from (("optim", name, t) for name, t in self._iterate_moments())
         yield from (("optim", name, t) for name, t in self.model.training_buffers().items())
 
     def _iterate_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield each weight and buffer by name; in stage 3, weights are gathered one by one."""
+        """Yield each weight and buffer by name; stage 3 gathers weights one by one."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         if self._stage < 3:
@@ -146,7 +146,7 @@ class ZeroStrategy(Strategy):
         yield from ((name, t) for name, t in self.model.named_tensors().items() if name in buffer_names)
 
     def _iterate_moments(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield each of AdamW's moments by name; they are gathered one by one."""
+        """Yield each of AdamW's moments by name, gathered one by one."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         for moment in MOMENT_NAMES:
@@ -155,7 +155,7 @@ class ZeroStrategy(Strategy):
                 yield f"{moment}.{name}", t
 
     def start_at_step(self, step: int) -> None:
-        """Set the number of updates in the optimizer's state, and leave the moments unchanged."""
+        """Set the number of updates, and leave the moments unchanged."""
         # `_create_moments` has created the moments, and they must stay the same tensors, because DeepSpeed has linked
         # them to their parameters.
         for state in self.optimizer.state.values():
@@ -177,7 +177,6 @@ class ZeroStrategy(Strategy):
             zero_optimizer._lazy_init_hp_params_optimizer_state()
 
     def finish_loading(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-        """Copy the weights and moments of a checkpoint into DeepSpeed's tensors."""
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -194,8 +193,7 @@ class ZeroStrategy(Strategy):
 
 
 def _gathering_settings(model: Trunk) -> dict[str, int]:
-    """Return settings with which stage 3 gathers only the current and the next block, like fsdp; small tensors stay
-    gathered."""
+    """Return settings with which stage 3 gathers the current and the next block, like fsdp, and keeps small tensors."""
     # By default DeepSpeed gathers up to 1e9 parameters at a time, so a smaller model would stay gathered from its
     # forward to the end of its backward.
     largest_block = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
@@ -209,7 +207,7 @@ def _gathering_settings(model: Trunk) -> dict[str, int]:
 
 
 def _disable_compilation() -> None:
-    """Keep DeepSpeed on CPUs from compiling, when it starts, an all-reduce that only inference calls."""
+    """Keep DeepSpeed on CPUs from compiling an all-reduce that only inference calls."""
     # If a process is killed while it compiles, it leaves a lock behind, and every later process waits for this lock
     # forever.
     from deepspeed import ops
@@ -219,8 +217,7 @@ def _disable_compilation() -> None:
 
 
 def _add_expert_marker(model: Trunk) -> nn.Module:
-    """Return a module that calls the model and has an empty layer of DeepSpeed's class `MoE`, by which DeepSpeed
-    recognizes that the model has experts."""
+    """Return a module that calls the model and has an empty DeepSpeed `MoE`, which marks a model with experts."""
     from deepspeed.moe.layer import MoE
 
     class ExpertMarker(MoE):

@@ -8,7 +8,7 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class LlamaModules(Modules):
-    """Modules of the llama architecture: RMSNorm, and SwiGLU without biases."""
+    """Modules of the llama architecture."""
 
     def norm(self, spec: ModelSpec) -> nn.Module:
         return nn.RMSNorm(spec.d_model, spec.norm_eps)

@@ -14,7 +14,7 @@ XPOS_SCALE_BASE = 512
 
 
 class SublnModules(Modules):
-    """Modules of the subln architecture: LayerNorm, GELU with an inner norm, and xPos (SubLN, arXiv 2210.06423)."""
+    """Modules of the subln architecture (SubLN, arXiv 2210.06423)."""
 
     def norm(self, spec: ModelSpec) -> nn.Module:
         return nn.LayerNorm(spec.d_model, spec.norm_eps)
@@ -39,7 +39,7 @@ class SublnModules(Modules):
         return float(spec.d_model**0.5)
 
     def query_scale(self, head_width: int, position_T: Tensor) -> Tensor | None:
-        """Return xPos's factors (T, C), with which the product of a query and a key shrinks as their distance grows."""
+        """Return xPos's factors (T, C), by which products of queries and keys shrink with distance."""
         # 0.4 is xPos's constant gamma, with the value that the library torchscale uses.
         even = torch.arange(0, head_width, 2, device=position_T.device, dtype=torch.float64)
         base = (even + 0.4 * head_width) / (1.4 * head_width)

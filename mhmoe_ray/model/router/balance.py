@@ -14,7 +14,7 @@ from mhmoe_ray.spec import MoESpec
 
 
 class RoutedLogits(NamedTuple):
-    """Router logits of rows and the experts chosen by them: the inputs of the load balancing losses."""
+    """Router logits of rows and their chosen experts: the inputs of the load balancing losses."""
 
     x_ND: Tensor  # float32 or wider
     clean_NE: Tensor  # without the router's random noise
@@ -23,13 +23,13 @@ class RoutedLogits(NamedTuple):
     expert_NK: Tensor  # int64, the best one first
 
     def slice(self, start: int, stop: int, top_k: int) -> "RoutedLogits":
-        """Return the values of rows `start` to `stop` - 1, with only the first `top_k` choices of each row."""
+        """Return the values of rows `start` to `stop` - 1, with only the first `top_k` choices."""
         x_ND, clean_NE, noisy_NE, probability_NE, expert_NK = (field[start:stop] for field in self)
         return RoutedLogits(x_ND, clean_NE, noisy_NE, probability_NE, expert_NK[:, :top_k])
 
 
 def route_counts(expert_NK: Tensor, experts: int, kept_NK: Tensor | None = None) -> Tensor:
-    """Return how many routes, of those in the mask `kept_NK` if it is given, go to each of `experts` experts, int64."""
+    """Return the number of routes, of those in `kept_NK` if it is given, to each expert, int64."""
     # bincount would make the host wait for a GPU.
     weight_NK = torch.ones_like(expert_NK) if kept_NK is None else kept_NK.long()
     zero_E = torch.zeros(experts, dtype=torch.int64, device=expert_NK.device)
@@ -37,8 +37,8 @@ def route_counts(expert_NK: Tensor, experts: int, kept_NK: Tensor | None = None)
 
 
 def balance_loss(moe: MoESpec, routed: RoutedLogits, sequences: int, share_E: Tensor | None) -> Tensor:
-    """Return the load balancing loss of one layer; the rows of sequences lie one after another. With `balance_over:
-    step`, `share_E` is each expert's share of all choices in the previous step; otherwise it is None."""
+    """Return the load balancing loss of one layer; the rows of sequences lie one after another. `share_E` is each
+    expert's share of the previous step's choices, for `balance_over: step`."""
     if moe.balance == "importance_load":
         probability_NE, top_k = routed.clean_NE.softmax(-1), routed.expert_NK.shape[1]
         return importance_load_loss(probability_NE, routed.clean_NE, routed.noisy_NE, top_k, moe.noise / moe.experts)
@@ -54,9 +54,8 @@ def switch_balance_loss(probability_NE: Tensor, expert_NK: Tensor) -> Tensor:
     """Return the load balancing loss E * sum_e mean_n(p_ne) * (share of the choices that are e).
 
     This is equation 4 of Switch Transformers (arXiv 2101.03961), which counts choices before any route is dropped. With
-    only the first column of `expert_NK`, it is the loss in the code of both MH-MoE papers; with all columns, it is
-    MegaBlocks'. It is exactly 1 if either factor is uniform, and at most E. Its gradient flows only through the
-    probabilities.
+    only the first column of `expert_NK`, it is the loss in the code of both MH-MoE papers; with all, it is MegaBlocks'.
+    It is 1 if either factor is uniform, and at most E. Its gradient flows only through the probabilities.
     """
     experts = probability_NE.shape[1]
     share_E = route_counts(expert_NK, experts).to(probability_NE.dtype) / expert_NK.numel()
@@ -64,8 +63,8 @@ def switch_balance_loss(probability_NE: Tensor, expert_NK: Tensor) -> Tensor:
 
 
 def sequence_balance_loss(probability_NE: Tensor, expert_NK: Tensor, sequences: int) -> Tensor:
-    """Return the mean load balancing loss of sequences (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20). They have
-    equally many rows, which lie one after another."""
+    """Return the mean load balancing loss of sequences (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20), whose
+    equally many rows lie one after another."""
     experts = probability_NE.shape[1]
     choice_SC = expert_NK.reshape(sequences, -1)
     one_SC = torch.ones_like(choice_SC, dtype=probability_NE.dtype)
@@ -75,7 +74,7 @@ def sequence_balance_loss(probability_NE: Tensor, expert_NK: Tensor, sequences: 
 
 
 def squared_variation(load_E: Tensor) -> Tensor:
-    """Return the squared coefficient of variation of the experts' loads; it is 0 if all loads are equal."""
+    """Return the squared coefficient of variation of the experts' loads."""
     return load_E.var(correction=0) / load_E.mean().square()
 
 
@@ -84,9 +83,9 @@ def importance_load_loss(
 ) -> Tensor:
     """Return V-MoE's load balancing loss: its importance loss plus its load loss (arXiv 2106.05974, appendix A).
 
-    The importance of an expert is the sum of its probabilities (without noise) over all rows. Its load is the mean
-    probability that it would be chosen, if only its own noise, of standard deviation `noise`, were drawn again. Each of
-    the two losses is the squared coefficient of variation of these values over the experts.
+    An expert's importance is the sum of its probabilities (without noise) over rows. Its load is the mean probability
+    that it would be chosen if only its own noise, of standard deviation `noise`, were drawn again. Each loss is the
+    squared coefficient of variation over the experts.
     """
     threshold_N1 = noisy_logits_NE.topk(top_k, dim=-1).values[:, -1:]
     # The probability that a normal variable exceeds z is erfc(z / sqrt 2) / 2.
@@ -100,7 +99,7 @@ def z_loss(logits_NE: Tensor) -> Tensor:
 
 
 def updated_bias(bias_E: Tensor, count_E: Tensor, rate: float) -> Tensor:
-    """Return each expert's selection bias for the next step, which balances loads without a loss (arXiv 2408.15664).
-    The bias rises by `rate` for experts with fewer routes than the mean, and falls by `rate` for experts with more."""
+    """Return each expert's selection bias for the next step, which balances loads without a loss (arXiv 2408.15664): it
+    rises by `rate` with fewer routes than the mean, and falls with more."""
     load_E = count_E.to(bias_E.dtype)
     return bias_E + rate * (load_E.mean() - load_E).sign()

@@ -9,7 +9,7 @@ from mhmoe_ray.spec import MoESpec
 
 
 class BaseScores(nn.Module, ABC):
-    """Module that computes a router's logits; the base class of all kinds."""
+    """Module that computes a router's logits."""
 
     @abstractmethod
     def __init__(self, width: int, moe: MoESpec) -> None:
@@ -21,12 +21,12 @@ class BaseScores(nn.Module, ABC):
         """Return the logits of rows, of shape (N, E), in float32 or wider."""
 
     def balance_probabilities(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor:
-        """Return the probabilities NE for the load balancing loss; by default `probability_NE`, normalized scores."""
+        """Return the probabilities NE for the balancing loss, by default `probability_NE`."""
         return probability_NE
 
 
 class Scores(Protocol):
-    """Callable that computes router logits, and probabilities for the load balancing loss, as `BaseScores` does."""
+    """Callable with the interface of `BaseScores`."""
 
     def __call__(self, x_ND: Tensor) -> Tensor: ...
 

@@ -1,6 +1,6 @@
-"""The router of DEMix layers (arXiv 2108.05036), without parameters: a document goes to the expert of its domain, a
-source of documents. The domain is known in training and validation, and a sample has documents of one domain. For text
-of unknown origin, `evaluate/mixture.py` weights the predictions of all experts by their posterior probabilities."""
+"""The router of DEMix layers (arXiv 2108.05036), without parameters. A document goes to the expert of its domain, its
+source, which is known in training and validation; a sample has documents of one domain. For text of unknown origin,
+`evaluate/mixture.py` weights all experts' predictions by posterior probabilities."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from mhmoe_ray.spec import MoESpec
 
 
 class DomainRouter(Router):
-    """Router of one layer that sends all rows of a sequence to the expert of the sequence's domain, with gate 1."""
+    """Router that sends a sequence's rows to its domain's expert, with gate 1."""
 
     def __init__(self, moe: MoESpec) -> None:
         # The constructor of `Router` would create a module that computes scores, which this router does not need.
@@ -28,8 +28,7 @@ class DomainRouter(Router):
         domain_B: Tensor | None = None,
         group_rows: Sequence[int] = (),
     ) -> Routing:
-        """Return the routing by `domain_B`, the expert of each sequence. Sequences have equally many rows, one after
-        another."""
+        """Return the routing; sequences have equally many rows, one after another."""
         assert domain_B is not None, "router domain needs the domain of each sequence"
         expert_N1 = domain_B.repeat_interleave(len(x_ND) // sequences)[:, None]
         zero = torch.zeros((), device=x_ND.device)

@@ -9,7 +9,7 @@ from mhmoe_ray.model.router.base import BaseScores
 
 
 class SplitScores:
-    """Callable that computes the router logits of rows in groups, with a separate module for each group."""
+    """Callable that computes router logits, with a separate module for each group of rows."""
 
     def __init__(self, scores: Sequence[BaseScores], group_rows: Sequence[int]) -> None:
         self._scores, self._group_rows = scores, list(group_rows)

@@ -1,6 +1,5 @@
 """Modules that compute a router's logits in float32 or wider: W x (arXiv 2404.15045, equation 5; arXiv 2411.16205,
-section 2.1), or X-MoE's (arXiv 2204.09179), as published or as torchscale computes them, the library of the first
-paper."""
+section 2.1), or X-MoE's (arXiv 2204.09179) as published or as in torchscale, the library of the first paper."""
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +28,8 @@ MIN_TEMPERATURE = 0.01
 
 
 class XMoEScores(BaseScores):
-    """Module of router `xmoe` as X-MoE's paper describes it (arXiv 2204.09179): logits are the cosines of projected
-    rows with expert embeddings, divided by a learnable temperature."""
+    """Module of router `xmoe` (arXiv 2204.09179): cosines of projected rows with expert embeddings, divided by a
+    learnable temperature."""
 
     def __init__(self, width: int, moe: MoESpec) -> None:
         super().__init__(width, moe)
@@ -44,7 +43,7 @@ class XMoEScores(BaseScores):
         return self.cosine(x_ND) / self.temperature
 
     def balance_probabilities(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor:
-        """Return the probabilities NE for X-MoE's load balancing loss, which uses the initial temperature."""
+        """Return the probabilities NE for X-MoE's balancing loss, at the initial temperature."""
         # At the learned temperature, training could lower the loss just by raising the temperature.
         return (self.cosine(x_ND) / INITIAL_TEMPERATURE).softmax(-1)
 
@@ -53,13 +52,13 @@ class XMoEScores(BaseScores):
         return MIN_TEMPERATURE + widen(self.log_temperature).exp()
 
     def cosine(self, x_ND: Tensor) -> Tensor:
-        """Return the cosine of each projected row with each expert embedding, shape NE."""
+        """Return the cosine of each projected row with each expert, shape NE."""
         return F.normalize(x_ND @ widen(self.reduce_QD).T, dim=-1) @ F.normalize(widen(self.expert_EQ), dim=-1).T
 
 
 class TorchscaleScores(BaseScores):
-    """Module of router `xmoe_torchscale`, which is X-MoE's router as the code of MH-MoE (arXiv 2404.15045) computes it.
-    Only the expert embeddings are normalized, and there is no temperature."""
+    """Module of router `xmoe_torchscale`, X-MoE's as in the code of arXiv 2404.15045: only expert embeddings are
+    normalized, and there is no temperature."""
 
     def __init__(self, width: int, moe: MoESpec) -> None:
         super().__init__(width, moe)

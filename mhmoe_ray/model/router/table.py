@@ -12,5 +12,5 @@ SCORES_BY_ROUTER: dict[str, type[BaseScores]] = {
 
 
 def build_scores(width: int, moe: MoESpec) -> BaseScores:
-    """Return the module of logits of router `moe.router` for rows of width `width`, with uninitialized parameters."""
+    """Return the uninitialized module of logits of router `moe.router`, for rows of width `width`."""
     return SCORES_BY_ROUTER[moe.router](width, moe)

@@ -18,11 +18,10 @@ from mhmoe_ray.spec import MoESpec
 
 
 def capacity_mask(expert_NK: Tensor, candidate_NK: Tensor, experts: int, capacity: int) -> Tensor:
-    """Return the mask NK of the candidate routes that experts can take, `capacity` rows each; all others must be
-    dropped.
+    """Return the mask NK of the candidate routes that experts can take, `capacity` rows each.
 
-    Slots are assigned to all first choices before all second choices, and so on, each in the order of rows. A later
-    row's first choice can therefore displace an earlier row's second choice: static routing is not causal.
+    Slots go to all first choices before all second choices, and so on, each in the order of rows. A later row's first
+    choice can therefore displace an earlier row's second choice: static routing is not causal.
     """
     # Routes that are not candidates for a slot queue for an extra expert, which does not exist. A stable sort keeps the
     # order within the queue of each expert.
@@ -47,7 +46,7 @@ def mask_groups(preference_NE: Tensor, groups: int, top_groups: int) -> Tensor:
 
 
 class Routing(NamedTuple):
-    """Result of a router: the experts of each of N rows (sub-tokens), their weights, losses and counts."""
+    """Result of a router for N rows."""
 
     expert_NK: Tensor  # chosen experts, int64, in the order of preference, all different
     gate_NK: Tensor  # weights of the chosen experts, float32; 0 for a dropped route
@@ -67,12 +66,11 @@ class TopK(NamedTuple):
 
 
 def _chosen_mask(top_k: TopK, count_N: Tensor) -> Tensor:
-    """Return the mask NK of the experts that rows really choose: the first `count_N` of the K best of each row."""
     return torch.arange(top_k.largest, device=count_N.device) < count_N[:, None]
 
 
 class Router(nn.Module):
-    """Router of one layer: it scores experts by softmax or sigmoid of their logits, and gives each row the top k."""
+    """Router of one layer, which chooses the top k experts of each row."""
 
     def __init__(self, width: int, moe: MoESpec) -> None:
         super().__init__()
@@ -97,7 +95,7 @@ class Router(nn.Module):
         return TopK(self.moe.top_k)
 
     def _capacity(self, group_rows: Sequence[int], rows: int) -> int | None:
-        """Return the expert capacity in rows, or None if there is no limit; groups are modalities or tasks."""
+        """Return the expert capacity in rows; None if there is no limit."""
         return self.moe.expert_capacity(rows)
 
     def forward(
@@ -115,7 +113,8 @@ class Router(nn.Module):
             generator: random generator of jitter, of noise and of the random second expert; None disables all three.
             sequences: number of sequences, whose rows lie one after another.
             domain_B: expert of each sequence, int64, which only `DomainRouter` uses.
-            group_rows: number of rows of each modality or task, for routers that treat them separately.
+            group_rows: number of rows of each modality or task, one after another, for routers that treat them
+                separately.
         """
         # Autocast would compute logits in bfloat16, in which many different logits become equal.
         with torch.autocast(x_ND.device.type, enabled=False):
@@ -124,7 +123,7 @@ class Router(nn.Module):
     def _route(
         self, x_ND: Tensor, generator: torch.Generator | None, sequences: int = 1, group_rows: Sequence[int] = ()
     ) -> Routing:
-        """Choose the experts of rows, which are float32 or wider, as `forward` does. Autocast must be off."""
+        """Choose the experts of rows, float32 or wider, as `forward` does. Autocast must be off."""
         moe, rows, scores = self.moe, len(x_ND), self._scores_of(group_rows)
         top_k = self._top_k_of(group_rows, x_ND.device)
         if moe.jitter and generator is not None:
@@ -165,9 +164,9 @@ class Router(nn.Module):
         )
 
     def _is_plain(self, generator: torch.Generator | None) -> bool:
-        """Return whether the kernel `fused_routing` can compute the routing. It takes the k largest softmax scores, and
-        of the load balancing losses computes only `balance: shares` over a micro-batch, from the probabilities of the
-        gates."""
+        """Return whether the kernel `fused_routing` can compute the routing: the k largest softmax scores and, of the
+        load balancing losses, `balance: shares` over a micro-batch, from the probabilities of the gates. Jitter and
+        noise come before the kernel."""
         moe = self.moe
         has_random_choice = moe.second_expert == "random" and generator is not None
         # X-MoE's load balancing loss uses other probabilities than its gates, which the fused kernel does not support.
@@ -188,9 +187,8 @@ class Router(nn.Module):
         return balance_loss(self.moe, routed, sequences, self.share_E if self.moe.balance_over == "step" else None)
 
     def choose_experts(self, logits_NE: Tensor, top_k: TopK | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return `expert_NK` and `gate_NK` before any route is dropped, and the probabilities NE, scores scaled to a
-        sum of 1. A row has K different experts; if it chooses fewer, the other gates are 0. The default `top_k` is the
-        spec's."""
+        """Return `expert_NK` and `gate_NK` before routes are dropped, and the probabilities NE, scores scaled to a sum
+        of 1. A row has K different experts; if it chooses fewer, other gates are 0."""
         top_k = top_k or TopK(self.moe.top_k)
         moe = self.moe
         is_softmax = moe.scoring == "softmax"
@@ -220,8 +218,7 @@ class Router(nn.Module):
         return expert_NK, gate_NK, score_NE if is_softmax else score_NE / score_NE.sum(-1, keepdim=True)
 
     def _candidate_routes(self, expert_NK: Tensor, gate_NK: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Return the mask NK of routes that compete for slots: all but those that `second_expert: random` leaves
-        out."""
+        """Return the mask NK without routes that `second_expert: random` leaves out."""
         candidate_NK = torch.ones_like(expert_NK, dtype=torch.bool)
         if self.moe.second_expert == "random" and generator is not None:
             u_N = torch.rand(len(gate_NK), device=gate_NK.device, dtype=gate_NK.dtype, generator=generator)

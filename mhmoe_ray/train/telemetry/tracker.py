@@ -7,7 +7,7 @@ EndStatus = Literal["FINISHED", "KILLED", "FAILED"]
 
 
 class Tracker(Protocol):
-    """Tracker of one run: a sink that passes its metrics to a tool such as TensorBoard or MLflow."""
+    """Tracker of one run, which passes its metrics to a tool such as TensorBoard or MLflow."""
 
     def report(self, line: dict[str, Any]) -> None:
         """Take the metrics of a step, as in a line of metrics.jsonl. The call must be fast: training waits."""
