@@ -32,44 +32,25 @@ from mhmoe_ray.storage import location
 POLL_SECONDS = 0.5
 """Seconds between two reads of the run directory, while a caller waits for the end of the run."""
 CLUSTER_POLL_SECONDS = 5.0
-"""Seconds between two requests to the cluster, while a caller waits for the end of a run.
-
-Requests are rarer than reads of the run directory, because that usually shows the end first.
-"""
+"""Seconds between two requests to the cluster. They are rarer than reads of the run directory, which usually shows the
+end first."""
 DASHBOARD_WAIT_SECONDS = 60.0
-"""Timeout in seconds for the Ray dashboard's answer to whether a run is served, before the run is removed.
-
-It is long because a run that is served must not be removed: its replicas would lose the files.
-"""
+"""Seconds to wait for the Ray dashboard's answer to whether a run is served. It is long because removing a served run
+would take the files from its replicas."""
 
 
 def run_argument(run: RunDir) -> str:
-    """Return the argument with which users name a run in a command.
-
-    It is the run's id if the run is in the storage folder that commands use by default, else its path.
-    """
+    """Return how users name a run in a command: by its id in the default storage folder, else by its path."""
     storage_folder = location(default_storage()).absolute()
     # The path is quoted, because messages show commands with it, which users paste into a shell.
     return run.id if run.path.parent == storage_folder else shlex.quote(str(run.path))
 
 
 def start_run(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_note) -> tuple[RunDir, Connection]:
-    """Create the directory of a new run, and start its first attempt as a job on a cluster.
+    """Create a run's directory, start its first attempt, and return the run and the connection to its cluster.
 
-    The caller has checked the spec and its data with `connection.check_training`.
-
-    Args:
-        spec: spec of the run.
-        address: address of the cluster; None for the default cluster.
-        on_note: callback that gets lines of text about the progress.
-
-    Returns:
-        The run, and the connection to its cluster.
-
-    Raises:
-        ClusterError, SpecError: the cluster cannot be reached or cannot hold the run (see `connect_to_train`).
-        JobError: the cluster does not accept the job.
-        StorageError: the run directory cannot be written.
+    The caller has checked the spec and its data with `connection.check_training`. Errors are those of
+    `connect_to_train`, a JobError if the cluster does not accept the job, and a StorageError.
     """
     connection = connect_to_train(spec, address, on_note)
     run = create_run(spec)
@@ -80,17 +61,8 @@ def start_run(spec: RunSpec, address: str | None = None, on_note: OnNote = ignor
 def restart_run(run: RunDir, spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_note) -> Connection:
     """Start the next attempt of a run that has ended, and return the connection to its cluster.
 
-    Args:
-        run: a run that is over.
-        spec: the run's spec, whose cluster section and number of steps may have changed; it is written to the run
-            directory.
-        address: address of the cluster; None for the default cluster.
-        on_note: callback that gets lines of text about the progress.
-
-    Raises:
-        ClusterError, SpecError: the cluster cannot be reached or cannot hold the run (see `connect_to_train`).
-        JobError: the cluster does not accept the job.
-        StorageError: the run directory cannot be written.
+    `spec`, whose cluster section and number of steps may have changed, is written to the run directory. Errors are
+    those of `start_run`.
     """
     connection = connect_to_train(spec, address, on_note)
     run.write_spec(spec)
@@ -100,7 +72,6 @@ def restart_run(run: RunDir, spec: RunSpec, address: str | None = None, on_note:
 
 
 def _submit_attempt(run: RunDir, spec: RunSpec, connection: Connection, on_note: OnNote) -> None:
-    """Submit the next attempt of a run as a job on the cluster, and report the run, the job and the dashboard's URL."""
     record_settings(spec)
     job = start_attempt(run, spec, connection)
     on_note(f"run {run.id}  job {job}  dashboard {connection.address}")
@@ -118,19 +89,7 @@ def resume_run(
 ) -> Connection:
     """Resume a run that has ended from its newest complete checkpoint, and return the connection to its cluster.
 
-    Args:
-        run: the run to resume.
-        steps: number of steps up to which the run trains; None for the number in its spec.
-        overrides: `key.path=value` strings that change keys of the spec's cluster section.
-        address: address of the cluster; None for the cluster of the last attempt.
-        force: whether to treat a cluster that does not answer as gone, even if the run wrote something a moment ago.
-        trust_run: whether to use settings of the run's spec that run code, even if this user never submitted them.
-        on_note: callback that gets lines of text about the progress.
-
-    Raises:
-        RunError: the run is running, may still be running, is finished, was imported, or cannot have so many steps.
-        SpecError: an override is wrong, or changes a key outside of the cluster section; or the run is not trusted.
-        ClusterError, JobError: the cluster cannot hold the run, or does not accept its job.
+    Arguments and errors are those of `Run.resume`, with `steps` for `until`; `overrides` are `key.path=value` strings.
     """
     for keys, _ in parse_overrides(overrides):
         if keys[0] != "cluster":
@@ -153,11 +112,8 @@ def resume_run(
 
 
 def _extended_spec(run: RunDir, spec: RunSpec, steps: int, on_note: OnNote) -> RunSpec:
-    """Return a run's spec with `steps` steps, changed so that the steps before the old end stay the same.
-
-    Raises:
-        RunError: the spec has at least as many steps already, or its order of samples depends on the number of steps.
-    """
+    """Return a run's spec with `steps` steps, changed so that the steps before the old end stay the same. A RunError
+    says why a run cannot have so many steps."""
     train = spec.train
     if steps <= train.steps:
         fix = "give a larger number; a run with fewer steps ends by `mhmoe stop`"
@@ -190,20 +146,11 @@ def final_outcome(
     given_addresses: Sequence[str] = (),
     on_note: OnNote = ignore_note,
 ) -> Outcome:
-    """Return how a run ended; raise an error if it has not ended.
+    """Return how a run ended; a RunError says that it is running, or may still be.
 
-    A run also counts as failed if its cluster does not answer and it has written nothing for `QUIET_SECONDS`.
-
-    Args:
-        run: the run that should be over.
-        force: whether to treat a cluster that does not answer as gone, even if the run wrote something a moment ago.
-        is_patient: whether to wait, if the cluster does not answer, until the run has written nothing for a while.
-        given_addresses: addresses of clusters that the user gave to this command.
-        on_note: callback that gets a line of text about such a wait.
-
-    Raises:
-        RunError: the run is running, or may still be running.
-        TokenError: its cluster requires a token that this machine does not have, so its state is unknown.
+    A run also counts as failed if its cluster does not answer and it has written nothing for `QUIET_SECONDS`. If the
+    cluster does not answer, `force` treats it as gone at once, and `is_patient` waits until the run has been quiet for
+    so long. A TokenError leaves the state unknown: the cluster requires a token that this machine does not have.
     """
     while True:
         try:
@@ -230,11 +177,9 @@ def final_outcome(
 
 
 def check_removable(run: RunDir, force: bool = False) -> None:
-    """Raise an error if a run must not be removed, because it may run or is served.
+    """Raise a RunError if a run runs or is served, or (unless `force`) may still run or be served.
 
-    Raises:
-        RunError: the run is running, is served, or (unless `force`) may still be running or served.
-        TokenError: a cluster of the run requires a token that this machine does not have, so its state is unknown.
+    A TokenError leaves this unknown: a cluster of the run requires a token that this machine does not have.
     """
     final_outcome(run, force)
     for address in {address for address, _ in events.deployments(events.read(run))}:
@@ -257,24 +202,10 @@ def check_removable(run: RunDir, force: bool = False) -> None:
 
 
 def stop_run(run: RunDir, end_immediately: bool = False, on_note: OnNote = ignore_note) -> Outcome | None:
-    """Stop a run and wait until it is over: its workers finish their step, validate and save a checkpoint.
+    """Stop a run, as `Run.stop` does, and return how it ended.
 
-    If its workers are not training yet, its job is ended at once.
-
-    Args:
-        run: the run to stop.
-        end_immediately: whether to end its job at once, without a last checkpoint.
-        on_note: callback that gets a line of text about what this call waits for.
-
-    Returns:
-        How the run ended; None if the workers are asked to stop but this machine cannot see whether they do, because
-        the cluster does not answer.
-
-    Raises:
-        RunError: the run is over already, or was imported.
-        ClusterError: the cluster does not answer, and the run can be stopped only by ending its job.
-        TokenError: the cluster asks for another token.
-        StorageError: the run directory cannot be written.
+    The result is None if the workers are asked to stop but the cluster does not answer, so that this machine cannot see
+    whether they do. Besides the errors of `Run.stop`, a TokenError or a StorageError is possible.
     """
     attempt = last_attempt(run)
     run_events = events.read(run)
@@ -323,21 +254,11 @@ def wait_for_outcome(
     is_endless: bool = False,
     on_note: OnNote = ignore_note,
 ) -> Outcome:
-    """Wait until a run is over, and return how it ended.
+    """Wait until a run is over, and return how it ended; a timeout in seconds raises a TimeoutError.
 
-    Args:
-        run: the run to wait for.
-        connect_to_run: function that connects to the cluster of the run's newest job.
-        read_events: function that returns the run's events up to now, or those of its newest attempt. It is called
-            again if the storage does not answer.
-        on_poll: function that is called each time after the events are read.
-        timeout: timeout in seconds; None to wait without a limit.
-        is_endless: whether to retry forever if the cluster or the storage does not answer.
-        on_note: callback that gets a line of text if the cluster or the storage does not answer for now.
-
-    Raises:
-        ClusterError, StorageError: the cluster or the storage has not answered for a while.
-        TimeoutError: the run is not over when the timeout ends.
+    `read_events` returns the run's events up to now, or those of its newest attempt; `on_poll` is called after each
+    read. If the cluster or the storage gives no answer for a while, this raises a ClusterError or StorageError, or
+    retries forever with `is_endless`.
     """
     # A failed request is repeated, because the run goes on even while its cluster or storage does not answer. The
     # storage and the cluster have a `RetryingCaller` each, which measures how long that service alone has not answered.

@@ -53,15 +53,9 @@ def pick_checkpoint(
 ) -> tuple[Location, CheckpointManifest]:
     """Return the path and the manifest of a run's checkpoint: the named one, else the newest intact one.
 
-    Args:
-        run: the run that has the checkpoint.
-        checkpoint: the checkpoint, its name or its step; None picks the newest.
-        verify_hashes: whether to read all weights and compare their hashes with the manifest. Otherwise only names and
-            sizes of files are compared, and other damage shows when the checkpoint is loaded.
-        on_note: callback that gets a warning for each newer checkpoint that is damaged and therefore skipped.
-
-    Raises:
-        CheckpointError: there is no such checkpoint, or it is damaged, or none of the run's checkpoints is intact.
+    With `verify_hashes`, all weights are read and hashed. Otherwise only names and sizes of files are compared, and
+    other damage shows when the checkpoint is loaded. `on_note` gets a warning for each damaged checkpoint that is
+    skipped. A CheckpointError says that the checkpoint is missing or damaged, or that none is intact.
     """
     # Only the weights of the checkpoint are used, so damage to other parts, such as optimizer states, is ignored.
     parts, describe = ("weights",), describe_files if verify_hashes else None
@@ -85,15 +79,10 @@ def pick_checkpoint(
 def find_model_folder(model: str | PathLike[str], storage: Location | str) -> Location | RunDir:
     """Return the model that a text names: the folder of a checkpoint, a folder in Hugging Face's layout, or a run.
 
-    Args:
-        model: path of a folder, hf:ORGANIZATION/NAME, RUN or RUN@STEP; RUN is a run's id, a prefix of it, or its path.
-        storage: folder that holds run directories.
-
-    Raises:
-        RunError: the text names neither a folder of a model nor a run.
-        StorageError: the folder that the text names cannot be read.
-        CheckpointError: the hub has no such model or cannot be reached, this package does not compute the model, or
-            the run has no checkpoint of the step.
+    The text is the path of a folder, hf:ORGANIZATION/NAME, RUN or RUN@STEP; RUN is a run's id, a prefix of it, or its
+    path. Errors are a RunError if nothing has the name, a StorageError if the folder cannot be read, and a
+    CheckpointError if the hub has no such model or is out of reach, this package does not compute the model, or the run
+    lacks the step.
     """
     name = path_text(model)
     folder: Location = local_folder(name) if "://" not in name else location(name)
@@ -103,25 +92,14 @@ def find_model_folder(model: str | PathLike[str], storage: Location | str) -> Lo
 
 
 def has_file(folder: Location, name: str) -> bool:
-    """Return whether a folder, which the user names and which need not exist, has a file of this name.
-
-    Raises:
-        StorageError: the folder cannot be read, for example because it belongs to another user.
-    """
+    """Return whether a folder, which need not exist, has a file of this name. A folder that cannot be read, such as
+    another user's, is a StorageError."""
     with report_read_errors(folder):
         return (folder / name).is_file()
 
 
 def refuse_checkpoint(checkpoint: CheckpointName | None, model: str) -> None:
-    """Raise an error if a checkpoint is named in addition to a model that has only one.
-
-    Args:
-        checkpoint: the checkpoint that the user names in addition to the model; None if the user names none.
-        model: the model, as the user names it.
-
-    Raises:
-        CheckpointError: a checkpoint is named.
-    """
+    """Raise a CheckpointError if the user names a checkpoint in addition to a model that has only one."""
     if checkpoint is not None:
         name = checkpoint.name if isinstance(checkpoint, Checkpoint) else checkpoint
         reason = f"{model} is one model, not a run with several"

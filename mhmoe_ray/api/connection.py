@@ -22,17 +22,9 @@ def connect_to_cluster(
 ) -> Connection:
     """Return a connection to the cluster for a job; start a local cluster if none is named and none runs.
 
-    Args:
-        section: cluster section of the spec.
-        required_paths: paths and URLs that the cluster's nodes must reach.
-        cpus: number of logical CPUs that a local cluster must have.
-        address: address of the cluster that the user named; None for the default cluster.
-        on_note: callback that gets a line of text before a cluster is started.
-
-    Raises:
-        ClusterError: the cluster cannot be reached, or the local one has too few logical CPUs.
-        SpecError: a required path is a file path of this machine, the cluster is elsewhere, and the section does not
-            set shared_filesystem.
+    The cluster's nodes must reach `required_paths`, and a local cluster must have `cpus` logical CPUs. A cluster out of
+    reach or too small is a ClusterError. A file path on a cluster elsewhere is a SpecError, unless the section sets
+    shared_filesystem.
     """
     connection = connect_if_running(address)
     if connection is None:
@@ -57,13 +49,11 @@ class WorkerDemand(NamedTuple):
 
     workers: int
     cpus: int
-    """Number of CPUs of each worker."""
     gpus: int
-    """Number of GPUs of each worker."""
     advice: str
     """Advice to the user if the cluster can never hold the workers."""
     waiting: str
-    """Text that tells the user what the job does until a cluster that may grow can hold the workers."""
+    """Text about what the job does until a cluster that may grow can hold the workers."""
 
     @classmethod
     def of_training(cls, spec: RunSpec) -> "WorkerDemand":
@@ -83,14 +73,7 @@ class WorkerDemand(NamedTuple):
 def connect_to_train(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_note) -> Connection:
     """Return a connection to the cluster that will train this spec, after checking that it can hold the run.
 
-    Args:
-        spec: spec of the run.
-        address: address of the cluster; None for the default cluster.
-        on_note: callback that gets a line of text before a cluster is started, or if the run will wait for nodes.
-
-    Raises:
-        ClusterError: the cluster can never hold the run's workers, or `connect_to_cluster` cannot connect.
-        SpecError: the nodes cannot be expected to see the run's storage and data (see `connect_to_cluster`).
+    Errors are those of `connect_to_cluster`, and a ClusterError if the cluster can never hold the run's workers.
     """
     demand = WorkerDemand.of_training(spec)
     check_gpus_of_this_machine(demand, spec.cluster.cpus, address)
@@ -102,16 +85,8 @@ def connect_to_train(spec: RunSpec, address: str | None = None, on_note: OnNote 
 
 
 def check_gpus_of_this_machine(demand: WorkerDemand, cpus: int, address: str | None) -> None:
-    """Raise an error if a job on GPUs needs a new local cluster and this machine has too few GPUs for it.
-
-    Args:
-        demand: the workers that the job needs.
-        cpus: number of logical CPUs that the local cluster would be started with.
-        address: address of the cluster that the user named; None for the default cluster.
-
-    Raises:
-        ClusterError: a local cluster would be started, and it could never hold the workers.
-    """
+    """Raise a ClusterError if a job on GPUs would start a local cluster, with `cpus` logical CPUs, that could never
+    hold it."""
     # Only a local cluster that would have to be started is checked here. For a running cluster, `check_capacity` later
     # asks the cluster for its nodes.
     if demand.gpus and connect_if_running(address) is None:
@@ -120,11 +95,8 @@ def check_gpus_of_this_machine(demand: WorkerDemand, cpus: int, address: str | N
 
 
 def check_capacity(demand: WorkerDemand, connection: Connection, on_note: OnNote = ignore_note) -> None:
-    """Raise an error if a cluster can never hold a job's workers. If it may grow, only `on_note` gets a warning.
-
-    Raises:
-        ClusterError: a cluster that does not grow lacks nodes, CPUs or GPUs.
-    """
+    """Raise a ClusterError if a cluster can never hold a job's workers. If it may grow, only `on_note` gets a
+    warning."""
     try:
         _check_capacity(demand, total_nodes(connection), f"cluster {connection.address}")
     except ClusterError as e:
@@ -134,7 +106,6 @@ def check_capacity(demand: WorkerDemand, connection: Connection, on_note: OnNote
 
 
 def _check_capacity(demand: WorkerDemand, nodes: list[Node], name: str) -> None:
-    """Raise a ClusterError about the cluster `name` if its nodes cannot hold a job's workers."""
     shortage = capacity_shortfall(nodes, demand.cpus, demand.gpus, demand.workers)
     if shortage:
         raise ClusterError(name, shortage, demand.advice)
@@ -143,10 +114,8 @@ def _check_capacity(demand: WorkerDemand, nodes: list[Node], name: str) -> None:
 def check_training(spec: RunSpec) -> None:
     """Raise an error if a spec cannot be trained or its data cannot be used, before a job starts that would fail.
 
-    Raises:
-        SpecError: torch.compile cannot compile the model.
-        DataError: the data is not prepared, and text is missing or the chat template cannot be used; or the prepared
-            data does not suffice for the spec or was made with other settings.
+    A SpecError says that torch.compile cannot compile the model. A DataError says that text is missing, the chat
+    template cannot be used, or the prepared data does not suffice or was made with other settings.
     """
     # These imports are delayed, because the modules import pyarrow, which only this check of data needs.
     from mhmoe_ray.checkpoint.start.record import plan_start

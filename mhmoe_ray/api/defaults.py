@@ -21,14 +21,12 @@ SPEC_SUFFIXES = (".yaml", ".yml")
 APPLICATION = "mhmoe"
 """Default name of the application of Ray Serve that serves a model."""
 Prior = Literal["uniform", "updating", "cached"]
-"""Kind of prior probabilities for the domain of a text, for a model with an expert per domain (router `domain`).
-
-With a prior, all experts predict together, each weighted by the probability of its domain.
-"""
+"""Prior probabilities of the domains, with which all experts of a model with router `domain` predict together, each
+weighted by the probability of its domain."""
 
 
 def ignore_note(line: str) -> None:
-    """Ignore a line of text about the progress. This function is the default of `on_note`."""
+    """Ignore a line of text about the progress: the default of `on_note`."""
 
 
 def default_storage() -> str:

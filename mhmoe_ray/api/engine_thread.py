@@ -32,17 +32,12 @@ class EngineThread:
     """
 
     def __init__(self, build_answerer: Callable[[], Answerer]) -> None:
-        """Start the thread, which then starts the engine. This call does not wait for the engine.
-
-        Args:
-            build_answerer: function that starts the engine, and returns it together with its tokenizer.
-        """
+        """Start the thread, which starts the engine by `build_answerer`, without waiting for it."""
         self._started_answerer = Future[Answerer]()
         self._thread = Thread(target=lambda: asyncio.run(self._run_loop(build_answerer)), name="answers", daemon=True)
         self._thread.start()
 
     async def _run_loop(self, build_answerer: Callable[[], Answerer]) -> None:
-        """Start the engine, and let the loop run until the engine is closed."""
         self._loop, self._close_requested = asyncio.get_running_loop(), asyncio.Event()
         # The engine refuses requests if too many are waiting in it, so further requests wait here for a slot.
         self._slots = asyncio.Semaphore(CONCURRENCY)
@@ -63,8 +58,7 @@ class EngineThread:
     def answer_all(self, requests: Sequence[Request], stop_strings: Sequence[str]) -> list[Answer]:
         """Return the answers to several requests, which are computed together. Ctrl-C ends the computation.
 
-        Raises:
-            EngineError: the engine failed, or was closed meanwhile.
+        The engine's failure, or its close meanwhile, is an EngineError.
         """
 
         async def answer_all() -> list[Answer]:
@@ -73,7 +67,6 @@ class EngineThread:
         return self._run(answer_all())
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine in the thread's event loop, and return its result."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             with _report_close():
@@ -84,23 +77,17 @@ class EngineThread:
             raise
 
     async def _answer(self, request: Request, stop_strings: Sequence[str]) -> Answer:
-        """Return the complete answer to a request."""
         piece = join_pieces([piece async for piece in self._pieces(request, stop_strings)])
         assert piece.finish_reason is not None
         return Answer(piece.text, piece.token_count, piece.finish_reason)
 
     async def _pieces(self, request: Request, stop_strings: Sequence[str]) -> AsyncGenerator[AnswerPiece]:
-        """Yield the pieces of the answer to a request, after waiting until one of the `CONCURRENCY` slots is free."""
         async with self._slots, aclosing(self.answerer.answer(request, stop_strings)) as pieces:
             async for piece in pieces:
                 yield piece
 
     def pieces(self, request: Request, stop_strings: Sequence[str]) -> Iterator[AnswerPiece]:
-        """Yield the pieces of the answer to a request, each as soon as it is generated.
-
-        Raises:
-            EngineError: the engine failed, or was closed meanwhile.
-        """
+        """Yield the pieces of the answer to a request as they are generated; errors are those of `answer_all`."""
         queue = SimpleQueue[AnswerPiece | None]()
 
         async def collect() -> None:
@@ -134,11 +121,7 @@ class EngineThread:
 
 @contextmanager
 def _report_close() -> Iterator[None]:
-    """Context manager that turns the cancellation of a computation in the event loop into an error of the engine.
-
-    Raises:
-        EngineError: the computation was cancelled, because the engine was closed meanwhile.
-    """
+    """Turn the cancellation of a computation in the event loop, because the engine was closed, into an EngineError."""
     try:
         yield
     except CancelledError as e:
@@ -146,7 +129,7 @@ def _report_close() -> Iterator[None]:
 
 
 def close_abandoned_engine(engine: EngineThread) -> None:
-    """Close the engine of a model that nobody closed, when the model is collected or the process ends."""
+    """Close the engine of a model that its user left open, when the model is collected or the process ends."""
     # Python may collect the model in a thread of the engine, which cannot wait for its own end, so a new thread closes
     # the engine. At the end of the process, this code runs in the main thread, and new threads can no longer start.
     if current_thread() is main_thread():

@@ -34,27 +34,21 @@ FIELD_NAMES = {
 class EvaluationOptions:
     """Options of an evaluation, which `mhmoe eval`, `mhmoe routing` and `Run.evaluate` take.
 
-    A checkpoint is evaluated on raw text, in tasks or, without either, on held-out samples.
+    `Run.evaluate` describes them. A checkpoint is evaluated on raw text, in tasks or, without either, on held-out
+    samples.
     """
 
     text: Texts = ()
-    """Folders, files or patterns of raw text, or one of them; empty for none."""
     overrides: Sequence[str] = ()
     """`key.path=value` strings for keys of the `data` section with which the text is read."""
     samples: int | None = None
     """Largest number of samples, or of different images, of each domain of the text; None for `EVALUATION_SAMPLES`."""
     tasks: str | Sequence[str] = ()
-    """Names of lm-eval's tasks, or one of them; empty for none."""
     task_folders: Texts = ()
-    """Folders of the user's own tasks."""
     limit: int | None = None
-    """Largest number of questions of each task; None for all."""
     gpus: int | None = None
-    """Number of GPUs, 0 or 1; None for as many as a worker of the training had."""
     prior: Prior | None = None
-    """Prior probabilities of the domains of the text, for router `domain`; None if the domains are known."""
     probe: str | PathLike[str] | None = None
-    """Images on which a linear probe is trained, which then classifies the images of `text`; None for no probe."""
 
     def mistake(self, names: Mapping[str, str] = FIELD_NAMES) -> tuple[str, str] | None:
         """Return why these options do not go together, and what to do; None if they do.
@@ -81,9 +75,7 @@ class EvaluationOptions:
     def request(self, run: RunDir, checkpoint: str) -> EvalRequest:
         """Return the request to evaluate a run's checkpoint, with the batch size and resources of the run's spec.
 
-        Raises:
-            SpecError: an override is wrong, or there is a probe and `text` has several sources.
-            DataError: there is no such text.
+        A wrong override, or a probe for a text of several sources, is a SpecError, and missing text a DataError.
         """
         text_data, probe_data = None, None
         if self.text:
@@ -122,13 +114,8 @@ class EvaluationOptions:
 
 
 def _probe_data(text: DataSpec, path: str) -> DataSpec:
-    """Return the data section for the pictures on which a linear probe is trained.
-
-    They are read in the same way as the pictures of `text`, which the probe then classifies.
-
-    Raises:
-        SpecError: `text` has several sources.
-    """
+    """Return the data section for a probe's pictures, which are read in the same way as those of `text`. A text of
+    several sources is a SpecError."""
     sources = list(text.sources.values())
     if len(sources) > 1:
         raise SpecError("the linear probe", f"it classifies one source, and there are {len(sources)}", "name one text")
@@ -137,16 +124,11 @@ def _probe_data(text: DataSpec, path: str) -> DataSpec:
 
 
 def _text_list(texts: Texts) -> list[str]:
-    """Return one or several paths or names as a list of strings."""
     return [fspath(text) for text in ([texts] if isinstance(texts, str | PathLike) else texts)]
 
 
 def _text_version(data: DataSpec) -> str:
-    """Return a hash that changes whenever a file of the raw text changes.
-
-    Raises:
-        DataError: there is no such text, or it cannot be read.
-    """
+    """Return a hash that changes whenever a file of the raw text changes. Text that cannot be read is a DataError."""
     # This import is delayed, because the module imports pyarrow, which only evaluations on raw text need here.
     from mhmoe_ray.data.sources import find_files, version_hash
 
@@ -157,11 +139,8 @@ def _text_version(data: DataSpec) -> str:
 
 
 def _tasks_version(folders: Sequence[Path]) -> str:
-    """Return a hash over the names and contents of all files in folders of tasks.
-
-    Raises:
-        DataError: a file cannot be read.
-    """
+    """Return a hash over the names and contents of all files in folders of tasks. A file that cannot be read is a
+    DataError."""
     digest = hashlib.sha256()
     for folder in folders:
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -184,20 +163,8 @@ def load_or_evaluate(
 ) -> Evaluation:
     """Return the evaluation of a request: the one that the run directory holds, else one that a job computes.
 
-    Args:
-        run: the run whose checkpoint is evaluated.
-        request: the checkpoint, and the text and tasks on which it is evaluated.
-        recompute: whether to evaluate even if the run directory holds the evaluation.
-        address: address of the cluster; None for the default cluster.
-        follow: function that shows the progress of the job and returns when the job ends; None if `on_note` should get
-            the lines that the job writes for the user.
-        trust_run: whether to use the runtime environment in the run's spec even if this user never submitted it.
-        on_note: callback that gets lines of text about the progress.
-
-    Raises:
-        RunError: the request names no text and no tasks, and the run has no held-out samples.
-        DataError: the prepared data is missing.
-        MhmoeError: the job failed; this is the error that it logged.
+    `follow` shows the progress of the job and returns when the job ends; without it, `on_note` gets the lines that the
+    job writes for the user. The other arguments and errors are those of `Run.evaluate`.
     """
     if not request.description:
         raise RunError(f"run {run.id}", "it was imported and has no held-out text", "name some text or tasks")
@@ -228,7 +195,6 @@ def load_or_evaluate(
 
 
 def _local_paths(request: EvalRequest) -> list[Path]:
-    """Return the file paths of the data and tasks that a request reads; URLs of object stores are left out."""
     paths = [request.prepared] if request.prepared else []
     paths += [source.path for source in request.text.sources.values()] if request.text else []
     # URLs of an object store need no check, because all nodes can reach it.

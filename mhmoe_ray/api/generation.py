@@ -1,4 +1,4 @@
-"""Checks of the arguments that users give for text generation: prompts, sampling parameters and stop texts."""
+"""Checks of the arguments that users give for text generation; a wrong argument is a ServeError."""
 
 from collections.abc import Mapping, Sequence
 from math import inf
@@ -16,11 +16,7 @@ ONE_PROMPT = "give a text, a list of messages or a list of token ids"
 
 
 def split_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Any], bool]:
-    """Return the prompts in a user's argument as a list, and whether the argument was a single prompt.
-
-    Raises:
-        ServeError: the argument is neither a prompt nor a list of prompts.
-    """
+    """Return the prompts in a user's argument as a list, and whether the argument was a single prompt."""
     if isinstance(prompts, str):
         return [prompts], True
     values = _plain_list(prompts, f"{ONE_PROMPT}, or a list of them")
@@ -29,11 +25,7 @@ def split_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Any], bool]:
 
 
 def prompt_elements(prompt: Messages | TokenIds) -> list[Any]:
-    """Return the elements of a single prompt, which should be messages or token ids, as a list without checking them.
-
-    Raises:
-        ServeError: the prompt is not a list, or it is empty.
-    """
+    """Return the unchecked elements (messages or token ids) of a single prompt, which must not be empty."""
     elements = _plain_list(prompt, ONE_PROMPT)
     if not elements:
         raise ServeError("the prompt", "it is an empty list", "give at least one message or token")
@@ -46,11 +38,7 @@ def are_token_ids(elements: list[Any]) -> bool:
 
 
 def checked_messages(elements: list[Any]) -> list[dict[str, Any]]:
-    """Return messages in the form that chat templates take, after checking them as a server checks a request.
-
-    Raises:
-        ServeError: an element is not a message, or lacks a role or a content.
-    """
+    """Return messages in the form that chat templates take, after checking them as a server checks a request."""
     if not all(isinstance(element, Mapping) for element in elements):
         raise ServeError("the prompt", "it has elements that are neither messages nor token ids", ONE_PROMPT)
     try:
@@ -60,11 +48,7 @@ def checked_messages(elements: list[Any]) -> list[dict[str, Any]]:
 
 
 def checked_text(text: str) -> str:
-    """Return a text after checking that it is valid Unicode.
-
-    Raises:
-        ServeError: the text has a lone surrogate, which is half of a character and which no tokenizer can encode.
-    """
+    """Return a text after checking that it has no lone surrogate, half of a character that no tokenizer can encode."""
     try:
         text.encode()
     except UnicodeEncodeError as e:
@@ -73,11 +57,7 @@ def checked_text(text: str) -> str:
 
 
 def _plain_list(value: Any, fix: str) -> list[Any]:
-    """Return a sequence as a list, and an array of numpy or a tensor of torch as a list of numbers.
-
-    Raises:
-        ServeError: the value is not a sequence, or is a single message. `fix` is the advice in the error.
-    """
+    """Return a sequence, numpy array or tensor as a list; `fix` is the advice in the error about any other value."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -90,11 +70,7 @@ def _plain_list(value: Any, fix: str) -> list[Any]:
 def checked_sampling(
     max_tokens: int, temperature: float, top_p: float, top_k: int, min_p: float, seed: int | None
 ) -> dict[str, Any]:
-    """Return sampling parameters as fields of `SamplingParams` by name, after checking their types and ranges.
-
-    Raises:
-        ServeError: a parameter is not a number, or is out of its range.
-    """
+    """Return sampling parameters as fields of `SamplingParams` by name, after checking their types and ranges."""
     fields: dict[str, Any] = {
         "max_tokens": _checked_number("max_tokens", max_tokens, Integral),
         "temperature": _checked_number("temperature", temperature, Real),
@@ -116,11 +92,7 @@ def checked_sampling(
 
 
 def _checked_number(name: str, value: object, number_type: type[Integral] | type[Real]) -> int | float:
-    """Return a number from any library, such as numpy, as a Python int or float.
-
-    Raises:
-        ServeError: the value is not a number of the given type.
-    """
+    """Return a number from any library, such as numpy, as a Python int or float."""
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real) and number_type is Real:
@@ -129,11 +101,8 @@ def _checked_number(name: str, value: object, number_type: type[Integral] | type
 
 
 def stop_texts(stop: str | Sequence[str]) -> list[str]:
-    """Return a list of the texts that end an answer, from a single text or a sequence of texts.
-
-    Raises:
-        ServeError: a text is empty, so that it would end every answer at once, or is not a string.
-    """
+    """Return the texts that end an answer as a list. An empty text, which would end every answer at once, is an
+    error."""
     texts = [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, Sequence) else [stop]
     for text in texts:
         if not isinstance(text, str):

@@ -25,23 +25,7 @@ OUTCOME_CHECK_SECONDS = 2.0
 def log_lines(
     run: RunDir, rank: int | None = None, *, follow: bool = False, on_note: OnNote = ignore_note
 ) -> Iterator[str]:
-    """Return the log lines of a run's newest attempt: those of the whole job, or those of the worker with a given rank.
-
-    They come from the cluster or, if that is gone, from the copy in the run directory. Ray colours the prefixes of
-    workers' lines; `without_colours` removes the colours.
-
-    Args:
-        run: the run whose log is read.
-        rank: rank of the worker whose lines are returned; None for those of the whole job.
-        follow: whether to continue with new lines until the run ends. If another process gets the rank meanwhile, its
-            lines follow.
-        on_note: callback that gets a line of text about where the lines come from.
-
-    Raises:
-        RunError: the run was imported; or no workers have started yet, or there is no such rank.
-        ClusterError, JobError: the cluster does not answer or no longer has the log, and the run directory has no copy.
-        TokenError: the cluster asks for another token.
-    """
+    """Return the log lines of a run's newest attempt, as `Run.logs` does, with the colours of Ray's prefixes."""
     attempt = last_attempt(run)
     try:
         connection = connect_recorded(attempt.address)
@@ -67,19 +51,8 @@ def without_colours(lines: Iterator[str]) -> Iterator[str]:
 
 
 def _worker_log(run: RunDir, connection: Connection, rank: int, follow: bool, on_note: OnNote) -> Iterator[str]:
-    """Return the lines of one worker and, if they are followed, those of the workers that replace it.
-
-    Args:
-        run: the run whose log is read.
-        connection: connection to the cluster on which the run is or was.
-        rank: rank of the worker.
-        follow: whether to continue with new lines until the run ends.
-        on_note: callback that gets a line of text that names the worker's process and host, for each of the workers.
-
-    Raises:
-        RunError: no workers have started yet, or there is no such rank.
-        ClusterError, JobError: the cluster does not answer, or no longer has the log.
-    """
+    """Return the lines of one worker and, with `follow`, those of the workers that replace it; `on_note` gets the
+    process and host of each. Errors are those of `log_lines`."""
     worker = _worker_entry(run, rank)
     on_note(_describe_process(worker))
     # `process_log` is a generator: it asks the cluster only when its first line is read. One line is read here, so that
@@ -91,10 +64,8 @@ def _worker_log(run: RunDir, connection: Connection, rank: int, follow: bool, on
 
 
 def _process_lines(connection: Connection, worker: Mapping[str, Any], *, follow: bool = False) -> Iterator[str]:
-    """Return the lines of a worker's process: those of its stdout, which is mostly empty, then its log from stderr.
-
-    With `follow`, the iterator waits for new lines of stderr, and never ends by itself.
-    """
+    """Return the lines of a worker's stdout, which is mostly empty, then those of its log on stderr. With `follow`, the
+    iterator waits for new lines of stderr, and never ends by itself."""
     log_address = connection, worker["node"], worker["pid"]
     return chain(process_log(*log_address, "out"), process_log(*log_address, "err", follow=follow))
 
@@ -110,20 +81,13 @@ def _worker_lines(lines: Iterator[str], pid: int) -> Iterator[str]:
 
 
 def _started_workers(run: RunDir) -> dict[int, dict[str, Any]]:
-    """Return the entries of workers, by rank, in the newest `started` event of the run's newest attempt.
-
-    The result is empty if this attempt has not started any workers yet.
-    """
+    """Return the workers in the newest attempt's newest `started` event, by rank; empty before they start."""
     started_event = events.newest_event(events.of_newest_attempt(events.read(run)), "started")
     return {worker["rank"]: worker for worker in started_event["workers"]} if started_event else {}
 
 
 def _worker_entry(run: RunDir, rank: int) -> dict[str, Any]:
-    """Return the entry of a worker, by its rank, in the newest `started` event of the run's newest attempt.
-
-    Raises:
-        RunError: no workers have started yet, or there is no such rank.
-    """
+    """Return the worker of a rank, as `_started_workers` does; a RunError says that there is none."""
     workers = _started_workers(run)
     if not workers:
         raise RunError(

@@ -99,18 +99,8 @@ def load(
 def load_checkpoint(
     checkpoint: Location, manifest: CheckpointManifest, device: Device = "cpu", threads: int | None = None
 ) -> "LoadedModel":
-    """Return the model of a checkpoint, which computes in this process.
-
-    Args:
-        checkpoint: path of the checkpoint inside its run directory.
-        manifest: manifest of the checkpoint, with which the weights were already verified.
-        device: device to compute on.
-        threads: number of threads that generate on a CPU; None for torch's default.
-
-    Raises:
-        CheckpointError, DataError: the run's tokenizer is missing or damaged.
-        ServeError: the run's chat template is invalid, or there is no such device.
-    """
+    """Return the model of a checkpoint, whose weights were already verified against `manifest`; errors are those of
+    `load`."""
     return LoadedModel(checkpoint_source(checkpoint, manifest), device, threads)
 
 
@@ -118,16 +108,8 @@ class LoadedModel:
     """A model that computes in this process. As a context manager, it closes itself at the end."""
 
     def __init__(self, source: ModelSource, device: Device = "cpu", threads: int | None = None) -> None:
-        """Create the model without loading its weights; the function `load` finds a stored model by its name.
-
-        Args:
-            source: the stored model, which can load its weights later.
-            device: device to compute on.
-            threads: number of threads that generate on a CPU; None for torch's default.
-
-        Raises:
-            ServeError: there is no such device.
-        """
+        """Create the model without loading its weights; the function `load` finds a stored model by its name. An
+        unknown or missing device is a ServeError."""
         import torch
 
         if device not in ("cpu", "cuda"):
@@ -238,14 +220,14 @@ class LoadedModel:
         Args:
             prompt: a text to continue; a conversation, as a list of messages like {"role": "user", "content": "..."};
                 token ids, before which no start token is added; or a list of such prompts.
-            max_tokens: largest number of tokens of an answer. An answer ends at `seq_len` tokens of prompt and answer
-                together in any case; both limits give the finish reason "length".
+            max_tokens: largest number of tokens of an answer. Prompt and answer have at most `seq_len` tokens in any
+                case; both limits give the finish reason "length".
             temperature: sampling temperature; 0 takes the most likely token each time.
             top_p: total probability of the smallest set of most likely tokens to draw from.
             top_k: number of most likely tokens to draw from; 0 draws from all.
             min_p: smallest probability of a token to draw from, as a share of the most likely token's.
-            seed: seed of the random draws; equal seeds give equal answers. Each prompt of a list has a seed of its own,
-                which is derived from this one. None chooses a random seed.
+            seed: seed of the random draws, from which each prompt of a list derives its own; None for a random one.
+                Equal seeds give equal answers.
             stop: text that ends an answer and is not part of it, or a list of such texts.
 
         Raises:
@@ -288,16 +270,7 @@ class LoadedModel:
             yield from self._start_engine().pieces(request, stop_strings)
 
     def _request(self, prompt: Prompt, sampling: dict[str, Any], index: int) -> Request:
-        """Return the request to the engine for the answer to one prompt.
-
-        Args:
-            prompt: the prompt, as the user gives it.
-            sampling: fields of `SamplingParams`; their seed is that of the first prompt.
-            index: index of the prompt in the user's list, from which its own seed is derived.
-
-        Raises:
-            ServeError: the prompt does not fit, or the model cannot generate text or has no chat template.
-        """
+        """Return the request for one prompt, whose seed is derived from that in `sampling` and its `index`."""
         check_generates(self.spec)
         ids = self.encode(prompt)
         check_length(ids, has_answer=True, seq_len=self.seq_len)
@@ -308,16 +281,16 @@ class LoadedModel:
         """Return the logits for the next token after each token of a text, computed in float32.
 
         Args:
-            text: a text, before which the start token is added if the model expects it; or token ids, which are used
-                unchanged.
+            text: a text, before which the start token is added if the model expects it; or token ids, which stay as
+                they are.
             domain: name of the text's domain, for a model with router `domain`; None for any other.
 
         Returns:
             Tensor of shape (tokens, vocabulary) on the device of the model.
 
         Raises:
-            ServeError: the model is not a decoder, the text does not fit, a token id is not in the vocabulary, the
-                model is closed, or the domain is missing or unknown.
+            ServeError: the model is closed or is not a decoder, the text does not fit, a token id is not in the
+                vocabulary, or the domain is missing or unknown.
         """
         import torch
 
@@ -356,17 +329,12 @@ class LoadedModel:
         self.close()
 
     def _require_open(self) -> None:
-        """Raise ServeError if the model is closed."""
         if self._is_closed:
             raise ServeError(f"model {self.name}", "it is closed", "load it again")
 
     @contextmanager
     def _report_engine_errors(self) -> Iterator[None]:
-        """Context manager that turns an error of the engine into one for the user.
-
-        Raises:
-            ServeError: the engine failed, or the model was closed meanwhile.
-        """
+        """Turn an error of the engine, or the close of the model meanwhile, into a ServeError."""
         try:
             yield
         except EngineError as e:
@@ -374,7 +342,6 @@ class LoadedModel:
             raise ServeError("the engine", str(e), "try another checkpoint, or compute on the CPU") from e
 
     def _load_decoder(self) -> "Decoder":
-        """Return the model's decoder, which is loaded at the first call."""
         with self._lock:
             self._require_open()
             if self._decoder is None:
@@ -382,7 +349,6 @@ class LoadedModel:
             return self._decoder
 
     def _start_engine(self) -> EngineThread:
-        """Return the model's engine, which is started at the first call."""
         with self._lock:
             self._require_open()
             engine = self._engine
@@ -402,13 +368,7 @@ class LoadedModel:
 
 
 def _answerer_builder(source: ModelSource, device: Device, threads: int) -> Callable[[], Answerer]:
-    """Return a function that loads the weights of a model and starts a serving engine with them.
-
-    Args:
-        source: the stored model, which can load its weights.
-        device: device to compute on.
-        threads: number of threads that generate on a CPU.
-    """
+    """Return a function that loads the weights of a model and starts a serving engine with them."""
 
     def build() -> Answerer:
         import torch
@@ -437,11 +397,8 @@ def _answerer_builder(source: ModelSource, device: Device, threads: int) -> Call
 
 
 def _expert_of(model: ModelSpec, domain: str | None) -> int | None:
-    """Return the index of a domain's expert in a model with one expert per domain; None for any other model.
-
-    Raises:
-        ServeError: the domain is missing or unknown, or the model's router does not use it.
-    """
+    """Return the index of a domain's expert; None for a model whose router does not use domains. A missing, unknown or
+    unused domain is a ServeError."""
     names = model.moe.domains if model.moe is not None else None
     if names is None:
         if domain is not None:

@@ -30,15 +30,10 @@ class ModelSource(NamedTuple):
 
 
 def checkpoint_source(checkpoint: Location, manifest: CheckpointManifest) -> ModelSource:
-    """Return the stored model of a checkpoint, without loading its weights.
+    """Return the stored model of a checkpoint, whose weights were already verified against `manifest`.
 
-    Args:
-        checkpoint: path of the checkpoint inside its run directory.
-        manifest: manifest of the checkpoint, with which the weights were already verified.
-
-    Raises:
-        CheckpointError, DataError: the run's tokenizer is missing or damaged, or the model is a vision model.
-        ServeError: the run's chat template is invalid.
+    A tokenizer that is missing or damaged is a CheckpointError or DataError, as is a vision model; an invalid chat
+    template is a ServeError.
     """
     run, tokenizer = RunDir.of_checkpoint(checkpoint), load_run_tokenizer(checkpoint, manifest)
 
@@ -61,10 +56,8 @@ def checkpoint_source(checkpoint: Location, manifest: CheckpointManifest) -> Mod
 def folder_source(folder: Path) -> ModelSource:
     """Return the stored model of a folder in Hugging Face's layout, without loading its weights.
 
-    Raises:
-        CheckpointError: the folder lacks a file, is damaged, or holds a model that this package does not compute.
-        DataError: its tokenizer does not fit the model.
-        ServeError: its chat template is invalid.
+    A damaged or incomplete folder, or a model that this package does not compute, is a CheckpointError; a tokenizer
+    that does not fit is a DataError, and an invalid chat template a ServeError.
     """
     # This import is delayed, because the module imports torch, which takes long.
     from mhmoe_ray.checkpoint.huggingface.load import read_folder_model

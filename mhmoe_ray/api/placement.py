@@ -29,9 +29,8 @@ class Placement(NamedTuple):
     shortage: str | None
     """Text about the workers for which the nodes have no room; None if there is room for all."""
     refusal: str | None
-    """Reason why workers would refuse to start on these nodes, as a line of text; None if they would not refuse."""
+    """Reason why workers would refuse to start on these nodes; None if they would start."""
     notes: list[str]
-    """Further remarks about the placement for the user, a line of text each."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the placement as `mhmoe plan --json` and `submit --dry-run` print it."""
@@ -62,15 +61,8 @@ def planned_placement(spec: RunSpec, nodes: int, gpus: int) -> Placement:
 
 
 def forecast_placement(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_note) -> Placement:
-    """Return the placement of a run's ranks on the cluster on which the run would start.
-
-    If no cluster answers, one node that holds all workers is assumed.
-
-    Args:
-        spec: spec of the run.
-        address: address of the cluster; None for the default cluster.
-        on_note: callback that gets a warning if the cluster does not answer.
-    """
+    """Return the placement of a run's ranks on the cluster on which the run would start. If no cluster answers, one
+    node that holds all workers is assumed."""
     cluster, reason = spec.cluster, "no cluster is running"
     try:
         connection = connect_if_running(address)
@@ -93,13 +85,7 @@ def spec_for_layout(spec: RunSpec, layout: Layout) -> RunSpec:
 
 def _place_workers(spec: RunSpec, description: str, nodes: list[Node], has_stream: bool = False) -> Placement:
     """Return the placement of the workers that would start on these nodes; if none would, it names what is missing.
-
-    Args:
-        spec: spec of the run.
-        description: description of the nodes, which serves as title of the placement.
-        nodes: the nodes, with their free CPUs and GPUs.
-        has_stream: whether the data stream that feeds the workers also needs CPUs of these nodes.
-    """
+    `has_stream` says that the data stream also needs CPUs of these nodes."""
     cluster, counts = spec.cluster, spec.worker_counts
     cpus, gpus = cluster.cpus_per_worker, cluster.gpus_per_worker
     free_cpus = sum(node.cpus for node in nodes)
@@ -128,17 +114,14 @@ def _place_workers(spec: RunSpec, description: str, nodes: list[Node], has_strea
 
 
 def _worker_count_remark(count: int, max_count: int) -> str | None:
-    """Return a remark if a run would start with fewer workers than its spec allows at most; None otherwise."""
+    """Return a remark if a run would start with fewer workers than its spec allows; None otherwise."""
     if count == max_count:
         return None
     return f"it would start with {count:,} of at most {max_count:,} workers, as there is room for now, and grow later"
 
 
 def _dispatch_remark(spec: RunSpec, layout: Layout) -> str | None:
-    """Return a remark if hierarchical dispatch would be flat in some expert-parallel groups of a layout; else None.
-
-    Dispatch sends rows (sub-tokens) to the ranks of their experts.
-    """
+    """Return a remark if hierarchical dispatch would be flat in some expert-parallel groups of a layout; else None."""
     # Hierarchical dispatch needs equally many ranks of an expert-parallel group on each of the group's nodes. Within
     # any other group, rows are dispatched in the flat way.
     groups = [layout.spread(ranks) for ranks in layout.groups.ranks]
@@ -159,10 +142,8 @@ def _stream_remark(free_cpus: float) -> str | None:
 
 
 def placement_remarks(placement: Placement) -> list[str]:
-    """Return the lines about a placement that the user should read.
-
-    They are its problems, its notes, and how many expert-parallel groups span several nodes.
-    """
+    """Return the lines about a placement for the user: problems, notes, and the expert-parallel groups that span
+    nodes."""
     lines = [line for line in (placement.shortage, placement.refusal) if line] + placement.notes
     layout = placement.layout
     # The user needs no line about expert-parallel groups if there is a single node or one rank per group, or if the

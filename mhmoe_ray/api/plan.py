@@ -39,7 +39,7 @@ def plan(
     Args:
         spec: spec of the run.
         nodes: number of nodes of the hypothetical cluster.
-        gpus: number of GPUs of each node of the hypothetical cluster, each with one worker.
+        gpus: number of GPUs of each of these nodes, each with one worker.
         address: address of the cluster; None for the default cluster.
         on_note: callback that gets a warning if the cluster does not answer.
 
@@ -47,8 +47,8 @@ def plan(
         A JSON object. Its key `warnings` has the problems with the data that would end the run before its first step.
 
     Raises:
-        SpecError: `spec` is not a loaded spec, `nodes` and `gpus` do not describe a hypothetical cluster, or the run
-            cannot have that many workers.
+        SpecError: `spec` is not a loaded spec, `nodes` and `gpus` do not describe a cluster, or the run cannot have
+            that many workers.
     """
     require_spec(spec)
     if nodes is None and gpus is None:
@@ -69,25 +69,15 @@ def paper_overrides(nodes: int, gpus: int) -> list[str]:
 
 
 def plan_figures(spec: RunSpec, placement: Placement, warnings: list[str], is_on_paper: bool) -> dict[str, Any]:
-    """Return the plan of a run as the JSON object that `mhmoe plan --json` prints.
-
-    Args:
-        spec: spec of the run.
-        placement: placement of the run's ranks.
-        warnings: problems with the run's data, a line of text each.
-        is_on_paper: whether the placement is on a hypothetical cluster, for which step times are estimated.
-    """
+    """Return the plan of a run as the JSON object that `mhmoe plan --json` prints. With `is_on_paper`, step times are
+    estimated."""
     layout, step = placement.layout, estimate_step(spec, placement.layout)
     estimate = estimate_figures(spec, layout, step) if is_on_paper and layout and step else None
     return {**placement_figures(spec, placement), "estimate": estimate, "warnings": warnings}
 
 
 def data_warnings(spec: RunSpec) -> list[str]:
-    """Return the problems with a spec's data that would end a run before its first step, a line of text each.
-
-    They are missing text and tokenizers, chat templates that cannot be used, or a prepared folder that was made with
-    other settings.
-    """
+    """Return the problems with a spec's data that would end a run before its first step, a line of text each."""
     data = spec.data
     errors: list[DataError] = []
     try:
@@ -107,10 +97,8 @@ def data_warnings(spec: RunSpec) -> list[str]:
 
 
 def placement_figures(spec: RunSpec, placement: Placement) -> dict[str, Any]:
-    """Return the part of a plan that depends only on the spec and the placement: sizes, memory, traffic and layout.
-
-    If the nodes cannot hold all ranks, groups and traffic are those on a single node.
-    """
+    """Return the part of a plan that depends only on the spec and the placement: sizes, memory, traffic and layout. If
+    the nodes cannot hold all ranks, groups and traffic are those on a single node."""
     cluster, moe, reference = spec.cluster, spec.model.moe, spec.reference_model
     layout = placement.layout or single_node_layout(cluster.max_world_size, cluster.ep)
     start_record = plan_start(spec)
@@ -177,11 +165,8 @@ def estimate_figures(spec: RunSpec, layout: Layout, step: Estimate) -> dict[str,
 
 
 def _figures(step: Estimate) -> dict[str, float]:
-    """Return the seconds, tokens per second and share of peak FLOPs of a step, in two variants.
-
-    Keys with `in_turn` are for computation and communication one after the other. Keys with `overlapped` are for
-    communication that is hidden behind computation.
-    """
+    """Return the seconds, tokens per second and share of peak FLOPs of a step: with communication and computation one
+    after the other (`in_turn`), and with communication hidden behind computation (`overlapped`)."""
     return {
         "seconds_in_turn": step.sequential_seconds,
         "seconds_overlapped": step.overlapped_seconds,
@@ -193,10 +178,8 @@ def _figures(step: Estimate) -> dict[str, float]:
 
 
 def _bytes_by_link(exchanges: list[Exchange]) -> dict[str, float]:
-    """Return the mean number of bytes that a rank sends in a step, by class of network link; empty without exchanges.
-
-    The links are those in a node, those in a domain of well-connected nodes, and those between domains.
-    """
+    """Return the mean number of bytes that a rank sends in a step by class of link (`LinkLoads`); empty without
+    exchanges."""
     link_bytes = [[e.times * sends.mean for sends in e.links] for e in exchanges]
     return dict(zip(LinkLoads._fields, map(sum, zip(*link_bytes, strict=True)), strict=True)) if link_bytes else {}
 
@@ -208,10 +191,7 @@ def traffic_per_rank(spec: RunSpec, layout: Layout) -> dict[str, dict[str, float
 
 
 def dispatch_figures(spec: RunSpec, layout: Layout, step: Estimate) -> dict[str, dict[str, Any]]:
-    """Return the traffic and times of a run's step for each kind of dispatch, flat and hierarchical.
-
-    Dispatch sends rows (sub-tokens) to the ranks of their experts.
-    """
+    """Return the traffic and times of a run's step for each kind of dispatch, flat and hierarchical."""
     figures = {}
     for name in DISPATCHES:
         # `step` is the estimate for the spec's own dispatch, so only the other dispatch needs a new estimate.

@@ -31,8 +31,8 @@ from mhmoe_ray.storage import Location, location
 def submit(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_note) -> "Run":
     """Start a run of a spec on a cluster, without waiting for it, and return it.
 
-    Without an address, and if there is no default cluster, a Ray cluster is started on this machine. Missing data is
-    prepared first, as part of the job.
+    Without an address and a default cluster, a Ray cluster is started on this machine. The job prepares missing data
+    first.
 
     Args:
         spec: spec of the run (`load_spec`).
@@ -55,8 +55,7 @@ def find_run(name: "Run | str | PathLike[str] | None" = None, storage: str | Pat
     """Return a run by its id, the start of its id, or its path; without a name, the newest run.
 
     Args:
-        name: id, start of an id, or path; or a `Run`, which is returned; None for the newest run that was not
-            imported.
+        name: id, start of an id, or path; or a `Run`, which is returned; None for the newest run that was not imported.
         storage: folder that holds run directories, a path or s3://, gs://; by default MHMOE_STORAGE, else `runs`.
 
     Raises:
@@ -110,11 +109,7 @@ class Run:
 
     @property
     def _existing_directory(self) -> RunDir:
-        """The run directory, after checking that the run was not removed.
-
-        Raises:
-            RunError: the run was removed.
-        """
+        """The run directory, after checking that the run was not removed; a RunError says that it was."""
         self.directory.require_existing()
         return self.directory
 
@@ -135,8 +130,7 @@ class Run:
     def state(self) -> str:
         """State of the run: submitted, preparing, waiting, running, finished, stopped, failed, imported or unknown.
 
-        The run's cluster is asked for the state, unless the run is over. The state is unknown if the cluster does not
-        answer.
+        Unless the run is over, its cluster is asked; the state is unknown if the cluster does not answer.
         """
         directory = self._existing_directory
         return state_of(directory, events.read(directory))[0]
@@ -148,8 +142,8 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """Return the metrics of each step so far, one dictionary per step. The run may still be training.
 
-        They are read from metrics.jsonl; if a step was repeated, only its newest metrics are returned. The README of
-        the Python interface has a table of the keys, such as `step`, `loss` and `val_loss`.
+        They are read from metrics.jsonl; a repeated step has only its newest metrics. The README of the Python
+        interface has a table of the keys, such as `step`, `loss` and `val_loss`.
         """
         return history.read(self._existing_directory)
 
@@ -164,8 +158,8 @@ class Run:
 
         Args:
             rank: rank of the worker; None for the whole job.
-            follow: whether to continue with new lines until the run ends. If another process gets the rank meanwhile,
-                its lines follow.
+            follow: whether to continue with new lines until the run ends. If another process gets the rank, its lines
+                follow.
             on_note: callback that gets a line of text about where the lines come from.
 
         Raises:
@@ -187,8 +181,8 @@ class Run:
 
         Args:
             timeout: timeout in seconds; None to wait without a limit.
-            on_event: function that is called with each event of the newest attempt, from its submission on. The key
-                `event` of an event has its kind; the README of the Python interface has a table of the kinds.
+            on_event: callback that gets each event of the newest attempt, from its submission on. The README of the
+                Python interface has a table of the kinds, which the key `event` has.
             on_note: callback that gets a line of text if the cluster or the storage does not answer for now.
 
         Raises:
@@ -217,8 +211,8 @@ class Run:
     def stop(self, now: bool = False, on_note: OnNote = ignore_note) -> str:
         """Stop the run, and return its state when it is over; `resume` can continue it.
 
-        Its workers finish their step, validate, save a checkpoint and end. If its workers are not training yet, its job
-        is ended at once.
+        Its workers finish their step, validate, save a checkpoint and end. A job that is not training yet is ended at
+        once.
 
         Args:
             now: whether to end its job at once, without a last checkpoint.
@@ -226,7 +220,7 @@ class Run:
 
         Returns:
             The state, such as stopped. It is unknown if the cluster does not answer: then the workers are asked to stop
-            through the run directory, and this process cannot see whether they do.
+                through the run directory, and this process cannot see whether they do.
 
         Raises:
             RunError: the run is over already, or was imported.
@@ -254,8 +248,7 @@ class Run:
             until: number of steps up to which it trains; None for the number in its spec.
             overrides: keys of the cluster section to change, such as `{"cluster.workers": 2}`.
             address: a Ray cluster; None for the one that the run was on.
-            force: whether to resume the run even if its cluster does not answer and the run wrote something a moment
-                ago.
+            force: whether to resume it even if its cluster does not answer and it wrote something a moment ago.
             trust_run: whether to resume a run that somebody else submitted and whose spec sets `cluster.runtime_env`,
                 `serve.host` or `serve.keys`.
             on_note: callback that gets lines of text about the progress.
@@ -312,8 +305,7 @@ class Run:
             gpus: number of GPUs, 0 or 1; None for as many as a worker of the training had.
             prior: prior probabilities of the domains, with which all experts of a model with router `domain` predict
                 together; None if the domain of each text is known.
-            probe: pictures on which a linear probe is trained, which then classifies the pictures of `text`, for an
-                encoder; None for no probe.
+            probe: images on which a linear probe of an encoder is trained, which then classifies those of `text`.
             recompute: whether to evaluate even if the run directory holds the result.
             address: a Ray cluster; None for the default cluster.
             trust_run: whether to use the `cluster.runtime_env` of a run that somebody else submitted.
@@ -321,8 +313,8 @@ class Run:
 
         Raises:
             CheckpointError: there is no such checkpoint, or it is damaged.
-            SpecError: an argument is given without the one that it belongs to, such as `limit` without `tasks`; or an
-                override is wrong.
+            SpecError: an argument lacks the one that it belongs to, such as `limit` without `tasks`; or an override is
+                wrong.
             RunError: there is neither text nor a task, and the run was imported.
             DataError: the text is missing.
             MhmoeError: the job failed; this is the error that it logged.
@@ -404,7 +396,6 @@ class _AttemptEvents:
         return self._events
 
     def report(self) -> None:
-        """Pass each event that was read since the last report to the callback."""
         unreported_events = self._events[self._reported_count :]
         self._reported_count = len(self._events)
         if self._on_event is not None:

@@ -43,20 +43,9 @@ def resolve_target(
 ) -> tuple[RunDir, Location, DeploySpec]:
     """Return the run and the checkpoint to serve, and the spec with which they are served.
 
-    Args:
-        target: a spec or its file, which stands for its newest run; a checkpoint or its folder; or a run, its id, the
-            start of its id, or its path. None picks the newest run.
-        checkpoint: one of the run's checkpoints, its name or its step; None picks the newest.
-        storage: folder that holds run directories; if the target is a spec, the spec's own folder is used instead.
-        overrides: `key.path=value` strings that change keys of the spec.
-        on_note: callback that gets a warning for each newer checkpoint that is damaged and therefore skipped, and one
-            for settings that are ignored.
-        trust_run: whether to use settings of the run's own spec that need trust even if this user never submitted them.
-
-    Raises:
-        SpecError: an override changes a key that serving does not use, or a spec is wrong.
-        RunError, CheckpointError: there is no such run or checkpoint, or the checkpoint is damaged.
-        StorageError: the folder that the target names cannot be read.
+    Arguments are those of `serve`; `overrides` are `key.path=value` strings. The storage of a spec as target is the
+    spec's own. A wrong spec, or an override that serving does not use, is a SpecError, a missing run a RunError, a
+    missing or damaged checkpoint a CheckpointError, and a folder that cannot be read a StorageError.
     """
     for keys, _ in parse_overrides(overrides):
         # An override that has no effect, such as one of train.lr, would mislead the user, so it is an error.
@@ -97,16 +86,7 @@ def _spec_of_run(run: RunDir, overrides: Sequence[str], on_note: OnNote, trust_r
 
 
 def _newest_run(spec: RunSpec, subject: str, fix: str) -> RunDir:
-    """Return the newest run of a spec.
-
-    Args:
-        spec: the spec; its runs are those with the same name.
-        subject: name of the spec, for the error message.
-        fix: advice to the user, for the error message.
-
-    Raises:
-        RunError: the storage has no run of the spec.
-    """
+    """Return the newest run with the spec's name, or raise a RunError with this subject and fix."""
     runs = [run for run in list_runs(spec.storage) if run.name == spec.name]
     if not runs:
         raise RunError(subject, f"{spec.storage} holds no run of it", fix)
@@ -116,11 +96,8 @@ def _newest_run(spec: RunSpec, subject: str, fix: str) -> RunDir:
 def with_environment_keys(spec: ServeSpec) -> ServeSpec:
     """Return a copy of the spec with the API keys of the environment variable MHMOE_API_KEYS added to its own.
 
-    A key of the environment with the same name as a key of the spec gets the limits of that key.
-
-    Raises:
-        SpecError: two keys with the same name have different limits, or the environment variable is malformed or has a
-            key that not every client can send.
+    A key with the name of a key of the spec gets its limits. A SpecError says that keys of one name have different
+    limits, or that the variable is malformed or has a key that not every client can send.
     """
     keys_by_name: dict[str, KeySpec] = {}
     for key in spec.keys:
@@ -156,5 +133,4 @@ def with_environment_keys(spec: ServeSpec) -> ServeSpec:
 
 
 def _with_hash(key: KeySpec, key_hash: str) -> KeySpec:
-    """Return a copy of a client's key with another hash; name and limits stay the same."""
     return key.model_copy(update={"sha256": key_hash})

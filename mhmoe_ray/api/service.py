@@ -43,18 +43,17 @@ def serve(
 ) -> "Service":
     """Serve a checkpoint over OpenAI's API on a cluster, in place of the application that has this name now.
 
-    Without an address, and if there is no default cluster, a Ray cluster is started on this machine. The application
-    stays when this process ends. Clients with keys in MHMOE_API_KEYS (NAME:KEY,NAME:KEY) may send requests, in addition
-    to those of serve.keys; without either, everybody who reaches the port may.
+    Without an address and a default cluster, a Ray cluster is started on this machine. The application stays when this
+    process ends. Clients with keys in MHMOE_API_KEYS (NAME:KEY,NAME:KEY) or serve.keys may send requests; without
+    either, everybody who reaches the port may.
 
     Args:
-        target: a run; a spec or its file, whose newest run is served with the spec's settings; a checkpoint or its
-            folder; or the id or path of a run. None for the newest run.
+        target: a run, its id or its path; a spec or its file, whose newest run is served with the spec's settings; a
+            checkpoint or its folder. None for the newest run.
         checkpoint: one of the run's checkpoints, its name or its step; None for the newest.
         overrides: keys of the spec to change: those of the section serve, such as `{"serve.port": 8001}`,
             cluster.shared_filesystem and cluster.runtime_env.
-        name: name of the application; a cluster may have several. The one named mhmoe answers at /, all others at
-            /NAME.
+        name: name of the application. The one named mhmoe answers at /, all others at /NAME.
         storage: folder that holds run directories; by default MHMOE_STORAGE, else `runs`.
         address: a Ray cluster: the URL of its dashboard, or its name; None for the default cluster.
         wait: whether to wait until the application answers requests.
@@ -122,10 +121,7 @@ class ServiceUpdate(NamedTuple):
 
 @dataclass(frozen=True)
 class Service:
-    """Handle of an application on a cluster that serves a run's checkpoint.
-
-    Several processes may have handles of the same application.
-    """
+    """Handle of an application on a cluster that serves a run's checkpoint; several processes may have one."""
 
     name: str
     connection: Connection = field(repr=False)
@@ -248,11 +244,7 @@ class Service:
 
 
 def _checkpoint_of(application: Application) -> Location:
-    """Return the path of the checkpoint that an application serves.
-
-    Raises:
-        ServeError: the application does not serve a checkpoint.
-    """
+    """Return the path of the checkpoint that an application serves; a ServeError says that it serves none."""
     if application.checkpoint is None:
         reason = "it serves no checkpoint of a run"
         raise ServeError(f"application {application.name}", reason, "see `mhmoe serve status`")
@@ -268,17 +260,8 @@ def _deploy(
     remark: str,
     on_note: OnNote,
 ) -> None:
-    """Deploy an application without waiting until it answers, and record the deployment in the run directory.
-
-    Args:
-        run: the run whose checkpoint is served.
-        connection: connection to the cluster.
-        config: Ray Serve's configuration of the application.
-        host: address on which Ray Serve's proxy listens.
-        port: port on which Ray Serve's proxy listens.
-        remark: end of the note "deploying CHECKPOINT ...", such as "of RUN".
-        on_note: callback that gets this note.
-    """
+    """Deploy an application without waiting until it answers, and record the deployment in the run directory. `remark`
+    ends the note "deploying CHECKPOINT ...", such as "of RUN"."""
     name, checkpoint = config["name"], location(config["args"]["checkpoint"]).name
     # Serve ignores a configuration that it already has, so it starts a failed application again only if something
     # changes. A random argument is therefore added.
@@ -305,5 +288,4 @@ def _record_deployment(
 
 
 def _route_prefix(name: str) -> str:
-    """Return the URL path of an application: / for the default name, else /NAME."""
     return "/" if name == APPLICATION else f"/{name}"

@@ -52,11 +52,7 @@ def load_spec(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Ove
 
 
 def require_spec(spec: object) -> None:
-    """Check that an argument is a loaded spec.
-
-    Raises:
-        SpecError: the argument is something else, such as the mapping from which a spec is loaded.
-    """
+    """Raise a SpecError if an argument is not a loaded spec but, for example, the mapping of one."""
     if not isinstance(spec, RunSpec):
         raise SpecError("spec", f"it is of type {type(spec).__name__}", "give what mhmoe_ray.load_spec returns")
 
@@ -70,7 +66,6 @@ def override_list(overrides: Overrides) -> list[str]:
 
 
 def _yaml_value(value: Any) -> str:
-    """Return a value as YAML in one line."""
     text = yaml.safe_dump(_plain_value(value), default_flow_style=True, allow_unicode=True, width=float("inf"))
     # YAML ends a document that is a bare scalar with a line of dots.
     return text.removesuffix("...\n").rstrip("\n")

@@ -23,12 +23,7 @@ def ignored_keys(
 ) -> Collection[str]:
     """Return the keys of a run's spec that a command must ignore, and report them with their values.
 
-    Args:
-        run: run that has this spec.
-        spec: spec as the run directory has it.
-        on_note: callback that gets a warning with the ignored settings.
-        trust_run: whether the user trusts the run, so that no key is ignored.
-        used_keys: keys among `GUARDED_KEYS` that the command would use.
+    `used_keys` are those of `GUARDED_KEYS` that the command would use; with `trust_run`, no key is ignored.
     """
     settings = {} if trust_run else unrecorded_settings(spec)
     ignored_settings = {key: value for key, value in settings.items() if key in used_keys}
@@ -41,11 +36,8 @@ def ignored_keys(
 
 
 def require_submitted_settings(run: RunDir, spec: RunSpec) -> None:
-    """Check that this user has submitted the settings of a run's spec that run code or open a server.
-
-    Raises:
-        SpecError: somebody else may have written them.
-    """
+    """Raise a SpecError if a run's spec has settings that run code or open a server and that this user never
+    submitted."""
     if settings := unrecorded_settings(spec):
         reason = f"you did not submit it, and its spec sets {_text(settings)}"
         raise SpecError(f"run {run.id}", reason, "if you trust it: `mhmoe resume --trust-run` or trust_run=True")

@@ -87,10 +87,7 @@ app.add_typer(cluster.app, name="cluster")
 
 
 def main() -> None:
-    """Run the command that the process's arguments name.
-
-    An error of a class in errors.py is printed as one line, and the process ends with the error's exit code.
-    """
+    """Run the command of the process's arguments; print an error as one line and end with the error's exit code."""
     try:
         app()
     except MhmoeError as e:

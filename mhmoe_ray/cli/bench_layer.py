@@ -70,10 +70,8 @@ def layer(
 
 
 def _measure_shape(request: "Request", hardware: "Hardware", header: dict[str, Any], json: bool) -> None:
-    """Measure all expert layers at one set of sizes, and print a table of their time and memory.
-
-    With `json`, also print the results as JSON, after the fields of `header`.
-    """
+    """Measure all expert layers at one set of sizes, and print tables. With `json`, also print results after
+    `header`."""
     from mhmoe_ray.bench.measure import as_json, measure
     from mhmoe_ray.bench.steps import compare_with_paper
 
@@ -98,16 +96,9 @@ def _measure_sweep(
     png: Path | None,
     json: bool,
 ) -> None:
-    """Measure all expert layers at several values of one size, and print the results; also plot them if `png` is given.
+    """Measure all expert layers at several values of one size, and print and plot the results.
 
-    Args:
-        request: the layers to measure, their sizes and the number of rounds.
-        axis: the size that varies, such as the number of tokens.
-        axis_points: the values of this size; an empty list stands for the default values in `AXES`.
-        hardware: the machine, which the titles name.
-        header: the machine and the settings, which are the first fields of the JSON.
-        png: path of the plot; None for no plot.
-        json: whether to print the results as JSON too.
+    No `axis_points` stand for the default values in `AXES`; `header` has the first fields of the JSON.
     """
     from mhmoe_ray.bench.measure import as_json
     from mhmoe_ray.bench.sweep import AXES, sweep
@@ -148,11 +139,7 @@ def _print_parts(parts: "list[tables.Part]", json: bool) -> None:
 
 
 def _parse_points(axis: "AxisName | None", points: str | None, heads: list[int] | None) -> list[int]:
-    """Return the numbers in the option --points, such as 1024,4096; return an empty list if the option is not given.
-
-    Raises:
-        BadParameter: the points are not whole numbers of at least 1, or --points or --heads contradicts --over.
-    """
+    """Return the numbers in the option --points, such as 1024,4096, which are at least 1; empty without the option."""
     if points is not None and axis is None:
         raise typer.BadParameter("--points: there is no axis for them; give --over, for example --over tokens")
     if heads and axis == "heads":
@@ -168,12 +155,7 @@ def _parse_points(axis: "AxisName | None", points: str | None, heads: list[int] 
 
 
 def _check_png(png: Path, axis: "AxisName | None") -> None:
-    """Check that the plot can be drawn and written, because an error after minutes of measuring would come too late.
-
-    Raises:
-        BadParameter: the option --over is missing, so the plot has no horizontal axis.
-        DataError: matplotlib is not installed, or the file could not be written.
-    """
+    """Check that the plot can be drawn and written, because an error after minutes of measuring would come too late."""
     from mhmoe_ray import plotting
 
     if axis is None:

@@ -126,16 +126,8 @@ def serve(
 def _write_model(
     model: "ModelSpec", folder: Path, precision: str, threads: int, max_clients: int, mixtral: bool
 ) -> "ServedModel":
-    """Write a checkpoint with random weights, and return it as a model to serve.
-
-    Args:
-        model: the sizes of the model.
-        folder: a new folder for the checkpoint.
-        precision: precision of the weights when the model is served.
-        threads: CPUs of each engine or server.
-        max_clients: largest number of clients at a time.
-        mixtral: whether the model is a Mixtral, which is also exported in Hugging Face's layout for other packages.
-    """
+    """Write a checkpoint with random weights, and return it as a model to serve. A Mixtral is also exported in Hugging
+    Face's layout for other packages."""
     from mhmoe_ray.bench.serve.engines import ServedModel
     from mhmoe_ray.bench.serve.model import write_run
     from mhmoe_ray.checkpoint.huggingface.export import export
@@ -168,13 +160,8 @@ def _measure_engines(
 def _measure_heads(
     served_models: "dict[str, ServedModel]", tokens: int, clients: Sequence[int], rounds: int
 ) -> "dict[str, list[Rates]]":
-    """Return the tokens per second of models with different numbers of heads in vLLM, by table title.
-
-    One table is about the generation of answers, the other about the processing of prompts.
-
-    Raises:
-        SpecError: vLLM is not installed.
-    """
+    """Return the tokens per second of models with different numbers of heads in vLLM, for answers and for prompts, by
+    table title."""
     from importlib.util import find_spec
 
     from mhmoe_ray.bench.serve.contest import Shape, measure_engines
@@ -202,8 +189,8 @@ def _measure_servers(
 ) -> "dict[str, list[Rates]]":
     """Return the tokens per second of servers, by table title.
 
-    With `rate`, that number of requests per second arrives on average, at random times. Otherwise a fixed number of
-    clients send requests, once with streaming and once without.
+    With `rate`, that many requests per second arrive on average, at random times. Otherwise a fixed number of clients
+    send requests, once with streaming and once without.
     """
     from mhmoe_ray.bench.serve.contest import measure_random_arrivals, measure_servers
     from mhmoe_ray.bench.serve.servers import SERVERS

@@ -26,7 +26,7 @@ MIN_WIDTH = 140
 
 
 def print_parts(console: Console, parts: Iterable[Part]) -> None:
-    """Print texts, and tables with their titles, separated by empty lines, at a width of at least `MIN_WIDTH`."""
+    """Print texts and titled tables, separated by empty lines, at a width of at least `MIN_WIDTH`."""
     # Even on a narrow terminal, tables keep this width, so that their lines wrap. Otherwise rich would truncate
     # numbers, which is worse.
     console.width = max(console.width, MIN_WIDTH)
@@ -44,10 +44,7 @@ def print_parts(console: Console, parts: Iterable[Part]) -> None:
 def shape_table(figures: Sequence["Figures"], top_k: int, d_expert: int) -> Table:
     """Return a table of the time and the memory of all expert layers that were measured at one set of sizes.
 
-    Args:
-        figures: measurements of the layers; the first two are the dense layer and the plain mixture of experts.
-        top_k: number of experts per token in the plain layer.
-        d_expert: width of an expert of the plain layer; the dense layer is `top_k` times as wide.
+    The first two layers are the dense one, `top_k` times as wide as an expert, and the plain mixture of experts.
     """
     dense_seconds, plain_seconds = (f.median for f in figures[:2])
     rows = []
@@ -76,10 +73,8 @@ def steps_table(figures: Sequence["steps_.StepFigures"]) -> Table:
 
 
 def rates_table(figures: "Sequence[Rates]") -> Table:
-    """Return a table of the tokens per second of engines or servers, by number of clients.
-
-    The last column has the ratio of each rate to the rates in earlier rows with the same number of clients.
-    """
+    """Return a table of the tokens per second of engines or servers, by number of clients, with ratios to earlier
+    rows."""
     rows = []
     for f in figures:
         earlier_rates = [rates for rates in figures[: figures.index(f)] if rates.clients == f.clients]
@@ -135,11 +130,8 @@ def sweep_tables(sweep: "Sweep") -> Iterable[Part]:
 
 
 def paper_table(figures: Sequence["Figures"]) -> Part:
-    """Return a table, with its title, of our layers beside the throughput of models in the first MH-MoE paper.
-
-    Each layer and model has a version with static routing, which drops rows beyond an expert's capacity, and a dropless
-    version.
-    """
+    """Return a table, with its title, of our layers beside the throughput of models in the first MH-MoE paper. Each has
+    a version with static routing and a dropless one."""
     from mhmoe_ray.bench.steps import compare_with_paper
 
     rows = [
@@ -161,7 +153,7 @@ def paper_table(figures: Sequence["Figures"]) -> Part:
 
 
 def format_skipped(skipped: Sequence["SkippedCase"]) -> Iterable[str]:
-    """Yield one text with a line for each layer or kernel that was not measured; yield nothing if there is none."""
+    """Yield one text with a line for each layer or kernel that was not measured, if there is any."""
     if skipped:
         yield "\n".join(f"not measured: {case.name}: {case.reason}" for case in skipped)
 

@@ -94,11 +94,7 @@ def verify(
 
 
 def _compare(first_model: str, second_model: str, storage: str, json: bool) -> None:
-    """Compare two models and print their differences.
-
-    Raises:
-        CheckpointError: the models differ by more than rounding to 16 bits, or one cannot be read.
-    """
+    """Compare two models and print their differences. Those beyond rounding to 16 bits are a CheckpointError."""
     from mhmoe_ray.checkpoint.huggingface.compare import compare_logits, compare_weights, open_model
     from mhmoe_ray.errors import CheckpointError
 
@@ -138,11 +134,8 @@ def _model_location(target: str, storage: str) -> "Location":
 
 
 def _verify_run(run: str | None, storage: str, json: bool) -> None:
-    """Compare the files of all checkpoints of a run with their manifests, and print the result.
-
-    Raises:
-        CheckpointError: a checkpoint is damaged.
-    """
+    """Compare the files of all checkpoints of a run with their manifests, and print the result. A damaged one is a
+    CheckpointError."""
     from mhmoe_ray.checkpoint.manifest import (
         committed_checkpoints,
         is_committed,
@@ -245,12 +238,7 @@ def import_(
 
 
 def _run_of(source: str, storage: str) -> "RunDir | None":
-    """Return the run that the source of an import names; None if the source is the folder of a model.
-
-    Raises:
-        CheckpointError: the source is neither a folder nor a run.
-        StorageError: the folder cannot be read.
-    """
+    """Return the run that the source of an import names; None if the source is the folder of a model."""
     from mhmoe_ray.errors import CheckpointError, RunError
     from mhmoe_ray.runs.directory import RunDir, find_run, report_read_errors
 

@@ -1,5 +1,4 @@
-"""Helpers that commands share: options and their completion, consoles, reading of specs and checkpoints, and formats
-of numbers and tables.
+"""Helpers of commands: options and their completion, consoles, reading of specs and checkpoints, formats and tables.
 
 After `mhmoe --install-completion`, the shell completes run ids and spec keys.
 """
@@ -39,10 +38,8 @@ def complete_runs(incomplete: str) -> list[str]:
 
 
 def complete_keys(incomplete: str) -> list[str]:
-    """Return the keys of a spec that start with `incomplete`, each with = at its end, as the option --set takes them.
-
-    Shorthands, such as `preset`, come first.
-    """
+    """Return the keys of a spec that start with `incomplete` as the option --set takes them, with =; shorthands
+    first."""
     from mhmoe_ray.planner.resolve import Shorthands
     from mhmoe_ray.spec import RunSpec
 
@@ -50,10 +47,8 @@ def complete_keys(incomplete: str) -> list[str]:
 
 
 def _section_keys(model: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of a section of a spec and of its subsections, such as `train.steps=`.
-
-    `prefix` is the path of the section with a dot at its end, such as `train.`; it is empty for a whole spec.
-    """
+    """Yield the dotted keys of a section and its subsections, such as `train.steps=`; `prefix` is the section's path
+    with a dot."""
     for name, field in model.model_fields.items():
         subsection = _section_model(field.annotation)
         # A range has the keys `min` and `max`, but counts as a single key, because a spec may also write it as one
@@ -65,10 +60,8 @@ def _section_keys(model: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _section_model(annotation: Any) -> Any:
-    """Return the pydantic model of a spec's field if it is a section, required or optional; return None for others.
-
-    Sections in a list or a dictionary have no fixed keys, so the function returns None for them.
-    """
+    """Return the pydantic model of a field that is a section with fixed keys; None for other fields, and for sections
+    in a list or dictionary."""
     from types import NoneType, UnionType
     from typing import Union, get_args, get_origin
 
@@ -127,19 +120,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 def pick_checkpoint(run: "RunDir", name: str | None, *, verify_hashes: bool) -> "tuple[Location, CheckpointManifest]":
-    """Return the path and the manifest of a run's checkpoint: the named one, else the newest intact one.
-
-    Print a warning for each newer checkpoint that is damaged and therefore skipped.
-
-    Args:
-        run: directory of the run.
-        name: name or step of the checkpoint; None picks the newest.
-        verify_hashes: whether to read all weights and compare their hashes with the manifest. Otherwise only names and
-            sizes of files are compared, and other damage shows when the checkpoint is loaded.
-
-    Raises:
-        CheckpointError: there is no such checkpoint, or it is damaged, or none of the run's checkpoints is intact.
-    """
+    """Call `api.checkpoints.pick_checkpoint`, and print its warnings."""
     from mhmoe_ray.api import checkpoints
 
     return checkpoints.pick_checkpoint(run, name, verify_hashes=verify_hashes, on_note=print_note)
@@ -147,10 +128,7 @@ def pick_checkpoint(run: "RunDir", name: str | None, *, verify_hashes: bool) -> 
 
 @contextmanager
 def detach_on_interrupt(hint: str) -> Iterator[None]:
-    """Return a context in which Ctrl-C ends the command without an error and prints `hint`.
-
-    It is for commands that only follow a job or a deployment. The hint tells the user how to see or end that job.
-    """
+    """Return a context in which Ctrl-C ends the command, which only follows a job or deployment, and prints `hint`."""
     try:
         yield
     except KeyboardInterrupt:
@@ -193,11 +171,7 @@ def number_table(
 ) -> Table:
     """Return a table with names aligned to the left and numbers aligned to the right.
 
-    Args:
-        columns: titles of the columns; the first column holds names if its title is empty.
-        rows: cells, row by row.
-        header: whether to show the titles.
-        names: titles of other columns that hold names.
+    Names are in the columns with a title in `names`, and in the first column if it has no title.
     """
     table = Table(show_header=header, box=None, pad_edge=False)
     for i, column in enumerate(columns):
@@ -222,12 +196,12 @@ def format_figure(value: float | None, format_spec: str) -> str:
 
 
 def format_nats(value: float | None) -> str:
-    """Format a loss in nats with four decimals; return "not finite" for None, which stands for NaN and infinity."""
+    """Format a loss in nats with four decimals, as `format_figure` does."""
     return format_figure(value, ".4f")
 
 
 def format_count(count: int, noun: str) -> str:
-    """Format a number with its noun, which is in the plural unless the number is 1: "1 worker", "2 workers"."""
+    """Format a number with its noun: "1 worker", "2 workers"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 

@@ -86,11 +86,7 @@ def prepare(
 
 
 def _run_job(spec: "RunSpec", connection: "Connection") -> "DataManifest":
-    """Submit the job that prepares a spec's data, show its progress until it ends, and return the data's manifest.
-
-    Raises:
-        MhmoeError: the job failed; this is the error that it logged.
-    """
+    """Submit the job that prepares a spec's data, show its progress until it ends, and return the data's manifest."""
     from mhmoe_ray.cluster import remote
     from mhmoe_ray.cluster.dashboard import RetryingCaller
     from mhmoe_ray.data.prepare.job import PrepareRequest
@@ -112,10 +108,8 @@ def _run_job(spec: "RunSpec", connection: "Connection") -> "DataManifest":
 
 
 def _print_manifest(manifest: "DataManifest") -> None:
-    """Print the counts of each domain (source of documents) in prepared data, and the entropies of held-out text.
-
-    Data that has only images has no such entropies, so the number of held-out images is printed instead.
-    """
+    """Print the counts of each domain in prepared data, and the entropies of held-out text or, without text, the number
+    of held-out images."""
     columns = ["", "documents", "held out", "bad", "text", "tokens", "bytes/token", "samples", "cut", "padding"]
     columns += ["targets"] if manifest.chat else []
     columns += ["images"] if manifest.encoder or manifest.vision else []
@@ -207,11 +201,6 @@ def sample(
 
 
 def _write_large(folder: Path, cache: Path, json: bool) -> None:
-    """Write the text sample of the option --large, and print its numbers of documents and bytes.
-
-    Raises:
-        DataError: lxml is not installed, or the sample is incomplete because packages are missing.
-    """
     from mhmoe_ray.errors import DataError
 
     # lxml may be missing, because it belongs to an extra that only the large sample needs.
@@ -235,11 +224,6 @@ def _write_large(folder: Path, cache: Path, json: bool) -> None:
 
 
 def _write_pictures(folder: Path, cache: Path, json: bool) -> None:
-    """Write the sample of drawings with captions for the option --pictures, and print its numbers of pictures.
-
-    Raises:
-        DataError: Pillow or resvg-py is not installed, or the sample is incomplete because packages are missing.
-    """
     from mhmoe_ray.corpus.pictures import write_picture_sample
     from mhmoe_ray.errors import DataError
 
@@ -262,12 +246,6 @@ def _write_pictures(folder: Path, cache: Path, json: bool) -> None:
 
 
 def _write_scenes(folder: Path, cache: Path, scene_seed: int, json: bool) -> None:
-    """Write the sample of scenes with objects for the option --scenes, and print its numbers of scenes and objects.
-
-    Raises:
-        DataError: Pillow, resvg-py or pycocotools is not installed, or the sample is incomplete because packages are
-            missing.
-    """
     from mhmoe_ray.corpus.drawing_packages import SPLITS
     from mhmoe_ray.corpus.scene_objects import OBJECT_CLASSES
     from mhmoe_ray.corpus.scenes import write_scene_sample
@@ -298,7 +276,6 @@ def _write_scenes(folder: Path, cache: Path, scene_seed: int, json: bool) -> Non
 
 
 def _print_left_out(summary: "DrawingSummary") -> None:
-    """Print how many drawings were left out of a sample, by artist and reason."""
     for artist, reasons in summary.left_out.items():
         counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
         out.print(f"{artist}, left out: {counts}", soft_wrap=True)

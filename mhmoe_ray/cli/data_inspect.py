@@ -44,9 +44,7 @@ class InspectTarget:
     required_paths: list[Path]
     """Paths on this machine that all nodes of the cluster must be able to read."""
     spec: "RunSpec | None"
-    """Spec that the user named; None if the user named raw text instead."""
     manifest: "DataManifest | None"
-    """Manifest of the prepared folder; None if the text is not prepared yet."""
 
     @property
     def tokenizer(self) -> Path | None:
@@ -59,12 +57,8 @@ class InspectTarget:
 
 
 def resolve_target(arguments: list[str], overrides: list[str]) -> InspectTarget:
-    """Return the data that a command's arguments name: a spec, or raw text.
-
-    Raises:
-        SpecError: a spec is wrong, or it is named together with other data.
-        DataError: the prepared data was made with other settings.
-    """
+    """Return the data that a command's arguments name: a spec, or raw text. Prepared data that was made with other
+    settings is a DataError."""
     from mhmoe_ray.api.spec import load_spec
     from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
     from mhmoe_ray.errors import SpecError
@@ -82,11 +76,7 @@ def resolve_target(arguments: list[str], overrides: list[str]) -> InspectTarget:
 
 
 def raw_text_target(paths: list[str], overrides: list[str]) -> InspectTarget:
-    """Return the data that paths of raw text name; each path becomes one source, as in `raw_text_sections`.
-
-    Raises:
-        SpecError: an override is wrong.
-    """
+    """Return the data that paths of raw text name; each path becomes one source, as in `raw_text_sections`."""
     from mhmoe_ray.spec.raw_text import raw_text_sections
 
     data, cluster = raw_text_sections(paths, overrides)
@@ -97,17 +87,8 @@ def raw_text_target(paths: list[str], overrides: list[str]) -> InspectTarget:
 
 
 def run_survey(target: InspectTarget, address: str | None, *, check_rules: bool) -> "Survey":
-    """Read all raw text of a target in a job on the cluster, and return the survey of its contents.
-
-    Args:
-        target: the data to read.
-        address: address of the cluster; None for the default.
-        check_rules: whether to check texts against the rules of `lint`.
-
-    Raises:
-        DataError: text is missing, or the chat template cannot be used.
-        MhmoeError: the job failed; this is the error that it logged.
-    """
+    """Read all raw text of a target in a job on the cluster, and return the survey of its contents. Errors are missing
+    text, a chat template that cannot be used, and the job's own."""
     from mhmoe_ray.api.connection import connect_to_cluster
     from mhmoe_ray.cluster import remote
     from mhmoe_ray.data.chat.template import check_template
@@ -246,7 +227,6 @@ def _figures_dict(figures: "Figures") -> dict[str, Any]:
 
 
 def _images_dict(figures: "ImageFigures") -> dict[str, Any]:
-    """Return the number, the sizes and the annotations of images as JSON data."""
     from mhmoe_ray.data.inspect.figures import octave_counts, quantile
 
     annotations: dict[str, Any] = {}
@@ -272,10 +252,8 @@ def _images_dict(figures: "ImageFigures") -> dict[str, Any]:
 
 
 def prepared_dict(target: InspectTarget) -> dict[str, Any] | None:
-    """Return the prepared folder's manifest as JSON data, without its recipe and its lists of files.
-
-    Return None if the data is not prepared.
-    """
+    """Return a prepared folder's manifest as JSON data, without its recipe and lists of files; None for unprepared
+    data."""
     if target.manifest is None:
         return None
     totals = target.manifest.model_dump(exclude={"recipe", "domains", "validation"})
@@ -284,13 +262,7 @@ def prepared_dict(target: InspectTarget) -> dict[str, Any] | None:
 
 
 def _print_samples(target: InspectTarget, start: int, count: int, json: bool) -> None:
-    """Print `count` packed training samples from position `start` of the training on, as text or JSON.
-
-    Raises:
-        BadParameter: the target is raw text, which has no packed samples.
-        SpecError: the model is not a decoder.
-        DataError: the data is not prepared, or the training ends before these positions.
-    """
+    """Print `count` packed training samples from position `start` of the training on, as text or JSON."""
     from mhmoe_ray.checkpoint.start.record import plan_start
     from mhmoe_ray.data.inspect.samples import decode_samples
     from mhmoe_ray.errors import SpecError
@@ -348,10 +320,7 @@ def lint(
 
 
 def _format_summary(problems: "list[Problem]") -> str:
-    """Return the numbers of errors and warnings as text, such as "2 errors and 3 warnings", or "no problems".
-
-    The same message in several domains counts once.
-    """
+    """Return the numbers of errors and warnings as text; the same message in several domains counts once."""
     kinds = {(problem.severe, problem.rule, problem.message) for problem in problems}
     parts = []
     for severe, name in ((True, "error"), (False, "warning")):
@@ -361,7 +330,6 @@ def _format_summary(problems: "list[Problem]") -> str:
 
 
 def _print_problems(problems: "list[Problem]") -> None:
-    """Print a block of lines for each kind of problem: its domains by count, a few examples, and what to do."""
     # `groupby` needs equal keys side by side, so the problems are sorted by them. Errors come before warnings.
     sorted_problems = sorted(problems, key=lambda p: (not p.severe, p.rule, p.message))
     for (severe, rule, message), group in groupby(sorted_problems, key=lambda p: (p.severe, p.rule, p.message)):

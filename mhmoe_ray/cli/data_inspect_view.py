@@ -23,12 +23,8 @@ MAX_PAIRS = 10
 
 
 def print_survey(survey: dict[str, Any], *, held_out: bool) -> None:
-    """Print a survey of raw text as tables.
-
-    Args:
-        survey: the survey, as `mhmoe data inspect --json` prints it.
-        held_out: whether a spec defines which documents are held out for validation.
-    """
+    """Print a survey of raw text, as `mhmoe data inspect --json` prints it, as tables. With `held_out`, a spec defines
+    which documents are held out."""
     totals = survey["whole"]
     tokens = f", {totals['tokens']:,} tokens" if survey["tokenized"] and totals["tokens"] else ""
     out.print(
@@ -48,10 +44,8 @@ def print_survey(survey: dict[str, Any], *, held_out: bool) -> None:
 
 
 def print_sample(sample: "DecodedSample") -> None:
-    """Print one packed training sample, with a line before each document in it.
-
-    In conversations, text that the model learns to predict stands between {+ and +}.
-    """
+    """Print one packed training sample, with a line before each document in it. In conversations, text that the model
+    learns to predict stands between {+ and +}."""
     padding = f", {sample.padding:,} tokens of padding" if sample.padding else ""
     out.print(
         f"position {sample.position:,} (step {sample.step:,}): {sample.domain}, its sample {sample.sample:,}{padding}",
@@ -142,7 +136,6 @@ def _print_lengths(survey: dict[str, Any]) -> None:
 
 
 def _print_images(survey: dict[str, Any]) -> None:
-    """Print the number and the sizes of images by domain; print nothing without images."""
     from mhmoe_ray.data.inspect.figures import MAX_ASPECT_RATIO
 
     rows = []
@@ -159,7 +152,6 @@ def _print_images(survey: dict[str, Any]) -> None:
 
 
 def _print_classes(survey: dict[str, Any]) -> None:
-    """Print the numbers of classes and of objects by domain; print nothing without classes and objects."""
     rows = []
     for name, row in _rows_by_source(survey):
         images = row.get("images") or {}
@@ -237,7 +229,6 @@ def _print_prepared(prepared: dict[str, Any] | None) -> None:
 
 
 def _format_bars(counts: list[int]) -> str:
-    """Return a line with one block character for each count, whose height is relative to the largest; 0 is blank."""
     largest_count = max(counts)
     return "".join(BARS[(len(BARS) - 1) * n // largest_count] if n else " " for n in counts)
 
@@ -255,24 +246,14 @@ BAR_INCHES = 0.2
 
 
 def draw_survey(survey: dict[str, Any], path: Path) -> None:
-    """Draw a survey of raw text, and write the picture as a PNG file.
-
-    Args:
-        survey: the survey, as `mhmoe data inspect --json` prints it.
-        path: path of the PNG file to write.
-
-    Raises:
-        DataError: matplotlib is not installed, or the file cannot be written.
-    """
+    """Draw a survey of raw text as a PNG file. Missing matplotlib, or a file that cannot be written, is a DataError."""
     with style():
         save(_survey_figure(survey), path)
 
 
 def _survey_figure(survey: dict[str, Any]) -> "Figure":
-    """Return a figure with the lengths of documents by domain, beside bars for each language.
-
-    The bars show tokens per word and per character; without a tokenizer, they show megabytes of text.
-    """
+    """Return a figure with the lengths of documents by domain, beside bars for each language: tokens per word and per
+    character or, without a tokenizer, megabytes of text."""
     rows = max(len(survey["domains"]), len(survey["languages"]))
     figure = new_figure(13, 2.4 + ROW_INCHES * rows)
     panels = 3 if survey["tokenized"] else 2
@@ -329,7 +310,6 @@ def _plot_lengths(figure: Any, axis: Any, survey: dict[str, Any]) -> None:
 
 
 def _plot_bars(axis: Any, values: dict[str, float | None], title: str, color: str) -> None:
-    """Plot one horizontal bar for each language; a language whose value is None gets a bar of length 0."""
     axis.barh(range(len(values)), [value or 0 for value in values.values()], color=color)
     axis.set_yticks(range(len(values)), values)
     axis.set_title(title)

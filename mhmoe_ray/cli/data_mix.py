@@ -34,24 +34,14 @@ STAGES = {"by_size": ("by size", "o"), "tempered": ("tempered", "s"), "share": (
 
 
 def draw_mixture(mixture: dict[str, Any], path: Path) -> None:
-    """Draw how much a training reads of each domain, and write the picture as a PNG file.
-
-    Args:
-        mixture: the mixture, as `mhmoe data mix --json` prints it.
-        path: path of the PNG file to write.
-
-    Raises:
-        DataError: matplotlib is not installed, or the file cannot be written.
-    """
+    """Draw how much a training reads of each domain as a PNG file. Errors are those of `draw_survey`."""
     with style():
         save(_mixture_figure(mixture), path)
 
 
 def _mixture_figure(mixture: dict[str, Any]) -> "Figure":
-    """Return a figure with a panel of the domains' shares for each training phase, and a last panel of their epochs.
-
-    A mark on the bar of a domain shows the largest number of epochs that the spec allows.
-    """
+    """Return a figure with a panel of the domains' shares for each training phase, and a last panel of their epochs,
+    with a mark at the largest number that the spec allows."""
     names, phases = list(mixture["whole"]["domains"]), mixture["phases"]
     rows = range(len(names))
     figure = new_figure(4 + 3.5 * (len(phases) + 1), 1.5 + ROW_INCHES * len(names))
@@ -137,10 +127,6 @@ def mixture_dict(spec: "RunSpec", manifest: "DataManifest") -> dict[str, Any]:
     ]
 
     def sum_rows(values: Mapping[str, Sequence[float]], keys: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Return a row for each domain or source in `keys`: the sums of its values, and its epochs.
-
-        Epochs are the samples that training reads, divided by the samples that exist.
-        """
         result: dict[str, dict[str, float]] = {key: dict.fromkeys(values, 0) for key in keys}
         for i, key in enumerate(keys):
             for name, value in values.items():
@@ -220,10 +206,7 @@ def _print_mixture(mixture: dict[str, Any]) -> None:
 
 
 def _rows_by_source(table: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Yield each source of documents with its row, then its domains with indented names and their rows.
-
-    The entry `key` of a row is the full name of its source or domain.
-    """
+    """Yield each source with its row, then its domains, indented. The entry `key` of a row has the full name."""
     for source, total in table["sources"].items():
         yield source, {**total, "key": source}
         for name, row in table["domains"].items():

@@ -180,7 +180,6 @@ def eval_(
 
 
 def _task_rows(tasks: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """Return the rows of the table of lm-eval's tasks: one for each metric of each task, with its standard error."""
     rows = []
     for task, result in tasks.items():
         questions = f"{result['questions']:,}" if "questions" in result else "-"
@@ -206,8 +205,6 @@ def _figures_dict(evaluation: "Evaluation") -> dict[str, dict[str, Any]]:
 
 
 def _print_scores(evaluation: "Evaluation") -> None:
-    """Print the loss, perplexity and bits per byte of each domain and in total, then of each language."""
-
     def row(name: str, score: "Score") -> list[str]:
         perplexity = "not finite" if score.perplexity is None else f"{score.perplexity:.2f}"
         bits = "-" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"

@@ -30,9 +30,7 @@ LINE_SECONDS = 10.0
 class PreparationView:
     """View of the progress of data preparation: a task of a progress bar on a terminal, printed lines elsewhere.
 
-    Args:
-        folder: work folder of the preparation, in which its progress is recorded.
-        bar: the progress bar, which may have other tasks.
+    The bar may have other tasks; `folder` is the work folder of the preparation.
     """
 
     def __init__(self, folder: Path, bar: Bar) -> None:
@@ -60,14 +58,13 @@ class PreparationView:
             note.print(f"prepare: {stage} {format_progress(progress)}".rstrip(), soft_wrap=True)
 
     def close(self) -> None:
-        """Remove the preparation's task from the progress bar, if it has one."""
         if self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None
 
 
 def format_progress(progress: "PreparationProgress") -> str:
-    """Return the counts of a preparation's progress as one line; return an empty line for a stage without counts."""
+    """Return the counts of a preparation's progress as one line, which is empty for a stage without counts."""
     if progress.stage == "packing":
         return f"{progress.done:,} of {progress.total:,} shards"
     if progress.stage in ("tokenizer", "finishing"):
@@ -86,15 +83,8 @@ def format_progress(progress: "PreparationProgress") -> str:
 def follow_run(run: "RunDir", connection: "Connection", *, from_now: bool = False, for_ever: bool = False) -> None:
     """Show a run's events and progress until it is over: a bar on a terminal, elsewhere a line at each validation.
 
-    Args:
-        run: directory of the run.
-        connection: connection to the cluster that the run's newest job is on.
-        from_now: whether to leave out the events and metrics that the run directory holds already.
-        for_ever: whether to wait without a timeout for a cluster or a storage that does not answer.
-
-    Raises:
-        JobError: the run failed; the error holds the reason.
-        ClusterError, StorageError: the cluster or the storage has not answered for a while.
+    `from_now` leaves out what the run directory holds already. The failure of the run is a JobError. A cluster or
+    storage that has not answered for a while is an error, unless `for_ever`.
     """
     from mhmoe_ray.api.attempts import failure_error, run_argument, wait_for_outcome
     from mhmoe_ray.checkpoint.manifest import last_step
@@ -113,7 +103,6 @@ def follow_run(run: "RunDir", connection: "Connection", *, from_now: bool = Fals
 
 
 def _print_last_lines(run: "RunDir") -> None:
-    """Print the last lines of the worker whose failure ended a run, if a worker failed."""
     from mhmoe_ray.runs import events
 
     lost_event = events.last_loss(events.read(run))
@@ -132,23 +121,15 @@ def _progress_bar() -> Progress:
 
 
 class _RunView:
-    """View of a run that is followed: lines for its events and validations, and a bar for its steps and metrics.
-
-    Args:
-        run: directory of the run.
-        progress: the progress bar.
-        from_now: whether to leave out the events and metrics that the run directory holds already.
-    """
+    """View of a run that is followed: lines for its events and validations, and a bar for its steps and metrics."""
 
     def __init__(self, run: "RunDir", progress: Progress, from_now: bool) -> None:
         from mhmoe_ray.data.prepare.work import shared_folder
         from mhmoe_ray.runs.jsonl import Tail
 
         self.shown_events: list[dict[str, Any]] = []
-        """All events that were shown so far.
-
-        They are kept so that none is read twice, because in an object store each event is a file of its own.
-        """
+        """All events that were shown so far. In an object store each event is a file of its own, so none is read
+        twice."""
         self._progress = progress
         self._task = progress.add_task("submitted", total=run.spec().train.steps, figures="")
         self._metrics = Tail(run.metrics_file, from_now=from_now)
@@ -156,11 +137,7 @@ class _RunView:
         self._preparation = PreparationView(shared_folder(run.spec()), progress)
 
     def refresh(self) -> list[dict[str, Any]]:
-        """Show the run's events and metrics since the last call, and the progress of data preparation.
-
-        Returns:
-            All events that were shown.
-        """
+        """Show new events and metrics, and the progress of data preparation; return all events that were shown."""
         from mhmoe_ray.runs import metrics
 
         for event in self._events.new_lines():
@@ -180,7 +157,6 @@ class _RunView:
         return self.shown_events
 
     def _print_event(self, event: dict[str, Any]) -> None:
-        """Show an event's kind in the bar and, if the user should know more, print a line about it."""
         from mhmoe_ray.runs import events
 
         kind = event["event"]

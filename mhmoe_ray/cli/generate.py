@@ -128,21 +128,7 @@ def _answer_prompt(
     storage: str,
     json: bool,
 ) -> None:
-    """Print the answer to a single prompt, which is computed in this process.
-
-    Args:
-        run: the run, as the user names it; None for the newest.
-        prompt: the prompt; None reads it from standard input.
-        sampling: temperature and other options of drawing tokens, and the largest number of tokens.
-        gpus: number of GPUs to compute on.
-        checkpoint: name or step of the checkpoint; None picks the newest.
-        storage: folder that holds run directories.
-        json: whether to print JSON.
-
-    Raises:
-        ServeError: the prompt is not UTF-8 or too long, there is no GPU, or the engine fails.
-        RunError, CheckpointError: there is no such run or checkpoint, or the checkpoint is damaged.
-    """
+    """Print the answer to a single prompt, from standard input if it is None, which is computed in this process."""
     import os
 
     from mhmoe_ray.api.model import load_checkpoint

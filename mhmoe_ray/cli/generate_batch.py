@@ -29,10 +29,8 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """Options of `mhmoe generate` that apply only to a file of prompts.
-
-    An option that the user did not give is None, empty or False.
-    """
+    """Options of `mhmoe generate` that apply only to a file of prompts; one that is not given is None, empty or
+    False."""
 
     input: str | None = None
     output: str | None = None
@@ -50,15 +48,11 @@ class BatchOptions:
 
     @property
     def is_requested(self) -> bool:
-        """True if the user named a file of prompts or a folder for its answers, so the command is about a file."""
+        """True if the user named a file of prompts or a folder for its answers."""
         return self.input is not None or self.output is not None
 
     def require_none(self) -> None:
-        """Check that a command about a single prompt has none of these options.
-
-        Raises:
-            BadParameter: one of these options is given.
-        """
+        """Check that a command about a single prompt has none of these options."""
         for name, value in vars(self).items():
             if value not in (None, (), False):
                 raise typer.BadParameter(
@@ -86,18 +80,7 @@ def answer_file(
 ) -> None:
     """Let a job on a cluster answer all rows of a file that have no answer yet, and follow the job.
 
-    Args:
-        run: the run, as the user names it; None for the newest.
-        checkpoint: name or step of the checkpoint; None picks the newest.
-        storage: folder that holds run directories.
-        sampling: temperature and other options of drawing tokens, and the largest number of tokens.
-        options: input file, output folder, and resources of the job.
-        json: whether to print JSON.
-
-    Raises:
-        BadParameter: --input or --output is missing.
-        DataError: the input cannot be read, or the output folder belongs to another request.
-        MhmoeError: the job failed; this is the error that it logged.
+    Input that cannot be read, or an output folder of another request, is a DataError.
     """
     from mhmoe_ray.cli.serve_choice import resolve_target
     from mhmoe_ray.serving.batch.output import BatchOutput
@@ -137,11 +120,8 @@ def answer_file(
 
 
 def _checkpoint_of_answers(run: "RunDir", output: "BatchOutput") -> "Location | None":
-    """Return the checkpoint of a run that gave the answers in an output folder; None if the folder has no answers.
-
-    The command continues with this checkpoint, even if the run has a newer one by now. The result is also None if the
-    checkpoint is not one of this run, or was removed.
-    """
+    """Return the checkpoint of a run that gave the answers in an output folder, even if the run has a newer one by now.
+    The result is None if there are no answers, or the checkpoint was removed or is another run's."""
     from mhmoe_ray.checkpoint.manifest import is_committed
     from mhmoe_ray.storage import location
 
@@ -163,18 +143,8 @@ def _make_request(
 ) -> "BatchRequest":
     """Return the request for the answers to all rows of a file, after checking the rows and the output folder.
 
-    Args:
-        run: directory of the run.
-        checkpoint: path of the run's checkpoint that answers.
-        spec: the spec with the engine and the precision.
-        sampling: temperature and other options of drawing tokens, and the largest number of tokens.
-        input_path: absolute path or URI of the file.
-        output: the output folder.
-        chunk_rows: number of rows of each output file; None takes it from the request in the folder, else the default.
-
-    Raises:
-        DataError: the input cannot be read, or the folder belongs to another request.
-        ServeError: the model cannot generate text, or the input has conversations and the run has no chat template.
+    If `chunk_rows`, the number of rows of each output file, is None, the request in the folder has it, else the
+    default. A model that cannot generate text, or conversations without a chat template, are a ServeError.
     """
     from mhmoe_ray.checkpoint.manifest import MANIFEST, stored_manifest
     from mhmoe_ray.errors import DataError, ServeError
@@ -211,7 +181,6 @@ def _make_request(
 
 
 def _check_input(request: "BatchRequest") -> "InputFile":
-    """Check all rows of the input file, and return its record with the number of rows and the first conversation."""
     from mhmoe_ray.serving.batch.input import check_rows, open_input
 
     source = open_input(request.input.path)
@@ -224,20 +193,8 @@ def _check_input(request: "BatchRequest") -> "InputFile":
 def _start_or_find_job(
     run: "RunDir", spec: "DeploySpec", request: "BatchRequest", output: "BatchOutput", options: BatchOptions
 ) -> "SubmittedJob[AnswerCounts]":
-    """Return the job that writes answers into the output folder: the one that runs already, else a new one.
-
-    Args:
-        run: directory of the run.
-        spec: the spec with the resources and settings of the engine.
-        request: the request that the job carries out.
-        output: the output folder.
-        options: number of workers, and address of the cluster.
-
-    Raises:
-        ClusterError: the cluster cannot be reached, or has no room for a worker.
-        DataError: a running job writes the answers to another request into this folder.
-        StorageError: the output folder cannot be written.
-    """
+    """Return the job that writes answers into the output folder: the one that runs already, else a new one. A running
+    job of another request is a DataError."""
     from mhmoe_ray.api import connection as checks
     from mhmoe_ray.cluster import remote
     from mhmoe_ray.cluster.jobs import find_alive
@@ -272,11 +229,6 @@ def _start_or_find_job(
 
 
 def _cancel(output: "BatchOutput", address: str | None) -> None:
-    """End the job that writes answers into an output folder, and wait until it has ended.
-
-    Raises:
-        ClusterError: the cluster cannot be reached.
-    """
     from mhmoe_ray.cluster.connect import connect_if_running
     from mhmoe_ray.cluster.jobs import find_alive, is_alive, stop
     from mhmoe_ray.serving.batch.job import OUTPUT_KEY
@@ -293,7 +245,6 @@ def _cancel(output: "BatchOutput", address: str | None) -> None:
 
 
 def _print_counts(output: "BatchOutput", counts: "AnswerCounts", json: bool) -> None:
-    """Print the counts of all answers in an output folder, and a warning about rows without an answer."""
     if json:
         result: dict[str, Any] = {"output": str(output.folder), **counts.model_dump()}
         print_json(result)

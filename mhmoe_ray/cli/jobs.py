@@ -10,23 +10,14 @@ if TYPE_CHECKING:
 
 
 def detach_from_job(job: "SubmittedJob[Any]", hint: str | None = None) -> AbstractContextManager[None]:
-    """Return a context in which Ctrl-C ends the command and prints that the job goes on.
-
-    Args:
-        job: the job that the command follows.
-        hint: advice to the user after Ctrl-C; by default the address of the dashboard.
-    """
+    """Return a context in which Ctrl-C ends the command, and prints that the job goes on with `hint` or the dashboard's
+    address."""
     hint = hint or f"see it in the dashboard, {job.connection.address}"
     return detach_on_interrupt(f"job {job.name} goes on; {hint}")
 
 
 def follow_job(job: "SubmittedJob[Any]", hint: str | None = None) -> None:
-    """Print the lines that a job writes for the user, until the job ends or the user presses Ctrl-C.
-
-    Args:
-        job: the job to follow.
-        hint: advice to the user after Ctrl-C; by default the address of the dashboard.
-    """
+    """Print the lines that a job writes for the user, until the job ends or the user presses Ctrl-C."""
     with detach_from_job(job, hint):
         for line in job.progress():
             print_note(line)

@@ -17,11 +17,7 @@ TIMESTAMP_PATTERN = re.compile(r"\b(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:[.,](
 
 
 def parse_time(text: str) -> float:
-    """Parse a point in time into seconds since the epoch: an age like 90s, 10m, 2h or 1d, or a date and time.
-
-    Raises:
-        BadParameter: the text is neither an age nor a date and time.
-    """
+    """Parse an age like 90s, 10m, 2h or 1d, or a date and time, into seconds since the epoch."""
     if match := re.fullmatch(r"(\d+)([smhd])", text):
         return time.time() - int(match[1]) * UNIT_SECONDS[match[2]]
     try:
@@ -31,11 +27,7 @@ def parse_time(text: str) -> float:
 
 
 def compile_pattern(text: str) -> re.Pattern[str]:
-    """Compile the regular expression that the option --grep gives.
-
-    Raises:
-        BadParameter: the text is not a regular expression.
-    """
+    """Compile the regular expression that the option --grep gives."""
     try:
         return re.compile(text)
     except re.error as e:
@@ -45,8 +37,8 @@ def compile_pattern(text: str) -> re.Pattern[str]:
 def filter_lines(lines: Iterable[str], start_time: float | None, pattern: re.Pattern[str] | None) -> Iterator[str]:
     """Yield the lines that were written at `start_time` or later and match `pattern`.
 
-    A line without a timestamp has the time of the nearest earlier line with one. Lines before the first timestamp have
-    an unknown time and are left out if a start time is given.
+    A line without a timestamp has the time of the nearest earlier line with one. Lines before the first timestamp are
+    left out if a start time is given.
     """
     # `is_recent` keeps its value for lines without a timestamp, because only the first line of a traceback or a table
     # has one.
@@ -59,10 +51,8 @@ def filter_lines(lines: Iterable[str], start_time: float | None, pattern: re.Pat
 
 
 def line_time(line: str) -> float | None:
-    """Return the timestamp in a log line, in seconds since the epoch; None if the line has no valid timestamp.
-
-    A timestamp without an offset from UTC counts as this machine's local time.
-    """
+    """Return the timestamp in a log line in seconds since the epoch, or None. Without an offset from UTC it is local
+    time."""
     match = TIMESTAMP_PATTERN.search(line)
     if match is None:
         return None

@@ -80,14 +80,8 @@ def plan(
 
 
 def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
-    """Print a summary of a run: a table of facts about its model, training and workers.
-
-    The output of `mhmoe plan` and of `mhmoe submit` begins with it.
-
-    Args:
-        spec: spec of a run.
-        step_estimate: estimated time of a training step, from which the cost follows; None if there is no estimate.
-    """
+    """Print the table of facts about a run with which `mhmoe plan` and `mhmoe submit` begin. Its cost follows from the
+    estimated step, if there is one."""
     from mhmoe_ray.checkpoint.start.record import plan_start
     from mhmoe_ray.cli.common import format_bytes
     from mhmoe_ray.cli.plan_estimate import format_cost
@@ -159,7 +153,7 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
 
 
 def _merging(spec: "RunSpec") -> str | None:
-    """Return the summary's line about the cost of averaging experts with router `smear`; None for other routers."""
+    """Return the line about the cost of averaging experts with router `smear`; None for other routers."""
     from mhmoe_ray.planner.sizes import merge_macs
 
     macs = spec.model.moe_layers * merge_macs(spec.model)
@@ -172,10 +166,7 @@ def _merging(spec: "RunSpec") -> str | None:
 
 
 def _parts(spec: "RunSpec") -> str | None:
-    """Return the summary's line about the parts of a micro-batch, which have one objective each.
-
-    Return None if the spec names no parts.
-    """
+    """Return the line about the parts of a micro-batch, which have one objective each; None without parts."""
     if not spec.data.parts:
         return None
     parts = (f"{part.samples} {part.name} ({part.objective.replace('_', ' ')})" for part in spec.parts)
@@ -197,7 +188,6 @@ def _learning_rate(train: "TrainSpec") -> str:
 
 
 def _checkpoints(train: "TrainSpec") -> str:
-    """Return the summary's line about checkpoints: how many a run writes, when, and which of them it keeps."""
     # The last step always has a checkpoint, so the division is rounded up.
     count, remainder = -(-train.steps // train.checkpoint_every), train.steps % train.checkpoint_every
     if count == 1:
@@ -209,10 +199,7 @@ def _checkpoints(train: "TrainSpec") -> str:
 
 
 def _static_routing(spec: "RunSpec") -> str | None:
-    """Return the summary's line about expert capacity and the expected share of dropped routes.
-
-    Return None if routing is dropless or the model is dense.
-    """
+    """Return the line about expert capacity and the expected share of dropped routes; None without a capacity."""
     from mhmoe_ray.planner.expert_step import expected_drop_share
 
     moe = spec.model.moe
@@ -231,10 +218,7 @@ def _static_routing(spec: "RunSpec") -> str | None:
 
 
 def _kernel(spec: "RunSpec") -> str | None:
-    """Return the summary's line about the kernel that `auto` stands for in the memory estimate.
-
-    Return None if the spec names a kernel, or if the model has no kernel to choose (dense, or router `smear`).
-    """
+    """Return the line about the kernel that `auto` stands for in the memory estimate; None without such a choice."""
     from mhmoe_ray.planner.expert_step import assumed_kernel, may_use_cpp
 
     if spec.model.moe is None or spec.model.moe.kernel != "auto" or spec.model.moe.router == "smear":

@@ -14,11 +14,8 @@ MAX_ROWS = 8
 
 
 def placement_table(placement: Placement) -> Table:
-    """Return a table of the first expert-parallel groups and the nodes that their ranks are on.
-
-    If each rank is a group of its own, the table shows the first nodes and their ranks. If the nodes cannot hold all
-    ranks, it shows the free CPUs and GPUs of each node and how many workers fit on it.
-    """
+    """Return a table of the first expert-parallel groups and their nodes; of nodes and ranks if each rank is a group.
+    If the nodes cannot hold all ranks, it shows each node's free CPUs and GPUs and how many workers fit on it."""
     if placement.layout is None:
         worker_counts = Counter(node.name for node in placement.rank_nodes)
         node_rows = [
@@ -40,7 +37,6 @@ def placement_table(placement: Placement) -> Table:
 
 
 def _format_location(ranks: list[int], layout: Layout) -> tuple[str, str]:
-    """Return ranks as text, and the nodes and domains (sets of nodes with a faster network) that they are on."""
     # The names of more than three nodes would make the cell too long, so the first and the last name stand for them.
     rank_counts = Counter(layout.nodes[rank] for rank in ranks)
     node_names, counts = list(rank_counts), set(rank_counts.values())

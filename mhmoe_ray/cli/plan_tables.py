@@ -73,10 +73,7 @@ def _exchange_table(step_exchanges: list[Exchange]) -> Table:
 
 
 def _memory_table(spec: RunSpec) -> Table:
-    """Return a table of the memory of a rank, for the largest and the smallest number of workers that the run may have.
-
-    For ranks on GPUs, a row after the total shows the host memory for a copy of the checkpoint.
-    """
+    """Return a table of the memory of a rank, with the largest and the smallest number of workers."""
     # An elastic run has two columns, because ranks need the most memory with the fewest workers, whose shards are
     # largest. Any other run has one number of workers, and so one column.
     counts = [*dict.fromkeys([spec.worker_counts[-1], spec.worker_counts[0]])]

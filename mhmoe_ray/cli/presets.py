@@ -48,7 +48,6 @@ def presets(
 
 
 def _preset_row(name: str, size: Any, preset: "Preset") -> dict[str, Any]:
-    """Return a preset's row of the table, as `mhmoe presets --json` prints it."""
     from mhmoe_ray.planner.match import compare_models
     from mhmoe_ray.planner.resolve import preset_models
     from mhmoe_ray.planner.sizes import compute_sizes

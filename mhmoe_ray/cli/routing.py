@@ -90,11 +90,7 @@ def routing(
 
 
 def routing_figures(by_domain: "dict[str, Any]") -> dict[str, Any]:
-    """Return statistics of routing, as `mhmoe routing --json` prints them.
-
-    Args:
-        by_domain: counts of routes (choices of experts by tokens) for each domain of documents.
-    """
+    """Return statistics of routing, as `mhmoe routing --json` prints them, from the counts of routes of each domain."""
     from mhmoe_ray.evaluate import activation
 
     total_counts = activation.sum_counts(by_domain.values())
@@ -146,7 +142,6 @@ def _training_metrics(run: "RunDir") -> list[dict[str, Any]]:
 
 
 def _print_training(training: list[dict[str, Any]]) -> None:
-    """Print a table of the router's metrics in training, with a row for each step in `training`."""
     from mhmoe_ray.runs import metrics
 
     def format_cell(value: float | None, form: str) -> str:
@@ -166,7 +161,6 @@ def _print_training(training: list[dict[str, Any]]) -> None:
 
 
 def _print_figures(figures: dict[str, Any]) -> None:
-    """Print tables of the statistics that `routing_figures` returns: by layer, by threshold, and by domain."""
     rows = []
     for layer_number, layer in enumerate(figures["layers"]):
         agreement = "" if layer["agreement"] is None else f"{layer['agreement']:.1%}"

@@ -83,12 +83,7 @@ def list_(
 
 
 def _run_row(run: "RunDir", connect: "Callable[[str], Connection]") -> dict[str, Any]:
-    """Return a run's row of the list, as `mhmoe list --json` prints it.
-
-    Args:
-        run: directory of the run.
-        connect: function that connects to the cluster at an address.
-    """
+    """Return a run's row of the list, as `mhmoe list --json` prints it."""
     from mhmoe_ray.cluster.runs import state_of
     from mhmoe_ray.errors import SpecError
     from mhmoe_ray.runs import events, history, metrics

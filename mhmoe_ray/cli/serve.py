@@ -154,7 +154,6 @@ def stop_serving(name: NameArg = APPLICATION, address: AddressOption = None) -> 
 
 
 def _wait_until_running(service: "Service") -> None:
-    """Wait until a service answers; Ctrl-C ends the command, not the deployment."""
     hint = f"Serve goes on. See: mhmoe serve status; to end it: mhmoe serve down {service.name}"
     with detach_on_interrupt(hint):
         print_note("waiting until it answers; Ctrl-C ends the wait, not the deployment")
@@ -162,11 +161,7 @@ def _wait_until_running(service: "Service") -> None:
 
 
 def _load_table(replicas: list[dict[str, Any]]) -> Table:
-    """Return a table of the load of an application's replicas.
-
-    Args:
-        replicas: statistics of each replica, as the application's API reports them.
-    """
+    """Return a table of the load of an application's replicas, from the statistics that its API reports."""
     columns = (
         "replica",
         "running",
@@ -203,11 +198,7 @@ def _format_milliseconds(mean_seconds: float | None) -> str:
 
 
 def _least_expert_load(count_LE: list[list[int]]) -> str:
-    """Format the load of the least used expert of all layers, relative to an even share; "-" if there is no load yet.
-
-    Args:
-        count_LE: number of routes to each expert of each layer.
-    """
+    """Format the load of the least used expert of all layers, relative to an even share; "-" before the first load."""
     # A layer without routes, as before the first request, is left out, because its share would be divided by 0.
     shares = [min(counts) * len(counts) / sum(counts) for counts in count_LE if sum(counts)]
     return f"{min(shares):.2f}" if shares else "-"

@@ -13,22 +13,14 @@ if TYPE_CHECKING:
 def resolve_target(
     target: str | None, checkpoint: str | None, storage: str, overrides: list[str], trust_run: bool
 ) -> "tuple[RunDir, Location, DeploySpec]":
-    """Return the run, checkpoint and spec that a command's arguments name; see `api.serve_target.resolve_target`.
-
-    Print a warning for each newer checkpoint that is damaged and therefore skipped, and for settings that are ignored.
-    """
+    """Call `api.serve_target.resolve_target`, and print its warnings."""
     from mhmoe_ray.api import serve_target
 
     return serve_target.resolve_target(target, checkpoint, storage, overrides, print_note, trust_run)
 
 
 def option_overrides(replicas: str | None, engine: str | None) -> list[str]:
-    """Return the overrides of the spec that the options --replicas and --engine stand for; None adds no override.
-
-    Args:
-        replicas: a number, or a range like 1..4.
-        engine: name of the engine.
-    """
+    """Return the overrides of the options --replicas, a number or a range like 1..4, and --engine."""
     overrides = []
     if replicas is not None:
         low, dots, high = replicas.partition("..")

@@ -30,13 +30,7 @@ if TYPE_CHECKING:
 
 
 def state_view(run_state: dict[str, Any]) -> RenderableType:
-    """Return the view of `mhmoe status`: a table of facts about a run.
-
-    If the run failed, the last lines of the worker that failed follow the table.
-
-    Args:
-        run_state: the state of the run, as `cluster.runs.run_status` returns it.
-    """
+    """Return the view of `mhmoe status` of a run, with the last lines of the worker that failed, if one did."""
     parts: list[RenderableType] = [fact_table(_fact_rows(run_state), title=f"{run_state['run']}: {run_state['state']}")]
     if run_state["state"] == "failed" and run_state["last_lines"]:
         parts.append(Text("\nlast lines of the worker that failed", style="bold"))
@@ -45,7 +39,6 @@ def state_view(run_state: dict[str, Any]) -> RenderableType:
 
 
 def _fact_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
-    """Return the names and values of the facts about a run; the table leaves out facts without a value."""
     from mhmoe_ray.runs import events
     from mhmoe_ray.runs.start import StartRecord
 
@@ -70,7 +63,6 @@ def _fact_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
 
 
 def _progress_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
-    """Return the rows about the last step and the estimated time that is left."""
     last_metrics, steps = run_state["last"], run_state["steps"]
     if not last_metrics:
         return {}
@@ -83,7 +75,6 @@ def _progress_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
 
 
 def _quality_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
-    """Return the rows about loss, validation, balance of experts, and other metrics that are not zero."""
     from mhmoe_ray.runs.metrics import METRICS
 
     last_metrics, validation, baselines = run_state["last"], run_state["validation"], run_state["baselines"]
@@ -130,7 +121,6 @@ def _quality_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
 
 
 def _speed_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
-    """Return the rows about tokens per second and the bytes that ranks exchange."""
     last_metrics, rate, mean = run_state["last"], run_state["tokens_per_s"], run_state["mean_tokens_per_s"]
     rows: dict[str, str | None] = {}
     if last_metrics and rate:
@@ -153,7 +143,6 @@ def _speed_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
 
 
 def _worker_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
-    """Return the rows about requested and started workers, and their interruptions."""
     from mhmoe_ray.runs import events
 
     rows: dict[str, str | None] = {}
@@ -184,7 +173,6 @@ def _worker_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
 
 
 def _format_application(application: dict[str, Any]) -> str:
-    """Format an application that serves the run: its URL, name, checkpoint and status."""
     message = f": {application['message']}" if application["message"] else ""
     return (
         f"{application['url']} ({application['application']}, {application['checkpoint']}): "
@@ -213,10 +201,8 @@ def format_duration(seconds: float) -> str:
 
 
 def sparkline(values: list[float | None], width: int = 24) -> str:
-    """Return a line of at most `width` block characters that plots the finite values.
-
-    The line is empty if there are fewer than 3 finite values, or if the terminal has no UTF-8.
-    """
+    """Return a line of at most `width` block characters that plots the finite values. It is empty for fewer than 3 of
+    them, or if the terminal has no UTF-8."""
     finite_values = [v for v in values if v is not None and math.isfinite(v)]
     # Two values are no curve, and a single value would divide by zero below.
     if len(finite_values) < 3 or "utf" not in (out.encoding or "").lower():
@@ -255,10 +241,8 @@ def status(
 
 
 def _watch(run: "RunDir", json: bool) -> None:
-    """Show the state of a run again and again until the run is over or the user presses Ctrl-C.
-
-    A terminal shows the whole view and redraws it. Elsewhere, and for JSON, each new step or state is a line.
-    """
+    """Show the state of a run until the run is over. A terminal redraws the whole view; elsewhere, and for JSON, each
+    new step or state is a line."""
     from rich.live import Live
 
     from mhmoe_ray.cluster.dashboard import RetryingCaller
@@ -304,7 +288,6 @@ def _run_has_ended(run_state: dict[str, Any]) -> bool:
 
 
 def _print_line(run_state: dict[str, Any], json: bool) -> None:
-    """Print a run's state and last step as one line of text, or its whole state as one line of JSON."""
     if json:
         print_json(run_state, indent=None)
         return

@@ -90,11 +90,8 @@ def submit(
 
 
 def _unfinished_run(spec: "RunSpec") -> "RunDir | None":
-    """Return the newest run of this spec if it ended before its last step; return None if it is finished or missing.
-
-    Raises:
-        RunError: the run may still be running, or the spec in its run directory differs from the given one.
-    """
+    """Return the newest run of this spec if it ended before its last step. A run that may still run, or has another
+    spec, is a RunError."""
     from mhmoe_ray.api.attempts import final_outcome
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs.directory import list_runs

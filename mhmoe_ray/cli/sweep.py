@@ -25,14 +25,8 @@ if TYPE_CHECKING:
 
 
 def print_plan(planned_runs: "list[SweepRun]", concurrent: int) -> None:
-    """Print a table of a sweep's variants, with sizes and ratios to the first variant, and the number of runs.
-
-    A variant is a set of runs that differ only in their seed.
-
-    Args:
-        planned_runs: the runs of the sweep.
-        concurrent: number of runs at a time.
-    """
+    """Print a table of a sweep's variants (runs that differ only in their seed), with sizes and ratios to the first
+    one."""
     from mhmoe_ray.planner.sizes import compute_sizes
 
     # The runs of a variant differ only in their seed, which does not change sizes, so any of them stands for the
@@ -56,14 +50,8 @@ def print_plan(planned_runs: "list[SweepRun]", concurrent: int) -> None:
 
 
 def variant_rows(directory: "SweepDir") -> list[dict[str, Any]]:
-    """Return a row of results for each variant of a sweep, as `mhmoe sweep --json` prints it.
-
-    A variant is a set of runs that differ only in their seed. The rows have the order of the sweep; their ratios are
-    relative to the first variant.
-
-    Raises:
-        RunError: there is no such sweep.
-    """
+    """Return a row of results for each variant in the order of the sweep, as `mhmoe sweep --json` prints it. Ratios are
+    relative to the first variant."""
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.report.variants import sweep_table
 
@@ -73,7 +61,7 @@ def variant_rows(directory: "SweepDir") -> list[dict[str, Any]]:
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
-    """Print the results of a sweep's variants, as `variant_rows` returns them, as a table."""
+    """Print the rows of `variant_rows` as a table."""
     part_names = [*dict.fromkeys(name for row in rows for name in row["part_losses"])]
     cells = []
     for row in rows:
@@ -160,16 +148,7 @@ def sweep(
 
 
 def _runs_of_variants(runs: "list[SweepRun]", variants: list[str] | None, name: str) -> "list[SweepRun]":
-    """Return the runs of some variants of a sweep.
-
-    Args:
-        runs: all runs of the sweep.
-        variants: names of the variants; None selects all.
-        name: name of the sweep, for the error.
-
-    Raises:
-        SpecError: the sweep has no variant of one of these names.
-    """
+    """Return the runs of some variants of a sweep, or all; an unknown variant is a SpecError."""
     from mhmoe_ray.errors import SpecError
 
     variant_names = dict.fromkeys(run.variant for run in runs)
@@ -190,23 +169,8 @@ def _submit_order(
 ) -> "tuple[str, Connection]":
     """Check the data and the cluster for the selected runs, and submit the job that starts them.
 
-    An order is the record of this request in the sweep's directory.
-
-    Args:
-        directory: the sweep's directory.
-        all_runs: all runs of the sweep file.
-        selected_runs: the runs that are to start.
-        size: name of the sweep's size.
-        concurrent: number of runs at a time.
-        address: address of the cluster; None for the default.
-
-    Returns:
-        The name of the order, and the connection to the cluster.
-
-    Raises:
-        SpecError: runs need the same folder prepared in different ways, or a started run's spec has changed.
-        DataError: the data is missing, or too small for the training.
-        ClusterError: the cluster cannot be reached, or can never hold a run.
+    The order, a record of this request in the sweep's directory, is returned by name, with the connection. Runs that
+    need one folder prepared in different ways, or a started run whose spec has changed, are a SpecError.
     """
     from mhmoe_ray.api import connection as checks
     from mhmoe_ray.data.shards.manifest import prepared_key
@@ -241,15 +205,7 @@ def _submit_order(
 
 
 def _raise_failures(directory: "SweepDir", names: list[str]) -> None:
-    """Raise an error if runs of a sweep failed or did not end.
-
-    Args:
-        directory: the sweep's directory.
-        names: names of the runs.
-
-    Raises:
-        JobError: one of these runs failed, or is not over although no job runs it any more.
-    """
+    """Raise a JobError if one of these runs failed, or is not over although no job runs it any more."""
     from mhmoe_ray.errors import JobError
     from mhmoe_ray.runs import events
 

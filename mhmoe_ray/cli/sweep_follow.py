@@ -25,17 +25,8 @@ MAX_RESTARTS = 3
 def follow_order(directory: "SweepDir", name: str, connection: "Connection") -> None:
     """Show the progress of an order until its runs are over or a stop is requested.
 
-    An order is a command's request to start runs of a sweep; a job on the cluster starts them. If the job was killed,
-    it is restarted at most `MAX_RESTARTS` times; if it ends once more, the function returns.
-
-    Args:
-        directory: the sweep's directory.
-        name: name of the order.
-        connection: connection to the cluster.
-
-    Raises:
-        MhmoeError: the job ended with an error of its own.
-        ClusterError, StorageError: the cluster or the storage no longer answers.
+    If the job that starts the runs was killed, it is restarted at most `MAX_RESTARTS` times; if it ends once more, the
+    function returns. The job's own error is raised, and those of a cluster or storage that no longer answers.
     """
     from mhmoe_ray.cluster.dashboard import RetryingCaller
     from mhmoe_ray.sweep import client
@@ -146,7 +137,6 @@ class _ProgressView:
         return ended_count == len(self._entries)
 
     def _update_task(self, name: str, state: str, steps: int, last_metrics: dict[str, Any] | None) -> None:
-        """Show a run's progress in its task of the bar; remove the task once the run has ended."""
         from mhmoe_ray.runs import events, metrics
 
         if events.is_end_state(state):

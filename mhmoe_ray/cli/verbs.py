@@ -43,7 +43,6 @@ class SuggestingGroup(TyperGroup):
     """A group of commands that answers an unknown command with the intended one, or with a list of all commands."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Return the command that the arguments name; end with a usage error and a hint if there is no such command."""
         name = args[0]
         # A name that begins with a dash is an option. click has an error of its own for an unknown option, so it is not
         # handled here.
@@ -52,7 +51,6 @@ class SuggestingGroup(TyperGroup):
         return super().resolve_command(ctx, args)
 
     def _hint(self, ctx: Any, name: str) -> str:
-        """Return the end of the error about an unknown command: the intended command, or all commands of the group."""
         # The import is inside the function, because it loads pydantic, which is needed only to suggest a command here.
         from mhmoe_ray.spec.hints import MIN_SIMILARITY
 

@@ -17,17 +17,9 @@ PROGRESS_SECONDS = 5.0
 
 
 def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> None:
-    """Load a checkpoint, compute the evaluation that a request asks for, and store the result in the run directory.
+    """Compute a requested evaluation in this process, on its GPU if requested, and store it in the run directory.
 
-    The model runs in this process, on its GPU if the request asks for one.
-
-    Args:
-        request: the request.
-        print_line: a function that prints a line about progress.
-
-    Raises:
-        MhmoeError: the checkpoint, text or data cannot be read, the data is not what the run was trained on, or the
-            request asks for tasks that the model cannot do.
+    Unreadable inputs, data of another run, or tasks that the model cannot do are an MhmoeError.
     """
     start_time = time.monotonic()
     # torch may use as many threads as the job has reserved CPUs for this process.
@@ -50,10 +42,7 @@ def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> N
 
 
 def _progress_callback(print_line: Callable[[str], None]) -> Progress:
-    """Return a callback that prints the progress of a domain, at most every `PROGRESS_SECONDS` and at the domain's end.
-
-    The callback's arguments are the domain, the number of its finished samples, and the number of all its samples.
-    """
+    """Return a callback that prints progress at most every `PROGRESS_SECONDS`, and at a domain's end."""
     last_line_time = 0.0
 
     def report_progress(domain: str, finished_count: int, sample_count: int) -> None:

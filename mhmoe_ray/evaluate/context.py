@@ -1,4 +1,4 @@
-"""Types for the input of an evaluation (its context) and for its result."""
+"""Types for the input and the result of an evaluation."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypedDict
@@ -10,24 +10,22 @@ from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import Location
 
 Progress = Callable[[str, int, int], None]
-"""Function that reports progress: the name of what is evaluated, and the numbers of finished and of all samples."""
+"""Function that reports what is evaluated, and the numbers of finished and of all samples."""
 
 
 class EvaluationContext(NamedTuple):
-    """Input of an evaluation: its request, its checkpoint, and functions that report progress."""
+    """Input of an evaluation."""
 
     request: EvalRequest
     run: RunDir
     checkpoint: Location
     manifest: CheckpointManifest
-    """Manifest of the checkpoint."""
     print_line: Callable[[str], None]
-    """Function that prints a line about progress."""
     on_progress: Progress
 
 
 class EvaluationAnswer(TypedDict, total=False):
-    """Result of an evaluation as fields of `Evaluation`; which of them are present depends on the kind of the model."""
+    """Fields of `Evaluation` that an evaluation computes, by kind of model."""
 
     domains: dict[str, Score]
     languages: dict[str, Score]

@@ -44,11 +44,7 @@ class MeasureSettings(TypedDict):
 
 
 def decoder_figures(context: EvaluationContext) -> EvaluationAnswer:
-    """Evaluate a decoder on the texts and tasks that a request names, and return the result.
-
-    Raises:
-        MhmoeError: the checkpoint, text or data cannot be read, or the data is not what the run was trained on.
-    """
+    """Evaluate a decoder on the requested texts and tasks; unreadable or foreign data is an MhmoeError."""
     request, run, checkpoint, manifest = context[:4]
     model = load_verified_model(checkpoint, manifest)
     if request.gpus:
@@ -103,11 +99,9 @@ def decoder_figures(context: EvaluationContext) -> EvaluationAnswer:
 
 
 def _chat_template(run: RunDir, text: DataSpec, tokenizer: Tokenizer) -> ChatTemplate:
-    """Return the template for conversations: the one that the text names, else the run's, else the built-in one.
+    """Return the template that the text names, else the run's, else the built-in one.
 
-    Raises:
-        DataError: the template that the text names cannot be used.
-        CheckpointError: the run's template cannot be used.
+    An unusable template is a DataError if the text names it, and a CheckpointError if it is the run's.
     """
     texts = boundary_texts(tokenizer)
     if text.chat_template is not None or not run.chat_template_file.exists():
@@ -120,15 +114,12 @@ def _chat_template(run: RunDir, text: DataSpec, tokenizer: Tokenizer) -> ChatTem
 
 
 def _pad_widths(widths: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Pad the widths of tokens (in bytes) with zeros to the size of the model's vocabulary.
-
-    The vocabulary may have more entries than the tokenizer.
-    """
+    """Pad with zeros, because the vocabulary may have more entries than the tokenizer."""
     return np.pad(widths, (0, max(0, vocab_size - len(widths))))
 
 
 def _language_scores(domains: dict[str, Score]) -> dict[str, Score]:
-    """Add up the scores of the domains of each language; domains whose name has no language are left out."""
+    """Add up the scores of the domains of each language, without domains that name none."""
     scores: dict[str, Score] = {}
     for domain, score in domains.items():
         if language := language_of_folder(subfolder_of(domain)):

@@ -29,7 +29,7 @@ PAPER_TASKS = {
 
 
 def expand_tasks(tasks: Sequence[str]) -> list[str]:
-    """Return the names of lm-eval's tasks; `english` and `xnli` stand for tasks of the first MH-MoE paper."""
+    """Return lm-eval's task names; `english` and `xnli` stand for those of the first MH-MoE paper."""
     return [name for task in tasks for name in PAPER_TASKS.get(task, [task])]
 
 
@@ -43,22 +43,10 @@ def run_tasks(
     device: str,
     question_limit: int | None,
 ) -> dict[str, dict[str, Any]]:
-    """Evaluate an exported model on tasks of lm-eval and return the metrics by task.
+    """Evaluate an exported model on tasks of lm-eval and return the metrics by task, with standard errors.
 
-    Metrics have standard errors where lm-eval computes them. The metric `questions` is the number of questions of a
-    task.
-
-    Args:
-        folder: folder of the exported model, which lm-eval's own class for transformers loads.
-        tasks: names of lm-eval's tasks.
-        task_folders: folders with tasks that lm-eval does not have itself.
-        batch_size: number of sequences per forward pass.
-        use_bfloat16: True to compute in bfloat16, with weights in bfloat16.
-        device: device of the model, as torch names it.
-        question_limit: largest number of questions of each task; None asks all.
-
-    Raises:
-        SpecError: lm-eval is not installed, or has no task of one of the names.
+    `task_folders` have further tasks, and `question_limit` is that of each task, whose number of questions is the
+    metric `questions`. A missing lm-eval or an unknown task is a SpecError.
     """
     try:
         from lm_eval import simple_evaluate
@@ -89,10 +77,7 @@ def run_tasks(
 def _finite_metrics(result: dict[str, Any], question_count: int | None) -> dict[str, Any]:
     """Return the finite numbers in lm-eval's result of one task, with names such as `acc,none` shortened to `acc`.
 
-    Args:
-        result: lm-eval's result of the task.
-        question_count: the number of questions, which is added as `questions`; None for a group of tasks, whose
-            questions lm-eval does not count.
+    `question_count` is None for a group of tasks, whose questions lm-eval does not count.
     """
     # Releases of lm-eval name the number of questions differently, so both names are dropped.
     numbers = {name: v for name, v in result.items() if isinstance(v, int | float) and math.isfinite(v)}

@@ -11,14 +11,14 @@ from mhmoe_ray.storage import location
 
 
 class EvalJob(RemoteJob[Evaluation]):
-    """Request for the job that computes an evaluation; its result is a file in the run directory."""
+    """Request for the job that computes an evaluation, and stores it in the run directory."""
 
     module: ClassVar[str] = "mhmoe_ray.evaluate.job"
     kind: ClassVar[str] = "eval"
 
     request: EvalRequest
     can_grow: bool
-    """True if nodes may still join the cluster that the job runs on, so that waiting for resources makes sense."""
+    """True if nodes may still join the job's cluster, so that waiting for resources makes sense."""
 
     @property
     def run(self) -> RunDir:
@@ -54,11 +54,7 @@ def main() -> None:
 
 
 def _check_resources(request: EvalRequest, can_grow: bool) -> None:
-    """Check that the cluster can run the evaluation; print what the evaluation waits for if resources are not free now.
-
-    Raises:
-        ClusterError: the cluster is too small and cannot grow, so the evaluation would wait forever.
-    """
+    """Print what the evaluation waits for; a cluster that is too small and cannot grow is a ClusterError."""
     import ray
 
     # A task runs on one node, so its CPUs are compared with those of the largest node and not with the sum over all

@@ -42,11 +42,7 @@ class DomainSamples(NamedTuple):
 
 
 def held_out_samples(folder: Path) -> Iterator[DomainSamples]:
-    """Yield the held-out samples of a prepared folder by domain; training validates on the same samples.
-
-    Raises:
-        DataError: the folder is not prepared.
-    """
+    """Yield the held-out samples of a prepared folder by domain; training validates on the same samples."""
     manifest = require_data_manifest(folder)
     samples = validation_samples(folder, manifest)
     # Validation samples are stored domain after domain in the manifest's order, so each domain is a range of samples.
@@ -67,16 +63,7 @@ def held_out_samples(folder: Path) -> Iterator[DomainSamples]:
 def text_samples(data: DataSpec, encoder: DocumentEncoder, seq_len: int, max_samples: int) -> Iterator[DomainSamples]:
     """Read raw text; yield the samples of each domain, whose documents are tokenized, concatenated and cut.
 
-    Sources of conversations are left out.
-
-    Args:
-        data: the data section that names the text.
-        encoder: encoder of the run's tokenizer.
-        seq_len: T, the number of input tokens per sample.
-        max_samples: largest number of samples per domain, taken from its beginning.
-
-    Raises:
-        DataError: there is no text, or no text of a domain can be read.
+    Each domain's first `max_samples` samples count, without conversations. Missing or unreadable text is a DataError.
     """
     ids_by_domain: dict[str, list[int]] = {}
     # Neighbouring samples overlap by one token, so n samples of T targets take n * T + 1 tokens.
@@ -125,16 +112,9 @@ def conversation_samples(
 ) -> Iterator[DomainSamples]:
     """Read conversations; yield the samples of each domain, in which only the assistant's turns are targets.
 
-    Args:
-        data: the data section that names the conversations; other sources are left out.
-        encoder: encoder of the run's tokenizer.
-        template: the template that renders the conversations.
-        seq_len: T, the number of input tokens per sample; longer conversations are cut.
-        max_samples: largest number of samples with targets per domain, taken from its beginning.
-        is_packed: whether a sample has several conversations, which the model must keep apart by document masks.
-
-    Raises:
-        DataError: there is no file, or no conversation of a domain can be read.
+    Conversations longer than `seq_len` input tokens are cut, and each domain's first `max_samples` samples with targets
+    count. If `is_packed`, samples have several conversations, which the model must keep apart by document masks.
+    Missing or unreadable conversations are a DataError.
     """
     padding, rows_by_domain, token_counts = padding_token(_TOKEN_BYTES), dict[str, list[np.ndarray]](), Counter[str]()
     for file in find_files(data):
@@ -174,10 +154,9 @@ _TOKEN_BYTES = 4
 
 
 class RouteCounter:
-    """Counter of the routes (choices of experts) in a model's forward passes, by domain of the text."""
+    """Counter of the routes in the forward passes of a mixture-of-experts model, by domain of the text."""
 
     def __init__(self, model: Trunk) -> None:
-        """Create a counter of the routes of a mixture-of-experts model; all counts are zero."""
         moe = model.spec.moe
         assert moe is not None
         self._moe, self._layers = moe, model.moe_layers()
@@ -188,13 +167,7 @@ class RouteCounter:
 
     @contextmanager
     def counting_routes(self, domain: str, mask_BT: Tensor, top_k: int | None = None) -> Iterator[None]:
-        """Context manager that counts the routes of the forward pass that runs within the context.
-
-        Args:
-            domain: the domain that the tokens of the forward pass belong to.
-            mask_BT: mask of the tokens whose routes count.
-            top_k: number of experts that these tokens choose; by default that of the spec.
-        """
+        """Count the routes of the forward pass within the context, for the tokens in `mask_BT`."""
         self._top_k = top_k or self._moe.top_k
         shape = len(self._layers), self._moe.experts, self._moe.heads, self._top_k
         self._current_counts = self._counts_by_domain.setdefault(domain, _DomainCounts.empty(*shape))
@@ -211,8 +184,6 @@ class RouteCounter:
                 handle.remove()
 
     def _layer_hook(self, layer_index: int) -> Any:
-        """Return a forward hook that counts the routes of one layer's router."""
-
         def count_routes(_: nn.Module, __: Any, routing: Routing) -> None:
             assert self._current_counts is not None
             assert self._mask_N is not None
@@ -232,7 +203,7 @@ class RouteCounter:
 
 
 class _DomainCounts:
-    """Counts of the routes of one domain, as tensors on the CPU; `RoutingCounts` describes the fields."""
+    """Counts of the routes of one domain, as tensors on the CPU with the fields of `RoutingCounts`."""
 
     def __init__(self, counts_LE: Tensor, distinct_LR: Tensor, agreement_LHH: Tensor) -> None:
         self.tokens = 0
@@ -242,15 +213,13 @@ class _DomainCounts:
 
     @classmethod
     def empty(cls, layers: int, experts: int, heads: int, top_k: int) -> "_DomainCounts":
-        """Return counts for a domain that are all zero."""
-
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(layers, *shape, dtype=torch.int64)
 
         return cls(zeros(experts), zeros(heads * top_k + 1), zeros(heads, heads))
 
     def add_routes(self, layer_index: int, expert_NHK: Tensor, gate_NHK: Tensor) -> None:
-        """Add the routes of N tokens in one layer; each of their H sub-tokens has K choices with their gate weights."""
+        """Add the routes of N tokens in one layer."""
         experts = self.counts_LE.shape[1]
         self.counts_LE[layer_index] += expert_NHK.flatten().bincount(minlength=experts).cpu()
         sorted_expert_NR = expert_NHK.flatten(1).sort(1).values
@@ -266,7 +235,6 @@ class _DomainCounts:
         self.first_weight_L[layer_index] += gate_NHK[:, :, 0].sum(dtype=torch.float64).cpu()
 
     def to_routing_counts(self) -> RoutingCounts:
-        """Return the counts as lists, which can be stored as JSON."""
         return RoutingCounts(
             tokens=self.tokens,
             counts=self.counts_LE.tolist(),
@@ -278,25 +246,19 @@ class _DomainCounts:
 
 
 class SampleBatch(NamedTuple):
-    """Batch of samples of one domain for a forward pass of the model."""
+    """Batch of samples of one domain."""
 
     ids: np.ndarray
-    """Token ids, (B, T + 1)."""
     mask: np.ndarray
     """Mask of the targets that count, (B, T) bool."""
     token_BT: Tensor
-    """The same token ids on the model's device, (B, T + 1)."""
+    """Token ids on the model's device, (B, T + 1), equal to `ids`."""
     mask_BT: Tensor
     document_BT: Tensor | None
-    """Index of the document that each input token belongs to; None for a model without document masks."""
+    """Index of each input token's document; None without document masks."""
 
     def score(self, widths: np.ndarray, nats: float) -> Score:
-        """Return the score (loss, tokens and bytes) of the batch.
-
-        Args:
-            widths: bytes of each of the model's tokens (`data.tokenizer.token_widths`).
-            nats: sum of the losses of the targets that count, in nats.
-        """
+        """Return the batch's score, from the bytes of each token of the vocabulary and the sum of losses in nats."""
         # P is the number of predicted tokens that count.
         width_P = widths[self.ids[:, 1:]][self.mask]
         return Score(
@@ -310,11 +272,7 @@ class SampleBatch(NamedTuple):
 def sample_batches(model: Decoder, samples: DomainSamples, batch_size: int, start_token: int) -> Iterator[SampleBatch]:
     """Yield the samples of a domain in batches on the model's device.
 
-    Args:
-        model: the model that reads them.
-        samples: the samples.
-        batch_size: number of samples per forward pass.
-        start_token: token that begins a document; it is used if the model has `document_masks`.
+    `start_token` begins a document for models with `document_masks`.
     """
     device = model.embedding.weight.device
     _, tokens, target_mask, document_starts = samples
@@ -332,11 +290,7 @@ def sample_batches(model: Decoder, samples: DomainSamples, batch_size: int, star
 def sample_losses(model: Decoder, batch: SampleBatch, expert: int | None, *, use_bfloat16: bool) -> Tensor:
     """Return the loss of each sample in nats, summed over the targets that count, float64, (B,).
 
-    Args:
-        model: the model, in evaluation mode.
-        batch: the samples.
-        expert: with router `domain`, the expert that computes all samples; None for any other router.
-        use_bfloat16: whether to compute matrix products in bfloat16.
+    `expert` computes all samples with router `domain`; it is None for any other router.
     """
     token_BT = batch.token_BT
     domain_B = None if expert is None else token_BT.new_full((len(token_BT),), expert)
@@ -356,22 +310,10 @@ def measure_samples(
     use_bfloat16: bool,
     on_progress: Callable[[str, int, int], None],
 ) -> tuple[dict[str, Score], dict[str, RoutingCounts]]:
-    """Run the model over samples and return its scores and its counts of routes, both by domain.
+    """Run a model in evaluation mode over samples and return its scores and its counts of routes, both by domain.
 
-    The counts of a dense model, which has no routes, are empty. With router `domain`, the expert of each domain
-    computes the domain's samples.
-
-    Args:
-        model: the model, in evaluation mode; routing is dropless, as in serving.
-        samples: the samples to evaluate.
-        widths: bytes of each of the model's tokens (`data.tokenizer.token_widths`).
-        batch_size: number of samples per forward pass.
-        start_token: token that begins a document; it is used if the model has `document_masks`.
-        use_bfloat16: True to compute matrix products in bfloat16, as the validation of a run with that precision does.
-        on_progress: a function that takes the domain, the number of its finished samples and that of all its samples.
-
-    Raises:
-        DataError: with router `domain`, a domain has no expert.
+    A dense model has no counts. With router `domain`, the expert of each domain computes its samples; a missing expert
+    is a DataError. `widths` are the bytes of each of the model's tokens (`data.tokenizer.token_widths`).
     """
     route_counter = RouteCounter(model) if model.spec.moe else None
     scores: dict[str, Score] = {}
@@ -391,11 +333,7 @@ def measure_samples(
 
 
 def _expert_of(model: Decoder, domain: str) -> int | None:
-    """Return the number of the expert for a domain if the model has router `domain`; None for any other router.
-
-    Raises:
-        DataError: the domain has no expert.
-    """
+    """Return the expert of a domain with router `domain`, else None; a missing expert is a DataError."""
     moe = model.spec.moe
     if moe is None or moe.router != "domain":
         return None

@@ -1,15 +1,15 @@
 """Text of unknown domain, predicted by all experts of a DEMix model together (arXiv 2108.05036, section 4).
 
 The prediction of a token is the mean of the experts' predictions, weighted by the posterior probability of their
-domains after the tokens before it. The prior probabilities of the domains at the start of a sample are
+domains after the tokens before it. The priors at the start of a sample are
 
     uniform    the same for all domains
-    updating   an exponential moving average of the posteriors of the samples before it, in the order of the text
-    cached     the mean posterior of other samples of the same text, which are read first: samples with even numbers
-               have the mean of the first `CACHED_SAMPLES` samples with odd numbers, and the reverse
+    updating   an exponential moving average of the posteriors of the samples before it
+    cached     the mean posterior of other samples of the same text: samples with even numbers have the mean of the
+               first `CACHED_SAMPLES` samples with odd numbers, and the reverse
 
-The product of the predictions of all tokens of a sample equals the mean of the experts' probabilities of the whole
-sample, weighted by the prior. So the loss of a sample follows from the loss that each expert has on it.
+The product of the predictions of a sample's tokens equals the mean of the experts' probabilities of the sample,
+weighted by the prior. So its loss follows from the experts' losses.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,7 +25,7 @@ from mhmoe_ray.model.decoder import Decoder
 
 Prior = Literal["uniform", "updating", "cached"]
 DECAY = 0.3
-"""Factor by which prior `updating` multiplies a posterior's weight at each later sample; the DEMix paper's value."""
+"""Factor by which prior `updating` multiplies a posterior's weight at each later sample, as in the DEMix paper."""
 CACHED_SAMPLES = 100
 """Largest number of samples whose posteriors prior `cached` averages, as in the DEMix paper."""
 
@@ -35,10 +35,7 @@ Probabilities = NDArray[np.float64]
 def mixture_losses(losses_NE: Probabilities, prior: Prior) -> Probabilities:
     """Return the loss of each sample under the mixture of all experts, in nats, (N,).
 
-    Args:
-        losses_NE: loss of each expert on each sample, summed over the sample's targets; samples are in the order of the
-            text.
-        prior: kind of the prior probabilities of the domains at the start of a sample.
+    `losses_NE` are the experts' losses, summed over a sample's targets, for samples in the order of the text.
     """
     experts = losses_NE.shape[1]
     uniform_E = np.full(experts, 1 / experts)
@@ -56,10 +53,7 @@ def mixture_losses(losses_NE: Probabilities, prior: Prior) -> Probabilities:
 
 
 def _updating_priors(losses_NE: Probabilities) -> Probabilities:
-    """Return the prior of each sample for prior `updating`: a weighted mean of the posteriors of all samples before it.
-
-    Older samples have less weight (`DECAY`). The prior of the first sample is uniform.
-    """
+    """Return the mean of the posteriors of the samples before each one, weighted by `DECAY`; the first is uniform."""
     prior_NE = np.empty_like(losses_NE)
     average_E, weight = np.zeros(losses_NE.shape[1]), 0.0
     for n, losses_E in enumerate(losses_NE):
@@ -70,19 +64,18 @@ def _updating_priors(losses_NE: Probabilities) -> Probabilities:
 
 
 def _posterior(losses_NE: Probabilities, prior_NE: Probabilities) -> Probabilities:
-    """Return the posterior probabilities of the domains at the end of each sample, (N, E)."""
+    """Return the posteriors of the domains at the end of each sample, (N, E)."""
     log_joint_NE = np.log(_positive(prior_NE)) - losses_NE
     posterior_NE: Probabilities = np.exp(log_joint_NE - _log_sum_exp(log_joint_NE)[:, None])
     return posterior_NE
 
 
 def _positive(probabilities: Probabilities) -> Probabilities:
-    """Return probabilities, raised to at least the smallest normal float64, so that their logarithms are finite."""
+    """Raise probabilities to the smallest normal float64, so that their logarithms are finite."""
     return np.maximum(probabilities, np.finfo(np.float64).tiny)
 
 
 def _log_sum_exp(values_NE: Probabilities) -> Probabilities:
-    """Return the logarithm of the sum of the exponentials of each row of a matrix, (N,)."""
     largest_N = values_NE.max(1)
     result: Probabilities = largest_N + np.log(np.exp(values_NE - largest_N[:, None]).sum(1))
     return result
@@ -102,11 +95,7 @@ def measure_mixture(
 ) -> dict[str, Score]:
     """Run all experts of a model with router `domain` over samples; return the scores of their mixture by domain.
 
-    Args:
-        model: the model, in evaluation mode.
-        samples: the samples to evaluate; the priors treat each domain as a text of its own.
-        widths, batch_size, start_token, use_bfloat16, on_progress: as for `measure_samples`.
-        prior: kind of the prior probabilities of the domains at the start of a sample.
+    The priors treat each domain as a text of its own. The other arguments are those of `measure_samples`.
     """
     assert model.spec.moe is not None
     scores: dict[str, Score] = {}

@@ -1,4 +1,4 @@
-"""Request of `mhmoe eval`, and the evaluation that is its result, which is stored in the run directory."""
+"""Request of `mhmoe eval`, and the resulting evaluation, which is stored in the run directory."""
 
 import hashlib
 import json
@@ -13,49 +13,40 @@ from mhmoe_ray.storage import Location, location, write_json
 
 
 class RoutingCounts(BaseModel):
-    """Counts of the routes (choices of an expert by a sub-token) of one text, by layer.
-
-    L: mixture-of-experts layers, E: experts, h: heads, k: choices of each sub-token.
-    """
+    """Counts of the routes of one text by layer, for L layers, E experts, h heads and k choices per sub-token."""
 
     tokens: int
-    """Number of tokens whose routes were counted."""
     counts: list[list[int]]
-    """L x E: number of routes to each expert."""
+    """Number of routes to each expert, L x E."""
     tokens_of: list[list[int]]
-    """L x E: number of tokens with at least one sub-token that goes to the expert."""
+    """Number of tokens with a sub-token that goes to the expert, L x E."""
     distinct: list[list[int]]
-    """L x (h*k + 1): number of tokens whose sub-tokens go to n different experts in total, for n from 0 to h*k."""
+    """Number of tokens whose sub-tokens go to n different experts, L x (h*k + 1)."""
     agreement: list[list[list[int]]]
-    """L x h x h: number of tokens whose sub-tokens of heads i and j have the same first choice."""
+    """Number of tokens whose sub-tokens of heads i and j have the same first choice, L x h x h."""
     first_weight: list[float]
-    """L: sum over all sub-tokens of the gate (routing weight) of their first choice."""
+    """Sum of the gates of all sub-tokens' first choices, L."""
 
 
 class EvalRequest(BaseModel):
-    """Request for an evaluation: a checkpoint, the data and tasks to evaluate it on, and the resources to use."""
+    """Request for an evaluation: a checkpoint, the data and tasks, and the resources."""
 
     run: str
-    """Path of the run directory."""
     checkpoint: str
-    """Name of the checkpoint."""
     prepared: str | None
-    """Prepared folder whose held-out samples are evaluated; None to evaluate no held-out samples."""
+    """Prepared folder whose held-out samples are evaluated, if any."""
     text: DataSpec | None
-    """Raw text or images to evaluate instead of held-out samples; None for no raw data."""
+    """Raw text or images to evaluate instead of held-out samples, if any."""
     text_version: str | None = None
-    """Hash that changes with the files of `text` (`data.sources.version_hash`).
-
-    It is None without `text`, and in requests of earlier versions.
-    """
+    """Hash that changes with the files of `text` (`data.sources.version_hash`); None in earlier versions."""
     samples: int
-    """Largest number of samples of each domain of raw text, or of different images in each domain of images."""
+    """Largest number of samples of each domain of raw text, or of different images."""
     tasks: list[str]
-    """Names of lm-eval's tasks; `english` and `xnli` stand for tasks of the first MH-MoE paper."""
+    """Names of lm-eval's tasks, or `english` and `xnli` for those of the first MH-MoE paper."""
     task_folders: list[str]
-    """Folders with tasks for lm-eval that the user has defined."""
+    """Folders with user-defined tasks for lm-eval."""
     tasks_version: str | None = None
-    """Hash that changes with the files of `task_folders`; None without folders, and in requests of earlier versions."""
+    """Hash that changes with the files of `task_folders`; None in earlier versions."""
     limit: int | None
     """Largest number of questions of each task; None asks all."""
     batch: int
@@ -65,37 +56,25 @@ class EvalRequest(BaseModel):
     cpus: int
     gpus: int
     probe: DataSpec | None = None
-    """Images on which a linear probe is trained, with their captions as classes; None for no probe.
-
-    The probe then classifies the images of `text`.
-    """
+    """Images, with captions as classes, for training a linear probe that classifies the images of `text`."""
     probe_version: str | None = None
-    """Hash that changes with the files of `probe`."""
     prior: Literal["uniform", "updating", "cached"] | None = None
-    """Prior probabilities of domains for a model with router `domain`, whose experts then predict together.
-
-    It is None if the domain of each text is known, and for models with other routers.
-    """
+    """Prior of the domains for router `domain`, whose experts then predict together; None to use known domains."""
 
     @property
     def key(self) -> str:
-        """Name of the evaluation's file without its suffix: the checkpoint and a hash of the request.
+        """Name of the evaluation's file without suffix: the checkpoint and a hash of the request and its data.
 
-        The hash leaves out the run directory, the batch size and the resources, so requests for the same results have
-        the same key. The key changes if a file of the raw data or of the task folders changes.
+        Requests that differ only in run directory, batch size and resources share a key.
         """
         return f"{self.checkpoint}-{self._digest({'run', 'batch', 'cpus', 'gpus'})}"
 
     @property
     def question_digest(self) -> str:
-        """Hash of the request without its run, checkpoint, batch size and resources.
-
-        It is the same for evaluations that ask the same of checkpoints of different runs.
-        """
+        """Hash of the request without run, checkpoint, batch size and resources, for comparison between runs."""
         return self._digest({"run", "batch", "cpus", "gpus", "checkpoint"})
 
     def _digest(self, excluded_fields: set[str]) -> str:
-        """Return the first eight characters of the hash of all fields but `excluded_fields`."""
         # Fields that are None are left out of the hash, which then stays the same as in earlier versions without these
         # fields.
         unset_fields = {
@@ -108,7 +87,7 @@ class EvalRequest(BaseModel):
 
     @property
     def description(self) -> str:
-        """Description of what is evaluated, for the user; empty if the request names no data and no tasks."""
+        """Description of what is evaluated, for the user; empty without data and tasks."""
         parts = ["held-out samples"] if self.prepared else []
         if self.text:
             parts.append(f"{'pictures' if self.text.has_images else 'text'} {', '.join(self.text.sources)}")
@@ -124,23 +103,20 @@ class Evaluation(BaseModel):
 
     request: EvalRequest
     step: int
-    """Training step of the checkpoint."""
     tokens: int
     """Number of tokens that the checkpoint was trained on."""
     seconds: float
-    """Duration of the evaluation in seconds."""
+    """Duration of the evaluation."""
     domains: dict[str, Score] = {}
     """Scores by domain; empty if no text was evaluated."""
     languages: dict[str, Score] = {}
-    """Scores by language, over the domains whose folders are named after a language."""
+    """Scores by language, over domains in folders named after a language."""
     routing: dict[str, RoutingCounts] = {}
-    """Counts of routes (choices of experts) by domain; empty for a dense model."""
+    """Counts of routes by domain; empty for a dense model."""
     tasks: dict[str, dict[str, Any]] = {}
-    """lm-eval's results by task: metrics and their standard errors."""
+    """lm-eval's metrics and standard errors by task."""
     encoder: EncoderFigures | None = None
-    """Results for an encoder; None for another kind of model."""
     vision: VisionFigures | None = None
-    """Results for a vision model; None for another kind of model."""
 
     def __repr__(self) -> str:
         parts = [repr(f"{location(self.request.run).name}/{self.request.checkpoint}")]
@@ -168,7 +144,7 @@ class Evaluation(BaseModel):
 
     @property
     def quality(self) -> dict[str, float]:
-        """Accuracies, precisions and recalls by name; empty for a decoder, whose quality is measured by its loss."""
+        """Accuracies, precisions and recalls by name; empty for a decoder."""
         return {} if self.family_figures is None else self.family_figures.quality()
 
 
@@ -180,13 +156,13 @@ def save_evaluation(run: RunDir, evaluation: Evaluation) -> Location:
 
 
 def load_evaluation(run: RunDir, request: EvalRequest) -> Evaluation | None:
-    """Return the stored evaluation that is the result of a request; None if the run directory has none."""
+    """Return the stored result of a request, if any."""
     path = run.evaluations / f"{request.key}.json"
     return Evaluation.model_validate_json(path.read_text()) if path.exists() else None
 
 
 def load_evaluations(run: RunDir) -> list[Evaluation]:
-    """Return all evaluations of a run, sorted by training step and then by file name."""
+    """Return all evaluations of a run, sorted by training step, then by file name."""
     if not run.evaluations.exists():
         return []
     evaluations = [Evaluation.model_validate_json(p.read_text()) for p in run.evaluations.glob("*.json")]

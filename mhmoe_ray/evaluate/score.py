@@ -10,16 +10,14 @@ from mhmoe_ray.runs import metrics
 
 
 class Score(BaseModel):
-    """Score of a model's predictions of a text, as sums over its tokens; scores of several texts are added with `+`."""
+    """Score of a model's predictions of a text, as sums over its tokens; scores add up with `+`."""
 
     nats: float = 0.0
-    """Sum of the tokens' losses, in nats."""
     tokens: int = 0
-    """Number of predicted tokens."""
     text_bytes: int = 0
-    """Number of UTF-8 bytes of the predicted tokens, except unknown tokens."""
+    """UTF-8 bytes of the predicted tokens, except unknown tokens."""
     unknown: int = 0
-    """Number of predicted tokens that are the tokenizer's unknown token, which stands for any text."""
+    """Number of predicted unknown tokens, which stand for any text."""
 
     def __add__(self, addend: Self) -> "Score":
         return Score(
@@ -36,21 +34,18 @@ class Score(BaseModel):
 
     @property
     def perplexity(self) -> float | None:
-        """Perplexity of the tokens, e to the power of `loss`; None if it is larger than any float."""
+        """Perplexity; None if it is larger than any float."""
         return metrics.perplexity(self.loss)
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Loss in bits per byte of text, which is comparable between tokenizers, unlike the loss per token.
-
-        It is None if the text has no bytes, or if it has unknown tokens, whose bytes are not known.
-        """
+        """Loss in bits per byte, comparable between tokenizers; None without bytes or with unknown tokens."""
         if self.unknown or not self.text_bytes:
             return None
         return self.nats / math.log(2) / self.text_bytes
 
     def figures(self) -> dict[str, float | None]:
-        """Return the loss, perplexity, bits per byte and sizes of the text, as reports and JSON outputs show them."""
+        """Return the loss, perplexity, bits per byte and sizes of the text, for reports and JSON."""
         return {
             "loss": self.loss,
             "perplexity": self.perplexity,
@@ -65,13 +60,13 @@ class EncoderLossScore(BaseModel):
 
     loss: float
     targets: int
-    """Number of predictions that the mean is over: hidden patches, hidden tokens or pairs."""
+    """Number of predicted patches, tokens or pairs."""
     is_text: bool
     """True if the loss is the cross-entropy of tokens, which has a perplexity."""
 
     @property
     def perplexity(self) -> float | None:
-        """Perplexity of predicted tokens; None for losses of other kinds, and if it is larger than any float."""
+        """Perplexity of predicted tokens; None for other losses, and beyond any float."""
         return metrics.perplexity(self.loss) if self.is_text else None
 
 
@@ -79,18 +74,15 @@ class ImageValue(BaseModel):
     """Mean losses of an encoder on hidden tokens of captions, with and without images, in nats per token."""
 
     pairs: int
-    """Number of captions; each image has at most a few of them (`evaluate.encoder.CAPTIONS_PER_IMAGE`)."""
+    """Number of captions; each image has at most `families.encoder.evaluate.meter.CAPTIONS_PER_IMAGE`."""
     tokens: int
-    """Number of hidden tokens."""
     own_image: float
-    """Loss with the image that belongs to the caption."""
     other_image: float
-    """Loss with the image of another caption, which is drawn at random with the run's seed."""
+    """Loss with the image of another caption, drawn at random with the run's seed."""
     no_image: float
-    """Loss of the caption alone, without an image."""
 
     def figures(self) -> dict[str, float]:
-        """Return the losses, and how much lower the loss is with the caption's image than with another one or none."""
+        """Return the losses, and how much the caption's own image lowers them."""
         return {
             **self.model_dump(),
             "over_other_image": self.other_image - self.own_image,
@@ -99,7 +91,7 @@ class ImageValue(BaseModel):
 
 
 class Recall(BaseModel):
-    """Shares of queries for which a right candidate is among the first 1, 5 and 10 candidates."""
+    """Shares of queries with a right candidate among the first 1, 5 and 10."""
 
     at_1: float
     at_5: float
@@ -112,39 +104,33 @@ class RetrievalScore(BaseModel):
     images: int
     captions: int
     image_to_text: Recall
-    """Recall of the captions that belong to an image."""
     text_to_image: Recall
-    """Recall of the images that belong to a caption."""
 
 
 class LanguageRetrieval(BaseModel):
-    """Scores of retrieval by a model and by its baseline, on the same images and captions."""
+    """Scores of retrieval by a model and its baseline, on the same images and captions."""
 
     model: RetrievalScore
     baseline: RetrievalScore | None
-    """Score of retrieval by the nearest training images in pixels (`families/images/nearest.py`).
-
-    It is None if the training data is gone.
-    """
+    """Score of the nearest training images in pixels (`families/images/nearest.py`); None without training data."""
 
 
 class RetrievalFigures(LanguageRetrieval):
     """Scores of retrieval among all pairs of image and caption of a domain."""
 
     languages: dict[str, LanguageRetrieval] = {}
-    """Scores of retrieval among the captions of each language; empty unless there are several languages."""
+    """Scores by language; empty unless there are several."""
 
 
 class CaptionScore(BaseModel):
-    """Score of the captions that a model writes for images (`evaluate.captions`)."""
+    """Score of the captions that a model writes for images (`families/encoder/evaluate/captions.py`)."""
 
     images: int
     bleu: float
-    """BLEU-4, from 0 to 100."""
     cider: float
     """CIDEr-D, from 0 to 10."""
     exact: float
-    """Share of captions whose words are exactly those of a right caption, from 0 to 1."""
+    """Share of captions with exactly the words of a right caption."""
 
 
 class CaptionFigures(BaseModel):
@@ -152,9 +138,9 @@ class CaptionFigures(BaseModel):
 
     model: CaptionScore
     baseline: CaptionScore | None
-    """Score of the captions of the nearest training images in pixels; None if the training data is gone."""
+    """Captions of the nearest training images in pixels; None without training data."""
     examples: list[tuple[str, str]]
-    """Captions of the first images: a right one, and the one that the model wrote."""
+    """Right and written captions of the first images."""
 
 
 class ClassScore(BaseModel):
@@ -164,11 +150,10 @@ class ClassScore(BaseModel):
     images: int
     classes: int
     accuracy: float
-    """Share of images that the probe assigns to the right class."""
     baseline: float
-    """Share of images whose nearest training image in pixels has the right class."""
+    """Accuracy of the nearest training image in pixels."""
     largest_class: float
-    """Share of images that belong to the most frequent class of the training images."""
+    """Share of images of the training images' most frequent class."""
 
 
 class FamilyFigures(BaseModel, ABC):
@@ -188,26 +173,16 @@ class FamilyFigures(BaseModel, ABC):
 
 
 class EncoderFigures(FamilyFigures):
-    """Results of the evaluation of an encoder."""
+    """Results of the evaluation of an encoder; mappings are by domain of pairs, except `losses`."""
 
     losses: dict[str, EncoderLossScore]
-    """Losses of all training objectives, by name (`RunSpec.loss_names`).
-
-    Only held-out samples have losses. The mapping is empty for other data.
-    """
+    """Losses of all training objectives by `RunSpec.loss_names`, for held-out samples only."""
     image_values: dict[str, ImageValue]
-    """Losses on captions with and without their images, by domain of pairs."""
     retrieval: dict[str, RetrievalFigures] = {}
-    """Scores of retrieval by domain of pairs, for a model with a head for matching."""
     captions: dict[str, CaptionFigures] = {}
-    """Scores of captions by domain of pairs, for a model that is trained to write captions."""
     classes: dict[str, ClassScore] = {}
-    """Accuracy of a linear probe by domain, if the request asks for a probe."""
     training_images: int | None = None
-    """Number of training images among which the baseline of retrieval and captions finds the nearest one.
-
-    It is None without a baseline.
-    """
+    """Number of images that the baseline searches; None without a baseline."""
 
     def texts(self) -> list[str]:
         return [f"{name}={score.loss:.4f}" for name, score in self.losses.items()]
@@ -216,7 +191,6 @@ class EncoderFigures(FamilyFigures):
         return {"image_values": {name: value.figures() for name, value in self.image_values.items()}}
 
     def quality(self) -> dict[str, float]:
-        """Return recalls, scores of captions and accuracies under the names that reports show; larger is better."""
         values = {}
         for domain, retrieval in self.retrieval.items():
             values[f"{domain}, R@10 of captions"] = retrieval.model.image_to_text.at_10
@@ -232,37 +206,29 @@ class AccuracyFigures(BaseModel):
 
     images: int
     classes: int
-    """Number of different classes that the evaluated images have."""
+    """Number of different classes of the evaluated images."""
     top_1: float
-    """Share of images whose right class has the highest score."""
     top_5: float
-    """Share of images whose right class is among the five with the highest scores."""
     baseline: float | None
-    """Share of images whose nearest training image in pixels has the right class (`families/images/nearest.py`).
-
-    It is None if the training data is gone.
-    """
+    """Accuracy of the nearest training image in pixels (`families/images/nearest.py`); None without training data."""
     largest_class: float | None
-    """Share of images that belong to the most frequent class of the training images; None if `baseline` is."""
+    """Share of images of the training images' most frequent class; None without training data."""
     training_images: int | None = None
-    """Number of training images among which the baseline finds the nearest one; None if `baseline` is."""
+    """Number of images that the baseline searches; None without training data."""
 
 
 class ObjectPrecision(BaseModel):
     """Average precision of detected objects, from 0 to 1 (`families/vision/evaluate/objects.py`)."""
 
     box_ap: float
-    """Average precision of boxes, as the mean over overlaps (intersection over union) from 0.5 to 0.95."""
+    """Mean over overlaps (intersection over union) from 0.5 to 0.95."""
     box_ap50: float
     box_ap75: float
     mask_ap: float | None
-    """Average precision of masks, like `box_ap`; None if the model or the images have no masks."""
+    """Precision of masks, like `box_ap`; None without masks."""
     mask_ap50: float | None
     any_class_box_ap50: float
-    """Average precision of boxes at overlap 0.5 if their classes are ignored.
-
-    Overlapping boxes of an image count once, with the highest of their scores.
-    """
+    """Precision at overlap 0.5 without classes; overlapping boxes of an image count once, with their highest score."""
 
 
 class ObjectFigures(BaseModel):
@@ -274,14 +240,12 @@ class ObjectFigures(BaseModel):
 
 
 class VisionFigures(FamilyFigures):
-    """Results of the evaluation of a vision model."""
+    """Results of the evaluation of a vision model; classes and objects are by name of the task."""
 
     losses: dict[str, float]
-    """Mean of each loss over images, by the name of the loss (`RunSpec.loss_names`)."""
+    """Mean of each loss over images, by `RunSpec.loss_names`."""
     classes: dict[str, AccuracyFigures] = {}
-    """Accuracy of each classification task, by the name of the task."""
     objects: dict[str, ObjectFigures] = {}
-    """Average precision of each detection task, by the name of the task."""
 
     def texts(self) -> list[str]:
         return [
@@ -290,7 +254,6 @@ class VisionFigures(FamilyFigures):
         ]
 
     def quality(self) -> dict[str, float]:
-        """Return accuracies and precisions under the names that reports show; a larger value is better."""
         values = {}
         for task, accuracy in self.classes.items():
             values[f"{task}, top 1"], values[f"{task}, top 5"] = accuracy.top_1, accuracy.top_5

@@ -19,31 +19,14 @@ from mhmoe_ray.spec import ModelSpec
 
 
 def load_chat_template(run: RunDir, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """Return the chat template of a run; None if the run has none.
-
-    Args:
-        run: directory of the run, which may contain a `chat_template.jinja`.
-        tokenizer: the run's tokenizer, which has tokens for the start and the end of a document.
-
-    Raises:
-        ServeError: `chat_template.jinja` is not a valid template.
-    """
+    """Return a run's chat template, if any; an invalid `chat_template.jinja` is a ServeError."""
     file = run.chat_template_file
     text = file.read_text() if file.exists() else None
     return parse_chat_template(text, tokenizer, "correct chat_template.jinja in the run directory")
 
 
 def parse_chat_template(text: str | None, tokenizer: Tokenizer, fix: str) -> ChatTemplate | None:
-    """Parse the text of a chat template; return None if there is no text.
-
-    Args:
-        text: the template, in Jinja.
-        tokenizer: the model's tokenizer, which has tokens for the start and the end of a document.
-        fix: remedy that the error message proposes.
-
-    Raises:
-        ServeError: the text is not a valid template.
-    """
+    """Parse a chat template in Jinja, if any; an invalid one is a ServeError that proposes `fix`."""
     if text is None:
         return None
     try:
@@ -55,15 +38,14 @@ def parse_chat_template(text: str | None, tokenizer: Tokenizer, fix: str) -> Cha
 class ScoredText(NamedTuple):
     """A token with its score: its log-probability and the most likely tokens in its place, likeliest first.
 
-    Tokens are given as the UTF-8 bytes of their text. The log-probability is None for the first token of a prompt.
+    Tokens are UTF-8 bytes, which may cut characters. A prompt's first token has no log-probability.
     """
 
     token_bytes: bytes
-    """UTF-8 bytes of the token; they may begin or end in the middle of a character."""
     character_count: int
-    """Number of characters that the token adds to the answer's text, if it consists of complete characters.
+    """Number of characters that the token adds to the answer, if it consists of complete characters.
 
-    A special token adds none, and a space at the start that the decoder drops does not count.
+    A special token, or a dropped space at the start, adds none.
     """
     logprob: float | None
     alternatives: list[tuple[bytes, float]]
@@ -73,7 +55,7 @@ class AnswerPiece(NamedTuple):
     """The next piece of a streamed answer, with the number of tokens so far."""
 
     text: str
-    """The next part of the answer's text; empty while later tokens could still change what follows."""
+    """The next part of the text; empty while later tokens could change what follows."""
     token_count: int
     """Number of tokens of the answer so far."""
     scores: tuple[ScoredText, ...] = ()
@@ -109,12 +91,6 @@ class ModelDetails(BaseModel):
 
     @classmethod
     def from_spec(cls, checkpoint: str, model: ModelSpec) -> Self:
-        """Return the name and sizes of the model that a spec describes.
-
-        Args:
-            checkpoint: id of the run and name of its checkpoint, separated by a slash.
-            model: the model's spec.
-        """
         model_sizes, moe = compute_sizes(model), model.moe
         return cls(
             checkpoint=checkpoint,
@@ -128,55 +104,34 @@ class ModelDetails(BaseModel):
 
 
 def check_length(prompt_ids: Sequence[int], has_answer: bool, seq_len: int) -> None:
-    """Check that a prompt fits in a model's context.
-
-    Args:
-        prompt_ids: token ids of the prompt.
-        has_answer: whether an answer follows the prompt; its first token must fit too.
-        seq_len: largest number of tokens of prompt and answer together.
-
-    Raises:
-        ServeError: the prompt does not fit.
-    """
+    """Raise ServeError if a prompt, and the first token of its answer if any, exceed `seq_len` tokens."""
     if len(prompt_ids) + has_answer > seq_len:
         reason = f"it has {len(prompt_ids)} tokens, and prompt and answer together may have {seq_len}"
         raise ServeError("the prompt", reason, "shorten it")
 
 
 class PromptEncoder:
-    """Encoder that turns prompts into token ids in the same form as the model's training texts."""
+    """Encoder that turns prompts into token ids in the form of the model's training texts."""
 
     def __init__(self, tokenizer: Tokenizer, adds_start: bool) -> None:
-        """Create an encoder.
-
-        Args:
-            tokenizer: the model's tokenizer, which has tokens for the start and end of a document.
-            adds_start: whether each prompt gets a start token, because the model's training texts had one.
-        """
         self.tokenizer, self.adds_start = tokenizer, adds_start
         self.start_token = boundaries(tokenizer).start
 
     def encode(self, prompt: str) -> list[int]:
-        """Return the token ids of a prompt, with a start token in front if the model was trained with one."""
+        """Return the token ids of a prompt, with a start token if the model was trained with one."""
         ids = self._encode_text(prompt)
         # The model needs a token to continue from, so an empty prompt becomes the start token in any case.
         return [self.start_token, *ids] if self.adds_start or not ids else ids
 
     def count_added(self, token_ids: Sequence[int]) -> int:
-        """Return how many tokens `encode` put in front of a text: 1 for the start token, or 0.
-
-        Args:
-            token_ids: the token ids that `encode` returned for the text.
-        """
+        """Return how many start tokens `encode` put in front of a text to get `token_ids`: 1 or 0."""
         return int(self.adds_start or list(token_ids) == [self.start_token])
 
     def encode_chat(self, template: ChatTemplate, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Return the token ids of a conversation, up to where the assistant's next answer begins.
 
-        If the model was trained with a start token, the ids begin with it, even if the chat template does not write it.
-
-        Raises:
-            ServeError: the template does not accept these messages.
+        They have a start token if the model was trained with one, even if the template lacks it. Messages that the
+        template does not accept are a ServeError.
         """
         try:
             prompt = template.render(messages)
@@ -186,7 +141,6 @@ class PromptEncoder:
         return ids if ids[:1] == [self.start_token] or not self.adds_start else [self.start_token, *ids]
 
     def _encode_text(self, text: str) -> list[int]:
-        """Return the token ids of a text, without a start token."""
         # The library `tokenizers` lets other threads run only while it encodes batches, so the text is passed as a
         # batch of one.
         [encoding] = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
@@ -199,30 +153,20 @@ class ServedModel:
     kind: ClassVar[ModelKind]
 
     def __init__(self, engine: ServedEngine, details: ModelDetails) -> None:
-        """Combine an engine with the name and sizes of its model."""
         self.engine, self.details = engine, details
 
 
 class ServedText(ServedModel, PromptEncoder):
-    """A served model that reads texts: its engine, its tokenizer, and its name and sizes for clients."""
+    """A served model that reads texts."""
 
     engine: TextEngine
 
     def __init__(
         self, engine: TextEngine, tokenizer: Tokenizer, details: ModelDetails, adds_start: bool = True
     ) -> None:
-        """Combine an engine with the tokenizer that turns text into tokens and tokens into text.
-
-        Args:
-            engine: the engine that computes the answers.
-            tokenizer: the model's tokenizer, which has tokens for the start and end of a document.
-            details: name and sizes of the model, as clients see them.
-            adds_start: whether each prompt gets a start token, because the model's training texts had one.
-        """
         ServedModel.__init__(self, engine, details)
         PromptEncoder.__init__(self, tokenizer, adds_start)
         self.template: ChatTemplate | None = None
-        """The chat template; None if the model has none."""
         self.tokenizer_size = token_count(tokenizer)
         """Number of the tokenizer's token ids; every id is below this number."""
         self.boundary_texts = boundary_texts(tokenizer)
@@ -230,7 +174,7 @@ class ServedText(ServedModel, PromptEncoder):
 
 
 class Answerer(ServedText):
-    """A served decoder, which answers prompts with text: its engine, its tokenizer and its chat template."""
+    """A served decoder, which answers prompts with text."""
 
     kind = "decoder"
     engine: Engine
@@ -243,32 +187,22 @@ class Answerer(ServedText):
         details: ModelDetails,
         adds_start: bool = True,
     ) -> None:
-        """Combine an engine with its tokenizer and its chat template; `ServedText` describes the other arguments."""
         super().__init__(engine, tokenizer, details, adds_start)
         self.template = template
         self._token_bytes = TokenBytes(tokenizer, self.decode)
 
     def check_length(self, prompt_ids: Sequence[int], has_answer: bool) -> None:
-        """Check that a prompt fits in the model's context; the function `check_length` describes the arguments."""
+        """Raise ServeError if a prompt does not fit in the model's context."""
         check_length(prompt_ids, has_answer, self.engine.seq_len)
 
     async def answer(
         self, request: Request, stop_strings: Sequence[str] = (), echo: bool = False, added_tokens: int = 0
     ) -> AsyncGenerator[AnswerPiece]:
-        """Answer a request: yield a piece of text for each update of the engine, the last one with the finish reason.
+        """Yield a piece of the answer for each update of the engine, the last one with the finish reason.
 
-        Closing the generator early aborts the request.
-
-        Args:
-            request: the tokenized prompt with its sampling parameters.
-            stop_strings: stop strings; the answer ends before the first of them.
-            echo: whether the text begins with the prompt's text.
-            added_tokens: number of tokens at the prompt's start that the client did not send; their scores are left
-                out.
-
-        Raises:
-            BusyError: too many requests wait already.
-            EngineError: the engine is broken.
+        The answer ends before the first stop string. With `echo`, the text begins with the prompt's. The first
+        `added_tokens` of the prompt, which the client did not send, get no scores. Closing the generator early aborts
+        the request. Errors are those of `Engine.generate`.
         """
         stream = TextStream(self.decode, stop_strings, request.prompt_ids)
         token_count, opening = 0, self.decode(request.prompt_ids) if echo else ""
@@ -295,13 +229,7 @@ class Answerer(ServedText):
                 yield AnswerPiece(text, token_count, tuple(scores))
 
     def _decode_scores(self, scored_tokens: Sequence[ScoredToken], at_start: bool) -> Iterator[ScoredText]:
-        """Yield the scores of consecutive tokens, with each token as the bytes of its text.
-
-        Args:
-            scored_tokens: token ids with their scores.
-            at_start: whether the text starts with these tokens. Special tokens before them do not count, because they
-                have no text.
-        """
+        """Yield the scores of consecutive tokens; `at_start` is True if at most special tokens precede them."""
         # A decoder may drop the space at the start of a text. So the text of the first token that is not special comes
         # from the decoder, and not from its bytes.
         for token, logprob, alternatives in scored_tokens:

@@ -41,13 +41,13 @@ class Args(BaseModel):
 # not wait for the update.
 @serve.deployment(name=LIMITS_DEPLOYMENT, num_replicas=1, max_surge_percent=100, ray_actor_options={"num_cpus": 0})
 class SharedRateLimiter:
-    """Deployment that checks the rate limits of all API keys in one process, which all replicas share."""
+    """Deployment that checks the rate limits of all API keys, in one process for all replicas."""
 
     def __init__(self, keys: tuple[KeySpec, ...]) -> None:
         self._limiter = LocalRateLimiter(keys)
 
     async def begin_request(self, client: str) -> ExceededLimit | None:
-        """Count one more request of a client; if the client has used up a rate limit, return this limit instead."""
+        """Count one more request of a client, or return the rate limit that it has used up."""
         return await self._limiter.begin_request(client)
 
     async def record_tokens(self, client: str, tokens: int) -> None:
@@ -62,12 +62,11 @@ class RemoteRateLimiter:
         self._deployment = deployment
 
     async def begin_request(self, client: str) -> ExceededLimit | None:
-        """Count one more request of a client; if the client has used up a rate limit, return this limit instead."""
         exceeded_limit: ExceededLimit | None = await self._deployment.begin_request.remote(client)
         return exceeded_limit
 
     def record_tokens(self, client: str, tokens: int) -> None:
-        """Count tokens of a client against its rate limit, without waiting for the deployment's reply."""
+        """Count tokens against a client's rate limit, without waiting for the deployment's reply."""
         self._deployment.record_tokens.remote(client, tokens)
 
 
@@ -77,12 +76,6 @@ class Completions:
     """Deployment whose replicas answer HTTP requests, each with its own engine."""
 
     def __init__(self, args: Args, rate_limiter: DeploymentHandle | None) -> None:
-        """Load the checkpoint and start to export metrics.
-
-        Args:
-            args: the arguments of the application.
-            rate_limiter: handle of `SharedRateLimiter`; None if no API key has limits.
-        """
         # The import is here because only replicas need the model. Serve builds the application in another process.
         from mhmoe_ray.serving.load import load_served
 
@@ -98,7 +91,6 @@ class Completions:
         )
 
     async def _collect_stats(self) -> list[dict[str, Any]]:
-        """Ask all replicas for the statistics that they report at `/stats`, and return them."""
         context = serve.get_replica_context()
         handle = serve.get_deployment_handle(context.deployment, context.app_name)
         stats_list: list[dict[str, Any]] = await handle.broadcast("replica_stats").results_async()
@@ -109,16 +101,15 @@ class Completions:
         return replica_stats(self._answerer, serve.get_replica_context().replica_id.unique_id)
 
     def check_health(self) -> None:
-        """Raise an error if the engine is broken. Serve calls this regularly and replaces a replica that raises one."""
+        """Raise an error if the engine is broken. Serve calls this regularly and replaces such a replica."""
         if failure_reason := self._answerer.engine.failure_reason:
             raise EngineError(failure_reason)
 
 
 def build(args: Args) -> serve.Application:
-    """Build the application of the server. Serve calls this on the cluster, with the `args` of its configuration.
+    """Build the server's application, on the cluster, where Serve calls this with the `args` of its configuration.
 
-    Raises:
-        RayServeException: the checkpoint cannot be served.
+    A checkpoint that cannot be served is a RayServeException.
     """
     # Replicas make the same checks, but Serve reports their errors only after several tries, as tracebacks. An
     # exception of this function is shown in one line, and Serve gives up at once.

@@ -1,7 +1,6 @@
 """The server as an application in Ray Serve's configuration: its replicas, autoscaling, queues and resources.
 
-If the spec's `replicas` is a range, Serve's autoscaling adds and removes replicas by the number of requests; otherwise
-their number is constant. This module imports neither torch nor ray.
+Serve's autoscaling needs a range as the spec's `replicas`. This module imports neither torch nor ray.
 """
 
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from mhmoe_ray.storage import Location
 IMPORT_PATH = "mhmoe_ray.serving.app:build"
 DEPLOYMENT = "completions"
 LIMITS_DEPLOYMENT = "limits"
-"""Name of the second deployment, which checks the rate limits of API keys; it exists only if a key has a limit."""
+"""Name of the deployment that checks the rate limits of API keys; it exists only if a key has a limit."""
 ENVIRONMENT = {
     # This middleware turns errors of Serve's proxies, and of replicas that die, into the format of OpenAI's errors.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mhmoe_ray.serving.api.proxy:middlewares",
@@ -42,15 +41,9 @@ def application_config(
 ) -> dict[str, Any]:
     """Return the application as an element of the `applications` list for a PUT to Serve's REST API.
 
-    Args:
-        name: the application's name; deploying another application under the same name replaces it.
-        checkpoint: a checkpoint directory inside its run directory; a relative path counts from the caller's working
-            directory, and every node must be able to read it.
-        spec: sizes, limits and autoscaling; its `host` and `port` belong to the cluster's Serve instance and are not
-            used here.
-        model_name: the model's name for clients, which they may send as `model`.
-        route: path prefix of the application's routes.
-        runtime_env: Ray's runtime environment of the replicas.
+    Another application of the same name is replaced. Every node must be able to read the checkpoint, whose relative
+    path counts from the caller's working directory. The spec's `host` and `port` belong to the cluster's Serve instance
+    and are unused.
     """
     deployment = {
         "name": DEPLOYMENT,
@@ -81,7 +74,7 @@ def application_config(
 
 
 def _replica_options(spec: ServeSpec) -> dict[str, Any]:
-    """Return the deployment's options for replicas: their number, or autoscaling if the spec has a range of numbers."""
+    """Return the deployment's number of replicas, or autoscaling if the spec has a range of numbers."""
     if not spec.replicas.is_elastic:
         return {"num_replicas": spec.replicas.min}
     autoscaling = {

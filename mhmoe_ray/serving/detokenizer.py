@@ -1,4 +1,4 @@
-"""The detokenizer: it turns tokens into text that can be streamed, and never retracts text that it has returned."""
+"""The detokenizer: it turns tokens into text that can be streamed, and never retracts text."""
 
 import re
 from collections.abc import Sequence
@@ -16,18 +16,16 @@ CONTEXT_TOKENS = 8
 class TextDecoder:
     """Decoder of token ids into text; each further token only adds text, or changes an incomplete last character.
 
-    A tokenizer with byte fallback (LLaMA's, Mixtral's) has tokens <0x00> to <0xFF> for text that its vocabulary lacks.
-    While one character of consecutive byte tokens is incomplete, the library `tokenizers` turns all of these tokens
-    into replacement characters, even those of complete characters. So this decoder turns byte tokens into bytes first,
-    as a byte-level tokenizer does.
+    With byte fallback (LLaMA's, Mixtral's), tokens <0x00> to <0xFF> stand for text that the vocabulary lacks. The
+    library `tokenizers` turns all consecutive ones into replacement characters while one character is incomplete, so
+    this decoder turns them into bytes first.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Find the byte-fallback tokens and the special tokens of a tokenizer."""
         self._tokenizer = tokenizer
         byte_token_ids = (tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
         self._byte_by_token = {token: byte for byte, token in enumerate(byte_token_ids) if token is not None}
-        """Byte by the id of each byte-fallback token; empty if the tokenizer has no byte fallback."""
+        """Byte by the id of each byte-fallback token, if there are any."""
         # A vocabulary may have tokens named <0x00> to <0xFF> although its decoder does not turn them into bytes. The
         # test is that the token of byte 65 decodes to "A".
         if (
@@ -38,10 +36,8 @@ class TextDecoder:
         self.special_ids = {
             token for token, added_token in tokenizer.get_added_tokens_decoder().items() if added_token.special
         }
-        """Ids of the special tokens, which have no text."""
 
     def __call__(self, token_ids: Sequence[int]) -> str:
-        """Return the text of token ids."""
         if self._byte_by_token.keys().isdisjoint(token_ids):
             return self._tokenizer.decode(token_ids)
         parts: list[str] = []
@@ -58,37 +54,28 @@ class TextDecoder:
 class TextStream:
     """Decoder of one answer's tokens as they arrive.
 
-    A byte-level token may end in the middle of a character, and a stop string may begin in one token and end in a later
-    one. So the stream holds back text that a later token could still change or cut off. The texts that `push` and
-    `finish` return are together the whole answer, which ends before the first stop string.
+    The stream holds back text that a later token could change or cut off, because tokens may end in the middle of a
+    character or a stop string. The texts of `push` and `finish` are together the answer up to its first stop string.
     """
 
     def __init__(self, decode: TextDecoder, stop_strings: Sequence[str] = (), prompt_ids: Sequence[int] = ()) -> None:
-        """Start to decode an answer.
-
-        Args:
-            decode: decoder that turns token ids into text.
-            stop_strings: stop strings; the answer ends before the first of them.
-            prompt_ids: tokens that the answer continues. A decoder may drop the space at the start of a text, but in
-                the middle of a text the space must stay.
-        """
+        """Start to decode the answer to a prompt, after which a space at the start of the answer must stay."""
         self._decode, self._stop_strings = decode, stop_strings
         self._token_ids: list[int] = list(prompt_ids[-CONTEXT_TOKENS:])
-        """The newest tokens. Older ones are dropped, so that the time per token does not grow with the answer."""
+        """The newest tokens; older ones are dropped, so that the time per token stays constant."""
         self._processed_length = len(decode(self._token_ids))
-        """Number of characters of the newest tokens' text that were returned or put into the pending text."""
+        """Number of characters of the newest tokens' text that were returned or are pending."""
         self._pending_text = ""
-        """Decoded text that is held back, because a later token may turn it into a stop string."""
+        """Decoded text that a later token may turn into a stop string."""
         self.is_stopped = False
-        """Whether the text has reached a stop string, so that the answer has ended."""
 
     @property
     def at_start(self) -> bool:
-        """True as long as all tokens so far are special tokens, which have no text."""
+        """True as long as all tokens so far are special tokens, without text."""
         return self._decode.special_ids.issuperset(self._token_ids)
 
     def push(self, token: int) -> str:
-        """Add a token, and return the next part of the text that no later token can change; empty if there is none."""
+        """Add a token, and return the next text that no later token can change, if any."""
         self._token_ids.append(token)
         text = self._decode(self._token_ids)
         # An incomplete character at the end of the text is decoded to one replacement character, which is held back.
@@ -100,7 +87,7 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """Return the text that is still held back after the last token; empty if a stop string was reached."""
+        """Return the text that is held back after the last token; empty after a stop string."""
         return (
             ""
             if self.is_stopped
@@ -108,22 +95,14 @@ class TextStream:
         )
 
     def _unreleased_text(self, text: str) -> str:
-        """Return the text that is held back, with the new part of the newest tokens' text appended.
-
-        Args:
-            text: text of the newest tokens; all of it counts as processed from now on.
-        """
+        """Return the held-back text with the new part of the newest tokens' text, which then is processed."""
         new_text, self._processed_length = text[self._processed_length :], max(self._processed_length, len(text))
         return self._pending_text + new_text
 
     def _release_text(self, text: str, is_final: bool) -> str:
         """Return the part of a text that no later token can change, and hold back the rest.
 
-        A stop string ends the stream, and the returned part ends before the stop string.
-
-        Args:
-            text: the text that is not released yet.
-            is_final: whether no more text follows.
+        A stop string ends the stream, and the returned part ends before it.
         """
         starts = [position for stop in self._stop_strings if (position := text.find(stop)) >= 0]
         if starts:
@@ -136,7 +115,7 @@ class TextStream:
 
 
 def _partial_stop_length(text: str, stop_strings: Sequence[str]) -> int:
-    """Return the length of the longest suffix of a text that is the beginning of a stop string."""
+    """Return the length of the longest suffix that begins a stop string."""
     longest = max(map(len, stop_strings), default=1) - 1
     for length in range(min(longest, len(text)), 0, -1):
         if any(stop.startswith(text[-length:]) for stop in stop_strings):
@@ -145,10 +124,7 @@ def _partial_stop_length(text: str, stop_strings: Sequence[str]) -> int:
 
 
 def format_token(token_bytes: bytes) -> str:
-    """Return a token as text for clients.
-
-    A token that does not consist of complete characters becomes "bytes:" followed by its bytes in hexadecimal.
-    """
+    """Return a token as text for clients; incomplete characters give "bytes:" and hexadecimal bytes."""
     try:
         return token_bytes.decode()
     except UnicodeDecodeError:
@@ -156,7 +132,7 @@ def format_token(token_bytes: bytes) -> str:
 
 
 class TokenBytes:
-    """Mapping of each token to the UTF-8 bytes that it has in the middle of a text; computed once per token."""
+    """Mapping of each token to its UTF-8 bytes in the middle of a text; computed once per token."""
 
     def __init__(self, tokenizer: Tokenizer, decode: TextDecoder) -> None:
         self._tokenizer, self._decode = tokenizer, decode
@@ -171,13 +147,12 @@ class TokenBytes:
         self._bytes_by_token: dict[int, bytes] = {}
 
     def __getitem__(self, token: int) -> bytes:
-        """Return the UTF-8 bytes of a token."""
         if token not in self._bytes_by_token:
             self._bytes_by_token[token] = self._compute_bytes(token)
         return self._bytes_by_token[token]
 
     def _compute_bytes(self, token: int) -> bytes:
-        """Compute the bytes of a token from the text that it adds after another token, or from the vocabulary."""
+        """Compute a token's bytes from the text that it adds after another token, or from the vocabulary."""
         # The decoder leaves out special tokens, so their bytes cannot be found by decoding.
         if token in self._special_texts:
             return self._special_texts[token].encode()

@@ -25,7 +25,6 @@ class RequestExample(NamedTuple):
 
     route: str
     command: str
-    """Shell command that sends the request."""
 
 
 class FamilyServing(ABC):
@@ -76,12 +75,7 @@ def serving_of(kind: ModelKind) -> FamilyServing:
 
 
 def require_packages(packages: Mapping[str, str], extra: str) -> None:
-    """Raise ServeError if a Python package is not installed.
-
-    Args:
-        packages: names of packages, as pip takes them, by the names of their modules.
-        extra: extra of this project that installs all of them.
-    """
+    """Raise ServeError, which names the extra to install, if a package (by module name) is missing."""
     for module, package in packages.items():
         if find_spec(module) is None:
             reason = f"it needs the package {package}, which is missing"
@@ -89,7 +83,7 @@ def require_packages(packages: Mapping[str, str], extra: str) -> None:
 
 
 def require_torch_engine(spec: ServeSpec, title: str) -> None:
-    """Raise ServeError if the spec names another engine than torch for a model that is not a decoder."""
+    """Raise ServeError if the spec names another engine than torch for another model than a decoder."""
     if spec.engine != "torch":
         reason = f"it computes decoders, and this is {title}"
         raise ServeError(f"engine {spec.engine}", reason, "set serve.engine=torch")

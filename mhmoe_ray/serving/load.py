@@ -1,7 +1,6 @@
 """Loading of a checkpoint to answer requests: engine, tokenizer and chat template.
 
-The engines are in the table `ENGINES` of `spec/serve.py`. The library that an engine computes with is imported only
-when that engine is loaded. A process that only checks whether a model can be served does not need the library.
+An engine's library is imported when the engine is loaded, so that checks need no library.
 """
 
 from collections.abc import Iterable
@@ -24,32 +23,19 @@ from mhmoe_ray.storage import Location
 
 
 def check_served(manifest: CheckpointManifest, spec: ServeSpec, run: RunDir) -> None:
-    """Check that a model of any kind can be served here, without starting the engine.
-
-    Args:
-        manifest: the checkpoint's manifest.
-        spec: section `serve` of a spec, which names the engine.
-        run: directory of the run that wrote the checkpoint.
-
-    Raises:
-        ServeError: the engine or a package is not installed, or the engine cannot compute this model.
-    """
+    """Raise ServeError if the engine or a package is missing here, or the engine cannot compute this model."""
     serving_of(manifest.model.kind).check(manifest, spec, run)
 
 
 def check_engine(manifest: CheckpointManifest, spec: ServeSpec) -> None:
-    """Check that the spec's engine is installed here and can generate text with the model, without starting it.
-
-    Raises:
-        ServeError: the engine is not installed, or cannot compute this model.
-    """
+    """Raise ServeError if the spec's engine is not installed here, or cannot generate text with the model."""
     check_generates(manifest.model)
     if (check := ENGINES[spec.engine].check) is not None:
         resolve_name(check)(manifest.model, spec)
 
 
 def check_predicts(model: ModelSpec) -> None:
-    """Raise ServeError if a model is not a decoder, and therefore does not predict next tokens."""
+    """Raise ServeError if a model is not a decoder, and so does not predict next tokens."""
     family = model.family
     if not family.predicts_next_token:
         reason = f"it is {family.title}, which does not predict next tokens"
@@ -57,11 +43,7 @@ def check_predicts(model: ModelSpec) -> None:
 
 
 def check_generates(model: ModelSpec) -> None:
-    """Raise ServeError if a model cannot generate text.
-
-    A model cannot if it is not a decoder, or if its router needs the domain (source) of a text, which a prompt does not
-    name.
-    """
+    """Raise ServeError if a model is not a decoder, or its router needs a text's domain, which prompts lack."""
     check_predicts(model)
     moe = model.moe
     if moe is not None and moe.router == "domain":
@@ -96,30 +78,14 @@ class StartEngine(Protocol):
 
 
 def load_engine(checkpoint: Location, manifest: CheckpointManifest, tokenizer: Tokenizer, spec: ServeSpec) -> Engine:
-    """Start the engine that the spec names, with the model of a checkpoint, and return it.
-
-    Args:
-        checkpoint: the checkpoint directory inside its run directory.
-        manifest: the checkpoint's manifest, whose weights were verified.
-        tokenizer: the run's tokenizer, which has tokens for the start and end of a document.
-        spec: engine, precision, and limits on numbers of requests.
-
-    Raises:
-        CheckpointError: the weights do not belong to the manifest's model.
-        ServeError: the engine is not installed, or cannot compute this model.
-    """
+    """Start the spec's engine with a checkpoint whose weights were verified; see `StartEngine` for the errors."""
     check_engine(manifest, spec)
     start: StartEngine = resolve_name(ENGINES[spec.engine].start)
     return start(checkpoint, manifest, *token_limits(tokenizer, manifest.ends), spec)
 
 
 def token_limits(tokenizer: Tokenizer, ends: Iterable[int]) -> tuple[frozenset[int], int]:
-    """Return the token ids that end an answer, and the number of token ids, counted from 0, that may be sampled.
-
-    Args:
-        tokenizer: the model's tokenizer, which has tokens for the start and end of a document.
-        ends: token ids that end a text in addition to the tokenizer's own end tokens.
-    """
+    """Return the token ids that end an answer, and the number of ids, from 0, that may be sampled."""
     # The model may have logits for more ids than the tokenizer has tokens, and the engine must not sample an id that
     # has no text.
     return boundaries(tokenizer).ends.union(ends), token_count(tokenizer)
@@ -128,30 +94,17 @@ def token_limits(tokenizer: Tokenizer, ends: Iterable[int]) -> tuple[frozenset[i
 def load_served(checkpoint: Location, spec: ServeSpec) -> ServedModel:
     """Load a checkpoint of any kind of model, and return the model with its started engine.
 
-    Args:
-        checkpoint: a checkpoint directory inside its run directory.
-        spec: engine, precision, and limits on numbers of requests.
-
-    Raises:
-        CheckpointError, DataError: the checkpoint, or the run's tokenizer or list of classes, is missing or damaged.
-        ServeError: the engine is not installed, or cannot compute this model, or the run's chat template is invalid.
+    A missing or damaged file is a CheckpointError or DataError; an engine that is missing or cannot compute the model,
+    or an invalid chat template, is a ServeError.
     """
     manifest = read_manifest(checkpoint, parts=("weights",))
     return serving_of(manifest.model.kind).load(checkpoint, spec, manifest)
 
 
 def load_answerer(checkpoint: Location, spec: ServeSpec, manifest: CheckpointManifest | None = None) -> Answerer:
-    """Start the engine that the spec names, and return it with the tokenizer and the chat template of the checkpoint.
+    """Start the spec's engine, and return it with tokenizer and chat template; see `load_served` for the errors.
 
-    Args:
-        checkpoint: a checkpoint directory inside its run directory.
-        spec: engine, precision, and limits on numbers of requests.
-        manifest: the checkpoint's manifest, if its weights have just been verified. Without it, the weights are hashed
-            first to verify them.
-
-    Raises:
-        CheckpointError, DataError: the checkpoint or the run's tokenizer is missing or damaged.
-        ServeError: the engine is not installed, or cannot compute this model, or the run's chat template is invalid.
+    Without a manifest of just verified weights, the weights are hashed first.
     """
     # The import is here because a process that only checks whether an engine can serve a model needs no torch.
     import torch

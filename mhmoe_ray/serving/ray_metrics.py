@@ -1,8 +1,7 @@
 """An engine's statistics as Ray metrics, which each node exports for all its replicas on the port for Prometheus.
 
-The names are those that the server's endpoint `/metrics` has, with the prefix `ray_`. Ray adds the labels application,
-deployment and replica. Ray's own histograms need every observation separately, so buckets are counters here, with the
-label `le`.
+The names are those of `/metrics` with the prefix `ray_`, and Ray adds the labels application, deployment and replica.
+Ray's own histograms need every observation, so buckets are counters with the label `le`.
 """
 
 import time
@@ -17,18 +16,12 @@ from mhmoe_ray.serving.engine import Stats
 from mhmoe_ray.serving.engine.request import BUCKET_BOUNDS
 
 EXPORT_SECONDS = 2.0
-"""Seconds between two updates of the metrics."""
 
 
 class RayMetrics:
     """Exporter that publishes the statistics of one replica's engine as Ray metrics."""
 
     def __init__(self, model: str) -> None:
-        """Create the Ray metrics for the engine of a model.
-
-        Args:
-            model: the model's name for clients.
-        """
         self._labels = {"model": model}
         self._gauges = {name: self._create_metric(Gauge, name, text) for name, text in GAUGES.items()}
         self._counters = {name: self._create_metric(Counter, name, text) for name, text in COUNTERS.items()}
@@ -65,14 +58,7 @@ class RayMetrics:
                 self._add_to_counter(self._experts, count, expert_labels, "experts", *expert_labels.values())
 
     def _add_to_counter(self, counter: Counter, value: float, labels: dict[str, str], *key: str) -> None:
-        """Add to a counter the increase of its total since the last export.
-
-        Args:
-            counter: the Ray metric.
-            value: present total since the engine's start.
-            labels: labels of the series, apart from the model's name.
-            *key: key of the series in `_exported_values`, which has the totals that were exported last.
-        """
+        """Add to a counter the increase of its total `value`; `key` is that of the series in `_exported_values`."""
         # Ray's counters take increases, while the engine's statistics are totals, so the total of the last export is
         # stored.
         increase = value - self._exported_values.get(key, 0)
@@ -82,12 +68,7 @@ class RayMetrics:
 
 
 def export_periodically(stats: Callable[[], Stats], model: str) -> None:
-    """Export an engine's statistics every `EXPORT_SECONDS` seconds, in a thread that lives as long as the process.
-
-    Args:
-        stats: function that returns the engine's statistics.
-        model: the model's name for clients.
-    """
+    """Export an engine's statistics every `EXPORT_SECONDS` seconds, in a thread that lives as long as the process."""
     metrics = RayMetrics(model)
 
     def run() -> None:

@@ -25,14 +25,14 @@ class TokenBucket:
         self._available, self._refill_time = per_minute, clock()
 
     def wait_seconds(self) -> float:
-        """Return the seconds until at least one unit is available; 0 if it is available now."""
+        """Return the seconds until one unit is available; 0 if it is now."""
         current_time = self._clock()
         self._available = min(self._capacity, self._available + (current_time - self._refill_time) * self._rate)
         self._refill_time = current_time
         return max(0.0, 1 - self._available) / self._rate
 
     def spend(self, amount: float) -> None:
-        """Spend an amount, even if less is available; the bucket then stays empty until the rate makes up for it."""
+        """Spend an amount, even if less is available; the bucket then stays empty for longer."""
         # The amount may exceed what is available, because the tokens of an answer are known only at its end, when they
         # cannot be refused any more.
         self._available -= amount
@@ -43,19 +43,13 @@ class ExceededLimit(NamedTuple):
 
     unit: str
     retry_seconds: float
-    """Seconds until at least one unit is available again."""
 
 
 class LocalRateLimiter:
     """A `RateLimiter` that counts the requests and tokens of clients in this process."""
 
     def __init__(self, keys: Sequence[KeySpec], clock: Callable[[], float] = time.monotonic) -> None:
-        """Create full token buckets for all clients with limits.
-
-        Args:
-            keys: the API keys with their limits; keys with the same name share one limit.
-            clock: function that returns the present time in seconds.
-        """
+        """Create full token buckets for clients with a rate limit; keys with the same name share one."""
 
         def bucket(per_minute: int | None) -> TokenBucket | None:
             return TokenBucket(per_minute, clock) if per_minute else None
@@ -64,7 +58,6 @@ class LocalRateLimiter:
         self._tokens = {key.name: bucket(key.tokens_per_minute) for key in keys}
 
     async def begin_request(self, client: str) -> ExceededLimit | None:
-        """Count one more request of a client. If a limit is used up, do not count it and return that limit."""
         requests = self._requests.get(client)
         for unit, bucket in (("requests", requests), ("tokens", self._tokens.get(client))):
             if bucket and (seconds := bucket.wait_seconds()):
@@ -74,7 +67,6 @@ class LocalRateLimiter:
         return None
 
     def record_tokens(self, client: str, tokens: int) -> None:
-        """Count the tokens of a request's prompts and answers against the client's limit, if it has one."""
         if bucket := self._tokens.get(client):
             bucket.spend(tokens)
 
@@ -106,14 +98,9 @@ class Client:
 
     name: str
     rate_limiter: RateLimiter | None = None
-    """Rate limiter of the client; None if the client has no limits."""
 
     async def begin_request(self) -> None:
-        """Count one more request of this client against its rate limit.
-
-        Raises:
-            RequestError: the client has used up a rate limit.
-        """
+        """Count one more request of this client; an exceeded rate limit is a RequestError."""
         if self.rate_limiter and (exceeded_limit := await self.rate_limiter.begin_request(self.name)):
             # The seconds are rounded upwards, because a client that retries too early is refused again.
             seconds = max(1, round(exceeded_limit.retry_seconds + 0.5))
@@ -127,22 +114,13 @@ class Client:
 
 
 class AccessControl:
-    """Access control of the server: it identifies the client that sent a request by the API key in the request."""
+    """Access control of the server, which identifies clients by API key."""
 
     def __init__(self, keys: Sequence[KeySpec], rate_limiter: RateLimiter) -> None:
-        """Set up access for the clients that have API keys.
-
-        Args:
-            keys: the accepted API keys; without any, everyone has access.
-            rate_limiter: rate limiter of all clients; only clients of keys with limits use it.
-        """
         self._clients = {key.sha256: Client(key.name, rate_limiter if has_limits([key]) else None) for key in keys}
 
     def find_client(self, headers: Headers) -> Client | None:
-        """Return the client whose API key is in the headers; None if there is no such key.
-
-        If the server has no keys, everyone is a client without a name.
-        """
+        """Return the client of the API key in the headers, if any; without keys, everyone is a nameless client."""
         if not self._clients:
             return Client("")
         authorization = headers.get("authorization", "")
@@ -157,11 +135,7 @@ class AccessControl:
         return matching_client
 
     def authenticate(self, http_request: Request) -> Client:
-        """Return the client that sent a request, as `find_client` does.
-
-        Raises:
-            RequestError: the server has keys, and the request has none or an unknown one.
-        """
+        """Return the client that sent a request; a missing or unknown key is a RequestError."""
         client = self.find_client(http_request.headers)
         if client is None:
             message = "no such API key; send one as `Authorization: Bearer KEY`"
@@ -170,23 +144,23 @@ class AccessControl:
 
 
 TEXT_BODY_BYTES = 1 << 20
-"""Default limit of the size of a request's body, in bytes, for models that read only text."""
+"""Default limit of a request's body, in bytes, for models that read only text."""
 IMAGE_BODY_BYTES = 16 << 20
-"""Default limit of the size of a request's body, in bytes, for models that read images."""
+"""Default limit of a request's body, in bytes, for models that read images."""
 
 
 HELD_BODIES = 32
-"""Number of request bodies of the largest allowed size that a server holds in memory at the same time."""
+"""Number of bodies of the largest allowed size that a server holds in memory."""
 MIN_HELD_BYTES = 256 << 20
-"""Bytes of request bodies that a server may hold in memory, even if `HELD_BODIES` of the largest bodies have fewer."""
+"""Bytes of bodies that a server may hold even if `HELD_BODIES` largest bodies have fewer."""
 BODY_SECONDS = 120.0
-"""Seconds within which the whole body of a request must arrive."""
+"""Seconds within which a whole body must arrive."""
 SLOW_SECONDS = 1.0
 """Seconds after which a body that has not arrived is slow."""
 SLOW_BODIES = 16
-"""Number of slow bodies that one client may have at a time, each of which keeps a request slot of a replica."""
+"""Number of slow bodies of one client at a time, each of which keeps a request slot of a replica."""
 UNFINISHED_SHARE = 4
-"""Divisor of the bytes that a server may hold; one client's unfinished bodies get the quotient."""
+"""Divisor of the bytes that a server may hold, for one client's unfinished bodies."""
 
 
 @dataclass
@@ -201,10 +175,10 @@ class _Body:
 class BodyLimits:
     """Middleware that reads only bodies of clients with access, and refuses those that are too large, many or slow.
 
-    A request gets a 413 if its body has more than `max_bytes` bytes, and a 408 if its body does not arrive within
-    `BODY_SECONDS`. It gets a 429 if the bodies of all unanswered requests would have more than `max_held_bytes` bytes
-    together. One client cannot use up the slots and the bytes of the others: it also gets a 429 if it has `SLOW_BODIES`
-    other slow bodies, or more than its share of bytes in unfinished ones. Without keys, a client is an IP address.
+    A body of more than `max_bytes` bytes gets a 413, and one that takes longer than `BODY_SECONDS` a 408. A 429 keeps
+    the bodies of unanswered requests below `max_held_bytes` bytes. A client with `SLOW_BODIES` other slow bodies, or
+    more than its share of bytes in unfinished ones, gets a 429 too, so that slots and bytes are left for others.
+    Without keys, a client is an IP address.
     """
 
     def __init__(self, app: ASGIApp, access: AccessControl, max_bytes: int, max_held_bytes: int) -> None:
@@ -239,7 +213,7 @@ class BodyLimits:
             await error_response(error)(scope, receive, send)
 
     async def _read(self, body: _Body, declared_size: str, receive: Receive) -> RequestError | None:
-        """Read a body and count its bytes as held; return an error if the request is refused."""
+        """Read a body and count its bytes as held; return an error for a refusal."""
         reason = f"the body did not arrive within {BODY_SECONDS:g} s; send it again"
         late_error, is_slow = RequestError(408, reason, code="timeout"), False
 
@@ -277,7 +251,7 @@ class BodyLimits:
             _subtract(self._slow_bodies, body.client_name, int(is_slow))
 
     def _error(self, body: _Body, growth: int) -> RequestError | None:
-        """Return the error of a request whose body grows by some bytes; None if this is allowed."""
+        """Return the error of a body that grows by some bytes, if it has one."""
         if body.size + growth > self._max_bytes:
             reason = f"the body has more than {self._max_bytes:,} bytes"
             fix = "send a smaller one, or raise serve.max_body_bytes"
@@ -297,7 +271,7 @@ def _busy_error(reason: str) -> RequestError:
 
 
 def _subtract(counter: Counter[str], client_name: str, count: int) -> None:
-    """Subtract from the count of a client, and forget a count of zero, because a server meets many addresses."""
+    """Subtract from a client's count, and forget a zero, because a server meets many addresses."""
     counter[client_name] -= count
     if not counter[client_name]:
         del counter[client_name]

@@ -50,13 +50,8 @@ def create_app(
 ) -> FastAPI:
     """Return the HTTP application with all routes, which answers with one engine.
 
-    Args:
-        answerer: engine with the tokenizer or class names of its model, shared by all requests.
-        model: the model's name for clients.
-        spec: limits and API keys.
-        replica: name of this process among the replicas that serve the same model.
-        collect_stats: function that returns the statistics of each replica; by default there is only this one.
-        rate_limiter: rate limiter over all replicas; by default limits are counted in this process.
+    `replica` names this process among the replicas of the model. By default statistics are only those of this replica,
+    and limits are counted in this process.
     """
     access = AccessControl(spec.keys, rate_limiter or LocalRateLimiter(spec.keys))
     app = FastAPI(title="mhmoe-ray", exception_handlers=HANDLERS)
@@ -106,13 +101,6 @@ def replica_stats(answerer: ServedModel, replica: str) -> dict[str, Any]:
 
 
 def _info_router(service: ModelService[Any], replica: str, collect_stats: StatsCollector | None) -> APIRouter:
-    """Return a router with the routes for models and statistics.
-
-    Args:
-        service: the served model.
-        replica: name of this process among the replicas.
-        collect_stats: function that returns the statistics of each replica; None if there is only this one.
-    """
     routes, answerer = APIRouter(), service.answerer
 
     @routes.get("/v1/models")
@@ -141,7 +129,6 @@ def _info_router(service: ModelService[Any], replica: str, collect_stats: StatsC
 
 
 def _tokenizer_router(service: TextService[Any]) -> APIRouter:
-    """Return a router with the routes /tokenize, /detokenize and /tokenizer_info, for a model that reads texts."""
     routes, answerer = APIRouter(), service.answerer
 
     @routes.post("/tokenize")

@@ -89,16 +89,11 @@ class _ResponseBuilder:
         self._offsets = [_TextOffsets() for _ in range(choices)]
 
     def build_body(self, choices: list[Choice], usage: Usage | None) -> Completion:
-        """Return the body of a complete response, or of one chunk of a stream.
-
-        Args:
-            choices: the answers, or their next pieces.
-            usage: numbers of tokens to report; None reports none.
-        """
+        """Return the body of a complete response, or of one chunk of a stream."""
         return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
 
     def build_choice(self, number: int, piece: AnswerPiece) -> Choice:
-        """Return the choice (answer) with index `number`, with the next piece of its text or with its whole text."""
+        """Return the choice with index `number`, with the next piece of its text or with all of it."""
         logprobs = self._offsets[number].logprobs(piece.scores) if piece.scores else None
         return Choice(text=piece.text, index=number, logprobs=logprobs, finish_reason=piece.finish_reason)
 
@@ -194,11 +189,7 @@ def chat_router(service: Service) -> APIRouter:
 
 
 async def _encode_messages(service: Service, request: ChatRequest) -> tuple[int, ...]:
-    """Return the token ids of a conversation's messages, checked for length.
-
-    Raises:
-        RequestError: the model has no chat template, the template does not accept the messages, or they are too long.
-    """
+    """Return the token ids of a conversation; messages that do not fit, or no chat template, are a RequestError."""
     template = service.answerer.template
     if template is None:
         message = "this model has no chat template, so it cannot answer conversations; use /v1/completions"
@@ -213,7 +204,6 @@ async def _encode_messages(service: Service, request: ChatRequest) -> tuple[int,
 
 
 def _choice_fields(piece: AnswerPiece) -> dict[str, Any]:
-    """Return the fields `logprobs` and `finish_reason` of a chat answer, or of a piece of it in a stream."""
     logprobs = (
         ChatLogprobs(content=[ChosenLogprob.from_score(score) for score in piece.scores]) if piece.scores else None
     )

@@ -1,4 +1,4 @@
-"""Error responses: bodies in the format of OpenAI's API, without details of the server's internals."""
+"""Error responses in the format of OpenAI's API, without details of the server's internals."""
 
 import logging
 from collections.abc import Callable, Coroutine, Sequence
@@ -29,15 +29,7 @@ class RequestError(Exception):
         code: str | None = None,
         retry_after: int | None = None,
     ) -> None:
-        """Describe the error.
-
-        Args:
-            status: HTTP status code.
-            message: what happened, why, and what to do.
-            param: name of the request's field that is wrong; None if no field is.
-            code: error code that programs can read; None for none.
-            retry_after: seconds after which the client may try again.
-        """
+        """Describe the error; `param` is the wrong field, `code` is for programs, `retry_after` is in seconds."""
         super().__init__(message)
         self.status = status
         self.detail = ErrorDetail(
@@ -55,7 +47,7 @@ _TYPE_BY_STATUS: dict[int, ErrorType] = {401: "authentication_error", 429: "rate
 def error_body(error: Exception) -> ErrorBody:
     """Return the body that reports an error in the middle of a stream, whose HTTP status has been sent already.
 
-    An error other than RequestError and BusyError is logged, and the client gets no details of it.
+    An error other than RequestError and BusyError is logged, and the client gets no details.
     """
     if isinstance(error, RequestError):
         return ErrorBody(error=error.detail)
@@ -66,7 +58,6 @@ def error_body(error: Exception) -> ErrorBody:
 
 
 def _json_response(status: int, detail: ErrorDetail, headers: dict[str, str] | None = None) -> Response:
-    """Return an error response with a JSON body in the format of OpenAI's API."""
     return JSONResponse(ErrorBody(error=detail).model_dump(), status, headers)
 
 
@@ -80,17 +71,15 @@ async def _handle_request_error(_: Request, error: RequestError) -> Response:
 
 
 def _busy_detail(error: BusyError) -> ErrorDetail:
-    """Return the description of the error for a request that a busy engine refuses."""
     return ErrorDetail(message=f"the server is busy: {error}", type="rate_limit_error", code="busy")
 
 
 async def _handle_busy_error(_: Request, error: BusyError) -> Response:
-    """Return a 429 response, which tells the client of a busy engine when to retry."""
     return _json_response(429, _busy_detail(error), {"Retry-After": RETRY_SECONDS})
 
 
 async def _handle_engine_error(_: Request, error: EngineError) -> Response:
-    """Log why the engine cannot answer, and return a 503 response that does not reveal the reason."""
+    """Log why the engine cannot answer, and return a 503 response without the reason."""
     logger.error("The engine cannot answer: %s", error)
     return _json_response(
         503, ErrorDetail(message="the server cannot answer now; its log says why", type="server_error")
@@ -98,11 +87,9 @@ async def _handle_engine_error(_: Request, error: EngineError) -> Response:
 
 
 def _field_path(location: Sequence[int | str], body: Any) -> str:
-    """Return the path of an unsupported or missing field in the body of a request, such as "messages.0.tool_calls".
+    """Return the path of a field that is unsupported or missing in a body, such as "messages.0.tool_calls".
 
-    Args:
-        location: pydantic's location of the field in the body, which ends with the name of the field.
-        body: the body of the request.
+    `location` is pydantic's location of the field, which ends with its name.
     """
     *parents, name = location
     path, value = [], body
@@ -116,7 +103,7 @@ def _field_path(location: Sequence[int | str], body: Any) -> str:
 
 
 async def _handle_validation_error(_: Request, error: RequestValidationError) -> Response:
-    """Return a 400 response that names the first wrong field; an unsupported field comes before a wrong value."""
+    """Return a 400 response that names the first wrong field, unsupported fields first."""
     first_error = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     # Pydantic's location of an error is ("body", field, index in a list, nested field).
     kind, location = first_error["type"], first_error["loc"][1:]
@@ -137,13 +124,12 @@ async def _handle_validation_error(_: Request, error: RequestValidationError) ->
 
 
 async def _handle_http_error(request: Request, error: HTTPException) -> Response:
-    """Return an error response for a request with an unknown path or method."""
     message = f"{request.method} {request.url.path}: {error.detail}"
     return _json_response(error.status_code, ErrorDetail(message=message), dict(error.headers or {}))
 
 
 async def _handle_exception(_: Request, error: Exception) -> Response:
-    """Return a 500 response for an exception that no other handler handles; the framework logs its traceback."""
+    """Return a 500 response for any other exception; the framework logs its traceback."""
     return JSONResponse(INTERNAL_ERROR.model_dump(), 500)
 
 

@@ -32,12 +32,7 @@ EXPERT_ROUTES = "Routes of served tokens, by layer and expert."
 
 
 def render_exposition(stats: Stats, labels: Mapping[str, str]) -> bytes:
-    """Return the statistics as the text of `/metrics`.
-
-    Args:
-        stats: statistics of the engine.
-        labels: labels that every metric gets, with their values.
-    """
+    """Return the statistics as the text of `/metrics`; every metric gets the labels."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(stats, labels))
     return generate_latest(registry)
@@ -50,7 +45,6 @@ class _Collector(Collector):
         self._stats, self._names, self._values = stats, list(labels), list(labels.values())
 
     def collect(self) -> Iterator[Metric]:
-        """Yield all metrics. The registry calls this."""
         for name, help_ in GAUGES.items():
             gauge = GaugeMetricFamily(f"mhmoe_{name}", help_, labels=self._names)
             gauge.add_metric(self._values, getattr(self._stats, name))

@@ -17,12 +17,7 @@ PAGE_TOKENS = 64
 
 
 def page_router(package: str, spec: ServeSpec) -> APIRouter:
-    """Return a router with the route GET /, which answers with the web page in the file page.html of a package.
-
-    Args:
-        package: name of the package.
-        spec: limits of the server, which the page respects.
-    """
+    """Return a router with the route GET /, which answers with the file page.html of a package."""
     routes = APIRouter()
     text = _read(package, "page.html").replace("PAGE_TOKENS", str(min(PAGE_TOKENS, spec.max_tokens)))
     for line, shared_file in SHARED_FILES.items():
@@ -41,10 +36,7 @@ def _read(package: str, file: str) -> str:
 
 
 def _content_security_policy(page: str) -> str:
-    """Return the Content-Security-Policy of a web page.
-
-    The policy allows the page's own script and style, by their hashes, and connections to this server.
-    """
+    """Return a policy that allows only the page's own script and style, by hash, and connections to this server."""
 
     def tag_hash(tag: str) -> str:
         [content] = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)

@@ -1,8 +1,7 @@
 """Middleware of Serve's proxies, which turns the errors that a proxy itself reports into the format of OpenAI's errors.
 
-By default a proxy reports in plain text that too many requests wait. It does not report a replica that dies: a request
-gets a bare 500, and a stream just ends. A proxy installs this middleware if the environment variable
-`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` names `middlewares`, as it does in a local cluster of this project.
+By default a proxy reports a full queue in plain text, and a replica that dies by a bare 500 or the end of a stream. A
+proxy installs `middlewares` through the variable `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`.
 """
 
 from starlette.middleware import Middleware
@@ -23,8 +22,7 @@ def middlewares() -> list[Middleware]:
 class OpenAIErrorMiddleware:
     """Middleware that rewrites a proxy's plain-text refusals as OpenAI's errors, and reports a replica that has died.
 
-    If the dead replica left a request without a response, the request gets a 503. If it cut off a stream, the stream
-    gets an error as its last event.
+    A request without a response gets a 503, and a stream that was cut off an error as its last event.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -55,7 +53,7 @@ class _ResponseProgress:
         self._send = send
         self.headers_sent = self.is_complete = self.is_stream = False
         self.replacement: RequestError | None = None
-        """Error that replaces a plain-text refusal of the proxy; None without such a refusal."""
+        """Error that replaces a plain-text refusal of the proxy."""
 
     async def send(self, message: Message) -> None:
         """Pass a message on to the client, or add it to `replacement` if it belongs to a plain-text refusal."""

@@ -1,9 +1,8 @@
 """Schemas of requests and responses: prompts, sampling parameters, chat messages, choices, statistics and errors.
 
 The schemas follow OpenAI's API as far as this server supports it (https://platform.openai.com/docs/api-reference). A
-conversation is a list of chat messages with a role and a text each. A request with a field that is not defined here
-is refused, and the error names the field: ignoring OpenAI's field `suffix`, for example, would give another answer than
-the client requested.
+conversation is a list of chat messages. A request with an undefined field is refused: ignoring OpenAI's `suffix`, for
+example, would give another answer than the client requested.
 """
 
 from typing import Annotated, Any, Literal
@@ -30,14 +29,12 @@ MAX_LOGPROBS = 20
 
 
 def _check_encodable(text: str) -> str:
-    """Return the text if it can be encoded as UTF-8; otherwise raise ValueError."""
     # JSON can carry half of a surrogate pair, which is not a character. `encode` raises a ValueError for it.
     text.encode()
     return text
 
 
 def _is_whole_number(value: Any) -> bool:
-    """Return whether a value is a float that equals an integer."""
     return isinstance(value, float) and value.is_integer()
 
 
@@ -85,7 +82,6 @@ class StrictRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, body: Any) -> Any:
-        """Return the body of a request without the fields that are null."""
         return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
 
 
@@ -118,7 +114,6 @@ class SamplingRequest(StrictRequest):
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "SamplingRequest":
-        """Raise ValueError if a request has options of a stream but does not ask for a stream."""
         if self.stream_options and not self.stream:
             raise ValueError("stream_options are for stream: true")
         return self
@@ -129,12 +124,7 @@ class SamplingRequest(StrictRequest):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling_params(self, max_tokens: int, choice: int) -> SamplingParams:
-        """Return the parameters by which one choice, one of the `n` answers to a prompt, is drawn.
-
-        Args:
-            max_tokens: largest number of tokens of the answer.
-            choice: index of the choice; choice 0 uses the request's seed, and each other choice another seed.
-        """
+        """Return the parameters of one of the `n` choices of a prompt; choice 0 uses the request's seed."""
         return SamplingParams(
             max_tokens,
             self.temperature,
@@ -243,10 +233,9 @@ _CONVERSATION = TypeAdapter(Annotated[list[ChatMessage], Field(min_length=1)])
 
 
 def parse_messages(messages: Any) -> list[dict[str, Any]]:
-    """Check chat messages in the same way as those of a request, and return them in the form that chat templates take.
+    """Check chat messages as those of a request, and return them in the form that chat templates take.
 
-    Raises:
-        ValueError: the messages are malformed; the error names the first wrong field.
+    Malformed messages are a ValueError, which names the first wrong field.
     """
     try:
         conversation = _CONVERSATION.validate_python(messages)

@@ -18,7 +18,7 @@ from mhmoe_ray.spec import ServeSpec
 
 logger = logging.getLogger("ray.serve")
 COMPLETION_TOKENS = 16
-"""Largest number of tokens of a completion whose request names no number, as in OpenAI's API."""
+"""Largest number of tokens of a completion by default, as in OpenAI's API."""
 
 
 Served = TypeVar("Served", bound=ServedModel)
@@ -27,13 +27,11 @@ Text = TypeVar("Text", bound=ServedText)
 
 @dataclass
 class ModelService(Generic[Served]):
-    """The served model with the server's limits and clients, and the operations that routes of all models share."""
+    """The served model with the server's limits and clients, and the operations that all models' routes share."""
 
     answerer: Served
     model: str
-    """The model's name for clients."""
     spec: ServeSpec
-    """Section `serve` of the spec, with the limits of the server."""
     access: AccessControl
     start_time: int = field(default_factory=lambda: int(time.time()))
 
@@ -46,8 +44,7 @@ class ModelService(Generic[Served]):
     async def begin_request(self, client: Client) -> None:
         """Count one more request of a client against its rate limit.
 
-        Raises:
-            RequestError: the client has used up a rate limit, or the rate limiter does not answer in time.
+        An exceeded limit, or a rate limiter that does not answer in time, is a RequestError.
         """
         # The wait has a timeout, because the rate limiter may be another process, which does not answer while it is
         # restarted.
@@ -59,10 +56,10 @@ class ModelService(Generic[Served]):
 
 
 class TextService(ModelService[Text]):
-    """A served model that reads texts (a decoder or an encoder), and the operations that its routes share."""
+    """A served decoder or encoder, and the operations that its routes share."""
 
     async def encode(self, prompt: str) -> list[int]:
-        """Return the token ids of a prompt, with a start token in front if the model was trained with one."""
+        """Return the token ids of a prompt, with a start token if the model was trained with one."""
         # A thread encodes the prompt, because a long prompt takes seconds and streams must go on meanwhile.
         return await asyncio.to_thread(self.answerer.encode, prompt)
 
@@ -72,36 +69,21 @@ class TextService(ModelService[Text]):
         return await asyncio.to_thread(self.answerer.decode, tokens)
 
     def log_prompts(self, client: Client, prompts: Iterable[Sequence[int]]) -> None:
-        """Log the texts of a client's request if the spec sets `serve.log_prompts`.
-
-        Args:
-            client: the client, whose name is logged.
-            prompts: token ids of each text.
-        """
+        """Log the client's name and the texts of its request if the spec sets `serve.log_prompts`."""
         if self.spec.log_prompts:
             for token_ids in prompts:
                 logger.info("%s asks: %r", client.name or "somebody", self.answerer.decode(token_ids))
 
     def check_max_tokens(self, max_tokens: int, param: str) -> None:
-        """Raise RequestError if a request asks for more tokens than the server allows.
-
-        Args:
-            max_tokens: largest number of tokens of the answer.
-            param: name of the request's field, for the error.
-        """
+        """Raise RequestError about the field `param` if a request asks for more tokens than the server allows."""
         if max_tokens > self.spec.max_tokens:
             message = f"{param} is {max_tokens}, and this server allows at most {self.spec.max_tokens}"
             raise RequestError(400, message, param)
 
     def chat_max_tokens(self, max_completion_tokens: int | None, max_tokens: int | None) -> int:
-        """Return the largest number of tokens of the answer to a conversation.
+        """Return the largest number of tokens of a chat answer, checked as in `check_max_tokens`.
 
-        Args:
-            max_completion_tokens: the request's field of this name, which takes precedence.
-            max_tokens: the request's field of this name. If both fields are None, the server's limit applies.
-
-        Raises:
-            RequestError: the request asks for more tokens than the server allows.
+        `max_completion_tokens` takes precedence; the server's limit is the default.
         """
         limit = max_completion_tokens or max_tokens or self.spec.max_tokens
         self.check_max_tokens(limit, "max_completion_tokens" if max_completion_tokens else "max_tokens")
@@ -117,13 +99,9 @@ class Service(TextService[Answerer]):
         self.pacer = StreamPacer(self.spec.stream_interval)
 
     def completion_max_tokens(self, max_tokens: int | None) -> int:
-        """Return the largest number of tokens of a completion.
+        """Return the largest number of tokens of a completion, checked as in `check_max_tokens`.
 
-        Args:
-            max_tokens: the request's field of this name; None for the default, which never exceeds the server's limit.
-
-        Raises:
-            RequestError: the request asks for more tokens than the server allows.
+        The default never exceeds the server's limit.
         """
         if max_tokens is None:
             return min(COMPLETION_TOKENS, self.spec.max_tokens)
@@ -131,15 +109,9 @@ class Service(TextService[Answerer]):
         return max_tokens
 
     async def prompt_ids(self, prompt: str | Sequence[int], has_answer: bool, param: str) -> tuple[int, ...]:
-        """Return the token ids of a prompt, checked for unknown ids and for length.
+        """Return the token ids of a prompt; an unknown token or a prompt that is too long is a RequestError.
 
-        Args:
-            prompt: a text, or token ids.
-            has_answer: whether an answer follows the prompt; its first token must fit in the context too.
-            param: name of the request's field, for the error.
-
-        Raises:
-            RequestError: the prompt has an unknown token, or is too long.
+        If `has_answer`, the answer's first token must fit in the context too.
         """
         token_ids = await self.encode(prompt) if isinstance(prompt, str) else prompt
         self._check_tokens(token_ids, param)
@@ -150,7 +122,7 @@ class Service(TextService[Answerer]):
         return tuple(token_ids)
 
     def _check_tokens(self, token_ids: Iterable[int], param: str) -> None:
-        """Raise RequestError if a token id is not in the tokenizer; `param` is the request's field, for the error."""
+        """Raise RequestError about the field `param` if a token id is not in the tokenizer."""
         tokenizer_size = self.answerer.tokenizer_size
         if unknown_token := next((token for token in token_ids if token >= tokenizer_size), None):
             raise RequestError(400, f"{param!r}: there is no token {unknown_token}; there are {tokenizer_size}", param)
@@ -165,17 +137,8 @@ class Service(TextService[Answerer]):
     ) -> Answers:
         """Start the answers to one request of a client; all choices together count as one request.
 
-        Args:
-            engine_requests: requests to the engine, one for each choice (answer), each with the number of tokens that
-                the server added at the start of its prompt.
-            request: the client's request, for its stop strings and logit biases.
-            echo: whether each text begins with that of the prompt; see `Answerer.answer`.
-            prompt_tokens: number of tokens of all prompts.
-            client: the client that sent the request.
-
-        Raises:
-            RequestError: the request has unknown tokens or more choices than the server holds at a time, or the client
-                has used up a rate limit, or the rate limiter does not answer in time.
+        Each engine request is one choice, with the number of tokens that the server added to its prompt. Unknown
+        tokens, more choices than the server holds at a time, or the errors of `begin_request` are a RequestError.
         """
         self._check_tokens(map(int, request.logit_bias), "logit_bias")
         if len(engine_requests) > (max_choices := self.spec.max_concurrency + self.spec.max_waiting):

@@ -26,20 +26,16 @@ RESPONSE_DESCRIPTION = {
 # On its way through Serve's proxy a chunk costs about a millisecond of a core, whatever its size. So a chunk every 4
 # milliseconds takes about a quarter of a core and leaves the rest to engines.
 CHUNK_SECONDS = 0.004
-"""Mean seconds between two chunks that a replica with many streams sends, over all of its streams."""
+"""Mean seconds between two chunks of a replica with many streams, over all of its streams."""
 MAX_DELAY_SECONDS = 0.25
-"""Longest time, in seconds, that a token waits for the next chunk because of other streams."""
+"""Longest time, in seconds, that a token waits because of other streams."""
 
 
 class StreamPacer:
-    """Pacer of a replica's streams: it sets the time between two chunks, which grows with the number of streams."""
+    """Pacer of a replica's streams: the time between two chunks grows with the number of streams."""
 
     def __init__(self, interval: float) -> None:
-        """Create a pacer without streams.
-
-        Args:
-            interval: smallest number of seconds between two chunks of a stream; 0 sends a chunk with each token.
-        """
+        """Create a pacer; `interval` is the smallest time between two chunks in seconds, and 0 sends each token."""
         self._interval = interval
         self._streams = set[object]()
 
@@ -48,19 +44,19 @@ class StreamPacer:
         self._streams.add(stream)
 
     def remove_stream(self, stream: object) -> None:
-        """Remove a stream that has ended; it may have been removed already, or have had no token."""
+        """Remove a stream that has ended, if it is there."""
         self._streams.discard(stream)
 
     @property
     def interval(self) -> float:
-        """Seconds between two chunks of a stream, for the present number of streams; 0 sends each token at once."""
+        """Seconds between two chunks of a stream at present; 0 sends each token at once."""
         if not self._interval:
             return 0.0
         return max(self._interval, min(len(self._streams) * CHUNK_SECONDS, MAX_DELAY_SECONDS))
 
 
 class Answers:
-    """The answers to one HTTP request: one for each choice, as OpenAI's API calls them."""
+    """The answers to one HTTP request: one for each choice."""
 
     def __init__(
         self,
@@ -70,15 +66,7 @@ class Answers:
         timeout: float,
         pacer: StreamPacer,
     ) -> None:
-        """Take over the answers, which start when they are iterated.
-
-        Args:
-            answers: one generator of pieces for each choice.
-            prompt_tokens: number of tokens of all prompts of the request.
-            client: the client; the tokens count against its rate limit, unless the engine refuses the request.
-            timeout: seconds after which unfinished answers fail.
-            pacer: pacer of all streams of this replica.
-        """
+        """Take over the answers, which start when they are iterated, and fail after `timeout` seconds."""
         self._answers, self._prompt_tokens, self._client = answers, prompt_tokens, client
         self._timeout, self._pacer = timeout, pacer
         self._tokens = [0] * len(answers)
@@ -93,8 +81,7 @@ class Answers:
     async def pieces(self) -> Pieces:
         """Yield the pieces of all choices as they arrive, each with the index of its choice.
 
-        When the generator ends, the tokens so far count against the client's rate limit, unless the engine refused the
-        request.
+        At the end, the tokens so far count against the client's rate limit, unless the engine refused the request.
         """
         is_refused = False
         try:
@@ -122,14 +109,10 @@ class Answers:
     async def events(
         self, build_chunk: Callable[[int, AnswerPiece], BaseModel], build_usage_chunk: Callable[[], BaseModel] | None
     ) -> AsyncGenerator[str]:
-        """Wait for the first piece, and return the answers as server-sent events.
+        """Wait for the first piece, and return the answers as server-sent events; an earlier failure is raised.
 
-        The events are chunks, then [DONE] or, after a failure, an error body. The caller must close the generator. A
-        failure before the first piece is raised.
-
-        Args:
-            build_chunk: function that returns the body for a piece of a choice.
-            build_usage_chunk: function that returns a body to send after all pieces; None sends none.
+        The events are chunks, the usage chunk if it has a builder, then [DONE] or, after a failure, an error body. The
+        caller must close the generator.
         """
         events = self._events(build_chunk, build_usage_chunk)
         # The first event is empty and comes with the first piece. A failure before this piece is therefore raised here,
@@ -189,7 +172,7 @@ class Answers:
 
 
 class EventResponse(StreamingResponse):
-    """A response that streams server-sent events, and closes their generator whether sending succeeds or not."""
+    """A response that streams server-sent events, and closes their generator in any case."""
 
     media_type = "text/event-stream"
 
@@ -207,7 +190,6 @@ class EventResponse(StreamingResponse):
 
 
 def _format_event(body: BaseModel) -> str:
-    """Return a body as a server-sent event."""
     return f"data: {body.model_dump_json()}\n\n"
 
 
@@ -220,10 +202,7 @@ def timeout_error(timeout: float) -> RequestError:
 async def merge_answers(answers: Sequence[AsyncGenerator[AnswerPiece]], timeout: float) -> Pieces:
     """Yield the pieces of all answers as they arrive, each with the index of its answer.
 
-    If one answer fails, or the generator is closed, all answers end.
-
-    Raises:
-        RequestError: the answers took longer than `timeout` seconds.
+    All answers end if one fails, the generator is closed, or `timeout` seconds are over, which is a RequestError.
     """
     pieces = asyncio.Queue[tuple[int, AnswerPiece | Exception]]()
 

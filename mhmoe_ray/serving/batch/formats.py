@@ -1,8 +1,7 @@
 """The formats of inputs and outputs: JSON lines, plain or compressed, and Parquet.
 
-A chunk of the input is read into an Arrow table with one row per input row. For JSON lines, the table has one column
-with the raw lines, so that the output repeats them unchanged, to the last digit of a number. For Parquet, the table has
-the columns of the file.
+A chunk of the input is an Arrow table with one row per input row. JSON lines have one column with the raw lines, so
+that the output repeats them to the last digit of a number.
 """
 
 import io
@@ -30,12 +29,12 @@ from mhmoe_ray.serving.batch.rows import (
 )
 
 MAX_LINE_BYTES = 1 << 30
-"""Largest size of a line in bytes. The limit keeps a file that is not in JSON lines from filling the memory."""
+"""Largest size of a line in bytes, so that a file of another format does not fill the memory."""
 _LINE = "line"
 
 
 class SourceFile(NamedTuple):
-    """The input file of a batch inference: the storage that has it, its path and size, and its format."""
+    """The input file of a batch inference, in its storage."""
 
     storage: Storage
     file: RawFile
@@ -47,7 +46,7 @@ class SourceFile(NamedTuple):
         return f"input {self.file.path}"
 
     def damage_error(self, reason: str) -> DataError:
-        """Return the error for an input file that cannot be read, because it is damaged."""
+        """Return the error for a damaged input file."""
         return DataError(self.subject, reason, "repair it, then give the command again")
 
 
@@ -57,11 +56,11 @@ class NumberedRow(NamedTuple):
     number: int
     """Number of the line or row in the file, from 1."""
     value: Any
-    """Decoded line of a JSON lines file, or the columns of a Parquet file's row that hold its prompt."""
+    """Decoded line of JSON, or the columns of a Parquet row that hold its prompt."""
 
 
 class Format(Protocol):
-    """Interface of the reader and writer of a file format; each format of inputs and outputs implements it."""
+    """Interface of the reader and writer of a file format, for inputs and outputs."""
 
     suffix: ClassVar[str]
     """Suffix of output files in this format."""
@@ -109,12 +108,10 @@ class JsonLines:
     row_label: ClassVar[str] = "line"
 
     def read_rows(self, source: SourceFile, has_logprobs: bool) -> Iterator[NumberedRow | BadLine]:
-        """Yield the value of each line, and the lines that are not JSON; see `Format.read_rows`."""
         for record in read_records(source.storage, source.file, MAX_LINE_BYTES, Tally()):
             yield record if isinstance(record, BadLine) else NumberedRow(record.line, record.fields)
 
     def read_tables(self, source: SourceFile, rows: int) -> Iterator[pa.Table]:
-        """Yield the lines of the file in tables; see `Format.read_tables`."""
         lines = []
         for record in read_records(source.storage, source.file, MAX_LINE_BYTES, Tally()):
             if isinstance(record, BadLine):
@@ -127,11 +124,10 @@ class JsonLines:
             yield _line_table(lines)
 
     def table_rows(self, table: pa.Table) -> list[Any]:
-        """Decode the lines in a table that `read_tables` yielded."""
         return [decode_json(line) for line in table[_LINE].to_pylist()]
 
     def encode(self, table: pa.Table, answers: Sequence[RowAnswer], has_logprobs: bool) -> bytes:
-        """Return the rows of a table as lines of JSON; the keys of a row's answer are added at the end of its line."""
+        """Return the rows of a table as lines of JSON, which end with the keys of their answers."""
         columns = answer_columns(has_logprobs)
         return b"".join(
             _add_keys(line, {name: getattr(answer, name) for name in columns})
@@ -139,7 +135,6 @@ class JsonLines:
         )
 
     def count(self, content: bytes) -> AnswerCounts:
-        """Count the answers and tokens in the content of an output file of JSON lines."""
         return AnswerCounts.of_rows([decode_json(line) for line in content.split(b"\n") if line])
 
 
@@ -148,7 +143,7 @@ def _line_table(lines: list[bytes]) -> pa.Table:
 
 
 def _add_keys(line: bytes, keys: dict[str, Any]) -> bytes:
-    """Add keys and a newline at the end of a line, which is a JSON object that has at least one key already."""
+    """Add keys and a newline to a line, which is a JSON object with at least one key."""
     return line.strip().removesuffix(b"}").rstrip() + b", " + orjson.dumps(keys).removeprefix(b"{") + b"\n"
 
 
@@ -161,7 +156,6 @@ _ANSWER_TYPES: dict[str, pa.DataType] = {
     "error": pa.string(),
     "logprobs": pa.list_(pa.struct([*_LOGPROB, ("top_logprobs", pa.list_(pa.struct(_LOGPROB)))])),
 }
-"""Type of each column of an answer in a Parquet file."""
 
 
 class Parquet:
@@ -171,7 +165,6 @@ class Parquet:
     row_label: ClassVar[str] = "row"
 
     def read_rows(self, source: SourceFile, has_logprobs: bool) -> Iterator[NumberedRow | BadLine]:
-        """Yield the columns of each row that hold its prompt; see `Format.read_rows`."""
         try:
             with open_parquet(source.storage, source.file.path) as parquet_file:
                 names = parquet_file.schema_arrow.names
@@ -184,7 +177,6 @@ class Parquet:
         yield from map(NumberedRow, itertools.count(1), rows)
 
     def read_tables(self, source: SourceFile, rows: int) -> Iterator[pa.Table]:
-        """Yield the rows of the file in tables; see `Format.read_tables`."""
         return _read_parquet(source, rows, None)
 
     def table_rows(self, table: pa.Table) -> list[Any]:
@@ -193,7 +185,6 @@ class Parquet:
         return rows
 
     def encode(self, table: pa.Table, answers: Sequence[RowAnswer], has_logprobs: bool) -> bytes:
-        """Return the content of a Parquet file with the columns of the table and those of the answers."""
         for name in answer_columns(has_logprobs):
             values = [getattr(answer, name) for answer in answers]
             table = table.append_column(name, pa.array(values, _ANSWER_TYPES[name]))
@@ -202,7 +193,6 @@ class Parquet:
         return sink.getvalue()
 
     def count(self, content: bytes) -> AnswerCounts:
-        """Count the answers and tokens in the content of an output file in Parquet."""
         columns = ["error", "prompt_tokens", "tokens"]
         return AnswerCounts.of_rows(pq.read_table(io.BytesIO(content), columns=columns).to_pylist())
 
@@ -210,13 +200,7 @@ class Parquet:
 def _read_parquet(source: SourceFile, rows: int, columns: list[str] | None) -> Iterator[pa.Table]:
     """Yield the rows of a Parquet file in tables of `rows` rows; the last one may have fewer.
 
-    Args:
-        source: the input file, in Parquet.
-        rows: number of rows of a table.
-        columns: names of the columns to read; None for all.
-
-    Raises:
-        DataError: the file is damaged.
+    With None as `columns`, all columns are read. A damaged file is a DataError.
     """
     try:
         with open_parquet(source.storage, source.file.path) as parquet_file:
@@ -237,11 +221,7 @@ def _read_parquet(source: SourceFile, rows: int, columns: list[str] | None) -> I
 
 
 def _check_columns(source: SourceFile, names: Sequence[str], has_logprobs: bool) -> None:
-    """Check that an input has a column of prompts or messages, and no column with the name of an answer's column.
-
-    Raises:
-        DataError: the input lacks both columns, or has one with the name of an answer's column.
-    """
+    """Raise DataError if an input lacks prompts and messages, or has a column named like an answer's."""
     if PROMPT not in names and MESSAGES not in names:
         reason = f"it has no column {PROMPT!r} or {MESSAGES!r}; it has {', '.join(map(repr, names))}"
         raise DataError(source.subject, reason, "rename the column of the prompts")
@@ -250,4 +230,3 @@ def _check_columns(source: SourceFile, names: Sequence[str], has_logprobs: bool)
 
 
 FORMATS: dict[InputFormat, Format] = {"jsonl": JsonLines(), "parquet": Parquet()}
-"""Reader and writer of each format, by the format's name."""

@@ -11,14 +11,7 @@ from mhmoe_ray.spec import formats
 
 
 def open_input(path: str) -> SourceFile:
-    """Find the input file and its format, which the suffix of its name determines.
-
-    Args:
-        path: path or URI of a file.
-
-    Raises:
-        DataError: there is no such file, it is not a single file, or its suffix is not known.
-    """
+    """Find an input file, and its format by its suffix; anything but one file of a known suffix is a DataError."""
     subject, name = f"input {path}", path.partition("?")[0]
     storage = Storage(path)
     try:
@@ -45,15 +38,9 @@ class CheckedRows(NamedTuple):
 
 
 def check_rows(source: SourceFile, has_logprobs: bool) -> CheckedRows:
-    """Read all rows of an input, and check that each has a prompt or a conversation.
+    """Check that each row of an input has a prompt or a conversation, and no key of an answer.
 
-    Args:
-        source: the input file.
-        has_logprobs: whether answers will have a column of token scores, whose name the rows must then not use.
-
-    Raises:
-        DataError: there are no rows, or some rows cannot be answered. The error names the first bad row and the
-            number of bad rows.
+    An input without rows, or with bad ones, is a DataError, which names the first bad row and their number.
     """
     file_format = FORMATS[source.format]
     row_count, bad_count, first_chat = 0, 0, None
@@ -81,7 +68,6 @@ def check_rows(source: SourceFile, has_logprobs: bool) -> CheckedRows:
 
 
 def _row_problem(value: Any, has_logprobs: bool) -> str | None:
-    """Return the reason why a row of the input cannot be answered; None if it can."""
     try:
         parse_row(value)
     except ValueError as e:

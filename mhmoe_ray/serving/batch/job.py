@@ -21,15 +21,14 @@ from mhmoe_ray.spec import ServeSpec
 from mhmoe_ray.storage import describe_file, location
 
 PROGRESS_SECONDS = 5.0
-"""Shortest time in seconds between two lines about progress in the log."""
 READERS = 8
-"""Number of output files that are read at the same time, to count the answers of earlier jobs."""
+"""Number of output files that are read at the same time, to count earlier answers."""
 OUTPUT_KEY = "mhmoe_output"
 """Key under which the job's metadata have the path of the output folder."""
 
 
 class BatchJob(RemoteJob[AnswerCounts]):
-    """Request for the job that answers the rows of a file; the job's result is the summary in the output folder."""
+    """Request for the job that answers the rows of a file; its result is the summary in the output folder."""
 
     module: ClassVar[str] = "mhmoe_ray.serving.batch.job"
     kind: ClassVar[str] = "generate"
@@ -38,7 +37,6 @@ class BatchJob(RemoteJob[AnswerCounts]):
     output: str
     """Path or URI of the output folder."""
     serve: ServeSpec
-    """Section `serve` of the spec, with the engine, precision and resources of a worker."""
     workers: int
 
     @property
@@ -69,13 +67,7 @@ def main() -> None:
 
 
 def _check(job: BatchJob) -> None:
-    """Check the input, the checkpoint and the engine before workers start, because workers would fail much later.
-
-    Raises:
-        DataError: the input has changed, or another command wrote its request to the output folder.
-        CheckpointError: the checkpoint is damaged.
-        ServeError: the engine is not installed or cannot compute the model, or the chat template is invalid.
-    """
+    """Check the input, the checkpoint and the engine before workers start, which would fail much later."""
     request, output = job.request, job.output_folder
     output.check_request(request, is_first=False)
     try:
@@ -94,7 +86,6 @@ def _check(job: BatchJob) -> None:
 
 
 def _answer_missing_rows(job: BatchJob) -> None:
-    """Answer the chunks of rows that have no answers yet, and write the summary when all rows are answered."""
     from mhmoe_ray.serving.batch.pipeline import answer_chunks
 
     request, output = job.request, job.output_folder
@@ -134,25 +125,20 @@ def _print_lack_of_resources(job: BatchJob) -> None:
 
 
 class ProgressReport:
-    """Reporter of a job's progress in lines of text: answered rows, speed and time left."""
+    """Reporter of a job's progress: answered rows, speed and time left."""
 
     def __init__(self, total_rows: int, rows: int) -> None:
-        """Begin a report.
-
-        Args:
-            total_rows: number of rows of the input.
-            rows: number of rows that earlier jobs have answered.
-        """
+        """Begin a report after `rows` rows that earlier jobs have answered."""
         self._total_rows, self._rows = total_rows, rows
         self._line_time = 0.0
         self._start: tuple[float, int] | None = None
-        """Time and number of answered rows at this job's first result; None before it.
+        """Time and number of answered rows at this job's first result.
 
         The speed is measured from this time on, because loading the model takes long.
         """
 
     def is_due(self, rows: int) -> bool:
-        """Update the number of answered rows, and return whether it is time to print a line."""
+        """Update the number of answered rows, and return whether to print a line."""
         self._rows, current_time = rows, time.monotonic()
         self._start = self._start or (current_time, rows)
         if rows == self._total_rows or current_time - self._line_time >= PROGRESS_SECONDS:
@@ -161,7 +147,7 @@ class ProgressReport:
         return False
 
     def line(self) -> str:
-        """Return a line with the answered rows so far and, if the speed is known, rows per second and time left."""
+        """Return a line with the answered rows and, if the speed is known, rows per second and time left."""
         line = f"{self._rows:,} of {self._total_rows:,} rows"
         if self._start is None or self._rows == self._start[1]:
             return line

@@ -4,9 +4,9 @@
     chunk-00000000.jsonl     the rows of chunk 0 with their answers; .parquet if the input is in Parquet
     _summary.json            the numbers of answers and tokens, written when the files of all chunks exist
 
-The file of a chunk appears in one step, when it is complete, so the existing files show which rows are answered. In the
-order of their names, the files hold all rows in the order of the input. Programs that read a folder of Parquet files
-ignore names that begin with an underscore.
+A chunk's file appears in one step, when it is complete, so the files show which rows are answered; in the order of
+their names, they hold the rows of the input. Programs that read a folder of Parquet files ignore names that begin with
+an underscore.
 """
 
 import re
@@ -31,7 +31,7 @@ _CHUNK_NAME = re.compile(r"chunk-(\d{8,})\.\w+")
 
 @dataclass(frozen=True)
 class BatchOutput:
-    """Output folder of a batch inference; it may not exist yet.
+    """Output folder of a batch inference, which may not exist yet.
 
     All methods raise a StorageError if the folder cannot be read or written.
     """
@@ -55,15 +55,11 @@ class BatchOutput:
         return self.folder / "_summary.json"
 
     def chunk_file(self, request: BatchRequest, chunk: int) -> Location:
-        """Return the path of the file with the answers to a chunk of rows."""
+        """Return the path of the file with the answers to a chunk."""
         return self.folder / f"chunk-{chunk:08d}{FORMATS[request.input.format].suffix}"
 
     def stored_request(self) -> BatchRequest | None:
-        """Return the request that the folder holds; None if it holds none.
-
-        Raises:
-            DataError: the request is damaged, or the folder holds files but no request.
-        """
+        """Return the folder's request, if any; a damaged request, or files without one, are a DataError."""
         if request := self._read_model(self.request_file, BatchRequest):
             return request
         with self._report_storage_errors():
@@ -79,14 +75,9 @@ class BatchOutput:
             write_json(self.request_file, request.model_dump(mode="json"))
 
     def check_request(self, request: BatchRequest, is_first: bool) -> None:
-        """Check that the folder belongs to a request.
+        """Raise DataError, which names the differences, if the folder belongs to another request.
 
-        Args:
-            request: the request whose answers are to be written.
-            is_first: whether the folder may also hold no request, or another request without any answers.
-
-        Raises:
-            DataError: the folder belongs to another request; the error names the differences.
+        If `is_first`, the folder may also hold no request, or another request without any answers.
         """
         stored_request = self.stored_request()
         if is_first and (stored_request is None or not self.present_chunks()):
@@ -103,21 +94,17 @@ class BatchOutput:
         return {int(match[1]) for match in matches if match}
 
     def missing_chunks(self, request: BatchRequest) -> list[int]:
-        """Return the numbers of the chunks whose files are not in the folder yet, in ascending order."""
+        """Return the numbers of the chunks without a file, in ascending order."""
         present_chunks = self.present_chunks()
         return [chunk for chunk in range(request.chunk_count) if chunk not in present_chunks]
 
     def write_chunk(self, request: BatchRequest, chunk: int, content: bytes) -> None:
-        """Write the file with the answers to a chunk of rows; it appears in one step, when it is complete."""
+        """Write the file of a chunk, which appears in one step, when it is complete."""
         with self._report_storage_errors():
             replace_file(self.chunk_file(request, chunk), content)
 
     def count_chunk(self, request: BatchRequest, chunk: int) -> AnswerCounts:
-        """Count the answers and tokens in the file of a chunk.
-
-        Raises:
-            DataError: the file is damaged, or has another number of rows than the chunk.
-        """
+        """Count the answers in the file of a chunk; damage or a wrong number of rows is a DataError."""
         path = self.chunk_file(request, chunk)
         with self._report_storage_errors():
             content = path.read_bytes()
@@ -136,21 +123,14 @@ class BatchOutput:
         return self._read_model(self.summary_file, AnswerCounts)
 
     def complete(self, counts: AnswerCounts) -> None:
-        """Write the counts of all answers, which marks the folder as complete.
-
-        No process may still be writing chunks, because files that are not complete are removed.
-        """
+        """Mark the folder as complete; no process may still be writing chunks, as partial files are removed."""
         with self._report_storage_errors():
             # Workers that were killed while they wrote a chunk leave partial files.
             remove_partial_files(self.folder)
             write_json(self.summary_file, counts.model_dump())
 
     def _read_model(self, path: Location, model: type[M]) -> M | None:
-        """Read a JSON file of the folder into a Pydantic model; return None if there is no such file.
-
-        Raises:
-            DataError: the content of the file does not fit the model.
-        """
+        """Read a JSON file of the folder, if it exists; unfitting content is a DataError."""
         with self._report_storage_errors():
             content = path.read_text() if path.exists() else None
         try:

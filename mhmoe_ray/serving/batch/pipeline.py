@@ -1,7 +1,7 @@
 """The Ray dataset of a batch inference: a task reads the chunks of rows without answers, and workers answer them.
 
-If a worker is killed, Ray starts it again, and its chunks are computed again. If the reading task is killed, Ray
-repeats it, so the chunks that it yields must depend only on its arguments.
+Ray computes the chunks of a killed worker again. It also repeats a killed reading task, so the chunks that the task
+yields must depend only on its arguments.
 """
 
 from collections.abc import Collection, Iterator
@@ -20,8 +20,10 @@ from mhmoe_ray.serving.batch.worker import Chunk, ChunkResult, ChunkWorker, chun
 from mhmoe_ray.spec import ServeSpec
 
 CHUNK_RETRIES = 5
-"""Number of times that Ray Data repeats a chunk whose worker died. Without a limit, rows that need more memory than a
-worker has would kill workers without end."""
+"""Number of times that Ray Data repeats a chunk whose worker died.
+
+Without a limit, rows that need too much memory would kill workers without end.
+"""
 
 
 def answer_chunks(
@@ -29,15 +31,7 @@ def answer_chunks(
 ) -> Iterator[ChunkResult]:
     """Answer chunks of input rows, and yield the result of each once its file is in the output folder, in any order.
 
-    Args:
-        request: the request of the batch inference.
-        missing_chunks: numbers of the chunks to answer.
-        output: the output folder.
-        spec: engine, precision and resources of a worker.
-        workers: number of workers.
-
-    Raises:
-        MhmoeError: a chunk could not be read, answered or written, or workers died too often.
+    A failed chunk, or workers that died too often, are an MhmoeError.
     """
     read = partial(read_chunks, request=request, missing_chunks=frozenset(missing_chunks))
     at_a_time = chunks_at_a_time(request, spec)
@@ -85,10 +79,7 @@ def _first_line(error: Exception) -> str:
 def read_chunks(_: pa.Table, *, request: BatchRequest, missing_chunks: frozenset[int]) -> Iterator[pa.Table]:
     """Read the input, and yield each missing chunk as a block; if reading fails, the last block has the error.
 
-    Args:
-        _: a table of one row, for which Ray Data calls this function once.
-        request: the request of the batch inference.
-        missing_chunks: numbers of the chunks to yield.
+    Ray Data calls this once, for a table of one row.
     """
     last_chunk = max(missing_chunks)
     number = 0

@@ -11,28 +11,23 @@ from mhmoe_ray.spec.serve import EngineName
 from mhmoe_ray.storage import location
 
 CHUNK_ROWS = 128
-"""Default number of rows of a chunk. It is small, so that little is computed again after a worker was killed."""
+"""Default number of rows of a chunk; it is small, so that little is lost with a killed worker."""
 _HASH_CHARACTERS = 8
 
 
 class SamplingOptions(BaseModel):
-    """Options of the answers: how tokens are drawn, where an answer ends, and which scores it has."""
+    """Options of the answers: sampling, stop strings and scores."""
 
     max_tokens: int
     temperature: float
     top_p: float
     seed: int | None
     stop: tuple[str, ...]
-    """Stop strings; an answer ends before the first of them."""
     logprobs: int | None
-    """Number of most likely tokens to report beside each token and its log-probability; None reports no scores."""
+    """Number of most likely tokens to report beside each token; None reports no scores."""
 
     def params(self, row: int) -> SamplingParams:
-        """Return the sampling parameters of a row of the input.
-
-        Args:
-            row: number of the row, from 0. The row's seed depends only on this number and the request's seed.
-        """
+        """Return a row's sampling parameters; its seed depends only on its number from 0 and the request's seed."""
         return SamplingParams(self.max_tokens, self.temperature, top_p=self.top_p, seed=derived_seed(self.seed, row))
 
 
@@ -49,11 +44,11 @@ class InputFile(BaseModel):
     rows: int = 0
     """Number of rows; 0 before they are counted."""
     first_chat: int | None = None
-    """Number of the line or row with the first conversation, from 1; None if there is none."""
+    """Number of the first line or row with a conversation, from 1, if any."""
 
     @property
     def label(self) -> str:
-        """Path and first characters of the file's hash, by which messages to the user name the file."""
+        """Path and start of the file's hash, for messages to the user."""
         return f"{self.path} ({self.sha256[:_HASH_CHARACTERS]})"
 
 
@@ -69,7 +64,7 @@ class BatchRequest(BaseModel):
     engine: EngineName
     precision: Literal["float32", "bfloat16"]
     chunk_rows: int
-    """Number of rows of each chunk; the last chunk may have fewer."""
+    """Number of rows of each chunk; the last one may have fewer."""
 
     @property
     def chunk_count(self) -> int:
@@ -81,17 +76,14 @@ class BatchRequest(BaseModel):
 
     @property
     def checkpoint_label(self) -> str:
-        """Run, checkpoint name and start of the manifest's hash, by which messages to the user name the checkpoint."""
+        """Run, checkpoint and start of the manifest's hash, for messages to the user."""
         checkpoint = location(self.checkpoint)
         return f"{checkpoint.parent.parent.name}/{checkpoint.name} ({self.manifest_sha256[:_HASH_CHARACTERS]})"
 
     def differences(self, request: "BatchRequest") -> list[str]:
-        """Describe each difference between this request and another one that would change answers or output files.
+        """Describe each difference to another request that would change answers or output files.
 
-        Different paths do not count, because a run or an input may be moved between two commands.
-
-        Args:
-            request: the other request.
+        Paths do not count, because a run or an input may be moved between two commands.
         """
         differences = []
         if request.manifest_sha256 != self.manifest_sha256:

@@ -15,41 +15,31 @@ from mhmoe_ray.serving.engine import FinishReason
 
 PROMPT, MESSAGES = "prompt", "messages"
 LOGPROBS = "logprobs"
-"""Name of the column that answers only have if the request asks for the scores of their tokens."""
+"""Name of the column that answers have only if their scores are requested."""
 
 
 class RowAnswer(NamedTuple):
-    """Answer to a row of the input: the columns that follow those of the row in the output, in this order.
-
-    A row whose prompt the model cannot read has an error instead of an answer.
-    """
+    """Answer to a row, or its error: the columns that follow those of the row in the output, in this order."""
 
     text: str | None = None
     finish_reason: FinishReason | None = None
     prompt_tokens: int | None = None
-    """Number of tokens of the prompt; None if the prompt could not be turned into tokens."""
+    """Number of tokens of the prompt; None if it could not be turned into tokens."""
     tokens: int | None = None
-    """Number of tokens of the answer."""
     error: str | None = None
-    """Reason why the row has no answer; None if it has one."""
+    """Reason why the row has no answer."""
     logprobs: list[dict[str, Any]] | None = None
-    """Score of each token of the answer, as in a chat completion of OpenAI's API."""
+    """Score of each token, as in a chat completion of OpenAI's API."""
 
     @classmethod
     def from_piece(cls, piece: AnswerPiece, prompt_tokens: int, has_logprobs: bool) -> "RowAnswer":
-        """Return the columns of an answer to a row.
-
-        Args:
-            piece: the complete answer.
-            prompt_tokens: number of tokens of the prompt.
-            has_logprobs: whether the columns include the scores of the answer's tokens.
-        """
+        """Return the columns of a complete answer."""
         scores = [ChosenLogprob.from_score(score).model_dump() for score in piece.scores] if has_logprobs else None
         return cls(piece.text, piece.finish_reason, prompt_tokens, piece.token_count, None, scores)
 
 
 def answer_columns(has_logprobs: bool) -> list[str]:
-    """Return the names of the columns of an answer; `has_logprobs` includes the column of token scores."""
+    """Return the names of the columns of an answer."""
     return [name for name in RowAnswer._fields if has_logprobs or name != LOGPROBS]
 
 
@@ -58,7 +48,6 @@ class AnswerCounts(BaseModel):
 
     rows: int = 0
     errors: int = 0
-    """Number of rows that have an error instead of an answer."""
     prompt_tokens: int = 0
     tokens: int = 0
     """Number of tokens of the answers."""
@@ -82,13 +71,9 @@ Conversation = list[dict[str, Any]]
 
 
 def parse_row(row: Any) -> str | Conversation:
-    """Return the prompt or the conversation of a row.
+    """Return the prompt or the conversation of a decoded row (`NumberedRow.value`).
 
-    Args:
-        row: the decoded line of a JSON lines file, or the columns of a row of a Parquet file by name.
-
-    Raises:
-        ValueError: the row has neither of the two, both, or one of a wrong type; the message tells which.
+    Neither, both, or one of a wrong type is a ValueError, whose message tells which.
     """
     if not isinstance(row, Mapping):
         raise ValueError("it is not an object with a prompt or messages")
@@ -109,5 +94,5 @@ def parse_row(row: Any) -> str | Conversation:
 
 
 def taken_column(names: Collection[str], has_logprobs: bool) -> str | None:
-    """Return the first column name of answers that is also in `names`, the input's columns; None if there is none."""
+    """Return the first column name of answers that the input has too, if any."""
     return next((name for name in answer_columns(has_logprobs) if name in names), None)

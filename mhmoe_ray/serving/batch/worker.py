@@ -22,7 +22,7 @@ from mhmoe_ray.storage import location
 MIN_CHUNKS_AT_A_TIME = 2
 """Smallest number of chunks that a worker computes at the same time.
 
-With two, the rows of the next chunk fill the engine while the last answers of a chunk are computed.
+The rows of the second chunk fill the engine while the last answers of the first are computed.
 """
 
 
@@ -33,10 +33,10 @@ class Chunk(NamedTuple):
     rows: pa.Table | None
     """Rows of the chunk, as `Format.read_tables` yields them; None if reading the input failed."""
     error: MhmoeError | None = None
-    """Error that ended the reading of the input; None if there was none."""
+    """Error that ended the reading of the input."""
 
     def as_block(self) -> pa.Table:
-        """Pack the chunk into a table of one row, so that Ray Data can pass it on."""
+        """Pack the chunk into a table of one row for Ray Data."""
         content = pa.BufferOutputStream()
         if self.rows is not None:
             with pa.ipc.new_stream(content, self.rows.schema) as writer:
@@ -57,15 +57,15 @@ class Chunk(NamedTuple):
 
 
 class ChunkResult(NamedTuple):
-    """Result of the work on a chunk of rows; the answers themselves are in the output folder."""
+    """Result of the work on a chunk of rows, whose answers are in the output folder."""
 
     chunk: int
     counts: AnswerCounts
     error: MhmoeError | None
-    """Error that kept the chunk from being answered; None if it was answered."""
+    """Error that kept the chunk from being answered."""
 
     def as_block(self) -> pa.Table:
-        """Pack the result into a table of one row, so that Ray Data can pass it on."""
+        """Pack the result into a table of one row for Ray Data."""
         fields = {"chunk": self.chunk, **self.counts.model_dump(), "error": _pack_error(self.error)}
         names = ("chunk", *AnswerCounts.model_fields)
         return pa.Table.from_pylist(
@@ -85,29 +85,17 @@ def _pack_error(error: MhmoeError | None) -> bytes | None:
 
 
 def chunks_at_a_time(request: BatchRequest, spec: ServeSpec) -> int:
-    """Return how many chunks a worker computes at the same time, so that its engine always has waiting requests.
-
-    Args:
-        request: the request of the batch inference, which sets the number of rows of a chunk.
-        spec: the engine's settings.
-    """
+    """Return how many chunks a worker computes at a time, so that its engine always has waiting requests."""
     return max(MIN_CHUNKS_AT_A_TIME, ceil(2 * spec.max_concurrency / request.chunk_rows))
 
 
 class ChunkWorker:
     """Callable of Ray Data that answers the rows of a chunk and writes them to the output folder.
 
-    Several threads call the worker at the same time, each with one chunk. The engine computes all their rows together.
+    Several threads call it, each with one chunk, and the engine computes all their rows together.
     """
 
     def __init__(self, request: BatchRequest, spec: ServeSpec, output: BatchOutput) -> None:
-        """Load the checkpoint and start the engine.
-
-        Args:
-            request: the request of the batch inference.
-            spec: the engine's settings.
-            output: the output folder.
-        """
         # The import is here because the job's driver imports this module, and needs no model.
         from mhmoe_ray.serving.load import load_answerer
 
@@ -130,11 +118,7 @@ class ChunkWorker:
             self._answerer.engine.close()
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Answer the rows of a chunk, write its output file, and return the result, which may be an error for the user.
-
-        Args:
-            block: a chunk, as `Chunk.as_block` returns it.
-        """
+        """Answer a chunk from `Chunk.as_block`, write its file, and return the result or an error for the user."""
         chunk = Chunk.from_block(block)
         try:
             return ChunkResult(chunk.number, self._answer_chunk(chunk), None).as_block()
@@ -142,7 +126,6 @@ class ChunkWorker:
             return ChunkResult(chunk.number, AnswerCounts(), e).as_block()
 
     def _answer_chunk(self, chunk: Chunk) -> AnswerCounts:
-        """Answer the rows of a chunk, write its output file, and return the counts of its answers."""
         if error := chunk.error or self._load_error:
             raise error
         request, file_format = self._request, FORMATS[self._request.input.format]
@@ -158,21 +141,11 @@ class ChunkWorker:
         return AnswerCounts.of_rows([answer._asdict() for answer in answers])
 
     async def _answer_rows(self, rows: Sequence[Any], first_row: int) -> list[RowAnswer]:
-        """Return the answers to rows, which the engine computes at the same time.
-
-        Args:
-            rows: decoded rows, in the form that `parse_row` takes.
-            first_row: number of the first of these rows in the input, from 0.
-        """
+        """Return the answers to decoded rows, computed at the same time; `first_row` counts in the input from 0."""
         return await asyncio.gather(*(self._answer_row(value, first_row + i) for i, value in enumerate(rows)))
 
     async def _answer_row(self, value: Any, row: int) -> RowAnswer:
-        """Return the answer to a row; it has an error instead of a text if the model cannot read the row's prompt.
-
-        Args:
-            value: the decoded row, in the form that `parse_row` takes.
-            row: number of the row in the input, from 0.
-        """
+        """Return the answer to row `row` of the input, or its error if the model cannot read the row's prompt."""
         sampling, answerer, prompt = self._request.sampling, self._answerer, parse_row(value)
         prompt_tokens: int | None = None
         try:

@@ -12,22 +12,20 @@ RATE_WINDOW_SECONDS = 10.0
 
 
 class RequestTimes:
-    """Times of a request by the clock `time.monotonic`; the request arrives when this object is created."""
+    """Times of a request by `time.monotonic`; it arrives when this object is created."""
 
     def __init__(self) -> None:
         # vLLM reports times by this clock too, so they can be compared with the arrival time.
         self.arrival_time = time.monotonic()
         self.last_token_time: float | None = None
-        """Time of the answer's newest token; None before the first one."""
 
 
 class BackgroundEngine(ABC):
     """Base class of a `ServedEngine` that computes in its own thread."""
 
     def __init__(self) -> None:
-        """Create the engine; a subclass starts its thread."""
         self._condition = Condition()
-        """Lock of the engine's state. The engine's thread waits on it for new requests and for the engine's end."""
+        """Lock of the engine's state, on which its thread waits for new requests and for the end."""
         self._stats = Stats()
         self._failure: Exception | None = None
         self._is_closed = False
@@ -46,7 +44,7 @@ class BackgroundEngine(ABC):
         return f"{type(self._failure).__name__}: {self._failure}" if self._failure else None
 
     def close(self) -> None:
-        """Stop the engine and wait for its thread to end; see `ServedEngine.close`."""
+        """Stop the engine and wait for its thread to end."""
         with self._condition:
             self._is_closed = True
             self._condition.notify()
@@ -76,5 +74,4 @@ class BackgroundEngine(ABC):
         return len(self._token_times) / RATE_WINDOW_SECONDS
 
     def _end_error(self) -> EngineError:
-        """Return the error for requests that a broken or closed engine does not answer any more."""
         return EngineError(self.failure_reason or "it was closed")

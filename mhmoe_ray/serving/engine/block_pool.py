@@ -1,10 +1,9 @@
 """KV-cache blocks: reference counts, a free list in LRU order, and prefix caching by block hash.
 
-A block holds the keys and values of `BLOCK_SIZE` tokens. The block hash of a full block is the hash of its tokens and
-of all tokens before them, so a request that starts with the same tokens reuses the block instead of computing it again.
-The reference count of a block is the number of requests that use it. A block with reference count 0 is free, but keeps
-its contents until it is allocated again. Free blocks without a block hash are allocated first, then the block that has
-been free for longest.
+The block hash of a full block of `BLOCK_SIZE` tokens is the hash of all tokens up to its end, so a request that starts
+with the same tokens reuses the block. The reference count of a block is the number of requests that use it. A block
+with reference count 0 is free, but keeps its contents until it is allocated again: first the blocks without a block
+hash, then the one that has been free for longest.
 """
 
 import hashlib
@@ -19,11 +18,7 @@ class BlockPool:
     """Reference counts and block hashes of all blocks of a KV cache; the keys and values are in `PagedCache`."""
 
     def __init__(self, block_count: int) -> None:
-        """Create a pool of free blocks.
-
-        Args:
-            block_count: number of blocks; their ids count from 0.
-        """
+        """Create a pool of free blocks, whose ids count from 0."""
         self.size = block_count
         self._reference_counts = [0] * block_count
         # The free list is an ordered dictionary, so that a cache hit can remove a block from its middle in constant
@@ -48,16 +43,13 @@ class BlockPool:
         return matching_blocks
 
     def add_reference(self, block_ids: Sequence[int]) -> None:
-        """Add one to the reference count of each block. Free blocks leave the free list."""
+        """Add one to the reference count of each block, which then is no longer free."""
         for block_id in block_ids:
             self._free_blocks.pop(block_id, None)
             self._reference_counts[block_id] += 1
 
     def allocate(self, count: int) -> list[int]:
-        """Return `count` free blocks with reference count 1, and evict their cached contents.
-
-        At least `count` blocks must be free.
-        """
+        """Return `count` free blocks, which must exist, with reference count 1, and evict their cached contents."""
         block_ids = [self._free_blocks.popitem(last=False)[0] for _ in range(count)]
         for block_id in block_ids:
             self._reference_counts[block_id] = 1
@@ -66,11 +58,7 @@ class BlockPool:
         return block_ids
 
     def release(self, block_ids: Sequence[int]) -> None:
-        """Subtract one from the reference count of each block, and free blocks whose count is then 0.
-
-        Args:
-            block_ids: blocks of one sequence, in the order of its tokens.
-        """
+        """Subtract one from the reference count of each block of a sequence, in the order of its tokens."""
         # The order is reversed, so that the end of a sequence is evicted before its start: requests share their starts
         # most often.
         for block_id in reversed(block_ids):
@@ -82,10 +70,7 @@ class BlockPool:
                     self._free_blocks.move_to_end(block_id, last=False)
 
     def cache_block(self, block_hash: bytes, block_id: int) -> None:
-        """Register a full block under its block hash, so that later prompts can match it.
-
-        The call has no effect if the hash or the block is registered already.
-        """
+        """Register a full block under its block hash for later prompts, unless hash or block is registered."""
         # Two requests with the same prompt may compute the same block at the same time; the first one is kept.
         if block_hash not in self._block_by_hash and block_id not in self._hash_by_block:
             self._block_by_hash[block_hash] = block_id
@@ -102,12 +87,7 @@ def block_hashes(token_ids: Sequence[int]) -> list[bytes]:
 
 
 def next_block_hash(parent_hash: bytes, token_ids: Sequence[int]) -> bytes:
-    """Return the block hash of a full block.
-
-    Args:
-        parent_hash: block hash of the block before it; empty for the first block.
-        token_ids: tokens of the block.
-    """
+    """Return the block hash of a full block, whose parent's is empty for the first block."""
     # A collision would give one request the keys and values of another: 128 bits make it practically impossible.
     return hashlib.blake2b(parent_hash + array("q", token_ids).tobytes(), digest_size=16).digest()
 

@@ -16,17 +16,14 @@ class ClientRequest(RequestTimes, Generic[Input, Output]):
     """State of a client's request in an engine, from its arrival to its end."""
 
     def __init__(self, client: str) -> None:
-        """Create a request without inputs; `client` is the name of its client."""
         super().__init__()
         self.client = client
         self.input_tokens = 0
         """Number of tokens and patches of the inputs that were handed to the engine."""
         self.answer_tokens = 0
-        """Number of tokens of the answers so far."""
         self.is_started = False
-        """Whether the engine has started to compute an input of the request."""
         self.waiting_inputs = deque[InputState[Input, Output]]()
-        """Inputs that wait to be computed; the request is in the engine's queue as long as there are any."""
+        """Waiting inputs; the request is in the engine's queue as long as there are any."""
 
 
 @dataclass(eq=False)
@@ -38,7 +35,6 @@ class InputState(Generic[Input, Output]):
     answer: asyncio.Future[Output]
     loop: asyncio.AbstractEventLoop
     is_started: bool = False
-    """Whether the engine has started to compute the input."""
     token_count: int = 0
     """Number of tokens of the answer so far."""
 

@@ -29,10 +29,7 @@ class FairQueue(Generic[T]):
         return next(iter(self._queues.values()))[0] if self._queues else None
 
     def pop(self) -> T:
-        """Remove and return the next item; its client then goes behind all others.
-
-        The queue must not be empty.
-        """
+        """Remove and return the next item of a queue that is not empty; its client then goes behind all others."""
         client, queue = self._queues.popitem(last=False)
         item = queue.popleft()
         if queue:

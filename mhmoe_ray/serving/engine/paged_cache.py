@@ -1,9 +1,8 @@
 """Paged KV cache: keys and values of all requests in one pool of blocks, and the decoder's view of them in one step.
 
-The tokens of a step are concatenated request by request into one long sequence, and padded to a multiple of
-`ROW_MULTIPLE`. With such a number of tokens, matrix products give a token a bit-identical result, whatever other tokens
-are in the step (`mhmoe_kernels.packed`). Attention is computed request by request and chunk by chunk, for the same
-reason and because each request attends only to its own keys.
+The tokens of a step are one long sequence, request by request, padded to a multiple of `ROW_MULTIPLE`. Matrix products
+then give a token a bit-identical result, whatever other tokens are in the step (`mhmoe_kernels.packed`). Attention is
+computed chunk by chunk, for the same reason and because a request attends only to its own keys.
 """
 
 from collections.abc import Sequence
@@ -28,31 +27,21 @@ class PagedCache:
 
 
 class PagedChunk(NamedTuple):
-    """Tokens of a request that one step computes, and the request's blocks in the KV cache."""
+    """Tokens of a request that one step computes, and the request's blocks."""
 
     block_ids: Sequence[int]
-    """Ids of the request's blocks."""
     cached_tokens: int
-    """Number of the request's tokens whose keys and values are in the cache already."""
+    """Number of the request's tokens that are in the cache already."""
     new_tokens: int
-    """Number of tokens that this step computes."""
     logit_count: int
-    """Number of tokens at the end of the chunk whose logits are returned."""
+    """Number of tokens at the chunk's end whose logits are returned."""
 
 
 class PagedStep:
-    """The KV cache as the decoder sees it in one step, with the tokens of all requests in one padded sequence.
-
-    It implements `model.decoder.KeyValueCache`.
-    """
+    """The KV cache in one step, as a `model.decoder.KeyValueCache`, with all requests in one sequence."""
 
     def __init__(self, cache: PagedCache, chunks: Sequence[PagedChunk]) -> None:
-        """Lay out the tokens of a step.
-
-        Args:
-            cache: the KV cache of all requests.
-            chunks: the chunks that the step computes, in the order in which their tokens are concatenated.
-        """
+        """Lay out the tokens of a step, in the order of `chunks`."""
         self._cache = cache
         device = cache.k_LSHC.device
         self.token_count = sum(chunk.new_tokens for chunk in chunks)
@@ -85,10 +74,7 @@ class PagedStep:
         self._logit_row_R = torch.tensor(padded_rows, dtype=torch.long, device=device)
 
     def attend(self, layer: int, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor) -> Tensor:
-        """Store the keys and values of the step's tokens in a layer, and return the tokens' attention output.
-
-        Each token attends to the tokens of its own request up to itself.
-        """
+        """Store the step's keys and values in a layer; each token attends to its own request up to itself."""
         for cache_LSHC, new_BHTC in ((self._cache.k_LSHC, k_BHTC), (self._cache.v_LSHC, v_BHTC)):
             new_THC = new_BHTC[0].transpose(0, 1)[: self.token_count]
             cache_LSHC[layer].index_copy_(0, self._slot_T, new_THC.to(cache_LSHC.dtype))
@@ -100,27 +86,23 @@ class PagedStep:
         return torch.cat([*outputs, *queries[len(outputs) :]], dim=2).to(q_BHTC.dtype)
 
     def requested_rows(self, x_BTM: Tensor) -> Tensor:
-        """Return the hidden states of the tokens whose logits are needed, padded to a multiple of `ROW_MULTIPLE`."""
+        """Return the hidden states whose logits are needed, padded to a multiple of `ROW_MULTIPLE`."""
         return x_BTM[:, self._logit_row_R]
 
 
 class _RequestCache:
-    """View of the keys and values of one request in the cache, including those of the step's tokens."""
+    """View of the keys and values of one request, including those of the step's tokens."""
 
     def __init__(self, cache: PagedCache, block_ids: Sequence[int], slot_T: Tensor, mask_TT: Tensor | None) -> None:
         self._cache, self._slot_T, self._mask_TT = cache, slot_T, mask_TT
         self._views: tuple[Tensor, ...] | None = None
-        """Views of the keys and of the values of all layers, if the request's blocks are contiguous.
-
-        None if they are not; keys and values are then gathered for each layer.
-        """
+        """Views of all layers' keys and values; None to gather them if blocks are not contiguous."""
         used_ids = block_ids[: count_blocks(len(slot_T))]
         if list(used_ids) == list(range(used_ids[0], used_ids[0] + len(used_ids))):
             slot_range = slice(used_ids[0] * BLOCK_SIZE, used_ids[0] * BLOCK_SIZE + len(slot_T))
             self._views = tuple(t_LSHC[:, slot_range].transpose(1, 2) for t_LSHC in (cache.k_LSHC, cache.v_LSHC))
 
     def attend(self, layer: int, q_1HTC: Tensor) -> Tensor:
-        """Return the attention output of the request's tokens in a layer."""
         if self._views:
             k, v = (t_LHTC[layer : layer + 1] for t_LHTC in self._views)
         else:
@@ -143,16 +125,10 @@ def _attend_grouped(q_1H1C: Tensor, k_GTC: Tensor, v_GTC: Tensor) -> Tensor:
 
 
 def slot_mapping(block_ids: Sequence[int], token_count: int) -> Tensor:
-    """Return the cache slots that hold the first `token_count` tokens of a request.
-
-    Args:
-        block_ids: ids of the request's blocks.
-        token_count: number of tokens; the blocks have room for at least as many.
-    """
+    """Return the cache slots that hold the first `token_count` tokens of a request."""
     block_T = torch.tensor(block_ids[: count_blocks(token_count)], dtype=torch.long)
     return (block_T[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten()[:token_count]
 
 
 def _round_up(rows: int) -> int:
-    """Return the smallest multiple of `ROW_MULTIPLE` that is at least `rows`."""
     return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE

@@ -1,8 +1,6 @@
 """The interface of engines: requests with sampling parameters in, updates with token ids out, and statistics.
 
-The sampling parameters of a request determine how tokens are drawn; `sampler.py` draws them.
-
-`serving/detokenizer.py` turns token ids into text.
+The sampling parameters of a request determine how `sampler.py` draws tokens.
 """
 
 from collections.abc import AsyncGenerator, Mapping
@@ -10,24 +8,22 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 BUCKET_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
-"""Upper bounds of a histogram's buckets, in seconds; one more bucket at the end has no bound."""
+"""Upper bounds of a histogram's buckets, in seconds; one more bucket has no bound."""
 
 
 @dataclass
 class Histogram:
-    """Histogram of durations: the number of durations in each bucket, and the sum of all in seconds."""
+    """Histogram of durations: the number in each bucket, and the sum in seconds."""
 
     counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKET_BOUNDS) + 1))
     total: float = 0.0
 
     def add(self, seconds: float) -> None:
-        """Add one duration to its bucket and to the sum."""
         self.counts[next((i for i, bound in enumerate(BUCKET_BOUNDS) if seconds <= bound), len(BUCKET_BOUNDS))] += 1
         self.total += seconds
 
     @property
     def count(self) -> int:
-        """Number of durations in all buckets."""
         return sum(self.counts)
 
     @property
@@ -42,33 +38,31 @@ class Stats:
 
     # The names of the fields are public: they are keys of `/stats` and parts of the names of metrics.
     waiting: int = 0
-    """Number of waiting requests. A request to an encoder or a vision model also waits while its images are decoded."""
+    """Number of waiting requests; with images, a request also waits while these are decoded."""
     running: int = 0
-    """Number of requests that are being computed."""
     cache_used: float = 0.0
-    """Share of the KV cache's blocks that requests hold, from 0 to 1."""
+    """Share of the KV cache's blocks that requests hold."""
     requests: int = 0
-    """Number of requests that ended: finished, failed or closed by the client."""
+    """Number of requests that finished, failed or were closed by the client."""
     prompt_tokens: int = 0
     reused_tokens: int = 0
-    """Number of prompt tokens whose keys and values were already in the KV cache."""
+    """Number of prompt tokens found in the KV cache."""
     answer_tokens: int = 0
     answer_rate: float = 0.0
-    """Tokens of answers per second, averaged over the last ten seconds."""
+    """Tokens of answers per second over the last ten seconds."""
     steps: int = 0
     step_tokens: int = 0
-    """Number of tokens in all steps (forward passes); divided by `steps`, it is the mean batch size in tokens."""
+    """Number of tokens in all steps."""
     queue: Histogram = field(default_factory=Histogram)
-    """Seconds from a request's arrival to its first step."""
+    """Seconds from arrival to the first step."""
     first_token: Histogram = field(default_factory=Histogram)
-    """Seconds from a request's arrival to its first token, or to its first answer if answers have no tokens."""
+    """Seconds from arrival to the first token, or to the first answer if answers have no tokens."""
     each_token: Histogram = field(default_factory=Histogram)
-    """Seconds between two consecutive tokens of an answer."""
+    """Seconds between two tokens of an answer."""
     count_LE: list[list[int]] = field(default_factory=list)
-    """Number of routes (choices of an expert by a token or sub-token) per layer and expert."""
 
     def as_json(self) -> dict[str, Any]:
-        """Return the statistics as a JSON object, with the mean and the count of each histogram."""
+        """Return the statistics as a JSON object, with each histogram's mean and count."""
         plain_values = {name: value for name, value in vars(self).items() if not isinstance(value, Histogram)}
         return plain_values | {
             f"{name}_seconds": {"mean": value.mean, "count": value.count}
@@ -78,15 +72,14 @@ class Stats:
 
 
 FinishReason = Literal["stop", "length"]
-"""Reason why an answer ends: "stop" at the end of a document or at a stop string, "length" at a limit on tokens."""
+"""Reason of an answer's end: "stop" at a document's end or a stop string, "length" at a limit on tokens."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """The sampling parameters of an answer.
+    """The sampling parameters of an answer, in the order penalties and biases, temperature, top_k, min_p, top_p.
 
-    They apply in this order: penalties and biases, the temperature, then top_k, min_p and top_p. With 0 as `max_tokens`
-    there is no answer, and the engine only scores the prompt.
+    With 0 as `max_tokens`, the engine only scores the prompt.
     """
 
     max_tokens: int
@@ -95,29 +88,23 @@ class SamplingParams:
     top_k: int = 0
     """Number of most likely tokens to draw from; 0 draws from all."""
     top_p: float = 1.0
-    """Total probability of the smallest set of most likely tokens to draw from."""
+    """Total probability of the most likely tokens to draw from."""
     min_p: float = 0.0
-    """Smallest probability of a token to draw from, as a share of the most likely token's probability."""
+    """Smallest probability to draw from, as a share of the largest one."""
     presence_penalty: float = 0.0
-    """Amount subtracted from the logit of each token that the answer already has."""
+    """Amount subtracted from the logit of each token of the answer."""
     frequency_penalty: float = 0.0
-    """Amount subtracted from the logit of a token for each time that the answer already has this token."""
+    """Amount subtracted from a token's logit for each time that the answer has it."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Amounts added to the logits, by token."""
     seed: int | None = None
     """Seed of the random draws; None chooses a random one.
 
-    In `TorchEngine` on a CPU, equal requests with equal seeds get equal answers, whatever other requests are computed.
+    In `TorchEngine` on a CPU, equal requests with equal seeds get equal answers in any batch.
     """
 
 
 def derived_seed(seed: int | None, index: int) -> int | None:
-    """Return the seed of one of several answers that share the seed of a request; None without a seed.
-
-    Args:
-        seed: the seed that the user gave.
-        index: index of the answer; answer 0 uses the seed itself.
-    """
+    """Return the seed of answer `index` of a request; answer 0 uses the request's seed."""
     # Users often give small seeds, one after another. A large odd stride (2**64 over the golden ratio) keeps the seeds
     # of the further answers away from other small seeds.
     return None if seed is None else seed + index * 0x9E3779B97F4A7C15
@@ -125,29 +112,24 @@ def derived_seed(seed: int | None, index: int) -> int | None:
 
 @dataclass(frozen=True)
 class Request:
-    """A request for one answer to one prompt."""
-
     prompt_ids: tuple[int, ...]
-    """Token ids of the prompt, at least one."""
     sampling_params: SamplingParams
     logprobs: int | None = None
-    """Number of most likely tokens to report beside each token and its log-probability; None reports no scores."""
+    """Number of most likely tokens to report beside each token's log-probability; None reports no scores."""
     prompt_logprobs: bool = False
-    """Whether to report scores of the prompt's tokens too."""
     client: str = ""
-    """Name of the client; waiting clients take turns."""
+    """Client's name; waiting clients take turns."""
 
 
 class ScoredToken(NamedTuple):
-    """A token with its score: its natural log-probability and the most likely tokens in its place, likeliest first.
+    """A token with its score: its natural log-probability and the likeliest alternatives, likeliest first.
 
-    Scores are those of the model, before temperature, penalties and biases. They are present only if the request asks
-    for them.
+    Scores are those of the model, before temperature, penalties and biases.
     """
 
     token: int
     logprob: float | None = None
-    """Natural log-probability; None without scores, and for the first token of a prompt, which no token precedes."""
+    """Natural log-probability; None without scores, and for a prompt's first token."""
     alternatives: tuple[tuple[int, float], ...] = ()
 
 
@@ -156,13 +138,12 @@ class Update(NamedTuple):
 
     tokens: tuple[ScoredToken, ...] = ()
     prompt_scores: tuple[ScoredToken, ...] = ()
-    """Scores of all tokens of the prompt, reported once if the request asks for them."""
+    """Scores of all tokens of the prompt, reported once if requested."""
     finish_reason: FinishReason | None = None
-    """Reason why the answer ends; set on the last update only."""
 
 
 class ServedEngine(Protocol):
-    """The interface that all engines share: the reason for a failure, the statistics, and closing."""
+    """The interface that all engines share."""
 
     @property
     def failure_reason(self) -> str | None:
@@ -170,7 +151,7 @@ class ServedEngine(Protocol):
         ...
 
     def stats(self) -> Stats:
-        """Return the statistics of the engine up to now."""
+        """Return the statistics up to now."""
         ...
 
     def close(self) -> None:
@@ -183,15 +164,15 @@ class TextEngine(ServedEngine, Protocol):
 
     @property
     def seq_len(self) -> int:
-        """Largest number of tokens of prompt and answer together, or of a text that an encoder reads."""
+        """Largest number of tokens of prompt and answer together, or of an encoder's text."""
         ...
 
 
 class Engine(TextEngine, Protocol):
-    """The interface of engines of decoders; `TorchEngine` and `VllmEngine` implement it."""
+    """The interface of engines of decoders."""
 
     def generate(self, request: Request) -> AsyncGenerator[Update, None]:
-        """Yield the answer in parts, each as soon as it is computed. Closing the generator early aborts the request.
+        """Yield the answer in parts as they are computed. Closing the generator early aborts the request.
 
         Raises:
             BusyError: too many requests wait already.
@@ -201,7 +182,7 @@ class Engine(TextEngine, Protocol):
 
 
 class BusyError(Exception):
-    """Error of a request that is refused because too many requests wait; the client should retry later."""
+    """Error of a request that is refused because too many wait; the client should retry later."""
 
 
 class EngineError(Exception):

@@ -1,9 +1,8 @@
 """Base class of engines of encoders and vision models, whose requests have inputs with one answer each.
 
-A thread computes rounds: a round is a forward pass over up to `max_concurrency` inputs of all requests. Clients take
-turns, and so do the requests of a client and the inputs of a request. All inputs of a round have the same key, such as
-the task of a vision model, and keys take turns too. An answer may take several rounds: each round computes one token of
-a caption, for example.
+A thread computes rounds: a round is a forward pass over up to `max_concurrency` inputs of all requests, with the same
+key, such as the task of a vision model. Clients, the requests of a client, the inputs of a request, and keys take
+turns. An answer may take several rounds, such as one for each token of a caption.
 """
 
 import asyncio
@@ -24,62 +23,47 @@ from mhmoe_ray.spec import ModelSpec, ServeSpec
 
 
 class Continued(NamedTuple, Generic[Input]):
-    """Result of a round for an input whose answer got one more token and is not finished yet."""
+    """Result of a round for an input whose answer got one more token and is unfinished."""
 
     value: Input
-    """The input for a later round, which includes the tokens of the answer so far."""
+    """The input for a later round, with the answer's tokens so far."""
 
 
 class RoundEngine(BackgroundEngine, Generic[Input, Output]):
-    """Base class of an engine that computes inputs in rounds (forward passes), in one process, on a CPU or one GPU."""
+    """Base class of an engine that computes in rounds, in one process, on a CPU or one GPU."""
 
     def __init__(self, model: ModelSpec, device: torch.device, spec: ServeSpec) -> None:
-        """Create the engine; a subclass starts its thread.
-
-        Args:
-            model: spec of the model.
-            device: device of the model.
-            spec: precision, threads, and limits on numbers of requests.
-        """
         super().__init__()
         self._spec, self._device = spec, device
         self._queues: dict[Hashable, FairQueue[ClientRequest[Input, Output]]] = {}
-        """Queues of requests with waiting inputs, by the inputs' key; the first key with a request is computed next."""
+        """Queues of requests with waiting inputs, by key; the first key with a request is computed next."""
         self._requests = set[ClientRequest[Input, Output]]()
-        """All requests in the engine: their images are being decoded, or their inputs wait or are being computed."""
+        """All requests in the engine, also those whose images are being decoded."""
         self._running: list[InputState[Input, Output]] = []
         experts = model.moe.experts if model.moe else 0
         self._stats = Stats(count_LE=[[0] * experts for _ in range(model.moe_layers)])
 
     @abstractmethod
     def _compute(self, inputs: Sequence[Input]) -> Sequence[Output | Continued[Input]]:
-        """Compute a round (forward pass): return each input's answer, or `Continued` if the answer is not finished."""
+        """Compute a round: return each input's answer, or `Continued` for an unfinished one."""
 
     @abstractmethod
     def _count_input_tokens(self, value: Input) -> int:
         """Return the number of tokens or patches of an input."""
 
     def _count_answer_tokens(self, answer: Output) -> int:
-        """Return the number of tokens of an answer; 0 by default, for answers that are not text."""
+        """Return the number of tokens of an answer; 0 for answers that are not text."""
         return 0
 
     def _round_key(self, value: Input) -> Hashable:
-        """Return the key of an input, such as its task.
-
-        All inputs of a round (forward pass) have the same key, and so have all inputs of a request.
-        """
+        """Return the key of an input, such as its task, which all inputs of a request share."""
         return None
 
     @contextmanager
     def admission(self, client: str) -> Iterator[ClientRequest[Input, Output]]:
-        """Return a context for one request of a client, in which its images are decoded and its inputs are computed.
+        """Return a context for one request of a client, in which images are decoded and inputs are computed.
 
-        Args:
-            client: name of the client.
-
-        Raises:
-            BusyError: too many requests of clients are in the engine already.
-            EngineError: the engine is broken or closed.
+        A full engine raises BusyError, and a broken or closed one EngineError.
         """
         request = ClientRequest[Input, Output](client)
         with self._condition:
@@ -99,14 +83,9 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
                     request.waiting_inputs.clear()
 
     async def answer(self, request: ClientRequest[Input, Output], inputs: Sequence[Input]) -> list[Output]:
-        """Return the answers to the inputs of a request.
+        """Return the answers to all inputs of a request, at least one, inside its context from `admission`.
 
-        Args:
-            request: the request, inside its context from `admission`.
-            inputs: all inputs of the request, at least one.
-
-        Raises:
-            EngineError: the engine is broken or closed.
+        A broken or closed engine raises EngineError.
         """
         loop = asyncio.get_running_loop()
         states = [InputState(value, request, loop.create_future(), loop) for value in inputs]
@@ -119,7 +98,7 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
         return list(await asyncio.gather(*(state.answer for state in states)))
 
     def stats(self) -> Stats:
-        """Return the statistics of the engine up to now; a step in them is the forward pass of one round."""
+        """Return the statistics up to now; a step in them is a round."""
         with self._condition:
             stats = deepcopy(self._stats)
             stats.running = len(self._requests.intersection(state.request for state in self._running))
@@ -128,7 +107,7 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
             return stats
 
     def _run(self) -> None:
-        """Compute rounds until the engine is closed or fails, then fail all requests. The engine's thread runs this."""
+        """Compute rounds until the engine is closed or fails, then fail all requests."""
         # torch keeps this number for each calling thread, so it is set in the thread that computes.
         torch.set_num_threads(self._spec.cpus_per_replica)
         try:
@@ -148,16 +127,15 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
             state.deliver(self._end_error())
 
     def _autocast(self) -> AbstractContextManager[object]:
-        """Return a context in which torch computes matrix products in the precision of the spec."""
         is_half = self._spec.precision == "bfloat16"
         return torch.autocast(self._device.type, torch.bfloat16) if is_half else nullcontext()
 
     def _queue_of(self, request: ClientRequest[Input, Output]) -> FairQueue[ClientRequest[Input, Output]]:
-        """Return the queue to which a request with waiting inputs belongs. Must be called with the lock held."""
+        """Return the queue of a request with waiting inputs. Must be called with the lock held."""
         return self._queues.setdefault(self._round_key(request.waiting_inputs[0].value), FairQueue())
 
     def _next_states(self) -> list[InputState[Input, Output]]:
-        """Wait for requests, and return the inputs of the next round (forward pass); none once the engine is closed."""
+        """Wait for the inputs of the next round; return none once the engine is closed."""
         with self._condition:
             while not self._is_closed and not any(map(len, self._queues.values())):
                 self._condition.wait()
@@ -178,10 +156,7 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
             return self._running
 
     def _record_start(self, state: InputState[Input, Output]) -> None:
-        """Record in the statistics that an input enters its first round; in later rounds the call has no effect.
-
-        Must be called with the lock held.
-        """
+        """Record that an input enters its first round. Must be called with the lock held."""
         if not state.request.is_started:
             state.request.is_started = True
             self._stats.queue.add(time.monotonic() - state.request.arrival_time)
@@ -192,7 +167,6 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
     def _finish_round(
         self, states: Sequence[InputState[Input, Output]], results: Sequence[Output | Continued[Input]]
     ) -> None:
-        """Count the results of a round (forward pass), deliver finished answers, and queue unfinished inputs again."""
         with self._condition:
             self._running = []
             for state, result in zip(states, results, strict=True):
@@ -216,10 +190,7 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
         state.token_count = token_count
 
     def _continue_later(self, state: InputState[Input, Output], result: Continued[Input]) -> None:
-        """Let an unfinished input wait for a further round, unless its client has gone away.
-
-        Must be called with the lock held.
-        """
+        """Queue an unfinished input again, unless its client has gone away. Must be called with the lock held."""
         request = state.request
         if request not in self._requests:
             return
@@ -230,12 +201,7 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
             self._queue_of(request).add(request.client, request)
 
     def _record_pass(self, count_LE: Sequence[Sequence[int]], tokens: int) -> None:
-        """Add a forward pass, its tokens and its routes to the statistics.
-
-        Args:
-            count_LE: number of routes to each expert of each layer with experts.
-            tokens: number of tokens and patches of the pass.
-        """
+        """Add a forward pass to the statistics; its `tokens` are tokens and patches."""
         with self._condition:
             for layer, counts in enumerate(count_LE):
                 self._stats.count_LE[layer] = [a + b for a, b in zip(self._stats.count_LE[layer], counts, strict=True)]

@@ -27,12 +27,7 @@ class Sampler:
         """Number of times that each token occurs in the answer; empty if the request has no penalties."""
 
     def sample(self, logits_V: Tensor, best_token: int) -> int:
-        """Choose the next token of the answer by the sampling parameters, and return it.
-
-        Args:
-            logits_V: the logits, in CPU memory; they are not changed.
-            best_token: the token with the largest logit.
-        """
+        """Choose the next token of the answer by the sampling parameters; `best_token` has the largest logit."""
         params = self._params
         # The engine has computed the largest logits of all rows of a step together, so a greedy answer costs nothing
         # here.
@@ -57,7 +52,7 @@ class Sampler:
         return logits_V
 
     def _draw_token(self, logits_V: Tensor) -> int:
-        """Draw a token at the request's temperature, from the tokens that top-k, top-p and min-p leave."""
+        """Draw a token at the request's temperature, from those that top-k, top-p and min-p leave."""
         params = self._params
         # The logits are shifted so that the largest one is 0. Otherwise a very small temperature could make them
         # infinite, and softmax would compute inf - inf.
@@ -111,10 +106,7 @@ def _candidate_tokens(probability_V: Tensor, params: SamplingParams) -> Tensor |
 def score_tokens(logits_RV: Tensor, tokens: list[int], alternatives: int) -> list[ScoredToken]:
     """Return the score of one token per row of logits: its log-probability, and the row's likeliest tokens with theirs.
 
-    Args:
-        logits_RV: logits, one row per token, before temperature, penalties and biases.
-        tokens: the chosen token of each row.
-        alternatives: number of most likely tokens to return per row.
+    The logits are those before temperature, penalties and biases.
     """
     logprob_RV = logits_RV.float().log_softmax(-1)
     token_logprobs = logprob_RV.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()

@@ -1,13 +1,12 @@
 """The scheduler: it chooses the tokens that the next step computes (continuous batching), and admits waiting requests.
 
 Each step computes one token of every running answer (decode) and, within its budget, the next chunks of prompts
-(prefill), so a long prompt delays each step by at most one budget of tokens. A prompt is cut every `PREFILL_CHUNK`
-tokens and never elsewhere: the tokens that a request's attention computes together are then the same, whatever other
-requests are running. They do not depend on earlier requests either, because a prompt reuses only whole chunks of
-earlier prompts.
+(prefill), so a long prompt delays a step by at most one budget. A prompt is cut every `PREFILL_CHUNK` tokens and reuses
+only whole chunks of earlier prompts: the tokens that a request's attention computes together then depend on no other
+request.
 
-A request is admitted when the cache has room for its prompt and its longest possible answer, so no request is ever
-preempted. Waiting clients take turns.
+A request is admitted when the cache has room for its longest possible answer, so no request is ever preempted. Waiting
+clients take turns.
 """
 
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from mhmoe_ray.serving.engine.threaded import Deliver, RequestState
 # This is a multiple of the block size, because the KV cache shares whole blocks between requests, and a prompt reuses
 # only whole chunks.
 PREFILL_CHUNK = 4 * BLOCK_SIZE
-"""Number of tokens of a prefill chunk; the last chunk of a prompt may have fewer."""
+"""Number of tokens of a prefill chunk; the last one of a prompt may have fewer."""
 
 
 class Sequence(RequestState):
@@ -30,24 +29,18 @@ class Sequence(RequestState):
     def __init__(self, request: Request, max_new_tokens: int, deliver: Deliver) -> None:
         super().__init__(request, max_new_tokens, deliver)
         self.token_ids = list(request.prompt_ids)
-        """Token ids of the prompt and of the answer so far."""
         self.computed_tokens = 0
-        """Number of tokens at the start of the sequence whose keys and values are in the cache."""
+        """Number of tokens at the start whose keys and values are in the cache."""
         self.block_ids: list[int] = []
         self.prompt_scores: list[ScoredToken] = []
-        """Scores of the prompt's tokens so far, if the request asks for them."""
         self._hashed_blocks, self._last_hash = 0, b""
 
     @property
     def answer_tokens(self) -> int:
-        """Number of tokens of the answer so far."""
         return len(self.token_ids) - len(self.request.prompt_ids)
 
     def new_block_hashes(self) -> Iterator[tuple[bytes, int]]:
-        """Yield the block hash and the id of each block that has become full since the last call.
-
-        Only blocks in whole prefill chunks of the prompt count; blocks after these are left out.
-        """
+        """Yield the block hash and id of each block of a whole prefill chunk that is full since the last call."""
         # The tokens after the last whole chunk and those of the answer are computed in smaller chunks than in a longer
         # prompt, so their keys and values differ in the last bits. A prompt that reused them could get another answer
         # than on a fresh engine.
@@ -60,7 +53,7 @@ class Sequence(RequestState):
 
 
 class TokenChunk(NamedTuple):
-    """Tokens of a sequence that are computed together in one step: a prefill chunk, or one token of an answer."""
+    """Tokens of a sequence that one step computes: a prefill chunk, or one token of an answer."""
 
     sequence: Sequence
     start: int
@@ -68,21 +61,15 @@ class TokenChunk(NamedTuple):
 
     @property
     def is_last(self) -> bool:
-        """True if the sequence ends with this chunk, so that the chunk's logits give the next token."""
+        """True if the sequence ends with this chunk, so that its logits give the next token."""
         return self.start + self.length == len(self.sequence.token_ids)
 
 
 class Scheduler:
-    """Scheduler of the sequences of one engine. It is not thread-safe: only one thread may use it at a time."""
+    """Scheduler of the sequences of one engine; only one thread may use it at a time."""
 
     def __init__(self, pool: BlockPool, max_running: int, prefill_budget: int) -> None:
-        """Create a scheduler without requests.
-
-        Args:
-            pool: the blocks of the KV cache.
-            max_running: largest number of running requests.
-            prefill_budget: largest number of prompt tokens per step, in addition to one token per answer.
-        """
+        """Create a scheduler; `prefill_budget` is in prompt tokens per step, besides one token per answer."""
         assert prefill_budget >= PREFILL_CHUNK
         self.pool, self._max_running, self._prefill_budget = pool, max_running, prefill_budget
         self.running: list[Sequence] = []
@@ -102,7 +89,7 @@ class Scheduler:
         self._waiting_queue.add(sequence.request.client, sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Remove a running or waiting sequence, and release its blocks; it may have been removed already."""
+        """Remove a running or waiting sequence, if it is there, and release its blocks."""
         if sequence in self.running:
             self.running.remove(sequence)
             self.pool.release(sequence.block_ids)
@@ -110,11 +97,7 @@ class Scheduler:
             self._waiting_queue.remove(sequence.request.client, sequence)
 
     def schedule(self) -> list[TokenChunk]:
-        """Admit waiting requests that fit in the KV cache, and return the chunks of tokens that the next step computes.
-
-        The chunks are one token for each running answer, and prefill chunks within the budget. The list is empty if
-        there are no requests.
-        """
+        """Admit waiting requests that fit in the KV cache, and return the chunks of the next step."""
         # Requests that are generating answers come first and do not count against the budget, so new prompts never
         # stall them.
         chunks = [TokenChunk(s, s.computed_tokens, 1) for s in self.running if s.answer_tokens]
@@ -136,7 +119,7 @@ class Scheduler:
             self.pool.cache_block(block_hash, block_id)
 
     def _add_prefill_chunks(self, chunks: list[TokenChunk], sequence: Sequence, remaining_budget: int) -> int:
-        """Add the next prefill chunks of the sequence to `chunks`, and return the rest of the budget."""
+        """Add the sequence's next prefill chunks to `chunks`, and return the rest of the budget."""
         start = sequence.computed_tokens
         while start < len(sequence.token_ids) and remaining_budget >= PREFILL_CHUNK:
             length = min(PREFILL_CHUNK, len(sequence.token_ids) - start)
@@ -145,10 +128,7 @@ class Scheduler:
         return remaining_budget
 
     def _admit_next(self) -> Sequence | None:
-        """Admit the next waiting request: allocate its blocks, reuse cached ones, and return the running sequence.
-
-        The result is None if no request waits, or if the cache has no room for the next one.
-        """
+        """Admit the next waiting request, if there is one and the cache has room for it, and reuse cached blocks."""
         # If the next request does not fit, no smaller one is admitted in its place. Otherwise a large request could
         # wait without end.
         sequence = self._waiting_queue.peek()

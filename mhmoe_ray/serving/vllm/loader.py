@@ -1,7 +1,6 @@
 """Classes that vLLM gets from this project: the loader of a run's weights, and methods for vLLM's workers.
 
-The weights come from a run's checkpoint, whatever the number of ranks that wrote it. vLLM's own loader reads exported
-folders.
+The weights come from a run's checkpoint, whatever the number of ranks that wrote it.
 """
 
 from collections.abc import Iterator
@@ -23,19 +22,18 @@ class CheckpointLoader(BaseModelLoader):
     """Loader of the weights of a run's checkpoint, whose path is in the model's configuration."""
 
     def download_model(self, model_config: ModelConfig) -> None:
-        """Do nothing. vLLM requires this method, but the weights are read directly from the checkpoint."""
+        """Do nothing: vLLM requires this method, but the weights are read directly from the checkpoint."""
 
     def load_weights(self, model: Any, model_config: ModelConfig) -> None:
-        """Load the checkpoint's weights into the model; `read_manifest` has verified the checkpoint already."""
+        """Load the checkpoint's weights, which `read_manifest` has verified already."""
         config = model_config.hf_config
         model.load_weights(exported_tensors(location(config.checkpoint), model_spec(config)))
 
 
 def exported_tensors(checkpoint: Location, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a checkpoint in float32, with their names and shapes in an export for Hugging Face.
+    """Yield a checkpoint's tensors in float32, with the names and shapes of an export for Hugging Face.
 
-    Raises:
-        CheckpointError: the checkpoint is not one of this model.
+    A checkpoint of another model is a CheckpointError.
     """
     # A group has the tensors of one block, so only those of one block are in memory at a time.
     for group in tensor_entries(spec):
@@ -46,18 +44,15 @@ def exported_tensors(checkpoint: Location, spec: ModelSpec) -> Iterator[tuple[st
 
 
 class WorkerExtension:
-    """Methods that are added to vLLM's worker class, to count the routes (choices of an expert by a sub-token)."""
+    """Methods that are added to vLLM's worker class, to count the routes."""
 
     model_runner: Any
 
     def mhmoe_counts(self) -> list[list[int]]:
-        """Return how many routes each expert of each layer got since `mhmoe_reset_counts`.
-
-        Every rank routes all sub-tokens, so each rank has the complete counts.
-        """
+        """Return the routes to each expert of each layer since `mhmoe_reset_counts`, complete on every rank."""
         counts: list[list[int]] = self.model_runner.get_model().route_counts()
         return counts
 
     def mhmoe_reset_counts(self) -> None:
-        """Set the counts of routes to zero. The engine calls this after vLLM's own trial runs of the model."""
+        """Set the counts of routes to zero, after vLLM's own trial runs of the model."""
         self.model_runner.get_model().reset_counts()

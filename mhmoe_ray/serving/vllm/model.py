@@ -1,7 +1,7 @@
 """The decoder of `model/decoder.py` (llama backbone) with its multi-head mixture of experts, made of vLLM's layers.
 
-Modules have the names of an exported folder's tensors, so that vLLM's own loader can read such a folder. vLLM merges
-some of the tensors; `WEIGHT_NAMES` lists them.
+Modules are named like an exported folder's tensors, for vLLM's own loader, except those that vLLM merges
+(`WEIGHT_NAMES`).
 """
 
 from collections.abc import Iterable
@@ -138,7 +138,7 @@ class MultiHeadMoE(nn.Module):
         return y_TM if shared_TM is None else y_TM + shared_TM
 
     def _route(self, gating_output: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-        """Return the gates (weights) and the experts of each sub-token, and count the routes. vLLM calls this."""
+        """Return the gates and the experts of each sub-token, and count the routes. vLLM calls this."""
         expert_NK, gate_NK = self.gate.choose_experts(gating_output)[:2]
         expert_R = expert_NK.flatten()
         # With CUDA graphs, padding is counted too, because the layer cannot tell it from sub-tokens.
@@ -239,10 +239,7 @@ class Block(nn.Module):
             self.mlp = FeedForward(spec.d_model, spec.d_ff, quant_config, f"{prefix}.mlp")
 
     def forward(self, position_T: Tensor, x_TM: Tensor, residual_TM: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the output of the block's last layer, and the residual stream before it.
-
-        vLLM's next norm adds the two.
-        """
+        """Return the output of the block's last layer and the residual stream, which vLLM's next norm adds."""
         if residual_TM is None:
             residual_TM, x_TM = x_TM, self.input_layernorm(x_TM)
         else:
@@ -288,10 +285,7 @@ class Trunk(nn.Module):
 
 
 class MhmoeForCausalLM(nn.Module):
-    """The decoder with its output layer; `plugin.register` registers it with vLLM.
-
-    The model supports tensor and expert parallelism, but no pipeline parallelism.
-    """
+    """The decoder with its output layer, for tensor and expert parallelism, but no pipeline parallelism."""
 
     # vLLM looks up both names when it reads the configuration of a quantized model.
     hf_to_vllm_mapper = WEIGHT_NAMES
@@ -301,11 +295,7 @@ class MhmoeForCausalLM(nn.Module):
     }
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        """Create the model without weights.
-
-        Raises:
-            ServeError: vLLM has no layers for this model, or cannot shard them.
-        """
+        """Create the model without weights; a model that vLLM has no layers for or cannot shard is a ServeError."""
         super().__init__()
         config, self.quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
         parallel = vllm_config.parallel_config
@@ -354,12 +344,11 @@ class MhmoeForCausalLM(nn.Module):
         return names
 
     def route_counts(self) -> list[list[int]]:
-        """Return how many routes (choices by a sub-token) each expert of each layer got since `reset_counts`."""
+        """Return the routes to each expert of each layer since `reset_counts`."""
         return [m.count_E.tolist() for m in self.modules() if isinstance(m, MultiHeadMoE)]
 
     @torch.inference_mode()
     def reset_counts(self) -> None:
-        """Set the counts of routes to zero."""
         for m in self.modules():
             if isinstance(m, MultiHeadMoE):
                 m.count_E.zero_()

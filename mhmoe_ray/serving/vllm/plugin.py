@@ -1,7 +1,7 @@
 """The plugin that registers this project's model with vLLM. vLLM calls `register` in each of its processes.
 
-With this plugin, `vllm serve FOLDER` serves an exported MH-MoE model (multi-head mixture of experts) like any other.
-Importing `mhmoe_ray` registers the class of the model's configuration with transformers.
+With this plugin, `vllm serve FOLDER` serves an exported MH-MoE model like any other. Importing `mhmoe_ray` registers
+the class of the model's configuration with transformers.
 """
 
 from functools import cache
