@@ -2,7 +2,8 @@
 `python -m tests.language`; CONTRIBUTING.md has the rules.
 
 A docstring's first line starts with a verb or a noun, and a name carries a noun: `matching_blocks`, not `found`. The
-words listed below are neither, so the check finds the common violations of these rules, but not all.
+words listed below are neither, so the check finds the common violations of these rules, but not all. Docstrings of the
+packages also have a budget, and sections only where callers or plug-ins of others depend on a signature.
 """
 
 import ast
@@ -52,6 +53,15 @@ EXCEPTIONS = {
     ("mhmoe_ray/train/watchdog.py", "began"): "a key of the event `started`",
 }
 """Vague names that stay because users write them or files contain them; each value says where the name is used."""
+
+PACKAGES = ("mhmoe_ray", "kernels")
+LARGEST_DOCSTRING_SHARE = 0.19
+"""Largest share of docstrings in the lines of the packages."""
+MOST_DOCSTRING_WORDS = 2.8
+"""Largest number of words of docstrings for each line of code in the packages."""
+SECTION = re.compile(r"^(?:Args|Returns|Raises|Yields):$", re.M)
+INTERFACES = frozenset(("MhmoeError", "fused_routing", "run_experts", "run_sorted_experts"))
+"""Interfaces besides the public API, protocols and abstract classes: classes and functions with sections."""
 
 # Only commits since this time are checked, because subjects of older ones have another form. It is a time and not a
 # hash, because a shallow clone may lack the commit of the hash.
@@ -116,6 +126,55 @@ def unknown_parameters(tree: ast.Module) -> Iterator[tuple[int, str]]:
                     yield node.lineno, name
 
 
+def misplaced_sections(path: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield the line and the name of each definition whose docstring has sections although it is no interface."""
+
+    def visit(node: ast.AST, is_interface: bool) -> Iterator[tuple[int, str]]:
+        for child in ast.iter_child_nodes(node):
+            is_inner = is_interface
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                bases = {ast.unparse(base) for base in getattr(child, "bases", [])}
+                is_inner |= child.name in INTERFACES or not bases.isdisjoint({"ABC", "Protocol"})
+                if not is_inner and SECTION.search(ast.get_docstring(child) or ""):
+                    yield child.lineno, child.name
+            yield from visit(child, is_inner)
+
+    if path.startswith(PACKAGES) and not path.startswith("mhmoe_ray/api/"):
+        yield from visit(tree, False)
+
+
+def docstring_budget(sources: Mapping[str, str]) -> tuple[float, float]:
+    """Return the share of docstrings in the lines of files, and their words for each line of code.
+
+    Strings below attributes count as docstrings. Blank lines and comments are no lines of code.
+    """
+    line_count, docstring_count, word_count, code_count = 0, 0, 0, 0
+    for source in sources.values():
+        docstring_lines: set[int] = set()
+        for node in ast.walk(ast.parse(source)):
+            match node:
+                case ast.Expr(value=ast.Constant(value=str(text)), lineno=first_line, end_lineno=int(last_line)):
+                    docstring_lines |= set(range(first_line, last_line + 1))
+                    word_count += len(text.split())
+        lines = source.splitlines()
+        line_count += len(lines)
+        docstring_count += len(docstring_lines)
+        code_count += sum(
+            number not in docstring_lines and line.strip() != "" and not line.lstrip().startswith("#")
+            for number, line in enumerate(lines, 1)
+        )
+    return docstring_count / line_count, word_count / code_count
+
+
+def problems_of_budget(sources: Mapping[str, str]) -> Iterator[str]:
+    """Yield one line of text for each figure of `docstring_budget` that is above its limit."""
+    share, words = docstring_budget(sources)
+    if share > LARGEST_DOCSTRING_SHARE:
+        yield f"docstrings are {share:.1%} of the lines, and {LARGEST_DOCSTRING_SHARE:.0%} is the limit"
+    if words > MOST_DOCSTRING_WORDS:
+        yield f"docstrings have {words:.2f} words for each line of code, and {MOST_DOCSTRING_WORDS} is the limit"
+
+
 def problems_of_file(path: str, source: str) -> Iterator[str]:
     """Yield one line of text for each docstring and each name of a file that breaks a rule.
 
@@ -129,6 +188,8 @@ def problems_of_file(path: str, source: str) -> Iterator[str]:
             yield f"{path}:{line}: the docstring is a fragment: {first_line}"
     for line, name in unknown_parameters(tree):
         yield f"{path}:{line}: the docstring describes a parameter that does not exist: {name}"
+    for line, name in misplaced_sections(path, tree):
+        yield f"{path}:{line}: {name} is no interface, so its docstring has no sections"
     for line, name in bound_names(tree):
         if is_vague(name) and (path, name) not in EXCEPTIONS:
             yield f"{path}:{line}: the name has no noun: {name}"
@@ -166,6 +227,7 @@ def main() -> None:
         for path in sorted((PROJECT / folder).rglob("*.py"))
     }
     problems = [problem for path, source in sources.items() for problem in problems_of_file(path, source)]
+    problems += problems_of_budget({path: source for path, source in sources.items() if path.startswith(PACKAGES)})
     problems += stale_exceptions(sources)
     problems += [
         f"commit subject is not `area: imperative` of at most 72 characters: {subject}"

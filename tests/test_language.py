@@ -2,7 +2,14 @@
 
 import pytest
 
-from tests.language import is_fragment, is_good_subject, is_vague, problems_of_file
+from tests.language import (
+    docstring_budget,
+    is_fragment,
+    is_good_subject,
+    is_vague,
+    problems_of_budget,
+    problems_of_file,
+)
 
 MODULE = '''"""Block pool."""
 
@@ -55,3 +62,25 @@ def test_fragment_starts_in_the_middle_of_a_sentence():
 )
 def test_subject_has_an_area_and_at_most_72_characters(subject, is_good):
     assert is_good_subject(subject) == is_good
+
+
+def test_sections_are_for_interfaces():
+    source = MODULE.replace("tokens, block_ids: old names of parameters.", "found: blocks.")
+    in_class = source.replace("def match_prefix(", "class Pool(ABC):\n  def match_prefix(").replace(
+        "\n    ", "\n      "
+    )
+
+    def section_problems(path, text):
+        return [problem for problem in problems_of_file(path, text) if "no interface" in problem]
+
+    expected_problem = "kernels/a.py:3: match_prefix is no interface, so its docstring has no sections"
+    assert section_problems("kernels/a.py", source) == [expected_problem]
+    assert section_problems("mhmoe_ray/api/a.py", source) == []
+    assert section_problems("kernels/a.py", in_class) == []
+
+
+def test_budget_counts_docstrings_and_lines_of_code():
+    source = '"""One two three."""\n\n# comment\nx = 1\n"""Four\nfive."""\ny = "six"\n'
+    assert docstring_budget({"a.py": source}) == (3 / 7, 5 / 2)
+    assert list(problems_of_budget({"a.py": source})) == ["docstrings are 42.9% of the lines, and 19% is the limit"]
+    assert list(problems_of_budget({"a.py": "x = 1\n" * 9 + source})) == []

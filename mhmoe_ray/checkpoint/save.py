@@ -115,15 +115,9 @@ class Saver:
     ) -> None:
         """Prepare to save a trainer, whose optimizer updates wait for a copy in progress from now on.
 
-        This is a collective operation, because it creates a process group.
-
-        Args:
-            run: run that the checkpoints belong to.
-            trainer: trainer whose state is saved.
-            group: number of this worker group, which makes checkpoint names unique.
-            on_piece: callback in the background thread after each piece of a file is written.
-            ends: token ids that end a text in addition to the tokenizer's, such as at the end of an assistant's turn.
-            adds_start: whether a start token precedes each text.
+        This is a collective operation, because it creates a process group. `group` is the number of this worker group,
+        which makes checkpoint names unique. The background thread calls `on_piece` after each piece of a file. `ends`
+        are token ids that end a text besides the tokenizer's, and `adds_start` says that a start token precedes each.
         """
         self._ends, self._adds_start = sorted(ends), adds_start
         self._run, self._trainer, self._group, self._on_piece = run, trainer, group, on_piece
