@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mhmoe_ray.model.feedforward import Dispatch, Experts, FeedForward, SharedExpert
 from mhmoe_ray.model.noise import dropout
-from mhmoe_ray.model.router import DomainRouter, Router, Routing
+from mhmoe_ray.model.router import BaseRouter, DomainRouter, Router, Routing, RoutingContext
 from mhmoe_ray.spec import ModelSpec
 
 
@@ -47,16 +47,16 @@ def _build_projection(widths: Iterable[int]) -> nn.Module:
     return nn.Sequential(*(module for layer in linear_layers for module in (layer, nn.ReLU())))[:-1]
 
 
-BuildRouter = Callable[[ModelSpec], Router]
+BuildRouter = Callable[[ModelSpec], BaseRouter]
 
 
-def build_router(spec: ModelSpec) -> Router:
+def build_router(spec: ModelSpec) -> BaseRouter:
     """Return the uninitialized router of one layer."""
     build: BuildRouter = spec.family.part("router")
     return build(spec)
 
 
-def build_plain_router(spec: ModelSpec) -> Router:
+def build_plain_router(spec: ModelSpec) -> BaseRouter:
     """Return a router that treats all rows of a layer alike."""
     assert spec.moe is not None
     return DomainRouter(spec.moe) if spec.moe.router == "domain" else Router(spec.row_width, spec.moe)
@@ -65,7 +65,7 @@ def build_plain_router(spec: ModelSpec) -> Router:
 class MoELayer(nn.Module):
     """Mixture-of-experts layer of one block; the base class of all kinds."""
 
-    router: Router
+    router: BaseRouter
     experts: Experts
     dispatch: Dispatch  # sends sub-tokens to experts; expert parallelism replaces `dispatch_locally`
 
@@ -97,8 +97,8 @@ class MultiHeadMoE(MoELayer):
         `domain_B`. `group_tokens` has the number of tokens of each modality or task."""
         x = self.head(x_BTM)
         x_ND = x.reshape(-1, x.shape[-1] // self.heads)
-        group_rows = [count * self.heads for count in group_tokens]
-        routing: Routing = self.router(x_ND, generator, len(x_BTM), domain_B, group_rows)
+        context = RoutingContext(len(x_BTM), domain_B, [count * self.heads for count in group_tokens])
+        routing: Routing = self.router(x_ND, generator, context)
         # A dispatch between ranks computes the shared expert while sub-tokens travel between ranks.
         shared = None
         if self.shared is not None and self.dispatch is not dispatch_locally:

@@ -26,7 +26,7 @@ from mhmoe_kernels import widen
 from mhmoe_ray.model.feedforward import Experts, FeedForward, SharedExpert
 from mhmoe_ray.model.moe import MoELayer, dispatch_locally
 from mhmoe_ray.model.noise import dropout
-from mhmoe_ray.model.router import LinearScores, Router, Routing, route_counts
+from mhmoe_ray.model.router import NO_CONTEXT, BaseRouter, LinearScores, Routing, RoutingContext, route_counts
 from mhmoe_ray.model.trunk import recompute_in_backward
 from mhmoe_ray.spec import ModelSpec, MoESpec
 
@@ -46,21 +46,15 @@ class SmearScores(LinearScores):
         return normed_ND @ row_ED.T
 
 
-class SmearRouter(Router):
+class SmearRouter(BaseRouter):
     """Router that gives each sample a probability for every expert."""
 
     def __init__(self, width: int, moe: MoESpec, eps: float) -> None:
-        # The constructor of `Router` would create a module of scores without the norms that `SmearScores` has.
-        nn.Module.__init__(self)
-        self.moe, self.scores = moe, SmearScores(width, moe, eps)
+        super().__init__(moe)
+        self.scores = SmearScores(width, moe, eps)
 
     def forward(
-        self,
-        x_ND: Tensor,
-        generator: torch.Generator | None = None,
-        sequences: int = 1,
-        domain_B: Tensor | None = None,
-        group_rows: Sequence[int] = (),
+        self, x_ND: Tensor, generator: torch.Generator | None = None, context: RoutingContext = NO_CONTEXT
     ) -> Routing:
         """Return a routing of each sample's mean to all experts, with probabilities as gates."""
         # Autocast would compute logits in bfloat16, in which many different logits become equal.

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from mhmoe_ray.errors import JobError, SpecError
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
-from mhmoe_ray.model.router import updated_bias
+from mhmoe_ray.model.router import Router, updated_bias
 from mhmoe_ray.model.trunk import Trunk, routing_loss
 from mhmoe_ray.planner.sizes import bytes_per_value
 from mhmoe_ray.spec import MoESpec, RunSpec
@@ -202,10 +202,11 @@ class Trainer:
         if self.mesh.world_size > 1:
             dist.all_reduce(count_LE)
         for layer, count_E in zip(self.model.moe_layers(), count_LE, strict=True):
+            router = cast("Router", layer.router)
             if moe.bias_rate:
-                layer.router.bias_E.copy_(updated_bias(layer.router.bias_E, count_E, moe.bias_rate))
+                router.bias_E.copy_(updated_bias(router.bias_E, count_E, moe.bias_rate))
             if moe.balance_over == "step":
-                layer.router.share_E.copy_(count_E / count_E.sum())
+                router.share_E.copy_(count_E / count_E.sum())
 
     def update(self, sums: RankSums) -> Update:
         """Clip the gradients, update the weights if the gradients' norm is finite, and count the step, even if skipped.

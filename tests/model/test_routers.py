@@ -13,7 +13,7 @@ from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.loss import token_losses
 from mhmoe_ray.model.noise import Noise
-from mhmoe_ray.model.router import SCORES_BY_ROUTER, Router
+from mhmoe_ray.model.router import SCORES_BY_ROUTER, Router, RoutingContext
 from mhmoe_ray.model.router.balance import switch_balance_loss, updated_bias, z_loss
 from mhmoe_ray.model.router.top_k import capacity_mask
 from mhmoe_ray.model.trunk import routing_loss
@@ -309,7 +309,7 @@ def test_balance_over_sequences_is_the_mean_of_each_sequence():
         plain = build_router(experts=4, top_k=2, balance_choices=choices)
         plain.load_state_dict(by_sequence.state_dict())
         expected = torch.stack([plain(part).balance_loss for part in x.chunk(5)]).mean()
-        torch.testing.assert_close(by_sequence(x, sequences=5).balance_loss, expected)
+        torch.testing.assert_close(by_sequence(x, context=RoutingContext(sequences=5)).balance_loss, expected)
         assert not torch.isclose(plain(x).balance_loss, expected, rtol=1e-3)
 
 

@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from mhmoe_ray.families.vision.router import TaskRouter
-from mhmoe_ray.model.router import Router
+from mhmoe_ray.model.router import Router, RoutingContext
 from mhmoe_ray.model.router.balance import importance_load_loss
 from mhmoe_ray.spec import MoESpec
 
@@ -38,7 +38,7 @@ def router_of(router, task):
 def test_a_task_is_routed_as_by_a_router_of_its_own_with_its_number_of_experts(is_shared, normalized):
     router, x = task_router(is_shared, normalize_gates=normalized), rows()
     router.top_k = [1, 3] if not normalized else [2, 3]
-    routing = router(x, group_rows=ROWS)
+    routing = router(x, context=RoutingContext(group_rows=ROWS))
     assert routing.expert_NK.shape == (32, 3)
     counts = torch.zeros(6, dtype=torch.int64)
     for task, part, k in zip("ab", (slice(0, 12), slice(12, 32)), router.top_k, strict=True):
@@ -55,7 +55,7 @@ def test_a_task_is_routed_as_by_a_router_of_its_own_with_its_number_of_experts(i
 
 def test_equal_numbers_of_experts_are_routed_as_by_a_plain_router():
     router, x = task_router(is_shared=True), rows()
-    routing, expected = router(x, group_rows=ROWS), router_of(router, "a")(x)
+    routing, expected = router(x, context=RoutingContext(group_rows=ROWS)), router_of(router, "a")(x)
     for value, expected_value in zip(routing[:-1], expected[:-1], strict=True):
         torch.testing.assert_close(value, expected_value)
 
@@ -69,7 +69,7 @@ def test_the_balance_loss_of_task_routers_is_the_sum_over_tasks():
         plain = router_of(router, task)
         plain.moe = router.moe.model_copy(update={"top_k": k})
         losses.append(plain(part).balance_loss)
-    torch.testing.assert_close(router(x, group_rows=ROWS).balance_loss, sum(losses))
+    torch.testing.assert_close(router(x, context=RoutingContext(group_rows=ROWS)).balance_loss, sum(losses))
 
 
 def test_a_kernel_with_one_loss_for_all_rows_is_not_used_with_weights_for_each_task(monkeypatch):
@@ -79,9 +79,9 @@ def test_a_kernel_with_one_loss_for_all_rows_is_not_used_with_weights_for_each_t
     monkeypatch.setattr(
         "mhmoe_ray.model.router.top_k.fused_routing", lambda *args, **_: fused_calls.append(args) or [None] * 6
     )
-    task_router()(rows(), group_rows=ROWS)
+    task_router()(rows(), context=RoutingContext(group_rows=ROWS))
     assert not fused_calls
-    task_router(is_shared=True)(rows(), group_rows=ROWS)
+    task_router(is_shared=True)(rows(), context=RoutingContext(group_rows=ROWS))
     assert len(fused_calls) == 1
 
 
@@ -89,14 +89,14 @@ def test_capacity_follows_the_number_of_experts_of_each_task():
     router, x = task_router(capacity_factor=1.0), rows()
     router.top_k = [1, 2]
     # ceil(rows / experts) * top-k of each task: ceil(12 / 6) * 1 + ceil(20 / 6) * 2
-    assert router(x, group_rows=ROWS).capacity == 2 + 8
+    assert router(x, context=RoutingContext(group_rows=ROWS)).capacity == 2 + 8
     router.eval()
-    assert router(x, group_rows=ROWS).capacity is None
+    assert router(x, context=RoutingContext(group_rows=ROWS)).capacity is None
 
 
 def test_a_task_without_rows_changes_nothing():
     router, x = task_router(), rows()
-    routing = router(x, group_rows=[32, 0])
+    routing = router(x, context=RoutingContext(group_rows=[32, 0]))
     expected = router_of(router, "a")(x)
     torch.testing.assert_close(routing.balance_loss, expected.balance_loss)
     assert torch.equal(routing.expert_NK, expected.expert_NK)

@@ -19,7 +19,7 @@ from mhmoe_ray.distributed.optimizer import expert_parameters
 from mhmoe_ray.distributed.strategies.ddp import FillModel, Strategy
 from mhmoe_ray.model.autocast import DTYPES
 from mhmoe_ray.model.feedforward import Experts
-from mhmoe_ray.model.router import Router
+from mhmoe_ray.model.router import BaseRouter
 from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.planner.family import sizes_of
 from mhmoe_ray.spec import RunSpec
@@ -45,7 +45,7 @@ class FsdpStrategy(Strategy):
             experts = [m for m in block.modules() if isinstance(m, Experts)] if self._shards_experts else []
             expert_units = [self._shard_experts(module) for module in experts]
             norms_and_router: list[nn.Module] = [
-                m for m in block.modules() if isinstance(m, nn.RMSNorm | nn.LayerNorm | Router)
+                m for m in block.modules() if isinstance(m, nn.RMSNorm | nn.LayerNorm | BaseRouter)
             ]
             float32_units = self._shard_in_float32(norms_and_router)
             block_unit = fully_shard(block, mesh=shard_mesh, ignored_params=ignored_parameters, mp_policy=self._policy)

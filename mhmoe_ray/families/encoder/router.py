@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from mhmoe_ray.model.moe import build_plain_router
-from mhmoe_ray.model.router import Router
+from mhmoe_ray.model.router import BaseRouter, Router
 from mhmoe_ray.model.router.base import Scores
 from mhmoe_ray.model.router.groups import SplitScores
 from mhmoe_ray.model.router.table import build_scores
@@ -23,7 +23,7 @@ class ModalityRouter(Router):
         return SplitScores([self.image, self.text], group_rows)
 
 
-def build_router(spec: ModelSpec) -> Router:
+def build_router(spec: ModelSpec) -> BaseRouter:
     """Return the router of one layer, which may have weights for each modality."""
     assert spec.encoder is not None
     assert spec.moe is not None

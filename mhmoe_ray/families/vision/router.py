@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mhmoe_ray.model.router import Router
+from mhmoe_ray.model.router import Router, RoutingContext
 from mhmoe_ray.model.router.balance import RoutedLogits
 from mhmoe_ray.model.router.base import BaseScores, Scores
 from mhmoe_ray.model.router.groups import SplitScores
@@ -57,12 +57,13 @@ class TaskRouter(Router):
         capacities = [self.moe.expert_capacity(n, k) for n, k in zip(group_rows, self.top_k, strict=True)]
         return None if self.moe.capacity_factor is None else sum(filter(None, capacities))
 
-    def _balance_loss(self, routed: RoutedLogits, sequences: int, group_rows: Sequence[int]) -> Tensor:
+    def _balance_loss(self, routed: RoutedLogits, context: RoutingContext) -> Tensor:
         if self._is_shared and len(set(self.top_k)) == 1:
-            return super()._balance_loss(routed, sequences, group_rows)
+            return super()._balance_loss(routed, context)
+        group_rows = context.group_rows
         ends = accumulate(group_rows, initial=0)
         losses = [
-            super(TaskRouter, self)._balance_loss(routed.slice(start, stop, k), sequences, ())
+            super(TaskRouter, self)._balance_loss(routed.slice(start, stop, k), context)
             for (start, stop), k in zip(pairwise(ends), self.top_k, strict=True)
             if stop > start
         ]

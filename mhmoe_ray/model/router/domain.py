@@ -2,35 +2,22 @@
 source, which is known in training and validation; a sample has documents of one domain. For text of unknown origin,
 `evaluate/mixture.py` weights all experts' predictions by posterior probabilities."""
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mhmoe_ray.model.router.balance import route_counts
-from mhmoe_ray.model.router.top_k import Router, Routing
-from mhmoe_ray.spec import MoESpec
+from mhmoe_ray.model.router.base import NO_CONTEXT, BaseRouter, Routing, RoutingContext
 
 
-class DomainRouter(Router):
+class DomainRouter(BaseRouter):
     """Router that sends a sequence's rows to its domain's expert, with gate 1."""
 
-    def __init__(self, moe: MoESpec) -> None:
-        # The constructor of `Router` would create a module that computes scores, which this router does not need.
-        nn.Module.__init__(self)
-        self.moe = moe
-
     def forward(
-        self,
-        x_ND: Tensor,
-        generator: torch.Generator | None = None,
-        sequences: int = 1,
-        domain_B: Tensor | None = None,
-        group_rows: Sequence[int] = (),
+        self, x_ND: Tensor, generator: torch.Generator | None = None, context: RoutingContext = NO_CONTEXT
     ) -> Routing:
         """Return the routing; sequences have equally many rows, one after another."""
-        assert domain_B is not None, "router domain needs the domain of each sequence"
-        expert_N1 = domain_B.repeat_interleave(len(x_ND) // sequences)[:, None]
+        assert context.domain_B is not None, "router domain needs the domain of each sequence"
+        expert_N1 = context.domain_B.repeat_interleave(len(x_ND) // context.sequences)[:, None]
         zero = torch.zeros((), device=x_ND.device)
         return Routing(
             expert_NK=expert_N1,

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mhmoe_kernels import can_fuse_routing, fused_routing, widen
 from mhmoe_ray.model.router.balance import RoutedLogits, balance_loss, route_counts, z_loss
-from mhmoe_ray.model.router.base import BaseScores, Scores
+from mhmoe_ray.model.router.base import NO_CONTEXT, BaseRouter, BaseScores, Routing, RoutingContext, Scores
 from mhmoe_ray.model.router.table import SCORES_BY_ROUTER, build_scores
 from mhmoe_ray.spec import MoESpec
 
@@ -45,19 +45,6 @@ def mask_groups(preference_NE: Tensor, groups: int, top_groups: int) -> Tensor:
     return masked_NGE.flatten(1)
 
 
-class Routing(NamedTuple):
-    """Result of a router for N rows."""
-
-    expert_NK: Tensor  # chosen experts, int64, in the order of preference, all different
-    gate_NK: Tensor  # weights of the chosen experts, float32; 0 for a dropped route
-    balance_loss: Tensor  # of the layer, scalar; the default loss (`balance: shares`) is 1 if routing is uniform
-    z_loss: Tensor  # of the layer, scalar
-    count_E: Tensor  # kept routes per expert, int64
-    dropped_routes: Tensor
-    """Routes beyond the expert capacity, int64 scalar, without those that `second_expert: random` leaves out."""
-    capacity: int | None  # expert capacity in rows; None if there is no limit
-
-
 class TopK(NamedTuple):
     """Number of experts that each row chooses."""
 
@@ -69,12 +56,11 @@ def _chosen_mask(top_k: TopK, count_N: Tensor) -> Tensor:
     return torch.arange(top_k.largest, device=count_N.device) < count_N[:, None]
 
 
-class Router(nn.Module):
+class Router(BaseRouter):
     """Router of one layer, which chooses the top k experts of each row."""
 
     def __init__(self, width: int, moe: MoESpec) -> None:
-        super().__init__()
-        self.moe = moe
+        super().__init__(moe)
         self._build_scores(width)
         if moe.bias_rate:
             self.bias_E: Tensor
@@ -99,40 +85,24 @@ class Router(nn.Module):
         return self.moe.expert_capacity(rows)
 
     def forward(
-        self,
-        x_ND: Tensor,
-        generator: torch.Generator | None = None,
-        sequences: int = 1,
-        domain_B: Tensor | None = None,
-        group_rows: Sequence[int] = (),
+        self, x_ND: Tensor, generator: torch.Generator | None = None, context: RoutingContext = NO_CONTEXT
     ) -> Routing:
-        """Choose the experts of rows. The expert capacity applies only in training mode (`Module.train`).
-
-        Args:
-            x_ND: the rows.
-            generator: random generator of jitter, of noise and of the random second expert; None disables all three.
-            sequences: number of sequences, whose rows lie one after another.
-            domain_B: expert of each sequence, int64, which only `DomainRouter` uses.
-            group_rows: number of rows of each modality or task, one after another, for routers that treat them
-                separately.
-        """
+        """Choose the experts of rows. The expert capacity applies only in training mode (`Module.train`)."""
         # Autocast would compute logits in bfloat16, in which many different logits become equal.
         with torch.autocast(x_ND.device.type, enabled=False):
-            return self._route(widen(x_ND), generator, sequences, group_rows)
+            return self._route(widen(x_ND), generator, context)
 
-    def _route(
-        self, x_ND: Tensor, generator: torch.Generator | None, sequences: int = 1, group_rows: Sequence[int] = ()
-    ) -> Routing:
+    def _route(self, x_ND: Tensor, generator: torch.Generator | None, context: RoutingContext) -> Routing:
         """Choose the experts of rows, float32 or wider, as `forward` does. Autocast must be off."""
-        moe, rows, scores = self.moe, len(x_ND), self._scores_of(group_rows)
-        top_k = self._top_k_of(group_rows, x_ND.device)
+        moe, rows, scores = self.moe, len(x_ND), self._scores_of(context.group_rows)
+        top_k = self._top_k_of(context.group_rows, x_ND.device)
         if moe.jitter and generator is not None:
             x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - moe.jitter, 1 + moe.jitter, generator=generator)
         clean_NE = logits_NE = scores(x_ND)
         if moe.noise and generator is not None:
             noise_NE = torch.empty_like(logits_NE).normal_(std=moe.noise / moe.experts, generator=generator)
             logits_NE = logits_NE + noise_NE
-        capacity = self._capacity(group_rows, rows) if self.training else None
+        capacity = self._capacity(context.group_rows, rows) if self.training else None
         if top_k.count_N is None and self._is_plain(generator) and can_fuse_routing(moe.kernel, logits_NE):
             fused = fused_routing(
                 logits_NE,
@@ -156,7 +126,7 @@ class Router(nn.Module):
             gate_NK * kept_NK,
             # Without rows, the load balancing loss and the router z-loss would be NaN. The sum of no logits is 0 and
             # has a gradient.
-            self._balance_loss(routed, sequences, group_rows) if rows else logits_NE.sum(),
+            self._balance_loss(routed, context) if rows else logits_NE.sum(),
             z_loss(logits_NE) if rows else logits_NE.sum(),
             count_E,
             candidate_NK.sum() - count_E.sum(),
@@ -183,8 +153,9 @@ class Router(nn.Module):
             or has_own_probabilities
         )
 
-    def _balance_loss(self, routed: RoutedLogits, sequences: int, group_rows: Sequence[int]) -> Tensor:
-        return balance_loss(self.moe, routed, sequences, self.share_E if self.moe.balance_over == "step" else None)
+    def _balance_loss(self, routed: RoutedLogits, context: RoutingContext) -> Tensor:
+        share_E = self.share_E if self.moe.balance_over == "step" else None
+        return balance_loss(self.moe, routed, context.sequences, share_E)
 
     def choose_experts(self, logits_NE: Tensor, top_k: TopK | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return `expert_NK` and `gate_NK` before routes are dropped, and the probabilities NE, scores scaled to a sum

@@ -1,6 +1,5 @@
 """Packed models for inference on a CPU: matrices get the layout of oneDNN, and the original ones are freed."""
 
-from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -10,11 +9,11 @@ from mhmoe_kernels import widen
 from mhmoe_kernels.packed import PackedMatrix, pack_layer, run_packed
 from mhmoe_ray.model.decoder import Block, Decoder
 from mhmoe_ray.model.feedforward import Dispatch, Experts, FeedForward, SharedExpert
-from mhmoe_ray.model.router import Router, Routing
+from mhmoe_ray.model.router import NO_CONTEXT, BaseRouter, Router, Routing, RoutingContext
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose matrix is packed: it has the layout of oneDNN (`mhmoe_kernels.packed`)."""
+    """A linear layer whose matrix has the layout of oneDNN (`mhmoe_kernels.packed`)."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -25,7 +24,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedFeedForward(nn.Module):
-    """A feed-forward layer whose matrices are packed: they have the layout of oneDNN (`mhmoe_kernels.packed`)."""
+    """A feed-forward layer with packed matrices."""
 
     def __init__(self, layer: FeedForward) -> None:
         super().__init__()
@@ -36,11 +35,7 @@ class PackedFeedForward(nn.Module):
 
 
 class PackedExperts(nn.Module):
-    """All experts of a layer, with matrices in the layout of oneDNN (`mhmoe_kernels.packed`), for inference.
-
-    It replaces `Experts`. It ignores the argument `dispatch`, which sends rows to experts on other ranks, because one
-    process holds all experts here.
-    """
+    """All experts of a layer with packed matrices, in place of `Experts`; one process holds all of them."""
 
     def __init__(self, experts: Experts) -> None:
         super().__init__()
@@ -54,21 +49,16 @@ class PackedExperts(nn.Module):
         return run_packed(x_ND, routing.expert_NK, routing.gate_NK, self._experts), None
 
 
-class InferenceRouter(nn.Module):
+class InferenceRouter(BaseRouter):
     """A router that chooses the same experts as in training, without losses and statistics that only training needs."""
 
     def __init__(self, router: Router) -> None:
-        super().__init__()
+        super().__init__(router.moe)
         self._router = router
         self._empty_tensor = torch.zeros(0)
 
     def forward(
-        self,
-        x_ND: Tensor,
-        _: torch.Generator | None = None,
-        sequences: int = 1,
-        domain_B: Tensor | None = None,
-        group_rows: Sequence[int] = (),
+        self, x_ND: Tensor, generator: torch.Generator | None = None, context: RoutingContext = NO_CONTEXT
     ) -> Routing:
         # The scores stay float32 even if the model computes in bfloat16, as in training.
         with torch.autocast(x_ND.device.type, enabled=False):
@@ -80,13 +70,12 @@ class InferenceRouter(nn.Module):
 def pack_model(model: Decoder) -> None:
     """Replace the modules of a model by packed ones, in place; the model can then be neither trained nor saved.
 
-    Args:
-        model: the model with all experts; its matrices have the data type in which products are computed.
+    The model has all experts, and its matrices have the data type in which products are computed.
     """
     for block in cast("list[Block]", model.blocks):
         _pack_linears(block.attention)
         if (moe := block.moe) is not None:
-            moe.router = InferenceRouter(moe.router)  # type: ignore[assignment]  # called like a router
+            moe.router = InferenceRouter(cast("Router", moe.router))
             moe.experts = PackedExperts(moe.experts)  # type: ignore[assignment]  # called like `Experts`
             if moe.shared is not None:
                 moe.shared = PackedFeedForward(moe.shared)  # type: ignore[assignment]  # called like it
@@ -105,7 +94,6 @@ def pack_model(model: Decoder) -> None:
 
 
 def _pack_linears(module: nn.Module) -> None:
-    """Replace all linear layers inside a module by packed ones."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, PackedLinear(child))
