@@ -5,6 +5,7 @@ Torch takes two seconds and hundreds of megabytes, DTensor half a second.
 
 import subprocess
 import sys
+from pathlib import Path
 
 JOBS_AND_ACTORS = (
     "mhmoe_ray.data.inspect.job",
@@ -69,3 +70,15 @@ def test_modules_that_serve_or_export_do_not_import_dtensor():
 def test_small_corpus_can_be_imported_without_lxml():
     code = "import sys; sys.modules['lxml'] = None; import mhmoe_ray.corpus.small"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_reading_a_spec_imports_few_of_our_modules():
+    """A spec without `start` needs neither checkpoints nor runs."""
+    code = (
+        "import sys, mhmoe_ray as mh\n"
+        "mh.load_spec('jobs/quickstart.yaml')\n"
+        "print(sum(name.partition('.')[0].startswith('mhmoe') for name in sys.modules))"
+    )
+    root = Path(__file__).parent.parent
+    process = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert int(process.stdout) <= 45

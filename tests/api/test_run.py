@@ -197,7 +197,7 @@ def test_useless_arguments_of_an_evaluation_are_errors(tmp_path):
         ({"samples": 5}, "overrides and samples are about text"),
         ({"overrides": {"data.alpha": 1}}, "overrides and samples are about text"),
         ({"limit": 5}, "limit and task_folders are about tasks"),
-        ({"prior": "uniform"}, "priors are for a model with router domain"),
+        ({"prior": "uniform"}, "prior is for a model with router domain"),
     ):
         with pytest.raises(SpecError, match=message):
             run.evaluate(**arguments)

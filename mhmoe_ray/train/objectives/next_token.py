@@ -20,8 +20,6 @@ from mhmoe_ray.data.shards.columns import (
     to_model_samples,
     token_bytes_for,
 )
-from mhmoe_ray.data.tokenizer.load import load_tokenizer
-from mhmoe_ray.data.tokenizer.vocabulary import Boundaries, boundaries
 from mhmoe_ray.model.attention import document_indices, document_offsets
 from mhmoe_ray.model.decoder import Decoder, DecoderLoss
 from mhmoe_ray.model.loss import Targets
@@ -32,6 +30,7 @@ from mhmoe_ray.train.objectives.base import Environment, LossSums, ModelArgument
 
 if TYPE_CHECKING:
     from mhmoe_ray.data.shards.manifest import DataManifest
+    from mhmoe_ray.data.tokenizer.vocabulary import Boundaries
     from mhmoe_ray.runs.directory import RunDir
 
 # Number of bytes of a micro-batch's digest. Ranks exchange digests as float64, which holds every integer of 6 bytes
@@ -94,7 +93,7 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
 
     weights = (1.0,)
 
-    def __init__(self, environment: Environment, model: Trunk, inputs: Boundaries | None = None) -> None:
+    def __init__(self, environment: Environment, model: Trunk, inputs: "Boundaries | None" = None) -> None:
         """Create the objective; `inputs` are needed if the model has `document_masks`."""
         super().__init__(environment, model)
         assert isinstance(model, Decoder)
@@ -105,7 +104,11 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
         self._part_sizes = [part.micro_batch_size for part in self.spec.data.parts.values()]
 
     @staticmethod
-    def load_inputs(run: "RunDir", spec: RunSpec, manifest: "DataManifest") -> Boundaries:
+    def load_inputs(run: "RunDir", spec: RunSpec, manifest: "DataManifest") -> "Boundaries":
+        # These imports are delayed, because the measurements of layers and steps run without the tokenizers library.
+        from mhmoe_ray.data.tokenizer.load import load_tokenizer
+        from mhmoe_ray.data.tokenizer.vocabulary import boundaries
+
         return boundaries(load_tokenizer(run.tokenizer_file, spec.model.vocab_size))
 
     def extra_ends(self, manifest: "DataManifest") -> set[int]:
