@@ -138,7 +138,7 @@ def connect_recorded(address: str, given_addresses: Collection[str] = ()) -> Con
     """Connect to an address that a run or sweep directory records; send the token only if the user knows the address.
 
     The user knows the addresses of `is_known`; `given_addresses` are further ones, for a job on a cluster, which has no
-    such record. Any other cluster that asks for a token is a TokenError.
+    such record. Errors are those of `connect`; any other cluster that asks for a token is a TokenError.
     """
     if is_known(address):
         return connect(address)

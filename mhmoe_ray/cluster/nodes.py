@@ -1,4 +1,7 @@
-"""The nodes of a cluster, their free resources, and the logs of their processes, all read from its dashboard."""
+"""The nodes of a cluster, their free resources, and the logs of their processes, all read from its dashboard.
+
+A dashboard that does not answer is a ClusterError.
+"""
 
 import re
 from collections import Counter

@@ -52,7 +52,7 @@ def outcome(run: RunDir, connection: Connection, doubt: float = _DOUBT_SECONDS) 
 
     A dead job whose run directory shows a running run was killed or lost its cluster, and counts as a failure. If the
     cluster does not know the job but the run wrote something within `doubt` seconds, another cluster must have the
-    address now. Both this and no answer are ClusterErrors.
+    address now. Both this and no answer are ClusterErrors. The run must have an attempt.
     """
     known_outcome = recorded_outcome(events.read(run))
     if known_outcome:
@@ -288,7 +288,10 @@ def serving_applications(run: RunDir, run_events: RunEvents) -> list[dict[str, A
 
 
 def applications_at(run: RunDir, address: str, seconds: float) -> list[dict[str, Any]]:
-    """Return the applications on the cluster at `address` that serve a run's checkpoints; `seconds` is the timeout."""
+    """Return the applications on the cluster at `address` that serve a run's checkpoints.
+
+    `seconds` is the timeout; no answer is a ClusterError, a refused or missing token a TokenError.
+    """
     entries = []
     for application in applications(connect_recorded(address), seconds):
         checkpoint = location(application.checkpoint) if application.checkpoint else None

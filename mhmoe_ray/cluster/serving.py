@@ -1,4 +1,4 @@
-"""Ray Serve applications: deploy and inspect them."""
+"""Ray Serve applications: deploy and inspect them. A cluster that does not answer is a ClusterError."""
 
 import math
 import time

@@ -18,7 +18,10 @@ from mhmoe_ray.errors import ClusterError, TokenError
 
 
 def state_folder() -> Path:
-    """Return $MHMOE_HOME, else $XDG_STATE_HOME/mhmoe, else ~/.local/state/mhmoe, created with mode 0700 if missing."""
+    """Return $MHMOE_HOME, else $XDG_STATE_HOME/mhmoe, else ~/.local/state/mhmoe, created with mode 0700 if missing.
+
+    A folder that cannot be created is a ClusterError.
+    """
     configured_home, xdg = os.environ.get("MHMOE_HOME"), os.environ.get("XDG_STATE_HOME")
     base = Path(xdg) if xdg and Path(xdg).is_absolute() else Path.home() / ".local/state"
     folder = Path(configured_home).absolute() if configured_home else base / "mhmoe"

@@ -132,8 +132,8 @@ class Decoder(Trunk):
 
         The call adds the new tokens to the cache, which selects those that get logits. `noise` is None in evaluation.
         `document_BT` is required with `document_masks` and no cache; with `document_offsets`, attention on a GPU needs
-        no mask. Router `domain` requires `domain_B`, each sequence's expert. The loss is computed here, because FSDP
-        and ZeRO gather the output layer's weights only during the call.
+        no mask. Router `domain` requires `domain_B`, each sequence's expert. `token_BT` and `domain_B` are int64. The
+        loss is computed here, because FSDP and ZeRO gather the output layer's weights only during the call.
         """
         # A prompt is one document, so generation with a cache needs no mask.
         assert (document_BT is not None) == (self.spec.document_masks and cache is None)

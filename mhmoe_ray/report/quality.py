@@ -43,7 +43,8 @@ class QualityTable(NamedTuple):
 def quality_tables(variants: Sequence[Variant], baseline: Variant) -> list[QualityTable]:
     """Return a table for each evaluation of encoders or vision models that all runs of all variants have.
 
-    An evaluation that some runs lack is left out, because the other runs would be a selection of the seeds.
+    An evaluation that some runs lack is left out, because the other runs would be a selection of the seeds. A missing
+    scipy is a DataError.
     """
     by_run = [_evaluations_by_question(run) for variant in variants for run in variant.runs]
     first_run = by_run[0] if by_run else {}

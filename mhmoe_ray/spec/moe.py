@@ -305,7 +305,7 @@ class MoESpec(Section):
         return KERNELS[self.kernel]
 
     def expert_capacity(self, rows: int, top_k: int | None = None) -> int | None:
-        """Return the largest number of an expert's rows, capacity_factor * k * ceil(N / E); None if dropless."""
+        """Return an expert's largest number of rows, capacity_factor * k * ceil(N / E) rounded up; None if dropless."""
         # With factor 1 this is the capacity of the code of both MH-MoE papers: 2 * ceil(N / E) for the top-2 routing of
         # the first paper, and k * ceil(N / E) for the second.
         if self.capacity_factor is None:

@@ -45,7 +45,7 @@ def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights
 def run_sorted(x_RD: Tensor, count_E: Tensor, weights: ExpertWeights) -> Tensor:
     """Run rows that are sorted by expert through experts; `count_E` is int64 in CPU memory.
 
-    Other experts or sizes raise ValueError, other dtypes TypeError, and an `unavailable_reason` RuntimeError.
+    Other experts or sizes raise ValueError, dtypes other than bfloat16 TypeError, an `unavailable_reason` RuntimeError.
     """
     _check(x_RD, weights)
     from mhmoe_kernels.cpp.autograd import swiglu_sorted

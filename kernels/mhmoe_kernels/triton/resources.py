@@ -209,7 +209,8 @@ def _argument_type(name: str, element: str) -> str:
 
 @cache
 def fused_refusal(kind: str, width: int, dtype: torch.dtype, capability: int, shared_limit: int) -> str | None:
-    """Return in one clause why fused experts cannot run on a GPU; None if they can. The first call compiles them."""
+    """Return in one clause why fused experts cannot run on a GPU with `shared_limit` bytes of shared memory a program;
+    None if they can. The first call compiles them."""
     for build in fused_builds(kind, width, dtype):
         if reason := refusal(compile_build(build, capability, dtype), shared_limit):
             return f"{build.name} for rows of {width}: {reason}"

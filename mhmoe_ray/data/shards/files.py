@@ -34,7 +34,7 @@ def rows_per_shard(seq_len: int, token_bytes: int) -> int:
 
 
 def write_shard(folder: Path, file: str, samples: Samples) -> Shard:
-    """Write one or more samples as a shard file atomically."""
+    """Write one or more samples, in the dtype of the folder's tokens, as a shard file atomically."""
     columns = {name: _stored_bytes(column) for name, column in columns_of(samples).items()}
     arrays = [
         pa.FixedSizeBinaryArray.from_buffers(pa.binary(rows.shape[1]), len(rows), [None, pa.py_buffer(rows)])

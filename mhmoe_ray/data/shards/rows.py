@@ -29,7 +29,7 @@ def row_batch(
 ) -> pa.RecordBatch:
     """Return one or more samples as a batch with the columns of a shard.
 
-    Tokens are (rows, T), or None for a vision model; an image is empty if its row has none.
+    Tokens are (rows, T) in the folder's dtype, or None for a vision model; an image is empty if its row has none.
     """
     columns: dict[str, pa.Array] = {}
     if tokens is not None:

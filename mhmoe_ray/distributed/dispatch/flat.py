@@ -58,9 +58,9 @@ class FlatDispatch:
     ) -> tuple[Tensor, Tensor | None]:
         """Send rows to their experts' ranks; return each row's weighted sum of outputs, and the shared output if any.
 
-        Rows have the dtype of the weights. `expert_NK` counts the group's experts, 0..E-1; a gate of 0 marks a dropped
-        route. With `routes`, the number of routes that were not dropped, dropped routes take no memory. The shared
-        expert is computed while rows travel.
+        Rows have the dtype of the weights. `expert_NK` counts the group's experts, 0..E-1, in int64; a gate of 0 marks
+        a dropped route. With `routes`, the number of routes that were not dropped, dropped routes take no memory. The
+        shared expert is computed while rows travel.
         """
         local_experts = len(weights.stacked[0])
         plan = plan_routes(self._sort_labels(expert_NK, gate_NK, local_experts), local_experts * self.ranks)

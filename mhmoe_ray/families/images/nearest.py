@@ -48,7 +48,7 @@ class NearestImages:
     """Search for the nearest training images to other images, among `image_count` different ones."""
 
     def __init__(self, training_images: Iterable[bytes], image_of: np.ndarray | None = None) -> None:
-        """Decode each different training image once.
+        """Decode each different training image once; there must be at least one.
 
         `image_of` has the number of each sample's image, below 0 if it is not compared; by default each sample has the
         image at its own position.

@@ -21,7 +21,7 @@ class RequestTimes:
 
 
 class BackgroundEngine(ABC):
-    """Base class of a `ServedEngine` that computes in its own thread."""
+    """Base class of a `ServedEngine` that computes in its own thread, which a subclass starts."""
 
     def __init__(self) -> None:
         self._condition = Condition()

@@ -28,8 +28,8 @@ def grouped_linear(
 ) -> Tensor:  # fmt: skip
     """Return x_r @ w_e + x2_r @ w2_e + bias_e for the rows r of each expert e, added in float32.
 
-    Matrices are [in, out], or [out, in] if transposed. `known_PO` are first rows of the result that need not be
-    computed; offset_E1, expert_T and start_T are as in `SortedRoutes`.
+    Rows are sorted by expert. Matrices are [in, out], or [out, in] if transposed. `known_PO` are first rows of the
+    result that need not be computed; offset_E1, expert_T and start_T are as in `SortedRoutes`.
     """
     y_RO = _fake_linear(
         x_RI, w_EMN, x2_RI, w2_EMN, bias_EO, known_PO, offset_E1, expert_T, start_T, transposed, rows_per_tile

@@ -36,7 +36,8 @@ def next_tokens(
 ) -> tuple[list[int], Encoded]:
     """Return the most probable next token of each caption so far, and the encoder's outputs of this forward pass.
 
-    `captions` are without the start token. Each call encodes the images again, without a cache, as captions are short.
+    Images are uint8, at least one; `captions` are without the start token. Each call encodes the images again, without
+    a cache, as captions are short.
     """
     length, device = 1 + max(map(len, captions)), image_NYXC.device
     # Shorter captions are padded with the start token. The mask hides the padding from attention.
