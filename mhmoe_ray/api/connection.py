@@ -121,7 +121,8 @@ def check_training(spec: RunSpec) -> None:
     from mhmoe_ray.checkpoint.start.record import plan_start
     from mhmoe_ray.data.chat.template import check_template
     from mhmoe_ray.data.order.mixture import training_order
-    from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
+    from mhmoe_ray.data.shards.manifest import read_data_manifest
+    from mhmoe_ray.data.shards.recipe import check_recipe
     from mhmoe_ray.data.sources import find_files
 
     spec.check_compilation()

@@ -7,7 +7,8 @@ from mhmoe_ray.api.placement import Placement, forecast_placement, planned_place
 from mhmoe_ray.api.spec import require_spec
 from mhmoe_ray.checkpoint.start.record import plan_start
 from mhmoe_ray.data.chat.template import check_template
-from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
+from mhmoe_ray.data.shards.manifest import read_data_manifest
+from mhmoe_ray.data.shards.recipe import check_recipe
 from mhmoe_ray.data.sources.find import source_errors
 from mhmoe_ray.data.tokenizer.load import read_given_tokenizer
 from mhmoe_ray.errors import DataError, SpecError

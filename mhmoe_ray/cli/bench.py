@@ -97,7 +97,7 @@ def run(
     """
     from mhmoe_ray.api.spec import load_spec
     from mhmoe_ray.bench.run import WARM_UP_STEPS, measure
-    from mhmoe_ray.data.shards.manifest import require_prepared_data
+    from mhmoe_ray.data.shards.recipe import require_prepared_data
     from mhmoe_ray.errors import SpecError
 
     resolved = load_spec(spec, set_)
@@ -269,7 +269,7 @@ def ingest(
     from mhmoe_ray.bench.ingest import CONTESTANTS, IMAGE_CONTESTANTS, OUR_CONTESTANTS, run_contest
     from mhmoe_ray.bench.timing import installed_contestants
     from mhmoe_ray.data.family import data_of
-    from mhmoe_ray.data.shards.manifest import require_prepared_data
+    from mhmoe_ray.data.shards.recipe import require_prepared_data
     from mhmoe_ray.errors import SpecError
 
     resolved = load_spec(spec, set_)
@@ -324,7 +324,7 @@ def commands(
     """
     from mhmoe_ray.api.spec import load_spec
     from mhmoe_ray.bench.commands import measure
-    from mhmoe_ray.data.shards.manifest import require_prepared_data
+    from mhmoe_ray.data.shards.recipe import require_prepared_data
     from mhmoe_ray.spec import dump_spec
 
     resolved = load_spec(spec, set_)

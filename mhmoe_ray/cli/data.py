@@ -55,7 +55,8 @@ def prepare(
     from mhmoe_ray.data.images.annotations import require_image_packages
     from mhmoe_ray.data.prepare.checks import sparse_parts
     from mhmoe_ray.data.prepare.work import clean_up
-    from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
+    from mhmoe_ray.data.shards.manifest import read_data_manifest
+    from mhmoe_ray.data.shards.recipe import check_recipe
     from mhmoe_ray.data.sources import find_files
 
     resolved = load_spec(spec, set_)

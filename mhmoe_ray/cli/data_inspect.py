@@ -60,7 +60,8 @@ def resolve_target(arguments: list[str], overrides: list[str]) -> InspectTarget:
     """Return the data that a command's arguments name: a spec, or raw text. Prepared data that was made with other
     settings is a DataError."""
     from mhmoe_ray.api.spec import load_spec
-    from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
+    from mhmoe_ray.data.shards.manifest import read_data_manifest
+    from mhmoe_ray.data.shards.recipe import check_recipe
     from mhmoe_ray.errors import SpecError
 
     specs = [name for name in arguments if name.endswith(SPEC_SUFFIXES)]

@@ -97,7 +97,7 @@ def mix(
     read; this run reads the samples after them. The data must be prepared.
     """
     from mhmoe_ray.api.spec import load_spec
-    from mhmoe_ray.data.shards.manifest import require_prepared_data
+    from mhmoe_ray.data.shards.recipe import require_prepared_data
 
     resolved = load_spec(spec, set_)
     mixture = mixture_dict(resolved, require_prepared_data(resolved))

@@ -173,7 +173,7 @@ def _submit_order(
     need one folder prepared in different ways, or a started run whose spec has changed, are a SpecError.
     """
     from mhmoe_ray.api import connection as checks
-    from mhmoe_ray.data.shards.manifest import prepared_key
+    from mhmoe_ray.data.shards.recipe import prepared_key
     from mhmoe_ray.errors import SpecError
     from mhmoe_ray.sweep import client
 

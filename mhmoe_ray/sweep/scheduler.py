@@ -17,7 +17,7 @@ from mhmoe_ray.cluster.runs import (
     start_attempt,
 )
 from mhmoe_ray.data.prepare.pipeline import prepare
-from mhmoe_ray.data.shards.manifest import PreparedKey, prepared_key
+from mhmoe_ray.data.shards.recipe import PreparedKey, prepared_key
 from mhmoe_ray.errors import ClusterError, MhmoeError, SpecError, StorageError, TokenError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir, create_run, last_attempt, newest_attempt_number

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_ray.data.shards.manifest import DataManifest, recipe
+from mhmoe_ray.data.shards.manifest import DataManifest
+from mhmoe_ray.data.shards.recipe import recipe
 from mhmoe_ray.spec import RunSpec, load_resolved_spec
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, mhmoe, mhmoe_subprocess

@@ -9,7 +9,7 @@ import pytest
 
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import Connection, connect
-from mhmoe_ray.data.shards.manifest import recipe
+from mhmoe_ray.data.shards.recipe import recipe
 from mhmoe_ray.errors import DataError, RunError, SpecError, StorageError
 from mhmoe_ray.report.variants import sweep_table
 from mhmoe_ray.runs import events, history, metrics

@@ -54,10 +54,9 @@ from mhmoe_ray.data.shards.manifest import (
     DataManifest,
     Shard,
     read_data_manifest,
-    recipe,
     require_data_manifest,
-    require_prepared_data,
 )
+from mhmoe_ray.data.shards.recipe import recipe, require_prepared_data
 from mhmoe_ray.data.sources import Tally, file_blocks, find_files
 from mhmoe_ray.data.sources.find import fingerprints
 from mhmoe_ray.data.tokenizer import boundaries, boundary_texts, load_tokenizer, store_given_tokenizer, train_tokenizer

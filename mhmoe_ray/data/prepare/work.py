@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from mhmoe_ray.data.shards.manifest import recipe
+from mhmoe_ray.data.shards.recipe import recipe
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import replace_file
 

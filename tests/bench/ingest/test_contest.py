@@ -6,7 +6,8 @@ import pytest
 
 from mhmoe_ray.bench import ingest
 from mhmoe_ray.bench.ingest import CONTESTANTS, OUR_CONTESTANTS
-from mhmoe_ray.data.shards.manifest import read_data_manifest, recipe
+from mhmoe_ray.data.shards.manifest import read_data_manifest
+from mhmoe_ray.data.shards.recipe import recipe
 from mhmoe_ray.spec import dump_spec, load_resolved_spec
 from mhmoe_ray.storage import write_json
 from tests.bench.conftest import write_spec

@@ -14,7 +14,8 @@ from mhmoe_ray.data.prepare.job import PrepareRequest
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.shards.columns import padding_token
 from mhmoe_ray.data.shards.files import verify_shards
-from mhmoe_ray.data.shards.manifest import read_data_manifest, recipe, require_prepared_data
+from mhmoe_ray.data.shards.manifest import read_data_manifest
+from mhmoe_ray.data.shards.recipe import recipe, require_prepared_data
 from mhmoe_ray.data.shards.rows import RowReader
 from mhmoe_ray.data.sources.pictures import image_hash
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer

@@ -8,7 +8,8 @@ from mhmoe_ray.data.prepare.finish import finish_rows
 from mhmoe_ray.data.prepare.rows import RowCounts, RowPart, RowSlice, plan_row_shards, rows_file, write_validation_rows
 from mhmoe_ray.data.prepare.tokenise import Part, PartCounts
 from mhmoe_ray.data.prepare.validation import select_rows
-from mhmoe_ray.data.shards.manifest import Domain, recipe
+from mhmoe_ray.data.shards.manifest import Domain
+from mhmoe_ray.data.shards.recipe import recipe
 from mhmoe_ray.data.shards.rows import RowReader, file_content, row_batch
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.families.encoder.data.rows import check_rows_not_empty

@@ -14,7 +14,7 @@ from mhmoe_ray.data.prepare.work import (
     shared_folder,
     staging_directory,
 )
-from mhmoe_ray.data.shards.manifest import recipe
+from mhmoe_ray.data.shards.recipe import recipe
 from mhmoe_ray.storage import write_json
 from tests.data.shards.manifests import make_manifest
 from tests.specs import tiny_spec

@@ -6,15 +6,8 @@ import shutil
 import pytest
 
 from mhmoe_ray.data.chat.template import BUILT_IN_TEMPLATE
-from mhmoe_ray.data.shards.manifest import (
-    ChatData,
-    check_recipe,
-    data_digest,
-    prepared_key,
-    read_data_manifest,
-    recipe,
-    require_matching_data,
-)
+from mhmoe_ray.data.shards.manifest import ChatData, data_digest, read_data_manifest, require_matching_data
+from mhmoe_ray.data.shards.recipe import check_recipe, prepared_key, recipe
 from mhmoe_ray.data.sources.find import find_files, fingerprints
 from mhmoe_ray.errors import DataError
 from tests.data.shards.manifests import make_manifest
