@@ -1,4 +1,4 @@
-"""The models in torch: decoder, encoder of images and texts, and vision model. Nothing here uses Ray.
+"""The decoder in torch, and the layers that all families of models share. Nothing here uses Ray.
 
 The name of a tensor ends with one letter for each dimension, as in `x_BTM`. The letters are those of mhmoe_kernels (N D
 K E R F and others) and these:
