@@ -23,9 +23,9 @@ from mhmoe_ray.cluster import spawn
 from mhmoe_ray.cluster.local import RECORD, start_local, stop_local
 from mhmoe_ray.cluster.spawn import LocalCluster, free_ports
 from mhmoe_ray.errors import ClusterError
-from tests.browser import browser
 from tests.cli.run import command
-from tests.s3 import s3
+from tests.support.browser import browser
+from tests.support.s3 import s3
 
 __all__ = ["browser", "local_cluster", "s3"]
 

@@ -25,7 +25,7 @@ from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import list_runs
 from tests.cli.audit import assert_samples_in_order
 from tests.cli.run import mhmoe
-from tests.watch import newest_run, start_events, step_of, wait_until
+from tests.support.watch import newest_run, start_events, step_of, wait_until
 
 pytestmark = pytest.mark.ray
 

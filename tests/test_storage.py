@@ -11,7 +11,7 @@ from mhmoe_ray.runs import jsonl
 from mhmoe_ray.runs.directory import create_run
 from mhmoe_ray.runs.jsonl import JsonlSnapshot
 from mhmoe_ray.storage import ObjectPath, copy_file, create_file, location, remove_tree, replace_file
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 @pytest.fixture(params=["here", "on S3"])

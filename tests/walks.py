@@ -40,7 +40,7 @@ from types import CodeType, FrameType
 from typing import Any, NamedTuple
 from unittest import mock
 
-from tests.ray_in_process import ray_in_this_process
+from tests.support.ray_in_process import ray_in_this_process
 
 OWN_TREE = Path(__file__).resolve().parent.parent
 PACKAGE_FOLDERS = {"mhmoe_ray": Path(), "mhmoe_kernels": Path("kernels")}

@@ -19,9 +19,9 @@ from mhmoe_ray.serving.engine.sampler import Sampler
 from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import MoESpec, ServeSpec
 from tests.checkpoint.huggingface.conftest import DENSE, MODELS, export_run, make_run
-from tests.served_encoder import make_encoder_run
 from tests.serving.asking import answer_pieces
-from tests.watch import LIMIT, wait_until
+from tests.support.served_encoder import make_encoder_run
+from tests.support.watch import LIMIT, wait_until
 
 PROMPTS = ["the quick", "the dog sleeps", "", "over the hill and"]
 SAMPLING = {"max_tokens": 12, "temperature": 0.9, "top_p": 0.8, "top_k": 50, "seed": 4}

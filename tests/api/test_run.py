@@ -13,7 +13,7 @@ from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run, mark_imported
 from mhmoe_ray.storage import remove_tree
 from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 DEAD_CLUSTER = "http://127.0.0.1:1"
 

@@ -10,7 +10,7 @@ import torch
 from mhmoe_ray.spec import RunSpec, dump_spec
 from tests.cli.run import mhmoe
 from tests.data.texts import write_corpus
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,7 @@ from mhmoe_ray.bench.acceptance.report import (
 )
 from mhmoe_ray.bench.acceptance.settings import Settings
 from mhmoe_ray.model.moe import MultiHeadMoE
-from tests.watch import LIMIT, wait_until
+from tests.support.watch import LIMIT, wait_until
 
 ROOT = Path(__file__).parents[2]
 IDENTITY = {"device": "cpu", "is_toy": True}

@@ -7,7 +7,7 @@ import torch
 
 from mhmoe_ray.bench import checkpoints
 from mhmoe_ray.bench.timing import Hardware
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 @pytest.mark.long

@@ -7,7 +7,7 @@ from mhmoe_ray.cli.bench import run
 from mhmoe_ray.errors import DataError, JobError, SpecError
 from mhmoe_ray.spec import dump_spec
 from tests.cli.run import mhmoe_subprocess
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 @pytest.mark.slow  # the quick tests are those below, and tests/train, which compares ranks with one process

@@ -7,7 +7,7 @@ from mhmoe_ray.checkpoint.manifest import MANIFEST, checkpoint_name
 from mhmoe_ray.errors import CheckpointError, RunError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 @pytest.fixture

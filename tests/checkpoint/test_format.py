@@ -18,7 +18,7 @@ from mhmoe_ray.checkpoint.load import load_tensors, read_index
 from mhmoe_ray.checkpoint.save import save_slices
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.storage import describe_file
-from tests.saved import save_tensors
+from tests.support.saved import save_tensors
 
 TENSORS = {
     "matrix": torch.arange(24.0).view(4, 6),

@@ -10,8 +10,8 @@ from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.checkpoint.manifest import MANIFEST, newest_checkpoint, read_manifest
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.runs.directory import create_run
-from tests.ranks import run_ranks
-from tests.specs import tiny_spec
+from tests.support.ranks import run_ranks
+from tests.support.specs import tiny_spec
 from tests.train import jobs
 
 STEPS = 3

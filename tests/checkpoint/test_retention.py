@@ -8,7 +8,7 @@ from mhmoe_ray.checkpoint.manifest import MANIFEST, committed_checkpoints, last_
 from mhmoe_ray.checkpoint.retention import RetentionPolicy, delete_checkpoint
 from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import create_run
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 
 from mhmoe_ray.spec import dump_spec
 from tests.data.texts import write_corpus
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 @pytest.fixture(scope="session")

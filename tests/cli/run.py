@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from tests.forked import FORKED, replace_environment
+from tests.support.forked import FORKED, replace_environment
 
 
 class Result(NamedTuple):

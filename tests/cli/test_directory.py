@@ -23,7 +23,7 @@ from mhmoe_ray.errors import ClusterError
 from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run
 from tests.cli.run import assert_one_line, command, mhmoe
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 HUNG_EVENT = {"rank": 0, "pid": 3, "host": "x", "step": 7, "doing": "training", "seconds": 9.0, "silent": False}
 

@@ -16,7 +16,7 @@ from mhmoe_ray.evaluate.request import Evaluation, RoutingCounts, save_evaluatio
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run, mark_imported
 from tests.runs.test_runs import write_checkpoint
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 def newest_name(run):

@@ -12,7 +12,7 @@ from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.errors import RunError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 WORKER = {"rank": 0, "pid": 5, "began": 1.0, "host": "here", "node": "a1"}
 REPLACEMENT = WORKER | {"pid": 6, "began": 2.0}

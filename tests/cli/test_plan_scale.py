@@ -13,7 +13,7 @@ from mhmoe_ray.api.spec import load_spec
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.planner.placement import Node
 from tests.cli.run import assert_one_line, mhmoe
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 SCALE = Path(__file__).parents[2] / "jobs/scale"
 TRILLION, QWEN = str(SCALE / "trillion.yaml"), str(SCALE / "qwen3-30b.yaml")

@@ -14,8 +14,8 @@ from mhmoe_ray.render.monitoring import DASHBOARDS, RATE_WINDOW, prometheus_conf
 from tests.cli.conftest import write_spec
 from tests.cli.run import mhmoe
 from tests.data.scenes import write_class_folders, write_coco_folder
+from tests.support.watch import newest_run, step_of, wait_until
 from tests.train import test_vision_runs
-from tests.watch import newest_run, step_of, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.system]
 

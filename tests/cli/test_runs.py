@@ -30,8 +30,8 @@ from mhmoe_ray.runs.directory import RunDir, last_attempt
 from tests.cli.audit import assert_samples_in_order
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, command, mhmoe
-from tests.forked import FORKED
-from tests.watch import LIMIT, end_by_ctrl_c, newest_run
+from tests.support.forked import FORKED
+from tests.support.watch import LIMIT, end_by_ctrl_c, newest_run
 
 pytestmark = pytest.mark.ray
 

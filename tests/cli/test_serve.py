@@ -12,7 +12,7 @@ from mhmoe_ray.cluster.serve_removal import remove
 from mhmoe_ray.cluster.submissions import record_settings
 from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
 from tests.cli.run import assert_one_line, command, mhmoe
-from tests.watch import end_by_ctrl_c, events_of_kind
+from tests.support.watch import end_by_ctrl_c, events_of_kind
 
 pytestmark = pytest.mark.ray
 

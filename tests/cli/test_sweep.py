@@ -21,7 +21,7 @@ from mhmoe_ray.storage import location
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, command, mhmoe
 from tests.data.texts import write_corpus
-from tests.watch import start_events, step_of, wait_until
+from tests.support.watch import start_events, step_of, wait_until
 
 DENSE = {"model.moe": None}
 ONE_HEAD = {"model.moe.heads": 1, "model.moe.top_k": 1, "model.moe.d_expert": 48}

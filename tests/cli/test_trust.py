@@ -17,7 +17,7 @@ from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run
 from mhmoe_ray.spec import KeySpec, load_deploy_spec
 from tests.checkpoint.huggingface.conftest import MIXTRAL, TEXT, make_run
 from tests.cli.run import assert_one_line, mhmoe
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 TOKEN = "token-of-the-user"
 JOB = "foreign-1"

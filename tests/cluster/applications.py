@@ -10,7 +10,7 @@ from pathlib import Path
 import requests
 
 from mhmoe_ray.cluster import serve_client
-from tests.watch import LIMIT
+from tests.support.watch import LIMIT
 
 HOST = "127.0.0.1"
 

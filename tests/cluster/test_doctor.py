@@ -16,7 +16,7 @@ from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.spec.moe import MoESpec
 from mhmoe_ray.storage import location
 from tests.cli.run import mhmoe
-from tests.watch import wait_until
+from tests.support.watch import wait_until
 
 NO_SERVER = "http://127.0.0.1:1"
 

@@ -13,7 +13,7 @@ from mhmoe_ray.cluster.runs import outcome, recorded_outcome, start_attempt
 from mhmoe_ray.errors import ClusterError, JobError, SpecError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 def _submit(connection, job, code, **options):

@@ -15,7 +15,7 @@ from mhmoe_ray.cluster.local import RECORD, find_local, start_local, stop_local
 from mhmoe_ray.cluster.spawn import LocalCluster, spawn_ray
 from mhmoe_ray.cluster.tokens import own_token, token_file
 from mhmoe_ray.errors import ClusterError
-from tests.watch import wait_until
+from tests.support.watch import wait_until
 
 # This code ignores SIGTERM. It also starts an orphan: a process in another session, whose parent has ended, and which
 # ignores SIGTERM too.

@@ -6,7 +6,7 @@ import sys
 import psutil
 
 from mhmoe_ray.cluster import spawn
-from tests.watch import LIMIT, wait_until
+from tests.support.watch import LIMIT, wait_until
 
 # This code never reaps its child, like the first process of some containers, so the ended child stays a zombie.
 CARELESS = """

@@ -15,7 +15,7 @@ from mhmoe_ray.errors import DataError, JobError
 from mhmoe_ray.runs.directory import RunDir, create_run, last_attempt
 from mhmoe_ray.train.job import TrainRequest
 from tests.cluster.toy_job import SumRequest
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 class LostRequest(SumRequest):

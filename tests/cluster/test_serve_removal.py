@@ -23,7 +23,7 @@ from tests.cluster.applications import (
     replica_states,
     request_application,
 )
-from tests.watch import LIMIT, wait_until
+from tests.support.watch import LIMIT, wait_until
 
 
 @pytest.mark.long

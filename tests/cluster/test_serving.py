@@ -19,7 +19,7 @@ from tests.cluster.applications import (
     json_server,
     request_application,
 )
-from tests.watch import LIMIT, wait_until
+from tests.support.watch import LIMIT, wait_until
 
 SOURCE = """
 import os

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mhmoe_ray.spec import RunSpec, SourceSpec
 from tests.data.texts import make_documents
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 FORMATS = ("png", "jpg", "webp")
 

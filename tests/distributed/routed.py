@@ -12,7 +12,7 @@ from mhmoe_ray.distributed.dispatch.inner_pass import InnerPass
 from mhmoe_ray.model.feedforward import Experts, FeedForward, SharedExpert
 from mhmoe_ray.model.moe import dispatch_locally
 from mhmoe_ray.model.router import Routing
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 WIDTH, EXPERTS_PER_RANK = 16, 2
 

@@ -24,7 +24,7 @@ from tests.distributed.routed import (
     count_living_after_recomputation,
     outputs_and_gradients,
 )
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 RANKS = 3
 

@@ -21,8 +21,8 @@ from tests.distributed.routed import (
     count_living_after_recomputation,
     outputs_and_gradients,
 )
-from tests.ranks import run_ranks
-from tests.specs import tiny_spec
+from tests.support.ranks import run_ranks
+from tests.support.specs import tiny_spec
 
 RANKS = 4
 ROWS = (11, 7, 9, 5)

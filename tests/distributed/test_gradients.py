@@ -5,8 +5,8 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.forked import FORKED
-from tests.specs import tiny_spec
+from tests.support.forked import FORKED
+from tests.support.specs import tiny_spec
 from tests.train.jobs import build_trainer, rank_batches
 
 LAYERS = 4

@@ -6,7 +6,7 @@ from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.errors import ClusterError
 from mhmoe_ray.runs.events import describe_straddling_groups
 from mhmoe_ray.spec import ClusterSpec
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 def test_a_group_on_two_nodes_is_refused_if_the_spec_refuses_it():

@@ -3,7 +3,7 @@ import pytest
 from mhmoe_ray.distributed.optimizer import build_optimizer
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.spec import TrainSpec
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 def spec(**fields):

@@ -10,7 +10,7 @@ from mhmoe_ray.families.encoder.evaluate.captions import cider_d, score_captions
 from mhmoe_ray.families.encoder.model.captions import next_tokens, write_captions
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
-from tests.encoders import CAPTION_DATA, PADDING, encoder_spec
+from tests.support.encoders import CAPTION_DATA, PADDING, encoder_spec
 
 CAPTIONS = [
     "a red boat on the sea",

@@ -12,7 +12,7 @@ from mhmoe_ray.evaluate.harness import run_tasks
 from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run
 from tests.checkpoint.huggingface.conftest import MODELS, export_run, make_run
 from tests.data.texts import write_documents
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 FRACTION = 0.3
 WORDS = [f"w{i}" for i in range(500)]

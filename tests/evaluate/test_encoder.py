@@ -19,9 +19,9 @@ from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs.directory import create_run
 from tests.data.pictures import encode_image, make_pictures, tar_members, write_tar
 from tests.data.sources.read import data_spec
-from tests.encoders import PADDING, encoder_spec
-from tests.saved import commit_checkpoint, save_tensors
 from tests.serving.conftest import build_tokenizer
+from tests.support.encoders import PADDING, encoder_spec
+from tests.support.saved import commit_checkpoint, save_tensors
 
 
 def caption(*tokens):

@@ -10,7 +10,7 @@ from mhmoe_ray.evaluate.measure import DomainSamples
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 WIDTHS = np.arange(300) % 5
 

@@ -20,7 +20,7 @@ from mhmoe_ray.families.images.nearest import NearestImages, distinct_images
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
 from tests.data.pictures import encode_image
-from tests.encoders import PADDING, encoder_spec
+from tests.support.encoders import PADDING, encoder_spec
 
 
 def caption(*tokens):

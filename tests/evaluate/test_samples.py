@@ -17,7 +17,7 @@ from tests.data.sources.read import data_spec
 from tests.data.texts import write_lines
 from tests.evaluate.test_measure import measure as measure_scores
 from tests.serving.conftest import build_tokenizer
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 def test_text_samples_opens_no_more_files_than_needed(tmp_path, monkeypatch):

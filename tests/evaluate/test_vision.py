@@ -14,7 +14,7 @@ from mhmoe_ray.evaluate.context import EvaluationContext
 from mhmoe_ray.evaluate.request import EvalRequest
 from mhmoe_ray.families.vision.evaluate.figures import _accuracy_figures, vision_figures
 from mhmoe_ray.spec import DataSpec
-from tests.served_vision import make_vision_run
+from tests.support.served_vision import make_vision_run
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from mhmoe_ray.train.worker import combine_digests
 from tests.cli.run import mhmoe
 from tests.data.texts import make_documents, write_documents
 from tests.faults import harness
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 @pytest.fixture(scope="session")

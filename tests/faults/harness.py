@@ -19,8 +19,8 @@ from mhmoe_ray.storage import Location
 from tests.cli.audit import assert_samples_in_order
 from tests.cli.conftest import write_spec
 from tests.cli.run import mhmoe
-from tests.specs import tiny_spec
-from tests.watch import newest_run, start_events, step_of, wait_until
+from tests.support.specs import tiny_spec
+from tests.support.watch import newest_run, start_events, step_of, wait_until
 
 EXACT_METRICS = (metrics.LOSS, metrics.GRAD_NORM, metrics.BALANCE, metrics.TOKENS, metrics.STREAM, metrics.LR)
 

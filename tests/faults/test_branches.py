@@ -21,7 +21,7 @@ from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, mhmoe
 from tests.data.texts import make_documents, write_documents
 from tests.faults import harness
-from tests.watch import step_of, wait_for_end, wait_until
+from tests.support.watch import step_of, wait_for_end, wait_until
 
 pytestmark = pytest.mark.ray
 

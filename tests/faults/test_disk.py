@@ -11,7 +11,7 @@ from mhmoe_ray.checkpoint.manifest import committed_checkpoints, newest_checkpoi
 from mhmoe_ray.runs.directory import RunDir
 from tests.cli.run import mhmoe
 from tests.faults import harness
-from tests.watch import events_of_kind, wait_until
+from tests.support.watch import events_of_kind, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.system]
 

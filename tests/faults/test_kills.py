@@ -19,7 +19,7 @@ from mhmoe_ray.runs import history
 from mhmoe_ray.train import malloc
 from tests.cli.run import assert_one_line, mhmoe
 from tests.faults import harness
-from tests.watch import events_of_kind, run_has_ended, start_events, step_of, wait_for_end, wait_until
+from tests.support.watch import events_of_kind, run_has_ended, start_events, step_of, wait_for_end, wait_until
 
 pytestmark = pytest.mark.ray
 

@@ -13,8 +13,8 @@ from mhmoe_ray.checkpoint.manifest import uncommitted_checkpoints
 from mhmoe_ray.runs.directory import list_runs
 from tests.cli.run import command, mhmoe
 from tests.faults import harness
-from tests.s3 import CREDENTIALS
-from tests.watch import events_of_kind, run_has_ended, step_of, wait_for_end, wait_until
+from tests.support.s3 import CREDENTIALS
+from tests.support.watch import events_of_kind, run_has_ended, step_of, wait_for_end, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -6,7 +6,7 @@ from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.router import SCORES_BY_ROUTER
 from mhmoe_ray.spec import ModelSpec, MoESpec
-from tests.paged import logits_in_parts
+from tests.support.paged import logits_in_parts
 
 KINDS = [{}, {"backbone": "subln"}, {"kv_heads": 2, "tied_embeddings": False}]
 

@@ -13,7 +13,7 @@ from mhmoe_ray.model.rotary import RotaryTables
 from mhmoe_ray.serving.engine.paged_cache import PagedCache, PagedStep
 from tests.kernels.triton.test_layer import default_dtype
 from tests.model.test_decoder import KINDS, build_decoder, random_tokens
-from tests.paged import logits_in_parts
+from tests.support.paged import logits_in_parts
 
 LENGTHS = [[7, 1, 12], [13, 7], [20]]
 """Lengths of the documents in each sample of a batch."""

@@ -12,7 +12,7 @@ from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.serving.load import check_engine
 from mhmoe_ray.spec import ModelSpec, MoESpec, ServeSpec
 from tests.checkpoint.huggingface.conftest import make_run
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 MOE = {"router": "domain", "domains": ["web", "code", "web/de"], "experts": 3, "top_k": 1, "heads": 1, "d_expert": 48}
 

@@ -15,7 +15,7 @@ from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.planner.resolve import find_preset
 from mhmoe_ray.planner.sizes import block_sizes, compute_sizes
 from mhmoe_ray.spec import ModelSpec
-from tests.encoders import CAPTION_DATA, ENCODER, PADDING, SMEAR, encoder_batch, encoder_spec, part_samples
+from tests.support.encoders import CAPTION_DATA, ENCODER, PADDING, SMEAR, encoder_batch, encoder_spec, part_samples
 
 TEXTS = {"captions": {"path": "/nowhere/captions", "format": "text"}}
 EXPERTS = {"multi-head": ENCODER["model"]["moe"], "smear": SMEAR}

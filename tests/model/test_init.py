@@ -8,8 +8,8 @@ from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.router import SCORES_BY_ROUTER
 from mhmoe_ray.spec import ModelSpec, MoESpec
-from tests.specs import tiny_spec
-from tests.visions import vision_spec
+from tests.support.specs import tiny_spec
+from tests.support.visions import vision_spec
 
 
 def initial_weights(seed=0, expert_ids=None):

@@ -15,8 +15,8 @@ from mhmoe_ray.planner.expert_step import expert_step
 from mhmoe_ray.planner.family import EXPERTS
 from mhmoe_ray.planner.sizes import block_sizes, compute_sizes, flops_per_token, merge_macs, model_parts
 from mhmoe_ray.spec import ModelSpec, MoESpec
-from tests.encoders import SMEAR, encoder_batch, encoder_spec, part_samples
-from tests.specs import tiny_spec
+from tests.support.encoders import SMEAR, encoder_batch, encoder_spec, part_samples
+from tests.support.specs import tiny_spec
 
 
 def build_smear(**changes):

@@ -14,7 +14,7 @@ from mhmoe_ray.families.vision.model.pyramid import Pyramid
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise, default_generator_from, seeded_generator
-from tests.visions import VISION, image_objects, task_samples, vision_batch, vision_spec
+from tests.support.visions import VISION, image_objects, task_samples, vision_batch, vision_spec
 
 
 def built_model(spec) -> Vision:

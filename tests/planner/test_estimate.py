@@ -8,7 +8,7 @@ from mhmoe_ray.planner.memory import compute_memory
 from mhmoe_ray.planner.placement import build_layout, hypothetical_nodes, pack_workers, single_node_layout
 from mhmoe_ray.planner.sizes import flops_per_token, model_parts
 from mhmoe_ray.planner.traffic import all_exchanges
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 PLAIN = {"share": 1, "node": {"latency": 0}, "domain": {"latency": 0}, "between": {"latency": 0}}
 

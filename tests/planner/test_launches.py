@@ -14,9 +14,9 @@ from mhmoe_ray.model.trunk import routing_loss
 from mhmoe_ray.planner.estimate import LAUNCHES, estimate_step_time
 from mhmoe_ray.planner.launches import launches_per_micro_batch
 from mhmoe_ray.planner.placement import single_node_layout
-from tests.encoders import encoder_spec
-from tests.specs import tiny_spec
-from tests.visions import vision_spec
+from tests.support.encoders import encoder_spec
+from tests.support.specs import tiny_spec
+from tests.support.visions import vision_spec
 
 pytestmark = [
     pytest.mark.long,

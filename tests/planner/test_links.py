@@ -21,7 +21,7 @@ from mhmoe_ray.planner.traffic import (
     to_nodes_pattern,
     within_nodes_pattern,
 )
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 CLASSES = ("node", "domain", "between")
 

@@ -8,7 +8,7 @@ from mhmoe_ray.model.router import SCORES_BY_ROUTER
 from mhmoe_ray.planner.match import MatchSpec, compare_models, experts_without_ep, matched_heads, solve_match
 from mhmoe_ray.planner.sizes import compute_sizes
 from mhmoe_ray.spec import ModelSpec, MoESpec
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 def model(moe, d=768, d_ff=2048, **trunk):

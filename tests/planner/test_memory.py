@@ -32,10 +32,10 @@ from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.objectives import MicroBatch
 from mhmoe_ray.train.step import Trainer
 from tests.checkpoint.test_load import new_run
-from tests.encoders import SMEAR, encoder_batch, encoder_spec
 from tests.kernels.test_cpp import MUST_COMPILE
-from tests.ranks import run_ranks
-from tests.specs import tiny_spec
+from tests.support.encoders import SMEAR, encoder_batch, encoder_spec
+from tests.support.ranks import run_ranks
+from tests.support.specs import tiny_spec
 from tests.train.jobs import build_trainer, micro_batches
 
 TRUNK = {"vocab_size": 500, "d_model": 96, "layers": 3, "attention_heads": 4, "d_ff": 200}

@@ -7,7 +7,7 @@ from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.memory import compute_memory
 from mhmoe_ray.planner.resolve import all_presets, preset_models, resolve_spec
 from mhmoe_ray.spec import dump_spec
-from tests.specs import load_relative_spec
+from tests.support.specs import load_relative_spec
 
 BASE = {
     "name": "a",

@@ -12,7 +12,7 @@ from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.planner.expert_step import expert_step
 from mhmoe_ray.planner.sizes import compute_sizes, flops_per_token
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 MODELS = [
     {},

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mhmoe_ray.planner.memory import gathered_weight_bytes
 from mhmoe_ray.planner.placement import Node, build_layout
 from mhmoe_ray.planner.traffic import all_exchanges, dispatch_exchanges
-from tests.ranks import run_ranks
-from tests.specs import tiny_spec
+from tests.support.ranks import run_ranks
+from tests.support.specs import tiny_spec
 from tests.train.jobs import build_trainer, rank_batches
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from mhmoe_ray.planner.sizes import flops_per_token, model_flops_utilisation
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 def test_utilisation_at_the_peak_rate_is_one():

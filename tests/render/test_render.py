@@ -20,7 +20,7 @@ from mhmoe_ray.serving.config import ENVIRONMENT, application_config
 from mhmoe_ray.spec import ServeSpec, load_resolved_spec, load_site, validate_section
 from mhmoe_ray.spec.site import SiteSpec
 from mhmoe_ray.storage import location
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 ROOT = Path(__file__).parents[2]
 SITE = load_site(ROOT / "cluster/site.yaml")

@@ -18,7 +18,7 @@ from mhmoe_ray.spec.site import SiteSpec
 from tests.cli.conftest import write_spec
 from tests.conftest import USER_CLUSTER_VARIABLES
 from tests.data.texts import write_corpus
-from tests.watch import newest_run, step_of, wait_until
+from tests.support.watch import newest_run, step_of, wait_until
 
 COMMANDS = {
     # This srun runs the command on this machine, whichever node the option -w names. It records the process as one of

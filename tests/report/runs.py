@@ -6,7 +6,7 @@ from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.report.variants import group_variants
 from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 MOE = {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 24}
 

@@ -5,7 +5,7 @@ import pytest
 from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import create_run
 from mhmoe_ray.runs.history import CURVE_LINES, read_trend
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from mhmoe_ray.runs import logs
 from mhmoe_ray.runs.directory import create_run
 from mhmoe_ray.runs.logs import LogArchiver, Redactor, archived_lines
 from mhmoe_ray.storage import ObjectPath
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 @pytest.fixture(params=["here", "on S3"])

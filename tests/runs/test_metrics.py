@@ -10,7 +10,7 @@ from mhmoe_ray.render import monitoring
 from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import create_run
 from mhmoe_ray.runs.metrics import METRICS, Metric, Panel, tagged_values
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 def test_names_and_tags_are_unique():

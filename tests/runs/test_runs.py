@@ -25,9 +25,9 @@ from mhmoe_ray.runs.directory import (
 )
 from mhmoe_ray.runs.sweeps import Order, SweepDir, sweep_dir
 from mhmoe_ray.storage import ObjectPath
-from tests.s3 import CREDENTIALS
-from tests.saved import commit_checkpoint
-from tests.specs import tiny_spec
+from tests.support.s3 import CREDENTIALS
+from tests.support.saved import commit_checkpoint
+from tests.support.specs import tiny_spec
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.serving.answer import Answerer
 from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import ModelSpec, MoESpec, ServeSpec
-from tests.saved import commit_checkpoint, save_tensors
+from tests.support.saved import commit_checkpoint, save_tensors
 
 SEQ_LEN = 64
 # The model has more rows of embeddings than the tokenizer has tokens. This happens if a small corpus gives fewer merges

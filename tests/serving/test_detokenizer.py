@@ -4,8 +4,8 @@ from hypothesis import strategies as st
 
 from mhmoe_ray.data.tokenizer.train import train_unigram
 from mhmoe_ray.serving.detokenizer import TextDecoder, TextStream
-from tests.llama_tokenizer import llama_tokenizer
 from tests.serving.conftest import TEXT, build_tokenizer
+from tests.support.llama_tokenizer import llama_tokenizer
 
 TOKENIZER = build_tokenizer()
 UNIGRAM = train_unigram(TEXT * 2, 330)

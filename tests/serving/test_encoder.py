@@ -34,11 +34,11 @@ from mhmoe_ray.serving.api.app import create_app
 from mhmoe_ray.serving.load import check_served, load_served
 from mhmoe_ray.spec import KeySpec, ServeSpec
 from tests.data.pictures import encode_image
-from tests.encoders import PADDING
-from tests.served_encoder import IMAGES, SEQ_LEN, URLS, SteppedEngine, data_url, endless_model, make_encoder_run
 from tests.serving.asking import call
 from tests.serving.conftest import serve_app
 from tests.serving.hostile_images import HOSTILE_IMAGES, recording_server
+from tests.support.encoders import PADDING
+from tests.support.served_encoder import IMAGES, SEQ_LEN, URLS, SteppedEngine, data_url, endless_model, make_encoder_run
 
 WORDS = ["the fox", "jumps over", "lazy dog", "quick", "brown fox jumps"]
 

@@ -14,8 +14,8 @@ from mhmoe_ray.families.images.image_urls import read_image_url
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.serving.engine import BusyError, EngineError
 from mhmoe_ray.spec import ServeSpec
-from tests.served_encoder import SEQ_LEN, URLS, SteppedEngine, endless_model, make_encoder_run
 from tests.serving.asking import answer_inputs
+from tests.support.served_encoder import SEQ_LEN, URLS, SteppedEngine, endless_model, make_encoder_run
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from mhmoe_ray.serving.api.app import create_app
 from mhmoe_ray.serving.api.completions import _top_logprobs
 from mhmoe_ray.serving.api.schema import MAX_CHOICES
 from mhmoe_ray.spec import ServeSpec
-from tests.llama_tokenizer import llama_tokenizer
 from tests.serving.asking import call
 from tests.serving.conftest import SEQ_LEN, TEXT, build_model, build_tokenizer
 from tests.serving.own import create_answerer
+from tests.support.llama_tokenizer import llama_tokenizer
 
 
 @pytest.fixture

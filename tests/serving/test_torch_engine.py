@@ -11,10 +11,10 @@ from mhmoe_ray.serving.engine import BusyError, EngineError, Request, SamplingPa
 from mhmoe_ray.serving.engine.scheduler import PREFILL_CHUNK
 from mhmoe_ray.serving.engine.torch_engine import PREFILL_BUDGET, TorchEngine, make_batch_invariant
 from mhmoe_ray.spec import ServeSpec
-from tests.paged import logits_in_parts
 from tests.serving.asking import answer_all, answer_tokens
 from tests.serving.conftest import SEQ_LEN, SPEC, build_model
 from tests.serving.own import create_answerer
+from tests.support.paged import logits_in_parts
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0)
 TOKENIZER_SIZE = 300

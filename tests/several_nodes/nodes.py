@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mhmoe_ray.cluster.spawn import LocalCluster
-from tests.watch import wait_until
+from tests.support.watch import wait_until
 
 RACKS = ("left", "right", "left", "right")
 """Value of the label `rack` of each node, by the node's index."""

@@ -8,8 +8,8 @@ from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import dump_spec
 from tests.cli.run import Result, mhmoe
 from tests.several_nodes.nodes import Nodes
-from tests.specs import tiny_spec
-from tests.watch import newest_run
+from tests.support.specs import tiny_spec
+from tests.support.watch import newest_run
 
 
 def write_spec(project: Path, **sections: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from mhmoe_ray.runs.directory import RunDir
 from tests.cli.audit import expected_streams
 from tests.several_nodes.alone import train_on_one_process
 from tests.several_nodes.runs import assert_as_planned, run_command, submit
-from tests.watch import events_of_kind, start_events, step_of, wait_for_end, wait_until
+from tests.support.watch import events_of_kind, start_events, step_of, wait_for_end, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -10,7 +10,7 @@ from mhmoe_ray.runs.directory import RunDir
 from tests.cli.run import mhmoe
 from tests.several_nodes.conftest import cluster_of_nodes
 from tests.several_nodes.runs import run_command, submit
-from tests.watch import start_events, step_of, wait_for_end, wait_until
+from tests.support.watch import start_events, step_of, wait_for_end, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -10,7 +10,7 @@ from mhmoe_ray.runs import history, metrics
 from tests.cli.audit import assert_samples_in_order
 from tests.several_nodes.alone import train_on_one_process
 from tests.several_nodes.runs import assert_as_planned, layout, run_command, submit, write_spec
-from tests.watch import newest_run, start_events, wait_for_end
+from tests.support.watch import newest_run, start_events, wait_for_end
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from tests.encoders import CAPTION_DATA, encoder_spec
+from tests.support.encoders import CAPTION_DATA, encoder_spec
 
 PARTS = CAPTION_DATA["parts"]
 

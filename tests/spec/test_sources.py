@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from mhmoe_ray.spec import DataSpec, FilterSpec, SourceSpec
 from mhmoe_ray.spec.filters import SignalRule
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 def test_a_path_may_be_a_uri_and_stays_one(tmp_path):

@@ -4,8 +4,8 @@ import pytest
 from pydantic import ValidationError
 
 from mhmoe_ray.spec import RunSpec
-from tests.specs import TINY, with_changes
-from tests.visions import vision_spec
+from tests.support.specs import TINY, with_changes
+from tests.support.visions import vision_spec
 
 DETECT = "model__vision__tasks__detect"
 

@@ -9,7 +9,7 @@ from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.sizes import compute_sizes
 from mhmoe_ray.spec import SweepSpec, load_sweep
 from mhmoe_ray.sweep.plan import planned_runs, start_names
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 PAPER = Path(__file__).parents[2] / "jobs/paper"
 SWEEPS = sorted(path for path in PAPER.glob("*.yaml") if "\nsizes:" in path.read_text())

@@ -19,9 +19,9 @@ from mhmoe_ray.spec import SweepRun
 from mhmoe_ray.storage import write_json
 from mhmoe_ray.sweep import client, scheduler
 from tests.data.shards.manifests import make_manifest
-from tests.saved import commit_checkpoint
-from tests.specs import tiny_spec
-from tests.watch import wait_until
+from tests.support.saved import commit_checkpoint
+from tests.support.specs import tiny_spec
+from tests.support.watch import wait_until
 
 NOWHERE = Connection("http://127.0.0.1:1", True, True, None)
 

@@ -7,7 +7,7 @@ from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import RunDir
 from tests.cli.run import mhmoe
 from tests.faults import harness
-from tests.watch import newest_run, start_events, wait_for_end
+from tests.support.watch import newest_run, start_events, wait_for_end
 
 
 def train_to_end(folder: Path) -> RunDir:

@@ -21,7 +21,7 @@ from mhmoe_ray.train.objectives import MicroBatch
 from mhmoe_ray.train.objectives.next_token import micro_batch
 from tests.serving.asking import call
 from tests.serving.own import create_answerer
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 from tests.train import jobs
 
 CPU = torch.device("cpu")

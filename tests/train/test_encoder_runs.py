@@ -11,9 +11,9 @@ import yaml
 from mhmoe_ray.runs import history, metrics
 from tests.cli.run import mhmoe
 from tests.data.pictures import make_pictures, tar_members, write_tar
-from tests.encoders import ENCODER
+from tests.support.encoders import ENCODER
+from tests.support.watch import newest_run
 from tests.train.image_runs import assert_a_kill_changes_nothing, assert_refused, streams, train_to_end
-from tests.watch import newest_run
 
 pytestmark = pytest.mark.long
 STEPS = 12

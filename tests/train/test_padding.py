@@ -15,8 +15,8 @@ from mhmoe_ray.model.trunk import routing_loss
 from mhmoe_ray.runs.directory import create_run
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.objectives import MicroBatch
-from tests.ranks import run_ranks
-from tests.specs import tiny_spec
+from tests.support.ranks import run_ranks
+from tests.support.specs import tiny_spec
 from tests.train import jobs
 
 STEPS = 6

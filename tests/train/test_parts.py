@@ -6,7 +6,7 @@ from mhmoe_ray.runs import history, metrics
 from tests.cli.conftest import write_spec
 from tests.cli.run import mhmoe
 from tests.data.texts import make_documents, write_documents
-from tests.watch import newest_run
+from tests.support.watch import newest_run
 
 # Two files have quicker tests: tests/data/order/test_parts.py of the order of parts, and test_encoder_runs.py of their
 # losses.

@@ -23,7 +23,7 @@ from mhmoe_ray.storage import location
 from mhmoe_ray.train import resilience
 from mhmoe_ray.train.preemption import PreemptedError
 from mhmoe_ray.train.resilience import DivisorScalingPolicy, NonRetryableFailurePolicy, RunTrainer, package_error
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 def test_policy_overrides_existing_methods():

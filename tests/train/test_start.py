@@ -6,8 +6,8 @@ import torch
 from mhmoe_ray.bench.measure import peak_bytes
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
-from tests.ranks import run_ranks
-from tests.specs import tiny_spec
+from tests.support.ranks import run_ranks
+from tests.support.specs import tiny_spec
 from tests.train import jobs
 
 MODEL = {**tiny_spec().model.model_dump(), "vocab_size": 300, "d_model": 128, "layers": 8, "d_ff": 256}

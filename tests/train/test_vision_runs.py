@@ -9,9 +9,9 @@ import yaml
 from mhmoe_ray.runs import history, metrics
 from tests.cli.run import mhmoe
 from tests.data.scenes import write_class_folders, write_coco_folder
+from tests.support.visions import VISION
+from tests.support.watch import events_of_kind
 from tests.train.image_runs import assert_a_kill_changes_nothing, assert_refused, streams, train_to_end
-from tests.visions import VISION
-from tests.watch import events_of_kind
 
 pytestmark = pytest.mark.long
 STEPS = 8

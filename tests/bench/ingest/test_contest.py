@@ -14,7 +14,7 @@ from tests.bench.conftest import write_spec
 from tests.cli.run import assert_one_line, mhmoe_subprocess
 from tests.data.shards.manifests import make_manifest
 from tests.data.texts import write_lines
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 PEER_CONTESTANTS = [name for name in CONTESTANTS if name not in OUR_CONTESTANTS]
 

@@ -12,9 +12,9 @@ from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run
 from mhmoe_ray.spec import ModelSpec, MoESpec
-from tests.llama_tokenizer import llama_tokenizer
-from tests.saved import commit_checkpoint, save_tensors
-from tests.specs import tiny_spec
+from tests.support.llama_tokenizer import llama_tokenizer
+from tests.support.saved import commit_checkpoint, save_tensors
+from tests.support.specs import tiny_spec
 
 SEQ_LEN = 64
 TEXT = ["the quick brown fox jumps over the lazy dog", "the dog sleeps and the fox runs over the hill"] * 4

@@ -34,9 +34,9 @@ from tests.checkpoint.huggingface.conftest import (
     random_model,
     save_mixtral,
 )
-from tests.paged import logits_in_parts
-from tests.ranks import run_ranks
 from tests.serving.asking import answer_pieces, answer_tokens
+from tests.support.paged import logits_in_parts
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.long
 

@@ -14,8 +14,8 @@ from mhmoe_ray.serving.engine import SamplingParams
 from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from tests.checkpoint.huggingface.conftest import MIXTRAL, MODELS, export_run, make_run, raise_read_error
-from tests.llama_tokenizer import llama_tokenizer
 from tests.serving.asking import answer_tokens
+from tests.support.llama_tokenizer import llama_tokenizer
 
 
 def edit_config(**fields):

@@ -16,8 +16,8 @@ from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from tests.checkpoint.huggingface.conftest import MIXTRAL, TEXT, export_run, make_run
 from tests.checkpoint.huggingface.test_import import edit_config
-from tests.llama_tokenizer import llama_tokenizer
 from tests.serving.asking import answer_tokens
+from tests.support.llama_tokenizer import llama_tokenizer
 
 TEXTS = ["the quick brown fox", "", " fox 日本 🦊\n"]
 

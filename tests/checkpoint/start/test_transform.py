@@ -12,7 +12,7 @@ from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.spec import ModelSpec, MoESpec, StartSpec
 from tests.checkpoint.huggingface.conftest import DENSE, MIXTRAL, random_model
 from tests.checkpoint.start.models import start_model
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 TOKENS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(0))
 

@@ -22,9 +22,9 @@ from mhmoe_ray.spec import RunSpec, dump_spec
 from mhmoe_ray.storage import ObjectPath, copy_file
 from tests.checkpoint.huggingface.conftest import TEXT, export_run
 from tests.data.shards.manifests import make_manifest
-from tests.llama_tokenizer import llama_tokenizer
-from tests.ranks import run_ranks
-from tests.specs import load_relative_spec, tiny_spec
+from tests.support.llama_tokenizer import llama_tokenizer
+from tests.support.ranks import run_ranks
+from tests.support.specs import load_relative_spec, tiny_spec
 from tests.train import jobs
 
 DENSE = {**tiny_spec().model.model_dump(), "moe": None, "vocab_size": 320}

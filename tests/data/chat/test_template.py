@@ -17,7 +17,7 @@ from mhmoe_ray.data.chat.template import (
 from mhmoe_ray.errors import DataError
 from tests.data.chat.templates import BEGIN, CASES, CHAT_ML, CHAT_ML_WITH_BLOCKS, END
 from tests.data.chat.tokenizers import byte_level_tokenizer, sentence_tokenizer
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 STRIPPING = """\
 {% for message in messages %}{% if message.role == 'user' %}U:{{ message.content }};{% else %}A:\

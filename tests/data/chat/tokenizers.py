@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from mhmoe_ray.data.tokenizer.tiktoken import BYTE_OF_LETTER
 from tests.data.chat.templates import BEGIN, END
-from tests.llama_tokenizer import llama_tokenizer
+from tests.support.llama_tokenizer import llama_tokenizer
 
 TEXTS = [
     "User:",

@@ -8,7 +8,7 @@ from mhmoe_ray.data.shards.rows import row_batch, write_row_shard
 from mhmoe_ray.families.encoder.data.samples import SampleMaker, encoder_validation_samples
 from mhmoe_ray.families.images.crops import read_crop
 from tests.data.pictures import make_pictures
-from tests.encoders import PADDING, encoder_spec
+from tests.support.encoders import PADDING, encoder_spec
 
 COUNTS = {"captions": 4, "pictures": 5, "described": 7, "matched": 0}
 IMAGES = [picture.image for picture in make_pictures(12)]

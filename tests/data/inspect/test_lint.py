@@ -11,8 +11,8 @@ from tests.data.inspect.surveys import survey_serially
 from tests.data.shards.manifests import make_manifest
 from tests.data.sources.v2_files import write_v2_files
 from tests.data.texts import make_documents, write_corpus, write_documents, write_lines
-from tests.llama_tokenizer import llama_tokenizer
-from tests.specs import tiny_spec
+from tests.support.llama_tokenizer import llama_tokenizer
+from tests.support.specs import tiny_spec
 
 BIG_ENOUGH = {"validation_fraction": 0.4, "seq_len": 16}
 

@@ -21,7 +21,7 @@ from mhmoe_ray.errors import DataError
 from tests.data.inspect.surveys import make_histogram, survey_serially
 from tests.data.sources.read import data_spec
 from tests.data.texts import make_documents, write_corpus, write_documents, write_lines
-from tests.llama_tokenizer import llama_tokenizer
+from tests.support.llama_tokenizer import llama_tokenizer
 
 
 @pytest.fixture(scope="module")

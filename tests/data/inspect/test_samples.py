@@ -10,7 +10,7 @@ from mhmoe_ray.data.tokenizer import END_OF_TEXT, train_tokenizer
 from mhmoe_ray.errors import DataError
 from tests.data.shards.manifests import make_manifest
 from tests.data.texts import write_corpus
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from mhmoe_ray.data.order.mixture import compute_mixture
 from mhmoe_ray.data.stream import StreamLayout
 from mhmoe_ray.errors import DataError
 from tests.data.shards.manifests import make_manifest
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 OLD_SAMPLES = {"web/en": 500, "web/de": 40, "books/a": 30}
 NEW_SAMPLES = {**OLD_SAMPLES, "code/py": 25}

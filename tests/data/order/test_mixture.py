@@ -13,7 +13,7 @@ from mhmoe_ray.data.order.mixture import compute_mixture
 from mhmoe_ray.errors import DataError
 from tests.data.order.plain_order import DOMAIN_ERROR
 from tests.data.shards.manifests import T, make_manifest
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 def make_mixture(samples, steps=100, schedule=(), **sources):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mhmoe_ray.data.order.mixture import compute_mixture
 from mhmoe_ray.errors import DataError
 from tests.data.shards.manifests import make_manifest
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 SAMPLES = {"books/a": 70, "code/go": 40, "code/rust": 25, "web/de": 90, "web/en": 400}
 PARTS = {

@@ -6,7 +6,7 @@ from mhmoe_ray.data.prepare.rows import RowCounts
 from mhmoe_ray.data.prepare.tokenise import Part, PartCounts
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.families.vision.data.rows import classes_of_tasks
-from tests.visions import vision_spec
+from tests.support.visions import vision_spec
 
 DRAWINGS = {"samples": 9, "held_out_samples": 2, "class_names": ["red", "blue"]}
 SCENES = {"samples": 5, "held_out_samples": 1, "class_names": ["dog", "cat", "cow"]}

@@ -8,7 +8,7 @@ from mhmoe_ray.families.encoder.data.batches import BatchMaker
 from mhmoe_ray.families.encoder.data.codebook import k_means, sample_patches
 from mhmoe_ray.families.encoder.data.samples import SampleMaker
 from tests.data.pictures import make_pictures
-from tests.encoders import encoder_spec
+from tests.support.encoders import encoder_spec
 
 
 def test_patches_of_the_sample_are_the_targets_of_training(tmp_path):

@@ -5,7 +5,7 @@ from mhmoe_ray.data.prepare.tokenise import Part, PartCounts
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.errors import DataError
 from tests.data.texts import make_documents
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 def test_is_validation_holds_out_about_the_fraction():

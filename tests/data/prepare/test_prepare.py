@@ -29,7 +29,7 @@ from mhmoe_ray.storage import describe_file
 from mhmoe_ray.train.objectives.next_token import sample_digest
 from tests.data.shards.test_verify import expected_reports, make_folders
 from tests.data.texts import write_corpus, write_documents
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 pytestmark = pytest.mark.ray
 

@@ -13,7 +13,7 @@ from mhmoe_ray.data.shards.recipe import recipe
 from mhmoe_ray.data.shards.rows import RowReader, file_content, row_batch
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.families.encoder.data.rows import check_rows_not_empty
-from tests.encoders import ENCODER, encoder_spec
+from tests.support.encoders import ENCODER, encoder_spec
 
 
 def selected_counts(available, max_samples):

@@ -17,8 +17,8 @@ from mhmoe_ray.data.prepare.work import (
 from mhmoe_ray.data.shards.recipe import recipe
 from mhmoe_ray.storage import write_json
 from tests.data.shards.manifests import make_manifest
-from tests.specs import tiny_spec
-from tests.watch import wait_until
+from tests.support.specs import tiny_spec
+from tests.support.watch import wait_until
 
 
 def test_clean_up_keeps_files_of_other_folders(tmp_path):

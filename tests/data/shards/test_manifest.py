@@ -12,7 +12,7 @@ from mhmoe_ray.data.sources.find import find_files, fingerprints
 from mhmoe_ray.errors import DataError
 from tests.data.shards.manifests import make_manifest
 from tests.data.texts import write_corpus
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 def test_recipe_identifies_a_tokenizer_by_its_content(tmp_path):

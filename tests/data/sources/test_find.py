@@ -9,7 +9,7 @@ from mhmoe_ray.errors import DataError, SpecError
 from mhmoe_ray.spec import DataSpec, validate_section
 from tests.data.sources.read import bad_lines, data_spec, document_texts, read_source
 from tests.data.texts import write_corpus, write_documents
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 def domains_and_names(path, **source) -> list[tuple[str, str]]:

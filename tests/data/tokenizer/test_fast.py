@@ -23,7 +23,7 @@ from mhmoe_ray.data.tokenizer.encoder import (
 from mhmoe_ray.data.tokenizer.tiktoken import BYTE_OF_LETTER, PATTERNS, from_tiktoken
 from mhmoe_ray.data.tokenizer.train import train_bpe, train_unigram
 from tests.data.tokenizer.texts import SCRIPTS, any_text
-from tests.llama_tokenizer import llama_tokenizer
+from tests.support.llama_tokenizer import llama_tokenizer
 
 pytestmark = pytest.mark.long
 

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer
 from mhmoe_ray.data.tokenizer import load_tokenizer, store_given_tokenizer
 from mhmoe_ray.data.tokenizer.train import train_bpe
 from mhmoe_ray.errors import DataError
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 from .words import make_word_tokenizer
 

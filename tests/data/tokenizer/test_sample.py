@@ -9,7 +9,7 @@ from mhmoe_ray.data.sources import RawFile, find_files
 from mhmoe_ray.data.tokenizer import train
 from mhmoe_ray.data.tokenizer.train import domain_budgets, file_budgets, sample_texts
 from tests.data.texts import make_documents, write_documents
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 def make_data_spec(train_mb=1.0, schedule=(), **sources):

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, UNKNOWN_WIDTH, DocumentEncoder, token_widths
 from mhmoe_ray.data.tokenizer.train import train_bpe, train_unigram
 from tests.data.texts import make_documents
-from tests.llama_tokenizer import llama_tokenizer
+from tests.support.llama_tokenizer import llama_tokenizer
 
 TEXTS = [*make_documents("en", 60), "über die Brücke → 東京 нет"]
 TRAIN_FUNCTIONS = {"bpe": train_bpe, "unigram": train_unigram}

@@ -11,7 +11,7 @@ from mhmoe_ray.data.shards.manifest import DataManifest, Domain
 from mhmoe_ray.data.shards.rows import row_batch, write_row_shard
 from mhmoe_ray.families.vision.data.samples import held_out_images, vision_validation_samples
 from tests.data.pictures import make_pictures
-from tests.visions import vision_spec
+from tests.support.visions import vision_spec
 
 IMAGES = [picture.image for picture in make_pictures(9)]
 CLASSES = {"classify": ["cat", "cow"], "detect": ["circle"]}

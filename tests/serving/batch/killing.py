@@ -9,7 +9,7 @@ from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.serving.batch.job import OUTPUT_KEY
 from tests.faults.harness import kill
-from tests.watch import wait_until
+from tests.support.watch import wait_until
 
 
 def chunk_count(folder: Path) -> int:

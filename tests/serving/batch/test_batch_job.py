@@ -18,7 +18,7 @@ from mhmoe_ray.serving.batch.pipeline import CHUNK_RETRIES
 from mhmoe_ray.serving.batch.rows import AnswerCounts
 from tests.cli.run import assert_one_line, command, mhmoe
 from tests.faults.harness import kill
-from tests.watch import end_by_ctrl_c, wait_until
+from tests.support.watch import end_by_ctrl_c, wait_until
 
 from ..conftest import build_model, save_checkpoint
 from .conftest import GREEDY, answer_here, make_request, read_output, served, served_texts, write_input

@@ -11,7 +11,7 @@ import pytest
 from mhmoe_ray.cluster.spawn import LocalCluster
 from tests.cli.run import command, mhmoe
 from tests.faults.harness import kill
-from tests.watch import wait_until
+from tests.support.watch import wait_until
 
 from .conftest import read_output, served_texts, write_input
 from .killing import chunk_count, kill_driver, running_job, worker_pids

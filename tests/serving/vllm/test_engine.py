@@ -16,7 +16,7 @@ from tests.serving.asking import answer_all, answer_tokens, call
 from tests.serving.conftest import SEQ_LEN, build_model, save_checkpoint
 from tests.serving.test_torch_engine import TOKENIZER_SIZE, greedy_tokens, mixed_requests, random_prompts
 from tests.serving.vllm.conftest import GREEDY, SPEC, greedy_answers, serve_with_vllm
-from tests.watch import wait_until
+from tests.support.watch import wait_until
 
 
 @pytest.fixture(scope="module")

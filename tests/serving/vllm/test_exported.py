@@ -16,9 +16,9 @@ from mhmoe_ray.serving.engine import SamplingParams
 from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import ModelSpec, MoESpec, ServeSpec
 from tests.checkpoint.huggingface.conftest import MODELS, TEXT, export_run, make_run
-from tests.llama_tokenizer import llama_tokenizer
 from tests.serving.asking import answer_tokens
-from tests.watch import wait_until
+from tests.support.llama_tokenizer import llama_tokenizer
+from tests.support.watch import wait_until
 
 # vLLM accepts logit biases for tokens of the tokenizer only, so the models have embeddings of no other tokens.
 VOCAB_SIZE = llama_tokenizer(TEXT, 320).get_vocab_size()

@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 
 from mhmoe_ray.families.vision.data.columns import samples_in_row, stream_columns
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
+from tests.support.visions import micro_batch_samples, task_samples, vision_spec
 from tests.train.jobs import build_trainer, full_gradients, full_tensors
-from tests.visions import micro_batch_samples, task_samples, vision_spec
 
 ADAPTIVE = {"largest": 3, "interval": 1, "patience": 1, "batches": 2}
 

@@ -6,7 +6,7 @@ from mhmoe_ray.distributed.dispatch.exchange import SentBytes
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.train.step import Update
 from mhmoe_ray.train.telemetry import StepTotals, WaitShares, step_line
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 from tests.train.jobs import build_trainer
 
 

@@ -10,7 +10,7 @@ from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.train.telemetry import mlflow as sink
 from mhmoe_ray.train.telemetry.mlflow import MlflowRun
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 # MLflow warns about runs in files, because it recommends a database.
 pytestmark = pytest.mark.filterwarnings("ignore:.*filesystem.*:FutureWarning")

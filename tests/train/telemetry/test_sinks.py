@@ -5,7 +5,7 @@ import torch
 from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.train.telemetry import Telemetry, WaitShares, sinks
-from tests.specs import tiny_spec
+from tests.support.specs import tiny_spec
 
 
 class ListTracker:

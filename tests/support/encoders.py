@@ -10,7 +10,7 @@ from mhmoe_ray.families.encoder.data.columns import EncoderSamples
 from mhmoe_ray.families.encoder.data.masking import block_mask, hide_tokens, text_mask
 from mhmoe_ray.families.encoder.model import EncoderBatch
 from mhmoe_ray.spec import MicroBatchPart, RunSpec
-from tests.specs import with_changes
+from tests.support.specs import with_changes
 
 PADDING = 65_535
 ENCODER: dict[str, Any] = {

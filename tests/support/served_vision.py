@@ -12,7 +12,7 @@ from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run
 from mhmoe_ray.spec import RunSpec
-from tests.saved import commit_checkpoint, save_tensors
+from tests.support.saved import commit_checkpoint, save_tensors
 
 CLASSES = {
     "animals": ["bear", "cat", "dog", "fox"],

@@ -9,7 +9,7 @@ from mhmoe_ray.families.vision.data.batches import task_batch
 from mhmoe_ray.families.vision.data.columns import ImageObjects, TaskSamples, VisionSamples
 from mhmoe_ray.families.vision.model import VisionBatch
 from mhmoe_ray.spec import MicroBatchPart, RunSpec
-from tests.specs import with_changes
+from tests.support.specs import with_changes
 
 VISION: dict[str, Any] = {
     "name": "tiny",

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from mhmoe_ray.cluster.spawn import free_ports
-from tests.forked import FORKED, replace_environment
+from tests.support.forked import FORKED, replace_environment
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
