@@ -143,6 +143,13 @@ def misplaced_sections(path: str, tree: ast.Module) -> Iterator[tuple[int, str]]
         yield from visit(tree, False)
 
 
+def imports_of_tests(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield the line and the name of each test file from which a module imports by `from`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").rpartition(".")[2].startswith("test_"):
+            yield node.lineno, node.module or ""
+
+
 def docstring_budget(sources: Mapping[str, str]) -> tuple[float, float]:
     """Return the share of docstrings in the lines of files, and their words for each line of code.
 
@@ -188,6 +195,8 @@ def problems_of_file(path: str, source: str) -> Iterator[str]:
             yield f"{path}:{line}: the docstring is a fragment: {first_line}"
     for line, name in unknown_parameters(tree):
         yield f"{path}:{line}: the docstring describes a parameter that does not exist: {name}"
+    for line, name in imports_of_tests(tree):
+        yield f"{path}:{line}: it imports from {name}; shared helpers lie beside the tests or in tests/support"
     for line, name in misplaced_sections(path, tree):
         yield f"{path}:{line}: {name} is no interface, so its docstring has no sections"
     for line, name in bound_names(tree):

@@ -79,6 +79,12 @@ def test_sections_are_for_interfaces():
     assert section_problems("kernels/a.py", in_class) == []
 
 
+def test_test_files_import_nothing_from_each_other():
+    source = "from tests.model.test_moe import make_layer\nfrom tests.support.specs import tiny_spec\n"
+    [problem] = problems_of_file("tests/a.py", source)
+    assert problem.startswith("tests/a.py:1: it imports from tests.model.test_moe")
+
+
 def test_budget_counts_docstrings_and_lines_of_code():
     source = '"""One two three."""\n\n# comment\nx = 1\n"""Four\nfive."""\ny = "six"\n'
     assert docstring_budget({"a.py": source}) == (3 / 7, 5 / 2)

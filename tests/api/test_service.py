@@ -7,7 +7,7 @@ from mhmoe_ray.api.serve_target import resolve_target
 from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.errors import CheckpointError, ServeError
 from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
-from tests.cli.test_serve_update import dashboard
+from tests.support.dashboards import dashboard
 
 
 @pytest.fixture

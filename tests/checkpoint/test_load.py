@@ -9,25 +9,12 @@ import torch
 from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.checkpoint.manifest import MANIFEST, newest_checkpoint, read_manifest
 from mhmoe_ray.errors import CheckpointError
-from mhmoe_ray.runs.directory import create_run
 from tests.support.ranks import run_ranks
+from tests.support.runs import new_run
 from tests.support.specs import tiny_spec
 from tests.train import jobs
 
 STEPS = 3
-
-
-def new_run(folder, cluster, **sections):
-    """Create a run with placeholder files for a tokenizer and prepared data, and return its spec and the run.
-
-    `cluster` and `sections` replace keys of the tiny spec.
-    """
-    spec = tiny_spec(folder, cluster=cluster, **sections)
-    run = create_run(spec)
-    run.tokenizer_file.write_text("{}")
-    spec.data.prepared.mkdir()
-    (spec.data.prepared / "manifest.json").write_text("{}")
-    return spec, run
 
 
 def train_and_save(folder, cluster, nodes=None, **sections):

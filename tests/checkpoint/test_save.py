@@ -12,8 +12,8 @@ from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
-from tests.checkpoint.test_load import new_run
 from tests.support.ranks import run_ranks
+from tests.support.runs import new_run
 from tests.support.specs import tiny_spec
 from tests.train import jobs
 

@@ -15,7 +15,7 @@ from mhmoe_ray.errors import DataError
 from mhmoe_ray.evaluate.request import Evaluation, RoutingCounts, save_evaluation
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run, mark_imported
-from tests.runs.test_runs import write_checkpoint
+from tests.support.saved import write_checkpoint
 from tests.support.specs import tiny_spec
 
 

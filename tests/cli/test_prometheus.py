@@ -14,8 +14,8 @@ from mhmoe_ray.render.monitoring import DASHBOARDS, RATE_WINDOW, prometheus_conf
 from tests.cli.conftest import write_spec
 from tests.cli.run import mhmoe
 from tests.data.scenes import write_class_folders, write_coco_folder
+from tests.support import vision_specs
 from tests.support.watch import newest_run, step_of, wait_until
-from tests.train import test_vision_runs
 
 pytestmark = [pytest.mark.ray, pytest.mark.system]
 
@@ -49,7 +49,7 @@ def vision_run(tmp_path, local_cluster):
     """
     write_class_folders(tmp_path / "raw" / "classes", 60)
     write_coco_folder(tmp_path / "raw" / "scenes", 50)
-    test_vision_runs.write_spec(tmp_path, 2, train={"steps": 100_000})
+    vision_specs.write_spec(tmp_path, 2, train={"steps": 100_000})
     assert mhmoe(tmp_path, "submit", "spec.yaml", "--detach").code == 0
     run = newest_run(tmp_path)
     wait_until(lambda: step_of(run) >= 10, "step 10")

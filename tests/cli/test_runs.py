@@ -104,10 +104,10 @@ def test_logs_are_filtered_by_rank_time_and_pattern(corpus, finished):
 
 
 def test_metrics_are_in_the_files_of_tensorboard(finished):
-    from tests.train.telemetry.test_tensorboard import read
+    from tests.support.event_files import read_scalars
 
     run, _ = finished
-    scalars, lines = read(run.tensorboard), history.read(run)
+    scalars, lines = read_scalars(run.tensorboard), history.read(run)
     assert [step for step, _ in scalars["loss/training"]] == list(range(1, 31))
     assert [value for _, value in scalars["loss/training"]] == pytest.approx([h[metrics.LOSS] for h in lines], rel=1e-6)
     assert [step for step, _ in scalars["loss/validation"]] == [10, 20, 30]

@@ -1,7 +1,5 @@
 """Tests of lm-eval on exported checkpoints, with small tasks that this module defines."""
 
-import json
-
 import pytest
 import torch
 
@@ -14,27 +12,11 @@ from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from tests.checkpoint.huggingface.conftest import MODELS, export_run, make_run
 from tests.serving.asking import answer_tokens
+from tests.support.harness_tasks import CHOICE_TASK, QUESTIONS, write_task
 
 # lm-eval and its libraries issue warnings, which pytest would turn into errors.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-QUESTIONS = [
-    {"question": "the quick", "choices": [" brown", " turns home", " every"], "answer": 0},
-    {"question": "a quiet", "choices": [" fox", " night falls on us all and every small boat"], "answer": 0},
-    {"question": "the dog sleeps and the fox runs", "choices": [" moon", " over the hill"], "answer": 1},
-]
-CHOICE_TASK = """
-task: choose
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{data}"}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_target: answer
-doc_to_choice: choices
-target_delimiter: ""
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-"""
 GENERATION_TASK = """
 task: continue
 dataset_path: json
@@ -64,14 +46,6 @@ def run(request, tmp_path_factory):
 def _offline(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-
-
-def write_task(folder, text, questions):
-    """Write a task of lm-eval from the template `text` and its questions into a folder, and return the folder."""
-    data_path = folder / "questions.jsonl"
-    data_path.write_text("".join(json.dumps(question) + "\n" for question in questions))
-    (folder / "task.yaml").write_text(text.format(data=data_path))
-    return folder
 
 
 def run_task(folder, name, task_folder, **options):

@@ -5,20 +5,12 @@ import pytest
 import torch
 
 from mhmoe_ray.data.tokenizer import UNKNOWN_WIDTH
-from mhmoe_ray.evaluate import measure as measure_module
 from mhmoe_ray.evaluate.measure import DomainSamples
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
+from tests.evaluate.measurements import WIDTHS, measure
 from tests.support.specs import tiny_spec
-
-WIDTHS = np.arange(300) % 5
-
-
-def measure(model, samples, batch, widths=WIDTHS):
-    return measure_module.measure_samples(
-        model, samples, widths, batch_size=batch, start_token=0, use_bfloat16=False, on_progress=lambda *_: None
-    )
 
 
 def make_model(**moe):

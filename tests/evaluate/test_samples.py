@@ -15,7 +15,7 @@ from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from tests.data.sources.read import data_spec
 from tests.data.texts import write_lines
-from tests.evaluate.test_measure import measure as measure_scores
+from tests.evaluate.measurements import measure as measure_scores
 from tests.serving.conftest import build_tokenizer
 from tests.support.specs import tiny_spec
 

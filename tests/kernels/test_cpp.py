@@ -1,7 +1,6 @@
 """Tests of kernel `cpp` against `reference` in float64, and of the reasons why it is unavailable."""
 
 import os
-import shutil
 import subprocess
 import sys
 
@@ -11,17 +10,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mhmoe_kernels import ExpertWeights, GeluSubln, Swiglu, choose_kernel, cpp, run_experts, run_sorted_experts
-from mhmoe_kernels.cpu import CpuLevel, cpu_level, level_environment
+from mhmoe_kernels.cpu import CpuLevel, level_environment
 from tests.kernels.problems import make_problem, outputs_and_gradients, with_gradients
+from tests.support.cpp_kernel import runs_here
 
 CPU = torch.device("cpu")
-HAS_COMPILER = bool(os.environ.get("CXX") or shutil.which("g++"))
-MUST_COMPILE = sys.platform == "linux" and cpu_level() >= CpuLevel.AVX512_BF16 and HAS_COMPILER
-"""True if the kernel must compile on this machine.
-
-`unavailable_reason` cannot decide this, because the tests of a kernel that does not compile would then be skipped.
-"""
-runs_here = pytest.mark.skipif(not MUST_COMPILE, reason="needs Linux, a CPU with AVX512_BF16, and g++")
 pytestmark = pytest.mark.cpu
 
 

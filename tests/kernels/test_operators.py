@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhmoe_kernels import BACKENDS, GeluSubln, Swiglu, run_experts
 from tests.kernels.problems import make_problem
-from tests.kernels.test_cpp import runs_here
+from tests.support.cpp_kernel import runs_here
 
 STEPS = ("forward", "backward")
 

@@ -2,26 +2,9 @@ import pytest
 import torch
 
 from mhmoe_ray.architectures import ARCHITECTURES
-from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.router import SCORES_BY_ROUTER
-from mhmoe_ray.spec import ModelSpec, MoESpec
+from tests.support.decoders import KINDS, build_decoder, random_tokens
 from tests.support.paged import logits_in_parts
-
-KINDS = [{}, {"backbone": "subln"}, {"kv_heads": 2, "tied_embeddings": False}]
-
-
-def build_decoder(heads=2, seed=0, moe=None, **model):
-    """Return a float64 decoder with four layers and random weights; `moe` has keys of MoESpec, `model` of ModelSpec."""
-    moe = MoESpec(**{"heads": heads, "experts": 6, "top_k": 2, "d_expert": 12, **(moe or {})})
-    spec = ModelSpec(vocab_size=50, d_model=32, layers=4, attention_heads=4, d_ff=40, moe=moe, **model)
-    decoder = Decoder(spec)
-    init_weights(decoder, seed)
-    return decoder.double()
-
-
-def random_tokens(batch, length, seed=0):
-    return torch.randint(50, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])

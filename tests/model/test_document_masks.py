@@ -11,9 +11,9 @@ from mhmoe_ray.model import decoder
 from mhmoe_ray.model.attention import Attention, Documents, document_mask, document_offsets, has_variable_length_kernel
 from mhmoe_ray.model.rotary import RotaryTables
 from mhmoe_ray.serving.engine.paged_cache import PagedCache, PagedStep
-from tests.kernels.triton.test_layer import default_dtype
-from tests.model.test_decoder import KINDS, build_decoder, random_tokens
+from tests.support.decoders import KINDS, build_decoder, random_tokens
 from tests.support.paged import logits_in_parts
+from tests.support.tensors import default_dtype
 
 LENGTHS = [[7, 1, 12], [13, 7], [20]]
 """Lengths of the documents in each sample of a batch."""

@@ -7,33 +7,22 @@ from pydantic import ValidationError
 from mhmoe_ray.checkpoint.huggingface.export import export
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.errors import CheckpointError, ServeError
-from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.serving.load import check_engine
-from mhmoe_ray.spec import ModelSpec, MoESpec, ServeSpec
+from mhmoe_ray.spec import MoESpec, ServeSpec
 from tests.checkpoint.huggingface.conftest import make_run
-from tests.support.specs import tiny_spec
-
-MOE = {"router": "domain", "domains": ["web", "code", "web/de"], "experts": 3, "top_k": 1, "heads": 1, "d_expert": 48}
-
-
-def make_model(**moe) -> Decoder:
-    spec = ModelSpec.model_validate({**tiny_spec().model.model_dump(), "moe": {**MOE, **moe}})
-    model = Decoder(spec)
-    init_weights(model, seed=1)
-    return model
+from tests.support.decoders import DOMAIN_MOE, make_domain_model
 
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_each_sequence_is_computed_by_the_expert_of_its_domain(heads):
     """A dense model with the weights of one expert gives the same logits for the sequences of its domain."""
-    model = make_model(heads=heads)
+    model = make_domain_model(heads=heads)
     tokens = torch.randint(300, (4, 12), generator=torch.Generator().manual_seed(0))
     domain_B = torch.tensor([2, 0, 1, 2])
     output = model(tokens, domain_B=domain_B)
     assert [r.count_E.tolist() for r in output.routing] == [[12 * heads, 12 * heads, 24 * heads]]
     for row, domain in enumerate(domain_B.tolist()):
-        single = make_model(heads=heads, domains=["x"], experts=1)
+        single = make_domain_model(heads=heads, domains=["x"], experts=1)
         tensors = {
             name: tensor[domain : domain + 1] if ".experts." in name else tensor
             for name, tensor in model.named_tensors().items()
@@ -44,7 +33,7 @@ def test_each_sequence_is_computed_by_the_expert_of_its_domain(heads):
 
 
 def test_only_the_experts_of_a_batch_get_gradients():
-    model = make_model()
+    model = make_domain_model()
     logits = model(torch.arange(12)[None], domain_B=torch.tensor([1])).logits_BTV
     logits.logsumexp(-1).sum().backward()
     gradient = model.moe_layers()[0].experts.gate_EFD.grad
@@ -52,7 +41,7 @@ def test_only_the_experts_of_a_batch_get_gradients():
 
 
 def test_an_expert_has_the_name_of_a_domain_or_of_its_source():
-    moe = MoESpec.model_validate(MOE)
+    moe = MoESpec.model_validate(DOMAIN_MOE)
     assert [moe.expert_of_domain(name) for name in ("web/de", "web/en", "code", "code/py", "books/a")] == [
         2,
         0,
@@ -79,11 +68,11 @@ def test_an_expert_has_the_name_of_a_domain_or_of_its_source():
 )
 def test_settings_without_effect_are_refused(fields, message):
     with pytest.raises(ValidationError, match=message):
-        MoESpec.model_validate({**MOE, **fields})
+        MoESpec.model_validate({**DOMAIN_MOE, **fields})
 
 
 def test_a_model_with_domains_is_neither_exported_nor_served(tmp_path):
-    run = make_run(tmp_path, make_model().spec)
+    run = make_run(tmp_path, make_domain_model().spec)
     checkpoint, manifest, _ = newest_checkpoint(run, ("weights",))
     with pytest.raises(CheckpointError, match="its router needs the domain of a text"):
         export(checkpoint, manifest, tmp_path / "exported")

@@ -8,7 +8,7 @@ from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.planner.memory import compute_memory
 from mhmoe_ray.planner.sizes import block_sizes, compute_sizes
-from tests.planner.test_memory import SavedTensors
+from tests.support.tensors import SavedTensors
 from tests.support.visions import vision_batch, vision_spec
 
 DETECTOR = "model__vision__tasks__detect__detector"

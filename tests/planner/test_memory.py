@@ -31,11 +31,12 @@ from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.objectives import MicroBatch
 from mhmoe_ray.train.step import Trainer
-from tests.checkpoint.test_load import new_run
-from tests.kernels.test_cpp import MUST_COMPILE
+from tests.support.cpp_kernel import MUST_COMPILE
 from tests.support.encoders import SMEAR, encoder_batch, encoder_spec
 from tests.support.ranks import run_ranks
+from tests.support.runs import new_run
 from tests.support.specs import tiny_spec
+from tests.support.tensors import SavedTensors
 from tests.train.jobs import build_trainer, micro_batches
 
 TRUNK = {"vocab_size": 500, "d_model": 96, "layers": 3, "attention_heads": 4, "d_ff": 200}
@@ -103,24 +104,6 @@ def spec_of(kind, experts, precision="float32") -> RunSpec:
     # The sequences of `masks` are so long that a missing mask would exceed the tolerance of the test.
     seq_len = 192 if kind == "masks" else 64
     return tiny_spec(model=model, data={"seq_len": seq_len}, train=train)
-
-
-class SavedTensors:
-    """Hook for tensors that autograd saves, which adds up the bytes of their storages, except those of weights."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self._saved_tensors: dict[int, torch.Tensor] = {}  # tensors are kept, so that no two have the same address
-
-    def __call__(self, t: torch.Tensor) -> torch.Tensor:
-        address = t.untyped_storage().data_ptr()
-        if address not in self._weights:
-            self._saved_tensors[address] = t
-        return t
-
-    @property
-    def bytes(self) -> int:
-        return sum(t.untyped_storage().nbytes() for t in self._saved_tensors.values())
 
 
 def autograd_bytes(spec: RunSpec) -> int:

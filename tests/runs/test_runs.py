@@ -26,22 +26,13 @@ from mhmoe_ray.runs.directory import (
 from mhmoe_ray.runs.sweeps import Order, SweepDir, sweep_dir
 from mhmoe_ray.storage import ObjectPath
 from tests.support.s3 import CREDENTIALS
-from tests.support.saved import commit_checkpoint
+from tests.support.saved import write_checkpoint
 from tests.support.specs import tiny_spec
 
 
 @pytest.fixture
 def run(tmp_path):
     return create_run(tiny_spec(tmp_path))
-
-
-def write_checkpoint(run, step, group=1):
-    """Write a committed checkpoint with one weights file of `step` bytes, and return its folder."""
-    checkpoint = run.checkpoints / f"step_{step:08d}.{group}"
-    (checkpoint / "weights").mkdir(parents=True)
-    (checkpoint / "weights" / "w.safetensors").write_bytes(b"w" * step)
-    commit_checkpoint(checkpoint, run.spec().model, step=step, tokens=1, seed=0, seq_len=16, tokenizer_sha256="")
-    return checkpoint
 
 
 def test_runs_are_private_and_have_unique_ids(tmp_path):

@@ -10,7 +10,7 @@ from mhmoe_ray.serving.detokenizer import TextDecoder, TokenBytes
 from mhmoe_ray.serving.engine import Request, SamplingParams
 from tests.serving.asking import answer_pieces
 from tests.serving.conftest import SEQ_LEN
-from tests.serving.test_detokenizer import DECODERS, TOKENIZERS
+from tests.serving.tokenizers import DECODERS, TOKENIZERS
 from tests.support.llama_tokenizer import llama_tokenizer
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0)

@@ -2,17 +2,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mhmoe_ray.data.tokenizer.train import train_unigram
 from mhmoe_ray.serving.detokenizer import TextDecoder, TextStream
-from tests.serving.conftest import TEXT, build_tokenizer
-from tests.support.llama_tokenizer import llama_tokenizer
+from tests.serving.conftest import TEXT
+from tests.serving.tokenizers import DECODERS, LLAMA, TOKENIZER, TOKENIZERS
 
-TOKENIZER = build_tokenizer()
-UNIGRAM = train_unigram(TEXT * 2, 330)
-# The vocabulary lacks Japanese and emoji, so their characters are encoded as bytes.
-LLAMA = llama_tokenizer(TEXT[:2] * 4, 320)
-TOKENIZERS = {"bytes": TOKENIZER, "unigram": UNIGRAM, "fallback": LLAMA}
-DECODERS = {kind: TextDecoder(tokenizer) for kind, tokenizer in TOKENIZERS.items()}
 SIZES = {kind: tokenizer.get_vocab_size() for kind, tokenizer in TOKENIZERS.items()}
 kinds = st.sampled_from(sorted(DECODERS))
 

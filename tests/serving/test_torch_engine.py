@@ -14,10 +14,10 @@ from mhmoe_ray.spec import ServeSpec
 from tests.serving.asking import answer_all, answer_tokens
 from tests.serving.conftest import SEQ_LEN, SPEC, build_model
 from tests.serving.own import create_answerer
+from tests.serving.prompts import TOKENIZER_SIZE, greedy_tokens, mixed_requests, random_prompts
 from tests.support.paged import logits_in_parts
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0)
-TOKENIZER_SIZE = 300
 
 
 def create_engine(model, **overrides):
@@ -35,26 +35,6 @@ def engine():
     engine.close()
 
 
-def random_prompts(count, max_length=SEQ_LEN - 20):
-    """Return prompts of 1 to `max_length` random tokens, the same at each call."""
-    g = torch.Generator().manual_seed(5)
-    lengths = torch.randint(1, max_length + 1, (count,), generator=g).tolist()
-    return [tuple(torch.randint(TOKENIZER_SIZE, (n,), generator=g).tolist()) for n in lengths]
-
-
-@torch.inference_mode()
-def greedy_tokens(model, ids, count, tokenizer_size=TOKENIZER_SIZE, end_tokens=()):
-    """Return up to `count` greedy tokens before the first end token, computed from the whole sequence at every step."""
-    ids, answer = list(ids), []
-    for _ in range(count):
-        token = int(model(torch.tensor([ids])).logits_BTV[0, -1, :tokenizer_size].argmax())
-        if token in end_tokens:
-            break
-        ids.append(token)
-        answer.append(token)
-    return answer
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("split", [1, 7, 19])
 def test_logits_in_chunks_equal_those_of_the_whole_sequence(split):
@@ -62,22 +42,6 @@ def test_logits_in_chunks_equal_those_of_the_whole_sequence(split):
     model = build_model().double()  # in float32, rounding alone gives differences of 2e-5
     logits_BTV = logits_in_parts(model, token_BT, [split, *[1] * (20 - split)])
     torch.testing.assert_close(logits_BTV, model(token_BT).logits_BTV, rtol=1e-6, atol=1e-6)
-
-
-def mixed_requests():
-    """Return 32 requests with different prompts, sampling parameters and requested scores."""
-    requests = []
-    for i, ids in enumerate(random_prompts(32)):
-        temperature = [0, 0.7, 1.5][i % 3]
-        requests.append(
-            Request(
-                ids,
-                SamplingParams(5 + i % 16, temperature, top_k=[0, 20][i % 2], top_p=[1, 0.9][i % 5 == 0], seed=i),
-                logprobs=[None, 0, 3][i % 3],
-                prompt_logprobs=i % 3 == 2,
-            )
-        )
-    return requests
 
 
 @pytest.mark.cpu

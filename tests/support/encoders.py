@@ -110,3 +110,8 @@ def encoder_batch(spec: RunSpec, micro_batch: int = 0) -> EncoderBatch:
     """Return a micro-batch for the model, on the CPU."""
     maker = BatchMaker(spec.model, torch.device("cpu"))
     return maker.make(spec.parts, micro_batch_samples(spec, micro_batch))
+
+
+def stream_rows(samples):
+    """Return the samples of a micro-batch as a row of the training stream."""
+    return {name: getattr(samples, name)[None] for name in EncoderSamples._fields}

@@ -48,3 +48,12 @@ def commit_checkpoint(checkpoint: Path, model: ModelSpec, **fields: Any) -> None
         **fields,
     }
     commit(checkpoint, CheckpointManifest(model=model, **values))
+
+
+def write_checkpoint(run, step, group=1):
+    """Write a committed checkpoint with one weights file of `step` bytes, and return its folder."""
+    checkpoint = run.checkpoints / f"step_{step:08d}.{group}"
+    (checkpoint / "weights").mkdir(parents=True)
+    (checkpoint / "weights" / "w.safetensors").write_bytes(b"w" * step)
+    commit_checkpoint(checkpoint, run.spec().model, step=step, tokens=1, seed=0, seq_len=16, tokenizer_sha256="")
+    return checkpoint

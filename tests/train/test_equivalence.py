@@ -5,8 +5,8 @@ import torch
 
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.train.objectives import MicroBatch
-from tests.checkpoint.test_load import new_run
 from tests.support.ranks import run_ranks
+from tests.support.runs import new_run
 from tests.support.specs import tiny_spec
 from tests.train import jobs
 

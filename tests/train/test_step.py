@@ -11,8 +11,8 @@ from mhmoe_ray.checkpoint.load import restore
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.distributed.optimizer import expert_parameters
 from mhmoe_ray.errors import JobError
-from tests.checkpoint.test_load import new_run
 from tests.support.ranks import run_ranks
+from tests.support.runs import new_run
 from tests.support.specs import TINY, tiny_spec
 from tests.train.jobs import build_trainer, full_tensors, rank_batches, save_checkpoint, train
 

@@ -4,24 +4,18 @@ import copy
 import json
 
 import pytest
-import yaml
 
 from mhmoe_ray.runs import history, metrics
 from tests.cli.run import mhmoe
 from tests.data.scenes import write_class_folders, write_coco_folder
+from tests.support.vision_specs import STEPS, write_spec
 from tests.support.visions import VISION
 from tests.support.watch import events_of_kind
 from tests.train.image_runs import assert_a_kill_changes_nothing, assert_refused, streams, train_to_end
 
 pytestmark = pytest.mark.long
-STEPS = 8
 PREPARE = ["data", "prepare", "spec.yaml"]
 TEXT_WITHOUT_CLASSES = ["--text", "raw/test-classes", "--set", "data.sources.test-classes.format=images"]
-ADAPTIVE = {"largest": 3, "interval": 2, "patience": 1, "batches": 2, "first_loss": 1e-6, "first_step": 0}
-"""Options of the adaptive rule with which each task raises its number of experts and then takes the raise back.
-
-No loss is below `first_loss`, so the raise is at the first validation of the rule, and is taken back at the second one.
-"""
 
 
 @pytest.fixture(scope="module")
@@ -33,21 +27,6 @@ def project(tmp_path_factory, local_cluster):
     write_class_folders(folder / "raw" / "test-classes", 12)
     write_coco_folder(folder / "raw" / "test-scenes", 10)
     return folder
-
-
-def write_spec(folder, workers, **sections):
-    tree = copy.deepcopy(VISION)
-    tree["storage"] = "runs"
-    tree["model"]["vision"]["adaptive"] = ADAPTIVE
-    tree["model"]["moe"] |= {"noise": 1.0, "balance": "importance_load"}
-    tree["data"] |= {"prepared": "prepared", "validation_fraction": 0.2}
-    tree["data"]["sources"]["drawings"]["path"] = "raw/classes"
-    tree["data"]["sources"]["scenes"]["path"] = "raw/scenes/annotations/instances_*.json"
-    tree["train"] |= {"steps": STEPS, "validate_every": 4, "checkpoint_every": 2}
-    tree["cluster"] = {"workers": workers, "ep": min(2, workers)}
-    for name, section in sections.items():
-        tree[name] |= section
-    (folder / "spec.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
 
 
 def train(folder, workers):

@@ -1,5 +1,6 @@
 """Runs with a checkpoint like those of training, and model folders written by transformers."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,13 @@ def save_mixtral(model, folder: Path, **options) -> Path:
 @pytest.fixture
 def mixtral_folder(mixtral, tmp_path) -> Path:
     return save_mixtral(mixtral, tmp_path / "Mixtral-8x0.1")
+
+
+def edit_config(**fields):
+    """Return a function that sets these fields in the config.json of a folder."""
+
+    def edit(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return edit

@@ -17,7 +17,7 @@ from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from tests.checkpoint.huggingface.conftest import MODELS, SEQ_LEN, TEXT, export_run
-from tests.checkpoint.huggingface.test_names import model_specs
+from tests.checkpoint.huggingface.strategies import model_specs
 from tests.support.llama_tokenizer import llama_tokenizer
 from tests.support.paged import logits_in_parts
 

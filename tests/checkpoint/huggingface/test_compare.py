@@ -14,8 +14,7 @@ from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import ModelSpec, MoESpec
-from tests.checkpoint.huggingface.conftest import DENSE, MODELS, export_run, make_run
-from tests.checkpoint.huggingface.test_import import edit_config
+from tests.checkpoint.huggingface.conftest import DENSE, MODELS, edit_config, export_run, make_run
 from tests.cli.run import mhmoe
 
 pytestmark = pytest.mark.long

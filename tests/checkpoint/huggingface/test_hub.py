@@ -8,8 +8,7 @@ from mhmoe_ray.cli.ckpt import verify
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import find_run
-from tests.checkpoint.huggingface.conftest import MIXTRAL, export_run, make_run
-from tests.checkpoint.huggingface.test_import import edit_config
+from tests.checkpoint.huggingface.conftest import MIXTRAL, edit_config, export_run, make_run
 from tests.cli.run import mhmoe_subprocess
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"

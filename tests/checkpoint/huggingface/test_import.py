@@ -13,19 +13,9 @@ from mhmoe_ray.errors import CheckpointError, MhmoeError, SpecError
 from mhmoe_ray.serving.engine import SamplingParams
 from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
-from tests.checkpoint.huggingface.conftest import MIXTRAL, MODELS, export_run, make_run, raise_read_error
+from tests.checkpoint.huggingface.conftest import MIXTRAL, MODELS, edit_config, export_run, make_run, raise_read_error
 from tests.serving.asking import answer_tokens
 from tests.support.llama_tokenizer import llama_tokenizer
-
-
-def edit_config(**fields):
-    """Return a function that sets these fields in the config.json of a folder."""
-
-    def edit(folder):
-        path = folder / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-    return edit
 
 
 def edit_tensors(edit):

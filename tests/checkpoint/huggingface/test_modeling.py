@@ -25,7 +25,7 @@ from mhmoe_ray.serving.engine import SamplingParams
 from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from tests.checkpoint.huggingface.conftest import MODEL_TYPES, MODELS, SEQ_LEN, export_run, make_run, random_model
-from tests.checkpoint.huggingface.test_names import model_specs
+from tests.checkpoint.huggingface.strategies import model_specs
 from tests.serving.asking import answer_tokens
 
 pytestmark = pytest.mark.long

@@ -14,8 +14,7 @@ from mhmoe_ray.errors import CheckpointError, DataError
 from mhmoe_ray.serving.engine import SamplingParams
 from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
-from tests.checkpoint.huggingface.conftest import MIXTRAL, TEXT, export_run, make_run
-from tests.checkpoint.huggingface.test_import import edit_config
+from tests.checkpoint.huggingface.conftest import MIXTRAL, TEXT, edit_config, export_run, make_run
 from tests.serving.asking import answer_tokens
 from tests.support.llama_tokenizer import llama_tokenizer
 

@@ -19,8 +19,8 @@ from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from tests.checkpoint.huggingface.conftest import DENSE, MODELS, export_run, make_run
 from tests.checkpoint.huggingface.use_export import PROMPTS, TOKENS
-from tests.evaluate.test_harness import CHOICE_TASK, QUESTIONS, write_task
 from tests.serving.asking import answer_tokens
+from tests.support.harness_tasks import CHOICE_TASK, QUESTIONS, write_task
 
 PYTHON = Path(__file__).parents[3] / ".venv-tools" / "bin" / "python"
 pytestmark = [

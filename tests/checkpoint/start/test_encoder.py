@@ -17,16 +17,15 @@ from mhmoe_ray.runs.directory import create_run
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import copy_file
 from tests.checkpoint.huggingface.conftest import TEXT
-from tests.checkpoint.start.test_write import first_checkpoint, mark_submitted
 from tests.data.shards.manifests import make_manifest
-from tests.support.encoders import ENCODER, encoder_spec, micro_batch_samples
+from tests.support.encoders import ENCODER, encoder_spec, micro_batch_samples, stream_rows
 from tests.support.llama_tokenizer import llama_tokenizer
 from tests.support.ranks import run_ranks
+from tests.support.runs import first_checkpoint, mark_submitted
 from tests.support.saved import commit_checkpoint
 from tests.support.specs import load_relative_spec
 from tests.support.visions import vision_spec
 from tests.train import jobs
-from tests.train.objectives.test_masked import stream_rows
 
 MASKED_PARTS = {name: part for name, part in ENCODER["data"]["parts"].items() if name != "match"}
 MASKED_SOURCES = {name: source for name, source in ENCODER["data"]["sources"].items() if name != "matched"}

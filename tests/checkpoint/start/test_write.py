@@ -9,14 +9,14 @@ import torch
 
 from mhmoe_ray.checkpoint.huggingface.import_ import import_folder
 from mhmoe_ray.checkpoint.load import load_model
-from mhmoe_ray.checkpoint.manifest import committed_checkpoints, newest_checkpoint, stored_manifest
+from mhmoe_ray.checkpoint.manifest import newest_checkpoint, stored_manifest
 from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.checkpoint.start.resolve import build_spec
 from mhmoe_ray.checkpoint.start.source import find_start_model
 from mhmoe_ray.checkpoint.start.write import write_start_checkpoint
 from mhmoe_ray.errors import CheckpointError, RunError, SpecError
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run
+from mhmoe_ray.runs.directory import RunDir, create_run
 from mhmoe_ray.runs.start import read_start
 from mhmoe_ray.spec import RunSpec, dump_spec
 from mhmoe_ray.storage import ObjectPath, copy_file
@@ -24,6 +24,7 @@ from tests.checkpoint.huggingface.conftest import TEXT, export_run
 from tests.data.shards.manifests import make_manifest
 from tests.support.llama_tokenizer import llama_tokenizer
 from tests.support.ranks import run_ranks
+from tests.support.runs import first_checkpoint, mark_submitted
 from tests.support.specs import load_relative_spec, tiny_spec
 from tests.train import jobs
 
@@ -46,11 +47,6 @@ def make_source(folder: Path, **sections) -> RunDir:
     return run
 
 
-def mark_submitted(run: RunDir) -> None:
-    """Write the file without which a directory does not count as a run."""
-    add_attempt(run, Attempt("job-1", "http://127.0.0.1:9", local=True))
-
-
 def start_run(folder: Path, source: str, start: dict, **sections) -> RunDir:
     """Return a new run whose checkpoint of step 0 is made from the run, checkpoint or folder `source`."""
     tree = {
@@ -69,11 +65,6 @@ def start_run(folder: Path, source: str, start: dict, **sections) -> RunDir:
     copy_file(spec.data.prepared / "tokenizer.json", run.tokenizer_file)
     write_start_checkpoint(run, spec)
     return run
-
-
-def first_checkpoint(run: RunDir) -> Path:
-    [checkpoint] = committed_checkpoints(run)
-    return checkpoint
 
 
 def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -4,9 +4,9 @@ import pytest
 
 from mhmoe_ray.data.inspect.result import SurveyRequest
 from tests.data.inspect.surveys import survey_serially
-from tests.data.prepare.test_prepare import run_on_cluster
 from tests.data.sources.read import data_spec
 from tests.data.texts import make_documents, write_corpus, write_documents, write_lines
+from tests.support.cluster_jobs import run_on_cluster
 from tests.support.llama_tokenizer import llama_tokenizer
 
 # test_reading.py has quick tests of serial surveys, and tests/cli/test_inspect.py has quick tests of the job.

@@ -25,6 +25,7 @@ from mhmoe_ray.families.images.crops import read_crop
 from mhmoe_ray.families.images.patches import image_patches
 from mhmoe_ray.spec import RunSpec, dump_spec
 from mhmoe_ray.storage import describe_file
+from tests.data.picture_packages import write_with_datasets, write_with_webdataset
 from tests.data.pictures import (
     encoder_spec,
     make_pictures,
@@ -34,9 +35,8 @@ from tests.data.pictures import (
     write_parquet,
     write_tar,
 )
-from tests.data.prepare.test_prepare import run_on_cluster
-from tests.data.sources.test_pictures import write_with_datasets, write_with_webdataset
 from tests.data.texts import make_documents, write_documents
+from tests.support.cluster_jobs import run_on_cluster
 
 pytestmark = pytest.mark.ray
 

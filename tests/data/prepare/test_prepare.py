@@ -4,7 +4,6 @@ import base64
 import filecmp
 import json
 import re
-import secrets
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,8 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from mhmoe_ray.cluster import jobs
-from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.prepare.job import PrepareRequest
 from mhmoe_ray.data.prepare.validation import is_validation
@@ -27,27 +24,15 @@ from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
 from mhmoe_ray.spec import PhaseSpec, RunSpec, SourceMix, dump_spec
 from mhmoe_ray.storage import describe_file
 from mhmoe_ray.train.objectives.next_token import sample_digest
-from tests.data.shards.test_verify import expected_reports, make_folders
+from tests.data.shards.folders import expected_reports, make_folders
 from tests.data.texts import write_corpus, write_documents
+from tests.support.cluster_jobs import run_on_cluster
 from tests.support.specs import tiny_spec
 
 pytestmark = pytest.mark.ray
 
 ALPHA = {"sources": {"web": {"path": "raw", "alpha": 0.5}}, "validation_fraction": 0.2, "seq_len": 16}
 TRAIN = {"steps": 60, "micro_batches": 4, "micro_batch_size": 2}
-
-
-def run_on_cluster(cluster, *args, expected_status="SUCCEEDED", **env):
-    """Run a module of our working directory as a job of the cluster, and return the lines that it prints.
-
-    Assert that the job ends with `expected_status`. `env` has further environment variables of the job.
-    """
-    connection, job = connect(cluster.address), f"test-{secrets.token_hex(4)}"
-    environment = {"env_vars": {"PYTHONPATH": str(Path.cwd()), **env}}
-    jobs.submit(connection, jobs.job_request(["-m", *map(str, args)], job, local=True, runtime_env=environment))
-    lines = list(jobs.follow_logs(connection, job))
-    assert jobs.status(connection, job) == expected_status, "\n".join(lines)
-    return lines
 
 
 def spec_in_folder(spec, folder, **data):

@@ -1,4 +1,3 @@
-import json
 import secrets
 
 import numpy as np
@@ -10,26 +9,10 @@ from mhmoe_ray.data.sources import Reason, columns
 from mhmoe_ray.data.sources.columns import as_bytes
 from mhmoe_ray.errors import DataError
 from tests.data.sources.read import bad_lines, document_texts, iterate_source, read_source
+from tests.data.sources.tables import make_table, write_dataset
 from tests.data.texts import make_documents
 
 TEXTS = [*make_documents("row", 300), "größer 漢字", "NUL \0 is Unicode"]
-
-
-def make_table(values, text_type=None) -> pa.Table:
-    return pa.table({"id": list(range(len(values))), "text": pa.array(values, text_type or pa.string())})
-
-
-def write_dataset(folder, rows, files=2, **state):
-    """Write rows to `files` files as `save_to_disk` of the package `datasets` does; `state` goes into state.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [f"data-{i:05d}-of-{files:05d}.arrow" for i in range(files)]
-    for i, name in enumerate(names):
-        part = make_table(rows[i * len(rows) // files : (i + 1) * len(rows) // files])
-        with pa.ipc.new_stream(folder / name, part.schema) as out:
-            for batch in part.to_batches(max_chunksize=50):
-                out.write_batch(batch)
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": n} for n in names], **state}))
-    (folder / "dataset_info.json").write_text("{}")
 
 
 @pytest.mark.parametrize("text_type", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)

@@ -12,10 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import webdataset
 import zstandard
-from datasets import Dataset, Features, Value
-from datasets import Image as ImageFeature
+from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import fs
@@ -28,6 +26,7 @@ from mhmoe_ray.data.sources.pictures import image_hash
 from mhmoe_ray.data.sources.storage import CHUNK_BYTES
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec
+from tests.data.picture_packages import write_with_datasets, write_with_webdataset
 from tests.data.pictures import (
     bomb,
     encode_image,
@@ -57,25 +56,6 @@ def pairs(items):
 def faults(items):
     """Return the line, the reason and the detail of each item that could not be read."""
     return [(item.line, item.reason, item.detail) for item in items if isinstance(item, BadLine)]
-
-
-def write_with_datasets(folder, pictures):
-    """Return a data set of the package `datasets`, written to `folder` by save_to_disk and to_parquet."""
-    rows = [{"image": {"bytes": p.image, "path": p.name}, "text": p.caption} for p in pictures]
-    dataset = Dataset.from_list(rows, features=Features({"image": ImageFeature(), "text": Value("string")}))
-    dataset.save_to_disk(folder / "saved")
-    (folder / "parquet").mkdir()
-    dataset.to_parquet(folder / "parquet" / "rows.parquet")
-
-
-def write_with_webdataset(folder, pictures):
-    """Write pictures by the package `webdataset` to a plain and a compressed tar file."""
-    folder.mkdir()
-    for part, name in ((pictures[::2], "a.tar"), (pictures[1::2], "b.tar.gz")):
-        with webdataset.TarWriter(str(folder / name)) as sink:
-            for picture in part:
-                key, _, suffix = picture.name.partition(".")
-                sink.write({"__key__": f"deep/{key}", suffix: picture.image, "txt": picture.caption, "cls": b"7"})
 
 
 def test_all_formats_yield_the_same_documents(tmp_path):

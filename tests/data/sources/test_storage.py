@@ -10,7 +10,7 @@ from mhmoe_ray.data.sources import FileReader, Reason, find_files, storage, vers
 from mhmoe_ray.data.sources.storage import CHUNK_BYTES, Storage
 from mhmoe_ray.errors import DataError
 from tests.data.sources.read import bad_lines, data_spec, document_texts, read_source
-from tests.data.sources.test_columns import write_dataset
+from tests.data.sources.tables import write_dataset
 from tests.data.sources.v2_files import write_v2_files
 from tests.data.texts import make_documents, write_corpus, write_documents
 

@@ -10,8 +10,7 @@ from mhmoe_ray.data.tokenizer.encoder import DocumentEncoder
 from mhmoe_ray.data.tokenizer.load import load_tokenizer, read_tokenizer
 from mhmoe_ray.data.tokenizer.tiktoken import from_tiktoken
 from mhmoe_ray.data.tokenizer.train import train_bpe, train_unigram
-from tests.data.tokenizer.test_load import BYTES
-from tests.data.tokenizer.words import make_word_tokenizer
+from tests.data.tokenizer.words import BYTES, make_word_tokenizer
 from tests.support.llama_tokenizer import llama_tokenizer
 
 TEXTS = ["the moon rises over a quiet sea <s> </s>", "<|endoftext|> is the end", "a boat & a wind"] * 3

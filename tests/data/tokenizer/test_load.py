@@ -1,16 +1,13 @@
-import base64
-
 import pytest
 from tokenizers import Tokenizer
 
 from mhmoe_ray.data.tokenizer import load_tokenizer, store_given_tokenizer
 from mhmoe_ray.data.tokenizer.train import train_bpe
 from mhmoe_ray.errors import DataError
+from tests.data.tokenizer.words import BYTES
 from tests.support.specs import tiny_spec
 
 from .words import make_word_tokenizer
-
-BYTES = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
 
 
 def test_load_tokenizer_rejects_a_tokenizer_without_boundaries(tmp_path):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 
 from mhmoe_ray.data.tokenizer import DocumentEncoder
 from mhmoe_ray.data.tokenizer.train import MAX_WORD_BYTES, train_bpe, train_unigram
+from tests.data.tokenizer.texts import training_corpus
 
 from .texts import SCRIPTS, any_text
 
@@ -56,15 +57,10 @@ def test_training_cuts_a_long_run_without_breaks(kind):
 TRAINING_SCRIPT = """
 import hashlib, sys
 from mhmoe_ray.data.tokenizer.train import train_bpe, train_unigram
-from tests.data.tokenizer.test_train import training_corpus
+from tests.data.tokenizer.texts import training_corpus
 train = {"bpe": train_bpe, "unigram": train_unigram}[sys.argv[1]]
 print(hashlib.sha256(train(training_corpus(), 700).to_str().encode()).hexdigest())
 """
-
-
-def training_corpus():
-    """Return the first 12 source files of mhmoe_ray/data, and texts in many scripts."""
-    return [path.read_text() for path in sorted(Path("mhmoe_ray/data").rglob("*.py"))][:12] + SCRIPTS
 
 
 @pytest.mark.parametrize("kind", TRAIN_FUNCTIONS)

@@ -1,5 +1,7 @@
 """Texts for tests of tokenizers: some in many scripts, and a strategy for any text."""
 
+from pathlib import Path
+
 import hypothesis.strategies as st
 
 SCRIPTS = [
@@ -24,3 +26,8 @@ any_text = st.one_of(
     st.lists(st.one_of(_CHARACTERS, _SPECIAL_TEXTS, st.sampled_from(SCRIPTS)), max_size=40).map("".join),
 )
 """Strategy for any Unicode text without lone surrogates, which no document has."""
+
+
+def training_corpus():
+    """Return the first 12 source files of mhmoe_ray/data, and texts in many scripts."""
+    return [path.read_text() for path in sorted(Path("mhmoe_ray/data").rglob("*.py"))][:12] + SCRIPTS

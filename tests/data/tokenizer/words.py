@@ -1,6 +1,10 @@
-"""Tokenizers of a few whole words."""
+"""Tokenizers of a few whole words, and the tokenizer file of tiktoken whose words are the single bytes."""
+
+import base64
 
 from tokenizers import Tokenizer, models
+
+BYTES = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
 
 
 def make_word_tokenizer(*tokens) -> Tokenizer:

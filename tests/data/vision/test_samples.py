@@ -11,21 +11,8 @@ from mhmoe_ray.data.images.files import decode_image, image_size
 from mhmoe_ray.families.vision.data.fit import Fit, fit_pixels
 from mhmoe_ray.families.vision.data.samples import TaskSampleMaker
 from tests.data.pictures import encode_image
+from tests.support.instances import NAMES, instance, square_mask
 from tests.support.visions import vision_spec
-
-NAMES = ["circle", "ring", "square"]
-
-
-def encoded_mask(mask):
-    from pycocotools import mask as coco_masks
-
-    return coco_masks.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
-
-
-def instance(mask, name="square", **fields):
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-    return Instance(name, tuple(map(float, box)), encoded_mask(mask), **fields)
 
 
 def maker(**changes):
@@ -43,12 +30,6 @@ def image_with(mask):
 
 def red_pixels(pixels):
     return (pixels[..., 0] > 170) & (pixels[..., 1] < 45)
-
-
-def square_mask(height, width, top_edge, left_edge, side):
-    mask = np.zeros((height, width), bool)
-    mask[top_edge : top_edge + side, left_edge : left_edge + side] = True
-    return mask
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -1,7 +1,6 @@
 """Tests of whole layers on the GPU path, without a GPU: fake tensors, numbers of kernels, bytes and memory."""
 
 import importlib.util
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from mhmoe_ray.model.moe import MultiHeadMoE
 from mhmoe_ray.model.router import route_counts
 from mhmoe_ray.spec import ModelSpec
 from tests.kernels.triton.accounting import saved_bytes
+from tests.support.tensors import default_dtype
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
@@ -45,17 +45,6 @@ def build_small_layer(backbone, kernel, capacity_factor):
 def kernels_of(layer):
     """Return the kernels of `SYNC_FREE` that accept the rows of a layer; `triton` accepts rows of up to 1024 values."""
     return [kernel for kernel in SYNC_FREE if kernel != "triton" or layer != "h 1"]
-
-
-@contextmanager
-def default_dtype(dtype):
-    """Context in which new tensors have `dtype`."""
-    previous_dtype = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(previous_dtype)
 
 
 CASES = [(layer, kernel) for layer in LAYERS for kernel in kernels_of(layer)]

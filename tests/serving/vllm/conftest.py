@@ -12,7 +12,7 @@ from mhmoe_ray.serving.engine import Engine, Request, SamplingParams
 from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import ModelSpec, MoESpec, ServeSpec
 from tests.serving.asking import answer_all
-from tests.serving.test_torch_engine import random_prompts
+from tests.serving.prompts import random_prompts
 
 collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
 

@@ -6,7 +6,7 @@ from mhmoe_ray.runs.directory import RunDir, mark_imported
 from tests.cli.run import mhmoe_subprocess
 from tests.serving.batch.conftest import read_output, write_input
 from tests.serving.conftest import build_model, build_tokenizer, save_checkpoint
-from tests.serving.test_torch_engine import greedy_tokens
+from tests.serving.prompts import greedy_tokens
 
 from .conftest import SPEC
 

@@ -7,7 +7,7 @@ from mhmoe_ray.serving.config import application_config
 from mhmoe_ray.spec import ServeSpec
 from tests.serving.conftest import build_model, save_checkpoint
 from tests.serving.deployed import deploy, start_ray_serve, wait_for_status
-from tests.serving.test_torch_engine import greedy_tokens
+from tests.serving.prompts import greedy_tokens
 
 from .conftest import SPEC
 

@@ -14,7 +14,7 @@ from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from tests.serving.asking import answer_all, answer_tokens, call
 from tests.serving.conftest import SEQ_LEN, build_model, save_checkpoint
-from tests.serving.test_torch_engine import TOKENIZER_SIZE, greedy_tokens, mixed_requests, random_prompts
+from tests.serving.prompts import TOKENIZER_SIZE, greedy_tokens, mixed_requests, random_prompts
 from tests.serving.vllm.conftest import GREEDY, SPEC, greedy_answers, serve_with_vllm
 from tests.support.watch import wait_until
 

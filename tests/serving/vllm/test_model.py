@@ -8,7 +8,7 @@ from mhmoe_ray.serving.engine import Request, SamplingParams
 from mhmoe_ray.spec import ModelSpec
 from tests.serving.asking import answer_all
 from tests.serving.conftest import build_model, save_checkpoint
-from tests.serving.test_torch_engine import TOKENIZER_SIZE, greedy_tokens, random_prompts
+from tests.serving.prompts import TOKENIZER_SIZE, greedy_tokens, random_prompts
 from tests.serving.vllm.conftest import SPEC, serve_with_vllm
 
 

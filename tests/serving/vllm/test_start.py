@@ -10,7 +10,7 @@ from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from tests.serving.asking import answer_all, answer_tokens
 from tests.serving.conftest import build_model, save_checkpoint, save_expert_parallel
-from tests.serving.test_torch_engine import TOKENIZER_SIZE, greedy_tokens, random_prompts
+from tests.serving.prompts import TOKENIZER_SIZE, greedy_tokens, random_prompts
 from tests.support.watch import wait_until
 
 from .conftest import SPEC, greedy_answers, serve_with_vllm

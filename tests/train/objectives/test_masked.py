@@ -9,16 +9,11 @@ from mhmoe_ray.families.encoder.data.columns import EncoderSamples
 from mhmoe_ray.families.encoder.objective import encoder_digest
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
-from tests.support.encoders import ENCODER, SMEAR, encoder_spec, micro_batch_samples, part_samples
+from tests.support.encoders import ENCODER, SMEAR, encoder_spec, micro_batch_samples, part_samples, stream_rows
 from tests.support.ranks import run_ranks
 from tests.train.jobs import build_trainer, full_gradients, full_tensors
 
 SMEAR_WITH_NOISE = {**SMEAR, "expert_dropout": 0.1}
-
-
-def stream_rows(samples):
-    """Return the samples of a micro-batch as a row of the training stream."""
-    return {name: getattr(samples, name)[None] for name in EncoderSamples._fields}
 
 
 def rank_batches(spec, trainer, step):

@@ -1,13 +1,12 @@
 """Tests of the event files of a run, read with TensorBoard itself."""
 
-import warnings
-
 import pytest
 
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import ObjectPath
 from mhmoe_ray.train.telemetry.tensorboard import TensorBoard
+from tests.support.event_files import read_scalars
 
 
 def line(step, loss):
@@ -19,16 +18,6 @@ def approx(points):
     return [(step, pytest.approx(value, rel=1e-6)) for step, value in points]
 
 
-def read(folder):
-    """Return the (step, value) pairs of each scalar by its tag, as TensorBoard reads them from a folder."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        events = EventAccumulator(str(folder)).Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
 def test_restart_replaces_repeated_steps(tmp_path):
     """Values of the first worker group after the step at which the second one starts are no longer shown."""
     run = RunDir(tmp_path)
@@ -37,7 +26,7 @@ def test_restart_replaces_repeated_steps(tmp_path):
         board.report(line(step, 8.0 / step))
     board.report({**line(6, 1.0), metrics.VAL_LOSS: 2.5, metrics.GRAD_NORM: None})
     board.flush()
-    scalars = read(run.tensorboard)
+    scalars = read_scalars(run.tensorboard)
     assert scalars["loss/training"] == approx([(s, 8.0 / s) for s in range(1, 6)] + [(6, 1.0)])
     assert scalars["loss/validation"] == [(6, 2.5)]
     assert "optimizer/gradient_norm" not in scalars
@@ -45,7 +34,7 @@ def test_restart_replaces_repeated_steps(tmp_path):
     second_board = TensorBoard(run, group=2, start=4)
     second_board.report(line(5, 16.0))
     second_board.close("FINISHED")
-    scalars = read(run.tensorboard)
+    scalars = read_scalars(run.tensorboard)
     assert scalars["loss/training"] == approx([(s, 8.0 / s) for s in range(1, 5)] + [(5, 16.0)])
     assert scalars["loss/validation"] == []
 
@@ -67,4 +56,4 @@ def test_object_store_gets_one_file_per_flush(tmp_path, s3):
     local_folder.mkdir()
     for file in run.tensorboard.iterdir():
         (local_folder / file.name).write_bytes(file.read_bytes())
-    assert read(local_folder)["loss/training"] == [(s, float(s)) for s in range(1, 7)]
+    assert read_scalars(local_folder)["loss/training"] == [(s, float(s)) for s in range(1, 7)]
