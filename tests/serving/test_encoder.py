@@ -29,7 +29,7 @@ from mhmoe_ray.families.encoder.serving.request import MAX_DOCUMENTS
 from mhmoe_ray.families.images.crops import crop_pixels
 from mhmoe_ray.families.images.image_urls import read_image_url
 from mhmoe_ray.model.build import build_model
-from mhmoe_ray.serving import load
+from mhmoe_ray.serving import family
 from mhmoe_ray.serving.api.app import create_app
 from mhmoe_ray.serving.load import check_served, load_served
 from mhmoe_ray.spec import KeySpec, ServeSpec
@@ -334,7 +334,7 @@ def test_an_encoder_without_answers_is_refused_before_it_is_loaded(tmp_path, opt
 
 def test_an_encoder_is_refused_where_images_cannot_be_decoded(encoder, checkpoint, monkeypatch):
     run, _ = encoder
-    monkeypatch.setattr(load, "find_spec", lambda module: None if module == "PIL" else find_spec(module))
+    monkeypatch.setattr(family, "find_spec", lambda module: None if module == "PIL" else find_spec(module))
     with pytest.raises(ServeError, match=r"it needs the package pillow.*mhmoe-ray\[pictures\]"):
         check_served(read_manifest(checkpoint), ServeSpec(), run)
 

@@ -92,7 +92,7 @@ class Router(BaseRouter):
         with torch.autocast(x_ND.device.type, enabled=False):
             return self._route(widen(x_ND), generator, context)
 
-    def _route(self, x_ND: Tensor, generator: torch.Generator | None, context: RoutingContext) -> Routing:
+    def _route(self, x_ND: Tensor, generator: torch.Generator | None, context: RoutingContext = NO_CONTEXT) -> Routing:
         """Choose the experts of rows, float32 or wider, as `forward` does. Autocast must be off."""
         moe, rows, scores = self.moe, len(x_ND), self._scores_of(context.group_rows)
         top_k = self._top_k_of(context.group_rows, x_ND.device)
