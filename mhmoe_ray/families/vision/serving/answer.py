@@ -149,7 +149,7 @@ class VisionAnswerer(ServedModel):
 
 def _read_image(source: bytes | str, task: TaskSpec) -> TaskImage:
     image = read_image_file(source) if isinstance(source, bytes) else read_image_text(source)
-    # Evaluation reads images in the same way (`data.vision.samples.TaskSampleMaker`).
+    # Evaluation reads images in the same way (`families.vision.data.samples.TaskSampleMaker`).
     pixels = crop_pixels(image, task.image_size) if task.detector is None else fit_pixels(image, task.image_size)
     return TaskImage(pixels, *image.size)
 
