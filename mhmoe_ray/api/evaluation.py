@@ -2,11 +2,12 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
+from mhmoe_ray.api.checkpoints import CheckpointName, pick_checkpoint
 from mhmoe_ray.api.connection import connect_to_cluster
 from mhmoe_ray.api.defaults import EVALUATION_SAMPLES, OnNote, Prior, ignore_note
 from mhmoe_ray.api.trust import ignored_keys
@@ -25,9 +26,8 @@ Texts = str | PathLike[str] | Sequence[str | PathLike[str]]
 """Raw text (one or several paths, URLs or glob patterns), or one or several folders of tasks."""
 
 
-FIELD_NAMES = {
-    name: name for name in ("text", "overrides", "samples", "tasks", "task_folders", "limit", "prior", "probe")
-}
+class EvaluationOptionsError(SpecError):
+    """Options of an evaluation do not go together, or one is not for the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,27 +50,26 @@ class EvaluationOptions:
     prior: Prior | None = None
     probe: str | PathLike[str] | None = None
 
-    def mistake(self, names: Mapping[str, str] = FIELD_NAMES) -> tuple[str, str] | None:
-        """Return why these options do not go together, and what to do; None if they do.
-
-        `names` has the user's name of each field, such as the option of a command.
-        """
+    def check(self, names: Mapping[str, str]) -> None:
+        """Raise an EvaluationOptionsError if the options do not go together; `names` has the user's name of each."""
         if not self.text and (self.overrides or self.samples):
-            return f"{names['overrides']} and {names['samples']} are about {names['text']}", "name some"
-        if not self.tasks and (self.limit or self.task_folders):
-            return f"{names['limit']} and {names['task_folders']} are about {names['tasks']}", "name some"
-        if self.probe and not self.text:
-            return f"{names['probe']} classifies the pictures of {names['text']}", "name some"
-        return None
+            reason = f"{names['overrides']} and {names['samples']} are about {names['text']}"
+        elif not self.tasks and (self.limit or self.task_folders):
+            reason = f"{names['limit']} and {names['task_folders']} are about {names['tasks']}"
+        elif self.probe and not self.text:
+            reason = f"{names['probe']} classifies the pictures of {names['text']}"
+        else:
+            return
+        raise EvaluationOptionsError("evaluation", reason, "name some")
 
-    def mistake_for(self, model: ModelSpec, names: Mapping[str, str] = FIELD_NAMES) -> tuple[str, str] | None:
-        """Return why an option is not for a model, and what to do, as `mistake` does; None if all options are."""
+    def check_model(self, model: ModelSpec, names: Mapping[str, str]) -> None:
+        """Raise an EvaluationOptionsError if an option is not for a model; `names` has the user's name of each."""
         if self.prior is not None and not (model.moe and model.moe.router == "domain"):
-            reason = "is for a model with router domain, and this model has no experts of domains"
-            return f"{names['prior']} {reason}", "leave it out"
+            reason = f"{names['prior']} is for a model with router domain, and this model has no experts of domains"
+            raise EvaluationOptionsError("evaluation", reason, "leave it out")
         if self.probe and model.encoder is None:
-            return f"{names['probe']} classifies pictures by an encoder, and this model is none", "leave it out"
-        return None
+            reason = f"{names['probe']} classifies pictures by an encoder, and this model is none"
+            raise EvaluationOptionsError("evaluation", reason, "leave it out")
 
     def request(self, run: RunDir, checkpoint: str) -> EvalRequest:
         """Return the request to evaluate a run's checkpoint, with the batch size and resources of the run's spec.
@@ -113,6 +112,9 @@ class EvaluationOptions:
         )
 
 
+FIELD_NAMES = {field.name: field.name for field in fields(EvaluationOptions)}
+
+
 def _probe_data(text: DataSpec, path: str) -> DataSpec:
     """Return the data section for a probe's pictures, which are read in the same way as those of `text`. A text of
     several sources is a SpecError."""
@@ -151,21 +153,42 @@ def _tasks_version(folders: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
+def evaluate(
+    run: RunDir,
+    checkpoint: CheckpointName | None,
+    options: EvaluationOptions,
+    recompute: bool = False,
+    address: str | None = None,
+    *,
+    option_names: Mapping[str, str] = FIELD_NAMES,
+    follow: Callable[[EvaluationJob], None] | None = None,
+    trust_run: bool = False,
+    on_note: OnNote = ignore_note,
+) -> tuple[Evaluation, ModelSpec]:
+    """Return the evaluation of a run's checkpoint, and the evaluated model.
+
+    `option_names` has the user's name of each option for an `EvaluationOptionsError`. `follow` shows the progress of
+    the job and returns when the job ends; without it, `on_note` gets the lines that the job writes for the user. The
+    other arguments and errors are those of `Run.evaluate`.
+    """
+    options.check(option_names)
+    # The weights need not be hashed here, because the evaluation job hashes them when it loads them.
+    path, manifest = pick_checkpoint(run, checkpoint, verify_hashes=False, on_note=on_note)
+    options.check_model(manifest.model, option_names)
+    request = options.request(run, path.name)
+    return load_or_evaluate(run, request, recompute, address, follow, trust_run, on_note), manifest.model
+
+
 def load_or_evaluate(
     run: RunDir,
     request: EvalRequest,
     recompute: bool = False,
     address: str | None = None,
-    *,
     follow: Callable[[EvaluationJob], None] | None = None,
     trust_run: bool = False,
     on_note: OnNote = ignore_note,
 ) -> Evaluation:
-    """Return the evaluation of a request: the one that the run directory holds, else one that a job computes.
-
-    `follow` shows the progress of the job and returns when the job ends; without it, `on_note` gets the lines that the
-    job writes for the user. The other arguments and errors are those of `Run.evaluate`.
-    """
+    """Return the evaluation of a request: the one that the run directory holds, else one that a job computes."""
     if not request.description:
         raise RunError(f"run {run.id}", "it was imported and has no held-out text", "name some text or tasks")
     # The same request gives the same result, so a stored evaluation is used if there is one.

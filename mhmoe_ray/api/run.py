@@ -12,7 +12,7 @@ from mhmoe_ray.api import attempts
 from mhmoe_ray.api.checkpoints import Checkpoint, CheckpointName, list_checkpoints, path_text, pick_checkpoint
 from mhmoe_ray.api.connection import check_training
 from mhmoe_ray.api.defaults import OnNote, Prior, default_storage, ignore_note
-from mhmoe_ray.api.evaluation import EvaluationOptions, Texts, load_or_evaluate
+from mhmoe_ray.api.evaluation import EvaluationOptions, Texts, evaluate
 from mhmoe_ray.api.logs import log_lines, without_colours
 from mhmoe_ray.api.spec import Overrides, override_list, require_spec
 from mhmoe_ray.checkpoint.huggingface.config import ExportResult
@@ -330,15 +330,8 @@ class Run:
             prior=prior,
             probe=probe,
         )
-        if mistake := options.mistake():
-            raise SpecError("evaluation", *mistake)
         directory = self._existing_directory
-        # The weights need not be hashed here, because the evaluation job hashes them when it loads them.
-        path, manifest = pick_checkpoint(directory, checkpoint, verify_hashes=False, on_note=on_note)
-        if mistake := options.mistake_for(manifest.model):
-            raise SpecError("evaluation", *mistake)
-        request = options.request(directory, path.name)
-        return load_or_evaluate(directory, request, recompute, address, trust_run=trust_run, on_note=on_note)
+        return evaluate(directory, checkpoint, options, recompute, address, trust_run=trust_run, on_note=on_note)[0]
 
     def export(
         self, folder: str | PathLike[str], checkpoint: CheckpointName | None = None, on_note: OnNote = ignore_note

@@ -1,9 +1,9 @@
 """The `mhmoe` command, with one file for each noun that a user types, and helpers that commands share.
 
     app.py         registers the commands; turns errors into one line and an exit code
-    common.py      options and their completion, consoles, reading of specs and checkpoints, numbers and tables
+    options.py     arguments and options of several commands, and their completion
+    common.py      consoles, the progress of jobs, formats of numbers, tables and JSON
     verbs.py       hints for unknown commands
-    jobs.py        follow the jobs of a command
     submit.py      start a run            follow.py     follow a run to its end
     runs.py        list, resume, stop, rm
     status.py      state of a run         logs.py       logs of its job and workers
@@ -13,7 +13,7 @@
     data.py        write sample text, prepare text as shards
     data_mix.py    how much training reads of each source of documents
     data_inspect.py, data_inspect_view.py   the contents of raw text, and problems in it
-    serve.py, serve_choice.py               answers over HTTP
+    serve.py       answers over HTTP
     generate.py, generate_batch.py          answers without a server, to a prompt or to all rows of a file
     ckpt.py        checkpoints, and conversion from and to other tools' formats
     eval.py      quality of a checkpoint   routing.py    its use of experts

@@ -17,17 +17,8 @@ import typer
 
 from mhmoe_ray.cli import bench_layer, bench_serve
 from mhmoe_ray.cli import bench_tables as tables
-from mhmoe_ray.cli.common import (
-    JsonOption,
-    SetOption,
-    SpecArg,
-    format_bytes,
-    format_seconds,
-    note,
-    number_table,
-    out,
-    print_json,
-)
+from mhmoe_ray.cli.common import format_bytes, format_seconds, note, number_table, out, print_json
+from mhmoe_ray.cli.options import JsonOption, SetOption, SpecArg
 from mhmoe_ray.cli.verbs import SuggestingGroup
 from mhmoe_ray.train import malloc
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mhmoe_ray.cli import bench_tables as tables
-from mhmoe_ray.cli.common import JsonOption, note, out, print_json
+from mhmoe_ray.cli import options
+from mhmoe_ray.cli.common import note, out, print_json
 
 if TYPE_CHECKING:
     from mhmoe_ray.bench.measure import Request
@@ -40,7 +41,7 @@ def layer(
         int | None,
         typer.Option(min=1, help="Rounds, each of all layers; 7, or 3 at each point of an axis.", show_default=False),
     ] = None,
-    json: JsonOption = False,
+    json: options.JsonOption = False,
 ) -> None:
     """Time forward and backward of expert layers of equal multiply-adds and parameters; measure their memory.
 

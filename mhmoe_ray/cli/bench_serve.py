@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mhmoe_ray.cli import bench_tables as tables
-from mhmoe_ray.cli.common import JsonOption, note, out, print_json
+from mhmoe_ray.cli import options
+from mhmoe_ray.cli.common import note, out, print_json
 
 if TYPE_CHECKING:
     from mhmoe_ray.bench.serve.contest import Rates
@@ -64,7 +65,7 @@ def serve(
         int | None, typer.Option(min=1, help="CPUs of each contestant; all by default.", show_default=False)
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, each of all contestants.")] = 5,
-    json: JsonOption = False,
+    json: options.JsonOption = False,
 ) -> None:
     """Time the answers of a model with random weights, by inference engines alone or by HTTP servers.
 

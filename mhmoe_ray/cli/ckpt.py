@@ -5,12 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mhmoe_ray.cli import options
 from mhmoe_ray.cli.common import (
-    STORAGE,
-    CheckpointOption,
-    JsonOption,
-    RunArg,
-    StorageOption,
     fact_table,
     format_bytes,
     format_count,
@@ -31,10 +27,10 @@ app = typer.Typer(cls=SuggestingGroup, help="Inspect, verify, export and import 
 
 @app.command()
 def inspect(
-    run: RunArg = None,
-    checkpoint: CheckpointOption = None,
-    storage: StorageOption = STORAGE,
-    json: JsonOption = False,
+    run: options.RunArg = None,
+    checkpoint: options.CheckpointOption = None,
+    storage: options.StorageOption = options.STORAGE,
+    json: options.JsonOption = False,
 ) -> None:
     """Show a checkpoint: its position in training and in the data, the workers that wrote it, and its files."""
     from mhmoe_ray.checkpoint.manifest import PARTS
@@ -68,7 +64,7 @@ def inspect(
 
 @app.command()
 def verify(
-    run: RunArg = None,
+    run: options.RunArg = None,
     other_model: Annotated[
         str | None,
         typer.Argument(
@@ -77,8 +73,8 @@ def verify(
             "layout, or hf:ORGANIZATION/NAME. The first may be any of these too.",
         ),
     ] = None,
-    storage: StorageOption = STORAGE,
-    json: JsonOption = False,
+    storage: options.StorageOption = options.STORAGE,
+    json: options.JsonOption = False,
 ) -> None:
     """Check all checkpoints of a run, or compare two models tensor by tensor and expert by expert.
 
@@ -182,9 +178,9 @@ def _verify_run(run: str | None, storage: str, json: bool) -> None:
 @app.command()
 def export(
     target_folder: Annotated[Path, typer.Option("--to", help="Folder to write; it must not exist, or be empty.")],
-    run: RunArg = None,
-    checkpoint: CheckpointOption = None,
-    storage: StorageOption = STORAGE,
+    run: options.RunArg = None,
+    checkpoint: options.CheckpointOption = None,
+    storage: options.StorageOption = options.STORAGE,
 ) -> None:
     """Write a run's checkpoint in Hugging Face's layout: safetensors by expert, their index, config.json and tokenizer.
 
@@ -210,7 +206,7 @@ def import_(
         ),
     ],
     name: Annotated[str | None, typer.Option(help="Name of the run; by default the folder's.")] = None,
-    storage: StorageOption = STORAGE,
+    storage: options.StorageOption = options.STORAGE,
     seq_len: Annotated[
         int | None, typer.Option(min=2, help="Tokens that prompt and answer may have; by default the model's own.")
     ] = None,

@@ -8,23 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from mhmoe_ray.api.defaults import LOCAL_CPUS
-from mhmoe_ray.cli.common import (
-    STORAGE,
-    AddressOption,
-    JsonOption,
-    SetOption,
-    StorageOption,
-    TrustOption,
-    fact_table,
-    note,
-    out,
-    print_json,
-    print_untruncated,
-)
+from mhmoe_ray.cli import options
+from mhmoe_ray.cli.common import fact_table, note, number_table, out, print_json, print_note, print_untruncated
 from mhmoe_ray.cli.verbs import SuggestingGroup
 
 if TYPE_CHECKING:
@@ -34,7 +22,11 @@ if TYPE_CHECKING:
 LEVEL_STYLES = {"ok": "green", "note": "dim", "warning": "yellow", "error": "bold red"}
 
 
-def doctor(address: AddressOption = None, storage: StorageOption = STORAGE, json: JsonOption = False) -> None:
+def doctor(
+    address: options.AddressOption = None,
+    storage: options.StorageOption = options.STORAGE,
+    json: options.JsonOption = False,
+) -> None:
     """Check this machine, the cluster that commands would use, and storage, and say what to do.
 
     The exit code is 11 if a check finds an error; notes and warnings do not change it.
@@ -82,7 +74,7 @@ def start_cluster(
 
 
 @app.command()
-def status(address: AddressOption = None, json: JsonOption = False) -> None:
+def status(address: options.AddressOption = None, json: options.JsonOption = False) -> None:
     """Show the cluster that commands use: its nodes, and their free CPUs and GPUs."""
     from mhmoe_ray.cluster.connect import connect_if_running
     from mhmoe_ray.cluster.nodes import free_nodes
@@ -101,14 +93,8 @@ def status(address: AddressOption = None, json: JsonOption = False) -> None:
         # The names of the table are the keys of the JSON object: "free CPUs" becomes free_cpus.
         print_json({name.lower().replace(" ", "_"): value for name, value in cluster_state.items()})
     else:
-        out.print(
-            fact_table(
-                {
-                    name: f"{value:g}" if isinstance(value, float) else str(value)
-                    for name, value in cluster_state.items()
-                }
-            )
-        )
+        texts = {n: f"{value:g}" if isinstance(value, float) else str(value) for n, value in cluster_state.items()}
+        out.print(fact_table(texts))
 
 
 @app.command("down")
@@ -142,7 +128,7 @@ def use(
 
 
 @app.command("list")
-def list_(json: JsonOption = False) -> None:
+def list_(json: options.JsonOption = False) -> None:
     """List the clusters that have names, and mark the one that commands use."""
     from mhmoe_ray.cluster.connect import LOCAL, read_named_clusters
 
@@ -153,12 +139,11 @@ def list_(json: JsonOption = False) -> None:
             {"current": named_clusters.current, "known": {n: asdict(c) for n, c in named_clusters.by_name.items()}}
         )
         return
-    table = Table("", "name", "dashboard", "token", box=None, pad_edge=False)
-    table.add_row("*" if named_clusters.current == LOCAL else "", LOCAL, "on this machine", "its own")
-    for cluster in named_clusters.by_name.values():
-        marker = "*" if named_clusters.current == cluster.name else ""
-        table.add_row(marker, cluster.name, cluster.address, cluster.token_file or "Ray's own")
-    print_untruncated(table)
+    rows = [(LOCAL, "on this machine", "its own")]
+    rows += [(c.name, c.address, c.token_file or "Ray's own") for c in named_clusters.by_name.values()]
+    columns = ["", "name", "dashboard", "token"]
+    marked_rows = [("*" if row[0] == named_clusters.current else "", *row) for row in rows]
+    print_untruncated(number_table(columns, marked_rows, names=columns))
 
 
 @app.command()
@@ -176,9 +161,9 @@ def render(
     target_folder: Annotated[Path, typer.Option("--into", help="Folder to write to.")] = Path("cluster"),
     run: Annotated[Path | None, typer.Option(help="Spec of a run to train on it.", show_default=False)] = None,
     serve: Annotated[str | None, typer.Option(metavar="RUN", help="A run to serve on it.", show_default=False)] = None,
-    set_: SetOption = [],  # noqa: B006 - typer needs the list
-    storage: StorageOption = STORAGE,
-    trust_run: TrustOption = False,
+    set_: options.SetOption = [],  # noqa: B006 - typer needs the list
+    storage: options.StorageOption = options.STORAGE,
+    trust_run: options.TrustOption = False,
 ) -> None:
     """Write manifests for KubeRay, cluster files for `ray up`, a SLURM script, a container file, and configurations of
     Prometheus and Grafana.
@@ -186,9 +171,8 @@ def render(
     --set overrides keys of the run's spec; API keys in MHMOE_API_KEYS are written as their hashes. For example `mhmoe
     cluster render cluster/site.yaml --into /tmp/lab`.
     """
-    from mhmoe_ray.api.serve_target import API_KEYS_VARIABLE, with_environment_keys
+    from mhmoe_ray.api.serve_target import API_KEYS_VARIABLE, resolve_target, with_environment_keys
     from mhmoe_ray.api.spec import load_spec
-    from mhmoe_ray.cli.serve_choice import resolve_target
     from mhmoe_ray.render.files import render_files
     from mhmoe_ray.serving.config import application_config
     from mhmoe_ray.spec import load_site
@@ -197,7 +181,7 @@ def render(
         raise typer.BadParameter("--set changes a run's spec; name one with --run")
     application = None
     if serve:
-        run_dir, path, spec = resolve_target(serve, None, storage, [], trust_run)
+        run_dir, path, spec = resolve_target(serve, None, storage, [], print_note, trust_run)
         serve_spec = with_environment_keys(spec.serve)
         if not serve_spec.keys:
             note.print(

@@ -1,76 +1,21 @@
-"""Helpers of commands: options and their completion, consoles, reading of specs and checkpoints, formats and tables.
-
-After `mhmoe --install-completion`, the shell completes run ids and spec keys.
-"""
+"""Helpers with which commands print: consoles, the progress of jobs, formats of numbers, tables and JSON."""
 
 import json
 import math
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from mhmoe_ray.api.defaults import STORAGE as STORAGE
-from mhmoe_ray.api.defaults import default_storage
-
 if TYPE_CHECKING:
     from mhmoe_ray.checkpoint.manifest import CheckpointManifest
+    from mhmoe_ray.cluster.remote import SubmittedJob
     from mhmoe_ray.runs.directory import RunDir
     from mhmoe_ray.storage import Location
-
-
-def complete_runs(incomplete: str) -> list[str]:
-    """Return the ids of runs that start with `incomplete`, newest first, from the storage folder that commands use."""
-    from mhmoe_ray.errors import MhmoeError
-    from mhmoe_ray.runs.directory import list_runs
-
-    try:
-        run_ids = [run.id for run in list_runs(default_storage())]
-    except MhmoeError:
-        # A shell cannot show an error while it completes a word, so there are no suggestions instead.
-        return []
-    return [name for name in reversed(run_ids) if name.startswith(incomplete)]
-
-
-def complete_keys(incomplete: str) -> list[str]:
-    """Return the keys of a spec that start with `incomplete` as the option --set takes them, with =; shorthands
-    first."""
-    from mhmoe_ray.planner.resolve import Shorthands
-    from mhmoe_ray.spec import RunSpec
-
-    return [key for section in (Shorthands, RunSpec) for key in _section_keys(section) if key.startswith(incomplete)]
-
-
-def _section_keys(model: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of a section and its subsections, such as `train.steps=`; `prefix` is the section's path
-    with a dot."""
-    for name, field in model.model_fields.items():
-        subsection = _section_model(field.annotation)
-        # A range has the keys `min` and `max`, but counts as a single key, because a spec may also write it as one
-        # number.
-        if subsection is not None and set(subsection.model_fields) != {"min", "max"}:
-            yield from _section_keys(subsection, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{field.alias or name}="
-
-
-def _section_model(annotation: Any) -> Any:
-    """Return the pydantic model of a field that is a section with fixed keys; None for other fields, and for sections
-    in a list or dictionary."""
-    from types import NoneType, UnionType
-    from typing import Union, get_args, get_origin
-
-    from pydantic import BaseModel
-
-    if get_origin(annotation) in (Union, UnionType):
-        members = [a for a in get_args(annotation) if a is not NoneType]
-        annotation = members[0] if len(members) == 1 else None
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 # Markup and emoji are off, because paths and texts may hold brackets and colons that rich would interpret.
@@ -79,42 +24,6 @@ out = Console(highlight=False, markup=False, emoji=False)
 note = Console(stderr=True, highlight=False, markup=False, emoji=False)
 """Console for progress and remarks. It writes to stderr, so that results can be piped."""
 
-SpecArg = Annotated[Path, typer.Argument(help="A spec, for example jobs/quickstart.yaml.", show_default=False)]
-RunArg = Annotated[
-    str | None,
-    typer.Argument(
-        help="A run's id, the start of one, or its path; the newest by default.", autocompletion=complete_runs
-    ),
-]
-SetOption = Annotated[
-    list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec.", autocompletion=complete_keys),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-AddressOption = Annotated[
-    str | None,
-    typer.Option(
-        help="A Ray cluster: its dashboard, http://host:8265, or its name. By default RAY_API_SERVER_ADDRESS, else "
-        "RAY_ADDRESS where that is a URL, else the one of `mhmoe cluster use`, else one on this machine."
-    ),
-]
-StorageOption = Annotated[
-    str, typer.Option(help="Folder that holds run directories; a path or s3://, gs://.", envvar="MHMOE_STORAGE")
-]
-CheckpointOption = Annotated[
-    str | None, typer.Option(help="Name or step of one of the run's checkpoints; newest by default.")
-]
-ForceOption = Annotated[
-    bool,
-    typer.Option("--force", help="Proceed even if a cluster does not answer that may still train or serve the run."),
-]
-TrustOption = Annotated[
-    bool,
-    typer.Option(
-        "--trust-run", help="Use cluster.runtime_env, serve.host and serve.keys of a run that you did not submit."
-    ),
-]
-DetachOption = Annotated[bool, typer.Option("--detach", help="Do not follow the job; it goes on by itself.")]
 BARS = "▁▂▃▄▅▆▇█"
 """Block characters for plots of one line, lowest first."""
 
@@ -141,6 +50,20 @@ def print_note(line: str) -> None:
     note.print(line, soft_wrap=True)
 
 
+def detach_from_job(job: "SubmittedJob[Any]", hint: str | None = None) -> AbstractContextManager[None]:
+    """Return a context in which Ctrl-C ends the command, and prints that the job goes on with `hint` or the dashboard's
+    address."""
+    hint = hint or f"see it in the dashboard, {job.connection.address}"
+    return detach_on_interrupt(f"job {job.name} goes on; {hint}")
+
+
+def follow_job(job: "SubmittedJob[Any]", hint: str | None = None) -> None:
+    """Print the lines that a job writes for the user, until the job ends or the user presses Ctrl-C."""
+    with detach_from_job(job, hint):
+        for line in job.progress():
+            print_note(line)
+
+
 def print_json(value: Any, indent: int | None = 1) -> None:
     """Print a value as JSON, with null for each number that is not finite: JSON cannot express such a number."""
     json.dump(_replace_nonfinite(value), sys.stdout, indent=indent, default=str)
@@ -155,7 +78,7 @@ def _replace_nonfinite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def fact_table(rows: dict[str, str | None], title: str | None = None) -> Table:
+def fact_table(rows: Mapping[str, str | None], title: str | None = None) -> Table:
     """Return a table of two columns, name and value; leave out rows without a value."""
     table = Table(show_header=False, box=None, title=title, title_justify="left", title_style="bold", pad_edge=False)
     table.add_column(style="dim", no_wrap=True)

@@ -11,12 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-from mhmoe_ray.cli import data_inspect, data_mix, jobs
+from mhmoe_ray.cli import data_inspect, data_mix, options
 from mhmoe_ray.cli.common import (
-    AddressOption,
-    JsonOption,
-    SetOption,
-    SpecArg,
+    detach_from_job,
     format_bytes,
     note,
     number_table,
@@ -29,8 +26,12 @@ from mhmoe_ray.cli.follow import PreparationView
 from mhmoe_ray.cli.verbs import SuggestingGroup
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from mhmoe_ray.cluster.connect import Connection
-    from mhmoe_ray.corpus.drawing_packages import DrawingSummary
+    from mhmoe_ray.corpus.large import SampleSummary
+    from mhmoe_ray.corpus.pictures import PictureSummary
+    from mhmoe_ray.corpus.scenes import SceneSummary
     from mhmoe_ray.data.shards.manifest import DataManifest
     from mhmoe_ray.spec import RunSpec
 
@@ -39,10 +40,10 @@ POLL_SECONDS = 0.5
 
 
 def prepare(
-    spec: SpecArg,
-    set_: SetOption = [],  # noqa: B006 - typer needs the list
-    address: AddressOption = None,
-    json: JsonOption = False,
+    spec: options.SpecArg,
+    set_: options.SetOption = [],  # noqa: B006 - typer needs the list
+    address: options.AddressOption = None,
+    json: options.JsonOption = False,
 ) -> None:
     """Tokenise and pack a spec's data into shards, as a job on the cluster, unless it is prepared already.
 
@@ -98,7 +99,7 @@ def _run_job(spec: "RunSpec", connection: "Connection") -> "DataManifest":
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[figures]}"))
     retrying_caller = RetryingCaller(print_note)
     with (
-        jobs.detach_from_job(job),
+        detach_from_job(job),
         Progress(*columns, console=note, disable=not note.is_terminal, transient=True) as bar,
     ):
         view = PreparationView(shared_folder(spec), bar)
@@ -165,7 +166,7 @@ def sample(
             help="Folder in which --large, --pictures and --scenes keep downloads.", show_default="FOLDER/.cache"
         ),
     ] = None,
-    json: JsonOption = False,
+    json: options.JsonOption = False,
 ) -> None:
     """Write real text in RedPajama's layout, one folder per language, and conversations, from installed packages.
 
@@ -181,27 +182,46 @@ def sample(
         raise typer.BadParameter(
             f"--scenes: {other_option} writes another sample; run the command once for each, in two folders"
         )
+    cache = cache or folder / ".cache"
     if scenes:
-        _write_scenes(folder, cache or folder / ".cache", scene_seed, json)
-        return
-    if pictures:
-        _write_pictures(folder, cache or folder / ".cache", json)
-        return
-    if large:
-        _write_large(folder, cache or folder / ".cache", json)
-        return
-    from mhmoe_ray.corpus.small import write_sample
+        _print_sample(folder, json, *_write_scenes(folder, cache, scene_seed))
+    elif pictures:
+        _print_sample(folder, json, *_write_pictures(folder, cache))
+    elif large:
+        _print_sample(folder, json, *_write_large(folder, cache))
+    else:
+        from mhmoe_ray.corpus.small import write_sample
 
-    document_counts = write_sample(folder)
+        counts = write_sample(folder)
+        if json:
+            print_json(counts)
+        else:
+            out.print(f"{sum(counts.values())} documents in {len(counts)} domains and languages below {folder}")
+
+
+def _print_sample(
+    folder: Path, json: bool, summary: "SampleSummary | PictureSummary | SceneSummary", table: "Table", remark: str = ""
+) -> None:
+    """Print the summary of a sample; a DataError says what the sample lacks. `remark` begins the last line."""
+    from mhmoe_ray.corpus.drawing_packages import DrawingSummary
+    from mhmoe_ray.errors import DataError
+
     if json:
-        print_json(document_counts)
-        return
-    out.print(
-        f"{sum(document_counts.values())} documents in {len(document_counts)} domains and languages below {folder}"
-    )
+        print_json(summary.as_json())
+    else:
+        out.print(table)
+        for artist, reasons in summary.left_out.items() if isinstance(summary, DrawingSummary) else ():
+            counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
+            out.print(f"{artist}, left out: {counts}", soft_wrap=True)
+        downloads = f"{format_bytes(summary.downloaded)} downloaded; licences in {folder / 'licenses'}"
+        out.print(f"{remark}{downloads}", soft_wrap=True)
+    # A package that cannot be fetched is left out. The sample is written in any case, but the command fails if too much
+    # is missing.
+    if shortfall := summary.describe_shortfall():
+        raise DataError(f"data sample {folder}", shortfall, "see the warnings above, then run it again")
 
 
-def _write_large(folder: Path, cache: Path, json: bool) -> None:
+def _write_large(folder: Path, cache: Path) -> "tuple[SampleSummary, Table]":
     from mhmoe_ray.errors import DataError
 
     # lxml may be missing, because it belongs to an extra that only the large sample needs.
@@ -209,77 +229,38 @@ def _write_large(folder: Path, cache: Path, json: bool) -> None:
         raise DataError("data sample --large", "the package lxml is missing", "pip install 'mhmoe-ray[large-sample]'")
     from mhmoe_ray.corpus.large import write_large_sample
 
-    summary = write_large_sample(folder, cache, lambda line: note.print(line, soft_wrap=True))
-    if json:
-        print_json(summary.as_json())
-    else:
-        rows = [(n, f"{d:,}", f"{summary.bytes[n] / 1e6:.1f}") for n, d in summary.documents.items()]
-        total = ("", f"{sum(summary.documents.values()):,}", f"{sum(summary.bytes.values()) / 1e6:.1f}")
-        out.print(number_table(["", "documents", "MB"], [*rows, total]))
-        out.print(f"{format_bytes(summary.downloaded)} downloaded; licences in {folder / 'licenses'}", soft_wrap=True)
-    # Packages whose text could not be fetched are left out. The sample is written in any case, but the command fails if
-    # too much text is missing.
-    shortfall = summary.describe_shortfall()
-    if shortfall:
-        raise DataError(f"data sample {folder}", shortfall, "see the warnings above, then run it again")
+    summary = write_large_sample(folder, cache, print_note)
+    rows = [(n, f"{d:,}", f"{summary.bytes[n] / 1e6:.1f}") for n, d in summary.documents.items()]
+    total = ("", f"{sum(summary.documents.values()):,}", f"{sum(summary.bytes.values()) / 1e6:.1f}")
+    return summary, number_table(["", "documents", "MB"], [*rows, total])
 
 
-def _write_pictures(folder: Path, cache: Path, json: bool) -> None:
+def _write_pictures(folder: Path, cache: Path) -> "tuple[PictureSummary, Table, str]":
     from mhmoe_ray.corpus.pictures import write_picture_sample
-    from mhmoe_ray.errors import DataError
 
-    summary = write_picture_sample(folder, cache, lambda line: note.print(line, soft_wrap=True))
-    if json:
-        print_json(summary.as_json())
-    else:
-        rows = [(n, f"{count:,}", f"{summary.shared_drawings[n]:,}") for n, count in summary.pictures.items()]
-        total = ("", f"{sum(summary.pictures.values()):,}", f"{sum(summary.shared_drawings.values()):,}")
-        out.print(number_table(["", "pictures", "same as another"], [*rows, total]))
-        _print_left_out(summary)
-        out.print(
-            f"{summary.concepts:,} concepts, {summary.captions:,} captions in {summary.locales} locales; "
-            f"{format_bytes(summary.downloaded)} downloaded; licences in {folder / 'licenses'}",
-            soft_wrap=True,
-        )
-    shortfall = summary.describe_shortfall()
-    if shortfall:
-        raise DataError(f"data sample {folder}", shortfall, "see the warnings above, then run it again")
+    summary = write_picture_sample(folder, cache, print_note)
+    rows = [(n, f"{count:,}", f"{summary.shared_drawings[n]:,}") for n, count in summary.pictures.items()]
+    total = ("", f"{sum(summary.pictures.values()):,}", f"{sum(summary.shared_drawings.values()):,}")
+    remark = f"{summary.concepts:,} concepts, {summary.captions:,} captions in {summary.locales} locales; "
+    return summary, number_table(["", "pictures", "same as another"], [*rows, total]), remark
 
 
-def _write_scenes(folder: Path, cache: Path, scene_seed: int, json: bool) -> None:
+def _write_scenes(folder: Path, cache: Path, scene_seed: int) -> "tuple[SceneSummary, Table]":
     from mhmoe_ray.corpus.drawing_packages import SPLITS
     from mhmoe_ray.corpus.scene_objects import OBJECT_CLASSES
     from mhmoe_ray.corpus.scenes import write_scene_sample
-    from mhmoe_ray.errors import DataError
 
-    summary = write_scene_sample(folder, cache, lambda line: note.print(line, soft_wrap=True), scene_seed)
-    if json:
-        print_json(summary.as_json())
-    else:
-        counts = {
-            "scenes": summary.scenes,
-            **{
-                f"  {name}": {split: objects[name] for split, objects in summary.objects.items()}
-                for name in OBJECT_CLASSES
-            },
-            "drawings of objects": summary.drawings,
-            "backgrounds": summary.backgrounds,
-            "pictures by class": summary.pictures,
-            "classes": summary.classes,
-        }
-        rows = [(title, *(f"{by_split.get(split, 0):,}" for split in SPLITS)) for title, by_split in counts.items()]
-        out.print(number_table(["", *SPLITS], rows))
-        _print_left_out(summary)
-        out.print(f"{format_bytes(summary.downloaded)} downloaded; licences in {folder / 'licenses'}", soft_wrap=True)
-    shortfall = summary.describe_shortfall()
-    if shortfall:
-        raise DataError(f"data sample {folder}", shortfall, "see the warnings above, then run it again")
-
-
-def _print_left_out(summary: "DrawingSummary") -> None:
-    for artist, reasons in summary.left_out.items():
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
-        out.print(f"{artist}, left out: {counts}", soft_wrap=True)
+    summary = write_scene_sample(folder, cache, print_note, scene_seed)
+    counts = {
+        "scenes": summary.scenes,
+        **{f"  {name}": {split: n[name] for split, n in summary.objects.items()} for name in OBJECT_CLASSES},
+        "drawings of objects": summary.drawings,
+        "backgrounds": summary.backgrounds,
+        "pictures by class": summary.pictures,
+        "classes": summary.classes,
+    }
+    rows = [(title, *(f"{by_split.get(split, 0):,}" for split in SPLITS)) for title, by_split in counts.items()]
+    return summary, number_table(["", *SPLITS], rows)
 
 
 app = typer.Typer(cls=SuggestingGroup, help="Make, inspect and prepare training data.", no_args_is_help=True)

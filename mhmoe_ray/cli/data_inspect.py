@@ -3,7 +3,7 @@
 Both run a job on the cluster that reads all text and returns a survey: counts, lengths, copies and problems.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mhmoe_ray import plotting
-from mhmoe_ray.api.defaults import SPEC_SUFFIXES
-from mhmoe_ray.cli import data_inspect_view, jobs
-from mhmoe_ray.cli.common import AddressOption, JsonOption, out, print_json, print_note
+from mhmoe_ray.cli import data_inspect_view, options
+from mhmoe_ray.cli.common import follow_job, out, print_json, print_note
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mhmoe_ray.api.survey import SurveyTarget
     from mhmoe_ray.data.inspect.copies import DomainCopies
     from mhmoe_ray.data.inspect.figures import DomainSurvey, Figures, ImageFigures
     from mhmoe_ray.data.inspect.lint import Problem
     from mhmoe_ray.data.inspect.result import Survey
-    from mhmoe_ray.data.shards.manifest import DataManifest
-    from mhmoe_ray.spec import ClusterSpec, DataSpec, RunSpec
 
 
 DataArg = Annotated[
@@ -32,80 +32,6 @@ SetOption = Annotated[
     list[str],
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec; for raw text, of data or cluster."),
 ]
-
-
-@dataclass
-class InspectTarget:
-    """The data that `mhmoe data inspect` or `lint` reads: raw text and, with a spec, the folder of prepared shards."""
-
-    name: str
-    data: "DataSpec"
-    cluster: "ClusterSpec"
-    required_paths: list[Path]
-    """Paths on this machine that all nodes of the cluster must be able to read."""
-    spec: "RunSpec | None"
-    manifest: "DataManifest | None"
-
-    @property
-    def tokenizer(self) -> Path | None:
-        """Path of the prepared folder's tokenizer, else of the tokenizer that the spec gives; None without either."""
-        from mhmoe_ray.data.shards.manifest import TOKENIZER_FILE
-
-        # The prepared folder of a vision model has no tokenizer.
-        has_prepared_tokenizer = self.manifest is not None and self.manifest.tokenizer_sha256 is not None
-        return self.data.prepared / TOKENIZER_FILE if has_prepared_tokenizer else self.data.tokenizer
-
-
-def resolve_target(arguments: list[str], overrides: list[str]) -> InspectTarget:
-    """Return the data that a command's arguments name: a spec, or raw text. Prepared data that was made with other
-    settings is a DataError."""
-    from mhmoe_ray.api.spec import load_spec
-    from mhmoe_ray.data.shards.manifest import read_data_manifest
-    from mhmoe_ray.data.shards.recipe import check_recipe
-    from mhmoe_ray.errors import SpecError
-
-    specs = [name for name in arguments if name.endswith(SPEC_SUFFIXES)]
-    if not specs:
-        return raw_text_target(arguments, overrides)
-    if len(arguments) > 1:
-        raise SpecError(f"spec {specs[0]}", "it is named together with other data", "give one spec, or raw text alone")
-    spec = load_spec(Path(specs[0]), overrides)
-    manifest = read_data_manifest(spec.data.prepared)
-    if manifest is not None:
-        check_recipe(spec.data.prepared, manifest, spec)
-    return InspectTarget(spec.name, spec.data, spec.cluster, [spec.data.prepared], spec, manifest)
-
-
-def raw_text_target(paths: list[str], overrides: list[str]) -> InspectTarget:
-    """Return the data that paths of raw text name; each path becomes one source, as in `raw_text_sections`."""
-    from mhmoe_ray.spec.raw_text import raw_text_sections
-
-    data, cluster = raw_text_sections(paths, overrides)
-    # Nodes must be able to read these paths. URLs are left out, because all nodes can reach an object store.
-    required_paths = [Path(source.path) for source in data.sources.values() if "://" not in source.path]
-    required_paths += [path for path in (data.tokenizer, data.chat_template) if path]
-    return InspectTarget(", ".join(data.sources), data, cluster, required_paths, None, None)
-
-
-def run_survey(target: InspectTarget, address: str | None, *, check_rules: bool) -> "Survey":
-    """Read all raw text of a target in a job on the cluster, and return the survey of its contents. Errors are missing
-    text, a chat template that cannot be used, and the job's own."""
-    from mhmoe_ray.api.connection import connect_to_cluster
-    from mhmoe_ray.cluster import remote
-    from mhmoe_ray.data.chat.template import check_template
-    from mhmoe_ray.data.inspect.result import SurveyRequest
-    from mhmoe_ray.data.sources import find_files
-
-    # These calls raise an error if text is missing or the chat template is wrong, before a cluster is started to read
-    # the text.
-    find_files(target.data)
-    if target.data.chat_sources:
-        check_template(target.data)
-    connection = connect_to_cluster(target.cluster, target.required_paths, 1, address, print_note)
-    request = SurveyRequest(data=target.data, tokenizer=target.tokenizer, rules=check_rules)
-    job = remote.submit(connection, target.cluster.runtime_env, request)
-    jobs.follow_job(job)
-    return job.result(f"data of {target.name}")
 
 
 QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9, "p99": 0.99}
@@ -121,8 +47,8 @@ def inspect(
     first_position: Annotated[
         int, typer.Option("--at", min=0, help="Position of the first of these samples in the training.")
     ] = 0,
-    address: AddressOption = None,
-    json: JsonOption = False,
+    address: options.AddressOption = None,
+    json: options.JsonOption = False,
     png: Annotated[Path | None, typer.Option(help="Also draw lengths and fertility into this file.")] = None,
 ) -> None:
     """Read text on the cluster and show its contents, by domain and by language.
@@ -132,7 +58,9 @@ def inspect(
     also counts tokens and shows fertility: tokens per word and per character. Of prepared data it also shows the
     contents of the shards.
     """
-    target = resolve_target(data, set_)
+    from mhmoe_ray.api.survey import survey, survey_target
+
+    target = survey_target(data, set_)
     # Packed samples are read here from the prepared folder, so no job is needed.
     if samples:
         _print_samples(target, first_position, samples, json)
@@ -142,13 +70,11 @@ def inspect(
         plotting.check(png)
     summary = {
         "name": target.name,
-        **survey_dict(run_survey(target, address, check_rules=False)),
-        "prepared": prepared_dict(target),
+        **survey_dict(survey(target, address, check_rules=False, follow=follow_job, on_note=print_note)),
+        "prepared": target.prepared_as_json(),
     }
     if png:
-        from mhmoe_ray.cli.data_inspect_view import draw_survey
-
-        draw_survey(summary, png)
+        data_inspect_view.draw_survey(summary, png)
     if json:
         print_json(summary)
         return
@@ -198,14 +124,6 @@ def _domain_dict(domain: "DomainSurvey", copies: "DomainCopies | None") -> dict[
 
 def _figures_dict(figures: "Figures") -> dict[str, Any]:
     """Return the counts and lengths of documents as JSON data; those in tokens are null without a tokenizer."""
-    from mhmoe_ray.data.inspect.figures import octave_counts, quantile
-
-    def lengths(bins: dict[int, int]) -> dict[str, Any]:
-        return {
-            **{name: quantile(bins, share) for name, share in QUANTILES.items()},
-            "octaves": octave_counts(bins),
-        }
-
     tokens = figures.token_lengths
     return {
         "documents": figures.documents,
@@ -218,8 +136,8 @@ def _figures_dict(figures: "Figures") -> dict[str, Any]:
         "bytes_per_token": figures.bytes_per_token,
         "tokens_per_word": figures.tokens_per_word,
         "tokens_per_character": figures.tokens_per_character,
-        "lengths_in_characters": lengths(figures.lengths),
-        "lengths_in_tokens": lengths(tokens) if tokens else None,
+        "lengths_in_characters": _distribution(figures.lengths),
+        "lengths_in_tokens": _distribution(tokens) if tokens else None,
         "longest": figures.longest,
         "longest_at": str(figures.longest_at) if figures.longest_at else None,
         # A report on data without images has no entry for images.
@@ -227,24 +145,23 @@ def _figures_dict(figures: "Figures") -> dict[str, Any]:
     }
 
 
-def _images_dict(figures: "ImageFigures") -> dict[str, Any]:
+def _distribution(bins: "Mapping[int, int]") -> dict[str, Any]:
+    """Return the quantiles and the counts by octave of a histogram."""
     from mhmoe_ray.data.inspect.figures import octave_counts, quantile
 
+    return {**{name: quantile(bins, share) for name, share in QUANTILES.items()}, "octaves": octave_counts(bins)}
+
+
+def _images_dict(figures: "ImageFigures") -> dict[str, Any]:
     annotations: dict[str, Any] = {}
     if figures.classes:
         annotations["classes"] = dict(sorted(figures.classes.items()))
     if figures.objects:
-        annotations["objects_per_image"] = {
-            **{name: quantile(figures.objects, share) for name, share in QUANTILES.items()},
-            "octaves": octave_counts(figures.objects),
-        }
+        annotations["objects_per_image"] = _distribution(figures.objects)
     return {
         "images": figures.images,
         "bytes": figures.bytes,
-        "shorter_sides": {
-            **{name: quantile(figures.sides, share) for name, share in QUANTILES.items()},
-            "octaves": octave_counts(figures.sides),
-        },
+        "shorter_sides": _distribution(figures.sides),
         "aspect_ratios": {f"{2**ratio:.2f}": count for ratio, count in sorted(figures.aspect_ratios.items())},
         "extreme_aspect_ratios": figures.extreme,
         # `annotations` has entries only for sources of vision models, because no others have classes or objects.
@@ -252,19 +169,8 @@ def _images_dict(figures: "ImageFigures") -> dict[str, Any]:
     }
 
 
-def prepared_dict(target: InspectTarget) -> dict[str, Any] | None:
-    """Return a prepared folder's manifest as JSON data, without its recipe and lists of files; None for unprepared
-    data."""
-    if target.manifest is None:
-        return None
-    totals = target.manifest.model_dump(exclude={"recipe", "domains", "validation"})
-    domains = {name: domain.model_dump(exclude={"shards"}) for name, domain in target.manifest.domains.items()}
-    return {"folder": str(target.data.prepared), **totals, "domains": domains}
-
-
-def _print_samples(target: InspectTarget, start: int, count: int, json: bool) -> None:
+def _print_samples(target: "SurveyTarget", start: int, count: int, json: bool) -> None:
     """Print `count` packed training samples from position `start` of the training on, as text or JSON."""
-    from mhmoe_ray.checkpoint.start.record import plan_start
     from mhmoe_ray.data.inspect.samples import decode_samples
     from mhmoe_ray.errors import SpecError
 
@@ -275,8 +181,7 @@ def _print_samples(target: InspectTarget, start: int, count: int, json: bool) ->
     if not target.spec.model.family.predicts_next_token:
         reason = f"--samples shows texts of a decoder, and this is {target.spec.model.family.title}"
         raise SpecError(f"spec {target.name}", reason, "leave it out")
-    record = plan_start(target.spec)
-    samples = decode_samples(target.spec, start, count, record.samples_before if record else None)
+    samples = decode_samples(target.spec, start, count, target.samples_before)
     if json:
         print_json([asdict(sample) for sample in samples])
         return
@@ -292,30 +197,29 @@ def lint(
     data: DataArg,
     set_: SetOption = [],  # noqa: B006 - typer needs the list
     strict: Annotated[bool, typer.Option("--strict", help="Fail for warnings too.")] = False,
-    address: AddressOption = None,
-    json: JsonOption = False,
+    address: options.AddressOption = None,
+    json: options.JsonOption = False,
 ) -> None:
     """Read text on the cluster and show its problems, where they are, and what to do.
 
     It looks for unreadable lines, files of unknown formats, damaged and foreign text, copies, domains that are too
     small or would be read too often, and unsuitable tokenizers. The exit code is 4 if there is an error.
     """
-    from mhmoe_ray.checkpoint.start.record import plan_start
+    from mhmoe_ray.api.survey import survey, survey_target
     from mhmoe_ray.data.inspect.lint import LintInput
     from mhmoe_ray.data.inspect.lint import lint as check
     from mhmoe_ray.errors import DataError
 
-    target = resolve_target(data, set_)
-    survey = run_survey(target, address, check_rules=True)
-    record = plan_start(target.spec) if target.spec else None
-    samples_before = record.samples_before if record else {}
-    problems = check(LintInput(survey, target.data, target.spec, target.manifest, samples_before))
+    target = survey_target(data, set_)
+    text_survey = survey(target, address, check_rules=True, follow=follow_job, on_note=print_note)
+    inputs = LintInput(text_survey, target.data, target.spec, target.manifest, target.samples_before or {})
+    problems = check(inputs)
     if json:
         print_json([problem.as_json() for problem in problems])
     else:
-        documents = sum(domain.all_figures.documents for domain in survey.domains.values())
+        documents = sum(domain.all_figures.documents for domain in text_survey.domains.values())
         _print_problems(problems)
-        out.print(f"{_format_summary(problems)} in {documents:,} documents of {len(survey.domains):,} domains")
+        out.print(f"{_format_summary(problems)} in {documents:,} documents of {len(text_survey.domains):,} domains")
     if any(problem.severe or strict for problem in problems):
         raise DataError(f"data of {target.name}", _format_summary(problems), "fix them as described above")
 

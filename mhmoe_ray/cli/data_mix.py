@@ -10,15 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mhmoe_ray.cli.common import (
-    JsonOption,
-    SetOption,
-    SpecArg,
-    number_table,
-    out,
-    print_json,
-    print_untruncated,
-)
+from mhmoe_ray.cli import options
+from mhmoe_ray.cli.common import number_table, out, print_json, print_untruncated
 from mhmoe_ray.data.domains import source_of, subfolder_of
 from mhmoe_ray.plotting import COLOURS, ROW_INCHES, new_figure, save, style
 
@@ -83,9 +76,9 @@ def _mixture_figure(mixture: dict[str, Any]) -> "Figure":
 
 
 def mix(
-    spec: SpecArg,
-    set_: SetOption = [],  # noqa: B006 - typer needs the list
-    json: JsonOption = False,
+    spec: options.SpecArg,
+    set_: options.SetOption = [],  # noqa: B006 - typer needs the list
+    json: options.JsonOption = False,
     png: Annotated[Path | None, typer.Option(help="Also draw the mixture into this file.")] = None,
 ) -> None:
     """Show what a training reads of each source, domain and language: shares, samples, epochs and tokens by phase.

@@ -8,67 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mhmoe_ray.api.defaults import EVALUATION_SAMPLES, Prior
-from mhmoe_ray.cli import jobs
-from mhmoe_ray.cli.common import (
-    STORAGE,
-    AddressOption,
-    CheckpointOption,
-    JsonOption,
-    RunArg,
-    StorageOption,
-    TrustOption,
-    number_table,
-    out,
-    pick_checkpoint,
-    print_json,
-    print_note,
-    print_untruncated,
-)
+from mhmoe_ray.cli import options
+from mhmoe_ray.cli.common import follow_job, number_table, out, print_json, print_note, print_untruncated
 
 if TYPE_CHECKING:
-    from mhmoe_ray.api.evaluation import EvaluationOptions
-    from mhmoe_ray.checkpoint.manifest import CheckpointManifest
     from mhmoe_ray.evaluate.request import Evaluation
     from mhmoe_ray.evaluate.score import Score
     from mhmoe_ray.runs.directory import RunDir
-    from mhmoe_ray.storage import Location
+    from mhmoe_ray.spec import ModelSpec
 
 
-TextOption = Annotated[
-    list[str], typer.Option("--text", help="Raw text instead of the held-out samples: a folder, file or pattern.")
-]
-AgainOption = Annotated[
-    bool, typer.Option("--again", help="Evaluate even if the run directory holds the result already.")
-]
-SamplesOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help=f"Samples of each domain of --text, at most; {EVALUATION_SAMPLES} by default. Of pictures, different "
-        "images.",
-    ),
-]
-TextSetOption = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set a data key of a spec, by which --text is read.")
-]
 STANDARD_ERROR = "_stderr"
 """Part of a name by which lm-eval marks the standard error of a metric, as in `acc_stderr,none`."""
-
-GpusOption = Annotated[
-    int | None,
-    typer.Option(min=0, max=1, help="GPUs to compute on; by default as many as a worker of the training had."),
-]
-
-
-PriorOption = Annotated[
-    Prior | None,
-    typer.Option(
-        help="With router domain: let all experts predict together, with these prior probabilities of the domains. By "
-        "default the domain of each text is known."
-    ),
-]
-
 
 OPTION_NAMES = {
     "text": "--text",
@@ -84,34 +35,47 @@ OPTION_NAMES = {
 """Options of the commands by the field of `EvaluationOptions` that they set."""
 
 
-def pick_valid(
-    run: "RunDir", checkpoint: str | None, options: "EvaluationOptions"
-) -> "tuple[Location, CheckpointManifest]":
-    """Return the checkpoint that the user names; options that are not for it or each other raise BadParameter."""
-    mistake = options.mistake(OPTION_NAMES)
-    if mistake is None:
-        # The weights need not be hashed here, because the evaluation job verifies their hashes when it loads them.
-        path, manifest = pick_checkpoint(run, checkpoint, verify_hashes=False)
-        mistake = options.mistake_for(manifest.model, OPTION_NAMES)
-    if mistake is not None:
-        raise typer.BadParameter(": ".join(mistake))
-    return path, manifest
+def evaluate(
+    run: "RunDir",
+    checkpoint: str | None,
+    recompute: bool,
+    address: str | None,
+    trust_run: bool = False,
+    **fields: Any,
+) -> "tuple[Evaluation, ModelSpec]":
+    """Evaluate a checkpoint as `api.evaluation.evaluate` does, and follow the job; `fields` are `EvaluationOptions`."""
+    from mhmoe_ray.api import evaluation
+
+    try:
+        return evaluation.evaluate(
+            run,
+            checkpoint,
+            evaluation.EvaluationOptions(**fields),
+            recompute,
+            address,
+            option_names=OPTION_NAMES,
+            follow=follow_job,
+            trust_run=trust_run,
+            on_note=print_note,
+        )
+    except evaluation.EvaluationOptionsError as e:
+        raise typer.BadParameter(f"{e.reason}: {e.fix}") from e
 
 
 def eval_(
-    run: RunArg = None,
-    text: TextOption = [],  # noqa: B006 - typer needs the list
+    run: options.RunArg = None,
+    text: options.TextOption = [],  # noqa: B006 - typer needs the list
     tasks: Annotated[
         str | None,
         typer.Option(help="Tasks of lm-eval, separated by commas; `english` and `xnli` are the papers' lists."),
     ] = None,
     task_folder: Annotated[list[Path], typer.Option(help="Folder of your own tasks, as lm-eval reads them.")] = [],  # noqa: B006 - typer needs the list
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task, at most.")] = None,
-    samples: SamplesOption = None,
-    set_: TextSetOption = [],  # noqa: B006 - typer needs the list
-    checkpoint: CheckpointOption = None,
-    gpus: GpusOption = None,
-    prior: PriorOption = None,
+    samples: options.SamplesOption = None,
+    set_: options.TextSetOption = [],  # noqa: B006 - typer needs the list
+    checkpoint: options.CheckpointOption = None,
+    gpus: options.GpusOption = None,
+    prior: options.PriorOption = None,
     probe: Annotated[
         str | None,
         typer.Option(
@@ -120,11 +84,11 @@ def eval_(
             "is trained on these pictures; --samples bounds both.",
         ),
     ] = None,
-    recompute: AgainOption = False,
-    storage: StorageOption = STORAGE,
-    address: AddressOption = None,
-    trust_run: TrustOption = False,
-    json: JsonOption = False,
+    recompute: options.AgainOption = False,
+    storage: options.StorageOption = options.STORAGE,
+    address: options.AddressOption = None,
+    trust_run: options.TrustOption = False,
+    json: options.JsonOption = False,
 ) -> None:
     """Show loss, perplexity and bits per byte of a run's checkpoint, by domain and language, on its held-out text or
     any other text; or its scores in lm-eval's tasks.
@@ -138,12 +102,16 @@ def eval_(
     The result stays in the run directory. Routing is dropless, as in serving. For example `mhmoe eval --text books/
     --samples 100`, or `mhmoe eval --tasks english --limit 200`.
     """
-    from mhmoe_ray.api.evaluation import EvaluationOptions, load_or_evaluate
     from mhmoe_ray.planner.view import view_of
     from mhmoe_ray.runs.directory import find_run
 
     run_dir = find_run(run, storage)
-    options = EvaluationOptions(
+    evaluation, model = evaluate(
+        run_dir,
+        checkpoint,
+        recompute,
+        address,
+        trust_run,
         text=text,
         overrides=set_,
         samples=samples,
@@ -154,22 +122,18 @@ def eval_(
         prior=prior,
         probe=probe,
     )
-    path, manifest = pick_valid(run_dir, checkpoint, options)
-    request = options.request(run_dir, path.name)
-    evaluation = load_or_evaluate(
-        run_dir, request, recompute, address, follow=jobs.follow_job, trust_run=trust_run, on_note=print_note
-    )
     if json:
         # The routing is left out, because `mhmoe routing` shows it.
         print_json({**evaluation.model_dump(exclude={"routing"}), "figures": _figures_dict(evaluation)})
         return
+    request = evaluation.request
     out.print(
         f"{run_dir.id}, {request.checkpoint}, {evaluation.tokens:,} tokens trained: {request.description}",
         soft_wrap=True,
     )
     if evaluation.domains:
         _print_scores(evaluation)
-    for figure_table in view_of(manifest.model).tables(evaluation.family_figures):
+    for figure_table in view_of(model).tables(evaluation.family_figures):
         print_untruncated(number_table(figure_table.columns, figure_table.rows))
         for line in figure_table.lines:
             out.print(line, soft_wrap=True)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mhmoe_ray.cli.common import (
+from mhmoe_ray.cli.common import pick_checkpoint, print_json
+from mhmoe_ray.cli.generate_batch import BatchOptions, answer_file
+from mhmoe_ray.cli.options import (
     STORAGE,
     AddressOption,
     CheckpointOption,
@@ -17,10 +19,7 @@ from mhmoe_ray.cli.common import (
     RunArg,
     StorageOption,
     TrustOption,
-    pick_checkpoint,
-    print_json,
 )
-from mhmoe_ray.cli.generate_batch import BatchOptions, answer_file
 
 if TYPE_CHECKING:
     from mhmoe_ray.serving.batch.request import SamplingOptions

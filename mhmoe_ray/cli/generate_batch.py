@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mhmoe_ray.cli import jobs
-from mhmoe_ray.cli.common import note, out, print_json, print_note
+from mhmoe_ray.cli.common import follow_job, note, out, print_json, print_note
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
@@ -82,7 +81,7 @@ def answer_file(
 
     Input that cannot be read, or an output folder of another request, is a DataError.
     """
-    from mhmoe_ray.cli.serve_choice import resolve_target
+    from mhmoe_ray.api.serve_target import resolve_target
     from mhmoe_ray.serving.batch.output import BatchOutput
     from mhmoe_ray.storage import location
 
@@ -94,7 +93,9 @@ def answer_file(
         return
     if options.input is None:
         raise typer.BadParameter("--output needs a file of prompts: name one with --input")
-    run_dir, checkpoint_path, spec = resolve_target(run, checkpoint, storage, options.overrides, options.trust_run)
+    run_dir, checkpoint_path, spec = resolve_target(
+        run, checkpoint, storage, options.overrides, print_note, options.trust_run
+    )
     # If the user named no checkpoint, neither by the option nor by its folder in place of the run, use the one that
     # gave the answers in the output folder.
     if checkpoint is None and (run is None or location(run).absolute() != checkpoint_path):
@@ -114,7 +115,7 @@ def answer_file(
             note.print(f"job {job.name} answers into {output.folder}; {hint}", soft_wrap=True)
         return
     cancel_command = f"mhmoe generate --output {shlex.quote(options.output)} --cancel"
-    jobs.follow_job(job, f"{hint}; to end it: {cancel_command}")
+    follow_job(job, f"{hint}; to end it: {cancel_command}")
     fix = "give the command again: it continues with the chunks that are missing"
     _print_counts(output, job.result(f"answers in {output.folder}", fix), json)
 

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from mhmoe_ray.cli.common import STORAGE, JsonOption, RunArg, StorageOption, print_json, print_note
+from mhmoe_ray.cli import options
+from mhmoe_ray.cli.common import print_json, print_note
 
 UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 TIMESTAMP_PATTERN = re.compile(r"\b(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:[.,](\d+))?([+-]\d\d:?\d\d|Z)?")
@@ -67,7 +68,7 @@ def line_time(line: str) -> float | None:
 
 
 def logs(
-    run: RunArg = None,
+    run: options.RunArg = None,
     rank: Annotated[
         int | None, typer.Option(min=0, help="Print only what the worker of this rank wrote.", show_default=False)
     ] = None,
@@ -79,8 +80,8 @@ def logs(
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Print new lines until the job ends, or Ctrl-C.")
     ] = False,
-    storage: StorageOption = STORAGE,
-    json: JsonOption = False,
+    storage: options.StorageOption = options.STORAGE,
+    json: options.JsonOption = False,
 ) -> None:
     """Print the log of a run's newest attempt: that of the whole job, or that of the worker with a given rank.
 

@@ -4,17 +4,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mhmoe_ray.cli.common import (
-    AddressOption,
-    JsonOption,
-    SetOption,
-    SpecArg,
-    fact_table,
-    out,
-    print_json,
-    print_note,
-    print_untruncated,
-)
+from mhmoe_ray.cli import options
+from mhmoe_ray.cli.common import fact_table, out, print_json, print_note, print_untruncated
 
 if TYPE_CHECKING:
     from mhmoe_ray.planner.estimate import Estimate
@@ -23,16 +14,16 @@ if TYPE_CHECKING:
 
 
 def plan(
-    spec: SpecArg,
-    set_: SetOption = [],  # noqa: B006 - typer needs the list
+    spec: options.SpecArg,
+    set_: options.SetOption = [],  # noqa: B006 - typer needs the list
     nodes: Annotated[
         int | None, typer.Option(min=1, help="Plan for this number of nodes on paper, and estimate step times.")
     ] = None,
     gpus: Annotated[
         int | None, typer.Option(min=1, help="GPUs of each node on paper, with one worker per GPU.")
     ] = None,
-    address: AddressOption = None,
-    json: JsonOption = False,
+    address: options.AddressOption = None,
+    json: options.JsonOption = False,
 ) -> None:
     """Show the resolved spec: sizes, ratios to its reference, memory and traffic per rank, and placement of its
     workers.

@@ -28,12 +28,7 @@ def placement_table(placement: Placement) -> Table:
     if len(layout.groups.ranks) < len(layout.nodes):
         columns = ("group", "ranks", "nodes")
         rows = [(str(i), *_format_location(ranks, layout)) for i, ranks in enumerate(layout.groups.ranks)]
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in _shorten_rows(rows):
-        table.add_row(*row)
-    return table
+    return number_table(columns, _shorten_rows(rows), names=columns)
 
 
 def _format_location(ranks: list[int], layout: Layout) -> tuple[str, str]:
@@ -41,18 +36,13 @@ def _format_location(ranks: list[int], layout: Layout) -> tuple[str, str]:
     rank_counts = Counter(layout.nodes[rank] for rank in ranks)
     node_names, counts = list(rank_counts), set(rank_counts.values())
     domains = dict.fromkeys(layout.domains[rank] for rank in ranks)
-    if len(rank_counts) > 3 and len(counts) == 1:
-        location = f"{len(rank_counts)} from {node_names[0]} to {node_names[-1]}, {counts.pop()} on each"
-    elif len(rank_counts) > 3:
-        location = (
-            f"{len(rank_counts)} from {node_names[0]} to {node_names[-1]}, {min(counts)} to {max(counts)} on each"
-        )
+    if len(rank_counts) > 3:
+        count_text = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{min(counts)}"
+        location = f"{len(rank_counts)} from {node_names[0]} to {node_names[-1]}, {count_text} on each"
+    elif len(rank_counts) > 1:
+        location = ", ".join(f"{name} ({count})" for name, count in rank_counts.items())
     else:
-        location = (
-            ", ".join(f"{name} ({count})" for name, count in rank_counts.items())
-            if len(rank_counts) > 1
-            else node_names[0]
-        )
+        location = node_names[0]
     if any(domains):
         location += f"; {', '.join(domains)}" if len(domains) < 4 else f"; {len(domains)} domains"
     return _format_ranges(ranks), location

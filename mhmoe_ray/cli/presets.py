@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from mhmoe_ray.cli.common import JsonOption, out, print_json, print_untruncated
+from mhmoe_ray.cli import options
+from mhmoe_ray.cli.common import number_table, out, print_json, print_untruncated
 
 if TYPE_CHECKING:
     from mhmoe_ray.planner.presets import Preset
@@ -17,7 +17,7 @@ RIGHT_COLUMNS = ("h", "E", "k", "f", "parameters", "active", "multiply-adds")
 
 def presets(
     part: Annotated[str, typer.Argument(help="List only presets with this in their names.", show_default=False)] = "",
-    json: JsonOption = False,
+    json: options.JsonOption = False,
 ) -> None:
     """List the models that `preset:` names in a spec, with sizes and ratios to their reference models."""
     from mhmoe_ray.errors import SpecError
@@ -29,18 +29,14 @@ def presets(
     if json:
         print_json(rows)
         return
-    table = Table(box=None, pad_edge=False)
-    for column in [*LEFT_COLUMNS, *RIGHT_COLUMNS]:
-        table.add_column(column, justify="left" if column in LEFT_COLUMNS else "right", no_wrap=True)
+    cells = []
     for row in rows:
         ratios = [f"{row[key]:.3f}" if row[key] else "" for key in ("parameters_ratio", "multiply_adds_ratio")]
-        table.add_row(
-            f"{row['preset']} {row['size'] or ''}",
-            f"{row['reference']}: {ratios[0]}, {ratios[1]}" if row["reference"] else "",
-            *(str(row[key] or "") for key in "hEkf"),
-            *(_format_count(row[key]) for key in ("parameters", "active", "multiply_adds")),
-        )
-    print_untruncated(table)
+        names = f"{row['preset']} {row['size'] or ''}", f"{row['reference']}: {', '.join(ratios)}"
+        shape = [str(row[key] or "") for key in "hEkf"]
+        counts = [_format_count(row[key]) for key in ("parameters", "active", "multiply_adds")]
+        cells.append([names[0], names[1] if row["reference"] else "", *shape, *counts])
+    print_untruncated(number_table([*LEFT_COLUMNS, *RIGHT_COLUMNS], cells, names=LEFT_COLUMNS))
     # The description is printed only for a single preset, because the descriptions of all presets would drown the
     # table.
     if len(rows) == 1:

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from mhmoe_ray.cli import common
-from mhmoe_ray.cli.common import STORAGE, JsonOption, StorageOption, out, print_json
+from mhmoe_ray.cli import options
+from mhmoe_ray.cli.common import out, print_json
 
 
 def report(
@@ -14,7 +14,7 @@ def report(
         list[str] | None,
         typer.Argument(
             help="Ids of runs, beginnings of ids, paths, or names of sweeps. The newest run by default.",
-            autocompletion=common.complete_runs,
+            autocompletion=options.complete_runs,
             show_default=False,
         ),
     ] = None,
@@ -22,8 +22,8 @@ def report(
     baseline: Annotated[
         str | None, typer.Option(help="Variant that the others are compared with; the first by default.")
     ] = None,
-    storage: StorageOption = STORAGE,
-    json: JsonOption = False,
+    storage: options.StorageOption = options.STORAGE,
+    json: options.JsonOption = False,
 ) -> None:
     """Write one self-contained HTML page, and PNGs, that compare runs (needs the extra `report`).
 

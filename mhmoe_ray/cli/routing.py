@@ -2,28 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from mhmoe_ray.cli import jobs
-from mhmoe_ray.cli.common import (
-    STORAGE,
-    AddressOption,
-    CheckpointOption,
-    JsonOption,
-    RunArg,
-    StorageOption,
-    number_table,
-    out,
-    print_json,
-    print_note,
-    print_untruncated,
-)
-from mhmoe_ray.cli.eval import (
-    AgainOption,
-    GpusOption,
-    SamplesOption,
-    TextOption,
-    TextSetOption,
-    pick_valid,
-)
+from mhmoe_ray.cli import options
+from mhmoe_ray.cli.common import number_table, out, print_json, print_untruncated
+from mhmoe_ray.cli.eval import evaluate
 
 if TYPE_CHECKING:
     from mhmoe_ray.runs.directory import RunDir
@@ -35,16 +16,16 @@ CURVE_POINTS = 8
 
 
 def routing(
-    run: RunArg = None,
-    text: TextOption = [],  # noqa: B006 - typer needs the list
-    samples: SamplesOption = None,
-    set_: TextSetOption = [],  # noqa: B006 - typer needs the list
-    checkpoint: CheckpointOption = None,
-    gpus: GpusOption = None,
-    recompute: AgainOption = False,
-    storage: StorageOption = STORAGE,
-    address: AddressOption = None,
-    json: JsonOption = False,
+    run: options.RunArg = None,
+    text: options.TextOption = [],  # noqa: B006 - typer needs the list
+    samples: options.SamplesOption = None,
+    set_: options.TextSetOption = [],  # noqa: B006 - typer needs the list
+    checkpoint: options.CheckpointOption = None,
+    gpus: options.GpusOption = None,
+    recompute: options.AgainOption = False,
+    storage: options.StorageOption = options.STORAGE,
+    address: options.AddressOption = None,
+    json: options.JsonOption = False,
 ) -> None:
     """Show how evenly a run's router loaded the experts in training, and where its checkpoint sends the tokens of its
     held-out text or any other text: loads, share of experts in use by threshold, how many experts a token's sub-tokens
@@ -52,7 +33,6 @@ def routing(
 
     For example `mhmoe routing --text books/ --samples 100`.
     """
-    from mhmoe_ray.api.evaluation import EvaluationOptions, load_or_evaluate
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs.directory import find_run
 
@@ -66,17 +46,16 @@ def routing(
         # The error is raised before the checkpoint is evaluated, because the evaluation could take minutes on the
         # cluster.
         raise dense_error
-    options = EvaluationOptions(text=text, overrides=set_, samples=samples, gpus=gpus)
-    path, _ = pick_valid(run_dir, checkpoint, options)
-    request = options.request(run_dir, path.name)
-    evaluation = load_or_evaluate(run_dir, request, recompute, address, follow=jobs.follow_job, on_note=print_note)
+    evaluation, _ = evaluate(
+        run_dir, checkpoint, recompute, address, text=text, overrides=set_, samples=samples, gpus=gpus
+    )
     # An imported run has no spec, so only its evaluation shows that it is dense.
     if not evaluation.routing and moe is None:
         raise dense_error
     if not evaluation.routing:
         reason = "there are no pairs of an image and a text to count routes of"
         raise RunError(f"run {run_dir.id}", reason, "name pictures with captions by --text")
-    figures = routing_figures(evaluation.routing)
+    request, figures = evaluation.request, routing_figures(evaluation.routing)
     training = [] if run_dir.is_imported else _training_metrics(run_dir)
     if json:
         print_json({"run": run_dir.id, "checkpoint": request.checkpoint, "training": training, **figures})

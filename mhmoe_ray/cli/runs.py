@@ -5,25 +5,9 @@ import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from mhmoe_ray.cli import common
-from mhmoe_ray.cli.common import (
-    STORAGE,
-    AddressOption,
-    DetachOption,
-    ForceOption,
-    JsonOption,
-    RunArg,
-    SetOption,
-    StorageOption,
-    TrustOption,
-    note,
-    out,
-    print_json,
-    print_note,
-    print_untruncated,
-)
+from mhmoe_ray.cli import options
+from mhmoe_ray.cli.common import note, number_table, out, print_json, print_note, print_untruncated
 from mhmoe_ray.cli.follow import follow_run
 
 if TYPE_CHECKING:
@@ -47,8 +31,8 @@ def list_(
             "--since", metavar="TIME", help="List only runs created since: 90s, 10m, 2h, 1d ago, or 2026-11-26."
         ),
     ] = None,
-    storage: StorageOption = STORAGE,
-    json: JsonOption = False,
+    storage: options.StorageOption = options.STORAGE,
+    json: options.JsonOption = False,
 ) -> None:
     """List runs, newest last, with their states from their directories or, while they run, from their clusters.
 
@@ -69,14 +53,15 @@ def list_(
     if json:
         print_json(rows)
         return
-    table = Table("run", "preset", "state", "step", "loss", "created", box=None, pad_edge=False)
+    cells = []
     for row in rows:
         loss = f"{row['loss']:.3f}" if row["loss"] is not None else ""
         created_text = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"]))
         step = f"{row['step']}/{row['steps']}" if row["steps"] is not None else ""
-        table.add_row(row["run"], row["preset"] or "", row["state"], step, loss, created_text)
+        cells.append([row["run"], row["preset"] or "", row["state"], step, loss, created_text])
     if rows:
-        print_untruncated(table)
+        columns = ["run", "preset", "state", "step", "loss", "created"]
+        print_untruncated(number_table(columns, cells, names=columns))
     else:
         filter_text = " match the filters" if name or state or creation_text else ""
         out.print(f"no runs in {storage}{filter_text}")
@@ -113,7 +98,7 @@ def _run_row(run: "RunDir", connect: "Callable[[str], Connection]") -> dict[str,
 
 
 def resume(
-    run: RunArg = None,
+    run: options.RunArg = None,
     last_step: Annotated[
         int | None,
         typer.Option(
@@ -124,12 +109,12 @@ def resume(
             show_default=False,
         ),
     ] = None,
-    set_: SetOption = [],  # noqa: B006 - typer needs the list
-    storage: StorageOption = STORAGE,
-    address: AddressOption = None,
-    detach: DetachOption = False,
-    force: ForceOption = False,
-    trust_run: TrustOption = False,
+    set_: options.SetOption = [],  # noqa: B006 - typer needs the list
+    storage: options.StorageOption = options.STORAGE,
+    address: options.AddressOption = None,
+    detach: options.DetachOption = False,
+    force: options.ForceOption = False,
+    trust_run: options.TrustOption = False,
 ) -> None:
     """Resume a run that stopped, failed or lost its cluster, from its newest complete checkpoint.
 
@@ -148,11 +133,11 @@ def resume(
 
 
 def stop(
-    run: RunArg = None,
+    run: options.RunArg = None,
     end_immediately: Annotated[
         bool, typer.Option("--now", help="End its job at once, without a last checkpoint.")
     ] = False,
-    storage: StorageOption = STORAGE,
+    storage: options.StorageOption = options.STORAGE,
 ) -> None:
     """Ask a run to end: its workers finish their step, validate, save a checkpoint and stop. `resume` continues it.
 
@@ -169,11 +154,12 @@ def stop(
 
 def rm(
     runs: Annotated[
-        list[str], typer.Argument(help="Ids of runs, beginnings of ids, or paths.", autocompletion=common.complete_runs)
+        list[str],
+        typer.Argument(help="Ids of runs, beginnings of ids, or paths.", autocompletion=options.complete_runs),
     ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove them without asking.")] = False,
-    force: ForceOption = False,
-    storage: StorageOption = STORAGE,
+    force: options.ForceOption = False,
+    storage: options.StorageOption = options.STORAGE,
 ) -> None:
     """Remove runs that are over or lost their cluster, with their checkpoints. This cannot be undone.
 

@@ -7,20 +7,8 @@ import typer
 from rich.table import Table
 
 from mhmoe_ray.api.defaults import APPLICATION
-from mhmoe_ray.cli.common import (
-    STORAGE,
-    AddressOption,
-    CheckpointOption,
-    JsonOption,
-    SetOption,
-    StorageOption,
-    TrustOption,
-    detach_on_interrupt,
-    out,
-    print_json,
-    print_note,
-    print_untruncated,
-)
+from mhmoe_ray.cli import options
+from mhmoe_ray.cli.common import detach_on_interrupt, number_table, out, print_json, print_note, print_untruncated
 from mhmoe_ray.cli.verbs import SuggestingGroup
 
 if TYPE_CHECKING:
@@ -42,8 +30,8 @@ def deploy(
             "settings), or the folder of a checkpoint. The newest run by default.",
         ),
     ] = None,
-    set_: SetOption = [],  # noqa: B006 - typer needs the list
-    checkpoint: CheckpointOption = None,
+    set_: options.SetOption = [],  # noqa: B006 - typer needs the list
+    checkpoint: options.CheckpointOption = None,
     replicas: Annotated[
         str | None,
         typer.Option(metavar="N|A..B", help="Number of replicas; with A..B, Serve adds and removes replicas."),
@@ -56,14 +44,13 @@ def deploy(
         str,
         typer.Option(help="Name of the application; a cluster may have several. All but mhmoe answer at /NAME."),
     ] = APPLICATION,
-    storage: StorageOption = STORAGE,
-    address: AddressOption = None,
-    trust_run: TrustOption = False,
+    storage: options.StorageOption = options.STORAGE,
+    address: options.AddressOption = None,
+    trust_run: options.TrustOption = False,
 ) -> None:
     """Serve a run's checkpoint without converting it, in place of any application of the same name."""
     from mhmoe_ray.api.service import serve
     from mhmoe_ray.checkpoint.manifest import stored_manifest
-    from mhmoe_ray.cli.serve_choice import option_overrides
     from mhmoe_ray.runs.directory import RunDir
     from mhmoe_ray.serving.family import serving_of
 
@@ -86,8 +73,21 @@ def deploy(
     out.print(f"serving {run_dir.id} at {application.url}/{route}; {hint}: {command}", soft_wrap=True)
 
 
+def option_overrides(replicas: str | None, engine: str | None) -> list[str]:
+    """Return the overrides of the options --replicas, a number or a range like 1..4, and --engine."""
+    overrides = []
+    if replicas is not None:
+        low, dots, high = replicas.partition("..")
+        overrides.append(f"serve.replicas={{min: {low}, max: {high}}}" if dots else f"serve.replicas={replicas}")
+    if engine is not None:
+        overrides.append(f"serve.engine={engine}")
+    return overrides
+
+
 @app.command()
-def update(name: NameArg = APPLICATION, checkpoint: CheckpointOption = None, address: AddressOption = None) -> None:
+def update(
+    name: NameArg = APPLICATION, checkpoint: options.CheckpointOption = None, address: options.AddressOption = None
+) -> None:
     """Serve a newer checkpoint of the same run.
 
     New replicas start before old ones end, so the cluster needs room for both, unless the application was deployed
@@ -107,7 +107,7 @@ def update(name: NameArg = APPLICATION, checkpoint: CheckpointOption = None, add
 
 
 @app.command()
-def status(address: AddressOption = None, json: JsonOption = False) -> None:
+def status(address: options.AddressOption = None, json: options.JsonOption = False) -> None:
     """Show what is served, and how busy it is (with the key in MHMOE_API_KEY, if the server requires keys)."""
     from dataclasses import asdict
 
@@ -124,11 +124,10 @@ def status(address: AddressOption = None, json: JsonOption = False) -> None:
     if json:
         print_json([{**asdict(a), "stats": stats.get(a.name)} for a in applications])
         return
-    table = Table("application", "status", "url", "message", box=None, pad_edge=False)
-    for a in applications:
-        table.add_row(a.name, a.status, a.url, a.message)
     if applications:
-        print_untruncated(table)
+        columns = ["application", "status", "url", "message"]
+        rows = [(a.name, a.status, a.url, a.message) for a in applications]
+        print_untruncated(number_table(columns, rows, names=columns))
     else:
         out.print("nothing is served")
     for name, application_stats in stats.items():
@@ -140,7 +139,7 @@ def status(address: AddressOption = None, json: JsonOption = False) -> None:
 
 
 @app.command("down")
-def stop_serving(name: NameArg = APPLICATION, address: AddressOption = None) -> None:
+def stop_serving(name: NameArg = APPLICATION, address: options.AddressOption = None) -> None:
     """Stop serving an application."""
     from mhmoe_ray.api.service import Service
     from mhmoe_ray.cluster import serving
@@ -162,19 +161,8 @@ def _wait_until_running(service: "Service") -> None:
 
 def _load_table(replicas: list[dict[str, Any]]) -> Table:
     """Return a table of the load of an application's replicas, from the statistics that its API reports."""
-    columns = (
-        "replica",
-        "running",
-        "waiting",
-        "cache",
-        "tokens/s",
-        "queue",
-        "first token",
-        "each token",
-        "batch",
-        "least expert",
-    )
-    table = Table(*columns, box=None, pad_edge=False)
+    columns = ["replica", "running", "waiting", "cache", "tokens/s", "queue", "first token", "each token", "batch"]
+    table = Table(*columns, "least expert", box=None, pad_edge=False)
     for stats in replicas:
         batch = stats["step_tokens"] / stats["steps"] if stats["steps"] else None
         table.add_row(

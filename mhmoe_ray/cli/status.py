@@ -9,12 +9,9 @@ import typer
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from mhmoe_ray.cli import options
 from mhmoe_ray.cli.common import (
     BARS,
-    STORAGE,
-    JsonOption,
-    RunArg,
-    StorageOption,
     fact_table,
     format_bytes,
     format_count,
@@ -217,12 +214,12 @@ REDRAW_SECONDS = 1.0
 
 
 def status(
-    run: RunArg = None,
-    storage: StorageOption = STORAGE,
+    run: options.RunArg = None,
+    storage: options.StorageOption = options.STORAGE,
     watch: Annotated[
         bool, typer.Option("--watch", "-w", help="Update the view until the run is over, or Ctrl-C.")
     ] = False,
-    json: JsonOption = False,
+    json: options.JsonOption = False,
 ) -> None:
     """Show the state of a run.
 

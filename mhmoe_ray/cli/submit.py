@@ -5,16 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mhmoe_ray.cli import plan
-from mhmoe_ray.cli.common import (
-    AddressOption,
-    DetachOption,
-    SetOption,
-    SpecArg,
-    note,
-    print_json,
-    print_note,
-)
+from mhmoe_ray.cli import options, plan
+from mhmoe_ray.cli.common import note, print_json, print_note
 from mhmoe_ray.cli.follow import follow_run
 
 if TYPE_CHECKING:
@@ -23,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def submit(
-    spec: SpecArg,
-    set_: SetOption = [],  # noqa: B006 - typer needs the list
-    address: AddressOption = None,
-    detach: DetachOption = False,
+    spec: options.SpecArg,
+    set_: options.SetOption = [],  # noqa: B006 - typer needs the list
+    address: options.AddressOption = None,
+    detach: options.DetachOption = False,
     continue_: Annotated[
         bool,
         typer.Option(

@@ -5,17 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mhmoe_ray.cli.common import (
-    AddressOption,
-    DetachOption,
-    SetOption,
-    note,
-    number_table,
-    out,
-    print_json,
-    print_note,
-    print_untruncated,
-)
+from mhmoe_ray.cli import options
+from mhmoe_ray.cli.common import note, number_table, out, print_json, print_note, print_untruncated
 from mhmoe_ray.cli.sweep_follow import follow_order
 
 if TYPE_CHECKING:
@@ -85,14 +76,14 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 def sweep(
     file: Annotated[Path, typer.Argument(help="A sweep, for example jobs/paper/heads.yaml.", show_default=False)],
     size: Annotated[str | None, typer.Option(help="One of the sizes in the file; the first by default.")] = None,
-    set_: SetOption = [],  # noqa: B006 - typer needs the list
+    set_: options.SetOption = [],  # noqa: B006 - typer needs the list
     concurrent: Annotated[int | None, typer.Option(min=1, help="Runs at a time, instead of the file's number.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds instead of the file's, for example 0,1,2.")] = None,
     variant_names: Annotated[
         str | None, typer.Option("--only", help="Run only these variants, for example smoe,mhmoe-h2.")
     ] = None,
-    address: AddressOption = None,
-    detach: DetachOption = False,
+    address: options.AddressOption = None,
+    detach: options.DetachOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run; start nothing.")] = False,
     show: Annotated[bool, typer.Option("--show", help="Show the state of its runs; start nothing.")] = False,
     stop: Annotated[bool, typer.Option("--stop", help="Start no more runs, and stop those that run.")] = False,

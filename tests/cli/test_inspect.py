@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_ray.cli.data_inspect import raw_text_target
+from mhmoe_ray.api.survey import survey_target
 from mhmoe_ray.cli.data_inspect_view import print_sample
 from mhmoe_ray.data.inspect.result import SurveyRequest
 from mhmoe_ray.data.inspect.samples import DecodedSample, SamplePart
@@ -123,8 +123,8 @@ def test_strict_lint_of_a_spec_fails_on_a_warning(project):
 def test_thousand_paths_fit_into_an_environment_variable(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     paths = [f"c4/{hashlib.sha256(bytes([i % 256, i // 256])).hexdigest()}.jsonl" for i in range(1_100)]
-    survey_target = raw_text_target(paths, [])
-    request = SurveyRequest(data=survey_target.data, tokenizer=survey_target.tokenizer, rules=True)
+    target = survey_target(paths)
+    request = SurveyRequest(data=target.data, tokenizer=target.tokenizer, rules=True)
     [(name, value)] = request.environment.items()
     assert len(f"{name}={value}") < 131_072 < len(request.model_dump_json())
     monkeypatch.setenv(name, value)
@@ -134,9 +134,7 @@ def test_thousand_paths_fit_into_an_environment_variable(tmp_path, monkeypatch):
 def test_raw_text_can_be_in_a_folder_of_any_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_documents(tmp_path / "prepared" / "x.jsonl", ["text"])
-    assert (
-        len(find_files(raw_text_target(["prepared"], []).data)) == len(find_files(raw_text_target(["."], []).data)) == 1
-    )
+    assert [len(find_files(survey_target([name]).data)) for name in ("prepared", ".")] == [1, 1]
 
 
 def test_mistakes_are_one_line(tmp_path):

@@ -2,10 +2,9 @@
 
 import pytest
 
-from mhmoe_ray.api import serve_target
-from mhmoe_ray.api.serve_target import with_environment_keys
+from mhmoe_ray.api.serve_target import resolve_target, with_environment_keys
 from mhmoe_ray.checkpoint.manifest import committed_checkpoints
-from mhmoe_ray.cli.serve_choice import option_overrides, resolve_target
+from mhmoe_ray.cli.serve import option_overrides
 from mhmoe_ray.errors import CheckpointError, RunError, SpecError
 from mhmoe_ray.spec import ServeSpec, dump_spec
 from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
@@ -20,22 +19,22 @@ def run(tmp_path):
 def test_target_is_a_run_a_checkpoint_or_a_spec(tmp_path, run):
     [checkpoint] = committed_checkpoints(run)
     storage = str(tmp_path / "runs")
-    id_target = resolve_target(run.id, None, storage, [], False)
-    folder_target = resolve_target(str(checkpoint), None, storage, ["serve.port=9000"], False)
+    id_target = resolve_target(run.id, None, storage)
+    folder_target = resolve_target(str(checkpoint), None, storage, ["serve.port=9000"])
     assert (id_target[0].id, id_target[1]) == (folder_target[0].id, folder_target[1]) == (run.id, checkpoint)
     assert folder_target[2].serve.port == 9000
     spec = run.spec().model_copy(update={"serve": ServeSpec(max_tokens=77)})
     file = tmp_path / "own.yaml"
     file.write_text(dump_spec(spec))
-    found_run, path, deploy_spec = resolve_target(str(file), None, "elsewhere", ["serve.replicas=2"], False)
+    found_run, path, deploy_spec = resolve_target(str(file), None, "elsewhere", ["serve.replicas=2"])
     assert (found_run.id, path) == (run.id, checkpoint)
     assert (deploy_spec.serve.max_tokens, deploy_spec.serve.replicas.max) == (77, 2)
-    assert serve_target.resolve_target(spec, None, "elsewhere", ["serve.replicas=2"]) == (found_run, path, deploy_spec)
+    assert resolve_target(spec, None, "elsewhere", ["serve.replicas=2"]) == (found_run, path, deploy_spec)
     other_spec = spec.model_copy(update={"name": "another"})
     file.write_text(dump_spec(other_spec))
     for target in (str(file), other_spec):
         with pytest.raises(RunError, match="holds no run of it"):
-            serve_target.resolve_target(target, None, "elsewhere")
+            resolve_target(target, None, "elsewhere")
 
 
 def test_target_spec_may_name_a_preset(tmp_path, monkeypatch):
@@ -43,14 +42,14 @@ def test_target_spec_may_name_a_preset(tmp_path, monkeypatch):
     file = tmp_path / "own.yaml"
     file.write_text("{name: own, preset: mhmoe, data: {sources: {web: {path: raw}}, prepared: prepared}}")
     with pytest.raises(RunError, match=f"{tmp_path}/runs holds no run of it"):
-        resolve_target(str(file), None, "elsewhere", [], False)
+        resolve_target(str(file), None, "elsewhere")
 
 
 def test_damaged_checkpoint_is_not_served(tmp_path, run):
     [checkpoint] = committed_checkpoints(run)
     next((checkpoint / "weights").iterdir()).write_bytes(b"")
     with pytest.raises(CheckpointError, match="has 0 bytes"):
-        resolve_target(str(checkpoint), None, str(tmp_path / "runs"), [], False)
+        resolve_target(str(checkpoint), None, str(tmp_path / "runs"))
 
 
 def test_replica_and_engine_options_become_overrides():

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from mhmoe_ray.cli.data_inspect import InspectTarget, prepared_dict, survey_dict
+from mhmoe_ray.cli.data_inspect import survey_dict
 from mhmoe_ray.cli.data_inspect_view import print_survey
 from mhmoe_ray.data.inspect.lint import LintInput, lint
 from mhmoe_ray.data.inspect.result import Survey, SurveyRequest
@@ -66,8 +66,7 @@ def test_survey_counts_images_captions_and_copies(spec):
 
 
 def test_inspect_prints_images(spec, capsys):
-    target = InspectTarget("tiny", spec.data, spec.cluster, [], spec, None)
-    summary = {"name": "tiny", **survey_dict(survey_serially(spec.data)), "prepared": prepared_dict(target)}
+    summary = {"name": "tiny", **survey_dict(survey_serially(spec.data)), "prepared": None}
     assert summary["domains"]["pictures/a"]["images"]["shorter_sides"]["octaves"] == {16: 4, 32: 5}
     assert "images" not in summary["domains"]["texts/all"]
     json.dumps(summary)

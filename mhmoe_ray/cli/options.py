@@ -1,0 +1,128 @@
+"""Arguments and options that several commands have, and their completion.
+
+After `mhmoe --install-completion`, the shell completes run ids and spec keys.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mhmoe_ray.api.defaults import EVALUATION_SAMPLES, Prior, default_storage
+from mhmoe_ray.api.defaults import STORAGE as STORAGE
+
+
+def complete_runs(incomplete: str) -> list[str]:
+    """Return the ids of runs that start with `incomplete`, newest first, from the storage folder that commands use."""
+    from mhmoe_ray.errors import MhmoeError
+    from mhmoe_ray.runs.directory import list_runs
+
+    try:
+        run_ids = [run.id for run in list_runs(default_storage())]
+    except MhmoeError:
+        # A shell cannot show an error while it completes a word, so there are no suggestions instead.
+        return []
+    return [name for name in reversed(run_ids) if name.startswith(incomplete)]
+
+
+def complete_keys(incomplete: str) -> list[str]:
+    """Return the keys of a spec that start with `incomplete` as the option --set takes them, with =; shorthands
+    first."""
+    from mhmoe_ray.planner.resolve import Shorthands
+    from mhmoe_ray.spec import RunSpec
+
+    return [key for section in (Shorthands, RunSpec) for key in _section_keys(section) if key.startswith(incomplete)]
+
+
+def _section_keys(model: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a section and its subsections, such as `train.steps=`; `prefix` is the section's path
+    with a dot."""
+    for name, field in model.model_fields.items():
+        subsection = _section_model(field.annotation)
+        # A range has the keys `min` and `max`, but counts as a single key, because a spec may also write it as one
+        # number.
+        if subsection is not None and set(subsection.model_fields) != {"min", "max"}:
+            yield from _section_keys(subsection, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{field.alias or name}="
+
+
+def _section_model(annotation: Any) -> Any:
+    """Return the pydantic model of a field that is a section with fixed keys; None for other fields, and for sections
+    in a list or dictionary."""
+    from types import NoneType, UnionType
+    from typing import Union, get_args, get_origin
+
+    from pydantic import BaseModel
+
+    if get_origin(annotation) in (Union, UnionType):
+        members = [a for a in get_args(annotation) if a is not NoneType]
+        annotation = members[0] if len(members) == 1 else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+SpecArg = Annotated[Path, typer.Argument(help="A spec, for example jobs/quickstart.yaml.", show_default=False)]
+RunArg = Annotated[
+    str | None,
+    typer.Argument(
+        help="A run's id, the start of one, or its path; the newest by default.", autocompletion=complete_runs
+    ),
+]
+SetOption = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec.", autocompletion=complete_keys),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        help="A Ray cluster: its dashboard, http://host:8265, or its name. By default RAY_API_SERVER_ADDRESS, else "
+        "RAY_ADDRESS where that is a URL, else the one of `mhmoe cluster use`, else one on this machine."
+    ),
+]
+StorageOption = Annotated[
+    str, typer.Option(help="Folder that holds run directories; a path or s3://, gs://.", envvar="MHMOE_STORAGE")
+]
+CheckpointOption = Annotated[
+    str | None, typer.Option(help="Name or step of one of the run's checkpoints; newest by default.")
+]
+ForceOption = Annotated[
+    bool,
+    typer.Option("--force", help="Proceed even if a cluster does not answer that may still train or serve the run."),
+]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-run", help="Use cluster.runtime_env, serve.host and serve.keys of a run that you did not submit."
+    ),
+]
+DetachOption = Annotated[bool, typer.Option("--detach", help="Do not follow the job; it goes on by itself.")]
+TextOption = Annotated[
+    list[str], typer.Option("--text", help="Raw text instead of the held-out samples: a folder, file or pattern.")
+]
+AgainOption = Annotated[
+    bool, typer.Option("--again", help="Evaluate even if the run directory holds the result already.")
+]
+SamplesOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help=f"Samples of each domain of --text, at most; {EVALUATION_SAMPLES} by default. Of pictures, different "
+        "images.",
+    ),
+]
+TextSetOption = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set a data key of a spec, by which --text is read.")
+]
+GpusOption = Annotated[
+    int | None,
+    typer.Option(min=0, max=1, help="GPUs to compute on; by default as many as a worker of the training had."),
+]
+PriorOption = Annotated[
+    Prior | None,
+    typer.Option(
+        help="With router domain: let all experts predict together, with these prior probabilities of the domains. By "
+        "default the domain of each text is known."
+    ),
+]
