@@ -5,7 +5,7 @@
     plan.py           the plan of a run: sizes, memory, traffic and times before it starts
     placement.py      the nodes on which a run's ranks would be
     run.py            runs: submit, find, watch, stop, resume, evaluate, export and remove them
-    attempts.py       start, resume, stop and follow the attempts of a run, each of which is one job
+    attempts.py       start, stop and follow the attempts of a run, each of which is one job
     connection.py     the connection to the cluster for a job, and checks before the job starts
     logs.py           the log lines of a run
     checkpoints.py    the checkpoints of a run

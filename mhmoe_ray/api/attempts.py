@@ -1,15 +1,15 @@
-"""Attempts of a run, each of which is one job on a cluster: start, resume or stop one, and wait for its end."""
+"""Attempts of a run, each of which is one job on a cluster: start or stop one, and wait for its end."""
 
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 from mhmoe_ray.api.connection import connect_to_train
 from mhmoe_ray.api.defaults import OnNote, default_storage, ignore_note
-from mhmoe_ray.api.trust import require_submitted_settings
 from mhmoe_ray.cluster import jobs
-from mhmoe_ray.cluster.connect import LOCAL, Connection, connect_recorded, require_known
+from mhmoe_ray.cluster.connect import LOCAL, connect_recorded
 from mhmoe_ray.cluster.dashboard import RetryingCaller, is_loopback
 from mhmoe_ray.cluster.runs import (
     QUIET_SECONDS,
@@ -23,10 +23,11 @@ from mhmoe_ray.cluster.runs import (
     start_attempt,
 )
 from mhmoe_ray.cluster.submissions import record_settings
-from mhmoe_ray.errors import ClusterError, JobError, RunError, SpecError, TokenError
+from mhmoe_ray.errors import ClusterError, JobError, RunError, TokenError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import Attempt, RunDir, create_run, last_attempt
-from mhmoe_ray.spec import RunSpec, apply_overrides, load_resolved_spec, parse_overrides, validate_section
+from mhmoe_ray.runs.jsonl import Tail
+from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import location
 
 POLL_SECONDS = 0.5
@@ -46,74 +47,30 @@ def run_argument(run: RunDir) -> str:
     return run.id if run.path.parent == storage_folder else shlex.quote(str(run.path))
 
 
-def start_run(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_note) -> tuple[RunDir, Connection]:
-    """Create a run's directory, start its first attempt, and return the run and the connection to its cluster.
+def start_run(
+    spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_note, ended_run: RunDir | None = None
+) -> RunDir:
+    """Start the first attempt of a new run, or the next attempt of a run that has ended, and return the run.
 
-    The caller has checked the spec and its data with `connection.check_training`. Errors are those of
+    The caller has checked the spec and its data with `connection.check_training`. The spec of an ended run is replaced
+    in its directory, as its cluster section and number of steps may have changed. Errors are those of
     `connect_to_train`, a JobError if the cluster does not accept the job, and a StorageError.
     """
     connection = connect_to_train(spec, address, on_note)
-    run = create_run(spec)
-    _submit_attempt(run, spec, connection, on_note)
-    return run, connection
-
-
-def restart_run(run: RunDir, spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_note) -> Connection:
-    """Start the next attempt of a run that has ended, and return the connection to its cluster.
-
-    `spec`, whose cluster section and number of steps may have changed, is written to the run directory. Errors are
-    those of `start_run`.
-    """
-    connection = connect_to_train(spec, address, on_note)
-    run.write_spec(spec)
-    run.clear_stop()
-    _submit_attempt(run, spec, connection, on_note)
-    return connection
-
-
-def _submit_attempt(run: RunDir, spec: RunSpec, connection: Connection, on_note: OnNote) -> None:
+    if ended_run is None:
+        run = create_run(spec)
+    else:
+        run = ended_run
+        run.write_spec(spec)
+        run.clear_stop()
     record_settings(spec)
     job = start_attempt(run, spec, connection)
     on_note(f"run {run.id}  job {job}  dashboard {connection.address}")
+    return run
 
 
-def resume_run(
-    run: RunDir,
-    steps: int | None = None,
-    overrides: Sequence[str] = (),
-    address: str | None = None,
-    *,
-    force: bool = False,
-    trust_run: bool = False,
-    on_note: OnNote = ignore_note,
-) -> Connection:
-    """Resume a run that has ended from its newest complete checkpoint, and return the connection to its cluster.
-
-    Arguments and errors are those of `Run.resume`, with `steps` for `until`; `overrides` are `key.path=value` strings.
-    """
-    for keys, _ in parse_overrides(overrides):
-        if keys[0] != "cluster":
-            reason = "a resumed run must go on exactly as it would have"
-            fix = "change only cluster keys, or submit a run that starts from this one (start.from)"
-            raise SpecError(f"override {'.'.join(keys)}", reason, fix)
-    previous_attempt = last_attempt(run)
-    run_outcome = final_outcome(run, force, given_addresses=[address] if address else [])
-    if run_outcome.state == "finished" and steps is None:
-        fix = f"train it longer: `mhmoe resume {run_argument(run)} --until STEPS`"
-        raise RunError(f"run {run.id}", "it is finished", fix)
-    spec = load_resolved_spec(run.spec_file)
-    if not trust_run:
-        require_submitted_settings(run, spec)
-    changed_tree = apply_overrides(spec.model_dump(mode="json"), overrides)
-    spec = run.relocated_spec(validate_section(RunSpec, changed_tree, f"spec {run.spec_file}"))
-    if steps is not None:
-        spec = _extended_spec(run, spec, steps, on_note)
-    return restart_run(run, spec, address or require_known(attempt_address(previous_attempt)), on_note)
-
-
-def _extended_spec(run: RunDir, spec: RunSpec, steps: int, on_note: OnNote) -> RunSpec:
-    """Return a run's spec with `steps` steps, changed so that the steps before the old end stay the same. A RunError
-    says why a run cannot have so many steps."""
+def extended_spec(run: RunDir, spec: RunSpec, steps: int, on_note: OnNote) -> RunSpec:
+    """Return a run's spec with `steps` steps, of which those before the old end stay the same; else a RunError."""
     train = spec.train
     if steps <= train.steps:
         fix = "give a larger number; a run with fewer steps ends by `mhmoe stop`"
@@ -177,10 +134,7 @@ def final_outcome(
 
 
 def check_removable(run: RunDir, force: bool = False) -> None:
-    """Raise a RunError if a run runs or is served, or (unless `force`) may still run or be served.
-
-    A TokenError leaves this unknown: a cluster of the run requires a token that this machine does not have.
-    """
+    """Raise a RunError if a run runs or is served or, unless `force`, may be; a TokenError leaves this unknown."""
     final_outcome(run, force)
     for address in {address for address, _ in events.deployments(events.read(run))}:
         try:
@@ -246,7 +200,6 @@ def stop_run(run: RunDir, end_immediately: bool = False, on_note: OnNote = ignor
 
 def wait_for_outcome(
     run: RunDir,
-    connect_to_run: Callable[[], Connection],
     read_events: Callable[[], RunEvents],
     *,
     on_poll: Callable[[], None] = lambda: None,
@@ -263,6 +216,7 @@ def wait_for_outcome(
     # A failed request is repeated, because the run goes on even while its cluster or storage does not answer. The
     # storage and the cluster have a `RetryingCaller` each, which measures how long that service alone has not answered.
     start_time = query_time = time.monotonic()
+    connect_to_run = cache(lambda: connect_recorded(last_attempt(run).address))
     storage_caller, cluster_caller = (RetryingCaller(on_note, is_endless=is_endless) for _ in range(2))
     while True:
         run_outcome = recorded_outcome(storage_caller.call(read_events, []))
@@ -275,6 +229,29 @@ def wait_for_outcome(
         if timeout is not None and time.monotonic() - start_time > timeout:
             raise TimeoutError(f"run {run.id} is not over after {timeout:g} s")
         time.sleep(POLL_SECONDS)
+
+
+class AttemptEvents:
+    """Reader of the events of a run's newest attempt, which passes each event once to a callback."""
+
+    def __init__(self, run: RunDir, on_event: Callable[[dict[str, Any]], object] | None) -> None:
+        self._tail, self._on_event = Tail(run.events_file), on_event
+        self._events: RunEvents = []
+        self._reported_count = 0
+
+    def read(self) -> RunEvents:
+        """Read the new events from the run directory, and return all events since the newest attempt was submitted."""
+        self._events += self._tail.new_lines()
+        if not self._reported_count:
+            self._events = events.of_newest_attempt(self._events)
+        return self._events
+
+    def report(self) -> None:
+        unreported_events = self._events[self._reported_count :]
+        self._reported_count = len(self._events)
+        if self._on_event is not None:
+            for event in unreported_events:
+                self._on_event(event)
 
 
 def failure_error(run: RunDir, run_outcome: Outcome) -> JobError:

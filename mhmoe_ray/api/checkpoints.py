@@ -79,10 +79,8 @@ def pick_checkpoint(
 def find_model_folder(model: str | PathLike[str], storage: Location | str) -> Location | RunDir:
     """Return the model that a text names: the folder of a checkpoint, a folder in Hugging Face's layout, or a run.
 
-    The text is the path of a folder, hf:ORGANIZATION/NAME, RUN or RUN@STEP; RUN is a run's id, a prefix of it, or its
-    path. Errors are a RunError if nothing has the name, a StorageError if the folder cannot be read, and a
-    CheckpointError if the hub has no such model or is out of reach, this package does not compute the model, or the run
-    lacks the step.
+    The text is the path of a folder, hf:ORGANIZATION/NAME, RUN or RUN@STEP. An unknown name is a RunError, and a model
+    that the hub does not give, that this package does not compute, or whose run lacks the step a CheckpointError.
     """
     name = path_text(model)
     folder: Location = local_folder(name) if "://" not in name else location(name)
@@ -92,8 +90,7 @@ def find_model_folder(model: str | PathLike[str], storage: Location | str) -> Lo
 
 
 def has_file(folder: Location, name: str) -> bool:
-    """Return whether a folder, which need not exist, has a file of this name. A folder that cannot be read, such as
-    another user's, is a StorageError."""
+    """Return whether a folder, which need not exist, has a file of this name; an unreadable one is a StorageError."""
     with report_read_errors(folder):
         return (folder / name).is_file()
 

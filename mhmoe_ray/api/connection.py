@@ -9,7 +9,7 @@ from mhmoe_ray.cluster.connect import Connection, connect_if_running, start
 from mhmoe_ray.cluster.nodes import gpus_of_this_machine, total_nodes
 from mhmoe_ray.errors import ClusterError, SpecError
 from mhmoe_ray.planner.placement import Node, capacity_shortfall
-from mhmoe_ray.spec import ClusterSpec, RunSpec
+from mhmoe_ray.spec import ClusterSpec, DataSpec, RunSpec
 from mhmoe_ray.storage import Location
 
 
@@ -85,8 +85,7 @@ def connect_to_train(spec: RunSpec, address: str | None = None, on_note: OnNote 
 
 
 def check_gpus_of_this_machine(demand: WorkerDemand, cpus: int, address: str | None) -> None:
-    """Raise a ClusterError if a job on GPUs would start a local cluster, with `cpus` logical CPUs, that could never
-    hold it."""
+    """Raise a ClusterError if a local cluster with `cpus` CPUs that a job would start has too few GPUs for it."""
     # Only a local cluster that would have to be started is checked here. For a running cluster, `check_capacity` later
     # asks the cluster for its nodes.
     if demand.gpus and connect_if_running(address) is None:
@@ -95,8 +94,7 @@ def check_gpus_of_this_machine(demand: WorkerDemand, cpus: int, address: str | N
 
 
 def check_capacity(demand: WorkerDemand, connection: Connection, on_note: OnNote = ignore_note) -> None:
-    """Raise a ClusterError if a cluster can never hold a job's workers. If it may grow, only `on_note` gets a
-    warning."""
+    """Raise a ClusterError if a cluster can never hold a job's workers; `on_note` gets a warning if it may grow."""
     try:
         _check_capacity(demand, total_nodes(connection), f"cluster {connection.address}")
     except ClusterError as e:
@@ -119,11 +117,9 @@ def check_training(spec: RunSpec) -> None:
     """
     # These imports are delayed, because the modules import pyarrow, which only this check of data needs.
     from mhmoe_ray.checkpoint.start.record import plan_start
-    from mhmoe_ray.data.chat.template import check_template
     from mhmoe_ray.data.order.mixture import training_order
     from mhmoe_ray.data.shards.manifest import read_data_manifest
     from mhmoe_ray.data.shards.recipe import check_recipe
-    from mhmoe_ray.data.sources import find_files
 
     spec.check_compilation()
     prepared = read_data_manifest(spec.data.prepared)
@@ -132,6 +128,14 @@ def check_training(spec: RunSpec) -> None:
         record = plan_start(spec)
         training_order(spec, prepared, record.samples_before if record else None)
     else:
-        find_files(spec.data)
-        if spec.data.chat_sources:
-            check_template(spec.data)
+        check_raw_data(spec.data)
+
+
+def check_raw_data(data: DataSpec) -> None:
+    """Raise a DataError, before a job starts that would fail, if raw data is missing or its chat template is wrong."""
+    from mhmoe_ray.data.chat.template import check_template
+    from mhmoe_ray.data.sources import find_files
+
+    find_files(data)
+    if data.chat_sources:
+        check_template(data)

@@ -116,8 +116,7 @@ FIELD_NAMES = {field.name: field.name for field in fields(EvaluationOptions)}
 
 
 def _probe_data(text: DataSpec, path: str) -> DataSpec:
-    """Return the data section for a probe's pictures, which are read in the same way as those of `text`. A text of
-    several sources is a SpecError."""
+    """Return the data section for a probe's pictures, read as those of `text`, which must have one source."""
     sources = list(text.sources.values())
     if len(sources) > 1:
         raise SpecError("the linear probe", f"it classifies one source, and there are {len(sources)}", "name one text")
@@ -141,8 +140,7 @@ def _text_version(data: DataSpec) -> str:
 
 
 def _tasks_version(folders: Sequence[Path]) -> str:
-    """Return a hash over the names and contents of all files in folders of tasks. A file that cannot be read is a
-    DataError."""
+    """Return a hash over all files in folders of tasks; a file that cannot be read is a DataError."""
     digest = hashlib.sha256()
     for folder in folders:
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):

@@ -51,8 +51,7 @@ def without_colours(lines: Iterator[str]) -> Iterator[str]:
 
 
 def _worker_log(run: RunDir, connection: Connection, rank: int, follow: bool, on_note: OnNote) -> Iterator[str]:
-    """Return the lines of one worker and, with `follow`, those of the workers that replace it; `on_note` gets the
-    process and host of each. Errors are those of `log_lines`."""
+    """Return the lines of one worker and, with `follow`, of those that replace it, whose processes `on_note` gets."""
     worker = _worker_entry(run, rank)
     on_note(_describe_process(worker))
     # `process_log` is a generator: it asks the cluster only when its first line is read. One line is read here, so that
@@ -64,8 +63,7 @@ def _worker_log(run: RunDir, connection: Connection, rank: int, follow: bool, on
 
 
 def _process_lines(connection: Connection, worker: Mapping[str, Any], *, follow: bool = False) -> Iterator[str]:
-    """Return the lines of a worker's stdout, which is mostly empty, then those of its log on stderr. With `follow`, the
-    iterator waits for new lines of stderr, and never ends by itself."""
+    """Return a worker's stdout, which is mostly empty, then its stderr, which with `follow` never ends by itself."""
     log_address = connection, worker["node"], worker["pid"]
     return chain(process_log(*log_address, "out"), process_log(*log_address, "err", follow=follow))
 

@@ -61,8 +61,7 @@ def planned_placement(spec: RunSpec, nodes: int, gpus: int) -> Placement:
 
 
 def forecast_placement(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_note) -> Placement:
-    """Return the placement of a run's ranks on the cluster on which the run would start. If no cluster answers, one
-    node that holds all workers is assumed."""
+    """Return the placement on the cluster on which the run would start, else on one node that holds all workers."""
     cluster, reason = spec.cluster, "no cluster is running"
     try:
         connection = connect_if_running(address)
@@ -142,8 +141,7 @@ def _stream_remark(free_cpus: float) -> str | None:
 
 
 def placement_remarks(placement: Placement) -> list[str]:
-    """Return the lines about a placement for the user: problems, notes, and the expert-parallel groups that span
-    nodes."""
+    """Return the lines about a placement for the user: problems, notes, and groups that span nodes."""
     lines = [line for line in (placement.shortage, placement.refusal) if line] + placement.notes
     layout = placement.layout
     # The user needs no line about expert-parallel groups if there is a single node or one rank per group, or if the

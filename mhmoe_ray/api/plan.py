@@ -70,8 +70,7 @@ def paper_overrides(nodes: int, gpus: int) -> list[str]:
 
 
 def plan_figures(spec: RunSpec, placement: Placement, warnings: list[str], is_on_paper: bool) -> dict[str, Any]:
-    """Return the plan of a run as the JSON object that `mhmoe plan --json` prints. With `is_on_paper`, step times are
-    estimated."""
+    """Return a plan as `mhmoe plan --json` prints it, with estimated step times if `is_on_paper`."""
     layout, step = placement.layout, estimate_step(spec, placement.layout)
     estimate = estimate_figures(spec, layout, step) if is_on_paper and layout and step else None
     return {**placement_figures(spec, placement), "estimate": estimate, "warnings": warnings}
@@ -179,8 +178,7 @@ def _figures(step: Estimate) -> dict[str, float]:
 
 
 def _bytes_by_link(exchanges: list[Exchange]) -> dict[str, float]:
-    """Return the mean number of bytes that a rank sends in a step by class of link (`LinkLoads`); empty without
-    exchanges."""
+    """Return the mean bytes that a rank sends in a step by class of link (`LinkLoads`), if there are exchanges."""
     link_bytes = [[e.times * sends.mean for sends in e.links] for e in exchanges]
     return dict(zip(LinkLoads._fields, map(sum, zip(*link_bytes, strict=True)), strict=True)) if link_bytes else {}
 
@@ -199,10 +197,8 @@ def dispatch_figures(spec: RunSpec, layout: Layout, step: Estimate) -> dict[str,
         is_current = name == spec.cluster.dispatch
         cluster = spec.cluster.model_copy(update={"dispatch": name})
         variant = spec if is_current else spec.model_copy(update={"cluster": cluster})
-        exchanges, variant_step = (
-            dispatch_exchanges(variant, layout),
-            step if is_current else estimate_step_time(variant, layout),
-        )
+        exchanges = dispatch_exchanges(variant, layout)
+        variant_step = step if is_current else estimate_step_time(variant, layout)
         figures[name] = {
             "sent": _bytes_by_link(exchanges),
             "seconds": sum(exchange_time(e, variant, layout).seconds for e in exchanges),

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
@@ -15,16 +14,16 @@ from mhmoe_ray.api.defaults import OnNote, Prior, default_storage, ignore_note
 from mhmoe_ray.api.evaluation import EvaluationOptions, Texts, evaluate
 from mhmoe_ray.api.logs import log_lines, without_colours
 from mhmoe_ray.api.spec import Overrides, override_list, require_spec
+from mhmoe_ray.api.trust import require_submitted_settings
 from mhmoe_ray.checkpoint.huggingface.config import ExportResult
-from mhmoe_ray.cluster.connect import connect_recorded
-from mhmoe_ray.cluster.runs import RunEvents, run_status, state_of
+from mhmoe_ray.cluster.connect import require_known
+from mhmoe_ray.cluster.runs import run_status, state_of
 from mhmoe_ray.errors import RunError, SpecError
 from mhmoe_ray.evaluate.request import Evaluation
 from mhmoe_ray.runs import directory as run_directory
 from mhmoe_ray.runs import events, history
 from mhmoe_ray.runs.directory import RunDir, last_attempt
-from mhmoe_ray.runs.jsonl import Tail
-from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.spec import RunSpec, apply_overrides, load_resolved_spec, parse_overrides, validate_section
 from mhmoe_ray.storage import Location, location
 
 
@@ -48,7 +47,7 @@ def submit(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_n
     """
     require_spec(spec)
     check_training(spec)
-    return Run(attempts.start_run(spec, address, on_note)[0])
+    return Run(attempts.start_run(spec, address, on_note))
 
 
 def find_run(name: "Run | str | PathLike[str] | None" = None, storage: str | PathLike[str] | None = None) -> "Run":
@@ -191,10 +190,9 @@ class Run:
             ClusterError, StorageError: the cluster or the storage has not answered for a while.
         """
         directory = self._existing_directory
-        attempt_events = _AttemptEvents(directory, on_event)
+        attempt_events = attempts.AttemptEvents(directory, on_event)
         outcome = attempts.wait_for_outcome(
             directory,
-            cache(lambda: connect_recorded(last_attempt(directory).address)),
             attempt_events.read,
             on_poll=attempt_events.report,
             timeout=timeout,
@@ -261,15 +259,26 @@ class Run:
         """
         if until is not None and not isinstance(until, Integral):
             raise SpecError("until", f"it is {until!r}", "give a whole number of steps")
-        attempts.resume_run(
-            self._existing_directory,
-            None if until is None else int(until),
-            override_list(overrides),
-            address,
-            force=force,
-            trust_run=trust_run,
-            on_note=on_note,
-        )
+        run, override_texts = self._existing_directory, override_list(overrides)
+        for keys, _ in parse_overrides(override_texts):
+            if keys[0] != "cluster":
+                reason = "a resumed run must go on exactly as it would have"
+                fix = "change only cluster keys, or submit a run that starts from this one (start.from)"
+                raise SpecError(f"override {'.'.join(keys)}", reason, fix)
+        previous_attempt = last_attempt(run)
+        outcome = attempts.final_outcome(run, force, given_addresses=[address] if address else [])
+        if outcome.state == "finished" and until is None:
+            fix = f"train it longer: `mhmoe resume {attempts.run_argument(run)} --until STEPS`"
+            raise RunError(f"run {run.id}", "it is finished", fix)
+        spec = load_resolved_spec(run.spec_file)
+        if not trust_run:
+            require_submitted_settings(run, spec)
+        changed_tree = apply_overrides(spec.model_dump(mode="json"), override_texts)
+        spec = run.relocated_spec(validate_section(RunSpec, changed_tree, f"spec {run.spec_file}"))
+        if until is not None:
+            spec = attempts.extended_spec(run, spec, int(until), on_note)
+        address = address or require_known(attempts.attempt_address(previous_attempt))
+        attempts.start_run(spec, address, on_note, ended_run=run)
 
     def evaluate(
         self,
@@ -371,26 +380,3 @@ class Run:
         """
         attempts.check_removable(self._existing_directory, force)
         self.directory.remove()
-
-
-class _AttemptEvents:
-    """Reader of the events of a run's newest attempt, which passes each event once to a callback."""
-
-    def __init__(self, run: RunDir, on_event: Callable[[dict[str, Any]], object] | None) -> None:
-        self._tail, self._on_event = Tail(run.events_file), on_event
-        self._events: RunEvents = []
-        self._reported_count = 0
-
-    def read(self) -> RunEvents:
-        """Read the new events from the run directory, and return all events since the newest attempt was submitted."""
-        self._events += self._tail.new_lines()
-        if not self._reported_count:
-            self._events = events.of_newest_attempt(self._events)
-        return self._events
-
-    def report(self) -> None:
-        unreported_events = self._events[self._reported_count :]
-        self._reported_count = len(self._events)
-        if self._on_event is not None:
-            for event in unreported_events:
-                self._on_event(event)

@@ -85,7 +85,8 @@ def serve(
     # A local cluster cannot grow, so one that is started now must have room for the largest number of replicas.
     cpus = settings.replicas.max * settings.cpus_per_replica + SERVE_CPUS
     connection = connect_to_cluster(spec.cluster, [run.path], cpus, address, on_note)
-    config = application_config(name, path, settings, run.id, _route_prefix(name), spec.cluster.runtime_env)
+    route_prefix = "/" if name == APPLICATION else f"/{name}"
+    config = application_config(name, path, settings, run.id, route_prefix, spec.cluster.runtime_env)
     _deploy(run, connection, config, settings.host, settings.port, f"of {run.id}", on_note)
     service = Service(name, connection)
     if wait:
@@ -134,10 +135,7 @@ class Service:
             ServeError: the application is gone.
             ClusterError: the cluster does not answer.
         """
-        for application in serving.applications(self.connection):
-            if application.name == self.name:
-                return application
-        raise ServeError(f"application {self.name}", "it is gone from the cluster", "deploy it again")
+        return serving.find_application(self.connection, self.name)
 
     @property
     def url(self) -> str:
@@ -268,24 +266,13 @@ def _deploy(
     if _application_status(connection, name) in ("DEPLOY_FAILED", "UNHEALTHY"):
         config["args"]["again"] = token_hex(3)
     url = serving.deploy(connection, config, host, port)
-    # The deployment is recorded before anything waits for it, because Serve continues to deploy and may succeed even if
-    # this process ends early.
-    _record_deployment(run, connection, name, url, checkpoint, on_note)
+    # The deployment is recorded, so that `mhmoe status` can ask the application, before anything waits for it: Serve
+    # continues to deploy and may succeed even if this process ends early.
+    fields = {"application": name, "url": url, "address": connection.address, "checkpoint": checkpoint}
+    events.record_use(run, "served", on_note, **fields)
     on_note(f"deploying {checkpoint} {remark}")
 
 
 def _application_status(connection: Connection, name: str) -> str | None:
     """Return Ray Serve's status of an application; None if the cluster has no application of this name."""
     return next((a.status for a in serving.applications(connection) if a.name == name), None)
-
-
-def _record_deployment(
-    run: RunDir, connection: Connection, application: str, url: str, checkpoint: str, on_note: OnNote
-) -> None:
-    """Record in the run directory that the run is served, so that `mhmoe status` can ask the application."""
-    fields = {"application": application, "url": url, "address": connection.address, "checkpoint": checkpoint}
-    events.record_use(run, "served", on_note, **fields)
-
-
-def _route_prefix(name: str) -> str:
-    return "/" if name == APPLICATION else f"/{name}"

@@ -5,17 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mhmoe_ray.api.connection import connect_to_cluster
+from mhmoe_ray.api.connection import check_raw_data, connect_to_cluster
 from mhmoe_ray.api.defaults import SPEC_SUFFIXES, OnNote, ignore_note
 from mhmoe_ray.api.spec import load_spec
 from mhmoe_ray.checkpoint.start.record import plan_start
 from mhmoe_ray.cluster import remote
 from mhmoe_ray.cluster.remote import SubmittedJob
-from mhmoe_ray.data.chat.template import check_template
 from mhmoe_ray.data.inspect.result import Survey, SurveyRequest
 from mhmoe_ray.data.shards.manifest import TOKENIZER_FILE, DataManifest, read_data_manifest
 from mhmoe_ray.data.shards.recipe import check_recipe
-from mhmoe_ray.data.sources import find_files
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec import ClusterSpec, DataSpec, RunSpec
 from mhmoe_ray.spec.raw_text import raw_text_sections
@@ -95,11 +93,7 @@ def survey(
     `follow` shows the progress of the job and returns when it ends. Errors are missing text, a chat template that
     cannot be used, and the job's own.
     """
-    # These calls raise an error if text is missing or the chat template is wrong, before a cluster is started to read
-    # the text.
-    find_files(target.data)
-    if target.data.chat_sources:
-        check_template(target.data)
+    check_raw_data(target.data)
     connection = connect_to_cluster(target.cluster, target.required_paths, 1, address, on_note)
     request = SurveyRequest(data=target.data, tokenizer=target.tokenizer, rules=check_rules)
     job = remote.submit(connection, target.cluster.runtime_env, request)

@@ -36,8 +36,7 @@ def ignored_keys(
 
 
 def require_submitted_settings(run: RunDir, spec: RunSpec) -> None:
-    """Raise a SpecError if a run's spec has settings that run code or open a server and that this user never
-    submitted."""
+    """Raise a SpecError if a run's spec has guarded settings that this user never submitted."""
     if settings := unrecorded_settings(spec):
         reason = f"you did not submit it, and its spec sets {_text(settings)}"
         raise SpecError(f"run {run.id}", reason, "if you trust it: `mhmoe resume --trust-run` or trust_run=True")

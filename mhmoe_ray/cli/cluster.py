@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+import mhmoe_ray as mh
 from mhmoe_ray.api.defaults import LOCAL_CPUS
 from mhmoe_ray.cli import options
 from mhmoe_ray.cli.common import fact_table, note, number_table, out, print_json, print_note, print_untruncated
@@ -172,7 +173,6 @@ def render(
     cluster render cluster/site.yaml --into /tmp/lab`.
     """
     from mhmoe_ray.api.serve_target import API_KEYS_VARIABLE, resolve_target, with_environment_keys
-    from mhmoe_ray.api.spec import load_spec
     from mhmoe_ray.render.files import render_files
     from mhmoe_ray.serving.config import application_config
     from mhmoe_ray.spec import load_site
@@ -189,7 +189,7 @@ def render(
             )
         environment = spec.cluster.runtime_env
         application = application_config(run_dir.id, path, serve_spec, run_dir.id, runtime_env=environment)
-    rendered = render_files(load_site(site), load_spec(run, set_) if run else None, application)
+    rendered = render_files(load_site(site), mh.load_spec(run, set_) if run else None, application)
     try:
         for name, text in rendered.items():
             target = target_folder / name

@@ -51,8 +51,7 @@ def print_note(line: str) -> None:
 
 
 def detach_from_job(job: "SubmittedJob[Any]", hint: str | None = None) -> AbstractContextManager[None]:
-    """Return a context in which Ctrl-C ends the command, and prints that the job goes on with `hint` or the dashboard's
-    address."""
+    """Return a context in which Ctrl-C ends the command; the job goes on, as `hint` or the dashboard shows."""
     hint = hint or f"see it in the dashboard, {job.connection.address}"
     return detach_on_interrupt(f"job {job.name} goes on; {hint}")
 

@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
+import mhmoe_ray as mh
 from mhmoe_ray.cli import data_inspect, data_mix, options
 from mhmoe_ray.cli.common import (
     detach_from_job,
     format_bytes,
-    note,
     number_table,
     out,
     print_json,
     print_note,
     print_untruncated,
 )
-from mhmoe_ray.cli.follow import PreparationView
+from mhmoe_ray.cli.follow import PreparationView, progress_bar
 from mhmoe_ray.cli.verbs import SuggestingGroup
 
 if TYPE_CHECKING:
@@ -49,27 +48,20 @@ def prepare(
 
     An interrupted preparation is continued: text that was tokenised with the same settings is not tokenised again.
     """
-    from mhmoe_ray.api.connection import connect_to_cluster
-    from mhmoe_ray.api.spec import load_spec
-    from mhmoe_ray.data.chat.template import check_template
+    from mhmoe_ray.api.connection import check_raw_data, connect_to_cluster
     from mhmoe_ray.data.family import data_of
     from mhmoe_ray.data.images.annotations import require_image_packages
     from mhmoe_ray.data.prepare.checks import sparse_parts
     from mhmoe_ray.data.prepare.work import clean_up
     from mhmoe_ray.data.shards.manifest import read_data_manifest
     from mhmoe_ray.data.shards.recipe import check_recipe
-    from mhmoe_ray.data.sources import find_files
 
-    resolved = load_spec(spec, set_)
+    resolved = mh.load_spec(spec, set_)
     folder = resolved.data.prepared
     manifest = read_data_manifest(folder)
     if manifest is None:
-        # These calls raise an error if text is missing, the chat template is wrong or a package is missing, before a
-        # cluster is started to read the text.
         require_image_packages(resolved.data.sources.values())
-        find_files(resolved.data)
-        if resolved.data.chat_sources:
-            check_template(resolved.data)
+        check_raw_data(resolved.data)
         cluster = resolved.cluster
         connection = connect_to_cluster(cluster, [folder], cluster.cpus, address, print_note)
         manifest = _run_job(resolved, connection)
@@ -96,12 +88,8 @@ def _run_job(spec: "RunSpec", connection: "Connection") -> "DataManifest":
 
     job = remote.submit(connection, spec.cluster.runtime_env, PrepareRequest.from_spec(spec))
     # On a terminal the bar disappears at the end (`transient`), because the table of domains then takes its place.
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[figures]}"))
     retrying_caller = RetryingCaller(print_note)
-    with (
-        detach_from_job(job),
-        Progress(*columns, console=note, disable=not note.is_terminal, transient=True) as bar,
-    ):
+    with detach_from_job(job), progress_bar(transient=True) as bar:
         view = PreparationView(shared_folder(spec), bar)
         while retrying_caller.call(lambda: job.is_running, True):
             view.refresh()
@@ -110,8 +98,7 @@ def _run_job(spec: "RunSpec", connection: "Connection") -> "DataManifest":
 
 
 def _print_manifest(manifest: "DataManifest") -> None:
-    """Print the counts of each domain in prepared data, and the entropies of held-out text or, without text, the number
-    of held-out images."""
+    """Print the counts of each domain in prepared data, and the entropies of held-out text, if there is any."""
     columns = ["", "documents", "held out", "bad", "text", "tokens", "bytes/token", "samples", "cut", "padding"]
     columns += ["targets"] if manifest.chat else []
     columns += ["images"] if manifest.encoder or manifest.vision else []

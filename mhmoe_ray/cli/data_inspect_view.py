@@ -3,7 +3,7 @@
 Fertility is the number of tokens per word and per character.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,7 @@ MAX_PAIRS = 10
 
 
 def print_survey(survey: dict[str, Any], *, held_out: bool) -> None:
-    """Print a survey of raw text, as `mhmoe data inspect --json` prints it, as tables. With `held_out`, a spec defines
-    which documents are held out."""
+    """Print a survey in the form of `mhmoe data inspect --json`; `held_out` documents are those that a spec defines."""
     totals = survey["whole"]
     tokens = f", {totals['tokens']:,} tokens" if survey["tokenized"] and totals["tokens"] else ""
     out.print(
@@ -44,8 +43,7 @@ def print_survey(survey: dict[str, Any], *, held_out: bool) -> None:
 
 
 def print_sample(sample: "DecodedSample") -> None:
-    """Print one packed training sample, with a line before each document in it. In conversations, text that the model
-    learns to predict stands between {+ and +}."""
+    """Print one packed training sample by documents. In conversations, learned text stands between {+ and +}."""
     padding = f", {sample.padding:,} tokens of padding" if sample.padding else ""
     out.print(
         f"position {sample.position:,} (step {sample.step:,}): {sample.domain}, its sample {sample.sample:,}{padding}",
@@ -86,18 +84,24 @@ def _print_table(title: str, columns: Sequence[str], rows: list[list[str]]) -> N
         print_untruncated(number_table(["", *columns], rows))
 
 
+def _print_domain_table(
+    title: str, columns: Sequence[str], survey: dict[str, Any], cells: Callable[[dict[str, Any]], list[str]]
+) -> None:
+    """Print a table by domain. `cells` returns the cells of a domain, or none if there is nothing to show of it."""
+    rows = [[name, *((cells(row) if row else []) or [""] * len(columns))] for name, row in _rows_by_source(survey)]
+    _print_table(title, columns, rows)
+
+
 def _print_domains(survey: dict[str, Any], held_out: bool) -> None:
     columns = ["files", "stored", "documents", *(["held out"] if held_out else []), *_SIZE_COLUMNS]
     columns += _FERTILITY_COLUMNS if survey["tokenized"] else []
-    rows = []
-    for name, row in _rows_by_source(survey):
-        if not row:
-            rows.append([name, *[""] * len(columns)])
-            continue
+
+    def cells(row: dict[str, Any]) -> list[str]:
         share = [_format_percent(row["held_out"], row["documents"])] if held_out else []
         counts = [f"{row['files']:,}", format_bytes(row["stored_bytes"]), f"{row['documents']:,}"]
-        rows.append([name, *counts, *share, *_size_cells(row), *(_fertility_cells(row) if survey["tokenized"] else [])])
-    _print_table("by domain", columns, rows)
+        return [*counts, *share, *_size_cells(row), *(_fertility_cells(row) if survey["tokenized"] else [])]
+
+    _print_domain_table("by domain", columns, survey, cells)
 
 
 _SIZE_COLUMNS = ["text", "characters", "words"]
@@ -121,47 +125,49 @@ def _print_lengths(survey: dict[str, Any]) -> None:
     # An octave is a range of lengths between two powers of two. Octaves without documents get an empty bar, so that the
     # bars of all domains line up.
     octaves = [o for o in [0, *(1 << i for i in range(64))] if min(used_octaves) <= o <= max(used_octaves)]
-    rows = []
-    for name, row in _rows_by_source(survey):
-        lengths = row.get(key)
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        lengths = row[key]
         if not lengths or not lengths["octaves"]:
-            rows.append([name, *[""] * 7])
-            continue
-        quantiles = [f"{value:,}" for quantile, value in lengths.items() if quantile != "octaves"]
+            return []
         counts = {int(o): n for o, n in lengths["octaves"].items()}
         bars = _format_bars([counts.get(o, 0) for o in octaves])
-        rows.append([name, bars, *quantiles, f"{row['longest']:,}", row["longest_at"]])
+        return [bars, *_quantile_cells(lengths), f"{row['longest']:,}", row["longest_at"]]
+
     title = f"lengths of documents in {unit}; bars: by powers of two, from {octaves[0]:,} to {2 * octaves[-1]:,}"
-    _print_table(title, ["", "p10", "median", "p90", "p99", "longest (characters)", "at"], rows)
+    _print_domain_table(title, ["", *_QUANTILE_COLUMNS, "longest (characters)", "at"], survey, cells)
+
+
+_QUANTILE_COLUMNS = ["p10", "median", "p90", "p99"]
+
+
+def _quantile_cells(distribution: dict[str, Any]) -> list[str]:
+    return [f"{value:,}" for quantile, value in distribution.items() if quantile != "octaves"]
 
 
 def _print_images(survey: dict[str, Any]) -> None:
     from mhmoe_ray.data.inspect.figures import MAX_ASPECT_RATIO
 
-    rows = []
-    for name, row in _rows_by_source(survey):
-        images = row.get("images")
-        if images is None:
-            rows.append([name, *[""] * 7])
-            continue
-        quantiles = [f"{value:,}" for quantile, value in images["shorter_sides"].items() if quantile != "octaves"]
+    def cells(row: dict[str, Any]) -> list[str]:
+        if (images := row.get("images")) is None:
+            return []
         extreme = _format_percent(images["extreme_aspect_ratios"], images["images"])
-        rows.append([name, f"{images['images']:,}", format_bytes(images["bytes"]), *quantiles, extreme])
-    columns = ["images", "stored", "p10", "median", "p90", "p99", f"over {MAX_ASPECT_RATIO:g}:1"]
-    _print_table("images, and the quantiles of their shorter sides in pixels", columns, rows)
+        counts = [f"{images['images']:,}", format_bytes(images["bytes"])]
+        return [*counts, *_quantile_cells(images["shorter_sides"]), extreme]
+
+    columns = ["images", "stored", *_QUANTILE_COLUMNS, f"over {MAX_ASPECT_RATIO:g}:1"]
+    _print_domain_table("images, and the quantiles of their shorter sides in pixels", columns, survey, cells)
 
 
 def _print_classes(survey: dict[str, Any]) -> None:
-    rows = []
-    for name, row in _rows_by_source(survey):
+    def cells(row: dict[str, Any]) -> list[str]:
         images = row.get("images") or {}
         counts = images.get("classes", {}).values()
-        objects = {key: value for key, value in images.get("objects_per_image", {}).items() if key != "octaves"}
         class_cells = [f"{value:,}" for value in (len(counts), min(counts), max(counts))] if counts else [""] * 3
-        object_cells = [f"{value:,}" for value in objects.values()] or [""] * 4
-        rows.append([name, *class_cells, *object_cells])
-    columns = ["classes", "smallest", "largest", "p10", "median", "p90", "p99"]
-    _print_table("classes with their images or objects, and the quantiles of the objects of an image", columns, rows)
+        return class_cells + (_quantile_cells(images.get("objects_per_image", {})) or [""] * 4)
+
+    title = "classes with their images or objects, and the quantiles of the objects of an image"
+    _print_domain_table(title, ["classes", "smallest", "largest", *_QUANTILE_COLUMNS], survey, cells)
 
 
 def _print_languages(survey: dict[str, Any]) -> None:
@@ -252,8 +258,7 @@ def draw_survey(survey: dict[str, Any], path: Path) -> None:
 
 
 def _survey_figure(survey: dict[str, Any]) -> "Figure":
-    """Return a figure with the lengths of documents by domain, beside bars for each language: tokens per word and per
-    character or, without a tokenizer, megabytes of text."""
+    """Return a figure of document lengths by domain, beside tokens per word and character or MB by language."""
     rows = max(len(survey["domains"]), len(survey["languages"]))
     figure = new_figure(13, 2.4 + ROW_INCHES * rows)
     panels = 3 if survey["tokenized"] else 2

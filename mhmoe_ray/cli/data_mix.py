@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import mhmoe_ray as mh
 from mhmoe_ray.cli import options
 from mhmoe_ray.cli.common import number_table, out, print_json, print_untruncated
 from mhmoe_ray.data.domains import source_of, subfolder_of
@@ -26,15 +27,8 @@ STAGES = {"by_size": ("by size", "o"), "tempered": ("tempered", "s"), "share": (
 """Label and marker in the picture for each kind of share, by its key in the mixture."""
 
 
-def draw_mixture(mixture: dict[str, Any], path: Path) -> None:
-    """Draw how much a training reads of each domain as a PNG file. Errors are those of `draw_survey`."""
-    with style():
-        save(_mixture_figure(mixture), path)
-
-
 def _mixture_figure(mixture: dict[str, Any]) -> "Figure":
-    """Return a figure with a panel of the domains' shares for each training phase, and a last panel of their epochs,
-    with a mark at the largest number that the spec allows."""
+    """Return a figure with a panel of shares for each phase, and one of epochs with marks at their limits."""
     names, phases = list(mixture["whole"]["domains"]), mixture["phases"]
     rows = range(len(names))
     figure = new_figure(4 + 3.5 * (len(phases) + 1), 1.5 + ROW_INCHES * len(names))
@@ -46,11 +40,8 @@ def _mixture_figure(mixture: dict[str, Any]) -> "Figure":
             share = [phase["domains"][name][stage] for name in names]
             # A logarithmic scale has no place for a share of 0, so such a share is not drawn.
             shown_rows = [i for i in rows if share[i]]
-            x, marker_style = (
-                [100 * share[i] for i in shown_rows],
-                {"color": color, "fillstyle": "none", "markersize": 7},
-            )
-            axis.plot(x, shown_rows, marker, label=label, **marker_style)
+            percents = [100 * share[i] for i in shown_rows]
+            axis.plot(percents, shown_rows, marker, label=label, color=color, fillstyle="none", markersize=7)
         axis.set_xscale("log")
         axis.set_title(f"from step {phase['from_step']:,}: share in per cent")
         axis.grid(axis="x", alpha=0.3)
@@ -89,13 +80,13 @@ def mix(
     For a run that continues the order of another run, "read before" is the number of samples that the other run has
     read; this run reads the samples after them. The data must be prepared.
     """
-    from mhmoe_ray.api.spec import load_spec
     from mhmoe_ray.data.shards.recipe import require_prepared_data
 
-    resolved = load_spec(spec, set_)
+    resolved = mh.load_spec(spec, set_)
     mixture = mixture_dict(resolved, require_prepared_data(resolved))
     if png:
-        draw_mixture(mixture, png)
+        with style():
+            save(_mixture_figure(mixture), png)
     if json:
         print_json(mixture)
         return
@@ -184,11 +175,8 @@ def _print_mixture(mixture: dict[str, Any]) -> None:
     lines = []
     for name, row in _rows_by_source(mixture["whole"]):
         kind = "sources" if name in mixture["whole"]["sources"] else "domains"
-        share_cells = (
-            [_format_percent(row["share"])]
-            if has_several_phases
-            else _share_cells(mixture["phases"][0][kind][row["key"]])
-        )
+        phase_row = mixture["phases"][0][kind][row["key"]]
+        share_cells = [_format_percent(row["share"])] if has_several_phases else _share_cells(phase_row)
         samples_cell, epochs, tokens = _read_cells(row)
         limit = row.get("samples_at_most")
         limit_cell = "" if limit is None else _format_epochs(limit / row["samples_there"])

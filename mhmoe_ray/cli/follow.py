@@ -8,17 +8,16 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.progress import Progress as Bar
 
 from mhmoe_ray.cli.common import detach_on_interrupt, format_bytes, format_figure, format_nats, note, out, print_note
 
 if TYPE_CHECKING:
-    from mhmoe_ray.cluster.connect import Connection
     from mhmoe_ray.data.prepare.work import PreparationProgress
     from mhmoe_ray.runs.directory import RunDir
 
@@ -33,7 +32,7 @@ class PreparationView:
     The bar may have other tasks; `folder` is the work folder of the preparation.
     """
 
-    def __init__(self, folder: Path, bar: Bar) -> None:
+    def __init__(self, folder: Path, bar: Progress) -> None:
         self._folder, self._bar = folder, bar
         self._task: TaskID | None = None
         self._print_time, self._printed_stage = 0.0, ""
@@ -80,7 +79,7 @@ def format_progress(progress: "PreparationProgress") -> str:
     return ", ".join(parts)
 
 
-def follow_run(run: "RunDir", connection: "Connection", *, from_now: bool = False, for_ever: bool = False) -> None:
+def follow_run(run: "RunDir", *, from_now: bool = False, for_ever: bool = False) -> None:
     """Show a run's events and progress until it is over: a bar on a terminal, elsewhere a line at each validation.
 
     `from_now` leaves out what the run directory holds already. The failure of the run is a JobError. A cluster or
@@ -91,9 +90,9 @@ def follow_run(run: "RunDir", connection: "Connection", *, from_now: bool = Fals
 
     name = run_argument(run)
     hint = f"the run goes on. See: mhmoe status {name}; to end it: mhmoe stop {name}"
-    with detach_on_interrupt(hint), _progress_bar() as progress:
+    with detach_on_interrupt(hint), _run_progress_bar() as progress:
         view = _RunView(run, progress, from_now)
-        outcome = wait_for_outcome(run, lambda: connection, view.refresh, is_endless=for_ever, on_note=print_note)
+        outcome = wait_for_outcome(run, view.refresh, is_endless=for_ever, on_note=print_note)
         # The run may have written events and metrics since the last refresh, so the view is refreshed once more.
         view.refresh()
     if outcome.state == "failed":
@@ -112,12 +111,15 @@ def _print_last_lines(run: "RunDir") -> None:
             note.print(f"  {line}", soft_wrap=True, style="dim")
 
 
-def _progress_bar() -> Progress:
-    figures_column = TextColumn("{task.fields[figures]}")
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
-    return Progress(
-        *columns, TimeRemainingColumn(compact=True), figures_column, console=note, disable=not note.is_terminal
-    )
+def progress_bar(*columns: ProgressColumn, transient: bool = False) -> Progress:
+    """Return a progress bar on stderr, which is shown on a terminal only: description, bar, `columns`, and figures."""
+    first_columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20))
+    figures = TextColumn("{task.fields[figures]}")
+    return Progress(*first_columns, *columns, figures, console=note, disable=not note.is_terminal, transient=transient)
+
+
+def _run_progress_bar() -> Progress:
+    return progress_bar(MofNCompleteColumn(), TimeRemainingColumn(compact=True))
 
 
 class _RunView:

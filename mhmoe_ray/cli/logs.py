@@ -52,8 +52,7 @@ def filter_lines(lines: Iterable[str], start_time: float | None, pattern: re.Pat
 
 
 def line_time(line: str) -> float | None:
-    """Return the timestamp in a log line in seconds since the epoch, or None. Without an offset from UTC it is local
-    time."""
+    """Return the timestamp in a log line in seconds since the epoch, or None; it is local without an offset."""
     match = TIMESTAMP_PATTERN.search(line)
     if match is None:
         return None

@@ -27,8 +27,7 @@ def complete_runs(incomplete: str) -> list[str]:
 
 
 def complete_keys(incomplete: str) -> list[str]:
-    """Return the keys of a spec that start with `incomplete` as the option --set takes them, with =; shorthands
-    first."""
+    """Return the keys of a spec that start with `incomplete`, with =, shorthands first."""
     from mhmoe_ray.planner.resolve import Shorthands
     from mhmoe_ray.spec import RunSpec
 
@@ -36,8 +35,7 @@ def complete_keys(incomplete: str) -> list[str]:
 
 
 def _section_keys(model: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of a section and its subsections, such as `train.steps=`; `prefix` is the section's path
-    with a dot."""
+    """Yield the dotted keys of a section, such as `train.steps=`; `prefix` is its path with a dot."""
     for name, field in model.model_fields.items():
         subsection = _section_model(field.annotation)
         # A range has the keys `min` and `max`, but counts as a single key, because a spec may also write it as one
@@ -49,8 +47,7 @@ def _section_keys(model: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _section_model(annotation: Any) -> Any:
-    """Return the pydantic model of a field that is a section with fixed keys; None for other fields, and for sections
-    in a list or dictionary."""
+    """Return the pydantic model of a field that is a section with fixed keys; None for other fields."""
     from types import NoneType, UnionType
     from typing import Union, get_args, get_origin
 

@@ -4,10 +4,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import mhmoe_ray as mh
 from mhmoe_ray.cli import options
-from mhmoe_ray.cli.common import fact_table, out, print_json, print_note, print_untruncated
+from mhmoe_ray.cli.common import fact_table, format_bytes, out, print_json, print_note, print_untruncated
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.table import Table
+
     from mhmoe_ray.planner.estimate import Estimate
     from mhmoe_ray.spec import RunSpec
     from mhmoe_ray.spec.train import TrainSpec
@@ -35,18 +40,17 @@ def plan(
     # Commands import inside their functions, so that `mhmoe --help` loads neither pydantic nor Ray.
     from mhmoe_ray.api.placement import forecast_placement, placement_remarks, planned_placement
     from mhmoe_ray.api.plan import data_warnings, estimate_step, paper_overrides, plan_figures
-    from mhmoe_ray.api.spec import load_spec
-    from mhmoe_ray.cli import plan_estimate, plan_tables
+    from mhmoe_ray.cli import plan_tables
 
     if (nodes is None) != (gpus is None) or (nodes and address):
         raise typer.BadParameter("a cluster on paper needs both --nodes and --gpus, and takes no --address")
     if nodes and gpus:
         # The overrides of `paper_overrides` come last and so replace the user's, because the workers must fill the
         # hypothetical cluster.
-        resolved = load_spec(spec, [*set_, *paper_overrides(nodes, gpus)])
+        resolved = mh.load_spec(spec, [*set_, *paper_overrides(nodes, gpus)])
         placement = planned_placement(resolved, nodes, gpus)
     else:
-        resolved = load_spec(spec, set_)
+        resolved = mh.load_spec(spec, set_)
         placement = forecast_placement(resolved, address, print_note)
     warnings = data_warnings(resolved)
     for line in warnings:
@@ -56,26 +60,26 @@ def plan(
         return
     layout, step_estimate = placement.layout, estimate_step(resolved, placement.layout)
     print_summary(resolved, step_estimate)
-    for title, table in plan_tables.tables(resolved, placement):
-        out.print(f"\n{title}", style="bold")
-        print_untruncated(table)
+    _print_tables(plan_tables.tables(resolved, placement))
     for line in placement_remarks(placement):
         out.print(line, soft_wrap=True)
     if nodes and layout and step_estimate:
         out.print("\nestimated for that cluster, and not checked on GPUs", style="bold")
-        for line in plan_estimate.summary_lines(resolved, step_estimate):
+        for line in plan_tables.summary_lines(resolved, step_estimate):
             out.print(line)
-        for title, table in plan_estimate.tables(resolved, layout, step_estimate):
-            out.print(f"\n{title}", style="bold")
-            print_untruncated(table)
+        _print_tables(plan_tables.estimate_tables(resolved, layout, step_estimate))
+
+
+def _print_tables(tables: "Iterable[tuple[str, Table]]") -> None:
+    for title, table in tables:
+        out.print(f"\n{title}", style="bold")
+        print_untruncated(table)
 
 
 def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
-    """Print the table of facts about a run with which `mhmoe plan` and `mhmoe submit` begin. Its cost follows from the
-    estimated step, if there is one."""
+    """Print the table with which `mhmoe plan` and `mhmoe submit` begin; an estimated step gives its cost."""
     from mhmoe_ray.checkpoint.start.record import plan_start
-    from mhmoe_ray.cli.common import format_bytes
-    from mhmoe_ray.cli.plan_estimate import format_cost
+    from mhmoe_ray.cli.plan_tables import format_cost
     from mhmoe_ray.planner.match import compare_models, experts_without_ep
     from mhmoe_ray.planner.memory import checkpoint_bytes
     from mhmoe_ray.planner.resolve import preset_description

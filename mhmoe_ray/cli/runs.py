@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import mhmoe_ray as mh
 from mhmoe_ray.cli import options
 from mhmoe_ray.cli.common import note, number_table, out, print_json, print_note, print_untruncated
 from mhmoe_ray.cli.follow import follow_run
@@ -122,14 +123,11 @@ def resume(
     may change, because the run must go on exactly as it would have without the interruption. With --until, a run trains
     longer than its spec says, even if it is finished. A learning rate that has decayed stays at its last value, min_lr.
     """
-    from mhmoe_ray.api.attempts import resume_run
-    from mhmoe_ray.runs.directory import find_run
-
-    run_dir = find_run(run, storage, with_job=True)
-    connection = resume_run(run_dir, last_step, set_, address, force=force, trust_run=trust_run, on_note=print_note)
+    ended_run = mh.find_run(run, storage)
+    ended_run.resume(last_step, set_, address, force=force, trust_run=trust_run, on_note=print_note)
     # `from_now` leaves out the progress of earlier attempts, because it was shown when it happened.
     if not detach:
-        follow_run(run_dir, connection, from_now=True)
+        follow_run(ended_run.directory, from_now=True)
 
 
 def stop(

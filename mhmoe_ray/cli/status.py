@@ -42,7 +42,11 @@ def _fact_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
     rows = {"why": run_state["reason"], "waits for room": run_state["missing"], "imported from": run_state["source"]}
     if run_state["start"]:
         rows["start"] = "\n".join(StartRecord.model_validate(run_state["start"]).lines())
-    rows |= _progress_rows(run_state)
+    if run_state["last"]:
+        step, steps = run_state["last"]["step"], run_state["steps"]
+        rows["step"] = f"{step:,} of {steps:,} ({step / steps:.0%})"
+        if run_state["eta_seconds"] is not None:
+            rows["left"] = format_duration(run_state["eta_seconds"])
     rows |= _quality_rows(run_state)
     rows |= _speed_rows(run_state)
     rows |= _worker_rows(run_state)
@@ -57,18 +61,6 @@ def _fact_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
     if not events.is_end_state(run_state["state"]):
         rows["cluster"] = run_state["cluster"]
     return rows | {"dashboard": run_state["dashboard"], "path": run_state["path"]}
-
-
-def _progress_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
-    last_metrics, steps = run_state["last"], run_state["steps"]
-    if not last_metrics:
-        return {}
-    rows: dict[str, str | None] = {
-        "step": f"{last_metrics['step']:,} of {steps:,} ({last_metrics['step'] / steps:.0%})"
-    }
-    if run_state["eta_seconds"] is not None:
-        rows["left"] = format_duration(run_state["eta_seconds"])
-    return rows
 
 
 def _quality_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
@@ -125,10 +117,8 @@ def _speed_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
         rows["speed"] = f"{rate:,.0f} tokens/s{clock_text}; waiting for data {last_metrics['data_wait']:.1%}"
     # A dense model or a single rank sends no rows (sub-tokens) to other ranks, and the ratio would then divide by zero.
     if last_metrics and last_metrics.get("rows_least"):
-        ratio, internode_rows = (
-            last_metrics["rows_sent"] / last_metrics["rows_least"],
-            last_metrics.get("rows_between_nodes"),
-        )
+        ratio = last_metrics["rows_sent"] / last_metrics["rows_least"]
+        internode_rows = last_metrics.get("rows_between_nodes")
         is_hierarchical = run_state["started"] and run_state["started"].get("dispatch") == "hierarchical"
         rows["exchange"] = (
             f"{format_bytes(last_metrics['rows_sent'])} of rows between ranks in a step"
@@ -171,10 +161,8 @@ def _worker_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
 
 def _format_application(application: dict[str, Any]) -> str:
     message = f": {application['message']}" if application["message"] else ""
-    return (
-        f"{application['url']} ({application['application']}, {application['checkpoint']}): "
-        f"{application['status']}{message}"
-    )
+    name = f"{application['application']}, {application['checkpoint']}"
+    return f"{application['url']} ({name}): {application['status']}{message}"
 
 
 def _format_age(timestamp: float) -> str:
@@ -198,8 +186,7 @@ def format_duration(seconds: float) -> str:
 
 
 def sparkline(values: list[float | None], width: int = 24) -> str:
-    """Return a line of at most `width` block characters that plots the finite values. It is empty for fewer than 3 of
-    them, or if the terminal has no UTF-8."""
+    """Plot at least 3 finite values in one line of block characters, if the terminal has UTF-8."""
     finite_values = [v for v in values if v is not None and math.isfinite(v)]
     # Two values are no curve, and a single value would divide by zero below.
     if len(finite_values) < 3 or "utf" not in (out.encoding or "").lower():
@@ -238,8 +225,7 @@ def status(
 
 
 def _watch(run: "RunDir", json: bool) -> None:
-    """Show the state of a run until the run is over. A terminal redraws the whole view; elsewhere, and for JSON, each
-    new step or state is a line."""
+    """Show the state of a run until it is over; a terminal redraws it, elsewhere a new step or state is a line."""
     from rich.live import Live
 
     from mhmoe_ray.cluster.dashboard import RetryingCaller
@@ -289,9 +275,7 @@ def _print_line(run_state: dict[str, Any], json: bool) -> None:
         print_json(run_state, indent=None)
         return
     last_metrics = run_state["last"]
-    progress = (
-        f"  step {last_metrics['step']}/{run_state['steps']}  loss {format_nats(last_metrics['loss'])}"
-        if last_metrics
-        else ""
-    )
+    progress = ""
+    if last_metrics:
+        progress = f"  step {last_metrics['step']}/{run_state['steps']}  loss {format_nats(last_metrics['loss'])}"
     out.print(f"{run_state['run']}: {run_state['state']}{progress}", soft_wrap=True)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import mhmoe_ray as mh
 from mhmoe_ray.cli import options, plan
 from mhmoe_ray.cli.common import note, print_json, print_note
 from mhmoe_ray.cli.follow import follow_run
@@ -36,11 +37,10 @@ def submit(
     Without an address, a Ray cluster is started on this machine. Missing data is prepared first, as part of the job.
     For example `mhmoe submit jobs/quickstart.yaml --set train.steps=50`.
     """
-    from mhmoe_ray.api.attempts import restart_run, start_run
+    from mhmoe_ray.api.attempts import start_run
     from mhmoe_ray.api.connection import check_training
     from mhmoe_ray.api.placement import forecast_placement, placement_remarks
     from mhmoe_ray.api.plan import estimate_step
-    from mhmoe_ray.api.spec import load_spec
     from mhmoe_ray.cluster.connect import uses_local_cluster
     from mhmoe_ray.cluster.remote import job_request
     from mhmoe_ray.runs.directory import last_attempt
@@ -48,7 +48,7 @@ def submit(
 
     if json and not (detach or dry_run):
         raise typer.BadParameter("--json prints a run that is not followed: give --detach too")
-    resolved = load_spec(spec, set_)
+    resolved = mh.load_spec(spec, set_)
     if dry_run:
         # Only a real run gets an id that ends in random digits, so x's stand for the digits.
         run_path = resolved.storage / f"{resolved.name}-xxxxxx"
@@ -63,7 +63,7 @@ def submit(
     is_resumed = run is not None
     if run:
         note.print(f"resuming run {run.id}")
-        connection = restart_run(run, resolved, address, print_note)
+        start_run(resolved, address, print_note, ended_run=run)
     else:
         check_training(resolved)
         if not json:
@@ -72,18 +72,17 @@ def submit(
             has_gpus = resolved.cluster.gpus_per_worker
             layout = forecast_placement(resolved, address, print_note).layout if has_gpus else None
             plan.print_summary(resolved, estimate_step(resolved, layout))
-        run, connection = start_run(resolved, address, print_note)
+        run = start_run(resolved, address, print_note)
     if json:
         print_json({"run": run.id, "path": str(run.path), **asdict(last_attempt(run))})
     elif not detach:
         # `--continue` is for launchers, which may shut the cluster down when this command ends. The command therefore
         # retries forever if the cluster does not answer, except for a local cluster, which does not come back.
-        follow_run(run, connection, from_now=is_resumed, for_ever=continue_ and not connection.local)
+        follow_run(run, from_now=is_resumed, for_ever=continue_ and not last_attempt(run).local)
 
 
 def _unfinished_run(spec: "RunSpec") -> "RunDir | None":
-    """Return the newest run of this spec if it ended before its last step. A run that may still run, or has another
-    spec, is a RunError."""
+    """Return the newest run of this spec if it is unfinished; a RunError says that it may run or differs."""
     from mhmoe_ray.api.attempts import final_outcome
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs.directory import list_runs

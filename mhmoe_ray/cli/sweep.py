@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 
 def print_plan(planned_runs: "list[SweepRun]", concurrent: int) -> None:
-    """Print a table of a sweep's variants (runs that differ only in their seed), with sizes and ratios to the first
-    one."""
+    """Print a table of a sweep's variants, with sizes and ratios to the first one."""
     from mhmoe_ray.planner.sizes import compute_sizes
 
     # The runs of a variant differ only in their seed, which does not change sizes, so any of them stands for the
@@ -41,8 +40,7 @@ def print_plan(planned_runs: "list[SweepRun]", concurrent: int) -> None:
 
 
 def variant_rows(directory: "SweepDir") -> list[dict[str, Any]]:
-    """Return a row of results for each variant in the order of the sweep, as `mhmoe sweep --json` prints it. Ratios are
-    relative to the first variant."""
+    """Return the results of each variant as `mhmoe sweep --json` prints them, with ratios to the first one."""
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.report.variants import sweep_table
 

@@ -31,13 +31,8 @@ def follow_order(directory: "SweepDir", name: str, connection: "Connection") -> 
     from mhmoe_ray.cluster.dashboard import RetryingCaller
     from mhmoe_ray.sweep import client
 
-    restarts, check_time, note_printed, job_end_time, caller = (
-        0,
-        time.monotonic(),
-        False,
-        0.0,
-        RetryingCaller(print_note),
-    )
+    restarts, check_time, note_printed, job_end_time = 0, time.monotonic(), False, 0.0
+    caller = RetryingCaller(print_note)
     hint = "the sweep goes on. The same command follows it again, and ends it with --stop"
     with detach_on_interrupt(hint), _progress_bar() as bar:
         view = _ProgressView(directory, directory.read_order(name), bar)
@@ -92,13 +87,8 @@ def _newest_order(directory: "SweepDir") -> "tuple[str, Order, bool]":
 
 
 def _progress_bar() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-    )
-    return Progress(*columns, console=note, disable=not note.is_terminal)
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
+    return Progress(*columns, TextColumn("{task.fields[status]}"), console=note, disable=not note.is_terminal)
 
 
 class _ProgressView:

@@ -115,7 +115,7 @@ def wait_until_running(
     subject, retrying_caller = f"application {name}", RetryingCaller(say)
     start_time = last_report = time.monotonic()
     while True:
-        application = retrying_caller.call(lambda: _application(connection, name), None)
+        application = retrying_caller.call(lambda: find_application(connection, name), None)
         if application and application.status == "RUNNING":
             return application
         if application and application.status == "DEPLOY_FAILED":
@@ -131,7 +131,8 @@ def wait_until_running(
         time.sleep(0.5)
 
 
-def _application(connection: Connection, name: str) -> Application:
+def find_application(connection: Connection, name: str) -> Application:
+    """Return an application by its name; a ServeError says that it is gone."""
     application = next((a for a in applications(connection) if a.name == name), None)
     if application is None:
         raise ServeError(f"application {name}", "it is gone from the cluster", "deploy it again")

@@ -8,7 +8,7 @@ import pytest
 import ray
 import requests
 
-from mhmoe_ray.api.attempts import resume_run
+import mhmoe_ray as mh
 from mhmoe_ray.cluster import serving, submissions
 from mhmoe_ray.cluster.connect import connect, connect_recorded, forget, use
 from mhmoe_ray.errors import ClusterError, SpecError, TokenError
@@ -108,7 +108,7 @@ def test_a_job_starts_only_on_a_cluster_that_the_user_named(tmp_path, running_ru
     with pytest.raises(
         ClusterError, match=r"only the run directory names its address; .* give its address as an argument"
     ):
-        resume_run(running_run)
+        mh.Run(running_run).resume()
     assert not dashboard.recorded_headers
 
 
