@@ -112,8 +112,7 @@ def final_outcome(
     while True:
         try:
             run_outcome = outcome_or_lost(run, partial(connect_recorded, given_addresses=given_addresses))
-        # A TokenError is also a ClusterError, but its cluster answers and may still train the run. The run must not
-        # count as lost, so the error is raised again.
+        # A cluster that refuses the token may still train the run, which must not count as lost.
         except TokenError:
             raise
         except ClusterError as e:
@@ -169,15 +168,13 @@ def stop_run(run: RunDir, end_immediately: bool = False, on_note: OnNote = ignor
     is_training = events.state(run_events) == "running"
     try:
         connection = connect_recorded(attempt.address)
-    # A TokenError is also a ClusterError, but here the cluster answers. It is raised again, so that the user gives the
-    # cluster's token.
+    # The cluster answers a refused token, so the user has to give another one.
     except TokenError:
         raise
     except ClusterError as e:
         if end_immediately or not is_training:
             raise
-        # The cluster may run within a batch job, where no client can reach it. The workers still read the run
-        # directory, so the stop file there stops them.
+        # A cluster within a batch job may be out of reach for clients, but its workers see the stop file.
         run.request_stop()
         on_note(
             f"its workers are asked to stop through its directory; this machine cannot see whether they do: {e.reason}"

@@ -29,8 +29,7 @@ def connect_to_cluster(
     connection = connect_if_running(address)
     if connection is None:
         on_note("starting a Ray cluster on this machine; `mhmoe cluster down` ends it")
-        # A local cluster cannot grow, so a cluster that is started for a small job must be large enough to train on
-        # later.
+        # A local cluster cannot grow, so one that is started for a small job must be large enough to train later.
         connection = start(max(cpus, section.cpus, LOCAL_CPUS))
     if connection.local_cluster and connection.local_cluster.cpus < cpus:
         fix = "stop it with `mhmoe cluster down`; the next command starts one that is large enough"
@@ -86,8 +85,7 @@ def connect_to_train(spec: RunSpec, address: str | None = None, on_note: OnNote 
 
 def check_gpus_of_this_machine(demand: WorkerDemand, cpus: int, address: str | None) -> None:
     """Raise a ClusterError if a local cluster with `cpus` CPUs that a job would start has too few GPUs for it."""
-    # Only a local cluster that would have to be started is checked here. For a running cluster, `check_capacity` later
-    # asks the cluster for its nodes.
+    # `check_capacity` later checks the nodes of a running cluster.
     if demand.gpus and connect_if_running(address) is None:
         this_machine = Node("this machine", max(cpus, LOCAL_CPUS), gpus_of_this_machine())
         _check_capacity(demand, [this_machine], "local cluster")

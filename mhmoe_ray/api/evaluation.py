@@ -163,7 +163,7 @@ def evaluate(
     trust_run: bool = False,
     on_note: OnNote = ignore_note,
 ) -> tuple[Evaluation, ModelSpec]:
-    """Return the evaluation of a run's checkpoint, and the evaluated model.
+    """Return the evaluation of a run's checkpoint, which its directory holds or a job computes, and the model.
 
     `option_names` has the user's name of each option for an `EvaluationOptionsError`. `follow` shows the progress of
     the job and returns when the job ends; without it, `on_note` gets the lines that the job writes for the user. The
@@ -174,25 +174,12 @@ def evaluate(
     path, manifest = pick_checkpoint(run, checkpoint, verify_hashes=False, on_note=on_note)
     options.check_model(manifest.model, option_names)
     request = options.request(run, path.name)
-    return load_or_evaluate(run, request, recompute, address, follow, trust_run, on_note), manifest.model
-
-
-def load_or_evaluate(
-    run: RunDir,
-    request: EvalRequest,
-    recompute: bool = False,
-    address: str | None = None,
-    follow: Callable[[EvaluationJob], None] | None = None,
-    trust_run: bool = False,
-    on_note: OnNote = ignore_note,
-) -> Evaluation:
-    """Return the evaluation of a request: the one that the run directory holds, else one that a job computes."""
     if not request.description:
         raise RunError(f"run {run.id}", "it was imported and has no held-out text", "name some text or tasks")
     # The same request gives the same result, so a stored evaluation is used if there is one.
     if not recompute and (stored_evaluation := load_evaluation(run, request)):
         on_note(f"it was evaluated before, in {run.evaluations}; `mhmoe eval --again` or recompute=True repeats it")
-        return stored_evaluation
+        return stored_evaluation, manifest.model
     # This call raises an error if the prepared data is missing, before a cluster is started to read the data.
     if request.prepared:
         # This import is delayed, because the module imports pyarrow, which is not needed to return a stored evaluation.
@@ -212,7 +199,7 @@ def load_or_evaluate(
     else:
         for line in job.progress():
             on_note(line)
-    return job.result(f"evaluation of {run.id}")
+    return job.result(f"evaluation of {run.id}"), manifest.model
 
 
 def _local_paths(request: EvalRequest) -> list[Path]:

@@ -54,8 +54,7 @@ def _worker_log(run: RunDir, connection: Connection, rank: int, follow: bool, on
     """Return the lines of one worker and, with `follow`, of those that replace it, whose processes `on_note` gets."""
     worker = _worker_entry(run, rank)
     on_note(_describe_process(worker))
-    # `process_log` is a generator: it asks the cluster only when its first line is read. One line is read here, so that
-    # the error of a missing log is raised inside the caller's `try`.
+    # The generator `process_log` asks the cluster when its first line is read, here inside the caller's `try`.
     next(process_log(connection, worker["node"], worker["pid"], "out"), None)
     if not follow or recorded_outcome(events.read(run)):
         return _process_lines(connection, worker)
@@ -108,8 +107,7 @@ def _lines_until_end(run: RunDir, connection: Connection, worker: dict[str, Any]
         try:
             item = line_queue.get(timeout=OUTCOME_CHECK_SECONDS)
         except Empty:
-            # One call makes both requests. With a call for each, every answer to one request would restart the time
-            # limit for an answer, so that a failure of the other would never be reported.
+            # With a call for each, every answer to one would restart the time limit, and the other's failure be lost.
             newest_worker, run_outcome = retrying_caller.call(find_progress, None) or (None, None)
             if newest_worker and any(newest_worker[key] != worker[key] for key in ("node", "pid")):
                 worker, is_over = newest_worker, False
@@ -143,7 +141,6 @@ def _queue_lines(lines: Iterator[str]) -> Queue[str | Exception]:
         except Exception as e:
             line_queue.put(e)
 
-    # Ray follows a file forever, even if no process writes to it any more, so a read may block forever. A daemon thread
-    # reads the lines, because it does not keep this process from ending.
+    # Ray follows a file forever, so a read may block forever. A daemon thread does not keep this process from ending.
     Thread(target=fill_queue, daemon=True).start()
     return line_queue

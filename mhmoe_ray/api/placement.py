@@ -91,8 +91,7 @@ def _place_workers(spec: RunSpec, description: str, nodes: list[Node], has_strea
     rank_nodes = pack_workers(nodes, cpus, gpus, cluster.max_world_size)
     room = len(rank_nodes)
     if has_stream and cluster.workers.is_elastic:
-        # An elastic run leaves one CPU for the data stream, because without data no step would begin.
-        # train/resilience.py has the same rule.
+        # An elastic run leaves one CPU for the data stream, without which no step begins, as train/resilience.py does.
         room = min(room, int((free_cpus - 1) // cpus))
     count = max((n for n in counts if n <= room), default=0)
     if not count:
@@ -121,8 +120,7 @@ def _worker_count_remark(count: int, max_count: int) -> str | None:
 
 def _dispatch_remark(spec: RunSpec, layout: Layout) -> str | None:
     """Return a remark if hierarchical dispatch would be flat in some expert-parallel groups of a layout; else None."""
-    # Hierarchical dispatch needs equally many ranks of an expert-parallel group on each of the group's nodes. Within
-    # any other group, rows are dispatched in the flat way.
+    # Hierarchical dispatch needs equally many ranks of a group on each of its nodes, and is flat in other groups.
     groups = [layout.spread(ranks) for ranks in layout.groups.ranks]
     flat_count = sum(group.total() > 1 and not has_rails(group) for group in groups)
     if spec.cluster.dispatch == "flat" or not flat_count:
@@ -144,8 +142,7 @@ def placement_remarks(placement: Placement) -> list[str]:
     """Return the lines about a placement for the user: problems, notes, and groups that span nodes."""
     lines = [line for line in (placement.shortage, placement.refusal) if line] + placement.notes
     layout = placement.layout
-    # The user needs no line about expert-parallel groups if there is a single node or one rank per group, or if the
-    # message that the run would be refused describes them already.
+    # The message about a refused run describes groups that span nodes already.
     if (
         layout
         and len(layout.node_groups) > 1

@@ -198,8 +198,7 @@ class Run:
             timeout=timeout,
             on_note=on_note,
         )
-        # The run may have recorded further events between the last read of its events and its end, so they are read
-        # once more.
+        # The run may have recorded further events between the last read and its end.
         attempt_events.read()
         attempt_events.report()
         if outcome.state == "failed":

@@ -63,15 +63,13 @@ def resolve_target(
     elif name and has_file(location(name), MANIFEST):
         refuse_checkpoint(checkpoint, name)
         path = location(name).absolute()
-        # This call raises an error for a damaged checkpoint, before a replica tries to load it. The manifest that it
-        # returns is not needed.
+        # This call raises an error for a damaged checkpoint, before a replica tries to load it.
         read_manifest(path, ("weights",), describe=None)
         run = RunDir.of_checkpoint(path)
         return run, path, _spec_of_run(run, overrides, on_note, trust_run)
     else:
         run = find_run(name, storage)
-    # A spec file that the user names replaces the run's own spec, because its serve section may have changed since the
-    # run started.
+    # The serve section of a spec file that the user names may have changed since the run started.
     spec = load_deploy_spec(spec_file, overrides) if spec_file else _spec_of_run(run, overrides, on_note, trust_run)
     return run, pick_checkpoint(run, checkpoint, verify_hashes=False, on_note=on_note)[0], spec
 
@@ -101,8 +99,7 @@ def with_environment_keys(spec: ServeSpec) -> ServeSpec:
     """
     keys_by_name: dict[str, KeySpec] = {}
     for key in spec.keys:
-        # A client has two keys of one name while a new key replaces the old one. Requests with both keys count against
-        # the same limits, so the limits must be equal.
+        # A client has two keys of one name while a new key replaces the old one; requests of both count together.
         if _with_hash(keys_by_name.setdefault(key.name, key), key.sha256) != key:
             reason = "two keys of this name have different limits, and limits are counted by name"
             raise SpecError(
@@ -124,8 +121,7 @@ def with_environment_keys(spec: ServeSpec) -> ServeSpec:
                 if name in keys_by_name
                 else KeySpec(name=name, sha256=key_hash)
             )
-        # Pydantic's error shows the name, which is the secret if somebody wrote KEY:NAME instead of NAME:KEY. The error
-        # is therefore not chained.
+        # Pydantic's error shows the name, which is the secret if somebody wrote KEY:NAME, so it is not chained.
         except ValidationError:
             reason = "a name has up to 40 letters, digits, dots, dashes and underscores, and one name here breaks this"
             raise SpecError(API_KEYS_VARIABLE, reason, "correct it, or unset it") from None

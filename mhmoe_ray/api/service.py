@@ -181,8 +181,7 @@ class Service:
             ClusterError: the cluster does not answer.
         """
         application = self.application
-        # This call raises an error for an application that does not serve a checkpoint of a run: applications that are
-        # not from this project must not see the API key, which is a secret.
+        # Applications that are not from this project must not see the API key, which is a secret.
         _checkpoint_of(application)
         key = key or os.environ.get(API_KEY_VARIABLE, "").strip() or None
         stats = serving.application_stats(application, key)
@@ -215,8 +214,7 @@ class Service:
         path, _ = pick_checkpoint(run, checkpoint, verify_hashes=False, on_note=on_note)
         is_deployed, remark = True, f"in place of {previous_path.name}"
         if path.name == previous_path.name:
-            # Serve also keeps the configuration of an update that failed, so only the status tells whether the
-            # checkpoint in the configuration is served.
+            # Serve also keeps the configuration of an update that failed, so only the status tells what is served.
             status = _application_status(self.connection, self.name)
             is_deployed, remark = status not in ("DEPLOYING", "RUNNING"), "again"
             if status == "DEPLOYING":
@@ -261,8 +259,7 @@ def _deploy(
     """Deploy an application without waiting until it answers, and record the deployment in the run directory. `remark`
     ends the note "deploying CHECKPOINT ...", such as "of RUN"."""
     name, checkpoint = config["name"], location(config["args"]["checkpoint"]).name
-    # Serve ignores a configuration that it already has, so it starts a failed application again only if something
-    # changes. A random argument is therefore added.
+    # Serve ignores a configuration that it already has, so a random argument starts a failed application again.
     if _application_status(connection, name) in ("DEPLOY_FAILED", "UNHEALTHY"):
         config["args"]["again"] = token_hex(3)
     url = serving.deploy(connection, config, host, port)

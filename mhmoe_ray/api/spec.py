@@ -77,8 +77,7 @@ def _plain_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain_value(value: Any) -> Any:
-    # In a spec, runs and checkpoints stand for their paths. A checkpoint is also a tuple, so this test comes before
-    # that for tuples.
+    # A checkpoint, which stands for its path, is also a tuple, so this test comes before that for tuples.
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Mapping):

@@ -37,8 +37,7 @@ app = typer.Typer(
     cls=SuggestingGroup,
     help="Train, inspect and serve Multi-Head Mixture-of-Experts language models on Ray.",
     no_args_is_help=True,
-    # With these settings, a bug shows Python's own traceback, and help texts are printed as they are written. By
-    # default typer formats both with rich.
+    # A bug shows Python's own traceback, and help texts are printed as written; typer would format both with rich.
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

@@ -17,8 +17,9 @@ import typer
 
 from mhmoe_ray.cli import bench_layer, bench_serve
 from mhmoe_ray.cli import bench_tables as tables
-from mhmoe_ray.cli.common import format_bytes, format_seconds, note, number_table, out, print_json
+from mhmoe_ray.cli.formats import format_bytes, format_seconds
 from mhmoe_ray.cli.options import JsonOption, SetOption, SpecArg
+from mhmoe_ray.cli.output import note, number_table, out, print_json
 from mhmoe_ray.cli.verbs import SuggestingGroup
 from mhmoe_ray.train import malloc
 

@@ -8,7 +8,7 @@ import typer
 from mhmoe_ray import plotting
 from mhmoe_ray.cli import bench_tables as tables
 from mhmoe_ray.cli import options
-from mhmoe_ray.cli.common import note, out, print_json, print_note
+from mhmoe_ray.cli.output import note, out, print_json, print_note
 
 if TYPE_CHECKING:
     from mhmoe_ray.bench.sweep import AxisName
@@ -81,12 +81,12 @@ def layer(
                 results["paper"] = [comparison._asdict() for comparison in compare_with_paper(figures)]
             results["layers"] = as_json(figures)
         tables.print_parts(note if json else out, [*parts, *tables.format_skipped(skipped)])
-        # Only a plot needs matplotlib, which is optional, so the module that needs it is imported only for a plot.
+        # Only a plot needs matplotlib, which is optional.
         if axis and png:
             from mhmoe_ray.bench.plot import plot
 
             plot(swept, request, hardware, png)
-            note.print(f"wrote {png}", soft_wrap=True)
+            print_note(f"wrote {png}")
     if json:
         header = {**hardware.as_json(), "dtype": dtype, "rounds": request.rounds, "shape": shape._asdict()}
         print_json({**header, **results, "not_measured": [case.as_json() for case in skipped]})

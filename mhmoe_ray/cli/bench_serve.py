@@ -9,7 +9,7 @@ import typer
 
 from mhmoe_ray.cli import bench_tables as tables
 from mhmoe_ray.cli import options
-from mhmoe_ray.cli.common import note, out, print_json, print_note
+from mhmoe_ray.cli.output import note, out, print_json, print_note
 
 if TYPE_CHECKING:
     from mhmoe_ray.bench.serve.contest import Rates
@@ -77,8 +77,7 @@ def serve(
         raise typer.BadParameter(f"--rate: {part} have no clients that come at random; leave it out, or name servers")
     if part == "heads" and (peers or equal or prompt):
         raise typer.BadParameter(f"{part} would ignore --peers, --equal and --prompt; leave them out")
-    # `mhmoe bench serve heads` times prompts and answers separately. Answers are timed after prompts of a single token,
-    # so that the prompts take hardly any of the time.
+    # `heads` times answers after prompts of a single token, so that the prompts take hardly any of the time.
     shape = Shape(1, tokens) if part == "heads" else Shape(prompt or PROMPT_TOKENS, tokens, equal)
     if shape.max_tokens > SEQ_LEN:
         reason = f"--prompt and --tokens: {shape.max_tokens:,} tokens at most, but models have {SEQ_LEN:,} positions"
@@ -126,8 +125,7 @@ def _write_model(
     from mhmoe_ray.checkpoint.huggingface.export import export
     from mhmoe_ray.checkpoint.manifest import read_manifest
 
-    # Other packages read a copy of the checkpoint in Hugging Face's layout. Only the plain model gets a copy, because
-    # other packages do not know the architecture of our multi-head models.
+    # Other packages read a copy in Hugging Face's layout, and do not know the architecture of multi-head models.
     folder.mkdir()
     checkpoint = write_run(model, SEQ_LEN, folder / "bench-000000")
     if mixtral:

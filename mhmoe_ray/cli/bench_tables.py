@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from mhmoe_ray.cli.common import format_bytes, format_seconds, number_table
+from mhmoe_ray.cli.formats import format_bytes, format_seconds
+from mhmoe_ray.cli.output import number_table
 
 if TYPE_CHECKING:
     from mhmoe_ray.bench import checkpoints as checkpoints_
@@ -27,8 +28,7 @@ MIN_WIDTH = 140
 
 def print_parts(console: Console, parts: Iterable[Part]) -> None:
     """Print texts and titled tables, separated by empty lines, at a width of at least `MIN_WIDTH`."""
-    # Even on a narrow terminal, tables keep this width, so that their lines wrap. Otherwise rich would truncate
-    # numbers, which is worse.
+    # On a narrow terminal, lines wrap: otherwise rich would truncate numbers, which is worse.
     console.width = max(console.width, MIN_WIDTH)
     for i, part in enumerate(parts):
         if i:

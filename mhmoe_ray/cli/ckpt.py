@@ -6,16 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mhmoe_ray.cli import options
-from mhmoe_ray.cli.common import (
-    fact_table,
-    format_bytes,
-    format_count,
-    note,
-    out,
-    pick_checkpoint,
-    print_json,
-    print_note,
-)
+from mhmoe_ray.cli.formats import format_bytes, format_count
+from mhmoe_ray.cli.output import fact_table, out, print_json, print_line, print_note
 from mhmoe_ray.cli.verbs import SuggestingGroup
 
 if TYPE_CHECKING:
@@ -33,13 +25,14 @@ def inspect(
     json: options.JsonOption = False,
 ) -> None:
     """Show a checkpoint: its position in training and in the data, the workers that wrote it, and its files."""
+    from mhmoe_ray.api.checkpoints import pick_checkpoint
     from mhmoe_ray.checkpoint.manifest import PARTS
     from mhmoe_ray.planner.sizes import compute_sizes
     from mhmoe_ray.runs.directory import find_run
 
     run_dir = find_run(run, storage)
     # Only the checkpoint's manifest is shown, so the hashes of its files need not be verified.
-    path, manifest = pick_checkpoint(run_dir, checkpoint, verify_hashes=False)
+    path, manifest = pick_checkpoint(run_dir, checkpoint, verify_hashes=False, on_note=print_note)
     if json:
         print_json({"run": run_dir.id, "name": path.name, "path": str(path), **manifest.model_dump(mode="json")})
         return
@@ -105,7 +98,7 @@ def _compare(first_model: str, second_model: str, storage: str, json: bool) -> N
         print_json({"equal": not findings, "findings": rows, "logits": logits and logits._asdict()})
     else:
         for finding in differences:
-            out.print(f"{finding.kind}: {finding.subject}: {finding.detail}", soft_wrap=True, markup=False)
+            print_line(f"{finding.kind}: {finding.subject}: {finding.detail}")
         if rounded_count := len(findings) - len(differences):
             out.print(f"rounded: {rounded_count} tensors or experts are the other one's, rounded to 16 bits")
         if not findings:
@@ -121,17 +114,18 @@ def _compare(first_model: str, second_model: str, storage: str, json: bool) -> N
 
 def _model_location(target: str, storage: str) -> "Location":
     """Return the location of a model that the user names: a folder, or the newest checkpoint of a run."""
-    from mhmoe_ray.api.checkpoints import find_model_folder
+    from mhmoe_ray.api.checkpoints import find_model_folder, pick_checkpoint
     from mhmoe_ray.runs.directory import RunDir
 
     folder = find_model_folder(target, storage)
     # The hashes are not verified here, because `open_model` reads the files and verifies them.
-    return pick_checkpoint(folder, None, verify_hashes=False)[0] if isinstance(folder, RunDir) else folder
+    if isinstance(folder, RunDir):
+        return pick_checkpoint(folder, verify_hashes=False, on_note=print_note)[0]
+    return folder
 
 
 def _verify_run(run: str | None, storage: str, json: bool) -> None:
-    """Compare the files of all checkpoints of a run with their manifests, and print the result. A damaged one is a
-    CheckpointError."""
+    """Compare all checkpoints of a run with their manifests, print the result, and raise an error for damage."""
     from mhmoe_ray.checkpoint.manifest import (
         committed_checkpoints,
         is_committed,
@@ -192,7 +186,7 @@ def export(
     run_dir = find_run(run, storage)
     exported = Run(run_dir).export(target_folder, checkpoint, print_note)
     size = f"{exported.tensors} tensors, {exported.bytes / 1e6:,.1f} MB, model_type {exported.model_type}"
-    out.print(f"exported {exported.checkpoint} of {run_dir.id} to {target_folder}: {size}", soft_wrap=True)
+    print_line(f"exported {exported.checkpoint} of {run_dir.id} to {target_folder}: {size}")
 
 
 @app.command("import")
@@ -217,20 +211,21 @@ def import_(
     export` wrote.
     """
     from mhmoe_ray.api.attempts import run_argument
+    from mhmoe_ray.api.checkpoints import pick_checkpoint
     from mhmoe_ray.checkpoint.huggingface.hub import PREFIX, local_folder
     from mhmoe_ray.checkpoint.huggingface.import_ import import_checkpoint, import_folder, run_name
 
-    note.print(f"importing {source}", soft_wrap=True)
+    print_note(f"importing {source}")
     if source.startswith(PREFIX):
         # The folder in the hub's cache is named by a hash, so the run is named after the model and records its id.
         name = name or run_name(source.partition("@")[0].rpartition("/")[2])
         run = import_folder(local_folder(source), name, storage, seq_len, origin=source)
     elif (source_run := _run_of(source, storage)) is not None:
-        path, manifest = pick_checkpoint(source_run, None, verify_hashes=True)
+        path, manifest = pick_checkpoint(source_run, verify_hashes=True, on_note=print_note)
         run = import_checkpoint(path, manifest, name or run_name(source_run.id), storage, seq_len)
     else:
         run = import_folder(Path(source), name, storage, seq_len)
-    out.print(f"imported {source} as run {run.id}; serve it: mhmoe serve deploy {run_argument(run)}", soft_wrap=True)
+    print_line(f"imported {source} as run {run.id}; serve it: mhmoe serve deploy {run_argument(run)}")
 
 
 def _run_of(source: str, storage: str) -> "RunDir | None":

@@ -13,7 +13,7 @@ from rich.text import Text
 import mhmoe_ray as mh
 from mhmoe_ray.api.defaults import LOCAL_CPUS
 from mhmoe_ray.cli import options
-from mhmoe_ray.cli.common import fact_table, note, number_table, out, print_json, print_note, print_untruncated
+from mhmoe_ray.cli.output import fact_table, note, out, print_json, print_line, print_note, print_table
 from mhmoe_ray.cli.verbs import SuggestingGroup
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def start_cluster(
     from mhmoe_ray.cluster.local import start_local
 
     cluster = start_local(cpus)
-    out.print(f"running: {cluster.address}, {cluster.cpus} CPUs", soft_wrap=True)
+    print_line(f"running: {cluster.address}, {cluster.cpus} CPUs")
 
 
 @app.command()
@@ -144,7 +144,7 @@ def list_(json: options.JsonOption = False) -> None:
     rows += [(c.name, c.address, c.token_file or "Ray's own") for c in named_clusters.by_name.values()]
     columns = ["", "name", "dashboard", "token"]
     marked_rows = [("*" if row[0] == named_clusters.current else "", *row) for row in rows]
-    print_untruncated(number_table(columns, marked_rows, names=columns))
+    print_table(columns, marked_rows, names=columns)
 
 
 @app.command()
@@ -195,7 +195,7 @@ def render(
             target = target_folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text)
-            out.print(str(target), soft_wrap=True)
+            print_line(str(target))
     except OSError as e:
         # If the folder cannot be written to, the user gave a wrong --into, so this is a usage error.
         raise typer.BadParameter(

@@ -12,16 +12,9 @@ import typer
 
 import mhmoe_ray as mh
 from mhmoe_ray.cli import data_inspect, data_mix, options
-from mhmoe_ray.cli.common import (
-    detach_from_job,
-    format_bytes,
-    number_table,
-    out,
-    print_json,
-    print_note,
-    print_untruncated,
-)
 from mhmoe_ray.cli.follow import PreparationView, progress_bar
+from mhmoe_ray.cli.formats import format_bytes
+from mhmoe_ray.cli.output import detach_from_job, number_table, out, print_json, print_line, print_note, print_table
 from mhmoe_ray.cli.verbs import SuggestingGroup
 
 if TYPE_CHECKING:
@@ -66,8 +59,7 @@ def prepare(
         connection = connect_to_cluster(cluster, [folder], cluster.cpus, address, print_note)
         manifest = _run_job(resolved, connection)
     check_recipe(folder, manifest, resolved)
-    # A preparation job removes its staging directories at its end. A job that was killed after its last shard left them
-    # behind.
+    # A job that was killed after its last shard left its staging directories behind.
     clean_up(folder)
     if data_of(resolved.model).has_rows:
         for warning in sparse_parts(resolved, manifest.domains):
@@ -76,7 +68,7 @@ def prepare(
         print_json(manifest.model_dump())
         return
     _print_manifest(manifest)
-    out.print(f"in {folder}", soft_wrap=True)
+    print_line(f"in {folder}")
 
 
 def _run_job(spec: "RunSpec", connection: "Connection") -> "DataManifest":
@@ -122,7 +114,7 @@ def _print_manifest(manifest: "DataManifest") -> None:
                 *([] if d.images is None else [f"{d.images:,}"]),
             ]
         )
-    print_untruncated(number_table(columns, rows))
+    print_table(columns, rows)
     if manifest.baselines is None:
         images = sum(domain.validation_samples for domain in manifest.domains.values())
         out.print(f"{images:,} held-out images")
@@ -199,9 +191,9 @@ def _print_sample(
         out.print(table)
         for artist, reasons in summary.left_out.items() if isinstance(summary, DrawingSummary) else ():
             counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
-            out.print(f"{artist}, left out: {counts}", soft_wrap=True)
+            print_line(f"{artist}, left out: {counts}")
         downloads = f"{format_bytes(summary.downloaded)} downloaded; licences in {folder / 'licenses'}"
-        out.print(f"{remark}{downloads}", soft_wrap=True)
+        print_line(f"{remark}{downloads}")
     # A package that cannot be fetched is left out. The sample is written in any case, but the command fails if too much
     # is missing.
     if shortfall := summary.describe_shortfall():

@@ -12,7 +12,7 @@ import typer
 
 from mhmoe_ray import plotting
 from mhmoe_ray.cli import data_inspect_view, options
-from mhmoe_ray.cli.common import follow_job, out, print_json, print_note
+from mhmoe_ray.cli.output import follow_job, out, print_json, print_line, print_note
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -80,7 +80,7 @@ def inspect(
         return
     data_inspect_view.print_survey(summary, held_out=target.spec is not None)
     if png:
-        out.print(f"drawn in {png}", soft_wrap=True)
+        print_line(f"drawn in {png}")
 
 
 def survey_dict(survey: "Survey") -> dict[str, Any]:
@@ -140,7 +140,6 @@ def _figures_dict(figures: "Figures") -> dict[str, Any]:
         "lengths_in_tokens": _distribution(tokens) if tokens else None,
         "longest": figures.longest,
         "longest_at": str(figures.longest_at) if figures.longest_at else None,
-        # A report on data without images has no entry for images.
         **({"images": _images_dict(figures.images)} if figures.images.images else {}),
     }
 
@@ -243,10 +242,10 @@ def _print_problems(problems: "list[Problem]") -> None:
         out.print(f"{kind} {rule}: {message}", style="bold red" if severe else "bold yellow", soft_wrap=True)
         domains = ", ".join(f"{p.subject} {p.count:,}" for p in rule_problems[:MAX_DOMAINS])
         ellipsis = f" and {len(rule_problems) - MAX_DOMAINS:,} more" if len(rule_problems) > MAX_DOMAINS else ""
-        out.print(f"  in {domains}{ellipsis}", soft_wrap=True)
+        print_line(f"  in {domains}{ellipsis}")
         # If the problem is in several domains, one example from each of them is enough.
         for location, excerpt in [
             example for p in rule_problems[:MAX_DOMAINS] for example in p.examples[: 1 if len(rule_problems) > 1 else 3]
         ]:
-            out.print(f"  {location}" + (f"  {excerpt}" if excerpt else ""), soft_wrap=True)
-        out.print(f"  to do: {rule_problems[0].fix}\n", soft_wrap=True)
+            print_line(f"  {location}" + (f"  {excerpt}" if excerpt else ""))
+        print_line(f"  to do: {rule_problems[0].fix}\n")

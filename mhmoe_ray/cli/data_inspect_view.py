@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mhmoe_ray.cli.common import BARS, format_bytes, number_table, out, print_untruncated
+from mhmoe_ray.cli.formats import BARS, format_bytes, format_figure
+from mhmoe_ray.cli.output import out, print_line, print_table
 from mhmoe_ray.data.domains import source_of, subfolder_of
 from mhmoe_ray.plotting import BLUE, ROW_INCHES, VERMILION, new_figure, save, short, style
 
@@ -26,12 +27,9 @@ def print_survey(survey: dict[str, Any], *, held_out: bool) -> None:
     """Print a survey in the form of `mhmoe data inspect --json`; `held_out` documents are those that a spec defines."""
     totals = survey["whole"]
     tokens = f", {totals['tokens']:,} tokens" if survey["tokenized"] and totals["tokens"] else ""
-    out.print(
-        f"{survey['name']}: {totals['documents']:,} documents, {format_bytes(totals['bytes'])} of text{tokens}",
-        soft_wrap=True,
-    )
+    print_line(f"{survey['name']}: {totals['documents']:,} documents, {format_bytes(totals['bytes'])} of text{tokens}")
     if not survey["tokenized"]:
-        out.print("no tokens: prepare the data, or give a tokenizer.json by --set data.tokenizer=PATH", soft_wrap=True)
+        print_line("no tokens: prepare the data, or give a tokenizer.json by --set data.tokenizer=PATH")
     _print_domains(survey, held_out)
     _print_lengths(survey)
     _print_images(survey)
@@ -59,11 +57,11 @@ def print_sample(sample: "DecodedSample") -> None:
         heading = "a document begins" if part.begins else "it goes on from the previous sample"
         out.print(f"--- {heading}, {part.tokens:,} tokens", style="cyan")
         if part.pieces is None:
-            out.print(part.text, soft_wrap=True)
+            print_line(part.text)
             continue
         # Target tokens are marked {+like this+}, as `git diff --word-diff` marks added words.
         text = "".join(f"{{+{piece.text}+}}" if piece.is_target else piece.text for piece in part.pieces)
-        out.print(text, soft_wrap=True)
+        print_line(text)
     out.print()
 
 
@@ -81,7 +79,7 @@ def _print_table(title: str, columns: Sequence[str], rows: list[list[str]]) -> N
     # A table whose rows hold nothing but names would be useless, so it is left out.
     if any(any(row[1:]) for row in rows):
         out.print(f"\n{title}", style="bold")
-        print_untruncated(number_table(["", *columns], rows))
+        print_table(["", *columns], rows)
 
 
 def _print_domain_table(
@@ -113,8 +111,8 @@ def _size_cells(row: dict[str, Any]) -> list[str]:
 
 
 def _fertility_cells(row: dict[str, Any]) -> list[str]:
-    tokens = "" if row["tokens"] is None else f"{row['tokens']:,}"
-    return [tokens, *(_format_decimal(row[k]) for k in ("bytes_per_token", "tokens_per_character", "tokens_per_word"))]
+    ratios = [format_figure(row[k], ".2f", "") for k in ("bytes_per_token", "tokens_per_character", "tokens_per_word")]
+    return [format_figure(row["tokens"], ",", ""), *ratios]
 
 
 def _print_lengths(survey: dict[str, Any]) -> None:
@@ -122,8 +120,7 @@ def _print_lengths(survey: dict[str, Any]) -> None:
     used_octaves = [int(o) for row in survey["domains"].values() for o in (row[key] or {"octaves": ()})["octaves"]]
     if not used_octaves:
         return
-    # An octave is a range of lengths between two powers of two. Octaves without documents get an empty bar, so that the
-    # bars of all domains line up.
+    # Octaves (powers of two) without documents get an empty bar, so that the bars of all domains line up.
     octaves = [o for o in [0, *(1 << i for i in range(64))] if min(used_octaves) <= o <= max(used_octaves)]
 
     def cells(row: dict[str, Any]) -> list[str]:
@@ -216,13 +213,10 @@ def _print_copies(survey: dict[str, Any]) -> None:
         out.print("\nno exact copies", style="bold")
     _print_table(title, ["copies in it", "share", "text", "texts elsewhere too"], rows)
     for pair, count in list(totals["shared_texts"].items())[:MAX_PAIRS]:
-        out.print(f"texts in both {' and '.join(pair.split(', '))}: {count:,}", soft_wrap=True)
+        print_line(f"texts in both {' and '.join(pair.split(', '))}: {count:,}")
     for copied_text in totals["most_copied"]:
         ellipsis = ", ..." if copied_text["documents"] > 2 else ""
-        out.print(
-            f"{copied_text['documents']:,} times: {copied_text['first']}, {copied_text['second']}{ellipsis}",
-            soft_wrap=True,
-        )
+        print_line(f"{copied_text['documents']:,} times: {copied_text['first']}, {copied_text['second']}{ellipsis}")
 
 
 def _print_prepared(prepared: dict[str, Any] | None) -> None:
@@ -241,10 +235,6 @@ def _format_bars(counts: list[int]) -> str:
 
 def _format_percent(part: int, total: int) -> str:
     return f"{100 * part / total:.2g}%" if total else ""
-
-
-def _format_decimal(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
 
 
 BAR_INCHES = 0.2

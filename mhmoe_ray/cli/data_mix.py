@@ -12,7 +12,7 @@ import typer
 
 import mhmoe_ray as mh
 from mhmoe_ray.cli import options
-from mhmoe_ray.cli.common import number_table, out, print_json, print_untruncated
+from mhmoe_ray.cli.output import out, print_json, print_line, print_table
 from mhmoe_ray.data.domains import source_of, subfolder_of
 from mhmoe_ray.plotting import COLOURS, ROW_INCHES, new_figure, save, style
 
@@ -33,8 +33,7 @@ def _mixture_figure(mixture: dict[str, Any]) -> "Figure":
     rows = range(len(names))
     figure = new_figure(4 + 3.5 * (len(phases) + 1), 1.5 + ROW_INCHES * len(names))
     axes = figure.subplots(1, len(phases) + 1, sharey=True)
-    # There is one axis more than there are phases: the last axis is for the epochs of the whole training, so `zip`
-    # leaves it out.
+    # The last axis is for the epochs of the whole training.
     for axis, phase in zip(axes, phases, strict=False):
         for (stage, (label, marker)), color in zip(STAGES.items(), COLOURS, strict=False):
             share = [phase["domains"][name][stage] for name in names]
@@ -92,7 +91,7 @@ def mix(
         return
     _print_mixture(mixture)
     if png:
-        out.print(f"drawn in {png}", soft_wrap=True)
+        print_line(f"drawn in {png}")
 
 
 def mixture_dict(spec: "RunSpec", manifest: "DataManifest") -> dict[str, Any]:
@@ -104,8 +103,7 @@ def mixture_dict(spec: "RunSpec", manifest: "DataManifest") -> dict[str, Any]:
     mixture = compute_mixture(spec, manifest, record.samples_before if record else None)
     names, sources = [d.name for d in mixture.domains], [d.source for d in mixture.domains]
     sample_counts = [d.samples for d in mixture.domains]
-    # Padding does not count as tokens, so the mean number of tokens per sample may be smaller than the length of a
-    # sample.
+    # Padding does not count as tokens, so a sample may have fewer tokens than its length.
     mean_tokens = [
         spec.data.seq_len - manifest.domains[name].padding / n for name, n in zip(names, sample_counts, strict=True)
     ]
@@ -152,20 +150,16 @@ def mixture_dict(spec: "RunSpec", manifest: "DataManifest") -> dict[str, Any]:
 def _print_mixture(mixture: dict[str, Any]) -> None:
     samples = mixture["steps"] * mixture["samples_per_step"]
     tokens = sum(row["tokens"] for row in mixture["whole"]["sources"].values())
-    out.print(
+    print_line(
         f"{mixture['name']}: {mixture['steps']:,} steps of {mixture['samples_per_step']:,} samples: "
-        f"{samples:,} samples, {tokens:,} tokens",
-        soft_wrap=True,
+        f"{samples:,} samples, {tokens:,} tokens"
     )
-    # If there is a single phase, it needs no table of its own, because its shares are those of the whole training
-    # below.
+    # The shares of a single phase are those of the whole training below.
     has_several_phases = len(mixture["phases"]) > 1
     for phase in mixture["phases"] if has_several_phases else []:
         out.print(f"\nfrom step {phase['from_step']:,}, {phase['steps']:,} steps, shares in per cent", style="bold")
         columns = ["", "by size", "tempered", "limited", "samples", "epochs", "tokens"]
-        print_untruncated(
-            number_table(columns, [[name, *_share_cells(r), *_read_cells(r)] for name, r in _rows_by_source(phase)])
-        )
+        print_table(columns, [[name, *_share_cells(r), *_read_cells(r)] for name, r in _rows_by_source(phase)])
     out.print("\nthe whole training" + ("" if has_several_phases else ", shares in per cent"), style="bold")
     share_columns = ["share"] if has_several_phases else ["by size", "tempered", "limited"]
     is_continued = any("samples_before" in row for row in mixture["whole"]["domains"].values())
@@ -183,7 +177,7 @@ def _print_mixture(mixture: dict[str, Any]) -> None:
         existing_cells = f"{row['tokens_there']:,}", f"{row['samples_there']:,}"
         before_cell = [f"{row['samples_before']:,}" if "samples_before" in row else ""] if is_continued else []
         lines.append([name, *existing_cells, *share_cells, *before_cell, samples_cell, epochs, limit_cell, tokens])
-    print_untruncated(number_table(columns, lines))
+    print_table(columns, lines)
 
 
 def _rows_by_source(table: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:

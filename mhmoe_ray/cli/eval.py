@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mhmoe_ray.cli import options
-from mhmoe_ray.cli.common import follow_job, number_table, out, print_json, print_note, print_untruncated
+from mhmoe_ray.cli.formats import format_figure
+from mhmoe_ray.cli.output import follow_job, out, print_json, print_line, print_note, print_table
 
 if TYPE_CHECKING:
     from mhmoe_ray.evaluate.request import Evaluation
@@ -127,20 +128,15 @@ def eval_(
         print_json({**evaluation.model_dump(exclude={"routing"}), "figures": _figures_dict(evaluation)})
         return
     request = evaluation.request
-    out.print(
-        f"{run_dir.id}, {request.checkpoint}, {evaluation.tokens:,} tokens trained: {request.description}",
-        soft_wrap=True,
-    )
+    print_line(f"{run_dir.id}, {request.checkpoint}, {evaluation.tokens:,} tokens trained: {request.description}")
     if evaluation.domains:
         _print_scores(evaluation)
     for figure_table in view_of(model).tables(evaluation.family_figures):
-        print_untruncated(number_table(figure_table.columns, figure_table.rows))
+        print_table(figure_table.columns, figure_table.rows)
         for line in figure_table.lines:
-            out.print(line, soft_wrap=True)
+            print_line(line)
     if evaluation.tasks:
-        print_untruncated(
-            number_table(["", "questions", "measure", "value", "standard error"], _task_rows(evaluation.tasks))
-        )
+        print_table(["", "questions", "measure", "value", "standard error"], _task_rows(evaluation.tasks))
 
 
 def _task_rows(tasks: dict[str, dict[str, Any]]) -> list[list[str]]:
@@ -153,8 +149,7 @@ def _task_rows(tasks: dict[str, dict[str, Any]]) -> list[list[str]]:
             # lm-eval names a metric MEASURE,FILTER and its standard error MEASURE_stderr,FILTER.
             measure, comma, filter_name = name.partition(",")
             error = result.get(f"{measure}{STANDARD_ERROR}{comma}{filter_name}")
-            error_text = "-" if error is None else f"{error:.4f}"
-            rows.append([task, questions, name, f"{value:.4f}", error_text])
+            rows.append([task, questions, name, f"{value:.4f}", format_figure(error, ".4f", "-")])
     return rows
 
 
@@ -170,15 +165,13 @@ def _figures_dict(evaluation: "Evaluation") -> dict[str, dict[str, Any]]:
 
 def _print_scores(evaluation: "Evaluation") -> None:
     def row(name: str, score: "Score") -> list[str]:
-        perplexity = "not finite" if score.perplexity is None else f"{score.perplexity:.2f}"
-        bits = "-" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"
-        figures = [f"{score.loss:.4f}", perplexity, bits]
-        return [name, *figures, f"{score.tokens:,}", f"{score.text_bytes:,}"]
+        perplexity, bits = format_figure(score.perplexity, ".2f"), format_figure(score.bits_per_byte, ".4f", "-")
+        return [name, f"{score.loss:.4f}", perplexity, bits, f"{score.tokens:,}", f"{score.text_bytes:,}"]
 
     columns = ["", "loss", "perplexity", "bits/byte", "tokens", "bytes"]
     rows = [row(name, score) for name, score in evaluation.domains.items()]
     rows += [row("all", evaluation.total_score)]
-    print_untruncated(number_table(columns, rows))
+    print_table(columns, rows)
     if evaluation.languages:
         out.print()
-        print_untruncated(number_table(columns, [row(name, score) for name, score in evaluation.languages.items()]))
+        print_table(columns, [row(name, score) for name, score in evaluation.languages.items()])

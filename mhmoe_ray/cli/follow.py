@@ -15,7 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from mhmoe_ray.cli.common import detach_on_interrupt, format_bytes, format_figure, format_nats, note, out, print_note
+from mhmoe_ray.cli.formats import format_bytes, format_figure, format_nats
+from mhmoe_ray.cli.output import detach_on_interrupt, note, out, print_note
 
 if TYPE_CHECKING:
     from mhmoe_ray.data.prepare.work import PreparationProgress
@@ -54,7 +55,7 @@ class PreparationView:
         is_due = progress.stage != self._printed_stage or time.monotonic() - self._print_time > LINE_SECONDS
         if is_due and not note.is_terminal:
             self._print_time, self._printed_stage = time.monotonic(), progress.stage
-            note.print(f"prepare: {stage} {format_progress(progress)}".rstrip(), soft_wrap=True)
+            print_note(f"prepare: {stage} {format_progress(progress)}".rstrip())
 
     def close(self) -> None:
         if self._task is not None:
@@ -153,7 +154,7 @@ class _RunView:
             self._progress.update(self._task, completed=line[metrics.STEP], figures=figures, description="training")
             if metrics.VAL_LOSS in line:
                 loss = format_nats(line[metrics.VAL_LOSS])
-                note.print(f"step {line[metrics.STEP]}: validation loss {loss}, {figures}", soft_wrap=True)
+                print_note(f"step {line[metrics.STEP]}: validation loss {loss}, {figures}")
             if metrics.SKIPPED in line:
                 note.print(f"warning: step {line[metrics.STEP]} updated nothing: its gradient was not finite")
         return self.shown_events
@@ -166,9 +167,9 @@ class _RunView:
         if kind == "began":
             note.print(f"its job runs on {event['host']}")
         elif kind == "preparing":
-            note.print(f"preparing data in {event['folder']}", soft_wrap=True)
+            print_note(f"preparing data in {event['folder']}")
         elif kind == "initialized":
-            note.print(f"starting from {'; '.join(event['sources'])}", soft_wrap=True)
+            print_note(f"starting from {'; '.join(event['sources'])}")
         elif kind == "waiting":
             note.print(f"waiting for resources: {event.get('missing', 'the cluster has none free for the workers')}")
         elif kind == "started":
@@ -182,10 +183,10 @@ class _RunView:
         elif kind == "adapted":
             note.print(f"step {event['step']:,}: task {event['task']} chooses {event['top_k']} experts")
         elif kind == "lost":
-            note.print(f"warning: {events.describe_failure(event)}", soft_wrap=True)
+            print_note(f"warning: {events.describe_failure(event)}")
         elif kind == "hung":
-            note.print(f"warning: {events.describe_hang(event)}", soft_wrap=True)
+            print_note(f"warning: {events.describe_hang(event)}")
         elif kind == "skipped_checkpoint":
-            note.print(f"warning: {event['name']}: {event['reason']}; the previous one is used", soft_wrap=True)
+            print_note(f"warning: {event['name']}: {event['reason']}; the previous one is used")
         elif kind == "preempted":
-            note.print(events.describe_preemption(event), soft_wrap=True)
+            print_note(events.describe_preemption(event))

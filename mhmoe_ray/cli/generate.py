@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mhmoe_ray.cli.common import pick_checkpoint, print_json
 from mhmoe_ray.cli.generate_batch import BatchOptions, answer_file
 from mhmoe_ray.cli.options import (
     STORAGE,
@@ -20,6 +19,7 @@ from mhmoe_ray.cli.options import (
     StorageOption,
     TrustOption,
 )
+from mhmoe_ray.cli.output import print_json, print_note
 
 if TYPE_CHECKING:
     from mhmoe_ray.serving.batch.request import SamplingOptions
@@ -130,6 +130,7 @@ def _answer_prompt(
     """Print the answer to a single prompt, from standard input if it is None, which is computed in this process."""
     import os
 
+    from mhmoe_ray.api.checkpoints import pick_checkpoint
     from mhmoe_ray.api.model import load_checkpoint
     from mhmoe_ray.errors import ServeError
     from mhmoe_ray.runs.directory import find_run
@@ -142,7 +143,7 @@ def _answer_prompt(
     except UnicodeError as e:
         raise ServeError("the prompt", "it is not UTF-8", "give it as UTF-8") from e
     run_dir = find_run(run, storage)
-    path, manifest = pick_checkpoint(run_dir, checkpoint, verify_hashes=True)
+    path, manifest = pick_checkpoint(run_dir, checkpoint, verify_hashes=True, on_note=print_note)
     # This call raises an error if there is no GPU, before the checkpoint is loaded, which may take long.
     if gpus:
         _require_gpu()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mhmoe_ray.cli.common import follow_job, note, out, print_json, print_note
+from mhmoe_ray.cli.output import follow_job, note, out, print_json, print_note
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection

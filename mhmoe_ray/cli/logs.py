@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mhmoe_ray.cli import options
-from mhmoe_ray.cli.common import print_json, print_note
+from mhmoe_ray.cli.output import print_json, print_note
 
 UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 TIMESTAMP_PATTERN = re.compile(r"\b(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:[.,](\d+))?([+-]\d\d:?\d\d|Z)?")
@@ -41,8 +41,7 @@ def filter_lines(lines: Iterable[str], start_time: float | None, pattern: re.Pat
     A line without a timestamp has the time of the nearest earlier line with one. Lines before the first timestamp are
     left out if a start time is given.
     """
-    # `is_recent` keeps its value for lines without a timestamp, because only the first line of a traceback or a table
-    # has one.
+    # Only the first line of a traceback or a table has a timestamp, so the value stays for lines without one.
     is_recent = start_time is None
     for line in lines:
         if start_time is not None and (timestamp := line_time(line)) is not None:
@@ -60,8 +59,7 @@ def line_time(line: str) -> float | None:
     try:
         timestamp = datetime.fromisoformat(f"{date}T{clock}{(offset or '').replace('Z', '+00:00')}")
         return (timestamp + timedelta(seconds=float(f"0.{fraction or 0}"))).timestamp()
-    # A line may hold any text, so its digits may name a day or hour that does not exist, or a time that is too early or
-    # too late to be converted.
+    # The digits may name a day or hour that does not exist, or a time too early or too late to be converted.
     except (ValueError, OverflowError):
         return None
 

@@ -38,8 +38,7 @@ def _section_keys(model: Any, prefix: str = "") -> Iterator[str]:
     """Yield the dotted keys of a section, such as `train.steps=`; `prefix` is its path with a dot."""
     for name, field in model.model_fields.items():
         subsection = _section_model(field.annotation)
-        # A range has the keys `min` and `max`, but counts as a single key, because a spec may also write it as one
-        # number.
+        # A range has the keys `min` and `max`, but counts as one key, because a spec may write it as one number.
         if subsection is not None and set(subsection.model_fields) != {"min", "max"}:
             yield from _section_keys(subsection, f"{prefix}{name}.")
         else:

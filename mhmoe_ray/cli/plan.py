@@ -6,7 +6,8 @@ import typer
 
 import mhmoe_ray as mh
 from mhmoe_ray.cli import options
-from mhmoe_ray.cli.common import fact_table, format_bytes, out, print_json, print_note, print_untruncated
+from mhmoe_ray.cli.formats import format_bytes
+from mhmoe_ray.cli.output import fact_table, out, print_json, print_line, print_note, print_untruncated
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -37,7 +38,6 @@ def plan(
     --gpus it is a plan for a cluster on paper, whose other properties are the spec's cluster.accelerator and
     cluster.network.
     """
-    # Commands import inside their functions, so that `mhmoe --help` loads neither pydantic nor Ray.
     from mhmoe_ray.api.placement import forecast_placement, placement_remarks, planned_placement
     from mhmoe_ray.api.plan import data_warnings, estimate_step, paper_overrides, plan_figures
     from mhmoe_ray.cli import plan_tables
@@ -45,8 +45,7 @@ def plan(
     if (nodes is None) != (gpus is None) or (nodes and address):
         raise typer.BadParameter("a cluster on paper needs both --nodes and --gpus, and takes no --address")
     if nodes and gpus:
-        # The overrides of `paper_overrides` come last and so replace the user's, because the workers must fill the
-        # hypothetical cluster.
+        # The last overrides replace the user's, because the workers must fill the hypothetical cluster.
         resolved = mh.load_spec(spec, [*set_, *paper_overrides(nodes, gpus)])
         placement = planned_placement(resolved, nodes, gpus)
     else:
@@ -62,7 +61,7 @@ def plan(
     print_summary(resolved, step_estimate)
     _print_tables(plan_tables.tables(resolved, placement))
     for line in placement_remarks(placement):
-        out.print(line, soft_wrap=True)
+        print_line(line)
     if nodes and layout and step_estimate:
         out.print("\nestimated for that cluster, and not checked on GPUs", style="bold")
         for line in plan_tables.summary_lines(resolved, step_estimate):
@@ -135,8 +134,7 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
         f"of {spec.tokens_per_step:,}; {training_flops * spec.tokens_per_step * spec.train.steps:.3g} FLOPs in all",
         "learning rate": _learning_rate(spec.train),
         "checkpoints": f"{_checkpoints(spec.train)}, {format_bytes(checkpoint_bytes(spec))} each",
-        # The text starts with the largest number of workers. This number is the last one of `worker_counts`, so the
-        # slice, which gives the smaller ones, leaves it out.
+        # The slice leaves out the largest number of workers, with which the text starts.
         "workers": f"{cluster.workers.max} = {format_mesh(cluster.mesh_sizes())}, {_worker_resources(spec)} each"
         + (f"; or {', '.join(map(str, smaller_counts))}" if (smaller_counts := spec.worker_counts[-2::-1]) else ""),
         "CPUs": f"{cluster.cpus}, of which {STREAM_CPUS} for the data stream",
@@ -203,8 +201,7 @@ def _static_routing(spec: "RunSpec") -> str | None:
     rows = spec.tokens_per_micro_batch * moe.heads
     if (expert_capacity := moe.expert_capacity(rows)) is None:
         return None
-    # With a random second expert, a token sometimes has no second expert and then takes up less capacity. Fewer routes
-    # (choices of an expert) are therefore dropped than computed here.
+    # A token without a random second expert takes up less capacity, so fewer routes are dropped than computed.
     qualifier = "at most " if moe.second_expert == "random" else ""
     return (
         f"expert capacity is {expert_capacity:,} for the {rows:,} rows of a micro-batch; even and random routing would "

@@ -7,7 +7,8 @@ from rich.table import Table
 
 from mhmoe_ray.api.placement import ASSUMED_NODE, Placement, spec_for_layout
 from mhmoe_ray.api.plan import dispatch_figures, traffic_per_rank
-from mhmoe_ray.cli.common import format_bytes, format_digits, format_seconds, number_table
+from mhmoe_ray.cli.formats import format_bytes, format_digits, format_seconds
+from mhmoe_ray.cli.output import number_table
 from mhmoe_ray.planner.estimate import Estimate
 from mhmoe_ray.planner.expert_step import expert_step
 from mhmoe_ray.planner.match import compare_models
@@ -37,8 +38,7 @@ def tables(spec: RunSpec, placement: Placement) -> Iterator[tuple[str, Table]]:
         title = f"expert step of one layer on one rank, {batch}, forward, {spec.train.precision}"
         row = (f"{step.rows:,}", f"{step.flops:.3g}", format_bytes(step.bytes), f"{step.intensity:.1f}")
         yield title, number_table(["rows", "FLOPs", "moved", "FLOPs per byte"], [row])
-    # An elastic run may start with fewer workers than the spec's largest number. The exchanged amounts depend on the
-    # number of workers, so the number in the placement is used.
+    # An elastic run may start with fewer workers than the spec's largest number, and then exchange other amounts.
     step_exchanges = all_exchanges(
         spec_for_layout(spec, placement.layout) if placement.layout else spec, placement.layout
     )
@@ -78,8 +78,7 @@ def _exchange_table(step_exchanges: list[Exchange]) -> Table:
 
 def _memory_table(spec: RunSpec) -> Table:
     """Return a table of the memory of a rank, with the largest and the smallest number of workers."""
-    # An elastic run has two columns, because ranks need the most memory with the fewest workers, whose shards are
-    # largest. Any other run has one number of workers, and so one column.
+    # Ranks of an elastic run need the most memory with the fewest workers, whose shards are largest.
     counts = [*dict.fromkeys([spec.worker_counts[-1], spec.worker_counts[0]])]
     specs = [spec.with_workers(count) for count in counts]
     memories = [compute_memory(sized_spec) for sized_spec in specs]
@@ -187,8 +186,7 @@ def format_cost(spec: RunSpec, step: Estimate) -> str:
         for step_seconds in (step.overlapped_seconds, step.sequential_seconds)
     )
     hours = f"{format_digits(best)} to {format_digits(worst)} hours of an {spec.cluster.accelerator.name}"
-    # Without a cluster, all workers are assumed to be on one node. The line must mention this assumption, because the
-    # estimate then lacks the cost of exchanges between nodes.
+    # All workers are assumed to be on one node, so the estimate lacks the cost of exchanges between nodes.
     assumption = ", taken to be on one node, as no cluster tells where" if ASSUMED_NODE in step.layout.nodes else ""
     return f"about {hours}, on {gpus:,} of them{assumption} (estimated, not checked)"
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mhmoe_ray.cli import options
-from mhmoe_ray.cli.common import number_table, out, print_json, print_untruncated
+from mhmoe_ray.cli.output import print_json, print_line, print_table
 
 if TYPE_CHECKING:
     from mhmoe_ray.planner.presets import Preset
@@ -36,11 +36,10 @@ def presets(
         shape = [str(row[key] or "") for key in "hEkf"]
         counts = [_format_count(row[key]) for key in ("parameters", "active", "multiply_adds")]
         cells.append([names[0], names[1] if row["reference"] else "", *shape, *counts])
-    print_untruncated(number_table([*LEFT_COLUMNS, *RIGHT_COLUMNS], cells, names=LEFT_COLUMNS))
-    # The description is printed only for a single preset, because the descriptions of all presets would drown the
-    # table.
+    print_table([*LEFT_COLUMNS, *RIGHT_COLUMNS], cells, names=LEFT_COLUMNS)
+    # The descriptions of all presets would drown the table.
     if len(rows) == 1:
-        out.print(f"\n{rows[0]['about']}", soft_wrap=True)
+        print_line(f"\n{rows[0]['about']}")
 
 
 def _preset_row(name: str, size: Any, preset: "Preset") -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mhmoe_ray.cli import options
-from mhmoe_ray.cli.common import out, print_json
+from mhmoe_ray.cli.output import print_json, print_line
 
 
 def report(
@@ -45,13 +45,12 @@ def report(
             run_dirs += [run for run in sweep.runs().values() if run.attempts_file.exists()]
         else:
             run_dirs.append(find_run(name, storage, with_job=True))
-    # A run may be named twice, itself and by its sweep, but counts once. `dict.fromkeys` keeps the order of runs, which
-    # decides the default baseline.
+    # A run may be named twice, itself and by its sweep. The order of runs decides the default baseline.
     comparison = write_report(list(dict.fromkeys(run_dirs)), target_folder, baseline)
     if json:
         verdicts, quality = ([item.as_json() for item in items] for items in (comparison.verdicts, comparison.quality))
         print_json({"page": str(target_folder / PAGE_FILE), "verdicts": verdicts, "quality": quality})
         return
     for verdict in comparison.verdicts:
-        out.print(verdict.text, soft_wrap=True)
-    out.print(f"{target_folder / PAGE_FILE}", soft_wrap=True)
+        print_line(verdict.text)
+    print_line(f"{target_folder / PAGE_FILE}")

@@ -3,15 +3,15 @@
 from typing import TYPE_CHECKING, Any
 
 from mhmoe_ray.cli import options
-from mhmoe_ray.cli.common import number_table, out, print_json, print_untruncated
 from mhmoe_ray.cli.eval import evaluate
+from mhmoe_ray.cli.formats import format_figure
+from mhmoe_ray.cli.output import out, print_json, print_line, print_table
 
 if TYPE_CHECKING:
     from mhmoe_ray.runs.directory import RunDir
 
 
-# Largest number of rows in the table of training metrics: enough to show a trend, and few enough that this table and
-# the others fit on a screen.
+# Largest number of rows in the table of training metrics: enough for a trend, and few enough for one screen.
 CURVE_POINTS = 8
 
 
@@ -43,8 +43,7 @@ def routing(
         reason = "router smear averages all experts, so that no token chooses any"
         raise RunError(f"run {run_dir.id}", reason, "name a run with another router")
     if not run_dir.is_imported and moe is None:
-        # The error is raised before the checkpoint is evaluated, because the evaluation could take minutes on the
-        # cluster.
+        # The evaluation could take minutes on the cluster, so this error comes first.
         raise dense_error
     evaluation, _ = evaluate(
         run_dir, checkpoint, recompute, address, text=text, overrides=set_, samples=samples, gpus=gpus
@@ -62,9 +61,7 @@ def routing(
         return
     if training:
         _print_training(training)
-    out.print(
-        f"\n{run_dir.id}, {request.checkpoint}: {figures['tokens']:,} tokens of {request.description}", soft_wrap=True
-    )
+    print_line(f"\n{run_dir.id}, {request.checkpoint}: {figures['tokens']:,} tokens of {request.description}")
     _print_figures(figures)
 
 
@@ -115,39 +112,30 @@ def _training_metrics(run: "RunDir") -> list[dict[str, Any]]:
     names = (metrics.STEP, metrics.BALANCE, metrics.ENTROPY, metrics.LEAST_EXPERT, metrics.DROPPED)
     lines = read_trend(run, run.spec().train.validate_every).curve
     points = [round(i * (len(lines) - 1) / (CURVE_POINTS - 1)) for i in range(CURVE_POINTS)]
-    # If the curve has fewer lines than CURVE_POINTS, some indices occur more than once; `dict.fromkeys` removes the
-    # copies.
+    # In a curve with fewer lines than CURVE_POINTS, some indices occur more than once.
     return [{name: lines[i].get(name) for name in names} for i in dict.fromkeys(points)] if lines else []
 
 
 def _print_training(training: list[dict[str, Any]]) -> None:
     from mhmoe_ray.runs import metrics
 
-    def format_cell(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
+    formats = {metrics.BALANCE: ".3f", metrics.ENTROPY: ".3f", metrics.LEAST_EXPERT: ".2f", metrics.DROPPED: ".1%"}
     rows = [
-        [
-            f"{line[metrics.STEP]:,}",
-            format_cell(line[metrics.BALANCE], ".3f"),
-            format_cell(line[metrics.ENTROPY], ".3f"),
-            format_cell(line[metrics.LEAST_EXPERT], ".2f"),
-            format_cell(line[metrics.DROPPED], ".1%"),
-        ]
+        [f"{line[metrics.STEP]:,}", *(format_figure(line[name], form, "") for name, form in formats.items())]
         for line in training
     ]
-    print_untruncated(number_table(["step", "balance loss", "lowest entropy", "least expert", "dropped"], rows))
+    print_table(["step", "balance loss", "lowest entropy", "least expert", "dropped"], rows)
 
 
 def _print_figures(figures: dict[str, Any]) -> None:
     rows = []
     for layer_number, layer in enumerate(figures["layers"]):
-        agreement = "" if layer["agreement"] is None else f"{layer['agreement']:.1%}"
+        agreement = format_figure(layer["agreement"], ".1%", "")
         loads = [f"{layer['entropy']:.3f}", f"{layer['least']:.2f}", f"{layer['most']:.2f}"]
         rows.append([str(layer_number), *loads, f"{layer['distinct']:.2f}", agreement, f"{layer['first_weight']:.3f}"])
     experts = f"experts of {figures['routes_per_token']:.4g}"
     columns = ["layer", "entropy", "least", "most", experts, "heads agree", "first weight"]
-    print_untruncated(number_table(columns, rows))
+    print_table(columns, rows)
     out.print("least and most: loads, 1 is uniform; experts: different ones that a token sees, of its routes\n")
     for title, key in [
         ("experts that more than this share of the tokens see", "activated"),
@@ -155,11 +143,11 @@ def _print_figures(figures: dict[str, Any]) -> None:
     ]:
         curve = figures[key]
         out.print(title)
-        print_untruncated(number_table([f"{t:g}" for t in curve], [[f"{share:.1%}" for share in curve.values()]]))
+        print_table([f"{t:g}" for t in curve], [[f"{share:.1%}" for share in curve.values()]])
     rows = [
         [name, f"{d['tokens']:,}", f"{d['entropy']:.3f}", f"{d['specialisation']:.3f}"]
         for name, d in figures["domains"].items()
     ]
     out.print()
-    print_untruncated(number_table(["", "tokens", "entropy", "off the whole"], rows))
+    print_table(["", "tokens", "entropy", "off the whole"], rows)
     out.print("off the whole: share of routes that go to other experts than those of all texts together")

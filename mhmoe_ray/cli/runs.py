@@ -8,8 +8,9 @@ import typer
 
 import mhmoe_ray as mh
 from mhmoe_ray.cli import options
-from mhmoe_ray.cli.common import note, number_table, out, print_json, print_note, print_untruncated
 from mhmoe_ray.cli.follow import follow_run
+from mhmoe_ray.cli.formats import format_figure
+from mhmoe_ray.cli.output import note, out, print_json, print_line, print_note, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,8 +48,7 @@ def list_(
     matching_runs = [
         run for run in list_runs(storage) if run.id.startswith(name or "") and run.creation_time() >= start_time
     ]
-    # Many runs share a cluster, and a connection to a cluster that does not answer takes until the timeout, so each
-    # cluster is tried only once.
+    # Many runs share a cluster, and one that does not answer takes until the timeout, so each is tried once.
     connect = cached_connect()
     rows = [row for row in (_run_row(run, connect) for run in matching_runs) if not state or row["state"] in state]
     if json:
@@ -56,13 +56,13 @@ def list_(
         return
     cells = []
     for row in rows:
-        loss = f"{row['loss']:.3f}" if row["loss"] is not None else ""
+        loss = format_figure(row["loss"], ".3f", "")
         created_text = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"]))
         step = f"{row['step']}/{row['steps']}" if row["steps"] is not None else ""
         cells.append([row["run"], row["preset"] or "", row["state"], step, loss, created_text])
     if rows:
         columns = ["run", "preset", "state", "step", "loss", "created"]
-        print_untruncated(number_table(columns, cells, names=columns))
+        print_table(columns, cells, names=columns)
     else:
         filter_text = " match the filters" if name or state or creation_text else ""
         out.print(f"no runs in {storage}{filter_text}")
@@ -82,8 +82,7 @@ def _run_row(run: "RunDir", connect: "Callable[[str], Connection]") -> dict[str,
             spec = run.spec()
             steps, preset = spec.train.steps, spec.origin
         state, _, _ = state_of(run, events.read(run), connect)
-    # Another version of the package may have written a spec that this version cannot read. The other runs should
-    # still be listed.
+    # A spec that another version wrote may be unreadable; the other runs are still listed.
     except SpecError:
         steps, state = "?", "unreadable spec"
     return {
@@ -147,7 +146,7 @@ def stop(
     run_dir = find_run(run, storage, with_job=True)
     if outcome := stop_run(run_dir, end_immediately, print_note):
         reason_text = f": {outcome.reason}" if outcome.reason else ""
-        out.print(f"run {run_dir.id} {outcome.state}{reason_text}", soft_wrap=True)
+        print_line(f"run {run_dir.id} {outcome.state}{reason_text}")
 
 
 def rm(
@@ -181,8 +180,7 @@ def rm(
         if not typer.confirm(f"remove {names}, with all checkpoints?", err=True):
             note.print("nothing was removed")
             return
-        # The user's answer may have taken long, so the runs are checked again: one may have been resumed or served
-        # meanwhile.
+        # The user's answer may have taken long: a run may have been resumed or served meanwhile.
         for run in run_dirs:
             check_removable(run, force)
     for run in run_dirs:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from mhmoe_ray.cli.common import print_json
+from mhmoe_ray.cli.output import print_json
 
 SchemaKind = Literal["spec", "sweep"]
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from mhmoe_ray.api.defaults import APPLICATION
 from mhmoe_ray.cli import options
-from mhmoe_ray.cli.common import detach_on_interrupt, number_table, out, print_json, print_note, print_untruncated
+from mhmoe_ray.cli.output import detach_on_interrupt, out, print_json, print_line, print_note, print_table
 from mhmoe_ray.cli.verbs import SuggestingGroup
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def deploy(
     hint = "ask it" if application.reachable else "ask it on the cluster's machine"
     model = stored_manifest(service.checkpoint).model
     route, command = serving_of(model.kind).request_example(model, application.url)
-    out.print(f"serving {run_dir.id} at {application.url}/{route}; {hint}: {command}", soft_wrap=True)
+    print_line(f"serving {run_dir.id} at {application.url}/{route}; {hint}: {command}")
 
 
 def option_overrides(replicas: str | None, engine: str | None) -> list[str]:
@@ -116,8 +116,7 @@ def status(address: options.AddressOption = None, json: options.JsonOption = Fal
     from mhmoe_ray.cluster.connect import connect
 
     applications = serving.applications(connect(address))
-    # The API key is sent to each of these applications. Applications that are not from this project must not see this
-    # secret, so they are left out.
+    # The API key is a secret, which applications that are not from this project must not see.
     our_applications = [a for a in applications if a.checkpoint and a.status == "RUNNING"]
     key = os.environ.get(API_KEY_VARIABLE, "").strip()
     stats = {a.name: serving.application_stats(a, key or None) for a in our_applications}
@@ -127,7 +126,7 @@ def status(address: options.AddressOption = None, json: options.JsonOption = Fal
     if applications:
         columns = ["application", "status", "url", "message"]
         rows = [(a.name, a.status, a.url, a.message) for a in applications]
-        print_untruncated(number_table(columns, rows, names=columns))
+        print_table(columns, rows, names=columns)
     else:
         out.print("nothing is served")
     for name, application_stats in stats.items():
@@ -135,7 +134,7 @@ def status(address: options.AddressOption = None, json: options.JsonOption = Fal
             out.print(f"\n{name}: {application_stats['model']}", style="bold")
             out.print(_load_table(application_stats["replicas"]))
         else:
-            out.print(f"\n{name}: {application_stats}", soft_wrap=True)
+            print_line(f"\n{name}: {application_stats}")
 
 
 @app.command("down")

@@ -3,6 +3,8 @@
 import math
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,17 +12,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from mhmoe_ray.cli import options
-from mhmoe_ray.cli.common import (
-    BARS,
-    fact_table,
-    format_bytes,
-    format_count,
-    format_figure,
-    format_nats,
-    out,
-    print_json,
-    print_note,
-)
+from mhmoe_ray.cli.formats import BARS, format_bytes, format_count, format_figure, format_nats
+from mhmoe_ray.cli.output import fact_table, out, print_json, print_line, print_note
 
 if TYPE_CHECKING:
     from mhmoe_ray.runs.directory import RunDir
@@ -67,8 +60,7 @@ def _quality_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
     from mhmoe_ray.runs.metrics import METRICS
 
     last_metrics, validation, baselines = run_state["last"], run_state["validation"], run_state["baselines"]
-    # The loss of an encoder or a vision model is a sum over parts (objectives) with different units, so its unit is not
-    # nats per token.
+    # The loss of an encoder or a vision model is a sum over parts whose objectives have different units.
     is_summed = run_state["model_kind"] in ("encoder", "vision")
     rows: dict[str, str | None] = {}
     if last_metrics:
@@ -88,8 +80,7 @@ def _quality_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
             + (f" (validation {format_nats(validation_losses[name])})" if name in validation_losses else "")
             for name, loss in part_losses.items()
         )
-    # The row "to beat" helps to judge the loss: a model whose loss is above these values has not yet learned more than
-    # the frequencies of tokens and of pairs of tokens. Data without texts have no such values.
+    # A loss above these values shows that the model has not learned more than frequencies of tokens and of pairs.
     if baselines and "bigram" in baselines and run_state["model_kind"] == "encoder":
         rows["  to beat"] = f"{baselines['unigram_entropy']:.4f} unigram entropy of held-out texts"
     elif baselines and "bigram" in baselines:
@@ -230,44 +221,32 @@ def _watch(run: "RunDir", json: bool) -> None:
 
     from mhmoe_ray.cluster.dashboard import RetryingCaller
     from mhmoe_ray.cluster.runs import run_status
+    from mhmoe_ray.runs import events
 
-    # Without a terminal, a script may wait for the run with this command, and shut the run's cluster down when the
-    # command ends. The command must therefore not end because a cluster does not answer for a while.
+    # A script may wait by this command, and then shut the cluster down, so it retries without end.
     retrying_caller = RetryingCaller(print_note, is_endless=not out.is_terminal)
 
-    def fetch_state() -> dict[str, Any]:
-        while (run_state := retrying_caller.call(lambda: run_status(run), None)) is None:
+    def states() -> Iterator[dict[str, Any]]:
+        while True:
+            if run_state := retrying_caller.call(lambda: run_status(run), None):
+                yield run_state
+                if events.is_end_state(run_state["state"]):
+                    return
             time.sleep(REDRAW_SECONDS)
-        return run_state
 
-    try:
+    with suppress(KeyboardInterrupt):
         if out.is_terminal and not json:
             # The view changes only with a new state, so automatic refreshes would redraw the same lines.
             with Live(console=out, auto_refresh=False, vertical_overflow="visible") as live:
-                while True:
-                    run_state = fetch_state()
+                for run_state in states():
                     live.update(state_view(run_state), refresh=True)
-                    if _run_has_ended(run_state):
-                        return
-                    time.sleep(REDRAW_SECONDS)
+            return
         previous_progress: tuple[Any, ...] | None = None
-        while True:
-            run_state = fetch_state()
+        for run_state in states():
             progress = (run_state["state"], run_state["last"] and run_state["last"]["step"])
             if progress != previous_progress:
                 _print_line(run_state, json)
-            if _run_has_ended(run_state):
-                return
             previous_progress = progress
-            time.sleep(REDRAW_SECONDS)
-    except KeyboardInterrupt:
-        return
-
-
-def _run_has_ended(run_state: dict[str, Any]) -> bool:
-    from mhmoe_ray.runs import events
-
-    return events.is_end_state(run_state["state"])
 
 
 def _print_line(run_state: dict[str, Any], json: bool) -> None:
@@ -278,4 +257,4 @@ def _print_line(run_state: dict[str, Any], json: bool) -> None:
     progress = ""
     if last_metrics:
         progress = f"  step {last_metrics['step']}/{run_state['steps']}  loss {format_nats(last_metrics['loss'])}"
-    out.print(f"{run_state['run']}: {run_state['state']}{progress}", soft_wrap=True)
+    print_line(f"{run_state['run']}: {run_state['state']}{progress}")

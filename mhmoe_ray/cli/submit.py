@@ -7,8 +7,8 @@ import typer
 
 import mhmoe_ray as mh
 from mhmoe_ray.cli import options, plan
-from mhmoe_ray.cli.common import note, print_json, print_note
 from mhmoe_ray.cli.follow import follow_run
+from mhmoe_ray.cli.output import note, print_json, print_note
 
 if TYPE_CHECKING:
     from mhmoe_ray.runs.directory import RunDir
@@ -57,7 +57,7 @@ def submit(
         submission = job_request(request, uses_local_cluster(address), resolved.cluster.runtime_env)
         print_json({**submission, "placement": placement.as_dict()})
         for line in placement_remarks(placement):
-            note.print(line, soft_wrap=True)
+            print_note(line)
         return
     run = _unfinished_run(resolved) if continue_ else None
     is_resumed = run is not None
@@ -67,8 +67,7 @@ def submit(
     else:
         check_training(resolved)
         if not json:
-            # Only the cost in the summary depends on the placement. A run on CPUs has no estimated cost, so it needs no
-            # placement here.
+            # Only the cost in the summary depends on the placement, and a run on CPUs has no estimated cost.
             has_gpus = resolved.cluster.gpus_per_worker
             layout = forecast_placement(resolved, address, print_note).layout if has_gpus else None
             plan.print_summary(resolved, estimate_step(resolved, layout))

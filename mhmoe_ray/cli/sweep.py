@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mhmoe_ray.cli import options
-from mhmoe_ray.cli.common import note, number_table, out, print_json, print_note, print_untruncated
+from mhmoe_ray.cli.formats import format_figure
+from mhmoe_ray.cli.output import note, out, print_json, print_note, print_table
 from mhmoe_ray.cli.sweep_follow import follow_order
 
 if TYPE_CHECKING:
@@ -19,8 +20,7 @@ def print_plan(planned_runs: "list[SweepRun]", concurrent: int) -> None:
     """Print a table of a sweep's variants, with sizes and ratios to the first one."""
     from mhmoe_ray.planner.sizes import compute_sizes
 
-    # The runs of a variant differ only in their seed, which does not change sizes, so any of them stands for the
-    # variant.
+    # The runs of a variant differ only in their seed, which does not change sizes.
     variants = {run.variant: run.spec for run in planned_runs}
     first_sizes = compute_sizes(next(iter(variants.values())).model)
     rows = []
@@ -34,7 +34,7 @@ def print_plan(planned_runs: "list[SweepRun]", concurrent: int) -> None:
         tokens = spec.train.steps * spec.tokens_per_step
         rows.append([name, *shape, f"{model_sizes.parameters:,}", *(f"{r:.3f}" for r in ratios), f"{tokens:,}"])
     columns = ["", "h", "E", "k", "f", "parameters", "ratio", "multiply-adds", "tokens"]
-    print_untruncated(number_table(columns, rows))
+    print_table(columns, rows)
     seed_count = len({run.seed for run in planned_runs})
     out.print(f"{len(variants)} variants x {seed_count} seeds = {len(planned_runs)} runs, {concurrent} at a time")
 
@@ -54,16 +54,17 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     part_names = [*dict.fromkeys(name for row in rows for name in row["part_losses"])]
     cells = []
     for row in rows:
-        deviation = f"{row['deviation']:.4f}" if row["deviation"] is not None else ""
-        loss = f"{row['loss']:.4f}" if row["loss"] is not None else ""
-        perplexity = f"{row['perplexity']:.2f}" if row["perplexity"] is not None else ""
+        scores = [
+            format_figure(row[key], form, "")
+            for key, form in (("loss", ".4f"), ("deviation", ".4f"), ("perplexity", ".2f"))
+        ]
         speed = f"{row['tokens_per_s']:,.0f}" if row["tokens_per_s"] else ""
         states = ", ".join(f"{count} {state}" for state, count in row["states"].items())
         ratios = [f"{row['parameters_ratio']:.3f}", f"{row['macs_ratio']:.3f}"]
-        parts = [f"{row['part_losses'][name]:.4f}" if name in row["part_losses"] else "" for name in part_names]
-        cells.append([row["variant"], *ratios, loss, deviation, perplexity, *parts, speed, states])
+        parts = [format_figure(row["part_losses"].get(name), ".4f", "") for name in part_names]
+        cells.append([row["variant"], *ratios, *scores, *parts, speed, states])
     columns = ["", "parameters", "multiply-adds", "loss", "+-", "perplexity", *part_names, "tok/s", "runs"]
-    print_untruncated(number_table(columns, cells))
+    print_table(columns, cells)
     steps = {row["step"] for row in rows if row["step"]}
     if steps:
         step_text = " and ".join(f"{step:,}" for step in sorted(steps))
@@ -120,11 +121,11 @@ def sweep(
         for name, state in states.items():
             note.print(f"{name}: {'stopping after a checkpoint' if state == 'running' else 'ended before it trained'}")
         for error in errors:
-            note.print(f"warning: {error}; its runs learn from their directories that they must stop", soft_wrap=True)
+            print_note(f"warning: {error}; its runs learn from their directories that they must stop")
     elif not show:
         order, connection = _submit_order(directory, all_runs, selected_runs, size, sweep_spec.concurrent, address)
         if detach:
-            note.print(f"see it with `mhmoe sweep {file} --size {size} --show`", soft_wrap=True)
+            print_note(f"see it with `mhmoe sweep {file} --size {size} --show`")
             return
         follow_order(directory, order, connection)
     table = variant_rows(directory)
@@ -179,8 +180,7 @@ def _submit_order(
     # A local cluster must hold `concurrent` runs at a time, even if all of them are as large as the largest run.
     cpus = max(spec.cluster.cpus for spec in specs) * concurrent
     locations = [specs[0].storage, *{spec.data.prepared for spec in specs}]
-    # GPUs are checked before a local cluster is started, because it would be of no use with too few GPUs on this
-    # machine.
+    # A local cluster would be of no use with too few GPUs on this machine, so GPUs are checked before it is started.
     for spec in specs:
         checks.check_gpus_of_this_machine(checks.WorkerDemand.of_training(spec), spec.cluster.cpus, address)
     connection = checks.connect_to_cluster(specs[0].cluster, locations, cpus, address, print_note)
@@ -188,7 +188,7 @@ def _submit_order(
         checks.check_capacity(checks.WorkerDemand.of_training(spec), connection, print_note)
     restarted_count = len({run.name for run in selected_runs} & directory.runs().keys())
     remark = f"; {restarted_count} of them were started before" if restarted_count else ""
-    note.print(f"sweep {directory.name}: {len(selected_runs)} runs, {concurrent} at a time{remark}", soft_wrap=True)
+    print_note(f"sweep {directory.name}: {len(selected_runs)} runs, {concurrent} at a time{remark}")
     names = [run.name for run in selected_runs]
     return client.submit(directory, connection, all_runs, names, size=size, concurrent=concurrent), connection
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from mhmoe_ray.cli.common import detach_on_interrupt, format_nats, note, print_note
+from mhmoe_ray.cli.formats import format_nats
+from mhmoe_ray.cli.output import detach_on_interrupt, note, print_note
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
@@ -14,8 +15,7 @@ if TYPE_CHECKING:
 
 
 POLL_SECONDS = 1.0
-# Seconds between two requests that ask the cluster whether the sweep's job is alive. The run directories, which show
-# the progress of the runs, are read more often.
+# Seconds between two requests to the cluster. Run directories, which show the progress, are read more often.
 JOB_CHECK_SECONDS = 5.0
 # Largest number of restarts of a sweep's job that ended without logging an error, for example because it was killed.
 # Without a limit, a job that always ends in this way would be restarted forever.
@@ -55,8 +55,7 @@ def follow_order(directory: "SweepDir", name: str, connection: "Connection") -> 
             if stop_requested or caller.call(view.refresh, False):
                 return
             job_end_time = job_end_time or check_time
-            # The newest order (request to start runs) is read again, because during the calls above a stop may have
-            # ended its job, or another command may have written a newer order.
+            # During the calls above, a stop may have ended its job, or another command may have written a newer order.
             later_state = caller.call(partial(_newest_order, directory), None)
             if later_state and later_state[2]:
                 return
@@ -65,8 +64,7 @@ def follow_order(directory: "SweepDir", name: str, connection: "Connection") -> 
                 or later_state[0] != newest_name
                 or (newest_name != name and check_time - job_end_time < 2 * JOB_CHECK_SECONDS)
             ):
-                # The newest order may be from another `mhmoe sweep` command, which may still follow it. This command
-                # waits, so that the other command can restart the job first.
+                # Another `mhmoe sweep` command may still follow this order. It can then restart the job first.
                 continue
             if error := client.logged_error(order):
                 # If another command wrote this order, that command shows the error.

@@ -44,25 +44,22 @@ class SuggestingGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0]
-        # A name that begins with a dash is an option. click has an error of its own for an unknown option, so it is not
-        # handled here.
+        # click has an error of its own for an unknown option.
         if not name.startswith("-") and self.get_command(ctx, name) is None:
             ctx.fail(f"there is no command {name!r}{self._hint(ctx, name.lower())}")
         return super().resolve_command(ctx, args)
 
     def _hint(self, ctx: Any, name: str) -> str:
-        # The import is inside the function, because it loads pydantic, which is needed only to suggest a command here.
+        # This import loads pydantic, which is needed only to suggest a command here.
         from mhmoe_ray.spec.hints import MIN_SIMILARITY
 
         command = _COMMAND_BY_SYNONYM.get(name)
         path: list[str] = []
-        # The group may be nested in `mhmoe`, such as `data`. The path holds the names of all groups except the
-        # outermost, `mhmoe`.
+        # The path holds the names of all groups except the outermost, `mhmoe`.
         context = ctx
         while context.parent is not None:
             path, context = [context.info_name, *path], context.parent
-        # A command of another group is not suggested: within `mhmoe data`, a hint at `mhmoe serve deploy` would
-        # mislead.
+        # Within `mhmoe data`, a hint at `mhmoe serve deploy` would mislead.
         if command and path == command.split()[: len(path)]:
             return f"; did you mean `mhmoe {command}`?"
         if similar_names := difflib.get_close_matches(name, self.list_commands(ctx), n=1, cutoff=MIN_SIMILARITY):

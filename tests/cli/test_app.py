@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import mhmoe_ray
-from mhmoe_ray.cli.common import print_json
+from mhmoe_ray.cli.output import print_json
 from tests.cli.run import mhmoe
 
 

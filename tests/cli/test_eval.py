@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mhmoe_ray.api.checkpoints import pick_checkpoint
-from mhmoe_ray.api.evaluation import EvaluationOptions, load_or_evaluate
+from mhmoe_ray.api.evaluation import EvaluationOptions, evaluate
 from mhmoe_ray.bench.serve.model import plain_model, write_run
 from mhmoe_ray.cli.eval import _task_rows
 from mhmoe_ray.errors import DataError
@@ -60,9 +60,9 @@ def test_stored_evaluation_is_shown_after_its_held_out_text_is_gone(tmp_path):
     save_evaluation(run, evaluation)
     assert request.prepared
     assert not Path(request.prepared).exists()
-    assert load_or_evaluate(run, request, recompute=False, address=None) == evaluation
+    assert evaluate(run, None, EvaluationOptions())[0] == evaluation
     with pytest.raises(DataError, match="prepared"):
-        load_or_evaluate(run, request, recompute=True, address=None)
+        evaluate(run, None, EvaluationOptions(), recompute=True)
 
 
 def test_task_scores_have_their_standard_errors():

@@ -4,7 +4,7 @@ import time
 import pytest
 import typer
 
-from mhmoe_ray.cli.common import detach_on_interrupt
+from mhmoe_ray.cli.output import detach_on_interrupt
 from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.cluster.dashboard import RetryingCaller
 from mhmoe_ray.errors import ClusterError, StorageError, TokenError

@@ -1,4 +1,4 @@
-"""Helpers with which commands print: consoles, the progress of jobs, formats of numbers, tables and JSON."""
+"""Helpers with which commands print: consoles, the progress of jobs, tables and JSON."""
 
 import json
 import math
@@ -12,10 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from mhmoe_ray.checkpoint.manifest import CheckpointManifest
     from mhmoe_ray.cluster.remote import SubmittedJob
-    from mhmoe_ray.runs.directory import RunDir
-    from mhmoe_ray.storage import Location
 
 
 # Markup and emoji are off, because paths and texts may hold brackets and colons that rich would interpret.
@@ -23,16 +20,6 @@ out = Console(highlight=False, markup=False, emoji=False)
 """Console for results, which writes to stdout."""
 note = Console(stderr=True, highlight=False, markup=False, emoji=False)
 """Console for progress and remarks. It writes to stderr, so that results can be piped."""
-
-BARS = "▁▂▃▄▅▆▇█"
-"""Block characters for plots of one line, lowest first."""
-
-
-def pick_checkpoint(run: "RunDir", name: str | None, *, verify_hashes: bool) -> "tuple[Location, CheckpointManifest]":
-    """Call `api.checkpoints.pick_checkpoint`, and print its warnings."""
-    from mhmoe_ray.api import checkpoints
-
-    return checkpoints.pick_checkpoint(run, name, verify_hashes=verify_hashes, on_note=print_note)
 
 
 @contextmanager
@@ -43,6 +30,11 @@ def detach_on_interrupt(hint: str) -> Iterator[None]:
     except KeyboardInterrupt:
         note.print(f"\ndetached; {hint}", soft_wrap=True)
         raise typer.Exit from None
+
+
+def print_line(line: str) -> None:
+    """Print a line of the result without wrapping it."""
+    out.print(line, soft_wrap=True)
 
 
 def print_note(line: str) -> None:
@@ -104,51 +96,13 @@ def number_table(
     return table
 
 
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], names: Collection[str] = ()) -> None:
+    """Print a table as `number_table` returns it, without truncating its cells."""
+    print_untruncated(number_table(columns, rows, names=names))
+
+
 def print_untruncated(table: Table) -> None:
     """Print a table without truncating its cells: lines wider than the terminal wrap."""
-    # By default rich measures at most the width of the console, so a larger limit is given to get the table's full
-    # width.
+    # Rich measures at most the width of the console, unless a larger limit is given.
     table_width = out.measure(table, options=out.options.update(max_width=100_000)).maximum
     Console(file=out.file, width=max(out.width, table_width), highlight=False, markup=False, emoji=False).print(table)
-
-
-def format_figure(value: float | None, format_spec: str) -> str:
-    """Format a metric of a run; return "not finite" for None, which stands for NaN and infinity in metrics.jsonl."""
-    return "not finite" if value is None else format(value, format_spec)
-
-
-def format_nats(value: float | None) -> str:
-    """Format a loss in nats with four decimals, as `format_figure` does."""
-    return format_figure(value, ".4f")
-
-
-def format_count(count: int, noun: str) -> str:
-    """Format a number with its noun: "1 worker", "2 workers"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def format_bytes(count: int) -> str:
-    """Format a number of bytes with three significant digits and a decimal unit: 1.21 GB."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        # From 999.5 on, a number rounds to 1000, which the format g with three digits writes as 1e+03. The next unit is
-        # used instead.
-        if size < 999.5:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
-
-
-def format_digits(value: float) -> str:
-    """Format a number with three significant digits, or as a whole number if it has more digits before the point."""
-    # From 99.95 on, three significant digits leave no decimals, so the number is written as a whole number. The format
-    # g would write an exponent from 1000 on.
-    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
-
-
-def format_seconds(seconds: float) -> str:
-    """Format a duration with three significant digits in us, ms or s: 48.1 ms."""
-    for unit, factor in (("us", 1e6), ("ms", 1e3)):
-        if seconds * factor < 999.5:
-            return f"{format_digits(seconds * factor)} {unit}"
-    return f"{format_digits(seconds)} s"
