@@ -3,7 +3,7 @@
 Fertility is the number of tokens per word and per character.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,16 +65,6 @@ def print_sample(sample: "DecodedSample") -> None:
     out.print()
 
 
-def _rows_by_source(survey: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the names and rows of a table by domain: each source with an empty row, then its domains, indented."""
-    source = None
-    for name, row in survey["domains"].items():
-        if source_of(name) != source:
-            source = source_of(name)
-            yield source, {}
-        yield f"  {subfolder_of(name)}", row
-
-
 def _print_table(title: str, columns: Sequence[str], rows: list[list[str]]) -> None:
     # A table whose rows hold nothing but names would be useless, so it is left out.
     if any(any(row[1:]) for row in rows):
@@ -85,8 +75,13 @@ def _print_table(title: str, columns: Sequence[str], rows: list[list[str]]) -> N
 def _print_domain_table(
     title: str, columns: Sequence[str], survey: dict[str, Any], cells: Callable[[dict[str, Any]], list[str]]
 ) -> None:
-    """Print a table by domain. `cells` returns the cells of a domain, or none if there is nothing to show of it."""
-    rows = [[name, *((cells(row) if row else []) or [""] * len(columns))] for name, row in _rows_by_source(survey)]
+    """Print a table of each source's domains. `cells` returns none if there is nothing to show of a domain."""
+    empty_cells, rows, source = [""] * len(columns), list[list[str]](), None
+    for name, row in survey["domains"].items():
+        if source_of(name) != source:
+            source = source_of(name)
+            rows.append([source, *empty_cells])
+        rows.append([f"  {subfolder_of(name)}", *(cells(row) or empty_cells)])
     _print_table(title, columns, rows)
 
 
