@@ -76,7 +76,9 @@ def _print_domain_table(
     title: str, columns: Sequence[str], survey: dict[str, Any], cells: Callable[[dict[str, Any]], list[str]]
 ) -> None:
     """Print a table of each source's domains. `cells` returns none if there is nothing to show of a domain."""
-    empty_cells, rows, source = [""] * len(columns), list[list[str]](), None
+    empty_cells = [""] * len(columns)
+    rows: list[list[str]] = []
+    source = None
     for name, row in survey["domains"].items():
         if source_of(name) != source:
             source = source_of(name)
