@@ -55,14 +55,14 @@ class EngineThread:
         """The engine with its tokenizer. This waits until the engine has started, and raises the error if it fails."""
         return self._started_answerer.result()
 
-    def answer_all(self, requests: Sequence[Request], stop_strings: Sequence[str]) -> list[Answer]:
+    def answer_all(self, requests: Sequence[Request]) -> list[Answer]:
         """Return the answers to several requests, which are computed together. Ctrl-C ends the computation.
 
         The engine's failure, or its close meanwhile, is an EngineError.
         """
 
         async def answer_all() -> list[Answer]:
-            return await asyncio.gather(*(self._answer(request, stop_strings) for request in requests))
+            return await asyncio.gather(*(self._answer(request) for request in requests))
 
         return self._run(answer_all())
 
@@ -76,23 +76,23 @@ class EngineThread:
             future.cancel()
             raise
 
-    async def _answer(self, request: Request, stop_strings: Sequence[str]) -> Answer:
-        piece = join_pieces([piece async for piece in self._pieces(request, stop_strings)])
+    async def _answer(self, request: Request) -> Answer:
+        piece = join_pieces([piece async for piece in self._pieces(request)])
         assert piece.finish_reason is not None
         return Answer(piece.text, piece.token_count, piece.finish_reason)
 
-    async def _pieces(self, request: Request, stop_strings: Sequence[str]) -> AsyncGenerator[AnswerPiece]:
-        async with self._slots, aclosing(self.answerer.answer(request, stop_strings)) as pieces:
+    async def _pieces(self, request: Request) -> AsyncGenerator[AnswerPiece]:
+        async with self._slots, aclosing(self.answerer.answer(request)) as pieces:
             async for piece in pieces:
                 yield piece
 
-    def pieces(self, request: Request, stop_strings: Sequence[str]) -> Iterator[AnswerPiece]:
+    def pieces(self, request: Request) -> Iterator[AnswerPiece]:
         """Yield the pieces of the answer to a request as they are generated; errors are those of `answer_all`."""
         queue = SimpleQueue[AnswerPiece | None]()
 
         async def collect() -> None:
             try:
-                async with aclosing(self._pieces(request, stop_strings)) as pieces:
+                async with aclosing(self._pieces(request)) as pieces:
                     async for piece in pieces:
                         queue.put(piece)
             finally:

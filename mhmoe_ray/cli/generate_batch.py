@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from mhmoe_ray.cluster.remote import SubmittedJob
     from mhmoe_ray.runs.directory import RunDir
     from mhmoe_ray.serving.batch.output import BatchOutput
-    from mhmoe_ray.serving.batch.request import BatchRequest, InputFile, SamplingOptions
+    from mhmoe_ray.serving.batch.request import BatchRequest, InputFile
     from mhmoe_ray.serving.batch.rows import AnswerCounts
+    from mhmoe_ray.serving.sampling import SamplingParams
     from mhmoe_ray.spec import DeploySpec
     from mhmoe_ray.storage import Location
 
@@ -74,7 +75,7 @@ def answer_file(
     run: str | None,
     checkpoint: str | None,
     storage: str,
-    sampling: "SamplingOptions",
+    sampling: "SamplingParams",
     options: BatchOptions,
     json: bool,
 ) -> None:
@@ -136,7 +137,7 @@ def _make_request(
     run: "RunDir",
     checkpoint: "Location",
     spec: "DeploySpec",
-    sampling: "SamplingOptions",
+    sampling: "SamplingParams",
     input_path: str,
     output: "BatchOutput",
     chunk_rows: int | None,

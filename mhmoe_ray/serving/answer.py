@@ -195,21 +195,19 @@ class Answerer(ServedText):
         """Raise ServeError if a prompt does not fit in the model's context."""
         check_length(prompt_ids, has_answer, self.engine.seq_len)
 
-    async def answer(
-        self, request: Request, stop_strings: Sequence[str] = (), echo: bool = False, added_tokens: int = 0
-    ) -> AsyncGenerator[AnswerPiece]:
+    async def answer(self, request: Request, echo: bool = False, added_tokens: int = 0) -> AsyncGenerator[AnswerPiece]:
         """Yield a piece of the answer for each update of the engine, the last one with the finish reason.
 
         The answer ends before the first stop string. With `echo`, the text begins with the prompt's. The first
         `added_tokens` of the prompt, which the client did not send, get no scores. Closing the generator early aborts
         the request. Errors are those of `Engine.generate`.
         """
-        stream = TextStream(self.decode, stop_strings, request.prompt_ids)
+        stream = TextStream(self.decode, request.sampling_params.stop, request.prompt_ids)
         token_count, opening = 0, self.decode(request.prompt_ids) if echo else ""
         async with aclosing(self.engine.generate(request)) as updates:
             async for update in updates:
                 scores: list[ScoredText] = []
-                if request.logprobs is not None:
+                if request.sampling_params.logprobs is not None:
                     scores += self._decode_scores(update.prompt_scores[added_tokens:], True)
                     scores += self._decode_scores(update.tokens, stream.at_start)
                 text, opening = opening, ""

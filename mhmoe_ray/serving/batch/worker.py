@@ -159,8 +159,8 @@ class ChunkWorker:
             answerer.check_length(ids, has_answer=True)
         except ServeError as e:
             return RowAnswer(prompt_tokens=prompt_tokens, error=f"{e.subject}: {e.reason}")
-        request = Request(tuple(ids), sampling.params(row), sampling.logprobs)
-        pieces = [piece async for piece in answerer.answer(request, sampling.stop)]
+        request = Request(tuple(ids), sampling.for_answer(row))
+        pieces = [piece async for piece in answerer.answer(request)]
         return RowAnswer.from_piece(join_pieces(pieces), prompt_tokens, sampling.logprobs is not None)
 
 

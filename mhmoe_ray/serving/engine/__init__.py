@@ -20,13 +20,13 @@ from mhmoe_ray.serving.engine.request import (
     EngineError,
     FinishReason,
     Request,
-    SamplingParams,
     ScoredToken,
     ServedEngine,
     Stats,
     TextEngine,
     Update,
 )
+from mhmoe_ray.serving.sampling import SamplingParams
 
 __all__ = [
     "BusyError",

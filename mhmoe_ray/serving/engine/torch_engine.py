@@ -184,8 +184,8 @@ class TorchEngine(ThreadedEngine[Sequence]):
             return Update(prompt_scores=prompt_scores, finish_reason="stop")
         scored_tokens = (
             [ScoredToken(token)]
-            if request.logprobs is None
-            else score_tokens(logits_RV[-1:], [token], request.logprobs)
+            if request.sampling_params.logprobs is None
+            else score_tokens(logits_RV[-1:], [token], request.sampling_params.logprobs)
         )
         return Update(
             tuple(scored_tokens),
@@ -208,7 +208,7 @@ def _score_prompt(chunk: TokenChunk, logits_RV: Tensor) -> list[ScoredToken]:
         return []
     scores = [ScoredToken(sequence.token_ids[0])] if chunk.start == 0 else []
     token_ids = sequence.token_ids[chunk.start + 1 : chunk.start + 1 + chunk.length]
-    return scores + score_tokens(logits_RV[: len(token_ids)], token_ids, request.logprobs or 0)
+    return scores + score_tokens(logits_RV[: len(token_ids)], token_ids, request.sampling_params.logprobs or 0)
 
 
 def start_engine(

@@ -17,9 +17,10 @@ from mhmoe_ray.serving.api.app import create_app
 from mhmoe_ray.serving.batch.input import check_rows, open_input
 from mhmoe_ray.serving.batch.output import BatchOutput
 from mhmoe_ray.serving.batch.pipeline import read_chunks
-from mhmoe_ray.serving.batch.request import BatchRequest, InputFile, SamplingOptions
+from mhmoe_ray.serving.batch.request import BatchRequest, InputFile
 from mhmoe_ray.serving.batch.worker import ChunkResult, ChunkWorker
 from mhmoe_ray.serving.load import load_answerer
+from mhmoe_ray.serving.sampling import SamplingParams
 from mhmoe_ray.spec import ServeSpec
 from mhmoe_ray.storage import describe_file
 
@@ -30,7 +31,7 @@ TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'critic' %}{{ raise_exception('no critics here') }}{% endif %}"
     "{{ message.role }}: {{ message.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
-GREEDY = SamplingOptions(max_tokens=12, temperature=0, top_p=1, seed=None, stop=(), logprobs=None)
+GREEDY = SamplingParams(max_tokens=12, temperature=0)
 PROMPTS = ["the quick brown", "", "über größte", "日本", "🦊🐕", "lazy dog\nthe fox ", " jumps", 'a "quoted" one']
 
 
@@ -99,7 +100,7 @@ def read_output(folder: Path) -> list[dict[str, Any]]:
 
 
 def make_request(
-    input_path: Path, checkpoint: Path, sampling: SamplingOptions = GREEDY, chunk_rows: int = 5
+    input_path: Path, checkpoint: Path, sampling: SamplingParams = GREEDY, chunk_rows: int = 5
 ) -> BatchRequest:
     """Check all rows of a file, and return a request for the answers to them."""
     source = open_input(str(input_path))

@@ -25,8 +25,9 @@ from mhmoe_ray.families.vision.serving.answer import (
 )
 from mhmoe_ray.serving.api.access import Client
 from mhmoe_ray.serving.api.errors import RequestError
-from mhmoe_ray.serving.api.schema import WHOLE_NUMBER, StrictRequest, Text
+from mhmoe_ray.serving.api.schema import StrictRequest
 from mhmoe_ray.serving.api.service import ModelService
+from mhmoe_ray.serving.sampling import Text, WholeNumber
 
 DEFAULT_CLASSES = 5
 """Number of classes in the answer to a request without `top_k`, as in transformers' pipelines."""
@@ -38,7 +39,7 @@ VisionService = ModelService[VisionAnswerer]
 class ClassificationParameters(StrictRequest):
     """Parameters of a request to /image-classification."""
 
-    top_k: Annotated[int, Field(ge=1), WHOLE_NUMBER] = DEFAULT_CLASSES
+    top_k: WholeNumber = Field(DEFAULT_CLASSES, ge=1)
     function_to_apply: ScoreFunction = "softmax"
 
 
