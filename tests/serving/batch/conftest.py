@@ -1,6 +1,7 @@
 """Fixtures of the tests of batch inference: a run with a chat template, and the answers of its server."""
 
 import json
+import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mhmoe_ray.serving.batch.input import check_rows, open_input
 from mhmoe_ray.serving.batch.output import BatchOutput
 from mhmoe_ray.serving.batch.pipeline import read_chunks
 from mhmoe_ray.serving.batch.request import BatchRequest, InputFile
-from mhmoe_ray.serving.batch.worker import ChunkResult, ChunkWorker
+from mhmoe_ray.serving.batch.worker import BLOCK_COLUMN, ChunkResult, ChunkWorker
 from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.serving.sampling import SamplingParams
 from mhmoe_ray.spec import ServeSpec
@@ -129,4 +130,4 @@ def answer_here(request: BatchRequest, folder: Path, spec: ServeSpec | None = No
     worker = ChunkWorker(request, spec or ServeSpec(max_concurrency=8), output)
     blocks = read_chunks(pa.table({}), request=request, missing_chunks=frozenset(output.missing_chunks(request)))
     results = [worker(block) for block in blocks]
-    return [ChunkResult.from_row(row) for result in results for row in result.to_pylist()]
+    return [pickle.loads(content) for result in results for content in result[BLOCK_COLUMN].to_pylist()]
