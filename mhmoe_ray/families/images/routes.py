@@ -12,7 +12,7 @@ from mhmoe_ray.serving.api.schema import StrictRequest
 from mhmoe_ray.serving.api.service import ModelService
 from mhmoe_ray.serving.api.stream import timeout_error
 from mhmoe_ray.serving.engine import EngineError
-from mhmoe_ray.serving.engine.client_request import ClientRequest
+from mhmoe_ray.serving.engine.round_engine import ClientRequest
 from mhmoe_ray.serving.sampling import Text
 
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 from mhmoe_ray.families.images.routes import RoutesRequest, image_request
 from mhmoe_ray.families.vision.serving.answer import (
     AdmittedRequest,
+    ClassScore,
     DetectedObject,
     ScoreFunction,
     TaskImage,
@@ -66,13 +67,6 @@ class ImageInput(StrictRequest, Generic[Parameters]):
     inputs: Text
     """The image in base64, or as a data URL."""
     parameters: Parameters | None = None
-
-
-class ClassScore(BaseModel):
-    """Class of an image, with the score that the model gives it."""
-
-    label: str
-    score: float
 
 
 class BoundingBox(BaseModel):
@@ -161,8 +155,7 @@ def vision_router(service: VisionService) -> APIRouter:
         name = _choose_task(answerer, task, "image-classification")
         async with _image_request(service, client, source) as request:
             output = await answerer.compute(request, name, await answerer.read(name, source))
-        scores = answerer.scores(name, output, parameters.function_to_apply)[: parameters.top_k]
-        return [ClassScore(label=label, score=score) for label, score in scores]
+        return answerer.scores(name, output, parameters.function_to_apply, parameters.top_k)
 
     @routes.post("/object-detection", openapi_extra=_body_description(DetectionParameters))
     async def object_detection(
