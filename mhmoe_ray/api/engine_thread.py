@@ -1,17 +1,16 @@
 """Text generation by a serving engine in this process, whose answers arrive in a thread with an event loop."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import aclosing, contextmanager
 from queue import SimpleQueue
 from threading import Thread, current_thread, main_thread
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 from mhmoe_ray.serving.answer import Answerer, AnswerPiece, join_pieces
 from mhmoe_ray.serving.engine import EngineError, FinishReason, Request
 
-T = TypeVar("T")
 CONCURRENCY = 16
 """Largest number of prompts that are answered at the same time."""
 
@@ -64,10 +63,7 @@ class EngineThread:
         async def answer_all() -> list[Answer]:
             return await asyncio.gather(*(self._answer(request) for request in requests))
 
-        return self._run(answer_all())
-
-    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        future = asyncio.run_coroutine_threadsafe(answer_all(), self._loop)
         try:
             with _report_close():
                 return future.result()

@@ -35,7 +35,7 @@ from mhmoe_ray.api.generation import (
 )
 from mhmoe_ray.api.model_source import ModelSource, checkpoint_source, folder_source
 from mhmoe_ray.api.run import Run
-from mhmoe_ray.checkpoint.manifest import CheckpointManifest, is_committed, read_manifest
+from mhmoe_ray.checkpoint.manifest import is_committed, read_manifest
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serving.answer import Answerer, AnswerPiece, ModelDetails, check_length
@@ -43,7 +43,6 @@ from mhmoe_ray.serving.engine import EngineError, Request
 from mhmoe_ray.serving.load import check_generates, check_predicts, token_limits
 from mhmoe_ray.serving.sampling import SamplingParams
 from mhmoe_ray.spec import ModelSpec, ServeSpec
-from mhmoe_ray.storage import Location
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,20 +82,12 @@ def load(
     folder = find_model_folder(model, default_storage() if storage is None else path_text(storage))
     if isinstance(folder, RunDir):
         path, manifest = pick_checkpoint(folder, checkpoint, verify_hashes=True, on_note=on_note)
-        return load_checkpoint(path, manifest, device, threads)
+        return LoadedModel(checkpoint_source(path, manifest), device, threads)
     refuse_checkpoint(checkpoint, path_text(model))
     if is_committed(folder):
         path = folder.absolute()
-        return load_checkpoint(path, read_manifest(path, parts=("weights",)), device, threads)
+        return LoadedModel(checkpoint_source(path, read_manifest(path, parts=("weights",))), device, threads)
     return LoadedModel(folder_source(Path(str(folder))), device, threads)
-
-
-def load_checkpoint(
-    checkpoint: Location, manifest: CheckpointManifest, device: Device = "cpu", threads: int | None = None
-) -> "LoadedModel":
-    """Return the model of a checkpoint, whose weights were already verified against `manifest`; errors are those of
-    `load`."""
-    return LoadedModel(checkpoint_source(checkpoint, manifest), device, threads)
 
 
 class LoadedModel:

@@ -4,6 +4,7 @@ This module has the command and answers a single prompt; generate_batch.py answe
 """
 
 import sys
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +21,6 @@ from mhmoe_ray.cli.common import (
     pick_checkpoint,
     print_json,
 )
-from mhmoe_ray.cli.generate_batch import BatchOptions, answer_file
 from mhmoe_ray.serving.sampling import MAX_LOGPROBS, MAX_TEMPERATURE, SamplingParams
 
 DEFAULTS = SamplingParams()
@@ -33,6 +33,49 @@ def _sampling_option(name: str, note: str = "", **settings: Any) -> Any:
     # Typer has no limits that are themselves excluded; 0 as --top-p is refused later.
     settings = {"min": limits.get("ge", limits.get("gt")), "max": limits.get("le"), **settings}
     return typer.Option(help=f"{field.description}{note}", **settings)
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """Options of `mhmoe generate` that apply only to a file of prompts; one that is not given is None, empty or
+    False."""
+
+    input: str | None = None
+    output: str | None = None
+    logprobs: int | None = None
+    engine: str | None = None
+    workers: int | None = None
+    cpus_per_worker: int | None = None
+    gpus_per_worker: int | None = None
+    chunk_rows: int | None = None
+    set: tuple[str, ...] = ()
+    address: str | None = None
+    detach: bool = False
+    cancel: bool = False
+    trust_run: bool = False
+
+    @property
+    def is_requested(self) -> bool:
+        """True if the user named a file of prompts or a folder for its answers."""
+        return self.input is not None or self.output is not None
+
+    def require_none(self) -> None:
+        """Check that a command about a single prompt has none of these options."""
+        for name, value in vars(self).items():
+            if value not in (None, (), False):
+                raise typer.BadParameter(
+                    f"--{name.replace('_', '-')} is about a file of prompts: name one with --input"
+                )
+
+    @property
+    def overrides(self) -> list[str]:
+        """Overrides of the spec's serve section, such as `serve.engine=vllm`, to which these options translate."""
+        values = {
+            "engine": self.engine,
+            "cpus_per_replica": self.cpus_per_worker,
+            "gpus_per_replica": self.gpus_per_worker,
+        }
+        return [*self.set, *(f"serve.{name}={value}" for name, value in values.items() if value is not None)]
 
 
 def generate(
@@ -135,6 +178,9 @@ def generate(
         raise typer.BadParameter("--prompt and --input: give one of them")
     if gpus:
         raise typer.BadParameter("--gpus is about a single prompt: with --input, give --gpus-per-worker")
+    # The import is here because only this case needs modules for clusters.
+    from mhmoe_ray.cli.generate_batch import answer_file
+
     answer_file(run, checkpoint, storage, sampling, options, json)
 
 
@@ -158,7 +204,8 @@ def _answer_prompt(
     """Print the answer to a single prompt, from standard input if it is None, which is computed in this process."""
     import os
 
-    from mhmoe_ray.api.model import load_checkpoint
+    from mhmoe_ray.api.model import LoadedModel
+    from mhmoe_ray.api.model_source import checkpoint_source
     from mhmoe_ray.errors import ServeError
     from mhmoe_ray.runs.directory import find_run
 
@@ -175,7 +222,7 @@ def _answer_prompt(
     if gpus:
         _require_gpu()
     pieces = []
-    with load_checkpoint(path, manifest, "cuda" if gpus else "cpu", threads=os.cpu_count()) as model:
+    with LoadedModel(checkpoint_source(path, manifest), "cuda" if gpus else "cpu", os.cpu_count()) as model:
         for piece in model.stream(text, **sampling.model_dump()):
             pieces.append(piece)
             if not json:

@@ -231,7 +231,7 @@ class Answerer(ServedText):
         # A decoder may drop the space at the start of a text. So the text of the first token that is not special comes
         # from the decoder, and not from its bytes.
         for token, logprob, alternatives in scored_tokens:
-            token_bytes, is_special = self._token_bytes[token], token in self.decode.special_ids
+            token_bytes, is_special = self._token_bytes[token], token in self.decode.special_texts
             text = self.decode([token]) if at_start or is_special else token_bytes.decode("utf-8", "replace")
             at_start &= is_special
             decoded_alternatives = [(self._token_bytes[other_token], logprob) for other_token, logprob in alternatives]

@@ -34,7 +34,7 @@ VALUES = {
 
 def test_every_field_can_be_given_to_the_command(monkeypatch):
     answered = []
-    monkeypatch.setattr("mhmoe_ray.cli.generate.answer_file", lambda *arguments: answered.append(arguments[3]))
+    monkeypatch.setattr("mhmoe_ray.cli.generate_batch.answer_file", lambda *arguments: answered.append(arguments[3]))
     command = ["generate", "--input", "in.jsonl", "--output", "out"]
     words = []
     for name, value in (VALUES | {"logit_bias": "3=-2.5"}).items():

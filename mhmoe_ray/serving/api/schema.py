@@ -246,16 +246,12 @@ class ChosenLogprob(TokenLogprob):
     def from_score(cls, score: ScoredText) -> "ChosenLogprob":
         """Return the log-probability of an answer's token from its score."""
         assert score.logprob is not None
-        alternatives = [
-            TokenLogprob(token=format_token(token_bytes), logprob=logprob, bytes=list(token_bytes))
-            for token_bytes, logprob in score.alternatives
-        ]
-        return cls(
-            token=format_token(score.token_bytes),
-            logprob=score.logprob,
-            bytes=list(score.token_bytes),
-            top_logprobs=alternatives,
-        )
+        alternatives = [TokenLogprob(**_token_fields(*alternative)) for alternative in score.alternatives]
+        return cls(**_token_fields(score.token_bytes, score.logprob), top_logprobs=alternatives)
+
+
+def _token_fields(token_bytes: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": format_token(token_bytes), "logprob": logprob, "bytes": list(token_bytes)}
 
 
 class ChatLogprobs(BaseModel):
