@@ -20,11 +20,11 @@ from tests.support.paged import logits_in_parts
 GREEDY = SamplingParams(max_tokens=20, temperature=0)
 
 
-def create_engine(model, **overrides):
+def create_engine(model, seq_len=SEQ_LEN, **overrides):
     """Return an engine in float32 without end tokens, for 32 concurrent requests; `overrides` change its settings."""
     make_batch_invariant(model, torch.float32)
-    settings = {"max_concurrency": 32, "max_waiting": 1000, "threads": 1, **overrides}
-    return TorchEngine(model, torch.float32, frozenset(), TOKENIZER_SIZE, settings.pop("seq_len", SEQ_LEN), **settings)
+    spec = ServeSpec(**{"max_concurrency": 32, "max_waiting": 1000, "cpus_per_replica": 1, **overrides})
+    return TorchEngine(model, frozenset(), TOKENIZER_SIZE, seq_len, spec)
 
 
 @pytest.fixture(scope="module")

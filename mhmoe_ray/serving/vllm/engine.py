@@ -68,7 +68,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
 
         A model that vLLM cannot compute or shard is a ServeError, and a failing start an EngineError.
         """
-        super().__init__(manifest.seq_len, spec.max_concurrency, spec.max_waiting)
+        super().__init__(manifest.seq_len, spec)
         self._on_cpu = current_platform.is_cpu()
         check_fits(manifest.model, self._on_cpu, spec.tensor_parallel, spec.expert_parallel)
         self._checkpoint, self._manifest, self._stop_token_ids, self._tokenizer_size = (
@@ -77,7 +77,6 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
             stop_token_ids,
             tokenizer_size,
         )
-        self._spec = spec
         self._waiting_queue = FairQueue[_VllmRequest]()
         self._running: dict[str, _VllmRequest] = {}
         self._stat_logger = _StatLogger()
@@ -182,7 +181,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
     def _run_round(self) -> bool:
         with self._condition:
             self._end_abandoned_requests()
-            while len(self._waiting_queue) and len(self._running) < self._max_concurrency:
+            while len(self._waiting_queue) and len(self._running) < self._spec.max_concurrency:
                 self._start_request(self._waiting_queue.pop())
             if self._is_closed:
                 return False
