@@ -36,9 +36,10 @@ from mhmoe_ray.api.generation import (
 from mhmoe_ray.api.model_source import ModelSource, checkpoint_source, folder_source
 from mhmoe_ray.api.run import Run
 from mhmoe_ray.checkpoint.manifest import is_committed, read_manifest
+from mhmoe_ray.data.tokenizer import token_count
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.serving.answer import Answerer, AnswerPiece, ModelDetails, check_length
+from mhmoe_ray.serving.answer import Answerer, AnswerPiece, ModelDetails, check_biases, check_length
 from mhmoe_ray.serving.engine import EngineError, Request
 from mhmoe_ray.serving.load import check_generates, check_predicts, token_limits
 from mhmoe_ray.serving.sampling import SamplingParams
@@ -222,6 +223,7 @@ class LoadedModel:
         check_generates(self.spec)
         ids = self.encode(prompt)
         check_length(ids, has_answer=True, seq_len=self.seq_len)
+        check_biases(sampling, token_count(self.tokenizer))
         return Request(tuple(ids), sampling)
 
     def logits(self, text: str | TokenIds, domain: str | None = None) -> "Tensor":

@@ -15,6 +15,7 @@ from mhmoe_ray.planner.sizes import compute_sizes
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serving.detokenizer import TextDecoder, TextStream, TokenBytes
 from mhmoe_ray.serving.engine import Engine, FinishReason, Request, ScoredToken, ServedEngine, TextEngine
+from mhmoe_ray.serving.sampling import SamplingParams
 from mhmoe_ray.spec import ModelSpec
 
 
@@ -108,6 +109,13 @@ def check_length(prompt_ids: Sequence[int], has_answer: bool, seq_len: int) -> N
     if len(prompt_ids) + has_answer > seq_len:
         reason = f"it has {len(prompt_ids)} tokens, and prompt and answer together may have {seq_len}"
         raise ServeError("the prompt", reason, "shorten it")
+
+
+def check_biases(sampling: SamplingParams, tokenizer_size: int) -> None:
+    """Raise ServeError if a bias is for a token that the tokenizer does not have."""
+    if unknown_token := next((token for token in sampling.logit_bias if token >= tokenizer_size), None):
+        reason = f"there is no token {unknown_token}; there are {tokenizer_size}"
+        raise ServeError("logit_bias", reason, "give tokens of the model")
 
 
 class PromptEncoder:

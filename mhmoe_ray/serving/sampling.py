@@ -78,7 +78,7 @@ class SamplingParams(CommonSampling):
 
     max_tokens: WholeNumber = Field(128, ge=1)
     """Largest number of tokens of the answer."""
-    logit_bias: dict[int, Bias] = {}
+    logit_bias: dict[Annotated[int, Field(ge=0)], Bias] = {}
     """Amounts added to the logits of tokens, by token id."""
     logprobs: LogprobCount | None = None
     """Report log-probabilities of tokens, and this number of likeliest alternatives."""

@@ -219,6 +219,8 @@ def test_mistakes_are_one_line(run, model, tmp_path):
         ({"temperature": "x"}, "temperature: it is 'x'; give a number"),
         ({"seed": "x"}, "seed: it is 'x'; give a whole number"),
         ({"logit_bias": {1: 101}}, "logit_bias: it is 101; give at most 100"),
+        ({"logit_bias": {-1: 1}}, "logit_bias: it is -1; give at least 0"),
+        ({"logit_bias": {320: 1}}, "logit_bias: there is no token 320; there are 320"),
         ({"logprobs": 21}, "logprobs: it is 21; give at most 20"),
         ({"stop": [5]}, "stop: 5 is not a text"),
         ({"stop": ""}, "stop: an empty text would end every answer at once"),

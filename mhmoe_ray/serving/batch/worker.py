@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from mhmoe_ray.errors import MhmoeError, ServeError
-from mhmoe_ray.serving.answer import join_pieces
+from mhmoe_ray.serving.answer import check_biases, join_pieces
 from mhmoe_ray.serving.batch.formats import FORMATS
 from mhmoe_ray.serving.batch.output import BatchOutput
 from mhmoe_ray.serving.batch.request import BatchRequest
@@ -82,6 +82,7 @@ class ChunkWorker:
         self._load_error: MhmoeError | None = None
         try:
             self._answerer = load_answerer(location(request.checkpoint), spec)
+            check_biases(request.sampling, self._answerer.tokenizer_size)
         # An error in the constructor of an actor loses its type, so the first chunk reports it.
         except MhmoeError as e:
             self._load_error = e
