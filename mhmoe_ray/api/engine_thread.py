@@ -1,17 +1,16 @@
 """Text generation by a serving engine in this process, whose answers arrive in a thread with an event loop."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import aclosing, contextmanager
 from queue import SimpleQueue
 from threading import Thread, current_thread, main_thread
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 from mhmoe_ray.serving.answer import Answerer, AnswerPiece, join_pieces
 from mhmoe_ray.serving.engine import EngineError, FinishReason, Request
 
-T = TypeVar("T")
 CONCURRENCY = 16
 """Largest number of prompts that are answered at the same time."""
 
@@ -55,19 +54,16 @@ class EngineThread:
         """The engine with its tokenizer. This waits until the engine has started, and raises the error if it fails."""
         return self._started_answerer.result()
 
-    def answer_all(self, requests: Sequence[Request], stop_strings: Sequence[str]) -> list[Answer]:
+    def answer_all(self, requests: Sequence[Request]) -> list[Answer]:
         """Return the answers to several requests, which are computed together. Ctrl-C ends the computation.
 
         The engine's failure, or its close meanwhile, is an EngineError.
         """
 
         async def answer_all() -> list[Answer]:
-            return await asyncio.gather(*(self._answer(request, stop_strings) for request in requests))
+            return await asyncio.gather(*(self._answer(request) for request in requests))
 
-        return self._run(answer_all())
-
-    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        future = asyncio.run_coroutine_threadsafe(answer_all(), self._loop)
         try:
             with _report_close():
                 return future.result()
@@ -76,23 +72,23 @@ class EngineThread:
             future.cancel()
             raise
 
-    async def _answer(self, request: Request, stop_strings: Sequence[str]) -> Answer:
-        piece = join_pieces([piece async for piece in self._pieces(request, stop_strings)])
+    async def _answer(self, request: Request) -> Answer:
+        piece = join_pieces([piece async for piece in self._pieces(request)])
         assert piece.finish_reason is not None
         return Answer(piece.text, piece.token_count, piece.finish_reason)
 
-    async def _pieces(self, request: Request, stop_strings: Sequence[str]) -> AsyncGenerator[AnswerPiece]:
-        async with self._slots, aclosing(self.answerer.answer(request, stop_strings)) as pieces:
+    async def _pieces(self, request: Request) -> AsyncGenerator[AnswerPiece]:
+        async with self._slots, aclosing(self.answerer.answer(request)) as pieces:
             async for piece in pieces:
                 yield piece
 
-    def pieces(self, request: Request, stop_strings: Sequence[str]) -> Iterator[AnswerPiece]:
+    def pieces(self, request: Request) -> Iterator[AnswerPiece]:
         """Yield the pieces of the answer to a request as they are generated; errors are those of `answer_all`."""
         queue = SimpleQueue[AnswerPiece | None]()
 
         async def collect() -> None:
             try:
-                async with aclosing(self._pieces(request, stop_strings)) as pieces:
+                async with aclosing(self._pieces(request)) as pieces:
                     async for piece in pieces:
                         queue.put(piece)
             finally:

@@ -1,12 +1,14 @@
 """Checks of the arguments that users give for text generation; a wrong argument is a ServeError."""
 
 from collections.abc import Mapping, Sequence
-from math import inf
-from numbers import Integral, Real
-from typing import Any
+from numbers import Integral
+from typing import Any, TypedDict, Unpack
+
+from pydantic import ValidationError
 
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serving.api.schema import parse_messages
+from mhmoe_ray.serving.sampling import SamplingParams
 
 Messages = Sequence[Mapping[str, str]]
 """Conversation: messages with a `role` and a `content`, up to where the assistant's next answer begins."""
@@ -67,46 +69,43 @@ def _plain_list(value: Any, fix: str) -> list[Any]:
     return list(value)
 
 
-def checked_sampling(
-    max_tokens: int, temperature: float, top_p: float, top_k: int, min_p: float, seed: int | None
-) -> dict[str, Any]:
-    """Return sampling parameters as fields of `SamplingParams` by name, after checking their types and ranges."""
-    fields: dict[str, Any] = {
-        "max_tokens": _checked_number("max_tokens", max_tokens, Integral),
-        "temperature": _checked_number("temperature", temperature, Real),
-        "top_p": _checked_number("top_p", top_p, Real),
-        "top_k": _checked_number("top_k", top_k, Integral),
-        "min_p": _checked_number("min_p", min_p, Real),
-        "seed": None if seed is None else _checked_number("seed", seed, Integral),
-    }
-    for name, is_valid, expected_range in (
-        ("max_tokens", max_tokens >= 1, "at least 1"),
-        ("temperature", 0 <= temperature < inf, "0 or more"),
-        ("top_p", 0 < top_p <= 1, "more than 0 and at most 1"),
-        ("top_k", top_k >= 0, "0 or more"),
-        ("min_p", 0 <= min_p <= 1, "0 to 1"),
-    ):
-        if not is_valid:
-            raise ServeError(name, f"it is {fields[name]}", f"give {expected_range}")
-    return fields
+class SamplingArguments(TypedDict, total=False):
+    """Sampling parameters as keyword arguments; `SamplingParams` has their ranges, defaults and texts."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: dict[int, float]
+    seed: int | None
+    stop: str | Sequence[str]
+    logprobs: int | None
 
 
-def _checked_number(name: str, value: object, number_type: type[Integral] | type[Real]) -> int | float:
-    """Return a number from any library, such as numpy, as a Python int or float."""
-    if isinstance(value, Integral):
-        return int(value)
-    if isinstance(value, Real) and number_type is Real:
-        return float(value)
-    raise ServeError(name, f"it is {value!r}", f"give a {'whole ' if number_type is Integral else ''}number")
+_TYPE_WORDS = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "dict_type": "amounts by token id",
+}
+_LIMIT_WORDS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
 
 
-def stop_texts(stop: str | Sequence[str]) -> list[str]:
-    """Return the texts that end an answer as a list. An empty text, which would end every answer at once, is an
-    error."""
-    texts = [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, Sequence) else [stop]
-    for text in texts:
-        if not isinstance(text, str):
-            raise ServeError("stop", f"{text!r} is not a text", "give a text, or a list of texts")
-        if not text:
-            raise ServeError("stop", "an empty text would end every answer at once", "leave it out")
-    return texts
+def checked_sampling(**arguments: Unpack[SamplingArguments]) -> SamplingParams:
+    """Return sampling parameters after checking their types and ranges."""
+    try:
+        return SamplingParams(**arguments)  # type: ignore[arg-type]  # a validator takes a single stop text
+    except ValidationError as e:
+        error = e.errors()[0]
+    name, kind, value = str(error["loc"][0]), error["type"], error["input"]
+    if kind == "extra_forbidden":
+        raise TypeError(f"got an unexpected keyword argument {name!r}")
+    if kind == "string_too_short":
+        raise ServeError(name, "an empty text would end every answer at once", "leave it out")
+    if name == "stop":
+        raise ServeError(name, f"{value!r} is not a text", "give a text, or a list of texts")
+    limits = [f"{_LIMIT_WORDS[key]} {limit:.10g}" for key, limit in error.get("ctx", {}).items()]
+    raise ServeError(name, f"it is {value!r}", f"give {_TYPE_WORDS.get(kind) or limits[0]}")

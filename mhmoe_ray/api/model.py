@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Literal, Self, Unpack, overload
 
 from tokenizers import Tokenizer
 
@@ -24,6 +24,7 @@ from mhmoe_ray.api.engine_thread import CONCURRENCY, Answer, EngineThread, close
 from mhmoe_ray.api.generation import (
     Messages,
     Prompt,
+    SamplingArguments,
     TokenIds,
     are_token_ids,
     checked_messages,
@@ -31,24 +32,18 @@ from mhmoe_ray.api.generation import (
     checked_text,
     prompt_elements,
     split_prompts,
-    stop_texts,
 )
 from mhmoe_ray.api.model_source import ModelSource, checkpoint_source, folder_source
 from mhmoe_ray.api.run import Run
-from mhmoe_ray.checkpoint.manifest import CheckpointManifest, is_committed, read_manifest
+from mhmoe_ray.checkpoint.manifest import is_committed, read_manifest
+from mhmoe_ray.data.tokenizer import token_count
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.serving.answer import (
-    Answerer,
-    AnswerPiece,
-    ModelDetails,
-    check_length,
-)
-from mhmoe_ray.serving.engine import EngineError, Request, SamplingParams
-from mhmoe_ray.serving.engine.request import derived_seed
+from mhmoe_ray.serving.answer import Answerer, AnswerPiece, ModelDetails, check_biases, check_length
+from mhmoe_ray.serving.engine import EngineError, Request
 from mhmoe_ray.serving.load import check_generates, check_predicts, token_limits
+from mhmoe_ray.serving.sampling import SamplingParams
 from mhmoe_ray.spec import ModelSpec, ServeSpec
-from mhmoe_ray.storage import Location
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,20 +83,12 @@ def load(
     folder = find_model_folder(model, default_storage() if storage is None else path_text(storage))
     if isinstance(folder, RunDir):
         path, manifest = pick_checkpoint(folder, checkpoint, verify_hashes=True, on_note=on_note)
-        return load_checkpoint(path, manifest, device, threads)
+        return LoadedModel(checkpoint_source(path, manifest), device, threads)
     refuse_checkpoint(checkpoint, path_text(model))
     if is_committed(folder):
         path = folder.absolute()
-        return load_checkpoint(path, read_manifest(path, parts=("weights",)), device, threads)
+        return LoadedModel(checkpoint_source(path, read_manifest(path, parts=("weights",))), device, threads)
     return LoadedModel(folder_source(Path(str(folder))), device, threads)
-
-
-def load_checkpoint(
-    checkpoint: Location, manifest: CheckpointManifest, device: Device = "cpu", threads: int | None = None
-) -> "LoadedModel":
-    """Return the model of a checkpoint, whose weights were already verified against `manifest`; errors are those of
-    `load`."""
-    return LoadedModel(checkpoint_source(checkpoint, manifest), device, threads)
 
 
 class LoadedModel:
@@ -174,44 +161,15 @@ class LoadedModel:
         return self._source.encoder.encode_chat(self._source.template, messages)
 
     @overload
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int = ...,
-        temperature: float = ...,
-        top_p: float = ...,
-        top_k: int = ...,
-        min_p: float = ...,
-        seed: int | None = ...,
-        stop: str | Sequence[str] = ...,
-    ) -> Answer: ...
+    def generate(self, prompt: Prompt, **sampling: Unpack[SamplingArguments]) -> Answer: ...
 
     @overload
     def generate(
-        self,
-        prompt: list[str] | Sequence[Messages] | Sequence[TokenIds],
-        *,
-        max_tokens: int = ...,
-        temperature: float = ...,
-        top_p: float = ...,
-        top_k: int = ...,
-        min_p: float = ...,
-        seed: int | None = ...,
-        stop: str | Sequence[str] = ...,
+        self, prompt: list[str] | Sequence[Messages] | Sequence[TokenIds], **sampling: Unpack[SamplingArguments]
     ) -> list[Answer]: ...
 
     def generate(
-        self,
-        prompt: Prompt | Sequence[Prompt],
-        *,
-        max_tokens: int = 128,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        self, prompt: Prompt | Sequence[Prompt], **sampling: Unpack[SamplingArguments]
     ) -> Answer | list[Answer]:
         """Return the answer to a prompt, or the answers to a list of prompts, which are computed together.
 
@@ -220,40 +178,33 @@ class LoadedModel:
         Args:
             prompt: a text to continue; a conversation, as a list of messages like {"role": "user", "content": "..."};
                 token ids, before which no start token is added; or a list of such prompts.
-            max_tokens: largest number of tokens of an answer. Prompt and answer have at most `seq_len` tokens in any
-                case; both limits give the finish reason "length".
-            temperature: sampling temperature; 0 takes the most likely token each time.
-            top_p: total probability of the smallest set of most likely tokens to draw from.
-            top_k: number of most likely tokens to draw from; 0 draws from all.
-            min_p: smallest probability of a token to draw from, as a share of the most likely token's.
-            seed: seed of the random draws, from which each prompt of a list derives its own; None for a random one.
-                Equal seeds give equal answers.
-            stop: text that ends an answer and is not part of it, or a list of such texts.
+            sampling: sampling parameters by name, with these defaults:
+                max_tokens=128: largest number of tokens of an answer. Prompt and answer have at most `seq_len` tokens
+                    in any case; both limits give the finish reason "length".
+                temperature=1.0: sampling temperature; 0 takes the most likely token each time.
+                top_p=1.0: total probability of the smallest set of most likely tokens to draw from.
+                top_k=0: number of most likely tokens to draw from; 0 draws from all.
+                min_p=0.0: smallest probability of a token to draw from, as a share of the most likely token's.
+                presence_penalty=0.0: amount subtracted from the logit of each token of the answer, -2 to 2.
+                frequency_penalty=0.0: amount subtracted for each time that the answer has the token, -2 to 2.
+                logit_bias={}: amounts added to the logits of tokens, -100 to 100, by token id.
+                seed=None: seed of the random draws, from which each prompt of a list derives its own; None for a random
+                    one. Equal seeds give equal answers.
+                stop=(): text that ends an answer and is not part of it, or a list of such texts.
+                logprobs=None: number of most likely tokens to score beside each token; `stream` returns the scores.
 
         Raises:
             ServeError: a prompt does not fit, a parameter is out of its range, the model cannot generate text or has no
                 chat template, or the engine failed.
         """
         prompts, is_single = split_prompts(prompt)
-        sampling = checked_sampling(max_tokens, temperature, top_p, top_k, min_p, seed)
-        stop_strings = stop_texts(stop)
-        requests = [self._request(item, sampling, index) for index, item in enumerate(prompts)]
+        params = checked_sampling(**sampling)
+        requests = [self._request(item, params.for_answer(index)) for index, item in enumerate(prompts)]
         with self._report_engine_errors():
-            answers = self._start_engine().answer_all(requests, stop_strings)
+            answers = self._start_engine().answer_all(requests)
         return answers[0] if is_single else answers
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int = 128,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-    ) -> Iterator[AnswerPiece]:
+    def stream(self, prompt: Prompt, **sampling: Unpack[SamplingArguments]) -> Iterator[AnswerPiece]:
         """Return the pieces of the answer to a prompt, each as soon as it is generated; for arguments see `generate`.
 
         The last piece has the finish reason. Closing the iterator early ends the computation.
@@ -261,21 +212,19 @@ class LoadedModel:
         Raises:
             ServeError: as in `generate`; a failure of the engine is raised when the next piece is asked for.
         """
-        sampling = checked_sampling(max_tokens, temperature, top_p, top_k, min_p, seed)
-        return self._pieces(self._request(prompt, sampling, 0), stop_texts(stop))
+        return self._pieces(self._request(prompt, checked_sampling(**sampling)))
 
-    def _pieces(self, request: Request, stop_strings: Sequence[str]) -> Iterator[AnswerPiece]:
+    def _pieces(self, request: Request) -> Iterator[AnswerPiece]:
         """Yield the pieces of the answer to a request. The generator keeps the model and its engine alive."""
         with self._report_engine_errors():
-            yield from self._start_engine().pieces(request, stop_strings)
+            yield from self._start_engine().pieces(request)
 
-    def _request(self, prompt: Prompt, sampling: dict[str, Any], index: int) -> Request:
-        """Return the request for one prompt, whose seed is derived from that in `sampling` and its `index`."""
+    def _request(self, prompt: Prompt, sampling: SamplingParams) -> Request:
         check_generates(self.spec)
         ids = self.encode(prompt)
         check_length(ids, has_answer=True, seq_len=self.seq_len)
-        seed = derived_seed(sampling["seed"], index)
-        return Request(tuple(ids), SamplingParams(**{**sampling, "seed": seed}))
+        check_biases(sampling, token_count(self.tokenizer))
+        return Request(tuple(ids), sampling)
 
     def logits(self, text: str | TokenIds, domain: str | None = None) -> "Tensor":
         """Return the logits for the next token after each token of a text, computed in float32.
@@ -313,8 +262,9 @@ class LoadedModel:
 
     def close(self) -> None:
         """End the engine and release the weights. A closed model cannot be used any more."""
-        self._is_closed = True
-        engine, self._engine, self._decoder = self._engine, None, None
+        with self._lock:
+            self._is_closed = True
+            engine, self._engine, self._decoder = self._engine, None, None
         if self._finalizer is not None:
             self._finalizer.detach()
         if engine is not None:
@@ -362,7 +312,10 @@ class LoadedModel:
             # This waits until the engine has started, which may take long, and raises the error if it fails.
             _ = engine.answerer
         except Exception:
-            self._engine = None
+            with self._lock:
+                # Another thread may have closed the model meanwhile, or started the engine again.
+                if self._engine is engine:
+                    self._engine = None
             raise
         return engine
 

@@ -4,7 +4,8 @@ This module has the command and answers a single prompt; generate_batch.py answe
 """
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import typer
 
@@ -20,23 +21,79 @@ from mhmoe_ray.cli.options import (
     TrustOption,
 )
 from mhmoe_ray.cli.output import print_json, print_note
+from mhmoe_ray.serving.sampling import MAX_LOGPROBS, MAX_TEMPERATURE, SamplingParams
 
-if TYPE_CHECKING:
-    from mhmoe_ray.serving.batch.request import SamplingOptions
+DEFAULTS = SamplingParams()
+
+
+def _sampling_option(name: str, note: str = "", **settings: Any) -> Any:
+    """Return the option for a sampling parameter, with its range and text."""
+    field = SamplingParams.model_fields[name]
+    limits = {key: getattr(limit, key) for limit in field.metadata for key in ("ge", "gt", "le") if hasattr(limit, key)}
+    # Typer has no limits that are themselves excluded; 0 as --top-p is refused later.
+    settings = {"min": limits.get("ge", limits.get("gt")), "max": limits.get("le"), **settings}
+    return typer.Option(help=f"{field.description}{note}", **settings)
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """Options of `mhmoe generate` that apply only to a file of prompts; one that is not given is None, empty or
+    False."""
+
+    input: str | None = None
+    output: str | None = None
+    logprobs: int | None = None
+    engine: str | None = None
+    workers: int | None = None
+    cpus_per_worker: int | None = None
+    gpus_per_worker: int | None = None
+    chunk_rows: int | None = None
+    set: tuple[str, ...] = ()
+    address: str | None = None
+    detach: bool = False
+    cancel: bool = False
+    trust_run: bool = False
+
+    @property
+    def is_requested(self) -> bool:
+        """True if the user named a file of prompts or a folder for its answers."""
+        return self.input is not None or self.output is not None
+
+    def require_none(self) -> None:
+        """Check that a command about a single prompt has none of these options."""
+        for name, value in vars(self).items():
+            if value not in (None, (), False):
+                raise typer.BadParameter(
+                    f"--{name.replace('_', '-')} is about a file of prompts: name one with --input"
+                )
+
+    @property
+    def overrides(self) -> list[str]:
+        """Overrides of the spec's serve section, such as `serve.engine=vllm`, to which these options translate."""
+        values = {
+            "engine": self.engine,
+            "cpus_per_replica": self.cpus_per_worker,
+            "gpus_per_replica": self.gpus_per_worker,
+        }
+        return [*self.set, *(f"serve.{name}={value}" for name, value in values.items() if value is not None)]
 
 
 def generate(
     run: RunArg = None,
     prompt: Annotated[str | None, typer.Option(help="Text to continue; read from standard input by default.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer, at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 takes the most likely token each time.")] = 1.0,
-    top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens of this total probability.")
-    ] = 1.0,
-    seed: Annotated[
-        int | None, typer.Option(help="Equal seeds give equal answers; each row of --input has a seed of its own.")
-    ] = None,
-    stop: Annotated[list[str], typer.Option(help="Text that ends an answer and is not part of it.")] = [],  # noqa: B006 - typer needs the list
+    max_tokens: Annotated[int, _sampling_option("max_tokens")] = DEFAULTS.max_tokens,
+    temperature: Annotated[float, _sampling_option("temperature", max=MAX_TEMPERATURE)] = DEFAULTS.temperature,
+    top_p: Annotated[float, _sampling_option("top_p")] = DEFAULTS.top_p,
+    top_k: Annotated[int, _sampling_option("top_k")] = DEFAULTS.top_k,
+    min_p: Annotated[float, _sampling_option("min_p")] = DEFAULTS.min_p,
+    presence_penalty: Annotated[float, _sampling_option("presence_penalty")] = DEFAULTS.presence_penalty,
+    frequency_penalty: Annotated[float, _sampling_option("frequency_penalty")] = DEFAULTS.frequency_penalty,
+    logit_bias: Annotated[list[str], _sampling_option("logit_bias", metavar="TOKEN=BIAS")] = [],  # noqa: B006 - typer needs the list
+    seed: Annotated[int | None, _sampling_option("seed")] = DEFAULTS.seed,
+    stop: Annotated[list[str], _sampling_option("stop")] = DEFAULTS.stop,
+    logprobs: Annotated[
+        int | None, _sampling_option("logprobs", note=" Only with --input.", min=0, max=MAX_LOGPROBS)
+    ] = DEFAULTS.logprobs,
     gpus: Annotated[int, typer.Option(min=0, max=1, help="GPUs of this machine to compute a single prompt on.")] = 0,
     input_: Annotated[
         str | None,
@@ -48,10 +105,6 @@ def generate(
     ] = None,
     output: Annotated[
         str | None, typer.Option(help="With --input: folder of the answers; a path or s3://, gs://.")
-    ] = None,
-    logprobs: Annotated[
-        int | None,
-        typer.Option(min=0, max=20, help="With --input: log-probabilities of tokens, and this number of alternatives."),
     ] = None,
     engine: Annotated[
         str | None, typer.Option(help="With --input: torch or vllm; by default that of the run's serve section.")
@@ -83,14 +136,24 @@ def generate(
     job, or continues with what is missing. For example `mhmoe generate --input prompts.jsonl --output answers --workers
     4`.
     """
-    from mhmoe_ray.serving.batch.request import SamplingOptions
+    from mhmoe_ray.api.generation import checked_sampling
 
     if not top_p:
         raise typer.BadParameter("--top-p 0: nothing is left to draw from; give more than 0")
     if not all(stop):
         raise typer.BadParameter("--stop '': an empty text would end every answer at once; leave it out")
-    sampling = SamplingOptions(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=tuple(stop), logprobs=logprobs
+    sampling = checked_sampling(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=dict(map(_parse_bias, logit_bias)),
+        seed=seed,
+        stop=stop,
+        logprobs=logprobs,
     )
     options = BatchOptions(
         input=input_,
@@ -115,13 +178,23 @@ def generate(
         raise typer.BadParameter("--prompt and --input: give one of them")
     if gpus:
         raise typer.BadParameter("--gpus is about a single prompt: with --input, give --gpus-per-worker")
+    # The import is here because only this case needs modules for clusters.
+
     answer_file(run, checkpoint, storage, sampling, options, json)
+
+
+def _parse_bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError as e:
+        raise typer.BadParameter(f"--logit-bias {text}: give a token id and an amount, such as 17=-100") from e
 
 
 def _answer_prompt(
     run: str | None,
     prompt: str | None,
-    sampling: "SamplingOptions",
+    sampling: SamplingParams,
     gpus: int,
     checkpoint: str | None,
     storage: str,
@@ -131,7 +204,8 @@ def _answer_prompt(
     import os
 
     from mhmoe_ray.api.checkpoints import pick_checkpoint
-    from mhmoe_ray.api.model import load_checkpoint
+    from mhmoe_ray.api.model import LoadedModel
+    from mhmoe_ray.api.model_source import checkpoint_source
     from mhmoe_ray.errors import ServeError
     from mhmoe_ray.runs.directory import find_run
 
@@ -148,15 +222,8 @@ def _answer_prompt(
     if gpus:
         _require_gpu()
     pieces = []
-    with load_checkpoint(path, manifest, "cuda" if gpus else "cpu", threads=os.cpu_count()) as model:
-        for piece in model.stream(
-            text,
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            stop=sampling.stop,
-        ):
+    with LoadedModel(checkpoint_source(path, manifest), "cuda" if gpus else "cpu", os.cpu_count()) as model:
+        for piece in model.stream(text, **sampling.model_dump()):
             pieces.append(piece)
             if not json:
                 print(piece.text, end="", flush=True)

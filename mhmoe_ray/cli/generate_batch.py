@@ -2,23 +2,31 @@
 
 import shlex
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
+from mhmoe_ray.api import connection as checks
+from mhmoe_ray.api.serve_target import resolve_target
+from mhmoe_ray.checkpoint.manifest import MANIFEST, is_committed, stored_manifest
+from mhmoe_ray.cli.generate import BatchOptions
 from mhmoe_ray.cli.output import follow_job, note, out, print_json, print_note
-
-if TYPE_CHECKING:
-    from mhmoe_ray.cluster.connect import Connection
-    from mhmoe_ray.cluster.remote import SubmittedJob
-    from mhmoe_ray.runs.directory import RunDir
-    from mhmoe_ray.serving.batch.output import BatchOutput
-    from mhmoe_ray.serving.batch.request import BatchRequest, InputFile, SamplingOptions
-    from mhmoe_ray.serving.batch.rows import AnswerCounts
-    from mhmoe_ray.spec import DeploySpec
-    from mhmoe_ray.storage import Location
+from mhmoe_ray.cluster import remote
+from mhmoe_ray.cluster.connect import connect_if_running
+from mhmoe_ray.cluster.jobs import find_alive, is_alive, stop
+from mhmoe_ray.errors import DataError, ServeError
+from mhmoe_ray.runs import events
+from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.serving.batch.input import check_rows, open_input
+from mhmoe_ray.serving.batch.job import OUTPUT_KEY, BatchJob
+from mhmoe_ray.serving.batch.output import BatchOutput
+from mhmoe_ray.serving.batch.request import CHUNK_ROWS, BatchRequest, InputFile
+from mhmoe_ray.serving.batch.rows import AnswerCounts
+from mhmoe_ray.serving.load import check_generates
+from mhmoe_ray.serving.sampling import SamplingParams
+from mhmoe_ray.spec import DeploySpec
+from mhmoe_ray.storage import Location, describe_file, location
 
 NOTED_BYTES = 20_000_000
 """Size in bytes from which an input file takes so long to check that the command announces the check."""
@@ -26,54 +34,11 @@ POLL_SECONDS = 0.5
 """Seconds between two requests that ask the cluster whether a job has ended."""
 
 
-@dataclass(frozen=True)
-class BatchOptions:
-    """Options of `mhmoe generate` that apply only to a file of prompts; one that is not given is None, empty or
-    False."""
-
-    input: str | None = None
-    output: str | None = None
-    logprobs: int | None = None
-    engine: str | None = None
-    workers: int | None = None
-    cpus_per_worker: int | None = None
-    gpus_per_worker: int | None = None
-    chunk_rows: int | None = None
-    set: tuple[str, ...] = ()
-    address: str | None = None
-    detach: bool = False
-    cancel: bool = False
-    trust_run: bool = False
-
-    @property
-    def is_requested(self) -> bool:
-        """True if the user named a file of prompts or a folder for its answers."""
-        return self.input is not None or self.output is not None
-
-    def require_none(self) -> None:
-        """Check that a command about a single prompt has none of these options."""
-        for name, value in vars(self).items():
-            if value not in (None, (), False):
-                raise typer.BadParameter(
-                    f"--{name.replace('_', '-')} is about a file of prompts: name one with --input"
-                )
-
-    @property
-    def overrides(self) -> list[str]:
-        """Overrides of the spec's serve section, such as `serve.engine=vllm`, to which these options translate."""
-        values = {
-            "engine": self.engine,
-            "cpus_per_replica": self.cpus_per_worker,
-            "gpus_per_replica": self.gpus_per_worker,
-        }
-        return [*self.set, *(f"serve.{name}={value}" for name, value in values.items() if value is not None)]
-
-
 def answer_file(
     run: str | None,
     checkpoint: str | None,
     storage: str,
-    sampling: "SamplingOptions",
+    sampling: SamplingParams,
     options: BatchOptions,
     json: bool,
 ) -> None:
@@ -81,10 +46,6 @@ def answer_file(
 
     Input that cannot be read, or an output folder of another request, is a DataError.
     """
-    from mhmoe_ray.api.serve_target import resolve_target
-    from mhmoe_ray.serving.batch.output import BatchOutput
-    from mhmoe_ray.storage import location
-
     if options.output is None:
         raise typer.BadParameter("--input needs a folder for the answers: name one with --output")
     output = BatchOutput(location(options.output).absolute())
@@ -120,12 +81,9 @@ def answer_file(
     _print_counts(output, job.result(f"answers in {output.folder}", fix), json)
 
 
-def _checkpoint_of_answers(run: "RunDir", output: "BatchOutput") -> "Location | None":
+def _checkpoint_of_answers(run: RunDir, output: BatchOutput) -> Location | None:
     """Return the checkpoint of a run that gave the answers in an output folder, even if the run has a newer one by now.
     The result is None if there are no answers, or the checkpoint was removed or is another run's."""
-    from mhmoe_ray.checkpoint.manifest import is_committed
-    from mhmoe_ray.storage import location
-
     stored_request = output.stored_request()
     if stored_request is None or not output.present_chunks():
         return None
@@ -134,26 +92,19 @@ def _checkpoint_of_answers(run: "RunDir", output: "BatchOutput") -> "Location | 
 
 
 def _make_request(
-    run: "RunDir",
-    checkpoint: "Location",
-    spec: "DeploySpec",
-    sampling: "SamplingOptions",
+    run: RunDir,
+    checkpoint: Location,
+    spec: DeploySpec,
+    sampling: SamplingParams,
     input_path: str,
-    output: "BatchOutput",
+    output: BatchOutput,
     chunk_rows: int | None,
-) -> "BatchRequest":
+) -> BatchRequest:
     """Return the request for the answers to all rows of a file, after checking the rows and the output folder.
 
     If `chunk_rows`, the number of rows of each output file, is None, the request in the folder has it, else the
     default. A model that cannot generate text, or conversations without a chat template, are a ServeError.
     """
-    from mhmoe_ray.checkpoint.manifest import MANIFEST, stored_manifest
-    from mhmoe_ray.errors import DataError, ServeError
-    from mhmoe_ray.serving.batch.input import open_input
-    from mhmoe_ray.serving.batch.request import CHUNK_ROWS, BatchRequest, InputFile
-    from mhmoe_ray.serving.load import check_generates
-    from mhmoe_ray.storage import describe_file, location
-
     check_generates(stored_manifest(checkpoint).model)
     source, stored_request = open_input(input_path), output.stored_request()
     try:
@@ -181,9 +132,7 @@ def _make_request(
     return request.model_copy(update={"input": checked_file.model_copy(update={"path": input_path})})
 
 
-def _check_input(request: "BatchRequest") -> "InputFile":
-    from mhmoe_ray.serving.batch.input import check_rows, open_input
-
+def _check_input(request: BatchRequest) -> InputFile:
     source = open_input(request.input.path)
     if source.file.size >= NOTED_BYTES:
         note.print(f"checking the rows of {request.input.path}", soft_wrap=True)
@@ -192,17 +141,10 @@ def _check_input(request: "BatchRequest") -> "InputFile":
 
 
 def _start_or_find_job(
-    run: "RunDir", spec: "DeploySpec", request: "BatchRequest", output: "BatchOutput", options: BatchOptions
-) -> "SubmittedJob[AnswerCounts]":
+    run: RunDir, spec: DeploySpec, request: BatchRequest, output: BatchOutput, options: BatchOptions
+) -> remote.SubmittedJob[AnswerCounts]:
     """Return the job that writes answers into the output folder: the one that runs already, else a new one. A running
     job of another request is a DataError."""
-    from mhmoe_ray.api import connection as checks
-    from mhmoe_ray.cluster import remote
-    from mhmoe_ray.cluster.jobs import find_alive
-    from mhmoe_ray.runs import events
-    from mhmoe_ray.serving.batch.job import OUTPUT_KEY, BatchJob
-    from mhmoe_ray.storage import location
-
     # API keys are only for clients of a server, so the job does not get them.
     serve, workers = spec.serve.model_copy(update={"keys": ()}), options.workers or 1
     demand = checks.WorkerDemand(
@@ -229,12 +171,8 @@ def _start_or_find_job(
     return remote.submit(connection, spec.cluster.runtime_env, job)
 
 
-def _cancel(output: "BatchOutput", address: str | None) -> None:
-    from mhmoe_ray.cluster.connect import connect_if_running
-    from mhmoe_ray.cluster.jobs import find_alive, is_alive, stop
-    from mhmoe_ray.serving.batch.job import OUTPUT_KEY
-
-    connection: Connection | None = connect_if_running(address)
+def _cancel(output: BatchOutput, address: str | None) -> None:
+    connection = connect_if_running(address)
     name = find_alive(connection, OUTPUT_KEY, str(output.folder)) if connection else None
     if connection is None or name is None:
         out.print(f"no job answers into {output.folder}", soft_wrap=True)
@@ -245,7 +183,7 @@ def _cancel(output: "BatchOutput", address: str | None) -> None:
     out.print(f"job {name} is ended; the command that started it continues it", soft_wrap=True)
 
 
-def _print_counts(output: "BatchOutput", counts: "AnswerCounts", json: bool) -> None:
+def _print_counts(output: BatchOutput, counts: AnswerCounts, json: bool) -> None:
     if json:
         result: dict[str, Any] = {"output": str(output.folder), **counts.model_dump()}
         print_json(result)

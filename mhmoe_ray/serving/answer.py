@@ -15,6 +15,7 @@ from mhmoe_ray.planner.sizes import compute_sizes
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serving.detokenizer import TextDecoder, TextStream, TokenBytes
 from mhmoe_ray.serving.engine import Engine, FinishReason, Request, ScoredToken, ServedEngine, TextEngine
+from mhmoe_ray.serving.sampling import SamplingParams
 from mhmoe_ray.spec import ModelSpec
 
 
@@ -110,6 +111,13 @@ def check_length(prompt_ids: Sequence[int], has_answer: bool, seq_len: int) -> N
         raise ServeError("the prompt", reason, "shorten it")
 
 
+def check_biases(sampling: SamplingParams, tokenizer_size: int) -> None:
+    """Raise ServeError if a bias is for a token that the tokenizer does not have."""
+    if unknown_token := next((token for token in sampling.logit_bias if token >= tokenizer_size), None):
+        reason = f"there is no token {unknown_token}; there are {tokenizer_size}"
+        raise ServeError("logit_bias", reason, "give tokens of the model")
+
+
 class PromptEncoder:
     """Encoder that turns prompts into token ids in the form of the model's training texts."""
 
@@ -195,21 +203,19 @@ class Answerer(ServedText):
         """Raise ServeError if a prompt does not fit in the model's context."""
         check_length(prompt_ids, has_answer, self.engine.seq_len)
 
-    async def answer(
-        self, request: Request, stop_strings: Sequence[str] = (), echo: bool = False, added_tokens: int = 0
-    ) -> AsyncGenerator[AnswerPiece]:
+    async def answer(self, request: Request, echo: bool = False, added_tokens: int = 0) -> AsyncGenerator[AnswerPiece]:
         """Yield a piece of the answer for each update of the engine, the last one with the finish reason.
 
         The answer ends before the first stop string. With `echo`, the text begins with the prompt's. The first
         `added_tokens` of the prompt, which the client did not send, get no scores. Closing the generator early aborts
         the request. Errors are those of `Engine.generate`.
         """
-        stream = TextStream(self.decode, stop_strings, request.prompt_ids)
+        stream = TextStream(self.decode, request.sampling_params.stop, request.prompt_ids)
         token_count, opening = 0, self.decode(request.prompt_ids) if echo else ""
         async with aclosing(self.engine.generate(request)) as updates:
             async for update in updates:
                 scores: list[ScoredText] = []
-                if request.logprobs is not None:
+                if request.sampling_params.logprobs is not None:
                     scores += self._decode_scores(update.prompt_scores[added_tokens:], True)
                     scores += self._decode_scores(update.tokens, stream.at_start)
                 text, opening = opening, ""
@@ -233,7 +239,7 @@ class Answerer(ServedText):
         # A decoder may drop the space at the start of a text. So the text of the first token that is not special comes
         # from the decoder, and not from its bytes.
         for token, logprob, alternatives in scored_tokens:
-            token_bytes, is_special = self._token_bytes[token], token in self.decode.special_ids
+            token_bytes, is_special = self._token_bytes[token], token in self.decode.special_texts
             text = self.decode([token]) if at_start or is_special else token_bytes.decode("utf-8", "replace")
             at_start &= is_special
             decoded_alternatives = [(self._token_bytes[other_token], logprob) for other_token, logprob in alternatives]

@@ -12,7 +12,7 @@ from mhmoe_ray.spec import ModelSpec, ServeSpec
 from mhmoe_ray.storage import Location
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from fastapi import APIRouter
 
     from mhmoe_ray.serving.api.access import AccessControl
     from mhmoe_ray.serving.api.service import Service
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 class DecoderServing(FamilyServing):
     """Serving of decoders."""
+
+    page_package = "mhmoe_ray.serving.api"
 
     def check(self, manifest: CheckpointManifest, spec: ServeSpec, run: RunDir) -> None:
         check_engine(manifest, spec)
@@ -30,19 +32,14 @@ class DecoderServing(FamilyServing):
     def load(self, checkpoint: Location, spec: ServeSpec, manifest: CheckpointManifest) -> Answerer:
         return load_answerer(checkpoint, spec, manifest)
 
-    def add_routes(
-        self, app: "FastAPI", served: Answerer, model: str, spec: ServeSpec, access: "AccessControl"
-    ) -> "Service":
-        from mhmoe_ray.serving.api import completions
-        from mhmoe_ray.serving.api.errors import RESPONSES
-        from mhmoe_ray.serving.api.pages import page_router
+    def routers(
+        self, served: Answerer, model: str, spec: ServeSpec, access: "AccessControl"
+    ) -> "tuple[Service, list[APIRouter]]":
+        from mhmoe_ray.serving.api.completions import chat_router, completions_router
         from mhmoe_ray.serving.api.service import Service
 
         service = Service(served, model, spec, access)
-        app.include_router(completions.completions_router(service), responses=RESPONSES)
-        app.include_router(page_router("mhmoe_ray.serving.api", spec))
-        app.include_router(completions.chat_router(service), responses=RESPONSES)
-        return service
+        return service, [completions_router(service), chat_router(service)]
 
     def request_example(self, model: ModelSpec, url: str) -> RequestExample:
         return RequestExample("v1/completions", curl_command(url))

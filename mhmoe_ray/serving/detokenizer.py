@@ -33,16 +33,19 @@ class TextDecoder:
             or tokenizer.decode([next(t for t, b in self._byte_by_token.items() if b == 65)]) != "A"
         ):
             self._byte_by_token = {}
-        self.special_ids = {
-            token for token, added_token in tokenizer.get_added_tokens_decoder().items() if added_token.special
+        self.special_texts = {
+            token: added_token.content
+            for token, added_token in tokenizer.get_added_tokens_decoder().items()
+            if added_token.special
         }
+        """Text by the id of each special token, which is not part of a decoded text."""
 
     def __call__(self, token_ids: Sequence[int]) -> str:
         if self._byte_by_token.keys().isdisjoint(token_ids):
             return self._tokenizer.decode(token_ids)
         parts: list[str] = []
         for are_bytes, row in groupby(
-            (t for t in token_ids if t not in self.special_ids), self._byte_by_token.__contains__
+            (t for t in token_ids if t not in self.special_texts), self._byte_by_token.__contains__
         ):
             if are_bytes:
                 parts.append(bytes(self._byte_by_token[t] for t in row).decode("utf-8", "replace"))
@@ -72,7 +75,7 @@ class TextStream:
     @property
     def at_start(self) -> bool:
         """True as long as all tokens so far are special tokens, without text."""
-        return self._decode.special_ids.issuperset(self._token_ids)
+        return self._decode.special_texts.keys() >= set(self._token_ids)
 
     def push(self, token: int) -> str:
         """Add a token, and return the next text that no later token can change, if any."""
@@ -139,11 +142,6 @@ class TokenBytes:
         # Tokens are decoded after these ids, because a decoder may drop a space at the start of a text, but not after
         # another token.
         self._prefix_ids = tokenizer.encode("a", add_special_tokens=False).ids
-        self._special_texts = {
-            token: added_token.content
-            for token, added_token in tokenizer.get_added_tokens_decoder().items()
-            if added_token.special
-        }
         self._bytes_by_token: dict[int, bytes] = {}
 
     def __getitem__(self, token: int) -> bytes:
@@ -154,8 +152,8 @@ class TokenBytes:
     def _compute_bytes(self, token: int) -> bytes:
         """Compute a token's bytes from the text that it adds after another token, or from the vocabulary."""
         # The decoder leaves out special tokens, so their bytes cannot be found by decoding.
-        if token in self._special_texts:
-            return self._special_texts[token].encode()
+        if token in self._decode.special_texts:
+            return self._decode.special_texts[token].encode()
         text = self._decode([*self._prefix_ids, token])[len(self._decode(self._prefix_ids)) :]
         if REPLACEMENT in text:
             token_name = self._tokenizer.id_to_token(token) or ""

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest
 from mhmoe_ray.errors import ServeError
@@ -13,7 +13,7 @@ from mhmoe_ray.spec import ModelSpec, ServeSpec
 from mhmoe_ray.storage import Location
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from fastapi import APIRouter
 
     from mhmoe_ray.serving.answer import ServedModel
     from mhmoe_ray.serving.api.access import AccessControl
@@ -32,6 +32,8 @@ class FamilyServing(ABC):
 
     reads_images = False
     """Whether requests have images, so that their bodies may be larger."""
+    page_package: ClassVar[str]
+    """Package with the web page, page.html."""
 
     @abstractmethod
     def check(self, manifest: CheckpointManifest, spec: ServeSpec, run: RunDir) -> None:
@@ -51,17 +53,17 @@ class FamilyServing(ABC):
 
     @abstractmethod
     def load(self, checkpoint: Location, spec: ServeSpec, manifest: CheckpointManifest) -> "ServedModel":
-        """Start the engine for a checkpoint, whose manifest was verified, and return the served model.
+        """Start the engine for a checkpoint, whose manifest was verified and checked, and return the served model.
 
         Raises:
-            CheckpointError, DataError, ServeError: as from `check` and `check_files`.
+            CheckpointError, DataError, ServeError: as from `check_files`.
         """
 
     @abstractmethod
-    def add_routes(
-        self, app: "FastAPI", served: Any, model: str, spec: ServeSpec, access: "AccessControl"
-    ) -> "ModelService[Any]":
-        """Add the routes of a served model and its web page to the application, and return their service."""
+    def routers(
+        self, served: Any, model: str, spec: ServeSpec, access: "AccessControl"
+    ) -> "tuple[ModelService[Any], list[APIRouter]]":
+        """Return the service of a served model, and the routers with the routes that only this family has."""
 
     @abstractmethod
     def request_example(self, model: ModelSpec, url: str) -> RequestExample:

@@ -98,6 +98,8 @@ def load_served(checkpoint: Location, spec: ServeSpec) -> ServedModel:
     or an invalid chat template, is a ServeError.
     """
     manifest = read_manifest(checkpoint, parts=("weights",))
+    check_served(manifest, spec, RunDir.of_checkpoint(checkpoint))
+    _use_one_thread()
     return serving_of(manifest.model.kind).load(checkpoint, spec, manifest)
 
 
@@ -106,12 +108,7 @@ def load_answerer(checkpoint: Location, spec: ServeSpec, manifest: CheckpointMan
 
     Without a manifest of just verified weights, the weights are hashed first.
     """
-    # The import is here because a process that only checks whether an engine can serve a model needs no torch.
-    import torch
-
-    # This limits only the present thread. If it started OpenMP threads of its own, they would slow down those of the
-    # engine (see `TorchEngine`).
-    torch.set_num_threads(1)
+    _use_one_thread()
     manifest = manifest or read_manifest(checkpoint, parts=("weights",))
     tokenizer = load_run_tokenizer(checkpoint, manifest)
     run = RunDir.of_checkpoint(checkpoint)
@@ -119,3 +116,11 @@ def load_answerer(checkpoint: Location, spec: ServeSpec, manifest: CheckpointMan
     details = ModelDetails.from_spec(f"{run.id}/{checkpoint.name}", manifest.model)
     engine = load_engine(checkpoint, manifest, tokenizer, spec)
     return Answerer(engine, tokenizer, template, details, manifest.adds_start)
+
+
+def _use_one_thread() -> None:
+    """Limit the calling thread to itself: OpenMP threads that it started would slow down those of the engine."""
+    # The import is here because a process that only checks whether an engine can serve a model needs no torch.
+    import torch
+
+    torch.set_num_threads(1)

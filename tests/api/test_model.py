@@ -14,7 +14,6 @@ from mhmoe_ray.checkpoint.manifest import committed_checkpoints
 from mhmoe_ray.data.chat.template import BUILT_IN_TEMPLATE
 from mhmoe_ray.errors import CheckpointError, RunError, ServeError
 from mhmoe_ray.serving.engine import SamplingParams
-from mhmoe_ray.serving.engine.request import derived_seed
 from mhmoe_ray.serving.engine.sampler import Sampler
 from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import MoESpec, ServeSpec
@@ -46,10 +45,11 @@ def expected_answers(run):
     """Return the answers of the serving engine to `PROMPTS`, each asked alone."""
     [checkpoint] = committed_checkpoints(run.directory)
     answerer = load_answerer(checkpoint, ServeSpec())
-    params = [
-        SamplingParams(12, 0.9, top_k=50, top_p=0.8, seed=derived_seed(4, index)) for index in range(len(PROMPTS))
+    params = SamplingParams(**SAMPLING)
+    pieces = [
+        answer_pieces(answerer, answerer.encode(prompt), params.for_answer(index))
+        for index, prompt in enumerate(PROMPTS)
     ]
-    pieces = [answer_pieces(answerer, answerer.encode(prompt), p) for prompt, p in zip(PROMPTS, params, strict=True)]
     answerer.engine.close()
     return ["".join(piece.text for piece in answer) for answer in pieces]
 
@@ -208,7 +208,7 @@ def test_a_checkpoint_has_one_name_everywhere(run, model):
 
 def test_mistakes_are_one_line(run, model, tmp_path):
     for parameters, message in (
-        ({"top_p": 0}, "top_p: it is 0; give more than 0 and at most 1"),
+        ({"top_p": 0}, "top_p: it is 0; give more than 0"),
         ({"max_tokens": 0}, "max_tokens: it is 0; give at least 1"),
         ({"temperature": -1}, "temperature: it is -1"),
         ({"min_p": 2}, "min_p: it is 2"),
@@ -218,6 +218,10 @@ def test_mistakes_are_one_line(run, model, tmp_path):
         ({"top_k": 2.5}, r"top_k: it is 2\.5; give a whole number"),
         ({"temperature": "x"}, "temperature: it is 'x'; give a number"),
         ({"seed": "x"}, "seed: it is 'x'; give a whole number"),
+        ({"logit_bias": {1: 101}}, "logit_bias: it is 101; give at most 100"),
+        ({"logit_bias": {-1: 1}}, "logit_bias: it is -1; give at least 0"),
+        ({"logit_bias": {320: 1}}, "logit_bias: there is no token 320; there are 320"),
+        ({"logprobs": 21}, "logprobs: it is 21; give at most 20"),
         ({"stop": [5]}, "stop: 5 is not a text"),
         ({"stop": ""}, "stop: an empty text would end every answer at once"),
         ({"stop": ["a", ""]}, "stop: an empty text would end every answer at once"),

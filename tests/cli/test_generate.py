@@ -27,7 +27,7 @@ def project(tmp_path_factory):
 def test_generate_prints_the_text_of_the_engine(project):
     folder, run = project
     answerer = load_answerer(newest_checkpoint(run, ("weights",))[0], ServeSpec())
-    sampling = SamplingParams(12, 0.9, top_p=0.8, seed=4)
+    sampling = SamplingParams(max_tokens=12, temperature=0.9, top_p=0.8, seed=4)
     text = "".join(piece.text for piece in answer_pieces(answerer, answerer.encode("the quick"), sampling))
     answerer.engine.close()
     options = ("--max-tokens", "12", "--temperature", "0.9", "--top-p", "0.8", "--seed", "4")

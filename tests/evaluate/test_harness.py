@@ -88,7 +88,9 @@ def test_generated_text_is_that_of_the_engine(run, tmp_path):
     answerer = load_answerer(newest_checkpoint(run[0], ("weights",))[0], ServeSpec())
     questions = []
     for question in QUESTIONS:
-        answer = answer_tokens(answerer.engine, answerer.encode(question["question"]), SamplingParams(6, temperature=0))
+        answer = answer_tokens(
+            answerer.engine, answerer.encode(question["question"]), SamplingParams(max_tokens=6, temperature=0)
+        )
         questions.append({"question": question["question"], "text": answerer.tokenizer.decode(answer)})
     questions[1]["text"] += " something else"
     results = run_task(run[1], "continue", write_task(tmp_path, GENERATION_TASK, questions))

@@ -43,13 +43,11 @@ def answer_tokens(engine: Engine, token_ids: Sequence[int], params: SamplingPara
     return [scored.token for scored in answer.tokens]
 
 
-def answer_pieces(
-    answerer: Answerer, token_ids: Sequence[int], params: SamplingParams, stop_strings: Sequence[str] = ()
-) -> list[AnswerPiece]:
+def answer_pieces(answerer: Answerer, token_ids: Sequence[int], params: SamplingParams) -> list[AnswerPiece]:
     """Return the pieces of text of the answer to a single request."""
 
     async def collect_pieces() -> list[AnswerPiece]:
-        return [piece async for piece in answerer.answer(Request(tuple(token_ids), params), stop_strings)]
+        return [piece async for piece in answerer.answer(Request(tuple(token_ids), params))]
 
     return asyncio.run(collect_pieces())
 

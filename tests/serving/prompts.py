@@ -36,8 +36,14 @@ def mixed_requests():
         requests.append(
             Request(
                 ids,
-                SamplingParams(5 + i % 16, temperature, top_k=[0, 20][i % 2], top_p=[1, 0.9][i % 5 == 0], seed=i),
-                logprobs=[None, 0, 3][i % 3],
+                SamplingParams(
+                    max_tokens=5 + i % 16,
+                    temperature=temperature,
+                    top_k=[0, 20][i % 2],
+                    top_p=[1, 0.9][i % 5 == 0],
+                    seed=i,
+                    logprobs=[None, 0, 3][i % 3],
+                ),
                 prompt_logprobs=i % 3 == 2,
             )
         )

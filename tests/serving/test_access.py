@@ -384,7 +384,7 @@ def test_request_beyond_the_queue_gets_429_and_uses_no_tokens(tokenizer, stream)
 
     async def send_two_requests():
         """Send two requests, one after the other, while the engine is busy, and return the responses."""
-        running_answer = answerer.answer(Request((1,), SamplingParams(4000, temperature=0)))
+        running_answer = answerer.answer(Request((1,), SamplingParams(max_tokens=4000, temperature=0)))
         await anext(running_answer)
         transport = httpx.ASGITransport(app)
         async with aclosing(running_answer), httpx.AsyncClient(transport=transport, base_url="http://test") as client:

@@ -18,7 +18,7 @@ GREEDY = SamplingParams(max_tokens=20, temperature=0)
 
 def test_prompt_and_answer_fill_the_context(answerer):
     ids = answerer.encode("the quick brown fox")
-    pieces = answer_pieces(answerer, ids, SamplingParams(10_000, temperature=0))
+    pieces = answer_pieces(answerer, ids, SamplingParams(max_tokens=10_000, temperature=0))
     assert len(ids) + pieces[-1].token_count == SEQ_LEN
     assert pieces[-1].finish_reason == "length"
     assert {p.finish_reason for p in pieces[:-1]} == {None}
@@ -38,7 +38,7 @@ def test_stop_string_ends_the_answer(answerer):
     ids = answerer.encode("the quick")
     full_text = "".join(p.text for p in answer_pieces(answerer, ids, GREEDY))
     stop = full_text[5:7]
-    pieces = answer_pieces(answerer, ids, GREEDY, [stop])
+    pieces = answer_pieces(answerer, ids, GREEDY.model_copy(update={"stop": [stop]}))
     assert "".join(p.text for p in pieces) == full_text[: full_text.index(stop)]
     assert pieces[-1].finish_reason == "stop"
     assert pieces[-1].token_count < 20
@@ -46,7 +46,7 @@ def test_stop_string_ends_the_answer(answerer):
 
 def test_closing_an_answer_ends_its_computation(answerer):
     async def close_early():
-        request = Request(tuple(answerer.encode("a")), SamplingParams(50, temperature=0))
+        request = Request(tuple(answerer.encode("a")), SamplingParams(max_tokens=50, temperature=0))
         answer = answerer.answer(request)
         await anext(answer)
         await answer.aclose()

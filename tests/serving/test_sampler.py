@@ -26,7 +26,9 @@ def nucleus(probabilities, top_p):
 
 @given(logits)
 def test_zero_temperature_takes_the_most_likely_token(values):
-    assert values[sample_token(Sampler(SamplingParams(1, temperature=0)), torch.tensor(values))] == max(values)
+    assert values[sample_token(Sampler(SamplingParams(max_tokens=1, temperature=0)), torch.tensor(values))] == max(
+        values
+    )
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.9), (1.0, 0.6), (1.0, 1e-9)])
@@ -35,7 +37,7 @@ def test_sampling_frequencies_follow_the_distribution(temperature, top_p):
     probabilities = (values.double() / temperature).softmax(0).tolist()
     nucleus_tokens = nucleus(probabilities, top_p)
     mass = sum(probabilities[t] for t in nucleus_tokens)
-    token_sampler, draws = Sampler(SamplingParams(1, temperature, top_p=top_p, seed=1)), 4000
+    token_sampler, draws = Sampler(SamplingParams(max_tokens=1, temperature=temperature, top_p=top_p, seed=1)), 4000
     counts = torch.zeros(6)
     for _ in range(draws):
         counts[sample_token(token_sampler, values)] += 1
@@ -47,7 +49,9 @@ def test_sampling_frequencies_follow_the_distribution(temperature, top_p):
 
 @given(logits, st.floats(min_value=5e-324, max_value=2), st.floats(min_value=5e-324, max_value=1), st.integers(0, 99))
 def test_every_allowed_temperature_and_top_p_gives_a_token(values, temperature, top_p, seed):
-    token = sample_token(Sampler(SamplingParams(1, temperature, top_p=top_p, seed=seed)), torch.tensor(values))
+    token = sample_token(
+        Sampler(SamplingParams(max_tokens=1, temperature=temperature, top_p=top_p, seed=seed)), torch.tensor(values)
+    )
     assert 0 <= token < len(values)
 
 
@@ -72,7 +76,7 @@ def test_candidates_equal_those_of_a_full_sort(seed, tokens, kinds, top_k, top_p
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampler, "NUCLEUS_CANDIDATES", front)
         candidates = sampler._candidate_tokens(
-            probability_V, SamplingParams(1, 1, top_k=top_k, top_p=top_p, min_p=min_p)
+            probability_V, SamplingParams(max_tokens=1, temperature=1, top_k=top_k, top_p=top_p, min_p=min_p)
         ).tolist()
     order = probability_V.sort(descending=True, stable=True).indices.tolist()
     remaining_tokens = [t for t in order if probability_V[t] >= min_p * probability_V[order[0]]][: top_k or None]
@@ -87,26 +91,47 @@ def test_candidates_equal_those_of_a_full_sort(seed, tokens, kinds, top_k, top_p
 
 def test_cuts_keep_the_most_likely_tokens():
     values = [2.0, 1.0, 3.0, 0.0, -1.0]
-    assert set(draw_tokens(SamplingParams(1, 2.0, top_k=2, seed=0), values)) == {0, 2}
+    assert set(draw_tokens(SamplingParams(max_tokens=1, temperature=2.0, top_k=2, seed=0), values)) == {0, 2}
     # Token 1 has exp(-2) = 0.135 of the largest probability, which is more than 0.13 of it, so it stays.
-    assert set(draw_tokens(SamplingParams(1, 1.0, min_p=0.13, seed=0), values)) == {0, 1, 2}
+    assert set(draw_tokens(SamplingParams(max_tokens=1, temperature=1.0, min_p=0.13, seed=0), values)) == {0, 1, 2}
     # Of the two tokens that top-k leaves, the likelier one has more than 0.7 of their total probability, so only it
     # stays.
-    assert set(draw_tokens(SamplingParams(1, 1.0, top_k=2, top_p=0.7, seed=0), values)) == {2}
+    assert set(draw_tokens(SamplingParams(max_tokens=1, temperature=1.0, top_k=2, top_p=0.7, seed=0), values)) == {2}
 
 
 def test_penalties_and_biases_change_the_draw():
-    assert draw_tokens(SamplingParams(9, 0, frequency_penalty=0.4), [1.0, 0.9, -9.0], 5) == [0, 1, 0, 1, 0]
-    assert draw_tokens(SamplingParams(9, 0, presence_penalty=0.4), [1.0, 0.9, -9.0], 4) == [0, 1, 0, 0]
-    assert draw_tokens(SamplingParams(9, 0, logit_bias={2: 100.0}), [1.0, 0.9, -9.0], 2) == [2, 2]
-    assert draw_tokens(SamplingParams(9, 0, logit_bias={0: -100.0}), [1.0, 0.9, -9.0], 2) == [1, 1]
+    assert draw_tokens(SamplingParams(max_tokens=9, temperature=0, frequency_penalty=0.4), [1.0, 0.9, -9.0], 5) == [
+        0,
+        1,
+        0,
+        1,
+        0,
+    ]
+    assert draw_tokens(SamplingParams(max_tokens=9, temperature=0, presence_penalty=0.4), [1.0, 0.9, -9.0], 4) == [
+        0,
+        1,
+        0,
+        0,
+    ]
+    assert draw_tokens(SamplingParams(max_tokens=9, temperature=0, logit_bias={2: 100.0}), [1.0, 0.9, -9.0], 2) == [
+        2,
+        2,
+    ]
+    assert draw_tokens(SamplingParams(max_tokens=9, temperature=0, logit_bias={0: -100.0}), [1.0, 0.9, -9.0], 2) == [
+        1,
+        1,
+    ]
 
 
 def test_equal_seeds_give_equal_draws():
     values = [0.0] * 50
-    assert draw_tokens(SamplingParams(1, seed=-3), values) == draw_tokens(SamplingParams(1, seed=-3), values)
-    assert draw_tokens(SamplingParams(1, seed=-3), values) != draw_tokens(SamplingParams(1, seed=3), values)
-    assert draw_tokens(SamplingParams(1), values) != draw_tokens(SamplingParams(1), values)
+    assert draw_tokens(SamplingParams(max_tokens=1, seed=-3), values) == draw_tokens(
+        SamplingParams(max_tokens=1, seed=-3), values
+    )
+    assert draw_tokens(SamplingParams(max_tokens=1, seed=-3), values) != draw_tokens(
+        SamplingParams(max_tokens=1, seed=3), values
+    )
+    assert draw_tokens(SamplingParams(max_tokens=1), values) != draw_tokens(SamplingParams(max_tokens=1), values)
 
 
 def test_scores_are_log_probabilities_with_alternatives():

@@ -97,7 +97,7 @@ def slow_body(body):
 
 def test_deployed_answer_equals_the_engines(client, answerer):
     ids = answerer.encode("the quick")
-    expected_pieces = answer_pieces(answerer, ids, SamplingParams(20, temperature=0))
+    expected_pieces = answer_pieces(answerer, ids, SamplingParams(max_tokens=20, temperature=0))
     answer = complete(client, max_tokens=20, model="tiny-abc123")
     assert answer["object"] == "text_completion"
     assert answer["model"] == "tiny-abc123"

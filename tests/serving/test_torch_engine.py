@@ -20,11 +20,11 @@ from tests.support.paged import logits_in_parts
 GREEDY = SamplingParams(max_tokens=20, temperature=0)
 
 
-def create_engine(model, **overrides):
+def create_engine(model, seq_len=SEQ_LEN, **overrides):
     """Return an engine in float32 without end tokens, for 32 concurrent requests; `overrides` change its settings."""
     make_batch_invariant(model, torch.float32)
-    settings = {"max_concurrency": 32, "max_waiting": 1000, "threads": 1, **overrides}
-    return TorchEngine(model, torch.float32, frozenset(), TOKENIZER_SIZE, settings.pop("seq_len", SEQ_LEN), **settings)
+    spec = ServeSpec(**{"max_concurrency": 32, "max_waiting": 1000, "cpus_per_replica": 1, **overrides})
+    return TorchEngine(model, frozenset(), TOKENIZER_SIZE, seq_len, spec)
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +69,8 @@ def test_logprobs_equal_those_of_the_model(engine):
     """
     model = build_model()
     for ids in random_prompts(6):
-        sampling = SamplingParams(8, temperature=0.8, top_k=5, seed=1, logit_bias={3: 2.0})
-        [answer] = answer_all(engine, [Request(ids, sampling, logprobs=4, prompt_logprobs=True)])
+        sampling = SamplingParams(max_tokens=8, temperature=0.8, top_k=5, seed=1, logit_bias={3: 2.0}, logprobs=4)
+        [answer] = answer_all(engine, [Request(ids, sampling, prompt_logprobs=True)])
         scores = [*answer.prompt_scores, *answer.tokens]
         token_ids = [scored.token for scored in scores]
         assert token_ids[: len(ids)] == list(ids)
@@ -99,8 +99,10 @@ def test_cached_prefix_gives_the_same_bits():
     ids = tuple(
         torch.randint(TOKENIZER_SIZE, (3 * PREFILL_CHUNK,), generator=torch.Generator().manual_seed(4)).tolist()
     )
-    request = Request(ids, SamplingParams(10, temperature=0), logprobs=2)
-    second_request = Request((*ids[: 2 * PREFILL_CHUNK], 7, 8), SamplingParams(10, temperature=0), logprobs=2)
+    request = Request(ids, SamplingParams(max_tokens=10, temperature=0, logprobs=2))
+    second_request = Request(
+        (*ids[: 2 * PREFILL_CHUNK], 7, 8), SamplingParams(max_tokens=10, temperature=0, logprobs=2)
+    )
     try:
         answers = answer_all(engine, [request])
         assert engine.stats().reused_tokens == 0
@@ -128,7 +130,7 @@ def test_second_turn_gets_the_bits_of_a_fresh_engine(tokenizer, precision):
     """
     spec, sampling = (
         ServeSpec(precision=precision),
-        SamplingParams(PREFILL_CHUNK, temperature=0, logit_bias={0: -100.0}),
+        SamplingParams(max_tokens=PREFILL_CHUNK, temperature=0, logit_bias={0: -100.0}),
     )
     first_prompt = tuple(
         torch.randint(
@@ -141,7 +143,8 @@ def test_second_turn_gets_the_bits_of_a_fresh_engine(tokenizer, precision):
     try:
         [first_answer] = answer_all(warm_engine, [Request(first_prompt, sampling)])
         second_turn = Request(
-            (*first_prompt, *(scored.token for scored in first_answer.tokens), 5, 6), sampling, logprobs=2
+            (*first_prompt, *(scored.token for scored in first_answer.tokens), 5, 6),
+            sampling.model_copy(update={"logprobs": 2}),
         )
         assert answer_all(warm_engine, [second_turn]) == answer_all(fresh_engine, [second_turn])
         # Only the first chunk is reused: the prompt of the first turn fills no second one.
@@ -170,7 +173,7 @@ def test_requests_wait_for_room_in_the_cache():
 
 def test_expert_counts_exclude_padding(engine):
     initial_stats = engine.stats()
-    answer_all(engine, [Request(random_prompts(1)[0], SamplingParams(5, temperature=0))])
+    answer_all(engine, [Request(random_prompts(1)[0], SamplingParams(max_tokens=5, temperature=0))])
     final_stats = engine.stats()
     routes = torch.tensor(final_stats.count_LE) - torch.tensor(initial_stats.count_LE)
     assert routes.shape == (1, SPEC.moe.experts)
@@ -241,7 +244,9 @@ def test_clients_take_turns():
     finished_clients = []
 
     async def ask(client):
-        async for update in engine.generate(Request((1, 2), SamplingParams(2, temperature=0), client=client)):
+        async for update in engine.generate(
+            Request((1, 2), SamplingParams(max_tokens=2, temperature=0), client=client)
+        ):
             if update.finish_reason:
                 finished_clients.append(client)
 
@@ -267,13 +272,13 @@ def test_closed_answer_is_not_computed_further():
     model.register_forward_hook(lambda *_: steps.append(1))
 
     async def close_early():
-        async for _ in engine.generate(Request((1, 2), SamplingParams(3900, temperature=0))):
+        async for _ in engine.generate(Request((1, 2), SamplingParams(max_tokens=3900, temperature=0))):
             if len(steps) > 4:
                 break
 
     async def run_two_requests():
         await close_early()
-        [_ async for _ in engine.generate(Request((1, 2), SamplingParams(3, temperature=0)))]
+        [_ async for _ in engine.generate(Request((1, 2), SamplingParams(max_tokens=3, temperature=0)))]
 
     try:
         asyncio.run(run_two_requests())
@@ -301,7 +306,7 @@ def test_engine_failure_is_reported_to_all_requests():
 def test_failing_request_fails_alone():
     engine = create_engine(build_model())
     # The API would refuse this request, so the engine gets it directly.
-    bad_request = Request((1,), SamplingParams(5, logit_bias={TOKENIZER_SIZE + 7: 1.0}))
+    bad_request = Request((1,), SamplingParams(max_tokens=5, logit_bias={TOKENIZER_SIZE + 7: 1.0}))
 
     async def run_both():
         return await asyncio.gather(*(collect_tokens(r) for r in (bad_request, good_request)), return_exceptions=True)
@@ -331,7 +336,10 @@ def test_greedy_answer_equals_a_loop_without_cache(answerer, tokenizer, prompt):
 
 def test_only_tokens_with_text_are_sampled(answerer, tokenizer):
     """Tokens that the tokenizer does not have are never sampled, although the model has rows for them."""
-    requests = [Request(tuple(answerer.encode("")), SamplingParams(60, 2.0, seed=seed)) for seed in range(8)]
+    requests = [
+        Request(tuple(answerer.encode("")), SamplingParams(max_tokens=60, temperature=2.0, seed=seed))
+        for seed in range(8)
+    ]
     sampled_tokens = {scored.token for answer in answer_all(answerer.engine, requests) for scored in answer.tokens}
     assert max(sampled_tokens) < tokenizer.get_vocab_size() < SPEC.vocab_size
 
@@ -349,14 +357,18 @@ def score_prompt(backbone, precision, tokenizer):
     model = build_model(SPEC.model_copy(update={"backbone": backbone}))
     answerer = create_answerer(model, tokenizer, SEQ_LEN, ServeSpec(precision=precision))
     ids = tuple(answerer.encode("the quick brown fox"))
-    [answer] = answer_all(answerer.engine, [Request(ids, SamplingParams(0), logprobs=0, prompt_logprobs=True)])
+    [answer] = answer_all(
+        answerer.engine, [Request(ids, SamplingParams.model_construct(max_tokens=0, logprobs=0), prompt_logprobs=True)]
+    )
     answerer.engine.close()
     return answer
 
 
 def test_different_seeds_give_different_answers(answerer):
     ids = tuple(answerer.encode("the"))
-    requests = [Request(ids, SamplingParams(30, 1.5, top_p=0.95, seed=seed)) for seed in range(4)]
+    requests = [
+        Request(ids, SamplingParams(max_tokens=30, temperature=1.5, top_p=0.95, seed=seed)) for seed in range(4)
+    ]
     answers = answer_all(answerer.engine, requests)
     assert len({tuple(s.token for s in answer.tokens) for answer in answers}) == 4
 

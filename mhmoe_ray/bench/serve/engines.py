@@ -136,7 +136,7 @@ def _answer_with(engine: Engine) -> Answer:
         # All clients share one iterator, so each client takes the next prompt that no other client has taken.
         async def client() -> None:
             for ids, tokens in pending_prompts:
-                async for _ in engine.generate(Request(tuple(ids), SamplingParams(tokens, temperature=0))):
+                async for _ in engine.generate(Request(tuple(ids), SamplingParams(max_tokens=tokens, temperature=0))):
                     pass
 
         await asyncio.gather(*(client() for _ in range(clients)))

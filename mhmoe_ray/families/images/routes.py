@@ -8,11 +8,12 @@ from typing import Any
 from mhmoe_ray.families.images.image_urls import RefusedImageError
 from mhmoe_ray.serving.api.access import Client
 from mhmoe_ray.serving.api.errors import RequestError
-from mhmoe_ray.serving.api.schema import StrictRequest, Text
+from mhmoe_ray.serving.api.schema import StrictRequest
 from mhmoe_ray.serving.api.service import ModelService
 from mhmoe_ray.serving.api.stream import timeout_error
 from mhmoe_ray.serving.engine import EngineError
-from mhmoe_ray.serving.engine.client_request import ClientRequest
+from mhmoe_ray.serving.engine.round_engine import ClientRequest
+from mhmoe_ray.serving.sampling import Text
 
 
 class RoutesRequest(StrictRequest):

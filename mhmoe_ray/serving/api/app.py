@@ -22,6 +22,7 @@ from mhmoe_ray.serving.api.access import (
 )
 from mhmoe_ray.serving.api.errors import HANDLERS, RESPONSES
 from mhmoe_ray.serving.api.metrics import render_exposition
+from mhmoe_ray.serving.api.pages import page_router
 from mhmoe_ray.serving.api.schema import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -60,7 +61,10 @@ def create_app(
     max_bytes = spec.max_body_bytes or default_body_bytes
     max_held_bytes = max(MIN_HELD_BYTES, HELD_BODIES * max_bytes)
     app.add_middleware(BodyLimits, access=access, max_bytes=max_bytes, max_held_bytes=max_held_bytes)
-    service = serving.add_routes(app, answerer, model, spec, access)
+    service, routers = serving.routers(answerer, model, spec, access)
+    for router in routers:
+        app.include_router(router, responses=RESPONSES)
+    app.include_router(page_router(serving.page_package, spec))
     info_routers = [_info_router(service, replica, collect_stats)]
     if isinstance(service, TextService):
         info_routers.append(_tokenizer_router(service))

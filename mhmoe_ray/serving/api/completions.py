@@ -54,20 +54,13 @@ def completions_router(service: Service) -> APIRouter:
             service.answerer.count_added(ids) if isinstance(prompt, str) else 0
             for prompt, ids in zip(request.prompt, prompts, strict=True)
         ]
+        sampling = request.sampling_params(max_tokens, request.logprobs)
+        scores_prompt = request.echo and request.logprobs is not None
         engine_requests = [
-            (
-                Request(
-                    ids,
-                    request.sampling_params(max_tokens, choice),
-                    request.logprobs,
-                    prompt_logprobs=request.echo and request.logprobs is not None,
-                    client=client.name,
-                ),
-                added_count,
-            )
+            (Request(ids, sampling.for_answer(choice), scores_prompt, client.name), added_count)
             for (ids, added_count), choice in product(zip(prompts, added_tokens, strict=True), range(request.n))
         ]
-        answers = await service.start_answers(engine_requests, request, request.echo, sum(map(len, prompts)), client)
+        answers = await service.start_answers(engine_requests, request.echo, sum(map(len, prompts)), client)
         builder = _ResponseBuilder(service.model, len(engine_requests))
         if request.stream:
             build_usage_chunk = (lambda: builder.build_body([], answers.usage)) if request.usage_requested else None
@@ -148,12 +141,11 @@ def chat_router(service: Service) -> APIRouter:
         service.check_model(request.model)
         max_tokens = service.chat_max_tokens(request.max_completion_tokens, request.max_tokens)
         ids = await _encode_messages(service, request)
-        logprobs = request.top_logprobs if request.logprobs else None
+        sampling = request.sampling_params(max_tokens, request.top_logprobs if request.logprobs else None)
         engine_requests = [
-            (Request(ids, request.sampling_params(max_tokens, choice), logprobs, client=client.name), 0)
-            for choice in range(request.n)
+            (Request(ids, sampling.for_answer(choice), client=client.name), 0) for choice in range(request.n)
         ]
-        answers = await service.start_answers(engine_requests, request, False, len(ids), client)
+        answers = await service.start_answers(engine_requests, False, len(ids), client)
         common_fields: dict[str, Any] = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),

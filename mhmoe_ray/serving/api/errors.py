@@ -15,7 +15,6 @@ from mhmoe_ray.serving.engine import BusyError, EngineError
 
 logger = logging.getLogger("ray.serve")
 INTERNAL_ERROR = ErrorBody(error=ErrorDetail(message="the server failed; its log says why", type="server_error"))
-RETRY_SECONDS = "1"
 
 
 class RequestError(Exception):
@@ -52,38 +51,32 @@ def error_body(error: Exception) -> ErrorBody:
     if isinstance(error, RequestError):
         return ErrorBody(error=error.detail)
     if isinstance(error, BusyError):
-        return ErrorBody(error=_busy_detail(error))
+        return ErrorBody(error=_busy_error(error).detail)
     logger.error("An answer failed.", exc_info=error)
     return INTERNAL_ERROR
 
 
-def _json_response(status: int, detail: ErrorDetail, headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse(ErrorBody(error=detail).model_dump(), status, headers)
-
-
 def error_response(error: RequestError) -> Response:
     """Return the HTTP response for an error: its status, its detail as the body, and its headers."""
-    return _json_response(error.status, error.detail, error.headers)
+    return JSONResponse(ErrorBody(error=error.detail).model_dump(), error.status, error.headers)
 
 
 async def _handle_request_error(_: Request, error: RequestError) -> Response:
     return error_response(error)
 
 
-def _busy_detail(error: BusyError) -> ErrorDetail:
-    return ErrorDetail(message=f"the server is busy: {error}", type="rate_limit_error", code="busy")
+def _busy_error(error: BusyError) -> RequestError:
+    return RequestError(429, f"the server is busy: {error}", code="busy", retry_after=1)
 
 
 async def _handle_busy_error(_: Request, error: BusyError) -> Response:
-    return _json_response(429, _busy_detail(error), {"Retry-After": RETRY_SECONDS})
+    return error_response(_busy_error(error))
 
 
 async def _handle_engine_error(_: Request, error: EngineError) -> Response:
     """Log why the engine cannot answer, and return a 503 response without the reason."""
     logger.error("The engine cannot answer: %s", error)
-    return _json_response(
-        503, ErrorDetail(message="the server cannot answer now; its log says why", type="server_error")
-    )
+    return error_response(RequestError(503, "the server cannot answer now; its log says why"))
 
 
 def _field_path(location: Sequence[int | str], body: Any) -> str:
@@ -104,28 +97,31 @@ def _field_path(location: Sequence[int | str], body: Any) -> str:
 
 async def _handle_validation_error(_: Request, error: RequestValidationError) -> Response:
     """Return a 400 response that names the first wrong field, unsupported fields first."""
+    return error_response(_first_error(error))
+
+
+def _first_error(error: RequestValidationError) -> RequestError:
     first_error = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     # Pydantic's location of an error is ("body", field, index in a list, nested field).
     kind, location = first_error["type"], first_error["loc"][1:]
+    if kind == "json_invalid":
+        return RequestError(400, "the body is not JSON")
     # As in OpenAI's API, `param` is the field of the body, even if the error is in a nested field.
-    param = str(location[0]) if location and kind != "json_invalid" else None
+    param = str(location[0]) if location else None
     if kind == "extra_forbidden":
         message = f"{_field_path(location, error.body)!r} is not supported"
-        return _json_response(400, ErrorDetail(message=message, param=param, code="unsupported_parameter"))
-    if kind == "json_invalid":
-        return _json_response(400, ErrorDetail(message="the body is not JSON"))
+        return RequestError(400, message, param, "unsupported_parameter")
     # FastAPI parses only bodies that are declared to be JSON, and passes others on as bytes.
     if isinstance(error.body, bytes):
-        return _json_response(
-            400, ErrorDetail(message="the body is not declared to be JSON; send Content-Type: application/json")
-        )
+        return RequestError(400, "the body is not declared to be JSON; send Content-Type: application/json")
     subject = "the body" if param is None else repr(_field_path(location, error.body) if kind == "missing" else param)
-    return _json_response(400, ErrorDetail(message=f"{subject}: {first_error['msg']}", param=param))
+    return RequestError(400, f"{subject}: {first_error['msg']}", param)
 
 
 async def _handle_http_error(request: Request, error: HTTPException) -> Response:
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    return _json_response(error.status_code, ErrorDetail(message=message), dict(error.headers or {}))
+    response = error_response(RequestError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+    response.headers.update(error.headers or {})
+    return response
 
 
 async def _handle_exception(_: Request, error: Exception) -> Response:

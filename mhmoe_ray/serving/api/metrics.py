@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -33,9 +33,7 @@ EXPERT_ROUTES = "Routes of served tokens, by layer and expert."
 
 def render_exposition(stats: Stats, labels: Mapping[str, str]) -> bytes:
     """Return the statistics as the text of `/metrics`; every metric gets the labels."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collector(stats, labels))
-    return generate_latest(registry)
+    return generate_latest(_Collector(stats, labels))
 
 
 class _Collector(Collector):

@@ -7,35 +7,27 @@ example, would give another answer than the client requested.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from mhmoe_ray.serving.answer import ModelDetails, ScoredText
 from mhmoe_ray.serving.detokenizer import format_token
-from mhmoe_ray.serving.engine import SamplingParams
-from mhmoe_ray.serving.engine.request import derived_seed
+from mhmoe_ray.serving.sampling import (
+    MAX_TEMPERATURE,
+    PLAIN_NUMBER,
+    Bias,
+    CommonSampling,
+    LogprobCount,
+    Number,
+    PositiveNumber,
+    SamplingParams,
+    StopText,
+    Text,
+    WholeNumber,
+    wrap_text,
+)
 
 MAX_CHOICES = 128
 """Largest number of choices (answers) of one request: the number of prompts times `n`."""
-MAX_LOGPROBS = 20
-
-
-def _check_encodable(text: str) -> str:
-    # JSON can carry half of a surrogate pair, which is not a character. `encode` raises a ValueError for it.
-    text.encode()
-    return text
-
-
-def _is_whole_number(value: Any) -> bool:
-    return isinstance(value, float) and value.is_integer()
 
 
 def _allow_null(schema: dict[str, Any]) -> None:
@@ -49,23 +41,13 @@ def _allow_null(schema: dict[str, Any]) -> None:
             ]
 
 
-def wrap_text(value: Any) -> Any:
-    """Return a single text as a list of one; any other value is returned unchanged."""
-    return [value] if isinstance(value, str) else value
-
-
 def _wrap_prompt(value: Any) -> Any:
     """Return a single text, or a single list of token ids, as a list of one; any other value is returned unchanged."""
     is_single = isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(v, int) for v in value))
     return [value] if is_single else value
 
 
-Text = Annotated[str, AfterValidator(_check_encodable)]
-# An empty stop string would end every answer before its first token.
-StopText = Annotated[str, Field(min_length=1), AfterValidator(_check_encodable)]
-# Strict validation refuses 1.0 for an integer, but in JSON 1.0 and 1 are the same number.
-WHOLE_NUMBER = BeforeValidator(lambda value: int(value) if _is_whole_number(value) else value)
-TokenId = Annotated[int, Field(ge=0, lt=2**31), WHOLE_NUMBER]
+TokenId = Annotated[int, Field(ge=0, lt=2**31), PLAIN_NUMBER]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 StopTexts = Annotated[list[StopText], Field(max_length=4)]
 Prompts = Annotated[list[Text | TokenIds], Field(min_length=1, max_length=MAX_CHOICES)]
@@ -92,21 +74,15 @@ class StreamOptions(StrictRequest):
     """Whether a last chunk without choices reports the numbers of tokens."""
 
 
-class SamplingRequest(StrictRequest):
-    """The sampling parameters and other fields that requests for completions and for chat completions share."""
+class SamplingRequest(StrictRequest, CommonSampling):
+    """The fields that requests for completions and for chat completions share, with the limits of OpenAI's API."""
 
     model: str | None = None
-    temperature: float = Field(default=1.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: Annotated[int, Field(ge=0, lt=2**31), WHOLE_NUMBER] = 0
-    """Number of most likely tokens to draw from; 0 draws from all."""
-    min_p: float = Field(default=0.0, ge=0, le=1)
-    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] = {}
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE_NUMBER] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE_NUMBER] = 1
+    temperature: Number = Field(1.0, ge=0, le=MAX_TEMPERATURE)
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), PLAIN_NUMBER] | None = None
     stop: Annotated[StopTexts, BeforeValidator(wrap_text, StopText | StopTexts)] = []
+    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Bias] = {}
+    n: WholeNumber = Field(1, ge=1, le=MAX_CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -123,18 +99,14 @@ class SamplingRequest(StrictRequest):
         """True if the last chunk of the stream must report the numbers of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling_params(self, max_tokens: int, choice: int) -> SamplingParams:
-        """Return the parameters of one of the `n` choices of a prompt; choice 0 uses the request's seed."""
-        return SamplingParams(
-            max_tokens,
-            self.temperature,
-            self.top_k,
-            self.top_p,
-            self.min_p,
-            self.presence_penalty,
-            self.frequency_penalty,
-            {int(token): bias for token, bias in self.logit_bias.items()},
-            derived_seed(self.seed, choice),
+    def sampling_params(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
+        """Return the parameters of choice 0 of a prompt; further choices get theirs by `SamplingParams.for_answer`."""
+        # The fields are valid already, and completions may have 0 as `max_tokens`.
+        return SamplingParams.model_construct(
+            **{name: getattr(self, name) for name in CommonSampling.model_fields},
+            max_tokens=max_tokens,
+            logit_bias={int(token): bias for token, bias in self.logit_bias.items()},
+            logprobs=logprobs,
         )
 
 
@@ -143,9 +115,9 @@ class CompletionRequest(SamplingRequest):
 
     prompt: Annotated[Prompts, BeforeValidator(_wrap_prompt, Text | TokenIds | Prompts)]
     """Texts, or lists of token ids; the server puts no token in front of token ids."""
-    max_tokens: Annotated[int, Field(ge=0), WHOLE_NUMBER] | None = None
+    max_tokens: Annotated[int, Field(ge=0), PLAIN_NUMBER] | None = None
     """Largest number of tokens of an answer; by default 16, as in OpenAI's API, or the server's limit if it is less."""
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE_NUMBER] | None = None
+    logprobs: LogprobCount | None = None
     echo: bool = False
 
 
@@ -250,11 +222,11 @@ class ChatRequest(SamplingRequest):
     """A request for the next chat message of a conversation."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1), WHOLE_NUMBER] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1), WHOLE_NUMBER] | None = None
+    max_tokens: PositiveNumber | None = None
+    max_completion_tokens: PositiveNumber | None = None
     """The newer name of `max_tokens`. If a request has neither field, the server's limit applies."""
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE_NUMBER] = 0
+    top_logprobs: LogprobCount = 0
 
 
 class TokenLogprob(BaseModel):
@@ -274,16 +246,12 @@ class ChosenLogprob(TokenLogprob):
     def from_score(cls, score: ScoredText) -> "ChosenLogprob":
         """Return the log-probability of an answer's token from its score."""
         assert score.logprob is not None
-        alternatives = [
-            TokenLogprob(token=format_token(token_bytes), logprob=logprob, bytes=list(token_bytes))
-            for token_bytes, logprob in score.alternatives
-        ]
-        return cls(
-            token=format_token(score.token_bytes),
-            logprob=score.logprob,
-            bytes=list(score.token_bytes),
-            top_logprobs=alternatives,
-        )
+        alternatives = [TokenLogprob(**_token_fields(*alternative)) for alternative in score.alternatives]
+        return cls(**_token_fields(score.token_bytes, score.logprob), top_logprobs=alternatives)
+
+
+def _token_fields(token_bytes: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": format_token(token_bytes), "logprob": logprob, "bytes": list(token_bytes)}
 
 
 class ChatLogprobs(BaseModel):

@@ -11,7 +11,6 @@ from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serving.answer import Answerer, ServedModel, ServedText
 from mhmoe_ray.serving.api.access import AccessControl, Client
 from mhmoe_ray.serving.api.errors import RequestError
-from mhmoe_ray.serving.api.schema import SamplingRequest
 from mhmoe_ray.serving.api.stream import Answers, StreamPacer, timeout_error
 from mhmoe_ray.serving.engine import Request
 from mhmoe_ray.spec import ServeSpec
@@ -130,7 +129,6 @@ class Service(TextService[Answerer]):
     async def start_answers(
         self,
         engine_requests: Sequence[tuple[Request, int]],
-        request: SamplingRequest,
         echo: bool,
         prompt_tokens: int,
         client: Client,
@@ -140,7 +138,8 @@ class Service(TextService[Answerer]):
         Each engine request is one choice, with the number of tokens that the server added to its prompt. Unknown
         tokens, more choices than the server holds at a time, or the errors of `begin_request` are a RequestError.
         """
-        self._check_tokens(map(int, request.logit_bias), "logit_bias")
+        first_request, _ = engine_requests[0]
+        self._check_tokens(first_request.sampling_params.logit_bias, "logit_bias")
         if len(engine_requests) > (max_choices := self.spec.max_concurrency + self.spec.max_waiting):
             message = f"{len(engine_requests)} choices are more than the {max_choices} that this server takes at a time"
             raise RequestError(400, message, "n")
@@ -148,7 +147,6 @@ class Service(TextService[Answerer]):
         prompts = (engine_request.prompt_ids[added_tokens:] for engine_request, added_tokens in engine_requests)
         self.log_prompts(client, prompts)
         answers = [
-            self.answerer.answer(engine_request, request.stop, echo, added_tokens)
-            for engine_request, added_tokens in engine_requests
+            self.answerer.answer(engine_request, echo, added_tokens) for engine_request, added_tokens in engine_requests
         ]
         return Answers(answers, prompt_tokens, client, self.spec.request_timeout, self.pacer)

@@ -4,6 +4,7 @@ Ray computes the chunks of a killed worker again. It also repeats a killed readi
 yields must depend only on its arguments.
 """
 
+import pickle
 from collections.abc import Collection, Iterator
 from functools import partial
 
@@ -16,7 +17,7 @@ from mhmoe_ray.serving.batch.formats import FORMATS
 from mhmoe_ray.serving.batch.input import open_input
 from mhmoe_ray.serving.batch.output import BatchOutput
 from mhmoe_ray.serving.batch.request import BatchRequest
-from mhmoe_ray.serving.batch.worker import Chunk, ChunkResult, ChunkWorker, chunks_at_a_time
+from mhmoe_ray.serving.batch.worker import BLOCK_COLUMN, Chunk, ChunkResult, ChunkWorker, as_block, chunks_at_a_time
 from mhmoe_ray.spec import ServeSpec
 
 CHUNK_RETRIES = 5
@@ -62,7 +63,7 @@ def answer_chunks(
     )
     try:
         for row in results.iter_rows():
-            result = ChunkResult.from_row(row)
+            result: ChunkResult = pickle.loads(row[BLOCK_COLUMN])
             if result.error:
                 raise result.error
             yield result
@@ -87,8 +88,8 @@ def read_chunks(_: pa.Table, *, request: BatchRequest, missing_chunks: frozenset
         source = open_input(request.input.path)
         for number, rows in enumerate(FORMATS[source.format].read_tables(source, request.chunk_rows)):
             if number in missing_chunks:
-                yield Chunk(number, rows).as_block()
+                yield as_block(Chunk.of_table(number, rows))
             if number == last_chunk:
                 return
     except MhmoeError as e:
-        yield Chunk(number, None, e).as_block()
+        yield as_block(Chunk(number, b"", e))

@@ -5,30 +5,13 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from mhmoe_ray.serving.engine import SamplingParams
-from mhmoe_ray.serving.engine.request import derived_seed
+from mhmoe_ray.serving.sampling import SamplingParams
 from mhmoe_ray.spec.serve import EngineName
 from mhmoe_ray.storage import location
 
 CHUNK_ROWS = 128
 """Default number of rows of a chunk; it is small, so that little is lost with a killed worker."""
 _HASH_CHARACTERS = 8
-
-
-class SamplingOptions(BaseModel):
-    """Options of the answers: sampling, stop strings and scores."""
-
-    max_tokens: int
-    temperature: float
-    top_p: float
-    seed: int | None
-    stop: tuple[str, ...]
-    logprobs: int | None
-    """Number of most likely tokens to report beside each token; None reports no scores."""
-
-    def params(self, row: int) -> SamplingParams:
-        """Return a row's sampling parameters; its seed depends only on its number from 0 and the request's seed."""
-        return SamplingParams(self.max_tokens, self.temperature, top_p=self.top_p, seed=derived_seed(self.seed, row))
 
 
 InputFormat = Literal["jsonl", "parquet"]
@@ -60,7 +43,8 @@ class BatchRequest(BaseModel):
     manifest_sha256: str
     """Hash of the checkpoint's manifest, which has the hashes of all weights."""
     input: InputFile
-    sampling: SamplingOptions
+    sampling: SamplingParams
+    """Sampling parameters; those of a row depend only on these and its number (`SamplingParams.for_answer`)."""
     engine: EngineName
     precision: Literal["float32", "bfloat16"]
     chunk_rows: int
@@ -103,6 +87,4 @@ class BatchRequest(BaseModel):
 
 
 def _format_value(value: object) -> str:
-    return (
-        "none" if value is None or value == () else str(value) if isinstance(value, int | float | str) else repr(value)
-    )
+    return "none" if value in (None, [], {}) else str(value)

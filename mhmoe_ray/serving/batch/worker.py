@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from mhmoe_ray.errors import MhmoeError, ServeError
-from mhmoe_ray.serving.answer import join_pieces
+from mhmoe_ray.serving.answer import check_biases, join_pieces
 from mhmoe_ray.serving.batch.formats import FORMATS
 from mhmoe_ray.serving.batch.output import BatchOutput
 from mhmoe_ray.serving.batch.request import BatchRequest
@@ -19,6 +19,7 @@ from mhmoe_ray.serving.engine import EngineError, Request
 from mhmoe_ray.spec import ServeSpec
 from mhmoe_ray.storage import location
 
+BLOCK_COLUMN = "pickle"
 MIN_CHUNKS_AT_A_TIME = 2
 """Smallest number of chunks that a worker computes at the same time.
 
@@ -30,30 +31,18 @@ class Chunk(NamedTuple):
     """A chunk of input rows on its way from the reading task to a worker."""
 
     number: int
-    rows: pa.Table | None
-    """Rows of the chunk, as `Format.read_tables` yields them; None if reading the input failed."""
+    rows: bytes
+    """Rows of the chunk, as `Format.read_tables` yields them, in Arrow's stream format; empty if reading failed."""
     error: MhmoeError | None = None
     """Error that ended the reading of the input."""
 
-    def as_block(self) -> pa.Table:
-        """Pack the chunk into a table of one row for Ray Data."""
-        content = pa.BufferOutputStream()
-        if self.rows is not None:
-            with pa.ipc.new_stream(content, self.rows.schema) as writer:
-                writer.write_table(self.rows)
-        fields = {"chunk": self.number, "rows": content.getvalue().to_pybytes(), "error": _pack_error(self.error)}
-        return pa.Table.from_pylist(
-            [fields], pa.schema([("chunk", pa.int64()), ("rows", pa.large_binary()), ("error", pa.binary())])
-        )
-
     @classmethod
-    def from_block(cls, block: pa.Table) -> "Chunk":
-        """Unpack the chunk from a table that `as_block` made."""
-        [number], [content], [error] = (block[name].to_pylist() for name in ("chunk", "rows", "error"))
-        if error is not None:
-            return cls(number, None, pickle.loads(error))
-        with pa.ipc.open_stream(content) as reader:
-            return cls(number, reader.read_all())
+    def of_table(cls, number: int, table: pa.Table) -> "Chunk":
+        # Pickling a slice of a table would write all of the table, and Arrow's format writes only the slice.
+        content = pa.BufferOutputStream()
+        with pa.ipc.new_stream(content, table.schema) as writer:
+            writer.write_table(table)
+        return cls(number, content.getvalue().to_pybytes())
 
 
 class ChunkResult(NamedTuple):
@@ -64,24 +53,11 @@ class ChunkResult(NamedTuple):
     error: MhmoeError | None
     """Error that kept the chunk from being answered."""
 
-    def as_block(self) -> pa.Table:
-        """Pack the result into a table of one row for Ray Data."""
-        fields = {"chunk": self.chunk, **self.counts.model_dump(), "error": _pack_error(self.error)}
-        names = ("chunk", *AnswerCounts.model_fields)
-        return pa.Table.from_pylist(
-            [fields], pa.schema([*((name, pa.int64()) for name in names), ("error", pa.binary())])
-        )
 
-    @classmethod
-    def from_row(cls, row: dict[str, Any]) -> "ChunkResult":
-        """Unpack the result from a row of a table that `as_block` made."""
-        error = None if row["error"] is None else pickle.loads(row["error"])
-        return cls(row["chunk"], AnswerCounts.model_validate({k: row[k] for k in AnswerCounts.model_fields}), error)
-
-
-def _pack_error(error: MhmoeError | None) -> bytes | None:
-    # Errors are passed as values, because Ray Data changes the message of an exception and wraps it.
-    return None if error is None else pickle.dumps(error)
+# Errors are passed as values, because Ray Data changes the message of an exception and wraps it.
+def as_block(value: Chunk | ChunkResult) -> pa.Table:
+    """Pack a chunk or a result into a table of one row for Ray Data; `pickle.loads` of its column unpacks it."""
+    return pa.table({BLOCK_COLUMN: pa.array([pickle.dumps(value)], pa.large_binary())})
 
 
 def chunks_at_a_time(request: BatchRequest, spec: ServeSpec) -> int:
@@ -106,6 +82,7 @@ class ChunkWorker:
         self._load_error: MhmoeError | None = None
         try:
             self._answerer = load_answerer(location(request.checkpoint), spec)
+            check_biases(request.sampling, self._answerer.tokenizer_size)
         # An error in the constructor of an actor loses its type, so the first chunk reports it.
         except MhmoeError as e:
             self._load_error = e
@@ -118,25 +95,24 @@ class ChunkWorker:
             self._answerer.engine.close()
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Answer a chunk from `Chunk.as_block`, write its file, and return the result or an error for the user."""
-        chunk = Chunk.from_block(block)
+        """Answer a chunk, write its file, and return the result or an error for the user, both packed by `as_block`."""
+        chunk: Chunk = pickle.loads(block[BLOCK_COLUMN][0].as_py())
         try:
-            return ChunkResult(chunk.number, self._answer_chunk(chunk), None).as_block()
+            return as_block(ChunkResult(chunk.number, self._answer_chunk(chunk), None))
         except MhmoeError as e:
-            return ChunkResult(chunk.number, AnswerCounts(), e).as_block()
+            return as_block(ChunkResult(chunk.number, AnswerCounts(), e))
 
     def _answer_chunk(self, chunk: Chunk) -> AnswerCounts:
         if error := chunk.error or self._load_error:
             raise error
         request, file_format = self._request, FORMATS[self._request.input.format]
-        assert chunk.rows is not None
+        with pa.ipc.open_stream(chunk.rows) as reader:
+            table = reader.read_all()
         try:
-            answers = asyncio.run(
-                self._answer_rows(file_format.table_rows(chunk.rows), chunk.number * request.chunk_rows)
-            )
+            answers = asyncio.run(self._answer_rows(file_format.table_rows(table), chunk.number * request.chunk_rows))
         except EngineError as e:
             raise _engine_error(e) from e
-        content = file_format.encode(chunk.rows, answers, request.sampling.logprobs is not None)
+        content = file_format.encode(table, answers, request.sampling.logprobs is not None)
         self._output.write_chunk(request, chunk.number, content)
         return AnswerCounts.of_rows([answer._asdict() for answer in answers])
 
@@ -159,8 +135,8 @@ class ChunkWorker:
             answerer.check_length(ids, has_answer=True)
         except ServeError as e:
             return RowAnswer(prompt_tokens=prompt_tokens, error=f"{e.subject}: {e.reason}")
-        request = Request(tuple(ids), sampling.params(row), sampling.logprobs)
-        pieces = [piece async for piece in answerer.answer(request, sampling.stop)]
+        request = Request(tuple(ids), sampling.for_answer(row))
+        pieces = [piece async for piece in answerer.answer(request)]
         return RowAnswer.from_piece(join_pieces(pieces), prompt_tokens, sampling.logprobs is not None)
 
 

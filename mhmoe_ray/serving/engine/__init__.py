@@ -3,7 +3,6 @@
 request.py        requests, updates, sampling parameters and statistics; the interface of all engines
 background.py     base class of all engines: their thread and its lock, statistics, failure and closing
 threaded.py       base class of engines of decoders, which deliver an answer in several updates
-client_request.py requests of clients in engines of encoders and vision models, and the inputs of these requests
 round_engine.py   base class of engines of encoders and vision models, which give one answer to each input
 torch_engine.py   this project's own engine for decoders
 packed_model.py   the model of that engine with matrices packed for inference on a CPU
@@ -20,13 +19,13 @@ from mhmoe_ray.serving.engine.request import (
     EngineError,
     FinishReason,
     Request,
-    SamplingParams,
     ScoredToken,
     ServedEngine,
     Stats,
     TextEngine,
     Update,
 )
+from mhmoe_ray.serving.sampling import SamplingParams
 
 __all__ = [
     "BusyError",

@@ -1,11 +1,10 @@
-"""The interface of engines: requests with sampling parameters in, updates with token ids out, and statistics.
+"""The interface of engines: requests with sampling parameters in, updates with token ids out, and statistics."""
 
-The sampling parameters of a request determine how `sampler.py` draws tokens.
-"""
-
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
+
+from mhmoe_ray.serving.sampling import SamplingParams
 
 BUCKET_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
 """Upper bounds of a histogram's buckets, in seconds; one more bucket has no bound."""
@@ -76,46 +75,10 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
-class SamplingParams:
-    """The sampling parameters of an answer, in the order penalties and biases, temperature, top_k, min_p, top_p.
-
-    With 0 as `max_tokens`, the engine only scores the prompt.
-    """
-
-    max_tokens: int
-    temperature: float = 1.0
-    """Temperature; 0 takes the most likely token."""
-    top_k: int = 0
-    """Number of most likely tokens to draw from; 0 draws from all."""
-    top_p: float = 1.0
-    """Total probability of the most likely tokens to draw from."""
-    min_p: float = 0.0
-    """Smallest probability to draw from, as a share of the largest one."""
-    presence_penalty: float = 0.0
-    """Amount subtracted from the logit of each token of the answer."""
-    frequency_penalty: float = 0.0
-    """Amount subtracted from a token's logit for each time that the answer has it."""
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None
-    """Seed of the random draws; None chooses a random one.
-
-    In `TorchEngine` on a CPU, equal requests with equal seeds get equal answers in any batch.
-    """
-
-
-def derived_seed(seed: int | None, index: int) -> int | None:
-    """Return the seed of answer `index` of a request; answer 0 uses the request's seed."""
-    # Users often give small seeds, one after another. A large odd stride (2**64 over the golden ratio) keeps the seeds
-    # of the further answers away from other small seeds.
-    return None if seed is None else seed + index * 0x9E3779B97F4A7C15
-
-
-@dataclass(frozen=True)
 class Request:
     prompt_ids: tuple[int, ...]
     sampling_params: SamplingParams
-    logprobs: int | None = None
-    """Number of most likely tokens to report beside each token's log-probability; None reports no scores."""
+    """Sampling parameters of the answer; with 0 as `max_tokens`, the engine only scores the prompt."""
     prompt_logprobs: bool = False
     client: str = ""
     """Client's name; waiting clients take turns."""

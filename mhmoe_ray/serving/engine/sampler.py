@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from mhmoe_ray.serving.engine.request import SamplingParams, ScoredToken
+from mhmoe_ray.serving.engine.request import ScoredToken
+from mhmoe_ray.serving.sampling import SamplingParams
 
 NUCLEUS_CANDIDATES = 1024
 """Number of most likely tokens that are sorted first; if top-p and min-p keep all of them, all tokens are sorted."""

@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 from mhmoe_ray.serving.engine.background import BackgroundEngine, RequestTimes
 from mhmoe_ray.serving.engine.request import BusyError, EngineError, Request, Stats, Update
+from mhmoe_ray.spec import ServeSpec
 
 Deliver = Callable[[Update | Exception], None]
 """Function that passes an update or an error from the engine's thread to the answer's coroutine."""
@@ -36,9 +37,9 @@ class ThreadedEngine(BackgroundEngine, Generic[T]):
     pending updates.
     """
 
-    def __init__(self, seq_len: int, max_concurrency: int, max_waiting: int) -> None:
+    def __init__(self, seq_len: int, spec: ServeSpec) -> None:
         super().__init__()
-        self._seq_len, self._max_concurrency, self._max_waiting = seq_len, max_concurrency, max_waiting
+        self.seq_len, self._spec = seq_len, spec
         self._pending_updates: dict[asyncio.AbstractEventLoop, list[tuple[UpdateQueue, Update | Exception]]] = {}
         """Updates by event loop, which gets those of a round together, because waking it is expensive."""
 
@@ -66,10 +67,6 @@ class ThreadedEngine(BackgroundEngine, Generic[T]):
     def _fill_stats(self, stats: Stats) -> None:
         """Fill in the subclass's own statistics, such as the use of the KV cache."""
 
-    @property
-    def seq_len(self) -> int:
-        return self._seq_len
-
     async def generate(self, request: Request) -> AsyncGenerator[Update, None]:
         """Hand a request to the engine's thread, and yield the updates of its answer."""
         loop, updates = asyncio.get_running_loop(), UpdateQueue()
@@ -77,13 +74,13 @@ class ThreadedEngine(BackgroundEngine, Generic[T]):
         def deliver(update: Update | Exception) -> None:
             self._pending_updates.setdefault(loop, []).append((updates, update))
 
-        max_new_tokens = min(request.sampling_params.max_tokens, self._seq_len - len(request.prompt_ids))
+        max_new_tokens = min(request.sampling_params.max_tokens, self.seq_len - len(request.prompt_ids))
         with self._condition:
             self._require_open()
             # Running and waiting requests count together. The choices of one HTTP request arrive at the same time and
             # all wait until the next round, so even an idle engine would refuse some of them if only waiting requests
             # counted.
-            if len(self._all_requests()) >= self._max_concurrency + self._max_waiting:
+            if len(self._all_requests()) >= self._spec.max_concurrency + self._spec.max_waiting:
                 raise BusyError(f"{self._count_waiting()} requests wait already")
             state = self._add_request(request, max_new_tokens, deliver)
             self._condition.notify()

@@ -35,42 +35,36 @@ class TorchEngine(ThreadedEngine[Sequence]):
     def __init__(
         self,
         model: Decoder,
-        dtype: torch.dtype,
         stop_token_ids: frozenset[int],
         tokenizer_size: int,
         seq_len: int,
-        *,
-        max_concurrency: int,
-        max_waiting: int,
-        threads: int,
-        cache_tokens: int | None = None,
+        spec: ServeSpec,
     ) -> None:
         """Start the engine and its thread, with a model that has all experts, in evaluation mode, on its device.
 
-        The cache has the `dtype` of the matrices, and fits `max_concurrency` requests of full length by default, and
+        The cache has the data type of the matrices, and fits `max_concurrency` requests of full length by default, and
         always one.
 
-        The `threads` on a CPU synchronise more slowly if another thread of the process has started its own team of
-        OpenMP threads before: libgomp then sees more threads than CPUs.
+        The threads on a CPU synchronise more slowly if another thread of the process has started its own team of OpenMP
+        threads before: libgomp then sees more threads than CPUs.
         """
-        super().__init__(seq_len, max_concurrency, max_waiting)
+        super().__init__(seq_len, spec)
         self._model, self._stop_token_ids, self._tokenizer_size = model, stop_token_ids, tokenizer_size
         self._device = model.embedding.weight.device
-        block_count = count_blocks(cache_tokens) if cache_tokens else max_concurrency * count_blocks(seq_len)
+        cached_tokens, full_blocks = spec.cache_tokens, count_blocks(seq_len)
+        block_count = count_blocks(cached_tokens) if cached_tokens else spec.max_concurrency * full_blocks
         # A single request of full length must fit, or it would wait without end.
-        self._pool = BlockPool(max(block_count, count_blocks(seq_len)))
-        self._bfloat16 = dtype == torch.bfloat16
-        self._cache = PagedCache(model.spec, self._pool.size, dtype, self._device)
-        self._scheduler = Scheduler(self._pool, max_concurrency, PREFILL_BUDGET[self._device.type])
+        self._pool = BlockPool(max(block_count, full_blocks))
+        self._cache = PagedCache(model.spec, self._pool.size, _matrix_type(spec), self._device)
+        self._scheduler = Scheduler(self._pool, spec.max_concurrency, PREFILL_BUDGET[self._device.type])
         self._samplers: dict[Sequence, Sampler] = {}
         moe = model.spec.moe
         self._count_LE = torch.zeros(model.spec.moe_layers, moe.experts if moe else 0, dtype=torch.long)
-        self._threads = threads
         self._thread.start()
 
     def _run(self) -> None:
         # torch keeps this number for each calling thread, so it is set in the thread that computes.
-        torch.set_num_threads(self._threads)
+        torch.set_num_threads(self._spec.cpus_per_replica)
         super()._run()
 
     def _add_request(self, request: Request, max_new_tokens: int, deliver: Deliver) -> Sequence:
@@ -153,7 +147,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
         token_1T = torch.zeros(1, step.padded_count, dtype=torch.long)
         token_ids = [t for p in chunks for t in p.sequence.token_ids[p.start : p.start + p.length]]
         token_1T[0, : step.token_count] = torch.tensor(token_ids)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16):
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._spec.precision == "bfloat16"):
             output = self._model(token_1T.to(self._device), step)
         for count_E, routing in zip(self._count_LE, output.routing, strict=True):
             # A row is a sub-token, and each token has the same number of rows. The rows of the padding are last, so the
@@ -184,8 +178,8 @@ class TorchEngine(ThreadedEngine[Sequence]):
             return Update(prompt_scores=prompt_scores, finish_reason="stop")
         scored_tokens = (
             [ScoredToken(token)]
-            if request.logprobs is None
-            else score_tokens(logits_RV[-1:], [token], request.logprobs)
+            if request.sampling_params.logprobs is None
+            else score_tokens(logits_RV[-1:], [token], request.sampling_params.logprobs)
         )
         return Update(
             tuple(scored_tokens),
@@ -208,7 +202,7 @@ def _score_prompt(chunk: TokenChunk, logits_RV: Tensor) -> list[ScoredToken]:
         return []
     scores = [ScoredToken(sequence.token_ids[0])] if chunk.start == 0 else []
     token_ids = sequence.token_ids[chunk.start + 1 : chunk.start + 1 + chunk.length]
-    return scores + score_tokens(logits_RV[: len(token_ids)], token_ids, request.logprobs or 0)
+    return scores + score_tokens(logits_RV[: len(token_ids)], token_ids, request.sampling_params.logprobs or 0)
 
 
 def start_engine(
@@ -227,25 +221,18 @@ def own_engine(
     model: Decoder, stop_token_ids: frozenset[int], tokenizer_size: int, seq_len: int, spec: ServeSpec
 ) -> TorchEngine:
     """Return a `TorchEngine` for a float32 model in memory, with all experts, which it then owns."""
-    dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
-    if dtype == torch.bfloat16:
+    if spec.precision == "bfloat16":
         convert_to_bfloat16(model)
     if spec.gpus_per_replica:
         # The conversion to bfloat16 comes before this, because the float32 model may not fit on the GPU.
         model.to("cuda")
     if model.embedding.weight.device.type == "cpu":
-        make_batch_invariant(model, dtype)
-    return TorchEngine(
-        model,
-        dtype,
-        stop_token_ids,
-        tokenizer_size,
-        seq_len,
-        max_concurrency=spec.max_concurrency,
-        max_waiting=spec.max_waiting,
-        threads=spec.cpus_per_replica,
-        cache_tokens=spec.cache_tokens,
-    )
+        make_batch_invariant(model, _matrix_type(spec))
+    return TorchEngine(model, stop_token_ids, tokenizer_size, seq_len, spec)
+
+
+def _matrix_type(spec: ServeSpec) -> torch.dtype:
+    return torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
 
 
 def make_batch_invariant(model: Decoder, dtype: torch.dtype) -> None:

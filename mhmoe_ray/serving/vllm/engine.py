@@ -28,17 +28,17 @@ from mhmoe_ray.serving.engine.request import (
     EngineError,
     FinishReason,
     Request,
-    SamplingParams,
     ScoredToken,
     Stats,
     Update,
 )
 from mhmoe_ray.serving.engine.threaded import Deliver, RequestState, ThreadedEngine
+from mhmoe_ray.serving.sampling import SamplingParams
 from mhmoe_ray.serving.vllm.folder import LOAD_FORMAT, check_fits, write_folder
 from mhmoe_ray.spec import ServeSpec
 from mhmoe_ray.storage import Location
 
-WARMUP_REQUEST = Request((0,), SamplingParams(max_tokens=2, top_p=0.9, seed=0), logprobs=1, prompt_logprobs=True)
+WARMUP_REQUEST = Request((0,), SamplingParams(max_tokens=2, top_p=0.9, seed=0, logprobs=1), prompt_logprobs=True)
 """Request for the warm-up, in which vLLM compiles its sampler before clients come."""
 # To read how often each expert was chosen, the engine calls all workers, so it must do this rarely.
 ROUNDS_PER_COUNT = 256
@@ -68,7 +68,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
 
         A model that vLLM cannot compute or shard is a ServeError, and a failing start an EngineError.
         """
-        super().__init__(manifest.seq_len, spec.max_concurrency, spec.max_waiting)
+        super().__init__(manifest.seq_len, spec)
         self._on_cpu = current_platform.is_cpu()
         check_fits(manifest.model, self._on_cpu, spec.tensor_parallel, spec.expert_parallel)
         self._checkpoint, self._manifest, self._stop_token_ids, self._tokenizer_size = (
@@ -77,7 +77,6 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
             stop_token_ids,
             tokenizer_size,
         )
-        self._spec = spec
         self._waiting_queue = FairQueue[_VllmRequest]()
         self._running: dict[str, _VllmRequest] = {}
         self._stat_logger = _StatLogger()
@@ -182,7 +181,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
     def _run_round(self) -> bool:
         with self._condition:
             self._end_abandoned_requests()
-            while len(self._waiting_queue) and len(self._running) < self._max_concurrency:
+            while len(self._waiting_queue) and len(self._running) < self._spec.max_concurrency:
                 self._start_request(self._waiting_queue.pop())
             if self._is_closed:
                 return False
@@ -222,14 +221,14 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
 
     def _handle_output(self, state: _VllmRequest, output: RequestOutput) -> None:
         """Deliver the tokens and scores of a step to a request, and end a finished one."""
-        [completion] = output.outputs
+        [completion], alternatives = output.outputs, state.request.sampling_params.logprobs
         prompt_scores: tuple[ScoredToken, ...] = ()
         if not state.is_running:
             start_time = output.metrics.scheduled_ts if output.metrics else 0.0
             self._record_start(state, max(0.0, start_time - state.arrival_time), output.num_cached_tokens or 0)
             if state.request.prompt_logprobs:
-                prompt_scores = _score_tokens(state.request.prompt_ids, output.prompt_logprobs, state.request.logprobs)
-        tokens = _score_tokens(completion.token_ids, completion.logprobs, state.request.logprobs)
+                prompt_scores = _score_tokens(state.request.prompt_ids, output.prompt_logprobs, alternatives)
+        tokens = _score_tokens(completion.token_ids, completion.logprobs, alternatives)
         if tokens and tokens[-1].token in self._stop_token_ids:
             tokens = tokens[:-1]
         # vLLM computes at least one token, but a request that only scores its prompt gets none.
@@ -278,10 +277,10 @@ def _vllm_params(
         min_p=params.min_p,
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
-        logit_bias=dict(params.logit_bias) or None,
+        logit_bias=params.logit_bias or None,
         seed=None if params.seed is None else params.seed % 2**63,
-        logprobs=request.logprobs,
-        prompt_logprobs=(request.logprobs or 0) if request.prompt_logprobs else None,
+        logprobs=params.logprobs,
+        prompt_logprobs=(params.logprobs or 0) if request.prompt_logprobs else None,
         stop_token_ids=sorted(stop_token_ids),
         ignore_eos=True,
         detokenize=False,

@@ -152,7 +152,7 @@ def test_engine_answers_like_transformers(tmp_path, mixtral, mixtral_folder):
     for prompt in ("the quick brown", "", "fox 日本 🦊"):
         ids = answerer.encode(prompt)
         assert ids[0] == 1
-        answer = answer_tokens(answerer.engine, ids, SamplingParams(24, temperature=0))
+        answer = answer_tokens(answerer.engine, ids, SamplingParams(max_tokens=24, temperature=0))
         vocab_size = answerer.tokenizer.get_vocab_size()
         options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": [1, 2], "pad_token_id": 0}
         options |= {"suppress_tokens": list(range(vocab_size, 320))}
@@ -160,7 +160,7 @@ def test_engine_answers_like_transformers(tmp_path, mixtral, mixtral_folder):
         expected = generated_tokens[0, len(ids) :].tolist()
         assert answer == [token for token in expected if token not in (1, 2)]
         assert len(set(answer)) > 3
-        text_pieces = answer_pieces(answerer, ids, SamplingParams(24, temperature=0))
+        text_pieces = answer_pieces(answerer, ids, SamplingParams(max_tokens=24, temperature=0))
         full_text = answerer.tokenizer.decode([*ids, *answer])
         if "\ufffd" not in full_text:
             assert prompt + "".join(p.text for p in text_pieces) == full_text

@@ -142,7 +142,9 @@ def test_tensors_that_models_do_not_need_are_ignored(tmp_path):
 def test_end_tokens_of_a_folder_survive_a_round_trip(tmp_path, mixtral_folder, file):
     def answer(run):
         answerer = load_answerer(newest_checkpoint(run, ("weights",))[0], ServeSpec(max_concurrency=1))
-        return answer_tokens(answerer.engine, answerer.encode("the quick brown"), SamplingParams(24, temperature=0))
+        return answer_tokens(
+            answerer.engine, answerer.encode("the quick brown"), SamplingParams(max_tokens=24, temperature=0)
+        )
 
     plain_run = import_folder(mixtral_folder, None, tmp_path / "runs", None)
     assert newest_checkpoint(plain_run)[1].ends == []

@@ -80,7 +80,7 @@ def test_generation_is_that_of_the_engine(exported):
         assert inputs.input_ids[0].tolist() == answerer.encode(prompt)
         assert torch.equal(model.generate(**inputs, **options)[0, -32:], answers[row])
         biases = {1: -100.0, 2: -100.0}
-        params = SamplingParams(32, temperature=0, logit_bias=biases)
+        params = SamplingParams(max_tokens=32, temperature=0, logit_bias=biases)
         assert answer_tokens(answerer.engine, answerer.encode(prompt), params) == answers[row].tolist()
         single_logits = model(**inputs).logits[0, -1]
         torch.testing.assert_close(model(**batch).logits[row, -1], single_logits, rtol=0, atol=1e-5)

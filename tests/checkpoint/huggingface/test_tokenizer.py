@@ -91,7 +91,7 @@ def test_transformers_answers_like_the_engine(tmp_path):
             **inputs, max_new_tokens=16, do_sample=False, suppress_tokens=list(range(vocab_size, 320))
         )
         expected = generated_tokens[0, len(ids) :].tolist()
-        answer = answer_tokens(answerer.engine, ids, SamplingParams(16, temperature=0))
+        answer = answer_tokens(answerer.engine, ids, SamplingParams(max_tokens=16, temperature=0))
         assert answer == [token for token in expected if token not in (1, 2)]
     assert torch.equal(
         tokenizer(["fox", "the fox"], padding=True, return_tensors="pt").attention_mask[:, 0], torch.ones(2)

@@ -65,7 +65,7 @@ def test_logits_and_greedy_answers_are_ours(tool_results):
         observations["logits"], model(TOKENS, document_BT=document_BT).logits_BTV, rtol=0, atol=1e-5
     )
     answerer = load_answerer(checkpoint, ServeSpec(max_concurrency=1))
-    params = SamplingParams(32, temperature=0, logit_bias={1: -100.0, 2: -100.0})
+    params = SamplingParams(max_tokens=32, temperature=0, logit_bias={1: -100.0, 2: -100.0})
     for prompt, answer in zip(PROMPTS, observations["answers"], strict=True):
         assert answer_tokens(answerer.engine, answerer.encode(prompt), params) == answer
     answerer.engine.close()

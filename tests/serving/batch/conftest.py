@@ -1,6 +1,7 @@
 """Fixtures of the tests of batch inference: a run with a chat template, and the answers of its server."""
 
 import json
+import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from mhmoe_ray.serving.api.app import create_app
 from mhmoe_ray.serving.batch.input import check_rows, open_input
 from mhmoe_ray.serving.batch.output import BatchOutput
 from mhmoe_ray.serving.batch.pipeline import read_chunks
-from mhmoe_ray.serving.batch.request import BatchRequest, InputFile, SamplingOptions
-from mhmoe_ray.serving.batch.worker import ChunkResult, ChunkWorker
+from mhmoe_ray.serving.batch.request import BatchRequest, InputFile
+from mhmoe_ray.serving.batch.worker import BLOCK_COLUMN, ChunkResult, ChunkWorker
 from mhmoe_ray.serving.load import load_answerer
+from mhmoe_ray.serving.sampling import SamplingParams
 from mhmoe_ray.spec import ServeSpec
 from mhmoe_ray.storage import describe_file
 
@@ -30,7 +32,7 @@ TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'critic' %}{{ raise_exception('no critics here') }}{% endif %}"
     "{{ message.role }}: {{ message.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
-GREEDY = SamplingOptions(max_tokens=12, temperature=0, top_p=1, seed=None, stop=(), logprobs=None)
+GREEDY = SamplingParams(max_tokens=12, temperature=0)
 PROMPTS = ["the quick brown", "", "über größte", "日本", "🦊🐕", "lazy dog\nthe fox ", " jumps", 'a "quoted" one']
 
 
@@ -99,7 +101,7 @@ def read_output(folder: Path) -> list[dict[str, Any]]:
 
 
 def make_request(
-    input_path: Path, checkpoint: Path, sampling: SamplingOptions = GREEDY, chunk_rows: int = 5
+    input_path: Path, checkpoint: Path, sampling: SamplingParams = GREEDY, chunk_rows: int = 5
 ) -> BatchRequest:
     """Check all rows of a file, and return a request for the answers to them."""
     source = open_input(str(input_path))
@@ -128,4 +130,4 @@ def answer_here(request: BatchRequest, folder: Path, spec: ServeSpec | None = No
     worker = ChunkWorker(request, spec or ServeSpec(max_concurrency=8), output)
     blocks = read_chunks(pa.table({}), request=request, missing_chunks=frozenset(output.missing_chunks(request)))
     results = [worker(block) for block in blocks]
-    return [ChunkResult.from_row(row) for result in results for row in result.to_pylist()]
+    return [pickle.loads(content) for result in results for content in result[BLOCK_COLUMN].to_pylist()]

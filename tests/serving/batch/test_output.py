@@ -45,8 +45,8 @@ def test_folder_refuses_another_request_in_one_line(tmp_path, batch_checkpoint, 
         "temperature 0.0, not 0.5": request_of_five.model_copy(
             update={"sampling": GREEDY.model_copy(update={"temperature": 0.5})}
         ),
-        "seed none, not 3, stop none, not ('x',)": request_of_five.model_copy(
-            update={"sampling": GREEDY.model_copy(update={"seed": 3, "stop": ("x",)})}
+        "seed none, not 3, stop none, not ['x']": request_of_five.model_copy(
+            update={"sampling": GREEDY.model_copy(update={"seed": 3, "stop": ["x"]})}
         ),
         f"input {tmp_path}/in.jsonl (": make_request(other_path, batch_checkpoint),
         "checkpoint tiny-abc123/step_00000001.1 (": request_of_five.model_copy(update={"manifest_sha256": "0" * 64}),

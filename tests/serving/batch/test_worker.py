@@ -86,10 +86,10 @@ def test_seed_of_a_row_depends_on_the_row_alone(tmp_path, batch_checkpoint, serv
 def test_stop_strings_end_answers_as_in_the_server(tmp_path, batch_checkpoint, server):
     path = write_input(tmp_path / "in.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     full_texts = served_texts(server, PROMPTS, max_tokens=12, temperature=0)
-    stop = tuple(text[3:5] for text in full_texts[:2])
+    stop = [text[3:5] for text in full_texts[:2]]
     answer_here(make_request(path, batch_checkpoint, GREEDY.model_copy(update={"stop": stop})), tmp_path / "out")
     texts = [row["text"] for row in read_output(tmp_path / "out")]
-    assert texts == served_texts(server, PROMPTS, max_tokens=12, temperature=0, stop=list(stop))
+    assert texts == served_texts(server, PROMPTS, max_tokens=12, temperature=0, stop=stop)
     assert texts != full_texts
 
 

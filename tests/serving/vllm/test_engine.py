@@ -62,7 +62,9 @@ def test_mixed_requests_are_answered_together(engine):
 
 def test_logprobs_are_independent_of_sampling_params(engine):
     ids = random_prompts(1)[0]
-    request = Request(ids, SamplingParams(8, 0.8, top_k=5, seed=1, logit_bias={3: 50.0}), logprobs=2)
+    request = Request(
+        ids, SamplingParams(max_tokens=8, temperature=0.8, top_k=5, seed=1, logit_bias={3: 50.0}, logprobs=2)
+    )
     [answer] = answer_all(engine, [request])
     assert [scored.token for scored in answer.tokens] == [3] * 8
     token_ids = [*ids, *[3] * 8]
@@ -73,17 +75,21 @@ def test_logprobs_are_independent_of_sampling_params(engine):
 
 
 def test_equal_seeds_give_equal_answers(engine):
-    request = Request(random_prompts(1)[0], SamplingParams(20, 1.2, top_p=0.95, seed=11))
+    request = Request(random_prompts(1)[0], SamplingParams(max_tokens=20, temperature=1.2, top_p=0.95, seed=11))
     [expected] = answer_all(engine, [request])
     assert answer_all(engine, [request, *mixed_requests()])[0] == expected
-    [other_answer] = answer_all(engine, [Request(request.prompt_ids, SamplingParams(20, 1.2, top_p=0.95, seed=12))])
+    [other_answer] = answer_all(
+        engine, [Request(request.prompt_ids, SamplingParams(max_tokens=20, temperature=1.2, top_p=0.95, seed=12))]
+    )
     assert other_answer != expected
 
 
 def test_prompt_is_scored_without_an_answer(engine):
     ids = random_prompts(1, max_length=SEQ_LEN)[0]
     ids = (*ids, *[1] * (SEQ_LEN - len(ids)))  # a prompt as long as the model allows
-    [answer] = answer_all(engine, [Request(ids, SamplingParams(0), logprobs=1, prompt_logprobs=True)])
+    [answer] = answer_all(
+        engine, [Request(ids, SamplingParams.model_construct(max_tokens=0, logprobs=1), prompt_logprobs=True)]
+    )
     assert answer.tokens == []
     assert answer.finish_reason == "length"
     assert [scored.token for scored in answer.prompt_scores] == list(ids)
@@ -91,16 +97,20 @@ def test_prompt_is_scored_without_an_answer(engine):
 
 def test_end_of_document_ends_the_answer(engine, tokenizer):
     end = tokenizer.token_to_id(END_OF_TEXT)
-    [answer] = answer_all(engine, [Request((1, 2), SamplingParams(20, temperature=0, logit_bias={end: 100.0}))])
+    [answer] = answer_all(
+        engine, [Request((1, 2), SamplingParams(max_tokens=20, temperature=0, logit_bias={end: 100.0}))]
+    )
     assert (answer.tokens, answer.finish_reason) == ([], "stop")
 
 
 def test_closed_answer_is_aborted(engine):
     async def close_early():
-        answer = engine.generate(Request((1, 2), SamplingParams(SEQ_LEN - 2, temperature=0, logit_bias={0: -100.0})))
+        answer = engine.generate(
+            Request((1, 2), SamplingParams(max_tokens=SEQ_LEN - 2, temperature=0, logit_bias={0: -100.0}))
+        )
         await anext(answer)
         await answer.aclose()
-        return [_ async for _ in engine.generate(Request((3,), SamplingParams(3, temperature=0)))]
+        return [_ async for _ in engine.generate(Request((3,), SamplingParams(max_tokens=3, temperature=0)))]
 
     initial_stats = engine.stats()
     asyncio.run(close_early())
@@ -129,7 +139,7 @@ def test_stats_count_tokens_and_routes(engine):
     initial_stats = idle_stats(engine)
     # No earlier prompt starts with these tokens, so nothing of the prompt is in the cache.
     ids = tuple(range(100, 150))
-    answer_all(engine, [Request(ids, SamplingParams(5, temperature=0, logit_bias={0: -100.0}))])
+    answer_all(engine, [Request(ids, SamplingParams(max_tokens=5, temperature=0, logit_bias={0: -100.0}))])
     final_stats = engine.stats()
     assert final_stats.prompt_tokens - initial_stats.prompt_tokens == 50
     assert final_stats.answer_tokens - initial_stats.answer_tokens == 5
@@ -150,7 +160,7 @@ def test_request_that_vllm_refuses_fails_alone(engine):
 
     async def run_both():
         # The API would refuse this request, so the engine gets it directly.
-        bad_request = Request((1, 2), SamplingParams(5, top_k=-7))
+        bad_request = Request((1, 2), SamplingParams.model_construct(max_tokens=5, top_k=-7))
         return await asyncio.gather(*(collect_tokens(r) for r in (bad_request, good_request)), return_exceptions=True)
 
     failure, answer = asyncio.run(run_both())

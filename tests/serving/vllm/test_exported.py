@@ -83,7 +83,7 @@ def test_server_of_vllm_answers_like_our_engine(folder):
             biases = {1: -100.0, 2: -100.0}  # tokens that would end the answer
             body = {"model": str(path), "prompt": prompt, "max_tokens": 24, "temperature": 0, "return_token_ids": True}
             answer = json.loads(ask(port, "/v1/completions", {**body, "logit_bias": biases}))
-            params = SamplingParams(24, temperature=0, logit_bias=biases)
+            params = SamplingParams(max_tokens=24, temperature=0, logit_bias=biases)
             expected = answer_tokens(answerer.engine, answerer.encode(prompt), params)
             assert answer["choices"][0]["token_ids"] == expected
             assert answer["usage"]["prompt_tokens"] == len(answerer.encode(prompt))

@@ -81,7 +81,7 @@ def largest_difference(model, answerer) -> float:
     If that difference is below 1e-3, assert that the greedy tokens are equal, too.
     """
     requests = [
-        Request(ids, SamplingParams(20, temperature=0), logprobs=0, prompt_logprobs=True)
+        Request(ids, SamplingParams(max_tokens=20, temperature=0, logprobs=0), prompt_logprobs=True)
         for ids in random_prompts(8, max_length=40)
     ]
     worst = 0.0

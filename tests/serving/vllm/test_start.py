@@ -49,7 +49,9 @@ def test_clients_take_turns_and_the_queue_is_limited(checkpoint):
     finished_clients = []
 
     async def ask(engine, client, max_tokens=4):
-        async for update in engine.generate(Request((1, 2), SamplingParams(max_tokens, temperature=0), client=client)):
+        async for update in engine.generate(
+            Request((1, 2), SamplingParams(max_tokens=max_tokens, temperature=0), client=client)
+        ):
             if update.finish_reason:
                 finished_clients.append(client)
 
@@ -79,13 +81,13 @@ def test_closed_engine_refuses_requests(checkpoint):
     with serve_with_vllm(checkpoint) as answerer:
         pass
     with pytest.raises(EngineError, match="closed"):
-        answer_tokens(answerer.engine, (1,), SamplingParams(20, temperature=0))
+        answer_tokens(answerer.engine, (1,), SamplingParams(max_tokens=20, temperature=0))
 
 
 def test_bfloat16_scores_are_close_to_the_training_model(checkpoint):
     """Scores in bfloat16 differ by less than 0.1 on average: with routing in float32, few sub-tokens change experts."""
     ids = random_prompts(1)[0]
-    request = Request(ids, SamplingParams(0), logprobs=0, prompt_logprobs=True)
+    request = Request(ids, SamplingParams.model_construct(max_tokens=0, logprobs=0), prompt_logprobs=True)
     with serve_with_vllm(checkpoint, precision="bfloat16") as answerer:
         [answer] = answer_all(answerer.engine, [request])
     with torch.inference_mode():

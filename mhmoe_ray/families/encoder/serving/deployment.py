@@ -13,7 +13,7 @@ from mhmoe_ray.spec import ModelSpec, ServeSpec
 from mhmoe_ray.storage import Location
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from fastapi import APIRouter
 
     from mhmoe_ray.families.encoder.serving.answer import EncoderAnswerer
     from mhmoe_ray.serving.api.access import AccessControl
@@ -24,6 +24,7 @@ class EncoderServing(FamilyServing):
     """Serving of encoders, which were trained to match images with texts or to write captions."""
 
     reads_images = True
+    page_package = __package__
 
     def check(self, manifest: CheckpointManifest, spec: ServeSpec, run: RunDir) -> None:
         assert manifest.model.encoder is not None
@@ -38,17 +39,13 @@ class EncoderServing(FamilyServing):
         load_chat_template(RunDir.of_checkpoint(checkpoint), load_run_tokenizer(checkpoint, manifest))
 
     def load(self, checkpoint: Location, spec: ServeSpec, manifest: CheckpointManifest) -> "EncoderAnswerer":
-        import torch
-
         from mhmoe_ray.families.encoder.checkpoint import load_verified_encoder
         from mhmoe_ray.families.encoder.serving.answer import EncoderAnswerer
         from mhmoe_ray.families.encoder.serving.engine import EncoderEngine
         from mhmoe_ray.families.encoder.serving.names import held_out_names
 
-        torch.set_num_threads(1)
         run, encoder = RunDir.of_checkpoint(checkpoint), manifest.model.encoder
         assert encoder is not None
-        self.check(manifest, spec, run)
         tokenizer = load_run_tokenizer(checkpoint, manifest)
         model = load_verified_encoder(checkpoint, manifest)
         if spec.gpus_per_replica:
@@ -58,19 +55,14 @@ class EncoderServing(FamilyServing):
         engine = EncoderEngine(model, manifest.seq_len, boundaries(tokenizer).start, spec)
         return EncoderAnswerer(engine, tokenizer, details, encoder, writes_captions=_writes_captions(run), names=names)
 
-    def add_routes(
-        self, app: "FastAPI", served: "EncoderAnswerer", model: str, spec: ServeSpec, access: "AccessControl"
-    ) -> "TextService[EncoderAnswerer]":
+    def routers(
+        self, served: "EncoderAnswerer", model: str, spec: ServeSpec, access: "AccessControl"
+    ) -> "tuple[TextService[EncoderAnswerer], list[APIRouter]]":
         from mhmoe_ray.families.encoder.serving.routes import encoder_routers
-        from mhmoe_ray.serving.api.errors import RESPONSES
-        from mhmoe_ray.serving.api.pages import page_router
         from mhmoe_ray.serving.api.service import TextService
 
         service = TextService(served, model, spec, access)
-        for router in encoder_routers(service):
-            app.include_router(router, responses=RESPONSES)
-        app.include_router(page_router(__package__, spec))
-        return service
+        return service, encoder_routers(service)
 
     def request_example(self, model: ModelSpec, url: str) -> RequestExample:
         assert model.encoder is not None

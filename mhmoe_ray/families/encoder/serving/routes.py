@@ -23,7 +23,6 @@ from mhmoe_ray.families.images.routes import RoutesRequest, image_request
 from mhmoe_ray.serving.api.access import Client
 from mhmoe_ray.serving.api.errors import RequestError
 from mhmoe_ray.serving.api.schema import (
-    WHOLE_NUMBER,
     ChatChoice,
     ChatChunk,
     ChatCompletion,
@@ -31,11 +30,10 @@ from mhmoe_ray.serving.api.schema import (
     ChatResponseMessage,
     StreamOptions,
     StrictRequest,
-    Text,
     Usage,
-    wrap_text,
 )
 from mhmoe_ray.serving.api.service import TextService
+from mhmoe_ray.serving.sampling import PositiveNumber, Text, wrap_text
 
 Inputs = Annotated[list[Text], Field(min_length=1, max_length=MAX_DOCUMENTS)]
 EncoderService = TextService[EncoderAnswerer]
@@ -93,7 +91,7 @@ class RerankRequest(StrictRequest):
     query: Query
     documents: Annotated[list[Query], Field(min_length=1, max_length=MAX_DOCUMENTS)]
     model: str | None = None
-    top_n: Annotated[int, Field(ge=1), WHOLE_NUMBER] | None = None
+    top_n: PositiveNumber | None = None
     return_documents: bool = False
 
 
@@ -160,8 +158,8 @@ class CaptionRequest(StrictRequest):
     user: str | None = None
     temperature: float | None = None
     """Sampling temperature. Clients send it by default, but it has no effect: a caption has the most likely tokens."""
-    max_tokens: Annotated[int, Field(ge=1), WHOLE_NUMBER] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1), WHOLE_NUMBER] | None = None
+    max_tokens: PositiveNumber | None = None
+    max_completion_tokens: PositiveNumber | None = None
     n: Literal[1] = 1
 
 

@@ -5,13 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
+from pydantic import BaseModel
 
 from mhmoe_ray.families.images.crops import centre_crop, crop_pixels
 from mhmoe_ray.families.images.image_urls import ImageThread, read_image_file, read_image_text
 from mhmoe_ray.families.vision.data.fit import Fit, fit_pixels, stored_boxes, stored_probabilities
 from mhmoe_ray.families.vision.serving.request import VisionOutput, VisionRequest
 from mhmoe_ray.serving.answer import ModelDetails, ServedModel
-from mhmoe_ray.serving.engine.client_request import ClientRequest
+from mhmoe_ray.serving.engine.round_engine import ClientRequest
 from mhmoe_ray.spec import TaskSpec, VisionSpec
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class TaskImage(NamedTuple):
         return Fit.of_image(self.width, self.height, len(self.pixels))
 
 
-class LabelScore(NamedTuple):
+class ClassScore(BaseModel):
     """Class of an image, with the score that the model gives it."""
 
     label: str
@@ -102,14 +103,14 @@ class VisionAnswerer(ServedModel):
         [output] = await self.engine.answer(request, [VisionRequest(task, image.pixels, has_routes)])
         return output
 
-    def scores(self, task: str, output: VisionOutput, function: ScoreFunction) -> list[LabelScore]:
-        """Return the classes of an image with their scores, best first."""
+    def scores(self, task: str, output: VisionOutput, function: ScoreFunction, top_k: int) -> list[ClassScore]:
+        """Return the `top_k` classes of an image with the best scores, best first."""
         assert output.logits_C is not None
         score_C = _FUNCTIONS[function](output.logits_C.astype(np.float64))
         # The model may have more outputs than the data has classes, and the rest have no names.
         names = self.class_names[task]
-        order = np.argsort(-score_C[: len(names)], kind="stable")
-        return [LabelScore(names[number], float(score_C[number])) for number in order]
+        order = np.argsort(-score_C[: len(names)], kind="stable")[:top_k]
+        return [ClassScore(label=names[number], score=float(score_C[number])) for number in order]
 
     def objects(self, task: str, output: VisionOutput, image: TaskImage, threshold: float) -> list[DetectedObject]:
         """Return the objects in an image with at least the score `threshold`, the most certain ones first."""

@@ -11,7 +11,7 @@ from mhmoe_ray.spec import ModelSpec, ServeSpec
 from mhmoe_ray.storage import Location
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from fastapi import APIRouter
 
     from mhmoe_ray.families.vision.serving.answer import VisionAnswerer
     from mhmoe_ray.serving.api.access import AccessControl
@@ -22,6 +22,7 @@ class VisionServing(FamilyServing):
     """Serving of vision models."""
 
     reads_images = True
+    page_package = __package__
 
     def check(self, manifest: CheckpointManifest, spec: ServeSpec, run: RunDir) -> None:
         assert manifest.model.vision is not None
@@ -33,16 +34,12 @@ class VisionServing(FamilyServing):
         load_run_classes(checkpoint, manifest)
 
     def load(self, checkpoint: Location, spec: ServeSpec, manifest: CheckpointManifest) -> "VisionAnswerer":
-        import torch
-
         from mhmoe_ray.families.vision.checkpoint import load_verified_vision
         from mhmoe_ray.families.vision.serving.answer import VisionAnswerer
         from mhmoe_ray.families.vision.serving.engine import VisionEngine
 
-        torch.set_num_threads(1)
         run, vision = RunDir.of_checkpoint(checkpoint), manifest.model.vision
         assert vision is not None
-        self.check(manifest, spec, run)
         class_names = load_run_classes(checkpoint, manifest)
         model = load_verified_vision(checkpoint, manifest)
         if spec.gpus_per_replica:
@@ -50,18 +47,14 @@ class VisionServing(FamilyServing):
         details = ModelDetails.from_spec(f"{run.id}/{checkpoint.name}", manifest.model)
         return VisionAnswerer(VisionEngine(model, spec), details, vision, class_names)
 
-    def add_routes(
-        self, app: "FastAPI", served: "VisionAnswerer", model: str, spec: ServeSpec, access: "AccessControl"
-    ) -> "ModelService[VisionAnswerer]":
+    def routers(
+        self, served: "VisionAnswerer", model: str, spec: ServeSpec, access: "AccessControl"
+    ) -> "tuple[ModelService[VisionAnswerer], list[APIRouter]]":
         from mhmoe_ray.families.vision.serving.routes import vision_router
-        from mhmoe_ray.serving.api.errors import RESPONSES
-        from mhmoe_ray.serving.api.pages import page_router
         from mhmoe_ray.serving.api.service import ModelService
 
         service = ModelService(served, model, spec, access)
-        app.include_router(vision_router(service), responses=RESPONSES)
-        app.include_router(page_router(__package__, spec))
-        return service
+        return service, [vision_router(service)]
 
     def request_example(self, model: ModelSpec, url: str) -> RequestExample:
         assert model.vision is not None

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 from mhmoe_ray.families.images.routes import RoutesRequest, image_request
 from mhmoe_ray.families.vision.serving.answer import (
     AdmittedRequest,
+    ClassScore,
     DetectedObject,
     ScoreFunction,
     TaskImage,
@@ -25,8 +26,9 @@ from mhmoe_ray.families.vision.serving.answer import (
 )
 from mhmoe_ray.serving.api.access import Client
 from mhmoe_ray.serving.api.errors import RequestError
-from mhmoe_ray.serving.api.schema import WHOLE_NUMBER, StrictRequest, Text
+from mhmoe_ray.serving.api.schema import StrictRequest
 from mhmoe_ray.serving.api.service import ModelService
+from mhmoe_ray.serving.sampling import Text, WholeNumber
 
 DEFAULT_CLASSES = 5
 """Number of classes in the answer to a request without `top_k`, as in transformers' pipelines."""
@@ -38,7 +40,7 @@ VisionService = ModelService[VisionAnswerer]
 class ClassificationParameters(StrictRequest):
     """Parameters of a request to /image-classification."""
 
-    top_k: Annotated[int, Field(ge=1), WHOLE_NUMBER] = DEFAULT_CLASSES
+    top_k: WholeNumber = Field(DEFAULT_CLASSES, ge=1)
     function_to_apply: ScoreFunction = "softmax"
 
 
@@ -65,13 +67,6 @@ class ImageInput(StrictRequest, Generic[Parameters]):
     inputs: Text
     """The image in base64, or as a data URL."""
     parameters: Parameters | None = None
-
-
-class ClassScore(BaseModel):
-    """Class of an image, with the score that the model gives it."""
-
-    label: str
-    score: float
 
 
 class BoundingBox(BaseModel):
@@ -160,8 +155,7 @@ def vision_router(service: VisionService) -> APIRouter:
         name = _choose_task(answerer, task, "image-classification")
         async with _image_request(service, client, source) as request:
             output = await answerer.compute(request, name, await answerer.read(name, source))
-        scores = answerer.scores(name, output, parameters.function_to_apply)[: parameters.top_k]
-        return [ClassScore(label=label, score=score) for label, score in scores]
+        return answerer.scores(name, output, parameters.function_to_apply, parameters.top_k)
 
     @routes.post("/object-detection", openapi_extra=_body_description(DetectionParameters))
     async def object_detection(
