@@ -30,7 +30,7 @@ from mhmoe_ray.cli.verbs import SuggestingGroup
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
-    from mhmoe_ray.corpus.drawing_packages import DrawingSummary
+    from mhmoe_ray.corpus.sample import DrawingSummary
     from mhmoe_ray.data.shards.manifest import DataManifest
     from mhmoe_ray.spec import RunSpec
 
@@ -225,10 +225,10 @@ def _write_large(folder: Path, cache: Path, json: bool) -> None:
 
 
 def _write_pictures(folder: Path, cache: Path, json: bool) -> None:
-    from mhmoe_ray.corpus.pictures import write_picture_sample
+    from mhmoe_ray.corpus.images import write_image_sample
     from mhmoe_ray.errors import DataError
 
-    summary = write_picture_sample(folder, cache, lambda line: note.print(line, soft_wrap=True))
+    summary = write_image_sample(folder, cache, lambda line: note.print(line, soft_wrap=True))
     if json:
         print_json(summary.as_json())
     else:
@@ -247,7 +247,7 @@ def _write_pictures(folder: Path, cache: Path, json: bool) -> None:
 
 
 def _write_scenes(folder: Path, cache: Path, scene_seed: int, json: bool) -> None:
-    from mhmoe_ray.corpus.drawing_packages import SPLITS
+    from mhmoe_ray.corpus.sample import SPLITS
     from mhmoe_ray.corpus.scene_objects import OBJECT_CLASSES
     from mhmoe_ray.corpus.scenes import write_scene_sample
     from mhmoe_ray.errors import DataError
