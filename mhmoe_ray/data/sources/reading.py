@@ -9,7 +9,7 @@
 | huggingface  | a row of a folder that `save_to_disk` wrote                  | columns.py      |
 | chat         | a conversation: a line of JSON or a row of Parquet           | chat.py         |
 | webdataset   | the image and the caption of a sample in a tar file          | webdataset.py   |
-| images       | an image file                                                | pictures.py     |
+| images       | an image file                                                | images.py       |
 | coco         | a caption and its image, or an image with its objects        | coco.py         |
 """
 

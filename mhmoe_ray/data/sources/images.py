@@ -1,4 +1,4 @@
-"""Reader of folders of image files, and the checks that all readers of pictures share."""
+"""Reader of folders of image files, and the checks that all readers of images share."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -71,7 +71,7 @@ def image_hash(image: bytes) -> str:
     return hashlib.blake2b(image, digest_size=16).hexdigest()
 
 
-def picture_document(
+def image_document(
     path: str,
     line: int,
     label: str,
@@ -132,7 +132,7 @@ def read_images(
         checked_image = Fault(Reason.TOO_LONG) if image is None else check_image(image, settings)
         annotation = class_annotation(_folder_class(member)) if has_class else None
         columns = source.sample_columns
-        item = picture_document(path, number, "", checked_image, None, columns, annotation=annotation)
+        item = image_document(path, number, "", checked_image, None, columns, annotation=annotation)
         yield item._replace(line=1) if isinstance(item, BadLine) else item
 
 
