@@ -232,7 +232,7 @@ def test_a_damaged_background_names_its_file(cache, tmp_path):
     files = {"usr/share/backgrounds/mate/nature/Wood.jpg": b"not a picture"}
     write_deb(damaged_cache / "Debian" / "mate-backgrounds_1_all.deb", files)
     summary, _ = write_test_sample(tmp_path / "out", damaged_cache)
-    assert "nature/Wood.jpg is no readable picture" in summary.missing_packages[0]
+    assert "nature/Wood.jpg is no readable image" in summary.missing_packages[0]
 
 
 def test_missing_pycocotools_is_one_line(monkeypatch):

@@ -25,7 +25,7 @@ from mhmoe_ray.data.images.files import image_size
 from mhmoe_ray.data.inspect.copies import ENTRY_DTYPE, Copies, count_copies, partition_entries, text_hash
 from mhmoe_ray.data.inspect.figures import DomainSurvey, Figures, Finding, TextLocation
 from mhmoe_ray.data.inspect.result import Survey, SurveyRequest
-from mhmoe_ray.data.inspect.textrules import any_token_pattern, broken_rules
+from mhmoe_ray.data.inspect.textrules import TextView, any_token_pattern, broken_rules
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.sources import Document, FileReader, RawFile, file_blocks, find_files
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, DocumentEncoder, find_boundaries, read_given_tokenizer, unknown_token
@@ -104,7 +104,8 @@ def survey_file(
         if ids is not None and encoder is not None and encoder.unknown is not None:
             figures.unknown += ids.count(encoder.unknown)
         if rules and text:
-            for rule, evidence in broken_rules(text, words, record_language, file.domain, special).items():
+            view = TextView(text, words, record_language, folder_language, special)
+            for rule, evidence in broken_rules(view).items():
                 survey.findings.setdefault(rule, Finding()).add_examples(1, [(location, evidence)])
         # Entries are yielded in arrays of limited size, so that the memory of a task stays bounded even for a large
         # file.

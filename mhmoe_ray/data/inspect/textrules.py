@@ -6,21 +6,19 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import NamedTuple
 
-from mhmoe_ray.data import domains
-from mhmoe_ray.data.domains import subfolder_of
-
 
 class TextView(NamedTuple):
     """Document as the rules see it: its text and values that several rules need."""
 
     text: str
     words: list[str]
+    """The text's words, `text.split()`."""
     language: str
     """Language that the document's record names, or `domains.NO_LANGUAGE`."""
     folder_language: str
     """Language that the name of the subfolder stands for, or `domains.NO_LANGUAGE`."""
     special: re.Pattern[str]
-    """Pattern of the tokenizer's special tokens."""
+    """Pattern of the tokenizer's special tokens, from `any_token_pattern`."""
 
 
 class TextRule(NamedTuple):
@@ -148,13 +146,8 @@ def any_token_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
 
 
-def broken_rules(text: str, words: list[str], language: str, domain: str, special: re.Pattern[str]) -> dict[str, str]:
-    """Return the evidence of each rule of RULES that a document breaks, by name.
-
-    `words` is `text.split()`, `language` is that of the document's record or `domains.NO_LANGUAGE`, `domain` is
-    source/subfolder, and `special` comes from `any_token_pattern`.
-    """
-    view = TextView(text, words, language, domains.language_of_folder(subfolder_of(domain)), special)
+def broken_rules(view: TextView) -> dict[str, str]:
+    """Return the evidence of each rule of RULES that a document breaks, by name."""
     return {name: evidence for name, rule in RULES.items() if (evidence := rule.check(view)) is not None}
 
 

@@ -81,7 +81,7 @@ def image_document(
     language: str | None = None,
     annotation: bytes | Fault | None = None,
 ) -> Document | BadLine:
-    """Return a document of an image, a caption or both, as `columns` selects, or a `BadLine` with the reason.
+    """Return a document of an image, a text or both, as `columns` selects, or a `BadLine` with the reason.
 
     `label` names the record in error messages and may be empty. If `columns` has the image, `check_image` has checked
     it. `annotation` is None if the source's samples have neither a class nor objects.

@@ -145,7 +145,8 @@ def _read_field(sample: _Sample, field_name: str, missing_reason: Reason, subjec
     key = field_name.removeprefix(_JSON_PREFIX)
     if not isinstance(fields, dict) or key not in fields:
         return Fault(missing_reason, f"no key {key!r} in .json")
-    return fields[key]
+    value: object = fields[key]
+    return value
 
 
 def _class_name(sample: _Sample, class_field: str) -> str | Fault:
