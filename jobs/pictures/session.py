@@ -19,7 +19,7 @@ COMMANDS = (
     "status",
 )
 PLAN_LINES = 6
-"""Number of lines kept of the plan that `submit` begins with; the picture leaves out the rest."""
+"""Number of lines kept of the plan that `submit` begins with; the image leaves out the rest."""
 CONTROL = re.compile(r"\x1b\[(\d*)([A-Za-z])|\x1b\[\?\d+[hl]|\r|\n")
 
 
@@ -72,10 +72,10 @@ def main() -> None:
             text.plain = text.plain.replace(str(Path.cwd()), "~/mhmoe-ray")
             console.print(text, no_wrap=True, overflow="ellipsis")
         console.print()
-    # The fonts, which rich loads from web addresses, are removed, so that a page shows the picture in its own monospace
+    # The fonts, which rich loads from web addresses, are removed, so that a page shows the image in its own monospace
     # font.
-    picture = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title="mhmoe-ray"), flags=re.S)
-    Path(__file__).with_name("session.svg").write_text(picture)
+    image = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title="mhmoe-ray"), flags=re.S)
+    Path(__file__).with_name("session.svg").write_text(image)
 
 
 if __name__ == "__main__":

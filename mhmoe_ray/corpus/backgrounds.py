@@ -1,7 +1,7 @@
 """Backgrounds of composed scenes: photographs and paintings from packages of Debian.
 
-The patterns of the packages leave out pictures that show an object of the scenes' classes, because that object would
-have no annotation. They also leave out pictures of flat shapes.
+The patterns of the packages leave out images that show an object of the scenes' classes, because that object would
+have no annotation. They also leave out images of flat shapes.
 """
 
 import io
@@ -24,7 +24,7 @@ _WALLPAPERS = (
     "Altai|BytheWater|ColdRipple|ColorfulCups|DarkestHour|FallenLeaf|Grey|Kite|Mountain|OneStandsOut|Path|ScarletTree"
     "|Volna|summer_1am"
 )
-_BUDGIE_PICTURES = (
+_BUDGIE_IMAGES = (
     "abstract-spiral|beacon-street-sunset|blue-periwinkle|casa-mila|high-trestle-trail|lake-sherburne|ocean-waves"
     "|piazza-gae-aulenti|roman-colosseum|singaporean-cityscape|tea-gardens"
 )
@@ -34,14 +34,14 @@ BACKGROUND_PACKAGES = (
         "Debian",
         "plasma-workspace-wallpapers",
         "GPL-2.0-or-later",
-        # The pattern leaves out other files of the same pictures: smaller sizes, portrait formats and dark variants.
+        # The pattern leaves out other files of the same images: smaller sizes, portrait formats and dark variants.
         re.compile(rf"usr/share/wallpapers/({_WALLPAPERS})/contents/images/(2560x1600|5120x2880)\.(jpg|png)"),
     ),
     SourcePackage(
         "Debian",
         "budgie-backgrounds",
         "CC0-1.0",
-        re.compile(rf"usr/share/backgrounds/budgie/({_BUDGIE_PICTURES})\.jpg"),
+        re.compile(rf"usr/share/backgrounds/budgie/({_BUDGIE_IMAGES})\.jpg"),
     ),
     SourcePackage(
         "Debian",
@@ -71,9 +71,9 @@ class Background:
 
 
 def read_backgrounds(package: SourcePackage, files: Mapping[str, bytes]) -> Iterator[Background]:
-    """Yield the backgrounds of a package, sorted by path; DataError for an unreadable picture.
+    """Yield the backgrounds of a package, sorted by path; DataError for an unreadable image.
 
-    The first group of the package's pattern is the name of a picture.
+    The first group of the package's pattern is the name of an image.
     """
     from PIL import Image
 
@@ -88,5 +88,5 @@ def read_backgrounds(package: SourcePackage, files: Mapping[str, bytes]) -> Iter
             yield Background(match[1], image.convert("RGB"))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
             raise DataError(
-                f"package {package.name}", f"{path} is no readable picture ({e})", "delete the package from the cache"
+                f"package {package.name}", f"{path} is no readable image ({e})", "delete the package from the cache"
             ) from e

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 from mhmoe_ray.errors import DataError
 
 VARIATION_SELECTOR = "\ufe0f"
-"""Character that asks for the character before it to be shown as a picture; CLDR leaves it out."""
+"""Character that asks for the character before it to be shown as an image; CLDR leaves it out."""
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 SEX_SIGNS = "\u2640\u2642"
 """Signs that, joined to an emoji of a person, make it a woman or a man."""

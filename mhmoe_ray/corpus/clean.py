@@ -53,8 +53,7 @@ class Cleaner:
                 self._english_digests.update(map(_paragraph_digest, paragraph.splitlines()))
             clean_paragraphs.append(paragraph)
         text = "\n".join(clean_paragraphs)
-        # A document that lost more than half of its text is dropped: it repeats another document, or is mostly
-        # untranslated.
+        # A document that lost more than half of its text repeats another one, or is mostly untranslated.
         if len(text.encode()) < MIN_DOCUMENT_BYTES or 2 * len(text) < original_length:
             return None
         # The digests are added only here, because a dropped document must not remove its paragraphs from later

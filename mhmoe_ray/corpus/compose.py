@@ -52,7 +52,7 @@ class SceneObject:
 
 @dataclass
 class Scene:
-    """A picture in RGB with objects from back to front, and the name of its background."""
+    """An image in RGB with objects from back to front, and the name of its background."""
 
     image: "Image"
     background: str
@@ -91,11 +91,11 @@ class SceneComposer:
         """Put a random object in front of a scene; return False if it is too small or hides too much."""
         class_name, groups = _choose(self._groups, generator)
         drawing = _choose(_choose(groups, generator), generator)
-        picture = self._draw_picture(class_name, drawing, generator)
-        x, y = (int(generator.integers(self._size - length + 1)) for length in picture.size)
+        drawn_image = self._draw_object(class_name, drawing, generator)
+        x, y = (int(generator.integers(self._size - length + 1)) for length in drawn_image.size)
         mask = np.zeros((self._size, self._size), bool)
-        alpha = picture.getchannel("A")
-        mask[y : y + picture.height, x : x + picture.width] = np.asarray(alpha) > LARGEST_OUTSIDE_ALPHA
+        alpha = drawn_image.getchannel("A")
+        mask[y : y + drawn_image.height, x : x + drawn_image.width] = np.asarray(alpha) > LARGEST_OUTSIDE_ALPHA
         area = int(mask.sum())
         if area < SMALLEST_AREA:
             return False
@@ -105,25 +105,25 @@ class SceneComposer:
                 return False
         for placed, remaining_mask in zip(scene.objects, remaining_masks, strict=True):
             placed.mask = remaining_mask
-        scene.image.paste(picture, (x, y), alpha)
+        scene.image.paste(drawn_image, (x, y), alpha)
         scene.objects.append(SceneObject(class_name, drawing, mask, area))
         return True
 
-    def _draw_picture(self, class_name: str, drawing: Drawing, generator: np.random.Generator) -> "Image":
+    def _draw_object(self, class_name: str, drawing: Drawing, generator: np.random.Generator) -> "Image":
         from PIL import Image, ImageEnhance, ImageOps
 
         side = self._size * generator.uniform(*SCALES)
         is_mirrored = generator.random() < 0.5
         degrees, brightness = generator.uniform(*ROTATIONS), generator.uniform(*BRIGHTNESSES)
-        picture: Image.Image = Image.open(io.BytesIO(drawing.png))
+        image: Image.Image = Image.open(io.BytesIO(drawing.png))
         if is_mirrored and class_name not in UNMIRRORED_CLASSES:
-            picture = ImageOps.mirror(picture)
-        picture = picture.rotate(degrees, Image.Resampling.BICUBIC, expand=True)
-        picture = picture.crop(picture.getchannel("A").getbbox())
-        scale = side / max(picture.size)
-        width, height = (max(1, round(length * scale)) for length in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-        return ImageEnhance.Brightness(picture).enhance(brightness)
+            image = ImageOps.mirror(image)
+        image = image.rotate(degrees, Image.Resampling.BICUBIC, expand=True)
+        image = image.crop(image.getchannel("A").getbbox())
+        scale = side / max(image.size)
+        width, height = (max(1, round(length * scale)) for length in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+        return ImageEnhance.Brightness(image).enhance(brightness)
 
 
 def _choose(items: Sequence[_Item], generator: np.random.Generator) -> _Item:

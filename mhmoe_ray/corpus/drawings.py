@@ -19,8 +19,8 @@ SVG_DPI = 96
 """Pixels per inch of SVG (CSS 2.1), for drawings whose size is in millimetres."""
 
 
-class UndrawableError(Exception):
-    """Error for a drawing that cannot be rendered; drawings are counted by its text, the reason."""
+class LeftOutError(Exception):
+    """Error for a drawing that cannot be rendered or used; drawings are counted by its text, the reason."""
 
 
 def check_libraries(extra: Literal["picture-sample", "scene-sample"] = "picture-sample") -> None:
@@ -56,20 +56,20 @@ class EmojiFont:
         self._glyph_width = x_max - x_min
 
     def draw(self, characters: str) -> "Image":
-        """Return the drawing of an emoji, with alpha; UndrawableError if the font has no single glyph for it."""
+        """Return the drawing of an emoji, with alpha; LeftOutError if the font has no single glyph for it."""
         from PIL import Image, ImageDraw
 
         if not self._has_layout:
             characters = characters.replace(VARIATION_SELECTOR, "")
             if len(characters) > 1:
-                raise UndrawableError("sequence needs a Pillow with raqm")
+                raise LeftOutError("sequence needs a Pillow with raqm")
         x_min, y_min, x_max, y_max = self._font.getbbox(characters)
         if x_max <= x_min or y_max <= y_min:
-            raise UndrawableError("no glyph")
+            raise LeftOutError("no glyph")
         # Characters that the font cannot join are drawn as several glyphs. All its glyphs have the same width, apart
         # from rounding, so a wider drawing has several.
         if x_max - x_min > self._glyph_width + 1:
-            raise UndrawableError("no glyph for the whole sequence")
+            raise LeftOutError("no glyph for the whole sequence")
         size = (round(x_max - x_min), round(y_max - y_min))
         # Pillow blends the drawing with the image that it draws on. On this black image, it multiplies each colour by
         # alpha, so a division by alpha restores the colours.
@@ -82,7 +82,7 @@ class EmojiFont:
 
 
 def render_svg(content: bytes, width: int) -> "Image":
-    """Return an SVG drawing with alpha, `width` pixels wide in its own proportions; UndrawableError if resvg fails."""
+    """Return an SVG drawing with alpha, `width` pixels wide in its own proportions; LeftOutError if resvg fails."""
     import resvg_py
     from PIL import Image
 
@@ -92,35 +92,35 @@ def render_svg(content: bytes, width: int) -> "Image":
             svg_string=content.decode("utf-8"), width=width, dpi=SVG_DPI, skip_system_fonts=True
         )
     except ValueError as e:
-        raise UndrawableError("unreadable SVG") from e
+        raise LeftOutError("unreadable SVG") from e
     return Image.open(io.BytesIO(bytes(png)))
 
 
 def read_bitmap(content: bytes) -> "Image":
-    """Return the picture in a PNG file, with alpha; UndrawableError if Pillow cannot read it."""
+    """Return the image in a PNG file, with alpha; LeftOutError if Pillow cannot read it."""
     from PIL import Image
 
     try:
         return Image.open(io.BytesIO(content)).convert("RGBA")
-    # Pillow raises these errors for damaged files, and the last one for pictures with so many pixels that they may be
+    # Pillow raises these errors for damaged files, and the last one for images with so many pixels that they may be
     # an attack.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise UndrawableError("unreadable PNG") from e
+        raise LeftOutError("unreadable PNG") from e
 
 
 def square_png(image: "Image", size: int) -> bytes:
-    """Return a PNG file of a square of `size` pixels with a scaled picture in its middle, on transparent ground.
+    """Return a PNG file of a square of `size` pixels with a scaled image in its middle, on transparent ground.
 
-    A picture without a visible pixel is an UndrawableError.
+    An image without a visible pixel is an LeftOutError.
     """
     from PIL import Image
 
-    picture = image.convert("RGBA")
-    if picture.getchannel("A").getbbox() is None:
-        raise UndrawableError("empty drawing")
-    scale = size / max(picture.size)
-    width, height = (max(1, round(length * scale)) for length in picture.size)
-    scaled = picture.resize((width, height), Image.Resampling.LANCZOS)
+    image = image.convert("RGBA")
+    if image.getchannel("A").getbbox() is None:
+        raise LeftOutError("empty drawing")
+    scale = size / max(image.size)
+    width, height = (max(1, round(length * scale)) for length in image.size)
+    scaled = image.resize((width, height), Image.Resampling.LANCZOS)
     square = Image.new("RGBA", (size, size))
     square.paste(scaled, ((size - width) // 2, (size - height) // 2))
     buffer = io.BytesIO()

@@ -27,8 +27,14 @@ class FetchedPackage:
     """A package of Debian or PyPI in the local cache; `downloaded_bytes` is 0 if the package was there already."""
 
     path: Path
-    version: str
     downloaded_bytes: int
+
+    @property
+    def version(self) -> str:
+        """Version in a file name such as name_1%3a2.0-1_all.deb or name-2.0-py3-none-any.whl."""
+        separator = "_" if self.path.suffix == ".deb" else "-"
+        # `unquote` restores the colon of a Debian version, which apt-get writes as %3a.
+        return unquote(self.path.name.split(separator)[1])
 
 
 def download_command(origin: Origin) -> list[str] | None:
@@ -54,16 +60,12 @@ def fetch_package(package: SourcePackage, cache: Path) -> FetchedPackage:
     folder = cache / package.origin
     cached_path = _cached_file(package, folder)
     if cached_path:
-        return FetchedPackage(cached_path, _file_version(cached_path), 0)
+        return FetchedPackage(cached_path, 0)
     command = download_command(package.origin)
-    package_title = f"package {package.name} of {package.origin}"
     if command is None:
         client_name = "pip" if package.origin == "PyPI" else "apt-get"
-        raise DataError(
-            f"packages of {package.origin}",
-            f"there is no {client_name} here",
-            f"those that are not in {folder} are left out",
-        )
+        fix = f"those that are not in {folder} are left out"
+        raise DataError(f"packages of {package.origin}", f"there is no {client_name} here", fix)
     # The download program (apt-get or pip) writes into a staging folder, so that only a complete file gets into the
     # cache.
     staging_folder = folder / f"{package.name}.part"
@@ -73,16 +75,15 @@ def fetch_package(package: SourcePackage, cache: Path) -> FetchedPackage:
     file = next(staging_folder.iterdir(), None)
     if process.returncode or file is None:
         shutil.rmtree(staging_folder)
-        error_lines = (
-            re.findall(r"(?m)^(?:E|ERROR): (.*)", process.stderr) or process.stderr.splitlines() or ["no reason given"]
-        )
+        error_lines = re.findall(r"(?m)^(?:E|ERROR): (.*)", process.stderr) or process.stderr.splitlines()
         # If the machine's package lists are old, apt-get asks for versions that the mirror no longer has. `apt-get
         # update` renews the lists.
         fix = "look at the network" if package.origin == "PyPI" else "look at the network, or run apt-get update"
-        raise DataError(package_title, error_lines[0].rstrip(". "), fix)
+        reason = error_lines[0].rstrip(". ") if error_lines else "no reason given"
+        raise DataError(f"package {package.name} of {package.origin}", reason, fix)
     path = file.rename(folder / file.name)
     staging_folder.rmdir()
-    return FetchedPackage(path, _file_version(path), path.stat().st_size)
+    return FetchedPackage(path, path.stat().st_size)
 
 
 def _cached_file(package: SourcePackage, folder: Path) -> Path | None:
@@ -92,12 +93,6 @@ def _cached_file(package: SourcePackage, folder: Path) -> Path | None:
     # The file name of a wheel begins with the project's name in lower case. Hyphens separate the parts of a file name,
     # so those of the project's name become underscores.
     return next(iter(sorted(folder.glob(f"{name.lower().replace('-', '_')}-{version}-*.whl"))), None)
-
-
-def _file_version(path: Path) -> str:
-    """Return the version in a file name such as name_1%3a2.0-1_all.deb or name-2.0-py3-none-any.whl."""
-    # `unquote` restores the colon of a Debian version, which apt-get writes as %3a.
-    return unquote(path.name.split("_")[1] if path.suffix == ".deb" else path.name.split("-")[1])
 
 
 MAX_MEMBER_BYTES = 100_000_000

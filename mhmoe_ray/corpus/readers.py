@@ -120,40 +120,15 @@ def _local_name(element: "etree._Element") -> str:
 
 
 HEADING_TAGS = frozenset({"h1", "h2", "h3", "h4", "h5", "h6"})
+_HTML_BLOCKS = (
+    "address article aside blockquote body caption center dd details div dl dt figcaption figure hr li main ol p "
+    "section summary table tbody thead tr ul"
+)
+_HTML_SKIPPED = "script style noscript nav header footer form button svg math select head"
 HTML = Vocabulary(
-    blocks=HEADING_TAGS
-    | {"address", "article", "aside", "blockquote", "body", "caption", "center", "dd", "details", "div", "dl", "dt"}
-    | {
-        "figcaption",
-        "figure",
-        "hr",
-        "li",
-        "main",
-        "ol",
-        "p",
-        "section",
-        "summary",
-        "table",
-        "tbody",
-        "thead",
-        "tr",
-        "ul",
-    },
+    blocks=HEADING_TAGS.union(_HTML_BLOCKS.split()),
     preformatted={"pre"},
-    skipped={
-        "script",
-        "style",
-        "noscript",
-        "nav",
-        "header",
-        "footer",
-        "form",
-        "button",
-        "svg",
-        "math",
-        "select",
-        "head",
-    },
+    skipped=_HTML_SKIPPED.split(),
     breaks={"br"},
     cells={"td", "th"},
 )

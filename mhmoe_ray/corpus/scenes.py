@@ -11,11 +11,10 @@ Every artist is in every split.
 
 import io
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,11 @@ from mhmoe_ray.corpus.artists import ARTISTS, Artist
 from mhmoe_ray.corpus.backgrounds import BACKGROUND_PACKAGES, Background, read_backgrounds
 from mhmoe_ray.corpus.captions import Concept
 from mhmoe_ray.corpus.compose import SceneComposer, SceneObject, seeded_generator
-from mhmoe_ray.corpus.drawing_packages import PICTURE_SIZE, SPLITS, DrawingPackages, DrawingSummary, copyright_path
-from mhmoe_ray.corpus.drawings import check_libraries
+from mhmoe_ray.corpus.drawings import LeftOutError, check_libraries
 from mhmoe_ray.corpus.packages import SourcePackage
+from mhmoe_ray.corpus.sample import SPLITS, DrawingSample, DrawingSummary
 from mhmoe_ray.corpus.scene_objects import OBJECT_CLASSES, Drawing, likeness_key, object_class, split_of
+from mhmoe_ray.corpus.shards import remove_files
 from mhmoe_ray.errors import DataError
 
 SCENE_SIZE = 128
@@ -47,7 +47,7 @@ class SceneSummary(DrawingSummary):
     Attributes:
         objects: number of objects by split and class.
         drawings: number of drawings that scenes of a split can contain, by split.
-        pictures: number of pictures in the folders of classes, by split.
+        pictures: number of images in the folders of classes, by split.
         classes: number of folders of classes by split.
     """
 
@@ -87,12 +87,9 @@ def write_scene_sample(
     sample = _SceneSample(folder, cache, print_line)
     try:
         _remove_scenes(folder)
-        concepts = sample.packages.attempt(sample.packages.read_concepts) or {}
-        for artist in artists:
-            if concepts or not artist.draws_emoji:
-                sample.packages.attempt(partial(sample.add_artist, artist, concepts))
+        sample.add_artists(artists)
         for package in background_packages:
-            sample.packages.attempt(partial(sample.add_backgrounds, package))
+            sample.attempt(partial(sample.add_backgrounds, package))
         for split, count in counts.items():
             sample.write_scenes(split, count, scene_seed, size)
     except OSError as e:
@@ -100,70 +97,62 @@ def write_scene_sample(
     return sample.summary
 
 
-class _SceneSample:
+class _SceneSample(DrawingSample):
     """A scene sample that is being written, with the drawings and backgrounds read so far."""
 
     def __init__(self, folder: Path, cache: Path, print_line: Callable[[str], None]) -> None:
-        self._folder, self._print_line = folder, print_line
-        self.summary = SceneSummary()
-        self.packages = DrawingPackages(folder, cache, print_line, self.summary)
+        super().__init__(folder, cache, print_line)
+        self.summary: SceneSummary = SceneSummary()
         self._split_by_drawing = dict[bytes, str]()
         # Drawings by split, by class of objects, and by `likeness_key`, which is the same for concepts that look almost
         # alike.
         self._drawings: dict[str, dict[str, dict[str, list[Drawing]]]] = {split: {} for split in SPLITS}
         self._backgrounds: dict[str, list[Background]] = {split: [] for split in SPLITS}
 
-    def add_artist(self, artist: Artist, concepts: Mapping[str, Concept]) -> None:
-        """Write an artist's drawings into the folders of classes, and keep those that scenes can contain.
+    @cached_property
+    def _training_classes(self) -> set[str]:
+        return {c.class_name for c in self.concepts.values() if split_of(likeness_key(c.key)) == "train"}
 
-        A package that is missing, damaged or without usable drawings is a DataError.
-        """
-        failures, picture_count = Counter[str](), 0
-        training_classes = {c.class_name for c in concepts.values() if split_of(likeness_key(c.key)) == "train"}
-        for concept, png in self.packages.read_drawings(artist, concepts, PICTURE_SIZE, failures):
-            group_key = likeness_key(concept.key)
-            split = split_of(group_key)
-            # Some concepts share a drawing, such as the flags of Norway and Svalbard. A drawing must not be in two
-            # splits.
-            if self._split_by_drawing.setdefault(blake2b(png).digest(), split) != split:
-                failures["same as a drawing of another split"] += 1
-                continue
-            class_name = object_class(concept)
-            if class_name:
-                groups = self._drawings[split].setdefault(class_name, {})
-                groups.setdefault(group_key, []).append(Drawing(concept.key, artist.name, png))
-                self.summary.drawings[split] = self.summary.drawings.get(split, 0) + 1
-            # The classes of these pictures are the subgroups of emoji. Tux Paint's stamps have folders in place of
-            # subgroups, so they are left out here.
-            is_classified = artist.draws_emoji and concept.class_name in training_classes
-            if is_classified:
-                self._write_picture(split, concept, artist, png)
-            elif not class_name:
-                failures["of no class"] += 1
-            picture_count += bool(is_classified or class_name)
-        self.packages.finish_artist(artist, picture_count, failures)
+    def add_drawing(self, artist: Artist, concept: Concept, png: bytes) -> None:
+        """Write a drawing into the folder of its class, and keep it if scenes can contain it."""
+        group_key = likeness_key(concept.key)
+        split = split_of(group_key)
+        # Some concepts share a drawing, such as the flags of Norway and Svalbard. A drawing must not be in two splits.
+        if self._split_by_drawing.setdefault(blake2b(png).digest(), split) != split:
+            raise LeftOutError("same as a drawing of another split")
+        class_name = object_class(concept)
+        if class_name:
+            groups = self._drawings[split].setdefault(class_name, {})
+            groups.setdefault(group_key, []).append(Drawing(concept.key, artist.name, png))
+            self.summary.drawings[split] = self.summary.drawings.get(split, 0) + 1
+        # The classes of the images in folders are the subgroups of emoji. Tux Paint's stamps have folders in place of
+        # subgroups, so they are left out here.
+        if artist.draws_emoji and concept.class_name in self._training_classes:
+            self._write_image(split, concept, artist, png)
+        elif not class_name:
+            raise LeftOutError("of no class")
 
-    def _write_picture(self, split: str, concept: Concept, artist: Artist, png: bytes) -> None:
+    def _write_image(self, split: str, concept: Concept, artist: Artist, png: bytes) -> None:
         from PIL import Image
 
         drawing = Image.open(io.BytesIO(png))
-        picture = Image.new("RGB", drawing.size, "white")
-        picture.paste(drawing, mask=drawing)
-        class_folder = self._folder / "classes" / split / concept.class_name
+        image = Image.new("RGB", drawing.size, "white")
+        image.paste(drawing, mask=drawing)
+        class_folder = self.folder / "classes" / split / concept.class_name
         if not class_folder.exists():
             class_folder.mkdir(parents=True)
             self.summary.classes[split] = self.summary.classes.get(split, 0) + 1
-        picture.save(class_folder / f"{artist.name}-{concept.key}.png")
+        image.save(class_folder / f"{artist.name}-{concept.key}.png")
         self.summary.pictures[split] = self.summary.pictures.get(split, 0) + 1
 
     def add_backgrounds(self, package: SourcePackage) -> None:
-        """Assign each background of a package to a split; DataError for an unusable package or picture."""
-        backgrounds = list(read_backgrounds(package, self.packages.read_files(package, copyright_path(package))))
+        """Assign each background of a package to a split; DataError for an unusable package or image."""
+        backgrounds = list(read_backgrounds(package, self.read_files(package)))
         for background in backgrounds:
             split = split_of(background.name)
             self._backgrounds[split].append(background)
             self.summary.backgrounds[split] = self.summary.backgrounds.get(split, 0) + 1
-        self._print_line(f"{package.name}: {len(backgrounds):,} backgrounds")
+        self.print_line(f"{package.name}: {len(backgrounds):,} backgrounds")
 
     def write_scenes(self, split: str, count: int, scene_seed: int, size: int) -> None:
         """Write the scenes of a split with their annotations, if it has drawings and backgrounds."""
@@ -174,7 +163,7 @@ class _SceneSample:
         backgrounds.sort(key=lambda background: background.name)
         sorted_groups = {name: [groups[key] for key in sorted(groups)] for name, groups in drawings.items()}
         composer = SceneComposer(backgrounds, sorted_groups, size)
-        image_folder = self._folder / "scenes" / split / split
+        image_folder = self.folder / "scenes" / split / split
         image_folder.mkdir(parents=True, exist_ok=True)
         images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
         object_counts = Counter(dict.fromkeys(OBJECT_CLASSES, 0))
@@ -189,11 +178,11 @@ class _SceneSample:
                 annotations.append(_annotation(len(annotations) + 1, image_id, scene_object))
                 object_counts[scene_object.class_name] += 1
         categories = [{"id": number, "name": name} for name, number in _CATEGORY_IDS.items()]
-        path = self._folder / "scenes" / split / "annotations" / f"instances_{split}.json"
+        path = self.folder / "scenes" / split / "annotations" / f"instances_{split}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
         self.summary.scenes[split], self.summary.objects[split] = count, dict(object_counts)
-        self._print_line(f"{split}: {count:,} scenes with {len(annotations):,} objects")
+        self.print_line(f"{split}: {count:,} scenes with {len(annotations):,} objects")
 
 
 def _annotation(annotation_id: int, image_id: int, scene_object: SceneObject) -> dict[str, Any]:
@@ -217,18 +206,12 @@ def _annotation(annotation_id: int, image_id: int, scene_object: SceneObject) ->
 
 
 def _remove_scenes(folder: Path) -> None:
-    # A new sample with fewer scenes would overwrite only some of the earlier ones, so all of them are removed first.
+    artist_names = "|".join(artist.name for artist in ARTISTS)
     for split in SPLITS:
         scene_folder = folder / "scenes" / split
         # The annotations are removed first, so that a sample whose removal was interrupted is not mistaken for a
         # complete one.
         (scene_folder / "annotations" / f"instances_{split}.json").unlink(missing_ok=True)
-        for path in scene_folder.glob(f"{split}/*.jpg"):
-            if re.fullmatch(r"\d{6}\.jpg", path.name):
-                path.unlink()
+        remove_files(scene_folder / split, r"\d{6}\.jpg")
         for class_folder in folder.glob(f"classes/{split}/*/"):
-            for path in class_folder.glob("*.png"):
-                if path.name.partition("-")[0] in {artist.name for artist in ARTISTS}:
-                    path.unlink()
-            if not any(class_folder.iterdir()):
-                class_folder.rmdir()
+            remove_files(class_folder, rf"({artist_names})-.*\.png")

@@ -9,11 +9,8 @@
     DIR/chat/held-out/<language> held-out conversations: always the same, with first remarks that `train` lacks
 
 The text is not that of RedPajama, only the layout is. The `meta` of each record names its source and licence.
-
-Records become shards of JSON lines, compressed with zstd.
 """
 
-import json
 import platform
 import pydoc_data.topics
 import re
@@ -25,87 +22,26 @@ from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import yaml
 
 from mhmoe_ray.corpus.readers import is_worth_reading
+from mhmoe_ray.corpus.shards import Record, TextShardWriter, remove_files
 from mhmoe_ray.errors import DataError
-
-Record = dict[str, Any]
-
-SHARD_BYTES = 16_000_000
-"""Largest size of a shard in bytes of JSON before compression; a single record may be larger."""
-
-
-class ShardWriter:
-    """Writer of a domain's records into shards. The caller must call `close`.
-
-    Attributes:
-        text_bytes: bytes of the documents' text in UTF-8.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.document_count, self.text_bytes = folder, 0, 0
-        self._file: pa.NativeFile | None = None
-        self._shard_bytes = self._shard_index = 0
-
-    def add(self, record: Record) -> None:
-        """Write a record, into a new shard if the open one has no room for it."""
-        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-        # An empty shard takes a record of any size, so a record that is larger than SHARD_BYTES gets a shard for
-        # itself.
-        if self._shard_bytes and self._shard_bytes + len(line) > SHARD_BYTES:
-            self.close()
-        if self._file is None:
-            # A shard has another name until it is complete, so that nobody reads an unfinished shard.
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = pa.output_stream(str(self._path.with_suffix(".part")), compression="zstd")
-        self._file.write(line)
-        self._shard_bytes += len(line)
-        self.document_count += 1
-        texts = [record["text"]] if "text" in record else [message["content"] for message in record["messages"]]
-        self.text_bytes += sum(len(text.encode()) for text in texts)
-
-    def close(self) -> None:
-        """Finish the open shard, if there is one, and give it its final name."""
-        if self._file is None:
-            return
-        self._file.close()
-        self._path.with_suffix(".part").replace(self._path)
-        self._file, self._shard_bytes, self._shard_index = None, 0, self._shard_index + 1
-
-    def discard(self) -> None:
-        """Remove the unfinished shard, and the folder if it is then empty."""
-        if self._file is not None:
-            self._file.close()
-            self._path.with_suffix(".part").unlink()
-            self._file = None
-            if not any(self.folder.iterdir()):
-                self.folder.rmdir()
-
-    @property
-    def _path(self) -> Path:
-        return self.folder / f"sample-{self._shard_index:05d}.jsonl.zst"
 
 
 def write_records(folder: Path, records: Iterable[Record]) -> int:
     """Write all records of a domain as shards in `folder` and return their number."""
-    writer = ShardWriter(folder)
+    writer = TextShardWriter(folder)
     for record in records:
         writer.add(record)
     writer.close()
-    return writer.document_count
+    return writer.count
 
 
 def remove_sample(folder: Path) -> None:
     """Remove the shards of an earlier sample in a folder, and the folders that are then empty."""
-    # A new sample that is shorter would overwrite only some of the earlier shards, so all of them are removed first.
-    for domain in chain.from_iterable(folder.glob(f"{part}/*") for part in _PARTS):
-        for path in domain.glob("sample*"):
-            if path.name.endswith((".jsonl.zst", ".part")):
-                path.unlink()
-        if domain.is_dir() and not any(domain.iterdir()):
-            domain.rmdir()
+    for domain_folder in chain.from_iterable(folder.glob(f"{part}/*") for part in _PARTS):
+        remove_files(domain_folder, r"sample.*(\.jsonl\.zst|\.part)")
 
 
 _PARTS = ("redpajama", "multilingual", "chat/train", "chat/held-out")
@@ -201,9 +137,8 @@ def _language_reference() -> Iterator[Record]:
 
 def _conversations(folder: Path, template: str, language: str) -> Iterator[Record]:
     """Yield records with several exchanges on one topic; `template` takes a remark and its answer."""
-    meta = {"source": _package_source("chatterbot-corpus"), "license": "BSD-3-Clause", "language": language}
-    for path in sorted(folder.glob("*.yml")):
-        conversations = yaml.safe_load(path.read_text(encoding="utf-8")).get("conversations") or []
+    meta = _conversation_meta(language)
+    for file_name, conversations in _read_conversations(folder):
         exchanges = [
             template.format(remark, answer)
             for conversation in conversations
@@ -211,15 +146,23 @@ def _conversations(folder: Path, template: str, language: str) -> Iterator[Recor
         ]
         for i in range(0, len(exchanges), CONVERSATIONS_PER_DOCUMENT):
             text = "\n\n".join(exchanges[i : i + CONVERSATIONS_PER_DOCUMENT])
-            yield {"text": text, "meta": {**meta, "url": f"{path.name}#{i}"}}
+            yield {"text": text, "meta": {**meta, "url": f"{file_name}#{i}"}}
+
+
+def _read_conversations(folder: Path) -> Iterator[tuple[str, list[list[str]]]]:
+    """Yield the name of each file in a language's folder, with its conversations."""
+    for path in sorted(folder.glob("*.yml")):
+        yield path.name, yaml.safe_load(path.read_text(encoding="utf-8")).get("conversations") or []
+
+
+def _conversation_meta(language: str) -> dict[str, str]:
+    return {"source": _package_source("chatterbot-corpus"), "license": "BSD-3-Clause", "language": language}
 
 
 def _chat_records(folder: Path, is_held_out: bool) -> Iterator[Record]:
     """Yield a language's held-out or other conversations as messages; a last remark without an answer is left out."""
-    language = "en" if folder.name == "english" else folder.name
-    meta = {"source": _package_source("chatterbot-corpus"), "license": "BSD-3-Clause", "language": language}
-    for path in sorted(folder.glob("*.yml")):
-        conversations = yaml.safe_load(path.read_text(encoding="utf-8")).get("conversations") or []
+    meta = _conversation_meta("en" if folder.name == "english" else folder.name)
+    for file_name, conversations in _read_conversations(folder):
         for number, conversation in enumerate(conversations):
             turns = [str(turn).strip() for turn in conversation]
             turns = turns[: len(turns) // 2 * 2]
@@ -229,7 +172,7 @@ def _chat_records(folder: Path, is_held_out: bool) -> Iterator[Record]:
                     {"role": role, "content": turn}
                     for role, turn in zip(cycle(("user", "assistant")), turns, strict=False)
                 ]
-                yield {"messages": messages, "meta": {**meta, "url": f"{path.name}#{number}"}}
+                yield {"messages": messages, "meta": {**meta, "url": f"{file_name}#{number}"}}
 
 
 def _is_held_out_remark(remark: str) -> bool:

@@ -53,7 +53,7 @@ FORMATS: dict[str, FormatTraits] = {
         possible_columns=("class", "image", "text"),
     ),
     "images": FormatTraits(
-        f"{_READERS}.pictures:read_images",
+        f"{_READERS}.images:read_images",
         (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
         columns=("image",),
         possible_columns=("class", "image"),

@@ -35,7 +35,7 @@ def test_picture_sample_without_clients_names_missing_artists(tmp_path):
     result = mhmoe(tmp_path, "data", "sample", "out", "--pictures", PATH=str(tmp_path / "bin"), PIP_NO_INDEX="1")
     *warnings, last_line = result.err.splitlines()
     assert result.code == 4
-    assert last_line.startswith("error: data sample out: it has no pictures of noto, openmoji, stamps, gemojione; ")
+    assert last_line.startswith("error: data sample out: it has no images of noto, openmoji, stamps, gemojione; ")
     assert len(warnings) == 1
     assert warnings[0].startswith("warning: packages of Debian: there is no apt-get here; ")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bin"]

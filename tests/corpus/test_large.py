@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from mhmoe_ray.corpus.clean import is_english
-from mhmoe_ray.corpus.large import SampleSummary, write_large_sample
+from mhmoe_ray.corpus.large import LargeSummary, write_large_sample
 from mhmoe_ray.corpus.packages import PACKAGES, file_language
 from mhmoe_ray.corpus.readers import read_code
 from mhmoe_ray.corpus.small import english_records
@@ -43,7 +43,7 @@ def cache(tmp_path_factory) -> Path:
     return folder
 
 
-def write_test_sample(folder: Path, cache: Path) -> tuple[SampleSummary, list[str]]:
+def write_test_sample(folder: Path, cache: Path) -> tuple[LargeSummary, list[str]]:
     """Write a large sample from the packages in `cache`; return its summary and the lines that were printed."""
     lines = list[str]()
     english_subset = {name: itertools.islice(records, 5) for name, records in english_records().items()}
@@ -55,7 +55,7 @@ def write_test_sample(folder: Path, cache: Path) -> tuple[SampleSummary, list[st
 
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory, cache) -> tuple[Path, SampleSummary, list[str]]:
+def sample(tmp_path_factory, cache) -> tuple[Path, LargeSummary, list[str]]:
     """Write a large sample; return its folder, its summary, and the lines that were printed."""
     folder = tmp_path_factory.mktemp("sample")
     return folder, *write_test_sample(folder, cache)
@@ -127,8 +127,8 @@ def test_sample_is_the_same_for_the_same_packages(sample, cache, tmp_path):
 
 def test_describe_shortfall_is_none_at_the_goal():
     sizes = {"redpajama/c4": 90_000_000} | {f"multilingual/{i}": 1_000_000 for i in range(14)}
-    assert SampleSummary(bytes=sizes).describe_shortfall() is None
-    assert SampleSummary(bytes=sizes | {"multilingual/1": 999_999}).describe_shortfall()
+    assert LargeSummary(bytes=sizes).describe_shortfall() is None
+    assert LargeSummary(bytes=sizes | {"multilingual/1": 999_999}).describe_shortfall()
 
 
 @pytest.mark.parametrize(

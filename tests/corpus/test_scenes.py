@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from mhmoe_ray.corpus.artists import ARTISTS
-from mhmoe_ray.corpus.drawing_packages import SPLITS
 from mhmoe_ray.corpus.drawings import check_libraries
+from mhmoe_ray.corpus.sample import SPLITS
 from mhmoe_ray.corpus.scene_objects import OBJECT_CLASSES, likeness_key, split_of
 from mhmoe_ray.corpus.scenes import SceneSummary, write_scene_sample
 from mhmoe_ray.errors import DataError
 from tests.cli.run import mhmoe
+from tests.corpus.made_images import annotations_file, emoji_table, png_file, svg_file
 from tests.corpus.made_packages import write_deb, write_wheel
-from tests.corpus.made_pictures import annotations_file, emoji_table, png_file, svg_file
 
 pytest.importorskip("resvg_py")
 Image = pytest.importorskip("PIL.Image")
@@ -232,7 +232,7 @@ def test_a_damaged_background_names_its_file(cache, tmp_path):
     files = {"usr/share/backgrounds/mate/nature/Wood.jpg": b"not a picture"}
     write_deb(damaged_cache / "Debian" / "mate-backgrounds_1_all.deb", files)
     summary, _ = write_test_sample(tmp_path / "out", damaged_cache)
-    assert "nature/Wood.jpg is no readable picture" in summary.missing_packages[0]
+    assert "nature/Wood.jpg is no readable image" in summary.missing_packages[0]
 
 
 def test_missing_pycocotools_is_one_line(monkeypatch):

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pytest
 
 from tests.cli.run import mhmoe
+from tests.corpus.made_images import read_shards
 from tests.corpus.made_packages import read_documents
-from tests.corpus.made_pictures import read_shards
 
 
 @pytest.mark.slow

@@ -2,19 +2,19 @@ import json
 
 import pyarrow as pa
 
-from mhmoe_ray.corpus import small
-from mhmoe_ray.corpus.small import ShardWriter, remove_sample
+from mhmoe_ray.corpus.shards import TextShardWriter
+from mhmoe_ray.corpus.small import remove_sample
 
 
 def test_shard_writer_fills_shards_with_all_records(tmp_path, monkeypatch):
-    monkeypatch.setattr(small, "SHARD_BYTES", 100)
-    writer = ShardWriter(tmp_path)
+    monkeypatch.setattr(TextShardWriter, "max_bytes", 100)
+    writer = TextShardWriter(tmp_path)
     records = [{"text": "é" * n, "meta": {}} for n in (10, 30, 200, 5)]
     for record in records:
         writer.add(record)
     assert [p.suffix for p in sorted(tmp_path.iterdir())].count(".part") == 1
     writer.close()
-    assert (writer.document_count, writer.text_bytes) == (4, 2 * 245)
+    assert (writer.count, writer.text_bytes) == (4, 2 * 245)
     paths = sorted(tmp_path.iterdir())
     assert [p.name for p in paths] == [f"sample-{i:05d}.jsonl.zst" for i in range(len(paths))]
     written_records = [json.loads(line) for p in paths for line in pa.input_stream(str(p)).read().splitlines()]
@@ -23,7 +23,7 @@ def test_shard_writer_fills_shards_with_all_records(tmp_path, monkeypatch):
 
 
 def test_discard_leaves_no_file(tmp_path):
-    writer = ShardWriter(tmp_path / "hr")
+    writer = TextShardWriter(tmp_path / "hr")
     writer.add({"text": "a", "meta": {}})
     writer.discard()
     assert list(tmp_path.iterdir()) == []

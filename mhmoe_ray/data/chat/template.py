@@ -122,14 +122,19 @@ class ChatTemplate:
 
     def check_prompts(self, messages: Sequence[Message]) -> None:
         """Raise ChatTemplateError if a server's prompts would not be the beginnings of training's conversations."""
+        for prompt, text_with_turn in self._turns(messages):
+            if not text_with_turn.startswith(prompt):
+                raise ChatTemplateError(
+                    "its prompt (add_generation_prompt) is not the beginning of the conversation with the answer, "
+                    "so a server would ask otherwise than in training"
+                )
+
+    def _turns(self, messages: Sequence[Message]) -> Iterator[tuple[str, str]]:
+        """Yield the prompt for each of the assistant's turns, and the text up to the end of the turn."""
         for number, message in enumerate(messages):
             if message["role"] == "assistant":
                 prompt = self._render(self._timeless_template, messages[:number], add_generation_prompt=True)
-                if not self._render(self._timeless_template, messages[: number + 1]).startswith(prompt):
-                    raise ChatTemplateError(
-                        "its prompt (add_generation_prompt) is not the beginning of the conversation with the answer, "
-                        "so a server would ask otherwise than in training"
-                    )
+                yield prompt, self._render(self._timeless_template, messages[: number + 1])
 
     def _render(
         self,
@@ -148,11 +153,7 @@ class ChatTemplate:
             raise ChatTemplateError(str(e)) from e
 
     def _turn_spans(self, messages: Sequence[Message], text: str) -> Iterator[Span]:
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self._render(self._timeless_template, messages[:number], add_generation_prompt=True)
-            text_with_turn = self._render(self._timeless_template, messages[: number + 1])
+        for prompt, text_with_turn in self._turns(messages):
             if not (text.startswith(text_with_turn) and text_with_turn.startswith(prompt)):
                 raise ChatTemplateError(
                     "it renders the beginning of a conversation differently from the whole conversation, so the "

@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 from mhmoe_ray.data.images.annotations import Annotation
@@ -127,13 +127,8 @@ class ImageFigures:
             self.classes.update(instance.class_name for instance in annotation.instances)
 
     def __iadd__(self, addend: "ImageFigures") -> "ImageFigures":
-        self.images += addend.images
-        self.bytes += addend.bytes
-        self.sides += addend.sides
-        self.aspect_ratios += addend.aspect_ratios
-        self.extreme += addend.extreme
-        self.classes += addend.classes
-        self.objects += addend.objects
+        for count in fields(self):
+            setattr(self, count.name, getattr(self, count.name) + getattr(addend, count.name))
         return self
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from mhmoe_ray.data.domains import source_of, subfolder_of
 from mhmoe_ray.data.family import data_of
 from mhmoe_ray.data.inspect import textrules
-from mhmoe_ray.data.inspect.figures import EXAMPLES, MAX_ASPECT_RATIO, DomainSurvey, Finding, histogram_bin
+from mhmoe_ray.data.inspect.figures import EXAMPLES, MAX_ASPECT_RATIO, Figures, Finding, histogram_bin
 from mhmoe_ray.data.inspect.result import Survey
 from mhmoe_ray.data.order.mixture import compute_mixture
 from mhmoe_ray.data.prepare.chunks import QuarantineLimit
@@ -78,7 +78,6 @@ class LintInput(NamedTuple):
 
 def lint(inputs: LintInput) -> list[Problem]:
     """Apply all lint rules; return the errors, then the warnings, each in the order of RULES."""
-    # Sorting is stable, so the order of RULES stays among errors and among warnings.
     problems = [problem for rule in RULES for problem in rule(inputs)]
     return sorted(problems, key=lambda problem: not problem.severe)
 
@@ -90,16 +89,14 @@ def _find_unreadable_items(inputs: LintInput) -> Iterator[Problem]:
         bad_counts = Counter({Reason(reason): n for reason, n in domain.quarantined.items()})
         documents = domain.all_figures.documents
         tally += Tally(damaged=domain.damaged, documents=documents, bad=bad_counts, dropped=domain.dropped)
-    # Unreadable items are errors instead of warnings if there are so many that a preparation would be aborted.
     is_limit_exceeded = QuarantineLimit(inputs.data_spec, []).is_exceeded(tally)
-    fix = "repair or remove it" + (
-        ", or raise data.max_bad_lines, max_bad_share or max_bad_files" if is_limit_exceeded else ""
-    )
+    fix = "repair or remove it"
+    if is_limit_exceeded:
+        fix += ", or raise data.max_bad_lines, max_bad_share or max_bad_files"
     for name, domain in inputs.survey.domains.items():
         for reason, count in sorted(domain.quarantined.items()):
-            yield Problem(
-                "unreadable", is_limit_exceeded, name, reason, fix, count, _format_examples(domain.findings[reason])
-            )
+            examples = _format_examples(domain.findings[reason])
+            yield Problem("unreadable", is_limit_exceeded, name, reason, fix, count, examples)
 
 
 def _find_damaged_texts(inputs: LintInput) -> Iterator[Problem]:
@@ -123,21 +120,16 @@ def _find_unread_files(inputs: LintInput) -> Iterator[Problem]:
             continue
         root, listed_files = list_files(Storage(source.path), inputs.data_spec.prepared)
         subfolders = inputs.data_spec.named_subfolders(name)
-        unread_paths = [path for path, _ in listed_files if path not in read_paths]
-        if subfolders is not None:
-            unread_paths = [path for path in unread_paths if subfolder_at(root, path) in subfolders]
+        unread_paths = [
+            path
+            for path, _ in listed_files
+            if path not in read_paths and (subfolders is None or subfolder_at(root, path) in subfolders)
+        ]
         if unread_paths:
             message = f"files that are not of format {formats[name]} are not read"
             fix = "move them elsewhere, or name the files by a pattern and their format"
-            yield Problem(
-                "unread-files",
-                False,
-                name,
-                message,
-                fix,
-                len(unread_paths),
-                [(path, "") for path in unread_paths[:EXAMPLES]],
-            )
+            examples = [(path, "") for path in unread_paths[:EXAMPLES]]
+            yield Problem("unread-files", False, name, message, fix, len(unread_paths), examples)
 
 
 def _find_copies(inputs: LintInput) -> Iterator[Problem]:
@@ -167,24 +159,17 @@ def _find_small_domains(inputs: LintInput) -> Iterator[Problem]:
     if _has_whole_documents(inputs):
         message, fix = "it has no document to train on", "add text, lower data.validation_fraction or drop it"
     for name, domain in inputs.survey.domains.items():
-        if not _fills_sample(name, domain, inputs):
-            examples = [(name, _format_size(domain, inputs))]
-            # A domain that is too small is an error only if it has a fixed share. Otherwise training leaves it out, so
-            # it is a warning.
-            yield Problem(
-                "too-small",
-                _has_fixed_share(name, inputs.spec),
-                name,
-                message,
-                fix,
-                domain.all_figures.documents,
-                examples,
-            )
-        if not domain.all_figures.held_out:
-            message = "none of its documents is held out, so validation does not cover it"
-            fix = "raise data.validation_fraction or add documents"
-            examples = [(name, _format_size(domain, inputs))]
-            yield Problem("no-validation", False, name, message, fix, domain.all_figures.documents, examples)
+        figures = domain.all_figures
+        tokens = f", {figures.tokens:,} tokens" if inputs.survey.tokenized else ""
+        examples = [(name, f"{figures.documents:,} documents, {figures.bytes:,} bytes{tokens}")]
+        if not _fills_sample(name, figures, inputs):
+            # Without a fixed share, training leaves a domain that is too small out.
+            is_severe = _has_fixed_share(name, inputs.spec)
+            yield Problem("too-small", is_severe, name, message, fix, figures.documents, examples)
+        if not figures.held_out:
+            reason = "none of its documents is held out, so validation does not cover it"
+            advice = "raise data.validation_fraction or add documents"
+            yield Problem("no-validation", False, name, reason, advice, figures.documents, examples)
 
 
 def _has_whole_documents(inputs: LintInput) -> bool:
@@ -196,11 +181,10 @@ def _has_whole_documents(inputs: LintInput) -> bool:
     return has_rows or inputs.data_spec.packing == "best_fit"
 
 
-def _fills_sample(name: str, domain: DomainSurvey, inputs: LintInput) -> bool:
+def _fills_sample(name: str, figures: Figures, inputs: LintInput) -> bool:
     """Return whether a domain has a training sample by the manifest, or else by its tokens, or else by its bytes."""
     if inputs.manifest is not None and name in inputs.manifest.domains:
         return inputs.manifest.domains[name].samples > 0
-    figures = domain.all_figures
     if _has_whole_documents(inputs):
         return figures.documents > figures.held_out
     # Without a tokenizer, the bytes are an upper limit of the tokens, because a token has at least one byte. Each
@@ -214,12 +198,6 @@ def _has_fixed_share(name: str, spec: RunSpec) -> bool:
     return any(subfolder_of(name) in (phase.shares or ()) for phase in phases if phase.weight)
 
 
-def _format_size(domain: DomainSurvey, inputs: LintInput) -> str:
-    figures = domain.all_figures
-    tokens = f", {figures.tokens:,} tokens" if inputs.survey.tokenized else ""
-    return f"{figures.documents:,} documents, {figures.bytes:,} bytes{tokens}"
-
-
 def _find_repeated_domains(inputs: LintInput) -> Iterator[Problem]:
     if inputs.spec is None or inputs.manifest is None:
         return
@@ -231,10 +209,8 @@ def _find_repeated_domains(inputs: LintInput) -> Iterator[Problem]:
     for domain, samples in zip(mixture.domains, mixture.samples_read(0, inputs.spec.train.steps), strict=True):
         epochs = samples / domain.samples
         if epochs > MAX_EPOCHS:
-            message, fix = (
-                f"training reads it more than {MAX_EPOCHS} times",
-                "set max_epochs, lower its share, or add text",
-            )
+            message = f"training reads it more than {MAX_EPOCHS} times"
+            fix = "set max_epochs, lower its share, or add text"
             examples = [(domain.name, f"{epochs:.1f} epochs of {domain.samples:,} samples")]
             yield Problem("epochs", False, domain.name, message, fix, 1, examples)
 
@@ -247,10 +223,8 @@ def _find_poor_tokenization(inputs: LintInput) -> Iterator[Problem]:
             if bytes_per_token is None or figures.tokens < MIN_TOKENS:
                 continue
             if bytes_per_token < MIN_BYTES_PER_TOKEN:
-                message, evidence = (
-                    f"under {MIN_BYTES_PER_TOKEN} bytes of text per token",
-                    f"{bytes_per_token:.2f} bytes per token",
-                )
+                message = f"under {MIN_BYTES_PER_TOKEN} bytes of text per token"
+                evidence = f"{bytes_per_token:.2f} bytes per token"
                 yield Problem("fertility", False, name, message, fix, figures.documents, [(location, evidence)])
             if figures.unknown > MAX_UNKNOWN_SHARE * figures.tokens:
                 message = f"over {MAX_UNKNOWN_SHARE:.1%} of its tokens are the tokenizer's unknown token"
@@ -272,9 +246,8 @@ def _find_unsuitable_images(inputs: LintInput) -> Iterator[Problem]:
             fix = "use larger images, or lower image_size in the model section"
             yield Problem("small-images", False, name, message, fix, small, examples)
         if figures.extreme > max_count:
-            message = (
-                f"over {MAX_IMAGE_SHARE:.0%} of its images are more than {MAX_ASPECT_RATIO:g} times as long as wide"
-            )
+            shape = f"more than {MAX_ASPECT_RATIO:g} times as long as wide"
+            message = f"over {MAX_IMAGE_SHARE:.0%} of its images are {shape}"
             examples = [(name, f"{figures.extreme / figures.images:.0%} of its images")]
             fix = "remove banners and strips: a square crop shows a small part of them"
             yield Problem("narrow-images", False, name, message, fix, figures.extreme, examples)

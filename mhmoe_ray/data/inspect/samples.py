@@ -87,16 +87,14 @@ def decode_samples(
         parts = []
         for piece_start, piece_end in pairwise(cuts):
             begins = piece_start in starts
-            # The text leaves out the start token, because the field `begins` stands for it.
-            text = tokenizer.decode(token_ids[piece_start + begins : piece_end], skip_special_tokens=False)
+            span = slice(piece_start + begins, piece_end)
+            text = tokenizer.decode(token_ids[span], skip_special_tokens=False)
             part = SamplePart(begins, piece_end - piece_start, text)
             if targets is not None:
-                piece_ids = token_ids[piece_start + begins : piece_end]
+                tokens = zip(token_ids[span], targets[span].tolist(), strict=True)
                 part.pieces = [
                     TextPiece(is_target, tokenizer.decode([token for token, _ in group], skip_special_tokens=False))
-                    for is_target, group in groupby(
-                        zip(piece_ids, targets[piece_start + begins : piece_end].tolist(), strict=True), itemgetter(1)
-                    )
+                    for is_target, group in groupby(tokens, itemgetter(1))
                 ]
             parts.append(part)
         domain, sample = samples.locate_sample(position)

@@ -25,7 +25,7 @@ from mhmoe_ray.data.images.files import image_size
 from mhmoe_ray.data.inspect.copies import ENTRY_DTYPE, Copies, count_copies, partition_entries, text_hash
 from mhmoe_ray.data.inspect.figures import DomainSurvey, Figures, Finding, TextLocation
 from mhmoe_ray.data.inspect.result import Survey, SurveyRequest
-from mhmoe_ray.data.inspect.textrules import any_token_pattern, broken_rules
+from mhmoe_ray.data.inspect.textrules import TextView, any_token_pattern, broken_rules
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.sources import Document, FileReader, RawFile, file_blocks, find_files
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, DocumentEncoder, find_boundaries, read_given_tokenizer, unknown_token
@@ -66,15 +66,9 @@ def open_encoder(path: Path, pattern: str | None) -> Encoder:
     return Encoder(encode, special, unknown_token(tokenizer))
 
 
-class FileSurvey(NamedTuple):
-    """Survey of a whole file: the last item of `survey_file`."""
-
-    survey: DomainSurvey
-
-
 def survey_file(
     number: int, file: RawFile, spec: DataSpec, tokenizer: Path | None, rules: bool
-) -> Iterator[np.ndarray | FileSurvey]:
+) -> Iterator[np.ndarray | DomainSurvey]:
     """Yield arrays of `ENTRY_DTYPE` with an entry for each document of a file, then the survey of the file.
 
     `number` is the file's number in the entries. Without a tokenizer, no tokens are counted. `rules` decides whether
@@ -98,19 +92,20 @@ def survey_file(
                 figures.images.add_annotation(unpack(document.annotation))
             # Two documents with images are copies only if their images and their texts are equal, so the hash includes
             # that of the image. An image alone has no words.
-            size += len(document.image)
-            entries.append((text_hash([*words, str(document.image_hash)]), number, document.line, size))
+            hashed_words, stored_size = [*words, str(document.image_hash)], size + len(document.image)
         else:
-            entries.append((text_hash(words), number, document.line, size))
+            hashed_words, stored_size = words, size
+        entries.append((text_hash(hashed_words), number, document.line, stored_size))
         if text:
-            figures.add_document(text, len(text.encode()), len(words), tokens, held_out, location)
+            figures.add_document(text, size, len(words), tokens, held_out, location)
         else:
             figures.documents += 1
             figures.held_out += held_out
         if ids is not None and encoder is not None and encoder.unknown is not None:
             figures.unknown += ids.count(encoder.unknown)
         if rules and text:
-            for rule, evidence in broken_rules(text, words, record_language, file.domain, special).items():
+            view = TextView(text, words, record_language, folder_language, special)
+            for rule, evidence in broken_rules(view).items():
                 survey.findings.setdefault(rule, Finding()).add_examples(1, [(location, evidence)])
         # Entries are yielded in arrays of limited size, so that the memory of a task stays bounded even for a large
         # file.
@@ -120,7 +115,7 @@ def survey_file(
     survey.add_file(file.size, reader.tally)
     if entries:
         yield np.array(entries, ENTRY_DTYPE)
-    yield FileSurvey(survey)
+    yield survey
 
 
 def _read_documents(reader: FileReader, survey: DomainSurvey) -> Iterator[Document]:
@@ -187,9 +182,8 @@ def survey(request: SurveyRequest, partition_bytes: int = PARTITION_BYTES) -> Su
                 result.domains.setdefault(row["domain"], DomainSurvey())
                 result.domains[row["domain"]] += file_survey
                 file_count += 1
-                if file_count == len(files) or file_count * PROGRESS_LINES // len(files) > (
-                    file_count - 1
-                ) * PROGRESS_LINES // len(files):
+                tenth, previous_tenth = (n * PROGRESS_LINES // len(files) for n in (file_count, file_count - 1))
+                if tenth > previous_tenth:
                     print(f"{SurveyRequest.kind}: read {file_count:,} of {len(files):,} files", flush=True)
     documents = sum(domain.all_figures.documents for domain in result.domains.values())
     print(f"{SurveyRequest.kind}: looking for copies among {documents:,} documents", flush=True)
@@ -221,8 +215,8 @@ def _read_file(row: dict[str, Any], *, request: SurveyRequest, partitions: int) 
     """
     file = RawFile.from_row(row)
     for item in survey_file(row["number"], file, request.data, request.tokenizer, request.rules):
-        if isinstance(item, FileSurvey):
-            yield {"partition": _FILE_SURVEY, "domain": file.domain, "data": pickle.dumps(item.survey)}
+        if isinstance(item, DomainSurvey):
+            yield {"partition": _FILE_SURVEY, "domain": file.domain, "data": pickle.dumps(item)}
         else:
             for partition, entries in partition_entries(item, partitions):
                 yield {"partition": partition, "domain": file.domain, "data": entries.tobytes()}

@@ -3,10 +3,8 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import NamedTuple
-
-from mhmoe_ray.data import domains
-from mhmoe_ray.data.domains import subfolder_of
 
 
 class TextView(NamedTuple):
@@ -14,12 +12,13 @@ class TextView(NamedTuple):
 
     text: str
     words: list[str]
+    """The text's words, `text.split()`."""
     language: str
     """Language that the document's record names, or `domains.NO_LANGUAGE`."""
     folder_language: str
     """Language that the name of the subfolder stands for, or `domains.NO_LANGUAGE`."""
     special: re.Pattern[str]
-    """Pattern of the tokenizer's special tokens."""
+    """Pattern of the tokenizer's special tokens, from `any_token_pattern`."""
 
 
 class TextRule(NamedTuple):
@@ -49,11 +48,8 @@ def _repeated_line(view: TextView) -> str | None:
     line, line_count = max(
         Counter(filter(None, map(str.strip, lines))).items(), key=lambda item: len(item[0]) * item[1]
     )
-    return (
-        f"{line_count:,} times {_printable_start(line)}"
-        if line_count > 1 and len(line) * line_count > NEARLY_ALL * _visible_characters(view)
-        else None
-    )
+    is_nearly_all = line_count > 1 and len(line) * line_count > NEARLY_ALL * _visible_characters(view)
+    return f"{line_count:,} times {_printable_start(line)}" if is_nearly_all else None
 
 
 def _long_word(view: TextView) -> str | None:
@@ -63,17 +59,10 @@ def _long_word(view: TextView) -> str | None:
 
 
 def _few_letters(view: TextView) -> str | None:
-    letter_count = sum(map(str.isalpha, view.text))
-    has_few_letters = letter_count < MIN_LETTER_SHARE * _visible_characters(view)
-    return (
-        f"{letter_count:,} of {_visible_characters(view):,} characters: {_printable_start(view.text)}"
-        if has_few_letters
-        else None
-    )
-
-
-def _replacement_character(view: TextView) -> str | None:
-    return _example_at(view.text, re.search("\ufffd", view.text))
+    letters, characters = sum(map(str.isalpha, view.text)), _visible_characters(view)
+    if letters >= MIN_LETTER_SHARE * characters:
+        return None
+    return f"{letters:,} of {characters:,} characters: {_printable_start(view.text)}"
 
 
 # These are the characters that continuation bytes of UTF-8 become in Latin-1 and in Windows-1252. Letters are excluded,
@@ -91,17 +80,8 @@ _MOJIBAKE = re.compile(
 )
 
 
-def _mojibake(view: TextView) -> str | None:
-    matches = [match for match, _ in zip(_MOJIBAKE.finditer(view.text), range(MIN_MATCHES), strict=False)]
-    return _example_at(view.text, matches[0]) if len(matches) == MIN_MATCHES else None
-
-
 # Tabs, line breaks and page breaks occur in sound text, so the pattern does not match them.
 _CONTROL_CHARACTER = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]")
-
-
-def _control_character(view: TextView) -> str | None:
-    return _example_at(view.text, _CONTROL_CHARACTER.search(view.text))
 
 
 _HTML = re.compile(
@@ -109,13 +89,18 @@ _HTML = re.compile(
 )
 
 
-def _html(view: TextView) -> str | None:
-    matches = [match for match, _ in zip(_HTML.finditer(view.text), range(MIN_MATCHES), strict=False)]
-    return _example_at(view.text, matches[0]) if len(matches) == MIN_MATCHES else None
+def _matches(pattern: re.Pattern[str], count: int = 1) -> Callable[[TextView], str | None]:
+    """Return a check that a text has fewer than `count` matches of a pattern."""
+
+    def check(view: TextView) -> str | None:
+        matches = list(islice(pattern.finditer(view.text), count))
+        return _example_at(view.text, matches[0]) if len(matches) == count else None
+
+    return check
 
 
 def _special_token(view: TextView) -> str | None:
-    return _example_at(view.text, view.special.search(view.text))
+    return _matches(view.special)(view)
 
 
 def _language(view: TextView) -> str | None:
@@ -132,15 +117,19 @@ RULES: dict[str, TextRule] = {
         _few_letters, f"under {MIN_LETTER_SHARE:.0%} of its characters are letters", "check whether it is text"
     ),
     "replacement-character": TextRule(
-        _replacement_character,
+        _matches(re.compile("\ufffd")),
         "it holds U+FFFD, which stands for lost characters",
         "decode the original with its encoding",
     ),
     "mojibake": TextRule(
-        _mojibake, "UTF-8 that was read as Latin-1", "text.encode('cp1252').decode('utf-8') repairs most of it"
+        _matches(_MOJIBAKE, MIN_MATCHES),
+        "UTF-8 that was read as Latin-1",
+        "text.encode('cp1252').decode('utf-8') repairs most of it",
     ),
-    "control-characters": TextRule(_control_character, "it holds control characters", "strip them"),
-    "html": TextRule(_html, "it holds tags or entities of HTML", "extract the text, unless it is code"),
+    "control-characters": TextRule(_matches(_CONTROL_CHARACTER), "it holds control characters", "strip them"),
+    "html": TextRule(
+        _matches(_HTML, MIN_MATCHES), "it holds tags or entities of HTML", "extract the text, unless it is code"
+    ),
     "special-token": TextRule(
         _special_token,
         "it spells out a special token, which is encoded as these letters",
@@ -157,13 +146,8 @@ def any_token_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
 
 
-def broken_rules(text: str, words: list[str], language: str, domain: str, special: re.Pattern[str]) -> dict[str, str]:
-    """Return the evidence of each rule of RULES that a document breaks, by name.
-
-    `words` is `text.split()`, `language` is that of the document's record or `domains.NO_LANGUAGE`, `domain` is
-    source/subfolder, and `special` comes from `any_token_pattern`.
-    """
-    view = TextView(text, words, language, domains.language_of_folder(subfolder_of(domain)), special)
+def broken_rules(view: TextView) -> dict[str, str]:
+    """Return the evidence of each rule of RULES that a document breaks, by name."""
     return {name: evidence for name, rule in RULES.items() if (evidence := rule.check(view)) is not None}
 
 
@@ -172,9 +156,7 @@ def _visible_characters(view: TextView) -> int:
     return sum(map(len, view.words))
 
 
-def _example_at(text: str, match: re.Match[str] | None) -> str | None:
-    if match is None:
-        return None
+def _example_at(text: str, match: re.Match[str]) -> str:
     return _printable_start(text[max(0, match.start() - EXAMPLE_CHARACTERS // 4) :])
 
 

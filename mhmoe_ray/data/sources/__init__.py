@@ -1,4 +1,4 @@
-"""Sources: raw text and pictures of any supported format, read one document at a time.
+"""Sources: raw text and images of any supported format, read one document at a time.
 
     for file in find_files(spec.data):
         reader = FileReader(file, spec.data)
@@ -9,8 +9,8 @@
 find.py lists the files of a source and detects their format; reading.py reads one file and yields the items that
 items.py defines. Bytes come through storage.py and compression.py. records.py reads JSON lines and plain text,
 columns.py reads Parquet and Arrow streams, redpajama_v2.py reads documents and filters them by quality signals, and
-chat.py reads conversations. pictures.py reads folders of images, coco.py reads COCO's captions and objects, whose masks
-masks.py checks, and webdataset.py reads pictures in the tar files that tar.py parses. JSON, text and tar files may be
+chat.py reads conversations. images.py reads folders of images, coco.py reads COCO's captions and objects, whose masks
+masks.py checks, and webdataset.py reads images in the tar files that tar.py parses. JSON, text and tar files may be
 compressed with zstd or gzip, which their first bytes show.
 """
 

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError, Message
-from mhmoe_ray.data.sources.columns import ColumnError, read_row_groups
+from mhmoe_ray.data.sources.columns import BatchReader, ColumnError, read_row_groups
 from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, Reason, Tally
 from mhmoe_ray.data.sources.records import (
     describe_keys,
@@ -45,13 +45,6 @@ def read_chat(
 def _read_parquet(
     storage: Storage, file: RawFile, limit: int, tally: Tally, template: ChatTemplate
 ) -> Iterator[Document | BadLine]:
-    def choose_columns(schema: pa.Schema) -> list[str]:
-        columns = next((names for names in _COLUMN_SETS if set(names) <= set(schema.names)), None)
-        if columns is None:
-            found_keys = describe_keys(dict.fromkeys(schema.names))
-            raise ColumnError(f"it has no column 'messages', nor 'prompt' and 'completion', among {found_keys}")
-        return columns
-
     def read_batch(batch: pa.RecordBatch, first_row: int) -> Iterator[Document | BadLine]:
         # Decoding damaged offsets has crashed pyarrow, so they are checked first.
         batch.validate(full=True)
@@ -60,7 +53,14 @@ def _read_parquet(
             is_too_long = isinstance(document, Document) and len(document.text.encode()) > limit
             yield BadLine(file.path, number, Reason.TOO_LONG) if is_too_long else document
 
-    return read_row_groups(storage, file, tally, choose_columns, read_batch)
+    def open_reader(schema: pa.Schema) -> tuple[list[str], BatchReader]:
+        columns = next((names for names in _COLUMN_SETS if set(names) <= set(schema.names)), None)
+        if columns is None:
+            found_keys = describe_keys(dict.fromkeys(schema.names))
+            raise ColumnError(f"it has no column 'messages', nor 'prompt' and 'completion', among {found_keys}")
+        return columns, read_batch
+
+    return read_row_groups(storage, file, tally, open_reader)
 
 
 def conversation_of(line: int, fields: Any, path: str, template: ChatTemplate) -> Document | BadLine:

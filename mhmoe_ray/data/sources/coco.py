@@ -21,9 +21,9 @@ import orjson
 
 from mhmoe_ray.data.images.annotations import Annotation, Instance, pack
 from mhmoe_ray.data.sources.compression import decompress
+from mhmoe_ray.data.sources.images import check_image, decode_checked_image, image_document
 from mhmoe_ray.data.sources.items import BadLine, DamageError, Document, Fault, RawFile, ReadSettings, Reason, Tally
 from mhmoe_ray.data.sources.masks import ObjectError, encode_mask, is_number
-from mhmoe_ray.data.sources.pictures import check_image, decode_checked_image, picture_document
 from mhmoe_ray.data.sources.records import json_type, text_problem
 from mhmoe_ray.data.sources.storage import Storage, short_message
 from mhmoe_ray.spec import SourceSpec
@@ -98,7 +98,7 @@ def read_coco(
             # An image is checked once, however many captions it has.
             image = check_image(image, settings)
         if "text" not in columns:
-            yield picture_document(file.path, number, name, image, None, columns)
+            yield image_document(file.path, number, name, image, None, columns)
             continue
         if not annotations:
             yield BadLine(file.path, number, Reason.NO_TEXT, f"{name}: the image has no caption")
@@ -106,7 +106,7 @@ def read_coco(
             caption = annotation.fields.get("caption")
             if not isinstance(caption, str):
                 caption = Fault(Reason.NO_TEXT, f"its caption is {json_type(caption)}")
-            yield picture_document(file.path, annotation.number, name, image, caption, columns)
+            yield image_document(file.path, annotation.number, name, image, caption, columns)
 
 
 def _is_id(value: object) -> bool:
@@ -164,7 +164,7 @@ def _read_objects(
     """Yield a `BadLine` for each unusable object of an image, then the image with its other objects as a document."""
     decoded_image = decode_checked_image(image, settings)
     if isinstance(decoded_image, Fault):
-        yield picture_document(path, number, entry["file_name"], decoded_image, None, columns)
+        yield image_document(path, number, entry["file_name"], decoded_image, None, columns)
         return
     instances = []
     for annotation in annotations:
@@ -174,7 +174,7 @@ def _read_objects(
             detail = f"annotation {_id_text(annotation.fields.get('id'))}: {e}"
             yield BadLine(path, annotation.number, Reason.BAD_OBJECT, detail)
     content = pack(Annotation(image_id=entry["id"], instances=tuple(instances)))
-    yield picture_document(path, number, entry["file_name"], image, None, columns, annotation=content)
+    yield image_document(path, number, entry["file_name"], image, None, columns, annotation=content)
 
 
 def _checked_instance(fields: dict[str, Any], class_names: dict[int | str, str], width: int, height: int) -> Instance:

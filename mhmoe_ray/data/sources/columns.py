@@ -14,9 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mhmoe_ray.data.sources.images import check_image, class_annotation, image_document
 from mhmoe_ray.data.sources.items import BadLine, Document, Fault, RawFile, ReadSettings, Reason, Tally
-from mhmoe_ray.data.sources.pictures import check_image, class_annotation, picture_document
-from mhmoe_ray.data.sources.records import text_problem
 from mhmoe_ray.data.sources.storage import Storage, short_message
 from mhmoe_ray.spec import SourceSpec
 
@@ -38,11 +37,16 @@ def open_parquet(storage: Storage, path: str) -> pq.ParquetFile:
 
 def column_problem(schema: pa.Schema, column: str) -> str | None:
     """Return the reason why texts cannot be read from a column, or None."""
-    if column not in schema.names:
-        hint = "; conversations need format chat" if "messages" in schema.names else ""
-        return f"it has no column {column!r}; it has {', '.join(map(repr, schema.names))}{hint}"
+    if problem := _missing_column_problem(schema, column):
+        return problem + ("; conversations need format chat" if "messages" in schema.names else "")
     column_type = _value_type(schema, column)
     return None if _is_string(column_type) else f"its column {column!r} holds {column_type}, not strings"
+
+
+def _missing_column_problem(schema: pa.Schema, column: str) -> str | None:
+    if column in schema.names:
+        return None
+    return f"it has no column {column!r}; it has {', '.join(map(repr, schema.names))}"
 
 
 def _value_type(schema: pa.Schema, column: str) -> pa.DataType:
@@ -68,32 +72,25 @@ def as_bytes(texts: pa.Array) -> pa.Array:
     return texts
 
 
-def documents_in(texts: pa.Array, path: str, first_row: int, limit: int) -> Iterator[Document | BadLine]:
-    """Yield each row of a column from `as_bytes` as a `Document`, or a `BadLine` if it has no usable text.
+def texts_in(texts: pa.Array, limit: int) -> Iterator[str | Fault]:
+    """Yield the text of each row of a column of strings, or a fault; one of more than `limit` bytes is a fault.
 
-    `first_row` counts from 0 within the file. A text of more than `limit` bytes is unusable.
+    Offsets or indices that point outside of the data raise ArrowInvalid.
     """
-    for start in range(0, len(texts), ROWS_PER_BATCH):
-        batch = texts.slice(start, ROWS_PER_BATCH)
+    contents = as_bytes(texts)
+    for start in range(0, len(contents), ROWS_PER_BATCH):
+        batch = contents.slice(start, ROWS_PER_BATCH)
         batch = batch.dictionary_decode() if pa.types.is_dictionary(batch.type) else batch
-        yield from _decode_batch(batch, path, first_row + start, limit)
-
-
-def _decode_batch(texts: pa.Array, path: str, first_row: int, limit: int) -> Iterator[Document | BadLine]:
-    lengths = pc.binary_length(texts).to_pylist()
-    for row, (length, text) in enumerate(zip(lengths, texts, strict=True), start=first_row + 1):
-        if length is None:
-            yield BadLine(path, row, Reason.NO_TEXT, "it is null")
-        elif length > limit:
-            yield BadLine(path, row, Reason.TOO_LONG)
-        else:
-            try:
-                decoded_text = text.as_py().decode()
-            except UnicodeDecodeError as e:
-                yield BadLine(path, row, Reason.NOT_UTF8, f"byte {e.start + 1} of the text")
-                continue
-            reason = text_problem(decoded_text)
-            yield Document(decoded_text, row) if reason is None else BadLine(path, row, reason)
+        for length, content in zip(pc.binary_length(batch).to_pylist(), batch, strict=True):
+            if length is None:
+                yield Fault(Reason.NO_TEXT, "it is null")
+            elif length > limit:
+                yield Fault(Reason.TOO_LONG)
+            else:
+                try:
+                    yield content.as_py().decode()
+                except UnicodeDecodeError as e:
+                    yield Fault(Reason.NOT_UTF8, f"byte {e.start + 1} of the text")
 
 
 class ColumnError(Exception):
@@ -135,31 +132,26 @@ class _RowReader:
 
     def items_in(self, batch: pa.RecordBatch, first_row: int) -> Iterator[Document | BadLine]:
         """Yield each row of a batch as a `Document` or a `BadLine`; `first_row` counts from 0 within the file."""
-        limit = self._settings.document_bytes
-        text_items: Iterable[Document | BadLine | None] = itertools.repeat(None, len(batch))
+        limit, length = self._settings.document_bytes, len(batch)
+        captions: Iterable[str | Fault | None] = itertools.repeat(None, length)
+        images: Iterable[bytes | Fault | None] = itertools.repeat(None, length)
+        annotations: Iterable[bytes | Fault | None] = itertools.repeat(None, length)
         if self._text_column is not None:
-            texts = as_bytes(batch.column(self._text_column))
-            text_items = documents_in(texts, self._path, first_row, limit)
-        if self._image_column is None:
-            yield from (item for item in text_items if item is not None)
-            return
-        images = image_bytes(batch.column(self._image_column), limit)
-        annotations: Iterable[bytes | Fault | None] = itertools.repeat(None, len(batch))
+            captions = texts_in(batch.column(self._text_column), limit)
+        if self._image_column is not None:
+            images = image_bytes(batch.column(self._image_column), limit)
         if self._class_column is not None:
             annotations = map(class_annotation, classes_in(batch.column(self._class_column), self._class_names, limit))
-        rows = zip(text_items, images, annotations, strict=True)
-        for line, (item, image, annotation) in enumerate(rows, start=first_row + 1):
-            caption = Fault(item.reason, item.detail) if isinstance(item, BadLine) else item and item.text
+        rows = zip(captions, images, annotations, strict=True)
+        for line, (caption, image, annotation) in enumerate(rows, start=first_row + 1):
             checked_image = check_image(image, self._settings) if "image" in self._columns else image
-            yield picture_document(self._path, line, "", checked_image, caption, self._columns, annotation=annotation)
+            yield image_document(self._path, line, "", checked_image, caption, self._columns, annotation=annotation)
 
 
 def image_column_problem(schema: pa.Schema, column: str) -> str | None:
     """Return the reason why images cannot be read from a column, or None."""
-    if column not in schema.names:
-        names = ", ".join(map(repr, schema.names))
-        hint = "; download the images with img2dataset first" if {"url", "URL"} & {*schema.names} else ""
-        return f"it has no column {column!r}; it has {names}{hint}"
+    if problem := _missing_column_problem(schema, column):
+        return problem + ("; download the images with img2dataset first" if {"url", "URL"} & {*schema.names} else "")
     column_type = schema.field(column).type
     if pa.types.is_string(column_type) or pa.types.is_large_string(column_type):
         return f"its column {column!r} holds {column_type}, not images: download them with img2dataset first"
@@ -196,8 +188,8 @@ def image_bytes(images: pa.Array, limit: int) -> Iterator[bytes | Fault]:
 
 def class_column_problem(schema: pa.Schema, column: str) -> str | None:
     """Return the reason why classes cannot be read from a column, which needs texts or integers, or None."""
-    if column not in schema.names:
-        return f"it has no column {column!r}; it has {', '.join(map(repr, schema.names))}"
+    if problem := _missing_column_problem(schema, column):
+        return problem
     column_type = _value_type(schema, column)
     if _is_string(column_type) or pa.types.is_integer(column_type):
         return None
@@ -246,41 +238,35 @@ def classes_in(classes: pa.Array, names: list[str] | None, limit: int) -> Iterat
                 yield Fault(Reason.NOT_UTF8, f"byte {e.start + 1} of the class")
 
 
+BatchReader = Callable[[pa.RecordBatch, int], Iterator[Document | BadLine]]
+"""Function that yields the documents in a batch, given the number of its first row within the file, from 0."""
+
+
 def read_parquet(
     storage: Storage, file: RawFile, source: SourceSpec, settings: ReadSettings, tally: Tally
 ) -> Iterator[Document | BadLine]:
     """Yield the rows of a Parquet file as documents, and a `BadLine` for each damaged row group."""
-    row_reader: _RowReader | None = None
 
-    def choose_columns(schema: pa.Schema) -> list[str]:
-        nonlocal row_reader
+    def open_reader(schema: pa.Schema) -> tuple[list[str], BatchReader]:
         row_reader = _RowReader(source, settings, schema, file.path)
-        return row_reader.columns
+        return row_reader.columns, row_reader.items_in
 
-    def read_batch(batch: pa.RecordBatch, first_row: int) -> Iterator[Document | BadLine]:
-        assert row_reader is not None
-        return row_reader.items_in(batch, first_row)
-
-    return read_row_groups(storage, file, tally, choose_columns, read_batch)
+    return read_row_groups(storage, file, tally, open_reader)
 
 
 def read_row_groups(
-    storage: Storage,
-    file: RawFile,
-    tally: Tally,
-    choose_columns: Callable[[pa.Schema], list[str]],
-    read_batch: Callable[[pa.RecordBatch, int], Iterator[Document | BadLine]],
+    storage: Storage, file: RawFile, tally: Tally, open_reader: Callable[[pa.Schema], tuple[list[str], BatchReader]]
 ) -> Iterator[Document | BadLine]:
     """Yield the documents and unreadable rows of a Parquet file, and a `BadLine` for each damaged row group.
 
-    `choose_columns` raises ColumnError if the file lacks a column that it needs. `read_batch` gets a batch and the
-    number of its first row within the file, from 0. Of the tally, only `bytes_read` is updated.
+    `open_reader` returns the columns to read and their reader, or raises ColumnError if the file lacks a column. Of the
+    tally, only `bytes_read` is updated.
     """
     row = 0
     try:
         with open_parquet(storage, file.path) as table:
             try:
-                columns = choose_columns(table.schema_arrow)
+                columns, read_batch = open_reader(table.schema_arrow)
             except ColumnError as e:
                 yield BadLine(file.path, 1, Reason.PART_LOST, str(e))
                 return

@@ -72,9 +72,11 @@ def _raise_damage(reason: str) -> Iterator[bytes]:
 
 
 def _is_zstd(magic: bytes) -> bool:
-    return magic.startswith(ZSTD) or (
-        magic[:1] in SKIPPABLE_FIRST_BYTES and magic[1:4] == _SKIPPABLE_REST and len(magic) >= 4
-    )
+    return magic.startswith(ZSTD) or _is_skippable(magic)
+
+
+def _is_skippable(magic: bytes) -> bool:
+    return magic[1:4] == _SKIPPABLE_REST and magic[0] in SKIPPABLE_FIRST_BYTES
 
 
 def _is_text(start: bytes) -> bool:
@@ -175,7 +177,7 @@ def _unzstd(data: ByteBuffer) -> Iterator[bytes]:
     # The library gets one block at a time. So no data before a damaged block is lost, no call returns more data than
     # one block has, and a frame that is cut off is not mistaken for a complete one.
     while magic := data.take(4):
-        if magic[:1] in SKIPPABLE_FIRST_BYTES and magic[1:] == _SKIPPABLE_REST:
+        if _is_skippable(magic):
             remaining_bytes = int.from_bytes(_take_exactly(data, 4), "little")
             while remaining_bytes:
                 remaining_bytes -= len(_take_exactly(data, min(remaining_bytes, OUTPUT_BYTES)))

@@ -90,7 +90,6 @@ def fingerprints(spec: DataSpec, files: Sequence[RawFile]) -> dict[str, str]:
                 # fingerprint covers the file's name and size.
                 pass
             first_hash = hashlib.sha256(first_bytes).hexdigest()
-            # Paths are relative to the root, so that a source that was moved keeps its fingerprint.
             entry = f"{file.domain}\0{relative_path(root, file.path)}\0{file.size}\0{first_hash}\n"
             digests[name].update(entry.encode())
     return {name: digest.hexdigest() for name, digest in digests.items()}
@@ -131,7 +130,7 @@ def file_blocks(files: Sequence[RawFile]) -> list[pa.Table]:
 
     Each file has its own block unless there are more than `MAX_FILE_BLOCKS`; then small neighbouring files share one.
     """
-    # Small files share a block if there are many files. With a task for each, the overhead of tasks would dominate.
+    # With a task for each of many small files, the overhead of tasks would dominate.
     files_per_block, blocks, rows, size = ceil(len(files) / MAX_FILE_BLOCKS), [], [], 0
     for number, file in enumerate(files):
         rows.append({"number": number, **file._asdict()})

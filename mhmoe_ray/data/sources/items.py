@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -184,28 +184,19 @@ class Tally:
 
     def counts_since(self, earlier_tally: "Tally") -> "Tally":
         """Return the counts added since an earlier copy of this tally, with all examples."""
-        return Tally(
-            self.files - earlier_tally.files,
-            self.damaged - earlier_tally.damaged,
-            self.bytes_read - earlier_tally.bytes_read,
-            self.text_bytes - earlier_tally.text_bytes,
-            self.documents - earlier_tally.documents,
-            self.bad - earlier_tally.bad,
-            self.dropped - earlier_tally.dropped,
-            dict(self.examples),
-        )
+        counts = {name: getattr(self, name) - getattr(earlier_tally, name) for name in self._count_names()}
+        return Tally(**counts, examples=dict(self.examples))
 
     def copy(self) -> "Tally":
         """Return an independent copy of these counts."""
         return Tally().__iadd__(self)
 
     def __iadd__(self, addend: "Tally") -> "Tally":
-        self.files += addend.files
-        self.damaged += addend.damaged
-        self.bytes_read += addend.bytes_read
-        self.text_bytes += addend.text_bytes
-        self.documents += addend.documents
-        self.bad += addend.bad
-        self.dropped += addend.dropped
+        for name in self._count_names():
+            setattr(self, name, getattr(self, name) + getattr(addend, name))
         self.examples = addend.examples | self.examples
         return self
+
+    @classmethod
+    def _count_names(cls) -> list[str]:
+        return [count.name for count in fields(cls) if count.name != "examples"]

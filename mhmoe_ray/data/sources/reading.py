@@ -9,7 +9,7 @@
 | huggingface  | a row of a folder that `save_to_disk` wrote                  | columns.py      |
 | chat         | a conversation: a line of JSON or a row of Parquet           | chat.py         |
 | webdataset   | the image and the caption of a sample in a tar file          | webdataset.py   |
-| images       | an image file                                                | pictures.py     |
+| images       | an image file                                                | images.py       |
 | coco         | a caption and its image, or an image with its objects        | coco.py         |
 """
 
@@ -58,7 +58,18 @@ class FileReader:
         self.tally = Tally()
         """Counts of the items that have been yielded so far."""
         self._file = file
-        self._items = _read_items(file, spec, self.tally, template)
+        name = source_of(file.domain)
+        source, settings = spec.sources[name], ReadSettings.from_spec(spec, name)
+        storage = Storage(source.path)
+        if file.format == "chat":
+            template = template or check_template(spec)
+            self._items = read_chat(storage, file, settings.document_bytes, self.tally, template)
+            return
+        require_image_packages([source])
+        reader_name = FORMATS[file.format].reader
+        assert reader_name is not None, "format chat has been read above"
+        read: FormatReader = resolve_name(reader_name)
+        self._items = read(storage, file, source, settings, self.tally)
 
     def __iter__(self) -> Iterator[Document | BadLine]:
         tally, inflation = self.tally, self._file.inflation
@@ -75,19 +86,3 @@ class FileReader:
         # A reader may skip some bytes, but a finished file counts in full.
         tally.bytes_read = self._file.size
         tally.text_bytes = tally.bytes_read * inflation
-
-
-def _read_items(
-    file: RawFile, spec: DataSpec, tally: Tally, template: ChatTemplate | None
-) -> Iterator[Document | BadLine]:
-    name = source_of(file.domain)
-    source = spec.sources[name]
-    storage = Storage(source.path)
-    settings = ReadSettings.from_spec(spec, name)
-    if file.format == "chat":
-        return read_chat(storage, file, settings.document_bytes, tally, template or check_template(spec))
-    require_image_packages([source])
-    reader_name = FORMATS[file.format].reader
-    assert reader_name is not None, "format chat has been read above"
-    read: FormatReader = resolve_name(reader_name)
-    return read(storage, file, source, settings, tally)

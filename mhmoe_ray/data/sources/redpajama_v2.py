@@ -18,7 +18,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from mhmoe_ray.data.sources.columns import PYARROW_ERRORS, open_parquet
-from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, ReadSettings, Reason, Tally
+from mhmoe_ray.data.sources.items import BadLine, Document, Fault, RawFile, ReadSettings, Reason, Tally
 from mhmoe_ray.data.sources.records import Record, document_of, read_records
 from mhmoe_ray.data.sources.storage import Storage, short_message
 from mhmoe_ray.spec import FilterSpec, SignalRule, SourceSpec
@@ -133,7 +133,9 @@ def read_redpajama_v2(
     signals = _SignalReader(storage, sidecars.signals, settings.document_bytes) if rules else None
     line = 1
     try:
-        duplicates = _duplicate_rows(storage, sidecars.duplicates) if filters.deduplicate else frozenset()
+        # The table of duplicates lists all copies but the first, so that all in it can be dropped.
+        table = _read_table(storage, sidecars.duplicates, "doc_id", "doc_id") if filters.deduplicate else ()
+        duplicates = {row for row, _ in table}
         near_duplicates = (
             _NearDuplicates(storage, sidecars.minhash, filters.near_duplicates) if filters.near_duplicates else None
         )
@@ -148,8 +150,8 @@ def read_redpajama_v2(
                 continue
             if signals is not None:
                 broken_rule = signals.broken_rule(row, rules)
-                if isinstance(broken_rule, _NoSignals):
-                    yield BadLine(file.path, document.line, Reason.NO_SIGNALS, broken_rule.reason)
+                if isinstance(broken_rule, Fault):
+                    yield BadLine(file.path, line, *broken_rule)
                     continue
                 if broken_rule is not None:
                     tally.dropped[broken_rule.name] += 1
@@ -168,10 +170,6 @@ class _TableError(Exception):
     """Damage of a table of duplicates or signatures, without which no more documents can be filtered."""
 
 
-class _NoSignals(NamedTuple):
-    reason: str
-
-
 class _SignalReader:
     """Reader of a file of quality signals, which checks documents against rules in the order of their rows."""
 
@@ -184,20 +182,20 @@ class _SignalReader:
         self._signals: Any = None
         self._missing_reason = "no record"
 
-    def broken_rule(self, row: int, rules: list[Rule]) -> Rule | _NoSignals | None:
+    def broken_rule(self, row: int, rules: list[Rule]) -> Rule | Fault | None:
         """Return the first rule that a document breaks, if any. `row` counts from 0 and must grow from call to call."""
         while self._row < row and self._read_next():
             pass
         if self._row != row:
-            return _NoSignals(f"{self._missing_reason} in {self._path}")
+            return Fault(Reason.NO_SIGNALS, f"{self._missing_reason} in {self._path}")
         self._missing_reason = "no record"
         # Signals may have any form, so a rule may raise any of these exceptions.
         try:
             return next((rule for rule in rules if not rule.is_satisfied(self._signals)), None)
         except KeyError as e:
-            return _NoSignals(f"no {e.args[0]} in {self._path}")
+            return Fault(Reason.NO_SIGNALS, f"no {e.args[0]} in {self._path}")
         except (TypeError, ValueError):
-            return _NoSignals(f"quality_signals of another form in {self._path}")
+            return Fault(Reason.NO_SIGNALS, f"quality_signals of another form in {self._path}")
 
     def _read_next(self) -> bool:
         """Read the next record and keep its signals if its row comes later; return False at the file's end."""
@@ -216,11 +214,6 @@ def row_of(identifier: object) -> int | None:
     """Return the row number at the end of an identifier, 17 for `2023-06/0000/en_head.json.gz/17`, or None."""
     row = identifier.rpartition("/")[2] if isinstance(identifier, str) else ""
     return int(row) if row.isascii() and row.isdigit() else None
-
-
-def _duplicate_rows(storage: Storage, path: str) -> frozenset[int]:
-    """Return the rows in a table of duplicates, which lists all copies but the first, so that all can be dropped."""
-    return frozenset(row for row, _ in _read_table(storage, path, "doc_id", "doc_id"))
 
 
 class _NearDuplicates:

@@ -90,7 +90,11 @@ class Storage:
         if info.type == fs.FileType.File:
             single_file = ListedFile(self._prefix + root, info.size)
             return Listing(self._prefix + root.rpartition("/")[0], [single_file], {single_file.path})
-        all_files = list(_list_local(root) if self._prefix == "" else self._list_objects(root))
+        if self._prefix:
+            infos = self._fs.get_file_info(fs.FileSelector(root, recursive=True))
+            all_files = [ListedFile(info.path, info.size) for info in infos if info.type == fs.FileType.File]
+        else:
+            all_files = list(_list_local(root))
         paths = {self._prefix + file.path for file in all_files}
         if pattern_parts:
             pattern = _pattern_regex(pattern_parts)
@@ -143,11 +147,6 @@ class Storage:
         # pyarrow raises these exceptions for a path with an empty name between two slashes or with a NUL.
         except (pa.ArrowException, ValueError) as e:
             raise OSError(str(e)) from e
-
-    def _list_objects(self, root: str) -> Iterator[ListedFile]:
-        for info in self._fs.get_file_info(fs.FileSelector(root, recursive=True)):
-            if info.type == fs.FileType.File:
-                yield ListedFile(info.path, info.size)
 
     def open(self, path: str) -> pa.NativeFile:
         """Open a file for reading from its start, without decompression; a failure is an OSError."""

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 from mhmoe_ray.data.images.files import IMAGE_SUFFIXES
 from mhmoe_ray.data.sources.compression import decompress
+from mhmoe_ray.data.sources.images import check_image, class_annotation, decode_caption, image_document
 from mhmoe_ray.data.sources.items import BadLine, DamageError, Document, Fault, RawFile, ReadSettings, Reason, Tally
-from mhmoe_ray.data.sources.pictures import check_image, class_annotation, decode_caption, picture_document
 from mhmoe_ray.data.sources.records import decode_json, json_type
 from mhmoe_ray.data.sources.storage import Storage
 from mhmoe_ray.data.sources.tar import TarMember, read_members
@@ -92,7 +92,7 @@ def read_webdataset(
             tally.dropped["no caption in languages"] += 1
         annotation = class_annotation(_class_name(sample, class_field)) if class_field is not None else None
         items = [
-            picture_document(file.path, sample.number, sample.key, image, caption, columns, language, annotation)
+            image_document(file.path, sample.number, sample.key, image, caption, columns, language, annotation)
             for language, caption in captions.items()
         ]
         # If the image of a sample cannot be used, neither can its captions, so the sample is a single line in the
@@ -131,24 +131,32 @@ def _suffix(field_name: str) -> str:
     return "json" if field_name.startswith(_JSON_PREFIX) else field_name.lower()
 
 
-def _class_name(sample: _Sample, class_field: str) -> str | Fault:
-    content = sample.content(_suffix(class_field), Reason.NO_CLASS)
+def _read_field(sample: _Sample, field_name: str, missing_reason: Reason, subject: str) -> object | Fault:
+    """Return the text of a member, or the JSON value that `json.KEY` names, or the reason why there is none."""
+    content = sample.content(_suffix(field_name), missing_reason)
     if isinstance(content, Fault):
         return content
-    if not class_field.startswith(_JSON_PREFIX):
-        text = decode_caption(content, "class")
-        return text.strip() if isinstance(text, str) else text
-    fields = _parse_json(content)
-    if isinstance(fields, Fault):
-        return fields
-    key = class_field.removeprefix(_JSON_PREFIX)
+    if not field_name.startswith(_JSON_PREFIX):
+        return decode_caption(content, subject)
+    try:
+        fields = decode_json(content)
+    except (ValueError, RecursionError) as e:
+        return Fault(Reason.NOT_JSON, str(e))
+    key = field_name.removeprefix(_JSON_PREFIX)
     if not isinstance(fields, dict) or key not in fields:
-        return Fault(Reason.NO_CLASS, f"no key {key!r} in .json")
-    value = fields[key]
+        return Fault(missing_reason, f"no key {key!r} in .json")
+    value: object = fields[key]
+    return value
+
+
+def _class_name(sample: _Sample, class_field: str) -> str | Fault:
+    value = _read_field(sample, class_field, Reason.NO_CLASS, "class")
     # True and false are integers in Python, but not in JSON.
     if type(value) is int:
         return str(value)
-    return value if isinstance(value, str) else Fault(Reason.NO_CLASS, f"{key!r} in .json is {json_type(value)}")
+    if isinstance(value, str):
+        return value if class_field.startswith(_JSON_PREFIX) else value.strip()
+    return _type_fault(value, Reason.NO_CLASS, class_field.removeprefix(_JSON_PREFIX))
 
 
 def _captions(sample: _Sample, source: SourceSpec) -> dict[str | None, str | Fault | None]:
@@ -157,36 +165,19 @@ def _captions(sample: _Sample, source: SourceSpec) -> dict[str | None, str | Fau
     The result is empty if there are captions, but none in the languages that the source selects.
     """
     text_field = source.text_field or _DEFAULT_TEXT_FIELD
-    content = sample.content(_suffix(text_field), Reason.NO_TEXT)
-    if isinstance(content, Fault):
-        return {None: content}
-    if not text_field.startswith(_JSON_PREFIX):
-        return {None: decode_caption(content)}
-    fields = _parse_json(content)
-    if isinstance(fields, Fault):
-        return {None: fields}
-    key = text_field.removeprefix(_JSON_PREFIX)
-    if not isinstance(fields, dict) or key not in fields:
-        return {None: Fault(Reason.NO_TEXT, f"no key {key!r} in .json")}
-    value = fields[key]
+    value, key = _read_field(sample, text_field, Reason.NO_TEXT, "caption"), text_field.removeprefix(_JSON_PREFIX)
     if not isinstance(value, dict):
-        return {None: _checked_caption(value, key)}
-    if not any(caption is not None for caption in value.values()):
+        return {None: value if isinstance(value, str) else _type_fault(value, Reason.NO_TEXT, key)}
+    captions = {language: caption for language, caption in value.items() if caption is not None}
+    if not captions:
         return {None: Fault(Reason.NO_TEXT, f"{key!r} in .json has no caption")}
     return {
-        language: _checked_caption(caption, f"{key}.{language}")
-        for language, caption in value.items()
-        if caption is not None and (source.languages is None or language in source.languages)
+        language: caption if isinstance(caption, str) else _type_fault(caption, Reason.NO_TEXT, f"{key}.{language}")
+        for language, caption in captions.items()
+        if source.languages is None or language in source.languages
     }
 
 
-def _checked_caption(value: object, key: str) -> str | Fault:
-    return value if isinstance(value, str) else Fault(Reason.NO_TEXT, f"{key!r} in .json is {json_type(value)}")
-
-
-def _parse_json(content: bytes) -> object | Fault:
-    try:
-        parsed: object = decode_json(content)
-    except (ValueError, RecursionError) as e:
-        return Fault(Reason.NOT_JSON, str(e))
-    return parsed
+def _type_fault(value: object, reason: Reason, key: str) -> Fault:
+    """Return the fault of a value that is no text, which may be a fault already."""
+    return value if isinstance(value, Fault) else Fault(reason, f"{key!r} in .json is {json_type(value)}")

@@ -7,7 +7,7 @@ import numpy as np
 from mhmoe_ray.data.inspect.copies import ENTRY_DTYPE, count_copies
 from mhmoe_ray.data.inspect.figures import DomainSurvey, histogram_bin
 from mhmoe_ray.data.inspect.result import Survey
-from mhmoe_ray.data.inspect.survey import FileSurvey, survey_file
+from mhmoe_ray.data.inspect.survey import survey_file
 from mhmoe_ray.data.sources import find_files
 
 
@@ -17,9 +17,9 @@ def survey_serially(spec, tokenizer=None, rules=True) -> Survey:
     result = Survey(tokenized=tokenizer is not None)
     for file_index, file in enumerate(files):
         for item in survey_file(file_index, file, spec, tokenizer, rules):
-            if isinstance(item, FileSurvey):
+            if isinstance(item, DomainSurvey):
                 result.domains.setdefault(file.domain, DomainSurvey())
-                result.domains[file.domain] += item.survey
+                result.domains[file.domain] += item
             else:
                 entries.append(item)
     result.copies = count_copies(np.concatenate(entries), [f.domain for f in files], [f.path for f in files])

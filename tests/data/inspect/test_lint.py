@@ -138,6 +138,14 @@ def test_lint_reports_domains_that_fill_no_sample(folder):
     assert only_problem(p for p in lint_spec(folder, manifest) if p.rule == "too-small").subject == "web/b"
 
 
+def test_lint_gives_all_small_domains_the_same_advice(folder):
+    for name in "de":
+        write_documents(folder / f"raw/{name}/x.jsonl", ["tiny"])
+    problems = [p for p in lint_spec(folder) if p.rule == "too-small"]
+    assert [p.subject for p in problems] == ["web/d", "web/e"]
+    assert len({(p.message, p.fix) for p in problems}) == 1
+
+
 def test_lint_reports_a_small_domain_of_a_later_phase(folder):
     write_documents(folder / "raw/d/x.jsonl", ["tiny"])
     early_phase = {"from_step": 10, "sources": {"web": {"shares": {"a": 1, "d": 1}}}}

@@ -10,7 +10,7 @@ from mhmoe_ray.cli.data_inspect_view import print_survey
 from mhmoe_ray.data.inspect.lint import LintInput, lint
 from mhmoe_ray.data.inspect.result import Survey, SurveyRequest
 from mhmoe_ray.data.prepare.validation import is_validation
-from mhmoe_ray.data.sources.pictures import image_hash
+from mhmoe_ray.data.sources.images import image_hash
 from mhmoe_ray.spec import dump_spec
 from tests.cli.run import mhmoe
 from tests.data.inspect.surveys import survey_serially

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_ray.data.inspect.textrules import EXAMPLE_CHARACTERS, RULES, any_token_pattern, broken_rules
+from mhmoe_ray.data.domains import language_of_folder, subfolder_of
+from mhmoe_ray.data.inspect.textrules import EXAMPLE_CHARACTERS, RULES, TextView, any_token_pattern, broken_rules
 from tests.data.texts import make_documents
 
 PROSE = make_documents("web", 1)[0]
@@ -14,7 +15,8 @@ NO_MATCH = re.compile("(?!)")
 
 
 def find_broken(text, language="", domain="web/all", special_pattern=NO_MATCH):
-    return broken_rules(text, text.split(), language, domain, special_pattern)
+    folder_language = language_of_folder(subfolder_of(domain))
+    return broken_rules(TextView(text, text.split(), language, folder_language, special_pattern))
 
 
 BAD_TEXT_BY_RULE = {

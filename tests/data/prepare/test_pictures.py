@@ -17,7 +17,7 @@ from mhmoe_ray.data.shards.files import verify_shards
 from mhmoe_ray.data.shards.manifest import read_data_manifest
 from mhmoe_ray.data.shards.recipe import recipe, require_prepared_data
 from mhmoe_ray.data.shards.rows import RowReader
-from mhmoe_ray.data.sources.pictures import image_hash
+from mhmoe_ray.data.sources.images import image_hash
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.families.encoder.data.batches import normalized_patches

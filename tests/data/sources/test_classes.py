@@ -13,8 +13,8 @@ from mhmoe_ray.data.images.annotations import Annotation, unpack
 from mhmoe_ray.data.prepare.chunks import Chunk, QuarantineLimit, read_chunks
 from mhmoe_ray.data.sources import Reason, find_files
 from mhmoe_ray.data.sources.find import file_blocks, fingerprints
+from mhmoe_ray.data.sources.images import image_hash
 from mhmoe_ray.data.sources.items import BadLine, Document
-from mhmoe_ray.data.sources.pictures import image_hash
 from mhmoe_ray.errors import DataError
 from tests.data.pictures import make_pictures, write_image_folder, write_tar
 from tests.data.sources.damage import flip_bit

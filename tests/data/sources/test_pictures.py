@@ -21,8 +21,8 @@ from pyarrow import fs
 from mhmoe_ray.data.images import files
 from mhmoe_ray.data.sources import FileReader, Reason, find, find_files, version_hash
 from mhmoe_ray.data.sources.find import file_blocks, fingerprints
+from mhmoe_ray.data.sources.images import image_hash
 from mhmoe_ray.data.sources.items import BadLine, Document, RawFile
-from mhmoe_ray.data.sources.pictures import image_hash
 from mhmoe_ray.data.sources.storage import CHUNK_BYTES
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec

@@ -1,4 +1,4 @@
-"""Tests of the picture sample on small packages that the tests make."""
+"""Tests of the image sample on small packages that the tests make."""
 
 import builtins
 import shutil
@@ -12,12 +12,12 @@ import pytest
 
 from mhmoe_ray.corpus.artists import ARTISTS
 from mhmoe_ray.corpus.captions import stamp_concept
-from mhmoe_ray.corpus.picture_shards import PictureWriter
-from mhmoe_ray.corpus.pictures import PictureSummary, is_test_concept, write_picture_sample
+from mhmoe_ray.corpus.images import ImageSummary, is_test_concept, write_image_sample
+from mhmoe_ray.corpus.shards import ImageShardWriter
 from mhmoe_ray.errors import DataError
 from tests.cli.run import mhmoe
+from tests.corpus.made_images import annotations_file, emoji_font, emoji_table, png_file, read_shards, svg_file
 from tests.corpus.made_packages import write_deb, write_wheel
-from tests.corpus.made_pictures import annotations_file, emoji_font, emoji_table, png_file, read_shards, svg_file
 
 pytest.importorskip("resvg_py")
 features = pytest.importorskip("PIL.features")
@@ -86,17 +86,17 @@ def cache(tmp_path_factory) -> Path:
     return folder
 
 
-def write_test_sample(folder: Path, cache: Path, artists=ARTISTS) -> tuple[PictureSummary, list[str]]:
+def write_test_sample(folder: Path, cache: Path, artists=ARTISTS) -> tuple[ImageSummary, list[str]]:
     """Write a sample from the packages in `cache`; return its summary and the lines that it prints."""
     lines = list[str]()
     with pytest.MonkeyPatch.context() as monkeypatch:
         # Without a download command, the test cannot reach a network.
         monkeypatch.setattr("mhmoe_ray.corpus.fetch.download_command", lambda origin: None)
-        return write_picture_sample(folder, cache, lines.append, 16, artists), lines
+        return write_image_sample(folder, cache, lines.append, 16, artists), lines
 
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory, cache) -> tuple[Path, PictureSummary]:
+def sample(tmp_path_factory, cache) -> tuple[Path, ImageSummary]:
     folder = tmp_path_factory.mktemp("sample")
     return folder, write_test_sample(folder, cache)[0]
 
@@ -230,7 +230,7 @@ def test_missing_packages_are_warnings(cache, tmp_path):
     summary, lines = write_test_sample(tmp_path / "out", incomplete_cache)
     assert list(summary.pictures) == ["train/stamps"]
     assert [line for line in lines if line.startswith("warning: ")] == [f"warning: {summary.missing_packages[0]}"]
-    assert summary.describe_shortfall() == "it has no pictures of noto, openmoji, gemojione"
+    assert summary.describe_shortfall() == "it has no images of noto, openmoji, gemojione"
 
 
 def test_a_package_without_drawings_is_a_warning(cache, tmp_path):
@@ -252,8 +252,8 @@ def test_noto_without_raqm_draws_single_characters(sample, cache, tmp_path, monk
 
 
 def test_shards_have_a_largest_size(tmp_path, monkeypatch):
-    monkeypatch.setattr("mhmoe_ray.corpus.picture_shards.SHARD_BYTES", 30_000)
-    writer = PictureWriter(tmp_path)
+    monkeypatch.setattr(ImageShardWriter, "max_bytes", 30_000 - tarfile.RECORDSIZE)
+    writer = ImageShardWriter(tmp_path)
     for number in range(20):
         concept = stamp_concept(f"a/{number:02d}", ["A thing."])
         assert concept
@@ -283,7 +283,7 @@ def test_a_missing_library_is_one_line(tmp_path, monkeypatch, module, package):
     monkeypatch.setattr(builtins, "__import__", refuse_module)
     message = rf"picture sample: the package {package} is missing; pip install 'mhmoe-ray\[picture-sample\]'"
     with pytest.raises(DataError, match=message):
-        write_picture_sample(tmp_path, tmp_path, print)
+        write_image_sample(tmp_path, tmp_path, print)
     assert not any(tmp_path.iterdir())
 
 

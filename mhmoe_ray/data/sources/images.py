@@ -1,4 +1,4 @@
-"""Reader of folders of image files, and the checks that all readers of pictures share."""
+"""Reader of folders of image files, and the checks that all readers of images share."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -71,7 +71,7 @@ def image_hash(image: bytes) -> str:
     return hashlib.blake2b(image, digest_size=16).hexdigest()
 
 
-def picture_document(
+def image_document(
     path: str,
     line: int,
     label: str,
@@ -81,7 +81,7 @@ def picture_document(
     language: str | None = None,
     annotation: bytes | Fault | None = None,
 ) -> Document | BadLine:
-    """Return a document of an image, a caption or both, as `columns` selects, or a `BadLine` with the reason.
+    """Return a document of an image, a text or both, as `columns` selects, or a `BadLine` with the reason.
 
     `label` names the record in error messages and may be empty. If `columns` has the image, `check_image` has checked
     it. `annotation` is None if the source's samples have neither a class nor objects.
@@ -132,7 +132,7 @@ def read_images(
         checked_image = Fault(Reason.TOO_LONG) if image is None else check_image(image, settings)
         annotation = class_annotation(_folder_class(member)) if has_class else None
         columns = source.sample_columns
-        item = picture_document(path, number, "", checked_image, None, columns, annotation=annotation)
+        item = image_document(path, number, "", checked_image, None, columns, annotation=annotation)
         yield item._replace(line=1) if isinstance(item, BadLine) else item
 
 
