@@ -174,7 +174,7 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
         """Return the held-out samples of each part that has any, by its name; "" is the only name without
         `data.parts`."""
         # The import is here, because the module of the stream needs Ray, and nothing else in this file does.
-        from mhmoe_ray.data.stream import validation_samples
+        from mhmoe_ray.data.samples import validation_samples
 
         spec, batches = self.spec, {}
         for part in spec.parts:
