@@ -10,7 +10,7 @@ Every row carries its position, so a worker notices rows of another rank at once
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,7 +34,6 @@ each."""
 MAX_TASK_BYTES = 512 << 20
 """Largest bytes of all blocks of a task. They wait in Ray's object store until earlier tasks' are consumed; without
 room for them, only the first running task would go on."""
-ReadRows = Callable[[dict[str, np.ndarray]], dict[str, Any]]
 LOOP_PAUSE_SECONDS = 0.03
 """Pause between steps of Ray Data's scheduling loop, each some milliseconds of CPU time; 10 ms would keep a sixth of a
 core busy."""
@@ -93,28 +92,10 @@ def training_stream(
         1, min(MAX_MICRO_BATCHES, BLOCK_BYTES // micro_batch_bytes, rows // (micro_batch_rows * world_size))
     )
     layout = StreamLayout(world_size, micro_batch_rows, micro_batches)
-    read_rows = partial(
-        _read_rows, spec=spec, samples_before=samples_before, layout=layout, start=start // row_samples, rows=rows
-    )
-    blocks_per_call = 1 if data.has_rows else BLOCKS_PER_TASK
-    return _stream_of_blocks(read_rows, layout, rows, micro_batches * micro_batch_bytes, blocks_per_call)
-
-
-def task_blocks(block_count: int, block_bytes: int) -> int:
-    """Return the largest number of blocks that one task makes."""
-    return min(max(BLOCKS_PER_TASK, -(-block_count // MAX_TABLES)), max(1, MAX_TASK_BYTES // block_bytes))
-
-
-def _stream_of_blocks(
-    read_rows: ReadRows, layout: StreamLayout, rows: int, block_bytes: int, blocks_per_call: int
-) -> ray.data.Dataset:
-    """Return a stream of at least `rows` rows, with equally many blocks for each rank.
-
-    `read_rows` maps block numbers (column `block`) to the columns of their rows.
-    """
+    # Each rank gets equally many blocks.
     rounds = -(-rows // (layout.block_rows * layout.world_size))
     block_count = rounds * layout.world_size
-    size = task_blocks(block_count, block_bytes)
+    size = task_blocks(block_count, micro_batches * micro_batch_bytes)
     tables = min(MAX_TABLES, -(-block_count // size))
     # The block numbers are given as tables, because `ray.data.range` would start additional tasks to make them.
     block_numbers = ray.data.from_arrow(
@@ -123,9 +104,12 @@ def _stream_of_blocks(
     if block_count > tables * size:
         # If there are more tasks than tables, the tables must be cut. Tasks of Ray Data do this little by little.
         block_numbers = block_numbers.repartition(target_num_rows_per_block=size)
+    read_rows = partial(
+        _read_rows, spec=spec, samples_before=samples_before, layout=layout, start=start // row_samples, rows=rows
+    )
     # The rows of a task fill whole blocks, so the repartition cuts them exactly into blocks. A strict repartition would
     # join the rows of several tasks.
-    stream = block_numbers.map_batches(read_rows, batch_size=blocks_per_call).repartition(
+    stream = block_numbers.map_batches(read_rows, batch_size=1 if data.has_rows else BLOCKS_PER_TASK).repartition(
         target_num_rows_per_block=layout.block_rows
     )
     # Ray Data would otherwise collect 128 MB of a task's rows before it cuts the first block from them.
@@ -134,6 +118,11 @@ def _stream_of_blocks(
     stream.context.enable_progress_bars = False
     stream.context.custom_execution_callback_classes = [PausingCallback]
     return stream
+
+
+def task_blocks(block_count: int, block_bytes: int) -> int:
+    """Return the largest number of blocks that one task makes."""
+    return min(max(BLOCKS_PER_TASK, -(-block_count // MAX_TABLES)), max(1, MAX_TASK_BYTES // block_bytes))
 
 
 def _read_rows(

@@ -1,7 +1,7 @@
 """Parts, the files of tokenised chunks: their records, and one stream over all tokens of a domain."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,9 +107,7 @@ class TokenStream:
     def read(self) -> Tokens:
         """Read all tokens into one array; a part that is too short is a DataError."""
         # The empty array is added because np.concatenate needs at least one array. It also fixes the dtype.
-        return np.concatenate([*self._read_parts(), np.empty(0, self.dtype)])
-
-    def _read_parts(self) -> Iterator[Tokens]:
+        arrays = [np.empty(0, self.dtype)]
         for part in self.parts:
             path = part_file(self._folder, part.name)
             tokens = np.fromfile(path, self.dtype, part.length, offset=part.start * self.dtype.itemsize)
@@ -117,7 +115,8 @@ class TokenStream:
             if len(tokens) < part.length:
                 reason = f"it has {len(tokens):,} tokens of {part.length:,} from {part.start:,} on"
                 raise DataError(f"part {path}", reason, "remove that folder of parts and prepare again")
-            yield tokens
+            arrays.append(tokens)
+        return np.concatenate(arrays)
 
 
 def part_file(folder: Path, name: str, *, has_rows: bool = False) -> Path:

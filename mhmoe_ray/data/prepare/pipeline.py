@@ -56,7 +56,7 @@ from mhmoe_ray.data.sources.find import fingerprints
 from mhmoe_ray.data.tokenizer import boundaries, boundary_texts, load_tokenizer, store_given_tokenizer, train_tokenizer
 from mhmoe_ray.errors import DataError, MhmoeError, StorageError
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.storage import describe_file, write_json
+from mhmoe_ray.storage import describe_file, replace_file, write_json
 
 CPUS_PER_READER = 8
 """CPUs for each reader of files: one core reads at least as fast as this many tokenise. Readers and tokenising tasks
@@ -237,7 +237,7 @@ class _Preparation:
         except ChatTemplateError as e:
             raise template_error(self._data_spec, str(e)) from e
         content = template.text.encode()
-        (self._staging.result_path / TEMPLATE_FILE).write_bytes(content)
+        replace_file(self._staging.result_path / TEMPLATE_FILE, content)
         digest = hashlib.sha256(content).hexdigest()
         return template, ChatData(
             template_sha256=digest, start_token=boundaries(tokenizer).start, turn_ends=sorted(turn_ends)

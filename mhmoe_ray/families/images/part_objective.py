@@ -6,7 +6,7 @@ so the number of a part's targets does not affect how much the part counts.
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,13 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mhmoe_ray.data.family import PartSamples
+from mhmoe_ray.data.samples import held_out_samples
+from mhmoe_ray.data.shards.manifest import DataManifest
 from mhmoe_ray.families.images.part_losses import PartLosses
 from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.spec import MicroBatchPart
 from mhmoe_ray.train.objectives.base import Environment, LossSums, ModelArguments, Objective, Validation
-
-if TYPE_CHECKING:
-    from mhmoe_ray.data.shards.manifest import DataManifest
 
 Batch = TypeVar("Batch")
 
@@ -71,10 +70,7 @@ class PartObjective(Objective[Batch, PartLosses]):
     def step_loss(self, loss: float, targets: int, part_sums_P2: Tensor) -> float:
         return _weighted_mean(self.weights, part_sums_P2)
 
-    def load_validation(self, manifest: "DataManifest") -> Mapping[str, PartSamples[Any]]:
-        # The import is here, because the rest of the module needs no code that reads prepared data.
-        from mhmoe_ray.data.samples import held_out_samples
-
+    def load_validation(self, manifest: DataManifest) -> Mapping[str, PartSamples[Any]]:
         return held_out_samples(self.spec, manifest)
 
     @torch.no_grad()
