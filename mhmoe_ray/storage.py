@@ -332,6 +332,13 @@ def describe_file(path: Location) -> FileEntry:
     return FileEntry(size=path.stat().st_size, sha256=digest.hexdigest())
 
 
+def file_problem(path: Location, sha256: str) -> str | None:
+    """Return the reason why a file does not have this SHA-256, or None."""
+    if not path.is_file():
+        return "it is missing"
+    return None if describe_file(path).sha256 == sha256 else "its content is not what was written"
+
+
 def describe_files(paths: Sequence[Location]) -> Iterable[FileEntry]:
     """Yield the size and hash of each file, in the order of `paths`, reading several files at the same time."""
     with ThreadPoolExecutor(_READERS) as pool:

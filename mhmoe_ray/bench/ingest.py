@@ -25,6 +25,7 @@ from mhmoe_ray.bench.processes import Measurement, run_in_process
 from mhmoe_ray.bench.timing import turns
 from mhmoe_ray.data.family import data_of
 from mhmoe_ray.data.prepare.pipeline import prepare
+from mhmoe_ray.data.samples import TrainingSamples
 from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import TOKENIZER_FILE, require_data_manifest
 from mhmoe_ray.data.sources import find_files
@@ -91,7 +92,7 @@ def stream_with_pool(spec: RunSpec, folder: Path, processes: int) -> dict[str, A
 
 
 def _read_micro_batch(spec: RunSpec, number: int) -> Any:
-    return data_of(spec.model).training_samples(spec).read(number)
+    return TrainingSamples.open_cached(spec).read_micro_batch(number)
 
 
 def prepare_with_datasets(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:

@@ -18,9 +18,9 @@ import torch
 
 from mhmoe_ray.bench.processes import Measurement, run_in_process
 from mhmoe_ray.bench.timing import turns
+from mhmoe_ray.data.samples import TrainingSamples
 from mhmoe_ray.data.shards.columns import to_model_samples
 from mhmoe_ray.data.shards.manifest import TOKENIZER_FILE, require_data_manifest
-from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.errors import JobError, SpecError

@@ -178,6 +178,7 @@ def generate(
     if gpus:
         raise typer.BadParameter("--gpus is about a single prompt: with --input, give --gpus-per-worker")
     # The import is here because only this case needs modules for clusters.
+    from mhmoe_ray.cli.generate_batch import answer_file
 
     answer_file(run, checkpoint, storage, sampling, options, json)
 

@@ -3,27 +3,51 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 from pydantic import BaseModel
 
-from mhmoe_ray.spec import ModelSpec, RunSpec
+from mhmoe_ray.data.shards.columns import EXPERT, StoredColumns, columns_of
+from mhmoe_ray.spec import MicroBatchPart, ModelSpec, RunSpec
 
 if TYPE_CHECKING:
-    # At run time this import would import Ray, which commands do not need for data that are already prepared.
-    from mhmoe_ray.data.prepare.tokenise import Part
-    from mhmoe_ray.data.shards.manifest import Shard
+    # At run time these imports would import Ray, which commands do not need for data that are already prepared.
+    from mhmoe_ray.data.prepare.parts import Part
+    from mhmoe_ray.data.samples import TrainingSamples
+    from mhmoe_ray.data.shards.manifest import DataManifest, Shard
 
 Facts = dict[str, BaseModel]
 """Facts about a prepared folder that only one family has, by their field in the data manifest."""
 
 
-class MicroBatchSamples(Protocol):
-    """Random access to the samples of a training, by micro-batch number."""
+T_co = TypeVar("T_co", covariant=True)
 
-    def read(self, micro_batch: int) -> Any:
-        """Return the samples of a micro-batch."""
+
+class PartSamples(Protocol[T_co]):
+    """Samples of one part of micro-batches, in memory or made on access."""
+
+    @property
+    def sample_count(self) -> int:
+        """The number of samples of the part."""
+
+    def rows(self, start: int, stop: int) -> T_co:
+        """Return samples `start` to `stop` - 1 of the part."""
+
+
+class PartSampleMaker(ABC):
+    """Maker of the samples that a family's model reads, from stored ones."""
+
+    columns: ClassVar[tuple[str, ...]]
+    """Columns of the stored samples."""
+
+    @abstractmethod
+    def make(self, part: MicroBatchPart, stored: StoredColumns, labels: Sequence[str], *, crops: bool) -> Any:
+        """Return samples of a part.
+
+        With the seed of the run, a sample's label determines all random choices; images are cropped at random only if
+        `crops` is true, as in training.
+        """
 
 
 class FamilyData(ABC):
@@ -61,16 +85,16 @@ class FamilyData(ABC):
         """Write files that follow from the training shards; `log` gets a line for the user."""
         return {}
 
+    @abstractmethod
     def micro_batch_bytes(self, spec: RunSpec) -> int:
-        """Return the approximate bytes of a micro-batch in the stream, if `has_rows`."""
-        raise NotImplementedError
+        """Return the approximate bytes of a micro-batch in the stream."""
 
-    def training_samples(self, spec: RunSpec) -> MicroBatchSamples:
-        """Return the training samples, if `has_rows`; a process caches them for its next tasks."""
-        raise NotImplementedError
+    @abstractmethod
+    def stream_columns(self, samples: "TrainingSamples", rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Return rows of the stream, numbered from the start of the training, as its columns without `position`."""
 
-    def stream_columns(self, micro_batches: Sequence[Any]) -> dict[str, np.ndarray]:
-        """Return micro-batches from `training_samples` as columns of the stream, if `has_rows`."""
+    def sample_maker(self, spec: RunSpec, manifest: "DataManifest") -> PartSampleMaker:
+        """Return the maker of samples, if `has_rows`."""
         raise NotImplementedError
 
 
@@ -84,6 +108,14 @@ class DecoderData(FamilyData):
 
         check_not_empty(spec.data, by_domain)
         return {}
+
+    def micro_batch_bytes(self, spec: RunSpec) -> int:
+        # A token takes at most four bytes.
+        return 4 * spec.train.micro_batch_size * (spec.data.seq_len + 1)
+
+    def stream_columns(self, samples: "TrainingSamples", rows: np.ndarray) -> dict[str, np.ndarray]:
+        columns, experts = columns_of(samples.read(rows)), samples.experts(rows)
+        return columns if experts is None else {**columns, EXPERT: experts}
 
 
 def data_of(model: ModelSpec) -> FamilyData:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from mhmoe_ray.data.chat.encoder import ConversationEncoder
 from mhmoe_ray.data.chat.template import ChatTemplate
 from mhmoe_ray.data.prepare.packing import pack_best_fit
+from mhmoe_ray.data.samples import validation_samples
 from mhmoe_ray.data.shards.columns import Samples, padding_token, to_model_samples
 from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.sources import Document, FileReader, find_files
-from mhmoe_ray.data.stream import validation_samples
 from mhmoe_ray.data.tokenizer import UNKNOWN_WIDTH, DocumentEncoder
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.evaluate.request import RoutingCounts

@@ -12,8 +12,8 @@ from mhmoe_ray.checkpoint.start.record import plan_start
 from mhmoe_ray.checkpoint.start.write import write_start_checkpoint
 from mhmoe_ray.data.order.mixture import training_order
 from mhmoe_ray.data.prepare.pipeline import prepare
-from mhmoe_ray.data.shards.files import verify_shards
 from mhmoe_ray.data.shards.manifest import CLASSES_FILE, TEMPLATE_FILE, TOKENIZER_FILE, require_matching_data
+from mhmoe_ray.data.shards.verify import verify_shards
 from mhmoe_ray.errors import DataError, JobError, MhmoeError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir

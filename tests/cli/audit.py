@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mhmoe_ray.data.stream import TrainingSamples
+from mhmoe_ray.data.samples import TrainingSamples
 from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.start import read_start

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mhmoe_ray.data.shards.rows import RowReader, row_batch, write_row_shard
+from mhmoe_ray.data.shards.columns import IMAGE, TOKENS
+from mhmoe_ray.data.shards.files import ShardReader, to_batch, write_shard
 from mhmoe_ray.families.encoder.data.batches import BatchMaker
 from mhmoe_ray.families.encoder.data.samples import SampleMaker
 from mhmoe_ray.families.encoder.evaluate.meter import EncoderMeter
@@ -90,14 +91,14 @@ def test_neighbours_are_an_evenly_spaced_selection_of_the_different_training_ima
     # No image has the same distance to two others, because rounding would then decide which of the two is nearer.
     greys = [flat_image(*[4 * number**2] * 3) for number in range(8)]
     shards = [[0, 0, 1, 1, 2, 2], [2, 3, 3, 4, 4], [5, 5, 6, 6, 7, 7]]
-    readers = []
+    files = []
     for number, images in enumerate(shards):
-        tokens = np.stack([caption(image) for image in images])
-        shard = write_row_shard(tmp_path, f"{number}.arrow", row_batch(tokens, [greys[image] for image in images]))
-        readers.append(RowReader(tmp_path, [shard], 2))
-    assert readers[1].image_numbers()[0].tolist() == [0, 1, 1, 2, 2]
-    labels = np.concatenate([reader.read_tokens(np.arange(len(reader)))[:, 1] for reader in readers]).astype(np.int64)
-    neighbours = NearestImages.of_training(readers)
+        batch = to_batch({TOKENS: np.stack([caption(i) for i in images]), IMAGE: [greys[i] for i in images]})
+        files.append(write_shard(tmp_path, f"{number}.arrow", batch))
+    reader = ShardReader(tmp_path, files, 2)
+    assert reader.image_numbers().tolist() == [0, 0, 1, 1, 2, 2, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8]
+    labels = reader.read(np.arange(len(reader)))[:, 1].astype(np.int64)
+    neighbours = NearestImages.of_training(reader)
     assert neighbours.image_count == 8
     assert labels[neighbours.nearest_samples(greys)].tolist() == [*range(8)]
     assert neighbours.scores(greys, labels, 8).argmax(1).tolist() == [*range(8)]
@@ -108,7 +109,7 @@ def test_neighbours_are_an_evenly_spaced_selection_of_the_different_training_ima
         "mhmoe_ray.families.images.nearest.read_crop",
         lambda image, size: decoded_images.append(greys.index(image)) or read_crop(image, size),
     )
-    neighbours = NearestImages.of_training(readers)
+    neighbours = NearestImages.of_training(reader)
     # The image 2 stands in two shards, so it counts twice among the nine stored images.
     assert decoded_images == [0, 3, 7]
     assert neighbours.image_count == 3
@@ -148,7 +149,9 @@ def test_similarities_are_the_cosines_of_the_matching_objective():
     assert scores.shape == (5, 5)
     assert np.abs(scores).max() <= 1 + 1e-6
     part = next(part for part in spec.parts if part.objective == "contrastive")._replace(samples=5)
-    samples = SampleMaker(spec, 2).make(part, candidates.captions, candidates.images, [""] * 5, crops=False)
+    samples = SampleMaker(spec, 2).make(
+        part, {TOKENS: candidates.captions, IMAGE: candidates.images}, [""] * 5, crops=False
+    )
     [loss] = model(BatchMaker(spec.model, torch.device("cpu")).make([part], samples)).losses
     logits = torch.from_numpy(scores) * model.match.log_scale.exp()
     targets = torch.arange(5)

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 
 from mhmoe_ray.checkpoint.save import Saver
+from mhmoe_ray.data.samples import TrainingSamples
 from mhmoe_ray.data.shards.columns import to_model_samples
-from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.runs import history, metrics

@@ -10,8 +10,8 @@ import torch
 
 from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.checkpoint.manifest import committed_checkpoints, stored_manifest
+from mhmoe_ray.data.samples import TrainingSamples
 from mhmoe_ray.data.shards.columns import to_model_samples
-from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.model.loss import token_losses
 from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import RunDir

@@ -73,8 +73,7 @@ def test_samples_do_not_influence_each_other(routers):
     for number, part in enumerate(spec.parts[:3]):
         samples = part_samples(spec, part, number)
         singles = [
-            losses(model, maker.make([part._replace(samples=1)], samples.rows(part, i, i + 1)))
-            for i in range(part.samples)
+            losses(model, maker.make([part._replace(samples=1)], samples.rows(i, i + 1))) for i in range(part.samples)
         ]
         for name, values in zip(part.losses, zip(*singles, strict=True), strict=True):
             torch.testing.assert_close(torch.cat(values), batch_losses[name], rtol=1e-5, atol=1e-5)

@@ -181,10 +181,7 @@ def test_a_sample_has_the_same_losses_alone():
     for number, part in enumerate(spec.parts[:3]):
         samples = part_samples(spec, part, number)
         singles = [
-            [
-                loss.value_I
-                for loss in model(maker.make([part._replace(samples=1)], samples.rows(part, i, i + 1))).losses
-            ]
+            [loss.value_I for loss in model(maker.make([part._replace(samples=1)], samples.rows(i, i + 1))).losses]
             for i in range(part.samples)
         ]
         for name, values in zip(part.losses, zip(*singles, strict=True), strict=True):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from mhmoe_ray.checkpoint.manifest import checkpoint_name, read_manifest
+from mhmoe_ray.data.shards.columns import IMAGE, TOKENS
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.families.encoder.data.batches import BatchMaker
 from mhmoe_ray.families.encoder.data.samples import SampleMaker
@@ -143,7 +144,7 @@ def test_routes_are_those_of_the_patches(url, encoder):
     body = httpx.post(f"{url}/routes", json={"image": URLS[0]}).json()
     part = run.spec().parts[1]._replace(samples=1, objective="contrastive")
     tokens = np.empty((0, SEQ_LEN), np.uint16)
-    samples = SampleMaker(run.spec(), 2).make(part, tokens, IMAGES[:1], [""], crops=False)
+    samples = SampleMaker(run.spec(), 2).make(part, {TOKENS: tokens, IMAGE: IMAGES[:1]}, [""], crops=False)
     [routing] = model.encode(BatchMaker(run.spec().model, torch.device("cpu")).make([part], samples)).routing
     assert (body["patches_per_side"], body["experts"]) == (4, model.spec.moe.experts)
     assert body["routes"] == [routing.expert_NK[:, 0].view(17, 2)[1:].tolist()]

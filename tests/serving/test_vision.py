@@ -25,8 +25,9 @@ from mhmoe_ray.checkpoint.huggingface.export import export
 from mhmoe_ray.checkpoint.manifest import checkpoint_name, read_manifest
 from mhmoe_ray.cli.app import app as cli_app
 from mhmoe_ray.data.images.annotations import Annotation, Instance, decode_mask, pack
+from mhmoe_ray.data.shards.columns import ANNOTATION, IMAGE
 from mhmoe_ray.errors import CheckpointError, ServeError
-from mhmoe_ray.families.vision.data.samples import task_makers
+from mhmoe_ray.families.vision.data.samples import TaskSampleMaker
 from mhmoe_ray.families.vision.evaluate.figures import VisionMeter
 from mhmoe_ray.families.vision.serving.deployment import image_command
 from mhmoe_ray.families.vision.serving.engine import VisionEngine
@@ -94,7 +95,8 @@ def measured(vision, task):
             for (height, width), mask in zip(SIZES, counts, strict=True)
         ]
         annotations = [Annotation(None, (instance,), number) for number, instance in enumerate(instances)]
-    samples = task_makers(spec, CLASSES)[task].make(IMAGES, [pack(annotation) for annotation in annotations], None)
+    stored = {IMAGE: IMAGES, ANNOTATION: [pack(annotation) for annotation in annotations]}
+    samples = TaskSampleMaker(spec, CLASSES).make(part, stored, [""] * len(IMAGES), crops=False)
     meter = VisionMeter(model, use_bfloat16=False, on_progress=lambda *_: None)
     return list(meter.run(part, samples, IMAGES, task))
 

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from mhmoe_ray.data.samples import TrainingSamples
 from mhmoe_ray.data.shards.columns import to_model_samples
 from mhmoe_ray.data.shards.manifest import require_data_manifest
-from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.objectives.next_token import micro_batch

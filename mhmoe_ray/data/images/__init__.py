@@ -1,6 +1,5 @@
 """Image files: their check and their decoding, and their classes and objects. Shards store images as encoded files.
 
-files.py   checks image files, and decodes them
-jpeg.py    counts the scans of a JPEG file without decoding it
-annotations.py   classes and objects of images, and how they are stored
+files.py        checks image files, and decodes them
+annotations.py  classes and objects of images, and how they are stored
 """

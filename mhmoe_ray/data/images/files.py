@@ -2,12 +2,12 @@
 
 import importlib.util
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mhmoe_ray.data.images.jpeg import count_scans
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec.formats import FORMATS
 
@@ -107,6 +107,30 @@ def _check_limits(image: "Image.Image", content: bytes, max_pixels: int) -> None
             raise TooManyPixelsError(f"tiles of {tile_width:,} x {tile_height:,}")
     elif content.startswith(b"\xff\xd8") and (scans := count_scans(content)) > MAX_SCANS:
         raise ImageLimitError(f"it has {scans:,} scans, more than {MAX_SCANS}")
+
+
+# In the data of a scan, the byte FF is followed by 00 or by the code of a restart marker (D0 to D7), so the pattern
+# excludes these. It also excludes FF, which may be repeated before any marker.
+_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
+_FIRST_SEGMENT = 0xC0
+"""Smallest code of a marker that may begin a segment; decoders skip smaller ones or end with an error."""
+_START_OF_IMAGE, _END_OF_IMAGE, _START_OF_SCAN = 0xD8, 0xD9, 0xDA
+
+
+def count_scans(content: bytes) -> int:
+    """Return the number of scans that a decoder reads from a JPEG file, without decoding it.
+
+    A decoder works through the whole image for each scan, so a small file may take hours.
+    """
+    scans, position = 0, 0
+    while (match := _MARKER.search(content, position)) and (marker := match[1][0]) != _END_OF_IMAGE:
+        position = match.end()
+        if marker >= _FIRST_SEGMENT and marker != _START_OF_IMAGE:
+            # A segment starts with its length, by which it is skipped, because it may contain bytes that look like
+            # markers, such as those of a preview in EXIF data.
+            position += int.from_bytes(content[position : position + 2])
+        scans += marker == _START_OF_SCAN
+    return scans
 
 
 def image_size(content: bytes) -> tuple[int, int]:

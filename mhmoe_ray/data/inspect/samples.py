@@ -7,6 +7,7 @@ from operator import itemgetter
 
 import numpy as np
 
+from mhmoe_ray.data.samples import TrainingSamples
 from mhmoe_ray.data.shards.columns import (
     TARGETS,
     TOKENS,
@@ -16,7 +17,6 @@ from mhmoe_ray.data.shards.columns import (
     padding_token,
 )
 from mhmoe_ray.data.shards.manifest import TOKENIZER_FILE
-from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import RunSpec

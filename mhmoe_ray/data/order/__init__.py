@@ -4,5 +4,4 @@ mixture.py      the mixture weights of a spec
 order.py        the sample at each position: a pure function of (seed, position)
 interleaver.py  the domain of each slot in an endless sequence, in given proportions
 permutation.py  the sample of each slot of a domain, shuffled anew in each epoch
-rows.py         the stored rows that a micro-batch of an encoder or a vision model reads, and the held-out rows
 """

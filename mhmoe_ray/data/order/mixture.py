@@ -15,6 +15,7 @@ as a shorter one. With `max_epochs`, they add up to the phase's positions, so th
 the order depends on `train.steps`.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
@@ -331,13 +332,8 @@ def _check_limits(
     if shortage is None:
         return
     phase, available, required = shortage
-    # A binary search finds the longest training that the limits allow, for the advice in the message.
-    feasible_steps, infeasible_steps = 0, steps
-    while infeasible_steps - feasible_steps > 1:
-        middle = (feasible_steps + infeasible_steps) // 2
-        feasible_steps, infeasible_steps = (
-            (feasible_steps, middle) if find_shortage(middle) else (middle, infeasible_steps)
-        )
+    # The number of possible step counts before the first one with a shortage is the longest training.
+    feasible_steps = bisect_left(range(1, steps), True, key=lambda count: find_shortage(count) is not None)
     phase_text = f" from step {phase_starts[phase]} on" if len(phase_starts) > 1 else ""
     reason = f"max_epochs allows {available:,} samples{phase_text}, and {required:,} are needed"
     fix = f"set train.steps to {feasible_steps:,}, or raise max_epochs, or add text"

@@ -6,12 +6,11 @@ job.py          entry point of the job of `mhmoe data prepare`
 pipeline.py     the stages of the job, with Ray Data: chunks to parts, parts to shards
 chunks.py       reads the documents of raw files in chunks, and quarantines unreadable lines
 tokenise.py     turns a chunk into a part
-parts.py        presents the tokens of a domain as one stream over its parts
-packing.py      plans shards, by concatenation or best fit, and writes each in a task
+parts.py        records of parts, and the tokens of a domain as one stream over its parts
+packing.py      plans shards, by concatenation or best fit, and writes them
 rows.py         makes parts, shards and validation samples for encoders and vision models, with images
 checks.py       checks that there are enough samples, before shards are written
 finish.py       makes validation samples, baselines, and the manifest's entries
-codebook.py     makes the codebook of an encoder, by k-means of patches of images
 validation.py   selects the held-out documents, and makes the validation samples from them
 baselines.py    computes the unigram and bigram baselines of the validation loss
 work.py         manages the staging directories, the progress report, and the publishing of the result

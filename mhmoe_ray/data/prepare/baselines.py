@@ -51,9 +51,10 @@ def _bigram_loss(train: TokenPairs, validation: TokenPairs, vocab_size: int) -> 
     successors = np.bincount(pair_keys // vocab_size, minlength=vocab_size)
     unigram = (np.bincount(train.target, minlength=vocab_size) + 1) / (len(train.target) + vocab_size)
     validation_keys = _pair_keys(validation, vocab_size)
-    # A key above all others would get an index past the end. The index is clipped, and the comparison below rejects it.
-    indices = np.minimum(np.searchsorted(pair_keys, validation_keys), len(pair_keys) - 1)
-    joint_counts = np.where(pair_keys[indices] == validation_keys, pair_counts[indices], 0)
+    # The added key is above all others, so that each index of the search exists, even if training has no pairs.
+    indices = np.searchsorted(pair_keys, validation_keys)
+    is_known = np.append(pair_keys, vocab_size**2)[indices] == validation_keys
+    joint_counts = np.where(is_known, np.append(pair_counts, 0)[indices], 0)
     # A context that does not occur in training has no successors, so the probability would be 0 / 0. With at least 1
     # successor, the probability is that of the unigram model.
     back_off = np.maximum(successors[validation.context], 1)
@@ -74,5 +75,6 @@ def _count_keys(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the distinct keys and their counts; `keys` is sorted in place."""
     # np.unique with counts would do the same in three times the memory.
     keys.sort()
-    starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
+    # Without keys, nothing starts.
+    starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1])[: len(keys)])
     return keys[starts], np.diff(starts, append=len(keys))

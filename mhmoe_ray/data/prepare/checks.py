@@ -11,7 +11,7 @@ from mhmoe_ray.spec import DataSpec, RunSpec
 if TYPE_CHECKING:
     # Only type checkers need this import. At run time it would import Ray, which the command line does not need for
     # data that are already prepared.
-    from mhmoe_ray.data.prepare.tokenise import Part
+    from mhmoe_ray.data.prepare.parts import Part
 
 
 def check_not_empty(spec: DataSpec, by_domain: "dict[str, list[Part]]") -> None:

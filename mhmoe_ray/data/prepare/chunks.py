@@ -8,12 +8,13 @@ goes to the quarantine with its location and reason.
 import json
 import pickle
 from collections.abc import Iterable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
 
-from mhmoe_ray.data.chat.template import ChatTemplate, RenderedConversation
+from mhmoe_ray.data.chat.template import ChatTemplate
 from mhmoe_ray.data.sources import BadLine, Document, FileReader, RawFile, Reason, Tally
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec
@@ -87,55 +88,30 @@ second with tiktoken, or in seconds with tokenizers."""
 BAD_LINE_CHARACTERS = 500
 """Characters that an unreadable line adds to the size of a chunk."""
 
-SCHEMA = pa.schema(
-    [
-        ("file", pa.int64()),
-        ("chunk", pa.int64()),
-        ("texts", pa.list_(pa.large_string())),
-        ("tally", pa.binary()),
-        ("is_aborted", pa.bool_()),
-        ("conversations", pa.binary()),
-        ("images", pa.list_(pa.large_binary())),
-        ("image_hashes", pa.list_(pa.string())),
-        ("annotations", pa.list_(pa.large_binary())),
-    ]
-)
-
 
 class Chunk(NamedTuple):
-    """Consecutive documents of one raw file, for one task; a column that no document has is None."""
+    """Consecutive documents of one raw file, for one task."""
 
     file: int
     """Number of the file among all files of the spec."""
     number: int
     """Number of the chunk within the file, from 0."""
-    texts: list[str]
+    documents: list[Document]
     tally: Tally
     """Counts of the items read since the previous chunk."""
     is_aborted: bool
     """True if the reading of the file was aborted here for too many bad items."""
-    conversations: list[RenderedConversation] | None = None
-    """Rendered conversations; `texts` then has only the messages."""
-    images: list[bytes] | None = None
-    """Empty for a document without an image."""
-    image_hashes: list[str] | None = None
-    """Hash of the image of each document's record, empty if it has none."""
-    annotations: list[bytes] | None = None
 
     def as_table(self) -> pa.Table:
-        """Return the chunk as a table of one row with `SCHEMA`."""
-        # Arrow has no types for a tally and for conversations, so they are pickled.
-        row = self._asdict() | {"chunk": self.number}
-        row |= {"tally": pickle.dumps(self.tally), "conversations": pickle.dumps(self.conversations)}
-        return pa.Table.from_pylist([row], SCHEMA)
+        """Return the chunk as a table of one row."""
+        return pa.table({"chunk": pa.array([pickle.dumps(self)], pa.large_binary())})
 
     @classmethod
     def from_table(cls, table: pa.Table) -> "Chunk":
         """Return the chunk in a table from `as_table`."""
-        file, number, texts, tally, is_aborted, conversations, *image_columns = (
-            column[0].as_py() for column in table.select(SCHEMA.names).columns
-        )
-        return cls(file, number, texts, pickle.loads(tally), is_aborted, pickle.loads(conversations), *image_columns)
+        chunk = pickle.loads(table["chunk"][0].as_buffer())
+        assert isinstance(chunk, cls)
+        return chunk
 
 
 def read_chunks(
@@ -168,54 +144,29 @@ def _file_chunks(
     template: ChatTemplate | None,
 ) -> Iterator[Chunk]:
     reader = FileReader(file, spec, template)
-    previous_tally, texts, bad_entries, size, chunk_number, is_aborted = Tally(), list[str](), list[str](), 0, 0, False
-    conversations, images, image_hashes = list[RenderedConversation](), list[bytes](), list[str]()
-    annotations = list[bytes]()
-
-    def finish() -> Chunk:
-        nonlocal previous_tally, texts, conversations, images, image_hashes, annotations
-        nonlocal bad_entries, size, chunk_number
+    items, previous_tally = iter(reader), Tally()
+    for chunk_number in count():
+        documents, bad_entries, size, is_aborted, is_last = list[Document](), list[str](), 0, False, True
+        for item in items:
+            if isinstance(item, Document):
+                documents.append(item)
+                size += len(item.text) + len(item.image or b"") + len(item.annotation or b"")
+            else:
+                bad_entries.append(quarantine_entry(file.domain, item))
+                # A fixed size is added instead of the entry's length, which depends on the names of folders: the
+                # division of a file into chunks must depend on the file alone.
+                size += BAD_LINE_CHARACTERS
+                is_aborted = limit.will_be_exceeded(reader.tally)
+            if is_aborted or size >= characters:
+                is_last = is_aborted
+                break
         if bad_entries:
             replace_file(quarantine_file(quarantine, file_number, chunk_number), "".join(bad_entries).encode())
-        tally = reader.tally.counts_since(previous_tally)
-        has_images = any(image_hashes)
-        chunk = Chunk(
-            file_number,
-            chunk_number,
-            texts,
-            tally,
-            is_aborted,
-            conversations or None,
-            images if has_images else None,
-            image_hashes if has_images else None,
-            annotations if any(annotations) else None,
-        )
-        previous_tally, texts, conversations = reader.tally.copy(), [], []
-        images, image_hashes, annotations = [], [], []
-        bad_entries, size, chunk_number = [], 0, chunk_number + 1
-        return chunk
-
-    for item in reader:
-        if isinstance(item, Document):
-            texts.append(item.text)
-            images.append(item.image or b"")
-            image_hashes.append(item.image_hash or "")
-            annotations.append(item.annotation or b"")
-            size += len(item.text) + len(item.image or b"") + len(item.annotation or b"")
-            if item.conversation is not None:
-                conversations.append(item.conversation)
-        else:
-            bad_entries.append(quarantine_entry(file.domain, item))
-            # A fixed size is added instead of the entry's length, which depends on the names of folders: the division
-            # of a file into chunks must depend on the file alone.
-            size += BAD_LINE_CHARACTERS
-            is_aborted = limit.will_be_exceeded(reader.tally)
-            if is_aborted:
-                break
-        if size >= characters:
-            yield finish()
-    # The last chunk is yielded even without items: its tally counts the file and the bytes at its end.
-    yield finish()
+        # The last chunk is yielded even without items: its tally counts the file and the bytes at its end.
+        yield Chunk(file_number, chunk_number, documents, reader.tally.counts_since(previous_tally), is_aborted)
+        previous_tally = reader.tally.copy()
+        if is_last:
+            return
 
 
 def quarantine_file(folder: Path, file: int, chunk: int) -> Path:

@@ -1,29 +1,25 @@
 """The end of a preparation: validation samples, baselines of their loss, and manifest entries."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from math import ceil
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from mhmoe_ray.data.family import data_of
 from mhmoe_ray.data.prepare.baselines import compute_baselines, join_pairs, token_pairs
-from mhmoe_ray.data.prepare.packing import ShardResult
-from mhmoe_ray.data.prepare.parts import TokenStream
-from mhmoe_ray.data.prepare.rows import RowSlice, write_validation_rows
-from mhmoe_ray.data.prepare.tokenise import Part
+from mhmoe_ray.data.prepare.packing import PackingSettings, ShardResult
+from mhmoe_ray.data.prepare.parts import Part
+from mhmoe_ray.data.prepare.rows import write_validation_rows
 from mhmoe_ray.data.prepare.validation import ValidationSplit, write_validation_split
 from mhmoe_ray.data.shards.columns import padding_token
 from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import Baselines, Domain, Shard
-from mhmoe_ray.data.shards.rows import RowReader
 from mhmoe_ray.data.sources import Tally
 from mhmoe_ray.spec import RunSpec
 
 BASELINE_TOKENS = 20_000_000
 """Approximate number of training tokens on which the bigram model is counted."""
-SizedReader = tuple[int, Callable[[np.ndarray], np.ndarray]]
-"""Number of samples, and a function from indices of samples to their tokens."""
 
 
 def domain_entry(
@@ -80,57 +76,28 @@ class FinishResult(NamedTuple):
 
 
 def finish(
-    folder: Path,
-    held_out: dict[str, TokenStream],
+    settings: PackingSettings,
+    held_out: Mapping[str, Any],
     shards: dict[str, list[Shard]],
     spec: RunSpec,
-    token_bytes: int,
-    start_token: int,
-) -> FinishResult:
+) -> FinishResult | None:
     """Write the validation samples, and compute the baselines of their loss.
 
-    The bigram model is counted on each domain's first samples, about `BASELINE_TOKENS` tokens in all.
+    `held_out` has the tokens (`TokenStream`) of each domain, or its rows (`PartSlice`s) if the family has rows. The
+    result is None if sources of rows have texts, but no selected sample has one. The bigram model is counted on each
+    domain's first samples, about `BASELINE_TOKENS` tokens in all.
     """
-    validation_split = write_validation_split(
-        folder, held_out, spec.data.validation_samples, spec.data.seq_len, token_bytes, start_token
-    )
-    readers = [ShardReader(folder, shards[name], token_bytes) for name in sorted(shards) if shards[name]]
-    validation_reader = ShardReader(folder, validation_split.shards, token_bytes)
-    training, validation = [(len(r), r.read) for r in readers], (len(validation_reader), validation_reader.read)
-    return FinishResult(validation_split, _measure_baselines(training, validation, spec, token_bytes))
-
-
-def finish_rows(
-    folder: Path,
-    parts: Path,
-    held_out: dict[str, list[RowSlice]],
-    shards: dict[str, list[Shard]],
-    spec: RunSpec,
-    token_bytes: int,
-) -> FinishResult | None:
-    """Write the validation samples of an encoder or a vision model, and compute baselines for their texts.
-
-    The result is None if sources have texts, but no selected sample has one.
-    """
-    validation_split = write_validation_rows(folder, parts, held_out, spec.data.validation_samples, token_bytes)
+    write = write_validation_rows if data_of(spec.model).has_rows else write_validation_split
+    split = write(settings, held_out, spec.data.validation_samples)
     if not spec.data.has_texts:
-        return FinishResult(validation_split, None)
-    if not validation_split.target_count:
+        return FinishResult(split, None)
+    if not split.target_count and data_of(spec.model).has_rows:
         return None
-    readers = [RowReader(folder, shards[name], token_bytes) for name in sorted(shards) if shards[name]]
-    validation_reader = RowReader(folder, validation_split.shards, token_bytes)
-    training = [(len(r), r.read_tokens) for r in readers]
-    validation = (len(validation_reader), validation_reader.read_tokens)
-    return FinishResult(validation_split, _measure_baselines(training, validation, spec, token_bytes))
-
-
-def _measure_baselines(
-    training: Sequence[SizedReader], validation: SizedReader, spec: RunSpec, token_bytes: int
-) -> Baselines:
+    folder, token_bytes = settings.folder, settings.token_bytes
     padding = padding_token(token_bytes)
-    tokens = sum(samples for samples, _ in training) * spec.data.seq_len
-    share = min(1.0, BASELINE_TOKENS / tokens)
-    train_pairs = (token_pairs(read(np.arange(ceil(share * samples))), padding) for samples, read in training)
-    samples, read = validation
-    validation_pairs = token_pairs(read(np.arange(samples)), padding)
-    return compute_baselines(join_pairs(train_pairs), validation_pairs, spec.model.vocab_size)
+    readers = [ShardReader(folder, shards[name], token_bytes) for name in sorted(shards) if shards[name]]
+    share = min(1.0, BASELINE_TOKENS / (sum(map(len, readers)) * spec.data.seq_len))
+    train_pairs = (token_pairs(reader.read(np.arange(ceil(share * len(reader)))), padding) for reader in readers)
+    validation = ShardReader(folder, split.shards, token_bytes)
+    validation_pairs = token_pairs(validation.read(np.arange(len(validation))), padding)
+    return FinishResult(split, compute_baselines(join_pairs(train_pairs), validation_pairs, spec.model.vocab_size))

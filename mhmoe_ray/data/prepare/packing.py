@@ -1,41 +1,26 @@
-"""Sequence packing: the plans of shards, and the task that packs tokens into one shard.
+"""Sequence packing: the plans of shards, each of which packs tokens into one shard.
 
 Documents of a domain fill samples of T + 1 tokens. There are two kinds of sequence packing: concatenation cuts the
 documents wherever a sample ends; best fit keeps every document whole that fits into a sample (arXiv 2404.10830).
 """
 
-import pickle
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from mhmoe_ray.data.prepare.parts import Tokens, TokenStream
-from mhmoe_ray.data.shards.columns import Samples, document_start_mask, padding_token, single_token, target_mask
-from mhmoe_ray.data.shards.files import SHARD_BYTES, rows_per_shard, write_shard
+from mhmoe_ray.data.shards.columns import (
+    Samples,
+    columns_of,
+    document_start_mask,
+    padding_token,
+    single_token,
+    target_mask,
+)
+from mhmoe_ray.data.shards.files import SHARD_BYTES, rows_per_shard, to_batch, write_shard
 from mhmoe_ray.data.shards.manifest import Shard
 from mhmoe_ray.spec import DataSpec
-
-
-class Cut(NamedTuple):
-    """Stretch of a domain's tokens that becomes one shard by concatenation."""
-
-    stream: TokenStream
-    samples: int
-    """Samples that the stretch fills; the tokens after them only show where documents end."""
-
-
-def plan_concat(stream: TokenStream, seq_len: int, rows: int) -> list[Cut]:
-    """Divide a domain's tokens into stretches of up to `rows` samples, without those after the last full sample."""
-    samples = max(0, len(stream) - 1) // seq_len
-    cuts = []
-    for first_sample in range(0, samples, rows):
-        count = min(rows, samples - first_sample)
-        # A shard gets one token more than its samples need. The extra token shows whether a document ends with the last
-        # sample. The last shard has all remaining tokens.
-        stop = len(stream) if first_sample + count == samples else (first_sample + count) * seq_len + 2
-        cuts.append(Cut(stream.substream(first_sample * seq_len, stop), count))
-    return cuts
 
 
 def cut_concat(tokens: Tokens, samples: int, seq_len: int) -> Samples:
@@ -46,7 +31,7 @@ def cut_concat(tokens: Tokens, samples: int, seq_len: int) -> Samples:
 
 
 def count_whole_documents(tokens: Tokens, samples: int, seq_len: int, start: int) -> int:
-    """Return how many documents are whole within one sample of a `Cut`."""
+    """Return how many documents are whole within one of the samples that concatenation cuts."""
     starts = np.flatnonzero(tokens == start)
     ends = np.append(starts[1:], len(tokens)) - 1
     # The last token of a sample is also the first token of the next sample. A document that begins with this token
@@ -61,9 +46,8 @@ class PackedSamples(NamedTuple):
     samples: Samples
     padding: int
     """Number of targets that are padding."""
-    documents: int
-    cut_documents: int
-    """Documents that are longer than a sample."""
+    whole_documents: int
+    """Documents that are whole within one sample."""
 
 
 def plan_best_fit(stream: TokenStream, tokens_per_shard: int) -> list[TokenStream]:
@@ -74,7 +58,7 @@ def plan_best_fit(stream: TokenStream, tokens_per_shard: int) -> list[TokenStrea
     # A part has the tokens of whole documents, so shards of whole parts do not cut documents.
     shards, start, stop = list[TokenStream](), 0, 0
     for part in stream.parts:
-        stop += part.tokens
+        stop += part.length
         if stop - start >= tokens_per_shard:
             shards.append(stream.substream(start, stop))
             start = stop
@@ -100,8 +84,7 @@ def pack_best_fit(tokens: Tokens, seq_len: int, start: int, padding: int) -> Pac
         samples[bin_index, 1 + bin_offset : 1 + bin_offset + length] = extended_tokens[
             token_index + 1 : token_index + 1 + length
         ]
-    padding_count, cut_documents = bin_count * seq_len - int(targets.sum()), int((targets > seq_len).sum())
-    return PackedSamples(samples, padding_count, len(starts), cut_documents)
+    return PackedSamples(samples, bin_count * seq_len - int(targets.sum()), int((targets <= seq_len).sum()))
 
 
 class _Piece(NamedTuple):
@@ -155,22 +138,12 @@ def _assign_bins(targets: np.ndarray, seq_len: int) -> tuple[list[_Piece], int]:
     return pieces, bin_count
 
 
-class ShardPlan(NamedTuple):
-    """Plan of one shard of a domain."""
-
-    domain: str
-    number: int
-    """Number of the shard within the domain, from 0."""
-    tokens: TokenStream
-    samples: int | None
-    """Samples to cut with concatenation; None with best fit."""
-
-
 class ShardResult(NamedTuple):
     """Result of writing one shard."""
 
     domain: str
     number: int
+    """Number of the shard within the domain, from 0."""
     shard: Shard
     padding: int
     """Number of targets that are padding."""
@@ -180,25 +153,58 @@ class ShardResult(NamedTuple):
     """Number of targets that count in the loss."""
 
 
+class PackingSettings(NamedTuple):
+    """Settings of all shards of a preparation."""
+
+    folder: Path
+    """Folder of the result."""
+    parts: Path
+    """Folder of the parts."""
+    seq_len: int
+    token_bytes: int
+    start: int
+    """Token that precedes each document; 0 for a vision model."""
+
+
+class ShardPlan(NamedTuple):
+    """Plan of one shard of a domain."""
+
+    domain: str
+    number: int
+    tokens: TokenStream
+    samples: int | None
+    """Samples to cut with concatenation, after which tokens only show where documents end; None with best fit."""
+
+    def write(self, settings: PackingSettings) -> ShardResult:
+        """Pack the tokens, and write the shard."""
+        seq_len, padding = settings.seq_len, padding_token(settings.token_bytes)
+        tokens = self.tokens.read()
+        if self.samples is None:
+            samples, padding_count, whole_documents = pack_best_fit(tokens, seq_len, settings.start, padding)
+        else:
+            samples, padding_count = cut_concat(tokens, self.samples, seq_len), 0
+            whole_documents = count_whole_documents(tokens, self.samples, seq_len, settings.start)
+        batch = to_batch(columns_of(samples))
+        shard = write_shard(settings.folder, f"train/{self.domain}/{self.number:05d}.arrow", batch)
+        targets = int(target_mask(samples, padding)[:, 1:].sum())
+        return ShardResult(self.domain, self.number, shard, padding_count, whole_documents, targets)
+
+
+def plan_concat(domain: str, stream: TokenStream, seq_len: int, rows: int) -> list[ShardPlan]:
+    """Divide a domain's tokens into shards of up to `rows` samples, without those after the last full sample."""
+    samples, plans = max(0, len(stream) - 1) // seq_len, list[ShardPlan]()
+    for first_sample in range(0, samples, rows):
+        count = min(rows, samples - first_sample)
+        # A shard gets one token more than its samples need. The extra token shows whether a document ends with the last
+        # sample. The last shard has all remaining tokens.
+        stop = len(stream) if first_sample + count == samples else (first_sample + count) * seq_len + 2
+        plans.append(ShardPlan(domain, len(plans), stream.substream(first_sample * seq_len, stop), count))
+    return plans
+
+
 def plan_shards(domain: str, stream: TokenStream, spec: DataSpec, token_bytes: int) -> list[ShardPlan]:
     """Return the plans of a domain's shards, which can be written in any order."""
     if spec.packing == "best_fit":
         streams = plan_best_fit(stream, SHARD_BYTES // token_bytes)
         return [ShardPlan(domain, i, part, None) for i, part in enumerate(streams)]
-    cuts = plan_concat(stream, spec.seq_len, rows_per_shard(spec.seq_len, token_bytes))
-    return [ShardPlan(domain, i, cut.stream, cut.samples) for i, cut in enumerate(cuts)]
-
-
-def make_shard(row: dict[str, Any], *, folder: Path, seq_len: int, token_bytes: int, start: int) -> dict[str, Any]:
-    """Write the shard of a pickled `ShardPlan` (`plan`); return a pickled `ShardResult` (`result`)."""
-    plan: ShardPlan = pickle.loads(row["plan"])
-    tokens = plan.tokens.read()
-    if plan.samples is None:
-        samples, padding, documents, cut_documents = pack_best_fit(tokens, seq_len, start, padding_token(token_bytes))
-        whole_documents = documents - cut_documents
-    else:
-        samples, padding = cut_concat(tokens, plan.samples, seq_len), 0
-        whole_documents = count_whole_documents(tokens, plan.samples, seq_len, start)
-    shard = write_shard(folder, f"train/{plan.domain}/{plan.number:05d}.arrow", samples)
-    targets = int(target_mask(samples, padding_token(token_bytes))[:, 1:].sum())
-    return {"result": pickle.dumps(ShardResult(plan.domain, plan.number, shard, padding, whole_documents, targets))}
+    return plan_concat(domain, stream, spec.seq_len, rows_per_shard(spec.seq_len, token_bytes))

@@ -1,12 +1,13 @@
-"""One stream of all tokens of a domain, which are stored in parts, one for each chunk."""
+"""Parts, the files of tokenised chunks: their records, and one stream over all tokens of a domain."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import BaseModel
 
 from mhmoe_ray.errors import DataError
 
@@ -14,17 +15,73 @@ Tokens = np.ndarray[tuple[int], np.dtype[Any]]
 """Token ids, or rows with a field for each column (data/shards/columns.py)."""
 
 
+class RowCounts(BaseModel):
+    """Counts of the rows in a part; those without `held_out` count training rows or documents."""
+
+    samples: int = 0
+    held_out_samples: int = 0
+    images: int = 0
+    """Training rows with an image."""
+    image_bytes: int = 0
+    targets: int = 0
+    """Tokens without start tokens and padding."""
+    padding: int = 0
+    cut_documents: int = 0
+    """Documents that were cut, or became several rows."""
+    cut_tokens: int = 0
+    """Tokens in no row, because their document was cut."""
+    class_names: list[str] = []
+    """All classes in the annotations of a vision model, sorted."""
+    objects_without_mask: int = 0
+    """All annotated objects with a box but no mask."""
+    file_bytes: int = 0
+
+
 class PartSlice(NamedTuple):
-    """Training documents or held-out documents of a part, as a slice of its tokens."""
+    """Training documents or held-out documents of a part, as a slice of its tokens or rows."""
 
     name: str
     start: int
     stop: int
 
     @property
-    def tokens(self) -> int:
-        """Number of tokens in the slice."""
+    def length(self) -> int:
+        """Number of tokens or rows in the slice."""
         return self.stop - self.start
+
+
+class PartCounts(BaseModel):
+    """Counts of a part, which has the training documents first, then the held-out ones."""
+
+    documents: int = 0
+    """Number of training documents."""
+    tokens: int = 0
+    """Tokens of the training documents, with their start tokens."""
+    held_out_documents: int = 0
+    held_out_tokens: int = 0
+    text_bytes: int = 0
+    """UTF-8 bytes of the texts of all documents."""
+    rows: RowCounts | None = None
+    """None for a decoder."""
+
+
+class Part(NamedTuple):
+    """Record of a part, which the driver keeps until all shards are packed."""
+
+    file: int
+    chunk: int
+    name: str
+    """Empty for a chunk without documents."""
+    counts: PartCounts
+
+    def documents_slice(self, *, held_out: bool) -> PartSlice:
+        """Return the training documents or the held-out documents as a slice of the part's tokens or rows."""
+        rows = self.counts.rows
+        training = self.counts.tokens if rows is None else rows.samples
+        if not held_out:
+            return PartSlice(self.name, 0, training)
+        held_out_count = self.counts.held_out_tokens if rows is None else rows.held_out_samples
+        return PartSlice(self.name, training, training + held_out_count)
 
 
 class TokenStream:
@@ -33,7 +90,7 @@ class TokenStream:
     def __init__(self, folder: Path, parts: Sequence[PartSlice], dtype: np.dtype[Any]) -> None:
         self._folder, self.dtype = folder, dtype
         self.parts = parts
-        self._ends = list(accumulate((part.tokens for part in parts), initial=0))
+        self._ends = list(accumulate((part.length for part in parts), initial=0))
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -42,7 +99,7 @@ class TokenStream:
         """Return the tokens start .. stop - 1 as a stream."""
         first_part, end_part = bisect_right(self._ends, start) - 1, bisect_left(self._ends, stop)
         parts = [
-            PartSlice(part.name, part.start + max(start - offset, 0), part.stop - max(offset + part.tokens - stop, 0))
+            PartSlice(part.name, part.start + max(start - offset, 0), part.stop - max(offset + part.length - stop, 0))
             for part, offset in zip(self.parts[first_part:end_part], self._ends[first_part:end_part], strict=True)
         ]
         return TokenStream(self._folder, parts, self.dtype)
@@ -50,20 +107,19 @@ class TokenStream:
     def read(self) -> Tokens:
         """Read all tokens into one array; a part that is too short is a DataError."""
         # The empty array is added because np.concatenate needs at least one array. It also fixes the dtype.
-        return np.concatenate([*self._read_parts(), np.empty(0, self.dtype)])
-
-    def _read_parts(self) -> Iterator[Tokens]:
+        arrays = [np.empty(0, self.dtype)]
         for part in self.parts:
             path = part_file(self._folder, part.name)
-            tokens = np.fromfile(path, self.dtype, part.tokens, offset=part.start * self.dtype.itemsize)
+            tokens = np.fromfile(path, self.dtype, part.length, offset=part.start * self.dtype.itemsize)
             # np.fromfile raises no error for a file that is too short, but returns fewer items.
-            if len(tokens) < part.tokens:
-                reason = f"it has {len(tokens):,} tokens of {part.tokens:,} from {part.start:,} on"
+            if len(tokens) < part.length:
+                reason = f"it has {len(tokens):,} tokens of {part.length:,} from {part.start:,} on"
                 raise DataError(f"part {path}", reason, "remove that folder of parts and prepare again")
-            yield tokens
+            arrays.append(tokens)
+        return np.concatenate(arrays)
 
 
-def part_file(folder: Path, name: str) -> Path:
-    """Return the path of the file with a part's tokens."""
+def part_file(folder: Path, name: str, *, has_rows: bool = False) -> Path:
+    """Return the path of the file with a part's tokens or rows."""
     # There are many such files, so they are spread over 256 folders.
-    return folder / name[:2] / f"{name}.tokens"
+    return folder / name[:2] / f"{name}.{'arrow' if has_rows else 'tokens'}"

@@ -10,7 +10,7 @@ number of tasks or on killed jobs. One rename publishes it.
 import hashlib
 import pickle
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import ceil
@@ -34,17 +34,11 @@ from mhmoe_ray.data.prepare.chunks import (
     quarantine_file,
     read_chunks,
 )
-from mhmoe_ray.data.prepare.finish import FinishResult, domain_entry, finish, finish_rows
-from mhmoe_ray.data.prepare.packing import ShardPlan, ShardResult, make_shard, plan_shards
-from mhmoe_ray.data.prepare.parts import PartSlice, TokenStream
-from mhmoe_ray.data.prepare.rows import (
-    RowPart,
-    RowPlan,
-    RowSlice,
-    make_row_shard,
-    plan_row_shards,
-)
-from mhmoe_ray.data.prepare.tokenise import Part, TokenisedChunk, tokenise_chunk
+from mhmoe_ray.data.prepare.finish import FinishResult, domain_entry, finish
+from mhmoe_ray.data.prepare.packing import PackingSettings, ShardPlan, ShardResult, plan_shards
+from mhmoe_ray.data.prepare.parts import Part, PartSlice, TokenStream
+from mhmoe_ray.data.prepare.rows import RowPlan, plan_row_shards
+from mhmoe_ray.data.prepare.tokenise import TokenisedChunk, tokenise_chunk
 from mhmoe_ray.data.prepare.work import ProgressReport, Stage, StagingDirectory, clean_up, publish, staging_directory
 from mhmoe_ray.data.shards.columns import conversation_dtype, token_bytes_for, token_dtype
 from mhmoe_ray.data.shards.manifest import (
@@ -62,7 +56,7 @@ from mhmoe_ray.data.sources.find import fingerprints
 from mhmoe_ray.data.tokenizer import boundaries, boundary_texts, load_tokenizer, store_given_tokenizer, train_tokenizer
 from mhmoe_ray.errors import DataError, MhmoeError, StorageError
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.storage import describe_file, write_json
+from mhmoe_ray.storage import describe_file, replace_file, write_json
 
 CPUS_PER_READER = 8
 """CPUs for each reader of files: one core reads at least as fast as this many tokenise. Readers and tokenising tasks
@@ -89,7 +83,7 @@ def prepare(spec: RunSpec) -> DataManifest:
     with _errors_of_tasks(folder):
         if read_data_manifest(folder) is None:
             try:
-                with staging_directory(spec) as staging, _settings_of_ray_data():
+                with staging_directory(spec) as staging, ray.data.DataContext.current(_ray_data_context()):
                     _Preparation(spec, staging).run()
                     publish(staging.result_path, folder)
             except Exception:
@@ -124,28 +118,21 @@ def _errors_of_tasks(folder: Path) -> Iterator[None]:
         raise
 
 
-_PlannedShards = tuple[list[ShardPlan] | list[RowPlan], Callable[[dict[str, Any]], dict[str, Any]]]
+def _write_shard(row: dict[str, Any], *, settings: PackingSettings) -> dict[str, Any]:
+    """Write the shard of a pickled plan (`plan`); return a pickled `ShardResult` (`result`)."""
+    plan: ShardPlan | RowPlan = pickle.loads(row["plan"])
+    return {"result": pickle.dumps(plan.write(settings))}
 
 
-@contextmanager
-def _settings_of_ray_data() -> Iterator[None]:
-    context = ray.data.DataContext.get_current()
-    settings = {
-        # A task tokenises one block, so a block is made as small as one chunk.
-        "target_max_block_size": CHUNK_CHARACTERS,
-        # Progress bars would fill the job's log.
-        "enable_progress_bars": False,
-        # By default Ray Data wraps a task's error in a UserCodeException, which does not keep the error as its cause.
-        "raise_original_map_exception": True,
-    }
-    previous_settings = {name: getattr(context, name) for name in settings}
-    for name, value in settings.items():
-        setattr(context, name, value)
-    try:
-        yield
-    finally:
-        for name, value in previous_settings.items():
-            setattr(context, name, value)
+def _ray_data_context() -> ray.data.DataContext:
+    context = ray.data.DataContext.get_current().copy()
+    # A task tokenises one block, so a block is made as small as one chunk.
+    context.target_max_block_size = CHUNK_CHARACTERS
+    # Progress bars would fill the job's log.
+    context.enable_progress_bars = False
+    # By default Ray Data wraps a task's error in a UserCodeException, which does not keep the error as its cause.
+    context.raise_original_map_exception = True
+    return context
 
 
 class _Preparation:
@@ -189,10 +176,13 @@ class _Preparation:
             by_domain[self._files[part.file].domain].append(part)
         facts = self._family_data.check_parts(self._spec, self._staging.result_path, by_domain)
         self._log(f"packing {len(by_domain)} domains and languages")
-        shard_results = self._write_shards(by_domain, start)
+        settings = PackingSettings(
+            self._staging.result_path, self._staging.parts_path, self._data_spec.seq_len, self._token_bytes, start
+        )
+        shard_results = self._write_shards(settings, by_domain)
         self._report.enter_stage("finishing")
         shards = {name: [result.shard for result in shard_results[name]] for name in by_domain}
-        validation, baselines = self._write_validation(by_domain, shards, start)
+        validation, baselines = self._write_validation(settings, by_domain, shards)
         facts |= self._family_data.finish(self._spec, self._staging.result_path, by_domain, shards, self._log)
         manifest = DataManifest(
             recipe=used_recipe,
@@ -247,7 +237,7 @@ class _Preparation:
         except ChatTemplateError as e:
             raise template_error(self._data_spec, str(e)) from e
         content = template.text.encode()
-        (self._staging.result_path / TEMPLATE_FILE).write_bytes(content)
+        replace_file(self._staging.result_path / TEMPLATE_FILE, content)
         digest = hashlib.sha256(content).hexdigest()
         return template, ChatData(
             template_sha256=digest, start_token=boundaries(tokenizer).start, turn_ends=sorted(turn_ends)
@@ -313,83 +303,41 @@ class _Preparation:
                 out.write(quarantine_file(quarantine, file, number).read_bytes())
         return parts, tallies
 
-    def _stream(self, domain: str, slices: list[PartSlice]) -> TokenStream:
+    def _slices(self, parts: list[Part], *, held_out: bool) -> list[PartSlice]:
+        slices = (part.documents_slice(held_out=held_out) for part in parts)
+        return [part_slice for part_slice in slices if part_slice.length]
+
+    def _stream(self, domain: str, parts: list[Part], *, held_out: bool) -> TokenStream:
         is_chat = self._data_spec.sources[source_of(domain)].format == "chat"
         dtype = conversation_dtype(self._token_bytes) if is_chat else token_dtype(self._token_bytes)
-        return TokenStream(self._staging.parts_path, slices, dtype)
+        return TokenStream(self._staging.parts_path, self._slices(parts, held_out=held_out), dtype)
 
-    def _training_stream(self, domain: str, parts: list[Part]) -> TokenStream:
-        return self._stream(
-            domain, [PartSlice(part.name, 0, part.counts.tokens) for part in parts if part.counts.tokens]
-        )
-
-    def _held_out_stream(self, domain: str, parts: list[Part]) -> TokenStream:
-        held_out_parts = [(part.name, part.counts) for part in parts if part.counts.held_out_tokens]
-        slices = [
-            PartSlice(name, counts.tokens, counts.tokens + counts.held_out_tokens) for name, counts in held_out_parts
-        ]
-        return self._stream(domain, slices)
-
-    def _plan_shards(self, by_domain: dict[str, list[Part]], start: int) -> _PlannedShards:
-        plans = [
-            plan
-            for name, parts in by_domain.items()
-            for plan in plan_shards(name, self._training_stream(name, parts), self._data_spec, self._token_bytes)
-        ]
-        task = partial(
-            make_shard,
-            folder=self._staging.result_path,
-            seq_len=self._data_spec.seq_len,
-            token_bytes=self._token_bytes,
-            start=start,
-        )
-        return plans, task
-
-    def _plan_row_shards(self, by_domain: dict[str, list[Part]]) -> _PlannedShards:
-        plans = [
-            plan
-            for name, parts in by_domain.items()
-            for plan in plan_row_shards(
-                name,
-                [RowPart(part.name, part.counts.documents, part.counts.rows) for part in parts if part.counts.rows],
-                self._data_spec.seq_len * self._token_bytes,
-            )
-        ]
-        return plans, partial(make_row_shard, folder=self._staging.result_path, parts=self._staging.parts_path)
+    def _plan_shards(self, domain: str, parts: list[Part]) -> Sequence[ShardPlan | RowPlan]:
+        if self._has_rows:
+            return plan_row_shards(domain, parts, self._data_spec.seq_len * self._token_bytes)
+        return plan_shards(domain, self._stream(domain, parts, held_out=False), self._data_spec, self._token_bytes)
 
     def _write_validation(
-        self, by_domain: dict[str, list[Part]], shards: dict[str, list[Shard]], start: int
-    ) -> "FinishResult":
-        names, folder = sorted(by_domain), self._staging.result_path
-        if not self._has_rows:
-            held_out = {name: self._held_out_stream(name, by_domain[name]) for name in names}
-            finish_task = ray.remote(finish).options(num_cpus=1)
-            result: FinishResult = ray.get(
-                finish_task.remote(folder, held_out, shards, self._spec, self._token_bytes, start)
-            )
-            return result
-        held_out_rows = {
-            name: [
-                RowSlice(part.name, counts.samples, counts.samples + counts.held_out_samples)
-                for part in by_domain[name]
-                if (counts := part.counts.rows) is not None and counts.held_out_samples
-            ]
-            for name in names
+        self, settings: PackingSettings, by_domain: dict[str, list[Part]], shards: dict[str, list[Shard]]
+    ) -> FinishResult:
+        held_out = {
+            name: self._slices(by_domain[name], held_out=True)
+            if self._has_rows
+            else self._stream(name, by_domain[name], held_out=True)
+            for name in sorted(by_domain)
         }
-        rows_task = ray.remote(finish_rows).options(num_cpus=1)
-        row_result: FinishResult | None = ray.get(
-            rows_task.remote(folder, self._staging.parts_path, held_out_rows, shards, self._spec, self._token_bytes)
-        )
-        if row_result is None:
+        task = ray.remote(finish).options(num_cpus=1)
+        result: FinishResult | None = ray.get(task.remote(settings, held_out, shards, self._spec))
+        if result is None:
             fix = "raise data.validation_samples or add documents with texts"
             raise DataError("validation", "no selected held-out sample has a text", fix)
-        return row_result
+        return result
 
-    def _write_shards(self, by_domain: dict[str, list[Part]], start: int) -> dict[str, list[ShardResult]]:
-        if self._has_rows:
-            plans, task = self._plan_row_shards(by_domain)
-        else:
-            plans, task = self._plan_shards(by_domain, start)
+    def _write_shards(
+        self, settings: PackingSettings, by_domain: dict[str, list[Part]]
+    ) -> dict[str, list[ShardResult]]:
+        plans = [plan for name, parts in by_domain.items() for plan in self._plan_shards(name, parts)]
+        task = partial(_write_shard, settings=settings)
         self._report.shards, self._report.total_shards = 0, len(plans)
         self._report.enter_stage("packing")
         shard_results: dict[str, list[ShardResult]] = {name: [] for name in by_domain}

@@ -7,91 +7,60 @@ shard has whole parts.
 """
 
 import hashlib
-import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel
 
 from mhmoe_ray.data.images.annotations import unpack
-from mhmoe_ray.data.prepare.chunks import Chunk
-from mhmoe_ray.data.prepare.packing import ShardResult
-from mhmoe_ray.data.prepare.validation import ValidationSplit, is_validation, select_rows
-from mhmoe_ray.data.shards.columns import TOKENS, padding_token, token_dtype
-from mhmoe_ray.data.shards.files import SHARD_BYTES
-from mhmoe_ray.data.shards.manifest import Shard
-from mhmoe_ray.data.shards.rows import (
+from mhmoe_ray.data.prepare.packing import PackingSettings, ShardResult
+from mhmoe_ray.data.prepare.parts import Part, PartSlice, RowCounts, part_file
+from mhmoe_ray.data.prepare.validation import ValidationSplit, select_rows
+from mhmoe_ray.data.shards.columns import ANNOTATION, IMAGE, TOKENS, padding_token, token_dtype
+from mhmoe_ray.data.shards.files import (
+    SHARD_BYTES,
     file_content,
     join_batches,
-    map_rows,
-    row_batch,
+    map_file,
     row_bytes,
-    tokens_of,
-    write_row_shard,
+    to_batch,
+    write_shard,
 )
+from mhmoe_ray.data.shards.manifest import Shard
+from mhmoe_ray.data.sources import Document
 
 SHARD_PARTS = 10_000
 """Largest number of parts of a shard. All are memory-mapped, and Linux allows 65,530 mappings by default."""
 
 
-class RowCounts(BaseModel):
-    """Counts of the rows in a part; those without `held_out` count training rows or documents."""
-
-    samples: int = 0
-    held_out_samples: int = 0
-    images: int = 0
-    """Training rows with an image."""
-    image_bytes: int = 0
-    targets: int = 0
-    """Tokens without start tokens and padding."""
-    padding: int = 0
-    cut_documents: int = 0
-    """Documents that were cut, or became several rows."""
-    cut_tokens: int = 0
-    """Tokens in no row, because their document was cut."""
-    class_names: list[str] = []
-    """All classes in the annotations of a vision model, sorted."""
-    objects_without_mask: int = 0
-    """All annotated objects with a box but no mask."""
-    file_bytes: int = 0
-
-
-def rows_file(folder: Path, name: str) -> Path:
-    """Return the path of the file with a part's rows."""
-    return folder / name[:2] / f"{name}.arrow"
-
-
-def is_held_out(chunk: Chunk, document: int, fraction: float) -> bool:
-    """Return whether a document is held out, by its record's image or else by its text."""
-    image_hash = chunk.image_hashes[document] if chunk.image_hashes else ""
-    return is_validation(image_hash or chunk.texts[document], fraction)
-
-
-def update_digest(digest: "hashlib._Hash", chunk: Chunk, seq_len: int) -> None:
+def update_digest(digest: "hashlib._Hash", documents: Sequence[Document], seq_len: int) -> None:
     """Add row length, images and annotations to a part's digest of texts and tokenizer."""
     digest.update(f"rows of {seq_len}".encode())
-    if chunk.images is not None and chunk.image_hashes is not None:
-        digest.update(repr([(bool(i), h) for i, h in zip(chunk.images, chunk.image_hashes, strict=True)]).encode())
-    if chunk.annotations is not None:
-        digest.update(f"annotations {chunk.annotations}".encode())
+    if any(document.image_hash for document in documents):
+        digest.update(repr([(bool(document.image), document.image_hash or "") for document in documents]).encode())
+    if any(document.annotation for document in documents):
+        digest.update(f"annotations {[document.annotation or b'' for document in documents]}".encode())
 
 
 def make_rows(
-    chunk: Chunk, documents: Sequence[Sequence[int]], validation_fraction: float, seq_len: int, token_bytes: int
+    documents: Sequence[Document],
+    token_ids: Sequence[Sequence[int]],
+    held_out: Sequence[bool],
+    seq_len: int,
+    token_bytes: int,
 ) -> tuple[memoryview, RowCounts]:
     """Make the rows of a chunk's documents; return the content of their part's file, and the counts.
 
-    `documents` has each document's tokens with the start token, or none.
+    `token_ids` has each document's tokens with the start token, or none; `held_out` says which are held out.
     """
     counts, padding = RowCounts(), padding_token(token_bytes)
     train_rows, held_out_rows = list[tuple[np.ndarray, bytes]](), list[tuple[np.ndarray, bytes]]()
-    for number, tokens in enumerate(documents):
-        image = chunk.images[number] if chunk.images is not None else b""
+    for document, tokens, is_held_out in zip(documents, token_ids, held_out, strict=True):
+        image = document.image or b""
         rows = [(row, image) for row in token_rows(tokens, bool(image), seq_len, padding, token_bytes)]
-        if is_held_out(chunk, number, validation_fraction):
+        if is_held_out:
             held_out_rows += rows
             continue
         train_rows += rows
@@ -107,30 +76,29 @@ def make_rows(
     rows = [*train_rows, *held_out_rows]
     if not rows:
         return memoryview(b""), counts
-    content = file_content(row_batch(np.stack([row for row, _ in rows]), [image for _, image in rows]))
+    content = file_content(to_batch({TOKENS: np.stack([row for row, _ in rows]), IMAGE: [image for _, image in rows]}))
     counts.file_bytes = len(content)
     return content, counts
 
 
-def make_annotated_rows(chunk: Chunk, validation_fraction: float) -> tuple[memoryview, RowCounts]:
+def make_annotated_rows(documents: Sequence[Document], held_out: Sequence[bool]) -> tuple[memoryview, RowCounts]:
     """Make the rows of a vision model's chunk, like `make_rows`."""
-    assert chunk.images is not None
-    assert chunk.annotations is not None
-    held_out = [is_held_out(chunk, number, validation_fraction) for number in range(len(chunk.texts))]
-    numbers = sorted(range(len(held_out)), key=lambda number: held_out[number])
-    annotations = [unpack(content) for content in chunk.annotations]
-    class_names = {name for annotation in annotations for name in annotation.class_names}
-    trained_bytes = [len(image) for image, is_out in zip(chunk.images, held_out, strict=True) if not is_out]
+    rows: dict[bool, list[tuple[bytes, bytes]]] = {False: [], True: []}
+    for document, is_held_out in zip(documents, held_out, strict=True):
+        assert document.image is not None
+        assert document.annotation is not None
+        rows[is_held_out].append((document.image, document.annotation))
+    images, contents = zip(*rows[False], *rows[True], strict=True)
+    annotations = [unpack(content) for content in contents]
     counts = RowCounts(
-        samples=len(trained_bytes),
-        held_out_samples=sum(held_out),
-        images=len(trained_bytes),
-        image_bytes=sum(trained_bytes),
-        class_names=sorted(class_names),
+        samples=len(rows[False]),
+        held_out_samples=len(rows[True]),
+        images=len(rows[False]),
+        image_bytes=sum(len(image) for image, _ in rows[False]),
+        class_names=sorted({name for annotation in annotations for name in annotation.class_names}),
         objects_without_mask=sum(i.mask is None for annotation in annotations for i in annotation.instances),
     )
-    images, stored_annotations = ([column[n] for n in numbers] for column in (chunk.images, chunk.annotations))
-    content = file_content(row_batch(None, images, stored_annotations))
+    content = file_content(to_batch({IMAGE: images, ANNOTATION: contents}))
     counts.file_bytes = len(content)
     return content, counts
 
@@ -150,111 +118,91 @@ def token_rows(
         yield row
 
 
-class RowSlice(NamedTuple):
-    """Training documents or held-out documents of a part, as a slice of its rows."""
-
-    name: str
-    start: int
-    stop: int
-
-    def map_batch(self, folder: Path) -> pa.RecordBatch:
-        """Return the rows, memory-mapped from the part's file in the folder of all parts."""
-        return map_rows(rows_file(folder, self.name)).slice(self.start, self.stop - self.start)
+def map_rows(parts: Path, part_slice: PartSlice) -> pa.RecordBatch:
+    """Return the rows of a slice, memory-mapped from its file in the folder of all parts."""
+    return map_file(part_file(parts, part_slice.name, has_rows=True)).slice(part_slice.start, part_slice.length)
 
 
 class RowPlan(NamedTuple):
-    """Plan of one shard of a domain."""
+    """Plan of one shard of a domain, with the counts of its `ShardResult`."""
 
     domain: str
     number: int
-    """Number of the shard within the domain, from 0."""
-    slices: list[RowSlice]
+    slices: list[PartSlice]
     padding: int
     whole_documents: int
     targets: int
 
-
-class RowPart(NamedTuple):
-    """Part of a domain, from which shards are planned."""
-
-    name: str
-    documents: int
-    """Number of training documents."""
-    counts: RowCounts
+    def write(self, settings: PackingSettings) -> ShardResult:
+        """Join the rows, and write the shard."""
+        batch = join_batches([map_rows(settings.parts, part_slice) for part_slice in self.slices])
+        shard = write_shard(settings.folder, f"train/{self.domain}/{self.number:05d}.arrow", batch)
+        return ShardResult(self.domain, self.number, shard, self.padding, self.whole_documents, self.targets)
 
 
-def plan_row_shards(domain: str, parts: Sequence[RowPart], row_bytes: int) -> list[RowPlan]:
+def plan_row_shards(domain: str, parts: Sequence[Part], row_bytes: int) -> list[RowPlan]:
     """Return the plans of a domain's shards, each of whole parts; `row_bytes` are those of a row's tokens.
 
     All but the last have at least `SHARD_BYTES` bytes or `SHARD_PARTS` parts.
     """
-    plans, group, size = list[RowPlan](), list[RowPart](), 0
+    plans, group, size = list[RowPlan](), list[tuple[Part, RowCounts]](), 0
     for index, part in enumerate(parts):
-        if part.counts.samples:
-            group.append(part)
-            size += part.counts.samples * row_bytes + part.counts.image_bytes
+        counts = part.counts.rows
+        if counts is not None and counts.samples:
+            group.append((part, counts))
+            size += counts.samples * row_bytes + counts.image_bytes
         if group and (size >= SHARD_BYTES or len(group) == SHARD_PARTS or index == len(parts) - 1):
             plans.append(
                 RowPlan(
                     domain,
                     len(plans),
-                    [RowSlice(member.name, 0, member.counts.samples) for member in group],
-                    sum(member.counts.padding for member in group),
-                    sum(member.documents - member.counts.cut_documents for member in group),
-                    sum(member.counts.targets for member in group),
+                    [member.documents_slice(held_out=False) for member, _ in group],
+                    sum(rows.padding for _, rows in group),
+                    sum(member.counts.documents - rows.cut_documents for member, rows in group),
+                    sum(rows.targets for _, rows in group),
                 )
             )
             group, size = [], 0
     return plans
 
 
-def make_row_shard(row: dict[str, Any], *, folder: Path, parts: Path) -> dict[str, Any]:
-    """Write the shard of a pickled `RowPlan` (`plan`); return a pickled `ShardResult` (`result`)."""
-    plan: RowPlan = pickle.loads(row["plan"])
-    batch = join_batches([row_slice.map_batch(parts) for row_slice in plan.slices])
-    shard = write_row_shard(folder, f"train/{plan.domain}/{plan.number:05d}.arrow", batch)
-    result = ShardResult(plan.domain, plan.number, shard, plan.padding, plan.whole_documents, plan.targets)
-    return {"result": pickle.dumps(result)}
-
-
 def write_validation_rows(
-    folder: Path, parts: Path, held_out: dict[str, list[RowSlice]], max_samples: int, token_bytes: int
+    settings: PackingSettings, held_out: Mapping[str, Sequence[PartSlice]], max_samples: int
 ) -> ValidationSplit:
     """Select validation samples among the held-out rows (`select_rows`), and write their shards."""
-    selected_rows = select_rows(
-        {name: sum(row_slice.stop - row_slice.start for row_slice in slices) for name, slices in held_out.items()},
-        max_samples,
-    )
-    counts, shards, targets = dict[str, int](), list[Shard](), 0
+    selected_rows = select_rows({name: sum(s.length for s in slices) for name, slices in held_out.items()}, max_samples)
+    shards, targets = list[Shard](), 0
     batches, size = list[pa.RecordBatch](), 0
 
     def write() -> None:
         nonlocal batches, size
-        shards.append(write_row_shard(folder, f"validation/{len(shards):05d}.arrow", join_batches(batches)))
+        shards.append(write_shard(settings.folder, f"validation/{len(shards):05d}.arrow", join_batches(batches)))
         batches, size = [], 0
 
     for name, slices in held_out.items():
         selected, first_row = selected_rows[name], 0
-        counts[name] = len(selected)
-        for row_slice in slices:
-            end_row = first_row + row_slice.stop - row_slice.start
-            slice_indices = selected[(selected >= first_row) & (selected < end_row)] - first_row
-            selected_batches: list[pa.RecordBatch] = []
-            if len(slice_indices):
-                # A part is mapped once, and only if it is read, because Linux limits the mappings of a process.
-                rows = row_slice.map_batch(parts)
-                selected_batches = [rows.slice(index, 1) for index in slice_indices.tolist()]
-            for batch in selected_batches:
-                if TOKENS in batch.schema.names:
-                    tokens = tokens_of(batch, token_bytes)
-                    targets += int((tokens[:, 1:] != padding_token(token_bytes)).sum())
-                else:
-                    targets += 1
-                batches.append(batch)
-                size += row_bytes(batch)
+        for part_slice in slices:
+            end_row = first_row + part_slice.length
+            indices = selected[(selected >= first_row) & (selected < end_row)] - first_row
+            first_row = end_row
+            if not len(indices):
+                # A part is mapped only if it is read, because Linux limits the mappings of a process.
+                continue
+            rows = map_rows(settings.parts, part_slice)
+            for index in indices.tolist():
+                batches.append(row := rows.slice(index, 1))
+                targets += _count_targets(row, settings.token_bytes)
+                size += row_bytes(row)
                 if size >= SHARD_BYTES:
                     write()
-            first_row = end_row
     if batches:
         write()
-    return ValidationSplit(shards, counts, targets)
+    return ValidationSplit(shards, {name: len(selected_rows[name]) for name in held_out}, targets)
+
+
+def _count_targets(row: pa.RecordBatch, token_bytes: int) -> int:
+    """Return the tokens of a row's text without the start token; 1 for a row of a vision model."""
+    if TOKENS not in row.schema.names:
+        return 1
+    tokens = np.frombuffer(row.column(TOKENS)[0].as_py(), token_dtype(token_bytes))
+    return int((tokens[1:] != padding_token(token_bytes)).sum())

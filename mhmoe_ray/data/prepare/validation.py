@@ -8,16 +8,15 @@ sources, whose different kinds have losses of their own.
 import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from mhmoe_ray.data.domains import source_of
-from mhmoe_ray.data.prepare.packing import pack_best_fit
+from mhmoe_ray.data.prepare.packing import PackingSettings, pack_best_fit
 from mhmoe_ray.data.prepare.parts import Tokens, TokenStream
-from mhmoe_ray.data.shards.columns import padding_token, target_mask, token_dtype, with_all_columns
-from mhmoe_ray.data.shards.files import rows_per_shard, write_shard
+from mhmoe_ray.data.shards.columns import columns_of, padding_token, target_mask, token_dtype, with_all_columns
+from mhmoe_ray.data.shards.files import rows_per_shard, to_batch, write_shard
 from mhmoe_ray.data.shards.manifest import Shard
 
 
@@ -40,13 +39,14 @@ class ValidationSplit(NamedTuple):
 
 
 def write_validation_split(
-    folder: Path, streams: dict[str, TokenStream], max_samples: int, seq_len: int, token_bytes: int, start_token: int
+    settings: PackingSettings, streams: Mapping[str, TokenStream], max_samples: int
 ) -> ValidationSplit:
     """Select validation samples, spread evenly over all held-out tokens, and write their shards.
 
     Padding may fill up a domain's last sample. Domains share shards, so all samples get the columns of conversations if
     any domain has some.
     """
+    folder, _, seq_len, token_bytes, start_token = settings
     padding = padding_token(token_bytes)
     # Conversations are packed whole, because the beginning of a sample would otherwise have answers without questions.
     packed_samples = {
@@ -70,7 +70,11 @@ def write_validation_split(
     samples = np.stack(rows)
     per_shard = rows_per_shard(seq_len, token_bytes)
     shards = [
-        write_shard(folder, f"validation/{number:05d}.arrow", samples[first_row : first_row + per_shard])
+        write_shard(
+            folder,
+            f"validation/{number:05d}.arrow",
+            to_batch(columns_of(samples[first_row : first_row + per_shard])),
+        )
         for number, first_row in enumerate(range(0, len(samples), per_shard))
     ]
     return ValidationSplit(shards, counts, int(target_mask(samples, padding)[:, 1:].sum()))

@@ -1,28 +1,53 @@
 """The columns of samples, in memory and in shards.
 
-A sample is a row of named columns of T + 1 values, where T is the sequence length: the first T belong to a model's
-input, the last T to its targets.
+A stored sample has some of the columns in `COLUMNS`, by the kind of its source. T is the sequence length; a decoder's
+sample has T + 1 values, of which the first T belong to the model's input and the last T to its targets.
 
-    | column          | value                                    | size in a shard        | sources       |
-    | --------------- | ---------------------------------------- | ---------------------- | ------------- |
-    | tokens          | token id; the largest integer is padding | 2 or 4 bytes per token | all           |
-    | targets         | whether the token is a target            | 1 bit per token        | conversations |
-    | document_starts | whether the token begins a document      | 1 bit per token        | conversations |
+    | column          | value                                    | size in a shard        | samples                |
+    | --------------- | ---------------------------------------- | ---------------------- | ---------------------- |
+    | tokens          | token id; the largest integer is padding | 2 or 4 bytes per token | decoders, encoders     |
+    | targets         | whether the token is a target            | 1 bit per token        | conversations          |
+    | document_starts | whether the token begins a document      | 1 bit per token        | conversations          |
+    | image           | the source's image file, perhaps empty   | once in a shard        | encoders, vision       |
+    | annotation      | class or objects (images/annotations.py) | JSON                   | vision                 |
 
-Samples with tokens only are a plain array of token ids; others are a structured array with a field for each column. In
-text, all tokens except padding are targets, and a start token begins each document. In a conversation, the start token
-may also end a turn, so a column marks where documents begin.
+A decoder's samples with tokens only are a plain array of token ids; others are a structured array with a field for each
+column. In text, all tokens except padding are targets, and a start token begins each document. In a conversation, the
+start token may also end a turn, so a column marks where documents begin. An encoder's sample has T tokens: the start
+token, a text and padding, or padding only.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 Samples = np.ndarray[tuple[int, int], np.dtype[Any]]
 """(samples, T + 1) token ids, or structures with a field for each column."""
+StoredColumns = Mapping[str, Any]
+"""Columns of stored samples by name: an array (samples, length) of rows of values, or a sequence of values (bytes)."""
 
 TOKENS, TARGETS, DOCUMENT_STARTS = "tokens", "targets", "document_starts"
+IMAGE, ANNOTATION = "image", "annotation"
+
+
+class Column(NamedTuple):
+    """A column of stored samples."""
+
+    values: Literal["tokens", "bits", "bytes"]
+    """A row of token ids or of booleans, equally long in all samples of a folder, or one value of any length."""
+    is_shared: bool = False
+    """Whether a shard stores equal values of any length once."""
+
+
+COLUMNS = {
+    TOKENS: Column("tokens"),
+    TARGETS: Column("bits"),
+    DOCUMENT_STARTS: Column("bits"),
+    IMAGE: Column("bytes", is_shared=True),
+    ANNOTATION: Column("bytes"),
+}
+
 EXPERT = "expert"
 """Column of the training stream with a sample's expert for router `domain`."""
 

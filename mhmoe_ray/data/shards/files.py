@@ -1,27 +1,23 @@
-"""Shard files of packed samples: writing and reading them, and the check of all files of a prepared folder.
+"""Shard files: the writer and the reader of stored samples.
 
-A shard is an Arrow file of one batch, whose columns (columns.py) are fixed-size binaries without nulls, memory-mapped
-for reading in random order.
+A shard is an Arrow file of one batch without nulls, memory-mapped for reading in random order. A column (columns.py)
+of rows of values is a fixed-size binary, booleans with 8 in a byte; one of values of any length is a large binary, with
+a dictionary if equal values are stored once.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import ray.data
+import pyarrow.compute as pc
 
-from mhmoe_ray.data.shards.columns import TOKENS, Samples, columns_of, join_columns, token_dtype
-from mhmoe_ray.data.shards.manifest import (
-    DataManifest,
-    Shard,
-)
-from mhmoe_ray.errors import DataError
-from mhmoe_ray.storage import describe_file, replace_file
+from mhmoe_ray.data.shards.columns import COLUMNS, IMAGE, TOKENS, Samples, StoredColumns, join_columns, token_dtype
+from mhmoe_ray.data.shards.manifest import Shard
+from mhmoe_ray.storage import replace_file
 
 SHARD_BYTES = 64 << 20
 OPEN_SHARDS = 512
@@ -33,33 +29,100 @@ def rows_per_shard(seq_len: int, token_bytes: int) -> int:
     return max(1, SHARD_BYTES // ((seq_len + 1) * token_bytes))
 
 
-def write_shard(folder: Path, file: str, samples: Samples) -> Shard:
-    """Write one or more samples, in the dtype of the folder's tokens, as a shard file atomically."""
-    columns = {name: _stored_bytes(column) for name, column in columns_of(samples).items()}
-    arrays = [
-        pa.FixedSizeBinaryArray.from_buffers(pa.binary(rows.shape[1]), len(rows), [None, pa.py_buffer(rows)])
-        for rows in columns.values()
-    ]
-    fields = [pa.field(name, array.type, nullable=False) for name, array in zip(columns, arrays, strict=True)]
+def to_batch(columns: StoredColumns) -> pa.RecordBatch:
+    """Return one or more samples, their tokens in the dtype of the folder, as a batch with the columns of a shard."""
+    arrays = {name: _to_arrow(name, values) for name, values in columns.items()}
+    fields = [pa.field(name, array.type, nullable=False) for name, array in arrays.items()]
+    return pa.record_batch([*arrays.values()], schema=pa.schema(fields))
+
+
+def _to_arrow(name: str, values: Any) -> pa.Array:
+    column = COLUMNS[name]
+    if column.values == "bytes":
+        array = pa.array(values, pa.large_binary())
+        return array.dictionary_encode() if column.is_shared else array
+    rows = np.packbits(values, axis=1) if column.values == "bits" else np.ascontiguousarray(values).view(np.uint8)
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(rows.shape[1]), len(rows), [None, pa.py_buffer(rows)])
+
+
+def join_batches(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    """Return the rows of one or more batches as one batch."""
+
+    def join(name: str) -> pa.Array:
+        # A batch may be a slice of a larger one. If Arrow wrote the slice itself, the padding between the columns of
+        # the file would have bytes of the rows after the slice. `concat_arrays` copies only the rows of the slice, so
+        # that the bytes of a shard depend on its rows alone.
+        columns = [batch.column(name) for batch in batches]
+        # `concat_arrays` joins the dictionaries of a column and keeps only one of equal values.
+        return pa.concat_arrays([_used_values(column) for column in columns] if COLUMNS[name].is_shared else columns)
+
+    schema = batches[0].schema
+    return pa.record_batch([join(name) for name in schema.names], schema=schema)
+
+
+def _used_values(column: pa.DictionaryArray) -> pa.DictionaryArray:
+    """Return a column whose dictionary has only the values that its rows use, in their order."""
+    used_numbers = pc.unique(column.indices)
+    indices = pc.index_in(column.indices, used_numbers).cast(column.indices.type)
+    return pa.DictionaryArray.from_arrays(indices, column.dictionary.take(used_numbers))
+
+
+def row_bytes(row: pa.RecordBatch) -> int:
+    """Return the bytes of the values of one sample, a batch of one row."""
+    # Arrow's `nbytes` counts the whole dictionary of the batch for each slice of it.
+    return sum(
+        len(column[0].as_py()) if COLUMNS[name].is_shared else column.nbytes
+        for name, column in zip(row.schema.names, row.columns, strict=True)
+    )
+
+
+def file_content(batch: pa.RecordBatch) -> memoryview:
+    """Return the content of an Arrow file of one batch."""
     sink = pa.BufferOutputStream()
-    batch = pa.record_batch(arrays, schema=pa.schema(fields))
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
-    content = memoryview(sink.getvalue())
+    return memoryview(sink.getvalue())
+
+
+def write_shard(folder: Path, file: str, batch: pa.RecordBatch) -> Shard:
+    """Write samples as a shard file atomically, and return its manifest entry."""
+    content = file_content(batch)
     # The file gets its name only when it is complete, so another job never sees a part of it.
     replace_file(folder / file, content)
-    return Shard(file=file, rows=len(samples), sha256=hashlib.sha256(content).hexdigest())
+    return Shard(file=file, rows=len(batch), sha256=hashlib.sha256(content).hexdigest())
 
 
-def _stored_bytes(column: np.ndarray) -> np.ndarray:
-    """Return each row of a column as a shard stores it, (rows, bytes) uint8."""
-    if column.dtype == np.bool_:
-        return np.packbits(column, axis=1)
-    return np.ascontiguousarray(column).view(np.uint8)
+def map_file(path: Path | str) -> pa.RecordBatch:
+    """Return the samples of an Arrow file as a memory-mapped batch."""
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_file(source).get_batch(0)
+
+
+def _fixed_columns(batch: pa.RecordBatch, token_bytes: int) -> dict[str, np.ndarray]:
+    """Return the columns of a mapped file that have equally long rows, as views; those of bits are packed."""
+    columns = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if COLUMNS[name].values != "bytes":
+            dtype = token_dtype(token_bytes) if name == TOKENS else np.dtype(np.uint8)
+            shape = len(column), column.type.byte_width // dtype.itemsize
+            # Buffer 1 of an Arrow column has the values. It is part of the memory map, so nothing is copied.
+            columns[name] = np.ndarray(shape, dtype, column.buffers()[1])
+    return columns
+
+
+class _MappedShard(NamedTuple):
+    batch: pa.RecordBatch
+    fixed_columns: dict[str, np.ndarray]
+
+
+@lru_cache(maxsize=OPEN_SHARDS)
+def _map_shard(path: str, token_bytes: int) -> _MappedShard:
+    batch = map_file(path)
+    return _MappedShard(batch, _fixed_columns(batch, token_bytes))
 
 
 class ShardReader:
-    """Random access to the samples of a list of shards with equal columns."""
+    """Random access to the samples of a list of shards with equal columns, numbered across all shards from 0."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], token_bytes: int) -> None:
         self._paths = [str(folder / s.file) for s in shards]
@@ -70,14 +133,13 @@ class ShardReader:
         return int(self._starts[-1])
 
     def read(self, numbers: np.ndarray) -> Samples:
-        """Return one or more samples, numbered across all shards from 0."""
-        shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
-        row_of = numbers - self._starts[shard_of]
-        shards = np.unique(shard_of)
+        """Return the tokens of samples with the other columns of equally long rows; there must be a shard."""
+        shard_of, row_of = self._locate(numbers)
         columns: dict[str, np.ndarray] = {}
-        for shard in shards:
+        # The first shard gives the shape and the dtype of no samples.
+        for shard in np.unique(shard_of) if len(numbers) else [0]:
             sample_indices = np.flatnonzero(shard_of == shard)
-            for name, stored_rows in _map_columns(self._paths[shard], self._token_bytes).items():
+            for name, stored_rows in self._map(shard).fixed_columns.items():
                 if name not in columns:
                     columns[name] = np.empty((len(numbers), stored_rows.shape[1]), stored_rows.dtype)
                 columns[name][sample_indices] = stored_rows[row_of[sample_indices]]
@@ -91,60 +153,33 @@ class ShardReader:
             }
         )
 
+    def read_values(self, column: str, numbers: np.ndarray) -> list[bytes]:
+        """Return the values of samples in a column of values of any length."""
+        shard_of, row_of = self._locate(numbers)
+        return [
+            self._map(shard).batch.column(column)[int(row)].as_py() for shard, row in zip(shard_of, row_of, strict=True)
+        ]
 
-@lru_cache(maxsize=OPEN_SHARDS)
-def _map_columns(path: str, token_bytes: int) -> dict[str, np.ndarray]:
-    """Return a shard's memory-mapped columns, those of bits packed 8 in a byte."""
-    with pa.memory_map(path) as source:
-        batch = pa.ipc.open_file(source).get_batch(0)
-    columns = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        dtype = token_dtype(token_bytes) if name == TOKENS else np.dtype(np.uint8)
-        shape = len(column), column.type.byte_width // dtype.itemsize
-        # Buffer 1 of an Arrow column has the values. It is part of the memory map, so nothing is copied.
-        columns[name] = np.ndarray(shape, dtype, column.buffers()[1])
-    return columns
+    def read_column(self, column: str, numbers: np.ndarray) -> np.ndarray | list[bytes]:
+        """Return the tokens, the images or the annotations of samples."""
+        return self.read(numbers) if column == TOKENS else self.read_values(column, numbers)
 
+    def image_numbers(self) -> np.ndarray:
+        """Return each sample's index among the stored images, without reading any image.
 
-FILES_PER_TASK = 16
-LOCAL_CHECK_BYTES = 1 << 30
-"""Largest bytes of shards that one process verifies faster than a cluster."""
+        Equal images have different indices only in different shards.
+        """
+        numbers, count = [np.empty(0, np.int64)], 0
+        for shard in range(len(self._paths)):
+            column = self._map(shard).batch.column(IMAGE)
+            numbers.append(count + column.indices.to_numpy().astype(np.int64))
+            count += len(column.dictionary)
+        return np.concatenate(numbers)
 
+    def _map(self, shard: int) -> _MappedShard:
+        return _map_shard(self._paths[shard], self._token_bytes)
 
-def verify_shards(folder: Path, manifest: DataManifest) -> None:
-    """Raise DataError if a file of a prepared folder is missing or its content is not what was written."""
-    # All files are read, so the whole cluster shares the work if the data have more than `LOCAL_CHECK_BYTES` bytes.
-    shards = [*(s for d in manifest.domains.values() for s in d.shards), *manifest.validation]
-    expected_hashes = {s.file: s.sha256 for s in shards}
-    expected_hashes |= {name: sha256 for name, sha256 in manifest.files.items() if sha256 is not None}
-    rows = [{"file": file, "sha256": sha256} for file, sha256 in expected_hashes.items()]
-    total_bytes = sum(s.rows for s in shards) * manifest.seq_len * manifest.token_bytes
-    total_bytes += sum(d.image_bytes or 0 for d in manifest.domains.values())
-    for problem in (_check_locally if total_bytes <= LOCAL_CHECK_BYTES else _check_on_cluster)(rows, folder):
-        raise DataError(
-            f"prepared file {folder / problem['file']}", problem["reason"], f"remove {folder} and prepare again"
-        )
-
-
-def _check_locally(rows: list[dict[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
-    # Hashing releases the GIL, so threads verify files in parallel.
-    with ThreadPoolExecutor() as threads:
-        yield from (row for row in threads.map(partial(_check_file, folder=folder), rows) if row["reason"])
-
-
-def _check_on_cluster(rows: list[dict[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
-    files = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // FILES_PER_TASK))
-    files.context.enable_progress_bars = False
-    # One problem is enough for the error, so the other files need not be read.
-    yield from files.map(partial(_check_file, folder=folder)).filter(lambda row: row["reason"] != "").take(1)
-
-
-def _check_file(row: dict[str, Any], *, folder: Path) -> dict[str, Any]:
-    return {"file": row["file"], "reason": file_problem(folder / row["file"], row["sha256"]) or ""}
-
-
-def file_problem(path: Path, sha256: str) -> str | None:
-    """Return the reason why a file does not have this SHA-256, or None."""
-    if not path.is_file():
-        return "it is missing"
-    return None if describe_file(path).sha256 == sha256 else "its content is not what was written"
+    def _locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shard of each sample, and its row there."""
+        shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
+        return shard_of, numbers - self._starts[shard_of]

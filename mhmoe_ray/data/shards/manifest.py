@@ -1,9 +1,7 @@
 """The data manifest of a folder of prepared shards; it is written last, so a folder with a manifest is complete.
 
 <prepared>/
-  train/<domain>/00000.arrow ...   packed samples; texts have the column `tokens`, and conversations have two more
-                                   columns (see columns.py); the samples of an encoder have `tokens` and `image`, and
-                                   those of a vision model have `image` and `annotation` (see rows.py)
+  train/<domain>/00000.arrow ...   packed samples, with the columns of columns.py
   validation/00000.arrow           the held-out samples, domain by domain
   tokenizer.json  quarantine.jsonl  manifest.json
   chat_template.jinja              the template of the conversations, if a source has any

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mhmoe_ray.families.encoder.data.batches import BatchMaker, PartSamples, evaluated_samples
+from mhmoe_ray.data.family import PartSamples
+from mhmoe_ray.families.encoder.data.batches import BatchMaker, evaluated_samples
 from mhmoe_ray.families.encoder.data.columns import EncoderSamples
 from mhmoe_ray.families.encoder.model import EncoderBatch
 from mhmoe_ray.families.images.part_objective import PartObjective
@@ -54,14 +55,10 @@ class Masked(PartObjective[EncoderBatch]):
     def target_counts(self, batch: EncoderBatch) -> list[int]:
         return [count for group in batch.groups for count in group.target_counts]
 
-    def evaluated_samples(self, part: MicroBatchPart, samples: PartSamples) -> int:
+    def evaluated_samples(self, part: MicroBatchPart, samples: PartSamples[EncoderSamples]) -> int:
         return evaluated_samples(part, samples)
 
-    def part_batch(self, part: MicroBatchPart, samples: PartSamples, start: int, stop: int) -> EncoderBatch:
-        return self._batch_maker.make([part._replace(samples=stop - start)], samples.rows(part, start, stop))
-
-    def load_validation(self, manifest: "DataManifest") -> Mapping[str, PartSamples]:
-        # The import is here, because the rest of the module needs neither Ray nor the code that prepares data.
-        from mhmoe_ray.families.encoder.data.samples import encoder_validation_samples
-
-        return encoder_validation_samples(self.spec, manifest)
+    def part_batch(
+        self, part: MicroBatchPart, samples: PartSamples[EncoderSamples], start: int, stop: int
+    ) -> EncoderBatch:
+        return self._batch_maker.make([part._replace(samples=stop - start)], samples.rows(start, stop))

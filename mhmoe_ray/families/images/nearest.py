@@ -5,13 +5,14 @@ two images is the Euclidean one.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from mhmoe_ray.data.domains import source_of
+from mhmoe_ray.data.shards.columns import IMAGE
+from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import DataManifest, data_digest, read_data_manifest
-from mhmoe_ray.data.shards.rows import IMAGE, RowReader
 from mhmoe_ray.families.images.crops import read_crop
 from mhmoe_ray.spec import RunSpec
 
@@ -34,14 +35,11 @@ def training_manifest(spec: RunSpec, data_sha256: str | None, print_line: Callab
     return manifest
 
 
-def training_readers(spec: RunSpec, manifest: DataManifest, sources: Iterable[str]) -> list[RowReader]:
-    """Return readers of the training samples of some sources, one for each domain with samples."""
-    names = set(sources)
-    return [
-        RowReader(spec.data.prepared, domain.shards, manifest.token_bytes)
-        for name, domain in manifest.domains.items()
-        if source_of(name) in names and domain.samples
-    ]
+def training_reader(spec: RunSpec, manifest: DataManifest, sources: Collection[str]) -> ShardReader:
+    """Return a reader of the training samples of some sources, domain after domain."""
+    domains = (domain for name, domain in manifest.domains.items() if source_of(name) in sources)
+    shards = [shard for domain in domains for shard in domain.shards]
+    return ShardReader(spec.data.prepared, shards, manifest.token_bytes)
 
 
 class NearestImages:
@@ -71,27 +69,17 @@ class NearestImages:
         self._training_NV = self._standardize(pixel_NV)
 
     @staticmethod
-    def of_training(readers: Sequence[RowReader]) -> "NearestImages":
-        """Create the search among at most `MAX_IMAGES` images of samples, which are numbered in the readers' order."""
-        ends, image_numbers = np.cumsum([0, *map(len, readers)]), list[np.ndarray]()
-        image_count = 0
-        for reader in readers:
-            numbers, reader_images = reader.image_numbers()
-            image_numbers.append(image_count + numbers)
-            image_count += reader_images
-        image_of_sample = np.concatenate(image_numbers)
+    def of_training(reader: ShardReader) -> "NearestImages":
+        """Create the search among at most `MAX_IMAGES` images of the samples."""
+        image_of_sample = reader.image_numbers()
         first_samples = np.sort(np.unique(image_of_sample, return_index=True)[1])
         # The selected images are spread evenly from the first to the last. Their rounded numbers differ, because
         # `count` is at most the number of images.
         count = min(MAX_IMAGES, len(first_samples))
         samples = first_samples[np.linspace(0, len(first_samples) - 1, count).round().astype(np.int64)]
-        number_of_image = np.full(image_count, -1)
+        number_of_image = np.full(image_of_sample.max() + 1, -1)
         number_of_image[image_of_sample[samples]] = np.arange(count)
-        reader_of = np.searchsorted(ends, samples, side="right") - 1
-        images = (
-            readers[reader].read_values(IMAGE, np.array([sample - ends[reader]]))[0]
-            for reader, sample in zip(reader_of, samples, strict=True)
-        )
+        images = (reader.read_values(IMAGE, sample)[0] for sample in np.split(samples, len(samples)))
         return NearestImages(images, number_of_image[image_of_sample])
 
     def _standardize(self, pixel_NV: np.ndarray) -> np.ndarray:

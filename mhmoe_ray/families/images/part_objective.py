@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mhmoe_ray.data.family import PartSamples
+from mhmoe_ray.data.samples import held_out_samples
+from mhmoe_ray.data.shards.manifest import DataManifest
 from mhmoe_ray.families.images.part_losses import PartLosses
 from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.spec import MicroBatchPart
@@ -66,6 +69,9 @@ class PartObjective(Objective[Batch, PartLosses]):
 
     def step_loss(self, loss: float, targets: int, part_sums_P2: Tensor) -> float:
         return _weighted_mean(self.weights, part_sums_P2)
+
+    def load_validation(self, manifest: DataManifest) -> Mapping[str, PartSamples[Any]]:
+        return held_out_samples(self.spec, manifest)
 
     @torch.no_grad()
     def validate(self, samples: Mapping[str, Any]) -> Validation:

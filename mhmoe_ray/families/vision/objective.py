@@ -5,24 +5,22 @@ Every loss of a task is a mean over images, so an image with many objects counts
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from mhmoe_ray.data.family import PartSamples
 from mhmoe_ray.families.images.part_objective import PartObjective
 from mhmoe_ray.families.vision.adaptive import AdaptiveTopK, TopKChange
 from mhmoe_ray.families.vision.data.batches import task_batch
-from mhmoe_ray.families.vision.data.columns import HeldOutTaskSamples, TaskSamples, VisionSamples, samples_in_row
+from mhmoe_ray.families.vision.data.columns import TaskSamples, VisionSamples, samples_in_row
 from mhmoe_ray.families.vision.model import Vision, VisionBatch
 from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.spec import MicroBatchPart
 from mhmoe_ray.train.objectives.base import Environment
 from mhmoe_ray.train.objectives.next_token import DIGEST_BYTES
-
-if TYPE_CHECKING:
-    from mhmoe_ray.data.shards.manifest import DataManifest
 
 
 class Tasks(PartObjective[VisionBatch]):
@@ -61,10 +59,10 @@ class Tasks(PartObjective[VisionBatch]):
     def target_counts(self, batch: VisionBatch) -> list[int]:
         return [len(task.image_NYXC) for part, task in zip(self.spec.parts, batch, strict=True) for _ in part.losses]
 
-    def evaluated_samples(self, part: MicroBatchPart, samples: HeldOutTaskSamples) -> int:
+    def evaluated_samples(self, part: MicroBatchPart, samples: PartSamples[TaskSamples]) -> int:
         return samples.sample_count
 
-    def part_batch(self, part: MicroBatchPart, samples: HeldOutTaskSamples, start: int, stop: int) -> VisionBatch:
+    def part_batch(self, part: MicroBatchPart, samples: PartSamples[TaskSamples], start: int, stop: int) -> VisionBatch:
         return self._batch({part.name: samples.rows(start, stop)})
 
     def losses_of(self, part: MicroBatchPart) -> slice:
@@ -72,12 +70,7 @@ class Tasks(PartObjective[VisionBatch]):
         start = names.index(part.losses[0])
         return slice(start, start + len(part.losses))
 
-    def load_validation(self, manifest: "DataManifest") -> Mapping[str, HeldOutTaskSamples]:
-        from mhmoe_ray.families.vision.data.samples import vision_validation_samples
-
-        return vision_validation_samples(self.spec, manifest)
-
-    def adapt(self, samples: Mapping[str, HeldOutTaskSamples], step: int) -> Sequence[TopKChange]:
+    def adapt(self, samples: Mapping[str, PartSamples[TaskSamples]], step: int) -> Sequence[TopKChange]:
         """Validate the tasks, adapt how many experts each of them chooses, and return the changes, equal on all ranks.
 
         This is a collective operation. Nothing happens unless the spec makes these numbers adaptive and `step` is a

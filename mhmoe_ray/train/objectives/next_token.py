@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mhmoe_ray.data.samples import validation_samples
 from mhmoe_ray.data.shards.columns import (
     EXPERT,
     TOKENS,
@@ -173,9 +174,6 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
     def load_validation(self, manifest: "DataManifest") -> dict[str, MicroBatch]:
         """Return the held-out samples of each part that has any, by its name; "" is the only name without
         `data.parts`."""
-        # The import is here, because the module of the stream needs Ray, and nothing else in this file does.
-        from mhmoe_ray.data.stream import validation_samples
-
         spec, batches = self.spec, {}
         for part in spec.parts:
             sources = part.sources if part.name else None

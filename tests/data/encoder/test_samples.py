@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+from mhmoe_ray.data.samples import held_out_samples
+from mhmoe_ray.data.shards.columns import IMAGE, TOKENS
+from mhmoe_ray.data.shards.files import to_batch, write_shard
 from mhmoe_ray.data.shards.manifest import DataManifest, Domain
-from mhmoe_ray.data.shards.rows import row_batch, write_row_shard
-from mhmoe_ray.families.encoder.data.samples import SampleMaker, encoder_validation_samples
+from mhmoe_ray.families.encoder.data.samples import SampleMaker
 from mhmoe_ray.families.images.crops import read_crop
 from tests.data.pictures import make_pictures
 from tests.support.encoders import PADDING, encoder_spec
@@ -26,7 +28,7 @@ def prepared(tmp_path):
     tokens[4:9] = PADDING
     images = [b""] * 4 + IMAGES
     shards = [
-        write_row_shard(tmp_path, f"validation/{start}.arrow", row_batch(tokens[start:stop], images[start:stop]))
+        write_shard(tmp_path, f"{start}.arrow", to_batch({TOKENS: tokens[start:stop], IMAGE: images[start:stop]}))
         for start, stop in ((0, 6), (6, 16))
     ]
     domains = {f"{name}/all": Domain.model_construct(validation_samples=count) for name, count in COUNTS.items()}
@@ -41,15 +43,14 @@ def test_held_out_samples_are_decoded_micro_batch_by_micro_batch(prepared, monke
         "mhmoe_ray.families.encoder.data.samples.read_crop",
         lambda content, *arguments: decoded_images.append(content) or read_crop(content, *arguments),
     )
-    samples = encoder_validation_samples(spec, manifest)
+    samples = held_out_samples(spec, manifest)
     assert {name: part_samples.sample_count for name, part_samples in samples.items()} == {
         "texts": 4,
         "images": 5,
         "pairs": 7,
     }
     assert decoded_images == []
-    pairs = next(part for part in spec.parts if part.name == "pairs")
-    samples["pairs"].rows(pairs, 2, 5)
+    samples["pairs"].rows(2, 5)
     assert decoded_images == images[11:14]
 
 
@@ -57,15 +58,15 @@ def test_held_out_samples_are_decoded_micro_batch_by_micro_batch(prepared, monke
 def test_held_out_samples_are_the_same_in_any_micro_batches(prepared, name, rows):
     spec, manifest, tokens, images = prepared
     part = next(part for part in spec.parts if part.name == name)
-    samples = encoder_validation_samples(spec, manifest)[name]
+    samples = held_out_samples(spec, manifest)[name]
     count = samples.sample_count
     labels = [f"validation {name} {number}" for number in range(count)]
-    expected = SampleMaker(spec, 2).make(part, tokens[rows], images[rows], labels, crops=False)
+    expected = SampleMaker(spec, 2).make(part, {TOKENS: tokens[rows], IMAGE: images[rows]}, labels, crops=False)
     for size in (1, 3, count):
         for start in range(0, count, size):
             stop = min(count, start + size)
-            columns = zip(samples.rows(part, start, stop), expected.rows(part, start, stop), strict=True)
+            columns = zip(samples.rows(start, stop), expected.rows(start, stop), strict=True)
             assert all(np.array_equal(column, expected_column) for column, expected_column in columns)
     # A rank without samples has empty columns of the same types.
-    for column, expected_column in zip(samples.rows(part, count, count), expected.rows(part, 0, 0), strict=True):
+    for column, expected_column in zip(samples.rows(count, count), expected.rows(0, 0), strict=True):
         assert (column.shape, column.dtype) == (expected_column.shape, expected_column.dtype)

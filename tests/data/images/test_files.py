@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mhmoe_ray.data.images.files import TooManyPixelsError, check_image_file, decode_image
-from mhmoe_ray.data.images.jpeg import count_scans
+from mhmoe_ray.data.images.files import TooManyPixelsError, check_image_file, count_scans, decode_image
 from tests.data.pictures import bomb, encode_image, jpeg_of_scans, tiff_of_tile
 
 

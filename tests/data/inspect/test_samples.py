@@ -3,8 +3,8 @@ import pytest
 
 from mhmoe_ray.data.inspect.samples import decode_samples
 from mhmoe_ray.data.order.mixture import training_order
-from mhmoe_ray.data.shards.columns import padding_token
-from mhmoe_ray.data.shards.files import write_shard
+from mhmoe_ray.data.shards.columns import TOKENS, padding_token
+from mhmoe_ray.data.shards.files import to_batch, write_shard
 from mhmoe_ray.data.sources import find_files
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, train_tokenizer
 from mhmoe_ray.errors import DataError
@@ -32,7 +32,13 @@ def prepared(tmp_path_factory):
         rows[name] = stream[np.arange(count)[:, None] * 24 + np.arange(25)]
         if name == "web/c":
             rows[name][:, 20:] = padding_token(2)
-        shards[name] = [write_shard(spec.data.prepared, f"train/{name}/00000.arrow", rows[name].astype(np.uint16))]
+        shards[name] = [
+            write_shard(
+                spec.data.prepared,
+                f"train/{name}/00000.arrow",
+                to_batch({TOKENS: rows[name].astype(np.uint16)}),
+            )
+        ]
     manifest = make_manifest({name: len(domain_rows) for name, domain_rows in rows.items()})
     manifest = manifest.model_copy(
         update={"domains": {n: d.model_copy(update={"shards": shards[n]}) for n, d in manifest.domains.items()}}

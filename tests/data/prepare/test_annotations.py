@@ -3,19 +3,20 @@
 from mhmoe_ray.data.images.annotations import Annotation, Instance, pack
 from mhmoe_ray.data.prepare.chunks import Chunk
 from mhmoe_ray.data.prepare.tokenise import TokenisedChunk, tokenise_chunk
-from mhmoe_ray.data.sources import Tally
+from mhmoe_ray.data.sources import Document, Tally
 from mhmoe_ray.data.tokenizer.train import train_bpe
 
 NAME_WITHOUT_ANNOTATIONS = "0da6bc7b325fcdbc3cbba3ac98ededb8c0b008bd"
-"""Name of the part of `CHUNK`. It must not change, because parts that earlier versions have written are reused."""
-CHUNK = Chunk(0, 0, ["", "a boat"], Tally(), False, None, [b"image", b""], ["hash", ""])
+"""Name of the part of `DOCUMENTS`. It must not change, because parts that earlier versions have written are reused."""
+DOCUMENTS = [Document("", 1, image=b"image", image_hash="hash"), Document("a boat", 2)]
 
 
 def test_a_part_is_named_by_its_annotations(tmp_path):
     train_bpe(["a boat on the sea"], 300).save(str(tmp_path / "tokenizer.json"))
 
-    def part_name(annotations):
-        chunk = CHUNK._replace(annotations=annotations)
+    def part_name(*annotations):
+        documents = [document._replace(annotation=a) for document, a in zip(DOCUMENTS, annotations, strict=True)]
+        chunk = Chunk(0, 0, documents, Tally(), False)
         assert Chunk.from_table(chunk.as_table()) == chunk
         row = tokenise_chunk(
             chunk.as_table(),
@@ -30,6 +31,6 @@ def test_a_part_is_named_by_its_annotations(tmp_path):
 
     objects = Annotation(image_id=7, instances=(Instance("boat", (0.0, 0.5, 2.0, 3.0), None),))
     contents = [pack(Annotation("boat")), pack(Annotation("moon")), pack(objects), pack(objects._replace(image_id=8))]
-    names = [part_name(None), *(part_name([content, b""]) for content in contents), part_name([b"", contents[0]])]
+    names = [part_name(None, None), *(part_name(content, None) for content in contents), part_name(None, contents[0])]
     assert names[0] == NAME_WITHOUT_ANNOTATIONS
     assert len(set(names)) == len(names)

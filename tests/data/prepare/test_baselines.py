@@ -56,3 +56,11 @@ def test_join_pairs_counts_domains_together():
     assert compute_baselines(joined_pairs, validation, 4) == compute_baselines(
         token_pairs(np.vstack([first_samples, second_samples]), 9), validation, 4
     )
+
+
+def test_baselines_without_training_text_are_those_of_equally_likely_tokens():
+    """The rows of an encoder may all have images alone, while held-out ones have texts."""
+    without_text = token_pairs(np.full((3, 4), 9), 9)
+    baselines = compute_baselines(without_text, token_pairs(np.array([[0, 1, 1, 9], [3, 2, 2, 2]]), 9), vocab_size=4)
+    assert baselines.bigram == pytest.approx(np.log(4))
+    assert baselines.bigram_tokens == 0

@@ -42,7 +42,7 @@ def test_best_fit_keeps_short_documents_whole(lengths, seq_len):
         if len(document) <= seq_len:
             text = " ".join(map(str, [*document, START])) + " "
             assert any(text in row for row in rows)
-    assert packing.cut_documents == sum(len(d) > seq_len for d in documents)
+    assert packing.whole_documents == sum(len(d) <= seq_len for d in documents)
 
 
 # A conversation is drawn as a mask, which tells for each of its tokens whether it is a target.
@@ -69,7 +69,7 @@ def test_best_fit_makes_each_target_of_conversations_one_once(conversations, seq
         tokens = sample[TOKENS].tolist()
         actual.update((tokens[i - 1], tokens[i]) for i in range(1, seq_len + 1) if sample[TARGETS][i])
     assert actual == expected
-    assert (packing.documents, packing.cut_documents) == (len(documents), sum(len(d) > seq_len for d in documents))
+    assert packing.whole_documents == sum(len(d) <= seq_len for d in documents)
     assert packing.padding == int((packing.samples[TOKENS] == PADDING).sum())
     assert not (packing.samples[TOKENS] == PADDING)[packing.samples[TARGETS]].any()
 

@@ -18,7 +18,7 @@ def chunk_counts(folder, lines, characters):
         table, spec=spec, limit=QuarantineLimit(spec, files), quarantine=folder / "out", characters=characters
     )
     chunks = [Chunk.from_table(chunk_table) for chunk_table in tables]
-    return [(len(chunk.texts), chunk.tally.bad_lines) for chunk in chunks]
+    return [(len(chunk.documents), chunk.tally.bad_lines) for chunk in chunks]
 
 
 def test_chunks_depend_on_the_content_of_a_file_only(tmp_path):

@@ -2,8 +2,7 @@
 
 import pytest
 
-from mhmoe_ray.data.prepare.rows import RowCounts
-from mhmoe_ray.data.prepare.tokenise import Part, PartCounts
+from mhmoe_ray.data.prepare.parts import Part, PartCounts, RowCounts
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.families.vision.data.rows import classes_of_tasks
 from tests.support.visions import vision_spec

@@ -15,9 +15,9 @@ def test_concat_makes_every_token_but_the_first_a_target_once(tmp_path_factory, 
     stream = write_stream(tmp_path_factory.mktemp("parts"), tokens, token_bytes)
     all_tokens = np.concatenate([*tokens, np.empty(0, int)])
     assert len(stream) == len(all_tokens)
-    cuts = plan_concat(stream, seq_len, rows)
+    cuts = plan_concat("web/a", stream, seq_len, rows)
     assert all(c.samples == rows for c in cuts[:-1])
-    samples_by_cut = [cut_concat(c.stream.read(), c.samples, seq_len) for c in cuts]
+    samples_by_cut = [cut_concat(c.tokens.read(), c.samples, seq_len) for c in cuts]
     sample_count = max(0, len(all_tokens) - 1) // seq_len
     assert sum(map(len, samples_by_cut)) == sample_count
     if samples_by_cut:
@@ -43,7 +43,8 @@ def test_count_whole_documents_counts_documents_within_a_sample(tmp_path_factory
     tokens = [np.array(sum((next(document_iterator) for _ in part), []), int) for part in parts]
     stream = write_stream(tmp_path_factory.mktemp("parts"), tokens)
     actual = sum(
-        count_whole_documents(c.stream.read(), c.samples, seq_len, START) for c in plan_concat(stream, seq_len, rows)
+        count_whole_documents(c.tokens.read(), c.samples, seq_len, START)
+        for c in plan_concat("web/a", stream, seq_len, rows)
     )
     assert actual == expected
 

@@ -1,7 +1,7 @@
 import pytest
 
 from mhmoe_ray.data.prepare.checks import check_not_empty
-from mhmoe_ray.data.prepare.tokenise import Part, PartCounts
+from mhmoe_ray.data.prepare.parts import Part, PartCounts
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.errors import DataError
 from tests.data.texts import make_documents

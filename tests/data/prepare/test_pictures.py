@@ -13,10 +13,10 @@ import torch
 from mhmoe_ray.data.prepare.job import PrepareRequest
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.shards.columns import padding_token
-from mhmoe_ray.data.shards.files import verify_shards
+from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import read_data_manifest
 from mhmoe_ray.data.shards.recipe import recipe, require_prepared_data
-from mhmoe_ray.data.shards.rows import RowReader
+from mhmoe_ray.data.shards.verify import verify_shards
 from mhmoe_ray.data.sources.images import image_hash
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
 from mhmoe_ray.errors import DataError
@@ -123,9 +123,8 @@ def tokenizer_content() -> str:
 
 def read_rows(folder: Path, shards) -> list[tuple[bytes, bytes]]:
     """Return the tokens as bytes and the image of each row of some shards."""
-    reader = RowReader(folder, shards, 2)
-    tokens, images = reader.read(np.arange(len(reader)))
-    assert np.array_equal(tokens, reader.read_tokens(np.arange(len(reader))))
+    reader = ShardReader(folder, shards, 2)
+    tokens, images = reader.read(np.arange(len(reader))), reader.read_values("image", np.arange(len(reader)))
     return [(row.tobytes(), image) for row, image in zip(tokens, images, strict=True)]
 
 

@@ -4,16 +4,23 @@ import numpy as np
 import pytest
 
 from mhmoe_ray.data.prepare.checks import sparse_parts
-from mhmoe_ray.data.prepare.finish import finish_rows
-from mhmoe_ray.data.prepare.rows import RowCounts, RowPart, RowSlice, plan_row_shards, rows_file, write_validation_rows
-from mhmoe_ray.data.prepare.tokenise import Part, PartCounts
+from mhmoe_ray.data.prepare.finish import finish
+from mhmoe_ray.data.prepare.packing import PackingSettings
+from mhmoe_ray.data.prepare.parts import Part, PartCounts, PartSlice, RowCounts, part_file
+from mhmoe_ray.data.prepare.rows import plan_row_shards, write_validation_rows
 from mhmoe_ray.data.prepare.validation import select_rows
+from mhmoe_ray.data.shards.columns import IMAGE, TOKENS
+from mhmoe_ray.data.shards.files import ShardReader, file_content, to_batch
 from mhmoe_ray.data.shards.manifest import Domain
 from mhmoe_ray.data.shards.recipe import recipe
-from mhmoe_ray.data.shards.rows import RowReader, file_content, row_batch
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.families.encoder.data.rows import check_rows_not_empty
 from tests.support.encoders import ENCODER, encoder_spec
+
+
+def settings(folder):
+    """Return the settings of a preparation whose parts are in the subfolder `parts`."""
+    return PackingSettings(folder, folder / "parts", seq_len=4, token_bytes=2, start=0)
 
 
 def selected_counts(available, max_samples):
@@ -50,26 +57,26 @@ def test_validation_samples_are_rows_of_their_slices(tmp_path):
         held_out[domain] = []
         for part in range(3):
             tokens = np.arange(10, dtype=np.uint16)[:, None].repeat(4, 1) + np.uint16(first_token + 10 * part)
-            path = rows_file(tmp_path / "parts", f"{domain[0]}{part}")
+            path = part_file(tmp_path / "parts", f"{domain[0]}{part}", has_rows=True)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(file_content(row_batch(tokens, [b""] * 10)))
-            held_out[domain].append(RowSlice(f"{domain[0]}{part}", 6, 10))
-    split = write_validation_rows(tmp_path, tmp_path / "parts", held_out, 6, 2)
+            path.write_bytes(file_content(to_batch({TOKENS: tokens, IMAGE: [b""] * 10})))
+            held_out[domain].append(PartSlice(f"{domain[0]}{part}", 6, 10))
+    split = write_validation_rows(settings(tmp_path), held_out, 6)
     assert split.sample_counts == {"a/all": 3, "b/all": 3}
-    tokens = RowReader(tmp_path, split.shards, 2).read_tokens(np.arange(6))
+    tokens = ShardReader(tmp_path, split.shards, 2).read(np.arange(6))
     assert tokens[:, 0].tolist() == [6, 18, 29, 106, 118, 129]
 
 
 def test_validation_shards_are_filled_with_rows(tmp_path, monkeypatch):
     """The size of a shard counts the images of its own rows, and not those of other rows of the same part."""
     monkeypatch.setattr("mhmoe_ray.data.prepare.rows.SHARD_BYTES", 25_000)
-    path = rows_file(tmp_path / "parts", "part")
+    path = part_file(tmp_path / "parts", "part", has_rows=True)
     path.parent.mkdir(parents=True)
     images = [bytes([number]) * 10_000 for number in range(8)]
-    path.write_bytes(file_content(row_batch(np.zeros((8, 4), np.uint16), images)))
-    split = write_validation_rows(tmp_path, tmp_path / "parts", {"a/all": [RowSlice("part", 0, 8)]}, 8, 2)
+    path.write_bytes(file_content(to_batch({TOKENS: np.zeros((8, 4), np.uint16), IMAGE: images})))
+    split = write_validation_rows(settings(tmp_path), {"a/all": [PartSlice("part", 0, 8)]}, 8)
     assert [shard.rows for shard in split.shards] == [3, 3, 2]
-    assert RowReader(tmp_path, split.shards, 2).read_values("image", np.arange(8)) == images
+    assert ShardReader(tmp_path, split.shards, 2).read_values("image", np.arange(8)) == images
 
 
 def test_a_part_with_less_than_a_micro_batch_of_held_out_samples_is_a_warning():
@@ -102,11 +109,11 @@ def test_fine_tuning_on_images_alone_needs_no_texts(tmp_path):
     spec = fine_tuning_spec("images", data__prepared=str(tmp_path))
     counts = PartCounts(documents=8, held_out_documents=2, rows=RowCounts(samples=8, held_out_samples=2, images=8))
     check_rows_not_empty(spec, {"pictures/all": [Part(0, 0, "part", counts)]})
-    path = rows_file(tmp_path / "parts", "part")
+    path = part_file(tmp_path / "parts", "part", has_rows=True)
     path.parent.mkdir(parents=True)
-    path.write_bytes(file_content(row_batch(np.full((10, 12), 65_535, np.uint16), [b"an image"] * 10)))
-    held_out = {"pictures/all": [RowSlice("part", 8, 10)]}
-    result = finish_rows(tmp_path, tmp_path / "parts", held_out, {"pictures/all": []}, spec, 2)
+    path.write_bytes(file_content(to_batch({TOKENS: np.full((10, 12), 65_535, np.uint16), IMAGE: [b"an image"] * 10})))
+    held_out = {"pictures/all": [PartSlice("part", 8, 10)]}
+    result = finish(settings(tmp_path), held_out, {"pictures/all": []}, spec)
     assert result.baselines is None
     assert result.validation.sample_counts == {"pictures/all": 2}
     # An encoder that also reads texts needs held-out documents with a text.
@@ -130,7 +137,8 @@ def test_a_codebook_that_no_part_predicts_is_not_made(part):
 def test_a_shard_has_a_limited_number_of_parts(monkeypatch):
     """All parts of a shard are mapped at once when it is written."""
     monkeypatch.setattr("mhmoe_ray.data.prepare.rows.SHARD_PARTS", 3)
-    parts = [RowPart(f"part{number}", 1, RowCounts(samples=number % 4)) for number in range(12)]
+    counts = [PartCounts(documents=1, rows=RowCounts(samples=number % 4)) for number in range(12)]
+    parts = [Part(0, number, f"part{number}", counts[number]) for number in range(12)]
     plans = plan_row_shards("a/all", parts, 8)
     assert [len(plan.slices) for plan in plans] == [3, 3, 3]
     assert [s.name for plan in plans for s in plan.slices] == [f"part{n}" for n in range(12) if n % 4]

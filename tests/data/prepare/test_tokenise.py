@@ -9,7 +9,7 @@ from mhmoe_ray.data.prepare.parts import part_file
 from mhmoe_ray.data.prepare.tokenise import TokenisedChunk, tokenise_chunk
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.shards.columns import DOCUMENT_STARTS, TARGETS, TOKENS, conversation_dtype
-from mhmoe_ray.data.sources import Tally
+from mhmoe_ray.data.sources import Document, Tally
 from mhmoe_ray.data.tokenizer.train import train_bpe
 
 
@@ -19,7 +19,7 @@ def tokenise(tmp_path):
     train_bpe(["a boat on the sea"], 300).save(str(tmp_path / "tokenizer.json"))
 
     def tokenise_texts(*texts, sha256="1", share=0.5) -> TokenisedChunk:
-        table = Chunk(0, 0, list(texts), Tally(), False).as_table()
+        table = Chunk(0, 0, [Document(text, 1) for text in texts], Tally(), False).as_table()
         paths = {"tokenizer": tmp_path / "tokenizer.json", "parts": tmp_path / "parts"}
         row = tokenise_chunk(table, **paths, tokenizer_sha256=sha256, validation_fraction=share, token_bytes=2)
         return TokenisedChunk.from_row({key: value for key, [value] in row.items()})
@@ -45,7 +45,8 @@ def test_parts_of_conversations_have_all_columns(tmp_path):
     conversations = [RenderedConversation(text, (span,)) for text in texts]
 
     def tokenise_conversations(conversations):
-        chunk = Chunk(0, 0, [f"{i} yes" for i in range(9)], Tally(), False, conversations)
+        documents = [Document(f"{i} yes", 1, conversation=conversation) for i, conversation in enumerate(conversations)]
+        chunk = Chunk(0, 0, documents, Tally(), False)
         assert Chunk.from_table(chunk.as_table()) == chunk
         row = tokenise_chunk(
             chunk.as_table(),

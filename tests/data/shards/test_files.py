@@ -17,7 +17,7 @@ from mhmoe_ray.data.shards.columns import (
     token_bytes_for,
     with_all_columns,
 )
-from mhmoe_ray.data.shards.files import ShardReader, rows_per_shard, write_shard
+from mhmoe_ray.data.shards.files import ShardReader, rows_per_shard, to_batch, write_shard
 from mhmoe_ray.train.objectives.next_token import sample_digest
 from tests.data.shards.manifests import make_manifest
 
@@ -26,7 +26,7 @@ from tests.data.shards.manifests import make_manifest
 def test_shard_reader_reads_samples_in_any_order(tmp_path, token_bytes):
     rows = (np.arange(500 * 10).reshape(500, 10) % 60_000).astype(f"<u{token_bytes}")
     parts = np.split(rows, [35, 36, 400])
-    shards = [write_shard(tmp_path, f"d/{i}.arrow", part) for i, part in enumerate(parts)]
+    shards = [write_shard(tmp_path, f"d/{i}.arrow", to_batch(columns_of(part))) for i, part in enumerate(parts)]
     assert [s.rows for s in shards] == [35, 1, 364, 100]
     reader = ShardReader(tmp_path, shards, token_bytes)
     assert len(reader) == 500
@@ -39,7 +39,7 @@ def test_shard_reader_reads_samples_in_any_order(tmp_path, token_bytes):
 
 def test_write_shard_writes_an_arrow_file(tmp_path):
     rows = np.arange(30, dtype="<u2").reshape(3, 10)
-    write_shard(tmp_path, "a.arrow", rows)
+    write_shard(tmp_path, "a.arrow", to_batch({TOKENS: rows}))
     with pa.memory_map(str(tmp_path / "a.arrow")) as source:
         table = pa.ipc.open_file(source).read_all()
     assert [np.frombuffer(value, "<u2").tolist() for value in table["tokens"].to_pylist()] == rows.tolist()
@@ -48,7 +48,7 @@ def test_write_shard_writes_an_arrow_file(tmp_path):
 def test_shards_of_text_have_the_bytes_of_earlier_versions(tmp_path):
     """Runs that an earlier version started can be continued, because their shards and digests stay valid."""
     rows = (np.arange(3 * 17).reshape(3, 17) * 977 % 60_000).astype("<u2")
-    shard = write_shard(tmp_path, "a.arrow", rows)
+    shard = write_shard(tmp_path, "a.arrow", to_batch({TOKENS: rows}))
     assert shard.sha256 == "d29f8c034adc8fb5940a94171c07b1525ac2879ffc492f4a463e5e3282762c84"
     assert sample_digest(rows) == 185014230202366
     manifest = json.dumps(make_manifest({"web/a": 3}).model_dump(mode="json"))
@@ -62,7 +62,10 @@ def test_shard_reader_reads_all_columns_of_conversations(tmp_path, token_bytes):
     rows = np.empty((60, 21), conversation_dtype(token_bytes))
     rows[TOKENS] = generator.integers(0, 60_000, rows.shape)
     rows[TARGETS], rows[DOCUMENT_STARTS] = generator.random((2, *rows.shape)) < 0.5
-    shards = [write_shard(tmp_path, f"{i}.arrow", part) for i, part in enumerate(np.split(rows, [7, 50]))]
+    shards = [
+        write_shard(tmp_path, f"{i}.arrow", to_batch(columns_of(part)))
+        for i, part in enumerate(np.split(rows, [7, 50]))
+    ]
     indices = generator.integers(0, 60, 40)
     actual = ShardReader(tmp_path, shards, token_bytes).read(indices)
     assert actual.dtype == rows.dtype

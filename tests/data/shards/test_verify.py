@@ -1,6 +1,5 @@
-from mhmoe_ray.data.shards.files import file_problem
 from mhmoe_ray.data.shards.manifest import TEMPLATE_FILE, ChatData, read_data_manifest
-from mhmoe_ray.storage import describe_file
+from mhmoe_ray.storage import describe_file, file_problem
 from tests.data.shards.folders import expected_reports, make_folders
 from tests.data.shards.verify_by_tasks import verification_report
 

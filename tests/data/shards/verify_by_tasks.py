@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mhmoe_ray.data.shards import files
+from mhmoe_ray.data.shards import verify
 from mhmoe_ray.data.shards.manifest import read_data_manifest
 from mhmoe_ray.errors import DataError
 
@@ -12,7 +12,7 @@ def verification_report(folder: Path) -> str:
     manifest = read_data_manifest(folder)
     assert manifest is not None
     try:
-        files.verify_shards(folder, manifest)
+        verify.verify_shards(folder, manifest)
     except DataError as e:
         return str(e)
     return "sound"
@@ -24,5 +24,5 @@ def verification_report_by_tasks(folder: Path) -> str:
     All later verifications of this process use tasks, too.
     """
     # With this limit, every folder counts as too large to be verified in this process.
-    files.LOCAL_CHECK_BYTES = 0
+    verify.LOCAL_CHECK_BYTES = 0
     return verification_report(folder)

@@ -237,8 +237,10 @@ def test_chunks_have_the_annotations(tmp_path):
             block, spec=spec, limit=QuarantineLimit(spec, files), quarantine=tmp_path / "out", characters=1 << 30
         )
     ]
-    assert [json.loads(content) for content in chunk.annotations] == [{"class": n} for n in sorted(NAMES * 2)]
-    assert chunk.texts == [""] * 6
+    assert [json.loads(document.annotation) for document in chunk.documents] == [
+        {"class": n} for n in sorted(NAMES * 2)
+    ]
+    assert [document.text for document in chunk.documents] == [""] * 6
     plain_spec = data_spec(tmp_path / "folder", format="images")
     [*tables] = read_chunks(
         file_blocks(find_files(plain_spec))[0],
@@ -247,4 +249,4 @@ def test_chunks_have_the_annotations(tmp_path):
         quarantine=tmp_path / "out",
         characters=1 << 30,
     )
-    assert Chunk.from_table(tables[0]).annotations is None
+    assert all(document.annotation is None for document in Chunk.from_table(tables[0]).documents)

@@ -7,9 +7,10 @@ import pytest
 
 from mhmoe_ray.data.images.annotations import Annotation, Instance, pack
 from mhmoe_ray.data.images.files import decode_image
+from mhmoe_ray.data.samples import held_out_samples, stored_held_out
+from mhmoe_ray.data.shards.columns import ANNOTATION, IMAGE
+from mhmoe_ray.data.shards.files import to_batch, write_shard
 from mhmoe_ray.data.shards.manifest import DataManifest, Domain
-from mhmoe_ray.data.shards.rows import row_batch, write_row_shard
-from mhmoe_ray.families.vision.data.samples import held_out_images, vision_validation_samples
 from tests.data.pictures import make_pictures
 from tests.support.visions import vision_spec
 
@@ -25,7 +26,9 @@ ANNOTATIONS += [
 def prepared(tmp_path):
     """Return a spec with the manifest of its held-out samples, which are in two shards."""
     shards = [
-        write_row_shard(tmp_path, f"{start}.arrow", row_batch(None, IMAGES[start:stop], ANNOTATIONS[start:stop]))
+        write_shard(
+            tmp_path, f"{start}.arrow", to_batch({IMAGE: IMAGES[start:stop], ANNOTATION: ANNOTATIONS[start:stop]})
+        )
         for start, stop in ((0, 3), (3, 9))
     ]
     (tmp_path / "classes.json").write_text(json.dumps(CLASSES))
@@ -36,11 +39,11 @@ def prepared(tmp_path):
 
 
 def test_held_out_images_are_those_of_the_sources_of_a_task(prepared):
-    stored = held_out_images(*prepared)
+    stored = stored_held_out(*prepared, (IMAGE, ANNOTATION))
     assert stored.keys() == CLASSES.keys()
-    assert [*stored["classify"].images] == IMAGES[:5]
-    assert stored["detect"].images[2] == IMAGES[7]
-    assert [*stored["detect"].annotations] == ANNOTATIONS[5:]
+    assert [*stored["classify"][IMAGE]] == IMAGES[:5]
+    assert stored["detect"][IMAGE][2] == IMAGES[7]
+    assert [*stored["detect"][ANNOTATION]] == ANNOTATIONS[5:]
 
 
 def test_held_out_samples_are_decoded_micro_batch_by_micro_batch(prepared, monkeypatch):
@@ -49,7 +52,7 @@ def test_held_out_samples_are_decoded_micro_batch_by_micro_batch(prepared, monke
         "mhmoe_ray.families.vision.data.samples.decode_image",
         lambda content: decoded_images.append(content) or decode_image(content),
     )
-    samples = vision_validation_samples(*prepared)
+    samples = held_out_samples(*prepared)
     assert {name: task_samples.sample_count for name, task_samples in samples.items()} == {"classify": 5, "detect": 4}
     assert decoded_images == []
     assert samples["classify"].rows(2, 5).classes.tolist() == [0, 1, 0]
@@ -61,7 +64,7 @@ def test_held_out_samples_are_decoded_micro_batch_by_micro_batch(prepared, monke
 
 
 def test_held_out_samples_are_the_same_in_any_micro_batches(prepared):
-    samples = vision_validation_samples(*prepared)["detect"]
+    samples = held_out_samples(*prepared)["detect"]
     all_samples = samples.rows(0, 4)
     for start, stop in ((0, 2), (2, 3), (3, 4)):
         part = samples.rows(start, stop)

@@ -8,6 +8,7 @@ from PIL import Image
 
 from mhmoe_ray.data.images.annotations import Annotation, Instance, pack
 from mhmoe_ray.data.images.files import decode_image, image_size
+from mhmoe_ray.data.shards.columns import ANNOTATION, IMAGE
 from mhmoe_ray.families.vision.data.fit import Fit, fit_pixels
 from mhmoe_ray.families.vision.data.samples import TaskSampleMaker
 from tests.data.pictures import encode_image
@@ -15,10 +16,12 @@ from tests.support.instances import NAMES, instance, square_mask
 from tests.support.visions import vision_spec
 
 
-def maker(**changes):
-    """Return the maker of the samples of detection, whose images have 32 x 32 pixels."""
+def detect(image, annotation, label=None, **changes):
+    """Return the samples of detection of one image, as the model reads 32 x 32 pixels; `label` asks for a crop."""
     spec = vision_spec(**changes)
-    return TaskSampleMaker(spec, spec.parts[1], NAMES)
+    stored = {IMAGE: [image], ANNOTATION: [pack(annotation)]}
+    maker = TaskSampleMaker(spec, {"detect": NAMES})
+    return maker.make(spec.parts[1], stored, [label or ""], crops=label is not None)
 
 
 def image_with(mask):
@@ -36,8 +39,8 @@ def red_pixels(pixels):
 @pytest.mark.parametrize("label", [f"detect {number}" for number in range(6)])
 def test_boxes_and_masks_of_a_crop_are_those_of_its_pixels(label, flip):
     mask = square_mask(80, 120, 20, 40, 36)
-    annotation = pack(Annotation(instances=(instance(mask),)))
-    samples = maker(data__images={"min_crop": 0.6, "flip": flip}).make([image_with(mask)], [annotation], [label])
+    annotation = Annotation(instances=(instance(mask),))
+    samples = detect(image_with(mask), annotation, label, data__images={"min_crop": 0.6, "flip": flip})
     [objects] = samples.objects
     seen_mask = red_pixels(samples.images[0])
     if not len(objects.boxes):
@@ -53,7 +56,7 @@ def test_boxes_and_masks_of_a_crop_are_those_of_its_pixels(label, flip):
 
 def test_evaluation_scales_whole_images_into_the_square():
     mask = square_mask(40, 80, 10, 20, 20)
-    samples = maker().make([image_with(mask)], [pack(Annotation(instances=(instance(mask, "circle"),)))], None)
+    samples = detect(image_with(mask), Annotation(instances=(instance(mask, "circle"),)))
     assert samples.images.shape == (1, 32, 32, 3)
     assert np.all(samples.images[0, 16:] == 128)
     [objects] = samples.objects
@@ -69,7 +72,7 @@ def test_objects_of_crowds_and_slivers_are_left_out():
     visible, crowd = square_mask(64, 64, 4, 4, 20), square_mask(64, 64, 30, 30, 20)
     tiny = square_mask(64, 64, 60, 60, 2)
     annotation = Annotation(instances=(instance(visible), instance(crowd, is_crowd=True), instance(tiny, "ring")))
-    [objects] = maker().make([image_with(visible)], [pack(annotation)], None).objects
+    [objects] = detect(image_with(visible), annotation).objects
     assert objects.classes.tolist() == [2]
 
 
@@ -77,16 +80,17 @@ def test_an_object_with_a_box_alone_is_read_for_a_detector_without_masks():
     changes = {"model__vision__tasks__detect__detector__masks": False}
     box_only = Instance("ring", (16.0, 8.0, 48.0, 40.0), None)
     image = image_with(square_mask(64, 64, 8, 16, 32))
-    [objects] = maker(**changes).make([image], [pack(Annotation(instances=(box_only,)))], None).objects
+    [objects] = detect(image, Annotation(instances=(box_only,)), **changes).objects
     assert objects.boxes.tolist() == [[8, 4, 24, 20]]
     assert objects.masks.shape == (0, 32, 32)
 
 
 def test_classes_have_the_numbers_of_the_names_of_the_task():
     spec = vision_spec()
-    class_maker = TaskSampleMaker(spec, spec.parts[0], ["ant", "bee", "cat"])
+    class_maker = TaskSampleMaker(spec, {"classify": ["ant", "bee", "cat"]})
     images = [encode_image(np.full((20, 30, 3), value, np.uint8)) for value in (10, 90, 170)]
-    samples = class_maker.make(images, [pack(Annotation(name)) for name in ("cat", "ant", "cat")], None)
+    stored = {IMAGE: images, ANNOTATION: [pack(Annotation(name)) for name in ("cat", "ant", "cat")]}
+    samples = class_maker.make(spec.parts[0], stored, [""] * 3, crops=False)
     assert samples.classes.tolist() == [2, 0, 2]
     assert samples.images.shape == (3, 16, 16, 3)
     assert samples.images[:, 8, 8, 0].tolist() == [10, 90, 170]

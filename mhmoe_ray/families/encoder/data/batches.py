@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mhmoe_ray.data.family import PartSamples
 from mhmoe_ray.data.shards.columns import padding_token, token_bytes_for
 from mhmoe_ray.families.encoder.data.columns import EncoderSamples
 from mhmoe_ray.families.encoder.model import EncoderBatch, Group, GroupSize
@@ -16,18 +16,7 @@ from mhmoe_ray.model.transfer import copy_to_device
 from mhmoe_ray.spec import MicroBatchPart, ModelSpec
 
 
-class PartSamples(Protocol):
-    """Samples of one part of micro-batches, in memory (`EncoderSamples`) or decoded on access (`HeldOutSamples`)."""
-
-    @property
-    def sample_count(self) -> int:
-        """The number of samples of the part."""
-
-    def rows(self, part: MicroBatchPart, start: int, stop: int) -> EncoderSamples:
-        """Return samples `start` to `stop` - 1 of the part."""
-
-
-def evaluated_samples(part: MicroBatchPart, samples: PartSamples) -> int:
+def evaluated_samples(part: MicroBatchPart, samples: PartSamples[EncoderSamples]) -> int:
     """Return how many samples of a part an evaluation uses, counted from the first one.
 
     If the objective compares images with texts and there are enough samples, only full micro-batches are used: a

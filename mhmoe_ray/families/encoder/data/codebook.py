@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mhmoe_ray.data.shards.columns import IMAGE
+from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import CODEBOOK_FILE, Shard
-from mhmoe_ray.data.shards.rows import RowReader
 from mhmoe_ray.families.encoder.data.batches import normalized_patches
 from mhmoe_ray.families.images.crops import read_crop
 from mhmoe_ray.families.images.patches import image_patches
@@ -32,26 +33,24 @@ def write_codebook(folder: Path, shards: Mapping[str, Sequence[Shard]], encoder:
 
     The images of `shards` must have at least as many patches as the codebook has entries.
     """
-    readers = [RowReader(folder, shards[name], token_bytes) for name in sorted(shards) if shards[name]]
-    codebook = k_means(sample_patches(readers, encoder), encoder.codebook_size)
+    reader = ShardReader(folder, [shard for name in sorted(shards) for shard in shards[name]], token_bytes)
+    codebook = k_means(sample_patches(reader, encoder), encoder.codebook_size)
     sink = io.BytesIO()
     np.save(sink, codebook)
     replace_file(folder / CODEBOOK_FILE, sink.getvalue())
     return hashlib.sha256(sink.getvalue()).hexdigest()
 
 
-def sample_patches(readers: Sequence[RowReader], encoder: EncoderSpec) -> np.ndarray:
+def sample_patches(reader: ShardReader, encoder: EncoderSpec) -> np.ndarray:
     """Return a random sample of normalized patches of training images, (patches, values) float32."""
     random = np.random.default_rng(_SEED)
-    ends = np.cumsum([0, *map(len, readers)])
-    image_count = min(int(ends[-1]), MAX_IMAGES)
+    image_count = min(len(reader), MAX_IMAGES)
     patch_count = max(encoder.codebook_size, SAMPLE_BYTES // (4 * encoder.patch_values))
     per_image = min(encoder.patches, -(-patch_count // image_count))
-    numbers = np.sort(random.choice(ends[-1], image_count, replace=False))
+    numbers = np.sort(random.choice(len(reader), image_count, replace=False))
     patches = np.empty((image_count, per_image, encoder.patch_values), np.float32)
     for index, number in enumerate(numbers):
-        reader = int(np.searchsorted(ends, number, side="right")) - 1
-        _, [image] = readers[reader].read(np.array([number - ends[reader]]))
+        [image] = reader.read_values(IMAGE, np.array([number]))
         patch_numbers = np.sort(random.choice(encoder.patches, per_image, replace=False))
         pixels = read_crop(image, encoder.image_size)
         image_NYXC = torch.from_numpy(np.array(pixels))[None]

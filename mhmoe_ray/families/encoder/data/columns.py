@@ -1,11 +1,9 @@
 """The columns of an encoder's samples in memory."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-
-from mhmoe_ray.spec import MicroBatchPart
 
 
 class EncoderSamples(NamedTuple):
@@ -23,7 +21,7 @@ class EncoderSamples(NamedTuple):
     """Mask, (texts, T) bool: hidden tokens, or in captions the positions that predict the next token or the end."""
 
     @classmethod
-    def join(cls, parts: Sequence["EncoderSamples"]) -> "EncoderSamples":
+    def join(cls, parts: Iterable["EncoderSamples"]) -> "EncoderSamples":
         """Join the samples of several parts of a micro-batch, one part after another."""
         return cls(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
@@ -32,7 +30,7 @@ class EncoderSamples(NamedTuple):
         """The number of samples, all of which must belong to one part."""
         return max(len(self.images), len(self.tokens))
 
-    def rows(self, part: MicroBatchPart, start: int, stop: int) -> "EncoderSamples":
-        """Return samples `start` to `stop` - 1 of `part`, to which all samples of this object must belong."""
-        image_rows, text_rows = (slice(start, stop) if name in part.columns else slice(0) for name in ("image", "text"))
-        return EncoderSamples(*(column[image_rows] for column in self[:2]), *(column[text_rows] for column in self[2:]))
+    def rows(self, start: int, stop: int) -> "EncoderSamples":
+        """Return samples `start` to `stop` - 1; all samples must belong to one part."""
+        # A column that the part does not have is empty, and so is any slice of it.
+        return EncoderSamples(*(column[start:stop] for column in self))

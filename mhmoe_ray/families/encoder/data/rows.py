@@ -8,16 +8,17 @@ import numpy as np
 
 from mhmoe_ray.data.family import Facts, FamilyData
 from mhmoe_ray.data.shards.columns import token_bytes_for
-from mhmoe_ray.data.shards.files import file_problem
 from mhmoe_ray.data.shards.manifest import CODEBOOK_FILE, DataManifest, EncoderData
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.families.encoder.data.columns import EncoderSamples
 from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.storage import file_problem
 
 if TYPE_CHECKING:
-    from mhmoe_ray.data.prepare.tokenise import Part
+    from mhmoe_ray.data.prepare.parts import Part
+    from mhmoe_ray.data.samples import TrainingSamples
     from mhmoe_ray.data.shards.manifest import Shard
-    from mhmoe_ray.families.encoder.data.samples import EncoderTrainingSamples
+    from mhmoe_ray.families.encoder.data.samples import SampleMaker
 
 
 class EncoderRows(FamilyData):
@@ -74,12 +75,13 @@ class EncoderRows(FamilyData):
         # as input, and a mask.
         return images * (3 * encoder.image_size**2 + encoder.patches) + texts * 9 * spec.data.seq_len
 
-    def training_samples(self, spec: RunSpec) -> "EncoderTrainingSamples":
-        from mhmoe_ray.families.encoder.data.samples import EncoderTrainingSamples
+    def sample_maker(self, spec: RunSpec, manifest: DataManifest) -> "SampleMaker":
+        from mhmoe_ray.families.encoder.data.samples import SampleMaker
 
-        return EncoderTrainingSamples.open_cached(spec)
+        return SampleMaker(spec, manifest.token_bytes)
 
-    def stream_columns(self, micro_batches: Sequence[EncoderSamples]) -> dict[str, np.ndarray]:
+    def stream_columns(self, samples: "TrainingSamples", rows: np.ndarray) -> dict[str, np.ndarray]:
+        micro_batches = [EncoderSamples.join(samples.read_micro_batch(int(row)).values()) for row in rows]
         return {name: np.stack([getattr(row, name) for row in micro_batches]) for name in EncoderSamples._fields}
 
 

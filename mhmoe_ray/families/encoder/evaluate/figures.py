@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest
 from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
+from mhmoe_ray.data.samples import held_out_samples
 from mhmoe_ray.data.shards.manifest import require_data_manifest, require_matching_data
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries
 from mhmoe_ray.evaluate.context import EvaluationAnswer, EvaluationContext
@@ -17,12 +18,12 @@ from mhmoe_ray.evaluate.request import RoutingCounts
 from mhmoe_ray.evaluate.score import CaptionFigures, ClassScore, EncoderFigures, EncoderLossScore
 from mhmoe_ray.families.encoder.checkpoint import load_verified_encoder
 from mhmoe_ray.families.encoder.data.rows import read_codebook
-from mhmoe_ray.families.encoder.data.samples import Pairs, encoder_validation_samples, held_out_pairs
+from mhmoe_ray.families.encoder.data.samples import Pairs, held_out_pairs
 from mhmoe_ray.families.encoder.evaluate.captions import score_captions
 from mhmoe_ray.families.encoder.evaluate.meter import EncoderMeter, raw_pairs
 from mhmoe_ray.families.encoder.evaluate.probe import classify
 from mhmoe_ray.families.encoder.evaluate.retrieval import Candidates, nearest_scores, retrieval_figures
-from mhmoe_ray.families.images.nearest import NearestImages, training_manifest, training_readers
+from mhmoe_ray.families.images.nearest import NearestImages, training_manifest, training_reader
 from mhmoe_ray.spec import RunSpec
 
 EXAMPLES = 8
@@ -57,7 +58,7 @@ def encoder_figures(context: EvaluationContext) -> EvaluationAnswer:
     tokenizer = load_run_tokenizer(checkpoint, manifest)
     losses: dict[str, EncoderLossScore] = {}
     if data is not None:
-        losses = meter.losses(encoder_validation_samples(spec, data))
+        losses = meter.losses(held_out_samples(spec, data))
         pairs = held_out_pairs(spec, data)
     else:
         assert request.text is not None
@@ -99,9 +100,8 @@ def _read_baseline(
     if manifest is None:
         return None
     pair_sources = [name for name, source in spec.data.sources.items() if len(source.sample_columns) > 1]
-    readers = training_readers(spec, manifest, pair_sources)
-    tokens = np.concatenate([reader.read_tokens(np.arange(len(reader))) for reader in readers])
-    return Baseline(tokens, NearestImages.of_training(readers))
+    reader = training_reader(spec, manifest, pair_sources)
+    return Baseline(reader.read(np.arange(len(reader))), NearestImages.of_training(reader))
 
 
 def _class_score(pairs: Pairs, probe_pairs: Sequence[Pairs], meter: EncoderMeter) -> ClassScore:

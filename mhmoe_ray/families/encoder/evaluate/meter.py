@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from mhmoe_ray.data.draws import seeded_hash
+from mhmoe_ray.data.family import PartSamples
 from mhmoe_ray.data.prepare.rows import token_rows
-from mhmoe_ray.data.shards.columns import padding_token, token_bytes_for
+from mhmoe_ray.data.shards.columns import IMAGE, TOKENS, padding_token, token_bytes_for
 from mhmoe_ray.data.sources import Document, FileReader, find_files
 from mhmoe_ray.data.tokenizer import DocumentEncoder
 from mhmoe_ray.errors import DataError
@@ -19,7 +20,8 @@ from mhmoe_ray.evaluate.context import Progress
 from mhmoe_ray.evaluate.measure import RouteCounter
 from mhmoe_ray.evaluate.request import RoutingCounts
 from mhmoe_ray.evaluate.score import EncoderLossScore, ImageValue
-from mhmoe_ray.families.encoder.data.batches import BatchMaker, PartSamples, evaluated_samples
+from mhmoe_ray.families.encoder.data.batches import BatchMaker, evaluated_samples
+from mhmoe_ray.families.encoder.data.columns import EncoderSamples
 from mhmoe_ray.families.encoder.data.samples import Pairs, SampleMaker
 from mhmoe_ray.families.encoder.evaluate.retrieval import Candidates
 from mhmoe_ray.families.encoder.model import Encoded, Encoder
@@ -53,20 +55,20 @@ class EncoderMeter:
         self._batch_maker = BatchMaker(spec.model, self._device, codebook)
 
     @torch.no_grad()
-    def _sums(self, name: str, part: MicroBatchPart, samples: PartSamples) -> np.ndarray:
+    def _sums(self, name: str, part: MicroBatchPart, samples: PartSamples[EncoderSamples]) -> np.ndarray:
         """Return the sum over targets and the number of targets of each loss of a part, (losses, 2)."""
         total = evaluated_samples(part, samples)
         sums = np.zeros((len(part.losses), 2))
         for start in range(0, total, part.samples):
             stop = min(total, start + part.samples)
-            batch = self._batch_maker.make([part._replace(samples=stop - start)], samples.rows(part, start, stop))
+            batch = self._batch_maker.make([part._replace(samples=stop - start)], samples.rows(start, stop))
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._use_bfloat16):
                 losses = self._model(batch).losses
             sums += [[float(loss.value_I.double().sum()), len(loss.value_I)] for loss in losses]
             self._on_progress(name, stop, total)
         return sums
 
-    def losses(self, samples: Mapping[str, PartSamples]) -> dict[str, EncoderLossScore]:
+    def losses(self, samples: Mapping[str, PartSamples[EncoderSamples]]) -> dict[str, EncoderLossScore]:
         """Return the mean of each loss, by its name, over the held-out samples of each part."""
         scores = {}
         for part in self._spec.parts:
@@ -92,7 +94,7 @@ class EncoderMeter:
         text = pair._replace(name="texts", columns=("text",))
         maker = SampleMaker(self._spec, token_bytes_for(self._spec.model.vocab_size))
         labels = [f"value of the image {pairs.domain} {number}" for number in range(len(pairs.images))]
-        samples = maker.make(pair, pairs.tokens, pairs.images, labels, crops=False)
+        samples = maker.make(pair, {TOKENS: pairs.tokens, IMAGE: pairs.images}, labels, crops=False)
         samples = samples._replace(patch_hidden=np.zeros_like(samples.patch_hidden))
         losses, tokens = {}, 0
         for name, part, images in (
@@ -128,9 +130,8 @@ class EncoderMeter:
         for start in range(0, count, part.samples):
             stop = min(count, start + part.samples)
             batch_part = part._replace(samples=stop - start)
-            samples = maker.make(
-                batch_part, tokens[start:stop], images[start:stop], [""] * batch_part.samples, crops=False
-            )
+            stored = {TOKENS: tokens[start:stop], IMAGE: images[start:stop]}
+            samples = maker.make(batch_part, stored, [""] * batch_part.samples, crops=False)
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._use_bfloat16):
                 encoded = self._model.encode(self._batch_maker.make([batch_part], samples))
             yield encoded
@@ -157,8 +158,8 @@ class EncoderMeter:
         for start in range(0, len(pairs.images), batch_size):
             stop = min(len(pairs.images), start + batch_size)
             part = pair._replace(samples=stop - start)
-            labels = [""] * part.samples
-            samples = maker.make(part, pairs.tokens[start:stop], pairs.images[start:stop], labels, crops=False)
+            stored = {TOKENS: pairs.tokens[start:stop], IMAGE: pairs.images[start:stop]}
+            samples = maker.make(part, stored, [""] * part.samples, crops=False)
             batch = self._batch_maker.make([part._replace(objective=objective)], samples)
             is_text_N = torch.zeros(batch.token_NT.numel(), dtype=torch.bool, device=self._device)
             is_image_N = torch.ones(part.samples * self._model.image_tokens, dtype=torch.bool, device=self._device)

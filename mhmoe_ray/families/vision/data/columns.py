@@ -1,8 +1,8 @@
 """Samples of a vision model in memory, and as columns of the training stream. This module reads no prepared data."""
 
-import io
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -49,17 +49,6 @@ class TaskSamples(NamedTuple):
             yield from image_objects
 
 
-class HeldOutTaskSamples(Protocol):
-    """Held-out samples of one task, in memory (`TaskSamples`) or decoded on access (`StoredSamples`)."""
-
-    @property
-    def sample_count(self) -> int:
-        """The number of held-out samples of the task."""
-
-    def rows(self, start: int, stop: int) -> TaskSamples:
-        """Return held-out samples `start` to `stop` - 1 of the task."""
-
-
 VisionSamples = Mapping[str, TaskSamples]
 """Samples of a micro-batch of a vision model, by the name of the task."""
 
@@ -89,27 +78,17 @@ def samples_in_row(row: Mapping[str, np.ndarray], parts: Sequence[MicroBatchPart
         if part.objective == "classify":
             samples[part.name] = TaskSamples(images, np.array(row[f"{part.name} classes"][0]))
         else:
-            samples[part.name] = TaskSamples(images, None, _unpack_objects(row[f"{part.name} objects"][0]))
+            objects = _unpack_objects(row[f"{part.name} objects"][0], images.shape[1])
+            samples[part.name] = TaskSamples(images, None, objects)
     return samples
 
 
 def _pack_objects(objects: Sequence[ImageObjects]) -> bytes:
     # Images have different numbers of objects, so their arrays have different shapes and cannot be rows of one column
-    # of arrays. They are stored as bytes instead.
-    buffer = io.BytesIO()
-    arrays = dict[str, Any]()
-    for number, (boxes, classes, masks) in enumerate(objects):
-        arrays |= {f"boxes{number}": boxes, f"classes{number}": classes, f"shape{number}": np.array(masks.shape)}
-        arrays[f"masks{number}"] = np.packbits(masks)
-    np.savez(buffer, **arrays)
-    return buffer.getvalue()
+    # of arrays. They are stored as bytes instead, their masks with 8 pixels in a byte.
+    return pickle.dumps([o._replace(masks=np.packbits(o.masks, axis=2)) for o in objects])
 
 
-def _unpack_objects(content: bytes) -> list[ImageObjects]:
-    objects = []
-    with np.load(io.BytesIO(content)) as arrays:
-        for number in range(len(arrays.files) // 4):
-            shape = tuple(arrays[f"shape{number}"])
-            masks = np.unpackbits(arrays[f"masks{number}"], count=int(np.prod(shape))).reshape(shape).astype(bool)
-            objects.append(ImageObjects(arrays[f"boxes{number}"], arrays[f"classes{number}"], masks))
-    return objects
+def _unpack_objects(content: bytes, size: int) -> list[ImageObjects]:
+    objects: list[ImageObjects] = pickle.loads(content)
+    return [o._replace(masks=np.unpackbits(o.masks, axis=2, count=size).astype(bool)) for o in objects]

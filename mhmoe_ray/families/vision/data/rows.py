@@ -8,15 +8,17 @@ import numpy as np
 
 from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.family import Facts, FamilyData
-from mhmoe_ray.data.shards.manifest import CLASSES_FILE, VisionData
+from mhmoe_ray.data.shards.manifest import CLASSES_FILE, VisionData, read_classes
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.families.vision.data.columns import VisionSamples, stream_columns
+from mhmoe_ray.families.vision.data.columns import stream_columns
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import describe_file, write_json
 
 if TYPE_CHECKING:
-    from mhmoe_ray.data.prepare.tokenise import Part
-    from mhmoe_ray.families.vision.data.samples import VisionTrainingSamples
+    from mhmoe_ray.data.prepare.parts import Part
+    from mhmoe_ray.data.samples import TrainingSamples
+    from mhmoe_ray.data.shards.manifest import DataManifest
+    from mhmoe_ray.families.vision.data.samples import TaskSampleMaker
 
 
 class VisionRows(FamilyData):
@@ -39,13 +41,13 @@ class VisionRows(FamilyData):
         assert vision is not None
         return sum(3 * vision.tasks[part.name].image_size ** 2 * part.samples for part in spec.parts)
 
-    def training_samples(self, spec: RunSpec) -> "VisionTrainingSamples":
-        from mhmoe_ray.families.vision.data.samples import VisionTrainingSamples
+    def sample_maker(self, spec: RunSpec, manifest: "DataManifest") -> "TaskSampleMaker":
+        from mhmoe_ray.families.vision.data.samples import TaskSampleMaker
 
-        return VisionTrainingSamples.open_cached(spec)
+        return TaskSampleMaker(spec, read_classes(spec.data.prepared / CLASSES_FILE))
 
-    def stream_columns(self, micro_batches: Sequence[VisionSamples]) -> dict[str, np.ndarray]:
-        return stream_columns(micro_batches)
+    def stream_columns(self, samples: "TrainingSamples", rows: np.ndarray) -> dict[str, np.ndarray]:
+        return stream_columns([samples.read_micro_batch(int(row)) for row in rows])
 
 
 def classes_of_tasks(spec: RunSpec, by_domain: "Mapping[str, Sequence[Part]]") -> dict[str, list[str]]:

@@ -5,18 +5,17 @@ filled up with grey to a square. A random crop depends only on the seed, the tas
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mhmoe_ray.data.family import PartSampleMaker
 from mhmoe_ray.data.images.annotations import Annotation, Instance, decode_mask, unpack
 from mhmoe_ray.data.images.files import decode_image
-from mhmoe_ray.data.order.rows import RowOrder, held_out_numbers
-from mhmoe_ray.data.shards.manifest import CLASSES_FILE, DataManifest, read_classes
-from mhmoe_ray.data.shards.rows import ANNOTATION, IMAGE, RowReader, StoredValues
+from mhmoe_ray.data.shards.columns import ANNOTATION, IMAGE, StoredColumns
 from mhmoe_ray.families.images.crops import Crop, centre_crop, crop_pixels, random_crop
-from mhmoe_ray.families.vision.data.columns import ImageObjects, TaskSamples, VisionSamples
+from mhmoe_ray.families.vision.data.columns import ImageObjects, TaskSamples
 from mhmoe_ray.families.vision.data.fit import Fit, fit_pixels
 from mhmoe_ray.spec import MicroBatchPart, RunSpec
 
@@ -29,32 +28,34 @@ MIN_SIDE = 2
 """Smallest height and width of an object, in pixels of the image that the model reads; smaller ones are left out."""
 
 
-class TaskSampleMaker:
-    """Maker of one task's samples from stored images; `class_names` are in the order of the classes' numbers."""
+class TaskSampleMaker(PartSampleMaker):
+    """Maker of samples from stored images; `classes` has each task's class names in the order of their numbers."""
 
-    def __init__(self, spec: RunSpec, part: MicroBatchPart, class_names: Sequence[str]) -> None:
+    columns = (IMAGE, ANNOTATION)
+
+    def __init__(self, spec: RunSpec, classes: Mapping[str, Sequence[str]]) -> None:
         assert spec.model.vision is not None
-        self._spec, self._part, self._task = spec, part, spec.model.vision.tasks[part.name]
-        self._numbers = {name: number for number, name in enumerate(class_names)}
+        self._spec, self._tasks = spec, spec.model.vision.tasks
+        self._numbers = {
+            task: {name: number for number, name in enumerate(class_names)} for task, class_names in classes.items()
+        }
 
-    def make(self, images: Sequence[bytes], annotations: Sequence[bytes], labels: Sequence[str] | None) -> TaskSamples:
-        """Return samples of the task from encoded images and stored annotations.
-
-        With the seed of the run, a sample's label determines its random crop; `labels` is None in evaluation.
-        """
-        size, unpacked = self._task.image_size, [unpack(content) for content in annotations]
-        choosers = [self._crop_function(label) for label in labels] if labels is not None else [None] * len(images)
-        decoded = (decode_image(content) for content in images)
-        if self._task.detector is None:
+    def make(self, part: MicroBatchPart, stored: StoredColumns, labels: Sequence[str], *, crops: bool) -> TaskSamples:
+        """Return samples of the task of a part; a label determines the random crop."""
+        task, size = self._tasks[part.name], self._tasks[part.name].image_size
+        annotations = [unpack(content) for content in stored[ANNOTATION]]
+        choosers = [self._crop_function(label) if crops else None for label in labels]
+        decoded = (decode_image(content) for content in stored[IMAGE])
+        if task.detector is None:
             pixels = [
                 crop_pixels(image, size, choose_crop or centre_crop)
                 for image, choose_crop in zip(decoded, choosers, strict=True)
             ]
-            classes = [self._numbers[a.class_name] for a in unpacked if a.class_name is not None]
+            classes = [self._numbers[part.name][a.class_name] for a in annotations if a.class_name is not None]
             return TaskSamples(_stack(pixels, size), np.array(classes, np.int64))
         samples = [
-            self._read_objects(image, annotation, choose_crop)
-            for image, annotation, choose_crop in zip(decoded, unpacked, choosers, strict=True)
+            self._read_objects(part, image, annotation, choose_crop)
+            for image, annotation, choose_crop in zip(decoded, annotations, choosers, strict=True)
         ]
         return TaskSamples(_stack([pixels for pixels, _ in samples], size), None, [objects for _, objects in samples])
 
@@ -62,12 +63,16 @@ class TaskSampleMaker:
         return partial(random_crop, images=self._spec.data.images, seed=self._spec.seed, label=f"{label} crop")
 
     def _read_objects(
-        self, image: "Image.Image", annotation: Annotation, choose_crop: Callable[[int, int], Crop] | None
+        self,
+        part: MicroBatchPart,
+        image: "Image.Image",
+        annotation: Annotation,
+        choose_crop: Callable[[int, int], Crop] | None,
     ) -> tuple[np.ndarray, ImageObjects]:
         """Return an image as the model reads it, with its objects that remain visible after the crop."""
         from PIL import Image
 
-        size, (width, height) = self._task.image_size, image.size
+        size, (width, height) = self._tasks[part.name].image_size, image.size
         if choose_crop is None:
             crop, target_size = Crop((0, 0, width, height)), Fit.of_image(width, height, size)[1:]
             pixels = fit_pixels(image, size)
@@ -90,8 +95,8 @@ class TaskSampleMaker:
             box = _visible_box(instance, mask, crop, target_size, size)
             if box is not None:
                 boxes.append(box)
-                classes.append(self._numbers[instance.class_name])
-                masks += [mask] if self._part.has_masks and mask is not None else []
+                classes.append(self._numbers[part.name][instance.class_name])
+                masks += [mask] if part.has_masks and mask is not None else []
         return pixels, ImageObjects(
             np.array(boxes, np.float32).reshape(-1, 4),
             np.array(classes, np.int64),
@@ -126,79 +131,3 @@ def _visible_box(
             return None
         box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
     return box if min(box[2:] - box[:2]) >= MIN_SIDE else None
-
-
-def task_makers(spec: RunSpec, classes: Mapping[str, Sequence[str]]) -> dict[str, TaskSampleMaker]:
-    """Return the maker of each task's samples, by the name of the task; `classes` has each task's class names."""
-    return {part.name: TaskSampleMaker(spec, part, classes[part.name]) for part in spec.parts}
-
-
-class VisionTrainingSamples:
-    """Random access to the samples of a vision model's training, by the number of the micro-batch."""
-
-    def __init__(self, spec: RunSpec) -> None:
-        self._order = RowOrder(spec)
-        self._makers = task_makers(spec, read_classes(spec.data.prepared / CLASSES_FILE))
-
-    @staticmethod
-    def open_cached(spec: RunSpec) -> "VisionTrainingSamples":
-        """Return the training samples of a spec, which a process caches for its next Ray tasks."""
-        return _open_samples(spec.model_dump_json())
-
-    def read(self, micro_batch: int) -> VisionSamples:
-        """Return the samples of all tasks in a micro-batch."""
-        samples = {}
-        for part in self._order.parts(micro_batch):
-            columns = {name: [b""] * len(part.positions) for name in (IMAGE, ANNOTATION)}
-            for group in self._order.locate(part.positions):
-                for name, values in columns.items():
-                    for index, value in zip(group.indices, group.reader.read_values(name, group.numbers), strict=True):
-                        values[index] = value
-            samples[part.part.name] = self._makers[part.part.name].make(
-                columns[IMAGE], columns[ANNOTATION], part.labels
-            )
-        return samples
-
-
-# The argument is JSON, since a cache needs hashable arguments and a spec is not hashable.
-@lru_cache(maxsize=2)
-def _open_samples(spec_json: str) -> VisionTrainingSamples:
-    return VisionTrainingSamples(RunSpec.model_validate_json(spec_json))
-
-
-class AnnotatedImages(NamedTuple):
-    """Images and annotations of one task, encoded as shards store them."""
-
-    images: Sequence[bytes]
-    annotations: Sequence[bytes]
-
-
-class StoredSamples:
-    """Samples of one task as evaluation reads them, without random crops; they are decoded on access."""
-
-    def __init__(self, maker: TaskSampleMaker, stored: AnnotatedImages) -> None:
-        self._maker, self._stored = maker, stored
-
-    @property
-    def sample_count(self) -> int:
-        """The number of stored samples of the task."""
-        return len(self._stored.images)
-
-    def rows(self, start: int, stop: int) -> TaskSamples:
-        """Return samples `start` to `stop` - 1 of the task, decoded."""
-        return self._maker.make(self._stored.images[start:stop], self._stored.annotations[start:stop], None)
-
-
-def held_out_images(spec: RunSpec, manifest: DataManifest) -> dict[str, AnnotatedImages]:
-    """Return the held-out images of each task that has any, by the name of the task; they are read on access."""
-    reader = RowReader(spec.data.prepared, manifest.validation, manifest.token_bytes)
-    return {
-        name: AnnotatedImages(StoredValues(reader, IMAGE, rows), StoredValues(reader, ANNOTATION, rows))
-        for name, rows in held_out_numbers(spec, manifest).items()
-    }
-
-
-def vision_validation_samples(spec: RunSpec, manifest: DataManifest) -> Mapping[str, StoredSamples]:
-    """Return the held-out samples of each task that has any, by the name of the task, as evaluation reads them."""
-    makers = task_makers(spec, read_classes(spec.data.prepared / CLASSES_FILE))
-    return {name: StoredSamples(makers[name], stored) for name, stored in held_out_images(spec, manifest).items()}

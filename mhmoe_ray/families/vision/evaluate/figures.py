@@ -13,24 +13,22 @@ import torch
 
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest
 from mhmoe_ray.data.domains import source_of
+from mhmoe_ray.data.family import PartSamples
 from mhmoe_ray.data.images.annotations import Annotation, unpack
 from mhmoe_ray.data.images.files import image_size
-from mhmoe_ray.data.shards.manifest import (
-    read_classes,
-    require_data_manifest,
-    require_matching_data,
-)
-from mhmoe_ray.data.shards.rows import ANNOTATION
+from mhmoe_ray.data.samples import HeldOutSamples, stored_held_out
+from mhmoe_ray.data.shards.columns import ANNOTATION, IMAGE, StoredColumns
+from mhmoe_ray.data.shards.manifest import read_classes, require_data_manifest, require_matching_data
 from mhmoe_ray.data.sources import Document, FileReader, find_files
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.evaluate.context import EvaluationAnswer, EvaluationContext, Progress
 from mhmoe_ray.evaluate.measure import RouteCounter
 from mhmoe_ray.evaluate.score import AccuracyFigures, ObjectFigures, VisionFigures
-from mhmoe_ray.families.images.nearest import NearestImages, training_manifest, training_readers
+from mhmoe_ray.families.images.nearest import NearestImages, training_manifest, training_reader
 from mhmoe_ray.families.vision.checkpoint import load_verified_vision
 from mhmoe_ray.families.vision.data.batches import task_batch
-from mhmoe_ray.families.vision.data.columns import HeldOutTaskSamples
-from mhmoe_ray.families.vision.data.samples import AnnotatedImages, StoredSamples, held_out_images, task_makers
+from mhmoe_ray.families.vision.data.columns import TaskSamples
+from mhmoe_ray.families.vision.data.samples import TaskSampleMaker
 from mhmoe_ray.families.vision.evaluate.objects import StoredDetection, average_precision, stored_detection
 from mhmoe_ray.families.vision.model import Features, TaskBatch, Vision
 from mhmoe_ray.spec import DataSpec, MicroBatchPart, RunSpec
@@ -57,7 +55,7 @@ class VisionMeter:
 
     @torch.no_grad()
     def run(
-        self, part: MicroBatchPart, samples: HeldOutTaskSamples, images: Sequence[bytes], label: str
+        self, part: MicroBatchPart, samples: PartSamples[TaskSamples], images: Sequence[bytes], label: str
     ) -> Iterator[TaskOutputs]:
         """Yield the outputs of a task for each batch of its samples, whose routes are counted under `label`."""
         names = list(self._model.tasks)
@@ -118,23 +116,23 @@ def vision_figures(context: EvaluationContext) -> EvaluationAnswer:
     else:
         assert request.prepared is not None
         require_matching_data(manifest.data_sha256, Path(request.prepared), "or evaluate other images")
-        images_by_task = held_out_images(spec, require_data_manifest(Path(request.prepared)))
+        images_by_task = stored_held_out(spec, require_data_manifest(Path(request.prepared)), TaskSampleMaker.columns)
     meter = VisionMeter(model, use_bfloat16=request.half, on_progress=on_progress)
-    figures, makers = VisionFigures(losses={}), task_makers(spec, classes)
+    figures, maker = VisionFigures(losses={}), TaskSampleMaker(spec, classes)
     for part in spec.parts:
         if (stored := images_by_task.get(part.name)) is None:
             continue
-        annotations = [unpack(content) for content in stored.annotations]
+        images, annotations = stored[IMAGE], [unpack(content) for content in stored[ANNOTATION]]
         _check_annotations(part, annotations, classes[part.name])
-        samples = StoredSamples(makers[part.name], stored)
-        outputs = list(meter.run(part, samples, stored.images, f"{part.name} images"))
+        samples = HeldOutSamples(maker, part, stored)
+        outputs = list(meter.run(part, samples, images, f"{part.name} images"))
         for name, values in zip(part.losses, zip(*(o.losses for o in outputs), strict=True), strict=True):
             figures.losses[name] = float(np.concatenate(values).mean())
         if part.objective == "classify":
             logits_NC = np.concatenate([o.logits_NC for o in outputs if o.logits_NC is not None])
             neighbours = _read_baseline(spec, part, manifest, print_line)
             figures.classes[part.name] = _accuracy_figures(
-                logits_NC, annotations, classes[part.name], stored.images, neighbours
+                logits_NC, annotations, classes[part.name], images, neighbours
             )
         else:
             detections = [detection for o in outputs for detection in o.detections]
@@ -142,7 +140,7 @@ def vision_figures(context: EvaluationContext) -> EvaluationAnswer:
                 images=len(annotations),
                 objects=sum(not i.is_crowd for annotation in annotations for i in annotation.instances),
                 precision=average_precision(
-                    stored.images, annotations, detections, classes[part.name], finds_masks=part.has_masks
+                    images, annotations, detections, classes[part.name], finds_masks=part.has_masks
                 ),
             )
     routing = {} if meter.counter is None else meter.counter.routing_counts()
@@ -151,7 +149,7 @@ def vision_figures(context: EvaluationContext) -> EvaluationAnswer:
 
 def _raw_images(
     data: DataSpec, spec: RunSpec, classes: Mapping[str, Sequence[str]], max_images: int
-) -> dict[str, AnnotatedImages]:
+) -> dict[str, StoredColumns]:
     """Return the annotated images in raw data by task, at most `max_images` of each source."""
     rows_by_source: dict[str, list[tuple[bytes, bytes]]] = {name: [] for name in data.sources}
     for file in find_files(data):
@@ -165,7 +163,10 @@ def _raw_images(
     for name, rows in rows_by_source.items():
         task = _task_of_source(name, data, spec, classes, [annotation for _, annotation in rows])
         rows_by_task.setdefault(task, []).extend(rows)
-    return {task: AnnotatedImages(*map(list, zip(*rows, strict=True))) for task, rows in rows_by_task.items()}
+    return {
+        task: dict(zip((IMAGE, ANNOTATION), map(list, zip(*rows, strict=True)), strict=True))
+        for task, rows in rows_by_task.items()
+    }
 
 
 def _task_of_source(
@@ -220,12 +221,10 @@ def _read_baseline(
     manifest = training_manifest(spec, checkpoint_manifest.data_sha256, print_line)
     if manifest is None:
         return None
-    readers = training_readers(spec, manifest, part.sources)
-    class_names = list[str]()
-    for reader in readers:
-        annotations = reader.read_values(ANNOTATION, np.arange(len(reader)))
-        class_names += [unpack(content).class_name or "" for content in annotations]
-    return _Neighbours(NearestImages.of_training(readers), class_names)
+    reader = training_reader(spec, manifest, part.sources)
+    annotations = reader.read_values(ANNOTATION, np.arange(len(reader)))
+    class_names = [unpack(content).class_name or "" for content in annotations]
+    return _Neighbours(NearestImages.of_training(reader), class_names)
 
 
 def _accuracy_figures(
