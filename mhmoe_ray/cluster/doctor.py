@@ -315,9 +315,6 @@ def _is_loose_run(path: Path) -> bool:
         return False
 
 
-__all__ = ["Finding", "examine"]
-
-
 def examine(address: str | None, folder: str) -> Iterator[Finding]:
     """Yield the findings of all checks as they are made; `folder` holds run directories and need not exist yet."""
     yield from machine_findings()
