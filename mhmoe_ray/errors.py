@@ -85,14 +85,27 @@ class ServeError(MhmoeError):
 _KINDS = (SpecError, DataError, ClusterError, TokenError, RunError, CheckpointError, JobError, ServeError)
 
 
+def task_error(error: Exception) -> Exception:
+    """Return the error that a Ray task raised, without the wrappers of Ray; any other error is returned as it is."""
+    from ray.exceptions import RayTaskError
+
+    # A task may have waited for another task, so that its error has the other task's error as its cause.
+    while isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
+        error = error.cause
+    return error
+
+
 @contextmanager
 def logging_errors() -> Iterator[None]:
     """Context manager for the work of a job: print an `MhmoeError` as one line, and exit with its exit code."""
     try:
         yield
-    except MhmoeError as e:
-        e.log()
-        sys.exit(e.exit_code)
+    except Exception as e:
+        error = task_error(e)
+        if not isinstance(error, MhmoeError):
+            raise
+        error.log()
+        sys.exit(error.exit_code)
 
 
 def logged(log: str) -> MhmoeError | None:

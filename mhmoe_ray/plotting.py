@@ -42,7 +42,7 @@ def style() -> Iterator[None]:
         import matplotlib as mpl
     except ImportError as e:
         raise DataError(
-            "pictures", "matplotlib is missing", "pip install 'mhmoe-ray[plots]', or [report] for reports"
+            "images", "matplotlib is missing", "pip install 'mhmoe-ray[plots]', or [report] for reports"
         ) from e
     with mpl.rc_context(_STYLE):
         yield
@@ -89,4 +89,4 @@ def writing(subject: str, fix: str) -> Iterator[None]:
 
 
 def _writing(path: Path) -> AbstractContextManager[None]:
-    return writing(f"picture {path}", "name a file you can write")
+    return writing(f"image {path}", "name a file you can write")

@@ -1,9 +1,9 @@
 """Protocol of commands that run on a cluster as Ray jobs: a request, a module that answers it, and a result.
 
 Each kind of job is a subclass of `RemoteJob` with the fields of its request. The cluster runs `python -m MODULE
-JOB_NAME` with the request in an environment variable, which the module reads with `received`. Log lines for the user
-begin with the kind of job, and an `MhmoeError` becomes a log line, too (`errors.logging_errors`). The result is written
-to the log, unless a subclass stores it elsewhere and overrides `result`.
+JOB_NAME` with the request in an environment variable, and the module calls `main` of its subclass. Log lines for the
+user begin with the kind of job, and an `MhmoeError` becomes a log line, too (`errors.logging_errors`). The result is
+written to the log, unless a subclass stores it elsewhere and overrides `result`.
 
 `cluster/remote.py` submits a request and follows the job. This module does not need Ray.
 """
@@ -17,6 +17,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from pydantic import BaseModel, TypeAdapter
+
+from mhmoe_ray.errors import logging_errors
 
 VARIABLE = "MHMOE_REQUEST"
 """Environment variable with a job's compressed request. Linux limits a variable to 128 KiB, but the thousand paths of
@@ -57,8 +59,27 @@ class RemoteJob(BaseModel, Generic[R]):
         return {}
 
     @classmethod
+    def main(cls) -> None:
+        """Answer the request that this process, the job, was submitted with; log errors for the user."""
+        import ray
+
+        request = cls.received()
+        ray.init()
+        with logging_errors():
+            request.execute()
+
+    def execute(self) -> None:
+        """Do the work of the job, after `ray.init`."""
+        raise NotImplementedError
+
+    @classmethod
+    def print_line(cls, line: str) -> None:
+        """Write a line for the user to the job's log."""
+        print(f"{cls.kind}: {line}", flush=True)
+
+    @classmethod
     def received(cls) -> Self:
-        """Return the request that this process, the job, was submitted with."""
+        """Return the request that this process was submitted with."""
         return cls.model_validate_json(unpacked(os.environ[VARIABLE]))
 
     @classmethod

@@ -31,7 +31,7 @@ def log_lines(
         connection = connect_recorded(attempt.address)
         if rank is not None:
             return _worker_log(run, connection, rank, follow, on_note)
-        if jobs.status(connection, attempt.job) is None:
+        if jobs.info(connection, attempt.job) is None:
             raise JobError(f"job {attempt.job}", "the cluster does not know it", "see `mhmoe list`")
         if follow:
             return jobs.follow_logs(connection, attempt.job)

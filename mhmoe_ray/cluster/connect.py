@@ -14,9 +14,8 @@ from urllib.parse import urlsplit
 from mhmoe_ray.cluster import dashboard, submissions, tokens
 from mhmoe_ray.cluster.local import find_local, recorded_address, start_local
 from mhmoe_ray.cluster.spawn import LocalCluster
-from mhmoe_ray.cluster.tokens import Token, state_folder, state_lock
+from mhmoe_ray.cluster.tokens import Token, state_folder, state_lock, write_state
 from mhmoe_ray.errors import ClusterError, TokenError
-from mhmoe_ray.storage import write_json
 
 FILE = "clusters.json"
 LOCAL = "local"
@@ -95,10 +94,7 @@ def forget(name: str) -> None:
 
 
 def _write(clusters: NamedClusters) -> None:
-    path = state_folder() / FILE
-    write_json(path, {"current": clusters.current, "known": {n: asdict(c) for n, c in clusters.by_name.items()}})
-    # The file lists host names and paths of token files, which other users of this machine must not read.
-    path.chmod(0o600)
+    write_state(FILE, {"current": clusters.current, "known": {n: asdict(c) for n, c in clusters.by_name.items()}})
 
 
 @dataclass(frozen=True)

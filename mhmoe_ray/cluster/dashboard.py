@@ -3,7 +3,7 @@
 import ipaddress
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -89,6 +89,16 @@ def streamed(address: str, path: str, token: Token | None) -> Iterator[tuple[int
             yield answer.status_code, answer.iter_content(None)
     except requests.RequestException as e:
         raise unreachable(address, e) from e
+
+
+def complete_lines(chunks: Iterable[str]) -> Iterator[str]:
+    """Yield the lines of a log that arrives in chunks; the last line may lack its line break."""
+    partial_line = ""
+    for chunk in chunks:
+        *lines, partial_line = (partial_line + chunk).split("\n")
+        yield from lines
+    if partial_line:
+        yield partial_line
 
 
 def ray_version(address: str, token: Token | None) -> dict[str, Any]:

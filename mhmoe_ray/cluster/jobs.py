@@ -66,7 +66,7 @@ class JobInfo(NamedTuple):
     status: str
     """One of PENDING, RUNNING, SUCCEEDED, FAILED and STOPPED."""
     message: str
-    """Ray's own message about the job, as one line."""
+    """Ray's own message about the job, as one line, for example why the job could not start."""
     end_time: float
     """End of the job on the head node's clock, in seconds since the epoch; 0 if the job has not ended."""
 
@@ -110,12 +110,6 @@ def submit(connection: Connection, request: Mapping[str, Any]) -> None:
             raise SpecError("cluster.runtime_env", failure_reason(str(e)), "correct it in the spec") from e
 
 
-def status(connection: Connection, job: str) -> str | None:
-    """Return the status of a job as in `JobInfo.status`; None if the cluster knows no such job."""
-    job_info = info(connection, job)
-    return job_info.status if job_info else None
-
-
 def is_alive(connection: Connection, job: str) -> bool:
     """Return whether a job is pending or running; False if the cluster knows no such job."""
     job_info = info(connection, job)
@@ -132,18 +126,10 @@ def find_alive(connection: Connection, key: str, value: str) -> str | None:
     return None
 
 
-def message(connection: Connection, job: str) -> str:
-    """Return Ray's own message about a job as one line, for example why the job could not start."""
-    job_info = info(connection, job)
-    return job_info.message if job_info else "the cluster does not know this job"
-
-
 def info(connection: Connection, job: str) -> JobInfo | None:
     """Return the status, message and end time of a job; None if the cluster knows no such job."""
     details = dashboard.get(connection.address, f"/api/jobs/{job}", connection.token, missing_ok=True)
-    if details is None:
-        return None
-    return _job_info(details)
+    return None if details is None else _job_info(details)
 
 
 def _job_info(details: Mapping[str, Any]) -> JobInfo:
@@ -166,20 +152,15 @@ def follow_logs(connection: Connection, job: str) -> Iterator[str]:
         raise JobError(f"job {job}", "the cluster does not know it", "see `mhmoe list`")
     client = _client(connection)
     with translated_errors(connection, f"job {job}", JobError, "see `mhmoe list`"):
-        partial_line = ""
         try:
             with closing(_items_of_thread(client.tail_job_logs(job))) as chunks:
-                for chunk in chunks:
-                    *lines, partial_line = (partial_line + chunk).split("\n")
-                    yield from lines
+                yield from dashboard.complete_lines(chunks)
         except aiohttp.WSServerHandshakeError as e:
             if e.status in (401, 403):
                 raise tokens.refused_token_error(connection.address, connection.token) from e
             raise RuntimeError(f"the cluster does not know it (status {e.status})") from e
         except aiohttp.ClientError as e:
             raise unreachable(connection.address, e) from e
-        if partial_line:
-            yield partial_line
 
 
 def _items_of_thread(generator: AsyncGenerator[T]) -> Generator[T]:

@@ -16,9 +16,8 @@ from typing import Any
 
 from mhmoe_ray.cluster import dashboard, spawn, tokens
 from mhmoe_ray.cluster.spawn import LocalCluster, spawn_ray
-from mhmoe_ray.cluster.tokens import state_folder, state_lock
+from mhmoe_ray.cluster.tokens import state_folder, state_lock, write_state
 from mhmoe_ray.errors import ClusterError, TokenError
-from mhmoe_ray.storage import write_json
 
 RECORD = "cluster.json"
 """Name of the file in the state folder that records the local cluster."""
@@ -153,7 +152,7 @@ def _end(cluster: LocalCluster) -> None:
 
 
 def _write(cluster: LocalCluster) -> None:
-    write_json(state_folder() / RECORD, asdict(cluster) | {"folder": str(cluster.folder)})
+    write_state(RECORD, asdict(cluster) | {"folder": str(cluster.folder)})
 
 
 def _read() -> LocalCluster | None:

@@ -3,6 +3,7 @@
 A dashboard that does not answer is a ClusterError.
 """
 
+import codecs
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -121,15 +122,6 @@ def process_log(connection: Connection, node: str, pid: int, kind: str, *, follo
                 "see `mhmoe status`, which keeps the last lines of a worker that failed",
             )
             raise JobError(subject, "its node is gone, or has deleted the log", fix)
-        for line in _lines(chunks):
+        for line in dashboard.complete_lines(codecs.iterdecode(chunks, "utf-8", "replace")):
             if not line.startswith(MARK_PREFIXES):
-                yield line
-
-
-def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
-    partial_line = b""
-    for chunk in chunks:
-        *lines, partial_line = (partial_line + chunk).split(b"\n")
-        yield from (line.decode(errors="replace").rstrip("\r") for line in lines)
-    if partial_line:
-        yield partial_line.decode(errors="replace")
+                yield line.rstrip("\r")

@@ -1,6 +1,7 @@
 """Files that are sent to a cluster with a job: our packages, and the folders of its runtime environment."""
 
 import importlib.util
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -72,7 +73,9 @@ def _files(folder: Path, predicates: list[Any]) -> Iterator[Path]:
     """Yield the files below a folder, except those that one of the predicates or an ignore file excludes."""
     from mhmoe_ray.ray_compat import get_excludes_from_ignore_files
 
-    predicates = predicates + get_excludes_from_ignore_files(folder, include_gitignore=True, logger=_SilentLogger())
+    # Ray logs a message about each folder that has a .gitignore or .rayignore file.
+    silent_logger = logging.Logger("silent", logging.ERROR)
+    predicates = predicates + get_excludes_from_ignore_files(folder, include_gitignore=True, logger=silent_logger)
     for path in sorted(folder.iterdir()):
         if any(is_excluded(path) for is_excluded in predicates):
             continue
@@ -80,13 +83,6 @@ def _files(folder: Path, predicates: list[Any]) -> Iterator[Path]:
             yield from _files(path, predicates)
         elif path.is_file():
             yield path
-
-
-class _SilentLogger:
-    """Logger that drops all messages; it is passed to Ray's function that reads .gitignore and .rayignore files."""
-
-    def info(self, *_: object) -> None:
-        """Drop the message; Ray logs one about each folder that has a .gitignore or .rayignore file."""
 
 
 def _format_megabytes(size: int) -> str:

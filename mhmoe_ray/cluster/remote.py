@@ -57,11 +57,12 @@ class SubmittedJob(Generic[R]):
         Without a result, raise the last error that the job logged. If it logged none, for example because it was
         killed, raise a JobError with Ray's message and the remedy `fix`.
         """
-        log = jobs.logs(self.connection, self.name)
+        log, job_info = jobs.logs(self.connection, self.name), jobs.info(self.connection, self.name)
         result = self.request.result(lambda: log)
-        if result is not None and jobs.status(self.connection, self.name) == "SUCCEEDED":
+        if result is not None and job_info and job_info.status == "SUCCEEDED":
             return result
-        raise logged(log) or JobError(subject, jobs.message(self.connection, self.name), fix)
+        reason = job_info.message if job_info else "the cluster does not know this job"
+        raise logged(log) or JobError(subject, reason, fix)
 
 
 def submit(connection: Connection, runtime_env: Mapping[str, Any], request: RemoteJob[R]) -> SubmittedJob[R]:

@@ -54,8 +54,7 @@ def outcome(run: RunDir, connection: Connection, doubt: float = _DOUBT_SECONDS) 
     cluster does not know the job but the run wrote something within `doubt` seconds, another cluster must have the
     address now. Both this and no answer are ClusterErrors. The run must have an attempt.
     """
-    known_outcome = recorded_outcome(events.read(run))
-    if known_outcome:
+    if known_outcome := recorded_outcome(events.read(run)):
         return known_outcome
     attempt = last_attempt(run)
     job = jobs.info(connection, attempt.job)
@@ -63,8 +62,7 @@ def outcome(run: RunDir, connection: Connection, doubt: float = _DOUBT_SECONDS) 
         return None
     if abs(time.time() - (job.end_time if job else attempt.submitted)) < _RECENT_SECONDS:
         time.sleep(_GRACE_SECONDS)
-        known_outcome = recorded_outcome(events.read(run))
-        if known_outcome:
+        if known_outcome := recorded_outcome(events.read(run)):
             return known_outcome
         job = job or jobs.info(connection, attempt.job)
         if job and job.is_alive:
@@ -97,8 +95,7 @@ def outcome_or_lost(run: RunDir, connect_to: Callable[[str], Connection]) -> Out
     If the cluster does not answer, the run counts as failed once it has written nothing for `QUIET_SECONDS`; earlier,
     the ClusterError is raised. A TokenError is always raised.
     """
-    known_outcome = recorded_outcome(events.read(run))
-    if known_outcome:
+    if known_outcome := recorded_outcome(events.read(run)):
         return known_outcome
     try:
         return outcome(run, connect_to(last_attempt(run).address), doubt=QUIET_SECONDS)
@@ -144,13 +141,15 @@ def start_attempt(run: RunDir, spec: RunSpec, connection: Connection, public_add
         # `BaseException` includes Ctrl-C. The run counts as failed only if the cluster says that it does not know the
         # job. If the cluster does not answer, it may have accepted the job, so the run is left as it is.
         with suppress(ClusterError):
-            if jobs.status(connection, job) is None:
+            if jobs.info(connection, job) is None:
                 reason = str(e) or type(e).__name__
                 events.record(run, "failed", reason=f"the job could not be submitted: {reason}")
         raise
     return job
 
 
+REQUESTED_RESOURCES = {"workers", "ep", "cpus_per_worker", "gpus_per_worker"}
+"""Keys of a spec's section `cluster` that `mhmoe status` shows."""
 RunEvents = list[dict[str, Any]]
 """Events of a run, oldest first."""
 
@@ -165,6 +164,7 @@ def run_status(run: RunDir) -> dict[str, Any]:
     state, reason, cluster = state_of(run, run_events)
     last_line = run_course.last_line
     start_event = events.newest_event(run_events, "started")
+    waiting_event = events.newest_event(run_events, "waiting") if state == "waiting" else None
     loss_event = events.last_loss(run_events)
     checkpoint_event, skipped_names = _newest_checkpoint(run, run_events)
     eta = None
@@ -191,9 +191,9 @@ def run_status(run: RunDir) -> dict[str, Any]:
         "last": last_line,
         "model_kind": spec.model.kind if spec is not None else None,
         "validation": _with_perplexity(run_course.validation_line, spec),
-        "missing": _missing_resources(state, run_events),
+        "missing": waiting_event.get("missing") if waiting_event else None,
         "baselines": events.newest_event(run_events, "prepared"),
-        "asked": _requested_resources(spec) if spec else None,
+        "asked": spec.cluster.model_dump(include=REQUESTED_RESOURCES) if spec else None,
         "started": start_event,
         "interruptions": [{"time": event_time, "what": text} for event_time, text in events.interruptions(run_events)],
         "last_lines": loss_event["lines"] if loss_event else [],
@@ -247,27 +247,12 @@ def state_of(
     return (known_outcome.state, known_outcome.reason, cluster) if known_outcome else (last_state, "", cluster)
 
 
-def _missing_resources(state: str, run_events: RunEvents) -> str | None:
-    waiting = events.newest_event(run_events, "waiting") if state == "waiting" else None
-    return waiting.get("missing") if waiting else None
-
-
 def _with_perplexity(line: dict[str, Any] | None, spec: RunSpec | None) -> dict[str, Any] | None:
     """Add the perplexity to a line of metrics; it is None if the loss is a sum of terms with different units."""
     if line is None:
         return None
     is_summed = spec is not None and not spec.model.family.predicts_next_token
     return {**line, "val_perplexity": None if is_summed else metrics.perplexity(line[metrics.VAL_LOSS])}
-
-
-def _requested_resources(spec: RunSpec) -> dict[str, Any]:
-    cluster = spec.cluster
-    return {
-        "workers": cluster.workers.model_dump(),
-        "ep": cluster.ep,
-        "cpus_per_worker": cluster.cpus_per_worker,
-        "gpus_per_worker": cluster.gpus_per_worker,
-    }
 
 
 def serving_applications(run: RunDir, run_events: RunEvents) -> list[dict[str, Any]]:

@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from typing import Any, Literal
 
-from mhmoe_ray.cluster.tokens import state_folder, state_lock
+from mhmoe_ray.cluster.tokens import state_folder, state_lock, write_state
 from mhmoe_ray.errors import ClusterError
 from mhmoe_ray.spec import DeploySpec, RunSpec
-from mhmoe_ray.storage import write_json
 
 FILE = "submissions.json"
 ENVIRONMENT_KEY = "cluster.runtime_env"
@@ -76,12 +75,11 @@ def _add(part: Part, items: set[str]) -> None:
     if items <= set(_read(part)):
         return
     try:
-        with state_lock() as folder:
+        with state_lock():
             parts = {"settings": _read("settings"), "addresses": _read("addresses")}
             parts[part] = sorted({*parts[part], *items})
-            write_json(folder / FILE, parts)
-            (folder / FILE).chmod(0o600)
-    except (ClusterError, OSError) as e:
+            write_state(FILE, parts)
+    except ClusterError as e:
         # The command itself needs no record. Later commands say what they do not use without it.
         print(
             f"warning: this submission is not recorded, so later commands will not trust its run: {e}", file=sys.stderr

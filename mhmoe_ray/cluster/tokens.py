@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mhmoe_ray.errors import ClusterError, TokenError
+from mhmoe_ray.storage import write_json
 
 
 def state_folder() -> Path:
@@ -55,6 +57,17 @@ def state_lock(name: str = "lock") -> Iterator[Path]:
         yield folder
     finally:
         os.close(fd)
+
+
+def write_state(name: str, value: dict[str, Any]) -> None:
+    """Write a JSON file of the state folder, which its owner alone can read; a failed write is a ClusterError."""
+    path = state_folder() / name
+    try:
+        write_json(path, value)
+        # The files list host names and paths of token files, which other users of this machine must not read.
+        path.chmod(0o600)
+    except OSError as e:
+        raise _unusable_folder_error(path.parent, e) from e
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import ClassVar
 
-from mhmoe_ray.errors import ClusterError, MhmoeError, logging_errors
+from mhmoe_ray.errors import ClusterError
 from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, load_evaluation
 from mhmoe_ray.remote import RemoteJob
 from mhmoe_ray.runs.directory import RunDir
@@ -32,25 +32,14 @@ class EvalJob(RemoteJob[Evaluation]):
     def result(self, log: Callable[[], str]) -> Evaluation | None:
         return load_evaluation(self.run, self.request)
 
+    def execute(self) -> None:
+        """Compute the evaluation in a Ray task, when there are resources for it."""
+        import ray
 
-def main() -> None:
-    """Compute the evaluation that this job's request asks for, in a Ray task; log errors for the user."""
-    import ray
-
-    job = EvalJob.received()
-    request = job.request
-    ray.init()
-    with logging_errors():
-        _check_resources(request, job.can_grow)
+        request = self.request
+        _check_resources(request, self.can_grow)
         task = ray.remote(num_cpus=request.cpus, num_gpus=request.gpus)(_run_evaluation)
-        try:
-            ray.get(task.remote(request))
-        except ray.exceptions.RayTaskError as e:
-            # Ray wraps the error of the task. `logging_errors` shows an error to the user only if it is an `MhmoeError`
-            # itself.
-            if isinstance(e.cause, MhmoeError):
-                raise e.cause from e
-            raise
+        ray.get(task.remote(request))
 
 
 def _check_resources(request: EvalRequest, can_grow: bool) -> None:
@@ -65,28 +54,24 @@ def _check_resources(request: EvalRequest, can_grow: bool) -> None:
             raise ClusterError(
                 "evaluation", "it needs a GPU and the cluster has none", "evaluate without a GPU: gpus is 0"
             )
-        _print_progress("waiting for a GPU; the cluster has none at the moment")
+        EvalJob.print_line("waiting for a GPU; the cluster has none at the moment")
     elif request.cpus > largest_node_cpus:
         if not can_grow:
             reason = (
                 f"it needs {request.cpus} CPUs, as the run's workers do, and the largest node has {largest_node_cpus:g}"
             )
             raise ClusterError("evaluation", reason, "start a larger cluster, or name one")
-        _print_progress(f"waiting for a node of {request.cpus} CPUs")
+        EvalJob.print_line(f"waiting for a node of {request.cpus} CPUs")
     elif request.cpus > (free_cpus := ray.available_resources().get("CPU", 0)):
-        _print_progress(f"waiting for CPUs: {request.cpus} are needed and {free_cpus:g} are free")
-
-
-def _print_progress(line: str) -> None:
-    print(f"{EvalJob.kind}: {line}", flush=True)
+        EvalJob.print_line(f"waiting for CPUs: {request.cpus} are needed and {free_cpus:g} are free")
 
 
 def _run_evaluation(request: EvalRequest) -> None:
     # Importing torch takes seconds. Only the task imports it, so that the job can ask for the task's CPUs at once.
     from mhmoe_ray.evaluate.answer import run_evaluation
 
-    run_evaluation(request, _print_progress)
+    run_evaluation(request, EvalJob.print_line)
 
 
 if __name__ == "__main__":
-    main()
+    EvalJob.main()

@@ -217,10 +217,7 @@ def _panel_json(panel: Panel, number: int) -> dict[str, Any]:
 
 
 def provisioning_files() -> dict[str, Any]:
-    """Return the contents of the files that Grafana reads when it starts, by path below its folder `provisioning`.
-
-    The files declare Prometheus as a data source, and name the folder that has the dashboards.
-    """
+    """Return the contents of the files that Grafana reads when it starts, by path below its folder `provisioning`."""
     source = {"name": "Prometheus", "type": "prometheus", "url": "http://localhost:9090", "isDefault": True}
     folder = {"name": "mhmoe", "type": "file", "options": {"path": "/var/lib/grafana/dashboards"}}
     return {

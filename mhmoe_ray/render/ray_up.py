@@ -3,7 +3,7 @@
 from typing import Any
 
 from mhmoe_ray.render.monitoring import RAY_FOLDER
-from mhmoe_ray.spec.site import CloudSpec, GroupSpec, NodeSpec, OnPremiseSpec, SiteSpec
+from mhmoe_ray.spec.site import CloudSpec, GroupSpec, OnPremiseSpec, SiteSpec
 
 TOKEN_PATH = "/home/ray/.ray/auth_token"
 """Path of the cluster's authentication token in the container of each node."""
@@ -127,12 +127,8 @@ def _node_type(group: GroupSpec, node_config: dict[str, Any]) -> dict[str, Any]:
     labels = {"labels": dict(group.labels)} if group.labels else {}
     return {
         "node_config": node_config,
-        "resources": _resources(group),
+        "resources": {"CPU": group.cpus} | ({"GPU": group.gpus} if group.gpus else {}),
         "min_workers": group.min,
         "max_workers": group.max,
         **labels,
     }
-
-
-def _resources(node: NodeSpec) -> dict[str, int]:
-    return {"CPU": node.cpus} | ({"GPU": node.gpus} if node.gpus else {})

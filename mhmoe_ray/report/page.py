@@ -20,7 +20,7 @@ from mhmoe_ray.report.variants import Variant, loss_unit, variant_row
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.metrics import METRICS
-from mhmoe_ray.spec import RunSpec, dotted_items
+from mhmoe_ray.spec import dotted_items
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,33 +50,30 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
 def render_page(comparison: Comparison, svg_by_name: Mapping[str, str]) -> str:
     """Return the HTML page of a report, with its plots as SVG."""
     variants, step, routes_by_name = comparison.variants, comparison.step, comparison.routes_by_name
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(
-            title=", ".join(v.name for v in variants),
-            loss_unit=loss_unit(variants),
-            creation_time=time.strftime("%Y-%m-%d %H:%M"),
-            rows=[_variant_row(v, comparison.baseline, step, routes_by_name.get(v.name)) for v in variants],
-            part_names=[*dict.fromkeys(name for v in variants for name in (v.part_losses(step) if step else {}))],
-            baseline=comparison.baseline.name,
-            step=step,
-            verdicts=comparison.verdicts,
-            quality=comparison.quality,
-            unevaluated=[run.run.id for run in runs_without_quality(variants)],
-            figures=svg_by_name,
-            expert_use=_expert_use_sentences(comparison.baseline.name, routes_by_name),
-            different_keys=_different_keys(variants),
-            runs=[_run_row(r) for r in comparison.trained],
-            untrained=[run.id for run in comparison.untrained],
-            diverged=[r.run.id for r in comparison.diverged],
-            unfinished=[f"{r.run.id} ({events.state(r.run_events)})" for r in comparison.unfinished],
-            repeated=[f"{r.run.id} (seed {r.spec.seed})" for r in comparison.repeated],
-            all_diverged=comparison.all_diverged,
-            unequal_conditions=_unequal_conditions(variants),
-            seeds=[f"{v.name} seed {v.first_run.spec.seed}" for v in variants if len(v.runs) > 1],
-            training_routes=[name for name, r in routes_by_name.items() if r.activated is None],
-        )
+    template = _environment().get_template("page.html")
+    return template.render(
+        title=", ".join(v.name for v in variants),
+        loss_unit=loss_unit(variants),
+        creation_time=time.strftime("%Y-%m-%d %H:%M"),
+        rows=[_variant_row(v, comparison.baseline, step, routes_by_name.get(v.name)) for v in variants],
+        part_names=[*dict.fromkeys(name for v in variants for name in (v.part_losses(step) if step else {}))],
+        baseline=comparison.baseline.name,
+        step=step,
+        verdicts=comparison.verdicts,
+        quality=comparison.quality,
+        unevaluated=[run.run.id for run in runs_without_quality(variants)],
+        figures=svg_by_name,
+        expert_use=_expert_use_sentences(comparison.baseline.name, routes_by_name),
+        different_keys=_different_keys(variants),
+        runs=[_run_row(r) for r in comparison.trained],
+        untrained=[run.id for run in comparison.untrained],
+        diverged=[r.run.id for r in comparison.diverged],
+        unfinished=[f"{r.run.id} ({events.state(r.run_events)})" for r in comparison.unfinished],
+        repeated=[f"{r.run.id} (seed {r.spec.seed})" for r in comparison.repeated],
+        all_diverged=comparison.all_diverged,
+        unequal_conditions=_unequal_conditions(variants),
+        seeds=[f"{v.name} seed {v.first_run.spec.seed}" for v in variants if len(v.runs) > 1],
+        training_routes=[name for name, r in routes_by_name.items() if r.activated is None],
     )
 
 
@@ -168,7 +165,8 @@ def _bits_per_byte(variant: Variant) -> tuple[float, int] | None:
 
 def _different_keys(all_variants: Sequence[Variant]) -> dict[str, list[str]]:
     """Return the keys of model, data and training in which the variants' specs differ, with all values."""
-    flat = [dict(_leaves(v.first_run.spec)) for v in all_variants]
+    sections = {"model", "data", "train"}
+    flat = [dict(dotted_items(v.first_run.spec.model_dump(mode="json", include=sections))) for v in all_variants]
     keys = dict.fromkeys(key for leaves in flat for key in leaves)
     values_by_key = {key: [str(leaves.get(key, "")) for leaves in flat] for key in keys}
     return {key: values for key, values in values_by_key.items() if len(set(values)) > 1}
@@ -184,10 +182,6 @@ def _unequal_conditions(all_variants: Sequence[Variant]) -> list[str]:
         "length of a sample": {spec.data.seq_len for spec in specs},
     }
     return [name for name, values in values_by_subject.items() if len(values) > 1]
-
-
-def _leaves(spec: RunSpec) -> Iterator[tuple[str, Any]]:
-    return dotted_items(spec.model_dump(mode="json", include={"model", "data", "train"}))
 
 
 def _run_row(run: RunFigures) -> dict[str, Any]:

@@ -29,23 +29,10 @@ MAX_NAME_LENGTH = 20
 AxisValue = Callable[[RunFigures, dict[str, Any]], float]
 """Function (run, line of metrics) that returns the position of the line on a horizontal axis, such as its tokens."""
 
-
-def _steps(_: RunFigures, line: dict[str, Any]) -> float:
-    return float(line[metrics.STEP])
-
-
-def _tokens(_: RunFigures, line: dict[str, Any]) -> float:
-    return float(line[metrics.TOKENS])
-
-
-def _flops(run: RunFigures, line: dict[str, Any]) -> float:
-    return run.flops(line[metrics.TOKENS])
-
-
 AXES: dict[str, tuple[str, AxisValue]] = {
-    "steps": ("steps", _steps),
-    "tokens": ("tokens", _tokens),
-    "flops": ("training FLOPs", _flops),
+    "steps": ("steps", lambda run, line: line[metrics.STEP]),
+    "tokens": ("tokens", lambda run, line: line[metrics.TOKENS]),
+    "flops": ("training FLOPs", lambda run, line: run.flops(line[metrics.TOKENS])),
 }
 
 
@@ -79,6 +66,14 @@ def line_style(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
 
 
+def _draw_range(axis: "Axes", x: Sequence[float], values_SR: np.ndarray, name: str, number: int) -> None:
+    """Draw the means of S steps over R runs as a curve, with a band from the lowest to the highest value."""
+    style = line_style(number)
+    axis.plot(x, values_SR.mean(1), label=name, marker=".", markersize=4, **style)
+    if values_SR.shape[1] > 1:
+        axis.fill_between(x, values_SR.min(1), values_SR.max(1), color=style["color"], alpha=0.15, linewidth=0)
+
+
 def draw_validation(variants: Sequence[Variant], axis_name: str) -> "Figure":
     """Draw the validation loss of each variant: the mean over seeds, with a band from the lowest to the highest."""
     title, x_of = AXES[axis_name]
@@ -90,11 +85,8 @@ def draw_validation(variants: Sequence[Variant], axis_name: str) -> "Figure":
         if not steps:
             continue
         x = [x_of(run, lines[step]) for step in steps]
-        losses = np.array([[r.validations[step] for step in steps] for r in variant.runs])
-        style = line_style(number)
-        axis.plot(x, losses.mean(0), label=variant.name, marker=".", markersize=4, **style)
-        if len(losses) > 1:
-            axis.fill_between(x, losses.min(0), losses.max(0), color=style["color"], alpha=0.15, linewidth=0)
+        losses_SR = np.array([[r.validations[step] for r in variant.runs] for step in steps])
+        _draw_range(axis, x, losses_SR, variant.name, number)
     _scale_to_later_losses(axis, variants)
     axis.set(xlabel=title, ylabel=loss_unit(variants), title=f"validation loss against {title}")
     has_perplexity = not any(variant.has_summed_loss for variant in variants)
@@ -124,11 +116,7 @@ def draw_differences(variants: Sequence[Variant], baseline: Variant) -> "Figure"
             continue
         losses = (losses_at(step, baseline, variant) for step in steps)
         differences_SR = np.array([pair.differences for pair in losses if pair is not None])
-        low_S, high_S = differences_SR.min(1), differences_SR.max(1)
-        style = line_style(number)
-        axis.plot(steps, differences_SR.mean(1), label=variant.name, marker=".", markersize=4, **style)
-        if differences_SR.shape[1] > 1:
-            axis.fill_between(steps, low_S, high_S, color=style["color"], alpha=0.12, linewidth=0)
+        _draw_range(axis, steps, differences_SR, variant.name, number)
     axis.set(xlabel="steps", ylabel=loss_unit(variants), title=f"validation loss less that of {baseline.name}")
     _use_integer_steps(axis)
     _add_legend(figure, axis)
@@ -150,10 +138,7 @@ def _scale_to_later_losses(axis: "Axes", variants: Sequence[Variant]) -> None:
 
 
 def draw_curve(variants: Sequence[Variant], metric: str, title: str, label: str) -> "Figure | None":
-    """Draw a metric of the first run of each variant over steps, smoothed over a fiftieth of the steps.
-
-    Return None if no run has the metric, or if it is always 0.
-    """
+    """Draw a metric of each variant's first run over steps, smoothed; None if no run has it or it is always 0."""
     figure, axis = _figure_with_legend_room([variant.name for variant in variants])
     is_drawn = False
     for number, variant in enumerate(variants):

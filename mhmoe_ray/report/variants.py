@@ -3,10 +3,10 @@
 import json
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from mhmoe_ray.planner.sizes import Sizes, compute_sizes
 from mhmoe_ray.report.figures import RunFigures
@@ -14,9 +14,11 @@ from mhmoe_ray.report.seeds import CONFIDENCE, SeedValues, pair_values
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.sweeps import SweepDir
-from mhmoe_ray.spec import NON_TRAINING_SECTIONS, RunSpec, SweepRun
+from mhmoe_ray.spec import NON_TRAINING_SECTIONS, RunSpec
 from mhmoe_ray.spec.sweep import seeded_name, unseeded_name
 from mhmoe_ray.storage import location
+
+T = TypeVar("T")
 
 _UNTRAINED_KEYS = NON_TRAINING_SECTIONS | {"name", "storage", "seed", "origin", "reference"}
 """Sections and keys of a spec that do not change what is trained."""
@@ -111,9 +113,7 @@ def group_variants(runs: Sequence[RunFigures]) -> list[Variant]:
     of the same training with different names are separate variants if they are distributed over workers in different
     ways, because such runs are made to compare these ways.
     """
-    runs_by_training: dict[str, list[RunFigures]] = {}
-    for run in runs:
-        runs_by_training.setdefault(f"{_training_key(run.spec)} {run.held_out}", []).append(run)
+    runs_by_training = _group_by(runs, lambda run: f"{_training_key(run.spec)} {run.held_out}")
     groups = [group for same_training in runs_by_training.values() for group in _split_by_distribution(same_training)]
     names = _shorten_names([unseeded_name(group[0].spec.name) for group in groups])
     counted_groups = [[run for run in group if run.is_finished] or group for group in groups]
@@ -134,6 +134,13 @@ def _variant_of_newest_runs(name: str, runs: Sequence[RunFigures]) -> Variant:
             run_of_seed[run.spec.seed] = run
     newest = list(run_of_seed.values())
     return Variant(name, newest, tuple(run for run in runs if run not in newest))
+
+
+def _group_by(items: Iterable[T], key: Callable[[T], str]) -> dict[str, list[T]]:
+    groups: dict[str, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -159,9 +166,7 @@ def _unseeded_source(source: str, seed: int) -> str:
 
 def _split_by_distribution(runs: Sequence[RunFigures]) -> Iterable[list[RunFigures]]:
     """Split runs of a training by name if their strategies, expert-parallel sizes or dispatches differ by name."""
-    runs_by_name: dict[str, list[RunFigures]] = {}
-    for run in runs:
-        runs_by_name.setdefault(unseeded_name(run.spec.name), []).append(run)
+    runs_by_name = _group_by(runs, lambda run: unseeded_name(run.spec.name))
     ways = [
         {(c.strategy, c.ep, c.dispatch) for c in (run.spec.cluster for run in group)} for group in runs_by_name.values()
     ]
@@ -253,9 +258,8 @@ def sweep_table(sweep_dir: SweepDir) -> list[dict[str, Any]]:
     compared = {name for name, run in figures.items() if not run.is_diverged}
     compared = {name for name in compared if figures[name].is_finished} or compared
     rows = []
-    for variant_name, entries in _by_variant(
-        e for e in sweep_dir.entries() if e.name in figures or e.name in wanted_names
-    ).items():
+    shown_entries = [e for e in sweep_dir.entries() if e.name in figures or e.name in wanted_names]
+    for variant_name, entries in _group_by(shown_entries, lambda entry: entry.variant).items():
         states = Counter(_state(figures.get(entry.name)) for entry in entries)
         variant = Variant(variant_name, [figures[e.name] for e in entries if e.name in compared])
         # The spec of a started run is the one that was used. The sweep file may have changed since, so the spec from
@@ -280,15 +284,8 @@ def sweep_table(sweep_dir: SweepDir) -> list[dict[str, Any]]:
     return table
 
 
-def _by_variant(entries: Iterable[SweepRun]) -> dict[str, list[SweepRun]]:
-    entries_by_variant: dict[str, list[SweepRun]] = {}
-    for entry in entries:
-        entries_by_variant.setdefault(entry.variant, []).append(entry)
-    return entries_by_variant
-
-
 def _state(run: RunFigures | None) -> str:
     if run is None:
         return "queued"
-    state = events.state(events.read(run.run))
+    state = events.state(run.run_events)
     return f"{state}, diverged" if run.is_diverged else state

@@ -9,12 +9,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mhmoe_ray.errors import RunError, SpecError, StorageError
 from mhmoe_ray.spec import RunSpec, dump_spec, load_resolved_spec
 from mhmoe_ray.storage import Location, location, remove_tree, replace_file, report_write_errors, write_json
 
 CHAT_TEMPLATE = "chat_template.jinja"
+
+
+class PathOf:
+    """Attribute of a `RunDir` or `SweepDir` that is the path of one of its files or folders."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, directory: Any, _: type) -> Location:
+        folder: Location = directory.path
+        return folder / self._name
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,22 @@ class RunDir:
     """
 
     path: Location
+
+    spec_file = PathOf("spec.yaml")
+    attempts_file = PathOf("run.json")
+    events_file = PathOf("events.jsonl")
+    metrics_file = PathOf("metrics.jsonl")
+    logs = PathOf("logs")
+    routing = PathOf("routing")
+    tensorboard = PathOf("tensorboard")
+    evaluations = PathOf("evaluations")
+    tokenizer_file = PathOf("tokenizer.json")
+    classes_file = PathOf("classes.json")
+    chat_template_file = PathOf(CHAT_TEMPLATE)
+    start_file = PathOf("start.json")
+    checkpoints = PathOf("checkpoints")
+    stop_file = PathOf("stop")
+    ray = PathOf("ray")
 
     @property
     def id(self) -> str:
@@ -38,66 +66,6 @@ class RunDir:
     def name(self) -> str:
         """Name of the run in its spec: the id without the suffix that `create_empty_run` adds."""
         return self.id.rpartition("-")[0]
-
-    @property
-    def spec_file(self) -> Location:
-        return self.path / "spec.yaml"
-
-    @property
-    def attempts_file(self) -> Location:
-        return self.path / "run.json"
-
-    @property
-    def events_file(self) -> Location:
-        return self.path / "events.jsonl"
-
-    @property
-    def metrics_file(self) -> Location:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def logs(self) -> Location:
-        return self.path / "logs"
-
-    @property
-    def routing(self) -> Location:
-        return self.path / "routing"
-
-    @property
-    def tensorboard(self) -> Location:
-        return self.path / "tensorboard"
-
-    @property
-    def evaluations(self) -> Location:
-        return self.path / "evaluations"
-
-    @property
-    def tokenizer_file(self) -> Location:
-        return self.path / "tokenizer.json"
-
-    @property
-    def classes_file(self) -> Location:
-        return self.path / "classes.json"
-
-    @property
-    def chat_template_file(self) -> Location:
-        return self.path / CHAT_TEMPLATE
-
-    @property
-    def start_file(self) -> Location:
-        return self.path / "start.json"
-
-    @property
-    def checkpoints(self) -> Location:
-        return self.path / "checkpoints"
-
-    @property
-    def stop_file(self) -> Location:
-        return self.path / "stop"
-
-    @property
-    def ray(self) -> Location:
-        return self.path / "ray"
 
     @property
     def is_imported(self) -> bool:

@@ -1,13 +1,12 @@
 """File start.json of a run: the models that the run started from, and their own ancestors."""
 
-import json
 from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import BaseModel
 
-from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.storage import write_json
+from mhmoe_ray.runs.directory import RunDir, report_read_errors
+from mhmoe_ray.storage import report_write_errors, write_json
 
 
 class Ancestor(BaseModel):
@@ -53,11 +52,13 @@ class StartRecord(BaseModel):
 
 def read_start(run: RunDir) -> StartRecord | None:
     """Return the record of a run's start; None if its weights were random, or it has not begun."""
-    if not run.start_file.exists():
-        return None
-    return StartRecord.model_validate(json.loads(run.start_file.read_text()))
+    with report_read_errors(run.start_file):
+        if not run.start_file.exists():
+            return None
+        return StartRecord.model_validate_json(run.start_file.read_text())
 
 
 def write_start(run: RunDir, record: StartRecord) -> None:
-    """Write start.json atomically."""
-    write_json(run.start_file, record.model_dump(mode="json"))
+    """Write start.json atomically; a failed write is a StorageError."""
+    with report_write_errors(run.start_file):
+        write_json(run.start_file, record.model_dump(mode="json"))

@@ -12,13 +12,12 @@ several machines, so each writes its own order once, and the names of the orders
 import json
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ValidationError
 
-from mhmoe_ray.errors import RunError
-from mhmoe_ray.runs.directory import RunDir, report_read_errors
+from mhmoe_ray.errors import RunError, StorageError
+from mhmoe_ray.runs.directory import PathOf, RunDir, report_read_errors
 from mhmoe_ray.spec import SweepRun
 from mhmoe_ray.storage import Location, report_write_errors, write_json
 
@@ -51,25 +50,17 @@ class Order(BaseModel):
 
 @dataclass(frozen=True)
 class SweepDir:
-    """Directory of a sweep, which may be missing; its listings and `write_order` can raise a StorageError."""
+    """Directory of a sweep, which may be missing; methods that read or write files can raise a StorageError."""
 
     path: Location
+
+    orders_folder = PathOf("orders")
+    runs_file = PathOf("runs.json")
+    stop_file = PathOf("stop")
 
     @property
     def name(self) -> str:
         return self.path.name
-
-    @property
-    def orders_folder(self) -> Location:
-        return self.path / "orders"
-
-    @property
-    def runs_file(self) -> Location:
-        return self.path / "runs.json"
-
-    @property
-    def stop_file(self) -> Location:
-        return self.path / "stop"
 
     @property
     def exists(self) -> bool:
@@ -88,8 +79,10 @@ class SweepDir:
         return f"{last_number + 1:06d}-{secrets.token_hex(3)}"
 
     def read_order(self, name: str) -> Order:
-        """Return an order; FileNotFoundError if it does not exist yet, RunError if damaged or of another version."""
-        text = (self.orders_folder / f"{name}.json").read_text()
+        """Return an order; one that is damaged, or of another version, is a RunError."""
+        path = self.orders_folder / f"{name}.json"
+        with report_read_errors(path):
+            text = path.read_text()
         try:
             return Order.model_validate_json(text)
         except ValidationError as e:
@@ -103,11 +96,15 @@ class SweepDir:
             write_json(path, order.model_dump(mode="json"))
 
     def earlier_orders(self, name: str | None = None) -> Iterator[Order]:
-        """Yield the orders before `name`, or all orders, oldest first; skip those that `read_order` refuses."""
+        """Yield the orders before `name`, or all orders, oldest first; skip damaged ones."""
         names = self.order_names()
         for earlier_name in names[: names.index(name) if name else None]:
-            with suppress(RunError):
+            try:
                 yield self.read_order(earlier_name)
+            except StorageError:
+                raise
+            except RunError:
+                continue
 
     def entries(self) -> list[SweepRun]:
         """Return the runs of the last order, and those started runs of earlier orders that it lacks."""
@@ -131,7 +128,8 @@ class SweepDir:
             return {entry: run for entry, run in runs.items() if run.spec_file.exists()}
 
     def write_runs(self, runs: Mapping[str, RunDir]) -> None:
-        write_json(self.runs_file, {entry: run.id for entry, run in runs.items()})
+        with report_write_errors(self.runs_file):
+            write_json(self.runs_file, {entry: run.id for entry, run in runs.items()})
 
 
 def sweep_dir(storage: Location, name: str) -> SweepDir:

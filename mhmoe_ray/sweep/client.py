@@ -127,10 +127,7 @@ def state_of(run: RunDir) -> events.State:
 
 
 def is_to_run(name: str, run: RunDir, state: events.State, order: Order) -> bool:
-    """Return whether the job of an order still has to start a run, or to wait for its end.
-
-    This holds if the run has not ended, or if it failed or was stopped before the order was written.
-    """
+    """Return whether the job of an order still has to start a run, or to wait for its end."""
     return not events.is_end_state(state) or (
         state != "finished" and newest_attempt_number(run) <= order.retry.get(name, 0)
     )
@@ -168,7 +165,7 @@ def is_alive(order: Order) -> bool:
 def logged_error(order: Order) -> MhmoeError | None:
     """Return the error that an order's job logged at its end; None without one, or if the cluster lacks the job."""
     connection = connect_recorded(order.address)
-    if jobs.status(connection, order.job) is None:
+    if jobs.info(connection, order.job) is None:
         return None
     return logged(jobs.logs(connection, order.job))
 

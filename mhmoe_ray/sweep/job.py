@@ -50,24 +50,23 @@ def main() -> None:
     sweep_dir, name = request.sweep_dir, request.order
     with logging_errors():
         context = ray.init()
-        try:
-            local = _wait_for_order(sweep_dir, name).local
-        except TimeoutError:
+        order = _wait_for_order(sweep_dir, name)
+        if order is None:
             # `mhmoe sweep` was killed after it submitted this job and before it wrote the order that lists the runs, so
             # there is nothing to run.
             print("there is no order for this job")
             return
-        connection = Connection(f"http://{context.dashboard_url}", local, local, tokens.user_token())
+        connection = Connection(f"http://{context.dashboard_url}", order.local, order.local, tokens.user_token())
         Sweep(sweep_dir, name, connection, request.known_addresses).run()
 
 
-def _wait_for_order(sweep_dir: SweepDir, name: str) -> Order:
-    """Return the order, which a command writes once the cluster has accepted this job; else raise a TimeoutError."""
+def _wait_for_order(sweep_dir: SweepDir, name: str) -> Order | None:
+    """Return the order, which a command writes once the cluster has accepted this job; None if it does not."""
     for _ in range(ORDER_SECONDS):
         if name in sweep_dir.order_names():
             return sweep_dir.read_order(name)
         time.sleep(1)
-    raise TimeoutError
+    return None
 
 
 if __name__ == "__main__":

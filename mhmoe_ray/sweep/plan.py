@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mhmoe_ray.checkpoint.start.resolve import FindSibling, build_spec
+from mhmoe_ray.checkpoint.start.resolve import build_spec
 from mhmoe_ray.checkpoint.start.source import SWEEP_PREFIX, find_start_model, sweep_variant
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.runs.directory import RunDir
@@ -77,13 +77,22 @@ class _SeedPlanner:
             raise SpecError(subject, "it has no such run", f"choose from {', '.join(self._variants)}")
         if variant not in self._specs:
             self._specs[variant] = None
-            keys = self._variants[variant]
-            spec = _spec(self._sweep, self._path, variant, self._seed, keys, self._overrides, self.spec)
-            self._specs[variant] = spec
+            self._specs[variant] = self._resolve(variant)
         resolved_spec = self._specs[variant]
         if resolved_spec is None:
             raise SpecError(subject, "it starts, directly or not, from the run itself", "remove one of these starts")
         return resolved_spec
+
+    def _resolve(self, variant: str) -> RunSpec:
+        """Return a run's spec from the file, the variant's keys, overrides and the seed; errors name the run."""
+        run_name = seeded_name(f"{self._sweep.name}-{variant}", self._seed)
+        name_and_seed = [f"name={run_name}", f"seed={self._seed}"]
+        key_overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in self._variants[variant].items()]
+        try:
+            tree = read_tree(self._path, [*key_overrides, *self._overrides, *name_and_seed])
+            return build_spec(tree, f"spec {self._path}", self.spec)
+        except SpecError as e:
+            raise SpecError(f"sweep {self._sweep.name}, run {variant}: {e.subject}", e.reason, e.fix) from e
 
 
 def _variants(sweep: SweepSpec, size: SweepSize) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -113,26 +122,6 @@ def _shortened_name(name: str, sweep: SweepSpec) -> str:
 
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def _spec(
-    sweep: SweepSpec,
-    path: Path,
-    name: str,
-    seed: int,
-    keys: Mapping[str, Any],
-    overrides: Sequence[str],
-    find_sibling: FindSibling,
-) -> RunSpec:
-    """Return a run's spec from the file at `path`, the variant's keys, overrides and seed; errors name the run."""
-    run_name = seeded_name(f"{sweep.name}-{name}", seed)
-    name_and_seed = [f"name={run_name}", f"seed={seed}"]
-    key_overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in keys.items()]
-    try:
-        tree = read_tree(path, [*key_overrides, *overrides, *name_and_seed])
-        return build_spec(tree, f"spec {path}", find_sibling)
-    except SpecError as e:
-        raise SpecError(f"sweep {sweep.name}, run {name}: {e.subject}", e.reason, e.fix) from e
 
 
 def start_names(entry: SweepRun) -> list[str]:

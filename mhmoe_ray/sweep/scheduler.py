@@ -161,7 +161,7 @@ class Sweep:
         attempt = last_attempt(run)
         # If the addresses differ, the attempt may still be on this cluster, because the recorded address may be one
         # that works only from outside of it. This cluster is therefore asked first whether it knows the job.
-        if attempt.address != self._order.address and jobs.status(self._connection, attempt.job) is None:
+        if attempt.address != self._order.address and jobs.info(self._connection, attempt.job) is None:
             return outcome_or_lost(run, self._connect)
         return self._retrying_caller.call(lambda: outcome(run, self._connection), None)
 

@@ -24,7 +24,7 @@ from mhmoe_ray.train.malloc import malloc_settings
 from mhmoe_ray.train.resilience import RunTrainer
 from mhmoe_ray.train.stream_start import ResumingDataConfig, describe_on_all_nodes
 from mhmoe_ray.train.watchdog import Watchdog
-from mhmoe_ray.train.worker_failures import WorkerFailureCallback, failure_reason, original_errors, root_cause_rank
+from mhmoe_ray.train.worker_failures import WorkerFailureCallback, failure_reason, root_cause
 
 
 def train_run(run: RunDir, attempt: int) -> None:
@@ -134,12 +134,8 @@ def _training_error(run: RunDir, error: Exception) -> MhmoeError:
     """Return the root cause of an error of Ray Train: an error of this package, or a `JobError` with a one-line
     reason."""
     if isinstance(error, ray.train.WorkerGroupError):
-        errors = original_errors(error.worker_failures)
-        rank = root_cause_rank(errors)
-        root_cause = errors[rank]
-        return (
-            root_cause
-            if isinstance(root_cause, MhmoeError)
-            else JobError(f"worker {rank}", failure_reason(root_cause), "see its log")
-        )
+        rank, cause = root_cause(error.worker_failures)
+        if isinstance(cause, MhmoeError):
+            return cause
+        return JobError(f"worker {rank}", failure_reason(cause), "see its log")
     return JobError(f"run {run.id}", failure_reason(getattr(error, "controller_failure", error)), "see its log")

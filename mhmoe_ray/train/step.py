@@ -24,8 +24,8 @@ from mhmoe_ray.spec import MoESpec, RunSpec
 from mhmoe_ray.train.objectives import Environment, LossSums, Objective
 
 
-class RankSums(NamedTuple):
-    """Losses, routes and traffic of one training step, summed over the micro-batches of one rank."""
+class StepSums(NamedTuple):
+    """Losses, routes and traffic of one training step, summed over the micro-batches of one rank, or of all ranks."""
 
     targets: int  # those that count, over all ranks; for encoders and vision models, the patches and tokens read
     loss: float  # all terms over all targets that count, in nats for a decoder
@@ -36,9 +36,8 @@ class RankSums(NamedTuple):
     """Sum of each of the P losses in `RunSpec.loss_names`, and its targets, float64; P is 0 without `data.parts`."""
     sent_bytes: SentBytes = SentBytes()  # to other ranks, by expert-parallel dispatch
     least_bytes: int = 0
-    """Fewest bytes that flat dispatch can send for this rank's tokens; their sum is a lower bound of
-    `sent_bytes.rows`."""
-    wait_seconds: float = 0.0  # waits for rows of other ranks
+    """Fewest bytes that flat dispatch can send for these tokens; over all ranks, a lower bound of `sent_bytes.rows`."""
+    wait_seconds: float = 0.0  # this rank's waits for rows of other ranks
 
 
 class Update(NamedTuple):
@@ -106,7 +105,7 @@ class Trainer:
         model.to_empty(device=self.device)
         init_weights(model, self.spec.seed, self.on_progress)
 
-    def accumulate(self, batches: Iterable[Any]) -> RankSums:
+    def accumulate(self, batches: Iterable[Any]) -> StepSums:
         """Accumulate the gradients of this rank's M / world micro-batches over ranks, and return this rank's sums.
 
         Every target of a loss has the same weight in the step's loss, however much padding its micro-batch has. Padding
@@ -155,7 +154,7 @@ class Trainer:
                 self.on_progress()
         self.strategy.finish_reduction()
         loss_sum, balance_sum, dropped = loss_balance_dropped.tolist()
-        rank_sums = RankSums(targets, loss_sum, balance_sum, int(dropped), count_LE.cpu(), part_sums_P2.cpu())
+        rank_sums = StepSums(targets, loss_sum, balance_sum, int(dropped), count_LE.cpu(), part_sums_P2.cpu())
         if moe and self._dispatch:
             row_bytes = spec.model.row_width * bytes_per_value(spec)
             passes = 3 if spec.train.recompute == "block" else 2
@@ -208,7 +207,7 @@ class Trainer:
             if moe.balance_over == "step":
                 router.share_E.copy_(count_E / count_E.sum())
 
-    def update(self, sums: RankSums) -> Update:
+    def update(self, sums: StepSums) -> Update:
         """Clip the gradients, update the weights if the gradients' norm is finite, and count the step, even if skipped.
         All ranks raise a JobError if the norm is not finite and the spec does not skip such steps, or more than
         `MAX_SKIPPED_STEPS` consecutive ones were skipped."""

@@ -30,10 +30,10 @@ from mhmoe_ray.runs.directory import RunDir, require_newest_attempt
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location, location
 from mhmoe_ray.train.objectives import Objective
-from mhmoe_ray.train.objectives.next_token import DIGEST_BYTES
+from mhmoe_ray.train.objectives.base import DIGEST_BYTES
 from mhmoe_ray.train.preemption import PreemptedError, preemption_notice
-from mhmoe_ray.train.step import RankSums, Trainer, Update
-from mhmoe_ray.train.telemetry import StepTotals, Telemetry, WaitShares, step_line
+from mhmoe_ray.train.step import StepSums, Trainer, Update
+from mhmoe_ray.train.telemetry import Telemetry, WaitShares, step_line
 from mhmoe_ray.train.watchdog import Heartbeat, WorkerInfo
 
 
@@ -228,7 +228,7 @@ class Worker:
             yield batch
 
     def _gather_metrics(
-        self, sums: RankSums, batches: "_TimedBatches", update: Update, step_start: float
+        self, sums: StepSums, batches: "_TimedBatches", update: Update, step_start: float
     ) -> tuple[dict[str, Any], torch.Tensor, WaitShares, bool, bool]:
         """Gather the step's metrics of all ranks, in one collective operation.
 
@@ -236,7 +236,6 @@ class Worker:
         whether a stop is requested and a node is preempted. A checkpoint that could not be written is a CheckpointError
         on all ranks at the same step; a newer job of the run is a RunError on rank 0.
         """
-        spec, trainer = self.spec, self.trainer
         stop_requested = self.rank == 0 and self._stop_requested()
         seconds = time.monotonic() - step_start
         waits = WaitShares(batches.wait_seconds / seconds, sums.wait_seconds / seconds)
@@ -265,12 +264,17 @@ class Worker:
         # The j-th micro-batch of rank r is micro-batch j * world + r of the step, so the transposed digests are in the
         # step's order.
         digest = combine_digests(int(d) for d in digests.T.flatten())
-        total_sent = SentBytes(int(sent_rows), int(sent_counts), int(sent_between_nodes))
-        step_totals = StepTotals(
-            sums.targets, loss, balance, dropped, count_LE, part_sums_P2, total_sent, int(least_rows), digest
+        step_totals = sums._replace(
+            loss=loss,
+            balance=balance,
+            dropped=int(dropped),
+            count_LE=count_LE,
+            part_sums_P2=part_sums_P2,
+            sent_bytes=SentBytes(int(sent_rows), int(sent_counts), int(sent_between_nodes)),
+            least_bytes=int(least_rows),
         )
         longest_waits, seconds = WaitShares(data_wait, exchange_wait), time.monotonic() - step_start
-        line = step_line(spec, trainer, self.group, step_totals, longest_waits, update, seconds)
+        line = step_line(self.trainer, self.group, step_totals, digest, longest_waits, update, seconds)
         return line, count_LE, waits, bool(stop_flag), bool(preemption_flag)
 
     def _stop_requested(self) -> bool:

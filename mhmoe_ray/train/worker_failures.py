@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray.train
-from ray.exceptions import RayTaskError
 
-from mhmoe_ray.errors import MhmoeError, StorageError
+from mhmoe_ray.errors import MhmoeError, StorageError, task_error
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.logs import Redactor
@@ -45,36 +44,27 @@ class WorkerFailureCallback(ray.train.UserCallback):
         may_be_repeated = (
             previous_ranks == frozenset(worker_exceptions) and current_time - previous_time < DUPLICATE_SECONDS
         )
-        run, errors = RunDir(location(self._run)), original_errors(worker_exceptions)
-        rank = root_cause_rank(errors)
-        root_cause = errors[rank]
+        run, (rank, error) = RunDir(location(self._run)), root_cause(worker_exceptions)
         redact = Redactor(os.environ)
-        fields = {"rank": rank, "ranks": len(worker_exceptions), "reason": redact(failure_reason(root_cause))}
+        fields = {"rank": rank, "ranks": len(worker_exceptions), "reason": redact(failure_reason(error))}
         try:
             if may_be_repeated and events.newest_group_event(events.read(run)).get("event") == "lost":
                 return
             worker = _recorded_worker(run, rank)
             # If the error is one of this package, its message is complete. The log lines would only repeat it with a
             # traceback.
-            lines = [] if isinstance(root_cause, MhmoeError) else _last_lines(worker)
+            lines = [] if isinstance(error, MhmoeError) else _last_lines(worker)
             events.record(run, "lost", **fields, host=worker.get("host"), lines=[redact(line) for line in lines])
         except (OSError, StorageError) as e:
             # An error here must not keep Ray Train from restarting the worker group.
             print(f"warning: rank {rank} failed ({fields['reason']}), but the event cannot be recorded: {e}")
 
 
-def original_errors(failures: Mapping[int, Exception]) -> dict[int, Exception]:
-    """Return each failed rank's error. For a failed remote task this is the error that the task raised, because Ray's
-    wrapper has a traceback as its message."""
-    return {
-        rank: error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
-        for rank, error in failures.items()
-    }
-
-
-def root_cause_rank(errors: Mapping[int, Exception]) -> int:
-    """Return the rank whose failure caused those of the others: most likely one with an error of this package, then one
-    whose process is gone, then one that failed outside of a collective operation; of equals, the lowest."""
+def root_cause(failures: Mapping[int, Exception]) -> tuple[int, Exception]:
+    """Return the rank whose failure caused those of the others, and its error: most likely one with an error of this
+    package, then one whose process is gone, then one that failed outside of a collective operation; of equals, the
+    lowest."""
+    errors = {rank: task_error(error) for rank, error in failures.items()}
 
     def priority(rank: int) -> tuple[bool, bool, bool, int]:
         error = errors[rank]
@@ -90,7 +80,8 @@ def root_cause_rank(errors: Mapping[int, Exception]) -> int:
             rank,
         )
 
-    return min(errors, key=priority)
+    rank = min(errors, key=priority)
+    return rank, errors[rank]
 
 
 def failure_reason(error: Exception) -> str:

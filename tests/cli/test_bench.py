@@ -127,7 +127,7 @@ def test_impossible_width_of_a_saved_model_is_refused():
 def test_plot_needs_an_axis_and_a_writable_file(tmp_path):
     with pytest.raises(BadParameter, match="give --over"):
         layer(png=tmp_path / "a.png")
-    with pytest.raises(DataError, match=r"picture .*a\.png: No such file or directory"):
+    with pytest.raises(DataError, match=r"image .*a\.png: No such file or directory"):
         layer(axis="tokens", png=tmp_path / "no" / "a.png")
     with pytest.raises(DataError, match="Is a directory"):
         layer(axis="tokens", png=tmp_path)

@@ -142,7 +142,7 @@ def test_mistakes_are_one_line(tmp_path):
     write_spec(tmp_path)
     # The path of the picture is checked before any text is read, so this command needs no cluster.
     result = mhmoe(tmp_path, "data", "inspect", "raw", "--png", "no/a.png")
-    assert_one_line(result, 4, "picture no/a.png", "No such file")
+    assert_one_line(result, 4, "image no/a.png", "No such file")
     for verb in ("inspect", "lint"):
         assert_one_line(mhmoe(tmp_path, "data", verb, "nowhere"), 4, "source nowhere", "there is no file or folder")
         assert_one_line(mhmoe(tmp_path, "data", verb, "spec.yaml", "raw"), 3, "spec.yaml", "together with other data")

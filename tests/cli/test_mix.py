@@ -96,7 +96,7 @@ def test_mix_writes_a_picture(project):
     assert "drawn in mix.png" in mhmoe(project, "data", "mix", "spec.yaml", *set_).out
     assert (project / "mix.png").read_bytes().startswith(b"\x89PNG")
     result = mhmoe(project, "data", "mix", "spec.yaml", "--png", "nowhere/mix.png")
-    assert_one_line(result, 4, "picture nowhere/mix.png", "No such file")
+    assert_one_line(result, 4, "image nowhere/mix.png", "No such file")
 
 
 def test_picture_without_matplotlib_is_one_line(project):

@@ -23,9 +23,9 @@ def _submit(connection, job, code, **options):
 
 def _wait(connection, job):
     """Wait until a job has ended, and return its status."""
-    while (status := jobs.status(connection, job)) in ("PENDING", "RUNNING"):
+    while (info := jobs.info(connection, job)).is_alive:
         time.sleep(0.2)
-    return status
+    return info.status
 
 
 async def _follow_in_loop(connection, job):
@@ -53,7 +53,7 @@ def test_job_runs_and_its_log_can_be_followed(connection, monkeypatch):
 def test_failed_job_has_its_last_log_line_as_message(connection):
     _submit(connection, "fails", "print('before'); raise ValueError('two\\nlines')")
     assert _wait(connection, "fails") == "FAILED"
-    assert jobs.message(connection, "fails") == "ValueError: two lines"
+    assert jobs.info(connection, "fails").message == "ValueError: two lines"
     assert "ValueError: two\nlines\n" in jobs.logs(connection, "fails")
 
 
@@ -85,9 +85,9 @@ def test_stop_ends_a_job_and_can_be_repeated(connection):
 
 
 @pytest.mark.ray
-def test_unknown_job_has_no_status_and_other_calls_fail(connection, local_cluster):
+def test_unknown_job_has_no_info_and_other_calls_fail(connection, local_cluster):
     """The dashboard must not log the cluster's token, which is in the headers of each request."""
-    assert jobs.status(connection, "none") is None
+    assert jobs.info(connection, "none") is None
     for call in (jobs.logs, jobs.stop, lambda *args: list(jobs.follow_logs(*args))):
         with pytest.raises(JobError, match="job none: "):
             call(connection, "none")
@@ -106,7 +106,7 @@ def test_invalid_runtime_env_is_a_spec_error(connection):
 def test_unreachable_cluster_is_an_error(connection):
     unreachable = dataclasses.replace(connection, address="http://127.0.0.1:1")
     with pytest.raises(ClusterError, match="nothing answers there"):
-        jobs.status(unreachable, "any")
+        jobs.info(unreachable, "any")
 
 
 @pytest.mark.ray

@@ -1,10 +1,12 @@
 import errno
 import fcntl
 import os
+import resource
 from pathlib import Path
 
 import pytest
 
+from mhmoe_ray.cluster.connect import use
 from mhmoe_ray.cluster.tokens import state_folder, state_lock
 from mhmoe_ray.errors import ClusterError
 
@@ -42,3 +44,14 @@ def test_file_system_without_locks_is_one_line(tmp_path, monkeypatch):
     message = "No locks available; set MHMOE_HOME to one that you can write and lock"
     with pytest.raises(ClusterError, match=message), state_lock():
         pytest.fail("it is not held")
+
+
+def test_full_disk_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(ClusterError, match="File too large; set MHMOE_HOME to one that you can write"):
+            use("lab", "http://lab:8265")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

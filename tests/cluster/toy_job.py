@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from mhmoe_ray.errors import DataError, logging_errors
+from mhmoe_ray.errors import DataError
 from mhmoe_ray.remote import RemoteJob
 
 
@@ -15,16 +15,13 @@ class SumRequest(RemoteJob[dict[str, int]]):
 
     numbers: dict[str, list[int]]
 
-
-def main() -> None:
-    """Answer the request of this process; without numbers, log a DataError."""
-    request = SumRequest.received()
-    with logging_errors():
-        if not request.numbers:
+    def execute(self) -> None:
+        """Answer the request; without numbers, log a DataError."""
+        if not self.numbers:
             raise DataError("sum", "there are no numbers", "give some")
-        print(f"sum: of {len(request.numbers)} lists", flush=True)
-        request.answer({name: sum(numbers) for name, numbers in request.numbers.items()})
+        self.print_line(f"of {len(self.numbers)} lists")
+        self.answer({name: sum(numbers) for name, numbers in self.numbers.items()})
 
 
 if __name__ == "__main__":
-    main()
+    SumRequest.main()

@@ -23,6 +23,7 @@ from mhmoe_ray.runs.directory import (
     read_attempts,
     require_newest_attempt,
 )
+from mhmoe_ray.runs.start import StartRecord, read_start, write_start
 from mhmoe_ray.runs.sweeps import Order, SweepDir, sweep_dir
 from mhmoe_ray.storage import ObjectPath
 from tests.support.s3 import CREDENTIALS
@@ -124,6 +125,8 @@ def test_unwritable_storage_is_reported(tmp_path):
         RunDir.remove,
         lambda run: add_attempt(run, Attempt("job", "http://x", local=True)),
         lambda run: SweepDir(run.path / "sweeps/a").write_order("1", Order.model_construct(entries=[])),
+        lambda run: SweepDir(run.path / "sweeps/a").write_runs({}),
+        lambda run: write_start(run, StartRecord(how="copy", optimizer=False, ancestors=[])),
     ],
 )
 def test_failed_write_to_a_run_directory_is_reported(tmp_path, write):
@@ -144,8 +147,16 @@ def test_run_that_cannot_be_written_leaves_no_directory(tmp_path, monkeypatch):
     assert not list((tmp_path / "runs").iterdir())
 
 
-@pytest.mark.parametrize("read", [SweepDir.order_names, SweepDir.runs])
-def test_unreadable_sweep_is_reported(tmp_path, read):
+@pytest.mark.parametrize(
+    "read",
+    [
+        SweepDir.order_names,
+        SweepDir.runs,
+        lambda sweep: sweep.read_order("1"),
+        lambda sweep: read_start(RunDir(sweep.path)),
+    ],
+)
+def test_unreadable_directory_is_reported(tmp_path, read):
     (tmp_path / "sweeps").mkdir()
     with pytest.raises(StorageError, match="File name too long"):
         read(sweep_dir(tmp_path, "a" * 300))

@@ -16,5 +16,5 @@ def run_on_cluster(cluster, *args, expected_status="SUCCEEDED", **env):
     environment = {"env_vars": {"PYTHONPATH": str(Path.cwd()), **env}}
     jobs.submit(connection, jobs.job_request(["-m", *map(str, args)], job, local=True, runtime_env=environment))
     lines = list(jobs.follow_logs(connection, job))
-    assert jobs.status(connection, job) == expected_status, "\n".join(lines)
+    assert jobs.info(connection, job).status == expected_status, "\n".join(lines)
     return lines

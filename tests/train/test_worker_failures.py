@@ -15,8 +15,7 @@ from mhmoe_ray.train.worker_failures import (
     WorkerFailureCallback,
     _recorded_worker,
     failure_reason,
-    original_errors,
-    root_cause_rank,
+    root_cause,
 )
 
 RAY_MESSAGE = """The actor died unexpectedly before finishing this task.
@@ -32,15 +31,11 @@ COLLECTIVE_ERROR = RuntimeError(
 
 
 def test_root_cause_is_not_a_collective_error():
-    assert root_cause_rank({0: COLLECTIVE_ERROR, 1: DEAD_PROCESS_ERROR, 2: COLLECTIVE_ERROR}) == 1
-    assert root_cause_rank({0: COLLECTIVE_ERROR, 3: ValueError("shape")}) == 3
-    assert (
-        root_cause_rank(
-            {0: DEAD_PROCESS_ERROR, 1: JobError("training", "the gradient is not finite", "lower train.lr")}
-        )
-        == 1
-    )
-    assert root_cause_rank({4: COLLECTIVE_ERROR, 2: COLLECTIVE_ERROR}) == 2
+    own_error, other_error = JobError("training", "the gradient is not finite", "lower train.lr"), ValueError("shape")
+    assert root_cause({0: COLLECTIVE_ERROR, 1: DEAD_PROCESS_ERROR, 2: COLLECTIVE_ERROR}) == (1, DEAD_PROCESS_ERROR)
+    assert root_cause({0: COLLECTIVE_ERROR, 3: other_error}) == (3, other_error)
+    assert root_cause({0: DEAD_PROCESS_ERROR, 1: own_error}) == (1, own_error)
+    assert root_cause({4: COLLECTIVE_ERROR, 2: COLLECTIVE_ERROR}) == (2, COLLECTIVE_ERROR)
 
 
 def test_failure_reason_is_one_line():
@@ -82,7 +77,7 @@ def test_error_of_a_remote_task_is_unwrapped():
     checkpoint_error = CheckpointError("checkpoint c", "it is damaged", "use another")
     ray_error = RayTaskError("configure", "\x1b[36mray::\x1b[39m Traceback", checkpoint_error).as_instanceof_cause()
     assert isinstance(ray_error, CheckpointError)
-    assert original_errors({0: ray_error, 1: COLLECTIVE_ERROR}) == {0: checkpoint_error, 1: COLLECTIVE_ERROR}
+    assert root_cause({0: ray_error, 1: COLLECTIVE_ERROR}) == (0, checkpoint_error)
     assert str(_training_error(RunDir("tiny-1"), WorkerGroupError("", {0: ray_error}))) == str(checkpoint_error)
 
 

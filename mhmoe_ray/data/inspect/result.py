@@ -34,3 +34,9 @@ class SurveyRequest(RemoteJob[Survey]):
     """Tokenizer file with which tokens are counted; None to count no tokens."""
     rules: bool
     """True to check texts against the rules of textrules.py."""
+
+    def execute(self) -> None:
+        # Only the job needs Ray; the command line imports this module without it.
+        from mhmoe_ray.data.inspect.survey import survey
+
+        self.answer(survey(self))

@@ -6,7 +6,6 @@ from typing import ClassVar
 import yaml
 
 from mhmoe_ray.data.shards.manifest import DataManifest, read_data_manifest
-from mhmoe_ray.errors import logging_errors
 from mhmoe_ray.remote import RemoteJob
 from mhmoe_ray.spec import RunSpec, dump_spec
 
@@ -35,20 +34,12 @@ class PrepareRequest(RemoteJob[DataManifest]):
     def result(self, log: Callable[[], str]) -> DataManifest | None:
         return read_data_manifest(self.spec.data.prepared)
 
+    def execute(self) -> None:
+        # The command line imports this module for `PrepareRequest`, and does not need Ray.
+        from mhmoe_ray.data.prepare.pipeline import prepare
 
-def main() -> None:
-    """Run the job of `mhmoe data prepare` for its request."""
-    # Ray is imported only here, because the command line imports this module for `PrepareRequest` and does not need
-    # Ray.
-    import ray
-
-    from mhmoe_ray.data.prepare.pipeline import prepare
-
-    spec = PrepareRequest.received().spec
-    ray.init()
-    with logging_errors():
-        prepare(spec)
+        prepare(self.spec)
 
 
 if __name__ == "__main__":
-    main()
+    PrepareRequest.main()

@@ -54,7 +54,7 @@ from mhmoe_ray.data.shards.recipe import recipe, require_prepared_data
 from mhmoe_ray.data.sources import Tally, file_blocks, find_files
 from mhmoe_ray.data.sources.find import fingerprints
 from mhmoe_ray.data.tokenizer import boundaries, boundary_texts, load_tokenizer, store_given_tokenizer, train_tokenizer
-from mhmoe_ray.errors import DataError, MhmoeError, StorageError
+from mhmoe_ray.errors import DataError, MhmoeError, StorageError, task_error
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import describe_file, replace_file, write_json
 
@@ -106,10 +106,7 @@ def _errors_of_tasks(folder: Path) -> Iterator[None]:
     try:
         yield
     except (ray.exceptions.RayTaskError, OSError) as e:
-        error: Any = e
-        # A task may have waited for another task, so that its error has the other task's error as its cause.
-        while isinstance(error, ray.exceptions.RayTaskError):
-            error = error.cause
+        error = task_error(e)
         if isinstance(error, MhmoeError):
             raise error from e
         if isinstance(error, OSError):

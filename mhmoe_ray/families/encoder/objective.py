@@ -4,7 +4,6 @@ Each part of a micro-batch becomes a group of the encoder's batch, with a loss f
 match of its pairs. Pairs are compared within a micro-batch, so their loss does not depend on the number of ranks.
 """
 
-import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -17,20 +16,11 @@ from mhmoe_ray.families.encoder.model import EncoderBatch
 from mhmoe_ray.families.images.part_objective import PartObjective
 from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.spec import MicroBatchPart, RunSpec
-from mhmoe_ray.train.objectives.base import Environment
-from mhmoe_ray.train.objectives.next_token import DIGEST_BYTES
+from mhmoe_ray.train.objectives.base import Environment, array_digest
 
 if TYPE_CHECKING:
     from mhmoe_ray.data.shards.manifest import DataManifest
     from mhmoe_ray.runs.directory import RunDir
-
-
-def encoder_digest(samples: EncoderSamples) -> int:
-    """Return the digest of an encoder's micro-batch, over its image crops, its tokens, and the masks of both."""
-    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    for column in samples:
-        digest.update(np.ascontiguousarray(column).tobytes())
-    return int.from_bytes(digest.digest(), "little")
 
 
 class Masked(PartObjective[EncoderBatch]):
@@ -50,7 +40,7 @@ class Masked(PartObjective[EncoderBatch]):
     def receive(self, rows: Mapping[str, np.ndarray]) -> tuple[int, EncoderBatch]:
         # The stream's columns may be in read-only memory, which torch does not support, so they are copied.
         samples = EncoderSamples(*(np.array(rows[name][0]) for name in EncoderSamples._fields))
-        return encoder_digest(samples), self._batch_maker.make(self.spec.parts, samples)
+        return array_digest(samples), self._batch_maker.make(self.spec.parts, samples)
 
     def target_counts(self, batch: EncoderBatch) -> list[int]:
         return [count for group in batch.groups for count in group.target_counts]

@@ -3,7 +3,6 @@
 Every loss of a task is a mean over images, so an image with many objects counts as much as one with few.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,8 +18,7 @@ from mhmoe_ray.families.vision.model import Vision, VisionBatch
 from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.spec import MicroBatchPart
-from mhmoe_ray.train.objectives.base import Environment
-from mhmoe_ray.train.objectives.next_token import DIGEST_BYTES
+from mhmoe_ray.train.objectives.base import Environment, array_digest
 
 
 class Tasks(PartObjective[VisionBatch]):
@@ -39,11 +37,8 @@ class Tasks(PartObjective[VisionBatch]):
 
     def receive(self, rows: Mapping[str, np.ndarray]) -> tuple[int, VisionBatch]:
         samples = samples_in_row(rows, self.spec.parts)
-        digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-        for task_samples in samples.values():
-            for array in task_samples.arrays():
-                digest.update(np.ascontiguousarray(array).tobytes())
-        return int.from_bytes(digest.digest(), "little"), self._batch(samples)
+        digest = array_digest(array for task_samples in samples.values() for array in task_samples.arrays())
+        return digest, self._batch(samples)
 
     def _batch(self, samples: VisionSamples) -> VisionBatch:
         """Return samples as a micro-batch of all tasks; a task without samples gets zero images."""

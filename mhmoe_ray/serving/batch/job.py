@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from mhmoe_ray.checkpoint.manifest import read_manifest
 from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
-from mhmoe_ray.errors import DataError, logging_errors
+from mhmoe_ray.errors import DataError
 from mhmoe_ray.remote import RemoteJob
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
@@ -54,16 +54,10 @@ class BatchJob(RemoteJob[AnswerCounts]):
     def result(self, log: Callable[[], str]) -> AnswerCounts | None:
         return self.output_folder.stored_summary()
 
-
-def main() -> None:
-    """Answer the rows of the current job's request that have no answer yet; log errors for the user."""
-    import ray
-
-    job = BatchJob.received()
-    ray.init()
-    with logging_errors():
-        _check(job)
-        _answer_missing_rows(job)
+    def execute(self) -> None:
+        """Answer the rows that have no answer yet."""
+        _check(self)
+        _answer_missing_rows(self)
 
 
 def _check(job: BatchJob) -> None:
@@ -95,22 +89,18 @@ def _answer_missing_rows(job: BatchJob) -> None:
         counts = sum(pool.map(partial(output.count_chunk, request), present_chunks), AnswerCounts())
     if missing_chunks:
         report = ProgressReport(request.input.rows, counts.rows)
-        _print_line(f"{report.line()} are answered; starting {job.workers} worker{'s' if job.workers > 1 else ''}")
+        job.print_line(f"{report.line()} are answered; starting {job.workers} worker{'s' if job.workers > 1 else ''}")
         _print_lack_of_resources(job)
         for result in answer_chunks(request, missing_chunks, output, job.serve, job.workers):
             counts += result.counts
             if report.is_due(counts.rows):
-                _print_line(report.line())
+                job.print_line(report.line())
     if counts.rows != request.input.rows:
         reason = f"it changed while it was read: {counts.rows} of {request.input.rows} rows are answered"
         raise DataError(f"input {request.input.path}", reason, "restore it, then give the command again")
     output.complete(counts)
     run = RunDir.of_checkpoint(location(request.checkpoint))
-    events.record_use(run, "answered", _print_line, output=job.output)
-
-
-def _print_line(line: str) -> None:
-    print(f"{BatchJob.kind}: {line}", flush=True)
+    events.record_use(run, "answered", job.print_line, output=job.output)
 
 
 def _print_lack_of_resources(job: BatchJob) -> None:
@@ -121,7 +111,7 @@ def _print_lack_of_resources(job: BatchJob) -> None:
     needs = (("CPU", job.serve.cpus_per_replica), ("GPU", job.serve.gpus_per_replica))
     for name, count in needs:
         if count > (free_count := free_resources.get(name, 0)):
-            _print_line(f"waiting for {name}s: a worker needs {count}, and {free_count:g} are free")
+            job.print_line(f"waiting for {name}s: a worker needs {count}, and {free_count:g} are free")
 
 
 class ProgressReport:
@@ -157,4 +147,4 @@ class ProgressReport:
 
 
 if __name__ == "__main__":
-    main()
+    BatchJob.main()

@@ -3,6 +3,7 @@
 The trainer calls the model; an objective makes micro-batches and scores the model's outputs.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
@@ -18,6 +19,19 @@ from mhmoe_ray.spec import RunSpec
 if TYPE_CHECKING:
     from mhmoe_ray.data.shards.manifest import DataManifest
     from mhmoe_ray.runs.directory import RunDir
+
+# Number of bytes of a micro-batch's digest. Ranks exchange digests as float64, which holds every integer of 6 bytes
+# exactly.
+DIGEST_BYTES = 6
+
+
+def array_digest(arrays: Iterable[np.ndarray]) -> int:
+    """Return an integer digest of the arrays of a micro-batch, with which the samples of runs can be compared."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for array in arrays:
+        digest.update(array.tobytes())
+    return int.from_bytes(digest.digest(), "little")
+
 
 Batch = TypeVar("Batch")
 Output = TypeVar("Output")

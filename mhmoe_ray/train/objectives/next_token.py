@@ -1,6 +1,5 @@
 """The objective of decoders: each token is predicted from those before it."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,16 +26,19 @@ from mhmoe_ray.model.loss import Targets
 from mhmoe_ray.model.transfer import copy_to_device
 from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.train.objectives.base import Environment, LossSums, ModelArguments, Objective, Validation
+from mhmoe_ray.train.objectives.base import (
+    Environment,
+    LossSums,
+    ModelArguments,
+    Objective,
+    Validation,
+    array_digest,
+)
 
 if TYPE_CHECKING:
     from mhmoe_ray.data.shards.manifest import DataManifest
     from mhmoe_ray.data.tokenizer.vocabulary import Boundaries
     from mhmoe_ray.runs.directory import RunDir
-
-# Number of bytes of a micro-batch's digest. Ranks exchange digests as float64, which holds every integer of 6 bytes
-# exactly.
-DIGEST_BYTES = 6
 
 
 class MicroBatch(NamedTuple):
@@ -50,12 +52,9 @@ class MicroBatch(NamedTuple):
 
 
 def sample_digest(samples: Samples) -> int:
-    """Return an integer digest of one micro-batch of samples, (b, T + 1), with which runs can be compared."""
+    """Return the digest of one micro-batch of samples, (b, T + 1), over its tokens and then its masks."""
     columns = columns_of(samples)
-    digest = hashlib.blake2b(np.ascontiguousarray(columns.pop(TOKENS), "<i8").tobytes(), digest_size=DIGEST_BYTES)
-    for mask in columns.values():
-        digest.update(mask.tobytes())
-    return int.from_bytes(digest.digest(), "little")
+    return array_digest([columns.pop(TOKENS).astype("<i8"), *columns.values()])
 
 
 def micro_batch(samples: ModelSamples, device: torch.device, masked_start_token: int | None = None) -> MicroBatch:

@@ -11,8 +11,8 @@ Rank 0 reports the metrics of the whole run. Each rank reports its own waits (`d
 a straggler can be found (train/watchdog.py).
 """
 
-from mhmoe_ray.train.telemetry.line import StepTotals, WaitShares, step_line
+from mhmoe_ray.train.telemetry.line import WaitShares, step_line
 from mhmoe_ray.train.telemetry.sinks import Telemetry
 from mhmoe_ray.train.telemetry.tracker import EndStatus
 
-__all__ = ["EndStatus", "StepTotals", "Telemetry", "WaitShares", "step_line"]
+__all__ = ["EndStatus", "Telemetry", "WaitShares", "step_line"]

@@ -6,28 +6,10 @@ The shares of time that ranks wait reveal a straggler: the other ranks wait for 
 import time
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from mhmoe_ray.distributed.dispatch.exchange import SentBytes
 from mhmoe_ray.planner.sizes import model_flops_utilisation
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.metrics import expert_loads, load_entropy
-from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.train.step import Trainer, Update
-
-
-class StepTotals(NamedTuple):
-    """Totals of a training step over all ranks, in the fields of `RankSums`."""
-
-    targets: int
-    loss: float
-    balance: float
-    dropped: float
-    count_LE: Tensor
-    part_sums_P2: Tensor
-    sent_bytes: SentBytes
-    least_bytes: int
-    digest: str  # hexadecimal, of the step's samples in their order
+from mhmoe_ray.train.step import StepSums, Trainer, Update
 
 
 class WaitShares(NamedTuple):
@@ -38,10 +20,14 @@ class WaitShares(NamedTuple):
 
 
 def step_line(
-    spec: RunSpec, trainer: Trainer, group: int, totals: StepTotals, waits: WaitShares, update: Update, seconds: float
+    trainer: Trainer, group: int, totals: StepSums, digest: str, waits: WaitShares, update: Update, seconds: float
 ) -> dict[str, Any]:
-    """Return the metrics of a step by name, for a line of metrics.jsonl. `trainer` is the trainer after the step, and
-    `waits` has the largest shares of any rank."""
+    """Return the metrics of a step by name, for a line of metrics.jsonl.
+
+    `trainer` is the trainer after the step, `totals` are over all ranks, `digest` is of the step's samples in their
+    order, and `waits` has the largest shares of any rank.
+    """
+    spec = trainer.spec
     moe, tokens_per_s = spec.model.moe, totals.targets / seconds
     line: dict[str, Any] = {
         metrics.STEP: trainer.step,
@@ -53,7 +39,7 @@ def step_line(
         metrics.TOKENS: trainer.tokens,
         metrics.TOKENS_PER_S: tokens_per_s,
         metrics.DATA_WAIT: waits.data,
-        metrics.STREAM: totals.digest,
+        metrics.STREAM: digest,
     }
     if spec.data.parts:
         part_losses = (loss / max(1, targets) for loss, targets in totals.part_sums_P2.tolist())

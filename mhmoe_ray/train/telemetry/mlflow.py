@@ -7,8 +7,6 @@ resumed run continues its MLflow run, which has the run's id in the tag `mhmoe_r
 
 import logging
 import os
-from collections.abc import Iterator
-from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +38,7 @@ class MlflowRun:
         self._run, self._spec, self._server = run, spec, spec.tracking.mlflow
         self._client = _client(self._server)
         self._run_id: str | None = None
-        self._queue: SimpleQueue[Metric] = SimpleQueue()
+        # The training appends to this list, and the sending thread removes from its start; both are atomic.
         self._unsent: list[Metric] = []
         self._has_warned = False
         self._stop_event = Event()
@@ -54,8 +52,8 @@ class MlflowRun:
 
         # MLflow has timestamps in milliseconds.
         time_ms, step = int(line[metrics.TIME] * 1000), line[metrics.STEP]
-        for tag, value in tagged_values(line).items():
-            self._queue.put(Metric(tag, value, time_ms, step))
+        new_metrics = [Metric(tag, value, time_ms, step) for tag, value in tagged_values(line).items()]
+        self._unsent.extend(new_metrics)
 
     def flush(self) -> None:
         """Do nothing, because the thread sends metrics by itself."""
@@ -65,8 +63,7 @@ class MlflowRun:
         self._end_status = end_status
         self._stop_event.set()
         self._thread.join(CLOSE_SECONDS)
-        unsent_count = len(self._unsent) + self._queue.qsize()
-        if unsent_count:
+        if unsent_count := len(self._unsent):
             LOG.warning(
                 "%d metrics were not accepted by MLflow at %s; metrics.jsonl has them", unsent_count, self._server
             )
@@ -94,11 +91,11 @@ class MlflowRun:
     def _send(self) -> None:
         if self._run_id is None:
             self._run_id = self._find_run() or self._create_run()
-        self._unsent += _drain(self._queue)
         while self._unsent:
-            self._client.log_batch(self._run_id, metrics=self._unsent[:MAX_METRICS_PER_REQUEST])
+            batch = self._unsent[:MAX_METRICS_PER_REQUEST]
+            self._client.log_batch(self._run_id, metrics=batch)
             # Metrics are deleted only after their request has succeeded, so that a failed request is repeated.
-            del self._unsent[:MAX_METRICS_PER_REQUEST]
+            del self._unsent[: len(batch)]
 
     def _experiment_id(self) -> str:
         name = self._spec.tracking.experiment
@@ -149,14 +146,6 @@ def _client(server: str) -> Any:
     except MlflowException as e:
         fix = "give a server, http://host:5000"
         raise JobError(f"tracking.mlflow {server}", str(e).splitlines()[0], fix) from e
-
-
-def _drain(queue: "SimpleQueue[Metric]") -> "Iterator[Metric]":
-    while True:
-        try:
-            yield queue.get_nowait()
-        except Empty:
-            return
 
 
 def open_tracker(run: RunDir, spec: RunSpec, group: int, start: int) -> MlflowRun | None:

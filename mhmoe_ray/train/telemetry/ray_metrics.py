@@ -13,7 +13,6 @@ from mhmoe_ray.runs.metrics import (
     LAYER_ENTROPY,
     METRICS,
     PREFIX,
-    STEPS,
     Metric,
     expert_loads,
     load_entropy,
@@ -37,14 +36,12 @@ class Gauges:
         self._thread = Thread(target=self._repeat, name="metrics", daemon=True)
         self._thread.start()
 
-    def add(self, metric: Metric) -> None:
-        """Create the gauge of a metric, so that `set` can report its values."""
-        labels = ("run", *metric.labels)
-        self._gauges[metric.name] = Gauge(PREFIX + metric.name, description=metric.help, tag_keys=labels)
-
     def set(self, name: str, value: float, **labels: str) -> None:
         """Report a value of a metric; `labels` are all its labels but `run`."""
         with self._lock:
+            if name not in self._gauges:
+                metric = METRICS[name]
+                self._gauges[name] = Gauge(PREFIX + name, metric.help, tag_keys=("run", *metric.labels))
             self._values[name, (("run", self._run), *labels.items())] = value
             self._gauges[name].set(value, tags={"run": self._run, **labels})
 
@@ -59,23 +56,10 @@ class Gauges:
                     self._gauges[name].set(value, tags=dict(labels))
 
 
-def add_rank(gauges: Gauges) -> None:
-    """Create the gauges of the metrics that every rank reports for itself."""
-    for metric in _metrics_of_scope("rank"):
-        gauges.add(metric)
-
-
 def report_rank(gauges: Gauges, rank: int, waits: WaitShares) -> None:
     """Report the shares of a step's time that a rank waited."""
     for name, value in ((DATA_WAIT, waits.data), (EXCHANGE_WAIT, waits.exchange)):
         gauges.set(name, value, rank=str(rank))
-
-
-def add_run(gauges: Gauges, steps: int) -> None:
-    """Create the gauges of metrics of the whole run, and report its number of steps."""
-    for metric in _metrics_of_scope("run", "layer", "expert", "part"):
-        gauges.add(metric)
-    gauges.set(STEPS, steps)
 
 
 def report_run(gauges: Gauges, line: dict[str, Any], count_LE: Tensor) -> None:
@@ -98,5 +82,5 @@ def report_run(gauges: Gauges, line: dict[str, Any], count_LE: Tensor) -> None:
             gauges.set(EXPERT_LOAD, value, layer=str(layer), expert=str(expert))
 
 
-def _metrics_of_scope(*scopes: str) -> list[Metric]:
-    return [metric for metric in METRICS.values() if metric.scope in scopes]
+def _metrics_of_scope(scope: str) -> list[Metric]:
+    return [metric for metric in METRICS.values() if metric.scope == scope]

@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
-from mhmoe_ray.runs import history
+from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.telemetry import mlflow, tensorboard
 from mhmoe_ray.train.telemetry.line import WaitShares
-from mhmoe_ray.train.telemetry.ray_metrics import Gauges, add_rank, add_run, report_rank, report_run
+from mhmoe_ray.train.telemetry.ray_metrics import Gauges, report_rank, report_run
 from mhmoe_ray.train.telemetry.tracker import EndStatus, Tracker
 
 OpenTracker = Callable[[RunDir, RunSpec, int, int], Tracker | None]
@@ -26,10 +26,9 @@ class Telemetry:
         self._run, self._rank = run, rank
         self._reports_run = rank == 0
         self._gauges = Gauges(run.id)
-        add_rank(self._gauges)
         self._trackers: list[Tracker] = []
         if self._reports_run:
-            add_run(self._gauges, spec.train.steps)
+            self._gauges.set(metrics.STEPS, spec.train.steps)
             trackers = (open_tracker(run, spec, group, start) for open_tracker in TRACKERS)
             self._trackers = [tracker for tracker in trackers if tracker is not None]
 

@@ -8,7 +8,6 @@ import sys
 import ray
 import ray.data
 
-from mhmoe_ray.data.inspect.job import main
 from mhmoe_ray.data.inspect.result import SurveyRequest
 from mhmoe_ray.data.inspect.survey import survey
 
@@ -25,4 +24,4 @@ if __name__ == "__main__":
     else:
         resource_limits = ray.data.ExecutionResources(cpu=1)
         ray.data.DataContext.get_current().execution_options.resource_limits = resource_limits
-        main()
+        SurveyRequest.main()

@@ -3,7 +3,7 @@
 import ray.data
 
 from mhmoe_ray.data.prepare import pipeline
-from mhmoe_ray.data.prepare.job import main
+from mhmoe_ray.data.prepare.job import PrepareRequest
 
 
 def use_small_chunks() -> None:
@@ -18,4 +18,4 @@ def run_tasks_serially() -> None:
 if __name__ == "__main__":
     use_small_chunks()
     run_tasks_serially()
-    main()
+    PrepareRequest.main()

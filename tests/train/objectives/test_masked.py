@@ -6,9 +6,9 @@ import torch.distributed as dist
 
 from mhmoe_ray.families.encoder.data.batches import BatchMaker, normalized_patches
 from mhmoe_ray.families.encoder.data.columns import EncoderSamples
-from mhmoe_ray.families.encoder.objective import encoder_digest
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.train.objectives.base import array_digest
 from tests.support.encoders import ENCODER, SMEAR, encoder_spec, micro_batch_samples, part_samples, stream_rows
 from tests.support.ranks import run_ranks
 from tests.train.jobs import build_trainer, full_gradients, full_tensors
@@ -131,11 +131,11 @@ def test_a_matching_part_is_validated_in_whole_micro_batches(single_rank_result)
 
 def test_digests_depend_on_every_column():
     samples = micro_batch_samples(encoder_spec(), 0)
-    digests = {encoder_digest(samples)}
+    digests = {array_digest(samples)}
     for name in EncoderSamples._fields:
         column = getattr(samples, name).copy()
         column.flat[-1] ^= True
-        digests.add(encoder_digest(samples._replace(**{name: column})))
+        digests.add(array_digest(samples._replace(**{name: column})))
     assert len(digests) == 6
 
 
