@@ -89,7 +89,7 @@ def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights
         # Without rows, MegaBlocks is not called: there is nothing to permute, and its documentation does not state
         # whether its kernels can be launched without blocks.
         return run_grouped(x_ND, expert_NK, gate_NK, weights)
-    ops, K, E = _import_module("megablocks.ops"), expert_NK.shape[1], len(weights.stacked[0])
+    ops, E = _import_module("megablocks.ops"), len(weights.stacked[0])
     with torch.no_grad():
         expert_R, route_R = ops.sort(expert_NK.flatten().int(), max((E - 1).bit_length(), 1))
         count_E = ops.histogram(expert_R, E)

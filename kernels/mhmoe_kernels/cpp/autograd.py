@@ -27,24 +27,22 @@ class _SwiGLU(torch.autograd.Function):
         # The backward computes the hidden layer again, so only inputs are kept.
         ctx.save_for_backward(x_RD, *weights)
         ctx.count_E = count_E
-        y_RD: Tensor = _forward(x_RD, count_E, *weights)
+        y_RD: Tensor = _cpp_swiglu_forward(x_RD, count_E, weights)
         return y_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
-        dx_RD, *gradients = _backward(dy_RD.contiguous(), ctx.count_E, *ctx.saved_tensors)
+        x_RD, *weights = ctx.saved_tensors
+        dx_RD, *gradients = _cpp_swiglu_backward(dy_RD.contiguous(), ctx.count_E, x_RD, weights)
         return dx_RD, None, *gradients
 
 
 _swiglu: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = _SwiGLU.apply
 
 
-@compiled_operator(
-    "cpp_swiglu_forward(Tensor x_RD, Tensor count_E, Tensor gate_EFD, Tensor up_EFD, Tensor down_EDF) -> Tensor",
-    fake=lambda x_RD, *_: torch.empty_like(x_RD),
-)
-def _forward(x_RD: Tensor, count_E: Tensor, *weights: Tensor) -> Tensor:
+@compiled_operator(fake=lambda x_RD, *_: torch.empty_like(x_RD))
+def _cpp_swiglu_forward(x_RD: Tensor, count_E: Tensor, weights: list[Tensor]) -> Tensor:
     """Return the experts' outputs; all tensors must be contiguous."""
     y_RD = torch.empty_like(x_RD)
     sizes = _sizes(weights[0])
@@ -53,18 +51,14 @@ def _forward(x_RD: Tensor, count_E: Tensor, *weights: Tensor) -> Tensor:
     return y_RD
 
 
-@compiled_operator(
-    "cpp_swiglu_backward(Tensor dy_RD, Tensor count_E, Tensor x_RD, Tensor gate_EFD, Tensor up_EFD, Tensor down_EDF)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda dy_RD, count_E, *tensors: tuple(map(torch.empty_like, tensors)),
-)
-def _backward(dy_RD: Tensor, count_E: Tensor, x_RD: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+@compiled_operator(fake=lambda dy_RD, count_E, x_RD, weights: [*map(torch.empty_like, (x_RD, *weights))])
+def _cpp_swiglu_backward(dy_RD: Tensor, count_E: Tensor, x_RD: Tensor, weights: list[Tensor]) -> list[Tensor]:
     """Return the gradients of rows and weights; all tensors must be contiguous."""
-    dx_RD, *gradients = (torch.empty_like(t) for t in (x_RD, *weights))
+    gradients = [torch.empty_like(t) for t in (x_RD, *weights)]
     sizes = _sizes(weights[0])
     scratch = _scratch_memory(library().backward_bytes, *_pointers(count_E), *sizes)
-    library().backward(*_pointers(x_RD, *weights, dy_RD, dx_RD, *gradients, scratch, count_E), *sizes)
-    return dx_RD, *gradients
+    library().backward(*_pointers(x_RD, *weights, dy_RD, *gradients, scratch, count_E), *sizes)
+    return gradients
 
 
 def _sizes(gate_EFD: Tensor) -> tuple[Any, ...]:

@@ -36,7 +36,7 @@ def gelu_sorted(x_RD: Tensor, count_E: Tensor, weights: tuple[Tensor, ...], eps:
 class _GELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, count_E: Tensor, eps: float, recompute: float, *weights: Tensor) -> Tensor:
-        out_RD, kept_RF = _gelu_forward(x_RD, count_E, eps, recompute, *weights)
+        out_RD, kept_RF = _grouped_gelu_forward(x_RD, count_E, eps, recompute, list(weights))
         ctx.count_E, ctx.eps, ctx.recompute = count_E, eps, recompute
         ctx.save_for_backward(x_RD, kept_RF, *weights)
         return out_RD  # type: ignore[no-any-return]
@@ -44,7 +44,9 @@ class _GELU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_RD: Tensor) -> tuple[Tensor | None, ...]:
-        dx_RD, *gradients = _gelu_backward(dout_RD, ctx.count_E, ctx.eps, ctx.recompute, *ctx.saved_tensors)
+        x_RD, kept_RF, *weights = ctx.saved_tensors
+        arguments = (ctx.count_E, ctx.eps, ctx.recompute, x_RD, kept_RF, weights)
+        dx_RD, *gradients = _grouped_gelu_backward(dout_RD, *arguments)
         return dx_RD, None, None, None, *gradients
 
 
@@ -57,30 +59,22 @@ def _gelu_pieces(x_RD: Tensor, count_E: Tensor, fc1_EFD: Tensor, recompute: floa
     return split_into_pieces(count_E.tolist(), recompute, round_windows=is_cpu, row_bytes=row_bytes)
 
 
-def _new_gelu_results(
-    x_RD: Tensor, count_E: Tensor, eps: float, recompute: float, fc1_EFD: Tensor, *weights: Tensor
+def _new_results(
+    x_RD: Tensor, count_E: Tensor, eps: float, recompute: float, weights: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     rows = kept_buffer_rows(len(x_RD), recompute, round_windows=x_RD.device.type == "cpu")
-    return torch.empty_like(x_RD), x_RD.new_empty(rows, fc1_EFD.shape[1])
+    return torch.empty_like(x_RD), x_RD.new_empty(rows, weights[0].shape[1])
 
 
-_GELU_WEIGHTS = (
-    "Tensor fc1_EFD, Tensor fc1_bias_EF, Tensor norm_EF, Tensor norm_bias_EF, Tensor fc2_EDF, Tensor fc2_bias_ED"
-)
-
-
-@compiled_operator(
-    f"grouped_gelu_forward(Tensor x_RD, Tensor count_E, float eps, float recompute, {_GELU_WEIGHTS})"
-    " -> (Tensor, Tensor)",
-    fake=_new_gelu_results,
-)
-def _gelu_forward(
-    x_RD: Tensor, count_E: Tensor, eps: float, recompute: float, *weights: Tensor
+@compiled_operator(fake=_new_results)
+def _grouped_gelu_forward(
+    x_RD: Tensor, count_E: Tensor, eps: float, recompute: float, weights: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
+    """Return the experts' outputs, and the kept inputs of GELU."""
     fc1_EFD, fc1_bias_EF, norm_EF, norm_bias_EF, fc2_EDF, fc2_bias_ED = weights
     width = fc1_EFD.shape[1]
     pieces = _gelu_pieces(x_RD, count_E, fc1_EFD, recompute)
-    out_RD, kept_RF = _new_gelu_results(x_RD, count_E, eps, recompute, *weights)
+    out_RD, kept_RF = _new_results(x_RD, count_E, eps, recompute, weights)
     [temporary_PF] = new_hidden_buffers(1, x_RD, width, [p for p in pieces if not p.keeps_hidden])
     [hidden_PF] = new_hidden_buffers(1, x_RD, width, pieces)
     for piece in pieces:
@@ -94,21 +88,18 @@ def _gelu_forward(
 
 
 @compiled_operator(
-    "grouped_gelu_backward(Tensor dout_RD, Tensor count_E, float eps, float recompute, Tensor x_RD, Tensor kept_RF,"
-    f" {_GELU_WEIGHTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda dout_RD, count_E, eps, recompute, x_RD, kept_RF, *weights: tuple(
-        map(torch.empty_like, (x_RD, *weights))
-    ),
+    fake=lambda dout_RD, count_E, eps, recompute, x_RD, kept_RF, weights: [*map(torch.empty_like, (x_RD, *weights))],
 )
-def _gelu_backward(
-    dout_RD: Tensor, count_E: Tensor, eps: float, recompute: float, x_RD: Tensor, kept_RF: Tensor, *weights: Tensor
-) -> tuple[Tensor, ...]:
+def _grouped_gelu_backward(
+    dout_RD: Tensor, count_E: Tensor, eps: float, recompute: float, x_RD: Tensor, kept_RF: Tensor, weights: list[Tensor]
+) -> list[Tensor]:
+    """Return the gradients of rows and weights."""
     fc1_EFD, fc1_bias_EF, norm_EF, norm_bias_EF, fc2_EDF, _ = weights
     width = fc1_EFD.shape[1]
     pieces = _gelu_pieces(x_RD, count_E, fc1_EFD, recompute)
     dout_RD = dout_RD.contiguous()
     dx_RD = torch.empty_like(x_RD)
-    fc1_sum, fc2_sum = GradientAccumulator(fc1_EFD), GradientAccumulator(fc2_EDF)
+    fc1_sum, fc2_sum = (GradientAccumulator(w, pieces) for w in (fc1_EFD, fc2_EDF))
     # Gradients of vectors are summed in float32. torch's backward of the norm would sum the gradients of its weight and
     # bias in bfloat16, which makes them wrong by 7 to 30 % over 4,000 rows.
     vectors = [torch.zeros_like(widen(w)) for w in (fc1_bias_EF, norm_EF, norm_bias_EF, weights[-1])]
@@ -141,11 +132,6 @@ def _gelu_backward(
         torch.mm(dinner, fc1_EFD[e], out=dx_RD[window])
         dfc1_bias_EF[e] += dinner.sum(0, dtype=dnorm_EF.dtype)
         dfc2_bias_ED[e] += dout[: piece.rows].sum(0, dtype=dnorm_EF.dtype)
-    # The loop over pieces of rows skips experts without rows. Their gradients are still uninitialized, so they are set
-    # to 0.
-    for idle_expert in set(range(len(fc1_EFD))) - {piece.expert for piece in pieces}:
-        fc1_sum.total_EOI[idle_expert].zero_()
-        fc2_sum.total_EOI[idle_expert].zero_()
     dfc1_bias, dnorm_weight, dnorm_shift, dfc2_bias = (v.to(x_RD.dtype) for v in vectors)
     dfc1, dfc2 = fc1_sum.total_EOI, fc2_sum.total_EOI
-    return dx_RD, dfc1, dfc1_bias, dnorm_weight, dnorm_shift, dfc2, dfc2_bias
+    return [dx_RD, dfc1, dfc1_bias, dnorm_weight, dnorm_shift, dfc2, dfc2_bias]

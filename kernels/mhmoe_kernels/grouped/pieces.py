@@ -104,9 +104,11 @@ class GradientAccumulator:
     Products narrower than float32 are rounded once and added in float32.
     """
 
-    def __init__(self, like_EOI: Tensor) -> None:
+    def __init__(self, like_EOI: Tensor, pieces: list[Piece]) -> None:
         self.total_EOI = torch.empty_like(like_EOI)
-        """Gradients, each valid once its expert's last piece has been added."""
+        """Gradients: 0 for an expert without pieces, and otherwise valid once its last piece has been added."""
+        for idle_expert in set(range(len(like_EOI))) - {piece.expert for piece in pieces}:
+            self.total_EOI[idle_expert].zero_()
         # Sums of bfloat16 gradients need a float32 buffer: with 8 bits of precision, a sum of ones would stop growing
         # at 256.
         is_narrow = like_EOI.element_size() < 4
