@@ -7,7 +7,7 @@ from mhmoe_ray.checkpoint.find import find_run_or_checkpoint, no_checkpoint_erro
 from mhmoe_ray.checkpoint.huggingface.config import CONFIG, read_config
 from mhmoe_ray.checkpoint.huggingface.hub import PREFIX, pinned_source, settings_folder
 from mhmoe_ray.checkpoint.huggingface.imported_tokenizer import read_chat_template, read_folder_tokenizer
-from mhmoe_ray.checkpoint.manifest import CheckpointManifest, newest_checkpoint, stored_manifest
+from mhmoe_ray.checkpoint.manifest import MANIFEST, CheckpointManifest, newest_checkpoint, stored_manifest
 from mhmoe_ray.checkpoint.tokenizer import run_tokenizer
 from mhmoe_ray.data.shards.manifest import TOKENIZER_FILE
 from mhmoe_ray.errors import CheckpointError, SpecError
@@ -18,7 +18,6 @@ from mhmoe_ray.storage import Location, location
 
 SWEEP_PREFIX = "sweep:"
 """Prefix of a `start.from` that names another run of the same sweep."""
-MANIFEST_FILE = "manifest.json"
 
 
 class StartModel(NamedTuple):
@@ -71,7 +70,7 @@ def find_start_model(source: str, storage: Location | str) -> StartModel:
     path = location(source)
     if isinstance(path, Path) and (path / CONFIG).is_file():
         return _folder_model(str(path.absolute()), path.absolute())
-    if (path / MANIFEST_FILE).exists() and not RunDir(path).attempts_file.exists():
+    if (path / MANIFEST).exists() and not RunDir(path).attempts_file.exists():
         return _checkpoint_model(path.absolute())
     target = find_run_or_checkpoint(source, storage, f"start.from {source}")
     if not isinstance(target, RunDir):
