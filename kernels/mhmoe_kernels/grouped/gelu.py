@@ -5,13 +5,10 @@ pass over the hidden layer, cost more than the matrix products. On a CPU, pieces
 layer in the cache. The forward keeps one value where autograd keeps three, the GELU's input; for recomputed rows none.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from mhmoe_kernels.grouped.autograd import SortedKernel
 from mhmoe_kernels.grouped.pieces import (
     GradientAccumulator,
     Piece,
@@ -23,36 +20,6 @@ from mhmoe_kernels.operators import compiled_operator
 from mhmoe_kernels.permutation import widen
 
 
-def gelu_sorted(x_RD: Tensor, count_E: Tensor, weights: tuple[Tensor, ...], eps: float, recompute: float) -> Tensor:
-    """Return fc2(norm(gelu(fc1(x)))) for rows that are sorted by expert; `count_E` is int64 in CPU memory.
-
-    `weights` are those of `GeluSubln`, stacked; for a share `recompute` of the rows nothing is kept for the backward.
-    """
-    # If gradients are disabled, there is no backward. So the share of rows to recompute is 1.0, and no hidden rows are
-    # kept.
-    return _gelu(x_RD, count_E, eps, recompute if torch.is_grad_enabled() else 1.0, *weights)
-
-
-class _GELU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, count_E: Tensor, eps: float, recompute: float, *weights: Tensor) -> Tensor:
-        out_RD, kept_RF = _grouped_gelu_forward(x_RD, count_E, eps, recompute, list(weights))
-        ctx.count_E, ctx.eps, ctx.recompute = count_E, eps, recompute
-        ctx.save_for_backward(x_RD, kept_RF, *weights)
-        return out_RD  # type: ignore[no-any-return]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout_RD: Tensor) -> tuple[Tensor | None, ...]:
-        x_RD, kept_RF, *weights = ctx.saved_tensors
-        arguments = (ctx.count_E, ctx.eps, ctx.recompute, x_RD, kept_RF, weights)
-        dx_RD, *gradients = _grouped_gelu_backward(dout_RD, *arguments)
-        return dx_RD, None, None, None, *gradients
-
-
-_gelu: Callable[..., Tensor] = _GELU.apply
-
-
 def _gelu_pieces(x_RD: Tensor, count_E: Tensor, fc1_EFD: Tensor, recompute: float) -> list[Piece]:
     is_cpu = x_RD.device.type == "cpu"
     row_bytes = fc1_EFD.shape[1] * x_RD.element_size() if is_cpu else 0
@@ -61,20 +28,20 @@ def _gelu_pieces(x_RD: Tensor, count_E: Tensor, fc1_EFD: Tensor, recompute: floa
 
 def _new_results(
     x_RD: Tensor, count_E: Tensor, eps: float, recompute: float, weights: list[Tensor]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor]]:
     rows = kept_buffer_rows(len(x_RD), recompute, round_windows=x_RD.device.type == "cpu")
-    return torch.empty_like(x_RD), x_RD.new_empty(rows, weights[0].shape[1])
+    return torch.empty_like(x_RD), [x_RD.new_empty(rows, weights[0].shape[1])]
 
 
 @compiled_operator(fake=_new_results)
 def _grouped_gelu_forward(
     x_RD: Tensor, count_E: Tensor, eps: float, recompute: float, weights: list[Tensor]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor]]:
     """Return the experts' outputs, and the kept inputs of GELU."""
     fc1_EFD, fc1_bias_EF, norm_EF, norm_bias_EF, fc2_EDF, fc2_bias_ED = weights
     width = fc1_EFD.shape[1]
     pieces = _gelu_pieces(x_RD, count_E, fc1_EFD, recompute)
-    out_RD, kept_RF = _new_results(x_RD, count_E, eps, recompute, weights)
+    out_RD, [kept_RF] = _new_results(x_RD, count_E, eps, recompute, weights)
     [temporary_PF] = new_hidden_buffers(1, x_RD, width, [p for p in pieces if not p.keeps_hidden])
     [hidden_PF] = new_hidden_buffers(1, x_RD, width, pieces)
     for piece in pieces:
@@ -84,16 +51,23 @@ def _grouped_gelu_forward(
         gelu = torch.ops.aten.gelu.out(inner_PF, out=hidden_PF[buffer_rows])
         normed = torch.native_layer_norm(gelu, (width,), norm_EF[e], norm_bias_EF[e], eps)[0]
         torch.addmm(fc2_bias_ED[e], normed, fc2_EDF[e].T, out=out_RD[window])
-    return out_RD, kept_RF
+    return out_RD, [kept_RF]
 
 
 @compiled_operator(
-    fake=lambda dout_RD, count_E, eps, recompute, x_RD, kept_RF, weights: [*map(torch.empty_like, (x_RD, *weights))],
+    fake=lambda dout_RD, count_E, eps, recompute, x_RD, weights, kept: [*map(torch.empty_like, (x_RD, *weights))],
 )
 def _grouped_gelu_backward(
-    dout_RD: Tensor, count_E: Tensor, eps: float, recompute: float, x_RD: Tensor, kept_RF: Tensor, weights: list[Tensor]
+    dout_RD: Tensor,
+    count_E: Tensor,
+    eps: float,
+    recompute: float,
+    x_RD: Tensor,
+    weights: list[Tensor],
+    kept: list[Tensor],
 ) -> list[Tensor]:
     """Return the gradients of rows and weights."""
+    [kept_RF] = kept
     fc1_EFD, fc1_bias_EF, norm_EF, norm_bias_EF, fc2_EDF, _ = weights
     width = fc1_EFD.shape[1]
     pieces = _gelu_pieces(x_RD, count_E, fc1_EFD, recompute)
@@ -135,3 +109,8 @@ def _grouped_gelu_backward(
     dfc1_bias, dnorm_weight, dnorm_shift, dfc2_bias = (v.to(x_RD.dtype) for v in vectors)
     dfc1, dfc2 = fc1_sum.total_EOI, fc2_sum.total_EOI
     return [dx_RD, dfc1, dfc1_bias, dnorm_weight, dnorm_shift, dfc2, dfc2_bias]
+
+
+GELU = SortedKernel(_grouped_gelu_forward, _grouped_gelu_backward)
+"""Experts that compute fc2(norm(gelu(fc1(x)))). Its options are the norm's `eps` and the share `recompute` of the rows,
+of which nothing is kept for the backward."""

@@ -4,50 +4,12 @@ For each row of an expert, autograd would keep 4 F values for the backward. This
 recomputed rows none. These are computed in pieces whose hidden layer stays in the cache.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from mhmoe_kernels.grouped.autograd import SortedKernel
 from mhmoe_kernels.grouped.pieces import GradientAccumulator, kept_buffer_rows, new_hidden_buffers, split_into_pieces
 from mhmoe_kernels.operators import compiled_operator
-
-
-def swiglu_sorted(
-    x_RD: Tensor, count_E: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, recompute: float
-) -> Tensor:
-    """Return down(silu(gate(x)) * up(x)) for rows that are sorted by expert; `count_E` is int64 in CPU memory.
-
-    For a share `recompute` of the rows, the hidden layer is not kept for the backward.
-    """
-    # If gradients are disabled, there is no backward. So the share of rows to recompute is 1.0, and no hidden rows are
-    # kept.
-    return _swiglu(x_RD, count_E, recompute if torch.is_grad_enabled() else 1.0, gate_EFD, up_EFD, down_EDF)
-
-
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x_RD: Tensor, count_E: Tensor, recompute: float, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor
-    ) -> Tensor:
-        weights = [gate_EFD, up_EFD, down_EDF]
-        out_RD, kept_buffers = _grouped_swiglu_forward(x_RD, count_E, recompute, weights)
-        ctx.count_E, ctx.recompute = count_E, recompute
-        ctx.save_for_backward(x_RD, *weights, *kept_buffers)
-        return out_RD  # type: ignore[no-any-return]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout_RD: Tensor) -> tuple[Tensor | None, ...]:
-        x_RD, *saved = ctx.saved_tensors
-        arguments = (ctx.count_E, ctx.recompute, x_RD, saved[:3], saved[3:])
-        dx_RD, *gradients = _grouped_swiglu_backward(dout_RD, *arguments)
-        return dx_RD, None, None, *gradients
-
-
-_swiglu: Callable[[Tensor, Tensor, float, Tensor, Tensor, Tensor], Tensor] = _SwiGLU.apply
 
 
 def _new_results(x_RD: Tensor, count_E: Tensor, recompute: float, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -119,3 +81,8 @@ def _grouped_swiglu_backward(
         torch.mm(dgate, gate_EFD[e], out=dx_RD[window])
         dx_RD[window].addmm_(dup, up_EFD[e])
     return [dx_RD, *(accumulator.total_EOI for accumulator in accumulators)]
+
+
+SWIGLU = SortedKernel(_grouped_swiglu_forward, _grouped_swiglu_backward)
+"""Experts that compute down(silu(gate(x)) * up(x)). Its option is the share `recompute` of the rows, whose hidden layer
+is not kept for the backward."""
