@@ -40,7 +40,8 @@ class EncoderServing(FamilyServing):
     def load(self, checkpoint: Location, spec: ServeSpec, manifest: CheckpointManifest) -> "EncoderAnswerer":
         import torch
 
-        from mhmoe_ray.families.encoder.checkpoint import load_verified_encoder
+        from mhmoe_ray.checkpoint.load import load_for_inference
+        from mhmoe_ray.families.encoder.model import Encoder
         from mhmoe_ray.families.encoder.serving.answer import EncoderAnswerer
         from mhmoe_ray.families.encoder.serving.engine import EncoderEngine
         from mhmoe_ray.families.encoder.serving.names import held_out_names
@@ -50,7 +51,7 @@ class EncoderServing(FamilyServing):
         assert encoder is not None
         self.check(manifest, spec, run)
         tokenizer = load_run_tokenizer(checkpoint, manifest)
-        model = load_verified_encoder(checkpoint, manifest)
+        model = load_for_inference(Encoder(manifest.model), checkpoint)
         if spec.gpus_per_replica:
             model.to("cuda")
         details = ModelDetails.from_spec(f"{run.id}/{checkpoint.name}", manifest.model)
