@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mhmoe_kernels.cpp.build import library
-from mhmoe_kernels.grouped.autograd import SortedKernel
+from mhmoe_kernels.grouped.autograd import SortedKernel, empty_gradients
 from mhmoe_kernels.operators import compiled_operator
 
 
@@ -21,9 +21,9 @@ def _cpp_swiglu_forward(x_RD: Tensor, count_E: Tensor, weights: list[Tensor]) ->
     return y_RD, []
 
 
-@compiled_operator(fake=lambda dy_RD, count_E, x_RD, weights, kept: [*map(torch.empty_like, (x_RD, *weights))])
+@compiled_operator(fake=empty_gradients)
 def _cpp_swiglu_backward(
-    dy_RD: Tensor, count_E: Tensor, x_RD: Tensor, weights: list[Tensor], kept: list[Tensor]
+    dy_RD: Tensor, count_E: Tensor, x_RD: Tensor, weights: list[Tensor], kept_tensors: list[Tensor]
 ) -> list[Tensor]:
     """Return the gradients of rows and weights, which must be contiguous; the hidden layer is computed again."""
     dy_RD = dy_RD.contiguous()

@@ -8,7 +8,7 @@ layer in the cache. The forward keeps one value where autograd keeps three, the 
 import torch
 from torch import Tensor
 
-from mhmoe_kernels.grouped.autograd import SortedKernel
+from mhmoe_kernels.grouped.autograd import SortedKernel, empty_gradients
 from mhmoe_kernels.grouped.pieces import (
     GradientAccumulator,
     Piece,
@@ -54,20 +54,13 @@ def _grouped_gelu_forward(
     return out_RD, [kept_RF]
 
 
-@compiled_operator(
-    fake=lambda dout_RD, count_E, eps, recompute, x_RD, weights, kept: [*map(torch.empty_like, (x_RD, *weights))],
-)
+@compiled_operator(fake=empty_gradients)
 def _grouped_gelu_backward(
-    dout_RD: Tensor,
-    count_E: Tensor,
-    eps: float,
-    recompute: float,
-    x_RD: Tensor,
-    weights: list[Tensor],
-    kept: list[Tensor],
-) -> list[Tensor]:
+    dout_RD: Tensor, count_E: Tensor, eps: float, recompute: float, x_RD: Tensor, weights: list[Tensor],
+    kept_tensors: list[Tensor],
+) -> list[Tensor]:  # fmt: skip
     """Return the gradients of rows and weights."""
-    [kept_RF] = kept
+    [kept_RF] = kept_tensors
     fc1_EFD, fc1_bias_EF, norm_EF, norm_bias_EF, fc2_EDF, _ = weights
     width = fc1_EFD.shape[1]
     pieces = _gelu_pieces(x_RD, count_E, fc1_EFD, recompute)

@@ -7,7 +7,7 @@ recomputed rows none. These are computed in pieces whose hidden layer stays in t
 import torch
 from torch import Tensor
 
-from mhmoe_kernels.grouped.autograd import SortedKernel
+from mhmoe_kernels.grouped.autograd import SortedKernel, empty_gradients
 from mhmoe_kernels.grouped.pieces import GradientAccumulator, kept_buffer_rows, new_hidden_buffers, split_into_pieces
 from mhmoe_kernels.operators import compiled_operator
 
@@ -40,9 +40,7 @@ def _grouped_swiglu_forward(
     return out_RD, kept_buffers
 
 
-@compiled_operator(
-    fake=lambda dout_RD, count_E, recompute, x_RD, weights, kept_buffers: [*map(torch.empty_like, (x_RD, *weights))],
-)
+@compiled_operator(fake=empty_gradients)
 def _grouped_swiglu_backward(
     dout_RD: Tensor, count_E: Tensor, recompute: float, x_RD: Tensor, weights: list[Tensor], kept_buffers: list[Tensor]
 ) -> list[Tensor]:
