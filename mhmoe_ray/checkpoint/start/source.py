@@ -30,17 +30,17 @@ class StartModel(NamedTuple):
     """Entry for this model in the new run's start record."""
     path: Location
     """Path of a run's checkpoint, or of a folder in Hugging Face's layout."""
-    manifest: CheckpointManifest | None
-    """Manifest of the checkpoint; None for a folder."""
-    model_type: str | None
-    """`model_type` of the folder's config.json; None for a checkpoint."""
     model: ModelSpec
     seq_len: int
     tokenizer_file: Location
     adds_start: bool
     ends: list[int]
     """Token ids that end a text, in addition to the tokenizer's own."""
-    chat_template: str | None
+    manifest: CheckpointManifest | None = None
+    """Manifest of the checkpoint; None for a folder."""
+    model_type: str | None = None
+    """`model_type` of the folder's config.json; None for a checkpoint."""
+    chat_template: str | None = None
     chat_template_file: Path | None = None
     """Local file with the chat template; None without one, or if it is an entry of tokenizer_config.json."""
     sibling: RunSpec | None = None
@@ -97,7 +97,6 @@ def _checkpoint_model(checkpoint: Location) -> StartModel:
         ancestor=Ancestor(name=run.id, path=str(checkpoint), step=manifest.step, tokens=tokens, start=record),
         path=checkpoint,
         manifest=manifest,
-        model_type=None,
         model=manifest.model,
         seq_len=manifest.seq_len,
         tokenizer_file=run_tokenizer(checkpoint, manifest),
@@ -123,7 +122,6 @@ def _folder_model(source: str, folder: Path) -> StartModel:
         source=source,
         ancestor=Ancestor(name=source, path=str(folder), step=0, tokens=0),
         path=folder,
-        manifest=None,
         model_type=model_type,
         model=section.model,
         seq_len=section.seq_len,
@@ -141,14 +139,11 @@ def sibling_model(source: str, sibling: RunSpec) -> StartModel:
         source=source,
         ancestor=Ancestor(name=sibling.name, path="", step=sibling.train.steps, tokens=0),
         path=Path(),
-        manifest=None,
-        model_type=None,
         model=sibling.model,
         seq_len=sibling.data.seq_len,
         tokenizer_file=sibling.data.prepared / TOKENIZER_FILE,
         adds_start=True,
         ends=[],
-        chat_template=None,
         sibling=sibling,
     )
 
