@@ -28,17 +28,14 @@ def run_grouped_gemm(x_RD: Tensor, weights: ExpertWeights, matmul: Matmul) -> Te
     # This must run outside autocast. Autocast would make the output of a norm float32, and no grouped GEMM takes
     # operands of two dtypes.
     if isinstance(weights.function, Swiglu):
-        return _swiglu(matmul, x_RD, *weights.stacked)
+        gate_EFD, up_EFD, down_EDF = weights.stacked
+        return matmul(F.silu(matmul(x_RD, gate_EFD)) * matmul(x_RD, up_EFD), down_EDF)
     return _gelu_subln(matmul, weights.function.eps, x_RD, *weights.stacked)
 
 
 def can_group(weights: ExpertWeights) -> bool:
     """Return whether rows of the matrices have multiples of 16 bytes, as grouped GEMMs require."""
     return all(w.shape[-1] * w.dtype.itemsize % 16 == 0 for w in weights.stacked if w.ndim == 3)
-
-
-def _swiglu(matmul: Matmul, x_RD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
-    return matmul(F.silu(matmul(x_RD, gate_EFD)) * matmul(x_RD, up_EFD), down_EDF)
 
 
 def _gelu_subln(
