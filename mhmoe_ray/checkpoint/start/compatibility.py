@@ -80,9 +80,9 @@ def _field_differences(
         if key in ignored_keys or value == start_value:
             continue
         if isinstance(value, dict) and isinstance(start_value, dict):
-            yield from _field_differences(value, start_value, f"model.moe.{key}.", ignored_keys)
+            yield from _field_differences(value, start_value, f"{prefix}{key}.", ignored_keys)
         else:
-            yield f"model.moe.{key} is {_text(value)} here and {_text(start_value)} there"
+            yield f"{prefix}{key} is {_text(value)} here and {_text(start_value)} there"
 
 
 def _text(value: Any) -> str:
