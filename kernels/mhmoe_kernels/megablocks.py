@@ -28,17 +28,14 @@ def run_grouped_gemm(x_RD: Tensor, weights: ExpertWeights, matmul: Matmul) -> Te
     # This must run outside autocast. Autocast would make the output of a norm float32, and no grouped GEMM takes
     # operands of two dtypes.
     if isinstance(weights.function, Swiglu):
-        return _swiglu(matmul, x_RD, *weights.stacked)
+        gate_EFD, up_EFD, down_EDF = weights.stacked
+        return matmul(F.silu(matmul(x_RD, gate_EFD)) * matmul(x_RD, up_EFD), down_EDF)
     return _gelu_subln(matmul, weights.function.eps, x_RD, *weights.stacked)
 
 
 def can_group(weights: ExpertWeights) -> bool:
     """Return whether rows of the matrices have multiples of 16 bytes, as grouped GEMMs require."""
     return all(w.shape[-1] * w.dtype.itemsize % 16 == 0 for w in weights.stacked if w.ndim == 3)
-
-
-def _swiglu(matmul: Matmul, x_RD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
-    return matmul(F.silu(matmul(x_RD, gate_EFD)) * matmul(x_RD, up_EFD), down_EDF)
 
 
 def _gelu_subln(
@@ -89,7 +86,7 @@ def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights
         # Without rows, MegaBlocks is not called: there is nothing to permute, and its documentation does not state
         # whether its kernels can be launched without blocks.
         return run_grouped(x_ND, expert_NK, gate_NK, weights)
-    ops, K, E = _import_module("megablocks.ops"), expert_NK.shape[1], len(weights.stacked[0])
+    ops, E = _import_module("megablocks.ops"), len(weights.stacked[0])
     with torch.no_grad():
         expert_R, route_R = ops.sort(expert_NK.flatten().int(), max((E - 1).bit_length(), 1))
         count_E = ops.histogram(expert_R, E)

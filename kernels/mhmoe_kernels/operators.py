@@ -11,18 +11,24 @@ from typing import Any
 import torch
 
 LIBRARY = torch.library.Library("mhmoe", "DEF")  # type: ignore[no-untyped-call]  # torch has no types for it
+LAUNCHES: dict[str, int] = {}
+"""Largest number of kernels that each operator of Triton kernels launches, which never depends on values."""
 
 
-def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+def operator(fake: Callable[..., Any], launches: int | None = None) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator that turns a function into an operator of torch, which has no backward.
 
-    `schema` is in torch's notation; results must not share memory with arguments. `fake` returns uninitialized results
-    for the same arguments.
+    The operator has the function's name, without a leading underscore. Its results must not share memory with its
+    arguments. `fake` returns uninitialized results for the same arguments. `launches` is the entry of `LAUNCHES`.
     """
 
     def define(function: Callable[..., Any]) -> Any:
-        name = schema.partition("(")[0]
-        LIBRARY.define(schema)  # type: ignore[no-untyped-call]
+        name = function.__name__.lstrip("_")
+        if launches is not None:
+            LAUNCHES[name] = launches
+        # Kernels are compiled for their numbers, so these are constants (int) in compiled code and no symbols (SymInt).
+        schema = torch.library.infer_schema(function, mutates_args=()).replace("SymInt", "int")
+        LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
         for device in ("CPU", "CUDA"):
             LIBRARY.impl(name, function, device)  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"mhmoe::{name}", fake, lib=LIBRARY)
@@ -31,14 +37,14 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
     return define
 
 
-def compiled_operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+def compiled_operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator like `operator` that calls the function directly outside of torch.compile.
 
     Profilers and torch's dispatch modes then see the operations in it.
     """
 
     def define(function: Callable[..., Any]) -> Callable[..., Any]:
-        defined_operator = operator(schema, fake)(function)
+        defined_operator = operator(fake)(function)
 
         @wraps(function)
         def call(*arguments: Any) -> Any:

@@ -60,16 +60,6 @@ def plan_routes(expert_NK: Tensor, n_experts: int) -> RoutePlan:
     return RoutePlan(order_R // expert_NK.shape[1], slot_R.view_as(expert_NK), count_E)
 
 
-def permute(x_ND: Tensor, plan: RoutePlan) -> Tensor:
-    """Return x_RD, the row of each route, sorted by expert."""
-    return _permute(x_ND, plan)
-
-
-def combine(out_RD: Tensor, gate_NK: Tensor, plan: RoutePlan) -> Tensor:
-    """Return y_n = sum_k gate_nk * out[slot_nk] in the dtype of `out_RD`, added in float32 or wider."""
-    return _combine(out_RD, gate_NK, plan)
-
-
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, plan: RoutePlan) -> Tensor:
@@ -83,7 +73,8 @@ class _Permute(torch.autograd.Function):
         return F.embedding_bag(ctx.slot_NK, grad_RD, mode="sum"), None
 
 
-_permute: Callable[[Tensor, RoutePlan], Tensor] = _Permute.apply
+permute: Callable[[Tensor, RoutePlan], Tensor] = _Permute.apply
+"""Function (x_ND, plan) -> x_RD, the row of each route, sorted by expert."""
 
 
 class _Combine(torch.autograd.Function):
@@ -119,7 +110,9 @@ class _Combine(torch.autograd.Function):
         return grad_out_RD, grad_gate_R[slot_R].view_as(gate_NK).to(gate_NK.dtype), None
 
 
-_combine: Callable[[Tensor, Tensor, RoutePlan], Tensor] = _Combine.apply
+combine: Callable[[Tensor, Tensor, RoutePlan], Tensor] = _Combine.apply
+"""Function (out_RD, gate_NK, plan) -> y_ND, y_n = sum_k gate_nk * out[slot_nk], in the dtype of `out_RD`, added in
+float32 or wider."""
 
 
 def _row_blocks(x_RD: Tensor) -> Iterator[slice]:

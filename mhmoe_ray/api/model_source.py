@@ -4,6 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from tokenizers import Tokenizer
+
+from mhmoe_ray.checkpoint.huggingface.config import read_config
+from mhmoe_ray.checkpoint.huggingface.imported_tokenizer import read_chat_template, read_folder_tokenizer
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest
 from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
 from mhmoe_ray.data.chat.template import ChatTemplate
@@ -59,10 +63,25 @@ def folder_source(folder: Path) -> ModelSource:
     A damaged or incomplete folder, or a model that this package does not compute, is a CheckpointError; a tokenizer
     that does not fit is a DataError, and an invalid chat template a ServeError.
     """
-    # This import is delayed, because the module imports torch, which takes long.
-    from mhmoe_ray.checkpoint.huggingface.load import read_folder_model
+    model_type, section = read_config(folder, None)
+    imported = read_folder_tokenizer(folder, section)
+    tokenizer = Tokenizer.from_buffer(imported.content)
+    # A tokenizer.json may ask for truncation or padding, which would change prompts.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
 
-    stored = read_folder_model(folder)
-    template = parse_chat_template(stored.chat_template, stored.tokenizer, f"correct it in {folder}")
-    encoder = PromptEncoder(stored.tokenizer, stored.adds_start)
-    return ModelSource(folder.name, stored.model, stored.seq_len, encoder, template, stored.ends, stored.load_decoder)
+    def load_decoder() -> "Decoder":
+        # This import is delayed, because the module imports torch, which takes long.
+        from mhmoe_ray.checkpoint.huggingface.load import load_folder_decoder
+
+        return load_folder_decoder(folder, model_type, section.model)
+
+    return ModelSource(
+        folder.name,
+        section.model,
+        section.seq_len,
+        PromptEncoder(tokenizer, imported.adds_start),
+        parse_chat_template(read_chat_template(folder), tokenizer, f"correct it in {folder}"),
+        imported.end_tokens,
+        load_decoder,
+    )

@@ -4,7 +4,7 @@ Each rank of the run that saved a checkpoint wrote one file with its slices of t
 it needs from all files, and does not wait for other ranks.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -67,6 +67,18 @@ def load_tensors(
     for name, target in targets.items():
         if filled[name] < target.local.numel():
             raise _mismatch_error(folder, f"a part of {name} is not in it")
+
+
+def read_tensors(
+    folder: Location, shapes: Mapping[str, Sequence[int]], index: SliceIndex | None = None
+) -> dict[str, Tensor]:
+    """Read tensors of these shapes like `load_tensors`, in the dtypes in which they are stored."""
+    index = read_index(folder) if index is None else index
+    # A missing tensor has no dtype here; `load_tensors` raises the error for it.
+    dtypes = {name: index[name][0].dtype if name in index else None for name in shapes}
+    tensors = {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in shapes.items()}
+    load_tensors(folder, tensors, index=index)
+    return tensors
 
 
 def read_index(folder: Location) -> SliceIndex:

@@ -15,7 +15,7 @@ So rows of tokens are exchanged in process groups formed from `groups`, and tens
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -35,21 +35,21 @@ class Mesh:
     are None and `process_groups` is empty."""
 
     sizes: MeshSizes
-    rank: int
-    ep_rank: int  # coordinate of this rank along ep
-    devices: DeviceMesh | None
-    """Device mesh "expert_dp" x "ep". Ranks along "ep" need not be an expert-parallel group."""
-    shard_mesh: DeviceMesh | None
-    """Device mesh over which fsdp shards tensors: all ranks or, with hybrid sharding, "replicas" and "shards"."""
-    expert_mesh: DeviceMesh | None
-    """Device mesh over which fsdp shards experts: `devices` or, with hybrid sharding, one that has "replicas" and
-    "shards" in place of "expert_dp"."""
-    process_groups: dict[str, dist.ProcessGroup]
-    """Process groups of this rank by dimension; that of "ep" is its expert-parallel group."""
     groups: list[list[int]]  # ranks of each expert-parallel group
     nodes: Sequence[str]  # name of each rank's node
-    straddling_count: int  # expert-parallel groups on more than one node
-    cross_domain_count: int  # expert-parallel groups in several domains, within which the network is faster
+    rank: int = 0
+    ep_rank: int = 0  # coordinate of this rank along ep
+    devices: DeviceMesh | None = None
+    """Device mesh "expert_dp" x "ep". Ranks along "ep" need not be an expert-parallel group."""
+    shard_mesh: DeviceMesh | None = None
+    """Device mesh over which fsdp shards tensors: all ranks or, with hybrid sharding, "replicas" and "shards"."""
+    expert_mesh: DeviceMesh | None = None
+    """Device mesh over which fsdp shards experts: `devices` or, with hybrid sharding, one that has "replicas" and
+    "shards" in place of "expert_dp"."""
+    process_groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
+    """Process groups of this rank by dimension; that of "ep" is its expert-parallel group."""
+    straddling_count: int = 0  # expert-parallel groups on more than one node
+    cross_domain_count: int = 0  # expert-parallel groups in several domains, within which the network is faster
 
     @property
     def uneven_count(self) -> int:
@@ -114,19 +114,7 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domain
         raise ClusterError("placement", groups.refusal_reason, remedy)
     # A single worker has no process group.
     if not dist.is_initialized():
-        return Mesh(
-            sizes=dict.fromkeys(spec.mesh_sizes(), 1),
-            rank=0,
-            ep_rank=0,
-            devices=None,
-            shard_mesh=None,
-            expert_mesh=None,
-            process_groups={},
-            groups=groups.ranks,
-            nodes=nodes,
-            straddling_count=0,
-            cross_domain_count=0,
-        )
+        return Mesh(dict.fromkeys(spec.mesh_sizes(), 1), groups.ranks, nodes)
     world_size, rank = dist.get_world_size(), dist.get_rank()
     if world_size % spec.ep or not spec.workers.min <= world_size <= spec.workers.max:
         raise ClusterError("worker group", f"it has {world_size} workers, not {spec.workers}", "resume the run")
@@ -149,14 +137,14 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domain
         expert_mesh = DeviceMesh(device_type, rank_RSE, mesh_dim_names=("replicas", "shards", "ep"))
     return Mesh(
         sizes=spec.mesh_sizes(world_size),
+        groups=groups.ranks,
+        nodes=nodes,
         rank=rank,
         ep_rank=devices.get_local_rank("ep"),
         devices=devices,
         shard_mesh=shard_mesh,
         expert_mesh=expert_mesh,
         process_groups=process_groups,
-        groups=groups.ranks,
-        nodes=nodes,
         straddling_count=len(groups.straddling_indices),
         cross_domain_count=len(groups.cross_domain_indices),
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +11,12 @@ from torch import Tensor, nn
 from mhmoe_kernels import widen
 from mhmoe_ray.model.architectures import modules_of
 from mhmoe_ray.model.attention import (
-    Attention,
-    CachedAttention,
     Documents,
     document_mask,
     has_variable_length_kernel,
 )
 from mhmoe_ray.model.autocast import matmul_dtype
-from mhmoe_ray.model.feedforward import FeedForward
+from mhmoe_ray.model.branch import Branch
 from mhmoe_ray.model.loss import Loss, Targets, chunked_loss, full_loss
 from mhmoe_ray.model.moe import MultiHeadMoE
 from mhmoe_ray.model.noise import EMBEDDING, Noise, dropout
@@ -42,28 +40,21 @@ class KeyValueCache(Protocol):
         ...
 
 
-class Block(TrunkBlock):
+class Block(Branch, TrunkBlock):
     """Decoder block: x + attention(norm(x)), then x + feed-forward(norm(x)), which is dense or a mixture of experts."""
 
     moe: MultiHeadMoE | None
 
     def __init__(self, spec: ModelSpec, layer: int, expert_ids: range | None) -> None:
-        super().__init__()
-        self.dropout = spec.dropout
-        self.attention_norm = modules_of(spec).norm(spec)
-        self.attention = Attention(spec)
-        self.ffn_norm = modules_of(spec).norm(spec)
+        super().__init__(spec, layer)
+        self.layer, self.dropout = layer, spec.dropout
         self.moe = MultiHeadMoE(spec, expert_ids) if spec.is_moe_layer(layer) else None
-        self.ffn: FeedForward | None = None
-        if self.moe is None:
-            assert spec.d_ff is not None
-            self.ffn = FeedForward(spec, spec.d_ff)
 
     def forward(
         self,
         x_BTM: Tensor,
         tables: RotaryTables,
-        cached_attention: CachedAttention | None,
+        cache: KeyValueCache | None,
         create_generator: Callable[[], torch.Generator | None],
         documents: Documents | None,
         recompute: bool,
@@ -71,6 +62,7 @@ class Block(TrunkBlock):
     ) -> tuple[Tensor, Routing | None]:
         """Return the output and, with experts, the routing. `create_generator` returns a generator in the same state at
         each call, or None in evaluation. `recompute` is about attention. Only router `domain` uses `domain_B`."""
+        cached_attention = partial(cache.attend, self.layer) if cache else None
 
         def run_attention(x_BTM: Tensor) -> tuple[Tensor, torch.Generator | None]:
             # The backward may run this again and must then draw the same numbers, so each run creates a new generator.
@@ -152,28 +144,12 @@ class Decoder(Trunk):
             if self.is_compiled and documents.offset_N1 is not None:
                 # The number of documents changes with every micro-batch, so compiled code must accept any number.
                 torch._dynamo.maybe_mark_dynamic(documents.offset_N1, 0)
-        routings = []
         active_noise = noise if self.spec.is_random else None
         if active_noise:
             x_BTM = dropout(x_BTM, self.spec.dropout, active_noise.generator(EMBEDDING, token_BT.device))
-
-        if self.residual_dtype is not None:
-            x_BTM = x_BTM.to(self.residual_dtype)
-        for i, block in enumerate(cast("list[Block]", self.blocks)):
-            recompute_block, recompute_attention = self.recomputed_parts(block)
-
-            def run_block(
-                x_BTM: Tensor, i: int = i, block: Block = block, recompute_attention: bool = recompute_attention
-            ) -> Any:
-                create_generator = partial(active_noise.generator, i, x_BTM.device) if active_noise else lambda: None
-                cached_attention = partial(cache.attend, i) if cache else None
-                return block(
-                    x_BTM, tables, cached_attention, create_generator, documents, recompute_attention, domain_B
-                )
-
-            x_BTM, routing = recompute_in_backward(run_block, x_BTM) if recompute_block else run_block(x_BTM)
-            if routing is not None:
-                routings.append(routing)
+        [x_BTM], routings = self.run_blocks(
+            x_BTM, noise=active_noise, tables=tables, cache=cache, documents=documents, domain_B=domain_B
+        )
         if cache:
             x_BTM = cache.requested_rows(x_BTM)
         x_BTM = self.norm(widen(x_BTM))

@@ -27,6 +27,7 @@ from mhmoe_ray.model.feedforward import Experts, FeedForward, SharedExpert
 from mhmoe_ray.model.moe import MoELayer, dispatch_locally
 from mhmoe_ray.model.noise import dropout
 from mhmoe_ray.model.router import NO_CONTEXT, BaseRouter, LinearScores, Routing, RoutingContext, route_counts
+from mhmoe_ray.model.router.base import routing_without_losses
 from mhmoe_ray.model.trunk import recompute_in_backward
 from mhmoe_ray.spec import ModelSpec, MoESpec
 
@@ -61,16 +62,9 @@ class SmearRouter(BaseRouter):
         with torch.autocast(x_ND.device.type, enabled=False):
             probability_NE = self.scores(widen(x_ND)).softmax(-1)
         probability_NE = self._drop_experts(probability_NE, generator)
-        zero = torch.zeros((), device=x_ND.device)
-        return Routing(
-            expert_NK=torch.arange(self.moe.experts, device=x_ND.device).expand_as(probability_NE),
-            gate_NK=probability_NE,
-            balance_loss=zero,
-            z_loss=zero,
-            count_E=route_counts(probability_NE.argmax(-1, keepdim=True), self.moe.experts),
-            dropped_routes=torch.zeros((), dtype=torch.int64, device=x_ND.device),
-            capacity=None,
-        )
+        expert_NK = torch.arange(self.moe.experts, device=x_ND.device).expand_as(probability_NE)
+        count_E = route_counts(probability_NE.argmax(-1, keepdim=True), self.moe.experts)
+        return routing_without_losses(expert_NK, probability_NE, count_E)
 
     def _drop_experts(self, probability_NE: Tensor, generator: torch.Generator | None) -> Tensor:
         """Drop experts at random, and rescale the other probabilities to a sum of 1."""

@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mhmoe_kernels import allow_compilation
 from mhmoe_ray.model.moe import MoELayer, dispatch_locally
+from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.spec.train import Recompute
@@ -59,6 +61,23 @@ class Trunk(nn.Module, ABC):
         is_whole = recompute == "block" or (recompute == "exchange" and not block.has_distributed_experts)
         return RecomputedParts(is_whole, recompute == "exchange" and not is_whole)
 
+    def run_blocks(self, *inputs: Tensor, noise: Noise | None, **arguments: Any) -> tuple[list[Tensor], list[Routing]]:
+        """Return the last block's residual streams for the inputs of the first, and the routing of each
+        mixture-of-experts layer, from the first to the last. Every block gets the `arguments`."""
+        device = inputs[0].device
+        hidden = [x if self.residual_dtype is None else x.to(self.residual_dtype) for x in inputs]
+        routings = []
+        for i, block in enumerate(self.blocks):
+            recompute_block, recompute_attention = self.recomputed_parts(cast("TrunkBlock", block))
+            create_generator = partial(noise.generator, i, device) if noise else lambda: None
+            run_block: Callable[..., Any] = partial(
+                block, create_generator=create_generator, recompute=recompute_attention, **arguments
+            )
+            *hidden, routing = recompute_in_backward(run_block, *hidden) if recompute_block else run_block(*hidden)
+            if routing is not None:
+                routings.append(routing)
+        return hidden, routings
+
     def compile_blocks(self, **options: Any) -> None:
         """Set up torch.compile for each block, in place, for its first call. The exchange of rows between ranks is not
         compiled and divides a block. The model must not draw random numbers, as dropout does."""
@@ -80,6 +99,14 @@ class Trunk(nn.Module, ABC):
         training_buffers = self.training_buffers()
         tensors = (*self.named_parameters(), *self.named_buffers())
         return {name: t.detach() for name, t in tensors if name not in training_buffers}
+
+    def tensors_by_layer(self) -> list[dict[str, Tensor]]:
+        """Return the `named_tensors` in groups: those outside the blocks, then those of each block."""
+        groups: list[dict[str, Tensor]] = [{} for _ in range(1 + self.spec.layers)]
+        for name, tensor in self.named_tensors().items():
+            _, block, suffix = name.partition("blocks.")
+            groups[1 + int(suffix.split(".")[0]) if block else 0][name] = tensor
+        return groups
 
     def training_buffers(self) -> dict[str, Tensor]:
         """Return the buffers that only training needs: experts' shares of the last step's choices."""

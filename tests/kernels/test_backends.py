@@ -143,11 +143,12 @@ def test_bfloat16_grouped_is_near_float64(function, recompute):
 
 def test_accumulator_rounds_once_over_many_pieces():
     """The sum of 1000 ones in bfloat16 pieces is 1000, while a sum in bfloat16 would stop growing at 256."""
-    accumulator = grouped_pieces.GradientAccumulator(torch.empty(1, 1, 1, dtype=torch.bfloat16))
     one_11 = torch.ones(1, 1, dtype=torch.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grouped_pieces, "MAX_PIECE_ROWS", 1)
-        for piece in grouped_pieces.split_into_pieces([1000], 1, round_windows=False):
+        pieces = grouped_pieces.split_into_pieces([1000], 1, round_windows=False)
+        accumulator = grouped_pieces.GradientAccumulator(torch.empty(1, 1, 1, dtype=torch.bfloat16), pieces)
+        for piece in pieces:
             accumulator.add(piece, one_11, one_11)
     assert accumulator.total_EOI.item() == 1000
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.trace_rules import get_torch_obj_rule_map
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhmoe_kernels import BACKENDS, GeluSubln, Swiglu, run_experts
@@ -45,6 +46,9 @@ def check_operators(backend, inputs, recompute):
     operators' names."""
     assert BACKENDS[backend].unavailable_reason(torch.device("cpu")) is None
     x_ND, expert_NK, gate_NK, weights = inputs
+    # torch.compile keeps a table of torch's functions from its first use on. It must not contain the function below, or
+    # no later test of this process could compile code that calls `is_compiling`.
+    get_torch_obj_rule_map()
     with pytest.MonkeyPatch.context() as patch, CheckOperators() as mode:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         y_ND = run_experts(backend, x_ND, expert_NK, gate_NK, weights._replace(recompute=recompute))

@@ -4,7 +4,7 @@ The hidden layer stays in the cache. The kernel is compiled at its first use, in
 compiler.
 
     build.py      compilation of this folder's kernels for the CPU
-    autograd.py   the kernels as a torch autograd function
+    operators.py  the kernels as operators of torch
     swiglu.cpp    the loop over experts and their rows, forward and backward
     transpose.h   layouts of its matrices
 """
@@ -48,10 +48,9 @@ def run_sorted(x_RD: Tensor, count_E: Tensor, weights: ExpertWeights) -> Tensor:
     Other experts or sizes raise ValueError, dtypes other than bfloat16 TypeError, an `unavailable_reason` RuntimeError.
     """
     _check(x_RD, weights)
-    from mhmoe_kernels.cpp.autograd import swiglu_sorted
+    from mhmoe_kernels.cpp.operators import CPP_SWIGLU
 
-    gate_EFD, up_EFD, down_EDF = weights.stacked
-    return swiglu_sorted(x_RD, count_E, gate_EFD, up_EFD, down_EDF)
+    return CPP_SWIGLU(x_RD.contiguous(), count_E, (), tuple(w.contiguous() for w in weights.stacked))
 
 
 def _check(x_RD: Tensor, weights: ExpertWeights) -> None:

@@ -2,17 +2,19 @@
 
 It runs on any device. The backward is written by hand, and keeps fewer activations than autograd would, or none.
 
-    pieces.py   division of sorted rows into pieces
-    swiglu.py   SwiGLU experts
-    gelu.py     GELU experts with SubLN
+    autograd.py   autograd function of kernels on sorted rows
+    pieces.py     division of sorted rows into pieces
+    swiglu.py     SwiGLU experts
+    gelu.py       GELU experts with SubLN
 """
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from mhmoe_kernels.grouped.gelu import gelu_sorted
-from mhmoe_kernels.grouped.swiglu import swiglu_sorted
+from mhmoe_kernels.grouped.gelu import GELU
+from mhmoe_kernels.grouped.swiglu import SWIGLU
 from mhmoe_kernels.permutation import combine, permute, plan_routes
 from mhmoe_kernels.weights import ExpertWeights, Swiglu
 
@@ -36,7 +38,9 @@ def run_grouped(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: Exper
 
 def run_sorted(x_RD: Tensor, count_E: Tensor, weights: ExpertWeights) -> Tensor:
     """Run rows that are sorted by expert through their experts; `count_E` is int64 in CPU memory."""
+    # If gradients are disabled, there is no backward. So the share of rows to recompute is 1.0, and no hidden rows are
+    # kept.
+    recompute = weights.recompute if torch.is_grad_enabled() else 1.0
     if isinstance(weights.function, Swiglu):
-        gate_EFD, up_EFD, down_EDF = weights.stacked
-        return swiglu_sorted(x_RD, count_E, gate_EFD, up_EFD, down_EDF, weights.recompute)
-    return gelu_sorted(x_RD, count_E, weights.stacked, weights.function.eps, weights.recompute)
+        return SWIGLU(x_RD, count_E, (recompute,), weights.stacked)
+    return GELU(x_RD, count_E, (weights.function.eps, recompute), weights.stacked)

@@ -5,13 +5,10 @@ pass over the hidden layer, cost more than the matrix products. On a CPU, pieces
 layer in the cache. The forward keeps one value where autograd keeps three, the GELU's input; for recomputed rows none.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from mhmoe_kernels.grouped.autograd import SortedKernel, empty_gradients
 from mhmoe_kernels.grouped.pieces import (
     GradientAccumulator,
     Piece,
@@ -23,64 +20,28 @@ from mhmoe_kernels.operators import compiled_operator
 from mhmoe_kernels.permutation import widen
 
 
-def gelu_sorted(x_RD: Tensor, count_E: Tensor, weights: tuple[Tensor, ...], eps: float, recompute: float) -> Tensor:
-    """Return fc2(norm(gelu(fc1(x)))) for rows that are sorted by expert; `count_E` is int64 in CPU memory.
-
-    `weights` are those of `GeluSubln`, stacked; for a share `recompute` of the rows nothing is kept for the backward.
-    """
-    # If gradients are disabled, there is no backward. So the share of rows to recompute is 1.0, and no hidden rows are
-    # kept.
-    return _gelu(x_RD, count_E, eps, recompute if torch.is_grad_enabled() else 1.0, *weights)
-
-
-class _GELU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, count_E: Tensor, eps: float, recompute: float, *weights: Tensor) -> Tensor:
-        out_RD, kept_RF = _gelu_forward(x_RD, count_E, eps, recompute, *weights)
-        ctx.count_E, ctx.eps, ctx.recompute = count_E, eps, recompute
-        ctx.save_for_backward(x_RD, kept_RF, *weights)
-        return out_RD  # type: ignore[no-any-return]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout_RD: Tensor) -> tuple[Tensor | None, ...]:
-        dx_RD, *gradients = _gelu_backward(dout_RD, ctx.count_E, ctx.eps, ctx.recompute, *ctx.saved_tensors)
-        return dx_RD, None, None, None, *gradients
-
-
-_gelu: Callable[..., Tensor] = _GELU.apply
-
-
 def _gelu_pieces(x_RD: Tensor, count_E: Tensor, fc1_EFD: Tensor, recompute: float) -> list[Piece]:
     is_cpu = x_RD.device.type == "cpu"
     row_bytes = fc1_EFD.shape[1] * x_RD.element_size() if is_cpu else 0
     return split_into_pieces(count_E.tolist(), recompute, round_windows=is_cpu, row_bytes=row_bytes)
 
 
-def _new_gelu_results(
-    x_RD: Tensor, count_E: Tensor, eps: float, recompute: float, fc1_EFD: Tensor, *weights: Tensor
-) -> tuple[Tensor, Tensor]:
+def _new_results(
+    x_RD: Tensor, count_E: Tensor, eps: float, recompute: float, weights: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
     rows = kept_buffer_rows(len(x_RD), recompute, round_windows=x_RD.device.type == "cpu")
-    return torch.empty_like(x_RD), x_RD.new_empty(rows, fc1_EFD.shape[1])
+    return torch.empty_like(x_RD), [x_RD.new_empty(rows, weights[0].shape[1])]
 
 
-_GELU_WEIGHTS = (
-    "Tensor fc1_EFD, Tensor fc1_bias_EF, Tensor norm_EF, Tensor norm_bias_EF, Tensor fc2_EDF, Tensor fc2_bias_ED"
-)
-
-
-@compiled_operator(
-    f"grouped_gelu_forward(Tensor x_RD, Tensor count_E, float eps, float recompute, {_GELU_WEIGHTS})"
-    " -> (Tensor, Tensor)",
-    fake=_new_gelu_results,
-)
-def _gelu_forward(
-    x_RD: Tensor, count_E: Tensor, eps: float, recompute: float, *weights: Tensor
-) -> tuple[Tensor, Tensor]:
+@compiled_operator(fake=_new_results)
+def _grouped_gelu_forward(
+    x_RD: Tensor, count_E: Tensor, eps: float, recompute: float, weights: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the experts' outputs, and the kept inputs of GELU."""
     fc1_EFD, fc1_bias_EF, norm_EF, norm_bias_EF, fc2_EDF, fc2_bias_ED = weights
     width = fc1_EFD.shape[1]
     pieces = _gelu_pieces(x_RD, count_E, fc1_EFD, recompute)
-    out_RD, kept_RF = _new_gelu_results(x_RD, count_E, eps, recompute, *weights)
+    out_RD, [kept_RF] = _new_results(x_RD, count_E, eps, recompute, weights)
     [temporary_PF] = new_hidden_buffers(1, x_RD, width, [p for p in pieces if not p.keeps_hidden])
     [hidden_PF] = new_hidden_buffers(1, x_RD, width, pieces)
     for piece in pieces:
@@ -90,25 +51,22 @@ def _gelu_forward(
         gelu = torch.ops.aten.gelu.out(inner_PF, out=hidden_PF[buffer_rows])
         normed = torch.native_layer_norm(gelu, (width,), norm_EF[e], norm_bias_EF[e], eps)[0]
         torch.addmm(fc2_bias_ED[e], normed, fc2_EDF[e].T, out=out_RD[window])
-    return out_RD, kept_RF
+    return out_RD, [kept_RF]
 
 
-@compiled_operator(
-    "grouped_gelu_backward(Tensor dout_RD, Tensor count_E, float eps, float recompute, Tensor x_RD, Tensor kept_RF,"
-    f" {_GELU_WEIGHTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda dout_RD, count_E, eps, recompute, x_RD, kept_RF, *weights: tuple(
-        map(torch.empty_like, (x_RD, *weights))
-    ),
-)
-def _gelu_backward(
-    dout_RD: Tensor, count_E: Tensor, eps: float, recompute: float, x_RD: Tensor, kept_RF: Tensor, *weights: Tensor
-) -> tuple[Tensor, ...]:
+@compiled_operator(fake=empty_gradients)
+def _grouped_gelu_backward(
+    dout_RD: Tensor, count_E: Tensor, eps: float, recompute: float, x_RD: Tensor, weights: list[Tensor],
+    kept_tensors: list[Tensor],
+) -> list[Tensor]:  # fmt: skip
+    """Return the gradients of rows and weights."""
+    [kept_RF] = kept_tensors
     fc1_EFD, fc1_bias_EF, norm_EF, norm_bias_EF, fc2_EDF, _ = weights
     width = fc1_EFD.shape[1]
     pieces = _gelu_pieces(x_RD, count_E, fc1_EFD, recompute)
     dout_RD = dout_RD.contiguous()
     dx_RD = torch.empty_like(x_RD)
-    fc1_sum, fc2_sum = GradientAccumulator(fc1_EFD), GradientAccumulator(fc2_EDF)
+    fc1_sum, fc2_sum = (GradientAccumulator(w, pieces) for w in (fc1_EFD, fc2_EDF))
     # Gradients of vectors are summed in float32. torch's backward of the norm would sum the gradients of its weight and
     # bias in bfloat16, which makes them wrong by 7 to 30 % over 4,000 rows.
     vectors = [torch.zeros_like(widen(w)) for w in (fc1_bias_EF, norm_EF, norm_bias_EF, weights[-1])]
@@ -141,11 +99,11 @@ def _gelu_backward(
         torch.mm(dinner, fc1_EFD[e], out=dx_RD[window])
         dfc1_bias_EF[e] += dinner.sum(0, dtype=dnorm_EF.dtype)
         dfc2_bias_ED[e] += dout[: piece.rows].sum(0, dtype=dnorm_EF.dtype)
-    # The loop over pieces of rows skips experts without rows. Their gradients are still uninitialized, so they are set
-    # to 0.
-    for idle_expert in set(range(len(fc1_EFD))) - {piece.expert for piece in pieces}:
-        fc1_sum.total_EOI[idle_expert].zero_()
-        fc2_sum.total_EOI[idle_expert].zero_()
     dfc1_bias, dnorm_weight, dnorm_shift, dfc2_bias = (v.to(x_RD.dtype) for v in vectors)
     dfc1, dfc2 = fc1_sum.total_EOI, fc2_sum.total_EOI
-    return dx_RD, dfc1, dfc1_bias, dnorm_weight, dnorm_shift, dfc2, dfc2_bias
+    return [dx_RD, dfc1, dfc1_bias, dnorm_weight, dnorm_shift, dfc2, dfc2_bias]
+
+
+GELU = SortedKernel(_grouped_gelu_forward, _grouped_gelu_backward)
+"""Experts that compute fc2(norm(gelu(fc1(x)))). Its options are the norm's `eps` and the share `recompute` of the rows,
+of which nothing is kept for the backward."""

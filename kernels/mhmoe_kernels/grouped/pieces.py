@@ -4,7 +4,6 @@ A piece is a range of rows of one expert that are computed together. Its window 
 these overwrite their outputs, and zeros keep the rows out of the piece's sums.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -60,36 +59,29 @@ def split_into_pieces(counts: list[int], recompute: float, *, round_windows: boo
     `round_windows` rounds windows up to few sizes, as a CPU needs. With `row_bytes` per hidden row, every piece is
     limited to the rows that fit into `CACHE_BYTES`, rounded down to a power of two, from 128 to `MAX_PIECE_ROWS`.
     """
-    kept_rows = sum(counts) - round(recompute * sum(counts))
-    if not row_bytes:
-        return list(_iterate_pieces(counts, kept_rows, round_windows, sum(counts), MAX_PIECE_ROWS))
-    # A piece has at most as many rows as fit into the cache, rounded down to a power of two, but the limit is at least
-    # 128.
-    rows = min(MAX_PIECE_ROWS, max(128, 1 << (CACHE_BYTES // row_bytes).bit_length() >> 1))
-    return list(_iterate_pieces(counts, kept_rows, round_windows, rows, rows))
-
-
-def _iterate_pieces(
-    counts: list[int], kept_rows: int, round_windows: bool, max_kept_rows: int, max_rows: int
-) -> Iterator[Piece]:
-    total, start = sum(counts), 0
+    total = sum(counts)
+    kept_rows = total - round(recompute * total)
+    max_kept_rows, max_rows = total, MAX_PIECE_ROWS
+    if row_bytes:
+        max_kept_rows = max_rows = min(MAX_PIECE_ROWS, max(128, 1 << (CACHE_BYTES // row_bytes).bit_length() >> 1))
+    pieces, start = list[Piece](), 0
     for expert, count in enumerate(counts):
         expert_start, expert_end = start, start + count
         while start < expert_end:
             is_kept = start < kept_rows
-            rows = (
-                min(expert_end, kept_rows, start + max_kept_rows) - start
-                if is_kept
-                else min(expert_end, start + max_rows) - start
-            )
+            end = min(expert_end, kept_rows, start + max_kept_rows) if is_kept else min(expert_end, start + max_rows)
+            rows = end - start
             step = max(1, (1 << rows.bit_length() - 1) // WINDOW_STEPS) if round_windows else 1
             window_rows = -(-rows // step) * step
             # A window (the rows of a piece, rounded up) must not reach past the last of all rows. If it would, the
             # piece is made shorter and another one follows.
             if start + window_rows > total:
                 rows = window_rows = rows // step * step
-            yield Piece(expert, start, rows, window_rows, start == expert_start, start + rows == expert_end, is_kept)
+            pieces.append(
+                Piece(expert, start, rows, window_rows, start == expert_start, start + rows == expert_end, is_kept)
+            )
             start += rows
+    return pieces
 
 
 def new_hidden_buffers(count: int, x_RD: Tensor, width: int, pieces: list[Piece]) -> list[Tensor]:
@@ -104,9 +96,11 @@ class GradientAccumulator:
     Products narrower than float32 are rounded once and added in float32.
     """
 
-    def __init__(self, like_EOI: Tensor) -> None:
+    def __init__(self, like_EOI: Tensor, pieces: list[Piece]) -> None:
         self.total_EOI = torch.empty_like(like_EOI)
-        """Gradients, each valid once its expert's last piece has been added."""
+        """Gradients: 0 for an expert without pieces, and otherwise valid once its last piece has been added."""
+        for idle_expert in set(range(len(like_EOI))) - {piece.expert for piece in pieces}:
+            self.total_EOI[idle_expert].zero_()
         # Sums of bfloat16 gradients need a float32 buffer: with 8 bits of precision, a sum of ones would stop growing
         # at 256.
         is_narrow = like_EOI.element_size() < 4

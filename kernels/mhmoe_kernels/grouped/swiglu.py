@@ -4,67 +4,28 @@ For each row of an expert, autograd would keep 4 F values for the backward. This
 recomputed rows none. These are computed in pieces whose hidden layer stays in the cache.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from mhmoe_kernels.grouped.autograd import SortedKernel, empty_gradients
 from mhmoe_kernels.grouped.pieces import GradientAccumulator, kept_buffer_rows, new_hidden_buffers, split_into_pieces
 from mhmoe_kernels.operators import compiled_operator
 
 
-def swiglu_sorted(
-    x_RD: Tensor, count_E: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, recompute: float
-) -> Tensor:
-    """Return down(silu(gate(x)) * up(x)) for rows that are sorted by expert; `count_E` is int64 in CPU memory.
-
-    For a share `recompute` of the rows, the hidden layer is not kept for the backward.
-    """
-    # If gradients are disabled, there is no backward. So the share of rows to recompute is 1.0, and no hidden rows are
-    # kept.
-    return _swiglu(x_RD, count_E, recompute if torch.is_grad_enabled() else 1.0, gate_EFD, up_EFD, down_EDF)
-
-
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x_RD: Tensor, count_E: Tensor, recompute: float, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor
-    ) -> Tensor:
-        out_RD, *kept_buffers = _swiglu_forward(x_RD, count_E, recompute, gate_EFD, up_EFD, down_EDF)
-        ctx.count_E, ctx.recompute = count_E, recompute
-        ctx.save_for_backward(x_RD, gate_EFD, up_EFD, down_EDF, *kept_buffers)
-        return out_RD  # type: ignore[no-any-return]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout_RD: Tensor) -> tuple[Tensor | None, ...]:
-        dx_RD, *gradients = _swiglu_backward(dout_RD, ctx.count_E, ctx.recompute, *ctx.saved_tensors)
-        return dx_RD, None, None, *gradients
-
-
-_swiglu: Callable[[Tensor, Tensor, float, Tensor, Tensor, Tensor], Tensor] = _SwiGLU.apply
-
-
-def _new_swiglu_results(
-    x_RD: Tensor, count_E: Tensor, recompute: float, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor
-) -> tuple[Tensor, ...]:
+def _new_results(x_RD: Tensor, count_E: Tensor, recompute: float, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     rows = kept_buffer_rows(len(x_RD), recompute, round_windows=x_RD.device.type == "cpu")
-    return torch.empty_like(x_RD), *(x_RD.new_empty(rows, gate_EFD.shape[1]) for _ in range(2))
+    return torch.empty_like(x_RD), [x_RD.new_empty(rows, weights[0].shape[1]) for _ in range(2)]
 
 
-@compiled_operator(
-    "grouped_swiglu_forward(Tensor x_RD, Tensor count_E, float recompute, Tensor gate_EFD, Tensor up_EFD,"
-    " Tensor down_EDF) -> (Tensor, Tensor, Tensor)",
-    fake=_new_swiglu_results,
-)
-def _swiglu_forward(
-    x_RD: Tensor, count_E: Tensor, recompute: float, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor
-) -> tuple[Tensor, ...]:
+@compiled_operator(fake=_new_results)
+def _grouped_swiglu_forward(
+    x_RD: Tensor, count_E: Tensor, recompute: float, weights: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the experts' outputs, and the kept outputs of gate and up."""
+    gate_EFD, up_EFD, down_EDF = weights
     pieces = split_into_pieces(count_E.tolist(), recompute, round_windows=x_RD.device.type == "cpu")
     width = gate_EFD.shape[1]
-    out_RD, *kept_buffers = _new_swiglu_results(x_RD, count_E, recompute, gate_EFD, up_EFD, down_EDF)
+    out_RD, kept_buffers = _new_results(x_RD, count_E, recompute, weights)
     temporary_buffers = new_hidden_buffers(2, x_RD, width, [p for p in pieces if not p.keeps_hidden])
     [hidden_PF] = new_hidden_buffers(1, x_RD, width, pieces)
     for piece in pieces:
@@ -76,22 +37,19 @@ def _swiglu_forward(
         torch.mm(x_RD[window], up_EFD[e].T, out=up_PF)
         hidden = torch.ops.aten.silu.out(gate_PF, out=hidden_PF[buffer_rows]).mul_(up_PF)
         torch.mm(hidden, down_EDF[e].T, out=out_RD[window])
-    return out_RD, *kept_buffers
+    return out_RD, kept_buffers
 
 
-@compiled_operator(
-    "grouped_swiglu_backward(Tensor dout_RD, Tensor count_E, float recompute, Tensor x_RD, Tensor gate_EFD,"
-    " Tensor up_EFD, Tensor down_EDF, Tensor kept_gate, Tensor kept_up) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda dout_RD, count_E, recompute, *tensors: tuple(torch.empty_like(t) for t in tensors[:4]),
-)
-def _swiglu_backward(
-    dout_RD: Tensor, count_E: Tensor, recompute: float, x_RD: Tensor, gate_EFD: Tensor, up_EFD: Tensor,
-    down_EDF: Tensor, *kept_buffers: Tensor,
-) -> tuple[Tensor, ...]:  # fmt: skip
+@compiled_operator(fake=empty_gradients)
+def _grouped_swiglu_backward(
+    dout_RD: Tensor, count_E: Tensor, recompute: float, x_RD: Tensor, weights: list[Tensor], kept_buffers: list[Tensor]
+) -> list[Tensor]:
+    """Return the gradients of rows and weights."""
+    gate_EFD, up_EFD, down_EDF = weights
     pieces = split_into_pieces(count_E.tolist(), recompute, round_windows=x_RD.device.type == "cpu")
     dout_RD = dout_RD.contiguous()
     dx_RD = torch.empty_like(x_RD)
-    accumulators = [GradientAccumulator(w) for w in (gate_EFD, up_EFD, down_EDF)]
+    accumulators = [GradientAccumulator(w, pieces) for w in weights]
     gate_sum, up_sum, down_sum = accumulators
     width = gate_EFD.shape[1]
     temporary_buffers = new_hidden_buffers(2, x_RD, width, [p for p in pieces if not p.keeps_hidden])
@@ -120,10 +78,9 @@ def _swiglu_backward(
         gate_sum.add(piece, dgate.T, x)
         torch.mm(dgate, gate_EFD[e], out=dx_RD[window])
         dx_RD[window].addmm_(dup, up_EFD[e])
-    # The loop over pieces of rows skips experts without rows. Their gradients are still uninitialized, so they are set
-    # to 0.
-    gradients = [s.total_EOI for s in accumulators]
-    for idle_expert in set(range(len(gate_EFD))) - {piece.expert for piece in pieces}:
-        for gradient in gradients:
-            gradient[idle_expert].zero_()
-    return dx_RD, *gradients
+    return [dx_RD, *(accumulator.total_EOI for accumulator in accumulators)]
+
+
+SWIGLU = SortedKernel(_grouped_swiglu_forward, _grouped_swiglu_backward)
+"""Experts that compute down(silu(gate(x)) * up(x)). Its option is the share `recompute` of the rows, whose hidden layer
+is not kept for the backward."""

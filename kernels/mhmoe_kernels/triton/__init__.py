@@ -99,20 +99,20 @@ def run_grouped(
     """
     _check(x_ND, weights)
     from mhmoe_kernels.triton.grouped.experts import run
-    from mhmoe_kernels.triton.grouped.products import TorchProducts, TritonProducts
+    from mhmoe_kernels.triton.grouped.products import Products, TorchProducts
 
     with _device_of(x_ND):
-        return run(TorchProducts if use_torch else TritonProducts, x_ND, expert_NK, gate_NK, weights)
+        return run(TorchProducts if use_torch else Products, x_ND, expert_NK, gate_NK, weights)
 
 
 def run_sorted_grouped(x_RD: Tensor, count_E: Tensor, weights: ExpertWeights, use_torch: bool = False) -> Tensor:
     """Run rows that are sorted by expert, like `run_grouped`; `count_E` is int64 in CPU memory."""
     _check(x_RD, weights)
     from mhmoe_kernels.triton.grouped.experts import run_sorted
-    from mhmoe_kernels.triton.grouped.products import TorchProducts, TritonProducts
+    from mhmoe_kernels.triton.grouped.products import Products, TorchProducts
 
     with _device_of(x_RD):
-        return run_sorted(TorchProducts if use_torch else TritonProducts, x_RD, count_E, weights)
+        return run_sorted(TorchProducts if use_torch else Products, x_RD, count_E, weights)
 
 
 MAX_FUSED_EXPERTS = 1024

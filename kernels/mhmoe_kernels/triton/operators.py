@@ -12,12 +12,10 @@ import torch
 import triton
 from torch import Tensor
 
-from mhmoe_kernels.operators import operator as define_operator
+from mhmoe_kernels.operators import operator
 from mhmoe_kernels.triton import rows, sort
 
 Tensors = tuple[Tensor, ...]
-LAUNCHES: dict[str, int] = {}
-"""Largest number of kernels that each operator launches."""
 _INTERPRETER_PROGRAMS = 4
 """Programs of a persistent kernel in Triton's interpreter, which runs them one after another."""
 
@@ -27,13 +25,6 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
     # True is Triton's default for `enable_fp_fusion`. It is set explicitly, because Triton warns that the default will
     # change.
     return partial(kernel[grid], enable_fp_fusion=True)
-
-
-def operator(schema: str, launches: int, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Define an operator like `mhmoe_kernels.operators.operator`, which launches at most `launches` kernels."""
-
-    LAUNCHES[schema.partition("(")[0]] = launches
-    return define_operator(schema, fake)
 
 
 class SortedRoutes(NamedTuple):
@@ -93,7 +84,7 @@ def _empty_tiles(device_tensor: Tensor, routes: int, experts: int, rows_per_tile
     return expert_T, start_T
 
 
-def _empty_sort(expert_NK: Tensor, experts: int, rows_per_tile: int) -> SortedRoutes:
+def _empty_sort(expert_NK: Tensor, experts: int, rows_per_tile: int, by_choice: bool = False) -> SortedRoutes:
     routes = expert_NK.numel()
     return SortedRoutes(
         expert_NK.new_empty(routes, dtype=torch.int32),
@@ -103,15 +94,10 @@ def _empty_sort(expert_NK: Tensor, experts: int, rows_per_tile: int) -> SortedRo
     )
 
 
-@operator(
-    "sort_routes(Tensor expert_NK, int experts, int rows_per_tile, bool by_choice=False) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-    launches=4,
-    fake=lambda expert_NK, experts, rows_per_tile, by_choice=False: tuple(
-        _empty_sort(expert_NK, experts, rows_per_tile)
-    ),
-)
-def sort_routes(expert_NK: Tensor, experts: int, rows_per_tile: int, by_choice: bool = False) -> tuple[Tensor, ...]:
+@operator(launches=4, fake=_empty_sort)
+def sort_routes(
+    expert_NK: Tensor, experts: int, rows_per_tile: int, by_choice: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sort routes (int64) by expert, in stable order, and return the fields of `SortedRoutes`.
 
     With `by_choice`, routes are numbered by choice: all first choices come before the second ones, also in `slot_NK`.
@@ -120,7 +106,7 @@ def sort_routes(expert_NK: Tensor, experts: int, rows_per_tile: int, by_choice: 
     routes = expert_NK.numel()
     if not routes:
         results.offset_E1.zero_()
-        return tuple(results)
+        return results
     expert_NK = expert_NK.contiguous()
     blocks = triton.cdiv(routes, sort.ROUTES_PER_BLOCK)
     bins = max(16, triton.next_power_of_2(experts + 1))
@@ -135,11 +121,10 @@ def sort_routes(expert_NK: Tensor, experts: int, rows_per_tile: int, by_choice: 
         expert_NK, before_BE, results.offset_E1, results.route_R, results.slot_NK, routes, experts,
         expert_NK.shape[1], by_choice, sort.ROUTES_PER_BLOCK,
     )  # fmt: skip
-    return tuple(results)
+    return results
 
 
 @operator(
-    "schedule_tiles(Tensor count_E, int routes, int rows_per_tile) -> (Tensor, Tensor, Tensor)",
     launches=1,
     fake=lambda count_E, routes, rows_per_tile: (
         count_E.new_empty(len(count_E) + 1),
@@ -167,11 +152,7 @@ def _launch_schedule(count_E: Tensor, offset_E1: Tensor, expert_T: Tensor, start
     )  # fmt: skip
 
 
-@operator(
-    "gather_rows(Tensor x_ND, Tensor route_R, int top_k) -> Tensor",
-    launches=1,
-    fake=lambda x_ND, route_R, top_k: x_ND.new_empty(len(route_R), x_ND.shape[1]),
-)
+@operator(launches=1, fake=lambda x_ND, route_R, top_k: x_ND.new_empty(len(route_R), x_ND.shape[1]))
 def gather_rows(x_ND: Tensor, route_R: Tensor, top_k: int) -> Tensor:
     """Return x_RD, the row of each sorted route."""
     routes, width = len(route_R), x_ND.shape[1]
@@ -182,11 +163,7 @@ def gather_rows(x_ND: Tensor, route_R: Tensor, top_k: int) -> Tensor:
     return x_RD
 
 
-@operator(
-    "combine_rows(Tensor out_RD, Tensor? second_RD, Tensor slot_NK, Tensor? gate_NK) -> Tensor",
-    launches=1,
-    fake=lambda out_RD, second_RD, slot_NK, gate_NK: out_RD.new_empty(len(slot_NK), out_RD.shape[1]),
-)
+@operator(launches=1, fake=lambda out_RD, second_RD, slot_NK, gate_NK: out_RD.new_empty(len(slot_NK), out_RD.shape[1]))
 def combine_rows(out_RD: Tensor, second_RD: Tensor | None, slot_NK: Tensor, gate_NK: Tensor | None) -> Tensor:
     """Return y_n = sum_k gate_nk * (out + second)[slot_nk], added in float32.
 

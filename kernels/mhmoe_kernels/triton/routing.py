@@ -8,8 +8,9 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mhmoe_kernels.operators import operator
 from mhmoe_kernels.triton import router
-from mhmoe_kernels.triton.operators import SortedRoutes, launch, operator, program_count, sort_routes
+from mhmoe_kernels.triton.operators import SortedRoutes, launch, program_count, sort_routes
 
 
 def _row_blocks(experts: int, values: int) -> tuple[int, int]:
@@ -18,7 +19,11 @@ def _row_blocks(experts: int, values: int) -> tuple[int, int]:
     return max(1, values // columns), columns
 
 
-def _empty_routing(logits_NE: Tensor, top_k: int) -> tuple[Tensor, ...]:
+_Routed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""First five fields of `FusedRouting`, each row's log-sum-exp, and each expert's share of the choices."""
+
+
+def _empty_routing(logits_NE: Tensor, top_k: int, normalized: bool, scale: float, counts_first: bool) -> _Routed:
     rows, experts = logits_NE.shape
     return (
         logits_NE.new_empty(rows, top_k, dtype=torch.int64),
@@ -31,19 +36,13 @@ def _empty_routing(logits_NE: Tensor, top_k: int) -> tuple[Tensor, ...]:
     )
 
 
-@operator(
-    "route(Tensor logits_NE, int top_k, bool normalized, float scale, bool counts_first) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    launches=2,
-    fake=lambda logits_NE, top_k, normalized, scale, counts_first: _empty_routing(logits_NE, top_k),
-)
-def _route(logits_NE: Tensor, top_k: int, normalized: bool, scale: float, counts_first: bool) -> tuple[Tensor, ...]:
-    """Return the first five fields of `FusedRouting`, each row's log-sum-exp, and each expert's share of the choices.
-
-    The logits are float32, contiguous, of at least one row; other arguments are those of `fused_routing`.
-    """
+@operator(launches=2, fake=_empty_routing)
+def _route(logits_NE: Tensor, top_k: int, normalized: bool, scale: float, counts_first: bool) -> _Routed:
+    """Route at least one row; the logits are float32 and contiguous, other arguments those of `fused_routing`."""
     rows, experts = logits_NE.shape
-    results = expert_NK, gate_NK, balance, z, count_E, log_sum_N, share_E = _empty_routing(logits_NE, top_k)
+    results = expert_NK, gate_NK, balance, z, count_E, log_sum_N, share_E = _empty_routing(
+        logits_NE, top_k, normalized, scale, counts_first
+    )
     block_rows, columns = _row_blocks(experts, 4096)
     # Four programs for each multiprocessor hide the latency of memory.
     programs = min(triton.cdiv(rows, block_rows), 4 * program_count(logits_NE.device))
@@ -61,12 +60,7 @@ def _route(logits_NE: Tensor, top_k: int, normalized: bool, scale: float, counts
     return results
 
 
-@operator(
-    "route_backward(Tensor logits_NE, Tensor expert_NK, Tensor gate_NK, Tensor log_sum_N, Tensor share_E, "
-    "Tensor dgate_NK, Tensor dbalance, Tensor dz, Tensor? kept_NK, bool normalized, float scale) -> Tensor",
-    launches=1,
-    fake=lambda logits_NE, *_: torch.empty_like(logits_NE),
-)
+@operator(launches=1, fake=lambda logits_NE, *_: torch.empty_like(logits_NE))
 def _route_backward(
     logits_NE: Tensor, expert_NK: Tensor, gate_NK: Tensor, log_sum_N: Tensor, share_E: Tensor, dgate_NK: Tensor,
     dbalance: Tensor, dz: Tensor, kept_NK: Tensor | None, normalized: bool, scale: float,
@@ -84,7 +78,11 @@ def _route_backward(
     return dlogits_NE
 
 
-def _empty_drops(expert_NK: Tensor, gate_NK: Tensor, experts: int, capacity: int) -> tuple[Tensor, ...]:
+_KeptRoutes = tuple[Tensor, Tensor, Tensor, Tensor]
+"""New gates, the mask of kept routes, their number per expert, and the number of dropped ones."""
+
+
+def _empty_drops(expert_NK: Tensor, gate_NK: Tensor, experts: int, capacity: int) -> _KeptRoutes:
     return (
         torch.empty_like(gate_NK),
         torch.empty_like(gate_NK, dtype=torch.bool),
@@ -93,16 +91,9 @@ def _empty_drops(expert_NK: Tensor, gate_NK: Tensor, experts: int, capacity: int
     )
 
 
-@operator(
-    "drop_routes(Tensor expert_NK, Tensor gate_NK, int experts, int capacity) -> (Tensor, Tensor, Tensor, Tensor)",
-    launches=5,
-    fake=_empty_drops,
-)
-def _drop_routes(expert_NK: Tensor, gate_NK: Tensor, experts: int, capacity: int) -> tuple[Tensor, ...]:
-    """Set the gates of routes beyond the expert capacity to 0.
-
-    Return new gates, the mask of kept routes, their number per expert, and the number of dropped ones.
-    """
+@operator(launches=5, fake=_empty_drops)
+def _drop_routes(expert_NK: Tensor, gate_NK: Tensor, experts: int, capacity: int) -> _KeptRoutes:
+    """Set the gates of routes beyond the expert capacity to 0."""
     results = kept_gate_NK, kept_NK, count_E, dropped = _empty_drops(expert_NK, gate_NK, experts, capacity)
     # Only the order of the routes is needed here, and not the tiles of rows, so the tile size (128) does not matter.
     routes = SortedRoutes(*sort_routes(expert_NK, experts, 128, by_choice=True))

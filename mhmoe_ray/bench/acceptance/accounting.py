@@ -32,7 +32,7 @@ class Accounting(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch h
     def __torch_dispatch__(
         self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        from mhmoe_kernels.triton.operators import LAUNCHES
+        from mhmoe_kernels.operators import LAUNCHES
 
         results = function(*args, **(kwargs or {}))
         name = function._schema.name.split("::")[1]

@@ -19,7 +19,7 @@ from mhmoe_ray.checkpoint.huggingface.adapters import ADAPTERS, computed_functio
 from mhmoe_ray.checkpoint.huggingface.config import CONFIG, read_config
 from mhmoe_ray.checkpoint.huggingface.files import open_tensors
 from mhmoe_ray.checkpoint.huggingface.names import TensorEntry, tensor_entries
-from mhmoe_ray.checkpoint.load import load_tensors, read_index
+from mhmoe_ray.checkpoint.load import read_index, read_tensors
 from mhmoe_ray.checkpoint.manifest import read_manifest
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.model.decoder import Decoder
@@ -107,9 +107,8 @@ def _open_checkpoint(checkpoint: Location) -> StoredModel:
 
 def _read_entry(checkpoint: Location, entry: TensorEntry, index: SliceIndex) -> dict[str, Tensor]:
     """Read one tensor of a checkpoint, and return the exported tensors into which it is split, by name."""
-    tensor = torch.empty(entry.shape, dtype=index[entry.checkpoint_name][0].dtype)
-    load_tensors(checkpoint / "weights", {entry.checkpoint_name: tensor}, index=index)
-    return entry.split(tensor)
+    tensors = read_tensors(checkpoint / "weights", {entry.checkpoint_name: entry.shape}, index)
+    return entry.split(tensors[entry.checkpoint_name])
 
 
 class Finding(NamedTuple):

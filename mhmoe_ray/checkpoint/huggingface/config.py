@@ -11,17 +11,13 @@ Other tools ignore the section. If it describes another model than the keys, the
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, PositiveInt, ValidationError
 
 from mhmoe_ray.checkpoint.huggingface.adapters import ADAPTERS, choose_adapter, computed_function
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.spec import ModelSpec
-
-# `mhmoe plan` reads config.json and must start quickly, so torch is imported for type checkers only.
-if TYPE_CHECKING:
-    import torch
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SECTION = "mhmoe"
@@ -62,14 +58,6 @@ class MhmoeSection(BaseModel):
     """Whether a start token precedes each text; None in folders of other tools, where the tokenizer decides."""
 
 
-class EdgeTokens(BaseModel):
-    """Ids of the tokens that start, end and pad a text."""
-
-    bos_token_id: int
-    eos_token_id: list[int]
-    pad_token_id: int
-
-
 def build_config(model: ModelSpec, seq_len: int, tokenizer_size: int) -> dict[str, Any]:
     """Return the keys of config.json that decide what a model computes, with the names of its type and classes."""
     adapter = choose_adapter(model, seq_len)
@@ -77,25 +65,6 @@ def build_config(model: ModelSpec, seq_len: int, tokenizer_size: int) -> dict[st
     if adapter.model_type == SECTION:
         fields |= {"auto_map": AUTO_CLASSES, "tokenizer_size": tokenizer_size}
     return fields | adapter.model_dump(exclude_unset=True)
-
-
-def build_exported_config(
-    model: ModelSpec,
-    seq_len: int,
-    dtype: "torch.dtype",
-    edge_tokens: EdgeTokens,
-    tokenizer_size: int,
-    tokenizer_sha256: str,
-    adds_start: bool,
-) -> dict[str, Any]:
-    """Return the content of config.json for an exported model; `tokenizer_sha256` is its `tokenizer_identity`."""
-    section = MhmoeSection(model=model, seq_len=seq_len, tokenizer_sha256=tokenizer_sha256, adds_start=adds_start)
-    return {
-        **build_config(model, seq_len, tokenizer_size),
-        "dtype": str(dtype).removeprefix("torch."),
-        **edge_tokens.model_dump(),
-        SECTION: section.model_dump(mode="json"),
-    }
 
 
 def read_config(folder: Path, seq_len: int | None) -> tuple[str, MhmoeSection]:

@@ -3,16 +3,23 @@
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mhmoe_ray.checkpoint.format import SliceIndex
 from mhmoe_ray.checkpoint.huggingface.adapters import choose_adapter
-from mhmoe_ray.checkpoint.huggingface.config import CONFIG, GENERATION, EdgeTokens, ExportResult, build_exported_config
-from mhmoe_ray.checkpoint.huggingface.files import INDEX, write_files
+from mhmoe_ray.checkpoint.huggingface.config import (
+    CONFIG,
+    GENERATION,
+    SECTION,
+    ExportResult,
+    MhmoeSection,
+    build_config,
+)
+from mhmoe_ray.checkpoint.huggingface.files import INDEX, report_read_errors, write_files
 from mhmoe_ray.checkpoint.huggingface.model_card import CARD, build_card
 from mhmoe_ray.checkpoint.huggingface.names import TensorEntry, tensor_entries
 from mhmoe_ray.checkpoint.huggingface.tokenizer import (
@@ -22,7 +29,7 @@ from mhmoe_ray.checkpoint.huggingface.tokenizer import (
     tokenizer_config,
     tokenizer_identity,
 )
-from mhmoe_ray.checkpoint.load import load_tensors, read_index
+from mhmoe_ray.checkpoint.load import read_index, read_tensors
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest
 from mhmoe_ray.checkpoint.tokenizer import run_tokenizer
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer, token_count
@@ -66,23 +73,13 @@ def export(checkpoint: Location, manifest: CheckpointManifest, target: Path) -> 
     return result
 
 
-@contextmanager
-def _report_read_errors(checkpoint: Location) -> Iterator[None]:
-    """Turn an OSError into a CheckpointError about reading the checkpoint, not about writing the folder."""
-    try:
-        yield
-    except OSError as e:
-        reason = f"it cannot be read: {e.strerror or e}"
-        raise CheckpointError(f"checkpoint {checkpoint}", reason, "repair its storage, or use another one") from e
-
-
 def _write_folder(
     folder: Path, checkpoint: Location, manifest: CheckpointManifest, tokenizer: Location
 ) -> ExportResult:
     adapter = choose_adapter(manifest.model, manifest.seq_len)
     groups = tensor_entries(manifest.model, adapter.name_replacements)
     # The files are read before anything is written, because errors of reading and of writing have different messages.
-    with _report_read_errors(checkpoint):
+    with report_read_errors(f"checkpoint {checkpoint}", "repair its storage, or use another one"):
         index = read_index(checkpoint / "weights")
         template = tokenizer.parent / CHAT_TEMPLATE
         file_contents = {
@@ -103,22 +100,25 @@ def _write_folder(
     edges = edges._replace(ends=edges.ends.union(manifest.ends))
     settings = tokenizer_config(loaded_tokenizer, edges, manifest.seq_len, template_text)
     write_json(folder / TOKENIZER_CONFIG, settings)
-    edge_tokens = EdgeTokens(
-        bos_token_id=edges.start,
-        eos_token_id=sorted(edges.ends),
-        pad_token_id=loaded_tokenizer.token_to_id(settings["pad_token"]),
+    edge_tokens = {
+        "bos_token_id": edges.start,
+        "eos_token_id": sorted(edges.ends),
+        "pad_token_id": loaded_tokenizer.token_to_id(settings["pad_token"]),
+    }
+    section = MhmoeSection(
+        model=manifest.model,
+        seq_len=manifest.seq_len,
+        tokenizer_sha256=tokenizer_identity(file_contents[tokenizer.name]),
+        adds_start=manifest.adds_start,
     )
-    config = build_exported_config(
-        manifest.model,
-        manifest.seq_len,
-        dtypes["embedding.weight"],
-        edge_tokens,
-        token_count(loaded_tokenizer),
-        tokenizer_identity(file_contents[tokenizer.name]),
-        manifest.adds_start,
-    )
+    config = {
+        **build_config(manifest.model, manifest.seq_len, token_count(loaded_tokenizer)),
+        "dtype": str(dtypes["embedding.weight"]).removeprefix("torch."),
+        **edge_tokens,
+        SECTION: section.model_dump(mode="json"),
+    }
     write_json(folder / CONFIG, config)
-    generation_config = edge_tokens.model_dump()
+    generation_config: dict[str, Any] = {**edge_tokens}
     if unused_rows := list(range(token_count(loaded_tokenizer), manifest.model.vocab_size)):
         # Embedding rows beyond the tokenizer's last token stand for no text, so an answer must not contain them.
         generation_config["suppress_tokens"] = unused_rows
@@ -135,11 +135,7 @@ def _exported_groups(
 ) -> Iterator[dict[str, Tensor]]:
     """Load a checkpoint's tensors group by group, and yield the exported tensors of each group by name."""
     for group in groups:
-        # A missing tensor has no dtype here; `load_tensors` raises the error for it.
-        stored_dtypes = {
-            e.checkpoint_name: index[e.checkpoint_name][0].dtype if e.checkpoint_name in index else None for e in group
-        }
-        tensors = {e.checkpoint_name: torch.empty(e.shape, dtype=stored_dtypes[e.checkpoint_name]) for e in group}
-        with _report_read_errors(checkpoint):
-            load_tensors(checkpoint / "weights", tensors, index=index)
+        with report_read_errors(f"checkpoint {checkpoint}", "repair its storage, or use another one"):
+            shapes = {e.checkpoint_name: e.shape for e in group}
+            tensors = read_tensors(checkpoint / "weights", shapes, index)
         yield {name: part for e in group for name, part in e.split(tensors.pop(e.checkpoint_name)).items()}

@@ -91,6 +91,15 @@ def open_tensors(folder: Path) -> Iterator[StoredTensors]:
         yield StoredTensors(folder, files)
 
 
+@contextmanager
+def report_read_errors(subject: str, fix: str) -> Iterator[None]:
+    """Turn an error of reading `subject` into a CheckpointError, so that it is not taken for an error of writing."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        raise CheckpointError(subject, f"it cannot be read: {getattr(e, 'strerror', None) or e}", fix) from e
+
+
 def _file_names(folder: Path) -> list[str]:
     """Return the names of a folder's weight files; CheckpointError without any, or for a damaged index."""
     subject = f"folder {folder}"

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mhmoe_ray.checkpoint.huggingface.adapters import ADAPTERS
 from mhmoe_ray.checkpoint.huggingface.config import MhmoeSection, read_config
 from mhmoe_ray.checkpoint.huggingface.export import export
-from mhmoe_ray.checkpoint.huggingface.files import StoredTensors, open_tensors, write_files
+from mhmoe_ray.checkpoint.huggingface.files import StoredTensors, open_tensors, report_read_errors, write_files
 from mhmoe_ray.checkpoint.huggingface.imported_tokenizer import (
     ImportedTokenizer,
     read_chat_template,
@@ -114,16 +113,6 @@ def open_groups(source: Path, model_type: str, model: ModelSpec) -> Iterator[Ite
         yield _joined_groups(source, stored, groups)
 
 
-@contextmanager
-def _report_read_errors(source: Path) -> Iterator[None]:
-    """Turn an error into a CheckpointError about reading the source folder, not about writing the storage."""
-    try:
-        yield
-    except (OSError, SafetensorError) as e:
-        reason = f"it cannot be read: {getattr(e, 'strerror', None) or e}"
-        raise CheckpointError(f"folder {source}", reason, "repair its disk, or get the folder again") from e
-
-
 def run_name(text: str) -> str:
     """Return a valid run name made from a text, such as the name of a folder."""
     return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")[:NAME_LENGTH].strip("-") or "imported"
@@ -171,7 +160,7 @@ def _check_tensors(
 
 def _joined_groups(source: Path, stored: StoredTensors, groups: list[list[TensorEntry]]) -> Iterator[dict[str, Tensor]]:
     for group in groups:
-        with _report_read_errors(source):
+        with report_read_errors(f"folder {source}", "repair its disk, or get the folder again"):
             tensors = {
                 entry.checkpoint_name: entry.join([stored.read(name) for name in entry.exported_names])
                 for entry in group

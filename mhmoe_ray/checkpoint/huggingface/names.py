@@ -104,12 +104,10 @@ def tensor_entries(spec: ModelSpec, replacements: NameReplacements = ()) -> list
     # Only names and shapes are needed, so the model is created on the meta device, without values.
     with torch.device("meta"):
         model = Decoder(spec)
-    groups: list[list[TensorEntry]] = [[] for _ in range(1 + spec.layers)]
-    for name, tensor in model.named_tensors().items():
-        _, block, suffix = name.partition("blocks.")
-        entry = _create_entry(spec, name, tuple(tensor.shape))
-        groups[1 + int(suffix.split(".")[0]) if block else 0].append(entry.with_replacements(replacements))
-    return groups
+    return [
+        [_create_entry(spec, name, tuple(t.shape)).with_replacements(replacements) for name, t in group.items()]
+        for group in model.tensors_by_layer()
+    ]
 
 
 def _create_entry(spec: ModelSpec, name: str, shape: tuple[int, ...]) -> TensorEntry:

@@ -115,7 +115,7 @@ def _trunk_problems(model: ModelSpec, start_model: ModelSpec) -> Iterator[tuple[
         yield f"model.d_ff is {model.d_ff} here and {_text(start_model.d_ff)} there", "remove that key"
 
 
-def _copied_expert_problems(moe: MoESpec, d_ff: int, prefix: str = "model.moe.") -> Iterator[tuple[str, str]]:
+def _copied_expert_problems(moe: MoESpec, d_ff: int) -> Iterator[tuple[str, str]]:
     """Yield a reason and a fix for each option with which copies of a dense layer would not compute the same."""
     required_values = {"d_expert": d_ff, "gate_scale": 1.0, "sub_token_residual": False}
     # The gates of a token must add up to 1. Those of router `domain` do so without `normalize_gates`.
@@ -123,10 +123,10 @@ def _copied_expert_problems(moe: MoESpec, d_ff: int, prefix: str = "model.moe.")
         required_values["normalize_gates"] = True
     for key, required_value in required_values.items():
         if getattr(moe, key) != required_value:
-            reason = f"{prefix}{key} is {getattr(moe, key)}, and copies of a dense layer of width {d_ff} as experts"
+            reason = f"model.moe.{key} is {getattr(moe, key)}, and copies of a dense layer of width {d_ff} as experts"
             yield f"{reason} compute what it does only with {required_value}", f"set it to {required_value}"
     if moe.has_head_projection or moe.has_merge_projection:
-        yield f"{prefix}head_projection or merge_projection is true with copies as experts", "remove the projections"
+        yield "model.moe.head_projection or merge_projection is true with copies as experts", "remove the projections"
 
 
 def _shared_expert_problems(moe: MoESpec, d_ff: int) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ from mhmoe_ray.checkpoint.find import find_run_or_checkpoint, no_checkpoint_erro
 from mhmoe_ray.checkpoint.huggingface.config import CONFIG, read_config
 from mhmoe_ray.checkpoint.huggingface.hub import PREFIX, pinned_source, settings_folder
 from mhmoe_ray.checkpoint.huggingface.imported_tokenizer import read_chat_template, read_folder_tokenizer
-from mhmoe_ray.checkpoint.manifest import CheckpointManifest, newest_checkpoint, stored_manifest
+from mhmoe_ray.checkpoint.manifest import MANIFEST, CheckpointManifest, newest_checkpoint, stored_manifest
 from mhmoe_ray.checkpoint.tokenizer import run_tokenizer
 from mhmoe_ray.data.shards.manifest import TOKENIZER_FILE
 from mhmoe_ray.errors import CheckpointError, SpecError
@@ -18,7 +18,6 @@ from mhmoe_ray.storage import Location, location
 
 SWEEP_PREFIX = "sweep:"
 """Prefix of a `start.from` that names another run of the same sweep."""
-MANIFEST_FILE = "manifest.json"
 
 
 class StartModel(NamedTuple):
@@ -31,17 +30,17 @@ class StartModel(NamedTuple):
     """Entry for this model in the new run's start record."""
     path: Location
     """Path of a run's checkpoint, or of a folder in Hugging Face's layout."""
-    manifest: CheckpointManifest | None
-    """Manifest of the checkpoint; None for a folder."""
-    model_type: str | None
-    """`model_type` of the folder's config.json; None for a checkpoint."""
     model: ModelSpec
     seq_len: int
     tokenizer_file: Location
     adds_start: bool
     ends: list[int]
     """Token ids that end a text, in addition to the tokenizer's own."""
-    chat_template: str | None
+    manifest: CheckpointManifest | None = None
+    """Manifest of the checkpoint; None for a folder."""
+    model_type: str | None = None
+    """`model_type` of the folder's config.json; None for a checkpoint."""
+    chat_template: str | None = None
     chat_template_file: Path | None = None
     """Local file with the chat template; None without one, or if it is an entry of tokenizer_config.json."""
     sibling: RunSpec | None = None
@@ -71,7 +70,7 @@ def find_start_model(source: str, storage: Location | str) -> StartModel:
     path = location(source)
     if isinstance(path, Path) and (path / CONFIG).is_file():
         return _folder_model(str(path.absolute()), path.absolute())
-    if (path / MANIFEST_FILE).exists() and not RunDir(path).attempts_file.exists():
+    if (path / MANIFEST).exists() and not RunDir(path).attempts_file.exists():
         return _checkpoint_model(path.absolute())
     target = find_run_or_checkpoint(source, storage, f"start.from {source}")
     if not isinstance(target, RunDir):
@@ -98,7 +97,6 @@ def _checkpoint_model(checkpoint: Location) -> StartModel:
         ancestor=Ancestor(name=run.id, path=str(checkpoint), step=manifest.step, tokens=tokens, start=record),
         path=checkpoint,
         manifest=manifest,
-        model_type=None,
         model=manifest.model,
         seq_len=manifest.seq_len,
         tokenizer_file=run_tokenizer(checkpoint, manifest),
@@ -124,7 +122,6 @@ def _folder_model(source: str, folder: Path) -> StartModel:
         source=source,
         ancestor=Ancestor(name=source, path=str(folder), step=0, tokens=0),
         path=folder,
-        manifest=None,
         model_type=model_type,
         model=section.model,
         seq_len=section.seq_len,
@@ -142,14 +139,11 @@ def sibling_model(source: str, sibling: RunSpec) -> StartModel:
         source=source,
         ancestor=Ancestor(name=sibling.name, path="", step=sibling.train.steps, tokens=0),
         path=Path(),
-        manifest=None,
-        model_type=None,
         model=sibling.model,
         seq_len=sibling.data.seq_len,
         tokenizer_file=sibling.data.prepared / TOKENIZER_FILE,
         adds_start=True,
         ends=[],
-        chat_template=None,
         sibling=sibling,
     )
 

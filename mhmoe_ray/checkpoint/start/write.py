@@ -9,7 +9,7 @@ from torch import Tensor
 from mhmoe_ray.checkpoint.format import SUFFIX, Slice, write_slices
 from mhmoe_ray.checkpoint.huggingface.hub import local_folder
 from mhmoe_ray.checkpoint.huggingface.import_ import open_groups
-from mhmoe_ray.checkpoint.load import load_tensors, read_index
+from mhmoe_ray.checkpoint.load import read_index, read_tensors
 from mhmoe_ray.checkpoint.manifest import (
     PARTS,
     CheckpointManifest,
@@ -26,7 +26,6 @@ from mhmoe_ray.checkpoint.start.transform import StartTransform
 from mhmoe_ray.data.shards.manifest import data_digest
 from mhmoe_ray.distributed.rounded_adamw import MOMENT_NAMES
 from mhmoe_ray.model.build import build_model
-from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.start import write_start
@@ -92,35 +91,22 @@ def _write_weights(folder: Location, spec: RunSpec, start_models: list[StartMode
     with ExitStack() as stack:
         sources = [_open_groups(start_model, stack) for start_model in start_models]
         # The names are grouped by layer, like the tensors of the start models, so that both can be read group by group.
-        name_groups = _layer_groups(model)
-        files = {}
+        name_groups = model.tensors_by_layer()
+        files: dict[str, FileEntry] = {}
         for number, (names, *source_groups) in enumerate(zip(name_groups, *sources, strict=True)):
             tensors = {}
             for name in names:
                 source_name = transform.source_name(name)
                 source_tensors = [group[source_name] for group in source_groups] if source_name else []
                 tensors[name] = transform.tensor(name, source_tensors)
-            files[f"weights/{_file_name(number)}"] = _write_file(folder / _file_name(number), tensors)
+            files |= _write_file(folder, number, tensors)
             # Without `del` this group would stay in memory while the next one is read.
             del tensors, source_groups
     return files
 
 
-def _file_name(number: int) -> str:
-    return f"part_{number:05d}{SUFFIX}"
-
-
-def _layer_groups(model: Trunk) -> list[list[str]]:
-    """Return the tensor names of a model in groups: those outside the layers, then those of each layer."""
-    groups: list[list[str]] = [[] for _ in range(1 + model.spec.layers)]
-    for name in model.named_tensors():
-        _, block, suffix = name.partition("blocks.")
-        groups[1 + int(suffix.split(".")[0]) if block else 0].append(name)
-    return groups
-
-
 def _open_groups(start_model: StartModel, stack: ExitStack) -> Iterator[dict[str, Tensor]]:
-    """Return an iterator over a model's tensors in the groups of `_layer_groups`; `stack` closes a folder's files."""
+    """Return an iterator over a model's tensors in groups like `Trunk.tensors_by_layer`; `stack` closes its files."""
     if start_model.model_type is None:
         return _checkpoint_groups(start_model.path, start_model.model)
     # For a model of the Hugging Face hub, only the settings were downloaded before. This downloads the weights, too.
@@ -131,20 +117,8 @@ def _open_groups(start_model: StartModel, stack: ExitStack) -> Iterator[dict[str
 def _checkpoint_groups(checkpoint: Location, spec: ModelSpec) -> Iterator[dict[str, Tensor]]:
     with torch.device("meta"):
         model = build_model(spec)
-    for names in _layer_groups(model):
-        yield _read_tensors(checkpoint / "weights", {name: model.named_tensors()[name].shape for name in names})
-
-
-def _read_tensors(folder: Location, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Read tensors from folder `weights` or `optim` of a checkpoint, in their stored dtype."""
-    index = read_index(folder)
-    # A missing tensor has no dtype here; `load_tensors` raises the error for it.
-    tensors = {
-        name: torch.empty(shape, dtype=index[name][0].dtype if name in index else torch.float32)
-        for name, shape in shapes.items()
-    }
-    load_tensors(folder, tensors, index=index)
-    return tensors
+    for group in model.tensors_by_layer():
+        yield read_tensors(checkpoint / "weights", {name: t.shape for name, t in group.items()})
 
 
 def _write_moments(folder: Location, spec: RunSpec, start_model: StartModel) -> dict[str, FileEntry]:
@@ -153,28 +127,28 @@ def _write_moments(folder: Location, spec: RunSpec, start_model: StartModel) -> 
         model = build_model(spec.model)
     parameters, buffers = dict(model.named_parameters()), model.training_buffers()
     stored_names = read_index(start_model.path / "optim").keys()
-    files = {}
-    for number, names in enumerate(_layer_groups(model)):
+    files: dict[str, FileEntry] = {}
+    for number, names in enumerate(model.tensors_by_layer()):
         shapes = {
             f"{moment}.{name}": parameters[name].shape
             for moment in MOMENT_NAMES
             for name in names
             if name in parameters
         }
-        tensors = _read_tensors(start_model.path / "optim", shapes)
         if number == 0:
             # These buffers hold each expert's share of the choices of the last step, for a balance loss over whole
             # steps. A run without such a loss has none.
-            buffer_shapes = {name: t.shape for name, t in buffers.items()}
-            tensors |= _read_tensors(
-                start_model.path / "optim", {name: s for name, s in buffer_shapes.items() if name in stored_names}
-            )
-            tensors |= {name: torch.zeros(s) for name, s in buffer_shapes.items() if name not in stored_names}
-        files[f"optim/{_file_name(number)}"] = _write_file(folder / _file_name(number), tensors)
+            shapes |= {name: t.shape for name, t in buffers.items() if name in stored_names}
+        tensors = read_tensors(start_model.path / "optim", shapes)
+        if number == 0:
+            tensors |= {name: torch.zeros(t.shape) for name, t in buffers.items() if name not in stored_names}
+        files |= _write_file(folder, number, tensors)
     return files
 
 
-def _write_file(file: Location, tensors: Mapping[str, Tensor]) -> FileEntry:
+def _write_file(folder: Location, number: int, tensors: Mapping[str, Tensor]) -> dict[str, FileEntry]:
+    """Write a part of a folder's tensors, and return its entry in the checkpoint manifest, by name."""
+    file_name = f"part_{number:05d}{SUFFIX}"
     slices = {name: Slice(t.contiguous(), (0,) * t.ndim, tuple(t.shape)) for name, t in tensors.items()}
-    with create_file(file) as stream:
-        return write_slices(stream, slices)
+    with create_file(folder / file_name) as stream:
+        return {f"{folder.name}/{file_name}": write_slices(stream, slices)}

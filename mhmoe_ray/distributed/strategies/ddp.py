@@ -103,28 +103,33 @@ class Strategy:
     def checkpoint_weights(self) -> dict[str, Tensor]:
         """Return the weights by name, with experts and sharded tensors as DTensors of global shapes. Filling these
         views loads the model, unless `gathers_state` is True."""
-        return self._to_global(self.model.named_tensors())
+        return dict(self._iterate_weights())
 
     def checkpoint_moments(self) -> dict[str, Tensor]:
         """Return AdamW's moments like `checkpoint_weights`, as "exp_avg.NAME" and "exp_avg_sq.NAME", created if
         missing."""
+        return dict(self._iterate_moments())
+
+    def checkpoint_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Yield all tensors to save as ("weights" or "optim", name, tensor), in the same order on all ranks. This is a
+        collective operation. A tensor that is gathered from shards is gathered when it is yielded."""
+        # Gathered tensors come one at a time, so that the memory of one is free again before the next is gathered.
+        yield from (("weights", name, t) for name, t in self._iterate_weights())
+        yield from (("optim", name, t) for name, t in self._iterate_moments())
+        yield from (("optim", name, t) for name, t in self.model.training_buffers().items())
+
+    def _iterate_weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self._to_global(self.model.named_tensors()).items()
+
+    def _iterate_moments(self) -> Iterator[tuple[str, Tensor]]:
         # The optimizer has no moments before its first update. A checkpoint may be saved earlier, if the updates of the
         # first steps were skipped.
         if not self.optimizer.state:
             self.start_at_step(0)
         state = self.optimizer.state
-        moments: dict[str, Tensor] = {}
         for moment in MOMENT_NAMES:
             tensors = {name: state[p][moment] for name, p in self.model.named_parameters()}
-            moments |= {f"{moment}.{name}": t for name, t in self._to_global(tensors).items()}
-        return moments
-
-    def checkpoint_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield all tensors to save as ("weights" or "optim", name, tensor), in the same order on all ranks. This is a
-        collective operation."""
-        yield from (("weights", name, t) for name, t in self.checkpoint_weights().items())
-        yield from (("optim", name, t) for name, t in self.checkpoint_moments().items())
-        yield from (("optim", name, t) for name, t in self.model.training_buffers().items())
+            yield from ((f"{moment}.{name}", t) for name, t in self._to_global(tensors).items())
 
     def start_at_step(self, step: int) -> None:
         """Give the optimizer its state after `step` updates, with moments of zero, which loading fills."""

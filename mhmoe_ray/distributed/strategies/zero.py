@@ -120,25 +120,12 @@ class ZeroStrategy(Strategy):
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
-    def checkpoint_weights(self) -> dict[str, Tensor]:
-        return dict(self._iterate_weights())
-
-    def checkpoint_moments(self) -> dict[str, Tensor]:
-        return dict(self._iterate_moments())
-
-    def checkpoint_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield all tensors to save, each gathered when it is yielded."""
-        # The generators gather one tensor at a time, so that its memory is free again before the next one is gathered.
-        yield from (("weights", name, t) for name, t in self._iterate_weights())
-        yield from (("optim", name, t) for name, t in self._iterate_moments())
-        yield from (("optim", name, t) for name, t in self.model.training_buffers().items())
-
     def _iterate_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each weight and buffer by name; stage 3 gathers weights one by one."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         if self._stage < 3:
-            yield from super().checkpoint_weights().items()
+            yield from super()._iterate_weights()
             return
         for name, parameter in self.model.named_parameters():
             yield from self._to_global({name: safe_get_full_fp32_param(parameter)}).items()

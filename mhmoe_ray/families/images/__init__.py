@@ -1,6 +1,5 @@
 """Code for images that encoders and vision models share.
 
-branch.py           weights of a block outside its experts
 patches.py          patches of images
 part_losses.py      losses of the parts of a micro-batch
 part_objective.py   base class of objectives whose micro-batches have several parts, each with losses of its own

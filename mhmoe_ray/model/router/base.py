@@ -23,6 +23,12 @@ class Routing(NamedTuple):
     capacity: int | None  # expert capacity in rows; None if there is no limit
 
 
+def routing_without_losses(expert_NK: Tensor, gate_NK: Tensor, count_E: Tensor) -> Routing:
+    """Return a routing that drops no routes and has losses of 0."""
+    zero = torch.zeros((), device=gate_NK.device)
+    return Routing(expert_NK, gate_NK, zero, zero, count_E, count_E.new_zeros(()), None)
+
+
 class RoutingContext(NamedTuple):
     """Context of the rows of a layer, which only some routers read."""
 

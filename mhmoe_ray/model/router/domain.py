@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mhmoe_ray.model.router.balance import route_counts
-from mhmoe_ray.model.router.base import NO_CONTEXT, BaseRouter, Routing, RoutingContext
+from mhmoe_ray.model.router.base import NO_CONTEXT, BaseRouter, Routing, RoutingContext, routing_without_losses
 
 
 class DomainRouter(BaseRouter):
@@ -18,13 +18,5 @@ class DomainRouter(BaseRouter):
         """Return the routing; sequences have equally many rows, one after another."""
         assert context.domain_B is not None, "router domain needs the domain of each sequence"
         expert_N1 = context.domain_B.repeat_interleave(len(x_ND) // context.sequences)[:, None]
-        zero = torch.zeros((), device=x_ND.device)
-        return Routing(
-            expert_NK=expert_N1,
-            gate_NK=torch.ones_like(expert_N1, dtype=torch.float32),
-            balance_loss=zero,
-            z_loss=zero,
-            count_E=route_counts(expert_N1, self.moe.experts),
-            dropped_routes=torch.zeros((), dtype=torch.int64, device=x_ND.device),
-            capacity=None,
-        )
+        gate_N1 = torch.ones_like(expert_N1, dtype=torch.float32)
+        return routing_without_losses(expert_N1, gate_N1, route_counts(expert_N1, self.moe.experts))

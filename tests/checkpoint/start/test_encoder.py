@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from mhmoe_ray.checkpoint.huggingface.compare import open_model
+from mhmoe_ray.checkpoint.load import load_for_inference
 from mhmoe_ray.checkpoint.manifest import checkpoint_name, stored_manifest
 from mhmoe_ray.checkpoint.start.source import find_start_model
 from mhmoe_ray.checkpoint.start.write import write_start_checkpoint
 from mhmoe_ray.errors import CheckpointError, SpecError
-from mhmoe_ray.families.encoder.checkpoint import load_verified_encoder
+from mhmoe_ray.families.encoder.model import Encoder
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs.directory import create_run
@@ -51,7 +52,7 @@ def train_and_save(spec: RunSpec, run, steps: int) -> None:
 
 
 def weights_of(checkpoint) -> dict[str, torch.Tensor]:
-    return load_verified_encoder(checkpoint, stored_manifest(checkpoint)).named_tensors()
+    return load_for_inference(Encoder(stored_manifest(checkpoint).model), checkpoint).named_tensors()
 
 
 @pytest.fixture

@@ -135,7 +135,7 @@ def test_operators_launch_what_they_state(monkeypatch):
     """Each launch passes through the interpreter, where the test counts it."""
     from triton.runtime import interpreter
 
-    from mhmoe_kernels.triton.operators import LAUNCHES
+    from mhmoe_kernels.operators import LAUNCHES
 
     counts = []
     call = interpreter.GridExecutor.__call__

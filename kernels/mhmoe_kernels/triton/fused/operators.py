@@ -11,11 +11,12 @@ import torch
 import triton
 from torch import Tensor
 
+from mhmoe_kernels.operators import operator
 from mhmoe_kernels.triton.fused.blocks import Blocks, Kernel, blocks_for
 from mhmoe_kernels.triton.fused.chunks import chunk_widths
 from mhmoe_kernels.triton.fused.gelu import gelu_backward_rows, gelu_backward_weights, gelu_forward, weighted_row_sums
 from mhmoe_kernels.triton.fused.swiglu import swiglu_backward_rows, swiglu_backward_weights, swiglu_forward
-from mhmoe_kernels.triton.operators import launch, operator, schedule_tiles
+from mhmoe_kernels.triton.operators import launch, schedule_tiles
 
 Tensors = list[Tensor]
 
@@ -73,8 +74,6 @@ def norm_terms(kind: str, weights: Sequence[Tensor]) -> Tensors:
 
 
 @operator(
-    "fused_forward(str kind, float eps, Tensor x_ND, Tensor[] weights, Tensor[] terms, Tensor route_R, "
-    "Tensor offset_E1, int top_k) -> (Tensor, Tensor[])",
     launches=3,
     fake=lambda kind, eps, x_ND, weights, terms, route_R, offset_E1, top_k: (
         x_ND.new_empty(len(route_R), x_ND.shape[1]),
@@ -109,8 +108,6 @@ def fused_forward(
 
 
 @operator(
-    "fused_backward_rows(str kind, Tensor x_ND, Tensor dy_ND, Tensor scale_S, Tensor[] weights, Tensor[] terms, "
-    "Tensor[] statistics, Tensor route_R, Tensor offset_E1, int top_k) -> (Tensor, Tensor, Tensor[])",
     launches=3,
     fake=lambda kind, x_ND, dy_ND, scale_S, weights, terms, statistics, route_R, offset_E1, top_k: (
         x_ND.new_empty(len(route_R), x_ND.shape[1]),
@@ -144,12 +141,7 @@ def fused_backward_rows(
     return dx_RD, dscale_S, row_statistics
 
 
-@operator(
-    "fused_backward_weights(str kind, Tensor x_ND, Tensor dy_ND, Tensor scale_S, Tensor[] weights, "
-    "Tensor[] statistics, Tensor route_R, Tensor offset_E1, int top_k) -> Tensor[]",
-    launches=2,
-    fake=lambda kind, x_ND, dy_ND, scale_S, weights, *_: [torch.empty_like(w) for w in weights],
-)
+@operator(launches=2, fake=lambda kind, x_ND, dy_ND, scale_S, weights, *_: [torch.empty_like(w) for w in weights])
 def fused_backward_weights(
     kind: str, x_ND: Tensor, dy_ND: Tensor, scale_S: Tensor, weights: Tensors, statistics: Tensors,
     route_R: Tensor, offset_E1: Tensor, top_k: int,

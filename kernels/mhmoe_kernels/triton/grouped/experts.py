@@ -5,7 +5,7 @@ Outputs of experts are not kept: the gradient of a gate is a product of hidden v
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +26,6 @@ from mhmoe_kernels.triton.operators import (
 )
 from mhmoe_kernels.weights import ExpertWeights, Function, Swiglu
 
-MakeProducts = Callable[[Tiles], Products]
-"""Class of the matrix products, `TritonProducts` or `TorchProducts`."""
-
 
 class Scales(NamedTuple):
     """Scale (gate) of each route, in the order of routes, and the route of each slot, if any."""
@@ -37,14 +34,17 @@ class Scales(NamedTuple):
     route_R: Tensor | None = None
 
 
-class ExpertSteps(Protocol):
-    """Forward and backward of one kind of experts, on sorted rows."""
+class SwigluSteps:
+    """Forward and backward of SwiGLU experts on sorted rows; `project` computes gate and up."""
 
     def project(self, x_RD: Tensor, weights: Tensors, products: Products, known_rows: Tensors = ()) -> Tensors:
         """Return the hidden values before the activation; the forward may have kept their first rows, `known_rows`."""
+        known_parts = known_rows or (None, None)
+        return tuple(products.linear(x_RD, w, known_PO=part) for w, part in zip(weights[:2], known_parts, strict=True))
 
     def finish(self, hidden: Tensors, weights: Tensors, products: Products) -> tuple[Tensor, Tensors]:
-        """Return each row's expert output from the results of `project`, and row statistics for the backward."""
+        """Return each row's expert output, and row statistics for the backward, of which SwiGLU has none."""
+        return products.linear(ops.swiglu_forward(*hidden), weights[2]), ()
 
     def backward(
         self, dout_RD: Tensor, x_RD: Tensor, hidden: Tensors, statistics: Tensors, weights: Tensors, products: Products,
@@ -55,22 +55,6 @@ class ExpertSteps(Protocol):
         `dout_RD` is the gradient of the scaled outputs, `hidden` the results of `project`, `statistics` those of
         `finish`.
         """
-
-
-class SwigluSteps:
-    """Steps of SwiGLU experts: `project` computes gate and up, and there are no statistics."""
-
-    def project(self, x_RD: Tensor, weights: Tensors, products: Products, known_rows: Tensors = ()) -> Tensors:
-        known_parts = known_rows or (None, None)
-        return tuple(products.linear(x_RD, w, known_PO=part) for w, part in zip(weights[:2], known_parts, strict=True))
-
-    def finish(self, hidden: Tensors, weights: Tensors, products: Products) -> tuple[Tensor, Tensors]:
-        return products.linear(ops.swiglu_forward(*hidden), weights[2]), ()
-
-    def backward(
-        self, dout_RD: Tensor, x_RD: Tensor, hidden: Tensors, statistics: Tensors, weights: Tensors, products: Products,
-        scales: Scales,
-    ) -> tuple[Parts, Tensor, Tensors]:  # fmt: skip
         gate_EFD, up_EFD, down_EDF = weights
         dhidden_RF = products.backward(dout_RD, down_EDF)
         dgate_RF, dup_RF, hidden_RF, dscale_S = ops.swiglu_backward(*hidden, dhidden_RF, *scales)
@@ -82,7 +66,7 @@ class SwigluSteps:
 
 
 class GeluSublnSteps(NamedTuple):
-    """Steps of GELU experts with an inner norm: `project` computes the input of the GELU.
+    """Forward and backward of GELU experts with an inner norm, like `SwigluSteps`; `project` computes GELU's input.
 
     The statistics of a row are the mean and the inverse standard deviation of its norm.
     """
@@ -119,6 +103,9 @@ class GeluSublnSteps(NamedTuple):
         return (products.backward(dinner_RF, fc1_EFD), None), dscale_S, dweights
 
 
+ExpertSteps = SwigluSteps | GeluSublnSteps
+
+
 def steps_of(function: Function) -> ExpertSteps:
     """Return the steps of experts that compute `function`."""
     return SwigluSteps() if isinstance(function, Swiglu) else GeluSublnSteps(function.eps)
@@ -142,7 +129,7 @@ def _kept_hidden(hidden: Tensors, recompute: float, products: Products) -> Tenso
 class _RoutedExperts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, steps: ExpertSteps, make_products: MakeProducts, recompute: float, expert_NK: Tensor, x_ND: Tensor,
+        ctx: Any, steps: ExpertSteps, make_products: type[Products], recompute: float, expert_NK: Tensor, x_ND: Tensor,
         gate_NK: Tensor, *weights: Tensor,
     ) -> Tensor:  # fmt: skip
         x_ND, gate_NK, weights = x_ND.contiguous(), gate_NK.contiguous(), tuple(w.contiguous() for w in weights)
@@ -212,14 +199,14 @@ _sorted_experts: Callable[..., Tensor] = _SortedExperts.apply
 
 
 def run(
-    make_products: MakeProducts, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights
+    make_products: type[Products], x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights
 ) -> Tensor:
     """Run routed rows through experts, as `mhmoe_kernels.run_experts` does, in float32 or bfloat16."""
     steps, recompute = steps_of(weights.function), _applied_recompute(weights)
     return _routed_experts(steps, make_products, recompute, expert_NK, x_ND, gate_NK, *weights.stacked)
 
 
-def run_sorted(make_products: MakeProducts, x_RD: Tensor, count_E: Tensor, weights: ExpertWeights) -> Tensor:
+def run_sorted(make_products: type[Products], x_RD: Tensor, count_E: Tensor, weights: ExpertWeights) -> Tensor:
     """Run rows that are sorted by expert through their experts, as `mhmoe_kernels.run_sorted_experts` does."""
     tile_rows = rows_per_tile(len(x_RD), len(count_E))
     device_count_E = copy_to_device(count_E.int(), x_RD.device)

@@ -4,9 +4,10 @@ import torch
 import triton
 from torch import Tensor
 
+from mhmoe_kernels.operators import operator
 from mhmoe_kernels.triton.grouped import gelu, product, swiglu
 from mhmoe_kernels.triton.grouped.blocks import linear_blocks, outer_blocks
-from mhmoe_kernels.triton.operators import device_capability, launch, operator, program_count
+from mhmoe_kernels.triton.operators import device_capability, launch, program_count
 
 
 def _fake_linear(
@@ -16,12 +17,7 @@ def _fake_linear(
     return x_RI.new_empty(len(x_RI), w_EMN.shape[1 if transposed else 2])
 
 
-@operator(
-    "grouped_linear(Tensor x_RI, Tensor w_EMN, Tensor? x2_RI, Tensor? w2_EMN, Tensor? bias_EO, Tensor? known_PO, "
-    "Tensor offset_E1, Tensor expert_T, Tensor start_T, bool transposed, int rows_per_tile) -> Tensor",
-    launches=1,
-    fake=_fake_linear,
-)
+@operator(launches=1, fake=_fake_linear)
 def grouped_linear(
     x_RI: Tensor, w_EMN: Tensor, x2_RI: Tensor | None, w2_EMN: Tensor | None, bias_EO: Tensor | None,
     known_PO: Tensor | None, offset_E1: Tensor, expert_T: Tensor, start_T: Tensor, transposed: bool, rows_per_tile: int,
@@ -53,7 +49,6 @@ def grouped_linear(
 
 
 @operator(
-    "grouped_outer(Tensor a_RO, Tensor b_RI, Tensor offset_E1) -> Tensor",
     launches=1,
     fake=lambda a_RO, b_RI, offset_E1: a_RO.new_empty(len(offset_E1) - 1, a_RO.shape[1], b_RI.shape[1]),
 )
@@ -75,7 +70,6 @@ def grouped_outer(a_RO: Tensor, b_RI: Tensor, offset_E1: Tensor) -> Tensor:
 # grouped_mm are operators of this package, with other fake implementations. grouped_mm launches two kernels, one of
 # which prepares the addresses of groups.
 @operator(
-    "torch_linear(Tensor x_RI, Tensor w_EMN, Tensor offset_E1, bool transposed) -> Tensor",
     launches=2,
     fake=lambda x_RI, w_EMN, offset_E1, transposed: x_RI.new_empty(len(x_RI), w_EMN.shape[1 if transposed else 2]),
 )
@@ -89,7 +83,6 @@ def torch_linear(x_RI: Tensor, w_EMN: Tensor, offset_E1: Tensor, transposed: boo
 
 
 @operator(
-    "torch_outer(Tensor a_RO, Tensor b_RI, Tensor offset_E1) -> Tensor",
     launches=2,
     fake=lambda a_RO, b_RI, offset_E1: a_RO.new_empty(len(offset_E1) - 1, a_RO.shape[1], b_RI.shape[1]),
 )
@@ -100,11 +93,7 @@ def torch_outer(a_RO: Tensor, b_RI: Tensor, offset_E1: Tensor) -> Tensor:
     return torch.nn.functional.grouped_mm(a_RO.T, b_RI, offs=offset_E1[1:])
 
 
-@operator(
-    "swiglu_forward(Tensor gate_RF, Tensor up_RF) -> Tensor",
-    launches=1,
-    fake=lambda gate_RF, up_RF: torch.empty_like(gate_RF),
-)
+@operator(launches=1, fake=lambda gate_RF, up_RF: torch.empty_like(gate_RF))
 def swiglu_forward(gate_RF: Tensor, up_RF: Tensor) -> Tensor:
     """Return silu(gate) * up of SwiGLU experts, computed in float32 by one kernel."""
     hidden_RF = torch.empty_like(gate_RF)
@@ -120,8 +109,6 @@ def _fake_scale_gradient(gate_RF: Tensor, scale_S: Tensor | None) -> Tensor:
 
 
 @operator(
-    "swiglu_backward(Tensor gate_RF, Tensor up_RF, Tensor dhidden_RF, Tensor? scale_S, Tensor? route_R) -> "
-    "(Tensor, Tensor, Tensor, Tensor)",
     launches=1,
     fake=lambda gate_RF, up_RF, dhidden_RF, scale_S, route_R: (
         *(torch.empty_like(gate_RF) for _ in range(3)),
@@ -159,8 +146,6 @@ def _tile_grid(expert_T: Tensor, rows_per_tile: int, block_rows: int) -> tuple[i
 
 
 @operator(
-    "gelu_norm_forward(Tensor inner_RF, Tensor norm_weight_EF, Tensor norm_bias_EF, Tensor offset_E1, Tensor expert_T, "
-    "Tensor start_T, float eps, int rows_per_tile) -> (Tensor, Tensor, Tensor)",
     launches=1,
     fake=lambda inner_RF, norm_weight_EF, norm_bias_EF, offset_E1, expert_T, start_T, eps, rows_per_tile: (
         torch.empty_like(inner_RF),
@@ -189,9 +174,6 @@ def _norm_blocks(width: int) -> tuple[int, int]:
 
 
 @operator(
-    "gelu_norm_backward(Tensor inner_RF, Tensor dnormed_RF, Tensor mean_R, Tensor rstd_R, Tensor norm_weight_EF, "
-    "Tensor norm_bias_EF, Tensor dout_RD, Tensor out_bias_ED, Tensor? scale_S, Tensor? route_R, Tensor offset_E1, "
-    "Tensor expert_T, Tensor start_T, int rows_per_tile) -> (Tensor, Tensor, Tensor)",
     launches=1,
     fake=lambda inner_RF, dnormed_RF, mean_R, rstd_R, norm_weight_EF, norm_bias_EF, dout_RD, out_bias_ED, scale_S, *_: (
         torch.empty_like(inner_RF),
@@ -218,8 +200,6 @@ def gelu_norm_backward(
 
 
 @operator(
-    "norm_sums(Tensor inner_RF, Tensor dnormed_RF, Tensor mean_R, Tensor rstd_R, Tensor? scale_S, Tensor? route_R, "
-    "Tensor offset_E1) -> (Tensor, Tensor)",
     launches=1,
     fake=lambda inner_RF, dnormed_RF, mean_R, rstd_R, scale_S, route_R, offset_E1: tuple(
         inner_RF.new_empty(len(offset_E1) - 1, inner_RF.shape[1]) for _ in range(2)
@@ -240,11 +220,7 @@ def norm_sums(
     return dweight_EF, dbias_EF
 
 
-@operator(
-    "row_sums(Tensor x_RF, Tensor? scale_S, Tensor? route_R, Tensor offset_E1) -> Tensor",
-    launches=1,
-    fake=lambda x_RF, scale_S, route_R, offset_E1: x_RF.new_empty(len(offset_E1) - 1, x_RF.shape[1]),
-)
+@operator(launches=1, fake=lambda x_RF, scale_S, route_R, offset_E1: x_RF.new_empty(len(offset_E1) - 1, x_RF.shape[1]))
 def row_sums(x_RF: Tensor, scale_S: Tensor | None, route_R: Tensor | None, offset_E1: Tensor) -> Tensor:
     """Return the sum of each expert's rows, times their scales if any, in float32."""
     experts, width = len(offset_E1) - 1, x_RF.shape[1]

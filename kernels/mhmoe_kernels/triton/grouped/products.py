@@ -1,7 +1,7 @@
 """Products of rows, sorted by expert, with their experts' matrices, by Triton kernels or by torch."""
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -25,15 +25,13 @@ class Tiles(NamedTuple):
         return self.offset_E1, self.expert_T, self.start_T, transposed, self.rows
 
 
-class Products(Protocol):
-    """Matrix products of sorted rows with their experts' matrices."""
+@dataclass(frozen=True)
+class Products:
+    """Matrix products of sorted rows with their experts' matrices, by the Triton kernels of product.py."""
 
-    skips_known_rows: ClassVar[bool]
+    skips_known_rows: ClassVar[bool] = True
     """True if `linear` takes known rows of its result instead of computing them."""
-
-    @property
-    def tiles(self) -> Tiles:
-        """The tiles into which the rows are divided."""
+    tiles: Tiles
 
     def linear(
         self, x_RI: Tensor, w_EOI: Tensor, bias_EO: Tensor | None = None, known_PO: Tensor | None = None
@@ -42,48 +40,28 @@ class Products(Protocol):
 
         `known_PO` are first rows of the result that need not be computed.
         """
-
-    def backward(self, dy_RO: Tensor, w_EOI: Tensor) -> Tensor:
-        """Return the gradient of the input rows of `linear`."""
-
-    def backward_sum(self, dy_RO: Tensor, w_EOI: Tensor, dy2_RO: Tensor, w2_EOI: Tensor) -> Parts:
-        """Return the gradient of rows that are the input of two products, as a sum."""
-
-    def outer(self, dy_RO: Tensor, x_RI: Tensor) -> Tensor:
-        """Return the gradient of the matrices of `linear`."""
-
-
-@dataclass(frozen=True)
-class TritonProducts:
-    """Products of sorted rows by the Triton kernels of product.py."""
-
-    skips_known_rows: ClassVar[bool] = True
-    tiles: Tiles
-
-    def linear(
-        self, x_RI: Tensor, w_EOI: Tensor, bias_EO: Tensor | None = None, known_PO: Tensor | None = None
-    ) -> Tensor:
         y_RO: Tensor = ops.grouped_linear(x_RI, w_EOI, None, None, bias_EO, known_PO, *self.tiles.arguments(True))
         return y_RO
 
     def backward(self, dy_RO: Tensor, w_EOI: Tensor) -> Tensor:
+        """Return the gradient of the input rows of `linear`."""
         dx_RI: Tensor = ops.grouped_linear(dy_RO, w_EOI, None, None, None, None, *self.tiles.arguments(False))
         return dx_RI
 
     def backward_sum(self, dy_RO: Tensor, w_EOI: Tensor, dy2_RO: Tensor, w2_EOI: Tensor) -> Parts:
+        """Return the gradient of rows that are the input of two products, as a sum."""
         return ops.grouped_linear(dy_RO, w_EOI, dy2_RO, w2_EOI, None, None, *self.tiles.arguments(False)), None
 
     def outer(self, dy_RO: Tensor, x_RI: Tensor) -> Tensor:
+        """Return the gradient of the matrices of `linear`."""
         dw_EOI: Tensor = ops.grouped_outer(dy_RO, x_RI, self.tiles.offset_E1)
         return dw_EOI
 
 
-@dataclass(frozen=True)
-class TorchProducts:
+class TorchProducts(Products):
     """Products of sorted rows by torch's grouped_mm, which takes matrices without biases."""
 
-    skips_known_rows: ClassVar[bool] = False
-    tiles: Tiles
+    skips_known_rows = False
 
     def linear(
         self, x_RI: Tensor, w_EOI: Tensor, bias_EO: Tensor | None = None, known_PO: Tensor | None = None

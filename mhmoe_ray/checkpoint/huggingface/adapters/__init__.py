@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mhmoe_ray.checkpoint.huggingface.adapters.base import Adapter
+from mhmoe_ray.checkpoint.huggingface.adapters.base import Adapter, explicit_options
 from mhmoe_ray.checkpoint.huggingface.adapters.llama import LlamaAdapter, MistralAdapter, Qwen2Adapter, Qwen3Adapter
 from mhmoe_ray.checkpoint.huggingface.adapters.mhmoe import MhmoeAdapter
 from mhmoe_ray.checkpoint.huggingface.adapters.mixture import MixtralAdapter, OlmoeAdapter, Qwen3MoeAdapter
@@ -55,21 +55,15 @@ def computed_function(model: ModelSpec) -> dict[str, Any]:
 
     Options that matter only in training are left out, and unset options have the values that they stand for.
     """
-    fields = model.model_dump(mode="json", exclude=TRAINING_OPTIONS | {"moe"})
-    fields |= {"kv_heads": model.n_kv_heads, "d_head": model.head_width, "attention_bias": model.biased_attention}
-    if model.moe is None:
+    options = explicit_options(model)
+    moe_options = options.pop("moe")
+    fields = {option: value for option, value in options.items() if option not in TRAINING_OPTIONS}
+    if moe_options is None:
         return fields
-    moe = model.moe
-    moe_fields = moe.model_dump(mode="json", exclude=MOE_TRAINING_OPTIONS)
-    moe_fields |= {
-        "d_sub_token": model.row_width,
-        "head_projection": moe.has_head_projection,
-        "merge_projection": moe.has_merge_projection,
-        "router_dim": None if moe.router == "linear" else moe.routing_width,
-        # The rate at which training adapts the selection bias of a router matters only in training. But a router has
-        # this bias only if the rate is above 0.
-        "bias_rate": moe.bias_rate > 0,
-    }
+    moe_fields = {option: value for option, value in moe_options.items() if option not in MOE_TRAINING_OPTIONS}
+    # The rate at which training adapts the selection bias of a router matters only in training. But a router has this
+    # bias only if the rate is above 0.
+    moe_fields["bias_rate"] = moe_fields["bias_rate"] > 0
     return {**fields, "moe": moe_fields}
 
 

@@ -47,6 +47,32 @@ NEUTRAL_KEYS = {
     "use_cache",
 }
 
+_TRUNK_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "d_model",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "attention_heads",
+    "num_key_value_heads": "kv_heads",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tied_embeddings",
+    "attention_dropout": "attention_dropout",
+}
+"""Keys of all decoders that are options of a `model` section, with the names of these options."""
+
+
+def explicit_options(model: ModelSpec) -> dict[str, Any]:
+    """Return all options of a `model` section; unset ones have the values that they stand for."""
+    options = model.model_dump(mode="json")
+    options |= {"kv_heads": model.n_kv_heads, "d_head": model.head_width, "attention_bias": model.biased_attention}
+    if model.moe is not None:
+        options["moe"] |= {
+            "d_sub_token": model.row_width,
+            "head_projection": model.moe.has_head_projection,
+            "merge_projection": model.moe.has_merge_projection,
+            "router_dim": None if model.moe.router == "linear" else model.moe.routing_width,
+        }
+    return options
+
 
 class Adapter(BaseModel, ABC):
     """Keys of config.json that all decoders have, and their translation to and from the `model` section of a spec.
@@ -63,6 +89,14 @@ class Adapter(BaseModel, ABC):
     default_theta: ClassVar[float] = 10_000.0
     """Base of the frequencies of rotary positions if config.json omits it."""
     name_replacements: ClassVar[NameReplacements] = ()
+    model_keys: ClassVar[dict[str, str]] = {}
+    """The architecture's own keys that are options of a `model` section, with the names of these options."""
+    has_bias_switch: ClassVar[bool] = False
+    """True if the key `attention_bias` is a bool: all projections of attention have biases, or none has."""
+    moe_keys: ClassVar[dict[str, str]] = {}
+    """Keys that are options of `model.moe`, with the names of these options."""
+    fixed_options: ClassVar[dict[str, Any]] = {}
+    """Options of a `model` section that all models of the architecture have."""
 
     vocab_size: PositiveInt
     hidden_size: PositiveInt
@@ -110,54 +144,53 @@ class Adapter(BaseModel, ABC):
             model: `model` section of a spec.
             seq_len: number of tokens that the model sees at once.
         """
-        fields = cls._fields_of(model)
-        return None if fields is None else cls.model_validate({**cls._trunk_fields(model, seq_len), **fields})
-
-    @classmethod
-    @abstractmethod
-    def _fields_of(cls, model: ModelSpec) -> dict[str, Any] | None:
-        """Return a model's config.json keys that not all decoders have; None if the architecture cannot express it."""
-
-    @classmethod
-    def _trunk_fields(cls, model: ModelSpec, seq_len: int) -> dict[str, Any]:
-        return {
-            "vocab_size": model.vocab_size,
-            "hidden_size": model.d_model,
-            "num_hidden_layers": model.layers,
-            "num_attention_heads": model.attention_heads,
-            "num_key_value_heads": model.n_kv_heads,
+        if not cls._may_express(model):
+            return None
+        options = explicit_options(model)
+        fields = {key: options[option] for key, option in {**_TRUNK_KEYS, **cls.model_keys}.items()}
+        if cls.has_bias_switch:
+            fields["attention_bias"] = fields["attention_bias"] == "all"
+        if options["moe"] is not None:
+            fields |= {key: options["moe"][option] for key, option in cls.moe_keys.items()}
+        fields |= {
             "head_dim": model.head_width,
             "max_position_embeddings": seq_len,
-            "rms_norm_eps": model.norm_eps,
             "rope_parameters": rope_parameters(model),
-            "tie_word_embeddings": model.tied_embeddings,
-            "attention_dropout": model.attention_dropout,
+            **cls._special_fields(model),
         }
+        return cls.model_validate(fields)
 
+    @classmethod
     @abstractmethod
+    def _may_express(cls, model: ModelSpec) -> bool:
+        """Return False if the architecture clearly cannot compute a model."""
+
+    @classmethod
+    def _special_fields(cls, model: ModelSpec) -> dict[str, Any]:
+        """Return a model's config.json keys that are not options under other names."""
+        return {}
+
     def to_model_spec(self) -> ModelSpec:
         """Return the `model` section of a spec that describes the same model as these keys.
 
         Raises:
             ValueError: the keys describe something that this package does not compute.
         """
+        return ModelSpec.model_validate(self._options())
 
-    def _trunk_options(self) -> dict[str, Any]:
-        """Return the options of a `model` section outside of feed-forward layers."""
+    def _options(self) -> dict[str, Any]:
+        """Return the options of the `model` section."""
         head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         is_default_width = head_dim * self.num_attention_heads == self.hidden_size
+        options = {option: getattr(self, key) for key, option in {**_TRUNK_KEYS, **self.model_keys}.items()}
+        if self.has_bias_switch:
+            options["attention_bias"] = "all" if options["attention_bias"] else "none"
         return {
-            "vocab_size": self.vocab_size,
-            "d_model": self.hidden_size,
-            "layers": self.num_hidden_layers,
-            "attention_heads": self.num_attention_heads,
-            "kv_heads": self.num_key_value_heads,
+            **options,
             "d_head": None if is_default_width else head_dim,
-            "tied_embeddings": self.tie_word_embeddings,
             "rope_theta": (self.rope_parameters or {})["rope_theta"],
             "rope_scaling": _rope_scaling(self.rope_parameters or {}, self.max_position_embeddings),
-            "norm_eps": self.rms_norm_eps,
-            "attention_dropout": self.attention_dropout,
+            **self.fixed_options,
         }
 
     @property

@@ -11,17 +11,14 @@ from mhmoe_ray.spec import ModelSpec
 class DenseAdapter(Adapter):
     """Keys of config.json that the dense decoders share."""
 
+    model_keys: ClassVar = {"intermediate_size": "d_ff"}
+
     hidden_act: Literal["silu"] = "silu"
     intermediate_size: PositiveInt
 
     @classmethod
-    def _fields_of(cls, model: ModelSpec) -> dict[str, Any] | None:
-        if model.backbone != "llama" or model.moe is not None:
-            return None
-        return {"intermediate_size": model.d_ff}
-
-    def to_model_spec(self) -> ModelSpec:
-        return ModelSpec.model_validate({**self._trunk_options(), "d_ff": self.intermediate_size})
+    def _may_express(cls, model: ModelSpec) -> bool:
+        return model.backbone == "llama" and model.moe is None
 
 
 class LlamaAdapter(DenseAdapter):
@@ -29,19 +26,13 @@ class LlamaAdapter(DenseAdapter):
 
     model_type = "llama"
     class_name = "LlamaForCausalLM"
+    model_keys: ClassVar = {**DenseAdapter.model_keys, "attention_bias": "attention_bias"}
+    has_bias_switch = True
 
     attention_bias: bool = False
     mlp_bias: Literal[False] = False
     # With a value above 1, transformers computes matrix products in slices, which give the same results.
     pretraining_tp: int | None = 1
-
-    @classmethod
-    def _fields_of(cls, model: ModelSpec) -> dict[str, Any] | None:
-        fields = super()._fields_of(model)
-        return None if fields is None else {**fields, "attention_bias": model.biased_attention == "all"}
-
-    def _trunk_options(self) -> dict[str, Any]:
-        return {**super()._trunk_options(), "attention_bias": "all" if self.attention_bias else "none"}
 
 
 class MistralAdapter(DenseAdapter):
@@ -53,9 +44,8 @@ class MistralAdapter(DenseAdapter):
     sliding_window: PositiveInt | None = 4096
 
     @classmethod
-    def _fields_of(cls, model: ModelSpec) -> dict[str, Any] | None:
-        fields = super()._fields_of(model)
-        return None if fields is None else {**fields, "sliding_window": None}
+    def _special_fields(cls, model: ModelSpec) -> dict[str, Any]:
+        return {"sliding_window": None}
 
 
 class Qwen2Adapter(DenseAdapter):
@@ -63,18 +53,14 @@ class Qwen2Adapter(DenseAdapter):
 
     model_type = "qwen2"
     class_name = "Qwen2ForCausalLM"
+    fixed_options: ClassVar = {"attention_bias": "qkv"}
 
     use_sliding_window: bool = False
     sliding_window: PositiveInt | None = 4096
-    biases: ClassVar[Literal["none", "qkv"]] = "qkv"
 
     @classmethod
-    def _fields_of(cls, model: ModelSpec) -> dict[str, Any] | None:
-        fields = super()._fields_of(model)
-        return None if fields is None else {**fields, "use_sliding_window": False}
-
-    def _trunk_options(self) -> dict[str, Any]:
-        return {**super()._trunk_options(), "attention_bias": self.biases}
+    def _special_fields(cls, model: ModelSpec) -> dict[str, Any]:
+        return {"use_sliding_window": False}
 
 
 class Qwen3Adapter(Qwen2Adapter):
@@ -82,15 +68,9 @@ class Qwen3Adapter(Qwen2Adapter):
 
     model_type = "qwen3"
     class_name = "Qwen3ForCausalLM"
+    model_keys: ClassVar = {**DenseAdapter.model_keys, "attention_bias": "attention_bias"}
+    has_bias_switch = True
+    fixed_options: ClassVar = {"qk_norm": "head"}
 
     head_dim: PositiveInt | None = 128
     attention_bias: bool = False
-
-    @classmethod
-    def _fields_of(cls, model: ModelSpec) -> dict[str, Any] | None:
-        fields = super()._fields_of(model)
-        return None if fields is None else {**fields, "attention_bias": model.biased_attention == "all"}
-
-    def _trunk_options(self) -> dict[str, Any]:
-        bias = "all" if self.attention_bias else "none"
-        return {**super()._trunk_options(), "attention_bias": bias, "qk_norm": "head"}

@@ -3,8 +3,7 @@
 These models route each token as a whole, and do not split it into sub-tokens.
 """
 
-from abc import abstractmethod
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import NonNegativeFloat, PositiveInt, model_validator
 
@@ -15,44 +14,40 @@ from mhmoe_ray.spec import ModelSpec
 class MixtureAdapter(Adapter):
     """Keys of config.json that mixtures of experts share."""
 
+    moe_keys: ClassVar = {"num_experts_per_tok": "top_k"}
+    fixed_moe_options: ClassVar[dict[str, Any]] = {"heads": 1, "every": 1}
+    """Options of `model.moe` that all models of the architecture have, unless `moe_keys` gives them."""
+
     hidden_act: Literal["silu"] = "silu"
     num_experts_per_tok: PositiveInt
     router_aux_loss_coef: NonNegativeFloat = 0.001
 
     @classmethod
-    def _fields_of(cls, model: ModelSpec) -> dict[str, Any] | None:
-        moe = model.moe
-        if model.backbone != "llama" or moe is None:
-            return None
+    def _may_express(cls, model: ModelSpec) -> bool:
+        return model.backbone == "llama" and model.moe is not None
+
+    @classmethod
+    def _special_fields(cls, model: ModelSpec) -> dict[str, Any]:
+        assert model.moe is not None
         # Under a uniform load, the load balancing loss is top_k in transformers and 1 in this package. Transformers
         # takes the mean over layers, and this package the sum.
-        coefficient = moe.balance_weight * model.moe_layers / moe.top_k
-        return {"num_experts_per_tok": moe.top_k, "router_aux_loss_coef": coefficient}
+        return {"router_aux_loss_coef": model.moe.balance_weight * model.moe_layers / model.moe.top_k}
 
-    def to_model_spec(self) -> ModelSpec:
-        options = self._trunk_options() | self._dense_options()
-        return ModelSpec.model_validate({**options, "moe": self._moe_options()})
+    def _options(self) -> dict[str, Any]:
+        return {**super()._options(), "moe": self._moe_options()}
 
-    def _dense_options(self) -> dict[str, Any]:
-        """Return the `model` options for dense feed-forward layers; empty if all layers have experts."""
-        return {}
-
-    @abstractmethod
     def _moe_options(self) -> dict[str, Any]:
         """Return the `model.moe` section that these keys describe."""
-
-    def _moe_layers(self) -> int:
-        return self.num_hidden_layers
-
-    def _common_moe_options(self) -> dict[str, Any]:
         coefficient, top_k = self.router_aux_loss_coef, self.num_experts_per_tok
         return {
-            "heads": 1,
-            "top_k": top_k,
-            "every": 1,
+            **self.fixed_moe_options,
+            **{option: getattr(self, key) for key, option in self.moe_keys.items()},
             "balance_weight": coefficient * top_k / self._moe_layers(),
             "balance_choices": "all" if coefficient and top_k > 1 else "first",
         }
+
+    def _moe_layers(self) -> int:
+        return self.num_hidden_layers
 
 
 class MixtralAdapter(MixtureAdapter):
@@ -61,35 +56,21 @@ class MixtralAdapter(MixtureAdapter):
     model_type = "mixtral"
     class_name = "MixtralForCausalLM"
     default_theta = 1e6
+    moe_keys: ClassVar = {
+        **MixtureAdapter.moe_keys,
+        "intermediate_size": "d_expert",
+        "num_local_experts": "experts",
+        "router_jitter_noise": "jitter",
+    }
+    # Mixtral divides the gates of a token by their sum. With one expert per token the gate would always be 1 and the
+    # router would learn nothing, so the spec refuses such a model.
+    fixed_moe_options: ClassVar = {**MixtureAdapter.fixed_moe_options, "normalize_gates": True}
 
     intermediate_size: PositiveInt
     num_local_experts: PositiveInt
     num_key_value_heads: PositiveInt | None = 8
     rms_norm_eps: float = 1e-5
     router_jitter_noise: NonNegativeFloat = 0.0
-
-    @classmethod
-    def _fields_of(cls, model: ModelSpec) -> dict[str, Any] | None:
-        fields, moe = super()._fields_of(model), model.moe
-        if fields is None or moe is None:
-            return None
-        return {
-            **fields,
-            "intermediate_size": moe.d_expert,
-            "num_local_experts": moe.experts,
-            "router_jitter_noise": moe.jitter,
-        }
-
-    def _moe_options(self) -> dict[str, Any]:
-        return {
-            **self._common_moe_options(),
-            "experts": self.num_local_experts,
-            "d_expert": self.intermediate_size,
-            # Mixtral divides the gates of a token by their sum. With one expert per token the gate would always be 1
-            # and the router would learn nothing, so the spec refuses such a model.
-            "normalize_gates": True,
-            "jitter": self.router_jitter_noise,
-        }
 
 
 class ManyExpertsAdapter(MixtureAdapter):
@@ -101,6 +82,9 @@ class ManyExpertsAdapter(MixtureAdapter):
         (".w3.weight", ".up_proj.weight"),
         (".w2.weight", ".down_proj.weight"),
     )
+    model_keys: ClassVar = {"attention_bias": "attention_bias"}
+    has_bias_switch = True
+    moe_keys: ClassVar = {**MixtureAdapter.moe_keys, "num_experts": "experts", "norm_topk_prob": "normalize_gates"}
 
     num_experts: PositiveInt
     num_experts_per_tok: PositiveInt = 8
@@ -116,27 +100,18 @@ class ManyExpertsAdapter(MixtureAdapter):
         other_fields = {key: value for key, value in fields.items() if key != "num_local_experts"}
         return {**other_fields, "num_experts": fields["num_local_experts"]}
 
-    @classmethod
-    def _fields_of(cls, model: ModelSpec) -> dict[str, Any] | None:
-        fields, moe = super()._fields_of(model), model.moe
-        if fields is None or moe is None:
-            return None
-        return {
-            **fields,
-            "num_experts": moe.experts,
-            "norm_topk_prob": moe.normalize_gates,
-            "attention_bias": model.biased_attention == "all",
-        }
-
-    def _trunk_options(self) -> dict[str, Any]:
-        return {**super()._trunk_options(), "attention_bias": "all" if self.attention_bias else "none"}
-
 
 class Qwen3MoeAdapter(ManyExpertsAdapter):
     """Keys of config.json of Qwen3-MoE, which normalizes each head of queries and keys."""
 
     model_type = "qwen3_moe"
     class_name = "Qwen3MoeForCausalLM"
+    fixed_options: ClassVar = {"qk_norm": "head"}
+    moe_keys: ClassVar = {
+        **ManyExpertsAdapter.moe_keys,
+        "moe_intermediate_size": "d_expert",
+        "decoder_sparse_step": "every",
+    }
 
     intermediate_size: PositiveInt
     num_key_value_heads: PositiveInt | None = 4
@@ -148,35 +123,21 @@ class Qwen3MoeAdapter(ManyExpertsAdapter):
     sliding_window: PositiveInt | None = 4096
 
     @classmethod
-    def _fields_of(cls, model: ModelSpec) -> dict[str, Any] | None:
-        fields, moe = super()._fields_of(model), model.moe
-        if fields is None or moe is None:
-            return None
+    def _special_fields(cls, model: ModelSpec) -> dict[str, Any]:
+        assert model.moe is not None
         return {
-            **fields,
+            **super()._special_fields(model),
             # `intermediate_size` is a required key, even if no layer is dense.
-            "intermediate_size": model.d_ff or moe.d_expert,
-            "moe_intermediate_size": moe.d_expert,
-            "decoder_sparse_step": moe.every,
-            "mlp_only_layers": list(range(moe.dense_first)),
+            "intermediate_size": model.d_ff or model.moe.d_expert,
+            "mlp_only_layers": list(range(model.moe.dense_first)),
         }
 
-    def _trunk_options(self) -> dict[str, Any]:
-        return {**super()._trunk_options(), "qk_norm": "head"}
-
-    def _dense_options(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         has_dense_layers = self.decoder_sparse_step > 1 or self._dense_first() > 0
-        return {"d_ff": self.intermediate_size} if has_dense_layers else {}
+        return {**super()._options(), "d_ff": self.intermediate_size if has_dense_layers else None}
 
     def _moe_options(self) -> dict[str, Any]:
-        return {
-            **self._common_moe_options(),
-            "experts": self.num_experts,
-            "d_expert": self.moe_intermediate_size,
-            "normalize_gates": self.norm_topk_prob,
-            "every": self.decoder_sparse_step,
-            "dense_first": self._dense_first(),
-        }
+        return {**super()._moe_options(), "dense_first": self._dense_first()}
 
     def _moe_layers(self) -> int:
         layers = range(self._dense_first(), self.num_hidden_layers)
@@ -195,6 +156,8 @@ class OlmoeAdapter(ManyExpertsAdapter):
 
     model_type = "olmoe"
     class_name = "OlmoeForCausalLM"
+    fixed_options: ClassVar = {"qk_norm": "all"}
+    moe_keys: ClassVar = {**ManyExpertsAdapter.moe_keys, "intermediate_size": "d_expert"}
 
     intermediate_size: PositiveInt
     num_experts: PositiveInt = 64
@@ -203,19 +166,5 @@ class OlmoeAdapter(ManyExpertsAdapter):
     clip_qkv: Literal[None] = None
 
     @classmethod
-    def _fields_of(cls, model: ModelSpec) -> dict[str, Any] | None:
-        fields, moe = super()._fields_of(model), model.moe
-        if fields is None or moe is None or model.d_head is not None:
-            return None
-        return {**fields, "intermediate_size": moe.d_expert}
-
-    def _trunk_options(self) -> dict[str, Any]:
-        return {**super()._trunk_options(), "qk_norm": "all"}
-
-    def _moe_options(self) -> dict[str, Any]:
-        return {
-            **self._common_moe_options(),
-            "experts": self.num_experts,
-            "d_expert": self.intermediate_size,
-            "normalize_gates": self.norm_topk_prob,
-        }
+    def _may_express(cls, model: ModelSpec) -> bool:
+        return super()._may_express(model) and model.d_head is None

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from mhmoe_ray.checkpoint.load import load_for_inference
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest
 from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
 from mhmoe_ray.data.samples import held_out_samples
@@ -16,13 +17,13 @@ from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries
 from mhmoe_ray.evaluate.context import EvaluationAnswer, EvaluationContext
 from mhmoe_ray.evaluate.request import RoutingCounts
 from mhmoe_ray.evaluate.score import CaptionFigures, ClassScore, EncoderFigures, EncoderLossScore
-from mhmoe_ray.families.encoder.checkpoint import load_verified_encoder
 from mhmoe_ray.families.encoder.data.rows import read_codebook
 from mhmoe_ray.families.encoder.data.samples import Pairs, held_out_pairs
 from mhmoe_ray.families.encoder.evaluate.captions import score_captions
 from mhmoe_ray.families.encoder.evaluate.meter import EncoderMeter, raw_pairs
 from mhmoe_ray.families.encoder.evaluate.probe import classify
 from mhmoe_ray.families.encoder.evaluate.retrieval import Candidates, nearest_scores, retrieval_figures
+from mhmoe_ray.families.encoder.model import Encoder
 from mhmoe_ray.families.images.nearest import NearestImages, training_manifest, training_reader
 from mhmoe_ray.spec import RunSpec
 
@@ -44,7 +45,7 @@ def encoder_figures(context: EvaluationContext) -> EvaluationAnswer:
     Images that cannot be read, and other data than the run was trained on, are a DataError.
     """
     request, run, checkpoint, manifest, print_line, on_progress = context
-    model, spec = load_verified_encoder(checkpoint, manifest), run.spec()
+    model, spec = load_for_inference(Encoder(manifest.model), checkpoint), run.spec()
     if request.gpus:
         model.to("cuda")
     codebook = data = None

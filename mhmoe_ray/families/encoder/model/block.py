@@ -9,7 +9,7 @@ from torch import Tensor
 from mhmoe_kernels import widen
 from mhmoe_ray.families.encoder.model.batch import GroupSize
 from mhmoe_ray.families.encoder.model.samples import join_samples, split_samples
-from mhmoe_ray.families.images.branch import Branch
+from mhmoe_ray.model.branch import Branch
 from mhmoe_ray.model.moe import MoELayer, MultiHeadMoE
 from mhmoe_ray.model.noise import default_generator_from, dropout
 from mhmoe_ray.model.router import Routing

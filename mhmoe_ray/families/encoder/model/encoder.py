@@ -1,8 +1,6 @@
 """The encoder: embeddings of images and texts, blocks, and a head for each kind of loss."""
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +17,7 @@ from mhmoe_ray.model.architectures import modules_of
 from mhmoe_ray.model.autocast import matmul_dtype
 from mhmoe_ray.model.noise import EMBEDDING, Noise, dropout
 from mhmoe_ray.model.router import Routing
-from mhmoe_ray.model.trunk import Trunk, recompute_in_backward
+from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.spec import ModelSpec
 
 
@@ -76,26 +74,9 @@ class Encoder(Trunk):
         # hidden patches and tokens, they would be compiled again for almost every micro-batch.
         sizes = [group.size for group in batch.groups]
         masks = attention_masks(sizes, batch.is_token_NT, self.image_tokens, matmul_dtype(image_NSM))
-        if self.residual_dtype is not None:
-            image_NSM, text_NTM = image_NSM.to(self.residual_dtype), text_NTM.to(self.residual_dtype)
-        routings = []
-        for i, block in enumerate(cast("list[EncoderBlock]", self.blocks)):
-            recompute_block, recompute_attention = self.recomputed_parts(block)
-            create_generator = partial(active_noise.generator, i, image_NSM.device) if active_noise else lambda: None
-            run_block: Callable[..., Any] = partial(
-                block,
-                sizes=sizes,
-                masks=masks,
-                create_generator=create_generator,
-                recompute=recompute_attention,
-            )
-            image_NSM, text_NTM, routing = (
-                recompute_in_backward(run_block, image_NSM, text_NTM)
-                if recompute_block
-                else run_block(image_NSM, text_NTM)
-            )
-            if routing is not None:
-                routings.append(routing)
+        [image_NSM, text_NTM], routings = self.run_blocks(
+            image_NSM, text_NTM, noise=active_noise, sizes=sizes, masks=masks
+        )
         return Encoded(self.image_norm(widen(image_NSM)), self.text_norm(widen(text_NTM)), routings)
 
     def _embed(self, batch: EncoderBatch, noise: Noise | None) -> tuple[Tensor, Tensor]:

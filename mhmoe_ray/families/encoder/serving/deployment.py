@@ -39,7 +39,8 @@ class EncoderServing(FamilyServing):
         load_chat_template(RunDir.of_checkpoint(checkpoint), load_run_tokenizer(checkpoint, manifest))
 
     def load(self, checkpoint: Location, spec: ServeSpec, manifest: CheckpointManifest) -> "EncoderAnswerer":
-        from mhmoe_ray.families.encoder.checkpoint import load_verified_encoder
+        from mhmoe_ray.checkpoint.load import load_for_inference
+        from mhmoe_ray.families.encoder.model import Encoder
         from mhmoe_ray.families.encoder.serving.answer import EncoderAnswerer
         from mhmoe_ray.families.encoder.serving.engine import EncoderEngine
         from mhmoe_ray.families.encoder.serving.names import held_out_names
@@ -47,7 +48,7 @@ class EncoderServing(FamilyServing):
         run, encoder = RunDir.of_checkpoint(checkpoint), manifest.model.encoder
         assert encoder is not None
         tokenizer = load_run_tokenizer(checkpoint, manifest)
-        model = load_verified_encoder(checkpoint, manifest)
+        model = load_for_inference(Encoder(manifest.model), checkpoint)
         if spec.gpus_per_replica:
             model.to("cuda")
         details = ModelDetails.from_spec(f"{run.id}/{checkpoint.name}", manifest.model)

@@ -62,6 +62,19 @@ class Proposals(NamedTuple):
     """Edges of the anchors (reference boxes) of each image, (A, 4)."""
 
 
+class Regions(NamedTuple):
+    """Regions that are sampled for the losses, in the order of torchvision's `select_training_samples`."""
+
+    boxes: list[Tensor]
+    """Edges of each image's regions."""
+    matches: list[Tensor]
+    """Index of each region's object."""
+    labels: list[Tensor]
+    """Class of each region, from 1; 0 is the background."""
+    edges: list[Tensor]
+    """Edges of each region's object, relative to the region."""
+
+
 class BoxHead(nn.Sequential):
     """Layers that turn the pooled features of a region into features for its class and its edges.
 
@@ -149,8 +162,8 @@ class Detector(nn.Module):
         # torchvision draws from the device's default generator, which meanwhile has the state of our generator.
         with default_generator_from(generator):
             anchor_losses = self._anchor_losses(proposals, dicts)
-            boxes, matches, labels, edges = self.boxes.select_training_samples(list(proposals.boxes), dicts)
-        return [*anchor_losses, *self._region_losses(features, boxes, labels, edges, matches, dicts)]
+            regions = Regions(*self.boxes.select_training_samples(list(proposals.boxes), dicts))
+        return [*anchor_losses, *self._region_losses(features, regions, dicts)]
 
     @torch.no_grad()
     def detect(self, map_NMYX: Tensor) -> list[Detection]:
@@ -222,24 +235,15 @@ class Detector(nn.Module):
         ]
 
     def _region_losses(
-        self,
-        features: dict[str, Tensor],
-        boxes: list[Tensor],
-        labels: list[Tensor],
-        edges: list[Tensor],
-        matches: list[Tensor],
-        targets: list[dict[str, Tensor]],
+        self, features: dict[str, Tensor], regions: Regions, targets: list[dict[str, Tensor]]
     ) -> list[Tensor]:
-        """Return the losses of boxes of each image, (N,) each: their classes, their edges, and masks if there are any.
-
-        A sampled region has its edges in `boxes`, its class in `labels`, the edges of its object relative to it in
-        `edges`, and the index of its object in `matches`.
-        """
+        """Return the losses of each image's boxes, (N,) each: of classes, of edges and, if there are any, of masks."""
+        boxes = regions.boxes
         sizes = self._sizes(len(boxes))
         pooled = self.boxes.box_head(self.boxes.box_roi_pool(features, boxes, sizes))
         logits_RC, edge_RC4 = self.boxes.box_predictor(pooled)
         counts, quota = [len(b) for b in boxes], self.spec.box_samples
-        label_R, edge_R4 = torch.cat(labels), torch.cat(edges)
+        label_R, edge_R4 = torch.cat(regions.labels), torch.cat(regions.edges)
         class_loss_R = F.cross_entropy(logits_RC, label_R, reduction="none")
         # A region of the background has no edges to learn. Its class 0 selects edges that are then masked.
         own_edge_R4 = edge_RC4.view(len(label_R), -1, 4)[torch.arange(len(label_R), device=label_R.device), label_R]
@@ -247,21 +251,15 @@ class Detector(nn.Module):
         edge_loss_R = torch.where(label_R > 0, edge_loss_R, 0)
         losses = [_sums_of_images(loss_R, counts) / quota for loss_R in (class_loss_R, edge_loss_R)]
         if self.spec.masks:
-            losses.append(self._mask_losses(features, boxes, labels, matches, targets))
+            losses.append(self._mask_losses(features, regions, targets))
         return losses
 
-    def _mask_losses(
-        self,
-        features: dict[str, Tensor],
-        boxes: list[Tensor],
-        labels: list[Tensor],
-        matches: list[Tensor],
-        targets: list[dict[str, Tensor]],
-    ) -> Tensor:
-        """Return the mean mask loss of each image's sampled objects, (N,), with the arguments of `_region_losses`."""
+    def _mask_losses(self, features: dict[str, Tensor], regions: Regions, targets: list[dict[str, Tensor]]) -> Tensor:
+        """Return the mean mask loss of each image's sampled objects, (N,)."""
         from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
         heads: Any = self.boxes
+        boxes, matches, labels, _ = regions
         object_rows = [torch.where(label_R > 0)[0] for label_R in labels]
         mask_boxes = [box_R4[rows] for box_R4, rows in zip(boxes, object_rows, strict=True)]
         sizes = self._sizes(len(boxes))

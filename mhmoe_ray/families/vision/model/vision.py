@@ -9,20 +9,19 @@ to the patches of its own image only. The rows of all tasks lie one after anothe
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhmoe_kernels import widen
-from mhmoe_ray.families.images.branch import Branch
 from mhmoe_ray.families.images.part_losses import LossPart, PartLosses
 from mhmoe_ray.families.vision.model.detector import Detection, Detector, Objects
 from mhmoe_ray.families.vision.model.stem import TaskInput
 from mhmoe_ray.families.vision.router import TaskRouter
 from mhmoe_ray.model.architectures import modules_of
+from mhmoe_ray.model.branch import Branch
 from mhmoe_ray.model.moe import MoELayer, MultiHeadMoE
 from mhmoe_ray.model.noise import EMBEDDING, HEADS, Noise, default_generator_from, dropout, seeded_generator
 from mhmoe_ray.model.router import Routing
@@ -217,18 +216,7 @@ class Vision(Trunk):
         x_1RM = torch.cat([x.flatten(0, 1) for x in inputs])[None]
         generator = None if active_noise is None else active_noise.generator(EMBEDDING, x_1RM.device)
         x_1RM = dropout(x_1RM, self.spec.dropout, generator)
-        if self.residual_dtype is not None:
-            x_1RM = x_1RM.to(self.residual_dtype)
-        routings = []
-        for i, block in enumerate(cast("list[VisionBlock]", self.blocks)):
-            recompute_block, recompute_attention = self.recomputed_parts(block)
-            create_generator = partial(active_noise.generator, i, x_1RM.device) if active_noise else lambda: None
-            run_block: Callable[..., Any] = partial(
-                block, shapes=shapes, create_generator=create_generator, recompute=recompute_attention
-            )
-            x_1RM, routing = recompute_in_backward(run_block, x_1RM) if recompute_block else run_block(x_1RM)
-            if routing is not None:
-                routings.append(routing)
+        [x_1RM], routings = self.run_blocks(x_1RM, noise=active_noise, shapes=shapes)
         rows = torch.split(self.norm(widen(x_1RM))[0], [shape.rows for shape in shapes])
         return Features(
             [x_RM.view(*shape, self.spec.d_model) for x_RM, shape in zip(rows, shapes, strict=True)], routings

@@ -1,4 +1,4 @@
-"""Weights of a block outside its experts."""
+"""Weights of a block outside its experts, for all families of models."""
 
 from torch import nn
 
