@@ -139,7 +139,6 @@ def eval_(
     --samples 100`, or `mhmoe eval --tasks english --limit 200`.
     """
     from mhmoe_ray.api.evaluation import EvaluationOptions, load_or_evaluate
-    from mhmoe_ray.planner.view import view_of
     from mhmoe_ray.runs.directory import find_run
 
     run_dir = find_run(run, storage)
@@ -154,7 +153,7 @@ def eval_(
         prior=prior,
         probe=probe,
     )
-    path, manifest = pick_valid(run_dir, checkpoint, options)
+    path, _ = pick_valid(run_dir, checkpoint, options)
     request = options.request(run_dir, path.name)
     evaluation = load_or_evaluate(
         run_dir, request, recompute, address, follow=jobs.follow_job, trust_run=trust_run, on_note=print_note
@@ -169,7 +168,7 @@ def eval_(
     )
     if evaluation.domains:
         _print_scores(evaluation)
-    for figure_table in view_of(manifest.model).tables(evaluation.family_figures):
+    for figure_table in evaluation.family_figures.tables() if evaluation.family_figures else ():
         print_untruncated(number_table(figure_table.columns, figure_table.rows))
         for line in figure_table.lines:
             out.print(line, soft_wrap=True)

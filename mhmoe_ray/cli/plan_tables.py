@@ -8,11 +8,11 @@ from mhmoe_ray.api.placement import Placement, spec_for_layout
 from mhmoe_ray.cli.common import format_bytes, number_table
 from mhmoe_ray.cli.plan_placement import placement_table
 from mhmoe_ray.planner.expert_step import ExpertStep, expert_step
+from mhmoe_ray.planner.family import plan_of
 from mhmoe_ray.planner.match import compare_models
 from mhmoe_ray.planner.memory import checkpoint_copy_bytes, compute_memory
 from mhmoe_ray.planner.sizes import model_parts
 from mhmoe_ray.planner.traffic import Exchange, all_exchanges
-from mhmoe_ray.planner.view import view_of
 from mhmoe_ray.spec import ModelSpec, RunSpec
 
 
@@ -22,7 +22,7 @@ def tables(spec: RunSpec, placement: Placement) -> Iterator[tuple[str, Table]]:
     if spec.reference and (reference := spec.reference_model):
         name = spec.reference.name
         yield f"beside {name} on the same trunk", _parity_table(spec.model, name, reference)
-    batch = view_of(spec.model).micro_batch(spec)
+    batch = plan_of(spec.model).micro_batch(spec)
     yield f"memory of a rank, micro-batches of {batch}", _memory_table(spec)
     step = expert_step(spec)
     if step:
