@@ -40,7 +40,7 @@ class ModelFamily(NamedTuple):
     serving: str
     """`serving.family.FamilyServing` subclass."""
     evaluation: str
-    """`evaluate.context.Evaluate`: function that evaluates a model."""
+    """`evaluate.answer.Evaluate`: function that evaluates a model."""
 
     def part(self, name: str) -> Any:
         """Return the object that a field names; a package has a typed function for the field that it uses."""

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 
 from mhmoe_ray.data.family import FamilyData
-from mhmoe_ray.evaluate.context import EvaluationContext
+from mhmoe_ray.evaluate.answer import EvaluationContext
 from mhmoe_ray.families import MODEL_FAMILIES, ModelFamily, ModelKind
 from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.planner.family import FamilyPlan

@@ -23,7 +23,7 @@ from mhmoe_ray.data.shards.manifest import (
 from mhmoe_ray.data.shards.rows import ANNOTATION
 from mhmoe_ray.data.sources import Document, FileReader, find_files
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.evaluate.context import EvaluationAnswer, EvaluationContext, Progress
+from mhmoe_ray.evaluate.answer import EvaluationAnswer, EvaluationContext, Progress
 from mhmoe_ray.evaluate.measure import RouteCounter
 from mhmoe_ray.evaluate.score import AccuracyFigures, ObjectFigures, VisionFigures
 from mhmoe_ray.families.images.nearest import NearestImages, training_manifest, training_readers
