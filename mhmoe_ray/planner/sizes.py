@@ -202,16 +202,11 @@ def flops_per_token(spec: ModelSpec, attention_length: float, samples_per_token:
 
 
 def _norm_parameters(spec: ModelSpec) -> int:
-    norms = spec.architecture.norms_per_block * spec.layers + 1
-    return plan_of(spec).branches * norms * _parameters_per_norm(spec)
+    return (spec.architecture.norms_per_block * spec.layers + 1) * _final_norm_parameters(spec)
 
 
 def _final_norm_parameters(spec: ModelSpec) -> int:
-    return plan_of(spec).branches * _parameters_per_norm(spec)
-
-
-def _parameters_per_norm(spec: ModelSpec) -> int:
-    return spec.architecture.norm_parameters(spec.d_model)
+    return plan_of(spec).branches * spec.architecture.norm_parameters(spec.d_model)
 
 
 def attention_macs(spec: ModelSpec) -> int:

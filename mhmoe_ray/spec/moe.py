@@ -92,10 +92,9 @@ class MoESpec(Section):
     heads: PositiveInt = 2
     """h: number of sub-tokens that each token is split into."""
     d_sub_token: PositiveInt | None = None
-    """D: width of a sub-token; by default d_model / heads. The router and the experts compute on rows of this width.
-    With another width than the default, the first layer of the head projection maps d_model values to heads *
-    d_sub_token values, and the last layer of the merge projection maps them back. Layers between the two have heads *
-    d_sub_token values."""
+    """D: width of a sub-token, on which the router and the experts compute; by default d_model / heads. With another
+    width, the first layer of the head projection maps d_model to heads * d_sub_token values, layers between keep that
+    number, and the last layer of the merge projection maps them back."""
     experts: PositiveInt = 8
     """E: number of routed experts in each layer."""
     top_k: PositiveInt = 2
@@ -103,8 +102,7 @@ class MoESpec(Section):
     d_expert: PositiveInt
     """f: hidden width of one expert."""
     every: PositiveInt = 2
-    """Distance between mixture-of-experts layers: layer i (counted from 0) is one if i + 1 is a multiple of this
-    number."""
+    """Distance between mixture-of-experts layers: layer i (from 0) is one if i + 1 is a multiple of this number."""
     dense_first: NonNegativeInt = 0
     """Number of layers at the start of the model that are dense, regardless of `every` (DeepSeek-V3)."""
 
@@ -119,8 +117,7 @@ class MoESpec(Section):
     """If true, each sub-token is added to its experts' output before the merge projection. Equation 6 of the first
     MH-MoE paper does so, but none of the authors' code does."""
     d_shared: NonNegativeInt = 0
-    """Hidden width of a shared expert, which computes on every whole token in addition to the routed experts. 0: no
-    shared expert."""
+    """Hidden width of a shared expert, which computes on every whole token besides the routed experts. 0: none."""
 
     router: RouterName = "linear"
     """Router. linear: softmax of W x (second MH-MoE paper). xmoe: X-MoE's router as published, the cosine of a
@@ -143,9 +140,8 @@ class MoESpec(Section):
     gate_scale: PositiveFloat = 1.0
     """Factor by which all gates (routing weights) are multiplied (DeepSeek-V3's route scale)."""
     groups: PositiveInt = 1
-    """Number of equal groups of experts for group-limited routing (DeepSeek-V3). Only the experts of the best
-    `top_groups` groups are considered for a routed vector. The value of a group is the sum of its two largest
-    scores."""
+    """Number of equal groups of experts for group-limited routing (DeepSeek-V3): only experts of the best `top_groups`
+    groups are considered for a routed vector. A group's value is the sum of its two largest scores."""
     top_groups: PositiveInt = 1
     """Number of groups whose experts are considered for a routed vector."""
     expert_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -167,8 +163,7 @@ class MoESpec(Section):
     min(1, 2 g), as the runs of the first MH-MoE paper did."""
 
     balance_weight: float = Field(default=0.01, ge=0)
-    """Factor of the load balancing loss, which is summed over layers. A uniform router costs exactly this much per
-    layer."""
+    """Factor of the load balancing loss, summed over layers; a uniform router costs exactly this much per layer."""
     balance: Literal["shares", "importance_load"] = "shares"
     """Load balancing loss. shares: each expert's mean probability times its share of the choices (code of both MH-MoE
     papers). importance_load: the squared coefficients of variation of the experts' importance and of their load
@@ -254,9 +249,8 @@ class MoESpec(Section):
             raise ValueError(f"experts is {self.experts}, but domains names {len(self.domains)}: set it to that")
         if self.top_k != 1:
             raise ValueError("router domain sends a document to one expert: set top_k to 1")
-        for key in _CHOICE_KEYS:
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"router domain computes no scores, so {key} would be ignored: remove it")
+        if key := self.changed_key(*_CHOICE_KEYS):
+            raise ValueError(f"router domain computes no scores, so {key} would be ignored: remove it")
 
     def _check_smear(self) -> None:
         if self.router != "smear":
@@ -267,9 +261,8 @@ class MoESpec(Section):
             raise ValueError("router smear averages experts for whole samples, and splits no tokens: set heads to 1")
         if self.top_k != 1:
             raise ValueError("router smear averages all experts into one and makes no choice: set top_k to 1")
-        for key in (*_CHOICE_KEYS, "d_sub_token", "sub_token_residual", "kernel", "recompute"):
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"router smear sends no rows to experts, so {key} would be ignored: remove it")
+        if key := self.changed_key(*_CHOICE_KEYS, "d_sub_token", "sub_token_residual", "kernel", "recompute"):
+            raise ValueError(f"router smear sends no rows to experts, so {key} would be ignored: remove it")
         for key in ("head_projection", "merge_projection"):
             if getattr(self, key):
                 raise ValueError(f"router smear has no projections: remove {key}")
