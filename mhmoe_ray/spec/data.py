@@ -85,10 +85,9 @@ class SourceSpec(Section):
     """Column of Parquet or `huggingface` with the class, a text or a number; by default `label`. In webdataset it is
     the suffix of the tar member with the class, by default `cls`; json.KEY names a key of a JSON member."""
     image_field: str | None = Field(default=None, min_length=1)
-    """Column of Parquet or `huggingface` that holds the image, as bytes or as {bytes, path}; by default `image`. If
-    another source has images, the images in the records of a source of texts alone are hashed, so that the text of a
-    held-out image is held out, too. By default such a source looks for the columns of the other sources, then for
-    image, jpg, png and webp."""
+    """Column of Parquet or `huggingface` with the image, as bytes or as {bytes, path}; by default `image`. If another
+    source has images, those in the records of a source of texts alone are hashed, so that the text of a held-out image
+    is held out, too: by default those in the columns of the other sources, or in image, jpg, png or webp."""
     delimiter: str | None = None
     """Line that ends a document in format text ("" is a blank line). By default a file is one document."""
     filters: FilterSpec | None = None
@@ -187,8 +186,7 @@ class PartSpec(Section):
     text with its image. caption: each token of a text, and its end, is predicted from its image and the tokens before
     it. classify, detect: that of a vision model's task with the part's name; the key can be left out."""
     weight: PositiveFloat = 1.0
-    """Factor of this part's losses in the loss of an encoder or a vision model, which is the sum of the mean losses of
-    all parts."""
+    """Factor of this part's mean losses in the loss of an encoder or a vision model, which is the sum over parts."""
 
 
 class ImageSpec(Section):
@@ -224,8 +222,7 @@ class DataSpec(Section):
     that are longer are cut. A longer text without an image becomes several samples."""
     packing: Literal["concat", "best_fit"] = "concat"
     """Packing of documents into samples. concat: documents follow each other and are cut where a sample ends. best_fit:
-    documents that fit into a sample are not cut. Samples are filled up with padding, whose targets do not count in the
-    loss."""
+    documents that fit are not cut. Samples are filled up with padding, whose targets do not count in the loss."""
     images: ImageSpec = ImageSpec()
     """Size limits of images, and their crops in training."""
     tokenizer: Path | None = None

@@ -132,8 +132,7 @@ class MoESpec(Section):
     """Width of the projection of router xmoe; by default E / 2, as its authors advise. It must be at least 2: in one
     dimension a cosine is 1 or -1, and the router learns nothing."""
     scoring: Literal["softmax", "sigmoid"] = "softmax"
-    """Function that turns the router's logits into scores. softmax: over all experts. sigmoid: of each logit by itself
-    (DeepSeek-V3)."""
+    """Function from the router's logits to scores. softmax: over all experts. sigmoid: of each logit (DeepSeek-V3)."""
     normalize_gates: bool = False
     """If true, the k gates (routing weights) of a routed vector are divided by their sum (first MH-MoE paper, Mixtral).
     By default they are the raw scores (code of the second MH-MoE paper)."""
@@ -145,14 +144,11 @@ class MoESpec(Section):
     top_groups: PositiveInt = 1
     """Number of groups whose experts are considered for a routed vector."""
     expert_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability in training that router smear leaves an expert out of a sample's average (0.1 in the runs of SMEAR's
-    authors)."""
+    """Probability in training that router smear leaves an expert out of a sample's average (0.1 in SMEAR's runs)."""
     jitter: float = Field(default=0.0, ge=0, lt=1)
-    """Router jitter: in training, the router's input is multiplied by random factors, drawn uniformly from 1 - jitter
-    to 1 + jitter."""
+    """Router jitter: in training, the router's input is multiplied by uniform factors from 1 - jitter to 1 + jitter."""
     noise: float = Field(default=0.0, ge=0)
-    """Noise of the router: in training, normal noise with a standard deviation of noise / E is added to its logits (1
-    in V-MoE and AdaMV-MoE)."""
+    """Noise of the router: normal noise of deviation noise / E on its logits in training (1 in V-MoE and AdaMV-MoE)."""
     capacity_factor: PositiveFloat | None = None
     """Capacity factor of static routing, which limits the rows (routed vectors) of an expert in training and
     validation. The expert capacity is this factor times k * ceil(N / E) for the N rows of a micro-batch. Rows beyond it
@@ -178,9 +174,8 @@ class MoESpec(Section):
     z_weight: float = Field(default=0.0, ge=0)
     """Factor of the router z-loss, which is the mean squared log-sum-exp of the router's logits, summed over layers."""
     bias_rate: float = Field(default=0.0, ge=0)
-    """Rate of load balancing without a loss. After each step, the selection bias of an expert rises by this rate if the
-    expert had fewer rows (routed vectors) than the mean, and falls by it if the expert had more. The bias affects only
-    the choice of experts."""
+    """Rate of load balancing without a loss. After each step, an expert's selection bias rises by this rate if it had
+    fewer rows (routed vectors) than the mean, and falls if it had more. The bias affects only the choice of experts."""
 
     kernel: Annotated[KernelName, unmeasured("sonicmoe", "deepgemm", "fp8", "cuda_graphs")] = "auto"
     """Kernel that runs routed vectors through the experts (kernels/README.md). auto: the fastest kernel that the

@@ -50,8 +50,7 @@ class RunSpec(Section):
     seed: NonNegativeInt = 0
     """Seed of the initial weights and of the order of the data."""
     origin: str | None = None
-    """Name of the preset that the spec is based on, for display only. The other keys hold all values, including those
-    that override the preset."""
+    """Name of the preset that the spec is based on, for display only, because the other keys hold all values."""
     start: StartSpec | None = None
     """Model whose weights the run starts from. By default the first weights are random."""
     model: ModelSpec

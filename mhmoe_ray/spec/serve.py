@@ -64,8 +64,7 @@ class ServeSpec(Section):
     cluster must have room for both. false: an old replica stops taking requests before a new one starts. With a single
     replica, requests then wait, at most `max_waiting` of them, and they are refused if the new replica cannot start."""
     engine: EngineName = "torch"
-    """Inference engine. torch: the engine of this project, on CPUs or one GPU. vllm: vLLM, which must be installed on
-    the nodes of the replicas."""
+    """Inference engine. torch: this project's, on CPUs or one GPU. vllm: vLLM, which replicas' nodes must have."""
     cpus_per_replica: PositiveInt = 1
     gpus_per_replica: NonNegativeInt = 0
     tensor_parallel: PositiveInt = 1
