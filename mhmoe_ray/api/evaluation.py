@@ -162,8 +162,8 @@ def evaluate(
     follow: Callable[[EvaluationJob], None] | None = None,
     trust_run: bool = False,
     on_note: OnNote = ignore_note,
-) -> tuple[Evaluation, ModelSpec]:
-    """Return the evaluation of a run's checkpoint, which its directory holds or a job computes, and the model.
+) -> Evaluation:
+    """Return the evaluation of a run's checkpoint, which its directory holds or a job computes.
 
     `option_names` has the user's name of each option for an `EvaluationOptionsError`. `follow` shows the progress of
     the job and returns when the job ends; without it, `on_note` gets the lines that the job writes for the user. The
@@ -179,7 +179,7 @@ def evaluate(
     # The same request gives the same result, so a stored evaluation is used if there is one.
     if not recompute and (stored_evaluation := load_evaluation(run, request)):
         on_note(f"it was evaluated before, in {run.evaluations}; `mhmoe eval --again` or recompute=True repeats it")
-        return stored_evaluation, manifest.model
+        return stored_evaluation
     # This call raises an error if the prepared data is missing, before a cluster is started to read the data.
     if request.prepared:
         # This import is delayed, because the module imports pyarrow, which is not needed to return a stored evaluation.
@@ -199,7 +199,7 @@ def evaluate(
     else:
         for line in job.progress():
             on_note(line)
-    return job.result(f"evaluation of {run.id}"), manifest.model
+    return job.result(f"evaluation of {run.id}")
 
 
 def _local_paths(request: EvalRequest) -> list[Path]:

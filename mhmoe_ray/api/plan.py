@@ -13,7 +13,8 @@ from mhmoe_ray.data.sources.find import source_errors
 from mhmoe_ray.data.tokenizer.load import read_given_tokenizer
 from mhmoe_ray.errors import DataError, SpecError
 from mhmoe_ray.planner.estimate import Estimate, estimate_step_time, exchange_time
-from mhmoe_ray.planner.expert_step import assumed_kernel, expected_drop_share, expert_step
+from mhmoe_ray.planner.expert_step import expected_drop_share, expert_step
+from mhmoe_ray.planner.kernels import assumed_kernel
 from mhmoe_ray.planner.match import compare_models
 from mhmoe_ray.planner.memory import checkpoint_copy_bytes, compute_memory
 from mhmoe_ray.planner.placement import Layout, single_node_layout

@@ -339,7 +339,7 @@ class Run:
             probe=probe,
         )
         directory = self._existing_directory
-        return evaluate(directory, checkpoint, options, recompute, address, trust_run=trust_run, on_note=on_note)[0]
+        return evaluate(directory, checkpoint, options, recompute, address, trust_run=trust_run, on_note=on_note)
 
     def export(
         self, folder: str | PathLike[str], checkpoint: CheckpointName | None = None, on_note: OnNote = ignore_note

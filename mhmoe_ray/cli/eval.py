@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from mhmoe_ray.evaluate.request import Evaluation
     from mhmoe_ray.evaluate.score import Score
     from mhmoe_ray.runs.directory import RunDir
-    from mhmoe_ray.spec import ModelSpec
 
 
 STANDARD_ERROR = "_stderr"
@@ -43,7 +42,7 @@ def evaluate(
     address: str | None,
     trust_run: bool = False,
     **fields: Any,
-) -> "tuple[Evaluation, ModelSpec]":
+) -> "Evaluation":
     """Evaluate a checkpoint as `api.evaluation.evaluate` does, and follow the job; `fields` are `EvaluationOptions`."""
     from mhmoe_ray.api import evaluation
 
@@ -103,11 +102,10 @@ def eval_(
     The result stays in the run directory. Routing is dropless, as in serving. For example `mhmoe eval --text books/
     --samples 100`, or `mhmoe eval --tasks english --limit 200`.
     """
-    from mhmoe_ray.planner.view import view_of
     from mhmoe_ray.runs.directory import find_run
 
     run_dir = find_run(run, storage)
-    evaluation, model = evaluate(
+    evaluation = evaluate(
         run_dir,
         checkpoint,
         recompute,
@@ -131,7 +129,7 @@ def eval_(
     print_line(f"{run_dir.id}, {request.checkpoint}, {evaluation.tokens:,} tokens trained: {request.description}")
     if evaluation.domains:
         _print_scores(evaluation)
-    for figure_table in view_of(model).tables(evaluation.family_figures):
+    for figure_table in evaluation.family_figures.tables() if evaluation.family_figures else ():
         print_table(figure_table.columns, figure_table.rows)
         for line in figure_table.lines:
             print_line(line)

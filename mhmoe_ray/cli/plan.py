@@ -79,11 +79,11 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
     """Print the table with which `mhmoe plan` and `mhmoe submit` begin; an estimated step gives its cost."""
     from mhmoe_ray.checkpoint.start.record import plan_start
     from mhmoe_ray.cli.plan_tables import format_cost
+    from mhmoe_ray.planner.family import plan_of
     from mhmoe_ray.planner.match import compare_models, experts_without_ep
     from mhmoe_ray.planner.memory import checkpoint_bytes
     from mhmoe_ray.planner.resolve import preset_description
     from mhmoe_ray.planner.sizes import compute_sizes, flops_per_token
-    from mhmoe_ray.planner.view import view_of
     from mhmoe_ray.spec.cluster import STREAM_CPUS, format_mesh
 
     size, cluster, model, moe = compute_sizes(spec.model), spec.cluster, spec.model, spec.model.moe
@@ -119,7 +119,7 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
         "start": "\n".join(start_record.lines()) if start_record else None,
         "model": f"{model.backbone}, d {model.d_model}, {model.layers} layers"
         + (f", vocabulary {model.vocab_size}" if model.vocab_size else ""),
-        **view_of(model).summary(spec),
+        **plan_of(model).summary(spec),
         "micro-batch": _parts(spec),
         "mixture of experts": experts,
         "parameters": f"{size.parameters:,}",
@@ -211,7 +211,7 @@ def _static_routing(spec: "RunSpec") -> str | None:
 
 def _kernel(spec: "RunSpec") -> str | None:
     """Return the line about the kernel that `auto` stands for in the memory estimate; None without such a choice."""
-    from mhmoe_ray.planner.expert_step import assumed_kernel, may_use_cpp
+    from mhmoe_ray.planner.kernels import assumed_kernel, may_use_cpp
 
     if spec.model.moe is None or spec.model.moe.kernel != "auto" or spec.model.moe.router == "smear":
         return None

@@ -11,13 +11,13 @@ from mhmoe_ray.cli.formats import format_bytes, format_digits, format_seconds
 from mhmoe_ray.cli.output import number_table
 from mhmoe_ray.planner.estimate import Estimate
 from mhmoe_ray.planner.expert_step import expert_step
+from mhmoe_ray.planner.family import plan_of
 from mhmoe_ray.planner.match import compare_models
 from mhmoe_ray.planner.memory import checkpoint_copy_bytes, compute_memory
 from mhmoe_ray.planner.placement import Layout
 from mhmoe_ray.planner.remedies import memory_remedies
 from mhmoe_ray.planner.sizes import model_parts
 from mhmoe_ray.planner.traffic import Exchange, all_exchanges
-from mhmoe_ray.planner.view import view_of
 from mhmoe_ray.spec import ModelSpec, RunSpec
 
 MAX_ROWS = 8
@@ -32,7 +32,7 @@ def tables(spec: RunSpec, placement: Placement) -> Iterator[tuple[str, Table]]:
     if spec.reference and (reference := spec.reference_model):
         name = spec.reference.name
         yield f"beside {name} on the same trunk", _parity_table(spec.model, name, reference)
-    batch = view_of(spec.model).micro_batch(spec)
+    batch = plan_of(spec.model).micro_batch(spec)
     yield f"memory of a rank, micro-batches of {batch}", _memory_table(spec)
     if step := expert_step(spec):
         title = f"expert step of one layer on one rank, {batch}, forward, {spec.train.precision}"

@@ -45,7 +45,7 @@ def routing(
     if not run_dir.is_imported and moe is None:
         # The evaluation could take minutes on the cluster, so this error comes first.
         raise dense_error
-    evaluation, _ = evaluate(
+    evaluation = evaluate(
         run_dir, checkpoint, recompute, address, text=text, overrides=set_, samples=samples, gpus=gpus
     )
     # An imported run has no spec, so only its evaluation shows that it is dense.

@@ -1,19 +1,49 @@
-"""Computation of an evaluation, whose result is stored as a file in the run directory."""
+"""Computation of an evaluation by the function of the model's family; the run directory stores its result as a file."""
 
 import time
 from collections.abc import Callable
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 
-from mhmoe_ray.checkpoint.manifest import read_manifest
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest, read_manifest
 from mhmoe_ray.errors import RunError
-from mhmoe_ray.evaluate.context import Evaluate, EvaluationContext, Progress
-from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, save_evaluation
+from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, RoutingCounts, save_evaluation
+from mhmoe_ray.evaluate.score import EncoderFigures, Score, VisionFigures
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.storage import location
+from mhmoe_ray.storage import Location, location
 
 # Smallest time between two lines about the progress of a domain. A line for every batch would flood the log of the job.
 PROGRESS_SECONDS = 5.0
+
+Progress = Callable[[str, int, int], None]
+"""Function that reports what is evaluated, and the numbers of finished and of all samples."""
+
+
+class EvaluationContext(NamedTuple):
+    """Input of an evaluation."""
+
+    request: EvalRequest
+    run: RunDir
+    checkpoint: Location
+    manifest: CheckpointManifest
+    print_line: Callable[[str], None]
+    on_progress: Progress
+
+
+class EvaluationAnswer(TypedDict, total=False):
+    """Fields of `Evaluation` that an evaluation computes, by kind of model."""
+
+    domains: dict[str, Score]
+    languages: dict[str, Score]
+    routing: dict[str, RoutingCounts]
+    tasks: dict[str, dict[str, Any]]
+    encoder: EncoderFigures
+    vision: VisionFigures
+
+
+Evaluate = Callable[[EvaluationContext], EvaluationAnswer]
+"""Function that evaluates a model of one family."""
 
 
 def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> None:

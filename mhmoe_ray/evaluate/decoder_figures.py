@@ -4,7 +4,6 @@ import tempfile
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -18,10 +17,11 @@ from mhmoe_ray.data.domains import language_of_folder, subfolder_of
 from mhmoe_ray.data.shards.manifest import require_matching_data
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, boundary_texts, token_widths
 from mhmoe_ray.errors import CheckpointError
-from mhmoe_ray.evaluate.context import EvaluationAnswer, EvaluationContext, Progress
+from mhmoe_ray.evaluate.answer import EvaluationAnswer, EvaluationContext
 from mhmoe_ray.evaluate.harness import expand_tasks, run_tasks
 from mhmoe_ray.evaluate.measure import (
     DomainSamples,
+    MeasureSettings,
     conversation_samples,
     held_out_samples,
     measure_samples,
@@ -32,15 +32,6 @@ from mhmoe_ray.evaluate.request import RoutingCounts
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import DataSpec
-
-
-class MeasureSettings(TypedDict):
-    """Keyword arguments that `measure_samples` and `measure_mixture` have in common."""
-
-    batch_size: int
-    start_token: int
-    use_bfloat16: bool
-    on_progress: Progress
 
 
 def decoder_figures(context: EvaluationContext) -> EvaluationAnswer:
@@ -66,29 +57,24 @@ def decoder_figures(context: EvaluationContext) -> EvaluationAnswer:
         require_matching_data(manifest.data_sha256, Path(request.prepared), "or evaluate other text")
         samples = held_out_samples(Path(request.prepared))
     widths = _pad_widths(token_widths(tokenizer), manifest.model.vocab_size)
-    settings: MeasureSettings = {
-        "batch_size": request.batch,
-        "start_token": boundaries(tokenizer).start,
-        "use_bfloat16": request.half,
-        "on_progress": context.on_progress,
-    }
+    settings = MeasureSettings(request.batch, boundaries(tokenizer).start, request.half, context.on_progress)
     routing: dict[str, RoutingCounts] = {}
     if request.prior is None:
-        domains, routing = measure_samples(model, samples, widths, **settings)
+        domains, routing = measure_samples(model, samples, widths, settings)
     else:
-        domains = measure_mixture(model, samples, widths, request.prior, **settings)
+        domains = measure_mixture(model, samples, widths, request.prior, settings)
     # lm-eval loads the model from an export, so without this the weights would be in memory twice.
     del model
     tasks = {}
-    if request.tasks:
-        context.print_line(f"tasks {', '.join(expand_tasks(request.tasks))}")
+    if task_names := expand_tasks(request.tasks):
+        context.print_line(f"tasks {', '.join(task_names)}")
         # lm-eval gets an exported model, as users export it, so that lm-eval's own command gives them the same results.
         with tempfile.TemporaryDirectory() as folder:
             exported_folder = Path(folder) / run.id
             export(checkpoint, manifest, exported_folder)
             tasks = run_tasks(
                 exported_folder,
-                expand_tasks(request.tasks),
+                task_names,
                 request.task_folders,
                 batch_size=request.batch,
                 use_bfloat16=request.half,

@@ -269,32 +269,39 @@ class SampleBatch(NamedTuple):
         )
 
 
-def sample_batches(model: Decoder, samples: DomainSamples, batch_size: int, start_token: int) -> Iterator[SampleBatch]:
-    """Yield the samples of a domain in batches on the model's device.
+class MeasureSettings(NamedTuple):
+    """Settings of a measurement of a model."""
 
-    `start_token` begins a document for models with `document_masks`.
-    """
+    batch_size: int
+    start_token: int
+    """Token that begins a document, for models with `document_masks`."""
+    use_bfloat16: bool
+    on_progress: Callable[[str, int, int], None]
+
+
+def sample_batches(model: Decoder, samples: DomainSamples, settings: MeasureSettings) -> Iterator[SampleBatch]:
+    """Yield the samples of a domain in batches on the model's device."""
     device = model.embedding.weight.device
     _, tokens, target_mask, document_starts = samples
-    for start in range(0, len(tokens), batch_size):
-        rows = slice(start, start + batch_size)
+    for start in range(0, len(tokens), settings.batch_size):
+        rows = slice(start, start + settings.batch_size)
         ids, mask, document_BT = tokens[rows], target_mask[rows], None
         if model.spec.document_masks:
             # Samples without a mask of document starts have a start token at the beginning of each document.
-            starts = ids[:, :-1] == start_token if document_starts is None else document_starts[rows]
+            starts = ids[:, :-1] == settings.start_token if document_starts is None else document_starts[rows]
             document_BT = document_indices(torch.from_numpy(starts).to(device))
         token_BT, mask_BT = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
         yield SampleBatch(ids, mask, token_BT, mask_BT, document_BT)
 
 
-def sample_losses(model: Decoder, batch: SampleBatch, expert: int | None, *, use_bfloat16: bool) -> Tensor:
+def sample_losses(model: Decoder, batch: SampleBatch, expert: int | None, settings: MeasureSettings) -> Tensor:
     """Return the loss of each sample in nats, summed over the targets that count, float64, (B,).
 
     `expert` computes all samples with router `domain`; it is None for any other router.
     """
     token_BT = batch.token_BT
     domain_B = None if expert is None else token_BT.new_full((len(token_BT),), expert)
-    with torch.autocast(token_BT.device.type, torch.bfloat16, enabled=use_bfloat16):
+    with torch.autocast(token_BT.device.type, torch.bfloat16, enabled=settings.use_bfloat16):
         logits_BTV = model(token_BT[:, :-1], document_BT=batch.document_BT, domain_B=domain_B).logits_BTV
     return (token_losses(logits_BTV, token_BT[:, 1:]) * batch.mask_BT).sum(1, dtype=torch.float64)
 
@@ -304,11 +311,7 @@ def measure_samples(
     model: Decoder,
     samples: Iterable[DomainSamples],
     widths: np.ndarray,
-    *,
-    batch_size: int,
-    start_token: int,
-    use_bfloat16: bool,
-    on_progress: Callable[[str, int, int], None],
+    settings: MeasureSettings,
 ) -> tuple[dict[str, Score], dict[str, RoutingCounts]]:
     """Run a model in evaluation mode over samples and return its scores and its counts of routes, both by domain.
 
@@ -321,13 +324,13 @@ def measure_samples(
         domain, sample_count = domain_samples.domain, len(domain_samples.tokens)
         expert, finished_count = _expert_of(model, domain), 0
         score = scores.setdefault(domain, Score())
-        for batch in sample_batches(model, domain_samples, batch_size, start_token):
+        for batch in sample_batches(model, domain_samples, settings):
             counting_context = route_counter.counting_routes(domain, batch.mask_BT) if route_counter else nullcontext()
             with counting_context:
-                loss_B = sample_losses(model, batch, expert, use_bfloat16=use_bfloat16)
+                loss_B = sample_losses(model, batch, expert, settings)
             score += batch.score(widths, float(loss_B.sum()))
             finished_count += len(loss_B)
-            on_progress(domain, finished_count, sample_count)
+            settings.on_progress(domain, finished_count, sample_count)
         scores[domain] = score
     return scores, route_counter.routing_counts() if route_counter else {}
 

@@ -12,14 +12,14 @@ The product of the predictions of a sample's tokens equals the mean of the exper
 weighted by the prior. So its loss follows from the experts' losses.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mhmoe_ray.evaluate.measure import DomainSamples, sample_batches, sample_losses
+from mhmoe_ray.evaluate.measure import DomainSamples, MeasureSettings, sample_batches, sample_losses
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.model.decoder import Decoder
 
@@ -87,11 +87,7 @@ def measure_mixture(
     samples: Iterable[DomainSamples],
     widths: np.ndarray,
     prior: Prior,
-    *,
-    batch_size: int,
-    start_token: int,
-    use_bfloat16: bool,
-    on_progress: Callable[[str, int, int], None],
+    settings: MeasureSettings,
 ) -> dict[str, Score]:
     """Run all experts of a model with router `domain` over samples; return the scores of their mixture by domain.
 
@@ -102,13 +98,12 @@ def measure_mixture(
     for domain_samples in samples:
         domain, sample_count, loss_rows = domain_samples.domain, len(domain_samples.tokens), []
         score = scores.setdefault(domain, Score())
-        for batch in sample_batches(model, domain_samples, batch_size, start_token):
+        for batch in sample_batches(model, domain_samples, settings):
             expert_losses = [
-                sample_losses(model, batch, expert, use_bfloat16=use_bfloat16).cpu()
-                for expert in range(model.spec.moe.experts)
+                sample_losses(model, batch, expert, settings).cpu() for expert in range(model.spec.moe.experts)
             ]
             loss_rows += torch.stack(expert_losses, dim=1).tolist()
             score += batch.score(widths, 0.0)
-            on_progress(domain, len(loss_rows), sample_count)
+            settings.on_progress(domain, len(loss_rows), sample_count)
         scores[domain] = score + Score(nats=float(mixture_losses(np.array(loss_rows), prior).sum()))
     return scores

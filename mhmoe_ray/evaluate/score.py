@@ -2,7 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel
 
@@ -20,17 +21,12 @@ class Score(BaseModel):
     """Number of predicted unknown tokens, which stand for any text."""
 
     def __add__(self, addend: Self) -> "Score":
-        return Score(
-            nats=self.nats + addend.nats,
-            tokens=self.tokens + addend.tokens,
-            text_bytes=self.text_bytes + addend.text_bytes,
-            unknown=self.unknown + addend.unknown,
-        )
+        return Score(**{name: value + getattr(addend, name) for name, value in self})
 
     @property
     def loss(self) -> float:
-        """Mean loss in nats per token."""
-        return self.nats / self.tokens
+        """Mean loss in nats per token; NaN without tokens."""
+        return self.nats / self.tokens if self.tokens else math.nan
 
     @property
     def perplexity(self) -> float | None:
@@ -53,6 +49,15 @@ class Score(BaseModel):
             "tokens": self.tokens,
             "bytes": self.text_bytes,
         }
+
+
+class FigureTable(NamedTuple):
+    """Table of an evaluation's results; the first column has names, the others have numbers."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    lines: Sequence[str] = ()
+    """Lines of text below the table."""
 
 
 class EncoderLossScore(BaseModel):
@@ -89,6 +94,12 @@ class ImageValue(BaseModel):
             "over_no_image": self.no_image - self.own_image,
         }
 
+    def texts(self) -> list[str]:
+        """Return the losses, the differences and the counts as text."""
+        losses = [f"{loss:.4f}" for loss in (self.own_image, self.other_image, self.no_image)]
+        differences = [f"{loss - self.own_image:+.4f}" for loss in (self.other_image, self.no_image)]
+        return [*losses, *differences, f"{self.pairs:,}", f"{self.tokens:,}"]
+
 
 class Recall(BaseModel):
     """Shares of queries with a right candidate among the first 1, 5 and 10."""
@@ -105,6 +116,11 @@ class RetrievalScore(BaseModel):
     captions: int
     image_to_text: Recall
     text_to_image: Recall
+
+    def texts(self) -> list[str]:
+        """Return all counts and shares as text, in their order."""
+        shares = [f"{share:.1%}" for recall in (self.image_to_text, self.text_to_image) for _, share in recall]
+        return [f"{self.images:,}", f"{self.captions:,}", *shares]
 
 
 class LanguageRetrieval(BaseModel):
@@ -142,6 +158,16 @@ class CaptionFigures(BaseModel):
     examples: list[tuple[str, str]]
     """Right and written captions of the first images."""
 
+    def table(self, name: str) -> FigureTable:
+        """Return the scores of the captions of domain `name`, with the examples below."""
+        rows = [
+            [label, f"{score.images:,}", f"{score.bleu:.1f}", f"{score.cider:.3f}", f"{score.exact:.1%}"]
+            for label, score in ((f"captions of {name}", self.model), ("  nearest pixels", self.baseline))
+            if score is not None
+        ]
+        lines = [f"  {reference}: {caption}" for reference, caption in self.examples]
+        return FigureTable(["", "images", "BLEU-4", "CIDEr-D", "exactly right"], rows, lines)
+
 
 class ClassScore(BaseModel):
     """Accuracy of a linear probe that classifies images (`families/encoder/evaluate/probe.py`)."""
@@ -155,9 +181,18 @@ class ClassScore(BaseModel):
     largest_class: float
     """Share of images of the training images' most frequent class."""
 
+    def texts(self) -> list[str]:
+        """Return the shares and the counts as text."""
+        shares = [f"{share:.1%}" for share in (self.accuracy, self.baseline, self.largest_class)]
+        return [*shares, *(f"{count:,}" for count in (self.classes, self.images, self.training_images))]
+
 
 class FamilyFigures(BaseModel, ABC):
     """Results of an evaluation that only one family of models has."""
+
+    @abstractmethod
+    def tables(self) -> list[FigureTable]:
+        """Return the results as tables."""
 
     @abstractmethod
     def quality(self) -> dict[str, float]:
@@ -199,6 +234,38 @@ class EncoderFigures(FamilyFigures):
             values[f"{domain}, BLEU-4"], values[f"{domain}, CIDEr-D"] = captions.model.bleu, captions.model.cider
         values |= {f"{domain}, accuracy of the probe": score.accuracy for domain, score in self.classes.items()}
         return values
+
+    def tables(self) -> list[FigureTable]:
+        tables = []
+        if self.losses:
+            rows = []
+            for name, score in self.losses.items():
+                perplexity = f"{score.perplexity:.2f}" if score.perplexity else "-"
+                rows.append([name, f"{score.loss:.4f}", perplexity, f"{score.targets:,}"])
+            tables.append(FigureTable(["", "loss", "perplexity", "targets"], rows))
+        if self.classes:
+            columns = ["linear probe", "nearest pixels", "largest class", "classes", "images", "trained on"]
+            rows = [[name, *score.texts()] for name, score in self.classes.items()]
+            tables.append(FigureTable(["classes of", *columns], rows))
+        if self.image_values:
+            columns = ["own image", "another", "none", "over another", "over none", "pairs", "tokens"]
+            rows = [[name, *value.texts()] for name, value in self.image_values.items()]
+            tables.append(FigureTable(["hidden tokens of", *columns], rows))
+        if self.retrieval:
+            ranks = [f"{kind} R@{rank}" for kind in ("name", "image") for rank in (1, 5, 10)]
+            tables.append(FigureTable(["retrieval in", "images", "captions", *ranks], self._retrieval_rows()))
+        return tables + [figures.table(name) for name, figures in self.captions.items()]
+
+    def _retrieval_rows(self) -> list[list[str]]:
+        """Return the rows of each domain and of its captions' languages, each followed by the baseline's, if any."""
+        rows = []
+        for domain, figures in self.retrieval.items():
+            entries = [(domain, figures), *((f"  {name}", entry) for name, entry in figures.languages.items())]
+            for label, entry in entries:
+                rows.append([label, *entry.model.texts()])
+                if entry.baseline is not None:
+                    rows.append(["  nearest pixels", *entry.baseline.texts()])
+        return rows
 
 
 class AccuracyFigures(BaseModel):
@@ -264,3 +331,22 @@ class VisionFigures(FamilyFigures):
                 values[f"{task}, mask AP"], values[f"{task}, mask AP50"] = precision.mask_ap, precision.mask_ap50
             values[f"{task}, box AP50 whatever the class"] = precision.any_class_box_ap50
         return values
+
+    def tables(self) -> list[FigureTable]:
+        tables = [FigureTable(["", "loss"], [[name, f"{loss:.4f}"] for name, loss in self.losses.items()])]
+        if self.classes:
+            columns = ["classes of", "top 1", "top 5", "nearest pixels", "largest class", "classes", "images"]
+            rows = []
+            for name, score in self.classes.items():
+                shares = (score.top_1, score.top_5, score.baseline, score.largest_class)
+                texts = ["-" if share is None else f"{share:.1%}" for share in shares]
+                rows.append([name, *texts, f"{score.classes:,}", f"{score.images:,}"])
+            tables.append(FigureTable(columns, rows))
+        if self.objects:
+            columns = ["objects of", "box AP", "AP50", "AP75", "mask AP", "AP50", "any class AP50", "objects", "images"]
+            rows = []
+            for name, task in self.objects.items():
+                texts = ["-" if value is None else f"{value:.3f}" for _, value in task.precision]
+                rows.append([name, *texts, f"{task.objects:,}", f"{task.images:,}"])
+            tables.append(FigureTable(columns, rows))
+        return tables

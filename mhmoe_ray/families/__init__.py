@@ -31,8 +31,8 @@ class ModelFamily(NamedTuple):
     """`model.trunk.Trunk` subclass of the family's models."""
     router: str
     """`model.moe.BuildRouter`: function that builds the router of one layer."""
-    sizes: str
-    """`planner.family.FamilySizes` subclass."""
+    plan: str
+    """`planner.family.FamilyPlan` subclass."""
     data: str
     """`data.family.FamilyData` subclass."""
     objective: str
@@ -40,9 +40,7 @@ class ModelFamily(NamedTuple):
     serving: str
     """`serving.family.FamilyServing` subclass."""
     evaluation: str
-    """`evaluate.context.Evaluate`: function that evaluates a model."""
-    view: str
-    """`planner.view.FamilyView` subclass."""
+    """`evaluate.answer.Evaluate`: function that evaluates a model."""
 
     def part(self, name: str) -> Any:
         """Return the object that a field names; a package has a typed function for the field that it uses."""
@@ -57,12 +55,11 @@ MODEL_FAMILIES: dict[ModelKind, ModelFamily] = {
         answers="texts",
         model="mhmoe_ray.model.decoder:Decoder",
         router="mhmoe_ray.model.moe:build_plain_router",
-        sizes="mhmoe_ray.planner.decoder:DecoderSizes",
+        plan="mhmoe_ray.planner.family:DecoderPlan",
         data="mhmoe_ray.data.family:DecoderData",
         objective="mhmoe_ray.train.objectives.next_token:NextToken",
         serving="mhmoe_ray.serving.decoder:DecoderServing",
         evaluation="mhmoe_ray.evaluate.decoder_figures:decoder_figures",
-        view="mhmoe_ray.planner.view:DecoderView",
     ),
     "encoder": ModelFamily(
         title="an encoder",
@@ -71,12 +68,11 @@ MODEL_FAMILIES: dict[ModelKind, ModelFamily] = {
         answers="vectors and captions",
         model="mhmoe_ray.families.encoder.model.encoder:Encoder",
         router="mhmoe_ray.families.encoder.router:build_router",
-        sizes="mhmoe_ray.families.encoder.sizes:EncoderSizes",
+        plan="mhmoe_ray.families.encoder.plan:EncoderPlan",
         data="mhmoe_ray.families.encoder.data.rows:EncoderRows",
         objective="mhmoe_ray.families.encoder.objective:Masked",
         serving="mhmoe_ray.families.encoder.serving.deployment:EncoderServing",
         evaluation="mhmoe_ray.families.encoder.evaluate.figures:encoder_figures",
-        view="mhmoe_ray.families.encoder.view:EncoderView",
     ),
     "vision": ModelFamily(
         title="a vision model",
@@ -85,11 +81,10 @@ MODEL_FAMILIES: dict[ModelKind, ModelFamily] = {
         answers="classes and objects",
         model="mhmoe_ray.families.vision.model.vision:Vision",
         router="mhmoe_ray.families.vision.router:build_router",
-        sizes="mhmoe_ray.families.vision.sizes:VisionSizes",
+        plan="mhmoe_ray.families.vision.plan:VisionPlan",
         data="mhmoe_ray.families.vision.data.rows:VisionRows",
         objective="mhmoe_ray.families.vision.objective:Tasks",
         serving="mhmoe_ray.families.vision.serving.deployment:VisionServing",
         evaluation="mhmoe_ray.families.vision.evaluate.figures:vision_figures",
-        view="mhmoe_ray.families.vision.view:VisionView",
     ),
 }

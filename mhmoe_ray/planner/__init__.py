@@ -4,12 +4,11 @@ resolve.py      spec files with preset, size and match; presets by name
 presets.py      presets in families of three sizes        papers.py       the papers' models
 match.py        expert width and count that match a reference model, and the comparison with it
 sizes.py        parameters, multiply-adds, bytes per value
-family.py       the interface of the sizes of a family    decoder.py      sizes of decoders
-view.py         the interface of lines and tables that commands show of a family
+family.py       the part of a plan that differs between families, and that of decoders
 placement.py    ranks on nodes, and expert-parallel groups
 memory.py       bytes that a rank holds                   activations.py  bytes that layers keep for the backward
 traffic.py      bytes that ranks exchange, by class of link
 schema.py       JSON schemas of the files that users write
 expert_step.py  FLOPs and bytes of a layer's experts      estimate.py     time per training step
-launches.py     number of GPU kernels that are launched   remedies.py     keys that lower the memory of a rank
+kernels.py      the experts' kernel, and launches         remedies.py     keys that lower the memory of a rank
 """

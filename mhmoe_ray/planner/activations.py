@@ -1,8 +1,8 @@
 """The bytes of activations that layers keep from forward to backward, computed from the spec."""
 
 from mhmoe_ray.architectures import FLOAT32
-from mhmoe_ray.planner.expert_step import planned_model
 from mhmoe_ray.planner.family import INT64, bytes_of
+from mhmoe_ray.planner.kernels import planned_model
 from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
 
 

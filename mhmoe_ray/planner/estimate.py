@@ -14,16 +14,12 @@ also leaves out the GPU's wait for launches.
 
 from typing import NamedTuple
 
-from mhmoe_ray.planner.expert_step import expert_step, planned_model
-from mhmoe_ray.planner.family import EXPERTS, OUTPUT, PROJECTIONS, ROUTER, SHARED, sizes_of
+from mhmoe_ray.planner.expert_step import expert_step
+from mhmoe_ray.planner.family import EXPERTS, OUTPUT, PROJECTIONS, ROUTER, SHARED, plan_of
+from mhmoe_ray.planner.kernels import planned_model
 from mhmoe_ray.planner.memory import compute_memory
 from mhmoe_ray.planner.placement import Layout
-from mhmoe_ray.planner.sizes import (
-    bytes_per_value,
-    compute_sizes,
-    flops_per_token,
-    model_parts,
-)
+from mhmoe_ray.planner.sizes import bytes_per_value, compute_sizes, flops_per_token, model_parts
 from mhmoe_ray.planner.traffic import Exchange, LinkLoads, dispatch_exchanges, reduction_exchanges
 from mhmoe_ray.spec import RunSpec
 
@@ -132,7 +128,7 @@ def _compute_times(spec: RunSpec, tokens: float) -> list[StepTime]:
     if step and moe:
         expert_passes = _cost_factor(spec, EXPERTS) * micro_batches * model.moe_layers
         times.append(product_time("experts", expert_passes * step.flops, expert_passes * step.bytes))
-    launch_seconds = micro_batches * sizes_of(model).launches(spec) * accelerator.launch_seconds
+    launch_seconds = micro_batches * plan_of(model).launches(spec) * accelerator.launch_seconds
     waiting_seconds = launch_seconds - sum(time.seconds for time in times)
     if waiting_seconds > 0:
         times.append(StepTime("waiting for launches", waiting_seconds, LAUNCHES))

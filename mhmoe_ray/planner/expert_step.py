@@ -1,51 +1,10 @@
-"""Predictions for a layer's experts on one micro-batch: the kernel for `auto`, FLOPs and bytes, and dropped routes."""
+"""Predictions for a layer's experts on one micro-batch: FLOPs and bytes, and dropped routes."""
 
 import math
 from typing import NamedTuple
 
-from mhmoe_kernels.abilities import KERNELS, KernelName
-from mhmoe_kernels.choice import gpu_kernels
 from mhmoe_ray.planner.sizes import bytes_per_value, merge_macs
-from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
-
-ASSUMED_MAJOR = 9
-"""Major number of the compute capability of the GPUs that plans are made for: that of an H100."""
-
-
-def assumed_kernel(spec: RunSpec) -> KernelName | None:
-    """Return the kernel that will probably compute the experts; None for a dense model and for the router `smear`.
-
-    The router `smear` needs no kernel: torch computes its averaged experts as batched matrix products.
-    """
-    # `mhmoe_kernels.choose_kernel` would need the run's hardware, so its choice for `auto` is predicted: on GPUs, that
-    # for an H100, and on CPUs, grouped. On CPUs with AMX the run chooses cpp instead, which needs less memory.
-    moe = spec.model.moe
-    if moe is None or moe.router == "smear":
-        return None
-    if moe.kernel != "auto":
-        return moe.kernel
-    if not spec.cluster.gpus_per_worker:
-        return "grouped"
-    assert spec.expert_sizes is not None
-    return next(gpu_kernels("training", ASSUMED_MAJOR, spec.expert_sizes))
-
-
-def may_use_cpp(spec: RunSpec) -> bool:
-    """Return whether a run on CPUs with AMX (Intel's matrix units) would get the kernel `cpp` for `auto`."""
-    model, moe, limits = spec.model, spec.model.moe, KERNELS["cpp"]
-    if moe is None or moe.kernel != "auto" or moe.router == "smear" or spec.cluster.gpus_per_worker:
-        return False
-    has_valid_sizes = not (model.row_width % limits.size_multiple or moe.d_expert % limits.size_multiple)
-    has_valid_function = limits.function == model.architecture.expert_function
-    return has_valid_sizes and has_valid_function and spec.train.precision == limits.precision
-
-
-def planned_model(spec: RunSpec) -> ModelSpec:
-    """Return the run's model (`RunSpec.computed_model`) with the kernel of `assumed_kernel` in place of `auto`."""
-    model, kernel = spec.computed_model, assumed_kernel(spec)
-    if model.moe is None or kernel is None:
-        return model
-    return model.model_copy(update={"moe": model.moe.model_copy(update={"kernel": kernel})})
+from mhmoe_ray.spec import MoESpec, RunSpec
 
 
 class ExpertStep(NamedTuple):

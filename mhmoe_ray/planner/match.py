@@ -171,17 +171,17 @@ def compare_models(model: ModelSpec, reference: ModelSpec) -> dict[str, Comparis
 
     Equal parameters do not imply equal compute, and neither implies equal memory traffic of hidden activations.
     """
-    # The routers' multiply-adds are subtracted below, because the papers on MH-MoE (arXiv 2404.15045 and 2411.16205)
-    # compare expert layers without them.
-    model_counts, reference_counts = compute_sizes(model), compute_sizes(reference)
-    comparisons = {
-        "parameters": Comparison(model_counts.parameters, reference_counts.parameters),
-        "active parameters": Comparison(model_counts.active_parameters, reference_counts.active_parameters),
-        "multiply-adds per token": Comparison(model_counts.macs_per_token, reference_counts.macs_per_token),
-        "multiply-adds of expert layers": Comparison(
-            model_counts.moe_macs_per_token - model_counts.router_macs_per_token,
-            reference_counts.moe_macs_per_token - reference_counts.router_macs_per_token,
-        ),
-        "hidden activations per token": Comparison(model_counts.hidden_per_token, reference_counts.hidden_per_token),
+    counts, reference_counts = _compared_counts(model), _compared_counts(reference)
+    return {name: Comparison(count, reference_counts[name]) for name, count in counts.items() if reference_counts[name]}
+
+
+def _compared_counts(model: ModelSpec) -> dict[str, int]:
+    counts = compute_sizes(model)
+    return {
+        "parameters": counts.parameters,
+        "active parameters": counts.active_parameters,
+        "multiply-adds per token": counts.macs_per_token,
+        # The papers on MH-MoE (arXiv 2404.15045 and 2411.16205) compare expert layers without routers.
+        "multiply-adds of expert layers": counts.moe_macs_per_token - counts.router_macs_per_token,
+        "hidden activations per token": counts.hidden_per_token,
     }
-    return {name: comparison for name, comparison in comparisons.items() if comparison.reference}

@@ -8,12 +8,8 @@ kernel (with attention_dropout on a CPU). Padding needs as much memory as other 
 from typing import NamedTuple
 
 from mhmoe_ray.architectures import FLOAT32
-from mhmoe_ray.planner.activations import (
-    activation_bytes_per_token,
-    merged_expert_bytes,
-    static_layout_bytes,
-)
-from mhmoe_ray.planner.family import EMBEDDING, NORMS, OUTPUT, ROUTER, bytes_of, sizes_of
+from mhmoe_ray.planner.activations import activation_bytes_per_token, merged_expert_bytes, static_layout_bytes
+from mhmoe_ray.planner.family import EMBEDDING, NORMS, OUTPUT, ROUTER, bytes_of, plan_of
 from mhmoe_ray.planner.sizes import (
     Sizes,
     block_sizes,
@@ -59,7 +55,7 @@ class Memory(NamedTuple):
 def compute_memory(spec: RunSpec) -> Memory:
     """Return the bytes that one rank needs for training under uniform routing, with the largest top-k of all tasks."""
     spec = spec.model_copy(update={"model": spec.model.at_largest_top_k()})
-    counts, sizes = compute_sizes(spec.model), sizes_of(spec.model)
+    counts, plan = compute_sizes(spec.model), plan_of(spec.model)
     weights, gradients, moments = _state_bytes(spec, counts)
     tokens = spec.tokens_per_micro_batch
     size = bytes_per_value(spec)
@@ -69,11 +65,11 @@ def compute_memory(spec: RunSpec) -> Memory:
         moments=moments,
         copies=_copy_bytes(spec, counts) if size < FLOAT32 else 0,
         activations=tokens * activation_bytes_per_token(spec, size)
-        + sizes.output_bytes(spec, size)
-        + sizes.shared_attention_bytes(spec, size)
+        + plan.output_bytes(spec, size)
+        + plan.shared_attention_bytes(spec, size)
         + static_layout_bytes(spec, size)
         + merged_expert_bytes(spec, size),
-        logits=sizes.loss_bytes(spec),
+        logits=plan.loss_bytes(spec),
         gathered=gathered_weight_bytes(spec) + unsharded_gradient_bytes(spec),
         checkpoint_copy=0 if spec.cluster.gpus_per_worker else checkpoint_copy_bytes(spec),
     )

@@ -132,16 +132,8 @@ class Family(NamedTuple):
     match: MatchSpec | None = None
 
     def preset_at(self, size: SizeName) -> Preset:
-        size_settings = SIZES[size]
-        return Preset(
-            self.description,
-            size_settings.trunk,
-            self.moe,
-            self.reference,
-            size_settings.train,
-            size_settings.seq_len,
-            self.match,
-        )
+        trunk, train, seq_len = SIZES[size].trunk, SIZES[size].train, SIZES[size].seq_len
+        return Preset(self.description, trunk, self.moe, self.reference, train, seq_len, self.match)
 
 
 FAMILIES: dict[str, Family] = {

@@ -34,7 +34,7 @@ class Remedy(NamedTuple):
     saved_bytes: int
 
     def __str__(self) -> str:
-        return ", ".join(f"{key}={_format_value(value)}" for key, value in self.keys.items())
+        return ", ".join(f"{key}={str(value).lower()}" for key, value in self.keys.items())
 
 
 def memory_remedies(spec: RunSpec) -> list[Remedy]:
@@ -69,7 +69,3 @@ def _with_keys(spec: RunSpec, keys: dict[str, Any]) -> RunSpec | None:
         return RunSpec.model_validate(sections)
     except ValidationError:
         return None
-
-
-def _format_value(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

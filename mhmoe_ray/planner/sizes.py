@@ -20,7 +20,7 @@ from mhmoe_ray.planner.family import (
     Part,
     all_active,
     bytes_of,
-    sizes_of,
+    plan_of,
 )
 from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
 from mhmoe_ray.spec.model import default_d_ff
@@ -66,30 +66,30 @@ class Sizes(NamedTuple):
 
 def model_parts(spec: ModelSpec) -> list[Part]:
     """Return each kind of layer that a model has, from the embedding to the output."""
-    moe, sizes = spec.moe, sizes_of(spec)
-    embedding_parameters, norms = sizes.embedding_rows(spec) * spec.d_model, _norm_parameters(spec)
+    moe, plan = spec.moe, plan_of(spec)
+    embedding_parameters, norms = plan.embedding_rows(spec) * spec.d_model, _norm_parameters(spec)
     attention = _attention_parameters(spec)
     result = [
         Part(EMBEDDING, 1, *all_active(embedding_parameters), 0),
-        *sizes.input_parts(spec),
-        Part("attention", spec.layers, sizes.branches * attention, attention, attention_macs(spec)),
+        *plan.input_parts(spec),
+        Part("attention", spec.layers, plan.branches * attention, attention, attention_macs(spec)),
         Part(NORMS, 1, *all_active(norms), 0),
     ]
     if spec.dense_layers:
         assert spec.d_ff is not None
         d, dense_architecture = spec.d_model, spec.architecture
         dense, macs = dense_architecture.expert_parameters(d, spec.d_ff), dense_architecture.expert_macs(d, spec.d_ff)
-        result.append(Part("feed-forward", spec.dense_layers, sizes.branches * dense, dense, macs))
+        result.append(Part("feed-forward", spec.dense_layers, plan.branches * dense, dense, macs))
     if moe is not None:
         result += _moe_parts(spec, moe)
-    return [*result, *sizes.output_parts(spec)]
+    return [*result, *plan.output_parts(spec)]
 
 
 def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[Part]:
     d, width, layers = spec.d_model, spec.row_width, spec.moe_layers
     expert = spec.architecture.expert_parameters(width, moe.d_expert)
     expert_macs = spec.architecture.expert_macs(width, moe.d_expert)
-    routes, router, routers = moe.heads * moe.top_k, moe.router_sizes(width), sizes_of(spec).routers(spec)
+    routes, router, routers = moe.heads * moe.top_k, moe.router_sizes(width), plan_of(spec).routers(spec)
     used_experts = moe.experts if moe.router == "smear" else min(routes, moe.experts)
     result = [
         _projections_part(spec, moe),
@@ -156,7 +156,7 @@ def float32_sizes(spec: ModelSpec) -> BlockSizes:
     parameters = {part.name: part.parameters for part in model_parts(spec)}
     norms = (parameters[NORMS] - _final_norm_parameters(spec)) // spec.layers
     block = norms + _query_key_norm_parameters(spec)
-    gathers_all = sizes_of(spec).gathers_outside_in_float32
+    gathers_all = plan_of(spec).gathers_outside_in_float32
     outside = block_sizes(spec).outside if gathers_all else _final_norm_parameters(spec)
     return BlockSizes(block, block + parameters.get(ROUTER, 0), outside)
 
@@ -194,7 +194,7 @@ def flops_per_token(spec: ModelSpec, attention_length: float, samples_per_token:
     """
     # With causal attention, a token attends to (T + 1) / 2 keys on average. Each key costs as many multiply-adds as the
     # token's queries have values, once for its score and once for adding its value.
-    keys = (attention_length + 1) / 2 if sizes_of(spec).is_causal else attention_length
+    keys = (attention_length + 1) / 2 if plan_of(spec).is_causal else attention_length
     scores = round(2 * spec.layers * spec.query_width * keys)
     merging = round(spec.moe_layers * merge_macs(spec) * samples_per_token)
     forward = 2 * (compute_sizes(spec).macs_per_token + scores + merging)
@@ -202,16 +202,11 @@ def flops_per_token(spec: ModelSpec, attention_length: float, samples_per_token:
 
 
 def _norm_parameters(spec: ModelSpec) -> int:
-    norms = spec.architecture.norms_per_block * spec.layers + 1
-    return sizes_of(spec).branches * norms * _parameters_per_norm(spec)
+    return (spec.architecture.norms_per_block * spec.layers + 1) * _final_norm_parameters(spec)
 
 
 def _final_norm_parameters(spec: ModelSpec) -> int:
-    return sizes_of(spec).branches * _parameters_per_norm(spec)
-
-
-def _parameters_per_norm(spec: ModelSpec) -> int:
-    return spec.architecture.norm_parameters(spec.d_model)
+    return plan_of(spec).branches * spec.architecture.norm_parameters(spec.d_model)
 
 
 def attention_macs(spec: ModelSpec) -> int:
@@ -232,7 +227,7 @@ def _query_key_norm_parameters(spec: ModelSpec) -> int:
 
 
 def model_flops_utilisation(spec: RunSpec, tokens_per_s: float, workers: int) -> float | None:
-    """Return the model FLOPs utilization of a run (MFU; PaLM, arXiv 2204.02311, appendix B), a fraction; None on CPUs.
+    """Return the model FLOPs utilisation of a run (MFU; PaLM, arXiv 2204.02311, appendix B), a fraction; None on CPUs.
 
     Recomputation does not count, and causal attention counts half. `tokens_per_s` is the speed of all workers together.
     """

@@ -22,8 +22,7 @@ from mhmoe_ray.spec.load import (
 )
 from mhmoe_ray.spec.model import ModelSpec
 from mhmoe_ray.spec.moe import MoESpec
-from mhmoe_ray.spec.objectives import LossKind
-from mhmoe_ray.spec.parts import MicroBatchPart
+from mhmoe_ray.spec.parts import LossKind, MicroBatchPart
 from mhmoe_ray.spec.run import NON_TRAINING_SECTIONS, ReferenceSpec, RunSpec
 from mhmoe_ray.spec.serve import DeploySpec, KeySpec, ServeSpec
 from mhmoe_ray.spec.start import StartSpec

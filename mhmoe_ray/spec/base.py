@@ -22,6 +22,14 @@ class Section(BaseModel):
         serialize_by_alias=True,
     )
 
+    def changed_key(self, *names: str) -> str | None:
+        """Return the first of these fields whose value is not its default, if any.
+
+        The spec in a run directory names every key, so only another value than the default counts as set by the user.
+        """
+        fields = type(self).model_fields
+        return next((name for name in names if getattr(self, name) != fields[name].default), None)
+
 
 def section_keys(section: type[BaseModel]) -> list[str]:
     """Return the keys of a section as a spec file spells them: a field's alias if it has one, else its name."""

@@ -84,8 +84,7 @@ class NetworkSpec(Section):
     share: float = Field(default=0.8, gt=0, le=1)
     """Share of the peak bandwidths that exchanges between ranks reach."""
     nodes_per_domain: PositiveInt | None = None
-    """Nodes per domain of a hypothetical cluster; by default all nodes are in one domain. On a real cluster,
-    `domain_label` gives the domains."""
+    """Nodes per domain of a hypothetical cluster, by default all; on a real one, `domain_label` gives the domains."""
 
 
 # The data stream gets this number of CPUs, in addition to those of the workers. If workers took every CPU, they would
@@ -142,13 +141,11 @@ class ClusterSpec(Section):
     for. An elastic run shrinks when it loses a node. It grows after a checkpoint when there is room again. The number
     of workers is always a multiple of ep that divides train.micro_batches, so a and b must be such numbers."""
     ep: PositiveInt = 1
-    """Expert parallelism: number of ranks in an expert-parallel group, which share one set of experts. workers = dp x
-    ep."""
+    """Expert parallelism: number of ranks that share one set of experts; workers = dp x ep."""
     strategy: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
-    """Strategy for the parameters that all workers need, which are all parameters but the experts. ddp: each worker has
-    all of them. fsdp: each worker has a shard of them (torch's FSDP2). zero1, zero2, zero3: DeepSpeed's ZeRO. zero1
-    shards the optimizer state, zero2 the gradients as well, and zero3 the weights as well. ZeRO needs the extra
-    `deepspeed`."""
+    """Strategy for the parameters that all workers need, which are all but the experts. ddp: each worker has all of
+    them. fsdp: each worker has a shard of them (torch's FSDP2). zero1, zero2, zero3: DeepSpeed's ZeRO (extra
+    `deepspeed`), which shards the optimizer state, the gradients as well, and the weights as well."""
     shard_experts: bool = False
     """If true, fsdp also shards experts, over the dp workers that hold the same experts."""
     shard_group: PositiveInt | None = None
@@ -161,17 +158,15 @@ class ClusterSpec(Section):
     reduce_precision: Precision = "float32"
     """Precision in which fsdp sums gradients over the micro-batches of a step and over workers."""
     straddling: Literal["warn", "refuse"] = "warn"
-    """Reaction if an expert-parallel group must span more than one node. warn: print a warning and start. refuse: end
-    the run before its first step. The run is checked whenever it starts or restarts, at its current number of
-    workers."""
+    """Reaction if an expert-parallel group must span more than one node, whenever the run starts or restarts with its
+    number of workers. warn: print a warning and start. refuse: end the run before its first step."""
     dispatch: Annotated[Literal["flat", "hierarchical"], unmeasured("deepep", "hybridep")] = "flat"
     """All-to-all of an expert-parallel group that spans several nodes, in which the rows of sub-tokens are sent to
     experts. flat: a row is sent directly to the rank of each of its experts. hierarchical: a row is sent once to each
     other node that holds experts for it, and is forwarded from there."""
     domain_label: str | None = None
-    """Label of Ray nodes whose value is the name of the node's domain: nodes that a faster network connects, such as a
-    rack or an NVLink domain. An expert-parallel group that must span several nodes stays within one domain if
-    possible."""
+    """Label of Ray nodes with the name of the node's domain: nodes that a faster network connects, such as a rack or an
+    NVLink domain. An expert-parallel group that must span nodes stays within a domain if possible."""
     accelerator: AcceleratorSpec = AcceleratorSpec()
     network: NetworkSpec = NetworkSpec()
     cpus_per_worker: PositiveInt = 1
@@ -197,23 +192,16 @@ class ClusterSpec(Section):
                 "DeepSpeed's ZeRO 3 supports expert parallelism only in its own layers: set ep to 1, or strategy to "
                 "fsdp with shard_experts, which shards weights too"
             )
-        if self.shard_experts and self.strategy != "fsdp":
-            raise ValueError(f"shard_experts is for strategy fsdp, so it would be ignored with {self.strategy}")
-        if self.shard_group is not None:
-            self._check_shard_group(self.shard_group)
-        for name in ("gather_precision", "reduce_precision"):
-            if getattr(self, name) != "float32" and self.strategy != "fsdp":
-                raise ValueError(f"{name} is for strategy fsdp, so it would be ignored with {self.strategy}")
-        return self
-
-    def _check_shard_group(self, size: int) -> None:
-        if self.strategy != "fsdp":
-            raise ValueError(f"shard_group is for strategy fsdp, so it would be ignored with {self.strategy}")
+        key = self.changed_key("shard_experts", "shard_group", "gather_precision", "reduce_precision")
+        if key and self.strategy != "fsdp":
+            raise ValueError(f"{key} is for strategy fsdp, so it would be ignored with {self.strategy}")
+        size = self.shard_group or self.ep
         if size % self.ep:
             raise ValueError(f"shard_group ({size}) must be a multiple of ep ({self.ep})")
         for workers in (self.workers.min, self.workers.max):
             if workers % size:
                 raise ValueError(f"workers ({workers}) must be a multiple of shard_group ({size})")
+        return self
 
     @property
     def shard_ranks(self) -> int:

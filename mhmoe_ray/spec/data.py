@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.filters import FilterSpec
 from mhmoe_ray.spec.formats import FORMATS, IMAGE_COLUMNS, SOURCE_KEYS, Column, Format, formats_with
-from mhmoe_ray.spec.objectives import Objective
+from mhmoe_ray.spec.parts import Objective
 from mhmoe_ray.storage import refuse_password
 
 # Weights and shares have a large upper bound because users may write token counts as well as fractions.
@@ -61,9 +61,8 @@ class SourceSpec(Section):
     """Source of raw text or images: a folder with a subfolder per domain (RedPajama) or language, or plain files."""
 
     path: str
-    """Path of a folder or a file, or a pattern with * and **. It is local or starts with s3:// or gs://. A query after
-    the path may name the server, in pyarrow's notation:
-    s3://bucket/folder?region=eu-west-1&endpoint_override=storage.example:9000."""
+    """Path of a folder or a file, or a pattern with * and **; local, or with s3:// or gs://. A query may name the
+    server, as pyarrow writes it: s3://bucket/folder?region=eu-west-1&endpoint_override=storage.example:9000."""
     format: Format | None = None
     """Format of the files. By default it is recognized by the files' names. RedPajama-1T and most other data sets are
     `jsonl`. Conversations (`chat`) are never recognized: JSON lines or Parquet whose records have `messages`, a list of
@@ -77,38 +76,32 @@ class SourceSpec(Section):
     format images it is the name of the folder directly below the path, and in other formats it is read from
     `class_field`. `objects` are the boxes, classes and masks in COCO's JSON of instances."""
     text_field: str | None = Field(default=None, min_length=1)
-    """Key or column that holds the text; by default `raw_content` in redpajama-v2, `text` elsewhere. In webdataset it
-    is the suffix of the tar member with the caption, by default `txt`; a suffix json.KEY names a key of a JSON
-    member."""
+    """Key or column with the text; by default `raw_content` in redpajama-v2, `text` elsewhere. In webdataset it is the
+    suffix of the tar member with the caption, by default `txt`; json.KEY names a key of a JSON member."""
     languages: list[str] | None = Field(default=None, min_length=1)
-    """Languages of the captions to read, by default all. This key is for format webdataset, if `text_field` is json.KEY
-    and KEY holds an object with a caption for each language. An image with several captions becomes a sample with each
-    of them."""
+    """Languages of the captions to read, by default all, for format webdataset if `text_field` is json.KEY and KEY
+    holds an object with a caption for each language. An image becomes a sample with each of its captions."""
     class_field: str | None = Field(default=None, min_length=1)
-    """Column of Parquet or `huggingface` that holds the class, a text or a number; by default `label`. In webdataset
-    it is the suffix of the tar member with the class, by default `cls`; a suffix json.KEY names a key of a JSON
-    member."""
+    """Column of Parquet or `huggingface` with the class, a text or a number; by default `label`. In webdataset it is
+    the suffix of the tar member with the class, by default `cls`; json.KEY names a key of a JSON member."""
     image_field: str | None = Field(default=None, min_length=1)
-    """Column of Parquet or `huggingface` that holds the image, as bytes or as {bytes, path}; by default `image`. If
-    another source has images, the images in the records of a source of texts alone are hashed, so that the text of a
-    held-out image is held out, too. By default such a source looks for the columns of the other sources, then for
-    image, jpg, png and webp."""
+    """Column of Parquet or `huggingface` with the image, as bytes or as {bytes, path}; by default `image`. If another
+    source has images, those in the records of a source of texts alone are hashed, so that the text of a held-out image
+    is held out, too: by default those in the columns of the other sources, or in image, jpg, png or webp."""
     delimiter: str | None = None
     """Line that ends a document in format text ("" is a blank line). By default a file is one document."""
     filters: FilterSpec | None = None
     """Filters for format redpajama-v2, which select the documents to keep."""
     weight: Weight = 1.0
-    """Mixture weight of this source, relative to the other sources. 0: the source is used only from the step at which
-    the schedule raises its weight."""
+    """Mixture weight of this source, relative to the others. 0: unused until the schedule raises it."""
     alpha: float = Field(default=1.0, ge=0, le=1)
     """Temperature of the mixture of subfolders: the share of subfolder i is q_i = p_i^alpha / sum_j p_j^alpha, where
     p_i is its share of the source's tokens."""
     shares: dict[str, Share] | None = Field(default=None, min_length=1)
     """Fixed shares by subfolder, instead of `alpha`. Only the named subfolders are used."""
     max_epochs: Epochs | None = None
-    """Largest number of epochs of each subfolder over the whole training. When a subfolder reaches its limit, the
-    source's other subfolders take over its samples, in proportion to their shares. When all of them have reached their
-    limits, the other sources take over."""
+    """Largest number of epochs of each subfolder over the whole training. At its limit, a subfolder's samples go to the
+    source's other subfolders, in proportion to their shares; if all are at their limits, to the other sources."""
     max_epochs_of: dict[str, Epochs] = Field(default_factory=dict)
     """Largest number of epochs of single subfolders, by name. It takes precedence over `max_epochs`."""
 
@@ -187,15 +180,13 @@ class PartSpec(Section):
     micro_batch_size: PositiveInt
     """Number of samples of this part in a micro-batch."""
     objective: Objective | None = None
-    """Training objective of this part. next_token: each token is predicted from those before it; this is the only
-    objective of a decoder. masked: the hidden patches and tokens of an image, a text or a pair of both are predicted;
-    this is the default of an encoder. contrastive: each image is matched with its text among all texts of the part in
-    the same micro-batch, and each text with its image. caption: each token of a text, and its end, is predicted from
-    its image and the tokens before it. classify, detect: a vision model has one of these for the task with the part's
-    name, and the key can be left out."""
+    """Training objective of this part. next_token: each token is predicted from those before it; the only objective of
+    a decoder. masked: the hidden patches and tokens of an image, a text or a pair are predicted; the default of an
+    encoder. contrastive: each image is matched with its text among all texts of the part in the micro-batch, and each
+    text with its image. caption: each token of a text, and its end, is predicted from its image and the tokens before
+    it. classify, detect: that of a vision model's task with the part's name; the key can be left out."""
     weight: PositiveFloat = 1.0
-    """Factor of this part's losses in the loss of an encoder or a vision model, which is the sum of the mean losses of
-    all parts."""
+    """Factor of this part's mean losses in the loss of an encoder or a vision model, which is the sum over parts."""
 
 
 class ImageSpec(Section):
@@ -220,9 +211,8 @@ class DataSpec(Section):
     schedule: list[PhaseSpec] = Field(default_factory=list)
     """Changes of the mixture during training, by step."""
     parts: dict[SourceName, PartSpec] = Field(default_factory=dict)
-    """Parts of every micro-batch, by name. Each part has its own samples in its own order, from its own mixture of
-    sources. The sum of the parts' numbers of samples is train.micro_batch_size. Without parts, the mixture of all
-    sources fills a micro-batch."""
+    """Parts of every micro-batch, by name, each with its own samples, order and mixture of sources. Their numbers of
+    samples add up to train.micro_batch_size. Without parts, the mixture of all sources fills a micro-batch."""
     prepared: Path
     """Folder for the packed token shards. `data prepare` writes them once, and training only reads them. If the folder
     lies below a source's path, it is not part of that source."""
@@ -232,19 +222,16 @@ class DataSpec(Section):
     that are longer are cut. A longer text without an image becomes several samples."""
     packing: Literal["concat", "best_fit"] = "concat"
     """Packing of documents into samples. concat: documents follow each other and are cut where a sample ends. best_fit:
-    documents that fit into a sample are not cut. Samples are filled up with padding, whose targets do not count in the
-    loss."""
+    documents that fit are not cut. Samples are filled up with padding, whose targets do not count in the loss."""
     images: ImageSpec = ImageSpec()
     """Size limits of images, and their crops in training."""
     tokenizer: Path | None = None
-    """Path of a tokenizer.json, or of a vocabulary in tiktoken's format; by default a tokenizer is trained on the
-    sources."""
+    """Path of a tokenizer.json or of a vocabulary in tiktoken's format; by default one is trained on the sources."""
     tokenizer_pattern: str | None = Field(default=None, min_length=1)
     """Pattern that splits text before the merge ranks of a vocabulary in tiktoken's format are applied: a name (gpt2,
     cl100k, o200k or qwen2) or a regular expression."""
     tokenizer_model: Literal["bpe", "unigram"] | None = None
-    """Kind of tokenizer to train; by default bpe. Both kinds are byte-level. unigram takes several times as long to
-    train."""
+    """Kind of byte-level tokenizer to train, by default bpe; unigram takes several times as long."""
     tokenizer_train_mb: PositiveFloat | None = None
     """Amount of text that the tokenizer is trained on, in millions of characters; by default 20. The text is a sample
     of all domains in the proportions of the mixture."""
@@ -261,8 +248,7 @@ class DataSpec(Section):
     """Largest size of a document in MB, in the form in which it is stored (its line, its text or image file, or its
     value in a column). Larger documents are quarantined."""
     max_bad_lines: NonNegativeInt = 0
-    """Largest number of unreadable lines, rows or text files. They are quarantined; one more than this number stops the
-    job."""
+    """Largest number of unreadable lines, rows or text files, which are quarantined; one more stops the job."""
     max_bad_share: float = Field(default=0.0, ge=0, lt=1)
     """Largest share of unreadable lines, rows and text files. It replaces `max_bad_lines` if it allows more."""
     max_bad_files: NonNegativeInt = 0

@@ -29,8 +29,7 @@ class EncoderSpec(Section):
     codebook_size: int = Field(default=8192, ge=2)
     """Number of entries of the codebook, for image_targets codebook."""
     d_match: PositiveInt | None = None
-    """Width of the vectors that objective `contrastive` compares. By default the model has no head for this
-    objective."""
+    """Width of the vectors that objective `contrastive` compares; by default the model has no head for it."""
     experts: Literal["beside", "replace"] = "beside"
     """Position of the experts in their layers. beside: their output is added to that of the feed-forward layers.
     replace: they take the place of the feed-forward layers."""
@@ -46,7 +45,7 @@ class EncoderSpec(Section):
                 f"image_positions is {self.image_positions}, but an image has {self.patches} patches and a position of "
                 f"its own: raise it to {self.patches + 1}, or patch_size"
             )
-        if self.image_targets == "pixels" and self.codebook_size != type(self).model_fields["codebook_size"].default:
+        if self.image_targets == "pixels" and self.changed_key("codebook_size"):
             raise ValueError("image_targets is pixels, so codebook_size would be ignored")
         return self
 

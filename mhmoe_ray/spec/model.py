@@ -47,17 +47,14 @@ class RopeScaling(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        yarn_keys, llama3_keys = {"beta_fast", "beta_slow", "attention_factor"}, {"low_freq_factor", "high_freq_factor"}
+        yarn_keys, llama3_keys = ["attention_factor", "beta_fast", "beta_slow"], ["high_freq_factor", "low_freq_factor"]
         ignored_keys = {
-            "linear": {"original_length"} | yarn_keys | llama3_keys,
+            "linear": [*yarn_keys, *llama3_keys, "original_length"],
             "yarn": llama3_keys,
             "llama3": yarn_keys,
         }[self.type]
-        # The spec in a run directory names every key, so a key counts as set by the user only if its value is not the
-        # default.
-        for key in sorted(ignored_keys):
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"type is {self.type}, so {key} would be ignored")
+        if key := self.changed_key(*ignored_keys):
+            raise ValueError(f"type is {self.type}, so {key} would be ignored")
         if self.original_length is None and self.type != "linear":
             raise ValueError(f"type is {self.type}, so original_length must be given")
         if self.type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
@@ -89,9 +86,8 @@ class ModelSpec(Section):
     d_head: PositiveInt | None = None
     """Width of an attention head; by default d_model / attention_heads."""
     attention_bias: AttentionBias | None = None
-    """Projections of attention that have a bias: none, qkv (queries, keys and values, as in Qwen2) or all (the output
-    as well). The default is that of the backbone: none for llama. For subln it is always all, and the key must be left
-    out."""
+    """Projections of attention with a bias: none, qkv (queries, keys and values, as in Qwen2) or all (the output as
+    well). By default none for llama; subln always has all, and the key must be left out."""
     qk_norm: Literal["none", "head", "all"] = "none"
     """RMSNorm of queries and keys before the rotation of positions. head: over each head by itself (Qwen3). all: over
     all heads together (OLMoE)."""
@@ -109,8 +105,7 @@ class ModelSpec(Section):
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout rate in training on the attention weights (0.1 in the runs of the first MH-MoE paper)."""
     document_masks: bool = False
-    """If true, a token attends only to tokens of its own document, in training and validation, and not to other
-    documents of the same sample."""
+    """If true, a token attends only to tokens of its own document, in training and validation."""
     moe: MoESpec | None = None
     """Mixture-of-experts layers. By default every layer has a dense feed-forward layer."""
 
@@ -144,12 +139,11 @@ class ModelSpec(Section):
             raise ValueError("every layer is a mixture of experts, so d_ff would be ignored")
         if self.moe:
             self._check_sub_tokens(self.moe)
-        if self.moe and not self.moe_layers:
-            raise ValueError(
-                f"moe.every is {self.moe.every} and moe.dense_first {self.moe.dense_first}, so none of the "
-                f"{self.layers} layers has experts"
-            )
-        if self.moe:
+            if not self.moe_layers:
+                raise ValueError(
+                    f"moe.every is {self.moe.every} and moe.dense_first {self.moe.dense_first}, so none of the "
+                    f"{self.layers} layers has experts"
+                )
             self._check_kernel(self.moe)
             self._check_smear(self.moe)
         if self.encoder:
@@ -161,9 +155,8 @@ class ModelSpec(Section):
     def _check_trunk_options(self) -> None:
         if self.architecture.has_trunk_options:
             return
-        for name in ("d_head", "attention_bias", "rope_scaling"):
-            if getattr(self, name) is not None:
-                raise ValueError(f"{name} is fixed on the {self.backbone} backbone: remove it")
+        if name := self.changed_key("d_head", "attention_bias", "rope_scaling"):
+            raise ValueError(f"{name} is fixed on the {self.backbone} backbone: remove it")
         if self.qk_norm != "none":
             raise ValueError(f"the {self.backbone} backbone has no norm of queries and keys: remove qk_norm")
 
@@ -214,7 +207,7 @@ class ModelSpec(Section):
             raise ValueError(f"an encoder has the layers of backbone subln, not {self.backbone}: set backbone to subln")
         if self.document_masks:
             raise ValueError("document_masks is for decoders: a sample of an encoder has one text, so remove it")
-        if self.rope_theta != type(self).model_fields["rope_theta"].default:
+        if self.changed_key("rope_theta"):
             raise ValueError("an encoder has tables of positions, so rope_theta would be ignored: remove it")
         if self.tied_embeddings:
             raise ValueError("the output of an encoder has weights of its own: set tied_embeddings to false")
@@ -232,10 +225,8 @@ class ModelSpec(Section):
             )
 
     def _check_vision(self, vision: VisionSpec) -> None:
-        fields = type(self).model_fields
-        for key in ("vocab_size", "document_masks", "rope_theta", "tied_embeddings"):
-            if getattr(self, key) != fields[key].default:
-                raise ValueError(f"a vision model has no tokens, so {key} would be ignored: remove it")
+        if key := self.changed_key("vocab_size", "document_masks", "rope_theta", "tied_embeddings"):
+            raise ValueError(f"a vision model has no tokens, so {key} would be ignored: remove it")
         if self.rope_scaling is not None:
             raise ValueError("a vision model has tables of positions, so rope_scaling would be ignored: remove it")
         if self.moe is None:

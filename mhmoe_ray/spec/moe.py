@@ -92,10 +92,9 @@ class MoESpec(Section):
     heads: PositiveInt = 2
     """h: number of sub-tokens that each token is split into."""
     d_sub_token: PositiveInt | None = None
-    """D: width of a sub-token; by default d_model / heads. The router and the experts compute on rows of this width.
-    With another width than the default, the first layer of the head projection maps d_model values to heads *
-    d_sub_token values, and the last layer of the merge projection maps them back. Layers between the two have heads *
-    d_sub_token values."""
+    """D: width of a sub-token, on which the router and the experts compute; by default d_model / heads. With another
+    width, the first layer of the head projection maps d_model to heads * d_sub_token values, layers between keep that
+    number, and the last layer of the merge projection maps them back."""
     experts: PositiveInt = 8
     """E: number of routed experts in each layer."""
     top_k: PositiveInt = 2
@@ -103,8 +102,7 @@ class MoESpec(Section):
     d_expert: PositiveInt
     """f: hidden width of one expert."""
     every: PositiveInt = 2
-    """Distance between mixture-of-experts layers: layer i (counted from 0) is one if i + 1 is a multiple of this
-    number."""
+    """Distance between mixture-of-experts layers: layer i (from 0) is one if i + 1 is a multiple of this number."""
     dense_first: NonNegativeInt = 0
     """Number of layers at the start of the model that are dense, regardless of `every` (DeepSeek-V3)."""
 
@@ -119,8 +117,7 @@ class MoESpec(Section):
     """If true, each sub-token is added to its experts' output before the merge projection. Equation 6 of the first
     MH-MoE paper does so, but none of the authors' code does."""
     d_shared: NonNegativeInt = 0
-    """Hidden width of a shared expert, which computes on every whole token in addition to the routed experts. 0: no
-    shared expert."""
+    """Hidden width of a shared expert, which computes on every whole token besides the routed experts. 0: none."""
 
     router: RouterName = "linear"
     """Router. linear: softmax of W x (second MH-MoE paper). xmoe: X-MoE's router as published, the cosine of a
@@ -135,28 +132,23 @@ class MoESpec(Section):
     """Width of the projection of router xmoe; by default E / 2, as its authors advise. It must be at least 2: in one
     dimension a cosine is 1 or -1, and the router learns nothing."""
     scoring: Literal["softmax", "sigmoid"] = "softmax"
-    """Function that turns the router's logits into scores. softmax: over all experts. sigmoid: of each logit by itself
-    (DeepSeek-V3)."""
+    """Function from the router's logits to scores. softmax: over all experts. sigmoid: of each logit (DeepSeek-V3)."""
     normalize_gates: bool = False
     """If true, the k gates (routing weights) of a routed vector are divided by their sum (first MH-MoE paper, Mixtral).
     By default they are the raw scores (code of the second MH-MoE paper)."""
     gate_scale: PositiveFloat = 1.0
     """Factor by which all gates (routing weights) are multiplied (DeepSeek-V3's route scale)."""
     groups: PositiveInt = 1
-    """Number of equal groups of experts for group-limited routing (DeepSeek-V3). Only the experts of the best
-    `top_groups` groups are considered for a routed vector. The value of a group is the sum of its two largest
-    scores."""
+    """Number of equal groups of experts for group-limited routing (DeepSeek-V3): only experts of the best `top_groups`
+    groups are considered for a routed vector. A group's value is the sum of its two largest scores."""
     top_groups: PositiveInt = 1
     """Number of groups whose experts are considered for a routed vector."""
     expert_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability in training that router smear leaves an expert out of a sample's average (0.1 in the runs of SMEAR's
-    authors)."""
+    """Probability in training that router smear leaves an expert out of a sample's average (0.1 in SMEAR's runs)."""
     jitter: float = Field(default=0.0, ge=0, lt=1)
-    """Router jitter: in training, the router's input is multiplied by random factors, drawn uniformly from 1 - jitter
-    to 1 + jitter."""
+    """Router jitter: in training, the router's input is multiplied by uniform factors from 1 - jitter to 1 + jitter."""
     noise: float = Field(default=0.0, ge=0)
-    """Noise of the router: in training, normal noise with a standard deviation of noise / E is added to its logits (1
-    in V-MoE and AdaMV-MoE)."""
+    """Noise of the router: normal noise of deviation noise / E on its logits in training (1 in V-MoE and AdaMV-MoE)."""
     capacity_factor: PositiveFloat | None = None
     """Capacity factor of static routing, which limits the rows (routed vectors) of an expert in training and
     validation. The expert capacity is this factor times k * ceil(N / E) for the N rows of a micro-batch. Rows beyond it
@@ -167,8 +159,7 @@ class MoESpec(Section):
     min(1, 2 g), as the runs of the first MH-MoE paper did."""
 
     balance_weight: float = Field(default=0.01, ge=0)
-    """Factor of the load balancing loss, which is summed over layers. A uniform router costs exactly this much per
-    layer."""
+    """Factor of the load balancing loss, summed over layers; a uniform router costs exactly this much per layer."""
     balance: Literal["shares", "importance_load"] = "shares"
     """Load balancing loss. shares: each expert's mean probability times its share of the choices (code of both MH-MoE
     papers). importance_load: the squared coefficients of variation of the experts' importance and of their load
@@ -183,9 +174,8 @@ class MoESpec(Section):
     z_weight: float = Field(default=0.0, ge=0)
     """Factor of the router z-loss, which is the mean squared log-sum-exp of the router's logits, summed over layers."""
     bias_rate: float = Field(default=0.0, ge=0)
-    """Rate of load balancing without a loss. After each step, the selection bias of an expert rises by this rate if the
-    expert had fewer rows (routed vectors) than the mean, and falls by it if the expert had more. The bias affects only
-    the choice of experts."""
+    """Rate of load balancing without a loss. After each step, an expert's selection bias rises by this rate if it had
+    fewer rows (routed vectors) than the mean, and falls if it had more. The bias affects only the choice of experts."""
 
     kernel: Annotated[KernelName, unmeasured("sonicmoe", "deepgemm", "fp8", "cuda_graphs")] = "auto"
     """Kernel that runs routed vectors through the experts (kernels/README.md). auto: the fastest kernel that the
@@ -254,9 +244,8 @@ class MoESpec(Section):
             raise ValueError(f"experts is {self.experts}, but domains names {len(self.domains)}: set it to that")
         if self.top_k != 1:
             raise ValueError("router domain sends a document to one expert: set top_k to 1")
-        for key in _CHOICE_KEYS:
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"router domain computes no scores, so {key} would be ignored: remove it")
+        if key := self.changed_key(*_CHOICE_KEYS):
+            raise ValueError(f"router domain computes no scores, so {key} would be ignored: remove it")
 
     def _check_smear(self) -> None:
         if self.router != "smear":
@@ -267,9 +256,8 @@ class MoESpec(Section):
             raise ValueError("router smear averages experts for whole samples, and splits no tokens: set heads to 1")
         if self.top_k != 1:
             raise ValueError("router smear averages all experts into one and makes no choice: set top_k to 1")
-        for key in (*_CHOICE_KEYS, "d_sub_token", "sub_token_residual", "kernel", "recompute"):
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"router smear sends no rows to experts, so {key} would be ignored: remove it")
+        if key := self.changed_key(*_CHOICE_KEYS, "d_sub_token", "sub_token_residual", "kernel", "recompute"):
+            raise ValueError(f"router smear sends no rows to experts, so {key} would be ignored: remove it")
         for key in ("head_projection", "merge_projection"):
             if getattr(self, key):
                 raise ValueError(f"router smear has no projections: remove {key}")

@@ -1,9 +1,53 @@
-"""Parts of a micro-batch, each with its own sources, objective and losses."""
+"""Parts of a micro-batch: their sources, objectives and losses, and checks that they fit the model of a run.
 
-from typing import NamedTuple
+The checks raise ValueError with the key to change.
+"""
 
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from mhmoe_ray.spec.encoder import EncoderSpec
 from mhmoe_ray.spec.formats import Column
-from mhmoe_ray.spec.objectives import OBJECTIVES, LossKind, Objective, ObjectiveTraits
+from mhmoe_ray.spec.vision import VisionSpec
+
+if TYPE_CHECKING:
+    from mhmoe_ray.spec.run import RunSpec
+
+LossKind = Literal["image", "text", "match", "caption"]
+"""Loss of an encoder on hidden patches, hidden tokens, matches of images with texts, or captions."""
+
+
+class ObjectiveTraits(NamedTuple):
+    """Properties of a training objective, for its samples, its checks and the estimates of `mhmoe plan`."""
+
+    model: Literal["decoder", "encoder", "vision"]
+    hides: bool = False
+    """True if patches and tokens are hidden in the input, and predicted at their positions."""
+    writes: bool = False
+    """True if each token and the end of a text are predicted from the image and the earlier tokens."""
+    compares: bool = False
+    """True if images are compared with all texts of the part in a micro-batch, and encoded apart."""
+    loss: LossKind | None = None
+    """Kind of the single loss; None if each column has a loss."""
+
+    @property
+    def needs_pairs(self) -> bool:
+        """True if every sample must have an image and a text."""
+        return self.writes or self.compares
+
+
+OBJECTIVES: dict[str, ObjectiveTraits] = {
+    "next_token": ObjectiveTraits("decoder"),
+    "masked": ObjectiveTraits("encoder", hides=True),
+    "contrastive": ObjectiveTraits("encoder", compares=True, loss="match"),
+    "caption": ObjectiveTraits("encoder", writes=True, loss="caption"),
+    "classify": ObjectiveTraits("vision"),
+    "detect": ObjectiveTraits("vision"),
+}
+"""All objectives by their name in a spec (`data.parts.NAME.objective`)."""
+if TYPE_CHECKING:
+    Objective = str
+else:
+    Objective = Literal[tuple(OBJECTIVES)]
 
 DETECTION_LOSSES = ("objectness", "proposals", "classes", "boxes", "masks")
 """Losses of a detector: objects in anchors, edges of proposals, and classes, edges and masks of boxes."""
@@ -53,3 +97,122 @@ class MicroBatchPart(NamedTuple):
         if self.traits.loss is not None:
             return (self.traits.loss,)
         return tuple(kind for kind in ("image", "text") if kind in self.columns)
+
+
+def check_parts(spec: "RunSpec") -> None:
+    """Check that the parts have objectives that fit the model, and together as many samples as a micro-batch."""
+    sizes = [part.micro_batch_size for part in spec.data.parts.values()]
+    if sizes and sum(sizes) != spec.train.micro_batch_size:
+        raise ValueError(
+            f"train.micro_batch_size is {spec.train.micro_batch_size}, but the parts of a micro-batch have "
+            f"{' + '.join(map(str, sizes))} samples: set it to {sum(sizes)}"
+        )
+    for name, part in spec.data.parts.items():
+        if spec.model.vision is not None:
+            continue
+        model = OBJECTIVES[part.objective].model if part.objective is not None else None
+        if model == "vision":
+            raise ValueError(f"data.parts.{name}.objective {part.objective} is for vision models: set model.vision")
+        if spec.model.encoder is None and model == "encoder":
+            raise ValueError(f"data.parts.{name}.objective {part.objective} is for models with an encoder")
+        if spec.model.encoder is None and part.weight != 1:
+            raise ValueError(f"data.parts.{name}.weight is for models with an encoder, and would be ignored")
+        if spec.model.encoder is not None and model == "decoder":
+            raise ValueError(f"data.parts.{name}.objective is {part.objective}, but an encoder reads whole texts")
+
+
+def check_encoder_parts(spec: "RunSpec", encoder: EncoderSpec) -> None:
+    """Check that the parts of micro-batches provide what an encoder learns from, and fit the other options."""
+    if not spec.data.parts:
+        raise ValueError("an encoder needs data.parts: at least one with texts and one with images, or pairs")
+    for part in spec.parts:
+        for source in part.sources:
+            columns = spec.data.sources[source].sample_columns
+            if not {"image", "text"}.issuperset(columns):
+                raise ValueError(f"data.sources.{source} has {columns[0]} for vision models: set its columns")
+            if columns != part.columns:
+                raise ValueError(
+                    f"part {part.name} has sources with {' and '.join(part.columns)}, but data.sources.{source} "
+                    f"has {' and '.join(columns)}: set its columns, or put it into a part of its own"
+                )
+        if part.traits.needs_pairs and len(part.columns) < 2:
+            raise ValueError(f"part {part.name} is {part.objective}, so its sources need an image and a text")
+        if part.traits.writes and spec.model.moe is not None and spec.model.moe.router == "smear":
+            raise ValueError(
+                f"part {part.name} is {part.objective}, whose tokens must not see later ones, but router smear "
+                "averages experts over all of them: choose another objective or router"
+            )
+        if part.traits.compares and part.samples < 2:
+            raise ValueError(f"part {part.name} is {part.objective}, so its micro_batch_size must be at least 2")
+    losses = [loss for part in spec.parts for loss in part.losses]
+    if len(set(losses)) < len(losses):
+        raise ValueError(f"two losses of the parts have the same name, among {', '.join(losses)}: rename a part")
+    # An encoder must learn to read both images and texts, unless it starts from a model that has learned both already.
+    if {column for part in spec.parts for column in part.columns} != {"image", "text"} and spec.start is None:
+        raise ValueError(
+            "an encoder needs parts with images and with texts, or with pairs, unless it starts from another run"
+        )
+    spec.train.masking.check_use({key for part in spec.parts for key in part.masking_keys}, encoder.patches)
+    has_contrast = any(part.traits.compares for part in spec.parts)
+    if has_contrast != (encoder.d_match is not None):
+        state = "missing" if has_contrast else "given, but no part of data.parts is contrastive"
+        raise ValueError(f"model.encoder.d_match is {state}: set both or none")
+    if spec.data.seq_len > encoder.text_positions:
+        raise ValueError(
+            f"data.seq_len is {spec.data.seq_len}, but a text has {encoder.text_positions} positions: lower it, or "
+            "raise model.encoder.text_positions"
+        )
+    if spec.data.seq_len < 2:
+        raise ValueError("data.seq_len must be at least 2: a start token, and a token of the text")
+    if spec.data.packing != "concat":
+        raise ValueError("data.packing is for decoders: each text of an encoder is a sample of its own; remove it")
+    if spec.data.chat_sources:
+        raise ValueError(f"data.sources.{spec.data.chat_sources[0]} has conversations, which decoders alone read")
+    if spec.train.loss_chunk_rows is not None:
+        raise ValueError("train.loss_chunk_rows is for decoders: an encoder computes logits of hidden tokens alone")
+    if spec.start is not None and spec.start.how != "copy":
+        raise ValueError(f"start.how {spec.start.how} is for decoders: an encoder can only start from a copy")
+    if spec.start is not None and spec.start.order == "continue":
+        raise ValueError("start.order continue is for decoders: remove it")
+    hides_images = any(part.traits.hides and "image" in part.columns for part in spec.parts)
+    if spec.start is None and encoder.image_targets == "codebook" and not hides_images:
+        raise ValueError(
+            "model.encoder.image_targets is codebook, but no part with objective masked has images: remove it"
+        )
+    if spec.start is not None and encoder.image_targets == "codebook" and hides_images:
+        raise ValueError(
+            "a codebook is made of a run's own images, so patches would mean other entries than at its start: use "
+            "parts with objectives contrastive and caption, or texts"
+        )
+
+
+def check_vision_parts(spec: "RunSpec", vision: VisionSpec) -> None:
+    """Check that each task of a vision model has a part of the same name with samples that it can learn from."""
+    if vision.tasks.keys() != spec.data.parts.keys():
+        names, parts = ", ".join(vision.tasks), ", ".join(spec.data.parts) or "none"
+        raise ValueError(f"model.vision.tasks are {names}, but data.parts are {parts}: give each task a part")
+    for name, task in vision.tasks.items():
+        part, column = spec.data.parts[name], "class" if task.detector is None else "objects"
+        if part.objective not in (None, task.objective):
+            raise ValueError(
+                f"data.parts.{name}.objective is {part.objective}, but its task is {task.objective}: remove it"
+            )
+        for source in part.sources:
+            columns = spec.data.sources[source].sample_columns
+            if set(columns) != {"image", column}:
+                raise ValueError(
+                    f"task {name} needs sources with image and {column}, but data.sources.{source} has "
+                    f"{' and '.join(columns)}: set its columns"
+                )
+    text_keys = ("seq_len", "packing", "tokenizer", "tokenizer_pattern", "tokenizer_model", "tokenizer_train_mb")
+    if key := spec.data.changed_key(*text_keys):
+        raise ValueError(f"data.{key} is for texts, and would be ignored by a vision model: remove it")
+    if spec.cluster.strategy == "zero3" and any(task.detector is not None for task in vision.tasks.values()):
+        raise ValueError(
+            "cluster.strategy zero3 gathers weights when a module runs, but a detector does not run on a worker "
+            "without images: set it to fsdp or zero2"
+        )
+    if spec.train.loss_chunk_rows is not None:
+        raise ValueError("train.loss_chunk_rows is for decoders: remove it")
+    if spec.start is not None:
+        raise ValueError("start is for decoders and encoders: remove it")

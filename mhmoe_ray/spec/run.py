@@ -12,9 +12,7 @@ from mhmoe_ray.spec.cluster import ClusterSpec, WorkerRange
 from mhmoe_ray.spec.data import DataSpec, ImageSpec, absolute_path
 from mhmoe_ray.spec.model import ModelSpec
 from mhmoe_ray.spec.moe import MoESpec
-from mhmoe_ray.spec.objectives import Objective
-from mhmoe_ray.spec.part_checks import check_encoder_parts, check_parts, check_vision_parts
-from mhmoe_ray.spec.parts import MicroBatchPart
+from mhmoe_ray.spec.parts import MicroBatchPart, Objective, check_encoder_parts, check_parts, check_vision_parts
 from mhmoe_ray.spec.serve import ServeSpec
 from mhmoe_ray.spec.start import StartSpec
 from mhmoe_ray.spec.train import MaskingSpec, TrackingSpec, TrainSpec
@@ -52,8 +50,7 @@ class RunSpec(Section):
     seed: NonNegativeInt = 0
     """Seed of the initial weights and of the order of the data."""
     origin: str | None = None
-    """Name of the preset that the spec is based on, for display only. The other keys hold all values, including those
-    that override the preset."""
+    """Name of the preset that the spec is based on, for display only, because the other keys hold all values."""
     start: StartSpec | None = None
     """Model whose weights the run starts from. By default the first weights are random."""
     model: ModelSpec
@@ -66,42 +63,10 @@ class RunSpec(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        moe = self.model.moe
-        if self.cluster.ep > 1 and moe is None:
-            raise ValueError(
-                f"cluster.ep is {self.cluster.ep}, but a dense model has no experts to spread: set ep to 1"
-            )
-        if self.cluster.shard_experts and moe is None:
-            raise ValueError(
-                "cluster.shard_experts is true, but a dense model has no experts to shard: set shard_experts to false"
-            )
-        if moe is not None and moe.experts % self.cluster.ep:
-            raise ValueError(f"model.moe.experts ({moe.experts}) must be a multiple of cluster.ep ({self.cluster.ep})")
-        if moe is not None:
-            self._check_kernel(moe)
-        if moe is not None and moe.kernel == "capacity" and self.cluster.ep > 1:
-            raise ValueError(
-                f"model.moe.kernel capacity holds all experts, but cluster.ep is {self.cluster.ep}: "
-                "set ep to 1, or kernel to grouped, which drops the same routes"
-            )
-        if moe is not None and moe.router == "smear" and self.cluster.ep > 1:
-            raise ValueError(
-                f"model.moe.router smear averages all experts of a layer, but cluster.ep is {self.cluster.ep}: "
-                "set ep to 1"
-            )
-        if moe is not None and moe.recompute not in (None, 1) and self._recomputes_experts:
-            raise ValueError(
-                f"model.moe.recompute is {moe.recompute:g}, but with train.recompute {self.train.recompute} and "
-                f"cluster.ep {self.cluster.ep} experts recompute all of their hidden rows, so it would be ignored: "
-                "leave it out"
-            )
-        if self.train.recompute == "experts" and moe is None:
-            raise ValueError("train.recompute is experts, but a dense model has none: set it to none or block")
-        if self.train.recompute == "experts" and moe is not None and moe.kernel_limits.kept_rows == "all":
-            raise ValueError(
-                f"train.recompute is experts, but kernel {moe.kernel} keeps all hidden rows: set train.recompute to "
-                "block, or model.moe.kernel to auto"
-            )
+        if self.model.moe is None:
+            self._check_dense()
+        else:
+            self._check_experts(self.model.moe)
         if self.cluster.gather_precision == "bfloat16" and self.train.precision != "bfloat16":
             raise ValueError(
                 "cluster.gather_precision bfloat16 would round the weights of products in float32: "
@@ -141,6 +106,43 @@ class RunSpec(Section):
                     f"({workers}), so that every worker gets equally many"
                 )
         return self
+
+    def _check_dense(self) -> None:
+        if self.cluster.ep > 1:
+            raise ValueError(
+                f"cluster.ep is {self.cluster.ep}, but a dense model has no experts to spread: set ep to 1"
+            )
+        if self.cluster.shard_experts:
+            raise ValueError(
+                "cluster.shard_experts is true, but a dense model has no experts to shard: set shard_experts to false"
+            )
+        if self.train.recompute == "experts":
+            raise ValueError("train.recompute is experts, but a dense model has none: set it to none or block")
+
+    def _check_experts(self, moe: MoESpec) -> None:
+        ep, recompute = self.cluster.ep, self.train.recompute
+        if moe.experts % ep:
+            raise ValueError(f"model.moe.experts ({moe.experts}) must be a multiple of cluster.ep ({ep})")
+        self._check_kernel(moe)
+        if moe.kernel == "capacity" and ep > 1:
+            raise ValueError(
+                f"model.moe.kernel capacity holds all experts, but cluster.ep is {ep}: set ep to 1, or kernel to "
+                "grouped, which drops the same routes"
+            )
+        if moe.router == "smear" and ep > 1:
+            raise ValueError(
+                f"model.moe.router smear averages all experts of a layer, but cluster.ep is {ep}: set ep to 1"
+            )
+        if moe.recompute not in (None, 1) and self._recomputes_experts:
+            raise ValueError(
+                f"model.moe.recompute is {moe.recompute:g}, but with train.recompute {recompute} and cluster.ep {ep} "
+                "experts recompute all of their hidden rows, so it would be ignored: leave it out"
+            )
+        if recompute == "experts" and moe.kernel_limits.kept_rows == "all":
+            raise ValueError(
+                f"train.recompute is experts, but kernel {moe.kernel} keeps all hidden rows: set train.recompute to "
+                "block, or model.moe.kernel to auto"
+            )
 
     def _check_kernel(self, moe: MoESpec) -> None:
         limits, gpus = moe.kernel_limits, self.cluster.gpus_per_worker

@@ -64,8 +64,7 @@ class ServeSpec(Section):
     cluster must have room for both. false: an old replica stops taking requests before a new one starts. With a single
     replica, requests then wait, at most `max_waiting` of them, and they are refused if the new replica cannot start."""
     engine: EngineName = "torch"
-    """Inference engine. torch: the engine of this project, on CPUs or one GPU. vllm: vLLM, which must be installed on
-    the nodes of the replicas."""
+    """Inference engine. torch: this project's, on CPUs or one GPU. vllm: vLLM, which replicas' nodes must have."""
     cpus_per_replica: PositiveInt = 1
     gpus_per_replica: NonNegativeInt = 0
     tensor_parallel: PositiveInt = 1
@@ -83,23 +82,19 @@ class ServeSpec(Section):
     max_waiting: PositiveInt = 128
     """Largest number of requests that wait in one replica; further requests are refused."""
     cache_tokens: PositiveInt | None = None
-    """Capacity of a replica's KV cache in tokens. The default is large enough that none of `max_concurrency` requests
-    waits for space in the cache."""
+    """Capacity of a replica's KV cache in tokens; by default none of `max_concurrency` requests waits for space."""
     request_timeout: PositiveFloat = 600.0
     """Timeout of a request in seconds, including the time that it waits. A replica that shuts down has the same time to
     finish its running requests."""
     stream_interval: NonNegativeFloat = 0.05
-    """Seconds between two chunks of a streamed answer. The first chunk is sent at once, and later tokens wait for the
-    next chunk. If a replica has more than a dozen streams, the interval grows, up to 0.25, so that the replica sends
-    250 chunks a second for all streams together. 0: one chunk per token, each of which Serve's proxy forwards
-    separately."""
+    """Seconds between two chunks of a streamed answer, after the first, which is sent at once. With more than a dozen
+    streams, the interval grows, up to 0.25, so that a replica sends 250 chunks a second for all together. 0: one chunk
+    per token, each of which Serve's proxy forwards separately."""
     max_body_bytes: PositiveInt | None = None
-    """Largest size of the body of a request in bytes. The default is 1 MiB, and 16 MiB for models that read images. A
-    replica also limits the total size of the bodies of unanswered requests to 32 times this size, but at least 256 MiB,
-    and refuses further ones."""
+    """Largest body of a request in bytes; by default 1 MiB, and 16 MiB for models that read images. A replica also
+    refuses requests while the bodies of unanswered ones exceed 32 times this size, but at least 256 MiB."""
     log_prompts: bool = False
-    """If true, replicas log the text of each prompt. If false, they log a line for each request without any text of the
-    request."""
+    """If true, replicas log the text of each prompt; else a line for each request without any text of it."""
     keys: tuple[KeySpec, ...] = ()
     """Clients that may send requests. Without any client, everybody who can reach the port may send requests.
     MHMOE_API_KEYS in the environment of `mhmoe serve deploy` adds clients, in the form NAME:KEY,NAME:KEY."""

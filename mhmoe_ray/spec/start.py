@@ -20,16 +20,14 @@ class StartSpec(Section):
     several heads or `moe.d_shared`, this layer becomes the shared expert instead. mix: feed-forward layers of several
     models become the experts, and all other weights are averaged (Branch-Train-MiX)."""
     optimizer: bool = False
-    """If true, the optimizer's moments and its number of updates are copied too, as for a branch of a run. By default
-    the optimizer starts anew."""
+    """If true, the optimizer's moments and its number of updates are copied too, as for a branch of a run."""
     order: Literal["new", "continue"] = "new"
     """Order of the samples. new: that of a new run. continue: each domain begins after the last sample that the earlier
     run read, so that no sample is repeated or left out."""
 
     new_experts: dict[str, str] = Field(default_factory=dict)
-    """For each new expert of router `domain`, the expert of the earlier model that it is copied from, by name. By
-    default a new expert is the mean of all old ones. Experts that `model.moe.domains` does not name any more are left
-    out."""
+    """For each new expert of router `domain`, the earlier model's expert that it is copied from, by name; by default it
+    is the mean of all old ones. Experts that `model.moe.domains` does not name are left out."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

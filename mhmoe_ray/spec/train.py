@@ -64,16 +64,14 @@ class TrainSpec(Section):
 
     steps: PositiveInt
     micro_batches: PositiveInt
-    """M: number of micro-batches in one optimizer step, over all workers together. The global batch therefore does not
-    depend on the number of workers."""
+    """M: number of micro-batches in one optimizer step, over all workers together, whatever their number."""
     micro_batch_size: PositiveInt
     """b: number of sequences in one micro-batch."""
     masking: MaskingSpec = MaskingSpec()
     """Shares of texts and images that are hidden from an encoder, which has to predict them."""
     precision: Annotated[Precision, unmeasured("fp8", "float8", "nvfp4")] = "float32"
-    """Precision of training. bfloat16: autocast for matrix products; weights, router and loss stay float32. On a CPU,
-    bfloat16 is faster with AMX or AMD's AVX512_BF16. On Intel's CPUs without AMX, products take twice as long as in
-    float32."""
+    """Precision of training. bfloat16: autocast for matrix products; weights, router and loss stay float32. On CPUs it
+    is faster with AMX or AMD's AVX512_BF16; on Intel's without AMX, products take twice as long as in float32."""
     residual_precision: Precision = "float32"
     """Precision of the residual stream between blocks. bfloat16 halves the memory of what recomputed blocks keep, and
     needs `precision` bfloat16. Norms still compute in float32."""
@@ -89,9 +87,8 @@ class TrainSpec(Section):
     key is set, the gradient of the output layer is summed over chunks in float32."""
     compile: bool = False
     """If true, torch.compile compiles each block, except for the products of experts, which have kernels of their own,
-    and the exchange of rows between ranks. All equal blocks share the compiled code. The model must draw no random
-    numbers, such as those of dropout. In bfloat16, compiled operations round fewer intermediate values, so losses
-    differ a little."""
+    and the exchange of rows between ranks. Equal blocks share the compiled code. The model must draw no random numbers,
+    such as those of dropout. In bfloat16, fewer intermediate values are rounded, so losses differ a little."""
     lr: PositiveFloat = 6e-4
     min_lr: float = Field(default=3e-5, ge=0)
     """Learning rate at the end of the schedule's decay. Schedule `constant` does not use it."""

@@ -8,6 +8,5 @@ WIDTHS = np.arange(300) % 5
 
 
 def measure(model, samples, batch, widths=WIDTHS):
-    return measure_module.measure_samples(
-        model, samples, widths, batch_size=batch, start_token=0, use_bfloat16=False, on_progress=lambda *_: None
-    )
+    settings = measure_module.MeasureSettings(batch, start_token=0, use_bfloat16=False, on_progress=lambda *_: None)
+    return measure_module.measure_samples(model, samples, widths, settings)

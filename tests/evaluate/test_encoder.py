@@ -9,7 +9,7 @@ from mhmoe_ray.api.evaluation import EvaluationOptions
 from mhmoe_ray.checkpoint.manifest import checkpoint_name, read_manifest
 from mhmoe_ray.data.tokenizer import DocumentEncoder
 from mhmoe_ray.data.tokenizer.train import train_bpe
-from mhmoe_ray.evaluate.context import EvaluationContext
+from mhmoe_ray.evaluate.answer import EvaluationContext
 from mhmoe_ray.families.encoder.data.samples import Pairs
 from mhmoe_ray.families.encoder.evaluate.figures import encoder_figures
 from mhmoe_ray.families.encoder.evaluate.meter import EncoderMeter, raw_pairs, with_few_captions

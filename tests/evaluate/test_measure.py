@@ -107,3 +107,11 @@ def test_measure_samples_drops_no_sub_tokens():
         for measured_model in (model, narrow_model)
     ]
     assert losses[0] == losses[1]
+
+
+def test_a_score_without_targets_has_no_loss():
+    masked_samples = make_samples("web", 2, 0)._replace(target_mask=np.zeros((2, 16), bool))
+    score = measure(make_model(), [masked_samples], batch=2)[0]["web"]
+    assert score.tokens == 0
+    assert np.isnan(score.loss)
+    assert (score.perplexity, score.bits_per_byte) == (None, None)

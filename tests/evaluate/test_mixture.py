@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.evaluate.measure import DomainSamples, measure_samples
+from mhmoe_ray.evaluate.measure import DomainSamples, MeasureSettings, measure_samples
 from mhmoe_ray.evaluate.mixture import DECAY, measure_mixture, mixture_losses
 from mhmoe_ray.model.loss import token_losses
 from tests.support.decoders import make_domain_model
 
-SETTINGS = {"batch_size": 3, "start_token": 0, "use_bfloat16": False, "on_progress": lambda *_: None}
+SETTINGS = MeasureSettings(batch_size=3, start_token=0, use_bfloat16=False, on_progress=lambda *_: None)
 GENERATOR = np.random.default_rng(0)
 
 
@@ -76,7 +76,7 @@ def test_a_known_domain_is_computed_by_its_expert_and_an_unknown_one_by_all():
     model = make_domain_model().eval()
     widths = np.ones(300, np.int64)
     scores, routes = measure_samples(
-        model, [domain_samples("web/en", 0), domain_samples("code/py", 1)], widths, **SETTINGS
+        model, [domain_samples("web/en", 0), domain_samples("code/py", 1)], widths, SETTINGS
     )
     for name, expert, seed in (("web/en", 0, 0), ("code/py", 1, 1)):
         samples = domain_samples(name, seed)
@@ -87,7 +87,7 @@ def test_a_known_domain_is_computed_by_its_expert_and_an_unknown_one_by_all():
         assert scores[name].tokens == 6 * 12 + 5
         assert [count > 0 for count in routes[name].counts[0]] == [e == expert for e in range(3)]
     samples = domain_samples("books/a", 2)
-    mixture = measure_mixture(model, [samples], widths, "uniform", **SETTINGS)["books/a"]
+    mixture = measure_mixture(model, [samples], widths, "uniform", SETTINGS)["books/a"]
     tokens, mask = torch.from_numpy(samples.tokens), torch.from_numpy(samples.target_mask)
     expert_losses = []
     for expert in range(3):
@@ -102,4 +102,4 @@ def test_a_known_domain_is_computed_by_its_expert_and_an_unknown_one_by_all():
 
 def test_a_domain_without_an_expert_is_named():
     with pytest.raises(DataError, match="domain books/a: the model has no expert for it; give a prior"):
-        measure_samples(make_domain_model().eval(), [domain_samples("books/a", 0)], np.ones(300, np.int64), **SETTINGS)
+        measure_samples(make_domain_model().eval(), [domain_samples("books/a", 0)], np.ones(300, np.int64), SETTINGS)

@@ -10,7 +10,7 @@ from PIL import Image
 from mhmoe_ray.checkpoint.manifest import committed_checkpoints, read_manifest
 from mhmoe_ray.data.images.annotations import Annotation
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.evaluate.context import EvaluationContext
+from mhmoe_ray.evaluate.answer import EvaluationContext
 from mhmoe_ray.evaluate.request import EvalRequest
 from mhmoe_ray.families.vision.evaluate.figures import _accuracy_figures, vision_figures
 from mhmoe_ray.spec import DataSpec

@@ -6,22 +6,20 @@ from typing import get_args
 import pytest
 
 from mhmoe_ray.data.family import FamilyData
-from mhmoe_ray.evaluate.context import EvaluationContext
+from mhmoe_ray.evaluate.answer import EvaluationContext
 from mhmoe_ray.families import MODEL_FAMILIES, ModelFamily, ModelKind
 from mhmoe_ray.model.trunk import Trunk
-from mhmoe_ray.planner.family import FamilySizes
-from mhmoe_ray.planner.view import FamilyView
+from mhmoe_ray.planner.family import FamilyPlan
 from mhmoe_ray.serving.family import FamilyServing
 from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.train.objectives import Objective
 
 CLASSES = {
     "model": Trunk,
-    "sizes": FamilySizes,
+    "plan": FamilyPlan,
     "data": FamilyData,
     "objective": Objective,
     "serving": FamilyServing,
-    "view": FamilyView,
 }
 FUNCTIONS = {"router": [ModelSpec], "evaluation": [EvaluationContext]}
 """Types of the positional parameters of the fields that name functions."""

@@ -12,7 +12,7 @@ from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.loss import Targets
 from mhmoe_ray.model.trunk import routing_loss
 from mhmoe_ray.planner.estimate import LAUNCHES, estimate_step_time
-from mhmoe_ray.planner.launches import launches_per_micro_batch
+from mhmoe_ray.planner.kernels import launches_per_micro_batch
 from mhmoe_ray.planner.placement import single_node_layout
 from tests.support.encoders import encoder_spec
 from tests.support.specs import tiny_spec

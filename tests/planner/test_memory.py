@@ -19,7 +19,7 @@ from mhmoe_ray.model.loss import Targets
 from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.model.router import SCORES_BY_ROUTER
 from mhmoe_ray.model.trunk import routing_loss
-from mhmoe_ray.planner.expert_step import assumed_kernel, may_use_cpp
+from mhmoe_ray.planner.kernels import assumed_kernel, may_use_cpp
 from mhmoe_ray.planner.memory import (
     checkpoint_copy_bytes,
     compute_memory,

@@ -17,7 +17,7 @@ from mhmoe_ray.bench.acceptance.settings import LayerSize, PartCase, Rows, Setti
 from mhmoe_ray.bench.acceptance.training import compared_models
 from mhmoe_ray.bench.acceptance.training import name_suffix as training_suffix
 from mhmoe_ray.planner.estimate import estimate_step_time
-from mhmoe_ray.planner.expert_step import ASSUMED_MAJOR
+from mhmoe_ray.planner.kernels import ASSUMED_MAJOR
 from mhmoe_ray.planner.placement import single_node_layout
 from mhmoe_ray.spec import RunSpec
 

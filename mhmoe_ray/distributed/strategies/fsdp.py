@@ -21,7 +21,7 @@ from mhmoe_ray.model.autocast import DTYPES
 from mhmoe_ray.model.feedforward import Experts
 from mhmoe_ray.model.router import BaseRouter
 from mhmoe_ray.model.trunk import Trunk
-from mhmoe_ray.planner.family import sizes_of
+from mhmoe_ray.planner.family import plan_of
 from mhmoe_ray.spec import RunSpec
 
 
@@ -55,7 +55,7 @@ class FsdpStrategy(Strategy):
         self._prefetch_in_forward(True)
         # Detectors and the norms of stems compute in float32, and are not called as modules, so FSDP2 cannot gather
         # them as groups of their own. They belong to the root's group, which is float32 for vision models.
-        gathers_all = sizes_of(self.model.spec).gathers_outside_in_float32
+        gathers_all = plan_of(self.model.spec).gathers_outside_in_float32
         root_policy = self._float32_policy if gathers_all else self._policy
         # By default FSDP2 leaves the root's own tensors gathered after a forward. They are sharded again here, so that
         # code that reads weights between steps always sees shards.

@@ -14,7 +14,7 @@ from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
 from mhmoe_ray.data.samples import held_out_samples
 from mhmoe_ray.data.shards.manifest import require_data_manifest, require_matching_data
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries
-from mhmoe_ray.evaluate.context import EvaluationAnswer, EvaluationContext
+from mhmoe_ray.evaluate.answer import EvaluationAnswer, EvaluationContext
 from mhmoe_ray.evaluate.request import RoutingCounts
 from mhmoe_ray.evaluate.score import CaptionFigures, ClassScore, EncoderFigures, EncoderLossScore
 from mhmoe_ray.families.encoder.data.rows import read_codebook

@@ -16,7 +16,7 @@ from mhmoe_ray.data.shards.columns import IMAGE, TOKENS, padding_token, token_by
 from mhmoe_ray.data.sources import Document, FileReader, find_files
 from mhmoe_ray.data.tokenizer import DocumentEncoder
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.evaluate.context import Progress
+from mhmoe_ray.evaluate.answer import Progress
 from mhmoe_ray.evaluate.measure import RouteCounter
 from mhmoe_ray.evaluate.request import RoutingCounts
 from mhmoe_ray.evaluate.score import EncoderLossScore, ImageValue
@@ -53,6 +53,12 @@ class EncoderMeter:
         self._model, self._spec, self._use_bfloat16, self._on_progress = model, spec, use_bfloat16, on_progress
         self._device = next(model.parameters()).device
         self._batch_maker = BatchMaker(spec.model, self._device, codebook)
+        token_bytes = token_bytes_for(spec.model.vocab_size)
+        self._sample_maker = SampleMaker(spec, token_bytes)
+        self.padding = padding_token(token_bytes)  # marks padding in stored tokens
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._use_bfloat16)
 
     @torch.no_grad()
     def _sums(self, name: str, part: MicroBatchPart, samples: PartSamples[EncoderSamples]) -> np.ndarray:
@@ -62,7 +68,7 @@ class EncoderMeter:
         for start in range(0, total, part.samples):
             stop = min(total, start + part.samples)
             batch = self._batch_maker.make([part._replace(samples=stop - start)], samples.rows(start, stop))
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._use_bfloat16):
+            with self._autocast():
                 losses = self._model(batch).losses
             sums += [[float(loss.value_I.double().sum()), len(loss.value_I)] for loss in losses]
             self._on_progress(name, stop, total)
@@ -92,9 +98,9 @@ class EncoderMeter:
             return None
         pair = MicroBatchPart("pairs", (), self._spec.train.micro_batch_size, "masked", ("image", "text"), 1.0)
         text = pair._replace(name="texts", columns=("text",))
-        maker = SampleMaker(self._spec, token_bytes_for(self._spec.model.vocab_size))
         labels = [f"value of the image {pairs.domain} {number}" for number in range(len(pairs.images))]
-        samples = maker.make(pair, {TOKENS: pairs.tokens, IMAGE: pairs.images}, labels, crops=False)
+        stored = {TOKENS: pairs.tokens, IMAGE: pairs.images}
+        samples = self._sample_maker.make(pair, stored, labels, crops=False)
         samples = samples._replace(patch_hidden=np.zeros_like(samples.patch_hidden))
         losses, tokens = {}, 0
         for name, part, images in (
@@ -125,14 +131,13 @@ class EncoderMeter:
 
     def _encode(self, part: MicroBatchPart, tokens: np.ndarray, images: Sequence[bytes]) -> Iterator[Encoded]:
         """Yield the outputs for images alone or stored texts, (texts, T), alone, `part.samples` samples at a time."""
-        maker = SampleMaker(self._spec, token_bytes_for(self._spec.model.vocab_size))
         count = max(len(tokens), len(images))
         for start in range(0, count, part.samples):
             stop = min(count, start + part.samples)
             batch_part = part._replace(samples=stop - start)
             stored = {TOKENS: tokens[start:stop], IMAGE: images[start:stop]}
-            samples = maker.make(batch_part, stored, [""] * batch_part.samples, crops=False)
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._use_bfloat16):
+            samples = self._sample_maker.make(batch_part, stored, [""] * batch_part.samples, crops=False)
+            with self._autocast():
                 encoded = self._model.encode(self._batch_maker.make([batch_part], samples))
             yield encoded
             self._on_progress(f"vectors of {part.name}", stop, count)
@@ -154,12 +159,11 @@ class EncoderMeter:
         # them together.
         objective = "masked" if any(part.is_joint for part in self._spec.parts) else "contrastive"
         pair = MicroBatchPart("pairs", (), batch_size, "contrastive", ("image", "text"), 1.0)
-        maker = SampleMaker(self._spec, token_bytes_for(self._spec.model.vocab_size))
         for start in range(0, len(pairs.images), batch_size):
             stop = min(len(pairs.images), start + batch_size)
             part = pair._replace(samples=stop - start)
             stored = {TOKENS: pairs.tokens[start:stop], IMAGE: pairs.images[start:stop]}
-            samples = maker.make(part, stored, [""] * part.samples, crops=False)
+            samples = self._sample_maker.make(part, stored, [""] * part.samples, crops=False)
             batch = self._batch_maker.make([part._replace(objective=objective)], samples)
             is_text_N = torch.zeros(batch.token_NT.numel(), dtype=torch.bool, device=self._device)
             is_image_N = torch.ones(part.samples * self._model.image_tokens, dtype=torch.bool, device=self._device)
@@ -168,8 +172,7 @@ class EncoderMeter:
                 "texts": torch.cat([~is_image_N, batch.is_token_NT.flatten()]),
             }
             for modality, mask_N in masks.items():
-                autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self._use_bfloat16)
-                with autocast, counter.counting_routes(f"{pairs.domain} {modality}", mask_N):
+                with self._autocast(), counter.counting_routes(f"{pairs.domain} {modality}", mask_N):
                     self._model.encode(batch)
             self._on_progress(f"routes of {pairs.domain}", stop, len(pairs.images))
         return counter.routing_counts()
@@ -184,22 +187,14 @@ class EncoderMeter:
             features.append(torch.cat(parts, 1).float().cpu().numpy())
         return np.concatenate(features)
 
-    @property
-    def padding(self) -> int:
-        """The value that marks padding in stored tokens."""
-        return padding_token(token_bytes_for(self._spec.model.vocab_size))
-
     def captions(self, images: Sequence[bytes], start_token: int) -> list[list[int]]:
         """Return the tokens of the caption that the model writes for each image."""
         assert self._spec.model.encoder is not None
-        size, batch, captions = (
-            self._spec.model.encoder.image_size,
-            self._spec.train.micro_batch_size,
-            list[list[int]](),
-        )
+        size, batch = self._spec.model.encoder.image_size, self._spec.train.micro_batch_size
+        captions = list[list[int]]()
         for start in range(0, len(images), batch):
             crops = np.stack([read_crop(image, size) for image in images[start : start + batch]])
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._use_bfloat16):
+            with self._autocast():
                 image_NYXC = copy_to_device(crops, self._device)
                 captions += write_captions(self._model, image_NYXC, start_token, self._spec.data.seq_len - 1)
             self._on_progress("captions", len(captions), len(images))

@@ -21,7 +21,7 @@ from mhmoe_ray.data.shards.columns import ANNOTATION, IMAGE, StoredColumns
 from mhmoe_ray.data.shards.manifest import read_classes, require_data_manifest, require_matching_data
 from mhmoe_ray.data.sources import Document, FileReader, find_files
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.evaluate.context import EvaluationAnswer, EvaluationContext, Progress
+from mhmoe_ray.evaluate.answer import EvaluationAnswer, EvaluationContext, Progress
 from mhmoe_ray.evaluate.measure import RouteCounter
 from mhmoe_ray.evaluate.score import AccuracyFigures, ObjectFigures, VisionFigures
 from mhmoe_ray.families.images.nearest import NearestImages, training_manifest, training_reader

@@ -1,12 +1,12 @@
-"""Sizes of encoders: patches, positions, outputs for hidden patches and tokens, and the head that matches pairs."""
+"""Plans of encoders: sizes of patches, positions, outputs for hidden patches and tokens, and the matching head."""
 
 from mhmoe_ray.architectures import FLOAT32
-from mhmoe_ray.planner.family import MATCH, OUTPUT, PATCHES, FamilySizes, Part, all_active
+from mhmoe_ray.planner.family import MATCH, OUTPUT, PATCHES, FamilyPlan, Part, all_active
 from mhmoe_ray.spec import EncoderSpec, ModelSpec, RunSpec
 
 
-class EncoderSizes(FamilySizes):
-    """Sizes of encoders, whose blocks have weights for images and weights for texts."""
+class EncoderPlan(FamilyPlan):
+    """Plan of encoders, whose blocks have weights for images and weights for texts."""
 
     branches = 2
     is_causal = False
@@ -37,6 +37,22 @@ class EncoderSizes(FamilySizes):
 
     def loss_bytes(self, spec: RunSpec) -> int:
         return 2 * FLOAT32 * hidden_output_values(spec)
+
+    def summary(self, spec: RunSpec) -> dict[str, str]:
+        encoder = _encoder(spec.model)
+        targets = "pixels" if encoder.image_targets == "pixels" else f"a codebook of {encoder.codebook_size:,} entries"
+        text = (
+            f"images of {encoder.image_size} x {encoder.image_size} pixels in {encoder.patches} patches, which are "
+            f"predicted as {targets}; texts of up to {spec.data.seq_len - 1} tokens"
+        )
+        if spec.model.moe is not None:
+            routers = "one router" if encoder.routers == "shared" else "a router for each modality"
+            position = "beside" if encoder.experts == "beside" else "in place of"
+            text += f"; experts {position} the feed-forward layers, with {routers}"
+        return {"encoder": text}
+
+    def micro_batch(self, spec: RunSpec) -> str:
+        return f"{spec.tokens_per_micro_batch:,} patches and tokens"
 
 
 def _encoder(model: ModelSpec) -> EncoderSpec:

@@ -1,10 +1,10 @@
-"""Sizes of vision models: their stems and heads. Tests compare the numbers with those of a built model."""
+"""Plans of vision models: sizes of stems and heads. Tests compare the numbers with those of a built model."""
 
 from itertools import pairwise
 from typing import NamedTuple
 
 from mhmoe_ray.architectures import FLOAT32
-from mhmoe_ray.planner.family import HEADS, PATCHES, FamilySizes, Part
+from mhmoe_ray.planner.family import HEADS, PATCHES, FamilyPlan, Part
 from mhmoe_ray.spec import DetectorSpec, ModelSpec, RunSpec, TaskSpec, VisionSpec
 
 POOLED_CELLS = 7**2
@@ -12,8 +12,8 @@ MASK_CELLS = 14**2
 """Numbers of cells of the feature maps that a detector pools for a region's class and mask (`model/detector.py`)."""
 
 
-class VisionSizes(FamilySizes):
-    """Sizes of vision models, whose tasks share the blocks."""
+class VisionPlan(FamilyPlan):
+    """Plan of vision models, whose tasks share the blocks."""
 
     is_causal = False
     gathers_outside_in_float32 = True
@@ -44,6 +44,22 @@ class VisionSizes(FamilySizes):
 
     def loss_bytes(self, spec: RunSpec) -> int:
         return 0  # the losses of heads are small
+
+    def summary(self, spec: RunSpec) -> dict[str, str]:
+        vision = _vision(spec.model)
+        tasks = [
+            f"{name}: images of {task.image_size} x {task.image_size} pixels in {vision.patches(task)} patches, "
+            + (f"{task.classes} classes" if task.detector is None else f"objects of {task.classes} classes")
+            for name, task in vision.tasks.items()
+        ]
+        if spec.model.moe is not None:
+            router = "one router for all tasks" if vision.routers == "shared" else "a router for each task"
+            adaptive = vision.adaptive
+            tasks.append(router + (f", which chooses up to {adaptive.largest} experts" if adaptive else ""))
+        return {"vision": "\n".join(tasks)}
+
+    def micro_batch(self, spec: RunSpec) -> str:
+        return f"{spec.tokens_per_micro_batch:,} patches"
 
 
 def _vision(model: ModelSpec) -> VisionSpec:
