@@ -10,7 +10,6 @@ from rich.table import Table
 from mhmoe_ray.cli.common import format_bytes, format_seconds, number_table
 
 if TYPE_CHECKING:
-    from mhmoe_ray.bench import checkpoints as checkpoints_
     from mhmoe_ray.bench import steps as steps_
     from mhmoe_ray.bench.layers import SkippedCase
     from mhmoe_ray.bench.measure import Figures
@@ -84,25 +83,6 @@ def rates_table(figures: "Sequence[Rates]") -> Table:
     # The sort is stable, so rows with the same number of clients stay in their order.
     rows.sort(key=lambda row: int(row[0]) if row[0].isdigit() else 0)
     return number_table(("clients", "", "tokens/s", "first token", "rate"), rows, names=("clients", ""))
-
-
-def checkpoints_table(figures: "checkpoints_.Figures") -> Table:
-    """Return a table of the time and the memory to save a checkpoint, compared with torch.save of the same state."""
-    save_seconds = median(figures.torch_save)
-    durations = {
-        "torch.save, training waits": figures.torch_save,
-        "checkpoint: training waits": figures.pauses,
-        "checkpoint: until it is committed": figures.committed,
-        "a training step": figures.steps,
-        "a training step meanwhile": figures.steps_while_writing,
-    }
-    rows = [
-        (name, format_seconds(median(seconds)), f"{median(seconds) / save_seconds:.3f}")
-        for name, seconds in durations.items()
-    ]
-    if figures.extra is not None and figures.extra_to_state is not None:
-        rows.append(("memory, to the state's", format_bytes(figures.extra), f"{figures.extra_to_state:.3f}"))
-    return number_table(("", "median", "to torch.save"), rows)
 
 
 def sweep_tables(sweep: "Sweep") -> Iterable[Part]:

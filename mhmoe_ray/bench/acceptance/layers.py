@@ -1,6 +1,6 @@
 """Time and memory of expert layers of equal work, with each of our kernels, beside layers of other packages."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from statistics import median
 
@@ -13,7 +13,7 @@ from mhmoe_ray.bench.acceptance.settings import LayerSize, PartCase, Rows, Setti
 from mhmoe_ray.bench.layers import Shape
 from mhmoe_ray.bench.measure import peak_bytes
 from mhmoe_ray.bench.peers import peer_layers
-from mhmoe_ray.bench.timing import device_clock, turns
+from mhmoe_ray.bench.timing import device_clock, measure_rounds
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.moe import MultiHeadMoE
@@ -71,25 +71,21 @@ def layer_flops(settings: Settings, size: LayerSize, tokens: int) -> int:
 
 class _Case:
     def __init__(self, settings: Settings, module: torch.nn.Module, tokens: int) -> None:
-        self.module, self.x_BTM, self._device = module, make_tokens(settings, tokens), settings.device
-        self.forward_seconds: list[float] = []
-        self.backward_seconds: list[float] = []
+        self.module, self.x_BTM, self._device = module, make_tokens(settings, tokens), settings.torch_device
 
-    def run(self, clock: Callable[[], float] | None) -> None:
-        """Run a forward and a backward pass; with a clock, record the seconds of each."""
-        read = clock or (lambda: 0.0)
-        start = read()
-        with torch.autocast(self._device, torch.bfloat16):
+    def run(self) -> tuple[float, float]:
+        """Run a forward and a backward pass, and return the seconds of each."""
+        read_clock = device_clock(self._device)
+        start = read_clock()
+        with torch.autocast(self._device.type, torch.bfloat16):
             output = self.module(self.x_BTM)
         y_BTM = output[0] if isinstance(output, tuple) else output
-        middle = read()
+        middle = read_clock()
         torch.autograd.backward(y_BTM, torch.ones_like(y_BTM))
-        end = read()
+        end = read_clock()
         for leaf in (self.x_BTM, *self.module.parameters()):
             leaf.grad = None
-        if clock is not None:
-            self.forward_seconds.append(middle - start)
-            self.backward_seconds.append(end - middle)
+        return middle - start, end - middle
 
 
 def name_suffix(settings: Settings, tokens: int) -> str:
@@ -131,8 +127,8 @@ def _measure(settings: Settings, tokens: int) -> Rows:
     for name, module in modules.items():
         case = _Case(settings, module, tokens)
         try:
-            case.run(None)
-            peaks[name] = peak_bytes(partial(case.run, None), settings.torch_device)
+            case.run()
+            peaks[name] = peak_bytes(case.run, settings.torch_device)
         # Static routing and other packages may need more memory than the GPU has, which is no failure.
         except torch.OutOfMemoryError as error:
             yield {"name": f"{name}, {tokens} tokens", "skipped": first_line(error)}
@@ -144,16 +140,17 @@ def _measure(settings: Settings, tokens: int) -> Rows:
             yield {"name": f"{name}, {tokens} tokens", "passed": False, "error": first_line(error)}
             continue
         cases[name] = case
-    clock = device_clock(settings.torch_device)
-    for _, name in turns(cases, settings.rounds):
-        cases[name].run(clock)
-    medians = {name: median(case.forward_seconds) + median(case.backward_seconds) for name, case in cases.items()}
+    seconds = measure_rounds(cases, settings.rounds, lambda name, _: cases[name].run())
+    forward_medians = {name: median(forward for forward, _ in passes) for name, passes in seconds.items()}
+    medians = {
+        name: forward_medians[name] + median(backward for _, backward in passes) for name, passes in seconds.items()
+    }
     suffix = name_suffix(settings, tokens)
-    for name, case in cases.items():
+    for name in cases:
         yield {
             "name": f"{name}{suffix}",
             "ms": medians[name] * 1e3,
-            "forward_ms": median(case.forward_seconds) * 1e3,
+            "forward_ms": forward_medians[name] * 1e3,
             "TFLOP/s": flops[name] / medians[name] / 1e12,
             "peak_gb": peaks[name] / 1e9,
         }

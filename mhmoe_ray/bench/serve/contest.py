@@ -13,7 +13,7 @@ from mhmoe_ray.bench.serve.child import Child
 from mhmoe_ray.bench.serve.engines import Prompt, ServedModel
 from mhmoe_ray.bench.serve.load import Load, closed_loop, open_loop
 from mhmoe_ray.bench.serve.model import VOCAB_SIZE
-from mhmoe_ray.bench.timing import turns
+from mhmoe_ray.bench.timing import measure_rounds
 
 PACKAGES = {
     "vllm": "vllm",
@@ -99,19 +99,23 @@ def measure_engines(
     A round has four times as many requests as the engine answers at a time. Throughput counts the tokens of answers,
     but those of prompts if answers have only one token. An engine that fails is a JobError.
     """
-    rates: dict[tuple[str, int], list[float]] = {(name, n): [] for n in clients for name in served_models}
+
+    def measure_rate(case: tuple[str, int], number: int) -> float:
+        name, n = case
+        prompts = shape.requests(4 * n, f"{number} {n}")
+        token_count = sum(tokens if shape.tokens > 1 else len(ids) for ids, tokens in prompts)
+        rate = token_count / children[name].time_answers(prompts, n)
+        if number >= 0:
+            report(f"round {number + 1}, {n} at a time: {name} {rate:,.0f} tokens/s")
+        return rate
+
     with ExitStack() as stack:
         children = {
             name: stack.enter_context(Child(engine, served_model))
             for name, (engine, served_model) in served_models.items()
         }
-        for turn, (name, n) in turns(rates, rounds, warm_up=True):
-            prompts = shape.requests(4 * n, f"{turn} {n}")
-            token_count = sum(tokens if shape.tokens > 1 else len(ids) for ids, tokens in prompts)
-            seconds = children[name].time_answers(prompts, n)
-            if turn >= 0:
-                rates[name, n].append(token_count / seconds)
-                report(f"round {turn + 1}, {n} at a time: {name} {rates[name, n][-1]:,.0f} tokens/s")
+        cases = [(name, n) for n in clients for name in served_models]
+        rates = measure_rounds(cases, rounds, measure_rate, warm_up=True)
     return [Rates(name, n, model_rates, []) for (name, n), model_rates in rates.items()]
 
 
@@ -167,14 +171,18 @@ def _measure_loads(
     report: Report,
 ) -> Iterator[Rates]:
     """Measure servers in interleaved rounds; `run_round(url, clients, round)` sends the requests of one round."""
-    loads_by_case: dict[tuple[str, int], list[Load]] = {(name, n): [] for n in clients for name in names}
+
+    def measure_load(case: tuple[str, int], number: int) -> Load:
+        name, n = case
+        load = run_round(children[name].ready_message["url"], n, number)
+        if number >= 0:
+            report(f"round {number + 1}, {n or 'random'} clients: {name} {load.rate:,.0f} tokens/s")
+        return load
+
     with ExitStack() as stack:
         children = {name: stack.enter_context(Child(name, served_model)) for name in names}
-        for turn, (name, n) in turns(loads_by_case, rounds, warm_up=True):
-            load = run_round(children[name].ready_message["url"], n, turn)
-            if turn >= 0:
-                loads_by_case[name, n].append(load)
-                report(f"round {turn + 1}, {n or 'random'} clients: {name} {load.rate:,.0f} tokens/s")
+        cases = [(name, n) for n in clients for name in names]
+        loads_by_case = measure_rounds(cases, rounds, measure_load, warm_up=True)
     for (name, n), loads in loads_by_case.items():
         first_token_seconds = [load.first_token_seconds for load in loads if load.first_token_seconds is not None]
         yield Rates(name, n, [load.rate for load in loads], first_token_seconds)
