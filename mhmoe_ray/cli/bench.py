@@ -19,10 +19,8 @@ from mhmoe_ray.cli.common import (
     SpecArg,
     format_bytes,
     format_seconds,
-    note,
     number_table,
-    out,
-    print_json,
+    print_note,
 )
 from mhmoe_ray.cli.verbs import SuggestingGroup
 from mhmoe_ray.train import malloc
@@ -54,9 +52,8 @@ def train(
     each round; results are medians, beside the throughput in the first paper (arXiv 2404.15045). With --json the table
     goes to stderr.
     """
-    from mhmoe_ray.bench import timing
     from mhmoe_ray.bench.steps import SMALL_SIZE, measure
-    from mhmoe_ray.bench.timing import checked_sizes
+    from mhmoe_ray.bench.timing import checked_sizes, find_hardware
 
     size = SMALL_SIZE._replace(
         d_model=d_model,
@@ -66,16 +63,14 @@ def train(
         micro_batch_size=micro_batch_size,
         precision=precision,
     )
-    hardware = timing.find_hardware(device)
+    hardware = find_hardware(device)
     with checked_sizes("bench train"):
         figures = measure(size, heads or [2, 3], rounds, hardware, compiled)
     tokens = size.micro_batches * size.micro_batch_size * size.seq_len
     title = f"{hardware}, {precision}; steps of {tokens:,} tokens, medians of {rounds} interleaved rounds"
-    # With --json, stdout must hold only the JSON, so the table goes to stderr.
-    tables.print_parts(note if json else out, [(title, tables.steps_table(figures))])
-    if json:
-        models = [f.as_json() for f in figures]
-        print_json({**hardware.as_json(), "size": size._asdict(), "rounds": rounds, "models": models})
+    models = [f.as_json() for f in figures]
+    data = {**hardware.as_json(), "size": size._asdict(), "rounds": rounds, "models": models}
+    tables.print_results([(title, tables.steps_table(figures))], json, data)
 
 
 def run(
@@ -102,7 +97,7 @@ def run(
     if not resolved.model.family.predicts_next_token:
         reason = f"the spec's model is {resolved.model.family.title}, and the bare loop is for decoders"
         raise SpecError("bench run", reason, "name another spec")
-    figures = measure(resolved, threads, rounds, lambda line: note.print(line))
+    figures = measure(resolved, threads, rounds, print_note)
     # The measured seconds do not include the warm-up steps, so rates must not count these steps either.
     steps = resolved.train.steps - WARM_UP_STEPS
     tokens = steps * resolved.tokens_per_step
@@ -119,10 +114,9 @@ def run(
         f"all end at loss {figures.run[0]['loss']:.4f}"
     )
     title = f"{threads} threads, {steps:,} steps of {resolved.tokens_per_step:,} tokens; {rounds} rounds in turn"
-    tables.print_parts(note if json else out, [(title, table), conclusion])
-    if json:
-        ratios = {"kept": figures.throughput_ratio, "kept_of_settled": figures.settled_throughput_ratio}
-        print_json({"threads": threads, "steps": steps, "tokens": tokens, **figures._asdict(), **ratios})
+    ratios = {"kept": figures.throughput_ratio, "kept_of_settled": figures.settled_throughput_ratio}
+    data = {"threads": threads, "steps": steps, "tokens": tokens, **figures._asdict(), **ratios}
+    tables.print_results([(title, table), conclusion], json, data)
 
 
 def loss(
@@ -144,10 +138,10 @@ def loss(
 
     All ways take turns in each round; times are medians. With --json the table goes to stderr.
     """
-    from mhmoe_ray.bench import timing
     from mhmoe_ray.bench.loss import Size, measure
+    from mhmoe_ray.bench.timing import find_hardware
 
-    hardware, size = timing.find_hardware(device), Size(tokens, vocab_size, d_model)
+    hardware, size = find_hardware(device), Size(tokens, vocab_size, d_model)
     figures = measure(size, chunk_rows or [128], precision, rounds, hardware)
     rows = [
         [
@@ -162,11 +156,9 @@ def loss(
     ]
     table = number_table(["", "time", "to all", "peak", "to all", "loss"], rows)
     title = f"{hardware}, {precision}; {tokens:,} tokens, V {vocab_size:,}, d {d_model}; {rounds} interleaved rounds"
-    tables.print_parts(note if json else out, [(title, table)])
-    if json:
-        print_json(
-            {**hardware.as_json(), "size": size._asdict(), "rounds": rounds, "ways": [f.as_json() for f in figures]}
-        )
+    ways = [f.as_json() for f in figures]
+    data = {**hardware.as_json(), "size": size._asdict(), "rounds": rounds, "ways": ways}
+    tables.print_results([(title, table)], json, data)
 
 
 app = typer.Typer(cls=SuggestingGroup, help="Measure alternatives side by side.", no_args_is_help=True)

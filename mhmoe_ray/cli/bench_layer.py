@@ -1,17 +1,15 @@
 """`mhmoe bench layer`: time and memory of expert layers that do equal work."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from mhmoe_ray.cli import bench_tables as tables
-from mhmoe_ray.cli.common import JsonOption, note, out, print_json
+from mhmoe_ray.cli.common import JsonOption, print_note
 
 if TYPE_CHECKING:
-    from mhmoe_ray.bench.measure import Request
     from mhmoe_ray.bench.sweep import AxisName
-    from mhmoe_ray.bench.timing import Hardware
 
 
 def layer(
@@ -47,95 +45,47 @@ def layer(
     All layers take turns in each round; results are medians, and ratios to a dense layer of the same multiply-adds.
     With --over, layers are measured at several points along an axis. With --json the tables go to stderr.
     """
-    from mhmoe_ray.bench import timing
     from mhmoe_ray.bench.layers import Shape
-    from mhmoe_ray.bench.measure import Request
-    from mhmoe_ray.bench.timing import checked_sizes
+    from mhmoe_ray.bench.measure import Request, as_json, measure
+    from mhmoe_ray.bench.steps import compare_with_paper
+    from mhmoe_ray.bench.sweep import AXES, sweep
+    from mhmoe_ray.bench.timing import checked_sizes, find_hardware
 
     # The options are checked first, because a mistake should show at once and not after minutes of measuring.
     axis_points = _parse_points(axis, points, heads)
     if png:
         _check_png(png, axis)
-    hardware = timing.find_hardware(device)
+    hardware = find_hardware(device)
     shape = Shape(tokens, d_model, experts, top_k, d_expert)
     kernel_names = [kernel.strip() for kernel in kernels.split(",")]
     # A sweep measures many points, so each of them gets fewer rounds than a single point without a sweep.
     request = Request(shape, heads or [2, 4], dtype, rounds or (3 if axis else 7), kernel_names, static, peers)
     header = {**hardware.as_json(), "dtype": dtype, "rounds": request.rounds, "shape": shape._asdict()}
+    title = f"{hardware}, {request.dtype}; forward and backward, medians of {request.rounds} interleaved rounds"
     with checked_sizes("bench layer"):
-        if axis:
-            _measure_sweep(request, axis, axis_points, hardware, header, png, json)
+        if axis is None:
+            figures, skipped = measure(request, hardware, print_note)
+            parts: list[tables.Part] = [(title, tables.shape_table(figures, shape))]
+            if static:
+                comparisons = compare_with_paper(figures)
+                parts.append(tables.paper_table(comparisons))
+                header["paper"] = [comparison._asdict() for comparison in comparisons]
+            data = {**header, "layers": as_json(figures)}
         else:
-            _measure_shape(request, hardware, header, json)
-
-
-def _measure_shape(request: "Request", hardware: "Hardware", header: dict[str, Any], json: bool) -> None:
-    """Measure all expert layers at one set of sizes, and print tables. With `json`, also print results after
-    `header`."""
-    from mhmoe_ray.bench.measure import as_json, measure
-    from mhmoe_ray.bench.steps import compare_with_paper
-
-    figures, skipped = measure(request, hardware, _print_note)
-    parts: list[tables.Part] = [
-        (_format_title(request, hardware), tables.shape_table(figures, request.shape.top_k, request.shape.d_expert))
-    ]
-    if request.static:
-        parts.append(tables.paper_table(figures))
-        header["paper"] = [comparison._asdict() for comparison in compare_with_paper(figures)]
-    _print_parts([*parts, *tables.format_skipped(skipped)], json)
-    if json:
-        print_json({**header, "layers": as_json(figures), "not_measured": [case.as_json() for case in skipped]})
-
-
-def _measure_sweep(
-    request: "Request",
-    axis: "AxisName",
-    axis_points: list[int],
-    hardware: "Hardware",
-    header: dict[str, Any],
-    png: Path | None,
-    json: bool,
-) -> None:
-    """Measure all expert layers at several values of one size, and print and plot the results.
-
-    No `axis_points` stand for the default values in `AXES`; `header` has the first fields of the JSON.
-    """
-    from mhmoe_ray.bench.measure import as_json
-    from mhmoe_ray.bench.sweep import AXES, sweep
-
-    sweep_result = sweep(request, axis, axis_points or AXES[axis].points, hardware, _print_note)
-    _print_parts(
-        [
-            _format_title(request, hardware),
-            *tables.sweep_tables(sweep_result),
-            *tables.format_skipped(sweep_result.skipped),
-        ],
-        json,
-    )
+            sweep_result = sweep(request, axis, axis_points or AXES[axis].points, hardware, print_note)
+            skipped = sweep_result.skipped
+            parts = [title, *tables.sweep_tables(sweep_result)]
+            points_json = [{"at": point, "layers": as_json(figures)} for point, figures in sweep_result.points.items()]
+            data = {**header, "over": axis, "points": points_json, "growth": sweep_result.growth}
+    if skipped:
+        parts.append("\n".join(f"not measured: {case.name}: {case.reason}" for case in skipped))
+    tables.print_results(parts, json, {**data, "not_measured": [case.as_json() for case in skipped]})
     # Only a plot needs matplotlib, which is optional, so the module that needs it is imported only for a plot.
     if png:
         from mhmoe_ray.bench.plot import plot
 
         plot(sweep_result, request, hardware, png)
-        note.print(f"wrote {png}", soft_wrap=True)
-    if json:
-        points_json = [{"at": point, "layers": as_json(figures)} for point, figures in sweep_result.points.items()]
-        skipped_json = [case.as_json() for case in sweep_result.skipped]
-        print_json(
-            {**header, "over": axis, "points": points_json, "growth": sweep_result.growth, "not_measured": skipped_json}
-        )
-
-
-def _format_title(request: "Request", hardware: "Hardware") -> str:
-    return f"{hardware}, {request.dtype}; forward and backward, medians of {request.rounds} interleaved rounds"
-
-
-def _print_note(line: str) -> None:
-    note.print(line, soft_wrap=True)
-
-
-def _print_parts(parts: "list[tables.Part]", json: bool) -> None:
-    tables.print_parts(note if json else out, parts)
+        print_note(f"wrote {png}")
 
 
 def _parse_points(axis: "AxisName | None", points: str | None, heads: list[int] | None) -> list[int]:

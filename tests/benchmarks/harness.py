@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from mhmoe_ray.cli import bench_tables
-from mhmoe_ray.cli.common import note, number_table, out, print_json
+from mhmoe_ray.cli.bench_tables import print_results
+from mhmoe_ray.cli.common import number_table
 
 
 class Results(NamedTuple):
@@ -18,7 +18,4 @@ class Results(NamedTuple):
 
     def print(self, json: bool) -> None:
         """Print the table; with `json`, print it to stderr, and the data to stdout as JSON."""
-        table = number_table(self.columns, self.rows)
-        bench_tables.print_parts(note if json else out, [(self.title, table)])
-        if json:
-            print_json(self.data)
+        print_results([(self.title, number_table(self.columns, self.rows))], json, self.data)
