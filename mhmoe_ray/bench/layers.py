@@ -128,10 +128,8 @@ def our_layers(
             static_routing = {"capacity_factor": 1.0, "kernel": "capacity"}
             layer_moes[f"{name} static"] = moes[name].model_copy(update=static_routing)
     dense = Layer("dense", None, partial(_build_dense, shape))
-    return [
-        dense,
-        *(Layer(name, moe, partial(build_mixture, shape.d_model, moe)) for name, moe in layer_moes.items()),
-    ], skipped
+    mixtures = [Layer(name, moe, partial(build_mixture, shape.d_model, moe)) for name, moe in layer_moes.items()]
+    return [dense, *mixtures], skipped
 
 
 def _split_kernels(
