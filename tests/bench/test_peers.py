@@ -34,7 +34,9 @@ def _output_and_gradients(layer, x, weights):
 @pytest.mark.parametrize("top_k", [2, 3])
 @pytest.mark.parametrize("name", ["transformers eager", "transformers grouped_mm", "DeepSpeed dropless"])
 def test_dropless_peer_matches_our_layer(name, top_k):
-    our_layer = build_mixture(SHAPE, SHAPE._replace(top_k=top_k).plain_moe.model_copy(update={"normalize_gates": True}))
+    our_layer = build_mixture(
+        SHAPE.d_model, SHAPE._replace(top_k=top_k).plain_moe.model_copy(update={"normalize_gates": True})
+    )
     peer = _build_peer(name, our_layer)
     x = torch.randn(1, SHAPE.tokens, SHAPE.d_model, generator=torch.Generator().manual_seed(1))
     [router] = our_layer.router.parameters()
@@ -52,7 +54,7 @@ def test_deepspeed_capacity_matches_our_static_routing():
     """
     # SHAPE has two choices per token. With another number of choices, DeepSpeed drops other routes than our static
     # routing.
-    our_layer = build_mixture(SHAPE, SHAPE.plain_moe.model_copy(update={"capacity_factor": 1.0}))
+    our_layer = build_mixture(SHAPE.d_model, SHAPE.plain_moe.model_copy(update={"capacity_factor": 1.0}))
     peer = _build_peer("DeepSpeed capacity", our_layer)
     x = torch.randn(1, SHAPE.tokens, SHAPE.d_model, generator=torch.Generator().manual_seed(1))
     routing = our_layer.router(x[0])

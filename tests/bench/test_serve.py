@@ -9,7 +9,7 @@ from fastapi.responses import StreamingResponse
 
 from mhmoe_ray.bench.serve import child
 from mhmoe_ray.bench.serve.child import Child
-from mhmoe_ray.bench.serve.contest import Rates, Shape, measure_engines, measure_servers
+from mhmoe_ray.bench.serve.contest import Contest, Rates, Shape
 from mhmoe_ray.bench.serve.engines import ServedModel
 from mhmoe_ray.bench.serve.load import Load, RequestOutcome, closed_loop, open_loop
 from mhmoe_ray.bench.serve.model import VOCAB_SIZE, plain_model, write_run
@@ -103,12 +103,12 @@ def test_rates_are_compared_per_round():
 @pytest.mark.slow  # test_command_prints_table_and_json measures engines too
 def test_engines_and_servers_answer_in_processes(served_model):
     lines = []
-    [first_rates, second_rates] = measure_engines(
-        {"own": ("torch", served_model)}, Shape(8, 4, is_equal=False), [1, 2], 1, lines.append
-    )
+    contest = Contest(Shape(8, 4, is_equal=False), [1, 2], 1, lines.append)
+    [first_rates, second_rates] = contest.measure_engines({"own": ("torch", served_model)})
     assert (first_rates.clients, second_rates.clients) == (1, 2)
     assert min(first_rates.rate, second_rates.rate) > 0
-    [streamed_rates] = measure_servers(["torch, alone"], served_model, Shape(8, 4), [2], True, 1, lines.append)
+    contest = Contest(Shape(8, 4), [2], 1, lines.append)
+    [streamed_rates] = contest.measure_servers(["torch, alone"], served_model, stream=True)
     assert streamed_rates.first_token_seconds[0] > 0
     assert [line.split(":")[0] for line in lines] == [
         "round 1, 2 at a time",

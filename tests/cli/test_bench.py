@@ -5,7 +5,6 @@ import torch
 from typer import BadParameter
 
 from mhmoe_ray.bench.peers import PEERS
-from mhmoe_ray.cli.bench import checkpoint
 from mhmoe_ray.cli.bench_layer import layer
 from mhmoe_ray.errors import DataError, SpecError
 from tests.cli.run import assert_one_line, mhmoe, mhmoe_subprocess
@@ -119,11 +118,6 @@ def test_impossible_width_of_a_served_model_is_one_line(tmp_path):
     assert_one_line(result, 3, "bench serve: d_model 65 must be a multiple of twice")
 
 
-def test_impossible_width_of_a_saved_model_is_refused():
-    with pytest.raises(SpecError, match="bench checkpoint: d_model 130 must be a multiple of twice"):
-        checkpoint(d_model=130)
-
-
 def test_plot_needs_an_axis_and_a_writable_file(tmp_path):
     with pytest.raises(BadParameter, match="give --over"):
         layer(png=tmp_path / "a.png")
@@ -140,13 +134,3 @@ def test_bench_train_shows_steps_of_matched_models(tmp_path):
     assert [row["model"] for row in figures["models"]] == ["SMoE", "MH-MoE h 3"]
     assert all(len(row["seconds"]) == 2 for row in figures["models"])
     assert "the paper's" in result.err
-
-
-def test_bench_commands_times_help_and_the_status_of_a_long_run(corpus):
-    figures = mhmoe_subprocess(
-        corpus, "bench", "commands", "spec.yaml", "--no-submit", "--lines", "3000", "--rounds", "1", "--json"
-    ).json()
-    assert figures["lines"] == 3000
-    assert len(figures["help"]) == len(figures["status"]) == 1
-    assert min(*figures["help"], *figures["status"]) > 0
-    assert figures["submit"] == []

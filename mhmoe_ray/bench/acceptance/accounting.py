@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mhmoe_ray.bench.acceptance.layers import make_spec
-from mhmoe_ray.bench.acceptance.settings import LayerSize, Settings
+from mhmoe_ray.bench.acceptance.layers import with_kernel
+from mhmoe_ray.bench.acceptance.settings import Settings
+from mhmoe_ray.bench.layers import single_layer_spec
 from mhmoe_ray.model.moe import MultiHeadMoE
+from mhmoe_ray.spec import MoESpec
 
 # These operations launch no kernel: they only change the view of a tensor, allocate memory or read properties.
 FREE = {
@@ -68,7 +70,7 @@ def run_pass(module: nn.Module, x_BTM: Tensor) -> None:
 
 
 def count_pass(
-    settings: Settings, size: LayerSize, kernel: str, tokens: int, dtype: torch.dtype = torch.float32
+    settings: Settings, moe: MoESpec, kernel: str, tokens: int, dtype: torch.dtype = torch.float32
 ) -> Accounting:
     """Count the kernels and bytes of `run_pass` for a layer with weights in `dtype`; `grouped` needs values and fails.
 
@@ -81,7 +83,7 @@ def count_pass(
         torch.set_default_dtype(dtype)
         try:
             with torch.device(settings.device):
-                module = MultiHeadMoE(make_spec(settings, size, kernel))
+                module = MultiHeadMoE(single_layer_spec(settings.layer_width, with_kernel(moe, kernel)))
         finally:
             torch.set_default_dtype(previous_dtype)
         x_BTM = torch.empty(

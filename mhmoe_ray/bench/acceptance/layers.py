@@ -1,6 +1,6 @@
 """Time and memory of expert layers of equal work, with each of our kernels, beside layers of other packages."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from statistics import median
 
@@ -9,42 +9,19 @@ from torch import Tensor
 
 from mhmoe_kernels import unavailable_reason
 from mhmoe_kernels.choice import ExpertSizes
-from mhmoe_ray.bench.acceptance.settings import LayerSize, PartCase, Rows, Settings, first_line
-from mhmoe_ray.bench.layers import Shape
+from mhmoe_ray.bench.acceptance.settings import PartCase, Rows, Settings, first_line
+from mhmoe_ray.bench.layers import Case, Layer, Shape, build_mixture
 from mhmoe_ray.bench.measure import peak_bytes
 from mhmoe_ray.bench.peers import peer_layers
-from mhmoe_ray.bench.timing import device_clock, turns
-from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.model.init import init_weights
-from mhmoe_ray.model.moe import MultiHeadMoE
-from mhmoe_ray.spec import ModelSpec
+from mhmoe_ray.bench.timing import device_clock, measure_rounds
+from mhmoe_ray.spec import MoESpec
 
 KERNELS = ("grouped_gemm", "grouped_mm", "triton", "grouped")
 
 
-def make_spec(settings: Settings, size: LayerSize, kernel: str, capacity_factor: float | None = None) -> ModelSpec:
-    """Return the spec of a model with a single expert layer; a capacity factor gives it static routing."""
-    moe = {
-        "heads": size.heads,
-        "experts": size.experts,
-        "top_k": size.top_k,
-        "d_expert": size.hidden,
-        "every": 1,
-        "kernel": kernel,
-        "capacity_factor": capacity_factor,
-    }
-    return ModelSpec.model_validate(
-        {"vocab_size": 1, "d_model": settings.layer_width, "layers": 1, "attention_heads": 1, "moe": moe}
-    )
-
-
-def make_layer(settings: Settings, size: LayerSize, kernel: str, capacity_factor: float | None = None) -> MultiHeadMoE:
-    """Return an expert layer on the device, with initial weights in float32."""
-    model = Decoder(make_spec(settings, size, kernel, capacity_factor))
-    init_weights(model, 0)
-    [layer] = model.moe_layers()
-    assert isinstance(layer, MultiHeadMoE)
-    return layer.to(settings.torch_device)
+def with_kernel(moe: MoESpec, kernel: str) -> MoESpec:
+    """Return the sizes of a layer that the given kernel computes."""
+    return moe.model_copy(update={"kernel": kernel})
 
 
 def make_tokens(settings: Settings, tokens: int) -> Tensor:
@@ -53,43 +30,25 @@ def make_tokens(settings: Settings, tokens: int) -> Tensor:
     return x_BTM.to(settings.torch_device, torch.bfloat16).requires_grad_()
 
 
-def kernels_of(settings: Settings, size: LayerSize) -> list[str]:
+def expert_sizes(settings: Settings, moe: MoESpec) -> ExpertSizes:
+    """Return the sizes by which kernels are chosen for a layer."""
+    return ExpertSizes("swiglu", "bfloat16", settings.layer_width // moe.heads, moe.d_expert, moe.experts)
+
+
+def kernels_of(settings: Settings, moe: MoESpec) -> list[str]:
     """Return the names of the kernels that can compute a layer of this size on the device."""
-    sizes = ExpertSizes("swiglu", "bfloat16", settings.layer_width // size.heads, size.hidden, size.experts)
+    sizes = expert_sizes(settings, moe)
     return [kernel for kernel in KERNELS if unavailable_reason(kernel, settings.torch_device, sizes) is None]
 
 
-def layer_flops(settings: Settings, size: LayerSize, tokens: int) -> int:
+def layer_flops(settings: Settings, moe: MoESpec, tokens: int) -> int:
     """Return the FLOPs of all matrix products in a forward and backward pass of a layer."""
-    width = settings.layer_width // size.heads
-    experts = tokens * size.heads * size.top_k * 3 * width * size.hidden
-    projections = 2 * tokens * settings.layer_width**2 if size.heads > 1 else 0
-    router = tokens * size.heads * width * size.experts
+    width = settings.layer_width // moe.heads
+    experts = tokens * moe.heads * moe.top_k * 3 * width * moe.d_expert
+    projections = 2 * tokens * settings.layer_width**2 if moe.heads > 1 else 0
+    router = tokens * moe.heads * width * moe.experts
     # The backward pass has two products of the same size for each product here. A multiply-add is two FLOPs.
     return 3 * 2 * (experts + projections + router)
-
-
-class _Case:
-    def __init__(self, settings: Settings, module: torch.nn.Module, tokens: int) -> None:
-        self.module, self.x_BTM, self._device = module, make_tokens(settings, tokens), settings.device
-        self.forward_seconds: list[float] = []
-        self.backward_seconds: list[float] = []
-
-    def run(self, clock: Callable[[], float] | None) -> None:
-        """Run a forward and a backward pass; with a clock, record the seconds of each."""
-        read = clock or (lambda: 0.0)
-        start = read()
-        with torch.autocast(self._device, torch.bfloat16):
-            output = self.module(self.x_BTM)
-        y_BTM = output[0] if isinstance(output, tuple) else output
-        middle = read()
-        torch.autograd.backward(y_BTM, torch.ones_like(y_BTM))
-        end = read()
-        for leaf in (self.x_BTM, *self.module.parameters()):
-            leaf.grad = None
-        if clock is not None:
-            self.forward_seconds.append(middle - start)
-            self.backward_seconds.append(end - middle)
 
 
 def name_suffix(settings: Settings, tokens: int) -> str:
@@ -107,32 +66,30 @@ def cases(settings: Settings) -> Iterator[PartCase]:
 
 
 def _measure(settings: Settings, tokens: int) -> Rows:
-    modules: dict[str, torch.nn.Module] = {}
+    plain = settings.layers["SMoE"]
+    shape = Shape(tokens, settings.layer_width, plain.experts, plain.top_k, plain.d_expert)
+    layers: list[Layer] = []
     flops: dict[str, int] = {}
-    for name, size in settings.layers.items():
-        for kernel in ("auto", *kernels_of(settings, size)):
-            title = name if kernel == "auto" else f"{name}, {kernel}"
-            # The other packages' layers have weights in bfloat16, too, so no layer casts weights or gradients.
-            modules[title] = make_layer(settings, size, kernel).to(torch.bfloat16)
-            flops[title] = layer_flops(settings, size, tokens)
-        modules[f"{name}, static"] = make_layer(settings, size, "auto", capacity_factor=1.25).to(torch.bfloat16)
-        flops[f"{name}, static"] = flops[name]
+    for name, moe in settings.layers.items():
+        moes = {name: moe}
+        moes |= {f"{name}, {kernel}": with_kernel(moe, kernel) for kernel in kernels_of(settings, moe)}
+        moes[f"{name}, static"] = moe.model_copy(update={"capacity_factor": 1.25})
+        layers += [Layer(title, m, partial(build_mixture, shape.d_model, m)) for title, m in moes.items()]
+        flops |= dict.fromkeys(moes, layer_flops(settings, moe, tokens))
     if not settings.is_toy:
-        plain = settings.layers["SMoE"]
-        shape = Shape(tokens, settings.layer_width, plain.experts, plain.top_k, plain.hidden)
         peers, skipped = peer_layers(shape, settings.torch_device)
-        for peer in peers:
-            if "eager" not in peer.name:
-                modules[peer.name] = peer.build().to(settings.torch_device, torch.bfloat16)
-                flops[peer.name] = flops["SMoE"]
+        layers += [peer for peer in peers if "eager" not in peer.name]
+        flops |= {peer.name: flops["SMoE"] for peer in peers}
         for peer_case in skipped:
             yield {"name": f"{peer_case.name}, {tokens} tokens", "skipped": peer_case.reason}
     cases, peaks = {}, {}
-    for name, module in modules.items():
-        case = _Case(settings, module, tokens)
+    for layer in layers:
+        name = layer.name
         try:
-            case.run(None)
-            peaks[name] = peak_bytes(partial(case.run, None), settings.torch_device)
+            # The layers of other packages have weights in bfloat16, too, so no layer casts weights or gradients.
+            case = Case(layer, shape, "bfloat16", settings.torch_device)
+            _time_pass(case)
+            peaks[name] = peak_bytes(partial(_time_pass, case), settings.torch_device)
         # Static routing and other packages may need more memory than the GPU has, which is no failure.
         except torch.OutOfMemoryError as error:
             yield {"name": f"{name}, {tokens} tokens", "skipped": first_line(error)}
@@ -144,19 +101,32 @@ def _measure(settings: Settings, tokens: int) -> Rows:
             yield {"name": f"{name}, {tokens} tokens", "passed": False, "error": first_line(error)}
             continue
         cases[name] = case
-    clock = device_clock(settings.torch_device)
-    for _, name in turns(cases, settings.rounds):
-        cases[name].run(clock)
-    medians = {name: median(case.forward_seconds) + median(case.backward_seconds) for name, case in cases.items()}
+    seconds = measure_rounds(cases, settings.rounds, lambda name, _: _time_pass(cases[name]))
+    forward_medians = {name: median(forward for forward, _ in passes) for name, passes in seconds.items()}
+    medians = {
+        name: forward_medians[name] + median(backward for _, backward in passes) for name, passes in seconds.items()
+    }
     suffix = name_suffix(settings, tokens)
-    for name, case in cases.items():
+    for name in cases:
         yield {
             "name": f"{name}{suffix}",
             "ms": medians[name] * 1e3,
-            "forward_ms": median(case.forward_seconds) * 1e3,
+            "forward_ms": forward_medians[name] * 1e3,
             "TFLOP/s": flops[name] / medians[name] / 1e12,
             "peak_gb": peaks[name] / 1e9,
         }
     for name in settings.layers:
         if name != "SMoE" and name in medians and "SMoE" in medians:
             yield {"name": f"{name} to SMoE{suffix}", "times": medians[name] / medians["SMoE"]}
+
+
+def _time_pass(case: Case) -> tuple[float, float]:
+    """Run a forward and a backward pass, and return the seconds of each."""
+    device = case.x_BTM.device
+    read_clock = device_clock(device)
+    start = read_clock()
+    with torch.autocast(device.type, torch.bfloat16):
+        y_BTM = case.forward()
+    middle = read_clock()
+    case.backward(y_BTM)
+    return middle - start, read_clock() - middle

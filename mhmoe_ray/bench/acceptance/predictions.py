@@ -9,17 +9,17 @@ from functools import partial
 
 import torch
 
-from mhmoe_kernels.choice import ExpertSizes, gpu_kernels
+from mhmoe_kernels.choice import gpu_kernels
 from mhmoe_ray.bench.acceptance.accounting import count_pass
 from mhmoe_ray.bench.acceptance.goals import BANDWIDTH, LAUNCH_SECONDS, PEAK_FLOPS
-from mhmoe_ray.bench.acceptance.layers import layer_flops, name_suffix
-from mhmoe_ray.bench.acceptance.settings import LayerSize, PartCase, Rows, Settings
+from mhmoe_ray.bench.acceptance.layers import expert_sizes, layer_flops, name_suffix
+from mhmoe_ray.bench.acceptance.settings import PartCase, Rows, Settings
 from mhmoe_ray.bench.acceptance.training import compared_models
 from mhmoe_ray.bench.acceptance.training import name_suffix as training_suffix
 from mhmoe_ray.planner.estimate import estimate_step_time
 from mhmoe_ray.planner.kernels import ASSUMED_MAJOR
 from mhmoe_ray.planner.placement import single_node_layout
-from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.spec import MoESpec, RunSpec
 
 
 def cases(settings: Settings) -> Iterator[PartCase]:
@@ -31,17 +31,16 @@ def _predict(settings: Settings) -> Rows:
     for tokens in settings.layer_tokens:
         suffix = name_suffix(settings, tokens)
         seconds: dict[str, float] = {}
-        for name, size in settings.layers.items():
-            sizes = ExpertSizes("swiglu", "bfloat16", settings.layer_width // size.heads, size.hidden, size.experts)
+        for name, moe in settings.layers.items():
             # `auto` chooses the first kernel. The last one is `grouped`, which cannot be counted without values.
-            *kernels, _ = gpu_kernels("training", ASSUMED_MAJOR, sizes)
-            seconds_by_kernel = {k: predict_layer_seconds(settings, size, k, tokens) for k in kernels}
+            *kernels, _ = gpu_kernels("training", ASSUMED_MAJOR, expert_sizes(settings, moe))
+            seconds_by_kernel = {k: predict_layer_seconds(settings, moe, k, tokens) for k in kernels}
             seconds[name] = seconds_by_kernel[kernels[0]]
             yield {"name": f"layers: {name}{suffix}", "ms": seconds[name] * 1e3}
             for kernel in kernels:
                 yield {"name": f"layers: {name}, {kernel}{suffix}", "ms": seconds_by_kernel[kernel] * 1e3}
                 if tokens == settings.layer_tokens[0]:
-                    launches = count_pass(settings, size, kernel, tokens).kernels.total()
+                    launches = count_pass(settings, moe, kernel, tokens).kernels.total()
                     yield {"name": f"waits: {name}, {kernel}", "kernels": launches}
             if name != "SMoE":
                 yield {"name": f"layers: {name} to SMoE{suffix}", "times": seconds[name] / seconds["SMoE"]}
@@ -53,10 +52,10 @@ def _predict(settings: Settings) -> Rows:
                 yield {"name": f"training: {name} to SMoE{training_suffix(count)}", "times": ratio}
 
 
-def predict_layer_seconds(settings: Settings, size: LayerSize, kernel: str, tokens: int) -> float:
+def predict_layer_seconds(settings: Settings, moe: MoESpec, kernel: str, tokens: int) -> float:
     """Return the predicted time of a forward and backward pass of a layer with weights in bfloat16."""
-    counts = count_pass(settings, size, kernel, tokens, torch.bfloat16)
-    flops = layer_flops(settings, size, tokens)
+    counts = count_pass(settings, moe, kernel, tokens, torch.bfloat16)
+    flops = layer_flops(settings, moe, tokens)
     return flops / PEAK_FLOPS + counts.bytes.total() / BANDWIDTH + counts.kernels.total() * LAUNCH_SECONDS
 
 

@@ -6,8 +6,10 @@ from functools import partial
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mhmoe_ray.bench.acceptance.layers import make_layer, make_tokens
-from mhmoe_ray.bench.acceptance.settings import LayerSize, PartCase, Rows, Settings
+from mhmoe_ray.bench.acceptance.layers import make_tokens
+from mhmoe_ray.bench.acceptance.settings import PartCase, Rows, Settings
+from mhmoe_ray.bench.layers import build_mixture
+from mhmoe_ray.spec import MoESpec
 
 
 def cases(settings: Settings) -> Iterator[PartCase]:
@@ -15,14 +17,15 @@ def cases(settings: Settings) -> Iterator[PartCase]:
 
     The layer's kernel is `auto`. On a CPU, the times are of torch's operators.
     """
-    for name, size in settings.layers.items():
-        yield PartCase(name, partial(_profile, settings, name, size))
+    for name, moe in settings.layers.items():
+        yield PartCase(name, partial(_profile, settings, name, moe))
 
 
-def _profile(settings: Settings, name: str, size: LayerSize) -> Rows:
+def _profile(settings: Settings, name: str, moe: MoESpec) -> Rows:
     is_cuda = settings.device == "cuda"
     activity = ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU
-    module, x_BTM = make_layer(settings, size, "auto"), make_tokens(settings, settings.layer_tokens[-1])
+    module = build_mixture(settings.layer_width, moe).to(settings.torch_device)
+    x_BTM = make_tokens(settings, settings.layer_tokens[-1])
     for is_measured in (False, True):
         with profile(activities=[activity]) as profiler:
             with torch.autocast(settings.device, torch.bfloat16):

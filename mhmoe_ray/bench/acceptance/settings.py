@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from mhmoe_ray.spec import MoESpec
+
 if TYPE_CHECKING:
     import torch
 
@@ -17,15 +19,6 @@ class PartCase(NamedTuple):
 
     name: str
     measure: Callable[[], Iterable[Row]]
-
-
-class LayerSize(NamedTuple):
-    """Sizes of an expert layer: heads h, experts E, experts k per sub-token, and hidden width f of an expert."""
-
-    heads: int
-    experts: int
-    top_k: int
-    hidden: int
 
 
 class Settings(NamedTuple):
@@ -58,15 +51,19 @@ class Settings(NamedTuple):
         return (8,) if self.is_toy else (8192, 32768)
 
     @property
-    def layers(self) -> dict[str, LayerSize]:
+    def layers(self) -> dict[str, MoESpec]:
         """Sizes of layers with equal multiply-adds and parameters, by name."""
         if self.is_toy:
-            return {"SMoE": LayerSize(1, 4, 2, 16), "MH-MoE h 2": LayerSize(2, 4, 2, 16)}
+            return {"SMoE": _layer(1, 4, 2, 16), "MH-MoE h 2": _layer(2, 4, 2, 16)}
         return {
-            "SMoE": LayerSize(1, 64, 8, 1024),
-            "MH-MoE h 2": LayerSize(2, 152, 8, 856),
-            "MH-MoE h 4": LayerSize(4, 296, 8, 856),
+            "SMoE": _layer(1, 64, 8, 1024),
+            "MH-MoE h 2": _layer(2, 152, 8, 856),
+            "MH-MoE h 4": _layer(4, 296, 8, 856),
         }
+
+
+def _layer(heads: int, experts: int, top_k: int, d_expert: int) -> MoESpec:
+    return MoESpec(heads=heads, experts=experts, top_k=top_k, d_expert=d_expert, every=1)
 
 
 def first_line(error: Exception) -> str:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from mhmoe_ray.bench import checkpoints
 from mhmoe_ray.bench.acceptance.settings import PartCase, Rows, Settings
+from mhmoe_ray.bench.checkpoints import CheckpointCase
 from mhmoe_ray.bench.steps import SMALL_SIZE, matched_models
-from mhmoe_ray.bench.timing import device_clock, find_hardware, time_interleaved
+from mhmoe_ray.bench.timing import device_clock, time_interleaved
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.serving.engine.torch_engine import convert_to_bfloat16
@@ -30,12 +30,16 @@ def cases(settings: Settings) -> Iterator[PartCase]:
 def _measure_checkpoint(settings: Settings, spec: RunSpec) -> Rows:
     rounds = 1 if settings.is_toy else 5
     with tempfile.TemporaryDirectory() as folder:
-        figures = checkpoints.measure(spec, rounds, Path(folder), find_hardware(settings.device))
+        case = CheckpointCase(spec, Path(folder), settings.torch_device)
+        pairs = [(case.time_checkpoint().pause, case.time_torch_save()) for _ in range(rounds + 1)]
+        state_bytes = case.state_bytes
+    # The first pair is a warm-up.
+    pause, torch_save_seconds = (statistics.median(seconds) for seconds in zip(*pairs[1:], strict=True))
     yield {
         "name": "checkpoint",
-        "pause_ms": statistics.median(figures.pauses) * 1e3,
-        "to_torch_save": figures.pause_to_torch_save,
-        "state_gb": figures.state / 1e9,
+        "pause_ms": pause * 1e3,
+        "to_torch_save": pause / torch_save_seconds,
+        "state_gb": state_bytes / 1e9,
     }
 
 

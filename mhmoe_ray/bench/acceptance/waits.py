@@ -9,8 +9,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mhmoe_ray.bench.acceptance.accounting import count_pass, run_pass
-from mhmoe_ray.bench.acceptance.layers import kernels_of, make_layer, make_tokens
-from mhmoe_ray.bench.acceptance.settings import LayerSize, PartCase, Rows, Settings, first_line
+from mhmoe_ray.bench.acceptance.layers import kernels_of, make_tokens, with_kernel
+from mhmoe_ray.bench.acceptance.settings import PartCase, Rows, Settings, first_line
+from mhmoe_ray.bench.layers import build_mixture
+from mhmoe_ray.spec import MoESpec
 
 EXTRA_KERNELS = 8
 """Number of CUDA kernels that a layer may launch beyond its count on fake tensors, such as copies inside torch."""
@@ -18,21 +20,22 @@ EXTRA_KERNELS = 8
 
 def cases(settings: Settings) -> Iterator[PartCase]:
     """Yield a case for each layer and kernel: waits of the host and CUDA kernels in a forward and backward pass."""
-    for name, size in settings.layers.items():
-        for kernel in kernels_of(settings, size):
-            yield PartCase(f"{name}, {kernel}", partial(_measure, settings, name, size, kernel))
+    for name, moe in settings.layers.items():
+        for kernel in kernels_of(settings, moe):
+            yield PartCase(f"{name}, {kernel}", partial(_measure, settings, name, moe, kernel))
 
 
-def _measure(settings: Settings, name: str, size: LayerSize, kernel: str) -> Rows:
+def _measure(settings: Settings, name: str, moe: MoESpec, kernel: str) -> Rows:
     tokens = settings.layer_tokens[0]
-    module, x_BTM = make_layer(settings, size, kernel), make_tokens(settings, tokens)
+    module = build_mixture(settings.layer_width, with_kernel(moe, kernel)).to(settings.torch_device)
+    x_BTM = make_tokens(settings, tokens)
     run_pass(module, x_BTM)  # compiles the kernels
     counts = _count(settings, module, x_BTM)
     # Kernel `grouped` is measured only for comparison and cannot fail, because with it the host must wait until the
     # rows of each expert are counted.
     if kernel != "grouped":
         try:
-            counts["limit"] = count_pass(settings, size, kernel, tokens).kernels.total() + EXTRA_KERNELS
+            counts["limit"] = count_pass(settings, moe, kernel, tokens).kernels.total() + EXTRA_KERNELS
             if settings.device == "cuda":
                 counts["passed"] = counts["waits"] == 0 and counts["kernels"] <= counts["limit"]
         # A layer that cannot be counted without values must not hide what was measured.

@@ -5,15 +5,15 @@ A warm-up round before them is not counted.
 
 import random
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from mhmoe_ray.bench.serve.child import Child
 from mhmoe_ray.bench.serve.engines import Prompt, ServedModel
-from mhmoe_ray.bench.serve.load import Load, closed_loop, open_loop
+from mhmoe_ray.bench.serve.load import closed_loop, open_loop
 from mhmoe_ray.bench.serve.model import VOCAB_SIZE
-from mhmoe_ray.bench.timing import turns
+from mhmoe_ray.bench.timing import measure_rounds
 
 PACKAGES = {
     "vllm": "vllm",
@@ -24,8 +24,6 @@ PACKAGES = {
     "vLLM's server": "vllm",
 }
 """Package that an engine or server needs in addition to mhmoe_ray."""
-
-Report = Callable[[str], None]
 
 
 class Shape(NamedTuple):
@@ -38,23 +36,14 @@ class Shape(NamedTuple):
     @property
     def max_tokens(self) -> int:
         """Largest number of tokens of a prompt and its answer together."""
-        return (
-            self.prompt + self.tokens
-            if self.is_equal
-            else self._max_length(self.prompt) + self._max_length(self.tokens)
-        )
-
-    @staticmethod
-    def _max_length(mean: int) -> int:
-        return max(1, mean * 7 // 4)
+        return sum(mean if self.is_equal else _length_range(mean)[1] for mean in (self.prompt, self.tokens))
 
     def requests(self, count: int, seed: str) -> list[Prompt]:
         """Return `count` random prompts with the lengths of their answers; each seed gives different prompts."""
         generator = random.Random(seed)
 
-        # Random lengths are between 1/4 and 7/4 of the mean, so that their average is the mean.
         def length(mean: int) -> int:
-            return mean if self.is_equal else generator.randint(max(1, mean // 4), self._max_length(mean))
+            return mean if self.is_equal else generator.randint(*_length_range(mean))
 
         # Prompts do not contain token 0, because it is the end of the text.
         return [
@@ -63,13 +52,18 @@ class Shape(NamedTuple):
         ]
 
 
+def _length_range(mean: int) -> tuple[int, int]:
+    # The limits of random lengths are 1/4 and 7/4 of the mean, so that their average is the mean.
+    return max(1, mean // 4), max(1, mean * 7 // 4)
+
+
 class Rates(NamedTuple):
     """Throughput of one engine or server with one number of clients; lists have one value per round."""
 
     name: str
     clients: int
     rates: list[float]
-    """Tokens of answers (or of prompts, see `measure_engines`) per second."""
+    """Tokens of answers (or of prompts, see `Contest.measure_engines`) per second."""
     first_token_seconds: list[float]
     """Median seconds until the first token; empty if answers are not streamed."""
 
@@ -87,94 +81,83 @@ class Rates(NamedTuple):
         return {"first": fields.pop("first_token_seconds"), **fields, "rate": self.rate}
 
 
-def measure_engines(
-    served_models: Mapping[str, tuple[str, ServedModel]],
-    shape: Shape,
-    clients: Sequence[int],
-    rounds: int,
-    report: Report,
-) -> list[Rates]:
-    """Measure the throughput of engines, given with their models by a unique title, with several numbers of requests.
+class Contest(NamedTuple):
+    """Comparison of engines or servers with the same prompts; its methods raise a JobError for a contestant that fails.
 
-    A round has four times as many requests as the engine answers at a time. Throughput counts the tokens of answers,
-    but those of prompts if answers have only one token. An engine that fails is a JobError.
-    """
-    rates: dict[tuple[str, int], list[float]] = {(name, n): [] for n in clients for name in served_models}
-    with ExitStack() as stack:
-        children = {
-            name: stack.enter_context(Child(engine, served_model))
-            for name, (engine, served_model) in served_models.items()
-        }
-        for turn, (name, n) in turns(rates, rounds, warm_up=True):
-            prompts = shape.requests(4 * n, f"{turn} {n}")
-            token_count = sum(tokens if shape.tokens > 1 else len(ids) for ids, tokens in prompts)
-            seconds = children[name].time_answers(prompts, n)
-            if turn >= 0:
-                rates[name, n].append(token_count / seconds)
-                report(f"round {turn + 1}, {n} at a time: {name} {rates[name, n][-1]:,.0f} tokens/s")
-    return [Rates(name, n, model_rates, []) for (name, n), model_rates in rates.items()]
-
-
-def measure_servers(
-    names: Sequence[str],
-    served_model: ServedModel,
-    shape: Shape,
-    clients: Sequence[int],
-    stream: bool,
-    rounds: int,
-    report: Report,
-) -> list[Rates]:
-    """Measure servers with several numbers of clients.
-
-    A client sends its next request when it has the answer to the last one.
+    Each contestant has a process of its own, which waits while others are measured.
     """
 
-    def run_round(url: str, n: int, turn: int) -> Load:
-        # Each client sends three requests, or more if there are few clients, so that a round has at least eight
-        # requests.
-        return closed_loop(url, shape.requests(n * max(3, 8 // n), f"{turn} {n} {stream}"), n, stream)
+    shape: Shape
+    clients: Sequence[int]
+    """Numbers of clients at a time, with each of which all contestants are measured."""
+    rounds: int
+    report: Callable[[str], None]
 
-    return list(_measure_loads(names, served_model, clients, run_round, rounds, report))
+    def measure_engines(self, engines: Mapping[str, tuple[str, ServedModel]]) -> list[Rates]:
+        """Measure engines, given with their models by a unique title.
 
+        A round has four times as many requests as the engine answers at a time. Throughput counts the tokens of
+        answers, but those of prompts if answers have only one token.
+        """
 
-def measure_random_arrivals(
-    names: Sequence[str],
-    served_model: ServedModel,
-    shape: Shape,
-    rate: float,
-    seconds: float,
-    rounds: int,
-    report: Report,
-) -> list[Rates]:
-    """Measure the throughput of servers under streamed requests that arrive at random times.
+        def run_round(child: Child, n: int, number: int) -> tuple[float, None]:
+            prompts = self.shape.requests(4 * n, f"{number} {n}")
+            token_count = sum(tokens if self.shape.tokens > 1 else len(ids) for ids, tokens in prompts)
+            return token_count / child.time_answers(prompts, n), None
 
-    On average, `rate` requests per second arrive over `seconds`. The field `clients` of the results is 0, because there
-    is no fixed number of clients.
-    """
+        return self._measure(engines, self.clients, run_round, "at a time")
 
-    def run_round(url: str, n: int, turn: int) -> Load:
-        return open_loop(url, shape.requests(max(1, round(rate * seconds)), f"{turn} {rate}"), rate, turn)
+    def measure_servers(self, names: Sequence[str], served_model: ServedModel, stream: bool) -> list[Rates]:
+        """Measure servers; a client sends its next request when it has the answer to the last one."""
 
-    return list(_measure_loads(names, served_model, [0], run_round, rounds, report))
+        def run_round(child: Child, n: int, number: int) -> tuple[float, float | None]:
+            # Each client sends three requests, or more if there are few clients, so that a round has at least eight
+            # requests.
+            prompts = self.shape.requests(n * max(3, 8 // n), f"{number} {n} {stream}")
+            load = closed_loop(child.ready_message["url"], prompts, n, stream)
+            return load.rate, load.first_token_seconds
 
+        return self._measure({name: (name, served_model) for name in names}, self.clients, run_round, "clients")
 
-def _measure_loads(
-    names: Sequence[str],
-    served_model: ServedModel,
-    clients: Sequence[int],
-    run_round: Callable[[str, int, int], Load],
-    rounds: int,
-    report: Report,
-) -> Iterator[Rates]:
-    """Measure servers in interleaved rounds; `run_round(url, clients, round)` sends the requests of one round."""
-    loads_by_case: dict[tuple[str, int], list[Load]] = {(name, n): [] for n in clients for name in names}
-    with ExitStack() as stack:
-        children = {name: stack.enter_context(Child(name, served_model)) for name in names}
-        for turn, (name, n) in turns(loads_by_case, rounds, warm_up=True):
-            load = run_round(children[name].ready_message["url"], n, turn)
-            if turn >= 0:
-                loads_by_case[name, n].append(load)
-                report(f"round {turn + 1}, {n or 'random'} clients: {name} {load.rate:,.0f} tokens/s")
-    for (name, n), loads in loads_by_case.items():
-        first_token_seconds = [load.first_token_seconds for load in loads if load.first_token_seconds is not None]
-        yield Rates(name, n, [load.rate for load in loads], first_token_seconds)
+    def measure_random_arrivals(
+        self, names: Sequence[str], served_model: ServedModel, rate: float, seconds: float
+    ) -> list[Rates]:
+        """Measure servers under streamed requests that arrive at random times, on average `rate` per second.
+
+        The field `clients` of the results is 0, because there is no fixed number of clients.
+        """
+
+        def run_round(child: Child, _: int, number: int) -> tuple[float, float | None]:
+            prompts = self.shape.requests(max(1, round(rate * seconds)), f"{number} {rate}")
+            load = open_loop(child.ready_message["url"], prompts, rate, number)
+            return load.rate, load.first_token_seconds
+
+        return self._measure({name: (name, served_model) for name in names}, [0], run_round, "clients")
+
+    def _measure(
+        self,
+        contestants: Mapping[str, tuple[str, ServedModel]],
+        clients: Sequence[int],
+        run_round: Callable[[Child, int, int], tuple[float, float | None]],
+        unit: str,
+    ) -> list[Rates]:
+        """Measure contestants; `run_round(child, clients, round)` returns their rate and a first token's seconds."""
+
+        def measure_case(case: tuple[str, int], number: int) -> tuple[float, float | None]:
+            title, n = case
+            rate, first_token_seconds = run_round(children[title], n, number)
+            if number >= 0:
+                self.report(f"round {number + 1}, {n or 'random'} {unit}: {title} {rate:,.0f} tokens/s")
+            return rate, first_token_seconds
+
+        with ExitStack() as stack:
+            children = {
+                title: stack.enter_context(Child(name, served_model))
+                for title, (name, served_model) in contestants.items()
+            }
+            cases = [(title, n) for n in clients for title in contestants]
+            results = measure_rounds(cases, self.rounds, measure_case, warm_up=True)
+        return [
+            Rates(title, n, [rate for rate, _ in pairs], [seconds for _, seconds in pairs if seconds is not None])
+            for (title, n), pairs in results.items()
+        ]

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from mhmoe_ray.bench.serve.engines import ServedModel
 from mhmoe_ray.checkpoint.format import local_slice
-from mhmoe_ray.checkpoint.manifest import CheckpointManifest, checkpoint_name, commit
+from mhmoe_ray.checkpoint.huggingface.export import export
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest, checkpoint_name, commit, read_manifest
 from mhmoe_ray.checkpoint.save import save_slices
 from mhmoe_ray.data.tokenizer import END_OF_TEXT
 from mhmoe_ray.model.decoder import Decoder
@@ -60,6 +62,21 @@ def write_run(model: ModelSpec, seq_len: int, run: Path) -> Path:
     # The weights were not trained here, so the run counts as an imported one.
     mark_imported(RunDir(run))
     return checkpoint
+
+
+def write_model(
+    model: ModelSpec, seq_len: int, folder: Path, precision: str, threads: int, max_requests: int
+) -> ServedModel:
+    """Write a checkpoint with random weights into a new folder, and return it as a model to serve.
+
+    A Mixtral model is also exported in Hugging Face's layout, which other packages read. They do not know the
+    architecture of our multi-head models.
+    """
+    folder.mkdir()
+    checkpoint = write_run(model, seq_len, folder / "bench-000000")
+    if model.moe is not None and model.moe.heads == 1:
+        export(checkpoint, read_manifest(checkpoint), folder / "exported")
+    return ServedModel(checkpoint, folder / "exported", precision, threads, max_requests)
 
 
 def _build_tokenizer(entries: int) -> Tokenizer:

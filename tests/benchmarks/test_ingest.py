@@ -1,17 +1,18 @@
-"""Tests of `mhmoe bench ingest` on data that `mhmoe data prepare` prepared."""
+"""Tests of the benchmark `ingest` on data that `mhmoe data prepare` prepared."""
 
 from importlib.util import find_spec
 
 import pytest
 
-from mhmoe_ray.bench import ingest
-from mhmoe_ray.bench.ingest import CONTESTANTS, OUR_CONTESTANTS
 from mhmoe_ray.data.shards.manifest import read_data_manifest
 from mhmoe_ray.data.shards.recipe import recipe
 from mhmoe_ray.spec import dump_spec, load_resolved_spec
 from mhmoe_ray.storage import write_json
 from tests.bench.conftest import write_spec
-from tests.cli.run import assert_one_line, mhmoe_subprocess
+from tests.benchmarks import ingest
+from tests.benchmarks.ingest import CONTESTANTS, OUR_CONTESTANTS, ratio_to_ours
+from tests.benchmarks.process import run_benchmark
+from tests.cli.run import assert_one_line
 from tests.data.shards.manifests import make_manifest
 from tests.data.texts import write_lines
 from tests.support.specs import tiny_spec
@@ -23,7 +24,7 @@ PEER_CONTESTANTS = [name for name in CONTESTANTS if name not in OUR_CONTESTANTS]
 @pytest.mark.ray
 def test_ingest_measures_whole_preparation_and_stream(project):
     previous_files = sorted(project.rglob("*"))
-    result = mhmoe_subprocess(project, "bench", "ingest", "spec.yaml", "--peers", "--rounds", "1", "--json")
+    result = run_benchmark(project, "ingest", "spec.yaml", "--peers", "--rounds", "1", "--json")
     figures = result.json()["figures"]
     domains = read_data_manifest(project / "prepared").domains.values()
     tokens, text = sum(d.tokens + d.validation_tokens for d in domains), sum(d.text_bytes for d in domains)
@@ -50,13 +51,13 @@ def test_rounds_alternate_order_and_ratios_are_per_round(monkeypatch):
     monkeypatch.setattr(ingest, "run_in_process", lambda *_: {"seconds": next(seconds)})
     lines = []
     names = ["prepare: mhmoe", "prepare: datasets"]
-    our_figures, peer_figures = ingest.run_contest(tiny_spec(), names, 3, 1, lines.append)
+    rounds_by_name = ingest.run_contest(tiny_spec(), names, 3, 1, lines.append)
     assert [line.split(" took")[0] for line in lines] == [
         f"round {n}: {name}" for n, order in ((1, names), (2, names[::-1]), (3, names)) for name in order
     ]
-    assert [f["seconds"] for f in our_figures.rounds] == [2, 2, 1]
+    assert [result["seconds"] for result in rounds_by_name["prepare: mhmoe"]] == [2, 2, 1]
     # The ratios of the three rounds are 3 / 2, 8 / 2 and 5 / 1 for the peer; their median is 4.
-    assert (our_figures.ratio_to_ours, peer_figures.ratio_to_ours) == (1, 4)
+    assert [ratio_to_ours(name, rounds_by_name) for name in names] == [1, 4]
 
 
 @pytest.mark.slow
@@ -64,9 +65,7 @@ def test_rounds_alternate_order_and_ratios_are_per_round(monkeypatch):
 @pytest.mark.skipif(find_spec("datasets") is None, reason="datasets is not installed")
 def test_datasets_prepares_as_many_tokens_except_batch_ends(project):
     spec = load_resolved_spec(project / "spec.yaml")
-    figures = mhmoe_subprocess(project, "bench", "ingest", "spec.yaml", "--peers", "--rounds", "1", "--json").json()[
-        "figures"
-    ]
+    figures = run_benchmark(project, "ingest", "spec.yaml", "--peers", "--rounds", "1", "--json").json()["figures"]
     our_tokens, *peer_tokens = (f["rounds"][0]["tokens"] for name, f in figures.items() if name.startswith("prepare"))
     # datasets packs each batch of up to 1,000 documents separately and drops the incomplete sample at its end, in each
     # of two processes. Therefore it may have fewer tokens than our preparation.
@@ -85,16 +84,14 @@ def test_failure_is_one_line_with_cause(tmp_path):
     # read.
     spec.data.prepared.mkdir()
     write_json(spec.data.prepared / "manifest.json", make_manifest({"web/a": 4}, recipe(spec)).model_dump(mode="json"))
-    result = mhmoe_subprocess(tmp_path, "bench", "ingest", "spec.yaml", "--rounds", "1")
-    assert_one_line(result, 9, "bench ingest, prepare: mhmoe", "DataError")
+    result = run_benchmark(tmp_path, "ingest", "spec.yaml", "--rounds", "1")
+    assert_one_line(result, 9, "ingest, prepare: mhmoe", "DataError")
 
 
 @pytest.mark.slow
 def test_ingest_requires_tokenizer_and_prepared_data(tmp_path):
     spec = tmp_path / "spec.yaml"
     spec.write_text(dump_spec(tiny_spec(tmp_path)))
-    assert_one_line(mhmoe_subprocess(tmp_path, "bench", "ingest", "spec.yaml"), 3, "the spec has no data.tokenizer")
+    assert_one_line(run_benchmark(tmp_path, "ingest", "spec.yaml"), 3, "the spec has no data.tokenizer")
     spec.write_text(dump_spec(tiny_spec(tmp_path, data={"tokenizer": "tokenizer.json"})))
-    assert_one_line(
-        mhmoe_subprocess(tmp_path, "bench", "ingest", "spec.yaml"), 4, "it is not there", "mhmoe data prepare SPEC"
-    )
+    assert_one_line(run_benchmark(tmp_path, "ingest", "spec.yaml"), 4, "it is not there", "mhmoe data prepare SPEC")

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -20,18 +20,22 @@ import ray
 import ray.data
 from tokenizers import Tokenizer
 
-from mhmoe_ray.bench.process_memory import PeakMemory
 from mhmoe_ray.bench.processes import Measurement, run_in_process
-from mhmoe_ray.bench.timing import turns
+from mhmoe_ray.bench.timing import installed_contestants, measure_rounds
+from mhmoe_ray.cli.formats import format_bytes
 from mhmoe_ray.data.family import data_of
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.samples import TrainingSamples
 from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import TOKENIZER_FILE, require_data_manifest
+from mhmoe_ray.data.shards.recipe import require_prepared_data
 from mhmoe_ray.data.sources import find_files
 from mhmoe_ray.data.stream import training_stream
 from mhmoe_ray.data.tokenizer import boundaries, document_encoder
+from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec import RunSpec
+from tests.benchmarks.harness import Results
+from tests.benchmarks.process_memory import PeakMemory
 
 
 def prepare_with_mhmoe(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
@@ -220,33 +224,59 @@ POOL_CHUNK = 4
 """Number of micro-batches that a process of the pool gets at a time."""
 
 
-class Figures(NamedTuple):
-    """Measurements of one package that prepares or streams data."""
+def measure(spec: RunSpec, peers: bool, rounds: int, processes: int, report: Callable[[str], None]) -> Results:
+    """Measure the packages that can prepare or stream the spec's data; `peers` adds those of others.
 
-    name: str
-    rounds: list[dict[str, Any]]
-    ratio_to_ours: float
-    """Median over rounds of the ratio of the package's time to ours."""
-
-    def median(self, key: str) -> float:
-        """Return the median over rounds of a measurement, such as `seconds`."""
-        return float(statistics.median(measurement[key] for measurement in self.rounds))
+    The stream is timed on the spec's own prepared data, which must exist. A measurement that fails is a JobError.
+    """
+    has_images = data_of(spec.model).has_rows
+    if spec.data.tokenizer is None and not has_images:
+        fix = "prepare it, set data.tokenizer to the tokenizer.json in there and data.prepared to another folder"
+        raise SpecError("ingest", "the spec has no data.tokenizer", fix)
+    require_prepared_data(spec)
+    if has_images:
+        names = list(IMAGE_CONTESTANTS)
+    elif peers:
+        packages = {name: c.package for name, c in CONTESTANTS.items() if name not in IMAGE_CONTESTANTS[1:]}
+        names = installed_contestants(packages, report)
+    else:
+        names = list(OUR_CONTESTANTS)
+    rounds_by_name = run_contest(spec, names, rounds, processes, report)
+    ratios = {name: ratio_to_ours(name, rounds_by_name) for name in names}
+    rows = []
+    for name, results in rounds_by_name.items():
+        seconds, first_round = statistics.median(result["seconds"] for result in results), results[0]
+        # A preparation reports a number of tokens, and a data stream a number of micro-batches, so their rates differ
+        # in unit.
+        unit = "tokens" if "tokens" in first_round else "micro_batches"
+        rate = f"{first_round[unit] / seconds:,.0f} {unit.replace('_', '-')}/s"
+        peaks = [result["peak_bytes"] for result in results if "peak_bytes" in result]
+        peak = format_bytes(round(statistics.median(peaks))) if peaks else ""
+        rows.append((name, f"{seconds:.1f} s", rate, f"{ratios[name]:.2f}", peak))
+    b, length = spec.train.micro_batch_size, spec.data.seq_len
+    samples = f"{b} samples" if has_images else f"{b} x {length:,} tokens"
+    title = f"{processes} processes each, micro-batches of {samples}; {rounds} rounds in turn"
+    figures = {name: {"rounds": results, "to_ours": ratios[name]} for name, results in rounds_by_name.items()}
+    data = {"processes": processes, "micro_batch_size": b, "seq_len": length, "figures": figures}
+    return Results(title, ("", "median", "", "time to ours", "largest process"), rows, data)
 
 
 def run_contest(
     spec: RunSpec, names: list[str], rounds: int, processes: int, report: Callable[[str], None]
-) -> Iterator[Figures]:
-    """Measure several packages at preparing or streaming data in interleaved rounds, and yield the results of each.
+) -> dict[str, list[dict[str, Any]]]:
+    """Measure contestants, given by keys of `CONTESTANTS`, in interleaved rounds, and return their results by name."""
 
-    `names` are keys of `CONTESTANTS`, including the one of this project for each task. Streaming needs prepared data. A
-    measurement that fails is a JobError.
-    """
-    results_by_name: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for turn, name in turns(names, rounds):
-        result = run_in_process(CONTESTANTS[name].run, spec, processes, f"bench ingest, {name}")
-        report(f"round {turn + 1}: {name} took {result['seconds']:.1f} s")
-        results_by_name[name].append(result)
-    for name, results in results_by_name.items():
-        our_results = results_by_name[next(n for n in OUR_CONTESTANTS if CONTESTANTS[n].task == CONTESTANTS[name].task)]
-        ratios = [a["seconds"] / b["seconds"] for a, b in zip(results, our_results, strict=True)]
-        yield Figures(name, results, statistics.median(ratios))
+    def measure_contestant(name: str, number: int) -> dict[str, Any]:
+        result = run_in_process(CONTESTANTS[name].run, spec, processes, f"ingest, {name}")
+        report(f"round {number + 1}: {name} took {result['seconds']:.1f} s")
+        return result
+
+    return measure_rounds(names, rounds, measure_contestant)
+
+
+def ratio_to_ours(name: str, rounds_by_name: dict[str, list[dict[str, Any]]]) -> float:
+    """Return the median over rounds of the ratio of a contestant's time to that of our own for the same task."""
+    our_name = next(n for n in OUR_CONTESTANTS if CONTESTANTS[n].task == CONTESTANTS[name].task)
+    result_pairs = zip(rounds_by_name[name], rounds_by_name[our_name], strict=True)
+    ratios: list[float] = [result["seconds"] / our_result["seconds"] for result, our_result in result_pairs]
+    return statistics.median(ratios)

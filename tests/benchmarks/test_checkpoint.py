@@ -7,6 +7,9 @@ import torch
 
 from mhmoe_ray.bench import checkpoints
 from mhmoe_ray.bench.timing import Hardware
+from tests.benchmarks import checkpoint
+from tests.benchmarks.process import run_benchmark
+from tests.cli.run import assert_one_line
 from tests.support.specs import tiny_spec
 
 
@@ -24,8 +27,14 @@ def test_all_durations_use_device_clock(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "device_clock", fake_clock)
     device = torch.device("cpu")
-    figures = checkpoints.measure(tiny_spec(), 2, tmp_path, Hardware(device, "here", 1))
+    data = checkpoint.measure(tiny_spec(), 2, tmp_path, Hardware(device, "here", 1)).data
     assert devices == [device]
-    assert figures.steps == figures.steps_while_writing == figures.torch_save == [1.0, 1.0]
+    assert data["steps"] == data["beside"] == data["torch_save"] == [1.0, 1.0]
     # The saver itself measures the pause and the time until a checkpoint is complete.
-    assert all(0 < pause < seconds for pause, seconds in zip(figures.pauses, figures.committed, strict=True))
+    assert all(0 < pause < seconds for pause, seconds in zip(data["pauses"], data["committed"], strict=True))
+
+
+@pytest.mark.long
+def test_impossible_width_is_one_line(tmp_path):
+    result = run_benchmark(tmp_path, "checkpoint", "--d-model", "130")
+    assert_one_line(result, 3, "checkpoint: d_model 130 must be a multiple of twice")

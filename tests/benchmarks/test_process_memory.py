@@ -3,7 +3,7 @@ import subprocess
 import sys
 import time
 
-from mhmoe_ray.bench.process_memory import MemoryUsage, descendants, memory_usage
+from tests.benchmarks.process_memory import MemoryUsage, descendants, memory_usage
 
 MB = 1_000_000
 # The code of three processes: one with 200 MB of private memory, one that maps 200 MB of a file, and a parent that only
@@ -21,7 +21,7 @@ CHILD_CODE = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.
 # exec. Started by pytest itself, each child would count as large as pytest.
 WATCH_CODE = """
 import subprocess, sys
-from mhmoe_ray.bench.process_memory import PeakMemory
+from tests.benchmarks.process_memory import PeakMemory
 with PeakMemory() as peak:
     subprocess.run([sys.executable, '-c', *sys.argv[1:]], check=True)
 print(peak.resident, peak.private)"""
@@ -45,7 +45,7 @@ def test_peak_is_that_of_largest_descendant(tmp_path):
 def test_peak_includes_process_itself():
     code = f"""
 import time
-from mhmoe_ray.bench.process_memory import PeakMemory
+from tests.benchmarks.process_memory import PeakMemory
 with PeakMemory() as peak:
     {PRIVATE_CODE}
     time.sleep(1)

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mhmoe_ray.bench.dispatch.cases import DISPATCHES, NODES, Routes, cluster_spec, layer_models, link_bytes
-from mhmoe_ray.bench.timing import turns
+from mhmoe_ray.bench.timing import measure_rounds
 from mhmoe_ray.distributed.build import build_dispatch
 from mhmoe_ray.distributed.mesh import Mesh, build_mesh
 from mhmoe_ray.model.feedforward import Dispatch, Experts
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
+from tests.benchmarks.dispatch.cases import DISPATCHES, NODES, Routes, cluster_spec, layer_models
+from tests.benchmarks.dispatch.link import link_bytes
 
 
 class Case:
@@ -43,7 +44,7 @@ class Case:
 def measure(tokens: int, rounds: int, link: bool) -> dict[str, Any]:
     """Measure each layer with each dispatch, together with the other ranks; each rank has `tokens` tokens.
 
-    The seconds of a round end when the last rank has finished. `counted_bytes` are those that all ranks send between
+    The seconds of a round end when the last rank has finished. `counted` are the bytes that all ranks send between
     nodes in a pass, as the dispatch counts them. `over_link` has the bytes that crossed the link in each round, if
     there is one.
     """
@@ -52,10 +53,9 @@ def measure(tokens: int, rounds: int, link: bool) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for layer, model in layer_models().items():
         case = Case(model, tokens, mesh)
-        sent_bytes: dict[str, int] = {}
-        seconds: dict[str, list[float]] = {name: [] for name in DISPATCHES}
-        over_link: dict[str, list[int]] = {name: [] for name in DISPATCHES}
-        for turn, name in turns(DISPATCHES, rounds, warm_up=True):
+
+        def measure_pass(name: str, _: int, case: Case = case) -> tuple[float, int, int]:
+            """Return the seconds of a pass, the bytes that this rank sends to the other node, and those of the link."""
             dispatch = dispatches[name]
             assert dispatch is not None
             previous_link_bytes = link_bytes() if link else 0
@@ -64,17 +64,17 @@ def measure(tokens: int, rounds: int, link: bool) -> dict[str, Any]:
             start_time = _synchronized_time()
             case.run(dispatch)
             end_time = _synchronized_time()
-            sent_bytes[name] = dispatch.pop_sent_bytes().between_nodes
-            if turn >= 0:
-                seconds[name].append(end_time - start_time)
-                over_link[name] += [link_bytes() - previous_link_bytes] if link else []
-        total = torch.tensor([sent_bytes[name] for name in DISPATCHES])
+            sent_bytes = dispatch.pop_sent_bytes().between_nodes
+            return end_time - start_time, sent_bytes, link_bytes() - previous_link_bytes if link else 0
+
+        passes = measure_rounds(DISPATCHES, rounds, measure_pass, warm_up=True)
+        total = torch.tensor([passes[name][-1][1] for name in DISPATCHES])
         dist.all_reduce(total)
         results[layer] = {
             name: {
-                "seconds": seconds[name],
-                "counted_bytes": counted_bytes,
-                "over_link": over_link[name],
+                "seconds": [seconds for seconds, _, _ in passes[name]],
+                "counted": counted_bytes,
+                "over_link": [crossed_bytes for _, _, crossed_bytes in passes[name]] if link else [],
             }
             for name, counted_bytes in zip(DISPATCHES, total.tolist(), strict=True)
         }

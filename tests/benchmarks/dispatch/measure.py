@@ -10,85 +10,62 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
-from mhmoe_ray.bench.dispatch.cases import (
-    DISPATCHES,
-    INTERFACE,
-    NODES,
-    ExpectedBytes,
-    Namespace,
-    expected_bytes,
-    layer_models,
-    slow_link,
-)
-from mhmoe_ray.bench.timing import process_failure
-from mhmoe_ray.spec import MoESpec
+from mhmoe_ray.bench.timing import cpu_name, process_failure
+from mhmoe_ray.cli.common import format_bytes, format_seconds
+from tests.benchmarks.dispatch.cases import DISPATCHES, NODES, expected_bytes, layer_models
+from tests.benchmarks.dispatch.link import INTERFACE, Namespace, slow_link
+from tests.benchmarks.harness import Results
 
 
-class PassFigures(NamedTuple):
-    """Measurements of the forward and backward passes of one layer with one kind of dispatch."""
-
-    seconds: list[float]
-    """Seconds of a pass, one value per round."""
-    counted_bytes: int
-    """Bytes of rows that all ranks send between nodes in one pass, as counted by the dispatch."""
-    over_link: list[int]
-    """Bytes that crossed the link, with all headers, one value per round; empty without a link."""
-
-    @property
-    def median(self) -> float:
-        return median(self.seconds)
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the values as `mhmoe bench dispatch --json` prints them."""
-        return {"seconds": self.seconds, "counted": self.counted_bytes, "over_link": self.over_link}
-
-    @property
-    def bytes(self) -> float:
-        """Median of the bytes that crossed the link in a pass; without a link, the bytes that the dispatch counted."""
-        return median(self.over_link) if self.over_link else self.counted_bytes
-
-
-class Figures(NamedTuple):
-    """Measurements of one layer, with rows of width D, with flat and with hierarchical dispatch."""
-
-    name: str
-    moe: MoESpec
-    width: int
-    flat: PassFigures
-    hierarchical: PassFigures
-    expected: ExpectedBytes
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the measurements as `mhmoe bench dispatch --json` prints them."""
-        passes = {name: getattr(self, name).as_json() for name in DISPATCHES}
-        return {"layer": self.name, "moe": self.moe.model_dump(mode="json"), "width": self.width, **passes} | {
-            "expected": self.expected._asdict()
-        }
-
-
-def measure(tokens: int, rounds: int, rate: str | None) -> list[Figures]:
+def measure(tokens: int, rounds: int, rate: str | None) -> Results:
     """Measure every layer with flat and with hierarchical dispatch; a rate puts a slow link between the nodes.
 
     `tokens` is the number of tokens of each rank. The link's errors are those of `slow_link`, and a process that fails
     is a JobError.
     """
     with slow_link(rate) if rate else nullcontext(()) as namespaces:
-        results = _run_ranks(namespaces, {"tokens": tokens, "rounds": rounds, "link": bool(namespaces)})
-    figures = []
+        passes = _run_ranks(namespaces, {"tokens": tokens, "rounds": rounds, "link": bool(namespaces)})
+    rows, layers = [], []
     for name, model in layer_models().items():
-        assert model.moe is not None
-        flat, hierarchical = (PassFigures(**results[name][dispatch]) for dispatch in DISPATCHES)
-        figures.append(Figures(name, model.moe, model.row_width, flat, hierarchical, expected_bytes(model, tokens)))
-    return figures
+        moe, expected = model.moe, expected_bytes(model, tokens)
+        assert moe is not None
+        layer_passes = [passes[name][dispatch] for dispatch in DISPATCHES]
+        # Without a link, the bytes are those that the dispatch counted.
+        flat_bytes, hierarchical_bytes = (median(p["over_link"] or [p["counted"]]) for p in layer_passes)
+        flat_seconds, hierarchical_seconds = (median(p["seconds"]) for p in layer_passes)
+        rows.append(
+            (
+                name,
+                *map(str, (moe.heads, moe.experts, moe.top_k, model.row_width)),
+                format_bytes(round(flat_bytes)),
+                format_bytes(round(hierarchical_bytes)),
+                f"{hierarchical_bytes / flat_bytes:.3f}",
+                f"{expected.hierarchical / expected.flat:.3f}",
+                format_seconds(flat_seconds),
+                format_seconds(hierarchical_seconds),
+                f"{hierarchical_seconds / flat_seconds:.2f}",
+            )
+        )
+        sizes = {"layer": name, "moe": moe.model_dump(mode="json"), "width": model.row_width}
+        layers.append({**sizes, **passes[name], "expected": expected._asdict()})
+    columns = ("", "h", "E", "k", "D", "flat", "hierarchical", "ratio", "expected", "flat", "hierarchical", "ratio")
+    machine = cpu_name()
+    title = (
+        f"{machine}, 4 ranks of 1 thread, bfloat16, {tokens:,} tokens a rank, over "
+        f"{f'a link of {rate}' if rate else 'one machine'}\n"
+        f"bytes between the nodes, then time, of a forward and backward pass; medians of {rounds} rounds in turn"
+    )
+    data = {"machine": machine, "tokens": tokens, "rounds": rounds, "link": rate, "layers": layers}
+    return Results(title, columns, rows, data)
 
 
 def _run_ranks(namespaces: Sequence[Namespace], request: dict[str, Any]) -> dict[str, Any]:
     """Run a process for each rank, and return the measurements that rank 0 prints; if one fails, kill the others."""
     node_names = sorted(set(NODES))
     with tempfile.TemporaryDirectory(prefix="mhmoe-bench-") as folder:
-        arguments = [sys.executable, "-m", "mhmoe_ray.bench.dispatch.rank", json.dumps({**request, "folder": folder})]
+        arguments = [sys.executable, "-m", "tests.benchmarks.dispatch.rank", json.dumps({**request, "folder": folder})]
         ranks: list[subprocess.Popen[bytes]] = []
         try:
             for rank, node in enumerate(NODES):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from statistics import median
 
 from mhmoe_ray.bench.timing import time_interleaved
 from mhmoe_ray.errors import JobError
@@ -15,34 +15,35 @@ from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import location
+from tests.benchmarks.harness import Results
 
 EVENT_TIMEOUT = 60.0
 """Timeout in seconds for the first event of a job."""
 
 
-class CommandFigures(NamedTuple):
-    """Latency of three `mhmoe` commands in seconds, one value per round."""
-
-    help: list[float]
-    status: list[float]
-    submit: list[float]
-    """Seconds from the call to the first event that the job itself records; empty without a spec to submit."""
-
-
-def measure(spec: RunSpec, spec_file: Path | None, folder: Path, lines: int, rounds: int) -> CommandFigures:
+def measure(spec: RunSpec, spec_file: Path | None, folder: Path, lines: int, rounds: int) -> Results:
     """Measure the latency of `mhmoe --help`, `mhmoe status` and `mhmoe submit`; a failed command or job is a JobError.
 
     `spec` is that of a long run with `lines` synthetic lines of metrics, which is created in the empty `folder`.
-    `spec_file` is submitted to the running cluster; None leaves submit out.
+    `spec_file` is submitted to the running cluster, and timed from the call to the first event that the job itself
+    records; None leaves submit out.
     """
     long_run = _long_run(spec.model_copy(update={"storage": folder}), lines)
     cases: dict[str, Callable[[], object]] = {
         "help": partial(_run_command, "--help"),
         "status": partial(_run_command, "status", str(long_run.path), "--json"),
     }
-    timings = time_interleaved(cases, rounds)
-    submit_seconds = [_submit(spec_file) for _ in range(rounds)] if spec_file else []
-    return CommandFigures(timings["help"].seconds, timings["status"].seconds, submit_seconds)
+    seconds = {name: timing.seconds for name, timing in time_interleaved(cases, rounds).items()}
+    seconds["submit"] = [_submit(spec_file) for _ in range(rounds)] if spec_file else []
+    titles = {
+        "help": "mhmoe --help",
+        "status": f"mhmoe status, {lines:,} lines",
+        "submit": "mhmoe submit, to the job's first sign",
+    }
+    rows = [
+        (titles[name], f"{median(values):.2f} s", f"{max(values):.2f} s") for name, values in seconds.items() if values
+    ]
+    return Results(f"{rounds} rounds", ("", "median", "longest"), rows, {"lines": lines, **seconds})
 
 
 def _run_command(*args: str) -> str:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_ray.bench.dispatch import cases
-from mhmoe_ray.bench.dispatch.cases import slow_link
-from mhmoe_ray.bench.dispatch.measure import wait_for_ranks
 from mhmoe_ray.bench.timing import process_failure
 from mhmoe_ray.errors import SpecError
-from tests.cli.run import command, mhmoe_subprocess
+from tests.benchmarks.dispatch import link
+from tests.benchmarks.dispatch.link import slow_link
+from tests.benchmarks.dispatch.measure import wait_for_ranks
+from tests.benchmarks.process import command, run_benchmark
 
 NAMESPACES = Path("/run/netns")
 needs_root = pytest.mark.skipif(
@@ -24,7 +24,7 @@ needs_root = pytest.mark.skipif(
 
 @pytest.mark.slow  # tests/planner/test_traffic.py tests the expected bytes, and tests/distributed the dispatch
 def test_dispatch_sends_expected_bytes(tmp_path):
-    result = mhmoe_subprocess(tmp_path, "bench", "dispatch", "--tokens", "16", "--rounds", "1", "--json")
+    result = run_benchmark(tmp_path, "dispatch", "--tokens", "16", "--rounds", "1", "--json")
     output = result.json()
     layers = {layer["layer"]: layer for layer in output["layers"]}
     assert list(layers) == ["SMoE", "fine-grained x 2", "fine-grained x 8", "MH-MoE h 2", "MH-MoE h 3"]
@@ -70,11 +70,11 @@ def test_invalid_rate_is_refused(rate):
 
 
 def test_link_requires_root_and_tools(monkeypatch):
-    monkeypatch.setattr(cases.shutil, "which", lambda tool: "/sbin/ip")
-    monkeypatch.setattr(cases.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(link.shutil, "which", lambda tool: "/sbin/ip")
+    monkeypatch.setattr(link.os, "geteuid", lambda: 1000)
     with pytest.raises(SpecError, match="network namespaces need root"), slow_link("1gbit"):
         pass
-    monkeypatch.setattr(cases.shutil, "which", lambda tool: None if tool == "tc" else "/sbin/ip")
+    monkeypatch.setattr(link.shutil, "which", lambda tool: None if tool == "tc" else "/sbin/ip")
     with pytest.raises(SpecError, match="network namespaces need tc"), slow_link("1gbit"):
         pass
 
@@ -84,7 +84,7 @@ def test_link_requires_root_and_tools(monkeypatch):
 def test_slow_link_carries_expected_bytes(tmp_path):
     """The link carries the expected bytes and up to 4 % more for TCP, and is not faster than its rate."""
     options = ("--tokens", "512", "--rounds", "3", "--slow-link", "400mbit", "--json")
-    for layer in mhmoe_subprocess(tmp_path, "bench", "dispatch", *options).json()["layers"]:
+    for layer in run_benchmark(tmp_path, "dispatch", *options).json()["layers"]:
         for dispatch in ("flat", "hierarchical"):
             link_bytes, expected = layer[dispatch]["over_link"], layer["expected"][dispatch]
             assert len(link_bytes) == 3
@@ -98,10 +98,9 @@ def test_slow_link_carries_expected_bytes(tmp_path):
 @needs_root
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_link_is_removed_on_signal(tmp_path, number):
-    args = command("bench", "dispatch", "--tokens", "4096", "--rounds", "100", "--slow-link", "10mbit")
+    args = command("dispatch", "--tokens", "4096", "--rounds", "100", "--slow-link", "10mbit")
     process = subprocess.Popen(
         args,
-        cwd=tmp_path,
         stderr=subprocess.PIPE,
         start_new_session=True,
         # Tests that run in the background ignore SIGINT, and the child would inherit this, so the signal would not end
