@@ -15,7 +15,7 @@ def test_check_changes_and_creates_no_file(tmp_path):
 
 def test_a_path_that_cannot_be_written_is_one_line(tmp_path):
     for write_picture in (plotting.check, lambda path: plotting.save(plotting.new_figure(1, 1), path)):
-        with pytest.raises(DataError, match=r"picture .*a\.png: No such file or directory; name a file you can write"):
+        with pytest.raises(DataError, match=r"image .*a\.png: No such file or directory; name a file you can write"):
             write_picture(tmp_path / "no" / "a.png")
 
 

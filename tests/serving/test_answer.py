@@ -66,7 +66,7 @@ def test_replacement_character_in_the_vocabulary_is_ordinary_text():
 def test_a_name_that_only_begins_like_a_byte_is_ordinary_text():
     tokenizer = Tokenizer(models.BPE({"<unk>": 0, "a": 1, "<0xEF>": 2, "<0xy\ufffd": 3}, [], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    bytes_by_token = TokenBytes(tokenizer, tokenizer.decode)
+    bytes_by_token = TokenBytes(tokenizer, TextDecoder(tokenizer))
     assert [bytes_by_token[token] for token in (1, 2, 3)] == [b"a", b"\xef", "<0xy\ufffd".encode()]
 
 
