@@ -5,18 +5,18 @@ from mhmoe_ray.errors import DataError
 
 
 def test_check_changes_and_creates_no_file(tmp_path):
-    existing_picture = tmp_path / "there.png"
-    existing_picture.write_bytes(b"before")
-    plotting.check(existing_picture)
+    existing_image = tmp_path / "there.png"
+    existing_image.write_bytes(b"before")
+    plotting.check(existing_image)
     plotting.check(tmp_path / "new.png")
-    assert existing_picture.read_bytes() == b"before"
-    assert list(tmp_path.iterdir()) == [existing_picture]
+    assert existing_image.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [existing_image]
 
 
 def test_a_path_that_cannot_be_written_is_one_line(tmp_path):
-    for write_picture in (plotting.check, lambda path: plotting.save(plotting.new_figure(1, 1), path)):
+    for write_image in (plotting.check, lambda path: plotting.save(plotting.new_figure(1, 1), path)):
         with pytest.raises(DataError, match=r"image .*a\.png: No such file or directory; name a file you can write"):
-            write_picture(tmp_path / "no" / "a.png")
+            write_image(tmp_path / "no" / "a.png")
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,6 @@ def test_short_abbreviates_multiples_of_1024(number, text):
     assert plotting.short(number) == text
 
 
-def test_a_picture_of_thousands_of_rows_can_be_written(tmp_path):
+def test_an_image_of_thousands_of_rows_can_be_written(tmp_path):
     plotting.save(plotting.new_figure(1, 4000 * plotting.ROW_INCHES), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

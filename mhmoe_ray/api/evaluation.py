@@ -57,7 +57,7 @@ class EvaluationOptions:
         elif not self.tasks and (self.limit or self.task_folders):
             reason = f"{names['limit']} and {names['task_folders']} are about {names['tasks']}"
         elif self.probe and not self.text:
-            reason = f"{names['probe']} classifies the pictures of {names['text']}"
+            reason = f"{names['probe']} classifies the images of {names['text']}"
         else:
             return
         raise EvaluationOptionsError("evaluation", reason, "name some")
@@ -68,7 +68,7 @@ class EvaluationOptions:
             reason = f"{names['prior']} is for a model with router domain, and this model has no experts of domains"
             raise EvaluationOptionsError("evaluation", reason, "leave it out")
         if self.probe and model.encoder is None:
-            reason = f"{names['probe']} classifies pictures by an encoder, and this model is none"
+            reason = f"{names['probe']} classifies images by an encoder, and this model is none"
             raise EvaluationOptionsError("evaluation", reason, "leave it out")
 
     def request(self, run: RunDir, checkpoint: str) -> EvalRequest:
@@ -116,7 +116,7 @@ FIELD_NAMES = {field.name: field.name for field in fields(EvaluationOptions)}
 
 
 def _probe_data(text: DataSpec, path: str) -> DataSpec:
-    """Return the data section for a probe's pictures, read as those of `text`, which must have one source."""
+    """Return the data section for a probe's images, read as those of `text`, which must have one source."""
     sources = list(text.sources.values())
     if len(sources) > 1:
         raise SpecError("the linear probe", f"it classifies one source, and there are {len(sources)}", "name one text")

@@ -34,10 +34,10 @@ def plot(sweep: Sweep, request: Request, hardware: Hardware, path: Path) -> None
     A lack of matplotlib, or a file that cannot be written, is a DataError.
     """
     with style():
-        save(draw_picture(sweep, request, hardware), path)
+        save(draw_plot(sweep, request, hardware), path)
 
 
-def draw_picture(sweep: Sweep, request: Request, hardware: Hardware) -> "Figure":
+def draw_plot(sweep: Sweep, request: Request, hardware: Hardware) -> "Figure":
     """Return a figure with panels of the time, its ratio to the dense layer and peak memory, and a legend."""
     figure = new_figure(13, 4.6)
     time, ratio, memory = figure.subplots(1, 3)

@@ -165,7 +165,7 @@ def sample(
     if scenes:
         _print_sample(folder, json, *_write_scenes(folder, cache, scene_seed))
     elif pictures:
-        _print_sample(folder, json, *_write_pictures(folder, cache))
+        _print_sample(folder, json, *_write_images(folder, cache))
     elif large:
         _print_sample(folder, json, *_write_large(folder, cache))
     else:
@@ -214,7 +214,7 @@ def _write_large(folder: Path, cache: Path) -> "tuple[LargeSummary, Table]":
     return summary, number_table(["", "documents", "MB"], [*rows, total])
 
 
-def _write_pictures(folder: Path, cache: Path) -> "tuple[ImageSummary, Table, str]":
+def _write_images(folder: Path, cache: Path) -> "tuple[ImageSummary, Table, str]":
     from mhmoe_ray.corpus.images import write_image_sample
 
     summary = write_image_sample(folder, cache, print_note)

@@ -65,7 +65,7 @@ def inspect(
     if samples:
         _print_samples(target, first_position, samples, json)
         return
-    # This call raises an error if the picture cannot be written, before all text is read, which may take long.
+    # This call raises an error if the plot cannot be written, before all text is read, which may take long.
     if png:
         plotting.check(png)
     summary = {

@@ -1,4 +1,4 @@
-"""Tables and the picture of `mhmoe data inspect`: lengths of documents by domain, fertility by language.
+"""Tables and the plot of `mhmoe data inspect`: lengths of documents by domain, fertility by language.
 
 Fertility is the number of tokens per word and per character.
 """

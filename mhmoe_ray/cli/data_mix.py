@@ -1,6 +1,6 @@
 """`mhmoe data mix`: how much training reads of each domain, computed from a spec and the counts of its prepared data.
 
-No text is read and nothing is started. The picture shows the shares of domains in each phase of the training on a
+No text is read and nothing is started. The plot shows the shares of domains in each phase of the training on a
 logarithmic scale, and their epochs in the whole training.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 STAGES = {"by_size": ("by size", "o"), "tempered": ("tempered", "s"), "share": ("after limits", "x")}
-"""Label and marker in the picture for each kind of share, by its key in the mixture."""
+"""Label and marker in the plot for each kind of share, by its key in the mixture."""
 
 
 def _mixture_figure(mixture: dict[str, Any]) -> "Figure":

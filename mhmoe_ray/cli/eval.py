@@ -79,9 +79,9 @@ def eval_(
     probe: Annotated[
         str | None,
         typer.Option(
-            metavar="PICTURES",
-            help="For an encoder: classify the pictures of --text, whose captions are classes, by a linear probe that "
-            "is trained on these pictures; --samples bounds both.",
+            metavar="IMAGES",
+            help="For an encoder: classify the images of --text, whose captions are classes, by a linear probe that "
+            "is trained on these images; --samples bounds both.",
         ),
     ] = None,
     recompute: options.AgainOption = False,

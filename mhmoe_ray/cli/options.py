@@ -104,7 +104,7 @@ SamplesOption = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help=f"Samples of each domain of --text, at most; {EVALUATION_SAMPLES} by default. Of pictures, different "
+        help=f"Samples of each domain of --text, at most; {EVALUATION_SAMPLES} by default. Of images, different "
         "images.",
     ),
 ]

@@ -18,7 +18,7 @@ def report(
             show_default=False,
         ),
     ] = None,
-    target_folder: Annotated[Path, typer.Option("--to", help="Folder for the page and its pictures.")] = Path("report"),
+    target_folder: Annotated[Path, typer.Option("--to", help="Folder for the page and its plots.")] = Path("report"),
     baseline: Annotated[
         str | None, typer.Option(help="Variant that the others are compared with; the first by default.")
     ] = None,

@@ -53,7 +53,7 @@ def routing(
         raise dense_error
     if not evaluation.routing:
         reason = "there are no pairs of an image and a text to count routes of"
-        raise RunError(f"run {run_dir.id}", reason, "name pictures with captions by --text")
+        raise RunError(f"run {run_dir.id}", reason, "name images with captions by --text")
     request, figures = evaluation.request, routing_figures(evaluation.routing)
     training = [] if run_dir.is_imported else _training_metrics(run_dir)
     if json:

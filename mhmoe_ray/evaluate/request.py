@@ -90,7 +90,7 @@ class EvalRequest(BaseModel):
         """Description of what is evaluated, for the user; empty without data and tasks."""
         parts = ["held-out samples"] if self.prepared else []
         if self.text:
-            parts.append(f"{'pictures' if self.text.has_images else 'text'} {', '.join(self.text.sources)}")
+            parts.append(f"{'images' if self.text.has_images else 'text'} {', '.join(self.text.sources)}")
         if self.tasks:
             parts.append(f"tasks {', '.join(self.tasks)}")
         if self.probe:

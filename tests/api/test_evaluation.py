@@ -110,8 +110,8 @@ def test_missing_text_is_an_error_before_a_job_starts(run, text):
     [
         ({"samples": 3}, "overrides and samples are about text; name some"),
         ({"limit": 3}, "limit and task_folders are about tasks; name some"),
-        ({"probe": "pictures"}, "probe classifies the pictures of text; name some"),
-        ({"text": "a", "probe": "b"}, "probe classifies pictures by an encoder, and this model is none; leave it out"),
+        ({"probe": "pictures"}, "probe classifies the images of text; name some"),
+        ({"text": "a", "probe": "b"}, "probe classifies images by an encoder, and this model is none; leave it out"),
         ({"prior": "uniform"}, "this model has no experts of domains; leave it out"),
     ],
 )

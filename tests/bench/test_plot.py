@@ -5,7 +5,7 @@ import torch
 
 from mhmoe_ray.bench.layers import Shape, our_layers
 from mhmoe_ray.bench.measure import Figures, Request
-from mhmoe_ray.bench.plot import draw_picture, layer_styles, plot
+from mhmoe_ray.bench.plot import draw_plot, layer_styles, plot
 from mhmoe_ray.bench.sweep import Sweep
 from mhmoe_ray.bench.timing import Hardware
 
@@ -44,7 +44,7 @@ def _make_sweep():
 
 def test_panels_show_all_layers_and_dash_extrapolated_points():
     sweep = _make_sweep()
-    figure = draw_picture(sweep, REQUEST, HARDWARE)
+    figure = draw_plot(sweep, REQUEST, HARDWARE)
     [legend] = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == list(sweep.series)
     values = {

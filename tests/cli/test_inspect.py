@@ -33,7 +33,7 @@ def project(local_cluster, tmp_path_factory) -> Path:
 
 @pytest.mark.ray
 def test_inspect_of_prepared_data_agrees_with_its_manifest(project):
-    result = mhmoe(project, "data", "inspect", "spec.yaml", "--json", "--png", "picture.png")
+    result = mhmoe(project, "data", "inspect", "spec.yaml", "--json", "--png", "image.png")
     report = result.json()
     assert "inspect: read 2 of 2 files" in result.err
     assert {name: row["documents"] for name, row in report["domains"].items()} == {"web/a": 65, "web/b": 30}
@@ -50,7 +50,7 @@ def test_inspect_of_prepared_data_agrees_with_its_manifest(project):
     assert report["prepared"]["domains"]["web/b"]["tokens"] == sum(
         n + 1 for n, text in zip(lengths, TEXTS["web/b"], strict=True) if not is_validation(text, 0.2)
     )
-    assert (project / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert (project / "image.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.ray
@@ -140,7 +140,7 @@ def test_raw_text_can_be_in_a_folder_of_any_name(tmp_path, monkeypatch):
 def test_mistakes_are_one_line(tmp_path):
     write_corpus(tmp_path / "raw")
     write_spec(tmp_path)
-    # The path of the picture is checked before any text is read, so this command needs no cluster.
+    # The path of the image is checked before any text is read, so this command needs no cluster.
     result = mhmoe(tmp_path, "data", "inspect", "raw", "--png", "no/a.png")
     assert_one_line(result, 4, "image no/a.png", "No such file")
     for verb in ("inspect", "lint"):

@@ -91,7 +91,7 @@ def test_mix_of_two_phases_adds_up(project):
     ]
 
 
-def test_mix_writes_a_picture(project):
+def test_mix_writes_an_image(project):
     set_ = ("--set", f"data.schedule={json.dumps(SCHEDULE)}", "--png", "mix.png")
     assert "drawn in mix.png" in mhmoe(project, "data", "mix", "spec.yaml", *set_).out
     assert (project / "mix.png").read_bytes().startswith(b"\x89PNG")
@@ -99,7 +99,7 @@ def test_mix_writes_a_picture(project):
     assert_one_line(result, 4, "image nowhere/mix.png", "No such file")
 
 
-def test_picture_without_matplotlib_is_one_line(project):
+def test_image_without_matplotlib_is_one_line(project):
     (project / "matplotlib.py").write_text("raise ImportError")
     path = {"PYTHONPATH": f"{project}:{Path.cwd()}:{Path.cwd() / 'kernels'}"}
     result = mhmoe_subprocess(project, "data", "mix", "spec.yaml", "--png", "mix.png", **path)

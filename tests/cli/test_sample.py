@@ -28,7 +28,7 @@ def test_large_sample_without_clients_names_missing_packages(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bin", "out"]
 
 
-def test_picture_sample_without_clients_names_missing_artists(tmp_path):
+def test_image_sample_without_clients_names_missing_artists(tmp_path):
     pytest.importorskip("PIL")
     pytest.importorskip("resvg_py")
     (tmp_path / "bin").mkdir()

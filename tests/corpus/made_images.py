@@ -87,7 +87,7 @@ def emoji_table(*emoji: str, subgroup: str = "face") -> bytes:
 
 
 def read_shards(folder: Path) -> dict[str, dict]:
-    """Return `pixels`, `caption` and `record` of each picture in the shards of a folder, by the picture's key."""
+    """Return `pixels`, `caption` and `record` of each image in the shards of a folder, by the image's key."""
     files = dict[str, dict[str, bytes]]()
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as tar:

@@ -62,7 +62,7 @@ def cache(tmp_path_factory) -> Path:
             f"{STAMP}.svg": b"not read",
             f"{STAMP}.txt": "A crow.\nde.utf8=Eine Krähe.\n".encode(),
             f"{STAMP}_mirror.png": png_file((40, 20), RED),
-            f"{STAMP}2.png": b"not a picture",
+            f"{STAMP}2.png": b"not an image",
             f"{STAMP}2.txt": b"A second crow.",
         },
     }
@@ -101,14 +101,14 @@ def sample(tmp_path_factory, cache) -> tuple[Path, ImageSummary]:
     return folder, write_test_sample(folder, cache)[0]
 
 
-def test_pictures_are_squares_with_alpha_in_the_middle(sample):
+def test_images_are_squares_with_alpha_in_the_middle(sample):
     folder, _ = sample
-    picture = read_shards(folder / "train" / "openmoji")["1f99c"]["pixels"]
-    assert picture.shape == (16, 16, 4)
-    assert (picture[8, 8] == BLUE).all()
+    image = read_shards(folder / "train" / "openmoji")["1f99c"]["pixels"]
+    assert image.shape == (16, 16, 4)
+    assert (image[8, 8] == BLUE).all()
     # The drawing is twice as high as wide.
-    assert (picture[:, :4, 3] == 0).all()
-    assert (picture[:, 12:, 3] == 0).all()
+    assert (image[:, :4, 3] == 0).all()
+    assert (image[:, 12:, 3] == 0).all()
     stamp = read_shards(folder / "train" / "stamps")["animals__birds__crow"]["pixels"]
     assert (stamp[4:12] == RED).all()
     assert (stamp[:4, :, 3] == 0).all()
@@ -128,9 +128,9 @@ def test_font_draws_sequences_as_one_glyph(sample):
 
 def test_records_have_captions_classes_and_licences(sample):
     folder, summary = sample
-    picture = read_shards(folder / "train" / "openmoji")["1f600"]
-    assert picture["caption"] == "grinning face"
-    assert picture["record"] == {
+    image = read_shards(folder / "train" / "openmoji")["1f600"]
+    assert image["caption"] == "grinning face"
+    assert image["record"] == {
         "concept": "1f600",
         "name": "grinning face",
         "keywords": ["one", "two"],
@@ -152,7 +152,7 @@ def test_records_have_captions_classes_and_licences(sample):
 
 def test_a_repeated_drawing_names_the_first(sample):
     folder, summary = sample
-    records = {key: picture["record"] for key, picture in read_shards(folder / "train" / "noto").items()}
+    records = {key: image["record"] for key, image in read_shards(folder / "train" / "noto").items()}
     # The cookie sorts before the parrot, whose square has the same colour.
     assert "same_drawing_as" not in records["1f36a"]
     assert records["1f99c"]["same_drawing_as"] == "1f36a"
@@ -174,7 +174,7 @@ def test_is_test_concept_selects_half_and_keeps_variants_together():
     assert all(is_test_concept(f"{key}-1f3ff-200d-2640") == is_test_concept(key) for key in keys)
 
 
-def test_summary_counts_what_has_no_picture(sample):
+def test_summary_counts_what_has_no_image(sample):
     _, summary = sample
     assert summary.left_out["openmoji"] == {
         "empty drawing": 1,
@@ -246,8 +246,8 @@ def test_noto_without_raqm_draws_single_characters(sample, cache, tmp_path, monk
     summary, _ = write_test_sample(tmp_path, cache, ARTISTS[:1])
     assert summary.left_out["noto"]["sequence needs a Pillow with raqm"] == 1
     pictures = read_shards(tmp_path / "train" / "noto")
-    for key, picture in read_shards(folder / "train" / "noto").items():
-        assert key not in pictures or np.array_equal(picture["pixels"], pictures[key]["pixels"])
+    for key, image in read_shards(folder / "train" / "noto").items():
+        assert key not in pictures or np.array_equal(image["pixels"], pictures[key]["pixels"])
     assert "1f600" in pictures
 
 
@@ -298,7 +298,7 @@ def test_command_prints_the_sample(cache, tmp_path):
     assert summary["missing"] == []
 
 
-def test_command_refuses_large_pictures(tmp_path):
+def test_command_refuses_large_images(tmp_path):
     result = mhmoe(tmp_path, "data", "sample", "out", "--large", "--pictures")
     assert result.code == 2
     assert "--pictures: --large writes text only" in result.err

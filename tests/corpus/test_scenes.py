@@ -161,7 +161,7 @@ def test_concepts_and_backgrounds_are_in_one_split(sample):
     assert sum(summary.backgrounds.values()) == len(BACKGROUNDS) + len(NATURE_BACKGROUNDS) + 1
 
 
-def test_classes_have_pictures_on_white(sample):
+def test_classes_have_images_on_white(sample):
     folder, summary = sample
     class_names = {split: {path.name for path in (folder / "classes" / split).iterdir()} for split in SPLITS}
     assert {"animal-mammal", "food-fruit"} <= class_names["train"]
@@ -229,7 +229,7 @@ def test_missing_backgrounds_are_a_shortfall(cache, tmp_path):
 def test_a_damaged_background_names_its_file(cache, tmp_path):
     damaged_cache = tmp_path / "cache"
     shutil.copytree(cache, damaged_cache)
-    files = {"usr/share/backgrounds/mate/nature/Wood.jpg": b"not a picture"}
+    files = {"usr/share/backgrounds/mate/nature/Wood.jpg": b"not an image"}
     write_deb(damaged_cache / "Debian" / "mate-backgrounds_1_all.deb", files)
     summary, _ = write_test_sample(tmp_path / "out", damaged_cache)
     assert "nature/Wood.jpg is no readable image" in summary.missing_packages[0]

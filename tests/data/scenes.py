@@ -15,7 +15,7 @@ def write_class_folders(folder: Path, count: int, size: int = 20) -> None:
     rng = np.random.default_rng(1)
     for number in range(count):
         name = [*COLOURS][number % len(COLOURS)]
-        pixels, _ = _picture(rng, name, size, size)
+        pixels, _ = _image(rng, name, size, size)
         path = folder / name / f"{number:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
@@ -36,7 +36,7 @@ def write_coco_folder(folder: Path, count: int, width: int = 40, height: int = 3
     (folder / "annotations").mkdir()
     for number in range(count):
         name = [*COLOURS][number % len(COLOURS)]
-        pixels, (x, y, w, h) = _picture(rng, name, width, height)
+        pixels, (x, y, w, h) = _image(rng, name, width, height)
         Image.fromarray(pixels).save(folder / "train" / f"{number:04d}.png")
         image = {"id": 100 + number, "file_name": f"{number:04d}.png", "width": width, "height": height}
         tree["images"].append(image)
@@ -54,7 +54,7 @@ def write_coco_folder(folder: Path, count: int, width: int = 40, height: int = 3
     (folder / "annotations" / "instances_train.json").write_text(json.dumps(tree))
 
 
-def _picture(rng: np.random.Generator, name: str, width: int, height: int) -> tuple[np.ndarray, tuple[int, ...]]:
+def _image(rng: np.random.Generator, name: str, width: int, height: int) -> tuple[np.ndarray, tuple[int, ...]]:
     """Return an image with a rectangle of a class's colour, and the rectangle's left, top, width and height."""
     pixels = rng.integers(110, 146, (height, width, 3), np.uint8)
     w, h = (int(side) for side in rng.integers(9, 15, 2))

@@ -17,10 +17,10 @@ from mhmoe_ray.families.images.nearest import distinct_images
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs.directory import create_run
-from tests.data.pictures import encode_image, make_pictures, tar_members, write_tar
 from tests.data.sources.read import data_spec
 from tests.serving.conftest import build_tokenizer
 from tests.support.encoders import PADDING, encoder_spec
+from tests.support.images import encode_image, make_images, tar_members, write_tar
 from tests.support.saved import commit_checkpoint, save_tensors
 
 
@@ -44,7 +44,7 @@ def meter():
     return EncoderMeter(model.eval(), spec, use_bfloat16=False, on_progress=lambda *_: None)
 
 
-def test_other_pictures_need_neither_the_prepared_data_nor_the_codebook(tmp_path):
+def test_other_images_need_neither_the_prepared_data_nor_the_codebook(tmp_path):
     spec = encoder_spec(
         storage=str(tmp_path / "runs"),
         data__prepared=str(tmp_path / "removed"),
@@ -60,7 +60,7 @@ def test_other_pictures_need_neither_the_prepared_data_nor_the_codebook(tmp_path
     checkpoint.mkdir(parents=True)
     save_tensors(checkpoint / "weights", model.named_tensors())
     commit_checkpoint(checkpoint, spec.model, seq_len=12)
-    write_tar(tmp_path / "test" / "a.tar", tar_members(make_pictures(6)))
+    write_tar(tmp_path / "test" / "a.tar", tar_members(make_images(6)))
     options = EvaluationOptions(text=tmp_path / "test", overrides=["data.sources.test.format=webdataset"])
     request = options.request(run, checkpoint.name)
     lines = []
@@ -107,9 +107,9 @@ def test_an_image_is_measured_on_a_few_of_its_captions(meter):
     assert len(pairs.languages) == 8
 
 
-def test_samples_of_pictures_are_different_images_with_all_captions(tmp_path):
+def test_samples_of_images_are_different_images_with_all_captions(tmp_path):
     members = []
-    for number, picture in enumerate(make_pictures(5)):
+    for number, picture in enumerate(make_images(5)):
         suffix = picture.name.partition(".")[2]
         names = {language: f"{language} {number}" for language in ("en", "de", "fr")}
         members += [(f"{number}.{suffix}", picture.image), (f"{number}.json", json.dumps({"names": names}).encode())]

@@ -8,7 +8,7 @@ from mhmoe_ray.data.images.annotations import Annotation, decode_mask
 from mhmoe_ray.families.vision.data.fit import Fit, stored_probabilities
 from mhmoe_ray.families.vision.evaluate.objects import StoredDetection, average_precision, stored_detection
 from mhmoe_ray.families.vision.model import Detection
-from tests.data.pictures import encode_image
+from tests.support.images import encode_image
 from tests.support.instances import NAMES, instance, square_mask
 
 IMAGE = encode_image(np.zeros((48, 64, 3), np.uint8))

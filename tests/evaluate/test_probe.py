@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from mhmoe_ray.families.encoder.evaluate.probe import classify
-from tests.data.pictures import encode_image
+from tests.support.images import encode_image
 
 COLOURS = {b"red": (255, 0, 0), b"green": (0, 255, 0), b"blue": (0, 0, 255)}
 
 
-def make_pictures(rng, count):
+def make_images(rng, count):
     """Return images whose colours are those of their classes, and the classes."""
     classes = [list(COLOURS)[number % 3] for number in range(count)]
     images = [
@@ -21,7 +21,7 @@ def make_pictures(rng, count):
 
 def test_a_probe_and_the_nearest_image_name_separable_classes():
     rng = np.random.default_rng(0)
-    (training_images, training_classes), (images, classes) = make_pictures(rng, 60), make_pictures(rng, 30)
+    (training_images, training_classes), (images, classes) = make_images(rng, 60), make_images(rng, 30)
     codes = {name: rng.normal(size=8) for name in COLOURS}
 
     def features(names):
@@ -38,8 +38,8 @@ def test_a_probe_and_the_nearest_image_name_separable_classes():
 
 def test_a_class_that_was_not_trained_is_wrong():
     rng = np.random.default_rng(0)
-    training_images, training_classes = make_pictures(rng, 30)
-    images, _ = make_pictures(rng, 3)
+    training_images, training_classes = make_images(rng, 30)
+    images, _ = make_images(rng, 3)
     score = classify(
         rng.normal(size=(30, 4)), training_images, training_classes, rng.normal(size=(3, 4)), images, [b"black"] * 3
     )

@@ -20,8 +20,8 @@ from mhmoe_ray.families.images.crops import read_crop
 from mhmoe_ray.families.images.nearest import NearestImages, distinct_images
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
-from tests.data.pictures import encode_image
 from tests.support.encoders import PADDING, encoder_spec
+from tests.support.images import encode_image
 
 
 def caption(*tokens):

@@ -310,7 +310,7 @@ class LinkCollector(HTMLParser):
         self.links += [v for k, v in attributes.items() if k in ("src", "href", "xlink:href")]
 
 
-def test_the_page_is_self_contained_and_has_its_pictures_beside_it(tmp_path):
+def test_the_page_is_self_contained_and_has_its_images_beside_it(tmp_path):
     runs = [*six_runs(tmp_path), make_run(tmp_path, "top-1", 0, 3.0, moe={**MOE, "top_k": 1, "d_sub_token": 16})]
     store_evaluation(runs[3], tokens_of=[60] * 4, distinct=[0, 0, 0, 60, 40])
     store_evaluation(runs[6], tokens_of=[60, 60, 60, 0], distinct=[0, 100, 0])
@@ -332,11 +332,11 @@ def test_the_page_is_self_contained_and_has_its_pictures_beside_it(tmp_path):
         use,
     ):
         assert part in page, part
-    pictures = {p.stem for p in (tmp_path / "out").glob("*.png")}
-    assert {"loss_by_steps", "loss_by_flops", "loss_beside_baseline", "activation", "load_mhmoe_h2"} <= pictures
-    assert page.count("<figure") == len(pictures)
+    images = {p.stem for p in (tmp_path / "out").glob("*.png")}
+    assert {"loss_by_steps", "loss_by_flops", "loss_beside_baseline", "activation", "load_mhmoe_h2"} <= images
+    assert page.count("<figure") == len(images)
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in (tmp_path / "out").glob("*.png"))
-    assert "dropped" not in pictures  # no sub-token was dropped, so there is nothing to show
+    assert "dropped" not in images  # no sub-token was dropped, so there is nothing to show
 
 
 def test_a_loss_with_an_overflowing_perplexity_is_reported(tmp_path):

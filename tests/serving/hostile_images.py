@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.data.pictures import bomb, encode_image, jpeg_of_scans, tiff_of_tile
+from tests.support.images import bomb, encode_image, jpeg_of_scans, tiff_of_tile
 
 HOSTILE_IMAGES = {
     "bomb": (bomb(), "more than 20 million"),

@@ -34,11 +34,11 @@ from mhmoe_ray.serving import family
 from mhmoe_ray.serving.api.app import create_app
 from mhmoe_ray.serving.load import check_served, load_served
 from mhmoe_ray.spec import KeySpec, ServeSpec
-from tests.data.pictures import encode_image
 from tests.serving.asking import call
 from tests.serving.conftest import serve_app
 from tests.serving.hostile_images import HOSTILE_IMAGES, recording_server
 from tests.support.encoders import PADDING
+from tests.support.images import encode_image
 from tests.support.served_encoder import IMAGES, SEQ_LEN, URLS, SteppedEngine, data_url, endless_model, make_encoder_run
 
 WORDS = ["the fox", "jumps over", "lazy dog", "quick", "brown fox jumps"]
@@ -168,7 +168,7 @@ def test_hostile_images_are_refused(client, image_url, reason):
 
 def test_addresses_of_images_are_never_fetched(client):
     with recording_server() as server:
-        address = f"{server.url}/picture.png"
+        address = f"{server.url}/image.png"
         with pytest.raises(openai.BadRequestError, match="other URLs are not fetched"):
             client.chat.completions.create(model="pictures", messages=chat_messages(address))
         # As an input of /v1/embeddings an address is a text like any other.
@@ -336,7 +336,7 @@ def test_an_encoder_without_answers_is_refused_before_it_is_loaded(tmp_path, opt
 def test_an_encoder_is_refused_where_images_cannot_be_decoded(encoder, checkpoint, monkeypatch):
     run, _ = encoder
     monkeypatch.setattr(family, "find_spec", lambda module: None if module == "PIL" else find_spec(module))
-    with pytest.raises(ServeError, match=r"it needs the package pillow.*mhmoe-ray\[pictures\]"):
+    with pytest.raises(ServeError, match=r"it needs the package pillow.*mhmoe-ray\[images\]"):
         check_served(read_manifest(checkpoint), ServeSpec(), run)
 
 

@@ -36,10 +36,10 @@ from mhmoe_ray.serving.api.app import create_app
 from mhmoe_ray.serving.engine import BusyError, EngineError
 from mhmoe_ray.serving.load import check_served, load_served
 from mhmoe_ray.spec import KeySpec, ServeSpec
-from tests.data.pictures import encode_image
 from tests.serving.asking import answer_inputs, call
 from tests.serving.conftest import serve_app
 from tests.serving.hostile_images import HOSTILE_IMAGES, recording_server
+from tests.support.images import encode_image
 from tests.support.served_vision import CLASSES, make_vision_run, random_pixels
 
 SIZES = [(40, 60), (60, 36), (33, 33)]

@@ -11,9 +11,9 @@ from mhmoe_ray.families.encoder.serving.engine import EncoderEngine
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs.directory import create_run
-from tests.data.pictures import encode_image
 from tests.serving.conftest import build_tokenizer
 from tests.support.encoders import ENCODER, encoder_spec
+from tests.support.images import encode_image
 from tests.support.saved import commit_checkpoint, save_tensors
 
 SEQ_LEN = 12

@@ -1,4 +1,4 @@
-"""Tests of runs that train an encoder on pictures: samples on any number of workers and after a kill, evaluation."""
+"""Tests of runs that train an encoder on images: samples on any number of workers and after a kill, evaluation."""
 
 import base64
 import copy
@@ -10,8 +10,8 @@ import yaml
 
 from mhmoe_ray.runs import history, metrics
 from tests.cli.run import mhmoe
-from tests.data.pictures import make_pictures, tar_members, write_tar
 from tests.support.encoders import ENCODER
+from tests.support.images import make_images, tar_members, write_tar
 from tests.support.watch import newest_run
 from tests.train.image_runs import assert_a_kill_changes_nothing, assert_refused, streams, train_to_end
 
@@ -22,16 +22,16 @@ TEXT_ALONE = ["--set", "data.sources.test.format=webdataset", "--set", "data.sou
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory, local_cluster):
-    """Return a project folder with pictures, whose first run prepares the data for all others."""
+    """Return a project folder with images, whose first run prepares the data for all others."""
     folder = tmp_path_factory.mktemp("pictures")
-    pictures = make_pictures(120)
+    pictures = make_images(120)
     write_tar(folder / "raw" / "train" / "00000.tar", tar_members(pictures[:90]))
     write_tar(folder / "raw" / "test" / "00000.tar", tar_members(pictures[90:]))
     return folder
 
 
 def write_spec(folder, workers, **train):
-    """Write a spec with three kinds of samples from the same pictures, and a matching part."""
+    """Write a spec with three kinds of samples from the same images, and a matching part."""
     tree = copy.deepcopy(ENCODER)
     path = "raw/train"
     tree["storage"] = "runs"
@@ -84,7 +84,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(project, run):
     assert_a_kill_changes_nothing(project, run)
 
 
-def test_an_encoder_is_evaluated_on_held_out_samples_and_on_other_pictures(project, run):
+def test_an_encoder_is_evaluated_on_held_out_samples_and_on_other_images(project, run):
     held_out = mhmoe(project, "eval", run.id, "--json").json()
     validation = history.read(run)[-1][metrics.VAL_PART_LOSS]
     losses = {name: score["loss"] for name, score in held_out["encoder"]["losses"].items()}
@@ -142,8 +142,8 @@ def test_a_fine_tuned_encoder_is_evaluated_and_served(project, run, unused_port)
     assert deployed.code == 0, deployed.err
     try:
         url = re.search(r" at (http://\S+)/v1/embeddings;", deployed.out)[1]
-        image = "data:image/png;base64," + base64.b64encode(make_pictures(1)[0].image).decode()
-        vectors = httpx.post(f"{url}/v1/embeddings", json={"input": [image, "a picture"]}).json()["data"]
+        image = "data:image/png;base64," + base64.b64encode(make_images(1)[0].image).decode()
+        vectors = httpx.post(f"{url}/v1/embeddings", json={"input": [image, "an image"]}).json()["data"]
         assert len(vectors) == 2
         messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": image}}]}]
         caption = httpx.post(f"{url}/v1/chat/completions", json={"messages": messages}).json()

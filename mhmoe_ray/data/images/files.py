@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = tuple(suffix.removeprefix(".") for suffix in FORMATS["images"].suffixes)
 """Suffixes of image files without their dots, the preferred ones first."""
-# Pillow knows more formats. Some of them start other programs (EPS), and data sets of pictures use none of them.
+# Pillow knows more formats. Some of them start other programs (EPS), and data sets of images use none of them.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 # Pillow's tables for resizing grow with the longer side, so a limit on the number of pixels does not bound them.

@@ -62,7 +62,7 @@ CPUS_PER_READER = 8
 """CPUs for each reader of files: one core reads at least as fast as this many tokenise. Readers and tokenising tasks
 wait for each other, so readers reserve no CPU in Ray."""
 
-CPUS_PER_PICTURE_READER = 1
+CPUS_PER_IMAGE_READER = 1
 """CPUs for each reader of images, which spends nearly all of its time decoding."""
 
 CPUS_PER_CHAT_READER = 2
@@ -266,7 +266,7 @@ class _Preparation:
         # asks for.
         cpus = ray.cluster_resources().get("CPU", 0) or min(self._spec.cluster.cpus, MAX_EXPECTED_CPUS)
         cpus_per_reader = CPUS_PER_CHAT_READER if template else CPUS_PER_READER
-        readers = ceil(cpus / (CPUS_PER_PICTURE_READER if self._data_spec.has_images else cpus_per_reader))
+        readers = ceil(cpus / (CPUS_PER_IMAGE_READER if self._data_spec.has_images else cpus_per_reader))
         files = ray.data.from_arrow(file_blocks(self._files))
         chunks = files.map_batches(read, batch_format="pyarrow", batch_size=1, num_cpus=0, concurrency=readers)
         parts, tally, report = [], Tally(), self._report

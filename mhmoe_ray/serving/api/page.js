@@ -79,12 +79,12 @@ function addLegend(parent, entries) {
   }
 }
 
-// Returns a figure with a square picture below a grid of cells, of which fill(cell) returns the colour.
-function gridFigure(picture, square, cellsPerSide, fill, caption) {
+// Returns a figure with a square image below a grid of cells, of which fill(cell) returns the colour.
+function gridFigure(image, square, cellsPerSide, fill, caption) {
   const figure = document.createElement("figure"), canvas = document.createElement("canvas");
   canvas.width = canvas.height = 240;
   const context = canvas.getContext("2d"), cell = canvas.width / cellsPerSide;
-  context.drawImage(picture, square[0], square[1], square[2] - square[0], square[3] - square[1], 0, 0, canvas.width, canvas.height);
+  context.drawImage(image, square[0], square[1], square[2] - square[0], square[3] - square[1], 0, 0, canvas.width, canvas.height);
   context.globalAlpha = 0.6;
   for (let number = 0; number < cellsPerSide ** 2; number++) {
     context.fillStyle = fill(number);

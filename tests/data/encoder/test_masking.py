@@ -28,7 +28,7 @@ def test_blocks_are_larger_than_single_patches():
     masks = [block_mask(14, 14, 0.4, seed, "x") for seed in range(200)]
     assert np.mean([neighbour_share(mask) for mask in masks]) > 0.75
     shares = np.mean(masks, axis=0)
-    # Few blocks reach the corners, but every patch is hidden in some pictures.
+    # Few blocks reach the corners, but every patch is hidden in some images.
     assert shares.min() > 0.01
     assert shares.mean() == pytest.approx(78 / 196)
 

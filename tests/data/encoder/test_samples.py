@@ -9,11 +9,11 @@ from mhmoe_ray.data.shards.files import to_batch, write_shard
 from mhmoe_ray.data.shards.manifest import DataManifest, Domain
 from mhmoe_ray.families.encoder.data.samples import SampleMaker
 from mhmoe_ray.families.images.crops import read_crop
-from tests.data.pictures import make_pictures
 from tests.support.encoders import PADDING, encoder_spec
+from tests.support.images import make_images
 
 COUNTS = {"captions": 4, "pictures": 5, "described": 7, "matched": 0}
-IMAGES = [picture.image for picture in make_pictures(12)]
+IMAGES = [picture.image for picture in make_images(12)]
 
 
 @pytest.fixture

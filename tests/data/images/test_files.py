@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mhmoe_ray.data.images.files import TooManyPixelsError, check_image_file, count_scans, decode_image
-from tests.data.pictures import bomb, encode_image, jpeg_of_scans, tiff_of_tile
+from tests.support.images import bomb, encode_image, jpeg_of_scans, tiff_of_tile
 
 
 def test_a_bomb_is_not_decoded():

@@ -9,23 +9,23 @@ from mhmoe_ray.cli.data_inspect_view import print_survey
 from mhmoe_ray.data.inspect.lint import LintInput, lint
 from mhmoe_ray.spec import DataSpec
 from tests.data.inspect.surveys import survey_serially
-from tests.data.pictures import make_pictures, write_image_folder
+from tests.support.images import make_images, write_image_folder
 
-PICTURES = make_pictures(12, size=40)
+IMAGES = make_images(12, size=40)
 
 
 @pytest.fixture
 def data_spec(tmp_path):
     """Write images in folders of classes, one of them twice, and images with objects; return the data section."""
-    write_image_folder(tmp_path / "folder" / "cat", PICTURES[:8])
-    write_image_folder(tmp_path / "folder" / "dog", [*PICTURES[8:10], PICTURES[0]._replace(name="again.png")])
-    write_image_folder(tmp_path / "coco", PICTURES[:3])
+    write_image_folder(tmp_path / "folder" / "cat", IMAGES[:8])
+    write_image_folder(tmp_path / "folder" / "dog", [*IMAGES[8:10], IMAGES[0]._replace(name="again.png")])
+    write_image_folder(tmp_path / "coco", IMAGES[:3])
     objects = [
         {"id": number, "image_id": image_id, "category_id": category, "bbox": [0, 0, 9, 9]}
         for number, (image_id, category) in enumerate([(0, 1), (0, 2), (0, 1), (1, 1), (1, 7)])
     ]
     tree = {
-        "images": [{"id": number, "file_name": picture.name} for number, picture in enumerate(PICTURES[:3])],
+        "images": [{"id": number, "file_name": image.name} for number, image in enumerate(IMAGES[:3])],
         "annotations": objects,
         "categories": [{"id": 1, "name": "boat"}, {"id": 2, "name": "moon"}],
     }

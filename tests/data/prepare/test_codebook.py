@@ -8,21 +8,19 @@ from mhmoe_ray.data.shards.files import ShardReader, to_batch, write_shard
 from mhmoe_ray.families.encoder.data.batches import BatchMaker
 from mhmoe_ray.families.encoder.data.codebook import k_means, sample_patches
 from mhmoe_ray.families.encoder.data.samples import SampleMaker
-from tests.data.pictures import make_pictures
 from tests.support.encoders import encoder_spec
+from tests.support.images import make_images
 
 
 def test_patches_of_the_sample_are_the_targets_of_training(tmp_path):
     """The sample has all patches of all images, since there are few."""
-    pictures = make_pictures(5)
+    images = make_images(5)
     spec = encoder_spec()
     tokens = np.zeros((5, 12), np.uint16)
-    shard = write_shard(tmp_path, "a.arrow", to_batch({TOKENS: tokens, IMAGE: [picture.image for picture in pictures]}))
+    shard = write_shard(tmp_path, "a.arrow", to_batch({TOKENS: tokens, IMAGE: [picture.image for picture in images]}))
     patches = sample_patches(ShardReader(tmp_path, [shard], 2), spec.model.encoder)
     part = next(part for part in spec.parts if part.name == "images")._replace(samples=5)
-    samples = SampleMaker(spec, 2).make(
-        part, {TOKENS: tokens, IMAGE: [p.image for p in pictures]}, [""] * 5, crops=False
-    )
+    samples = SampleMaker(spec, 2).make(part, {TOKENS: tokens, IMAGE: [p.image for p in images]}, [""] * 5, crops=False)
     samples = samples._replace(patch_hidden=np.ones_like(samples.patch_hidden))
     targets = BatchMaker(spec.model, torch.device("cpu")).make([part], samples).patch_target_I
     assert patches.shape == (5 * 16, 48)

@@ -173,7 +173,7 @@ def test_prepare_is_independent_of_parallelism(results):
     assert_same_files(results.spec.data.prepared, results.serial_spec.data.prepared)
 
 
-@pytest.mark.slow  # test_pictures.py has a preparation that is killed
+@pytest.mark.slow  # test_images.py has a preparation that is killed
 def test_prepare_resumes_after_a_killed_job(results, local_cluster, tmp_path):
     spec = spec_in_folder(results.spec, tmp_path / "again")
     environment = PrepareRequest.from_spec(spec).environment

@@ -16,15 +16,15 @@ from mhmoe_ray.data.sources.find import file_blocks, fingerprints
 from mhmoe_ray.data.sources.images import image_hash
 from mhmoe_ray.data.sources.items import BadLine, Document
 from mhmoe_ray.errors import DataError
-from tests.data.pictures import make_pictures, write_image_folder, write_tar
 from tests.data.sources.damage import flip_bit
 from tests.data.sources.read import data_spec, read_source
+from tests.support.images import make_images, write_image_folder, write_tar
 
-PICTURES = make_pictures(12)
-GOOD = PICTURES[0].image
+IMAGES = make_images(12)
+GOOD = IMAGES[0].image
 NAMES = ["cat", "dog", "wren"]
 CLASSES = [NAMES[number % 3] for number in range(12)]
-EXPECTED = sorted((picture.image, name) for picture, name in zip(PICTURES, CLASSES, strict=True))
+EXPECTED = sorted((picture.image, name) for picture, name in zip(IMAGES, CLASSES, strict=True))
 CLASS_COLUMNS = {"columns": ["image", "class"]}
 
 
@@ -44,7 +44,7 @@ def faults(items):
 
 def write_with_datasets(folder, names):
     """Write a data set of the package `datasets` with the classes as ClassLabel, by save_to_disk and to_parquet."""
-    rows = [{"image": {"bytes": p.image, "path": p.name}, "label": c} for p, c in zip(PICTURES, CLASSES, strict=True)]
+    rows = [{"image": {"bytes": p.image, "path": p.name}, "label": c} for p, c in zip(IMAGES, CLASSES, strict=True)]
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=names)})
     dataset = Dataset.from_list(rows, features=features)
     dataset.save_to_disk(folder / "saved")
@@ -62,11 +62,11 @@ def test_all_formats_yield_the_same_classes(tmp_path):
     write_with_datasets(tmp_path, NAMES)
     (tmp_path / "tar").mkdir()
     with webdataset.TarWriter(str(tmp_path / "tar" / "a.tar")) as sink:
-        for picture, name in zip(PICTURES, CLASSES, strict=True):
+        for picture, name in zip(IMAGES, CLASSES, strict=True):
             key, _, suffix = picture.name.partition(".")
             fields = {"cls": f"{name}\n", "json": {"name": name, "number": 7}, "txt": "a caption"}
             sink.write({"__key__": key, suffix: picture.image, **fields})
-    for picture, name in zip(PICTURES, CLASSES, strict=True):
+    for picture, name in zip(IMAGES, CLASSES, strict=True):
         deep_folder = ["images", ""][picture.name > "00005"]
         write_image_folder(tmp_path / "folder" / name / deep_folder, [picture])
     sources = {
@@ -88,9 +88,9 @@ def test_all_formats_yield_the_same_classes(tmp_path):
 
 def test_folders_of_classes_are_one_domain(tmp_path, monkeypatch):
     monkeypatch.setattr("mhmoe_ray.data.sources.find.IMAGES_BYTES", 3000)
-    write_image_folder(tmp_path / "cat", PICTURES[:4])
-    write_image_folder(tmp_path / "all" / "images" / "deep", PICTURES[4:8])
-    write_image_folder(tmp_path, PICTURES[8:9])
+    write_image_folder(tmp_path / "cat", IMAGES[:4])
+    write_image_folder(tmp_path / "all" / "images" / "deep", IMAGES[4:8])
+    write_image_folder(tmp_path, IMAGES[8:9])
     spec = data_spec(tmp_path, format="images", **CLASS_COLUMNS)
     files = find_files(spec)
     assert {file.domain for file in files} == {"web/all"}
@@ -98,10 +98,10 @@ def test_folders_of_classes_are_one_domain(tmp_path, monkeypatch):
     assert all(file.path == str(tmp_path) for file in files)
     assert "cat/00000.png" in {member for file in files for member in file.members}
     items, _ = read_source(tmp_path, format="images", **CLASS_COLUMNS)
-    expected = [(p.image, "cat") for p in PICTURES[:4]] + [(p.image, "all") for p in PICTURES[4:8]]
+    expected = [(p.image, "cat") for p in IMAGES[:4]] + [(p.image, "all") for p in IMAGES[4:8]]
     assert classes(items) == sorted(expected)
     [fault] = [item for item in items if isinstance(item, BadLine)]
-    assert fault == BadLine(str(tmp_path / PICTURES[8].name), 1, Reason.NO_CLASS, "it is in no folder of a class")
+    assert fault == BadLine(str(tmp_path / IMAGES[8].name), 1, Reason.NO_CLASS, "it is in no folder of a class")
     first_hashes = fingerprints(spec, files)
     (tmp_path / "cat").rename(tmp_path / "dog")
     assert fingerprints(spec, find_files(spec)) != first_hashes
@@ -227,7 +227,7 @@ def test_webdataset_quarantines_classes_in_json(tmp_path):
 
 def test_chunks_have_the_annotations(tmp_path):
     for name in NAMES:
-        write_image_folder(tmp_path / "folder" / name, PICTURES[:2])
+        write_image_folder(tmp_path / "folder" / name, IMAGES[:2])
     spec = data_spec(tmp_path / "folder", format="images", **CLASS_COLUMNS)
     files = find_files(spec)
     [chunk] = [

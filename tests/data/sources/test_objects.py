@@ -19,8 +19,8 @@ from mhmoe_ray.data.sources import Reason, masks
 from mhmoe_ray.data.sources.items import BadLine, Document
 from mhmoe_ray.data.sources.masks import ObjectError, decode_run_lengths, encode_mask
 from mhmoe_ray.errors import DataError
-from tests.data.pictures import encode_image
 from tests.data.sources.read import read_source
+from tests.support.images import encode_image
 
 EXAMPLES = 5000 if hypothesis.settings.get_current_profile_name() == "explore" else 200
 WIDTH, HEIGHT = 30, 20

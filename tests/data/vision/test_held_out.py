@@ -11,10 +11,10 @@ from mhmoe_ray.data.samples import held_out_samples, stored_held_out
 from mhmoe_ray.data.shards.columns import ANNOTATION, IMAGE
 from mhmoe_ray.data.shards.files import to_batch, write_shard
 from mhmoe_ray.data.shards.manifest import DataManifest, Domain
-from tests.data.pictures import make_pictures
+from tests.support.images import make_images
 from tests.support.visions import vision_spec
 
-IMAGES = [picture.image for picture in make_pictures(9)]
+IMAGES = [picture.image for picture in make_images(9)]
 CLASSES = {"classify": ["cat", "cow"], "detect": ["circle"]}
 ANNOTATIONS = [pack(Annotation(CLASSES["classify"][number % 2])) for number in range(5)]
 ANNOTATIONS += [

@@ -11,7 +11,7 @@ from mhmoe_ray.data.images.files import decode_image, image_size
 from mhmoe_ray.data.shards.columns import ANNOTATION, IMAGE
 from mhmoe_ray.families.vision.data.fit import Fit, fit_pixels
 from mhmoe_ray.families.vision.data.samples import TaskSampleMaker
-from tests.data.pictures import encode_image
+from tests.support.images import encode_image
 from tests.support.instances import NAMES, instance, square_mask
 from tests.support.visions import vision_spec
 

@@ -51,7 +51,7 @@ def encoder_figures(context: EvaluationContext) -> EvaluationAnswer:
     codebook = data = None
     if not request.text:
         assert request.prepared is not None
-        require_matching_data(manifest.data_sha256, Path(request.prepared), "or evaluate other pictures")
+        require_matching_data(manifest.data_sha256, Path(request.prepared), "or evaluate other images")
         data = require_data_manifest(Path(request.prepared))
         # Only the losses of held-out images need the codebook.
         codebook = read_codebook(spec.data.prepared, data)

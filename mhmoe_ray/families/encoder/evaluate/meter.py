@@ -241,7 +241,7 @@ def raw_pairs(data: DataSpec, encoder: DocumentEncoder, spec: RunSpec, max_image
     seq_len, token_bytes = spec.data.seq_len, token_bytes_for(spec.model.vocab_size)
     for name, source in data.sources.items():
         if len(source.sample_columns) < 2:
-            fix = f"set data.sources.{name}.format to that of the pictures, such as webdataset"
+            fix = f"set data.sources.{name}.format to that of the images, such as webdataset"
             raise DataError(f"source {name}", "it has no pairs of an image and a text", fix)
     pairs_by_domain: dict[str, list[tuple[np.ndarray, bytes, str | None]]] = {}
     images_by_domain: dict[str, dict[str, bytes]] = {}
@@ -264,6 +264,6 @@ def raw_pairs(data: DataSpec, encoder: DocumentEncoder, spec: RunSpec, max_image
             pairs.append((row, image, item.language))
     for domain, pairs in pairs_by_domain.items():
         if not pairs:
-            raise DataError(f"pictures {domain}", "no pair in them can be read", "see `mhmoe data inspect`")
+            raise DataError(f"images {domain}", "no pair in them can be read", "see `mhmoe data inspect`")
         rows, image_files, languages = zip(*pairs, strict=True)
         yield Pairs(domain, np.stack(rows), list(image_files), list(languages))

@@ -39,11 +39,9 @@ def classify(
     training_labels = np.array([numbers[name] for name in training_classes])
     labels = np.array([numbers.get(name, -1) for name in classes])
     if len(training_labels) < HELD_OUT:
-        fix = "name a folder with more pictures"
-        raise DataError(
-            "the linear probe", f"it has {len(training_labels)} pictures, and a probe needs {HELD_OUT}", fix
-        )
-    # The order is random, because pictures of a class may follow each other or come at regular distances.
+        fix = "name a folder with more images"
+        raise DataError("the linear probe", f"it has {len(training_labels)} images, and a probe needs {HELD_OUT}", fix)
+    # The order is random, because images of a class may follow each other or come at regular distances.
     is_fitted = np.random.default_rng(0).permutation(len(training_labels)) % HELD_OUT > 0
     accuracies = {
         penalty: _accuracy(training_features, training_labels, is_fitted, ~is_fitted, len(numbers), penalty)

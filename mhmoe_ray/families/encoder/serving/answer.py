@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class EncoderAnswerer(ServedText):
-    """Served encoder: its engine, its tokenizer, and the `names` of pictures that its web page proposes."""
+    """Served encoder: its engine, its tokenizer, and the `names` of images that its web page proposes."""
 
     kind = "encoder"
     engine: "EncoderEngine"

@@ -1,4 +1,4 @@
-"""Names of pictures that the web page of an encoder proposes: captions of the training's held-out images."""
+"""Names of images that the web page of an encoder proposes: captions of the training's held-out images."""
 
 import logging
 from collections.abc import Sequence

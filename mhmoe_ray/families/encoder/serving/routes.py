@@ -124,7 +124,7 @@ class Routes(BaseModel):
 
 
 class Names(BaseModel):
-    """Captions of the training data's held-out images, which the web page proposes as names of pictures."""
+    """Captions of the training data's held-out images, which the web page proposes as names of images."""
 
     names: list[str]
 
@@ -178,7 +178,7 @@ def _names_router(service: EncoderService) -> APIRouter:
 
     @routes.get("/names", dependencies=[Depends(service.access.authenticate)])
     async def names() -> Names:
-        """Return captions of held-out images, which the web page proposes as names of pictures."""
+        """Return captions of held-out images, which the web page proposes as names of images."""
         return Names(names=service.answerer.names)
 
     return routes

@@ -1,4 +1,4 @@
-"""Tests of the readers of pictures: all formats yield the same documents, and bad records are quarantined singly."""
+"""Tests of the readers of images: all formats yield the same documents, and bad records are quarantined singly."""
 
 import gzip
 import io
@@ -26,12 +26,14 @@ from mhmoe_ray.data.sources.items import BadLine, Document, RawFile
 from mhmoe_ray.data.sources.storage import CHUNK_BYTES
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec
-from tests.data.picture_packages import write_with_datasets, write_with_webdataset
-from tests.data.pictures import (
+from tests.data.sources.damage import apply_edits, edit_lists, flip_bit
+from tests.data.sources.read import bad_lines, data_spec, document_texts, iterate_source, read_source
+from tests.support.image_packages import write_with_datasets, write_with_webdataset
+from tests.support.images import (
     bomb,
     encode_image,
     jpeg_of_scans,
-    make_pictures,
+    make_images,
     tar_members,
     tiff_of_tile,
     write_coco,
@@ -39,11 +41,9 @@ from tests.data.pictures import (
     write_parquet,
     write_tar,
 )
-from tests.data.sources.damage import apply_edits, edit_lists, flip_bit
-from tests.data.sources.read import bad_lines, data_spec, document_texts, iterate_source, read_source
 
-PICTURES = make_pictures(12)
-PAIRS = sorted((picture.image, picture.caption) for picture in PICTURES)
+IMAGES = make_images(12)
+PAIRS = sorted((picture.image, picture.caption) for picture in IMAGES)
 BOTH_COLUMNS = {"columns": ["image", "text"]}
 
 
@@ -59,10 +59,10 @@ def faults(items):
 
 
 def test_all_formats_yield_the_same_documents(tmp_path):
-    write_with_webdataset(tmp_path / "tar", PICTURES)
-    write_with_datasets(tmp_path, PICTURES)
-    write_parquet(tmp_path / "plain" / "rows.parquet", PICTURES, "jpg")
-    write_coco(tmp_path / "coco", PICTURES)
+    write_with_webdataset(tmp_path / "tar", IMAGES)
+    write_with_datasets(tmp_path, IMAGES)
+    write_parquet(tmp_path / "plain" / "rows.parquet", IMAGES, "jpg")
+    write_coco(tmp_path / "coco", IMAGES)
     sources = {
         "tar": {"format": "webdataset"},
         "saved": {"format": "huggingface", **BOTH_COLUMNS},
@@ -75,21 +75,21 @@ def test_all_formats_yield_the_same_documents(tmp_path):
         assert pairs(items) == PAIRS, name
         assert all(item.image_hash == image_hash(item.image) for item in items)
         assert tally.bytes_read == sum(file.size for file in find_files(data_spec(tmp_path / name, **keys)))
-    write_image_folder(tmp_path / "folder" / "a", PICTURES[:5])
-    write_image_folder(tmp_path / "folder" / "b" / "deep", PICTURES[5:])
+    write_image_folder(tmp_path / "folder" / "a", IMAGES[:5])
+    write_image_folder(tmp_path / "folder" / "b" / "deep", IMAGES[5:])
     items, _ = read_source(tmp_path / "folder", format="images")
-    assert pairs(items) == sorted((picture.image, "") for picture in PICTURES)
+    assert pairs(items) == sorted((picture.image, "") for picture in IMAGES)
 
 
 @pytest.mark.parametrize("columns", [["text"], ["image"]])
 def test_sources_of_one_column_have_the_hashes_of_images(tmp_path, columns):
-    write_with_webdataset(tmp_path / "tar", PICTURES)
-    write_with_datasets(tmp_path, PICTURES)
-    write_coco(tmp_path / "coco", PICTURES)
+    write_with_webdataset(tmp_path / "tar", IMAGES)
+    write_with_datasets(tmp_path, IMAGES)
+    write_coco(tmp_path / "coco", IMAGES)
     sources = {"tar": "webdataset", "coco/annotations": "coco", "saved": "huggingface", "parquet": "parquet"}
     expected = sorted(
         (image_hash(p.image), p.caption if columns == ["text"] else "", p.image if columns == ["image"] else None)
-        for p in PICTURES
+        for p in IMAGES
     )
     for name, format in sources.items():
         tree = {"path": str(tmp_path / name), "format": format, "columns": columns}
@@ -100,14 +100,14 @@ def test_sources_of_one_column_have_the_hashes_of_images(tmp_path, columns):
         documents = [document for file in find_files(spec, ["web"]) for document in FileReader(file, spec)]
         assert sorted((d.image_hash, d.text, d.image) for d in documents) == expected, name
     items, _ = read_source(tmp_path / "parquet")
-    assert document_texts(items) == [picture.caption for picture in PICTURES]
+    assert document_texts(items) == [picture.caption for picture in IMAGES]
     assert all(item.image_hash is None for item in items)
 
 
 @pytest.mark.parametrize("format", ["parquet", "huggingface"])
 def test_texts_have_the_hash_of_the_image_that_another_source_of_their_records_uses(tmp_path, format):
     """A source of texts hashes the image column that the source of pairs names, unless it names one itself."""
-    photos, thumbnails = PICTURES[:6], PICTURES[6:]
+    photos, thumbnails = IMAGES[:6], IMAGES[6:]
     table = pa.table(
         {
             "image": [picture.image for picture in thumbnails],
@@ -133,20 +133,20 @@ def test_texts_have_the_hash_of_the_image_that_another_source_of_their_records_u
     for name in ("photos", "texts", "copy"):
         documents = [item for file in find_files(spec, [name]) for item in FileReader(file, spec)]
         assert [(d.text, d.image_hash) for d in documents] == expected, name
-    sources["copy"]["image_field"] = "picture"
+    sources["copy"]["image_field"] = "photograph"
     spec = DataSpec.model_validate({"sources": sources, "prepared": "prepared"})
     [item] = [item for file in find_files(spec, ["copy"]) for item in FileReader(file, spec)]
-    assert item.detail == "it has no column 'picture'; it has 'image', 'photo', 'text'"
+    assert item.detail == "it has no column 'photograph'; it has 'image', 'photo', 'text'"
 
 
 def test_images_only_need_no_captions(tmp_path):
-    write_tar(tmp_path / "a.tar", [(picture.name, picture.image) for picture in PICTURES])
+    write_tar(tmp_path / "a.tar", [(picture.name, picture.image) for picture in IMAGES])
     items, _ = read_source(tmp_path, format="webdataset", columns=["image"])
-    assert pairs(items) == sorted((picture.image, "") for picture in PICTURES)
+    assert pairs(items) == sorted((picture.image, "") for picture in IMAGES)
     assert [item.line for item in items] == list(range(1, 13))
 
 
-GOOD = PICTURES[0]
+GOOD = IMAGES[0]
 BAD_IMAGES = {
     "text": (b"this is no image", Reason.NOT_IMAGE),
     "empty": (b"", Reason.NOT_IMAGE),
@@ -154,7 +154,7 @@ BAD_IMAGES = {
     "scans": (jpeg_of_scans(200), Reason.IMAGE_LIMIT),
     "narrow": (bomb(40_000, 1), Reason.IMAGE_LIMIT),
     "tile": (tiff_of_tile(60_000), Reason.TOO_MANY_PIXELS),
-    "cut": (PICTURES[1].image[: len(PICTURES[1].image) // 2], Reason.DAMAGED_IMAGE),
+    "cut": (IMAGES[1].image[: len(IMAGES[1].image) // 2], Reason.DAMAGED_IMAGE),
     "flipped": (flip_bit(GOOD.image, len(GOOD.image) // 2), Reason.DAMAGED_IMAGE),
     "large": (encode_image(np.zeros((2100, 500, 3), np.uint8)), Reason.TOO_MANY_PIXELS),
     "long": (encode_image(np.random.default_rng(1).integers(0, 256, (250, 250, 3), np.uint8)), Reason.TOO_LONG),
@@ -173,7 +173,7 @@ def read_with_limits(path, **source):
 
 
 def test_webdataset_quarantines_bad_samples_only(tmp_path):
-    members = tar_members(PICTURES[:2])
+    members = tar_members(IMAGES[:2])
     for name, (image, _) in BAD_IMAGES.items():
         members += [(f"bad/{name}.png", image), (f"bad/{name}.txt", b"a caption")]
     bad_captions = {
@@ -184,10 +184,10 @@ def test_webdataset_quarantines_bad_samples_only(tmp_path):
     for name, (caption, *_) in bad_captions.items():
         members += [(f"{name}.png", GOOD.image), (f"{name}.txt", caption)]
     members += [("alone.png", GOOD.image), ("dumb.txt", b"no image"), ("neither.cls", b"3")]
-    members += [("README", b"skipped"), ("._a.png", b"skipped"), *tar_members(PICTURES[2:4])]
+    members += [("README", b"skipped"), ("._a.png", b"skipped"), *tar_members(IMAGES[2:4])]
     write_tar(tmp_path / "a.tar", members)
     items = read_with_limits(tmp_path, format="webdataset")
-    assert pairs([i for i in items if isinstance(i, Document)]) == sorted((p.image, p.caption) for p in PICTURES[:4])
+    assert pairs([i for i in items if isinstance(i, Document)]) == sorted((p.image, p.caption) for p in IMAGES[:4])
     numbers = {name: number for number, (name, _) in enumerate(members, start=1)}
     expected = [(numbers[f"bad/{name}.png"], reason, f"bad/{name}") for name, (_, reason) in BAD_IMAGES.items()]
     expected += [(numbers[f"{name}.png"], reason, detail) for name, (_, reason, detail) in bad_captions.items()]
@@ -201,7 +201,7 @@ def test_webdataset_quarantines_bad_samples_only(tmp_path):
 
 
 def test_all_other_formats_quarantine_bad_images_only(tmp_path):
-    good = PICTURES[:1]
+    good = IMAGES[:1]
     named_images = [(f"{name}.png", image) for name, (image, _) in BAD_IMAGES.items()]
     pictures = [*(good[0]._replace(name=name, image=image) for name, image in named_images), *good]
     reasons = [reason for _, reason in BAD_IMAGES.values()]
@@ -220,7 +220,7 @@ def test_all_other_formats_quarantine_bad_images_only(tmp_path):
             assert [line for line, *_ in faults(items)] == list(range(1, 1 + len(BAD_IMAGES)))
         else:
             assert [(i.path.rpartition("/")[2], i.line) for i in items if isinstance(i, BadLine)] == sorted(
-                (picture_name, 1) for picture_name, _ in named_images
+                (image_name, 1) for image_name, _ in named_images
             )
 
 
@@ -235,7 +235,7 @@ def test_webdataset_caption_in_json(tmp_path):
     members = [
         member
         for key, text in captions.items()
-        for member in ((f"{key}.jpg", PICTURES[1].image), (f"{key}.json", text.encode()))
+        for member in ((f"{key}.jpg", IMAGES[1].image), (f"{key}.json", text.encode()))
     ]
     write_tar(tmp_path / "a.tar", members)
     items, _ = read_source(tmp_path, format="webdataset", text_field="json.caption")
@@ -261,7 +261,7 @@ def test_webdataset_captions_by_language(tmp_path):
         member
         for key, texts in captions.items()
         for member in (
-            (f"{key}.jpg", b"broken" if key == "broken" else PICTURES[1].image),
+            (f"{key}.jpg", b"broken" if key == "broken" else IMAGES[1].image),
             (f"{key}.json", json.dumps({"names": texts}).encode()),
         )
     ]
@@ -269,7 +269,7 @@ def test_webdataset_captions_by_language(tmp_path):
     items, _ = read_source(tmp_path, format="webdataset", text_field="json.names")
     documents = [(item.text, item.language, item.image) for item in items if isinstance(item, Document)]
     expected = [("a boat", "en"), ("ein Boot", "de"), ("ein Baum", "de"), ("un cane", "it")]
-    assert documents == [(*caption, PICTURES[1].image) for caption in expected]
+    assert documents == [(*caption, IMAGES[1].image) for caption in expected]
     assert faults(items) == [
         (1, Reason.NO_TEXT, "a: 'names.fr' in .json is a number"),
         (7, Reason.NOT_IMAGE, "broken"),
@@ -277,7 +277,7 @@ def test_webdataset_captions_by_language(tmp_path):
     languages = {"text_field": "json.names", "languages": ["en", "de"]}
     items, _ = read_source(tmp_path, format="webdataset", **languages)
     assert document_texts(items) == ["a boat", "ein Boot", "ein Baum"]
-    # A picture without a caption in these languages is left out, and is no fault.
+    # An image without a caption in these languages is left out, and is no fault.
     assert faults(items) == [(7, Reason.NOT_IMAGE, "broken")]
 
 
@@ -304,14 +304,14 @@ def test_captions_alone_need_no_usable_image(tmp_path, image):
 
 
 def test_webdataset_takes_the_preferred_image_of_a_key(tmp_path):
-    members = [("a.jpg", PICTURES[1].image), ("a.PNG", PICTURES[0].image), ("a.seg.png", b"mask"), ("a.txt", b"boat")]
+    members = [("a.jpg", IMAGES[1].image), ("a.PNG", IMAGES[0].image), ("a.seg.png", b"mask"), ("a.txt", b"boat")]
     write_tar(tmp_path / "a.tar", members)
-    assert pairs(read_source(tmp_path, format="webdataset")[0]) == [(PICTURES[0].image, "boat")]
+    assert pairs(read_source(tmp_path, format="webdataset")[0]) == [(IMAGES[0].image, "boat")]
 
 
 @pytest.mark.parametrize("compress", [bytes, gzip.compress, zstandard.compress])
 def test_truncated_tar_yields_all_before_the_cut(tmp_path, compress):
-    write_tar(tmp_path / "whole.tar", tar_members(PICTURES))
+    write_tar(tmp_path / "whole.tar", tar_members(IMAGES))
     content = (tmp_path / "whole.tar").read_bytes()
     with tarfile.open(tmp_path / "whole.tar") as tar:
         ends = [member.offset_data + member.size for member in tar.getmembers()]
@@ -320,7 +320,7 @@ def test_truncated_tar_yields_all_before_the_cut(tmp_path, compress):
         (tmp_path / "a.tar").write_bytes(compress(content[:length]))
         items, tally = read_source(tmp_path, format="webdataset")
         complete = sum(end <= length for end in ends[1::2])
-        assert document_texts(items) == [picture.caption for picture in PICTURES[:complete]]
+        assert document_texts(items) == [picture.caption for picture in IMAGES[:complete]]
         [(line, reason, _)] = faults(items)
         assert reason is Reason.PART_LOST
         assert 2 * complete < line <= 2 * complete + 2
@@ -328,13 +328,13 @@ def test_truncated_tar_yields_all_before_the_cut(tmp_path, compress):
 
 
 def test_damaged_tar_header_is_reported(tmp_path):
-    write_tar(tmp_path / "a.tar", tar_members(PICTURES))
+    write_tar(tmp_path / "a.tar", tar_members(IMAGES))
     with tarfile.open(tmp_path / "a.tar") as tar:
         offset = tar.getmembers()[6].offset
     content = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(flip_bit(content, offset + 3))
     items, _ = read_source(tmp_path, format="webdataset")
-    assert document_texts(items) == [picture.caption for picture in PICTURES[:3]]
+    assert document_texts(items) == [picture.caption for picture in IMAGES[:3]]
     assert faults(items) == [(7, Reason.PART_LOST, "the header after 6 members is damaged")]
     # A hole of zeros looks like the end mark, but more follows.
     (tmp_path / "a.tar").write_bytes(content[:offset] + bytes(1024) + content[offset + 1024 :])
@@ -394,8 +394,8 @@ def test_webdataset_reader_holds_one_sample(tmp_path):
 
 
 def test_coco_documents_are_annotations(tmp_path):
-    path = write_coco(tmp_path, PICTURES[:3])
-    write_image_folder(tmp_path / "train2017", [PICTURES[3]])
+    path = write_coco(tmp_path, IMAGES[:3])
+    write_image_folder(tmp_path / "train2017", [IMAGES[3]])
     tree = json.loads(path.read_text())
     tree["annotations"] += [
         {"image_id": 0, "caption": "again"},
@@ -408,17 +408,17 @@ def test_coco_documents_are_annotations(tmp_path):
         {"id": 3, "file_name": "gone.jpg"},
         {"id": 4},
         {"id": 5, "file_name": "../../etc/passwd"},
-        {"id": 6, "file_name": PICTURES[0].name},
-        {"id": 1, "file_name": PICTURES[3].name},
+        {"id": 6, "file_name": IMAGES[0].name},
+        {"id": 1, "file_name": IMAGES[3].name},
     ]
     tree["annotations"] += [{"image_id": 3, "caption": "gone"}, {"image_id": 5, "caption": "elsewhere"}]
     path.write_text(json.dumps(tree))
     items, _ = read_source(path, format="coco")
     assert [(i.line, i.text) for i in items if isinstance(i, Document)] == [
-        (1, PICTURES[0].caption),
+        (1, IMAGES[0].caption),
         (4, "again"),
-        (2, PICTURES[1].caption),
-        (3, PICTURES[2].caption),
+        (2, IMAGES[1].caption),
+        (3, IMAGES[2].caption),
     ]
     assert [(line, reason) for line, reason, _ in faults(items)] == [
         (5, Reason.NO_IMAGE),
@@ -431,8 +431,8 @@ def test_coco_documents_are_annotations(tmp_path):
         (7, Reason.NO_TEXT),
         (8, Reason.NO_IMAGE),
     ]
-    assert faults(items)[-2][2] == f"{PICTURES[0].name}: the image has no caption"
-    assert faults(items)[-1][2] == f"{PICTURES[3].name}: its id 1 is that of an earlier image"
+    assert faults(items)[-2][2] == f"{IMAGES[0].name}: the image has no caption"
+    assert faults(items)[-1][2] == f"{IMAGES[3].name}: its id 1 is that of an earlier image"
     texts, _ = read_source(path, format="coco", columns=["text"])
     assert document_texts(texts) == [*document_texts(items), "gone", "elsewhere"]
     assert faults(texts)[-1] == faults(items)[-1]
@@ -447,7 +447,7 @@ def test_json_that_is_not_cocos_is_reported(tmp_path, content):
 
 
 def test_coco_images_may_be_in_four_folders(tmp_path):
-    path = write_coco(tmp_path, PICTURES)
+    path = write_coco(tmp_path, IMAGES)
     for folder in (tmp_path, tmp_path / "annotations", tmp_path / "annotations" / "train2017"):
         for file in (*tmp_path.rglob("*.png"), *tmp_path.rglob("*.jpg"), *tmp_path.rglob("*.webp")):
             folder.mkdir(exist_ok=True)
@@ -457,10 +457,10 @@ def test_coco_images_may_be_in_four_folders(tmp_path):
 
 def test_a_folder_of_images_is_a_few_files(tmp_path, monkeypatch):
     monkeypatch.setattr(find, "IMAGES_BYTES", 3000)
-    write_image_folder(tmp_path / "a", PICTURES[:6])
-    write_image_folder(tmp_path / "b" / "deep", PICTURES[6:9])
-    write_image_folder(tmp_path, PICTURES[9:])
-    (tmp_path / "b" / "SHOUTED.JPG").write_bytes(PICTURES[1].image)
+    write_image_folder(tmp_path / "a", IMAGES[:6])
+    write_image_folder(tmp_path / "b" / "deep", IMAGES[6:9])
+    write_image_folder(tmp_path, IMAGES[9:])
+    (tmp_path / "b" / "SHOUTED.JPG").write_bytes(IMAGES[1].image)
     (tmp_path / "labels.txt").write_text("not an image")
     spec = data_spec(tmp_path, format="images")
     files = find_files(spec)
@@ -473,11 +473,11 @@ def test_a_folder_of_images_is_a_few_files(tmp_path, monkeypatch):
     rows = [row for block in file_blocks(files) for row in block.to_pylist()]
     assert [RawFile.from_row(row) for row in rows] == files
     first_hashes = fingerprints(spec, files), version_hash(spec, files)
-    (tmp_path / "b" / "deep" / PICTURES[6].name).rename(tmp_path / "b" / "deep" / "other.png")
+    (tmp_path / "b" / "deep" / IMAGES[6].name).rename(tmp_path / "b" / "deep" / "other.png")
     files = find_files(spec)
     assert fingerprints(spec, files) != first_hashes[0]
     assert version_hash(spec, files) != first_hashes[1]
-    (tmp_path / "a" / PICTURES[2].name).unlink()
+    (tmp_path / "a" / IMAGES[2].name).unlink()
     items = [item for file in files for item in FileReader(file, spec)]
     assert faults(items) == [(1, Reason.PART_LOST, "it no longer exists")]
     assert len(items) == 13
@@ -514,26 +514,26 @@ def test_parquet_of_addresses_is_refused(tmp_path):
     assert item.message.endswith("holds string, not images: download them with img2dataset first)")
 
 
-def test_parquet_reader_of_pictures_survives_damage(tmp_path):
+def test_parquet_reader_of_images_survives_damage(tmp_path):
     """Rows of other row groups than the damaged one are read."""
     path = tmp_path / "a.parquet"
-    write_parquet(path, PICTURES)
+    write_parquet(path, IMAGES)
     table = pq.read_table(path)
     pq.write_table(table, path, row_group_size=4, write_page_checksum=True, use_dictionary=False)
     column = pq.read_metadata(path).row_group(1).column(0)
     content = path.read_bytes()
     path.write_bytes(flip_bit(content, column.data_page_offset + column.total_compressed_size // 2))
     items, _ = read_source(tmp_path, format="parquet", **BOTH_COLUMNS)
-    assert document_texts(items) == [picture.caption for picture in PICTURES[:4] + PICTURES[8:]]
+    assert document_texts(items) == [picture.caption for picture in IMAGES[:4] + IMAGES[8:]]
     assert bad_lines(items) == [(5, Reason.PART_LOST)]
 
 
-def test_s3_sources_of_pictures_read_like_local_ones(tmp_path, s3):
+def test_s3_sources_of_images_read_like_local_ones(tmp_path, s3):
     query, file_system = s3
-    write_with_webdataset(tmp_path / "tar", PICTURES)
-    write_coco(tmp_path / "coco", PICTURES)
-    write_image_folder(tmp_path / "folder" / "a", PICTURES)
-    write_parquet(tmp_path / "parquet" / "rows.parquet", PICTURES)
+    write_with_webdataset(tmp_path / "tar", IMAGES)
+    write_coco(tmp_path / "coco", IMAGES)
+    write_image_folder(tmp_path / "folder" / "a", IMAGES)
+    write_parquet(tmp_path / "parquet" / "rows.parquet", IMAGES)
     sources = {
         "tar": {"format": "webdataset"},
         "coco/annotations": {"format": "coco"},
@@ -548,7 +548,7 @@ def test_s3_sources_of_pictures_read_like_local_ones(tmp_path, s3):
         assert remote_items == local_items
         assert remote_tally == local_tally
         assert len(local_items) == 12
-    file_system.delete_file(f"bucket/pictures/coco/train2017/{PICTURES[0].name}")
+    file_system.delete_file(f"bucket/pictures/coco/train2017/{IMAGES[0].name}")
     items, _ = read_source(f"s3://bucket/pictures/coco/annotations?{query}", format="coco")
     assert [reason for _, reason, _ in faults(items)] == [Reason.NO_IMAGE]
     assert len(items) == 12
@@ -558,7 +558,7 @@ def test_s3_sources_of_pictures_read_like_local_ones(tmp_path, s3):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_webdataset_reader_survives_damage(tmp_path, data):
     """Samples before the damage are read, and the reader raises no error."""
-    write_tar(tmp_path / "a.tar", tar_members(PICTURES))
+    write_tar(tmp_path / "a.tar", tar_members(IMAGES))
     with tarfile.open(tmp_path / "a.tar") as tar:
         ends = [member.offset_data + member.size for member in tar.getmembers()]
     content = (tmp_path / "a.tar").read_bytes()
@@ -567,13 +567,13 @@ def test_webdataset_reader_survives_damage(tmp_path, data):
     items, tally = read_source(tmp_path, format="webdataset")
     # A sample ends only with the header of the next one.
     unharmed = sum(end + 1024 <= edits[0].offset for end in ends[1::2])
-    assert document_texts(items)[:unharmed] == [picture.caption for picture in PICTURES[:unharmed]]
+    assert document_texts(items)[:unharmed] == [picture.caption for picture in IMAGES[:unharmed]]
     assert len(items) >= 1
     assert tally.files == 1
 
 
 def test_missing_pillow_is_one_line(tmp_path, monkeypatch):
-    write_tar(tmp_path / "a.tar", tar_members(PICTURES))
+    write_tar(tmp_path / "a.tar", tar_members(IMAGES))
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pip install 'mhmoe-ray\[pictures\]'$"):

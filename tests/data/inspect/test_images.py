@@ -1,4 +1,4 @@
-"""Tests of the reports on pictures."""
+"""Tests of the reports on images."""
 
 import json
 
@@ -14,20 +14,21 @@ from mhmoe_ray.data.sources.images import image_hash
 from mhmoe_ray.spec import dump_spec
 from tests.cli.run import mhmoe
 from tests.data.inspect.surveys import survey_serially
-from tests.data.pictures import (
-    Picture,
+from tests.data.texts import make_documents, write_documents
+from tests.support.images import (
+    CaptionedImage,
     encode_image,
     encoder_spec,
-    make_pictures,
+    make_images,
     tar_members,
     write_image_folder,
     write_tar,
 )
-from tests.data.texts import make_documents, write_documents
 
-PICTURES = make_pictures(30, size=40)
+IMAGES = make_images(30, size=40)
 BANNERS = [
-    Picture(f"banner{i}.png", encode_image(np.full((20, 100, 3), 20 * i, np.uint8)), f"a banner {i}") for i in range(4)
+    CaptionedImage(f"banner{i}.png", encode_image(np.full((20, 100, 3), 20 * i, np.uint8)), f"a banner {i}")
+    for i in range(4)
 ]
 TEXTS = make_documents("text", 9)
 
@@ -35,9 +36,9 @@ TEXTS = make_documents("text", 9)
 @pytest.fixture
 def spec(tmp_path):
     """Write pairs, one of them twice, images and texts; return the spec of an encoder that reads them."""
-    members = [*tar_members(PICTURES), *tar_members([PICTURES[3]._replace(name="again.png")])]
+    members = [*tar_members(IMAGES), *tar_members([IMAGES[3]._replace(name="again.png")])]
     write_tar(tmp_path / "tar" / "a.tar", [*members, ("bad.png", b"no image"), ("bad.txt", b"a text")])
-    write_image_folder(tmp_path / "folder" / "a", [*PICTURES[:5], *BANNERS])
+    write_image_folder(tmp_path / "folder" / "a", [*IMAGES[:5], *BANNERS])
     write_documents(tmp_path / "texts" / "f.jsonl", TEXTS)
     sources = {
         "pairs": {"path": "tar", "format": "webdataset"},
@@ -51,10 +52,10 @@ def test_survey_counts_images_captions_and_copies(spec):
     survey = survey_serially(spec.data)
     pairs, pictures = survey.domains["pairs/all"].all_figures, survey.domains["pictures/a"].all_figures
     assert (pairs.documents, pairs.images.images, sum(pairs.lengths.values())) == (31, 31, 31)
-    assert pairs.held_out == sum(is_validation(image_hash(picture.image), 0.2) for picture in [*PICTURES, PICTURES[3]])
+    assert pairs.held_out == sum(is_validation(image_hash(picture.image), 0.2) for picture in [*IMAGES, IMAGES[3]])
     assert (pictures.documents, pictures.images.images, pictures.words) == (9, 9, 0)
     assert not pictures.lengths
-    assert pictures.images.bytes == sum(len(picture.image) for picture in [*PICTURES[:5], *BANNERS])
+    assert pictures.images.bytes == sum(len(picture.image) for picture in [*IMAGES[:5], *BANNERS])
     assert pictures.images.extreme == 4
     assert pictures.images.aspect_ratios[2.3] == 4
     assert survey.domains["texts/all"].all_figures.images.images == 0

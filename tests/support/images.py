@@ -1,4 +1,4 @@
-"""Pictures with captions for tests, and writers of all formats that hold pictures."""
+"""Images with captions for tests, and writers of all formats that hold images."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from tests.support.specs import tiny_spec
 FORMATS = ("png", "jpg", "webp")
 
 
-class Picture(NamedTuple):
+class CaptionedImage(NamedTuple):
     """Image file with a caption."""
 
     name: str
@@ -65,14 +65,14 @@ def tiff_of_tile(side: int) -> bytes:
     return b"II*\0" + struct.pack("<I", 8 + len(tile)) + tile + directory
 
 
-def make_pictures(count: int, words: int = 6, size: int = 24) -> list[Picture]:
-    """Return `count` different pictures, the same at each call, in several formats and sizes."""
+def make_images(count: int, words: int = 6, size: int = 24) -> list[CaptionedImage]:
+    """Return `count` different images, the same at each call, in several formats and sizes."""
     random = np.random.default_rng(5)
     pictures = []
-    for number, caption in enumerate(make_documents("picture", count, words)):
+    for number, caption in enumerate(make_documents("image", count, words)):
         suffix = FORMATS[number % len(FORMATS)]
         pixels = random.integers(0, 256, (size + number % 5, size + number % 7, 3), np.uint8)
-        pictures.append(Picture(f"{number:05d}.{suffix}", encode_image(pixels, suffix), caption))
+        pictures.append(CaptionedImage(f"{number:05d}.{suffix}", encode_image(pixels, suffix), caption))
     return pictures
 
 
@@ -86,16 +86,16 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
             tar.addfile(member, io.BytesIO(content))
 
 
-def tar_members(pictures: list[Picture]) -> list[tuple[str, bytes]]:
-    """Return the members of pictures in the order of WebDataset: the image, then its caption."""
+def tar_members(pictures: list[CaptionedImage]) -> list[tuple[str, bytes]]:
+    """Return the members of images in the order of WebDataset: the image, then its caption."""
     members = []
     for name, image, caption in pictures:
         members += [(name, image), (f"{name.partition('.')[0]}.txt", caption.encode())]
     return members
 
 
-def write_coco(folder: Path, pictures: list[Picture], split: str = "train2017") -> Path:
-    """Write pictures in COCO's layout: the images, and a JSON file of captions, whose path is returned."""
+def write_coco(folder: Path, pictures: list[CaptionedImage], split: str = "train2017") -> Path:
+    """Write images in COCO's layout: the images, and a JSON file of captions, whose path is returned."""
     (folder / split).mkdir(parents=True, exist_ok=True)
     (folder / "annotations").mkdir(exist_ok=True)
     for name, image, _ in pictures:
@@ -107,15 +107,15 @@ def write_coco(folder: Path, pictures: list[Picture], split: str = "train2017") 
     return path
 
 
-def write_image_folder(folder: Path, pictures: list[Picture]) -> None:
+def write_image_folder(folder: Path, pictures: list[CaptionedImage]) -> None:
     """Write the images of `pictures`, which are records with an image and texts, as files of one folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, image, _ in pictures:
         (folder / name).write_bytes(image)
 
 
-def write_parquet(path: Path, pictures: list[Picture], image_field: str = "image") -> None:
-    """Write pictures as Parquet with the images as plain bytes, as img2dataset does."""
+def write_parquet(path: Path, pictures: list[CaptionedImage], image_field: str = "image") -> None:
+    """Write images as Parquet with the images as plain bytes, as img2dataset does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = {image_field: [picture.image for picture in pictures], "text": [picture.caption for picture in pictures]}
     pq.write_table(pa.table(columns), path)

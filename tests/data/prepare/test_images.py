@@ -1,4 +1,4 @@
-"""Tests of the preparation of pictures and texts for an encoder, on a real cluster."""
+"""Tests of the preparation of images and texts for an encoder, on a real cluster."""
 
 import filecmp
 import json
@@ -25,24 +25,24 @@ from mhmoe_ray.families.images.crops import read_crop
 from mhmoe_ray.families.images.patches import image_patches
 from mhmoe_ray.spec import RunSpec, dump_spec
 from mhmoe_ray.storage import describe_file
-from tests.data.picture_packages import write_with_datasets, write_with_webdataset
-from tests.data.pictures import (
+from tests.data.texts import make_documents, write_documents
+from tests.support.cluster_jobs import run_on_cluster
+from tests.support.image_packages import write_with_datasets, write_with_webdataset
+from tests.support.images import (
     encoder_spec,
-    make_pictures,
+    make_images,
     tar_members,
     write_coco,
     write_image_folder,
     write_parquet,
     write_tar,
 )
-from tests.data.texts import make_documents, write_documents
-from tests.support.cluster_jobs import run_on_cluster
 
 pytestmark = pytest.mark.ray
 
 T = 32
-LONG_PICTURES = [p._replace(name=f"long-{p.name}") for p in make_pictures(8, words=40, size=40)]
-PICTURES = make_pictures(60, words=1) + LONG_PICTURES
+LONG_IMAGES = [p._replace(name=f"long-{p.name}") for p in make_images(8, words=40, size=40)]
+IMAGES = make_images(60, words=1) + LONG_IMAGES
 TEXTS = make_documents("text", 40, words=12)
 FORMATS = {
     "tar": {"format": "webdataset"},
@@ -70,14 +70,14 @@ class Results(NamedTuple):
 def results(local_cluster, tmp_path_factory):
     """Prepare all specs in one job, after a job that SIGKILL ends, and return them."""
     folder = tmp_path_factory.mktemp("pictures")
-    write_with_webdataset(folder / "tar", PICTURES)
-    write_with_datasets(folder, PICTURES)
-    write_parquet(folder / "plain" / "rows.parquet", PICTURES, "jpg")
-    write_coco(folder / "coco", PICTURES)
-    write_image_folder(folder / "folder" / "a", PICTURES[:20])
-    write_image_folder(folder / "folder" / "b", PICTURES[20:30])
+    write_with_webdataset(folder / "tar", IMAGES)
+    write_with_datasets(folder, IMAGES)
+    write_parquet(folder / "plain" / "rows.parquet", IMAGES, "jpg")
+    write_coco(folder / "coco", IMAGES)
+    write_image_folder(folder / "folder" / "a", IMAGES[:20])
+    write_image_folder(folder / "folder" / "b", IMAGES[20:30])
     write_documents(folder / "texts" / "en" / "f.jsonl", TEXTS)
-    write_tar(folder / "bad" / "a.tar", [*tar_members(PICTURES[:9]), ("x.png", b"no image"), ("x.txt", b"a text")])
+    write_tar(folder / "bad" / "a.tar", [*tar_members(IMAGES[:9]), ("x.png", b"no image"), ("x.txt", b"a text")])
     # All specs have one tokenizer, so that they have the same tokens.
     (folder / "tokenizer.json").write_text(tokenizer_content())
     common = {"tokenizer": "tokenizer.json"}
@@ -118,7 +118,7 @@ def tokenizer_content() -> str:
     """Return the tokenizer.json of a byte-level BPE with few merges."""
     from mhmoe_ray.data.tokenizer.train import train_bpe
 
-    return train_bpe([picture.caption for picture in PICTURES[:5]], 280).to_str()
+    return train_bpe([picture.caption for picture in IMAGES[:5]], 280).to_str()
 
 
 def read_rows(folder: Path, shards) -> list[tuple[bytes, bytes]]:
@@ -141,8 +141,8 @@ def test_every_format_prepares_to_the_same_samples(results, name):
     tokenizer = load_tokenizer(folder / "tokenizer.json", spec.model.text_vocab_size)
     start = tokenizer.token_to_id(END_OF_TEXT)
     rows = {False: Counter(), True: Counter()}
-    token_ids = [tokenizer.encode(picture.caption).ids for picture in PICTURES]
-    for picture, ids in zip(PICTURES, token_ids, strict=True):
+    token_ids = [tokenizer.encode(picture.caption).ids for picture in IMAGES]
+    for picture, ids in zip(IMAGES, token_ids, strict=True):
         held_out = is_validation(image_hash(picture.image), 0.2)
         rows[held_out][make_row([start, *ids[: T - 1]]), picture.image] += 1
     entry = manifest.domains["web/all"]
@@ -151,9 +151,7 @@ def test_every_format_prepares_to_the_same_samples(results, name):
     assert entry.images == entry.samples == entry.documents == rows[False].total()
     assert entry.image_bytes == sum(len(image) * n for (_, image), n in rows[False].items())
     train_ids = [
-        ids
-        for picture, ids in zip(PICTURES, token_ids, strict=True)
-        if not is_validation(image_hash(picture.image), 0.2)
+        ids for picture, ids in zip(IMAGES, token_ids, strict=True) if not is_validation(image_hash(picture.image), 0.2)
     ]
     assert entry.tokens == sum(1 + len(ids) for ids in train_ids)
     assert entry.cut_documents == sum(len(ids) > T - 1 for ids in train_ids) > 0
@@ -180,7 +178,7 @@ def test_an_encoder_reads_pairs_texts_and_images(results):
     assert (entry.documents, entry.images, entry.image_bytes, entry.unused_tokens) == (len(texts), 0, 0, 0)
     assert entry.cut_documents == sum(len(tokenizer.encode(text).ids) > T - 1 for text in texts) > 0
     assert len(texts) < entry.samples == expected.total()
-    for name, pictures in {"pictures/a": PICTURES[:20], "pictures/b": PICTURES[20:30]}.items():
+    for name, pictures in {"pictures/a": IMAGES[:20], "pictures/b": IMAGES[20:30]}.items():
         images = [p.image for p in pictures if not is_validation(image_hash(p.image), 0.2)]
         assert Counter(read_rows(folder, manifest.domains[name].shards)) == Counter((make_row([]), i) for i in images)
         assert manifest.domains[name].tokens == 0
@@ -230,7 +228,7 @@ def test_codebook_has_the_nearest_entries_of_patches(results):
     assert codebook.shape == (40, 3 * 8 * 8)
     assert codebook.dtype == np.float32
     assert manifest.encoder.codebook_sha256 == describe_file(folder / "codebook.npy").sha256
-    image_NYXC = torch.from_numpy(read_crop(PICTURES[0].image, 32).copy())[None]
+    image_NYXC = torch.from_numpy(read_crop(IMAGES[0].image, 32).copy())[None]
     patches = normalized_patches(image_patches(image_NYXC, 8)[0]).numpy()
     distances = np.square(patches[:, None] - codebook).sum(axis=2)
     # The nearest entries explain at least 5 per cent of the variance of the patches.
@@ -246,7 +244,7 @@ def test_damaged_shards_of_rows_are_reported(results):
         verify_shards(folder, manifest)
 
 
-def test_settings_of_pictures_are_part_of_the_recipe(results):
+def test_settings_of_images_are_part_of_the_recipe(results):
     spec = results.by_format["plain"]
     first_recipe = recipe(spec)
     assert first_recipe["sample"] == "text"
