@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from mhmoe_ray.bench.steps import Case
+from mhmoe_ray.bench.steps import StepCase
 from mhmoe_ray.bench.timing import device_clock
 from mhmoe_ray.checkpoint.manifest import committed_checkpoints
 from mhmoe_ray.checkpoint.save import Saver
@@ -26,7 +26,7 @@ class CheckpointSeconds(NamedTuple):
     """Time until the checkpoint is complete, on the disk and with hashes; training continues meanwhile."""
 
 
-class CheckpointCase(Case):
+class CheckpointCase(StepCase):
     """Model in training, with a run in an empty folder; each method measures one way to save it, and removes the files.
 
     The first checkpoint allocates buffers, which all later ones reuse.

@@ -23,7 +23,7 @@ from mhmoe_ray.spec import ModelSpec, MoESpec
 from mhmoe_ray.spec.base import Precision
 
 
-class Shape(NamedTuple):
+class LayerShape(NamedTuple):
     """Sizes of the plain mixture of experts, from which those of all other layers follow."""
 
     tokens: int = 4096
@@ -65,10 +65,10 @@ def has_masks(moe: MoESpec | None) -> bool:
     return moe is not None and moe.kernel == "capacity"
 
 
-class Case:
+class LayerCase:
     """Layer with its weights and input on the device, for repeated passes."""
 
-    def __init__(self, layer: Layer, shape: Shape, dtype: Precision, device: torch.device) -> None:
+    def __init__(self, layer: Layer, shape: LayerShape, dtype: Precision, device: torch.device) -> None:
         self.layer = layer
         self.module = layer.build().to(device, DTYPES[dtype])
         # The seed is fixed, so that all layers get the same input.
@@ -95,7 +95,7 @@ class Case:
 
 
 def our_layers(
-    shape: Shape,
+    shape: LayerShape,
     heads: Sequence[int],
     static: bool,
     kernels: Sequence[str],
@@ -174,7 +174,7 @@ def build_mixture(d_model: int, moe: MoESpec) -> MultiHeadMoE:
     return layer
 
 
-def _build_dense(shape: Shape) -> nn.Module:
+def _build_dense(shape: LayerShape) -> nn.Module:
     """Return a dense SwiGLU layer whose hidden layer is as wide as those of a token's k experts together."""
     hidden_width = shape.top_k * shape.d_expert
     model = Decoder(ModelSpec(vocab_size=1, d_model=shape.d_model, layers=1, attention_heads=1, d_ff=hidden_width))

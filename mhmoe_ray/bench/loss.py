@@ -16,7 +16,7 @@ from mhmoe_ray.spec.base import Precision
 ALL_LOGITS = "all logits"
 
 
-class Size(NamedTuple):
+class OutputLayerSize(NamedTuple):
     """Sizes of the output layer: tokens of a micro-batch, entries of the vocabulary, and width of the model."""
 
     tokens: int = 2048
@@ -24,7 +24,7 @@ class Size(NamedTuple):
     d_model: int = 512
 
 
-class Figures(NamedTuple):
+class LossFigures(NamedTuple):
     """Measurements of one way to compute the loss, and their ratios to those of computing all logits at once."""
 
     name: str
@@ -43,8 +43,8 @@ class Figures(NamedTuple):
 
 
 def measure(
-    size: Size, chunk_rows: Sequence[int], precision: Precision, rounds: int, hardware: Hardware
-) -> list[Figures]:
+    size: OutputLayerSize, chunk_rows: Sequence[int], precision: Precision, rounds: int, hardware: Hardware
+) -> list[LossFigures]:
     """Measure the loss with all logits at once and with each number of rows in a chunk, in interleaved rounds."""
     device = hardware.device
     generator = torch.Generator().manual_seed(0)
@@ -69,6 +69,6 @@ def measure(
     timings = time_interleaved({**variants}, rounds, device_clock(device))
     base_seconds, base_peak = timings[ALL_LOGITS].median, peaks[ALL_LOGITS]
     return [
-        Figures(name, timing, peaks[name], losses[name], timing.median / base_seconds, peaks[name] / base_peak)
+        LossFigures(name, timing, peaks[name], losses[name], timing.median / base_seconds, peaks[name] / base_peak)
         for name, timing in timings.items()
     ]

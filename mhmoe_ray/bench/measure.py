@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from mhmoe_ray.bench.layers import Case, Layer, Shape, SkippedCase, has_masks, our_layers
+from mhmoe_ray.bench.layers import Layer, LayerCase, LayerShape, SkippedCase, has_masks, our_layers
 from mhmoe_ray.bench.peers import peer_layers
 from mhmoe_ray.bench.timing import Hardware, device_clock, time_interleaved
 from mhmoe_ray.errors import SpecError
@@ -87,10 +87,10 @@ A mask of static routing has k N^2 values for N rows. With k = 2, a pass takes 3
 much at 65,536."""
 
 
-class Request(NamedTuple):
+class LayerRequest(NamedTuple):
     """Layers that `mhmoe bench layer` measures, their sizes, and the number of rounds."""
 
-    shape: Shape
+    shape: LayerShape
     heads: Sequence[int]
     dtype: Precision
     rounds: int
@@ -99,7 +99,7 @@ class Request(NamedTuple):
     peers: bool = False
 
 
-class Figures(NamedTuple):
+class LayerFigures(NamedTuple):
     """Measurements of a forward and backward pass of one layer; memory is that of `Footprint`."""
 
     name: str
@@ -117,11 +117,11 @@ class Figures(NamedTuple):
 class Measurements(NamedTuple):
     """Measurements of the requested layers that can run, in the order of `our_layers`, and what was skipped."""
 
-    figures: list[Figures]
+    figures: list[LayerFigures]
     skipped: list[SkippedCase]
 
 
-def measure(request: Request, hardware: Hardware, report: Callable[[str], None]) -> Measurements:
+def measure(request: LayerRequest, hardware: Hardware, report: Callable[[str], None]) -> Measurements:
     """Measure memory and time of every layer that can run; a layer that fails is skipped with the reason.
 
     Impossible sizes, and a failure of one of the first two layers, are SpecErrors.
@@ -129,11 +129,11 @@ def measure(request: Request, hardware: Hardware, report: Callable[[str], None])
     device = hardware.device
     layers, skipped = requested_layers(request, device)
     report(f"{len(layers)} layers, {request.rounds} rounds")
-    cases: list[Case] = []
+    cases: list[LayerCase] = []
     footprints: list[Footprint] = []
     for layer in layers:
         try:
-            case = Case(layer, request.shape, request.dtype, device)
+            case = LayerCase(layer, request.shape, request.dtype, device)
             # Kernels are compiled and chosen at their first call. An extra pass does this before the measurement,
             # because compiling would add to the measured memory.
             if device.type == "cuda":
@@ -157,13 +157,15 @@ def measure(request: Request, hardware: Hardware, report: Callable[[str], None])
         {c.layer.name: c.run for c in cases}, request.rounds, device_clock(device), warm_up=False
     )
     figures = [
-        Figures(name, moe, package, timings[name].median, timings[name].seconds, memory.peak_bytes, memory.saved_bytes)
+        LayerFigures(
+            name, moe, package, timings[name].median, timings[name].seconds, memory.peak_bytes, memory.saved_bytes
+        )
         for (name, moe, _, package), memory in zip((case.layer for case in cases), footprints, strict=True)
     ]
     return Measurements(figures, skipped)
 
 
-def requested_layers(request: Request, device: torch.device) -> tuple[list[Layer], list[SkippedCase]]:
+def requested_layers(request: LayerRequest, device: torch.device) -> tuple[list[Layer], list[SkippedCase]]:
     """Return the layers of a request to measure, and the layers and kernels that are skipped, with the reason.
 
     Static routing with more than `STATIC_ROWS` rows is skipped. The SpecErrors are those of `our_layers`.
@@ -183,7 +185,7 @@ def requested_layers(request: Request, device: torch.device) -> tuple[list[Layer
     return [layer for layer in layers if layer.name not in excess_rows], skipped
 
 
-def row_count(moe: MoESpec | None, shape: Shape) -> int:
+def row_count(moe: MoESpec | None, shape: LayerShape) -> int:
     """Return the number of rows N that a layer sends to experts."""
     return shape.tokens * (moe.heads if moe else 1)
 
@@ -206,7 +208,7 @@ def failure_reason(layer: Layer, error: Exception) -> str | None:
     return None
 
 
-def as_json(figures: Sequence[Figures]) -> list[dict[str, Any]]:
+def as_json(figures: Sequence[LayerFigures]) -> list[dict[str, Any]]:
     """Return the measurements as JSON data, with ratios to the first two layers, the dense and the plain one."""
     dense, plain = (f.median for f in figures[:2])
     return [

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mhmoe_ray.bench.layers import Layer, Shape, SkippedCase, build_mixture
+from mhmoe_ray.bench.layers import Layer, LayerShape, SkippedCase, build_mixture
 from mhmoe_ray.model.feedforward import FeedForward
 from mhmoe_ray.model.moe import MultiHeadMoE
 from mhmoe_ray.spec import ModelSpec
@@ -168,7 +168,7 @@ PEERS = (
 )
 
 
-def peer_layers(shape: Shape, device: torch.device) -> tuple[list[Layer], list[SkippedCase]]:
+def peer_layers(shape: LayerShape, device: torch.device) -> tuple[list[Layer], list[SkippedCase]]:
     """Return the layers of other packages that can be measured on a device, and the others with the reason."""
     layers, skipped = [], []
     for peer in PEERS:
@@ -183,7 +183,7 @@ def peer_layers(shape: Shape, device: torch.device) -> tuple[list[Layer], list[S
     return layers, skipped
 
 
-def _build(peer: Peer, shape: Shape) -> nn.Module:
+def _build(peer: Peer, shape: LayerShape) -> nn.Module:
     return peer.build(build_mixture(shape.d_model, shape.plain_moe))
 
 

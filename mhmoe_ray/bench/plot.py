@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mhmoe_ray.bench.layers import has_masks
-from mhmoe_ray.bench.measure import Figures, Request
-from mhmoe_ray.bench.sweep import AXES, Sweep
+from mhmoe_ray.bench.measure import LayerFigures, LayerRequest
+from mhmoe_ray.bench.sweep import AXES, AxisSweep
 from mhmoe_ray.bench.timing import Hardware
 from mhmoe_ray.plotting import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, new_figure, save, short, style
 
@@ -28,7 +28,7 @@ class Style(NamedTuple):
     is_hollow: bool
 
 
-def plot(sweep: Sweep, request: Request, hardware: Hardware, path: Path) -> None:
+def plot(sweep: AxisSweep, request: LayerRequest, hardware: Hardware, path: Path) -> None:
     """Draw the measurements of a sweep, and write the plot as a PNG file.
 
     A lack of matplotlib, or a file that cannot be written, is a DataError.
@@ -37,7 +37,7 @@ def plot(sweep: Sweep, request: Request, hardware: Hardware, path: Path) -> None
         save(draw_plot(sweep, request, hardware), path)
 
 
-def draw_plot(sweep: Sweep, request: Request, hardware: Hardware) -> "Figure":
+def draw_plot(sweep: AxisSweep, request: LayerRequest, hardware: Hardware) -> "Figure":
     """Return a figure with panels of the time, its ratio to the dense layer and peak memory, and a legend."""
     figure = new_figure(13, 4.6)
     time, ratio, memory = figure.subplots(1, 3)
@@ -68,7 +68,7 @@ def draw_plot(sweep: Sweep, request: Request, hardware: Hardware) -> "Figure":
     return figure
 
 
-def layer_styles(series: dict[str, dict[int, Figures]]) -> dict[str, Style]:
+def layer_styles(series: dict[str, dict[int, LayerFigures]]) -> dict[str, Style]:
     """Return the style of each layer of a sweep by the layer's name.
 
     A layer has the same colour with static routing and with any kernel. The marks change from layer to layer.
@@ -87,7 +87,7 @@ def layer_styles(series: dict[str, dict[int, Figures]]) -> dict[str, Style]:
 
 
 def _draw_layer(
-    axes: "Axes", layer_figures: dict[int, Figures], values: dict[int, float], style: Style, label: str = ""
+    axes: "Axes", layer_figures: dict[int, LayerFigures], values: dict[int, float], style: Style, label: str = ""
 ) -> None:
     """Draw the values of a layer by point as a line, whose extrapolated part is dashed; `label` may be empty."""
     measured_points = [point for point in layer_figures if not layer_figures[point].is_extrapolated]
@@ -109,7 +109,7 @@ def _draw_layer(
         )
 
 
-def _format_axes(axes: "Axes", sweep: Sweep, title: str) -> None:
+def _format_axes(axes: "Axes", sweep: AxisSweep, title: str) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_title(title, loc="left")
@@ -138,7 +138,7 @@ def _draw_guide(axes: "Axes", dense: dict[int, float]) -> None:
     axes.annotate("slope 1", label_position, (8, -10), textcoords="offset points", color=GREY)
 
 
-def _title(sweep: Sweep, request: Request, hardware: Hardware) -> str:
+def _title(sweep: AxisSweep, request: LayerRequest, hardware: Hardware) -> str:
     s = request.shape
     sizes = {"tokens": f"T {s.tokens:,}", "": f"d {s.d_model}", "experts": f"E {s.experts}", "top-k": f"k {s.top_k}"}
     fixed_sizes = ", ".join([text for axis, text in sizes.items() if axis != sweep.axis] + [f"f {s.d_expert:,}"])

@@ -37,7 +37,7 @@ WARM_UP_STEPS = 10
 """Number of steps that are not timed: the first steps wait for the stream and for the compilation of kernels."""
 
 
-class Figures(NamedTuple):
+class LoopFigures(NamedTuple):
     """Measurements of a run and of the same steps in a bare loop, one per round."""
 
     run: list[dict[str, Any]]
@@ -66,7 +66,7 @@ def _throughput_ratio(run: list[dict[str, Any]], loop: list[dict[str, Any]]) -> 
     return statistics.median(ratios)
 
 
-def measure(spec: RunSpec, threads: int, rounds: int, report: Callable[[str], None]) -> Figures:
+def measure(spec: RunSpec, threads: int, rounds: int, report: Callable[[str], None]) -> LoopFigures:
     """Measure the run, and the loop with both memory settings, in interleaved rounds.
 
     The data must be prepared. `threads` is the number of threads of the run's worker, and of the loop. Too few steps
@@ -101,7 +101,7 @@ def measure(spec: RunSpec, threads: int, rounds: int, report: Callable[[str], No
         raise JobError(
             "bench run", f"losses differ: {losses}", "this is a bug: their steps are not the same; report it"
         )
-    return Figures(**results_by_name)
+    return LoopFigures(**results_by_name)
 
 
 def measure_run(spec: RunSpec, folder: Path, _threads: int) -> dict[str, Any]:

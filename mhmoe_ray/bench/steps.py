@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mhmoe_ray.bench.measure import Figures
+from mhmoe_ray.bench.measure import LayerFigures
 from mhmoe_ray.bench.timing import Hardware, device_clock, time_interleaved
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.model.attention import document_offsets
@@ -61,7 +61,7 @@ class StepFigures(NamedTuple):
         }
 
 
-class Case:
+class StepCase:
     """Model in training, with the micro-batches of a step on the device."""
 
     def __init__(self, spec: RunSpec, device: torch.device) -> None:
@@ -101,7 +101,7 @@ def measure(
         # runs the blocks of further models without compilation.
         torch._dynamo.config.recompile_limit = 4 * len(specs)
         specs |= {f"{name}, compiled": _compiled(spec) for name, spec in specs.items()}
-    cases: dict[str, Callable[[], object]] = {n: Case(spec, hardware.device).step for n, spec in specs.items()}
+    cases: dict[str, Callable[[], object]] = {n: StepCase(spec, hardware.device).step for n, spec in specs.items()}
     timings = time_interleaved(cases, rounds, device_clock(hardware.device))
     plain_median = timings["SMoE"].median
     return [
@@ -134,7 +134,7 @@ def matched_models(size: Size, heads: Sequence[int]) -> dict[str, RunSpec]:
 
 
 def _run_spec(model: ModelSpec, size: Size) -> RunSpec:
-    # A spec must name a source and a prepared folder, but nothing reads them: `Case` draws random tokens, because the
+    # A spec must name a source and a prepared folder, but nothing reads them: `StepCase` draws random tokens, because the
     # time of a step does not depend on its tokens.
     data = DataSpec(sources={"none": SourceSpec(path="none")}, prepared="none", seq_len=size.seq_len)
     return RunSpec(name="bench", model=model, data=data, train=TrainSpec(**size.train))
@@ -163,7 +163,7 @@ class PaperComparison(NamedTuple):
     our_ratio: float
 
 
-def compare_with_paper(figures: Sequence[Figures]) -> list[PaperComparison]:
+def compare_with_paper(figures: Sequence[LayerFigures]) -> list[PaperComparison]:
     """Return comparisons of our plain and multi-head layers, static and dropless, with P1's models.
 
     `figures` begin with those of the dense layer and of the plain mixture of experts.

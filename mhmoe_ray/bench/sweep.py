@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mhmoe_ray.bench.layers import SkippedCase, has_masks
-from mhmoe_ray.bench.measure import Figures, Request, measure, requested_layers
+from mhmoe_ray.bench.measure import LayerFigures, LayerRequest, measure, requested_layers
 from mhmoe_ray.bench.timing import Hardware
 
 AxisName = Literal["tokens", "experts", "top-k", "heads"]
@@ -36,16 +36,16 @@ AXES: dict[AxisName, Axis] = {
 }
 
 
-class Sweep(NamedTuple):
+class AxisSweep(NamedTuple):
     """Measurements of all layers at each point of an axis."""
 
     axis: AxisName
-    points: dict[int, list[Figures]]
+    points: dict[int, list[LayerFigures]]
     """Measurements at each point, with the dense layer and the plain one first."""
     skipped: list[SkippedCase]
 
     @property
-    def series(self) -> dict[str, dict[int, Figures]]:
+    def series(self) -> dict[str, dict[int, LayerFigures]]:
         """Measurements of each layer by point, in the order in which the layers first appear."""
         names = dict.fromkeys(f.name for figures in self.points.values() for f in figures)
         return {
@@ -69,8 +69,8 @@ class Sweep(NamedTuple):
 
 
 def sweep(
-    request: Request, axis: AxisName, points: Sequence[int], hardware: Hardware, report: Callable[[str], None]
-) -> Sweep:
+    request: LayerRequest, axis: AxisName, points: Sequence[int], hardware: Hardware, report: Callable[[str], None]
+) -> AxisSweep:
     """Measure every layer at every point of an axis, in interleaved rounds at each point.
 
     The SpecErrors are those of `measure`, and come before any measurement if sizes are impossible.
@@ -91,7 +91,7 @@ def sweep(
             point: [f._replace(name=f.name.replace(f" h {point}", "")) for f in point_figures]
             for point, point_figures in figures.items()
         }
-    sweep_result = Sweep(axis, figures, skipped)
+    sweep_result = AxisSweep(axis, figures, skipped)
     return extrapolate_static(sweep_result) if axis == "tokens" else sweep_result
 
 
@@ -99,13 +99,13 @@ def _report_at(report: Callable[[str], None], point: str, line: str) -> None:
     report(f"{point}: {line}")
 
 
-def _request_at(request: Request, axis: AxisName, point: int) -> Request:
+def _request_at(request: LayerRequest, axis: AxisName, point: int) -> LayerRequest:
     if axis == "heads":
         return request._replace(heads=[point])
     return request._replace(shape=request.shape._replace(**{axis.replace("-", "_"): point}))
 
 
-def extrapolate_static(sweep_result: Sweep) -> Sweep:
+def extrapolate_static(sweep_result: AxisSweep) -> AxisSweep:
     """Return a sweep over tokens, to which extrapolated costs of static routing are added where it was not measured.
 
     Static routing then no longer counts as skipped.

@@ -132,10 +132,10 @@ def loss(
 
     All ways take turns in each round; times are medians. With --json the table goes to stderr.
     """
-    from mhmoe_ray.bench.loss import Size, measure
+    from mhmoe_ray.bench.loss import OutputLayerSize, measure
     from mhmoe_ray.bench.timing import find_hardware
 
-    hardware, size = find_hardware(device), Size(tokens, vocab_size, d_model)
+    hardware, size = find_hardware(device), OutputLayerSize(tokens, vocab_size, d_model)
     figures = measure(size, chunk_rows or [128], precision, rounds, hardware)
     rows = [
         [

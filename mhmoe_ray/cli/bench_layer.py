@@ -46,8 +46,8 @@ def layer(
     All layers take turns in each round; results are medians, and ratios to a dense layer of the same multiply-adds.
     With --over, layers are measured at several points along an axis. With --json the tables go to stderr.
     """
-    from mhmoe_ray.bench.layers import Shape
-    from mhmoe_ray.bench.measure import Request, as_json, measure
+    from mhmoe_ray.bench.layers import LayerShape
+    from mhmoe_ray.bench.measure import LayerRequest, as_json, measure
     from mhmoe_ray.bench.steps import compare_with_paper
     from mhmoe_ray.bench.sweep import AXES, sweep
     from mhmoe_ray.bench.timing import checked_sizes, find_hardware
@@ -57,10 +57,10 @@ def layer(
     if png:
         _check_png(png, axis)
     hardware = find_hardware(device)
-    shape = Shape(tokens, d_model, experts, top_k, d_expert)
+    shape = LayerShape(tokens, d_model, experts, top_k, d_expert)
     kernel_names = [kernel.strip() for kernel in kernels.split(",")]
     # A sweep measures many points, so each of them gets fewer rounds than a single point without a sweep.
-    request = Request(shape, heads or [2, 4], dtype, rounds or (3 if axis else 7), kernel_names, static, peers)
+    request = LayerRequest(shape, heads or [2, 4], dtype, rounds or (3 if axis else 7), kernel_names, static, peers)
     header = {**hardware.as_json(), "dtype": dtype, "rounds": request.rounds, "shape": shape._asdict()}
     title = f"{hardware}, {request.dtype}; forward and backward, medians of {request.rounds} interleaved rounds"
     with checked_sizes("bench layer"):

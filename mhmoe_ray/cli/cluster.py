@@ -17,7 +17,7 @@ from mhmoe_ray.cli.output import fact_table, note, out, print_json, print_line, 
 from mhmoe_ray.cli.verbs import SuggestingGroup
 
 if TYPE_CHECKING:
-    from mhmoe_ray.cluster.doctor import Finding
+    from mhmoe_ray.cluster.doctor import CheckResult
 
 
 LEVEL_STYLES = {"ok": "green", "note": "dim", "warning": "yellow", "error": "bold red"}
@@ -47,7 +47,7 @@ def doctor(
         raise typer.Exit(DOCTOR_EXIT_CODE)
 
 
-def _print_finding(finding: "Finding") -> None:
+def _print_finding(finding: "CheckResult") -> None:
     level = Text(f"{finding.level:<8}", style=LEVEL_STYLES[finding.level])
     out.print(level, Text(f"{finding.check}: {finding.message}"), soft_wrap=True)
     if finding.level in ("warning", "error"):

@@ -11,7 +11,7 @@ from mhmoe_ray.cli.output import detach_on_interrupt, note, print_note
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
-    from mhmoe_ray.runs.sweeps import Order, SweepDir
+    from mhmoe_ray.runs.sweeps import SweepDir, SweepOrder
 
 
 POLL_SECONDS = 1.0
@@ -78,7 +78,7 @@ def follow_order(directory: "SweepDir", name: str, connection: "Connection") -> 
             name = client.restart_job(directory, connection, order)
 
 
-def _newest_order(directory: "SweepDir") -> "tuple[str, Order, bool]":
+def _newest_order(directory: "SweepDir") -> "tuple[str, SweepOrder, bool]":
     """Return the name of a sweep's newest order, the order itself, and whether a stop of the sweep is requested."""
     newest_name = directory.order_names()[-1]
     return newest_name, directory.read_order(newest_name), directory.stop_file.exists()
@@ -92,7 +92,7 @@ def _progress_bar() -> Progress:
 class _ProgressView:
     """View of the progress of the runs that an order starts: a progress bar on a terminal, printed lines elsewhere."""
 
-    def __init__(self, directory: "SweepDir", order: "Order", bar: Progress) -> None:
+    def __init__(self, directory: "SweepDir", order: "SweepOrder", bar: Progress) -> None:
         self._directory, self._order, self._bar = directory, order, bar
         self._entries = order.wanted_entries
         self._total_task = bar.add_task("runs", total=len(self._entries), status="")

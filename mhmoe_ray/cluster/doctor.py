@@ -29,7 +29,7 @@ Level = Literal["ok", "note", "warning", "error"]
 """Severity: `note` if not everybody needs the thing, `warning` if commands work badly, `error` if they will fail."""
 
 
-class Finding(NamedTuple):
+class CheckResult(NamedTuple):
     """Result of one check of `mhmoe doctor`."""
 
     level: Level
@@ -60,29 +60,29 @@ MIN_OPEN_FILES = 4096
 """Limit of open files below which `mhmoe doctor` warns: Ray's processes hold some hundreds of open files each."""
 
 
-def machine_findings() -> Iterator[Finding]:
+def machine_findings() -> Iterator[CheckResult]:
     """Yield findings on this machine: packages, accelerators, kernels, shared memory, limits."""
-    yield Finding("ok", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    yield CheckResult("ok", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield from _packages()
     yield from _accelerators()
     yield from _kernels()
     yield from _limits()
 
 
-def _packages() -> Iterator[Finding]:
+def _packages() -> Iterator[CheckResult]:
     ray_release = version("ray")
     if ray_release.startswith(f"{RAY_RELEASE}."):
-        yield Finding("ok", "ray", ray_release)
+        yield CheckResult("ok", "ray", ray_release)
     else:
         message = f"{ray_release}, but training needs {RAY_RELEASE}"
-        yield Finding("error", "ray", message, f"pip install 'ray=={RAY_RELEASE}.*'")
+        yield CheckResult("error", "ray", message, f"pip install 'ray=={RAY_RELEASE}.*'")
     for package, (purpose, installation) in EXTRAS.items():
         installed = [v for name in DISTRIBUTIONS.get(package, (package,)) if (v := _version(name))]
         if installed:
-            yield Finding("ok", package, installed[0])
+            yield CheckResult("ok", package, installed[0])
         else:
             fix = f"install it if you need that: {installation}"
-            yield Finding("note", package, f"not installed; for {purpose}", fix)
+            yield CheckResult("note", package, f"not installed; for {purpose}", fix)
 
 
 def _version(distribution: str) -> str | None:
@@ -92,81 +92,83 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _accelerators() -> Iterator[Finding]:
+def _accelerators() -> Iterator[CheckResult]:
     try:
         level = LEVEL_TITLES[cpu_level()] if is_x86() else platform.machine()
     except ValueError as error:
-        yield Finding("error", "torch", str(error), f"unset {LEVEL_VARIABLE}, which is for tests")
+        yield CheckResult("error", "torch", str(error), f"unset {LEVEL_VARIABLE}, which is for tests")
     else:
-        yield Finding("ok", "torch", f"{torch.__version__}; {os.cpu_count()} CPUs, {level}")
+        yield CheckResult("ok", "torch", f"{torch.__version__}; {os.cpu_count()} CPUs, {level}")
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        yield Finding("ok", "GPUs", f"{len(names)}: {', '.join(sorted(set(names)))}")
+        yield CheckResult("ok", "GPUs", f"{len(names)}: {', '.join(sorted(set(names)))}")
     elif shutil.which("nvidia-smi"):
         reason = (
             "there is a driver, but this torch is built without CUDA"
             if torch.version.cuda is None
             else "torch sees no GPU"
         )
-        yield Finding(
+        yield CheckResult(
             "warning", "GPUs", reason, "install a CUDA build of torch, and look at nvidia-smi and CUDA_VISIBLE_DEVICES"
         )
     else:
-        yield Finding(
+        yield CheckResult(
             "note", "GPUs", "none; workers compute on CPUs", "set cluster.gpus_per_worker on a cluster with GPUs"
         )
     if torch.cuda.is_available() and not dist.is_nccl_available():
-        yield Finding("error", "collectives", "this torch has no NCCL", "install a build of torch with it")
+        yield CheckResult("error", "collectives", "this torch has no NCCL", "install a build of torch with it")
     else:
-        yield Finding("ok", "collectives", "NCCL" if torch.cuda.is_available() else "gloo")
+        yield CheckResult("ok", "collectives", "NCCL" if torch.cuda.is_available() else "gloo")
 
 
-def _kernels() -> Iterator[Finding]:
+def _kernels() -> Iterator[CheckResult]:
     """Yield a finding for each kernel that can train: whether it works on the GPU or, without one, on the CPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in (name for name, backend in BACKENDS.items() if backend.has_backward):
         if reason := unavailable_reason(name, device):
-            yield Finding(
+            yield CheckResult(
                 "note", f"kernel {name}", reason, "leave model.moe.kernel at auto, which chooses among the others"
             )
         else:
-            yield Finding("ok", f"kernel {name}", f"works on {device.type}")
+            yield CheckResult("ok", f"kernel {name}", f"works on {device.type}")
 
 
-def _limits() -> Iterator[Finding]:
+def _limits() -> Iterator[CheckResult]:
     memory = psutil.virtual_memory().total
     try:
         shared = os.statvfs("/dev/shm")
     except OSError:
-        yield Finding(
+        yield CheckResult(
             "note", "shared memory", "no /dev/shm here; Ray keeps objects in files", "nothing, on this system"
         )
     else:
         size = shared.f_blocks * shared.f_frsize
         size_text = f"{size / 1e9:.1f} GB of {memory / 1e9:.0f} GB of memory"
         if size < 0.3 * memory:
-            yield Finding(
+            yield CheckResult(
                 "warning", "shared memory", size_text, "in a container give it a third: --shm-size, or a volume there"
             )
         else:
-            yield Finding("ok", "shared memory", size_text)
+            yield CheckResult("ok", "shared memory", size_text)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= soft < MIN_OPEN_FILES:
-        yield Finding("warning", "open files", f"at most {soft}", f"ulimit -n {max(MIN_OPEN_FILES, min(hard, 65536))}")
+        yield CheckResult(
+            "warning", "open files", f"at most {soft}", f"ulimit -n {max(MIN_OPEN_FILES, min(hard, 65536))}"
+        )
     else:
-        yield Finding("ok", "open files", "any number" if soft < 0 else f"at most {soft}")
+        yield CheckResult("ok", "open files", "any number" if soft < 0 else f"at most {soft}")
 
 
 SERVER_KINDS = {"gcs_server": "GCS", "raylet": "raylet", "dashboard": "dashboard", "ray.util.client": "client server"}
 """Kind of a Ray server, by a part of its command line."""
 
 
-def port_findings() -> Iterator[Finding]:
+def port_findings() -> Iterator[CheckResult]:
     """Yield findings on servers of Ray on this machine that other machines can reach."""
     try:
         listening = [c for c in psutil.net_connections("inet") if c.status == psutil.CONN_LISTEN]
     except psutil.AccessDenied:  # On macOS, for example, only root may list open ports.
-        yield Finding("note", "open ports", "this user may not list them", "run `mhmoe doctor` as root to see them")
+        yield CheckResult("note", "open ports", "this user may not list them", "run `mhmoe doctor` as root to see them")
         return
     open_servers: set[tuple[str, str, int]] = set()
     for connection in listening:
@@ -179,14 +181,14 @@ def port_findings() -> Iterator[Finding]:
     for _, host, port in sorted(open_dashboards):
         reason = f"the dashboard at {host}:{port} of this machine runs the jobs of everybody on its network"
         fix = "start it with RAY_AUTH_MODE=token, or with --dashboard-host=127.0.0.1"
-        yield Finding("warning", "open dashboard", reason, fix)
+        yield CheckResult("warning", "open dashboard", reason, fix)
     if other_servers := sorted(open_servers - set(open_dashboards)):
         server_list = ", ".join(f"{kind} {host}:{port}" for kind, host, port in other_servers[:6])
         remaining_count = f" and {len(other_servers) - 6} more" if len(other_servers) > 6 else ""
         fix = "keep these ports behind a firewall; a token guards them if Ray was started with one"
-        yield Finding("note", "open ports", f"other machines reach {server_list}{remaining_count}", fix)
+        yield CheckResult("note", "open ports", f"other machines reach {server_list}{remaining_count}", fix)
     elif not open_dashboards:
-        yield Finding("ok", "open ports", "no server of Ray on this machine listens beyond loopback")
+        yield CheckResult("ok", "open ports", "no server of Ray on this machine listens beyond loopback")
 
 
 def _kind(pid: int) -> str | None:
@@ -202,18 +204,18 @@ SKEW_SECONDS = 5.0
 """Largest difference of clocks in seconds that is no problem; a larger one makes ages in `mhmoe status` misleading."""
 
 
-def reach_findings(address: str | None) -> Iterator[Finding]:
+def reach_findings(address: str | None) -> Iterator[CheckResult]:
     """Yield findings on the cluster that commands with this address or name would talk to."""
     try:
         connection = connect_if_running(address)
     except TokenError as e:
-        yield Finding("error", "token", f"{e.subject}: {e.reason}", e.fix)
+        yield CheckResult("error", "token", f"{e.subject}: {e.reason}", e.fix)
         return
     except ClusterError as e:
-        yield Finding("error", "cluster", f"{e.subject}: {e.reason}", e.fix)
+        yield CheckResult("error", "cluster", f"{e.subject}: {e.reason}", e.fix)
         return
     if connection is None:
-        yield Finding(
+        yield CheckResult(
             "note", "cluster", "none is named and none runs here", "`mhmoe submit` starts one on this machine"
         )
         return
@@ -222,45 +224,45 @@ def reach_findings(address: str | None) -> Iterator[Finding]:
     yield from _clock(connection)
     nodes = free_nodes(connection, None)
     cpus, gpus = sum(n.cpus for n in nodes), sum(n.gpus for n in nodes)
-    yield Finding("ok", "nodes", f"{len(nodes)} with {cpus:g} CPUs and {gpus:g} GPUs free")
+    yield CheckResult("ok", "nodes", f"{len(nodes)} with {cpus:g} CPUs and {gpus:g} GPUs free")
 
 
-def _ray_version(connection: Connection) -> Iterator[Finding]:
+def _ray_version(connection: Connection) -> Iterator[CheckResult]:
     cluster_release = dashboard.ray_version(connection.address, connection.token)["ray_version"]
     client_release = version("ray")
     if cluster_release.split(".")[:2] == client_release.split(".")[:2]:
-        yield Finding("ok", "cluster", f"{connection.address}, Ray {cluster_release}")
+        yield CheckResult("ok", "cluster", f"{connection.address}, Ray {cluster_release}")
     else:
         fix = "install the same minor version on both"
         message = f"{connection.address} runs Ray {cluster_release}, and here is {client_release}"
-        yield Finding("error", "cluster", message, fix)
+        yield CheckResult("error", "cluster", message, fix)
 
 
-def _token_requirement(connection: Connection) -> Iterator[Finding]:
+def _token_requirement(connection: Connection) -> Iterator[CheckResult]:
     """Yield a finding on whether the cluster asks for a token, and whether the token is sent encrypted."""
     token = connection.token
     if token is None or dashboard.is_open(connection.address):
         reason = f"{connection.address} runs jobs without asking for a token"
-        yield Finding(
+        yield CheckResult(
             "warning", "token", reason, "start Ray with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH on every node"
         )
     elif connection.address.startswith("http://") and not dashboard.is_loopback(connection.address):
         reason = "the cluster asks for it and accepts ours, but it is sent without encryption"
-        yield Finding(
+        yield CheckResult(
             "warning", "token", reason, "reach the dashboard through https, or a tunnel: ssh -L 8265:localhost:8265"
         )
     else:
-        yield Finding("ok", "token", f"the cluster accepts the token from {token.source}")
+        yield CheckResult("ok", "token", f"the cluster accepts the token from {token.source}")
 
 
-def _clock(connection: Connection) -> Iterator[Finding]:
+def _clock(connection: Connection) -> Iterator[CheckResult]:
     date_header = dashboard.date(connection.address, connection.token)
     skew = abs(parsedate_to_datetime(date_header).timestamp() - time.time()) if date_header else 0.0
     if skew > SKEW_SECONDS:
         reason = f"the head's is {skew:.0f} s from this machine's, which spoils ages in `mhmoe status`"
-        yield Finding("warning", "clock", reason, "set both by NTP")
+        yield CheckResult("warning", "clock", reason, "set both by NTP")
     else:
-        yield Finding("ok", "clock", "that of the head agrees")
+        yield CheckResult("ok", "clock", "that of the head agrees")
 
 
 PROBE_BYTES = 8 << 20
@@ -270,7 +272,7 @@ The file is small enough for slow storage, and large enough that latency hardly 
 """
 
 
-def storage_findings(folder: Location) -> Iterator[Finding]:
+def storage_findings(folder: Location) -> Iterator[CheckResult]:
     """Yield findings on the folder of run directories: whether it is writable, its speed, and runs open to others."""
     data = secrets.token_bytes(PROBE_BYTES)
     probe = folder / f".doctor-{secrets.token_hex(4)}"
@@ -286,7 +288,7 @@ def storage_findings(folder: Location) -> Iterator[Finding]:
         if created and isinstance(folder, Path):
             folder.rmdir()
     except OSError as e:
-        yield Finding(
+        yield CheckResult(
             "error",
             "storage",
             f"{folder}: {getattr(e, 'strerror', None) or e}",
@@ -294,17 +296,19 @@ def storage_findings(folder: Location) -> Iterator[Finding]:
         )
         return
     if not is_equal:
-        yield Finding("error", "storage", f"{folder}: reading gives other bytes than were written", "use another one")
+        yield CheckResult(
+            "error", "storage", f"{folder}: reading gives other bytes than were written", "use another one"
+        )
         return
     write_rate, read_rate = PROBE_BYTES / (write_end - start), PROBE_BYTES / (read_end - write_end)
     rates = f"writes {write_rate / 1e6:,.0f} MB/s, reads {read_rate / 1e6:,.0f} MB/s"
-    yield Finding("ok", "storage", f"{folder}: {rates}")
+    yield CheckResult("ok", "storage", f"{folder}: {rates}")
     if isinstance(folder, Path) and not created:
         loose = [p.name for p in folder.iterdir() if _is_loose_run(p)]
         if loose:
             remaining_count = f" and {len(loose) - 3} more" if len(loose) > 3 else ""
             message = f"other users can read {', '.join(loose[:3])}{remaining_count}"
-            yield Finding("warning", "run directories", message, "chmod 700 them")
+            yield CheckResult("warning", "run directories", message, "chmod 700 them")
 
 
 def _is_loose_run(path: Path) -> bool:
@@ -315,7 +319,7 @@ def _is_loose_run(path: Path) -> bool:
         return False
 
 
-def examine(address: str | None, folder: str) -> Iterator[Finding]:
+def examine(address: str | None, folder: str) -> Iterator[CheckResult]:
     """Yield the findings of all checks as they are made; `folder` holds run directories and need not exist yet."""
     yield from machine_findings()
     yield from reach_findings(address)

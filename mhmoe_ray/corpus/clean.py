@@ -4,7 +4,7 @@ import re
 import unicodedata
 from hashlib import blake2b
 
-from mhmoe_ray.corpus.readers import Document
+from mhmoe_ray.corpus.readers import CorpusDocument
 
 MIN_DOCUMENT_BYTES = 300
 """Bytes of text below which a document is dropped, because it teaches little."""
@@ -31,7 +31,7 @@ class Cleaner:
         self._digests_by_domain: dict[str, set[bytes]] = {}
         self._english_digests = set[bytes]()
 
-    def clean(self, document: Document, domain: str, is_translation: bool) -> str | None:
+    def clean(self, document: CorpusDocument, domain: str, is_translation: bool) -> str | None:
         """Return a document's cleaned text, with paragraphs joined by newlines; None if too little text remains.
 
         No paragraph occurs twice in a domain or language (`domain`). English paragraphs of a translation are removed.

@@ -17,7 +17,7 @@ from typing import Any
 from mhmoe_ray.corpus.clean import Cleaner
 from mhmoe_ray.corpus.fetch import fetch_package, read_members
 from mhmoe_ray.corpus.packages import PACKAGES, Package, file_language
-from mhmoe_ray.corpus.readers import Document
+from mhmoe_ray.corpus.readers import CorpusDocument
 from mhmoe_ray.corpus.sample import PackageSample, SampleSummary
 from mhmoe_ray.corpus.shards import TextShardWriter
 from mhmoe_ray.corpus.small import english_records, remove_sample
@@ -76,7 +76,7 @@ def write_large_sample(
         # the English originals.
         for domain, records in english_text.items():
             for record in records:
-                sample.add_document(domain, Document("", [record["text"]]), record["meta"])
+                sample.add_document(domain, CorpusDocument("", [record["text"]]), record["meta"])
         for package in packages:
             sample.attempt(partial(sample.add_package, package))
         sample.finish()
@@ -93,7 +93,7 @@ class _LargeSample(PackageSample):
         self.summary: LargeSummary = LargeSummary()
         self._cleaner, self._writers = Cleaner(), dict[str, TextShardWriter]()
 
-    def add_document(self, domain: str, document: Document, meta: dict[str, Any]) -> int:
+    def add_document(self, domain: str, document: CorpusDocument, meta: dict[str, Any]) -> int:
         """Clean a document, write its text and return the text's bytes; 0 if the cleaner drops the document."""
         text = self._cleaner.clean(document, domain, is_translation=meta["language"] != "en")
         if text is None:
@@ -113,7 +113,7 @@ class _LargeSample(PackageSample):
         )
         # The whole package is read before any of its text is written, because damage may show only at the package's
         # end.
-        documents, license_texts = list[tuple[str, str, Document]](), list[bytes]()
+        documents, license_texts = list[tuple[str, str, CorpusDocument]](), list[bytes]()
         for path, content in read_members(
             fetched.path, lambda p: bool(file_language(p, package) or license_file.fullmatch(p))
         ):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Document:
+class CorpusDocument:
     """A document of a sample corpus; its title may be empty.
 
     Attributes:
@@ -31,11 +31,11 @@ class Document:
     paragraphs: list[str]
 
 
-Reader = Callable[[bytes], Iterator[Document]]
+Reader = Callable[[bytes], Iterator[CorpusDocument]]
 """Function from the content of a file to the documents in it."""
 
 
-class Block(NamedTuple):
+class PageBlock(NamedTuple):
     """A paragraph, heading, item or code listing of a page, with the name of its element."""
 
     tag: str
@@ -63,7 +63,7 @@ class Vocabulary:
     cells: Collection[str] = ()
 
 
-def read_blocks(root: "etree._Element", vocabulary: Vocabulary) -> Iterator[Block]:
+def read_blocks(root: "etree._Element", vocabulary: Vocabulary) -> Iterator[PageBlock]:
     """Yield the text of an element and all elements in it as blocks, in reading order."""
     from lxml import etree
 
@@ -98,7 +98,7 @@ def read_blocks(root: "etree._Element", vocabulary: Vocabulary) -> Iterator[Bloc
     yield from _finish_block(open_blocks[-1], pieces, False)
 
 
-def _finish_block(tag: str, pieces: list[str], is_preformatted: bool) -> Iterator[Block]:
+def _finish_block(tag: str, pieces: list[str], is_preformatted: bool) -> Iterator[PageBlock]:
     """Join and clear `pieces`, and yield the block unless it is blank.
 
     White space becomes single spaces; preformatted text keeps its line breaks and is dedented.
@@ -111,7 +111,7 @@ def _finish_block(tag: str, pieces: list[str], is_preformatted: bool) -> Iterato
     else:
         text = " ".join(text.split())
     if text.strip():
-        yield Block(tag, text)
+        yield PageBlock(tag, text)
 
 
 def _local_name(element: "etree._Element") -> str:
@@ -143,10 +143,10 @@ def page_reader(content_xpath: str, excluded_xpath: str = "") -> Reader:
     `excluded_xpath` within it, such as links to the next page.
     """
 
-    def read_page(page: bytes) -> Iterator[Document]:
+    def read_page(page: bytes) -> Iterator[CorpusDocument]:
         title, blocks = _parse_page(page, content_xpath, excluded_xpath)
         if blocks:
-            yield Document(title, [b.text for b in blocks])
+            yield CorpusDocument(title, [b.text for b in blocks])
 
     return read_page
 
@@ -157,22 +157,22 @@ def question_reader(content_xpath: str, excluded_xpath: str = "") -> Reader:
     A question is a heading with a question mark, and the text until the next heading is its answer.
     """
 
-    def read_page(page: bytes) -> Iterator[Document]:
+    def read_page(page: bytes) -> Iterator[CorpusDocument]:
         title, blocks = _parse_page(page, content_xpath, excluded_xpath)
         question, answer = title, list[str]()
         # Only a heading finishes the question before it, so an empty heading is added at the end for the last question.
-        for block in [*blocks, Block("h1", "")]:
+        for block in [*blocks, PageBlock("h1", "")]:
             if block.tag not in HEADING_TAGS:
                 answer.append(block.text)
                 continue
             if question.endswith("?") and answer:
-                yield Document(question, [f"Q: {question}", f"A: {answer[0]}", *answer[1:]])
+                yield CorpusDocument(question, [f"Q: {question}", f"A: {answer[0]}", *answer[1:]])
             question, answer = _SECTION_NUMBER.sub("", block.text), []
 
     return read_page
 
 
-def _parse_page(page: bytes, content_xpath: str, excluded_xpath: str) -> tuple[str, list[Block]]:
+def _parse_page(page: bytes, content_xpath: str, excluded_xpath: str) -> tuple[str, list[PageBlock]]:
     """Return an HTML page's title and the blocks in the element at `content_xpath`; both are empty without it."""
     import lxml.html
     from lxml import etree
@@ -206,7 +206,7 @@ MALLARD = Vocabulary(
 )
 
 
-def read_mallard(page: bytes) -> Iterator[Document]:
+def read_mallard(page: bytes) -> Iterator[CorpusDocument]:
     """Yield the one document of a page in Mallard; DataError if the page is not XML."""
     from lxml import etree
 
@@ -218,13 +218,13 @@ def read_mallard(page: bytes) -> Iterator[Document]:
         raise DataError("page in Mallard", f"it is not XML ({e})", "delete its package from the cache") from e
     blocks = list(read_blocks(root, MALLARD))
     titles = [b.text for b in blocks if b.tag == "title"]
-    yield Document(titles[0] if titles else "", [b.text for b in blocks])
+    yield CorpusDocument(titles[0] if titles else "", [b.text for b in blocks])
 
 
 _DATE = re.compile(r"\(\d{4}-\d\d-\d\d\)")
 
 
-def read_dictionary(content: bytes) -> Iterator[Document]:
+def read_dictionary(content: bytes) -> Iterator[CorpusDocument]:
     """Yield a document for each entry of a file of the DICT server, except for entries about the dictionary itself.
 
     An entry begins with a line that is not indented, its headword.
@@ -238,7 +238,7 @@ def read_dictionary(content: bytes) -> Iterator[Document]:
         # and a date says when an editor last changed the entry.
         body = _DATE.sub("", body.replace("{", "").replace("}", ""))
         paragraphs = [" ".join(p.split()) for p in re.split(r"\n\s*\n", body)]
-        yield Document(headword, [headword, *filter(None, paragraphs)])
+        yield CorpusDocument(headword, [headword, *filter(None, paragraphs)])
 
 
 _LICENSE_WORDS = re.compile(r"copyright|licen[cs]e|SPDX", re.IGNORECASE)
@@ -246,7 +246,7 @@ _COMMENT_LINES = re.compile(r"\A(?:[ \t]*(?://|#).*\n)+\s*")
 _COMMENT_BLOCK = re.compile(r"\A\s*/\*.*?\*/\s*", re.DOTALL)
 
 
-def read_code(content: bytes) -> Iterator[Document]:
+def read_code(content: bytes) -> Iterator[CorpusDocument]:
     """Yield a source file as one document of one paragraph, without the licence notice at its top.
 
     A file that is not UTF-8, or that `is_worth_reading` rejects, yields nothing.
@@ -260,7 +260,7 @@ def read_code(content: bytes) -> Iterator[Document]:
         if match and _LICENSE_WORDS.search(match[0]):
             text = text[match.end() :]
     if is_worth_reading(text):
-        yield Document("", [text.strip("\n")])
+        yield CorpusDocument("", [text.strip("\n")])
 
 
 def is_worth_reading(text: str) -> bool:

@@ -13,7 +13,7 @@ from mhmoe_ray.spec import MicroBatchPart, ModelSpec, RunSpec
 
 if TYPE_CHECKING:
     # At run time these imports would import Ray, which commands do not need for data that are already prepared.
-    from mhmoe_ray.data.prepare.parts import Part
+    from mhmoe_ray.data.prepare.parts import TokenisedPart
     from mhmoe_ray.data.samples import TrainingSamples
     from mhmoe_ray.data.shards.manifest import DataManifest, Shard
 
@@ -62,7 +62,7 @@ class FamilyData(ABC):
         return
 
     @abstractmethod
-    def check_parts(self, spec: RunSpec, folder: Path, by_domain: "dict[str, list[Part]]") -> Facts:
+    def check_parts(self, spec: RunSpec, folder: Path, by_domain: "dict[str, list[TokenisedPart]]") -> Facts:
         """Check, before shards are written, that there are samples for training and validation.
 
         Args:
@@ -78,7 +78,7 @@ class FamilyData(ABC):
         self,
         spec: RunSpec,
         folder: Path,
-        by_domain: "Mapping[str, Sequence[Part]]",
+        by_domain: "Mapping[str, Sequence[TokenisedPart]]",
         shards: "Mapping[str, Sequence[Shard]]",
         log: Callable[[str], None],
     ) -> Facts:
@@ -103,7 +103,7 @@ class DecoderData(FamilyData):
 
     has_rows = False
 
-    def check_parts(self, spec: RunSpec, folder: Path, by_domain: "dict[str, list[Part]]") -> Facts:
+    def check_parts(self, spec: RunSpec, folder: Path, by_domain: "dict[str, list[TokenisedPart]]") -> Facts:
         from mhmoe_ray.data.prepare.checks import check_not_empty
 
         check_not_empty(spec.data, by_domain)

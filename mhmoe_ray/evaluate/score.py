@@ -169,7 +169,7 @@ class CaptionFigures(BaseModel):
         return FigureTable(["", "images", "BLEU-4", "CIDEr-D", "exactly right"], rows, lines)
 
 
-class ClassScore(BaseModel):
+class ProbeScore(BaseModel):
     """Accuracy of a linear probe that classifies images (`families/encoder/evaluate/probe.py`)."""
 
     training_images: int
@@ -215,7 +215,7 @@ class EncoderFigures(FamilyFigures):
     image_values: dict[str, ImageValue]
     retrieval: dict[str, RetrievalFigures] = {}
     captions: dict[str, CaptionFigures] = {}
-    classes: dict[str, ClassScore] = {}
+    classes: dict[str, ProbeScore] = {}
     training_images: int | None = None
     """Number of images that the baseline searches; None without a baseline."""
 

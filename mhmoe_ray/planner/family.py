@@ -18,10 +18,10 @@ INT64 = 8
 EMBEDDING, PATCHES, NORMS, OUTPUT = "embedding", "patches", "norms", "output"
 PROJECTIONS, ROUTER, EXPERTS, SHARED = "projections", "router", "experts", "shared expert"
 MATCH, HEADS = "match", "heads"
-"""Names of the parts of a model (`Part.name`) that other modules look up."""
+"""Names of the parts of a model (`ModelPart.name`) that other modules look up."""
 
 
-class Part(NamedTuple):
+class ModelPart(NamedTuple):
     """Part of a model: one kind of layer, with the counts of a single layer of this kind."""
 
     name: str
@@ -47,12 +47,12 @@ class FamilyPlan(ABC):
     def embedding_rows(self, model: ModelSpec) -> int:
         """Return the number of vectors of all embeddings."""
 
-    def input_parts(self, model: ModelSpec) -> list[Part]:
+    def input_parts(self, model: ModelSpec) -> list[ModelPart]:
         """Return the parts between the embedding and the first block."""
         return []
 
     @abstractmethod
-    def output_parts(self, model: ModelSpec) -> list[Part]:
+    def output_parts(self, model: ModelSpec) -> list[ModelPart]:
         """Return the parts after the last block."""
 
     def routers(self, model: ModelSpec) -> int:
@@ -93,11 +93,11 @@ class DecoderPlan(FamilyPlan):
     def embedding_rows(self, model: ModelSpec) -> int:
         return model.vocab_size
 
-    def output_parts(self, model: ModelSpec) -> list[Part]:
+    def output_parts(self, model: ModelSpec) -> list[ModelPart]:
         # With tied embeddings the output has no parameters of its own, but its product still counts.
         macs = model.vocab_size * model.d_model
         parameters = 0 if model.tied_embeddings else macs
-        return [Part(OUTPUT, 1, parameters, parameters, macs)]
+        return [ModelPart(OUTPUT, 1, parameters, parameters, macs)]
 
     def output_bytes(self, spec: RunSpec, size: int) -> int:
         # The terms are those of the loss, and of the token ids and targets. A chunked loss keeps the gradient of its

@@ -151,7 +151,7 @@ def _parameter_count(model: ModelSpec) -> int:
     return compute_sizes(model).parameters
 
 
-class Comparison(NamedTuple):
+class CountComparison(NamedTuple):
     """Comparison of one count, such as parameters, between a model and its reference model."""
 
     model_value: int
@@ -166,13 +166,15 @@ class Comparison(NamedTuple):
         return {"own": self.model_value, "reference": self.reference, "ratio": self.ratio}
 
 
-def compare_models(model: ModelSpec, reference: ModelSpec) -> dict[str, Comparison]:
+def compare_models(model: ModelSpec, reference: ModelSpec) -> dict[str, CountComparison]:
     """Return comparisons of a model with its reference by name, without counts that are 0 in the reference.
 
     Equal parameters do not imply equal compute, and neither implies equal memory traffic of hidden activations.
     """
     counts, reference_counts = _compared_counts(model), _compared_counts(reference)
-    return {name: Comparison(count, reference_counts[name]) for name, count in counts.items() if reference_counts[name]}
+    return {
+        name: CountComparison(count, reference_counts[name]) for name, count in counts.items() if reference_counts[name]
+    }
 
 
 def _compared_counts(model: ModelSpec) -> dict[str, int]:

@@ -17,7 +17,7 @@ from mhmoe_ray.planner.family import (
     PROJECTIONS,
     ROUTER,
     SHARED,
-    Part,
+    ModelPart,
     all_active,
     bytes_of,
     plan_of,
@@ -64,28 +64,28 @@ class Sizes(NamedTuple):
     grows with h, so models of equal compute differ in memory traffic."""
 
 
-def model_parts(spec: ModelSpec) -> list[Part]:
+def model_parts(spec: ModelSpec) -> list[ModelPart]:
     """Return each kind of layer that a model has, from the embedding to the output."""
     moe, plan = spec.moe, plan_of(spec)
     embedding_parameters, norms = plan.embedding_rows(spec) * spec.d_model, _norm_parameters(spec)
     attention = _attention_parameters(spec)
     result = [
-        Part(EMBEDDING, 1, *all_active(embedding_parameters), 0),
+        ModelPart(EMBEDDING, 1, *all_active(embedding_parameters), 0),
         *plan.input_parts(spec),
-        Part("attention", spec.layers, plan.branches * attention, attention, attention_macs(spec)),
-        Part(NORMS, 1, *all_active(norms), 0),
+        ModelPart("attention", spec.layers, plan.branches * attention, attention, attention_macs(spec)),
+        ModelPart(NORMS, 1, *all_active(norms), 0),
     ]
     if spec.dense_layers:
         assert spec.d_ff is not None
         d, dense_architecture = spec.d_model, spec.architecture
         dense, macs = dense_architecture.expert_parameters(d, spec.d_ff), dense_architecture.expert_macs(d, spec.d_ff)
-        result.append(Part("feed-forward", spec.dense_layers, plan.branches * dense, dense, macs))
+        result.append(ModelPart("feed-forward", spec.dense_layers, plan.branches * dense, dense, macs))
     if moe is not None:
         result += _moe_parts(spec, moe)
     return [*result, *plan.output_parts(spec)]
 
 
-def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[Part]:
+def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[ModelPart]:
     d, width, layers = spec.d_model, spec.row_width, spec.moe_layers
     expert = spec.architecture.expert_parameters(width, moe.d_expert)
     expert_macs = spec.architecture.expert_macs(width, moe.d_expert)
@@ -93,23 +93,23 @@ def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[Part]:
     used_experts = moe.experts if moe.router == "smear" else min(routes, moe.experts)
     result = [
         _projections_part(spec, moe),
-        Part(ROUTER, layers, routers * router.parameters, router.parameters, moe.heads * router.macs),
+        ModelPart(ROUTER, layers, routers * router.parameters, router.parameters, moe.heads * router.macs),
         # A token has `routes` routes but uses at most E experts, because its sub-tokens may share experts.
-        Part(EXPERTS, layers, moe.experts * expert, used_experts * expert, routes * expert_macs),
+        ModelPart(EXPERTS, layers, moe.experts * expert, used_experts * expert, routes * expert_macs),
     ]
     if moe.d_shared:
         shared = spec.architecture.expert_parameters(d, moe.d_shared)
-        result.append(Part(SHARED, layers, *all_active(shared), spec.architecture.expert_macs(d, moe.d_shared)))
+        result.append(ModelPart(SHARED, layers, *all_active(shared), spec.architecture.expert_macs(d, moe.d_shared)))
     return [part for part in result if part.parameters]
 
 
-def _projections_part(spec: ModelSpec, moe: MoESpec) -> Part:
+def _projections_part(spec: ModelSpec, moe: MoESpec) -> ModelPart:
     head_widths = spec.projection_widths
     sides = [head_widths] * moe.has_head_projection + [head_widths[::-1]] * moe.has_merge_projection
     shapes = [shape for widths in sides for shape in pairwise(widths)]
     macs = sum(in_width * out_width for in_width, out_width in shapes)
     biases = sum(out_width for _, out_width in shapes)
-    return Part(PROJECTIONS, spec.moe_layers, *all_active(macs + biases), macs)
+    return ModelPart(PROJECTIONS, spec.moe_layers, *all_active(macs + biases), macs)
 
 
 def compute_sizes(spec: ModelSpec) -> Sizes:

@@ -42,7 +42,7 @@ def pod_monitor(site: SiteSpec) -> dict[str, Any]:
 RATE_WINDOW = "$__rate_interval"
 
 
-class Panel(NamedTuple):
+class DashboardPanel(NamedTuple):
     """A panel of a Grafana dashboard."""
 
     title: str
@@ -63,7 +63,7 @@ class Dashboard(NamedTuple):
     """Name of the variable and of the metrics' label that it filters: `run` or `model`."""
     source_metric: str
     """Name of a metric with this label, whose values are the choices of the variable."""
-    panels: list[Panel]
+    panels: list[DashboardPanel]
 
 
 def _run_series(name: str) -> str:
@@ -72,10 +72,10 @@ def _run_series(name: str) -> str:
     return f'ray_{PREFIX}{name}{{run=~"$run"}}'
 
 
-def _run_panels(dashboard: str) -> list[Panel]:
+def _run_panels(dashboard: str) -> list[DashboardPanel]:
     """Return the panels that the metrics declare for a dashboard; metrics with equal panel titles share one panel."""
     series = {name: _run_series(name) for name in METRICS}
-    panels: dict[str, Panel] = {}
+    panels: dict[str, DashboardPanel] = {}
     for metric in METRICS.values():
         panel_spec = metric.panel
         if panel_spec is None or panel_spec.dashboard != dashboard:
@@ -88,7 +88,7 @@ def _run_panels(dashboard: str) -> list[Panel]:
             panels[panel_spec.title] = merged_panel
         else:
             unit = panel_spec.unit or metric.unit
-            panels[panel_spec.title] = Panel(
+            panels[panel_spec.title] = DashboardPanel(
                 panel_spec.title, query, unit, panel_spec.kind, metric.help, metric.needs_gpu
             )
     return list(panels.values())
@@ -120,20 +120,21 @@ SERVING = Dashboard(
     "model",
     "ray_mhmoe_running",
     [
-        Panel("Requests a second", {"{{model}}": _rate_query("requests_total")}, "reqps"),
-        Panel("Tokens a second", {"{{model}} answers": _rate_query("answer_tokens_total"),
+        DashboardPanel("Requests a second", {"{{model}}": _rate_query("requests_total")}, "reqps"),
+        DashboardPanel("Tokens a second", {"{{model}} answers": _rate_query("answer_tokens_total"),
                                   "{{model}} prompts": _rate_query("prompt_tokens_total")}),
-        Panel("Time to the first token", _quantile_queries("first_token"), "s"),
-        Panel("Time of each further token", _quantile_queries("each_token"), "s"),
-        Panel("Time in the queue", _quantile_queries("queue"), "s"),
-        Panel("Requests now", {"{{model}} computed": f"sum by (model) ({_model_series('running')})",
+        DashboardPanel("Time to the first token", _quantile_queries("first_token"), "s"),
+        DashboardPanel("Time of each further token", _quantile_queries("each_token"), "s"),
+        DashboardPanel("Time in the queue", _quantile_queries("queue"), "s"),
+        DashboardPanel("Requests now", {"{{model}} computed": f"sum by (model) ({_model_series('running')})",
                                "{{model}} waiting": f"sum by (model) ({_model_series('waiting')})"}),
-        Panel("Cache in use", {"{{model}} {{replica}}": _model_series("cache_used")}, "percentunit"),
-        Panel("Tokens in a step", {"{{model}}": f"{_rate_query('step_tokens_total')} / {_rate_query('steps_total')}"}),
-        Panel("Prompt tokens that were in the cache", {
+        DashboardPanel("Cache in use", {"{{model}} {{replica}}": _model_series("cache_used")}, "percentunit"),
+        DashboardPanel("Tokens in a step", {
+            "{{model}}": f"{_rate_query('step_tokens_total')} / {_rate_query('steps_total')}"}),
+        DashboardPanel("Prompt tokens that were in the cache", {
             "{{model}}": f"{_rate_query('reused_tokens_total')} / {_rate_query('prompt_tokens_total')}"},
             "percentunit"),
-        Panel("Routes of each expert, a second", {
+        DashboardPanel("Routes of each expert, a second", {
             "layer {{layer}}, {{expert}}": _rate_query("expert_routes_total", "model, layer, expert")},
             kind="bargauge"),
     ],
@@ -184,7 +185,7 @@ def _label_variable(dashboard: Dashboard) -> dict[str, Any]:
     }
 
 
-def _panel_json(panel: Panel, number: int) -> dict[str, Any]:
+def _panel_json(panel: DashboardPanel, number: int) -> dict[str, Any]:
     """Return a panel in Grafana's JSON format; `number`, from 0, gives its position in a grid of two panels per row."""
     # A bar gauge compares only the newest values, with bars that start at 0. Other panels show values over time.
     is_bar_gauge = panel.kind == "bargauge"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mhmoe_ray.errors import RunError
-from mhmoe_ray.report.figures import Routes, RunFigures, read_routes
+from mhmoe_ray.report.figures import RouteSummary, RunFigures, read_routes
 from mhmoe_ray.report.quality import QualityTable, quality_tables
 from mhmoe_ray.report.variants import Variant, Verdict, compare_variants, group_variants, matched_step
 from mhmoe_ray.runs.directory import RunDir
@@ -30,7 +30,7 @@ class Comparison:
     verdicts: list[Verdict]
     """Comparisons of each other variant's validation loss with the baseline's, at `step`."""
     quality: list[QualityTable]
-    routes_by_name: dict[str, Routes]
+    routes_by_name: dict[str, RouteSummary]
     """Counted routes of each variant that has them."""
 
     @property

@@ -119,7 +119,7 @@ class RunFigures:
         return tokens * flops_per_token(spec.model, spec.attention_length, spec.samples_per_token).training
 
 
-class Routes(NamedTuple):
+class RouteSummary(NamedTuple):
     """Summary of the routes of a run; fields that only an evaluation of routing gives are None without one."""
 
     load: np.ndarray
@@ -136,7 +136,7 @@ class Routes(NamedTuple):
     """Share of tokens whose two heads have the same first expert, a mean over layers; None with a single head, too."""
 
 
-def read_routes(figures: RunFigures) -> Routes | None:
+def read_routes(figures: RunFigures) -> RouteSummary | None:
     """Return a summary of the routes of a run; None for a dense model and for a run without counts.
 
     The routes come from the newest evaluation on held-out text; without one, from the newest counts in training.
@@ -146,7 +146,7 @@ def read_routes(figures: RunFigures) -> Routes | None:
         total_counts = activation.sum_counts(evaluated[-1].routing.values())
         agreement = activation.mean_head_agreement(total_counts)
         per_token = max(1.0, activation.routes_per_token(total_counts))
-        return Routes(
+        return RouteSummary(
             activation.expert_loads(total_counts.counts),
             f"{evaluated[-1].request.description}, step {evaluated[-1].step:,}",
             activation.activated_shares(total_counts),
@@ -163,12 +163,14 @@ def read_routes(figures: RunFigures) -> Routes | None:
     if not counts:
         return None
     source = f"training samples up to step {record['step']:,}"
-    return Routes(
+    return RouteSummary(
         activation.expert_loads(counts), source, None, activation.relative_activated_shares(counts), None, None
     )
 
 
-def compare_expert_use(baseline: str, variant: str, baseline_routes: Routes, variant_routes: Routes) -> str | None:
+def compare_expert_use(
+    baseline: str, variant: str, baseline_routes: RouteSummary, variant_routes: RouteSummary
+) -> str | None:
     """Return a sentence that compares the shares of experts in use by threshold; None without evaluated routing."""
     if baseline_routes.activated is None or variant_routes.activated is None:
         return None

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from mhmoe_ray import plotting
 from mhmoe_ray.report import plots
 from mhmoe_ray.report.comparison import Comparison, compare_runs
-from mhmoe_ray.report.figures import Routes, RunFigures, compare_expert_use
+from mhmoe_ray.report.figures import RouteSummary, RunFigures, compare_expert_use
 from mhmoe_ray.report.quality import runs_without_quality
 from mhmoe_ray.report.variants import Variant, loss_unit, variant_row
 from mhmoe_ray.runs import events, metrics
@@ -114,7 +114,7 @@ def _figures(comparison: Comparison) -> "Iterator[tuple[str, Figure]]":
         yield f"load_{re.sub('[^a-z0-9]+', '_', name)}", plots.draw_heat_map(name, routes, max_load)
 
 
-def _expert_use_sentences(baseline: str, routes_by_name: dict[str, Routes]) -> list[str]:
+def _expert_use_sentences(baseline: str, routes_by_name: dict[str, RouteSummary]) -> list[str]:
     if baseline not in routes_by_name:
         return []
     sentences = (
@@ -134,7 +134,7 @@ def _write_figure(figure: "Figure", png: Path) -> str:
     return re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", svg.getvalue()[svg.getvalue().index("<svg") :])
 
 
-def _variant_row(variant: Variant, baseline: Variant, step: int | None, routes: Routes | None) -> dict[str, Any]:
+def _variant_row(variant: Variant, baseline: Variant, step: int | None, routes: RouteSummary | None) -> dict[str, Any]:
     """Return the row of a variant in the page's tables of results and of sizes; ratios are relative to the baseline."""
     moe, has_several_runs = variant.first_run.spec.model.moe, len(variant.runs) > 1
     width = f", D {moe.d_sub_token}" if moe and moe.d_sub_token is not None else ""

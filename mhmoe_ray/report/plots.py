@@ -8,7 +8,7 @@ import numpy as np
 
 from mhmoe_ray.evaluate import activation
 from mhmoe_ray.plotting import COLOURS, ROW_INCHES, new_figure
-from mhmoe_ray.report.figures import Routes, RunFigures
+from mhmoe_ray.report.figures import RouteSummary, RunFigures
 from mhmoe_ray.report.variants import Variant, loss_unit, losses_at
 from mhmoe_ray.runs import metrics
 
@@ -174,7 +174,7 @@ def draw_throughput(variants: Sequence[Variant]) -> "Figure":
     return figure
 
 
-def draw_heat_map(name: str, routes: Routes, max_load: float) -> "Figure":
+def draw_heat_map(name: str, routes: RouteSummary, max_load: float) -> "Figure":
     """Draw the loads of a model's experts with a row per layer, coloured up to `max_load` on all maps of a page."""
     layers, experts = routes.load.shape
     figure, axis = _figure_with_legend_room(height=1.15 + ROW_INCHES * layers)
@@ -186,7 +186,9 @@ def draw_heat_map(name: str, routes: Routes, max_load: float) -> "Figure":
     return figure
 
 
-def draw_activation(routes_by_name: dict[str, Routes], colours: dict[str, int], relative: bool) -> "Figure | None":
+def draw_activation(
+    routes_by_name: dict[str, RouteSummary], colours: dict[str, int], relative: bool
+) -> "Figure | None":
     """Draw the share of experts in use as a function of the threshold above which an expert counts as in use.
 
     The threshold is a multiple of a uniform load if `relative`, else a share of tokens. `colours` are numbers for

@@ -22,7 +22,7 @@ from mhmoe_ray.spec import SweepRun
 from mhmoe_ray.storage import Location, report_write_errors, write_json
 
 
-class Order(BaseModel):
+class SweepOrder(BaseModel):
     """Order to start runs of a sweep, which a command writes and a job carries out."""
 
     size: str
@@ -78,24 +78,24 @@ class SweepDir:
         last_number = max((int(name.partition("-")[0]) for name in self.order_names()), default=0)
         return f"{last_number + 1:06d}-{secrets.token_hex(3)}"
 
-    def read_order(self, name: str) -> Order:
+    def read_order(self, name: str) -> SweepOrder:
         """Return an order; one that is damaged, or of another version, is a RunError."""
         path = self.orders_folder / f"{name}.json"
         with report_read_errors(path):
             text = path.read_text()
         try:
-            return Order.model_validate_json(text)
+            return SweepOrder.model_validate_json(text)
         except ValidationError as e:
             subject = f"sweep {self.name}, order {name}"
             fix = "repeat the sweep's command, or use the version that wrote the order"
             raise RunError(subject, "it is damaged, or written by another version", fix) from e
 
-    def write_order(self, name: str, order: Order) -> None:
+    def write_order(self, name: str, order: SweepOrder) -> None:
         path = self.orders_folder / f"{name}.json"
         with report_write_errors(path):
             write_json(path, order.model_dump(mode="json"))
 
-    def earlier_orders(self, name: str | None = None) -> Iterator[Order]:
+    def earlier_orders(self, name: str | None = None) -> Iterator[SweepOrder]:
         """Yield the orders before `name`, or all orders, oldest first; skip damaged ones."""
         names = self.order_names()
         for earlier_name in names[: names.index(name) if name else None]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastapi import APIRouter
 
     from mhmoe_ray.serving.api.access import AccessControl
-    from mhmoe_ray.serving.api.service import Service
+    from mhmoe_ray.serving.api.service import CompletionService
 
 
 class DecoderServing(FamilyServing):
@@ -34,11 +34,11 @@ class DecoderServing(FamilyServing):
 
     def routers(
         self, served: Answerer, model: str, spec: ServeSpec, access: "AccessControl"
-    ) -> "tuple[Service, list[APIRouter]]":
+    ) -> "tuple[CompletionService, list[APIRouter]]":
         from mhmoe_ray.serving.api.completions import chat_router, completions_router
-        from mhmoe_ray.serving.api.service import Service
+        from mhmoe_ray.serving.api.service import CompletionService
 
-        service = Service(served, model, spec, access)
+        service = CompletionService(served, model, spec, access)
         return service, [completions_router(service), chat_router(service)]
 
     def request_example(self, model: ModelSpec, url: str) -> RequestExample:

@@ -11,7 +11,7 @@ from mhmoe_ray.cluster.submissions import record_settings, unrecorded_settings
 from mhmoe_ray.errors import MhmoeError, RunError, SpecError, StorageError, logged
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir, last_attempt, newest_attempt_number
-from mhmoe_ray.runs.sweeps import Order, SweepDir
+from mhmoe_ray.runs.sweeps import SweepDir, SweepOrder
 from mhmoe_ray.spec import SweepRun
 from mhmoe_ray.storage import report_write_errors
 from mhmoe_ray.sweep.job import SweepRequest
@@ -58,7 +58,7 @@ def submit(
     is still alive. If the cluster does not accept the job, its error is raised, and no order is written.
     """
     record_settings(*(entry.spec for entry in entries))
-    order = Order(
+    order = SweepOrder(
         size=size,
         concurrent=concurrent,
         entries=list(entries),
@@ -86,12 +86,12 @@ def submit(
     return _submit_order(sweep_dir, connection, order, clear_stop=True)
 
 
-def restart_job(sweep_dir: SweepDir, connection: Connection, order: Order) -> str:
+def restart_job(sweep_dir: SweepDir, connection: Connection, order: SweepOrder) -> str:
     """Submit another job for an order, without the runs that ended since then, and return the new order's name."""
     return _submit_order(sweep_dir, connection, order, clear_stop=False)
 
 
-def _submit_order(sweep_dir: SweepDir, connection: Connection, order: Order, *, clear_stop: bool) -> str:
+def _submit_order(sweep_dir: SweepDir, connection: Connection, order: SweepOrder, *, clear_stop: bool) -> str:
     """Submit the job of an order, fill in the order's fields about the job, write the order, and return its name.
 
     `clear_stop` cancels an earlier stop of the sweep, which would end this job too. Settings that run code and that
@@ -126,7 +126,7 @@ def state_of(run: RunDir) -> events.State:
     return events.state(events.read(run)) if newest_attempt_number(run) else "submitted"
 
 
-def is_to_run(name: str, run: RunDir, state: events.State, order: Order) -> bool:
+def is_to_run(name: str, run: RunDir, state: events.State, order: SweepOrder) -> bool:
     """Return whether the job of an order still has to start a run, or to wait for its end."""
     return not events.is_end_state(state) or (
         state != "finished" and newest_attempt_number(run) <= order.retry.get(name, 0)
@@ -144,7 +144,7 @@ def _ended_attempts(sweep_dir: SweepDir, wanted_names: Sequence[str]) -> dict[st
     return attempt_numbers
 
 
-def _active_order(sweep_dir: SweepDir) -> Order | None:
+def _active_order(sweep_dir: SweepDir) -> SweepOrder | None:
     """Return the newest order of a sweep if its job is still alive and the sweep is not stopped; None otherwise."""
     try:
         order = sweep_dir.read_order(sweep_dir.order_names()[-1]) if sweep_dir.exists else None
@@ -157,12 +157,12 @@ def _active_order(sweep_dir: SweepDir) -> Order | None:
         return None
 
 
-def is_alive(order: Order) -> bool:
+def is_alive(order: SweepOrder) -> bool:
     """Return whether the job of an order is pending or running; no answer is a ClusterError."""
     return jobs.is_alive(connect_recorded(order.address), order.job)
 
 
-def logged_error(order: Order) -> MhmoeError | None:
+def logged_error(order: SweepOrder) -> MhmoeError | None:
     """Return the error that an order's job logged at its end; None without one, or if the cluster lacks the job."""
     connection = connect_recorded(order.address)
     if jobs.info(connection, order.job) is None:

@@ -12,7 +12,7 @@ from mhmoe_ray.cluster import tokens
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.errors import logging_errors
 from mhmoe_ray.remote import RemoteJob
-from mhmoe_ray.runs.sweeps import Order, SweepDir
+from mhmoe_ray.runs.sweeps import SweepDir, SweepOrder
 from mhmoe_ray.storage import location
 
 ORDER_SECONDS = 60
@@ -60,7 +60,7 @@ def main() -> None:
         Sweep(sweep_dir, name, connection, request.known_addresses).run()
 
 
-def _wait_for_order(sweep_dir: SweepDir, name: str) -> Order | None:
+def _wait_for_order(sweep_dir: SweepDir, name: str) -> SweepOrder | None:
     """Return the order, which a command writes once the cluster has accepted this job; None if it does not."""
     for _ in range(ORDER_SECONDS):
         if name in sweep_dir.order_names():

@@ -21,7 +21,7 @@ from mhmoe_ray.data.shards.recipe import PreparedKey, prepared_key
 from mhmoe_ray.errors import ClusterError, MhmoeError, SpecError, StorageError, TokenError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir, create_run, last_attempt, newest_attempt_number
-from mhmoe_ray.runs.sweeps import Order, SweepDir
+from mhmoe_ray.runs.sweeps import SweepDir, SweepOrder
 from mhmoe_ray.spec import RunSpec, SweepRun
 from mhmoe_ray.sweep.plan import start_names, with_run_paths
 
@@ -119,7 +119,7 @@ class Sweep:
                     silent.add(order.address)
                 time.sleep(POLL_SECONDS)
 
-    def _is_job_alive(self, order: Order) -> bool:
+    def _is_job_alive(self, order: SweepOrder) -> bool:
         """Return whether the job of an order is alive; True even while this job's own cluster does not answer."""
         if order.address != self._order.address:
             return jobs.is_alive(self._connect(order.address), order.job)

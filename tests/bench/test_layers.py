@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhmoe_ray.bench.layers import Case, Shape, has_masks, our_layers
+from mhmoe_ray.bench.layers import LayerCase, LayerShape, has_masks, our_layers
 from mhmoe_ray.errors import SpecError
 
-SMALL = Shape(tokens=24, d_model=48, experts=4, top_k=2, d_expert=96)
+SMALL = LayerShape(tokens=24, d_model=48, experts=4, top_k=2, d_expert=96)
 CPU = torch.device("cpu")
 
 
@@ -18,7 +18,7 @@ def test_layers_run_with_equal_cost(dtype):
     assert not skipped
     products = {}
     for layer in layers:
-        case = Case(layer, SMALL, dtype, CPU)
+        case = LayerCase(layer, SMALL, dtype, CPU)
         with FlopCounterMode(display=False) as counter:
             y = case.run()
         assert y.shape == (1, 24, 48)
@@ -41,7 +41,7 @@ def test_runnable_kernels_compute_each_layer_and_others_are_skipped():
     [skipped_case] = skipped
     assert skipped_case.name == "kernel megablocks"
     assert "needs CUDA" in skipped_case.reason
-    outputs = {layer.name: Case(layer, SMALL, "float32", CPU).run() for layer in layers}
+    outputs = {layer.name: LayerCase(layer, SMALL, "float32", CPU).run() for layer in layers}
     torch.testing.assert_close(outputs["SMoE, reference"], outputs["SMoE, grouped"])
 
 

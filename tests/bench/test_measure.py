@@ -2,17 +2,19 @@ import pytest
 import torch
 
 from mhmoe_ray.bench import timing
-from mhmoe_ray.bench.layers import Layer, Shape, has_masks
-from mhmoe_ray.bench.measure import STATIC_ROWS, Request, as_json, failure_reason, measure, requested_layers
+from mhmoe_ray.bench.layers import Layer, LayerShape, has_masks
+from mhmoe_ray.bench.measure import STATIC_ROWS, LayerRequest, as_json, failure_reason, measure, requested_layers
 from mhmoe_ray.errors import SpecError
 
-SMALL = Shape(tokens=16, d_model=48, experts=4, top_k=2, d_expert=96)
+SMALL = LayerShape(tokens=16, d_model=48, experts=4, top_k=2, d_expert=96)
 CPU = torch.device("cpu")
 
 
 def test_each_layer_has_rounds_and_memory():
     lines = []
-    measurements = measure(Request(SMALL, [2], "float32", 3, static=True), timing.find_hardware("cpu"), lines.append)
+    measurements = measure(
+        LayerRequest(SMALL, [2], "float32", 3, static=True), timing.find_hardware("cpu"), lines.append
+    )
     assert lines == ["7 layers, 3 rounds"]
     assert not measurements.skipped
     rows = as_json(measurements.figures)
@@ -26,7 +28,7 @@ def test_each_layer_has_rounds_and_memory():
 
 def test_static_routing_with_large_masks_is_skipped():
     tokens = STATIC_ROWS // 2 + 1
-    request = Request(SMALL._replace(tokens=tokens), [2], "float32", 1, static=True)
+    request = LayerRequest(SMALL._replace(tokens=tokens), [2], "float32", 1, static=True)
     layers, skipped = requested_layers(request, CPU)
     assert [layer.name for layer in layers if has_masks(layer.moe)] == ["SMoE static"]
     [skipped_case] = skipped
@@ -35,8 +37,8 @@ def test_static_routing_with_large_masks_is_skipped():
 
 
 def test_named_kernel_that_refuses_sizes_is_skipped():
-    wide_shape = Shape(tokens=4, d_model=1040, experts=2, top_k=1, d_expert=16)
-    request = Request(wide_shape, [], "float32", 1, kernels=["grouped", "triton"])
+    wide_shape = LayerShape(tokens=4, d_model=1040, experts=2, top_k=1, d_expert=16)
+    request = LayerRequest(wide_shape, [], "float32", 1, kernels=["grouped", "triton"])
     if torch.cuda.is_available():
         pytest.skip("on a GPU the sizes differ")
     measurements = measure(request, timing.find_hardware("cpu"), lambda line: None)
@@ -72,7 +74,7 @@ def test_error_is_a_reason_unless_it_is_a_bug():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_gpu_measures_all_kernels():
-    request = Request(SMALL, [2], "bfloat16", 2, kernels=["grouped", "triton", "megablocks"], static=True)
+    request = LayerRequest(SMALL, [2], "bfloat16", 2, kernels=["grouped", "triton", "megablocks"], static=True)
     measurements = measure(request, timing.find_hardware("cuda"), lambda line: None)
     assert {f.name for f in measurements.figures} > {"dense", "SMoE, grouped", "MH-MoE h 2, triton", "SMoE static"}
     assert all(0 < f.saved_bytes < f.peak_bytes for f in measurements.figures)

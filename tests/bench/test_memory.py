@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mhmoe_ray.bench.layers import Case, Shape, our_layers
+from mhmoe_ray.bench.layers import LayerCase, LayerShape, our_layers
 from mhmoe_ray.bench.measure import footprint, peak_bytes
 
 CPU = torch.device("cpu")
@@ -38,7 +38,9 @@ def test_linear_layer_matches_hand_count():
 
 def test_dense_swiglu_matches_hand_count():
     T, d, f = 64, 48, 160
-    case = Case(our_layers(Shape(T, d, 4, 2, f // 2), [], False, ["auto"], CPU)[0][0], Shape(T, d), "float32", CPU)
+    case = LayerCase(
+        our_layers(LayerShape(T, d, 4, 2, f // 2), [], False, ["auto"], CPU)[0][0], LayerShape(T, d), "float32", CPU
+    )
     memory = footprint(case.module, case.forward, case.backward)
     assert memory.saved_bytes == 4 * T * (d + 4 * f)  # x, gate, silu(gate), up and silu(gate) * up are saved
     # The peak is in the backward pass. At that time there are the saved hidden rows, y and its gradient, the gradient
@@ -48,9 +50,9 @@ def test_dense_swiglu_matches_hand_count():
 
 @pytest.mark.parametrize("static", [False, True])
 def test_recording_saved_tensors_does_not_change_peak(static):
-    shape = Shape(64, 48, 4, 2, 96)
+    shape = LayerShape(64, 48, 4, 2, 96)
     for layer in our_layers(shape, [2], static, ["auto"], CPU)[0]:
-        case = Case(layer, shape, "float32", CPU)
+        case = LayerCase(layer, shape, "float32", CPU)
         memory = footprint(case.module, case.forward, case.backward)
         assert memory.peak_bytes == peak_bytes(lambda case=case: case.backward(case.forward()), CPU), layer.name
         assert memory.saved_bytes < memory.peak_bytes
@@ -59,11 +61,11 @@ def test_recording_saved_tensors_does_not_change_peak(static):
 def test_static_memory_is_quadratic_and_dropless_memory_linear():
     def layer_peaks(name):
         for tokens in (128, 256, 512):
-            shape = Shape(tokens, 48, 4, 2, 96)
+            shape = LayerShape(tokens, 48, 4, 2, 96)
             [layer] = (
                 candidate for candidate in our_layers(shape, [2], True, ["auto"], CPU)[0] if candidate.name == name
             )
-            case = Case(layer, shape, "float32", CPU)
+            case = LayerCase(layer, shape, "float32", CPU)
             yield peak_bytes(case.run, CPU)
 
     growth = {}

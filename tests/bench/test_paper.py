@@ -1,18 +1,18 @@
 import pytest
 
-from mhmoe_ray.bench.layers import Shape
-from mhmoe_ray.bench.measure import Figures
+from mhmoe_ray.bench.layers import LayerShape
+from mhmoe_ray.bench.measure import LayerFigures
 from mhmoe_ray.bench.steps import compare_with_paper
 
-PLAIN = Shape().plain_moe
+PLAIN = LayerShape().plain_moe
 
 
 def _figures(name, median, **moe):
-    return Figures(name, PLAIN.model_copy(update=moe), None, median, [median], 0, 0)
+    return LayerFigures(name, PLAIN.model_copy(update=moe), None, median, [median], 0, 0)
 
 
 def test_ratios_use_dropless_plain_layer_of_each_side():
-    dense = Figures("dense", None, None, 1.0, [1.0], 0, 0)
+    dense = LayerFigures("dense", None, None, 1.0, [1.0], 0, 0)
     rows = compare_with_paper(
         [
             dense,

@@ -5,12 +5,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mhmoe_kernels import ExpertWeights, Swiglu, run_experts
-from mhmoe_ray.bench.layers import Case, Shape, build_mixture
+from mhmoe_ray.bench.layers import LayerCase, LayerShape, build_mixture
 from mhmoe_ray.bench.peers import PEERS, installed_version, peer_layers, unavailable_reason
 
 pytestmark = pytest.mark.long
 
-SHAPE = Shape(tokens=40, d_model=32, experts=4, top_k=2, d_expert=48)
+SHAPE = LayerShape(tokens=40, d_model=32, experts=4, top_k=2, d_expert=48)
 CPU = torch.device("cpu")
 PEER_BY_NAME = {peer.name: peer for peer in PEERS}
 
@@ -72,7 +72,7 @@ def test_peers_cost_as_much_as_dense_layer():
     for layer in layers:
         if layer.name == "transformers grouped_mm":  # torch does not count the FLOPs of its grouped matrix product
             continue
-        case = Case(layer, SHAPE, "float32", CPU)
+        case = LayerCase(layer, SHAPE, "float32", CPU)
         with FlopCounterMode(display=False) as counter:
             case.run()
         # The router adds to the FLOPs of the dense layer. Without dropping, DeepSpeed also pads the rows of each expert

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from mhmoe_ray.bench.layers import Shape, our_layers
-from mhmoe_ray.bench.measure import Figures, Request
+from mhmoe_ray.bench.layers import LayerShape, our_layers
+from mhmoe_ray.bench.measure import LayerFigures, LayerRequest
 from mhmoe_ray.bench.plot import draw_plot, layer_styles, plot
-from mhmoe_ray.bench.sweep import Sweep
+from mhmoe_ray.bench.sweep import AxisSweep
 from mhmoe_ray.bench.timing import Hardware
 
-SHAPE = Shape(32, 48, 4, 2, 96)
-REQUEST = Request(SHAPE, [2, 3], "bfloat16", 3, static=True)
+SHAPE = LayerShape(32, 48, 4, 2, 96)
+REQUEST = LayerRequest(SHAPE, [2, 3], "bfloat16", 3, static=True)
 HARDWARE = Hardware(torch.device("cpu"), "A processor", 2)
 
 
@@ -26,7 +26,7 @@ def _make_sweep():
 
     def make_figures(point):
         return [
-            Figures(
+            LayerFigures(
                 name,
                 moe,
                 package,
@@ -39,7 +39,7 @@ def _make_sweep():
             for i, (name, moe, package) in enumerate(cases)
         ]
 
-    return Sweep("tokens", {point: make_figures(point) for point in (512, 1024, 2048)}, [])
+    return AxisSweep("tokens", {point: make_figures(point) for point in (512, 1024, 2048)}, [])
 
 
 def test_panels_show_all_layers_and_dash_extrapolated_points():

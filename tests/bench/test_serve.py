@@ -9,8 +9,8 @@ from fastapi.responses import StreamingResponse
 
 from mhmoe_ray.bench.serve import child
 from mhmoe_ray.bench.serve.child import Child
-from mhmoe_ray.bench.serve.contest import Contest, Rates, Shape
-from mhmoe_ray.bench.serve.engines import ServedModel
+from mhmoe_ray.bench.serve.contest import Contest, Rates, TextLengths
+from mhmoe_ray.bench.serve.engines import ContestModel
 from mhmoe_ray.bench.serve.load import Load, RequestOutcome, closed_loop, open_loop
 from mhmoe_ray.bench.serve.model import VOCAB_SIZE, plain_model, write_run
 from mhmoe_ray.checkpoint.huggingface.adapters import choose_adapter
@@ -28,7 +28,7 @@ PLAIN = plain_model(64, 2, 4, 2, 64)
 @pytest.fixture(scope="module")
 def served_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    return ServedModel(write_run(PLAIN, 128, folder / "bench-000000"), folder / "exported", "float32", 1, 4)
+    return ContestModel(write_run(PLAIN, 128, folder / "bench-000000"), folder / "exported", "float32", 1, 4)
 
 
 @pytest.mark.parametrize(("heads", "top_k"), [(2, 2), (4, 4), (4, 2)])
@@ -45,21 +45,21 @@ def test_matched_models_have_equal_work_and_parameters(heads, top_k):
 
 
 def test_requests_depend_on_round_only():
-    shape = Shape(40, 20, is_equal=False)
+    shape = TextLengths(40, 20, is_equal=False)
     prompts = shape.requests(500, "1 16")
     assert prompts == shape.requests(500, "1 16")
     assert prompts != shape.requests(500, "2 16")
     for lengths, mean in (([len(ids) for ids, _ in prompts], 40), ([tokens for _, tokens in prompts], 20)):
         assert (min(lengths), max(lengths)) == (mean // 4, mean * 7 // 4)
         assert sum(lengths) / len(lengths) == pytest.approx(mean, rel=0.1)
-    assert {(len(ids), tokens) for ids, tokens in Shape(40, 20).requests(9, "")} == {(40, 20)}
+    assert {(len(ids), tokens) for ids, tokens in TextLengths(40, 20).requests(9, "")} == {(40, 20)}
     assert all(0 < token < VOCAB_SIZE for ids, _ in prompts for token in ids)
 
 
 def test_clients_count_tokens_and_time_first_token(served_model):
     spec = served_model.serve_spec("torch")
     answerer = load_answerer(served_model.checkpoint, spec)
-    requests = Shape(8, 6).requests(6, "")
+    requests = TextLengths(8, 6).requests(6, "")
     try:
         with serve_app(create_app(answerer, "bench", spec)) as url:
             loads = [closed_loop(url, requests, 3, stream) for stream in (True, False)]
@@ -103,11 +103,11 @@ def test_rates_are_compared_per_round():
 @pytest.mark.slow  # test_command_prints_table_and_json measures engines too
 def test_engines_and_servers_answer_in_processes(served_model):
     lines = []
-    contest = Contest(Shape(8, 4, is_equal=False), [1, 2], 1, lines.append)
+    contest = Contest(TextLengths(8, 4, is_equal=False), [1, 2], 1, lines.append)
     [first_rates, second_rates] = contest.measure_engines({"own": ("torch", served_model)})
     assert (first_rates.clients, second_rates.clients) == (1, 2)
     assert min(first_rates.rate, second_rates.rate) > 0
-    contest = Contest(Shape(8, 4), [2], 1, lines.append)
+    contest = Contest(TextLengths(8, 4), [2], 1, lines.append)
     [streamed_rates] = contest.measure_servers(["torch, alone"], served_model, stream=True)
     assert streamed_rates.first_token_seconds[0] > 0
     assert [line.split(":")[0] for line in lines] == [

@@ -1,7 +1,7 @@
 import pytest
 
 from mhmoe_ray.bench import timing
-from mhmoe_ray.bench.steps import SMALL_SIZE, Case, matched_models, measure
+from mhmoe_ray.bench.steps import SMALL_SIZE, StepCase, matched_models, measure
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.presets import Size
 from mhmoe_ray.planner.sizes import compute_sizes
@@ -27,7 +27,7 @@ def test_models_at_half_width_have_follow_up_papers_expert_counts():
 @pytest.mark.long
 def test_measured_step_trains():
     """A measured step is a step of training: the loss of the repeated micro-batches falls."""
-    case = Case(matched_models(TINY, [2])["MH-MoE h 2"], HARDWARE.device)
+    case = StepCase(matched_models(TINY, [2])["MH-MoE h 2"], HARDWARE.device)
     losses = [case.step() for _ in range(30)]
     assert losses[-1] < losses[0] - 0.5
     assert case.trainer.step == 30

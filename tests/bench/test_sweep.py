@@ -4,12 +4,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mhmoe_ray.bench import measure, timing
-from mhmoe_ray.bench.layers import Shape
-from mhmoe_ray.bench.measure import Request
+from mhmoe_ray.bench.layers import LayerShape
+from mhmoe_ray.bench.measure import LayerRequest
 from mhmoe_ray.bench.sweep import extrapolate, fit_exponent, relative_spread, sweep
 from mhmoe_ray.errors import SpecError
 
-TINY = Shape(tokens=32, d_model=16, experts=4, top_k=2, d_expert=32)
+TINY = LayerShape(tokens=32, d_model=16, experts=4, top_k=2, d_expert=32)
 HARDWARE = timing.find_hardware("cpu")
 
 
@@ -59,7 +59,9 @@ def test_relative_spread_is_ratio_of_extremes():
 def test_only_static_routing_is_extrapolated_over_tokens(monkeypatch):
     monkeypatch.setattr(measure, "STATIC_ROWS", 256)
     lines = []
-    result = sweep(Request(TINY, [2], "float32", 1, static=True), "tokens", [512, 64, 128, 256], HARDWARE, lines.append)
+    result = sweep(
+        LayerRequest(TINY, [2], "float32", 1, static=True), "tokens", [512, 64, 128, 256], HARDWARE, lines.append
+    )
     assert lines[0] == "tokens 64: 7 layers, 1 rounds"
     assert len(lines) == len(result.points) == 4
     assert list(result.points) == [64, 128, 256, 512]
@@ -79,7 +81,7 @@ def test_only_static_routing_is_extrapolated_over_tokens(monkeypatch):
     # Bytes do not vary between measurements, so the law that was fitted up to 256 rows must give the measured bytes at
     # 512 rows.
     monkeypatch.setattr(measure, "STATIC_ROWS", 1024)
-    measured_sweep = sweep(Request(TINY, [2], "float32", 1, static=True), "tokens", [512], HARDWARE, lines.append)
+    measured_sweep = sweep(LayerRequest(TINY, [2], "float32", 1, static=True), "tokens", [512], HARDWARE, lines.append)
     for name in ("SMoE static", "MH-MoE h 2 static"):
         assert result.series[name][512].peak_bytes == pytest.approx(
             measured_sweep.series[name][512].peak_bytes, rel=0.1
@@ -88,7 +90,7 @@ def test_only_static_routing_is_extrapolated_over_tokens(monkeypatch):
 
 @pytest.mark.parametrize(("axis", "points"), [("experts", [4, 8]), ("top-k", [1, 2]), ("heads", [1, 2, 4])])
 def test_each_axis_changes_its_own_size(axis, points):
-    result = sweep(Request(TINY, [2], "float32", 1, static=True), axis, points, HARDWARE, lambda line: None)
+    result = sweep(LayerRequest(TINY, [2], "float32", 1, static=True), axis, points, HARDWARE, lambda line: None)
     series = result.series
     multi_head = "MH-MoE" if axis == "heads" else "MH-MoE h 2"
     assert list(series) == ["dense", "SMoE", "X-MoE", multi_head, "fine-grained", "SMoE static", f"{multi_head} static"]
@@ -104,7 +106,7 @@ def test_each_axis_changes_its_own_size(axis, points):
 def test_growth_uses_measured_points_only(monkeypatch):
     monkeypatch.setattr(measure, "STATIC_ROWS", 32)
     result = sweep(
-        Request(TINY, [2], "float32", 1, static=True), "tokens", [16, 32, 64, 128], HARDWARE, lambda line: None
+        LayerRequest(TINY, [2], "float32", 1, static=True), "tokens", [16, 32, 64, 128], HARDWARE, lambda line: None
     )
     assert "SMoE static" in result.growth  # measured at 16 and 32 tokens
     assert "MH-MoE h 2 static" not in result.growth  # measured at 16 tokens only
@@ -115,5 +117,5 @@ def test_growth_uses_measured_points_only(monkeypatch):
 def test_impossible_point_is_refused_before_measuring():
     lines = []
     with pytest.raises(SpecError, match="does not split"):
-        sweep(Request(TINY, [2], "float32", 1), "heads", [1, 3], HARDWARE, lines.append)
+        sweep(LayerRequest(TINY, [2], "float32", 1), "heads", [1, 3], HARDWARE, lines.append)
     assert not lines

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from mhmoe_ray.cluster.local import RECORD
-from mhmoe_ray.data.prepare.chunks import CHUNK_CHARACTERS, Chunk, QuarantineLimit, read_chunks
+from mhmoe_ray.data.prepare.chunks import CHUNK_CHARACTERS, DocumentChunk, QuarantineLimit, read_chunks
 from mhmoe_ray.data.sources import find_files
 from mhmoe_ray.errors import (
     DOCTOR_EXIT_CODE,
@@ -147,7 +147,7 @@ def test_corrupt_line_is_refused(tmp_path):
     [file] = find_files(spec)
     rows, limit = pa.Table.from_pylist([{"number": 0, **file._asdict()}]), QuarantineLimit(spec, [file])
     [table] = read_chunks(rows, spec=spec, limit=limit, quarantine=tmp_path, characters=CHUNK_CHARACTERS)
-    chunk = Chunk.from_table(table)
+    chunk = DocumentChunk.from_table(table)
     assert chunk.is_aborted
     message = str(limit.error(chunk.tally))
     for part in ("one.jsonl line 41", "it is not JSON", "data.max_bad_lines"):

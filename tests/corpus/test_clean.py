@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 
 from mhmoe_ray.corpus.clean import MIN_DOCUMENT_BYTES, MIN_PARAGRAPH_CHARS, Cleaner, is_english, normalise_text
-from mhmoe_ray.corpus.readers import Document
+from mhmoe_ray.corpus.readers import CorpusDocument
 
 PARAGRAPHS = [f"paragraph number {i} says something long enough to be compared with others" for i in range(12)]
 
@@ -14,7 +14,7 @@ def clean_lines(
     cleaner: Cleaner, *paragraphs: str, domain: str = "c4", is_translation: bool = False
 ) -> list[str] | None:
     """Return the lines of a cleaned document, or None if the cleaner drops it."""
-    text = cleaner.clean(Document("", list(paragraphs)), domain, is_translation)
+    text = cleaner.clean(CorpusDocument("", list(paragraphs)), domain, is_translation)
     return None if text is None else text.split("\n")
 
 
@@ -84,7 +84,7 @@ def test_is_english_is_false_for_other_languages(text):
 @given(st.lists(st.text(st.characters(exclude_characters="\n"), min_size=1), min_size=1, max_size=8), st.booleans())
 def test_cleaner_keeps_order_and_drops_repetitions(paragraphs, is_translation):
     paragraphs = [p * 40 for p in paragraphs]
-    text = Cleaner().clean(Document("", paragraphs), "c4", is_translation)
+    text = Cleaner().clean(CorpusDocument("", paragraphs), "c4", is_translation)
     if text is None:
         return
     assert len(text.encode()) >= MIN_DOCUMENT_BYTES

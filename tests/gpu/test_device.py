@@ -18,10 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mhmoe_ray.bench.acceptance.steps import VARIANTS, make_spec
 from mhmoe_ray.bench.checkpoints import CheckpointCase
-from mhmoe_ray.bench.layers import Shape
-from mhmoe_ray.bench.measure import Request as LayerRequest
-from mhmoe_ray.bench.measure import measure
-from mhmoe_ray.bench.steps import Case
+from mhmoe_ray.bench.layers import LayerShape
+from mhmoe_ray.bench.measure import LayerRequest, measure
+from mhmoe_ray.bench.steps import StepCase
 from mhmoe_ray.bench.timing import find_hardware
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
@@ -39,7 +38,7 @@ pytestmark = pytest.mark.long
 
 def train(spec, device, steps=3):
     """Return the losses of training steps, and the parameters after them on the CPU."""
-    case = Case(spec, torch.device(device))
+    case = StepCase(spec, torch.device(device))
     losses = [case.step() for _ in range(steps)]
     return losses, [p.detach().cpu() for p in case.trainer.model.parameters()]
 
@@ -76,12 +75,12 @@ def process_group():
 def test_strategies_train_alike_on_one_rank(request, device, strategy, wrapper):
     spec = make_spec("multi-head", "float32", is_toy=True)
     # Without a process group, no strategy wraps the model.
-    plain_case = Case(spec, torch.device("cpu"))
+    plain_case = StepCase(spec, torch.device("cpu"))
     assert plain_case.trainer.strategy.module is plain_case.trainer.model
     expected_losses = [plain_case.step() for _ in range(3)]
     request.getfixturevalue("process_group")
     cluster = spec.cluster.model_copy(update={"strategy": strategy})
-    case = Case(spec.model_copy(update={"cluster": cluster}), torch.device(device))
+    case = StepCase(spec.model_copy(update={"cluster": cluster}), torch.device(device))
     assert isinstance(case.trainer.strategy.module, wrapper)
     assert [case.step() for _ in range(3)] == pytest.approx(expected_losses, rel=1e-4)
 
@@ -126,7 +125,7 @@ def test_serving_gives_the_answers_of_a_cpu(device):
 
 @every_device
 def test_layers_are_measured(device):
-    request = LayerRequest(Shape(16, 32, 4, 2, 16), heads=(2,), dtype="float32", rounds=1)
+    request = LayerRequest(LayerShape(16, 32, 4, 2, 16), heads=(2,), dtype="float32", rounds=1)
     lines = []
     measurements = measure(request, find_hardware(device), lines.append)
     assert {figures.name for figures in measurements.figures} >= {"dense", "SMoE", "MH-MoE h 2"}

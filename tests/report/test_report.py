@@ -347,10 +347,10 @@ def test_a_loss_with_an_overflowing_perplexity_is_reported(tmp_path):
 
 
 def test_shares_of_experts_in_use_are_compared_by_threshold():
-    from mhmoe_ray.report.figures import Routes, compare_expert_use
+    from mhmoe_ray.report.figures import RouteSummary, compare_expert_use
 
     def routes(*activated):
-        return Routes(None, "", [*activated, *([0.0] * (9 - len(activated)))], [], None, None)
+        return RouteSummary(None, "", [*activated, *([0.0] * (9 - len(activated)))], [], None, None)
 
     assert compare_expert_use("smoe", "mhmoe", routes(1.0, 0.5), routes(1.0, 0.5)) == (
         "mhmoe has the same share of its experts in use as smoe at every threshold"
@@ -359,7 +359,7 @@ def test_shares_of_experts_in_use_are_compared_by_threshold():
         "compared with smoe, mhmoe has more at 0.002 (75.0% to 50.0%) and fewer at 0.005 (25.0% to 50.0%) of its "
         "experts in use; the rest is equal"
     )
-    assert compare_expert_use("smoe", "mhmoe", Routes(None, "", None, [], None, None), routes(1.0)) is None
+    assert compare_expert_use("smoe", "mhmoe", RouteSummary(None, "", None, [], None, None), routes(1.0)) is None
 
 
 def test_a_folder_that_cannot_be_created_is_an_error(tmp_path):

@@ -24,7 +24,7 @@ from mhmoe_ray.runs.directory import (
     require_newest_attempt,
 )
 from mhmoe_ray.runs.start import StartRecord, read_start, write_start
-from mhmoe_ray.runs.sweeps import Order, SweepDir, sweep_dir
+from mhmoe_ray.runs.sweeps import SweepDir, SweepOrder, sweep_dir
 from mhmoe_ray.storage import ObjectPath
 from tests.support.s3 import CREDENTIALS
 from tests.support.saved import write_checkpoint
@@ -124,7 +124,7 @@ def test_unwritable_storage_is_reported(tmp_path):
         RunDir.clear_stop,
         RunDir.remove,
         lambda run: add_attempt(run, Attempt("job", "http://x", local=True)),
-        lambda run: SweepDir(run.path / "sweeps/a").write_order("1", Order.model_construct(entries=[])),
+        lambda run: SweepDir(run.path / "sweeps/a").write_order("1", SweepOrder.model_construct(entries=[])),
         lambda run: SweepDir(run.path / "sweeps/a").write_runs({}),
         lambda run: write_start(run, StartRecord(how="copy", optimizer=False, ancestors=[])),
     ],

@@ -14,7 +14,7 @@ from mhmoe_ray.errors import DataError, RunError, SpecError, StorageError
 from mhmoe_ray.report.variants import sweep_table
 from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run, newest_attempt_number
-from mhmoe_ray.runs.sweeps import Order, sweep_dir
+from mhmoe_ray.runs.sweeps import SweepOrder, sweep_dir
 from mhmoe_ray.spec import SweepRun
 from mhmoe_ray.storage import write_json
 from mhmoe_ray.sweep import client, scheduler
@@ -55,7 +55,7 @@ def write_order(sweep, entries, *, wanted_names=None, concurrent=1, retry=()):
         retry: For each run to start again, its name and the number of its last attempt, as a mapping.
     """
     name = sweep.new_order_name()
-    order = Order(
+    order = SweepOrder(
         size="small",
         concurrent=concurrent,
         entries=entries,

@@ -64,7 +64,7 @@ class Build(NamedTuple):
     constants: dict[str, Any]
 
 
-class Usage(NamedTuple):
+class ResourceUsage(NamedTuple):
     """Resources that a compiled kernel needs on a GPU."""
 
     registers: int
@@ -181,7 +181,7 @@ def refusal(compiled: Any, shared_limit: int) -> str | None:
     return None
 
 
-def usage(compiled: Any) -> Usage:
+def usage(compiled: Any) -> ResourceUsage:
     """Return the resources of a compiled kernel, as cuobjdump of the Triton package reports them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -190,7 +190,7 @@ def usage(compiled: Any) -> Usage:
         dump = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     fields = dict(re.findall(r"(REG|STACK):(\d+)", dump.stdout))
     code = compiled.asm["ptx"]
-    return Usage(
+    return ResourceUsage(
         registers=int(fields["REG"]),
         spilled_bytes=int(fields["STACK"]),
         shared_bytes=compiled.metadata.shared,

@@ -10,7 +10,7 @@ from torch import Tensor
 from mhmoe_kernels import unavailable_reason
 from mhmoe_kernels.choice import ExpertSizes
 from mhmoe_ray.bench.acceptance.settings import PartCase, Rows, Settings, first_line
-from mhmoe_ray.bench.layers import Case, Layer, Shape, build_mixture
+from mhmoe_ray.bench.layers import Layer, LayerCase, LayerShape, build_mixture
 from mhmoe_ray.bench.measure import peak_bytes
 from mhmoe_ray.bench.peers import peer_layers
 from mhmoe_ray.bench.timing import device_clock, measure_rounds
@@ -67,7 +67,7 @@ def cases(settings: Settings) -> Iterator[PartCase]:
 
 def _measure(settings: Settings, tokens: int) -> Rows:
     plain = settings.layers["SMoE"]
-    shape = Shape(tokens, settings.layer_width, plain.experts, plain.top_k, plain.d_expert)
+    shape = LayerShape(tokens, settings.layer_width, plain.experts, plain.top_k, plain.d_expert)
     layers: list[Layer] = []
     flops: dict[str, int] = {}
     for name, moe in settings.layers.items():
@@ -87,7 +87,7 @@ def _measure(settings: Settings, tokens: int) -> Rows:
         name = layer.name
         try:
             # The layers of other packages have weights in bfloat16, too, so no layer casts weights or gradients.
-            case = Case(layer, shape, "bfloat16", settings.torch_device)
+            case = LayerCase(layer, shape, "bfloat16", settings.torch_device)
             _time_pass(case)
             peaks[name] = peak_bytes(partial(_time_pass, case), settings.torch_device)
         # Static routing and other packages may need more memory than the GPU has, which is no failure.
@@ -120,7 +120,7 @@ def _measure(settings: Settings, tokens: int) -> Rows:
             yield {"name": f"{name} to SMoE{suffix}", "times": medians[name] / medians["SMoE"]}
 
 
-def _time_pass(case: Case) -> tuple[float, float]:
+def _time_pass(case: LayerCase) -> tuple[float, float]:
     """Run a forward and a backward pass, and return the seconds of each."""
     device = case.x_BTM.device
     read_clock = device_clock(device)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mhmoe_ray.bench.acceptance.settings import PartCase, Rows, Settings
-from mhmoe_ray.bench.steps import Case
+from mhmoe_ray.bench.steps import StepCase
 from mhmoe_ray.spec import DataSpec, ModelSpec, RunSpec, SourceSpec, TrainSpec
 
 _MOE = {"heads": 2, "experts": 8, "top_k": 2, "d_expert": 64, "every": 1}
@@ -59,8 +59,8 @@ def cases(settings: Settings) -> Iterator[PartCase]:
 
 def _compare(settings: Settings, variant: str, precision: str) -> Rows:
     steps = 2 if settings.is_toy else 20
-    reference = Case(make_spec(variant, "float32", settings.is_toy), torch.device("cpu"))
-    case = Case(make_spec(variant, precision, settings.is_toy), settings.torch_device)
+    reference = StepCase(make_spec(variant, "float32", settings.is_toy), torch.device("cpu"))
+    case = StepCase(make_spec(variant, precision, settings.is_toy), settings.torch_device)
     gradient_errors, loss_errors = [0.0], [0.0]
     for step in range(steps):
         expected_sums, sums = (c.trainer.accumulate(c.batches) for c in (reference, case))

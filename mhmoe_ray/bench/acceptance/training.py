@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from mhmoe_ray.bench.acceptance.settings import PartCase, Rows, Settings, first_line
-from mhmoe_ray.bench.steps import PAPER_TOKENS_PER_SECOND, SMALL_SIZE, Case, matched_models
+from mhmoe_ray.bench.steps import PAPER_TOKENS_PER_SECOND, SMALL_SIZE, StepCase, matched_models
 from mhmoe_ray.bench.timing import device_clock, time_interleaved
 from mhmoe_ray.planner.presets import Size
 from mhmoe_ray.planner.sizes import compute_sizes
@@ -45,10 +45,10 @@ def _measure(settings: Settings, suffix: str, dropless_specs: dict[str, RunSpec]
         assert spec.model.moe is not None
         static_moe = spec.model.moe.model_copy(update={"capacity_factor": 1.25})
         specs[f"{name}, static"] = spec.model_copy(update={"model": spec.model.with_moe(static_moe)})
-    training_cases: dict[str, Case] = {}
+    training_cases: dict[str, StepCase] = {}
     for name, spec in specs.items():
         try:
-            case = Case(spec, settings.torch_device)
+            case = StepCase(spec, settings.torch_device)
             case.step()
             training_cases[name] = case
         except torch.OutOfMemoryError as error:

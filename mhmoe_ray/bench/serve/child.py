@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from mhmoe_ray.bench.serve.engines import ENGINES, Prompt, ServedModel
+from mhmoe_ray.bench.serve.engines import ENGINES, ContestModel, Prompt
 from mhmoe_ray.bench.serve.servers import SERVERS
 from mhmoe_ray.bench.timing import process_failure
 from mhmoe_ray.errors import JobError
@@ -30,7 +30,7 @@ class Child:
     In the block, `ready_message` is the first message of the process; the key `url` in it has the URL of a server.
     """
 
-    def __init__(self, name: str, served_model: ServedModel) -> None:
+    def __init__(self, name: str, served_model: ContestModel) -> None:
         self._name, self._served_model = name, served_model
 
     def __enter__(self) -> Self:
@@ -113,7 +113,7 @@ def main() -> None:
     """
     request = json.loads(sys.argv[1])
     paths = {key: Path(request["place"][key]) for key in ("checkpoint", "folder")}
-    name, served_model = request["name"], ServedModel(**(request["place"] | paths))
+    name, served_model = request["name"], ContestModel(**(request["place"] | paths))
     # Stdout is the pipe for messages, but libraries print to it too. Messages therefore use a copy of it, and all other
     # output to stdout goes to stderr.
     output = os.fdopen(os.dup(1), "w")

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from mhmoe_ray.bench.serve.child import Child
-from mhmoe_ray.bench.serve.engines import Prompt, ServedModel
+from mhmoe_ray.bench.serve.engines import ContestModel, Prompt
 from mhmoe_ray.bench.serve.load import closed_loop, open_loop
 from mhmoe_ray.bench.serve.model import VOCAB_SIZE
 from mhmoe_ray.bench.timing import measure_rounds
@@ -26,7 +26,7 @@ PACKAGES = {
 """Package that an engine or server needs in addition to mhmoe_ray."""
 
 
-class Shape(NamedTuple):
+class TextLengths(NamedTuple):
     """Lengths of prompts and answers in tokens. Unless `is_equal`, lengths vary from 1/4 to 7/4 of these."""
 
     prompt: int
@@ -87,13 +87,13 @@ class Contest(NamedTuple):
     Each contestant has a process of its own, which waits while others are measured.
     """
 
-    shape: Shape
+    shape: TextLengths
     clients: Sequence[int]
     """Numbers of clients at a time, with each of which all contestants are measured."""
     rounds: int
     report: Callable[[str], None]
 
-    def measure_engines(self, engines: Mapping[str, tuple[str, ServedModel]]) -> list[Rates]:
+    def measure_engines(self, engines: Mapping[str, tuple[str, ContestModel]]) -> list[Rates]:
         """Measure engines, given with their models by a unique title.
 
         A round has four times as many requests as the engine answers at a time. Throughput counts the tokens of
@@ -107,7 +107,7 @@ class Contest(NamedTuple):
 
         return self._measure(engines, self.clients, run_round, "at a time")
 
-    def measure_servers(self, names: Sequence[str], served_model: ServedModel, stream: bool) -> list[Rates]:
+    def measure_servers(self, names: Sequence[str], served_model: ContestModel, stream: bool) -> list[Rates]:
         """Measure servers; a client sends its next request when it has the answer to the last one."""
 
         def run_round(child: Child, n: int, number: int) -> tuple[float, float | None]:
@@ -120,7 +120,7 @@ class Contest(NamedTuple):
         return self._measure({name: (name, served_model) for name in names}, self.clients, run_round, "clients")
 
     def measure_random_arrivals(
-        self, names: Sequence[str], served_model: ServedModel, rate: float, seconds: float
+        self, names: Sequence[str], served_model: ContestModel, rate: float, seconds: float
     ) -> list[Rates]:
         """Measure servers under streamed requests that arrive at random times, on average `rate` per second.
 
@@ -136,7 +136,7 @@ class Contest(NamedTuple):
 
     def _measure(
         self,
-        contestants: Mapping[str, tuple[str, ServedModel]],
+        contestants: Mapping[str, tuple[str, ContestModel]],
         clients: Sequence[int],
         run_round: Callable[[Child, int, int], tuple[float, float | None]],
         unit: str,

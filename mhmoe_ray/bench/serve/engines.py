@@ -19,7 +19,7 @@ MODEL_NAME = "bench"
 """Name of the served model in requests to servers."""
 
 
-class ServedModel(NamedTuple):
+class ContestModel(NamedTuple):
     """Model to serve, with its precision and limits."""
 
     checkpoint: Path
@@ -45,7 +45,7 @@ NO_STOP_TOKENS = frozenset[int]()
 """Empty set of tokens that end an answer, so that each answer has as many tokens as requested."""
 
 
-def torch_engine(served_model: ServedModel) -> Answer:
+def torch_engine(served_model: ContestModel) -> Answer:
     """Return a function that answers prompts with our own engine in this process."""
     # This thread gets a single OpenMP thread, as in a replica (see `load_answerer`), because more would slow down the
     # engine's own threads.
@@ -57,7 +57,7 @@ def torch_engine(served_model: ServedModel) -> Answer:
     )
 
 
-def vllm_engine(served_model: ServedModel) -> Answer:
+def vllm_engine(served_model: ContestModel) -> Answer:
     """Return a function that answers prompts with vLLM and our implementation of the model."""
     from mhmoe_ray.serving.vllm.engine import VllmEngine
 
@@ -68,7 +68,7 @@ def vllm_engine(served_model: ServedModel) -> Answer:
     )
 
 
-def vllm_offline(served_model: ServedModel) -> Answer:
+def vllm_offline(served_model: ContestModel) -> Answer:
     """Return a function that answers prompts with vLLM and its own implementation of Mixtral, in this process."""
     # By default vLLM runs its engine in another process. This variable keeps the engine in this process.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -96,7 +96,7 @@ def vllm_offline(served_model: ServedModel) -> Answer:
     return answer
 
 
-def transformers_generate(served_model: ServedModel) -> Answer:
+def transformers_generate(served_model: ContestModel) -> Answer:
     """Return a function that answers prompts with transformers' `generate`, one batch at a time.
 
     A batch ends with its longest answer.
@@ -144,7 +144,7 @@ def _answer_with(engine: Engine) -> Answer:
     return lambda prompts, clients: asyncio.run(answer_all(prompts, clients))
 
 
-ENGINES: dict[str, Callable[[ServedModel], Answer]] = {
+ENGINES: dict[str, Callable[[ContestModel], Answer]] = {
     "torch": torch_engine,
     "vllm": vllm_engine,
     "vLLM offline": vllm_offline,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from mhmoe_ray.bench.serve.engines import ServedModel
+from mhmoe_ray.bench.serve.engines import ContestModel
 from mhmoe_ray.checkpoint.format import local_slice
 from mhmoe_ray.checkpoint.huggingface.export import export
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest, checkpoint_name, commit, read_manifest
@@ -66,7 +66,7 @@ def write_run(model: ModelSpec, seq_len: int, run: Path) -> Path:
 
 def write_model(
     model: ModelSpec, seq_len: int, folder: Path, precision: str, threads: int, max_requests: int
-) -> ServedModel:
+) -> ContestModel:
     """Write a checkpoint with random weights into a new folder, and return it as a model to serve.
 
     A Mixtral model is also exported in Hugging Face's layout, which other packages read. They do not know the
@@ -76,7 +76,7 @@ def write_model(
     checkpoint = write_run(model, seq_len, folder / "bench-000000")
     if model.moe is not None and model.moe.heads == 1:
         export(checkpoint, read_manifest(checkpoint), folder / "exported")
-    return ServedModel(checkpoint, folder / "exported", precision, threads, max_requests)
+    return ContestModel(checkpoint, folder / "exported", precision, threads, max_requests)
 
 
 def _build_tokenizer(entries: int) -> Tokenizer:

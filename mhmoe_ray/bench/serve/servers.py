@@ -13,7 +13,7 @@ from pathlib import Path
 
 import uvicorn
 
-from mhmoe_ray.bench.serve.engines import MODEL_NAME, ServedModel
+from mhmoe_ray.bench.serve.engines import MODEL_NAME, ContestModel
 from mhmoe_ray.cluster.local import start_local, stop_local
 from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.errors import ServeError
@@ -23,12 +23,12 @@ from mhmoe_ray.serving.load import load_answerer
 START_TIMEOUT = 300
 """Timeout in seconds for the start of a server."""
 
-Server = Callable[[ServedModel], AbstractContextManager[str]]
+Server = Callable[[ContestModel], AbstractContextManager[str]]
 """Function that starts a server for the length of a `with` block and yields its URL."""
 
 
 @contextmanager
-def standalone_server(engine: str, served_model: ServedModel) -> Iterator[str]:
+def standalone_server(engine: str, served_model: ContestModel) -> Iterator[str]:
     """Run our HTTP application in a thread, without Ray, and yield its URL."""
     spec = served_model.serve_spec(engine)
     answerer = load_answerer(served_model.checkpoint, spec)
@@ -50,7 +50,7 @@ def standalone_server(engine: str, served_model: ServedModel) -> Iterator[str]:
 
 
 @contextmanager
-def ray_serve_server(engine: str, served_model: ServedModel) -> Iterator[str]:
+def ray_serve_server(engine: str, served_model: ContestModel) -> Iterator[str]:
     """Run our HTTP application on a local Ray cluster of its own, as `mhmoe serve deploy` does, and yield its URL."""
     from mhmoe_ray.cluster import serving
     from mhmoe_ray.cluster.connect import connect
@@ -76,7 +76,7 @@ def ray_serve_server(engine: str, served_model: ServedModel) -> Iterator[str]:
 
 
 @contextmanager
-def vllm_server(served_model: ServedModel) -> Iterator[str]:
+def vllm_server(served_model: ContestModel) -> Iterator[str]:
     """Run vLLM's own HTTP server with its own implementation of Mixtral, and yield its URL."""
     [port] = free_ports(1)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(served_model.folder)]

@@ -111,7 +111,7 @@ def _read_entry(checkpoint: Location, entry: TensorEntry, index: SliceIndex) -> 
     return entry.split(tensors[entry.checkpoint_name])
 
 
-class Finding(NamedTuple):
+class ModelDifference(NamedTuple):
     """A difference between two models."""
 
     kind: str
@@ -133,14 +133,14 @@ class LogitDifference(NamedTuple):
     """Share of the positions, from 0 to 1, at which both models give the same token the highest logit."""
 
 
-def compare_weights(first_model: StoredModel, second_model: StoredModel) -> list[Finding]:
+def compare_weights(first_model: StoredModel, second_model: StoredModel) -> list[ModelDifference]:
     """Return the differences between two models in sizes, weights, and options that matter outside of training."""
     findings = _compare_functions(first_model.model, second_model.model)
     if findings:
         # If the models differ in sizes or options, nearly every tensor differs too, so tensors are not compared.
         return findings
     for a, b in ((first_model, second_model), (second_model, first_model)):
-        findings += [Finding("missing", name, f"it is not in {b.label}") for name in sorted(a.names - b.names)]
+        findings += [ModelDifference("missing", name, f"it is not in {b.label}") for name in sorted(a.names - b.names)]
     common_names = first_model.names & second_model.names
     for group in first_model.entries:
         names = [name for entry in group for name in entry.exported_names if name in common_names]
@@ -153,7 +153,7 @@ def compare_weights(first_model: StoredModel, second_model: StoredModel) -> list
     return findings
 
 
-def _compare_functions(first_model: ModelSpec, second_model: ModelSpec) -> list[Finding]:
+def _compare_functions(first_model: ModelSpec, second_model: ModelSpec) -> list[ModelDifference]:
     def flat(fields: dict[str, object], prefix: str = "") -> dict[str, object]:
         items: dict[str, object] = {}
         for key, value in fields.items():
@@ -162,7 +162,7 @@ def _compare_functions(first_model: ModelSpec, second_model: ModelSpec) -> list[
 
     a, b = flat(computed_function(first_model)), flat(computed_function(second_model))
     return [
-        Finding("model", f"model.{key}", f"{a.get(key)} and {b.get(key)}")
+        ModelDifference("model", f"model.{key}", f"{a.get(key)} and {b.get(key)}")
         for key in dict.fromkeys([*a, *b])
         if a.get(key) != b.get(key)
     ]
@@ -189,7 +189,7 @@ def _is_rounded(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _compare_tensors(name: str, a: Tensor, b: Tensor) -> list[Finding]:
+def _compare_tensors(name: str, a: Tensor, b: Tensor) -> list[ModelDifference]:
     # Some tools store a scalar without a dimension.
     relation = _relation(a.reshape(a.shape or (1,)), b.reshape(b.shape or (1,)))
     details = {
@@ -200,16 +200,16 @@ def _compare_tensors(name: str, a: Tensor, b: Tensor) -> list[Finding]:
     if relation == "equal":
         return []
     if relation == "different" and (not a.any() or not b.any()):
-        return [Finding("zero", name, f"it is zero in the {'first' if not a.any() else 'second'}")]
+        return [ModelDifference("zero", name, f"it is zero in the {'first' if not a.any() else 'second'}")]
     if relation == "different":
         difference = (a.double() - b.double()).abs().max().item()
         details["different"] = f"largest difference {difference:.3g}, largest value {a.double().abs().max().item():.3g}"
-    return [Finding(relation, name, details[relation])]
+    return [ModelDifference(relation, name, details[relation])]
 
 
 def _compare_experts(
     first_model: StoredModel, second_model: StoredModel, experts: dict[str, re.Match[str]]
-) -> list[Finding]:
+) -> list[ModelDifference]:
     """Return the differences between the experts of a layer; `experts` maps tensor names to matches of `EXPERT`."""
     a: dict[int, dict[str, Tensor]] = defaultdict(dict)
     b: dict[int, dict[str, Tensor]] = defaultdict(dict)
@@ -218,19 +218,19 @@ def _compare_experts(
         b[int(match[2])][match[3]] = second_model.read(name)
     [layer] = {match[1] for match in experts.values()}
     unequal = [e for e in a if _expert_relation(a[e], b[e]) != "equal"]
-    findings: list[Finding] = []
+    findings: list[ModelDifference] = []
     for e in unequal:
         relation = _expert_relation(a[e], b[e])
         counterpart = next(
             (f for f in unequal if f != e and _expert_relation(a[e], b[f]) in ("equal", "rounded")), None
         )
         if relation == "rounded":
-            findings.append(Finding("rounded", f"{layer}.{e}", "one is the other, rounded to 16 bits"))
+            findings.append(ModelDifference("rounded", f"{layer}.{e}", "one is the other, rounded to 16 bits"))
         elif counterpart is not None:
-            findings.append(Finding("swapped", f"{layer}.{e}", f"it is expert {counterpart} of the second"))
+            findings.append(ModelDifference("swapped", f"{layer}.{e}", f"it is expert {counterpart} of the second"))
         elif _is_zero(a[e].values()) or _is_zero(b[e].values()):
             side = "first" if _is_zero(a[e].values()) else "second"
-            findings.append(Finding("zero", f"{layer}.{e}", f"all of it is zero in the {side}"))
+            findings.append(ModelDifference("zero", f"{layer}.{e}", f"all of it is zero in the {side}"))
         else:
             for part in a[e]:
                 findings += _compare_tensors(f"{layer}.{e}.{part}", a[e][part], b[e][part])

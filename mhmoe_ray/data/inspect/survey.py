@@ -38,7 +38,7 @@ CHARACTERS_PER_CALL = 1_000_000
 ENTRIES_PER_ARRAY = 1 << 18
 
 
-class Encoder(NamedTuple):
+class SurveyEncoder(NamedTuple):
     """Encoding function and special tokens of a tokenizer."""
 
     encode: Callable[[Sequence[str]], list[list[int]]]
@@ -51,7 +51,7 @@ class Encoder(NamedTuple):
 
 
 @lru_cache(maxsize=2)
-def open_encoder(path: Path, pattern: str | None) -> Encoder:
+def open_encoder(path: Path, pattern: str | None) -> SurveyEncoder:
     """Return the encoder of a tokenizer file that `read_given_tokenizer` accepts; a process caches the last two."""
     # The encoder is cached, because loading a large vocabulary takes longer than reading a small file.
     tokenizer = read_given_tokenizer(path, pattern)
@@ -63,7 +63,7 @@ def open_encoder(path: Path, pattern: str | None) -> Encoder:
         return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-    return Encoder(encode, special, unknown_token(tokenizer))
+    return SurveyEncoder(encode, special, unknown_token(tokenizer))
 
 
 def survey_file(
@@ -129,7 +129,7 @@ def _read_documents(reader: FileReader, survey: DomainSurvey) -> Iterator[Docume
 
 
 def _encode_documents(
-    documents: Iterator[Document], encoder: Encoder | None
+    documents: Iterator[Document], encoder: SurveyEncoder | None
 ) -> Iterator[tuple[Document, list[int] | None]]:
     if encoder is None:
         yield from ((document, None) for document in documents)

@@ -11,10 +11,10 @@ from mhmoe_ray.spec import DataSpec, RunSpec
 if TYPE_CHECKING:
     # Only type checkers need this import. At run time it would import Ray, which the command line does not need for
     # data that are already prepared.
-    from mhmoe_ray.data.prepare.parts import Part
+    from mhmoe_ray.data.prepare.parts import TokenisedPart
 
 
-def check_not_empty(spec: DataSpec, by_domain: "dict[str, list[Part]]") -> None:
+def check_not_empty(spec: DataSpec, by_domain: "dict[str, list[TokenisedPart]]") -> None:
     """Raise DataError unless some domain fills a validation sample and some domain a training sample."""
     # This check does not run in a Ray task, because Ray would wrap its error in a traceback.
     fix = "raise data.validation_fraction or add documents"

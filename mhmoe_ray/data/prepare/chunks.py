@@ -89,7 +89,7 @@ BAD_LINE_CHARACTERS = 500
 """Characters that an unreadable line adds to the size of a chunk."""
 
 
-class Chunk(NamedTuple):
+class DocumentChunk(NamedTuple):
     """Consecutive documents of one raw file, for one task."""
 
     file: int
@@ -107,7 +107,7 @@ class Chunk(NamedTuple):
         return pa.table({"chunk": pa.array([pickle.dumps(self)], pa.large_binary())})
 
     @classmethod
-    def from_table(cls, table: pa.Table) -> "Chunk":
+    def from_table(cls, table: pa.Table) -> "DocumentChunk":
         """Return the chunk in a table from `as_table`."""
         chunk = pickle.loads(table["chunk"][0].as_buffer())
         assert isinstance(chunk, cls)
@@ -142,7 +142,7 @@ def _file_chunks(
     quarantine: Path,
     characters: int,
     template: ChatTemplate | None,
-) -> Iterator[Chunk]:
+) -> Iterator[DocumentChunk]:
     reader = FileReader(file, spec, template)
     items, previous_tally = iter(reader), Tally()
     for chunk_number in count():
@@ -163,7 +163,7 @@ def _file_chunks(
         if bad_entries:
             replace_file(quarantine_file(quarantine, file_number, chunk_number), "".join(bad_entries).encode())
         # The last chunk is yielded even without items: its tally counts the file and the bytes at its end.
-        yield Chunk(file_number, chunk_number, documents, reader.tally.counts_since(previous_tally), is_aborted)
+        yield DocumentChunk(file_number, chunk_number, documents, reader.tally.counts_since(previous_tally), is_aborted)
         previous_tally = reader.tally.copy()
         if is_last:
             return

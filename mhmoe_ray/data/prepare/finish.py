@@ -9,7 +9,7 @@ import numpy as np
 from mhmoe_ray.data.family import data_of
 from mhmoe_ray.data.prepare.baselines import compute_baselines, join_pairs, token_pairs
 from mhmoe_ray.data.prepare.packing import PackingSettings, ShardResult
-from mhmoe_ray.data.prepare.parts import Part
+from mhmoe_ray.data.prepare.parts import TokenisedPart
 from mhmoe_ray.data.prepare.rows import write_validation_rows
 from mhmoe_ray.data.prepare.validation import ValidationSplit, write_validation_split
 from mhmoe_ray.data.shards.columns import padding_token
@@ -23,7 +23,7 @@ BASELINE_TOKENS = 20_000_000
 
 
 def domain_entry(
-    parts: list[Part],
+    parts: list[TokenisedPart],
     tally: Tally,
     shard_results: list[ShardResult],
     validation_samples: int,

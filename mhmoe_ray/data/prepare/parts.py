@@ -65,7 +65,7 @@ class PartCounts(BaseModel):
     """None for a decoder."""
 
 
-class Part(NamedTuple):
+class TokenisedPart(NamedTuple):
     """Record of a part, which the driver keeps until all shards are packed."""
 
     file: int

@@ -36,7 +36,7 @@ from mhmoe_ray.data.prepare.chunks import (
 )
 from mhmoe_ray.data.prepare.finish import FinishResult, domain_entry, finish
 from mhmoe_ray.data.prepare.packing import PackingSettings, ShardPlan, ShardResult, plan_shards
-from mhmoe_ray.data.prepare.parts import Part, PartSlice, TokenStream
+from mhmoe_ray.data.prepare.parts import PartSlice, TokenisedPart, TokenStream
 from mhmoe_ray.data.prepare.rows import RowPlan, plan_row_shards
 from mhmoe_ray.data.prepare.tokenise import TokenisedChunk, tokenise_chunk
 from mhmoe_ray.data.prepare.work import ProgressReport, Stage, StagingDirectory, clean_up, publish, staging_directory
@@ -168,7 +168,7 @@ class _Preparation:
         self._log(f"{stage} {len(self._files)} files")
         self._report.enter_stage(stage)
         parts, tallies = self._tokenise(template, tokenizer_sha256)
-        by_domain: dict[str, list[Part]] = defaultdict(list)
+        by_domain: dict[str, list[TokenisedPart]] = defaultdict(list)
         for part in parts:
             by_domain[self._files[part.file].domain].append(part)
         facts = self._family_data.check_parts(self._spec, self._staging.result_path, by_domain)
@@ -242,7 +242,7 @@ class _Preparation:
 
     def _tokenise(
         self, template: ChatTemplate | None, tokenizer_sha256: str | None
-    ) -> tuple[list[Part], dict[str, Tally]]:
+    ) -> tuple[list[TokenisedPart], dict[str, Tally]]:
         """Tokenise all files and write the quarantine; return the parts by file and chunk, and each domain's tally."""
         quarantine = self._staging.quarantine_path
         read = partial(
@@ -300,22 +300,22 @@ class _Preparation:
                 out.write(quarantine_file(quarantine, file, number).read_bytes())
         return parts, tallies
 
-    def _slices(self, parts: list[Part], *, held_out: bool) -> list[PartSlice]:
+    def _slices(self, parts: list[TokenisedPart], *, held_out: bool) -> list[PartSlice]:
         slices = (part.documents_slice(held_out=held_out) for part in parts)
         return [part_slice for part_slice in slices if part_slice.length]
 
-    def _stream(self, domain: str, parts: list[Part], *, held_out: bool) -> TokenStream:
+    def _stream(self, domain: str, parts: list[TokenisedPart], *, held_out: bool) -> TokenStream:
         is_chat = self._data_spec.sources[source_of(domain)].format == "chat"
         dtype = conversation_dtype(self._token_bytes) if is_chat else token_dtype(self._token_bytes)
         return TokenStream(self._staging.parts_path, self._slices(parts, held_out=held_out), dtype)
 
-    def _plan_shards(self, domain: str, parts: list[Part]) -> Sequence[ShardPlan | RowPlan]:
+    def _plan_shards(self, domain: str, parts: list[TokenisedPart]) -> Sequence[ShardPlan | RowPlan]:
         if self._has_rows:
             return plan_row_shards(domain, parts, self._data_spec.seq_len * self._token_bytes)
         return plan_shards(domain, self._stream(domain, parts, held_out=False), self._data_spec, self._token_bytes)
 
     def _write_validation(
-        self, settings: PackingSettings, by_domain: dict[str, list[Part]], shards: dict[str, list[Shard]]
+        self, settings: PackingSettings, by_domain: dict[str, list[TokenisedPart]], shards: dict[str, list[Shard]]
     ) -> FinishResult:
         held_out = {
             name: self._slices(by_domain[name], held_out=True)
@@ -331,7 +331,7 @@ class _Preparation:
         return result
 
     def _write_shards(
-        self, settings: PackingSettings, by_domain: dict[str, list[Part]]
+        self, settings: PackingSettings, by_domain: dict[str, list[TokenisedPart]]
     ) -> dict[str, list[ShardResult]]:
         plans = [plan for name, parts in by_domain.items() for plan in self._plan_shards(name, parts)]
         task = partial(_write_shard, settings=settings)

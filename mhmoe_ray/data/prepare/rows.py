@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from mhmoe_ray.data.images.annotations import unpack
 from mhmoe_ray.data.prepare.packing import PackingSettings, ShardResult
-from mhmoe_ray.data.prepare.parts import Part, PartSlice, RowCounts, part_file
+from mhmoe_ray.data.prepare.parts import PartSlice, RowCounts, TokenisedPart, part_file
 from mhmoe_ray.data.prepare.validation import ValidationSplit, select_rows
 from mhmoe_ray.data.shards.columns import ANNOTATION, IMAGE, TOKENS, padding_token, token_dtype
 from mhmoe_ray.data.shards.files import (
@@ -140,12 +140,12 @@ class RowPlan(NamedTuple):
         return ShardResult(self.domain, self.number, shard, self.padding, self.whole_documents, self.targets)
 
 
-def plan_row_shards(domain: str, parts: Sequence[Part], row_bytes: int) -> list[RowPlan]:
+def plan_row_shards(domain: str, parts: Sequence[TokenisedPart], row_bytes: int) -> list[RowPlan]:
     """Return the plans of a domain's shards, each of whole parts; `row_bytes` are those of a row's tokens.
 
     All but the last have at least `SHARD_BYTES` bytes or `SHARD_PARTS` parts.
     """
-    plans, group, size = list[RowPlan](), list[tuple[Part, RowCounts]](), 0
+    plans, group, size = list[RowPlan](), list[tuple[TokenisedPart, RowCounts]](), 0
     for index, part in enumerate(parts):
         counts = part.counts.rows
         if counts is not None and counts.samples:

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from mhmoe_ray.data.chat.encoder import conversation_encoder
-from mhmoe_ray.data.prepare.chunks import Chunk
-from mhmoe_ray.data.prepare.parts import Part, PartCounts, RowCounts, Tokens, part_file
+from mhmoe_ray.data.prepare.chunks import DocumentChunk
+from mhmoe_ray.data.prepare.parts import PartCounts, RowCounts, TokenisedPart, Tokens, part_file
 from mhmoe_ray.data.prepare.rows import make_annotated_rows, make_rows, update_digest
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.shards.columns import conversation_dtype, token_dtype
@@ -32,7 +32,7 @@ memory."""
 class TokenisedChunk(NamedTuple):
     """Result of tokenising a chunk of documents into a part."""
 
-    part: Part
+    part: TokenisedPart
     tally: Tally
     is_aborted: bool
     """True if the reading of the file was aborted after this chunk."""
@@ -64,7 +64,7 @@ def tokenise_chunk(
     # Ray runs one such process for each CPU, so the tokenizers library must not start threads for all CPUs in each of
     # them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    chunk = Chunk.from_table(table)
+    chunk = DocumentChunk.from_table(table)
     documents, name, counts, is_reused = chunk.documents, "", PartCounts(), False
     if documents:
         is_chat = documents[0].conversation is not None
@@ -94,7 +94,9 @@ def tokenise_chunk(
             replace_file(path, content)
             # The counts are written after the content, so a part with counts is complete.
             replace_file(_counts_file(path), counts.model_dump_json().encode())
-    tokenised = TokenisedChunk(Part(chunk.file, chunk.number, name, counts), chunk.tally, chunk.is_aborted, is_reused)
+    tokenised = TokenisedChunk(
+        TokenisedPart(chunk.file, chunk.number, name, counts), chunk.tally, chunk.is_aborted, is_reused
+    )
     return {"tokenised": [pickle.dumps(tokenised)]}
 
 

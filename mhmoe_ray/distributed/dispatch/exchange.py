@@ -102,7 +102,7 @@ class PendingExchange(NamedTuple):
         return self.output
 
 
-class Exchange:
+class RowExchange:
     """All-to-all exchanges within a group, with counts of bytes and of waiting time."""
 
     def __init__(self, group: dist.ProcessGroup, nodes: Sequence[object] | None = None) -> None:

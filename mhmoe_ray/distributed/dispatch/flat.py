@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mhmoe_kernels import ExpertWeights, Function, combine, permute, plan_routes, run_sorted_experts
-from mhmoe_ray.distributed.dispatch.exchange import Exchange, PendingExchange
+from mhmoe_ray.distributed.dispatch.exchange import PendingExchange, RowExchange
 from mhmoe_ray.distributed.dispatch.inner_pass import (
     InnerPass,
     SharedPass,
@@ -35,7 +35,7 @@ class FlatDispatch:
     """Flat dispatch, a `model.feedforward.Dispatch`. Rank p of the group holds experts p * E/P .. (p + 1) * E/P - 1."""
 
     def __init__(self, group: dist.ProcessGroup, nodes: Sequence[object] | None = None) -> None:
-        self._exchange = Exchange(group, nodes)
+        self._exchange = RowExchange(group, nodes)
         self.ranks, self.pop_sent_bytes = self._exchange.ranks, self._exchange.pop_sent_bytes
         self.pop_wait_seconds = self._exchange.pop_wait_seconds
 

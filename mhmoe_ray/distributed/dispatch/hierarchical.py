@@ -28,14 +28,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mhmoe_kernels import Function, combine, permute, plan_routes
-from mhmoe_ray.distributed.dispatch.exchange import Exchange, SentBytes
+from mhmoe_ray.distributed.dispatch.exchange import RowExchange, SentBytes
 from mhmoe_ray.distributed.dispatch.flat import FlatDispatch
 from mhmoe_ray.distributed.dispatch.inner_pass import SharedPass, restore_saved, shared_arguments, take_all_saved
 from mhmoe_ray.model.feedforward import Experts, SharedExpert
 from mhmoe_ray.model.router import Routing
 
 
-class RowCounts(NamedTuple):
+class ExchangedRows(NamedTuple):
     """Numbers of rows at the source or the target of an exchange."""
 
     count_J: list[int]  # rows sent to, or received from, each other rank
@@ -44,9 +44,9 @@ class RowCounts(NamedTuple):
 
 
 def exchange_rows(
-    exchange: Exchange,
-    source_counts: RowCounts,
-    target_counts: RowCounts,
+    exchange: RowExchange,
+    source_counts: ExchangedRows,
+    target_counts: ExchangedRows,
     tensors: Sequence[Tensor],
     shared: SharedExpert | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
@@ -63,9 +63,9 @@ def exchange_rows(
 
 
 def _exchange_tensors(
-    exchange: Exchange,
-    source_counts: RowCounts,
-    target_counts: RowCounts,
+    exchange: RowExchange,
+    source_counts: ExchangedRows,
+    target_counts: ExchangedRows,
     tensors: list[Tensor],
     compute_meanwhile: Callable[[], None],
 ) -> list[Tensor]:
@@ -90,9 +90,9 @@ class _ExchangeRows(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        exchange: Exchange,
-        source_counts: RowCounts,
-        target_counts: RowCounts,
+        exchange: RowExchange,
+        source_counts: ExchangedRows,
+        target_counts: ExchangedRows,
         shared_function: Function | None,
         differentiable: bool,
         count: int,
@@ -141,7 +141,7 @@ class HierarchicalDispatch:
     def __init__(self, node: dist.ProcessGroup, rail: dist.ProcessGroup) -> None:
         """Prepare dispatch in the node, ordered by experts, and along the rail, ordered by nodes."""
         self._flat = FlatDispatch(node)
-        self._rail = Exchange(rail, nodes=range(dist.get_world_size(rail)))
+        self._rail = RowExchange(rail, nodes=range(dist.get_world_size(rail)))
 
     def pop_sent_bytes(self) -> SentBytes:
         """Return the bytes that this rank sent since the last call."""
@@ -173,8 +173,8 @@ class HierarchicalDispatch:
         node_counts, in_J = numbers[: rail.ranks], numbers[rail.ranks :]
         out_J = rail.exclude_own(node_counts)
         plan = plan.trimmed(sum(rows for rows, _ in out_J))
-        local_counts = RowCounts([rows for rows, _ in out_J], len(plan.row_R))
-        remote_counts = RowCounts([rows for rows, _ in in_J], sum(rows for rows, _ in in_J))
+        local_counts = ExchangedRows([rows for rows, _ in out_J], len(plan.row_R))
+        remote_counts = ExchangedRows([rows for rows, _ in in_J], sum(rows for rows, _ in in_J))
 
         expert_RK = expert_NK.index_select(0, plan.row_R).int()
         outgoing = (permute(x_ND, plan), permute(gate_NK, plan), expert_RK)

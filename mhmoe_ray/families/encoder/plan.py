@@ -1,7 +1,7 @@
 """Plans of encoders: sizes of patches, positions, outputs for hidden patches and tokens, and the matching head."""
 
 from mhmoe_ray.architectures import FLOAT32
-from mhmoe_ray.planner.family import MATCH, OUTPUT, PATCHES, FamilyPlan, Part, all_active
+from mhmoe_ray.planner.family import MATCH, OUTPUT, PATCHES, FamilyPlan, ModelPart, all_active
 from mhmoe_ray.spec import EncoderSpec, ModelSpec, RunSpec
 
 
@@ -16,17 +16,17 @@ class EncoderPlan(FamilyPlan):
         encoder = _encoder(model)
         return model.vocab_size + encoder.text_positions + (encoder.image_positions or encoder.image_tokens) + 2
 
-    def input_parts(self, model: ModelSpec) -> list[Part]:
+    def input_parts(self, model: ModelSpec) -> list[ModelPart]:
         projection = _encoder(model).patch_values * model.d_model
-        return [Part(PATCHES, 1, *all_active(projection + model.d_model), projection)]
+        return [ModelPart(PATCHES, 1, *all_active(projection + model.d_model), projection)]
 
-    def output_parts(self, model: ModelSpec) -> list[Part]:
+    def output_parts(self, model: ModelSpec) -> list[ModelPart]:
         # Outputs are computed for hidden patches and tokens alone, so their multiply-adds per token are left out.
         encoder = _encoder(model)
         outputs = (model.d_model + 1) * (encoder.target_values + model.vocab_size)
-        parts = [Part(OUTPUT, 1, *all_active(outputs), 0)]
+        parts = [ModelPart(OUTPUT, 1, *all_active(outputs), 0)]
         if encoder.d_match is not None:
-            parts.append(Part(MATCH, 1, *all_active(2 * model.d_model * encoder.d_match + 1), 0))
+            parts.append(ModelPart(MATCH, 1, *all_active(2 * model.d_model * encoder.d_match + 1), 0))
         return parts
 
     def routers(self, model: ModelSpec) -> int:

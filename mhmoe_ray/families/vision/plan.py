@@ -4,7 +4,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from mhmoe_ray.architectures import FLOAT32
-from mhmoe_ray.planner.family import HEADS, PATCHES, FamilyPlan, Part
+from mhmoe_ray.planner.family import HEADS, PATCHES, FamilyPlan, ModelPart
 from mhmoe_ray.spec import DetectorSpec, ModelSpec, RunSpec, TaskSpec, VisionSpec
 
 POOLED_CELLS = 7**2
@@ -22,16 +22,16 @@ class VisionPlan(FamilyPlan):
         vision = _vision(model)
         return model.vocab_size + sum(vision.patches(task) for task in vision.tasks.values())
 
-    def input_parts(self, model: ModelSpec) -> list[Part]:
+    def input_parts(self, model: ModelSpec) -> list[ModelPart]:
         vision = _vision(model)
         stem = stem_sizes(model, vision)
-        return [Part(PATCHES, 1, len(vision.tasks) * stem.parameters, *stem)]
+        return [ModelPart(PATCHES, 1, len(vision.tasks) * stem.parameters, *stem)]
 
-    def output_parts(self, model: ModelSpec) -> list[Part]:
+    def output_parts(self, model: ModelSpec) -> list[ModelPart]:
         # A patch uses only the head of its own task, so the active parameters are those of the largest head. Heads
         # compute per image and per object, so their multiply-adds per token are left out.
         heads = [head_parameters(model, task) for task in _vision(model).tasks.values()]
-        return [Part(HEADS, 1, sum(heads), max(heads), 0)]
+        return [ModelPart(HEADS, 1, sum(heads), max(heads), 0)]
 
     def routers(self, model: ModelSpec) -> int:
         vision = _vision(model)

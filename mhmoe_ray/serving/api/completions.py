@@ -29,13 +29,13 @@ from mhmoe_ray.serving.api.schema import (
     Logprobs,
     Usage,
 )
-from mhmoe_ray.serving.api.service import Service
+from mhmoe_ray.serving.api.service import CompletionService
 from mhmoe_ray.serving.api.stream import RESPONSE_DESCRIPTION, EventResponse
 from mhmoe_ray.serving.detokenizer import format_token
 from mhmoe_ray.serving.engine import Request
 
 
-def completions_router(service: Service) -> APIRouter:
+def completions_router(service: CompletionService) -> APIRouter:
     """Return a router with the route POST /v1/completions."""
     routes = APIRouter()
 
@@ -130,7 +130,7 @@ def _top_logprobs(score: ScoredText) -> dict[str, float]:
     return logprob_by_text
 
 
-def chat_router(service: Service) -> APIRouter:
+def chat_router(service: CompletionService) -> APIRouter:
     """Return a router with the route POST /v1/chat/completions."""
     routes = APIRouter()
 
@@ -180,7 +180,7 @@ def chat_router(service: Service) -> APIRouter:
     return routes
 
 
-async def _encode_messages(service: Service, request: ChatRequest) -> tuple[int, ...]:
+async def _encode_messages(service: CompletionService, request: ChatRequest) -> tuple[int, ...]:
     """Return the token ids of a conversation; messages that do not fit, or no chat template, are a RequestError."""
     template = service.answerer.template
     if template is None:

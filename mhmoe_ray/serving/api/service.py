@@ -90,7 +90,7 @@ class TextService(ModelService[Text]):
 
 
 @dataclass
-class Service(TextService[Answerer]):
+class CompletionService(TextService[Answerer]):
     """A served decoder, and the operations that the routes of completions share."""
 
     def __post_init__(self) -> None:

@@ -88,7 +88,7 @@ def _answer_missing_rows(job: BatchJob) -> None:
     with ThreadPoolExecutor(READERS) as pool:
         counts = sum(pool.map(partial(output.count_chunk, request), present_chunks), AnswerCounts())
     if missing_chunks:
-        report = ProgressReport(request.input.rows, counts.rows)
+        report = ProgressReporter(request.input.rows, counts.rows)
         job.print_line(f"{report.line()} are answered; starting {job.workers} worker{'s' if job.workers > 1 else ''}")
         _print_lack_of_resources(job)
         for result in answer_chunks(request, missing_chunks, output, job.serve, job.workers):
@@ -114,7 +114,7 @@ def _print_lack_of_resources(job: BatchJob) -> None:
             job.print_line(f"waiting for {name}s: a worker needs {count}, and {free_count:g} are free")
 
 
-class ProgressReport:
+class ProgressReporter:
     """Reporter of a job's progress: answered rows, speed and time left."""
 
     def __init__(self, total_rows: int, rows: int) -> None:

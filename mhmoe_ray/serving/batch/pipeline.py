@@ -17,7 +17,7 @@ from mhmoe_ray.serving.batch.formats import FORMATS
 from mhmoe_ray.serving.batch.input import open_input
 from mhmoe_ray.serving.batch.output import BatchOutput
 from mhmoe_ray.serving.batch.request import BatchRequest
-from mhmoe_ray.serving.batch.worker import BLOCK_COLUMN, Chunk, ChunkResult, ChunkWorker, as_block, chunks_at_a_time
+from mhmoe_ray.serving.batch.worker import BLOCK_COLUMN, ChunkResult, ChunkWorker, RowChunk, as_block, chunks_at_a_time
 from mhmoe_ray.spec import ServeSpec
 
 CHUNK_RETRIES = 5
@@ -88,8 +88,8 @@ def read_chunks(_: pa.Table, *, request: BatchRequest, missing_chunks: frozenset
         source = open_input(request.input.path)
         for number, rows in enumerate(FORMATS[source.format].read_tables(source, request.chunk_rows)):
             if number in missing_chunks:
-                yield as_block(Chunk.of_table(number, rows))
+                yield as_block(RowChunk.of_table(number, rows))
             if number == last_chunk:
                 return
     except MhmoeError as e:
-        yield as_block(Chunk(number, b"", e))
+        yield as_block(RowChunk(number, b"", e))

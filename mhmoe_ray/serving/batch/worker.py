@@ -27,7 +27,7 @@ The rows of the second chunk fill the engine while the last answers of the first
 """
 
 
-class Chunk(NamedTuple):
+class RowChunk(NamedTuple):
     """A chunk of input rows on its way from the reading task to a worker."""
 
     number: int
@@ -37,7 +37,7 @@ class Chunk(NamedTuple):
     """Error that ended the reading of the input."""
 
     @classmethod
-    def of_table(cls, number: int, table: pa.Table) -> "Chunk":
+    def of_table(cls, number: int, table: pa.Table) -> "RowChunk":
         # Pickling a slice of a table would write all of the table, and Arrow's format writes only the slice.
         content = pa.BufferOutputStream()
         with pa.ipc.new_stream(content, table.schema) as writer:
@@ -55,7 +55,7 @@ class ChunkResult(NamedTuple):
 
 
 # Errors are passed as values, because Ray Data changes the message of an exception and wraps it.
-def as_block(value: Chunk | ChunkResult) -> pa.Table:
+def as_block(value: RowChunk | ChunkResult) -> pa.Table:
     """Pack a chunk or a result into a table of one row for Ray Data; `pickle.loads` of its column unpacks it."""
     return pa.table({BLOCK_COLUMN: pa.array([pickle.dumps(value)], pa.large_binary())})
 
@@ -96,13 +96,13 @@ class ChunkWorker:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Answer a chunk, write its file, and return the result or an error for the user, both packed by `as_block`."""
-        chunk: Chunk = pickle.loads(block[BLOCK_COLUMN][0].as_py())
+        chunk: RowChunk = pickle.loads(block[BLOCK_COLUMN][0].as_py())
         try:
             return as_block(ChunkResult(chunk.number, self._answer_chunk(chunk), None))
         except MhmoeError as e:
             return as_block(ChunkResult(chunk.number, AnswerCounts(), e))
 
-    def _answer_chunk(self, chunk: Chunk) -> AnswerCounts:
+    def _answer_chunk(self, chunk: RowChunk) -> AnswerCounts:
         if error := chunk.error or self._load_error:
             raise error
         request, file_format = self._request, FORMATS[self._request.input.format]

@@ -14,6 +14,7 @@ sampler.py        samples the next token from logits
 """
 
 from mhmoe_ray.serving.engine.request import (
+    AnswerUpdate,
     BusyError,
     Engine,
     EngineError,
@@ -23,11 +24,11 @@ from mhmoe_ray.serving.engine.request import (
     ServedEngine,
     Stats,
     TextEngine,
-    Update,
 )
 from mhmoe_ray.serving.sampling import SamplingParams
 
 __all__ = [
+    "AnswerUpdate",
     "BusyError",
     "Engine",
     "EngineError",
@@ -38,5 +39,4 @@ __all__ = [
     "ServedEngine",
     "Stats",
     "TextEngine",
-    "Update",
 ]

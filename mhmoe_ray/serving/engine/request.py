@@ -96,7 +96,7 @@ class ScoredToken(NamedTuple):
     alternatives: tuple[tuple[int, float], ...] = ()
 
 
-class Update(NamedTuple):
+class AnswerUpdate(NamedTuple):
     """The next part of an answer: new tokens, scores of the prompt, or the end."""
 
     tokens: tuple[ScoredToken, ...] = ()
@@ -134,7 +134,7 @@ class TextEngine(ServedEngine, Protocol):
 class Engine(TextEngine, Protocol):
     """The interface of engines of decoders."""
 
-    def generate(self, request: Request) -> AsyncGenerator[Update, None]:
+    def generate(self, request: Request) -> AsyncGenerator[AnswerUpdate, None]:
         """Yield the answer in parts as they are computed. Closing the generator early aborts the request.
 
         Raises:

@@ -7,12 +7,12 @@ from copy import deepcopy
 from typing import Generic, TypeVar
 
 from mhmoe_ray.serving.engine.background import BackgroundEngine, RequestTimes
-from mhmoe_ray.serving.engine.request import BusyError, EngineError, Request, Stats, Update
+from mhmoe_ray.serving.engine.request import AnswerUpdate, BusyError, EngineError, Request, Stats
 from mhmoe_ray.spec import ServeSpec
 
-Deliver = Callable[[Update | Exception], None]
+Deliver = Callable[[AnswerUpdate | Exception], None]
 """Function that passes an update or an error from the engine's thread to the answer's coroutine."""
-UpdateQueue = asyncio.Queue[Update | Exception]
+UpdateQueue = asyncio.Queue[AnswerUpdate | Exception]
 
 
 class RequestState(RequestTimes):
@@ -40,7 +40,7 @@ class ThreadedEngine(BackgroundEngine, Generic[T]):
     def __init__(self, seq_len: int, spec: ServeSpec) -> None:
         super().__init__()
         self.seq_len, self._spec = seq_len, spec
-        self._pending_updates: dict[asyncio.AbstractEventLoop, list[tuple[UpdateQueue, Update | Exception]]] = {}
+        self._pending_updates: dict[asyncio.AbstractEventLoop, list[tuple[UpdateQueue, AnswerUpdate | Exception]]] = {}
         """Updates by event loop, which gets those of a round together, because waking it is expensive."""
 
     @abstractmethod
@@ -67,11 +67,11 @@ class ThreadedEngine(BackgroundEngine, Generic[T]):
     def _fill_stats(self, stats: Stats) -> None:
         """Fill in the subclass's own statistics, such as the use of the KV cache."""
 
-    async def generate(self, request: Request) -> AsyncGenerator[Update, None]:
+    async def generate(self, request: Request) -> AsyncGenerator[AnswerUpdate, None]:
         """Hand a request to the engine's thread, and yield the updates of its answer."""
         loop, updates = asyncio.get_running_loop(), UpdateQueue()
 
-        def deliver(update: Update | Exception) -> None:
+        def deliver(update: AnswerUpdate | Exception) -> None:
             self._pending_updates.setdefault(loop, []).append((updates, update))
 
         max_new_tokens = min(request.sampling_params.max_tokens, self.seq_len - len(request.prompt_ids))
@@ -158,7 +158,7 @@ class ThreadedEngine(BackgroundEngine, Generic[T]):
         self._stats.requests += 1
 
 
-def _put_updates(batch: list[tuple[UpdateQueue, Update | Exception]]) -> None:
+def _put_updates(batch: list[tuple[UpdateQueue, AnswerUpdate | Exception]]) -> None:
     """Put updates into their queues, in the queues' event loop, because they are not thread-safe."""
     for updates, update in batch:
         updates.put_nowait(update)

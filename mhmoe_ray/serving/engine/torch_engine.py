@@ -17,7 +17,7 @@ from mhmoe_ray.model.feedforward import matrix_names
 from mhmoe_ray.serving.engine.block_pool import BlockPool, count_blocks
 from mhmoe_ray.serving.engine.packed_model import pack_model
 from mhmoe_ray.serving.engine.paged_cache import PagedCache, PagedChunk, PagedStep
-from mhmoe_ray.serving.engine.request import EngineError, Request, ScoredToken, Stats, Update
+from mhmoe_ray.serving.engine.request import AnswerUpdate, EngineError, Request, ScoredToken, Stats
 from mhmoe_ray.serving.engine.sampler import Sampler, score_tokens
 from mhmoe_ray.serving.engine.scheduler import Scheduler, Sequence, TokenChunk
 from mhmoe_ray.serving.engine.threaded import Deliver, ThreadedEngine
@@ -159,7 +159,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
         logits_RV: Tensor = output.logits_BTV[0, : step.logit_count, : self._tokenizer_size].float().cpu()
         return logits_RV
 
-    def _build_update(self, chunk: TokenChunk, logits_RV: Tensor, best_token: int) -> Update | None:
+    def _build_update(self, chunk: TokenChunk, logits_RV: Tensor, best_token: int) -> AnswerUpdate | None:
         """Sample the token that follows a chunk, and return the update; None if the prompt has further chunks.
 
         Scores of the prompt are collected until its last chunk, which `best_token` is the likeliest to follow.
@@ -172,16 +172,16 @@ class TorchEngine(ThreadedEngine[Sequence]):
         prompt_scores = () if sequence.answer_tokens else tuple(sequence.prompt_scores)
         # A request without new tokens only scores its prompt.
         if not sequence.max_new_tokens:
-            return Update(prompt_scores=prompt_scores, finish_reason="length")
+            return AnswerUpdate(prompt_scores=prompt_scores, finish_reason="length")
         token = self._samplers[sequence].sample(logits_RV[-1], best_token)
         if token in self._stop_token_ids:
-            return Update(prompt_scores=prompt_scores, finish_reason="stop")
+            return AnswerUpdate(prompt_scores=prompt_scores, finish_reason="stop")
         scored_tokens = (
             [ScoredToken(token)]
             if request.sampling_params.logprobs is None
             else score_tokens(logits_RV[-1:], [token], request.sampling_params.logprobs)
         )
-        return Update(
+        return AnswerUpdate(
             tuple(scored_tokens),
             prompt_scores,
             "length" if sequence.answer_tokens + 1 == sequence.max_new_tokens else None,

@@ -25,12 +25,12 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest
 from mhmoe_ray.serving.engine.fair_queue import FairQueue
 from mhmoe_ray.serving.engine.request import (
+    AnswerUpdate,
     EngineError,
     FinishReason,
     Request,
     ScoredToken,
     Stats,
-    Update,
 )
 from mhmoe_ray.serving.engine.threaded import Deliver, RequestState, ThreadedEngine
 from mhmoe_ray.serving.sampling import SamplingParams
@@ -240,7 +240,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
         if output.finished:
             finish_reason = "stop" if completion.finish_reason == "stop" and state.max_new_tokens else "length"
         if tokens or prompt_scores or finish_reason:
-            state.deliver(Update(tokens, prompt_scores, finish_reason))
+            state.deliver(AnswerUpdate(tokens, prompt_scores, finish_reason))
         if finish_reason:
             state.is_finished = True
             self._end_request(state)

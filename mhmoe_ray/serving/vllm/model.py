@@ -14,7 +14,7 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CacheConfig, VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.activation import SiluAndMul
-from vllm.model_executor.layers.attention import Attention as PagedAttention
+from vllm.model_executor.layers.attention import VllmAttention as PagedAttention
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
@@ -56,7 +56,7 @@ WEIGHT_NAMES = WeightsMapper(
 """Names of parameters by the names of the tensors of an exported folder, where the two differ."""
 
 
-class FeedForward(nn.Module):
+class VllmFeedForward(nn.Module):
     """SwiGLU layer without biases; its hidden units are sharded over the tensor-parallel ranks."""
 
     def __init__(self, width: int, hidden: int, quant_config: QuantizationConfig | None, prefix: str) -> None:
@@ -85,7 +85,7 @@ def _projection(widths: list[int], quant_config: QuantizationConfig | None, pref
     return nn.Sequential(*modules[:-1])
 
 
-class MultiHeadMoE(nn.Module):
+class VllmMultiHeadMoE(nn.Module):
     """The multi-head mixture of experts, with vLLM's fused experts and the training model's router."""
 
     def __init__(self, spec: ModelSpec, quant_config: QuantizationConfig | None, prefix: str) -> None:
@@ -116,7 +116,9 @@ class MultiHeadMoE(nn.Module):
             _projection(widths[::-1], quant_config, f"{prefix}.merge_proj") if moe.has_merge_projection else None
         )
         self.shared_expert = (
-            FeedForward(spec.d_model, moe.d_shared, quant_config, f"{prefix}.shared_expert") if moe.d_shared else None
+            VllmFeedForward(spec.d_model, moe.d_shared, quant_config, f"{prefix}.shared_expert")
+            if moe.d_shared
+            else None
         )
         self.count_E: Tensor
         self.register_buffer("count_E", torch.zeros(moe.experts, dtype=torch.long), persistent=False)
@@ -146,7 +148,7 @@ class MultiHeadMoE(nn.Module):
         return gate_NK, expert_NK
 
 
-class Attention(nn.Module):
+class VllmAttention(nn.Module):
     """Grouped-query attention with rotary positions, over vLLM's paged KV cache."""
 
     def __init__(
@@ -215,7 +217,7 @@ class Attention(nn.Module):
         return normed_rows.view(rows_TM.shape)
 
 
-class Block(nn.Module):
+class VllmBlock(nn.Module):
     """A decoder block: attention, then a feed-forward layer or a mixture of experts."""
 
     def __init__(
@@ -229,14 +231,14 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(spec.d_model, spec.norm_eps)
-        self.self_attn = Attention(spec, config, cache, quant_config, f"{prefix}.self_attn")
+        self.self_attn = VllmAttention(spec, config, cache, quant_config, f"{prefix}.self_attn")
         self.post_attention_layernorm = RMSNorm(spec.d_model, spec.norm_eps)
         self.is_sparse = spec.is_moe_layer(layer)
         if self.is_sparse:
-            self.block_sparse_moe = MultiHeadMoE(spec, quant_config, f"{prefix}.block_sparse_moe")
+            self.block_sparse_moe = VllmMultiHeadMoE(spec, quant_config, f"{prefix}.block_sparse_moe")
         else:
             assert spec.d_ff is not None
-            self.mlp = FeedForward(spec.d_model, spec.d_ff, quant_config, f"{prefix}.mlp")
+            self.mlp = VllmFeedForward(spec.d_model, spec.d_ff, quant_config, f"{prefix}.mlp")
 
     def forward(self, position_T: Tensor, x_TM: Tensor, residual_TM: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the output of the block's last layer and the residual stream, which vLLM's next norm adds."""
@@ -250,7 +252,7 @@ class Block(nn.Module):
 
 
 @support_torch_compile
-class Trunk(nn.Module):
+class VllmTrunk(nn.Module):
     """The decoder without its output layer: from token ids to the normed output of the last block."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -259,7 +261,7 @@ class Trunk(nn.Module):
         spec = model_spec(config)
         self.embed_tokens = VocabParallelEmbedding(spec.vocab_size, spec.d_model)
         self.layers = nn.ModuleList(
-            Block(spec, i, config, vllm_config.cache_config, vllm_config.quant_config, f"{prefix}.layers.{i}")
+            VllmBlock(spec, i, config, vllm_config.cache_config, vllm_config.quant_config, f"{prefix}.layers.{i}")
             for i in range(spec.layers)
         )
         self.norm = RMSNorm(spec.d_model, spec.norm_eps)
@@ -306,7 +308,7 @@ class MhmoeForCausalLM(nn.Module):
             parallel.enable_expert_parallel,
         )
         self.tokenizer_size = config.tokenizer_size or config.vocab_size
-        self.model = Trunk(vllm_config=vllm_config, prefix=f"{prefix}.model".strip("."))
+        self.model = VllmTrunk(vllm_config=vllm_config, prefix=f"{prefix}.model".strip("."))
         self.lm_head = ParallelLMHead(
             config.vocab_size,
             config.hidden_size,
@@ -345,10 +347,10 @@ class MhmoeForCausalLM(nn.Module):
 
     def route_counts(self) -> list[list[int]]:
         """Return the routes to each expert of each layer since `reset_counts`."""
-        return [m.count_E.tolist() for m in self.modules() if isinstance(m, MultiHeadMoE)]
+        return [m.count_E.tolist() for m in self.modules() if isinstance(m, VllmMultiHeadMoE)]
 
     @torch.inference_mode()
     def reset_counts(self) -> None:
         for m in self.modules():
-            if isinstance(m, MultiHeadMoE):
+            if isinstance(m, VllmMultiHeadMoE):
                 m.count_E.zero_()

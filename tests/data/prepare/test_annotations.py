@@ -1,7 +1,7 @@
 """Tests that the name of a part, the file of a tokenised chunk, depends on the annotations of its images."""
 
 from mhmoe_ray.data.images.annotations import Annotation, Instance, pack
-from mhmoe_ray.data.prepare.chunks import Chunk
+from mhmoe_ray.data.prepare.chunks import DocumentChunk
 from mhmoe_ray.data.prepare.tokenise import TokenisedChunk, tokenise_chunk
 from mhmoe_ray.data.sources import Document, Tally
 from mhmoe_ray.data.tokenizer.train import train_bpe
@@ -16,8 +16,8 @@ def test_a_part_is_named_by_its_annotations(tmp_path):
 
     def part_name(*annotations):
         documents = [document._replace(annotation=a) for document, a in zip(DOCUMENTS, annotations, strict=True)]
-        chunk = Chunk(0, 0, documents, Tally(), False)
-        assert Chunk.from_table(chunk.as_table()) == chunk
+        chunk = DocumentChunk(0, 0, documents, Tally(), False)
+        assert DocumentChunk.from_table(chunk.as_table()) == chunk
         row = tokenise_chunk(
             chunk.as_table(),
             tokenizer=tmp_path / "tokenizer.json",

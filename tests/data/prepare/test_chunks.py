@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-from mhmoe_ray.data.prepare.chunks import Chunk, QuarantineLimit, read_chunks
+from mhmoe_ray.data.prepare.chunks import DocumentChunk, QuarantineLimit, read_chunks
 from mhmoe_ray.data.sources import find_files
 from tests.data.sources.read import data_spec
 
@@ -17,7 +17,7 @@ def chunk_counts(folder, lines, characters):
     tables = read_chunks(
         table, spec=spec, limit=QuarantineLimit(spec, files), quarantine=folder / "out", characters=characters
     )
-    chunks = [Chunk.from_table(chunk_table) for chunk_table in tables]
+    chunks = [DocumentChunk.from_table(chunk_table) for chunk_table in tables]
     return [(len(chunk.documents), chunk.tally.bad_lines) for chunk in chunks]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mhmoe_ray.data.prepare.parts import Part, PartCounts, RowCounts
+from mhmoe_ray.data.prepare.parts import PartCounts, RowCounts, TokenisedPart
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.families.vision.data.rows import classes_of_tasks
 from tests.support.visions import vision_spec
@@ -15,7 +15,7 @@ def classes(drawings: dict, scenes: dict) -> dict[str, list[str]]:
     """Return the classes of each task of `vision_spec`; the arguments are changes to the counts of its two domains."""
     counts = {"drawings/all": DRAWINGS | drawings, "scenes/all": SCENES | scenes}
     by_domain = {
-        name: [Part(0, 0, "part", PartCounts(rows=RowCounts(**keywords)))] for name, keywords in counts.items()
+        name: [TokenisedPart(0, 0, "part", PartCounts(rows=RowCounts(**keywords)))] for name, keywords in counts.items()
     }
     return classes_of_tasks(vision_spec(), by_domain)
 

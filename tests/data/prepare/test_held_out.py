@@ -1,7 +1,7 @@
 import pytest
 
 from mhmoe_ray.data.prepare.checks import check_not_empty
-from mhmoe_ray.data.prepare.parts import Part, PartCounts
+from mhmoe_ray.data.prepare.parts import PartCounts, TokenisedPart
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.errors import DataError
 from tests.data.texts import make_documents
@@ -33,4 +33,4 @@ def test_is_validation_keeps_texts_held_out_at_a_larger_fraction():
 )
 def test_preparation_without_a_sample_is_refused(counts, message):
     with pytest.raises(DataError, match=message):
-        check_not_empty(tiny_spec().data, {"web/a": [Part(0, 0, "part", counts)]})
+        check_not_empty(tiny_spec().data, {"web/a": [TokenisedPart(0, 0, "part", counts)]})

@@ -6,7 +6,7 @@ import pytest
 from mhmoe_ray.data.prepare.checks import sparse_parts
 from mhmoe_ray.data.prepare.finish import finish
 from mhmoe_ray.data.prepare.packing import PackingSettings
-from mhmoe_ray.data.prepare.parts import Part, PartCounts, PartSlice, RowCounts, part_file
+from mhmoe_ray.data.prepare.parts import PartCounts, PartSlice, RowCounts, TokenisedPart, part_file
 from mhmoe_ray.data.prepare.rows import plan_row_shards, write_validation_rows
 from mhmoe_ray.data.prepare.validation import select_rows
 from mhmoe_ray.data.shards.columns import IMAGE, TOKENS
@@ -108,7 +108,7 @@ def fine_tuning_spec(part, **changes):
 def test_fine_tuning_on_images_alone_needs_no_texts(tmp_path):
     spec = fine_tuning_spec("images", data__prepared=str(tmp_path))
     counts = PartCounts(documents=8, held_out_documents=2, rows=RowCounts(samples=8, held_out_samples=2, images=8))
-    check_rows_not_empty(spec, {"pictures/all": [Part(0, 0, "part", counts)]})
+    check_rows_not_empty(spec, {"pictures/all": [TokenisedPart(0, 0, "part", counts)]})
     path = part_file(tmp_path / "parts", "part", has_rows=True)
     path.parent.mkdir(parents=True)
     path.write_bytes(file_content(to_batch({TOKENS: np.full((10, 12), 65_535, np.uint16), IMAGE: [b"an image"] * 10})))
@@ -118,14 +118,16 @@ def test_fine_tuning_on_images_alone_needs_no_texts(tmp_path):
     assert result.validation.sample_counts == {"pictures/all": 2}
     # An encoder that also reads texts needs held-out documents with a text.
     with pytest.raises(DataError, match="no document of the held-out share has a text"):
-        check_rows_not_empty(encoder_spec(), {"pictures/all": [Part(0, 0, "part", counts)]})
+        check_rows_not_empty(encoder_spec(), {"pictures/all": [TokenisedPart(0, 0, "part", counts)]})
 
 
 @pytest.mark.parametrize("part", ["texts", "match"])
 def test_a_codebook_that_no_part_predicts_is_not_made(part):
     spec = fine_tuning_spec(part, **CODEBOOK)
     rows = RowCounts(samples=8, held_out_samples=2, images=2, targets=20)
-    parts = {"x/all": [Part(0, 0, "", PartCounts(documents=8, held_out_documents=2, held_out_tokens=5, rows=rows))]}
+    parts = {
+        "x/all": [TokenisedPart(0, 0, "", PartCounts(documents=8, held_out_documents=2, held_out_tokens=5, rows=rows))]
+    }
     check_rows_not_empty(spec, parts)
     assert "codebook" not in recipe(spec)
     pretraining_spec = encoder_spec(**CODEBOOK)
@@ -138,7 +140,7 @@ def test_a_shard_has_a_limited_number_of_parts(monkeypatch):
     """All parts of a shard are mapped at once when it is written."""
     monkeypatch.setattr("mhmoe_ray.data.prepare.rows.SHARD_PARTS", 3)
     counts = [PartCounts(documents=1, rows=RowCounts(samples=number % 4)) for number in range(12)]
-    parts = [Part(0, number, f"part{number}", counts[number]) for number in range(12)]
+    parts = [TokenisedPart(0, number, f"part{number}", counts[number]) for number in range(12)]
     plans = plan_row_shards("a/all", parts, 8)
     assert [len(plan.slices) for plan in plans] == [3, 3, 3]
     assert [s.name for plan in plans for s in plan.slices] == [f"part{n}" for n in range(12) if n % 4]

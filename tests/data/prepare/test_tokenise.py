@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mhmoe_ray.data.chat.template import RenderedConversation, Span
-from mhmoe_ray.data.prepare.chunks import Chunk
+from mhmoe_ray.data.prepare.chunks import DocumentChunk
 from mhmoe_ray.data.prepare.parts import part_file
 from mhmoe_ray.data.prepare.tokenise import TokenisedChunk, tokenise_chunk
 from mhmoe_ray.data.prepare.validation import is_validation
@@ -19,7 +19,7 @@ def tokenise(tmp_path):
     train_bpe(["a boat on the sea"], 300).save(str(tmp_path / "tokenizer.json"))
 
     def tokenise_texts(*texts, sha256="1", share=0.5) -> TokenisedChunk:
-        table = Chunk(0, 0, [Document(text, 1) for text in texts], Tally(), False).as_table()
+        table = DocumentChunk(0, 0, [Document(text, 1) for text in texts], Tally(), False).as_table()
         paths = {"tokenizer": tmp_path / "tokenizer.json", "parts": tmp_path / "parts"}
         row = tokenise_chunk(table, **paths, tokenizer_sha256=sha256, validation_fraction=share, token_bytes=2)
         return TokenisedChunk.from_row({key: value for key, [value] in row.items()})
@@ -46,8 +46,8 @@ def test_parts_of_conversations_have_all_columns(tmp_path):
 
     def tokenise_conversations(conversations):
         documents = [Document(f"{i} yes", 1, conversation=conversation) for i, conversation in enumerate(conversations)]
-        chunk = Chunk(0, 0, documents, Tally(), False)
-        assert Chunk.from_table(chunk.as_table()) == chunk
+        chunk = DocumentChunk(0, 0, documents, Tally(), False)
+        assert DocumentChunk.from_table(chunk.as_table()) == chunk
         row = tokenise_chunk(
             chunk.as_table(),
             tokenizer=tmp_path / "tokenizer.json",

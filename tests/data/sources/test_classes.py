@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 
 from mhmoe_ray.data.images.annotations import Annotation, unpack
-from mhmoe_ray.data.prepare.chunks import Chunk, QuarantineLimit, read_chunks
+from mhmoe_ray.data.prepare.chunks import DocumentChunk, QuarantineLimit, read_chunks
 from mhmoe_ray.data.sources import Reason, find_files
 from mhmoe_ray.data.sources.find import file_blocks, fingerprints
 from mhmoe_ray.data.sources.images import image_hash
@@ -231,7 +231,7 @@ def test_chunks_have_the_annotations(tmp_path):
     spec = data_spec(tmp_path / "folder", format="images", **CLASS_COLUMNS)
     files = find_files(spec)
     [chunk] = [
-        Chunk.from_table(table)
+        DocumentChunk.from_table(table)
         for block in file_blocks(files)
         for table in read_chunks(
             block, spec=spec, limit=QuarantineLimit(spec, files), quarantine=tmp_path / "out", characters=1 << 30
@@ -249,4 +249,4 @@ def test_chunks_have_the_annotations(tmp_path):
         quarantine=tmp_path / "out",
         characters=1 << 30,
     )
-    assert all(document.annotation is None for document in Chunk.from_table(tables[0]).documents)
+    assert all(document.annotation is None for document in DocumentChunk.from_table(tables[0]).documents)

@@ -3,7 +3,7 @@
 import pytest
 
 from mhmoe_ray.errors import DataError, StorageError
-from mhmoe_ray.serving.batch.job import BatchJob, ProgressReport, _check
+from mhmoe_ray.serving.batch.job import BatchJob, ProgressReporter, _check
 from mhmoe_ray.serving.batch.output import BatchOutput
 from mhmoe_ray.serving.batch.rows import AnswerCounts
 from mhmoe_ray.spec import ServeSpec
@@ -163,7 +163,7 @@ def test_job_refuses_an_input_that_has_changed(tmp_path, request_of_five):
 def test_progress_lines_have_speed_and_time_left(monkeypatch):
     clock = 100.0
     monkeypatch.setattr("time.monotonic", lambda: clock)
-    report = ProgressReport(10_000, 1_000)
+    report = ProgressReporter(10_000, 1_000)
     assert report.line() == "1,000 of 10,000 rows"
     clock = 130.0
     assert report.is_due(1_100)

@@ -168,7 +168,7 @@ class _RoutedExperts(torch.autograd.Function):
         return None, None, None, None, dx_ND, dgate_S.view_as(gate_NK).to(gate_NK.dtype), *dweights
 
 
-class _SortedExperts(torch.autograd.Function):
+class _TritonExperts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, steps: ExpertSteps, products: Products, recompute: float, x_RD: Tensor, *weights: Tensor
@@ -195,7 +195,7 @@ class _SortedExperts(torch.autograd.Function):
 
 
 _routed_experts: Callable[..., Tensor] = _RoutedExperts.apply
-_sorted_experts: Callable[..., Tensor] = _SortedExperts.apply
+_sorted_experts: Callable[..., Tensor] = _TritonExperts.apply
 
 
 def run(

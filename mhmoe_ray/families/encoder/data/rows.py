@@ -15,7 +15,7 @@ from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import file_problem
 
 if TYPE_CHECKING:
-    from mhmoe_ray.data.prepare.parts import Part
+    from mhmoe_ray.data.prepare.parts import TokenisedPart
     from mhmoe_ray.data.samples import TrainingSamples
     from mhmoe_ray.data.shards.manifest import Shard
     from mhmoe_ray.families.encoder.data.samples import SampleMaker
@@ -35,7 +35,7 @@ class EncoderRows(FamilyData):
         if spec.has_codebook:
             settings["codebook"] = [encoder.codebook_size, encoder.image_size, encoder.patch_size]
 
-    def check_parts(self, spec: RunSpec, folder: Path, by_domain: "dict[str, list[Part]]") -> Facts:
+    def check_parts(self, spec: RunSpec, folder: Path, by_domain: "dict[str, list[TokenisedPart]]") -> Facts:
         check_rows_not_empty(spec, by_domain)
         return {}
 
@@ -43,7 +43,7 @@ class EncoderRows(FamilyData):
         self,
         spec: RunSpec,
         folder: Path,
-        by_domain: "Mapping[str, Sequence[Part]]",
+        by_domain: "Mapping[str, Sequence[TokenisedPart]]",
         shards: "Mapping[str, Sequence[Shard]]",
         log: Callable[[str], None],
     ) -> Facts:
@@ -85,7 +85,7 @@ class EncoderRows(FamilyData):
         return {name: np.stack([getattr(row, name) for row in micro_batches]) for name in EncoderSamples._fields}
 
 
-def check_rows_not_empty(spec: RunSpec, by_domain: "dict[str, list[Part]]") -> None:
+def check_rows_not_empty(spec: RunSpec, by_domain: "dict[str, list[TokenisedPart]]") -> None:
     """Raise a DataError if training samples, held-out samples, or image patches for the codebook are missing.
 
     If any source has texts, some training samples and some held-out samples must have a text.

@@ -16,7 +16,7 @@ from mhmoe_ray.data.shards.manifest import require_data_manifest, require_matchi
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries
 from mhmoe_ray.evaluate.answer import EvaluationAnswer, EvaluationContext
 from mhmoe_ray.evaluate.request import RoutingCounts
-from mhmoe_ray.evaluate.score import CaptionFigures, ClassScore, EncoderFigures, EncoderLossScore
+from mhmoe_ray.evaluate.score import CaptionFigures, EncoderFigures, EncoderLossScore, ProbeScore
 from mhmoe_ray.families.encoder.data.rows import read_codebook
 from mhmoe_ray.families.encoder.data.samples import Pairs, held_out_pairs
 from mhmoe_ray.families.encoder.evaluate.captions import score_captions
@@ -105,7 +105,7 @@ def _read_baseline(
     return Baseline(reader.read(np.arange(len(reader))), NearestImages.of_training(reader))
 
 
-def _class_score(pairs: Pairs, probe_pairs: Sequence[Pairs], meter: EncoderMeter) -> ClassScore:
+def _class_score(pairs: Pairs, probe_pairs: Sequence[Pairs], meter: EncoderMeter) -> ProbeScore:
     """Return the accuracy of a linear probe; the captions of images are their classes."""
     training_images = [image for domain_pairs in probe_pairs for image in domain_pairs.images]
     return classify(

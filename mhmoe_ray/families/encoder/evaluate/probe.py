@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.evaluate.score import ClassScore
+from mhmoe_ray.evaluate.score import ProbeScore
 from mhmoe_ray.families.images.nearest import NearestImages
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -29,7 +29,7 @@ def classify(
     features: np.ndarray,
     images: Sequence[bytes],
     classes: Sequence[bytes],
-) -> ClassScore:
+) -> ProbeScore:
     """Return the accuracies with which a linear probe and its baseline, the nearest training image, classify images.
 
     Features are (images, values). An image whose class no training image has counts as wrong. Fewer than `HELD_OUT`
@@ -55,7 +55,7 @@ def classify(
     )
     scores = NearestImages(training_images).scores(images, training_labels, len(numbers))
     largest_class = np.bincount(training_labels).argmax()
-    return ClassScore(
+    return ProbeScore(
         training_images=len(training_images),
         images=len(images),
         classes=len(numbers),

@@ -15,7 +15,7 @@ from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import describe_file, write_json
 
 if TYPE_CHECKING:
-    from mhmoe_ray.data.prepare.parts import Part
+    from mhmoe_ray.data.prepare.parts import TokenisedPart
     from mhmoe_ray.data.samples import TrainingSamples
     from mhmoe_ray.data.shards.manifest import DataManifest
     from mhmoe_ray.families.vision.data.samples import TaskSampleMaker
@@ -31,7 +31,7 @@ class VisionRows(FamilyData):
         settings |= {"sample": "annotated image", "max_megapixels": spec.data.images.max_megapixels}
         settings["tasks"] = {part.name: [*part.sources] for part in spec.parts}
 
-    def check_parts(self, spec: RunSpec, folder: Path, by_domain: "dict[str, list[Part]]") -> Facts:
+    def check_parts(self, spec: RunSpec, folder: Path, by_domain: "dict[str, list[TokenisedPart]]") -> Facts:
         path = folder / CLASSES_FILE
         write_json(path, classes_of_tasks(spec, by_domain))
         return {"vision": VisionData(classes_sha256=describe_file(path).sha256)}
@@ -50,7 +50,7 @@ class VisionRows(FamilyData):
         return stream_columns([samples.read_micro_batch(int(row)) for row in rows])
 
 
-def classes_of_tasks(spec: RunSpec, by_domain: "Mapping[str, Sequence[Part]]") -> dict[str, list[str]]:
+def classes_of_tasks(spec: RunSpec, by_domain: "Mapping[str, Sequence[TokenisedPart]]") -> dict[str, list[str]]:
     """Return the sorted names of the classes of each task.
 
     A DataError reports a task without training samples, held-out samples or classes, with more classes than outputs, or
