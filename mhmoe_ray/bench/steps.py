@@ -134,8 +134,8 @@ def matched_models(size: Size, heads: Sequence[int]) -> dict[str, RunSpec]:
 
 
 def _run_spec(model: ModelSpec, size: Size) -> RunSpec:
-    # A spec must name a source and a prepared folder, but nothing reads them: `StepCase` draws random tokens, because the
-    # time of a step does not depend on its tokens.
+    # A spec must name a source and a prepared folder, but nothing reads them: `StepCase` draws random tokens, because
+    # the time of a step does not depend on its tokens.
     data = DataSpec(sources={"none": SourceSpec(path="none")}, prepared="none", seq_len=size.seq_len)
     return RunSpec(name="bench", model=model, data=data, train=TrainSpec(**size.train))
 

@@ -5,7 +5,7 @@ This module has the command and answers a single prompt; generate_batch.py answe
 
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,18 +20,21 @@ from mhmoe_ray.cli.options import (
     TrustOption,
 )
 from mhmoe_ray.cli.output import print_json, print_note
-from mhmoe_ray.serving.sampling import MAX_LOGPROBS, MAX_TEMPERATURE, SamplingParams
+from mhmoe_ray.serving.sampling_fields import MAX_LOGPROBS, MAX_TEMPERATURE, SAMPLING_FIELDS
 
-DEFAULTS = SamplingParams()
+if TYPE_CHECKING:
+    from mhmoe_ray.serving.sampling import SamplingParams
+
+DEFAULTS = {name: field.default for name, field in SAMPLING_FIELDS.items()}
 
 
 def _sampling_option(name: str, note: str = "", **settings: Any) -> Any:
     """Return the option for a sampling parameter, with its range and text."""
-    field = SamplingParams.model_fields[name]
-    limits = {key: getattr(limit, key) for limit in field.metadata for key in ("ge", "gt", "le") if hasattr(limit, key)}
+    field = SAMPLING_FIELDS[name]
+    limits = field.limits
     # Typer has no limits that are themselves excluded; 0 as --top-p is refused later.
     settings = {"min": limits.get("ge", limits.get("gt")), "max": limits.get("le"), **settings}
-    return typer.Option(help=f"{field.description}{note}", **settings)
+    return typer.Option(help=f"{field.text}{note}", **settings)
 
 
 @dataclass(frozen=True)
@@ -80,19 +83,19 @@ class BatchOptions:
 def generate(
     run: RunArg = None,
     prompt: Annotated[str | None, typer.Option(help="Text to continue; read from standard input by default.")] = None,
-    max_tokens: Annotated[int, _sampling_option("max_tokens")] = DEFAULTS.max_tokens,
-    temperature: Annotated[float, _sampling_option("temperature", max=MAX_TEMPERATURE)] = DEFAULTS.temperature,
-    top_p: Annotated[float, _sampling_option("top_p")] = DEFAULTS.top_p,
-    top_k: Annotated[int, _sampling_option("top_k")] = DEFAULTS.top_k,
-    min_p: Annotated[float, _sampling_option("min_p")] = DEFAULTS.min_p,
-    presence_penalty: Annotated[float, _sampling_option("presence_penalty")] = DEFAULTS.presence_penalty,
-    frequency_penalty: Annotated[float, _sampling_option("frequency_penalty")] = DEFAULTS.frequency_penalty,
+    max_tokens: Annotated[int, _sampling_option("max_tokens")] = DEFAULTS["max_tokens"],
+    temperature: Annotated[float, _sampling_option("temperature", max=MAX_TEMPERATURE)] = DEFAULTS["temperature"],
+    top_p: Annotated[float, _sampling_option("top_p")] = DEFAULTS["top_p"],
+    top_k: Annotated[int, _sampling_option("top_k")] = DEFAULTS["top_k"],
+    min_p: Annotated[float, _sampling_option("min_p")] = DEFAULTS["min_p"],
+    presence_penalty: Annotated[float, _sampling_option("presence_penalty")] = DEFAULTS["presence_penalty"],
+    frequency_penalty: Annotated[float, _sampling_option("frequency_penalty")] = DEFAULTS["frequency_penalty"],
     logit_bias: Annotated[list[str], _sampling_option("logit_bias", metavar="TOKEN=BIAS")] = [],  # noqa: B006 - typer needs the list
-    seed: Annotated[int | None, _sampling_option("seed")] = DEFAULTS.seed,
-    stop: Annotated[list[str], _sampling_option("stop")] = DEFAULTS.stop,
+    seed: Annotated[int | None, _sampling_option("seed")] = DEFAULTS["seed"],
+    stop: Annotated[list[str], _sampling_option("stop")] = DEFAULTS["stop"],
     logprobs: Annotated[
         int | None, _sampling_option("logprobs", note=" Only with --input.", min=0, max=MAX_LOGPROBS)
-    ] = DEFAULTS.logprobs,
+    ] = DEFAULTS["logprobs"],
     gpus: Annotated[int, typer.Option(min=0, max=1, help="GPUs of this machine to compute a single prompt on.")] = 0,
     input_: Annotated[
         str | None,
@@ -194,7 +197,7 @@ def _parse_bias(text: str) -> tuple[int, float]:
 def _answer_prompt(
     run: str | None,
     prompt: str | None,
-    sampling: SamplingParams,
+    sampling: "SamplingParams",
     gpus: int,
     checkpoint: str | None,
     storage: str,

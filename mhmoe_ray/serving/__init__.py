@@ -4,6 +4,7 @@ config.py          the configuration that the command line sends to Serve; impor
 app.py             the application that Serve builds from it: replicas with one engine each
 api/               routes, and the schemas of requests, responses and errors
 sampling.py        the sampling parameters of an answer
+sampling_fields.py their defaults, limits and texts
 answer.py          text in, text out: from a prompt to pieces of the answer
 detokenizer.py     turns tokens into streamed text
 engine/            token ids in, token ids out, for many requests at once

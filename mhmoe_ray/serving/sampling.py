@@ -1,4 +1,4 @@
-"""The sampling parameters of an answer: the one place of their names, types, ranges, defaults and texts.
+"""The sampling parameters of an answer: their types, with the defaults, limits and texts of `sampling_fields.py`.
 
 `mhmoe generate`, `LoadedModel.generate` and batch inference take `SamplingParams`. Requests over HTTP have the fields
 of `CommonSampling`, and the others in the form of OpenAI's API (`serving/api/schema.py`).
@@ -9,8 +9,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-MAX_TEMPERATURE = 2.0
-"""Largest temperature in OpenAI's API and of `mhmoe generate`."""
+from mhmoe_ray.serving.sampling_fields import MAX_LOGPROBS, SAMPLING_FIELDS
 
 
 def check_encodable(text: str) -> str:
@@ -36,8 +35,6 @@ def _plain_number(value: Any) -> Any:
     return value
 
 
-MAX_LOGPROBS = 20
-"""Largest number of alternatives to report beside each token, as in OpenAI's API."""
 PLAIN_NUMBER = BeforeValidator(_plain_number)
 WholeNumber = Annotated[int, PLAIN_NUMBER]
 Number = Annotated[float, PLAIN_NUMBER]
@@ -50,38 +47,34 @@ Text = Annotated[str, AfterValidator(check_encodable)]
 StopText = Annotated[str, Field(min_length=1), AfterValidator(check_encodable)]
 
 
+def _field(name: str, **settings: Any) -> Any:
+    """Return pydantic's field of a sampling parameter."""
+    field = SAMPLING_FIELDS[name]
+    limits: dict[str, Any] = {**field.limits, **settings}
+    return Field(field.default, description=field.text, **limits)
+
+
 class CommonSampling(BaseModel):
     """Sampling parameters in the order penalties and biases, temperature, top_k, min_p, top_p, as they take effect."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
-    temperature: Number = Field(1.0, ge=0, allow_inf_nan=False)
-    """Sampling temperature; 0 takes the most likely token each time."""
-    top_p: Number = Field(1.0, gt=0, le=1)
-    """Draw from the likeliest tokens of this total probability."""
-    top_k: WholeNumber = Field(0, ge=0, lt=2**31)
-    """Draw from this number of likeliest tokens; 0 draws from all."""
-    min_p: Number = Field(0.0, ge=0, le=1)
-    """Draw from the tokens of at least this share of the likeliest token's probability."""
-    presence_penalty: Number = Field(0.0, ge=-2, le=2)
-    """Amount subtracted from the logit of each token of the answer."""
-    frequency_penalty: Number = Field(0.0, ge=-2, le=2)
-    """Amount subtracted from a token's logit for each time that the answer has it."""
-    seed: WholeNumber | None = None
-    """Seed of the random draws; equal seeds give equal answers, and each prompt or choice derives its own."""
-    stop: Annotated[list[StopText], BeforeValidator(wrap_text, StopText | list[StopText])] = []
-    """Text that ends an answer and is not part of it."""
+    temperature: Number = _field("temperature", allow_inf_nan=False)
+    top_p: Number = _field("top_p")
+    top_k: WholeNumber = _field("top_k")
+    min_p: Number = _field("min_p")
+    presence_penalty: Number = _field("presence_penalty")
+    frequency_penalty: Number = _field("frequency_penalty")
+    seed: WholeNumber | None = _field("seed")
+    stop: Annotated[list[StopText], BeforeValidator(wrap_text, StopText | list[StopText])] = _field("stop")
 
 
 class SamplingParams(CommonSampling):
     """All sampling parameters of an answer, with those that OpenAI's API has in another form."""
 
-    max_tokens: WholeNumber = Field(128, ge=1)
-    """Largest number of tokens of the answer."""
-    logit_bias: dict[Annotated[int, Field(ge=0)], Bias] = {}
-    """Amounts added to the logits of tokens, by token id."""
-    logprobs: LogprobCount | None = None
-    """Report log-probabilities of tokens, and this number of likeliest alternatives."""
+    max_tokens: WholeNumber = _field("max_tokens")
+    logit_bias: dict[Annotated[int, Field(ge=0)], Bias] = _field("logit_bias")
+    logprobs: LogprobCount | None = _field("logprobs")
 
     def for_answer(self, index: int) -> Self:
         """Return the parameters of answer `index` of a request, which has its own seed; answer 0 uses the request's."""

@@ -12,7 +12,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from mhmoe_ray.serving.answer import ModelDetails, ScoredText
 from mhmoe_ray.serving.detokenizer import format_token
 from mhmoe_ray.serving.sampling import (
-    MAX_TEMPERATURE,
     PLAIN_NUMBER,
     Bias,
     CommonSampling,
@@ -25,6 +24,7 @@ from mhmoe_ray.serving.sampling import (
     WholeNumber,
     wrap_text,
 )
+from mhmoe_ray.serving.sampling_fields import MAX_TEMPERATURE
 
 MAX_CHOICES = 128
 """Largest number of choices (answers) of one request: the number of prompts times `n`."""
