@@ -6,7 +6,7 @@ from statistics import median
 
 from mhmoe_ray.bench.checkpoints import CheckpointCase, CheckpointSeconds
 from mhmoe_ray.bench.timing import Hardware, measure_rounds
-from mhmoe_ray.cli.common import format_bytes, format_seconds
+from mhmoe_ray.cli.formats import format_bytes, format_seconds
 from mhmoe_ray.spec import RunSpec
 from tests.benchmarks.harness import Results
 

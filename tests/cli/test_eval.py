@@ -60,7 +60,7 @@ def test_stored_evaluation_is_shown_after_its_held_out_text_is_gone(tmp_path):
     save_evaluation(run, evaluation)
     assert request.prepared
     assert not Path(request.prepared).exists()
-    assert evaluate(run, None, EvaluationOptions())[0] == evaluation
+    assert evaluate(run, None, EvaluationOptions()) == evaluation
     with pytest.raises(DataError, match="prepared"):
         evaluate(run, None, EvaluationOptions(), recompute=True)
 

@@ -258,7 +258,7 @@ def test_command_prints_the_sample(cache, tmp_path):
     assert ["train", "validation", "test"] in rows
     assert ["scenes", "0", "0", "0"] in rows
     summary = json.loads(mhmoe(tmp_path, *args, "--json", **environment).out)
-    assert ["pictures", "by", "class", *(str(summary["pictures"][split]) for split in SPLITS)] in rows
+    assert ["images", "by", "class", *(str(summary["pictures"][split]) for split in SPLITS)] in rows
     assert summary["missing"]
 
 

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from mhmoe_ray.bench.timing import cpu_name, process_failure
-from mhmoe_ray.cli.common import format_bytes, format_seconds
+from mhmoe_ray.cli.formats import format_bytes, format_seconds
 from tests.benchmarks.dispatch.cases import DISPATCHES, NODES, expected_bytes, layer_models
 from tests.benchmarks.dispatch.link import INTERFACE, Namespace, slow_link
 from tests.benchmarks.harness import Results
