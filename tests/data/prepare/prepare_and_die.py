@@ -8,7 +8,7 @@ from multiprocessing import get_context
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
-from mhmoe_ray.data.prepare.job import PrepareRequest, main
+from mhmoe_ray.data.prepare.job import PrepareRequest
 from mhmoe_ray.data.prepare.work import shared_folder
 from tests.data.prepare.prepare_serially import run_tasks_serially, use_small_chunks
 
@@ -35,4 +35,4 @@ if __name__ == "__main__":
     ).start()
     # Wait until the other process watches the parts: its imports take longer than the job takes to write them.
     ready_event.wait()
-    main()
+    PrepareRequest.main()
