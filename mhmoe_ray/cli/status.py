@@ -57,11 +57,12 @@ def _fact_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
 
 
 def _quality_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
+    from mhmoe_ray.families import MODEL_FAMILIES
     from mhmoe_ray.runs.metrics import METRICS
 
     last_metrics, validation, baselines = run_state["last"], run_state["validation"], run_state["baselines"]
     # The loss of an encoder or a vision model is a sum over parts whose objectives have different units.
-    is_summed = run_state["model_kind"] in ("encoder", "vision")
+    is_summed = not MODEL_FAMILIES[run_state["model_kind"] or "decoder"].predicts_next_token
     rows: dict[str, str | None] = {}
     if last_metrics:
         curve = sparkline([line["loss"] for line in run_state["curve"]])
@@ -81,7 +82,7 @@ def _quality_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
             for name, loss in part_losses.items()
         )
     # A loss above these values shows that the model has not learned more than frequencies of tokens and of pairs.
-    if baselines and "bigram" in baselines and run_state["model_kind"] == "encoder":
+    if baselines and "bigram" in baselines and is_summed:
         rows["  to beat"] = f"{baselines['unigram_entropy']:.4f} unigram entropy of held-out texts"
     elif baselines and "bigram" in baselines:
         rows["  to beat"] = (

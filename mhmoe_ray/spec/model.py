@@ -265,10 +265,8 @@ class ModelSpec(Section):
 
     @property
     def kind(self) -> ModelKind:
-        """Kind of the model; the loss of an encoder or a vision model sums losses with different units."""
-        if self.encoder is not None:
-            return "encoder"
-        return "decoder" if self.vision is None else "vision"
+        """Kind of the model: the family whose section the spec has, and else a decoder."""
+        return next((kind for kind in MODEL_FAMILIES if getattr(self, kind, None) is not None), "decoder")
 
     @property
     def family(self) -> ModelFamily:
