@@ -336,7 +336,7 @@ def test_an_encoder_without_answers_is_refused_before_it_is_loaded(tmp_path, opt
 def test_an_encoder_is_refused_where_images_cannot_be_decoded(encoder, checkpoint, monkeypatch):
     run, _ = encoder
     monkeypatch.setattr(family, "find_spec", lambda module: None if module == "PIL" else find_spec(module))
-    with pytest.raises(ServeError, match=r"it needs the package pillow.*mhmoe-ray\[images\]"):
+    with pytest.raises(ServeError, match=r"it needs the package pillow.*mhmoe-ray\[pictures\]"):
         check_served(read_manifest(checkpoint), ServeSpec(), run)
 
 
