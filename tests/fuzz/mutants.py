@@ -1,0 +1,120 @@
+"""Mutants of files: small damages that accidents and attackers do to text, trees of values and bytes."""
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+BAD_VALUES: list[Any] = [
+    None, True, 0, -1, 1, 2**31, 2**63, 2**64, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", " ", "a\nb",
+    "\x1b]0;title\x07", "\x00", "\ud800", "x" * 100_000, "../../etc/passwd", "/dev/zero", "s3://", "hf:", "auto",
+    "1e9", [], {}, [[]], [None], {"a": None}, {"": ""}, ["a", "a"], [-1], [1e400],
+]  # fmt: skip
+"""Values of every type, at the edges of what a field may hold."""
+BAD_TEXTS = [
+    "2026-13-45", "!!int abc", "9" * 6000, "[" * 3000, "{a: " * 500, "&a [*a]", "<<: 1", "? [1]\n: 2", "!!python/name:os.system",
+    "\t", "---\n---\n", "%YAML 9.9", "\ufeff", "\x00", "\x1b[31m", "'", "*unknown", "0x", "1_000__0", "!!binary %%%", "=", "~",
+]  # fmt: skip
+"""Texts that parsers read in unexpected ways."""
+BAD_BYTES = [b"", b"\x00", b"\xff" * 8, b"\x80", b"\xed\xa0\x80", b"\x7f" * 8, b"PK\x03\x04", b"\x1f\x8b\x08\x00", b"{" * 5000]
+
+
+def mutated_file(path: Path, chooser: random.Random) -> None:
+    """Damage a file in place; now and then it becomes a folder, a pipe, a loop of links, or disappears."""
+    if chooser.random() < 0.02:
+        path.unlink()
+        chooser.choice([path.mkdir, lambda: os.mkfifo(path), lambda: path.symlink_to(path), lambda: None])()
+        return
+    content = path.read_bytes()
+    mutate = _TEXT_MUTATIONS.get(path.suffix, _mutated_bytes)
+    if chooser.random() < 0.2:
+        mutate = _mutated_bytes
+    path.write_bytes(mutate(content, chooser))
+
+
+def mutated_tree(tree: Any, chooser: random.Random) -> Any:
+    """Return a tree of JSON values with one value replaced, removed, added or moved."""
+    places = list(_places(tree))
+    if not places:
+        return chooser.choice(BAD_VALUES)
+    container, key = chooser.choice(places)
+    action = chooser.random()
+    if action < 0.75:
+        container[key] = chooser.choice(BAD_VALUES)
+    elif action < 0.85:
+        del container[key]
+    elif isinstance(container, dict):
+        container[str(chooser.choice(BAD_VALUES))] = container[key]
+    else:
+        container.append(container[chooser.randrange(len(container))])
+    return tree
+
+
+def _places(tree: Any) -> list[tuple[Any, Any]]:
+    """Return every place in a tree, as its container and its key there."""
+    items = list(tree.items()) if isinstance(tree, dict) else list(enumerate(tree)) if isinstance(tree, list) else []
+    return [place for key, value in items for place in [(tree, key), *_places(value)]]
+
+
+def _mutated_yaml(content: bytes, chooser: random.Random) -> bytes:
+    if chooser.random() < 0.6:
+        tree = mutated_tree(yaml.safe_load(content), chooser)
+        return yaml.safe_dump(tree, sort_keys=False).encode(errors="surrogatepass")
+    return _mutated_text(content, chooser)
+
+
+def _mutated_json(content: bytes, chooser: random.Random) -> bytes:
+    if chooser.random() < 0.7:
+        return json.dumps(mutated_tree(json.loads(content), chooser)).encode(errors="surrogatepass")
+    return _mutated_text(content, chooser)
+
+
+def _mutated_lines(content: bytes, chooser: random.Random) -> bytes:
+    """Return JSON lines with a damage in one line."""
+    lines = content.splitlines(keepends=True)
+    index = chooser.randrange(len(lines))
+    lines[index] = _mutated_json(lines[index], chooser) + b"\n"
+    return b"".join(lines)
+
+
+def _mutated_text(content: bytes, chooser: random.Random) -> bytes:
+    """Return text with a bad piece in place of a value, or between two characters."""
+    text = content.decode()
+    piece = chooser.choice(BAD_TEXTS)
+    ends = [i + 1 for i, character in enumerate(text) if character in ":,[ \n"] or [0]
+    start = chooser.choice(ends)
+    stop = start if chooser.random() < 0.5 else chooser.choice([end for end in ends if end >= start])
+    return (text[:start] + piece + text[stop:]).encode(errors="surrogatepass")
+
+
+def _mutated_bytes(content: bytes, chooser: random.Random) -> bytes:
+    """Return bytes that are cut, flipped, doubled or overwritten, mostly near the start, where headers are."""
+    damaged = bytearray(content)
+    for _ in range(chooser.choice([1, 1, 1, 2, 8])):
+        span = len(damaged) if chooser.random() < 0.4 else min(len(damaged), 200)
+        start = chooser.randrange(span + 1)
+        action = chooser.randrange(5)
+        if action == 0:
+            del damaged[start:]
+        elif action == 1 and start < len(damaged):
+            damaged[start] ^= 1 << chooser.randrange(8)
+        elif action == 2:
+            piece = chooser.choice(BAD_BYTES)
+            damaged[start : start + len(piece)] = piece
+        elif action == 3:
+            damaged[start:start] = damaged[start : start + chooser.randrange(64)]
+        else:
+            del damaged[start : start + chooser.randrange(16)]
+    return bytes(damaged)
+
+
+_TEXT_MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
+    ".yaml": _mutated_yaml,
+    ".json": _mutated_json,
+    ".jsonl": _mutated_lines,
+    ".jinja": _mutated_text,
+}
