@@ -20,7 +20,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mhmoe_ray.terminal import printable
+
 DOCTOR_EXIT_CODE = 11
+WORD_LENGTH, PART_LENGTH = 200, 1000
+"""Largest numbers of characters of a word other than a path, and of each part of a message."""
+
+
+def _shorten(part: str) -> str:
+    """Return a part of a message in one line, in which very long values are cut."""
+    words = (word if len(word) <= WORD_LENGTH or "/" in word else f"{word[:WORD_LENGTH]}..." for word in part.split())
+    line = " ".join(words)
+    return line if len(line) <= PART_LENGTH else f"{line[:PART_LENGTH]}..."
 
 
 class MhmoeError(Exception):
@@ -39,7 +50,8 @@ class MhmoeError(Exception):
         self.subject, self.reason, self.fix = subject, reason, fix
 
     def __str__(self) -> str:
-        return " ".join(f"{self.subject}: {self.reason}; {self.fix}".split())
+        parts = (_shorten(part) for part in (self.subject, self.reason, self.fix))
+        return printable("{}: {}; {}".format(*parts))
 
     def log(self) -> None:
         """Print the error as one line of the job's log, in the form that `logged` parses."""

@@ -7,12 +7,14 @@ parameters of the connection. A folder of an object store exists when it holds a
 `replace_file` and `copy_file` are atomic: a reader sees the complete old or the complete new file, even after a crash.
 """
 
+import errno
 import fnmatch
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -251,12 +253,33 @@ def report_write_errors(path: Location, next_step: str = "give the command again
         raise StorageError(f"storage {path}", f"it cannot be written: {e.strerror or e}", fix) from e
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder and its missing parents, so that they survive a crash of the machine."""
+    missing_folders = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing_folders:
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Wait until the names of a folder's files are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as e:
+        # Some file systems of networks cannot sync folders; they keep names on their servers.
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def replace_file(path: Location, data: bytes | memoryview) -> None:
-    """Write a file atomically, creating its folder; several processes may write the same file at the same time."""
+    """Write a file atomically and durably, creating its folder; several processes may write it at the same time."""
     if isinstance(path, ObjectPath):
         path.write_bytes(data)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL_SUFFIX}")
     try:
         with partial.open("wb") as f:
@@ -264,6 +287,7 @@ def replace_file(path: Location, data: bytes | memoryview) -> None:
             f.flush()
             os.fsync(f.fileno())
         partial.replace(path)
+        _sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -290,11 +314,20 @@ def create_file(path: Location) -> Iterator[BinaryIO]:
 
     When the context ends, the data is on the disk or in the object store.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not isinstance(path, ObjectPath):
+        make_folder(path.parent)
     with path.open("xb", buffering=0) as f:
         yield f
         if not isinstance(path, ObjectPath):
             os.fsync(f.fileno())
+            _sync_folder(path.parent)
+
+
+def read_file(path: Location) -> bytes:
+    """Return the content of a file. A folder, pipe or device is an OSError, because reading a pipe may never end."""
+    if isinstance(path, Path) and not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return path.read_bytes()
 
 
 def copy_file(source: Location, target: Location) -> None:

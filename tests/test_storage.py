@@ -1,6 +1,8 @@
 """Tests of storage locations: paths on an object store have the methods of local paths, with the same results."""
 
 import json
+import os
+from pathlib import Path
 
 import pyarrow.fs
 import pytest
@@ -134,3 +136,18 @@ def test_one_entry_adds_a_store_for_runs_and_raw_files(monkeypatch):
     memory.pipe("/bucket/raw/a.jsonl", b"{}\n")
     [listed_file] = Storage("toy://bucket/raw/*.jsonl").list_files().files
     assert Storage("toy://bucket/raw").open(listed_file.path).read() == b"{}\n"
+
+
+def test_files_and_their_names_are_on_the_disk_before_a_write_ends(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append(str(Path(f"/proc/self/fd/{fd}").readlink())) or fsync(fd))
+    monkeypatch.setattr(Path, "replace", lambda self, target: calls.append("replace") or replace(self, target))
+    replace_file(tmp_path / "a" / "b" / "file", b"content")
+    folders = [str(tmp_path / "a"), str(tmp_path)]
+    assert calls[:2] == folders
+    assert calls[2].startswith(str(tmp_path / "a" / "b" / ".file."))
+    assert calls[3:] == ["replace", str(tmp_path / "a" / "b")]
+    calls.clear()
+    with create_file(tmp_path / "c" / "file") as file:
+        file.write(b"content")
+    assert calls == [str(tmp_path), str(tmp_path / "c" / "file"), str(tmp_path / "c")]

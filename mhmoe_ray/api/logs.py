@@ -45,11 +45,6 @@ def log_lines(
         return stored_lines if rank is None else _worker_lines(stored_lines, _worker_entry(run, rank)["pid"])
 
 
-def without_colours(lines: Iterator[str]) -> Iterator[str]:
-    """Yield lines of a log without the terminal codes that colour them."""
-    return (re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines)
-
-
 def _worker_log(run: RunDir, connection: Connection, rank: int, follow: bool, on_note: OnNote) -> Iterator[str]:
     """Return the lines of one worker and, with `follow`, of those that replace it, whose processes `on_note` gets."""
     worker = _worker_entry(run, rank)

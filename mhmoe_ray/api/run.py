@@ -12,7 +12,7 @@ from mhmoe_ray.api.checkpoints import Checkpoint, CheckpointName, list_checkpoin
 from mhmoe_ray.api.connection import check_training
 from mhmoe_ray.api.defaults import OnNote, Prior, default_storage, ignore_note
 from mhmoe_ray.api.evaluation import EvaluationOptions, Texts, evaluate
-from mhmoe_ray.api.logs import log_lines, without_colours
+from mhmoe_ray.api.logs import log_lines
 from mhmoe_ray.api.spec import Overrides, override_list, require_spec
 from mhmoe_ray.api.trust import require_submitted_settings
 from mhmoe_ray.checkpoint.huggingface.config import ExportResult
@@ -25,6 +25,7 @@ from mhmoe_ray.runs import events, history
 from mhmoe_ray.runs.directory import RunDir, last_attempt
 from mhmoe_ray.spec import RunSpec, apply_overrides, load_resolved_spec, parse_overrides, validate_section
 from mhmoe_ray.storage import Location, location
+from mhmoe_ray.terminal import without_colours
 
 
 def submit(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_note) -> "Run":
@@ -166,7 +167,7 @@ class Run:
             ClusterError, JobError: the lines are neither on the cluster nor in the run directory.
             TokenError: the cluster asks for another token.
         """
-        return without_colours(log_lines(self._existing_directory, rank, follow=follow, on_note=on_note))
+        return map(without_colours, log_lines(self._existing_directory, rank, follow=follow, on_note=on_note))
 
     def wait(
         self,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mhmoe_ray.model.held import local_shard, shard_offset
+from mhmoe_ray.parsing import parse_object
 from mhmoe_ray.storage import FileEntry, Location
 
 SUFFIX = ".safetensors"
@@ -113,17 +114,21 @@ def stored_slices(file: Location) -> dict[str, StoredSlice]:
         # a huge number, and reading so many bytes would fail.
         if length > file.stat().st_size:
             raise ValueError("it is no safetensors file")
-        header = json.loads(f.read(length))
-    offsets = json.loads(header.pop("__metadata__", {}).get(_OFFSETS_KEY, "{}"))
-    slices = {}
+        header = parse_object(f.read(length))
+    try:
+        return dict(_slices(file, header, 8 + length))
+    except (LookupError, TypeError, AttributeError) as e:
+        raise ValueError("its header is damaged") from e
+
+
+def _slices(file: Location, header: dict[str, Any], data_start: int) -> Iterator[tuple[str, StoredSlice]]:
+    offsets = parse_object(header.pop("__metadata__", {}).get(_OFFSETS_KEY, "{}"))
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"{name} is of dtype {entry['dtype']}")
         shape = tuple(entry["shape"]) or (1,)
         offset = tuple(offsets[name]["saved_offsets"] if name in offsets else ()) or (0,) * len(shape)
-        start = 8 + length + entry["data_offsets"][0]
-        slices[name] = StoredSlice(file, start, DTYPES[entry["dtype"]], shape, offset)
-    return slices
+        yield name, StoredSlice(file, data_start + entry["data_offsets"][0], DTYPES[entry["dtype"]], shape, offset)
 
 
 class Readable(Protocol):

@@ -23,7 +23,6 @@ A directory is never written twice: readers take every *.safetensors in it, so f
 a mix. For the same reason a directory must hold exactly the files of the manifest.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -31,9 +30,10 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.parsing import parse_json
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import ModelSpec
-from mhmoe_ray.storage import Describe, FileEntry, Location, describe_files, write_json
+from mhmoe_ray.storage import Describe, FileEntry, Location, describe_files, read_file, write_json
 
 MANIFEST = "manifest.json"
 PARTS = ("weights", "optim")
@@ -107,7 +107,7 @@ def commit(checkpoint: Location, manifest: CheckpointManifest) -> None:
 def stored_manifest(checkpoint: Location) -> CheckpointManifest:
     """Return a checkpoint's manifest without verifying files; CheckpointError if it is uncommitted or damaged."""
     try:
-        return CheckpointManifest.model_validate(json.loads((checkpoint / MANIFEST).read_text()))
+        return CheckpointManifest.model_validate(parse_json(read_file(checkpoint / MANIFEST)))
     except OSError as e:
         raise CheckpointError(f"checkpoint {checkpoint}", f"it has no readable {MANIFEST}", _FIX) from e
     except (ValueError, ValidationError) as e:

@@ -21,6 +21,7 @@ from mhmoe_ray.cli.options import (
 )
 from mhmoe_ray.cli.output import print_json, print_note
 from mhmoe_ray.serving.sampling_fields import MAX_LOGPROBS, MAX_TEMPERATURE, SAMPLING_FIELDS
+from mhmoe_ray.terminal import printable
 
 if TYPE_CHECKING:
     from mhmoe_ray.serving.sampling import SamplingParams
@@ -229,7 +230,7 @@ def _answer_prompt(
         for piece in model.stream(text, **sampling.model_dump()):
             pieces.append(piece)
             if not json:
-                print(piece.text, end="", flush=True)
+                print(printable(piece.text) if sys.stdout.isatty() else piece.text, end="", flush=True)
     if json:
         print_json(
             {

@@ -86,16 +86,16 @@ def logs(
 
     For example `mhmoe logs --rank 3 --since 10m --grep Error`.
     """
-    from mhmoe_ray.api.logs import log_lines, without_colours
+    from mhmoe_ray.api.logs import log_lines
     from mhmoe_ray.runs.directory import find_run, last_attempt
+    from mhmoe_ray.terminal import printable_colours, without_colours
 
     start_time, pattern = parse_time(start_text) if start_text else None, compile_pattern(grep) if grep else None
     run_dir = find_run(run, storage, with_job=True)
     job = last_attempt(run_dir).job
     lines = log_lines(run_dir, rank, follow=follow, on_note=print_note)
-    # Without a terminal the output cannot show colours.
-    if json or not sys.stdout.isatty():
-        lines = without_colours(lines)
+    # Without a terminal the output cannot show colours. With one, colours are the only codes that reach it.
+    lines = map(without_colours if json or not sys.stdout.isatty() else printable_colours, lines)
     selected_lines = filter_lines(lines, start_time, pattern)
     if json:
         print_json({"job": job, "rank": rank, "lines": list(selected_lines)})

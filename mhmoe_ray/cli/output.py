@@ -8,17 +8,31 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
+
+from mhmoe_ray.terminal import printable
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.remote import SubmittedJob
 
 
-# Markup and emoji are off, because paths and texts may hold brackets and colons that rich would interpret.
-out = Console(highlight=False, markup=False, emoji=False)
+class SafeConsole(Console):
+    """Console on which texts of others cannot control the terminal."""
+
+    def __init__(self, **settings: Any) -> None:
+        # Markup and emoji are off, because paths and texts may hold brackets and colons that rich would interpret.
+        super().__init__(highlight=False, markup=False, emoji=False, **settings)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
+out = SafeConsole()
 """Console for results, which writes to stdout."""
-note = Console(stderr=True, highlight=False, markup=False, emoji=False)
+note = SafeConsole(stderr=True)
 """Console for progress and remarks. It writes to stderr, so that results can be piped."""
 
 
@@ -105,4 +119,4 @@ def print_untruncated(table: Table) -> None:
     """Print a table without truncating its cells: lines wider than the terminal wrap."""
     # Rich measures at most the width of the console, unless a larger limit is given.
     table_width = out.measure(table, options=out.options.update(max_width=100_000)).maximum
-    Console(file=out.file, width=max(out.width, table_width), highlight=False, markup=False, emoji=False).print(table)
+    SafeConsole(file=out.file, width=max(out.width, table_width)).print(table)

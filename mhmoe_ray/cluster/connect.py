@@ -3,7 +3,6 @@
 The file `clusters.json` in the state folder (tokens.py) has the names and the paths of token files, but no token.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Collection
@@ -16,6 +15,8 @@ from mhmoe_ray.cluster.local import find_local, recorded_address, start_local
 from mhmoe_ray.cluster.spawn import LocalCluster
 from mhmoe_ray.cluster.tokens import Token, state_folder, state_lock, write_state
 from mhmoe_ray.errors import ClusterError, TokenError
+from mhmoe_ray.parsing import parse_object
+from mhmoe_ray.storage import read_file
 
 FILE = "clusters.json"
 LOCAL = "local"
@@ -49,10 +50,10 @@ def read_named_clusters() -> NamedClusters:
     if not path.exists():
         return NamedClusters(LOCAL, {})
     try:
-        stored = json.loads(path.read_text())
+        stored = parse_object(read_file(path))
         by_name = {name: NamedCluster(**fields) for name, fields in stored["known"].items()}
         return NamedClusters(stored["current"], by_name)
-    except (ValueError, TypeError, KeyError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise ClusterError(f"file {path}", "it is damaged", "remove it, then `mhmoe cluster use` again") from e
 
 

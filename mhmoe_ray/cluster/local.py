@@ -4,7 +4,6 @@ Only its owner can use it: it has a token, it listens on loopback only, and its 
 It uses none of Ray's default ports, so several local clusters, of several users or state folders, can run side by side.
 """
 
-import json
 import os
 import re
 import shutil
@@ -12,12 +11,13 @@ import socket
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from mhmoe_ray.cluster import dashboard, spawn, tokens
 from mhmoe_ray.cluster.spawn import LocalCluster, spawn_ray
 from mhmoe_ray.cluster.tokens import state_folder, state_lock, write_state
 from mhmoe_ray.errors import ClusterError, TokenError
+from mhmoe_ray.parsing import parse_object
+from mhmoe_ray.storage import read_file
 
 RECORD = "cluster.json"
 """Name of the file in the state folder that records the local cluster."""
@@ -157,7 +157,7 @@ def _write(cluster: LocalCluster) -> None:
 
 def _read() -> LocalCluster | None:
     try:
-        record: dict[str, Any] = json.loads((state_folder() / RECORD).read_text())
+        record = parse_object(read_file(state_folder() / RECORD))
         return LocalCluster(**(record | {"folder": Path(record["folder"])}))
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 from mhmoe_ray.cluster.tokens import state_folder, state_lock, write_state
 from mhmoe_ray.errors import ClusterError
+from mhmoe_ray.parsing import ParseError, parse_object
 from mhmoe_ray.spec import DeploySpec, RunSpec
+from mhmoe_ray.storage import read_file
 
 FILE = "submissions.json"
 ENVIRONMENT_KEY = "cluster.runtime_env"
@@ -64,8 +66,8 @@ Part = Literal["settings", "addresses"]
 def _read(part: Part) -> list[str]:
     path = state_folder() / FILE
     try:
-        return [str(item) for item in json.loads(path.read_text()).get(part, [])] if path.exists() else []
-    except (ValueError, TypeError, AttributeError) as e:
+        return [str(item) for item in parse_object(read_file(path)).get(part, [])] if path.exists() else []
+    except (ParseError, TypeError) as e:
         raise ClusterError(
             f"file {path}", "it is damaged", "remove it; later submissions record themselves again"
         ) from e

@@ -4,12 +4,13 @@ import hashlib
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
+from mhmoe_ray.errors import RunError
 from mhmoe_ray.evaluate.score import EncoderFigures, FamilyFigures, Score, VisionFigures
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import DataSpec
-from mhmoe_ray.storage import Location, location, write_json
+from mhmoe_ray.storage import Location, location, read_file, write_json
 
 
 class RoutingCounts(BaseModel):
@@ -158,12 +159,22 @@ def save_evaluation(run: RunDir, evaluation: Evaluation) -> Location:
 def load_evaluation(run: RunDir, request: EvalRequest) -> Evaluation | None:
     """Return the stored result of a request, if any."""
     path = run.evaluations / f"{request.key}.json"
-    return Evaluation.model_validate_json(path.read_text()) if path.exists() else None
+    return _read_evaluation(path) if path.exists() else None
 
 
 def load_evaluations(run: RunDir) -> list[Evaluation]:
     """Return all evaluations of a run, sorted by training step, then by file name."""
     if not run.evaluations.exists():
         return []
-    evaluations = [Evaluation.model_validate_json(p.read_text()) for p in run.evaluations.glob("*.json")]
+    evaluations = [_read_evaluation(path) for path in run.evaluations.glob("*.json")]
     return sorted(evaluations, key=lambda e: (e.step, e.request.key))
+
+
+def _read_evaluation(path: Location) -> Evaluation:
+    """Return a stored evaluation; a damaged one is a RunError."""
+    try:
+        return Evaluation.model_validate_json(read_file(path))
+    except (OSError, ValidationError) as e:
+        raise RunError(
+            f"evaluation {path}", "it cannot be read, or is damaged", "remove it, then evaluate again"
+        ) from e

@@ -1,6 +1,5 @@
 """Metrics of a run, and its routes to experts, in the form that plots and tables need."""
 
-import json
 import math
 import statistics
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import BaseModel, ValidationError
 
 from mhmoe_ray.errors import RunError
 from mhmoe_ray.evaluate import activation
@@ -16,6 +16,7 @@ from mhmoe_ray.planner.sizes import Sizes, compute_sizes, flops_per_token
 from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.storage import read_file
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,13 @@ class RunFigures:
         return tokens * flops_per_token(spec.model, spec.attention_length, spec.samples_per_token).training
 
 
+class _RouteRecord(BaseModel):
+    """Counts of routes that training stores beside a checkpoint."""
+
+    step: int
+    routes_per_layer_and_expert: list[list[int]]
+
+
 class RouteSummary(NamedTuple):
     """Summary of the routes of a run; fields that only an evaluation of routing gives are None without one."""
 
@@ -158,11 +166,15 @@ def read_routes(figures: RunFigures) -> RouteSummary | None:
     count_files = sorted(path.name for path in run.routing.glob("*.json")) if run.routing.exists() else []
     if not count_files:
         return None
-    record = json.loads((run.routing / count_files[-1]).read_text())
-    counts = record["routes_per_layer_and_expert"]
+    try:
+        record = _RouteRecord.model_validate_json(read_file(run.routing / count_files[-1]))
+    except (OSError, ValidationError) as e:
+        subject = f"counts of routes {run.routing / count_files[-1]}"
+        raise RunError(subject, "they cannot be read, or are damaged", "remove that file") from e
+    counts = record.routes_per_layer_and_expert
     if not counts:
         return None
-    source = f"training samples up to step {record['step']:,}"
+    source = f"training samples up to step {record.step:,}"
     return RouteSummary(
         activation.expert_loads(counts), source, None, activation.relative_activated_shares(counts), None, None
     )

@@ -1,6 +1,5 @@
 """Run directory: its paths, functions that create and find runs, and the attempts that run.json records."""
 
-import json
 import os
 import secrets
 import sys
@@ -11,9 +10,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from mhmoe_ray.errors import RunError, SpecError, StorageError
+from mhmoe_ray.parsing import ParseError, parse_object
 from mhmoe_ray.spec import RunSpec, dump_spec, load_resolved_spec
-from mhmoe_ray.storage import Location, location, remove_tree, replace_file, report_write_errors, write_json
+from mhmoe_ray.storage import Location, location, read_file, remove_tree, replace_file, report_write_errors, write_json
 
 CHAT_TEMPLATE = "chat_template.jinja"
 
@@ -71,7 +73,7 @@ class RunDir:
     def is_imported(self) -> bool:
         """True if the run has no spec, attempts or metrics, because it was imported; RunError if it was removed."""
         try:
-            return "imported" in json.loads(self.attempts_file.read_text())
+            return "imported" in self.stored_state()
         except FileNotFoundError as e:
             raise self._removed_error() from e
 
@@ -151,12 +153,25 @@ class RunDir:
     def creation_time(self) -> float:
         """Return the time of the first attempt or the import, in seconds since the epoch; RunError without one."""
         try:
-            state = json.loads(self.attempts_file.read_text())
+            state = self.stored_state()
             return float(state["imported"] if "imported" in state else state["attempts"][0]["submitted"])
-        except (ValueError, LookupError, TypeError, FileNotFoundError, PermissionError) as e:
-            cause = e.strerror if isinstance(e, OSError) else "it is damaged, or written by another program"
-            reason = f"its {self.attempts_file.name} cannot be read ({cause})"
-            raise RunError(f"run {self.id}", reason, f"repair that file, or remove the folder {self.path}") from e
+        except (ValueError, LookupError, TypeError, OverflowError, FileNotFoundError) as e:
+            raise self.damage_error(e) from e
+
+    def stored_state(self) -> dict[str, Any]:
+        """Return the content of run.json; FileNotFoundError without one, RunError if it is unreadable or damaged."""
+        try:
+            return parse_object(read_file(self.attempts_file))
+        except FileNotFoundError:
+            raise
+        except (OSError, ParseError) as e:
+            raise self.damage_error(e) from e
+
+    def damage_error(self, error: Exception) -> RunError:
+        """Return the error about a run.json that cannot be read, or whose content is not that of a run."""
+        cause = error.strerror if isinstance(error, OSError) else "it is damaged, or written by another program"
+        reason = f"its {self.attempts_file.name} cannot be read ({cause})"
+        return RunError(f"run {self.id}", reason, f"repair that file, or remove the folder {self.path}")
 
 
 def create_run(spec: RunSpec) -> RunDir:
@@ -256,11 +271,17 @@ class Attempt:
     """Time in seconds since the epoch."""
 
 
+_ATTEMPTS = TypeAdapter(list[Attempt])
+
+
 def read_attempts(run: RunDir) -> list[Attempt]:
     """Return all attempts of a run, oldest first; none if it was not submitted yet or was imported."""
     if not run.attempts_file.exists():
         return []
-    return [Attempt(**a) for a in json.loads(run.attempts_file.read_text())["attempts"]]
+    try:
+        return _ATTEMPTS.validate_python(run.stored_state()["attempts"])
+    except (ValidationError, KeyError) as e:
+        raise run.damage_error(e) from e
 
 
 def last_attempt(run: RunDir) -> Attempt:

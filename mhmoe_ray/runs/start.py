@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
+from mhmoe_ray.errors import RunError
 from mhmoe_ray.runs.directory import RunDir, report_read_errors
-from mhmoe_ray.storage import report_write_errors, write_json
+from mhmoe_ray.storage import read_file, report_write_errors, write_json
 
 
 class Ancestor(BaseModel):
@@ -55,7 +56,11 @@ def read_start(run: RunDir) -> StartRecord | None:
     with report_read_errors(run.start_file):
         if not run.start_file.exists():
             return None
-        return StartRecord.model_validate_json(run.start_file.read_text())
+        try:
+            return StartRecord.model_validate_json(read_file(run.start_file))
+        except ValidationError as e:
+            fix = "restore that file, or remove it"
+            raise RunError(f"run {run.id}", f"its {run.start_file.name} is damaged", fix) from e
 
 
 def write_start(run: RunDir, record: StartRecord) -> None:

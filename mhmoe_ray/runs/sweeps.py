@@ -9,17 +9,17 @@ An entry is a run that the sweep file describes: a variant with one seed. Comman
 several machines, so each writes its own order once, and the names of the orders alone determine which order counts.
 """
 
-import json
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from mhmoe_ray.errors import RunError, StorageError
+from mhmoe_ray.parsing import parse_json
 from mhmoe_ray.runs.directory import PathOf, RunDir, report_read_errors
 from mhmoe_ray.spec import SweepRun
-from mhmoe_ray.storage import Location, report_write_errors, write_json
+from mhmoe_ray.storage import Location, read_file, report_write_errors, write_json
 
 
 class SweepOrder(BaseModel):
@@ -46,6 +46,9 @@ class SweepOrder(BaseModel):
     @property
     def wanted_entries(self) -> list[SweepRun]:
         return [entry for entry in self.entries if entry.name in set(self.wanted)]
+
+
+_RUN_IDS = TypeAdapter(dict[str, str])
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,9 @@ class SweepDir:
         """Return an order; one that is damaged, or of another version, is a RunError."""
         path = self.orders_folder / f"{name}.json"
         with report_read_errors(path):
-            text = path.read_text()
+            content = read_file(path)
         try:
-            return SweepOrder.model_validate_json(text)
+            return SweepOrder.model_validate_json(content)
         except ValidationError as e:
             subject = f"sweep {self.name}, order {name}"
             fix = "repeat the sweep's command, or use the version that wrote the order"
@@ -123,7 +126,11 @@ class SweepDir:
         with report_read_errors(self.runs_file):
             if not self.runs_file.exists():
                 return {}
-            run_ids: dict[str, str] = json.loads(self.runs_file.read_text())
+            try:
+                run_ids = _RUN_IDS.validate_python(parse_json(read_file(self.runs_file)))
+            except ValueError as e:
+                fix = f"repair it, or remove it, which starts all runs again: {self.runs_file}"
+                raise RunError(f"sweep {self.name}", f"its {self.runs_file.name} is damaged", fix) from e
             runs = {entry: RunDir(self.path.parent.parent / run) for entry, run in run_ids.items()}
             return {entry: run for entry, run in runs.items() if run.spec_file.exists()}
 

@@ -12,13 +12,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mhmoe_ray.errors import SpecError
+from mhmoe_ray.parsing import ParseError, parse_yaml
 from mhmoe_ray.spec.base import section_keys
 from mhmoe_ray.spec.hints import key_hint
 from mhmoe_ray.spec.run import RunSpec
 from mhmoe_ray.spec.serve import DeploySpec
 from mhmoe_ray.spec.site import SiteSpec
 from mhmoe_ray.spec.sweep import SweepSpec
-from mhmoe_ray.storage import Location
+from mhmoe_ray.storage import Location, read_file
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -48,16 +49,14 @@ def load_resolved_spec(path: Location, overrides: Sequence[str] = ()) -> RunSpec
 def read_tree(path: Location, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read the mapping in a YAML file and apply overrides; keys and values are not checked."""
     try:
-        text = path.read_bytes().decode()
+        text = read_file(path).decode()
     except (OSError, UnicodeDecodeError) as e:
         reason = getattr(e, "strerror", None) or "it is not UTF-8 text"
         raise SpecError(f"spec {path}", str(reason), "give the path of a YAML spec such as jobs/quickstart.yaml") from e
     try:
-        tree = yaml.load(text, _Loader)
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        position = f"line {mark.line + 1}: " if mark else ""
-        raise SpecError(f"spec {path}", f"{position}{getattr(e, 'problem', None) or e}", "correct the YAML") from e
+        tree = parse_yaml(text, _Loader)
+    except ParseError as e:
+        raise SpecError(f"spec {path}", str(e), "correct the YAML") from e
     if not isinstance(tree, dict):
         raise SpecError(f"spec {path}", "it is not a mapping", "start from jobs/quickstart.yaml")
     return apply_overrides(tree, overrides)
@@ -126,8 +125,8 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
         if not equals or not all(key.split(".")):
             raise SpecError(f"override {override!r}", "it is not key=value", "write for example train.steps=50")
         try:
-            parsed.append((key.split("."), yaml.safe_load(value)))
-        except yaml.YAMLError as e:
+            parsed.append((key.split("."), parse_yaml(value)))
+        except ParseError as e:
             raise SpecError(f"override {override!r}", "the value is not YAML", "quote it as YAML needs") from e
     return parsed
 

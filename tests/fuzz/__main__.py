@@ -24,10 +24,13 @@ def main() -> None:
         make_project(project)
         for name in options.kinds or KINDS:
             figures = fuzz(KINDS[name], project, workspace, range(options.first, options.first + options.mutants))
-            print(f"{name}: {figures.refused} of {figures.mutants} refused, {figures.longest:.2f} s at most, "
-                  f"{len(figures.findings)} findings", flush=True)
+            print(
+                f"{name}: {figures.refused} of {figures.mutants} refused, {figures.longest:.2f} s at most, "
+                f"{len(figures.findings)} findings",
+                flush=True,
+            )
             for finding in figures.findings:
-                print(f"--- {name} {finding.seed} {finding.file}\n{finding.failure[-options.show:]}", flush=True)
+                print(f"--- {name} {finding.seed} {finding.file}\n{finding.failure[-options.show :]}", flush=True)
 
 
 if __name__ == "__main__":

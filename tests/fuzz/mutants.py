@@ -16,11 +16,22 @@ BAD_VALUES: list[Any] = [
 ]  # fmt: skip
 """Values of every type, at the edges of what a field may hold."""
 BAD_TEXTS = [
-    "2026-13-45", "!!int abc", "9" * 6000, "[" * 3000, "{a: " * 500, "&a [*a]", "<<: 1", "? [1]\n: 2", "!!python/name:os.system",
-    "\t", "---\n---\n", "%YAML 9.9", "\ufeff", "\x00", "\x1b[31m", "'", "*unknown", "0x", "1_000__0", "!!binary %%%", "=", "~",
+    "2026-13-45", "!!int abc", "9" * 6000, "[" * 3000, "{a: " * 500, "&a [*a]", "<<: 1", "? [1]\n: 2", "\t", "=", "~",
+    "!!python/name:os.system", "---\n---\n", "%YAML 9.9", "\ufeff", "\x00", "\x1b[31m", "'", "*unknown", "0x", "1_000__0",
+    "!!binary %%%",
 ]  # fmt: skip
 """Texts that parsers read in unexpected ways."""
-BAD_BYTES = [b"", b"\x00", b"\xff" * 8, b"\x80", b"\xed\xa0\x80", b"\x7f" * 8, b"PK\x03\x04", b"\x1f\x8b\x08\x00", b"{" * 5000]
+BAD_BYTES = [
+    b"",
+    b"\x00",
+    b"\xff" * 8,
+    b"\x80",
+    b"\xed\xa0\x80",
+    b"\x7f" * 8,
+    b"PK\x03\x04",
+    b"\x1f\x8b\x08\x00",
+    b"{" * 5000,
+]
 
 
 def mutated_file(path: Path, chooser: random.Random) -> None:

@@ -9,7 +9,6 @@ from it keeps the settings of its training:
 Other tools ignore the section. If it describes another model than the keys, the folder is refused.
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,9 @@ from pydantic import BaseModel, PositiveInt, ValidationError
 
 from mhmoe_ray.checkpoint.huggingface.adapters import ADAPTERS, choose_adapter, computed_function
 from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.parsing import ParseError, parse_object
 from mhmoe_ray.spec import ModelSpec
+from mhmoe_ray.storage import read_file
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SECTION = "mhmoe"
@@ -75,14 +76,14 @@ def read_config(folder: Path, seq_len: int | None) -> tuple[str, MhmoeSection]:
     """
     subject = f"folder {folder}"
     try:
-        fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        fields = parse_object(read_file(folder / CONFIG))
         model_type = fields.get("model_type")
     except OSError as e:
         reason = f"its {CONFIG} cannot be read ({e.strerror})"
         raise CheckpointError(subject, reason, "name the folder of a model, as `mhmoe ckpt export` writes it") from e
-    except (ValueError, AttributeError) as e:
+    except ParseError as e:
         raise CheckpointError(subject, f"its {CONFIG} is damaged", "get the folder again") from e
-    if model_type not in ADAPTERS:
+    if not isinstance(model_type, str) or model_type not in ADAPTERS:
         reason = f"its model_type is {model_type}"
         raise CheckpointError(subject, reason, f"import one of {', '.join(ADAPTERS)}")
     try:
@@ -133,7 +134,7 @@ def read_end_tokens(folder: Path, token_count: int) -> set[int]:
     subject, end_tokens = f"folder {folder}", set[int]()
     for file in (folder / CONFIG, folder / GENERATION):
         try:
-            token_ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            token_ids = parse_object(read_file(file)).get("eos_token_id")
         except FileNotFoundError:
             continue
         except (OSError, ValueError, AttributeError) as e:

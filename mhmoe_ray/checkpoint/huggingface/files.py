@@ -1,6 +1,5 @@
 """Safetensors files in Hugging Face's layout, read tensor by tensor and written one group of tensors at a time."""
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,6 +12,8 @@ from torch import Tensor
 
 from mhmoe_ray.checkpoint.format import DTYPES
 from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.parsing import ParseError, parse_object
+from mhmoe_ray.storage import read_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -107,10 +108,10 @@ def _file_names(folder: Path) -> list[str]:
         return [SINGLE]
     if (folder / INDEX).is_file():
         try:
-            names = sorted({str(name) for name in json.loads((folder / INDEX).read_text())["weight_map"].values()})
+            names = sorted({str(name) for name in parse_object(read_file(folder / INDEX))["weight_map"].values()})
         except OSError as e:
             raise CheckpointError(subject, f"its {INDEX} cannot be read ({e.strerror})", "make it readable") from e
-        except (ValueError, KeyError, AttributeError, TypeError) as e:
+        except (ParseError, KeyError, AttributeError) as e:
             raise CheckpointError(subject, f"its {INDEX} is damaged", "get the folder again") from e
         if any(Path(name).name != name for name in names):
             raise CheckpointError(subject, f"its {INDEX} names files outside of it", "get the folder again")

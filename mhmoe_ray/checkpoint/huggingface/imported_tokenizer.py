@@ -1,6 +1,5 @@
 """Tokenizer and chat template of a folder in Hugging Face's layout, for imports and for runs that start from one."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +15,9 @@ from mhmoe_ray.checkpoint.huggingface.tokenizer import (
 from mhmoe_ray.data.tokenizer import BEGIN_TOKEN, added_start_token, boundaries, find_boundaries, token_count
 from mhmoe_ray.data.tokenizer.load import check_tokenizer, read_tokenizer
 from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.parsing import ParseError, parse_object
 from mhmoe_ray.runs.directory import CHAT_TEMPLATE
-from mhmoe_ray.storage import describe_file
+from mhmoe_ray.storage import describe_file, read_file
 
 
 class ImportedTokenizer(NamedTuple):
@@ -70,12 +70,9 @@ def _read_settings(source: Path) -> dict[str, Any]:
     """Return the content of a folder's tokenizer_config.json, if there is one; CheckpointError if it cannot be read."""
     file = source / TOKENIZER_CONFIG
     try:
-        settings = json.loads(file.read_text()) if file.exists() else {}
-        if not isinstance(settings, dict):
-            raise ValueError("it is no object")
-    except (OSError, ValueError) as e:
+        return parse_object(read_file(file)) if file.exists() else {}
+    except (OSError, ParseError) as e:
         raise CheckpointError(f"folder {source}", f"{file.name} cannot be read ({e})", "get the folder again") from e
-    return settings
 
 
 def read_chat_template(source: Path) -> str | None:

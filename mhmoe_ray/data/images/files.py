@@ -28,8 +28,8 @@ MAX_SCANS = 100
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 """TIFF tags with the width and the height of tiles in pixels."""
 _ORIENTATION = 0x0112
-_FIRST_SIDE_ORIENTATION = 5
-"""Smallest EXIF orientation, up to 8, of an image on its side."""
+_SIDE_ORIENTATIONS = (5, 6, 7, 8)
+"""EXIF orientations of an image on its side."""
 
 
 class ImageError(Exception):
@@ -137,7 +137,8 @@ def image_size(content: bytes) -> tuple[int, int]:
     """Return width and height of the decoded image in pixels, from its file's header."""
     with _open_image(content) as image:
         width, height = image.size
-        is_on_side = image.getexif().get(_ORIENTATION, 1) >= _FIRST_SIDE_ORIENTATION
+        # The tag may have any type. As in `ImageOps.exif_transpose`, other values than these change nothing.
+        is_on_side = image.getexif().get(_ORIENTATION) in _SIDE_ORIENTATIONS
         return (height, width) if is_on_side else (width, height)
 
 

@@ -14,10 +14,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, SerializerFunctionWrapHandler, TypeAdapter, ValidationError, model_serializer
 
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.storage import Location, describe_file
+from mhmoe_ray.parsing import parse_json
+from mhmoe_ray.storage import Location, describe_file, read_file
 
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -172,10 +173,10 @@ class DataManifest(_KindAware):
 def read_classes(file: Location) -> dict[str, list[str]]:
     """Return each task's class names by number; an unreadable file is a DataError."""
     try:
-        classes: dict[str, list[str]] = json.loads(file.read_bytes())
+        return TypeAdapter(dict[str, list[str]]).validate_python(parse_json(read_file(file)))
     except (OSError, ValueError) as e:
-        raise DataError(f"names of classes {file}", str(e), "prepare the data again, or restore the run") from e
-    return classes
+        reason = "it is damaged" if isinstance(e, ValidationError) else str(e)
+        raise DataError(f"names of classes {file}", reason, "prepare the data again, or restore the run") from e
 
 
 def read_data_manifest(folder: Path) -> DataManifest | None:
@@ -187,14 +188,14 @@ def read_data_manifest(folder: Path) -> DataManifest | None:
     try:
         if not folder.exists():
             return None
-        content = (folder / "manifest.json").read_bytes()
+        content = read_file(folder / "manifest.json")
     except FileNotFoundError as e:
         raise DataError(subject, "it has no manifest.json", fix) from e
     except OSError as e:
         reason = f"its manifest.json cannot be read ({e.strerror or e})"
         raise DataError(subject, reason, "check its disk and permissions; the data may be intact") from e
     try:
-        return DataManifest.model_validate(json.loads(content))
+        return DataManifest.model_validate(parse_json(content))
     except ValueError as e:
         raise DataError(subject, "its manifest.json is damaged, or from another version", fix) from e
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from mhmoe_ray.data.images.annotations import Annotation, Instance, pack
-from mhmoe_ray.data.sources.compression import decompress
+from mhmoe_ray.data.sources.compression import decompress_at_once
 from mhmoe_ray.data.sources.images import check_image, decode_checked_image, image_document
 from mhmoe_ray.data.sources.items import BadLine, DamageError, Document, Fault, RawFile, ReadSettings, Reason, Tally
 from mhmoe_ray.data.sources.masks import ObjectError, encode_mask, is_number
@@ -59,7 +59,7 @@ def read_coco(
     try:
         # The bytes are not counted here but in the loop over the images below, because the images take most of the
         # time.
-        content = b"".join(decompress(storage.chunks(file, Tally()), file.path))
+        content = decompress_at_once(storage.chunks(file, Tally()), file.path, file.size)
         coco = _parse_coco(content, columns)
     except DamageError as damage:
         yield BadLine(file.path, 1, Reason.PART_LOST, damage.reason)

@@ -41,6 +41,10 @@ MAX_BLOCK = 1 << 17
 # only as much of its window as it has content.
 MAX_WINDOW = 1 << 31
 _CUT_OFF_REASON = "its zstd frame is cut off"
+MAX_INFLATION = 100
+"""Largest ratio of the content of a file that is read at once to the file's size; text has about a tenth of it."""
+MIN_CONTENT_LIMIT = 64 << 20
+"""Bytes of content that any file may have that is read at once."""
 
 
 def decompress(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
@@ -63,6 +67,18 @@ def decompress(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
     if name.endswith((".gz", ".zst")) and not _is_text(magic):
         return _raise_damage(f"its name ends in .{name.rpartition('.')[2]}, but its content has another format")
     return data.remaining_chunks()
+
+
+def decompress_at_once(chunks: Iterator[bytes], name: str, file_size: int) -> bytes:
+    """Return the content of a file, as `decompress` yields it; far more content than bytes is a DamageError."""
+    limit = max(MIN_CONTENT_LIMIT, MAX_INFLATION * file_size)
+    pieces, content_size = list[bytes](), 0
+    for piece in decompress(chunks, name):
+        content_size += len(piece)
+        if content_size > limit:
+            raise DamageError(f"it unpacks to more than {limit:,} bytes, {MAX_INFLATION} times its size")
+        pieces.append(piece)
+    return b"".join(pieces)
 
 
 def _raise_damage(reason: str) -> Iterator[bytes]:

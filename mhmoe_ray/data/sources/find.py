@@ -7,7 +7,6 @@ all images if the folders are classes.
 
 import hashlib
 import itertools
-import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from mhmoe_ray.data.sources.items import RawFile
 from mhmoe_ray.data.sources.redpajama_v2 import DOCUMENTS_PATH, SidecarFiles
 from mhmoe_ray.data.sources.storage import ListedFile, Storage, relative_path, short_message
 from mhmoe_ray.errors import DataError
+from mhmoe_ray.parsing import parse_object
 from mhmoe_ray.spec import DataSpec, FilterSpec, Format, SourceSpec
 from mhmoe_ray.spec.formats import FORMATS
 
@@ -328,7 +328,7 @@ def _data_files(subject: str, storage: Storage, path: str) -> list[str]:
     """Return the data files that a `state.json` names; a selection of rows through an index is a DataError."""
     try:
         with storage.open(path) as stream:
-            state = json.loads(stream.read())
+            state = parse_object(stream.read())
         # An index selects or reorders rows without rewriting the data files, so the data files have other rows than the
         # dataset.
         if state.get("_indices_data_files"):

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from mhmoe_ray.data.sources import Reason
-from mhmoe_ray.data.sources.compression import decompress
+from mhmoe_ray.data.sources import Reason, compression
+from mhmoe_ray.data.sources.compression import decompress, decompress_at_once
 from mhmoe_ray.data.sources.items import DamageError
 from tests.data.sources.read import bad_lines, document_texts, read_source
 from tests.data.texts import make_documents
@@ -197,3 +197,16 @@ def test_decompress_is_independent_of_the_chunk_size(form, size):
         assert len(COMPRESSED_FORMS[form]) > size * 4000
     assert CONTENT.startswith(output)
     assert len(COMPRESSED_FORMS[form]) > size * 4000 or output == CONTENT
+
+
+@pytest.mark.parametrize("compress", [ZSTD, gzip.compress])
+def test_content_far_larger_than_its_file_is_refused(monkeypatch, compress):
+    monkeypatch.setattr(compression, "MIN_CONTENT_LIMIT", 1_000_000)
+    content = bytes(200_000_000)
+    packed_content = compress(content)
+    tracemalloc.start()
+    with pytest.raises(DamageError, match="it unpacks to more than"):
+        decompress_at_once(iter([packed_content]), "a.json.gz", len(packed_content))
+    assert tracemalloc.get_traced_memory()[1] < 40_000_000
+    tracemalloc.stop()
+    assert decompress_at_once(iter([compress(CONTENT)]), "a.json.gz", len(CONTENT)) == CONTENT

@@ -1,6 +1,7 @@
 """Tests of the samples of vision models: crops and fits of objects against the same operation on pixels."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -96,11 +97,23 @@ def test_classes_have_the_numbers_of_the_names_of_the_task():
     assert samples.images[:, 8, 8, 0].tolist() == [10, 90, 170]
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_size_of_an_image_is_that_of_its_decoded_pixels(orientation):
-    image = Image.new("RGB", (30, 20))
-    exif = image.getexif()
-    exif[0x0112] = orientation
+# The orientation is a value of the type SHORT (3). The others are ASCII, LONG, RATIONAL, two values of SHORT, FLOAT.
+@pytest.mark.parametrize(
+    ("value_type", "count", "value"),
+    [
+        *((3, 1, struct.pack("<H", number)) for number in (*range(10), 255, 65535)),
+        (2, 4, b"6666"),
+        (4, 1, struct.pack("<I", 6)),
+        (5, 1, struct.pack("<2I", 6, 1)),
+        (5, 1, struct.pack("<2I", 6, 0)),
+        (3, 2, struct.pack("<2H", 6, 1)),
+        (11, 1, struct.pack("<f", 6.5)),
+    ],
+)
+def test_the_size_of_an_image_is_that_of_its_decoded_pixels(value_type, count, value):
+    # The block has one entry, whose value follows the block if it has more than four bytes.
+    field = value.ljust(4, b"\0") if len(value) <= 4 else struct.pack("<I", 26)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IHHHI", 8, 1, 0x0112, value_type, count) + field + bytes(4) + value
     sink = io.BytesIO()
-    image.save(sink, "JPEG", exif=exif)
+    Image.new("RGB", (30, 20)).save(sink, "JPEG", exif=exif)
     assert image_size(sink.getvalue()) == decode_image(sink.getvalue()).size

@@ -1,0 +1,22 @@
+"""Escapes for texts of others that are printed: a terminal obeys control characters, for example to set its title."""
+
+import re
+
+# Besides control characters: marks that change the direction of text, and halves of surrogate pairs.
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
+
+
+def printable(text: str) -> str:
+    """Return a text in which everything that a terminal would obey, except tabs and line breaks, is an escape."""
+    return _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def printable_colours(text: str) -> str:
+    """Return a text as `printable` does, but with its colours."""
+    return "".join(part if i % 2 else printable(part) for i, part in enumerate(_COLOUR.split(text)))
+
+
+def without_colours(text: str) -> str:
+    """Return a text without the terminal codes that colour it."""
+    return _COLOUR.sub("", text)
