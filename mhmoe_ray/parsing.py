@@ -58,7 +58,7 @@ def _check_size(value: Any) -> None:
     """Raise a ParseError about a tree that is too deep or too large, or contains itself."""
     nodes, level = 0, [value]
     for _ in range(MAX_DEPTH):
-        children = []
+        children = list[Any]()
         for node in level:
             if isinstance(node, dict):
                 children += node.values()

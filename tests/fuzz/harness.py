@@ -49,36 +49,36 @@ class Figures(NamedTuple):
     """Result of fuzzing one kind of file."""
 
     mutants: int
-    refused: int
-    longest: float
+    refused_count: int
+    longest_seconds: float
     """Longest time of a mutant in seconds."""
     findings: list[Finding]
 
 
 def fuzz(kind: Kind, project: Path, workspace: Path, seeds: range) -> Figures:
     """Try a mutant of the project for each seed, and return what broke the promise; the project stays as it is."""
-    refused, longest, findings = 0, 0.0, list[Finding]()
-    waiting = list(seeds)
-    while waiting:
-        batch = waiting[:MUTANTS_PER_CHILD]
+    refused_count, longest_seconds, findings = 0, 0.0, list[Finding]()
+    waiting_seeds = list(seeds)
+    while waiting_seeds:
+        batch = waiting_seeds[:MUTANTS_PER_CHILD]
         record = workspace / "record"
         record.write_text("")
         status = _run_child(kind, project, workspace, batch, record)
         lines = [line.split("\t", 3) for line in record.read_text().splitlines()]
-        for _, seconds, outcome, rest in (line for line in lines if len(line) == 4):
-            longest = max(longest, float(seconds))
-            refused += outcome == "refused"
+        for _, seconds, outcome, details in (line for line in lines if len(line) == 4):
+            longest_seconds = max(longest_seconds, float(seconds))
+            refused_count += outcome == "refused"
             if outcome == "failed":
-                seed, file, failure = rest.split("\t", 2)
+                seed, file, failure = details.split("\t", 2)
                 findings.append(Finding(int(seed), file, failure.replace("\\n", "\n")))
-        done = {int(line[0]) for line in lines if len(line) == 4}
-        started = [int(line[0]) for line in lines if len(line) == 2]
-        waiting = [seed for seed in waiting if seed not in done]
+        finished_seeds = {int(line[0]) for line in lines if len(line) == 4}
+        started_seeds = [int(line[0]) for line in lines if len(line) == 2]
+        waiting_seeds = [seed for seed in waiting_seeds if seed not in finished_seeds]
         if status:
-            [dead] = [seed for seed in started if seed not in done][-1:] or waiting[:1]
-            findings.append(Finding(dead, "", f"the process ended with status {status}"))
-            waiting.remove(dead)
-    return Figures(len(seeds), refused, longest, findings)
+            [dead_seed] = [seed for seed in started_seeds if seed not in finished_seeds][-1:] or waiting_seeds[:1]
+            findings.append(Finding(dead_seed, "", f"the process ended with status {status}"))
+            waiting_seeds.remove(dead_seed)
+    return Figures(len(seeds), refused_count, longest_seconds, findings)
 
 
 def _run_child(kind: Kind, project: Path, workspace: Path, batch: list[int], record: Path) -> int:
@@ -95,8 +95,8 @@ def _run_child(kind: Kind, project: Path, workspace: Path, batch: list[int], rec
     last_change = time.monotonic()
     size = -1
     while True:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
+        ended_pid, status = os.waitpid(pid, os.WNOHANG)
+        if ended_pid:
             return status
         if (new_size := record.stat().st_size) != size:
             size, last_change = new_size, time.monotonic()
@@ -116,7 +116,7 @@ def _try_mutant(kind: Kind, project: Path, workspace: Path, seed: int, record: P
     mutated_file(file, chooser)
     with record.open("a") as stream:
         stream.write(f"{seed}\t{file.relative_to(folder)}\n")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.monotonic()
     failure, code = None, 0
     output = io.StringIO()
@@ -132,13 +132,13 @@ def _try_mutant(kind: Kind, project: Path, workspace: Path, seed: int, record: P
         except BaseException:
             failure = "".join(traceback.format_exc()[-1800:])
     seconds = time.monotonic() - start
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    memory_growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory_before) * 1024
     if failure is None and code not in EXIT_CODES:
         failure = f"exit code {code}: {output.getvalue()[-300:]}"
     if failure is None and seconds > MAX_SECONDS:
         failure = f"it took {seconds:.1f} s"
-    if failure is None and grown > MAX_BYTES:
-        failure = f"it took {grown / 1e6:.0f} MB"
+    if failure is None and memory_growth > MAX_BYTES:
+        failure = f"it took {memory_growth / 1e6:.0f} MB"
     outcome = "failed" if failure else "refused" if code else "accepted"
     text = (failure or "").encode(errors="replace").decode().replace("\n", "\\n").replace("\r", "\\r")
     with record.open("a") as stream:

@@ -17,8 +17,8 @@ BAD_VALUES: list[Any] = [
 """Values of every type, at the edges of what a field may hold."""
 BAD_TEXTS = [
     "2026-13-45", "!!int abc", "9" * 6000, "[" * 3000, "{a: " * 500, "&a [*a]", "<<: 1", "? [1]\n: 2", "\t", "=", "~",
-    "!!python/name:os.system", "---\n---\n", "%YAML 9.9", "\ufeff", "\x00", "\x1b[31m", "'", "*unknown", "0x", "1_000__0",
-    "!!binary %%%",
+    "!!python/name:os.system", "---\n---\n", "%YAML 9.9", "\ufeff", "\x00", "\x1b[31m", "'", "*unknown", "0x",
+    "1_000__0", "!!binary %%%",
 ]  # fmt: skip
 """Texts that parsers read in unexpected ways."""
 BAD_BYTES = [
@@ -49,10 +49,10 @@ def mutated_file(path: Path, chooser: random.Random) -> None:
 
 def mutated_tree(tree: Any, chooser: random.Random) -> Any:
     """Return a tree of JSON values with one value replaced, removed, added or moved."""
-    places = list(_places(tree))
-    if not places:
+    tree_slots = list(_tree_slots(tree))
+    if not tree_slots:
         return chooser.choice(BAD_VALUES)
-    container, key = chooser.choice(places)
+    container, key = chooser.choice(tree_slots)
     action = chooser.random()
     if action < 0.75:
         container[key] = chooser.choice(BAD_VALUES)
@@ -65,10 +65,10 @@ def mutated_tree(tree: Any, chooser: random.Random) -> Any:
     return tree
 
 
-def _places(tree: Any) -> list[tuple[Any, Any]]:
-    """Return every place in a tree, as its container and its key there."""
+def _tree_slots(tree: Any) -> list[tuple[Any, Any]]:
+    """Return every slot for a value in a tree, as its container and its key there."""
     items = list(tree.items()) if isinstance(tree, dict) else list(enumerate(tree)) if isinstance(tree, list) else []
-    return [place for key, value in items for place in [(tree, key), *_places(value)]]
+    return [slot for key, value in items for slot in [(tree, key), *_tree_slots(value)]]
 
 
 def _mutated_yaml(content: bytes, chooser: random.Random) -> bytes:
