@@ -25,8 +25,8 @@ def main() -> None:
         for name in options.kinds or KINDS:
             figures = fuzz(KINDS[name], project, workspace, range(options.first, options.first + options.mutants))
             print(
-                f"{name}: {figures.refused_count} of {figures.mutants} refused, {figures.longest_seconds:.2f} s at most, "
-                f"{len(figures.findings)} findings",
+                f"{name}: {figures.refused_count} of {figures.mutants} refused, "
+                f"{figures.longest_seconds:.2f} s at most, {len(figures.findings)} findings",
                 flush=True,
             )
             for finding in figures.findings:
