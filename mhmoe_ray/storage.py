@@ -325,7 +325,7 @@ def create_file(path: Location) -> Iterator[BinaryIO]:
 
 def read_file(path: Location) -> bytes:
     """Return the content of a file. A folder, pipe or device is an OSError, because reading a pipe may never end."""
-    if isinstance(path, Path) and not stat.S_ISREG(path.stat().st_mode):
+    if isinstance(path, Path) and not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return path.read_bytes()
 

@@ -67,8 +67,9 @@ def test_only_regular_files_are_read(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "file")
     assert read_file(tmp_path / "link") == b"content"
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(OSError, match="it is not a regular file"):
-            read_file(path)
+    with pytest.raises(OSError, match="it is not a regular file"):
+        read_file(tmp_path / "pipe")
+    with pytest.raises(IsADirectoryError):
+        read_file(tmp_path)
     with pytest.raises(FileNotFoundError):
         read_file(tmp_path / "missing")
