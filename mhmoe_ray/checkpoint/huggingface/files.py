@@ -113,8 +113,9 @@ def _file_names(folder: Path) -> list[str]:
             raise CheckpointError(subject, f"its {INDEX} cannot be read ({e.strerror})", "make it readable") from e
         except (ParseError, KeyError, AttributeError) as e:
             raise CheckpointError(subject, f"its {INDEX} is damaged", "get the folder again") from e
-        if any(Path(name).name != name for name in names):
-            raise CheckpointError(subject, f"its {INDEX} names files outside of it", "get the folder again")
+        # A name that is not printable may have half of a surrogate pair, which no file name can have.
+        if any(not name or Path(name).name != name or not name.isprintable() for name in names):
+            raise CheckpointError(subject, f"its {INDEX} names files that cannot be in it", "get the folder again")
         return names
     pickle_name = next((p.name for pattern in PICKLES for p in sorted(folder.glob(pattern))), None)
     if pickle_name:

@@ -221,3 +221,13 @@ def test_folder_with_another_tokenizer_is_rejected(tmp_path):
     llama_tokenizer(["quite other words are in this text"] * 4, 320).save(str(tokenizer))
     with pytest.raises(CheckpointError, match=r"its tokenizer\.json is not the one the model was trained with"):
         import_folder(tmp_path / "out", None, tmp_path / "runs", None)
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "half\ud800.safetensors", ""])
+def test_an_index_names_files_of_its_folder_only(tmp_path, name):
+    folder = tmp_path / "folder"
+    export_run(make_run(tmp_path, MODELS["llama"]), folder)
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    with pytest.raises(CheckpointError, match="names files that cannot be in it"):
+        import_folder(folder, None, tmp_path / "runs", None)
