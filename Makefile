@@ -4,6 +4,8 @@ BIN := .venv/bin
 QUICKSTART_SET ?=
 # Version of Python on the machine with the GPU, for which packages are fetched here.
 GPU_PYTHON ?= 3.12
+# Number of damaged files of each kind that `make explore` reads.
+MUTANTS ?= 5000
 # The commit that `make equal` compares with.
 BASE ?= HEAD
 # If this variable is set, each process of the tests compiles every module that it imports, and each lane rewrites the
@@ -37,7 +39,7 @@ help:
 	@echo "                  fetches the packages that it needs beside torch"
 	@echo "make test-cpu     the tests that depend on the CPU, at each of its levels; MHMOE_CPU_LEVEL=avx2 make test"
 	@echo "                  holds all tests to one level: generic, avx2, avx512, avx512_bf16 or amx"
-	@echo "make explore      the tests without Ray, with new random examples"
+	@echo "make explore      the tests without Ray, with new random examples, and MUTANTS=5000 damaged files of each kind"
 	@echo "make equal        compare everything that users see with a commit, BASE=HEAD, to the last bit: about 30 minutes"
 	@echo "make render       write the files of cluster/ and jobs/ that are generated"
 	@echo "make clean        remove .venv, and the runs, data and sample text of quickstart; other runs stay"
@@ -55,6 +57,7 @@ test-fast: .venv/installed-dev
 
 explore: .venv/installed-dev
 	$(BIN)/python -m pytest --hypothesis-profile=explore -m "not ray and not gpu and not system and not soak"
+	$(BIN)/python -m tests.fuzz --mutants $(MUTANTS) --first -1
 
 equal: .venv/installed-dev
 	$(BIN)/python -m tests.equal $(BASE)

@@ -52,33 +52,35 @@ class Figures(NamedTuple):
     refused_count: int
     longest_seconds: float
     """Longest time of a mutant in seconds."""
+    largest_growth: int
+    """Largest growth of the process by a mutant in bytes."""
     findings: list[Finding]
 
 
 def fuzz(kind: Kind, project: Path, workspace: Path, seeds: range) -> Figures:
     """Try a mutant of the project for each seed, and return what broke the promise; the project stays as it is."""
-    refused_count, longest_seconds, findings = 0, 0.0, list[Finding]()
+    refused_count, longest_seconds, largest_growth, findings = 0, 0.0, 0, list[Finding]()
     waiting_seeds = list(seeds)
     while waiting_seeds:
         batch = waiting_seeds[:MUTANTS_PER_CHILD]
         record = workspace / "record"
         record.write_text("")
         status = _run_child(kind, project, workspace, batch, record)
-        lines = [line.split("\t", 3) for line in record.read_text().splitlines()]
-        for _, seconds, outcome, details in (line for line in lines if len(line) == 4):
-            longest_seconds = max(longest_seconds, float(seconds))
+        lines = [line.split("\t", 4) for line in record.read_text().splitlines()]
+        for _, seconds, growth, outcome, details in (line for line in lines if len(line) == 5):
+            longest_seconds, largest_growth = max(longest_seconds, float(seconds)), max(largest_growth, int(growth))
             refused_count += outcome == "refused"
             if outcome == "failed":
                 seed, file, failure = details.split("\t", 2)
                 findings.append(Finding(int(seed), file, failure.replace("\\n", "\n")))
-        finished_seeds = {int(line[0]) for line in lines if len(line) == 4}
+        finished_seeds = {int(line[0]) for line in lines if len(line) == 5}
         started_seeds = [int(line[0]) for line in lines if len(line) == 2]
         waiting_seeds = [seed for seed in waiting_seeds if seed not in finished_seeds]
         if status:
             [dead_seed] = [seed for seed in started_seeds if seed not in finished_seeds][-1:] or waiting_seeds[:1]
             findings.append(Finding(dead_seed, "", f"the process ended with status {status}"))
             waiting_seeds.remove(dead_seed)
-    return Figures(len(seeds), refused_count, longest_seconds, findings)
+    return Figures(len(seeds), refused_count, longest_seconds, largest_growth, findings)
 
 
 def _run_child(kind: Kind, project: Path, workspace: Path, batch: list[int], record: Path) -> int:
@@ -142,7 +144,7 @@ def _try_mutant(kind: Kind, project: Path, workspace: Path, seed: int, record: P
     outcome = "failed" if failure else "refused" if code else "accepted"
     text = (failure or "").encode(errors="replace").decode().replace("\n", "\\n").replace("\r", "\\r")
     with record.open("a") as stream:
-        stream.write(f"{seed}\t{seconds:.3f}\t{outcome}\t{seed}\t{file.relative_to(folder)}\t{text}\n")
+        stream.write(f"{seed}\t{seconds:.3f}\t{memory_growth}\t{outcome}\t{seed}\t{file.relative_to(folder)}\t{text}\n")
 
 
 @contextlib.contextmanager
