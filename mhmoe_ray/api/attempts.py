@@ -254,4 +254,7 @@ class AttemptEvents:
 def failure_error(run: RunDir, run_outcome: Outcome) -> JobError:
     """Return the error about a run that failed, with the reason that its outcome records."""
     name = run_argument(run)
-    return JobError(f"run {run.id}", run_outcome.reason, f"see `mhmoe logs {name}`, then `mhmoe resume {name}`")
+    fix = f"see `mhmoe logs {name}`, then `mhmoe resume {name}`"
+    if not events.has_weights(run):
+        fix += ", which takes `--set KEY=VALUE` before the first step"
+    return JobError(f"run {run.id}", run_outcome.reason, fix)

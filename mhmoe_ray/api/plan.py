@@ -21,7 +21,7 @@ from mhmoe_ray.planner.placement import Layout, single_node_layout
 from mhmoe_ray.planner.remedies import memory_remedies
 from mhmoe_ray.planner.sizes import compute_sizes, flops_per_token, model_parts
 from mhmoe_ray.planner.traffic import Exchange, LinkLoads, all_exchanges, dispatch_exchanges, reduction_exchanges
-from mhmoe_ray.spec import RunSpec, apply_overrides, validate_section
+from mhmoe_ray.spec import DataSpec, RunSpec, apply_overrides, validate_section
 
 DISPATCHES = ("flat", "hierarchical")
 
@@ -95,6 +95,20 @@ def data_warnings(spec: RunSpec) -> list[str]:
     except DataError as e:
         errors.append(e)
     return [str(error) for error in errors]
+
+
+def held_out_share(data: DataSpec) -> str:
+    """Return which documents validation has: their number, if the data is prepared."""
+    try:
+        manifest = read_data_manifest(data.prepared)
+    # A damaged manifest is one of the warnings of `data_warnings`.
+    except DataError:
+        manifest = None
+    if manifest is None:
+        return f"{data.validation_fraction:.3g} of the documents, chosen by a hash, and at least one"
+    held_out = sum(domain.validation_documents for domain in manifest.domains.values())
+    documents = held_out + sum(domain.documents for domain in manifest.domains.values())
+    return f"{held_out:,} of {documents:,} documents"
 
 
 def placement_figures(spec: RunSpec, placement: Placement) -> dict[str, Any]:

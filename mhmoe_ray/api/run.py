@@ -244,7 +244,8 @@ class Run:
 
         Args:
             until: number of steps up to which it trains; None for the number in its spec.
-            overrides: keys of the cluster section to change, such as `{"cluster.workers": 2}`.
+            overrides: keys of the cluster section to change, such as `{"cluster.workers": 2}`; any keys but `name` and
+                `storage` while the run has no weights.
             address: a Ray cluster; None for the one that the run was on.
             force: whether to resume it even if its cluster does not answer and it wrote something a moment ago.
             trust_run: whether to resume a run that somebody else submitted and whose spec sets `cluster.runtime_env`,
@@ -253,15 +254,17 @@ class Run:
 
         Raises:
             RunError: the run is running, may still be running, is finished, was imported, or cannot have so many steps.
-            SpecError: an override is wrong or changes a key outside of the cluster section, `until` is not a whole
-                number, or the run needs `trust_run`.
+            SpecError: an override is wrong or changes a key that must not change, `until` is not a whole number, or the
+                run needs `trust_run`.
+            DataError: the overrides ask for data that cannot be used.
             ClusterError, JobError: the cluster cannot be reached or hold the run, or does not accept its job.
         """
         if until is not None and not isinstance(until, Integral):
             raise SpecError("until", f"it is {until!r}", "give a whole number of steps")
         run, override_texts = self._existing_directory, override_list(overrides)
-        for keys, _ in parse_overrides(override_texts):
-            if keys[0] != "cluster":
+        other_keys = [keys for keys, _ in parse_overrides(override_texts) if keys[0] != "cluster"]
+        for keys in other_keys:
+            if keys[0] in ("name", "storage") or events.has_weights(run):
                 reason = "a resumed run must go on exactly as it would have"
                 fix = "change only cluster keys, or submit a run that starts from this one (start.from)"
                 raise SpecError(f"override {'.'.join(keys)}", reason, fix)
@@ -277,6 +280,8 @@ class Run:
         spec = run.relocated_spec(validate_section(RunSpec, changed_tree, f"spec {run.spec_file}"))
         if until is not None:
             spec = attempts.extended_spec(run, spec, int(until), on_note)
+        if other_keys:
+            check_training(spec)
         address = address or require_known(attempts.attempt_address(previous_attempt))
         attempts.start_run(spec, address, on_note, ended_run=run)
 

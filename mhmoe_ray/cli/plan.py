@@ -77,6 +77,7 @@ def _print_tables(tables: "Iterable[tuple[str, Table]]") -> None:
 
 def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
     """Print the table with which `mhmoe plan` and `mhmoe submit` begin; an estimated step gives its cost."""
+    from mhmoe_ray.api.plan import held_out_share
     from mhmoe_ray.checkpoint.start.record import plan_start
     from mhmoe_ray.cli.plan_tables import format_cost
     from mhmoe_ray.planner.family import plan_of
@@ -132,6 +133,7 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
         "to its reference": ratios,
         "tokens": f"{qualifier}{spec.tokens_per_step * spec.train.steps:,} in {spec.train.steps:,} steps "
         f"of {spec.tokens_per_step:,}; {training_flops * spec.tokens_per_step * spec.train.steps:.3g} FLOPs in all",
+        "held out": held_out_share(spec.data),
         "learning rate": _learning_rate(spec.train),
         "checkpoints": f"{_checkpoints(spec.train)}, {format_bytes(checkpoint_bytes(spec))} each",
         # The slice leaves out the largest number of workers, with which the text starts.

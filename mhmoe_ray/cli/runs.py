@@ -119,7 +119,7 @@ def resume(
     """Resume a run that stopped, failed or lost its cluster, from its newest complete checkpoint.
 
     It runs on the same cluster as before, unless an address is given. With --set, only keys of the cluster section
-    may change, because the run must go on exactly as it would have without the interruption. With --until, a run trains
+    may change once the run has done a step, because it must go on exactly as it would have. With --until, a run trains
     longer than its spec says, even if it is finished. A learning rate that has decayed stays at its last value, min_lr.
     """
     ended_run = mh.find_run(run, storage)

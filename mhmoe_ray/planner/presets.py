@@ -85,7 +85,6 @@ class Size(NamedTuple):
             "precision": self.precision,
             "lr": lr,
             "min_lr": round(lr / 20, 8),
-            "warmup_steps": min(375, self.steps // 10),
             **checkpoint_intervals(self.steps),
         }
 

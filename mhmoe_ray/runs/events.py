@@ -76,6 +76,11 @@ def read(run: RunDir) -> list[dict[str, Any]]:
     return list(jsonl.read(run.events_file))
 
 
+def has_weights(run: RunDir) -> bool:
+    """Return whether a run has done a step or has weights to start from, so that its spec must not change."""
+    return bool(jsonl.parts_with_sizes(run.metrics_file)) or newest_event(read(run), "initialized") is not None
+
+
 def newest_event(run_events: list[dict[str, Any]], kind: EventKind) -> dict[str, Any] | None:
     """Return the newest event of this kind; None if there is none."""
     return next((event for event in reversed(run_events) if event["event"] == kind), None)

@@ -92,8 +92,8 @@ class TrainSpec(Section):
     lr: PositiveFloat = 6e-4
     min_lr: float = Field(default=3e-5, ge=0)
     """Learning rate at the end of the schedule's decay. Schedule `constant` does not use it."""
-    warmup_steps: NonNegativeInt = 375
-    """Number of steps of linear warm-up from 0."""
+    warmup_steps: NonNegativeInt = Field(default_factory=lambda fields: min(375, fields.get("steps", 0) // 10))
+    """Number of steps of linear warm-up from 0; by default 375, but at most a tenth of all steps."""
     schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
     """Learning rate after the warm-up. linear: it decays linearly to min_lr at the last step. cosine: it decays to
     min_lr along half a cosine. constant: it stays at lr. wsd (warm-up, stable, decay): it stays at lr and decays

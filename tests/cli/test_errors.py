@@ -155,19 +155,18 @@ def test_corrupt_line_is_refused(tmp_path):
 
 
 @pytest.mark.ray
-@pytest.mark.slow  # tests/data/prepare/test_held_out.py tests check_not_empty
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("data.validation_fraction=1e-12", "no document is in the held-out share"),
-        ("data.seq_len=100000", "no domain fills a single sample"),
-    ],
-)
-def test_too_little_text_is_one_line(local_cluster, tmp_path, override, message):
+@pytest.mark.slow  # test_held_out.py tests check_not_empty, and tests/runs/test_runs.py tests has_weights
+def test_run_without_a_step_is_mended_by_overrides(local_cluster, tmp_path):
     write_documents(tmp_path / "raw" / "a" / "one.jsonl", make_documents("one", 40))
     write_spec(tmp_path)
-    result = mhmoe(tmp_path, "data", "prepare", "spec.yaml", "--set", override)
-    assert_one_line(result, 4, message, override.split("=")[0])
+    result = mhmoe(tmp_path, "submit", "spec.yaml", "--set", "data.seq_len=100000")
+    assert result.code == 9
+    assert "no domain fills a single sample; shorten data.seq_len" in result.stderr
+    assert "takes `--set KEY=VALUE`" in result.stderr
+    overrides = ["--set", "data.seq_len=16", "--set", "train.steps=1"]
+    assert mhmoe(tmp_path, "resume", *overrides).code == 0
+    refused_result = mhmoe(tmp_path, "resume", "--until", "2", "--set", "train.lr=1")
+    assert_one_line(refused_result, 3, "must go on exactly", "train.lr")
 
 
 @pytest.mark.ray

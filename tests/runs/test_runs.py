@@ -257,6 +257,15 @@ def test_events_of_the_newest_attempt_begin_with_its_submission(run):
     assert events.of_newest_attempt(events.read(run)) == events.read(run)[-1:]
 
 
+def test_run_has_weights_after_a_step_or_from_a_start(run):
+    assert not events.has_weights(run)
+    events.record(run, "initialized", step=0)
+    assert events.has_weights(run)
+    run.events_file.unlink()
+    jsonl.append(run.metrics_file, {"step": 1})
+    assert events.has_weights(run)
+
+
 def test_attempts_are_numbered(run):
     for number, job in enumerate("ab", start=1):
         add_attempt(run, Attempt(job, "http://x", local=True))

@@ -29,6 +29,11 @@ def test_learning_rate_equals_that_in_the_first_papers_log():
     assert p1.learning_rate(14_050) == pytest.approx(5.72616e-4, rel=1e-5)
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(5, 0), (50, 5), (3_750, 375), (100_000, 375)])
+def test_default_warm_up_is_at_most_a_tenth_of_the_steps(steps, warmup):
+    assert TrainSpec(steps=steps, micro_batches=1, micro_batch_size=1).warmup_steps == warmup
+
+
 def test_a_cosine_meets_the_linear_decay_at_its_ends_and_in_the_middle():
     linear, cosine = spec(), spec(schedule="cosine")
     for step in (5, 10, 55, 100):

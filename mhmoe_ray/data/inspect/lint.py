@@ -166,7 +166,8 @@ def _find_small_domains(inputs: LintInput) -> Iterator[Problem]:
             # Without a fixed share, training leaves a domain that is too small out.
             is_severe = _has_fixed_share(name, inputs.spec)
             yield Problem("too-small", is_severe, name, message, fix, figures.documents, examples)
-        if not figures.held_out:
+        # The preparation holds out something of a sole domain.
+        if not figures.held_out and len(inputs.survey.domains) > 1:
             reason = "none of its documents is held out, so validation does not cover it"
             advice = "raise data.validation_fraction or add documents"
             yield Problem("no-validation", False, name, reason, advice, figures.documents, examples)

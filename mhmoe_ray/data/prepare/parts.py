@@ -59,6 +59,8 @@ class PartCounts(BaseModel):
     """Tokens of the training documents, with their start tokens."""
     held_out_documents: int = 0
     held_out_tokens: int = 0
+    smallest_fraction: float = 0
+    """Smallest held-out share that holds out one of the documents; 0 if an older version made the part."""
     text_bytes: int = 0
     """UTF-8 bytes of the texts of all documents."""
     rows: RowCounts | None = None

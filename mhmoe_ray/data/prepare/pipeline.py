@@ -39,6 +39,7 @@ from mhmoe_ray.data.prepare.packing import PackingSettings, ShardPlan, ShardResu
 from mhmoe_ray.data.prepare.parts import PartSlice, TokenisedPart, TokenStream
 from mhmoe_ray.data.prepare.rows import RowPlan, plan_row_shards
 from mhmoe_ray.data.prepare.tokenise import TokenisedChunk, tokenise_chunk
+from mhmoe_ray.data.prepare.validation import split_of_few_documents
 from mhmoe_ray.data.prepare.work import ProgressReport, Stage, StagingDirectory, clean_up, publish, staging_directory
 from mhmoe_ray.data.shards.columns import conversation_dtype, token_bytes_for, token_dtype
 from mhmoe_ray.data.shards.manifest import (
@@ -167,7 +168,14 @@ class _Preparation:
         stage: Stage = "tokenising" if self._tokenizer else "reading"
         self._log(f"{stage} {len(self._files)} files")
         self._report.enter_stage(stage)
-        parts, tallies = self._tokenise(template, tokenizer_sha256)
+        fraction = self._data_spec.validation_fraction
+        parts, tallies = self._tokenise(template, tokenizer_sha256, fraction)
+        can_cut = not (self._has_rows or self._data_spec.chat_sources)
+        split = split_of_few_documents([part.counts for part in parts], fraction, can_cut=can_cut)
+        if split != (fraction, False):
+            held_out_text = "the end of the only document" if split[1] else "one document"
+            self._log(f"a share of {fraction:g} holds out no document of so few: {held_out_text} is held out")
+            parts, tallies = self._tokenise(template, tokenizer_sha256, *split)
         by_domain: dict[str, list[TokenisedPart]] = defaultdict(list)
         for part in parts:
             by_domain[self._files[part.file].domain].append(part)
@@ -241,7 +249,7 @@ class _Preparation:
         )
 
     def _tokenise(
-        self, template: ChatTemplate | None, tokenizer_sha256: str | None
+        self, template: ChatTemplate | None, tokenizer_sha256: str | None, fraction: float, is_cut: bool = False
     ) -> tuple[list[TokenisedPart], dict[str, Tally]]:
         """Tokenise all files and write the quarantine; return the parts by file and chunk, and each domain's tally."""
         quarantine = self._staging.quarantine_path
@@ -258,7 +266,8 @@ class _Preparation:
             tokenizer=self._tokenizer,
             tokenizer_sha256=tokenizer_sha256,
             parts=self._staging.parts_path,
-            validation_fraction=self._data_spec.validation_fraction,
+            validation_fraction=fraction,
+            is_cut=is_cut,
             token_bytes=self._token_bytes,
             row_tokens=self._data_spec.seq_len if self._has_rows else None,
         )
@@ -270,6 +279,7 @@ class _Preparation:
         files = ray.data.from_arrow(file_blocks(self._files))
         chunks = files.map_batches(read, batch_format="pyarrow", batch_size=1, num_cpus=0, concurrency=readers)
         parts, tally, report = [], Tally(), self._report
+        report.tokens = report.reused_tokens = report.reused_bytes = 0
         tallies, quarantined = defaultdict[str, Tally](Tally), []
         for row in chunks.map_batches(tokenise, batch_format="pyarrow", batch_size=1).iter_rows():
             chunk = TokenisedChunk.from_row(row)

@@ -18,7 +18,7 @@ from mhmoe_ray.data.chat.encoder import conversation_encoder
 from mhmoe_ray.data.prepare.chunks import DocumentChunk
 from mhmoe_ray.data.prepare.parts import PartCounts, RowCounts, TokenisedPart, Tokens, part_file
 from mhmoe_ray.data.prepare.rows import make_annotated_rows, make_rows, update_digest
-from mhmoe_ray.data.prepare.validation import is_validation
+from mhmoe_ray.data.prepare.validation import cut_end, is_validation, smallest_fraction
 from mhmoe_ray.data.shards.columns import conversation_dtype, token_dtype
 from mhmoe_ray.data.sources import Document, Tally
 from mhmoe_ray.data.tokenizer import document_encoder
@@ -55,11 +55,13 @@ def tokenise_chunk(
     validation_fraction: float,
     token_bytes: int,
     row_tokens: int | None = None,
+    is_cut: bool = False,
 ) -> dict[str, Any]:
     """Tokenise the chunk in a table into a part, or reuse an existing part; return a batch of one `TokenisedChunk`.
 
     Processes cache the file `tokenizer` (None for a vision model), so it must not change. `row_tokens` is T for an
-    encoder, 0 for a vision model, and None for a decoder.
+    encoder, 0 for a vision model, and None for a decoder. If `is_cut`, the end of each document is held out, not some
+    documents.
     """
     # Ray runs one such process for each CPU, so the tokenizers library must not start threads for all CPUs in each of
     # them.
@@ -69,14 +71,23 @@ def tokenise_chunk(
     if documents:
         is_chat = documents[0].conversation is not None
         dtype = conversation_dtype(token_bytes) if is_chat else token_dtype(token_bytes)
-        name = _part_name(documents, tokenizer_sha256, validation_fraction, token_bytes, row_tokens)
+        if is_cut:
+            documents = [
+                document._replace(text=text)
+                for document in documents
+                for text in cut_end(document.text, validation_fraction)
+            ]
+        name = _part_name(
+            documents, tokenizer_sha256, f"{validation_fraction}{' cut' * is_cut}", token_bytes, row_tokens
+        )
         path = part_file(parts, name, has_rows=row_tokens is not None)
         existing_counts = _find_counts(path, dtype.itemsize)
         is_reused, counts = existing_counts is not None, existing_counts or counts
         if not is_reused:
             # The record's image decides, or else the text.
+            texts = [document.image_hash or document.text for document in documents]
             held_out = [
-                is_validation(document.image_hash or document.text, validation_fraction) for document in documents
+                i % 2 == 1 if is_cut else is_validation(text, validation_fraction) for i, text in enumerate(texts)
             ]
             if tokenizer is None:
                 content, rows = make_annotated_rows(documents, held_out)
@@ -92,6 +103,7 @@ def tokenise_chunk(
                 content, rows = make_rows(documents, token_ids, held_out, row_tokens, token_bytes)
                 counts = _count_documents(documents, map(len, token_ids), held_out, rows)
             replace_file(path, content)
+            counts.smallest_fraction = smallest_fraction(texts)
             # The counts are written after the content, so a part with counts is complete.
             replace_file(_counts_file(path), counts.model_dump_json().encode())
     tokenised = TokenisedChunk(
@@ -103,11 +115,11 @@ def tokenise_chunk(
 def _part_name(
     documents: Sequence[Document],
     tokenizer_sha256: str | None,
-    validation_fraction: float,
+    split: str,
     token_bytes: int,
     row_tokens: int | None,
 ) -> str:
-    digest = hashlib.sha256(f"{tokenizer_sha256} {validation_fraction} {token_bytes}".encode())
+    digest = hashlib.sha256(f"{tokenizer_sha256} {split} {token_bytes}".encode())
     for document in documents:
         data = document.text.encode()
         # Each text is preceded by its length, so that the same characters have another hash if they are divided into

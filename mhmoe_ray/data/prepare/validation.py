@@ -6,6 +6,7 @@ sources, whose different kinds have losses of their own.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 
 from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.prepare.packing import PackingSettings, pack_best_fit
-from mhmoe_ray.data.prepare.parts import Tokens, TokenStream
+from mhmoe_ray.data.prepare.parts import PartCounts, Tokens, TokenStream
 from mhmoe_ray.data.shards.columns import columns_of, padding_token, target_mask, token_dtype, with_all_columns
 from mhmoe_ray.data.shards.files import rows_per_shard, to_batch, write_shard
 from mhmoe_ray.data.shards.manifest import Shard
@@ -22,10 +23,37 @@ from mhmoe_ray.data.shards.manifest import Shard
 
 def is_validation(text: str, fraction: float) -> bool:
     """Return whether a hash of a document's text, or of its image, selects it for a held-out share of `fraction`."""
+    return _text_hash(text) < fraction * 2**64
+
+
+def smallest_fraction(texts: Sequence[str]) -> float:
+    """Return the smallest held-out share that holds out one of these texts or images."""
+    return math.nextafter(min(map(_text_hash, texts)) / 2**64, 1)
+
+
+def _text_hash(text: str) -> int:
     # Copies of a text have the same hash, so either all or none are held out, and no copy of a validation text is
     # trained on.
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def cut_end(text: str, fraction: float) -> list[str]:
+    """Return a text without its end, and its end: about `fraction` of its characters, in whole lines if it has some."""
+    position = len(text) - math.ceil(fraction * len(text))
+    position = text.rfind("\n", 0, position) + 1 or position
+    return [text[:position], text[position:]]
+
+
+def split_of_few_documents(counts: Sequence[PartCounts], fraction: float, *, can_cut: bool) -> tuple[float, bool]:
+    """Return the share of documents to hold out, at least one of them, and whether to cut each document instead.
+
+    `counts` are those with the share `fraction`. Where `can_cut`, the end of a sole document is held out.
+    """
+    held_out_documents = sum(count.held_out_documents for count in counts)
+    if can_cut and sum(count.documents for count in counts) + held_out_documents == 1:
+        return fraction, True
+    smallest = min((count.smallest_fraction for count in counts if count.documents), default=fraction)
+    return (fraction if held_out_documents else max(fraction, smallest)), False
 
 
 class ValidationSplit(NamedTuple):

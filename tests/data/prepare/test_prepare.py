@@ -25,7 +25,7 @@ from mhmoe_ray.spec import PhaseSpec, RunSpec, SourceMix, dump_spec
 from mhmoe_ray.storage import describe_file
 from mhmoe_ray.train.objectives.next_token import sample_digest
 from tests.data.shards.folders import expected_reports, make_folders
-from tests.data.texts import write_corpus, write_documents
+from tests.data.texts import make_documents, write_corpus, write_documents
 from tests.support.cluster_jobs import run_on_cluster
 from tests.support.specs import tiny_spec
 
@@ -59,6 +59,13 @@ def end_of_text_spec(folder, **keys):
     return tiny_spec(folder, data={"validation_fraction": 0.2, "seq_len": 8, **keys})
 
 
+def few_documents_spec(folder, count):
+    """Write JSON lines of `count` documents without a held-out one; return their spec with the default share."""
+    texts = [text for text in make_documents("few", 200) if not is_validation(text, 0.01)]
+    write_documents(folder / "raw/a/one.jsonl", texts[:count])
+    return tiny_spec(folder, data={"seq_len": 4})
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """Write raw text and return its spec and its texts by domain."""
@@ -77,6 +84,8 @@ class Results(NamedTuple):
     best_fit_spec: RunSpec
     serial_best_fit_spec: RunSpec
     end_of_text_specs: dict[str, RunSpec]
+    few_documents_specs: list[RunSpec]
+    """Specs of 1 and of 20 documents, of which the default held-out share has none."""
     training_spec: RunSpec
     """Spec of a training on the data of `spec`."""
     split_paths: list[Path]
@@ -101,11 +110,12 @@ def results(corpus, local_cluster, tmp_path_factory):
         "ranks": end_of_text_spec(folder / "ranks", tokenizer="ranks", tokenizer_pattern="cl100k"),
         "unigram": end_of_text_spec(folder / "unigram", tokenizer_model="unigram"),
     }
+    few_documents_specs = [few_documents_spec(folder / f"few-{count}", count) for count in (1, 20)]
     schedule = [PhaseSpec(from_step=300, sources={"web": SourceMix(shares={"a": 3, "c": 1})})]
     training_spec = spec_in_folder(spec, spec.data.prepared, schedule=schedule)
     training_spec = training_spec.model_copy(update={"train": spec.train.model_copy(update={"steps": STEPS})})
     checked_folders = make_folders(folder / "checked")
-    tasks = [("together", s) for s in (spec, best_fit_spec, *end_of_text_specs.values())]
+    tasks = [("together", s) for s in (spec, best_fit_spec, *end_of_text_specs.values(), *few_documents_specs)]
     tasks += [(split, training_spec) for split in SPLITS]
     tasks += [("serially", s) for s in (serial_spec, serial_best_fit_spec)]
     args = [arg for folder_to_check in checked_folders for arg in ("check", folder_to_check)]
@@ -124,6 +134,7 @@ def results(corpus, local_cluster, tmp_path_factory):
         best_fit_spec,
         serial_best_fit_spec,
         end_of_text_specs,
+        few_documents_specs,
         training_spec,
         split_paths,
         checked_folders,
@@ -162,6 +173,17 @@ def test_prepare_writes_every_document_once(results):
     assert np.array_equal(np.concatenate([part.target_mask for part in samples_by_source]), samples.target_mask)
     first_text = tokenizer.decode([int(t) for t in samples.token_ids[0]], skip_special_tokens=False)
     assert first_text.startswith(END_OF_TEXT)
+
+
+def test_prepare_holds_out_something_of_few_documents(results):
+    """One of 20 documents is held out, and the end of a sole document."""
+    for spec, counts in zip(results.few_documents_specs, [(1, 1), (19, 1)], strict=True):
+        manifest = read_data_manifest(spec.data.prepared)
+        [domain] = manifest.domains.values()
+        assert (domain.documents, domain.validation_documents) == counts
+        assert domain.samples
+        assert manifest.validation_tokens
+        assert all(len(row) == 5 for row in validation_samples(spec.data.prepared, manifest).token_ids)
 
 
 def test_prepare_computes_plausible_baselines(results):
