@@ -35,6 +35,12 @@ def find_checkpoint(run: RunDir, checkpoint: str | int) -> Location:
     raise CheckpointError(f"checkpoint {checkpoint}", reason, f"choose from {name_list}")
 
 
+def split_step(run: str | None, checkpoint: str | None = None) -> tuple[str | None, str | None]:
+    """Return the run and the checkpoint that a user names, of which the run may be RUN@STEP."""
+    name, _, step = (run or "").rpartition("@")
+    return (name, step) if name and step.isdecimal() and checkpoint is None else (run, checkpoint)
+
+
 def no_checkpoint_error(run: RunDir) -> CheckpointError:
     """Return the error for a run without any checkpoint. It tells the user whether the run may still save one."""
     state = events.state(events.read(run))
@@ -49,11 +55,10 @@ def find_run_or_checkpoint(source: str, storage: Location | str, subject: str) -
     The caller has checked that `source` is not the folder of a checkpoint or a model. Error messages call it `subject`.
     An unknown run is a RunError, an unknown step a CheckpointError.
     """
-    name, _, step = source.rpartition("@")
+    name, step = split_step(source)
     try:
-        if name and step.isdecimal():
-            return find_checkpoint(find_run(name, storage), int(step))
-        return find_run(source, storage)
+        run = find_run(name, storage)
+        return find_checkpoint(run, step) if step else run
     except StorageError:
         raise
     except RunError as e:

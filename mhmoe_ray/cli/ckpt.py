@@ -26,10 +26,12 @@ def inspect(
 ) -> None:
     """Show a checkpoint: its position in training and in the data, the workers that wrote it, and its files."""
     from mhmoe_ray.api.checkpoints import pick_checkpoint
+    from mhmoe_ray.checkpoint.find import split_step
     from mhmoe_ray.checkpoint.manifest import PARTS
     from mhmoe_ray.planner.sizes import compute_sizes
     from mhmoe_ray.runs.directory import find_run
 
+    run, checkpoint = split_step(run, checkpoint)
     run_dir = find_run(run, storage)
     # Only the checkpoint's manifest is shown, so the hashes of its files need not be verified.
     path, manifest = pick_checkpoint(run_dir, checkpoint, verify_hashes=False, on_note=print_note)
@@ -181,8 +183,10 @@ def export(
     A model of exactly Mixtral's shape loads in transformers as it is.
     """
     from mhmoe_ray.api.run import Run
+    from mhmoe_ray.checkpoint.find import split_step
     from mhmoe_ray.runs.directory import find_run
 
+    run, checkpoint = split_step(run, checkpoint)
     run_dir = find_run(run, storage)
     exported = Run(run_dir).export(target_folder, checkpoint, print_note)
     size = f"{exported.tensors} tensors, {exported.bytes / 1e6:,.1f} MB, model_type {exported.model_type}"

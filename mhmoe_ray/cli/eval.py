@@ -102,8 +102,10 @@ def eval_(
     The result stays in the run directory. Routing is dropless, as in serving. For example `mhmoe eval --text books/
     --samples 100`, or `mhmoe eval --tasks english --limit 200`.
     """
+    from mhmoe_ray.checkpoint.find import split_step
     from mhmoe_ray.runs.directory import find_run
 
+    run, checkpoint = split_step(run, checkpoint)
     run_dir = find_run(run, storage)
     evaluation = evaluate(
         run_dir,

@@ -173,6 +173,9 @@ def generate(
         cancel=cancel,
         trust_run=trust_run,
     )
+    from mhmoe_ray.checkpoint.find import split_step
+
+    run, checkpoint = split_step(run, checkpoint)
     if not options.is_requested:
         options.require_none()
         _answer_prompt(run, prompt, sampling, gpus, checkpoint, storage, json)

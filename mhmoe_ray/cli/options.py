@@ -62,7 +62,8 @@ SpecArg = Annotated[Path, typer.Argument(help="A spec, for example jobs/quicksta
 RunArg = Annotated[
     str | None,
     typer.Argument(
-        help="A run's id, the start of one, or its path; the newest by default.", autocompletion=complete_runs
+        help="A run's id, the start of one, or its path; the newest by default. RUN@STEP names a checkpoint too.",
+        autocompletion=complete_runs,
     ),
 ]
 SetOption = Annotated[

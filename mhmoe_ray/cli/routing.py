@@ -33,9 +33,11 @@ def routing(
 
     For example `mhmoe routing --text books/ --samples 100`.
     """
+    from mhmoe_ray.checkpoint.find import split_step
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs.directory import find_run
 
+    run, checkpoint = split_step(run, checkpoint)
     run_dir = find_run(run, storage)
     dense_error = RunError(f"run {run_dir.id}", "it is a dense model, without a router", "name a run with experts")
     moe = None if run_dir.is_imported else run_dir.spec().model.moe

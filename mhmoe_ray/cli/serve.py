@@ -26,8 +26,8 @@ def deploy(
         str | None,
         typer.Argument(
             metavar="[RUN|SPEC|CHECKPOINT]",
-            help="A run (its id, the beginning of one, or its path), a spec file (its newest run, served with its "
-            "settings), or the folder of a checkpoint. The newest run by default.",
+            help="A run (its id, the beginning of one, or its path; or RUN@STEP), a spec file (its newest run, served "
+            "with its settings), or the folder of a checkpoint. The newest run by default.",
         ),
     ] = None,
     set_: options.SetOption = [],  # noqa: B006 - typer needs the list
@@ -50,10 +50,12 @@ def deploy(
 ) -> None:
     """Serve a run's checkpoint without converting it, in place of any application of the same name."""
     from mhmoe_ray.api.service import serve
+    from mhmoe_ray.checkpoint.find import split_step
     from mhmoe_ray.checkpoint.manifest import stored_manifest
     from mhmoe_ray.runs.directory import RunDir
     from mhmoe_ray.serving.family import serving_of
 
+    target, checkpoint = split_step(target, checkpoint)
     service = serve(
         target,
         checkpoint=checkpoint,

@@ -1,6 +1,8 @@
 """Hints for unknown commands: suggest the intended command, by its name in other tools or by a similar spelling."""
 
 import difflib
+import re
+from itertools import pairwise
 from typing import Any
 
 from typer.core import TyperGroup
@@ -39,13 +41,27 @@ _SYNONYMS: dict[str, str] = {
 _COMMAND_BY_SYNONYM = {name: command for command, names in _SYNONYMS.items() for name in names.split()}
 
 
+_OVERRIDE = re.compile(r"(?:--)?([a-z_]+(?:\.\w+)+=.*)", re.DOTALL)
+
+
 class SuggestingGroup(TyperGroup):
-    """A group of commands that answers an unknown command with the intended one, or with a list of all commands."""
+    """A group of commands that answers an unknown command with the intended one, or with a list of all commands.
+
+    Overrides without `--set`, as in Hydra, and those without an equals sign are answered with the right form.
+    """
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0]
+        command = self.get_command(ctx, name)
+        if command and any("--set" in parameter.opts for parameter in command.params):
+            for first_arg, arg in pairwise(args):
+                if not first_arg.startswith("-") and (match := _OVERRIDE.fullmatch(arg)):
+                    ctx.fail(f"a key of the spec needs the option --set: write --set {match[1]}")
+            for option, key, value in zip(args, args[1:], args[2:], strict=False):
+                if option == "--set" and "=" not in key and not value.startswith("-"):
+                    ctx.fail(f"an override is one argument: write --set {key}={value}")
         # click has an error of its own for an unknown option.
-        if not name.startswith("-") and self.get_command(ctx, name) is None:
+        if not name.startswith("-") and command is None:
             ctx.fail(f"there is no command {name!r}{self._hint(ctx, name.lower())}")
         return super().resolve_command(ctx, args)
 

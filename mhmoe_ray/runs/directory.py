@@ -252,6 +252,9 @@ def find_run(name: str | None, storage: Location | str, *, with_job: bool = Fals
     matching_runs = [r for r in runs if r.id == name] or [r for r in runs if r.id.startswith(name)]
     if len(matching_runs) == 1:
         return matching_runs[0]
+    if "@" in name:
+        fix = "leave out @STEP: this command is about the run, not about one of its checkpoints"
+        raise RunError(f"run {name}", f"there is no run of this name in {storage}", fix)
     reason = (
         f"it fits {', '.join(r.id for r in matching_runs)}" if matching_runs else f"there is no such run in {storage}"
     )

@@ -69,7 +69,10 @@ def load_site(path: Location) -> SiteSpec:
 
 def load_sweep(path: Location, overrides: Sequence[str] = ()) -> SweepSpec:
     """Read and check a sweep file."""
-    return validate_section(SweepSpec, read_tree(path, overrides), f"sweep {path}")
+    tree = read_tree(path, overrides)
+    if "model" in tree and "runs" not in tree:
+        raise SpecError(f"sweep {path}", "it is the spec of one run, not a sweep", "give it to `mhmoe submit`")
+    return validate_section(SweepSpec, tree, f"sweep {path}")
 
 
 def load_deploy_spec(

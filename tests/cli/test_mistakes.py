@@ -103,6 +103,12 @@ COMMANDS = [
     CommandMistake("submit nowhere.yaml", 3, None, "spec nowhere.yaml: No such file"),
     CommandMistake("status nothing", 7, None, "run nothing"),
     CommandMistake("generate nothing --prompt hi", 7, None, "nothing"),
+    CommandMistake("plan spec.yaml --train.lr=1e-3", 2, None, "write --set train.lr=1e-3"),
+    CommandMistake("plan spec.yaml train.lr=1e-3", 2, None, "write --set train.lr=1e-3"),
+    CommandMistake("plan spec.yaml --set train.lr 1e-3", 2, None, "write --set train.lr=1e-3"),
+    CommandMistake("sweep spec.yaml", 3, None, "give it to `mhmoe submit`"),
+    CommandMistake("status run@5", 7, None, "leave out @STEP"),
+    CommandMistake("ckpt inspect run@5", 7, None, "there is no such run"),
     CommandMistake("plan spec.yaml --gpus 8", 2, None, "needs both --nodes and --gpus"),
 ]
 
