@@ -163,6 +163,15 @@ def list_files(storage: Storage, prepared: Path) -> tuple[str, list[ListedFile]]
     ]
 
 
+_SAMPLE_ARGUMENTS = {
+    "objects": "data/scenes --scenes",
+    "class": "data/scenes --scenes",
+    "image": "data/pictures --pictures",
+    "text": "data/sample",
+}
+"""Arguments with which `mhmoe data sample` makes data with a column; the first column of a spec counts."""
+
+
 def _files_of_source(name: str, spec: DataSpec) -> list[RawFile]:
     """Return the files of one source that have its given or detected format.
 
@@ -174,7 +183,9 @@ def _files_of_source(name: str, spec: DataSpec) -> list[RawFile]:
     try:
         root, listed_files = list_files(storage, spec.prepared)
     except FileNotFoundError as e:
-        fix = "correct its path, or make sample text: mhmoe data sample data/sample"
+        columns = {column for other_source in spec.sources.values() for column in other_source.sample_columns}
+        arguments = next(value for column, value in _SAMPLE_ARGUMENTS.items() if column in columns)
+        fix = f"correct its path, or make sample data: mhmoe data sample {arguments}"
         raise DataError(subject, short_message(e), fix) from e
     except OSError as e:
         raise DataError(subject, f"{source.path} cannot be listed: {short_message(e)}", "correct data.sources") from e

@@ -227,3 +227,16 @@ def test_file_uri_is_a_local_source(tmp_path):
     """A missing folder is reported before a job starts, while a source in an object store is left to the job."""
     [error] = source_errors(data_spec(f"file://{tmp_path}/missing"))
     assert f"there is no file or folder {tmp_path}/missing" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("columns", "format", "arguments"),
+    [
+        (["text"], "text", "data/sample"),
+        (["image", "text"], "webdataset", "data/pictures --pictures"),
+        (["image", "objects"], "coco", "data/scenes --scenes"),
+    ],
+)
+def test_missing_source_names_the_command_of_its_sample(tmp_path, columns, format, arguments):
+    [error] = source_errors(data_spec(tmp_path / "missing", columns=columns, format=format))
+    assert str(error).endswith(f"make sample data: mhmoe data sample {arguments}")
