@@ -123,6 +123,14 @@ def test_hugging_face_dataset_with_indices_is_rejected(tmp_path):
         read_source(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../secret/data-00000-of-00001.arrow", "/secret.arrow"])
+def test_hugging_face_dataset_names_no_files_outside_of_its_folder(tmp_path, name):
+    write_dataset(tmp_path / "secret", TEXTS, files=1)
+    write_dataset(tmp_path / "set", TEXTS[:1], _data_files=[{"filename": name}])
+    with pytest.raises(DataError, match=r"state\.json names .* which is outside of its folder"):
+        read_source(tmp_path / "set")
+
+
 def test_arrow_stream_cut_between_batches_is_reported(tmp_path):
     write_dataset(tmp_path, TEXTS[:100], files=1)
     path = tmp_path / "data-00000-of-00001.arrow"
