@@ -10,7 +10,7 @@ from pydantic import Field, PositiveFloat, model_validator
 
 from mhmoe_ray.architectures import ARCHITECTURES, Architecture, ArchitectureName
 from mhmoe_ray.families import MODEL_FAMILIES, ModelFamily, ModelKind
-from mhmoe_ray.spec.base import ExpertCount, LayerCount, OptionalTokenCount, Section, TokenCount, Width
+from mhmoe_ray.spec.base import HeadCount, LayerCount, OptionalTokenCount, Section, TokenCount, Width
 from mhmoe_ray.spec.encoder import EncoderSpec
 from mhmoe_ray.spec.moe import MoESpec
 from mhmoe_ray.spec.vision import AdaptiveSpec, VisionSpec
@@ -79,8 +79,8 @@ class ModelSpec(Section):
     most this many entries. The last row of an encoder is the mask token, so its tokenizer has one entry less."""
     d_model: Width
     layers: LayerCount
-    attention_heads: ExpertCount
-    kv_heads: ExpertCount | None = None
+    attention_heads: HeadCount
+    kv_heads: HeadCount | None = None
     """Number of heads of keys and values, each shared by the same number of attention heads (grouped queries). By
     default each attention head has its own."""
     d_head: Width | None = None

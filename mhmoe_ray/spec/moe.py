@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Self
 from pydantic import Field, PositiveFloat, model_validator
 
 from mhmoe_kernels.abilities import KERNELS, KernelLimits, KernelName
-from mhmoe_ray.spec.base import ExpertCount, LayerCount, OptionalLayerCount, OptionalWidth, Section, Width, unmeasured
+from mhmoe_ray.spec.base import (
+    ExpertCount,
+    HeadCount,
+    LayerCount,
+    OptionalLayerCount,
+    OptionalWidth,
+    Section,
+    Width,
+    unmeasured,
+)
 
 
 class RouterSizes(NamedTuple):
@@ -89,7 +98,7 @@ _CHOICE_KEYS = (
 class MoESpec(Section):
     """Options of mixture-of-experts layers. `heads: 1` is the plain sparse mixture of experts (SMoE)."""
 
-    heads: ExpertCount = 2
+    heads: HeadCount = 2
     """h: number of sub-tokens that each token is split into."""
     d_sub_token: Width | None = None
     """D: width of a sub-token, on which the router and the experts compute; by default d_model / heads. With another

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from mhmoe_ray.spec import ModelSpec
-from mhmoe_ray.spec.base import ExpertCount, LayerCount, TokenCount, Width
+from mhmoe_ray.spec.base import HeadCount, LayerCount, TokenCount, Width
 from mhmoe_ray.spec.model import RopeScaling
 
 NameReplacements = tuple[tuple[str, str], ...]
@@ -102,7 +102,7 @@ class Adapter(BaseModel, ABC):
     vocab_size: TokenCount
     hidden_size: Width
     num_hidden_layers: LayerCount
-    num_attention_heads: ExpertCount
+    num_attention_heads: HeadCount
     num_key_value_heads: PositiveInt | None = None
     head_dim: PositiveInt | None = None
     max_position_embeddings: TokenCount
