@@ -120,10 +120,12 @@ def _worker_count_remark(count: int, max_count: int) -> str | None:
 
 def _dispatch_remark(spec: RunSpec, layout: Layout) -> str | None:
     """Return a remark if hierarchical dispatch would be flat in some expert-parallel groups of a layout; else None."""
+    if spec.cluster.dispatch == "flat":
+        return None
     # Hierarchical dispatch needs equally many ranks of a group on each of its nodes, and is flat in other groups.
     groups = [layout.spread(ranks) for ranks in layout.groups.ranks]
     flat_count = sum(group.total() > 1 and not has_rails(group) for group in groups)
-    if spec.cluster.dispatch == "flat" or not flat_count:
+    if not flat_count:
         return None
     group_text = f"{flat_count:,} of {len(groups):,} groups" if len(groups) > 1 else "the only group"
     return f"cluster.dispatch is hierarchical, but flat in {group_text}: nodes have unequal numbers of ranks"

@@ -56,6 +56,11 @@ def expected_drop_share(moe: MoESpec, rows: int) -> float:
     if p == 1:
         return 1 - capacity / rows
     mean, deviation = rows * p, math.sqrt(rows * p * (1 - p))
+    if deviation > 10_000:
+        # The distribution is a normal one with at least four exact digits, and the sum below would take seconds.
+        z = (capacity - mean) / deviation
+        density, tail = math.exp(-z * z / 2) / math.sqrt(2 * math.pi), math.erfc(z / math.sqrt(2)) / 2
+        return max(0.0, deviation * (density - z * tail) / mean)
     # Loads beyond 12 standard deviations are too improbable to matter. At a small mean, the tail is longer than that of
     # a normal distribution, so 30 rows are added.
     likely_loads = range(

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NamedTuple
@@ -45,7 +46,13 @@ Pattern = Callable[[Spread, NodeKind], LinkLoads]
 
 def group_loads(groups: Iterable[Spread], pattern: Pattern) -> LinkLoads:
     """Return the loads of an exchange within each group of ranks, as mean and maximum over the ranks of all groups."""
-    kind_loads = [(kind.ranks * nodes, pattern(group, kind)) for group in groups for kind, nodes in group.items()]
+    # On a large cluster, most groups have the same spread.
+    group_counts = Counter(frozenset(group.items()) for group in groups)
+    kind_loads = [
+        (count * kind.ranks * nodes, pattern(Counter(dict(group)), kind))
+        for group, count in group_counts.items()
+        for kind, nodes in group
+    ]
     ranks = sum(count for count, _ in kind_loads)
 
     def class_load(i: int) -> LinkLoad:

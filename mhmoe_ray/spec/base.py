@@ -1,10 +1,27 @@
 """Base class of all sections of a spec: unknown keys are errors, numbers are finite, instances are immutable."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 Precision = Literal["float32", "bfloat16"]
+
+# Sizes have upper bounds of about ten times the largest published ones or more. A plan within them takes seconds, and
+# the number of bytes of a weight fits into 64 bits.
+LayerCount = Annotated[PositiveInt, Field(le=10_000)]
+HeadCount = Annotated[PositiveInt, Field(le=10_000)]
+ExpertCount = Annotated[PositiveInt, Field(le=10_000_000)]
+Width = Annotated[PositiveInt, Field(le=2_000_000)]
+ImageSide = Annotated[PositiveInt, Field(le=32_768)]
+TokenCount = Annotated[PositiveInt, Field(le=100_000_000)]
+SampleCount = Annotated[PositiveInt, Field(le=1_000_000)]
+WorkerCount = Annotated[PositiveInt, Field(le=100_000)]
+StepCount = Annotated[PositiveInt, Field(le=1_000_000_000)]
+# These sizes may also be 0.
+OptionalLayerCount = Annotated[NonNegativeInt, Field(le=10_000)]
+OptionalWidth = Annotated[NonNegativeInt, Field(le=2_000_000)]
+OptionalTokenCount = Annotated[NonNegativeInt, Field(le=100_000_000)]
+OptionalStepCount = Annotated[NonNegativeInt, Field(le=1_000_000_000)]
 
 
 class Section(BaseModel):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_serializer, model_validator
 
-from mhmoe_ray.spec.base import Precision, Section, unmeasured
+from mhmoe_ray.spec.base import Precision, Section, WorkerCount, unmeasured
 
 
 class AcceleratorSpec(Section):
@@ -83,7 +83,7 @@ class NetworkSpec(Section):
     """Links between domains."""
     share: float = Field(default=0.8, gt=0, le=1)
     """Share of the peak bandwidths that exchanges between ranks reach."""
-    nodes_per_domain: PositiveInt | None = None
+    nodes_per_domain: WorkerCount | None = None
     """Nodes per domain of a hypothetical cluster, by default all; on a real one, `domain_label` gives the domains."""
 
 
@@ -98,8 +98,8 @@ class WorkerRange(Section):
     A single number is a range with equal ends.
     """
 
-    min: PositiveInt
-    max: PositiveInt
+    min: WorkerCount
+    max: WorkerCount
 
     @model_validator(mode="before")
     @classmethod
@@ -140,7 +140,7 @@ class ClusterSpec(Section):
     """Number of workers, or {min: a, max: b} for an elastic run, which uses as many workers as the cluster has room
     for. An elastic run shrinks when it loses a node. It grows after a checkpoint when there is room again. The number
     of workers is always a multiple of ep that divides train.micro_batches, so a and b must be such numbers."""
-    ep: PositiveInt = 1
+    ep: WorkerCount = 1
     """Expert parallelism: number of ranks that share one set of experts; workers = dp x ep."""
     strategy: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
     """Strategy for the parameters that all workers need, which are all but the experts. ddp: each worker has all of
@@ -148,7 +148,7 @@ class ClusterSpec(Section):
     `deepspeed`), which shards the optimizer state, the gradients as well, and the weights as well."""
     shard_experts: bool = False
     """If true, fsdp also shards experts, over the dp workers that hold the same experts."""
-    shard_group: PositiveInt | None = None
+    shard_group: WorkerCount | None = None
     """Number of workers over which fsdp shards tensors; by default all. With a number, each group of so many workers
     holds all tensors in shards, and the groups sum their gradients (hybrid sharding). With as many workers as a node
     has, weights are gathered within nodes only. It must be a multiple of ep that divides the number of workers."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from mhmoe_ray.spec.base import Section
+from mhmoe_ray.spec.base import OptionalTokenCount, SampleCount, Section, StepCount
 from mhmoe_ray.spec.filters import FilterSpec
 from mhmoe_ray.spec.formats import FORMATS, IMAGE_COLUMNS, SOURCE_KEYS, Column, Format, formats_with
 from mhmoe_ray.spec.parts import Objective
@@ -47,7 +47,7 @@ class SourceMix(Section):
 class PhaseSpec(Section):
     """Change of the mixture of sources at a training step, which holds until another phase changes it again."""
 
-    from_step: PositiveInt
+    from_step: StepCount
     """Number of optimizer steps before this phase begins."""
     sources: dict[str, SourceMix] = Field(min_length=1)
     """Changes to the mixture, by name of the source."""
@@ -177,7 +177,7 @@ class PartSpec(Section):
 
     sources: list[SourceName] = Field(min_length=1)
     """Names of the sources of the part. Each source belongs to one part."""
-    micro_batch_size: PositiveInt
+    micro_batch_size: SampleCount
     """Number of samples of this part in a micro-batch."""
     objective: Objective | None = None
     """Training objective of this part. next_token: each token is predicted from those before it; the only objective of
@@ -216,7 +216,7 @@ class DataSpec(Section):
     prepared: Path
     """Folder for the packed token shards. `data prepare` writes them once, and training only reads them. If the folder
     lies below a source's path, it is not part of that source."""
-    seq_len: NonNegativeInt = 0
+    seq_len: OptionalTokenCount = 0
     """T: number of tokens in a sequence; vision models have none. A stored sample of a decoder has T + 1 tokens, of
     which the last T are the targets. A sample of an encoder has T tokens: a start token and those of one text. Captions
     that are longer are cut. A longer text without an image becomes several samples."""

@@ -2,9 +2,9 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from mhmoe_ray.spec.base import Section
+from mhmoe_ray.spec.base import ImageSide, Section, TokenCount, Width
 
 
 class EncoderSpec(Section):
@@ -14,21 +14,21 @@ class EncoderSpec(Section):
     Attention is over all patches and tokens of a sample, and the experts of a layer serve both.
     """
 
-    image_size: PositiveInt
+    image_size: ImageSide
     """Height and width of an image in pixels, as the model reads it."""
-    patch_size: PositiveInt
+    patch_size: ImageSide
     """Height and width of a patch in pixels."""
-    text_positions: PositiveInt
+    text_positions: TokenCount
     """Number of learned positions of a text in tokens; at least data.seq_len."""
-    image_positions: PositiveInt | None = None
+    image_positions: TokenCount | None = None
     """Number of learned positions of an image; by default one for each patch, and one for the image as a whole."""
     image_targets: Literal["pixels", "codebook"] = "pixels"
     """Targets that the model predicts for hidden patches. pixels: their pixels, normalized by their mean and standard
     deviation (MAE, arXiv 2111.06377). codebook: the index of the closest entry in a codebook, which `data prepare`
     makes by k-means of patches. This codebook is not the tokenizer of BEiT v2, which needs a trained teacher."""
-    codebook_size: int = Field(default=8192, ge=2)
+    codebook_size: TokenCount = Field(default=8192, ge=2)
     """Number of entries of the codebook, for image_targets codebook."""
-    d_match: PositiveInt | None = None
+    d_match: Width | None = None
     """Width of the vectors that objective `contrastive` compares; by default the model has no head for it."""
     experts: Literal["beside", "replace"] = "beside"
     """Position of the experts in their layers. beside: their output is added to that of the feed-forward layers.

@@ -6,11 +6,11 @@
 import math
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from mhmoe_ray.architectures import ARCHITECTURES, Architecture, ArchitectureName
 from mhmoe_ray.families import MODEL_FAMILIES, ModelFamily, ModelKind
-from mhmoe_ray.spec.base import Section
+from mhmoe_ray.spec.base import HeadCount, LayerCount, OptionalTokenCount, Section, TokenCount, Width
 from mhmoe_ray.spec.encoder import EncoderSpec
 from mhmoe_ray.spec.moe import MoESpec
 from mhmoe_ray.spec.vision import AdaptiveSpec, VisionSpec
@@ -32,7 +32,7 @@ class RopeScaling(Section):
     attention is sharpened (arXiv 2309.00071). llama3: only low frequencies are scaled, as in Llama 3.1."""
     factor: float = Field(ge=1)
     """Ratio of the new context length to the original one."""
-    original_length: PositiveInt | None = None
+    original_length: TokenCount | None = None
     """Context length of the first training; required for yarn and llama3."""
     beta_fast: PositiveFloat = 32.0
     """yarn: frequencies with more turns than this number within the original length are not scaled."""
@@ -74,16 +74,16 @@ class ModelSpec(Section):
     its embeddings are not scaled. It needs backbone subln. By default the model is a decoder."""
     vision: VisionSpec | None = None
     """Options that make the model a vision transformer, with learned positions. By default the model is a decoder."""
-    vocab_size: NonNegativeInt = 0
+    vocab_size: OptionalTokenCount = 0
     """Number of rows of the token embedding; vision models have none. A tokenizer that `data prepare` trains has at
     most this many entries. The last row of an encoder is the mask token, so its tokenizer has one entry less."""
-    d_model: PositiveInt
-    layers: PositiveInt
-    attention_heads: PositiveInt
-    kv_heads: PositiveInt | None = None
+    d_model: Width
+    layers: LayerCount
+    attention_heads: HeadCount
+    kv_heads: HeadCount | None = None
     """Number of heads of keys and values, each shared by the same number of attention heads (grouped queries). By
     default each attention head has its own."""
-    d_head: PositiveInt | None = None
+    d_head: Width | None = None
     """Width of an attention head; by default d_model / attention_heads."""
     attention_bias: AttentionBias | None = None
     """Projections of attention with a bias: none, qkv (queries, keys and values, as in Qwen2) or all (the output as
@@ -91,7 +91,7 @@ class ModelSpec(Section):
     qk_norm: Literal["none", "head", "all"] = "none"
     """RMSNorm of queries and keys before the rotation of positions. head: over each head by itself (Qwen3). all: over
     all heads together (OLMoE)."""
-    d_ff: PositiveInt | None = None
+    d_ff: Width | None = None
     """Hidden width of the dense feed-forward layers. It must be absent if every layer is a mixture of experts."""
     tied_embeddings: bool = True
     """If true, the output layer shares its weights with the embedding."""
@@ -338,7 +338,7 @@ class ModelSpec(Section):
 
     @property
     def moe_layers(self) -> int:
-        return sum(self.is_moe_layer(i) for i in range(self.layers))
+        return sum(map(self.is_moe_layer, range(self.layers)))
 
     @property
     def has_experts_beside(self) -> bool:

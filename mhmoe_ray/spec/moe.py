@@ -9,10 +9,19 @@ the limits of each kernel.
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from mhmoe_kernels.abilities import KERNELS, KernelLimits, KernelName
-from mhmoe_ray.spec.base import Section, unmeasured
+from mhmoe_ray.spec.base import (
+    ExpertCount,
+    HeadCount,
+    LayerCount,
+    OptionalLayerCount,
+    OptionalWidth,
+    Section,
+    Width,
+    unmeasured,
+)
 
 
 class RouterSizes(NamedTuple):
@@ -89,21 +98,21 @@ _CHOICE_KEYS = (
 class MoESpec(Section):
     """Options of mixture-of-experts layers. `heads: 1` is the plain sparse mixture of experts (SMoE)."""
 
-    heads: PositiveInt = 2
+    heads: HeadCount = 2
     """h: number of sub-tokens that each token is split into."""
-    d_sub_token: PositiveInt | None = None
+    d_sub_token: Width | None = None
     """D: width of a sub-token, on which the router and the experts compute; by default d_model / heads. With another
     width, the first layer of the head projection maps d_model to heads * d_sub_token values, layers between keep that
     number, and the last layer of the merge projection maps them back."""
-    experts: PositiveInt = 8
+    experts: ExpertCount = 8
     """E: number of routed experts in each layer."""
-    top_k: PositiveInt = 2
+    top_k: ExpertCount = 2
     """k: number of experts that each sub-token is routed to."""
-    d_expert: PositiveInt
+    d_expert: Width
     """f: hidden width of one expert."""
-    every: PositiveInt = 2
+    every: LayerCount = 2
     """Distance between mixture-of-experts layers: layer i (from 0) is one if i + 1 is a multiple of this number."""
-    dense_first: NonNegativeInt = 0
+    dense_first: OptionalLayerCount = 0
     """Number of layers at the start of the model that are dense, regardless of `every` (DeepSeek-V3)."""
 
     head_projection: bool | None = None
@@ -116,7 +125,7 @@ class MoESpec(Section):
     sub_token_residual: bool = False
     """If true, each sub-token is added to its experts' output before the merge projection. Equation 6 of the first
     MH-MoE paper does so, but none of the authors' code does."""
-    d_shared: NonNegativeInt = 0
+    d_shared: OptionalWidth = 0
     """Hidden width of a shared expert, which computes on every whole token besides the routed experts. 0: none."""
 
     router: RouterName = "linear"
@@ -128,7 +137,7 @@ class MoESpec(Section):
     domains: list[str] | None = Field(default=None, min_length=1)
     """Names of the experts of router `domain`, in their order: sources (`web`) or domains (`web/en`) of the data. A
     document goes to the expert with the name of its domain, or else to the one with the name of its source."""
-    router_dim: int | None = Field(default=None, ge=2)
+    router_dim: Width | None = Field(default=None, ge=2)
     """Width of the projection of router xmoe; by default E / 2, as its authors advise. It must be at least 2: in one
     dimension a cosine is 1 or -1, and the router learns nothing."""
     scoring: Literal["softmax", "sigmoid"] = "softmax"
@@ -138,10 +147,10 @@ class MoESpec(Section):
     By default they are the raw scores (code of the second MH-MoE paper)."""
     gate_scale: PositiveFloat = 1.0
     """Factor by which all gates (routing weights) are multiplied (DeepSeek-V3's route scale)."""
-    groups: PositiveInt = 1
+    groups: ExpertCount = 1
     """Number of equal groups of experts for group-limited routing (DeepSeek-V3): only experts of the best `top_groups`
     groups are considered for a routed vector. A group's value is the sum of its two largest scores."""
-    top_groups: PositiveInt = 1
+    top_groups: ExpertCount = 1
     """Number of groups whose experts are considered for a routed vector."""
     expert_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability in training that router smear leaves an expert out of a sample's average (0.1 in SMEAR's runs)."""

@@ -4,9 +4,9 @@ import math
 from collections.abc import Collection
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from mhmoe_ray.spec.base import Precision, Section, unmeasured
+from mhmoe_ray.spec.base import OptionalStepCount, Precision, SampleCount, Section, StepCount, TokenCount, unmeasured
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 LOSS_CHUNKS_PER_PRODUCT = 4
@@ -62,10 +62,10 @@ def hidden_count(count: int, share: float) -> int:
 class TrainSpec(Section):
     """Batches, precision, optimizer, learning-rate schedule, and intervals of validation and checkpoints."""
 
-    steps: PositiveInt
-    micro_batches: PositiveInt
+    steps: StepCount
+    micro_batches: SampleCount
     """M: number of micro-batches in one optimizer step, over all workers together, whatever their number."""
-    micro_batch_size: PositiveInt
+    micro_batch_size: SampleCount
     """b: number of sequences in one micro-batch."""
     masking: MaskingSpec = MaskingSpec()
     """Shares of texts and images that are hidden from an encoder, which has to predict them."""
@@ -81,7 +81,7 @@ class TrainSpec(Section):
     exchange: a block keeps its input and, with expert parallelism, everything from its router on, so that no row
     (sub-token) is sent to experts on other ranks again; hidden rows of experts are not kept. block: a block keeps only
     its input; with expert parallelism its rows are sent once more. exchange and block take about a third more time."""
-    loss_chunk_rows: PositiveInt | None = None
+    loss_chunk_rows: TokenCount | None = None
     """Number of tokens whose logits are in memory at a time, for the loss; by default all tokens of a micro-batch. The
     logits of all tokens and their gradients are several times micro_batch_size * seq_len * vocab_size values. If this
     key is set, the gradient of the output layer is summed over chunks in float32."""
@@ -92,15 +92,15 @@ class TrainSpec(Section):
     lr: PositiveFloat = 6e-4
     min_lr: float = Field(default=3e-5, ge=0)
     """Learning rate at the end of the schedule's decay. Schedule `constant` does not use it."""
-    warmup_steps: NonNegativeInt = Field(default_factory=lambda fields: min(375, fields.get("steps", 0) // 10))
+    warmup_steps: OptionalStepCount = Field(default_factory=lambda fields: min(375, fields.get("steps", 0) // 10))
     """Number of steps of linear warm-up from 0; by default 375, but at most a tenth of all steps."""
     schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
     """Learning rate after the warm-up. linear: it decays linearly to min_lr at the last step. cosine: it decays to
     min_lr along half a cosine. constant: it stays at lr. wsd (warm-up, stable, decay): it stays at lr and decays
     linearly to min_lr over the last decay_steps steps."""
-    decay_steps: PositiveInt | None = None
+    decay_steps: StepCount | None = None
     """Number of steps of the decay of schedule `wsd`."""
-    schedule_steps: PositiveInt | None = None
+    schedule_steps: StepCount | None = None
     """Step at which the decay ends; by default the last step. After it the learning rate stays at min_lr.
     `mhmoe resume --until` sets it, so that a longer run keeps the learning rates of its first steps."""
     weight_decay: float = Field(default=0.1, ge=0)
@@ -116,8 +116,8 @@ class TrainSpec(Section):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """Reaction to a step whose gradient is not finite. stop: stop the run. skip: skip the update and continue; more
     than ten skipped steps in a row stop the run too."""
-    validate_every: PositiveInt = 100
-    checkpoint_every: PositiveInt = 100
+    validate_every: StepCount = 100
+    checkpoint_every: StepCount = 100
     keep_checkpoints: PositiveInt | None = None
     """Number of newest checkpoints to keep, in addition to the one with the lowest validation loss and those that
     applications and batch inferences use; by default all."""

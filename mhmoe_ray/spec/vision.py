@@ -3,9 +3,19 @@
 from itertools import pairwise
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, model_validator
 
-from mhmoe_ray.spec.base import Section
+from mhmoe_ray.spec.base import (
+    ExpertCount,
+    ImageSide,
+    LayerCount,
+    OptionalStepCount,
+    SampleCount,
+    Section,
+    StepCount,
+    TokenCount,
+    Width,
+)
 
 
 def _check_scale(scale: float) -> float:
@@ -23,34 +33,34 @@ class DetectorSpec(Section):
     scales: list[Annotated[float, AfterValidator(_check_scale)]] = Field(default=[2, 1, 0.5], min_length=1)
     """Sizes of the maps of the feature pyramid, relative to the map of patches (ViTDet, arXiv 2203.16527): 4, 2, 1 or
     0.5, each half of the one before it."""
-    width: PositiveInt = 64
+    width: Width = 64
     """Number of channels of the feature pyramid."""
     anchor_sizes: list[PositiveFloat] = Field(default=[4, 6], min_length=1)
     """Side lengths of the anchors at each position of a map of the feature pyramid, in cells of that map."""
     anchor_ratios: list[PositiveFloat] = Field(default=[0.5, 1, 2], min_length=1)
     """Ratios of height to width of the anchors."""
-    anchor_samples: PositiveInt = 256
+    anchor_samples: TokenCount = 256
     """Number of anchors of an image whose losses count; half of them at most contain an object."""
-    candidates: PositiveInt = 200
+    candidates: TokenCount = 200
     """Number of best anchors of each map that become proposals; overlapping proposals are then removed."""
-    proposals: PositiveInt = 100
+    proposals: TokenCount = 100
     """Largest number of proposals of an image."""
-    box_samples: PositiveInt = 64
+    box_samples: TokenCount = 64
     """Number of proposals of an image whose losses count; half of them at most contain an object."""
-    d_box: PositiveInt = 256
+    d_box: Width = 256
     """Hidden width of the head that predicts boxes and classes."""
-    pooling_samples: PositiveInt = 2
+    pooling_samples: SampleCount = 2
     """Number of sampling points along each side of a cell in the pooling of a region's features (RoIAlign). With 1,
     training is faster on CPUs, where the gradient of this pooling uses a single core."""
     masks: bool = True
     """If true, the detector has a head for masks, and every object in its data must have a mask."""
-    mask_layers: PositiveInt = 2
+    mask_layers: LayerCount = 2
     """Number of convolutions in the head that predicts masks."""
     score_threshold: float = Field(default=0.05, ge=0, lt=1)
     """Lowest score of an object that is reported."""
     overlap_threshold: float = Field(default=0.5, gt=0, le=1)
     """Overlap (intersection over union) of two objects of a class above which the less certain one is left out."""
-    max_objects: PositiveInt = 100
+    max_objects: TokenCount = 100
     """Largest number of objects that are reported for an image."""
 
     @model_validator(mode="after")
@@ -72,10 +82,10 @@ def module_key(task: str) -> str:
 class TaskSpec(Section):
     """Task of a vision model: to classify images, or with a detector to find objects in them."""
 
-    image_size: PositiveInt
+    image_size: ImageSide
     """Height and width in pixels of an image as the model reads it. Images to classify are cropped to this size. Images
     for detection are filled up with grey to a square."""
-    classes: PositiveInt
+    classes: TokenCount
     """Largest number of classes. The data may have fewer; then no image belongs to the remaining outputs."""
     detector: DetectorSpec | None = None
     """Options that make the task one of detection. By default it is classification, from the mean of all patches."""
@@ -92,18 +102,18 @@ class AdaptiveSpec(Section):
     `patience` steps. A rise that does not help is taken back.
     """
 
-    largest: PositiveInt
+    largest: ExpertCount
     """Largest number of experts k of a task."""
-    interval: PositiveInt = 2_000
+    interval: StepCount = 2_000
     """Number of steps between two validations for this rule. A validation takes place right before the next step, so
     there is none after the last step of a run."""
-    patience: PositiveInt = 5_000
+    patience: StepCount = 5_000
     """Number of steps without an improvement after which a task's number of experts k changes."""
-    batches: PositiveInt = 11
+    batches: StepCount = 11
     """Number of micro-batches of held-out samples per task whose losses are summed in a validation."""
     first_loss: PositiveFloat = 100.0
     """Loss that the first validation of each task is compared with."""
-    first_step: int = Field(default=40_000, ge=0)
+    first_step: OptionalStepCount = 40_000
     """Step from which `patience` is counted until a validation has improved on `first_loss`."""
     rule: Literal["published", "coded"] = "published"
     """Rule that changes the number of experts k. published: each task decides by itself, and takes back a raise that
@@ -117,7 +127,7 @@ class VisionSpec(Section):
     Each task has its own input layer (patches and position embeddings) and its own head.
     """
 
-    patch_size: PositiveInt
+    patch_size: ImageSide
     """Height and width of a patch in pixels."""
     stem: Literal["linear", "convolutions"] = "linear"
     """Layers that turn pixels into patches. linear: one projection of the pixels of a patch (ViT). convolutions: 3 x 3

@@ -12,7 +12,7 @@ from tests.support.images import bomb, encode_image, jpeg_of_scans, tiff_of_tile
 
 HOSTILE_IMAGES = {
     "bomb": (bomb(), "more than 20 million"),
-    "scans": (jpeg_of_scans(200), "scans, more than 100"),
+    "scans": (jpeg_of_scans(21), "scans, more than 30"),
     "narrow": (bomb(40_000, 1), "its longest side has 40,000 pixels, more than 32,768"),
     "tile": (tiff_of_tile(60_000), "the image has tiles of 60,000 x 60,000 pixels, more than 20 million"),
     "truncated": (encode_image(np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8))[:200], "cannot be"),

@@ -12,12 +12,13 @@ Other tools ignore the section. If it describes another model than the keys, the
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, PositiveInt, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from mhmoe_ray.checkpoint.huggingface.adapters import ADAPTERS, choose_adapter, computed_function
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.parsing import ParseError, parse_object
 from mhmoe_ray.spec import ModelSpec
+from mhmoe_ray.spec.base import TokenCount
 from mhmoe_ray.storage import read_file
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -50,7 +51,7 @@ class MhmoeSection(BaseModel):
     """Section `mhmoe` of config.json: the complete description of the model."""
 
     model: ModelSpec
-    seq_len: PositiveInt
+    seq_len: TokenCount
     """Context length in tokens."""
     tokenizer_sha256: str | None = None
     """Hash of the parts of tokenizer.json that encode text (`tokenizer_identity`); in older folders, of the whole file.

@@ -107,7 +107,12 @@ def open_groups(source: Path, model_type: str, model: ModelSpec) -> Iterator[Ite
     The value iterates over groups of tensors by their checkpoint names: first those outside the layers, then those of
     each layer. One group at a time is in memory. A folder with other tensors than the model's is a CheckpointError.
     """
+    experts = model.moe_layers * model.moe.experts if model.moe else 0
     with open_tensors(source) as stored:
+        # The names of a model with too many layers or experts would take minutes and gigabytes.
+        if len(stored.names) < model.layers + experts:
+            reason = f"it has {len(stored.names)} tensors for {model.layers:,} layers and {experts:,} experts"
+            raise CheckpointError(f"folder {source}", reason, "use the weights that belong to its config.json")
         groups = tensor_entries(model, ADAPTERS[model_type].name_replacements)
         _check_tensors(source, stored, groups, stored.redundant_names(tied_embeddings=model.tied_embeddings))
         yield _joined_groups(source, stored, groups)

@@ -25,7 +25,7 @@ from mhmoe_ray.data.sources.images import check_image, decode_checked_image, ima
 from mhmoe_ray.data.sources.items import BadLine, DamageError, Document, Fault, RawFile, ReadSettings, Reason, Tally
 from mhmoe_ray.data.sources.masks import ObjectError, encode_mask, is_number
 from mhmoe_ray.data.sources.records import json_type, text_problem
-from mhmoe_ray.data.sources.storage import Storage, short_message
+from mhmoe_ray.data.sources.storage import Storage, leaves_folder, short_message
 from mhmoe_ray.spec import SourceSpec
 from mhmoe_ray.spec.formats import Column
 
@@ -222,8 +222,7 @@ class _ImageFinder:
 
     def read_image(self, name: str, limit: int) -> bytes | Fault:
         """Return an image file, or the reason why it cannot be read; reading stops after `limit` bytes."""
-        # A name from somebody else's file must not lead outside of the data set.
-        if name.startswith("/") or ".." in name.split("/"):
+        if leaves_folder(name):
             return Fault(Reason.NO_IMAGE, "its name is no path below a folder")
         for folder in self._folders:
             try:

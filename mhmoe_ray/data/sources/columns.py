@@ -6,14 +6,16 @@ row is a document. In a damaged Parquet file, only the damaged row groups are lo
 """
 
 import itertools
+import re
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mhmoe_ray.data.sources.compression import MAX_INFLATION
 from mhmoe_ray.data.sources.images import check_image, class_annotation, image_document
 from mhmoe_ray.data.sources.items import BadLine, Document, Fault, RawFile, ReadSettings, Reason, Tally
 from mhmoe_ray.data.sources.storage import Storage, short_message
@@ -21,6 +23,10 @@ from mhmoe_ray.spec import SourceSpec
 
 # Few rows are decoded at a time, since a row can be a document of many megabytes.
 ROWS_PER_BATCH = 32
+# Decoded rows of a batch take about this many bytes at most, if a single row does not take more.
+_BATCH_BYTES = 64 << 20
+# Each batch of dictionary-encoded texts has the whole dictionary, but may have few bytes in a file for each row.
+_ROWS_PER_DICTIONARY_BATCH = 1 << 20
 # pyarrow reads this many bytes of a Parquet column at a time.
 _BUFFER_BYTES = 1 << 20
 
@@ -77,9 +83,11 @@ def texts_in(texts: pa.Array, limit: int) -> Iterator[str | Fault]:
 
     Offsets or indices that point outside of the data raise ArrowInvalid.
     """
-    contents = as_bytes(texts)
-    for start in range(0, len(contents), ROWS_PER_BATCH):
-        batch = contents.slice(start, ROWS_PER_BATCH)
+    contents, rows = as_bytes(texts), ROWS_PER_BATCH
+    if pa.types.is_dictionary(contents.type):
+        rows = _rows_of(pc.max(pc.binary_length(contents.dictionary)).as_py() or 0, rows)
+    for start in range(0, len(contents), rows):
+        batch = contents.slice(start, rows)
         batch = batch.dictionary_decode() if pa.types.is_dictionary(batch.type) else batch
         for length, content in zip(pc.binary_length(batch).to_pylist(), batch, strict=True):
             if length is None:
@@ -91,6 +99,11 @@ def texts_in(texts: pa.Array, limit: int) -> Iterator[str | Fault]:
                     yield content.as_py().decode()
                 except UnicodeDecodeError as e:
                     yield Fault(Reason.NOT_UTF8, f"byte {e.start + 1} of the text")
+
+
+def _rows_of(row_bytes: int, most_rows: int) -> int:
+    """Return the number of rows of `row_bytes` decoded bytes to hold at a time, at least 1."""
+    return max(1, min(most_rows, _BATCH_BYTES // max(1, row_bytes)))
 
 
 class ColumnError(Exception):
@@ -238,6 +251,40 @@ def classes_in(classes: pa.Array, names: list[str] | None, limit: int) -> Iterat
                 yield Fault(Reason.NOT_UTF8, f"byte {e.start + 1} of the class")
 
 
+# The start of a page's header in thrift's compact protocol: its type, then its decoded size.
+_DICTIONARY_PAGE = re.compile(rb"\x15\x04\x15([\x80-\xff]{0,4}[\x00-\x7f])")
+
+
+def rows_per_batch(
+    stream: pa.NativeFile, group: pq.RowGroupMetaData, columns: Collection[str], most_rows: int = ROWS_PER_BATCH
+) -> int:
+    """Return the number of rows of a row group to decode at a time, so that a batch has a bounded size.
+
+    A dictionary stores a value once for many rows, so a row may be as large as the dictionary. Columns that unpack to
+    far more than their size in the file are a ValueError.
+    """
+    row_bytes = 0
+    for chunk in map(group.column, range(group.num_columns)):
+        if chunk.path_in_schema in columns or chunk.path_in_schema.partition(".")[0] in columns:
+            offsets = (chunk.dictionary_page_offset, chunk.data_page_offset)
+            stream.seek(min(offset for offset in offsets if offset is not None))
+            page = _DICTIONARY_PAGE.match(stream.read(8))
+            dictionary_bytes = _varint(page[1]) // 2 if page else 0
+            decoded_bytes = max(chunk.total_uncompressed_size, dictionary_bytes)
+            if decoded_bytes > max(_BATCH_BYTES, MAX_INFLATION * chunk.total_compressed_size):
+                raise ValueError(f"a column unpacks to {decoded_bytes:,} bytes, {MAX_INFLATION} times its size")
+            # A row with a list has several values of the column.
+            values_per_row = -(-chunk.num_values // max(1, group.num_rows))
+            row_bytes += max(decoded_bytes // max(1, group.num_rows), dictionary_bytes * values_per_row)
+    if row_bytes > 8 * _BATCH_BYTES:
+        raise ValueError(f"a row may have {row_bytes:,} bytes")
+    return _rows_of(row_bytes, most_rows)
+
+
+def _varint(content: bytes) -> int:
+    return sum((byte & 127) << 7 * i for i, byte in enumerate(content))
+
+
 BatchReader = Callable[[pa.RecordBatch, int], Iterator[Document | BadLine]]
 """Function that yields the documents in a batch, given the number of its first row within the file, from 0."""
 
@@ -264,7 +311,7 @@ def read_row_groups(
     """
     row = 0
     try:
-        with open_parquet(storage, file.path) as table:
+        with open_parquet(storage, file.path) as table, storage.open_seekable(file.path) as stream:
             try:
                 columns, read_batch = open_reader(table.schema_arrow)
             except ColumnError as e:
@@ -275,11 +322,12 @@ def read_row_groups(
             for group in range(table.num_row_groups):
                 group_start, row = row, row + table.metadata.row_group(group).num_rows
                 next_row = group_start
-                # Each batch has the whole dictionary, which small batches would decode again and again, so a row group
-                # of dictionary-encoded texts is read as one batch. Others are read in small batches, because images
-                # could take gigabytes.
-                batch_rows = max(1, row - group_start) if in_dictionary else ROWS_PER_BATCH
+                # Small batches would decode a dictionary again and again. Other batches are small, because images could
+                # take gigabytes.
                 try:
+                    batch_rows = rows_per_batch(stream, table.metadata.row_group(group), columns)
+                    if in_dictionary:
+                        batch_rows = _ROWS_PER_DICTIONARY_BATCH
                     for batch in table.iter_batches(batch_rows, [group], columns, use_threads=False):
                         yield from read_batch(batch, next_row)
                         next_row += len(batch)

@@ -19,7 +19,7 @@ import pyarrow as pa
 from mhmoe_ray.data.domains import source_of, subfolder_of
 from mhmoe_ray.data.sources.items import RawFile
 from mhmoe_ray.data.sources.redpajama_v2 import DOCUMENTS_PATH, SidecarFiles
-from mhmoe_ray.data.sources.storage import ListedFile, Storage, relative_path, short_message
+from mhmoe_ray.data.sources.storage import ListedFile, Storage, leaves_folder, relative_path, short_message
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.parsing import parse_object
 from mhmoe_ray.spec import DataSpec, FilterSpec, Format, SourceSpec
@@ -336,7 +336,7 @@ def _huggingface_files(
 
 
 def _data_files(subject: str, storage: Storage, path: str) -> list[str]:
-    """Return the data files that a `state.json` names; a selection of rows through an index is a DataError."""
+    """Return the data files that a `state.json` names; an index of rows or a file outside its folder is a DataError."""
     try:
         with storage.open(path) as stream:
             state = parse_object(stream.read())
@@ -344,9 +344,13 @@ def _data_files(subject: str, storage: Storage, path: str) -> list[str]:
         # dataset.
         if state.get("_indices_data_files"):
             raise DataError(subject, f"{path} selects rows through an index", "save it after flatten_indices()")
-        return [str(file["filename"]) for file in state["_data_files"]]
+        names = [str(file["filename"]) for file in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise DataError(subject, f"{path} cannot be read", "save the dataset again with save_to_disk") from e
+    if outside_name := next(filter(leaves_folder, names), None):
+        reason = f"{path} names {outside_name!r}, which is outside of its folder"
+        raise DataError(subject, reason, "save the dataset again with save_to_disk")
+    return names
 
 
 def _redpajama_v2_files(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
-from mhmoe_ray.data.sources.columns import PYARROW_ERRORS, open_parquet
+from mhmoe_ray.data.sources.columns import PYARROW_ERRORS, open_parquet, rows_per_batch
 from mhmoe_ray.data.sources.items import BadLine, Document, Fault, RawFile, ReadSettings, Reason, Tally
 from mhmoe_ray.data.sources.records import Record, document_of, read_records
 from mhmoe_ray.data.sources.storage import Storage, short_message
@@ -247,12 +247,14 @@ class _NearDuplicates:
 def _read_table(storage: Storage, path: str, id_column: str, column: str) -> Iterator[tuple[int, Any]]:
     """Yield the row number and the value in `column` of each entry; damage to the table is a `_TableError`."""
     try:
-        with open_parquet(storage, path) as table:
+        with open_parquet(storage, path) as table, storage.open_seekable(path) as stream:
             columns = list(dict.fromkeys([id_column, column]))
             # Each row group is read separately. A batch over two groups would be lost as a whole if the second group is
             # damaged.
             groups = range(table.num_row_groups)
-            for batch in chain.from_iterable(table.iter_batches(4096, [g], columns, use_threads=False) for g in groups):
+            group_rows = (rows_per_batch(stream, table.metadata.row_group(g), columns, 4096) for g in groups)
+            batches = (table.iter_batches(rows, [g], columns, use_threads=False) for g, rows in enumerate(group_rows))
+            for batch in chain.from_iterable(batches):
                 for name in columns:
                     batch.column(name).validate(full=True)
                 for identifier, value in zip(batch.column(id_column), batch.column(column), strict=True):

@@ -200,6 +200,11 @@ def relative_path(root: str, path: str) -> str:
     return path.removeprefix(root.rstrip("/") + "/")
 
 
+def leaves_folder(name: str) -> bool:
+    """Return whether a name in somebody else's file is no path below the folder of that file."""
+    return name.startswith("/") or ".." in name.split("/")
+
+
 def _pattern_regex(parts: list[str]) -> re.Pattern[str]:
     """Translate the components of a path pattern into a regular expression; an invalid pattern is a DataError."""
     regex = ""

@@ -22,8 +22,8 @@ def test_a_bomb_is_not_decoded():
 
 
 def test_images_within_the_limits_are_decoded():
-    """A JPEG file may have many scans, and its comments may contain the bytes with which a scan starts."""
-    for extra_scans in (0, 80):
+    """A JPEG file may have several scans, and its comments may contain the bytes with which a scan starts."""
+    for extra_scans in (0, 20):
         content = jpeg_of_scans(extra_scans)
         assert count_scans(content) == content.count(b"\xff\xda") - 200
         assert check_image_file(content, 50_000_000).size == (24, 24)

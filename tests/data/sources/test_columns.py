@@ -1,4 +1,6 @@
 import secrets
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +36,36 @@ def test_parquet_reader_holds_less_than_a_row_group(tmp_path):
         assert item.text == row
         memory_growth.append(pa.total_allocated_bytes() - start_bytes)
     assert max(memory_growth) < 20e6
+
+
+def read_with_memory(folder) -> tuple[int, int]:
+    """Return the number of rows that a new process reads, and the growth of its memory in bytes."""
+    program = (
+        "import resource, sys\n"
+        "from tests.data.sources.read import iterate_source\n"
+        "memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "start = memory()\n"
+        "print(sum(1 for _ in iterate_source(sys.argv[1])), memory() - start)"
+    )
+    output = subprocess.run([sys.executable, "-c", program, str(folder)], check=True, capture_output=True).stdout
+    rows, memory_growth = map(int, output.split())
+    return rows, memory_growth
+
+
+@pytest.mark.parametrize("has_dictionary_type", [False, True])
+def test_reader_holds_few_copies_of_a_text_that_a_dictionary_repeats(tmp_path, has_dictionary_type):
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 34, pa.int32()), pa.array(["x" * 25_000_000]))
+    pq.write_table(pa.table({"text": text}), tmp_path / "f.parquet", store_schema=has_dictionary_type)
+    rows, memory_growth = read_with_memory(tmp_path)
+    assert rows == 34
+    assert memory_growth < 450e6
+
+
+def test_parquet_reader_refuses_columns_that_unpack_to_far_more_than_their_size(tmp_path):
+    table = make_table(["x" * 20_000_000] * 5)
+    pq.write_table(table, tmp_path / "f.parquet", compression="zstd", use_dictionary=False)
+    [bad_line], _ = read_source(tmp_path)
+    assert "rows 1 to 5: a column unpacks to 100,000," in bad_line.message
 
 
 def test_parquet_reader_checks_a_dictionary_once_per_row_group(tmp_path, monkeypatch):
@@ -121,6 +153,14 @@ def test_hugging_face_dataset_with_indices_is_rejected(tmp_path):
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(DataError, match=r"state\.json cannot be read"):
         read_source(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../secret/data-00000-of-00001.arrow", "/secret.arrow"])
+def test_hugging_face_dataset_names_no_files_outside_of_its_folder(tmp_path, name):
+    write_dataset(tmp_path / "secret", TEXTS, files=1)
+    write_dataset(tmp_path / "set", TEXTS[:1], _data_files=[{"filename": name}])
+    with pytest.raises(DataError, match=r"state\.json names .* which is outside of its folder"):
+        read_source(tmp_path / "set")
 
 
 def test_arrow_stream_cut_between_batches_is_reported(tmp_path):

@@ -151,7 +151,7 @@ BAD_IMAGES = {
     "text": (b"this is no image", Reason.NOT_IMAGE),
     "empty": (b"", Reason.NOT_IMAGE),
     "bomb": (bomb(), Reason.TOO_MANY_PIXELS),
-    "scans": (jpeg_of_scans(200), Reason.IMAGE_LIMIT),
+    "scans": (jpeg_of_scans(21), Reason.IMAGE_LIMIT),
     "narrow": (bomb(40_000, 1), Reason.IMAGE_LIMIT),
     "tile": (tiff_of_tile(60_000), Reason.TOO_MANY_PIXELS),
     "cut": (IMAGES[1].image[: len(IMAGES[1].image) // 2], Reason.DAMAGED_IMAGE),

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from mhmoe_ray.spec import ModelSpec
+from mhmoe_ray.spec.base import HeadCount, LayerCount, TokenCount, Width
 from mhmoe_ray.spec.model import RopeScaling
 
 NameReplacements = tuple[tuple[str, str], ...]
@@ -98,13 +99,13 @@ class Adapter(BaseModel, ABC):
     fixed_options: ClassVar[dict[str, Any]] = {}
     """Options of a `model` section that all models of the architecture have."""
 
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_attention_heads: PositiveInt
+    vocab_size: TokenCount
+    hidden_size: Width
+    num_hidden_layers: LayerCount
+    num_attention_heads: HeadCount
     num_key_value_heads: PositiveInt | None = None
     head_dim: PositiveInt | None = None
-    max_position_embeddings: PositiveInt
+    max_position_embeddings: TokenCount
     rms_norm_eps: PositiveFloat = 1e-6
     rope_parameters: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
