@@ -6,14 +6,26 @@ itself, or one that is exponentially larger than its text.
 """
 
 import json
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
 import yaml
+from pydantic import ConfigDict, Field, TypeAdapter
+from typing_extensions import TypedDict
 
 MAX_DEPTH = 50
 """Deepest nesting of a YAML file."""
 MAX_NODES = 200_000
 """Largest number of values in a YAML file, counted as often as anchors repeat them."""
+
+
+Parser = Callable[[bytes], dict[str, Any]]
+"""Function that returns the JSON object in a text; any other text is a ValueError."""
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Figure = Annotated[float, Field(gt=-1e100, lt=1e100)]
+"""Number whose sums and products are finite."""
+Time = Annotated[float, Field(ge=0, lt=1e11)]
+"""Seconds since the epoch, up to the year 5138."""
 
 
 class ParseError(ValueError):
@@ -36,6 +48,18 @@ def parse_object(content: str | bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ParseError("it is no JSON object")
     return value
+
+
+def object_parser(fields: Mapping[str, Any]) -> Parser:
+    """Return a parser of objects with fields of these types, of which those in `Required` must be there.
+
+    It is built when it is first used, and is faster than `json.loads`.
+    """
+    config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, defer_build=True)
+    make_type: Any = TypedDict
+    object_type = make_type("object_type", dict(fields), total=False)
+    object_type.__pydantic_config__ = config
+    return TypeAdapter[dict[str, Any]](object_type).validate_json
 
 
 def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:

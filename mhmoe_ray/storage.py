@@ -330,6 +330,11 @@ def read_file(path: Location) -> bytes:
     return path.read_bytes()
 
 
+def is_special(path: Location) -> bool:
+    """Return whether a path is there but is no regular file: a local folder, pipe, device or loop of links."""
+    return isinstance(path, Path) and os.path.lexists(path) and not path.is_file()
+
+
 def copy_file(source: Location, target: Location) -> None:
     """Copy a small file atomically, through memory."""
     replace_file(target, source.read_bytes())
@@ -357,7 +362,9 @@ class FileEntry(BaseModel):
 
 
 def describe_file(path: Location) -> FileEntry:
-    """Return the size and hash of a file."""
+    """Return the size and hash of a file; a folder, pipe or device is an OSError."""
+    if is_special(path):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
     digest = hashlib.sha256()
     with path.open("rb") as f:
         while block := f.read(_BLOCK_BYTES):

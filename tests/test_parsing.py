@@ -5,7 +5,7 @@ import os
 import pytest
 
 from mhmoe_ray.parsing import ParseError, parse_json, parse_object, parse_yaml
-from mhmoe_ray.storage import read_file
+from mhmoe_ray.storage import describe_file, read_file
 
 BAD_YAML = [
     "a: 2026-13-45",
@@ -69,6 +69,8 @@ def test_only_regular_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="it is not a regular file"):
         read_file(tmp_path / "pipe")
+    with pytest.raises(OSError, match="it is no regular file"):
+        describe_file(tmp_path / "pipe")
     with pytest.raises(IsADirectoryError):
         read_file(tmp_path)
     with pytest.raises(FileNotFoundError):

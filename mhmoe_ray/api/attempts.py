@@ -232,7 +232,7 @@ class AttemptEvents:
     """Reader of the events of a run's newest attempt, which passes each event once to a callback."""
 
     def __init__(self, run: RunDir, on_event: Callable[[dict[str, Any]], object] | None) -> None:
-        self._tail, self._on_event = Tail(run.events_file), on_event
+        self._tail, self._on_event = Tail(run.events_file, events.parse), on_event
         self._events: RunEvents = []
         self._reported_count = 0
 

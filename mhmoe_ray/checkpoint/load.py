@@ -25,7 +25,7 @@ from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.spec import ModelSpec, RunSpec
-from mhmoe_ray.storage import Location
+from mhmoe_ray.storage import Location, is_special
 
 M = TypeVar("M", bound=Trunk)
 
@@ -91,6 +91,8 @@ def read_index(folder: Location) -> SliceIndex:
         files: list[Location] = list(folder.glob(f"*{SUFFIX}"))
         for file in sorted(files, key=lambda file: file.name):
             try:
+                if is_special(file):
+                    raise ValueError("it is no regular file")
                 slices = stored_slices(file)
             except (ValueError, KeyError) as e:
                 reason = f"{file.name} cannot be read ({e})"

@@ -33,7 +33,7 @@ from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.parsing import parse_json
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import ModelSpec
-from mhmoe_ray.storage import Describe, FileEntry, Location, describe_files, read_file, write_json
+from mhmoe_ray.storage import Describe, FileEntry, Location, describe_files, is_special, read_file, write_json
 
 MANIFEST = "manifest.json"
 PARTS = ("weights", "optim")
@@ -152,6 +152,8 @@ def _problems(
     yield from (f"{name} is missing" for name in sorted(files.keys() - present))
     yield from (f"{name} does not belong to it" for name in sorted(present - files.keys()))
     for name, expected in files.items():
+        if is_special(checkpoint / name):
+            yield f"{name} is no regular file"
         # Sizes are compared first: this needs no read of the file, and finds a file that was cut off.
         size = (checkpoint / name).stat().st_size
         if size != expected.size:

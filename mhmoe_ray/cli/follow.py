@@ -128,6 +128,7 @@ class _RunView:
 
     def __init__(self, run: "RunDir", progress: Progress, from_now: bool) -> None:
         from mhmoe_ray.data.prepare.work import shared_folder
+        from mhmoe_ray.runs import events, metrics
         from mhmoe_ray.runs.jsonl import Tail
 
         self.shown_events: list[dict[str, Any]] = []
@@ -135,8 +136,8 @@ class _RunView:
         twice."""
         self._progress = progress
         self._task = progress.add_task("submitted", total=run.spec().train.steps, figures="")
-        self._metrics = Tail(run.metrics_file, from_now=from_now)
-        self._events = Tail(run.events_file, from_now=from_now)
+        self._metrics = Tail(run.metrics_file, metrics.parse_line, from_now=from_now)
+        self._events = Tail(run.events_file, events.parse, from_now=from_now)
         self._preparation = PreparationView(shared_folder(run.spec()), progress)
 
     def refresh(self) -> list[dict[str, Any]]:
@@ -165,7 +166,7 @@ class _RunView:
         kind = event["event"]
         self._progress.update(self._task, description=kind)
         if kind == "began":
-            note.print(f"its job runs on {event['host']}")
+            note.print(f"its job runs on {event.get('host', 'a node that is not known')}")
         elif kind == "preparing":
             print_note(f"preparing data in {event['folder']}")
         elif kind == "initialized":

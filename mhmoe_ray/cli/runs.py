@@ -71,13 +71,14 @@ def list_(
 def _run_row(run: "RunDir", connect: "Callable[[str], Connection]") -> dict[str, Any]:
     """Return a run's row of the list, as `mhmoe list --json` prints it."""
     from mhmoe_ray.cluster.runs import state_of
-    from mhmoe_ray.errors import SpecError
+    from mhmoe_ray.errors import SpecError, StorageError
     from mhmoe_ray.runs import events, history, metrics
 
-    last_metrics = history.last_line(run)
+    last_metrics = None
     steps: int | str | None = None
     preset = None
     try:
+        last_metrics = history.last_line(run)
         if not run.is_imported:
             spec = run.spec()
             steps, preset = spec.train.steps, spec.origin
@@ -85,6 +86,8 @@ def _run_row(run: "RunDir", connect: "Callable[[str], Connection]") -> dict[str,
     # A spec that another version wrote may be unreadable; the other runs are still listed.
     except SpecError:
         steps, state = "?", "unreadable spec"
+    except StorageError:
+        state = "unreadable events or metrics"
     return {
         "run": run.id,
         "state": state,

@@ -82,9 +82,9 @@ def _quality_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
             for name, loss in part_losses.items()
         )
     # A loss above these values shows that the model has not learned more than frequencies of tokens and of pairs.
-    if baselines and "bigram" in baselines and is_summed:
+    if baselines and "unigram_entropy" in baselines and is_summed:
         rows["  to beat"] = f"{baselines['unigram_entropy']:.4f} unigram entropy of held-out texts"
-    elif baselines and "bigram" in baselines:
+    elif baselines and baselines.keys() >= {"unigram_entropy", "bigram", "bigram_tokens"}:
         rows["  to beat"] = (
             f"{baselines['unigram_entropy']:.4f} unigram entropy of that text, "
             f"{baselines['bigram']:.4f} bigram model of {baselines['bigram_tokens']:,} training tokens"
@@ -92,7 +92,7 @@ def _quality_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
     if last_metrics and "balance" in last_metrics:
         rows["balance"] = (
             f"{format_figure(last_metrics['balance'], '.3f')} (1 is uniform); the least used expert has "
-            f"{format_figure(last_metrics['least_expert'], '.2f')} of its share"
+            f"{format_figure(last_metrics.get('least_expert'), '.2f')} of its share"
         )
     # Some metrics, such as dropped routes, are worth a row only if they are not zero.
     for metric in METRICS.values():
@@ -106,9 +106,11 @@ def _speed_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
     rows: dict[str, str | None] = {}
     if last_metrics and rate:
         clock_text = f", {mean:,.0f} by the clock since workers started" if mean else ""
-        rows["speed"] = f"{rate:,.0f} tokens/s{clock_text}; waiting for data {last_metrics['data_wait']:.1%}"
+        rows["speed"] = (
+            f"{rate:,.0f} tokens/s{clock_text}; waiting for data {format_figure(last_metrics.get('data_wait'), '.1%')}"
+        )
     # A dense model or a single rank sends no rows (sub-tokens) to other ranks, and the ratio would then divide by zero.
-    if last_metrics and last_metrics.get("rows_least"):
+    if last_metrics and last_metrics.get("rows_least") and last_metrics.keys() >= {"rows_sent", "counts_sent"}:
         ratio = last_metrics["rows_sent"] / last_metrics["rows_least"]
         internode_rows = last_metrics.get("rows_between_nodes")
         is_hierarchical = run_state["started"] and run_state["started"].get("dispatch") == "hierarchical"

@@ -84,7 +84,7 @@ def outcome(run: RunDir, connection: Connection, doubt: float = _DOUBT_SECONDS) 
 def _may_be_starting(run: RunDir, attempt: Attempt) -> bool:
     """Return whether the cluster may not know the job yet, because code and packages are still being sent to it."""
     begin_event = events.newest_event(events.read(run), "began")
-    is_begun = begin_event is not None and begin_event["attempt"] == newest_attempt_number(run)
+    is_begun = begin_event is not None and begin_event.get("attempt") == newest_attempt_number(run)
     seconds = _LOCAL_SECONDS if attempt.local else _SENDING_SECONDS
     return not is_begun and abs(time.time() - attempt.submitted) < seconds
 
@@ -118,7 +118,7 @@ def recorded_outcome(run_events: list[dict[str, Any]]) -> Outcome | None:
     if not events.is_end_state(state):
         return None
     failed = events.newest_event(run_events, "failed") if state == "failed" else None
-    return Outcome(state, failed["reason"] if failed else "")
+    return Outcome(state, failed.get("reason", "") if failed else "")
 
 
 def start_attempt(run: RunDir, spec: RunSpec, connection: Connection, public_address: str | None = None) -> str:

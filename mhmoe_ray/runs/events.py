@@ -2,47 +2,76 @@
 
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Required, get_origin
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from mhmoe_ray.errors import StorageError
+from mhmoe_ray.parsing import Count, Figure, Parser, Time, object_parser
 from mhmoe_ray.runs import jsonl
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec.cluster import ClusterSpec, format_mesh
 
 EventKind = Literal[
-    # The comment at each kind of event names the fields of its events.
-    "submitted",  # attempt, job, address
-    "began",  # attempt, host, pid (of the process of the attempt's job)
-    "preparing",  # folder (of the prepared data)
-    "prepared",  # validation_tokens, and the fields of data.shards.manifest.Baselines
-    # Fields of "initialized" events: how (key of the spec's section `start`), sources (descriptions of the models that
-    # the run starts from), step (0), name (of the checkpoint).
-    "initialized",
-    "waiting",  # missing (text that names the resources which the cluster lacks for the workers)
-    "restoring",  # name (of the checkpoint that the workers start from; null if they start anew), step, attempt
-    # Fields of "started" events: group (number of the worker group), step, dp and ep (sizes of the mesh), groups (ranks
-    # of each expert-parallel group), straddling_groups (number of groups on several nodes), groups_apart (number of
-    # groups in several network domains), dispatch (flat or hierarchical), flat_groups (number of groups that
-    # hierarchical dispatch leaves flat), asked (the spec's cluster.workers), and workers: [{rank, pid, began and
-    # start_ticks (start time of the process), host, node}].
-    "started",
-    # Fields of "hung" events: rank, host, pid, step (the last one), doing (phase, such as training), seconds (since the
-    # last heartbeat or progress), silent (true if heartbeats were missing).
-    "hung",
-    "lost",  # rank, reason, host, lines (last lines of the rank's log), ranks (number of all failed ranks)
-    "checkpoint",  # step, name, pause (seconds that training waited), seconds (until it was committed)
-    "preempted",  # step, nodes (ids of the preempted nodes), deadline (in seconds since the epoch, or null)
-    "adapted",  # step, task, top_k (the new number of experts that the task of a vision model chooses)
-    "skipped_checkpoint",  # name, reason
-    "dropped_checkpoint",  # name
-    "finished",  # step
-    "stopped",  # step if the workers ended as requested, reason if the job was ended
-    "failed",  # reason
-    "served",  # application, url, address (of the cluster), checkpoint (its name)
-    "answering",  # output (folder of a batch inference), checkpoint (name of the one that answers)
-    "answered",  # output (folder of a batch inference whose rows are all answered)
-    "imported",  # source, model_type, step, name (of the checkpoint)
-]
+    "submitted", "began", "preparing", "prepared", "initialized", "waiting", "restoring", "started", "hung", "lost",
+    "checkpoint", "preempted", "adapted", "skipped_checkpoint", "dropped_checkpoint", "finished", "stopped", "failed",
+    "served", "answering", "answered", "imported",
+]  # fmt: skip
+# Older versions of this project recorded the path of a skipped checkpoint in place of its name.
+_Name = Annotated[str, Field(pattern=r"(^|/)step_[0-9]{1,18}\.[0-9]{1,18}$")]
+# `began` and `start_ticks` are the start time of the process.
+_Worker = TypedDict("_Worker", {  # noqa: UP013 - a class would take a line for each field
+    "rank": Required[Count], "pid": Required[Count], "host": Required[str], "node": Required[str], "began": Time,
+    "start_ticks": Count | None,
+}, total=False)  # fmt: skip
+FIELDS: dict[EventKind, dict[str, Any]] = {
+    "submitted": {"attempt": Count, "job": str, "address": str},
+    "began": {"attempt": Count, "host": str, "pid": Count},  # the process of the attempt's job
+    "preparing": {"folder": Required[str]},  # folder of the prepared data
+    # Data without texts has no baselines (data.shards.manifest.Baselines), which are all fields but the first.
+    "prepared": {"validation_tokens": Count, "unigram_entropy": Figure, "bigram": Figure, "bigram_tokens": Count},
+    # Key of the spec's section `start`, descriptions of the models that the run starts from, and the checkpoint's name.
+    "initialized": {"how": str, "sources": Required[list[str]], "step": Count, "name": Required[_Name]},
+    "waiting": {"missing": str},  # text that names the resources which the cluster lacks for the workers
+    # Name of the checkpoint that the workers start from; null if they start anew.
+    "restoring": {"name": Required[_Name | None], "step": Count, "attempt": Count},
+    # Number of the worker group, sizes of the mesh, ranks of each expert-parallel group, numbers of groups on several
+    # nodes and in several network domains, flat or hierarchical, number of groups that hierarchical dispatch leaves
+    # flat, and the spec's cluster.workers.
+    "started": {
+        "group": Required[Count], "step": Required[Count], "dp": Count, "ep": Count, "groups": list[list[Count]],
+        "straddling_groups": Count, "groups_apart": Count, "dispatch": str, "flat_groups": Count,
+        "asked": Count | dict[str, Count | None], "workers": Required[list[_Worker]],
+    },
+    # Last step, phase such as training, seconds since the last heartbeat or progress, true if heartbeats were missing.
+    "hung": {
+        "rank": Required[Count], "host": Required[str], "pid": Required[Count], "step": Required[Count],
+        "doing": Required[str], "seconds": Required[Figure], "silent": Required[bool],
+    },
+    # Last lines of the rank's log, and number of all failed ranks.
+    "lost": {
+        "rank": Required[Count], "reason": Required[str], "host": Required[str | None], "lines": Required[list[str]],
+        "ranks": Required[Count],
+    },
+    # Seconds that training waited, and seconds until the checkpoint was committed.
+    "checkpoint": {"step": Count, "name": Required[_Name], "pause": Figure, "seconds": Figure},
+    # Ids of the preempted nodes, and seconds since the epoch.
+    "preempted": {"step": Required[Count], "nodes": Required[list[str]], "deadline": Required[Time | None]},
+    # New number of experts that a task of a vision model chooses.
+    "adapted": {"step": Required[Count], "task": Required[str], "top_k": Required[Count]},
+    "skipped_checkpoint": {"name": Required[_Name], "reason": Required[str]},
+    "dropped_checkpoint": {"name": str},
+    "finished": {"step": Count},
+    "stopped": {"step": Count, "reason": str},  # step if the workers ended as requested, reason if the job was ended
+    "failed": {"reason": str},
+    # Address of the cluster, and name of the checkpoint.
+    "served": dict.fromkeys(("application", "url", "address", "checkpoint"), Required[str]),
+    "answering": {"output": Required[str], "checkpoint": Required[str]},  # folder of a batch inference
+    "answered": {"output": Required[str]},  # folder of a batch inference whose rows are all answered
+    "imported": {"source": Required[str], "model_type": str | None, "step": Count, "name": Required[_Name]},
+}  # fmt: skip
+"""Types of the fields of each kind of event besides `time` and `event`; code relies on the required ones alone."""
 State = Literal["submitted", "preparing", "waiting", "running", "finished", "stopped", "failed", "imported"]
 
 _STATE_AFTER: dict[str, State] = {
@@ -60,6 +89,8 @@ _STATE_AFTER: dict[str, State] = {
 
 def record(run: RunDir, kind: EventKind, **fields: Any) -> None:
     """Append an event with the current time to events.jsonl; a failed write is a StorageError."""
+    required = {name for name, field_type in FIELDS[kind].items() if get_origin(field_type) is Required}
+    assert required <= fields.keys() <= FIELDS[kind].keys(), f"not the fields of {kind}: {fields.keys()}"
     jsonl.append(run.events_file, {"time": time.time(), "event": kind, **fields})
 
 
@@ -71,9 +102,19 @@ def record_use(run: RunDir, kind: EventKind, on_note: Callable[[str], object], *
         on_note(f"warning: {e}")
 
 
+_COMMON_FIELDS = {"time": Required[Time], "event": Required[str]}
+_parse_common_fields = object_parser(_COMMON_FIELDS)
+_PARSERS: dict[str, Parser] = {kind: object_parser(_COMMON_FIELDS | fields) for kind, fields in FIELDS.items()}
+
+
+def parse(line: bytes) -> dict[str, Any]:
+    """Return the event of a line; one without the fields of its kind is a ValueError."""
+    return _PARSERS.get(_parse_common_fields(line)["event"], _parse_common_fields)(line)
+
+
 def read(run: RunDir) -> list[dict[str, Any]]:
     """Return all events of a run, oldest first."""
-    return list(jsonl.read(run.events_file))
+    return list(jsonl.read(run.events_file, parse))
 
 
 def has_weights(run: RunDir) -> bool:
@@ -223,7 +264,7 @@ def describe_preemption(event: dict[str, Any]) -> str:
 
 def describe_straddling_groups(start_event: dict[str, Any]) -> str | None:
     """Return a sentence about a "started" event's expert-parallel groups on several nodes; None without any."""
-    if not (group_count := start_event["straddling_groups"]):
+    if not (group_count := start_event.get("straddling_groups")):
         return None
     sentence = f"{group_count} expert-parallel groups lie on more than one node"
     # Events of older versions of this project lack the fields `groups_apart` and `flat_groups`.

@@ -6,12 +6,13 @@ A history may have a million lines, of which `read_trend` reads only a few. This
 import math
 from collections.abc import Iterable
 from itertools import islice, pairwise
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from mhmoe_ray.runs import jsonl
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.jsonl import JsonlSnapshot
-from mhmoe_ray.runs.metrics import GROUP, METRICS, STEP, TIME, TOKENS, TOKENS_PER_S, VAL_LOSS
+from mhmoe_ray.runs.metrics import GROUP, METRICS, STEP, TIME, TOKENS, TOKENS_PER_S, VAL_LOSS, parse_line
 
 
 def append(run: RunDir, line: dict[str, Any]) -> None:
@@ -38,7 +39,7 @@ def read(run: RunDir) -> list[dict[str, Any]]:
     """Return the effective history of a run's metrics (`effective_lines`)."""
     # On an object store, lines are in the order of their writers' clocks, and these differ between nodes. Sorting by
     # worker group restores the true order.
-    return effective_lines(sorted(jsonl.read(run.metrics_file), key=lambda line: line.get(GROUP, 0)))
+    return effective_lines(sorted(jsonl.read(run.metrics_file, parse_line), key=itemgetter(GROUP)))
 
 
 def effective_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -56,7 +57,7 @@ def effective_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def last_line(run: RunDir) -> dict[str, Any] | None:
     """Return the newest line of a run's metrics.jsonl; None if there is none."""
-    return next(JsonlSnapshot(run.metrics_file).lines_backwards(), None)
+    return next(JsonlSnapshot(run.metrics_file, parse_line).lines_backwards(), None)
 
 
 class Trend(NamedTuple):
@@ -81,7 +82,7 @@ class Trend(NamedTuple):
         pairs = [
             (b[TOKENS] - a[TOKENS], b[TOKENS_PER_S]) for a, b in pairwise(self.recent_lines) if a[GROUP] == b[GROUP]
         ]
-        seconds = sum(tokens / rate for tokens, rate in pairs if tokens)
+        seconds = sum(tokens / rate for tokens, rate in pairs if tokens and rate)
         return float(sum(tokens for tokens, _ in pairs) / seconds) if seconds else None
 
     @property
@@ -102,7 +103,7 @@ CURVE_LINES = 60
 
 def read_trend(run: RunDir, validate_every: int) -> Trend:
     """Return recent lines, the newest validation and the loss curve, without reading the whole file."""
-    file = JsonlSnapshot(run.metrics_file)
+    file = JsonlSnapshot(run.metrics_file, parse_line)
     newest_lines = list(islice(file.lines_backwards(), CURVE_LINES))[::-1]
     if not newest_lines:
         return Trend([], None, [], None)

@@ -16,7 +16,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from mhmoe_ray.storage import Location, ObjectPath, report_write_errors
+from mhmoe_ray.errors import StorageError
+from mhmoe_ray.parsing import Parser, parse_object
+from mhmoe_ray.storage import Location, ObjectPath, is_special, report_write_errors
 
 # Size in bytes above which a segment (an object with some lines of a file) gets no more lines. Each write of new lines
 # writes the whole segment again, so it must not grow without limit.
@@ -26,6 +28,7 @@ SHORT_SEGMENT_BYTES = 1 << 12
 WRITE_SECONDS = 1.0
 _NEXT_STEP = "`mhmoe resume`"
 """Command that a storage error advises: most lines are written by a run's job, which the error ends."""
+_FIX = "restore it from a copy, or move it away"
 
 
 def append(path: Location, record: dict[str, Any], *, immediate: bool = True) -> None:
@@ -39,7 +42,8 @@ def append(path: Location, record: dict[str, Any], *, immediate: bool = True) ->
 
 
 def _append(path: Location, record: dict[str, Any], immediate: bool) -> None:
-    line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+    # Readers would skip a line with half of a surrogate pair, which a file name that is not in UTF-8 has.
+    line = json.dumps(record, separators=(",", ":"), ensure_ascii=False).encode(errors="replace") + b"\n"
     if isinstance(path, ObjectPath):
         if immediate:
             (path / _segment_name()).write_bytes(line)
@@ -106,19 +110,23 @@ def parts_with_sizes(path: Location) -> list[tuple[Location, int]]:
     """Return a file's parts and their sizes in bytes: its segments in order, or the file itself if it exists."""
     if isinstance(path, ObjectPath):
         return [*path.sizes()]
+    if is_special(path):
+        raise StorageError(f"file {path}", "it is no regular file", _FIX)
     return [(path, path.stat().st_size)] if path.exists() else []
 
 
-def read(path: Location) -> Iterator[dict[str, Any]]:
-    """Yield the content of all complete lines of a file, in order; none if there is no file."""
-    for part, size in parts_with_sizes(path):
-        if isinstance(part, Path):
-            with part.open("rb") as f:
-                yield from parse_lines(f)
-        else:
-            yield from parse_lines(
-                (_read_short_segment if size < SHORT_SEGMENT_BYTES else _read_segment)(part, size).splitlines()
-            )
+def read(path: Location, parse: Parser = parse_object) -> Iterator[dict[str, Any]]:
+    """Yield the content of all lines that `parse` accepts, in order; a file of other lines alone is a StorageError."""
+    lines = (line for part, size in parts_with_sizes(path) for line in _part_lines(part, size))
+    return parse_lines(lines, parse, path)
+
+
+def _part_lines(part: Location, size: int) -> Iterator[bytes]:
+    if isinstance(part, Path):
+        with part.open("rb") as f:
+            yield from f
+    else:
+        yield from (_read_short_segment if size < SHORT_SEGMENT_BYTES else _read_segment)(part, size).splitlines()
 
 
 def _read_segment(part: ObjectPath, size: int) -> bytes:
@@ -130,13 +138,23 @@ def _read_segment(part: ObjectPath, size: int) -> bytes:
 _read_short_segment = lru_cache(maxsize=1 << 16)(_read_segment)
 
 
-def parse_lines(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """Yield the JSON content of each line, without torn ones."""
+def parse_lines(lines: Iterable[bytes], parse: Parser, path: Location | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the content of each line, without lines that `parse` refuses, such as torn ones.
+
+    If `path` names the file of which `lines` are all, several lines without any content are a StorageError.
+    """
+    accepted_count = refused_count = 0
     for line in lines:
         try:
-            yield json.loads(line)
+            content = parse(line)
         except ValueError:
+            refused_count += bool(line.strip())
             continue
+        accepted_count += 1
+        yield content
+    # A single line may be torn: a process was killed while it wrote the first one, or is still writing it.
+    if path and refused_count > 1 and not accepted_count:
+        raise StorageError(f"file {path}", f"none of its {refused_count:,} lines has the fields that it needs", _FIX)
 
 
 def modification_time(path: Location) -> float:
@@ -147,8 +165,8 @@ def modification_time(path: Location) -> float:
 class Tail:
     """Reader of the lines that are added to a file; with `from_now`, lines older than the reader are skipped."""
 
-    def __init__(self, path: Location, *, from_now: bool = False) -> None:
-        self._path, self._offsets = path, dict[str, int]()
+    def __init__(self, path: Location, parse: Parser = parse_object, *, from_now: bool = False) -> None:
+        self._path, self._parse, self._offsets = path, parse, dict[str, int]()
         if from_now:
             self._offsets = {part.name: size for part, size in parts_with_sizes(path)}
 
@@ -164,7 +182,7 @@ class Tail:
             # A last line without a line break is still being written, so the next call reads it again.
             complete_lines = new_bytes[: new_bytes.rfind(b"\n") + 1]
             self._offsets[part.name] = offset + len(complete_lines)
-            yield from parse_lines(complete_lines.splitlines())
+            yield from parse_lines(complete_lines.splitlines(), self._parse)
 
 
 # Number of bytes of each read in `lines_backwards`, and of the first read in `line_at`.
@@ -175,8 +193,8 @@ PROBE_BYTES = 1 << 12
 class JsonlSnapshot:
     """Random access to the complete lines that a file of JSON lines had when this object was created."""
 
-    def __init__(self, path: Location) -> None:
-        self._parts, sizes = [], []
+    def __init__(self, path: Location, parse: Parser = parse_object) -> None:
+        self._path, self._parse, self._parts, sizes = path, parse, list[Location](), list[int]()
         for part, size in parts_with_sizes(path):
             self._parts.append(part)
             sizes.append(size)
@@ -185,7 +203,10 @@ class JsonlSnapshot:
         """Size in bytes."""
 
     def lines_backwards(self) -> Iterator[dict[str, Any]]:
-        """Yield the content of all lines, the last one first."""
+        """Yield the content of all lines, the last one first; a file that `read` refuses is a StorageError."""
+        return parse_lines(self._raw_lines_backwards(), self._parse, self._path)
+
+    def _raw_lines_backwards(self) -> Iterator[bytes]:
         end, partial_line = self.size, b""
         for index in reversed(range(len(self._parts))):
             part_start = self._part_start(index)
@@ -193,8 +214,8 @@ class JsonlSnapshot:
                 block = self._read_range(index, max(part_start, end - BLOCK_BYTES), end)
                 end -= len(block)
                 partial_line, *lines = (block + partial_line).split(b"\n")
-                yield from parse_lines(reversed(lines))
-            yield from parse_lines([partial_line])
+                yield from reversed(lines)
+            yield partial_line
             partial_line = b""
 
     def line_at(self, offset: int) -> dict[str, Any] | None:
@@ -208,7 +229,7 @@ class JsonlSnapshot:
             while True:
                 block = self._read_range(index, start - starts_inside, min(end, start + length))
                 lines = block.split(b"\n")[starts_inside:-1]
-                if line := next(parse_lines(lines), None):
+                if line := next(parse_lines(lines, self._parse), None):
                     return line
                 if start + length >= end:
                     break

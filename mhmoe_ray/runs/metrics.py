@@ -12,9 +12,12 @@ This module does not need torch.
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Required
 
 import numpy as np
+from pydantic import Field
+
+from mhmoe_ray.parsing import Count, Figure, Time, object_parser
 
 PREFIX = "mhmoe_train_"
 """Prefix of the names in Prometheus; Ray puts `ray_` before it."""
@@ -226,6 +229,16 @@ TIME = _metric("time", "End of the step, in seconds since the epoch.", scope="fi
 STREAM = _metric("stream", "Digest of the step's samples, in order.", scope="file")
 SKIPPED = _metric("skipped", "True where the step updated nothing because its gradient was not finite.", scope="file")
 VAL_TOKENS = _metric("val_tokens", "Held-out tokens of the validation.", scope="file")
+
+parse_line = object_parser({
+    **dict.fromkeys(METRICS, Figure | None),
+    **dict.fromkeys((PART_LOSS, VAL_PART_LOSS), dict[str, Figure | None]),
+    **dict.fromkeys((ROWS_SENT, ROWS_BETWEEN_NODES, ROWS_LEAST, COUNTS_SENT, SKIPPED_STEPS, VAL_TOKENS), Count),
+    **{TASK_TOP_K: dict[str, Count], STREAM: str, SKIPPED: bool},
+    **{STEP: Required[Annotated[int, Field(gt=0, lt=2**63)]], GROUP: Required[Count], TOKENS: Required[Count]},
+    **{TIME: Required[Time], LOSS: Required[Figure | None], TOKENS_PER_S: Required[Figure]},
+})  # fmt: skip
+"""Parser of lines of metrics.jsonl, where null is a number that is not finite; all lines have the required metrics."""
 
 
 def tagged_values(line: dict[str, Any]) -> dict[str, float]:

@@ -6,8 +6,9 @@ import pytest
 
 from mhmoe_ray.checkpoint.manifest import MANIFEST, committed_checkpoints, last_step
 from mhmoe_ray.checkpoint.retention import RetentionPolicy, delete_checkpoint
-from mhmoe_ray.runs import events, history, metrics
+from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import create_run
+from tests.support.events import append_line
 from tests.support.specs import tiny_spec
 
 
@@ -32,7 +33,7 @@ def removable_checkpoints(run, newest_count):
 def record_losses(run, *losses):
     """Append validation losses to the run's history, each given as (step, loss)."""
     for step, loss in losses:
-        history.append(run, {metrics.STEP: step, metrics.GROUP: 1, metrics.VAL_LOSS: loss})
+        append_line(run, step, val_loss=loss)
 
 
 def short_names(paths):
@@ -54,7 +55,7 @@ def test_best_checkpoint_is_kept(run):
 
 def test_checkpoint_that_an_application_served_last_is_kept(run):
     def serve(address, application, checkpoint):
-        events.record(run, "served", address=address, application=application, checkpoint=checkpoint)
+        events.record(run, "served", address=address, application=application, checkpoint=checkpoint, url="http://x")
 
     retention = RetentionPolicy(run, 1)
     serve("http://a", "mhmoe", "step_00000010.1")

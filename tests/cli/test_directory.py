@@ -23,6 +23,7 @@ from mhmoe_ray.errors import ClusterError
 from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run
 from tests.cli.run import assert_one_line, command, mhmoe
+from tests.support.events import WORKER
 from tests.support.specs import tiny_spec
 
 HUNG_EVENT = {"rank": 0, "pid": 3, "host": "x", "step": 7, "doing": "training", "seconds": 9.0, "silent": False}
@@ -42,9 +43,7 @@ def run(tmp_path, unused_address):
     run_dir = create_run(tiny_spec(tmp_path))
     add_attempt(run_dir, Attempt("job-1", unused_address, local=True))
     events.record(run_dir, "submitted", attempt=1, job="job-1", address=unused_address)
-    events.record(
-        run_dir, "started", group=1, step=0, dp=1, ep=1, groups=[[0]], straddling_groups=0, workers=[{"host": "x"}]
-    )
+    events.record(run_dir, "started", group=1, step=0, dp=1, ep=1, groups=[[0]], straddling_groups=0, workers=[WORKER])
     line = {metrics.STEP: 7, metrics.GROUP: 1, metrics.LOSS: 2.5, metrics.TOKENS: 70, metrics.TOKENS_PER_S: 9.0}
     history.append(run_dir, {**line, metrics.DATA_WAIT: 0.0, metrics.TIME: 1000.0})
     return run_dir
@@ -84,7 +83,7 @@ def test_balance_that_is_not_finite_is_shown(tmp_path, run):
 
 
 def test_follower_prints_all_events_of_a_run(run, capsys):
-    workers = [{"host": "x"}, {"host": "y"}]
+    workers = [WORKER, WORKER | {"host": "y"}]
     events.record(run, "hung", **HUNG_EVENT)
     events.record(run, "lost", rank=0, ranks=2, host="x", reason="killed", lines=[])
     events.record(run, "skipped_checkpoint", name="step_00000007.1", reason="it is torn")

@@ -12,6 +12,7 @@ from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.errors import RunError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run
+from tests.support.events import record
 from tests.support.specs import tiny_spec
 
 WORKER = {"rank": 0, "pid": 5, "began": 1.0, "host": "here", "node": "a1"}
@@ -75,7 +76,7 @@ def run(dashboard, tmp_path, monkeypatch):
     run = create_run(tiny_spec(tmp_path))
     add_attempt(run, Attempt("job-1", dashboard[0], local=True))
     events.record(run, "submitted", attempt=1)
-    events.record(run, "started", workers=[WORKER])
+    record(run, "started", workers=[WORKER])
     return run
 
 
@@ -110,8 +111,8 @@ def test_follower_of_a_worker_goes_on_with_the_process_that_replaces_it(dashboar
     notes = []
     lines = worker_log(run, address, notes.append)
     assert [next(lines), next(lines), next(lines)] == ["printed", "step 1", "step 2"]
-    events.record(run, "lost", rank=0)
-    threading.Timer(1, events.record, (run, "started"), {"workers": [REPLACEMENT]}).start()
+    record(run, "lost")
+    threading.Timer(1, record, (run, "started"), {"workers": [REPLACEMENT]}).start()
     assert [next(lines), next(lines)] == ["printed", "step 3"]
     events.record(run, "finished", step=3)
     assert list(lines) == []

@@ -118,7 +118,7 @@ def _shipped(name: str) -> bytes:
 
 def _read_run(folder: Path) -> int:
     path = f"runs/{RUN}"
-    commands = [["list"], ["status", path], ["ckpt", "inspect", path], ["report", path, "--to", "report"]]
+    commands = [["list"], ["status", path], ["ckpt", "inspect", path]]
     return max(run_command(folder, *command) for command in commands)
 
 
@@ -146,6 +146,7 @@ def _read_prepared(folder: Path) -> int:
 KINDS: dict[str, Kind] = {
     "specs": Kind(("*.yaml",), _read_spec),
     "run files": Kind((f"runs/{RUN}/*.json", f"runs/{RUN}/*.jsonl", f"runs/{RUN}/*.yaml"), _read_run),
+    "reports": Kind((f"runs/{RUN}/*.jsonl",), _command("report", f"runs/{RUN}", "--to", "report")),
     "checkpoint manifests": Kind(
         (f"runs/{RUN}/checkpoints/*/manifest.json",), _command("ckpt", "inspect", f"runs/{RUN}")
     ),

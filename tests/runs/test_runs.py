@@ -26,6 +26,7 @@ from mhmoe_ray.runs.directory import (
 from mhmoe_ray.runs.start import StartRecord, read_start, write_start
 from mhmoe_ray.runs.sweeps import SweepDir, SweepOrder, sweep_dir
 from mhmoe_ray.storage import ObjectPath
+from tests.support.events import append_line, record
 from tests.support.s3 import CREDENTIALS
 from tests.support.saved import write_checkpoint
 from tests.support.specs import tiny_spec
@@ -216,7 +217,7 @@ def test_tail_yields_late_segment_with_an_earlier_name(tmp_path, s3, monkeypatch
 def test_history_has_newest_lines_of_repeated_steps(run):
     for group, steps in [(1, [1, 2, 3, 4]), (2, [3, 4, 5]), (3, [2])]:
         for step in steps:
-            history.append(run, {metrics.STEP: step, metrics.GROUP: group})
+            append_line(run, step, group=group)
     assert [(h[metrics.STEP], h[metrics.GROUP]) for h in history.read(run)] == [(1, 1), (2, 3)]
 
 
@@ -224,7 +225,7 @@ def test_later_group_counts_although_its_clock_is_behind(run):
     """The lines of a group whose clock is behind come first in the history on an object store."""
     for group, steps in [(2, [3, 4, 5]), (1, [1, 2, 3, 4])]:
         for step in steps:
-            history.append(run, {metrics.STEP: step, metrics.GROUP: group})
+            append_line(run, step, group=group)
     steps_and_groups = [(line[metrics.STEP], line[metrics.GROUP]) for line in history.read(run)]
     assert steps_and_groups == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
 
@@ -232,14 +233,14 @@ def test_later_group_counts_although_its_clock_is_behind(run):
 def test_state_follows_events(run):
     states = []
     for kind in ("submitted", "began", "prepared", "started", "checkpoint", "failed", "submitted", "finished"):
-        events.record(run, kind)
+        record(run, kind)
         states.append(events.state(events.read(run)))
     assert states == ["submitted", "preparing", "preparing", "running", "running", "failed", "submitted", "finished"]
 
 
 def test_late_submitted_event_does_not_change_state(run):
     for kind, attempt in (("submitted", 1), ("began", 1), ("failed", None), ("began", 2), ("started", None)):
-        events.record(run, kind, **({"attempt": attempt} if attempt else {}))
+        record(run, kind, **({"attempt": attempt} if attempt else {}))
     events.record(run, "submitted", attempt=2)
     assert events.state(events.read(run)) == "running"
     events.record(run, "submitted", attempt=3)
@@ -249,7 +250,7 @@ def test_late_submitted_event_does_not_change_state(run):
 def test_events_of_the_newest_attempt_begin_with_its_submission(run):
     """The event "began" may precede the submission on an object store, and then it is the first one."""
     for kind, attempt in (("submitted", 1), ("began", 1), ("failed", None), ("began", 2), ("started", None)):
-        events.record(run, kind, **({"attempt": attempt} if attempt else {}))
+        record(run, kind, **({"attempt": attempt} if attempt else {}))
     assert events.of_newest_attempt(events.read(run)) == events.read(run)
     events.record(run, "submitted", attempt=2)
     assert events.of_newest_attempt(events.read(run)) == events.read(run)[3:]

@@ -19,6 +19,7 @@ from mhmoe_ray.spec import SweepRun
 from mhmoe_ray.storage import write_json
 from mhmoe_ray.sweep import client, scheduler
 from tests.data.shards.manifests import make_manifest
+from tests.support.events import append_line, record
 from tests.support.saved import commit_checkpoint
 from tests.support.specs import tiny_spec
 from tests.support.watch import wait_until
@@ -73,12 +74,12 @@ def write_order(sweep, entries, *, wanted_names=None, concurrent=1, retry=()):
 def start_run(sweep, entry, *event_kinds):
     """Create the run of an entry in the sweep, with an attempt on a cluster that does not answer, and return it.
 
-    It records an event without fields for each of `event_kinds`.
+    It records an event for each of `event_kinds`.
     """
     run = create_run(entry.spec)
     add_attempt(run, Attempt(f"{run.id}-1", NOWHERE.address, local=True))
     for kind in event_kinds:
-        events.record(run, kind)
+        record(run, kind)
     sweep.write_runs({**sweep.runs(), entry.name: run})
     return run
 
@@ -355,8 +356,7 @@ def test_a_diverged_run_has_no_loss_in_the_table_and_does_not_change_the_step(tm
     for sweep_entry, last_loss in zip(entries, (4.0, float("nan")), strict=True):
         trained = start_run(sweep, sweep_entry, "finished")
         for step, loss in ((10, 5.0), (20, last_loss)):
-            line = {metrics.STEP: step, metrics.GROUP: 1, metrics.VAL_LOSS: loss}
-            history.append(trained, {**line, metrics.TOKENS: step, metrics.TOKENS_PER_S: 1.0})
+            append_line(trained, step, val_loss=loss)
         history.flush(trained)
     write_order(sweep, entries)
     a, b = sweep_table(sweep)

@@ -23,6 +23,7 @@ from mhmoe_ray.storage import location
 from mhmoe_ray.train import resilience
 from mhmoe_ray.train.preemption import PreemptedError
 from mhmoe_ray.train.resilience import DivisorScalingPolicy, NonRetryableFailurePolicy, RunTrainer, package_error
+from tests.support.events import record
 from tests.support.specs import tiny_spec
 
 
@@ -126,7 +127,7 @@ def test_workers_without_resources_are_retried_and_recorded_as_waiting(tmp_path,
         ("prepared", None),
         ("waiting", "it needs a GPU"),
     ]
-    events.record(run, "started")
+    record(run, "started")
     assert events.state(events.read(run)) == "running"
     policy.make_decision(ControllerError(WorkerGroupStartupTimeoutError(2)))
     assert events.state(events.read(run)) == "waiting"

@@ -17,6 +17,7 @@ from mhmoe_ray.train.worker_failures import (
     failure_reason,
     root_cause,
 )
+from tests.support.events import record
 
 RAY_MESSAGE = """The actor died unexpectedly before finishing this task.
 \tclass_name: RayTrainWorker
@@ -85,14 +86,14 @@ def test_rank_that_failed_before_start_has_no_recorded_worker(tmp_path):
     run = RunDir(tmp_path)
     assert _recorded_worker(run, 0) == {}
     worker = {"rank": 0, "host": "a", "pid": 1, "node": "n"}
-    events.record(run, "started", workers=[worker])
+    record(run, "started", workers=[worker])
     assert _recorded_worker(run, 0) == worker
     assert _recorded_worker(run, 1) == {}
     # If a worker group grows, "restoring" comes without "lost".
     for kind in ("lost", "restoring"):
-        events.record(run, kind)
+        record(run, kind)
         assert _recorded_worker(run, 0) == {}
-        events.record(run, "started", workers=[worker])
+        record(run, "started", workers=[worker])
 
 
 def test_repeated_reports_of_a_failure_are_recorded_once(tmp_path, monkeypatch):
@@ -119,7 +120,7 @@ def test_equal_failure_of_a_new_worker_group_is_recorded(tmp_path, kind):
     for step in (1, 2):
         callback.after_exception(None, {0: JobError("training", f"it failed at step {step}", "lower train.lr")})
         callback.after_exception(None, {0: NOT_FINITE})
-        events.record(run, kind, workers=[])
+        record(run, kind)
     reasons = [event["reason"] for event in events.read(run) if event["event"] == "lost"]
     assert reasons == [f"training: it failed at step {step}; lower train.lr" for step in (1, 2)]
 
@@ -128,7 +129,8 @@ def test_storage_failure_does_not_prevent_a_restart(tmp_path, capsys):
     run = RunDir(tmp_path)
     run.events_file.mkdir()  # a folder cannot be read as a file
     WorkerFailureCallback(run).after_exception(None, {0: ValueError("shape")})
-    assert "rank 0 failed (ValueError: shape), but the event cannot be recorded: [Errno 21]" in capsys.readouterr().out
+    message = f"rank 0 failed (ValueError: shape), but the event cannot be recorded: file {run.events_file}: it is no"
+    assert message in capsys.readouterr().out
 
 
 def test_secrets_are_not_recorded(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from torch import Tensor
 from mhmoe_ray.checkpoint.format import DTYPES
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.parsing import ParseError, parse_object
-from mhmoe_ray.storage import read_file
+from mhmoe_ray.storage import is_special, read_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -83,6 +83,8 @@ def open_tensors(folder: Path) -> Iterator[StoredTensors]:
     with ExitStack() as stack:
         files = {}
         for name in _file_names(folder):
+            if is_special(folder / name):
+                raise CheckpointError(subject, f"{name} is no regular file", fix)
             try:
                 files[name] = stack.enter_context(safe_open(str(folder / name), framework="pt"))
             except OSError as e:

@@ -109,7 +109,9 @@ def _is_same_text(manifest: DataManifest, spec: RunSpec) -> bool:
 
     A local source with an equal fingerprint may have moved; a source at a URI may not.
     """
-    manifest_sources, spec_sources = manifest.recipe["sources"], recipe(spec)["sources"]
+    manifest_sources, spec_sources = manifest.recipe.get("sources"), recipe(spec)["sources"]
+    if not isinstance(manifest_sources, dict):
+        return False
     moved_sources = {name for name in spec_sources if manifest_sources.get(name) != spec_sources[name]}
     if manifest_sources.keys() != spec_sources.keys() or not moved_sources <= manifest.fingerprints.keys():
         return False
