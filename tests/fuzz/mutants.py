@@ -106,13 +106,16 @@ def _mutated_lines(content: bytes, chooser: random.Random) -> bytes:
 
 
 def _mutated_template(content: bytes, chooser: random.Random) -> bytes:
-    return _mutated_text(content, chooser, BAD_TEXTS + BAD_TEMPLATES)
+    """Return a chat template with a bad template behind it, or with a bad piece."""
+    if chooser.random() < 0.3:
+        return content + chooser.choice(BAD_TEMPLATES).encode()
+    return _mutated_text(content, chooser)
 
 
-def _mutated_text(content: bytes, chooser: random.Random, pieces: list[str] = BAD_TEXTS) -> bytes:
+def _mutated_text(content: bytes, chooser: random.Random) -> bytes:
     """Return text with a bad piece in place of a value, or between two characters."""
     text = content.decode()
-    piece = chooser.choice(pieces)
+    piece = chooser.choice(BAD_TEXTS)
     ends = [i + 1 for i, character in enumerate(text) if character in ":,[ \n"] or [0]
     start = chooser.choice(ends)
     stop = start if chooser.random() < 0.5 else chooser.choice([end for end in ends if end >= start])
