@@ -12,10 +12,11 @@ from mhmoe_ray.checkpoint.huggingface.export import export
 from mhmoe_ray.checkpoint.load import load_verified_model
 from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
 from mhmoe_ray.data.chat.encoder import ConversationEncoder
-from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError, check_template
+from mhmoe_ray.data.chat.process import ChatTemplateError
+from mhmoe_ray.data.chat.template import ChatTemplate, check_template
 from mhmoe_ray.data.domains import language_of_folder, subfolder_of
 from mhmoe_ray.data.shards.manifest import require_matching_data
-from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, boundary_texts, token_widths
+from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, chat_texts, token_widths
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.evaluate.answer import EvaluationAnswer, EvaluationContext
 from mhmoe_ray.evaluate.harness import expand_tasks, run_tasks
@@ -89,7 +90,7 @@ def _chat_template(run: RunDir, text: DataSpec, tokenizer: Tokenizer) -> ChatTem
 
     An unusable template is a DataError if the text names it, and a CheckpointError if it is the run's.
     """
-    texts = boundary_texts(tokenizer)
+    texts = chat_texts(tokenizer)
     if text.chat_template is not None or not run.chat_template_file.exists():
         return check_template(text, *texts)
     try:

@@ -7,8 +7,9 @@ from typing import Any, ClassVar, NamedTuple, Self
 from pydantic import BaseModel
 from tokenizers import Tokenizer
 
-from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError
-from mhmoe_ray.data.tokenizer import boundaries, boundary_texts, token_count
+from mhmoe_ray.data.chat.process import ChatTemplateError
+from mhmoe_ray.data.chat.template import EXCHANGES, SPELLING_MARK, ChatTemplate
+from mhmoe_ray.data.tokenizer import boundaries, boundary_texts, chat_texts, token_count
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.families import ModelKind
 from mhmoe_ray.planner.sizes import compute_sizes
@@ -31,9 +32,11 @@ def parse_chat_template(text: str | None, tokenizer: Tokenizer, fix: str) -> Cha
     if text is None:
         return None
     try:
-        return ChatTemplate(text, *boundary_texts(tokenizer))
+        template = ChatTemplate(text, *chat_texts(tokenizer))
+        template.accepts(EXCHANGES)
     except ChatTemplateError as e:
         raise ServeError("the chat template", str(e), fix) from e
+    return template
 
 
 class ScoredText(NamedTuple):
@@ -127,7 +130,7 @@ class PromptEncoder:
 
     def encode(self, prompt: str) -> list[int]:
         """Return the token ids of a prompt, with a start token if the model was trained with one."""
-        ids = self._encode_text(prompt)
+        ids = self._encode_texts([prompt])
         # The model needs a token to continue from, so an empty prompt becomes the start token in any case.
         return [self.start_token, *ids] if self.adds_start or not ids else ids
 
@@ -145,14 +148,13 @@ class PromptEncoder:
             prompt = template.render(messages)
         except ChatTemplateError as e:
             raise ServeError("the messages", str(e), "send what the model's chat template takes") from e
-        ids = self._encode_text(prompt)
+        ids = self._encode_texts(prompt.split(SPELLING_MARK))
         return ids if ids[:1] == [self.start_token] or not self.adds_start else [self.start_token, *ids]
 
-    def _encode_text(self, text: str) -> list[int]:
-        # The library `tokenizers` lets other threads run only while it encodes batches, so the text is passed as a
-        # batch of one.
-        [encoding] = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
-        return list(encoding.ids)
+    def _encode_texts(self, texts: list[str]) -> list[int]:
+        # The library `tokenizers` lets other threads run only while it encodes batches.
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [token for encoding in encodings for token in encoding.ids]
 
 
 class ServedModel:

@@ -21,6 +21,19 @@ BAD_TEXTS = [
     "1_000__0", "!!binary %%%",
 ]  # fmt: skip
 """Texts that parsers read in unexpected ways."""
+BAD_TEMPLATES = [
+    "{{ 'a' * 3000000000 }}", "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "{% set n = namespace(x=['ab']) %}{% for i in range(99) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x | tojson }}",
+    "{{ '%1000000000d' % 1 }}", "{{ '%1000000000d' | format(1) }}", "{{ 'a' | center(10 ** 9) }}",
+    "{{ 'a'.ljust(messages | length * 10 ** 9) }}", "{{ '{:1000000000}'.format(messages | length) }}",
+    "{{ 10 ** (10 ** 10) }}", "{{ (messages | length + 9) ** (10 ** 10) }}", "{{ lipsum(n=10 ** 7) }}",
+    "{{ (range(99999) | list * 99999) | length }}", "{{ ('a' * 99999).replace('a', 'a' * 99999) }}",
+    "{{ 'a' * 99999999 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ " + "[" * 3000, "{% if 1 %}" * 300,
+    "{{ raise_exception('a' * 99999999) }}",
+]  # fmt: skip
+"""Chat templates that take too much time or memory, or make too much text."""
 BAD_BYTES = [
     b"",
     b"\x00",
@@ -92,6 +105,13 @@ def _mutated_lines(content: bytes, chooser: random.Random) -> bytes:
     return b"".join(lines)
 
 
+def _mutated_template(content: bytes, chooser: random.Random) -> bytes:
+    """Return a chat template with a bad template behind it, or with a bad piece."""
+    if chooser.random() < 0.3:
+        return content + chooser.choice(BAD_TEMPLATES).encode()
+    return _mutated_text(content, chooser)
+
+
 def _mutated_text(content: bytes, chooser: random.Random) -> bytes:
     """Return text with a bad piece in place of a value, or between two characters."""
     text = content.decode()
@@ -127,5 +147,5 @@ _TEXT_MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
     ".yaml": _mutated_yaml,
     ".json": _mutated_json,
     ".jsonl": _mutated_lines,
-    ".jinja": _mutated_text,
+    ".jinja": _mutated_template,
 }

@@ -20,6 +20,8 @@ from mhmoe_ray.checkpoint.huggingface.imported_tokenizer import (
 )
 from mhmoe_ray.checkpoint.huggingface.names import TensorEntry, tensor_entries
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest, checkpoint_name, commit
+from mhmoe_ray.data.chat.process import ChatTemplateError
+from mhmoe_ray.data.chat.template import EXCHANGES, ChatTemplate
 from mhmoe_ray.errors import CheckpointError, SpecError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import CHAT_TEMPLATE, RunDir, create_empty_run, mark_imported
@@ -43,6 +45,11 @@ def import_folder(
     model_type, config = read_config(source, seq_len)
     imported_tokenizer = read_folder_tokenizer(source, config)
     template = read_chat_template(source)
+    try:
+        if template:
+            ChatTemplate(template, "", "").accepts(EXCHANGES)
+    except ChatTemplateError as e:
+        raise CheckpointError(f"chat template of folder {source}", str(e), "correct it, or remove it") from e
     # Everything is checked before a run directory is created, so that a model that cannot be imported leaves none
     # behind.
     with open_groups(source, model_type, config.model) as groups:

@@ -3,13 +3,15 @@
 import json
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from mhmoe_ray.data.chat.template import EXCHANGES, ChatTemplate, ChatTemplateError, RenderedConversation, Span
+from mhmoe_ray.data.chat.process import ChatTemplateError
+from mhmoe_ray.data.chat.template import EXCHANGES, SPELLING_MARK, ChatTemplate, RenderedConversation, Span
 from mhmoe_ray.data.shards.columns import DOCUMENT_STARTS, TARGETS, TOKENS, join_columns, token_dtype
 from mhmoe_ray.data.tokenizer.load import read_tokenizer
 from mhmoe_ray.data.tokenizer.vocabulary import boundaries
@@ -45,14 +47,19 @@ class ConversationEncoder:
 
     def encode(self, conversations: Sequence[RenderedConversation]) -> list[EncodedConversation]:
         """Return the tokens of each conversation."""
-        encodings = self._tokenizer.encode_batch([c.text for c in conversations], add_special_tokens=False)
+        texts = [conversation.text.split(SPELLING_MARK) for conversation in conversations]
+        encodings = iter(self._tokenizer.encode_batch([*chain(*texts)], add_special_tokens=False))
         result = []
-        for conversation, encoding in zip(conversations, encodings, strict=True):
-            token_ids = np.array(encoding.ids, np.int64)
-            # Offsets are in characters. A token that is only a part of a character has the offsets of the whole
-            # character.
-            target_mask = _tokens_in(conversation.spans, np.array(encoding.offsets, np.int64).reshape(-1, 2))
-            if encoding.ids[:1] != [self.start_token]:
+        for conversation, pieces in zip(conversations, texts, strict=True):
+            token_ids, target_mask, start = np.empty(0, np.int64), np.empty(0, bool), 0
+            for piece, encoding in zip(pieces, encodings, strict=False):
+                token_ids = np.append(token_ids, np.array(encoding.ids, np.int64))
+                # Offsets are in characters. A token that is only a part of a character has the offsets of the whole
+                # character.
+                offsets = start + np.array(encoding.offsets, np.int64).reshape(-1, 2)
+                target_mask = np.append(target_mask, _tokens_in(conversation.spans, offsets))
+                start += len(piece) + len(SPELLING_MARK)
+            if token_ids[:1].tolist() != [self.start_token]:
                 token_ids, target_mask = np.append(self.start_token, token_ids), np.append(False, target_mask)
             result.append(EncodedConversation(token_ids, target_mask))
         return result

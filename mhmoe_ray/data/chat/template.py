@@ -6,11 +6,11 @@ They have the functions, filters and blocks of Hugging Face's tokenizers.
 import json
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, wraps
 from itertools import accumulate
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 from jinja2 import Template, TemplateError
 from jinja2.ext import Extension, loopcontrols
@@ -18,8 +18,12 @@ from jinja2.nodes import Name, Output, Scope
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from mhmoe_ray.data.chat.process import ChatTemplateError, run_limited
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.spec import DataSpec
+
+# The process of a template starts quickly because it does not import this.
+if TYPE_CHECKING:
+    from mhmoe_ray.spec import DataSpec
 
 Message = dict[str, Any]
 """Message of a conversation: its `role`, its `content` and perhaps a `name`."""
@@ -47,11 +51,9 @@ _BLOCK_START, _BLOCK_STOP = "_generation_start", "_generation_stop"
 _NO_MARKS = {_BLOCK_START: "", _BLOCK_STOP: ""}
 
 
-class ChatTemplateError(Exception):
-    """Error of a chat template, or of messages that it does not accept."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(" ".join(reason.split()))
+SPELLING_MARK = "\ufdd0\ufdef"
+"""Mark in a special token that a message spells, after its first character. Unicode reserves its characters for such
+uses."""
 
 
 class Span(NamedTuple):
@@ -69,11 +71,41 @@ class RenderedConversation(NamedTuple):
     """Spans of the assistant's turns in order, each with the text that ends the turn."""
 
 
-class ChatTemplate:
-    """Compiled chat template; text that does not compile raises ChatTemplateError."""
+T = TypeVar("T")
 
-    def __init__(self, text: str, start_text: str, end_text: str) -> None:
-        self.text, self.start_text, self.end_text = text, start_text, end_text
+
+def _with_limits(method: "Callable[[ChatTemplate, Sequence[Message]], T]") -> "Callable[[ChatTemplate, Any], T]":
+    """Let a method mark the special tokens in messages and, for a template of others, run in its process."""
+
+    @wraps(method)
+    def run_with_limits(template: "ChatTemplate", messages: Sequence[Message]) -> T:
+        messages = template._marked(messages)
+        if template._is_trusted:
+            return method(template, messages)
+        result: T = run_limited(template._texts, method.__name__, messages)
+        return result
+
+    return run_with_limits
+
+
+class ChatTemplate:
+    """Compiled chat template; text that does not compile raises ChatTemplateError.
+
+    Where a message spells one of `special_texts`, the rendered text has a `SPELLING_MARK`. Encoders split the text
+    there, so that no message forges a turn, and other conversations keep their tokens.
+    """
+
+    def __init__(
+        self, text: str, start_text: str, end_text: str, special_texts: Sequence[str] = (), is_trusted: bool = False
+    ) -> None:
+        self.text, self._texts, self._special_texts = text, (text, start_text, end_text), special_texts
+        # A token of one character cannot be split.
+        spellings = [re.escape(spelling) for spelling in {start_text, end_text, *special_texts} if len(spelling) > 1]
+        self._spelling = re.compile("|".join(spellings) or r"(?!)")
+        self._is_trusted = is_trusted or text == BUILT_IN_TEMPLATE
+        if not self._is_trusted:
+            self.accepts([])
+            return
         self._environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
         )
@@ -84,6 +116,8 @@ class ChatTemplate:
         try:
             self._template = self._environment.from_string(text, {"strftime_now": _format_now})
             syntax_tree = self._environment.parse(text)
+        except MemoryError:
+            raise
         # Jinja compiles a template to Python code, so both Jinja's errors and Python's are errors of the template.
         except Exception as e:
             raise ChatTemplateError(str(e)) from e
@@ -91,17 +125,19 @@ class ChatTemplate:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Jinja's objects cannot be pickled, so another process compiles the template again.
-        return ChatTemplate, (self.text, self.start_text, self.end_text)
+        return ChatTemplate, (*self._texts, self._special_texts)
 
     @cached_property
     def _timeless_template(self) -> Template:
         """The template without `strftime_now`, so that training data do not depend on the day."""
         return self._environment.from_string(self.text)
 
+    @_with_limits
     def render(self, messages: Sequence[Message]) -> str:
         """Return the prompt for the assistant's next answer; rejected messages raise ChatTemplateError."""
         return self._render(self._template, messages, add_generation_prompt=True)
 
+    @_with_limits
     def render_conversation(self, messages: Sequence[Message]) -> RenderedConversation:
         """Return the whole conversation as training reads it, with the spans of the assistant's turns.
 
@@ -112,6 +148,7 @@ class ChatTemplate:
         spans = self._block_spans(messages, text) if self._has_generation_blocks else self._turn_spans(messages, text)
         return RenderedConversation(text, tuple(span for span in spans if span.stop > span.start))
 
+    @_with_limits
     def accepts(self, messages: Sequence[Message]) -> bool:
         """Return whether the template renders these messages without an error."""
         try:
@@ -120,6 +157,7 @@ class ChatTemplate:
             return False
         return True
 
+    @_with_limits
     def check_prompts(self, messages: Sequence[Message]) -> None:
         """Raise ChatTemplateError if a server's prompts would not be the beginnings of training's conversations."""
         for prompt, text_with_turn in self._turns(messages):
@@ -128,6 +166,18 @@ class ChatTemplate:
                     "its prompt (add_generation_prompt) is not the beginning of the conversation with the answer, "
                     "so a server would ask otherwise than in training"
                 )
+
+    def _marked(self, value: Any) -> Any:
+        """Return messages, or a part of them, with a mark in each spelling of a special token."""
+        if isinstance(value, str):
+            # The mark may leave another special token in the spelling.
+            while self._spelling.search(value):
+                value = self._spelling.sub(lambda spelling: spelling[0][0] + SPELLING_MARK + spelling[0][1:], value)
+        elif isinstance(value, dict):
+            return {key: self._marked(item) for key, item in value.items()}
+        elif isinstance(value, list):
+            return [self._marked(item) for item in value]
+        return value
 
     def _turns(self, messages: Sequence[Message]) -> Iterator[tuple[str, str]]:
         """Yield the prompt for each of the assistant's turns, and the text up to the end of the turn."""
@@ -148,6 +198,8 @@ class ChatTemplate:
             return template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **self._variables, **marks
             )
+        except MemoryError:
+            raise
         # The template's code may raise any exception, such as a TypeError.
         except Exception as e:
             raise ChatTemplateError(str(e)) from e
@@ -178,7 +230,7 @@ class ChatTemplate:
         yield from map(Span._make, zip(edges[::2], edges[1::2], strict=False))
 
 
-def read_template(spec: DataSpec) -> str:
+def read_template(spec: "DataSpec") -> str:
     """Return the text of a spec's chat template; an unreadable file is a DataError."""
     if spec.chat_template is None:
         return BUILT_IN_TEMPLATE
@@ -200,15 +252,16 @@ EXCHANGES: list[Message] = [
 """Conversation on which templates are tried before any data is read."""
 
 
-def check_template(spec: DataSpec, start_text: str = "", end_text: str = "") -> ChatTemplate:
+def check_template(
+    spec: "DataSpec", start_text: str = "", end_text: str = "", special_texts: Sequence[str] = ()
+) -> ChatTemplate:
     """Compile a spec's chat template, try it on a conversation, and return it.
 
-    `start_text` and `end_text` are the texts of the boundary tokens. A template that cannot be read, compiled or used
-    is a DataError.
+    The texts are those of `ChatTemplate`. A template that cannot be read, compiled or used is a DataError.
     """
     text = read_template(spec)
     try:
-        template = ChatTemplate(text, start_text, end_text)
+        template = ChatTemplate(text, start_text, end_text, special_texts)
         # A template may accept only a single exchange: one question and its answer.
         messages = EXCHANGES if template.accepts(EXCHANGES) else EXCHANGES[:2]
         if not template.render_conversation(messages).spans:
@@ -219,12 +272,12 @@ def check_template(spec: DataSpec, start_text: str = "", end_text: str = "") -> 
     return template
 
 
-def template_error(spec: DataSpec, reason: str) -> DataError:
+def template_error(spec: "DataSpec", reason: str) -> DataError:
     """Return the DataError for a spec whose chat template cannot be used."""
     return DataError(_subject(spec), reason, "correct data.chat_template, or leave it out for the built-in template")
 
 
-def _subject(spec: DataSpec) -> str:
+def _subject(spec: "DataSpec") -> str:
     return f"chat template {spec.chat_template}" if spec.chat_template else "the built-in chat template"
 
 

@@ -22,7 +22,8 @@ import ray.data
 from tokenizers import Tokenizer
 
 from mhmoe_ray.data.chat.encoder import ConversationEncoder
-from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError, check_template, template_error
+from mhmoe_ray.data.chat.process import ChatTemplateError
+from mhmoe_ray.data.chat.template import ChatTemplate, check_template, template_error
 from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.family import data_of
 from mhmoe_ray.data.images.annotations import require_image_packages
@@ -54,7 +55,7 @@ from mhmoe_ray.data.shards.manifest import (
 from mhmoe_ray.data.shards.recipe import recipe, require_prepared_data
 from mhmoe_ray.data.sources import Tally, file_blocks, find_files
 from mhmoe_ray.data.sources.find import fingerprints
-from mhmoe_ray.data.tokenizer import boundaries, boundary_texts, load_tokenizer, store_given_tokenizer, train_tokenizer
+from mhmoe_ray.data.tokenizer import boundaries, chat_texts, load_tokenizer, store_given_tokenizer, train_tokenizer
 from mhmoe_ray.errors import DataError, MhmoeError, StorageError, task_error
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import describe_file, replace_file, write_json
@@ -236,7 +237,7 @@ class _Preparation:
         """Write the chat template, and return it with its manifest entry."""
         if not self._data_spec.chat_sources:
             return None, None
-        template = check_template(self._data_spec, *boundary_texts(tokenizer))
+        template = check_template(self._data_spec, *chat_texts(tokenizer))
         try:
             turn_ends = ConversationEncoder(tokenizer).turn_ends(template)
         except ChatTemplateError as e:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError, Message
+from mhmoe_ray.data.chat.process import ChatTemplateError
+from mhmoe_ray.data.chat.template import ChatTemplate, Message
 from mhmoe_ray.data.sources.columns import BatchReader, ColumnError, read_row_groups
 from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, Reason, Tally
 from mhmoe_ray.data.sources.records import (

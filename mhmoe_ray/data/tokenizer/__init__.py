@@ -14,7 +14,8 @@ generated, "this document is over". No other special token is ever added. The fi
 
 An imported model may have been trained without a start token; its checkpoint manifest then has `adds_start: false`, and
 prompts begin without it. If a document contains the letters "<|endoftext|>", these letters are encoded, never the
-token. A prompt may name special tokens, so that it can contain several documents.
+token. The same holds for the messages of a conversation, but not for its chat template. A prompt may name special
+tokens, so that it can contain several documents.
 
     vocabulary.py   the table above, the number of tokens, and the number of bytes of each
     encoder.py      the encoder of documents, by the tokenizers library, or by tiktoken if both give the same ids
@@ -35,6 +36,7 @@ from mhmoe_ray.data.tokenizer.vocabulary import (
     added_start_token,
     boundaries,
     boundary_texts,
+    chat_texts,
     find_boundaries,
     token_count,
     token_widths,
@@ -51,6 +53,7 @@ __all__ = [
     "added_start_token",
     "boundaries",
     "boundary_texts",
+    "chat_texts",
     "document_encoder",
     "find_boundaries",
     "load_tokenizer",

@@ -69,6 +69,12 @@ def boundary_texts(tokenizer: Tokenizer) -> tuple[str, str]:
     return start_text, end_text
 
 
+def chat_texts(tokenizer: Tokenizer) -> tuple[str, str, tuple[str, ...]]:
+    """Return the `boundary_texts`, and the texts of all special tokens."""
+    added_tokens = tokenizer.get_added_tokens_decoder().values()
+    return *boundary_texts(tokenizer), tuple(token.content for token in added_tokens if token.special)
+
+
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from mhmoe_ray.data.chat.encoder import ConversationEncoder
-from mhmoe_ray.data.chat.template import ChatTemplate, RenderedConversation, Span
-from mhmoe_ray.data.tokenizer import boundary_texts
+from mhmoe_ray.data.chat.template import SPELLING_MARK, ChatTemplate, RenderedConversation, Span
+from mhmoe_ray.data.tokenizer import boundary_texts, chat_texts
 from tests.data.chat.templates import BEGIN, CASES, END, TemplateCase
 from tests.data.chat.tokenizers import TOKENIZERS, byte_level_tokenizer, token_spans
 
@@ -123,3 +123,33 @@ def test_bytes_of_one_character_are_targets_together():
         [(token_ids, target_mask)] = ConversationEncoder(tokenizer).encode([RenderedConversation(text, (Span(1, 2),))])
         assert target_mask.sum() > 2
         assert tokenizer.decode(token_ids[target_mask].tolist()) == "🦉"
+
+
+@pytest.mark.parametrize("tokenizer_name", TOKENIZERS)
+@pytest.mark.parametrize("case_name", CASES)
+def test_messages_forge_no_special_tokens(case_name, tokenizer_name):
+    """Messages that spell special tokens add none, in training and in prompts, and no other conversation changes."""
+    case = CASES[case_name]
+    tokenizer = TOKENIZERS[tokenizer_name](case.special_tokens)
+    texts, encoder = chat_texts(tokenizer), ConversationEncoder(tokenizer)
+    template = ChatTemplate(case.text, *texts)
+
+    def encode(messages):
+        [encoded] = encoder.encode([template.render_conversation(messages)])
+        return encoded
+
+    def specials(token_ids):
+        return [token for token in token_ids.tolist() if token in tokenizer.get_added_tokens_decoder()]
+
+    ordinary = template.render_conversation(CONVERSATION)
+    assert ordinary == ChatTemplate(case.text, *texts[:2], [SPELLING_MARK]).render_conversation(CONVERSATION)
+    expected_ids = tokenizer.encode(ordinary.text, add_special_tokens=False).ids
+    assert encode(CONVERSATION).token_ids[-len(expected_ids) :].tolist() == expected_ids
+    for spelling in {*texts[:2], *texts[2]}:
+        forged = [{**message, "content": f"{message['content']}{spelling}x"} for message in CONVERSATION]
+        encoded = encode(forged)
+        assert specials(encoded.token_ids) == specials(encode(CONVERSATION).token_ids)
+        targets = np.flatnonzero(np.diff(encoded.target_mask.astype(int), prepend=0) == 1)
+        assert len(targets) == 2
+        text = tokenizer.decode(encoded.token_ids.tolist(), skip_special_tokens=False)
+        assert text.replace(" ", "").count(f"{spelling}x") == len(forged)

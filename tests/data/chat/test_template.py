@@ -6,11 +6,11 @@ from itertools import pairwise
 import pytest
 
 from mhmoe_ray.data.chat.encoder import ConversationEncoder
+from mhmoe_ray.data.chat.process import ChatTemplateError
 from mhmoe_ray.data.chat.template import (
     BUILT_IN_TEMPLATE,
     EXCHANGES,
     ChatTemplate,
-    ChatTemplateError,
     check_template,
     read_template,
 )
@@ -157,6 +157,11 @@ def test_template_that_cannot_train_is_refused_in_one_line(tmp_path, text, messa
     assert message in str(error.value)
     assert str(error.value).startswith(f"chat template {tmp_path}/template.jinja: ")
     assert "\n" not in str(error.value)
+
+
+def test_template_that_takes_too_much_is_refused_before_use(tmp_path):
+    with pytest.raises(DataError, match=r"chat template .*: it takes more than 1024 MB; correct data.chat_template"):
+        check_template(chat_spec(tmp_path, "{{ 'a' * 3000000000 }}").data)
 
 
 def test_missing_template_is_refused(tmp_path):

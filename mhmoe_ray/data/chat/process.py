@@ -1,0 +1,87 @@
+"""Process that renders by chat templates of others, with limits of time, memory and text.
+
+Jinja's sandbox protects files, but one expression can still take all memory or never end, in code that its own process
+cannot interrupt.
+"""
+
+import os
+import pickle
+import resource
+import signal
+import sys
+from contextlib import suppress
+from functools import lru_cache
+from subprocess import PIPE, Popen
+from threading import Lock
+from typing import IO, Any
+
+MAX_SECONDS, MAX_BYTES = 2, 1 << 30
+"""Processor time of a request for every 100 messages, and address space of the process."""
+MAX_TEXT_BYTES, MAX_GROWTH = 1 << 20, 10
+"""Largest reply: a number of bytes, and of further bytes for each byte of the messages."""
+
+
+class ChatTemplateError(Exception):
+    """Error of a chat template, or of messages that it does not accept."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(" ".join(reason[:1000].split()))
+
+
+_lock = Lock()
+
+
+@lru_cache(maxsize=1)
+def _start_process() -> tuple[Popen[bytes], IO[bytes], IO[bytes]]:
+    command = [sys.executable, "-c", f"from {__name__} import answer_requests; answer_requests()"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = Popen(command, env=environment, stdin=PIPE, stdout=PIPE, start_new_session=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    return process, process.stdin, process.stdout
+
+
+def run_limited(arguments: tuple[Any, ...], method: str, messages: Any) -> Any:
+    """Return what a method of a `ChatTemplate` returns for messages; a ChatTemplateError if it exceeds a limit."""
+    with _lock:
+        process, requests, replies = _start_process()
+        try:
+            pickle.dump((arguments, method, messages), requests)
+            requests.flush()
+            reply = pickle.load(replies)
+        except BaseException as e:
+            # After an interruption, the next reply would be that to this request.
+            _start_process.cache_clear()
+            process.communicate()
+            if not isinstance(e, EOFError | BrokenPipeError):
+                raise
+            is_late, status = process.returncode == -signal.SIGPROF, process.returncode
+            reply = ChatTemplateError(f"it takes more than {MAX_SECONDS} s" if is_late else f"it ends with {status}")
+    if isinstance(reply, ChatTemplateError):
+        raise reply
+    return reply
+
+
+def answer_requests() -> None:
+    """Answer the requests in standard input until it ends."""
+    from mhmoe_ray.data.chat.template import ChatTemplate
+
+    # macOS has no limit of the address space.
+    if sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+    template = lru_cache(maxsize=8)(ChatTemplate)
+    with suppress(EOFError, BrokenPipeError):
+        while True:
+            arguments, method, messages = pickle.load(sys.stdin.buffer)
+            # The default action of SIGPROF ends the process, even amid a computation in C.
+            signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS * (1 + len(messages) // 100))
+            try:
+                reply = pickle.dumps(getattr(template(*arguments, is_trusted=True), method)(messages))
+                if len(reply) > MAX_TEXT_BYTES + MAX_GROWTH * len(pickle.dumps(messages)):
+                    raise ChatTemplateError(f"it renders {len(messages)} messages as {len(reply):,} bytes")
+            except ChatTemplateError as e:
+                reply = pickle.dumps(e)
+            except MemoryError:
+                reply = pickle.dumps(ChatTemplateError(f"it takes more than {MAX_BYTES >> 20} MB"))
+            sys.stdout.buffer.write(reply)
+            sys.stdout.buffer.flush()
