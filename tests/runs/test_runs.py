@@ -260,10 +260,10 @@ def test_events_of_the_newest_attempt_begin_with_its_submission(run):
 
 def test_run_has_weights_after_a_step_or_from_a_start(run):
     assert not events.has_weights(run)
-    events.record(run, "initialized", step=0)
+    record(run, "initialized")
     assert events.has_weights(run)
     run.events_file.unlink()
-    jsonl.append(run.metrics_file, {"step": 1})
+    append_line(run, 1)
     assert events.has_weights(run)
 
 
