@@ -30,6 +30,8 @@ PRIVATE_NAMES = {
     "WORKER_GROUP_START_TIMEOUT_S_ENV_VAR": _TRAIN + "constants",
     "WorkerGroupStartupTimeoutError": _TRAIN + "exceptions",
     "get_train_context": _TRAIN + "execution.context",
+    # Set-up of the process group of a run's ranks, for `train/rendezvous.py`.
+    "_TorchBackend": "ray.train.torch.config",
     # Callbacks of the loop that executes a dataset, for `data/stream.py`.
     "ExecutionCallback": "ray.data._internal.execution.execution_callback",
     # Accelerators of this machine, as `ray start` counts them, for `cluster/nodes.py`.
@@ -40,6 +42,8 @@ PRIVATE_NAMES = {
     "get_excludes_from_ignore_files": _PACKAGING,
     # Client that sends configurations to Ray Serve, for `cluster/serve_client.py`.
     "ServeSubmissionClient": "ray.dashboard.modules.serve.sdk",
+    # Opens the port of a replica of Ray Serve, for `bind_replica` below.
+    "add_port_to_grpc_server": "ray.serve._private.replica",
 }
 """Ray's module that defines each of its private names used here."""
 
@@ -53,3 +57,13 @@ def __getattr__(name: str) -> Any:
 def block_bundles(dataset: Any) -> Any:
     """Return an iterator that computes a Ray Dataset's blocks one by one, as references that are not fetched."""
     return dataset.iter_internal_ref_bundles()
+
+
+def bind_replica() -> None:
+    """Let the port that Ray Serve will open in this replica listen on loopback if its node does; by default never."""
+    import ray
+
+    replica: Any = import_module(PRIVATE_NAMES["add_port_to_grpc_server"])
+    open_port = replica.add_port_to_grpc_server
+    if ray.util.get_node_ip_address() == "127.0.0.1":
+        replica.add_port_to_grpc_server = lambda server, _: open_port(server, "127.0.0.1:0")

@@ -31,7 +31,7 @@ from mhmoe_ray.cli import (
     sweep,
 )
 from mhmoe_ray.cli.verbs import SuggestingGroup
-from mhmoe_ray.errors import MhmoeError
+from mhmoe_ray.errors import MhmoeError, StorageError
 
 app = typer.Typer(
     cls=SuggestingGroup,
@@ -88,7 +88,12 @@ app.add_typer(cluster.app, name="cluster")
 def main() -> None:
     """Run the command of the process's arguments; print an error as one line and end with the error's exit code."""
     try:
-        app()
+        try:
+            app()
+        except FileNotFoundError as e:
+            if "No usable temporary directory" not in str(e):  # This is the message of `tempfile`.
+                raise
+            raise StorageError("temporary files", str(e.strerror), "set TMPDIR to a folder that you can write") from e
     except MhmoeError as e:
         if os.environ.get("MHMOE_DEBUG"):
             raise

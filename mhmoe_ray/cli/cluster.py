@@ -189,7 +189,12 @@ def render(
             )
         environment = spec.cluster.runtime_env
         application = application_config(run_dir.id, path, serve_spec, run_dir.id, runtime_env=environment)
-    rendered = render_files(load_site(site), mh.load_spec(run, set_) if run else None, application)
+    site_spec = load_site(site)
+    if "@sha256:" not in site_spec.image:
+        note.print(
+            f"warning: {site_spec.image} may become another image; give its digest as image of {site}: NAME@sha256:..."
+        )
+    rendered = render_files(site_spec, mh.load_spec(run, set_) if run else None, application)
     try:
         for name, text in rendered.items():
             target = target_folder / name

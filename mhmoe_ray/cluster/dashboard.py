@@ -1,19 +1,28 @@
 """HTTP requests to a Ray dashboard: each failure becomes a one-line error, and a busy dashboard can be asked again."""
 
+import functools
 import ipaddress
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from threading import Thread
+from typing import Any, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 from mhmoe_ray.cluster.tokens import Token, refused_token_error
 from mhmoe_ray.errors import ClusterError, StorageError, TokenError
+from mhmoe_ray.parsing import parse_json
 
+P = ParamSpec("P")
 T = TypeVar("T")
 SECONDS = 60.0
 """Seconds without any answer after which a server counts as gone."""
+
+
+WRONG_ANSWER = (LookupError, TypeError, ValueError, AttributeError)
+"""Errors of code that reads an answer which lacks an entry, or has one of another type than Ray's."""
 
 
 class RetryingCaller:
@@ -52,15 +61,25 @@ class RetryingCaller:
 def get(address: str, path: str, token: Token | None, *, missing_ok: bool = False, seconds: float = 10) -> Any:
     """Request a path of the dashboard, and return the JSON of its answer; None for a 404 that `missing_ok` allows.
 
-    The answer has to come within `seconds`, the connection within 10 s. A refused or missing token is a TokenError; no
+    The answer has to come within `seconds`. A refused or missing token is a TokenError; no
     answer, or one that is not a Ray dashboard's, is a ClusterError.
     """
     import requests  # type: ignore[import-untyped, unused-ignore]  # typed where types-requests is
 
     keep_off_proxies(address)
+    headers, result = token.headers if token else {}, Future[Any]()
+
+    def request() -> None:
+        try:
+            result.set_result(requests.get(address + path, headers=headers, timeout=(10, seconds)))
+        except Exception as e:
+            result.set_exception(e)
+
+    # The thread can be left behind. The timeout of `requests` alone begins anew with each byte that arrives.
+    Thread(target=request, daemon=True).start()
     try:
-        answer = requests.get(address + path, headers=token.headers if token else {}, timeout=(10, seconds))
-    except requests.RequestException as e:
+        answer = result.result(seconds)
+    except (requests.RequestException, TimeoutError) as e:
         raise unreachable(address, e) from e
     if answer.status_code in (401, 403):
         raise refused_token_error(address, token)
@@ -68,10 +87,26 @@ def get(address: str, path: str, token: Token | None, *, missing_ok: bool = Fals
         return None
     try:
         if answer.status_code == 200:
-            return answer.json()
+            return parse_json(answer.content)
     except ValueError:
         pass
     raise _not_ray(address, f"it answers {path} with status {answer.status_code} and no JSON of Ray's")
+
+
+def reads_answers(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function that reads answers of the dashboard at its first argument, which may be a connection.
+
+    If the function fails because an answer is not Ray's, the error is a ClusterError.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except WRONG_ANSWER as e:
+            raise unreachable(str(getattr(args[0], "address", args[0])), e) from e
+
+    return wrapper
 
 
 @contextmanager
@@ -101,14 +136,16 @@ def complete_lines(chunks: Iterable[str]) -> Iterator[str]:
         yield partial_line
 
 
+@reads_answers
 def ray_version(address: str, token: Token | None) -> dict[str, Any]:
     """Return the answer of /api/version: `ray_version`, and `session_name`, which is unique to each cluster."""
-    version = get(address, "/api/version", token)
-    if not isinstance(version, dict) or "ray_version" not in version:
-        raise _not_ray(address, "it is another kind of server")
-    return version
+    from packaging.version import Version
+
+    version: dict[str, Any] = get(address, "/api/version", token)
+    return version | {"ray_version": str(Version(version["ray_version"]))}
 
 
+@reads_answers
 def nodes(address: str, token: Token | None) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Return the dashboard's entry for each live node, and Ray's lines of resource usage by node id."""
     summary = get(address, "/nodes?view=summary", token)["data"]
@@ -118,13 +155,9 @@ def nodes(address: str, token: Token | None) -> tuple[list[dict[str, Any]], dict
 
 def is_open(address: str) -> bool:
     """Return whether a dashboard at this address answers without a token."""
-    import requests
-
-    keep_off_proxies(address)
     try:
-        answer = requests.get(f"{address}/api/version", timeout=5)
-        return answer.status_code == 200 and "ray_version" in answer.json()
-    except (requests.RequestException, ValueError):
+        return bool(ray_version(address, None))
+    except ClusterError:
         return False
 
 
@@ -169,7 +202,7 @@ def unreachable(address: str, error: Exception) -> ClusterError:
     import requests
 
     fix = "check the address, and that the cluster runs"
-    if isinstance(error, requests.Timeout):
+    if isinstance(error, requests.Timeout | TimeoutError):
         return ClusterError(f"cluster {address}", "no answer in time", fix)
     if isinstance(error, requests.exceptions.SSLError):
         fix = "check the scheme, or set REQUESTS_CA_BUNDLE to the file with your certificates"
@@ -179,6 +212,8 @@ def unreachable(address: str, error: Exception) -> ClusterError:
         return ClusterError(f"cluster {address}", "the name of its host is not known here", fix)
     if isinstance(error, requests.exceptions.InvalidURL):
         return ClusterError(f"cluster {address}", "it is not a URL", "write it like http://host:8265")
+    if isinstance(error, (*WRONG_ANSWER, requests.TooManyRedirects)):
+        return _not_ray(address, f"one of its answers is not Ray's ({type(error).__name__}: {text})")
     if "BadStatusLine" in text or "Connection aborted" in text or "Received HTTP/0.9" in text:
         return _not_ray(address, "something there does not speak HTTP")
     return ClusterError(f"cluster {address}", "nothing answers there", fix)

@@ -36,7 +36,7 @@ def translated_errors(connection: Connection, subject: str, error_type: type[Mhm
         yield
     except AuthenticationError as e:
         raise tokens.refused_token_error(connection.address, connection.token) from e
-    except (requests.RequestException, ConnectionError) as e:
+    except (requests.RequestException, ConnectionError, *dashboard.WRONG_ANSWER) as e:
         raise unreachable(connection.address, e) from e
     except RuntimeError as e:
         raise error_type(subject, failure_reason(str(e)), fix) from e
@@ -101,13 +101,27 @@ def job_request(
 def submit(connection: Connection, request: Mapping[str, Any]) -> None:
     """Submit a job; a refused one is a JobError, a wrong or too large runtime environment a SpecError."""
     job = request["submission_id"]
-    check_size(request["runtime_env"])
     with translated_errors(connection, f"job {job}", JobError, "see the cluster's dashboard"):
         client = _client(connection)
-        try:
-            client.submit_job(**request)
-        except (ValueError, TypeError) as e:
-            raise SpecError("cluster.runtime_env", failure_reason(str(e)), "correct it in the spec") from e
+        uploaded_env = upload_runtime_env(client, request["runtime_env"])
+        client.submit_job(**{**request, "runtime_env": uploaded_env})
+
+
+def upload_runtime_env(client: Any, runtime_env: Mapping[str, Any]) -> dict[str, Any]:
+    """Upload a runtime environment's local folders, and return it with URIs and the contents of requirements files.
+
+    A wrong or too large environment is a SpecError. `client` is Ray's client of jobs or of Serve.
+    """
+    from ray.runtime_env import RuntimeEnv
+
+    check_size(runtime_env)
+    runtime_env = dict(runtime_env)
+    try:
+        client._upload_working_dir_if_needed(runtime_env)
+        client._upload_py_modules_if_needed(runtime_env)
+        return dict(RuntimeEnv(**runtime_env).to_dict())
+    except (ValueError, TypeError) as e:
+        raise SpecError("cluster.runtime_env", failure_reason(str(e)), "correct it in the spec") from e
 
 
 def is_alive(connection: Connection, job: str) -> bool:
@@ -116,6 +130,7 @@ def is_alive(connection: Connection, job: str) -> bool:
     return job_info is not None and job_info.is_alive
 
 
+@dashboard.reads_answers
 def find_alive(connection: Connection, key: str, value: str) -> str | None:
     """Return the name of a pending or running job with this entry in its metadata; None if there is none."""
     for details in dashboard.get(connection.address, "/api/jobs/", connection.token):
@@ -126,6 +141,7 @@ def find_alive(connection: Connection, key: str, value: str) -> str | None:
     return None
 
 
+@dashboard.reads_answers
 def info(connection: Connection, job: str) -> JobInfo | None:
     """Return the status, message and end time of a job; None if the cluster knows no such job."""
     details = dashboard.get(connection.address, f"/api/jobs/{job}", connection.token, missing_ok=True)

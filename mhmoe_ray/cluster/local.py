@@ -134,8 +134,12 @@ def _check_ready(cluster: LocalCluster) -> None:
 
 def _last_line(log: Path) -> str:
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", text).split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "its log is empty")
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    # After this line, which names a return code if the dashboard has ended, Ray repeats the dashboard's own log.
+    if re.search(r"Failed to start the dashboard\s*$", text, re.MULTILINE):
+        return "its dashboard was not ready in time, as on a machine that is too busy"
+    lines = [line.strip() for line in text.split("\n") if line.strip() and " object at 0x" not in line]
+    return lines[-1] if lines else "its log is empty"
 
 
 def _end(cluster: LocalCluster) -> None:

@@ -23,6 +23,7 @@ MAX_NODES = 10_000
 """Largest number of nodes that Ray's state API lists."""
 
 
+@dashboard.reads_answers
 def free_nodes(connection: Connection, domain_label: str | None) -> list[Node]:
     """Return a cluster's live nodes with their free CPUs and GPUs, named by host and, if they share it, by id.
 
@@ -41,6 +42,7 @@ def free_nodes(connection: Connection, domain_label: str | None) -> list[Node]:
     return nodes
 
 
+@dashboard.reads_answers
 def total_nodes(connection: Connection) -> list[Node]:
     """Return the live nodes of a cluster with all of their CPUs and GPUs, whether free or used."""
     alive, _ = dashboard.nodes(connection.address, connection.token)
@@ -60,6 +62,7 @@ _OWN_PYTHON = {"pip", "uv", "conda", "py_executable", "container", "image_uri"}
 """Keys of a runtime environment that bring a Python interpreter of their own, which comes first on the PATH."""
 
 
+@dashboard.reads_answers
 def head_python(connection: Connection, runtime_env: Mapping[str, Any]) -> str:
     """Return the Python interpreter that a job uses on the head node, as a path or a command.
 

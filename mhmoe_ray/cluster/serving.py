@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.dashboard import RetryingCaller
-from mhmoe_ray.cluster.jobs import failure_reason, translated_errors
-from mhmoe_ray.cluster.packages import EXCLUDED_PATTERNS, PACKAGES, check_size, with_packages
+from mhmoe_ray.cluster.jobs import failure_reason, translated_errors, upload_runtime_env
+from mhmoe_ray.cluster.packages import EXCLUDED_PATTERNS, PACKAGES, with_packages
 from mhmoe_ray.cluster.serve_client import app_configs, client, config_lock, put_configs, serve_details, shut_down_idle
-from mhmoe_ray.errors import ServeError, SpecError
+from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serving.config import IMPORT_PATH
 from mhmoe_ray.spec.serve import is_valid_key
 
@@ -51,7 +51,7 @@ def deploy(connection: Connection, application: dict[str, Any], host: str, port:
         with config_lock(connection):
             _checked_details(connection, application, host, port)
         runtime_env = application.get("runtime_env", {})
-        uploaded_env = _upload_runtime_env(serve, runtime_env if connection.local else with_packages(runtime_env))
+        uploaded_env = upload_runtime_env(serve, runtime_env if connection.local else with_packages(runtime_env))
         application = {**application, "runtime_env": uploaded_env}
         with config_lock(connection):
             # Request the details again, because others may have deployed or removed applications during the upload,
@@ -75,20 +75,6 @@ def _checked_details(connection: Connection, application: dict[str, Any], host: 
     _check_address(details, host, port)
     _check_route(details, application)
     return details
-
-
-def _upload_runtime_env(serve: Any, runtime_env: dict[str, Any]) -> dict[str, Any]:
-    """Upload a runtime environment's local folders, and return it with URIs and the contents of requirements files."""
-    from ray.runtime_env import RuntimeEnv
-
-    check_size(runtime_env)
-    runtime_env = dict(runtime_env)
-    try:
-        serve._upload_working_dir_if_needed(runtime_env)
-        serve._upload_py_modules_if_needed(runtime_env)
-        return dict(RuntimeEnv(**runtime_env).to_dict())
-    except (ValueError, TypeError) as e:
-        raise SpecError("cluster.runtime_env", failure_reason(str(e)), "correct it in the spec") from e
 
 
 def without_packages(runtime_env: dict[str, Any]) -> dict[str, Any]:
@@ -139,6 +125,7 @@ def find_application(connection: Connection, name: str) -> Application:
     return application
 
 
+@dashboard.reads_answers
 def applications(connection: Connection, seconds: float = 60) -> list[Application]:
     """Return all applications that Serve runs, sorted by name; `seconds` is the timeout, as in `serve_details`."""
     details = serve_details(connection, seconds)
@@ -197,6 +184,7 @@ def _message(app: dict[str, Any]) -> str:
     return next((failure_reason(t) for t in texts if t), "")
 
 
+@dashboard.reads_answers
 def deployed_config(connection: Connection, name: str) -> tuple[dict[str, Any], str, int]:
     """Return the configuration of a deployed application, which `deploy` accepts, and Serve's host and port.
 

@@ -113,6 +113,8 @@ _SINGLE_NODE_SETTINGS = {
     # By default Ray starts one Python process per core in advance. Our jobs cannot use these processes, because each
     # job has a runtime environment.
     "RAY_prestart_worker_first_driver": "0",
+    # By default Ray waits a minute for its dashboard. `START_SECONDS` of local.py allows as much as this.
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "120",
 }
 """Environment variables that adapt Ray to a cluster with a single node; the user's own values override them."""
 
@@ -174,6 +176,7 @@ def spawn_ray(cpus: int) -> LocalCluster:
     inherited_environment = {k: v for k, v in os.environ.items() if k not in (*_FOREIGN_VARIABLES, *_SECRET_VARIABLES)}
     environment = {
         **_SINGLE_NODE_SETTINGS,
+        **_interface_settings(),
         **inherited_environment,
         MARK: str(folder),
         **PRIVATE,
@@ -195,11 +198,22 @@ def spawn_ray(cpus: int) -> LocalCluster:
     return LocalCluster(**(vars(cluster) | {"pid": pid}))
 
 
+def _interface_settings() -> dict[str, str]:
+    """Return the variables with which gloo and NCCL connect ranks through loopback; they prefer a network card."""
+    addresses_of = psutil.net_if_addrs()
+    loopback = next((n for n, addresses in addresses_of.items() if "127.0.0.1" in [a.address for a in addresses]), None)
+    return dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), loopback) if loopback else {}
+
+
 def _make_folder() -> Path:
     # The path of a Unix socket may have 103 characters on macOS and 107 on Linux. The part of Ray's socket paths that
     # follows `base` has up to 84 characters, so `base` must be short.
-    base = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="mhmoe-", dir=base if len(base) <= 15 else "/tmp"))
+    try:
+        base = tempfile.gettempdir()
+        return Path(tempfile.mkdtemp(prefix="mhmoe-", dir=base if len(base) <= 15 else "/tmp"))
+    except OSError as e:
+        reason = f"there is no folder for its files: {e.strerror or e}"
+        raise ClusterError("local cluster", reason, "set TMPDIR to a writable one of 15 characters at most") from e
 
 
 def _shared_memory_holds(size: int) -> bool:

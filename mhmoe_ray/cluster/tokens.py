@@ -91,12 +91,15 @@ def make_token() -> Path:
     """Return the path of the file with our own token, created if missing; the caller holds the state folder's lock."""
     path = token_file()
     if not path.exists():
-        fd, partial = tempfile.mkstemp(dir=path.parent)  # mkstemp makes the file readable by its owner only.
-        with os.fdopen(fd, "w") as f:
-            f.write(secrets.token_hex(32))
-            f.flush()
-            os.fsync(f.fileno())
-        Path(partial).replace(path)
+        try:
+            fd, partial = tempfile.mkstemp(dir=path.parent)  # mkstemp makes the file readable by its owner only.
+            with os.fdopen(fd, "w") as f:
+                f.write(secrets.token_hex(32))
+                f.flush()
+                os.fsync(f.fileno())
+            Path(partial).replace(path)
+        except OSError as e:
+            raise _unusable_folder_error(path.parent, e) from e
     return path
 
 

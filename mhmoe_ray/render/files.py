@@ -75,6 +75,7 @@ def _iter_files(site: SiteSpec, run: RunSpec | None, application: dict[str, Any]
         checkpoint = application["args"]["checkpoint"]
         _check_path(site, checkpoint, f"checkpoint {checkpoint}", "copy its run there, and name it by its path")
         yield f"kuberay/rayservice-{application['name']}.yaml", _yaml_text(kuberay.ray_service(site, application))
+    yield "kuberay/networkpolicy.yaml", _yaml_text(kuberay.network_policy(site))
     yield "kuberay/podmonitor.yaml", _yaml_text(pod_monitor(site))
     if site.aws:
         yield "ray-up/aws.yaml", _yaml_text(ray_up.aws_config(site, site.aws))

@@ -55,7 +55,27 @@ STEP_PERCENT, STEP_SECONDS, SURGE_PERCENT = 25, 30, 100
 steps, and per cent of its full capacity by which the new cluster grows at a time."""
 PORTS = {"metrics": 8080, "serve": 8000}
 """Ports that every node's pod has, by name."""
+_UNPRIVILEGED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 HEAD_PORTS = {"gcs": 6379, "dashboard": 8265, "client": 10001, **PORTS}
+
+# Clients, gateways and KubeRay's submitters of jobs are pods of the namespace. HTTPS leads to object stores and to the
+# API of Kubernetes, which has port 6443 behind its service.
+NETWORK_POLICY = """\
+podSelector: &ray {matchLabels: {ray.io/is-ray-node: "yes"}}
+policyTypes: [Ingress, Egress]
+ingress:
+- from: [{podSelector: *ray}]
+- from:
+  - podSelector: {}
+  - {namespaceSelector: {}, podSelector: {matchLabels: {app.kubernetes.io/component: kuberay-operator}}}
+  ports: [{port: 8265}, {port: 8000}]
+- from: [{namespaceSelector: {}, podSelector: {matchLabels: {app.kubernetes.io/name: prometheus}}}]
+  ports: [{port: 8080}]
+egress:
+- to: [{podSelector: *ray}]
+- ports: [{port: 53, protocol: UDP}, {port: 53}]
+- ports: [{port: 443}, {port: 6443}]
+"""
 
 
 def ray_cluster(site: SiteSpec) -> dict[str, Any]:
@@ -108,6 +128,15 @@ def ray_service(site: SiteSpec, application: dict[str, Any]) -> dict[str, Any]:
     )
 
 
+def network_policy(site: SiteSpec) -> dict[str, Any]:
+    """Return the manifest of a NetworkPolicy: who may connect to the namespace's pods of Ray, and they to whom."""
+    spec = yaml.safe_load(NETWORK_POLICY)
+    if site.redis:
+        spec["egress"][-1]["ports"].append({"port": int(site.redis.rpartition(":")[2])})
+    metadata = {"name": f"{site.name}-ray", "namespace": site.namespace}
+    return {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": metadata, "spec": spec}
+
+
 def _manifest(kind: str, site: SiteSpec, name: str, spec: dict[str, Any]) -> dict[str, Any]:
     """Return the manifest of an object; a name that KubeRay or Kubernetes does not accept is a SpecError."""
     if len(name) > MAX_NAME_LENGTHS[kind]:
@@ -130,7 +159,7 @@ def _cluster_spec(site: SiteSpec) -> dict[str, Any]:
         # accept jobs from everybody.
         "authOptions": {"mode": "token"},
         "enableInTreeAutoscaling": True,
-        "autoscalerOptions": {"version": "v2", "idleTimeoutSeconds": IDLE_SECONDS},
+        "autoscalerOptions": {"version": "v2", "idleTimeoutSeconds": IDLE_SECONDS, "securityContext": _UNPRIVILEGED},
         "headGroupSpec": {
             # The head offers no CPUs, so that Ray places no worker there, which could use up the head's memory.
             "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0"},
@@ -170,7 +199,7 @@ def _pod_template(site: SiteSpec, name: str, node: NodeSpec, ports: dict[str, in
         "image": site.image,
         "ports": [{"name": port, "containerPort": number} for port, number in ports.items()],
         "resources": {"limits": resources, "requests": resources},
-        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        "securityContext": _UNPRIVILEGED,
         "volumeMounts": [
             {"name": "storage", "mountPath": site.storage.mount},
             {"name": "shm", "mountPath": "/dev/shm"},
@@ -180,7 +209,13 @@ def _pod_template(site: SiteSpec, name: str, node: NodeSpec, ports: dict[str, in
         "spec": {
             # A new volume belongs to root, so its files are given to the group of Ray's user. OnRootMismatch does this
             # once, and not at each start of a pod.
-            "securityContext": {"fsGroup": UID, "fsGroupChangePolicy": "OnRootMismatch"},
+            "securityContext": {
+                "fsGroup": UID,
+                "fsGroupChangePolicy": "OnRootMismatch",
+                # Kubernetes cannot tell from the name of the image's user that it is not root, only from a number.
+                "runAsNonRoot": True,
+                **{"runAsUser": UID, "runAsGroup": UID, "seccompProfile": {"type": "RuntimeDefault"}},
+            },
             "containers": [container],
             "volumes": [
                 {"name": "storage", "persistentVolumeClaim": {"claimName": site.storage.claim}},

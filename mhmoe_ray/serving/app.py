@@ -10,6 +10,7 @@ from ray.serve.handle import DeploymentHandle
 
 from mhmoe_ray.checkpoint.manifest import read_manifest
 from mhmoe_ray.errors import MhmoeError
+from mhmoe_ray.ray_compat import bind_replica
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serving.api.access import ExceededLimit, LocalRateLimiter, has_limits
 from mhmoe_ray.serving.api.app import create_app, replica_stats
@@ -44,6 +45,7 @@ class SharedRateLimiter:
     """Deployment that checks the rate limits of all API keys, in one process for all replicas."""
 
     def __init__(self, keys: tuple[KeySpec, ...]) -> None:
+        bind_replica()
         self._limiter = LocalRateLimiter(keys)
 
     async def begin_request(self, client: str) -> ExceededLimit | None:
@@ -79,6 +81,7 @@ class Completions:
         # The import is here because only replicas need the model. Serve builds the application in another process.
         from mhmoe_ray.serving.load import load_served
 
+        bind_replica()
         self._args, self._answerer = args, load_served(location(args.checkpoint), args.serve)
         self._rate_limiter = RemoteRateLimiter(rate_limiter) if rate_limiter else None
         export_periodically(self._answerer.engine.stats, args.model)

@@ -95,7 +95,7 @@ class SiteSpec(Section):
     name: Name = "mhmoe"
     namespace: Name = "default"
     image: Word
-    """Container image of all nodes; the project's container file builds one."""
+    """Container image of all nodes, best as `NAME@sha256:...`; the project's container file builds one."""
     head: NodeSpec = NodeSpec(cpus=4, memory_gib=16)
     data: GroupSpec = GroupSpec(cpus=16, memory_gib=64, max=4)
     """Nodes without GPUs for data preparation, and for a run's data stream if workers use all their CPUs."""
@@ -103,7 +103,7 @@ class SiteSpec(Section):
     storage: StorageSpec = StorageSpec()
     token_file: TokenPath = "~/.ray/auth_token"
     """File with the cluster's token on the machine that starts the cluster; on Kubernetes the operator creates one."""
-    redis: Word | None = None
+    redis: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,200}:[0-9]{1,5}$")] | None = None
     """Address host:port of a Redis server with the head node's state. Without it, a restarted head node does not know
     the running jobs, which run directories record in either case."""
     redis_secret: Name | None = None

@@ -33,6 +33,7 @@ from mhmoe_ray.ray_compat import (
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.train.rendezvous import NodeTorchConfig
 
 
 def missing_resources(spec: RunSpec) -> str:
@@ -188,7 +189,7 @@ class RunTrainer(TorchTrainer):
     """Ray Train trainer with a retry policy and, if the number of workers is a range, a scaling policy of its own."""
 
     def __init__(self, run: RunDir, spec: RunSpec, **options: Any) -> None:
-        super().__init__(_train_worker, **options)
+        super().__init__(_train_worker, torch_config=NodeTorchConfig(), **options)
         self._run, self._spec = run, spec
 
     def _create_default_callbacks(self) -> list[Any]:

@@ -21,7 +21,7 @@ def rendered_service(tmp_path):
     """
     run = make_run(tmp_path, MIXTRAL)
     site = yaml.safe_load(Path(SITE).read_text())
-    site["storage"]["mount"] = str(tmp_path)
+    site |= {"storage": {"mount": str(tmp_path)}, "image": f"registry.example.org/mhmoe-ray@sha256:{'0' * 64}"}
     (tmp_path / "site.yaml").write_text(yaml.safe_dump(site))
     return tmp_path / "out/kuberay" / f"rayservice-{run.id}.yaml", (
         *("cluster", "render", "site.yaml", "--into", "out", "--serve", run.id),
@@ -58,6 +58,11 @@ def test_service_of_a_foreign_run_has_no_runtime_environment_of_it(tmp_path, ren
     assert "hostile" not in file.read_text()
     assert "ignored" not in mhmoe(tmp_path, *words, "--trust-run").err
     assert "hostile" in file.read_text()
+
+
+def test_image_without_a_digest_is_a_warning(tmp_path):
+    result = mhmoe(tmp_path, "cluster", "render", SITE, "--into", "out")
+    assert (result.code, "may become another image; give its digest" in result.err) == (0, True)
 
 
 def test_mistakes_are_usage_errors(tmp_path):

@@ -2,6 +2,9 @@ import pytest
 
 from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.spawn import free_ports
+from tests.cli.conftest import corpus
+
+__all__ = ["corpus"]
 
 
 @pytest.fixture

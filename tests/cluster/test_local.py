@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -11,11 +12,15 @@ import pytest
 
 from mhmoe_ray.cluster import jobs, spawn
 from mhmoe_ray.cluster.connect import connect
-from mhmoe_ray.cluster.local import RECORD, find_local, start_local, stop_local
+from mhmoe_ray.cluster.local import RECORD, _last_line, find_local, start_local, stop_local
 from mhmoe_ray.cluster.spawn import LocalCluster, spawn_ray
-from mhmoe_ray.cluster.tokens import own_token, token_file
+from mhmoe_ray.cluster.tokens import make_token, own_token, token_file
 from mhmoe_ray.errors import ClusterError
-from tests.support.watch import wait_until
+from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
+from tests.cli.conftest import write_spec
+from tests.cli.run import Result, assert_one_line, command, mhmoe
+from tests.data.texts import write_corpus
+from tests.support.watch import newest_run, start_events, wait_until
 
 # This code ignores SIGTERM. It also starts an orphan: a process in another session, whose parent has ended, and which
 # ignores SIGTERM too.
@@ -87,6 +92,34 @@ def test_cluster_is_private_to_its_user(local_cluster):
     socket_paths = {path for p in members for path in _socket_files(p)}
     assert any("raylet" in path for path in socket_paths)
     assert [path for path in socket_paths if not any(_is_private_folder(folder) for folder in Path(path).parents)] == []
+
+
+@pytest.mark.ray
+def test_two_ranks_and_replicas_listen_on_loopback_only(local_cluster, tmp_path):
+    """Rank 0 and each replica open a port that listens on all addresses by default."""
+    write_corpus(tmp_path / "raw")
+    write_spec(tmp_path, train={"steps": 10**6})
+    (tmp_path / "served").mkdir()
+    served_run = make_run(tmp_path / "served", MIXTRAL)
+    port = spawn.free_ports(1)[0]
+    limited_key = {"name": "ann", "sha256": "0" * 64, "requests_per_minute": 9}
+    settings = (f"serve.port={port}", f"serve.keys={json.dumps([limited_key])}")
+    words = ("--name", "listening", *(word for setting in settings for word in ("--set", setting)))
+    try:
+        assert mhmoe(tmp_path, "submit", "spec.yaml", "--detach").code == 0
+        run = newest_run(tmp_path)
+        deployed = mhmoe(tmp_path, "serve", "deploy", str(served_run.path), *words)
+        assert deployed.code == 0, deployed.err
+        wait_until(lambda: start_events(run), "two ranks")
+        addresses = {}
+        for process in spawn.process_tree(local_cluster.pid):
+            addresses.setdefault(_command_line(process).split(" ")[0], set()).update(_listening_addresses(process))
+        kinds = ("ray::RayTrainWorker", "ray::ServeReplica:listening:completions", "ray::ServeReplica:listening:limits")
+        assert addresses.keys() >= set(kinds)
+        assert {kind: ips for kind, ips in addresses.items() if not ips <= {"127.0.0.1"}} == {}
+    finally:
+        mhmoe(tmp_path, "serve", "down", "listening")
+        mhmoe(tmp_path, "stop", "--now")
 
 
 @pytest.mark.ray
@@ -169,6 +202,12 @@ def test_cluster_of_another_machine_is_left_alone(tmp_path, monkeypatch):
     assert foreign_cluster.folder.exists()
 
 
+def test_ranks_of_the_local_cluster_connect_through_the_loopback_interface():
+    """The name of this machine may have the address of a network card, which gloo and NCCL would choose."""
+    [interface] = set(spawn._interface_settings().values())
+    assert "127.0.0.1" in [address.address for address in psutil.net_if_addrs()[interface]]
+
+
 def test_api_keys_are_not_in_the_environment_of_the_cluster(tmp_path, monkeypatch):
     """Otherwise every process that the cluster starts would have the key in its environment."""
     python = tmp_path / "python"
@@ -194,3 +233,52 @@ def test_failed_start_reports_its_reason_and_leaves_nothing(tmp_path, monkeypatc
         start_local(1)
     assert {p.name for p in (tmp_path / "home").iterdir()} == {"lock", "ray_token"}
     assert list(tmp_path.glob("mhmoe-*")) == []
+
+
+@pytest.mark.ray
+def test_late_dashboard_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "0")
+    with pytest.raises(ClusterError, match="Ray did not start: its dashboard was not ready in time, as on a machine"):
+        start_local(1)
+
+
+@pytest.mark.parametrize(
+    ("ending", "line"),
+    [
+        ("", "its dashboard was not ready in time, as on a machine that is too busy"),
+        (", return code 1", "OSError: the port is taken"),
+    ],
+)
+def test_objects_in_the_log_of_the_dashboard_are_no_reason(ending, line, tmp_path):
+    """Ray repeats the last lines of this log, in which the dashboard lists its routes."""
+    route = "INFO -- <ResourceRoute [GET] <PlainResource /nodes> -> <bound method x of <Y object at 0x7f63b6d9f9d0>>>"
+    log = tmp_path / "log"
+    log.write_text(f"ERROR -- Failed to start the dashboard {ending}\nOSError: the port is taken\n{route}\n{route}\n")
+    assert _last_line(log) == line
+
+
+def _run_without_writing(folder: Path, *words: str) -> Result:
+    """Run `mhmoe` in an environment in which no file can get a byte, and folder/home as its state folder."""
+    process = subprocess.run(
+        command(*words),
+        cwd=folder,
+        env=os.environ | {"MHMOE_HOME": str(folder / "home")},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),
+    )
+    return Result(process.returncode, process.stdout, process.stderr)
+
+
+@pytest.mark.parametrize(("verb", "code"), [("cluster up", 5), ("bench serve engines", 7)])
+def test_machine_without_a_folder_for_temporary_files_is_one_line(verb, code, tmp_path, monkeypatch):
+    """Python takes a folder for temporary files only if it can write a file there."""
+    monkeypatch.setenv("MHMOE_HOME", str(tmp_path / "home"))
+    make_token()
+    result = _run_without_writing(tmp_path, *verb.split())
+    assert_one_line(result, code, "No usable temporary directory", "set TMPDIR")
+
+
+def test_token_that_cannot_be_written_is_one_line(tmp_path):
+    assert_one_line(_run_without_writing(tmp_path, "cluster", "up"), 5, "File too large", "set MHMOE_HOME")

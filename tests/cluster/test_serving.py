@@ -238,14 +238,14 @@ def test_deployments_keep_other_applications(connection, port, monkeypatch):
     """
     # Our packages are sent to a cluster that is not local, so this deployment has folders to upload.
     remote_connection = dataclasses.replace(connection, local=False)
-    upload = serving._upload_runtime_env
+    upload = serving.upload_runtime_env
 
     def upload_while_another_deploys(*args):
-        monkeypatch.setattr(serving, "_upload_runtime_env", upload)
+        monkeypatch.setattr(serving, "upload_runtime_env", upload)
         serving.deploy(remote_connection, echo_config("b", "other"), HOST, port)
         return upload(*args)
 
-    monkeypatch.setattr(serving, "_upload_runtime_env", upload_while_another_deploys)
+    monkeypatch.setattr(serving, "upload_runtime_env", upload_while_another_deploys)
     serving.deploy(connection, echo_config("a", "first"), HOST, port)
     for name in "ab":
         serving.wait_until_running(connection, name, LIMIT)

@@ -91,7 +91,53 @@ def test_pods_can_write_to_a_volume_owned_by_root():
         # Without this policy, each start of a pod would set the group of all files in the storage. With it, this
         # happens only if the storage's root folder has another group.
         expected = {"fsGroup": int(user[1]), "fsGroupChangePolicy": "OnRootMismatch"}
-        assert group["template"]["spec"]["securityContext"] == expected
+        assert group["template"]["spec"]["securityContext"].items() >= expected.items()
+
+
+@pytest.mark.parametrize("name", manifests())
+def test_pods_meet_the_restricted_pod_security_standard(name):
+    spec = manifests()[name]["spec"]
+    spec = spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
+    containers = [spec["autoscalerOptions"]]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        context = pod["securityContext"]
+        assert (context["runAsNonRoot"], context["runAsUser"]) == (True, kuberay.UID)
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+        containers += pod["containers"]
+    for container in containers:
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+def peers(rules, side, port):
+    """Return the labels of the peers whom rules of a NetworkPolicy let use a TCP port; None stands for everybody.
+
+    A peer of the namespace has the labels of its pod, and one of any namespace the word "elsewhere" before them.
+    """
+    allowed = []
+    for rule in rules:
+        if port in [entry["port"] for entry in rule.get("ports", [{"port": port}])]:
+            for peer in rule.get(side, [None]):
+                labels = list(peer["podSelector"].get("matchLabels", {}).values()) if peer else None
+                allowed.append(["elsewhere", *labels] if peer and "namespaceSelector" in peer else labels)
+    return allowed
+
+
+def test_network_policy_opens_each_port_to_its_users_alone():
+    spec = yaml.safe_load(render_files(SITE)["kuberay/networkpolicy.yaml"])["spec"]
+    ray_pods, namespace = ["yes"], []
+    assert spec["podSelector"] == {"matchLabels": {"ray.io/is-ray-node": "yes"}}
+    for port in (kuberay.HEAD_PORTS["dashboard"], kuberay.HEAD_PORTS["serve"]):
+        assert peers(spec["ingress"], "from", port) == [ray_pods, namespace, ["elsewhere", "kuberay-operator"]]
+    assert peers(spec["ingress"], "from", kuberay.HEAD_PORTS["metrics"]) == [ray_pods, ["elsewhere", "prometheus"]]
+    for port in (kuberay.HEAD_PORTS["gcs"], kuberay.HEAD_PORTS["client"], 10002):
+        assert peers(spec["ingress"], "from", port) == [ray_pods]
+    for port in (53, 443, 6443, 6379):
+        assert peers(spec["egress"], "to", port) == [ray_pods, None]
+    assert peers(spec["egress"], "to", 80) == [ray_pods]
+    bare = SITE.model_copy(update={"redis": None, "redis_secret": None})
+    assert peers(kuberay.network_policy(bare)["spec"]["egress"], "to", 6379) == [ray_pods]
 
 
 def test_pod_monitor_has_the_labels_of_the_site():

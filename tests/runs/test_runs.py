@@ -260,7 +260,7 @@ def test_events_of_the_newest_attempt_begin_with_its_submission(run):
 
 def test_run_has_weights_after_a_step_or_from_a_start(run):
     assert not events.has_weights(run)
-    record(run, "initialized")
+    record(run, "initialized", sources=[], name="step_00000000.0")
     assert events.has_weights(run)
     run.events_file.unlink()
     append_line(run, 1)
