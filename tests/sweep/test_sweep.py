@@ -235,7 +235,7 @@ def test_a_failing_storage_is_retried(tmp_path, sweep, capsys):
         patch.setattr(scheduler, "STORAGE_SECONDS", 0.0)
         started_run.events_file.rename(saved_events)
         started_run.events_file.mkdir()
-        with pytest.raises(StorageError, match="sweep heads-small: file .*: it is no regular file"):
+        with pytest.raises(StorageError, match=r"sweep heads-small: file .*: it is no regular file"):
             run_job(sweep, name)
         repair()
     run_job(sweep, name)
