@@ -79,6 +79,9 @@ class SamplingArguments(TypedDict, total=False):
     min_p: float
     presence_penalty: float
     frequency_penalty: float
+    repetition_penalty: float
+    min_tokens: int
+    ignore_eos: bool
     logit_bias: dict[int, float]
     seed: int | None
     stop: str | Sequence[str]
@@ -90,6 +93,7 @@ _TYPE_WORDS = {
     "float_type": "a number",
     "finite_number": "a finite number",
     "dict_type": "amounts by token id",
+    "bool_type": "True or False",
 }
 _LIMIT_WORDS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
 

@@ -187,6 +187,10 @@ class LoadedModel:
                 min_p=0.0: smallest probability of a token to draw from, as a share of the most likely token's.
                 presence_penalty=0.0: amount subtracted from the logit of each token of the answer, -2 to 2.
                 frequency_penalty=0.0: amount subtracted for each time that the answer has the token, -2 to 2.
+                repetition_penalty=1.0: amount that divides positive logits and multiplies negative ones of tokens of
+                    prompt and answer, 0.01 to 100.
+                min_tokens=0: smallest number of tokens of the answer, unless a stop text ends it.
+                ignore_eos=False: whether the answer goes on after a token that ends a document.
                 logit_bias={}: amounts added to the logits of tokens, -100 to 100, by token id.
                 seed=None: seed of the random draws, from which each prompt of a list derives its own; None for a random
                     one. Equal seeds give equal answers.

@@ -57,8 +57,8 @@ def serve(
         storage: folder that holds run directories; by default MHMOE_STORAGE, else `runs`.
         address: a Ray cluster: the URL of its dashboard, or its name; None for the default cluster.
         wait: whether to wait until the application answers requests.
-        trust_run: whether to use `cluster.runtime_env`, `serve.host` and `serve.keys` of a run that somebody else
-            submitted. By default they are ignored, with a note.
+        trust_run: whether to use `cluster.runtime_env`, `serve.host`, `serve.keys` and `serve.cors_origins` of a run
+            that somebody else submitted. By default they are ignored, with a note.
         on_note: callback that gets lines of text about the progress.
 
     Raises:

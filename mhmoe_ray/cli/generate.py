@@ -4,7 +4,7 @@ This module has the command and answers a single prompt; generate_batch.py answe
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -35,7 +35,8 @@ def _sampling_option(name: str, note: str = "", **settings: Any) -> Any:
     limits = field.limits
     # Typer has no limits that are themselves excluded; 0 as --top-p is refused later.
     settings = {"min": limits.get("ge", limits.get("gt")), "max": limits.get("le"), **settings}
-    return typer.Option(help=f"{field.text}{note}", **settings)
+    # The name is given, because Typer would add `--no-...` to an option without a value.
+    return typer.Option(f"--{name.replace('_', '-')}", help=f"{field.text}{note}", **settings)
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,9 @@ def generate(
     min_p: Annotated[float, _sampling_option("min_p")] = DEFAULTS["min_p"],
     presence_penalty: Annotated[float, _sampling_option("presence_penalty")] = DEFAULTS["presence_penalty"],
     frequency_penalty: Annotated[float, _sampling_option("frequency_penalty")] = DEFAULTS["frequency_penalty"],
+    repetition_penalty: Annotated[float, _sampling_option("repetition_penalty")] = DEFAULTS["repetition_penalty"],
+    min_tokens: Annotated[int, _sampling_option("min_tokens")] = DEFAULTS["min_tokens"],
+    ignore_eos: Annotated[bool, _sampling_option("ignore_eos")] = DEFAULTS["ignore_eos"],
     logit_bias: Annotated[list[str], _sampling_option("logit_bias", metavar="TOKEN=BIAS")] = [],  # noqa: B006 - typer needs the list
     seed: Annotated[int | None, _sampling_option("seed")] = DEFAULTS["seed"],
     stop: Annotated[list[str], _sampling_option("stop")] = DEFAULTS["stop"],
@@ -139,43 +143,20 @@ def generate(
     job, or continues with what is missing. For example `mhmoe generate --input prompts.jsonl --output answers --workers
     4`.
     """
+    arguments = locals()
     from mhmoe_ray.api.generation import checked_sampling
+    from mhmoe_ray.checkpoint.find import split_step
 
     if not top_p:
         raise typer.BadParameter("--top-p 0: nothing is left to draw from; give more than 0")
     if not all(stop):
         raise typer.BadParameter("--stop '': an empty text would end every answer at once; leave it out")
     sampling = checked_sampling(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        logit_bias=dict(map(_parse_bias, logit_bias)),
-        seed=seed,
-        stop=stop,
-        logprobs=logprobs,
+        **{name: arguments[name] for name in SAMPLING_FIELDS} | {"logit_bias": dict(map(_parse_bias, logit_bias))}
     )
-    options = BatchOptions(
-        input=input_,
-        output=output,
-        logprobs=logprobs,
-        engine=engine,
-        workers=workers,
-        cpus_per_worker=cpus_per_worker,
-        gpus_per_worker=gpus_per_worker,
-        chunk_rows=chunk_rows,
-        set=tuple(set_),
-        address=address,
-        detach=detach,
-        cancel=cancel,
-        trust_run=trust_run,
-    )
-    from mhmoe_ray.checkpoint.find import split_step
-
     run, checkpoint = split_step(run, checkpoint)
+    renamed = {"input": input_, "set": tuple(set_)}
+    options = BatchOptions(**{field.name: (arguments | renamed)[field.name] for field in fields(BatchOptions)})
     if not options.is_requested:
         options.require_none()
         _answer_prompt(run, prompt, sampling, gpus, checkpoint, storage, json)

@@ -91,7 +91,8 @@ ForceOption = Annotated[
 TrustOption = Annotated[
     bool,
     typer.Option(
-        "--trust-run", help="Use cluster.runtime_env, serve.host and serve.keys of a run that you did not submit."
+        "--trust-run",
+        help="Use cluster.runtime_env, serve.host, serve.keys and serve.cors_origins of a run that you did not submit.",
     ),
 ]
 DetachOption = Annotated[bool, typer.Option("--detach", help="Do not follow the job; it goes on by itself.")]

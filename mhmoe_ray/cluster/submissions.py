@@ -18,8 +18,8 @@ from mhmoe_ray.storage import read_file
 
 FILE = "submissions.json"
 ENVIRONMENT_KEY = "cluster.runtime_env"
-GUARDED_KEYS = (ENVIRONMENT_KEY, "serve.host", "serve.keys")
-"""Keys of a spec that run code on a cluster, open a server to other machines, or give clients access to it."""
+GUARDED_KEYS = (ENVIRONMENT_KEY, "serve.host", "serve.keys", "serve.cors_origins")
+"""Keys of a spec that run code on a cluster, open a server to other machines, or give clients or pages access to it."""
 
 
 def record_settings(*specs: RunSpec) -> None:

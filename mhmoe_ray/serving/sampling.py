@@ -7,7 +7,8 @@ of `CommonSampling`, and the others in the form of OpenAI's API (`serving/api/sc
 from numbers import Integral, Real
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticKnownError
 
 from mhmoe_ray.serving.sampling_fields import MAX_LOGPROBS, SAMPLING_FIELDS
 
@@ -47,7 +48,7 @@ Text = Annotated[str, AfterValidator(check_encodable)]
 StopText = Annotated[str, Field(min_length=1), AfterValidator(check_encodable)]
 
 
-def _field(name: str, **settings: Any) -> Any:
+def sampling_field(name: str, **settings: Any) -> Any:
     """Return pydantic's field of a sampling parameter."""
     field = SAMPLING_FIELDS[name]
     limits: dict[str, Any] = {**field.limits, **settings}
@@ -55,26 +56,36 @@ def _field(name: str, **settings: Any) -> Any:
 
 
 class CommonSampling(BaseModel):
-    """Sampling parameters in the order penalties and biases, temperature, top_k, min_p, top_p, as they take effect."""
+    """Sampling parameters, which take effect in the order biases, penalties, temperature, top_k, min_p, top_p."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
-    temperature: Number = _field("temperature", allow_inf_nan=False)
-    top_p: Number = _field("top_p")
-    top_k: WholeNumber = _field("top_k")
-    min_p: Number = _field("min_p")
-    presence_penalty: Number = _field("presence_penalty")
-    frequency_penalty: Number = _field("frequency_penalty")
-    seed: WholeNumber | None = _field("seed")
-    stop: Annotated[list[StopText], BeforeValidator(wrap_text, StopText | list[StopText])] = _field("stop")
+    temperature: Number = sampling_field("temperature", allow_inf_nan=False)
+    top_p: Number = sampling_field("top_p")
+    top_k: WholeNumber = sampling_field("top_k")
+    min_p: Number = sampling_field("min_p")
+    presence_penalty: Number = sampling_field("presence_penalty")
+    frequency_penalty: Number = sampling_field("frequency_penalty")
+    repetition_penalty: Number = sampling_field("repetition_penalty")
+    min_tokens: WholeNumber = sampling_field("min_tokens")
+    ignore_eos: bool = sampling_field("ignore_eos")
+    seed: WholeNumber | None = sampling_field("seed")
+    stop: Annotated[list[StopText], BeforeValidator(wrap_text, StopText | list[StopText])] = sampling_field("stop")
 
 
 class SamplingParams(CommonSampling):
     """All sampling parameters of an answer, with those that OpenAI's API has in another form."""
 
-    max_tokens: WholeNumber = _field("max_tokens")
-    logit_bias: dict[Annotated[int, Field(ge=0)], Bias] = _field("logit_bias")
-    logprobs: LogprobCount | None = _field("logprobs")
+    max_tokens: WholeNumber = sampling_field("max_tokens", validate_default=True)
+    logit_bias: dict[Annotated[int, Field(ge=0)], Bias] = sampling_field("logit_bias")
+    logprobs: LogprobCount | None = sampling_field("logprobs")
+
+    @field_validator("max_tokens")
+    @classmethod
+    def _check_max_tokens(cls, value: int, info: ValidationInfo) -> int:
+        if value < (min_tokens := info.data.get("min_tokens", 0)):
+            raise PydanticKnownError("greater_than_equal", {"ge": min_tokens})
+        return value
 
     def for_answer(self, index: int) -> Self:
         """Return the parameters of answer `index` of a request, which has its own seed; answer 0 uses the request's."""

@@ -34,6 +34,13 @@ SAMPLING_FIELDS = {
     "frequency_penalty": SamplingField(
         0.0, "Amount subtracted from a token's logit for each time that the answer has it.", {"ge": -2, "le": 2}
     ),
+    "repetition_penalty": SamplingField(
+        1.0,
+        "Amount that divides positive logits and multiplies negative ones of tokens of the prompt and the answer.",
+        {"ge": 0.01, "le": 100},
+    ),
+    "min_tokens": SamplingField(0, "Smallest number of tokens of the answer, unless a stop text ends it.", {"ge": 0}),
+    "ignore_eos": SamplingField(False, "Do not end the answer at a token that ends a document."),
     "seed": SamplingField(
         None, "Seed of the random draws; equal seeds give equal answers, and each prompt or choice derives its own."
     ),

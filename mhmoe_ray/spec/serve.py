@@ -1,6 +1,6 @@
 """The `serve` section, for the Ray Serve application of a checkpoint, and all sections that a deployment reads."""
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -98,6 +98,8 @@ class ServeSpec(Section):
     keys: tuple[KeySpec, ...] = ()
     """Clients that may send requests. Without any client, everybody who can reach the port may send requests.
     MHMOE_API_KEYS in the environment of `mhmoe serve deploy` adds clients, in the form NAME:KEY,NAME:KEY."""
+    cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")], ...] = ()
+    """Origins of web pages that may send requests from a browser, such as https://example.com, or "*" for all pages."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -138,9 +138,8 @@ def guarded_spec(run, site):
     spec = run.spec()
     cluster = spec.cluster.model_copy(update={"runtime_env": {"env_vars": {"PYTHONPATH": str(site)}}})
     keys = (KeySpec(name="stranger", sha256="0" * 64),)
-    return spec.model_copy(
-        update={"cluster": cluster, "serve": spec.serve.model_copy(update={"host": "0.0.0.0", "keys": keys})}
-    )
+    opened = {"host": "0.0.0.0", "keys": keys, "cors_origins": ("*",)}
+    return spec.model_copy(update={"cluster": cluster, "serve": spec.serve.model_copy(update=opened)})
 
 
 @pytest.fixture
@@ -174,6 +173,7 @@ def test_foreign_run_neither_runs_code_nor_opens_a_server(tmp_path, local_cluste
         assert 'serve.host="0.0.0.0", serve.keys=[{"name": "stranger"' in deployed.err
         config, host, _ = serving.deployed_config(connect(), "foreign")
         assert (config["runtime_env"], host, config["args"]["serve"]["keys"]) == ({}, "127.0.0.1", [])
+        assert config["args"]["serve"]["cors_origins"] == []
         answer = requests.get(f"http://127.0.0.1:{unused_port}/foreign/v1/models", timeout=60)
         assert answer.status_code == 200
     finally:
@@ -192,7 +192,7 @@ def test_settings_that_the_user_submitted_are_trusted_in_any_run(tmp_path, own_h
     submissions.record_settings(spec)
     assert submissions.unrecorded_settings(spec) == {}
     # Together they were submitted; a part of them was not.
-    closed_spec = spec.model_copy(update={"serve": spec.serve.model_copy(update={"keys": ()})})
+    closed_spec = spec.model_copy(update={"serve": spec.serve.model_copy(update={"keys": (), "cors_origins": ()})})
     assert set(submissions.unrecorded_settings(closed_spec)) == {"cluster.runtime_env", "serve.host"}
     assert "PYTHONPATH" not in (submissions.state_folder() / submissions.FILE).read_text()
 
@@ -202,7 +202,7 @@ def test_overrides_apply_to_the_defaults_of_ignored_keys(tmp_path, hostile_run, 
     overrides = ["cluster.runtime_env.env_vars.OWN=1", "serve.port=8001"]
     spec = load_deploy_spec(run.spec_file, overrides, submissions.unrecorded_settings)
     assert (spec.cluster.runtime_env, spec.serve.host) == ({"env_vars": {"OWN": 1}}, "127.0.0.1")
-    assert (spec.serve.port, spec.serve.keys) == (8001, ())
+    assert (spec.serve.port, spec.serve.keys, spec.serve.cors_origins) == (8001, (), ())
 
 
 def test_foreign_run_is_resumed_only_if_it_is_trusted(tmp_path, hostile_run, own_home):

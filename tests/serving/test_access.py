@@ -7,6 +7,7 @@ from contextlib import aclosing
 
 import httpx
 import pytest
+from pydantic import ValidationError
 from starlette.responses import PlainTextResponse
 
 from mhmoe_ray.api.serve_target import with_environment_keys
@@ -117,6 +118,45 @@ def test_requests_without_a_valid_key_are_refused(app, headers, method, path):
     assert response.headers["www-authenticate"] == "Bearer"
     assert response.json()["error"]["type"] == "authentication_error"
     assert call(app, "GET", "/health").status_code == call(app, "GET", "/ready").status_code == 200
+
+
+PREFLIGHT = {
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization, content-type, x-stainless-os",
+}
+
+
+@pytest.mark.parametrize(
+    ("origins", "origin", "allowed_origin"),
+    [
+        (("https://a.com", "http://localhost:3000"), "http://localhost:3000", "http://localhost:3000"),
+        (("https://a.com",), "https://b.com", None),
+        (("*",), "https://b.com", "*"),
+        ((), "https://a.com", None),
+    ],
+)
+def test_only_web_pages_of_named_origins_may_ask(answerer, origins, origin, allowed_origin):
+    """A preflight request needs no key; the request after it needs one, and pages can read its refusal."""
+    app = create_app(answerer, "tiny", ServeSpec(keys=(make_key("ann"),), max_body_bytes=2000, cors_origins=origins))
+    preflight = call(app, "OPTIONS", "/v1/completions", headers={"origin": origin, **PREFLIGHT})
+    assert (preflight.status_code == 200) == (allowed_origin is not None)
+    if allowed_origin:
+        assert "POST" in preflight.headers["access-control-allow-methods"]
+        assert preflight.headers["access-control-allow-headers"] == PREFLIGHT["access-control-request-headers"]
+    headers = {"origin": origin, **bearer_header("ann")}
+    answer = call(app, "POST", "/v1/completions", json=BODY, headers=headers)
+    refusal = call(app, "POST", "/v1/completions", json=BODY, headers={"origin": origin})
+    large_body = call(app, "POST", "/v1/completions", json={"prompt": "z" * 3000}, headers=headers)
+    assert [r.status_code for r in (answer, refusal, large_body)] == [200, 401, 413]
+    for response in (preflight, answer, refusal, large_body):
+        assert response.headers.get("access-control-allow-origin") == allowed_origin
+        assert "access-control-allow-credentials" not in response.headers
+
+
+@pytest.mark.parametrize("origin", ["https://a.com/", "a.com", "https://", "null", "https://a b"])
+def test_an_origin_that_no_browser_sends_is_refused(origin):
+    with pytest.raises(ValidationError, match="cors_origins"):
+        ServeSpec(cors_origins=(origin,))
 
 
 @pytest.mark.parametrize("scheme", ["bearer", "BEARER"])

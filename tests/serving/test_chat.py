@@ -157,6 +157,71 @@ def test_streamed_chunks_join_to_the_complete_answer(client):
     assert usage_chunk.usage == completion.usage
 
 
+FUNCTION = {"name": "P", "parameters": {"type": "object", "properties": {"name": {"type": "string"}}}}
+TOOL = {"type": "function", "function": FUNCTION}
+JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "P", "strict": True, "schema": FUNCTION["parameters"]}}
+# The fields that each client sends beside the model and the messages, as recorded from openai 1.109 and 3.3,
+# langchain-openai 1.1.9, litellm 1.80 and instructor 1.3.2 and 1.17.
+CLIENT_FIELDS = {
+    "openai, litellm, instructor without a response model, instructor MD_JSON": {},
+    "openai stream, langchain stream, litellm stream": {"stream": True},
+    "langchain stream_usage, litellm stream with usage": {"stream": True, "stream_options": {"include_usage": True}},
+    "langchain invoke": {"stream": False},
+    "litellm with neutral values": {
+        "logprobs": True,
+        "n": 1,
+        "parallel_tool_calls": False,
+        "response_format": {"type": "text"},
+        "seed": 1,
+        "service_tier": "auto",
+        "tool_choice": "none",
+        "tools": [],
+        "top_logprobs": 1,
+        "store": False,
+    },
+}
+REFUSED_CLIENT_FIELDS = {
+    "instructor TOOLS": ({"tool_choice": {"type": "function", "function": {"name": "P"}}, "tools": [TOOL]}, "tools"),
+    "instructor JSON, langchain json_mode": ({"response_format": {"type": "json_object"}}, "response_format"),
+    "instructor JSON_SCHEMA, langchain structured, openai parse": ({"response_format": JSON_SCHEMA}, "response_format"),
+    "langchain function_calling": (
+        {"parallel_tool_calls": False, "tool_choice": {"type": "function", "function": {"name": "P"}}, "tools": [TOOL]},
+        "tools",
+    ),
+    "instructor FUNCTIONS": ({"function_call": {"name": "P"}, "functions": [FUNCTION]}, "function_call"),
+}
+
+
+@pytest.mark.parametrize("fields", CLIENT_FIELDS.values(), ids=CLIENT_FIELDS)
+def test_requests_of_clients_with_their_defaults_are_answered(chat_answerer, fields):
+    app = create_app(chat_answerer, "tiny", ServeSpec(max_tokens=8))
+    response = call(app, "POST", "/v1/chat/completions", json={"model": "tiny", "messages": HELLO, **fields})
+    assert response.status_code == 200, response.text
+    assert response.text.endswith("data: [DONE]\n\n") == fields.get("stream", False)
+
+
+@pytest.mark.parametrize(("fields", "param"), REFUSED_CLIENT_FIELDS.values(), ids=REFUSED_CLIENT_FIELDS)
+def test_requests_of_clients_for_tools_and_schemas_are_refused_in_one_line(chat_answerer, fields, param):
+    app = create_app(chat_answerer, "tiny", ServeSpec())
+    response = call(app, "POST", "/v1/chat/completions", json={"model": "tiny", "messages": HELLO, **fields})
+    assert response.status_code == 400
+    message = f"'{param}' is not supported"
+    assert response.json()["error"] == {
+        "message": message, "type": "invalid_request_error", "param": param, "code": "unsupported_parameter",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", [{"prompt": ["the"]}, {"prompt": "the", "stream": True}], ids=["invoke", "stream"])
+def test_requests_of_langchain_for_completions_are_answered(chat_answerer, fields):
+    defaults = {
+        "frequency_penalty": 0, "logprobs": None, "max_tokens": 256, "n": 1, "presence_penalty": 0, "seed": None,
+        "temperature": 0.7, "top_p": 1,
+    }  # fmt: skip
+    app = create_app(chat_answerer, "tiny", ServeSpec())
+    response = call(app, "POST", "/v1/completions", json={"model": "tiny", **defaults, **fields})
+    assert response.status_code == 200, response.text
+
+
 def test_content_may_be_text_parts_and_null_for_an_assistant(chat_answerer):
     """A list of text parts counts as the joined text, and null in a message of the assistant as an empty text."""
     app = create_app(chat_answerer, "tiny", ServeSpec(max_tokens=40))

@@ -32,7 +32,7 @@ OPERATIONS = [
     ("GET", "/ready"),
 ]
 # These endpoints may refuse requests that match the description, because some fields limit each other or depend on the
-# model: max_tokens, n and prompts, stream_options, token ids.
+# model: max_tokens and min_tokens, n and prompts, token ids.
 LIMITED = ["/v1/completions", "/v1/chat/completions"]
 
 

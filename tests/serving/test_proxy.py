@@ -49,7 +49,9 @@ def test_lost_replica_ends_a_stream_with_an_error_event():
     assert len(events) == 2
 
 
-@pytest.mark.parametrize(("status", "kind"), [(429, "rate_limit_error"), (503, "server_error")])
+@pytest.mark.parametrize(
+    ("status", "kind"), [(404, "invalid_request_error"), (429, "rate_limit_error"), (503, "server_error")]
+)
 def test_refusals_of_serve_get_an_openai_error_body(status, kind):
     """A refusal of Serve, whose text is a JSON string, gets an error body of OpenAI's form with the same text."""
     response = send_through_proxy(PlainTextResponse('"too many wait"', status, {"Retry-After": "7"}))
@@ -62,7 +64,7 @@ def test_refusals_of_serve_get_an_openai_error_body(status, kind):
     "app",
     [
         JSONResponse({"error": {"message": "own"}}, 429, {"Retry-After": "3"}),
-        PlainTextResponse("as it is", 404),
+        PlainTextResponse("as it is", 405),
         streaming_app,
     ],
 )

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import re
 import threading
 
 import httpx
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+import mhmoe_ray
 from mhmoe_ray.data.chat.template import ChatTemplate
 from mhmoe_ray.serving.answer import Answerer, ScoredText
 from mhmoe_ray.serving.api.app import create_app
@@ -39,7 +41,29 @@ def app(answerer):
         ({"logit_bias": {"1": 101}}, "logit_bias", None, "less than or equal to 100"),
         ({"n": 0}, "n", None, "greater than or equal to 1"),
         ({"prompt": ["a", "b"], "n": MAX_CHOICES}, "n", None, f"are more than {MAX_CHOICES} choices"),
-        ({"stream_options": {"include_usage": True}}, None, None, "stream_options are for stream: true"),
+        (
+            {"tools": [{"type": "function"}], "tool_choice": "required"},
+            "tools",
+            "unsupported_parameter",
+            "'tools' is not",
+        ),
+        ({"tool_choice": {"type": "function"}}, "tool_choice", "unsupported_parameter", "'tool_choice' is not"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter", "not supported"),
+        (
+            {"response_format": {"json_schema": {}, "type": "json_schema"}},
+            "response_format",
+            "unsupported_parameter",
+            "",
+        ),
+        ({"response_format": {}}, "response_format", "unsupported_parameter", "'response_format' is not supported"),
+        ({"modalities": ["text", "audio"]}, "modalities", "unsupported_parameter", "'modalities' is not supported"),
+        ({"service_tier": "flex"}, "service_tier", "unsupported_parameter", "'service_tier' is not supported"),
+        ({"store": True}, "store", "unsupported_parameter", "'store' is not supported"),
+        ({"user": 1}, "user", None, "'user': Input should be a valid string"),
+        ({"metadata": 1}, "metadata", None, "'metadata': Input should be a valid dictionary"),
+        ({"parallel_tool_calls": 1}, "parallel_tool_calls", None, "valid boolean"),
+        ({"repetition_penalty": 0}, "repetition_penalty", None, "greater than or equal to 0.01"),
+        ({"min_tokens": 17}, "min_tokens", None, "min_tokens is 17, more than max_tokens, 16"),
         ({"temperature": 2.5}, "temperature", None, "less than or equal to 2"),
         ({"temperature": "hot"}, "temperature", None, "valid number"),
         ({"top_p": 0}, "top_p", None, "greater than 0"),
@@ -69,6 +93,32 @@ def test_wrong_field_is_named_in_the_error(app, fields, param, code, message):
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [], "tool_choice": "none", "parallel_tool_calls": False},
+        {"tool_choice": "auto", "parallel_tool_calls": True},
+        {"response_format": {"type": "text"}, "modalities": ["text"]},
+        {"service_tier": "auto", "store": False, "metadata": {"team": "a"}},
+        {"service_tier": "default", "user": "ann", "safety_identifier": "b", "prompt_cache_key": "c"},
+        {"n": 1, "best_of": 1, "min_tokens": 0, "repetition_penalty": 1, "ignore_eos": False},
+        {"stream_options": {"include_usage": True}},
+    ],
+)
+def test_fields_that_change_nothing_are_accepted(app, fields):
+    assert completion(app, **fields)["choices"] == completion(app)["choices"]
+
+
+def test_penalty_and_limits_of_end_tokens_change_the_answer(app):
+    """The first token of every answer would be the end token because of its bias."""
+    likely_end = {"logit_bias": {"0": 100}, "logprobs": 0, "max_tokens": 6}
+    answers = [completion(app, **likely_end, **fields) for fields in ({}, {"min_tokens": 4}, {"ignore_eos": True})]
+    assert [answer["usage"]["completion_tokens"] for answer in answers] == [0, 4, 6]
+    assert [answer["choices"][0]["finish_reason"] for answer in answers] == ["stop", "stop", "length"]
+    assert (answers[1]["choices"][0]["text"] != "", answers[2]["choices"][0]["text"]) == (True, "")
+    assert completion(app, repetition_penalty=3)["choices"] != completion(app)["choices"]
+
+
+@pytest.mark.parametrize(
     ("method", "path", "request_", "status", "message"),
     [
         ("POST", "/v1/completions", {"content": "{"}, 400, "not JSON"),
@@ -78,6 +128,8 @@ def test_wrong_field_is_named_in_the_error(app, fields, param, code, message):
         ("POST", "/v1/completions", {"json": {"prompt": "a", "model": "gpt"}}, 404, "this server has 'tiny'"),
         ("POST", "/v1/chat", {"json": {}}, 404, "/v1/chat: Not Found"),
         ("GET", "/v1/completions", {}, 405, "Method Not Allowed"),
+        ("GET", "/redoc", {}, 404, "/redoc: Not Found"),
+        ("OPTIONS", "/v1/models", {"headers": {"origin": "https://a.com"}}, 405, "Method Not Allowed"),
     ],
 )
 def test_wrong_requests_get_an_openai_error_body(app, method, path, request_, status, message):
@@ -280,6 +332,32 @@ def test_model_without_a_start_token_scores_and_tokenizes_whole_prompts():
 def test_api_description_lists_the_routes(app):
     paths = call(app, "GET", "/openapi.json").json()["paths"]
     assert {"/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/health"} <= paths.keys()
+
+
+def test_description_has_the_version_and_no_error_that_is_never_sent(app):
+    description = call(app, "GET", "/openapi.json").json()
+    assert description["info"]["version"] == mhmoe_ray.__version__
+    answers = {status for path in description["paths"].values() for o in path.values() for status in o["responses"]}
+    assert answers == {"200", "400", "401", "404", "408", "413", "429", "4XX", "503"}
+    assert "HTTPValidationError" not in description["components"]["schemas"]
+
+
+def test_docs_show_all_routes_and_fields_without_another_server(app):
+    page = call(app, "GET", "/docs")
+    assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert "script" not in page.headers["content-security-policy"]
+    assert [
+        word for word in ("<script", "http:", "https:", "@import", "url(", " src=", "<link") if word in page.text
+    ] == []
+    description = call(app, "GET", "/openapi.json").json()
+    for path in description["paths"]:
+        assert path in page.text
+    for name, schema in description["components"]["schemas"].items():
+        [section] = re.findall(f"<h2>{name}</h2>(.*?)</table>", page.text, re.DOTALL)
+        assert all(f"<td>{field}<td>" in section for field in schema.get("properties", {}))
+    assert "<td>min_p<td>number maximum 1.0, minimum 0.0 or null<td>0.0<td>Draw from the tokens of" in page.text
+    assert "<td>prompt<td>string or array of integer" in page.text
+    assert "<td>tool_choice<td>&quot;none&quot; or &quot;auto&quot; or null<td>&quot;none&quot;<td>" in page.text
 
 
 def test_null_fields_count_as_absent(app):

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 from mhmoe_ray.serving.engine import SamplingParams, sampler
 from mhmoe_ray.serving.engine.sampler import Sampler, score_tokens
@@ -142,3 +143,21 @@ def test_scores_are_log_probabilities_with_alternatives():
     assert [token for token, _ in first_score.alternatives] == [2, 1]
     assert [token for token, _ in second_score.alternatives] == [0, 1]
     assert score_tokens(logits_RV[:1], [1], 0)[0].alternatives == ()
+
+
+@given(logits, st.lists(st.integers(0, 14), max_size=6), st.floats(0.01, 100))
+def test_repetition_penalty_is_that_of_transformers(values, prompt, penalty):
+    """The penalty is on tokens of prompt and answer; a prompt may have tokens that the tokenizer lacks."""
+    processor = RepetitionPenaltyLogitsProcessor(penalty)
+    token_sampler = Sampler(SamplingParams(temperature=0, repetition_penalty=penalty), prompt)
+    token_ids = [token for token in prompt if token < len(values)]
+    for _ in range(4):
+        expected = int(processor(torch.tensor([token_ids], dtype=torch.long), torch.tensor([values])).argmax())
+        assert sample_token(token_sampler, torch.tensor(values)) == expected
+        token_ids.append(expected)
+
+
+def test_end_tokens_are_forbidden_up_to_the_smallest_number_of_tokens():
+    values, sampling = [1.0, 9.0, 5.0], SamplingParams(min_tokens=3, logit_bias={1: 100.0}, seed=0)
+    token_sampler = Sampler(sampling, end_tokens=[1, 2])
+    assert [sample_token(token_sampler, torch.tensor(values)) for _ in range(5)] == [0, 0, 0, 1, 1]

@@ -23,6 +23,9 @@ VALUES = {
     "min_p": 0.125,
     "presence_penalty": -1.5,
     "frequency_penalty": 1.5,
+    "repetition_penalty": 1.25,
+    "min_tokens": 4,
+    "ignore_eos": True,
     "seed": -3,
     "stop": ["a", "b"],
     "max_tokens": 5,
@@ -39,7 +42,7 @@ def test_every_field_can_be_given_to_the_command(monkeypatch):
     words = []
     for name, value in (VALUES | {"logit_bias": "3=-2.5"}).items():
         for item in value if isinstance(value, list) else [value]:
-            words += [f"--{name.replace('_', '-')}", str(item)]
+            words += [f"--{name.replace('_', '-')}", *([] if item is True else [str(item)])]
     main = get_command(app).main
     for arguments in (words, []):
         main([*command, *arguments], standalone_mode=False)
@@ -90,7 +93,19 @@ def test_values_are_no_defaults():
     assert set(CommonSampling.model_fields) < set(FIELDS)
 
 
-@pytest.mark.parametrize("fields", [{"top_p": 0}, {"max_tokens": 0}, {"temperature": float("inf")}, {"top_q": 1}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_p": 0},
+        {"max_tokens": 0},
+        {"temperature": float("inf")},
+        {"top_q": 1},
+        {"repetition_penalty": 0},
+        {"min_tokens": 129},
+        {"min_tokens": 4, "max_tokens": 3},
+        {"ignore_eos": 1},
+    ],
+)
 def test_wrong_values_are_refused(fields):
     with pytest.raises(ValidationError):
         SamplingParams(**fields)

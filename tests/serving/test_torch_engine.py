@@ -14,7 +14,13 @@ from mhmoe_ray.spec import ServeSpec
 from tests.serving.asking import answer_all, answer_tokens
 from tests.serving.conftest import SEQ_LEN, SPEC, build_model
 from tests.serving.own import create_answerer
-from tests.serving.prompts import TOKENIZER_SIZE, greedy_tokens, mixed_requests, random_prompts
+from tests.serving.prompts import (
+    TOKENIZER_SIZE,
+    check_processed_answers,
+    greedy_tokens,
+    mixed_requests,
+    random_prompts,
+)
 from tests.support.paged import logits_in_parts
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0)
@@ -332,6 +338,10 @@ def test_greedy_answer_equals_a_loop_without_cache(answerer, tokenizer, prompt):
     assert tokenizer.decode(ids) == prompt
     expected = greedy_tokens(build_model(), ids, 20, tokenizer.get_vocab_size(), {end})
     assert answer_tokens(answerer.engine, ids, GREEDY) == expected
+
+
+def test_penalty_and_limits_of_end_tokens_are_those_of_transformers(answerer, tokenizer):
+    check_processed_answers(answerer.engine, build_model(), tokenizer.token_to_id(END_OF_TEXT))
 
 
 def test_only_tokens_with_text_are_sampled(answerer, tokenizer):

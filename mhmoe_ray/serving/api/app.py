@@ -7,8 +7,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Response
+from fastapi.middleware.cors import CORSMiddleware
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from mhmoe_ray import __version__
 from mhmoe_ray.serving.answer import ServedModel, ServedText
 from mhmoe_ray.serving.api.access import (
     HELD_BODIES,
@@ -22,7 +24,7 @@ from mhmoe_ray.serving.api.access import (
 )
 from mhmoe_ray.serving.api.errors import HANDLERS, RESPONSES
 from mhmoe_ray.serving.api.metrics import render_exposition
-from mhmoe_ray.serving.api.pages import page_router
+from mhmoe_ray.serving.api.pages import docs_router, page_router
 from mhmoe_ray.serving.api.schema import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -55,12 +57,15 @@ def create_app(
     and limits are counted in this process.
     """
     access = AccessControl(spec.keys, rate_limiter or LocalRateLimiter(spec.keys))
-    app = FastAPI(title="mhmoe-ray", exception_handlers=HANDLERS)
+    app = FastAPI(title="mhmoe-ray", version=__version__, docs_url=None, redoc_url=None, exception_handlers=HANDLERS)
     serving = serving_of(answerer.kind)
-    default_body_bytes = IMAGE_BODY_BYTES if serving.reads_images else TEXT_BODY_BYTES
-    max_bytes = spec.max_body_bytes or default_body_bytes
+    max_bytes = spec.max_body_bytes or (IMAGE_BODY_BYTES if serving.reads_images else TEXT_BODY_BYTES)
     max_held_bytes = max(MIN_HELD_BYTES, HELD_BODIES * max_bytes)
     app.add_middleware(BodyLimits, access=access, max_bytes=max_bytes, max_held_bytes=max_held_bytes)
+    # The middleware that is added last is the outermost: it answers preflight requests, which have no key, and lets web
+    # pages read the refusals of the other.
+    if spec.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=spec.cors_origins, allow_methods=["*"], allow_headers=["*"])
     service, routers = serving.routers(answerer, model, spec, access)
     for router in routers:
         app.include_router(router, responses=RESPONSES)
@@ -83,20 +88,8 @@ def create_app(
             raise EngineError(failure_reason)
         return {"status": "ok"}
 
-    app.openapi_schema = _describe_api(app)
+    app.include_router(docs_router(app.openapi()))
     return app
-
-
-def _describe_api(app: FastAPI) -> dict[str, Any]:
-    """Return the API's description in the OpenAPI format, without FastAPI's own kind of validation error."""
-    # FastAPI declares a 422 for invalid requests, but this server answers them with a 400.
-    description = app.openapi()
-    for path in description["paths"].values():
-        for operation in path.values():
-            operation["responses"].pop("422", None)
-    for schema_name in ("HTTPValidationError", "ValidationError"):
-        description["components"]["schemas"].pop(schema_name, None)
-    return description
 
 
 def replica_stats(answerer: ServedModel, replica: str) -> dict[str, Any]:

@@ -63,7 +63,8 @@ def completions_router(service: CompletionService) -> APIRouter:
         answers = await service.start_answers(engine_requests, request.echo, sum(map(len, prompts)), client)
         builder = _ResponseBuilder(service.model, len(engine_requests))
         if request.stream:
-            build_usage_chunk = (lambda: builder.build_body([], answers.usage)) if request.usage_requested else None
+            include_usage = request.stream_options.include_usage
+            build_usage_chunk = (lambda: builder.build_body([], answers.usage)) if include_usage else None
             events = await answers.events(
                 lambda number, piece: builder.build_body([builder.build_choice(number, piece)], None), build_usage_chunk
             )
@@ -163,12 +164,11 @@ def chat_router(service: CompletionService) -> APIRouter:
                 )
                 return ChatChunk(choices=[delta], **common_fields)
 
-            build_usage_chunk = (
-                (lambda: ChatChunk(choices=[], usage=answers.usage, **common_fields))
-                if request.usage_requested
-                else None
-            )
-            return EventResponse(await answers.events(build_chunk, build_usage_chunk))
+            def build_usage_chunk() -> ChatChunk:
+                return ChatChunk(choices=[], usage=answers.usage, **common_fields)
+
+            include_usage = request.stream_options.include_usage
+            return EventResponse(await answers.events(build_chunk, build_usage_chunk if include_usage else None))
         choices = [
             ChatChoice(
                 index=number, message=ChatResponseMessage(role="assistant", content=piece.text), **_choice_fields(piece)

@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from mhmoe_ray.serving.api.schema import ErrorBody, ErrorDetail, ErrorType
+from mhmoe_ray.serving.api.schema import ErrorBody, ErrorDetail, ErrorType, NeutralFields
 from mhmoe_ray.serving.engine import BusyError, EngineError
 
 logger = logging.getLogger("ray.serve")
@@ -61,16 +61,8 @@ def error_response(error: RequestError) -> Response:
     return JSONResponse(ErrorBody(error=error.detail).model_dump(), error.status, error.headers)
 
 
-async def _handle_request_error(_: Request, error: RequestError) -> Response:
-    return error_response(error)
-
-
 def _busy_error(error: BusyError) -> RequestError:
     return RequestError(429, f"the server is busy: {error}", code="busy", retry_after=1)
-
-
-async def _handle_busy_error(_: Request, error: BusyError) -> Response:
-    return error_response(_busy_error(error))
 
 
 async def _handle_engine_error(_: Request, error: EngineError) -> Response:
@@ -95,22 +87,24 @@ def _field_path(location: Sequence[int | str], body: Any) -> str:
     return ".".join(map(str, (*path, name)))
 
 
-async def _handle_validation_error(_: Request, error: RequestValidationError) -> Response:
-    """Return a 400 response that names the first wrong field, unsupported fields first."""
-    return error_response(_first_error(error))
+def _validation_error(error: RequestValidationError) -> RequestError:
+    """Return the error that names the first wrong field, unsupported fields first."""
 
+    def is_unsupported(error: dict[str, Any]) -> bool:
+        # A neutral field with a value of the right type has a value that would change something.
+        is_neutral = any(name in NeutralFields.model_fields for name in error["loc"][1:2])
+        return error["type"] == "extra_forbidden" or (is_neutral and not error["type"].endswith("_type"))
 
-def _first_error(error: RequestValidationError) -> RequestError:
-    first_error = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    first_error = min(error.errors(), key=lambda e: not is_unsupported(e))
     # Pydantic's location of an error is ("body", field, index in a list, nested field).
     kind, location = first_error["type"], first_error["loc"][1:]
     if kind == "json_invalid":
         return RequestError(400, "the body is not JSON")
     # As in OpenAI's API, `param` is the field of the body, even if the error is in a nested field.
     param = str(location[0]) if location else None
-    if kind == "extra_forbidden":
-        message = f"{_field_path(location, error.body)!r} is not supported"
-        return RequestError(400, message, param, "unsupported_parameter")
+    if is_unsupported(first_error):
+        path = _field_path(location, error.body) if kind == "extra_forbidden" else param
+        return RequestError(400, f"{path!r} is not supported", param, "unsupported_parameter")
     # FastAPI parses only bodies that are declared to be JSON, and passes others on as bytes.
     if isinstance(error.body, bytes):
         return RequestError(400, "the body is not declared to be JSON; send Content-Type: application/json")
@@ -129,26 +123,34 @@ async def _handle_exception(_: Request, error: Exception) -> Response:
     return JSONResponse(INTERNAL_ERROR.model_dump(), 500)
 
 
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": description}
-    for status, description in {
-        400: "The request is wrong; `param` names the field.",
-        401: "There is no such API key.",
-        404: "There is no such model.",
-        408: "The body did not arrive in time.",
-        413: "The body is too large.",
-        429: "Too many requests; `Retry-After` says when to come back.",
-        503: "The server cannot answer, or did not in time.",
-    }.items()
+_DESCRIPTIONS: dict[int | str, str] = {
+    400: "The request is wrong; `param` names the field.",
+    401: "There is no such API key.",
+    404: "There is no such model.",
+    408: "The body did not arrive in time.",
+    413: "The body is too large.",
+    429: "Too many requests; `Retry-After` says when to come back.",
+    # Without this entry, FastAPI declares a 422 for invalid requests, which this server answers with a 400.
+    "4XX": "The request is wrong in another way.",
+    503: "The server cannot answer, or did not in time.",
 }
+RESPONSES = {status: {"model": ErrorBody, "description": text} for status, text in _DESCRIPTIONS.items()}
 """Error responses of the routes that require an API key, for the OpenAPI description."""
+
+
+def _handler(convert: Callable[[Any], RequestError]) -> Callable[[Request, Any], Coroutine[Any, Any, Response]]:
+    async def handle(_: Request, error: Exception) -> Response:
+        return error_response(convert(error))
+
+    return handle
+
 
 # The first three are errors of this server, the next two are errors of FastAPI, and the last handles all others.
 HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
-    RequestError: _handle_request_error,
-    BusyError: _handle_busy_error,
+    RequestError: _handler(lambda error: error),
+    BusyError: _handler(_busy_error),
     EngineError: _handle_engine_error,
-    RequestValidationError: _handle_validation_error,
+    RequestValidationError: _handler(_validation_error),
     HTTPException: _handle_http_error,
     Exception: _handle_exception,
 }

@@ -61,7 +61,7 @@ class _ResponseProgress:
             headers = {name.decode().lower(): value.decode() for name, value in message["headers"]}
             content_type = headers.get("content-type", "")
             self.headers_sent, self.is_stream = True, content_type.startswith("text/event-stream")
-            if message["status"] in (408, 429, 503) and not content_type.startswith("application/json"):
+            if message["status"] in (404, 408, 429, 503) and not content_type.startswith("application/json"):
                 retry_after = headers.get("retry-after", "")
                 self.replacement = RequestError(
                     message["status"], "", retry_after=int(retry_after) if retry_after.isdigit() else None

@@ -22,6 +22,7 @@ from mhmoe_ray.serving.sampling import (
     StopText,
     Text,
     WholeNumber,
+    sampling_field,
     wrap_text,
 )
 from mhmoe_ray.serving.sampling_fields import MAX_TEMPERATURE
@@ -35,10 +36,8 @@ def _allow_null(schema: dict[str, Any]) -> None:
     required = schema.get("required", [])
     for name, field_schema in schema["properties"].items():
         if name not in required:
-            field_schema["anyOf"] = [
-                {key: field_schema.pop(key) for key in [*field_schema] if key not in ("title", "default")},
-                {"type": "null"},
-            ]
+            types = [key for key in field_schema if key not in ("title", "default", "description")]
+            field_schema["anyOf"] = [{key: field_schema.pop(key) for key in types}, {"type": "null"}]
 
 
 def _wrap_prompt(value: Any) -> Any:
@@ -59,7 +58,7 @@ class StrictRequest(BaseModel):
     A field that is not defined is an error.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_allow_null)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_allow_null, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -74,30 +73,34 @@ class StreamOptions(StrictRequest):
     """Whether a last chunk without choices reports the numbers of tokens."""
 
 
-class SamplingRequest(StrictRequest, CommonSampling):
+class NeutralFields(StrictRequest):
+    """Fields of OpenAI's API that change nothing here; a value with which they would is refused as unsupported."""
+
+    tools: Annotated[list[Any], Field(max_length=0)] = []
+    tool_choice: Literal["none", "auto"] = "none"
+    parallel_tool_calls: bool = False
+    response_format: Annotated[dict[Literal["type"], Literal["text"]], Field(min_length=1)] = {"type": "text"}
+    modalities: list[Literal["text"]] = ["text"]
+    best_of: Literal[1] = 1
+    store: Literal[False] = False
+    service_tier: Literal["auto", "default"] = "auto"
+    metadata: dict[str, Any] = {}
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class SamplingRequest(NeutralFields, CommonSampling):
     """The fields that requests for completions and for chat completions share, with the limits of OpenAI's API."""
 
     model: str | None = None
-    temperature: Number = Field(1.0, ge=0, le=MAX_TEMPERATURE)
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), PLAIN_NUMBER] | None = None
-    stop: Annotated[StopTexts, BeforeValidator(wrap_text, StopText | StopTexts)] = []
-    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Bias] = {}
+    temperature: Number = sampling_field("temperature", le=MAX_TEMPERATURE)
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), PLAIN_NUMBER] | None = sampling_field("seed")
+    stop: Annotated[StopTexts, BeforeValidator(wrap_text, StopText | StopTexts)] = sampling_field("stop")
+    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Bias] = sampling_field("logit_bias")
     n: WholeNumber = Field(1, ge=1, le=MAX_CHOICES)
     stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    """Client's identifier of its end user, as in OpenAI's API; it is accepted and ignored."""
-
-    @model_validator(mode="after")
-    def _check_stream_options(self) -> "SamplingRequest":
-        if self.stream_options and not self.stream:
-            raise ValueError("stream_options are for stream: true")
-        return self
-
-    @property
-    def usage_requested(self) -> bool:
-        """True if the last chunk of the stream must report the numbers of tokens."""
-        return self.stream_options is not None and self.stream_options.include_usage
+    stream_options: StreamOptions = StreamOptions()
 
     def sampling_params(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
         """Return the parameters of choice 0 of a prompt; further choices get theirs by `SamplingParams.for_answer`."""

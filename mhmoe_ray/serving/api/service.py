@@ -138,8 +138,11 @@ class CompletionService(TextService[Answerer]):
         Each engine request is one choice, with the number of tokens that the server added to its prompt. Unknown
         tokens, more choices than the server holds at a time, or the errors of `begin_request` are a RequestError.
         """
-        first_request, _ = engine_requests[0]
-        self._check_tokens(first_request.sampling_params.logit_bias, "logit_bias")
+        sampling_params = engine_requests[0][0].sampling_params
+        self._check_tokens(sampling_params.logit_bias, "logit_bias")
+        if sampling_params.min_tokens > sampling_params.max_tokens:
+            message = f"min_tokens is {sampling_params.min_tokens}, more than max_tokens, {sampling_params.max_tokens}"
+            raise RequestError(400, message, "min_tokens")
         if len(engine_requests) > (max_choices := self.spec.max_concurrency + self.spec.max_waiting):
             message = f"{len(engine_requests)} choices are more than the {max_choices} that this server takes at a time"
             raise RequestError(400, message, "n")

@@ -1,5 +1,8 @@
 """The sampler: it draws the next token from the model's logits, and scores tokens."""
 
+from collections import Counter
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,10 +14,10 @@ NUCLEUS_CANDIDATES = 1024
 
 
 class Sampler:
-    """The sampler of one answer, with its own random generator and, for penalties, counts of the tokens so far."""
+    """The sampler of one answer, with its own random generator and the tokens so far."""
 
-    def __init__(self, params: SamplingParams) -> None:
-        self._params = params
+    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int] = (), end_tokens: Sequence[int] = ()) -> None:
+        self._params, self._end_tokens = params, list(end_tokens)
         self._generator = torch.Generator()
         if params.seed is None:
             self._generator.seed()
@@ -22,34 +25,40 @@ class Sampler:
             # The seed of a request may be negative. Seeds of its further answers (`n` > 1) may have more than the 64
             # bits that torch takes.
             self._generator.manual_seed(params.seed % 2**64)
-        has_penalties = params.presence_penalty or params.frequency_penalty
-        self._is_greedy = params.temperature == 0 and not (has_penalties or params.logit_bias)
-        self._token_counts: dict[int, int] = {}
-        """Number of times that each token occurs in the answer; empty if the request has no penalties."""
+        self._has_penalties = params.presence_penalty or params.frequency_penalty
+        self._has_factor = params.repetition_penalty != 1
+        self._adjusts_logits = params.logit_bias or self._has_penalties or self._has_factor or params.min_tokens
+        self._prompt_ids = torch.tensor(prompt_ids if self._has_factor else (), dtype=torch.long)
+        self._answer_ids: list[int] = []
 
     def sample(self, logits_V: Tensor, best_token: int) -> int:
         """Choose the next token of the answer by the sampling parameters; `best_token` has the largest logit."""
-        params = self._params
+        if self._adjusts_logits:
+            logits_V = self._adjust_logits(logits_V.clone())
         # The engine has computed the largest logits of all rows of a step together, so a greedy answer costs nothing
         # here.
-        if self._is_greedy:
+        elif self._params.temperature == 0:
             return best_token
-        logits_V = self._adjust_logits(logits_V)
-        token = int(logits_V.argmax()) if params.temperature == 0 else self._draw_token(logits_V.double())
-        if params.presence_penalty or params.frequency_penalty:
-            self._token_counts[token] = self._token_counts.get(token, 0) + 1
+        token = int(logits_V.argmax()) if self._params.temperature == 0 else self._draw_token(logits_V.double())
+        self._answer_ids.append(token)
         return token
 
     def _adjust_logits(self, logits_V: Tensor) -> Tensor:
-        """Return the logits with penalties and biases applied; the argument is not changed."""
+        """Apply biases, penalties and the smallest number of tokens to the logits in place, and return them."""
         params = self._params
-        if not self._token_counts and not params.logit_bias:
-            return logits_V
-        logits_V = logits_V.clone()
-        for token, count in self._token_counts.items():
-            logits_V[token] -= params.presence_penalty + count * params.frequency_penalty
         for token, bias in params.logit_bias.items():
             logits_V[token] += bias
+        if self._has_factor:
+            token_S = torch.cat([self._prompt_ids, torch.tensor(self._answer_ids, dtype=torch.long)])
+            # A prompt of token ids may have tokens of the model that the tokenizer lacks, and which have no logit here.
+            token_S = token_S[token_S < len(logits_V)]
+            logits_S, factor = logits_V[token_S], params.repetition_penalty
+            logits_V[token_S] = torch.where(logits_S < 0, logits_S * factor, logits_S / factor)
+        if self._has_penalties:
+            for token, count in Counter(self._answer_ids).items():
+                logits_V[token] -= params.presence_penalty + count * params.frequency_penalty
+        if len(self._answer_ids) < params.min_tokens:
+            logits_V[self._end_tokens] = -torch.inf
         return logits_V
 
     def _draw_token(self, logits_V: Tensor) -> int:

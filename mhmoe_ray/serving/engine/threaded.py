@@ -37,9 +37,9 @@ class ThreadedEngine(BackgroundEngine, Generic[T]):
     pending updates.
     """
 
-    def __init__(self, seq_len: int, spec: ServeSpec) -> None:
+    def __init__(self, seq_len: int, stop_token_ids: frozenset[int], spec: ServeSpec) -> None:
         super().__init__()
-        self.seq_len, self._spec = seq_len, spec
+        self.seq_len, self._stop_token_ids, self._spec = seq_len, stop_token_ids, spec
         self._pending_updates: dict[asyncio.AbstractEventLoop, list[tuple[UpdateQueue, AnswerUpdate | Exception]]] = {}
         """Updates by event loop, which gets those of a round together, because waking it is expensive."""
 
@@ -66,6 +66,10 @@ class ThreadedEngine(BackgroundEngine, Generic[T]):
     @abstractmethod
     def _fill_stats(self, stats: Stats) -> None:
         """Fill in the subclass's own statistics, such as the use of the KV cache."""
+
+    def _end_tokens(self, request: Request) -> frozenset[int]:
+        """Return the tokens that end the answer to a request. Needs no lock."""
+        return frozenset() if request.sampling_params.ignore_eos else self._stop_token_ids
 
     async def generate(self, request: Request) -> AsyncGenerator[AnswerUpdate, None]:
         """Hand a request to the engine's thread, and yield the updates of its answer."""

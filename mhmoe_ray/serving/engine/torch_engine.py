@@ -48,8 +48,8 @@ class TorchEngine(ThreadedEngine[Sequence]):
         The threads on a CPU synchronise more slowly if another thread of the process has started its own team of OpenMP
         threads before: libgomp then sees more threads than CPUs.
         """
-        super().__init__(seq_len, spec)
-        self._model, self._stop_token_ids, self._tokenizer_size = model, stop_token_ids, tokenizer_size
+        super().__init__(seq_len, stop_token_ids, spec)
+        self._model, self._tokenizer_size = model, tokenizer_size
         self._device = model.embedding.weight.device
         cached_tokens, full_blocks = spec.cache_tokens, count_blocks(seq_len)
         block_count = count_blocks(cached_tokens) if cached_tokens else spec.max_concurrency * full_blocks
@@ -69,7 +69,8 @@ class TorchEngine(ThreadedEngine[Sequence]):
 
     def _add_request(self, request: Request, max_new_tokens: int, deliver: Deliver) -> Sequence:
         sequence = Sequence(request, max_new_tokens, deliver)
-        self._samplers[sequence] = Sampler(request.sampling_params)
+        end_tokens = sorted(self._end_tokens(request))
+        self._samplers[sequence] = Sampler(request.sampling_params, request.prompt_ids, end_tokens)
         self._scheduler.add(sequence)
         return sequence
 
@@ -174,7 +175,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
         if not sequence.max_new_tokens:
             return AnswerUpdate(prompt_scores=prompt_scores, finish_reason="length")
         token = self._samplers[sequence].sample(logits_RV[-1], best_token)
-        if token in self._stop_token_ids:
+        if token in self._end_tokens(request):
             return AnswerUpdate(prompt_scores=prompt_scores, finish_reason="stop")
         scored_tokens = (
             [ScoredToken(token)]

@@ -68,15 +68,10 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
 
         A model that vLLM cannot compute or shard is a ServeError, and a failing start an EngineError.
         """
-        super().__init__(manifest.seq_len, spec)
+        super().__init__(manifest.seq_len, stop_token_ids, spec)
         self._on_cpu = current_platform.is_cpu()
         check_fits(manifest.model, self._on_cpu, spec.tensor_parallel, spec.expert_parallel)
-        self._checkpoint, self._manifest, self._stop_token_ids, self._tokenizer_size = (
-            checkpoint,
-            manifest,
-            stop_token_ids,
-            tokenizer_size,
-        )
+        self._checkpoint, self._manifest, self._tokenizer_size = checkpoint, manifest, tokenizer_size
         self._waiting_queue = FairQueue[_VllmRequest]()
         self._running: dict[str, _VllmRequest] = {}
         self._stat_logger = _StatLogger()
@@ -211,7 +206,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
         state.vllm_id = str(self._request_count)
         self._running[state.vllm_id] = state
         try:
-            params = _vllm_params(state.request, state.max_new_tokens, self._stop_token_ids)
+            params = _vllm_params(state.request, state.max_new_tokens, self._end_tokens(state.request))
             self._vllm.add_request(state.vllm_id, {"prompt_token_ids": list(state.request.prompt_ids)}, params)
         # vLLM refuses parameters with various exceptions, so all are caught. If vLLM itself is broken, its next step
         # fails too.
@@ -229,7 +224,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
             if state.request.prompt_logprobs:
                 prompt_scores = _score_tokens(state.request.prompt_ids, output.prompt_logprobs, alternatives)
         tokens = _score_tokens(completion.token_ids, completion.logprobs, alternatives)
-        if tokens and tokens[-1].token in self._stop_token_ids:
+        if tokens and tokens[-1].token in self._end_tokens(state.request):
             tokens = tokens[:-1]
         # vLLM computes at least one token, but a request that only scores its prompt gets none.
         tokens = tokens[: state.max_new_tokens - state.answer_tokens]
@@ -264,24 +259,24 @@ class _StatLogger(StatLoggerBase):
         pass
 
 
-def _vllm_params(
-    request: Request, max_new_tokens: int, stop_token_ids: frozenset[int] = frozenset()
-) -> VllmSamplingParams:
+def _vllm_params(request: Request, max_new_tokens: int, end_tokens: frozenset[int] = frozenset()) -> VllmSamplingParams:
     params = request.sampling_params
     return VllmSamplingParams(
         # vLLM generates at least one token. If the request only scores its prompt, this token is removed again.
         max_tokens=max(max_new_tokens, 1),
+        min_tokens=min(params.min_tokens, max_new_tokens),
         temperature=params.temperature,
         top_k=params.top_k,
         top_p=params.top_p,
         min_p=params.min_p,
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
+        repetition_penalty=params.repetition_penalty,
         logit_bias=params.logit_bias or None,
         seed=None if params.seed is None else params.seed % 2**63,
         logprobs=params.logprobs,
         prompt_logprobs=(params.logprobs or 0) if request.prompt_logprobs else None,
-        stop_token_ids=sorted(stop_token_ids),
+        stop_token_ids=sorted(end_tokens),
         ignore_eos=True,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,

@@ -14,7 +14,13 @@ from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from tests.serving.asking import answer_all, answer_tokens, call
 from tests.serving.conftest import SEQ_LEN, build_model, save_checkpoint
-from tests.serving.prompts import TOKENIZER_SIZE, greedy_tokens, mixed_requests, random_prompts
+from tests.serving.prompts import (
+    TOKENIZER_SIZE,
+    check_processed_answers,
+    greedy_tokens,
+    mixed_requests,
+    random_prompts,
+)
 from tests.serving.vllm.conftest import GREEDY, SPEC, greedy_answers, serve_with_vllm
 from tests.support.watch import wait_until
 
@@ -101,6 +107,10 @@ def test_end_of_document_ends_the_answer(engine, tokenizer):
         engine, [Request((1, 2), SamplingParams(max_tokens=20, temperature=0, logit_bias={end: 100.0}))]
     )
     assert (answer.tokens, answer.finish_reason) == ([], "stop")
+
+
+def test_penalty_and_limits_of_end_tokens_are_those_of_transformers(engine, tokenizer):
+    check_processed_answers(engine, build_model(SPEC), tokenizer.token_to_id(END_OF_TEXT))
 
 
 def test_closed_answer_is_aborted(engine):

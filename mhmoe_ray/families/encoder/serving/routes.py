@@ -28,6 +28,7 @@ from mhmoe_ray.serving.api.schema import (
     ChatCompletion,
     ChatDelta,
     ChatResponseMessage,
+    NeutralFields,
     StreamOptions,
     StrictRequest,
     Usage,
@@ -148,14 +149,13 @@ class CaptionMessage(StrictRequest):
     content: Text | list[ContentPart]
 
 
-class CaptionRequest(StrictRequest):
+class CaptionRequest(NeutralFields):
     """A conversation with one image, whose caption is the answer."""
 
     messages: Annotated[list[CaptionMessage], Field(min_length=1)]
     model: str | None = None
     stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None
+    stream_options: StreamOptions = StreamOptions()
     temperature: float | None = None
     """Sampling temperature. Clients send it by default, but it has no effect: a caption has the most likely tokens."""
     max_tokens: PositiveNumber | None = None
@@ -263,7 +263,7 @@ def captions_router(service: EncoderService) -> APIRouter:
         # A caption is short, so it is sent as one chunk.
         delta = ChatDelta(index=0, delta=message, logprobs=None, finish_reason=finish_reason)
         chunks = [ChatChunk(id=answer_id, created=created, model=service.model, choices=[delta])]
-        if request.stream_options and request.stream_options.include_usage:
+        if request.stream_options.include_usage:
             chunks.append(ChatChunk(id=answer_id, created=created, model=service.model, choices=[], usage=usage))
         events = [f"data: {chunk.model_dump_json()}\n\n" for chunk in chunks]
         return StreamingResponse(iter([*events, "data: [DONE]\n\n"]), media_type="text/event-stream")
