@@ -36,6 +36,9 @@ def _register_models(module: ModuleType) -> None:
         return
     module.AutoModel.register(MhmoeConfig, models.MhmoeModel, exist_ok=True)
     module.AutoModelForCausalLM.register(MhmoeConfig, models.MhmoeForCausalLM, exist_ok=True)
+    module.AutoModelForSequenceClassification.register(
+        MhmoeConfig, models.MhmoeForSequenceClassification, exist_ok=True
+    )
 
 
 def _register_own_models(_: ModuleType) -> None:

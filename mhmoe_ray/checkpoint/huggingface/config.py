@@ -30,6 +30,7 @@ AUTO_CLASSES = {
     "AutoConfig": "configuration_mhmoe.MhmoeConfig",
     "AutoModel": "modeling_mhmoe.MhmoeModel",
     "AutoModelForCausalLM": "modeling_mhmoe.MhmoeForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_mhmoe.MhmoeForSequenceClassification",
 }
 """Classes in an exported folder's code, by the auto classes of transformers that load them (`auto_map`)."""
 

@@ -40,6 +40,9 @@ class MhmoeConfig(PreTrainedConfig):
     qk_norm: str = "none"
     """RMSNorm of queries and keys before rotation: none, head (each head by itself) or all (all heads together)."""
     tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
     initializer_range: float = 0.02
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0

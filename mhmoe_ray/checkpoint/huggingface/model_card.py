@@ -17,6 +17,8 @@ def build_card(run: RunDir, manifest: CheckpointManifest, model_type: str) -> st
     rows |= _training_rows(run, manifest)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     own_code = model_type == "mhmoe"
+    # transformers reads config.json for the tokenizer too, and asks there whether to trust the code of the model.
+    trust = ", trust_remote_code=True" if own_code else ""
     note = (
         "transformers has no such architecture, so the folder contains its code (`modeling_mhmoe.py`). "
         "With `pip install mhmoe-ray` and `import mhmoe_ray`, `trust_remote_code` is not needed.\n\n"
@@ -42,8 +44,8 @@ tags:
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(".")
-model = AutoModelForCausalLM.from_pretrained("."{", trust_remote_code=True" if own_code else ""})
+tokenizer = AutoTokenizer.from_pretrained("."{trust})
+model = AutoModelForCausalLM.from_pretrained("."{trust})
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```

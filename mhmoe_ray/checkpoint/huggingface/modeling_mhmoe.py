@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mhmoe import MhmoeConfig
 
@@ -128,7 +129,7 @@ class MhmoeAttention(nn.Module):
 
     def forward(
         self, x_BTM: Tensor, tables: tuple[Tensor, ...], mask: Tensor | None, cache: Any, **kwargs: Any
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         B, T, _ = x_BTM.shape
         shape = (B, T, -1, self.config.head_dim)
         q, k, v = self.q_proj(x_BTM), self.k_proj(x_BTM), self.v_proj(x_BTM)
@@ -145,11 +146,11 @@ class MhmoeAttention(nn.Module):
             k, v = cache.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
-        y_BTHC, _ = attend(self, q, k, v, mask, scaling=self.scaling, dropout=dropout, **kwargs)
+        y_BTHC, weight_BHTT = attend(self, q, k, v, mask, scaling=self.scaling, dropout=dropout, **kwargs)
         y_BTM = y_BTHC.reshape(B, T, -1).contiguous()
         if self.config.backbone == "subln":
             y_BTM = self.inner_attn_ln(y_BTM)
-        return self.o_proj(y_BTM)
+        return self.o_proj(y_BTM), weight_BHTT
 
 
 def swiglu(x: Tensor, gate_layer: nn.Module, up_layer: nn.Module, down_layer: nn.Module) -> Tensor:
@@ -346,7 +347,7 @@ class MhmoeDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self, x_BTM: Tensor, tables: tuple[Tensor, ...], mask: Tensor | None, cache: Any, **kwargs: Any
     ) -> tuple[Tensor, Routing | None]:
-        y_BTM = self.self_attn(self.input_layernorm(x_BTM), tables, mask, cache, **kwargs)
+        y_BTM, _ = self.self_attn(self.input_layernorm(x_BTM), tables, mask, cache, **kwargs)
         x_BTM = x_BTM + F.dropout(y_BTM, self.dropout, self.training)
         y_BTM = self.post_attention_layernorm(x_BTM)
         if self.is_sparse:
@@ -373,6 +374,7 @@ class MhmoePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": MhmoeDecoderLayer, "attentions": MhmoeAttention}  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -395,7 +397,7 @@ class MhmoeModel(MhmoePreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @can_return_tuple
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -405,7 +407,6 @@ class MhmoeModel(MhmoePreTrainedModel):
         cache: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> MhmoeModelOutput:
@@ -413,6 +414,8 @@ class MhmoeModel(MhmoePreTrainedModel):
         config = self.config
         cache = past_key_values if cache is None else cache
         use_cache = config.use_cache if use_cache is None else use_cache
+        if output_router_logits is None:
+            output_router_logits = config.output_router_logits
         if use_cache and cache is None and not (self.gradient_checkpointing and self.training):
             cache = DynamicCache(config=config)
         x_BTM = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -425,13 +428,11 @@ class MhmoeModel(MhmoePreTrainedModel):
         if config.backbone == "subln":
             x_BTM = x_BTM * config.hidden_size**0.5
         x_BTM = F.dropout(x_BTM, config.hidden_dropout, self.training)
-        hidden_states, routings = [x_BTM], []
+        routings = []
         for layer in self.layers:
             x_BTM, routing = layer(x_BTM, tables, mask, cache, **kwargs)
-            hidden_states.append(x_BTM)
             if routing is not None:
                 routings.append(routing)
-        x_BTM = hidden_states[-1] = self.norm(x_BTM)
         router_logits = None
         if output_router_logits:
             # Trainers compute a load balancing loss from these tensors and the attention mask. They expect tensors with
@@ -440,8 +441,7 @@ class MhmoeModel(MhmoePreTrainedModel):
                 logits for r in routings for logits in r.logits_NE.unflatten(0, (-1, config.moe_heads)).unbind(1)
             )
         return MhmoeModelOutput(
-            last_hidden_state=x_BTM,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            last_hidden_state=self.norm(x_BTM),
             router_logits=router_logits,
             routings=tuple(routings) if output_router_logits else None,
             **{CACHE: cache if use_cache else None},
@@ -492,8 +492,6 @@ class MhmoeForCausalLM(MhmoePreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
@@ -503,8 +501,6 @@ class MhmoeForCausalLM(MhmoePreTrainedModel, GenerationMixin):
         coefficients.
         """
         config = self.config
-        if output_router_logits is None:
-            output_router_logits = config.output_router_logits
         loss_arguments = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         outputs: MhmoeModelOutput = self.model(
             input_ids,
@@ -514,8 +510,6 @@ class MhmoeForCausalLM(MhmoePreTrainedModel, GenerationMixin):
             cache,
             inputs_embeds,
             use_cache,
-            output_hidden_states,
-            output_router_logits,
             **kwargs,
         )
         kept_tokens = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -534,6 +528,18 @@ class MhmoeForCausalLM(MhmoePreTrainedModel, GenerationMixin):
             aux_loss=aux_loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             **{CACHE: getattr(outputs, CACHE)},
         )
+
+
+class MhmoeForSequenceClassification(GenericForSequenceClassification, MhmoePreTrainedModel):
+    """MH-MoE classifier or reward model: scores of the last token of each sequence that is not padding."""
+
+    def __init__(self, config: MhmoeConfig) -> None:
+        # The initializer of transformers' class takes the decoder from AutoModel, which asks whether to trust its code.
+        MhmoePreTrainedModel.__init__(self, config)
+        self.model, self.num_labels = MhmoeModel(config), config.num_labels
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()

@@ -182,31 +182,32 @@ def test_folder_saved_by_transformers_can_be_imported(tmp_path, exported):
 
 LOAD = """
 import sys
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 assert "mhmoe_ray" not in sys.modules
+AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 print(tokenizer.decode(model.generate(**tokenizer("the fox", return_tensors="pt"), max_new_tokens=4)[0]))
 assert not [name for name in sys.modules if name.split(".")[0] in ("mhmoe_ray", "mhmoe_kernels", "ray")]
 """
 REGISTERED = """
-for auto_class in (AutoModel, AutoModelForCausalLM):
+for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification):
     model = auto_class.from_pretrained(sys.argv[1])
     assert type(model).__module__ == "mhmoe_ray.checkpoint.huggingface.modeling_mhmoe", type(model)
 """
-IMPORT_AFTER = "from transformers import AutoModel; import mhmoe_ray" + REGISTERED
+IMPORT_AFTER = "from transformers import AutoModel, AutoModelForSequenceClassification; import mhmoe_ray" + REGISTERED
 IMPORT_BEFORE = (
     """
 import sys, mhmoe_ray
 assert not {"torch", "transformers"} & sys.modules.keys()
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 """
     + REGISTERED
 )
 IMPORT_OWN_MODULE = (
     """
 import sys, mhmoe_ray.checkpoint.huggingface.modeling_mhmoe
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 """
     + REGISTERED
 )
@@ -220,11 +221,12 @@ def exported_folder(tmp_path_factory):
     return folder / "out"
 
 
-def run_script(script, *args, tmp_path):
-    """Run Python code in a new process, with a cache of its own for the code of models."""
+def run_script(script, *args, tmp_path, **options):
+    """Run Python code in a new process without input, with a cache of its own for the code of models."""
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", script, *map(str, args)]
-    subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+    options = {"cwd": tmp_path, "stdin": subprocess.DEVNULL, **options}
+    return subprocess.run(command, check=True, env=environment, **options)
 
 
 def test_export_needs_only_torch_and_transformers(exported_folder, tmp_path):
@@ -252,3 +254,116 @@ def test_exported_folder_describes_itself(exported_folder):
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "| training | step 7, 448 tokens |" in card
     assert f"| context length | {SEQ_LEN} tokens |" in card
+
+
+@pytest.fixture(scope="module")
+def card_process(exported_folder, tmp_path_factory):
+    """Return the finished process of the model card's example, which runs in the exported folder."""
+    example = (exported_folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    options = {"cwd": exported_folder, "capture_output": True, "text": True}
+    return run_script(example, tmp_path=tmp_path_factory.mktemp("card"), **options)
+
+
+def test_example_of_the_model_card_answers(card_process):
+    assert card_process.stdout.splitlines()[-1].startswith("<s> Once upon a time")
+
+
+def test_example_of_the_model_card_asks_nothing(card_process):
+    assert "trust_remote_code" not in card_process.stdout + card_process.stderr
+
+
+def test_example_of_the_model_card_loads_without_a_warning(card_process):
+    assert "[transformers]" not in card_process.stderr
+
+
+def small_config(**options):
+    """Return a configuration that is made in code, without any exported folder."""
+    from mhmoe_ray.checkpoint.huggingface.configuration_mhmoe import MhmoeConfig
+
+    sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return MhmoeConfig(**sizes, num_experts=4, moe_intermediate_size=24, moe_heads=2, **options)
+
+
+def small_model(name, **options):
+    """Return a model of a class of modeling_mhmoe with random weights."""
+    from mhmoe_ray.checkpoint.huggingface import modeling_mhmoe
+
+    torch.manual_seed(0)
+    return getattr(modeling_mhmoe, name)(small_config(**options)).eval()
+
+
+@torch.no_grad()
+def test_eager_attention_returns_its_weights():
+    model = small_model("MhmoeForCausalLM")
+    expected_logits = model(TOKENS).logits
+    model.set_attn_implementation("eager")
+    output = model(TOKENS, output_attentions=True)
+    torch.testing.assert_close(output.logits, expected_logits, rtol=0, atol=1e-5)
+    assert len(output.attentions) == 2
+    for weights in output.attentions:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 40))
+        assert not weights.triu(1).any()
+
+
+def test_speculative_generation_returns_attentions():
+    model = small_model("MhmoeForCausalLM")
+    model.set_attn_implementation("eager")
+    options = {"max_new_tokens": 4, "do_sample": False, "prompt_lookup_num_tokens": 2, "return_dict_in_generate": True}
+    output = model.generate(TOKENS[:1], output_attentions=True, **options)
+    assert [step[0].shape[-1] for step in output.attentions] == [40, 41, 42, 43]
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("MhmoeModel", "hidden_states"),
+        ("MhmoeForCausalLM", "hidden_states"),
+        ("MhmoeForSequenceClassification", "hidden_states"),
+        ("MhmoeModel", "router_logits"),
+        ("MhmoeForCausalLM", "router_logits"),
+    ],
+)
+@torch.no_grad()
+def test_configuration_decides_about_outputs_unless_the_call_does(name, field):
+    option = f"output_{field}"
+    model = small_model(name, pad_token_id=0)
+    assert getattr(model(TOKENS), field) is None
+    expected = model(TOKENS, **{option: True})[field]
+    setattr(model.config, option, True)
+    for tensor, expected_tensor in zip(model(TOKENS)[field], expected, strict=True):
+        assert torch.equal(tensor, expected_tensor)
+    assert getattr(model(TOKENS, **{option: False}), field) is None
+
+
+@torch.no_grad()
+def test_hidden_states_begin_with_the_embeddings_and_end_with_the_output():
+    model = small_model("MhmoeModel")
+    output = model(TOKENS, output_hidden_states=True)
+    assert len(output.hidden_states) == 3
+    assert torch.equal(output.hidden_states[0], model.embed_tokens(TOKENS))
+    assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
+
+
+def test_special_tokens_of_a_configuration_reach_generation():
+    unset = small_config()
+    assert (unset.bos_token_id, unset.eos_token_id, unset.pad_token_id) == (None, None, None)
+    greedy_tokens = small_model("MhmoeForCausalLM").generate(TOKENS[:1], max_new_tokens=8, do_sample=False)[0, 40:]
+    end = greedy_tokens[0].item()
+    model = small_model("MhmoeForCausalLM", bos_token_id=5, eos_token_id=[end, 7], pad_token_id=7)
+    assert model.generate(TOKENS[:1], max_new_tokens=8, do_sample=False)[0, 40:].tolist() == [end]
+    assert model.generate(max_new_tokens=1)[0, 0] == 5
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_reward_model_scores_the_last_token_that_is_no_padding(exported_folder, padding_side):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(exported_folder, num_labels=1).eval()
+    tokenizer = AutoTokenizer.from_pretrained(exported_folder)
+    batch = tokenizer(PROMPTS, return_tensors="pt", padding=True, padding_side=padding_side)
+    output = model(**batch, labels=torch.tensor([0.0, 1.0]))
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    for prompt, score in zip(PROMPTS, output.logits, strict=True):
+        states = model.model(**tokenizer(prompt, return_tensors="pt")).last_hidden_state
+        torch.testing.assert_close(score, model.score(states[0, -1]), rtol=0, atol=1e-5)

@@ -73,7 +73,9 @@ def test_logits_and_greedy_answers_are_ours(tool_results):
 
 def test_ten_steps_of_each_trainer_have_a_finite_loss(tool_results):
     losses = tool_results[2]["losses"]
-    assert losses.keys() == {"trainer", "sft", "lora"}
+    assert losses.keys() == {"trainer", "sft", "lora", "reward"}
+    # The two texts of a pair have similar scores at first, so the loss is near ln 2, which is 0.7.
+    assert 0 < losses.pop("reward") < 2
     # The loss of the random model begins near ln 320, which is 5.8.
     assert all(3 < loss < 9 for loss in losses.values()), losses
 

@@ -2,9 +2,9 @@
 
     python use_export.py FOLDER OUTPUT TASK_FOLDER
 
-The script loads the model in transformers, generates text, evaluates the model with lm-eval, and trains it three times
-for ten steps: with transformers' Trainer, with TRL's SFTTrainer, and with LoRA. It saves the model of SFTTrainer in
-OUTPUT/tuned, and all results in OUTPUT/seen.pt.
+The script loads the model in transformers, generates text, evaluates the model with lm-eval, and trains it four times
+for ten steps: with transformers' Trainer, with TRL's SFTTrainer, with LoRA, and as a reward model. It saves the model
+of SFTTrainer in OUTPUT/tuned, and all results in OUTPUT/seen.pt.
 """
 
 import json
@@ -16,7 +16,7 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PA
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 TOKENS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(0))
 PROMPTS = ["fox", "the quick brown fox jumps"]
@@ -50,12 +50,12 @@ def training_arguments(arguments_class, output):
 
 
 def train(folder, tokenizer, output):
-    """Return the losses of ten steps with Trainer, SFTTrainer and LoRA; save the model of SFTTrainer."""
+    """Return the losses of ten steps with Trainer, SFTTrainer, LoRA and RewardTrainer; save the model of SFTTrainer."""
     # The tests import this module for its constants, in an environment without these packages.
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
-    from trl import SFTConfig, SFTTrainer
+    from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
     texts = Dataset.from_dict({"text": TEXTS})
     tokens = texts.map(lambda row: tokenizer(row["text"]), remove_columns=["text"])
@@ -67,6 +67,10 @@ def train(folder, tokenizer, output):
         trainers[name] = SFTTrainer(
             load(folder), args=arguments, train_dataset=texts, processing_class=tokenizer, **options
         )
+    pairs = Dataset.from_dict({"chosen": TEXTS, "rejected": TEXTS[::-1]})
+    arguments = training_arguments(RewardConfig, output / "reward")
+    reward_model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, **TRUST)
+    trainers["reward"] = RewardTrainer(reward_model, arguments, train_dataset=pairs, processing_class=tokenizer)
     losses = {name: trainer.train().training_loss for name, trainer in trainers.items()}
     trainers["sft"].save_model(str(output / "tuned"))
     return losses
