@@ -46,7 +46,7 @@ def _append(path: Location, record: dict[str, Any], immediate: bool) -> None:
     line = json.dumps(record, separators=(",", ":"), ensure_ascii=False).encode(errors="replace") + b"\n"
     if isinstance(path, ObjectPath):
         if immediate:
-            (path / _segment_name()).write_bytes(line)
+            (path / _segment_name(path)).write_bytes(line)
         else:
             _segment_buffer(path).append(line)
         return
@@ -72,8 +72,10 @@ def flush(path: Location) -> None:
             _segment_buffer(path).write()
 
 
-def _segment_name() -> str:
-    return f"{time.time_ns():020d}-{secrets.token_hex(3)}.jsonl"
+def _segment_name(folder: ObjectPath) -> str:
+    """Return the name of a new segment, which sorts last although this clock was set back, or another is ahead."""
+    times = [int(digits) for part in folder.iterdir() if (digits := part.name.partition("-")[0]).isdecimal()]
+    return f"{max([time.time_ns(), *(t + 1 for t in times)]):020d}-{secrets.token_hex(3)}.jsonl"
 
 
 class _SegmentBuffer:
@@ -86,7 +88,7 @@ class _SegmentBuffer:
 
     def append(self, line: bytes) -> None:
         if not self._lines:
-            self._name = _segment_name()
+            self._name = _segment_name(self._folder)
         self._lines += line
         self._has_unwritten_lines = True
         if time.monotonic() - self._last_write_time >= WRITE_SECONDS:

@@ -25,6 +25,9 @@ ENVIRONMENT = {
     # Serve kills a proxy that is not ready after three checks, each with this timeout, and then the deployment fails.
     # The default of five seconds is too short for a busy machine.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
+    # By default Serve waits `graceful_shutdown_timeout_s` for the requests of a replica that answers no health check.
+    # Such a replica finishes none, so its clients and `mhmoe serve down` would wait in vain.
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
 }
 """Environment variables of every node that serves; they must be set before Ray starts there."""
 SPARE_REQUESTS = 32

@@ -204,7 +204,7 @@ def test_tail_yields_late_segment_with_an_earlier_name(tmp_path, s3, monkeypatch
     path = ObjectPath(f"s3://bucket/{tmp_path.name}/lines.jsonl?{s3[0]}")
     tail, lines = jsonl.Tail(path), []
     for name in ("20", "10", "15", "30"):
-        monkeypatch.setattr(jsonl, "_segment_name", lambda name=name: name)
+        monkeypatch.setattr(jsonl, "_segment_name", lambda _, name=name: name)
         jsonl.append(path, {"a": name})
         lines += tail.new_lines()
     assert lines == [{"a": "20"}, {"a": "10"}, {"a": "15"}, {"a": "30"}]
@@ -212,6 +212,14 @@ def test_tail_yields_late_segment_with_an_earlier_name(tmp_path, s3, monkeypatch
     (path / "10").write_bytes((path / "10").read_bytes() + b'{"a": "11"}\n')
     assert list(tail.new_lines()) == [{"a": "11"}]
     assert list(tail.new_lines()) == []
+
+
+def test_lines_on_an_object_store_keep_their_order_when_the_clock_is_set_back(tmp_path, s3, monkeypatch):
+    path = ObjectPath(f"s3://bucket/{tmp_path.name}/lines.jsonl?{s3[0]}")
+    for line, nanoseconds in enumerate((10**18, 10**18 + 3600 * 10**9, 10**18 - 3600 * 10**9, 10**18)):
+        monkeypatch.setattr(jsonl.time, "time_ns", lambda value=nanoseconds: value)
+        jsonl.append(path, {"line": line})
+    assert [record["line"] for record in jsonl.read(path)] == [0, 1, 2, 3]
 
 
 def test_history_has_newest_lines_of_repeated_steps(run):
