@@ -41,11 +41,14 @@ def _full_path(path: Any, folder_descriptor: int | None) -> Path:
     return folder if isinstance(path, int) else folder / os.fsdecode(path)
 
 
+WRITES_PER_REPORT = 16
+
+
 class _WatchedFile:
-    """Open file that reports each write when half of it is done."""
+    """Open file that reports its first write, and then one of `WRITES_PER_REPORT`, when half of it is done."""
 
     def __init__(self, file: Any, report: Callable[[], None]) -> None:
-        self._file, self._report = file, report
+        self._file, self._report, self._write_count = file, report, 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
@@ -59,7 +62,9 @@ class _WatchedFile:
     def write(self, data: Any) -> int:
         half = len(data) // 2
         self._file.write(data[:half])
-        self._report()
+        if self._write_count % WRITES_PER_REPORT == 0:
+            self._report()
+        self._write_count += 1
         self._file.write(data[half:])
         return len(data)
 
@@ -105,9 +110,9 @@ def watched_operations(folders: Sequence[Path], on_operation: Callable[[Operatio
     def write(descriptor: int, data: Any) -> int:
         if not any(_full_path(descriptor, None).is_relative_to(folder) for folder in folders):
             return real_write(descriptor, data)
-        written = real_write(descriptor, data[: len(data) // 2])
+        half_size = real_write(descriptor, data[: len(data) // 2])
         report("write", descriptor)
-        return written + real_write(descriptor, data[written:])
+        return half_size + real_write(descriptor, data[half_size:])
 
     # `link`, `rename` and `replace` count for the new name.
     functions = {name: watched(getattr(os, name)) for name in ("fsync", "unlink", "remove", "rmdir", "mkdir")}
