@@ -253,17 +253,21 @@ def report_write_errors(path: Location, next_step: str = "give the command again
         raise StorageError(f"storage {path}", f"it cannot be written: {e.strerror or e}", fix) from e
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Location) -> None:
     """Create a folder and its missing parents, so that they survive a crash of the machine."""
+    if isinstance(folder, ObjectPath):
+        return
     missing_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing_folders:
-        _sync_folder(path.parent)
+        sync(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Wait until the names of a folder's files are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Location) -> None:
+    """Wait until the content of a file, or the names of a folder's files, are on the disk."""
+    if isinstance(path, ObjectPath):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as e:
@@ -274,8 +278,14 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Location, data: bytes | memoryview) -> None:
-    """Write a file atomically and durably, creating its folder; several processes may write it at the same time."""
+def replace_file(path: Location, data: bytes | memoryview, *, is_new: bool = False) -> None:
+    """Write a file atomically and durably, creating its folder; several processes may write it at the same time.
+
+    With `is_new`, an existing file is a FileExistsError. On an object store or a file system without hard links, files
+    that are written at the same moment may still replace each other.
+    """
+    if is_new and path.exists():
+        raise FileExistsError(errno.EEXIST, "it is there already", str(path))
     if isinstance(path, ObjectPath):
         path.write_bytes(data)
         return
@@ -286,8 +296,17 @@ def replace_file(path: Location, data: bytes | memoryview) -> None:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        partial.replace(path)
-        _sync_folder(path.parent)
+        try:
+            if is_new:
+                path.hardlink_to(partial)
+        except FileExistsError:
+            raise
+        except OSError:
+            # The file system has no hard links.
+            is_new = False
+        if not is_new:
+            partial.replace(path)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -303,9 +322,9 @@ def remove_partial_files(folder: Location) -> None:
             partial.unlink(missing_ok=True)
 
 
-def write_json(path: Location, value: dict[str, Any]) -> None:
-    """Write a dictionary as a JSON file, atomically."""
-    replace_file(path, json.dumps(value, indent=1).encode())
+def write_json(path: Location, value: dict[str, Any], *, is_new: bool = False) -> None:
+    """Write a dictionary as a JSON file, as `replace_file` does."""
+    replace_file(path, json.dumps(value, indent=1).encode(), is_new=is_new)
 
 
 @contextmanager
@@ -314,13 +333,14 @@ def create_file(path: Location) -> Iterator[BinaryIO]:
 
     When the context ends, the data is on the disk or in the object store.
     """
-    if not isinstance(path, ObjectPath):
-        make_folder(path.parent)
-    with path.open("xb", buffering=0) as f:
+    make_folder(path.parent)
+    # The file is buffered, because an unbuffered write to a disk that becomes full may write less without an error.
+    with path.open("xb") as f:
         yield f
         if not isinstance(path, ObjectPath):
+            f.flush()
             os.fsync(f.fileno())
-            _sync_folder(path.parent)
+            sync(path.parent)
 
 
 def read_file(path: Location) -> bytes:

@@ -57,12 +57,7 @@ def start_run(
     `connect_to_train`, a JobError if the cluster does not accept the job, and a StorageError.
     """
     connection = connect_to_train(spec, address, on_note)
-    if ended_run is None:
-        run = create_run(spec)
-    else:
-        run = ended_run
-        run.write_spec(spec)
-        run.clear_stop()
+    run = ended_run or create_run(spec)
     record_settings(spec)
     job = start_attempt(run, spec, connection)
     on_note(f"run {run.id}  job {job}  dashboard {connection.address}")

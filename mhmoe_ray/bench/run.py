@@ -25,7 +25,7 @@ from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.errors import JobError, SpecError
 from mhmoe_ray.runs import history, metrics
-from mhmoe_ray.runs.directory import create_run
+from mhmoe_ray.runs.directory import AttemptId, create_run
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.spec.cluster import WorkerRange
 from mhmoe_ray.train import malloc
@@ -108,7 +108,7 @@ def measure_run(spec: RunSpec, folder: Path, _threads: int) -> dict[str, Any]:
     """Train the spec as a run on a local Ray cluster, as the job of `mhmoe submit` does."""
     ray.init("local", num_cpus=spec.cluster.cpus, log_to_driver=False, include_dashboard=False)
     run = create_run(spec.model_copy(update={"storage": folder / "runs"}))
-    train_run(run, 0)
+    train_run(run, AttemptId(1))
     lines = history.read(run)
     # A line of metrics has the time at the end of its step, so the first timed step begins at the time of the line
     # before it.

@@ -5,7 +5,7 @@ import math
 from mhmoe_ray.checkpoint.manifest import MANIFEST, committed_checkpoints, step_and_group
 from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.storage import Location, remove_tree
+from mhmoe_ray.storage import Location, remove_tree, sync
 
 
 class RetentionPolicy:
@@ -50,6 +50,7 @@ class RetentionPolicy:
 
 def delete_checkpoint(checkpoint: Location) -> None:
     """Delete a committed checkpoint, its manifest first."""
-    # Without its manifest the checkpoint is ignored, even if the removal of the other files fails.
+    # Without its manifest the checkpoint is ignored, even if the other files are not removed.
     (checkpoint / MANIFEST).unlink()
+    sync(checkpoint)
     remove_tree(checkpoint)

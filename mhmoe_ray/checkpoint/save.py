@@ -29,7 +29,7 @@ from mhmoe_ray.errors import CheckpointError, StorageError
 from mhmoe_ray.model.held import is_dtensor
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.storage import FileEntry, Location, create_file, describe_file, write_json
+from mhmoe_ray.storage import FileEntry, Location, create_file, describe_file, sync, write_json
 
 
 class WriterAssignment:
@@ -112,14 +112,16 @@ class Saver:
         on_piece: Callable[[], None] = lambda: None,
         ends: Iterable[int] = (),
         adds_start: bool = True,
+        before_commit: Callable[[], None] = lambda: None,
     ) -> None:
         """Prepare to save a trainer, whose optimizer updates wait for a copy in progress from now on.
 
         This is a collective operation, because it creates a process group. `group` is the number of this worker group,
         which makes checkpoint names unique. The background thread calls `on_piece` after each piece of a file. `ends`
         are token ids that end a text besides the tokenizer's, and `adds_start` says that a start token precedes each.
+        Rank 0 calls `before_commit` before it commits a checkpoint, which an error prevents.
         """
-        self._ends, self._adds_start = sorted(ends), adds_start
+        self._ends, self._adds_start, self._before_commit = sorted(ends), adds_start, before_commit
         self._run, self._trainer, self._group, self._on_piece = run, trainer, group, on_piece
         newest_count = trainer.spec.train.keep_checkpoints
         self._retention = RetentionPolicy(run, newest_count) if newest_count and trainer.mesh.rank == 0 else None
@@ -273,7 +275,11 @@ class Saver:
         def commit_checkpoint() -> None:
             if rank == 0:
                 files = {name: entry for rank_entries in entries_by_rank for name, entry in rank_entries.items()}
+                self._before_commit()
                 write_json(self._run.routing / f"{checkpoint.name}.json", counts)
+                # Training does not repeat the steps before the checkpoint, so their metrics must not be lost.
+                if self._run.metrics_file.exists():
+                    sync(self._run.metrics_file)
                 # All ranks have written their files, so the manifest may commit them.
                 commit(checkpoint, manifest.model_copy(update={"files": files}))
                 durations = {"pause": self._pause_seconds, "seconds": time.monotonic() - start_time}

@@ -1,5 +1,6 @@
 """Runs on a cluster: start an attempt, find its outcome, and collect everything that `mhmoe status` shows of a run."""
 
+import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -128,12 +129,15 @@ def start_attempt(run: RunDir, spec: RunSpec, connection: Connection, public_add
     job is not accepted, its error is raised, and the run counts as failed if the cluster confirms that it does not know
     the job.
     """
-    number = newest_attempt_number(run) + 1
-    request = TrainRequest(path=str(run.path), attempt=number)
+    number, token = newest_attempt_number(run) + 1, secrets.token_hex(8)
+    request = TrainRequest(path=str(run.path), attempt=number, token=token)
     job, address = remote.submission_id(request.job_name), public_address or connection.address
     # Record the attempt before its job is submitted, because a job that the run directory does not name could not be
     # found again.
-    add_attempt(run, Attempt(job, address, connection.local))
+    add_attempt(run, Attempt(job, address, connection.local, token=token), number)
+    # The spec is written after the attempt is recorded, so that only the command that starts the attempt changes it.
+    run.write_spec(spec)
+    run.clear_stop()
     events.record(run, "submitted", attempt=number, job=job, address=address)
     try:
         remote.submit(connection, spec.cluster.runtime_env, request)

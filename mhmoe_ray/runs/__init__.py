@@ -2,7 +2,8 @@
 
 <storage>/<name>-<6 hex>/
   spec.yaml          the submitted spec, with absolute paths; its cluster section is that of the newest attempt
-  run.json           id, and cluster, job and time of each attempt (a submit or a resume), or the time of an import
+  run.json           id, and cluster, job and time of the first attempt (a submit), or the time of an import
+  attempts/          a file for each later attempt (a resume), with all attempts up to it
   events.jsonl       events: submitted, started, checkpoint, failed, finished ...
   metrics.jsonl      one line per step
   logs/              logs of jobs and workers of the newest attempts, limited in size and without secrets (logs.py)
@@ -23,7 +24,7 @@ events.jsonl and metrics.jsonl are folders of segments (jsonl.py). An imported r
 run.json, events.jsonl, tokenizer.json, perhaps chat_template.jinja, and one checkpoint, of step 0, but no spec. The
 storage folder also holds the directories of sweeps, <storage>/sweeps/ (sweeps.py).
 
-    directory.py   paths in the run directory, functions that create and find runs, and run.json
+    directory.py   paths in the run directory, functions that create and find runs, and attempts
     start.py       start.json
     events.py      events.jsonl, and the state of a run, which follows from it
     metrics.py     the registry of metrics: one entry for each

@@ -1,4 +1,4 @@
-"""Run directory: its paths, functions that create and find runs, and the attempts that run.json records."""
+"""Run directory: its paths, functions that create and find runs, and the attempts of a run."""
 
 import os
 import secrets
@@ -8,14 +8,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
 from mhmoe_ray.errors import RunError, SpecError, StorageError
 from mhmoe_ray.parsing import ParseError, parse_object
 from mhmoe_ray.spec import RunSpec, dump_spec, load_resolved_spec
-from mhmoe_ray.storage import Location, location, read_file, remove_tree, replace_file, report_write_errors, write_json
+from mhmoe_ray.storage import (
+    Location,
+    location,
+    make_folder,
+    read_file,
+    remove_tree,
+    replace_file,
+    report_write_errors,
+    sync,
+    write_json,
+)
 
 CHAT_TEMPLATE = "chat_template.jinja"
 
@@ -42,6 +52,7 @@ class RunDir:
 
     spec_file = PathOf("spec.yaml")
     attempts_file = PathOf("run.json")
+    attempts = PathOf("attempts")
     events_file = PathOf("events.jsonl")
     metrics_file = PathOf("metrics.jsonl")
     logs = PathOf("logs")
@@ -158,19 +169,19 @@ class RunDir:
         except (ValueError, LookupError, TypeError, OverflowError, FileNotFoundError) as e:
             raise self.damage_error(e) from e
 
-    def stored_state(self) -> dict[str, Any]:
-        """Return the content of run.json; FileNotFoundError without one, RunError if it is unreadable or damaged."""
+    def stored_state(self, name: str = "run.json") -> dict[str, Any]:
+        """Return the content of run.json or of such a file; FileNotFoundError without it, RunError if damaged."""
         try:
-            return parse_object(read_file(self.attempts_file))
+            return parse_object(read_file(self.path / name))
         except FileNotFoundError:
             raise
         except (OSError, ParseError) as e:
-            raise self.damage_error(e) from e
+            raise self.damage_error(e, name) from e
 
-    def damage_error(self, error: Exception) -> RunError:
-        """Return the error about a run.json that cannot be read, or whose content is not that of a run."""
+    def damage_error(self, error: Exception, name: str = "run.json") -> RunError:
+        """Return the error about a file that cannot be read, or whose content is not that of a run."""
         cause = error.strerror if isinstance(error, OSError) else "it is damaged, or written by another program"
-        reason = f"its {self.attempts_file.name} cannot be read ({cause})"
+        reason = f"its {name} cannot be read ({cause})"
         return RunError(f"run {self.id}", reason, f"repair that file, or remove the folder {self.path}")
 
 
@@ -195,11 +206,12 @@ def create_run(spec: RunSpec) -> RunDir:
 def create_empty_run(storage: Location, name: str) -> RunDir:
     """Create a run directory for its owner alone, without a spec; an unwritable storage folder is a SpecError."""
     try:
-        storage.mkdir(parents=True, exist_ok=True)
+        make_folder(storage)
         # A new id is drawn until no run has it, because two runs may get the same six hexadecimal digits.
         while (run := RunDir(storage / f"{name}-{secrets.token_hex(3)}")).path.exists():
             pass
         run.path.mkdir(mode=0o700)
+        sync(storage)
         run.checkpoints.mkdir()
     except OSError as e:
         raise SpecError(f"storage {storage}", e.strerror or str(e), "set storage to a folder you can write") from e
@@ -272,6 +284,15 @@ class Attempt:
     """True for the local cluster, which this package starts on the machine of the user's command."""
     submitted: float = field(default_factory=time.time)
     """Time in seconds since the epoch."""
+    token: str = ""
+    """Random text; on an object store, two attempts may have the same number. Older runs have none."""
+
+
+class AttemptId(NamedTuple):
+    """Identity of an attempt: its number, counted from 1, and its token."""
+
+    number: int
+    token: str = ""
 
 
 _ATTEMPTS = TypeAdapter(list[Attempt])
@@ -281,10 +302,11 @@ def read_attempts(run: RunDir) -> list[Attempt]:
     """Return all attempts of a run, oldest first; none if it was not submitted yet or was imported."""
     if not run.attempts_file.exists():
         return []
+    name = max((f"attempts/{path.name}" for path in run.attempts.glob("*.json")), default="run.json")
     try:
-        return _ATTEMPTS.validate_python(run.stored_state()["attempts"])
+        return _ATTEMPTS.validate_python(run.stored_state(name)["attempts"])
     except (ValidationError, KeyError) as e:
-        raise run.damage_error(e) from e
+        raise run.damage_error(e, name) from e
 
 
 def last_attempt(run: RunDir) -> Attempt:
@@ -300,17 +322,31 @@ def newest_attempt_number(run: RunDir) -> int:
     return len(read_attempts(run))
 
 
-def require_newest_attempt(run: RunDir, attempt: int) -> None:
+def is_newest_attempt(run: RunDir, attempt: AttemptId) -> bool:
+    """Return whether a run has neither a newer attempt, nor another one of the same number."""
+    attempts = read_attempts(run)
+    return len(attempts) < attempt.number or (len(attempts), attempts[-1].token) == attempt
+
+
+def require_newest_attempt(run: RunDir, attempt: AttemptId) -> None:
     """Raise a RunError if there is a newer attempt, because the job of an older one must write nothing more."""
-    if newest_attempt_number(run) > attempt:
+    if not is_newest_attempt(run, attempt):
         raise RunError(f"run {run.id}", "it was resumed elsewhere", "leave it to the newer job")
 
 
-def add_attempt(run: RunDir, attempt: Attempt) -> None:
-    """Add an attempt to run.json; a failed write is a StorageError."""
+def add_attempt(run: RunDir, attempt: Attempt, number: int | None = None) -> None:
+    """Add an attempt, by default the next one; a failed write is a StorageError, an existing number a RunError."""
     attempts = [*read_attempts(run), attempt]
-    with report_write_errors(run.attempts_file):
-        write_json(run.attempts_file, {"id": run.id, "attempts": [asdict(a) for a in attempts]})
+    number = number or len(attempts)
+    path = run.attempts_file if number == 1 else run.attempts / f"{number:06d}.json"
+    with report_write_errors(path):
+        try:
+            write_json(path, {"id": run.id, "attempts": [asdict(a) for a in attempts]}, is_new=number > 1)
+        except FileExistsError as e:
+            if number == 1:
+                raise
+            reason = "another command resumed it at the same moment"
+            raise RunError(f"run {run.id}", reason, "see `mhmoe status`") from e
 
 
 def mark_imported(run: RunDir) -> None:

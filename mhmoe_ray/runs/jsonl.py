@@ -18,7 +18,7 @@ from typing import Any
 
 from mhmoe_ray.errors import StorageError
 from mhmoe_ray.parsing import Parser, parse_object
-from mhmoe_ray.storage import Location, ObjectPath, is_special, report_write_errors
+from mhmoe_ray.storage import Location, ObjectPath, is_special, report_write_errors, sync
 
 # Size in bytes above which a segment (an object with some lines of a file) gets no more lines. Each write of new lines
 # writes the whole segment again, so it must not grow without limit.
@@ -34,8 +34,8 @@ _FIX = "restore it from a copy, or move it away"
 def append(path: Location, record: dict[str, Any], *, immediate: bool = True) -> None:
     """Append a record to a file as one line of JSON; a failed write is a StorageError.
 
-    Without `immediate`, the line may reach an object store with a later `append` or `flush`, and no other process may
-    append to the file meanwhile.
+    With `immediate`, the line is on the disk or in the object store afterwards. Otherwise it may be there only after a
+    later `append`, `flush` or `storage.sync`, and no other process may append to the file meanwhile.
     """
     with report_write_errors(path, _NEXT_STEP):
         _append(path, record, immediate)
@@ -61,6 +61,10 @@ def _append(path: Location, record: dict[str, Any], immediate: bool) -> None:
         # raises the error.
         while line:
             line = line[os.write(fd, line) :]
+        if immediate:
+            os.fsync(fd)
+        if not size:
+            sync(path.parent)
     finally:
         os.close(fd)
 

@@ -228,10 +228,6 @@ class Sweep:
             _print_line(f"{entry.name}: it was started with another spec: {', '.join(changed_keys)}")
             self._settled.add(entry.name)
             return False
-        else:
-            # The spec is written again, because its cluster section may differ, which `changed_keys` ignores.
-            run.write_spec(spec)
-        run.clear_stop()
         starts = self._starts.get(entry.name, 0) + 1
         try:
             job = start_attempt(run, spec, self._connection, public_address=self._order.address)

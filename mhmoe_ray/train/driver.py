@@ -16,7 +16,7 @@ from mhmoe_ray.data.shards.manifest import CLASSES_FILE, TEMPLATE_FILE, TOKENIZE
 from mhmoe_ray.data.shards.verify import verify_shards
 from mhmoe_ray.errors import DataError, JobError, MhmoeError
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.runs.directory import AttemptId, RunDir, require_newest_attempt
 from mhmoe_ray.runs.start import read_start
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import ObjectPath, copy_file, describe_file
@@ -27,11 +27,11 @@ from mhmoe_ray.train.watchdog import Watchdog
 from mhmoe_ray.train.worker_failures import WorkerFailureCallback, failure_reason, root_cause
 
 
-def train_run(run: RunDir, attempt: int) -> None:
+def train_run(run: RunDir, attempt: AttemptId) -> None:
     """Prepare a run's data if it is missing, train from its newest checkpoint on, and record how it ended: with the
     last step or, at a user's request, earlier. A failure is an MhmoeError; that of a worker has the worker's reason."""
     spec = run.spec()
-    _prepare_data(run, spec)
+    _prepare_data(run, spec, attempt)
     if spec.start is not None:
         write_start_checkpoint(run, spec)
     if newest := newest_checkpoint(run, parts=()):
@@ -62,9 +62,9 @@ def train_run(run: RunDir, attempt: int) -> None:
         run_config=ray.train.RunConfig(
             # The name must be new for each attempt. Otherwise Ray Train would silently resume its own snapshot of an
             # earlier attempt with the same name.
-            name=f"{run.id}-{attempt}",
+            name=f"{run.id}-{attempt.number}",
             **_ray_storage(run),
-            callbacks=[WorkerFailureCallback(run)],
+            callbacks=[WorkerFailureCallback(run, attempt)],
             failure_config=ray.train.FailureConfig(
                 max_failures=spec.cluster.max_failures,
                 # -1 means that preemptions have no limit: only failures count against `cluster.max_failures`.
@@ -81,10 +81,11 @@ def train_run(run: RunDir, attempt: int) -> None:
     # Workers save a checkpoint before they end, so the step of the newest checkpoint is the last step that they
     # trained.
     step = last_step(run)
+    require_newest_attempt(run, attempt)
     events.record(run, "finished" if step == spec.train.steps else "stopped", step=step)
 
 
-def _prepare_data(run: RunDir, spec: RunSpec) -> None:
+def _prepare_data(run: RunDir, spec: RunSpec, attempt: AttemptId) -> None:
     """Prepare the data if it is missing, verify it, and copy its tokenizer and other small files into the run
     directory. Damaged data, or data that does not fit the spec or has other such files than the run began with, is a
     DataError."""
@@ -93,6 +94,7 @@ def _prepare_data(run: RunDir, spec: RunSpec) -> None:
         events.record(run, "preparing", folder=str(folder))
     manifest = prepare(spec)
     verify_shards(folder, manifest)
+    require_newest_attempt(run, attempt)
     # `training_order` is called only for its checks, and its result is not used. A mistake in the mixture of sources
     # raises here with one clear message; otherwise it would raise later, in a task of the stream. The record of the
     # models that a run starts from is in start.json. A run without this file has not begun, so the record is planned

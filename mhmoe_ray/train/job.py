@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from mhmoe_ray.errors import MhmoeError, StorageError, logging_errors
 from mhmoe_ray.remote import RemoteJob
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.directory import RunDir, newest_attempt_number, require_newest_attempt
+from mhmoe_ray.runs.directory import AttemptId, RunDir, is_newest_attempt, require_newest_attempt
 from mhmoe_ray.runs.logs import Redactor, archive_log
 from mhmoe_ray.storage import location
 
@@ -21,6 +21,7 @@ class TrainRequest(RemoteJob[None]):
 
     path: str  # run directory, whose name is the run's id
     attempt: int
+    token: str = ""  # of the attempt's `Attempt`
 
     @property
     def run(self) -> RunDir:
@@ -39,17 +40,17 @@ def main() -> None:
     """Train as the job's `TrainRequest` asks, unless the run has a newer attempt; after an error, exit with its
     code."""
     request = TrainRequest.received()
-    run, attempt = request.run, request.attempt
+    run, attempt = request.run, AttemptId(request.attempt, request.token)
     with logging_errors():
         # The job may have waited for resources for a long time. If a newer attempt was submitted meanwhile, this job
         # must write nothing.
         require_newest_attempt(run, attempt)
-        archive_log(run, attempt)
-        events.record(run, "began", attempt=attempt, host=socket.gethostname(), pid=os.getpid())
+        archive_log(run, attempt.number)
+        events.record(run, "began", attempt=attempt.number, host=socket.gethostname(), pid=os.getpid())
         _train_and_record(run, attempt)
 
 
-def _train_and_record(run: RunDir, attempt: int) -> None:
+def _train_and_record(run: RunDir, attempt: AttemptId) -> None:
     """Train a run; if this fails or is ended from outside, record the reason as an event and raise the error again."""
     try:
         # These imports come after the "began" event, because they take seconds and the user waits for that event.
@@ -76,11 +77,11 @@ def _train_and_record(run: RunDir, attempt: int) -> None:
         raise
 
 
-def _record_end(run: RunDir, attempt: int, kind: Literal["failed", "stopped"], reason: str) -> None:
+def _record_end(run: RunDir, attempt: AttemptId, kind: Literal["failed", "stopped"], reason: str) -> None:
     """Record how this attempt ended, unless the run has a newer one. Secrets in the reason are replaced. If the event
     cannot be written, the storage error and the reason are printed to the job's log instead."""
     # If a newer attempt was submitted, the run goes on with it, so the end of this attempt is not the end of the run.
-    if newest_attempt_number(run) == attempt:
+    if is_newest_attempt(run, attempt):
         try:
             events.record(run, kind, reason=Redactor(os.environ)(reason))
         except StorageError as e:

@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint, uncommitted_checkpoints
 from mhmoe_ray.data.stream import training_stream
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.directory import RunDir, require_newest_attempt
+from mhmoe_ray.runs.directory import AttemptId, RunDir, require_newest_attempt
 from mhmoe_ray.runs.start import read_start
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import FileEntry, Location, describe_files, remove_tree
@@ -50,7 +50,7 @@ class ResumingDataConfig(ray.train.DataConfig):
     """Ray Train data config that resumes the training stream at the newest intact checkpoint for each worker group. It
     records this checkpoint as an event, from which the workers restore the same one."""
 
-    def __init__(self, run: RunDir, spec: RunSpec, attempt: int, watchdog: Any) -> None:
+    def __init__(self, run: RunDir, spec: RunSpec, attempt: AttemptId, watchdog: Any) -> None:
         super().__init__(execution_options=ray.data.ExecutionOptions(preserve_order=True))
         self._run, self._spec, self._attempt, self._watchdog = run, spec, attempt, watchdog
 
@@ -78,7 +78,7 @@ class ResumingDataConfig(ray.train.DataConfig):
         name, step, position = None, 0, 0
         if newest:
             name, step, position = newest.checkpoint.name, newest.manifest.step, newest.manifest.position
-        events.record(self._run, "restoring", name=name, step=step, attempt=self._attempt)
+        events.record(self._run, "restoring", name=name, step=step, attempt=self._attempt.number)
         record = read_start(self._run)
         stream = training_stream(self._spec, position, world_size, record.samples_before if record else None)
         return super().configure(dict.fromkeys(datasets, stream), world_size, *args, **kwargs)

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -26,7 +27,7 @@ from mhmoe_ray.distributed.dispatch.exchange import SentBytes
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.errors import DataError, JobError, StorageError
 from mhmoe_ray.runs import events, metrics
-from mhmoe_ray.runs.directory import RunDir, require_newest_attempt
+from mhmoe_ray.runs.directory import AttemptId, RunDir, require_newest_attempt
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location, location
 from mhmoe_ray.train.objectives import Objective
@@ -50,8 +51,8 @@ STOP_CHECK_SECONDS = 1.0
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """Train as one rank, called by Ray Train. `config` has the run directory's path (`run`), the number of the
-    `attempt`, and the handle of the `watchdog` actor."""
+    """Train as one rank, called by Ray Train. `config` has the run directory's path (`run`), the id of the `attempt`,
+    and the handle of the `watchdog` actor."""
     run = RunDir(location(config["run"]))
     # Ray Train gives a single worker a process group, too. Parallelism strategies would use it, which only costs time.
     if dist.is_initialized() and dist.get_world_size() == 1:
@@ -79,10 +80,10 @@ def _set_up_logging(rank: int) -> None:
 class Worker:
     """Training on one rank: the constructor restores the checkpoint to start from, and `train` runs all steps."""
 
-    def __init__(self, run: RunDir, spec: RunSpec, attempt: int, heartbeat: Heartbeat) -> None:
+    def __init__(self, run: RunDir, spec: RunSpec, attempt: AttemptId, heartbeat: Heartbeat) -> None:
         # Ray starts a worker with one thread for torch, whatever number of CPUs the worker has.
         torch.set_num_threads(spec.cluster.cpus_per_worker)
-        self.run, self.spec, self.attempt, self.heartbeat = run, spec, attempt, heartbeat
+        self.run, self.spec, self.heartbeat = run, spec, heartbeat
         device = ray.train.torch.get_device()
         rank = heartbeat.worker_info.rank
         worker_infos = _gather_objects(heartbeat.worker_info)
@@ -104,11 +105,13 @@ class Worker:
             # with a start token.
             ends |= set(start_checkpoint[1].ends)
             adds_start = start_checkpoint[1].adds_start
-        self.saver = Saver(run, self.trainer, self.group, heartbeat.report_side_progress, ends, adds_start)
+        fence = self._require_newest_attempt = partial(require_newest_attempt, run, attempt)
+        self.saver = Saver(run, self.trainer, self.group, heartbeat.report_side_progress, ends, adds_start, fence)
         self.start_step = self.trainer.step
         self._next_stop_check = 0.0  # monotonic time in seconds at which rank 0 next checks the run directory
         self.telemetry = Telemetry(run, spec, rank, self.group, self.start_step)
         if rank == 0:
+            self._require_newest_attempt()
             worker_fields = [vars(p) for p in worker_infos]
             fields = {**mesh.sizes, "groups": mesh.groups}
             fields |= {"straddling_groups": mesh.straddling_count, "groups_apart": mesh.cross_domain_count}
@@ -285,7 +288,7 @@ class Worker:
             return False
         self._next_stop_check = current_time + STOP_CHECK_SECONDS
         try:
-            require_newest_attempt(self.run, self.attempt)
+            self._require_newest_attempt()
             return self.run.stop_file.exists()
         except OSError as e:
             # An error here would restart all ranks, but the storage may be back at the next check.

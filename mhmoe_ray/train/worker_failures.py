@@ -13,7 +13,7 @@ import ray.train
 
 from mhmoe_ray.errors import MhmoeError, StorageError, task_error
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.runs.directory import AttemptId, RunDir, is_newest_attempt
 from mhmoe_ray.runs.logs import Redactor
 from mhmoe_ray.storage import location
 from mhmoe_ray.train.preemption import PreemptedError
@@ -28,8 +28,8 @@ class WorkerFailureCallback(ray.train.UserCallback):
     """Ray Train callback that records failed workers as a "lost" event, except preempted ones. It runs in the process
     that monitors the workers."""
 
-    def __init__(self, run: RunDir) -> None:
-        self._run = str(run.path)
+    def __init__(self, run: RunDir, attempt: AttemptId) -> None:
+        self._run, self._attempt = str(run.path), attempt
         self._last_failure: tuple[frozenset[int], float] = frozenset(), 0.0
 
     def after_exception(self, run_context: object, worker_exceptions: Mapping[int, Exception]) -> None:
@@ -54,7 +54,8 @@ class WorkerFailureCallback(ray.train.UserCallback):
             # If the error is one of this package, its message is complete. The log lines would only repeat it with a
             # traceback.
             lines = [] if isinstance(error, MhmoeError) else _last_lines(worker)
-            events.record(run, "lost", **fields, host=worker.get("host"), lines=[redact(line) for line in lines])
+            if is_newest_attempt(run, self._attempt):
+                events.record(run, "lost", **fields, host=worker.get("host"), lines=[redact(line) for line in lines])
         except (OSError, StorageError) as e:
             # An error here must not keep Ray Train from restarting the worker group.
             print(f"warning: rank {rank} failed ({fields['reason']}), but the event cannot be recorded: {e}")

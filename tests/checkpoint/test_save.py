@@ -11,7 +11,7 @@ from mhmoe_ray.checkpoint.manifest import newest_checkpoint, read_manifest, unco
 from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.runs.directory import Attempt, AttemptId, RunDir, add_attempt, require_newest_attempt
 from tests.support.ranks import run_ranks
 from tests.support.runs import new_run
 from tests.support.specs import tiny_spec
@@ -114,6 +114,23 @@ def test_write_failure_of_one_rank_is_raised_on_all_ranks(tmp_path):
     checkpoint, manifest, skipped = newest_checkpoint(run)
     assert (checkpoint.name, manifest.step, skipped) == ("step_00000001.1", 1, [])
     assert [path.name for path in uncommitted_checkpoints(run)] == ["step_00000002.1"]
+
+
+def test_older_attempt_commits_no_checkpoint(tmp_path):
+    spec, run = new_run(tmp_path, {"workers": 1})
+    trainer = jobs.build_trainer(spec)
+    add_attempt(run, Attempt("job-1", "http://127.0.0.1:9", local=True, token="a"))
+    saver = Saver(run, trainer, 1, before_commit=lambda: require_newest_attempt(run, AttemptId(1, "a")))
+    saver.save(trainer.zero_counts())
+    saver.wait()
+    jobs.train(spec, trainer, 1)
+    add_attempt(run, Attempt("job-2", "http://127.0.0.1:9", local=True, token="b"))
+    saver.save(trainer.zero_counts())
+    with pytest.raises(CheckpointError, match="it was resumed elsewhere"):
+        saver.wait()
+    assert newest_checkpoint(run).manifest.step == 0
+    assert [e["step"] for e in events.read(run)] == [0]
+    assert [file.name for file in run.routing.iterdir()] == ["step_00000000.1.json"]
 
 
 def test_unreadable_history_removes_no_checkpoint(tmp_path, capfd):

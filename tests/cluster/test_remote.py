@@ -2,6 +2,8 @@
 
 import dataclasses
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,8 +13,8 @@ from mhmoe_ray.cluster import jobs, remote
 from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.cluster.nodes import head_python
 from mhmoe_ray.cluster.runs import start_attempt
-from mhmoe_ray.errors import DataError, JobError
-from mhmoe_ray.runs.directory import RunDir, create_run, last_attempt
+from mhmoe_ray.errors import DataError, JobError, RunError
+from mhmoe_ray.runs.directory import RunDir, create_run, last_attempt, read_attempts
 from mhmoe_ray.train.job import TrainRequest
 from tests.cluster.toy_job import SumRequest
 from tests.support.specs import tiny_spec
@@ -72,6 +74,24 @@ def test_attempt_of_a_renamed_run_has_the_name_of_its_job(tmp_path, monkeypatch)
     job = start_attempt(run, spec, Connection("http://127.0.0.1:1", True, True, None))
     assert [job] == submitted == ["my-best-run-2-1"]
     assert last_attempt(run).job == job
+
+
+def test_attempts_that_start_at_the_same_time_have_different_numbers(tmp_path, monkeypatch):
+    submitted = []
+    monkeypatch.setattr(jobs, "submit", lambda connection, submission: submitted.append(submission["submission_id"]))
+    spec = tiny_spec(tmp_path)
+    run = create_run(spec)
+    connection = Connection("http://127.0.0.1:1", True, True, None)
+    start_attempt(run, spec, connection)
+
+    def resume(_: int) -> str | None:
+        with suppress(RunError):
+            return start_attempt(run, spec, connection)
+
+    with ThreadPoolExecutor(4) as pool:
+        jobs_of_threads = sorted(job for job in pool.map(resume, range(4)) if job)
+    assert jobs_of_threads == [f"{run.id}-{number}" for number in range(2, len(submitted) + 1)]
+    assert sorted(submitted) == [a.job for a in read_attempts(run)] == [f"{run.id}-1", *jobs_of_threads]
 
 
 def test_request_is_sent_in_the_environment_and_named_in_the_entrypoint(tmp_path, monkeypatch):

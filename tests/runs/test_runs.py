@@ -3,6 +3,8 @@ import json
 import math
 import os
 import resource
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -14,6 +16,7 @@ from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs import events, history, jsonl, metrics
 from mhmoe_ray.runs.directory import (
     Attempt,
+    AttemptId,
     RunDir,
     add_attempt,
     create_run,
@@ -280,9 +283,52 @@ def test_attempts_are_numbered(run):
         add_attempt(run, Attempt(job, "http://x", local=True))
         assert newest_attempt_number(run) == number
     assert [a.job for a in read_attempts(run)] == ["a", "b"]
-    require_newest_attempt(run, 2)
-    with pytest.raises(RunError, match="it was resumed elsewhere"):
-        require_newest_attempt(run, 1)
+    require_newest_attempt(run, AttemptId(2))
+    # On an object store, two commands may record an attempt of the same number, and the first one is replaced.
+    for replaced_attempt in (AttemptId(1), AttemptId(2, "token")):
+        with pytest.raises(RunError, match="it was resumed elsewhere"):
+            require_newest_attempt(run, replaced_attempt)
+
+
+def test_one_of_several_commands_records_an_attempt(run):
+    add_attempt(run, Attempt("first", "http://x", local=True))
+    barrier = threading.Barrier(8)
+
+    def resume(job: str) -> str:
+        number = newest_attempt_number(run) + 1
+        barrier.wait()
+        try:
+            add_attempt(run, Attempt(job, "http://x", local=True), number)
+        except RunError as e:
+            return str(e)
+        return job
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(resume, "abcdefgh"))
+    [job] = set(results) & set("abcdefgh")
+    assert [a.job for a in read_attempts(run)] == ["first", job]
+    errors = [result for result in results if result != job]
+    assert errors == [f"run {run.id}: another command resumed it at the same moment; see `mhmoe status`"] * 7
+
+
+def test_file_system_without_hard_links_records_attempts(run, monkeypatch):
+    def no_hard_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_hard_links)
+    for job in ("a", "b"):
+        add_attempt(run, Attempt(job, "http://x", local=True))
+    with pytest.raises(RunError, match="another command resumed it"):
+        add_attempt(run, Attempt("c", "http://x", local=True), 2)
+    assert [a.job for a in read_attempts(run)] == ["a", "b"]
+
+
+def test_damaged_file_of_attempts_is_named(run):
+    for job in ("a", "b"):
+        add_attempt(run, Attempt(job, "http://x", local=True))
+    (run.attempts / "000002.json").write_text("[]")
+    with pytest.raises(RunError, match=r"its attempts/000002.json cannot be read \(it is damaged"):
+        read_attempts(run)
 
 
 def test_newest_intact_checkpoint_is_used(run):

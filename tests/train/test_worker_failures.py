@@ -1,16 +1,20 @@
 """Tests of the root cause of failed workers, and of its message."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from ray.exceptions import RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from mhmoe_ray.errors import CheckpointError, JobError
+from mhmoe_ray.errors import CheckpointError, JobError, RunError
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt
+from mhmoe_ray.runs.directory import Attempt, AttemptId, RunDir, add_attempt, create_run
 from mhmoe_ray.train import worker_failures
 from mhmoe_ray.train.driver import _training_error
-from mhmoe_ray.train.job import _record_end
+from mhmoe_ray.train.job import TrainRequest, _record_end
 from mhmoe_ray.train.worker_failures import (
     WorkerFailureCallback,
     _recorded_worker,
@@ -18,6 +22,7 @@ from mhmoe_ray.train.worker_failures import (
     root_cause,
 )
 from tests.support.events import record
+from tests.support.specs import tiny_spec
 
 RAY_MESSAGE = """The actor died unexpectedly before finishing this task.
 \tclass_name: RayTrainWorker
@@ -100,7 +105,7 @@ def test_repeated_reports_of_a_failure_are_recorded_once(tmp_path, monkeypatch):
     """Ray Train reports the same failure at every poll while nodes are preempted."""
     run, clock = RunDir(tmp_path), iter([100.0, 102.0, 104.0, 105.0, 200.0])
     monkeypatch.setattr(worker_failures.time, "monotonic", lambda: next(clock))
-    callback = WorkerFailureCallback(run)
+    callback = WorkerFailureCallback(run, AttemptId(1))
     for failures in (
         {1: NOT_FINITE},
         {1: NOT_FINITE},
@@ -116,7 +121,7 @@ def test_repeated_reports_of_a_failure_are_recorded_once(tmp_path, monkeypatch):
 def test_equal_failure_of_a_new_worker_group_is_recorded(tmp_path, kind):
     """A single worker always has rank 0, and it may fail at once when it is restarted."""
     run = RunDir(tmp_path)
-    callback = WorkerFailureCallback(run)
+    callback = WorkerFailureCallback(run, AttemptId(1))
     for step in (1, 2):
         callback.after_exception(None, {0: JobError("training", f"it failed at step {step}", "lower train.lr")})
         callback.after_exception(None, {0: NOT_FINITE})
@@ -128,7 +133,7 @@ def test_equal_failure_of_a_new_worker_group_is_recorded(tmp_path, kind):
 def test_storage_failure_does_not_prevent_a_restart(tmp_path, capsys):
     run = RunDir(tmp_path)
     run.events_file.mkdir()  # a folder cannot be read as a file
-    WorkerFailureCallback(run).after_exception(None, {0: ValueError("shape")})
+    WorkerFailureCallback(run, AttemptId(1)).after_exception(None, {0: ValueError("shape")})
     message = f"rank 0 failed (ValueError: shape), but the event cannot be recorded: file {run.events_file}: it is no"
     assert message in capsys.readouterr().out
 
@@ -137,9 +142,27 @@ def test_secrets_are_not_recorded(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "token-of-the-hub")
     monkeypatch.setattr(worker_failures, "_last_lines", lambda worker: ["401 for token-of-the-hub", "ok"])
     run = RunDir(tmp_path)
-    WorkerFailureCallback(run).after_exception(None, {0: ValueError("s3://me:password@bucket is refused")})
+    WorkerFailureCallback(run, AttemptId(1)).after_exception(
+        None, {0: ValueError("s3://me:password@bucket is refused")}
+    )
     [event] = events.read(run)
     assert (event["reason"], event["lines"]) == ("ValueError: s3://***@bucket is refused", ["401 for ***", "ok"])
     add_attempt(run, Attempt("job-1", "http://127.0.0.1:1", local=True))
-    _record_end(run, 1, "failed", "it needs token-of-the-hub")
+    _record_end(run, AttemptId(1), "failed", "it needs token-of-the-hub")
     assert events.read(run)[-1]["reason"] == "it needs ***"
+
+
+def test_job_of_an_older_attempt_writes_nothing(tmp_path):
+    run = create_run(tiny_spec(tmp_path))
+    for job in ("a", "b"):
+        add_attempt(run, Attempt(job, "http://x", local=True))
+    files = sorted(run.path.rglob("*"))
+    request = TrainRequest(path=str(run.path), attempt=1)
+    command = [sys.executable, "-m", request.module]
+    process = subprocess.run(command, env={**os.environ, **request.environment}, capture_output=True, text=True)
+    assert process.returncode == RunError.exit_code
+    assert process.stdout == f"error 7: run {run.id}: it was resumed elsewhere; leave it to the newer job\n"
+    assert sorted(run.path.rglob("*")) == files
+    _record_end(run, AttemptId(1), "failed", "it was killed")
+    WorkerFailureCallback(run, AttemptId(1)).after_exception(None, {0: ValueError("shape")})
+    assert events.read(run) == []

@@ -35,7 +35,7 @@ from mhmoe_ray.checkpoint.tokenizer import run_tokenizer
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer, token_count
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.runs.directory import CHAT_TEMPLATE, RunDir
-from mhmoe_ray.storage import Location, replace_file, write_json
+from mhmoe_ray.storage import Location, make_folder, replace_file, sync, write_json
 
 CODE_FILES = tuple(Path(__file__).with_name(name) for name in ("configuration_mhmoe.py", "modeling_mhmoe.py"))
 """Code of MH-MoE models, which transformers lacks; an export of such a model contains copies."""
@@ -62,10 +62,11 @@ def export(checkpoint: Location, manifest: CheckpointManifest, target: Path) -> 
     try:
         if target.exists() and any(target.iterdir()):
             raise CheckpointError(subject, "it is not empty", "name a folder that does not exist yet")
-        staging.mkdir(parents=True)
+        make_folder(staging)
         try:
             result = _write_folder(staging, checkpoint, manifest, tokenizer)
             staging.rename(target)
+            sync(target.absolute().parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except OSError as e:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mhmoe_ray.checkpoint.format import DTYPES
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.parsing import ParseError, parse_object
-from mhmoe_ray.storage import is_special, read_file
+from mhmoe_ray.storage import is_special, read_file, sync
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -147,7 +147,9 @@ def write_files(folder: Path, groups: Iterable[dict[str, Tensor]], count: int) -
             # A full disk raises this error of safetensors instead of an OSError.
             raise OSError(str(e)) from e
         (folder / file).chmod(mode)
+        sync(folder / file)
         weight_map |= dict.fromkeys(tensors, file)
         # Without `del` this group would stay in memory while the next one is produced.
         del tensors
+    sync(folder)
     return weight_map

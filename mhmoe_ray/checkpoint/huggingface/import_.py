@@ -27,7 +27,7 @@ from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import CHAT_TEMPLATE, RunDir, create_empty_run, mark_imported
 from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.spec.run import NAME, NAME_LENGTH
-from mhmoe_ray.storage import Location, describe_file, location, replace_file
+from mhmoe_ray.storage import Location, describe_file, location, make_folder, replace_file
 
 
 def import_folder(
@@ -58,9 +58,9 @@ def import_folder(
         try:
             replace_file(run.tokenizer_file, imported_tokenizer.content)
             if template:
-                (folder / CHAT_TEMPLATE).write_text(template)
+                replace_file(folder / CHAT_TEMPLATE, template.encode())
             checkpoint = folder / "checkpoints" / checkpoint_name(0, 0)
-            (checkpoint / "weights").mkdir(parents=True)
+            make_folder(checkpoint / "weights")
             write_files(checkpoint / "weights", groups, 1 + config.model.layers)
             commit(checkpoint, _manifest(run, checkpoint, config, imported_tokenizer))
             origin_fields = {"source": origin or str(source.absolute()), "model_type": model_type}

@@ -58,7 +58,7 @@ from mhmoe_ray.data.sources.find import fingerprints
 from mhmoe_ray.data.tokenizer import boundaries, chat_texts, load_tokenizer, store_given_tokenizer, train_tokenizer
 from mhmoe_ray.errors import DataError, MhmoeError, StorageError, task_error
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.storage import describe_file, replace_file, write_json
+from mhmoe_ray.storage import create_file, describe_file, replace_file, write_json
 
 CPUS_PER_READER = 8
 """CPUs for each reader of files: one core reads at least as fast as this many tokenise. Readers and tokenising tasks
@@ -230,7 +230,7 @@ class _Preparation:
         else:
             train = ray.remote(train_tokenizer).options(num_cpus=1)
             tokenizer: Tokenizer = ray.get(train.remote(self._files, self._data_spec, vocab_size))
-            tokenizer.save(str(path))
+            replace_file(path, tokenizer.to_str(pretty=True).encode())
         return load_tokenizer(path, vocab_size)
 
     def _check_chat(self, tokenizer: Tokenizer) -> tuple[ChatTemplate, ChatData] | tuple[None, None]:
@@ -306,7 +306,7 @@ class _Preparation:
         self._log(f"{report.documents:,} documents{tokens_text}")
         # Tasks end in any order. Sorting the parts makes the result independent of that order.
         parts.sort(key=lambda part: (part.file, part.chunk))
-        with (self._staging.result_path / QUARANTINE_FILE).open("wb") as out:
+        with create_file(self._staging.result_path / QUARANTINE_FILE) as out:
             for file, number in sorted(quarantined):
                 out.write(quarantine_file(quarantine, file, number).read_bytes())
         return parts, tallies

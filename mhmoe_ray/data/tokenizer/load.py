@@ -15,7 +15,7 @@ from mhmoe_ray.data.tokenizer.vocabulary import (
 )
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec
-from mhmoe_ray.storage import Location
+from mhmoe_ray.storage import Location, replace_file
 
 
 def load_tokenizer(path: Location, vocab_size: int) -> Tokenizer:
@@ -67,12 +67,12 @@ def store_given_tokenizer(spec: DataSpec, vocab_size: int, target: Path) -> None
     tokenizer = read_given_tokenizer(path, pattern)
     check_tokenizer(tokenizer, path, vocab_size)
     if is_tiktoken(content := path.read_bytes()):
-        tokenizer.save(str(target))
+        replace_file(target, tokenizer.to_str(pretty=True).encode())
         return
     if pattern is not None:
         reason = "a tokenizer.json has its own pattern, so data.tokenizer_pattern would be ignored"
         raise DataError(f"tokenizer {path}", reason, "remove that key")
-    target.write_bytes(content)
+    replace_file(target, content)
 
 
 def check_tokenizer(tokenizer: Tokenizer, path: Location, vocab_size: int) -> None:
