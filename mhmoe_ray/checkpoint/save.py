@@ -318,7 +318,7 @@ class Saver:
         # saving must not count as failed.
         try:
             removable_checkpoints = self._retention.removable_checkpoints(step, val_loss) if self._retention else []
-        except OSError as e:
+        except (OSError, StorageError) as e:
             print(
                 f"warning: old checkpoints of {self._run.path} are kept, because the run directory cannot be read: {e}"
             )

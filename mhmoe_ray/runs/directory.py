@@ -179,10 +179,12 @@ class RunDir:
             raise self.damage_error(e, name) from e
 
     def damage_error(self, error: Exception, name: str = "run.json") -> RunError:
-        """Return the error about a file that cannot be read, or whose content is not that of a run."""
-        cause = error.strerror if isinstance(error, OSError) else "it is damaged, or written by another program"
+        """Return the error about a file whose content is not that of a run, or a StorageError if it cannot be read."""
+        is_unread = isinstance(error, OSError)
+        cause = error.strerror if is_unread else "it is damaged, or written by another program"
         reason = f"its {name} cannot be read ({cause})"
-        return RunError(f"run {self.id}", reason, f"repair that file, or remove the folder {self.path}")
+        error_type = StorageError if is_unread else RunError
+        return error_type(f"run {self.id}", reason, f"repair that file, or remove the folder {self.path}")
 
 
 def create_run(spec: RunSpec) -> RunDir:

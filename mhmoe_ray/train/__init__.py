@@ -6,6 +6,7 @@
     resilience.py        Ray Train policies of a run: retries after failures, and the number of workers
     preemption.py        preemption of a node: the notice, and the error that ends the worker group
     worker.py            one rank: restore, train, validate, save
+    rendezvous.py        store at rank 0 by which the ranks learn each other's addresses
     malloc.py            settings of malloc for a worker on CPUs
     step.py              one optimizer step of M micro-batches
     objectives/          training objectives: the model's input from a micro-batch, the losses, and validation

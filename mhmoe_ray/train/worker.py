@@ -290,7 +290,7 @@ class Worker:
         try:
             self._require_newest_attempt()
             return self.run.stop_file.exists()
-        except OSError as e:
+        except (OSError, StorageError) as e:
             # An error here would restart all ranks, but the storage may be back at the next check.
             LOGGER.warning("the run directory cannot be read, and is checked again: %s", e)
             return False

@@ -151,7 +151,7 @@ def test_unreadable_history_removes_no_checkpoint(tmp_path, capfd):
             2: ["step_00000001.1", "step_00000002.1"],
             3: ["step_00000003.1"],
         }[step]
-    assert "cannot be read: [Errno 21] Is a directory" in capfd.readouterr().out
+    assert f"cannot be read: file {run.metrics_file}: it is no regular file" in capfd.readouterr().out
 
 
 def save_after_one_step(spec, path):

@@ -5,6 +5,7 @@ import torch
 from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.train.telemetry import Telemetry, WaitShares, sinks
+from tests.support.events import LINE
 from tests.support.specs import tiny_spec
 
 
@@ -34,7 +35,7 @@ def test_trackers_get_the_lines_and_the_end_of_a_run_from_rank_0(tmp_path, monke
     for rank in (1, 0):
         telemetry = open_telemetry(tmp_path, rank)
         for step in (1, 2):
-            line = {metrics.STEP: step, metrics.TIME: 0.0, metrics.LOSS: 1.0, metrics.TOKENS: 8}
+            line = {**LINE, metrics.STEP: step}
             telemetry.report(line, torch.ones(1, 4), WaitShares(0.0, 0.0))
         telemetry.flush()
         telemetry.close("KILLED")
