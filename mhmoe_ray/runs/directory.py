@@ -180,10 +180,9 @@ class RunDir:
 
     def damage_error(self, error: Exception, name: str = "run.json") -> RunError:
         """Return the error about a file whose content is not that of a run, or a StorageError if it cannot be read."""
-        is_unread = isinstance(error, OSError)
-        cause = error.strerror if is_unread else "it is damaged, or written by another program"
+        cause = error.strerror if isinstance(error, OSError) else "it is damaged, or written by another program"
         reason = f"its {name} cannot be read ({cause})"
-        error_type = StorageError if is_unread else RunError
+        error_type = StorageError if isinstance(error, OSError) else RunError
         return error_type(f"run {self.id}", reason, f"repair that file, or remove the folder {self.path}")
 
 

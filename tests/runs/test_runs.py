@@ -88,6 +88,15 @@ def test_damaged_run_json_hides_no_other_run(tmp_path, capsys, content):
         assert str(raised.value).startswith(message)
 
 
+def test_unreadable_attempts_are_an_outage_of_the_storage(run):
+    """Training goes on after an outage, and ends if a newer attempt is the reason of an error."""
+    add_attempt(run, Attempt("a", "http://x", local=True))
+    run.attempts_file.unlink()
+    run.attempts_file.mkdir()
+    with pytest.raises(StorageError, match=r"its run\.json cannot be read"):
+        read_attempts(run)
+
+
 def test_run_removed_while_listing_is_left_out(tmp_path, capsys, monkeypatch):
     kept_run, removed_run = (create_run(tiny_spec(tmp_path)) for _ in range(2))
     for r in (kept_run, removed_run):
