@@ -40,6 +40,10 @@ DASHBOARD_WAIT_SECONDS = 60.0
 would take the files from its replicas."""
 
 
+class RunningError(RunError):
+    """An error about a run that is still running."""
+
+
 def run_argument(run: RunDir) -> str:
     """Return how users name a run in a command: by its id in the default storage folder, else by its path."""
     storage_folder = location(default_storage()).absolute()
@@ -123,7 +127,7 @@ def final_outcome(
             continue
         if run_outcome is None:
             fix = f"see `mhmoe status {run_argument(run)}`, or end it first: mhmoe stop {run_argument(run)}"
-            raise RunError(f"run {run.id}", "it is still running", fix)
+            raise RunningError(f"run {run.id}", "it is still running", fix)
         return run_outcome
 
 

@@ -197,6 +197,8 @@ def _answer_prompt(
     from mhmoe_ray.errors import ServeError
     from mhmoe_ray.runs.directory import find_run
 
+    if prompt is None and sys.stdin.isatty():
+        print_note("type the prompt, and end it with Ctrl-D")
     try:
         text = sys.stdin.read() if prompt is None else prompt
         # This call raises an error for an argument that is not UTF-8: Python decodes its bytes to lone surrogates,
@@ -209,6 +211,8 @@ def _answer_prompt(
     # This call raises an error if there is no GPU, before the checkpoint is loaded, which may take long.
     if gpus:
         _require_gpu()
+    if sys.stderr.isatty():
+        print_note(f"loading {path.name} of {run_dir.id}")
     pieces = []
     with LoadedModel(checkpoint_source(path, manifest), "cuda" if gpus else "cpu", os.cpu_count()) as model:
         for piece in model.stream(text, **sampling.model_dump()):

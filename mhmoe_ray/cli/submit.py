@@ -24,7 +24,8 @@ def submit(
         bool,
         typer.Option(
             "--continue",
-            help="Resume the newest run of this spec if it is unfinished, on the cluster that a new run would go to.",
+            help="Resume the newest run of this spec if it is unfinished, on the cluster that a new run would go to. "
+            "If it runs, follow it.",
         ),
     ] = False,
     dry_run: Annotated[
@@ -59,9 +60,11 @@ def submit(
         for line in placement_remarks(placement):
             print_note(line)
         return
-    run = _unfinished_run(resolved) if continue_ else None
+    run, is_running = _unfinished_run(resolved) if continue_ else (None, False)
     is_resumed = run is not None
-    if run:
+    if run and is_running:
+        note.print(f"run {run.id} is running")
+    elif run:
         note.print(f"resuming run {run.id}")
         start_run(resolved, address, print_note, ended_run=run)
     else:
@@ -80,22 +83,24 @@ def submit(
         follow_run(run, from_now=is_resumed, for_ever=continue_ and not last_attempt(run).local)
 
 
-def _unfinished_run(spec: "RunSpec") -> "RunDir | None":
-    """Return the newest run of this spec if it is unfinished; a RunError says that it may run or differs."""
-    from mhmoe_ray.api.attempts import final_outcome
+def _unfinished_run(spec: "RunSpec") -> "tuple[RunDir | None, bool]":
+    """Return the newest run of this spec if it is unfinished, and whether it runs; a RunError says that it differs."""
+    from mhmoe_ray.api.attempts import RunningError, final_outcome
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs.directory import list_runs
 
     runs = [run for run in list_runs(spec.storage) if run.name == spec.name and not run.is_imported]
     if not runs:
-        return None
-    newest_run = runs[-1]
-    outcome = final_outcome(newest_run, is_patient=True, on_note=print_note)
-    if outcome.state == "finished":
-        return None
+        return None, False
+    newest_run, is_running = runs[-1], False
+    try:
+        if final_outcome(newest_run, is_patient=True, on_note=print_note).state == "finished":
+            return None, False
+    except RunningError:
+        is_running = True
     if changed_keys := spec.changed_keys(newest_run.spec()):
         reason = f"it is unfinished, and its spec differs in {', '.join(changed_keys)}"
         raise RunError(
             f"run {newest_run.id}", reason, "submit without --continue to start a new run, or give its own spec"
         )
-    return newest_run
+    return newest_run, is_running

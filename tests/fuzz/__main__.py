@@ -14,7 +14,7 @@ from tests.fuzz.kinds import KINDS, make_project
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=", ".join(KINDS))
-    parser.add_argument("--mutants", type=int, default=200)
+    parser.add_argument("--mutants", type=int, default=200, help="of each kind; fewer of those that take long")
     parser.add_argument("--first", type=int, default=0, help="seed of the first mutant; -1 chooses it at random")
     parser.add_argument("--show", type=int, default=1500)
     options = parser.parse_args()
@@ -27,7 +27,8 @@ def main() -> None:
         workspace.mkdir()
         make_project(project)
         for name in options.kinds or KINDS:
-            figures = fuzz(KINDS[name], project, workspace, range(first_seed, first_seed + options.mutants))
+            seeds = range(first_seed, first_seed + options.mutants // KINDS[name].rarity)
+            figures = fuzz(KINDS[name], project, workspace, seeds)
             print(
                 f"{name}: {figures.refused_count} of {figures.mutants} refused, "
                 f"{figures.longest_seconds:.2f} s and {figures.largest_growth / 1e6:.0f} MB at most, "

@@ -34,6 +34,8 @@ class Kind(NamedTuple):
     """Glob patterns of the files that are damaged."""
     read: Callable[[Path], int]
     """Function that reads the project folder, and returns an exit code; an `MhmoeError` counts as its exit code."""
+    rarity: int = 1
+    """Number by which the number of mutants is divided, because each takes long."""
 
 
 class Finding(NamedTuple):

@@ -146,14 +146,14 @@ def _read_prepared(folder: Path) -> int:
 KINDS: dict[str, Kind] = {
     "specs": Kind(("*.yaml",), _read_spec),
     "run files": Kind((f"runs/{RUN}/*.json", f"runs/{RUN}/*.jsonl", f"runs/{RUN}/*.yaml"), _read_run),
-    "reports": Kind((f"runs/{RUN}/*.jsonl",), _command("report", f"runs/{RUN}", "--to", "report")),
+    "reports": Kind((f"runs/{RUN}/*.jsonl",), _command("report", f"runs/{RUN}", "--to", "report"), 20),
     "checkpoint manifests": Kind(
         (f"runs/{RUN}/checkpoints/*/manifest.json",), _command("ckpt", "inspect", f"runs/{RUN}")
     ),
     "weights": Kind((f"runs/{RUN}/checkpoints/*/*/*",), _command("ckpt", "verify", f"runs/{RUN}")),
     "configs": Kind(("exported/*.json",), _command("ckpt", "import", "exported")),
     "imported weights": Kind(("exported/*.safetensors",), _command("ckpt", "import", "exported")),
-    "templates": Kind(("exported/*.jinja",), _command("ckpt", "import", "exported")),
+    "templates": Kind(("exported/*.jinja",), _command("ckpt", "import", "exported"), 4),
     "prepared data": Kind(("prepared/*.json",), _read_prepared),
     "jsonl": Kind(("data/jsonl/*",), _source("jsonl")),
     "gzip": Kind(("data/packed/*",), _source("packed")),

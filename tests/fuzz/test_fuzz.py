@@ -6,7 +6,7 @@ import sys
 import pytest
 
 MUTANTS = 200
-"""Number of mutants of each kind; `make explore` tries more, with new seeds."""
+"""Number of mutants of each kind, fewer of those that take long; `make explore` tries more, with new seeds."""
 
 
 @pytest.mark.long
