@@ -28,6 +28,7 @@ from mhmoe_ray.errors import MhmoeError
 from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run, list_runs, read_attempts
 from mhmoe_ray.storage import remove_tree, write_json
+from tests.support.events import append_line, record
 from tests.support.failpoints import Failpoint, failing_operation
 from tests.support.forked import FORKED
 from tests.support.runs import new_run
@@ -53,14 +54,14 @@ def train(folder: Path) -> None:
         restore(trainer, newest.checkpoint, newest.manifest)
     group = 1 + sum(event["event"] == "started" for event in events.read(run))
     saver = Saver(run, trainer, group)
-    events.record(run, "started", group=group)
+    record(run, "started", group=group)
     while trainer.step < spec.train.steps:
         batches = jobs.rank_batches(spec, trainer.step, trainer)
         digest = hashlib.sha256(b"".join(batch.token_BT.numpy().tobytes() for batch in batches)).hexdigest()
         sums = trainer.accumulate(batches)
         norm = trainer.update(sums).norm
-        line = {metrics.STEP: trainer.step, metrics.GROUP: group, metrics.LOSS: sums.loss, metrics.GRAD_NORM: norm}
-        history.append(run, line | {metrics.TOKENS: trainer.tokens, metrics.STREAM: digest})
+        line = {metrics.GROUP: group, metrics.LOSS: sums.loss, metrics.GRAD_NORM: norm}
+        append_line(run, trainer.step, **line, **{metrics.TOKENS: trainer.tokens, metrics.STREAM: digest})
         if trainer.step % CHECKPOINT_STEPS == 0:
             saver.save(trainer.zero_counts())
     saver.wait()

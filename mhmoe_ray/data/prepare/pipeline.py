@@ -306,6 +306,8 @@ class _Preparation:
         self._log(f"{report.documents:,} documents{tokens_text}")
         # Tasks end in any order. Sorting the parts makes the result independent of that order.
         parts.sort(key=lambda part: (part.file, part.chunk))
+        # An earlier call may have written this file.
+        (self._staging.result_path / QUARANTINE_FILE).unlink(missing_ok=True)
         with create_file(self._staging.result_path / QUARANTINE_FILE) as out:
             for file, number in sorted(quarantined):
                 out.write(quarantine_file(quarantine, file, number).read_bytes())

@@ -256,14 +256,16 @@ _DICTIONARY_PAGE = re.compile(rb"\x15\x04\x15([\x80-\xff]{0,4}[\x00-\x7f])")
 
 
 def rows_per_batch(
-    stream: pa.NativeFile, group: pq.RowGroupMetaData, columns: Collection[str], most_rows: int = ROWS_PER_BATCH
+    table: pq.ParquetFile, stream: pa.NativeFile, index: int, columns: Collection[str], most_rows: int = ROWS_PER_BATCH
 ) -> int:
     """Return the number of rows of a row group to decode at a time, so that a batch has a bounded size.
 
     A dictionary stores a value once for many rows, so a row may be as large as the dictionary. Columns that unpack to
     far more than their size in the file are a ValueError.
     """
-    row_bytes = 0
+    # If a column's metadata is damaged, this raises an error, while `column` below would end the process.
+    next(table.iter_batches(1, [index], list(columns), use_threads=False), None)
+    row_bytes, group = 0, table.metadata.row_group(index)
     for chunk in map(group.column, range(group.num_columns)):
         if chunk.path_in_schema in columns or chunk.path_in_schema.partition(".")[0] in columns:
             offsets = (chunk.dictionary_page_offset, chunk.data_page_offset)
@@ -325,7 +327,7 @@ def read_row_groups(
                 # Small batches would decode a dictionary again and again. Other batches are small, because images could
                 # take gigabytes.
                 try:
-                    batch_rows = rows_per_batch(stream, table.metadata.row_group(group), columns)
+                    batch_rows = rows_per_batch(table, stream, group, columns)
                     if in_dictionary:
                         batch_rows = _ROWS_PER_DICTIONARY_BATCH
                     for batch in table.iter_batches(batch_rows, [group], columns, use_threads=False):

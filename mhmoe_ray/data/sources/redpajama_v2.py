@@ -252,7 +252,7 @@ def _read_table(storage: Storage, path: str, id_column: str, column: str) -> Ite
             # Each row group is read separately. A batch over two groups would be lost as a whole if the second group is
             # damaged.
             groups = range(table.num_row_groups)
-            group_rows = (rows_per_batch(stream, table.metadata.row_group(g), columns, 4096) for g in groups)
+            group_rows = (rows_per_batch(table, stream, g, columns, 4096) for g in groups)
             batches = (table.iter_batches(rows, [g], columns, use_threads=False) for g, rows in enumerate(group_rows))
             for batch in chain.from_iterable(batches):
                 for name in columns:

@@ -16,7 +16,7 @@ from pyarrow import fs
 
 from mhmoe_ray.data.sources.items import DamageError, RawFile, Tally
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.storage import STORES, object_store, unknown_scheme
+from mhmoe_ray.storage import STORES, is_special, object_store, unknown_scheme
 
 CHUNK_BYTES = 1 << 20
 # On an object store each read is a request with a latency, so reads are larger than from local files.
@@ -150,12 +150,19 @@ class Storage:
 
     def open(self, path: str) -> pa.NativeFile:
         """Open a file for reading from its start, without decompression; a failure is an OSError."""
-        return self._fs.open_input_stream(path.removeprefix(self._prefix), compression=None)
+        return self._fs.open_input_stream(self._regular_file(path), compression=None)
 
     def open_seekable(self, path: str) -> pa.NativeFile:
         """Open a file for reading at any offset; a failure is an OSError."""
         # The file is not memory-mapped: a mapped file that shrinks would crash the process.
-        return self._fs.open_input_file(path.removeprefix(self._prefix))
+        return self._fs.open_input_file(self._regular_file(path))
+
+    def _regular_file(self, path: str) -> str:
+        """Return a path in the file system; a local pipe, which would never end, is an OSError."""
+        path = path.removeprefix(self._prefix)
+        if isinstance(self._fs, fs.LocalFileSystem) and is_special(Path(path)):
+            raise OSError(errno.EINVAL, "it is no regular file", path)
+        return path
 
     @property
     def _chunk_bytes(self) -> int:
