@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from mhmoe_ray.errors import RunError, SpecError, StorageError
-from mhmoe_ray.parsing import ParseError, parse_object
+from mhmoe_ray.parsing import ParseError, Time, parse_object
 from mhmoe_ray.spec import RunSpec, dump_spec, load_resolved_spec
 from mhmoe_ray.storage import (
     Location,
@@ -165,8 +165,9 @@ class RunDir:
         """Return the time of the first attempt or the import, in seconds since the epoch; RunError without one."""
         try:
             state = self.stored_state()
-            return float(state["imported"] if "imported" in state else state["attempts"][0]["submitted"])
-        except (ValueError, LookupError, TypeError, OverflowError, FileNotFoundError) as e:
+            seconds = state["imported"] if "imported" in state else state["attempts"][0]["submitted"]
+            return _TIME.validate_python(seconds)
+        except (ValueError, LookupError, TypeError, FileNotFoundError) as e:
             raise self.damage_error(e) from e
 
     def stored_state(self, name: str = "run.json") -> dict[str, Any]:
@@ -283,7 +284,7 @@ class Attempt:
     """URL of the cluster's dashboard."""
     local: bool
     """True for the local cluster, which this package starts on the machine of the user's command."""
-    submitted: float = field(default_factory=time.time)
+    submitted: Time = field(default_factory=time.time)
     """Time in seconds since the epoch."""
     token: str = ""
     """Random text; on an object store, two attempts may have the same number. Older runs have none."""
@@ -297,6 +298,7 @@ class AttemptId(NamedTuple):
 
 
 _ATTEMPTS = TypeAdapter(list[Attempt])
+_TIME: TypeAdapter[float] = TypeAdapter(Time)
 
 
 def read_attempts(run: RunDir) -> list[Attempt]:

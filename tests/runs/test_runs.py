@@ -65,7 +65,17 @@ def test_find_run_takes_id_prefix_or_path(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"{", b"\xff", b"[]", b"3", b'{"id": "x"}', b'{"attempts": []}', b'{"attempts": [{}]}', b'{"imported": "today"}'],
+    [
+        b"{",
+        b"\xff",
+        b"[]",
+        b"3",
+        b'{"id": "x"}',
+        b'{"attempts": []}',
+        b'{"attempts": [{}]}',
+        b'{"imported": "today"}',
+        b'{"imported": 1e30}',
+    ],
 )
 def test_damaged_run_json_hides_no_other_run(tmp_path, capsys, content):
     storage = tiny_spec(tmp_path).storage
