@@ -20,6 +20,7 @@ from mhmoe_ray.train.worker import combine_digests
 from tests.cli.run import mhmoe
 from tests.data.texts import make_documents, write_documents
 from tests.faults import harness
+from tests.support.events import LINE
 from tests.support.ranks import run_ranks
 
 
@@ -82,6 +83,6 @@ def train(run: RunDir, stored: np.ndarray, token_bytes: int) -> None:
             metrics.LR: update.lr,
         }
         if mesh.rank == 0:
-            history.append(run, line)
+            history.append(run, {**LINE, **line})
     saver.save(trainer.zero_counts())
     saver.wait()

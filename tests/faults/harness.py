@@ -94,6 +94,15 @@ def assert_equals_undisturbed_run(run: RunDir, reference: RunDir) -> None:
     assert actual.files == expected.files  # `files` has the size and hash of each file
 
 
+def assert_same_files(folder: Path, expected_folder: Path) -> None:
+    """Assert that two folders have the same files, with equal contents."""
+    contents, expected_contents = (
+        {p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (folder, expected_folder)
+    )
+    assert contents.keys() == expected_contents.keys()
+    assert [name for name, content in contents.items() if content != expected_contents[name]] == []
+
+
 def driver_of(run: RunDir) -> int:
     """Return the process id of the job that drives the run, or 0 if no such job runs on this machine."""
     for cmdline_file in Path("/proc").glob("[0-9]*/cmdline"):

@@ -5,6 +5,8 @@ A fault "changes nothing" if the run equals an undisturbed one in all bits.
 
 import os
 import signal
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -16,8 +18,9 @@ from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.local import find_local, start_local
 from mhmoe_ray.cluster.spawn import is_ray_of, process_tree
 from mhmoe_ray.runs import history
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.train import malloc
-from tests.cli.run import assert_one_line, mhmoe
+from tests.cli.run import assert_one_line, command, mhmoe
 from tests.faults import harness
 from tests.support.watch import events_of_kind, run_has_ended, start_events, step_of, wait_for_end, wait_until
 
@@ -138,6 +141,29 @@ def test_a_controller_that_dies_ends_its_job_and_releases_its_resources(project,
     wait_until(lambda: not any(map(psutil.pid_exists, ranks)), "the workers' end")
     wait_until(lambda: placement_group_count() == 0, "the end of their placement group")
     assert mhmoe(project, "resume", run.id).code == 0
+    harness.assert_equals_undisturbed_run(run, reference)
+
+
+def submit_and_kill(project: Path, condition: Callable[[RunDir], bool]) -> RunDir:
+    """Start `mhmoe submit`, which follows its run, kill it as soon as the run fits `condition`, and return the run."""
+    old_paths = set((project / "runs").glob("*"))
+    submitting = subprocess.Popen(command("submit", "spec.yaml"), cwd=project, stdout=subprocess.DEVNULL)
+    try:
+        [path] = wait_until(lambda: set((project / "runs").glob("*")) - old_paths, "the run's folder")
+        wait_until(lambda: condition(RunDir(path)), "the moment of the kill")
+    finally:
+        submitting.kill()
+        submitting.wait()
+    return RunDir(path)
+
+
+@pytest.mark.slow
+def test_a_run_outlives_the_command_that_submitted_it(project, reference):
+    harness.write_random_spec(project, train={"steps": 120})
+    run = submit_and_kill(project, lambda run: step_of(run) >= 5)
+    assert harness.outcome(project, run) == "running"
+    wait_for_end(run)
+    assert harness.outcome(project, run) == "finished"
     harness.assert_equals_undisturbed_run(run, reference)
 
 
