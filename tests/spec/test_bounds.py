@@ -20,7 +20,7 @@ from mhmoe_ray.spec.load import apply_overrides, read_tree
 
 JOBS = Path(__file__).parents[2] / "jobs"
 HUGE_NUMBER = 10**12
-MAX_SECONDS = 10
+MAX_SECONDS = 60
 BOUNDED_KEYS = {
     *ModelSpec.model_fields,
     *MoESpec.model_fields,
