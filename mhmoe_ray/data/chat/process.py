@@ -6,10 +6,8 @@ cannot interrupt.
 
 import os
 import pickle
-import resource
 import signal
 import sys
-from contextlib import suppress
 from functools import lru_cache
 from subprocess import PIPE, Popen
 from threading import Lock
@@ -33,7 +31,7 @@ _lock = Lock()
 
 @lru_cache(maxsize=1)
 def _start_process() -> tuple[Popen[bytes], IO[bytes], IO[bytes]]:
-    command = [sys.executable, "-c", f"from {__name__} import answer_requests; answer_requests()"]
+    command = [sys.executable, "-c", f"from {__package__}.template import answer_requests; answer_requests()"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     process = Popen(command, env=environment, stdin=PIPE, stdout=PIPE, start_new_session=True)
     assert process.stdin is not None
@@ -60,28 +58,3 @@ def run_limited(arguments: tuple[Any, ...], method: str, messages: Any) -> Any:
     if isinstance(reply, ChatTemplateError):
         raise reply
     return reply
-
-
-def answer_requests() -> None:
-    """Answer the requests in standard input until it ends."""
-    from mhmoe_ray.data.chat.template import ChatTemplate
-
-    # macOS has no limit of the address space.
-    if sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
-    template = lru_cache(maxsize=8)(ChatTemplate)
-    with suppress(EOFError, BrokenPipeError):
-        while True:
-            arguments, method, messages = pickle.load(sys.stdin.buffer)
-            # The default action of SIGPROF ends the process, even amid a computation in C.
-            signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS * (1 + len(messages) // 100))
-            try:
-                reply = pickle.dumps(getattr(template(*arguments, is_trusted=True), method)(messages))
-                if len(reply) > MAX_TEXT_BYTES + MAX_GROWTH * len(pickle.dumps(messages)):
-                    raise ChatTemplateError(f"it renders {len(messages)} messages as {len(reply):,} bytes")
-            except ChatTemplateError as e:
-                reply = pickle.dumps(e)
-            except MemoryError:
-                reply = pickle.dumps(ChatTemplateError(f"it takes more than {MAX_BYTES >> 20} MB"))
-            sys.stdout.buffer.write(reply)
-            sys.stdout.buffer.flush()

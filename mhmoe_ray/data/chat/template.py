@@ -4,11 +4,16 @@ They have the functions, filters and blocks of Hugging Face's tokenizers.
 """
 
 import json
+import pickle
 import re
+import resource
 import secrets
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime
-from functools import cached_property, wraps
+from functools import cached_property, lru_cache, wraps
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
@@ -18,7 +23,14 @@ from jinja2.nodes import Name, Output, Scope
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mhmoe_ray.data.chat.process import ChatTemplateError, run_limited
+from mhmoe_ray.data.chat.process import (
+    MAX_BYTES,
+    MAX_GROWTH,
+    MAX_SECONDS,
+    MAX_TEXT_BYTES,
+    ChatTemplateError,
+    run_limited,
+)
 from mhmoe_ray.errors import DataError
 
 # The process of a template starts quickly because it does not import this.
@@ -311,3 +323,26 @@ def _to_json(
 ) -> str:
     # Jinja's own `tojson` escapes HTML characters and sorts keys, which would change prompts.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def answer_requests() -> None:
+    """Answer the requests of `run_limited` in standard input until it ends, in the process that it starts."""
+    # macOS has no limit of the address space.
+    if sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+    template = lru_cache(maxsize=8)(ChatTemplate)
+    with suppress(EOFError, BrokenPipeError):
+        while True:
+            arguments, method, messages = pickle.load(sys.stdin.buffer)
+            # The default action of SIGPROF ends the process, even amid a computation in C.
+            signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS * (1 + len(messages) // 100))
+            try:
+                reply = pickle.dumps(getattr(template(*arguments, is_trusted=True), method)(messages))
+                if len(reply) > MAX_TEXT_BYTES + MAX_GROWTH * len(pickle.dumps(messages)):
+                    raise ChatTemplateError(f"it renders {len(messages)} messages as {len(reply):,} bytes")
+            except ChatTemplateError as e:
+                reply = pickle.dumps(e)
+            except MemoryError:
+                reply = pickle.dumps(ChatTemplateError(f"it takes more than {MAX_BYTES >> 20} MB"))
+            sys.stdout.buffer.write(reply)
+            sys.stdout.buffer.flush()
