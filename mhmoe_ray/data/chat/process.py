@@ -4,6 +4,7 @@ Jinja's sandbox protects files, but one expression can still take all memory or 
 cannot interrupt.
 """
 
+import atexit
 import os
 import pickle
 import signal
@@ -37,6 +38,12 @@ def _start_process() -> tuple[Popen[bytes], IO[bytes], IO[bytes]]:
     assert process.stdin is not None
     assert process.stdout is not None
     return process, process.stdin, process.stdout
+
+
+@atexit.register
+def _end_process() -> None:
+    if _start_process.cache_info().currsize:
+        _start_process()[0].communicate()
 
 
 def run_limited(arguments: tuple[Any, ...], method: str, messages: Any) -> Any:
