@@ -168,6 +168,24 @@ def test_a_run_outlives_the_command_that_submitted_it(project, reference):
 
 
 @pytest.mark.slow
+def test_a_submit_that_is_killed_midway_leaves_a_run_whose_status_is_told(project, reference):
+    """The command is killed when the run's folder exists, before or after its job is submitted."""
+    harness.write_random_spec(project, train={"steps": 120})
+    run = submit_and_kill(project, lambda run: run.spec_file.exists())
+    status = mhmoe(project, "status", str(run.path))
+    if status.code:
+        assert_one_line(status, 7, run.id)
+    else:
+        # If the cluster never gets the job, nobody records an end, and the status follows from the cluster's answer.
+        states = ("finished", "failed")
+        wait_until(lambda: harness.outcome(project, run) in states, "an end of the run")
+    # In all cases the same command then trains a run.
+    next_run = harness.submit(project)
+    wait_for_end(next_run)
+    harness.assert_equals_undisturbed_run(next_run, reference)
+
+
+@pytest.mark.slow
 def test_a_worker_that_can_open_no_file_changes_nothing(project, reference):
     """The worker fails at its next checkpoint at the latest, and the reason is reported."""
     import resource
