@@ -1,10 +1,6 @@
 """Tests of runs that are stored on S3: they are stopped, killed, inspected and resumed, and the store fails."""
 
-import socket
 import subprocess
-import threading
-import time
-from contextlib import suppress
 from secrets import token_hex
 
 import pytest
@@ -13,6 +9,7 @@ from mhmoe_ray.checkpoint.manifest import uncommitted_checkpoints
 from mhmoe_ray.runs.directory import list_runs
 from tests.cli.run import command, mhmoe
 from tests.faults import harness
+from tests.support.proxy import FaultyProxy
 from tests.support.s3 import CREDENTIALS
 from tests.support.watch import events_of_kind, run_has_ended, step_of, wait_for_end, wait_until
 
@@ -59,52 +56,10 @@ def test_a_run_on_s3_survives_a_kill_during_an_upload(project, reference, s3):
     assert uncommitted_checkpoints(run) == []
 
 
-class InterruptibleProxy:
-    """TCP proxy to a port of this machine that can be closed for a while, as if the server was unreachable."""
-
-    def __init__(self, target_port: int) -> None:
-        self._target_port, self._open = target_port, True
-        self._connections: list[socket.socket] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close_for(self, seconds: float) -> None:
-        """Close all connections, and for `seconds` also each new one at once; return when the proxy works again."""
-        self._open = False
-        for connection in self._connections:
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        time.sleep(seconds)
-        self._open = True
-
-    def _accept(self) -> None:
-        """Connect each new client to the server, or close its connection while the proxy is closed."""
-        while True:
-            client_socket, _ = self._listener.accept()
-            if not self._open:
-                client_socket.close()
-                continue
-            server_socket = socket.create_connection(("127.0.0.1", self._target_port))
-            self._connections += [client_socket, server_socket]
-            for source, target in ((client_socket, server_socket), (server_socket, client_socket)):
-                threading.Thread(target=self._carry, args=(source, target), daemon=True).start()
-
-    @staticmethod
-    def _carry(source: socket.socket, target: socket.socket) -> None:
-        """Copy data from one socket to the other until one of them is closed; then close both directions."""
-        with suppress(OSError):
-            while data := source.recv(1 << 16):
-                target.sendall(data)
-        for end in (source, target):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-
 def test_an_unreachable_store_costs_no_step_and_ends_no_follower(project, reference, s3):
     """The store is unreachable for longer than its client library retries."""
     query, _ = s3
-    proxy = InterruptibleProxy(int(query.rpartition(":")[2]))
+    proxy = FaultyProxy(int(query.rpartition(":")[2]))
     run, storage = submit_to_s3(project, f"{query.rpartition(':')[0]}:{proxy.port}", 120)
     following = subprocess.Popen(
         command("status", run.id, "--watch", "--storage", storage),
