@@ -61,8 +61,8 @@ class RetryingCaller:
 def get(address: str, path: str, token: Token | None, *, missing_ok: bool = False, seconds: float = 10) -> Any:
     """Request a path of the dashboard, and return the JSON of its answer; None for a 404 that `missing_ok` allows.
 
-    The answer has to come within `seconds`. A refused or missing token is a TokenError; no
-    answer, or one that is not a Ray dashboard's, is a ClusterError.
+    The answer has to come within `seconds`. A refused or missing token is a TokenError; no answer, or one that is not a
+    Ray dashboard's, is a ClusterError.
     """
     import requests  # type: ignore[import-untyped, unused-ignore]  # typed where types-requests is
 

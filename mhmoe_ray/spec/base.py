@@ -8,20 +8,21 @@ Precision = Literal["float32", "bfloat16"]
 
 # Sizes have upper bounds of about ten times the largest published ones or more. A plan within them takes seconds, and
 # the number of bytes of a weight fits into 64 bits.
-LayerCount = Annotated[PositiveInt, Field(le=10_000)]
+_LAYERS, _WIDTH, _TOKENS, _STEPS = (Field(le=limit) for limit in (10_000, 2_000_000, 100_000_000, 1_000_000_000))
+LayerCount = Annotated[PositiveInt, _LAYERS]
 HeadCount = Annotated[PositiveInt, Field(le=10_000)]
 ExpertCount = Annotated[PositiveInt, Field(le=10_000_000)]
-Width = Annotated[PositiveInt, Field(le=2_000_000)]
+Width = Annotated[PositiveInt, _WIDTH]
 ImageSide = Annotated[PositiveInt, Field(le=32_768)]
-TokenCount = Annotated[PositiveInt, Field(le=100_000_000)]
+TokenCount = Annotated[PositiveInt, _TOKENS]
 SampleCount = Annotated[PositiveInt, Field(le=1_000_000)]
 WorkerCount = Annotated[PositiveInt, Field(le=100_000)]
-StepCount = Annotated[PositiveInt, Field(le=1_000_000_000)]
+StepCount = Annotated[PositiveInt, _STEPS]
 # These sizes may also be 0.
-OptionalLayerCount = Annotated[NonNegativeInt, Field(le=10_000)]
-OptionalWidth = Annotated[NonNegativeInt, Field(le=2_000_000)]
-OptionalTokenCount = Annotated[NonNegativeInt, Field(le=100_000_000)]
-OptionalStepCount = Annotated[NonNegativeInt, Field(le=1_000_000_000)]
+OptionalLayerCount = Annotated[NonNegativeInt, _LAYERS]
+OptionalWidth = Annotated[NonNegativeInt, _WIDTH]
+OptionalTokenCount = Annotated[NonNegativeInt, _TOKENS]
+OptionalStepCount = Annotated[NonNegativeInt, _STEPS]
 
 
 class Section(BaseModel):

@@ -40,6 +40,10 @@ def _start_process() -> tuple[Popen[bytes], IO[bytes], IO[bytes]]:
     return process, process.stdin, process.stdout
 
 
+# A forked process starts one of its own, because two that share its pipes would get each other's replies.
+os.register_at_fork(after_in_child=_start_process.cache_clear)
+
+
 @atexit.register
 def _end_process() -> None:
     if _start_process.cache_info().currsize:

@@ -5,6 +5,7 @@ import resource
 
 import pytest
 
+from mhmoe_ray.data.chat import process
 from mhmoe_ray.data.chat.process import ChatTemplateError
 from mhmoe_ray.data.chat.template import EXCHANGES, ChatTemplate
 from tests.fuzz.mutants import BAD_TEMPLATES
@@ -40,3 +41,21 @@ def test_template_works_again_after_a_rendering_was_ended():
     with pytest.raises(ChatTemplateError, match="it takes more than 2 s"):
         template.render(EXCHANGES)
     assert template.render(EXCHANGES[:1]) == "ok"
+
+
+def put_process_id(results) -> None:
+    """Put the id of the process that renders for this one into a queue."""
+    assert ChatTemplate("ok", "", "").render(EXCHANGES) == "ok"
+    results.put(process._start_process()[0].pid)
+
+
+def test_a_forked_process_renders_in_a_process_of_its_own():
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    put_process_id(results)
+    child = context.Process(target=put_process_id, args=(results,))
+    child.start()
+    assert results.get(timeout=60) != results.get(timeout=60)
+    child.join(60)
+    assert child.exitcode == 0
+    assert ChatTemplate("ok", "", "").render(EXCHANGES) == "ok"
