@@ -1,6 +1,10 @@
-"""Escapes for texts of others that are printed: a terminal obeys control characters, for example to set its title."""
+"""Texts for a terminal: notes of present activities, and escapes for texts of others.
+
+A terminal obeys control characters, for example to set its title.
+"""
 
 import re
+from typing import Self
 
 # Besides control characters: marks that change the direction of text, and halves of surrogate pairs.
 _OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -20,3 +24,19 @@ def printable_colours(text: str) -> str:
 def without_colours(text: str) -> str:
     """Return a text without the terminal codes that colour it."""
     return _COLOUR.sub("", text)
+
+
+class Activity(str):
+    """Note that says what is done now, in the present tense: a terminal shows the newest one only, with a clock."""
+
+    text: str
+    details: str
+    """Counts and other figures that change while the activity goes on; empty if there are none."""
+    done: int
+    total: int | None
+    """Amount of work, of which `done` is done, to estimate the remaining time; None if it is unknown."""
+
+    def __new__(cls, text: str, details: str = "", done: int = 0, total: int | None = None) -> Self:
+        activity = super().__new__(cls, f"{text} {details}".rstrip())
+        activity.text, activity.details, activity.done, activity.total = text, details, done, total
+        return activity

@@ -63,7 +63,7 @@ def start_run(
     connection = connect_to_train(spec, address, on_note)
     run = ended_run or create_run(spec)
     record_settings(spec)
-    job = start_attempt(run, spec, connection)
+    job = start_attempt(run, spec, connection, on_note=on_note)
     on_note(f"run {run.id}  job {job}  dashboard {connection.address}")
     return run
 

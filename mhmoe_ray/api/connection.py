@@ -11,6 +11,7 @@ from mhmoe_ray.errors import ClusterError, SpecError
 from mhmoe_ray.planner.placement import Node, capacity_shortfall
 from mhmoe_ray.spec import ClusterSpec, DataSpec, RunSpec
 from mhmoe_ray.storage import Location
+from mhmoe_ray.terminal import Activity
 
 
 def connect_to_cluster(
@@ -26,9 +27,11 @@ def connect_to_cluster(
     reach or too small is a ClusterError. A file path on a cluster elsewhere is a SpecError, unless the section sets
     shared_filesystem.
     """
+    on_note(Activity("connecting to the cluster"))
     connection = connect_if_running(address)
     if connection is None:
         on_note("starting a Ray cluster on this machine; `mhmoe cluster down` ends it")
+        on_note(Activity("starting Ray"))
         # A local cluster cannot grow, so one that is started for a small job must be large enough to train later.
         connection = start(max(cpus, section.cpus, LOCAL_CPUS))
     if connection.local_cluster and connection.local_cluster.cpus < cpus:

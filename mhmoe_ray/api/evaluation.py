@@ -193,7 +193,7 @@ def evaluate(
         if not ignored_keys(run, spec, on_note, trust_run, [ENVIRONMENT_KEY]):
             environment = section.runtime_env
     connection = connect_to_cluster(section, [run.path, *_local_paths(request)], request.cpus, address, on_note)
-    job = remote.submit(connection, environment, EvalJob(request=request, can_grow=not connection.local))
+    job = remote.submit(connection, environment, EvalJob(request=request, can_grow=not connection.local), on_note)
     if follow is not None:
         follow(job)
     else:

@@ -25,7 +25,7 @@ from mhmoe_ray.runs import events, history
 from mhmoe_ray.runs.directory import RunDir, last_attempt
 from mhmoe_ray.spec import RunSpec, apply_overrides, load_resolved_spec, parse_overrides, validate_section
 from mhmoe_ray.storage import Location, location
-from mhmoe_ray.terminal import without_colours
+from mhmoe_ray.terminal import Activity, without_colours
 
 
 def submit(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_note) -> "Run":
@@ -368,7 +368,7 @@ class Run:
 
         # A damaged checkpoint must not be exported, so all of its weights are hashed first.
         path, manifest = pick_checkpoint(self._existing_directory, checkpoint, verify_hashes=True, on_note=on_note)
-        on_note(f"exporting {path.name} of {self.id}")
+        on_note(Activity("exporting", f"{path.name} of {self.id}"))
         return export(path, manifest, Path(folder))
 
     def remove(self, *, force: bool = False) -> None:

@@ -23,6 +23,7 @@ from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serving.config import application_config
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location, location
+from mhmoe_ray.terminal import Activity
 
 SERVE_CPUS = 1
 """Number of CPUs that a local cluster needs in addition to those of the replicas, for other processes."""
@@ -262,6 +263,7 @@ def _deploy(
     # Serve ignores a configuration that it already has, so a random argument starts a failed application again.
     if _application_status(connection, name) in ("DEPLOY_FAILED", "UNHEALTHY"):
         config["args"]["again"] = token_hex(3)
+    on_note(Activity(f"deploying {checkpoint}"))
     url = serving.deploy(connection, config, host, port)
     # The deployment is recorded, so that `mhmoe status` can ask the application, before anything waits for it: Serve
     # continues to deploy and may succeed even if this process ends early.

@@ -96,6 +96,6 @@ def survey(
     check_raw_data(target.data)
     connection = connect_to_cluster(target.cluster, target.required_paths, 1, address, on_note)
     request = SurveyRequest(data=target.data, tokenizer=target.tokenizer, rules=check_rules)
-    job = remote.submit(connection, target.cluster.runtime_env, request)
+    job = remote.submit(connection, target.cluster.runtime_env, request, on_note)
     follow(job)
     return job.result(f"data of {target.name}")

@@ -2,7 +2,7 @@
 
     app.py         registers the commands; turns errors into one line and an exit code
     options.py     arguments and options of several commands, and their completion
-    output.py      consoles, the progress of jobs, tables and JSON
+    output.py      consoles, lines about the present activity, tables and JSON
     formats.py     texts of metrics, counts, bytes and durations
     verbs.py       hints for unknown commands
     submit.py      start a run            follow.py     follow a run to its end

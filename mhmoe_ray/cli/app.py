@@ -30,6 +30,7 @@ from mhmoe_ray.cli import (
     submit,
     sweep,
 )
+from mhmoe_ray.cli.output import activity_lines
 from mhmoe_ray.cli.verbs import SuggestingGroup
 from mhmoe_ray.errors import MhmoeError, StorageError
 
@@ -51,12 +52,14 @@ def _print_version(is_requested: bool) -> None:
 
 @app.callback()
 def _apply_global_options(
+    context: typer.Context,
     # The option is eager so that `mhmoe --version` works: without it, the missing command would be reported first.
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
+    context.call_on_close(activity_lines.end)
     # `main` handles errors but does not see this option, so the option is passed on in an environment variable.
     if debug:
         os.environ["MHMOE_DEBUG"] = "1"

@@ -7,8 +7,9 @@ import typer
 
 from mhmoe_ray.cli import options
 from mhmoe_ray.cli.formats import format_bytes, format_count
-from mhmoe_ray.cli.output import fact_table, out, print_json, print_line, print_note
+from mhmoe_ray.cli.output import activity_lines, fact_table, out, print_json, print_line, print_note, show_activity
 from mhmoe_ray.cli.verbs import SuggestingGroup
+from mhmoe_ray.terminal import Activity
 
 if TYPE_CHECKING:
     from mhmoe_ray.runs.directory import RunDir
@@ -25,6 +26,7 @@ def inspect(
     json: options.JsonOption = False,
 ) -> None:
     """Show a checkpoint: its position in training and in the data, the workers that wrote it, and its files."""
+    show_activity("looking for the checkpoint")
     from mhmoe_ray.api.checkpoints import pick_checkpoint
     from mhmoe_ray.checkpoint.find import split_step
     from mhmoe_ray.checkpoint.manifest import PARTS
@@ -86,6 +88,7 @@ def verify(
 
 def _compare(first_model: str, second_model: str, storage: str, json: bool) -> None:
     """Compare two models and print their differences. Those beyond rounding to 16 bits are a CheckpointError."""
+    show_activity("comparing the models")
     from mhmoe_ray.checkpoint.huggingface.compare import compare_logits, compare_weights, open_model
     from mhmoe_ray.errors import CheckpointError
 
@@ -128,6 +131,7 @@ def _model_location(target: str, storage: str) -> "Location":
 
 def _verify_run(run: str | None, storage: str, json: bool) -> None:
     """Compare all checkpoints of a run with their manifests, print the result, and raise an error for damage."""
+    show_activity("looking for the run")
     from mhmoe_ray.checkpoint.manifest import (
         committed_checkpoints,
         is_committed,
@@ -140,7 +144,9 @@ def _verify_run(run: str | None, storage: str, json: bool) -> None:
     run_dir = find_run(run, storage)
     problems: dict[str, str | None] = {}
     dropped_names: list[str] = []
-    for path in committed_checkpoints(run_dir):
+    paths = committed_checkpoints(run_dir)
+    for i, path in enumerate(paths):
+        activity_lines.show(Activity("verifying", f"{i + 1} of {len(paths)} checkpoints", i, len(paths)))
         try:
             read_manifest(path)
         except CheckpointError as error:
@@ -182,6 +188,7 @@ def export(
 
     A model of exactly Mixtral's shape loads in transformers as it is.
     """
+    show_activity("verifying the checkpoint")
     from mhmoe_ray.api.run import Run
     from mhmoe_ray.checkpoint.find import split_step
     from mhmoe_ray.runs.directory import find_run
@@ -214,12 +221,12 @@ def import_(
     Its architecture is Llama, Mistral, Qwen2, Qwen3, Mixtral, Qwen3-MoE, OLMoE, or that of a model that `mhmoe ckpt
     export` wrote.
     """
+    print_note(Activity("importing", source))
     from mhmoe_ray.api.attempts import run_argument
     from mhmoe_ray.api.checkpoints import pick_checkpoint
     from mhmoe_ray.checkpoint.huggingface.hub import PREFIX, local_folder
     from mhmoe_ray.checkpoint.huggingface.import_ import import_checkpoint, import_folder, run_name
 
-    print_note(f"importing {source}")
     if source.startswith(PREFIX):
         # The folder in the hub's cache is named by a hash, so the run is named after the model and records its id.
         name = name or run_name(source.partition("@")[0].rpartition("/")[2])

@@ -13,7 +13,7 @@ from rich.text import Text
 import mhmoe_ray as mh
 from mhmoe_ray.api.defaults import LOCAL_CPUS
 from mhmoe_ray.cli import options
-from mhmoe_ray.cli.output import fact_table, note, out, print_json, print_line, print_note, print_table
+from mhmoe_ray.cli.output import fact_table, note, out, print_json, print_line, print_note, print_table, show_activity
 from mhmoe_ray.cli.verbs import SuggestingGroup
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def start_cluster(
     cpus: Annotated[int, typer.Option(min=1, help="Logical CPUs; may be more than there are cores.")] = LOCAL_CPUS,
 ) -> None:
     """Start the local cluster, unless it runs. Only you can use it: it requires a token and listens on loopback."""
+    show_activity("starting Ray")
     from mhmoe_ray.cluster.local import start_local
 
     cluster = start_local(cpus)
@@ -101,6 +102,7 @@ def status(address: options.AddressOption = None, json: options.JsonOption = Fal
 @app.command("down")
 def stop_cluster() -> None:
     """Stop the local cluster, with all jobs and applications on it."""
+    show_activity("stopping Ray")
     from mhmoe_ray.cluster.local import stop_local
 
     out.print("stopped" if stop_local() else "no local cluster ran")

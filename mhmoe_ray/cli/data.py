@@ -12,9 +12,18 @@ import typer
 
 import mhmoe_ray as mh
 from mhmoe_ray.cli import data_inspect, data_mix, options
-from mhmoe_ray.cli.follow import PreparationView, progress_bar
+from mhmoe_ray.cli.follow import show_preparation
 from mhmoe_ray.cli.formats import format_bytes
-from mhmoe_ray.cli.output import detach_from_job, number_table, out, print_json, print_line, print_note, print_table
+from mhmoe_ray.cli.output import (
+    detach_from_job,
+    number_table,
+    out,
+    print_json,
+    print_line,
+    print_note,
+    print_table,
+    show_activity,
+)
 from mhmoe_ray.cli.verbs import SuggestingGroup
 
 if TYPE_CHECKING:
@@ -41,6 +50,7 @@ def prepare(
 
     An interrupted preparation is continued: text that was tokenised with the same settings is not tokenised again.
     """
+    show_activity("checking the spec and its data")
     from mhmoe_ray.api.connection import check_raw_data, connect_to_cluster
     from mhmoe_ray.data.family import data_of
     from mhmoe_ray.data.images.annotations import require_image_packages
@@ -78,13 +88,12 @@ def _run_job(spec: "RunSpec", connection: "Connection") -> "DataManifest":
     from mhmoe_ray.data.prepare.job import PrepareRequest
     from mhmoe_ray.data.prepare.work import shared_folder
 
-    job = remote.submit(connection, spec.cluster.runtime_env, PrepareRequest.from_spec(spec))
-    # On a terminal the bar disappears at the end (`transient`), because the table of domains then takes its place.
-    retrying_caller = RetryingCaller(print_note)
-    with detach_from_job(job), progress_bar(transient=True) as bar:
-        view = PreparationView(shared_folder(spec), bar)
+    job = remote.submit(connection, spec.cluster.runtime_env, PrepareRequest.from_spec(spec), print_note)
+    show_activity("waiting for the job to start")
+    retrying_caller, folder = RetryingCaller(print_note), shared_folder(spec)
+    with detach_from_job(job):
         while retrying_caller.call(lambda: job.is_running, True):
-            view.refresh()
+            show_preparation(folder)
             time.sleep(POLL_SECONDS)
     return job.result(f"prepared data {spec.data.prepared}")
 

@@ -12,7 +12,7 @@ import typer
 
 from mhmoe_ray import plotting
 from mhmoe_ray.cli import data_inspect_view, options
-from mhmoe_ray.cli.output import follow_job, out, print_json, print_line, print_note
+from mhmoe_ray.cli.output import follow_job, out, print_json, print_line, print_note, show_activity
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,6 +58,7 @@ def inspect(
     also counts tokens and shows fertility: tokens per word and per character. Of prepared data it also shows the
     contents of the shards.
     """
+    show_activity("looking for the data")
     from mhmoe_ray.api.survey import survey, survey_target
 
     target = survey_target(data, set_)
@@ -204,6 +205,7 @@ def lint(
     It looks for unreadable lines, files of unknown formats, damaged and foreign text, copies, domains that are too
     small or would be read too often, and unsuitable tokenizers. The exit code is 4 if there is an error.
     """
+    show_activity("looking for the data")
     from mhmoe_ray.api.survey import survey, survey_target
     from mhmoe_ray.data.inspect.lint import LintInput
     from mhmoe_ray.data.inspect.lint import lint as check

@@ -10,7 +10,7 @@ import typer
 
 from mhmoe_ray.cli import options
 from mhmoe_ray.cli.formats import format_figure
-from mhmoe_ray.cli.output import follow_job, out, print_json, print_line, print_note, print_table
+from mhmoe_ray.cli.output import follow_job, out, print_json, print_line, print_note, print_table, show_activity
 
 if TYPE_CHECKING:
     from mhmoe_ray.evaluate.request import Evaluation
@@ -102,6 +102,7 @@ def eval_(
     The result stays in the run directory. Routing is dropless, as in serving. For example `mhmoe eval --text books/
     --samples 100`, or `mhmoe eval --tasks english --limit 200`.
     """
+    show_activity("looking for the checkpoint")
     from mhmoe_ray.checkpoint.find import split_step
     from mhmoe_ray.runs.directory import find_run
 

@@ -1,87 +1,50 @@
 """Follow a run to its end through its directory and its job, and show the progress of data preparation."""
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-
 from mhmoe_ray.cli.formats import format_bytes, format_figure, format_nats
-from mhmoe_ray.cli.output import detach_on_interrupt, note, out, print_note
+from mhmoe_ray.cli.output import activity_lines, detach_on_interrupt, note, out, print_note, show_activity
+from mhmoe_ray.terminal import Activity
 
 if TYPE_CHECKING:
     from mhmoe_ray.data.prepare.work import PreparationProgress
     from mhmoe_ray.runs.directory import RunDir
 
 
-LINE_SECONDS = 10.0
-"""Seconds between two progress lines if the output is not a terminal, on which one line would be redrawn."""
+EVENT_ACTIVITIES = {
+    "submitted": "waiting for the job to start", "began": "checking the data", "preparing": "preparing data:",
+    "prepared": "starting workers", "waiting": "waiting for resources", "restoring": "loading the model",
+    "started": "training:", "lost": "starting workers again", "preempted": "starting workers again",
+}  # fmt: skip
+"""What a run does after an event, by the kind of the event; other events change nothing."""
 
 
-class PreparationView:
-    """View of the progress of data preparation: a task of a progress bar on a terminal, printed lines elsewhere.
+def show_preparation(folder: Path) -> None:
+    """Show the progress of the preparation with this work folder, if it runs."""
+    from mhmoe_ray.data.prepare.work import read_progress
 
-    The bar may have other tasks; `folder` is the work folder of the preparation.
-    """
-
-    def __init__(self, folder: Path, bar: Progress) -> None:
-        self._folder, self._bar = folder, bar
-        self._task: TaskID | None = None
-        self._print_time, self._printed_stage = 0.0, ""
-
-    def refresh(self) -> None:
-        """Read and show the progress of the preparation; remove its task from the bar if no preparation is running."""
-        from mhmoe_ray.data.prepare.work import read_progress
-
-        progress = read_progress(self._folder)
-        if progress is None:
-            self.close()
-            return
-        if self._task is None:
-            self._task = self._bar.add_task("", figures="")
-        stage = progress.stage if progress.stage != "tokenizer" else "training the tokenizer"
-        percent = round(100 * progress.done / progress.total) if progress.total else 0
-        self._bar.update(self._task, description=stage, completed=percent, total=100, figures=format_progress(progress))
-        # Without a terminal, a line is printed when a stage begins, and from time to time during a long stage.
-        is_due = progress.stage != self._printed_stage or time.monotonic() - self._print_time > LINE_SECONDS
-        if is_due and not note.is_terminal:
-            self._print_time, self._printed_stage = time.monotonic(), progress.stage
-            print_note(f"prepare: {stage} {format_progress(progress)}".rstrip())
-
-    def close(self) -> None:
-        if self._task is not None:
-            self._bar.remove_task(self._task)
-            self._task = None
+    if progress := read_progress(folder):
+        print_note(Activity("preparing data:", format_progress(progress), progress.done, progress.total))
 
 
 def format_progress(progress: "PreparationProgress") -> str:
-    """Return the counts of a preparation's progress as one line, which is empty for a stage without counts."""
+    """Return the stage of a preparation's progress, with its counts if it has any, as one line."""
     if progress.stage == "packing":
-        return f"{progress.done:,} of {progress.total:,} shards"
+        return f"packing {progress.done:,} of {progress.total:,} shards"
     if progress.stage in ("tokenizer", "finishing"):
-        return ""
-    parts = [f"{format_bytes(progress.done)} of {format_bytes(progress.total)}", f"{progress.documents:,} documents"]
+        return {"tokenizer": "training the tokenizer", "finishing": "finishing"}[progress.stage]
+    size = f"{progress.stage} {format_bytes(progress.done)} of {format_bytes(progress.total)}"
+    parts = [size, f"{progress.documents:,} documents"]
     if progress.stage == "tokenising":
         parts.append(f"{progress.tokens:,} tokens")
     if progress.found_tokens:
         parts.append(f"{progress.found_tokens:,} of them tokenised earlier")
-    if progress.seconds_left is not None:
-        minutes, seconds = divmod(round(progress.seconds_left), 60)
-        parts += [f"{progress.bytes_per_s / 1e6:.2f} MB/s", f"{minutes}:{seconds:02d} left"]
     return ", ".join(parts)
 
 
 def follow_run(run: "RunDir", *, from_now: bool = False, for_ever: bool = False) -> None:
-    """Show a run's events and progress until it is over: a bar on a terminal, elsewhere a line at each validation.
+    """Show a run's events and progress until it is over: its steps on a terminal, elsewhere a line at each validation.
 
     `from_now` leaves out what the run directory holds already. The failure of the run is a JobError. A cluster or
     storage that has not answered for a while is an error, unless `for_ever`.
@@ -91,8 +54,8 @@ def follow_run(run: "RunDir", *, from_now: bool = False, for_ever: bool = False)
 
     name = run_argument(run)
     hint = f"the run goes on. See: mhmoe status {name}; to end it: mhmoe stop {name}"
-    with detach_on_interrupt(hint), _run_progress_bar() as progress:
-        view = _RunView(run, progress, from_now)
+    with detach_on_interrupt(hint):
+        view = _RunView(run, from_now)
         outcome = wait_for_outcome(run, view.refresh, is_endless=for_ever, on_note=print_note)
         # The run may have written events and metrics since the last refresh, so the view is refreshed once more.
         view.refresh()
@@ -112,33 +75,23 @@ def _print_last_lines(run: "RunDir") -> None:
             note.print(f"  {line}", soft_wrap=True, style="dim")
 
 
-def progress_bar(*columns: ProgressColumn, transient: bool = False) -> Progress:
-    """Return a progress bar on stderr, which is shown on a terminal only: description, bar, `columns`, and figures."""
-    first_columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20))
-    figures = TextColumn("{task.fields[figures]}")
-    return Progress(*first_columns, *columns, figures, console=note, disable=not note.is_terminal, transient=transient)
-
-
-def _run_progress_bar() -> Progress:
-    return progress_bar(MofNCompleteColumn(), TimeRemainingColumn(compact=True))
-
-
 class _RunView:
-    """View of a run that is followed: lines for its events and validations, and a bar for its steps and metrics."""
+    """View of a run that is followed: lines for its events and validations, and its activity, steps and metrics."""
 
-    def __init__(self, run: "RunDir", progress: Progress, from_now: bool) -> None:
+    def __init__(self, run: "RunDir", from_now: bool) -> None:
         from mhmoe_ray.data.prepare.work import shared_folder
-        from mhmoe_ray.runs import events, metrics
+        from mhmoe_ray.runs import events, history, metrics
         from mhmoe_ray.runs.jsonl import Tail
 
         self.shown_events: list[dict[str, Any]] = []
         """All events that were shown so far. In an object store each event is a file of its own, so none is read
         twice."""
-        self._progress = progress
-        self._task = progress.add_task("submitted", total=run.spec().train.steps, figures="")
+        self._steps, self._folder = run.spec().train.steps, shared_folder(run.spec())
         self._metrics = Tail(run.metrics_file, metrics.parse_line, from_now=from_now)
         self._events = Tail(run.events_file, events.parse, from_now=from_now)
-        self._preparation = PreparationView(shared_folder(run.spec()), progress)
+        kinds = [event["event"] for event in events.read(run) if event["event"] in EVENT_ACTIVITIES] if from_now else []
+        last_line = history.last_line(run) if from_now else None
+        self._show(kinds[-1] if kinds else "submitted", last_line[metrics.STEP] if last_line else 0)
 
     def refresh(self) -> list[dict[str, Any]]:
         """Show new events and metrics, and the progress of data preparation; return all events that were shown."""
@@ -147,12 +100,13 @@ class _RunView:
         for event in self._events.new_lines():
             self.shown_events.append(event)
             self._print_event(event)
-        self._preparation.refresh()
+        if self._kind == "preparing":
+            show_preparation(self._folder)
         for line in self._metrics.new_lines():
             figures = f"loss {format_nats(line[metrics.LOSS])}  {line[metrics.TOKENS_PER_S]:,.0f} tok/s"
             if metrics.BALANCE in line:
                 figures += f"  balance {format_figure(line[metrics.BALANCE], '.2f')}"
-            self._progress.update(self._task, completed=line[metrics.STEP], figures=figures, description="training")
+            self._show("started", line[metrics.STEP], f"  {figures}")
             if metrics.VAL_LOSS in line:
                 loss = format_nats(line[metrics.VAL_LOSS])
                 print_note(f"step {line[metrics.STEP]}: validation loss {loss}, {figures}")
@@ -160,11 +114,21 @@ class _RunView:
                 note.print(f"warning: step {line[metrics.STEP]} updated nothing: its gradient was not finite")
         return self.shown_events
 
+    def _show(self, kind: str, step: int = 0, figures: str = "") -> None:
+        """Show on a terminal what the run does after an event of this kind, with its step if it trains."""
+        self._kind = kind
+        if kind == "started" and step < self._steps:
+            details = f"{step:,} of {self._steps:,} steps{figures}"
+            activity_lines.show(Activity(EVENT_ACTIVITIES[kind], details, step, self._steps))
+        else:
+            show_activity("ending the run" if kind == "started" else EVENT_ACTIVITIES[kind])
+
     def _print_event(self, event: dict[str, Any]) -> None:
         from mhmoe_ray.runs import events
 
         kind = event["event"]
-        self._progress.update(self._task, description=kind)
+        if kind in EVENT_ACTIVITIES:
+            self._show(kind, event.get("step", 0))
         if kind == "began":
             note.print(f"its job runs on {event.get('host', 'a node that is not known')}")
         elif kind == "preparing":

@@ -19,7 +19,7 @@ from mhmoe_ray.cli.options import (
     StorageOption,
     TrustOption,
 )
-from mhmoe_ray.cli.output import print_json, print_note
+from mhmoe_ray.cli.output import activity_lines, print_json, print_note, show_activity
 from mhmoe_ray.serving.sampling_fields import MAX_LOGPROBS, MAX_TEMPERATURE, SAMPLING_FIELDS
 from mhmoe_ray.terminal import printable
 
@@ -144,6 +144,7 @@ def generate(
     4`.
     """
     arguments = locals()
+    show_activity("loading modules")
     from mhmoe_ray.api.generation import checked_sampling
     from mhmoe_ray.checkpoint.find import split_step
 
@@ -197,6 +198,8 @@ def _answer_prompt(
     from mhmoe_ray.errors import ServeError
     from mhmoe_ray.runs.directory import find_run
 
+    if prompt is None:
+        activity_lines.end()
     if prompt is None and sys.stdin.isatty():
         print_note("type the prompt, and end it with Ctrl-D")
     try:
@@ -206,19 +209,22 @@ def _answer_prompt(
         text.encode()
     except UnicodeError as e:
         raise ServeError("the prompt", "it is not UTF-8", "give it as UTF-8") from e
+    show_activity("verifying the checkpoint")
     run_dir = find_run(run, storage)
     path, manifest = pick_checkpoint(run_dir, checkpoint, verify_hashes=True, on_note=print_note)
     # This call raises an error if there is no GPU, before the checkpoint is loaded, which may take long.
     if gpus:
         _require_gpu()
-    if sys.stderr.isatty():
-        print_note(f"loading {path.name} of {run_dir.id}")
-    pieces = []
+    show_activity(f"loading {path.name} of {run_dir.id}")
+    pieces, has_terminal = [], sys.stdout.isatty()
     with LoadedModel(checkpoint_source(path, manifest), "cuda" if gpus else "cpu", os.cpu_count()) as model:
+        show_activity("generating the answer")
         for piece in model.stream(text, **sampling.model_dump()):
             pieces.append(piece)
             if not json:
-                print(printable(piece.text) if sys.stdout.isatty() else piece.text, end="", flush=True)
+                if has_terminal:
+                    activity_lines.end()
+                print(printable(piece.text) if has_terminal else piece.text, end="", flush=True)
     if json:
         print_json(
             {

@@ -11,7 +11,7 @@ from mhmoe_ray.api import connection as checks
 from mhmoe_ray.api.serve_target import resolve_target
 from mhmoe_ray.checkpoint.manifest import MANIFEST, is_committed, stored_manifest
 from mhmoe_ray.cli.generate import BatchOptions
-from mhmoe_ray.cli.output import follow_job, note, out, print_json, print_note
+from mhmoe_ray.cli.output import follow_job, note, out, print_json, print_note, show_activity
 from mhmoe_ray.cluster import remote
 from mhmoe_ray.cluster.connect import connect_if_running
 from mhmoe_ray.cluster.jobs import find_alive, is_alive, stop
@@ -28,8 +28,6 @@ from mhmoe_ray.serving.sampling import SamplingParams
 from mhmoe_ray.spec import DeploySpec
 from mhmoe_ray.storage import Location, describe_file, location
 
-NOTED_BYTES = 20_000_000
-"""Size in bytes from which an input file takes so long to check that the command announces the check."""
 POLL_SECONDS = 0.5
 """Seconds between two requests that ask the cluster whether a job has ended."""
 
@@ -133,10 +131,8 @@ def _make_request(
 
 
 def _check_input(request: BatchRequest) -> InputFile:
-    source = open_input(request.input.path)
-    if source.file.size >= NOTED_BYTES:
-        note.print(f"checking the rows of {request.input.path}", soft_wrap=True)
-    rows = check_rows(source, request.sampling.logprobs is not None)
+    show_activity(f"checking the rows of {request.input.path}")
+    rows = check_rows(open_input(request.input.path), request.sampling.logprobs is not None)
     return request.input.model_copy(update={"rows": rows.row_count, "first_chat": rows.first_chat})
 
 
@@ -168,7 +164,7 @@ def _start_or_find_job(
     # From now on, a run that still trains keeps the checkpoint until all rows are answered.
     checkpoint_name = location(request.checkpoint).name
     events.record_use(run, "answering", print_note, output=str(output.folder), checkpoint=checkpoint_name)
-    return remote.submit(connection, spec.cluster.runtime_env, job)
+    return remote.submit(connection, spec.cluster.runtime_env, job, print_note)
 
 
 def _cancel(output: BatchOutput, address: str | None) -> None:

@@ -1,21 +1,29 @@
-"""Helpers with which commands print: consoles, the progress of jobs, tables and JSON."""
+"""Helpers with which commands print: consoles, lines about the present activity, tables and JSON."""
 
 import json
 import math
+import re
 import sys
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import Progress, Task
 from rich.segment import Segment
+from rich.spinner import Spinner
 from rich.table import Table
+from rich.text import Text
 
-from mhmoe_ray.terminal import printable
+from mhmoe_ray.terminal import Activity, printable
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.remote import SubmittedJob
+
+LINE_SECONDS = 10.0
+"""Seconds between two lines about the same activity if the output is not a terminal, on which one line is redrawn."""
 
 
 class SafeConsole(Console):
@@ -24,6 +32,12 @@ class SafeConsole(Console):
     def __init__(self, **settings: Any) -> None:
         # Markup and emoji are off, because paths and texts may hold brackets and colons that rich would interpret.
         super().__init__(highlight=False, markup=False, emoji=False, **settings)
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        # Results may go to the same terminal as the lines of activities, and would be mixed with them.
+        if not self.stderr:
+            activity_lines.end()
+        super().print(*objects, **settings)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):
@@ -34,6 +48,77 @@ out = SafeConsole()
 """Console for results, which writes to stdout."""
 note = SafeConsole(stderr=True)
 """Console for progress and remarks. It writes to stderr, so that results can be piped."""
+
+
+class ActivityLines(Progress):
+    """Lines at the bottom of a terminal about what the command does now, until it prints a result or ends.
+
+    A thread redraws them, so their clocks go on while modules are imported or a server does not answer.
+    """
+
+    def __init__(self) -> None:
+        # Without `redirect_stdout`, rich would write to stderr what the command writes to stdout.
+        super().__init__(console=note, refresh_per_second=4, transient=True, redirect_stdout=False)
+        self._spinner, self._shown_tasks = Spinner("dots"), dict[str, Task]()
+        self._printed_activity, self._print_time = "", 0.0
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        for task in self.tasks:
+            start = f"{self._spinner.render(task.get_time())} {_clock(task.elapsed or 0)} "
+            yield Text(start + _describe(task), no_wrap=True, overflow="ellipsis")
+
+    def show(self, activity: Activity, name: str = "") -> Task:
+        """Show an activity on a terminal, in place of the one with this name; the same one with new figures goes on."""
+        task = self._shown_tasks.get(name)
+        if task is None or (task.description, task.total) != (activity.text, activity.total):
+            self.hide(name)
+            self.add_task(activity.text, total=activity.total, completed=activity.done, activity=activity)
+            task = self._shown_tasks[name] = self.tasks[-1]
+        self.update(task.id, completed=activity.done, activity=activity)
+        if note.is_interactive:
+            self.start()
+        return task
+
+    def hide(self, name: str = "") -> None:
+        """Remove the line of the activity with this name, if there is one."""
+        if task := self._shown_tasks.pop(name, None):
+            self.remove_task(task.id)
+
+    def report(self, activity: Activity) -> None:
+        """Show an activity; where there is no terminal, print its details if they have changed, from time to time."""
+        task = self.show(activity)
+        if note.is_interactive or not activity.details or activity == self._printed_activity:
+            return
+        words, printed_words = (re.sub(r"[\d.,:]+", "", text) for text in (activity, self._printed_activity))
+        is_late = time.monotonic() - self._print_time > LINE_SECONDS
+        if words != printed_words or is_late or activity.done == activity.total:
+            self._printed_activity, self._print_time = activity, time.monotonic()
+            note.print(_describe(task), soft_wrap=True)
+
+    def end(self) -> None:
+        """Remove all lines, and leave the terminal as it was."""
+        for name in list(self._shown_tasks):
+            self.hide(name)
+        if self.live.is_started:
+            self.stop()
+
+
+def _describe(task: Task) -> str:
+    """Return an activity with the time that remains, if it can be estimated."""
+    remaining = f", {_clock(task.time_remaining)} left" if task.time_remaining else ""
+    return f"{task.fields['activity']}{remaining}"
+
+
+def _clock(seconds: float) -> str:
+    return "{}:{:02}".format(*divmod(int(seconds), 60))
+
+
+activity_lines = ActivityLines()
+
+
+def show_activity(text: str) -> None:
+    """Show on a terminal what the command does now, in the present tense, until it does or prints something else."""
+    activity_lines.show(Activity(text))
 
 
 @contextmanager
@@ -52,8 +137,11 @@ def print_line(line: str) -> None:
 
 
 def print_note(line: str) -> None:
-    """Print a line to stderr, apart from the results, without wrapping it."""
-    note.print(line, soft_wrap=True)
+    """Print a line to stderr, apart from the results, without wrapping it, or report an activity."""
+    if isinstance(line, Activity):
+        activity_lines.report(line)
+    else:
+        note.print(line, soft_wrap=True)
 
 
 def detach_from_job(job: "SubmittedJob[Any]", hint: str | None = None) -> AbstractContextManager[None]:
@@ -63,14 +151,20 @@ def detach_from_job(job: "SubmittedJob[Any]", hint: str | None = None) -> Abstra
 
 
 def follow_job(job: "SubmittedJob[Any]", hint: str | None = None) -> None:
-    """Print the lines that a job writes for the user, until the job ends or the user presses Ctrl-C."""
+    """Show what a job writes for the user, until the job ends or the user presses Ctrl-C."""
+    show_activity("waiting for the job to start")
     with detach_from_job(job, hint):
         for line in job.progress():
-            print_note(line)
+            counts = re.search(r"([\d,]+) of ([\d,]+)", line)
+            done, total = (int(count.replace(",", "")) for count in counts.groups()) if counts else (0, None)
+            kind, _, details = line.partition(" ")
+            print_note(Activity(kind, details, done, total))
+    show_activity("reading the result of the job")
 
 
 def print_json(value: Any, indent: int | None = 1) -> None:
     """Print a value as JSON, with null for each number that is not finite: JSON cannot express such a number."""
+    activity_lines.end()
     json.dump(_replace_nonfinite(value), sys.stdout, indent=indent, default=str)
     print(flush=True)
 

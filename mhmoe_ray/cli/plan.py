@@ -7,7 +7,7 @@ import typer
 import mhmoe_ray as mh
 from mhmoe_ray.cli import options
 from mhmoe_ray.cli.formats import format_bytes
-from mhmoe_ray.cli.output import fact_table, out, print_json, print_line, print_note, print_untruncated
+from mhmoe_ray.cli.output import fact_table, out, print_json, print_line, print_note, print_untruncated, show_activity
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,6 +38,7 @@ def plan(
     --gpus it is a plan for a cluster on paper, whose other properties are the spec's cluster.accelerator and
     cluster.network.
     """
+    show_activity("planning")
     from mhmoe_ray.api.placement import forecast_placement, placement_remarks, planned_placement
     from mhmoe_ray.api.plan import data_warnings, estimate_step, paper_overrides, plan_figures
     from mhmoe_ray.cli import plan_tables

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mhmoe_ray.cli import options
-from mhmoe_ray.cli.output import print_json, print_line
+from mhmoe_ray.cli.output import print_json, print_line, show_activity
 
 
 def report(
@@ -32,6 +32,7 @@ def report(
     have. Runs that differ in their seed alone count as one variant. For example `mhmoe report follow-up-small
     --baseline smoe`.
     """
+    show_activity("reading the runs and drawing their plots")
     from mhmoe_ray.report.page import PAGE_FILE, write_report
     from mhmoe_ray.runs.directory import find_run
     from mhmoe_ray.runs.sweeps import sweep_dir

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from mhmoe_ray.cli import options
 from mhmoe_ray.cli.eval import evaluate
 from mhmoe_ray.cli.formats import format_figure
-from mhmoe_ray.cli.output import out, print_json, print_line, print_table
+from mhmoe_ray.cli.output import out, print_json, print_line, print_table, show_activity
 
 if TYPE_CHECKING:
     from mhmoe_ray.runs.directory import RunDir
@@ -33,6 +33,7 @@ def routing(
 
     For example `mhmoe routing --text books/ --samples 100`.
     """
+    show_activity("looking for the checkpoint")
     from mhmoe_ray.checkpoint.find import split_step
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs.directory import find_run

@@ -10,7 +10,7 @@ import mhmoe_ray as mh
 from mhmoe_ray.cli import options
 from mhmoe_ray.cli.follow import follow_run
 from mhmoe_ray.cli.formats import format_figure
-from mhmoe_ray.cli.output import note, out, print_json, print_line, print_note, print_table
+from mhmoe_ray.cli.output import note, out, print_json, print_line, print_note, print_table, show_activity
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +40,7 @@ def list_(
 
     For example `mhmoe list tiny --state running --since 1d`.
     """
+    show_activity("reading the runs")
     from mhmoe_ray.cli.logs import parse_time
     from mhmoe_ray.cluster.connect import cached_connect
     from mhmoe_ray.runs.directory import list_runs
@@ -125,6 +126,7 @@ def resume(
     may change once the run has done a step, because it must go on exactly as it would have. With --until, a run trains
     longer than its spec says, even if it is finished. A learning rate that has decayed stays at its last value, min_lr.
     """
+    show_activity("looking for the newest checkpoint")
     ended_run = mh.find_run(run, storage)
     ended_run.resume(last_step, set_, address, force=force, trust_run=trust_run, on_note=print_note)
     # `from_now` leaves out the progress of earlier attempts, because it was shown when it happened.
@@ -143,6 +145,7 @@ def stop(
 
     A run whose workers are not training yet is ended at once.
     """
+    show_activity("asking the run to stop")
     from mhmoe_ray.api.attempts import stop_run
     from mhmoe_ray.runs.directory import find_run
 

@@ -8,7 +8,15 @@ from rich.table import Table
 
 from mhmoe_ray.api.defaults import APPLICATION
 from mhmoe_ray.cli import options
-from mhmoe_ray.cli.output import detach_on_interrupt, out, print_json, print_line, print_note, print_table
+from mhmoe_ray.cli.output import (
+    detach_on_interrupt,
+    out,
+    print_json,
+    print_line,
+    print_note,
+    print_table,
+    show_activity,
+)
 from mhmoe_ray.cli.verbs import SuggestingGroup
 
 if TYPE_CHECKING:
@@ -49,6 +57,7 @@ def deploy(
     trust_run: options.TrustOption = False,
 ) -> None:
     """Serve a run's checkpoint without converting it, in place of any application of the same name."""
+    show_activity("looking for the checkpoint")
     from mhmoe_ray.api.service import serve
     from mhmoe_ray.checkpoint.find import split_step
     from mhmoe_ray.checkpoint.manifest import stored_manifest
@@ -96,6 +105,7 @@ def update(
     with `--set serve.surge=false`. Old replicas finish the requests that they have begun. If this checkpoint is served
     already, nothing changes; if its deployment failed, it is tried again.
     """
+    show_activity("connecting to the cluster")
     from mhmoe_ray.api.service import Service
     from mhmoe_ray.cluster.connect import connect
 
@@ -142,6 +152,7 @@ def status(address: options.AddressOption = None, json: options.JsonOption = Fal
 @app.command("down")
 def stop_serving(name: NameArg = APPLICATION, address: options.AddressOption = None) -> None:
     """Stop serving an application."""
+    show_activity("connecting to the cluster")
     from mhmoe_ray.api.service import Service
     from mhmoe_ray.cluster import serving
     from mhmoe_ray.cluster.connect import connect

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from mhmoe_ray.cli import options
 from mhmoe_ray.cli.formats import BARS, format_bytes, format_count, format_figure, format_nats
-from mhmoe_ray.cli.output import fact_table, out, print_json, print_line, print_note
+from mhmoe_ray.cli.output import fact_table, out, print_json, print_line, print_note, show_activity
 
 if TYPE_CHECKING:
     from mhmoe_ray.runs.directory import RunDir
@@ -206,6 +206,7 @@ def status(
 
     For example `mhmoe status tiny-3` for the run whose id begins with tiny-3, or `mhmoe status --watch` for the newest.
     """
+    show_activity("asking the cluster about the run")
     from mhmoe_ray.cluster.runs import run_status
     from mhmoe_ray.runs.directory import find_run
 

@@ -8,7 +8,7 @@ import typer
 import mhmoe_ray as mh
 from mhmoe_ray.cli import options, plan
 from mhmoe_ray.cli.follow import follow_run
-from mhmoe_ray.cli.output import note, print_json, print_note
+from mhmoe_ray.cli.output import note, print_json, print_note, show_activity
 
 if TYPE_CHECKING:
     from mhmoe_ray.runs.directory import RunDir
@@ -38,6 +38,7 @@ def submit(
     Without an address, a Ray cluster is started on this machine. Missing data is prepared first, as part of the job.
     For example `mhmoe submit jobs/quickstart.yaml --set train.steps=50`.
     """
+    show_activity("checking the spec and its data")
     from mhmoe_ray.api.attempts import start_run
     from mhmoe_ray.api.connection import check_training
     from mhmoe_ray.api.placement import forecast_placement, placement_remarks

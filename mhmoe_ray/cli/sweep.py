@@ -7,7 +7,7 @@ import typer
 
 from mhmoe_ray.cli import options
 from mhmoe_ray.cli.formats import format_figure
-from mhmoe_ray.cli.output import note, out, print_json, print_note, print_table
+from mhmoe_ray.cli.output import note, out, print_json, print_note, print_table, show_activity
 from mhmoe_ray.cli.sweep_follow import follow_order
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def sweep(
     failed, were stopped or interrupted continue from their checkpoints; runs that are new in the file start. For
     example `mhmoe sweep jobs/paper/heads.yaml --size small --seeds 0,1`.
     """
+    show_activity("checking the specs and their data")
     from mhmoe_ray.runs.sweeps import sweep_dir
     from mhmoe_ray.spec import load_sweep
     from mhmoe_ray.sweep import client

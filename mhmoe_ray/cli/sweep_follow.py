@@ -4,10 +4,9 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-
 from mhmoe_ray.cli.formats import format_nats
-from mhmoe_ray.cli.output import detach_on_interrupt, note, print_note
+from mhmoe_ray.cli.output import activity_lines, detach_on_interrupt, note, print_note
+from mhmoe_ray.terminal import Activity
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
@@ -34,8 +33,8 @@ def follow_order(directory: "SweepDir", name: str, connection: "Connection") -> 
     restarts, check_time, note_printed, job_end_time = 0, time.monotonic(), False, 0.0
     caller = RetryingCaller(print_note)
     hint = "the sweep goes on. The same command follows it again, and ends it with --stop"
-    with detach_on_interrupt(hint), _progress_bar() as bar:
-        view = _ProgressView(directory, directory.read_order(name), bar)
+    with detach_on_interrupt(hint):
+        view = _ProgressView(directory, directory.read_order(name))
         while not caller.call(view.refresh, False):
             time.sleep(POLL_SECONDS)
             if time.monotonic() - check_time < JOB_CHECK_SECONDS:
@@ -84,19 +83,12 @@ def _newest_order(directory: "SweepDir") -> "tuple[str, SweepOrder, bool]":
     return newest_name, directory.read_order(newest_name), directory.stop_file.exists()
 
 
-def _progress_bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
-    return Progress(*columns, TextColumn("{task.fields[status]}"), console=note, disable=not note.is_terminal)
-
-
 class _ProgressView:
-    """View of the progress of the runs that an order starts: a progress bar on a terminal, printed lines elsewhere."""
+    """View of the progress of the runs that an order starts: lines on a terminal, printed changes elsewhere."""
 
-    def __init__(self, directory: "SweepDir", order: "SweepOrder", bar: Progress) -> None:
-        self._directory, self._order, self._bar = directory, order, bar
+    def __init__(self, directory: "SweepDir", order: "SweepOrder") -> None:
+        self._directory, self._order = directory, order
         self._entries = order.wanted_entries
-        self._total_task = bar.add_task("runs", total=len(self._entries), status="")
-        self._tasks: dict[str, TaskID] = {}
         self._printed_states: dict[str, str] = {}
 
     def refresh(self) -> bool:
@@ -120,18 +112,19 @@ class _ProgressView:
                 if not note.is_terminal and state != "submitted":
                     step_text = f" at step {last_metrics[metrics.STEP]}" if last_metrics else ""
                     note.print(f"{entry.name}: {state}{step_text}")
-            self._update_task(entry.name, state, entry.spec.train.steps, last_metrics)
-        self._bar.update(self._total_task, completed=ended_count)
-        return ended_count == len(self._entries)
+            _show_run(entry.name, state, entry.spec.train.steps, last_metrics)
+        run_count = len(self._entries)
+        details = f"{ended_count} of {run_count} are over"
+        activity_lines.show(Activity("training runs:", details, ended_count, run_count))
+        return ended_count == run_count
 
-    def _update_task(self, name: str, state: str, steps: int, last_metrics: dict[str, Any] | None) -> None:
-        from mhmoe_ray.runs import events, metrics
 
-        if events.is_end_state(state):
-            if (task := self._tasks.pop(name, None)) is not None:
-                self._bar.remove_task(task)
-            return
-        if name not in self._tasks:
-            self._tasks[name] = self._bar.add_task(name, total=steps, status="")
-        status = f"loss {format_nats(last_metrics[metrics.LOSS])}" if last_metrics else state
-        self._bar.update(self._tasks[name], completed=last_metrics[metrics.STEP] if last_metrics else 0, status=status)
+def _show_run(name: str, state: str, steps: int, last_metrics: dict[str, Any] | None) -> None:
+    from mhmoe_ray.runs import events, metrics
+
+    if events.is_end_state(state):
+        activity_lines.hide(name)
+        return
+    step = last_metrics[metrics.STEP] if last_metrics else 0
+    details = f"{step:,} of {steps:,} steps  loss {format_nats(last_metrics[metrics.LOSS])}" if last_metrics else state
+    activity_lines.show(Activity(f"  {name}:", details, step, steps), name)

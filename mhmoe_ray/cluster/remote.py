@@ -1,7 +1,7 @@
 """Remote jobs on a cluster: submit a request of `mhmoe_ray/remote.py` as a Ray job, and read its log and result."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -10,6 +10,7 @@ from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.nodes import head_python
 from mhmoe_ray.errors import JobError, logged
 from mhmoe_ray.remote import RemoteJob
+from mhmoe_ray.terminal import Activity
 
 R = TypeVar("R")
 
@@ -65,8 +66,14 @@ class SubmittedJob(Generic[R]):
         raise logged(log) or JobError(subject, reason, fix)
 
 
-def submit(connection: Connection, runtime_env: Mapping[str, Any], request: RemoteJob[R]) -> SubmittedJob[R]:
+def submit(
+    connection: Connection,
+    runtime_env: Mapping[str, Any],
+    request: RemoteJob[R],
+    on_note: Callable[[str], object] = lambda line: None,
+) -> SubmittedJob[R]:
     """Submit a remote job to the cluster, without waiting for it; errors are those of `jobs.submit`."""
+    on_note(Activity("submitting the job" if connection.local else "packaging and submitting the job"))
     python = "python" if connection.local else head_python(connection, runtime_env)
     submission = job_request(request, connection.local, runtime_env, python)
     jobs.submit(connection, submission)

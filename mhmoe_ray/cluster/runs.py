@@ -122,7 +122,13 @@ def recorded_outcome(run_events: list[dict[str, Any]]) -> Outcome | None:
     return Outcome(state, failed.get("reason", "") if failed else "")
 
 
-def start_attempt(run: RunDir, spec: RunSpec, connection: Connection, public_address: str | None = None) -> str:
+def start_attempt(
+    run: RunDir,
+    spec: RunSpec,
+    connection: Connection,
+    public_address: str | None = None,
+    on_note: Callable[[str], object] = lambda line: None,
+) -> str:
     """Submit the job of a run's next attempt, record the attempt in the run directory, and return the job's name.
 
     `public_address` is the cluster's address for readers of the run directory, if it is not the connection's. If the
@@ -140,7 +146,7 @@ def start_attempt(run: RunDir, spec: RunSpec, connection: Connection, public_add
     run.clear_stop()
     events.record(run, "submitted", attempt=number, job=job, address=address)
     try:
-        remote.submit(connection, spec.cluster.runtime_env, request)
+        remote.submit(connection, spec.cluster.runtime_env, request, on_note)
     except BaseException as e:
         # `BaseException` includes Ctrl-C. The run counts as failed only if the cluster says that it does not know the
         # job. If the cluster does not answer, it may have accepted the job, so the run is left as it is.

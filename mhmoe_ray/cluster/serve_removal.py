@@ -18,9 +18,8 @@ from mhmoe_ray.cluster.serve_client import (
     shut_down_idle,
 )
 from mhmoe_ray.errors import ServeError
+from mhmoe_ray.terminal import Activity
 
-REPORT_SECONDS = 30.0
-"""Seconds between two lines of progress while an application is being removed."""
 CANCEL_SECONDS = 60.0
 """Timeout for Serve to build an application, and again to cancel starting replicas; both usually take seconds."""
 
@@ -143,14 +142,10 @@ def _wait_until_removed(
     connection: Connection, name: str, retrying_caller: RetryingCaller, say: Callable[[str], object]
 ) -> None:
     """Wait without a timeout, as Serve kills replicas that exceed theirs; a new deployment is a ServeError."""
-    start_time = last_report = time.monotonic()
+    say(Activity("waiting", f"until application {name} finishes its requests"))
     while (details := retrying_caller.call(partial(serve_details, connection), None)) is None or name in details[
         "applications"
     ]:
         if details and details["applications"][name]["status"] != "DELETING":
             raise ServeError(f"application {name}", "it was deployed again meanwhile", "see `mhmoe serve status`")
-        current_time = time.monotonic()
-        if current_time - last_report > REPORT_SECONDS:
-            say(f"application {name} finishes its requests, for {current_time - start_time:.0f} s so far")
-            last_report = current_time
         time.sleep(0.5)

@@ -16,9 +16,7 @@ from mhmoe_ray.cluster.serve_client import app_configs, client, config_lock, put
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serving.config import IMPORT_PATH
 from mhmoe_ray.spec.serve import is_valid_key
-
-REPORT_SECONDS = 30.0
-"""Seconds between two lines of progress about an application that does not answer yet."""
+from mhmoe_ray.terminal import Activity
 
 
 @dataclass(frozen=True)
@@ -99,21 +97,21 @@ def wait_until_running(
     reports a failure. `timeout` is in seconds and counts only while the cluster answers; `say` gets lines of progress.
     """
     subject, retrying_caller = f"application {name}", RetryingCaller(say)
-    start_time = last_report = time.monotonic()
+    start_time, last_activity = time.monotonic(), ""
     while True:
         application = retrying_caller.call(lambda: find_application(connection, name), None)
         if application and application.status == "RUNNING":
             return application
         if application and application.status == "DEPLOY_FAILED":
             raise ServeError(subject, application.message, "see its log in the dashboard")
-        current_time = time.monotonic()
-        if application and current_time - start_time > timeout:
+        if application and time.monotonic() - start_time > timeout:
             reason = f"not running after {timeout:.0f} s: {application.message or application.status}"
             raise ServeError(subject, reason, "wait, or check that the cluster has the CPUs and GPUs for it")
-        if application and current_time - last_report > REPORT_SECONDS:
+        if application:
             message = f": {application.message}" if application.message else ""
-            say(f"{subject} is {application.status} for {current_time - start_time:.0f} s{message}")
-            last_report = current_time
+            if (activity := Activity("waiting:", f"{subject} is {application.status}{message}")) != last_activity:
+                say(activity)
+            last_activity = activity
         time.sleep(0.5)
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from mhmoe_ray.cli.follow import _print_last_lines, _run_progress_bar, _RunView
+from mhmoe_ray.cli.follow import _print_last_lines, _RunView
+from mhmoe_ray.cli.output import activity_lines
 from mhmoe_ray.cluster import runs
 from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.runs import outcome, outcome_or_lost
@@ -76,10 +77,9 @@ def test_balance_that_is_not_finite_is_shown(tmp_path, run):
     history.append(run, last_line)
     output = mhmoe(tmp_path, "status", COLUMNS="200").out
     assert "not finite (1 is uniform); the least used expert has 0.50 of its share" in output
-    with _run_progress_bar() as bar:
-        view = _RunView(run, bar, from_now=False)
-        view.refresh()
-    assert "balance not finite" in bar.tasks[0].fields["figures"]
+    _RunView(run, from_now=False).refresh()
+    [task] = activity_lines.tasks
+    assert task.fields["activity"] == "training: 8 of 20 steps  loss 2.5000  9 tok/s  balance not finite"
 
 
 def test_follower_prints_all_events_of_a_run(run, capsys):
@@ -91,8 +91,7 @@ def test_follower_prints_all_events_of_a_run(run, capsys):
     events.record(run, "preempted", step=7, nodes=["n1"], deadline=None)
     events.record(run, "preempted", step=8, nodes=["n1", "n2"], deadline=None)
     history.append(run, {**history.last_line(run), metrics.STEP: 8, metrics.SKIPPED: True, metrics.VAL_LOSS: 2.25})
-    with _run_progress_bar() as bar:
-        _RunView(run, bar, from_now=False).refresh()
+    _RunView(run, from_now=False).refresh()
     assert capsys.readouterr().err.splitlines() == [
         "training from step 0 on 1 worker, dp 1 x ep 1",
         "warning: rank 0 (process 3 on x) made no progress for 9 s, training after step 7; it was killed",

@@ -280,7 +280,7 @@ class _Preparation:
         files = ray.data.from_arrow(file_blocks(self._files))
         chunks = files.map_batches(read, batch_format="pyarrow", batch_size=1, num_cpus=0, concurrency=readers)
         parts, tally, report = [], Tally(), self._report
-        report.tokens = report.reused_tokens = report.reused_bytes = 0
+        report.tokens = report.reused_tokens = 0
         tallies, quarantined = defaultdict[str, Tally](Tally), []
         for row in chunks.map_batches(tokenise, batch_format="pyarrow", batch_size=1).iter_rows():
             chunk = TokenisedChunk.from_row(row)
@@ -296,7 +296,6 @@ class _Preparation:
             report.done_bytes = tally.bytes_read
             report.documents, report.tokens = tally.documents, report.tokens + tokens
             if chunk.is_reused:
-                report.reused_bytes += chunk.tally.bytes_read
                 report.reused_tokens += tokens
             report.refresh()
         if self._limit.is_exceeded(tally):

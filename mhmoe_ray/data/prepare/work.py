@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -35,8 +35,7 @@ PROGRESS_FILE = "progress.json"
 WRITE_SECONDS = 1.0
 
 Stage = Literal["tokenizer", "tokenising", "reading", "packing", "finishing"]
-READING_STAGES: tuple[Stage, ...] = ("tokenising", "reading")
-"""Stages that read raw files; `reading` has no text to tokenise, as for vision models."""
+"""Stages of a preparation; `reading` has no text to tokenise, as for vision models."""
 
 
 class PreparationProgress(BaseModel):
@@ -51,10 +50,6 @@ class PreparationProgress(BaseModel):
     tokens: int
     found_tokens: int
     """Those of `tokens` that were found in parts of an earlier job."""
-    bytes_per_s: float
-    """Bytes of raw files that this job reads per second, without reused parts; 0 outside of the reading stages."""
-    seconds_left: float | None
-    """Estimate until all files are read, if there is one."""
 
 
 @dataclass
@@ -66,18 +61,16 @@ class ProgressReport:
     total_bytes: int
     stage: Stage = "tokenizer"
     done_bytes: int = 0
-    reused_bytes: int = 0
     documents: int = 0
     tokens: int = 0
     reused_tokens: int = 0
     shards: int = 0
     total_shards: int = 0
-    _start_time: float = field(default_factory=time.monotonic)
     _write_time: float = 0.0
 
     def enter_stage(self, stage: Stage) -> None:
         """Begin a stage and write progress.json."""
-        self.stage, self._start_time = stage, time.monotonic()
+        self.stage = stage
         self.write()
 
     def refresh(self) -> None:
@@ -86,11 +79,8 @@ class ProgressReport:
             self.write()
 
     def write(self) -> None:
-        """Write progress.json with counts, speed and the estimated remaining time."""
+        """Write progress.json with the counts."""
         self._write_time = time.monotonic()
-        seconds = max(self._write_time - self._start_time, 1e-3)
-        # Parts that are reused from an earlier job take no time, so they do not count for the speed.
-        new_bytes = self.done_bytes - self.reused_bytes
         is_packing = self.stage == "packing"
         progress = PreparationProgress(
             stage=self.stage,
@@ -99,10 +89,6 @@ class ProgressReport:
             documents=self.documents,
             tokens=self.tokens,
             found_tokens=self.reused_tokens,
-            bytes_per_s=new_bytes / seconds if self.stage in READING_STAGES else 0.0,
-            seconds_left=(self.total_bytes - self.done_bytes) * seconds / new_bytes
-            if new_bytes and self.stage in READING_STAGES
-            else None,
         )
         replace_file(self.folder / PROGRESS_FILE, progress.model_dump_json().encode())
 

@@ -115,7 +115,7 @@ def _print_lack_of_resources(job: BatchJob) -> None:
 
 
 class ProgressReporter:
-    """Reporter of a job's progress: answered rows, speed and time left."""
+    """Reporter of a job's progress: answered rows and speed."""
 
     def __init__(self, total_rows: int, rows: int) -> None:
         """Begin a report after `rows` rows that earlier jobs have answered."""
@@ -137,13 +137,12 @@ class ProgressReporter:
         return False
 
     def line(self) -> str:
-        """Return a line with the answered rows and, if the speed is known, rows per second and time left."""
+        """Return a line with the answered rows and, if the speed is known, rows per second."""
         line = f"{self._rows:,} of {self._total_rows:,} rows"
         if self._start is None or self._rows == self._start[1]:
             return line
         speed = (self._rows - self._start[1]) / max(time.monotonic() - self._start[0], 1e-3)
-        minutes, seconds = divmod(round((self._total_rows - self._rows) / speed), 60)
-        return f"{line}, {speed:,.1f} rows/s, {minutes}:{seconds:02d} left"
+        return f"{line}, {speed:,.1f} rows/s"
 
 
 if __name__ == "__main__":
