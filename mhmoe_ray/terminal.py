@@ -32,11 +32,12 @@ class Activity(str):
     text: str
     details: str
     """Counts and other figures that change while the activity goes on; empty if there are none."""
-    done: int
-    total: int | None
-    """Amount of work, of which `done` is done, to estimate the remaining time; None if it is unknown."""
+    done_count: int
+    total_count: int | None
+    """Amount of work, of which `done_count` is done, to estimate the remaining time; None if it is unknown."""
 
-    def __new__(cls, text: str, details: str = "", done: int = 0, total: int | None = None) -> Self:
+    def __new__(cls, text: str, details: str = "", done_count: int = 0, total_count: int | None = None) -> Self:
         activity = super().__new__(cls, f"{text} {details}".rstrip())
-        activity.text, activity.details, activity.done, activity.total = text, details, done, total
+        activity.text, activity.details = text, details
+        activity.done_count, activity.total_count = done_count, total_count
         return activity

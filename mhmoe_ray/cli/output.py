@@ -70,11 +70,11 @@ class ActivityLines(Progress):
     def show(self, activity: Activity, name: str = "") -> Task:
         """Show an activity on a terminal, in place of the one with this name; the same one with new figures goes on."""
         task = self._shown_tasks.get(name)
-        if task is None or (task.description, task.total) != (activity.text, activity.total):
+        if task is None or (task.description, task.total) != (activity.text, activity.total_count):
             self.hide(name)
-            self.add_task(activity.text, total=activity.total, completed=activity.done, activity=activity)
+            self.add_task(activity.text, total=activity.total_count, completed=activity.done_count, activity=activity)
             task = self._shown_tasks[name] = self.tasks[-1]
-        self.update(task.id, completed=activity.done, activity=activity)
+        self.update(task.id, completed=activity.done_count, activity=activity)
         if note.is_interactive:
             self.start()
         return task
@@ -91,7 +91,7 @@ class ActivityLines(Progress):
             return
         words, printed_words = (re.sub(r"[\d.,:]+", "", text) for text in (activity, self._printed_activity))
         is_late = time.monotonic() - self._print_time > LINE_SECONDS
-        if words != printed_words or is_late or activity.done == activity.total:
+        if words != printed_words or is_late or activity.done_count == activity.total_count:
             self._printed_activity, self._print_time = activity, time.monotonic()
             note.print(_describe(task), soft_wrap=True)
 
@@ -156,9 +156,8 @@ def follow_job(job: "SubmittedJob[Any]", hint: str | None = None) -> None:
     with detach_from_job(job, hint):
         for line in job.progress():
             counts = re.search(r"([\d,]+) of ([\d,]+)", line)
-            done, total = (int(count.replace(",", "")) for count in counts.groups()) if counts else (0, None)
             kind, _, details = line.partition(" ")
-            print_note(Activity(kind, details, done, total))
+            print_note(Activity(kind, details, *(int(n.replace(",", "")) for n in counts.groups()) if counts else ()))
     show_activity("reading the result of the job")
 
 

@@ -39,7 +39,7 @@ COMMANDS = {
 }
 """Commands in an order in which each finds what it needs."""
 ACTIVITIES = {
-    "inspect": ("looking for the data", "starting Ray", "submitting the job", "inspect: read"),
+    "inspect": ("looking for the data", "connecting to the cluster", "submitting the job", "inspect: read"),
     "prepare": ("submitting the job", "waiting for the job to start", "preparing data: "),
     "submit": (
         "checking the spec",
@@ -160,8 +160,8 @@ def test_log_has_a_line_when_words_change_or_time_has_passed(capsys, monkeypatch
     for _ in range(7):
         print_note(Activity("preparing data:", "training the tokenizer"))
     print_note(Activity("connecting to the cluster"))
-    for done in range(1, 5):
-        print_note(Activity("preparing data:", f"packing {done} of 4 shards", done, 4))
+    for shard_count in range(1, 5):
+        print_note(Activity("preparing data:", f"packing {shard_count} of 4 shards", shard_count, 4))
     for _ in range(2):
         monkeypatch.setattr(output, "LINE_SECONDS", 0.0)
         print_note(Activity("preparing data:", "packing 5 of 6 shards", 5, 6))
@@ -175,10 +175,10 @@ def test_log_has_a_line_when_words_change_or_time_has_passed(capsys, monkeypatch
 
 def test_remaining_time_counts_from_the_first_amount():
     """A resumed run is not estimated to have done its earlier steps within this command."""
-    lines, now = ActivityLines(), 100.0
-    lines.get_time = lambda: now
+    lines, current_time = ActivityLines(), 100.0
+    lines.get_time = lambda: current_time
     lines.show(Activity("training:", "20 of 40 steps", 20, 40))
     for step in (22, 24, 26):
-        now += 4
+        current_time += 4
         task = lines.show(Activity("training:", f"{step} of 40 steps", step, 40))
     assert output._describe(task) == "training: 26 of 40 steps, 0:28 left"

@@ -17,7 +17,7 @@ FRAME = re.compile("[⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏] ([^\r\n\x1b]*)")
 
 
 class Recording(NamedTuple):
-    """What a command wrote to its terminal."""
+    """The exit code of a command, what it wrote to its terminal, and when it wrote nothing."""
 
     code: int
     text: str
