@@ -4,7 +4,6 @@ This module also registers the other commands of the group.
 """
 
 import importlib.util
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,18 +11,9 @@ import typer
 
 import mhmoe_ray as mh
 from mhmoe_ray.cli import data_inspect, data_mix, options
-from mhmoe_ray.cli.follow import show_preparation
+from mhmoe_ray.cli.follow import follow_preparation
 from mhmoe_ray.cli.formats import format_bytes
-from mhmoe_ray.cli.output import (
-    detach_from_job,
-    number_table,
-    out,
-    print_json,
-    print_line,
-    print_note,
-    print_table,
-    show_activity,
-)
+from mhmoe_ray.cli.output import number_table, out, print_json, print_line, print_note, print_table, show_activity
 from mhmoe_ray.cli.verbs import SuggestingGroup
 
 if TYPE_CHECKING:
@@ -35,9 +25,6 @@ if TYPE_CHECKING:
     from mhmoe_ray.corpus.scenes import SceneSummary
     from mhmoe_ray.data.shards.manifest import DataManifest
     from mhmoe_ray.spec import RunSpec
-
-
-POLL_SECONDS = 0.5
 
 
 def prepare(
@@ -84,17 +71,11 @@ def prepare(
 def _run_job(spec: "RunSpec", connection: "Connection") -> "DataManifest":
     """Submit the job that prepares a spec's data, show its progress until it ends, and return the data's manifest."""
     from mhmoe_ray.cluster import remote
-    from mhmoe_ray.cluster.dashboard import RetryingCaller
     from mhmoe_ray.data.prepare.job import PrepareRequest
     from mhmoe_ray.data.prepare.work import shared_folder
 
     job = remote.submit(connection, spec.cluster.runtime_env, PrepareRequest.from_spec(spec), print_note)
-    show_activity("waiting for the job to start")
-    retrying_caller, folder = RetryingCaller(print_note), shared_folder(spec)
-    with detach_from_job(job):
-        while retrying_caller.call(lambda: job.is_running, True):
-            show_preparation(folder)
-            time.sleep(POLL_SECONDS)
+    follow_preparation(job, shared_folder(spec))
     return job.result(f"prepared data {spec.data.prepared}")
 
 

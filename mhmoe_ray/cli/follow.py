@@ -1,23 +1,39 @@
 """Follow a run to its end through its directory and its job, and show the progress of data preparation."""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mhmoe_ray.cli.formats import format_bytes, format_figure, format_nats
-from mhmoe_ray.cli.output import activity_lines, detach_on_interrupt, note, out, print_note, show_activity
+from mhmoe_ray.cli.output import activity_lines, detach_from_job, detach_on_interrupt, note, out, print_note
 from mhmoe_ray.terminal import Activity
 
 if TYPE_CHECKING:
+    from mhmoe_ray.cluster.remote import SubmittedJob
     from mhmoe_ray.data.prepare.work import PreparationProgress
+    from mhmoe_ray.data.shards.manifest import DataManifest
     from mhmoe_ray.runs.directory import RunDir
 
 
+POLL_SECONDS = 0.5
 EVENT_ACTIVITIES = {
     "submitted": "waiting for the job to start", "began": "checking the data", "preparing": "preparing data:",
     "prepared": "starting workers", "waiting": "waiting for resources", "restoring": "loading the model",
     "started": "training:", "lost": "starting workers again", "preempted": "starting workers again",
 }  # fmt: skip
 """What a run does after an event, by the kind of the event; other events change nothing."""
+
+
+def follow_preparation(job: "SubmittedJob[DataManifest]", folder: Path) -> None:
+    """Show the progress of the job that prepares data in a work folder, until it ends or the user presses Ctrl-C."""
+    from mhmoe_ray.cluster.dashboard import RetryingCaller
+
+    activity_lines.show(Activity(EVENT_ACTIVITIES["submitted"]))
+    retrying_caller = RetryingCaller(print_note)
+    with detach_from_job(job):
+        while retrying_caller.call(lambda: job.is_running, True):
+            show_preparation(folder)
+            time.sleep(POLL_SECONDS)
 
 
 def show_preparation(folder: Path) -> None:
@@ -116,12 +132,11 @@ class _RunView:
 
     def _show(self, kind: str, step: int = 0, figures: str = "") -> None:
         """Show on a terminal what the run does after an event of this kind, with its step if it trains."""
-        self._kind = kind
+        self._kind, activity = kind, Activity("ending the run" if kind == "started" else EVENT_ACTIVITIES[kind])
         if kind == "started" and step < self._steps:
             details = f"{step:,} of {self._steps:,} steps{figures}"
-            activity_lines.show(Activity(EVENT_ACTIVITIES[kind], details, step, self._steps))
-        else:
-            show_activity("ending the run" if kind == "started" else EVENT_ACTIVITIES[kind])
+            activity = Activity(EVENT_ACTIVITIES[kind], details, step, self._steps)
+        activity_lines.show(activity)
 
     def _print_event(self, event: dict[str, Any]) -> None:
         from mhmoe_ray.runs import events

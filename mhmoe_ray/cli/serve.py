@@ -8,15 +8,7 @@ from rich.table import Table
 
 from mhmoe_ray.api.defaults import APPLICATION
 from mhmoe_ray.cli import options
-from mhmoe_ray.cli.output import (
-    detach_on_interrupt,
-    out,
-    print_json,
-    print_line,
-    print_note,
-    print_table,
-    show_activity,
-)
+from mhmoe_ray.cli.output import detach_on_interrupt, out, print_json, print_note, print_table, show_activity
 from mhmoe_ray.cli.verbs import SuggestingGroup
 
 if TYPE_CHECKING:
@@ -81,7 +73,7 @@ def deploy(
     hint = "ask it" if application.reachable else "ask it on the cluster's machine"
     model = stored_manifest(service.checkpoint).model
     route, command = serving_of(model.kind).request_example(model, application.url)
-    print_line(f"serving {run_dir.id} at {application.url}/{route}; {hint}: {command}")
+    out.print(f"serving {run_dir.id} at {application.url}/{route}; {hint}: {command}", soft_wrap=True)
 
 
 def option_overrides(replicas: str | None, engine: str | None) -> list[str]:
@@ -146,7 +138,7 @@ def status(address: options.AddressOption = None, json: options.JsonOption = Fal
             out.print(f"\n{name}: {application_stats['model']}", style="bold")
             out.print(_load_table(application_stats["replicas"]))
         else:
-            print_line(f"\n{name}: {application_stats}")
+            out.print(f"\n{name}: {application_stats}", soft_wrap=True)
 
 
 @app.command("down")
