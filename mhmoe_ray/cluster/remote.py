@@ -46,7 +46,9 @@ class SubmittedJob(Generic[R]):
 
     def progress(self) -> Iterator[str]:
         """Yield the lines of the log that are meant for the user, as they arrive, until the job ends."""
-        return (line for line in self.lines() if line.startswith(f"{self.request.kind}: "))
+        # Ray puts the name and the process of a task before each line that the task writes, such as an evaluation.
+        lines = (re.sub(r"^(\x1b\[\d+m)?\([^()]*\bpid=\d+[^()]*\)(\x1b\[0m)? ", "", line) for line in self.lines())
+        return (line for line in lines if line.startswith(f"{self.request.kind}: "))
 
     @property
     def is_running(self) -> bool:

@@ -38,6 +38,7 @@ class EvalJob(RemoteJob[Evaluation]):
 
         request = self.request
         _check_resources(request, self.can_grow)
+        self.print_line(f"loading {request.checkpoint}")
         task = ray.remote(num_cpus=request.cpus, num_gpus=request.gpus)(_run_evaluation)
         ray.get(task.remote(request))
 

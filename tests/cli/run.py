@@ -96,7 +96,9 @@ def assert_one_line(result: Result, code: int, *parts: str) -> None:
     *progress, last_line = result.err.splitlines()
     assert last_line.startswith("error: ")
     assert all(
-        line.startswith(("prepare: ", "inspect: ", "generate: ", "starting ", "exporting ", "importing "))
+        line.startswith(
+            ("preparing data: ", "eval: ", "inspect: ", "generate: ", "starting ", "exporting ", "importing ")
+        )
         for line in progress
     )
     assert "Traceback" not in result.out + result.err
