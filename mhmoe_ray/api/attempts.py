@@ -9,7 +9,7 @@ from typing import Any
 from mhmoe_ray.api.connection import connect_to_train
 from mhmoe_ray.api.defaults import OnNote, default_storage, ignore_note
 from mhmoe_ray.cluster import jobs
-from mhmoe_ray.cluster.connect import LOCAL, connect_recorded
+from mhmoe_ray.cluster.connect import LOCAL, connect_recorded, dashboard_command
 from mhmoe_ray.cluster.dashboard import RetryingCaller, is_loopback
 from mhmoe_ray.cluster.runs import (
     QUIET_SECONDS,
@@ -64,7 +64,7 @@ def start_run(
     run = ended_run or create_run(spec)
     record_settings(spec)
     job = start_attempt(run, spec, connection, on_note=on_note)
-    on_note(f"run {run.id}  job {job}  dashboard {connection.address}")
+    on_note(f"run {run.id}  job {job}  dashboard {connection.address} ({dashboard_command(connection.address)})")
     return run
 
 

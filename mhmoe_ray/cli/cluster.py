@@ -3,6 +3,8 @@
 `mhmoe doctor` checks this machine, the cluster and the storage, and explains what does not work.
 """
 
+import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -78,7 +80,7 @@ def start_cluster(
 @app.command()
 def status(address: options.AddressOption = None, json: options.JsonOption = False) -> None:
     """Show the cluster that commands use: its nodes, and their free CPUs and GPUs."""
-    from mhmoe_ray.cluster.connect import connect_if_running
+    from mhmoe_ray.cluster.connect import connect_if_running, dashboard_command
     from mhmoe_ray.cluster.nodes import free_nodes
 
     # `connect_if_running` is used, because a command that only looks at the local cluster must not start it.
@@ -89,14 +91,41 @@ def status(address: options.AddressOption = None, json: options.JsonOption = Fal
     nodes = free_nodes(connection, None)
     cluster_state = {"dashboard": connection.address, "nodes": len(nodes)}
     cluster_state |= {"free CPUs": sum(n.cpus for n in nodes), "free GPUs": sum(n.gpus for n in nodes)}
-    if connection.local_cluster:
-        cluster_state |= {"CPUs": connection.local_cluster.cpus, "folder": str(connection.local_cluster.folder)}
+    if cluster := connection.local_cluster:
+        cluster_state |= {"CPUs": cluster.cpus, "folder": str(cluster.folder)}
     if json:
         # The names of the table are the keys of the JSON object: "free CPUs" becomes free_cpus.
         print_json({name.lower().replace(" ", "_"): value for name, value in cluster_state.items()})
     else:
         texts = {n: f"{value:g}" if isinstance(value, float) else str(value) for n, value in cluster_state.items()}
+        texts["dashboard"] += f" ({dashboard_command(connection.address)})"
         out.print(fact_table(texts))
+        if cluster:
+            # The command has a line of its own, which does not wrap, so that it can be copied.
+            print_line(f"\nRay's own commands work with these variables:\n{cluster.ray_command}")
+
+
+@app.command("dashboard")
+def open_dashboard(
+    no_open: Annotated[bool, typer.Option("--no-open", help="Only print the address.")] = False,
+    address: options.AddressOption = None,
+) -> None:
+    """Open the dashboard of Ray, with its jobs, logs and nodes, in a browser.
+
+    Where there is no browser or no terminal, only its address is printed.
+    """
+    import webbrowser
+
+    from mhmoe_ray.cluster.connect import connect
+
+    connection = connect(address)
+    print_line(connection.address)
+    if token := connection.token:
+        print_note(f"the page asks for the cluster's token; to print the token: {token.print_command}")
+    # Without a display, Python would choose a text browser, which cannot show the page.
+    has_display = sys.platform != "linux" or any(map(os.environ.get, ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY")))
+    if has_display and sys.stdout.isatty() and not no_open:
+        webbrowser.open(connection.address)
 
 
 @app.command("down")

@@ -53,7 +53,9 @@ def _fact_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
     # A run that has ended gets no row for its cluster, because it no longer needs the cluster, which may be gone.
     if not events.is_end_state(run_state["state"]):
         rows["cluster"] = run_state["cluster"]
-    return rows | {"dashboard": run_state["dashboard"], "path": run_state["path"]}
+    if address := run_state["dashboard"]:
+        rows["dashboard"] = f"mhmoe cluster dashboard --address {address}"
+    return rows | {"path": run_state["path"]}
 
 
 def _quality_rows(run_state: dict[str, Any]) -> dict[str, str | None]:

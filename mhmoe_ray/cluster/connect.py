@@ -217,6 +217,13 @@ def start(cpus: int) -> Connection:
     return _local_connection(start_local(cpus))
 
 
+def dashboard_command(address: str) -> str:
+    """Return the command that opens the dashboard with this URL."""
+    default_address = _resolve_address(None) or recorded_address()
+    is_default = default_address is not None and normalised(default_address) == address
+    return "mhmoe cluster dashboard" if is_default else f"mhmoe cluster dashboard --address {address}"
+
+
 def uses_local_cluster(address: str | None) -> bool:
     """Return whether a command with this `--address` (None if the option is missing) uses the local cluster."""
     address = _resolve_address(address)

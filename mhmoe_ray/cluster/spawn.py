@@ -6,6 +6,7 @@ processes inherit the variable.
 
 import os
 import random
+import shlex
 import socket
 import sys
 import tempfile
@@ -155,6 +156,12 @@ class LocalCluster:
     @property
     def log(self) -> Path:
         return self.folder / "ray_start.log"
+
+    @property
+    def ray_command(self) -> str:
+        """Shell command `ray status` with the variables that connect Ray's own tools to this cluster."""
+        variables = {"RAY_ADDRESS": self.gcs_address, **PRIVATE, "RAY_AUTH_TOKEN_PATH": str(tokens.token_file())}
+        return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), "ray status"])
 
 
 def spawn_ray(cpus: int) -> LocalCluster:

@@ -8,6 +8,7 @@ headers, never on a command line.
 import fcntl
 import os
 import secrets
+import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,10 +78,17 @@ class Token:
     value: str = field(repr=False)
     source: str
     """File or environment variable that the token was read from, for error messages."""
+    file: Path | None = None
+    """Path of the file that the token was read from; None for the environment variable RAY_AUTH_TOKEN."""
 
     @property
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.value}"}
+
+    @property
+    def print_command(self) -> str:
+        """Shell command that prints the token."""
+        return f"cat {shlex.quote(str(self.file))}" if self.file else "printenv RAY_AUTH_TOKEN"
 
 
 def token_file() -> Path:
@@ -144,4 +152,4 @@ def _read_token(path: Path, source: str, fix: str) -> Token:
         raise TokenError(f"token of {source}", getattr(e, "strerror", None) or "it is not text", fix) from e
     if not value:
         raise TokenError(f"token of {source}", "the file is empty", fix)
-    return Token(value, source)
+    return Token(value, source, path)

@@ -4,7 +4,13 @@ import pytest
 
 from mhmoe_ray.api.attempts import attempt_address
 from mhmoe_ray.cluster import connect, tokens
-from mhmoe_ray.cluster.connect import _find_named_cluster, _resolve_address, _token, uses_local_cluster
+from mhmoe_ray.cluster.connect import (
+    _find_named_cluster,
+    _resolve_address,
+    _token,
+    dashboard_command,
+    uses_local_cluster,
+)
 from mhmoe_ray.cluster.tokens import state_folder
 from mhmoe_ray.errors import ClusterError, TokenError
 from mhmoe_ray.runs.directory import Attempt
@@ -42,6 +48,15 @@ def test_run_stays_on_its_cluster_after_another_is_chosen(monkeypatch):
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://third:8265")
     assert uses_local_cluster(attempt_address(Attempt("job", "http://127.0.0.1:23456", local=True)))
     assert _resolve_address(attempt_address(Attempt("job", "http://other:8265", local=False))) == "http://other:8265"
+
+
+def test_command_of_a_dashboard_names_the_address_of_other_clusters_than_the_default():
+    address = "http://head:8265"
+    assert dashboard_command(address) == f"mhmoe cluster dashboard --address {address}"
+    connect.use("lab", address)
+    assert dashboard_command(address) == "mhmoe cluster dashboard"
+    connect.use("other", "http://other:8265")
+    assert dashboard_command(address) == f"mhmoe cluster dashboard --address {address}"
 
 
 def test_forgotten_cluster_is_unknown_and_no_longer_chosen():
