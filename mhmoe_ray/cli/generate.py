@@ -4,8 +4,9 @@ This module has the command and answers a single prompt; generate_batch.py answe
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,28 +16,22 @@ from mhmoe_ray.cli.options import (
     CheckpointOption,
     DetachOption,
     JsonOption,
+    ModelGpusOption,
     RunArg,
     StorageOption,
     TrustOption,
+    takes_sampling,
 )
 from mhmoe_ray.cli.output import activity_lines, print_json, print_note, show_activity
-from mhmoe_ray.serving.sampling_fields import MAX_LOGPROBS, MAX_TEMPERATURE, SAMPLING_FIELDS
+from mhmoe_ray.serving.sampling_fields import MAX_LOGPROBS, SAMPLING_FIELDS
 from mhmoe_ray.terminal import printable
 
 if TYPE_CHECKING:
+    from mhmoe_ray.api.model import LoadedModel
+    from mhmoe_ray.checkpoint.manifest import CheckpointManifest
+    from mhmoe_ray.serving.answer import AnswerPiece
     from mhmoe_ray.serving.sampling import SamplingParams
-
-DEFAULTS = {name: field.default for name, field in SAMPLING_FIELDS.items()}
-
-
-def _sampling_option(name: str, note: str = "", **settings: Any) -> Any:
-    """Return the option for a sampling parameter, with its range and text."""
-    field = SAMPLING_FIELDS[name]
-    limits = field.limits
-    # Typer has no limits that are themselves excluded; 0 as --top-p is refused later.
-    settings = {"min": limits.get("ge", limits.get("gt")), "max": limits.get("le"), **settings}
-    # The name is given, because Typer would add `--no-...` to an option without a value.
-    return typer.Option(f"--{name.replace('_', '-')}", help=f"{field.text}{note}", **settings)
+    from mhmoe_ray.storage import Location
 
 
 @dataclass(frozen=True)
@@ -82,26 +77,16 @@ class BatchOptions:
         return [*self.set, *(f"serve.{name}={value}" for name, value in values.items() if value is not None)]
 
 
+@takes_sampling
 def generate(
+    sampling: "SamplingParams",
     run: RunArg = None,
     prompt: Annotated[str | None, typer.Option(help="Text to continue; read from standard input by default.")] = None,
-    max_tokens: Annotated[int, _sampling_option("max_tokens")] = DEFAULTS["max_tokens"],
-    temperature: Annotated[float, _sampling_option("temperature", max=MAX_TEMPERATURE)] = DEFAULTS["temperature"],
-    top_p: Annotated[float, _sampling_option("top_p")] = DEFAULTS["top_p"],
-    top_k: Annotated[int, _sampling_option("top_k")] = DEFAULTS["top_k"],
-    min_p: Annotated[float, _sampling_option("min_p")] = DEFAULTS["min_p"],
-    presence_penalty: Annotated[float, _sampling_option("presence_penalty")] = DEFAULTS["presence_penalty"],
-    frequency_penalty: Annotated[float, _sampling_option("frequency_penalty")] = DEFAULTS["frequency_penalty"],
-    repetition_penalty: Annotated[float, _sampling_option("repetition_penalty")] = DEFAULTS["repetition_penalty"],
-    min_tokens: Annotated[int, _sampling_option("min_tokens")] = DEFAULTS["min_tokens"],
-    ignore_eos: Annotated[bool, _sampling_option("ignore_eos")] = DEFAULTS["ignore_eos"],
-    logit_bias: Annotated[list[str], _sampling_option("logit_bias", metavar="TOKEN=BIAS")] = [],  # noqa: B006 - typer needs the list
-    seed: Annotated[int | None, _sampling_option("seed")] = DEFAULTS["seed"],
-    stop: Annotated[list[str], _sampling_option("stop")] = DEFAULTS["stop"],
     logprobs: Annotated[
-        int | None, _sampling_option("logprobs", note=" Only with --input.", min=0, max=MAX_LOGPROBS)
-    ] = DEFAULTS["logprobs"],
-    gpus: Annotated[int, typer.Option(min=0, max=1, help="GPUs of this machine to compute a single prompt on.")] = 0,
+        int | None,
+        typer.Option(min=0, max=MAX_LOGPROBS, help=f"{SAMPLING_FIELDS['logprobs'].text} Only with --input."),
+    ] = None,
+    gpus: ModelGpusOption = 0,
     input_: Annotated[
         str | None,
         typer.Option(
@@ -145,16 +130,9 @@ def generate(
     """
     arguments = locals()
     show_activity("loading modules")
-    from mhmoe_ray.api.generation import checked_sampling
     from mhmoe_ray.checkpoint.find import split_step
 
-    if not top_p:
-        raise typer.BadParameter("--top-p 0: nothing is left to draw from; give more than 0")
-    if not all(stop):
-        raise typer.BadParameter("--stop '': an empty text would end every answer at once; leave it out")
-    sampling = checked_sampling(
-        **{name: arguments[name] for name in SAMPLING_FIELDS} | {"logit_bias": dict(map(_parse_bias, logit_bias))}
-    )
+    sampling = sampling.model_copy(update={"logprobs": logprobs})
     run, checkpoint = split_step(run, checkpoint)
     renamed = {"input": input_, "set": tuple(set_)}
     options = BatchOptions(**{field.name: (arguments | renamed)[field.name] for field in fields(BatchOptions)})
@@ -172,14 +150,6 @@ def generate(
     answer_file(run, checkpoint, storage, sampling, options, json)
 
 
-def _parse_bias(text: str) -> tuple[int, float]:
-    token, _, bias = text.partition("=")
-    try:
-        return int(token), float(bias)
-    except ValueError as e:
-        raise typer.BadParameter(f"--logit-bias {text}: give a token id and an amount, such as 17=-100") from e
-
-
 def _answer_prompt(
     run: str | None,
     prompt: str | None,
@@ -190,45 +160,25 @@ def _answer_prompt(
     json: bool,
 ) -> None:
     """Print the answer to a single prompt, from standard input if it is None, which is computed in this process."""
-    import os
-
-    from mhmoe_ray.api.checkpoints import pick_checkpoint
-    from mhmoe_ray.api.model import LoadedModel
-    from mhmoe_ray.api.model_source import checkpoint_source
-    from mhmoe_ray.errors import ServeError
-    from mhmoe_ray.runs.directory import find_run
+    from mhmoe_ray.runs.directory import RunDir
 
     if prompt is None:
         activity_lines.end()
     if prompt is None and sys.stdin.isatty():
         print_note("type the prompt, and end it with Ctrl-D")
-    try:
-        text = sys.stdin.read() if prompt is None else prompt
-        # This call raises an error for an argument that is not UTF-8: Python decodes its bytes to lone surrogates,
-        # which cannot be encoded.
-        text.encode()
-    except UnicodeError as e:
-        raise ServeError("the prompt", "it is not UTF-8", "give it as UTF-8") from e
-    show_activity("verifying the checkpoint")
-    run_dir = find_run(run, storage)
-    path, manifest = pick_checkpoint(run_dir, checkpoint, verify_hashes=True, on_note=print_note)
-    # This call raises an error if there is no GPU, before the checkpoint is loaded, which may take long.
-    if gpus:
-        _require_gpu()
-    show_activity(f"loading {path.name} of {run_dir.id}")
-    pieces, has_terminal = [], sys.stdout.isatty()
-    with LoadedModel(checkpoint_source(path, manifest), "cuda" if gpus else "cpu", os.cpu_count()) as model:
+    text = read_text(lambda: sys.stdin.read() if prompt is None else prompt)
+    path, manifest, model = load_model(run, checkpoint, storage, gpus)
+    pieces = []
+    with model:
         show_activity("generating the answer")
         for piece in model.stream(text, **sampling.model_dump()):
             pieces.append(piece)
             if not json:
-                if has_terminal:
-                    activity_lines.end()
-                print(printable(piece.text) if has_terminal else piece.text, end="", flush=True)
+                print_piece(piece)
     if json:
         print_json(
             {
-                "run": run_dir.id,
+                "run": RunDir.of_checkpoint(path).id,
                 "checkpoint": path.name,
                 "step": manifest.step,
                 "prompt": text,
@@ -241,6 +191,42 @@ def _answer_prompt(
         print()
 
 
+def read_text(read: Callable[[], str]) -> str:
+    """Return the text that `read` returns; one that is not UTF-8 is a ServeError."""
+    from mhmoe_ray.errors import ServeError
+
+    try:
+        text = read()
+        # This call raises an error for a text that is not UTF-8: Python decodes an argument's bytes to lone surrogates,
+        # which cannot be encoded.
+        text.encode()
+    except UnicodeError as e:
+        raise ServeError("the prompt", "it is not UTF-8", "give it as UTF-8") from e
+    return text
+
+
+def load_model(
+    run: str | None, checkpoint: str | None, storage: str, gpus: int
+) -> "tuple[Location, CheckpointManifest, LoadedModel]":
+    """Return the path and the manifest of a run's checkpoint, and its model, which computes in this process."""
+    import os
+
+    from mhmoe_ray.api.checkpoints import pick_checkpoint
+    from mhmoe_ray.api.model import LoadedModel
+    from mhmoe_ray.api.model_source import checkpoint_source
+    from mhmoe_ray.runs.directory import find_run
+
+    show_activity("verifying the checkpoint")
+    run_dir = find_run(run, storage)
+    path, manifest = pick_checkpoint(run_dir, checkpoint, verify_hashes=True, on_note=print_note)
+    # This call raises an error if there is no GPU, before the checkpoint is loaded, which may take long.
+    if gpus:
+        _require_gpu()
+    show_activity(f"loading {path.name} of {run_dir.id}")
+    model = LoadedModel(checkpoint_source(path, manifest), "cuda" if gpus else "cpu", os.cpu_count())
+    return path, manifest, model
+
+
 def _require_gpu() -> None:
     import torch
 
@@ -248,3 +234,11 @@ def _require_gpu() -> None:
 
     if not torch.cuda.is_available():
         raise ServeError("--gpus 1", "torch finds no GPU in this process", "give --gpus 0, or install torch for CUDA")
+
+
+def print_piece(piece: "AnswerPiece") -> None:
+    """Print a piece of an answer at once, as the model wrote it unless a terminal would obey it."""
+    has_terminal = sys.stdout.isatty()
+    if has_terminal:
+        activity_lines.end()
+    print(printable(piece.text) if has_terminal else piece.text, end="", flush=True)

@@ -3,14 +3,18 @@
 After `mhmoe --install-completion`, the shell completes run ids and spec keys.
 """
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any
 
 import typer
 
 from mhmoe_ray.api.defaults import EVALUATION_SAMPLES, Prior, default_storage
 from mhmoe_ray.api.defaults import STORAGE as STORAGE
+from mhmoe_ray.serving.sampling_fields import MAX_TEMPERATURE, SAMPLING_FIELDS
 
 
 def complete_runs(incomplete: str) -> list[str]:
@@ -47,7 +51,7 @@ def _section_keys(model: Any, prefix: str = "") -> Iterator[str]:
 
 def _section_model(annotation: Any) -> Any:
     """Return the pydantic model of a field that is a section with fixed keys; None for other fields."""
-    from types import NoneType, UnionType
+    from types import UnionType
     from typing import Union, get_args, get_origin
 
     from pydantic import BaseModel
@@ -117,6 +121,9 @@ GpusOption = Annotated[
     int | None,
     typer.Option(min=0, max=1, help="GPUs to compute on; by default as many as a worker of the training had."),
 ]
+ModelGpusOption = Annotated[
+    int, typer.Option(min=0, max=1, help="GPUs of this machine to compute on, if no cluster computes.")
+]
 PriorOption = Annotated[
     Prior | None,
     typer.Option(
@@ -124,3 +131,53 @@ PriorOption = Annotated[
         "default the domain of each text is known."
     ),
 ]
+
+
+def takes_sampling(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command with options for all sampling parameters but `logprobs` in place of its argument `sampling`."""
+    sampling_options = {name: _sampling_option(name) for name in SAMPLING_FIELDS if name != "logprobs"}
+    own_options = [option for name, option in inspect.signature(command).parameters.items() if name != "sampling"]
+
+    @wraps(command)
+    def run(*args: Any, **values: Any) -> None:
+        from mhmoe_ray.api.generation import checked_sampling
+
+        sampling = {name: values.pop(name, option.default) for name, option in sampling_options.items()}
+        if not sampling["top_p"]:
+            raise typer.BadParameter("--top-p 0: nothing is left to draw from; give more than 0")
+        if not all(sampling["stop"]):
+            raise typer.BadParameter("--stop '': an empty text would end every answer at once; leave it out")
+        biases = dict(map(_parse_bias, sampling["logit_bias"]))
+        command(checked_sampling(**sampling | {"logit_bias": biases}), *args, **values)
+
+    parameters = [*own_options[:2], *sampling_options.values(), *own_options[2:]]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # Typer reads it
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _sampling_option(name: str) -> inspect.Parameter:
+    """Return the option for a sampling parameter, with its type, range and text."""
+    field = SAMPLING_FIELDS[name]
+    kind = {NoneType: int | None, list: list[str], dict: list[str]}.get(type(field.default), type(field.default))
+    # The name is given, because Typer would add `--no-...` to an option without a value. Typer has no limits that are
+    # themselves excluded, so `takes_sampling` refuses 0 as --top-p.
+    option = typer.Option(
+        f"--{name.replace('_', '-')}",
+        help=field.text,
+        min=field.limits.get("ge", field.limits.get("gt")),
+        max=MAX_TEMPERATURE if name == "temperature" else field.limits.get("le"),
+        metavar="TOKEN=BIAS" if name == "logit_bias" else None,
+    )
+    default = [] if kind == list[str] else field.default
+    return inspect.Parameter(
+        name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=Annotated[kind, option]
+    )
+
+
+def _parse_bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError as e:
+        raise typer.BadParameter(f"--logit-bias {text}: give a token id and an amount, such as 17=-100") from e

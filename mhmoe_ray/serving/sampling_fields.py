@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 MAX_LOGPROBS = 20
 """Largest number of alternatives to report beside each token, as in OpenAI's API."""
 MAX_TEMPERATURE = 2.0
-"""Largest temperature in OpenAI's API and of `mhmoe generate`."""
+"""Largest temperature in OpenAI's API and of commands."""
 
 
 class SamplingField(NamedTuple):
@@ -22,6 +22,7 @@ class SamplingField(NamedTuple):
 
 
 SAMPLING_FIELDS = {
+    "max_tokens": SamplingField(128, "Largest number of tokens of the answer.", {"ge": 1}),
     "temperature": SamplingField(1.0, "Sampling temperature; 0 takes the most likely token each time.", {"ge": 0}),
     "top_p": SamplingField(1.0, "Draw from the likeliest tokens of this total probability.", {"gt": 0, "le": 1}),
     "top_k": SamplingField(0, "Draw from this number of likeliest tokens; 0 draws from all.", {"ge": 0, "lt": 2**31}),
@@ -45,7 +46,6 @@ SAMPLING_FIELDS = {
         None, "Seed of the random draws; equal seeds give equal answers, and each prompt or choice derives its own."
     ),
     "stop": SamplingField([], "Text that ends an answer and is not part of it."),
-    "max_tokens": SamplingField(128, "Largest number of tokens of the answer.", {"ge": 1}),
     "logit_bias": SamplingField({}, "Amounts added to the logits of tokens, by token id."),
     "logprobs": SamplingField(None, "Report log-probabilities of tokens, and this number of likeliest alternatives."),
 }
