@@ -157,7 +157,8 @@ class LoadedModel:
         messages = checked_messages(elements)
         if self._source.template is None:
             reason = "it has no chat template, so it cannot answer conversations"
-            raise ServeError("the model", reason, "give a text")
+            fix = "give a text (`mhmoe generate`), or fine-tune it on conversations as jobs/chat.yaml does"
+            raise ServeError("the model", reason, fix)
         return self._source.encoder.encode_chat(self._source.template, messages)
 
     @overload

@@ -15,6 +15,7 @@
     data_inspect.py, data_inspect_view.py   the contents of raw text, and problems in it
     serve.py       answers over HTTP
     generate.py, generate_batch.py          answers without a server, to a prompt or to all rows of a file
+    chat.py        a conversation without a server
     ckpt.py        checkpoints, and conversion from and to other tools' formats
     eval.py      quality of a checkpoint   routing.py    its use of experts
     sweep.py, sweep_follow.py               many runs from one file

@@ -13,6 +13,7 @@ import typer
 from mhmoe_ray import __version__
 from mhmoe_ray.cli import (
     bench,
+    chat,
     ckpt,
     cluster,
     data,
@@ -81,6 +82,7 @@ app.command("sweep")(sweep.sweep)
 app.command("doctor")(cluster.doctor)
 app.command("rm")(runs.rm)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 app.add_typer(data.app, name="data")
 app.add_typer(serve.app, name="serve")
 app.add_typer(ckpt.app, name="ckpt")
