@@ -14,7 +14,7 @@ import sys
 import urllib.request
 from typing import Any
 
-from mhmoe_ray.serving.decoder import curl_command
+from mhmoe_ray.serving.family import curl_command
 
 SPEC = "jobs/quickstart.yaml"
 PROMPT = "Fellow citizens of the Senate and of the House of Representatives:"
@@ -97,7 +97,7 @@ def main() -> None:
         url = f"http://127.0.0.1:{port}"
         print(f"\n{PROMPT} ...{complete(url, PROMPT)}")
         print(f"\nrun directory  {run['path']}\ndashboard      {run['dashboard']}")
-        print(f"ask it         {curl_command(url)}", flush=True)
+        print(f"ask it         {curl_command(url, 'v1/completions', {'prompt': PROMPT})}", flush=True)
     finally:
         if keep:
             print("\nstill running; end it with: .venv/bin/mhmoe cluster down")

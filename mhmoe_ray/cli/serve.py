@@ -72,8 +72,9 @@ def deploy(
     application, run_dir = service.application, RunDir.of_checkpoint(service.checkpoint)
     hint = "ask it" if application.reachable else "ask it on the cluster's machine"
     model = stored_manifest(service.checkpoint).model
-    route, command = serving_of(model.kind).request_example(model, application.url)
-    out.print(f"serving {run_dir.id} at {application.url}/{route}; {hint}: {command}", soft_wrap=True)
+    route, command, page = serving_of(model.kind).request_example(model, run_dir, application.url)
+    print_line(f"serving {run_dir.id} at {application.url}/{route}; {hint}: {command}")
+    print_line(f"its web page is {application.url}/{page}")
 
 
 def option_overrides(replicas: str | None, engine: str | None) -> list[str]:

@@ -6,7 +6,7 @@ from mhmoe_ray.checkpoint.manifest import CheckpointManifest
 from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serving.answer import Answerer, load_chat_template
-from mhmoe_ray.serving.family import FamilyServing, RequestExample
+from mhmoe_ray.serving.family import FamilyServing, RequestExample, curl_command
 from mhmoe_ray.serving.load import check_engine, load_answerer
 from mhmoe_ray.spec import ModelSpec, ServeSpec
 from mhmoe_ray.storage import Location
@@ -41,12 +41,9 @@ class DecoderServing(FamilyServing):
         service = CompletionService(served, model, spec, access)
         return service, [completions_router(service), chat_router(service)]
 
-    def request_example(self, model: ModelSpec, url: str) -> RequestExample:
-        return RequestExample("v1/completions", curl_command(url))
-
-
-def curl_command(url: str) -> str:
-    """Return a shell command that sends a completion request to the server at `url`."""
-    # The body has no `max_tokens`, so that the server chooses a number of tokens that its limit allows.
-    body = '{"prompt": "Fellow citizens"}'
-    return f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
+    def request_example(self, model: ModelSpec, run: RunDir, url: str) -> RequestExample:
+        # The bodies have no `max_tokens`, so that the server chooses a number of tokens that its limit allows.
+        if run.chat_template_file.exists():
+            body = {"messages": [{"role": "user", "content": "Who are you?"}]}
+            return RequestExample("v1/chat/completions", curl_command(url, "v1/chat/completions", body), "chat")
+        return RequestExample("v1/completions", curl_command(url, "v1/completions", {"prompt": "Fellow citizens"}))

@@ -1,5 +1,6 @@
 """The interface of the serving of a family of models: checks before replicas start, the loaded model, its routes."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -25,6 +26,8 @@ class RequestExample(NamedTuple):
 
     route: str
     command: str
+    page: str = ""
+    """Path of the model's web page."""
 
 
 class FamilyServing(ABC):
@@ -66,8 +69,13 @@ class FamilyServing(ABC):
         """Return the service of a served model, and the routers with the routes that only this family has."""
 
     @abstractmethod
-    def request_example(self, model: ModelSpec, url: str) -> RequestExample:
-        """Return a first request to a model that is served at this URL."""
+    def request_example(self, model: ModelSpec, run: RunDir, url: str) -> RequestExample:
+        """Return a first request to a model of a run that is served at this URL."""
+
+
+def curl_command(url: str, route: str, body: Mapping[str, Any]) -> str:
+    """Return a shell command that sends a request to the server at `url`."""
+    return f"curl {url}/{route} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
 
 
 def serving_of(kind: ModelKind) -> FamilyServing:

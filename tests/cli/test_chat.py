@@ -1,7 +1,10 @@
 """Tests of preparing and training on conversations beside text, from the raw files to the served prompt."""
 
 import json
+import re
+import shlex
 
+import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -135,6 +138,22 @@ def test_run_trains_on_targets_and_is_served_with_its_template(run):
                 assert answerer.encode_chat(answerer.template, messages[:number]) == [answerer.start_token, *ids]
     finally:
         answerer.engine.close()
+
+
+@pytest.mark.ray
+def test_command_and_page_that_are_printed_work_on_the_server(project, run, unused_port):
+    words = ("--name", "talk", "--set", f"serve.port={unused_port}")
+    try:
+        deployed = mhmoe(project, "serve", "deploy", run.id, *words)
+        assert deployed.code == 0, deployed.err
+        _, url, *_, body = shlex.split(re.search("ask it: (.*)", deployed.out)[1])
+        response = httpx.post(url, content=body, headers={"Content-Type": "application/json"}, timeout=120)
+        assert response.json()["choices"][0]["message"]["role"] == "assistant"
+        page_url = re.search("its web page is (.*)", deployed.out)[1]
+        assert page_url == f"http://127.0.0.1:{unused_port}/talk/chat"
+        assert 'id="message"' in httpx.get(page_url).text
+    finally:
+        assert mhmoe(project, "serve", "down", "talk").code == 0
 
 
 @pytest.mark.ray

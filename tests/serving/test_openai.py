@@ -8,11 +8,12 @@ import openai
 import pytest
 import torch
 
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serving.api.app import create_app
-from mhmoe_ray.serving.decoder import curl_command
+from mhmoe_ray.serving.decoder import DecoderServing
 from mhmoe_ray.spec import KeySpec, ServeSpec
 from tests.serving.asking import call
-from tests.serving.conftest import SEQ_LEN, build_model, serve_app
+from tests.serving.conftest import SEQ_LEN, SPEC, build_model, serve_app
 
 KEY = "a key of ours"
 
@@ -62,8 +63,8 @@ def test_default_number_of_tokens_respects_the_limit_of_the_server(answerer, lim
     assert call(app, "POST", "/v1/completions", json={**body, "max_tokens": 0}).status_code == 200
 
 
-def test_printed_command_respects_the_limit_of_the_server(answerer):
-    words = shlex.split(curl_command(""))
+def test_printed_command_respects_the_limit_of_the_server(answerer, run_dir):
+    words = shlex.split(DecoderServing().request_example(SPEC, RunDir(run_dir), "").command)
     body = json.loads(words[words.index("-d") + 1])
     assert call(create_app(answerer, "tiny", ServeSpec(max_tokens=1)), "POST", words[1], json=body).status_code == 200
 

@@ -1,22 +1,45 @@
 """Tests of the web page at /, in a real browser."""
 
+import ast
 import base64
 import hashlib
 import re
 
 import pytest
+import torch
 
+from mhmoe_ray.data.chat.template import BUILT_IN_TEMPLATE, ChatTemplate
+from mhmoe_ray.data.tokenizer import END_OF_TEXT
 from mhmoe_ray.serving.api.app import create_app
 from mhmoe_ray.spec import KeySpec, ServeSpec
 from tests.serving.asking import call
-from tests.serving.conftest import build_model, serve_app
+from tests.serving.conftest import SPEC, build_model, build_tokenizer, serve_app
 from tests.serving.own import create_answerer
 
 KEY = KeySpec(name="ann", sha256=hashlib.sha256(b"secret").hexdigest())
+SCRIPTS = ("<script>document.title = 'broken';</script>", "<img src=x onerror=\"document.title = 'broken';\">")
 
 
-def test_page_policy_allows_only_its_own_script_and_style(answerer):
-    response = call(create_app(answerer, "tiny", ServeSpec(keys=(KEY,))), "GET", "/")
+@pytest.fixture(scope="module")
+def script_answerer():
+    """Yield the answerer of a chat model that answers everything with HTML that would run a script."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(list(SCRIPTS))
+    model = build_model(SPEC.model_copy(update={"tied_embeddings": False}))
+    # The rows are opposite, so that one of them has a large logit, whatever the model has read.
+    row = 1000 * torch.ones(SPEC.d_model).cumsum(0).cos()
+    model.output.weight.zero_()
+    for script, sign in zip(SCRIPTS, (1, -1), strict=True):
+        model.output.weight[tokenizer.token_to_id(script)] = sign * row
+    template = ChatTemplate(BUILT_IN_TEMPLATE, END_OF_TEXT, END_OF_TEXT)
+    answerer = create_answerer(model, tokenizer, 256, ServeSpec(), template)
+    yield answerer
+    answerer.engine.close()
+
+
+@pytest.mark.parametrize("path", ["/", "/chat"])
+def test_page_policy_allows_only_its_own_script_and_style(script_answerer, path):
+    response = call(create_app(script_answerer, "tiny", ServeSpec(keys=(KEY,))), "GET", path)
     assert response.headers["content-type"].startswith("text/html")
     policy = response.headers["content-security-policy"]
     for tag in ("script", "style"):
@@ -24,6 +47,13 @@ def test_page_policy_allows_only_its_own_script_and_style(answerer):
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         assert f"{tag}-src 'sha256-{digest}'" in policy
     assert "default-src 'none'" in policy
+
+
+def test_model_without_chat_template_has_no_chat_page(answerer):
+    response = call(create_app(answerer, "tiny", ServeSpec()), "GET", "/chat")
+    message = "this model has no chat template, so it has no chat page"
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": "no_chat_template"}
+    assert (response.status_code, response.json()) == (404, {"error": error})
 
 
 @pytest.mark.parametrize(("limit", "tokens"), [(8, 8), (512, 64)])
@@ -104,3 +134,62 @@ def test_answer_is_streamed_and_can_be_stopped(browser, tokenizer):
             assert all("401" in line or "400" in line for line in console), console
     finally:
         answerer.engine.close()
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("width", [390, 1200])
+def test_conversation_is_shown_as_text_and_sent_with_each_message(browser, script_answerer, caplog, width):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def element(name):
+        return browser.find_element(By.ID, name)
+
+    def wait_for(condition):
+        return WebDriverWait(browser, 60, 0.02).until(lambda _: condition())
+
+    def messages():
+        return [(node.get_attribute("class"), node.text) for node in browser.find_elements(By.CSS_SELECTOR, "#log div")]
+
+    caplog.set_level("INFO", "ray.serve")
+    app = create_app(script_answerer, "tiny-abc123", ServeSpec(max_tokens=3, keys=(KEY,), log_prompts=True))
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    with serve_app(app) as url:
+        browser.get(url)
+        assert not element("chat").is_displayed()
+        browser.get(f"{url}/chat")
+        wait_for(lambda: element("status").text == "this server asks for an API key")
+        element("message").send_keys("the fox\n")
+        # The message stays where it can be sent again.
+        wait_for(lambda: "no such API key" in element("status").text)
+        assert (messages(), element("message").get_attribute("value")) == ([], "the fox")
+        element("key").send_keys("secret\t")
+        wait_for(lambda: element("model").text == "tiny-abc123")
+        element("message").send_keys("\n")
+        wait_for(lambda: element("status").text.startswith("3 tokens in "))
+        element("message").send_keys(f"{SCRIPTS[0]}\n")
+        wait_for(lambda: len(messages()) == 4 and element("go").is_enabled())
+        (_, answer), (_, second_answer) = messages()[1::2]
+        assert messages() == [
+            ("user", "the fox"), ("assistant", answer), ("user", SCRIPTS[0]), ("assistant", second_answer)
+        ]  # fmt: skip
+        assert {*re.findall("<.*?>", answer)} <= {*re.findall("<.*?>", "".join(SCRIPTS))}
+        assert browser.title == "tiny-abc123"
+        assert browser.find_elements(By.CSS_SELECTOR, "#log script, #log img") == []
+        prompt = ast.literal_eval(caplog.records[-1].getMessage().removeprefix("ann asks: "))
+        assert f"User:\nthe fox\nAssistant:\n{answer}" in prompt
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        element("reset").click()
+        assert messages() == []
+        element("message").send_keys("the dog\n")
+        wait_for(lambda: len(messages()) == 2 and element("go").is_enabled())
+        assert "the fox" not in caplog.records[-1].getMessage()
+        browser.get(url)
+        element("key").send_keys("secret\t")
+        wait_for(lambda: element("chat").is_displayed())
+        element("chat_link").click()
+        wait_for(lambda: browser.current_url == f"{url}/chat")
+        console = [line["message"] for line in browser.get_log("browser")]
+        assert all("401" in line for line in console), console
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -1,4 +1,4 @@
-"""The HTTP server: a FastAPI application around one engine, with a web page at /.
+"""The HTTP server: a FastAPI application around one engine, with web pages at / and /chat.
 
 Ray Serve runs it; nothing here depends on Ray.
 """
@@ -24,7 +24,7 @@ from mhmoe_ray.serving.api.access import (
 )
 from mhmoe_ray.serving.api.errors import HANDLERS, RESPONSES
 from mhmoe_ray.serving.api.metrics import render_exposition
-from mhmoe_ray.serving.api.pages import docs_router, page_router
+from mhmoe_ray.serving.api.pages import chat_page_router, docs_router, page_router
 from mhmoe_ray.serving.api.schema import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -70,6 +70,7 @@ def create_app(
     for router in routers:
         app.include_router(router, responses=RESPONSES)
     app.include_router(page_router(serving.page_package, spec))
+    app.include_router(chat_page_router(answerer))
     info_routers = [_info_router(service, replica, collect_stats)]
     if isinstance(service, TextService):
         info_routers.append(_tokenizer_router(service))

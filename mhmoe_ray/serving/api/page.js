@@ -1,6 +1,6 @@
 // Functions that all pages of the server share.
 const element = id => document.getElementById(id);
-const base = location.pathname.replace(/\/?$/, "/");
+const base = location.pathname.replace(/PAGE_PATH\/?$/, "/");
 
 function headers() {
   const key = element("key").value;
@@ -57,6 +57,75 @@ function showFacts(model) {
   element("model").textContent = document.title = model.id;
   element("facts").replaceChildren();
   facts(model).forEach(fact => addText(element("facts"), "li", fact));
+}
+
+async function describe(route) {
+  element("url").textContent = `${location.origin}${base}${route}`;
+  const response = await fetch(`${base}v1/models`, {headers: headers()});
+  if (!response.ok) {
+    element("model").textContent = "mhmoe-ray";
+    if (response.status === 401) showStatus("this server asks for an API key", true);
+    return null;
+  }
+  const model = (await response.json()).data[0];
+  showFacts(model);
+  showStatus("");
+  return model;
+}
+
+// Returns the sampling parameters that the user has set.
+function settings() {
+  const ids = ["max_tokens", "temperature", "top_p"].filter(id => element(id).value);
+  return Object.fromEntries(ids.map(id => [id, Number(element(id).value)]));
+}
+
+async function* streamedEvents(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let text = "";;) {
+    const {value, done} = await reader.read();
+    if (done) return;
+    text += value;
+    for (let end; (end = text.indexOf("\n\n")) >= 0; text = text.slice(end + 2)) yield text.slice(6, end);
+  }
+}
+
+let abortController = null;
+
+// Streams an answer, calls add(choice) for each part, and shows the speed. Returns the usage if the answer is complete.
+async function stream(route, body, add) {
+  abortController = new AbortController();
+  element("go").disabled = true;
+  element("stop").disabled = false;
+  const startTime = performance.now();
+  let isCut = false;
+  showStatus("generating…");
+  try {
+    const response = await fetch(base + route, {
+      method: "POST", headers: headers(), signal: abortController.signal,
+      body: JSON.stringify({...body, stream: true, stream_options: {include_usage: true}}),
+    });
+    if (!response.ok) { showStatus(await errorMessage(response), true); return null; }
+    for await (const data of streamedEvents(response)) {
+      if (data === "[DONE]") return null;
+      const chunk = JSON.parse(data);
+      if (chunk.error) { showStatus(chunk.error.message, true); return null; }
+      chunk.choices.forEach(choice => { add(choice); isCut ||= choice.finish_reason === "length"; });
+      if (chunk.usage) {
+        const seconds = (performance.now() - startTime) / 1000, tokens = chunk.usage.completion_tokens;
+        const speed = `${tokens} tokens in ${seconds.toFixed(1)} s, ${(tokens / seconds).toFixed(0)} tokens/s`;
+        showStatus(isCut ? `${speed}; the answer is cut` : speed);
+        return chunk.usage;
+      }
+    }
+    return null;
+  } catch (error) {
+    showStatus(error.name === "AbortError" ? "stopped" : `no answer: ${error.message}`, error.name !== "AbortError");
+    return null;
+  } finally {
+    abortController = null;
+    element("go").disabled = false;
+    element("stop").disabled = true;
+  }
 }
 
 const readFile = file => new Promise((resolve, reject) => {

@@ -11,6 +11,8 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
+from mhmoe_ray.serving.answer import ServedModel, ServedText
+from mhmoe_ray.serving.api.errors import RequestError
 from mhmoe_ray.spec import ServeSpec
 
 SHARED_FILES = {"/* page.css */": "page.css", "// page.js": "page.js"}
@@ -21,10 +23,22 @@ PAGE_TOKENS = 64
 
 def page_router(package: str, spec: ServeSpec) -> APIRouter:
     """Return a router with the route GET /, which answers with the file page.html of a package."""
-    text = _read(package, "page.html").replace("PAGE_TOKENS", str(min(PAGE_TOKENS, spec.max_tokens)))
+    text = _page(package, "page.html").replace("PAGE_TOKENS", str(min(PAGE_TOKENS, spec.max_tokens)))
+    return _text_router("/", text.replace("PAGE_PATH", ""))
+
+
+def chat_page_router(model: ServedModel) -> APIRouter:
+    """Return a router with the route GET /chat: the page of a conversation, or a 404 without a chat template."""
+    text = _page(__package__, "chat.html").replace("PAGE_PATH", r"\/chat")
+    template = model.template if isinstance(model, ServedText) else None
+    return _text_router("/chat", text, None if template else "this model has no chat template, so it has no chat page")
+
+
+def _page(package: str, file: str) -> str:
+    text = _read(package, file)
     for line, shared_file in SHARED_FILES.items():
         text = text.replace(line, _read(__package__, shared_file))
-    return _text_router("/", text)
+    return text
 
 
 def docs_router(description: dict[str, Any]) -> APIRouter:
@@ -60,12 +74,14 @@ def _type(schema: dict[str, Any]) -> str:
     return f"{schema.get('type', '')}{items}{','.join(limits)}"
 
 
-def _text_router(path: str, page: str) -> APIRouter:
+def _text_router(path: str, page: str, refusal: str | None = None) -> APIRouter:
     routes = APIRouter()
     headers = {"Content-Security-Policy": _content_security_policy(page), "X-Content-Type-Options": "nosniff"}
 
     @routes.get(path, include_in_schema=False)
     async def text() -> HTMLResponse:
+        if refusal:
+            raise RequestError(404, refusal, code="no_chat_template")
         return HTMLResponse(page, headers=headers)
 
     return routes

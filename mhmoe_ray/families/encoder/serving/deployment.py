@@ -8,7 +8,13 @@ from mhmoe_ray.data.tokenizer import boundaries
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serving.answer import ModelDetails, load_chat_template
-from mhmoe_ray.serving.family import FamilyServing, RequestExample, require_packages, require_torch_engine
+from mhmoe_ray.serving.family import (
+    FamilyServing,
+    RequestExample,
+    curl_command,
+    require_packages,
+    require_torch_engine,
+)
 from mhmoe_ray.spec import ModelSpec, ServeSpec
 from mhmoe_ray.storage import Location
 
@@ -65,21 +71,16 @@ class EncoderServing(FamilyServing):
         service = TextService(served, model, spec, access)
         return service, encoder_routers(service)
 
-    def request_example(self, model: ModelSpec, url: str) -> RequestExample:
+    def request_example(self, model: ModelSpec, run: RunDir, url: str) -> RequestExample:
         assert model.encoder is not None
         if model.encoder.d_match is not None:
-            return RequestExample("v1/embeddings", embeddings_command(url))
+            command = curl_command(url, "v1/embeddings", {"input": "green apple"})
+            return RequestExample("v1/embeddings", command)
         return RequestExample("v1/chat/completions", caption_command(url))
 
 
 def _writes_captions(run: RunDir) -> bool:
     return any(part.traits.writes for part in run.spec().parts)
-
-
-def embeddings_command(url: str) -> str:
-    """Return a shell command that asks the server of an encoder at `url` for the vector of a text."""
-    body = '{"input": "green apple"}'
-    return f"curl {url}/v1/embeddings -H 'Content-Type: application/json' -d '{body}'"
 
 
 def caption_command(url: str) -> str:

@@ -56,7 +56,7 @@ class VisionServing(FamilyServing):
         service = ModelService(served, model, spec, access)
         return service, [vision_router(service)]
 
-    def request_example(self, model: ModelSpec, url: str) -> RequestExample:
+    def request_example(self, model: ModelSpec, run: RunDir, url: str) -> RequestExample:
         assert model.vision is not None
         is_classifier = next(iter(model.vision.tasks.values())).detector is None
         route = "image-classification" if is_classifier else "object-detection"
