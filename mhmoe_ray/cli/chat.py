@@ -52,9 +52,9 @@ def chat(
                 print_note(f"there is no {line}: {COMMANDS}")
             elif line:
                 try:
-                    messages = _fit([*messages, {"role": "user", "content": line}], len(beginning), model, sampling)
-                    answer = _print_answer(messages, model, sampling, is_interactive)
-                    messages = [*messages, {"role": "assistant", "content": answer}]
+                    prompt = _fit([*messages, {"role": "user", "content": line}], len(beginning), model, sampling)
+                    answer = _print_answer(prompt, model, sampling, is_interactive)
+                    messages = [*prompt, {"role": "assistant", "content": answer}]
                 except ServeError as e:
                     if not is_interactive:
                         raise

@@ -14,14 +14,15 @@ from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
 from tests.cli.run import assert_one_line, command, mhmoe
 
 SEQ_LEN = 4096
+REFUSAL = '{%- for message in messages if message.content == "refuse" %}{{ raise_exception("refused") }}{% endfor -%}'
 OPTIONS = ("--temperature", "0", "--ignore-eos", "--max-tokens")
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """Return a folder with a run that has the built-in chat template."""
+    """Return a folder with a run that has the built-in chat template, with one message that it refuses."""
     folder = tmp_path_factory.mktemp("project")
-    make_run(folder, MIXTRAL, SEQ_LEN).chat_template_file.write_text(BUILT_IN_TEMPLATE)
+    make_run(folder, MIXTRAL, SEQ_LEN).chat_template_file.write_text(REFUSAL + BUILT_IN_TEMPLATE)
     return folder
 
 
@@ -90,7 +91,7 @@ def test_terminal_has_a_history_and_stops_an_answer_by_ctrl_c(project):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     terminal.expect_exact("Ctrl-C stops an answer\r\n")
-    for line in ("the fox", "the dog"):
+    for line in ("one fox", "the dog"):
         terminal.expect_exact("> ")
         terminal.sendline(line)
         terminal.expect_exact(f"{line}\r\n")
@@ -99,15 +100,24 @@ def test_terminal_has_a_history_and_stops_an_answer_by_ctrl_c(project):
     terminal.expect_exact("> ")
     assert "the answer is cut" not in terminal.before
     terminal.send("\x1b[A\x1b[A")
-    terminal.expect_exact("the fox")
+    terminal.expect_exact("one fox")
     terminal.sendintr()
     terminal.expect_exact("> ")
     terminal.sendline("/quit")
     terminal.expect_exact("there is no /quit: /reset begins a new conversation")
     terminal.expect_exact("> ")
-    terminal.sendline("the fox " * SEQ_LEN)
-    terminal.expect_exact("error: the prompt: it has ")
+    terminal.sendline("/reset")
     terminal.expect_exact("> ")
+    terminal.sendline("refuse")
+    terminal.expect_exact("error: the messages: refused")
+    # The refused message is no part of the conversation.
+    terminal.expect_exact("> ")
+    terminal.sendline("the dog")
+    terminal.expect_exact("the dog\r\n")
+    terminal.expect(r"\S")
+    terminal.sendintr()
+    terminal.expect_exact("> ")
+    assert "error" not in terminal.before
     terminal.sendeof()
     terminal.expect(pexpect.EOF)
     terminal.close()
