@@ -47,6 +47,7 @@ def test_page_policy_allows_only_its_own_script_and_style(script_answerer, path)
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         assert f"{tag}-src 'sha256-{digest}'" in policy
     assert "default-src 'none'" in policy
+    assert "PAGE_" not in response.text
 
 
 def test_model_without_chat_template_has_no_chat_page(answerer):
