@@ -1,6 +1,7 @@
 """Tests of chat completions, through OpenAI's own client."""
 
 import json
+import shlex
 
 import openai
 import pytest
@@ -13,10 +14,11 @@ from mhmoe_ray.errors import ServeError
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serving.answer import Answerer, load_chat_template
 from mhmoe_ray.serving.api.app import create_app
+from mhmoe_ray.serving.decoder import DecoderServing
 from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from tests.serving.asking import call
-from tests.serving.conftest import SEQ_LEN, build_model, build_tokenizer, serve_app
+from tests.serving.conftest import SEQ_LEN, SPEC, build_model, build_tokenizer, serve_app
 from tests.serving.own import create_answerer
 
 TEMPLATE = """
@@ -54,6 +56,16 @@ def test_template_renders_a_conversation():
         ChatTemplate("{% break %}", "", "")
     with pytest.raises(ChatTemplateError, match="access to attribute '__class__' of 'str' object is unsafe"):
         ChatTemplate("{{ ''.__class__.__mro__ }}", "", "").render([])
+
+
+def test_first_request_and_page_of_a_chat_run_are_answered(tmp_path, chat_answerer):
+    run = RunDir(tmp_path)
+    run.chat_template_file.write_text(TEMPLATE)
+    example = DecoderServing().request_example(SPEC, run, "")
+    _, path, *_, body = shlex.split(example.command)
+    app = create_app(chat_answerer, "tiny", ServeSpec(max_tokens=4))
+    assert call(app, "POST", path, json=json.loads(body)).json()["object"] == "chat.completion"
+    assert call(app, "GET", f"/{example.page}").status_code == 200
 
 
 def test_invalid_template_of_a_run_is_refused_in_one_line(tmp_path, tokenizer):
