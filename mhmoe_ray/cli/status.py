@@ -54,7 +54,8 @@ def _fact_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
     if not events.is_end_state(run_state["state"]):
         rows["cluster"] = run_state["cluster"]
     if address := run_state["dashboard"]:
-        rows["dashboard"] = f"mhmoe cluster dashboard --address {address}"
+        # The command has no address, since a run directory of others may name a server that must not get the token.
+        rows["dashboard"] = f"{address} (of your cluster: mhmoe cluster dashboard)"
     return rows | {"path": run_state["path"]}
 
 
