@@ -9,7 +9,7 @@ import typer
 
 from mhmoe_ray.cli import options
 from mhmoe_ray.cli.generate import load_model, print_piece, read_text
-from mhmoe_ray.cli.output import print_note
+from mhmoe_ray.cli.output import activity_lines, print_note, show_activity
 
 if TYPE_CHECKING:
     from mhmoe_ray.api.model import LoadedModel
@@ -33,6 +33,7 @@ def chat(
     Each line is a message. /reset begins a new conversation, /exit or Ctrl-D ends, and Ctrl-C stops an answer. For
     example `mhmoe chat chat-tuned --temperature 0.7`.
     """
+    show_activity("loading modules")
     from mhmoe_ray.checkpoint.find import split_step
     from mhmoe_ray.errors import ServeError
 
@@ -42,6 +43,7 @@ def chat(
     with model:
         # An answer of one token loads the weights, and checks that the chat template takes the system message.
         model.generate([*beginning, {"role": "user", "content": "?"}], max_tokens=1)
+        activity_lines.end()
         messages = beginning
         for line in _input_lines(is_interactive):
             if line == "/exit":

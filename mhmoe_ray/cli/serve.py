@@ -8,7 +8,15 @@ from rich.table import Table
 
 from mhmoe_ray.api.defaults import APPLICATION
 from mhmoe_ray.cli import options
-from mhmoe_ray.cli.output import detach_on_interrupt, out, print_json, print_note, print_table, show_activity
+from mhmoe_ray.cli.output import (
+    detach_on_interrupt,
+    out,
+    print_json,
+    print_line,
+    print_note,
+    print_table,
+    show_activity,
+)
 from mhmoe_ray.cli.verbs import SuggestingGroup
 
 if TYPE_CHECKING:
