@@ -12,6 +12,7 @@ from mhmoe_ray.data.shards.recipe import check_recipe
 from mhmoe_ray.data.sources.find import source_errors
 from mhmoe_ray.data.tokenizer.load import read_given_tokenizer
 from mhmoe_ray.errors import DataError, SpecError
+from mhmoe_ray.planner.adapt import adapt_to_gpus
 from mhmoe_ray.planner.estimate import Estimate, estimate_step_time, exchange_time
 from mhmoe_ray.planner.expert_step import expected_drop_share, expert_step
 from mhmoe_ray.planner.kernels import assumed_kernel
@@ -21,7 +22,7 @@ from mhmoe_ray.planner.placement import Layout, single_node_layout
 from mhmoe_ray.planner.remedies import memory_remedies
 from mhmoe_ray.planner.sizes import compute_sizes, flops_per_token, model_parts
 from mhmoe_ray.planner.traffic import Exchange, LinkLoads, all_exchanges, dispatch_exchanges, reduction_exchanges
-from mhmoe_ray.spec import DataSpec, RunSpec, apply_overrides, validate_section
+from mhmoe_ray.spec import DataSpec, RunSpec
 
 DISPATCHES = ("flat", "hierarchical")
 
@@ -36,7 +37,8 @@ def plan(
     """Compute the plan of a run, which has sizes, memory, traffic and placement, as `mhmoe plan --json` prints it.
 
     By default, ranks are placed as on the cluster on which the run would start, if one is running. With `nodes` and
-    `gpus`, the run's workers fill a hypothetical cluster, and the key `estimate` has the estimated times of a step.
+    `gpus`, the run's workers fill a hypothetical cluster, the key `chosen` has the values that were adapted to it, and
+    the key `estimate` has the estimated times of a step.
 
     Args:
         spec: spec of the run.
@@ -50,31 +52,27 @@ def plan(
 
     Raises:
         SpecError: `spec` is not a loaded spec, `nodes` and `gpus` do not describe a cluster, or the run cannot have
-            that many workers.
+            that many workers with its other keys.
     """
     require_spec(spec)
     if nodes is None and gpus is None:
         placement = forecast_placement(spec, address, on_note)
-        return plan_figures(spec, placement, data_warnings(spec), is_on_paper=False)
+        return plan_figures(spec, placement, data_warnings(spec))
     if nodes is None or gpus is None or nodes < 1 or gpus < 1 or address is not None:
         reason = f"a cluster on paper has at least one node and one GPU, and no address ({nodes}, {gpus}, {address})"
         raise SpecError("plan", reason, "give nodes and gpus")
-    tree = apply_overrides(spec.model_dump(mode="json"), paper_overrides(nodes, gpus))
-    spec = validate_section(RunSpec, tree, f"spec {spec.name}")
-    placement = planned_placement(spec, nodes, gpus)
-    return plan_figures(spec, placement, data_warnings(spec), is_on_paper=True)
+    adapted, chosen = adapt_to_gpus(spec, nodes, gpus)
+    return plan_figures(adapted, planned_placement(adapted, nodes, gpus), data_warnings(adapted), chosen)
 
 
-def paper_overrides(nodes: int, gpus: int) -> list[str]:
-    """Return overrides for a spec with which the run's workers fill a hypothetical cluster, with one worker per GPU."""
-    return [f"cluster.workers={nodes * gpus}", "cluster.gpus_per_worker=1"]
-
-
-def plan_figures(spec: RunSpec, placement: Placement, warnings: list[str], is_on_paper: bool) -> dict[str, Any]:
-    """Return a plan as `mhmoe plan --json` prints it, with estimated step times if `is_on_paper`."""
+def plan_figures(
+    spec: RunSpec, placement: Placement, warnings: list[str], chosen: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return a plan as `mhmoe plan --json` prints it; with the values `chosen` for a cluster on paper, and the
+    estimated step times there."""
     layout, step = placement.layout, estimate_step(spec, placement.layout)
-    estimate = estimate_figures(spec, layout, step) if is_on_paper and layout and step else None
-    return {**placement_figures(spec, placement), "estimate": estimate, "warnings": warnings}
+    estimate = estimate_figures(spec, layout, step) if chosen and layout and step else None
+    return {**placement_figures(spec, placement), "chosen": chosen, "estimate": estimate, "warnings": warnings}
 
 
 def data_warnings(spec: RunSpec) -> list[str]:

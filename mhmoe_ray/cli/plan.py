@@ -36,18 +36,21 @@ def plan(
 
     By default this is a forecast for the cluster that a run would go to, if that cluster is running. With --nodes and
     --gpus it is a plan for a cluster on paper, whose other properties are the spec's cluster.accelerator and
-    cluster.network.
+    cluster.network. Keys that change no loss are adapted to these GPUs, and printed.
     """
     show_activity("planning")
     from mhmoe_ray.api.placement import forecast_placement, placement_remarks, planned_placement
-    from mhmoe_ray.api.plan import data_warnings, estimate_step, paper_overrides, plan_figures
+    from mhmoe_ray.api.plan import data_warnings, estimate_step, plan_figures
     from mhmoe_ray.cli import plan_tables
+    from mhmoe_ray.planner.adapt import adapt_to_gpus
 
     if (nodes is None) != (gpus is None) or (nodes and address):
         raise typer.BadParameter("a cluster on paper needs both --nodes and --gpus, and takes no --address")
+    chosen = None
     if nodes and gpus:
-        # The last overrides replace the user's, because the workers must fill the hypothetical cluster.
-        resolved = mh.load_spec(spec, [*set_, *paper_overrides(nodes, gpus)])
+        # The micro-batches of a preset are as large as a GPU allows.
+        own_spec = mh.load_spec(spec, [*set_, "cluster.gpus_per_worker=1"])
+        resolved, chosen = adapt_to_gpus(own_spec, nodes, gpus)
         placement = planned_placement(resolved, nodes, gpus)
     else:
         resolved = mh.load_spec(spec, set_)
@@ -56,10 +59,16 @@ def plan(
     for line in warnings:
         print_note(f"warning: {line}")
     if json:
-        print_json(plan_figures(resolved, placement, warnings, is_on_paper=nodes is not None))
+        print_json(plan_figures(resolved, placement, warnings, chosen))
         return
     layout, step_estimate = placement.layout, estimate_step(resolved, placement.layout)
     print_summary(resolved, step_estimate)
+    if chosen:
+        out.print("\nchosen for these GPUs, in place of the spec's values; a step has the same samples", style="bold")
+        for key, value in chosen.items():
+            print_line(f"{key}: {value}")
+        overrides = " ".join(f"--set {key}={value}" for key, value in chosen.items())
+        print_line(f"to keep these values, write them into the spec, or give: {overrides}")
     _print_tables(plan_tables.tables(resolved, placement))
     for line in placement_remarks(placement):
         print_line(line)

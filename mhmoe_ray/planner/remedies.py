@@ -3,8 +3,7 @@
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
-
+from mhmoe_ray.planner.adapt import valid_changes
 from mhmoe_ray.planner.memory import compute_memory
 from mhmoe_ray.spec import RunSpec
 
@@ -41,12 +40,10 @@ def memory_remedies(spec: RunSpec) -> list[Remedy]:
     """Return the changes of a spec that each by itself lower the memory of a rank, starting with the largest saving."""
     total = compute_memory(spec).total
     remedies = []
-    for keys in (*CANDIDATES, _smaller_micro_batches(spec)):
-        changed_spec = _with_keys(spec, keys)
-        if changed_spec is not None:
-            saved_bytes = total - compute_memory(changed_spec).total
-            if saved_bytes >= SMALLEST_SHARE * total:
-                remedies.append(Remedy(keys, saved_bytes))
+    for keys, changed_spec in valid_changes(spec, (*CANDIDATES, _smaller_micro_batches(spec))):
+        saved_bytes = total - compute_memory(changed_spec).total
+        if saved_bytes >= SMALLEST_SHARE * total:
+            remedies.append(Remedy(keys, saved_bytes))
     # Of several changes that save the same number of bytes, only the one with the fewest keys is kept: the other keys
     # add nothing.
     remedies.sort(key=lambda remedy: (-remedy.saved_bytes, len(remedy.keys)))
@@ -58,14 +55,3 @@ def _smaller_micro_batches(spec: RunSpec) -> dict[str, Any]:
     if size % 2:
         return {}
     return {"train.micro_batch_size": size // 2, "train.micro_batches": 2 * spec.train.micro_batches}
-
-
-def _with_keys(spec: RunSpec, keys: dict[str, Any]) -> RunSpec | None:
-    sections = spec.model_dump()
-    for key, value in keys.items():
-        section, name = key.split(".")
-        sections[section][name] = value
-    try:
-        return RunSpec.model_validate(sections)
-    except ValidationError:
-        return None

@@ -12,11 +12,9 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pydantic import ValidationError
-
 from mhmoe_ray.errors import SpecError
+from mhmoe_ray.planner.adapt import fill_gpu
 from mhmoe_ray.planner.match import SEARCH_LIMIT, SOLVED_KEYS, MatchSpec, solve_match
-from mhmoe_ray.planner.memory import compute_memory
 from mhmoe_ray.planner.papers import paper_presets
 from mhmoe_ray.planner.presets import FAMILIES, SIZES, Preset, SizeName, Tree
 from mhmoe_ray.planner.sizes import dense_width
@@ -25,8 +23,6 @@ from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.hints import MIN_SIMILARITY
 
 DEFAULT_SIZE: SizeName = "tiny"
-GPU_MEMORY_SHARE = 0.8
-"""Share of an accelerator's memory that planned memory may take; the framework and its buffers come on top."""
 
 
 def find_preset(name: str, size: SizeName | None = None) -> Preset:
@@ -85,7 +81,7 @@ def resolve_spec(tree: Tree, label: str, fill_tree: Callable[[Tree, str], Tree] 
     solution are SpecErrors.
     """
     if "sizes" in tree and "model" not in tree:
-        raise SpecError(label, "it is a sweep, not the spec of one run", "give it to `mhmoe sweep`")
+        raise SpecError(label, "its key `sizes` makes it a sweep, not the spec of one run", "give it to `mhmoe sweep`")
     if fill_tree is not None:
         tree = fill_tree(tree, label)
     own_train = tree.get("train") or {}
@@ -93,32 +89,7 @@ def resolve_spec(tree: Tree, label: str, fill_tree: Callable[[Tree, str], Tree] 
     has_preset = "preset" in tree
     tree = _resolve_shorthands(tree, label)
     spec = validate_section(RunSpec, tree, label, extra_keys=list(Shorthands.model_fields))
-    return _fill_gpu(spec) if has_preset and not has_own_batches else spec
-
-
-def _fill_gpu(spec: RunSpec) -> RunSpec:
-    """Return a preset's spec with the largest micro-batches that fit on its GPUs, and with the same samples per step.
-
-    Papers' presets have micro-batches of one sequence, with which a GPU mostly waits for launches of kernels. Specs
-    with an expert capacity do not change, because it is counted per micro-batch.
-    """
-    moe, train = spec.model.moe, spec.train
-    if not spec.cluster.gpus_per_worker or (moe is not None and moe.capacity_factor is not None):
-        return spec
-    samples = train.micro_batches * train.micro_batch_size
-    for micro_batches in range(1, train.micro_batches):
-        if samples % micro_batches:
-            continue
-        batches = {"micro_batches": micro_batches, "micro_batch_size": samples // micro_batches}
-        tree = spec.model_dump(mode="json", by_alias=True)
-        try:
-            candidate = RunSpec.model_validate({**tree, "train": {**tree["train"], **batches}})
-        # The spec is invalid, because the number of workers does not divide this number of micro-batches.
-        except ValidationError:
-            continue
-        if compute_memory(candidate).total <= GPU_MEMORY_SHARE * spec.cluster.accelerator.memory:
-            return candidate
-    return spec
+    return fill_gpu(spec) if has_preset and not has_own_batches else spec
 
 
 def preset_models(preset: Preset) -> tuple[ModelSpec, ModelSpec | None]:

@@ -157,7 +157,7 @@ def test_every_spec_in_jobs_can_be_planned(tmp_path, spec):
 def test_plan_of_a_sweep_is_one_line(tmp_path):
     result = mhmoe(tmp_path, "plan", str(JOBS / "paper" / "heads.yaml"))
     assert (result.code, result.err.count("\n")) == (3, 1)
-    assert "it is a sweep, not the spec of one run; give it to `mhmoe sweep`" in result.err
+    assert "its key `sizes` makes it a sweep, not the spec of one run; give it to `mhmoe sweep`" in result.err
 
 
 def test_wide_numbers_are_not_truncated(tmp_path):

@@ -77,7 +77,7 @@ def test_shape_of_qwen3_30b_fits_on_eight_gpus():
     assert memory["moments"] == 2 * memory["weights"] == 2 * memory["gradients"]
     moments = plan(load_spec(QWEN, ["train.moment_precision=bfloat16"]), nodes=1, gpus=8)["memory_per_rank"]["moments"]
     assert moments == memory["moments"] / 2
-    plain = ["train.recompute=none", "train.loss_chunk_rows=null", "cluster.gather_precision=float32"]
+    plain = ["cluster.ep=1", "train.recompute=none", "train.loss_chunk_rows=null", "cluster.gather_precision=float32"]
     assert plan(load_spec(QWEN, plain), nodes=1, gpus=8)["memory_per_rank"]["total"] > 144e9
 
 
@@ -143,10 +143,25 @@ def test_tables_show_the_figures_of_the_json_untruncated(clusterless_project):
 
 def test_nodes_that_do_not_fit_the_spec_are_one_line(clusterless_project):
     too_few_nodes = mhmoe(clusterless_project, "plan", TRILLION, "--nodes", "3", "--gpus", "8")
-    assert_one_line(too_few_nodes, 3, "workers (24) must be a multiple of ep (256)")
+    assert_one_line(too_few_nodes, 3, "cluster.ep: 256 does not divide 24 GPUs")
     nodes_only = mhmoe(clusterless_project, "plan", TRILLION, "--nodes", "3")
     assert nodes_only.code == 2
     assert "needs both --nodes and --gpus" in nodes_only.err
+
+
+def test_chosen_values_are_printed_with_the_way_to_keep_them(clusterless_project):
+    words = ("--nodes", "1", "--gpus", "8", "--set", "train.micro_batches=2", "--set", "train.micro_batch_size=8")
+    lines = mhmoe(clusterless_project, "plan", "spec.yaml", *words).out.splitlines()
+    figures = mhmoe(clusterless_project, "plan", "spec.yaml", *words, "--json").json()
+    assert figures["chosen"]["train.micro_batches"] == 8
+    assert [line for line in lines if re.match(r"(cluster|train)\.\w+: ", line)] == [
+        f"{key}: {value}" for key, value in figures["chosen"].items()
+    ]
+    [advice] = [line for line in lines if line.startswith("to keep these values")]
+    kept = load_spec(clusterless_project / "spec.yaml", re.findall(r"--set (\S+)", advice))
+    assert kept.model_dump(mode="json", exclude={"data", "storage"}) == {
+        key: value for key, value in figures["spec"].items() if key not in ("data", "storage")
+    }
 
 
 def test_plan_shows_the_refusal_of_straddling_groups(clusterless_project):

@@ -75,7 +75,7 @@ def test_any_integer_of_a_spec_gives_one_line_or_a_quick_plan(job, number):
         signal.alarm(MAX_SECONDS)
         try:
             changed_spec = resolve_spec(tree, job)
-            plan_figures(changed_spec, forecast_placement(changed_spec), [], is_on_paper=False)
+            plan_figures(changed_spec, forecast_placement(changed_spec), [])
             accepted_keys.append(key)
         except SpecError as e:
             messages.append(str(e))
@@ -92,7 +92,7 @@ def test_a_plan_of_the_largest_sizes_is_quick():
     sizes += [f"model.moe.{size}" for size in [*experts, "d_sub_token=2000000"]]
     signal.alarm(MAX_SECONDS)
     spec = resolve_spec(read_tree(JOBS / "quickstart.yaml", sizes), "spec")
-    figures = plan_figures(spec, forecast_placement(spec), [], is_on_paper=False)
+    figures = plan_figures(spec, forecast_placement(spec), [])
     assert figures["sizes"]["parameters"] > 1e21
 
 

@@ -1,0 +1,130 @@
+"""Tests of the keys that `mhmoe plan` chooses for GPUs on paper."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mhmoe_ray.api.spec import load_spec
+from mhmoe_ray.errors import MhmoeError, SpecError
+from mhmoe_ray.planner.adapt import adapt_to_gpus
+from mhmoe_ray.planner.memory import compute_memory
+from mhmoe_ray.spec import RunSpec
+from tests.support.specs import tiny_spec
+
+JOBS = sorted(Path("jobs").glob("**/*.yaml"))
+
+
+def meaning(spec: RunSpec) -> dict[str, object]:
+    """Return the keys of a spec that decide about losses, with the samples of a step in place of its micro-batches."""
+    tree = spec.model_dump(mode="json", exclude={"cluster"})
+    samples = spec.samples_per_step, [part.samples * spec.train.micro_batches for part in spec.parts]
+    for section in (tree["train"], *tree["data"]["parts"].values()):
+        section.pop("micro_batches", None)
+        section.pop("micro_batch_size")
+    return {**tree, "samples": samples}
+
+
+@pytest.mark.parametrize("file", JOBS, ids=str)
+def test_each_job_has_a_plan_for_eight_gpus_or_a_line_that_names_key_and_value(file):
+    content = yaml.safe_load(file.read_text())
+    error_text = None
+    try:
+        spec = load_spec(file)
+        adapted, chosen = adapt_to_gpus(spec, 1, 8)
+    except MhmoeError as e:
+        error_text = str(e)
+    if error_text is None:
+        assert meaning(adapted) == meaning(spec)
+        assert adapted.cluster.workers.max == chosen["cluster.workers"] == 8
+        assert adapted.train.micro_batches % 8 == 0
+        assert adapted.cluster.ep == spec.cluster.ep
+        assert load_spec(file, chosen) == adapted
+    elif "sizes" in content:
+        assert "its key `sizes` makes it a sweep" in error_text
+    else:
+        key, value = re.search(r"(\w+\.\w+):? ([\w-]+)", error_text).groups()
+        section, name = key.split(".")
+        assert str(content[section][name]) == value
+        assert "\n" not in error_text
+
+
+def memory(spec):
+    return compute_memory(spec).total
+
+
+def open_spec(**cluster):
+    """Return a spec with large experts that sets neither ep nor strategy, on GPUs with 150 MB of memory."""
+    moe = {"heads": 1, "experts": 8, "top_k": 1, "d_expert": 2048, "every": 1}
+    model = {"vocab_size": 300, "d_model": 256, "layers": 2, "attention_heads": 2, "d_ff": None, "moe": moe}
+    cluster = {"accelerator": {"memory": 150e6}, **cluster}
+    return tiny_spec(model=model, train={"micro_batches": 1, "micro_batch_size": 16}, cluster=cluster)
+
+
+def test_ep_and_sharding_change_only_if_memory_does_not_suffice():
+    spec = open_spec()
+    adapted, chosen = adapt_to_gpus(spec, 1, 4)
+    assert chosen["cluster.ep"] in (2, 4)
+    assert memory(adapted) <= 120e6 < memory(adapted.model_copy(update={"cluster": spec.with_workers(4).cluster}))
+    assert meaning(adapted) == meaning(spec)
+    _, chosen_with_room = adapt_to_gpus(open_spec(accelerator={}), 1, 4)
+    assert chosen_with_room == {
+        "cluster.workers": 4,
+        "cluster.gpus_per_worker": 1,
+        "train.micro_batches": 4,
+        "train.micro_batch_size": 4,
+    }
+
+
+def test_keys_that_the_spec_sets_stay_even_if_memory_does_not_suffice():
+    adapted, chosen = adapt_to_gpus(open_spec(ep=1), 1, 4)
+    assert adapted.cluster.ep == 1
+    assert (chosen["cluster.strategy"], chosen["cluster.shard_experts"]) == ("fsdp", True)
+    adapted, chosen = adapt_to_gpus(open_spec(ep=1, strategy="ddp"), 1, 4)
+    assert not {"cluster.ep", "cluster.strategy", "cluster.shard_experts"} & chosen.keys()
+    assert memory(adapted) > 150e6
+    assert chosen["train.micro_batch_size"] == 1
+
+
+def test_micro_batches_are_the_largest_that_fit():
+    spec = tiny_spec(model={"vocab_size": 100_000}, train={"micro_batches": 1, "micro_batch_size": 64})
+    adapted, _ = adapt_to_gpus(spec, 1, 4)
+    assert (adapted.train.micro_batches, adapted.train.micro_batch_size) == (4, 16)
+    limit = {"accelerator": {"memory": memory(adapted)}}
+    adapted, _ = adapt_to_gpus(spec.model_copy(update={"cluster": tiny_spec(cluster=limit).cluster}), 1, 4)
+    assert (adapted.train.micro_batches, adapted.train.micro_batch_size) == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {
+                "cluster": {"workers": 3, "ep": 3},
+                "train": {"micro_batches": 3},
+                "model": {"moe": {"d_expert": 24, "experts": 3}},
+            },
+            "cluster.ep: 3 does not divide 8 GPUs",
+        ),
+        (
+            {"cluster": {"workers": 3, "strategy": "fsdp", "shard_group": 3}, "train": {"micro_batches": 3}},
+            "cluster.shard_group: 3 does not divide 8 GPUs",
+        ),
+        (
+            {"train": {"micro_batches": 3, "micro_batch_size": 5}},
+            "train.micro_batch_size: 5 in train.micro_batches: 3 make 15 samples in a step, which 8 GPUs cannot share",
+        ),
+        (
+            {"model": {"moe": {"d_expert": 24, "capacity_factor": 1.25}}},
+            "train.micro_batches: 4 is not a multiple of 8 GPUs, and model.moe.capacity_factor: 1.25 forbids other",
+        ),
+        (
+            {"model": {"moe": {"d_expert": 24, "kernel": "cpp"}}, "train": {"precision": "bfloat16"}},
+            "model.moe.kernel cpp is for CPUs",
+        ),
+    ],
+)
+def test_keys_that_rule_eight_gpus_out_are_named_with_their_values(changes, message):
+    with pytest.raises(SpecError, match=re.escape(message)):
+        adapt_to_gpus(tiny_spec(**changes), 1, 8)
