@@ -70,8 +70,7 @@ def main() -> None:
     overrides = sys.argv[1:]
     sets = [word for override in overrides for word in ("--set", override)]
     values = dict(override.split("=", 1) for override in overrides if "=" in override)
-    folder = values.get("storage", "runs")
-    storage = () if folder == "runs" and "MHMOE_STORAGE" not in os.environ else ("--storage", folder)
+    storage = ("--storage", values["storage"]) if "storage" in values else ()
     is_running = ask("cluster", "status") is not None
     starts_cluster = not os.environ.get("RAY_API_SERVER_ADDRESS") and not is_running
     keep = os.environ.get("KEEP") == "1"

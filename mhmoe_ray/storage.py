@@ -210,6 +210,12 @@ class ObjectPath:
 Location: TypeAlias = Path | ObjectPath
 
 
+def default_storage() -> str:
+    """Return the folder of run directories that is used where neither a command nor a spec names one: MHMOE_STORAGE,
+    else `runs`."""
+    return os.environ.get("MHMOE_STORAGE") or "runs"
+
+
 def refuse_password(uri: str) -> None:
     """Raise a SpecError if a URI holds a password, which specs, logs and the metadata of jobs would show.
 

@@ -7,7 +7,7 @@ from functools import cache, partial
 from typing import Any
 
 from mhmoe_ray.api.connection import connect_to_train
-from mhmoe_ray.api.defaults import OnNote, default_storage, ignore_note
+from mhmoe_ray.api.defaults import OnNote, ignore_note
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import LOCAL, connect_recorded, dashboard_command
 from mhmoe_ray.cluster.dashboard import RetryingCaller, is_loopback
@@ -28,7 +28,7 @@ from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import Attempt, RunDir, create_run, last_attempt
 from mhmoe_ray.runs.jsonl import Tail
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.storage import location
+from mhmoe_ray.storage import default_storage, location
 
 POLL_SECONDS = 0.5
 """Seconds between two reads of the run directory, while a caller waits for the end of the run."""

@@ -3,7 +3,6 @@
 The module imports nothing that takes long, so that commands start quickly.
 """
 
-import os
 from collections.abc import Callable
 from typing import Literal
 
@@ -27,8 +26,3 @@ weighted by the probability of its domain."""
 
 def ignore_note(line: str) -> None:
     """Ignore a line of text about the progress: the default of `on_note`."""
-
-
-def default_storage() -> str:
-    """Return the folder of run directories that is used unless another is named: MHMOE_STORAGE, else `runs`."""
-    return os.environ.get("MHMOE_STORAGE", STORAGE)

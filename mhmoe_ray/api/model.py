@@ -19,7 +19,7 @@ from mhmoe_ray.api.checkpoints import (
     pick_checkpoint,
     refuse_checkpoint,
 )
-from mhmoe_ray.api.defaults import OnNote, default_storage, ignore_note
+from mhmoe_ray.api.defaults import OnNote, ignore_note
 from mhmoe_ray.api.engine_thread import CONCURRENCY, Answer, EngineThread, close_abandoned_engine
 from mhmoe_ray.api.generation import (
     Messages,
@@ -44,6 +44,7 @@ from mhmoe_ray.serving.engine import EngineError, Request
 from mhmoe_ray.serving.load import check_generates, check_predicts, token_limits
 from mhmoe_ray.serving.sampling import SamplingParams
 from mhmoe_ray.spec import ModelSpec, ServeSpec
+from mhmoe_ray.storage import default_storage
 
 if TYPE_CHECKING:
     from torch import Tensor

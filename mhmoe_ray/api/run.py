@@ -10,7 +10,7 @@ from typing import Any
 from mhmoe_ray.api import attempts
 from mhmoe_ray.api.checkpoints import Checkpoint, CheckpointName, list_checkpoints, path_text, pick_checkpoint
 from mhmoe_ray.api.connection import check_training
-from mhmoe_ray.api.defaults import OnNote, Prior, default_storage, ignore_note
+from mhmoe_ray.api.defaults import OnNote, Prior, ignore_note
 from mhmoe_ray.api.evaluation import EvaluationOptions, Texts, evaluate
 from mhmoe_ray.api.logs import log_lines
 from mhmoe_ray.api.spec import Overrides, override_list, require_spec
@@ -24,7 +24,7 @@ from mhmoe_ray.runs import directory as run_directory
 from mhmoe_ray.runs import events, history
 from mhmoe_ray.runs.directory import RunDir, last_attempt
 from mhmoe_ray.spec import RunSpec, apply_overrides, load_resolved_spec, parse_overrides, validate_section
-from mhmoe_ray.storage import Location, location
+from mhmoe_ray.storage import Location, default_storage, location
 from mhmoe_ray.terminal import Activity, without_colours
 
 

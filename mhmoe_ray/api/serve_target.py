@@ -26,7 +26,7 @@ from mhmoe_ray.spec import (
     validate_section,
 )
 from mhmoe_ray.spec.serve import is_valid_key
-from mhmoe_ray.storage import Location, location
+from mhmoe_ray.storage import Location, default_storage, location
 
 API_KEYS_VARIABLE = "MHMOE_API_KEYS"
 CLUSTER_KEYS = (["cluster", "shared_filesystem"], ["cluster", "runtime_env"])
@@ -36,30 +36,30 @@ CLUSTER_KEYS = (["cluster", "shared_filesystem"], ["cluster", "runtime_env"])
 def resolve_target(
     target: str | PathLike[str] | RunSpec | None,
     checkpoint: CheckpointName | None,
-    storage: Location | str,
+    storage: Location | str | None,
     overrides: Sequence[str] = (),
     on_note: OnNote = ignore_note,
     trust_run: bool = False,
 ) -> tuple[RunDir, Location, DeploySpec]:
     """Return the run and the checkpoint to serve, and the spec with which they are served.
 
-    Arguments are those of `serve`; `overrides` are `key.path=value` strings. The storage of a spec as target is the
-    spec's own. A wrong spec, or an override that serving does not use, is a SpecError, a missing run a RunError, a
-    missing or damaged checkpoint a CheckpointError, and a folder that cannot be read a StorageError.
+    Arguments are those of `serve`; `overrides` are `key.path=value` strings. A wrong spec, or an override that serving
+    does not use, is a SpecError, a missing run a RunError, a missing or damaged checkpoint a CheckpointError, and a
+    folder that cannot be read a StorageError.
     """
     for keys, _ in parse_overrides(overrides):
         # An override that has no effect, such as one of train.lr, would mislead the user, so it is an error.
         if keys[0] != "serve" and keys[:2] not in CLUSTER_KEYS:
             raise SpecError(f"override {'.'.join(keys)}", "serving does not use it", "set keys of the serve section")
     if isinstance(target, RunSpec):
-        run = _newest_run(target, f"spec {target.name}", "start one with `mhmoe_ray.submit`")
+        run = _newest_run(target, storage, f"spec {target.name}", "start one with `mhmoe_ray.submit`")
         tree = target.model_dump(mode="json", include=set(DeploySpec.model_fields))
         spec = validate_section(DeploySpec, apply_overrides(tree, overrides), f"spec {target.name}")
         return run, pick_checkpoint(run, checkpoint, verify_hashes=False, on_note=on_note)[0], spec
     name, spec_file = None if target is None else path_text(target), None
     if name and name.endswith(SPEC_SUFFIXES):
         spec_file = Path(name)
-        run = _newest_run(load_spec(spec_file), f"spec {name}", f"start one: mhmoe submit {name}")
+        run = _newest_run(load_spec(spec_file), storage, f"spec {name}", f"start one: mhmoe submit {name}")
     elif name and has_file(location(name), MANIFEST):
         refuse_checkpoint(checkpoint, name)
         path = location(name).absolute()
@@ -68,7 +68,7 @@ def resolve_target(
         run = RunDir.of_checkpoint(path)
         return run, path, _spec_of_run(run, overrides, on_note, trust_run)
     else:
-        run = find_run(name, storage)
+        run = find_run(name, storage or default_storage())
     # The serve section of a spec file that the user names may have changed since the run started.
     spec = load_deploy_spec(spec_file, overrides) if spec_file else _spec_of_run(run, overrides, on_note, trust_run)
     return run, pick_checkpoint(run, checkpoint, verify_hashes=False, on_note=on_note)[0], spec
@@ -83,11 +83,12 @@ def _spec_of_run(run: RunDir, overrides: Sequence[str], on_note: OnNote, trust_r
     )
 
 
-def _newest_run(spec: RunSpec, subject: str, fix: str) -> RunDir:
+def _newest_run(spec: RunSpec, storage: Location | str | None, subject: str, fix: str) -> RunDir:
     """Return the newest run with the spec's name, or raise a RunError with this subject and fix."""
-    runs = [run for run in list_runs(spec.storage) if run.name == spec.name]
+    folder = storage or spec.storage
+    runs = [run for run in list_runs(folder) if run.name == spec.name]
     if not runs:
-        raise RunError(subject, f"{spec.storage} holds no run of it", fix)
+        raise RunError(subject, f"{folder} holds no run of it", fix)
     return runs[-1]
 
 

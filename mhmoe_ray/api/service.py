@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from mhmoe_ray.api.checkpoints import Checkpoint, CheckpointName, path_text, pick_checkpoint
 from mhmoe_ray.api.connection import connect_to_cluster
-from mhmoe_ray.api.defaults import APPLICATION, OnNote, default_storage, ignore_note
+from mhmoe_ray.api.defaults import APPLICATION, OnNote, ignore_note
 from mhmoe_ray.api.run import Run
 from mhmoe_ray.api.serve_target import API_KEYS_VARIABLE, resolve_target, with_environment_keys
 from mhmoe_ray.api.spec import Overrides, override_list
@@ -55,7 +55,8 @@ def serve(
         overrides: keys of the spec to change: those of the section serve, such as `{"serve.port": 8001}`,
             cluster.shared_filesystem and cluster.runtime_env.
         name: name of the application. The one named mhmoe answers at /, all others at /NAME.
-        storage: folder that holds run directories; by default MHMOE_STORAGE, else `runs`.
+        storage: folder that holds run directories; by default that of a spec as target, else MHMOE_STORAGE, else
+            `runs`.
         address: a Ray cluster: the URL of its dashboard, or its name; None for the default cluster.
         wait: whether to wait until the application answers requests.
         trust_run: whether to use `cluster.runtime_env`, `serve.host`, `serve.keys` and `serve.cors_origins` of a run
@@ -72,7 +73,7 @@ def serve(
     run, path, spec = resolve_target(
         target,
         checkpoint,
-        default_storage() if storage is None else path_text(storage),
+        None if storage is None else path_text(storage),
         override_list(overrides),
         on_note,
         trust_run,

@@ -194,7 +194,7 @@ def render(
     run: Annotated[Path | None, typer.Option(help="Spec of a run to train on it.", show_default=False)] = None,
     serve: Annotated[str | None, typer.Option(metavar="RUN", help="A run to serve on it.", show_default=False)] = None,
     set_: options.SetOption = [],  # noqa: B006 - typer needs the list
-    storage: options.StorageOption = options.STORAGE,
+    storage: options.SpecStorageOption = None,
     trust_run: options.TrustOption = False,
 ) -> None:
     """Write manifests for KubeRay, cluster files for `ray up`, a SLURM script, a container file, and configurations of

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mhmoe_ray.api.defaults import EVALUATION_SAMPLES, Prior, default_storage
+from mhmoe_ray.api.defaults import EVALUATION_SAMPLES, Prior
 from mhmoe_ray.api.defaults import STORAGE as STORAGE
 from mhmoe_ray.serving.sampling_fields import MAX_TEMPERATURE, SAMPLING_FIELDS
 
@@ -21,6 +21,7 @@ def complete_runs(incomplete: str) -> list[str]:
     """Return the ids of runs that start with `incomplete`, newest first, from the storage folder that commands use."""
     from mhmoe_ray.errors import MhmoeError
     from mhmoe_ray.runs.directory import list_runs
+    from mhmoe_ray.storage import default_storage
 
     try:
         run_ids = [run.id for run in list_runs(default_storage())]
@@ -62,6 +63,13 @@ def _section_model(annotation: Any) -> Any:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
+def with_storage(overrides: list[str], storage: str | None) -> list[str]:
+    """Return overrides of a spec with the folder of --storage, if it is given."""
+    from mhmoe_ray.api.spec import override_list
+
+    return overrides if storage is None else [*overrides, *override_list({"storage": storage})]
+
+
 SpecArg = Annotated[Path, typer.Argument(help="A spec, for example jobs/quickstart.yaml.", show_default=False)]
 RunArg = Annotated[
     str | None,
@@ -84,6 +92,13 @@ AddressOption = Annotated[
 ]
 StorageOption = Annotated[
     str, typer.Option(help="Folder that holds run directories; a path or s3://, gs://.", envvar="MHMOE_STORAGE")
+]
+SpecStorageOption = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        help="Folder that holds run directories; by default the spec's storage, else MHMOE_STORAGE, else runs.",
+    ),
 ]
 CheckpointOption = Annotated[
     str | None, typer.Option(help="Name or step of one of the run's checkpoints; newest by default.")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 def plan(
     spec: options.SpecArg,
     set_: options.SetOption = [],  # noqa: B006 - typer needs the list
+    storage: options.SpecStorageOption = None,
     nodes: Annotated[
         int | None, typer.Option(min=1, help="Plan for this number of nodes on paper, and estimate step times.")
     ] = None,
@@ -46,14 +47,14 @@ def plan(
 
     if (nodes is None) != (gpus is None) or (nodes and address):
         raise typer.BadParameter("a cluster on paper needs both --nodes and --gpus, and takes no --address")
-    chosen = None
+    chosen, overrides = None, options.with_storage(set_, storage)
     if nodes and gpus:
         # The micro-batches of a preset are as large as a GPU allows.
-        own_spec = mh.load_spec(spec, [*set_, "cluster.gpus_per_worker=1"])
+        own_spec = mh.load_spec(spec, [*overrides, "cluster.gpus_per_worker=1"])
         resolved, chosen = adapt_to_gpus(own_spec, nodes, gpus)
         placement = planned_placement(resolved, nodes, gpus)
     else:
-        resolved = mh.load_spec(spec, set_)
+        resolved = mh.load_spec(spec, overrides)
         placement = forecast_placement(resolved, address, print_note)
     warnings = data_warnings(resolved)
     for line in warnings:
@@ -67,8 +68,8 @@ def plan(
         out.print("\nchosen for these GPUs, in place of the spec's values; a step has the same samples", style="bold")
         for key, value in chosen.items():
             print_line(f"{key}: {value}")
-        overrides = " ".join(f"--set {key}={value}" for key, value in chosen.items())
-        print_line(f"to keep these values, write them into the spec, or give: {overrides}")
+        words = " ".join(f"--set {key}={value}" for key, value in chosen.items())
+        print_line(f"to keep these values, write them into the spec, or give: {words}")
     _print_tables(plan_tables.tables(resolved, placement))
     for line in placement_remarks(placement):
         print_line(line)

@@ -52,7 +52,7 @@ def deploy(
         str,
         typer.Option(help="Name of the application; a cluster may have several. All but mhmoe answer at /NAME."),
     ] = APPLICATION,
-    storage: options.StorageOption = options.STORAGE,
+    storage: options.SpecStorageOption = None,
     address: options.AddressOption = None,
     trust_run: options.TrustOption = False,
 ) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def submit(
     spec: options.SpecArg,
     set_: options.SetOption = [],  # noqa: B006 - typer needs the list
+    storage: options.SpecStorageOption = None,
     address: options.AddressOption = None,
     detach: options.DetachOption = False,
     continue_: Annotated[
@@ -50,7 +51,7 @@ def submit(
 
     if json and not (detach or dry_run):
         raise typer.BadParameter("--json prints a run that is not followed: give --detach too")
-    resolved = mh.load_spec(spec, set_)
+    resolved = mh.load_spec(spec, options.with_storage(set_, storage))
     if dry_run:
         # Only a real run gets an id that ends in random digits, so x's stand for the digits.
         run_path = resolved.storage / f"{resolved.name}-xxxxxx"

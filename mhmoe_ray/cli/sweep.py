@@ -76,6 +76,7 @@ def sweep(
     file: Annotated[Path, typer.Argument(help="A sweep, for example jobs/paper/heads.yaml.", show_default=False)],
     size: Annotated[str | None, typer.Option(help="One of the sizes in the file; the first by default.")] = None,
     set_: options.SetOption = [],  # noqa: B006 - typer needs the list
+    storage: options.SpecStorageOption = None,
     concurrent: Annotated[int | None, typer.Option(min=1, help="Runs at a time, instead of the file's number.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds instead of the file's, for example 0,1,2.")] = None,
     variant_names: Annotated[
@@ -107,7 +108,7 @@ def sweep(
     size = size or next(iter(sweep_spec.sizes))
     all_runs = [
         run.model_copy(update={"spec": run.spec.with_absolute_paths(Path.cwd())})
-        for run in planned_runs(sweep_spec, file.parent, size, set_)
+        for run in planned_runs(sweep_spec, file.parent, size, options.with_storage(set_, storage))
     ]
     selected_runs = _runs_of_variants(all_runs, variant_names.split(",") if variant_names else None, sweep_spec.name)
     directory = sweep_dir(all_runs[0].spec.storage, f"{sweep_spec.name}-{size}")

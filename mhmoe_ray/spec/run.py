@@ -16,7 +16,7 @@ from mhmoe_ray.spec.parts import MicroBatchPart, Objective, check_encoder_parts,
 from mhmoe_ray.spec.serve import ServeSpec
 from mhmoe_ray.spec.start import StartSpec
 from mhmoe_ray.spec.train import MaskingSpec, TrackingSpec, TrainSpec
-from mhmoe_ray.storage import Location, ObjectPath, location
+from mhmoe_ray.storage import Location, ObjectPath, default_storage, location
 
 
 def _parse_location(value: Any) -> Location:
@@ -45,8 +45,9 @@ class RunSpec(Section):
 
     name: str = Field(pattern=NAME)
     """Name of the run, in lower-case letters, digits and dashes. Each submission adds a suffix of its own."""
-    storage: StoragePath = Path("runs")
-    """Folder of the run directories: a path, s3://bucket/folder or gs://bucket/folder."""
+    storage: StoragePath = Field(default_factory=lambda: location(default_storage()))
+    """Folder of the run directories: a path, s3://bucket/folder or gs://bucket/folder. In all commands, --storage comes
+    first, then this key if the command takes a spec, then the environment variable MHMOE_STORAGE, then runs."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights and of the order of the data."""
     origin: str | None = None

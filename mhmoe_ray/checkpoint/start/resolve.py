@@ -26,8 +26,8 @@ from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.presets import Tree
 from mhmoe_ray.planner.resolve import merge_trees, resolve_spec
 from mhmoe_ray.spec import MoESpec, RunSpec, StartSpec, validate_section
+from mhmoe_ray.storage import default_storage
 
-DEFAULT_STORAGE = "runs"
 TOKENIZER_KEYS = {"tokenizer", "tokenizer_pattern", "tokenizer_model", "tokenizer_train_mb"}
 FindSibling = Callable[[str], RunSpec]
 """Function from the name of a variant in a sweep to the spec of its run."""
@@ -66,7 +66,7 @@ def _fill_from_start(tree: Tree, label: str, find_sibling: FindSibling | None, s
     if tree.get("start") is None:
         return tree
     start = validate_section(StartSpec, tree["start"], label, prefix="start.")
-    storage = str(tree.get("storage", DEFAULT_STORAGE))
+    storage = str(tree.get("storage", default_storage()))
     own_model, own_data = tree.get("model") or {}, tree.get("data") or {}
     if not (isinstance(own_model, dict) and isinstance(own_data, dict)):
         # If a section is not a mapping, the later check of the complete spec reports it.
