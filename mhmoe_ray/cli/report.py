@@ -54,4 +54,6 @@ def report(
         return
     for verdict in comparison.verdicts:
         print_line(verdict.text)
+    if comparison.incomparable:
+        print_line(comparison.incomparable_text)
     print_line(f"{target_folder / PAGE_FILE}")

@@ -28,10 +28,21 @@ class Comparison:
     step: int | None
     """Step at which losses are compared; None if at no step all runs were validated."""
     verdicts: list[Verdict]
-    """Comparisons of each other variant's validation loss with the baseline's, at `step`."""
+    """Comparisons of each comparable variant's validation loss with the baseline's, at `step`."""
     quality: list[QualityTable]
     routes_by_name: dict[str, RouteSummary]
     """Counted routes of each variant that has them."""
+
+    @property
+    def incomparable(self) -> list[str]:
+        """Names of the variants whose losses cannot be compared with those of the baseline."""
+        return [variant.name for variant in self.variants if not variant.is_comparable(self.baseline)]
+
+    @property
+    def incomparable_text(self) -> str:
+        """Sentence about `incomparable`."""
+        names = f"{', '.join(self.incomparable)} and {self.baseline.name}"
+        return f"losses of {names} cannot be compared, as their held-out texts or tokenizers differ; compare bits/byte"
 
     @property
     def repeated(self) -> list[RunFigures]:
@@ -57,7 +68,7 @@ def compare_runs(runs: Sequence[RunDir], baseline: str | None = None) -> Compari
     variants = group_variants([run for run in compared if run not in unfinished])
     baseline_variant = _find_baseline(variants, baseline, compared, trained)
     step = matched_step(variants)
-    other_variants = [variant for variant in variants if variant is not baseline_variant]
+    other_variants = [v for v in variants if v is not baseline_variant and v.is_comparable(baseline_variant)]
     verdicts = [compare_variants(baseline_variant, variant, step) for variant in other_variants] if step else []
     return Comparison(
         trained=trained,

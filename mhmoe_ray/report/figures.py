@@ -57,9 +57,10 @@ class RunFigures:
 
     @property
     def held_out(self) -> str:
-        """Key of the run's held-out text: validation losses of two runs with equal keys can be compared."""
-        prepared = events.newest_event(self.run_events, "prepared") or {}
-        return f"{self.spec.data.prepared} {prepared.get('validation_tokens')} {prepared.get('unigram_entropy')}"
+        """Key of the run's held-out text and tokenizer: validation losses of runs with equal keys can be compared."""
+        prepared = events.newest_event(self.run_events, "prepared") or {"folder": self.spec.data.prepared}
+        names = ("folder", "validation_tokens", "unigram_entropy")
+        return f"{self.spec.model.vocab_size} {[str(prepared.get(name)) for name in names]}"
 
     @property
     def validations(self) -> dict[int, float]:

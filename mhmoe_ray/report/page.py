@@ -60,6 +60,7 @@ def render_page(comparison: Comparison, svg_by_name: Mapping[str, str]) -> str:
         baseline=comparison.baseline.name,
         step=step,
         verdicts=comparison.verdicts,
+        incomparable=comparison.incomparable_text if comparison.incomparable else None,
         quality=comparison.quality,
         unevaluated=[run.run.id for run in runs_without_quality(variants)],
         figures=svg_by_name,
@@ -92,9 +93,11 @@ def _figures(comparison: Comparison) -> "Iterator[tuple[str, Figure]]":
     """Yield the plots of the page, each with the name of its PNG file without the suffix."""
     all_variants, routes_by_name = comparison.variants, comparison.routes_by_name
     if plots.has_curve(all_variants):
-        if len(all_variants) > 1:
-            yield "loss_beside_baseline", plots.draw_differences(all_variants, comparison.baseline)
-        for axis_name in plots.AXES:
+        comparable_variants = [v for v in all_variants if v.is_comparable(comparison.baseline)]
+        if len(comparable_variants) > 1:
+            yield "loss_beside_baseline", plots.draw_differences(comparable_variants, comparison.baseline)
+        # The axes order variants differently, but the curve of a single one has the same shape against each of them.
+        for axis_name in plots.AXES if len(all_variants) > 1 else ("steps",):
             yield f"loss_by_{axis_name}", plots.draw_validation(all_variants, axis_name)
     for metric in METRICS.values():
         if metric.plot is None:
@@ -177,7 +180,7 @@ def _unequal_conditions(all_variants: Sequence[Variant]) -> list[str]:
     specs = [v.first_run.spec for v in all_variants]
     values_by_subject: dict[str, set[Any]] = {
         "tokens in a step": {spec.tokens_per_step for spec in specs},
-        "held-out text or tokenizer": {(v.first_run.held_out, v.first_run.spec.model.vocab_size) for v in all_variants},
+        "held-out text or tokenizer": {v.first_run.held_out for v in all_variants},
         "the number of steps, over which the learning rate decays": {spec.train.steps for spec in specs},
         "length of a sample": {spec.data.seq_len for spec in specs},
     }

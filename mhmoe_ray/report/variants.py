@@ -73,6 +73,13 @@ class Variant:
     def first_run(self) -> RunFigures:
         return self.runs[0]
 
+    def is_comparable(self, baseline: "Variant") -> bool:
+        """Return whether losses have the same tokens as those of the baseline, so that their difference says something.
+
+        Tokens of different tokenizers, or of different texts, are differently hard to predict.
+        """
+        return self.first_run.held_out == baseline.first_run.held_out
+
     @property
     def routes_run(self) -> RunFigures:
         """First run whose routes were counted on held-out text, else the first run."""

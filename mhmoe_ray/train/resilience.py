@@ -5,6 +5,7 @@ micro-batches. Ray has no public hook for either policy, so this module uses Ray
 tests/train/test_ray_trainer.py fails when Ray moves one of these interfaces.
 """
 
+import errno
 import os
 import time
 from typing import Any
@@ -63,7 +64,7 @@ class NonRetryableFailurePolicy(DefaultFailurePolicy):
     """Retry policy of a worker group that raises errors of this package, which would occur again.
 
     An example is a gradient that is not finite. All other failures, such as killed workers, are retried within the
-    spec's limit. So are errors of storage or of a checkpoint, because the storage may come back.
+    spec's limit. So are errors of storage or of a checkpoint, because the storage may come back, unless a disk is full.
     """
 
     def __init__(self, failure_config: FailureConfig, run: RunDir, spec: RunSpec) -> None:
@@ -75,7 +76,7 @@ class NonRetryableFailurePolicy(DefaultFailurePolicy):
         if isinstance(getattr(training_failed_error, "controller_failure", None), WorkerGroupStartupTimeoutError):
             record_waiting(self._run, self._spec)
         error = package_error(training_failed_error)
-        if error and not isinstance(error, CheckpointError | StorageError):
+        if _is_disk_full(training_failed_error) or (error and not isinstance(error, CheckpointError | StorageError)):
             return FailureDecision.RAISE
         _wait_for_storage(self._run)
         return super().make_decision(training_failed_error)
@@ -95,6 +96,13 @@ def _wait_for_storage(run: RunDir) -> None:
         except OSError as e:
             print(f"warning: the workers start again when the run directory can be read: {e}")
             time.sleep(STORAGE_CHECK_SECONDS)
+
+
+def _is_disk_full(error: Exception) -> bool:
+    """Return whether a rank or Ray Train itself failed because a disk or a quota is full."""
+    causes = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
+    # Errors of this package, of torch and of the system all have the text of the error number.
+    return any(os.strerror(number) in str(cause) for cause in causes for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def package_error(error: Exception) -> MhmoeError | None:

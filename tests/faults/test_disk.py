@@ -11,7 +11,7 @@ from mhmoe_ray.checkpoint.manifest import committed_checkpoints, newest_checkpoi
 from mhmoe_ray.runs.directory import RunDir
 from tests.cli.run import mhmoe
 from tests.faults import harness
-from tests.support.watch import events_of_kind, wait_until
+from tests.support.watch import events_of_kind, start_events, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.system]
 
@@ -48,9 +48,9 @@ def read_only(folder: Path) -> Iterator[None]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def start_run_on_disk(project, disk) -> RunDir:
-    """Submit a run of 120 steps that is stored in the folder `disk` and tolerates no failure; return it."""
-    harness.write_random_spec(project, train={"steps": 120}, cluster={"max_failures": 0})
+def start_run_on_disk(project, disk, max_failures=0) -> RunDir:
+    """Submit a run of 120 steps that is stored in the folder `disk`; return it."""
+    harness.write_random_spec(project, train={"steps": 120}, cluster={"max_failures": max_failures})
     submitted = mhmoe(project, "submit", "spec.yaml", "--set", f"storage={disk}", "--detach")
     assert submitted.code == 0, submitted.err
     [run] = (RunDir(path.parent) for path in disk.glob("*/run.json"))
@@ -69,9 +69,11 @@ def assert_reason_and_whole_checkpoint(project, run, reason):
 
 def test_a_full_disk_is_reported_and_costs_no_saved_step(project, reference, disk):
     folder, remount = disk
-    run = start_run_on_disk(project, folder)
+    run = start_run_on_disk(project, folder, max_failures=1000)
     wait_until(lambda: harness.outcome(project, run) == "failed", "the run's end")
     assert_reason_and_whole_checkpoint(project, run, "No space left on device")
+    assert str(run.path) in mhmoe(project, "status", str(run.path)).out
+    assert len(start_events(run)) == 1
     remount("size=100m")
     resumed = mhmoe(project, "resume", str(run.path))
     assert resumed.code == 0, resumed.err

@@ -1,6 +1,7 @@
 """Tests of reports on runs with known numbers."""
 
 import math
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -125,6 +126,27 @@ def test_runs_on_different_held_out_text_are_separate_variants_and_reported_as_u
         events.record(run, "prepared", validation_tokens=tokens, **figures)
     assert [len(v.runs) for v in read_variants(runs)] == [1, 1]
     assert "The variants differ in held-out text or tokenizer</strong>" in page_text(runs)
+
+
+def test_losses_of_different_tokenizers_have_no_verdict(tmp_path):
+    runs = [make_run(tmp_path, name, 0, 3.0) for name in ("a", "b")]
+    spec = runs[1].spec()
+    runs[1].write_spec(spec.model_copy(update={"model": spec.model.model_copy(update={"vocab_size": 299})}))
+    for run in runs:
+        events.record(run, "prepared", validation_tokens=100, unigram_entropy=6.5)
+    comparison = write_report(runs, tmp_path / "out")
+    assert comparison.verdicts == []
+    page = page_text(runs)
+    assert not re.search("nats (lower|higher)", page)
+    assert "Losses of b and a cannot be compared" in page
+    assert not (tmp_path / "out" / "loss_beside_baseline.png").exists()
+
+
+def test_a_report_of_one_run_has_no_verdict_and_each_curve_once(tmp_path):
+    run = make_run(tmp_path, "a", 0, 3.0)
+    assert write_report([run], tmp_path / "out").verdicts == []
+    assert "Verdict" not in (tmp_path / "out" / "report.html").read_text()
+    assert [path.name for path in (tmp_path / "out").glob("loss_*.png")] == ["loss_by_steps.png"]
 
 
 def test_trainings_of_different_lengths_are_reported_as_unequal(tmp_path):

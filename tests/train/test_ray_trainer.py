@@ -1,6 +1,8 @@
 """Tests of the parts of Ray 2.60 that train/resilience.py relies on; tests/several_nodes runs it on real clusters."""
 
+import errno
 import inspect
+import os
 import pickle
 
 import pytest
@@ -77,7 +79,10 @@ def test_ray_retries_preempted_ranks_only(raised, decision):
     ("raised", "decision"),
     [
         (JobError("training", "it is not finite", "lower it"), FailureDecision.RAISE),
-        (CheckpointError("checkpoint", "no space left", "make room"), FailureDecision.RETRY),
+        (CheckpointError("checkpoint", "rank 0 cannot write it: Input/output error", "try"), FailureDecision.RETRY),
+        (CheckpointError("checkpoint", "rank 0: No space left on device", "make room"), FailureDecision.RAISE),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/metrics.jsonl"), FailureDecision.RAISE),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), FailureDecision.RAISE),
         (StorageError("file", "it cannot be written", "repair the storage"), FailureDecision.RETRY),
         (RuntimeError("connection closed by peer"), FailureDecision.RETRY),
     ],
