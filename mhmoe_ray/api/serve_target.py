@@ -12,6 +12,7 @@ from mhmoe_ray.api.checkpoints import CheckpointName, has_file, path_text, pick_
 from mhmoe_ray.api.defaults import SPEC_SUFFIXES, OnNote, ignore_note
 from mhmoe_ray.api.spec import load_spec
 from mhmoe_ray.api.trust import ignored_keys
+from mhmoe_ray.checkpoint.find import split_step
 from mhmoe_ray.checkpoint.manifest import MANIFEST, read_manifest
 from mhmoe_ray.errors import RunError, SpecError
 from mhmoe_ray.runs.directory import RunDir, find_run, list_runs
@@ -57,6 +58,8 @@ def resolve_target(
         spec = validate_section(DeploySpec, apply_overrides(tree, overrides), f"spec {target.name}")
         return run, pick_checkpoint(run, checkpoint, verify_hashes=False, on_note=on_note)[0], spec
     name, spec_file = None if target is None else path_text(target), None
+    if checkpoint is None:
+        name, checkpoint = split_step(name)
     if name and name.endswith(SPEC_SUFFIXES):
         spec_file = Path(name)
         run = _newest_run(load_spec(spec_file), storage, f"spec {name}", f"start one: mhmoe submit {name}")

@@ -73,7 +73,7 @@ def verify(
     storage: options.StorageOption = options.STORAGE,
     json: options.JsonOption = False,
 ) -> None:
-    """Check all checkpoints of a run, or compare two models tensor by tensor and expert by expert.
+    """Check all checkpoints of a run, or that of RUN@STEP, or compare two models tensor by tensor, expert by expert.
 
     With one run, names, sizes and hashes of all files are compared with the manifests. A checkpoint without a manifest
     was never finished and does not count as damaged; nor does a checkpoint that the run has removed meanwhile because
@@ -130,8 +130,9 @@ def _model_location(target: str, storage: str) -> "Location":
 
 
 def _verify_run(run: str | None, storage: str, json: bool) -> None:
-    """Compare all checkpoints of a run with their manifests, print the result, and raise an error for damage."""
+    """Compare the checkpoints that are named with their manifests, print the result, and raise an error for damage."""
     show_activity("looking for the run")
+    from mhmoe_ray.checkpoint.find import find_checkpoint, split_step
     from mhmoe_ray.checkpoint.manifest import (
         committed_checkpoints,
         is_committed,
@@ -141,10 +142,11 @@ def _verify_run(run: str | None, storage: str, json: bool) -> None:
     from mhmoe_ray.errors import CheckpointError
     from mhmoe_ray.runs.directory import find_run
 
+    run, step = split_step(run)
     run_dir = find_run(run, storage)
     problems: dict[str, str | None] = {}
     dropped_names: list[str] = []
-    paths = committed_checkpoints(run_dir)
+    paths = [find_checkpoint(run_dir, step)] if step else committed_checkpoints(run_dir)
     for i, path in enumerate(paths):
         activity_lines.show(Activity("verifying", f"{i + 1} of {len(paths)} checkpoints", i, len(paths)))
         try:
@@ -159,7 +161,8 @@ def _verify_run(run: str | None, storage: str, json: bool) -> None:
             problems[path.name] = None
     # The removal of a checkpoint deletes its manifest first. A checkpoint that is being removed therefore looks
     # unfinished, and is left out here.
-    unfinished_names = [path.name for path in uncommitted_checkpoints(run_dir) if path.name not in dropped_names]
+    unfinished = [] if step else uncommitted_checkpoints(run_dir)
+    unfinished_names = [path.name for path in unfinished if path.name not in dropped_names]
     damaged = [name for name, reason in problems.items() if reason]
     if json:
         checkpoints = [{"name": name, "whole": not reason, "why": reason} for name, reason in problems.items()]
@@ -206,8 +209,8 @@ def import_(
         str,
         typer.Argument(
             metavar="SRC",
-            help="Folder of a model in safetensors, hf:ORGANIZATION/NAME of the Hugging Face hub, or a run, whose "
-            "newest checkpoint is copied.",
+            help="Folder of a model in safetensors, hf:ORGANIZATION/NAME of the Hugging Face hub, a run, whose "
+            "newest checkpoint is copied, or RUN@STEP.",
         ),
     ],
     name: Annotated[str | None, typer.Option(help="Name of the run; by default the folder's.")] = None,
@@ -231,16 +234,18 @@ def import_(
         # The folder in the hub's cache is named by a hash, so the run is named after the model and records its id.
         name = name or run_name(source.partition("@")[0].rpartition("/")[2])
         run = import_folder(local_folder(source), name, storage, seq_len, origin=source)
-    elif (source_run := _run_of(source, storage)) is not None:
-        path, manifest = pick_checkpoint(source_run, verify_hashes=True, on_note=print_note)
+    elif (run_and_step := _run_and_step(source, storage)) is not None:
+        source_run, step = run_and_step
+        path, manifest = pick_checkpoint(source_run, step, verify_hashes=True, on_note=print_note)
         run = import_checkpoint(path, manifest, name or run_name(source_run.id), storage, seq_len)
     else:
         run = import_folder(Path(source), name, storage, seq_len)
     print_line(f"imported {source} as run {run.id}; serve it: mhmoe serve deploy {run_argument(run)}")
 
 
-def _run_of(source: str, storage: str) -> "RunDir | None":
-    """Return the run that the source of an import names; None if the source is the folder of a model."""
+def _run_and_step(source: str, storage: str) -> "tuple[RunDir, str | None] | None":
+    """Return the run that the source of an import names, and the step if it is RUN@STEP; None for a model's folder."""
+    from mhmoe_ray.checkpoint.find import split_step
     from mhmoe_ray.errors import CheckpointError, RunError
     from mhmoe_ray.runs.directory import RunDir, find_run, report_read_errors
 
@@ -249,7 +254,8 @@ def _run_of(source: str, storage: str) -> "RunDir | None":
         if folder.exists() and not RunDir(folder.absolute()).attempts_file.is_file():
             return None
     try:
-        return find_run(source, storage)
+        name, step = split_step(source)
+        return find_run(name, storage), step
     except RunError as e:
         reason = f"there is no such folder, and as a run: {e.reason}"
         raise CheckpointError(f"model {source}", reason, "name a folder, a run, or hf:ORGANIZATION/NAME") from e

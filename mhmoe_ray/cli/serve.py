@@ -59,12 +59,10 @@ def deploy(
     """Serve a run's checkpoint without converting it, in place of any application of the same name."""
     show_activity("looking for the checkpoint")
     from mhmoe_ray.api.service import serve
-    from mhmoe_ray.checkpoint.find import split_step
     from mhmoe_ray.checkpoint.manifest import stored_manifest
     from mhmoe_ray.runs.directory import RunDir
     from mhmoe_ray.serving.family import serving_of
 
-    target, checkpoint = split_step(target, checkpoint)
     service = serve(
         target,
         checkpoint=checkpoint,

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 from mhmoe_ray import storage
+from mhmoe_ray.api.serve_target import resolve_target
 from mhmoe_ray.checkpoint.retention import delete_checkpoint
 from mhmoe_ray.cli.ckpt import verify
 from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
@@ -49,6 +50,15 @@ def test_commands_that_need_a_job_refuse_an_imported_run(project, verb):
     assert_one_line(mhmoe(folder, verb, id_), 7, message)
     # Without the id of a run, these commands skip the imported run, although it is the newest.
     assert id_ not in mhmoe(folder, verb).err
+
+
+def test_a_step_can_be_imported_and_served(project):
+    folder, run, _ = project
+    storage = str(run.path.parent)
+    imported = mhmoe(folder, "ckpt", "import", f"{run.path}@7", "--name", "step", "--storage", str(folder / "imports"))
+    assert imported.code == 0, imported.err
+    assert_one_line(mhmoe(folder, "ckpt", "import", f"{run.path}@8"), 8, "no checkpoint of this step")
+    assert resolve_target(f"{run.id}@7", None, storage)[1].name == "step_00000007.1"
 
 
 def test_imported_run_can_be_exported(project):
@@ -153,3 +163,5 @@ def test_verify_names_damaged_and_unfinished_checkpoints(tmp_path):
     assert checkpoints == {"step_00000007.1": None, "step_00000009.1": reason}
     assert json.loads(json_result.out)["unfinished"] == ["step_00000011.2"]
     assert_one_line(mhmoe(tmp_path, "ckpt", "verify"), 8, f"run {run.id}: 1 of 2 checkpoints are damaged")
+    assert mhmoe(tmp_path, "ckpt", "verify", f"{run.id}@7").code == 0
+    assert_one_line(mhmoe(tmp_path, "ckpt", "verify", f"{run.id}@9"), 8, "1 of 1 checkpoints are damaged")

@@ -185,6 +185,8 @@ def _files_of_source(name: str, spec: DataSpec) -> list[RawFile]:
     except FileNotFoundError as e:
         columns = {column for other_source in spec.sources.values() for column in other_source.sample_columns}
         arguments = next(value for column, value in _SAMPLE_ARGUMENTS.items() if column in columns)
+        if "/data/large/" in source.path:
+            arguments = "--large data/large"
         fix = f"correct its path, or make sample data: mhmoe data sample {arguments}"
         raise DataError(subject, short_message(e), fix) from e
     except OSError as e:

@@ -230,13 +230,14 @@ def test_file_uri_is_a_local_source(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("columns", "format", "arguments"),
+    ("columns", "format", "folder", "arguments"),
     [
-        (["text"], "text", "data/sample"),
-        (["image", "text"], "webdataset", "data/pictures --pictures"),
-        (["image", "objects"], "coco", "data/scenes --scenes"),
+        (["text"], "text", "missing", "data/sample"),
+        (["text"], "text", "data/large/redpajama", "--large data/large"),
+        (["image", "text"], "webdataset", "missing", "data/pictures --pictures"),
+        (["image", "objects"], "coco", "missing", "data/scenes --scenes"),
     ],
 )
-def test_missing_source_names_the_command_of_its_sample(tmp_path, columns, format, arguments):
-    [error] = source_errors(data_spec(tmp_path / "missing", columns=columns, format=format))
+def test_missing_source_names_the_command_of_its_sample(tmp_path, columns, format, folder, arguments):
+    [error] = source_errors(data_spec(tmp_path / folder, columns=columns, format=format))
     assert str(error).endswith(f"make sample data: mhmoe data sample {arguments}")
