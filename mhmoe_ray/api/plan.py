@@ -61,18 +61,17 @@ def plan(
     if nodes is None or gpus is None or nodes < 1 or gpus < 1 or address is not None:
         reason = f"a cluster on paper has at least one node and one GPU, and no address ({nodes}, {gpus}, {address})"
         raise SpecError("plan", reason, "give nodes and gpus")
-    adapted, chosen = adapt_to_gpus(spec, nodes, gpus)
-    return plan_figures(adapted, planned_placement(adapted, nodes, gpus), data_warnings(adapted), chosen)
+    adapted, chosen_keys = adapt_to_gpus(spec, nodes, gpus)
+    return plan_figures(adapted, planned_placement(adapted, nodes, gpus), data_warnings(adapted), chosen_keys)
 
 
 def plan_figures(
-    spec: RunSpec, placement: Placement, warnings: list[str], chosen: dict[str, Any] | None = None
+    spec: RunSpec, placement: Placement, warnings: list[str], chosen_keys: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return a plan as `mhmoe plan --json` prints it; with the values `chosen` for a cluster on paper, and the
-    estimated step times there."""
+    """Return a plan as `mhmoe plan --json` prints it; on paper it has `chosen_keys` and the estimated step times."""
     layout, step = placement.layout, estimate_step(spec, placement.layout)
-    estimate = estimate_figures(spec, layout, step) if chosen and layout and step else None
-    return {**placement_figures(spec, placement), "chosen": chosen, "estimate": estimate, "warnings": warnings}
+    estimate = estimate_figures(spec, layout, step) if chosen_keys and layout and step else None
+    return placement_figures(spec, placement) | {"chosen": chosen_keys, "estimate": estimate, "warnings": warnings}
 
 
 def data_warnings(spec: RunSpec) -> list[str]:

@@ -47,11 +47,11 @@ def plan(
 
     if (nodes is None) != (gpus is None) or (nodes and address):
         raise typer.BadParameter("a cluster on paper needs both --nodes and --gpus, and takes no --address")
-    chosen, overrides = None, options.with_storage(set_, storage)
+    chosen_keys, overrides = None, options.with_storage(set_, storage)
     if nodes and gpus:
         # The micro-batches of a preset are as large as a GPU allows.
         own_spec = mh.load_spec(spec, [*overrides, "cluster.gpus_per_worker=1"])
-        resolved, chosen = adapt_to_gpus(own_spec, nodes, gpus)
+        resolved, chosen_keys = adapt_to_gpus(own_spec, nodes, gpus)
         placement = planned_placement(resolved, nodes, gpus)
     else:
         resolved = mh.load_spec(spec, overrides)
@@ -60,15 +60,15 @@ def plan(
     for line in warnings:
         print_note(f"warning: {line}")
     if json:
-        print_json(plan_figures(resolved, placement, warnings, chosen))
+        print_json(plan_figures(resolved, placement, warnings, chosen_keys))
         return
     layout, step_estimate = placement.layout, estimate_step(resolved, placement.layout)
     print_summary(resolved, step_estimate)
-    if chosen:
+    if chosen_keys:
         out.print("\nchosen for these GPUs, in place of the spec's values; a step has the same samples", style="bold")
-        for key, value in chosen.items():
+        for key, value in chosen_keys.items():
             print_line(f"{key}: {value}")
-        words = " ".join(f"--set {key}={value}" for key, value in chosen.items())
+        words = " ".join(f"--set {key}={value}" for key, value in chosen_keys.items())
         print_line(f"to keep these values, write them into the spec, or give: {words}")
     _print_tables(plan_tables.tables(resolved, placement))
     for line in placement_remarks(placement):

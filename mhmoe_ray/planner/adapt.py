@@ -57,8 +57,8 @@ def adapt_to_gpus(spec: RunSpec, nodes: int, gpus: int) -> tuple[RunSpec, Keys]:
     # A sharding with which even the smallest micro-batches do not fit need not be tried with larger ones.
     changes = [{**base, **sharding, **batches[-1]} for sharding in _shardings(spec, gpus)]
     variants = list(valid_changes(spec, changes)) or [(changes[0], with_keys(spec, changes[0]))]
-    least = min(variants, key=lambda variant: compute_memory(variant[1]).total)
-    choice = next((variant for variant in variants if _fits(variant[1], share)), least)
+    smallest_variant = min(variants, key=lambda variant: compute_memory(variant[1]).total)
+    choice = next((variant for variant in variants if _fits(variant[1], share)), smallest_variant)
     larger = valid_changes(spec, ({**choice[0], **sizes} for sizes in batches[:-1]))
     keys, adapted = next((variant for variant in larger if _fits(variant[1], share)), choice)
     # The micro-batches of a preset may depend on its GPUs, so they count as chosen, too.

@@ -158,8 +158,8 @@ def test_chosen_values_are_printed_with_the_way_to_keep_them(clusterless_project
         f"{key}: {value}" for key, value in figures["chosen"].items()
     ]
     [advice] = [line for line in lines if line.startswith("to keep these values")]
-    kept = load_spec(clusterless_project / "spec.yaml", re.findall(r"--set (\S+)", advice))
-    assert kept.model_dump(mode="json", exclude={"data", "storage"}) == {
+    kept_spec = load_spec(clusterless_project / "spec.yaml", re.findall(r"--set (\S+)", advice))
+    assert kept_spec.model_dump(mode="json", exclude={"data", "storage"}) == {
         key: value for key, value in figures["spec"].items() if key not in ("data", "storage")
     }
 

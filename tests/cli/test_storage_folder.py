@@ -43,8 +43,8 @@ def test_all_commands_find_runs_by_one_rule(tmp_path, specs, command):
     assert folder() == str(tmp_path / "runs")
     assert folder(MHMOE_STORAGE="variable") == str(tmp_path / "variable")
     specs(storage="own")
-    own = "variable" if command == "status" else "own"
-    assert folder(MHMOE_STORAGE="variable") == str(tmp_path / own)
+    own_folder = "variable" if command == "status" else "own"
+    assert folder(MHMOE_STORAGE="variable") == str(tmp_path / own_folder)
     assert folder("--storage", "option", MHMOE_STORAGE="variable") == str(tmp_path / "option")
 
 

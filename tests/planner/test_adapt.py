@@ -32,15 +32,15 @@ def test_each_job_has_a_plan_for_eight_gpus_or_a_line_that_names_key_and_value(f
     error_text = None
     try:
         spec = load_spec(file)
-        adapted, chosen = adapt_to_gpus(spec, 1, 8)
+        adapted, chosen_keys = adapt_to_gpus(spec, 1, 8)
     except MhmoeError as e:
         error_text = str(e)
     if error_text is None:
         assert meaning(adapted) == meaning(spec)
-        assert adapted.cluster.workers.max == chosen["cluster.workers"] == 8
+        assert adapted.cluster.workers.max == chosen_keys["cluster.workers"] == 8
         assert adapted.train.micro_batches % 8 == 0
         assert adapted.cluster.ep == spec.cluster.ep
-        assert load_spec(file, chosen) == adapted
+        assert load_spec(file, chosen_keys) == adapted
     elif "sizes" in content:
         assert "its key `sizes` makes it a sweep" in error_text
     else:
@@ -64,8 +64,8 @@ def open_spec(**cluster):
 
 def test_ep_and_sharding_change_only_if_memory_does_not_suffice():
     spec = open_spec()
-    adapted, chosen = adapt_to_gpus(spec, 1, 4)
-    assert chosen["cluster.ep"] in (2, 4)
+    adapted, chosen_keys = adapt_to_gpus(spec, 1, 4)
+    assert chosen_keys["cluster.ep"] in (2, 4)
     assert memory(adapted) <= 120e6 < memory(adapted.model_copy(update={"cluster": spec.with_workers(4).cluster}))
     assert meaning(adapted) == meaning(spec)
     _, chosen_with_room = adapt_to_gpus(open_spec(accelerator={}), 1, 4)
@@ -78,13 +78,13 @@ def test_ep_and_sharding_change_only_if_memory_does_not_suffice():
 
 
 def test_keys_that_the_spec_sets_stay_even_if_memory_does_not_suffice():
-    adapted, chosen = adapt_to_gpus(open_spec(ep=1), 1, 4)
+    adapted, chosen_keys = adapt_to_gpus(open_spec(ep=1), 1, 4)
     assert adapted.cluster.ep == 1
-    assert (chosen["cluster.strategy"], chosen["cluster.shard_experts"]) == ("fsdp", True)
-    adapted, chosen = adapt_to_gpus(open_spec(ep=1, strategy="ddp"), 1, 4)
-    assert not {"cluster.ep", "cluster.strategy", "cluster.shard_experts"} & chosen.keys()
+    assert (chosen_keys["cluster.strategy"], chosen_keys["cluster.shard_experts"]) == ("fsdp", True)
+    adapted, chosen_keys = adapt_to_gpus(open_spec(ep=1, strategy="ddp"), 1, 4)
+    assert not {"cluster.ep", "cluster.strategy", "cluster.shard_experts"} & chosen_keys.keys()
     assert memory(adapted) > 150e6
-    assert chosen["train.micro_batch_size"] == 1
+    assert chosen_keys["train.micro_batch_size"] == 1
 
 
 def test_micro_batches_are_the_largest_that_fit():
