@@ -10,7 +10,8 @@ plot.py         draw the results of a sweep
 steps.py        whole training steps of matched models
 loss.py         the output layer with its loss, for all logits at once and chunk by chunk
 checkpoints.py  save a model in training, as a checkpoint or by torch.save
-run.py          training on Ray beside the same steps in a bare loop
+run.py          training on Ray beside the same steps in loops
+loops.py        loops without Ray, by our trainer and by transformers' model
 acceptance/     checks and measurements on one GPU in half an hour, beside predictions
 serve/          throughput of engines and servers
 """

@@ -2,27 +2,20 @@
 
 Both train the same model on the same samples from the same weights, so on CPUs their final losses are bit-identical.
 The loop is measured twice: with the C library's default settings for memory, and with the settings of a run's workers
-(train/malloc.py).
+(train/malloc.py). Peers are loops of other packages (loops.py).
 """
 
 import os
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import ray
-import torch
 
+from mhmoe_ray.bench.loops import WARM_UP_STEPS, measure_loop, transformers_measurements
 from mhmoe_ray.bench.processes import Measurement, run_in_process
 from mhmoe_ray.bench.timing import measure_rounds
-from mhmoe_ray.data.samples import TrainingSamples
-from mhmoe_ray.data.shards.columns import to_model_samples
-from mhmoe_ray.data.shards.manifest import TOKENIZER_FILE, require_data_manifest
-from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
-from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.errors import JobError, SpecError
 from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import AttemptId, create_run
@@ -30,48 +23,44 @@ from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.spec.cluster import WorkerRange
 from mhmoe_ray.train import malloc
 from mhmoe_ray.train.driver import train_run
-from mhmoe_ray.train.objectives.next_token import micro_batch
-from mhmoe_ray.train.step import Trainer
 
-WARM_UP_STEPS = 10
-"""Number of steps that are not timed: the first steps wait for the stream and for the compilation of kernels."""
+RUN, LOOP, SETTLED = "run", "loop", "settled"
+"""Names of the measurements of our code: a run, and the loop with the default memory settings and with the workers'."""
 
 
 class LoopFigures(NamedTuple):
-    """Measurements of a run and of the same steps in a bare loop, one per round."""
+    """Measurements of a run and of loops, by name, one per round."""
 
-    run: list[dict[str, Any]]
-    """`seconds` of the timed steps, `loss` of the last step, and `data_wait`, the share of time spent waiting for
-    data."""
-    loop: list[dict[str, Any]]
-    """Loop with the C library's default settings, without `data_wait`."""
-    settled: list[dict[str, Any]]
-    """Loop with the workers' memory settings, without `data_wait`."""
+    results: dict[str, list[dict[str, Any]]]
+    """`seconds` of the timed steps, and `loss` of the last step. A run also has `data_wait`, the share of time spent
+    waiting for data."""
 
     @property
-    def throughput_ratio(self) -> float:
-        """Median over rounds of the ratio of the run's tokens per second to those of `loop`."""
-        return _throughput_ratio(self.run, self.loop)
+    def fastest_peer(self) -> str | None:
+        """Name of the peer with the lowest median time; None without peers."""
+        peers = [name for name in self.results if name not in (RUN, LOOP, SETTLED)]
+        return min(peers, key=self.median_seconds, default=None)
 
-    @property
-    def settled_throughput_ratio(self) -> float:
-        """Median over rounds of the ratio of the run's tokens per second to those of `settled`."""
-        return _throughput_ratio(self.run, self.settled)
+    def median_seconds(self, name: str) -> float:
+        return float(statistics.median(result["seconds"] for result in self.results[name]))
+
+    def throughput_ratios(self, name: str) -> list[float]:
+        """Return the ratio of the run's tokens per second to those of a loop in each round."""
+        # All train on the same number of tokens, so the ratio of their tokens per second is the inverse ratio of their
+        # times.
+        pairs = zip(self.results[RUN], self.results[name], strict=True)
+        return [loop["seconds"] / run["seconds"] for run, loop in pairs]
 
 
-def _throughput_ratio(run: list[dict[str, Any]], loop: list[dict[str, Any]]) -> float:
-    # Run and loop train on the same number of tokens, so the ratio of their tokens per second is the inverse ratio of
-    # their times.
-    ratios: list[float] = [b["seconds"] / a["seconds"] for a, b in zip(run, loop, strict=True)]
-    return statistics.median(ratios)
+def measure(
+    spec: RunSpec, threads: int, rounds: int, report: Callable[[str], None], peers: bool = False
+) -> LoopFigures:
+    """Measure the run, the loop with both memory settings, and transformers' model as `peers`, in interleaved rounds.
 
-
-def measure(spec: RunSpec, threads: int, rounds: int, report: Callable[[str], None]) -> LoopFigures:
-    """Measure the run, and the loop with both memory settings, in interleaved rounds.
-
-    The data must be prepared. `threads` is the number of threads of the run's worker, and of the loop. Too few steps
-    are a SpecError; a measurement that fails, or different losses, are a JobError.
+    The data must be prepared. `threads` is the number of threads of the run's worker, and of the loops. Too few steps
+    or missing peers are a SpecError; a measurement that fails, or different losses of run and loop, are a JobError.
     """
+    peer_measurements = transformers_measurements(spec) if peers else {}
     steps = spec.train.steps
     if steps <= WARM_UP_STEPS:
         raise SpecError(
@@ -85,7 +74,8 @@ def measure(spec: RunSpec, threads: int, rounds: int, report: Callable[[str], No
     spec = spec.model_copy(update=updates)
     settings = malloc.malloc_settings(os.environ)
     contestants: dict[str, tuple[Measurement, dict[str, str]]]
-    contestants = {"run": (measure_run, {}), "loop": (measure_loop, {}), "settled": (measure_loop, settings)}
+    contestants = {RUN: (measure_run, {}), LOOP: (measure_loop, {}), SETTLED: (measure_loop, settings)}
+    contestants |= {name: (measurement, {}) for name, measurement in peer_measurements.items()}
 
     def measure_contestant(name: str, number: int) -> dict[str, Any]:
         measurement, environment = contestants[name]
@@ -94,14 +84,14 @@ def measure(spec: RunSpec, threads: int, rounds: int, report: Callable[[str], No
         return result
 
     results_by_name = measure_rounds(contestants, rounds, measure_contestant)
-    losses = {result["loss"] for results in results_by_name.values() for result in results}
+    losses = {result["loss"] for name in (RUN, LOOP, SETTLED) for result in results_by_name[name]}
     # The run and the bare loop must have equal losses on CPUs. GPUs add numbers in no fixed order, so there the losses
     # may differ slightly.
     if max(losses) - min(losses) > (1e-3 if spec.cluster.gpus_per_worker else 0):
         raise JobError(
             "bench run", f"losses differ: {losses}", "this is a bug: their steps are not the same; report it"
         )
-    return LoopFigures(**results_by_name)
+    return LoopFigures(results_by_name)
 
 
 def measure_run(spec: RunSpec, folder: Path, _threads: int) -> dict[str, Any]:
@@ -118,26 +108,3 @@ def measure_run(spec: RunSpec, folder: Path, _threads: int) -> dict[str, Any]:
         "loss": lines[-1][metrics.LOSS],
         "data_wait": statistics.mean(line[metrics.DATA_WAIT] for line in timed_lines),
     }
-
-
-def measure_loop(spec: RunSpec, _folder: Path, threads: int) -> dict[str, Any]:
-    """Train the spec in a bare loop without Ray, on samples that are read beforehand."""
-    torch.set_num_threads(threads)
-    folder = spec.data.prepared
-    token_bytes = require_data_manifest(folder).token_bytes
-    inputs = boundaries(load_tokenizer(folder / TOKENIZER_FILE, spec.model.vocab_size))
-    device = torch.device("cuda" if spec.cluster.gpus_per_worker else "cpu")
-    trainer = Trainer(spec, build_mesh(spec.cluster, ["here"], device.type), device, inputs)
-    positions = np.arange(spec.train.steps * spec.samples_per_step).reshape(spec.train.steps, -1)
-    samples, loss = TrainingSamples.open_cached(spec), 0.0
-    steps = [
-        [to_model_samples(rows, token_bytes) for rows in np.split(samples.read(row), spec.train.micro_batches)]
-        for row in positions
-    ]
-    for number, step_samples in enumerate(steps):
-        if number == WARM_UP_STEPS:
-            start_time = time.perf_counter()
-        sums = trainer.accumulate([micro_batch(batch_samples, device) for batch_samples in step_samples])
-        trainer.update(sums)
-        loss = sums.loss / max(1, sums.targets)
-    return {"seconds": time.perf_counter() - start_time, "loss": loss}

@@ -7,7 +7,7 @@ models of equal work; `run` the overhead of Ray in training; `loss` the output l
 import os
 import sys
 from statistics import median
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -70,7 +70,8 @@ def train(
 def run(
     spec: SpecArg,
     set_: SetOption = [],  # noqa: B006 - typer needs the list
-    threads: Annotated[int, typer.Option(min=1, help="Threads of the worker, and of the loop.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the worker, and of the loops.")] = 2,
+    peers: Annotated[bool, typer.Option("--peers", help="Also train transformers' model in a plain loop.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each, in turn.")] = 3,
     json: JsonOption = False,
 ) -> None:
@@ -78,10 +79,12 @@ def run(
 
     The loop is timed with the default memory settings of the C library, and with those of a run's workers. All train
     on the spec's prepared data from the same initial weights, and the command checks that they end with the same loss.
-    With --json the table goes to stderr.
+    A peer has these weights, samples and optimizer settings too; experts of transformers run in a loop (eager) and as
+    grouped_mm. Ratios are medians, with the lowest and highest of a round. With --json the table goes to stderr.
     """
     from mhmoe_ray.api.spec import load_spec
-    from mhmoe_ray.bench.run import WARM_UP_STEPS, measure
+    from mhmoe_ray.bench.loops import WARM_UP_STEPS
+    from mhmoe_ray.bench.run import LOOP, RUN, SETTLED, measure
     from mhmoe_ray.data.shards.recipe import require_prepared_data
     from mhmoe_ray.errors import SpecError
 
@@ -91,25 +94,32 @@ def run(
     if not resolved.model.family.predicts_next_token:
         reason = f"the spec's model is {resolved.model.family.title}, and the bare loop is for decoders"
         raise SpecError("bench run", reason, "name another spec")
-    figures = measure(resolved, threads, rounds, print_note)
+    figures = measure(resolved, threads, rounds, print_note, peers)
     # The measured seconds do not include the warm-up steps, so rates must not count these steps either.
     steps = resolved.train.steps - WARM_UP_STEPS
     tokens = steps * resolved.tokens_per_step
-    rows = []
-    variants = {"run": figures.run, "loop": figures.loop, "loop, workers' memory": figures.settled}
-    for name, results in variants.items():
-        seconds = median(result["seconds"] for result in results)
-        wait = f"{max(result['data_wait'] for result in results):.2%}" if name == "run" else ""
-        rows.append([name, f"{1e3 * seconds / steps:.1f} ms", f"{tokens / seconds:,.0f}", wait])
-    table = number_table(["", "a step", "tokens/s", "waits for data"], rows)
+    rows, median_ratios = [], {}
+    for name, results in figures.results.items():
+        seconds, ratios = figures.median_seconds(name), figures.throughput_ratios(name)
+        median_ratios[name] = median(ratios)
+        comparison = f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        wait = f"{max(result['data_wait'] for result in results):.2%}" if name == RUN else ""
+        title = "loop, workers' memory" if name == SETTLED else name
+        speed = (f"{1e3 * seconds / steps:.1f} ms", f"{tokens / seconds:,.0f}", "" if name == RUN else comparison)
+        rows.append([title, *speed, wait, f"{results[0]['loss']:.4f}"])
+    table = number_table(["", "a step", "tokens/s", "the run's to it", "waits for data", "last loss"], rows)
+    peer = figures.fastest_peer
     conclusion = (
-        f"a run keeps {figures.throughput_ratio:.3f} of the loop's tokens a second, "
-        f"{figures.settled_throughput_ratio:.3f} of the loop's with its workers' memory; "
-        f"all end at loss {figures.run[0]['loss']:.4f}"
+        f"a run keeps {median_ratios[LOOP]:.3f} of the loop's tokens a second, "
+        f"{median_ratios[SETTLED]:.3f} of the loop's with its workers' memory"
     )
+    if peer:
+        conclusion += f", {median_ratios[peer]:.3f} of {peer}"
     title = f"{threads} threads, {steps:,} steps of {resolved.tokens_per_step:,} tokens; {rounds} rounds in turn"
-    ratios = {"kept": figures.throughput_ratio, "kept_of_settled": figures.settled_throughput_ratio}
-    data = {"threads": threads, "steps": steps, "tokens": tokens, **figures._asdict(), **ratios}
+    data: dict[str, Any] = {"threads": threads, "steps": steps, "tokens": tokens, **figures.results}
+    data |= {"kept": median_ratios[LOOP], "kept_of_settled": median_ratios[SETTLED]}
+    if peer:
+        data |= {"fastest_peer": peer, "kept_of_peer": median_ratios[peer]}
     tables.print_results([(title, table), conclusion], json, data)
 
 
