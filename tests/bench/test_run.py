@@ -1,14 +1,23 @@
 """Tests of `mhmoe bench run`, in which a run, a bare loop and transformers' model train to the same loss."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 
-from mhmoe_ray.api.spec import load_spec
 from mhmoe_ray.bench import loops
 from mhmoe_ray.bench import run as bench
 from mhmoe_ray.cli.bench import run
+from mhmoe_ray.data.shards.columns import TOKENS, padding_token
+from mhmoe_ray.data.shards.files import to_batch, write_shard
+from mhmoe_ray.data.shards.manifest import TOKENIZER_FILE
+from mhmoe_ray.data.sources import find_files
+from mhmoe_ray.data.tokenizer import train_tokenizer
 from mhmoe_ray.errors import DataError, JobError, SpecError
 from mhmoe_ray.spec import dump_spec
-from tests.cli.run import mhmoe, mhmoe_subprocess
+from tests.cli.run import mhmoe_subprocess
+from tests.data.shards.manifests import make_manifest
+from tests.data.texts import write_corpus
 from tests.support.specs import tiny_spec
 
 
@@ -29,23 +38,22 @@ def test_run_and_loop_end_with_same_loss(project):
     assert sorted(project.rglob("*")) == previous_files
 
 
-DENSE = ["model.moe=null"]
-MIXTURE = ["model.d_ff=null", "model.moe={experts: 4, top_k: 2, d_expert: 24, every: 1, normalize_gates: true}"]
+MIXTURE = {
+    "d_ff": None,
+    "moe": {"heads": 1, "experts": 4, "top_k": 2, "d_expert": 24, "every": 1, "normalize_gates": True},
+}
 
 
 @pytest.mark.long
-@pytest.mark.ray  # for the prepared data
 @pytest.mark.parametrize(
-    ("overrides", "tolerance"),
+    ("model", "packing", "tolerance"),
     # transformers computes the load balancing loss over all layers together, so that the router's gradients differ.
-    [(DENSE, 1e-6), ([*DENSE, "data.packing=best_fit"], 1e-6), (MIXTURE, 1e-3)],
+    [({"moe": None}, "concat", 1e-6), ({"moe": None}, "best_fit", 1e-6), (MIXTURE, "concat", 1e-3)],
     ids=["dense", "padded", "mixture"],
 )
-def test_transformers_in_plain_loop_ends_with_our_loss(project, tmp_path, overrides, tolerance):
-    if "data.packing=best_fit" in overrides:
-        overrides = [*overrides, f"data.prepared={tmp_path / 'padded'}"]
-        assert mhmoe(project, "data", "prepare", "spec.yaml", *(f"--set={o}" for o in overrides)).code == 0
-    spec = load_spec(project / "spec.yaml", overrides)
+def test_transformers_in_plain_loop_ends_with_our_loss(tmp_path, model, packing, tolerance):
+    spec = tiny_spec(tmp_path, model=model, data={"packing": packing})
+    _write_samples(spec)
     expected_loss = loops.measure_loop(spec, tmp_path, 1)["loss"]
     measurements = loops.transformers_measurements(spec)
     assert len(measurements) == (2 if spec.model.moe else 1)
@@ -53,6 +61,21 @@ def test_transformers_in_plain_loop_ends_with_our_loss(project, tmp_path, overri
         result = measurement(spec, tmp_path, 1)
         assert result["loss"] == pytest.approx(expected_loss, rel=tolerance)
         assert result["seconds"] > 0
+
+
+def _write_samples(spec):
+    """Write a tokenizer and 64 random samples to the prepared folder; with packing best_fit, half have padding."""
+    write_corpus(Path(spec.data.sources["web"].path))
+    tokenizer, folder = train_tokenizer(find_files(spec.data), spec.data, spec.model.vocab_size), spec.data.prepared
+    folder.mkdir()
+    tokenizer.save(str(folder / TOKENIZER_FILE))
+    rows = np.random.default_rng(0).integers(0, 256, (64, spec.data.seq_len + 1)).astype(np.uint16)
+    if spec.data.packing == "best_fit":
+        rows[::2, 10:] = padding_token(2)
+    shard = write_shard(folder, "train/web/a/00000.arrow", to_batch({TOKENS: rows}))
+    manifest = make_manifest({"web/a": len(rows)})
+    domains = {name: domain.model_copy(update={"shards": [shard]}) for name, domain in manifest.domains.items()}
+    (folder / "manifest.json").write_text(manifest.model_copy(update={"domains": domains}).model_dump_json())
 
 
 def test_peers_need_transformers(monkeypatch):
