@@ -29,9 +29,13 @@ PRIVATE_NAMES = {
     "PlacementGroupCleanerCallback": _TRAIN + "callbacks.placement_group_callback",
     "WORKER_GROUP_START_TIMEOUT_S_ENV_VAR": _TRAIN + "constants",
     "WorkerGroupStartupTimeoutError": _TRAIN + "exceptions",
+    "TrainController": _TRAIN + "execution.controller",
     "get_train_context": _TRAIN + "execution.context",
     # Set-up of the process group of a run's ranks, for `train/rendezvous.py`.
-    "_TorchBackend": "ray.train.torch.config",
+    "get_address_and_port": "ray.train._internal.utils",
+    "_set_torch_distributed_env_vars": "ray.train.torch.config",
+    "_setup_torch_process_group": "ray.train.torch.config",
+    "_shutdown_torch": "ray.train.torch.config",
     # Callbacks of the loop that executes a dataset, for `data/stream.py`.
     "ExecutionCallback": "ray.data._internal.execution.execution_callback",
     # Accelerators of this machine, as `ray start` counts them, for `cluster/nodes.py`.

@@ -9,6 +9,7 @@ written to the log, unless a subclass stores it elsewhere and overrides `result`
 """
 
 import base64
+import json
 import os
 import secrets
 import sys
@@ -23,6 +24,10 @@ from mhmoe_ray.errors import logging_errors
 VARIABLE = "MHMOE_REQUEST"
 """Environment variable with a job's compressed request. Linux limits a variable to 128 KiB, but the thousand paths of
 an expanded file pattern are similar and compress well."""
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Environment variable in which Ray gives a job its environment and metadata, as JSON."""
+LOCAL_CLUSTER = "MHMOE_CLUSTER"
+"""Environment variable of the processes of a local cluster, with the cluster's folder."""
 RESULT = "result: "
 """Prefix of the log lines that hold a job's result."""
 _PIECE = 8_000  # Largest number of characters of a result in a line; Ray sends a log in chunks of 20,000.
@@ -80,6 +85,12 @@ class RemoteJob(BaseModel, Generic[R]):
     @classmethod
     def received(cls) -> Self:
         """Return the request that this process was submitted with."""
+        # Ray gives the job's environment to its workers, too, and starts a process twice if it has one. Workers do not
+        # need the request, so it is removed from what Ray's driver will read.
+        if config_text := os.environ.get(JOB_CONFIG):
+            config = json.loads(config_text)
+            config["runtime_env"].get("env_vars", {}).pop(VARIABLE, None)
+            os.environ[JOB_CONFIG] = json.dumps(config)
         return cls.model_validate_json(unpacked(os.environ[VARIABLE]))
 
     @classmethod

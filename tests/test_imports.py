@@ -16,6 +16,7 @@ JOBS_AND_ACTORS = (
     "mhmoe_ray.serving.batch.job",
     "mhmoe_ray.serving.batch.pipeline",
     "mhmoe_ray.sweep.job",
+    "mhmoe_ray.train.driver",
     "mhmoe_ray.train.stream_start",
     "mhmoe_ray.train.watchdog",
 )
@@ -82,3 +83,20 @@ def test_reading_a_spec_imports_few_of_our_modules():
     root = Path(__file__).parent.parent
     process = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert int(process.stdout) <= 45
+
+
+def test_a_step_of_a_single_worker_imports_no_compiler():
+    """Torch's compiler and DTensor take over a second of the time to the first step."""
+    code = (
+        "import sys, torch, mhmoe_ray.train.worker\n"
+        "from mhmoe_ray.distributed.optimizer import build_optimizer\n"
+        "from tests.support.specs import tiny_spec\n"
+        "model = torch.nn.Linear(2, 2)\n"
+        "optimizer = build_optimizer(model, tiny_spec().train)\n"
+        "model(torch.ones(1, 2)).sum().backward()\n"
+        "optimizer.step()\n"
+        "optimizer.zero_grad()\n"
+        "print({'torch._dynamo', 'torch.distributed.tensor'} & set(sys.modules))"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout == "set()\n"

@@ -1,7 +1,7 @@
 """The `ray start` process of a local cluster: its options, its environment and its child processes.
 
-A process belongs to a cluster if its environment variable MHMOE_CLUSTER (`MARK`) names the cluster's folder; child
-processes inherit the variable.
+A process belongs to a cluster if its environment variable `LOCAL_CLUSTER` names the cluster's folder; child processes
+inherit the variable.
 """
 
 import os
@@ -20,9 +20,8 @@ import psutil
 
 from mhmoe_ray.cluster import tokens
 from mhmoe_ray.errors import ClusterError
+from mhmoe_ray.remote import LOCAL_CLUSTER
 from mhmoe_ray.serving.config import ENVIRONMENT
-
-MARK = "MHMOE_CLUSTER"
 
 
 def is_ray_of(pid: int, folder: Path) -> bool:
@@ -45,14 +44,14 @@ def process_tree(pid: int) -> list[psutil.Process]:
 
 
 def marked_processes_of(folder: Path) -> list[psutil.Process]:
-    """Return the processes with this folder in `MARK`, except this process; they include jobs whose parents have ended.
+    """Return the processes of the cluster in this folder, except this one; they include jobs whose parents have ended.
 
     The titles of Ray's workers and dashboard modules overwrite their environment; `process_tree` finds those.
     """
     marked_processes = []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get(MARK) == str(folder):
+            if process.pid != os.getpid() and process.environ().get(LOCAL_CLUSTER) == str(folder):
                 marked_processes.append(process)
         except (psutil.Error, OSError):
             continue
@@ -111,6 +110,12 @@ _SINGLE_NODE_SETTINGS = {
     # This is the interval at which a run asks its workers whether they are done or have failed. Ray's default of 2 s
     # saves network traffic, which does not matter on a single node.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Ray Train gives its controller this variable, unless the cluster has it (`RunTrainer`).
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+    # By default Ray looks for new log files ten times a second, unless there are many, and then twice. It measures its
+    # processes every 5 s. Together this took half of the time that an idle cluster takes.
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+    "REPORTER_UPDATE_INTERVAL_MS": "15000",
     # By default Ray starts one Python process per core in advance. Our jobs cannot use these processes, because each
     # job has a runtime environment.
     "RAY_prestart_worker_first_driver": "0",
@@ -185,7 +190,9 @@ def spawn_ray(cpus: int) -> LocalCluster:
         **_SINGLE_NODE_SETTINGS,
         **_interface_settings(),
         **inherited_environment,
-        MARK: str(folder),
+        LOCAL_CLUSTER: str(folder),
+        # Without an address, some actors of Ray connect to the only cluster on their machine, which may run several.
+        "RAY_ADDRESS": cluster.gcs_address,
         **PRIVATE,
         "RAY_AUTH_TOKEN_PATH": str(tokens.token_file()),
         # Ray's defaults are the fixed ports 44217 and 44227, which only one cluster on a machine can use.

@@ -21,7 +21,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from mhmoe_ray.errors import ClusterError
 from mhmoe_ray.planner.placement import expert_groups, ranks_by_node, sharding_groups
@@ -98,6 +97,8 @@ class Mesh:
         they are."""
         if self.devices is None:
             return local
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
         return DTensor.from_local(local, self.devices, [Replicate(), Shard(0)], run_check=False)
 
 

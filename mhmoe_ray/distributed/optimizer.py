@@ -1,5 +1,6 @@
 """Construction of the AdamW optimizer, whose learning rate `TrainSpec.learning_rate` computes."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,19 @@ from mhmoe_ray.distributed.rounded_adamw import RoundedAdamW, ValuePosition
 from mhmoe_ray.model.feedforward import Experts, matrix_names
 from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.spec import TrainSpec
+
+# torch keeps its compiler away from an optimizer. For that it imports the compiler, which takes more than a second of
+# the time to the first step. Here only blocks of a model are compiled, so these two methods need no marks, and `AdamW`
+# has torch's update without its decorator.
+for _method in (torch.optim.Optimizer.add_param_group, torch.optim.Optimizer.zero_grad):
+    _function = inspect.unwrap(_method)
+    setattr(_function, "__dynamo_disable", _function)
+
+
+class AdamW(torch.optim.AdamW):
+    """AdamW as torch has it, which does not import torch's compiler."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 def expert_parameters(model: Trunk) -> dict[str, nn.Parameter]:
@@ -40,7 +54,7 @@ def build_optimizer(
     if spec.moment_precision == "bfloat16":
         assert positions is not None
         return RoundedAdamW(groups, positions, seed, **options)
-    return torch.optim.AdamW(groups, **options)
+    return AdamW(groups, **options)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

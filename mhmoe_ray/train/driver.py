@@ -9,7 +9,6 @@ import ray.train
 
 from mhmoe_ray.checkpoint.manifest import last_step, newest_checkpoint
 from mhmoe_ray.checkpoint.start.record import plan_start
-from mhmoe_ray.checkpoint.start.write import write_start_checkpoint
 from mhmoe_ray.data.order.mixture import training_order
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.shards.manifest import CLASSES_FILE, TEMPLATE_FILE, TOKENIZER_FILE, require_matching_data
@@ -33,6 +32,9 @@ def train_run(run: RunDir, attempt: AttemptId) -> None:
     spec = run.spec()
     _prepare_data(run, spec, attempt)
     if spec.start is not None:
+        # This import takes seconds, because it imports torch.
+        from mhmoe_ray.checkpoint.start.write import write_start_checkpoint
+
         write_start_checkpoint(run, spec)
     if newest := newest_checkpoint(run, parts=()):
         require_matching_data(newest.manifest.data_sha256, spec.data.prepared, "or submit a new run")

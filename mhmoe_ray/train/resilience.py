@@ -8,12 +8,14 @@ tests/train/test_ray_trainer.py fails when Ray moves one of these interfaces.
 import errno
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
 import ray.train
 from ray.train import FailureConfig
-from ray.train.torch import TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mhmoe_ray.checkpoint.manifest import last_step
 from mhmoe_ray.errors import CheckpointError, MhmoeError, StorageError
@@ -27,14 +29,16 @@ from mhmoe_ray.ray_compat import (
     PlacementGroupCleanerCallback,
     ResizeDecision,
     ScalingDecision,
+    TrainController,
     WorkerGroupStartupTimeoutError,
     available_resources_per_node,
     state,
 )
+from mhmoe_ray.remote import LOCAL_CLUSTER
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.train.rendezvous import NodeTorchConfig
+from mhmoe_ray.train.rendezvous import RankConfig
 
 
 def missing_resources(spec: RunSpec) -> str:
@@ -193,11 +197,11 @@ class DivisorScalingPolicy(ElasticScalingPolicy):
         return max((count for count in self._worker_counts if count <= possible_workers), default=0)
 
 
-class RunTrainer(TorchTrainer):
+class RunTrainer(DataParallelTrainer):
     """Ray Train trainer with a retry policy and, if the number of workers is a range, a scaling policy of its own."""
 
     def __init__(self, run: RunDir, spec: RunSpec, **options: Any) -> None:
-        super().__init__(_train_worker, torch_config=NodeTorchConfig(), **options)
+        super().__init__(_train_worker, backend_config=RankConfig(), **options)
         self._run, self._spec = run, spec
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -208,19 +212,36 @@ class RunTrainer(TorchTrainer):
         return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
+        # By default Ray gives the controller environment variables of this job, and all processes of the run inherit
+        # them. Ray starts a process with such variables twice. On a local cluster, all processes have them already.
+        environment = {} if LOCAL_CLUSTER in os.environ else {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}
         options["failure_policy"] = NonRetryableFailurePolicy(self.run_config.failure_config, self._run, self._spec)
         if self._spec.cluster.workers.is_elastic:
             # The scaling policy starts workers only after it has counted room for them. So if a start waits, a node
             # that was counted has died. Ray notices the death after about 20 s, and its default timeout for a start is
             # 60 s. A shorter timeout lets the policy count again soon.
-            os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, "15")
+            name = WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+            environment[name] = os.environ.get(name, "15")
             options["scaling_policy"] = DivisorScalingPolicy(self.scaling_config, self._run, self._spec)
-        return super()._initialize_and_run_controller(**options)
+        # The controller runs on the job's own node.
+        node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        controller_class = ray.remote(num_cpus=0, scheduling_strategy=node, runtime_env={"env_vars": environment})
+        controller = controller_class(TrainController).remote(**options)
+        self._register_sigint_handler(controller)
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())
 
 
 def _train_worker(config: dict[str, Any]) -> None:
-    # Only workers import `mhmoe_ray.train.worker`. The import takes a second, which would delay the job's request for
-    # workers.
+    # Ray starts processes for the stream at the first call of `get_dataset_shard`. They start while this process
+    # imports torch and makes the model.
+    executor = ThreadPoolExecutor(1)
+    shard = executor.submit(ray.train.get_dataset_shard, "train")
+    executor.shutdown(wait=False)
+    # Only workers import torch. The import takes seconds, which would delay the job's request for workers.
+    from ray.train.torch.config import TorchConfigContextManager
+
     from mhmoe_ray.train.worker import train_worker
 
-    train_worker(config)
+    with TorchConfigContextManager():
+        train_worker(config, shard)

@@ -8,12 +8,14 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from functools import partial
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import ray
+import ray.data
 import ray.train
 import ray.train.torch
 import torch
@@ -50,17 +52,14 @@ LOGGER = logging.getLogger("mhmoe")
 STOP_CHECK_SECONDS = 1.0
 
 
-def train_worker(config: dict[str, Any]) -> None:
-    """Train as one rank, called by Ray Train. `config` has the run directory's path (`run`), the id of the `attempt`,
-    and the handle of the `watchdog` actor."""
+def train_worker(config: dict[str, Any], shard: Future[ray.data.DataIterator]) -> None:
+    """Train as one rank on its shard of the stream. `config` has the run directory's path (`run`), the id of the
+    `attempt`, and the handle of the `watchdog` actor."""
     run = RunDir(location(config["run"]))
-    # Ray Train gives a single worker a process group, too. Parallelism strategies would use it, which only costs time.
-    if dist.is_initialized() and dist.get_world_size() == 1:
-        dist.destroy_process_group()
     rank = dist.get_rank() if dist.is_initialized() else 0
     _set_up_logging(rank)
     with Heartbeat(config["watchdog"], WorkerInfo.current(rank)) as heartbeat:
-        Worker(run, run.spec(), config["attempt"], heartbeat).train()
+        Worker(run, run.spec(), config["attempt"], heartbeat, shard).train()
 
 
 def _set_up_logging(rank: int) -> None:
@@ -80,7 +79,14 @@ def _set_up_logging(rank: int) -> None:
 class Worker:
     """Training on one rank: the constructor restores the checkpoint to start from, and `train` runs all steps."""
 
-    def __init__(self, run: RunDir, spec: RunSpec, attempt: AttemptId, heartbeat: Heartbeat) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        spec: RunSpec,
+        attempt: AttemptId,
+        heartbeat: Heartbeat,
+        shard: Future[ray.data.DataIterator],
+    ) -> None:
         # Ray starts a worker with one thread for torch, whatever number of CPUs the worker has.
         torch.set_num_threads(spec.cluster.cpus_per_worker)
         self.run, self.spec, self.heartbeat = run, spec, heartbeat
@@ -93,9 +99,8 @@ class Worker:
         inputs = objective.load_inputs(run, spec, self.data)
         self.trainer = Trainer(spec, mesh, device, inputs, heartbeat.report_progress)
         self.rank = rank
-        # The first rank that makes this call causes Ray to create the stream. This also chooses the checkpoint to start
-        # from, so the call must come before `_agree_on_start`.
-        self.shard = ray.train.get_dataset_shard("train")
+        # When Ray creates the stream, it chooses the checkpoint to start from, so this comes before `_agree_on_start`.
+        self.shard = shard.result()
         self.group, start_checkpoint = self._agree_on_start()
         ends = self.trainer.objective.extra_ends(self.data)
         adds_start = True

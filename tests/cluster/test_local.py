@@ -16,6 +16,7 @@ from mhmoe_ray.cluster.local import RECORD, _last_line, find_local, start_local,
 from mhmoe_ray.cluster.spawn import LocalCluster, spawn_ray
 from mhmoe_ray.cluster.tokens import make_token, own_token, token_file
 from mhmoe_ray.errors import ClusterError
+from mhmoe_ray.remote import LOCAL_CLUSTER
 from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
 from tests.cli.conftest import write_spec
 from tests.cli.run import Result, assert_one_line, command, mhmoe
@@ -172,7 +173,7 @@ def test_stale_record_is_cleaned_up(pid, tmp_path, monkeypatch):
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
     stale_cluster = _write_record(tmp_path, pid=pid)
     sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
-    leftover = subprocess.Popen(sleep, env=os.environ | {spawn.MARK: str(stale_cluster.folder)})
+    leftover = subprocess.Popen(sleep, env=os.environ | {LOCAL_CLUSTER: str(stale_cluster.folder)})
     other_process = subprocess.Popen([*sleep, str(stale_cluster.folder)])
     try:
         assert find_local() is None

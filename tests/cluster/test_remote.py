@@ -1,6 +1,8 @@
 """Tests of remote jobs: requests are sent to a cluster, and their progress and results come back."""
 
 import dataclasses
+import json
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -14,6 +16,7 @@ from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.cluster.nodes import head_python
 from mhmoe_ray.cluster.runs import start_attempt
 from mhmoe_ray.errors import DataError, JobError, RunError
+from mhmoe_ray.remote import JOB_CONFIG
 from mhmoe_ray.runs.directory import RunDir, create_run, last_attempt, read_attempts
 from mhmoe_ray.train.job import TrainRequest
 from tests.cluster.toy_job import SumRequest
@@ -104,4 +107,7 @@ def test_request_is_sent_in_the_environment_and_named_in_the_entrypoint(tmp_path
     assert variables.pop("A") == "b"
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv(JOB_CONFIG, json.dumps({"runtime_env": submission["runtime_env"]}))
     assert TrainRequest.received() == request
+    # Workers inherit the rest of the environment without the request.
+    assert json.loads(os.environ[JOB_CONFIG])["runtime_env"]["env_vars"] == {}

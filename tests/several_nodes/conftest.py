@@ -7,7 +7,7 @@ import pytest
 
 from mhmoe_ray.cluster import tokens
 from mhmoe_ray.cluster.local import start_local, stop_local
-from mhmoe_ray.cluster.spawn import MARK
+from mhmoe_ray.remote import LOCAL_CLUSTER
 from tests.conftest import isolated_home
 from tests.data.texts import write_corpus
 from tests.several_nodes.nodes import SETTINGS, Nodes
@@ -30,7 +30,7 @@ def cluster_of_nodes(home: Path, user_home: Path) -> Iterator[Nodes]:
         head = start_local(1)
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tokens.token_file())}
         patch.setenv("MHMOE_HOME", str(user_home))
-        environment = {**os.environ, **token, MARK: str(head.folder), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+        environment = {**os.environ, **token, LOCAL_CLUSTER: str(head.folder), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     cluster = Nodes(head, environment)
     try:
         cluster.bring_back()

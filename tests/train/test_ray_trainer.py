@@ -7,7 +7,6 @@ import pickle
 
 import pytest
 from ray.train import FailureConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.controller import TrainController
@@ -16,6 +15,7 @@ from ray.train.v2._internal.execution.preemption import PreemptionContext
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 from ray.train.v2._internal.execution.worker_group.state import WorkerGroupState
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from mhmoe_ray.errors import CheckpointError, JobError, MhmoeError, StorageError
@@ -39,9 +39,9 @@ def test_policy_overrides_existing_methods():
 
 def test_ray_creates_policies_and_controller_in_fit():
     assert "_initialize_and_run_controller" in vars(RunTrainer)
-    assert "scaling_policy=create_scaling_policy" in inspect.getsource(TorchTrainer.fit)
-    assert "failure_policy=create_failure_policy" in inspect.getsource(TorchTrainer.fit)
-    assert "_initialize_and_run_controller(" in inspect.getsource(TorchTrainer.fit)
+    assert "scaling_policy=create_scaling_policy" in inspect.getsource(DataParallelTrainer.fit)
+    assert "failure_policy=create_failure_policy" in inspect.getsource(DataParallelTrainer.fit)
+    assert "_initialize_and_run_controller(" in inspect.getsource(DataParallelTrainer.fit)
     assert "scaling_policy" in inspect.signature(TrainController.__init__).parameters
 
 

@@ -3,11 +3,11 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mhmoe_ray.distributed.mesh import Mesh
 from mhmoe_ray.distributed.optimizer import expert_parameters
 from mhmoe_ray.model.feedforward import Experts
+from mhmoe_ray.model.held import is_dtensor
 from mhmoe_ray.model.trunk import Trunk
 
 
@@ -23,7 +23,7 @@ class ExpertReduction:
         self._parameters = list(expert_parameters(model).values()) if mesh.world_size > 1 else []
         layers = [m for m in model.modules() if isinstance(m, Experts)]
         # FSDP itself sums and divides the gradients of sharded experts.
-        buckets = [[p for p in layer.parameters() if not isinstance(p, DTensor)] for layer in reversed(layers)]
+        buckets = [[p for p in layer.parameters() if not is_dtensor(p)] for layer in reversed(layers)]
         self._buckets = [bucket for bucket in buckets if bucket] if mesh.world_size > 1 else []
         self._complete: set[nn.Parameter] = set()  # parameters whose gradients of this step are complete
         self._works: list[dist.Work] = []
@@ -86,7 +86,7 @@ def clip_gradients(model: Trunk, mesh: Mesh, clip_norm: float) -> float:
     for name, parameter in model.named_parameters():
         if parameter.grad is None:
             continue
-        if isinstance(parameter.grad, DTensor):
+        if is_dtensor(parameter.grad):
             sharded.append(parameter.grad.to_local())
         else:
             (per_ep_rank if name in experts else replicated).append(parameter.grad)
