@@ -59,7 +59,10 @@ def special_token(tokenizer: Tokenizer, settings: dict[str, Any], *names: str) -
         entry = settings.get(name)
         # Older versions of transformers write an object, whose key `content` has the token's text.
         text = entry.get("content") if isinstance(entry, dict) else entry
-        if isinstance(text, str) and (token := tokenizer.token_to_id(text)) is not None:
+        # JSON can have half of a surrogate pair, which no token has.
+        if not isinstance(text, str) or text.encode(errors="ignore").decode() != text:
+            continue
+        if (token := tokenizer.token_to_id(text)) is not None:
             return token
     return None
 

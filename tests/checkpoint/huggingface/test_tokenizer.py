@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from mhmoe_ray.checkpoint.huggingface.import_ import import_folder
-from mhmoe_ray.checkpoint.huggingface.tokenizer import add_start_token, tokenizer_config
+from mhmoe_ray.checkpoint.huggingface.tokenizer import add_start_token, special_token, tokenizer_config
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.data.tokenizer import boundaries
 from mhmoe_ray.errors import CheckpointError, DataError
@@ -180,3 +180,10 @@ def test_tokenizer_with_one_changed_merge_is_refused(tmp_path):
     file.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=r"its tokenizer\.json is not the one the model was trained with"):
         import_folder(tmp_path / "out", None, tmp_path / "runs", None)
+
+
+def test_half_of_a_surrogate_pair_names_no_token():
+    tokenizer = Tokenizer(models.WordLevel({"</s>": 0}))
+    settings = {"eos_token": "\ud800", "sep_token": {"content": "</s>"}}
+    assert special_token(tokenizer, settings, "eos_token") is None
+    assert special_token(tokenizer, settings, "eos_token", "sep_token") == 0
