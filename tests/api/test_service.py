@@ -46,7 +46,7 @@ def test_a_service_that_failed_is_deployed_again(run):
             service.wait()
         assert service.update(on_note=notes.append) == ("step_00000007.1", True)
     assert deployed == [str(run.checkpoints / "step_00000007.1")]
-    assert notes == ["deploying step_00000007.1 again"]
+    assert notes == ["deploying step_00000007.1", "deploying step_00000007.1 again"]
 
 
 def test_a_target_names_its_checkpoint_once(run):

@@ -26,15 +26,17 @@ def test_target_is_a_run_a_checkpoint_or_a_spec(tmp_path, run):
     spec = run.spec().model_copy(update={"serve": ServeSpec(max_tokens=77)})
     file = tmp_path / "own.yaml"
     file.write_text(dump_spec(spec))
-    found_run, path, deploy_spec = resolve_target(str(file), None, "elsewhere", ["serve.replicas=2"])
+    found_run, path, deploy_spec = resolve_target(str(file), None, None, ["serve.replicas=2"])
     assert (found_run.id, path) == (run.id, checkpoint)
     assert (deploy_spec.serve.max_tokens, deploy_spec.serve.replicas.max) == (77, 2)
-    assert resolve_target(spec, None, "elsewhere", ["serve.replicas=2"]) == (found_run, path, deploy_spec)
+    assert resolve_target(spec, None, None, ["serve.replicas=2"]) == (found_run, path, deploy_spec)
     other_spec = spec.model_copy(update={"name": "another"})
     file.write_text(dump_spec(other_spec))
     for target in (str(file), other_spec):
         with pytest.raises(RunError, match="holds no run of it"):
-            resolve_target(target, None, "elsewhere")
+            resolve_target(target, None, None)
+    with pytest.raises(RunError, match="elsewhere holds no run of it"):
+        resolve_target(spec, None, "elsewhere")
 
 
 def test_target_spec_may_name_a_preset(tmp_path, monkeypatch):
@@ -42,7 +44,7 @@ def test_target_spec_may_name_a_preset(tmp_path, monkeypatch):
     file = tmp_path / "own.yaml"
     file.write_text("{name: own, preset: mhmoe, data: {sources: {web: {path: raw}}, prepared: prepared}}")
     with pytest.raises(RunError, match=f"{tmp_path}/runs holds no run of it"):
-        resolve_target(str(file), None, "elsewhere")
+        resolve_target(str(file), None, None)
 
 
 def test_damaged_checkpoint_is_not_served(tmp_path, run):
