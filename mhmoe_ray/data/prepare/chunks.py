@@ -64,12 +64,7 @@ class QuarantineLimit:
     def error(self, tally: Tally) -> DataError:
         """Return the error that aborts the job, with one bad item as an example."""
         if tally.damaged > self._max_files:
-            loss = tally.examples[Reason.PART_LOST]
-            return DataError(
-                f"{loss.path} line {loss.line}",
-                f"{loss.message} ({tally.damaged:,} damaged files so far, data.max_bad_files is {self._max_files:,})",
-                "repair or remove the file, or raise data.max_bad_files",
-            )
+            return tally.examples[Reason.PART_LOST].damage_error(tally.damaged, self._max_files)
         bad_line = next(bad for reason, bad in tally.examples.items() if not reason.loses_lines)
         limit_text = f"data.max_bad_lines is {self._max_lines:,}"
         if self._max_share:

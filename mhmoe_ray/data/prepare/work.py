@@ -29,7 +29,7 @@ from pydantic import BaseModel, ValidationError
 
 from mhmoe_ray.data.shards.recipe import recipe
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.storage import replace_file, sync
+from mhmoe_ray.storage import replace_file, report_write_errors, sync
 
 PROGRESS_FILE = "progress.json"
 WRITE_SECONDS = 1.0
@@ -211,7 +211,8 @@ def publish(staging_result: Path, folder: Path) -> None:
 def clean_up(folder: Path) -> None:
     """Remove the staging directories of all jobs for a prepared folder, whatever their settings."""
     # The result keeps its name after a crash of the machine, which would otherwise lose it with the staging directory.
-    sync(folder.parent)
+    with report_write_errors(folder):
+        sync(folder.parent)
     for staging_path in folder.parent.glob(f"{glob.escape(folder.name)}.partial-*"):
         # Errors are ignored, because another job may remove the same folder or still write to it.
         shutil.rmtree(staging_path, ignore_errors=True)

@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from mhmoe_ray.data.chat.template import RenderedConversation
+from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec, Format
 
 _COMPRESSED_SUFFIXES = (".gz", ".zst", ".parquet")
@@ -136,6 +137,12 @@ class BadLine(NamedTuple):
     def message(self) -> str:
         """Reason with its detail, as users see it."""
         return f"{self.reason} ({self.detail})" if self.detail else str(self.reason)
+
+    def damage_error(self, damaged: int, max_damaged: int) -> DataError:
+        """Return the error about too many damaged files, of which this is one."""
+        reason = f"{self.message} ({damaged:,} damaged files so far, data.max_bad_files is {max_damaged:,})"
+        fix = "repair or remove the file, or raise data.max_bad_files"
+        return DataError(f"{self.path} line {self.line}", reason, fix)
 
 
 class DamageError(Exception):

@@ -113,7 +113,10 @@ def _sample_file(file: RawFile, spec: DataSpec, characters: int) -> Iterator[str
     heap_characters = read_characters = 0
     for item in FileReader(file, spec):
         if not isinstance(item, Document):
-            # Unreadable items are counted later, when the file is tokenised.
+            # Unreadable items are counted later, when the file is tokenised. A download may be damaged now alone, which
+            # would give another tokenizer.
+            if item.reason.loses_lines and not spec.max_bad_files:
+                raise item.damage_error(1, 0)
             continue
         text = item.model_text
         digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"tokenizer").digest()

@@ -1,6 +1,9 @@
 """Tests of the progress of preparations and of the cleanup after them, without Ray."""
 
+import errno
 import os
+
+import pytest
 
 from mhmoe_ray.cli.follow import format_progress
 from mhmoe_ray.data.prepare import work
@@ -15,8 +18,10 @@ from mhmoe_ray.data.prepare.work import (
     staging_directory,
 )
 from mhmoe_ray.data.shards.recipe import recipe
+from mhmoe_ray.errors import StorageError
 from mhmoe_ray.storage import write_json
 from tests.data.shards.manifests import make_manifest
+from tests.support.failpoints import Failpoint, failing_operation
 from tests.support.specs import tiny_spec
 from tests.support.watch import wait_until
 
@@ -26,6 +31,15 @@ def test_clean_up_keeps_files_of_other_folders(tmp_path):
         (tmp_path / name / "parts").mkdir(parents=True)
     clean_up(tmp_path / "prep[12]")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prep1.partial-a", "prep[12]", "prep[12].other"]
+
+
+def test_a_disk_that_fails_during_the_cleanup_is_one_line(tmp_path):
+    failpoint = Failpoint("MainThread", 1, errno.EIO)
+    with (
+        pytest.raises(StorageError, match="prepared: it cannot be written: Input/output error; make room or repair"),
+        failing_operation([tmp_path], failpoint, lambda *_: None),
+    ):
+        clean_up(tmp_path / "prepared")
 
 
 def test_prepare_cleans_up_after_a_job_killed_at_its_end(tmp_path):

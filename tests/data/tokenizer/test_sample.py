@@ -1,4 +1,5 @@
 import itertools
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -8,6 +9,7 @@ from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.sources import RawFile, find_files
 from mhmoe_ray.data.tokenizer import train
 from mhmoe_ray.data.tokenizer.train import domain_budgets, file_budgets, sample_texts
+from mhmoe_ray.errors import DataError
 from tests.data.texts import make_documents, write_documents
 from tests.support.specs import tiny_spec
 
@@ -101,6 +103,15 @@ def test_sample_texts_spreads_over_every_file(corpus, monkeypatch):
         text_indices = sorted(starts[t[:20]] for t in samples if t[:20] in starts)
         assert len(text_indices) == len(set(text_indices)) > 40
         assert max(b - a for a, b in itertools.pairwise([0, *text_indices, 400])) < 60
+
+
+def test_sample_texts_needs_undamaged_files(corpus):
+    """A download may be damaged in the training of the tokenizer alone, and not when the text is tokenised."""
+    spec, files, _ = corpus
+    os.truncate(files[0].path, files[0].size // 2)
+    with pytest.raises(DataError, match=r"it ended after .* \(1 damaged files so far, data.max_bad_files is 0\)"):
+        list(sample_texts(files, spec))
+    assert list(sample_texts(files, spec.model_copy(update={"max_bad_files": 1})))
 
 
 def test_sample_texts_is_independent_of_held_out_documents(corpus):
