@@ -97,7 +97,10 @@ def assert_one_line(result: Result, code: int, *parts: str) -> None:
     assert last_line.startswith("error: ")
     assert all(
         line.startswith(
-            ("preparing data: ", "eval: ", "inspect: ", "generate: ", "starting ", "exporting ", "importing ")
+            (
+                *("preparing data: ", "eval: ", "inspect: ", "generate: ", "starting ", "exporting ", "importing "),
+                "still following, but ",
+            )
         )
         for line in progress
     )

@@ -154,3 +154,9 @@ def soak(folder: Path, run: RunDir, kills: int, seed: int) -> None:
 def outcome(folder: Path, run: RunDir) -> str:
     """Return the run's state, such as "failed", as `mhmoe status` reports it."""
     return json.loads(mhmoe(folder, "status", str(run.path), "--json").out)["state"]
+
+
+def disturbing_environment(**variables: str) -> dict[str, Any]:
+    """Return the cluster section of a spec whose job and workers are disturbed, as disturbed/sitecustomize.py says."""
+    folders = [str(Path(__file__).parent / "disturbed"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"runtime_env": {"env_vars": {**variables, "PYTHONPATH": os.pathsep.join(folders)}}}

@@ -1,7 +1,8 @@
-"""Tests that let each operation on the files of a run fail once, and kill the process at each, and then go on.
+"""Tests that let each operation on files fail once, and kill the process at each, and then go on.
 
 The training needs no Ray: it saves, restores and deletes checkpoints and records metrics and events with the functions
-that workers use.
+that workers use. Data is prepared by the real pipeline, whose tasks run in the process of the driver, so that each of
+their operations has a number. Failures in Ray's processes are in test_preparation.py.
 """
 
 import errno
@@ -10,11 +11,16 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
+from math import inf
 from pathlib import Path
+from types import UnionType
+from typing import NamedTuple
 
 import pytest
 import torch
 
+from mhmoe_ray.checkpoint.huggingface.import_ import import_folder
 from mhmoe_ray.checkpoint.load import restore
 from mhmoe_ray.checkpoint.manifest import (
     committed_checkpoints,
@@ -23,14 +29,19 @@ from mhmoe_ray.checkpoint.manifest import (
     uncommitted_checkpoints,
 )
 from mhmoe_ray.checkpoint.save import Saver
-from mhmoe_ray.data.prepare.work import clean_up, publish
+from mhmoe_ray.data.prepare import work
+from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.errors import MhmoeError
 from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run, list_runs, read_attempts
-from mhmoe_ray.storage import remove_tree, write_json
+from mhmoe_ray.storage import remove_tree
+from tests.checkpoint.huggingface.conftest import MODELS, export_run, make_run
+from tests.data.prepare.prepare_serially import use_small_chunks
+from tests.data.texts import make_documents, write_documents
 from tests.support.events import append_line, record
 from tests.support.failpoints import Failpoint, failing_operation
 from tests.support.forked import FORKED
+from tests.support.ray_in_process import ray_in_this_process
 from tests.support.runs import new_run
 from tests.support.specs import tiny_spec
 from tests.train import jobs
@@ -103,30 +114,102 @@ def attempts_of_run(folder: Path) -> object:
     return read_attempts(run)
 
 
-def prepare_staging(folder: Path) -> None:
-    result = folder / "data.partial-1" / "job" / "prepared"
-    write_json(result / "shards" / "a.json", {"rows": 1})
-    write_json(result / "manifest.json", {"shards": 1})
-    write_json(folder / "data.partial-1" / "parts" / "a.json", {"tokens": [1, 2]})
+def write_raw_text(folder: Path) -> None:
+    """Write two domains, one of which has two chunks and a bad line in each."""
+    for domain, texts in {"a": make_documents("a", 6), "b": make_documents("b", 3)}.items():
+        write_documents(folder / "raw" / domain / "one.jsonl", texts)
+    with (folder / "raw" / "a" / "one.jsonl").open("a+") as file:
+        file.seek(0)
+        lines = file.readlines()
+        file.truncate(0)
+        file.writelines(["no JSON\n", *lines, "no JSON\n"])
 
 
-def publish_and_clean_up(folder: Path) -> None:
-    if not (folder / "data" / "manifest.json").exists():
-        publish(folder / "data.partial-1" / "job" / "prepared", folder / "data")
-    clean_up(folder / "data")
+def prepare_data(folder: Path) -> None:
+    """Prepare the raw text, without the reports of progress that depend on the time."""
+    use_small_chunks()
+    work.WRITE_SECONDS = inf
+    with ray_in_this_process():
+        prepare(tiny_spec(folder, data={"max_bad_lines": 2, "validation_fraction": 0.4}))
 
 
-def files_of_folder(folder: Path) -> object:
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def prepared_files(folder: Path) -> object:
+    """Return the prepared files, or None without any; after a preparation they are all that it left."""
+    if not (folder / "prepared").exists():
+        return None
+    return files_of_folder(folder / "prepared", folder)
+
+
+def files_of_folder(folder: Path, root: Path) -> dict[Path, bytes]:
+    """Return the files of a folder, without the path `root` that some contain."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder): path.read_bytes().replace(bytes(root), b"") for path in files}
+
+
+def prepare_run(folder: Path) -> None:
+    make_run(folder, MODELS["llama"])
+
+
+def export_model(folder: Path) -> None:
+    """Export the run to a folder, unless it is there."""
+    [run] = list_runs(folder / "runs")
+    if not (folder / "exported").exists():
+        export_run(run, folder / "exported")
+
+
+def exported_files(folder: Path) -> object:
+    exported = folder / "exported"
+    return files_of_folder(exported, folder) if exported.exists() else None
+
+
+def prepare_exported_model(folder: Path) -> None:
+    prepare_run(folder)
+    export_model(folder)
+
+
+def import_model(folder: Path) -> None:
+    """Import the exported model as a run, unless it is there."""
+    if imported_run(folder) is None:
+        import_folder(folder / "exported", None, folder / "imported", None)
+
+
+def imported_run(folder: Path) -> object:
+    """Return the files and events of the imported run, without its id and times; None without a run."""
+    runs = list_runs(folder / "imported") if (folder / "imported").exists() else []
+    if not runs:
+        return None
+    [run] = runs
+    files = files_of_folder(run.path, folder)
+    names = {(event["event"], event["name"]) for event in events.read(run)}
+    return {path: content for path, content in files.items() if path.name not in ("run.json", "events.jsonl")}, names
+
+
+class Area(NamedTuple):
+    """Work whose operations on files are failpoints."""
+
+    prepare: Callable[[Path], object]
+    """Function that prepares a folder."""
+    work: Callable[[Path], object]
+    """Function that does the work in the folder, and that can be repeated."""
+    outcome: Callable[[Path], object]
+    """Function that returns the result in the folder."""
+    is_atomic: bool = False
+    """True if the result is complete or None at any time, and each error is one of a user."""
+
+    @property
+    def errors(self) -> type[MhmoeError] | UnionType:
+        """Errors with which the work may fail."""
+        return MhmoeError if self.is_atomic else MhmoeError | OSError
 
 
 AREAS = {
-    "training": (prepare_training, train, outcome_of_run),
-    "resumption": (prepare_interrupted_training, train, outcome_of_run),
-    "attempts": (lambda folder: None, resume_twice, attempts_of_run),
-    "publishing": (prepare_staging, publish_and_clean_up, files_of_folder),
+    "training": Area(prepare_training, train, outcome_of_run),
+    "resumption": Area(prepare_interrupted_training, train, outcome_of_run),
+    "attempts": Area(lambda folder: None, resume_twice, attempts_of_run),
+    "preparation": Area(write_raw_text, prepare_data, prepared_files, is_atomic=True),
+    "export": Area(prepare_run, export_model, exported_files, is_atomic=True),
+    "import": Area(prepare_exported_model, import_model, imported_run, is_atomic=True),
 }
-"""Functions of each area: one prepares a folder, one does the work and can be repeated, one returns the result."""
 
 
 def run_at_failpoint(area: str, folder: Path, failpoint: Failpoint | None, log: Path) -> None:
@@ -136,9 +219,9 @@ def run_at_failpoint(area: str, folder: Path, failpoint: Failpoint | None, log: 
             with failing_operation(
                 [folder], failpoint, lambda thread, operation: print(thread, *operation, file=log_file)
             ):
-                AREAS[area][1](folder)
+                AREAS[area].work(folder)
         except Exception as e:
-            is_own = isinstance(e, MhmoeError | OSError)
+            is_own = isinstance(e, AREAS[area].errors)
             log.with_suffix(".error").write_text(f"{'' if is_own else 'unexpected '}{type(e).__name__}: {e}")
 
 
@@ -164,10 +247,12 @@ def problem_at(area: str, template: Path, folder: Path, failpoint: Failpoint, ex
         return f"{failpoint}: it was not killed, but ended with {exit_code} {error}"
     if "\n" in error or error.startswith("unexpected"):
         return f"{failpoint}: {error}"
+    if AREAS[area].is_atomic and (result := AREAS[area].outcome(folder / "work")) not in (None, expected):
+        return f"{failpoint}: half of the work counts as done: {result}"
     exit_code, error = run_process(area, folder / "work", None, folder / "second.log")
     if exit_code or error:
         return f"{failpoint}: it cannot go on: {exit_code} {error}"
-    result = AREAS[area][2](folder / "work")
+    result = AREAS[area].outcome(folder / "work")
     shutil.rmtree(folder)
     return None if result == expected else f"{failpoint}: {result} is not {expected}"
 
@@ -177,11 +262,13 @@ def write_problems(area: str, kind: str, folder: Path, share: int) -> None:
     torch.set_num_threads(1)
     template, undisturbed, log = (folder / name for name in ("template", f"undisturbed-{share}", f"log-{share}"))
     shutil.copytree(template, undisturbed)
+    with ray_in_this_process():
+        pass  # Forks inherit the modules that Ray imports when it is first used.
     assert run_process(area, undisturbed, None, log) == (0, "")
-    expected = AREAS[area][2](undisturbed)
+    expected = AREAS[area].outcome(undisturbed)
     threads = [line.split()[0] for line in log.read_text().splitlines()]
     failpoints = [
-        Failpoint(thread, number, None if kind == "kill" else (errno.EIO, errno.ENOSPC)[number % 2])
+        Failpoint(thread, number, getattr(errno, kind, None))
         for thread in sorted(set(threads))
         for number in range(1, threads.count(thread) + 1)
     ]
@@ -193,11 +280,11 @@ def write_problems(area: str, kind: str, folder: Path, share: int) -> None:
     (folder / f"problems-{share}.json").write_text(json.dumps([len(failpoints), *filter(None, problems)]))
 
 
-@pytest.mark.parametrize("kind", ["error", "kill"])
+@pytest.mark.parametrize("kind", ["EIO", "ENOSPC", "kill"])
 @pytest.mark.parametrize("area", AREAS)
 def test_each_operation_may_fail_once(tmp_path, area, kind):
     (tmp_path / "template").mkdir()
-    AREAS[area][0](tmp_path / "template")
+    AREAS[area].prepare(tmp_path / "template")
     processes = [FORKED.Process(target=write_problems, args=(area, kind, tmp_path, n)) for n in range(PROCESSES)]
     for process in processes:
         process.start()

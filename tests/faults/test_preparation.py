@@ -1,20 +1,37 @@
-"""Test of a data preparation whose worker and driver are killed."""
+"""Tests of data preparations whose processes are killed, whose storage fails and whose downloads are disturbed."""
 
+import errno
+import json
+import os
 import signal
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from secrets import token_hex
 
 import psutil
 import pytest
+from pyarrow import fs
 
 from mhmoe_ray.cluster.spawn import LocalCluster, process_tree
 from tests.cli.conftest import write_spec
-from tests.cli.run import command, mhmoe
-from tests.data.texts import make_documents, write_documents
+from tests.cli.run import Result, assert_one_line, command, mhmoe
+from tests.data.texts import make_documents, write_documents, write_lines
 from tests.faults import harness
+from tests.support.proxy import Fault, FaultyProxy
+from tests.support.s3 import CREDENTIALS
 from tests.support.watch import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+OPERATIONS = {
+    "write */quarantine/*": "EIO",
+    "fsync */parts/*.tokens.*": "ENOSPC",
+    "replace */parts/*.json": "EIO",
+    "replace */prepared/train/*.arrow": "ENOSPC",
+    "write */prepared/validation/*": "EIO",
+}
+"""Errors of operations of workers, given by kind and pattern of the path; they cover the stages of a preparation."""
 
 
 def pids_with_word(cluster: LocalCluster, word: str) -> set[int]:
@@ -57,3 +74,73 @@ def test_a_preparation_survives_the_death_of_a_worker_and_of_its_driver(tmp_path
     assert result.code == 0, result.err
     harness.assert_same_files(tmp_path / "disturbed", tmp_path / "undisturbed")
     assert {p.name for p in tmp_path.iterdir()} == {"raw", "spec.yaml", "undisturbed", "disturbed"}
+
+
+@pytest.mark.timeout(900)
+def test_a_preparation_survives_each_failure_of_the_storage_of_workers(tmp_path, local_cluster):
+    write_lines(tmp_path / "raw/a/one.jsonl", [b"no JSON"])
+    write_documents(tmp_path / "raw/b/one.jsonl", make_documents("b", 40))
+
+    def prepare(name: str, errors: Mapping[str, str]) -> Result:
+        points = [[*words.split(), errors[words], f"{tmp_path}/{name}-{number}"] for number, words in enumerate(errors)]
+        data = {"prepared": tmp_path / name, "max_bad_lines": 1, "validation_fraction": 0.2}
+        write_spec(tmp_path, data=data, cluster=harness.disturbing_environment(FAILPOINTS=json.dumps(points)))
+        return mhmoe(tmp_path, "data", "prepare", "spec.yaml")
+
+    assert prepare("undisturbed", {}).code == 0
+    for number, error in enumerate(OPERATIONS.values()):
+        result = prepare("failed", OPERATIONS)
+        reason = os.strerror(getattr(errno, error))
+        assert_one_line(result, 7, f"data {tmp_path}/failed: {reason}; make room or repair the storage")
+        assert (tmp_path / f"failed-{number}").exists()
+        assert not (tmp_path / "failed").exists()
+    assert prepare("failed", OPERATIONS).code == 0
+    # Ray repeats the tasks of killed workers.
+    result = prepare("killed", dict.fromkeys(OPERATIONS, "kill"))
+    assert result.code == 0, result.err
+    assert len(list(tmp_path.glob("killed-*"))) == len(OPERATIONS)
+    for name in ("failed", "killed"):
+        harness.assert_same_files(tmp_path / name, tmp_path / "undisturbed")
+    assert not list(tmp_path.glob("*.partial-*"))
+
+
+@pytest.fixture
+def upload(s3, tmp_path):
+    """Return a proxy to the S3 server, and the source with a gzip file in each of three domains behind it."""
+    query, system = s3
+    proxy, name = FaultyProxy(int(query.rpartition(":")[2])), token_hex(3)
+    for domain in "abc":
+        write_documents(tmp_path / f"raw/{domain}/one.jsonl.gz", make_documents(domain, 40))
+    fs.copy_files(str(tmp_path / "raw"), f"bucket/{name}", destination_filesystem=system)
+    return proxy, {"web": {"path": f"s3://bucket/{name}?{query.rpartition(':')[0]}:{proxy.port}"}}
+
+
+def prepare_downloads(folder, sources, name, *options) -> Result:
+    """Prepare the data of sources on S3 in the folder `name`."""
+    data = {"prepared": folder / name, "sources": sources, "validation_fraction": 0.2}
+    write_spec(folder, data=data, cluster={"runtime_env": {"env_vars": CREDENTIALS}})
+    return mhmoe(folder, "data", "prepare", "spec.yaml", *options)
+
+
+@pytest.mark.timeout(300)
+def test_disturbed_downloads_change_no_shard(tmp_path, local_cluster, upload):
+    proxy, sources = upload
+    assert prepare_downloads(tmp_path, sources, "undisturbed").code == 0
+    # Each file is read for the tokenizer first, and then to be tokenised.
+    faults = [Fault("reset", "GET", "/a/one"), Fault("cut", "GET", "/b/one"), Fault("stall", "GET", "/c/one")] * 2
+    proxy.disturb(*faults)
+    result = prepare_downloads(tmp_path, sources, "disturbed")
+    assert (result.code, proxy.pending_faults) == (0, []), result.err
+    harness.assert_same_files(tmp_path / "disturbed", tmp_path / "undisturbed")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("intact_reads", [0, 1])
+def test_a_bit_that_flips_in_a_gzip_stream_is_an_error(tmp_path, local_cluster, upload, intact_reads):
+    """The bit flips when the tokenizer is trained, or when the text is tokenised."""
+    proxy, sources = upload
+    proxy.disturb(*[Fault("none", "GET", "/b/one")] * intact_reads, Fault("flip", "GET", "/b/one"))
+    result = prepare_downloads(tmp_path, sources, "prepared", "--set", "data.max_bad_lines=1000")
+    assert proxy.pending_faults == []
+    assert_one_line(result, 4, "b/one.jsonl.gz line ", "its gzip stream is damaged", "repair or remove the file")
+    assert not (tmp_path / "prepared").exists()

@@ -9,7 +9,7 @@ from mhmoe_ray.checkpoint.manifest import uncommitted_checkpoints
 from mhmoe_ray.runs.directory import list_runs
 from tests.cli.run import command, mhmoe
 from tests.faults import harness
-from tests.support.proxy import FaultyProxy
+from tests.support.proxy import Fault, FaultyProxy
 from tests.support.s3 import CREDENTIALS
 from tests.support.watch import events_of_kind, run_has_ended, step_of, wait_for_end, wait_until
 
@@ -75,3 +75,20 @@ def test_an_unreachable_store_costs_no_step_and_ends_no_follower(project, refere
     harness.assert_equals_undisturbed_run(run, reference)
     out, err = following.communicate(timeout=60)
     assert (following.returncode, "finished" in out.splitlines()[-1]) == (0, True), err
+
+
+def test_a_run_whose_transfers_are_disturbed_equals_an_undisturbed_one(project, reference, s3):
+    query, _ = s3
+    proxy = FaultyProxy(int(query.rpartition(":")[2]))
+    proxy.disturb(Fault("reset", "PUT", "/weights/"), Fault("cut", "PUT", "/optim/"))
+    proxy.disturb(Fault("stall", "PUT", "/weights/"), Fault("reset", "PUT", "/manifest.json"))
+    run, _ = submit_to_s3(project, f"{query.rpartition(':')[0]}:{proxy.port}", 120)
+    [worker, _] = harness.workers_of_start(run, 1)
+    wait_until(lambda: not proxy.pending_faults, "the uploads that are disturbed")
+    # The workers that start after the kill download the newest checkpoint.
+    for folder in ("/weights/", "/optim/"):
+        proxy.disturb(Fault("reset", "GET", folder), Fault("cut", "GET", folder), Fault("stall", "GET", folder))
+    assert harness.kill(worker["pid"])
+    wait_for_end(run)
+    assert proxy.pending_faults == []
+    harness.assert_equals_undisturbed_run(run, reference)

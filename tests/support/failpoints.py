@@ -115,7 +115,7 @@ def watched_operations(folders: Sequence[Path], on_operation: Callable[[Operatio
         return half_size + real_write(descriptor, data[half_size:])
 
     # `link`, `rename` and `replace` count for the new name.
-    functions = {name: watched(getattr(os, name)) for name in ("fsync", "unlink", "remove", "rmdir", "mkdir")}
+    functions = {name: watched(getattr(os, name)) for name in ("fsync", "unlink", "remove", "rmdir", "mkdir", "chmod")}
     functions |= {name: watched(getattr(os, name), 1) for name in ("replace", "rename", "link")}
     with ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(os, open=open_descriptor, write=write, **functions))

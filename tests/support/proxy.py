@@ -10,8 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-FaultKind = Literal["reset", "cut", "stall", "flip"]
-"""What happens within a body: the connection is reset, is closed, transfers nothing more, or changes one bit."""
+FaultKind = Literal["reset", "cut", "stall", "flip", "none"]
+"""What happens within a body: the connection is reset, is closed, transfers nothing more, changes one bit, or nothing.
+"""
 
 INTACT_BYTES = 1000
 """Number of bytes of a body that pass undisturbed."""
@@ -122,10 +123,11 @@ class _Transfer:
             self.body_bytes = len(self.head.partition(b"\r\n\r\n")[2])
         position, fault = len(data) - (self.body_bytes - INTACT_BYTES), self.fault
         if fault and position < len(data):
-            if fault.kind != "flip":
+            if fault.kind in ("reset", "cut", "stall"):
                 self.target.sendall(data[:position])
                 return fault.kind
-            data, self.fault = data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :], None
+            flipped_byte, self.fault = bytes([data[position] ^ (fault.kind == "flip")]), None
+            data = data[:position] + flipped_byte + data[position + 1 :]
         self.target.sendall(data)
         return None
 

@@ -1,6 +1,7 @@
-"""Stand-ins for Ray that run tasks and datasets in this process, where `tests/walks.py` can record what they call.
+"""Stand-ins for Ray that run tasks and datasets in this process, where each call and each operation on files is seen.
 
-They serve to measure which functions of the project are called. No test uses them: tests run on a real Ray.
+They serve to measure which functions of the project are called (`tests/walks.py`), and to number the operations of a
+preparation that fail (`tests/faults/test_failpoints.py`). All other tests run on a real Ray.
 """
 
 import inspect
