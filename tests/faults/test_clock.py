@@ -1,31 +1,36 @@
 """Test of a run during which the clock jumps."""
 
 import re
+from itertools import pairwise
 
 import pytest
 
+from mhmoe_ray.runs import history, metrics
+from mhmoe_ray.storage import replace_file
 from tests.cli.run import mhmoe_subprocess
 from tests.faults import harness
-from tests.support.watch import step_of, wait_for_end, wait_until
+from tests.support.watch import start_events, step_of, wait_for_end, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_a_run_whose_clock_jumps_equals_an_undisturbed_one(project, reference, tmp_path):
     clock = tmp_path / "seconds"
-    clock.write_text("0")
+    replace_file(clock, b"0")
     environment = harness.disturbing_environment(CLOCK=str(clock))
     harness.write_random_spec(project, train={"steps": 120}, cluster=environment)
     run = harness.submit(project)
-    for step, seconds in ((20, 3600), (50, -3600)):
+    for step, error_seconds in ((10, 3600), (40, -3600)):
         wait_until(lambda step=step: step_of(run) >= step, f"step {step}")
-        assert step_of(run) < 100
-        clock.write_text(str(seconds))
+        replace_file(clock, str(error_seconds).encode())
         status = mhmoe_subprocess(project, "status", str(run.path), **environment["runtime_env"]["env_vars"])
         assert (status.code, "Traceback" in status.err) == (0, False), status.err
         assert not re.search(r"-\d", status.out.replace(run.id, "")), status.out
         print(status.out)
     wait_for_end(run)
+    assert len(start_events(run)) == 1
+    seconds = [line[metrics.TIME] - previous[metrics.TIME] for previous, line in pairwise(history.read(run))]
+    assert min(seconds) < -3600 < 3600 < max(seconds)
     harness.assert_equals_undisturbed_run(run, reference)
     status = mhmoe_subprocess(project, "status", str(run.path), **environment["runtime_env"]["env_vars"])
     print(status.out)

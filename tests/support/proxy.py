@@ -19,7 +19,7 @@ INTACT_BYTES = 1000
 
 
 class Fault(NamedTuple):
-    """Fault of the next request whose first line begins with `method` and contains `text`."""
+    """Fault of the next request with a long enough body whose first line begins with `method` and contains `text`."""
 
     kind: FaultKind
     method: Literal["GET", "PUT"]
@@ -35,8 +35,6 @@ class FaultyProxy:
         self._connections: list[socket.socket] = []
         self._lock = threading.Lock()
         self._faults: list[Fault] = []
-        self.disturbed_requests: list[str] = []
-        """First lines of the requests that were disturbed."""
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -48,7 +46,7 @@ class FaultyProxy:
 
     @property
     def pending_faults(self) -> list[Fault]:
-        """The faults that no request has met yet."""
+        """The faults that have disturbed no request yet."""
         with self._lock:
             return list(self._faults)
 
@@ -77,7 +75,7 @@ class FaultyProxy:
 
     def _serve(self, client: socket.socket, server: socket.socket) -> None:
         """Pass one request and its response on, with the fault that fits the request, and close the connection."""
-        kind = None
+        kind, transfers = None, dict[socket.socket, _Transfer]()
         with suppress(OSError):
             head = b""
             while b"\r\n\r\n" not in head and (data := client.recv(1 << 16)):
@@ -89,6 +87,7 @@ class FaultyProxy:
             # In a stall, the client gives up first, and closes its connection.
             while kind == "stall" and client.recv(1 << 16):
                 pass
+        self.disturb(*(transfer.fault for transfer in transfers.values() if transfer.fault))
         if kind == "reset":
             # To close a socket that does not linger sends a reset.
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -100,7 +99,6 @@ class FaultyProxy:
             for fault in self._faults:
                 if request.startswith(fault.method) and fault.text in request:
                     self._faults.remove(fault)
-                    self.disturbed_requests.append(request)
                     return fault
         return None
 
@@ -123,10 +121,11 @@ class _Transfer:
             self.body_bytes = len(self.head.partition(b"\r\n\r\n")[2])
         position, fault = len(data) - (self.body_bytes - INTACT_BYTES), self.fault
         if fault and position < len(data):
+            self.fault = None
             if fault.kind in ("reset", "cut", "stall"):
                 self.target.sendall(data[:position])
                 return fault.kind
-            flipped_byte, self.fault = bytes([data[position] ^ (fault.kind == "flip")]), None
+            flipped_byte = bytes([data[position] ^ (fault.kind == "flip")])
             data = data[:position] + flipped_byte + data[position + 1 :]
         self.target.sendall(data)
         return None
