@@ -84,7 +84,7 @@ def test_a_run_whose_transfers_are_disturbed_equals_an_undisturbed_one(project, 
     proxy.disturb(Fault("stall", "PUT", "/weights/"), Fault("reset", "PUT", "/manifest.json"))
     run, _ = submit_to_s3(project, f"{query.rpartition(':')[0]}:{proxy.port}", 120)
     [worker, _] = harness.workers_of_start(run, 1)
-    wait_until(lambda: not proxy.pending_faults, "the uploads that are disturbed")
+    wait_until(lambda: not proxy.pending_faults and events_of_kind(run, "checkpoint"), "disturbed uploads")
     # The workers that start after the kill download the newest checkpoint.
     for folder in ("/weights/", "/optim/"):
         proxy.disturb(Fault("reset", "GET", folder), Fault("cut", "GET", folder), Fault("stall", "GET", folder))
