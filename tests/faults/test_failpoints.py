@@ -14,7 +14,6 @@ import signal
 from collections.abc import Callable
 from math import inf
 from pathlib import Path
-from types import UnionType
 from typing import NamedTuple
 
 import pytest
@@ -37,7 +36,7 @@ from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run, l
 from mhmoe_ray.storage import remove_tree
 from tests.checkpoint.huggingface.conftest import MODELS, export_run, make_run
 from tests.data.prepare.prepare_serially import use_small_chunks
-from tests.data.texts import make_documents, write_documents
+from tests.data.texts import make_documents, write_lines
 from tests.support.events import append_line, record
 from tests.support.failpoints import Failpoint, failing_operation
 from tests.support.forked import FORKED
@@ -115,14 +114,10 @@ def attempts_of_run(folder: Path) -> object:
 
 
 def write_raw_text(folder: Path) -> None:
-    """Write two domains, one of which has two chunks and a bad line in each."""
-    for domain, texts in {"a": make_documents("a", 6), "b": make_documents("b", 3)}.items():
-        write_documents(folder / "raw" / domain / "one.jsonl", texts)
-    with (folder / "raw" / "a" / "one.jsonl").open("a+") as file:
-        file.seek(0)
-        lines = file.readlines()
-        file.truncate(0)
-        file.writelines(["no JSON\n", *lines, "no JSON\n"])
+    """Write two domains, one of which has two chunks, each with a bad line at the end."""
+    for domain, count in {"a": 6, "b": 3}.items():
+        lines = [json.dumps({"text": text}).encode() for text in make_documents(domain, count)]
+        write_lines(folder / "raw" / domain / "one.jsonl", [*lines, b"no JSON"])
 
 
 def prepare_data(folder: Path) -> None:
@@ -134,10 +129,9 @@ def prepare_data(folder: Path) -> None:
 
 
 def prepared_files(folder: Path) -> object:
-    """Return the prepared files, or None without any; after a preparation they are all that it left."""
-    if not (folder / "prepared").exists():
-        return None
-    return files_of_folder(folder / "prepared", folder)
+    """Return the prepared files, or None without a prepared folder."""
+    prepared = folder / "prepared"
+    return files_of_folder(prepared, folder) if prepared.exists() else None
 
 
 def files_of_folder(folder: Path, root: Path) -> dict[Path, bytes]:
@@ -196,11 +190,6 @@ class Area(NamedTuple):
     is_atomic: bool = False
     """True if the result is complete or None at any time, and each error is one of a user."""
 
-    @property
-    def errors(self) -> type[MhmoeError] | UnionType:
-        """Errors with which the work may fail."""
-        return MhmoeError if self.is_atomic else MhmoeError | OSError
-
 
 AREAS = {
     "training": Area(prepare_training, train, outcome_of_run),
@@ -221,7 +210,7 @@ def run_at_failpoint(area: str, folder: Path, failpoint: Failpoint | None, log: 
             ):
                 AREAS[area].work(folder)
         except Exception as e:
-            is_own = isinstance(e, AREAS[area].errors)
+            is_own = isinstance(e, MhmoeError if AREAS[area].is_atomic else MhmoeError | OSError)
             log.with_suffix(".error").write_text(f"{'' if is_own else 'unexpected '}{type(e).__name__}: {e}")
 
 
