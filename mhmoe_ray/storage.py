@@ -318,13 +318,13 @@ def replace_file(path: Location, data: bytes | memoryview, *, is_new: bool = Fal
 
 
 def remove_partial_files(folder: Location) -> None:
-    """Remove the temporary files that processes left in a folder when they were killed within `replace_file`.
+    """Remove the temporary files that processes left below a folder when they were killed within `replace_file`.
 
     No other process may be writing to the folder, because its temporary files would be removed as well.
     """
     # An object store has no partial files: an object appears when it is complete.
     if isinstance(folder, Path):
-        for partial in folder.glob(f".*{_PARTIAL_SUFFIX}"):
+        for partial in folder.rglob(f".*{_PARTIAL_SUFFIX}"):
             partial.unlink(missing_ok=True)
 
 

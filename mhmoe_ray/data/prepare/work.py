@@ -29,7 +29,7 @@ from pydantic import BaseModel, ValidationError
 
 from mhmoe_ray.data.shards.recipe import recipe
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.storage import replace_file, report_write_errors, sync
+from mhmoe_ray.storage import remove_partial_files, replace_file, report_write_errors, sync
 
 PROGRESS_FILE = "progress.json"
 WRITE_SECONDS = 1.0
@@ -198,7 +198,8 @@ def _remove_job_folder(staging: StagingDirectory) -> None:
 
 
 def publish(staging_result: Path, folder: Path) -> None:
-    """Rename a result to the prepared folder, unless that folder has content."""
+    """Rename a result, without what killed workers left in it, to the prepared folder, unless that has content."""
+    remove_partial_files(staging_result)
     try:
         staging_result.rename(folder)
     except OSError as e:

@@ -13,6 +13,7 @@ from mhmoe_ray.data.prepare.work import (
     ProgressReport,
     StagingDirectory,
     clean_up,
+    publish,
     read_progress,
     shared_folder,
     staging_directory,
@@ -31,6 +32,13 @@ def test_clean_up_keeps_files_of_other_folders(tmp_path):
         (tmp_path / name / "parts").mkdir(parents=True)
     clean_up(tmp_path / "prep[12]")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prep1.partial-a", "prep[12]", "prep[12].other"]
+
+
+def test_publishing_leaves_out_what_killed_workers_left(tmp_path):
+    for name in ("a.arrow", ".b.arrow.0f1e2d3c.partial"):
+        write_json(tmp_path / "result" / "train" / name, {})
+    publish(tmp_path / "result", tmp_path / "prepared")
+    assert [path.name for path in (tmp_path / "prepared").rglob("*")] == ["train", "a.arrow"]
 
 
 def test_a_disk_that_fails_during_the_cleanup_is_one_line(tmp_path):
