@@ -77,31 +77,44 @@ def test_a_preparation_survives_the_death_of_a_worker_and_of_its_driver(tmp_path
     assert {p.name for p in tmp_path.iterdir()} == {"raw", "spec.yaml", "undisturbed", "disturbed"}
 
 
-def test_a_preparation_survives_each_failure_of_the_storage_of_workers(tmp_path, local_cluster):
-    write_lines(tmp_path / "raw/a/one.jsonl", [b"no JSON"])
-    write_documents(tmp_path / "raw/b/one.jsonl", make_documents("b", 40))
+def prepare_at_failpoints(folder: Path, name: str, errors: Mapping[str, str]) -> Result:
+    """Prepare the text in a folder to its folder `name`; each operation fails once, and leaves a file `name`-NUMBER."""
+    points = [[*words.split(), errors[words], f"{folder}/{name}-{number}"] for number, words in enumerate(errors)]
+    data = {"prepared": folder / name, "max_bad_lines": 1, "validation_fraction": 0.2}
+    write_spec(folder, data=data, cluster=harness.disturbing_environment(FAILPOINTS=json.dumps(points)))
+    return mhmoe(folder, "data", "prepare", "spec.yaml")
 
-    def prepare(name: str, errors: Mapping[str, str]) -> Result:
-        points = [[*words.split(), errors[words], f"{tmp_path}/{name}-{number}"] for number, words in enumerate(errors)]
-        data = {"prepared": tmp_path / name, "max_bad_lines": 1, "validation_fraction": 0.2}
-        write_spec(tmp_path, data=data, cluster=harness.disturbing_environment(FAILPOINTS=json.dumps(points)))
-        return mhmoe(tmp_path, "data", "prepare", "spec.yaml")
 
-    assert prepare("undisturbed", {}).code == 0
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, local_cluster) -> Path:
+    """Return a folder of text with a bad line that was prepared without faults."""
+    folder = tmp_path_factory.mktemp("text")
+    write_lines(folder / "raw/a/one.jsonl", [b"no JSON"])
+    write_documents(folder / "raw/b/one.jsonl", make_documents("b", 40))
+    assert prepare_at_failpoints(folder, "undisturbed", {}).code == 0
+    return folder / "undisturbed"
+
+
+def test_failures_of_the_storage_of_workers_are_one_line_each(undisturbed):
+    folder = undisturbed.parent
     for number, error in enumerate(OPERATIONS.values()):
-        result = prepare("failed", OPERATIONS)
+        result = prepare_at_failpoints(folder, "failed", OPERATIONS)
         reason = os.strerror(getattr(errno, error))
-        assert_one_line(result, 7, f"data {tmp_path}/failed: {reason}; make room or repair the storage")
-        assert (tmp_path / f"failed-{number}").exists()
-        assert not (tmp_path / "failed").exists()
-    assert prepare("failed", OPERATIONS).code == 0
-    # Ray repeats the tasks of killed workers.
-    result = prepare("killed", dict.fromkeys(OPERATIONS, "kill"))
+        assert_one_line(result, 7, f"data {folder}/failed: {reason}; make room or repair the storage")
+        assert (folder / f"failed-{number}").exists()
+        assert not (folder / "failed").exists()
+    assert prepare_at_failpoints(folder, "failed", OPERATIONS).code == 0
+    harness.assert_same_files(folder / "failed", undisturbed)
+    assert not list(folder.glob("*.partial-*"))
+
+
+def test_tasks_of_workers_that_are_killed_while_they_write_are_repeated(undisturbed):
+    folder = undisturbed.parent
+    result = prepare_at_failpoints(folder, "killed", dict.fromkeys(OPERATIONS, "kill"))
     assert result.code == 0, result.err
-    assert len(list(tmp_path.glob("killed-*"))) == len(OPERATIONS)
-    for name in ("failed", "killed"):
-        harness.assert_same_files(tmp_path / name, tmp_path / "undisturbed")
-    assert not list(tmp_path.glob("*.partial-*"))
+    assert len(list(folder.glob("killed-*"))) == len(OPERATIONS)
+    harness.assert_same_files(folder / "killed", undisturbed)
+    assert not list(folder.glob("*.partial-*"))
 
 
 @pytest.fixture
