@@ -269,6 +269,8 @@ def find_run(name: str | None, storage: Location | str, *, with_job: bool = Fals
     if "@" in name:
         fix = "leave out @STEP: this command is about the run, not about one of its checkpoints"
         raise RunError(f"run {name}", f"there is no run of this name in {storage}", fix)
+    if Path(name).is_file():
+        raise RunError(f"run {name}", "it is a file, and a run is named by its id", "see the ids: mhmoe list")
     reason = (
         f"it fits {', '.join(r.id for r in matching_runs)}" if matching_runs else f"there is no such run in {storage}"
     )
