@@ -86,6 +86,7 @@ def recordings(project, lane_home):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_command_is_silent_on_a_terminal(recordings, name):
@@ -95,6 +96,7 @@ def test_no_command_is_silent_on_a_terminal(recordings, name):
     recording.assert_clean_end()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("name", ACTIVITIES)
 def test_lines_name_the_activity_and_its_time(recordings, name):
@@ -105,6 +107,7 @@ def test_lines_name_the_activity_and_its_time(recordings, name):
     assert positions == sorted(positions)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_resumed_run_starts_at_its_step(recordings):
     steps = [int(step) for step in re.findall(r"training: (\d+) of 40 steps", recordings["resume"].text)]
@@ -112,6 +115,7 @@ def test_resumed_run_starts_at_its_step(recordings):
     assert steps == sorted(steps)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_clock_goes_on_while_a_job_starts(recordings):
     seconds = [int(s) for s in re.findall(r"0:(\d\d) waiting for the job to start", recordings["submit"].text)]
@@ -119,15 +123,20 @@ def test_clock_goes_on_while_a_job_starts(recordings):
     assert seconds == sorted(seconds)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_interrupted_command_leaves_a_clean_terminal(project, recordings):
-    recording = record(project, command("resume", "--until", "4000"), interrupt_at="of 4,000 steps")
+    try:
+        recording = record(project, command("resume", "--until", "4000"), interrupt_at="of 4,000 steps")
+    finally:
+        stopping = mhmoe(project, "stop", "--now")
     assert recording.code == 0
     assert "detached; the run goes on" in recording.text
     recording.assert_clean_end()
-    assert mhmoe(project, "stop", "--now").code == 0
+    assert stopping.code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_logs_have_no_line_twice_and_results_are_apart(project, recordings):
     for words in (("eval", "--again", "--json"), ("data", "inspect", "raw", "--json")):
