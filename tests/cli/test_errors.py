@@ -126,7 +126,7 @@ def test_cut_file_is_refused_and_then_quarantined_with_a_corrupt_line(prepared):
     assert_one_line(
         prepared.refused_result, 4, "two.jsonl.zst line", "its zstd frame is cut off", "data.max_bad_files is 0"
     )
-    assert prepared.leftover_names == {"parts", "progress.json"}, "a half-written file is left"
+    assert prepared.leftover_names == {"progress.json"}, "a half-written file is left"
 
     manifest = prepared.manifest
     assert manifest["bad_lines"] == 2

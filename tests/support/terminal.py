@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -46,7 +47,15 @@ def record(folder: Path, words: Sequence[str], interrupt_at: str | None = None) 
     environment = {**os.environ, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
     environment.pop("COLUMNS", None)
     terminal = pexpect.spawn(
-        words[0], words[1:], cwd=folder, dimensions=(40, 100), env=environment, encoding="utf-8", timeout=LIMIT
+        words[0],
+        words[1:],
+        cwd=folder,
+        dimensions=(40, 100),
+        env=environment,
+        encoding="utf-8",
+        timeout=LIMIT,
+        # A process that a shell starts in the background ignores Ctrl-C, and its children would, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     text, text_before, longest_silence = "", "", 0.0
     start, start_wait = time.monotonic(), _processor_wait(terminal.pid)
