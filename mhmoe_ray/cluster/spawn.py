@@ -113,11 +113,11 @@ _SINGLE_NODE_SETTINGS = {
     # Ray Train gives its controller this variable, unless the cluster has it (`RunTrainer`).
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
     # By default Ray looks for new log files ten times a second, unless there are many, and then twice. It measures its
-    # processes every 5 s. Together this took half of the time that an idle cluster takes.
+    # processes every 5 s. Together this took a third of the time that an idle cluster takes.
     "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
     "REPORTER_UPDATE_INTERVAL_MS": "15000",
-    # By default Ray starts one Python process per core in advance. Our jobs cannot use these processes, because each
-    # job has a runtime environment.
+    # By default Ray starts one Python process per logical CPU with the first job. There may be more logical CPUs than
+    # cores, so the start of these processes would delay the job.
     "RAY_prestart_worker_first_driver": "0",
     # By default Ray waits a minute for its dashboard. `START_SECONDS` of local.py allows as much as this.
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "120",
@@ -191,7 +191,7 @@ def spawn_ray(cpus: int) -> LocalCluster:
         **_interface_settings(),
         **inherited_environment,
         LOCAL_CLUSTER: str(folder),
-        # Without an address, some actors of Ray connect to the only cluster on their machine, which may run several.
+        # All processes of a job need the address of their own cluster (train/job.py).
         "RAY_ADDRESS": cluster.gcs_address,
         **PRIVATE,
         "RAY_AUTH_TOKEN_PATH": str(tokens.token_file()),

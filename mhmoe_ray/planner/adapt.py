@@ -67,7 +67,7 @@ def adapt_to_gpus(spec: RunSpec, nodes: int, gpus: int) -> tuple[RunSpec, Keys]:
 
 
 def _may_fill(spec: RunSpec) -> bool:
-    return not spec.data.parts and _micro_batch_key(spec) is None
+    return not spec.data.parts and spec.micro_batch_key is None
 
 
 def _fits(spec: RunSpec, share: float = GPU_MEMORY_SHARE) -> bool:
@@ -92,7 +92,7 @@ def _micro_batches(spec: RunSpec, counts: Iterable[int]) -> Iterator[Keys]:
 def _divided_batches(spec: RunSpec, workers: int) -> list[Keys]:
     """Return the divisions of a step's samples among workers, largest micro-batches first; SpecError without one."""
     label, count, size = f"spec {spec.name}", spec.train.micro_batches, spec.train.micro_batch_size
-    if key := _micro_batch_key(spec):
+    if key := spec.micro_batch_key:
         reason = f"train.micro_batches: {count} is not a multiple of {workers:,} GPUs, and {key} forbids other ones"
         raise SpecError(label, reason, f"plan for a number of GPUs that divides {count}, or set train.micro_batches")
     for key, samples in _samples_by_key(spec).items():
@@ -102,16 +102,6 @@ def _divided_batches(spec: RunSpec, workers: int) -> list[Keys]:
             raise SpecError(label, reason, f"plan for a number of GPUs that divides {samples:,}, or set {key}")
     # A spec has at most a million micro-batches, of at most a million samples each.
     return list(_micro_batches(spec, range(workers, min(count * size, 1_000_000) + 1, workers)))
-
-
-def _micro_batch_key(spec: RunSpec) -> str | None:
-    """Return the key, with its value, for which micro-batches of another size have other losses; None without one."""
-    moe, vision = spec.model.moe, spec.model.vision
-    if moe is not None and moe.capacity_factor is not None:
-        return f"model.moe.capacity_factor: {moe.capacity_factor:g}"
-    if vision is not None and vision.adaptive is not None:
-        return f"model.vision.adaptive.batches: {vision.adaptive.batches}"
-    return next((f"data.parts.{p.name}.objective: {p.objective}" for p in spec.parts if p.traits.compares), None)
 
 
 def _shardings(spec: RunSpec, gpus: int) -> Iterator[Keys]:

@@ -214,6 +214,16 @@ class RunSpec(Section):
         return [key for key in current_sections if current_sections[key] != previous_sections[key]]
 
     @property
+    def micro_batch_key(self) -> str | None:
+        """The key, with its value, for which micro-batches of another size have other losses; None without one."""
+        moe, vision = self.model.moe, self.model.vision
+        if moe is not None and moe.capacity_factor is not None:
+            return f"model.moe.capacity_factor: {moe.capacity_factor:g}"
+        if vision is not None and vision.adaptive is not None:
+            return f"model.vision.adaptive.batches: {vision.adaptive.batches}"
+        return next((f"data.parts.{p.name}.objective: {p.objective}" for p in self.parts if p.traits.compares), None)
+
+    @property
     def worker_counts(self) -> list[int]:
         """Numbers of workers that the run may have, ascending; all workers compute equally many micro-batches."""
         step = self.cluster.shard_group or self.cluster.ep
