@@ -36,26 +36,33 @@ if TYPE_CHECKING:
         allow_compilation,
         can_fuse_routing,
         choose_kernel,
+        plan_for_kernel,
         run_experts,
         run_sorted_experts,
         unavailable_reason,
     )
-    from mhmoe_kernels.permutation import combine, permute, plan_routes, widen
-    from mhmoe_kernels.triton import fused_routing
+    from mhmoe_kernels.choice import TRITON_KERNELS
+    from mhmoe_kernels.permutation import RoutePlan, add_routes, combine, permute, plan_routes, widen
+    from mhmoe_kernels.triton import fused_routing, plan_received
     from mhmoe_kernels.weights import ExpertWeights, Function, GeluSubln, Swiglu
 
 __all__ = [
     "BACKENDS",
+    "TRITON_KERNELS",
     "ExpertWeights",
     "Function",
     "GeluSubln",
+    "RoutePlan",
     "Swiglu",
+    "add_routes",
     "allow_compilation",
     "can_fuse_routing",
     "choose_kernel",
     "combine",
     "fused_routing",
     "permute",
+    "plan_for_kernel",
+    "plan_received",
     "plan_routes",
     "run_experts",
     "run_sorted_experts",
@@ -63,7 +70,7 @@ __all__ = [
     "widen",
 ]
 
-_MODULES = ("backends", "permutation", "triton", "weights")
+_MODULES = ("choice", "backends", "permutation", "triton", "weights")
 
 
 def __getattr__(name: str) -> Any:

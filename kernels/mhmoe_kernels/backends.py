@@ -2,19 +2,22 @@
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mhmoe_kernels import cpp, megablocks, triton
 from mhmoe_kernels.abilities import KERNELS
-from mhmoe_kernels.choice import ExpertSizes, Purpose, gpu_kernels, limit_reason
+from mhmoe_kernels.choice import TRITON_KERNELS, ExpertSizes, Purpose, gpu_kernels, limit_reason
 from mhmoe_kernels.grouped import RunSorted, run_grouped, run_sorted
 from mhmoe_kernels.packed import run_padded
-from mhmoe_kernels.permutation import copy_to_device
+from mhmoe_kernels.permutation import Plan, copy_to_device, plan_routes
 from mhmoe_kernels.reference import run_capacity, run_reference
 from mhmoe_kernels.weights import ExpertWeights
+
+if TYPE_CHECKING:
+    from mhmoe_kernels.triton.operators import SortedRoutes
 
 
 def _always_available(device: torch.device) -> None:
@@ -48,12 +51,9 @@ BACKENDS: dict[str, Backend] = {
     "padded": Backend(run_padded, has_backward=False),
     "capacity": Backend(run_capacity),
     "triton": Backend(triton.run_fused, triton.unavailable_reason, refusal=triton.fused_refusal),
-    "grouped_gemm": Backend(triton.run_grouped, triton.unavailable_reason, triton.run_sorted_grouped),
+    "grouped_gemm": Backend(triton.run_grouped, triton.unavailable_reason),
     "grouped_mm": Backend(
-        partial(triton.run_grouped, use_torch=True),
-        triton.unavailable_reason,
-        partial(triton.run_sorted_grouped, use_torch=True),
-        refusal=triton.grouped_mm_refusal,
+        partial(triton.run_grouped, use_torch=True), triton.unavailable_reason, refusal=triton.grouped_mm_refusal
     ),
     "megablocks": Backend(megablocks.run, megablocks.unavailable_reason),
 }
@@ -122,7 +122,7 @@ def choose_kernel(name: str, x_ND: Tensor, weights: ExpertWeights, expert_capaci
 def run_experts(
     backend: str,
     x_ND: Tensor,
-    expert_NK: Tensor,
+    expert_NK: "Tensor | SortedRoutes",
     gate_NK: Tensor,
     weights: ExpertWeights,
     expert_capacity: int | None = None,
@@ -132,7 +132,8 @@ def run_experts(
     Args:
         backend: a key of `BACKENDS`.
         x_ND: the rows.
-        expert_NK: the K different experts of each row, int64, each in 0..E-1.
+        expert_NK: the K different experts of each row, int64, each in 0..E-1; for `TRITON_KERNELS` also the result of
+            `plan_received`.
         gate_NK: gates (routing weights), in the dtype of x or float32; 0 for a dropped route.
         weights: the E experts.
         expert_capacity: largest number of rows of an expert, for the backends in `STATIC_BACKENDS`.
@@ -168,13 +169,14 @@ def run_sorted_experts(backend: str, x_RD: Tensor, counts: list[int], weights: E
     return run_experts(backend, x_RD, expert_R[:, None], ones_R1, weights)
 
 
-FUSED_ROUTING_KERNELS = ("grouped_gemm", "grouped_mm", "triton")
-"""Kernels with which a layer may also route by a fused kernel."""
+def plan_for_kernel(kernel: str, expert_NK: Tensor, n_experts: int) -> Plan:
+    """Sort routes by expert, by Triton kernels for `TRITON_KERNELS`; the routes of `n_experts` are last."""
+    return (triton.plan_routes if kernel in TRITON_KERNELS else plan_routes)(expert_NK, n_experts)
 
 
 def can_fuse_routing(kernel: str, logits_NE: Tensor) -> bool:
     """Return whether a layer with a kernel (as in `MoESpec.kernel`) routes by `triton.fused_routing`."""
-    is_chosen = kernel in FUSED_ROUTING_KERNELS or (kernel == "auto" and logits_NE.device.type == "cuda")
+    is_chosen = kernel in TRITON_KERNELS or (kernel == "auto" and logits_NE.device.type == "cuda")
     return is_chosen and triton.can_fuse_routing(logits_NE)
 
 

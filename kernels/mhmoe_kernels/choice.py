@@ -8,6 +8,9 @@ from typing import Literal, NamedTuple
 
 from mhmoe_kernels.abilities import KERNELS, ExpertFunction, KernelName
 
+TRITON_KERNELS: tuple[KernelName, ...] = ("grouped_gemm", "grouped_mm", "triton")
+"""Kernels that sort routes by Triton kernels, and with which a layer may also route by a fused kernel."""
+
 Purpose = Literal["training", "inference"]
 
 

@@ -4,12 +4,15 @@ Both directions, forward and backward, only gather rows, without scatter-add.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from mhmoe_kernels.triton.operators import SortedRoutes
 
 
 def widen(x: Tensor) -> Tensor:
@@ -39,6 +42,19 @@ class RoutePlan(NamedTuple):
     count_E: Tensor
     """Routes per expert."""
 
+    def gather(self, x_ND: Tensor) -> Tensor:
+        """Return x_RD, the row of each sorted route."""
+        # x_ND[row_R] would be several times slower than `index_select` on a CPU.
+        return x_ND.index_select(0, self.row_R)
+
+    def counts(self, n_experts: int) -> Tensor:
+        """Return the routes of each of the first `n_experts` experts."""
+        return self.count_E[:n_experts]
+
+    def add(self, x_RD: Tensor) -> Tensor:
+        """Return the sum of each row's routes."""
+        return F.embedding_bag(self.slot_NK, x_RD, mode="sum")
+
     def trimmed(self, routes: int) -> "RoutePlan":
         """Return a plan in which all sorted routes after the first `routes` ones share a single slot.
 
@@ -46,6 +62,9 @@ class RoutePlan(NamedTuple):
         in the outputs, before `combine`, and in the gradient of the result of `permute`.
         """
         return RoutePlan(self.row_R[: routes + 1], self.slot_NK.clamp(max=routes), self.count_E)
+
+
+Plan: TypeAlias = "RoutePlan | SortedRoutes"
 
 
 def plan_routes(expert_NK: Tensor, n_experts: int) -> RoutePlan:
@@ -62,19 +81,32 @@ def plan_routes(expert_NK: Tensor, n_experts: int) -> RoutePlan:
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, plan: RoutePlan) -> Tensor:
-        ctx.slot_NK = plan.slot_NK
-        # x_ND[row_R] would be several times slower than `index_select` on a CPU.
-        return x_ND.index_select(0, plan.row_R)
+    def forward(ctx: Any, x_ND: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        return plan.gather(x_ND)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
-        return F.embedding_bag(ctx.slot_NK, grad_RD, mode="sum"), None
+        return ctx.plan.add(grad_RD), None
 
 
-permute: Callable[[Tensor, RoutePlan], Tensor] = _Permute.apply
+class _AddRoutes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        return plan.add(x_RD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
+        return ctx.plan.gather(grad_ND), None
+
+
+permute: Callable[[Tensor, Plan], Tensor] = _Permute.apply
 """Function (x_ND, plan) -> x_RD, the row of each route, sorted by expert."""
+add_routes: Callable[[Tensor, Plan], Tensor] = _AddRoutes.apply
+"""Function (x_RD, plan) -> sum_ND, the sum of each row's routes, like `combine` with gates of 1."""
 
 
 class _Combine(torch.autograd.Function):

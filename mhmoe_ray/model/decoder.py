@@ -20,9 +20,10 @@ from mhmoe_ray.model.branch import Branch
 from mhmoe_ray.model.loss import Loss, Targets, chunked_loss, full_loss
 from mhmoe_ray.model.moe import MultiHeadMoE
 from mhmoe_ray.model.noise import EMBEDDING, Noise, dropout
+from mhmoe_ray.model.recompute import recompute_in_backward
 from mhmoe_ray.model.rotary import RotaryTables, rotary_tables
 from mhmoe_ray.model.router import Routing
-from mhmoe_ray.model.trunk import Trunk, TrunkBlock, add_residual, recompute_in_backward
+from mhmoe_ray.model.trunk import Trunk, TrunkBlock, add_residual
 from mhmoe_ray.spec import ModelSpec
 
 

@@ -26,9 +26,9 @@ from mhmoe_kernels import widen
 from mhmoe_ray.model.feedforward import Experts, FeedForward, SharedExpert
 from mhmoe_ray.model.moe import MoELayer, dispatch_locally
 from mhmoe_ray.model.noise import dropout
+from mhmoe_ray.model.recompute import recompute_in_backward
 from mhmoe_ray.model.router import NO_CONTEXT, BaseRouter, LinearScores, Routing, RoutingContext, route_counts
 from mhmoe_ray.model.router.base import routing_without_losses
-from mhmoe_ray.model.trunk import recompute_in_backward
 from mhmoe_ray.spec import ModelSpec, MoESpec
 
 

@@ -3,20 +3,18 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mhmoe_kernels import allow_compilation
 from mhmoe_ray.model.moe import MoELayer, dispatch_locally
 from mhmoe_ray.model.noise import Noise
+from mhmoe_ray.model.recompute import recompute_in_backward
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.spec.train import Recompute
-
-R = TypeVar("R")
 
 
 class TrunkBlock(nn.Module):
@@ -116,14 +114,6 @@ class Trunk(nn.Module, ABC):
 def add_residual(x_BTM: Tensor, y_BTM: Tensor) -> Tensor:
     """Add a layer's output y to the residual stream x, in the dtype of x."""
     return (x_BTM + y_BTM).to(x_BTM.dtype)
-
-
-def recompute_in_backward(function: Callable[..., R], *inputs: Tensor) -> R:
-    """Return `function(*inputs)`; the backward calls it again instead of keeping its values."""
-    # The state of torch's default generator need not be kept, because all random numbers are drawn from other
-    # generators.
-    result: R = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return result
 
 
 def routing_loss(spec: ModelSpec, routing: list[Routing]) -> Tensor:

@@ -6,7 +6,7 @@ fewer.
 """
 
 from mhmoe_kernels.abilities import KERNELS, KernelName
-from mhmoe_kernels.choice import gpu_kernels
+from mhmoe_kernels.choice import TRITON_KERNELS, gpu_kernels
 from mhmoe_ray.spec import ModelSpec, RunSpec
 
 ASSUMED_MAJOR = 9
@@ -18,6 +18,9 @@ LOSS_CHUNK = 14
 """Number of launches per chunk of the loss."""
 HEAD_PROJECTIONS = 18
 """Number of launches for a layer's head and merge projections, forward and backward."""
+DISPATCH = 19
+"""Number of launches by which flat dispatch in one pass exceeds local experts, forward and backward: 12 kernels and 7
+exchanges."""
 LOOP_BLOCK, LOOP_EXPERT = 120, 19
 """Numbers of launches of a loop over experts: for a block without its experts, and for each expert."""
 
@@ -66,7 +69,8 @@ def launches_per_micro_batch(spec: RunSpec) -> int:
     if moe is not None and kernel is not None:
         local_experts = moe.experts // spec.cluster.ep
         block = model.architecture.mixture_launches.get(kernel, LOOP_BLOCK + LOOP_EXPERT * local_experts)
-        block_launches += mixture_blocks * (block + HEAD_PROJECTIONS * (moe.heads > 1))
+        is_dispatched = spec.cluster.ep > 1 and kernel in TRITON_KERNELS
+        block_launches += mixture_blocks * (block + HEAD_PROJECTIONS * (moe.heads > 1) + DISPATCH * is_dispatched)
     loss_launches = 0
     if spec.train.loss_chunk_rows is not None:
         loss_launches = LOSS_CHUNK * -(-spec.tokens_per_micro_batch // spec.train.loss_chunk_rows)

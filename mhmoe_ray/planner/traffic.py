@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
+from mhmoe_kernels.choice import TRITON_KERNELS
 from mhmoe_ray.architectures import FLOAT32
 from mhmoe_ray.planner.family import INT32, INT64, bytes_of
+from mhmoe_ray.planner.kernels import assumed_kernel
 from mhmoe_ray.planner.placement import Layout, NodeKind, Spread, sharding_groups, single_node_layout
 from mhmoe_ray.planner.sizes import bytes_per_value, compute_sizes, float32_sizes, gathered_bytes
 from mhmoe_ray.spec import RunSpec
@@ -175,19 +177,30 @@ def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exch
     layout = layout or single_node_layout(cluster.max_world_size, cluster.ep)
     groups = [layout.spread(ranks) for ranks in layout.groups.ranks]
     passes = model.moe_layers * _micro_batches(spec)
-    # A recomputed block repeats the exchanges of its forward.
+    # A recomputed block repeats the exchanges of its forward, but not those of counts.
     forward_passes = 2 * passes if spec.train.recompute == "block" else passes
     tokens = spec.tokens_per_micro_batch
     # A token has h rows, and each row has k routes. At the default width d/h, the routes of a token have k * d values
     # whatever h is.
     route_bytes = tokens * moe.top_k * model.joined_width * bytes_per_value(spec)
     count_bytes = INT64 * moe.experts
-    stages = ("rows to experts", "outputs back", "gradients of outputs to experts", "gradients of rows back")
+    route_count = tokens * moe.heads * moe.top_k
+    # With kernels of Triton, outputs are scaled on the expert's rank. So gates travel to it, and their gradients back.
+    gate_bytes = FLOAT32 * route_count if assumed_kernel(spec) in TRITON_KERNELS else 0
+    stage_bytes = {
+        "rows to experts": route_bytes,
+        "gates to experts": gate_bytes,
+        "outputs back": route_bytes,
+        "gradients of outputs to experts": route_bytes,
+        "gradients of rows back": route_bytes,
+        "gradients of gates back": gate_bytes,
+    }
+    stages = [(stage, size) for stage, size in stage_bytes.items() if size]
 
     def build_exchange(name: str, pattern: Pattern) -> Exchange:
         links = group_loads(groups, pattern)
         sent_bytes = round(sum(s.mean for s in links))
-        times = passes if name.startswith("gradients") else forward_passes
+        times = passes if name.startswith(("counts", "gradients")) else forward_passes
         return Exchange(name, cluster.ep, sent_bytes, sent_bytes, times, links)
 
     def sized_pattern(size: int) -> Pattern:
@@ -196,7 +209,7 @@ def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exch
     if cluster.dispatch == "flat" or not any(map(has_rails, groups)):
         return [
             build_exchange("counts per expert", sized_pattern(count_bytes)),
-            *(build_exchange(stage, sized_pattern(route_bytes)) for stage in stages),
+            *(build_exchange(stage, sized_pattern(size)) for stage, size in stages),
         ]
 
     # With dropout each route is sent as a row of its own. Otherwise one row is sent to a node for all its routes there.
@@ -216,8 +229,11 @@ def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exch
     def rails_only(pattern: Pattern) -> Pattern:
         return lambda group, kind: pattern(group, kind) if has_rails(group) else LinkLoads()
 
-    row_bytes, route_count = route_bytes // routes_per_row, tokens * moe.heads * moe.top_k
-    extra_bytes = {stages[0]: route_count * (INT32 + FLOAT32), stages[3]: route_count * FLOAT32}
+    row_bytes = route_bytes // routes_per_row
+    extra_bytes = {
+        "rows to experts": route_count * (INT32 + FLOAT32),
+        "gradients of rows back": route_count * FLOAT32,
+    }
     result = [
         # Each node gets two counts: of rows, and of their routes. Nodes without rows get them, too. So `top_k` is set
         # to the number of all experts, because then every row goes to every node.
@@ -227,18 +243,15 @@ def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exch
             rails_only(lambda group, kind: LinkLoads(all_to_all_pattern(group, kind).scaled(count_bytes).node)),
         ),
     ]
-    for stage in stages:
-        result.append(
-            build_exchange(
-                f"{stage}, by node", rail_pattern(row_bytes + extra_bytes.get(stage, 0), route_bytes, routes_per_row)
-            )
-        )
-        result.append(
-            build_exchange(
-                f"{stage}, within nodes",
-                rails_only(lambda *arguments: within_nodes_pattern(*arguments).scaled(route_bytes)),
-            )
-        )
+
+    def within_nodes(group: Spread, kind: NodeKind) -> LinkLoads:
+        return within_nodes_pattern(group, kind).scaled(size)
+
+    for stage, size in stages:
+        # Between nodes, gates and their gradients are a part of the rows.
+        node_size = 0 if "gates" in stage else row_bytes + extra_bytes.get(stage, 0)
+        result.append(build_exchange(f"{stage}, by node", rail_pattern(node_size, size, routes_per_row)))
+        result.append(build_exchange(f"{stage}, within nodes", rails_only(within_nodes)))
     return result
 
 

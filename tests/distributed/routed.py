@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from mhmoe_ray.distributed.dispatch.inner_pass import InnerPass
 from mhmoe_ray.model.feedforward import Experts, FeedForward, SharedExpert
 from mhmoe_ray.model.moe import dispatch_locally
+from mhmoe_ray.model.recompute import recompute_in_backward
 from mhmoe_ray.model.router import Routing
 from tests.support.specs import tiny_spec
 
@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
 def build_spec(case):
     """Return the spec of the model whose experts a case has."""
-    moe = {"heads": 1, "experts": case.experts, "top_k": 1, "d_expert": 24, "kernel": case.kernel}
+    moe = {"heads": 1, "experts": case.experts, "top_k": 1, "d_expert": 24}
     model = {**tiny_spec().model.model_dump(), "d_model": WIDTH, "moe": moe, **dict(case.model)}
     return tiny_spec(model=model).model
 
@@ -68,7 +68,7 @@ def build_problem(case, expert_ids, only_rank=None):
     for p in experts.parameters():
         full_tensor = torch.randn(case.experts, *p.shape[1:], generator=g, dtype=torch.float64) / 4
         p.data.copy_(full_tensor[expert_ids.start : expert_ids.stop])
-    experts.recompute = case.recompute
+    experts.recompute, experts.kernel = case.recompute, case.kernel
     parts = []
     for rank, n in enumerate(case.rows):
         used_E = torch.tensor(case.used_experts or range(case.experts)) + (
@@ -109,7 +109,7 @@ def assert_equal_to_one_process(case, ranks):
 
     `ranks` has the list of outputs and gradients of each rank.
     """
-    exact_case = case._replace(dtype=torch.float64, autocast=False)
+    exact_case = case._replace(dtype=torch.float64, autocast=False, kernel="auto")
     expected, _ = outputs_and_gradients(exact_case, dispatch_locally, *build_problem(exact_case, range(case.experts)))
     assert all(tensors[0].dtype == (torch.bfloat16 if case.autocast else case.dtype) for tensors in ranks)
     for i, oracle in enumerate(expected):
@@ -154,7 +154,7 @@ def count_living_after_recomputation(dispatch, x_ND, routing, experts, steps):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(InnerPass, "forward", forward_and_record)
             for _ in range(steps):
-                checkpoint(compute, x_ND, use_reentrant=False).sum().backward()
+                recompute_in_backward(compute, x_ND).sum().backward()
         living_outputs = sum(output() is not None for output in outputs)
     finally:
         gc.enable()

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from shutil import which
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from torch._subclasses.fake_tensor import is_fake
 
 from mhmoe_kernels.choice import ExpertSizes
 from mhmoe_kernels.weights import ExpertWeights
+
+if TYPE_CHECKING:
+    from mhmoe_kernels.triton.operators import SortedRoutes
 
 
 def unavailable_reason(device: torch.device) -> str | None:
@@ -78,7 +81,7 @@ def _has_compiler(compiler: str | None, path: str | None) -> bool:
     return bool(compiler or which("gcc", path=path) or which("clang", path=path))
 
 
-def run_fused(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
+def run_fused(x_ND: Tensor, expert_NK: "Tensor | SortedRoutes", gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
     """Run `mhmoe_kernels.run_experts` by fused experts, in float32 or bfloat16; float32 sums are bitwise reproducible.
 
     Other or mixed dtypes raise TypeError, and an `unavailable_reason` RuntimeError.
@@ -91,7 +94,7 @@ def run_fused(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertW
 
 
 def run_grouped(
-    x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights, use_torch: bool = False
+    x_ND: Tensor, expert_NK: "Tensor | SortedRoutes", gate_NK: Tensor, weights: ExpertWeights, use_torch: bool = False
 ) -> Tensor:
     """Run `mhmoe_kernels.run_experts` by grouped matrix products; result and errors are those of `run_fused`.
 
@@ -105,14 +108,25 @@ def run_grouped(
         return run(TorchProducts if use_torch else Products, x_ND, expert_NK, gate_NK, weights)
 
 
-def run_sorted_grouped(x_RD: Tensor, count_E: Tensor, weights: ExpertWeights, use_torch: bool = False) -> Tensor:
-    """Run rows that are sorted by expert, like `run_grouped`; `count_E` is int64 in CPU memory."""
-    _check(x_RD, weights)
-    from mhmoe_kernels.triton.grouped.experts import run_sorted
-    from mhmoe_kernels.triton.grouped.products import Products, TorchProducts
+def plan_routes(expert_NK: Tensor, n_experts: int) -> "SortedRoutes":
+    """Sort routes by expert, like `permutation.plan_routes`, in stable order; the routes of `n_experts` are last."""
+    from mhmoe_kernels.triton.operators import SortedRoutes, sort_routes
 
-    with _device_of(x_RD):
-        return run_sorted(TorchProducts if use_torch else Products, x_RD, count_E, weights)
+    # Nobody runs experts on these routes, so the tile size (128) does not matter.
+    with _device_of(expert_NK):
+        return SortedRoutes(*sort_routes(expert_NK, n_experts + 1, 128))
+
+
+def plan_received(received_PX: Tensor, rows: int) -> "SortedRoutes":
+    """Return `SortedRoutes`, for `run_experts`, of rows that P ranks sent, each its own rows sorted by expert.
+
+    `received_PX` counts each rank's rows for each of X experts, int64 on the device; their sum is `rows`.
+    """
+    from mhmoe_kernels.triton.grouped.blocks import rows_per_tile
+    from mhmoe_kernels.triton.operators import SortedRoutes, sort_received
+
+    with _device_of(received_PX):
+        return SortedRoutes(*sort_received(received_PX, rows, rows_per_tile(rows, received_PX.shape[1])))
 
 
 MAX_FUSED_EXPERTS = 1024

@@ -41,6 +41,36 @@ class SortedRoutes(NamedTuple):
     start_T: Tensor
     """First slot of each tile."""
 
+    def counts(self, n_experts: int) -> Tensor:
+        """Return count_E, the routes of each of the first `n_experts` experts, int64."""
+        first_E, end_E = self.offset_E1[:n_experts], self.offset_E1[1 : n_experts + 1]
+        return torch.sub(end_E, first_E, out=torch.empty_like(end_E, dtype=torch.int64))
+
+    def gather(self, x_ND: Tensor) -> Tensor:
+        """Return x_RD, the row of each sorted route."""
+        x_RD: Tensor = gather_rows(x_ND.contiguous(), self.route_R, self.slot_NK.shape[1])
+        return x_RD
+
+    def add(self, x_RD: Tensor) -> Tensor:
+        """Return the sum of each row's routes."""
+        sum_ND: Tensor = combine_rows(x_RD.contiguous(), None, self.slot_NK, None)
+        return sum_ND
+
+    def by_route(self) -> "SortedRoutes":
+        """Return the same order with each route as a row of its own."""
+        return self._replace(slot_NK=self.slot_NK.view(-1, 1))
+
+    def trimmed(self, routes: int) -> "SortedRoutes":
+        """Return what `RoutePlan.trimmed` does, with the tiles of all routes."""
+        return self._replace(route_R=self.route_R[: routes + 1], slot_NK=self.slot_NK.clamp(max=routes))
+
+
+def sorted_routes(expert_NK: Tensor | SortedRoutes, experts: int, rows_per_tile: int) -> SortedRoutes:
+    """Return routes sorted by expert in tiles of up to `rows_per_tile` rows; sorted ones have such tiles already."""
+    if isinstance(expert_NK, SortedRoutes):
+        return expert_NK
+    return SortedRoutes(*sort_routes(expert_NK, experts, rows_per_tile))
+
 
 def split(tensors: Sequence[Tensor], first_length: int, second_length: int) -> tuple[Tensors, Tensors, Tensors]:
     """Split the tensors that an autograd function saved into three tuples."""
@@ -84,14 +114,19 @@ def _empty_tiles(device_tensor: Tensor, routes: int, experts: int, rows_per_tile
     return expert_T, start_T
 
 
-def _empty_sort(expert_NK: Tensor, experts: int, rows_per_tile: int, by_choice: bool = False) -> SortedRoutes:
-    routes = expert_NK.numel()
+def _empty_routes(device_tensor: Tensor, rows: int, top_k: int, experts: int, rows_per_tile: int) -> SortedRoutes:
+    routes = rows * top_k
     return SortedRoutes(
-        expert_NK.new_empty(routes, dtype=torch.int32),
-        expert_NK.new_empty(expert_NK.shape, dtype=torch.int32),
-        expert_NK.new_empty(experts + 1, dtype=torch.int32),
-        *_empty_tiles(expert_NK, routes, experts, rows_per_tile),
+        device_tensor.new_empty(routes, dtype=torch.int32),
+        device_tensor.new_empty(rows, top_k, dtype=torch.int32),
+        device_tensor.new_empty(experts + 1, dtype=torch.int32),
+        *_empty_tiles(device_tensor, routes, experts, rows_per_tile),
     )
+
+
+def _empty_sort(expert_NK: Tensor, experts: int, rows_per_tile: int, by_choice: bool = False) -> SortedRoutes:
+    rows, top_k = expert_NK.shape
+    return _empty_routes(expert_NK, rows, top_k, experts, rows_per_tile)
 
 
 @operator(launches=4, fake=_empty_sort)
@@ -150,6 +185,30 @@ def _launch_schedule(count_E: Tensor, offset_E1: Tensor, expert_T: Tensor, start
         count_E, offset_E1, expert_T, start_T, len(expert_T), experts, rows_per_tile, 32,
         max(16, triton.next_power_of_2(experts)),
     )  # fmt: skip
+
+
+@operator(
+    launches=2,
+    fake=lambda received_PX, rows, rows_per_tile: _empty_routes(
+        received_PX, rows, 1, received_PX.shape[1], rows_per_tile
+    ),
+)
+def sort_received(received_PX: Tensor, rows: int, rows_per_tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sort rows by expert that P ranks sent, each its own rows by expert, and return the fields of `SortedRoutes`.
+
+    `received_PX` counts each rank's rows for each expert, int64; a row is a route of its own.
+    """
+    ranks, experts = received_PX.shape
+    results = _empty_routes(received_PX, rows, 1, experts, rows_per_tile)
+    total_E = received_PX.new_empty(experts, dtype=torch.int32)
+    # Several programs share a long run of rows, so that an expert that gets most rows does not delay the kernel.
+    programs = min(16, max(1, triton.cdiv(rows, 256)))
+    launch(sort.place_received, (ranks * experts, programs))(
+        received_PX, results.route_R, results.slot_NK, total_E, experts, ranks * experts, 256,
+        max(16, triton.next_power_of_2(ranks * experts)),
+    )  # fmt: skip
+    _launch_schedule(total_E, *results[2:], rows_per_tile)
+    return results
 
 
 @operator(launches=1, fake=lambda x_ND, route_R, top_k: x_ND.new_empty(len(route_R), x_ND.shape[1]))

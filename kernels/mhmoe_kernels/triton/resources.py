@@ -33,7 +33,7 @@ MAX_SPILLED_BYTES = 64
 WIDTH, HIDDEN = 2048, 856
 """Row width and hidden width for which grouped products are compiled. 856 is not a multiple of 16."""
 
-_INT64 = {"expert_NK", "count_E", "dropped"}
+_INT64 = {"expert_NK", "count_E", "dropped", "received_PX"}
 _INT32 = {
     "route_R", "slot_NK", "slot_KN", "slot_R", "offset_E1", "expert_T", "start_T", "count_BE", "before_BE", "total_E",
     "first_PE", "count_PE",
@@ -145,6 +145,8 @@ def small_builds() -> Iterator[Build]:
         tiles = {"E": experts, "BLOCK_ROWS": 128, "BLOCK_T": 32, "BLOCK_E": columns}
         yield Build(f"sort: tiles, E {experts}", sort.schedule_tiles, tiles)
         yield Build(f"sort: places, E {experts}", sort.place_routes, order)
+        received = {"X": max(1, experts // 8), "PX": experts, "BLOCK": 256, "BLOCK_PX": columns}
+        yield Build(f"sort: received, E {experts}", sort.place_received, received)
         routing = {**choices, "NORMALIZED": True, "BLOCK_E": columns}
         yield Build(f"route, E {experts}", router.route_rows, {**routing, "BLOCK_N": max(1, 4096 // columns)})
         backward = {**routing, "HAS_DROPS": True, "BLOCK_N": max(1, 2048 // columns)}

@@ -1,12 +1,14 @@
 """Kernels that sort routes by expert and divide them into tiles: a stable counting sort on the device.
 
 A tile is up to BLOCK_ROWS sorted routes of one expert. The host knows only how many tiles there can be at most, so it
-never waits for the counts. The sort takes four launches for any number of experts:
+never waits for the counts. The sort takes four launches for any number of experts, and two for rows that other ranks
+have sorted, `place_received` and `schedule_tiles`:
 
     count_routes        counts of each expert in each block of routes
     add_counts          counts in earlier blocks, and the total of each expert
     schedule_tiles      first sorted route of each expert, and the tiles
     place_routes        position of each route
+    place_received      position of each received row, and the total of each expert
 """
 
 import triton
@@ -102,3 +104,30 @@ def place_routes(
     slot += tl.load(before_BE + block * E + expert, mask=inside, other=0)
     tl.store(slot_R + route, slot, mask=inside)
     tl.store(route_R + slot, route, mask=inside)
+
+
+@triton.jit
+def place_received(
+    received_PX, route_R, slot_R, total_E, X: tl.constexpr, PX: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_PX: tl.constexpr,
+):  # fmt: skip
+    """Store the position by expert of each row that P ranks sent, the row at each position, and each expert's total.
+
+    Rows arrive by rank, and those of one rank by expert; X experts are on this rank. The programs of a row of the grid
+    share the rows of one rank for one expert. BLOCK_PX is a power of two, at least PX = P * X.
+    """
+    run = tl.program_id(0)
+    expert = run % X
+    other_run = tl.arange(0, BLOCK_PX)
+    other_expert = other_run % X
+    count = tl.load(received_PX + other_run, mask=other_run < PX, other=0).to(tl.int32)
+    row = tl.sum(tl.where(other_run < run, count, 0))
+    is_earlier = (other_expert < expert) | ((other_expert == expert) & (other_run < run))
+    slot = tl.sum(tl.where(is_earlier, count, 0))
+    rows = tl.sum(tl.where(other_run == run, count, 0))
+    if run < X and tl.program_id(1) == 0:
+        tl.store(total_E + expert, tl.sum(tl.where(other_expert == expert, count, 0)))
+    for start in range(tl.program_id(1) * BLOCK, rows, tl.num_programs(1) * BLOCK):
+        lane = start + tl.arange(0, BLOCK)
+        tl.store(route_R + slot + lane, row + lane, mask=lane < rows)
+        tl.store(slot_R + row + lane, slot + lane, mask=lane < rows)

@@ -128,25 +128,29 @@ class RowExchange:
 
     def start_counts(self, count_JX: Tensor) -> PendingExchange:
         """Start an all-to-all of row counts: the j-th other rank receives count_JX[j], and its counts arrive at index
-        j."""
-        self._sent_bytes = self._sent_bytes.plus(SentBytes(counts=count_JX.nbytes))
-        split_sizes = [1] * len(self._remote_flags)
+        j. With a row for each rank, this rank's own row arrives too."""
+        sent_bytes = len(self._remote_flags) * count_JX[0].nbytes if len(count_JX) else 0
+        self._sent_bytes = self._sent_bytes.plus(SentBytes(counts=sent_bytes))
+        split_sizes = [1] * len(count_JX)
         return self._start_all_to_all(count_JX, torch.empty_like(count_JX), split_sizes, split_sizes)
 
     def start_rows(self, rows: Tensor, output: Tensor, out_J: list[int], in_J: list[int]) -> PendingExchange:
         """Start an all-to-all of rows: the j-th other rank receives the next out_J[j] of `rows`, and sends in_J[j] for
-        `output`."""
-        remote_count = sum(count for count, is_remote in zip(out_J, self._remote_flags, strict=True) if is_remote)
-        remote_bytes = remote_count * rows.shape[1] * rows.itemsize
-        self._sent_bytes = self._sent_bytes.plus(SentBytes(rows=rows.nbytes, between_nodes=remote_bytes))
+        `output`. With counts for each rank, `rows` and `output` have this rank's own rows too."""
+        count_J = self.exclude_own(out_J) if len(out_J) == self.ranks else out_J
+        remote_count = sum(count for count, is_remote in zip(count_J, self._remote_flags, strict=True) if is_remote)
+        row_bytes = rows.shape[1] * rows.itemsize
+        sent_bytes = SentBytes(rows=sum(count_J) * row_bytes, between_nodes=remote_count * row_bytes)
+        self._sent_bytes = self._sent_bytes.plus(sent_bytes)
         return self._start_all_to_all(rows, output, out_J, in_J)
 
     def _start_all_to_all(self, rows: Tensor, output: Tensor, out_J: list[int], in_J: list[int]) -> PendingExchange:
         """Start an all-to-all like `start_rows`, without counting bytes."""
         if self.ranks == 1:
-            return PendingExchange(None, rows, output, self._wait_timer)
-        rank = self.rank
-        # This rank's own rows are not among `rows`, so its place in both lists of counts is 0.
-        output_splits, input_splits = ([*counts[:rank], 0, *counts[rank:]] for counts in (in_J, out_J))
+            return PendingExchange(None, rows, output.copy_(rows), self._wait_timer)
+        output_splits, input_splits, rank = in_J, out_J, self.rank
+        if len(in_J) < self.ranks:
+            # This rank's own rows are not among `rows`, so its place in both lists of counts is 0.
+            output_splits, input_splits = ([*counts[:rank], 0, *counts[rank:]] for counts in (in_J, out_J))
         work = dist.all_to_all_single(output, rows, output_splits, input_splits, group=self._group, async_op=True)
         return PendingExchange(work, rows, output, self._wait_timer)

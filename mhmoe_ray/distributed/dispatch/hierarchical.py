@@ -27,11 +27,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mhmoe_kernels import Function, combine, permute, plan_routes
+from mhmoe_kernels import Function, add_routes, permute, plan_for_kernel
 from mhmoe_ray.distributed.dispatch.exchange import RowExchange, SentBytes
-from mhmoe_ray.distributed.dispatch.flat import FlatDispatch
+from mhmoe_ray.distributed.dispatch.flat import ExchangePlan, FlatDispatch
 from mhmoe_ray.distributed.dispatch.inner_pass import SharedPass, restore_saved, shared_arguments, take_all_saved
 from mhmoe_ray.model.feedforward import Experts, SharedExpert
+from mhmoe_ray.model.recompute import recall
 from mhmoe_ray.model.router import Routing
 
 
@@ -157,27 +158,15 @@ class HierarchicalDispatch:
         x_ND, weights = experts.cast_rows(x_ND)
         rail, expert_NK, gate_NK = self._rail, routing.expert_NK, routing.gate_NK
         experts_per_node = len(experts.expert_ids) * self._flat.ranks
-
-        # The plan treats the other nodes as experts: a row goes once, with weight 1, to each other node that has an
-        # expert for one of its kept routes.
-        node_G = torch.arange(rail.ranks, device=x_ND.device)
-        node_NK = (expert_NK // experts_per_node).masked_fill(gate_NK == 0, rail.ranks)
-        routes_NG = (node_NK[..., None] == node_G).sum(1)
-        is_sent_NG = (routes_NG > 0) & (node_G != rail.rank)
-        plan = plan_routes(node_G.where(is_sent_NG, rail.ranks), rail.ranks)
-        # count_G2 has two numbers for each node: the rows that are sent to it, and the routes to its experts.
-        count_G2 = torch.stack([plan.count_E, routes_NG.sum(0)], 1)
-        counts = rail.start_counts(torch.cat([count_G2[: rail.rank], count_G2[rail.rank + 1 :]]))
+        kernel = experts.select_kernel(x_ND, weights)
+        routed = recall(partial(self._start, expert_NK, gate_NK, kernel, experts_per_node))
         # The host waits for the device here, to read these numbers, and once more in the flat dispatch.
-        numbers = torch.cat([count_G2, counts.wait()]).tolist()
-        node_counts, in_J = numbers[: rail.ranks], numbers[rail.ranks :]
+        node_counts, in_J = routed.host_counts
         out_J = rail.exclude_own(node_counts)
-        plan = plan.trimmed(sum(rows for rows, _ in out_J))
-        local_counts = ExchangedRows([rows for rows, _ in out_J], len(plan.row_R))
+        plan = routed.plan.trimmed(sum(rows for rows, _ in out_J))
+        outgoing = (permute(x_ND, plan), permute(gate_NK, plan), plan.gather(expert_NK).int())
+        local_counts = ExchangedRows([rows for rows, _ in out_J], len(outgoing[0]))
         remote_counts = ExchangedRows([rows for rows, _ in in_J], sum(rows for rows, _ in in_J))
-
-        expert_RK = expert_NK.index_select(0, plan.row_R).int()
-        outgoing = (permute(x_ND, plan), permute(gate_NK, plan), expert_RK)
         received, y_BTM = exchange_rows(rail, local_counts, remote_counts, outgoing, shared)
         x_WD, gate_WK, expert_WK = (
             torch.cat(tensors) for tensors in zip((x_ND, gate_NK, expert_NK), received, strict=True)
@@ -190,8 +179,22 @@ class HierarchicalDispatch:
         # second flat dispatch, with five more exchanges, to hide at most 1/G of the experts' work on G nodes
         # (distributed/README.md).
         routes = node_counts[rail.rank][1] + sum(routes for _, routes in in_J)
-        kernel = experts.select_kernel(x_ND, weights)
         y_WD, _ = self._flat.dispatch_rows(x_WD, expert_WK, gate_WK, kernel, weights, routes=routes)
         y_ND, y_SD = torch.split(y_WD, [len(x_ND), remote_counts.rows])
         (sum_RD,), _ = exchange_rows(rail, remote_counts, local_counts, (y_SD,))
-        return y_ND + combine(sum_RD, is_sent_NG.to(gate_NK), plan), y_BTM
+        return y_ND + add_routes(sum_RD, plan), y_BTM
+
+    def _start(self, expert_NK: Tensor, gate_NK: Tensor, kernel: str, experts_per_node: int) -> ExchangePlan:
+        """Sort rows by node and start the exchange of two counts for each node: the rows that are sent to it, and the
+        routes to its experts."""
+        # The plan treats the other nodes as experts: a row goes once to each other node that has an expert for one of
+        # its kept routes.
+        rail = self._rail
+        node_G = torch.arange(rail.ranks, device=expert_NK.device)
+        node_NK = (expert_NK // experts_per_node).masked_fill(gate_NK == 0, rail.ranks)
+        routes_NG = (node_NK[..., None] == node_G).sum(1)
+        is_sent_NG = (routes_NG > 0) & (node_G != rail.rank)
+        plan = plan_for_kernel(kernel, node_G.where(is_sent_NG, rail.ranks), rail.ranks)
+        count_G2 = torch.stack([plan.counts(rail.ranks), routes_NG.sum(0)], 1)
+        other_counts = torch.cat([count_G2[: rail.rank], count_G2[rail.rank + 1 :]])
+        return ExchangePlan(plan, rail, count_G2, other_counts)

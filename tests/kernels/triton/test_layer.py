@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mhmoe_kernels import BACKENDS, allow_compilation
+from mhmoe_kernels import BACKENDS, allow_compilation, plan_received
 from mhmoe_kernels.choice import GPU_CHOICES
 from mhmoe_ray.bench.acceptance.accounting import Accounting
 from mhmoe_ray.model.moe import MultiHeadMoE
@@ -162,6 +162,8 @@ def test_operators_launch_what_they_state(monkeypatch):
                     (y.sum() + routing.balance_loss + routing.z_loss).backward()
                 assert torch.equal(routing.count_E.sum() + routing.dropped_routes, torch.tensor(32))
                 assert torch.equal(routing.count_E, route_counts(routing.expert_NK, 4, routing.gate_NK != 0))
+    with Launches():
+        assert plan_received(torch.tensor([[3, 1], [0, 2]]), 6).slot_NK.flatten().tolist() == [0, 1, 2, 3, 4, 5]
     # `schedule_tiles` is called only inside other operators here. `torch_linear` and `torch_outer` belong to kernel
     # `grouped_mm`, which is not tested here.
     assert launches.keys() == LAUNCHES.keys() - {"schedule_tiles", "torch_linear", "torch_outer"}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mhmoe_kernels.triton.fused.operators import fused_backward_rows, fused_backward_weights, fused_forward, norm_terms
-from mhmoe_kernels.triton.operators import SortedRoutes, combine_rows, sort_routes, split
+from mhmoe_kernels.triton.operators import SortedRoutes, combine_rows, sorted_routes, split
 from mhmoe_kernels.weights import ExpertWeights, Swiglu
 
 _SORT_ROWS_PER_TILE = 128
@@ -22,11 +22,12 @@ _SORT_ROWS_PER_TILE = 128
 class _FusedExperts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kind: str, eps: float, expert_NK: Tensor, x_ND: Tensor, gate_NK: Tensor, *weights: Tensor
-    ) -> Tensor:
+        ctx: Any, kind: str, eps: float, expert_NK: Tensor | SortedRoutes, x_ND: Tensor, gate_NK: Tensor,
+        *weights: Tensor,
+    ) -> Tensor:  # fmt: skip
         x_ND, gate_NK, weights = x_ND.contiguous(), gate_NK.contiguous(), tuple(w.contiguous() for w in weights)
-        top_k = expert_NK.shape[1]
-        routes = SortedRoutes(*sort_routes(expert_NK, len(weights[0]), _SORT_ROWS_PER_TILE))
+        top_k = gate_NK.shape[1]
+        routes = sorted_routes(expert_NK, len(weights[0]), _SORT_ROWS_PER_TILE)
         terms = norm_terms(kind, weights)
         out_RD, statistics = fused_forward(kind, eps, x_ND, weights, terms, routes.route_R, routes.offset_E1, top_k)
         ctx.kind, ctx.counts = kind, (len(weights), len(terms))
@@ -57,7 +58,7 @@ class _FusedExperts(torch.autograd.Function):
 _fused_experts: Callable[..., Tensor] = _FusedExperts.apply
 
 
-def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
+def run(x_ND: Tensor, expert_NK: Tensor | SortedRoutes, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
     """Run routed rows through fused experts, as `mhmoe_kernels.run_experts` does."""
     function = weights.function
     kind, eps = ("swiglu", 0.0) if isinstance(function, Swiglu) else ("gelu", function.eps)

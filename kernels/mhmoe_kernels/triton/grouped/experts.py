@@ -11,27 +11,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mhmoe_kernels.permutation import copy_to_device
 from mhmoe_kernels.triton.grouped import operators as ops
 from mhmoe_kernels.triton.grouped.blocks import rows_per_tile
 from mhmoe_kernels.triton.grouped.products import Parts, Products, Tiles
-from mhmoe_kernels.triton.operators import (
-    SortedRoutes,
-    Tensors,
-    combine_rows,
-    gather_rows,
-    schedule_tiles,
-    sort_routes,
-    split,
-)
+from mhmoe_kernels.triton.operators import SortedRoutes, Tensors, combine_rows, gather_rows, sorted_routes, split
 from mhmoe_kernels.weights import ExpertWeights, Function, Swiglu
 
 
 class Scales(NamedTuple):
-    """Scale (gate) of each route, in the order of routes, and the route of each slot, if any."""
+    """Scale (gate) of each route, in the order of routes, and the route of each slot."""
 
-    scale_S: Tensor | None = None
-    route_R: Tensor | None = None
+    scale_S: Tensor
+    route_R: Tensor
 
 
 class SwigluSteps:
@@ -129,15 +120,15 @@ def _kept_hidden(hidden: Tensors, recompute: float, products: Products) -> Tenso
 class _RoutedExperts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, steps: ExpertSteps, make_products: type[Products], recompute: float, expert_NK: Tensor, x_ND: Tensor,
-        gate_NK: Tensor, *weights: Tensor,
+        ctx: Any, steps: ExpertSteps, make_products: type[Products], recompute: float, expert_NK: Tensor | SortedRoutes,
+        x_ND: Tensor, gate_NK: Tensor, *weights: Tensor,
     ) -> Tensor:  # fmt: skip
         x_ND, gate_NK, weights = x_ND.contiguous(), gate_NK.contiguous(), tuple(w.contiguous() for w in weights)
         experts = len(weights[0])
-        tile_rows = rows_per_tile(expert_NK.numel(), experts)
-        routes = SortedRoutes(*sort_routes(expert_NK, experts, tile_rows))
+        tile_rows = rows_per_tile(gate_NK.numel(), experts)
+        routes = sorted_routes(expert_NK, experts, tile_rows)
         products = make_products(Tiles(*routes[2:], tile_rows))
-        x_RD = gather_rows(x_ND, routes.route_R, expert_NK.shape[1])
+        x_RD = gather_rows(x_ND, routes.route_R, gate_NK.shape[1])
         hidden = steps.project(x_RD, weights, products)
         out_RD, statistics = steps.finish(hidden, weights, products)
         ctx.steps, ctx.make_products, ctx.recompute, ctx.tile_rows = steps, make_products, recompute, tile_rows
@@ -168,52 +159,19 @@ class _RoutedExperts(torch.autograd.Function):
         return None, None, None, None, dx_ND, dgate_S.view_as(gate_NK).to(gate_NK.dtype), *dweights
 
 
-class _TritonExperts(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, steps: ExpertSteps, products: Products, recompute: float, x_RD: Tensor, *weights: Tensor
-    ) -> Tensor:
-        x_RD, weights = x_RD.contiguous(), tuple(w.contiguous() for w in weights)
-        hidden = steps.project(x_RD, weights, products)
-        out_RD, statistics = steps.finish(hidden, weights, products)
-        ctx.steps, ctx.products, ctx.recompute, ctx.counts = steps, products, recompute, (len(weights), len(statistics))
-        ctx.save_for_backward(x_RD, *weights, *statistics, *_kept_hidden(hidden, recompute, products))
-        return out_RD
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout_RD: Tensor) -> tuple[Tensor | None, ...]:
-        x_RD, *saved = ctx.saved_tensors
-        weights, statistics, hidden = split(saved, *ctx.counts)
-        if ctx.recompute:
-            hidden = ctx.steps.project(x_RD, weights, ctx.products, hidden)
-        (dx_RD, second_RD), _, dweights = ctx.steps.backward(
-            dout_RD.contiguous(), x_RD, hidden, statistics, weights, ctx.products, Scales()
-        )
-        dx_RD = dx_RD if second_RD is None else dx_RD + second_RD
-        return None, None, None, dx_RD, *dweights
-
-
 _routed_experts: Callable[..., Tensor] = _RoutedExperts.apply
-_sorted_experts: Callable[..., Tensor] = _TritonExperts.apply
 
 
 def run(
-    make_products: type[Products], x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights
+    make_products: type[Products],
+    x_ND: Tensor,
+    expert_NK: Tensor | SortedRoutes,
+    gate_NK: Tensor,
+    weights: ExpertWeights,
 ) -> Tensor:
-    """Run routed rows through experts, as `mhmoe_kernels.run_experts` does, in float32 or bfloat16."""
-    steps, recompute = steps_of(weights.function), _applied_recompute(weights)
+    """Run routed rows through experts, as `mhmoe_kernels.run_experts` does, in float32 or bfloat16.
+
+    Sorted routes must have tiles of `rows_per_tile`.
+    """
+    steps, recompute = steps_of(weights.function), weights.recompute if torch.is_grad_enabled() else 0.0
     return _routed_experts(steps, make_products, recompute, expert_NK, x_ND, gate_NK, *weights.stacked)
-
-
-def run_sorted(make_products: type[Products], x_RD: Tensor, count_E: Tensor, weights: ExpertWeights) -> Tensor:
-    """Run rows that are sorted by expert through their experts, as `mhmoe_kernels.run_sorted_experts` does."""
-    tile_rows = rows_per_tile(len(x_RD), len(count_E))
-    device_count_E = copy_to_device(count_E.int(), x_RD.device)
-    offset_E1, expert_T, start_T = schedule_tiles(device_count_E, len(x_RD), tile_rows)
-    products = make_products(Tiles(offset_E1, expert_T, start_T, tile_rows))
-    return _sorted_experts(steps_of(weights.function), products, _applied_recompute(weights), x_RD, *weights.stacked)
-
-
-def _applied_recompute(weights: ExpertWeights) -> float:
-    return weights.recompute if torch.is_grad_enabled() else 0.0

@@ -12,9 +12,10 @@ from mhmoe_ray.families.encoder.model.samples import join_samples, split_samples
 from mhmoe_ray.model.branch import Branch
 from mhmoe_ray.model.moe import MoELayer, MultiHeadMoE
 from mhmoe_ray.model.noise import default_generator_from, dropout
+from mhmoe_ray.model.recompute import recompute_in_backward
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.model.smear import MergedExperts
-from mhmoe_ray.model.trunk import TrunkBlock, add_residual, recompute_in_backward
+from mhmoe_ray.model.trunk import TrunkBlock, add_residual
 from mhmoe_ray.spec import ModelSpec
 
 

@@ -24,8 +24,9 @@ from mhmoe_ray.model.architectures import modules_of
 from mhmoe_ray.model.branch import Branch
 from mhmoe_ray.model.moe import MoELayer, MultiHeadMoE
 from mhmoe_ray.model.noise import EMBEDDING, HEADS, Noise, default_generator_from, dropout, seeded_generator
+from mhmoe_ray.model.recompute import recompute_in_backward
 from mhmoe_ray.model.router import Routing
-from mhmoe_ray.model.trunk import Trunk, TrunkBlock, add_residual, recompute_in_backward
+from mhmoe_ray.model.trunk import Trunk, TrunkBlock, add_residual
 from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.spec.vision import module_key
 
