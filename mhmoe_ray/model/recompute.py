@@ -24,8 +24,8 @@ def recompute_in_backward(function: Callable[..., R], *inputs: Tensor) -> R:
 def recall(compute: Callable[[], R]) -> R:
     """Return `compute()`; in a forward that `recompute_in_backward` repeats, what it returned the first time.
 
-    Each repetition must make the same calls in the same order. The values live as long as the graph of the first
-    forward, so they must not refer to it.
+    The calls must have the same order each time. The values live as long as the first forward's graph, to which they
+    must not refer.
     """
     context = _context.get()
     return compute() if context is None else context.recall(compute)

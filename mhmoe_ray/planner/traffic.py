@@ -184,18 +184,11 @@ def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exch
     # whatever h is.
     route_bytes = tokens * moe.top_k * model.joined_width * bytes_per_value(spec)
     count_bytes = INT64 * moe.experts
+    stages = ("rows to experts", "outputs back", "gradients of outputs to experts", "gradients of rows back")
     route_count = tokens * moe.heads * moe.top_k
-    # With kernels of Triton, outputs are scaled on the expert's rank. So gates travel to it, and their gradients back.
+    # Triton's kernels scale outputs on the expert's rank. So a gate travels with each row, and its gradient back.
     gate_bytes = FLOAT32 * route_count if assumed_kernel(spec) in TRITON_KERNELS else 0
-    stage_bytes = {
-        "rows to experts": route_bytes,
-        "gates to experts": gate_bytes,
-        "outputs back": route_bytes,
-        "gradients of outputs to experts": route_bytes,
-        "gradients of rows back": route_bytes,
-        "gradients of gates back": gate_bytes,
-    }
-    stages = [(stage, size) for stage, size in stage_bytes.items() if size]
+    flat_bytes = {s: route_bytes + gate_bytes * (s in ("rows to experts", "gradients of rows back")) for s in stages}
 
     def build_exchange(name: str, pattern: Pattern) -> Exchange:
         links = group_loads(groups, pattern)
@@ -209,7 +202,7 @@ def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exch
     if cluster.dispatch == "flat" or not any(map(has_rails, groups)):
         return [
             build_exchange("counts per expert", sized_pattern(count_bytes)),
-            *(build_exchange(stage, sized_pattern(size)) for stage, size in stages),
+            *(build_exchange(stage, sized_pattern(flat_bytes[stage])) for stage in stages),
         ]
 
     # With dropout each route is sent as a row of its own. Otherwise one row is sent to a node for all its routes there.
@@ -230,10 +223,7 @@ def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exch
         return lambda group, kind: pattern(group, kind) if has_rails(group) else LinkLoads()
 
     row_bytes = route_bytes // routes_per_row
-    extra_bytes = {
-        "rows to experts": route_count * (INT32 + FLOAT32),
-        "gradients of rows back": route_count * FLOAT32,
-    }
+    extra_bytes = {stages[0]: route_count * (INT32 + FLOAT32), stages[3]: route_count * FLOAT32}
     result = [
         # Each node gets two counts: of rows, and of their routes. Nodes without rows get them, too. So `top_k` is set
         # to the number of all experts, because then every row goes to every node.
@@ -243,15 +233,19 @@ def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exch
             rails_only(lambda group, kind: LinkLoads(all_to_all_pattern(group, kind).scaled(count_bytes).node)),
         ),
     ]
-
-    def within_nodes(group: Spread, kind: NodeKind) -> LinkLoads:
-        return within_nodes_pattern(group, kind).scaled(size)
-
-    for stage, size in stages:
-        # Between nodes, gates and their gradients are a part of the rows.
-        node_size = 0 if "gates" in stage else row_bytes + extra_bytes.get(stage, 0)
-        result.append(build_exchange(f"{stage}, by node", rail_pattern(node_size, size, routes_per_row)))
-        result.append(build_exchange(f"{stage}, within nodes", rails_only(within_nodes)))
+    for stage in stages:
+        result.append(
+            build_exchange(
+                f"{stage}, by node",
+                rail_pattern(row_bytes + extra_bytes.get(stage, 0), flat_bytes[stage], routes_per_row),
+            )
+        )
+        result.append(
+            build_exchange(
+                f"{stage}, within nodes",
+                rails_only(lambda *arguments, size=flat_bytes[stage]: within_nodes_pattern(*arguments).scaled(size)),
+            )
+        )
     return result
 
 

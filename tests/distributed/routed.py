@@ -7,7 +7,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from mhmoe_ray.distributed.build import build_dispatch
 from mhmoe_ray.distributed.dispatch.inner_pass import InnerPass
+from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.model.feedforward import Experts, FeedForward, SharedExpert
 from mhmoe_ray.model.moe import dispatch_locally
 from mhmoe_ray.model.recompute import recompute_in_backward
@@ -15,6 +17,8 @@ from mhmoe_ray.model.router import Routing
 from tests.support.specs import tiny_spec
 
 WIDTH, EXPERTS_PER_RANK = 16, 2
+LAYOUTS = {"2 nodes of 2": list("aabb"), "4 nodes of 1": list("abcd")}
+"""Nodes of the four ranks of a hierarchical dispatch."""
 
 
 class Case(NamedTuple):
@@ -46,6 +50,12 @@ def build_spec(case):
     moe = {"heads": 1, "experts": case.experts, "top_k": 1, "d_expert": 24}
     model = {**tiny_spec().model.model_dump(), "d_model": WIDTH, "moe": moe, **dict(case.model)}
     return tiny_spec(model=model).model
+
+
+def dispatch_of(dispatch, nodes):
+    """Return the "flat" or "hierarchical" dispatch of one expert-parallel group; `nodes` has the node of each rank."""
+    spec = tiny_spec(cluster={"workers": len(nodes), "ep": len(nodes), "dispatch": dispatch}).cluster
+    return build_dispatch(spec, build_mesh(spec, nodes, "cpu"))
 
 
 def build_shared_layer(case):

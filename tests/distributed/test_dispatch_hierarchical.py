@@ -4,14 +4,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mhmoe_ray.distributed.build import build_dispatch
 from mhmoe_ray.distributed.dispatch.exchange import PendingExchange
 from mhmoe_ray.distributed.dispatch.flat import FlatDispatch
 from mhmoe_ray.distributed.dispatch.hierarchical import HierarchicalDispatch
-from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.model.feedforward import SharedExpert
 from tests.distributed.routed import (
     EXPERTS_PER_RANK,
+    LAYOUTS,
     WIDTH,
     Case,
     LivingObjects,
@@ -19,14 +18,13 @@ from tests.distributed.routed import (
     build_problem,
     build_shared_layer,
     count_living_after_recomputation,
+    dispatch_of,
     outputs_and_gradients,
 )
 from tests.support.ranks import run_ranks
-from tests.support.specs import tiny_spec
 
 RANKS = 4
 ROWS = (11, 7, 9, 5)
-LAYOUTS = {"2 nodes of 2": list("aabb"), "4 nodes of 1": list("abcd")}
 CASES = {
     "one choice": Case(ROWS, top_k=1),
     "two choices": Case(ROWS, top_k=2),
@@ -48,12 +46,6 @@ CASES = {
     "autocast": Case(ROWS, dtype=torch.float32, autocast=True),
     "autocast of a gelu": Case(ROWS, dtype=torch.float32, autocast=True, model=(("backbone", "subln"),)),
 }
-
-
-def dispatch_of(dispatch, nodes):
-    """Return the "flat" or "hierarchical" dispatch of one expert-parallel group; `nodes` has the node of each rank."""
-    spec = tiny_spec(cluster={"workers": len(nodes), "ep": len(nodes), "dispatch": dispatch}).cluster
-    return build_dispatch(spec, build_mesh(spec, nodes, "cpu"))
 
 
 def results_of_rank():

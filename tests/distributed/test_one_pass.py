@@ -16,15 +16,16 @@ from mhmoe_ray.planner.kernels import DISPATCH
 from mhmoe_ray.spec import ModelSpec
 from tests.distributed.routed import (
     EXPERTS_PER_RANK,
+    LAYOUTS,
     WIDTH,
     Case,
     LivingObjects,
     assert_equal_to_one_process,
     build_problem,
     count_living_after_recomputation,
+    dispatch_of,
     outputs_and_gradients,
 )
-from tests.distributed.test_dispatch_hierarchical import LAYOUTS, dispatch_of
 from tests.support.ranks import run_ranks
 
 pytestmark = [
@@ -107,11 +108,12 @@ def test_outputs_and_gradients_are_those_of_one_process(ranks, dispatch, name):
 @pytest.mark.parametrize("name", CASES)
 def test_only_necessary_rows_and_their_gates_are_sent(ranks, name):
     case, results = CASES[name], [rank[name] for rank in ranks]
-    rows, least = sum(sent.rows for sent, _, _ in results), sum(least for _, least, _ in results)
+    least_bytes = sum(rank_bytes for _, rank_bytes, _ in results)
     row_bytes = WIDTH * (2 if case.autocast else case.dtype.itemsize)
     # A row is sent four times. A gate and its gradient, in float32, are sent once each.
-    assert rows == least + least // (4 * row_bytes) * 2 * 4
-    assert all(sent.counts == (RANKS - 1) * EXPERTS_PER_RANK * 8 for sent, _, _ in results)
+    expected_bytes = least_bytes + least_bytes // (4 * row_bytes) * 2 * 4
+    assert sum(sent_bytes.rows for sent_bytes, _, _ in results) == expected_bytes
+    assert all(sent_bytes.counts == (RANKS - 1) * EXPERTS_PER_RANK * 8 for sent_bytes, _, _ in results)
 
 
 def test_outputs_of_experts_are_not_saved(ranks):

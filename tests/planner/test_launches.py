@@ -12,7 +12,7 @@ from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.loss import Targets
 from mhmoe_ray.model.trunk import routing_loss
 from mhmoe_ray.planner.estimate import LAUNCHES, estimate_step_time
-from mhmoe_ray.planner.kernels import launches_per_micro_batch
+from mhmoe_ray.planner.kernels import DISPATCH, launches_per_micro_batch
 from mhmoe_ray.planner.placement import single_node_layout
 from tests.support.encoders import encoder_spec
 from tests.support.specs import tiny_spec
@@ -25,8 +25,8 @@ pytestmark = [
 TRUNK = {"vocab_size": 512, "d_model": 256, "layers": 4, "attention_heads": 4}
 
 
-def spec_of(moe, backbone="llama", **train):
-    cluster = {"gpus_per_worker": 1, "workers": 1, "ep": 1}
+def spec_of(moe, backbone="llama", ep=1, **train):
+    cluster = {"gpus_per_worker": 1, "workers": ep, "ep": ep}
     has_dense_layers = moe.get("every", 2) > 1
     return tiny_spec(
         model={**TRUNK, "backbone": backbone, "d_ff": 512 if has_dense_layers else None, "moe": moe},
@@ -84,3 +84,10 @@ def test_experts_that_run_one_after_another_launch_more_kernels():
     assert launches_per_micro_batch(
         spec_of({**moe, "kernel": "grouped_gemm"}, recompute="block")
     ) > launches_per_micro_batch(grouped)
+
+
+def test_distributed_experts_launch_more_kernels():
+    """tests/distributed/test_one_pass.py compares the number with that of a layer on two ranks."""
+    moe = {"heads": 2, "experts": 8, "top_k": 2, "d_expert": 256, "every": 1}
+    local, distributed = (launches_per_micro_batch(spec_of(moe, ep=ep)) for ep in (1, 2))
+    assert distributed - local == 4 * DISPATCH

@@ -134,6 +134,15 @@ def test_payload_and_number_of_exchanges_follow_from_the_spec():
     assert row_exchange(d_sub_token=32).payload == 4 * rows[0].payload
 
 
+def test_gates_are_exchanged_on_gpus_and_counts_only_once():
+    train = {"precision": "bfloat16", "recompute": "block"}
+    spec = tiny_spec(cluster={"workers": 4, "ep": 2, "gpus_per_worker": 1}, train=train)
+    counts, *rows = dispatch_exchanges(spec)
+    # Of 32 tokens of 32 values, each with two choices, half of the routes are to the other rank.
+    assert [e.payload for e in rows] == [32 * (2 * 32 + gate) for gate in (4, 0, 0, 4)]
+    assert [e.times for e in (counts, *rows)] == [1, 2, 2, 1, 1]
+
+
 @pytest.mark.parametrize("shard_experts", [False, True])
 def test_groups_of_hybrid_sharding_gather_by_themselves_and_sum_their_shards(shard_experts):
     cluster = {"workers": 4, "strategy": "fsdp", "shard_experts": shard_experts, "shard_group": 2}

@@ -166,16 +166,15 @@ class _OnePass(NamedTuple):
 
     def send_back(self, tensors: Sequence[Tensor], length: int) -> list[Tensor]:
         """Return the results for `length` sorted rows, 0 for dropped routes."""
-        results, end = [t.new_empty(length, t.shape[1]) for t in tensors], sum(self.out_P)
-        pending = [
-            self.start_exchange(t, result[:end], self.in_P, self.out_P)
-            for t, result in zip(tensors, results, strict=True)
-        ]
-        for exchange, result in zip(pending, results, strict=True):
+        end, pending = sum(self.out_P), []
+        for t in tensors:
+            result = t.new_empty(length, t.shape[1])
             if end < length:
                 result[end:] = 0
+            pending.append((result, self.start_exchange(t, result[:end], self.in_P, self.out_P)))
+        for _, exchange in pending:
             exchange.wait()
-        return results
+        return [result for result, _ in pending]
 
 
 class _RoundTrip(NamedTuple):
@@ -249,21 +248,11 @@ class _Settings(NamedTuple):
     shared_function: Function | None
     differentiable: bool  # whether there will be a backward
 
-    def sorted_pass(self, counts: list[int], stacked: Sequence[Tensor]) -> InnerPass:
-        kernel, weights = self.kernel, self.weights
+    def run_sorted(self, counts: list[int], x: Tensor, *stacked: Tensor) -> Tensor:
+        return run_sorted_experts(self.kernel, x, counts, self.weights._replace(stacked=stacked))
 
-        def run(x: Tensor, *stacked: Tensor) -> Tensor:
-            return run_sorted_experts(kernel, x, counts, weights._replace(stacked=stacked))
-
-        return InnerPass(run, stacked, self.differentiable)
-
-    def received_pass(self, received_PX: Tensor, gate_W1: Tensor, stacked: Sequence[Tensor]) -> InnerPass:
-        kernel, weights, routes = self.kernel, self.weights, plan_received(received_PX, len(gate_W1))
-
-        def run(x_WD: Tensor, gate_W1: Tensor, *stacked: Tensor) -> Tensor:
-            return run_experts(kernel, x_WD, routes, gate_W1, weights._replace(stacked=stacked))
-
-        return InnerPass(run, (gate_W1, *stacked), self.differentiable)
+    def run_received(self, routes: "SortedRoutes", x: Tensor, gate_W1: Tensor, *stacked: Tensor) -> Tensor:
+        return run_experts(self.kernel, x, routes, gate_W1, self.weights._replace(stacked=stacked))
 
     def shared_pass(self, tensors: Sequence[Tensor]) -> SharedPass:
         return SharedPass(self.shared_function, tensors[self.weight_count :], self.differentiable)
@@ -280,7 +269,8 @@ class _OnePassFunction(torch.autograd.Function):
         shared = settings.shared_pass(tensors)
         shared_outputs = shared.forward()
         x_WD, gate_W1 = (exchange.wait() for exchange in pending)
-        expert_pass = settings.received_pass(one_pass.received_PX, gate_W1, tensors[: settings.weight_count])
+        run = partial(settings.run_received, plan_received(one_pass.received_PX, len(x_WD)))
+        expert_pass = InnerPass(run, (gate_W1, *tensors[: settings.weight_count]), settings.differentiable)
         y_WD = expert_pass.forward(x_WD)
         # The outputs need memory of this size while they travel back.
         del pending, x_WD, gate_W1
@@ -317,7 +307,10 @@ class _TwoPassesFunction(torch.autograd.Function):
         received_X = [sum(count_J) for count_J in zip(*round_trip.in_JX, strict=True)]
         # Without other ranks `received_X` is an empty list, but each expert needs a count.
         received_X = received_X or [0] * len(own_X)
-        own_pass, received_pass = (settings.sorted_pass(counts, stacked) for counts in (own_X, received_X))
+        own_pass, received_pass = (
+            InnerPass(partial(settings.run_sorted, counts), stacked, settings.differentiable)
+            for counts in (own_X, received_X)
+        )
         shared = settings.shared_pass(tensors)
         shared_outputs: list[Tensor] = []
         # The rank's own rows are cloned, because a view would keep all R rows in memory until the backward.

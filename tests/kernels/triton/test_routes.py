@@ -66,14 +66,14 @@ def test_tiles_of_counts_cover_each_row_once(counts, rows_per_tile):
 
 @settings(deadline=None, max_examples=15)
 @given(
-    seed=st.integers(0, 2**20), ranks=st.integers(1, 4), experts=st.integers(1, 5), most=st.sampled_from([0, 3, 700]),
-    rows_per_tile=st.sampled_from([16, 32, 64]),
+    seed=st.integers(0, 2**20), ranks=st.integers(1, 4), experts=st.integers(1, 5),
+    largest_count=st.sampled_from([0, 3, 700]), rows_per_tile=st.sampled_from([16, 32, 64]),
 )  # fmt: skip
-def test_rows_of_several_ranks_are_sorted_like_routes(seed, ranks, experts, most, rows_per_tile):
+def test_rows_of_several_ranks_are_sorted_like_routes(seed, ranks, experts, largest_count, rows_per_tile):
     from mhmoe_kernels.triton.operators import SortedRoutes, sort_received
 
     generator = torch.Generator().manual_seed(seed)
-    received_PX = torch.randint(0, most + 1, (ranks, experts), generator=generator)
+    received_PX = torch.randint(0, largest_count + 1, (ranks, experts), generator=generator)
     expert_N1 = torch.arange(experts).repeat(ranks).repeat_interleave(received_PX.flatten())[:, None]
     routes = SortedRoutes(*sort_received(received_PX.to(DEVICE), len(expert_N1), rows_per_tile))
     expected = sorted_routes(expert_N1, experts, rows_per_tile)
