@@ -1,7 +1,7 @@
 """Recomputation of parts of a model in the backward, and values that a recomputed forward takes from the first one."""
 
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar, Token
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -39,17 +39,15 @@ class _RecallContext:
 
     def __enter__(self) -> None:
         # A graph of which parts are traversed apart repeats a forward several times.
-        self._recalled: Iterator[Any] = iter(self._values)
-        self._token: Token[_RecallContext | None] = _context.set(self)
+        self._recalled = iter(self._values)
+        self._token = _context.set(self)
 
     def __exit__(self, *_: object) -> None:
         _context.reset(self._token)
 
     def recall(self, compute: Callable[[], R]) -> R:
-        if self._repeats:
-            value: R = next(self._recalled)
-        else:
-            value = compute()
+        value: R = next(self._recalled) if self._repeats else compute()
+        if not self._repeats:
             self._values.append(value)
         return value
 

@@ -138,8 +138,8 @@ def test_gates_are_exchanged_on_gpus_and_counts_only_once():
     train = {"precision": "bfloat16", "recompute": "block"}
     spec = tiny_spec(cluster={"workers": 4, "ep": 2, "gpus_per_worker": 1}, train=train)
     counts, *rows = dispatch_exchanges(spec)
-    # Of 32 tokens of 32 values, each with two choices, half of the routes are to the other rank.
-    assert [e.payload for e in rows] == [32 * (2 * 32 + gate) for gate in (4, 0, 0, 4)]
+    # Of 32 tokens of 32 values in two heads, each with two choices, half of the routes are to the other rank.
+    assert [e.payload for e in rows] == [32 * (2 * 32 + 2 * gate_bytes) for gate_bytes in (4, 0, 0, 4)]
     assert [e.times for e in (counts, *rows)] == [1, 2, 2, 1, 1]
 
 

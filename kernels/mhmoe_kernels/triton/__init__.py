@@ -118,9 +118,9 @@ def plan_routes(expert_NK: Tensor, n_experts: int) -> "SortedRoutes":
 
 
 def plan_received(received_PX: Tensor, rows: int) -> "SortedRoutes":
-    """Return `SortedRoutes`, for `run_experts`, of rows that P ranks sent, each its own rows sorted by expert.
+    """Return the routes, for `run_experts`, of `rows` rows from P ranks that each sorted its own rows by expert.
 
-    `received_PX` counts each rank's rows for each of X experts, int64 on the device; their sum is `rows`.
+    `received_PX` counts each rank's rows for each expert, int64 on the device.
     """
     from mhmoe_kernels.triton.grouped.blocks import rows_per_tile
     from mhmoe_kernels.triton.operators import SortedRoutes, sort_received

@@ -122,12 +122,12 @@ def small_builds() -> Iterator[Build]:
     """Yield the small kernels for typical sizes: activations and norms, sort and gather of routes, and the router."""
     blocks = {"F": HIDDEN, "BLOCK_R": 4, "BLOCK_F": 512}
     yield Build("swiglu", swiglu.swiglu_forward, {"BLOCK": 1024})
-    yield Build("swiglu backward", swiglu.swiglu_backward, {"HAS_SCALES": True, **blocks})
+    yield Build("swiglu backward", swiglu.swiglu_backward, blocks)
     yield Build("gelu and norm", gelu.gelu_norm_forward, {"E": 64, **blocks})
-    yield Build("gelu and norm backward", gelu.gelu_norm_backward, {"D": WIDTH, "E": 64, "HAS_SCALES": True, **blocks})
-    sums = {"F": HIDDEN, "HAS_SCALES": True, "BLOCK_R": 32, "BLOCK_F": 128}
+    yield Build("gelu and norm backward", gelu.gelu_norm_backward, {"D": WIDTH, "E": 64, **blocks})
+    sums = {"F": HIDDEN, "BLOCK_R": 32, "BLOCK_F": 128}
     yield Build("sums of the norm", gelu.norm_sums, sums)
-    yield Build("sums of rows", gelu.row_sums, sums)
+    yield Build("sums of rows", gelu.row_sums, {"HAS_SCALES": True, **sums})
     yield Build("gather", rows.gather_rows, {"D": WIDTH, "K": 8, "BLOCK_R": 16, "BLOCK_D": 256})
     yield Build(
         "combine",

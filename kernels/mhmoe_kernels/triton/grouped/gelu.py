@@ -62,8 +62,7 @@ def gelu_norm_forward(
 def gelu_norm_backward(
     inner_RF, dnormed_RF, mean_R, rstd_R, norm_weight_EF, norm_bias_EF, dout_RD, out_bias_ED, scale_S, route_R,
     offset_E1, expert_T, start_T, dinner_RF, normed_RF, dscale_S,
-    F: tl.constexpr, D: tl.constexpr, E: tl.constexpr, HAS_SCALES: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+    F: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of `inner`, and the normed values again, both times the route's scale (gate).
 
@@ -89,18 +88,15 @@ def gelu_norm_backward(
         weight = _load_vector(norm_weight_EF, expert, column, F)
         total += tl.sum(dnormed * weight, 1)
         product += tl.sum(dnormed * weight * z, 1)
-        if HAS_SCALES:
-            dscale += tl.sum(dnormed * (weight * z + _load_vector(norm_bias_EF, expert, column, F)), 1)
-    scale = 1.0
-    if HAS_SCALES:
-        for start in range(0, D, BLOCK_F):
-            column = start + tl.arange(0, BLOCK_F)
-            mask = inside[:, None] & (column < D)[None, :]
-            dout = tl.load(dout_RD + slot[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
-            dscale += tl.sum(dout * _load_vector(out_bias_ED, expert, column, D), 1)
-        route = tl.load(route_R + slot, mask=inside, other=0)
-        scale = tl.load(scale_S + route, mask=inside, other=0.0).to(tl.float32)[:, None]
-        tl.store(dscale_S + route, dscale, mask=inside)
+        dscale += tl.sum(dnormed * (weight * z + _load_vector(norm_bias_EF, expert, column, F)), 1)
+    for start in range(0, D, BLOCK_F):
+        column = start + tl.arange(0, BLOCK_F)
+        mask = inside[:, None] & (column < D)[None, :]
+        dout = tl.load(dout_RD + slot[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        dscale += tl.sum(dout * _load_vector(out_bias_ED, expert, column, D), 1)
+    route = tl.load(route_R + slot, mask=inside, other=0)
+    scale = tl.load(scale_S + route, mask=inside, other=0.0).to(tl.float32)[:, None]
+    tl.store(dscale_S + route, dscale, mask=inside)
     mean_total, mean_product = (total / F)[:, None], (product / F)[:, None]
     for start in range(0, F, BLOCK_F):
         column = start + tl.arange(0, BLOCK_F)
@@ -120,7 +116,7 @@ def gelu_norm_backward(
 @triton.jit
 def norm_sums(
     inner_RF, dnormed_RF, mean_R, rstd_R, scale_S, route_R, offset_E1, dweight_EF, dbias_EF, F: tl.constexpr,
-    HAS_SCALES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of the norm's weight and bias; a program adds BLOCK_F columns of an expert in float32."""
     expert = tl.program_id(1).to(tl.int64)
@@ -136,9 +132,8 @@ def norm_sums(
         rstd = tl.load(rstd_R + slot, mask=inside, other=0.0)[:, None]
         z = (gelu(tl.load(inner_RF + value, mask=mask, other=0.0).to(tl.float32)) - mean) * rstd
         dnormed = tl.load(dnormed_RF + value, mask=mask, other=0.0).to(tl.float32)
-        if HAS_SCALES:
-            route = tl.load(route_R + slot, mask=inside, other=0)
-            dnormed *= tl.load(scale_S + route, mask=inside, other=0.0).to(tl.float32)[:, None]
+        route = tl.load(route_R + slot, mask=inside, other=0)
+        dnormed *= tl.load(scale_S + route, mask=inside, other=0.0).to(tl.float32)[:, None]
         dweight += tl.sum(dnormed * z, 0)
         dbias += tl.sum(dnormed, 0)
     tl.store(dweight_EF + expert * F + column, dweight.to(dweight_EF.dtype.element_ty), mask=column < F)

@@ -104,41 +104,35 @@ def swiglu_forward(gate_RF: Tensor, up_RF: Tensor) -> Tensor:
     return hidden_RF
 
 
-def _fake_scale_gradient(gate_RF: Tensor, scale_S: Tensor | None) -> Tensor:
-    return gate_RF.new_empty(0 if scale_S is None else scale_S.numel(), dtype=torch.float32)
+def _empty_scale_gradient(scale_S: Tensor) -> Tensor:
+    return scale_S.new_empty(scale_S.numel(), dtype=torch.float32)
 
 
 @operator(
     launches=1,
     fake=lambda gate_RF, up_RF, dhidden_RF, scale_S, route_R: (
         *(torch.empty_like(gate_RF) for _ in range(3)),
-        _fake_scale_gradient(gate_RF, scale_S),
+        _empty_scale_gradient(scale_S),
     ),
 )
 def swiglu_backward(
-    gate_RF: Tensor, up_RF: Tensor, dhidden_RF: Tensor, scale_S: Tensor | None, route_R: Tensor | None
+    gate_RF: Tensor, up_RF: Tensor, dhidden_RF: Tensor, scale_S: Tensor, route_R: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of gate and up and the hidden values, all times the scales, and the scales' gradient.
 
-    `dhidden_RF` is without the scales, the gates in the order of routes; `route_R` has the route of each slot. Without
-    scales, their gradient is empty.
+    `dhidden_RF` is without the scales, the gates in the order of routes; `route_R` has the route of each slot.
     """
     count, width = gate_RF.shape
     dgate_RF, dup_RF, hidden_RF = (torch.empty_like(gate_RF) for _ in range(3))
-    dscale_S = _fake_scale_gradient(gate_RF, scale_S)
+    dscale_S = _empty_scale_gradient(scale_S)
     if count:
         block_columns = min(512, max(16, triton.next_power_of_2(width)))
         block_rows = max(1, 2048 // block_columns)
         launch(swiglu.swiglu_backward, (triton.cdiv(count, block_rows),))(
-            gate_RF, up_RF, dhidden_RF, *_scale_pointers(scale_S, route_R, gate_RF), dgate_RF, dup_RF, hidden_RF,
-            dscale_S, count, width, scale_S is not None, block_rows, block_columns,
+            gate_RF, up_RF, dhidden_RF, scale_S, route_R, dgate_RF, dup_RF, hidden_RF, dscale_S, count, width,
+            block_rows, block_columns,
         )  # fmt: skip
     return dgate_RF, dup_RF, hidden_RF, dscale_S
-
-
-def _scale_pointers(scale_S: Tensor | None, route_R: Tensor | None, other_tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scales and routes, or without scales `other_tensor` twice, which the kernel then does not read."""
-    return (other_tensor, other_tensor) if scale_S is None or route_R is None else (scale_S, route_R)
 
 
 def _tile_grid(expert_T: Tensor, rows_per_tile: int, block_rows: int) -> tuple[int, int]:
@@ -178,23 +172,23 @@ def _norm_blocks(width: int) -> tuple[int, int]:
     fake=lambda inner_RF, dnormed_RF, mean_R, rstd_R, norm_weight_EF, norm_bias_EF, dout_RD, out_bias_ED, scale_S, *_: (
         torch.empty_like(inner_RF),
         torch.empty_like(inner_RF),
-        _fake_scale_gradient(inner_RF, scale_S),
+        _empty_scale_gradient(scale_S),
     ),
 )
 def gelu_norm_backward(
     inner_RF: Tensor, dnormed_RF: Tensor, mean_R: Tensor, rstd_R: Tensor, norm_weight_EF: Tensor, norm_bias_EF: Tensor,
-    dout_RD: Tensor, out_bias_ED: Tensor, scale_S: Tensor | None, route_R: Tensor | None, offset_E1: Tensor,
+    dout_RD: Tensor, out_bias_ED: Tensor, scale_S: Tensor, route_R: Tensor, offset_E1: Tensor,
     expert_T: Tensor, start_T: Tensor, rows_per_tile: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradient of GELU's input and the normed values, both times the scales, and the scales' gradient."""
     dinner_RF, normed_RF = torch.empty_like(inner_RF), torch.empty_like(inner_RF)
-    dscale_S = _fake_scale_gradient(inner_RF, scale_S)
+    dscale_S = _empty_scale_gradient(scale_S)
     if len(inner_RF):
         block_rows, block_columns = _norm_blocks(inner_RF.shape[1])
         launch(gelu.gelu_norm_backward, _tile_grid(expert_T, rows_per_tile, block_rows))(
             inner_RF, dnormed_RF, mean_R, rstd_R, norm_weight_EF, norm_bias_EF, dout_RD, out_bias_ED,
-            *_scale_pointers(scale_S, route_R, inner_RF), offset_E1, expert_T, start_T, dinner_RF, normed_RF, dscale_S,
-            inner_RF.shape[1], dout_RD.shape[1], len(norm_weight_EF), scale_S is not None, block_rows, block_columns,
+            scale_S, route_R, offset_E1, expert_T, start_T, dinner_RF, normed_RF, dscale_S,
+            inner_RF.shape[1], dout_RD.shape[1], len(norm_weight_EF), block_rows, block_columns,
         )  # fmt: skip
     return dinner_RF, normed_RF, dscale_S
 
@@ -206,16 +200,16 @@ def gelu_norm_backward(
     ),
 )
 def norm_sums(
-    inner_RF: Tensor, dnormed_RF: Tensor, mean_R: Tensor, rstd_R: Tensor, scale_S: Tensor | None,
-    route_R: Tensor | None, offset_E1: Tensor,
+    inner_RF: Tensor, dnormed_RF: Tensor, mean_R: Tensor, rstd_R: Tensor, scale_S: Tensor, route_R: Tensor,
+    offset_E1: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the gradients of each norm's weight and bias, added over rows in float32."""
     experts, width = len(offset_E1) - 1, inner_RF.shape[1]
     dweight_EF, dbias_EF = (inner_RF.new_empty(experts, width) for _ in range(2))
     block_columns = min(128, triton.next_power_of_2(width))
     launch(gelu.norm_sums, (triton.cdiv(width, block_columns), experts))(
-        inner_RF, dnormed_RF, mean_R, rstd_R, *_scale_pointers(scale_S, route_R, inner_RF), offset_E1,
-        dweight_EF, dbias_EF, width, scale_S is not None, 32, block_columns,
+        inner_RF, dnormed_RF, mean_R, rstd_R, scale_S, route_R, offset_E1, dweight_EF, dbias_EF, width, 32,
+        block_columns,
     )  # fmt: skip
     return dweight_EF, dbias_EF
 
@@ -226,7 +220,9 @@ def row_sums(x_RF: Tensor, scale_S: Tensor | None, route_R: Tensor | None, offse
     experts, width = len(offset_E1) - 1, x_RF.shape[1]
     sum_EF = x_RF.new_empty(experts, width)
     block_columns = min(128, triton.next_power_of_2(width))
+    # The kernel needs a pointer for each argument. Without scales it does not read theirs.
+    scales = (x_RF, x_RF) if scale_S is None or route_R is None else (scale_S, route_R)
     launch(gelu.row_sums, (triton.cdiv(width, block_columns), experts))(
-        x_RF, *_scale_pointers(scale_S, route_R, x_RF), offset_E1, sum_EF, width, scale_S is not None, 32, block_columns
+        x_RF, *scales, offset_E1, sum_EF, width, scale_S is not None, 32, block_columns
     )
     return sum_EF

@@ -17,7 +17,7 @@ def swiglu_forward(gate_RF, up_RF, hidden_RF, VALUES, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["R"])
 def swiglu_backward(
     gate_RF, up_RF, dhidden_RF, scale_S, route_R, dgate_RF, dup_RF, hidden_RF, dscale_S, R, F: tl.constexpr,
-    HAS_SCALES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of gate and up, and the hidden values again, all times the route's scale (gate).
 
@@ -26,9 +26,8 @@ def swiglu_backward(
     """
     slot = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = slot < R
-    if HAS_SCALES:
-        route = tl.load(route_R + slot, mask=inside, other=0)
-        scale = tl.load(scale_S + route, mask=inside, other=0.0).to(tl.float32)[:, None]
+    route = tl.load(route_R + slot, mask=inside, other=0)
+    scale = tl.load(scale_S + route, mask=inside, other=0.0).to(tl.float32)[:, None]
     dscale = tl.zeros([BLOCK_R], tl.float32)
     for start in range(0, F, BLOCK_F):
         column = start + tl.arange(0, BLOCK_F)
@@ -40,13 +39,11 @@ def swiglu_backward(
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
         hidden = silu * up_value
-        if HAS_SCALES:
-            dscale += tl.sum(hidden * dhidden, 1)
-            hidden *= scale
-            dhidden *= scale
+        dscale += tl.sum(hidden * dhidden, 1)
+        hidden *= scale
+        dhidden *= scale
         tl.store(hidden_RF + value, hidden.to(hidden_RF.dtype.element_ty), mask=mask)
         dgate = dhidden * up_value * (sigmoid + silu * (1 - sigmoid))
         tl.store(dgate_RF + value, dgate.to(dgate_RF.dtype.element_ty), mask=mask)
         tl.store(dup_RF + value, (dhidden * silu).to(dup_RF.dtype.element_ty), mask=mask)
-    if HAS_SCALES:
-        tl.store(dscale_S + route, dscale, mask=inside)
+    tl.store(dscale_S + route, dscale, mask=inside)
