@@ -94,7 +94,10 @@ def test_hierarchical_dispatch_sends_less_over_slow_links(ep, nodes):
     # A row has 3,584 values of 2 bytes and is sent 4 times. A node that gets the row also gets the row's 8 expert ids
     # and gates, and returns the gradients of the gates.
     extra_share = (8 * 8 + 8 * 4) / (4 * 3584 * 2)
-    assert hierarchical["domain"] / flat["domain"] == pytest.approx(ratio * (1 + extra_share), rel=1e-4)
+    # Flat dispatch on GPUs sends a route's gate and the gradient of it, in float32.
+    gate_share = (4 + 4) / (4 * 3584 * 2)
+    expected_ratio = ratio * (1 + extra_share) / (1 + gate_share)
+    assert hierarchical["domain"] / flat["domain"] == pytest.approx(expected_ratio, rel=1e-4)
     assert hierarchical["domain"] < flat["domain"]
     assert hierarchical["node"] > flat["node"]
     assert dispatches["hierarchical"]["seconds"] < dispatches["flat"]["seconds"]
