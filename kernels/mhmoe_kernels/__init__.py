@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mhmoe_kernels.backends import (
         BACKENDS,
         allow_compilation,
+        can_fuse_logits,
         can_fuse_routing,
         choose_kernel,
         plan_for_kernel,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     )
     from mhmoe_kernels.choice import TRITON_KERNELS
     from mhmoe_kernels.permutation import RoutePlan, add_routes, combine, permute, plan_routes, widen
-    from mhmoe_kernels.triton import fused_routing, plan_received
+    from mhmoe_kernels.triton import fused_logits, fused_routing, plan_received
     from mhmoe_kernels.weights import ExpertWeights, Function, GeluSubln, Swiglu
 
 __all__ = [
@@ -56,9 +57,11 @@ __all__ = [
     "Swiglu",
     "add_routes",
     "allow_compilation",
+    "can_fuse_logits",
     "can_fuse_routing",
     "choose_kernel",
     "combine",
+    "fused_logits",
     "fused_routing",
     "permute",
     "plan_for_kernel",

@@ -176,8 +176,16 @@ def plan_for_kernel(kernel: str, expert_NK: Tensor, n_experts: int) -> Plan:
 
 def can_fuse_routing(kernel: str, logits_NE: Tensor) -> bool:
     """Return whether a layer with a kernel (as in `MoESpec.kernel`) routes by `triton.fused_routing`."""
-    is_chosen = kernel in TRITON_KERNELS or (kernel == "auto" and logits_NE.device.type == "cuda")
-    return is_chosen and triton.can_fuse_routing(logits_NE)
+    return _has_fused_routing(kernel, logits_NE.device) and triton.can_fuse_routing(logits_NE)
+
+
+def can_fuse_logits(kernel: str, x_ND: Tensor) -> bool:
+    """Return whether a layer with a kernel computes the logits of rows by `triton.fused_logits`."""
+    return _has_fused_routing(kernel, x_ND.device) and triton.can_fuse_logits(x_ND)
+
+
+def _has_fused_routing(kernel: str, device: torch.device) -> bool:
+    return kernel in TRITON_KERNELS or (kernel == "auto" and device.type == "cuda")
 
 
 def _without_autocast(x: Tensor) -> torch.autocast:

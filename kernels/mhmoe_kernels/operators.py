@@ -4,7 +4,7 @@ torch.compile and fake tensors ask an operator's fake implementation for the sha
 depend on values, as in a loop over experts and their rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
@@ -15,11 +15,14 @@ LAUNCHES: dict[str, int] = {}
 """Largest number of kernels that each operator of Triton kernels launches, which never depends on values."""
 
 
-def operator(fake: Callable[..., Any], launches: int | None = None) -> Callable[[Callable[..., Any]], Any]:
+def operator(
+    fake: Callable[..., Any], launches: int | None = None, changed_arguments: Iterable[str] = ()
+) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator that turns a function into an operator of torch, which has no backward.
 
     The operator has the function's name, without a leading underscore. Its results must not share memory with its
     arguments. `fake` returns uninitialized results for the same arguments. `launches` is the entry of `LAUNCHES`.
+    `changed_arguments` are the names of the tensors that the operator changes in place.
     """
 
     def define(function: Callable[..., Any]) -> Any:
@@ -27,7 +30,7 @@ def operator(fake: Callable[..., Any], launches: int | None = None) -> Callable[
         if launches is not None:
             LAUNCHES[name] = launches
         # Kernels are compiled for their numbers, so these are constants (int) in compiled code and no symbols (SymInt).
-        schema = torch.library.infer_schema(function, mutates_args=()).replace("SymInt", "int")
+        schema = torch.library.infer_schema(function, mutates_args=changed_arguments).replace("SymInt", "int")
         LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
         for device in ("CPU", "CUDA"):
             LIBRARY.impl(name, function, device)  # type: ignore[no-untyped-call]

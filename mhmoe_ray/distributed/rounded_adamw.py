@@ -6,6 +6,8 @@ rounded values is the value. Weights and updates are float32.
 
 The random bits are a hash of the run's seed, the parameter's name, the number of the update, and the value's position
 in the full tensor. They depend neither on how tensors are sharded nor on restarts.
+
+On a GPU, one kernel updates a tensor (`mhmoe_kernels.triton.adamw`). Elsewhere it is updated in pieces.
 """
 
 import hashlib
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from mhmoe_kernels import triton
 from mhmoe_ray.model.held import local_shard
 
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")  # AdamW's two moments in its state
@@ -65,7 +68,13 @@ class RoundedAdamW(torch.optim.AdamW):
         updates = int(state["step"])
         key = _hash_key(self._seed, position.name, updates)
         tensors = (parameter, parameter.grad, *(state[name] for name in MOMENT_NAMES))
-        pieces = zip(*(torch.split(local_shard(t).view(-1), PIECE_VALUES) for t in tensors), strict=True)
+        shards = [local_shard(t).view(-1) for t in tensors]
+        state["step"] += 1
+        if triton.can_run(shards[0]):
+            options = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+            triton.rounded_adamw(*shards, position.offset, key, updates, *options)
+            return
+        pieces = zip(*(torch.split(shard, PIECE_VALUES) for shard in shards), strict=True)
         for i, (weight, gradient, *moments) in enumerate(pieces):
             wide_moments = mean, square = [moment.float() for moment in moments]
             adamw(
@@ -76,7 +85,6 @@ class RoundedAdamW(torch.optim.AdamW):
             bits = random_bits(key, position.offset + i * PIECE_VALUES, len(weight), weight.device)
             for moment, wide_moment, shift in zip(moments, wide_moments, (0, 16), strict=True):
                 moment.copy_(round_to_bfloat16(wide_moment, (bits >> shift) & 0xFFFF))
-        state["step"] += 1
 
 
 def round_to_bfloat16(values: Tensor, bits: Tensor) -> Tensor:

@@ -154,7 +154,22 @@ def can_fuse_routing(logits_NE: Tensor) -> bool:
     """Return whether `fused_routing` can compute the routing for these logits on this machine."""
     rows, experts = logits_NE.shape
     is_suitable = rows > 0 and experts <= MAX_FUSED_EXPERTS and logits_NE.dtype == torch.float32
-    return is_suitable and (_is_fake(logits_NE) or unavailable_reason(logits_NE.device) is None)
+    return is_suitable and can_run(logits_NE)
+
+
+def can_fuse_logits(x_ND: Tensor) -> bool:
+    """Return whether `fused_logits` can compute the logits of these rows on this machine."""
+    # AMD's matrix units have no tf32x3.
+    is_suitable = len(x_ND) > 0 and x_ND.dtype in (torch.float32, torch.bfloat16) and torch.version.hip is None
+    return is_suitable and can_run(x_ND)
+
+
+def fused_logits(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
+    """Return x @ weight^T in float32, computed by matrix units; rows and weights are float32 or bfloat16."""
+    from mhmoe_kernels.triton.routing import logits
+
+    with _device_of(x_ND):
+        return logits(x_ND.contiguous(), weight_ED.contiguous())
 
 
 def fused_routing(
@@ -175,6 +190,20 @@ def fused_routing(
 
     with _device_of(logits_NE):
         return FusedRouting(*route(logits_NE, top_k, capacity, normalized, scale, counts_first))
+
+
+def rounded_adamw(weight_V: Tensor, *arguments: Any) -> None:
+    """Update weights with moments in bfloat16 by one kernel. The arguments are those of the operator of this name."""
+    from mhmoe_kernels.triton import operators
+
+    with _device_of(weight_V):
+        operators.rounded_adamw(weight_V, *arguments)
+
+
+def can_run(tensor: Tensor) -> bool:
+    """Return whether these kernels can compute with a tensor on this machine."""
+    # A fake tensor is on no real device, so there is no device to check.
+    return _is_fake(tensor) or unavailable_reason(tensor.device) is None
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -12,12 +12,12 @@ _DENSITY_AT_0: tl.constexpr = tl.constexpr(0.3989422804014327)
 
 
 @triton.jit
-def dot(a, b, sums):
-    """Return sums + a @ b, added in float32."""
+def dot(a, b, sums, PRECISION: tl.constexpr = "ieee"):
+    """Return sums + a @ b, added in float32. PRECISION is that of products of float32."""
     if _INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     # By default Triton would multiply float32 as tf32, which drops 13 of the 23 bits of the fraction.
-    return tl.dot(a, b, sums, input_precision="ieee")
+    return tl.dot(a, b, sums, input_precision=PRECISION)
 
 
 @triton.jit

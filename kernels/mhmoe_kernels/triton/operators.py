@@ -1,9 +1,10 @@
-"""Launch of Triton kernels as operators of torch, and the operators that sort routes and move rows for all experts.
+"""Launch of Triton kernels as operators of torch, and the operators that sort routes, move rows and update weights.
 
 An operator allocates its results and launches its kernels; fake tensors and tracing pass through it without a GPU. Each
 states the largest number of kernels that it launches, which never depends on values on the device.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -13,18 +14,21 @@ import triton
 from torch import Tensor
 
 from mhmoe_kernels.operators import operator
-from mhmoe_kernels.triton import rows, sort
+from mhmoe_kernels.triton import adamw, rows, sort
 
 Tensors = tuple[Tensor, ...]
 _INTERPRETER_PROGRAMS = 4
 """Programs of a persistent kernel in Triton's interpreter, which runs them one after another."""
 
 
-def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
-    """Return a function that launches a kernel on a grid."""
+def launch(kernel: Any, grid: tuple[int, ...], fuses_additions: bool = True) -> Callable[..., Any]:
+    """Return a function that launches a kernel on a grid.
+
+    With `fuses_additions`, the compiler may round a product and a sum once instead of twice.
+    """
     # True is Triton's default for `enable_fp_fusion`. It is set explicitly, because Triton warns that the default will
     # change.
-    return partial(kernel[grid], enable_fp_fusion=True)
+    return partial(kernel[grid], enable_fp_fusion=fuses_additions)
 
 
 class SortedRoutes(NamedTuple):
@@ -240,3 +244,18 @@ def combine_rows(out_RD: Tensor, second_RD: Tensor | None, slot_NK: Tensor, gate
             block_rows, columns,
         )  # fmt: skip
     return y_ND
+
+
+@operator(launches=1, fake=lambda *_: None, changed_arguments=("weight_V", "mean_V", "square_V"))
+def rounded_adamw(
+    weight_V: Tensor, gradient_V: Tensor, mean_V: Tensor, square_V: Tensor, offset: int, key: int, updates: int,
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+) -> None:  # fmt: skip
+    """Do update number `updates` + 1 of contiguous float32 weights with moments in bfloat16."""
+    values = weight_V.numel()
+    if values:
+        step = updates + 1
+        launch(adamw.update, (triton.cdiv(values, 1024),), fuses_additions=False)(
+            weight_V, gradient_V, mean_V, square_V, values, offset, key, 1 - lr * weight_decay,
+            lr / (1 - beta1**step), 1 - beta1, beta2, 1 - beta2, math.sqrt(1 - beta2**step), eps, 1024,
+        )  # fmt: skip

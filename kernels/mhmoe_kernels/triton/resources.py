@@ -3,6 +3,7 @@
 `python -m mhmoe_kernels.triton.resources [sm_90 ...] [WIDTH ...]` prints a table; WIDTH is a width of rows.
 """
 
+import itertools
 import re
 import subprocess
 import sys
@@ -17,21 +18,23 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mhmoe_kernels.triton import router, rows, sort
+from mhmoe_kernels.triton import adamw, router, rows, sort
 from mhmoe_kernels.triton.fused import gelu as fused_gelu
 from mhmoe_kernels.triton.fused import swiglu as fused_swiglu
 from mhmoe_kernels.triton.fused.blocks import Kernel, blocks_for
 from mhmoe_kernels.triton.fused.operators import kernel_options
 from mhmoe_kernels.triton.grouped import gelu, product, swiglu
 from mhmoe_kernels.triton.grouped.blocks import ROW_BLOCKS, linear_blocks, outer_blocks
+from mhmoe_kernels.triton.routing import product_constants
 
 SHARED_LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Bytes of shared memory that a program can have, by compute capability without its dot."""
 MAX_SPILLED_BYTES = 64
 """Bytes per thread that a kernel may spill to memory; with more, its block sizes count as badly chosen."""
 
-WIDTH, HIDDEN = 2048, 856
-"""Row width and hidden width for which grouped products are compiled. 856 is not a multiple of 16."""
+WIDTH, HIDDEN, NARROW = 2048, 856, 192
+"""Widths for which grouped products are compiled: of rows, of hidden layers, and one with narrow blocks. 856 is not a
+multiple of 16."""
 
 _INT64 = {"expert_NK", "count_E", "dropped", "received_PX"}
 _INT32 = {
@@ -41,10 +44,12 @@ _INT32 = {
 _FLOAT32 = {
     "mean_R", "rstd_R", "scale_S", "dscale_S", "gate_NK", "kept_gate_NK", "dgate_NK", "a_R", "c_R", "s_ED", "c_ED",
     "logits_NE", "dlogits_NE", "log_sum_N", "probability_PE", "z_P", "share_E", "balance", "z", "dbalance", "dz",
+    "weight_V", "gradient_V",
 }  # fmt: skip
 """Arguments that point to float32 values in any dtype of the computation. Those in `_INT64` and `_INT32` point to
 integers, and others with an underscore to values in that dtype."""
-_OPTIONS = ("num_warps", "num_stages")
+_SCALARS = {"eps", "scale", "decay", "step_size", "mean_share", "square_factor", "square_share", "correction"}
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 _FUSED: dict[tuple[str, Kernel], triton.JITFunction] = {
     ("swiglu", "forward"): fused_swiglu.swiglu_forward,
@@ -62,6 +67,8 @@ class Build(NamedTuple):
     name: str
     function: triton.JITFunction
     constants: dict[str, Any]
+    float32_arguments: tuple[str, ...] = ()
+    """Arguments that point to float32 values in this launch, beside those that always do."""
 
 
 class ResourceUsage(NamedTuple):
@@ -84,38 +91,37 @@ def fused_builds(kind: str, width: int, dtype: torch.dtype) -> Iterator[Build]:
 
 def grouped_builds(capability: int, dtype: torch.dtype) -> Iterator[Build]:
     """Yield the kernels of grouped products in all variants that training and inference launch."""
-    for block_rows in ROW_BLOCKS:
-        block = linear_blocks(block_rows, dtype, capability)
-        common = {
-            "IN": WIDTH,
-            "OUT": HIDDEN,
+    variants: dict[str, tuple[int, int, dict[str, bool]]] = {
+        "gate": (WIDTH, HIDDEN, {"TRANSPOSED": True}),
+        "gate of known rows": (WIDTH, HIDDEN, {"TRANSPOSED": True, "HAS_KNOWN_ROWS": True}),
+        "down": (HIDDEN, WIDTH, {"TRANSPOSED": True}),
+        "down with a bias": (HIDDEN, WIDTH, {"TRANSPOSED": True, "HAS_BIAS": True}),
+        "backward of gate": (HIDDEN, WIDTH, {}),
+        "backward of gate and up": (HIDDEN, WIDTH, {"HAS_SECOND": True}),
+        "backward of down": (WIDTH, HIDDEN, {}),
+        "narrow": (WIDTH, NARROW, {"TRANSPOSED": True}),
+    }
+    flags = dict.fromkeys(("TRANSPOSED", "HAS_SECOND", "HAS_BIAS", "HAS_KNOWN_ROWS"), False)
+    for block_rows, (variant, (in_width, out_width, own_flags)) in itertools.product(ROW_BLOCKS, variants.items()):
+        block = linear_blocks(block_rows, out_width, dtype, capability)
+        constants = {
+            "IN": in_width,
+            "OUT": out_width,
             "E": 64,
             "BLOCK_ROWS": block_rows,
             "BLOCK_OUT": block.out,
             "BLOCK_IN": block.inner,
+            "IS_EVEN": in_width % block.inner == 0,
             "num_warps": block.warps,
             "num_stages": block.stages,
         }
-        variants: dict[str, dict[str, Any]] = {
-            "forward": {"TRANSPOSED": True},
-            "forward with a bias": {"TRANSPOSED": True, "HAS_BIAS": True},
-            "forward of other sizes": {"TRANSPOSED": True, "IS_EVEN": False, "IN": HIDDEN, "OUT": WIDTH},
-            "forward with known rows": {"TRANSPOSED": True, "HAS_KNOWN_ROWS": True},
-            "backward": {},
-            "backward of two": {"HAS_SECOND": True},
-            "backward of other sizes": {"IS_EVEN": False, "IN": HIDDEN, "OUT": WIDTH},
-        }
-        for variant, flags in variants.items():
-            defaults = dict.fromkeys(("TRANSPOSED", "HAS_SECOND", "HAS_BIAS", "HAS_KNOWN_ROWS"), False) | {
-                "IS_EVEN": True
-            }
-            yield Build(f"linear {block_rows} {variant}", product.grouped_linear, {**common, **defaults, **flags})
-    block_out, block = outer_blocks(dtype, capability)
-    blocks = {"BLOCK_ROWS": block.inner, "BLOCK_OUT": block_out, "BLOCK_IN": block.out}
-    options = {"num_warps": block.warps, "num_stages": block.stages}
-    for name, sizes in {"outer": (HIDDEN, WIDTH), "outer of down": (WIDTH, HIDDEN)}.items():
+        yield Build(f"linear {block_rows} {variant}", product.grouped_linear, {**constants, **flags, **own_flags})
+    for name, sizes in {"of gate": (HIDDEN, WIDTH), "of down": (WIDTH, HIDDEN), "narrow": (NARROW, NARROW)}.items():
+        block_out, block = outer_blocks(*sizes, dtype, capability)
+        blocks = {"BLOCK_ROWS": block.inner, "BLOCK_OUT": block_out, "BLOCK_IN": block.out}
+        options = {"num_warps": block.warps, "num_stages": block.stages}
         constants = {"OUT": sizes[0], "IN": sizes[1], "E": 64}
-        yield Build(name, product.grouped_outer, {**constants, **blocks, **options})
+        yield Build(f"outer {name}", product.grouped_outer, {**constants, **blocks, **options})
 
 
 def small_builds() -> Iterator[Build]:
@@ -134,6 +140,15 @@ def small_builds() -> Iterator[Build]:
         rows.combine_rows,
         {"D": WIDTH, "K": 8, "HAS_SECOND": True, "HAS_GATES": True, "BLOCK_N": 16, "BLOCK_D": 256},
     )
+    options = {"BLOCK": 1024, "enable_fp_fusion": False}
+    yield Build("AdamW", adamw.update, options)
+    for name, sizes, transposed, float32_arguments in (
+        ("logits", (None, 296, 512), (False, True), ("b_KN", "c_SMN")),
+        ("logits to rows", (None, 512, 296), (False, False), ("a_MK", "b_KN")),
+        ("logits to matrix", (296, 512, None), (True, False), ("a_MK", "c_SMN")),
+    ):
+        constants = product_constants(sizes, transposed)
+        yield Build(f"route: {name}", router.multiply, constants, float32_arguments)
     route_block = sort.ROUTES_PER_BLOCK
     for experts in (1, 300, 1024):
         columns = max(16, triton.next_power_of_2(experts))
@@ -148,7 +163,8 @@ def small_builds() -> Iterator[Build]:
         received = {"X": max(1, experts // 8), "PX": experts, "BLOCK": 256, "BLOCK_PX": columns}
         yield Build(f"sort: received, E {experts}", sort.place_received, received)
         routing = {**choices, "NORMALIZED": True, "BLOCK_E": columns}
-        yield Build(f"route, E {experts}", router.route_rows, {**routing, "BLOCK_N": max(1, 4096 // columns)})
+        forward = {**routing, "BLOCK_N": max(1, 4096 // columns), "BLOCK_K": triton.next_power_of_2(choices["K"])}
+        yield Build(f"route, E {experts}", router.route_rows, forward)
         backward = {**routing, "HAS_DROPS": True, "BLOCK_N": max(1, 2048 // columns)}
         yield Build(f"route backward, E {experts}", router.route_rows_backward, backward)
         programs = {**choices, "COUNTS_FIRST": False, "BLOCK_P": max(1, 8192 // columns), "BLOCK_E": columns}
@@ -161,9 +177,8 @@ def compile_build(build: Build, capability: int, dtype: torch.dtype) -> Any:
     constants = dict(build.constants)
     options = {name: constants.pop(name) for name in _OPTIONS if name in constants}
     element = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
-    signature = {
-        name: "constexpr" if name in constants else _argument_type(name, element) for name in build.function.arg_names
-    }
+    types = {name: "constexpr" for name in constants} | dict.fromkeys(build.float32_arguments, "*fp32")
+    signature = {name: types.get(name) or _argument_type(name, element) for name in build.function.arg_names}
     aligned = {
         (index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind.startswith("*")
     }
@@ -201,9 +216,8 @@ def usage(compiled: Any) -> ResourceUsage:
 
 
 def _argument_type(name: str, element: str) -> str:
-    if name in ("eps", "scale"):
-        return "fp32"
-    for names, kind in ((_INT64, "*i64"), (_INT32, "*i32"), (_FLOAT32, "*fp32"), ({"kept_NK"}, "*i1")):
+    kinds = {"fp32": _SCALARS, "*i64": _INT64, "*i32": _INT32, "*fp32": _FLOAT32, "*i1": {"kept_NK"}, "i64": {"offset"}}
+    for kind, names in kinds.items():
         if name in names:
             return kind
     return element if "_" in name else "i32"

@@ -7,6 +7,41 @@ additions, results are bitwise reproducible.
 import triton
 import triton.language as tl
 
+from mhmoe_kernels.triton.functions import dot
+
+
+@triton.jit(do_not_specialize=["ROWS", "PART"])
+def multiply(
+    a_MK, b_KN, c_SMN, ROWS, PART, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Compute c = a @ b; the one of M and K that is None is ROWS. A transposed operand is stored column by column.
+
+    A program adds PART blocks of terms, and stores its sums in the M x N values that belong to its part.
+    """
+    m_size, k_size = ROWS if M is None else M, ROWS if K is None else K
+    a_row_stride, a_term_stride = (1, M) if A_TRANSPOSED else (K, 1)
+    b_term_stride, b_column_stride = (1, K) if B_TRANSPOSED else (N, 1)
+    column_blocks = tl.cdiv(N, BLOCK_N)
+    row = (tl.program_id(0) // column_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = (tl.program_id(0) % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = tl.program_id(1) * PART * BLOCK_K
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for block_start in range(start, tl.minimum(start + PART * BLOCK_K, k_size), BLOCK_K):
+        term = block_start + tl.arange(0, BLOCK_K)
+        wide_row, wide_term = row.to(tl.int64)[:, None], term.to(tl.int64)
+        a_mask = (row < m_size)[:, None] & (term < k_size)[None, :]
+        a_block = tl.load(a_MK + wide_row * a_row_stride + wide_term[None, :] * a_term_stride, mask=a_mask, other=0.0)
+        b_mask = (term < k_size)[:, None] & (column < N)[None, :]
+        b_block = tl.load(
+            b_KN + wide_term[:, None] * b_term_stride + column[None, :] * b_column_stride, mask=b_mask, other=0.0
+        )
+        # Three products of tf32 are about as exact as one of float32, and matrix units compute them.
+        sums = dot(a_block.to(tl.float32), b_block.to(tl.float32), sums, "tf32x3")
+    c_SMN += (tl.program_id(1).to(tl.int64) * m_size + row[:, None]) * N + column[None, :]
+    tl.store(c_SMN, sums.to(c_SMN.dtype.element_ty), mask=(row < m_size)[:, None] & (column < N)[None, :])
+
 
 @triton.jit
 def _load_logits(logits_NE, row, N, E: tl.constexpr, BLOCK_E: tl.constexpr):
@@ -21,13 +56,14 @@ def _load_logits(logits_NE, row, N, E: tl.constexpr, BLOCK_E: tl.constexpr):
 def route_rows(
     logits_NE, expert_NK, gate_NK, log_sum_N, probability_PE, first_PE, count_PE, z_P, N, scale,
     E: tl.constexpr, K: tl.constexpr, NORMALIZED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Choose the experts of each row, and store a program's sums over its rows.
 
     They are each expert's probabilities, first choices and all choices, and the squared log-sum-exp.
     """
     program = tl.program_id(0)
-    column = tl.arange(0, BLOCK_E)
+    column, choice = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
     probability_sum, z_sum = tl.zeros([BLOCK_E], tl.float32), 0.0
     first_sum, count_sum = tl.zeros([BLOCK_E], tl.int32), tl.zeros([BLOCK_E], tl.int32)
     for block in range(program, tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
@@ -46,23 +82,24 @@ def route_rows(
         # exponentials. A row of NaN must still choose experts that exist, so NaN, -inf and logits below -3.4e38
         # rank equally, above the padding columns past the E experts. The gates of such a row are NaN.
         ranks = tl.where((column < E)[None, :], tl.maximum(logits, -3.4e38), float("-inf"))
-        remaining, chosen_total = ranks, tl.zeros([BLOCK_N], tl.float32)
-        for k in tl.static_range(K):
-            choice = tl.argmax(remaining, 1)
-            is_chosen = column[None, :] == choice[:, None]
+        remaining, gates = ranks, tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        first_expert = tl.zeros([BLOCK_N], tl.int32)
+        # An unrolled loop would take seconds to compile.
+        for k in tl.range(K, loop_unroll_factor=1):
+            chosen_expert = tl.argmax(remaining, 1)
+            is_chosen = column[None, :] == chosen_expert[:, None]
             remaining = tl.where(is_chosen, float("-inf"), remaining)
-            chosen_total += tl.sum(tl.where(is_chosen, exponential, 0.0), 1)
-            choice_count = tl.sum((is_chosen & inside[:, None]).to(tl.int32), 0)
-            count_sum += choice_count
-            if k == 0:
-                first_sum += choice_count
-            tl.store(expert_NK + row.to(tl.int64) * K + k, choice.to(tl.int64), mask=inside)
-        remaining, divisor = ranks, chosen_total if NORMALIZED else total
-        for k in tl.static_range(K):
-            is_chosen = column[None, :] == tl.argmax(remaining, 1)[:, None]
-            remaining = tl.where(is_chosen, float("-inf"), remaining)
-            gate = tl.sum(tl.where(is_chosen, exponential, 0.0), 1) / divisor * scale
-            tl.store(gate_NK + row.to(tl.int64) * K + k, gate, mask=inside)
+            gate = tl.sum(tl.where(is_chosen, exponential, 0.0), 1)
+            first_expert = tl.where(k == 0, chosen_expert, first_expert)
+            gates = tl.where((choice == k)[None, :], gate[:, None], gates)
+            tl.store(expert_NK + row.to(tl.int64) * K + k, chosen_expert.to(tl.int64), mask=inside)
+        is_chosen = (remaining == float("-inf")) & (column < E)[None, :] & inside[:, None]
+        count_sum += tl.sum(is_chosen.to(tl.int32), 0)
+        is_first = (column[None, :] == first_expert[:, None]) & inside[:, None]
+        first_sum += tl.sum(is_first.to(tl.int32), 0)
+        divisor = tl.sum(gates, 1) if NORMALIZED else total
+        value_offset = row.to(tl.int64)[:, None] * K + choice[None, :]
+        tl.store(gate_NK + value_offset, gates / divisor[:, None] * scale, mask=inside[:, None] & (choice < K)[None, :])
     value_offset, mask = program * E + column, column < E
     tl.store(probability_PE + value_offset, probability_sum, mask=mask)
     tl.store(first_PE + value_offset, first_sum, mask=mask)
@@ -119,7 +156,7 @@ def route_rows_backward(
     dprobability = (tl.load(dbalance) * E / N * share)[None, :] + tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     dlogits = (tl.load(dz) * 2 / N * log_sum)[:, None] * probability
     gate_product = tl.zeros([BLOCK_N], tl.float32)
-    for k in tl.static_range(K):
+    for k in tl.range(K, loop_unroll_factor=1):
         value_offset = row.to(tl.int64) * K + k
         dgate = _load_gate_gradient(dgate_NK, kept_NK, value_offset, inside, HAS_DROPS)
         if NORMALIZED:
@@ -129,7 +166,7 @@ def route_rows_backward(
             dprobability += tl.where(is_chosen, (dgate * scale)[:, None], 0.0)
     if NORMALIZED:
         # The gates are `scale` times a softmax of the chosen logits.
-        for k in tl.static_range(K):
+        for k in tl.range(K, loop_unroll_factor=1):
             value_offset = row.to(tl.int64) * K + k
             is_chosen = column[None, :] == tl.load(expert_NK + value_offset, mask=inside, other=0)[:, None]
             gate = tl.load(gate_NK + value_offset, mask=inside, other=0.0)

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from mhmoe_kernels.operators import operator
 from mhmoe_kernels.triton import router
+from mhmoe_kernels.triton.grouped.blocks import column_block
 from mhmoe_kernels.triton.operators import SortedRoutes, launch, program_count, sort_routes
 
 
@@ -18,6 +19,76 @@ def _row_blocks(experts: int, values: int) -> tuple[int, int]:
     columns = max(16, triton.next_power_of_2(experts))
     return max(1, values // columns), columns
 
+
+_ProductSizes = tuple[int | None, int, int | None]
+"""M, N and K of a product of M x K and K x N values; None is the number of rows."""
+
+
+def product_constants(sizes: _ProductSizes, transposed: tuple[bool, bool]) -> dict[str, Any]:
+    """Return the constants and compiler options of kernel `multiply`; `transposed` says which operands are."""
+    m_size, n_size, k_size = sizes
+    return {
+        "M": m_size,
+        "N": n_size,
+        "K": k_size,
+        "A_TRANSPOSED": transposed[0],
+        "B_TRANSPOSED": transposed[1],
+        "BLOCK_M": 128 if m_size is None else column_block(m_size, 128),
+        "BLOCK_N": column_block(n_size, 128),
+        "BLOCK_K": 32,
+        "num_warps": 8,
+    }
+
+
+@operator(
+    launches=1,
+    fake=lambda x_NI, w_ED, transposed, dtype: x_NI.new_empty(len(x_NI), w_ED.shape[not transposed], dtype=dtype),
+)
+def row_product(x_NI: Tensor, w_ED: Tensor, transposed: bool, dtype: torch.dtype) -> Tensor:
+    """Return x @ w, or x @ w^T, of at least one row, about as exact as in float32."""
+    (rows, terms), columns = x_NI.shape, w_ED.shape[not transposed]
+    y_NO = x_NI.new_empty(rows, columns, dtype=dtype)
+    constants = product_constants((None, columns, terms), (False, transposed))
+    blocks = triton.cdiv(rows, constants["BLOCK_M"]) * triton.cdiv(columns, constants["BLOCK_N"])
+    launch(router.multiply, (blocks, 1))(
+        x_NI, w_ED, y_NO, rows, triton.cdiv(terms, constants["BLOCK_K"]), **constants
+    )
+    return y_NO
+
+
+@operator(launches=3, fake=lambda y_NE, x_ND, dtype: x_ND.new_empty(y_NE.shape[1], x_ND.shape[1], dtype=dtype))
+def row_outer(y_NE: Tensor, x_ND: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return y^T @ x of at least one row, about as exact as in float32."""
+    (rows, experts), width = y_NE.shape, x_ND.shape[1]
+    constants = product_constants((experts, width, None), (True, False))
+    blocks = triton.cdiv(experts, constants["BLOCK_M"]) * triton.cdiv(width, constants["BLOCK_N"])
+    # The result has few blocks. So that all multiprocessors compute, the rows are divided into parts.
+    parts = min(triton.cdiv(rows, 1024), triton.cdiv(2 * program_count(x_ND.device), blocks))
+    dw_PED = x_ND.new_empty(parts, experts, width, dtype=torch.float32)
+    part_blocks = triton.cdiv(triton.cdiv(rows, constants["BLOCK_K"]), parts)
+    launch(router.multiply, (blocks, parts))(y_NE, x_ND, dw_PED, rows, part_blocks, **constants)
+    return dw_PED.sum(0).to(dtype)
+
+
+class _Logits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_ND, weight_ED)
+        logits_NE: Tensor = row_product(x_ND, weight_ED, True, torch.float32)
+        return logits_NE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlogits_NE: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_ND, weight_ED = ctx.saved_tensors
+        dlogits_NE = dlogits_NE.contiguous()
+        dx_ND = row_product(dlogits_NE, weight_ED, False, x_ND.dtype) if ctx.needs_input_grad[0] else None
+        dweight_ED = row_outer(dlogits_NE, x_ND, weight_ED.dtype) if ctx.needs_input_grad[1] else None
+        return dx_ND, dweight_ED
+
+
+logits: Callable[[Tensor, Tensor], Tensor] = _Logits.apply
+"""Function with gradients that returns the logits of contiguous rows for a router's contiguous matrix."""
 
 _Routed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """First five fields of `FusedRouting`, each row's log-sum-exp, and each expert's share of the choices."""
@@ -51,7 +122,7 @@ def _route(logits_NE: Tensor, top_k: int, normalized: bool, scale: float, counts
     z_P = logits_NE.new_empty(programs)
     launch(router.route_rows, (programs,))(
         logits_NE, expert_NK, gate_NK, log_sum_N, probability_PE, first_PE, count_PE, z_P, rows, scale,
-        experts, top_k, normalized, block_rows, columns,
+        experts, top_k, normalized, block_rows, columns, triton.next_power_of_2(top_k),
     )  # fmt: skip
     launch(router.sum_programs, (1,))(
         probability_PE, first_PE, count_PE, z_P, share_E, count_E, balance, z, programs, rows,

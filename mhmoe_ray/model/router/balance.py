@@ -14,9 +14,8 @@ from mhmoe_ray.spec import MoESpec
 
 
 class RoutedLogits(NamedTuple):
-    """Router logits of rows and their chosen experts: the inputs of the load balancing losses."""
+    """Router logits of rows, float32 or wider, and their chosen experts: the inputs of the load balancing losses."""
 
-    x_ND: Tensor  # float32 or wider
     clean_NE: Tensor  # without the router's random noise
     noisy_NE: Tensor  # logits by which experts were chosen
     probability_NE: Tensor  # for the load balancing loss (`BaseScores.balance_probabilities`)
@@ -24,8 +23,8 @@ class RoutedLogits(NamedTuple):
 
     def slice(self, start: int, stop: int, top_k: int) -> "RoutedLogits":
         """Return the values of rows `start` to `stop` - 1, with only the first `top_k` choices."""
-        x_ND, clean_NE, noisy_NE, probability_NE, expert_NK = (field[start:stop] for field in self)
-        return RoutedLogits(x_ND, clean_NE, noisy_NE, probability_NE, expert_NK[:, :top_k])
+        clean_NE, noisy_NE, probability_NE, expert_NK = (field[start:stop] for field in self)
+        return RoutedLogits(clean_NE, noisy_NE, probability_NE, expert_NK[:, :top_k])
 
 
 def route_counts(expert_NK: Tensor, experts: int, kept_NK: Tensor | None = None) -> Tensor:

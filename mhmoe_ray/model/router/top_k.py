@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mhmoe_kernels import can_fuse_routing, fused_routing, widen
+from mhmoe_kernels import can_fuse_logits, can_fuse_routing, fused_logits, fused_routing, widen
 from mhmoe_ray.model.router.balance import RoutedLogits, balance_loss, route_counts, z_loss
 from mhmoe_ray.model.router.base import NO_CONTEXT, BaseRouter, BaseScores, Routing, RoutingContext, Scores
+from mhmoe_ray.model.router.scores import LinearScores
 from mhmoe_ray.model.router.table import SCORES_BY_ROUTER, build_scores
 from mhmoe_ray.spec import MoESpec
 
@@ -90,15 +91,21 @@ class Router(BaseRouter):
         """Choose the experts of rows. The expert capacity applies only in training mode (`Module.train`)."""
         # Autocast would compute logits in bfloat16, in which many different logits become equal.
         with torch.autocast(x_ND.device.type, enabled=False):
-            return self._route(widen(x_ND), generator, context)
+            return self._route(x_ND, generator, context)
 
     def _route(self, x_ND: Tensor, generator: torch.Generator | None, context: RoutingContext = NO_CONTEXT) -> Routing:
-        """Choose the experts of rows, float32 or wider, as `forward` does. Autocast must be off."""
+        """Choose the experts of rows as `forward` does. Autocast must be off."""
         moe, rows, scores = self.moe, len(x_ND), self._scores_of(context.group_rows)
         top_k = self._top_k_of(context.group_rows, x_ND.device)
-        if moe.jitter and generator is not None:
-            x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - moe.jitter, 1 + moe.jitter, generator=generator)
-        clean_NE = logits_NE = scores(x_ND)
+        has_jitter = moe.jitter > 0 and generator is not None
+        if isinstance(scores, LinearScores) and not has_jitter and can_fuse_logits(moe.kernel, x_ND):
+            clean_NE = fused_logits(x_ND, scores.weight_ED)
+        else:
+            x_ND = widen(x_ND)
+            if has_jitter:
+                x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - moe.jitter, 1 + moe.jitter, generator=generator)
+            clean_NE = scores(x_ND)
+        logits_NE = clean_NE
         if moe.noise and generator is not None:
             noise_NE = torch.empty_like(logits_NE).normal_(std=moe.noise / moe.experts, generator=generator)
             logits_NE = logits_NE + noise_NE
@@ -120,7 +127,7 @@ class Router(BaseRouter):
         kept_NK = candidate_NK if capacity is None else capacity_mask(expert_NK, candidate_NK, moe.experts, capacity)
         count_E = route_counts(expert_NK, moe.experts, kept_NK)
         balance_NE = scores.balance_probabilities(x_ND, probability_NE)
-        routed = RoutedLogits(x_ND, clean_NE, logits_NE, balance_NE, expert_NK)
+        routed = RoutedLogits(clean_NE, logits_NE, balance_NE, expert_NK)
         return Routing(
             expert_NK,
             gate_NK * kept_NK,

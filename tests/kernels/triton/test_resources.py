@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mhmoe_kernels.triton.fused import blocks
 
@@ -43,6 +45,7 @@ def test_grouped_products_compile_for_an_h100(tmp_path):
         "import torch\n"
         "from mhmoe_kernels.triton.resources import *\n"
         "builds = [b for b in grouped_builds(90, torch.bfloat16) if b.name.startswith(('linear 128', 'outer'))]\n"
+        "builds += [b for b in small_builds() if b.name.startswith('route: logits')]\n"
         "for build in builds:\n"
         "    compiled = compile_build(build, 90, torch.bfloat16)\n"
         "    result = usage(compiled)\n"
@@ -50,7 +53,7 @@ def test_grouped_products_compile_for_an_h100(tmp_path):
         "    assert result.matrix_instructions and result.spilled_bytes <= MAX_SPILLED_BYTES, (build.name, result)\n"
         "print(len(builds))\n",
     )
-    assert printed == "9\n"
+    assert printed == "14\n"
 
 
 def compile_all(capability):
@@ -150,6 +153,21 @@ def test_every_dtype_has_blocks():
 
     for dtype in (torch.float32, torch.bfloat16):
         for capability in (0, 80, 90, 100, 120):
-            assert all(linear_blocks(rows, dtype, capability).stages >= 2 for rows in ROW_BLOCKS)
-            assert outer_blocks(dtype, capability)[0] >= 64
+            assert all(linear_blocks(rows, 856, dtype, capability).stages >= 2 for rows in ROW_BLOCKS)
+            assert outer_blocks(856, 2048, dtype, capability)[0] >= 64
     assert [rows_per_tile(1024, 8), rows_per_tile(1024, 32), rows_per_tile(10, 64)] == [128, 64, 16]
+
+
+@given(st.integers(1, 8192), st.sampled_from([128, 256]))
+def test_columns_are_computed_with_little_padding(width, largest):
+    """A block is the largest, except where a smaller one saves an eighth of the computed columns."""
+    from mhmoe_kernels.triton.grouped.blocks import column_block
+
+    def computed_columns(block):
+        return -(-width // block) * block
+
+    block = column_block(width, largest)
+    assert block <= largest
+    assert all(computed_columns(b) > 7 / 8 * computed_columns(block) for b in (128, 64) if b < block)
+    assert block == largest or computed_columns(block) <= 7 / 8 * computed_columns(largest)
+    assert [column_block(w, 256) for w in (856, 2048, 768, 384, 192)] == [128, 256, 256, 128, 64]

@@ -32,7 +32,7 @@ def grouped_linear(
     )
     out_width, in_width = y_RO.shape[1], x_RI.shape[1]
     if len(x_RI):
-        block = linear_blocks(rows_per_tile, x_RI.dtype, device_capability(x_RI.device))
+        block = linear_blocks(rows_per_tile, out_width, x_RI.dtype, device_capability(x_RI.device))
         tiles = len(expert_T) * triton.cdiv(out_width, block.out)
         launch(product.grouped_linear, (min(tiles, program_count(x_RI.device)),))(
             x_RI, w_EMN,
@@ -56,7 +56,7 @@ def grouped_outer(a_RO: Tensor, b_RI: Tensor, offset_E1: Tensor) -> Tensor:
     """Return the gradient dw_EOI of matrices: the sum of a_r^T b_r over the rows r of each expert, in float32."""
     experts, out_width, in_width = len(offset_E1) - 1, a_RO.shape[1], b_RI.shape[1]
     dw_EOI = a_RO.new_empty(experts, out_width, in_width)
-    block_out, block = outer_blocks(a_RO.dtype, device_capability(a_RO.device))
+    block_out, block = outer_blocks(out_width, in_width, a_RO.dtype, device_capability(a_RO.device))
     tiles = experts * triton.cdiv(out_width, block_out) * triton.cdiv(in_width, block.out)
     launch(product.grouped_outer, (min(tiles, program_count(a_RO.device)),))(
         a_RO, b_RI, dw_EOI, offset_E1, out_width, in_width, experts,
