@@ -2,10 +2,11 @@
 
 This module imports Triton at the first use, because the base install does not include it.
 
-    operators.py   kernels as operators of torch: the launch, the sort of routes, and copies and sums of rows
+    operators.py   kernels as operators of torch: the launch, sort of routes, copies and sums of rows, updates
     functions.py   matrix products and GELU, which several kernels call
     sort.py        stable sort of routes by expert, divided into tiles
-    router.py, routing.py  softmax, top-k, gates, counts and losses of a router in one pass, and their operators
+    router.py, routing.py  logits, and softmax, top-k, gates, counts and losses in one pass, and their operators
+    adamw.py       AdamW with moments in bfloat16
     rows.py        gather of rows, and the weighted sum of each row's routes
     fused/         an expert as one kernel, which never writes the hidden layer to memory
     grouped/       experts of any width as grouped matrix products, with small kernels between the products

@@ -1,8 +1,7 @@
 """AdamW with moments in bfloat16, rounded stochastically, as one kernel.
 
-The kernel computes what torch's fused AdamW computes for float32 on a CPU, in the same order and with the same
-roundings, so that devices agree to the bit. Only a tensor's last values, fewer than a vector of the CPU holds, may
-differ: torch rounds them differently.
+The kernel computes what torch's fused AdamW computes in float32 on a CPU with AVX2 or AVX-512, in the same order and
+with the same roundings, so that devices agree to the bit. It fuses a product with a sum only where torch does.
 """
 
 import triton

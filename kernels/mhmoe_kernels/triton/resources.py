@@ -177,7 +177,7 @@ def compile_build(build: Build, capability: int, dtype: torch.dtype) -> Any:
     constants = dict(build.constants)
     options = {name: constants.pop(name) for name in _OPTIONS if name in constants}
     element = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
-    types = {name: "constexpr" for name in constants} | dict.fromkeys(build.float32_arguments, "*fp32")
+    types = dict.fromkeys(constants, "constexpr") | dict.fromkeys(build.float32_arguments, "*fp32")
     signature = {name: types.get(name) or _argument_type(name, element) for name in build.function.arg_names}
     aligned = {
         (index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind.startswith("*")

@@ -1,7 +1,7 @@
-"""Kernels of the router: softmax, top-k, gates, counts and losses in one pass over the logits, and their gradient.
+"""Kernels of the router: logits, and softmax, top-k, gates, counts and losses in one pass over them, with gradients.
 
-Each program takes several blocks of rows and keeps its own sums over rows, which `sum_programs` adds. Without atomic
-additions, results are bitwise reproducible.
+Each program of a pass takes several blocks of rows and keeps its own sums over rows, which `sum_programs` adds. Without
+atomic additions, results are bitwise reproducible.
 """
 
 import triton

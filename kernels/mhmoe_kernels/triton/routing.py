@@ -50,9 +50,7 @@ def row_product(x_NI: Tensor, w_ED: Tensor, transposed: bool, dtype: torch.dtype
     y_NO = x_NI.new_empty(rows, columns, dtype=dtype)
     constants = product_constants((None, columns, terms), (False, transposed))
     blocks = triton.cdiv(rows, constants["BLOCK_M"]) * triton.cdiv(columns, constants["BLOCK_N"])
-    launch(router.multiply, (blocks, 1))(
-        x_NI, w_ED, y_NO, rows, triton.cdiv(terms, constants["BLOCK_K"]), **constants
-    )
+    launch(router.multiply, (blocks, 1))(x_NI, w_ED, y_NO, rows, triton.cdiv(terms, constants["BLOCK_K"]), **constants)
     return y_NO
 
 

@@ -90,7 +90,7 @@ def test_routing_is_that_of_the_model(seed, rows, experts, k, normalized, scale,
     experts=st.integers(1, 140), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )  # fmt: skip
 def test_logits_and_their_gradients_are_as_exact_as_in_float32(seed, rows, width, experts, dtype):
-    """On a GPU, products of tf32 would have errors of 3e-4. Triton's interpreter computes them in float32."""
+    # On a GPU, products of tf32 would have errors of 3e-4. Triton's interpreter computes them in float32.
     from mhmoe_kernels.triton import fused_logits
 
     generator = torch.Generator().manual_seed(seed)

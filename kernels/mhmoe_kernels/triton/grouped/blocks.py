@@ -52,7 +52,7 @@ def _largest_block(capability: int) -> int:
 
 
 def linear_blocks(rows: int, width: int, dtype: torch.dtype, capability: int) -> ProductBlocks:
-    """Return the block sizes of `grouped_linear` for results of `width` columns; `capability` has no dot, such as 90."""
+    """Return the block sizes of `grouped_linear` for `width` columns; `capability` has no dot, such as 90."""
     if dtype == torch.float32:
         # Matrix units do not compute exact float32 products, so single threads multiply and add.
         return ProductBlocks(64, 16, 8, 2)

@@ -34,14 +34,14 @@ def _add_product(
     else:
         w = w_EMN + expert * OUT * IN + inner[:, None] * OUT + column[None, :]
     for start_index in range(0, IN, BLOCK_IN):
+        # Pointers that the loop increments would take NVIDIA's assembler 18 instead of 0.4 seconds.
+        x_block, w_block = x + start_index, w + (start_index if TRANSPOSED else start_index * OUT)
         if IS_EVEN:
-            sums = dot(tl.load(x), tl.load(w, mask=is_column, other=0.0), sums)
+            sums = dot(tl.load(x_block), tl.load(w_block, mask=is_column, other=0.0), sums)
         else:
             is_inside = start_index + inner < IN
-            a = tl.load(x, mask=is_inside[None, :], other=0.0)
-            sums = dot(a, tl.load(w, mask=is_inside[:, None] & is_column, other=0.0), sums)
-        x += BLOCK_IN
-        w += BLOCK_IN if TRANSPOSED else BLOCK_IN * OUT
+            a = tl.load(x_block, mask=is_inside[None, :], other=0.0)
+            sums = dot(a, tl.load(w_block, mask=is_inside[:, None] & is_column, other=0.0), sums)
     return sums
 
 
