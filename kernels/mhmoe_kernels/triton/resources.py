@@ -105,16 +105,10 @@ def grouped_builds(capability: int, dtype: torch.dtype) -> Iterator[Build]:
     for block_rows, (variant, (in_width, out_width, own_flags)) in itertools.product(ROW_BLOCKS, variants.items()):
         block = linear_blocks(block_rows, out_width, dtype, capability)
         constants = {
-            "IN": in_width,
-            "OUT": out_width,
-            "E": 64,
-            "BLOCK_ROWS": block_rows,
-            "BLOCK_OUT": block.out,
-            "BLOCK_IN": block.inner,
-            "IS_EVEN": in_width % block.inner == 0,
-            "num_warps": block.warps,
-            "num_stages": block.stages,
-        }
+            "IN": in_width, "OUT": out_width, "E": 64, "IS_EVEN": in_width % block.inner == 0,
+            "BLOCK_ROWS": block_rows, "BLOCK_OUT": block.out, "BLOCK_IN": block.inner,
+            "num_warps": block.warps, "num_stages": block.stages,
+        }  # fmt: skip
         yield Build(f"linear {block_rows} {variant}", product.grouped_linear, {**constants, **flags, **own_flags})
     for name, sizes in {"of gate": (HIDDEN, WIDTH), "of down": (WIDTH, HIDDEN), "narrow": (NARROW, NARROW)}.items():
         block_out, block = outer_blocks(*sizes, dtype, capability)
@@ -140,15 +134,13 @@ def small_builds() -> Iterator[Build]:
         rows.combine_rows,
         {"D": WIDTH, "K": 8, "HAS_SECOND": True, "HAS_GATES": True, "BLOCK_N": 16, "BLOCK_D": 256},
     )
-    options = {"BLOCK": 1024, "enable_fp_fusion": False}
-    yield Build("AdamW", adamw.update, options)
+    yield Build("AdamW", adamw.update, {"BLOCK": 1024, "enable_fp_fusion": False})
     for name, sizes, transposed, float32_arguments in (
         ("logits", (None, 296, 512), (False, True), ("b_KN", "c_SMN")),
         ("logits to rows", (None, 512, 296), (False, False), ("a_MK", "b_KN")),
         ("logits to matrix", (296, 512, None), (True, False), ("a_MK", "c_SMN")),
     ):
-        constants = product_constants(sizes, transposed)
-        yield Build(f"route: {name}", router.multiply, constants, float32_arguments)
+        yield Build(f"route: {name}", router.multiply, product_constants(sizes, transposed), float32_arguments)
     route_block = sort.ROUTES_PER_BLOCK
     for experts in (1, 300, 1024):
         columns = max(16, triton.next_power_of_2(experts))

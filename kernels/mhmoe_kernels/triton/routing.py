@@ -28,16 +28,20 @@ def product_constants(sizes: _ProductSizes, transposed: tuple[bool, bool]) -> di
     """Return the constants and compiler options of kernel `multiply`; `transposed` says which operands are."""
     m_size, n_size, k_size = sizes
     return {
-        "M": m_size,
-        "N": n_size,
-        "K": k_size,
-        "A_TRANSPOSED": transposed[0],
-        "B_TRANSPOSED": transposed[1],
-        "BLOCK_M": 128 if m_size is None else column_block(m_size, 128),
-        "BLOCK_N": column_block(n_size, 128),
-        "BLOCK_K": 32,
-        "num_warps": 8,
-    }
+        "M": m_size, "N": n_size, "K": k_size, "A_TRANSPOSED": transposed[0], "B_TRANSPOSED": transposed[1],
+        "BLOCK_M": 128 if m_size is None else column_block(m_size, 128), "BLOCK_N": column_block(n_size, 128),
+        "BLOCK_K": 32, "num_warps": 8,
+    }  # fmt: skip
+
+
+def _launch_product(
+    a: Tensor, b: Tensor, c: Tensor, sizes: _ProductSizes, transposed: tuple[bool, bool], rows: int, parts: int = 1
+) -> None:
+    constants = product_constants(sizes, transposed)
+    m_size, n_size, k_size = (rows if size is None else size for size in sizes)
+    blocks = triton.cdiv(m_size, constants["BLOCK_M"]) * triton.cdiv(n_size, constants["BLOCK_N"])
+    part_blocks = triton.cdiv(triton.cdiv(k_size, constants["BLOCK_K"]), parts)
+    launch(router.multiply, (blocks, parts))(a, b, c, rows, part_blocks, **constants)
 
 
 @operator(
@@ -48,9 +52,7 @@ def row_product(x_NI: Tensor, w_ED: Tensor, transposed: bool, dtype: torch.dtype
     """Return x @ w, or x @ w^T, of at least one row, about as exact as in float32."""
     (rows, terms), columns = x_NI.shape, w_ED.shape[not transposed]
     y_NO = x_NI.new_empty(rows, columns, dtype=dtype)
-    constants = product_constants((None, columns, terms), (False, transposed))
-    blocks = triton.cdiv(rows, constants["BLOCK_M"]) * triton.cdiv(columns, constants["BLOCK_N"])
-    launch(router.multiply, (blocks, 1))(x_NI, w_ED, y_NO, rows, triton.cdiv(terms, constants["BLOCK_K"]), **constants)
+    _launch_product(x_NI, w_ED, y_NO, (None, columns, terms), (False, transposed), rows)
     return y_NO
 
 
@@ -58,13 +60,10 @@ def row_product(x_NI: Tensor, w_ED: Tensor, transposed: bool, dtype: torch.dtype
 def row_outer(y_NE: Tensor, x_ND: Tensor, dtype: torch.dtype) -> Tensor:
     """Return y^T @ x of at least one row, about as exact as in float32."""
     (rows, experts), width = y_NE.shape, x_ND.shape[1]
-    constants = product_constants((experts, width, None), (True, False))
-    blocks = triton.cdiv(experts, constants["BLOCK_M"]) * triton.cdiv(width, constants["BLOCK_N"])
     # The result has few blocks. So that all multiprocessors compute, the rows are divided into parts.
-    parts = min(triton.cdiv(rows, 1024), triton.cdiv(2 * program_count(x_ND.device), blocks))
+    parts = min(triton.cdiv(rows, 1024), 32)
     dw_PED = x_ND.new_empty(parts, experts, width, dtype=torch.float32)
-    part_blocks = triton.cdiv(triton.cdiv(rows, constants["BLOCK_K"]), parts)
-    launch(router.multiply, (blocks, parts))(y_NE, x_ND, dw_PED, rows, part_blocks, **constants)
+    _launch_product(y_NE, x_ND, dw_PED, (experts, width, None), (True, False), rows, parts)
     return dw_PED.sum(0).to(dtype)
 
 

@@ -38,13 +38,10 @@ def column_block(width: int, largest: int) -> int:
     block = largest
     for smaller_block in (128, 64):
         # A smaller block reads more for each sum. So it is chosen only if it saves an eighth of the computed columns.
-        if smaller_block < block and 8 * _padded(width, smaller_block) <= 7 * _padded(width, block):
+        columns, smaller_columns = (-(-width // b) * b for b in (block, smaller_block))
+        if smaller_block < block and 8 * smaller_columns <= 7 * columns:
             block = smaller_block
     return block
-
-
-def _padded(width: int, block: int) -> int:
-    return -(-width // block) * block
 
 
 def _largest_block(capability: int) -> int:
