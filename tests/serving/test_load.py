@@ -108,6 +108,21 @@ def test_models_that_vllm_can_shard_are_accepted(model, settings, monkeypatch):
     folder.check(ModelSpec.model_validate(VLLM_MODEL | model), ServeSpec(engine="vllm", **settings))
 
 
+@pytest.mark.parametrize(
+    ("moe", "on_cpu", "ranks", "argument_names", "expected_options"),
+    [
+        (EXPERTS, False, 1, {"moe_backend"}, {"moe_backend": "triton"}),
+        (EXPERTS, False, 2, {"moe_backend"}, {"distributed_executor_backend": "mp", "moe_backend": "triton"}),
+        (EXPERTS, False, 1, {"model"}, {}),
+        (EXPERTS, True, 2, {"moe_backend"}, {"distributed_executor_backend": "mp"}),
+        (None, False, 1, {"moe_backend"}, {}),
+    ],
+)
+def test_vllm_gets_kernels_and_an_executor_that_suit_our_model(moe, on_cpu, ranks, argument_names, expected_options):
+    model = ModelSpec.model_validate(VLLM_MODEL | {"moe": moe})
+    assert folder.engine_options(model, on_cpu, ranks, argument_names) == expected_options
+
+
 def test_checkpoint_outside_its_run_is_refused(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "loose" / "step")
     with pytest.raises(CheckpointError, match="inside its run directory"):

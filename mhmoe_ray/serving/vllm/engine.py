@@ -8,6 +8,7 @@ this engine's queue, where clients take turns, and not in vLLM.
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -34,7 +35,7 @@ from mhmoe_ray.serving.engine.request import (
 )
 from mhmoe_ray.serving.engine.threaded import Deliver, RequestState, ThreadedEngine
 from mhmoe_ray.serving.sampling import SamplingParams
-from mhmoe_ray.serving.vllm.folder import LOAD_FORMAT, check_fits, write_folder
+from mhmoe_ray.serving.vllm.folder import LOAD_FORMAT, check_fits, engine_options, write_folder
 from mhmoe_ray.spec import ServeSpec
 from mhmoe_ray.storage import Location
 
@@ -131,6 +132,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
                 # Compiling takes half a minute at each start, and gains a fifth of the time of a step on a CPU.
                 enforce_eager=self._on_cpu,
                 worker_extension_cls="mhmoe_ray.serving.vllm.loader.WorkerExtension",
+                **engine_options(model, self._on_cpu, ranks, {field.name for field in fields(EngineArgs)}),
             ).create_engine_config()
             engine = LLMEngine(
                 config,

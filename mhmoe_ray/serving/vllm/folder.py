@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,22 @@ def _check_shards(model: ModelSpec, ranks: int, expert_parallel: bool) -> None:
     if undivided:
         reason = f"{ranks} ranks cannot share {', '.join(undivided)} evenly"
         raise ServeError("engine vllm", reason, "set serve.tensor_parallel to another number, such as 1")
+
+
+def engine_options(model: ModelSpec, on_cpu: bool, ranks: int, argument_names: Collection[str]) -> dict[str, str]:
+    """Return the arguments of vLLM's engine that choose its executor and its kernels of experts.
+
+    `argument_names` has the arguments that the installed version takes.
+    """
+    options: dict[str, str] = {}
+    # Inside a placement group, vLLM would start its ranks as Ray actors, in resources that the replica already has.
+    if ranks > 1:
+        options["distributed_executor_backend"] = "mp"
+    # The experts get routes from our router. Of the kernels that vLLM chooses from, those of FlashInfer, its first
+    # choice on a B200, hang unless a rank's part of an expert is a multiple of 128 wide (vllm-project/vllm#51492).
+    if model.moe and not on_cpu and "moe_backend" in argument_names:
+        options["moe_backend"] = "triton"
+    return options
 
 
 def model_spec(config: Any) -> ModelSpec:
