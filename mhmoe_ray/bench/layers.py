@@ -127,7 +127,7 @@ def our_layers(
         for name in ["SMoE", *(f"MH-MoE h {h}" for h in sorted(heads)[:1])]:
             static_routing = {"capacity_factor": 1.0, "kernel": "capacity"}
             layer_moes[f"{name} static"] = moes[name].model_copy(update=static_routing)
-    dense = Layer("dense", None, partial(_build_dense, shape))
+    dense = dense_layer(shape)
     mixtures = [Layer(name, moe, partial(build_mixture, shape.d_model, moe)) for name, moe in layer_moes.items()]
     return [dense, *mixtures], skipped
 
@@ -174,8 +174,12 @@ def build_mixture(d_model: int, moe: MoESpec) -> MultiHeadMoE:
     return layer
 
 
-def _build_dense(shape: LayerShape) -> nn.Module:
+def dense_layer(shape: LayerShape) -> Layer:
     """Return a dense SwiGLU layer whose hidden layer is as wide as those of a token's k experts together."""
+    return Layer("dense", None, partial(_build_dense, shape))
+
+
+def _build_dense(shape: LayerShape) -> nn.Module:
     hidden_width = shape.top_k * shape.d_expert
     model = Decoder(ModelSpec(vocab_size=1, d_model=shape.d_model, layers=1, attention_heads=1, d_ff=hidden_width))
     init_weights(model, 0)

@@ -149,9 +149,43 @@ class ScatterMoELayer(nn.Module):
         return y_ND.view_as(x_BTM)
 
 
+class TorchLayer(nn.Module):
+    """Mixture of experts of torch's own operators, compiled as a whole, with our weights.
+
+    Like the layer of torchtitan, it sorts routes by expert, computes their experts by grouped products, and adds the
+    weighted outputs to the rows that they came from. The host does not wait for the device.
+    """
+
+    def __init__(self, our_layer: MultiHeadMoE) -> None:
+        super().__init__()
+        gate_EFD, up_EFD, down_EDF = _weights(our_layer)
+        self.top_k = our_layer.router.moe.top_k
+        self.router_ED = nn.Parameter(_router_weight(our_layer).clone())
+        self.gate_up_EGD = nn.Parameter(torch.cat([gate_EFD, up_EFD], dim=1))
+        self.down_EDF = nn.Parameter(down_EDF.clone())
+        # Layers of several sizes share the code of `forward`. Beyond this number of sizes, torch would not compile it.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        self.compile(dynamic=False)
+
+    def forward(self, x_BTM: Tensor) -> Tensor:
+        grouped_product = torch.nn.functional.grouped_mm
+        x_ND = x_BTM.flatten(0, 1)
+        gate_NK, expert_NK = (x_ND @ self.router_ED.T).float().softmax(-1).topk(self.top_k)
+        gate_NK = gate_NK / gate_NK.sum(-1, keepdim=True)
+        expert_R, route_R = expert_NK.flatten().sort(stable=True)
+        id_E = torch.arange(len(self.down_EDF), device=x_ND.device)
+        end_E = torch.searchsorted(expert_R, id_E, right=True, out_int32=True)
+        row_R = route_R // self.top_k
+        gate_RF, up_RF = grouped_product(x_ND[row_R], self.gate_up_EGD.mT, offs=end_E).chunk(2, dim=-1)
+        out_RD = grouped_product(nn.functional.silu(gate_RF) * up_RF, self.down_EDF.mT, offs=end_E)
+        weighted_RD = out_RD * gate_NK.flatten()[route_R, None].to(out_RD.dtype)
+        return torch.zeros_like(x_ND).index_add(0, row_R, weighted_RD).view_as(x_BTM)
+
+
 PEERS = (
     Peer("transformers eager", "transformers", (5, 16), partial(build_mixtral, "eager")),
     Peer("transformers grouped_mm", "transformers", (5, 16), partial(build_mixtral, "grouped_mm")),
+    Peer("torch compiled", "torch", (2, 11), TorchLayer),
     # Versions of DeepSpeed before 0.19.4 are not measured, because they sent rows to experts with the large masks of
     # static routing.
     Peer("DeepSpeed capacity", "deepspeed", (0, 19, 4), partial(build_deepspeed, True), capacity_factor=1.0),

@@ -47,6 +47,19 @@ def test_dropless_peer_matches_our_layer(name, top_k):
         torch.testing.assert_close(actual, expected_tensor, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("default")  # tracing gives rise to warnings inside torch
+def test_compiled_peer_matches_our_layer_in_bfloat16():
+    """torch compiles its grouped product in bfloat16 only."""
+    moe = SHAPE.plain_moe.model_copy(update={"normalize_gates": True})
+    our_layer = build_mixture(SHAPE.d_model, moe).bfloat16()
+    peer = _build_peer("torch compiled", our_layer)
+    x = torch.randn(1, SHAPE.tokens, SHAPE.d_model, generator=torch.Generator().manual_seed(1)).bfloat16()
+    [router] = our_layer.router.parameters()
+    expected = _output_and_gradients(our_layer, x, [router])
+    for actual, expected_tensor in zip(_output_and_gradients(peer, x, [peer.router_ED]), expected, strict=True):
+        assert (actual - expected_tensor).norm() < 0.02 * expected_tensor.norm()
+
+
 def test_deepspeed_capacity_matches_our_static_routing():
     """DeepSpeed drops the same routes as our static routing with two choices per token, and gives the same outputs.
 
@@ -70,7 +83,8 @@ def test_peers_cost_as_much_as_dense_layer():
     assert {case.name for case in layers + skipped} == set(PEER_BY_NAME)
     dense_flops = 3 * 2 * 3 * SHAPE.tokens * SHAPE.d_model * SHAPE.top_k * SHAPE.d_expert
     for layer in layers:
-        if layer.name == "transformers grouped_mm":  # torch does not count the FLOPs of its grouped matrix product
+        # torch does not count the FLOPs of its grouped matrix product.
+        if layer.name in ("transformers grouped_mm", "torch compiled"):
             continue
         case = LayerCase(layer, SHAPE, "float32", CPU)
         with FlopCounterMode(display=False) as counter:
