@@ -35,8 +35,8 @@ help:
 	@echo "make soak-serve   half an hour of clients of all kinds, good and bad (SOAK_SEED, SOAK_SECONDS)"
 	@echo "make test-gpu     the tests that need CUDA, without an installation"
 	@echo "make gpu-acceptance  what one GPU shows in half an hour, beside predictions; installs nothing. A call takes up to"
-	@echo "                  570 s (ACCEPTANCE='--budget 570'); repeat it until its last line says complete. make gpu-wheels"
-	@echo "                  fetches the packages that it needs beside torch"
+	@echo "                  570 s (ACCEPTANCE='--budget 570'); repeat it until its last line says complete. GPUS=8 measures a"
+	@echo "                  node with 8 GPUs. make gpu-wheels fetches the packages that it needs beside torch"
 	@echo "make test-cpu     the tests that depend on the CPU, at each of its levels; MHMOE_CPU_LEVEL=avx2 make test"
 	@echo "                  holds all tests to one level: generic, avx2, avx512, avx512_bf16 or amx"
 	@echo "make explore      the tests without Ray, with new random examples, and MUTANTS=5000 damaged files of each kind"
@@ -90,7 +90,8 @@ test-gpu:
 # Both need nothing but Python: the machine may have no network, and its torch must not be replaced. Without `exec`, a
 # SIGTERM to make would end the shell and not the acceptance.
 gpu-acceptance:
-	exec env PYTHONPATH=.:kernels:.gpu-wheels $(PYTHON) -m mhmoe_ray.bench.acceptance $(ACCEPTANCE)
+	exec env PYTHONPATH=.:kernels:.gpu-wheels $(PYTHON) -m mhmoe_ray.bench.acceptance $(if $(GPUS),--gpus $(GPUS)) \
+		$(ACCEPTANCE)
 
 gpu-wheels:
 	$(PYTHON) -m pip install --target .gpu-wheels --upgrade --only-binary=:all: --python-version $(GPU_PYTHON) \

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from mhmoe_ray.bench.measure import LayerFigures
 from mhmoe_ray.bench.timing import Hardware, device_clock, time_interleaved
@@ -62,16 +63,20 @@ class StepFigures(NamedTuple):
 
 
 class StepCase:
-    """Model in training, with the micro-batches of a step on the device."""
+    """Model in training, with this rank's micro-batches of a step on the device."""
 
     def __init__(self, spec: RunSpec, device: torch.device) -> None:
         self.spec = spec
-        self.trainer = Trainer(spec, build_mesh(spec.cluster, ["here"], device.type), device)
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        mesh = build_mesh(spec.cluster, ["here"] * world_size, device.type)
+        self.trainer = Trainer(spec, mesh, device)
         shape = (spec.train.micro_batches, spec.train.micro_batch_size, spec.data.seq_len + 1)
         token_MBT = torch.randint(spec.model.vocab_size, shape, generator=torch.Generator().manual_seed(spec.seed))
         # Random tokens have no padding, so all targets count.
         counts_BT = torch.ones(token_MBT[0, :, 1:].shape, dtype=torch.bool, device=device)
-        self.batches = [self._micro_batch(token_BT, counts_BT, device) for token_BT in token_MBT]
+        self.batches = [
+            self._micro_batch(token_BT, counts_BT, device) for token_BT in token_MBT[mesh.rank :: world_size]
+        ]
 
     def _micro_batch(self, token_BT: torch.Tensor, counts_BT: torch.Tensor, device: torch.device) -> MicroBatch:
         """Return a micro-batch on the device. If the model has document masks, token 0 begins a document."""
@@ -82,7 +87,7 @@ class StepCase:
         return MicroBatch(token_BT.to(device), counts_BT, starts_BT.to(device), None, offset_N1)
 
     def step(self) -> float:
-        """Run one training step, and return its mean loss in nats per token."""
+        """Run one training step, and return this rank's part of the mean loss in nats per token."""
         sums = self.trainer.accumulate(self.batches)
         self.trainer.update(sums)
         return sums.loss / sums.targets

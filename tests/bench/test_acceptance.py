@@ -13,13 +13,16 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mhmoe_ray.bench.acceptance import correctness
-from mhmoe_ray.bench.acceptance.__main__ import INCOMPLETE_STATUS, PARTS, check_progress
+from mhmoe_ray.bench.acceptance import correctness, node
+from mhmoe_ray.bench.acceptance.__main__ import INCOMPLETE_STATUS, NODE_PARTS, PARTS, check_progress
 from mhmoe_ray.bench.acceptance.accounting import Accounting, count_pass
+from mhmoe_ray.bench.acceptance.compile import COMPILED_PARTS
+from mhmoe_ray.bench.acceptance.defaults import SETTINGS
 from mhmoe_ray.bench.acceptance.goals import STATED_PREDICTIONS
 from mhmoe_ray.bench.acceptance.layers import layer_flops, with_kernel
 from mhmoe_ray.bench.acceptance.predictions import predict_layer_seconds
 from mhmoe_ray.bench.acceptance.report import (
+    PLOT_FILE,
     RECORDS_FILE,
     TO_BE_CONTINUED,
     append_record,
@@ -29,12 +32,13 @@ from mhmoe_ray.bench.acceptance.report import (
     write_report,
 )
 from mhmoe_ray.bench.acceptance.settings import Settings
+from mhmoe_ray.bench.acceptance.steps import GROUP_VARIANTS, VARIANTS
 from mhmoe_ray.bench.layers import single_layer_spec
 from mhmoe_ray.model.moe import MultiHeadMoE
 from tests.support.watch import LIMIT, wait_until
 
 ROOT = Path(__file__).parents[2]
-IDENTITY = {"device": "cpu", "is_toy": True}
+IDENTITY = {"device": "cpu", "is_toy": True, "gpus": 1}
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -69,12 +73,10 @@ def group_members(group):
 @pytest.mark.slow
 @pytest.mark.long
 @needs_triton
-def test_rehearsal_runs_all_parts_in_several_calls(tmp_path):
-    statuses = [INCOMPLETE_STATUS]
-    while statuses[-1] == INCOMPLETE_STATUS:
-        status, last_line = run_call(tmp_path, "--budget", "60")
-        statuses.append(status)
-    assert len(statuses) > 2
+def test_rehearsal_runs_all_parts_and_variants(tmp_path):
+    status = INCOMPLETE_STATUS
+    while status == INCOMPLETE_STATUS:
+        status, last_line = run_call(tmp_path, "--budget", "570")
     assert (status, last_line) == (0, f"complete: {', '.join(PARTS)}")
     records = read_records(tmp_path)[1:]
     assert {record["part"] for record in records} == PARTS.keys()
@@ -91,13 +93,43 @@ def test_rehearsal_runs_all_parts_in_several_calls(tmp_path):
     assert report.count("| end of the part | status done") == len(PARTS)
     # The report has no predictions beside the results, because they hold only for full sizes on a GPU.
     assert "reached" not in report
+    names_by_part = {name: {row["name"] for part, row in rows if part == name} for name in PARTS}
+    variants = {f"{v}, {p}" for v in (*VARIANTS, *GROUP_VARIANTS) for p in ("float32", "bfloat16")}
+    assert names_by_part["steps"] == variants
+    assert names_by_part["defaults"] >= SETTINGS.keys()
+    assert names_by_part["layers"] >= {"dense", "torch compiled"}
+    assert [row["failed"] for part, row in rows if part == "compile" and "failed" in row] == [0] * len(COMPILED_PARTS)
+    [machine_row] = [row for part, row in rows if row["name"] == "machine"]
+    assert f"torch {torch.__version__}" in report.partition("## ")[0]
+    assert machine_row["date"] in report.partition("## ")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_rehearsal_of_a_node_runs_all_strategies(tmp_path):
+    status = INCOMPLETE_STATUS
+    while status == INCOMPLETE_STATUS:
+        status, last_line = run_call(tmp_path, "--gpus", "2")
+    assert (status, last_line) == (0, f"complete: {', '.join(NODE_PARTS)}")
+    rows = [row for record in part_records(tmp_path, "node") for row in record.get("rows", [])]
+    passed_names = [row["name"] for row in rows if row.get("passed")]
+    large_names = ["Qwen3-30B, fsdp", "Qwen3-30B, fsdp, ep"]
+    assert passed_names == ["ddp", "ddp, ep", "fsdp", "hybrid", *large_names, "killed worker"]
+    [exchange_row] = [row for row in rows if "collective_GB/s" in row]
+    assert exchange_row["GB/s"] > 0
+
+
+def test_killed_worker_needs_ray(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    [case] = [case for case in node.cases(Settings("cpu", tmp_path, True, gpus=2)) if case.name == "killed worker"]
+    assert list(case.measure()) == [{"name": "killed worker", "skipped": "not run: Ray is missing"}]
 
 
 @pytest.mark.long
 def test_part_that_does_not_fit_into_the_budget_runs_in_the_next_call(tmp_path):
     parts = ("--parts", "ceilings,training")
-    # At toy sizes, 36 of the 35 seconds that 45 leave for parts are reserved for `training`.
-    status, last_line = run_call(tmp_path, *parts, "--budget", "45")
+    # At toy sizes, 24 of the 23 seconds that 33 leave for parts are reserved for `training`.
+    status, last_line = run_call(tmp_path, *parts, "--budget", "33")
     assert status == INCOMPLETE_STATUS
     assert last_line.startswith("to be continued by the same command: ")
     assert "training" in last_line
@@ -222,7 +254,7 @@ def test_parts_need_only_torch_and_the_packages_that_are_fetched():
     code = (
         "import importlib, sys\n"
         f"sys.modules.update(dict.fromkeys({[*optional, 'ray', 'tokenizers', 'typer', 'rich']!r}))\n"
-        f"for part in {[*PARTS, '__main__']!r}:\n"
+        f"for part in {[*PARTS, *NODE_PARTS, '__main__']!r}:\n"
         "    if part != 'sanitizer':\n"
         "        importlib.import_module('mhmoe_ray.bench.acceptance.' + part)\n"
         "import mhmoe_kernels.triton.grouped.experts, mhmoe_kernels.triton.fused.experts\n"
@@ -247,8 +279,11 @@ def test_report_shows_predictions_and_failures(tmp_path):
     append_record(tmp_path, {"part": "layers", "status": "ended after its limit of 600 s", "seconds": 600.0})
     write_report(tmp_path, has_predictions=True, incomplete_parts=[])
     report = (tmp_path / "report.md").read_text()
-    assert "| SMoE | ms 20.5 | at most 26 ms: reached; 22.5 ms |" in report
-    assert "| SMoE, grouped_mm | ms 30 | 22.5 ms |" in report
+    assert "| SMoE | ms 20.5 | at most 26 ms: reached; 22.5 ms: 0.91 of it |" in report
+    assert "| SMoE, grouped_mm | ms 30 | 22.5 ms: 1.33 of it |" in report
+    explained_lines = report.partition("each to be explained here:\n\n")[2].partition("\n\n")[0]
+    assert explained_lines == "- layers: SMoE, grouped_mm: 1.33 of its prediction"
+    assert (tmp_path / PLOT_FILE).read_bytes().startswith(b"\x89PNG")
     assert "| MH-MoE h 2 to SMoE | times 1.2 | at most 1.05 times: not reached |" in report
     assert failures(tmp_path) == [
         "layers: end of the part: status ended after its limit of 600 s, seconds 600, calls 1",

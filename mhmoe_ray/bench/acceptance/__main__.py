@@ -1,11 +1,10 @@
 """Run the parts of the GPU acceptance test, each in a process of its own, and write the report after each of them.
 
-python3 -m mhmoe_ray.bench.acceptance --out acceptance --parts ceilings,correctness
+python3 -m mhmoe_ray.bench.acceptance --out jobs/gpu/acceptance --parts ceilings,correctness
 """
 
 import argparse
 import fcntl
-import importlib
 import os
 import shutil
 import signal
@@ -17,7 +16,6 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from mhmoe_ray.bench.acceptance.report import (
     RECORDS_FILE,
@@ -29,21 +27,26 @@ from mhmoe_ray.bench.acceptance.report import (
     read_records,
     write_report,
 )
-from mhmoe_ray.bench.acceptance.settings import Row, Settings
+from mhmoe_ray.bench.acceptance.settings import Row, Settings, part_cases
 
 PARTS = {
     "predictions": 60,
+    "compile": 330,
     "ceilings": 60,
-    "correctness": 600,
-    "sanitizer": 300,
-    "steps": 240,
+    "correctness": 300,
+    "sanitizer": 240,
+    "steps": 180,
     "waits": 120,
-    "layers": 600,
-    "training": 360,
+    "layers": 400,
+    "experts": 180,
+    "training": 240,
+    "defaults": 240,
     "state": 180,
     "profiles": 120,
 }
-"""Longest time of each part within a call, in seconds."""
+NODE_PARTS = {"ceilings": 60, "node": 560}
+"""Parts on one GPU, and those on all GPUs of a node (`--gpus`), with their longest times within a call in seconds."""
+_LIMITS = PARTS | NODE_PARTS
 INCOMPLETE_STATUS = 75
 """Exit status of a call that leaves something for the next one (EX_TEMPFAIL in sysexits.h), and of such a part."""
 GRACE_SECONDS = 3
@@ -63,22 +66,23 @@ def main(arguments: list[str]) -> int:
     start = time.monotonic()
     parser = argparse.ArgumentParser(prog="python3 -m mhmoe_ray.bench.acceptance", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--out", type=Path, default=Path("acceptance"), help="folder of the report")
-    parser.add_argument("--parts", default=",".join(PARTS), help="names of parts, separated by commas")
+    parser.add_argument("--out", type=Path, default=Path("jobs/gpu/acceptance"), help="folder of the report")
+    parser.add_argument("--parts", help="names of parts, separated by commas")
+    parser.add_argument("--gpus", type=int, default=1, help="with more than one: measure a node with so many GPUs")
     parser.add_argument("--toy", action="store_true", help="toy sizes; always so on a CPU")
     budget_help = f"seconds of this call (570); it ends with status {INCOMPLETE_STATUS} if another one must continue"
     parser.add_argument("--budget", type=float, default=570, help=budget_help)
     for hidden_option, kind in (("--run-part", str), ("--deadline", float), ("--first", int)):
         parser.add_argument(hidden_option, type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    settings = Settings(options.device, options.out, options.toy or options.device == "cpu")
+    settings = Settings(options.device, options.out, options.toy or options.device == "cpu", options.gpus)
     if options.run_part:
         return _run_part(settings, options.run_part, options.deadline, bool(options.first))
-    names = options.parts.split(",")
-    if unknown_names := set(names) - PARTS.keys():
-        parser.error(f"there is no part {', '.join(sorted(unknown_names))}; choose from {', '.join(PARTS)}")
+    names = options.parts.split(",") if options.parts else list(NODE_PARTS if settings.gpus > 1 else PARTS)
+    if unknown_names := set(names) - _LIMITS.keys():
+        parser.error(f"there is no part {', '.join(sorted(unknown_names))}; choose from {', '.join(_LIMITS)}")
     settings.folder.mkdir(parents=True, exist_ok=True)
-    identity = {"device": settings.device, "is_toy": settings.is_toy}
+    identity = {"device": settings.device, "is_toy": settings.is_toy, "gpus": settings.gpus}
     with (settings.folder / RECORDS_FILE).open("a") as lock_file:
         try:
             fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -88,7 +92,9 @@ def main(arguments: list[str]) -> int:
         if not records:
             append_record(settings.folder, identity)
         elif records[0] != identity:
-            parser.error(f"{settings.folder} has results of another device, size or version; name another with --out")
+            parser.error(
+                f"{settings.folder} has results of another device, size, number of GPUs or version; use another --out"
+            )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _exit_at_signal)
         try:
@@ -160,7 +166,8 @@ def check_progress(folder: Path, part: str, old_count: int, budget: float) -> Ro
 
 def _run_process(settings: Settings, name: str, deadline: float, is_first: bool) -> Row:
     command = [sys.executable, "-m", "mhmoe_ray.bench.acceptance", "--out", str(settings.folder)]
-    command += ["--device", settings.device, "--run-part", name, "--deadline", str(deadline), "--first", str(+is_first)]
+    command += ["--device", settings.device, "--gpus", str(settings.gpus), "--run-part", name]
+    command += ["--deadline", str(deadline), "--first", str(+is_first)]
     if settings.is_toy:
         command.append("--toy")
     if name == "sanitizer":
@@ -186,7 +193,7 @@ def _run_process(settings: Settings, name: str, deadline: float, is_first: bool)
         os.close(read_end)
         try:
             with suppress(subprocess.TimeoutExpired):
-                code = process.wait(max(0, min(PARTS[name], seconds_left)))
+                code = process.wait(max(0, min(_LIMITS[name], seconds_left)))
         finally:
             _end_group(process)
         error_file.seek(0)
@@ -194,10 +201,10 @@ def _run_process(settings: Settings, name: str, deadline: float, is_first: bool)
     seconds = round(time.monotonic() - start, 1)
     if code == 0:
         return {"status": "done", "seconds": seconds}
-    if code == INCOMPLETE_STATUS or (code is None and seconds_left < PARTS[name]):
+    if code == INCOMPLETE_STATUS or (code is None and seconds_left < _LIMITS[name]):
         return {"status": TO_BE_CONTINUED, "seconds": seconds}
     if code is None:
-        return {"status": f"ended after its limit of {PARTS[name]} s", "seconds": seconds, "last": errors[-300:]}
+        return {"status": f"ended after its limit of {_LIMITS[name]} s", "seconds": seconds, "last": errors[-300:]}
     print(errors, file=sys.stderr)
     last_line = (errors.splitlines() or [""])[-1]
     return {"status": f"exit code {code}: {last_line[:300]}", "seconds": seconds}
@@ -221,13 +228,10 @@ def _run_part(settings: Settings, name: str, deadline: float, is_first: bool) ->
     signal.signal(signal.SIGTERM, _exit_at_signal)
     if stat.S_ISFIFO(os.fstat(0).st_mode):
         threading.Thread(target=_exit_with_parent, daemon=True).start()
-    # The part `sanitizer` runs checks of the module `correctness` under NVIDIA's compute-sanitizer.
-    module_name = "correctness" if name == "sanitizer" else name
-    module: Any = importlib.import_module(f"mhmoe_ray.bench.acceptance.{module_name}")
-    cases = list(module.sanitizer_cases(settings) if name == "sanitizer" else module.cases(settings))
+    cases = part_cases(settings, name)
     records = part_records(settings.folder, name)
     seconds_by_case = {record["case"]: record["seconds"] for record in records if "case" in record}
-    limit_share = PARTS[name] / len(cases) / (10 if settings.is_toy else 1)
+    limit_share = _LIMITS[name] / len(cases) / (10 if settings.is_toy else 1)
     for case in cases:
         if case.name in seconds_by_case:
             continue

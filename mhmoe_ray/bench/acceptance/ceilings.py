@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from mhmoe_ray import __version__
 from mhmoe_ray.bench.acceptance.settings import PartCase, Rows, Settings
 from mhmoe_ray.bench.timing import device_clock, find_hardware, time_interleaved
 
@@ -19,7 +20,13 @@ def cases(settings: Settings) -> Iterator[PartCase]:
 
 def _measure(settings: Settings) -> Rows:
     device = settings.torch_device
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    versions = {
+        "date": time.strftime("%Y-%m-%d"),
+        "mhmoe_ray": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
     try:
         import triton
 

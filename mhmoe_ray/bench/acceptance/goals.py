@@ -1,6 +1,6 @@
 """Values for one H100 that no code computes: the ceilings of the predictions, goals, and published ratios."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PEAK_FLOPS, BANDWIDTH, LAUNCH_SECONDS = 798e12, 3.0e12, 4e-6
 """Rates of an H100: FLOP/s of matrix products in bfloat16, bytes/s of its memory, and seconds for each kernel.
@@ -14,6 +14,10 @@ class Prediction(NamedTuple):
     value: float
     unit: str
     is_limit: bool
+
+    def is_estimate_of(self, row: dict[str, Any]) -> bool:
+        """Return whether this estimates a figure that a row of results has."""
+        return not self.is_limit and self.value > 0 and isinstance(row.get(self.unit), int | float)
 
 
 STATED_PREDICTIONS: dict[str, Prediction] = {

@@ -10,7 +10,7 @@ from torch import Tensor
 from mhmoe_kernels import unavailable_reason
 from mhmoe_kernels.choice import ExpertSizes
 from mhmoe_ray.bench.acceptance.settings import PartCase, Rows, Settings, first_line
-from mhmoe_ray.bench.layers import Layer, LayerCase, LayerShape, build_mixture
+from mhmoe_ray.bench.layers import Layer, LayerCase, LayerShape, build_mixture, dense_layer
 from mhmoe_ray.bench.measure import peak_bytes
 from mhmoe_ray.bench.peers import peer_layers
 from mhmoe_ray.bench.timing import device_clock, measure_rounds
@@ -68,20 +68,20 @@ def cases(settings: Settings) -> Iterator[PartCase]:
 def _measure(settings: Settings, tokens: int) -> Rows:
     plain = settings.layers["SMoE"]
     shape = LayerShape(tokens, settings.layer_width, plain.experts, plain.top_k, plain.d_expert)
-    layers: list[Layer] = []
-    flops: dict[str, int] = {}
+    layers = [dense_layer(shape)]
+    # The dense layer has the multiply-adds of the plain one, but no router.
+    flops = {"dense": 18 * tokens * shape.d_model * shape.top_k * shape.d_expert}
     for name, moe in settings.layers.items():
         moes = {name: moe}
         moes |= {f"{name}, {kernel}": with_kernel(moe, kernel) for kernel in kernels_of(settings, moe)}
         moes[f"{name}, static"] = moe.model_copy(update={"capacity_factor": 1.25})
         layers += [Layer(title, m, partial(build_mixture, shape.d_model, m)) for title, m in moes.items()]
         flops |= dict.fromkeys(moes, layer_flops(settings, moe, tokens))
-    if not settings.is_toy:
-        peers, skipped = peer_layers(shape, settings.torch_device)
-        layers += [peer for peer in peers if "eager" not in peer.name]
-        flops |= {peer.name: flops["SMoE"] for peer in peers}
-        for peer_case in skipped:
-            yield {"name": f"{peer_case.name}, {tokens} tokens", "skipped": peer_case.reason}
+    peers, skipped = peer_layers(shape, settings.torch_device)
+    layers += [peer for peer in peers if "eager" not in peer.name]
+    flops |= {peer.name: flops["SMoE"] for peer in peers}
+    for peer_case in skipped:
+        yield {"name": f"{peer_case.name}, {tokens} tokens", "skipped": peer_case.reason}
     cases, peaks = {}, {}
     for layer in layers:
         name = layer.name
@@ -115,7 +115,7 @@ def _measure(settings: Settings, tokens: int) -> Rows:
             "TFLOP/s": flops[name] / medians[name] / 1e12,
             "peak_gb": peaks[name] / 1e9,
         }
-    for name in settings.layers:
+    for name in ("dense", *settings.layers, *(peer.name for peer in peers)):
         if name != "SMoE" and name in medians and "SMoE" in medians:
             yield {"name": f"{name} to SMoE{suffix}", "times": medians[name] / medians["SMoE"]}
 

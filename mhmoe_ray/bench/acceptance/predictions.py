@@ -11,6 +11,7 @@ import torch
 
 from mhmoe_kernels.choice import gpu_kernels
 from mhmoe_ray.bench.acceptance.accounting import count_pass
+from mhmoe_ray.bench.acceptance.defaults import step_specs
 from mhmoe_ray.bench.acceptance.goals import BANDWIDTH, LAUNCH_SECONDS, PEAK_FLOPS
 from mhmoe_ray.bench.acceptance.layers import expert_sizes, layer_flops, name_suffix
 from mhmoe_ray.bench.acceptance.settings import PartCase, Rows, Settings
@@ -23,7 +24,7 @@ from mhmoe_ray.spec import MoESpec, RunSpec
 
 
 def cases(settings: Settings) -> Iterator[PartCase]:
-    """Yield the only case: times and kernels of layers, and ratios between layers and between training steps."""
+    """Yield the only case: times and kernels of layers, times of steps, and ratios of both."""
     yield PartCase("counted work", partial(_predict, settings))
 
 
@@ -44,6 +45,8 @@ def _predict(settings: Settings) -> Rows:
                     yield {"name": f"waits: {name}, {kernel}", "kernels": launches}
             if name != "SMoE":
                 yield {"name": f"layers: {name} to SMoE{suffix}", "times": seconds[name] / seconds["SMoE"]}
+    for name, spec in step_specs(settings).items():
+        yield {"name": f"defaults: {name}", "ms": predict_step_seconds(spec) * 1e3}
     for count, specs in compared_models(settings).items():
         step_seconds = {name: predict_step_seconds(spec) for name, spec in specs.items()}
         for name in specs:

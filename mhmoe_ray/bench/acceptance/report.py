@@ -1,17 +1,21 @@
-"""Records of an acceptance test, one JSON object per line, and the Markdown page that shows them.
+"""Records of an acceptance test, one JSON object per line, and the Markdown page and the plot that show them.
 
 The first record has the device and the size. The others belong to a part: `started` names a case that starts, `case` a
 case that ended, with its `rows`, and `status` is written when the part's process ends.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mhmoe_ray.bench.acceptance.goals import STATED_PREDICTIONS, Prediction
 from mhmoe_ray.bench.acceptance.settings import Row
+from mhmoe_ray.plotting import BLUE, GREY, ROW_INCHES, new_figure, save, style
 from mhmoe_ray.runs import jsonl
 
-RECORDS_FILE, REPORT_FILE = "records.jsonl", "report.md"
+RECORDS_FILE, REPORT_FILE, PLOT_FILE = "records.jsonl", "report.md", "predictions.png"
+MISSED_SHARE = 0.3
+"""Share by which a result may be off its prediction without an explanation."""
 TO_BE_CONTINUED = "to be continued"
 """Status of a part that has not ended."""
 
@@ -40,16 +44,44 @@ def write_report(folder: Path, has_predictions: bool, incomplete_parts: list[str
     """Write the Markdown page of all results so far; predictions hold for full sizes and not for toy sizes."""
     rows_by_part = _rows_by_part(folder)
     predictions = _predictions(rows_by_part) if has_predictions else {}
-    lines = ["# Acceptance of the GPU path", ""]
+    machine_rows = [row for row in rows_by_part.get("ceilings", []) if row["name"] in ("machine", "card")]
+    lines = ["# Acceptance of the GPU path", "", *(f"{_figures(row)}\n" for row in machine_rows)]
     if incomplete_parts:
         lines += [f"To be continued: {', '.join(incomplete_parts)}.", ""]
+    tables, ratios = list[str](), dict[str, float]()
     for part, rows in rows_by_part.items():
-        lines += [f"## {part}", "", "| | figures | prediction |", "| --- | --- | --- |"]
+        tables += [f"## {part}", "", "| | figures | prediction |", "| --- | --- | --- |"]
         for row in rows:
-            comparisons = [_comparison(prediction, row) for prediction in predictions.get(f"{part}: {row['name']}", [])]
-            lines.append(f"| {row['name']} | {_figures(row)} | {'; '.join(comparisons)} |")
+            name = f"{part}: {row['name']}"
+            comparisons = []
+            for prediction in predictions.get(name, []):
+                comparisons.append(_comparison(prediction, row))
+                if prediction.is_estimate_of(row):
+                    ratios[name] = row[prediction.unit] / prediction.value
+            tables.append(f"| {row['name']} | {_figures(row)} | {'; '.join(comparisons)} |")
+        tables.append("")
+    if ratios:
+        missed_ratios = {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > MISSED_SHARE}
+        lines += ["Results more than 30 % off their predictions, each to be explained here:", ""]
+        lines += [f"- {name}: {ratio:.2f} of its prediction" for name, ratio in missed_ratios.items()] or ["- none"]
+        if find_spec("matplotlib"):
+            _plot(ratios, folder / PLOT_FILE)
+            lines += ["", f"![results over predictions]({PLOT_FILE})"]
         lines.append("")
-    (folder / REPORT_FILE).write_text("\n".join(lines))
+    (folder / REPORT_FILE).write_text("\n".join([*lines, *tables]))
+
+
+def _plot(ratios: dict[str, float], path: Path) -> None:
+    """Draw the ratio of each result to its prediction as a point, and write the plot as a PNG file."""
+    with style():
+        figure = new_figure(9, 1 + ROW_INCHES * len(ratios))
+        axes = figure.subplots()
+        axes.axvspan(1 - MISSED_SHARE, 1 + MISSED_SHARE, color=GREY, alpha=0.2)
+        axes.plot(list(ratios.values()), list(ratios), "o", color=BLUE)
+        axes.set_xscale("log")
+        axes.set_xlabel("result over prediction; in the band, a result is at most 30 % off")
+        axes.invert_yaxis()
+        save(figure, path)
 
 
 def failures(folder: Path) -> list[str]:
@@ -92,10 +124,11 @@ def _figures(row: Row) -> str:
 
 def _comparison(prediction: Prediction, row: Row) -> str:
     text = f"{'at most ' if prediction.is_limit else ''}{_number(prediction.value)} {prediction.unit}"
-    figure = row.get(prediction.unit)
-    if not prediction.is_limit or figure is None:
+    if prediction.is_estimate_of(row):
+        return f"{text}: {row[prediction.unit] / prediction.value:.2f} of it"
+    if not prediction.is_limit or prediction.unit not in row:
         return text
-    return f"{text}: {'reached' if figure <= prediction.value else 'not reached'}"
+    return f"{text}: {'reached' if row[prediction.unit] <= prediction.value else 'not reached'}"
 
 
 def _number(value: Any) -> str:

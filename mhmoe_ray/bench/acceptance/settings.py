@@ -1,5 +1,6 @@
 """Sizes of an acceptance test, and the form of the results that its parts yield."""
 
+import importlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -27,7 +28,11 @@ class Settings(NamedTuple):
     device: Literal["cuda", "cpu"]
     folder: Path
     is_toy: bool
-    """True for sizes with which all parts together take a minute on a CPU."""
+    """True for sizes with which all parts together take minutes on a CPU."""
+    gpus: int = 1
+    """Number of ranks of the part `node`, one for each GPU."""
+    is_compiling: bool = False
+    """True if a case runs only so that its kernels are compiled; then it measures as little as it can."""
 
     @property
     def torch_device(self) -> "torch.device":
@@ -39,7 +44,7 @@ class Settings(NamedTuple):
     @property
     def rounds(self) -> int:
         """Number of rounds over which the median of a measurement is taken."""
-        return 1 if self.is_toy else 20
+        return 1 if self.is_toy or self.is_compiling else 20
 
     @property
     def layer_width(self) -> int:
@@ -64,6 +69,14 @@ class Settings(NamedTuple):
 
 def _layer(heads: int, experts: int, top_k: int, d_expert: int) -> MoESpec:
     return MoESpec(heads=heads, experts=experts, top_k=top_k, d_expert=d_expert, every=1)
+
+
+def part_cases(settings: Settings, part: str) -> list[PartCase]:
+    """Return the cases of a part from its module."""
+    # The part `sanitizer` runs checks of the module `correctness` under NVIDIA's compute-sanitizer.
+    module_name = "correctness" if part == "sanitizer" else part
+    module: Any = importlib.import_module(f"mhmoe_ray.bench.acceptance.{module_name}")
+    return list(module.sanitizer_cases(settings) if part == "sanitizer" else module.cases(settings))
 
 
 def first_line(error: Exception) -> str:
