@@ -83,7 +83,8 @@ def _measure_strategies(settings: Settings, spec: RunSpec, strategies: dict[str,
     losses: dict[str, float] = {}
     for name, keys in strategies.items():
         cluster = {"workers": settings.gpus, "gpus_per_worker": int(settings.device == "cuda"), **keys}
-        train = spec.train.model_copy(update={"micro_batches": settings.gpus})
+        # Without a warm-up, the losses of later steps depend on the updates before them.
+        train = spec.train.model_copy(update={"micro_batches": settings.gpus, "warmup_steps": 0})
         updates = {"cluster": ClusterSpec.model_validate(cluster), "train": train}
         try:
             [row] = run_ranks(settings, _train, spec.model_copy(update=updates))
