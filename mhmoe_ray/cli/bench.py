@@ -1,11 +1,13 @@
 """`mhmoe bench`: measurements that are compared side by side within one command.
 
 `layer` and `serve` have files of their own. This file has the other commands: `train` times whole training steps of
-models of equal work; `run` the overhead of Ray in training; `loss` the output layer with its loss.
+models of equal work; `run` the overhead of Ray in training; `loss` the output layer with its loss; `count` counts the
+work of a step as on a GPU.
 """
 
 import os
 import sys
+from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal
 
@@ -165,6 +167,38 @@ def loss(
     tables.print_results([(title, table)], json, data)
 
 
+def count(
+    spec: Annotated[Path | None, typer.Argument(help="A spec; by default the --preset.", show_default=False)] = None,
+    preset: Annotated[
+        str, typer.Option(help="A preset, by default of size base, in a step of 16 sequences.")
+    ] = "mhmoe",
+    set_: SetOption = [],  # noqa: B006 - typer needs the list
+    json: JsonOption = False,
+) -> None:
+    """Count the kernels, bytes and FLOPs of a rank's training step as on an H100, without a GPU.
+
+    The trainer runs a step with tensors that have no values. Times are those of the counted work one after another at
+    an H100's rates (bench/acceptance/goals.py), so a GPU is likely to take longer; none was compared with a GPU. Fused
+    kernels of compiled blocks are those that torch's compiler makes for an H100. Exchanges between ranks are not
+    counted. With --json the table goes to stderr.
+    """
+    from mhmoe_ray.api.spec import load_spec
+    from mhmoe_ray.bench.acceptance.step_work import count_step
+    from mhmoe_ray.planner.presets import FAMILIES
+
+    tree: dict[str, Any] = {"name": "count", "preset": preset, "train": {"micro_batches": 1, "micro_batch_size": 16}}
+    tree |= {"data": {"sources": {"none": {"path": "none"}}, "prepared": "none"}}
+    tree |= {"size": "base"} if preset in FAMILIES else {}
+    resolved = load_spec(spec or tree, [*set_, "cluster.gpus_per_worker=1"])
+    parts = count_step(resolved)
+    rows = tables.work_rows(parts)
+    table = number_table(["part", "kernels", "GB", "GFLOP", "ms"], rows, names=["part"])
+    tokens = f"{resolved.tokens_per_step // resolved.cluster.max_world_size:,} tokens"
+    title = f"a rank's step of {resolved.origin or resolved.name}, {tokens}, counted for an H100"
+    data = {"parts": {name: {**vars(work), "seconds": work.seconds} for name, work in parts.items()}}
+    tables.print_results([(title, table)], json, data)
+
+
 app = typer.Typer(cls=SuggestingGroup, help="Measure alternatives side by side.", no_args_is_help=True)
 
 
@@ -183,4 +217,5 @@ app.command("layer")(bench_layer.layer)
 app.command("train")(train)
 app.command("loss")(loss)
 app.command("run")(run)
+app.command("count")(count)
 app.command("serve")(bench_serve.serve)

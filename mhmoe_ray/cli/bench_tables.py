@@ -10,6 +10,7 @@ from mhmoe_ray.cli.formats import format_bytes, format_seconds
 from mhmoe_ray.cli.output import note, number_table, out, print_json
 
 if TYPE_CHECKING:
+    from mhmoe_ray.bench.acceptance.accounting import Work
     from mhmoe_ray.bench.layers import LayerShape
     from mhmoe_ray.bench.measure import LayerFigures
     from mhmoe_ray.bench.serve.contest import Rates
@@ -73,6 +74,16 @@ def steps_table(figures: Sequence["StepFigures"]) -> Table:
         speed = (format_seconds(f.median), f"{f.tokens_per_second:,.0f}")
         rows.append((f.name, *size, *speed, f"{f.ratio_to_smoe:.3f}", f"{f.paper_ratio:.3f}"))
     return number_table(columns, rows, names=columns[:1])
+
+
+def work_rows(parts: "dict[str, Work]") -> list[tuple[str, ...]]:
+    """Return rows of the work of each part of a step, the longest first, and of their sum."""
+    total = sum(parts.values(), type(next(iter(parts.values())))())
+    ordered_parts = sorted(parts.items(), key=lambda item: -item[1].seconds)
+    return [
+        (name, f"{w.kernels:,.0f}", f"{w.bytes / 1e9:,.1f}", f"{w.flops / 1e9:,.0f}", f"{w.seconds * 1e3:,.1f}")
+        for name, w in [*ordered_parts, ("step", total)]
+    ]
 
 
 def rates_table(figures: "Sequence[Rates]") -> Table:

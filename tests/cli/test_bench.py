@@ -48,6 +48,16 @@ def test_bench_loss_compares_chunks_with_all_logits(tmp_path):
 
 
 @pytest.mark.long
+def test_bench_count_has_the_work_of_each_part(tmp_path):
+    small = ("--set", "size=tiny", "--set", "train.compile=false", "--set", "train.precision=bfloat16")
+    result = mhmoe_subprocess(tmp_path, "bench", "count", "--preset", "mhmoe", *small, "--json")
+    parts = result.json()["parts"]
+    assert parts.keys() >= {"embedding", "blocks: attention", "blocks: experts", "output and loss", "update"}
+    assert all(work["kernels"] >= 1 and work["bytes"] > 0 and work["seconds"] > 0 for work in parts.values())
+    assert "counted for an H100" in result.err
+
+
+@pytest.mark.long
 def test_bench_layer_over_an_axis_gives_tables_and_a_plot(tmp_path, capsys):
     png = tmp_path / "a.png"
     threads = torch.get_num_threads()

@@ -3,14 +3,10 @@
 import importlib.util
 
 import pytest
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mhmoe_ray.architectures import ARCHITECTURES
-from mhmoe_ray.bench.acceptance.accounting import Accounting
-from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.model.loss import Targets
-from mhmoe_ray.model.trunk import routing_loss
+from mhmoe_ray.bench.acceptance.step_work import count_step
+from mhmoe_ray.planner.adapt import with_keys
 from mhmoe_ray.planner.estimate import LAUNCHES, estimate_step_time
 from mhmoe_ray.planner.kernels import DISPATCH, launches_per_micro_batch
 from mhmoe_ray.planner.placement import single_node_layout
@@ -40,20 +36,26 @@ def spec_of(moe, backbone="llama", ep=1, **train):
     [(name, kernel) for name in ARCHITECTURES for kernel in ARCHITECTURES[name].mixture_launches],
 )
 @pytest.mark.parametrize(("heads", "spacing", "chunk_rows"), [(1, 1, None), (1, 2, 8), (2, 1, None)])
-def test_planned_launches_are_those_of_a_model(monkeypatch, backbone, kernel, heads, spacing, chunk_rows):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+def test_planned_launches_are_those_of_a_model(backbone, kernel, heads, spacing, chunk_rows):
     moe = {"heads": heads, "experts": 8, "top_k": 2, "d_expert": 256, "kernel": kernel, "every": spacing}
     spec = spec_of(moe, backbone, loss_chunk_rows=chunk_rows)
-    with FakeTensorMode():
-        model = Decoder(spec.model)
-        model.loss_chunk_rows = chunk_rows
-        token_BT = torch.zeros(spec.train.micro_batch_size, spec.data.seq_len + 1, dtype=torch.int64)
-        with Accounting() as accounting:
-            with torch.autocast("cpu", torch.bfloat16):
-                targets = Targets(token_BT[:, 1:], torch.ones_like(token_BT[:, 1:]).bool())
-                output = model(token_BT[:, :-1], targets=targets)
-            (output.loss.sum + routing_loss(spec.model, output.routing)).backward()
-    assert launches_per_micro_batch(spec) == pytest.approx(sum(accounting.kernels.values()), rel=0.03)
+    kernels_1, kernels_2 = (
+        sum(work.kernels for work in count_step(with_keys(spec, {"train.micro_batches": count})).values())
+        for count in (1, 2)
+    )
+    assert launches_per_micro_batch(spec) == pytest.approx(kernels_2 - kernels_1, rel=0.03)
+
+
+@pytest.mark.filterwarnings("default")  # the import of torch's compiler warns
+@pytest.mark.parametrize(("heads", "spacing"), [(1, 2), (2, 1)])
+def test_planned_launches_of_compiled_blocks_are_near_those_counted(heads, spacing):
+    moe = {"heads": heads, "experts": 8, "top_k": 2, "d_expert": 256, "kernel": "grouped_mm", "every": spacing}
+    spec = with_keys(spec_of(moe, compile=True), {"model.layers": 2})
+    kernels_1, kernels_2 = (
+        sum(work.kernels for work in count_step(with_keys(spec, {"train.micro_batches": count})).values())
+        for count in (1, 2)
+    )
+    assert launches_per_micro_batch(spec) == pytest.approx(kernels_2 - kernels_1, rel=0.1)
 
 
 def test_a_step_of_small_micro_batches_is_bound_by_launches():

@@ -12,7 +12,9 @@ both at toy sizes, with Triton's interpreter and with gloo.
 __main__.py       run parts in processes until the budget ends, and write the report
 settings.py       sizes of a full run and of a rehearsal; what a part yields
 goals.py          goals, published ratios, and the ceilings of predictions
-accounting.py     kernels and bytes of a layer, counted on fake tensors
+accounting.py     kernels, bytes and FLOPs of operations, and of a layer, counted on fake tensors
+compiled.py       the same of compiled code, from Inductor's scheduler
+step_work.py      the same of a whole training step by its parts (`mhmoe bench count`)
 ranks.py          process groups of one rank, and of several ranks in processes of their own
 report.py         records as a page of Markdown, with a plot
 predictions.py    part: predictions from counted work, which the report shows beside the results

@@ -2,10 +2,12 @@
 
 from typing import Any, NamedTuple
 
-PEAK_FLOPS, BANDWIDTH, LAUNCH_SECONDS = 798e12, 3.0e12, 4e-6
-"""Rates of an H100: FLOP/s of matrix products in bfloat16, bytes/s of its memory, and seconds for each kernel.
+PEAK_FLOPS, FLOAT32_FLOPS, BANDWIDTH, LAUNCH_SECONDS = 798e12, 50e12, 3.0e12, 4e-6
+"""Rates of an H100: FLOP/s of matrix products in bfloat16 and in float32, which has no matrix units, bytes/s of its
+memory, and seconds for each kernel.
 
-The first two are from published measurements (kernels/README.md), and the third one is the planner's default."""
+The first and third are from published measurements (kernels/README.md), the second is three quarters of the data
+sheet's rate, and the last one is the planner's default."""
 
 
 class Prediction(NamedTuple):
