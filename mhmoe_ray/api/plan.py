@@ -19,7 +19,7 @@ from mhmoe_ray.planner.kernels import assumed_kernel
 from mhmoe_ray.planner.match import compare_models
 from mhmoe_ray.planner.memory import checkpoint_copy_bytes, compute_memory
 from mhmoe_ray.planner.placement import Layout, single_node_layout
-from mhmoe_ray.planner.remedies import memory_remedies
+from mhmoe_ray.planner.remedies import memory_remedies, residual_advice
 from mhmoe_ray.planner.sizes import compute_sizes, flops_per_token, model_parts
 from mhmoe_ray.planner.traffic import Exchange, LinkLoads, all_exchanges, dispatch_exchanges, reduction_exchanges
 from mhmoe_ray.spec import DataSpec, RunSpec
@@ -71,7 +71,9 @@ def plan_figures(
     """Return a plan as `mhmoe plan --json` prints it; on paper it has `chosen_keys` and the estimated step times."""
     layout, step = placement.layout, estimate_step(spec, placement.layout)
     estimate = estimate_figures(spec, layout, step) if chosen_keys and layout and step else None
-    return placement_figures(spec, placement) | {"chosen": chosen_keys, "estimate": estimate, "warnings": warnings}
+    advice = residual_advice(spec)
+    figures = {"chosen": chosen_keys, "estimate": estimate, "advice": [advice] if advice else [], "warnings": warnings}
+    return placement_figures(spec, placement) | figures
 
 
 def data_warnings(spec: RunSpec) -> list[str]:

@@ -44,6 +44,7 @@ def plan(
     from mhmoe_ray.api.plan import data_warnings, estimate_step, plan_figures
     from mhmoe_ray.cli import plan_tables
     from mhmoe_ray.planner.adapt import adapt_to_gpus
+    from mhmoe_ray.planner.remedies import residual_advice
 
     if (nodes is None) != (gpus is None) or (nodes and address):
         raise typer.BadParameter("a cluster on paper needs both --nodes and --gpus, and takes no --address")
@@ -73,6 +74,8 @@ def plan(
     _print_tables(plan_tables.tables(resolved, placement))
     for line in placement_remarks(placement):
         print_line(line)
+    if advice := residual_advice(resolved):
+        print_line(advice)
     if nodes and layout and step_estimate:
         out.print("\nestimated for that cluster, and not checked on GPUs", style="bold")
         for line in plan_tables.summary_lines(resolved, step_estimate):
@@ -151,11 +154,23 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
         "workers": f"{cluster.workers.max} = {format_mesh(cluster.mesh_sizes())}, {_worker_resources(spec)} each"
         + (f"; or {', '.join(map(str, smaller_counts))}" if (smaller_counts := spec.worker_counts[-2::-1]) else ""),
         "CPUs": f"{cluster.cpus}, of which {STREAM_CPUS} for the data stream",
+        "on GPUs": _gpu_settings(spec) if cluster.gpus_per_worker else None,
         "cost": format_cost(spec, step_estimate) if step_estimate else None,
         "experts per rank": f"{moe.experts // cluster.ep} of each layer" if moe else None,
         "storage": str(spec.storage),
     }
     out.print(fact_table(rows, title=spec.name))
+
+
+def _gpu_settings(spec: "RunSpec") -> str:
+    """Return the line about settings that have other defaults on GPUs."""
+    rows = spec.train.loss_chunk_rows
+    parts = [f"blocks are {'' if spec.train.compile else 'not '}compiled"]
+    if spec.model.family.predicts_next_token:
+        parts.append(f"loss in chunks of {rows:,} tokens" if rows else "loss from all logits")
+    if spec.cluster.strategy == "fsdp":
+        parts.append(f"gradients reduced after each {spec.cluster.reduce_after.replace('_', '-')}")
+    return ", ".join(parts)
 
 
 def _merging(spec: "RunSpec") -> str | None:

@@ -1,4 +1,5 @@
-"""Choice of micro-batches, ep and sharding for GPUs, which leave the samples of a step and their losses as they are."""
+"""Defaults of runs on GPUs, and the choice of micro-batches, ep and sharding for GPUs, which leaves the samples of a
+step and their losses as they are."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -28,6 +29,34 @@ def valid_changes(spec: RunSpec, changes: Iterable[Keys]) -> Iterator[tuple[Keys
             continue
 
 
+def with_gpu_defaults(spec: RunSpec) -> RunSpec:
+    """Return a spec with the defaults of GPUs for keys that it does not set; a run on CPUs keeps its spec."""
+    if not spec.cluster.gpus_per_worker:
+        return spec
+    defaults: Keys = {"train.compile": not spec.model.is_random}
+    if spec.model.family.predicts_next_token:
+        # A chunk of the loss holds its logits several times.
+        defaults["train.loss_chunk_rows"] = 2048 if spec.model.vocab_size <= 65_536 else 1024
+    keys = {key: value for key, value in defaults.items() if key not in _set_keys(spec)}
+    spec = _update(spec, keys)
+    if spec.cluster.strategy == "fsdp" and "cluster.reduce_after" not in _set_keys(spec) and not _fits(spec):
+        reduced = _update(spec, {"cluster.reduce_after": "micro_batch"})
+        return min(spec, reduced, key=lambda variant: compute_memory(variant).total)
+    return spec
+
+
+def _set_keys(spec: RunSpec) -> set[str]:
+    return {f"{name}.{key}" for name in ("train", "cluster") for key in getattr(spec, name).model_fields_set}
+
+
+def _update(spec: RunSpec, keys: Keys) -> RunSpec:
+    """Return the spec with valid values of keys in its sections; other keys that are not set stay so."""
+    for key, value in keys.items():
+        name, _, field = key.partition(".")
+        spec = spec.model_copy(update={name: getattr(spec, name).model_copy(update={field: value})})
+    return spec
+
+
 def fill_gpu(spec: RunSpec) -> RunSpec:
     """Return a preset's spec with the largest micro-batches that fit on its GPUs, and with the same samples per step.
 
@@ -45,6 +74,7 @@ def adapt_to_gpus(spec: RunSpec, nodes: int, gpus: int) -> tuple[RunSpec, Keys]:
     Micro-batches are divided anew if the workers do not divide their number. If the memory of a GPU does not suffice,
     ep and sharding change unless the spec sets them. A key that rules the workers out is a SpecError.
     """
+    spec = with_gpu_defaults(_update(spec, {"cluster.gpus_per_worker": 1}))
     workers, share, batches = nodes * gpus, 1.0, [Keys()]
     for key in ("ep", "shard_group"):
         size = getattr(spec.cluster, key)
@@ -108,7 +138,10 @@ def _shardings(spec: RunSpec, gpus: int) -> Iterator[Keys]:
     """Yield values of the keys of `cluster` that the spec leaves open, those that send the least first."""
     fixed_keys = spec.cluster.model_fields_set
     fsdp = {} if "strategy" in fixed_keys else {"cluster.strategy": "fsdp"}
-    shardings = [{}, fsdp, fsdp if "shard_experts" in fixed_keys else {**fsdp, "cluster.shard_experts": True}]
+    all_shards = fsdp if "shard_experts" in fixed_keys else {**fsdp, "cluster.shard_experts": True}
+    shardings = [{}, fsdp, all_shards]
+    if "reduce_after" not in fixed_keys:
+        shardings += [{**sharding, "cluster.reduce_after": "micro_batch"} for sharding in (fsdp, all_shards)]
     ep_sizes = [] if "ep" in fixed_keys else [size for size in range(2, gpus + 1) if gpus % size == 0]
     for sharding in shardings:
         yield from ({**sharding, **ep} for ep in ({}, *({"cluster.ep": size} for size in ep_sizes)))

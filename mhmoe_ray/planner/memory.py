@@ -100,9 +100,9 @@ def unsharded_gradient_bytes(spec: RunSpec) -> int:
     """Return the bytes of unsharded gradients that fsdp holds in addition to the shards; 0 otherwise or on one rank."""
     if spec.cluster.strategy != "fsdp" or spec.cluster.max_world_size == 1:
         return 0
-    # With one micro-batch per rank and step, the gradients of a block are reduced to shards after its backward. Only
-    # those of one block and of the parameters outside blocks are unsharded at a time.
-    if spec.train.micro_batches == spec.cluster.max_world_size:
+    # If each backward reduces gradients, those of a block become shards after its backward. Only those of one block and
+    # of the parameters outside blocks are unsharded at a time.
+    if spec.cluster.reduce_after == "micro_batch" or spec.train.micro_batches == spec.cluster.max_world_size:
         return _outside_bytes(spec) + _largest_block_bytes(spec)
     counts, size = compute_sizes(spec.model), bytes_of(spec.cluster.reduce_precision)
     # While several micro-batches accumulate, all gradients stay unsharded until the last backward. They take the place

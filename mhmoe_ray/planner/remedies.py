@@ -1,9 +1,12 @@
-"""Changes of a spec's keys that lower the memory of a rank, with the bytes that each of them saves."""
+"""Changes of a spec's keys that lower the memory of a rank, with the bytes that each of them saves, and advice for
+GPUs."""
 
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from mhmoe_ray.architectures import FLOAT32
 from mhmoe_ray.planner.adapt import valid_changes
+from mhmoe_ray.planner.family import bytes_of
 from mhmoe_ray.planner.memory import compute_memory
 from mhmoe_ray.spec import RunSpec
 
@@ -15,6 +18,7 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
     {"cluster.strategy": "fsdp"},
     {"cluster.strategy": "fsdp", "cluster.shard_experts": True},
     {"cluster.shard_experts": True},
+    {"cluster.reduce_after": "micro_batch"},
     {"cluster.gather_precision": "bfloat16"},
     {"cluster.reduce_precision": "bfloat16"},
     {"train.moment_precision": "bfloat16"},
@@ -48,6 +52,23 @@ def memory_remedies(spec: RunSpec) -> list[Remedy]:
     # add nothing.
     remedies.sort(key=lambda remedy: (-remedy.saved_bytes, len(remedy.keys)))
     return [next(group) for _, group in groupby(remedies, key=lambda remedy: remedy.saved_bytes)]
+
+
+def residual_advice(spec: RunSpec) -> str | None:
+    """Return a line that recommends a residual stream in bfloat16 on GPUs, with its cost; None if the run has one."""
+    narrow = list(valid_changes(spec, [{"train.residual_precision": "bfloat16"}]))
+    if not narrow or spec.train.residual_precision == "bfloat16" or not spec.cluster.gpus_per_worker:
+        return None
+    saved_memory = compute_memory(spec).total - compute_memory(narrow[0][1]).total
+    # A block adds to the stream twice. Each addition reads and writes the stream, and so does its gradient.
+    values = spec.tokens_per_step // spec.cluster.max_world_size * spec.model.d_model * 2 * spec.model.layers
+    saved_bytes = 4 * values * (FLOAT32 - bytes_of("bfloat16"))
+    memory = f"{saved_memory / 1e9:.1f} GB of a rank's memory and " if saved_memory > 0 else ""
+    return (
+        f"recommended on GPUs: train.residual_precision=bfloat16 saves {memory}about {saved_bytes / 1e9:,.1f} GB that "
+        "a rank moves in a step; it changes the loss, by up to 0.5 % in tests of 20 steps of a small model, and its "
+        "cost in a long training was not measured"
+    )
 
 
 def _smaller_micro_batches(spec: RunSpec) -> dict[str, Any]:

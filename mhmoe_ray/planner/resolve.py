@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.planner.adapt import fill_gpu
+from mhmoe_ray.planner.adapt import fill_gpu, with_gpu_defaults
 from mhmoe_ray.planner.match import SEARCH_LIMIT, SOLVED_KEYS, MatchSpec, solve_match
 from mhmoe_ray.planner.papers import paper_presets
 from mhmoe_ray.planner.presets import FAMILIES, SIZES, Preset, SizeName, Tree
@@ -88,7 +88,7 @@ def resolve_spec(tree: Tree, label: str, fill_tree: Callable[[Tree, str], Tree] 
     has_own_batches = not isinstance(own_train, dict) or bool({"micro_batches", "micro_batch_size"} & own_train.keys())
     has_preset = "preset" in tree
     tree = _resolve_shorthands(tree, label)
-    spec = validate_section(RunSpec, tree, label, extra_keys=list(Shorthands.model_fields))
+    spec = with_gpu_defaults(validate_section(RunSpec, tree, label, extra_keys=list(Shorthands.model_fields)))
     return fill_gpu(spec) if has_preset and not has_own_batches else spec
 
 

@@ -12,7 +12,7 @@ from mhmoe_ray.architectures import FLOAT32
 from mhmoe_ray.planner.family import INT32, INT64, bytes_of
 from mhmoe_ray.planner.kernels import assumed_kernel
 from mhmoe_ray.planner.placement import Layout, NodeKind, Spread, sharding_groups, single_node_layout
-from mhmoe_ray.planner.sizes import bytes_per_value, compute_sizes, float32_sizes, gathered_bytes
+from mhmoe_ray.planner.sizes import block_sizes, bytes_per_value, compute_sizes, float32_sizes, gathered_bytes
 from mhmoe_ray.spec import RunSpec
 
 
@@ -268,8 +268,9 @@ def reduction_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exc
     shared = counts.parameters - counts.expert_parameters
     rank_RSE = sharding_groups(layout.groups.ranks, cluster.shard_ranks)
     shard_groups = [sorted(itertools.chain(*group)) for group in rank_RSE]
+    outside = gathered_bytes(spec, block_sizes(spec.model).outside, float32_counts.outside)
     result = _collective_exchanges(
-        spec, cluster.strategy, "all but experts", shared, float32_parameters, layout, shard_groups
+        spec, cluster.strategy, "all but experts", shared, float32_parameters, layout, shard_groups, outside
     )
     if spec.model.moe is not None:
         is_sharded = cluster.shards_experts and (cluster.strategy != "fsdp" or cluster.expert_shard_ranks > 1)
@@ -294,8 +295,11 @@ def _collective_exchanges(
     float32_parameters: int,
     layout: Layout,
     groups: list[list[int]],
+    outside: int = 0,
 ) -> list[Exchange]:
     """Return the exchanges by which groups of ranks reduce gradients, and gather weights if ranks hold shards.
+
+    `outside` are the bytes of gathered weights outside blocks, which fsdp keeps from a forward to its backward.
 
     The count assumes one call for all weights or gradients of a pass, although strategies exchange them by block or
     bucket. It does not subtract the up to two gathered blocks that ZeRO 3 may still have when the backward begins.
@@ -310,28 +314,29 @@ def _collective_exchanges(
     # fsdp and zero3 gather weights for each forward and each backward. zero1 and zero2 gather them only once, after the
     # update.
     gathers = 2 * micro_batches if strategy in ("fsdp", "zero3") else 1
-    # zero2 and zero3 keep only shards of gradients, so each backward reduces them. With fsdp and zero1 only the last
-    # backward does.
-    reductions = micro_batches if strategy in ("zero2", "zero3") else 1
+    # zero2 and zero3 keep only shards of gradients, so each backward reduces them. With zero1, and with fsdp unless
+    # `reduce_after` says otherwise, only the last backward does.
+    reduces_each = strategy in ("zero2", "zero3") or spec.cluster.reduce_after == "micro_batch"
+    reductions = micro_batches if reduces_each else 1
     size = bytes_of(spec.cluster.reduce_precision) * parameters
     gathered_size = gathered_bytes(spec, parameters, float32_parameters)
-    remote_bytes, remote_gathered_bytes = (total * (ranks - 1) // ranks for total in (size, gathered_size))
+    remote_bytes = size * (ranks - 1) // ranks
+    kept_size = outside if strategy == "fsdp" else 0
+
+    def gather(name: str, total: int, times: int) -> Exchange:
+        sent_bytes = total * (ranks - 1) // ranks
+        return Exchange(name, ranks, total // ranks, sent_bytes, times, links.scaled(sent_bytes))
+
     return [
-        Exchange(
-            weights,
-            ranks,
-            gathered_size // ranks,
-            remote_gathered_bytes,
-            gathers,
-            links.scaled(remote_gathered_bytes),
-        ),
+        gather(weights, gathered_size - kept_size, gathers),
+        *([gather("weights of embedding and output", kept_size, micro_batches)] if kept_size else []),
         Exchange(gradients, ranks, size, remote_bytes, reductions, links.scaled(remote_bytes)),
-        *_exchanges_between_groups(spec, gradients, size // ranks, layout, groups),
+        *_exchanges_between_groups(spec, gradients, size // ranks, layout, groups, reductions),
     ]
 
 
 def _exchanges_between_groups(
-    spec: RunSpec, name: str, shard_size: int, layout: Layout, groups: list[list[int]]
+    spec: RunSpec, name: str, shard_size: int, layout: Layout, groups: list[list[int]], times: int
 ) -> list[Exchange]:
     """Return the exchange by which groups of hybrid sharding sum their shards of gradients; none with a single group.
 
@@ -347,7 +352,7 @@ def _exchanges_between_groups(
     links = group_loads(map(layout.spread, replica_groups), ring_pattern)
     sent_bytes = 2 * shard_size * (replicas - 1) // replicas
     link_loads = links.scaled(sent_bytes, rounds=2)
-    return [Exchange(f"{name}, between groups", replicas, shard_size, sent_bytes, 1, link_loads)]
+    return [Exchange(f"{name}, between groups", replicas, shard_size, sent_bytes, times, link_loads)]
 
 
 def _micro_batches(spec: RunSpec) -> int:

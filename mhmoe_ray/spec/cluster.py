@@ -157,6 +157,10 @@ class ClusterSpec(Section):
     `train.precision` bfloat16. Norms and routers are gathered in float32, and all shards stay float32."""
     reduce_precision: Precision = "float32"
     """Precision in which fsdp sums gradients over the micro-batches of a step and over workers."""
+    reduce_after: Literal["step", "micro_batch"] = "step"
+    """Backward in which fsdp sums gradients over workers. step: the last one of a step; until then each worker holds
+    all gradients in full. micro_batch: each one, so that a worker holds shards of gradients, and sends them as often as
+    it has micro-batches. On GPUs the default is micro_batch if gradients in full would not fit."""
     straddling: Literal["warn", "refuse"] = "warn"
     """Reaction if an expert-parallel group must span more than one node, whenever the run starts or restarts with its
     number of workers. warn: print a warning and start. refuse: end the run before its first step."""
@@ -192,7 +196,7 @@ class ClusterSpec(Section):
                 "DeepSpeed's ZeRO 3 supports expert parallelism only in its own layers: set ep to 1, or strategy to "
                 "fsdp with shard_experts, which shards weights too"
             )
-        key = self.changed_key("shard_experts", "shard_group", "gather_precision", "reduce_precision")
+        key = self.changed_key("shard_experts", "shard_group", "gather_precision", "reduce_precision", "reduce_after")
         if key and self.strategy != "fsdp":
             raise ValueError(f"{key} is for strategy fsdp, so it would be ignored with {self.strategy}")
         size = self.shard_group or self.ep

@@ -82,13 +82,15 @@ class TrainSpec(Section):
     (sub-token) is sent to experts on other ranks again; hidden rows of experts are not kept. block: a block keeps only
     its input; with expert parallelism its rows are sent once more. exchange and block take about a third more time."""
     loss_chunk_rows: TokenCount | None = None
-    """Number of tokens whose logits are in memory at a time, for the loss; by default all tokens of a micro-batch. The
-    logits of all tokens and their gradients are several times micro_batch_size * seq_len * vocab_size values. If this
-    key is set, the gradient of the output layer is summed over chunks in float32."""
+    """Number of tokens whose logits are in memory at a time, for the loss; by default all tokens of a micro-batch, and
+    on GPUs 2,048, or 1,024 for vocabularies above 65,536. The logits of all tokens and their gradients are several
+    times micro_batch_size * seq_len * vocab_size values. With a number, the gradient of the output layer is summed over
+    chunks in float32."""
     compile: bool = False
     """If true, torch.compile compiles each block, except for the products of experts, which have kernels of their own,
     and the exchange of rows between ranks. Equal blocks share the compiled code. The model must draw no random numbers,
-    such as those of dropout. In bfloat16, fewer intermediate values are rounded, so losses differ a little."""
+    such as those of dropout. In bfloat16, fewer intermediate values are rounded, so losses differ a little. On GPUs the
+    default is true if the model draws no random numbers."""
     lr: PositiveFloat = 6e-4
     min_lr: float = Field(default=3e-5, ge=0)
     """Learning rate at the end of the schedule's decay. Schedule `constant` does not use it."""

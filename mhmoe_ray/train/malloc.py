@@ -1,4 +1,4 @@
-"""Settings of the C library that make malloc keep freed memory on a CPU worker.
+"""Settings of memory allocators: the C library's on a CPU worker, which keep freed memory, and CUDA's.
 
 A training step allocates the same large tensors as the previous step. By default glibc returns each of them to the
 system and maps it again, at one page fault per 4 KiB: training runs in a thread of its own, where this happens to all
@@ -17,6 +17,21 @@ _SETTINGS = {
     "MALLOC_TRIM_THRESHOLD_": "-1",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
+
+
+CUDA_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def use_expandable_segments(environment: Mapping[str, str]) -> None:
+    """Let torch's CUDA allocator extend its segments, which avoids fragments, unless the environment configures it.
+
+    It must be called before the first allocation on the GPU.
+    """
+    # The malloc settings above need environment variables, for which Ray starts each process twice. This one does not.
+    if not environment.keys() & set(CUDA_VARIABLES):
+        from torch._C import _accelerator_setAllocatorSettings
+
+        _accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def malloc_settings(environment: Mapping[str, str]) -> dict[str, str]:

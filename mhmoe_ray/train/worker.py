@@ -6,6 +6,7 @@ order, at any number of workers.
 
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -32,6 +33,7 @@ from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import AttemptId, RunDir, require_newest_attempt
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location, location
+from mhmoe_ray.train.malloc import use_expandable_segments
 from mhmoe_ray.train.objectives import Objective
 from mhmoe_ray.train.objectives.base import DIGEST_BYTES
 from mhmoe_ray.train.preemption import PreemptedError, preemption_notice
@@ -91,6 +93,8 @@ class Worker:
         torch.set_num_threads(spec.cluster.cpus_per_worker)
         self.run, self.spec, self.heartbeat = run, spec, heartbeat
         device = ray.train.torch.get_device()
+        if device.type == "cuda":
+            use_expandable_segments(os.environ)
         rank = heartbeat.worker_info.rank
         worker_infos = _gather_objects(heartbeat.worker_info)
         mesh = build_mesh(spec.cluster, [p.node for p in worker_infos], device.type, _node_domains(spec, worker_infos))

@@ -8,9 +8,10 @@ import yaml
 
 from mhmoe_ray.api.spec import load_spec
 from mhmoe_ray.errors import MhmoeError, SpecError
-from mhmoe_ray.planner.adapt import adapt_to_gpus
+from mhmoe_ray.planner.adapt import adapt_to_gpus, with_gpu_defaults
 from mhmoe_ray.planner.memory import compute_memory
-from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.planner.remedies import residual_advice
+from mhmoe_ray.spec import RunSpec, validate_section
 from tests.support.specs import tiny_spec
 
 JOBS = sorted(Path("jobs").glob("**/*.yaml"))
@@ -31,7 +32,8 @@ def test_each_job_has_a_plan_for_eight_gpus_or_a_line_that_names_key_and_value(f
     content = yaml.safe_load(file.read_text())
     error_text = None
     try:
-        spec = load_spec(file)
+        # The command loads a spec with the defaults of GPUs.
+        spec = load_spec(file, ["cluster.gpus_per_worker=1"])
         adapted, chosen_keys = adapt_to_gpus(spec, 1, 8)
     except MhmoeError as e:
         error_text = str(e)
@@ -54,12 +56,61 @@ def memory(spec):
     return compute_memory(spec).total
 
 
+def load_small(*overrides):
+    tree = {"name": "small", "data": {"sources": {"web": {"path": "raw"}}, "prepared": "prepared"}}
+    return load_spec({**tree, "preset": "mhmoe"}, overrides)
+
+
+def gpu_keys(spec):
+    return spec.train.compile, spec.train.loss_chunk_rows, spec.cluster.reduce_after
+
+
+def test_defaults_are_those_of_the_hardware_unless_the_spec_sets_them():
+    gpu = "cluster.gpus_per_worker=1"
+    assert gpu_keys(load_small()) == (False, None, "step")
+    assert gpu_keys(load_small(gpu)) == (True, 2048, "step")
+    assert gpu_keys(load_small(gpu, "model.vocab_size=70000")) == (True, 1024, "step")
+    assert gpu_keys(load_small(gpu, "train.compile=false", "train.loss_chunk_rows=null")) == (False, None, "step")
+    assert gpu_keys(load_small(gpu, "model.dropout=0.1"))[0] is False
+
+
+def test_a_recorded_spec_keeps_the_values_of_its_run():
+    recorded = load_small().model_dump(mode="json") | {"cluster": {"gpus_per_worker": 1}}
+    assert gpu_keys(validate_section(RunSpec, recorded, "recorded")) == (False, None, "step")
+    resolved = load_small("cluster.gpus_per_worker=1")
+    assert validate_section(RunSpec, resolved.model_dump(mode="json"), "recorded") == resolved
+
+
+def test_gradients_are_reduced_early_only_where_they_would_not_fit():
+    keys = ["cluster.gpus_per_worker=1", "cluster.strategy=fsdp", "cluster.workers=2", "train.micro_batch_size=1"]
+    keys += ["train.micro_batches=16", "cluster.shard_experts=true"]
+    roomy = load_small(*keys)
+    assert roomy.cluster.reduce_after == "step"
+    small = load_small(*keys, f"cluster.accelerator.memory={memory(roomy)}")
+    assert small.cluster.reduce_after == "micro_batch"
+    assert memory(small) < memory(roomy)
+    fixed_spec = load_small(*keys, f"cluster.accelerator.memory={memory(roomy)}", "cluster.reduce_after=step")
+    assert fixed_spec.cluster.reduce_after == "step"
+
+
+def test_a_narrow_residual_stream_is_recommended_on_gpus_that_compute_in_bfloat16():
+    keys = ["cluster.gpus_per_worker=1", "train.precision=bfloat16"]
+    spec = load_small(*keys)
+    # Two additions in each of four blocks read and write two bytes less of each value, and so do their gradients.
+    saved_bytes = spec.tokens_per_step * 128 * 2 * 4 * 4 * 2
+    assert f"about {saved_bytes / 1e9:.1f} GB that a rank moves" in residual_advice(spec)
+    assert residual_advice(load_small(*keys, "train.residual_precision=bfloat16")) is None
+    assert residual_advice(load_small("train.precision=bfloat16")) is None
+    assert residual_advice(load_small(keys[0])) is None
+
+
 def open_spec(**cluster):
     """Return a spec with large experts that sets neither ep nor strategy, on GPUs with 150 MB of memory."""
     moe = {"heads": 1, "experts": 8, "top_k": 1, "d_expert": 2048, "every": 1}
     model = {"vocab_size": 300, "d_model": 256, "layers": 2, "attention_heads": 2, "d_ff": None, "moe": moe}
-    cluster = {"accelerator": {"memory": 150e6}, **cluster}
-    return tiny_spec(model=model, train={"micro_batches": 1, "micro_batch_size": 16}, cluster=cluster)
+    cluster = {"accelerator": {"memory": 150e6}, "gpus_per_worker": 1, **cluster}
+    train = {"micro_batches": 1, "micro_batch_size": 16}
+    return with_gpu_defaults(tiny_spec(model=model, train=train, cluster=cluster))
 
 
 def test_ep_and_sharding_change_only_if_memory_does_not_suffice():

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhmoe_ray.planner.memory import gathered_weight_bytes
 from mhmoe_ray.planner.placement import Node, build_layout
+from mhmoe_ray.planner.sizes import block_sizes, compute_sizes
 from mhmoe_ray.planner.traffic import all_exchanges, dispatch_exchanges
 from tests.support.ranks import run_ranks
 from tests.support.specs import tiny_spec
@@ -159,17 +160,18 @@ def test_groups_of_hybrid_sharding_gather_by_themselves_and_sum_their_shards(sha
 
 
 @pytest.mark.parametrize(
-    ("shard_experts", "gathers", "sums"),
+    ("shard_experts", "gathers", "sums", "reduce_after"),
     [
-        (False, "float32", "float32"),
-        (True, "float32", "float32"),
-        (True, "bfloat16", "float32"),
-        (True, "bfloat16", "bfloat16"),
+        (False, "float32", "float32", "step"),
+        (True, "float32", "float32", "step"),
+        (True, "float32", "float32", "micro_batch"),
+        (True, "bfloat16", "float32", "step"),
+        (True, "bfloat16", "bfloat16", "step"),
     ],
 )
-def test_shards_are_gathered_and_reduced_as_in_a_real_step(shard_experts, gathers, sums):
+def test_shards_are_gathered_and_reduced_as_in_a_real_step(shard_experts, gathers, sums, reduce_after):
     cluster = {"workers": 2, "ep": 1, "strategy": "fsdp", "shard_experts": shard_experts}
-    cluster |= {"gather_precision": gathers, "reduce_precision": sums}
+    cluster |= {"gather_precision": gathers, "reduce_precision": sums, "reduce_after": reduce_after}
     spec = tiny_spec(cluster=cluster, train={"precision": gathers})
     expected = all_exchanges(spec)
     gathered = sum(e.payload * e.times for e in expected if e.name.startswith("weights"))
@@ -241,6 +243,12 @@ def test_strategies_with_less_memory_send_more_bytes():
     # An all-reduce is a reduce-scatter and an all-gather, so both strategies send the same bytes.
     assert sent_bytes("ddp") == sent_bytes("zero1")
     assert sent_bytes("zero1") < sent_bytes("zero2") < sent_bytes("zero3")
-    # Each of two micro-batches gathers the weights twice, and the gradients are reduced once, which makes five
-    # exchanges. The all-reduce of `ddp` is two such exchanges.
-    assert sent_bytes("fsdp", shard_experts=True) == 2.5 * sent_bytes("ddp")
+    # Each of two micro-batches gathers the weights of blocks twice and all others once, and the gradients are reduced
+    # once. The all-reduce of `ddp` is two such exchanges.
+    spec = tiny_spec(cluster={"workers": 4})
+    outside_share = block_sizes(spec.model).outside / compute_sizes(spec.model).parameters
+    ratio = sent_bytes("fsdp", shard_experts=True) / sent_bytes("ddp")
+    assert ratio == pytest.approx(2.5 - outside_share)
+    # With two reductions there is one exchange more.
+    reduced = sent_bytes("fsdp", shard_experts=True, reduce_after="micro_batch") / sent_bytes("ddp")
+    assert reduced == pytest.approx(ratio + 0.5)

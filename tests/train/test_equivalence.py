@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
+from mhmoe_ray.model.held import is_dtensor
+from mhmoe_ray.planner.adapt import with_keys
 from mhmoe_ray.train.objectives import MicroBatch
 from tests.support.ranks import run_ranks
 from tests.support.runs import new_run
@@ -412,6 +415,44 @@ def test_a_chunked_loss_trains_like_all_logits(workers, ep, strategy, chunk_rows
     spec = parallel_spec(workers, ep, strategy, strategy == "fsdp", train=train, **sections)
     for result in run_ranks(workers, jobs.train_and_collect, spec, STEPS):
         assert_alike(result, expected)
+
+
+def train_with_root(spec, reshards_root):
+    """Return the results of `train_and_collect`; with `reshards_root`, the root's tensors are gathered twice."""
+    if reshards_root:
+        FSDPModule.set_reshard_after_forward = lambda *_, **__: None
+    return jobs.train_and_collect(spec, STEPS)
+
+
+def test_fsdp_trains_alike_with_and_without_its_root_sharded_between_passes():
+    spec = parallel_spec(2, 1, "fsdp", True)
+    kept_results, resharded_results = (run_ranks(2, train_with_root, spec, flag) for flag in (False, True))
+    for result, expected in zip(kept_results, resharded_results, strict=True):
+        assert result["losses"] == expected["losses"]
+        assert all(torch.equal(result["weights"][name], tensor) for name, tensor in expected["weights"].items())
+
+
+def root_states(spec):
+    """Return whether the embedding is a shard after a validation and after a step."""
+    trainer = jobs.build_trainer(spec)
+    states = []
+    trainer.objective.validate_part(MicroBatch(*jobs.validation_samples(spec)))
+    states.append(is_dtensor(trainer.model.embedding.weight))
+    trainer.accumulate(jobs.rank_batches(spec, 0, trainer))
+    states.append(is_dtensor(trainer.model.embedding.weight))
+    return states
+
+
+def test_code_between_steps_sees_shards():
+    assert run_ranks(2, root_states, parallel_spec(2, 1, "fsdp")) == [[True, True]] * 2
+
+
+@pytest.mark.parametrize("shard_experts", [False, True])
+def test_gradients_reduced_after_each_micro_batch_are_those_of_one_reduction(reference, shard_experts):
+    spec = parallel_spec(2, 1, "fsdp", shard_experts)
+    spec = with_keys(spec, {"cluster.reduce_after": "micro_batch"})
+    for result in run_ranks(2, jobs.train_and_collect, spec, STEPS):
+        assert_alike(result, reference)
 
 
 def train_one_step(spec):

@@ -6,7 +6,8 @@ would cast them anyway. Norms and routers compute in float32, so they are gather
 and heads of vision models are gathered in float32, too.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -57,8 +58,8 @@ class FsdpStrategy(Strategy):
         # them as groups of their own. They belong to the root's group, which is float32 for vision models.
         gathers_all = plan_of(self.model.spec).gathers_outside_in_float32
         root_policy = self._float32_policy if gathers_all else self._policy
-        # By default FSDP2 leaves the root's own tensors gathered after a forward. They are sharded again here, so that
-        # code that reads weights between steps always sees shards.
+        # By default FSDP2 leaves the root's own tensors gathered after a forward. They are sharded again, except in
+        # `micro_batch_context`, so that code that reads weights between steps always sees shards.
         fully_shard(
             self.model,
             mesh=shard_mesh,
@@ -114,11 +115,18 @@ class FsdpStrategy(Strategy):
         sharded_module.set_gradient_divide_factor(self.mesh.world_size)
         return sharded_module
 
-    def micro_batch_context(self, is_last: bool) -> AbstractContextManager[None]:
+    @contextmanager
+    def micro_batch_context(self, is_last: bool) -> Iterator[None]:
         assert isinstance(self.module, FSDPModule)
-        self.module.set_requires_gradient_sync(is_last)
+        self.module.set_requires_gradient_sync(is_last or self.spec.cluster.reduce_after == "micro_batch")
         self._expert_reduction.is_last_backward = is_last
-        return nullcontext()
+        # The backward begins with the root's own tensors, so they stay gathered. A validation has no backward, after
+        # which FSDP2 would shard them again.
+        self.module.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            self.module.set_reshard_after_forward(True, recurse=False)
 
     def _to_global(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
         global_tensors = super()._to_global({name: t for name, t in local.items() if not isinstance(t, DTensor)})
