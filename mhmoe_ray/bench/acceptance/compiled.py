@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch._inductor import metrics, scheduler
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.compile_fx import (
     _recursive_post_grad_passes,
     _recursive_record_original_output_strides,
@@ -89,6 +90,8 @@ def _fake_gpu() -> Iterator[None]:
             (torch.cuda, "get_device_capability", (9, 0)),
             (DeviceProperties, "create", _H100),
             (scheduler, "has_triton", True),
+            # Triton's source is enough. Inductor would begin to compile it.
+            (AsyncCompile, "triton", None),
             # Triton has no target without a driver. The hash of the target is only a key of a cache.
             (torch.utils._triton, "triton_hash_with_backend", "none"),
         ):

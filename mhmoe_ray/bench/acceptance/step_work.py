@@ -51,7 +51,8 @@ class StepAccounting(Accounting):  # type: ignore[no-untyped-call]  # torch has 
             self._part_of_parameter |= dict.fromkeys(module.parameters(), part or block_part)
             if part:
                 module.register_forward_pre_hook(lambda *_, part=part: self._enter(part))
-                module.register_forward_hook(lambda *_: self._leave())
+                # A recomputed forward ends with an exception as soon as it has all that the backward needs.
+                module.register_forward_hook(lambda *_: self._leave(), always_call=True)
         model.register_forward_pre_hook(lambda *_: self.set_outer_part(EMBEDDING))
         for norm in model.final_norms():
             norm.register_forward_pre_hook(lambda *_: self.set_outer_part(LOSS))
