@@ -21,7 +21,7 @@ HEAD_PROJECTIONS = 18
 DISPATCH = 19
 """Number of launches by which flat dispatch in one pass exceeds local experts, forward and backward: 12 kernels and 7
 exchanges."""
-COMPILED_SHARE = 0.65
+COMPILED_SHARE = 0.68
 """Share of a block's launches that remain if it is compiled: 0.60 to 0.71, counted with different heads and layers."""
 LOOP_BLOCK, LOOP_EXPERT = 120, 19
 """Numbers of launches of a loop over experts: for a block without its experts, and for each expert."""
