@@ -15,12 +15,13 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias, TypeVar
 
 from pydantic import BaseModel
 
@@ -104,6 +105,13 @@ class ObjectPath:
     def name(self) -> str:
         return self._path.rpartition("/")[2]
 
+    def with_name(self, name: str) -> "ObjectPath":
+        return self.parent / name
+
+    def with_suffix(self, suffix: str) -> "ObjectPath":
+        stem, dot, _ = self.name.rpartition(".")
+        return self.with_name((stem if dot else self.name) + suffix)
+
     @property
     def parent(self) -> "ObjectPath":
         return self._with_path(self._path.rpartition("/")[0] or self._path)
@@ -140,8 +148,8 @@ class ObjectPath:
         with system.open_input_stream(path, compression=None) as stream:
             return bytes(stream.read())
 
-    def read_text(self) -> str:
-        return self.read_bytes().decode()
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.read_bytes().decode(encoding)
 
     def open(self, mode: str = "rb", buffering: int = -1) -> "pa.NativeFile":
         """Open for random access ("rb"), or write a new object, which appears when it is closed ("xb")."""
@@ -187,6 +195,19 @@ class ObjectPath:
         for info in self._child_infos():
             if info.type.name == "File":
                 yield self / info.base_name, info.size
+
+    def tree_sizes(self) -> dict[str, int]:
+        """Return the size of each object below this path, by its path relative to this one."""
+        from pyarrow import fs
+
+        system, path = self.filesystem
+        infos = system.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True))
+        return {info.path.removeprefix(f"{path}/"): info.size for info in infos if info.type.name == "File"}
+
+    def copy_to(self, target: "ObjectPath") -> None:
+        """Copy the object within its store, which moves no bytes through this machine."""
+        system, path = self.filesystem
+        system.copy_file(path, target.filesystem[1])
 
     def _child_infos(self) -> "list[Any]":
         from pyarrow import fs
@@ -234,6 +255,11 @@ def location(text: "str | Location") -> Location:
     if isinstance(text, Path | ObjectPath):
         return text
     return ObjectPath(text) if "://" in text else Path(text)
+
+
+def resolve_path(base: Path, path: Location) -> Location:
+    """Return a local path relative to `base` as an absolute path, and an object path unchanged."""
+    return base / path if isinstance(path, Path) else path
 
 
 @lru_cache(maxsize=64)
@@ -356,6 +382,40 @@ def read_file(path: Location) -> bytes:
     return path.read_bytes()
 
 
+READ_PATIENCE_SECONDS = 300.0
+"""Seconds for which reads from an object store are repeated."""
+_PERMANENT_ERRORS = (
+    "ACCESS_DENIED",
+    "NO_SUCH_BUCKET",
+    "INVALID_ACCESS_KEY",
+    "SIGNATURE_DOES_NOT_MATCH",
+    "EXPIRED_TOKEN",
+)
+T = TypeVar("T")
+
+
+def retry_reads(read: Callable[[], T]) -> T:
+    """Return the result of reading from an object store; repeat errors that may pass for `READ_PATIENCE_SECONDS`."""
+    deadline, pause = time.monotonic() + READ_PATIENCE_SECONDS, 0.2
+    while True:
+        try:
+            return read()
+        except (FileNotFoundError, PermissionError):
+            raise
+        except OSError as e:
+            if time.monotonic() > deadline or any(name in str(e) for name in _PERMANENT_ERRORS):
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, 10.0)
+
+
+def read_range(path: Location, offset: int, length: int) -> bytes:
+    """Return up to `length` bytes of a file from `offset` on, fewer at the end of the file."""
+    with path.open("rb") as f:
+        f.seek(offset)
+        return bytes(f.read(length))
+
+
 def is_special(path: Location) -> bool:
     """Return whether a path is there but is no regular file: a local folder, pipe, device or loop of links."""
     return isinstance(path, Path) and os.path.lexists(path) and not path.is_file()
@@ -366,12 +426,13 @@ def copy_file(source: Location, target: Location) -> None:
     replace_file(target, source.read_bytes())
 
 
-def remove_tree(folder: Location) -> None:
+def remove_tree(folder: Location, *, ignore_errors: bool = False) -> None:
     """Delete a folder with everything in it."""
-    if isinstance(folder, ObjectPath):
-        folder.remove_tree()
-    else:
-        shutil.rmtree(folder)
+    with suppress(*[OSError] * ignore_errors):
+        if isinstance(folder, ObjectPath):
+            folder.remove_tree()
+        else:
+            shutil.rmtree(folder, ignore_errors)
 
 
 # Number of bytes of each read. Reads are large, because on an object store each read is a request.

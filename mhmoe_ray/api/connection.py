@@ -41,7 +41,10 @@ def connect_to_cluster(
     local_path = next((path for path in required_paths if isinstance(path, Path)), None)
     if local_path and not connection.is_local_machine and not section.shared_filesystem:
         reason = f"the nodes of {connection.address} cannot be expected to see {local_path} of this machine"
-        fix = "put storage and data on a file system that all of them mount and set cluster.shared_filesystem"
+        fix = (
+            "put storage and data.prepared on s3:// or gs://, or on a file system that all of them mount, and set "
+            "cluster.shared_filesystem"
+        )
         raise SpecError("storage", reason, fix)
     return connection
 

@@ -20,6 +20,7 @@ from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, load_evaluation
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import ClusterSpec, DataSpec, ModelSpec
 from mhmoe_ray.spec.raw_text import raw_text_sections
+from mhmoe_ray.storage import location
 
 EvaluationJob = SubmittedJob[Evaluation]
 Texts = str | PathLike[str] | Sequence[str | PathLike[str]]
@@ -185,7 +186,7 @@ def evaluate(
         # This import is delayed, because the module imports pyarrow, which is not needed to return a stored evaluation.
         from mhmoe_ray.data.shards.manifest import require_data_manifest
 
-        require_data_manifest(Path(request.prepared))
+        require_data_manifest(location(request.prepared))
     section, environment = ClusterSpec(), dict[str, Any]()
     if not run.is_imported:
         spec = run.spec()

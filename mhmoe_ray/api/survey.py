@@ -17,6 +17,7 @@ from mhmoe_ray.data.shards.recipe import check_recipe
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec import ClusterSpec, DataSpec, RunSpec
 from mhmoe_ray.spec.raw_text import raw_text_sections
+from mhmoe_ray.storage import Location
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class SurveyTarget:
         return self.spec.name if self.spec else ", ".join(self.data.sources)
 
     @property
-    def tokenizer(self) -> Path | None:
+    def tokenizer(self) -> Location | None:
         """Path of the prepared folder's tokenizer, else of the tokenizer that the spec gives; None without either."""
         # The prepared folder of a vision model has no tokenizer.
         has_prepared_tokenizer = self.manifest is not None and self.manifest.tokenizer_sha256 is not None
@@ -46,12 +47,12 @@ class SurveyTarget:
         return record.samples_before if record else None
 
     @property
-    def required_paths(self) -> list[Path]:
+    def required_paths(self) -> list[Location]:
         """Paths on this machine that all nodes of the cluster must be able to read."""
         if self.spec:
             return [self.data.prepared]
         # URLs are left out, because all nodes can reach an object store.
-        paths = [Path(source.path) for source in self.data.sources.values() if "://" not in source.path]
+        paths: list[Location] = [Path(source.path) for source in self.data.sources.values() if "://" not in source.path]
         return paths + [path for path in (self.data.tokenizer, self.data.chat_template) if path]
 
     def prepared_as_json(self) -> dict[str, Any] | None:

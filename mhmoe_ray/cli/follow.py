@@ -1,7 +1,6 @@
 """Follow a run to its end through its directory and its job, and show the progress of data preparation."""
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mhmoe_ray.cli.formats import format_bytes, format_figure, format_nats
@@ -13,6 +12,7 @@ if TYPE_CHECKING:
     from mhmoe_ray.data.prepare.work import PreparationProgress
     from mhmoe_ray.data.shards.manifest import DataManifest
     from mhmoe_ray.runs.directory import RunDir
+    from mhmoe_ray.storage import Location
 
 
 POLL_SECONDS = 0.5
@@ -24,7 +24,7 @@ EVENT_ACTIVITIES = {
 """What a run does after an event, by the kind of the event; other events change nothing."""
 
 
-def follow_preparation(job: "SubmittedJob[DataManifest]", folder: Path) -> None:
+def follow_preparation(job: "SubmittedJob[DataManifest]", folder: "Location") -> None:
     """Show the progress of the job that prepares data in a work folder, until it ends or the user presses Ctrl-C."""
     from mhmoe_ray.cluster.dashboard import RetryingCaller
 
@@ -36,7 +36,7 @@ def follow_preparation(job: "SubmittedJob[DataManifest]", folder: Path) -> None:
             time.sleep(POLL_SECONDS)
 
 
-def show_preparation(folder: Path) -> None:
+def show_preparation(folder: "Location") -> None:
     """Show the progress of the preparation with this work folder, if it runs."""
     from mhmoe_ray.data.prepare.work import read_progress
 

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
@@ -10,6 +9,7 @@ from pydantic import BaseModel
 
 from mhmoe_ray.data.shards.columns import EXPERT, StoredColumns, columns_of
 from mhmoe_ray.spec import MicroBatchPart, ModelSpec, RunSpec
+from mhmoe_ray.storage import Location
 
 if TYPE_CHECKING:
     # At run time these imports would import Ray, which commands do not need for data that are already prepared.
@@ -62,7 +62,7 @@ class FamilyData(ABC):
         return
 
     @abstractmethod
-    def check_parts(self, spec: RunSpec, folder: Path, by_domain: "dict[str, list[TokenisedPart]]") -> Facts:
+    def check_parts(self, spec: RunSpec, folder: Location, by_domain: "dict[str, list[TokenisedPart]]") -> Facts:
         """Check, before shards are written, that there are samples for training and validation.
 
         Args:
@@ -77,7 +77,7 @@ class FamilyData(ABC):
     def finish(
         self,
         spec: RunSpec,
-        folder: Path,
+        folder: Location,
         by_domain: "Mapping[str, Sequence[TokenisedPart]]",
         shards: "Mapping[str, Sequence[Shard]]",
         log: Callable[[str], None],
@@ -103,7 +103,7 @@ class DecoderData(FamilyData):
 
     has_rows = False
 
-    def check_parts(self, spec: RunSpec, folder: Path, by_domain: "dict[str, list[TokenisedPart]]") -> Facts:
+    def check_parts(self, spec: RunSpec, folder: Location, by_domain: "dict[str, list[TokenisedPart]]") -> Facts:
         from mhmoe_ray.data.prepare.checks import check_not_empty
 
         check_not_empty(spec.data, by_domain)

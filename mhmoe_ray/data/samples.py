@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.family import PartSampleMaker, data_of
 from mhmoe_ray.data.order.mixture import training_order
+from mhmoe_ray.data.shards.cache import plan_cache
 from mhmoe_ray.data.shards.columns import (
     TOKENS,
     ModelSamples,
@@ -19,9 +19,11 @@ from mhmoe_ray.data.shards.columns import (
     to_model_samples,
     with_all_columns,
 )
-from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import DataManifest, require_data_manifest
+from mhmoe_ray.data.shards.reader import ShardReader
 from mhmoe_ray.spec import MicroBatchPart, MoESpec, RunSpec
+from mhmoe_ray.spec.cluster import DEFAULT_SHARD_CACHE, ShardCacheSpec
+from mhmoe_ray.storage import Location
 
 
 class TrainingSamples:
@@ -33,7 +35,8 @@ class TrainingSamples:
         self.token_bytes = self._manifest.token_bytes
         self._expert_numbers = domain_experts(spec.model.moe, self._names)
         shards = [self._manifest.domains[name].shards for name in self._names]
-        self._readers = [ShardReader(spec.data.prepared, s, self.token_bytes) for s in shards]
+        plan = plan_cache(spec.cluster.shard_cache, self._manifest.shard_bytes)
+        self._readers = [ShardReader(spec.data.prepared, s, self.token_bytes, plan) for s in shards]
 
     @staticmethod
     def open_cached(spec: RunSpec, samples_before: Mapping[str, int] | None = None) -> "TrainingSamples":
@@ -110,14 +113,24 @@ def domain_experts(moe: MoESpec | None, names: Sequence[str]) -> np.ndarray | No
     return np.array([-1 if number is None else number for number in numbers], np.int64)
 
 
+def held_out_reader(folder: Location, manifest: DataManifest, cache: ShardCacheSpec) -> ShardReader:
+    """Return the reader of the held-out samples, which are stored domain after domain in the manifest's order."""
+    plan = plan_cache(cache, manifest.shard_bytes)
+    return ShardReader(folder, manifest.validation, manifest.token_bytes, plan)
+
+
 def validation_samples(
-    folder: Path, manifest: DataManifest, moe: MoESpec | None = None, sources: Collection[str] | None = None
+    folder: Location,
+    manifest: DataManifest,
+    moe: MoESpec | None = None,
+    sources: Collection[str] | None = None,
+    cache: ShardCacheSpec = DEFAULT_SHARD_CACHE,
 ) -> ModelSamples:
     """Return the validation samples of a prepared folder, of `sources` if given, in the form that a model takes.
 
     With router `domain` in `moe`, samples of domains without an expert are left out.
     """
-    reader = ShardReader(folder, manifest.validation, manifest.token_bytes)
+    reader = held_out_reader(folder, manifest, cache)
     samples = to_model_samples(reader.read(np.arange(len(reader))), manifest.token_bytes)
     # Validation samples are stored domain after domain in the manifest's order.
     counts = [domain.validation_samples for domain in manifest.domains.values()]
@@ -172,7 +185,7 @@ class HeldOutSamples:
 
 def stored_held_out(spec: RunSpec, manifest: DataManifest, columns: Sequence[str]) -> dict[str, StoredColumns]:
     """Return columns of the held-out samples of each part that has any, by its name; they are read on access."""
-    reader = ShardReader(spec.data.prepared, manifest.validation, manifest.token_bytes)
+    reader = held_out_reader(spec.data.prepared, manifest, spec.cluster.shard_cache)
     # Validation samples are stored domain after domain in the manifest's order.
     counts = [domain.validation_samples for domain in manifest.domains.values()]
     sources = np.repeat([source_of(name) for name in manifest.domains], counts)

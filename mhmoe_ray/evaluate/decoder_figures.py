@@ -33,6 +33,7 @@ from mhmoe_ray.evaluate.request import RoutingCounts
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import DataSpec
+from mhmoe_ray.storage import location
 
 
 def decoder_figures(context: EvaluationContext) -> EvaluationAnswer:
@@ -55,8 +56,8 @@ def decoder_figures(context: EvaluationContext) -> EvaluationAnswer:
             )
     elif request.prepared:
         # The data must be that of the run: documents that are held out in other data may be in the run's training data.
-        require_matching_data(manifest.data_sha256, Path(request.prepared), "or evaluate other text")
-        samples = held_out_samples(Path(request.prepared))
+        require_matching_data(manifest.data_sha256, location(request.prepared), "or evaluate other text")
+        samples = held_out_samples(location(request.prepared))
     widths = _pad_widths(token_widths(tokenizer), manifest.model.vocab_size)
     settings = MeasureSettings(request.batch, boundaries(tokenizer).start, request.half, context.on_progress)
     routing: dict[str, RoutingCounts] = {}

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +26,7 @@ from mhmoe_ray.model.loss import token_losses
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.spec import DataSpec
+from mhmoe_ray.storage import Location
 
 
 class DomainSamples(NamedTuple):
@@ -41,7 +41,7 @@ class DomainSamples(NamedTuple):
     """Mask of the input tokens that begin a document, (samples, T) bool; None if a start token begins each."""
 
 
-def held_out_samples(folder: Path) -> Iterator[DomainSamples]:
+def held_out_samples(folder: Location) -> Iterator[DomainSamples]:
     """Yield the held-out samples of a prepared folder by domain; training validates on the same samples."""
     manifest = require_data_manifest(folder)
     samples = validation_samples(folder, manifest)

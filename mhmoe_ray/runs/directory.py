@@ -17,6 +17,7 @@ from mhmoe_ray.parsing import ParseError, Time, parse_object
 from mhmoe_ray.spec import RunSpec, dump_spec, load_resolved_spec
 from mhmoe_ray.storage import (
     Location,
+    ObjectPath,
     location,
     make_folder,
     read_file,
@@ -119,8 +120,10 @@ class RunDir:
         if os.access(old_folder, os.F_OK):
             return spec
 
-        def new_path(path: Path) -> Path:
-            return new_folder / path.relative_to(old_folder) if path.is_relative_to(old_folder) else path
+        def new_path(path: Location) -> Location:
+            if isinstance(path, ObjectPath) or not path.is_relative_to(old_folder):
+                return path
+            return new_folder / path.relative_to(old_folder)
 
         data = spec.data
         sources = {

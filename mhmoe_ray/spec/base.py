@@ -1,8 +1,20 @@
 """Base class of all sections of a spec: unknown keys are errors, numbers are finite, instances are immutable."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PlainSerializer,
+    PlainValidator,
+    PositiveInt,
+)
+
+from mhmoe_ray.storage import Location, ObjectPath, location
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -23,6 +35,15 @@ OptionalLayerCount = Annotated[NonNegativeInt, _LAYERS]
 OptionalWidth = Annotated[NonNegativeInt, _WIDTH]
 OptionalTokenCount = Annotated[NonNegativeInt, _TOKENS]
 OptionalStepCount = Annotated[NonNegativeInt, _STEPS]
+
+
+def _parse_location(value: Any) -> Location:
+    if not isinstance(value, str | Path | ObjectPath):
+        raise ValueError("it must be a path, s3://bucket/folder or gs://bucket/folder")
+    return location(value)
+
+
+StoragePath = Annotated[Location, PlainValidator(_parse_location), PlainSerializer(str)]
 
 
 class Section(BaseModel):

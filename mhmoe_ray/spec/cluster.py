@@ -6,6 +6,7 @@ port per node between domains.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_serializer, model_validator
@@ -133,6 +134,20 @@ def format_mesh(sizes: Mapping[str, int]) -> str:
     return " x ".join(f"{name} {size}" for name, size in sizes.items())
 
 
+class ShardCacheSpec(Section):
+    """Cache on the disk of each node for shards on an object store."""
+
+    path: Path | None = None
+    """Folder of the cache, on every node; by default `mhmoe/shards` in the user's cache folder ($XDG_CACHE_HOME or
+    ~/.cache)."""
+    size_gb: float = Field(default=50.0, ge=0, le=1e9)
+    """Largest size of the folder in GB. If all shards of `data.prepared` fit, each is fetched once per node.
+    Otherwise only the rows that training reads are fetched, and nothing is kept."""
+
+
+DEFAULT_SHARD_CACHE = ShardCacheSpec()
+
+
 class ClusterSpec(Section):
     """Workers with their resources, and the distribution of the model over them."""
 
@@ -183,6 +198,8 @@ class ClusterSpec(Section):
     hangs is killed and the worker group is restarted. .inf: never."""
     shared_filesystem: bool = False
     """True if a path in this spec refers to the same file on the command line's machine and on every node."""
+    shard_cache: ShardCacheSpec = DEFAULT_SHARD_CACHE
+    """Cache of each node for shards of training data that lie on an object store."""
     runtime_env: dict[str, Any] = Field(default_factory=dict)
     """Ray runtime environment (for example `pip`) of the jobs and of the replicas that serve models."""
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from mhmoe_ray.spec.base import OptionalTokenCount, SampleCount, Section, StepCount
+from mhmoe_ray.spec.base import OptionalTokenCount, SampleCount, Section, StepCount, StoragePath
 from mhmoe_ray.spec.filters import FilterSpec
 from mhmoe_ray.spec.formats import FORMATS, IMAGE_COLUMNS, SOURCE_KEYS, Column, Format, formats_with
 from mhmoe_ray.spec.parts import Objective
@@ -213,9 +213,10 @@ class DataSpec(Section):
     parts: dict[SourceName, PartSpec] = Field(default_factory=dict)
     """Parts of every micro-batch, by name, each with its own samples, order and mixture of sources. Their numbers of
     samples add up to train.micro_batch_size. Without parts, the mixture of all sources fills a micro-batch."""
-    prepared: Path
-    """Folder for the packed token shards. `data prepare` writes them once, and training only reads them. If the folder
-    lies below a source's path, it is not part of that source."""
+    prepared: StoragePath
+    """Folder for the packed token shards: a path that all nodes share, s3://bucket/folder or gs://bucket/folder. `data
+    prepare` writes them once, and training only reads them. If the folder lies below a source's path, it is not part of
+    that source."""
     seq_len: OptionalTokenCount = 0
     """T: number of tokens in a sequence; vision models have none. A stored sample of a decoder has T + 1 tokens, of
     which the last T are the targets. A sample of an encoder has T tokens: a start token and those of one text. Captions
@@ -225,8 +226,9 @@ class DataSpec(Section):
     documents that fit are not cut. Samples are filled up with padding, whose targets do not count in the loss."""
     images: ImageSpec = ImageSpec()
     """Size limits of images, and their crops in training."""
-    tokenizer: Path | None = None
-    """Path of a tokenizer.json or of a vocabulary in tiktoken's format; by default one is trained on the sources."""
+    tokenizer: StoragePath | None = None
+    """Path or URI of a tokenizer.json or of a vocabulary in tiktoken's format; by default one is trained on the
+    sources."""
     tokenizer_pattern: str | None = Field(default=None, min_length=1)
     """Pattern that splits text before the merge ranks of a vocabulary in tiktoken's format are applied: a name (gpt2,
     cl100k, o200k or qwen2) or a regular expression."""
@@ -235,9 +237,9 @@ class DataSpec(Section):
     tokenizer_train_mb: PositiveFloat | None = None
     """Amount of text that the tokenizer is trained on, in millions of characters; by default 20. The text is a sample
     of all domains in the proportions of the mixture."""
-    chat_template: Path | None = None
-    """Path of the Jinja template that renders conversations (sources of format `chat`); by default a built-in one. The
-    run directory gets a copy, so that the trained model is served with it."""
+    chat_template: StoragePath | None = None
+    """Path or URI of the Jinja template that renders conversations (sources of format `chat`); by default a built-in
+    one. The run directory gets a copy, so that the trained model is served with it."""
     validation_fraction: float = Field(default=0.01, gt=0, lt=0.5)
     """Share of documents that are held out for validation. They are chosen by a hash of their text."""
     validation_samples: PositiveInt = 512
@@ -254,13 +256,6 @@ class DataSpec(Section):
     max_bad_files: NonNegativeInt = 0
     """Largest number of files that are partly lost (truncated, damaged or vanished). Their readable part is used; one
     more such file stops the job."""
-
-    @field_validator("prepared", "tokenizer", "chat_template", mode="before")
-    @classmethod
-    def _refuse_uri(cls, value: object) -> object:
-        if "://" in str(value):
-            raise ValueError("it must be a path on a file system that the nodes share, not a URI")
-        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -9,6 +9,7 @@ from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.cluster import ClusterSpec
 from mhmoe_ray.spec.data import DataSpec, absolute_path
 from mhmoe_ray.spec.load import apply_overrides, validate_section
+from mhmoe_ray.storage import resolve_path
 
 
 class RawTextSpec(Section):
@@ -39,4 +40,6 @@ def raw_text_sections(paths: Sequence[str], overrides: Sequence[str] = ()) -> tu
     data = spec.data
     # Relative paths become absolute, because the job that reads them has another working directory.
     given_paths = {"tokenizer": data.tokenizer, "chat_template": data.chat_template}
-    return data.model_copy(update={key: Path.cwd() / path for key, path in given_paths.items() if path}), spec.cluster
+    return data.model_copy(
+        update={key: resolve_path(Path.cwd(), path) for key, path in given_paths.items() if path}
+    ), spec.cluster

@@ -1,13 +1,13 @@
 """The complete spec of a run, with the checks that concern several sections."""
 
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Self
 
-from pydantic import Field, NonNegativeInt, PlainSerializer, PlainValidator, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from mhmoe_kernels.choice import ExpertSizes
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.spec.base import Section
+from mhmoe_ray.spec.base import Section, StoragePath
 from mhmoe_ray.spec.cluster import ClusterSpec, WorkerRange
 from mhmoe_ray.spec.data import DataSpec, ImageSpec, absolute_path
 from mhmoe_ray.spec.model import ModelSpec
@@ -16,16 +16,8 @@ from mhmoe_ray.spec.parts import MicroBatchPart, Objective, check_encoder_parts,
 from mhmoe_ray.spec.serve import ServeSpec
 from mhmoe_ray.spec.start import StartSpec
 from mhmoe_ray.spec.train import MaskingSpec, TrackingSpec, TrainSpec
-from mhmoe_ray.storage import Location, ObjectPath, default_storage, location
+from mhmoe_ray.storage import default_storage, location, resolve_path
 
-
-def _parse_location(value: Any) -> Location:
-    if not isinstance(value, str | Path | ObjectPath):
-        raise ValueError("it must be a path, s3://bucket/folder or gs://bucket/folder")
-    return location(value)
-
-
-StoragePath = Annotated[Location, PlainValidator(_parse_location), PlainSerializer(str)]
 NON_TRAINING_SECTIONS = {"cluster", "serve", "tracking"}
 """Sections that do not change how a run trains."""
 NAME_LENGTH = 41
@@ -342,9 +334,9 @@ class RunSpec(Section):
         sources = {n: s.model_copy(update={"path": absolute_path(base, s.path)}) for n, s in data.sources.items()}
         update = {
             "sources": sources,
-            "prepared": base / data.prepared,
-            "tokenizer": base / data.tokenizer if data.tokenizer else None,
-            "chat_template": base / data.chat_template if data.chat_template else None,
+            "prepared": resolve_path(base, data.prepared),
+            "tokenizer": data.tokenizer and resolve_path(base, data.tokenizer),
+            "chat_template": data.chat_template and resolve_path(base, data.chat_template),
         }
-        storage = base / self.storage if isinstance(self.storage, Path) else self.storage
+        storage = resolve_path(base, self.storage)
         return self.model_copy(update={"storage": storage, "data": data.model_copy(update=update)})

@@ -26,8 +26,8 @@ from mhmoe_ray.cli.formats import format_bytes
 from mhmoe_ray.data.family import data_of
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.samples import TrainingSamples
-from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import TOKENIZER_FILE, require_data_manifest
+from mhmoe_ray.data.shards.reader import ShardReader
 from mhmoe_ray.data.shards.recipe import require_prepared_data
 from mhmoe_ray.data.sources import find_files
 from mhmoe_ray.data.stream import training_stream

@@ -14,8 +14,8 @@ from mhmoe_ray.data.chat.template import BUILT_IN_TEMPLATE
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.samples import validation_samples
 from mhmoe_ray.data.shards.columns import DOCUMENT_STARTS, TARGETS, TOKENS
-from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import read_data_manifest
+from mhmoe_ray.data.shards.reader import ShardReader
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
 from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import find_run

@@ -10,7 +10,6 @@ A spec with a `start` section gets the following keys from the start model by de
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from mhmoe_ray.checkpoint.start.compatibility import check_start, check_tokenizer
 from mhmoe_ray.checkpoint.start.source import (
@@ -26,7 +25,7 @@ from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.presets import Tree
 from mhmoe_ray.planner.resolve import merge_trees, resolve_spec
 from mhmoe_ray.spec import MoESpec, RunSpec, StartSpec, validate_section
-from mhmoe_ray.storage import default_storage
+from mhmoe_ray.storage import Location, default_storage, location
 
 TOKENIZER_KEYS = {"tokenizer", "tokenizer_pattern", "tokenizer_model", "tokenizer_train_mb"}
 FindSibling = Callable[[str], RunSpec]
@@ -83,12 +82,8 @@ def _fill_from_start(tree: Tree, label: str, find_sibling: FindSibling | None, s
         # The run starts from another run of the same sweep, which prepares the data, perhaps with a tokenizer that it
         # trains. So its settings for the tokenizer are taken over.
         data |= first_model.sibling.data.model_dump(mode="json", include=TOKENIZER_KEYS)
-    elif isinstance(first_model.tokenizer_file, Path):
+    else:
         data["tokenizer"] = str(first_model.tokenizer_file)
-    elif "tokenizer" not in own_data and not _is_prepared(own_data):
-        reason = f"its tokenizer is in an object store, {first_model.tokenizer_file}"
-        fix = "copy it to a folder that all nodes share, and name it as data.tokenizer"
-        raise SpecError(f"start.from {first_model.ancestor.name}", reason, fix)
     if first_model.chat_template is not None and "chat_template" not in own_data and _has_conversations(own_data):
         data["chat_template"] = str(_template_file(first_model))
     resolved_start = start.with_sources([start_model.source for start_model in start_models])
@@ -107,7 +102,7 @@ def _has_conversations(own_data: Tree) -> bool:
     )
 
 
-def _template_file(start_model: StartModel) -> Path:
+def _template_file(start_model: StartModel) -> Location:
     """Return the file of a model's chat template; SpecError if the template has no file of its own."""
     if start_model.chat_template_file is None:
         reason = "its chat template is no file of its own"
@@ -116,15 +111,9 @@ def _template_file(start_model: StartModel) -> Path:
     return start_model.chat_template_file
 
 
-def _is_prepared(own_data: Tree) -> bool:
-    """Return whether a `data` section names a prepared folder that has a tokenizer."""
-    folder = own_data.get("prepared")
-    return isinstance(folder, str) and (Path(folder) / TOKENIZER_FILE).is_file()
-
-
 def _reads_same_folder(own_data: Tree, sibling: RunSpec) -> bool:
     folder = own_data.get("prepared")
-    return isinstance(folder, str) and Path(folder).absolute() == sibling.data.prepared.absolute()
+    return isinstance(folder, str) and location(folder).absolute() == sibling.data.prepared.absolute()
 
 
 def _find_model(source: str, storage: str, find_sibling: FindSibling | None) -> StartModel:

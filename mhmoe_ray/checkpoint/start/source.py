@@ -41,7 +41,7 @@ class StartModel(NamedTuple):
     model_type: str | None = None
     """`model_type` of the folder's config.json; None for a checkpoint."""
     chat_template: str | None = None
-    chat_template_file: Path | None = None
+    chat_template_file: Location | None = None
     """Local file with the chat template; None without one, or if it is an entry of tokenizer_config.json."""
     sibling: RunSpec | None = None
     """Spec of the run if the model is another run of the same sweep, which may not exist yet."""
@@ -103,7 +103,7 @@ def _checkpoint_model(checkpoint: Location) -> StartModel:
         adds_start=manifest.adds_start,
         ends=manifest.ends,
         chat_template=template.read_text() if template.exists() else None,
-        chat_template_file=template if isinstance(template, Path) and template.exists() else None,
+        chat_template_file=template if template.exists() else None,
     )
 
 

@@ -1,13 +1,13 @@
 """Request for a survey that `mhmoe data inspect` and `lint` send to their job, and its result."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar
 
 from mhmoe_ray.data.inspect.copies import Copies
 from mhmoe_ray.data.inspect.figures import DomainSurvey
 from mhmoe_ray.remote import RemoteJob
 from mhmoe_ray.spec import DataSpec
+from mhmoe_ray.storage import Location
 
 
 @dataclass
@@ -30,7 +30,7 @@ class SurveyRequest(RemoteJob[Survey]):
     result_type: ClassVar[type] = Survey
 
     data: DataSpec
-    tokenizer: Path | None
+    tokenizer: Location | None
     """Tokenizer file with which tokens are counted; None to count no tokens."""
     rules: bool
     """True to check texts against the rules of textrules.py."""

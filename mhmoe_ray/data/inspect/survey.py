@@ -9,7 +9,6 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +30,7 @@ from mhmoe_ray.data.sources import Document, FileReader, RawFile, file_blocks, f
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, DocumentEncoder, find_boundaries, read_given_tokenizer, unknown_token
 from mhmoe_ray.ray_compat import block_bundles
 from mhmoe_ray.spec import DataSpec
+from mhmoe_ray.storage import Location
 
 # The encoder gets texts in batches; a batch ends with the document that reaches either limit.
 DOCUMENTS_PER_CALL = 64
@@ -51,7 +51,7 @@ class SurveyEncoder(NamedTuple):
 
 
 @lru_cache(maxsize=2)
-def open_encoder(path: Path, pattern: str | None) -> SurveyEncoder:
+def open_encoder(path: Location, pattern: str | None) -> SurveyEncoder:
     """Return the encoder of a tokenizer file that `read_given_tokenizer` accepts; a process caches the last two."""
     # The encoder is cached, because loading a large vocabulary takes longer than reading a small file.
     tokenizer = read_given_tokenizer(path, pattern)
@@ -67,7 +67,7 @@ def open_encoder(path: Path, pattern: str | None) -> SurveyEncoder:
 
 
 def survey_file(
-    number: int, file: RawFile, spec: DataSpec, tokenizer: Path | None, rules: bool
+    number: int, file: RawFile, spec: DataSpec, tokenizer: Location | None, rules: bool
 ) -> Iterator[np.ndarray | DomainSurvey]:
     """Yield arrays of `ENTRY_DTYPE` with an entry for each document of a file, then the survey of the file.
 

@@ -9,7 +9,6 @@ import json
 import pickle
 from collections.abc import Iterable, Iterator
 from itertools import count
-from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -18,7 +17,7 @@ from mhmoe_ray.data.chat.template import ChatTemplate
 from mhmoe_ray.data.sources import BadLine, Document, FileReader, RawFile, Reason, Tally
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec
-from mhmoe_ray.storage import replace_file
+from mhmoe_ray.storage import Location, replace_file
 
 QUARANTINE_FILE = "quarantine.jsonl"
 
@@ -114,7 +113,7 @@ def read_chunks(
     *,
     spec: DataSpec,
     limit: QuarantineLimit,
-    quarantine: Path,
+    quarantine: Location,
     characters: int,
     template: ChatTemplate | None = None,
 ) -> Iterator[pa.Table]:
@@ -134,7 +133,7 @@ def _file_chunks(
     file: RawFile,
     spec: DataSpec,
     limit: QuarantineLimit,
-    quarantine: Path,
+    quarantine: Location,
     characters: int,
     template: ChatTemplate | None,
 ) -> Iterator[DocumentChunk]:
@@ -164,6 +163,6 @@ def _file_chunks(
             return
 
 
-def quarantine_file(folder: Path, file: int, chunk: int) -> Path:
+def quarantine_file(folder: Location, file: int, chunk: int) -> Location:
     """Return the file of a chunk's unreadable lines."""
     return folder / f"{file:07d}-{chunk:07d}.jsonl"

@@ -13,8 +13,8 @@ from mhmoe_ray.data.prepare.parts import TokenisedPart
 from mhmoe_ray.data.prepare.rows import write_validation_rows
 from mhmoe_ray.data.prepare.validation import ValidationSplit, write_validation_split
 from mhmoe_ray.data.shards.columns import padding_token
-from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import Baselines, Domain, Shard
+from mhmoe_ray.data.shards.reader import ShardReader
 from mhmoe_ray.data.sources import Tally
 from mhmoe_ray.spec import RunSpec
 

@@ -4,7 +4,6 @@ Documents of a domain fill samples of T + 1 tokens. There are two kinds of seque
 documents wherever a sample ends; best fit keeps every document whole that fits into a sample (arXiv 2404.10830).
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from mhmoe_ray.data.shards.columns import (
 from mhmoe_ray.data.shards.files import SHARD_BYTES, rows_per_shard, to_batch, write_shard
 from mhmoe_ray.data.shards.manifest import Shard
 from mhmoe_ray.spec import DataSpec
+from mhmoe_ray.storage import Location
 
 
 def cut_concat(tokens: Tokens, samples: int, seq_len: int) -> Samples:
@@ -156,9 +156,9 @@ class ShardResult(NamedTuple):
 class PackingSettings(NamedTuple):
     """Settings of all shards of a preparation."""
 
-    folder: Path
+    folder: Location
     """Folder of the result."""
-    parts: Path
+    parts: Location
     """Folder of the parts."""
     seq_len: int
     token_bytes: int

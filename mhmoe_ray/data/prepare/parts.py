@@ -3,13 +3,13 @@
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel
 
 from mhmoe_ray.errors import DataError
+from mhmoe_ray.storage import Location, read_range
 
 Tokens = np.ndarray[tuple[int], np.dtype[Any]]
 """Token ids, or rows with a field for each column (data/shards/columns.py)."""
@@ -89,7 +89,7 @@ class TokenisedPart(NamedTuple):
 class TokenStream:
     """Stream of the tokens of several part slices; only `read` reads from disk."""
 
-    def __init__(self, folder: Path, parts: Sequence[PartSlice], dtype: np.dtype[Any]) -> None:
+    def __init__(self, folder: Location, parts: Sequence[PartSlice], dtype: np.dtype[Any]) -> None:
         self._folder, self.dtype = folder, dtype
         self.parts = parts
         self._ends = list(accumulate((part.length for part in parts), initial=0))
@@ -112,8 +112,9 @@ class TokenStream:
         arrays = [np.empty(0, self.dtype)]
         for part in self.parts:
             path = part_file(self._folder, part.name)
-            tokens = np.fromfile(path, self.dtype, part.length, offset=part.start * self.dtype.itemsize)
-            # np.fromfile raises no error for a file that is too short, but returns fewer items.
+            size = self.dtype.itemsize
+            content = read_range(path, part.start * size, part.length * size)
+            tokens = np.frombuffer(content, self.dtype, len(content) // size)
             if len(tokens) < part.length:
                 reason = f"it has {len(tokens):,} tokens of {part.length:,} from {part.start:,} on"
                 raise DataError(f"part {path}", reason, "remove that folder of parts and prepare again")
@@ -121,7 +122,7 @@ class TokenStream:
         return np.concatenate(arrays)
 
 
-def part_file(folder: Path, name: str, *, has_rows: bool = False) -> Path:
+def part_file(folder: Location, name: str, *, has_rows: bool = False) -> Location:
     """Return the path of the file with a part's tokens or rows."""
     # There are many such files, so they are spread over 256 folders.
     return folder / name[:2] / f"{name}.{'arrow' if has_rows else 'tokens'}"

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -41,9 +40,18 @@ from mhmoe_ray.data.prepare.parts import PartSlice, TokenisedPart, TokenStream
 from mhmoe_ray.data.prepare.rows import RowPlan, plan_row_shards
 from mhmoe_ray.data.prepare.tokenise import TokenisedChunk, tokenise_chunk
 from mhmoe_ray.data.prepare.validation import split_of_few_documents
-from mhmoe_ray.data.prepare.work import ProgressReport, Stage, StagingDirectory, clean_up, publish, staging_directory
+from mhmoe_ray.data.prepare.work import (
+    ProgressReport,
+    Stage,
+    StagingDirectory,
+    clean_up,
+    publish,
+    settings_hash,
+    staging_directory,
+)
 from mhmoe_ray.data.shards.columns import conversation_dtype, token_bytes_for, token_dtype
 from mhmoe_ray.data.shards.manifest import (
+    MANIFEST_FILE,
     TEMPLATE_FILE,
     TOKENIZER_FILE,
     ChatData,
@@ -58,7 +66,7 @@ from mhmoe_ray.data.sources.find import fingerprints
 from mhmoe_ray.data.tokenizer import boundaries, chat_texts, load_tokenizer, store_given_tokenizer, train_tokenizer
 from mhmoe_ray.errors import DataError, MhmoeError, StorageError, task_error
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.storage import create_file, describe_file, replace_file, write_json
+from mhmoe_ray.storage import Location, create_file, describe_file, replace_file, write_json
 
 CPUS_PER_READER = 8
 """CPUs for each reader of files: one core reads at least as fast as this many tokenise. Readers and tokenising tasks
@@ -87,7 +95,7 @@ def prepare(spec: RunSpec) -> DataManifest:
             try:
                 with staging_directory(spec) as staging, ray.data.DataContext.current(_ray_data_context()):
                     _Preparation(spec, staging).run()
-                    publish(staging.result_path, folder)
+                    publish(staging.result_path, folder, settings_hash(spec))
             except Exception:
                 if read_data_manifest(folder) is None:
                     raise
@@ -103,7 +111,7 @@ def prepare(spec: RunSpec) -> DataManifest:
 
 
 @contextmanager
-def _errors_of_tasks(folder: Path) -> Iterator[None]:
+def _errors_of_tasks(folder: Location) -> Iterator[None]:
     """Raise a task's MhmoeError in place of Ray's error, and a StorageError for an OSError."""
     try:
         yield
@@ -218,12 +226,12 @@ class _Preparation:
         if self._has_rows:
             for warning in sparse_parts(self._spec, manifest.domains):
                 self._log(f"warning: {warning}")
-        write_json(self._staging.result_path / "manifest.json", manifest.model_dump(mode="json"))
+        write_json(self._staging.result_path / MANIFEST_FILE, manifest.model_dump(mode="json"))
 
     def _log(self, text: str) -> None:
         print(f"prepare: {text}", flush=True)
 
-    def _make_tokenizer(self, path: Path) -> Tokenizer:
+    def _make_tokenizer(self, path: Location) -> Tokenizer:
         vocab_size = self._spec.model.text_vocab_size
         if self._data_spec.tokenizer is not None:
             store_given_tokenizer(self._data_spec, vocab_size, path)

@@ -8,7 +8,6 @@ shard has whole parts.
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,13 +22,14 @@ from mhmoe_ray.data.shards.files import (
     SHARD_BYTES,
     file_content,
     join_batches,
-    map_file,
+    open_batch,
     row_bytes,
     to_batch,
     write_shard,
 )
 from mhmoe_ray.data.shards.manifest import Shard
 from mhmoe_ray.data.sources import Document
+from mhmoe_ray.storage import Location
 
 SHARD_PARTS = 10_000
 """Largest number of parts of a shard. All are memory-mapped, and Linux allows 65,530 mappings by default."""
@@ -118,9 +118,9 @@ def token_rows(
         yield row
 
 
-def map_rows(parts: Path, part_slice: PartSlice) -> pa.RecordBatch:
-    """Return the rows of a slice, memory-mapped from its file in the folder of all parts."""
-    return map_file(part_file(parts, part_slice.name, has_rows=True)).slice(part_slice.start, part_slice.length)
+def map_rows(parts: Location, part_slice: PartSlice) -> pa.RecordBatch:
+    """Return the rows of a slice of a part, from its file in the folder of all parts."""
+    return open_batch(part_file(parts, part_slice.name, has_rows=True)).slice(part_slice.start, part_slice.length)
 
 
 class RowPlan(NamedTuple):

@@ -8,7 +8,6 @@ import hashlib
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -22,7 +21,7 @@ from mhmoe_ray.data.prepare.validation import cut_end, is_validation, smallest_f
 from mhmoe_ray.data.shards.columns import conversation_dtype, token_dtype
 from mhmoe_ray.data.sources import Document, Tally
 from mhmoe_ray.data.tokenizer import document_encoder
-from mhmoe_ray.storage import replace_file
+from mhmoe_ray.storage import Location, replace_file
 
 BATCH_CHARACTERS = 1 << 18
 """Largest number of characters encoded in one call, except for a longer text; an encoding takes about 50 times the
@@ -49,9 +48,9 @@ class TokenisedChunk(NamedTuple):
 def tokenise_chunk(
     table: pa.Table,
     *,
-    tokenizer: Path | None,
+    tokenizer: Location | None,
     tokenizer_sha256: str | None,
-    parts: Path,
+    parts: Location,
     validation_fraction: float,
     token_bytes: int,
     row_tokens: int | None = None,
@@ -133,11 +132,11 @@ def _part_name(
     return digest.hexdigest()[:40]
 
 
-def _counts_file(part: Path) -> Path:
+def _counts_file(part: Location) -> Location:
     return part.with_suffix(".json")
 
 
-def _find_counts(part: Path, row_bytes: int) -> PartCounts | None:
+def _find_counts(part: Location, row_bytes: int) -> PartCounts | None:
     """Return an existing part's counts, or None if it is missing, incomplete or damaged."""
     try:
         counts = PartCounts.model_validate_json(_counts_file(part).read_bytes())
@@ -150,7 +149,7 @@ def _find_counts(part: Path, row_bytes: int) -> PartCounts | None:
     return counts if size == (counts.rows.file_bytes if counts.rows else expected_size) else None
 
 
-def _encode_documents(documents: Sequence[Document], tokenizer: Path, token_bytes: int) -> Iterator[Tokens]:
+def _encode_documents(documents: Sequence[Document], tokenizer: Location, token_bytes: int) -> Iterator[Tokens]:
     """Yield each document's tokens; those of a conversation have the fields of `conversation_dtype`."""
     conversations = [document.conversation for document in documents if document.conversation is not None]
     for batch in _batches(conversations, lambda conversation: len(conversation.text)):
@@ -161,12 +160,12 @@ def _encode_documents(documents: Sequence[Document], tokenizer: Path, token_byte
             yield np.array(ids, token_dtype(token_bytes))
 
 
-def _encode_texts(texts: Sequence[str], tokenizer: Path) -> Iterator[Sequence[int]]:
+def _encode_texts(texts: Sequence[str], tokenizer: Location) -> Iterator[Sequence[int]]:
     for batch in _batches(texts, len):
         yield from document_encoder(tokenizer).encode(batch)
 
 
-def _encode_captions(documents: Sequence[Document], tokenizer: Path) -> list[Sequence[int]]:
+def _encode_captions(documents: Sequence[Document], tokenizer: Location) -> list[Sequence[int]]:
     """Return the tokens of each document's text, none for an image without a caption."""
     encoded = _encode_texts([document.text for document in documents if document.text], tokenizer)
     return [next(encoded) if document.text else [] for document in documents]

@@ -14,12 +14,11 @@ import errno
 import glob
 import hashlib
 import json
-import os
 import secrets
-import shutil
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +26,20 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
+from mhmoe_ray.data.shards.manifest import MANIFEST_FILE, PUBLISHING_PREFIX
 from mhmoe_ray.data.shards.recipe import recipe
+from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.storage import remove_partial_files, replace_file, report_write_errors, sync
+from mhmoe_ray.storage import (
+    Location,
+    ObjectPath,
+    make_folder,
+    remove_partial_files,
+    remove_tree,
+    replace_file,
+    report_write_errors,
+    sync,
+)
 
 PROGRESS_FILE = "progress.json"
 WRITE_SECONDS = 1.0
@@ -56,7 +66,7 @@ class PreparationProgress(BaseModel):
 class ProgressReport:
     """Counts that a job keeps up to date and writes to progress.json."""
 
-    folder: Path
+    folder: Location
     """Staging directory that jobs share."""
     total_bytes: int
     stage: Stage = "tokenizer"
@@ -93,7 +103,7 @@ class ProgressReport:
         replace_file(self.folder / PROGRESS_FILE, progress.model_dump_json().encode())
 
 
-def read_progress(folder: Path) -> PreparationProgress | None:
+def read_progress(folder: Location) -> PreparationProgress | None:
     """Return a staging directory's last progress, if it has a readable report; a killed job's report stays."""
     try:
         return PreparationProgress.model_validate_json((folder / PROGRESS_FILE).read_bytes())
@@ -104,6 +114,10 @@ def read_progress(folder: Path) -> PreparationProgress | None:
 ALIVE_FILE = "alive"
 TOUCH_SECONDS = 20.0
 """Seconds between two updates of the modification time of a job's file `alive`."""
+ANNOUNCEMENT_SECONDS = 2.0
+"""Longest time in seconds between an announcement of a job on an object store and its visibility to others."""
+COPIERS = 16
+"""Number of objects that a job copies at the same time."""
 STALE_SECONDS = 1200.0
 """Age of that modification time in seconds above which the job counts as dead."""
 
@@ -111,31 +125,35 @@ STALE_SECONDS = 1200.0
 class StagingDirectory(NamedTuple):
     """Paths of the staging directory of a preparation job."""
 
-    shared_path: Path
+    shared_path: Location
     """Staging directory of all jobs with the same settings."""
-    job_path: Path
+    job_path: Location
     """Staging directory of this job alone, in the shared one."""
 
     @property
-    def parts_path(self) -> Path:
+    def parts_path(self) -> Location:
         """Folder of the parts, which jobs share."""
         return self.shared_path / "parts"
 
     @property
-    def quarantine_path(self) -> Path:
+    def quarantine_path(self) -> Location:
         """Folder of a quarantine file for each chunk with unreadable lines."""
         return self.job_path / "quarantine"
 
     @property
-    def result_path(self) -> Path:
+    def result_path(self) -> Location:
         """Folder of the result, which becomes the prepared folder."""
         return self.job_path / "prepared"
 
 
-def shared_folder(spec: RunSpec) -> Path:
+def settings_hash(spec: RunSpec) -> str:
+    """Return a hash of the settings that determine the content of a spec's prepared folder."""
+    return hashlib.sha256(json.dumps(recipe(spec), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def shared_folder(spec: RunSpec) -> Location:
     """Return the staging directory that all jobs with a spec's settings share."""
-    digest = hashlib.sha256(json.dumps(recipe(spec), sort_keys=True).encode()).hexdigest()
-    return spec.data.prepared.with_name(f"{spec.data.prepared.name}.partial-{digest[:8]}")
+    return spec.data.prepared.with_name(f"{spec.data.prepared.name}.partial-{settings_hash(spec)}")
 
 
 @contextmanager
@@ -145,7 +163,7 @@ def staging_directory(spec: RunSpec) -> Iterator[StagingDirectory]:
     Meanwhile a thread updates the job's file `alive` and removes the staging directories of dead jobs.
     """
     staging = StagingDirectory(shared_path := shared_folder(spec), shared_path / secrets.token_hex(4))
-    staging.result_path.mkdir(parents=True)
+    make_folder(staging.result_path)
     (staging.job_path / ALIVE_FILE).touch()
     stop_event = threading.Event()
     threading.Thread(target=_keep_alive, args=[staging, stop_event], daemon=True).start()
@@ -157,7 +175,7 @@ def staging_directory(spec: RunSpec) -> Iterator[StagingDirectory]:
 
 
 def _keep_alive(staging: StagingDirectory, stop_event: threading.Event) -> None:
-    touch_times: dict[Path, float] = {}
+    touch_times: dict[Location, float] = {}
     while True:
         # An error is ignored, because the storage may be out of reach for a while, and a later update then suffices.
         with suppress(OSError):
@@ -166,7 +184,7 @@ def _keep_alive(staging: StagingDirectory, stop_event: threading.Event) -> None:
             return
 
 
-def _touch_and_clean_up(staging: StagingDirectory, previous_times: dict[Path, float]) -> dict[Path, float]:
+def _touch_and_clean_up(staging: StagingDirectory, previous_times: dict[Location, float]) -> dict[Location, float]:
     """Update our file `alive`, and remove the staging directories of dead jobs; return all modification times.
 
     A job is dead if its modification time is older than `STALE_SECONDS` and equals that in `previous_times`. If this
@@ -174,7 +192,7 @@ def _touch_and_clean_up(staging: StagingDirectory, previous_times: dict[Path, fl
     """
     our_file = staging.job_path / ALIVE_FILE
     previous_time = our_file.stat().st_mtime
-    os.utime(our_file)
+    our_file.touch()
     # All times come from the clock of the storage, because the clocks of machines differ.
     current_time = our_file.stat().st_mtime
     touch_times = {alive_file: alive_file.stat().st_mtime for alive_file in staging.shared_path.glob(f"*/{ALIVE_FILE}")}
@@ -194,11 +212,20 @@ def _remove_job_folder(staging: StagingDirectory) -> None:
     # The folder with the file `alive` is removed last. If this process is killed midway, the file is still there, so
     # another job recognises that this job is dead and removes the rest.
     for folder in (staging.result_path, staging.quarantine_path, staging.job_path):
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_tree(folder, ignore_errors=True)
 
 
-def publish(staging_result: Path, folder: Path) -> None:
-    """Rename a result, without what killed workers left in it, to the prepared folder, unless that has content."""
+def publish(staging_result: Location, folder: Location, settings_hash: str) -> None:
+    """Give a complete result the name of the prepared folder, unless that has content.
+
+    A job with other settings (`settings_hash`) that publishes there at the same time is a DataError for one of the two.
+    """
+    if isinstance(staging_result, ObjectPath) and isinstance(folder, ObjectPath):
+        _publish_objects(staging_result, folder, settings_hash)
+        return
+    assert isinstance(staging_result, Path)
+    assert isinstance(folder, Path)
+    # Killed workers may have left partial files.
     remove_partial_files(staging_result)
     try:
         staging_result.rename(folder)
@@ -209,11 +236,34 @@ def publish(staging_result: Path, folder: Path) -> None:
             raise
 
 
-def clean_up(folder: Path) -> None:
+def _publish_objects(staging_result: ObjectPath, folder: ObjectPath, settings_hash: str) -> None:
+    """Copy a result within its store, the manifest last."""
+    # Jobs with equal settings copy equal objects, so they need no order among themselves. Of jobs with other settings,
+    # the one that announced itself first goes on. Each waits before it looks, so that it sees all earlier ones.
+    announcement = folder / f"{PUBLISHING_PREFIX}{settings_hash}"
+    if not announcement.exists():
+        announcement.touch()
+        time.sleep(ANNOUNCEMENT_SECONDS)
+    announcements = sorted(folder.glob(f"{PUBLISHING_PREFIX}*"), key=lambda path: (path.stat().st_mtime, path.name))
+    if announcements[0] != announcement:
+        announcement.unlink(missing_ok=True)
+        reason = "a job with other settings publishes its result there, or was killed while it did"
+        raise DataError(f"prepared data {folder}", reason, "set data.prepared to another folder, or remove this one")
+    files = sorted(staging_result.tree_sizes())
+    with ThreadPoolExecutor(COPIERS) as threads:
+        copied_files = [file for file in files if file != MANIFEST_FILE]
+        for _ in threads.map(lambda file: (staging_result / file).copy_to(folder / file), copied_files):
+            pass
+    if not (folder / MANIFEST_FILE).exists():
+        (staging_result / MANIFEST_FILE).copy_to(folder / MANIFEST_FILE)
+    announcement.unlink(missing_ok=True)
+
+
+def clean_up(folder: Location) -> None:
     """Remove the staging directories of all jobs for a prepared folder, whatever their settings."""
     # The result keeps its name after a crash of the machine, which would otherwise lose it with the staging directory.
     with report_write_errors(folder):
         sync(folder.parent)
     for staging_path in folder.parent.glob(f"{glob.escape(folder.name)}.partial-*"):
         # Errors are ignored, because another job may remove the same folder or still write to it.
-        shutil.rmtree(staging_path, ignore_errors=True)
+        remove_tree(staging_path, ignore_errors=True)

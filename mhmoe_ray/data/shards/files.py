@@ -1,27 +1,24 @@
-"""Shard files: the writer and the reader of stored samples.
+"""Shard files: their layout, and the writer of stored samples.
 
-A shard is an Arrow file of one batch without nulls, memory-mapped for reading in random order. A column (columns.py)
+A shard is an Arrow file of one batch without nulls, so that samples can be read in random order. A column (columns.py)
 of rows of values is a fixed-size binary, booleans with 8 in a byte; one of values of any length is a large binary, with
 a dictionary if equal values are stored once.
 """
 
 import hashlib
 from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mhmoe_ray.data.shards.columns import COLUMNS, IMAGE, TOKENS, Samples, StoredColumns, join_columns, token_dtype
+from mhmoe_ray.data.shards.columns import COLUMNS, StoredColumns
 from mhmoe_ray.data.shards.manifest import Shard
-from mhmoe_ray.storage import replace_file
+from mhmoe_ray.data.shards.ranges import write_checks
+from mhmoe_ray.storage import Location, ObjectPath, read_file, replace_file, retry_reads
 
 SHARD_BYTES = 64 << 20
-OPEN_SHARDS = 512
-"""Largest number of shards that one process keeps open."""
 
 
 def rows_per_shard(seq_len: int, token_bytes: int) -> int:
@@ -84,102 +81,34 @@ def file_content(batch: pa.RecordBatch) -> memoryview:
     return memoryview(sink.getvalue())
 
 
-def write_shard(folder: Path, file: str, batch: pa.RecordBatch) -> Shard:
+def write_shard(folder: Location, file: str, batch: pa.RecordBatch) -> Shard:
     """Write samples as a shard file atomically, and return its manifest entry."""
     content = file_content(batch)
     # The file gets its name only when it is complete, so another job never sees a part of it.
     replace_file(folder / file, content)
+    if isinstance(folder, ObjectPath) and has_fixed_rows(batch):
+        write_checks(folder / file, byte_columns(batch))
     return Shard(file=file, rows=len(batch), sha256=hashlib.sha256(content).hexdigest())
 
 
-def map_file(path: Path | str) -> pa.RecordBatch:
-    """Return the samples of an Arrow file as a memory-mapped batch."""
+def open_batch(path: Location) -> pa.RecordBatch:
+    """Return the samples of an Arrow file as a batch, memory-mapped if the file is local."""
+    if isinstance(path, ObjectPath):
+        return pa.ipc.open_file(pa.BufferReader(retry_reads(lambda: read_file(path)))).get_batch(0)
     with pa.memory_map(str(path)) as source:
         return pa.ipc.open_file(source).get_batch(0)
 
 
-def _fixed_columns(batch: pa.RecordBatch, token_bytes: int) -> dict[str, np.ndarray]:
-    """Return the columns of a mapped file that have equally long rows, as views; those of bits are packed."""
-    columns = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        if COLUMNS[name].values != "bytes":
-            dtype = token_dtype(token_bytes) if name == TOKENS else np.dtype(np.uint8)
-            shape = len(column), column.type.byte_width // dtype.itemsize
-            # Buffer 1 of an Arrow column has the values. It is part of the memory map, so nothing is copied.
-            columns[name] = np.ndarray(shape, dtype, column.buffers()[1])
-    return columns
+def has_fixed_rows(batch: pa.RecordBatch) -> bool:
+    """Return whether all columns have equally long rows."""
+    return all(COLUMNS[name].values != "bytes" for name in batch.schema.names)
 
 
-class _MappedShard(NamedTuple):
-    batch: pa.RecordBatch
-    fixed_columns: dict[str, np.ndarray]
-
-
-@lru_cache(maxsize=OPEN_SHARDS)
-def _map_shard(path: str, token_bytes: int) -> _MappedShard:
-    batch = map_file(path)
-    return _MappedShard(batch, _fixed_columns(batch, token_bytes))
-
-
-class ShardReader:
-    """Random access to the samples of a list of shards with equal columns, numbered across all shards from 0."""
-
-    def __init__(self, folder: Path, shards: Sequence[Shard], token_bytes: int) -> None:
-        self._paths = [str(folder / s.file) for s in shards]
-        self._starts = np.cumsum([0, *(s.rows for s in shards)])
-        self._token_bytes = token_bytes
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def read(self, numbers: np.ndarray) -> Samples:
-        """Return the tokens of samples with the other columns of equally long rows; there must be a shard."""
-        shard_of, row_of = self._locate(numbers)
-        columns: dict[str, np.ndarray] = {}
-        # The first shard gives the shape and the dtype of no samples.
-        for shard in np.unique(shard_of) if len(numbers) else [0]:
-            sample_indices = np.flatnonzero(shard_of == shard)
-            for name, stored_rows in self._map(shard).fixed_columns.items():
-                if name not in columns:
-                    columns[name] = np.empty((len(numbers), stored_rows.shape[1]), stored_rows.dtype)
-                columns[name][sample_indices] = stored_rows[row_of[sample_indices]]
-        length = columns[TOKENS].shape[1]
-        # Columns of booleans are stored as bits. Only those of the requested samples are unpacked, because those of
-        # whole shards would need much memory.
-        return join_columns(
-            {
-                name: rows if name == TOKENS else np.unpackbits(rows, axis=1, count=length).astype(bool)
-                for name, rows in columns.items()
-            }
-        )
-
-    def read_values(self, column: str, numbers: np.ndarray) -> list[bytes]:
-        """Return the values of samples in a column of values of any length."""
-        shard_of, row_of = self._locate(numbers)
-        return [
-            self._map(shard).batch.column(column)[int(row)].as_py() for shard, row in zip(shard_of, row_of, strict=True)
-        ]
-
-    def read_column(self, column: str, numbers: np.ndarray) -> np.ndarray | list[bytes]:
-        """Return the tokens, the images or the annotations of samples."""
-        return self.read(numbers) if column == TOKENS else self.read_values(column, numbers)
-
-    def image_numbers(self) -> np.ndarray:
-        """Return each sample's index among the stored images, without reading any image.
-
-        Equal images have different indices only in different shards.
-        """
-        numbers, count = [np.empty(0, np.int64)], 0
-        for shard in range(len(self._paths)):
-            column = self._map(shard).batch.column(IMAGE)
-            numbers.append(count + column.indices.to_numpy().astype(np.int64))
-            count += len(column.dictionary)
-        return np.concatenate(numbers)
-
-    def _map(self, shard: int) -> _MappedShard:
-        return _map_shard(self._paths[shard], self._token_bytes)
-
-    def _locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the shard of each sample, and its row there."""
-        shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
-        return shard_of, numbers - self._starts[shard_of]
+def byte_columns(batch: pa.RecordBatch) -> dict[str, np.ndarray]:
+    """Return the columns of a batch that have equally long rows, as views (rows, bytes); those of bits are packed."""
+    # Buffer 1 of an Arrow column has the values. It may be part of a memory map, so nothing is copied.
+    return {
+        name: np.ndarray((len(column), column.type.byte_width), np.uint8, column.buffers()[1])
+        for name, column in zip(batch.schema.names, batch.columns, strict=True)
+        if COLUMNS[name].values != "bytes"
+    }

@@ -11,7 +11,6 @@
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, SerializerFunctionWrapHandler, TypeAdapter, ValidationError, model_serializer
@@ -20,10 +19,13 @@ from mhmoe_ray.errors import DataError
 from mhmoe_ray.parsing import parse_json
 from mhmoe_ray.storage import Location, describe_file, read_file
 
+MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
 CODEBOOK_FILE = "codebook.npy"
 CLASSES_FILE = "classes.json"
+PUBLISHING_PREFIX = "publishing-"
+"""Start of the name of an object by which a job announces that it publishes its result in this folder."""
 
 
 class Shard(BaseModel):
@@ -162,6 +164,19 @@ class DataManifest(_KindAware):
     """All items in the quarantine, with lost parts of files, which `Tally.bad_lines` leaves out."""
 
     @property
+    def shards(self) -> list[Shard]:
+        """All shards, those of the validation last."""
+        return [*(shard for domain in self.domains.values() for shard in domain.shards), *self.validation]
+
+    @property
+    def shard_bytes(self) -> int:
+        """Approximate bytes of all shards."""
+        # A conversation has two bits for each token besides the token.
+        row_bytes = (self.seq_len + 1) * (self.token_bytes + (self.chat is not None) / 4)
+        images = sum(domain.image_bytes or 0 for domain in self.domains.values())
+        return round(sum(shard.rows for shard in self.shards) * row_bytes) + images
+
+    @property
     def files(self) -> dict[str, str | None]:
         """Hashes of all files besides shards and the manifest; None for a missing one."""
         facts = self.encoder or self.vision
@@ -179,17 +194,20 @@ def read_classes(file: Location) -> dict[str, list[str]]:
         raise DataError(f"names of classes {file}", reason, "prepare the data again, or restore the run") from e
 
 
-def read_data_manifest(folder: Path) -> DataManifest | None:
+def read_data_manifest(folder: Location) -> DataManifest | None:
     """Read the data manifest of a prepared folder, or return None without the folder.
 
-    A folder without a readable manifest is a DataError.
+    A folder without a readable manifest is a DataError. On an object store, one that a job is publishing is not there
+    yet.
     """
     subject, fix = f"prepared data {folder}", "set data.prepared to another folder, or remove this one"
     try:
         if not folder.exists():
             return None
-        content = read_file(folder / "manifest.json")
+        content = read_file(folder / MANIFEST_FILE)
     except FileNotFoundError as e:
+        if next(folder.glob(f"{PUBLISHING_PREFIX}*"), None):
+            return None
         raise DataError(subject, "it has no manifest.json", fix) from e
     except OSError as e:
         reason = f"its manifest.json cannot be read ({e.strerror or e})"
@@ -200,21 +218,21 @@ def read_data_manifest(folder: Path) -> DataManifest | None:
         raise DataError(subject, "its manifest.json is damaged, or from another version", fix) from e
 
 
-def data_digest(folder: Path) -> str:
+def data_digest(folder: Location) -> str:
     """Return the hash by which checkpoints identify the data that they were trained on.
 
     It leaves out the paths of sources with a fingerprint, so moving local text keeps it.
     """
-    manifest = json.loads((folder / "manifest.json").read_bytes())
+    manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
     # Folders of earlier versions have no fingerprints, so the hash of the whole manifest identifies their data.
     if not manifest.get("fingerprints"):
-        return describe_file(folder / "manifest.json").sha256
+        return describe_file(folder / MANIFEST_FILE).sha256
     sources = manifest["recipe"]["sources"]
     manifest["recipe"]["sources"] = {k: path for k, path in sources.items() if k not in manifest["fingerprints"]}
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def require_matching_data(expected_digest: str | None, folder: Path, advice: str) -> None:
+def require_matching_data(expected_digest: str | None, folder: Location, advice: str) -> None:
     """Raise DataError if a prepared folder is not the data that a checkpoint was trained on.
 
     `advice` ("or ...") is an alternative to restoring the folder.
@@ -224,7 +242,7 @@ def require_matching_data(expected_digest: str | None, folder: Path, advice: str
         raise DataError(f"prepared data {folder}", "it is not what the checkpoint was trained on", fix)
 
 
-def require_data_manifest(folder: Path) -> DataManifest:
+def require_data_manifest(folder: Location) -> DataManifest:
     """Return the data manifest of a prepared folder, or raise DataError."""
     manifest = read_data_manifest(folder)
     if manifest is None:

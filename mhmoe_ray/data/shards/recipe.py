@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 from mhmoe_ray.data.chat.template import read_template
@@ -11,7 +10,7 @@ from mhmoe_ray.data.shards.manifest import DataManifest, require_data_manifest
 from mhmoe_ray.data.sources.find import find_files, fingerprints
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.storage import describe_file
+from mhmoe_ray.storage import Location, describe_file
 
 # This is the version of the format of prepared folders. It is among the settings with which a spec is compared, so
 # folders of another version are refused.
@@ -19,7 +18,7 @@ FORMAT = 3
 _TOKENIZER_KEYS = {"tokenizer", "tokenizer_pattern", "tokenizer_model", "tokenizer_train_mb"}
 # These keys of a source determine the documents that it yields.
 _READING_KEYS = {"format", "text_field", "delimiter", "filters"}
-PreparedKey = tuple[Path, str]
+PreparedKey = tuple[Location, str]
 """Path of a prepared folder, and the settings of its preparation as JSON."""
 
 
@@ -56,7 +55,7 @@ def recipe(spec: RunSpec) -> dict[str, Any]:
     return settings
 
 
-def _given_tokenizer(path: Path) -> str:
+def _given_tokenizer(path: Location) -> str:
     try:
         return _tokenizer_label(describe_file(path).sha256)
     except OSError as e:
@@ -86,7 +85,7 @@ def require_prepared_data(spec: RunSpec) -> DataManifest:
     return manifest
 
 
-def check_recipe(folder: Path, manifest: DataManifest, spec: RunSpec) -> None:
+def check_recipe(folder: Location, manifest: DataManifest, spec: RunSpec) -> None:
     """Raise DataError for the first setting in which a folder differs from a spec; text may have moved."""
     # A run that starts from another run's model names a tokenizer, which the other run may have trained in this folder.
     # If the folder has the tokenizer that the spec names, the settings of tokenizers are not compared.

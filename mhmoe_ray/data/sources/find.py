@@ -24,6 +24,7 @@ from mhmoe_ray.errors import DataError
 from mhmoe_ray.parsing import parse_object
 from mhmoe_ray.spec import DataSpec, FilterSpec, Format, SourceSpec
 from mhmoe_ray.spec.formats import FORMATS
+from mhmoe_ray.storage import Location, ObjectPath
 
 ROOT_SUBFOLDER = "all"
 """Subfolder in the domain of files that lie directly in the source's path."""
@@ -109,7 +110,7 @@ def version_hash(spec: DataSpec, files: Sequence[RawFile]) -> str:
         for (file, path), modification_time in zip(stored_files, times, strict=True):
             digest.update(f"{file.domain}\0{path}\0{file.size}\0{modification_time}\n".encode())
     if spec.chat_template is not None:
-        digest.update(f"{spec.chat_template.stat().st_mtime_ns}\n".encode())
+        digest.update(f"{spec.chat_template.stat().st_mtime}\n".encode())
     return digest.hexdigest()
 
 
@@ -141,7 +142,7 @@ def file_blocks(files: Sequence[RawFile]) -> list[pa.Table]:
     return blocks
 
 
-def list_files(storage: Storage, prepared: Path) -> tuple[str, list[ListedFile]]:
+def list_files(storage: Storage, prepared: Location) -> tuple[str, list[ListedFile]]:
     """Return the root and the files of `Storage.list_files` without prepared folders and their staging directories.
 
     Both may be below a source's path, and those of other preparations are recognized by their files or names. An
@@ -152,7 +153,9 @@ def list_files(storage: Storage, prepared: Path) -> tuple[str, list[ListedFile]]
     excluded_prefixes = tuple(
         f"{folder}/" for folder in manifest_folders if all(f"{folder}/{name}" in paths for name in _PREPARED_FILES)
     )
-    if "://" not in root:
+    if isinstance(prepared, ObjectPath):
+        excluded_prefixes += tuple(f"{str(prepared).partition('?')[0]}{end}" for end in ("/", ".partial-"))
+    elif "://" not in root:
         # Both paths are resolved, since they may contain different links to the same folder.
         prepared_path = relative_path(os.path.realpath(root), os.path.realpath(prepared))
         excluded_prefixes += tuple(f"{root.rstrip('/')}/{prepared_path}{end}" for end in ("/", ".partial-"))

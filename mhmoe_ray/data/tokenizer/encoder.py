@@ -20,7 +20,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -28,6 +27,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from mhmoe_ray.data.tokenizer.load import read_tokenizer
 from mhmoe_ray.data.tokenizer.tiktoken import BYTE_OF_LETTER, PATTERNS
 from mhmoe_ray.data.tokenizer.vocabulary import BEGIN_TOKEN, END_OF_TEXT, END_TOKEN, boundaries
+from mhmoe_ray.storage import Location
 
 if TYPE_CHECKING:
     import tiktoken
@@ -183,7 +183,7 @@ class DocumentEncoder:
 
 
 @lru_cache(maxsize=1)
-def document_encoder(path: Path) -> DocumentEncoder:
+def document_encoder(path: Location) -> DocumentEncoder:
     """Return the encoder for a tokenizer.json that `load_tokenizer` accepts; a process caches its last encoder."""
     # The encoder is cached, because reading a large vocabulary takes seconds, and a chunk of documents may be small.
     return DocumentEncoder(read_tokenizer(path))

@@ -1,7 +1,5 @@
 """Loading and checks of tokenizers: those that a user gives, and those in runs and prepared folders."""
 
-from pathlib import Path
-
 from tokenizers import Tokenizer
 
 from mhmoe_ray.data.tokenizer.tiktoken import BYTE_OF_LETTER, from_tiktoken, is_tiktoken
@@ -39,7 +37,7 @@ def read_tokenizer(path: Location) -> Tokenizer:
     return tokenizer
 
 
-def read_given_tokenizer(path: Path, pattern: str | None) -> Tokenizer:
+def read_given_tokenizer(path: Location, pattern: str | None) -> Tokenizer:
     """Read `data.tokenizer`: a tokenizer.json, or a vocabulary in tiktoken's format, which needs the `pattern`.
 
     An unreadable file, and a missing or invalid pattern for a vocabulary, are a DataError.
@@ -57,7 +55,7 @@ def read_given_tokenizer(path: Path, pattern: str | None) -> Tokenizer:
     return from_tiktoken(content, pattern, subject)
 
 
-def store_given_tokenizer(spec: DataSpec, vocab_size: int, target: Path) -> None:
+def store_given_tokenizer(spec: DataSpec, vocab_size: int, target: Location) -> None:
     """Write the tokenizer that a spec names as a tokenizer.json: a copy, or the conversion of a tiktoken vocabulary.
 
     A tokenizer that `load_tokenizer` would refuse, and a pattern beside a tokenizer.json, are a DataError.

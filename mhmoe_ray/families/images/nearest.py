@@ -10,9 +10,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 import numpy as np
 
 from mhmoe_ray.data.domains import source_of
+from mhmoe_ray.data.shards.cache import plan_cache
 from mhmoe_ray.data.shards.columns import IMAGE
-from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import DataManifest, data_digest, read_data_manifest
+from mhmoe_ray.data.shards.reader import ShardReader
 from mhmoe_ray.families.images.crops import read_crop
 from mhmoe_ray.spec import RunSpec
 
@@ -39,7 +40,8 @@ def training_reader(spec: RunSpec, manifest: DataManifest, sources: Collection[s
     """Return a reader of the training samples of some sources, domain after domain."""
     domains = (domain for name, domain in manifest.domains.items() if source_of(name) in sources)
     shards = [shard for domain in domains for shard in domain.shards]
-    return ShardReader(spec.data.prepared, shards, manifest.token_bytes)
+    plan = plan_cache(spec.cluster.shard_cache, manifest.shard_bytes)
+    return ShardReader(spec.data.prepared, shards, manifest.token_bytes, plan)
 
 
 class NearestImages:

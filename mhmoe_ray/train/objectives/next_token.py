@@ -176,7 +176,9 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
         spec, batches = self.spec, {}
         for part in spec.parts:
             sources = part.sources if part.name else None
-            samples = validation_samples(spec.data.prepared, manifest, spec.model.moe, sources)
+            samples = validation_samples(
+                spec.data.prepared, manifest, spec.model.moe, sources, spec.cluster.shard_cache
+            )
             if len(samples.token_ids) or not part.name:
                 batches[part.name] = micro_batch(samples, torch.device("cpu"))
         return batches

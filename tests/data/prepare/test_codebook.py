@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from mhmoe_ray.data.shards.columns import IMAGE, TOKENS
-from mhmoe_ray.data.shards.files import ShardReader, to_batch, write_shard
+from mhmoe_ray.data.shards.files import to_batch, write_shard
+from mhmoe_ray.data.shards.reader import ShardReader
 from mhmoe_ray.families.encoder.data.batches import BatchMaker
 from mhmoe_ray.families.encoder.data.codebook import k_means, sample_patches
 from mhmoe_ray.families.encoder.data.samples import SampleMaker

@@ -13,8 +13,8 @@ import torch
 from mhmoe_ray.data.prepare.job import PrepareRequest
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.shards.columns import padding_token
-from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import read_data_manifest
+from mhmoe_ray.data.shards.reader import ShardReader
 from mhmoe_ray.data.shards.recipe import recipe, require_prepared_data
 from mhmoe_ray.data.shards.verify import verify_shards
 from mhmoe_ray.data.sources.images import image_hash

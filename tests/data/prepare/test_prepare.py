@@ -18,8 +18,8 @@ from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.prepare.work import read_progress
 from mhmoe_ray.data.samples import TrainingSamples, validation_samples
 from mhmoe_ray.data.shards.columns import padding_token
-from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import read_data_manifest
+from mhmoe_ray.data.shards.reader import ShardReader
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
 from mhmoe_ray.spec import PhaseSpec, RunSpec, SourceMix, dump_spec
 from mhmoe_ray.storage import describe_file

@@ -10,8 +10,9 @@ from mhmoe_ray.data.prepare.parts import PartCounts, PartSlice, RowCounts, Token
 from mhmoe_ray.data.prepare.rows import plan_row_shards, write_validation_rows
 from mhmoe_ray.data.prepare.validation import select_rows
 from mhmoe_ray.data.shards.columns import IMAGE, TOKENS
-from mhmoe_ray.data.shards.files import ShardReader, file_content, to_batch
+from mhmoe_ray.data.shards.files import file_content, to_batch
 from mhmoe_ray.data.shards.manifest import Domain
+from mhmoe_ray.data.shards.reader import ShardReader
 from mhmoe_ray.data.shards.recipe import recipe
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.families.encoder.data.rows import check_rows_not_empty

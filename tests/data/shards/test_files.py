@@ -17,7 +17,8 @@ from mhmoe_ray.data.shards.columns import (
     token_bytes_for,
     with_all_columns,
 )
-from mhmoe_ray.data.shards.files import ShardReader, rows_per_shard, to_batch, write_shard
+from mhmoe_ray.data.shards.files import rows_per_shard, to_batch, write_shard
+from mhmoe_ray.data.shards.reader import ShardReader
 from mhmoe_ray.train.objectives.next_token import sample_digest
 from tests.data.shards.manifests import make_manifest
 

@@ -5,7 +5,8 @@ from itertools import pairwise
 import numpy as np
 
 from mhmoe_ray.data.shards.columns import IMAGE, TOKENS
-from mhmoe_ray.data.shards.files import ShardReader, file_content, join_batches, map_file, to_batch, write_shard
+from mhmoe_ray.data.shards.files import file_content, join_batches, open_batch, to_batch, write_shard
+from mhmoe_ray.data.shards.reader import ShardReader
 
 TOKEN_ROWS = np.arange(40, dtype="<u2").reshape(10, 4)
 IMAGES = [bytes([number]) * (number * 7) for number in range(10)]
@@ -35,7 +36,7 @@ def test_no_rows_have_the_shape_of_others(tmp_path):
 def test_bytes_of_a_shard_depend_on_its_rows_only(tmp_path):
     """The rows come from slices of other files, as they do in preparation."""
     write_shard(tmp_path, "a.arrow", to_batch({TOKENS: TOKEN_ROWS, IMAGE: IMAGES}))
-    batch = map_file(tmp_path / "a.arrow")
+    batch = open_batch(tmp_path / "a.arrow")
     expected = file_content(to_batch({TOKENS: TOKEN_ROWS[2:7], IMAGE: IMAGES[2:7]}))
     for cuts in ([2, 7], [2, 3, 7], [2, 5, 6, 7]):
         slices = [batch.slice(start, stop - start) for start, stop in pairwise(cuts)]

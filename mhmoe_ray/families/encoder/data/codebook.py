@@ -7,19 +7,18 @@ so the same images give the same sample. An image is cropped to the largest squa
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from mhmoe_ray.data.shards.columns import IMAGE
-from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import CODEBOOK_FILE, Shard
+from mhmoe_ray.data.shards.reader import ShardReader
 from mhmoe_ray.families.encoder.data.batches import normalized_patches
 from mhmoe_ray.families.images.crops import read_crop
 from mhmoe_ray.families.images.patches import image_patches
 from mhmoe_ray.spec.encoder import EncoderSpec
-from mhmoe_ray.storage import replace_file
+from mhmoe_ray.storage import Location, replace_file
 
 SAMPLE_BYTES = 128 << 20
 MAX_IMAGES = 20_000
@@ -28,7 +27,9 @@ _DISTANCE_BYTES = 64 << 20
 _SEED = 0
 
 
-def write_codebook(folder: Path, shards: Mapping[str, Sequence[Shard]], encoder: EncoderSpec, token_bytes: int) -> str:
+def write_codebook(
+    folder: Location, shards: Mapping[str, Sequence[Shard]], encoder: EncoderSpec, token_bytes: int
+) -> str:
     """Write the codebook to the staging directory as float32 (entries, values), and return its SHA-256: a Ray task.
 
     The images of `shards` must have at least as many patches as the codebook has entries.

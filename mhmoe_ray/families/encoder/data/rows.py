@@ -1,7 +1,7 @@
 """Data of encoders: rows of images, texts and pairs, and the codebook of image patches."""
 
+import io
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from mhmoe_ray.data.shards.manifest import CODEBOOK_FILE, DataManifest, EncoderD
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.families.encoder.data.columns import EncoderSamples
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.storage import file_problem
+from mhmoe_ray.storage import Location, file_problem
 
 if TYPE_CHECKING:
     from mhmoe_ray.data.prepare.parts import TokenisedPart
@@ -35,14 +35,14 @@ class EncoderRows(FamilyData):
         if spec.has_codebook:
             settings["codebook"] = [encoder.codebook_size, encoder.image_size, encoder.patch_size]
 
-    def check_parts(self, spec: RunSpec, folder: Path, by_domain: "dict[str, list[TokenisedPart]]") -> Facts:
+    def check_parts(self, spec: RunSpec, folder: Location, by_domain: "dict[str, list[TokenisedPart]]") -> Facts:
         check_rows_not_empty(spec, by_domain)
         return {}
 
     def finish(
         self,
         spec: RunSpec,
-        folder: Path,
+        folder: Location,
         by_domain: "Mapping[str, Sequence[TokenisedPart]]",
         shards: "Mapping[str, Sequence[Shard]]",
         log: Callable[[str], None],
@@ -109,12 +109,12 @@ def check_rows_not_empty(spec: RunSpec, by_domain: "dict[str, list[TokenisedPart
         raise DataError("training", reason, "add images, or lower model.encoder.codebook_size")
 
 
-def read_codebook(folder: Path, manifest: DataManifest) -> np.ndarray | None:
+def read_codebook(folder: Location, manifest: DataManifest) -> np.ndarray | None:
     """Return a folder's codebook, float32 (entries, values), or None; a missing or damaged file is a DataError."""
     if manifest.encoder is None or manifest.encoder.codebook_sha256 is None:
         return None
     path = folder / CODEBOOK_FILE
     if problem := file_problem(path, manifest.encoder.codebook_sha256):
         raise DataError(f"prepared file {path}", problem, f"remove {folder} and prepare again")
-    codebook: np.ndarray = np.load(path)
+    codebook: np.ndarray = np.load(io.BytesIO(path.read_bytes()))
     return codebook

@@ -12,8 +12,8 @@ import numpy as np
 
 from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.family import PartSampleMaker
+from mhmoe_ray.data.samples import held_out_reader
 from mhmoe_ray.data.shards.columns import IMAGE, TOKENS, StoredColumns, padding_token
-from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import DataManifest
 from mhmoe_ray.families.encoder.data.columns import EncoderSamples
 from mhmoe_ray.families.encoder.data.masking import block_mask, hide_tokens, text_mask
@@ -95,14 +95,14 @@ class SampleMaker(PartSampleMaker):
 
 def held_out_pairs(spec: RunSpec, manifest: DataManifest) -> Iterator[Pairs]:
     """Yield the held-out pairs of an image and a caption in a run's prepared data, domain by domain."""
-    reader = ShardReader(spec.data.prepared, manifest.validation, manifest.token_bytes)
+    reader = held_out_reader(spec.data.prepared, manifest, spec.cluster.shard_cache)
     for name, rows in _held_out_pair_rows(spec, manifest):
         yield Pairs(name, reader.read(rows), reader.read_values(IMAGE, rows), [None] * len(rows))
 
 
 def held_out_captions(spec: RunSpec, manifest: DataManifest) -> np.ndarray:
     """Return the stored tokens of the held-out captions, (captions, T), without reading their images."""
-    reader = ShardReader(spec.data.prepared, manifest.validation, manifest.token_bytes)
+    reader = held_out_reader(spec.data.prepared, manifest, spec.cluster.shard_cache)
     tokens = [reader.read(rows) for _, rows in _held_out_pair_rows(spec, manifest)]
     return np.concatenate([np.empty((0, spec.data.seq_len), np.int64), *tokens])
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +25,7 @@ from mhmoe_ray.families.encoder.evaluate.retrieval import Candidates, nearest_sc
 from mhmoe_ray.families.encoder.model import Encoder
 from mhmoe_ray.families.images.nearest import NearestImages, training_manifest, training_reader
 from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.storage import location
 
 EXAMPLES = 8
 """Number of written captions that an evaluation keeps as examples."""
@@ -51,8 +51,8 @@ def encoder_figures(context: EvaluationContext) -> EvaluationAnswer:
     codebook = data = None
     if not request.text:
         assert request.prepared is not None
-        require_matching_data(manifest.data_sha256, Path(request.prepared), "or evaluate other images")
-        data = require_data_manifest(Path(request.prepared))
+        require_matching_data(manifest.data_sha256, location(request.prepared), "or evaluate other images")
+        data = require_data_manifest(location(request.prepared))
         # Only the losses of held-out images need the codebook.
         codebook = read_codebook(spec.data.prepared, data)
     meter = EncoderMeter(model, spec, codebook, use_bfloat16=request.half, on_progress=on_progress)

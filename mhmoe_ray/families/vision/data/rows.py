@@ -1,7 +1,6 @@
 """Data of vision models: rows of annotated images, and the names of their classes."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from mhmoe_ray.data.shards.manifest import CLASSES_FILE, VisionData, read_classe
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.families.vision.data.columns import stream_columns
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.storage import describe_file, write_json
+from mhmoe_ray.storage import Location, describe_file, write_json
 
 if TYPE_CHECKING:
     from mhmoe_ray.data.prepare.parts import TokenisedPart
@@ -31,7 +30,7 @@ class VisionRows(FamilyData):
         settings |= {"sample": "annotated image", "max_megapixels": spec.data.images.max_megapixels}
         settings["tasks"] = {part.name: [*part.sources] for part in spec.parts}
 
-    def check_parts(self, spec: RunSpec, folder: Path, by_domain: "dict[str, list[TokenisedPart]]") -> Facts:
+    def check_parts(self, spec: RunSpec, folder: Location, by_domain: "dict[str, list[TokenisedPart]]") -> Facts:
         path = folder / CLASSES_FILE
         write_json(path, classes_of_tasks(spec, by_domain))
         return {"vision": VisionData(classes_sha256=describe_file(path).sha256)}

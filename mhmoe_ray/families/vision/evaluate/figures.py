@@ -5,7 +5,6 @@ predicts the class of the nearest training image in pixels (nearest.py).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +31,7 @@ from mhmoe_ray.families.vision.data.samples import TaskSampleMaker
 from mhmoe_ray.families.vision.evaluate.objects import StoredDetection, average_precision, stored_detection
 from mhmoe_ray.families.vision.model import Features, TaskBatch, Vision
 from mhmoe_ray.spec import DataSpec, MicroBatchPart, RunSpec
+from mhmoe_ray.storage import location
 
 
 class TaskOutputs(NamedTuple):
@@ -115,8 +115,10 @@ def vision_figures(context: EvaluationContext) -> EvaluationAnswer:
         images_by_task = _raw_images(request.text, spec, classes, request.samples)
     else:
         assert request.prepared is not None
-        require_matching_data(manifest.data_sha256, Path(request.prepared), "or evaluate other images")
-        images_by_task = stored_held_out(spec, require_data_manifest(Path(request.prepared)), TaskSampleMaker.columns)
+        require_matching_data(manifest.data_sha256, location(request.prepared), "or evaluate other images")
+        images_by_task = stored_held_out(
+            spec, require_data_manifest(location(request.prepared)), TaskSampleMaker.columns
+        )
     meter = VisionMeter(model, use_bfloat16=request.half, on_progress=on_progress)
     figures, maker = VisionFigures(losses={}), TaskSampleMaker(spec, classes)
     for part in spec.parts:

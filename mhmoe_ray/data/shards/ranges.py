@@ -1,0 +1,110 @@
+"""Single rows of a shard on an object store, read by ranges of bytes and checked by the row's CRC32.
+
+The preparation writes the CRC32 of each row beside the shard, as little-endian 32-bit integers in `<shard>.crc32`. Only
+columns of equally long rows can be read so.
+"""
+
+import mmap
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+
+from mhmoe_ray.data.shards.cache import ATTEMPTS, damage_error
+from mhmoe_ray.storage import Location, ObjectPath, read_file, replace_file, retry_reads
+
+CHECKS_SUFFIX = ".crc32"
+END_BYTES = 4096
+"""Bytes at both ends of a shard that are read when it is opened: more than its schema and its footer have."""
+_READERS = 32
+"""Number of ranges that a process reads at the same time, because each takes a round trip to the store."""
+_reader_pool: ThreadPoolExecutor | None = None
+
+
+def checks_file(shard: Location) -> Location:
+    """Return the path of the CRC32s of a shard's rows."""
+    return shard.parent / f"{shard.name}{CHECKS_SUFFIX}"
+
+
+def write_checks(shard: Location, columns: Mapping[str, np.ndarray]) -> None:
+    """Write the CRC32s of a shard's rows, whose columns are arrays (rows, bytes)."""
+    replace_file(checks_file(shard), _row_checks(columns).tobytes())
+
+
+def _row_checks(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    rows = np.concatenate([*columns.values()], axis=1)
+    return np.array([zlib.crc32(row) for row in rows], "<u4")
+
+
+class RangedShard:
+    """A shard of which single rows are read."""
+
+    def __init__(self, source: ObjectPath) -> None:
+        self._source = source
+        system, path = source.filesystem
+        self._file: pa.NativeFile = retry_reads(lambda: system.open_input_file(path))
+        self._offsets: dict[str, tuple[int, int]] = retry_reads(self._read_offsets)
+        self._check_R = self._read_checks()
+
+    def _read_checks(self) -> np.ndarray:
+        return np.frombuffer(retry_reads(lambda: read_file(checks_file(self._source))), "<u4")
+
+    def _read_offsets(self) -> dict[str, tuple[int, int]]:
+        """Return the offset of each column's first row, and the bytes of a row."""
+        size = self._file.size()
+        # Arrow computes the places of columns from the ends of the file. The pages between them are never written, so
+        # they take no memory.
+        with mmap.mmap(-1, size) as content:
+            for start in (0, max(0, size - END_BYTES)):
+                data = self._file.read_at(min(END_BYTES, size), start)
+                content[start : start + len(data)] = data
+            buffer = pa.py_buffer(content)
+            try:
+                batch = pa.ipc.open_file(buffer).get_batch(0)
+            except (pa.ArrowException, OSError) as e:
+                raise damage_error(self._source) from e
+            places = {
+                name: (column.buffers()[1].address - buffer.address, column.type.byte_width)
+                for name, column in zip(batch.schema.names, batch.columns, strict=True)
+            }
+            del batch, buffer
+        return places
+
+    def rows(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Return rows by column, (numbers, bytes); rows with a wrong CRC32 are a DataError."""
+        unique_numbers, inverse = np.unique(numbers, return_inverse=True)
+        for _ in range(ATTEMPTS):
+            columns = {name: self._read_column(place, unique_numbers) for name, place in self._offsets.items()}
+            if np.array_equal(_row_checks(columns), self._check_R[unique_numbers]):
+                return {name: column[inverse] for name, column in columns.items()}
+            # The CRC32s may be what is damaged.
+            self._check_R = self._read_checks()
+        raise damage_error(self._source)
+
+    def _read_column(self, place: tuple[int, int], numbers: np.ndarray) -> np.ndarray:
+        offset, width = place
+        # Neighbouring rows are read together.
+        runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
+
+        def read_run(run: np.ndarray) -> bytes:
+            start, length = offset + int(run[0]) * width, len(run) * width
+            return retry_reads(lambda: _read_exactly(self._file, start, length))
+
+        content = b"".join(_pool().map(read_run, runs))
+        return np.frombuffer(content, np.uint8).reshape(len(numbers), width)
+
+
+def _read_exactly(file: pa.NativeFile, start: int, length: int) -> bytes:
+    data: bytes = file.read_at(length, start)
+    if len(data) < length:
+        raise OSError(f"a read of {length:,} bytes returned {len(data):,}")
+    return data
+
+
+def _pool() -> ThreadPoolExecutor:
+    # The pool is made when it is first used, because importing this file must not start threads.
+    global _reader_pool
+    _reader_pool = _reader_pool or ThreadPoolExecutor(_READERS, thread_name_prefix="range")
+    return _reader_pool
