@@ -95,7 +95,7 @@ def _prepare_data(run: RunDir, spec: RunSpec, attempt: AttemptId) -> None:
     if not folder.exists():
         events.record(run, "preparing", folder=str(folder))
     manifest = prepare(spec)
-    verify_shards(spec, manifest)
+    verify_shards(folder, manifest, spec.cluster.shard_cache)
     require_newest_attempt(run, attempt)
     # `training_order` is called only for its checks, and its result is not used. A mistake in the mixture of sources
     # raises here with one clear message; otherwise it would raise later, in a task of the stream. The record of the

@@ -17,9 +17,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def submit_to_s3(project, query, steps):
-    """Submit a run of some steps that is stored on the S3 server; return the run and the URI of its storage."""
-    storage = f"s3://bucket/{token_hex(3)}?{query}"
-    harness.write_random_spec(project, train={"steps": steps}, cluster={"runtime_env": {"env_vars": CREDENTIALS}})
+    """Submit a run of some steps stored with its data on the S3 server; return it and the URI of its storage."""
+    folder = f"s3://bucket/{token_hex(3)}"
+    storage, data = f"{folder}?{query}", {"prepared": f"{folder}-data?{query}"}
+    cluster = {"runtime_env": {"env_vars": CREDENTIALS}, "shard_cache": {"path": str(project / "cache")}}
+    harness.write_random_spec(project, train={"steps": steps}, cluster=cluster, data=data)
     result = mhmoe(project, "submit", "spec.yaml", "--set", f"storage={storage}", "--detach")
     assert result.code == 0, result.err
     [run] = list_runs(storage)

@@ -86,7 +86,6 @@ MASKS = {"document_masks": True}
             "model.document_masks is false, but data.sources.talk has conversations.*: set it to true",
         ),
         ({"chat_template": "a.jinja"}, MASKS, "chat_template is for sources of format chat, and there is none: remove"),
-        ({**CHAT, "packing": "best_fit", "chat_template": "s3://b/a"}, MASKS, "a file system that the nodes share"),
     ],
 )
 def test_conversations_are_trained_whole_and_apart(data, model, message):

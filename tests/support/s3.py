@@ -31,6 +31,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, fs.FileS
     with log.open("wb") as out, pytest.MonkeyPatch.context() as patch:
         for name, value in CREDENTIALS.items():
             patch.setenv(name, value)
+        patch.setenv("MOTO_RECORDER_FILEPATH", str(log.with_name("requests")))
         server = subprocess.Popen(command, stdout=out, stderr=out)
         try:
             _wait_until_listening(server, port, log)

@@ -46,7 +46,6 @@ from mhmoe_ray.data.prepare.work import (
     StagingDirectory,
     clean_up,
     publish,
-    settings_hash,
     staging_directory,
 )
 from mhmoe_ray.data.shards.columns import conversation_dtype, token_bytes_for, token_dtype
@@ -95,7 +94,7 @@ def prepare(spec: RunSpec) -> DataManifest:
             try:
                 with staging_directory(spec) as staging, ray.data.DataContext.current(_ray_data_context()):
                     _Preparation(spec, staging).run()
-                    publish(staging.result_path, folder, settings_hash(spec))
+                    publish(staging, folder)
             except Exception:
                 if read_data_manifest(folder) is None:
                     raise

@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ValidationError
@@ -146,14 +145,10 @@ class StagingDirectory(NamedTuple):
         return self.job_path / "prepared"
 
 
-def settings_hash(spec: RunSpec) -> str:
-    """Return a hash of the settings that determine the content of a spec's prepared folder."""
-    return hashlib.sha256(json.dumps(recipe(spec), sort_keys=True).encode()).hexdigest()[:8]
-
-
 def shared_folder(spec: RunSpec) -> Location:
     """Return the staging directory that all jobs with a spec's settings share."""
-    return spec.data.prepared.with_name(f"{spec.data.prepared.name}.partial-{settings_hash(spec)}")
+    digest = hashlib.sha256(json.dumps(recipe(spec), sort_keys=True).encode()).hexdigest()
+    return spec.data.prepared.with_name(f"{spec.data.prepared.name}.partial-{digest[:8]}")
 
 
 @contextmanager
@@ -215,20 +210,21 @@ def _remove_job_folder(staging: StagingDirectory) -> None:
         remove_tree(folder, ignore_errors=True)
 
 
-def publish(staging_result: Location, folder: Location, settings_hash: str) -> None:
+def publish(staging: StagingDirectory, folder: Location) -> None:
     """Give a complete result the name of the prepared folder, unless that has content.
 
-    A job with other settings (`settings_hash`) that publishes there at the same time is a DataError for one of the two.
+    If a job with other settings publishes there at the same time, one of the two raises a DataError.
     """
-    if isinstance(staging_result, ObjectPath) and isinstance(folder, ObjectPath):
-        _publish_objects(staging_result, folder, settings_hash)
+    result = staging.result_path
+    if isinstance(result, ObjectPath) or isinstance(folder, ObjectPath):
+        assert isinstance(result, ObjectPath)
+        assert isinstance(folder, ObjectPath)
+        _publish_objects(result, folder, staging.shared_path.name.rpartition("-")[2])
         return
-    assert isinstance(staging_result, Path)
-    assert isinstance(folder, Path)
     # Killed workers may have left partial files.
-    remove_partial_files(staging_result)
+    remove_partial_files(result)
     try:
-        staging_result.rename(folder)
+        result.rename(folder)
     except OSError as e:
         # These two errors mean that a folder with content has this name already: another job published its result
         # first.
@@ -236,7 +232,7 @@ def publish(staging_result: Location, folder: Location, settings_hash: str) -> N
             raise
 
 
-def _publish_objects(staging_result: ObjectPath, folder: ObjectPath, settings_hash: str) -> None:
+def _publish_objects(result: ObjectPath, folder: ObjectPath, settings_hash: str) -> None:
     """Copy a result within its store, the manifest last."""
     # Jobs with equal settings copy equal objects, so they need no order among themselves. Of jobs with other settings,
     # the one that announced itself first goes on. Each waits before it looks, so that it sees all earlier ones.
@@ -249,13 +245,13 @@ def _publish_objects(staging_result: ObjectPath, folder: ObjectPath, settings_ha
         announcement.unlink(missing_ok=True)
         reason = "a job with other settings publishes its result there, or was killed while it did"
         raise DataError(f"prepared data {folder}", reason, "set data.prepared to another folder, or remove this one")
-    files = sorted(staging_result.tree_sizes())
+    files = sorted(result.tree_sizes())
     with ThreadPoolExecutor(COPIERS) as threads:
         copied_files = [file for file in files if file != MANIFEST_FILE]
-        for _ in threads.map(lambda file: (staging_result / file).copy_to(folder / file), copied_files):
+        for _ in threads.map(lambda file: (result / file).copy_to(folder / file), copied_files):
             pass
     if not (folder / MANIFEST_FILE).exists():
-        (staging_result / MANIFEST_FILE).copy_to(folder / MANIFEST_FILE)
+        (result / MANIFEST_FILE).copy_to(folder / MANIFEST_FILE)
     announcement.unlink(missing_ok=True)
 
 

@@ -61,7 +61,7 @@ class ShardCache:
         path.mkdir(parents=True, exist_ok=True)
 
     def open(self, source: ObjectPath, sha256: str) -> BinaryIO | None:
-        """Open a shard, which stays in the cache until the file is closed; fetch it if it is missing.
+        """Open a shard, and fetch it if it is missing; it stays in the cache until the file and its copies are closed.
 
         The result is None if there is no room for it. Content with another hash is a DataError.
         """
@@ -110,6 +110,7 @@ class ShardCache:
                     used_bytes -= _remove_unless_open(path)
             if used_bytes + size > self._limit:
                 return False
+            os.truncate(out.fileno(), 0)
             try:
                 os.posix_fallocate(out.fileno(), 0, max(1, size))
             except OSError as e:

@@ -34,8 +34,7 @@ def write_checks(shard: Location, columns: Mapping[str, np.ndarray]) -> None:
 
 
 def _row_checks(columns: Mapping[str, np.ndarray]) -> np.ndarray:
-    rows = np.concatenate([*columns.values()], axis=1)
-    return np.array([zlib.crc32(row) for row in rows], "<u4")
+    return np.array([zlib.crc32(row) for row in np.concatenate([*columns.values()], axis=1)], "<u4")
 
 
 class RangedShard:
@@ -56,21 +55,19 @@ class RangedShard:
         size = self._file.size()
         # Arrow computes the places of columns from the ends of the file. The pages between them are never written, so
         # they take no memory.
-        with mmap.mmap(-1, size) as content:
-            for start in (0, max(0, size - END_BYTES)):
-                data = self._file.read_at(min(END_BYTES, size), start)
-                content[start : start + len(data)] = data
-            buffer = pa.py_buffer(content)
-            try:
-                batch = pa.ipc.open_file(buffer).get_batch(0)
-            except (pa.ArrowException, OSError) as e:
-                raise damage_error(self._source) from e
-            places = {
-                name: (column.buffers()[1].address - buffer.address, column.type.byte_width)
-                for name, column in zip(batch.schema.names, batch.columns, strict=True)
-            }
-            del batch, buffer
-        return places
+        content = mmap.mmap(-1, size)
+        for start in (0, max(0, size - END_BYTES)):
+            data = self._file.read_at(min(END_BYTES, size), start)
+            content[start : start + len(data)] = data
+        buffer = pa.py_buffer(content)
+        try:
+            batch = pa.ipc.open_file(buffer).get_batch(0)
+        except (pa.ArrowException, OSError) as e:
+            raise damage_error(self._source) from e
+        return {
+            name: (column.buffers()[1].address - buffer.address, column.type.byte_width)
+            for name, column in zip(batch.schema.names, batch.columns, strict=True)
+        }
 
     def rows(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """Return rows by column, (numbers, bytes); rows with a wrong CRC32 are a DataError."""
@@ -86,7 +83,7 @@ class RangedShard:
     def _read_column(self, place: tuple[int, int], numbers: np.ndarray) -> np.ndarray:
         offset, width = place
         # Neighbouring rows are read together.
-        runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
+        runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1) if len(numbers) else []
 
         def read_run(run: np.ndarray) -> bytes:
             start, length = offset + int(run[0]) * width, len(run) * width

@@ -6,11 +6,11 @@ object store      the shard is in the cache of the node, and memory-mapped there
                   the whole shard is read into memory, in preparations
 """
 
+import mmap
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -36,17 +36,18 @@ class BatchShard(NamedTuple):
 
     batch: pa.RecordBatch
     byte_columns: dict[str, np.ndarray]
-    file: BinaryIO | None = None
-    """File whose lock keeps the shard in the cache."""
 
     def rows(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """Return rows by column, (numbers, bytes)."""
         return {name: column[numbers] for name, column in self.byte_columns.items()}
 
 
-def _open_batch(path: Location, file: BinaryIO | None = None) -> BatchShard:
-    batch = open_batch(path)
-    return BatchShard(batch, byte_columns(batch), file)
+def _with_columns(batch: pa.RecordBatch) -> BatchShard:
+    return BatchShard(batch, byte_columns(batch))
+
+
+def _open_batch(path: Location) -> BatchShard:
+    return _with_columns(open_batch(path))
 
 
 _open_local = lru_cache(maxsize=OPEN_SHARDS)(_open_batch)
@@ -57,7 +58,12 @@ _open_ranged = lru_cache(maxsize=OPEN_RANGED_SHARDS)(RangedShard)
 @lru_cache(maxsize=OPEN_SHARDS)
 def _open_cached(source: ObjectPath, sha256: str, plan: CachePlan) -> BatchShard | RangedShard:
     file = ShardCache(plan.path, plan.limit).open(source, sha256)
-    return _open_ranged(source) if file is None else _open_batch(Path(file.name), file)
+    if file is None:
+        return _open_ranged(source)
+    with file:
+        # The map has a descriptor of its own. While the batch is used, its lock keeps the shard in the cache.
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return _with_columns(pa.ipc.open_file(pa.py_buffer(content)).get_batch(0))
 
 
 class ShardReader:

@@ -11,7 +11,7 @@ from mhmoe_ray.data.shards.cache import plan_cache
 from mhmoe_ray.data.shards.manifest import DataManifest
 from mhmoe_ray.data.shards.ranges import CHECKS_SUFFIX
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.spec.cluster import DEFAULT_SHARD_CACHE, ShardCacheSpec
 from mhmoe_ray.storage import Location, ObjectPath, file_problem, retry_reads
 
 FILES_PER_TASK = 16
@@ -19,12 +19,11 @@ LOCAL_CHECK_BYTES = 1 << 30
 """Largest bytes of shards that one process verifies faster than a cluster."""
 
 
-def verify_shards(spec: RunSpec, manifest: DataManifest) -> None:
-    """Raise DataError if a file of the prepared folder is missing or its content is not what was written.
+def verify_shards(folder: Location, manifest: DataManifest, cache: ShardCacheSpec = DEFAULT_SHARD_CACHE) -> None:
+    """Raise DataError if a file of a prepared folder is missing or its content is not what was written.
 
     On an object store, content is only checked here that is not checked when it arrives.
     """
-    folder = spec.data.prepared
     expected_hashes = {shard.file: shard.sha256 for shard in manifest.shards}
     if isinstance(folder, ObjectPath):
         existing_files = retry_reads(folder.tree_sizes)
@@ -33,7 +32,7 @@ def verify_shards(spec: RunSpec, manifest: DataManifest) -> None:
                 f"prepared file {folder / file}", "it is missing", f"restore it, or remove {folder} and prepare again"
             )
         # A shard is checked when it arrives in the cache of a node, and single rows are checked by their CRC32s.
-        has_room = plan_cache(spec.cluster.shard_cache, manifest.shard_bytes).holds_all
+        has_room = plan_cache(cache, manifest.shard_bytes).holds_all
         expected_hashes = {
             file: sha256
             for file, sha256 in expected_hashes.items()

@@ -1,6 +1,5 @@
 """Tests of the checkpoint of step 0, without Ray: what it holds, and how training goes on from it."""
 
-import copy
 import json
 from pathlib import Path
 
@@ -244,21 +243,18 @@ def test_another_tokenizer_is_refused(tmp_path):
         start_run(tmp_path, source.id, {}, data={"sources": {"web": {"path": "raw"}}, "prepared": str(other_data)})
 
 
-def test_a_tokenizer_in_an_object_store_must_be_copied(tmp_path, monkeypatch):
+def test_a_tokenizer_may_be_in_an_object_store(tmp_path, monkeypatch):
     source = make_source(tmp_path)
     start_model = find_start_model(str(source.path), tmp_path)
-    remote_model = start_model._replace(tokenizer_file=ObjectPath("s3://bucket/run/tokenizer.json"))
+    tokenizer_file = ObjectPath("s3://bucket/run/tokenizer.json")
+    remote_model = start_model._replace(tokenizer_file=tokenizer_file)
     monkeypatch.setattr("mhmoe_ray.checkpoint.start.resolve.find_start_model", lambda *_: remote_model)
+    monkeypatch.setattr(ObjectPath, "read_bytes", lambda _: start_model.tokenizer_file.read_bytes())
+    monkeypatch.setattr(ObjectPath, "is_file", lambda _: True)
     data = {"sources": {"web": {"path": "raw"}}, "prepared": "new"}
     train = tiny_spec(train=TRAIN).train.model_dump()
     tree = {"name": "branch", "start": {"from": source.id}, "data": data, "train": train}
-    with pytest.raises(SpecError, match=r"is in an object store, s3://bucket/run/tokenizer\.json; copy it"):
-        build_spec(copy.deepcopy(tree), "spec")
-    copied_file = tmp_path / "copy.json"
-    copied_file.write_bytes(start_model.tokenizer_file.read_bytes())
-    tree["data"]["tokenizer"] = str(copied_file)
-    monkeypatch.setattr(ObjectPath, "read_bytes", lambda _: start_model.tokenizer_file.read_bytes())
-    assert build_spec(tree, "spec").data.tokenizer == copied_file
+    assert build_spec(tree, "spec").data.tokenizer == tokenizer_file
 
 
 def test_a_spec_with_a_start_survives_a_dump(tmp_path):

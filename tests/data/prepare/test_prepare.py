@@ -7,6 +7,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from secrets import token_hex
 from typing import NamedTuple
 
 import numpy as np
@@ -19,14 +20,17 @@ from mhmoe_ray.data.prepare.work import read_progress
 from mhmoe_ray.data.samples import TrainingSamples, validation_samples
 from mhmoe_ray.data.shards.columns import padding_token
 from mhmoe_ray.data.shards.manifest import read_data_manifest
+from mhmoe_ray.data.shards.ranges import CHECKS_SUFFIX
 from mhmoe_ray.data.shards.reader import ShardReader
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
 from mhmoe_ray.spec import PhaseSpec, RunSpec, SourceMix, dump_spec
-from mhmoe_ray.storage import describe_file
+from mhmoe_ray.spec.cluster import ShardCacheSpec
+from mhmoe_ray.storage import ObjectPath, describe_file
 from mhmoe_ray.train.objectives.next_token import sample_digest
 from tests.data.shards.folders import expected_reports, make_folders
 from tests.data.texts import make_documents, write_corpus, write_documents
 from tests.support.cluster_jobs import run_on_cluster
+from tests.support.s3 import CREDENTIALS
 from tests.support.specs import tiny_spec
 
 pytestmark = pytest.mark.ray
@@ -86,10 +90,14 @@ class Results(NamedTuple):
     end_of_text_specs: dict[str, RunSpec]
     few_documents_specs: list[RunSpec]
     """Specs of 1 and of 20 documents, of which the default held-out share has none."""
+    remote_spec: RunSpec
+    """Spec of the data of `spec`, prepared on an object store."""
     training_spec: RunSpec
     """Spec of a training on the data of `spec`."""
     split_paths: list[Path]
     """Files of the batches that the workers of the training of `training_spec` read."""
+    remote_split_path: Path
+    """File of the batches that two workers read of the data of `remote_spec`."""
     checked_folders: tuple[Path, ...]
     lines: list[str]
 
@@ -100,7 +108,7 @@ SPLITS = ["1:0", "2:0", f"4:{MIDDLE_POSITION}"]
 
 
 @pytest.fixture(scope="module")
-def results(corpus, local_cluster, tmp_path_factory):
+def results(corpus, local_cluster, tmp_path_factory, s3):
     """Run in a single job all tasks that need no job of their own, and return its results."""
     folder, (spec, texts) = tmp_path_factory.mktemp("made"), corpus
     serial_spec = spec_in_folder(spec, folder / "again")
@@ -114,9 +122,19 @@ def results(corpus, local_cluster, tmp_path_factory):
     schedule = [PhaseSpec(from_step=300, sources={"web": SourceMix(shares={"a": 3, "c": 1})})]
     training_spec = spec_in_folder(spec, spec.data.prepared, schedule=schedule)
     training_spec = training_spec.model_copy(update={"train": spec.train.model_copy(update={"steps": STEPS})})
+    remote_spec = spec_in_folder(spec, ObjectPath(f"s3://bucket/{token_hex(3)}/prepared?{s3[0]}"))
+    remote_training_spec = spec_in_folder(training_spec, remote_spec.data.prepared)
+    # No shard fits into the cache, so single rows are read.
+    no_cache = {"shard_cache": ShardCacheSpec(path=folder / "cache", size_gb=0)}
+    remote_training_spec = remote_training_spec.model_copy(
+        update={"cluster": remote_training_spec.cluster.model_copy(update=no_cache)}
+    )
     checked_folders = make_folders(folder / "checked")
-    tasks = [("together", s) for s in (spec, best_fit_spec, *end_of_text_specs.values(), *few_documents_specs)]
+    tasks = [
+        ("together", s) for s in (spec, best_fit_spec, *end_of_text_specs.values(), *few_documents_specs, remote_spec)
+    ]
     tasks += [(split, training_spec) for split in SPLITS]
+    tasks.append((SPLITS[1], remote_training_spec))
     tasks += [("serially", s) for s in (serial_spec, serial_best_fit_spec)]
     args = [arg for folder_to_check in checked_folders for arg in ("check", folder_to_check)]
     split_paths = []
@@ -126,7 +144,8 @@ def results(corpus, local_cluster, tmp_path_factory):
         args += [task_name, path]
         if ":" in task_name:
             split_paths.append(path.with_suffix(".json"))
-    lines = run_on_cluster(local_cluster, "tests.data.prepare.in_one_job", *args)
+    *split_paths, remote_split_path = split_paths
+    lines = run_on_cluster(local_cluster, "tests.data.prepare.in_one_job", *args, **CREDENTIALS)
     return Results(
         spec,
         texts,
@@ -135,8 +154,10 @@ def results(corpus, local_cluster, tmp_path_factory):
         serial_best_fit_spec,
         end_of_text_specs,
         few_documents_specs,
+        remote_spec,
         training_spec,
         split_paths,
+        remote_split_path,
         checked_folders,
         lines,
     )
@@ -193,6 +214,18 @@ def test_prepare_computes_plausible_baselines(results):
 
 def test_prepare_is_independent_of_parallelism(results):
     assert_same_files(results.spec.data.prepared, results.serial_spec.data.prepared)
+
+
+def test_prepare_writes_the_same_files_to_an_object_store(results):
+    folder, remote_folder = results.spec.data.prepared, results.remote_spec.data.prepared
+    names = {name for name in remote_folder.tree_sizes() if not name.endswith(CHECKS_SUFFIX)}
+    assert names == {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert all((remote_folder / name).read_bytes() == (folder / name).read_bytes() for name in names)
+    assert [path.name for path in remote_folder.parent.iterdir()] == ["prepared"]
+
+
+def test_training_reads_the_same_samples_from_an_object_store(results):
+    assert results.remote_split_path.read_bytes() == results.split_paths[1].read_bytes()
 
 
 @pytest.mark.slow  # test_images.py has a preparation that is killed

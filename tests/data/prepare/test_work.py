@@ -2,6 +2,8 @@
 
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
+from secrets import token_hex
 
 import pytest
 
@@ -18,9 +20,10 @@ from mhmoe_ray.data.prepare.work import (
     shared_folder,
     staging_directory,
 )
+from mhmoe_ray.data.shards.manifest import MANIFEST_FILE, PUBLISHING_PREFIX, read_data_manifest
 from mhmoe_ray.data.shards.recipe import recipe
-from mhmoe_ray.errors import StorageError
-from mhmoe_ray.storage import write_json
+from mhmoe_ray.errors import DataError, StorageError
+from mhmoe_ray.storage import ObjectPath, write_json
 from tests.data.shards.manifests import make_manifest
 from tests.support.failpoints import Failpoint, failing_operation
 from tests.support.specs import tiny_spec
@@ -36,9 +39,44 @@ def test_clean_up_keeps_files_of_other_folders(tmp_path):
 
 def test_publishing_leaves_out_what_killed_workers_left(tmp_path):
     for name in ("a.arrow", ".b.arrow.0f1e2d3c.partial"):
-        write_json(tmp_path / "result" / "train" / name, {})
-    publish(tmp_path / "result", tmp_path / "prepared")
+        write_json(tmp_path / "work" / "job" / "prepared" / "train" / name, {})
+    publish(StagingDirectory(tmp_path / "work", tmp_path / "work" / "job"), tmp_path / "prepared")
     assert [path.name for path in (tmp_path / "prepared").rglob("*")] == ["train", "a.arrow"]
+
+
+def stage_objects(folder, settings_hash):
+    """Write a result to a staging directory on an object store."""
+    shared_path = folder.with_name(f"prepared.partial-{settings_hash}")
+    staging = StagingDirectory(shared_path, shared_path / token_hex(4))
+    for name in ("train/web/0.arrow", MANIFEST_FILE):
+        (staging.result_path / name).write_bytes(f"{settings_hash} {name}".encode())
+    return staging
+
+
+def test_of_jobs_that_publish_on_an_object_store_at_once_one_wins(s3):
+    """Jobs with equal settings may both publish; of jobs with other settings, one is refused."""
+    folder = ObjectPath(f"s3://bucket/{token_hex(3)}/prepared?{s3[0]}")
+    stagings = [stage_objects(folder, settings_hash) for settings_hash in ("aaaaaaaa", "bbbbbbbb", "aaaaaaaa")]
+    with ThreadPoolExecutor(3) as threads:
+        ends = [threads.submit(publish, staging, folder) for staging in stagings]
+    errors = [end.exception() for end in ends]
+    winner = "bbbbbbbb" if errors[0] else "aaaaaaaa"
+    assert [error is None for error in errors] == [winner == name for name in ("aaaaaaaa", "bbbbbbbb", "aaaaaaaa")]
+    assert all("a job with other settings publishes" in str(error) for error in errors if error)
+    names = sorted(folder.tree_sizes())
+    assert names == [MANIFEST_FILE, "train/web/0.arrow"]
+    assert [(folder / name).read_text() for name in names] == [f"{winner} {name}" for name in names]
+
+
+def test_a_folder_that_is_being_published_is_not_there_yet(s3):
+    folder = ObjectPath(f"s3://bucket/{token_hex(3)}/prepared?{s3[0]}")
+    (folder / f"{PUBLISHING_PREFIX}aaaaaaaa").touch()
+    assert read_data_manifest(folder) is None
+    publish(stage_objects(folder, "aaaaaaaa"), folder)
+    assert (folder / MANIFEST_FILE).read_text() == f"aaaaaaaa {MANIFEST_FILE}"
+    (folder / MANIFEST_FILE).unlink()
+    with pytest.raises(DataError, match=r"it has no manifest\.json"):
+        read_data_manifest(folder)
 
 
 def test_a_disk_that_fails_during_the_cleanup_is_one_line(tmp_path):
