@@ -139,6 +139,12 @@ class ObjectPath:
     def exists(self) -> bool:
         return bool(self._info().type.name != "NotFound")
 
+    def require_bucket(self) -> None:
+        """Raise an OSError if the bucket does not exist, or cannot be listed."""
+        bucket = self._with_path(self._path.partition("/")[0])
+        if not bucket.exists():
+            raise OSError(errno.ENOENT, "there is no such bucket", str(bucket))
+
     def is_file(self) -> bool:
         return bool(self._info().type.name == "File")
 

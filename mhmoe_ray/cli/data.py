@@ -47,12 +47,11 @@ def prepare(
     from mhmoe_ray.data.shards.recipe import check_recipe
 
     resolved = mh.load_spec(spec, set_)
-    folder = resolved.data.prepared
+    folder, cluster = resolved.data.prepared, resolved.cluster
     manifest = read_data_manifest(folder)
     if manifest is None:
         require_image_packages(resolved.data.sources.values())
         check_raw_data(resolved.data)
-        cluster = resolved.cluster
         connection = connect_to_cluster(cluster, [folder], cluster.cpus, address, print_note)
         manifest = _run_job(resolved, connection)
     check_recipe(folder, manifest, resolved)
@@ -66,6 +65,33 @@ def prepare(
         return
     _print_manifest(manifest)
     print_line(f"in {folder}")
+    if isinstance(folder, Path) and not cluster.shared_filesystem:
+        print_note(f"a cluster without this file system reads a copy: mhmoe data copy {folder} s3://BUCKET/FOLDER")
+
+
+def copy(
+    source: Annotated[str, typer.Argument(help="A prepared folder: a path, or s3:// or gs://.")],
+    target: Annotated[str, typer.Argument(help="The folder to copy it to.")],
+    json: options.JsonOption = False,
+) -> None:
+    """Copy prepared data, for example to an object store that a cluster's nodes reach.
+
+    Each file is checked by its hash, and the manifest is written last. After an interruption, give the command again:
+    it reads the files that are in the target already, and keeps those with the right hash.
+    """
+    show_activity("reading the manifest")
+    from mhmoe_ray.data.shards.copy import copy_folder
+    from mhmoe_ray.storage import location
+    from mhmoe_ray.terminal import Activity
+
+    for progress in copy_folder(location(source), location(target)):
+        details = f"{progress.files:,} of {progress.total:,} files, {format_bytes(progress.copied_bytes)} written"
+        print_note(Activity("copying:", details, progress.files, progress.total))
+    if json:
+        print_json(progress._asdict())
+        return
+    print_line(f"{progress.total:,} files are in {target}, {format_bytes(progress.copied_bytes)} of them new")
+    print_line(f"train on them with --set 'data.prepared={target}'")
 
 
 def _run_job(spec: "RunSpec", connection: "Connection") -> "DataManifest":
@@ -237,4 +263,5 @@ app.command("sample")(sample)
 app.command("inspect")(data_inspect.inspect)
 app.command("lint")(data_inspect.lint)
 app.command("prepare")(prepare)
+app.command("copy")(copy)
 app.command("mix")(data_mix.mix)

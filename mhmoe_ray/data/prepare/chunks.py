@@ -19,8 +19,6 @@ from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec
 from mhmoe_ray.storage import Location, replace_file
 
-QUARANTINE_FILE = "quarantine.jsonl"
-
 MIN_EVIDENCE_LINES = 10_000
 """Lines after which the share of bad lines serves as an estimate for the rest."""
 

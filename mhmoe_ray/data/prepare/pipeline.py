@@ -29,7 +29,6 @@ from mhmoe_ray.data.images.annotations import require_image_packages
 from mhmoe_ray.data.prepare.checks import sparse_parts
 from mhmoe_ray.data.prepare.chunks import (
     CHUNK_CHARACTERS,
-    QUARANTINE_FILE,
     QuarantineLimit,
     quarantine_file,
     read_chunks,
@@ -51,6 +50,7 @@ from mhmoe_ray.data.prepare.work import (
 from mhmoe_ray.data.shards.columns import conversation_dtype, token_bytes_for, token_dtype
 from mhmoe_ray.data.shards.manifest import (
     MANIFEST_FILE,
+    QUARANTINE_FILE,
     TEMPLATE_FILE,
     TOKENIZER_FILE,
     ChatData,

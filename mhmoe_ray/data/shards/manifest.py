@@ -17,9 +17,10 @@ from pydantic import BaseModel, SerializerFunctionWrapHandler, TypeAdapter, Vali
 
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.parsing import parse_json
-from mhmoe_ray.storage import Location, describe_file, read_file
+from mhmoe_ray.storage import Location, ObjectPath, describe_file, read_file
 
 MANIFEST_FILE = "manifest.json"
+QUARANTINE_FILE = "quarantine.jsonl"
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
 CODEBOOK_FILE = "codebook.npy"
@@ -203,15 +204,20 @@ def read_data_manifest(folder: Location) -> DataManifest | None:
     subject, fix = f"prepared data {folder}", "set data.prepared to another folder, or remove this one"
     try:
         if not folder.exists():
+            if isinstance(folder, ObjectPath):
+                folder.require_bucket()
             return None
         content = read_file(folder / MANIFEST_FILE)
     except FileNotFoundError as e:
-        if next(folder.glob(f"{PUBLISHING_PREFIX}*"), None):
+        if isinstance(folder, ObjectPath) and next(folder.glob(f"{PUBLISHING_PREFIX}*"), None):
             return None
         raise DataError(subject, "it has no manifest.json", fix) from e
     except OSError as e:
         reason = f"its manifest.json cannot be read ({e.strerror or e})"
-        raise DataError(subject, reason, "check its disk and permissions; the data may be intact") from e
+        fix = "check its disk and permissions; the data may be intact"
+        if isinstance(folder, ObjectPath):
+            fix = "check the network, and the store's region and credentials"
+        raise DataError(subject, reason, fix) from e
     try:
         return DataManifest.model_validate(parse_json(content))
     except ValueError as e:

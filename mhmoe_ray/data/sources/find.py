@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import pyarrow as pa
 
 from mhmoe_ray.data.domains import source_of, subfolder_of
+from mhmoe_ray.data.shards.manifest import MANIFEST_FILE, QUARANTINE_FILE
 from mhmoe_ray.data.sources.items import RawFile
 from mhmoe_ray.data.sources.redpajama_v2 import DOCUMENTS_PATH, SidecarFiles
 from mhmoe_ray.data.sources.storage import ListedFile, Storage, leaves_folder, relative_path, short_message
@@ -37,7 +38,7 @@ BLOCK_BYTES = 4 << 20
 FINGERPRINT_BYTES = 4096
 """Bytes at a file's beginning that its fingerprint covers. Files that differ only later mostly differ in size, too."""
 
-_PREPARED_FILES = ("manifest.json", "quarantine.jsonl")
+_PREPARED_FILES = (MANIFEST_FILE, QUARANTINE_FILE)
 """Files by which a folder of prepared shards is recognized: no other folder has both of them."""
 _STAGING_DIRECTORY = re.compile(r"\.partial-[0-9a-f]{8}/")
 _STATE_FILE, _SPLITS_FILE = "state.json", "dataset_dict.json"
