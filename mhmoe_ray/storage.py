@@ -143,7 +143,7 @@ class ObjectPath:
         """Raise an OSError if the bucket does not exist, or cannot be listed."""
         bucket = self._with_path(self._path.partition("/")[0])
         if not bucket.exists():
-            raise OSError(errno.ENOENT, "there is no such bucket", str(bucket))
+            raise OSError(errno.ENXIO, "there is no such bucket", str(bucket))
 
     def is_file(self) -> bool:
         return bool(self._info().type.name == "File")

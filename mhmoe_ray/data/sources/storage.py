@@ -1,4 +1,4 @@
-"""Access to raw files at a local path, or at an s3:// or gs:// URI, through pyarrow's file systems.
+"""Access to raw files at a local path, or at an s3://, gs:// or hf:// URI, through pyarrow's file systems.
 
 Credentials and regions come from the same places as for the vendors' tools (environment, ~/.aws, the machine's role).
 """
@@ -16,12 +16,23 @@ from pyarrow import fs
 
 from mhmoe_ray.data.sources.items import DamageError, RawFile, Tally
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.storage import STORES, is_special, object_store, unknown_scheme
+from mhmoe_ray.storage import STORES, Store, is_special, object_store, unknown_scheme
 
 CHUNK_BYTES = 1 << 20
 # On an object store each read is a request with a latency, so reads are larger than from local files.
 OBJECT_CHUNK_BYTES = 8 << 20
 _WILDCARDS = re.compile(r"[*?\[]")
+
+
+def _open_hub(scheme: str, bucket: str, query: str) -> tuple[fs.FileSystem, str]:
+    # The hub's client takes a third of a second to import.
+    from mhmoe_ray.data.sources.hub import open_hub
+
+    return open_hub(scheme, bucket, query)
+
+
+SOURCE_STORES: dict[str, Store] = {"hf": _open_hub}
+"""Functions that open stores for sources alone, by URI scheme."""
 
 
 class ListedFile(NamedTuple):
@@ -55,7 +66,7 @@ class Storage:
             self._fs, self._prefix, self._pattern = fs.LocalFileSystem(), "", path
             self._wildcards = _WILDCARDS
             return
-        if scheme not in STORES:
+        if scheme not in STORES and scheme not in SOURCE_STORES:
             raise DataError(f"path {path}", *unknown_scheme(scheme))
         self._pattern, _, query = location.partition("?")
         # In a URI a question mark begins the query, so it is not a wildcard.
@@ -63,7 +74,7 @@ class Storage:
         self._prefix = f"{scheme}://"
         try:
             host, slash, key = self._pattern.partition("/")
-            self._fs, bucket = object_store(scheme, host, query)
+            self._fs, bucket = SOURCE_STORES.get(scheme, object_store)(scheme, host, query)
             # The bucket replaces the host in the pattern, because the host may also have a user's name.
             self._pattern = bucket + slash + key
         except OSError as e:
