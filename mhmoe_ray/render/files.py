@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from mhmoe_ray.data.shards.manifest import read_data_manifest
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.placement import Node, pack_workers
 from mhmoe_ray.render import kuberay, ray_up, slurm
@@ -98,11 +99,11 @@ def _check_storage(site: SiteSpec, run: RunSpec) -> None:
     mount = site.storage.mount
     paths = {"storage": str(run.storage), "data.prepared": str(run.data.prepared)}
     # Prepared data is not prepared again, so its sources are not read.
-    if not (run.data.prepared / "manifest.json").is_file():
+    if read_data_manifest(run.data.prepared) is None:
         paths |= {f"data.sources.{name}.path": source.path for name, source in run.data.sources.items()}
     for key, path in paths.items():
         _check_path(site, path, f"run {run.name}, {key}", f"put it there: --set {key}={mount}/...")
-    if not run.cluster.shared_filesystem:
+    if not run.cluster.shared_filesystem and not all("://" in path for path in paths.values()):
         reason = f"the nodes share {mount}, but the spec does not say so, and `mhmoe submit` would refuse it there"
         raise SpecError(f"run {run.name}", reason, "--set cluster.shared_filesystem=true")
 

@@ -20,6 +20,7 @@ from mhmoe_ray.serving.config import ENVIRONMENT, application_config
 from mhmoe_ray.spec import ServeSpec, load_resolved_spec, load_site, validate_section
 from mhmoe_ray.spec.site import SiteSpec
 from mhmoe_ray.storage import location
+from tests.data.shards.manifests import make_manifest
 from tests.support.specs import tiny_spec
 
 ROOT = Path(__file__).parents[2]
@@ -298,7 +299,7 @@ def test_run_outside_the_shared_storage_is_rejected(tmp_path):
     with pytest.raises(SpecError, match=r"data\.sources\.web\.path: /home/me/text is not below /mnt/mhmoe"):
         render_files(SITE, spec)
     # Sources of data that is prepared already are not read.
-    (tmp_path / "manifest.json").touch()
+    (tmp_path / "manifest.json").write_text(make_manifest({"web": 1}).model_dump_json())
     prepared = spec.data.model_copy(update={"prepared": tmp_path})
     site = SITE.model_copy(update={"storage": SITE.storage.model_copy(update={"mount": str(tmp_path.parent)})})
     spec = spec.model_copy(update={"data": prepared, "storage": tmp_path / "runs"})

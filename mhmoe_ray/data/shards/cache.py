@@ -20,7 +20,7 @@ from typing import BinaryIO, NamedTuple
 
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec.cluster import ShardCacheSpec
-from mhmoe_ray.storage import ObjectPath, retry_reads
+from mhmoe_ray.storage import Location, ObjectPath, retry_reads
 
 LOCK_FILE = "lock"
 FETCH_BYTES = 8 << 20
@@ -31,7 +31,7 @@ ATTEMPTS = 3
 
 
 class CachePlan(NamedTuple):
-    """What a process may keep of a prepared folder on its node."""
+    """The part of a prepared folder that processes may keep on their node."""
 
     path: Path
     limit: int
@@ -47,7 +47,7 @@ def plan_cache(cache: ShardCacheSpec, stored_bytes: int) -> CachePlan:
     return CachePlan(path, limit, stored_bytes <= limit)
 
 
-def damage_error(source: ObjectPath) -> DataError:
+def damage_error(source: Location) -> DataError:
     """Return the error of an object whose content is not what the preparation wrote."""
     fix = "restore it, or remove the folder and prepare again"
     return DataError(f"prepared file {source}", "it was replaced or damaged: its content is not what was written", fix)

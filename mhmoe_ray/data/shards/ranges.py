@@ -8,6 +8,7 @@ import mmap
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +38,15 @@ def _row_checks(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.array([zlib.crc32(row) for row in np.concatenate([*columns.values()], axis=1)], "<u4")
 
 
+class ColumnPlace(NamedTuple):
+    """Place of a column of equally long rows in a shard."""
+
+    offset: int
+    """Position of the first row in the file."""
+    width: int
+    """Bytes of a row."""
+
+
 class RangedShard:
     """A shard of which single rows are read."""
 
@@ -44,14 +54,17 @@ class RangedShard:
         self._source = source
         system, path = source.filesystem
         self._file: pa.NativeFile = retry_reads(lambda: system.open_input_file(path))
-        self._offsets: dict[str, tuple[int, int]] = retry_reads(self._read_offsets)
+        self._row_count, self._columns = retry_reads(self._read_layout)
         self._check_R = self._read_checks()
 
     def _read_checks(self) -> np.ndarray:
-        return np.frombuffer(retry_reads(lambda: read_file(checks_file(self._source))), "<u4")
+        content = retry_reads(lambda: read_file(checks_file(self._source)))
+        if len(content) != 4 * self._row_count:
+            raise damage_error(checks_file(self._source))
+        return np.frombuffer(content, "<u4")
 
-    def _read_offsets(self) -> dict[str, tuple[int, int]]:
-        """Return the offset of each column's first row, and the bytes of a row."""
+    def _read_layout(self) -> tuple[int, dict[str, ColumnPlace]]:
+        """Return the number of rows, and the place of each column."""
         size = self._file.size()
         # Arrow computes the places of columns from the ends of the file. The pages between them are never written, so
         # they take no memory.
@@ -64,8 +77,8 @@ class RangedShard:
             batch = pa.ipc.open_file(buffer).get_batch(0)
         except (pa.ArrowException, OSError) as e:
             raise damage_error(self._source) from e
-        return {
-            name: (column.buffers()[1].address - buffer.address, column.type.byte_width)
+        return len(batch), {
+            name: ColumnPlace(column.buffers()[1].address - buffer.address, column.type.byte_width)
             for name, column in zip(batch.schema.names, batch.columns, strict=True)
         }
 
@@ -73,15 +86,15 @@ class RangedShard:
         """Return rows by column, (numbers, bytes); rows with a wrong CRC32 are a DataError."""
         unique_numbers, inverse = np.unique(numbers, return_inverse=True)
         for _ in range(ATTEMPTS):
-            columns = {name: self._read_column(place, unique_numbers) for name, place in self._offsets.items()}
+            columns = {name: self._read_column(column, unique_numbers) for name, column in self._columns.items()}
             if np.array_equal(_row_checks(columns), self._check_R[unique_numbers]):
                 return {name: column[inverse] for name, column in columns.items()}
             # The CRC32s may be what is damaged.
             self._check_R = self._read_checks()
         raise damage_error(self._source)
 
-    def _read_column(self, place: tuple[int, int], numbers: np.ndarray) -> np.ndarray:
-        offset, width = place
+    def _read_column(self, column: ColumnPlace, numbers: np.ndarray) -> np.ndarray:
+        offset, width = column
         # Neighbouring rows are read together.
         runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1) if len(numbers) else []
 

@@ -103,26 +103,26 @@ def test_processes_of_a_node_fetch_a_shard_once(s3, folder, shards, plans):
 
 def test_a_cache_never_passes_its_bound_and_keeps_shards_that_are_open(folder, tmp_path):
     shards = [write_shard(folder, f"{i}.arrow", to_batch({TOKENS: ROWS[i : i + 20]})) for i in range(6)]
-    cache, path, sizes, ended = ShardCache(tmp_path, 100_000), tmp_path, [], threading.Event()
+    cache, path, sizes, end_event = ShardCache(tmp_path, 100_000), tmp_path, [], threading.Event()
 
     def watch() -> None:
-        while not ended.wait(0.001):
+        while not end_event.wait(0.001):
             sizes.append(sum(file.stat().st_size for file in path.iterdir() if file.exists()))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     sources = [folder / shard.file for shard in shards]
     # Each shard has 41 kB, so the cache has room for two.
-    first, second = (cache.open(sources[i], shards[i].sha256) for i in range(2))
+    first_file, second_file = (cache.open(sources[i], shards[i].sha256) for i in range(2))
     assert cache.open(sources[2], shards[2].sha256) is None
-    first.close()
-    third = cache.open(sources[2], shards[2].sha256)
+    first_file.close()
+    third_file = cache.open(sources[2], shards[2].sha256)
     assert {file.name for file in path.glob("*.arrow")} == {f"{shards[i].sha256}.arrow" for i in (1, 2)}
-    second.close()
-    third.close()
+    second_file.close()
+    third_file.close()
     for source, shard in zip(sources, shards, strict=True):
         cache.open(source, shard.sha256).close()
-    ended.set()
+    end_event.set()
     watcher.join()
     assert 80_000 < max(sizes) <= 100_000
 
