@@ -89,8 +89,7 @@ class RayNode:
         environment = {**os.environ, **CREDENTIALS, "HOME": f"{private_folder}/home", "RAY_AUTH_MODE": "token"}
         environment |= {"RAY_AUTH_TOKEN_PATH": str(token_file), "RAY_enable_worker_prestart": "0"}
         environment.pop("RAY_ADDRESS", None)
-        self.log = private_folder.with_suffix(f".{name}.log")
-        with self.log.open("wb") as log:
+        with token_file.with_name(f"{name}.log").open("ab") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
     def kill(self) -> None:
