@@ -88,6 +88,8 @@ class RayNode:
         command = ["ip", "netns", "exec", name, "unshare", "--mount", "sh", "-c", mount, "sh", *ray]
         environment = {**os.environ, **CREDENTIALS, "HOME": f"{private_folder}/home", "RAY_AUTH_MODE": "token"}
         environment |= {"RAY_AUTH_TOKEN_PATH": str(token_file), "RAY_enable_worker_prestart": "0"}
+        # The host name, by which gloo finds its interface, is that of this machine on both nodes.
+        environment["GLOO_SOCKET_IFNAME"] = "eth0"
         environment.pop("RAY_ADDRESS", None)
         with token_file.with_name(f"{name}.log").open("ab") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
