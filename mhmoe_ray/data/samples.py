@@ -35,7 +35,7 @@ class TrainingSamples:
         self.token_bytes = self._manifest.token_bytes
         self._expert_numbers = domain_experts(spec.model.moe, self._names)
         shards = [self._manifest.domains[name].shards for name in self._names]
-        plan = plan_cache(spec.cluster.shard_cache, self._manifest.shard_bytes)
+        plan = plan_cache(spec.data.prepared, self._manifest, spec.cluster.shard_cache)
         self._readers = [ShardReader(spec.data.prepared, s, self.token_bytes, plan) for s in shards]
 
     @staticmethod
@@ -115,7 +115,7 @@ def domain_experts(moe: MoESpec | None, names: Sequence[str]) -> np.ndarray | No
 
 def held_out_reader(folder: Location, manifest: DataManifest, cache: ShardCacheSpec) -> ShardReader:
     """Return the reader of the held-out samples, which are stored domain after domain in the manifest's order."""
-    plan = plan_cache(cache, manifest.shard_bytes)
+    plan = plan_cache(folder, manifest, cache)
     return ShardReader(folder, manifest.validation, manifest.token_bytes, plan)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from mhmoe_ray.checkpoint.manifest import committed_checkpoints
 from mhmoe_ray.checkpoint.save import Saver
-from mhmoe_ray.data.prepare.work import clean_up, publish
+from mhmoe_ray.data.prepare.work import StagingDirectory, clean_up, publish
 from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.storage import create_file
 from tests.support.failpoints import watched_operations
@@ -72,11 +72,12 @@ def test_a_manifest_is_deleted_on_the_disk_before_the_files_that_it_lists(tmp_pa
 
 
 def test_prepared_data_has_its_name_on_the_disk_before_its_parts_are_deleted(tmp_path):
-    result, operations = tmp_path / "data.partial-1" / "job" / "prepared", []
-    result.mkdir(parents=True)
-    (result / "manifest.json").touch()
+    staging = StagingDirectory(tmp_path / "data.partial-1", tmp_path / "data.partial-1" / "job")
+    staging.result_path.mkdir(parents=True)
+    (staging.result_path / "manifest.json").touch()
+    operations = []
     with watched_operations([tmp_path], operations.append):
-        publish(result, tmp_path / "data")
+        publish(staging, tmp_path / "data")
         clean_up(tmp_path / "data")
     assert (tmp_path / "data" / "manifest.json").exists()
     unsynced = unsynced_at_first_deletion(operations, lambda path: "data.partial-1" in str(path))

@@ -7,7 +7,7 @@ from mhmoe_ray.data.inspect.copies import Copies
 from mhmoe_ray.data.inspect.figures import DomainSurvey
 from mhmoe_ray.remote import RemoteJob
 from mhmoe_ray.spec import DataSpec
-from mhmoe_ray.storage import Location
+from mhmoe_ray.spec.base import StoragePath
 
 
 @dataclass
@@ -30,7 +30,7 @@ class SurveyRequest(RemoteJob[Survey]):
     result_type: ClassVar[type] = Survey
 
     data: DataSpec
-    tokenizer: Location | None
+    tokenizer: StoragePath | None
     """Tokenizer file with which tokens are counted; None to count no tokens."""
     rules: bool
     """True to check texts against the rules of textrules.py."""

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from mhmoe_ray.data.shards.manifest import DataManifest
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec.cluster import ShardCacheSpec
 from mhmoe_ray.storage import Location, ObjectPath, retry_reads
@@ -40,11 +41,13 @@ class CachePlan(NamedTuple):
     """Whether all shards of the folder fit; otherwise only single rows are read, and nothing is kept."""
 
 
-def plan_cache(cache: ShardCacheSpec, stored_bytes: int) -> CachePlan:
-    """Return the plan for a prepared folder whose shards have about `stored_bytes` bytes."""
+def plan_cache(folder: Location, manifest: DataManifest, cache: ShardCacheSpec) -> CachePlan | None:
+    """Return the plan for a prepared folder; None for a local one, which needs no cache."""
+    if not isinstance(folder, ObjectPath):
+        return None
     limit = int(cache.size_gb * 1e9)
     path = cache.path or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mhmoe" / "shards"
-    return CachePlan(path, limit, stored_bytes <= limit)
+    return CachePlan(path, limit, manifest.shard_bytes <= limit)
 
 
 def damage_error(source: Location) -> DataError:

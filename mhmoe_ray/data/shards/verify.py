@@ -32,11 +32,12 @@ def verify_shards(folder: Location, manifest: DataManifest, cache: ShardCacheSpe
                 f"prepared file {folder / file}", "it is missing", f"restore it, or remove {folder} and prepare again"
             )
         # A shard is checked when it arrives in the cache of a node, and single rows are checked by their CRC32s.
-        has_room = plan_cache(cache, manifest.shard_bytes).holds_all
+        plan = plan_cache(folder, manifest, cache)
+        assert plan is not None
         expected_hashes = {
             file: sha256
             for file, sha256 in expected_hashes.items()
-            if not has_room and f"{file}{CHECKS_SUFFIX}" not in existing_files
+            if not plan.holds_all and f"{file}{CHECKS_SUFFIX}" not in existing_files
         }
     expected_hashes |= {name: sha256 for name, sha256 in manifest.files.items() if sha256 is not None}
     rows = [{"file": file, "sha256": sha256} for file, sha256 in expected_hashes.items()]

@@ -40,7 +40,7 @@ def training_reader(spec: RunSpec, manifest: DataManifest, sources: Collection[s
     """Return a reader of the training samples of some sources, domain after domain."""
     domains = (domain for name, domain in manifest.domains.items() if source_of(name) in sources)
     shards = [shard for domain in domains for shard in domain.shards]
-    plan = plan_cache(spec.cluster.shard_cache, manifest.shard_bytes)
+    plan = plan_cache(spec.data.prepared, manifest, spec.cluster.shard_cache)
     return ShardReader(spec.data.prepared, shards, manifest.token_bytes, plan)
 
 
