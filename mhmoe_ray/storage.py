@@ -18,7 +18,7 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias, TypeVar
@@ -434,7 +434,7 @@ def copy_file(source: Location, target: Location) -> None:
 
 def remove_tree(folder: Location, *, ignore_errors: bool = False) -> None:
     """Delete a folder with everything in it."""
-    with suppress(*[OSError] * ignore_errors):
+    with suppress(OSError) if ignore_errors else nullcontext():
         if isinstance(folder, ObjectPath):
             folder.remove_tree()
         else:
