@@ -170,8 +170,9 @@ def loss(
 def count(
     spec: Annotated[Path | None, typer.Argument(help="A spec; by default the --preset.", show_default=False)] = None,
     preset: Annotated[
-        str, typer.Option(help="A preset, by default of size base, in a step of 16 sequences.")
-    ] = "mhmoe",
+        str | None,
+        typer.Option(help="A preset of size base, in a step of 16 sequences.", show_default="mhmoe without a spec"),
+    ] = None,
     set_: SetOption = [],  # noqa: B006 - typer needs the list
     json: JsonOption = False,
 ) -> None:
@@ -186,6 +187,9 @@ def count(
     from mhmoe_ray.bench.acceptance.step_work import count_step
     from mhmoe_ray.planner.presets import FAMILIES
 
+    if spec and preset:
+        raise typer.BadParameter("--preset: a spec is given; leave one of the two out")
+    preset = preset or "mhmoe"
     tree: dict[str, Any] = {"name": "count", "preset": preset, "train": {"micro_batches": 1, "micro_batch_size": 16}}
     tree |= {"data": {"sources": {"none": {"path": "none"}}, "prepared": "none"}}
     tree |= {"size": "base"} if preset in FAMILIES else {}

@@ -42,7 +42,7 @@ class StartModel(NamedTuple):
     """`model_type` of the folder's config.json; None for a checkpoint."""
     chat_template: str | None = None
     chat_template_file: Location | None = None
-    """Local file with the chat template; None without one, or if it is an entry of tokenizer_config.json."""
+    """File with the chat template; None without one, or if it is an entry of tokenizer_config.json."""
     sibling: RunSpec | None = None
     """Spec of the run if the model is another run of the same sweep, which may not exist yet."""
 

@@ -104,6 +104,8 @@ class ShardCache:
         The least recently opened shards are removed first.
         """
         with self._lock():
+            # A process that was killed may have left bytes in the file.
+            os.truncate(out.fileno(), 0)
             files = sorted((path for path in self._path.iterdir() if path.is_file()), key=lambda p: p.stat().st_mtime)
             used_bytes = sum(path.stat().st_size for path in files)
             for path in files:
@@ -113,7 +115,6 @@ class ShardCache:
                     used_bytes -= _remove_unless_open(path)
             if used_bytes + size > self._limit:
                 return False
-            os.truncate(out.fileno(), 0)
             try:
                 os.posix_fallocate(out.fileno(), 0, max(1, size))
             except OSError as e:

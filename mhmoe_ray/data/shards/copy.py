@@ -68,18 +68,20 @@ def _file_hashes(manifest: DataManifest) -> dict[str, str]:
 
 def _copy_file(source: Location, target: Location, file: str, sha256: str) -> int:
     """Copy a file unless the target has it; return the bytes that were written."""
+    is_there = file_problem(target / file, sha256) is None
     needs_checks = (
         isinstance(target, ObjectPath) and file.endswith(".arrow") and not checks_file(target / file).exists()
     )
-    if not needs_checks and file_problem(target / file, sha256) is None:
+    if is_there and not needs_checks:
         return 0
     content = retry_reads(lambda: read_file(source / file))
     if hashlib.sha256(content).hexdigest() != sha256:
         fix = "restore it, or prepare the data again"
         raise DataError(f"prepared file {source / file}", "its content is not what was written", fix)
-    replace_file(target / file, content)
+    if not is_there:
+        replace_file(target / file, content)
     if needs_checks:
         batch = pa.ipc.open_file(pa.py_buffer(content)).get_batch(0)
         if has_fixed_rows(batch):
             write_checks(target / file, byte_columns(batch))
-    return len(content)
+    return 0 if is_there else len(content)

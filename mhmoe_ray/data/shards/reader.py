@@ -59,7 +59,12 @@ _open_ranged = lru_cache(maxsize=OPEN_RANGED_SHARDS)(RangedShard)
 def _open_cached(source: ObjectPath, sha256: str, plan: CachePlan) -> BatchShard | RangedShard:
     file = ShardCache(plan.path, plan.limit).open(source, sha256)
     if file is None:
-        return _open_ranged(source)
+        shard = _open_ranged(source)
+        if not shard.has_checks:
+            # Whole shards are checked when they arrive, so nobody has checked this one.
+            reason = f"the cache {plan.path} has no room for it, and its rows have no CRC32s"
+            raise DataError(f"prepared file {source}", reason, "make room, or copy the folder by mhmoe data copy")
+        return shard
     with file:
         # The map has a descriptor of its own. While the batch is used, its lock keeps the shard in the cache.
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mhmoe_ray.data.shards.cache import CachePlan
-from mhmoe_ray.data.shards.columns import TOKENS
+from mhmoe_ray.data.shards.columns import IMAGE, TOKENS
 from mhmoe_ray.data.shards.copy import copy_folder
 from mhmoe_ray.data.shards.files import to_batch, write_shard
 from mhmoe_ray.data.shards.manifest import MANIFEST_FILE, require_data_manifest
@@ -83,6 +83,16 @@ def test_a_damaged_file_of_a_copy_is_replaced_and_one_of_the_source_is_named(fol
     (folder / file).write_bytes(b"damaged")
     with pytest.raises(DataError, match=f"{file}: its content is not what was written"):
         list(copy_folder(folder, target))
+
+
+def test_shards_of_images_are_copied_once(folder, target):
+    manifest = require_data_manifest(folder)
+    batch = to_batch({TOKENS: np.zeros((2, 17), "<u2"), IMAGE: [b"one", b"two"]})
+    manifest.validation = [write_shard(folder, "validation/00000.arrow", batch)]
+    (folder / MANIFEST_FILE).write_text(manifest.model_dump_json())
+    list(copy_folder(folder, target))
+    *_, progress = copy_folder(folder, target)
+    assert progress.copied_bytes == 0
 
 
 def test_a_folder_with_other_data_is_refused(folder, target):

@@ -170,7 +170,7 @@ def test_disturbed_transfers_give_the_same_samples(s3, folder, shards, plans, ki
     assert proxy.pending_faults == []
 
 
-def test_verification_finds_missing_objects_and_content_without_checks(folder, shards):
+def test_verification_finds_missing_objects_and_content_without_checks(folder, shards, tmp_path):
     tokenizer = folder / "tokenizer.json"
     tokenizer.write_bytes(b"{}")
     manifest = make_manifest({"web": 90})
@@ -188,6 +188,13 @@ def test_verification_finds_missing_objects_and_content_without_checks(folder, s
     with pytest.raises(DataError, match=r"2\.arrow.*: its content is not what was written"):
         verify_shards(folder, manifest, ShardCacheSpec(size_gb=0))
     verify_shards(folder, manifest, ShardCacheSpec(size_gb=1))
+    path.write_bytes(content)
+    # A shard that was verified as a whole can be read row by row.
+    verify_shards(folder, manifest, ShardCacheSpec(size_gb=0))
+    no_room = CachePlan(tmp_path / "cache", 0, False)
+    assert np.array_equal(ShardReader(folder, shards, 2, no_room).read(np.arange(90)), ROWS)
+    with pytest.raises(DataError, match=r"2\.arrow.*has no room for it, and its rows have no CRC32s"):
+        ShardReader(folder, shards, 2, no_room._replace(holds_all=True)).read(np.arange(41, 90))
     path.unlink()
     with pytest.raises(DataError, match=r"2\.arrow.*: it is missing"):
         verify_shards(folder, manifest, ShardCacheSpec(size_gb=1))
