@@ -6,10 +6,10 @@ import subprocess
 
 import pytest
 
-from mhmoe_ray import storage
 from mhmoe_ray.api.serve_target import resolve_target
 from mhmoe_ray.checkpoint.retention import delete_checkpoint
 from mhmoe_ray.cli.ckpt import verify
+from mhmoe_ray.storage import files as storage_files
 from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
 from tests.cli.run import Result, assert_one_line, command, mhmoe
 
@@ -103,14 +103,14 @@ def test_verify_skips_and_reports_a_checkpoint_dropped_meanwhile(tmp_path, monke
     run = make_run(tmp_path, MIXTRAL)
     old_checkpoint = run.checkpoints / "step_00000005.1"
     shutil.copytree(run.checkpoints / "step_00000007.1", old_checkpoint)
-    describe = storage.describe_file
+    describe = storage_files.describe_file
 
     def drop_when_read(path):
         if path.is_relative_to(old_checkpoint) and old_checkpoint.exists():
             delete_checkpoint(old_checkpoint)
         return describe(path)
 
-    monkeypatch.setattr(storage, "describe_file", drop_when_read)
+    monkeypatch.setattr(storage_files, "describe_file", drop_when_read)
     verify(run.id, storage=str(run.path.parent), json=True)
     report = json.loads(capsys.readouterr().out)
     assert (report["dropped"], report["unfinished"]) == (["step_00000005.1"], [])

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mhmoe_ray import storage as manifests
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint, read_manifest
 from mhmoe_ray.checkpoint.retention import delete_checkpoint
 from mhmoe_ray.errors import CheckpointError, RunError, SpecError, StorageError
@@ -29,6 +28,7 @@ from mhmoe_ray.runs.directory import (
 from mhmoe_ray.runs.start import StartRecord, read_start, write_start
 from mhmoe_ray.runs.sweeps import SweepDir, SweepOrder, sweep_dir
 from mhmoe_ray.storage import ObjectPath
+from mhmoe_ray.storage import files as manifests
 from tests.support.events import append_line, record
 from tests.support.s3 import CREDENTIALS
 from tests.support.saved import write_checkpoint

@@ -1,0 +1,73 @@
+"""Files and folders, local or on an object store.
+
+location.py   local paths and objects of a store, with one set of methods; which errors of reads are repeated
+files.py      atomic writes, reads, sizes and hashes of files
+"""
+
+from mhmoe_ray.storage.files import (
+    Describe,
+    FileEntry,
+    copy_file,
+    create_file,
+    describe_file,
+    describe_files,
+    file_problem,
+    is_special,
+    make_folder,
+    read_file,
+    remove_partial_files,
+    remove_tree,
+    replace_file,
+    report_write_errors,
+    sync,
+    write_json,
+)
+from mhmoe_ray.storage.location import (
+    READ_PATIENCE_SECONDS,
+    STORES,
+    Location,
+    ObjectPath,
+    Status,
+    Store,
+    default_storage,
+    location,
+    object_store,
+    read_range,
+    refuse_password,
+    resolve_path,
+    retry_reads,
+    unknown_scheme,
+)
+
+__all__ = [
+    "READ_PATIENCE_SECONDS",
+    "STORES",
+    "Describe",
+    "FileEntry",
+    "Location",
+    "ObjectPath",
+    "Status",
+    "Store",
+    "copy_file",
+    "create_file",
+    "default_storage",
+    "describe_file",
+    "describe_files",
+    "file_problem",
+    "is_special",
+    "location",
+    "make_folder",
+    "object_store",
+    "read_file",
+    "read_range",
+    "refuse_password",
+    "remove_partial_files",
+    "remove_tree",
+    "replace_file",
+    "report_write_errors",
+    "resolve_path",
+    "retry_reads",
+    "sync",
+    "unknown_scheme",
+    "write_json",
+]
