@@ -371,6 +371,21 @@ class Run:
         on_note(Activity("exporting", f"{path.name} of {self.id}"))
         return export(path, manifest, Path(folder))
 
+    def track(self) -> dict[str, int]:
+        """Send the steps that the tracking servers of the spec lack; return the number of unsent steps by server.
+
+        Raises:
+            JobError: the package or the key of a server is missing here.
+            RunError: the run has not ended.
+        """
+        from mhmoe_ray.train.telemetry.servers import send_history
+
+        end_states: dict[str, Any] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+        state = self.state
+        if state not in end_states:
+            raise RunError(f"run {self.id}", f"it is {state}", "wait for its end: workers send metrics themselves")
+        return send_history(self._existing_directory, end_states[state])
+
     def remove(self, *, force: bool = False) -> None:
         """Remove the run with all its checkpoints. This cannot be undone.
 

@@ -113,15 +113,17 @@ class Saver:
         ends: Iterable[int] = (),
         adds_start: bool = True,
         before_commit: Callable[[], None] = lambda: None,
+        after_commit: Callable[[Location], None] = lambda _: None,
     ) -> None:
         """Prepare to save a trainer, whose optimizer updates wait for a copy in progress from now on.
 
         This is a collective operation, because it creates a process group. `group` is the number of this worker group,
         which makes checkpoint names unique. The background thread calls `on_piece` after each piece of a file. `ends`
         are token ids that end a text besides the tokenizer's, and `adds_start` says that a start token precedes each.
-        Rank 0 calls `before_commit` before it commits a checkpoint, which an error prevents.
+        Rank 0 calls `before_commit` before it commits a checkpoint, which an error prevents, and then `after_commit`.
         """
-        self._ends, self._adds_start, self._before_commit = sorted(ends), adds_start, before_commit
+        self._ends, self._adds_start = sorted(ends), adds_start
+        self._before_commit, self._after_commit = before_commit, after_commit
         self._run, self._trainer, self._group, self._on_piece = run, trainer, group, on_piece
         newest_count = trainer.spec.train.keep_checkpoints
         self._retention = RetentionPolicy(run, newest_count) if newest_count and trainer.mesh.rank == 0 else None
@@ -284,6 +286,7 @@ class Saver:
                 commit(checkpoint, manifest.model_copy(update={"files": files}))
                 durations = {"pause": self._pause_seconds, "seconds": time.monotonic() - start_time}
                 events.record(self._run, "checkpoint", step=manifest.step, name=checkpoint.name, **durations)
+                self._after_commit(checkpoint)
                 self._apply_retention(manifest.step, val_loss)
 
         try:

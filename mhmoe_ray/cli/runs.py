@@ -155,6 +155,24 @@ def stop(
         print_line(f"run {run_dir.id} {outcome.state}{reason_text}")
 
 
+def track(run: options.RunArg = None, storage: options.StorageOption = options.STORAGE) -> None:
+    """Send the metrics of a run that has ended to the trackers of its spec, as far as they lack them.
+
+    Workers send metrics while they train; this is for those that a server did not take.
+    """
+    show_activity("sending metrics")
+    from mhmoe_ray.errors import JobError
+
+    tracked_run = mh.find_run(run, storage)
+    unsent_counts = tracked_run.track()
+    for name, count in unsent_counts.items():
+        print_line(f"{name}: {f'{count} steps were not accepted' if count else 'it has all steps'}")
+    if not unsent_counts:
+        print_line("the spec of the run names no tracker")
+    if any(unsent_counts.values()):
+        raise JobError(f"run {tracked_run.id}", "a tracker did not accept all steps", "give the command again later")
+
+
 def rm(
     runs: Annotated[
         list[str],

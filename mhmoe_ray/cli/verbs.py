@@ -20,6 +20,7 @@ _SYNONYMS: dict[str, str] = {
     "eval": "evaluate test lm-eval lm_eval score validate",
     "routing": "routes experts router",
     "report": "compare plot html",
+    "track": "sync wandb mlflow",
     "sweep": "tune grid search hpo",
     "bench": "benchmark profile perf",
     "plan": "estimate cost config resolve dry-run memory",

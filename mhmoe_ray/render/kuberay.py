@@ -28,7 +28,7 @@ COPY pyproject.toml README.md /src/
 COPY mhmoe_ray /src/mhmoe_ray
 COPY kernels /src/kernels
 # The extras that jobs may need. The head of `ray up` starts machines with boto3 and Google's two packages.
-RUN pip install --no-cache-dir '/src[deepspeed,eval,mlflow,vision]' 'ray[default,train,data,serve]=={ray}' \\
+RUN pip install --no-cache-dir '/src[deepspeed,eval,mlflow,vision,wandb]' 'ray[default,train,data,serve]=={ray}' \\
     boto3 google-api-python-client google-auth-httplib2 \\
  && rm -rf /src
 # Run directories are open to their owner alone, so every node must run as the same user.

@@ -2,7 +2,7 @@
 
     metrics.jsonl        a line per step, written by runs/history.py; it takes registered names only
     Prometheus           gauges `ray_mhmoe_train_NAME` (train/telemetry/ray_metrics.py), with the label `run`
-    TensorBoard, MLflow  values under `tag`
+    trackers             values under `tag`
     Grafana              panels (render/monitoring.py); entries are in the order of the panels of a dashboard
     mhmoe status         a row, where `status` has a format
     mhmoe report         a plot, where `plot` has a title
@@ -242,11 +242,17 @@ parse_line = object_parser({
 
 
 def tagged_values(line: dict[str, Any]) -> dict[str, float]:
-    """Return the finite values in a step's line of metrics by their tags in TensorBoard and MLflow."""
+    """Return the finite values in a step's line of metrics by their tags in trackers."""
     values = {metric.tag: line.get(name) for name, metric in METRICS.items() if metric.tag}
     for kind, name in (("training", PART_LOSS), ("validation", VAL_PART_LOSS)):
         values |= {f"loss/{kind}_{part}": value for part, value in line.get(name, {}).items()}
     return {tag: value for tag, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def describe_tags() -> str:
+    """Return a table of the tags in Markdown, with unit and meaning."""
+    rows = [f"| {m.tag} | {m.unit} | {m.help} |" for m in METRICS.values() if m.tag]
+    return "\n".join(["| metric | unit | meaning |", "| --- | --- | --- |", *rows])
 
 
 # Loss up to which a perplexity is computed: exp(709) is just below the largest float64, and exp(710) overflows.

@@ -83,7 +83,9 @@ _FOREIGN_NAMES: dict[str, str] = {
     "storage": "output_dir output_path out_dir dump_folder save_dir storage_path checkpoint_dir run_dir",
     "name": "run_name experiment_name job_name",
     "seed": "random_seed torch_seed train.seed data.seed",
-    "tracking.mlflow": "report_to logger mlflow_uri tracking_uri",
+    "tracking.mlflow": "mlflow_uri tracking_uri",
+    "tracking": "report_to logger",
+    "tracking.experiment": "wandb_project project",
     # Names that other tools use for the keys of the section `serve`.
     "serve.max_concurrency": "max_num_seqs max_batch_size",
     "serve.max_tokens": "max_new_tokens max_model_len",

@@ -171,8 +171,14 @@ class TrackingSpec(Section):
     mlflow: str | None = Field(default=None, min_length=1)
     """Address http(s)://host:port of an MLflow tracking server, or any other tracking URI of MLflow. The key needs the
     extra `mlflow`. Set the server's user name or token in MLflow's own environment variables, never here."""
+    wandb: Literal["online", "offline"] | None = None
+    """Weights & Biases, which needs the extra `wandb`. Online, workers need the environment variable WANDB_API_KEY, and
+    WANDB_ENTITY and WANDB_BASE_URL where they differ from the defaults. Offline, the run directory has files for `wandb
+    sync`."""
     experiment: str = Field(default="mhmoe", min_length=1)
-    """Name of the MLflow experiment that the run belongs to."""
+    """Name of the MLflow experiment or W&B project that the run belongs to."""
+    group: str | None = Field(default=None, min_length=1)
+    """Name of the group of runs in MLflow (tag `mhmoe_group`) and W&B; by default the sweep that the run belongs to."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -212,6 +212,8 @@ class Sweep:
         run = self._runs.get(entry.name)
         try:
             spec = with_run_paths(entry, self._runs)
+            group = spec.tracking.group or self._sweep_dir.name
+            spec = spec.model_copy(update={"tracking": spec.tracking.model_copy(update={"group": group})})
         except MhmoeError as e:
             _print_line(f"{entry.name}: {e}")
             self._settled.add(entry.name)

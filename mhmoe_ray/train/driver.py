@@ -22,6 +22,7 @@ from mhmoe_ray.storage import ObjectPath, copy_file, describe_file
 from mhmoe_ray.train.malloc import malloc_settings
 from mhmoe_ray.train.resilience import RunTrainer
 from mhmoe_ray.train.stream_start import ResumingDataConfig, describe_on_all_nodes
+from mhmoe_ray.train.telemetry.servers import open_servers
 from mhmoe_ray.train.watchdog import Watchdog
 from mhmoe_ray.train.worker_failures import WorkerFailureCallback, failure_reason, root_cause
 
@@ -30,6 +31,8 @@ def train_run(run: RunDir, attempt: AttemptId) -> None:
     """Prepare a run's data if it is missing, train from its newest checkpoint on, and record how it ended: with the
     last step or, at a user's request, earlier. A failure is an MhmoeError; that of a worker has the worker's reason."""
     spec = run.spec()
+    # What a tracker lacks is reported before the data is prepared.
+    open_servers(run, spec)
     _prepare_data(run, spec, attempt)
     if spec.start is not None:
         # This import takes seconds, because it imports torch.

@@ -38,7 +38,8 @@ from mhmoe_ray.train.objectives import Objective
 from mhmoe_ray.train.objectives.base import DIGEST_BYTES
 from mhmoe_ray.train.preemption import PreemptedError, preemption_notice
 from mhmoe_ray.train.step import StepSums, Trainer, Update
-from mhmoe_ray.train.telemetry import Telemetry, WaitShares, step_line
+from mhmoe_ray.train.telemetry.line import WaitShares, step_line
+from mhmoe_ray.train.telemetry.sinks import Telemetry
 from mhmoe_ray.train.watchdog import Heartbeat, WorkerInfo
 
 
@@ -115,10 +116,13 @@ class Worker:
             ends |= set(start_checkpoint[1].ends)
             adds_start = start_checkpoint[1].adds_start
         fence = self._require_newest_attempt = partial(require_newest_attempt, run, attempt)
-        self.saver = Saver(run, self.trainer, self.group, heartbeat.report_side_progress, ends, adds_start, fence)
         self.start_step = self.trainer.step
-        self._next_stop_check = 0.0  # monotonic time in seconds at which rank 0 next checks the run directory
         self.telemetry = Telemetry(run, spec, rank, self.group, self.start_step)
+        self.saver = Saver(
+            run, self.trainer, self.group, heartbeat.report_side_progress, ends, adds_start, fence,
+            self.telemetry.report_checkpoint,
+        )  # fmt: skip
+        self._next_stop_check = 0.0  # monotonic time in seconds at which rank 0 next checks the run directory
         if rank == 0:
             self._require_newest_attempt()
             worker_fields = [vars(p) for p in worker_infos]

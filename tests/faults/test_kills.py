@@ -17,11 +17,12 @@ from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.local import find_local, start_local
 from mhmoe_ray.cluster.spawn import is_ray_of, process_tree
-from mhmoe_ray.runs import history
+from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.train import malloc
 from tests.cli.run import assert_one_line, command, mhmoe
 from tests.faults import harness
+from tests.support.offline_tracker import offline_history
 from tests.support.watch import events_of_kind, run_has_ended, start_events, step_of, wait_for_end, wait_until
 
 pytestmark = pytest.mark.ray
@@ -212,3 +213,27 @@ def test_fifty_random_kills_change_nothing(project):
     wait_for_end(run, 1000)
     assert len(history.read(run)) == steps
     harness.assert_equals_undisturbed_run(run, undisturbed_run)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*filesystem.*:FutureWarning")
+def test_trackers_have_each_step_once_after_five_kills(project, monkeypatch):
+    """MHMOE_TEST_MLFLOW is the address of an MLflow server; without it, MLflow writes to a folder."""
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    server = os.environ.get("MHMOE_TEST_MLFLOW") or (project / "mlruns").as_uri()
+    tracking = {"wandb": "offline", "mlflow": server, "experiment": "kills", "group": project.name}
+    harness.write_random_spec(project, train={"steps": 120}, tracking=tracking)
+    run = harness.submit(project)
+    harness.soak(project, run, kills=5, seed=3)
+    wait_for_end(run)
+    loss_by_step = {line[metrics.STEP]: line[metrics.LOSS] for line in history.read(run)}
+    assert dict(offline_history(run, "loss/training")) == loss_by_step
+    client = MlflowClient(tracking_uri=server)
+    experiment = client.get_experiment_by_name("kills")
+    [mlflow_run] = client.search_runs([experiment.experiment_id], f"tags.mhmoe_run = '{run.id}'")
+    points = client.get_metric_history(mlflow_run.info.run_id, "loss/training")
+    assert len(points) == 120
+    assert {point.step: point.value for point in points} == loss_by_step
+    assert mlflow_run.info.status == "FINISHED"

@@ -172,7 +172,7 @@ def test_image_has_compilers_extras_and_the_server_environment():
     assert dict(word.split("=") for word in env_lines.replace("\\\n", " ").split()) == ENVIRONMENT
     extras = re.search(r"'/src\[(.*?)\]'", text)[1].split(",")
     declared_extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert {"deepspeed", "eval", "mlflow", "vision"} == set(extras) <= set(declared_extras)
+    assert {"deepspeed", "eval", "mlflow", "vision", "wandb"} == set(extras) <= set(declared_extras)
 
 
 def test_cluster_has_token_autoscaling_and_fault_tolerance():

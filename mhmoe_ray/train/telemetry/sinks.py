@@ -1,22 +1,19 @@
-"""Sinks, which receive the metrics of a run: metrics.jsonl, Ray's metrics, TensorBoard and MLflow."""
+"""Sinks, which receive the metrics of a run: metrics.jsonl, Ray's metrics and the trackers."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.runs.metrics import expert_loads
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.train.telemetry import mlflow, tensorboard
+from mhmoe_ray.storage import Location
 from mhmoe_ray.train.telemetry.line import WaitShares
 from mhmoe_ray.train.telemetry.ray_metrics import Gauges, report_rank, report_run
-from mhmoe_ray.train.telemetry.tracker import EndStatus, Tracker
-
-OpenTracker = Callable[[RunDir, RunSpec, int, int], Tracker | None]
-"""Function (run, spec, number of the worker group, step it continues from) that opens a tracker; it returns None if the
-spec does not ask for the tracker."""
-TRACKERS: tuple[OpenTracker, ...] = (tensorboard.open_tracker, mlflow.open_tracker)
+from mhmoe_ray.train.telemetry.servers import open_servers
+from mhmoe_ray.train.telemetry.tensorboard import TensorBoard
+from mhmoe_ray.train.telemetry.tracker import EndStatus, QueuedTracker, Tracker
 
 
 class Telemetry:
@@ -29,8 +26,8 @@ class Telemetry:
         self._trackers: list[Tracker] = []
         if self._reports_run:
             self._gauges.set(metrics.STEPS, spec.train.steps)
-            trackers = (open_tracker(run, spec, group, start) for open_tracker in TRACKERS)
-            self._trackers = [tracker for tracker in trackers if tracker is not None]
+            queues = [QueuedTracker(server, run, start) for server in open_servers(run, spec)]
+            self._trackers = [TensorBoard(run, group, start), *queues]
 
     def report(self, line: dict[str, Any], count_LE: Tensor, waits: WaitShares) -> None:
         """Report this rank's waits in a step and, on rank 0, the metrics in `line` and `count_LE`, which are over all
@@ -40,7 +37,12 @@ class Telemetry:
             history.append(self._run, line)
             report_run(self._gauges, line, count_LE)
         for tracker in self._trackers:
-            tracker.report(line)
+            tracker.report(line, expert_loads(count_LE.numpy()) if count_LE.numel() else None)
+
+    def report_checkpoint(self, checkpoint: Location) -> None:
+        """Show the folder of a new checkpoint in the trackers."""
+        for tracker in self._trackers:
+            tracker.report_checkpoint(checkpoint)
 
     def flush(self) -> None:
         """Write all reported metrics to metrics.jsonl and to TensorBoard's event files."""
@@ -49,7 +51,7 @@ class Telemetry:
             tracker.flush()
 
     def close(self, end_status: EndStatus) -> None:
-        """Close all sinks of this rank; MLflow shows `end_status`."""
+        """Close all sinks of this rank; trackers show `end_status`."""
         self._gauges.close()
         for tracker in self._trackers:
             tracker.close(end_status)

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
@@ -13,8 +14,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.metrics import tagged_values
-from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.storage import copy_file
+from mhmoe_ray.storage import Location, copy_file
 from mhmoe_ray.train.telemetry.tracker import EndStatus
 
 FLUSH_SECONDS = 10.0
@@ -33,13 +33,16 @@ class TensorBoard:
         # They are from an earlier worker group, and this group repeats these steps.
         self._writer.write_event(Event(session_log=SessionLog(status=SessionLog.START), step=start + 1))
 
-    def report(self, line: dict[str, Any]) -> None:
-        """Write the metrics of a step as one event."""
+    def report(self, line: dict[str, Any], loads_LE: np.ndarray | None) -> None:
+        """Write the metrics of a step as one event, without the expert loads."""
         scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in tagged_values(line).items()]
         step, wall_time = line[metrics.STEP], line[metrics.TIME]
         self._writer.write_event(Event(summary=Summary(value=scalars), step=step, wall_time=wall_time))
         if time.monotonic() - self._flushed > FLUSH_SECONDS and not self._spool:
             self.flush()
+
+    def report_checkpoint(self, checkpoint: Location) -> None:
+        """Do nothing, because event files have no place for it."""
 
     def flush(self) -> None:
         """Write all events, so that TensorBoard can read them."""
@@ -73,8 +76,3 @@ class TensorBoard:
         for file in Path(self._spool.name).iterdir():
             copy_file(file, self._folder / file.name)
             file.unlink()
-
-
-def open_tracker(run: RunDir, spec: RunSpec, group: int, start: int) -> TensorBoard:
-    """Return the TensorBoard tracker of a run."""
-    return TensorBoard(run, group, start)

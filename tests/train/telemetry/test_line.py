@@ -4,7 +4,7 @@ import torch
 
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.train.step import StepSums, Update
-from mhmoe_ray.train.telemetry import WaitShares, step_line
+from mhmoe_ray.train.telemetry.line import WaitShares, step_line
 from tests.support.specs import tiny_spec
 from tests.train.jobs import build_trainer
 

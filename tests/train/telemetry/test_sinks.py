@@ -4,7 +4,9 @@ import torch
 
 from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.train.telemetry import Telemetry, WaitShares, sinks
+from mhmoe_ray.train.telemetry import sinks
+from mhmoe_ray.train.telemetry.line import WaitShares
+from mhmoe_ray.train.telemetry.sinks import Telemetry
 from tests.support.events import LINE
 from tests.support.specs import tiny_spec
 
@@ -15,8 +17,11 @@ class ListTracker:
     def __init__(self):
         self.calls = []
 
-    def report(self, line):
-        self.calls.append(line[metrics.STEP])
+    def report(self, line, loads_LE):
+        self.calls.append((line[metrics.STEP], loads_LE.tolist()))
+
+    def report_checkpoint(self, checkpoint):
+        self.calls.append(checkpoint)
 
     def flush(self):
         self.calls.append("flush")
@@ -31,13 +36,14 @@ def open_telemetry(folder, rank):
 
 def test_trackers_get_the_lines_and_the_end_of_a_run_from_rank_0(tmp_path, monkeypatch):
     tracker = ListTracker()
-    monkeypatch.setattr(sinks, "TRACKERS", (lambda *_: None, lambda *_: tracker))
+    monkeypatch.setattr(sinks, "TensorBoard", lambda *_: tracker)
     for rank in (1, 0):
         telemetry = open_telemetry(tmp_path, rank)
         for step in (1, 2):
             line = {**LINE, metrics.STEP: step}
             telemetry.report(line, torch.ones(1, 4), WaitShares(0.0, 0.0))
+        telemetry.report_checkpoint(tmp_path / "checkpoint")
         telemetry.flush()
         telemetry.close("KILLED")
-    assert tracker.calls == [1, 2, "flush", "KILLED"]
+    assert tracker.calls == [(1, [[1.0] * 4]), (2, [[1.0] * 4]), tmp_path / "checkpoint", "flush", "KILLED"]
     assert [line[metrics.STEP] for line in history.read(RunDir(tmp_path))] == [1, 2]

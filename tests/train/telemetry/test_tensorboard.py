@@ -23,8 +23,8 @@ def test_restart_replaces_repeated_steps(tmp_path):
     run = RunDir(tmp_path)
     board = TensorBoard(run, group=1, start=0)
     for step in range(1, 6):
-        board.report(line(step, 8.0 / step))
-    board.report({**line(6, 1.0), metrics.VAL_LOSS: 2.5, metrics.GRAD_NORM: None})
+        board.report(line(step, 8.0 / step), None)
+    board.report({**line(6, 1.0), metrics.VAL_LOSS: 2.5, metrics.GRAD_NORM: None}, None)
     board.flush()
     scalars = read_scalars(run.tensorboard)
     assert scalars["loss/training"] == approx([(s, 8.0 / s) for s in range(1, 6)] + [(6, 1.0)])
@@ -32,7 +32,7 @@ def test_restart_replaces_repeated_steps(tmp_path):
     assert "optimizer/gradient_norm" not in scalars
     board.close("FINISHED")
     second_board = TensorBoard(run, group=2, start=4)
-    second_board.report(line(5, 16.0))
+    second_board.report(line(5, 16.0), None)
     second_board.close("FINISHED")
     scalars = read_scalars(run.tensorboard)
     assert scalars["loss/training"] == approx([(s, 8.0 / s) for s in range(1, 5)] + [(5, 16.0)])
@@ -45,7 +45,7 @@ def test_object_store_gets_one_file_per_flush(tmp_path, s3):
     board = TensorBoard(run, group=1, start=0)
     file_sizes = []
     for step in range(1, 7):
-        board.report(line(step, float(step)))
+        board.report(line(step, float(step)), None)
         if step % 2 == 0:
             board.flush()
             file_sizes.append({p.name: p.stat().st_size for p in run.tensorboard.iterdir()})
