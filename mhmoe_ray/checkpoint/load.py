@@ -137,6 +137,7 @@ class TrainerState(Protocol):
     tokens: int
     skipped: int
     skipped_in_a_row: int
+    recent_updates: list[list[float]]
     updates_before: int
     before_update: Callable[[], None]
     """Callback before each optimizer update, which changes the state; it can wait until the state is copied."""
@@ -165,6 +166,7 @@ def restore(trainer: TrainerState, checkpoint: Location, manifest: CheckpointMan
     trainer.updates_before = manifest.updates_before
     trainer.step, trainer.tokens = manifest.step, manifest.tokens
     trainer.skipped, trainer.skipped_in_a_row = manifest.skipped, manifest.skipped_in_a_row
+    trainer.recent_updates = manifest.recent_updates
 
 
 def load_model(checkpoint: Location) -> tuple[Decoder, CheckpointManifest]:

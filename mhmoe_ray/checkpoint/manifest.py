@@ -48,9 +48,11 @@ class CheckpointManifest(BaseModel):
     step: int
     """Number of training steps done, including skipped ones."""
     skipped: int = 0
-    """Number of steps that updated no weights, because their gradient was not finite."""
+    """Number of steps that updated no weights, because their gradient was not finite or they were spikes."""
     skipped_in_a_row: int = 0
     """Number of consecutive skipped steps up to this one."""
+    recent_updates: list[list[float]] = []
+    """Loss and gradient norm of the last updates, with which spikes are compared; only with `train.spikes`."""
     objective: dict[str, Any] | None = None
     """State of the training objective; only vision models with an adaptive number of experts have one."""
     updates_before: int = 0

@@ -232,6 +232,7 @@ class Saver:
             step=trainer.step,
             skipped=trainer.skipped,
             skipped_in_a_row=trainer.skipped_in_a_row,
+            recent_updates=trainer.recent_updates,
             updates_before=trainer.updates_before,
             tokens=trainer.tokens,
             position=trainer.step * spec.samples_per_step,

@@ -126,7 +126,7 @@ class _RunView:
             if metrics.VAL_LOSS in line:
                 loss = format_nats(line[metrics.VAL_LOSS])
                 print_note(f"step {line[metrics.STEP]}: validation loss {loss}, {figures}")
-            if metrics.SKIPPED in line:
+            if metrics.SKIPPED in line and line[metrics.GRAD_NORM] is None:
                 note.print(f"warning: step {line[metrics.STEP]} updated nothing: its gradient was not finite")
         return self.shown_events
 
@@ -160,6 +160,8 @@ class _RunView:
             note.print(f"training from step {event['step']} on {layout}{restart_note}")
             if warning := events.describe_straddling_groups(event):
                 note.print(f"warning: {warning}")
+        elif kind == "spike":
+            note.print(f"warning: step {event['step']} is a spike and updated nothing: {event['reason']}")
         elif kind == "adapted":
             note.print(f"step {event['step']:,}: task {event['task']} chooses {event['top_k']} experts")
         elif kind == "lost":

@@ -44,7 +44,7 @@ def _fact_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
     rows |= _speed_rows(run_state)
     rows |= _worker_rows(run_state)
     if run_state["skipped_steps"]:
-        rows["skipped steps"] = f"{run_state['skipped_steps']}, whose gradient was not finite"
+        rows["skipped steps"] = f"{run_state['skipped_steps']}, whose gradient was not finite or which were spikes"
     if checkpoint := run_state["checkpoint"]:
         text = f"{checkpoint['name']}, {_format_age(checkpoint['time'])}"
         damaged_count = len(run_state["skipped_checkpoints"])

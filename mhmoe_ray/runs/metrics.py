@@ -139,7 +139,7 @@ GRAD_NORM = _metric(
 LR = _metric("lr", "Learning rate.", tag="optimizer/learning_rate", panel=Panel("training", "Learning rate"))
 SKIPPED_STEPS = _metric(
     "skipped_steps",
-    "Steps that updated nothing because their gradient was not finite.",
+    "Steps that updated nothing because their gradient was not finite or they were spikes.",
     panel=Panel("training", "Steps without an update"),
     absent=0,
 )
@@ -227,7 +227,7 @@ COUNTS_SENT = _metric("counts_sent", "Bytes of row counts that left their rank, 
 GROUP = _metric("group", "Number of the worker group that wrote the line, from 1.", scope="file")
 TIME = _metric("time", "End of the step, in seconds since the epoch.", scope="file")
 STREAM = _metric("stream", "Digest of the step's samples, in order.", scope="file")
-SKIPPED = _metric("skipped", "True where the step updated nothing because its gradient was not finite.", scope="file")
+SKIPPED = _metric("skipped", "True where the step updated nothing.", scope="file")
 VAL_TOKENS = _metric("val_tokens", "Held-out tokens of the validation.", scope="file")
 
 parse_line = object_parser({

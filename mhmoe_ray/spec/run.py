@@ -65,6 +65,11 @@ class RunSpec(Section):
                 "cluster.gather_precision bfloat16 would round the weights of products in float32: "
                 "set train.precision to bfloat16 too"
             )
+        if self.train.spikes and self.cluster.strategy.startswith("zero"):
+            raise ValueError(
+                f"train.spikes needs the norm before the update, which {self.cluster.strategy} does not give: set "
+                "cluster.strategy to fsdp, or remove the key"
+            )
         if self.train.moment_precision != "float32" and self.cluster.strategy.startswith("zero"):
             raise ValueError(
                 f"train.moment_precision bfloat16 is for strategies ddp and fsdp, but DeepSpeed holds the moments of "

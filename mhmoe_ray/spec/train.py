@@ -59,6 +59,15 @@ def hidden_count(count: int, share: float) -> int:
     return math.floor(share * count + 0.5)
 
 
+class SpikeSpec(Section):
+    """Steps whose updates are skipped: the loss or the gradient norm lies far above those of the last updates."""
+
+    deviations: PositiveFloat = 6.0
+    """Number of standard deviations above the mean that make a spike."""
+    window: int = Field(default=128, ge=2)
+    """Number of last updates whose mean and deviation count; before, no step is skipped."""
+
+
 class TrainSpec(Section):
     """Batches, precision, optimizer, learning-rate schedule, and intervals of validation and checkpoints."""
 
@@ -115,6 +124,9 @@ class TrainSpec(Section):
     Updates are computed in float32."""
     clip_norm: float = Field(default=2.0, gt=0, allow_inf_nan=True)
     """Upper bound of the global gradient norm, over all ranks and experts. .inf: no clipping."""
+    spikes: SpikeSpec | None = None
+    """Skip the updates of spikes, by default of none. More than ten skipped steps in a row stop the run. For strategies
+    ddp, fsdp and hybrid."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """Reaction to a step whose gradient is not finite. stop: stop the run. skip: skip the update and continue; more
     than ten skipped steps in a row stop the run too."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -22,6 +23,7 @@ from mhmoe_ray.model.trunk import Trunk, routing_loss
 from mhmoe_ray.planner.sizes import bytes_per_value
 from mhmoe_ray.spec import MoESpec, RunSpec
 from mhmoe_ray.train.objectives import Environment, LossSums, Objective
+from mhmoe_ray.train.spikes import spike_reason
 
 
 class StepSums(NamedTuple):
@@ -45,7 +47,8 @@ class Update(NamedTuple):
 
     norm: float  # of the gradient of all parameters before clipping
     lr: float
-    applied: bool  # False if the norm is not finite and the spec says to skip such a step
+    applied: bool  # False if the norm is not finite or the step is a spike, and the spec says to skip such a step
+    spike: str | None = None  # what makes the step a spike
 
 
 # A few steps may have a gradient that is not finite by accident. More such steps in a row mean a fault of the run.
@@ -99,6 +102,9 @@ class Trainer:
         """Callback before each update of weights and moments, in which a checkpoint in progress finishes its copy."""
         self.skipped = 0  # steps so far whose updates were not applied
         self.skipped_in_a_row = 0  # consecutive steps up to now whose updates were not applied
+        self.recent_updates: list[list[float]] = []
+        """Loss and gradient norm of the last updates, at most `SpikeSpec.window`, oldest first. Skipped steps do not
+        join, because a spike would raise the limit for the next ones."""
         self.updates_before = 0  # optimizer updates in earlier runs, if this run continues with their AdamW moments
 
     def _initialize_weights(self, model: Trunk) -> None:
@@ -208,26 +214,47 @@ class Trainer:
                 router.share_E.copy_(count_E / count_E.sum())
 
     def update(self, sums: StepSums) -> Update:
-        """Clip the gradients, update the weights if the gradients' norm is finite, and count the step, even if skipped.
-        All ranks raise a JobError if the norm is not finite and the spec does not skip such steps, or more than
-        `MAX_SKIPPED_STEPS` consecutive ones were skipped."""
-        lr = self.spec.train.learning_rate(self.step + 1)
+        """Clip the gradients, update the weights if the gradients' norm is finite and the step is no spike, and count
+        the step, even if skipped. All ranks raise a JobError if the norm is not finite and the spec does not skip such
+        steps, or more than `MAX_SKIPPED_STEPS` consecutive ones were skipped."""
+        lr, spikes, spike = self.spec.train.learning_rate(self.step + 1), self.spec.train.spikes, None
         self.before_update()
-        norm = self.strategy.apply_update(lr)
-        applied = math.isfinite(norm)
+        if spikes:
+            loss = self._step_loss(sums)
+            reason_at = partial(spike_reason, spikes, self.recent_updates, loss)
+            norm = self.strategy.apply_update(lr, lambda norm: math.isfinite(norm) and not reason_at(norm))
+            spike = reason_at(norm) if math.isfinite(norm) else None
+        else:
+            norm = self.strategy.apply_update(lr)
+        applied = spike is None and math.isfinite(norm)
+        if spikes and applied:
+            self.recent_updates = [*self.recent_updates, [loss, norm]][-spikes.window :]
         moe = self.spec.model.moe
         if applied and moe and (moe.bias_rate or moe.balance_over == "step"):
             self._update_routers(moe, sums.count_LE)
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
-        if not applied and (self.spec.train.on_nonfinite == "stop" or self.skipped_in_a_row > MAX_SKIPPED_STEPS):
-            reason = f"the gradient of step {self.step + 1} is not finite (norm {norm})"
+        stops = spike is None and self.spec.train.on_nonfinite == "stop"
+        if not applied and (stops or self.skipped_in_a_row > MAX_SKIPPED_STEPS):
+            if spike:
+                reason = f"step {self.step + 1} is a spike ({spike})"
+            else:
+                reason = f"the gradient of step {self.step + 1} is not finite (norm {norm})"
             if self.skipped_in_a_row > 1:
-                reason += f", as those of the {self.skipped_in_a_row - 1} steps before it were not"
+                reason += f", and the {self.skipped_in_a_row - 1} steps before it were skipped too"
             raise JobError("training", reason, "submit again with a lower train.lr or longer warm-up")
         self.skipped += not applied
         self.step += 1
         self.tokens += sums.targets
-        return Update(norm, lr, applied)
+        return Update(norm, lr, applied, spike)
+
+    def _step_loss(self, sums: StepSums) -> float:
+        """Return the step's loss over all ranks, from this rank's sums. This is a collective operation."""
+        values = torch.cat([torch.tensor([sums.loss], dtype=torch.float64), sums.part_sums_P2.flatten()])
+        if self.mesh.world_size > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
+        loss, part_sums_P2 = float(values[0]), values[1:].cpu().view_as(sums.part_sums_P2)
+        return self.objective.step_loss(loss, sums.targets, part_sums_P2)
 
     def forward(self, batch: Any, noise: Noise | None = None) -> Any:
         """Return the model's losses and routing of a micro-batch in the run's precision; `noise` is None in

@@ -172,6 +172,10 @@ class Worker:
                 # The run ends here, so the checkpoint that is being written must be finished first.
                 self.saver.wait()
                 raise
+            if update.spike:
+                LOGGER.warning("step %d is a spike, so it updated nothing: %s", trainer.step, update.spike)
+                if self.rank == 0:
+                    events.record(self.run, "spike", step=trainer.step, reason=update.spike)
             line, step_counts_LE, waits, stop_requested, is_preempted = self._gather_metrics(
                 sums, batches, update, step_start
             )

@@ -11,6 +11,8 @@ from mhmoe_ray.checkpoint.load import restore
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.distributed.optimizer import expert_parameters
 from mhmoe_ray.errors import JobError
+from mhmoe_ray.spec.train import SpikeSpec
+from mhmoe_ray.train.spikes import spike_reason
 from tests.support.ranks import run_ranks
 from tests.support.runs import new_run
 from tests.support.specs import TINY, tiny_spec
@@ -132,7 +134,7 @@ def test_more_than_ten_consecutive_skipped_steps_stop_the_run(tmp_path):
         trainer.update(sums)
     sums = trainer.accumulate(rank_batches(spec, 0, trainer))
     make_gradient_infinite(trainer)
-    with pytest.raises(JobError, match=r"gradient of step 11 is not finite .*, as those of the 10 steps before it"):
+    with pytest.raises(JobError, match=r"gradient of step 11 is not finite .*, and the 10 steps before it"):
         trainer.update(sums)
 
 
@@ -196,3 +198,52 @@ def test_a_step_without_parts_has_no_losses_of_parts():
     spec = tiny_spec()
     trainer = build_trainer(spec)
     assert trainer.accumulate(rank_batches(spec, 0, trainer)).part_sums_P2.shape == (0, 2)
+
+
+def train_with_spikes(spec, run=None):
+    """Train 24 steps, with gradients a thousand times too large at three; return the skipped steps and the weights.
+
+    With a run, it saves, and restores another trainer, before the first and between two spikes.
+    """
+    trainer, skipped_steps = build_trainer(spec), []
+    for step in range(24):
+        if run and step in (5, 8):
+            save_checkpoint(run, trainer)
+            checkpoint, manifest, _ = newest_checkpoint(run)
+            trainer = build_trainer(spec)
+            restore(trainer, checkpoint, manifest)
+        sums = trainer.accumulate(rank_batches(spec, step, trainer))
+        if step in (6, 9, 23):
+            for parameter in trainer.model.parameters():
+                parameter.grad.mul_(1000)
+        update = trainer.update(sums)
+        assert update.applied == (update.spike is None)
+        skipped_steps += [] if update.applied else [step]
+    return skipped_steps, full_tensors(trainer.strategy.checkpoint_weights())
+
+
+SPIKES = {"spikes": {"deviations": 8, "window": 5}}
+
+
+@pytest.mark.parametrize(("workers", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp"), (4, "ddp")])
+def test_spikes_are_skipped_on_any_number_of_workers(workers, strategy):
+    spec = tiny_spec(cluster={"workers": workers, "ep": 1, "strategy": strategy}, train=SPIKES)
+    assert all(skipped == [6, 9, 23] for skipped, _ in run_ranks(workers, train_with_spikes, spec))
+
+
+def test_checkpoint_keeps_what_spikes_are_compared_with(tmp_path):
+    """A checkpoint before and one between the spikes change neither the skipped steps nor the weights."""
+    spec, run = new_run(tmp_path, {"workers": 1}, train=SPIKES)
+    skipped_steps, weights = train_with_spikes(spec)
+    resumed_steps, resumed_weights = train_with_spikes(spec, run)
+    assert resumed_steps == skipped_steps == [6, 9, 23]
+    assert all(torch.equal(resumed_weights[name], t) for name, t in weights.items())
+
+
+def test_a_step_is_a_spike_only_with_enough_steps_before_it():
+    spec = SpikeSpec(deviations=2, window=3)
+    recent_updates = [[2.0, 1.0], [3.0, 1.0], [4.0, 1.0]]  # losses of mean 3 and deviation 1
+    assert spike_reason(spec, recent_updates, 5.0, 1.0) is None
+    assert spike_reason(spec, recent_updates, 5.1, 1.0) == "its loss of 5.1 is above 5"
+    assert spike_reason(spec, recent_updates, 3.0, 1.5) == "its gradient norm of 1.5 is above 1"
+    assert spike_reason(spec, recent_updates[1:], 9.0, 9.0) is None

@@ -90,11 +90,11 @@ class Strategy:
         """Complete the reduction of the step's gradients, after the last backward."""
         self._expert_reduction.finish()
 
-    def apply_update(self, lr: float) -> float:
+    def apply_update(self, lr: float, accepts: Callable[[float], bool] = math.isfinite) -> float:
         """Clip gradients by their global norm and update the weights; return the norm before clipping, equal on all
-        ranks. If it is not finite, gradients are discarded and weights stay the same."""
+        ranks. If it is not accepted, gradients are discarded and weights stay the same."""
         norm = clip_gradients(self.model, self.mesh, self.spec.train.clip_norm)
-        if math.isfinite(norm):
+        if accepts(norm):
             set_learning_rate(self.optimizer, lr)
             self.optimizer.step()
         self.optimizer.zero_grad()

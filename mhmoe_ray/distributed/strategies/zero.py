@@ -7,8 +7,9 @@ a checkpoint, and shards them on loading.
 """
 
 import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -115,7 +116,9 @@ class ZeroStrategy(Strategy):
     def finish_reduction(self) -> None:
         """Do nothing: the backward has reduced the gradients."""
 
-    def apply_update(self, lr: float) -> float:
+    def apply_update(self, lr: float, accepts: Callable[[float], bool] = math.isfinite) -> float:
+        """Update the weights if the norm is finite; DeepSpeed asks nobody else."""
+        assert accepts is math.isfinite
         set_learning_rate(self.optimizer, lr)
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
