@@ -90,7 +90,9 @@ def test_follower_prints_all_events_of_a_run(run, capsys):
     events.record(run, "started", group=2, step=5, dp=1, ep=2, groups=[[0, 1]], straddling_groups=1, workers=workers)
     events.record(run, "preempted", step=7, nodes=["n1"], deadline=None)
     events.record(run, "preempted", step=8, nodes=["n1", "n2"], deadline=None)
-    history.append(run, {**history.last_line(run), metrics.STEP: 8, metrics.SKIPPED: True, metrics.VAL_LOSS: 2.25})
+    line = {**history.last_line(run), metrics.STEP: 8, metrics.SKIPPED: True, metrics.GRAD_NORM: None}
+    events.record(run, "spike", step=9, reason="its loss of 9 is above 3")
+    history.append(run, {**line, metrics.VAL_LOSS: 2.25})
     _RunView(run, from_now=False).refresh()
     assert capsys.readouterr().err.splitlines() == [
         "training from step 0 on 1 worker, dp 1 x ep 1",
@@ -101,6 +103,7 @@ def test_follower_prints_all_events_of_a_run(run, capsys):
         "warning: 1 expert-parallel groups lie on more than one node",
         "node n1 is preempted; saved at step 7, restarting on other nodes or with fewer workers",
         "nodes n1, n2 are preempted; saved at step 8, restarting on other nodes or with fewer workers",
+        "warning: step 9 is a spike and updated nothing: its loss of 9 is above 3",
         "step 8: validation loss 2.2500, loss 2.5000  9 tok/s",
         "warning: step 8 updated nothing: its gradient was not finite",
     ]

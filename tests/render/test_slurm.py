@@ -128,7 +128,8 @@ def test_job_is_put_into_the_queue_again_if_the_head_ends(tmp_path, watched_job)
     assert watched_job.wait(60) == 1
     assert "error: the head of the cluster has ended" in (tmp_path / "log").read_text()
     assert (tmp_path / "said").read_text().splitlines()[0] == f"requeue {os.getpid()}"
-    assert not psutil.pid_exists(int((tmp_path / "watch").read_text()))
+    watch = int((tmp_path / "watch").read_text())
+    wait_until(lambda: not psutil.pid_exists(watch), "the end of the watch")
 
 
 def test_run_is_stopped_and_job_put_into_the_queue_again_before_the_time_limit(tmp_path, watched_job):
