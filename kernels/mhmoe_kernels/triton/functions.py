@@ -7,12 +7,13 @@ import triton.language as tl
 # widens them to float32 there. The result is that of a matrix unit, where products of bfloat16 are exact and sums are
 # float32, too.
 _INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+_IEEE: tl.constexpr = tl.constexpr("ieee")  # Triton 3.6 takes no str as a default
 _SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
 _DENSITY_AT_0: tl.constexpr = tl.constexpr(0.3989422804014327)
 
 
 @triton.jit
-def dot(a, b, sums, PRECISION: tl.constexpr = "ieee"):
+def dot(a, b, sums, PRECISION: tl.constexpr = _IEEE):
     """Return sums + a @ b, added in float32. PRECISION is that of products of float32."""
     if _INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
