@@ -1,5 +1,6 @@
 """The bytes of activations that layers keep from forward to backward, computed from the spec."""
 
+from mhmoe_kernels.choice import TRITON_KERNELS
 from mhmoe_ray.architectures import FLOAT32
 from mhmoe_ray.planner.family import INT64, bytes_of
 from mhmoe_ray.planner.kernels import planned_model
@@ -21,7 +22,8 @@ def activation_bytes_per_token(spec: RunSpec, size: int) -> int:
     dense = attention_part + norm + hidden
     mixture = attention_part + norm + hidden * model.has_experts_beside
     if moe is not None:
-        mixture += _moe_bytes(model, moe, size) + (_expert_dropout_bytes(model, moe, size) if model.dropout else 0)
+        mixture += _moe_bytes(spec, model, moe, size)
+        mixture += _expert_dropout_bytes(model, moe, size) if model.dropout else 0
     block_input = model.d_model * bytes_of(spec.train.residual_precision)
     # With recompute `exchange`, a block with distributed experts is recomputed only up to its second norm, and keeps
     # everything from this norm on.
@@ -106,7 +108,8 @@ def _expert_hidden_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
 
 def _router_bytes(moe: MoESpec, width: int) -> int:
     """Return the bytes per sub-token that the router saves for the backward."""
-    values = 2 * moe.experts + moe.router_sizes(width).saved_values
+    # A fused router computes the probabilities again.
+    values = (1 if _fuses_routing(moe) else 2) * moe.experts + moe.router_sizes(width).saved_values
     if moe.scoring == "sigmoid":
         # Scores are divided by their sum for the load balancing loss, and gates by theirs for the experts.
         values += 1 + (moe.top_k + 1 if moe.normalize_gates else 0)
@@ -131,21 +134,51 @@ def _smear_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
     return total
 
 
-def _moe_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
+def _triton_expert_bytes(spec: RunSpec, model: ModelSpec, moe: MoESpec, size: int) -> int:
+    """Return the bytes per token that the experts of `TRITON_KERNELS` save; they need no outputs for the gates."""
+    routes, recomputed_share = moe.heads * moe.top_k, model.recomputed_share
+    row_bytes = routes * model.row_width * size
+    total = row_bytes if spec.cluster.ep > 1 and spec.cluster.dispatch == "hierarchical" else 0
+    # With dropout, each route is a row of its own.
+    if recomputed_share < 1 or model.dropout:
+        total += row_bytes
+    # The backward gathers rows again from the layer's input, which the router may have saved already.
+    elif moe.jitter or not (size == FLOAT32 or (_fuses_logits(moe) and moe.has_head_projection)):
+        total += model.joined_width * size
+    # grouped_mm keeps all hidden rows or none.
+    if moe.kernel != "grouped_mm" or not recomputed_share:
+        total += routes * _expert_hidden_bytes(model, moe, size)
+    # A route has a gate, and its places before and after the sort.
+    return total + routes * 3 * FLOAT32
+
+
+def _fuses_logits(moe: MoESpec) -> bool:
+    """Return whether the router reads rows as they are; otherwise it makes a copy in float32."""
+    return moe.kernel in TRITON_KERNELS and moe.router == "linear" and not moe.jitter
+
+
+def _fuses_routing(moe: MoESpec) -> bool:
+    return moe.kernel in TRITON_KERNELS and moe.has_plain_routing and moe.second_expert != "random"
+
+
+def _moe_bytes(spec: RunSpec, model: ModelSpec, moe: MoESpec, size: int) -> int:
     """Return the bytes per token that a layer saves, without slots of kernel `capacity` and masks of dropout."""
     d, joined_width, routes = model.d_model, model.joined_width, moe.heads * moe.top_k
     if moe.router == "smear":
         return _smear_bytes(model, moe, size)
-    row_bytes = routes * model.row_width * size
     total = 0
-    if moe.kernel != "capacity":
+    if moe.kernel in TRITON_KERNELS:
+        total += _triton_expert_bytes(spec, model, moe, size)
+    elif moe.kernel != "capacity":
+        row_bytes = routes * model.row_width * size
         total += row_bytes + routes * _expert_hidden_bytes(model, moe, size) + row_bytes + routes * FLOAT32
     # The result of the norm before the layer is saved if it is an operand of a matrix product.
     is_norm_saved = moe.has_head_projection or bool(moe.d_shared)
     # The next bytes are the router's input, unless it counts already as the result of the norm, and the factors of
     # jitter.
     saves_input = moe.has_head_projection or size < FLOAT32 or (moe.jitter > 0 and is_norm_saved)
-    total += joined_width * FLOAT32 * (saves_input + (moe.jitter > 0))
+    input_size = size if _fuses_logits(moe) and moe.has_head_projection else FLOAT32
+    total += joined_width * (input_size * saves_input + FLOAT32 * (moe.jitter > 0))
     total -= d * size * (size < FLOAT32 and not is_norm_saved)
     # The next bytes are the operand of the merge projection, and that of each further layer of the two projections.
     total += (
@@ -156,8 +189,9 @@ def _moe_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
             + (moe.projection_layers - 1) * (moe.has_head_projection + moe.has_merge_projection)
         )
     )
-    # The next bytes are the values of the router, and the choice and the mask of each route.
-    total += moe.heads * (_router_bytes(moe, model.row_width) + FLOAT32) + routes * (INT64 + 1)
+    # The next bytes are the values of the router, and the choice of each route with its mask, if there is one.
+    has_mask = not _fuses_routing(moe) or moe.capacity_factor is not None
+    total += moe.heads * (_router_bytes(moe, model.row_width) + FLOAT32) + routes * (INT64 + has_mask)
     if moe.d_shared:
         total += model.architecture.hidden_saved_bytes(moe.d_shared, size)
         # The head projection and the shared expert each cast the result of the norm for themselves.

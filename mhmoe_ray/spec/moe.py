@@ -66,11 +66,13 @@ class RouterTraits(NamedTuple):
     """Function (E, D, Q) -> sizes, for rows of D values that X-MoE's routers first project to Q values."""
     scores: str | None = None
     """Module and name of the `BaseScores` that computes logits; None if rows have no logits."""
+    has_own_balance: bool = False
+    """True if the load balancing loss uses other probabilities than the gates."""
 
 
 ROUTERS: dict[str, RouterTraits] = {
     "linear": RouterTraits(_linear_sizes, "mhmoe_ray.model.router.scores:LinearScores"),
-    "xmoe": RouterTraits(_xmoe_sizes, "mhmoe_ray.model.router.scores:XMoEScores"),
+    "xmoe": RouterTraits(_xmoe_sizes, "mhmoe_ray.model.router.scores:XMoEScores", has_own_balance=True),
     "xmoe_torchscale": RouterTraits(_torchscale_sizes, "mhmoe_ray.model.router.scores:TorchscaleScores"),
     "domain": RouterTraits(_domain_sizes),
     "smear": RouterTraits(_smear_sizes),
@@ -315,6 +317,19 @@ class MoESpec(Section):
     def is_random(self) -> bool:
         """True if routing draws random numbers in training."""
         return self.jitter > 0 or self.noise > 0 or self.second_expert == "random" or self.expert_dropout > 0
+
+    @property
+    def has_plain_routing(self) -> bool:
+        """True if `fused_routing` can compute the routing: the k largest softmax scores and, of the load balancing
+        losses, `balance: shares` over a micro-batch, from the probabilities of the gates."""
+        return (
+            self.scoring == "softmax"
+            and not self.bias_rate
+            and self.groups == 1
+            and self.balance_over == "micro_batch"
+            and self.balance == "shares"
+            and not ROUTERS[self.router].has_own_balance
+        )
 
     @property
     def routing_width(self) -> int:

@@ -18,6 +18,7 @@ from mhmoe_ray.model.router.balance import switch_balance_loss, updated_bias, z_
 from mhmoe_ray.model.router.top_k import capacity_mask
 from mhmoe_ray.model.trunk import routing_loss
 from mhmoe_ray.spec import ModelSpec, MoESpec
+from mhmoe_ray.spec.moe import ROUTERS
 
 
 def build_router(**fields):
@@ -136,6 +137,11 @@ def test_expert_capacity_equals_that_of_both_papers_code():
     assert capacity(rows=100, experts=8, top_k=2, factor=0.5) == 13
     assert [capacity(rows=10 * n, experts=n, top_k=1, factor=1.1) for n in (1, 3, 7)] == [11, 11, 11]
     assert capacity(rows=100, experts=8, top_k=2, factor=None) is None
+
+
+def test_table_names_the_routers_with_other_probabilities_for_the_balance():
+    own_balance = {name for name, scores in SCORES_BY_ROUTER.items() if "balance_probabilities" in vars(scores)}
+    assert own_balance == {name for name, traits in ROUTERS.items() if traits.has_own_balance}
 
 
 @pytest.mark.parametrize("name", SCORES_BY_ROUTER)

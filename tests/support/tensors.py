@@ -20,11 +20,12 @@ class SavedTensors:
     """Hook for tensors that autograd saves, which adds up the bytes of their storages, except those of weights."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self._saved_tensors: dict[int, torch.Tensor] = {}  # tensors are kept, so that no two have the same address
+        # Fake tensors have storages, too, but no addresses of data.
+        self._weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        self._saved_tensors: dict[int, torch.Tensor] = {}  # tensors are kept, so that no two share a storage's address
 
     def __call__(self, t: torch.Tensor) -> torch.Tensor:
-        address = t.untyped_storage().data_ptr()
+        address = t.untyped_storage()._cdata
         if address not in self._weights:
             self._saved_tensors[address] = t
         return t

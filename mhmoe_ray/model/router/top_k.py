@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mhmoe_kernels import can_fuse_logits, can_fuse_routing, fused_logits, fused_routing, widen
 from mhmoe_ray.model.router.balance import RoutedLogits, balance_loss, route_counts, z_loss
-from mhmoe_ray.model.router.base import NO_CONTEXT, BaseRouter, BaseScores, Routing, RoutingContext, Scores
+from mhmoe_ray.model.router.base import NO_CONTEXT, BaseRouter, Routing, RoutingContext, Scores
 from mhmoe_ray.model.router.scores import LinearScores
-from mhmoe_ray.model.router.table import SCORES_BY_ROUTER, build_scores
+from mhmoe_ray.model.router.table import build_scores
 from mhmoe_ray.spec import MoESpec
 
 
@@ -141,24 +141,9 @@ class Router(BaseRouter):
         )
 
     def _is_plain(self, generator: torch.Generator | None) -> bool:
-        """Return whether the kernel `fused_routing` can compute the routing: the k largest softmax scores and, of the
-        load balancing losses, `balance: shares` over a micro-batch, from the probabilities of the gates. Jitter and
-        noise come before the kernel."""
-        moe = self.moe
-        has_random_choice = moe.second_expert == "random" and generator is not None
-        # X-MoE's load balancing loss uses other probabilities than its gates, which the fused kernel does not support.
-        has_own_probabilities = (
-            SCORES_BY_ROUTER[moe.router].balance_probabilities is not BaseScores.balance_probabilities
-        )
-        return not (
-            moe.scoring != "softmax"
-            or moe.bias_rate
-            or moe.groups > 1
-            or moe.balance_over != "micro_batch"
-            or moe.balance != "shares"
-            or has_random_choice
-            or has_own_probabilities
-        )
+        """Return whether the kernel `fused_routing` can compute the routing, after jitter and noise."""
+        has_random_choice = self.moe.second_expert == "random" and generator is not None
+        return self.moe.has_plain_routing and not has_random_choice
 
     def _balance_loss(self, routed: RoutedLogits, context: RoutingContext) -> Tensor:
         share_E = self.share_E if self.moe.balance_over == "step" else None
