@@ -10,6 +10,8 @@ from mhmoe_ray.spec import RunSpec, apply_overrides, validate_section
 
 GPU_MEMORY_SHARE = 0.8
 """Share of an accelerator's memory that planned memory may take; the framework and its buffers come on top."""
+LOSS_CHUNK_ROWS = 2048
+"""Rows of a chunk of the loss on GPUs; half as many for large vocabularies."""
 Keys = dict[str, Any]
 """New values by dotted key, such as `train.micro_batches`."""
 
@@ -36,7 +38,8 @@ def with_gpu_defaults(spec: RunSpec) -> RunSpec:
     defaults: Keys = {"train.compile": not spec.model.is_random}
     if spec.model.family.predicts_next_token:
         # A chunk of the loss holds its logits several times.
-        defaults["train.loss_chunk_rows"] = 2048 if spec.model.vocab_size <= 65_536 else 1024
+        chunk_rows = LOSS_CHUNK_ROWS if spec.model.vocab_size <= 65_536 else LOSS_CHUNK_ROWS // 2
+        defaults["train.loss_chunk_rows"] = chunk_rows
     keys = {key: value for key, value in defaults.items() if key not in _set_keys(spec)}
     spec = _update(spec, keys)
     if spec.cluster.strategy == "fsdp" and "cluster.reduce_after" not in _set_keys(spec) and not _fits(spec):

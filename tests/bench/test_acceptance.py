@@ -17,7 +17,7 @@ from mhmoe_ray.bench.acceptance import correctness, node
 from mhmoe_ray.bench.acceptance.__main__ import INCOMPLETE_STATUS, NODE_PARTS, PARTS, check_progress
 from mhmoe_ray.bench.acceptance.accounting import Accounting, count_pass
 from mhmoe_ray.bench.acceptance.compile import COMPILED_PARTS
-from mhmoe_ray.bench.acceptance.defaults import SETTINGS
+from mhmoe_ray.bench.acceptance.defaults import SETTINGS, WORKER_SETTINGS
 from mhmoe_ray.bench.acceptance.goals import STATED_PREDICTIONS
 from mhmoe_ray.bench.acceptance.layers import layer_flops, with_kernel
 from mhmoe_ray.bench.acceptance.predictions import predict_layer_seconds
@@ -96,7 +96,7 @@ def test_rehearsal_runs_all_parts_and_variants(tmp_path):
     names_by_part = {name: {row["name"] for part, row in rows if part == name} for name in PARTS}
     variants = {f"{v}, {p}" for v in (*VARIANTS, *GROUP_VARIANTS) for p in ("float32", "bfloat16")}
     assert names_by_part["steps"] == variants
-    assert names_by_part["defaults"] >= SETTINGS.keys()
+    assert names_by_part["defaults"] >= SETTINGS.keys() | WORKER_SETTINGS.keys()
     assert names_by_part["layers"] >= {"dense", "torch compiled"}
     assert [row["failed"] for part, row in rows if part == "compile" and "failed" in row] == [0] * len(COMPILED_PARTS)
     [machine_row] = [row for part, row in rows if row["name"] == "machine"]

@@ -6,7 +6,7 @@ It needs torch 2.11 or newer with its Triton, and a few packages (`make gpu-whee
 Each part of the test runs in a process of its own with a time limit, and appends the results of each of its cases to
 records.jsonl; report.md is written again after each part. A call ends within its `--budget`, with status 75 if
 something is left, and the next call with the same folder continues. All calls together are meant to take half an hour;
-the limits add up to 44 minutes. `--gpus 8` measures a node with 8 GPUs instead (part `node`). `--device cpu` rehearses
+the limits add up to 45 minutes. `--gpus 8` measures a node with 8 GPUs instead (part `node`). `--device cpu` rehearses
 both at toy sizes, with Triton's interpreter and with gloo.
 
 __main__.py       run parts in processes until the budget ends, and write the report
@@ -26,7 +26,7 @@ waits.py          part: waits of the host for the GPU, and CUDA kernels of a lay
 layers.py         part: time and memory of layers
 experts.py        part: time of expert kernels alone, on narrow and on wide rows
 training.py       part: throughput of whole training steps
-defaults.py       part: whole training steps with each setting that may become a default, and the update
+defaults.py       part: whole training steps with each default of GPUs on and off, and the update
 state.py          part: pause of a checkpoint; forward passes over prompts and over single tokens
 profiles.py       part: CUDA kernels of each layer by their time
 node.py           part: exchange of rows, parallelism strategies and a killed worker on all GPUs of a node

@@ -40,7 +40,7 @@ PARTS = {
     "layers": 400,
     "experts": 180,
     "training": 240,
-    "defaults": 240,
+    "defaults": 300,
     "state": 180,
     "profiles": 120,
 }

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mhmoe_ray.bench.acceptance.defaults import measure_workers
 from mhmoe_ray.bench.acceptance.ranks import run_ranks
 from mhmoe_ray.bench.acceptance.settings import PartCase, Row, Rows, Settings, first_line
 from mhmoe_ray.bench.acceptance.steps import make_spec
@@ -38,7 +39,8 @@ _LOSS_TOLERANCE = 1e-2
 
 
 def cases(settings: Settings) -> Iterator[PartCase]:
-    """Yield a case for the exchange, for each group of strategies that must have equal losses, and for a killed worker.
+    """Yield a case for the exchange, for each group of strategies that must have equal losses, for settings of workers,
+    and for a killed worker.
 
     The large model keeps its experts in shards, or in one place each (`ep`).
     """
@@ -52,6 +54,7 @@ def cases(settings: Settings) -> Iterator[PartCase]:
     yield PartCase("exchange", partial(run_ranks, settings, _measure_exchange))
     yield PartCase("strategies", partial(_measure_strategies, settings, model, strategies))
     yield PartCase("Qwen3-30B", partial(_measure_strategies, settings, large_model, large_strategies))
+    yield PartCase("workers", partial(measure_workers, settings))
     yield PartCase("killed worker", partial(_measure_killed_worker, settings))
 
 

@@ -30,6 +30,8 @@ class FsdpStrategy(Strategy):
     """The strategy fsdp: FSDP2 shards all parameters, and experts too if requested."""
 
     holds_whole_weights = False
+    keeps_root_gathered = True
+    """Whether the root's own tensors stay gathered from forward to backward."""
 
     def __init__(self, model: Trunk, mesh: Mesh, spec: RunSpec, fill: FillModel) -> None:
         assert mesh.shard_mesh is not None
@@ -122,7 +124,7 @@ class FsdpStrategy(Strategy):
         self._expert_reduction.is_last_backward = is_last
         # The backward begins with the root's own tensors, so they stay gathered. A validation has no backward, after
         # which FSDP2 would shard them again.
-        self.module.set_reshard_after_forward(False, recurse=False)
+        self.module.set_reshard_after_forward(not self.keeps_root_gathered, recurse=False)
         try:
             yield
         finally:
