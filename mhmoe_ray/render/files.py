@@ -22,6 +22,7 @@ from mhmoe_ray.render.monitoring import (
 from mhmoe_ray.spec import RunSpec, dump_spec
 from mhmoe_ray.spec.cluster import STREAM_CPUS
 from mhmoe_ray.spec.site import SiteSpec
+from mhmoe_ray.storage import STORES
 
 
 def count_worker_nodes(site: SiteSpec, run: RunSpec) -> int:
@@ -52,6 +53,33 @@ HEADER = "# Rendered by `mhmoe cluster render`: change the site's file, not this
 """First line of each rendered YAML file, except of the spec of a run."""
 
 
+_STORE_VARIABLES = {
+    "s3": "--from-literal=AWS_ACCESS_KEY_ID=... --from-literal=AWS_SECRET_ACCESS_KEY=...",
+    "gs": "--from-literal=GOOGLE_APPLICATION_CREDENTIALS={mount}/key.json",
+}
+"""Options of `kubectl create secret` for the credentials of a store, by URI scheme. Google's are in a file."""
+
+
+def _store_schemes(content: Any) -> list[str]:
+    text = json.dumps(content)
+    return [scheme for scheme in STORES if f"{scheme}://" in text]
+
+
+def store_advice(site: SiteSpec, run: RunSpec | None, application: dict[str, Any] | None) -> str | None:
+    """Return how pods get the credentials of the object stores that a run or an application uses; None without any."""
+    schemes = _store_schemes([run and run.model_dump(mode="json"), application])
+    if not schemes:
+        return None
+    stores = " and ".join(f"{scheme}://" for scheme in schemes)
+    if site.store_secret:
+        variables = " ".join(_STORE_VARIABLES[scheme].format(mount=site.storage.mount) for scheme in schemes)
+        command = f"kubectl create secret generic {site.store_secret} --namespace {site.namespace} {variables}"
+        return f"pods take the credentials for {stores} from a secret; to create it: {command}"
+    if site.service_account:
+        return f"pods use {stores} as service account {site.service_account}; let your cloud permit it to that account"
+    return f"warning: pods get no credentials for {stores}; set store_secret or service_account in the site's file"
+
+
 def render_files(
     site: SiteSpec, run: RunSpec | None = None, application: dict[str, Any] | None = None
 ) -> dict[str, str]:
@@ -70,12 +98,14 @@ def _iter_files(site: SiteSpec, run: RunSpec | None, application: dict[str, Any]
         _check_storage(site, run)
         spec_path = f"jobs/{run.name}.yaml"
         yield spec_path, dump_spec(run)
-        job = kuberay.ray_job(site, f"{site.storage.mount}/{spec_path}", run.name)
+        uses_store = bool(_store_schemes(run.model_dump(mode="json")))
+        job = kuberay.ray_job(site, f"{site.storage.mount}/{spec_path}", run.name, uses_store)
         yield f"kuberay/rayjob-{run.name}.yaml", _yaml_text(job)
     if application:
         checkpoint = application["args"]["checkpoint"]
         _check_path(site, checkpoint, f"checkpoint {checkpoint}", "copy its run there, and name it by its path")
-        yield f"kuberay/rayservice-{application['name']}.yaml", _yaml_text(kuberay.ray_service(site, application))
+        service = kuberay.ray_service(site, application, bool(_store_schemes(application)))
+        yield f"kuberay/rayservice-{application['name']}.yaml", _yaml_text(service)
     yield "kuberay/networkpolicy.yaml", _yaml_text(kuberay.network_policy(site))
     yield "kuberay/podmonitor.yaml", _yaml_text(pod_monitor(site))
     if site.aws:

@@ -83,7 +83,7 @@ def ray_cluster(site: SiteSpec) -> dict[str, Any]:
     return _manifest("RayCluster", site, site.name, _cluster_spec(site))
 
 
-def ray_job(site: SiteSpec, spec_path: str, name: str) -> dict[str, Any]:
+def ray_job(site: SiteSpec, spec_path: str, name: str, uses_store: bool) -> dict[str, Any]:
     """Return the manifest of a RayJob: a cluster that trains the run of a spec on the storage, and is then removed."""
     return _manifest(
         "RayJob",
@@ -98,12 +98,12 @@ def ray_job(site: SiteSpec, spec_path: str, name: str) -> dict[str, Any]:
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 600,
             "metadata": {"mhmoe_spec": spec_path},
-            "rayClusterSpec": _cluster_spec(site),
+            "rayClusterSpec": _cluster_spec(site, uses_store),
         },
     )
 
 
-def ray_service(site: SiteSpec, application: dict[str, Any]) -> dict[str, Any]:
+def ray_service(site: SiteSpec, application: dict[str, Any], uses_store: bool) -> dict[str, Any]:
     """Return the manifest of a RayService: an application of Ray Serve on a cluster of its own.
 
     A changed application, for example one with a newer checkpoint, takes over while both versions answer.
@@ -123,7 +123,7 @@ def ray_service(site: SiteSpec, application: dict[str, Any]) -> dict[str, Any]:
                     "maxSurgePercent": SURGE_PERCENT,
                 },
             },
-            "rayClusterConfig": _cluster_spec(site),
+            "rayClusterConfig": _cluster_spec(site, uses_store),
         },
     )
 
@@ -151,8 +151,13 @@ def _manifest(kind: str, site: SiteSpec, name: str, spec: dict[str, Any]) -> dic
     return {"apiVersion": API_VERSION, "kind": kind, "metadata": metadata, "spec": spec}
 
 
-def _cluster_spec(site: SiteSpec) -> dict[str, Any]:
-    """Return the `spec` of a RayCluster, which a RayJob and a RayService contain too."""
+def _cluster_spec(site: SiteSpec, uses_store: bool = True) -> dict[str, Any]:
+    """Return the `spec` of a RayCluster, which a RayJob and a RayService contain too.
+
+    Pods get access to object stores unless they run something that uses none.
+    """
+    if not uses_store:
+        site = site.model_copy(update={"store_secret": None, "service_account": None})
     spec: dict[str, Any] = {
         "rayVersion": version("ray"),
         # In this mode, the operator creates a token and gives it to all pods. Without a token, the dashboard would
@@ -205,8 +210,11 @@ def _pod_template(site: SiteSpec, name: str, node: NodeSpec, ports: dict[str, in
             {"name": "shm", "mountPath": "/dev/shm"},
         ],
     }
+    if site.store_secret:
+        container["envFrom"] = [{"secretRef": {"name": site.store_secret}}]
     return {
         "spec": {
+            **({"serviceAccountName": site.service_account} if site.service_account else {}),
             # A new volume belongs to root, so its files are given to the group of Ray's user. OnRootMismatch does this
             # once, and not at each start of a pod.
             "securityContext": {

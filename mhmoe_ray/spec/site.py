@@ -108,6 +108,10 @@ class SiteSpec(Section):
     the running jobs, which run directories record in either case."""
     redis_secret: Name | None = None
     """Name of the Kubernetes Secret with the password of Redis under the key `password`."""
+    store_secret: Name | None = None
+    """Name of the Kubernetes Secret whose entries are variables of the pods, with the credentials of object stores."""
+    service_account: Name | None = None
+    """Name of the pods' Kubernetes service account, which a cloud may let use object stores; then no key is needed."""
     monitor_labels: dict[Word, LabelValue] = Field(default_factory=dict)
     """Labels by which the Prometheus operator finds the PodMonitor on Kubernetes; kube-prometheus-stack looks for
     `release` with the name of its Helm release."""

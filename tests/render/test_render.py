@@ -15,7 +15,7 @@ import yaml
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.placement import hypothetical_nodes, pack_workers
 from mhmoe_ray.render import kuberay, ray_up
-from mhmoe_ray.render.files import count_worker_nodes, render_files
+from mhmoe_ray.render.files import count_worker_nodes, render_files, store_advice
 from mhmoe_ray.serving.config import ENVIRONMENT, application_config
 from mhmoe_ray.spec import ServeSpec, load_resolved_spec, load_site, validate_section
 from mhmoe_ray.spec.site import SiteSpec
@@ -63,14 +63,50 @@ def manifests():
         "RayCluster": kuberay.ray_cluster(SITE),
         "RayCluster without redis": kuberay.ray_cluster(bare),
         "RayCluster with labels": kuberay.ray_cluster(SITE.model_copy(update={"workers": labelled})),
-        "RayJob": kuberay.ray_job(SITE, "/mnt/mhmoe/jobs/tiny.yaml", "tiny"),
-        "RayService": kuberay.ray_service(SITE, application),
+        "RayCluster with a secret": kuberay.ray_cluster(SITE.model_copy(update={"store_secret": "keys"})),
+        "RayCluster with an account": kuberay.ray_cluster(SITE.model_copy(update={"service_account": "trainer"})),
+        "RayJob": kuberay.ray_job(SITE, "/mnt/mhmoe/jobs/tiny.yaml", "tiny", False),
+        "RayService": kuberay.ray_service(SITE, application, False),
     }
 
 
 @pytest.mark.parametrize("name", manifests())
 def test_manifests_match_the_schemas_of_kuberay(name):
     assert schema_errors(manifests()[name]) == []
+
+
+def pod_specs(text):
+    """Return the specifications of all pods of a manifest in YAML."""
+    spec = yaml.safe_load(text)["spec"]
+    spec = spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
+    return [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+
+
+@pytest.mark.parametrize(
+    ("keys", "pod_fields", "advice"),
+    [
+        (
+            {"store_secret": "keys"},
+            ([{"secretRef": {"name": "keys"}}], None),
+            "secret generic keys --namespace default",
+        ),
+        ({"service_account": "trainer"}, (None, "trainer"), "as service account trainer"),
+        ({}, (None, None), "warning: pods get no credentials for s3://; set store_secret or service_account"),
+    ],
+)
+def test_pods_get_access_to_object_stores_where_a_run_uses_one(s3, keys, pod_fields, advice):
+    site, folder = SITE.model_copy(update=keys), "s3://bucket/folder"
+    for root, expected in ((MOUNT, (None, None)), (location(f"{folder}?{s3[0]}"), pod_fields)):
+        run = run_spec(root)
+        application = application_config("tiny", root / "step_00000020.1", ServeSpec(), "tiny")
+        files = render_files(site, run, application)
+        for name in ("rayjob-tiny", "rayservice-tiny"):
+            for pod in pod_specs(files[f"kuberay/{name}.yaml"]):
+                assert (pod["containers"][0].get("envFrom"), pod.get("serviceAccountName")) == expected
+        assert pod_specs(files["kuberay/raycluster.yaml"])[0].get("serviceAccountName") == pod_fields[1]
+    assert store_advice(site, run_spec(), None) is None
+    assert advice in store_advice(site, run, None)
+    assert advice in store_advice(site, None, application)
 
 
 def test_schema_check_finds_errors():
@@ -319,6 +355,8 @@ FULL_SITE = {
     "token_file": "~/token",
     "redis": "host:6379",
     "redis_secret": "redis",
+    "store_secret": "keys",
+    "service_account": "trainer",
     "monitor_labels": {"release": "r"},
     "gateway": "istio",
     "aws": CLOUD,
@@ -351,7 +389,7 @@ def test_text_of_two_lines_is_rejected_anywhere_in_a_site():
     unset += [f"{name}.{key}" for name in ("storage", "aws", "slurm") for key, v in getattr(site, name) if v is None]
     assert unset == []
     variants = list(_variants_with_a_line_break(FULL_SITE))
-    assert len(variants) == 36
+    assert len(variants) == 38
     for variant in variants:
         with pytest.raises(SpecError, match="should match pattern"):
             validate_section(SiteSpec, variant, "site")
