@@ -2,17 +2,21 @@
 
 import json
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow.fs
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from mhmoe_ray.errors import SpecError
+from mhmoe_ray.data.shards.manifest import read_data_manifest
+from mhmoe_ray.errors import DataError, MhmoeError, SpecError, StorageError
 from mhmoe_ray.runs import jsonl
-from mhmoe_ray.runs.directory import create_run
+from mhmoe_ray.runs.directory import create_run, list_runs
 from mhmoe_ray.runs.jsonl import JsonlSnapshot
 from mhmoe_ray.storage import ObjectPath, copy_file, create_file, location, remove_tree, replace_file
+from tests.support.s3 import CREDENTIALS
 from tests.support.specs import tiny_spec
 
 
@@ -151,3 +155,73 @@ def test_files_and_their_names_are_on_the_disk_before_a_write_ends(tmp_path, mon
     with create_file(tmp_path / "c" / "file") as file:
         file.write(b"content")
     assert calls == [str(tmp_path), str(tmp_path / "c" / "file"), str(tmp_path / "c")]
+
+
+REFUSALS = {
+    "AccessDenied": (403, "does not permit it to these credentials"),
+    "InvalidAccessKeyId": (403, "does not know the access key"),
+    "SignatureDoesNotMatch": (403, "secret key does not belong to the access key"),
+    "ExpiredToken": (400, "token of the credentials has expired"),
+    "InvalidToken": (400, "does not accept the token of the credentials"),
+    "AuthorizationHeaderMalformed": (400, "in (region eu-west-1, not us-east-1|another region)"),
+    "PermanentRedirect": (301, "in (region eu-west-1, not us-east-1|another region)"),
+}
+"""HTTP status of each answer by which S3 refuses requests, and a pattern of the reason that users see."""
+
+
+@pytest.fixture
+def refusing_store(monkeypatch):
+    """Serve a store that refuses all requests; yield a function that sets the answer and returns a URI."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def refuse(self):
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            body = f"<Error><Code>{code}</Code><Message>m</Message></Error>".encode()
+            self.send_response(REFUSALS[code][0])
+            # S3 names the region of the bucket in all its answers.
+            self.send_header("x-amz-bucket-region", "eu-west-1" if "region" in REFUSALS[code][1] else "us-east-1")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(b"" if self.command == "HEAD" else body)
+
+        do_GET = do_HEAD = do_PUT = do_POST = refuse
+
+        def log_message(self, *_):
+            pass
+
+    def set_answer(answer):
+        nonlocal code
+        code = answer
+        return f"s3://bucket/folder?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{server.server_port}"
+
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    code = ""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield set_answer
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("answer", REFUSALS)
+def test_a_refusal_of_the_store_is_one_short_line(refusing_store, answer):
+    folder, reason = ObjectPath(refusing_store(answer)), REFUSALS[answer][1]
+    for use, error_type in (
+        (lambda: read_data_manifest(folder), DataError),
+        (lambda: list_runs(folder), StorageError),
+        (lambda: create_run(tiny_spec(storage=str(folder))), SpecError),
+    ):
+        with pytest.raises(error_type, match=reason) as error:
+            use()
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 300
+
+
+def test_a_missing_bucket_is_named_before_anything_starts(s3):
+    for use in (lambda p: create_run(tiny_spec(storage=str(p))), read_data_manifest):
+        with pytest.raises(MhmoeError, match="there is no such bucket") as error:
+            use(ObjectPath(f"s3://elsewhere/folder?{s3[0]}"))
+        assert "create it, or correct its name" in str(error.value)

@@ -18,6 +18,7 @@ from mhmoe_ray.spec import RunSpec, dump_spec, load_resolved_spec
 from mhmoe_ray.storage import (
     Location,
     ObjectPath,
+    explain_error,
     location,
     make_folder,
     read_file,
@@ -219,7 +220,7 @@ def create_empty_run(storage: Location, name: str) -> RunDir:
         sync(storage)
         run.checkpoints.mkdir()
     except OSError as e:
-        raise SpecError(f"storage {storage}", e.strerror or str(e), "set storage to a folder you can write") from e
+        raise SpecError(f"storage {storage}", *explain_error(e, "set storage to a folder you can write")) from e
     return run
 
 
@@ -244,7 +245,7 @@ def report_read_errors(storage: Location | str) -> Iterator[None]:
         yield
     except OSError as e:
         fix = "check the address, and the credentials in the environment"
-        raise StorageError(f"storage {storage}", e.strerror or " ".join(str(e).split()), fix) from e
+        raise StorageError(f"storage {storage}", *explain_error(e, fix)) from e
 
 
 def find_run(name: str | None, storage: Location | str, *, with_job: bool = False) -> RunDir:

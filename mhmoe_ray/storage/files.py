@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from pydantic import BaseModel
 
 from mhmoe_ray.errors import StorageError
-from mhmoe_ray.storage.location import Location, ObjectPath
+from mhmoe_ray.storage.location import Location, ObjectPath, explain_error
 
 _PARTIAL_SUFFIX = ".partial"
 
@@ -30,8 +30,8 @@ def report_write_errors(path: Location, next_step: str = "give the command again
     try:
         yield
     except OSError as e:
-        fix = f"make room or repair the storage, then {next_step}"
-        raise StorageError(f"storage {path}", f"it cannot be written: {e.strerror or e}", fix) from e
+        reason, fix = explain_error(e, f"make room or repair the storage, then {next_step}")
+        raise StorageError(f"storage {path}", f"it cannot be written: {reason}", fix) from e
 
 
 def make_folder(folder: Location) -> None:

@@ -8,6 +8,7 @@ parameters of the connection. A folder of an object store exists when it holds a
 import errno
 import fnmatch
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -123,7 +124,13 @@ class ObjectPath:
 
     def _info(self) -> Any:
         system, path = self.filesystem
-        return system.get_file_info(path)
+        try:
+            return system.get_file_info(path)
+        except OSError as e:
+            # The answer to S3's request for a header has no body. The one to a listing has the reason of a refusal.
+            if "No response body" in str(e) and not _REGIONS.search(str(e)):
+                self._child_infos()
+            raise
 
     def exists(self) -> bool:
         return bool(self._info().type.name != "NotFound")
@@ -132,7 +139,7 @@ class ObjectPath:
         """Raise an OSError if the bucket does not exist, or cannot be listed."""
         bucket = self._with_path(self._path.partition("/")[0])
         if not bucket.exists():
-            raise OSError(errno.ENXIO, "there is no such bucket", str(bucket))
+            raise OSError(errno.ENXIO, "NO_SUCH_BUCKET", str(bucket))
 
     def is_file(self) -> bool:
         return bool(self._info().type.name == "File")
@@ -269,13 +276,41 @@ def object_store(scheme: str, bucket: str, query: str) -> "tuple[fs.FileSystem, 
 
 READ_PATIENCE_SECONDS = 300.0
 """Seconds for which reads from an object store are repeated."""
-_PERMANENT_ERRORS = (
-    "ACCESS_DENIED",
-    "NO_SUCH_BUCKET",
-    "INVALID_ACCESS_KEY",
-    "SIGNATURE_DOES_NOT_MATCH",
-    "EXPIRED_TOKEN",
-)
+_REGIONS = re.compile("configured region is '(.*?)' while the bucket is located in '(.*?)'")
+_REGION_FIX = "write its region in the URI (?region=...), or leave the region out"
+_CREDENTIALS_FIX = "set the credentials of the store in the environment, or in the vendor's files, of all nodes"
+_PERMISSION_FIX = "let the owner of the bucket permit it, or use credentials of an account that may"
+_REFUSALS = {
+    "ExpiredToken": ("the token of the credentials has expired", "get a new one, then give the command again"),
+    "InvalidToken": ("the store does not accept the token of the credentials", _CREDENTIALS_FIX),
+    "INVALID_ACCESS_KEY": ("the store does not know the access key", _CREDENTIALS_FIX),
+    "SIGNATURE_DOES_NOT_MATCH": ("the secret key does not belong to the access key", _CREDENTIALS_FIX),
+    "PermanentRedirect": ("the bucket is in another region", _REGION_FIX),
+    "AuthorizationHeaderMalformed": ("the bucket is in another region", _REGION_FIX),
+    "REQUEST_TIME_TOO_SKEWED": ("the clock of this machine differs from the store's", "set the clock"),
+    "NO_SUCH_BUCKET": ("there is no such bucket", "create it, or correct its name"),
+    "ACCESS_DENIED": ("the store does not permit it to these credentials", _PERMISSION_FIX),
+    "UNAUTHENTICATED": ("the store does not accept the credentials", _CREDENTIALS_FIX),
+    "PERMISSION_DENIED": ("the store does not permit it to these credentials", _PERMISSION_FIX),
+}
+"""Reason and fix of errors that a repetition does not mend, by their name in the messages of S3 and Google's store."""
+
+
+def short_message(error: Exception) -> str:
+    """Return the message of an error of pyarrow in one line, without the part that begins with "Detail:"."""
+    return " ".join(str(error).split(". Detail:")[0].split())
+
+
+def explain_error(error: OSError, fix: str) -> tuple[str, str]:
+    """Return the reason of an error in one line, and what to do: `fix`, unless a store said why it refuses."""
+    text = short_message(error)
+    if match := _REGIONS.search(text):
+        own_region, region = match.groups()
+        return f"the bucket is in region {region}, not {own_region}", _REGION_FIX
+    known_refusals = (refusal for name, refusal in _REFUSALS.items() if name in text)
+    return next(known_refusals, (error.strerror or text, fix))
+
+
 T = TypeVar("T")
 
 
@@ -288,7 +323,7 @@ def retry_reads(read: Callable[[], T]) -> T:
         except (FileNotFoundError, PermissionError):
             raise
         except OSError as e:
-            if time.monotonic() > deadline or any(name in str(e) for name in _PERMANENT_ERRORS):
+            if time.monotonic() > deadline or any(name in str(e) for name in _REFUSALS):
                 raise
         time.sleep(pause)
         pause = min(2 * pause, 10.0)

@@ -65,7 +65,7 @@ from mhmoe_ray.data.sources.find import fingerprints
 from mhmoe_ray.data.tokenizer import boundaries, chat_texts, load_tokenizer, store_given_tokenizer, train_tokenizer
 from mhmoe_ray.errors import DataError, MhmoeError, StorageError, task_error
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.storage import Location, create_file, describe_file, replace_file, write_json
+from mhmoe_ray.storage import Location, create_file, describe_file, explain_error, replace_file, write_json
 
 CPUS_PER_READER = 8
 """CPUs for each reader of files: one core reads at least as fast as this many tokenise. Readers and tokenising tasks
@@ -120,7 +120,7 @@ def _errors_of_tasks(folder: Location) -> Iterator[None]:
             raise error from e
         if isinstance(error, OSError):
             fix = "make room or repair the storage, then give the command again"
-            raise StorageError(f"data {folder}", error.strerror or str(error), fix) from e
+            raise StorageError(f"data {folder}", *explain_error(error, fix)) from e
         raise
 
 

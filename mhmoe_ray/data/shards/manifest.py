@@ -17,7 +17,7 @@ from pydantic import BaseModel, SerializerFunctionWrapHandler, TypeAdapter, Vali
 
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.parsing import parse_json
-from mhmoe_ray.storage import Location, ObjectPath, describe_file, read_file
+from mhmoe_ray.storage import Location, ObjectPath, describe_file, explain_error, read_file
 
 MANIFEST_FILE = "manifest.json"
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -213,11 +213,11 @@ def read_data_manifest(folder: Location) -> DataManifest | None:
             return None
         raise DataError(subject, "it has no manifest.json", fix) from e
     except OSError as e:
-        reason = f"its manifest.json cannot be read ({e.strerror or e})"
         fix = "check its disk and permissions; the data may be intact"
         if isinstance(folder, ObjectPath):
             fix = "check the network, and the store's region and credentials"
-        raise DataError(subject, reason, fix) from e
+        reason, fix = explain_error(e, fix)
+        raise DataError(subject, f"its manifest.json cannot be read ({reason})", fix) from e
     try:
         return DataManifest.model_validate(parse_json(content))
     except ValueError as e:

@@ -25,9 +25,10 @@ from mhmoe_ray.data.sources.images import check_image, decode_checked_image, ima
 from mhmoe_ray.data.sources.items import BadLine, DamageError, Document, Fault, RawFile, ReadSettings, Reason, Tally
 from mhmoe_ray.data.sources.masks import ObjectError, encode_mask, is_number
 from mhmoe_ray.data.sources.records import json_type, text_problem
-from mhmoe_ray.data.sources.storage import Storage, leaves_folder, short_message
+from mhmoe_ray.data.sources.storage import Storage, leaves_folder
 from mhmoe_ray.spec import SourceSpec
 from mhmoe_ray.spec.formats import Column
+from mhmoe_ray.storage import short_message
 
 MAX_ID_CHARACTERS = 100
 

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 from mhmoe_ray.data.sources.compression import MAX_INFLATION
 from mhmoe_ray.data.sources.images import check_image, class_annotation, image_document
 from mhmoe_ray.data.sources.items import BadLine, Document, Fault, RawFile, ReadSettings, Reason, Tally
-from mhmoe_ray.data.sources.storage import Storage, short_message
+from mhmoe_ray.data.sources.storage import Storage
 from mhmoe_ray.spec import SourceSpec
+from mhmoe_ray.storage import short_message
 
 # Few rows are decoded at a time, since a row can be a document of many megabytes.
 ROWS_PER_BATCH = 32

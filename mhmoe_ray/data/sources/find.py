@@ -20,12 +20,12 @@ from mhmoe_ray.data.domains import source_of, subfolder_of
 from mhmoe_ray.data.shards.manifest import MANIFEST_FILE, QUARANTINE_FILE
 from mhmoe_ray.data.sources.items import RawFile
 from mhmoe_ray.data.sources.redpajama_v2 import DOCUMENTS_PATH, SidecarFiles
-from mhmoe_ray.data.sources.storage import ListedFile, Storage, leaves_folder, relative_path, short_message
+from mhmoe_ray.data.sources.storage import ListedFile, Storage, leaves_folder, relative_path
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.parsing import parse_object
 from mhmoe_ray.spec import DataSpec, FilterSpec, Format, SourceSpec
 from mhmoe_ray.spec.formats import FORMATS
-from mhmoe_ray.storage import Location, ObjectPath
+from mhmoe_ray.storage import Location, ObjectPath, explain_error, short_message
 
 ROOT_SUBFOLDER = "all"
 """Subfolder in the domain of files that lie directly in the source's path."""
@@ -194,7 +194,8 @@ def _files_of_source(name: str, spec: DataSpec) -> list[RawFile]:
         fix = f"correct its path, or make sample data: mhmoe data sample {arguments}"
         raise DataError(subject, short_message(e), fix) from e
     except OSError as e:
-        raise DataError(subject, f"{source.path} cannot be listed: {short_message(e)}", "correct data.sources") from e
+        reason, fix = explain_error(e, "correct data.sources")
+        raise DataError(subject, f"{source.path} cannot be listed: {reason}", fix) from e
     if not listed_files:
         raise DataError(subject, f"there is no file below {source.path}", "correct data.sources")
     format = source.format or _detect_format(subject, source, listed_files)

@@ -8,9 +8,10 @@ from mhmoe_ray.data.images.annotations import Annotation, pack
 from mhmoe_ray.data.images.files import ImageError, ImageLimitError, NotImageError, TooManyPixelsError, check_image_file
 from mhmoe_ray.data.sources.items import BadLine, Document, Fault, RawFile, ReadSettings, Reason, Tally
 from mhmoe_ray.data.sources.records import BOM, text_problem
-from mhmoe_ray.data.sources.storage import Storage, short_message
+from mhmoe_ray.data.sources.storage import Storage
 from mhmoe_ray.spec import SourceSpec
 from mhmoe_ray.spec.formats import Column
+from mhmoe_ray.storage import short_message
 
 if TYPE_CHECKING:
     from PIL import Image

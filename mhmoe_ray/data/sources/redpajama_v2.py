@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 from mhmoe_ray.data.sources.columns import PYARROW_ERRORS, open_parquet, rows_per_batch
 from mhmoe_ray.data.sources.items import BadLine, Document, Fault, RawFile, ReadSettings, Reason, Tally
 from mhmoe_ray.data.sources.records import Record, document_of, read_records
-from mhmoe_ray.data.sources.storage import Storage, short_message
+from mhmoe_ray.data.sources.storage import Storage
 from mhmoe_ray.spec import FilterSpec, SignalRule, SourceSpec
+from mhmoe_ray.storage import short_message
 
 Signals = Mapping[str, list[list[Any]]]
 """Quality signals by name, as spans [start, end, score or null]: one for the document, or in `rps_lines_...` one for

@@ -16,7 +16,7 @@ from pyarrow import fs
 
 from mhmoe_ray.data.sources.items import DamageError, RawFile, Tally
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.storage import STORES, Store, is_special, object_store, unknown_scheme
+from mhmoe_ray.storage import STORES, Store, explain_error, is_special, object_store, short_message, unknown_scheme
 
 CHUNK_BYTES = 1 << 20
 # On an object store each read is a request with a latency, so reads are larger than from local files.
@@ -78,7 +78,8 @@ class Storage:
             # The bucket replaces the host in the pattern, because the host may also have a user's name.
             self._pattern = bucket + slash + key
         except OSError as e:
-            raise DataError(f"path {path}", str(e), "correct it, and the credentials in the environment") from e
+            fix = "correct it, and the credentials in the environment"
+            raise DataError(f"path {path}", *explain_error(e, fix)) from e
 
     @property
     def is_pattern(self) -> bool:
@@ -207,11 +208,6 @@ class Storage:
             raise DamageError(short_message(e)) from e
         if read_bytes < file.size:
             raise DamageError(f"it ended after {read_bytes:,} bytes, but had {file.size:,} when it was listed")
-
-
-def short_message(error: Exception) -> str:
-    """Return the message of an error of pyarrow in one line, without the part that begins with "Detail:"."""
-    return " ".join(str(error).split(". Detail:")[0].split())
 
 
 def relative_path(root: str, path: str) -> str:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from mhmoe_ray.data.sources.columns import PYARROW_ERRORS, open_parquet
 from mhmoe_ray.data.sources.items import BadLine, RawFile, Tally
 from mhmoe_ray.data.sources.records import decode_json, read_records
-from mhmoe_ray.data.sources.storage import Storage, short_message
+from mhmoe_ray.data.sources.storage import Storage
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.serving.batch.request import InputFormat
 from mhmoe_ray.serving.batch.rows import (
@@ -27,6 +27,7 @@ from mhmoe_ray.serving.batch.rows import (
     answer_columns,
     taken_column,
 )
+from mhmoe_ray.storage import short_message
 
 MAX_LINE_BYTES = 1 << 30
 """Largest size of a line in bytes, so that a file of another format does not fill the memory."""

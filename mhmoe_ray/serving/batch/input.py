@@ -3,11 +3,12 @@
 from typing import Any, NamedTuple
 
 from mhmoe_ray.data.sources.items import BadLine, RawFile
-from mhmoe_ray.data.sources.storage import Storage, short_message
+from mhmoe_ray.data.sources.storage import Storage
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.serving.batch.formats import FORMATS, SourceFile
 from mhmoe_ray.serving.batch.rows import MESSAGES, parse_row, taken_column
 from mhmoe_ray.spec import formats
+from mhmoe_ray.storage import explain_error
 
 
 def open_input(path: str) -> SourceFile:
@@ -19,7 +20,7 @@ def open_input(path: str) -> SourceFile:
     except FileNotFoundError as e:
         raise DataError(subject, "there is no such file", "correct the path of the input") from e
     except OSError as e:
-        raise DataError(subject, short_message(e), "correct the path of the input") from e
+        raise DataError(subject, *explain_error(e, "correct the path of the input")) from e
     if len(files) != 1 or not name.endswith(files[0].path.rpartition("/")[2]):
         raise DataError(subject, "it is not a single file", "name one file of JSON lines or Parquet")
     for format_name in FORMATS:

@@ -18,7 +18,7 @@ from mhmoe_ray.serving.batch.request import BatchRequest
 from mhmoe_ray.serving.batch.rows import AnswerCounts
 from mhmoe_ray.serving.load import check_engine
 from mhmoe_ray.spec import ServeSpec
-from mhmoe_ray.storage import describe_file, location
+from mhmoe_ray.storage import describe_file, explain_error, location
 
 PROGRESS_SECONDS = 5.0
 READERS = 8
@@ -67,8 +67,8 @@ def _check(job: BatchJob) -> None:
     try:
         input_hash = describe_file(location(request.input.path)).sha256
     except OSError as e:
-        reason = f"the job cannot read it: {e.strerror or e}"
-        raise DataError(f"input {request.input.path}", reason, "put it where all nodes see it") from e
+        reason, fix = explain_error(e, "put it where all nodes see it")
+        raise DataError(f"input {request.input.path}", f"the job cannot read it: {reason}", fix) from e
     if input_hash != request.input.sha256:
         raise DataError(f"input {request.input.path}", "it has changed", "give the command again")
     checkpoint = location(request.checkpoint)

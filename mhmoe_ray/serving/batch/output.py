@@ -18,12 +18,11 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from mhmoe_ray.data.sources.columns import PYARROW_ERRORS
-from mhmoe_ray.data.sources.storage import short_message
 from mhmoe_ray.errors import DataError, StorageError
 from mhmoe_ray.serving.batch.formats import FORMATS
 from mhmoe_ray.serving.batch.request import BatchRequest
 from mhmoe_ray.serving.batch.rows import AnswerCounts
-from mhmoe_ray.storage import Location, remove_partial_files, replace_file, write_json
+from mhmoe_ray.storage import Location, explain_error, remove_partial_files, replace_file, write_json
 
 M = TypeVar("M", bound=BaseModel)
 _CHUNK_NAME = re.compile(r"chunk-(\d{8,})\.\w+")
@@ -44,7 +43,7 @@ class BatchOutput:
             yield
         except OSError as e:
             fix = "correct the path or repair its storage, then give the command again"
-            raise StorageError(f"output {self.folder}", e.strerror or short_message(e), fix) from e
+            raise StorageError(f"output {self.folder}", *explain_error(e, fix)) from e
 
     @property
     def request_file(self) -> Location:
