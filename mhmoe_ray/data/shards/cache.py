@@ -6,12 +6,14 @@
       <sha256>.arrow    a fetched shard; each process that has it open holds a shared lock on it
 
 Room for a shard is reserved before it is fetched, so the files never have more bytes than
-`cluster.shard_cache.size_gb` allows.
+`cluster.shard_cache.size_gb` allows. The cache trusts and removes what is in its folder, so it refuses a folder with
+other files, and that of another user.
 """
 
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ from mhmoe_ray.spec.cluster import ShardCacheSpec
 from mhmoe_ray.storage import Location, ObjectPath, retry_reads
 
 LOCK_FILE = "lock"
+_FILE_NAME = re.compile(rf"{LOCK_FILE}|[0-9a-f]{{64}}\.(partial|arrow)")
 FETCH_BYTES = 8 << 20
 WAIT_SECONDS = 0.05
 """Pause between two checks whether another process has fetched a shard."""
@@ -61,7 +64,15 @@ class ShardCache:
 
     def __init__(self, path: Path, limit: int) -> None:
         self._path, self._limit = path, limit
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        other_names = (file.name for file in path.iterdir() if not _FILE_NAME.fullmatch(file.name))
+        reason = None
+        if path.stat().st_uid != os.geteuid():
+            reason = "the folder belongs to another user, whose files would be taken for shards"
+        elif other_name := next(other_names, None):
+            reason = f"the folder holds {other_name}, which is no shard, and the cache removes files to make room"
+        if reason is not None:
+            raise DataError(f"shard cache {path}", reason, "set cluster.shard_cache.path to a folder of its own")
 
     def open(self, source: ObjectPath, sha256: str) -> BinaryIO | None:
         """Open a shard, and fetch it if it is missing; it stays in the cache until the file and its copies are closed.

@@ -1,6 +1,7 @@
 """Tests of shards on a real S3 server: in the cache of a node, by ranges, damaged, and with disturbed transfers."""
 
 import json
+import os
 import resource
 import threading
 import urllib.request
@@ -125,6 +126,17 @@ def test_a_cache_never_passes_its_bound_and_keeps_shards_that_are_open(folder, t
     end_event.set()
     watcher.join()
     assert 80_000 < max(sizes) <= 100_000
+
+
+def test_a_cache_refuses_folders_of_other_programs_and_users(tmp_path, monkeypatch):
+    (tmp_path / "thesis.arrow").write_bytes(b"1")
+    with pytest.raises(DataError, match=r"holds thesis\.arrow, which is no shard"):
+        ShardCache(tmp_path, 10**6)
+    assert (tmp_path / "thesis.arrow").exists()
+    user_id = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user_id + 1)
+    with pytest.raises(DataError, match="belongs to another user"):
+        ShardCache(tmp_path, 10**6)
 
 
 def test_a_shard_that_a_killed_process_began_to_fetch_is_fetched_again(folder, shards, plans):
