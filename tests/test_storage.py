@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -11,11 +12,22 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from mhmoe_ray.data.shards.manifest import read_data_manifest
+from mhmoe_ray.data.sources import find_files
 from mhmoe_ray.errors import DataError, MhmoeError, SpecError, StorageError
 from mhmoe_ray.runs import jsonl
 from mhmoe_ray.runs.directory import create_run, list_runs
 from mhmoe_ray.runs.jsonl import JsonlSnapshot
-from mhmoe_ray.storage import ObjectPath, copy_file, create_file, location, remove_tree, replace_file
+from mhmoe_ray.spec import DataSpec, SourceSpec
+from mhmoe_ray.storage import (
+    ObjectPath,
+    copy_file,
+    create_file,
+    explain_error,
+    location,
+    remove_tree,
+    replace_file,
+    retry_reads,
+)
 from tests.support.s3 import CREDENTIALS
 from tests.support.specs import tiny_spec
 
@@ -212,12 +224,17 @@ def test_a_refusal_of_the_store_is_one_short_line(refusing_store, answer):
     for use, error_type in (
         (lambda: read_data_manifest(folder), DataError),
         (lambda: list_runs(folder), StorageError),
+        (lambda: find_files(DataSpec(sources={"web": SourceSpec(path=str(folder))}, prepared="p")), DataError),
         (lambda: create_run(tiny_spec(storage=str(folder))), SpecError),
     ):
         with pytest.raises(error_type, match=reason) as error:
             use()
         assert "\n" not in str(error.value)
         assert len(str(error.value)) < 300
+    for read in (folder.read_bytes, folder.open):
+        with pytest.raises(OSError, match="AWS Error") as refusal:
+            retry_reads(read)
+        assert re.search(reason, explain_error(refusal.value, "")[0])
 
 
 def test_a_missing_bucket_is_named_before_anything_starts(s3):

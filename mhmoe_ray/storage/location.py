@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
@@ -124,13 +125,8 @@ class ObjectPath:
 
     def _info(self) -> Any:
         system, path = self.filesystem
-        try:
+        with refusal_reasons(system, path):
             return system.get_file_info(path)
-        except OSError as e:
-            # The answer to S3's request for a header has no body. The one to a listing has the reason of a refusal.
-            if "No response body" in str(e) and not _REGIONS.search(str(e)):
-                self._child_infos()
-            raise
 
     def exists(self) -> bool:
         return bool(self._info().type.name != "NotFound")
@@ -147,7 +143,7 @@ class ObjectPath:
     def read_bytes(self) -> bytes:
         """Return the contents of the object without decompressing them."""
         system, path = self.filesystem
-        with system.open_input_stream(path, compression=None) as stream:
+        with refusal_reasons(system, path), system.open_input_stream(path, compression=None) as stream:
             return bytes(stream.read())
 
     def read_text(self, encoding: str = "utf-8") -> str:
@@ -157,7 +153,8 @@ class ObjectPath:
         """Open for random access ("rb"), or write a new object, which appears when it is closed ("xb")."""
         system, path = self.filesystem
         if mode == "rb":
-            return system.open_input_file(path)
+            with refusal_reasons(system, path):
+                return system.open_input_file(path)
         assert mode == "xb"
         if self.exists():
             raise FileExistsError(17, "it is there already", str(self))
@@ -294,6 +291,20 @@ _REFUSALS = {
     "PERMISSION_DENIED": ("the store does not permit it to these credentials", _PERMISSION_FIX),
 }
 """Reason and fix of errors that a repetition does not mend, by their name in the messages of S3 and Google's store."""
+
+
+@contextmanager
+def refusal_reasons(system: "fs.FileSystem", path: str) -> Iterator[None]:
+    """Context for a request to a store about `path`, whose errors have the reason of a refusal, if there is one."""
+    try:
+        yield
+    except OSError as e:
+        # The answer to S3's request for a header has no body. The one to a listing has the reason.
+        if "No response body" in str(e) and not _REGIONS.search(str(e)):
+            from pyarrow import fs
+
+            system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        raise
 
 
 def short_message(error: Exception) -> str:

@@ -52,8 +52,7 @@ class RangedShard:
 
     def __init__(self, source: ObjectPath) -> None:
         self._source = source
-        system, path = source.filesystem
-        self._file: pa.NativeFile = retry_reads(lambda: system.open_input_file(path))
+        self._file: pa.NativeFile = retry_reads(source.open)
         self._row_count, self._columns = retry_reads(self._read_layout)
         self._check_R = self._read_checks()
 

@@ -16,7 +16,16 @@ from pyarrow import fs
 
 from mhmoe_ray.data.sources.items import DamageError, RawFile, Tally
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.storage import STORES, Store, explain_error, is_special, object_store, short_message, unknown_scheme
+from mhmoe_ray.storage import (
+    STORES,
+    Store,
+    explain_error,
+    is_special,
+    object_store,
+    refusal_reasons,
+    short_message,
+    unknown_scheme,
+)
 
 CHUNK_BYTES = 1 << 20
 # On an object store each read is a request with a latency, so reads are larger than from local files.
@@ -155,7 +164,8 @@ class Storage:
 
     def _file_info(self, path: str) -> fs.FileInfo:
         try:
-            return self._fs.get_file_info(path)
+            with refusal_reasons(self._fs, path):
+                return self._fs.get_file_info(path)
         # pyarrow raises these exceptions for a path with an empty name between two slashes or with a NUL.
         except (pa.ArrowException, ValueError) as e:
             raise OSError(str(e)) from e
