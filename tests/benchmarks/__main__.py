@@ -1,6 +1,6 @@
 """Command line of the project's own benchmarks. With --json, the table goes to stderr.
 
-python -m tests.benchmarks checkpoint|commands|ingest|dispatch [options]
+python -m tests.benchmarks checkpoint|commands|ingest|store|dispatch [options]
 """
 
 import os
@@ -106,6 +106,30 @@ def ingest(
     from tests.benchmarks.ingest import measure
 
     measure(load_spec(spec, set_), peers, rounds, processes, print_note).print(json)
+
+
+@app.command()
+def store(
+    spec: SpecArg,
+    set_: SetOption = [],  # noqa: B006 - typer needs the list
+    kind: Annotated[Literal["stream", "run"] | None, typer.Option(help="What is measured; both by default.")] = None,
+    latency: Annotated[float, typer.Option(min=0, help="Latency of the store in ms.")] = 50,
+    rate: Annotated[float, typer.Option(min=0.001, help="Rate of the store in MB/s.")] = 100,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each, in turn.")] = 3,
+    processes: Annotated[int, typer.Option(min=1, help="Processes of each.")] = 2,
+    json: JsonOption = False,
+) -> None:
+    """Time the stream and a whole run of a spec from its prepared data on the local disk, and from a copy of the data
+    on an object store with latency, with a cache for all shards and for a tenth of them.
+
+    A run has one worker. The table counts the requests that read objects, and their bytes.
+    """
+    from mhmoe_ray.api.spec import load_spec
+    from tests.benchmarks.store import MEASUREMENTS, measure
+    from tests.benchmarks.store_server import Link
+
+    link, kinds = Link(latency / 1e3, rate * 1e6), [kind] if kind else list(MEASUREMENTS)
+    measure(load_spec(spec, set_), kinds, rounds, processes, link, print_note).print(json)
 
 
 @app.command()
