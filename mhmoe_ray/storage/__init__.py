@@ -24,6 +24,7 @@ from mhmoe_ray.storage.files import (
 )
 from mhmoe_ray.storage.location import (
     READ_PATIENCE_SECONDS,
+    STORE_CONNECTIONS,
     STORES,
     Location,
     ObjectPath,
@@ -45,6 +46,7 @@ from mhmoe_ray.storage.location import (
 __all__ = [
     "READ_PATIENCE_SECONDS",
     "STORES",
+    "STORE_CONNECTIONS",
     "Describe",
     "FileEntry",
     "Location",

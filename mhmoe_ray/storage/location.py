@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from pyarrow import fs
 
 
+STORE_CONNECTIONS = 128
+"""Largest number of connections of a process to a store. Each read takes a round trip, so small reads need many."""
+
 Store = Callable[[str, str, str], "tuple[fs.FileSystem, str]"]
 """Function (URI scheme, bucket, query of the URI) -> (pyarrow's file system, path of the bucket in it)."""
 
@@ -31,6 +34,8 @@ def _from_uri(scheme: str, bucket: str, query: str) -> "tuple[fs.FileSystem, str
     import pyarrow as pa
     from pyarrow import fs
 
+    # A client for S3 has as many connections as Arrow has threads for reads when the client is made.
+    pa.set_io_thread_count(STORE_CONNECTIONS)
     try:
         filesystem_and_path: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(
             f"{scheme}://{bucket}" + (f"?{query}" if query else "")

@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 
 from mhmoe_ray.data.shards.cache import ATTEMPTS, damage_error
-from mhmoe_ray.storage import Location, ObjectPath, read_file, replace_file, retry_reads
+from mhmoe_ray.data.shards.columns import COLUMNS
+from mhmoe_ray.errors import DataError
+from mhmoe_ray.storage import STORE_CONNECTIONS, Location, ObjectPath, read_file, replace_file, retry_reads
 
 CHECKS_SUFFIX = ".crc32"
-END_BYTES = 4096
-"""Bytes at both ends of a shard that are read when it is opened: more than its schema and its footer have."""
-_READERS = 32
-"""Number of ranges that a process reads at the same time, because each takes a round trip to the store."""
+END_BYTES = 1024
+"""Bytes at both ends of a shard that are read when it is opened: its schema and its footer have up to 480."""
 _reader_pool: ThreadPoolExecutor | None = None
 
 
@@ -53,21 +53,32 @@ class RangedShard:
     def __init__(self, source: ObjectPath) -> None:
         self._source = source
         self._file: pa.NativeFile = retry_reads(source.open)
-        self._row_count, self._columns = retry_reads(self._read_layout)
-        self._check_R = self._read_checks()
+        self._read_description()
 
-    def _read_checks(self) -> np.ndarray | None:
+    def _read_description(self) -> None:
+        """Read the places of the columns and the CRC32s, and repeat this if they arrive damaged."""
+        for attempts_left in reversed(range(ATTEMPTS)):
+            try:
+                row_count, self._columns = retry_reads(self._read_layout)
+                self._check_R = self._read_checks(row_count)
+            except DataError:
+                if not attempts_left:
+                    raise
+            else:
+                break
+
+    def _read_checks(self, row_count: int) -> np.ndarray | None:
         """Return the CRC32 of each row; None if the shard has none, as `verify_shards` then checks it as a whole."""
         try:
             content = retry_reads(lambda: read_file(checks_file(self._source)))
         except FileNotFoundError:
             return None
-        if len(content) != 4 * self._row_count:
+        if len(content) != 4 * row_count:
             raise damage_error(checks_file(self._source))
         return np.frombuffer(content, "<u4")
 
     def _read_layout(self) -> tuple[int, dict[str, ColumnPlace]]:
-        """Return the number of rows, and the place of each column."""
+        """Return the number of rows, and the place of each column, all of them within the file."""
         size = self._file.size()
         # Arrow computes the places of columns from the ends of the file. The pages between them are never written, so
         # they take no memory.
@@ -78,12 +89,16 @@ class RangedShard:
         buffer = pa.py_buffer(content)
         try:
             batch = pa.ipc.open_file(buffer).get_batch(0)
-        except (pa.ArrowException, OSError) as e:
+            columns = {
+                name: ColumnPlace(column.buffers()[1].address - buffer.address, column.type.byte_width)
+                for name, column in zip(batch.schema.names, batch.columns, strict=True)
+            }
+        except (pa.ArrowException, OSError, ValueError, IndexError) as e:
             raise damage_error(self._source) from e
-        return len(batch), {
-            name: ColumnPlace(column.buffers()[1].address - buffer.address, column.type.byte_width)
-            for name, column in zip(batch.schema.names, batch.columns, strict=True)
-        }
+        are_inside = all(0 <= column.offset <= size - len(batch) * column.width for column in columns.values())
+        if not (columns and are_inside and columns.keys() <= COLUMNS.keys()):
+            raise damage_error(self._source)
+        return len(batch), columns
 
     @property
     def has_checks(self) -> bool:
@@ -97,8 +112,8 @@ class RangedShard:
             columns = {name: self._read_column(column, unique_numbers) for name, column in self._columns.items()}
             if self._check_R is None or np.array_equal(_row_checks(columns), self._check_R[unique_numbers]):
                 return {name: column[inverse] for name, column in columns.items()}
-            # The CRC32s may be what is damaged.
-            self._check_R = self._read_checks()
+            # The places of the columns or the CRC32s may be what arrived damaged.
+            self._read_description()
         raise damage_error(self._source)
 
     def _read_column(self, column: ColumnPlace, numbers: np.ndarray) -> np.ndarray:
@@ -124,5 +139,5 @@ def _read_exactly(file: pa.NativeFile, start: int, length: int) -> bytes:
 def _pool() -> ThreadPoolExecutor:
     # The pool is made when it is first used, because importing this file must not start threads.
     global _reader_pool
-    _reader_pool = _reader_pool or ThreadPoolExecutor(_READERS, thread_name_prefix="range")
+    _reader_pool = _reader_pool or ThreadPoolExecutor(STORE_CONNECTIONS, thread_name_prefix="range")
     return _reader_pool
