@@ -10,9 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-FaultKind = Literal["reset", "cut", "stall", "flip", "none"]
+FaultKind = Literal["reset", "cut", "stall", "flip", "none", "500", "503"]
 """What happens within a body: the connection is reset, is closed, transfers nothing more, changes one bit, or nothing.
+A status is the whole response, without a request to the server.
 """
+STATUS_LINES = {"500": "HTTP/1.1 500 Internal Server Error", "503": "HTTP/1.1 503 Slow Down"}
 
 INTACT_BYTES = 1000
 """Number of bytes of a body that pass undisturbed."""
@@ -22,8 +24,8 @@ class Fault(NamedTuple):
     """Fault of the next request with a long enough body whose first line begins with `method` and contains `text`."""
 
     kind: FaultKind
-    method: Literal["GET", "PUT"]
-    """A fault of GET disturbs the body of the response, and one of PUT that of the request."""
+    method: Literal["GET", "PUT", "HEAD"]
+    """A fault of GET disturbs the body of the response, and one of PUT that of the request; HEAD has none."""
     text: str
 
 
@@ -81,9 +83,13 @@ class FaultyProxy:
             while b"\r\n\r\n" not in head and (data := client.recv(1 << 16)):
                 head += data
             fault = self._take_fault(head.partition(b"\r\n")[0].decode(errors="replace"))
-            request_fault, response_fault = (fault if fault and fault.method == m else None for m in ("PUT", "GET"))
-            transfers = {client: _Transfer(server, request_fault), server: _Transfer(client, response_fault)}
-            kind = transfers[client].send(head) or _pass_on(transfers)
+            if fault and fault.kind in STATUS_LINES:
+                head = f"{STATUS_LINES[fault.kind]}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
+                client.sendall(head)
+            else:
+                request_fault, response_fault = (fault if fault and fault.method == m else None for m in ("PUT", "GET"))
+                transfers = {client: _Transfer(server, request_fault), server: _Transfer(client, response_fault)}
+                kind = transfers[client].send(head) or _pass_on(transfers)
             # In a stall, the client gives up first, and closes its connection.
             while kind == "stall" and client.recv(1 << 16):
                 pass

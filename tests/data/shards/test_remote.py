@@ -3,8 +3,12 @@
 import json
 import os
 import resource
+import subprocess
+import sys
 import threading
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from secrets import token_hex
 
 import numpy as np
@@ -102,16 +106,30 @@ def test_processes_of_a_node_fetch_a_shard_once(s3, folder, shards, plans):
     assert len(read_object_requests(s3[0], folder)) == 3
 
 
+WATCH = """
+import os, select, sys
+def folder_size():
+    size = 0
+    for entry in os.scandir(sys.argv[1]):
+        try:
+            size += entry.stat().st_size
+        except FileNotFoundError:
+            pass
+    return size
+print(folder_size(), flush=True)
+sizes = []
+while not select.select([sys.stdin], [], [], 0.001)[0]:
+    sizes.append(folder_size())
+print(max(sizes))
+"""
+"""Program that prints the size of a folder, and at the end of its input the largest size that it has seen since."""
+
+
 def test_a_cache_never_passes_its_bound_and_keeps_shards_that_are_open(folder, tmp_path):
     shards = [write_shard(folder, f"{i}.arrow", to_batch({TOKENS: ROWS[i : i + 20]})) for i in range(6)]
-    cache, path, sizes, end_event = ShardCache(tmp_path, 100_000), tmp_path, [], threading.Event()
-
-    def watch() -> None:
-        while not end_event.wait(0.001):
-            sizes.append(sum(file.stat().st_size for file in path.iterdir() if file.exists()))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    cache, path = ShardCache(tmp_path, 100_000), tmp_path
+    watcher = subprocess.Popen([sys.executable, "-c", WATCH, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert watcher.stdout.readline() == b"0\n"
     sources = [folder / shard.file for shard in shards]
     # Each shard has 41 kB, so the cache has room for two.
     first_file, second_file = (cache.open(sources[i], shards[i].sha256) for i in range(2))
@@ -123,9 +141,9 @@ def test_a_cache_never_passes_its_bound_and_keeps_shards_that_are_open(folder, t
     third_file.close()
     for source, shard in zip(sources, shards, strict=True):
         cache.open(source, shard.sha256).close()
-    end_event.set()
-    watcher.join()
-    assert 80_000 < max(sizes) <= 100_000
+    largest_size = int(watcher.communicate()[0])
+    assert watcher.returncode == 0
+    assert 80_000 < largest_size <= 100_000
 
 
 def test_a_cache_refuses_folders_of_other_programs_and_users(tmp_path, monkeypatch):
@@ -182,6 +200,40 @@ def test_disturbed_transfers_give_the_same_samples(s3, folder, shards, plans, ki
     assert proxy.pending_faults == []
 
 
+@contextmanager
+def suppress_damage() -> Iterator[None]:
+    """Suppress the error that names a damaged object."""
+    try:
+        yield
+    except DataError as e:
+        if "it was replaced or damaged" not in str(e):
+            raise
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["whole", "ranges"])
+def test_a_hundred_random_faults_of_reads_change_no_sample(s3, folder, shards, plans, kind, tmp_path):
+    """Each read returns the right samples or names a damaged object, and readers of one shard do not disturb others."""
+    rng = np.random.default_rng(59)
+    for number in range(10):
+        # A process keeps open shards by their URI, so the shards of a new proxy are opened anew.
+        proxy = FaultyProxy(int(s3[0].rpartition(":")[2]))
+        query = f"{s3[0].rpartition(':')[0]}:{proxy.port}"
+        disturbed_folder = ObjectPath(f"{str(folder).partition('?')[0]}?{query}")
+        reader = ShardReader(disturbed_folder, shards, 2, plans[kind]._replace(path=tmp_path / f"{number}"))
+        for fault_kind in rng.choice(["reset", "cut", "flip", "stall", "500", "503"], 10):
+            has_status = fault_kind.isdigit()
+            method = "HEAD" if has_status and rng.random() < 0.3 else "GET"
+            proxy.disturb(Fault(str(fault_kind), method, "" if has_status else f"/{rng.choice([0, 2])}.arrow "))
+        is_right = False
+        while not is_right or (kind == "ranges" and proxy.pending_faults):
+            # Several flips in a row are taken for damage of the object.
+            with suppress_damage():
+                assert np.array_equal(reader.read(np.arange(90)), ROWS)
+                is_right = True
+
+
 def test_verification_finds_missing_objects_and_content_without_checks(folder, shards, tmp_path):
     tokenizer = folder / "tokenizer.json"
     tokenizer.write_bytes(b"{}")
@@ -222,3 +274,20 @@ def test_a_cache_that_cannot_grow_gives_way_to_rows(folder, shards, plans, capfd
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert np.array_equal(rows, ROWS)
     assert "cannot grow (File too large), so rows are read one by one" in capfd.readouterr().out
+
+
+@pytest.mark.system
+def test_a_cache_on_a_full_disk_keeps_what_fits(folder, shards, plans, tmp_path, capfd):
+    """Only root can mount the disk, which has room for two of the three shards."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    process = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk], capture_output=True, text=True)
+    if process.returncode:
+        pytest.skip(f"no file system can be mounted: {process.stderr.strip()}")
+    try:
+        reader = ShardReader(folder, shards, 2, plans["whole"]._replace(path=disk))
+        assert all(np.array_equal(reader.read(np.array([number])), ROWS[[number]]) for number in range(90))
+        assert {file.name for file in disk.glob("*.*")} == {f"{shard.sha256}.arrow" for shard in shards[:2]}
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+    assert capfd.readouterr().out.count("cannot grow (No space left on device), so rows are read one by one") == 1
