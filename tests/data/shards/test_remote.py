@@ -278,7 +278,7 @@ def test_a_cache_that_cannot_grow_gives_way_to_rows(folder, shards, plans, capfd
 
 @pytest.mark.system
 def test_a_cache_on_a_full_disk_keeps_what_fits(folder, shards, plans, tmp_path, capfd):
-    """Only root can mount the disk, which has room for two of the three shards."""
+    """The disk, which only root can mount, has room for two of the three shards."""
     disk = tmp_path / "disk"
     disk.mkdir()
     process = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk], capture_output=True, text=True)
