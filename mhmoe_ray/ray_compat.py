@@ -28,6 +28,8 @@ PRIVATE_NAMES = {
     "ScalingDecision": _TRAIN + "execution.scaling_policy",
     "PlacementGroupCleanerCallback": _TRAIN + "callbacks.placement_group_callback",
     "WORKER_GROUP_START_TIMEOUT_S_ENV_VAR": _TRAIN + "constants",
+    "ENABLE_NCCL_HANG_DETECTOR_ENV_VAR": _TRAIN + "constants",
+    "NCCL_RAS_CONFIRM_DURATION_S_ENV_VAR": _TRAIN + "constants",
     "WorkerGroupStartupTimeoutError": _TRAIN + "exceptions",
     "TrainController": _TRAIN + "execution.controller",
     "get_train_context": _TRAIN + "execution.context",

@@ -148,6 +148,7 @@ def _worker_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
             f"in {format_count(run_state['attempts'], 'attempt')}"
         )
         rows["warning"] = events.describe_straddling_groups(started_event)
+    rows["slow"] = "\n".join(events.describe_slow_rank(rank) for rank in run_state["slow_ranks"])
     if interruptions := run_state["interruptions"]:
         rows["interrupted"] = (
             f"{_format_times(len(interruptions))}; last {_format_age(interruptions[-1]['time'])}: "

@@ -206,6 +206,7 @@ def run_status(run: RunDir) -> dict[str, Any]:
         "asked": spec.cluster.model_dump(include=REQUESTED_RESOURCES) if spec else None,
         "started": start_event,
         "interruptions": [{"time": event_time, "what": text} for event_time, text in events.interruptions(run_events)],
+        "slow_ranks": events.slow_ranks(run_events) if state == "running" else [],
         "last_lines": loss_event["lines"] if loss_event else [],
         "skipped_steps": last_line.get(metrics.SKIPPED_STEPS, 0) if last_line else 0,
         "skipped_checkpoints": skipped_names,

@@ -8,6 +8,7 @@
   metrics.jsonl      one line per step
   logs/              logs of jobs and workers of the newest attempts, limited in size and without secrets (logs.py)
   routing/           route counts per layer and expert, one file per checkpointed step
+  stacks/            Python stacks of all ranks, one file for each time that the watchdog killed ranks that hung
   tensorboard/       event files
   evaluations/       results of `mhmoe eval` and `mhmoe routing`, one file for each request
   tokenizer.json

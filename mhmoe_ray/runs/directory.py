@@ -59,6 +59,7 @@ class RunDir:
     metrics_file = PathOf("metrics.jsonl")
     logs = PathOf("logs")
     routing = PathOf("routing")
+    stacks = PathOf("stacks")
     tensorboard = PathOf("tensorboard")
     evaluations = PathOf("evaluations")
     tokenizer_file = PathOf("tokenizer.json")

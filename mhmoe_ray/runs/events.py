@@ -15,8 +15,8 @@ from mhmoe_ray.spec.cluster import ClusterSpec, format_mesh
 
 EventKind = Literal[
     "submitted", "began", "preparing", "prepared", "initialized", "waiting", "restoring", "started", "hung", "lost",
-    "checkpoint", "preempted", "adapted", "spike", "skipped_checkpoint", "dropped_checkpoint", "finished", "stopped",
-    "failed", "served", "answering", "answered", "imported",
+    "straggler", "checkpoint", "preempted", "adapted", "spike", "skipped_checkpoint", "dropped_checkpoint",
+    "finished", "stopped", "failed", "served", "answering", "answered", "imported",
 ]  # fmt: skip
 # Older versions of this project recorded the path of a skipped checkpoint in place of its name.
 _Name = Annotated[str, Field(pattern=r"(^|/)step_[0-9]{1,18}\.[0-9]{1,18}$")]
@@ -24,6 +24,11 @@ _Name = Annotated[str, Field(pattern=r"(^|/)step_[0-9]{1,18}\.[0-9]{1,18}$")]
 _Worker = TypedDict("_Worker", {  # noqa: UP013 - a class would take a line for each field
     "rank": Required[Count], "pid": Required[Count], "host": Required[str], "node": Required[str], "began": Time,
     "start_ticks": Count | None,
+}, total=False)  # fmt: skip
+# Slow steps of the last `steps`, own time over that of the other ranks, and the part of it that is longer.
+_SlowRank = TypedDict("_SlowRank", {  # noqa: UP013
+    "rank": Required[Count], "host": Required[str], "node": Required[str], "slow_steps": Required[Count],
+    "steps": Required[Count], "slowdown": Required[Figure], "part": str,
 }, total=False)  # fmt: skip
 FIELDS: dict[EventKind, dict[str, Any]] = {
     "submitted": {"attempt": Count, "job": str, "address": str},
@@ -45,10 +50,14 @@ FIELDS: dict[EventKind, dict[str, Any]] = {
         "asked": Count | dict[str, Count | None], "workers": Required[list[_Worker]],
     },
     # Last step, phase such as training, seconds since the last heartbeat or progress, true if heartbeats were missing.
+    # What its process does ("stopped", or where it is), ranks that wait for it by collective, and the file of stacks.
     "hung": {
         "rank": Required[Count], "host": Required[str], "pid": Required[Count], "step": Required[Count],
         "doing": Required[str], "seconds": Required[Figure], "silent": Required[bool],
+        "state": str | None, "waiting": dict[str, list[Count]], "stacks": str | None,
     },
+    # Ranks that have become slow and those that still are; empty if none is any more.
+    "straggler": {"step": Required[Count], "ranks": Required[list[_SlowRank]]},
     # Last lines of the rank's log, and number of all failed ranks.
     "lost": {
         "rank": Required[Count], "reason": Required[str], "host": Required[str | None], "lines": Required[list[str]],
@@ -200,10 +209,36 @@ def is_end_state(current: str) -> bool:
 def describe_hang(event: dict[str, Any]) -> str:
     """Return a sentence about a rank that hung, from its "hung" event."""
     symptom = "sent no heartbeat" if event["silent"] else "made no progress"
-    process = f"rank {event['rank']} (process {event['pid']} on {event['host']})"
+    waiting_texts = [
+        f"{'ranks' if len(ranks) > 1 else 'rank'} {', '.join(map(str, ranks))} {'wait' if len(ranks) > 1 else 'waits'} "
+        f"in {collective}"
+        for collective, ranks in event.get("waiting", {}).items()
+    ]
+    # Events of older versions of this project lack the fields `state`, `waiting` and `stacks`.
+    waiting_text = " and ".join(waiting_texts) + " for " if waiting_texts else ""
+    state_text = f", which is {event['state']}" if event.get("state") else ""
+    stacks_text = f" (stacks of all ranks: {event['stacks']})" if event.get("stacks") else ""
     return (
-        f"{process} {symptom} for {event['seconds']:.0f} s, {event['doing']} after step {event['step']}; it was killed"
+        f"{waiting_text}rank {event['rank']} (process {event['pid']} on {event['host']}){state_text}: it "
+        f"{symptom} for {event['seconds']:.0f} s, {event['doing']} after step {event['step']}, and was killed"
+        f"{stacks_text}"
     )
+
+
+def describe_slow_rank(rank: dict[str, Any]) -> str:
+    """Return a phrase about a slow rank, from an entry of a "straggler" event."""
+    return (
+        f"rank {rank['rank']} on {rank['host']} (node {rank['node'][:12]}) takes "
+        f"{rank['slowdown']:.1f} times as long as the others ({rank['part']}), in "
+        f"{rank['slow_steps']} of {rank['steps']} steps"
+    )
+
+
+def slow_ranks(run_events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the slow ranks of the newest worker group, as its newest "straggler" event has them."""
+    event: dict[str, Any] = next((e for e in reversed(run_events) if e["event"] in ("started", "straggler")), {})
+    ranks: list[dict[str, Any]] = event["ranks"] if event.get("event") == "straggler" else []
+    return ranks
 
 
 def describe_failure(event: dict[str, Any]) -> str:

@@ -159,6 +159,14 @@ EXCHANGE_WAIT = _metric(
     tag="speed/exchange_wait",
     panel=Panel("training", "Waiting for rows of other ranks", "{{run}} {{rank}}"),
 )
+SLOWDOWN = _metric(
+    "slowdown",
+    "Time of a rank without waits for other ranks in the newest step, over the median of the others; metrics.jsonl has "
+    "the slowest rank's.",
+    scope="rank",
+    tag="speed/slowdown",
+    panel=Panel("training", "Time of each rank over that of the others", "{{run}} {{rank}}"),
+)
 BALANCE = _metric(
     "balance",
     "Balance loss per layer; 1 is uniform.",

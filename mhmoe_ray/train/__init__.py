@@ -11,6 +11,8 @@
     step.py              one optimizer step of M micro-batches
     objectives/          training objectives: the model's input from a micro-batch, the losses, and validation
     watchdog.py          heartbeats of the ranks, and the actor that kills the process of a rank that hangs
+    hangs.py             who waits for whom in a hang, and the stacks of a process
+    stragglers.py        ranks that are slower than the others
     worker_failures.py   record of failed workers, with the reason
     telemetry/           metrics of a run, and the systems that get them
 

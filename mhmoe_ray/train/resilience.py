@@ -6,6 +6,7 @@ tests/train/test_ray_trainer.py fails when Ray moves one of these interfaces.
 """
 
 import errno
+import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,8 @@ from mhmoe_ray.checkpoint.manifest import last_step
 from mhmoe_ray.errors import CheckpointError, MhmoeError, StorageError
 from mhmoe_ray.planner.placement import Node, capacity_shortfall
 from mhmoe_ray.ray_compat import (
+    ENABLE_NCCL_HANG_DETECTOR_ENV_VAR,
+    NCCL_RAS_CONFIRM_DURATION_S_ENV_VAR,
     WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
     DefaultFailurePolicy,
     ElasticScalingPolicy,
@@ -205,6 +208,12 @@ class RunTrainer(DataParallelTrainer):
         self._run, self._spec = run, spec
 
     def _create_default_callbacks(self) -> list[Any]:
+        if self._spec.cluster.gpus_per_worker and math.isfinite(self._spec.cluster.hang_seconds):
+            # Ray asks NCCL for the counts of collectives and, if they differ between ranks for a while, writes NCCL's
+            # report and stacks into the run's folder `ray`. That must come before the watchdog kills a rank.
+            os.environ.setdefault(ENABLE_NCCL_HANG_DETECTOR_ENV_VAR, "1")
+            seconds = self._spec.cluster.hang_seconds / 2
+            os.environ.setdefault(NCCL_RAS_CONFIRM_DURATION_S_ENV_VAR, str(seconds))
         # PlacementGroupCleanerCallback is left out. It starts a process on the head node that asks every second whether
         # Ray Train's controller is alive, and frees the controller's resources when it has died. Here the job ends with
         # its controller, and Ray then frees the resources.

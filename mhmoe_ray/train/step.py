@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mhmoe_kernels import unavailable_reason
 from mhmoe_ray.distributed.build import build_dispatch, build_strategy
-from mhmoe_ray.distributed.dispatch.exchange import SentBytes, flat_row_bytes
+from mhmoe_ray.distributed.dispatch.exchange import SentBytes, Stopwatch, WaitTimer, flat_row_bytes
 from mhmoe_ray.distributed.mesh import Mesh
 from mhmoe_ray.errors import JobError, SpecError
 from mhmoe_ray.model.build import build_model
@@ -24,6 +24,9 @@ from mhmoe_ray.planner.sizes import bytes_per_value
 from mhmoe_ray.spec import MoESpec, RunSpec
 from mhmoe_ray.train.objectives import Environment, LossSums, Objective
 from mhmoe_ray.train.spikes import spike_reason
+
+_register_hook: Callable[[Tensor, Callable[[Tensor], None]], Any] = Tensor.register_hook
+_queue_callback: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback
 
 
 class StepSums(NamedTuple):
@@ -40,6 +43,7 @@ class StepSums(NamedTuple):
     least_bytes: int = 0
     """Fewest bytes that flat dispatch can send for these tokens; over all ranks, a lower bound of `sent_bytes.rows`."""
     wait_seconds: float = 0.0  # this rank's waits for rows of other ranks
+    own_seconds: float = 0.0  # this rank's time to the end of its last backward, without waits for other ranks
 
 
 class Update(NamedTuple):
@@ -93,7 +97,8 @@ class Trainer:
         if spec.train.compile:
             self.model.compile_blocks()
         self.strategy = build_strategy(self.model, mesh, spec, self._initialize_weights)
-        environment = Environment(spec, mesh, device, self.forward, lambda: self.on_progress())
+        self._count_timer = WaitTimer()
+        environment = Environment(spec, mesh, device, self.forward, lambda: self.on_progress(), self._count_timer)
         objective: type[Objective[Any, Any]] = spec.model.family.part("objective")
         self.objective = objective(environment, self.model, objective_inputs)
         self.step = 0
@@ -130,6 +135,7 @@ class Trainer:
             # belong to this step, so they are discarded.
             self._dispatch.pop_sent_bytes()
             self._dispatch.pop_wait_seconds()
+        stopwatch = Stopwatch(self.device)
         batches, term_counts, targets = objective.count_targets(batches)
         with self._weight_casts():
             for i, batch in enumerate(batches, start=1):
@@ -156,19 +162,24 @@ class Trainer:
                         count_LE += torch.stack([r.count_E for r in routing])
                     # Strategies divide the sum of gradients over ranks by the world size. The step's loss is a mean
                     # over M micro-batches, so this factor replaces the division by the world size with a division by M.
-                    self.strategy.backward(step_loss * (self.mesh.world_size / m))
+                    step_loss = step_loss * (self.mesh.world_size / m)
+                    if i == rank_batches:
+                        # The callback is the first that this backward queues. So it is called at the backward's end,
+                        # but before the callbacks with which DDP and FSDP wait for other ranks' gradients.
+                        _register_hook(step_loss, lambda _: _queue_callback(stopwatch.stop))
+                    self.strategy.backward(step_loss)
                 self.on_progress()
         self.strategy.finish_reduction()
         loss_sum, balance_sum, dropped = loss_balance_dropped.tolist()
         rank_sums = StepSums(targets, loss_sum, balance_sum, int(dropped), count_LE.cpu(), part_sums_P2.cpu())
+        wait_seconds = self._dispatch.pop_wait_seconds() if self._dispatch else 0.0
+        own_seconds = stopwatch.seconds() - wait_seconds - self._count_timer.pop_seconds()
+        rank_sums = rank_sums._replace(wait_seconds=wait_seconds, own_seconds=own_seconds)
         if moe and self._dispatch:
             row_bytes = spec.model.row_width * bytes_per_value(spec)
             passes = 3 if spec.train.recompute == "block" else 2
             least_bytes = flat_row_bytes(rank_sums.count_LE, self.mesh.expert_ids(moe.experts), row_bytes, passes)
-            wait_seconds = self._dispatch.pop_wait_seconds()
-            rank_sums = rank_sums._replace(
-                sent_bytes=self._dispatch.pop_sent_bytes(), least_bytes=least_bytes, wait_seconds=wait_seconds
-            )
+            rank_sums = rank_sums._replace(sent_bytes=self._dispatch.pop_sent_bytes(), least_bytes=least_bytes)
         return rank_sums
 
     @property

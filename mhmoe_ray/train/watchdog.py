@@ -5,15 +5,18 @@ stopped, or whose node swaps, cannot detect this itself, and the other ranks wai
 without an error. Ray's own health check finds a dead process, not a hanging one.
 
 A rank hangs if it sends no heartbeat for the timeout (`cluster.hang_seconds`). If no rank makes progress for that long,
-the ranks that are behind the others hang. A straggler still makes progress and is left alone: the other ranks wait for
-it in every step, and with expert parallelism the metric `exchange_wait` shows how long each rank waits.
+those hang for which the others wait in a collective (hangs.py) or, if nobody waits, those that are behind. Before a
+rank is killed, the stacks of all ranks are written into the run directory. A straggler (stragglers.py) still makes
+progress and is left alone.
 """
 
 import asyncio
 import os
 import socket
 import time
-from collections.abc import Awaitable
+from collections import defaultdict
+from collections.abc import Awaitable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,11 +30,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from mhmoe_ray.errors import StorageError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.storage import location
+from mhmoe_ray.storage import location, replace_file, report_write_errors
+from mhmoe_ray.train import hangs
+from mhmoe_ray.train.hangs import GroupState, ProcessState, Wait
 
 # Time between two heartbeats of a rank, and between two checks for ranks that hang. It is short compared with the
 # timeout, which is 600 s by default (`cluster.hang_seconds`).
 HEARTBEAT_SECONDS = 1.0
+# Longest wait for the stacks of all ranks before those that hang are killed.
+STACKS_SECONDS = 3.0
 Phase = Literal["restoring", "training", "validating", "saving"]
 
 
@@ -66,13 +73,15 @@ class Progress:
     training_progress: int = 0  # finished pieces of training work, such as micro-batches; equal growth on all ranks
     step: int = 0
     phase: Phase = "restoring"
+    collectives: Mapping[str, GroupState] | None = None  # only while the rank makes no progress
 
 
 class Heartbeat(AbstractContextManager["Heartbeat"]):
     """Heartbeat of a rank: a thread that sends its progress every `HEARTBEAT_SECONDS` while the context is open."""
 
-    def __init__(self, watchdog: Any, worker_info: WorkerInfo) -> None:
-        self.worker_info = worker_info
+    def __init__(self, watchdog: Any, worker_info: WorkerInfo, stall_seconds: float) -> None:
+        """Prepare a heartbeat that tells the rank's collectives after `stall_seconds` without progress."""
+        self.worker_info, self._stall_seconds = worker_info, stall_seconds
         self._watchdog, self._progress, self._stop_event = watchdog, Progress(worker_info), Event()
         # The lock is needed because two threads count progress: the one that trains, and the one that writes a
         # checkpoint.
@@ -102,6 +111,7 @@ class Heartbeat(AbstractContextManager["Heartbeat"]):
             )
 
     def __enter__(self) -> "Heartbeat":
+        hangs.write_stacks_on_signal()
         self._thread.start()
         return self
 
@@ -110,8 +120,14 @@ class Heartbeat(AbstractContextManager["Heartbeat"]):
         self._thread.join()
 
     def _send_heartbeats(self) -> None:
+        activity, progress_time = -1, 0.0
         while True:
-            self._watchdog.receive.remote(self._progress)
+            progress, current_time = self._progress, time.monotonic()
+            if progress.activity != activity:
+                activity, progress_time = progress.activity, current_time
+            elif current_time - progress_time > self._stall_seconds:
+                progress = replace(progress, collectives=hangs.collectives())
+            self._watchdog.receive.remote(progress)
             if self._stop_event.wait(HEARTBEAT_SECONDS):
                 # Without this call the watchdog would take the rank for hung, because a rank that has ended sends no
                 # more heartbeats.
@@ -176,21 +192,81 @@ class Watchdog:
                 for record in self._records.values():
                     record.heartbeat_time = record.progress_time = current_time
             last_check_time = current_time
-            for hung_rank in self._hung_ranks(current_time):
-                await self._kill_rank(hung_rank, current_time)
+            if hung_ranks := self._hung_ranks(current_time):
+                waits = self._waits(current_time)
+                process_states, stacks_file = await self._record_stacks()
+                for hung_rank in hung_ranks:
+                    state = process_states.get(hung_rank.progress.worker_info)
+                    await self._kill_rank(hung_rank, current_time, waits, state, stacks_file)
+                # The other ranks still wait for the killed ones, until they notice that these are gone.
+                for record in self._records.values():
+                    record.heartbeat_time = record.progress_time = time.monotonic()
 
     def _hung_ranks(self, current_time: float) -> list[_RankRecord]:
         """Return the ranks that hang; if all are stuck in the same collective operation, all of them do."""
         records = list(self._records.values())
-        silent_ranks = [r for r in records if current_time - r.heartbeat_time > self._timeout]
+        silent_ranks = [r for r in records if self._is_silent(r, current_time)]
         if silent_ranks or not records or any(current_time - r.progress_time <= self._timeout for r in records):
             return silent_ranks
+        awaited_ranks = hangs.awaited_ranks(self._waits(current_time))
+        if awaited_records := [r for r in records if r.progress.worker_info.rank in awaited_ranks]:
+            return awaited_records
         # The counter `activity` of a rank does not show which ranks are behind: it also counts pieces of a checkpoint,
         # and ranks write different numbers of pieces.
         least_progress = min((r.progress.step, r.progress.training_progress) for r in records)
         return [r for r in records if (r.progress.step, r.progress.training_progress) == least_progress]
 
-    async def _kill_rank(self, record: _RankRecord, current_time: float) -> None:
+    def _is_silent(self, record: _RankRecord, current_time: float) -> bool:
+        return current_time - record.heartbeat_time > self._timeout
+
+    def _waits(self, current_time: float) -> dict[int, Wait]:
+        records = {record.progress.worker_info.rank: record for record in self._records.values()}
+        silent_ranks = [rank for rank, record in records.items() if self._is_silent(record, current_time)]
+        states = {rank: r.progress.collectives for rank, r in records.items() if r.progress.collectives is not None}
+        return hangs.find_waits(states, silent_ranks)
+
+    async def _record_stacks(self) -> tuple[dict[WorkerInfo, ProcessState], str | None]:
+        """Write the stacks of all ranks into one file of the run directory. Return the state of each rank's process,
+        and the path of the file in the run directory; None without any stacks."""
+        nodes = defaultdict[str, list[WorkerInfo]](list)
+        for worker_info in self._records:
+            nodes[worker_info.node].append(worker_info)
+        tasks: dict[Any, list[WorkerInfo]] = {}
+        for node, worker_infos in nodes.items():
+            strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+            processes = [(info.pid, info.began, info.start_ticks) for info in worker_infos]
+            task = asyncio.wrap_future(_read_processes.options(scheduling_strategy=strategy).remote(processes).future())
+            tasks[task] = worker_infos
+        finished_tasks, _ = await asyncio.wait(tasks, timeout=STACKS_SECONDS)
+        states: dict[WorkerInfo, ProcessState] = {}
+        for task in finished_tasks:
+            if error := task.exception():
+                # The node is gone. Ray detects this itself and ends the worker group.
+                print(f"watchdog: the stacks of a node cannot be read: {error}")
+                continue
+            states |= {info: state for info, state in zip(tasks[task], task.result(), strict=True) if state}
+        texts = [
+            f"rank {info.rank} (process {info.pid} on {info.host}), {state.activity}\n\n{state.stacks}\n"
+            for info, state in sorted(states.items(), key=lambda item: item[0].rank)
+        ]
+        file = self._run.stacks / f"{time.time():.0f}.txt"
+        try:
+            with report_write_errors(file):
+                replace_file(file, "\n".join(texts).encode())
+        except StorageError as e:
+            # The ranks must be killed even if their stacks cannot be written.
+            print(f"watchdog: the stacks of the ranks cannot be written: {e}")
+            return states, None
+        return states, f"{file.parent.name}/{file.name}"
+
+    async def _kill_rank(
+        self,
+        record: _RankRecord,
+        current_time: float,
+        waits: Mapping[int, Wait],
+        state: ProcessState | None,
+        stacks_file: str | None,
+    ) -> None:
         """Kill a rank that hangs. Record an event, unless Ray has ended the worker group and the process is gone."""
         progress, worker_info = record.progress, record.progress.worker_info
         self._records.pop(worker_info, None)
@@ -205,9 +281,14 @@ class Watchdog:
             print(f"watchdog: rank {worker_info.rank} on {worker_info.host} cannot be killed: {e}")
             return
         if was_alive:
-            is_silent = current_time - record.heartbeat_time > self._timeout
+            is_silent = self._is_silent(record, current_time)
             seconds = round(current_time - (record.heartbeat_time if is_silent else record.progress_time), 1)
             fields = {"rank": worker_info.rank, "host": worker_info.host, "pid": worker_info.pid, "step": progress.step}
+            waiting_ranks = defaultdict[str, list[int]](list)
+            for rank, wait in sorted(waits.items()):
+                if worker_info.rank in wait.missing_ranks:
+                    waiting_ranks[wait.collective].append(rank)
+            fields |= {"state": state and state.activity, "waiting": waiting_ranks, "stacks": stacks_file}
             try:
                 events.record(self._run, "hung", **fields, doing=progress.phase, seconds=seconds, silent=is_silent)
             except StorageError as e:
@@ -216,17 +297,35 @@ class Watchdog:
 
 
 @ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]  # Ray's decorator is untyped
+def _read_processes(processes: list[tuple[int, float, int | None]]) -> list[ProcessState | None]:
+    """Return the states of processes of this node, each given by its id and start time; None for one that is gone."""
+
+    def read_process(process: tuple[int, float, int | None]) -> ProcessState | None:
+        try:
+            return hangs.read_process(process[0]) if _is_alive(*process) else None
+        except (psutil.NoSuchProcess, OSError):
+            return None
+
+    with ThreadPoolExecutor(len(processes)) as executor:
+        return list(executor.map(read_process, processes))
+
+
+@ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]
 def _kill_process(pid: int, began: float, start_ticks: int | None) -> bool:
     """Kill a process of this node if it started at the given time, and return whether it was alive."""
     try:
-        process = psutil.Process(pid)
-        is_same = process.create_time() == began if start_ticks is None else _start_ticks(pid) == start_ticks
-        if not is_same or process.status() == psutil.STATUS_ZOMBIE:
+        if not _is_alive(pid, began, start_ticks):
             return False
-        process.kill()
+        psutil.Process(pid).kill()
     except psutil.NoSuchProcess:
         return False
     return True
+
+
+def _is_alive(pid: int, began: float, start_ticks: int | None) -> bool:
+    process = psutil.Process(pid)
+    is_same = process.create_time() == began if start_ticks is None else _start_ticks(pid) == start_ticks
+    return is_same and process.status() != psutil.STATUS_ZOMBIE
 
 
 def _start_ticks(pid: int) -> int | None:

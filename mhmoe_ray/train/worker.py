@@ -38,7 +38,8 @@ from mhmoe_ray.train.objectives import Objective
 from mhmoe_ray.train.objectives.base import DIGEST_BYTES
 from mhmoe_ray.train.preemption import PreemptedError, preemption_notice
 from mhmoe_ray.train.step import StepSums, Trainer, Update
-from mhmoe_ray.train.telemetry.line import WaitShares, step_line
+from mhmoe_ray.train.stragglers import StragglerRecorder, slowdowns
+from mhmoe_ray.train.telemetry.line import RankTimes, step_line
 from mhmoe_ray.train.telemetry.sinks import Telemetry
 from mhmoe_ray.train.watchdog import Heartbeat, WorkerInfo
 
@@ -61,8 +62,10 @@ def train_worker(config: dict[str, Any], shard: Future[ray.data.DataIterator]) -
     run = RunDir(location(config["run"]))
     rank = dist.get_rank() if dist.is_initialized() else 0
     _set_up_logging(rank)
-    with Heartbeat(config["watchdog"], WorkerInfo.current(rank)) as heartbeat:
-        Worker(run, run.spec(), config["attempt"], heartbeat, shard).train()
+    spec = run.spec()
+    # A hang lasts for `hang_seconds`; a rank that makes no progress for half of that probably takes part in one.
+    with Heartbeat(config["watchdog"], WorkerInfo.current(rank), spec.cluster.hang_seconds / 2) as heartbeat:
+        Worker(run, spec, config["attempt"], heartbeat, shard).train()
 
 
 def _set_up_logging(rank: int) -> None:
@@ -98,6 +101,7 @@ class Worker:
             use_expandable_segments(os.environ)
         rank = heartbeat.worker_info.rank
         worker_infos = _gather_objects(heartbeat.worker_info)
+        self._straggler_recorder = StragglerRecorder(run, worker_infos)
         mesh = build_mesh(spec.cluster, [p.node for p in worker_infos], device.type, _node_domains(spec, worker_infos))
         self.data = require_data_manifest(spec.data.prepared)
         objective: type[Objective[Any, Any]] = spec.model.family.part("objective")
@@ -249,28 +253,29 @@ class Worker:
 
     def _gather_metrics(
         self, sums: StepSums, batches: "_TimedBatches", update: Update, step_start: float
-    ) -> tuple[dict[str, Any], torch.Tensor, WaitShares, bool, bool]:
+    ) -> tuple[dict[str, Any], torch.Tensor, RankTimes, bool, bool]:
         """Gather the step's metrics of all ranks, in one collective operation.
 
-        Return the step's line, the routes to each layer's experts over all ranks, this rank's shares of waiting, and
+        Return the step's line, the routes to each layer's experts over all ranks, this rank's times, and
         whether a stop is requested and a node is preempted. A checkpoint that could not be written is a CheckpointError
         on all ranks at the same step; a newer job of the run is a RunError on rank 0.
         """
         stop_requested = self.rank == 0 and self._stop_requested()
         seconds = time.monotonic() - step_start
-        waits = WaitShares(batches.wait_seconds / seconds, sums.wait_seconds / seconds)
+        waits = RankTimes(batches.wait_seconds / seconds, sums.wait_seconds / seconds)
         sent_bytes = [sums.sent_bytes.rows, sums.least_bytes, sums.sent_bytes.counts, sums.sent_bytes.between_nodes]
         values_to_sum = [sums.loss, sums.balance, sums.dropped, *sent_bytes]
-        values_to_maximize = [*waits, stop_requested, preemption_notice() is not None, self.saver.has_failed]
+        values_to_maximize = [*waits[:2], stop_requested, preemption_notice() is not None, self.saver.has_failed]
         rank_values: list[list[float]] = [
             values_to_sum,
             values_to_maximize,
             [*batches.digests],
             sums.count_LE.flatten().tolist(),
             sums.part_sums_P2.flatten().tolist(),
+            [sums.own_seconds - batches.wait_seconds, batches.wait_seconds],
         ]
         gathered_values = _gather_numbers(torch.tensor(list(chain(*rank_values)), dtype=torch.float64))
-        totals, maxima, digests, routes, part_sums = torch.split(
+        totals, maxima, digests, routes, part_sums, times_R2 = torch.split(
             gathered_values, [len(part) for part in rank_values], dim=1
         )
         loss, balance, dropped, sent_rows, least_rows, sent_counts, sent_between_nodes = totals.sum(0).tolist()
@@ -293,7 +298,12 @@ class Worker:
             sent_bytes=SentBytes(int(sent_rows), int(sent_counts), int(sent_between_nodes)),
             least_bytes=int(least_rows),
         )
-        longest_waits, seconds = WaitShares(data_wait, exchange_wait), time.monotonic() - step_start
+        slowdown_R = slowdowns(times_R2.sum(1).numpy())
+        waits = waits._replace(slowdown=float(slowdown_R[self.rank]))
+        if self.rank == 0:
+            self._straggler_recorder.record(self.trainer.step, times_R2.numpy())
+        longest_waits = RankTimes(data_wait, exchange_wait, float(slowdown_R.max()))
+        seconds = time.monotonic() - step_start
         line = step_line(self.trainer, self.group, step_totals, digest, longest_waits, update, seconds)
         return line, count_LE, waits, bool(stop_flag), bool(preemption_flag)
 

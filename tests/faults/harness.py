@@ -15,7 +15,7 @@ from typing import Any
 from mhmoe_ray.checkpoint.manifest import MANIFEST, committed_checkpoints, read_manifest, uncommitted_checkpoints
 from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.storage import Location
+from mhmoe_ray.storage import Location, replace_file
 from tests.cli.audit import assert_samples_in_order
 from tests.cli.conftest import write_spec
 from tests.cli.run import mhmoe
@@ -160,3 +160,8 @@ def disturbing_environment(**variables: str) -> dict[str, Any]:
     """Return the cluster section of a spec whose job and workers are disturbed, as disturbed/sitecustomize.py says."""
     folders = [str(Path(__file__).parent / "disturbed"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"runtime_env": {"env_vars": {**variables, "PYTHONPATH": os.pathsep.join(folders)}}}
+
+
+def run_code(folder: Path, pid: int, code: str) -> None:
+    """Run code in a process of a run that has `disturbing_environment(CODE=folder)`."""
+    replace_file(folder / str(pid), code.encode())

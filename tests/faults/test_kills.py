@@ -23,7 +23,7 @@ from mhmoe_ray.train import malloc
 from tests.cli.run import assert_one_line, command, mhmoe
 from tests.faults import harness
 from tests.support.offline_tracker import offline_history
-from tests.support.watch import events_of_kind, run_has_ended, start_events, step_of, wait_for_end, wait_until
+from tests.support.watch import run_has_ended, start_events, step_of, wait_for_end, wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -53,21 +53,6 @@ def test_two_random_kills_change_nothing(project, request):
     harness.assert_equals_undisturbed_run(run, reference)
     assert len(committed_checkpoints(run)) <= 3  # the two newest ones, and the best one if it is older
     assert uncommitted_checkpoints(run) == []
-
-
-@pytest.mark.slow  # the quick tests of the watchdog's choice are in tests/train/test_watchdog.py
-def test_a_hanging_rank_is_named_and_ended_and_changes_nothing(project, reference):
-    """The rank is suspended: its process exists but neither computes nor answers, and the other rank waits for it."""
-    run = started_run(project, cluster={"hang_seconds": 15})
-    stopped_worker = harness.workers_of_start(run, 1)[1]
-    assert harness.kill(stopped_worker["pid"], signal.SIGSTOP)
-    step_before = step_of(run)
-    [hung] = wait_until(lambda: events_of_kind(run, "hung"), "the event of the watchdog")
-    assert (hung["rank"], hung["pid"], hung["silent"]) == (1, stopped_worker["pid"], True)
-    assert step_before - 1 <= hung["step"] <= step_before + 1
-    wait_for_end(run)
-    harness.assert_equals_undisturbed_run(run, reference)
-    assert "rank 1 (process" in mhmoe(project, "status", run.id).out
 
 
 @pytest.mark.slow

@@ -119,7 +119,7 @@ def test_side_progress_does_not_make_a_rank_behind(actor, clock):
 
 def test_progress_reports_of_all_threads_are_counted():
     """Two threads report at the same time, and both reports count."""
-    heartbeat, count = Heartbeat(None, WORKERS[0]), 50_000
+    heartbeat, count = Heartbeat(None, WORKERS[0], TIMEOUT), 50_000
     switch_interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
@@ -144,9 +144,16 @@ def test_forgotten_ranks_do_not_hang(actor, clock):
 def test_hang_description_names_rank_and_process(tmp_path):
     fields = {"rank": 3, "host": "n1", "pid": 4711, "step": 41, "doing": "training", "seconds": 600.2}
     events.record(RunDir(tmp_path), "hung", **fields, silent=True)
-    [event] = events.read(RunDir(tmp_path))
+    waiting = {"all_to_all 1,204": [0, 1], "all_reduce 7": [2]}
+    events.record(RunDir(tmp_path), "hung", **fields, silent=True, state="stopped", waiting=waiting, stacks="stacks/1")
+    old_event, event = events.read(RunDir(tmp_path))
+    assert events.describe_hang(old_event) == (
+        "rank 3 (process 4711 on n1): it sent no heartbeat for 600 s, training after step 41, and was killed"
+    )
     assert events.describe_hang(event) == (
-        "rank 3 (process 4711 on n1) sent no heartbeat for 600 s, training after step 41; it was killed"
+        "ranks 0, 1 wait in all_to_all 1,204 and rank 2 waits in all_reduce 7 for rank 3 (process 4711 on n1), "
+        "which is stopped: it sent no heartbeat for 600 s, training after step 41, and was killed "
+        "(stacks of all ranks: stacks/1)"
     )
 
 

@@ -55,7 +55,8 @@ class PartObjective(Objective[Batch, PartLosses]):
         counts = np.sum([self.target_counts(batch) for batch in batches], axis=0)
         count_P = torch.from_numpy(counts).to(self.device)
         if self.mesh.world_size > 1:
-            dist.all_reduce(count_P)
+            with self.environment.wait_timer.measure(self.device):
+                dist.all_reduce(count_P)
         return batches, count_P.tolist(), self.spec.tokens_per_step
 
     def model_arguments(self, batch: Batch) -> ModelArguments:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mhmoe_ray.distributed.dispatch.exchange import WaitTimer
 from mhmoe_ray.distributed.mesh import Mesh
 from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.spec import RunSpec
@@ -62,6 +63,7 @@ class Environment(NamedTuple):
     device: torch.device
     run_model: Callable[[Any], Any]  # model's output for a micro-batch, in the run's precision, without random numbers
     on_progress: Callable[[], None]  # to call after each micro-batch of a validation, for the watchdog
+    wait_timer: WaitTimer  # of the waits for other ranks while targets are counted
 
 
 class Change(Protocol):

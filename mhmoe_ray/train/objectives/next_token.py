@@ -136,7 +136,8 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
         batches = list(batches)
         count = torch.stack([batch.counts_BT.sum() for batch in batches]).sum()
         if self.mesh.world_size > 1:
-            dist.all_reduce(count)
+            with self.environment.wait_timer.measure(self.device):
+                dist.all_reduce(count)
         return batches, [int(count)], int(count)
 
     def model_arguments(self, batch: MicroBatch) -> ModelArguments:

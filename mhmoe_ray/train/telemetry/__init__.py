@@ -9,6 +9,6 @@
     mlflow.py        an MLflow server, if the spec names one
     wandb.py         Weights & Biases, if the spec asks for it
 
-Rank 0 reports the metrics of the whole run. Each rank reports its own waits (`data_wait`, `exchange_wait`), from which
-a straggler can be found (train/watchdog.py).
+Rank 0 reports the metrics of the whole run. Each rank reports its own waits (`data_wait`, `exchange_wait`), and
+its own time (`slowdown`), with which stragglers are found (train/stragglers.py).
 """

@@ -1,6 +1,6 @@
 """Line of metrics.jsonl, which has all metrics of one training step.
 
-The shares of time that ranks wait reveal a straggler: the other ranks wait for its rows, or it waits for data itself.
+A straggler shows in the own times of ranks, which are without waits for others (train/stragglers.py).
 """
 
 import time
@@ -12,20 +12,21 @@ from mhmoe_ray.runs.metrics import expert_loads, load_entropy
 from mhmoe_ray.train.step import StepSums, Trainer, Update
 
 
-class WaitShares(NamedTuple):
-    """Shares of a step's time, from 0 to 1, that a rank spent waiting."""
+class RankTimes(NamedTuple):
+    """Times of a rank in a step: its waits as shares of the step's time, and its own time relative to the others'."""
 
     data: float  # for the data stream
     exchange: float  # for rows of other ranks: small on a straggler, and large on the ranks that wait for it
+    slowdown: float = 1.0  # own time over the median of the other ranks'
 
 
 def step_line(
-    trainer: Trainer, group: int, totals: StepSums, digest: str, waits: WaitShares, update: Update, seconds: float
+    trainer: Trainer, group: int, totals: StepSums, digest: str, waits: RankTimes, update: Update, seconds: float
 ) -> dict[str, Any]:
     """Return the metrics of a step by name, for a line of metrics.jsonl.
 
     `trainer` is the trainer after the step, `totals` are over all ranks, `digest` is of the step's samples in their
-    order, and `waits` has the largest shares of any rank.
+    order, and `waits` has the largest values of any rank.
     """
     spec = trainer.spec
     moe, tokens_per_s = spec.model.moe, totals.targets / seconds
@@ -63,6 +64,8 @@ def step_line(
             metrics.COUNTS_SENT: sent_bytes.counts,
         }
         line |= {metrics.ROWS_BETWEEN_NODES: sent_bytes.between_nodes, metrics.EXCHANGE_WAIT: waits.exchange}
+    if trainer.mesh.world_size > 1:
+        line[metrics.SLOWDOWN] = waits.slowdown
     if mfu := model_flops_utilisation(spec, tokens_per_s, trainer.mesh.world_size):
         line[metrics.MFU] = mfu
     return line

@@ -13,11 +13,12 @@ from mhmoe_ray.runs.metrics import (
     LAYER_ENTROPY,
     METRICS,
     PREFIX,
+    SLOWDOWN,
     Metric,
     expert_loads,
     load_entropy,
 )
-from mhmoe_ray.train.telemetry.line import WaitShares
+from mhmoe_ray.train.telemetry.line import RankTimes
 
 REPEAT_SECONDS = 5.0
 
@@ -56,9 +57,9 @@ class Gauges:
                     self._gauges[name].set(value, tags=dict(labels))
 
 
-def report_rank(gauges: Gauges, rank: int, waits: WaitShares) -> None:
-    """Report the shares of a step's time that a rank waited."""
-    for name, value in ((DATA_WAIT, waits.data), (EXCHANGE_WAIT, waits.exchange)):
+def report_rank(gauges: Gauges, rank: int, waits: RankTimes) -> None:
+    """Report the times of a rank in a step."""
+    for name, value in zip((DATA_WAIT, EXCHANGE_WAIT, SLOWDOWN), waits, strict=True):
         gauges.set(name, value, rank=str(rank))
 
 

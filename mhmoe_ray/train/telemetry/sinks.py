@@ -9,7 +9,7 @@ from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.metrics import expert_loads
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location
-from mhmoe_ray.train.telemetry.line import WaitShares
+from mhmoe_ray.train.telemetry.line import RankTimes
 from mhmoe_ray.train.telemetry.ray_metrics import Gauges, report_rank, report_run
 from mhmoe_ray.train.telemetry.servers import open_servers
 from mhmoe_ray.train.telemetry.tensorboard import TensorBoard
@@ -29,7 +29,7 @@ class Telemetry:
             queues = [QueuedTracker(server, run, start) for server in open_servers(run, spec)]
             self._trackers = [TensorBoard(run, group, start), *queues]
 
-    def report(self, line: dict[str, Any], count_LE: Tensor, waits: WaitShares) -> None:
+    def report(self, line: dict[str, Any], count_LE: Tensor, waits: RankTimes) -> None:
         """Report this rank's waits in a step and, on rank 0, the metrics in `line` and `count_LE`, which are over all
         ranks."""
         report_rank(self._gauges, self._rank, waits)

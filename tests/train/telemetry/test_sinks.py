@@ -5,7 +5,7 @@ import torch
 from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.train.telemetry import sinks
-from mhmoe_ray.train.telemetry.line import WaitShares
+from mhmoe_ray.train.telemetry.line import RankTimes
 from mhmoe_ray.train.telemetry.sinks import Telemetry
 from tests.support.events import LINE
 from tests.support.specs import tiny_spec
@@ -41,7 +41,7 @@ def test_trackers_get_the_lines_and_the_end_of_a_run_from_rank_0(tmp_path, monke
         telemetry = open_telemetry(tmp_path, rank)
         for step in (1, 2):
             line = {**LINE, metrics.STEP: step}
-            telemetry.report(line, torch.ones(1, 4), WaitShares(0.0, 0.0))
+            telemetry.report(line, torch.ones(1, 4), RankTimes(0.0, 0.0))
         telemetry.report_checkpoint(tmp_path / "checkpoint")
         telemetry.flush()
         telemetry.close("KILLED")
