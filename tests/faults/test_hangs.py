@@ -73,7 +73,7 @@ def hang_rank(run, folder, start, rank, request):
 
 def test_a_hanging_rank_is_named_and_ended_and_changes_nothing(project, tmp_path, reference):
     """First a process is stopped, then a function never returns; the other rank waits in a collective each time."""
-    run = submit(project, tmp_path, 120, 10)
+    run = submit(project, tmp_path, 120, 20)
     hang_rank(run, tmp_path, 1, 1, "stop")
     hang_rank(run, tmp_path, 2, 0, f"loop {FUNCTIONS[0]}")
     output = " ".join(mhmoe(project, "status", run.id).out.split())
@@ -88,7 +88,7 @@ def test_a_hanging_rank_is_named_and_ended_and_changes_nothing(project, tmp_path
 def test_random_hangs_are_named(project, tmp_path, workers):
     """Twenty hangs at random moments, of which half are stopped processes."""
     rng = random.Random(int(os.environ.get("SOAK_SEED", "1")))
-    run = submit(project, tmp_path, 100_000, 10, workers=workers)
+    run = submit(project, tmp_path, 100_000, 30, workers=workers)
     seconds = []
     for start in range(1, 21):
         harness.workers_of_start(run, start)
