@@ -10,6 +10,7 @@
     logs.py           the log lines of a run
     checkpoints.py    the checkpoints of a run
     evaluation.py     the quality of a checkpoint
+    documents.py      the documents of a step, and the steps of a document
     survey.py         a survey of raw text
     model.py          a model in this process: generate text, compute logits
     model_source.py   a stored model that is not loaded yet

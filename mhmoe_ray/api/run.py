@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mhmoe_ray.api import attempts
 from mhmoe_ray.api.checkpoints import Checkpoint, CheckpointName, list_checkpoints, path_text, pick_checkpoint
@@ -26,6 +26,9 @@ from mhmoe_ray.runs.directory import RunDir, last_attempt
 from mhmoe_ray.spec import RunSpec, apply_overrides, load_resolved_spec, parse_overrides, validate_section
 from mhmoe_ray.storage import Location, default_storage, location
 from mhmoe_ray.terminal import Activity, without_colours
+
+if TYPE_CHECKING:
+    from mhmoe_ray.data.documents import DocumentRead, StepDocument
 
 
 def submit(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_note) -> "Run":
@@ -205,6 +208,40 @@ class Run:
         if outcome.state == "failed":
             raise attempts.failure_error(directory, outcome)
         return outcome.state
+
+    def documents_at(self, step: int, rank: int | None = None) -> "list[StepDocument]":
+        """Return the documents that a step read, in their order, each with its place, text and weight.
+
+        Args:
+            step: one of the run's steps, from 1.
+            rank: rank of a worker; None for all.
+
+        Raises:
+            RunError: the run has not done this step, or not with this rank, or was imported.
+            DataError: the prepared data are gone or changed.
+        """
+        # This import, like that of `find_document`, is delayed, because the module imports pyarrow.
+        from mhmoe_ray.api.documents import documents_at
+
+        return documents_at(self._existing_directory, step, rank)
+
+    def find_document(
+        self, file: str | PathLike[str], line: int | None = None, on_note: OnNote = ignore_note
+    ) -> "list[DocumentRead]":
+        """Return at which steps a document was read, also by the runs that this run started from.
+
+        Args:
+            file: path or URI of a raw file, or the end of it.
+            line: a line of the document, its row in a table, or its number in a tar file; None for the whole file.
+            on_note: callback that gets a line of text about each earlier run that is gone.
+
+        Raises:
+            RunError: the run was imported.
+            DataError: the prepared data are gone or changed, have no index, or do not have this document.
+        """
+        from mhmoe_ray.api.documents import find_document
+
+        return find_document(self._existing_directory, path_text(file), line, on_note)
 
     def stop(self, now: bool = False, on_note: OnNote = ignore_note) -> str:
         """Stop the run, and return its state when it is over; `resume` can continue it.

@@ -11,6 +11,7 @@
     plan.py, plan_tables.py                 sizes, memory, traffic and placement of a spec's run, and estimated times
     presets.py     models by name         schema.py     the JSON schema of specs
     data.py        write sample text, prepare text as shards
+    data_documents.py   the documents of a step, and the steps of a document
     data_mix.py    how much training reads of each source of documents
     data_inspect.py, data_inspect_view.py   the contents of raw text, and problems in it
     serve.py       answers over HTTP

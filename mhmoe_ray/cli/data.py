@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import mhmoe_ray as mh
-from mhmoe_ray.cli import data_inspect, data_mix, options
+from mhmoe_ray.cli import data_documents, data_inspect, data_mix, options
 from mhmoe_ray.cli.follow import follow_preparation
 from mhmoe_ray.cli.formats import format_bytes
 from mhmoe_ray.cli.output import number_table, out, print_json, print_line, print_note, print_table, show_activity
@@ -265,3 +265,5 @@ app.command("lint")(data_inspect.lint)
 app.command("prepare")(prepare)
 app.command("copy")(copy)
 app.command("mix")(data_mix.mix)
+app.command("at")(data_documents.step_documents)
+app.command("find")(data_documents.document_steps)

@@ -181,7 +181,7 @@ def _print_samples(target: "SurveyTarget", start: int, count: int, json: bool) -
     if not target.spec.model.family.predicts_next_token:
         reason = f"--samples shows texts of a decoder, and this is {target.spec.model.family.title}"
         raise SpecError(f"spec {target.name}", reason, "leave it out")
-    samples = decode_samples(target.spec, start, count, target.samples_before)
+    samples = decode_samples(target.spec, range(start, start + count), target.samples_before)
     if json:
         print_json([asdict(sample) for sample in samples])
         return

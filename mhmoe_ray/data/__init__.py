@@ -11,6 +11,7 @@ images/              checks and decodes images, and their classes and objects
 family.py            the interface of the data of a family of models
 draws.py             random numbers that a seed and a label determine
 domains.py           names of domains and languages
+documents.py         the documents of a step, and the steps of a document
 samples.py           the training samples by position, and the held-out samples
 stream.py            streams the samples of the shards to the workers of a training, in the order of order/
 """

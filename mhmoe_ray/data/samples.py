@@ -45,8 +45,12 @@ class TrainingSamples:
 
     def locate_sample(self, position: int) -> tuple[str, int]:
         """Return the domain of the sample at `position` and the sample's number in it."""
-        domains, samples = self._order(np.array([position]))
-        return self._names[domains[0]], int(samples[0])
+        return self.locate_samples([position])[0]
+
+    def locate_samples(self, positions: Sequence[int]) -> list[tuple[str, int]]:
+        """Return the domain of the sample at each position, and the sample's number in it."""
+        domains, samples = self._order(np.array(positions, np.int64))
+        return [(self._names[domain], sample) for domain, sample in zip(domains, samples.tolist(), strict=True)]
 
     def experts(self, positions: np.ndarray) -> np.ndarray | None:
         """Return the expert of each position for router `domain`, or None."""

@@ -1,6 +1,6 @@
 """Packed training samples decoded to text: the input of the model, in the order of the training."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from operator import itemgetter
@@ -15,6 +15,7 @@ from mhmoe_ray.data.shards.columns import (
     document_start_mask,
     padding_mask,
     padding_token,
+    target_mask,
 )
 from mhmoe_ray.data.shards.manifest import TOKENIZER_FILE
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
@@ -40,6 +41,10 @@ class SamplePart:
     """Number of tokens, including the start token."""
     text: str
     """Text without the start token."""
+    offset: int
+    """Place of its first token in the sample."""
+    targets: int
+    """Tokens that count in the loss and are predicted from the piece; its last one predicts the next piece's start."""
     pieces: list[TextPiece] | None = None
     """Text of a conversation, cut where targets begin and end; None without conversations, when all text is targets."""
 
@@ -61,25 +66,26 @@ class DecodedSample:
 
 
 def decode_samples(
-    spec: RunSpec, start: int, count: int, samples_before: Mapping[str, int] | None = None
+    spec: RunSpec, positions: Sequence[int], samples_before: Mapping[str, int] | None = None
 ) -> list[DecodedSample]:
-    """Return the training samples at positions start .. start + count - 1, decoded to text.
+    """Return the training samples at some positions, decoded to text.
 
-    The text includes the last token of a sample, which is a target but never an input. `samples_before` has the samples
-    of each domain that earlier runs have read, if this run continues their order (`compute_mixture`). Data that are not
-    prepared, or positions outside of the training, are a DataError.
+    `positions` are sorted. The text includes the last token of a sample, which is a target but never an input.
+    `samples_before` has the samples of each domain that earlier runs have read, if this run continues their order
+    (`compute_mixture`). Data that are not prepared, or positions outside of the training, are a DataError.
     """
     position_count = spec.train.steps * spec.samples_per_step
-    if not 0 <= start <= start + count <= position_count:
+    if not 0 <= positions[0] <= positions[-1] < position_count:
         fix = f"ask for positions from 0 to {position_count - 1:,}"
-        raise DataError(f"samples {start:,} to {start + count - 1:,}", f"the training has {position_count:,}", fix)
+        raise DataError(f"samples {positions[0]:,} to {positions[-1]:,}", f"the training has {position_count:,}", fix)
     samples = TrainingSamples(spec, samples_before)
     tokenizer = load_tokenizer(spec.data.prepared / TOKENIZER_FILE, spec.model.text_vocab_size)
     start_token, padding = boundaries(tokenizer).start, padding_token(samples.token_bytes)
-    decoded_samples, positions = [], range(start, start + count)
-    for position, row in zip(positions, samples.read(np.array(positions, np.int64)), strict=True):
+    decoded_samples, rows = [], samples.read(np.array(positions, np.int64))
+    for position, (domain, sample), row in zip(positions, samples.locate_samples(positions), rows, strict=True):
         length = int((~padding_mask(row, padding)).sum())
         token_ids = columns_of(row)[TOKENS][:length].tolist()
+        mask = target_mask(row, padding)
         targets = None if row.dtype.names is None else row[TARGETS][:length]
         starts = np.flatnonzero(document_start_mask(row[:length], start_token)).tolist()
         # A sample may begin within a document, so its first piece begins at 0 even without a start token.
@@ -89,7 +95,8 @@ def decode_samples(
             begins = piece_start in starts
             span = slice(piece_start + begins, piece_end)
             text = tokenizer.decode(token_ids[span], skip_special_tokens=False)
-            part = SamplePart(begins, piece_end - piece_start, text)
+            target_count = int(mask[piece_start + 1 : piece_end + 1].sum())
+            part = SamplePart(begins, piece_end - piece_start, text, piece_start, target_count)
             if targets is not None:
                 tokens = zip(token_ids[span], targets[span].tolist(), strict=True)
                 part.pieces = [
@@ -97,7 +104,6 @@ def decode_samples(
                     for is_target, group in groupby(tokens, itemgetter(1))
                 ]
             parts.append(part)
-        domain, sample = samples.locate_sample(position)
         step = position // spec.samples_per_step
         decoded_samples.append(DecodedSample(position, step, domain, sample, parts, len(row) - len(token_ids)))
     return decoded_samples

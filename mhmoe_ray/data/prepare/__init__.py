@@ -7,6 +7,7 @@ pipeline.py     the stages of the job, with Ray Data: chunks to parts, parts to 
 chunks.py       reads the documents of raw files in chunks, and quarantines unreadable lines
 tokenise.py     turns a chunk into a part
 parts.py        records of parts, and the tokens of a domain as one stream over its parts
+documents.py    the documents of a shard, for its index
 packing.py      plans shards, by concatenation or best fit, and writes them
 rows.py         makes parts, shards and validation samples for encoders and vision models, with images
 checks.py       checks that there are enough samples, before shards are written

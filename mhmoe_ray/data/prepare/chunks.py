@@ -93,6 +93,8 @@ class DocumentChunk(NamedTuple):
     """Counts of the items read since the previous chunk."""
     is_aborted: bool
     """True if the reading of the file was aborted here for too many bad items."""
+    path: str = ""
+    """Path or URI of the file."""
 
     def as_table(self) -> pa.Table:
         """Return the chunk as a table of one row."""
@@ -155,7 +157,8 @@ def _file_chunks(
         if bad_entries:
             replace_file(quarantine_file(quarantine, file_number, chunk_number), "".join(bad_entries).encode())
         # The last chunk is yielded even without items: its tally counts the file and the bytes at its end.
-        yield DocumentChunk(file_number, chunk_number, documents, reader.tally.counts_since(previous_tally), is_aborted)
+        tally = reader.tally.counts_since(previous_tally)
+        yield DocumentChunk(file_number, chunk_number, documents, tally, is_aborted, file.path)
         previous_tally = reader.tally.copy()
         if is_last:
             return

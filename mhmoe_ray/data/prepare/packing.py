@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mhmoe_ray.data.prepare.documents import ShardDocuments
 from mhmoe_ray.data.prepare.parts import Tokens, TokenStream
 from mhmoe_ray.data.shards.columns import (
     Samples,
@@ -17,6 +18,7 @@ from mhmoe_ray.data.shards.columns import (
     single_token,
     target_mask,
 )
+from mhmoe_ray.data.shards.documents import write_index
 from mhmoe_ray.data.shards.files import SHARD_BYTES, rows_per_shard, to_batch, write_shard
 from mhmoe_ray.data.shards.manifest import Shard
 from mhmoe_ray.spec import DataSpec
@@ -48,6 +50,8 @@ class PackedSamples(NamedTuple):
     """Number of targets that are padding."""
     whole_documents: int
     """Documents that are whole within one sample."""
+    pieces: np.ndarray
+    """Sample, offset and document of each piece of a document, (pieces, 3), sorted."""
 
 
 def plan_best_fit(stream: TokenStream, tokens_per_shard: int) -> list[TokenStream]:
@@ -84,7 +88,10 @@ def pack_best_fit(tokens: Tokens, seq_len: int, start: int, padding: int) -> Pac
         samples[bin_index, 1 + bin_offset : 1 + bin_offset + length] = extended_tokens[
             token_index + 1 : token_index + 1 + length
         ]
-    return PackedSamples(samples, bin_count * seq_len - int(targets.sum()), int((targets <= seq_len).sum()))
+    piece_columns = np.array(sorted((p.bin_index, p.bin_offset, p.document) for p in pieces), np.int64).reshape(-1, 3)
+    return PackedSamples(
+        samples, bin_count * seq_len - int(targets.sum()), int((targets <= seq_len).sum()), piece_columns
+    )
 
 
 class _Piece(NamedTuple):
@@ -179,13 +186,18 @@ class ShardPlan(NamedTuple):
         """Pack the tokens, and write the shard."""
         seq_len, padding = settings.seq_len, padding_token(settings.token_bytes)
         tokens = self.tokens.read()
+        documents = ShardDocuments.of_slices(settings.parts, self.tokens.parts)
         if self.samples is None:
-            samples, padding_count, whole_documents = pack_best_fit(tokens, seq_len, settings.start, padding)
+            packed_samples = pack_best_fit(tokens, seq_len, settings.start, padding)
+            samples, padding_count, whole_documents, piece_columns = packed_samples
+            pieces = documents.pieces(*piece_columns.T)
         else:
             samples, padding_count = cut_concat(tokens, self.samples, seq_len), 0
+            pieces = documents.cut(self.samples, seq_len)
             whole_documents = count_whole_documents(tokens, self.samples, seq_len, settings.start)
         batch = to_batch(columns_of(samples))
         shard = write_shard(settings.folder, f"train/{self.domain}/{self.number:05d}.arrow", batch)
+        write_index(settings.folder, shard, pieces)
         targets = int(target_mask(samples, padding)[:, 1:].sum())
         return ShardResult(self.domain, self.number, shard, padding_count, whole_documents, targets)
 

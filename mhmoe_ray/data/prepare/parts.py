@@ -43,6 +43,10 @@ class PartSlice(NamedTuple):
     name: str
     start: int
     stop: int
+    path: str = ""
+    """Path or URI of the raw file."""
+    first_line: int = 0
+    """Position of the chunk's first document in the raw file."""
 
     @property
     def length(self) -> int:
@@ -67,6 +71,21 @@ class PartCounts(BaseModel):
     """None for a decoder."""
 
 
+class PartRecord(PartCounts):
+    """Content of the file beside a part: its counts, and list entries for its training documents.
+
+    `TokenisedPart` has the path of the raw file, because a part is used again after its file was moved.
+    """
+
+    lines: list[int]
+    """Positions in the raw file after that of the chunk's first document."""
+    line_counts: list[int]
+    lengths: list[int]
+    """Numbers of tokens, with start tokens, or of rows."""
+    names: list[str]
+    """`Document.name`; empty if no document of the part has one."""
+
+
 class TokenisedPart(NamedTuple):
     """Record of a part, which the driver keeps until all shards are packed."""
 
@@ -75,13 +94,15 @@ class TokenisedPart(NamedTuple):
     name: str
     """Empty for a chunk without documents."""
     counts: PartCounts
+    path: str = ""
+    first_line: int = 0
 
     def documents_slice(self, *, held_out: bool) -> PartSlice:
         """Return the training documents or the held-out documents as a slice of the part's tokens or rows."""
         rows = self.counts.rows
         training = self.counts.tokens if rows is None else rows.samples
         if not held_out:
-            return PartSlice(self.name, 0, training)
+            return PartSlice(self.name, 0, training, self.path, self.first_line)
         held_out_count = self.counts.held_out_tokens if rows is None else rows.held_out_samples
         return PartSlice(self.name, training, training + held_out_count)
 
@@ -101,7 +122,9 @@ class TokenStream:
         """Return the tokens start .. stop - 1 as a stream."""
         first_part, end_part = bisect_right(self._ends, start) - 1, bisect_left(self._ends, stop)
         parts = [
-            PartSlice(part.name, part.start + max(start - offset, 0), part.stop - max(offset + part.length - stop, 0))
+            part._replace(
+                start=part.start + max(start - offset, 0), stop=part.stop - max(offset + part.length - stop, 0)
+            )
             for part, offset in zip(self.parts[first_part:end_part], self._ends[first_part:end_part], strict=True)
         ]
         return TokenStream(self._folder, parts, self.dtype)
@@ -120,6 +143,11 @@ class TokenStream:
                 raise DataError(f"part {path}", reason, "remove that folder of parts and prepare again")
             arrays.append(tokens)
         return np.concatenate(arrays)
+
+
+def record_file(part: Location) -> Location:
+    """Return the path of the `PartRecord` of a part."""
+    return part.with_suffix(".json")
 
 
 def part_file(folder: Location, name: str, *, has_rows: bool = False) -> Location:

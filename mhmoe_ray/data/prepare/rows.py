@@ -14,10 +14,12 @@ import numpy as np
 import pyarrow as pa
 
 from mhmoe_ray.data.images.annotations import unpack
+from mhmoe_ray.data.prepare.documents import ShardDocuments
 from mhmoe_ray.data.prepare.packing import PackingSettings, ShardResult
 from mhmoe_ray.data.prepare.parts import PartSlice, RowCounts, TokenisedPart, part_file
 from mhmoe_ray.data.prepare.validation import ValidationSplit, select_rows
 from mhmoe_ray.data.shards.columns import ANNOTATION, IMAGE, TOKENS, padding_token, token_dtype
+from mhmoe_ray.data.shards.documents import write_index
 from mhmoe_ray.data.shards.files import (
     SHARD_BYTES,
     file_content,
@@ -103,13 +105,17 @@ def make_annotated_rows(documents: Sequence[Document], held_out: Sequence[bool])
     return content, counts
 
 
+def row_count(token_count: int, has_image: bool, seq_len: int) -> int:
+    """Return the number of rows of a document."""
+    return 1 if has_image else -(-max(0, token_count - 1) // (seq_len - 1))
+
+
 def token_rows(
     tokens: Sequence[int], has_image: bool, seq_len: int, padding: int, token_bytes: int
 ) -> Iterator[np.ndarray]:
     """Yield the `seq_len` tokens of each row of a document, which may end with padding; with an image, one row."""
     width = seq_len - 1
-    row_count = 1 if has_image else -(-max(0, len(tokens) - 1) // width)
-    for number in range(row_count):
+    for number in range(row_count(len(tokens), has_image, seq_len)):
         row = np.full(seq_len, padding, token_dtype(token_bytes))
         if tokens:
             stretch = tokens[1 + number * width : 1 + (number + 1) * width]
@@ -137,6 +143,8 @@ class RowPlan(NamedTuple):
         """Join the rows, and write the shard."""
         batch = join_batches([map_rows(settings.parts, part_slice) for part_slice in self.slices])
         shard = write_shard(settings.folder, f"train/{self.domain}/{self.number:05d}.arrow", batch)
+        documents = ShardDocuments.of_slices(settings.parts, self.slices)
+        write_index(settings.folder, shard, documents.cut(shard.rows, 1))
         return ShardResult(self.domain, self.number, shard, self.padding, self.whole_documents, self.targets)
 
 

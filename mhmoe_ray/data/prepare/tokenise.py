@@ -15,8 +15,16 @@ import pyarrow as pa
 
 from mhmoe_ray.data.chat.encoder import conversation_encoder
 from mhmoe_ray.data.prepare.chunks import DocumentChunk
-from mhmoe_ray.data.prepare.parts import PartCounts, RowCounts, TokenisedPart, Tokens, part_file
-from mhmoe_ray.data.prepare.rows import make_annotated_rows, make_rows, update_digest
+from mhmoe_ray.data.prepare.parts import (
+    PartCounts,
+    PartRecord,
+    RowCounts,
+    TokenisedPart,
+    Tokens,
+    part_file,
+    record_file,
+)
+from mhmoe_ray.data.prepare.rows import make_annotated_rows, make_rows, row_count, update_digest
 from mhmoe_ray.data.prepare.validation import cut_end, is_validation, smallest_fraction
 from mhmoe_ray.data.shards.columns import conversation_dtype, token_dtype
 from mhmoe_ray.data.sources import Document, Tally
@@ -90,25 +98,45 @@ def tokenise_chunk(
             ]
             if tokenizer is None:
                 content, rows = make_annotated_rows(documents, held_out)
-                counts = _count_documents(documents, [0] * len(documents), held_out, rows)
+                counts, lengths = (
+                    _count_documents(documents, [0] * len(documents), held_out, rows),
+                    [1] * len(documents),
+                )
             elif row_tokens is None:
                 tokens = [*_encode_documents(documents, tokenizer, token_bytes)]
                 # Training documents come first and held-out ones last, so that each kind is one slice of the part.
                 order = sorted(range(len(documents)), key=held_out.__getitem__)
                 content = memoryview(np.concatenate([tokens[number] for number in order]).tobytes())
-                counts = _count_documents(documents, map(len, tokens), held_out)
+                lengths = [len(ids) for ids in tokens]
+                counts = _count_documents(documents, lengths, held_out)
             else:
                 token_ids = _encode_captions(documents, tokenizer)
                 content, rows = make_rows(documents, token_ids, held_out, row_tokens, token_bytes)
                 counts = _count_documents(documents, map(len, token_ids), held_out, rows)
+                lengths = [
+                    row_count(len(ids), bool(document.image), row_tokens)
+                    for document, ids in zip(documents, token_ids, strict=True)
+                ]
             replace_file(path, content)
             counts.smallest_fraction = smallest_fraction(texts)
-            # The counts are written after the content, so a part with counts is complete.
-            replace_file(_counts_file(path), counts.model_dump_json().encode())
-    tokenised = TokenisedChunk(
-        TokenisedPart(chunk.file, chunk.number, name, counts), chunk.tally, chunk.is_aborted, is_reused
+            # The record is written after the content, so a part with a record is complete.
+            replace_file(record_file(path), _record(counts, documents, lengths, held_out).model_dump_json().encode())
+    first_line = documents[0].line if documents else 0
+    part = TokenisedPart(chunk.file, chunk.number, name, counts, chunk.path, first_line)
+    return {"tokenised": [pickle.dumps(TokenisedChunk(part, chunk.tally, chunk.is_aborted, is_reused))]}
+
+
+def _record(
+    counts: PartCounts, documents: Sequence[Document], lengths: Sequence[int], held_out: Sequence[bool]
+) -> PartRecord:
+    training = [number for number, is_held_out in enumerate(held_out) if not is_held_out]
+    return PartRecord(
+        **dict(counts),
+        lines=[documents[number].line - documents[0].line for number in training],
+        line_counts=[documents[number].lines for number in training],
+        lengths=[lengths[number] for number in training],
+        names=[documents[number].name for number in training] if any(d.name for d in documents) else [],
     )
-    return {"tokenised": [pickle.dumps(tokenised)]}
 
 
 def _part_name(
@@ -125,6 +153,8 @@ def _part_name(
         # other texts.
         digest.update(len(data).to_bytes(8))
         digest.update(data)
+    # The record of a part has these places. Lines count from the first document's, so a part is reused after a move.
+    digest.update(repr([(d.line - documents[0].line, d.lines, d.name) for d in documents]).encode())
     if conversations := [document.conversation for document in documents if document.conversation is not None]:
         digest.update(repr([(text, *spans) for text, spans in conversations]).encode())
     if row_tokens is not None:
@@ -132,14 +162,10 @@ def _part_name(
     return digest.hexdigest()[:40]
 
 
-def _counts_file(part: Location) -> Location:
-    return part.with_suffix(".json")
-
-
 def _find_counts(part: Location, row_bytes: int) -> PartCounts | None:
     """Return an existing part's counts, or None if it is missing, incomplete or damaged."""
     try:
-        counts = PartCounts.model_validate_json(_counts_file(part).read_bytes())
+        counts = PartCounts.model_validate_json(record_file(part).read_bytes())
         size = part.stat().st_size
     except FileNotFoundError:
         return None

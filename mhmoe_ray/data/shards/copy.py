@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from mhmoe_ray.data.shards.documents import index_file
 from mhmoe_ray.data.shards.files import byte_columns, has_fixed_rows
 from mhmoe_ray.data.shards.manifest import MANIFEST_FILE, QUARANTINE_FILE, DataManifest, require_data_manifest
 from mhmoe_ray.data.shards.ranges import checks_file, write_checks
@@ -48,7 +49,10 @@ def copy_folder(source: Location, target: Location) -> Iterator[CopyProgress]:
     hashes = _file_hashes(manifest)
     copied_bytes = 0
     with ThreadPoolExecutor(COPIERS) as threads, report_write_errors(target):
-        sizes = threads.map(lambda file: _copy_file(source, target, file, hashes[file]), hashes)
+        sizes = threads.map(
+            lambda file: _copy_file(source, target, file, hashes[file]) + _copy_index(source / file, target / file),
+            hashes,
+        )
         for number, size in enumerate(sizes, 1):
             copied_bytes += size
             yield CopyProgress(number, len(hashes) + 1, copied_bytes)
@@ -85,3 +89,12 @@ def _copy_file(source: Location, target: Location, file: str, sha256: str) -> in
         if has_fixed_rows(batch):
             write_checks(target / file, byte_columns(batch))
     return 0 if is_there else len(content)
+
+
+def _copy_index(source: Location, target: Location) -> int:
+    """Copy the index of a shard's documents, if there is one and the target has none; return the bytes written."""
+    if index_file(target).exists() or not index_file(source).exists():
+        return 0
+    content = retry_reads(lambda: read_file(index_file(source)))
+    replace_file(index_file(target), content)
+    return len(content)

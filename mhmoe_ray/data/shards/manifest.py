@@ -2,6 +2,7 @@
 
 <prepared>/
   train/<domain>/00000.arrow ...   packed samples, with the columns of columns.py
+  train/<domain>/00000.arrow.documents   the index of their documents, which the manifest does not list
   validation/00000.arrow           the held-out samples, domain by domain
   tokenizer.json  quarantine.jsonl  manifest.json
   chat_template.jinja              the template of the conversations, if a source has any

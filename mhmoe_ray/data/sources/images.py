@@ -134,7 +134,7 @@ def read_images(
         annotation = class_annotation(_folder_class(member)) if has_class else None
         columns = source.sample_columns
         item = image_document(path, number, "", checked_image, None, columns, annotation=annotation)
-        yield item._replace(line=1) if isinstance(item, BadLine) else item
+        yield item._replace(line=1) if isinstance(item, BadLine) else item._replace(name=member)
 
 
 def _folder_class(member: str) -> str | Fault:

@@ -63,6 +63,10 @@ class Document(NamedTuple):
     together."""
     annotation: bytes | None = None
     """Class or objects of the image, encoded by `data.images.annotations.pack`."""
+    lines: int = 1
+    """Number of lines that it takes from `line` on; more than 1 only in plain text."""
+    name: str = ""
+    """Name of its file in a folder of images, or of its sample in a tar file; else empty."""
 
     @property
     def model_text(self) -> str:

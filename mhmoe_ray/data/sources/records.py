@@ -255,4 +255,4 @@ class _TextPart:
             yield BadLine(self._path, self.first_line, Reason.NOT_UTF8, f"line {bad_line}")
             return
         if text.strip():
-            yield Document(text, self.first_line)
+            yield Document(text, self.first_line, lines=len(self._lines))

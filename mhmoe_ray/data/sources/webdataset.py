@@ -95,6 +95,7 @@ def read_webdataset(
             image_document(file.path, sample.number, sample.key, image, caption, columns, language, annotation)
             for language, caption in captions.items()
         ]
+        items = [item._replace(name=sample.key) if isinstance(item, Document) else item for item in items]
         # If the image of a sample cannot be used, neither can its captions, so the sample is a single line in the
         # quarantine.
         return items[:1] if "image" in columns and isinstance(image, Fault) else items

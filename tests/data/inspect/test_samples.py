@@ -50,7 +50,7 @@ def prepared(tmp_path_factory):
 def test_decode_samples_follows_the_training_order(prepared):
     spec, tokenizer, rows, (names, order) = prepared
     sample_count = spec.train.steps * spec.samples_per_step
-    samples = decode_samples(spec, 0, sample_count)
+    samples = decode_samples(spec, range(sample_count))
     domain, sample = order(np.arange(sample_count))
     part_kinds = set()
     for position, decoded_sample in enumerate(samples):
@@ -68,9 +68,9 @@ def test_decode_samples_follows_the_training_order(prepared):
 
 
 def test_decode_samples_decodes_a_range(prepared):
-    assert decode_samples(prepared[0], 37, 5) == decode_samples(prepared[0], 0, 60)[37:42]
+    assert decode_samples(prepared[0], range(37, 42)) == decode_samples(prepared[0], range(60))[37:42]
 
 
 def test_decode_samples_rejects_positions_after_the_training(prepared):
     with pytest.raises(DataError, match="the training has 160; ask for positions from 0 to 159"):
-        decode_samples(prepared[0], 159, 2)
+        decode_samples(prepared[0], range(159, 161))

@@ -13,6 +13,7 @@ import torch
 from mhmoe_ray.data.prepare.job import PrepareRequest
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.shards.columns import padding_token
+from mhmoe_ray.data.shards.documents import DocumentIndex
 from mhmoe_ray.data.shards.manifest import read_data_manifest
 from mhmoe_ray.data.shards.reader import ShardReader
 from mhmoe_ray.data.shards.recipe import recipe, require_prepared_data
@@ -208,12 +209,33 @@ def test_validation_samples_are_spread_over_all_domains(results):
     assert counts["texts/en"] > 1
 
 
+def test_the_index_names_the_image_and_the_line_of_each_row(results):
+    folder, manifest = results.mixed.data.prepared, require_prepared_data(results.mixed)
+
+    def origins(name):
+        index = DocumentIndex(folder, manifest.domains[name].shards)
+        return [index.documents_of(number)[0] for number in range(manifest.domains[name].samples)]
+
+    for name in ("pictures/a", "pictures/b"):
+        images = [image for _, image in read_rows(folder, manifest.domains[name].shards)]
+        assert [Path(origin.file).read_bytes() for origin in origins(name)] == images
+    images_by_name = {picture.name.partition(".")[0]: picture.image for picture in IMAGES}
+    images = [image for _, image in read_rows(folder, manifest.domains["pairs/all"].shards)]
+    assert [images_by_name[Path(origin.file).name] for origin in origins("pairs/all")] == images
+    tokenizer = load_tokenizer(folder / "tokenizer.json", 299)
+    expected = []
+    for line, text in enumerate(TEXTS, 1):
+        if not is_validation(text, 0.2):
+            expected += [line] * -(-len(tokenizer.encode(text).ids) // (T - 1))
+    assert [origin.line for origin in origins("texts/en")] == expected
+
+
 @pytest.mark.parametrize("name", ["serial", "killed"])
 def test_result_is_independent_of_tasks_chunks_and_kills(results, name):
     first_folder, second_folder = results.mixed.data.prepared, getattr(results, name).data.prepared
     names = sorted(str(p.relative_to(first_folder)) for p in first_folder.rglob("*") if p.is_file())
     assert names == sorted(str(p.relative_to(second_folder)) for p in second_folder.rglob("*") if p.is_file())
-    assert len(names) == 10
+    assert len(names) == 15
     assert filecmp.cmpfiles(first_folder, second_folder, names, shallow=False)[1:] == ([], [])
     assert [*second_folder.parent.iterdir()] == [second_folder]
 

@@ -45,10 +45,10 @@ def spec_in_folder(spec, folder, **data):
 
 
 def assert_same_files(first_folder, second_folder):
-    """Assert that two prepared folders have the same seven files, with equal contents."""
+    """Assert that two prepared folders have the same ten files, with equal contents."""
     names = sorted(str(p.relative_to(first_folder)) for p in first_folder.rglob("*") if p.is_file())
     assert names == sorted(str(p.relative_to(second_folder)) for p in second_folder.rglob("*") if p.is_file())
-    assert len(names) == 7, names
+    assert len(names) == 10, names
     assert filecmp.cmpfiles(first_folder, second_folder, names, shallow=False)[1:] == ([], [])
 
 

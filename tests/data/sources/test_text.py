@@ -11,7 +11,7 @@ def test_reader_makes_a_document_of_a_text_file(tmp_path):
     (tmp_path / "en" / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\n")
     (tmp_path / "en" / "b.txt.gz").write_bytes(gzip.compress("größer".encode()))
     items, _ = read_source(tmp_path)
-    assert items == [Document("one\n\ntwo", 1), Document("größer", 1)]
+    assert items == [Document("one\n\ntwo", 1, lines=3), Document("größer", 1)]
 
 
 @pytest.mark.parametrize(
