@@ -10,6 +10,7 @@ import pytest
 from mhmoe_ray.train import hangs
 from mhmoe_ray.train.hangs import GroupState, Wait
 from tests.support.ranks import run_ranks
+from tests.support.watch import wait_until
 
 
 def groups(number, *, pending=True, ranks=(0, 1, 2), name="world"):
@@ -85,9 +86,9 @@ def test_a_process_writes_its_stacks_although_no_thread_of_python_runs(tmp_path)
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout.readline() == b"ready\n"
-            old_state, state = (hangs.read_process(process.pid) for _ in range(2))
-            assert state == old_state
-            assert state.activity == "in train_worker (script.py:9)"
+            wait_until(lambda: hangs.read_process(process.pid).activity == "in train_worker (script.py:9)", "the sleep")
+            # Each reading has the stacks of its own signal alone.
+            assert hangs.read_process(process.pid).stacks.count(" in train_worker\n") == 1
             process.send_signal(signal.SIGSTOP)
             os.waitpid(process.pid, os.WUNTRACED)
             assert hangs.read_process(process.pid) == hangs.ProcessState("stopped")
