@@ -95,10 +95,12 @@ class _RunView:
     """View of a run that is followed: lines for its events and validations, and its activity, steps and metrics."""
 
     def __init__(self, run: "RunDir", from_now: bool) -> None:
+        from mhmoe_ray.api.attempts import run_argument
         from mhmoe_ray.data.prepare.work import shared_folder
         from mhmoe_ray.runs import events, history, metrics
         from mhmoe_ray.runs.jsonl import Tail
 
+        self._name = run_argument(run)
         self.shown_events: list[dict[str, Any]] = []
         """All events that were shown so far. In an object store each event is a file of its own, so none is read
         twice."""
@@ -161,7 +163,9 @@ class _RunView:
             if warning := events.describe_straddling_groups(event):
                 note.print(f"warning: {warning}")
         elif kind == "spike":
-            note.print(f"warning: step {event['step']} is a spike and updated nothing: {event['reason']}")
+            step = event["step"]
+            note.print(f"warning: step {step} is a spike and updated nothing: {event['reason']}")
+            print_note(f"its documents: mhmoe data at {self._name}@{step}")
         elif kind == "adapted":
             note.print(f"step {event['step']:,}: task {event['task']} chooses {event['top_k']} experts")
         elif kind == "lost":

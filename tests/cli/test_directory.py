@@ -96,7 +96,7 @@ def test_follower_prints_all_events_of_a_run(run, capsys):
     _RunView(run, from_now=False).refresh()
     assert capsys.readouterr().err.splitlines() == [
         "training from step 0 on 1 worker, dp 1 x ep 1",
-        "warning: rank 0 (process 3 on x) made no progress for 9 s, training after step 7; it was killed",
+        "warning: rank 0 (process 3 on x): it made no progress for 9 s, training after step 7, and was killed",
         "warning: rank 0 on x failed, and 1 other with it: killed",
         "warning: step_00000007.1: it is torn; the previous one is used",
         "training from step 5 on 2 workers, dp 1 x ep 2, start 2 of the workers",
@@ -104,6 +104,7 @@ def test_follower_prints_all_events_of_a_run(run, capsys):
         "node n1 is preempted; saved at step 7, restarting on other nodes or with fewer workers",
         "nodes n1, n2 are preempted; saved at step 8, restarting on other nodes or with fewer workers",
         "warning: step 9 is a spike and updated nothing: its loss of 9 is above 3",
+        f"its documents: mhmoe data at {run.path}@9",
         "step 8: validation loss 2.2500, loss 2.5000  9 tok/s",
         "warning: step 8 updated nothing: its gradient was not finite",
     ]

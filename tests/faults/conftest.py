@@ -36,8 +36,12 @@ def project(tmp_path_factory, local_cluster) -> Path:
 
 @pytest.fixture(scope="session")
 def reference(project) -> RunDir:
+    return undisturbed_run(project)
+
+
+def undisturbed_run(project: Path, **cluster: int) -> RunDir:
     """Train a run of 120 steps without Ray and without faults; return it with its metrics and its last checkpoint."""
-    harness.write_random_spec(project, train={"steps": 120})
+    harness.write_random_spec(project, train={"steps": 120}, cluster=cluster)
     spec = load_resolved_spec(project / "spec.yaml")
     if not spec.data.prepared.exists():
         assert mhmoe(project, "data", "prepare", "spec.yaml").code == 0
@@ -61,6 +65,7 @@ def train(run: RunDir, stored: np.ndarray, token_bytes: int) -> None:
         token_bytes: The number of bytes that store a token.
     """
     spec, cluster = run.spec(), run.spec().cluster
+    torch.set_num_threads(cluster.cpus_per_worker)
     mesh = build_mesh(cluster, ["here"] * cluster.workers.max, "cpu")
     inputs = boundaries(load_tokenizer(run.tokenizer_file, spec.model.vocab_size))
     trainer = Trainer(spec, mesh, torch.device("cpu"), inputs)

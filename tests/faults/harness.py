@@ -88,7 +88,8 @@ def assert_equals_undisturbed_run(run: RunDir, reference: RunDir) -> None:
     """
     assert_samples_in_order(run)
     for line, expected in zip(history.read(run), history.read(reference), strict=True):
-        assert {key: line[key] for key in EXACT_METRICS} == {key: expected[key] for key in EXACT_METRICS}
+        differences = {key: (line[key], expected[key]) for key in EXACT_METRICS if line[key] != expected[key]}
+        assert not differences, f"step {line[metrics.STEP]} of worker group {line[metrics.GROUP]}: {differences}"
     actual, expected = (read_manifest(committed_checkpoints(r)[-1]) for r in (run, reference))
     assert (actual.step, actual.tokens, actual.position) == (expected.step, expected.tokens, expected.position)
     assert actual.files == expected.files  # `files` has the size and hash of each file

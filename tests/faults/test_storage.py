@@ -59,7 +59,7 @@ def test_a_run_on_s3_survives_a_kill_during_an_upload(project, reference, s3):
 
 
 def test_an_unreachable_store_costs_no_step_and_ends_no_follower(project, reference, s3):
-    """The store is unreachable for longer than its client library retries."""
+    """The store, which has the data and the run, is unreachable for longer than its client library retries."""
     query, _ = s3
     proxy = FaultyProxy(int(query.rpartition(":")[2]))
     run, storage = submit_to_s3(project, f"{query.rpartition(':')[0]}:{proxy.port}", 120)
@@ -72,7 +72,7 @@ def test_an_unreachable_store_costs_no_step_and_ends_no_follower(project, refere
     )
     harness.workers_of_start(run, 1)
     wait_until(lambda: events_of_kind(run, "checkpoint"), "a checkpoint")
-    proxy.close_for(20)
+    proxy.close_for(60)
     wait_for_end(run)
     harness.assert_equals_undisturbed_run(run, reference)
     out, err = following.communicate(timeout=60)

@@ -18,6 +18,7 @@ import psutil
 import pytest
 from pyarrow import fs
 
+from mhmoe_ray.serving.config import ENVIRONMENT as SERVE_ENVIRONMENT
 from tests.support.s3 import CREDENTIALS
 
 BRIDGE, HOST = "mhmoe-br", "10.231.78.1"
@@ -86,7 +87,8 @@ class RayNode:
         ray += head if address == HEAD else ["--address", f"{HEAD}:6379"]
         mount = f'mount -t tmpfs tmpfs {private_folder} && mkdir {private_folder}/home && exec "$@"'
         command = ["ip", "netns", "exec", name, "unshare", "--mount", "sh", "-c", mount, "sh", *ray]
-        environment = {**os.environ, **CREDENTIALS, "HOME": f"{private_folder}/home", "RAY_AUTH_MODE": "token"}
+        environment = {**os.environ, **CREDENTIALS, **SERVE_ENVIRONMENT, "HOME": f"{private_folder}/home"}
+        environment |= {"RAY_AUTH_MODE": "token"}
         environment |= {"RAY_AUTH_TOKEN_PATH": str(token_file), "RAY_enable_worker_prestart": "0"}
         # The host name, by which gloo finds its interface, is that of this machine on both nodes.
         environment["GLOO_SOCKET_IFNAME"] = "eth0"

@@ -42,7 +42,7 @@ def test_continued_run_continues_its_mlflow_run(tmp_path):
     first_tracker = open_tracker(run, server)
     for step in (1, 2):
         first_tracker.report(line(step), None)
-    first_tracker.close("FAILED")
+    assert first_tracker.finish("FAILED") == 0
     client = MlflowClient(tracking_uri=server)
     [mlflow_run] = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
     assert mlflow_run.info.status == "FAILED"
@@ -51,7 +51,7 @@ def test_continued_run_continues_its_mlflow_run(tmp_path):
     second_tracker.report(line(2), None)
     second_tracker.report(line(3, **{metrics.VAL_LOSS: 2.5, metrics.GRAD_NORM: float("nan")}), None)
     second_tracker.report_checkpoint(location("s3://bucket/runs/tiny-abc123/checkpoints/step_00000003.2"))
-    second_tracker.close("FINISHED")
+    assert second_tracker.finish("FINISHED") == 0
     [mlflow_run] = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
     assert mlflow_run.info.run_name == "tiny-abc123"
     assert mlflow_run.info.status == "FINISHED"

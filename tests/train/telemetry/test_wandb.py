@@ -27,14 +27,14 @@ def test_continued_run_has_each_step_once_offline(tmp_path, monkeypatch):
     for step in (1, 2):
         history.append(run, {**LINE, metrics.STEP: step, metrics.LOSS: 8.0 / step})
         first_tracker.report({**LINE, metrics.STEP: step, metrics.LOSS: 8.0 / step}, None)
-    first_tracker.close("FAILED")
+    assert first_tracker.finish("FAILED") == 0
     # The run goes on from a checkpoint at step 1, so it repeats step 2.
     second_tracker = open_tracker(run, start=1)
     for step in (2, 3):
         line = {**LINE, metrics.STEP: step, metrics.LOSS: 8.0 / step, metrics.VAL_LOSS: 2.5}
         second_tracker.report(line, np.array([[1.0, 1.0, 0.5, 1.5]]))
     second_tracker.report_checkpoint(run.checkpoints / "step_00000003.2")
-    second_tracker.close("FINISHED")
+    assert second_tracker.finish("FINISHED") == 0
     assert offline_history(run, "loss/training") == [(1, 8.0), (2, 4.0), (3, 8.0 / 3)]
     records = list(offline_records(run))
     record_by_type = {record.WhichOneof("record_type"): record for record in records}
