@@ -84,7 +84,11 @@ def test_inspect_shows_packed_samples(project):
 
 
 def test_last_start_token_is_shown_as_the_end_of_a_document(capsys):
-    parts = [SamplePart(False, 3, "so far"), SamplePart(True, 4, "and on"), SamplePart(True, 1, "")]
+    parts = [
+        SamplePart(False, 3, "so far", 0, 3),
+        SamplePart(True, 4, "and on", 3, 4),
+        SamplePart(True, 1, "", 7, 0),
+    ]
     print_sample(DecodedSample(position=5, step=1, domain="web/a", sample=2, parts=parts, padding=9))
     assert capsys.readouterr().out.splitlines() == [
         "position 5 (step 1): web/a, its sample 2, 9 tokens of padding",
