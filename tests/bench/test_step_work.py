@@ -28,6 +28,16 @@ def gpu_spec(**train):
     return tiny_spec(model={**tiny_spec().model.model_dump(), **model}, cluster={"gpus_per_worker": 1}, train=train)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def clear_caches_of_fake_gpu():
+    """Clear what torch keeps of graphs on a fake GPU, which the next compiled model on the CPU would take."""
+    yield
+    torch._dynamo.reset()
+    FakeTensorMode.cache_clear()
+    for operator in (torch.ops.aten.rms_norm.default, torch.ops.aten._fused_rms_norm.default):
+        operator._dispatch_cache.clear()
+
+
 def total(parts):
     return sum(parts.values(), Work())
 
