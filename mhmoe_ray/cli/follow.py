@@ -128,7 +128,7 @@ class _RunView:
             if metrics.VAL_LOSS in line:
                 loss = format_nats(line[metrics.VAL_LOSS])
                 print_note(f"step {line[metrics.STEP]}: validation loss {loss}, {figures}")
-            if metrics.SKIPPED in line and line[metrics.GRAD_NORM] is None:
+            if metrics.SKIPPED in line and line.get(metrics.GRAD_NORM) is None:
                 note.print(f"warning: step {line[metrics.STEP]} updated nothing: its gradient was not finite")
         return self.shown_events
 

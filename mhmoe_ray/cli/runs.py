@@ -9,7 +9,7 @@ import typer
 import mhmoe_ray as mh
 from mhmoe_ray.cli import options
 from mhmoe_ray.cli.follow import follow_run
-from mhmoe_ray.cli.formats import format_figure
+from mhmoe_ray.cli.formats import format_count, format_figure
 from mhmoe_ray.cli.output import note, out, print_json, print_line, print_note, print_table, show_activity
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def track(run: options.RunArg = None, storage: options.StorageOption = options.S
     tracked_run = mh.find_run(run, storage)
     unsent_counts = tracked_run.track()
     for name, count in unsent_counts.items():
-        print_line(f"{name}: {f'{count} steps were not accepted' if count else 'it has all steps'}")
+        print_line(f"{name}: " + (f"it did not accept {format_count(count, 'step')}" if count else "it has all steps"))
     if not unsent_counts:
         print_line("the spec of the run names no tracker")
     if any(unsent_counts.values()):

@@ -180,7 +180,7 @@ class Worker:
                 LOGGER.warning("step %d is a spike, so it updated nothing: %s", trainer.step, update.spike)
                 if self.rank == 0:
                     events.record(self.run, "spike", step=trainer.step, reason=update.spike)
-            line, step_counts_LE, waits, stop_requested, is_preempted = self._gather_metrics(
+            line, step_counts_LE, rank_times, stop_requested, is_preempted = self._gather_metrics(
                 sums, batches, update, step_start
             )
             counts_LE += step_counts_LE
@@ -189,7 +189,7 @@ class Worker:
                 self.heartbeat.report_phase(trainer.step, "validating")
                 line |= self._validate(held_out_samples)
             line |= trainer.objective.metrics
-            self.telemetry.report(line, step_counts_LE, waits)
+            self.telemetry.report(line, step_counts_LE, rank_times)
             if is_last_step or is_preempted or trainer.step % spec.train.checkpoint_every == 0:
                 self.heartbeat.report_phase(trainer.step, "saving")
                 self.telemetry.flush()
@@ -262,10 +262,10 @@ class Worker:
         """
         stop_requested = self.rank == 0 and self._stop_requested()
         seconds = time.monotonic() - step_start
-        waits = RankTimes(batches.wait_seconds / seconds, sums.wait_seconds / seconds)
+        rank_times = RankTimes(batches.wait_seconds / seconds, sums.wait_seconds / seconds)
         sent_bytes = [sums.sent_bytes.rows, sums.least_bytes, sums.sent_bytes.counts, sums.sent_bytes.between_nodes]
         values_to_sum = [sums.loss, sums.balance, sums.dropped, *sent_bytes]
-        values_to_maximize = [*waits[:2], stop_requested, preemption_notice() is not None, self.saver.has_failed]
+        values_to_maximize = [*rank_times[:2], stop_requested, preemption_notice() is not None, self.saver.has_failed]
         rank_values: list[list[float]] = [
             values_to_sum,
             values_to_maximize,
@@ -299,13 +299,13 @@ class Worker:
             least_bytes=int(least_rows),
         )
         slowdown_R = slowdowns(times_R2.sum(1).numpy())
-        waits = waits._replace(slowdown=float(slowdown_R[self.rank]))
+        rank_times = rank_times._replace(slowdown=float(slowdown_R[self.rank]))
         if self.rank == 0:
             self._straggler_recorder.record(self.trainer.step, times_R2.numpy())
-        longest_waits = RankTimes(data_wait, exchange_wait, float(slowdown_R.max()))
+        slowest_times = RankTimes(data_wait, exchange_wait, float(slowdown_R.max()))
         seconds = time.monotonic() - step_start
-        line = step_line(self.trainer, self.group, step_totals, digest, longest_waits, update, seconds)
-        return line, count_LE, waits, bool(stop_flag), bool(preemption_flag)
+        line = step_line(self.trainer, self.group, step_totals, digest, slowest_times, update, seconds)
+        return line, count_LE, rank_times, bool(stop_flag), bool(preemption_flag)
 
     def _stop_requested(self) -> bool:
         """Return whether the user asked the run to stop. Between two checks, and if the run directory cannot be read,

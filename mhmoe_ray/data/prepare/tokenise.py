@@ -98,10 +98,8 @@ def tokenise_chunk(
             ]
             if tokenizer is None:
                 content, rows = make_annotated_rows(documents, held_out)
-                counts, lengths = (
-                    _count_documents(documents, [0] * len(documents), held_out, rows),
-                    [1] * len(documents),
-                )
+                counts = _count_documents(documents, [0] * len(documents), held_out, rows)
+                lengths = [1] * len(documents)
             elif row_tokens is None:
                 tokens = [*_encode_documents(documents, tokenizer, token_bytes)]
                 # Training documents come first and held-out ones last, so that each kind is one slice of the part.

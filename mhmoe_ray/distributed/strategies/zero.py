@@ -117,7 +117,7 @@ class ZeroStrategy(Strategy):
         """Do nothing: the backward has reduced the gradients."""
 
     def apply_update(self, lr: float, accepts: Callable[[float], bool] = math.isfinite) -> float:
-        """Update the weights if the norm is finite; DeepSpeed asks nobody else."""
+        """Update the weights if the norm is finite. DeepSpeed updates them itself, so there is no other condition."""
         assert accepts is math.isfinite
         set_learning_rate(self.optimizer, lr)
         self.engine.step()

@@ -21,12 +21,12 @@ class RankTimes(NamedTuple):
 
 
 def step_line(
-    trainer: Trainer, group: int, totals: StepSums, digest: str, waits: RankTimes, update: Update, seconds: float
+    trainer: Trainer, group: int, totals: StepSums, digest: str, rank_times: RankTimes, update: Update, seconds: float
 ) -> dict[str, Any]:
     """Return the metrics of a step by name, for a line of metrics.jsonl.
 
     `trainer` is the trainer after the step, `totals` are over all ranks, `digest` is of the step's samples in their
-    order, and `waits` has the largest values of any rank.
+    order, and `rank_times` has the largest values of any rank.
     """
     spec = trainer.spec
     moe, tokens_per_s = spec.model.moe, totals.targets / seconds
@@ -39,7 +39,7 @@ def step_line(
         metrics.LR: update.lr,
         metrics.TOKENS: trainer.tokens,
         metrics.TOKENS_PER_S: tokens_per_s,
-        metrics.DATA_WAIT: waits.data,
+        metrics.DATA_WAIT: rank_times.data,
         metrics.STREAM: digest,
     }
     if spec.data.parts:
@@ -63,9 +63,9 @@ def step_line(
             metrics.ROWS_LEAST: totals.least_bytes,
             metrics.COUNTS_SENT: sent_bytes.counts,
         }
-        line |= {metrics.ROWS_BETWEEN_NODES: sent_bytes.between_nodes, metrics.EXCHANGE_WAIT: waits.exchange}
+        line |= {metrics.ROWS_BETWEEN_NODES: sent_bytes.between_nodes, metrics.EXCHANGE_WAIT: rank_times.exchange}
     if trainer.mesh.world_size > 1:
-        line[metrics.SLOWDOWN] = waits.slowdown
+        line[metrics.SLOWDOWN] = rank_times.slowdown
     if mfu := model_flops_utilisation(spec, tokens_per_s, trainer.mesh.world_size):
         line[metrics.MFU] = mfu
     return line

@@ -57,9 +57,9 @@ class Gauges:
                     self._gauges[name].set(value, tags=dict(labels))
 
 
-def report_rank(gauges: Gauges, rank: int, waits: RankTimes) -> None:
+def report_rank(gauges: Gauges, rank: int, rank_times: RankTimes) -> None:
     """Report the times of a rank in a step."""
-    for name, value in zip((DATA_WAIT, EXCHANGE_WAIT, SLOWDOWN), waits, strict=True):
+    for name, value in zip((DATA_WAIT, EXCHANGE_WAIT, SLOWDOWN), rank_times, strict=True):
         gauges.set(name, value, rank=str(rank))
 
 

@@ -29,10 +29,10 @@ class Telemetry:
             queues = [QueuedTracker(server, run, start) for server in open_servers(run, spec)]
             self._trackers = [TensorBoard(run, group, start), *queues]
 
-    def report(self, line: dict[str, Any], count_LE: Tensor, waits: RankTimes) -> None:
-        """Report this rank's waits in a step and, on rank 0, the metrics in `line` and `count_LE`, which are over all
+    def report(self, line: dict[str, Any], count_LE: Tensor, rank_times: RankTimes) -> None:
+        """Report this rank's times in a step and, on rank 0, the metrics in `line` and `count_LE`, which are over all
         ranks."""
-        report_rank(self._gauges, self._rank, waits)
+        report_rank(self._gauges, self._rank, rank_times)
         if self._reports_run:
             history.append(self._run, line)
             report_run(self._gauges, line, count_LE)

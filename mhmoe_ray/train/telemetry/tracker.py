@@ -106,8 +106,8 @@ class QueuedTracker:
         """Send the remaining metrics and the final status, within `CLOSE_SECONDS`; a warning counts unsent steps."""
         if unsent_count := self.finish(end_status, CLOSE_SECONDS):
             LOG.warning(
-                "%d steps were not accepted by %s; `mhmoe track %s` sends them later",
-                unsent_count, self._server.name, self._run.id,
+                "steps that %s did not accept: %d; `mhmoe track %s` sends them later",
+                self._server.name, unsent_count, self._run.id,
             )  # fmt: skip
 
     def finish(self, end_status: EndStatus, seconds: float | None = None) -> int:

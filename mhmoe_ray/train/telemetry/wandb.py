@@ -84,13 +84,13 @@ class WandbServer:
         """Log the metrics, and at a step with a validation a histogram of each layer's expert loads."""
         import wandb
 
-        with _one_line_errors():
-            for line, loads_LE in rows:
-                values: dict[str, Any] = {**tagged_values(line), "_timestamp": line[metrics.TIME]}
-                if loads_LE is not None and metrics.VAL_LOSS in line:
-                    for layer, loads_E in enumerate(loads_LE):
-                        histogram = np.histogram(loads_E, bins=LOAD_BINS)
-                        values[f"expert_load/layer_{layer}"] = wandb.Histogram(np_histogram=histogram)
+        for line, loads_LE in rows:
+            values: dict[str, Any] = {**tagged_values(line), "_timestamp": line[metrics.TIME]}
+            if loads_LE is not None and metrics.VAL_LOSS in line:
+                for layer, loads_E in enumerate(loads_LE):
+                    histogram = np.histogram(loads_E, bins=LOAD_BINS)
+                    values[f"expert_load/layer_{layer}"] = wandb.Histogram(np_histogram=histogram)
+            with _one_line_errors():
                 self._opened_run.log(values, step=line[metrics.STEP], commit=True)
 
     def link_checkpoint(self, checkpoint: Location) -> None:

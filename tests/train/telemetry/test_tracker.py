@@ -75,7 +75,7 @@ def test_training_waits_for_no_server(run, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, "mhmoe"):
         queue.close("KILLED")
     assert not server.steps
-    assert "100 steps were not accepted by a server" in caplog.text
+    assert "steps that a server did not accept: 100;" in caplog.text
     server.answers.set()
     assert server.end_event.wait(10)
     assert server.steps == list(range(1, 101))
