@@ -92,8 +92,9 @@ def training_stream(
         1, min(MAX_MICRO_BATCHES, BLOCK_BYTES // micro_batch_bytes, rows // (micro_batch_rows * world_size))
     )
     layout = StreamLayout(world_size, micro_batch_rows, micro_batches)
-    # Each rank gets equally many blocks.
-    rounds = -(-rows // (layout.block_rows * layout.world_size))
+    # Each rank gets equally many blocks, and at least one: if a worker is killed after the last step, before all have
+    # ended, the restarted ones begin at the end and read nothing.
+    rounds = max(1, -(-rows // (layout.block_rows * layout.world_size)))
     block_count = rounds * layout.world_size
     size = task_blocks(block_count, micro_batches * micro_batch_bytes)
     tables = min(MAX_TABLES, -(-block_count // size))

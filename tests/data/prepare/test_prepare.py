@@ -103,7 +103,7 @@ class Results(NamedTuple):
 
 
 STEPS, MIDDLE_POSITION = 1000, 8 * 437
-SPLITS = ["1:0", "2:0", f"4:{MIDDLE_POSITION}"]
+SPLITS = ["1:0", "2:0", f"4:{MIDDLE_POSITION}", f"2:{STEPS * 8}"]
 """Pairs of the number of workers and the position at which they start."""
 
 
