@@ -37,7 +37,8 @@ from mhmoe_ray.train.hangs import GroupState, ProcessState, Wait
 # Time between two heartbeats of a rank, and between two checks for ranks that hang. It is short compared with the
 # timeout, which is 600 s by default (`cluster.hang_seconds`).
 HEARTBEAT_SECONDS = 1.0
-# Longest wait for the stacks of all ranks before those that hang are killed.
+# The stacks of all ranks are requested this long before the timeout of a rank, and waited for as long after it. Ray
+# starts a process on each node to read them, which takes seconds on a busy machine.
 STACKS_SECONDS = 3.0
 Phase = Literal["restoring", "training", "validating", "saving"]
 
@@ -183,6 +184,7 @@ class Watchdog:
     async def watch(self) -> None:
         """Check every `HEARTBEAT_SECONDS` for ranks that hang, and kill their processes. This never returns."""
         last_check_time = time.monotonic()
+        stacks: dict[Any, list[WorkerInfo]] = {}
         while True:
             await asyncio.sleep(HEARTBEAT_SECONDS)
             current_time = time.monotonic()
@@ -192,9 +194,12 @@ class Watchdog:
                 for record in self._records.values():
                     record.heartbeat_time = record.progress_time = current_time
             last_check_time = current_time
+            is_suspicious = bool(self._hung_ranks(current_time + STACKS_SECONDS))
+            stacks = (stacks or self._request_stacks()) if is_suspicious else {}
             if hung_ranks := self._hung_ranks(current_time):
                 waits = self._waits(current_time)
-                process_states, stacks_file = await self._record_stacks()
+                process_states, stacks_file = await self._record_stacks(stacks)
+                stacks = {}
                 for hung_rank in hung_ranks:
                     state = process_states.get(hung_rank.progress.worker_info)
                     await self._kill_rank(hung_rank, current_time, waits, state, stacks_file)
@@ -225,9 +230,8 @@ class Watchdog:
         states = {rank: r.progress.collectives for rank, r in records.items() if r.progress.collectives is not None}
         return hangs.find_waits(states, silent_ranks)
 
-    async def _record_stacks(self) -> tuple[dict[WorkerInfo, ProcessState], str | None]:
-        """Write the stacks of all ranks into one file of the run directory. Return the state of each rank's process,
-        and the path of the file in the run directory; None without any stacks."""
+    def _request_stacks(self) -> dict[Any, list[WorkerInfo]]:
+        """Return a task for each node that reads the states of the processes of its ranks, with these ranks."""
         nodes = defaultdict[str, list[WorkerInfo]](list)
         for worker_info in self._records:
             nodes[worker_info.node].append(worker_info)
@@ -237,6 +241,13 @@ class Watchdog:
             processes = [(info.pid, info.began, info.start_ticks) for info in worker_infos]
             task = asyncio.wrap_future(_read_processes.options(scheduling_strategy=strategy).remote(processes).future())
             tasks[task] = worker_infos
+        return tasks
+
+    async def _record_stacks(
+        self, tasks: Mapping[Any, list[WorkerInfo]]
+    ) -> tuple[dict[WorkerInfo, ProcessState], str | None]:
+        """Write the stacks that `_request_stacks` asked for into one file of the run directory. Return the state of
+        each rank's process, and the path of the file in the run directory; None without any stacks."""
         finished_tasks, _ = await asyncio.wait(tasks, timeout=STACKS_SECONDS)
         states: dict[WorkerInfo, ProcessState] = {}
         for task in finished_tasks:
