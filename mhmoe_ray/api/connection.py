@@ -8,7 +8,7 @@ from mhmoe_ray.api.defaults import LOCAL_CPUS, OnNote, ignore_note
 from mhmoe_ray.cluster.connect import Connection, connect_if_running, start
 from mhmoe_ray.cluster.nodes import gpus_of_this_machine, total_nodes
 from mhmoe_ray.errors import ClusterError, SpecError
-from mhmoe_ray.planner.placement import Node, capacity_shortfall
+from mhmoe_ray.planner.placement import Node, build_layout, capacity_shortfall, plan_workers
 from mhmoe_ray.spec import ClusterSpec, DataSpec, RunSpec
 from mhmoe_ray.storage import Location
 from mhmoe_ray.terminal import Activity
@@ -86,6 +86,7 @@ def connect_to_train(spec: RunSpec, address: str | None = None, on_note: OnNote 
         spec.cluster, [spec.storage, spec.data.prepared], spec.cluster.cpus, address, on_note
     )
     check_capacity(demand, connection, on_note)
+    _check_placement(spec.cluster, connection)
     return connection
 
 
@@ -105,6 +106,26 @@ def check_capacity(demand: WorkerDemand, connection: Connection, on_note: OnNote
         if connection.local:
             raise
         on_note(f"warning: {e.reason}; {demand.waiting}")
+
+
+def _check_placement(cluster: ClusterSpec, connection: Connection) -> None:
+    """Raise a ClusterError if a cluster has room for all workers, but not in the places for which the section asks."""
+    if cluster.domain_label is None and cluster.straddling == "warn":
+        return
+    nodes = total_nodes(connection, cluster.domain_label)
+    workers = cluster.max_world_size
+    rank_nodes = plan_workers(nodes, cluster.cpus_per_worker, cluster.gpus_per_worker, workers, cluster.ep)
+    if len(rank_nodes) < workers:
+        # The run waits for more nodes, which may have the label and the room.
+        return
+    if cluster.domain_label and not any(node.domain for node in nodes):
+        reason = f"no node of {connection.address} has the label {cluster.domain_label}"
+        fix = "correct it, leave it out, or start nodes with `ray start --labels`"
+        raise ClusterError("cluster.domain_label", reason, fix)
+    refusal_reason = build_layout(rank_nodes, cluster.ep).groups.refusal_reason
+    if cluster.straddling == "refuse" and refusal_reason:
+        fix = "lower cluster.ep, add larger nodes, or set cluster.straddling to warn"
+        raise ClusterError("placement", f"whichever nodes are chosen, {refusal_reason}", fix)
 
 
 def _check_capacity(demand: WorkerDemand, nodes: list[Node], name: str) -> None:

@@ -7,7 +7,7 @@ from mhmoe_ray.api.defaults import OnNote, ignore_note
 from mhmoe_ray.cluster.connect import connect_if_running
 from mhmoe_ray.cluster.nodes import free_nodes
 from mhmoe_ray.errors import ClusterError
-from mhmoe_ray.planner.placement import Layout, Node, build_layout, hypothetical_nodes, pack_workers
+from mhmoe_ray.planner.placement import Layout, Node, build_layout, hypothetical_nodes, pack_workers, place_workers
 from mhmoe_ray.planner.traffic import has_rails
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.spec.cluster import STREAM_CPUS
@@ -66,7 +66,7 @@ def forecast_placement(spec: RunSpec, address: str | None = None, on_note: OnNot
     try:
         connection = connect_if_running(address)
         if connection:
-            description = f"a forecast: as Ray would pack workers on {connection.address} now"
+            description = f"a forecast for the free nodes of {connection.address}"
             return _place_workers(spec, description, free_nodes(connection, cluster.domain_label), has_stream=True)
     # A forecast starts nothing, so a cluster that does not answer is only worth a warning.
     except ClusterError as e:
@@ -102,7 +102,7 @@ def _place_workers(spec: RunSpec, description: str, nodes: list[Node], has_strea
         )
         return Placement(description, nodes, rank_nodes, None, shortage, None, [])
     # An elastic run starts with the largest allowed number of workers that fits, even if there is room for a few more.
-    rank_nodes = rank_nodes[:count]
+    rank_nodes = place_workers(nodes, cluster, count)
     layout = build_layout(rank_nodes, cluster.ep)
     reason = layout.groups.refusal_reason if cluster.straddling == "refuse" else None
     refusal = f"cluster.straddling is refuse, so the run would end at once: {reason}" if reason else None

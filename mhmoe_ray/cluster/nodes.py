@@ -23,31 +23,32 @@ MAX_NODES = 10_000
 """Largest number of nodes that Ray's state API lists."""
 
 
-@dashboard.reads_answers
 def free_nodes(connection: Connection, domain_label: str | None) -> list[Node]:
     """Return a cluster's live nodes with their free CPUs and GPUs, named by host and, if they share it, by id.
 
     `domain_label` is the node label that names a node's domain; None leaves all domains empty.
     """
+    return _read_nodes(connection, domain_label, are_free=True)
+
+
+def total_nodes(connection: Connection, domain_label: str | None = None) -> list[Node]:
+    """Return the nodes of `free_nodes` with all of their CPUs and GPUs, whether free or used."""
+    return _read_nodes(connection, domain_label, are_free=False)
+
+
+@dashboard.reads_answers
+def _read_nodes(connection: Connection, domain_label: str | None, *, are_free: bool) -> list[Node]:
     alive, usage = dashboard.nodes(connection.address, connection.token)
     domains = _labels(connection, domain_label) if domain_label else {}
     hosts = Counter(node["nodeManagerHostname"] for node in alive)
     nodes = []
     for node in alive:
         host, total = node["nodeManagerHostname"], node["resourcesTotal"]
-        taken_resources = _taken_resources(usage.get(node["nodeId"], ""))
+        taken_resources = _taken_resources(usage.get(node["nodeId"], "")) if are_free else {}
         name = host if hosts[host] == 1 else f"{host} {node['nodeId'][:6]}"
         cpus, gpus = (max(0.0, total.get(kind, 0.0) - taken_resources.get(kind, 0.0)) for kind in ("CPU", "GPU"))
         nodes.append(Node(name, cpus, gpus, domains.get(node["nodeId"], "")))
     return nodes
-
-
-@dashboard.reads_answers
-def total_nodes(connection: Connection) -> list[Node]:
-    """Return the live nodes of a cluster with all of their CPUs and GPUs, whether free or used."""
-    alive, _ = dashboard.nodes(connection.address, connection.token)
-    totals = [(node["nodeManagerHostname"], node["resourcesTotal"]) for node in alive]
-    return [Node(host, total.get("CPU", 0.0), total.get("GPU", 0.0)) for host, total in totals]
 
 
 def gpus_of_this_machine() -> int:

@@ -1,9 +1,12 @@
-"""Expert-parallel groups of ranks, and a prediction of the nodes on which Ray places ranks, without torch or Ray."""
+"""Expert-parallel groups of ranks, and the nodes on which ranks are placed, by plan or by Ray, without torch or Ray."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from operator import attrgetter
+from typing import NamedTuple, TypeVar
+
+from mhmoe_ray.spec import ClusterSpec
 
 
 class ExpertGroups(NamedTuple):
@@ -138,6 +141,60 @@ def pack_workers(nodes: Sequence[Node], cpus: int, gpus: int, workers: int) -> l
         for _ in range(node.worker_capacity(cpus, gpus))
     ]
     return slots[:workers]
+
+
+def plan_workers(nodes: Sequence[Node], cpus: int, gpus: int, workers: int, ep: int) -> list[Node]:
+    """Return a node for each rank so that as few expert-parallel groups as possible span nodes, and of these as few as
+    possible domains; among such plans, few domains and nodes are used.
+
+    Arguments are those of `pack_workers`. The names of nodes must differ, and `workers` must be a multiple of `ep`.
+    """
+    free_slots = {node: node.worker_capacity(cpus, gpus) for node in nodes}
+    if sum(free_slots.values()) < workers:
+        return pack_workers(nodes, cpus, gpus, workers)
+    rank_counts: Counter[Node] = Counter()
+    remaining_groups = workers // ep
+    # Whole groups on nodes come first. Then groups are made of the slots that are left in a domain, and then of any.
+    for location_of, unit in ((attrgetter("domain"), ep), (attrgetter("domain"), 1), (lambda _: None, 1)):
+        slots_by_location: dict[str | None, dict[Node, int]] = {}
+        for node, slots in free_slots.items():
+            slots_by_location.setdefault(location_of(node), {})[node] = slots // unit * unit
+        group_slots = {location: sum(slots.values()) // ep for location, slots in slots_by_location.items()}
+        for location, groups in _fill_locations(group_slots, remaining_groups).items():
+            remaining_groups -= groups
+            for node, ranks in _fill_locations(slots_by_location[location], groups * ep).items():
+                rank_counts[node] += ranks
+                free_slots[node] -= ranks
+    domains = list(dict.fromkeys(node.domain for node in rank_counts))
+    nodes_by_domain = sorted(rank_counts, key=lambda node: domains.index(node.domain))
+    return [node for node in nodes_by_domain for _ in range(rank_counts[node])]
+
+
+_Location = TypeVar("_Location")
+
+
+def _fill_locations(slots: Mapping[_Location, int], count: int) -> dict[_Location, int]:
+    """Return how many of `count` slots to take at each location so that few are used: the largest are filled, and the
+    rest is taken at the smallest that has it. Locations of which nothing is taken are left out."""
+    locations = sorted((location for location in slots if slots[location]), key=lambda location: -slots[location])
+    taken_slots: dict[_Location, int] = {}
+    for i, location in enumerate(locations):
+        if slots[location] >= count:
+            if count:
+                smallest_location = min((rest for rest in locations[i:] if slots[rest] >= count), key=slots.__getitem__)
+                taken_slots[smallest_location] = count
+            break
+        taken_slots[location] = slots[location]
+        count -= slots[location]
+    return taken_slots
+
+
+def place_workers(nodes: Sequence[Node], cluster: ClusterSpec, workers: int) -> list[Node]:
+    """Return the node of each rank of a run with these resources, by its `cluster.placement`; the list is shorter if
+    the nodes cannot hold all workers."""
+    if cluster.placement == "pack":
+        return pack_workers(nodes, cluster.cpus_per_worker, cluster.gpus_per_worker, workers)
+    return plan_workers(nodes, cluster.cpus_per_worker, cluster.gpus_per_worker, workers, cluster.ep)
 
 
 def hypothetical_nodes(nodes: int, cpus: int, gpus: int, nodes_per_domain: int | None = None) -> list[Node]:

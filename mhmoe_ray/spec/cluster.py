@@ -176,6 +176,10 @@ class ClusterSpec(Section):
     """Backward in which fsdp sums gradients over workers. step: the last one of a step; until then each worker holds
     all gradients in full. micro_batch: each one, so that a worker holds shards of gradients, and sends them as often as
     it has micro-batches. On GPUs the default is micro_batch if gradients in full would not fit."""
+    placement: Literal["planned", "pack"] = "planned"
+    """Choice of the nodes of workers at each start. planned: nodes are chosen so that as few expert-parallel groups as
+    possible span nodes, and then domains; on a cluster with an autoscaler, only domains are chosen. pack: Ray fills one
+    node after the other."""
     straddling: Literal["warn", "refuse"] = "warn"
     """Reaction if an expert-parallel group must span more than one node, whenever the run starts or restarts with its
     number of workers. warn: print a warning and start. refuse: end the run before its first step."""

@@ -4,6 +4,7 @@
     driver.py            prepare the data and start the workers
     stream_start.py      choose the checkpoint, and so the start of the stream, for each worker group
     resilience.py        Ray Train policies of a run: retries after failures, and the number of workers
+    placement.py         nodes of the workers, planned at each start
     preemption.py        preemption of a node: the notice, and the error that ends the worker group
     worker.py            one rank: restore, train, validate, save
     rendezvous.py        store at rank 0 by which the ranks learn each other's addresses

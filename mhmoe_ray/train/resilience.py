@@ -32,15 +32,14 @@ from mhmoe_ray.ray_compat import (
     PlacementGroupCleanerCallback,
     ResizeDecision,
     ScalingDecision,
-    TrainController,
     WorkerGroupStartupTimeoutError,
     available_resources_per_node,
-    state,
 )
 from mhmoe_ray.remote import LOCAL_CLUSTER
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.train.placement import START_TIMEOUT_SECONDS, PlacingController, usable_nodes
 from mhmoe_ray.train.rendezvous import RankConfig
 
 
@@ -180,9 +179,8 @@ class DivisorScalingPolicy(ElasticScalingPolicy):
         left for the data stream."""
         # Ray's own count uses `reserved_resources`, which may be 20 s old. Since then nodes may have died, or others
         # may have taken resources. So the nodes are read anew here.
-        draining_nodes = state.get_draining_nodes()
-        nodes = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in draining_nodes}
-        possible_workers, usable_nodes = int(super()._count_possible_workers(nodes)), nodes
+        nodes = {node["NodeID"]: node["Resources"] for node in usable_nodes()}
+        possible_workers, counted_nodes = int(super()._count_possible_workers(nodes)), nodes
         if self._held_workers is not None:
             free_resources = available_resources_per_node()
             free_nodes = {n: free_resources.get(n, {}) for n in nodes}
@@ -190,10 +188,10 @@ class DivisorScalingPolicy(ElasticScalingPolicy):
                 possible_workers, self._held_workers + int(super()._count_possible_workers(free_nodes))
             )
             if self._held_workers == 0:
-                usable_nodes = free_nodes
+                counted_nodes = free_nodes
         # One CPU stays free for the data stream. Without it no step would begin. While this run has workers, its stream
         # uses CPUs, too. Ray does not tell them apart from the CPUs of other jobs, so all CPUs of the nodes count then.
-        usable_cpus = sum(resources.get("CPU", 0.0) for resources in usable_nodes.values())
+        usable_cpus = sum(resources.get("CPU", 0.0) for resources in counted_nodes.values())
         possible_workers = min(
             possible_workers, int((usable_cpus - 1) // self.scaling_config._resources_per_worker_not_none["CPU"])
         )
@@ -225,17 +223,15 @@ class RunTrainer(DataParallelTrainer):
         # them. Ray starts a process with such variables twice. On a local cluster, all processes have them already.
         environment = {} if LOCAL_CLUSTER in os.environ else {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}
         options["failure_policy"] = NonRetryableFailurePolicy(self.run_config.failure_config, self._run, self._spec)
-        if self._spec.cluster.workers.is_elastic:
-            # The scaling policy starts workers only after it has counted room for them. So if a start waits, a node
-            # that was counted has died. Ray notices the death after about 20 s, and its default timeout for a start is
-            # 60 s. A shorter timeout lets the policy count again soon.
-            name = WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
-            environment[name] = os.environ.get(name, "15")
+        cluster, timeout = self._spec.cluster, WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+        if cluster.workers.is_elastic or cluster.placement == "planned":
+            environment[timeout] = os.environ.get(timeout, str(START_TIMEOUT_SECONDS))
+        if cluster.workers.is_elastic:
             options["scaling_policy"] = DivisorScalingPolicy(self.scaling_config, self._run, self._spec)
         # The controller runs on the job's own node.
         node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         controller_class = ray.remote(num_cpus=0, scheduling_strategy=node, runtime_env={"env_vars": environment})
-        controller = controller_class(TrainController).remote(**options)
+        controller = controller_class(PlacingController).remote(cluster, **options)
         self._register_sigint_handler(controller)
         ray.get(controller.run.remote())
         return ray.get(controller.get_result.remote())

@@ -347,13 +347,20 @@ def test_log_of_a_run_outlives_the_cluster(corpus, finished):
         run.attempts_file.write_text(text)
 
 
-def test_run_too_large_for_the_cluster_is_refused_at_once(corpus):
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("gpus_per_worker=1", "it needs 2 workers with 1 CPU and 1 GPU each, and the cluster has no GPU"),
+        ("domain_label=rack", "has the label rack: correct it, leave it out, or start nodes with `ray start --labels`"),
+    ],
+)
+def test_run_for_which_the_cluster_has_no_place_is_refused_at_once(corpus, setting, reason):
     previous_runs = sorted(corpus.glob("runs/*"))
     start_time = time.monotonic()
-    result = mhmoe(corpus, "submit", "spec.yaml", "--set", "cluster.gpus_per_worker=1")
+    result = mhmoe(corpus, "submit", "spec.yaml", "--set", f"cluster.{setting}")
     # The command takes 5 s on a machine where nothing else runs; the limit allows for a busy machine.
     assert time.monotonic() - start_time < 30
-    assert_one_line(result, 5, "it needs 2 workers with 1 CPU and 1 GPU each, and the cluster has no GPU")
+    assert_one_line(result, 5, reason)
     assert sorted(corpus.glob("runs/*")) == previous_runs
 
 

@@ -1,9 +1,10 @@
 """Tests of predicted placements on hypothetical nodes; tests/cluster/test_nodes.py compares predictions with Ray."""
 
 from collections import Counter
+from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhmoe_ray.planner.placement import (
@@ -14,6 +15,7 @@ from mhmoe_ray.planner.placement import (
     expert_groups,
     hypothetical_nodes,
     pack_workers,
+    plan_workers,
     single_node_layout,
 )
 
@@ -91,6 +93,38 @@ def test_groups_on_nodes_of_mixed_sizes_straddle_only_smaller_nodes():
     assert layout.nodes[: 300 * 8] == [f"n1-{i}" for i in range(300) for _ in range(8)]
     assert len(layout.groups.straddling_indices) == 300 * 6 // 8
     assert layout.groups == expert_groups(layout.nodes, 8)
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.just(0), st.sampled_from("xyz")), max_size=5), st.integers(1, 4), st.data()
+)
+def test_no_plan_has_fewer_groups_across_nodes_and_then_across_domains(sizes, ep, data):
+    """The plan is compared with all possible numbers of ranks on the nodes."""
+    nodes = nodes_of(sizes)
+    workers = ep * data.draw(st.integers(0, sum(int(node.cpus) for node in nodes) // ep))
+
+    def spanning_groups(rank_nodes):
+        groups = build_layout(rank_nodes, ep).groups
+        return len(groups.straddling_indices), len(groups.cross_domain_indices)
+
+    plan = plan_workers(nodes, 1, 0, workers, ep)
+    assert all(count <= node.cpus for node, count in Counter(plan).items())
+    assert len(plan) == workers
+    assert spanning_groups(plan) == min(
+        spanning_groups([node for node, count in zip(nodes, counts, strict=True) for _ in range(count)])
+        for counts in product(*(range(int(node.cpus) + 1) for node in nodes))
+        if sum(counts) == workers
+    )
+
+
+def test_a_plan_uses_few_domains_and_nodes():
+    """Both groups of 4 fit in rack b, on one node, and four more workers in the smallest place that holds them."""
+    nodes = [Node("a", 8, 7, "a"), Node("b", 8, 4, "b"), Node("c", 16, 8, "b"), Node("d", 8, 5, "c")]
+    assert Counter(n.name for n in plan_workers(nodes, 1, 1, 8, 4)) == {"c": 8}
+    assert Counter(n.name for n in plan_workers(nodes, 1, 1, 12, 4)) == {"b": 4, "c": 8}
+    assert Counter(n.name for n in plan_workers(nodes, 1, 1, 4, 4)) == {"a": 4}
+    assert len(plan_workers(nodes, 1, 1, 28, 4)) == 24
 
 
 def test_hypothetical_cluster_is_filled_in_order_and_its_groups_are_spread_alike():

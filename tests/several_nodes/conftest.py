@@ -15,7 +15,7 @@ from tests.several_nodes.nodes import SETTINGS, Nodes
 
 @contextmanager
 def cluster_of_nodes(home: Path, user_home: Path) -> Iterator[Nodes]:
-    """Run a cluster of a head and four nodes during the block, and yield it.
+    """Run a cluster of a head and eight nodes during the block, and yield it.
 
     Its users have another MHMOE_HOME than the one that it is started with. So it is not their local cluster, and they
     have to name its address.

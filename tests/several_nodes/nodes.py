@@ -5,12 +5,13 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 from mhmoe_ray.cluster.spawn import LocalCluster
 from tests.support.watch import wait_until
 
-RACKS = ("left", "right", "left", "right")
+RACKS = ("left", "right") * 4
 """Value of the label `rack` of each node, by the node's index."""
 SLOTS = 3
 """Number of workers with two CPUs each that fit on a node.
@@ -40,7 +41,7 @@ SETTINGS = {
 
 
 class Nodes:
-    """A running cluster of several nodes, whose nodes have the indices 0 to 3."""
+    """A running cluster of several nodes, whose nodes have the indices 0 to 7."""
 
     def __init__(self, head: LocalCluster, environment: dict[str, str]) -> None:
         """Start the helper process, which has no node yet.
@@ -77,10 +78,11 @@ class Nodes:
 
     @contextmanager
     def leave_slots(self, slots: Sequence[int]) -> Iterator[None]:
-        """Leave room for `slots[i]` workers on node i during the block, by reserving the node's other CPUs."""
+        """Leave room for `slots[i]` workers on node i during the block, and for none on other nodes, by reserving the
+        CPUs."""
         cpus_to_hold = {
             self.node_id(index): 2 * (SLOTS - free_slots)
-            for index, free_slots in enumerate(slots)
+            for index, free_slots in zip_longest(range(len(RACKS)), slots, fillvalue=0)
             if free_slots < SLOTS
         }
         self.ask("hold", cpus_to_hold)

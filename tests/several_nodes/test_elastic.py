@@ -25,7 +25,7 @@ def assert_nothing_lost_or_repeated(run: RunDir) -> None:
 
 
 def test_a_run_shrinks_when_it_loses_a_node_and_grows_when_it_is_back(nodes, project):
-    with nodes.leave_slots([2, 2, 0, 0]):
+    with nodes.leave_slots([2, 2]):
         run = submit(nodes, project, cluster={"workers": {"min": 2, "max": 4}, "max_failures": 1})
         wait_until(lambda: step_of(run) >= 12, "step 12")
         nodes.kill(1)
@@ -53,7 +53,7 @@ def test_a_run_saves_and_leaves_a_preempted_node(nodes, project):
 
     The run's only expert-parallel group lies on two nodes, which the run records and `mhmoe status` shows.
     """
-    with nodes.leave_slots([1, 1, 1, 0]):
+    with nodes.leave_slots([1, 1, 1]):
         run = submit(nodes, project, cluster={"workers": 2, "max_failures": 0}, train={"checkpoint_every": 1000})
         wait_until(lambda: step_of(run) >= 3, "step 3")
         node_to_drain = start_events(run)[0]["workers"][1]["node"]
@@ -81,7 +81,7 @@ def test_a_run_saves_and_leaves_a_preempted_node(nodes, project):
 
 
 def test_a_run_is_resumed_with_a_range_of_workers(nodes, project):
-    with nodes.leave_slots([2, 1, 0, 0]):
+    with nodes.leave_slots([2, 1]):
         run = submit(nodes, project, cluster={"workers": 2}, train={"checkpoint_every": 5, "steps": 30})
         wait_until(lambda: step_of(run) >= 3, "step 3")
         run.stop_file.touch()

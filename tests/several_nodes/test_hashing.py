@@ -13,5 +13,5 @@ def test_hashes_from_several_nodes_are_correct_and_in_order(nodes, tmp_path):
         file.write_bytes(os.urandom(1000 + i))
     entries, tasks = nodes.ask("describe", [str(file) for file in files])
     assert entries == [describe_file(file).model_dump() for file in files]
-    assert tasks == 5  # one for each of the four nodes, and one for the head
+    assert tasks == 9  # one for each of the eight nodes, and one for the head
     assert nodes.ask("describe", [])[0] == []

@@ -1,5 +1,7 @@
 """Tests of the placement of workers on several nodes: it is recorded, shown, or refused, and changes no result."""
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -8,9 +10,10 @@ from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.errors import JobError
 from mhmoe_ray.runs import history, metrics
 from tests.cli.audit import assert_samples_in_order
+from tests.cli.run import assert_one_line
 from tests.several_nodes.alone import train_on_one_process
 from tests.several_nodes.runs import assert_as_planned, layout, run_command, submit, write_spec
-from tests.support.watch import newest_run, start_events, wait_for_end
+from tests.support.watch import newest_run, start_events, step_of, wait_for_end, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -30,7 +33,7 @@ def assert_equals_single_process(run):
 
 
 def test_groups_that_fit_on_a_node_lie_within_it(nodes, project):
-    with nodes.leave_slots([2, 0, 2, 0]):
+    with nodes.leave_slots([2, 0, 2]):
         run = submit(nodes, project, train=SHORT)
         wait_for_end(run)
     [event] = start_events(run)
@@ -39,6 +42,28 @@ def test_groups_that_fit_on_a_node_lie_within_it(nodes, project):
     assert_as_planned(event, groups)
     assert event["straddling_groups"] == 0
     assert_equals_single_process(run)
+
+
+def test_workers_are_placed_so_that_groups_lie_within_nodes_where_ray_would_split_one(nodes, project):
+    """Ray would fill the node with room for three first. The workers of a node that dies are placed on another."""
+    with nodes.leave_slots([3, 2, 0, 2, 1, 2]):
+        run = submit(
+            nodes, project, cluster={"workers": 6, "max_failures": 1}, train={"micro_batches": 6, "checkpoint_every": 5}
+        )
+        wait_until(lambda: step_of(run) >= 6, "step 6")
+        [first_start] = start_events(run)
+        indices = nodes.labels("node_index")
+        lost_node = next(i for i in (1, 3, 5) if nodes.node_id(i) in {w["node"] for w in first_start["workers"]})
+        nodes.kill(lost_node)
+        wait_until(lambda: len(start_events(run)) == 2, "start 2 of the workers")
+        wait_until(lambda: step_of(run) >= start_events(run)[1]["step"] + 3, "three steps more")
+        run.stop_file.touch()
+        wait_for_end(run, state="stopped")
+        nodes.bring_back()
+    for event in start_events(run):
+        ranks_by_node = Counter(indices[worker["node"]] for worker in event["workers"])
+        assert (event["straddling_groups"], sorted(ranks_by_node.values())) == (0, [2, 2, 2])
+    assert str(lost_node) not in {indices[worker["node"]] for worker in start_events(run)[1]["workers"]}
 
 
 def test_straddling_groups_are_reported_and_stay_within_racks(nodes, project):
@@ -60,7 +85,7 @@ def test_straddling_groups_are_reported_and_stay_within_racks(nodes, project):
 
 def test_hierarchical_dispatch_sends_fewer_rows_between_nodes(nodes, project):
     """Flat dispatch would send more rows between nodes; the result of the training is the same as on one process."""
-    with nodes.leave_slots([2, 0, 2, 0]):
+    with nodes.leave_slots([2, 0, 2]):
         run = submit(nodes, project, train=SHORT, cluster={"ep": 4, "dispatch": "hierarchical"})
         wait_for_end(run)
     [event] = start_events(run)
@@ -72,8 +97,14 @@ def test_hierarchical_dispatch_sends_fewer_rows_between_nodes(nodes, project):
     assert_equals_single_process(run)
 
 
+def test_groups_that_no_node_holds_are_refused_before_the_job(nodes, project):
+    write_spec(project, train=SHORT, cluster={"ep": 4, "straddling": "refuse"})
+    result = run_command(nodes, project, "submit", "spec.yaml", "--address", nodes.address)
+    assert_one_line(result, 5, "whichever nodes are chosen, 1 of 1 expert-parallel groups would lie on more than one")
+
+
 def test_straddling_groups_are_refused_in_one_line(nodes, project):
-    with nodes.leave_slots([1, 1, 0, 0]):
+    with nodes.leave_slots([1, 1]):
         write_spec(project, train=SHORT, cluster={"workers": 2, "straddling": "refuse", "max_failures": 0})
         result = run_command(nodes, project, "submit", "spec.yaml", "--address", nodes.address)
     assert result.code == JobError.exit_code, result

@@ -22,7 +22,7 @@ from mhmoe_ray.errors import CheckpointError, JobError, MhmoeError, StorageError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import location
-from mhmoe_ray.train import resilience
+from mhmoe_ray.train import placement, resilience
 from mhmoe_ray.train.preemption import PreemptedError
 from mhmoe_ray.train.resilience import DivisorScalingPolicy, NonRetryableFailurePolicy, RunTrainer, package_error
 from tests.support.events import record
@@ -165,7 +165,7 @@ def test_a_start_leaves_a_free_cpu_for_the_data_stream(tmp_path, monkeypatch, he
         ScalingConfig(num_workers=(2, 8), resources_per_worker={"CPU": 1}), RunDir(tmp_path), spec
     )
     # There is no cluster here, so these functions give the answers that a cluster would give.
-    monkeypatch.setattr(resilience.state, "get_draining_nodes", dict)
+    monkeypatch.setattr(placement.state, "get_draining_nodes", dict)
     monkeypatch.setattr(resilience.ray, "nodes", lambda: [{"NodeID": "n", "Alive": True, "Resources": {"CPU": 8.0}}])
     monkeypatch.setattr(resilience, "available_resources_per_node", lambda: {"n": {"CPU": free_cpus}})
     policy._held_workers = held_workers
