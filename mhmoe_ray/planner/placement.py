@@ -180,9 +180,9 @@ def _fill_locations(slots: Mapping[_Location, int], count: int) -> dict[_Locatio
     taken_slots: dict[_Location, int] = {}
     for i, location in enumerate(locations):
         if slots[location] >= count:
+            large_locations = [location for location in locations[i:] if slots[location] >= count]
             if count:
-                smallest_location = min((rest for rest in locations[i:] if slots[rest] >= count), key=slots.__getitem__)
-                taken_slots[smallest_location] = count
+                taken_slots[large_locations[-1]] = count
             break
         taken_slots[location] = slots[location]
         count -= slots[location]

@@ -123,7 +123,7 @@ def test_a_plan_uses_few_domains_and_nodes():
     nodes = [Node("a", 8, 7, "a"), Node("b", 8, 4, "b"), Node("c", 16, 8, "b"), Node("d", 8, 5, "c")]
     assert Counter(n.name for n in plan_workers(nodes, 1, 1, 8, 4)) == {"c": 8}
     assert Counter(n.name for n in plan_workers(nodes, 1, 1, 12, 4)) == {"b": 4, "c": 8}
-    assert Counter(n.name for n in plan_workers(nodes, 1, 1, 4, 4)) == {"a": 4}
+    assert Counter(n.name for n in plan_workers(nodes, 1, 1, 4, 4)) == {"d": 4}
     assert len(plan_workers(nodes, 1, 1, 28, 4)) == 24
 
 
