@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mhmoe_ray.api.model import LoadedModel, load
     from mhmoe_ray.api.plan import plan
     from mhmoe_ray.api.run import Run, find_run, list_runs, submit
+    from mhmoe_ray.api.search import search_plans
     from mhmoe_ray.api.service import Service, ServiceUpdate, find_service, serve
     from mhmoe_ray.api.spec import load_spec
     from mhmoe_ray.checkpoint.huggingface.config import ExportResult
@@ -49,6 +50,7 @@ __all__ = [
     "load",
     "load_spec",
     "plan",
+    "search_plans",
     "serve",
     "submit",
 ]
@@ -72,6 +74,7 @@ _MODULES = {
     "load": "mhmoe_ray.api.model",
     "load_spec": "mhmoe_ray.api.spec",
     "plan": "mhmoe_ray.api.plan",
+    "search_plans": "mhmoe_ray.api.search",
     "serve": "mhmoe_ray.api.service",
     "submit": "mhmoe_ray.api.run",
 }

@@ -1,5 +1,6 @@
 """`mhmoe plan`: show the sizes, memory, traffic and placement of a spec's run before it starts."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,6 +30,12 @@ def plan(
     gpus: Annotated[
         int | None, typer.Option(min=1, help="GPUs of each node on paper, with one worker per GPU.")
     ] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="List the fastest settings that fit the cluster on paper.")
+    ] = False,
+    write: Annotated[
+        Path | None, typer.Option(help="Write the spec with the first setting of --search to this new file.")
+    ] = None,
     address: options.AddressOption = None,
     json: options.JsonOption = False,
 ) -> None:
@@ -37,7 +44,8 @@ def plan(
 
     By default this is a forecast for the cluster that a run would go to, if that cluster is running. With --nodes and
     --gpus it is a plan for a cluster on paper, whose other properties are the spec's cluster.accelerator and
-    cluster.network. Keys that change no loss are adapted to these GPUs, and printed.
+    cluster.network. Keys that change no loss are adapted to these GPUs, and printed. With --search it compares all
+    values of these keys and of precisions, and lists the settings with the shortest estimated steps.
     """
     show_activity("planning")
     from mhmoe_ray.api.placement import forecast_placement, placement_remarks, planned_placement
@@ -48,10 +56,17 @@ def plan(
 
     if (nodes is None) != (gpus is None) or (nodes and address):
         raise typer.BadParameter("a cluster on paper needs both --nodes and --gpus, and takes no --address")
+    if (search and not nodes) or (write and not search):
+        raise typer.BadParameter("--search needs a cluster on paper (--nodes and --gpus), and --write needs --search")
     chosen_keys, overrides = None, options.with_storage(set_, storage)
     if nodes and gpus:
         # The micro-batches of a preset are as large as a GPU allows.
         own_spec = mh.load_spec(spec, [*overrides, "cluster.gpus_per_worker=1"])
+        if search:
+            from mhmoe_ray.cli.plan_search import show_settings
+
+            show_settings(own_spec, nodes, gpus, write, json)
+            return
         resolved, chosen_keys = adapt_to_gpus(own_spec, nodes, gpus)
         placement = planned_placement(resolved, nodes, gpus)
     else:

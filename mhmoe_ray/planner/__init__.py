@@ -2,7 +2,7 @@
 
 resolve.py      spec files with preset, size and match; presets by name
 presets.py      presets in families of three sizes        papers.py       the papers' models
-adapt.py        micro-batches, ep and sharding for GPUs
+adapt.py        micro-batches, ep and sharding for GPUs   search.py       the fastest settings that fit, by estimate
 match.py        expert width and count that match a reference model, and the comparison with it
 sizes.py        parameters, multiply-adds, bytes per value
 family.py       the part of a plan that differs between families, and that of decoders

@@ -1,6 +1,7 @@
 """Defaults of runs on GPUs, and the choice of micro-batches, ep and sharding for GPUs, which leaves the samples of a
 step and their losses as they are."""
 
+import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ Keys = dict[str, Any]
 
 def with_keys(spec: RunSpec, keys: Keys) -> RunSpec:
     """Return the spec with other values of some keys; values that do not fit the rest are a SpecError."""
-    tree = apply_overrides(spec.model_dump(mode="json"), [f"{key}={value}" for key, value in keys.items()])
+    tree = apply_overrides(spec.model_dump(mode="json"), [f"{key}={json.dumps(value)}" for key, value in keys.items()])
     return validate_section(RunSpec, tree, f"spec {spec.name}")
 
 
@@ -41,9 +42,9 @@ def with_gpu_defaults(spec: RunSpec) -> RunSpec:
         chunk_rows = LOSS_CHUNK_ROWS if spec.model.vocab_size <= 65_536 else LOSS_CHUNK_ROWS // 2
         defaults["train.loss_chunk_rows"] = chunk_rows
     keys = {key: value for key, value in defaults.items() if key not in _set_keys(spec)}
-    spec = _update(spec, keys)
+    spec = update_keys(spec, keys)
     if spec.cluster.strategy == "fsdp" and "cluster.reduce_after" not in _set_keys(spec) and not _fits(spec):
-        reduced = _update(spec, {"cluster.reduce_after": "micro_batch"})
+        reduced = update_keys(spec, {"cluster.reduce_after": "micro_batch"})
         return min(spec, reduced, key=lambda variant: compute_memory(variant).total)
     return spec
 
@@ -52,7 +53,7 @@ def _set_keys(spec: RunSpec) -> set[str]:
     return {f"{name}.{key}" for name in ("train", "cluster") for key in getattr(spec, name).model_fields_set}
 
 
-def _update(spec: RunSpec, keys: Keys) -> RunSpec:
+def update_keys(spec: RunSpec, keys: Keys) -> RunSpec:
     """Return the spec with valid values of keys in its sections; other keys that are not set stay so."""
     for key, value in keys.items():
         name, _, field = key.partition(".")
@@ -77,7 +78,7 @@ def adapt_to_gpus(spec: RunSpec, nodes: int, gpus: int) -> tuple[RunSpec, Keys]:
     Micro-batches are divided anew if the workers do not divide their number. If the memory of a GPU does not suffice,
     ep and sharding change unless the spec sets them. A key that rules the workers out is a SpecError.
     """
-    spec = with_gpu_defaults(_update(spec, {"cluster.gpus_per_worker": 1}))
+    spec = with_gpu_defaults(update_keys(spec, {"cluster.gpus_per_worker": 1}))
     workers, share, batches = nodes * gpus, 1.0, [Keys()]
     for key in ("ep", "shard_group"):
         size = getattr(spec.cluster, key)
@@ -85,7 +86,7 @@ def adapt_to_gpus(spec: RunSpec, nodes: int, gpus: int) -> tuple[RunSpec, Keys]:
             fix = f"set it to a divisor of {workers:,}, or plan for a multiple of {size:,} GPUs"
             raise SpecError(f"spec {spec.name}", f"cluster.{key}: {size} does not divide {workers:,} GPUs", fix)
     if spec.train.micro_batches % workers:
-        share, batches = GPU_MEMORY_SHARE, _divided_batches(spec, workers)
+        share, batches = GPU_MEMORY_SHARE, divided_batches(spec, workers)
     base = {"cluster.workers": workers, "cluster.gpus_per_worker": 1}
     # A sharding with which even the smallest micro-batches do not fit need not be tried with larger ones.
     changes = [{**base, **sharding, **batches[-1]} for sharding in _shardings(spec, gpus)]
@@ -122,7 +123,7 @@ def _micro_batches(spec: RunSpec, counts: Iterable[int]) -> Iterator[Keys]:
             yield {"train.micro_batches": count, **{key: n // count for key, n in samples_by_key.items()}}
 
 
-def _divided_batches(spec: RunSpec, workers: int) -> list[Keys]:
+def divided_batches(spec: RunSpec, workers: int) -> list[Keys]:
     """Return the divisions of a step's samples among workers, largest micro-batches first; SpecError without one."""
     label, count, size = f"spec {spec.name}", spec.train.micro_batches, spec.train.micro_batch_size
     if key := spec.micro_batch_key:

@@ -94,7 +94,7 @@ def estimate_step_time(spec: RunSpec, layout: Layout) -> Estimate:
     rank_tokens = spec.tokens_per_step / len(layout.nodes)
     training_flops = flops_per_token(spec.model, spec.attention_length, spec.samples_per_token).training
     return Estimate(
-        _compute_times(spec, rank_tokens),
+        compute_times(spec, rank_tokens),
         _exchange_times(spec, layout),
         training_flops * rank_tokens / spec.cluster.accelerator.peak_flops(spec.train.precision),
         spec.tokens_per_step,
@@ -102,7 +102,7 @@ def estimate_step_time(spec: RunSpec, layout: Layout) -> Estimate:
     )
 
 
-def _compute_times(spec: RunSpec, tokens: float) -> list[StepTime]:
+def compute_times(spec: RunSpec, tokens: float) -> list[StepTime]:
     model, moe, accelerator = spec.model, spec.model.moe, spec.cluster.accelerator
     micro_batches = tokens / spec.tokens_per_micro_batch
     flops_rate = accelerator.peak_flops(spec.train.precision) * accelerator.flops_share

@@ -1,8 +1,9 @@
 """Parameters, multiply-adds and bytes of a model, computed from the spec. Tests compare them with a built model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache, wraps
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from mhmoe_ray.architectures import FLOAT32
 from mhmoe_ray.errors import SpecError
@@ -41,6 +42,32 @@ def dense_width(trunk: Mapping[str, Any]) -> int:
     return d_ff
 
 
+Counts = TypeVar("Counts")
+
+
+class _SameModel(NamedTuple):
+    """Key of a cache that finds a model by identity, because some models cannot be hashed."""
+
+    model: ModelSpec
+
+    def __hash__(self) -> int:
+        return id(self.model)
+
+    def __eq__(self, key: object) -> bool:
+        return isinstance(key, _SameModel) and key.model is self.model
+
+
+def cached_by_model(count: Callable[[ModelSpec], Counts]) -> Callable[[ModelSpec], Counts]:
+    """Return a function that counts each of the last models once. A search for settings asks thousands of times."""
+    cached = lru_cache(maxsize=64)(lambda key: count(key.model))
+
+    @wraps(count)
+    def cached_count(spec: ModelSpec) -> Counts:
+        return cached(_SameModel(spec))
+
+    return cached_count
+
+
 class Sizes(NamedTuple):
     """Counts of a whole model."""
 
@@ -64,6 +91,7 @@ class Sizes(NamedTuple):
     grows with h, so models of equal compute differ in memory traffic."""
 
 
+@cached_by_model
 def model_parts(spec: ModelSpec) -> list[ModelPart]:
     """Return each kind of layer that a model has, from the embedding to the output."""
     moe, plan = spec.moe, plan_of(spec)
@@ -112,6 +140,7 @@ def _projections_part(spec: ModelSpec, moe: MoESpec) -> ModelPart:
     return ModelPart(PROJECTIONS, spec.moe_layers, *all_active(macs + biases), macs)
 
 
+@cached_by_model
 def compute_sizes(spec: ModelSpec) -> Sizes:
     """Return the counts of a whole model."""
     all_parts, moe = model_parts(spec), spec.moe
@@ -139,6 +168,7 @@ class BlockSizes(NamedTuple):
     """Number of parameters of the embedding, the final norm, and the output layer or heads."""
 
 
+@cached_by_model
 def block_sizes(spec: ModelSpec) -> BlockSizes:
     """Return the numbers of parameters in blocks and outside them."""
     parameters = {part.name: part.parameters for part in model_parts(spec)}
@@ -151,6 +181,7 @@ def block_sizes(spec: ModelSpec) -> BlockSizes:
     return BlockSizes(shared + dense, shared + mixture, outside_blocks)
 
 
+@cached_by_model
 def float32_sizes(spec: ModelSpec) -> BlockSizes:
     """Return the numbers of parameters that fsdp gathers in float32: of norms, routers, and all that a family adds."""
     parameters = {part.name: part.parameters for part in model_parts(spec)}
