@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mhmoe_ray.api.checkpoints import Checkpoint
     from mhmoe_ray.api.engine_thread import Answer
     from mhmoe_ray.api.model import LoadedModel, load
+    from mhmoe_ray.api.model_plan import plan_model
     from mhmoe_ray.api.plan import plan
     from mhmoe_ray.api.run import Run, find_run, list_runs, submit
     from mhmoe_ray.api.search import search_plans
@@ -50,6 +51,7 @@ __all__ = [
     "load",
     "load_spec",
     "plan",
+    "plan_model",
     "search_plans",
     "serve",
     "submit",
@@ -74,6 +76,7 @@ _MODULES = {
     "load": "mhmoe_ray.api.model",
     "load_spec": "mhmoe_ray.api.spec",
     "plan": "mhmoe_ray.api.plan",
+    "plan_model": "mhmoe_ray.api.model_plan",
     "search_plans": "mhmoe_ray.api.search",
     "serve": "mhmoe_ray.api.service",
     "submit": "mhmoe_ray.api.run",

@@ -3,6 +3,7 @@
     defaults.py       defaults that functions of the interface and commands share
     spec.py           load a spec
     plan.py           the plan of a run: sizes, memory, traffic and times before it starts
+    model_plan.py     the cost of a model of the hub: training, upcycling, serving
     search.py         the fastest settings that fit a cluster, by estimate
     placement.py      the nodes on which a run's ranks would be
     run.py            runs: submit, find, watch, stop, resume, evaluate, export and remove them

@@ -8,6 +8,7 @@
     submit.py      start a run            follow.py     follow a run to its end
     runs.py        list, resume, stop, rm
     status.py      state of a run         logs.py       logs of its job and workers
+    plan_model.py                           cost of a model of the hub
     plan.py, plan_tables.py, plan_search.py sizes, memory, traffic and placement of a spec's run, and estimated times
     presets.py     models by name         schema.py     the JSON schema of specs
     data.py        write sample text, prepare text as shards

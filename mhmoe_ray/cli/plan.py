@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 
 def plan(
-    spec: options.SpecArg,
+    spec: Annotated[
+        Path | None, typer.Argument(help="A spec, for example jobs/quickstart.yaml.", show_default=False)
+    ] = None,
     set_: options.SetOption = [],  # noqa: B006 - typer needs the list
     storage: options.SpecStorageOption = None,
     nodes: Annotated[
@@ -36,6 +38,11 @@ def plan(
     write: Annotated[
         Path | None, typer.Option(help="Write the spec with the first setting of --search to this new file.")
     ] = None,
+    hf: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Plan a model of the hub (ORG/NAME) or a folder with config.json instead."),
+    ] = None,
+    tokens: Annotated[float, typer.Option(min=1, help="Training tokens for the GPU-hours of --hf.")] = 1e9,
     address: options.AddressOption = None,
     json: options.JsonOption = False,
 ) -> None:
@@ -56,6 +63,14 @@ def plan(
 
     if (nodes is None) != (gpus is None) or (nodes and address):
         raise typer.BadParameter("a cluster on paper needs both --nodes and --gpus, and takes no --address")
+    if (spec is None) == (hf is None) or (hf and not nodes):
+        raise typer.BadParameter("give a spec, or --hf with --nodes and --gpus")
+    if hf and nodes and gpus:
+        from mhmoe_ray.cli.plan_model import show_model_plan
+
+        show_model_plan(hf, nodes, gpus, tokens, json)
+        return
+    assert spec is not None
     if (search and not nodes) or (write and not search):
         raise typer.BadParameter("--search needs a cluster on paper (--nodes and --gpus), and --write needs --search")
     chosen_keys, overrides = None, options.with_storage(set_, storage)

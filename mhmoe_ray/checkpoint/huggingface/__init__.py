@@ -2,6 +2,7 @@
 
 adapters/               config.json of each architecture of transformers, from and to the `model` section of a spec
 names.py                the table of tensor names, for both directions
+foreign.py              counts of architectures that are planned but not imported
 config.py               config.json with the adapter's keys and the `mhmoe` section
 files.py                safetensors files, read and written one layer at a time
 tokenizer.py            tokenizer.json and tokenizer_config.json for other tools

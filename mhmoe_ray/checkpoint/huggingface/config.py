@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from mhmoe_ray.checkpoint.huggingface.adapters import ADAPTERS, choose_adapter, computed_function
+from mhmoe_ray.checkpoint.huggingface.foreign import FOREIGN_TYPES, ForeignCounts, ForeignModel
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.parsing import ParseError, parse_object
 from mhmoe_ray.spec import ModelSpec
@@ -61,6 +62,15 @@ class MhmoeSection(BaseModel):
     """Whether a start token precedes each text; None in folders of other tools, where the tokenizer decides."""
 
 
+class PlannedModel(NamedTuple):
+    """Model that config.json describes, for a plan."""
+
+    model: ModelSpec
+    context_length: int
+    counts: ForeignCounts | None
+    """Exact counts of the original if `model` is only similar to it."""
+
+
 def build_config(model: ModelSpec, seq_len: int, tokenizer_size: int) -> dict[str, Any]:
     """Return the keys of config.json that decide what a model computes, with the names of its type and classes."""
     adapter = choose_adapter(model, seq_len)
@@ -76,15 +86,8 @@ def read_config(folder: Path, seq_len: int | None) -> tuple[str, MhmoeSection]:
     The keys of the architecture give the section if another tool wrote the file. A file that cannot be read, a model
     that this package does not compute, or a `seq_len` above the model's context length is a CheckpointError.
     """
-    subject = f"folder {folder}"
-    try:
-        fields = parse_object(read_file(folder / CONFIG))
-        model_type = fields.get("model_type")
-    except OSError as e:
-        reason = f"its {CONFIG} cannot be read ({e.strerror})"
-        raise CheckpointError(subject, reason, "name the folder of a model, as `mhmoe ckpt export` writes it") from e
-    except ParseError as e:
-        raise CheckpointError(subject, f"its {CONFIG} is damaged", "get the folder again") from e
+    subject, fields = f"folder {folder}", _read_fields(folder)
+    model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in ADAPTERS:
         reason = f"its model_type is {model_type}"
         raise CheckpointError(subject, reason, f"import one of {', '.join(ADAPTERS)}")
@@ -96,6 +99,37 @@ def read_config(folder: Path, seq_len: int | None) -> tuple[str, MhmoeSection]:
         reason = f"it is made for {section.seq_len} tokens at once"
         raise CheckpointError(subject, reason, f"choose a sequence length up to that, not {seq_len}")
     return model_type, section if seq_len is None else section.model_copy(update={"seq_len": seq_len})
+
+
+def read_planned_model(folder: Path) -> PlannedModel:
+    """Return the model that a folder's config.json describes, or the most similar one that can be planned.
+
+    A file that cannot be read, or a model that cannot be planned, is a CheckpointError that names the wrong keys.
+    """
+    subject, fields = f"folder {folder}", _read_fields(folder)
+    model_type = fields.get("model_type")
+    if model_type not in FOREIGN_TYPES:
+        known_types = ", ".join([*ADAPTERS, *FOREIGN_TYPES])
+        if model_type not in ADAPTERS:
+            raise CheckpointError(subject, f"its model_type is {model_type}", f"plan one of {known_types}")
+        _, section = read_config(folder, None)
+        return PlannedModel(section.model, section.seq_len, None)
+    try:
+        foreign = ForeignModel.model_validate(fields)
+        return PlannedModel(foreign.similar_model(), foreign.max_position_embeddings, foreign.counts())
+    except ValidationError as e:
+        raise CheckpointError(subject, f"{CONFIG}: {_error_text(e)}", "such a model cannot be planned") from e
+
+
+def _read_fields(folder: Path) -> dict[str, Any]:
+    subject = f"folder {folder}"
+    try:
+        return parse_object(read_file(folder / CONFIG))
+    except OSError as e:
+        reason = f"its {CONFIG} cannot be read ({e.strerror})"
+        raise CheckpointError(subject, reason, "name the folder of a model, as `mhmoe ckpt export` writes it") from e
+    except ParseError as e:
+        raise CheckpointError(subject, f"its {CONFIG} is damaged", "get the folder again") from e
 
 
 def _read_section(subject: str, model_type: str, fields: dict[str, Any]) -> MhmoeSection:
