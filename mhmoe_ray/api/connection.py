@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mhmoe_ray.api.defaults import LOCAL_CPUS, OnNote, ignore_note
-from mhmoe_ray.cluster.connect import Connection, connect_if_running, start
+from mhmoe_ray.cluster.connect import Connection, check_ray_release, connect_if_running, start
 from mhmoe_ray.cluster.nodes import gpus_of_this_machine, total_nodes
 from mhmoe_ray.errors import ClusterError, SpecError
 from mhmoe_ray.planner.placement import Node, build_layout, capacity_shortfall, plan_workers
@@ -24,8 +24,8 @@ def connect_to_cluster(
     """Return a connection to the cluster for a job; start a local cluster if none is named and none runs.
 
     The cluster's nodes must reach `required_paths`, and a local cluster must have `cpus` logical CPUs. A cluster out of
-    reach or too small is a ClusterError. A file path on a cluster elsewhere is a SpecError, unless the section sets
-    shared_filesystem.
+    reach, too small or of another minor version of Ray is a ClusterError. A file path on a cluster elsewhere is a
+    SpecError, unless the section sets shared_filesystem.
     """
     on_note(Activity("connecting to the cluster"))
     connection = connect_if_running(address)
@@ -34,6 +34,7 @@ def connect_to_cluster(
         on_note(Activity("starting Ray"))
         # A local cluster cannot grow, so one that is started for a small job must be large enough to train later.
         connection = start(max(cpus, section.cpus, LOCAL_CPUS))
+    check_ray_release(connection)
     if connection.local_cluster and connection.local_cluster.cpus < cpus:
         fix = "stop it with `mhmoe cluster down`; the next command starts one that is large enough"
         raise ClusterError("local cluster", f"it has {connection.local_cluster.cpus} CPUs and {cpus} are needed", fix)

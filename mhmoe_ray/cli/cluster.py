@@ -204,7 +204,7 @@ def render(
     cluster render cluster/site.yaml --into /tmp/lab`.
     """
     from mhmoe_ray.api.serve_target import API_KEYS_VARIABLE, resolve_target, with_environment_keys
-    from mhmoe_ray.render.files import render_files, store_advice
+    from mhmoe_ray.render.files import render_files, secret_advice
     from mhmoe_ray.serving.config import application_config
     from mhmoe_ray.spec import load_site
 
@@ -227,7 +227,7 @@ def render(
         )
     run_spec = mh.load_spec(run, set_) if run else None
     rendered = render_files(site_spec, run_spec, application)
-    if advice := store_advice(site_spec, run_spec, application):
+    for advice in secret_advice(site_spec, run_spec, application):
         note.print(advice)
     try:
         for name, text in rendered.items():

@@ -16,6 +16,7 @@ from mhmoe_ray.cluster.spawn import LocalCluster
 from mhmoe_ray.cluster.tokens import Token, state_folder, state_lock, write_state
 from mhmoe_ray.errors import ClusterError, TokenError
 from mhmoe_ray.parsing import parse_object
+from mhmoe_ray.ray_compat import RAY_RELEASE, is_tested_release
 from mhmoe_ray.storage import read_file
 
 FILE = "clusters.json"
@@ -192,6 +193,16 @@ def _connection(address: str, token: Token | None) -> Connection:
     """Return the connection to a cluster that this package did not start, after checking that it takes the token."""
     dashboard.ray_version(address, token)
     return Connection(address, False, dashboard.is_loopback(address) and _is_this_machine(address, token), token)
+
+
+def check_ray_release(connection: Connection) -> str:
+    """Return the version of Ray that a cluster runs; one whose minor version is not ours is a ClusterError."""
+    release: str = dashboard.ray_version(connection.address, connection.token)["ray_version"]
+    if not is_tested_release(release):
+        reason = f"it runs Ray {release}, and jobs of mhmoe need {RAY_RELEASE}"
+        fix = f"start it with Ray {RAY_RELEASE}, in any patch; or name another cluster"
+        raise ClusterError(f"cluster {connection.address}", reason, fix)
+    return release
 
 
 def cached_connect() -> Callable[[str], Connection]:

@@ -20,9 +20,16 @@ import torch.distributed as dist
 from mhmoe_kernels import BACKENDS, unavailable_reason
 from mhmoe_kernels.cpu import LEVEL_TITLES, LEVEL_VARIABLE, cpu_level, is_x86
 from mhmoe_ray.cluster import dashboard
-from mhmoe_ray.cluster.connect import Connection, connect_if_running
+from mhmoe_ray.cluster.connect import Connection, check_ray_release, connect_if_running
 from mhmoe_ray.cluster.nodes import free_nodes
 from mhmoe_ray.errors import ClusterError, TokenError
+from mhmoe_ray.ray_compat import (
+    PRIVATE_NAMES,
+    RAY_INSTALLATION,
+    RAY_RELEASE,
+    check_private_names,
+    is_tested_release,
+)
 from mhmoe_ray.storage import Location, location, replace_file
 
 Level = Literal["ok", "note", "warning", "error"]
@@ -44,8 +51,6 @@ class CheckResult(NamedTuple):
         return {"level": self.level, "what": self.check, "found": self.message, "fix": self.fix}
 
 
-RAY_RELEASE = "2.60"
-"""Minor version of Ray whose internals ray_compat.py and train/resilience.py depend on."""
 EXTRAS = {
     "deepspeed": ("cluster.strategy zero1 to zero3", "the extra deepspeed"),
     "triton": ("the triton kernels", "the extra triton, or a CUDA build of torch"),
@@ -70,12 +75,7 @@ def machine_findings() -> Iterator[CheckResult]:
 
 
 def _packages() -> Iterator[CheckResult]:
-    ray_release = version("ray")
-    if ray_release.startswith(f"{RAY_RELEASE}."):
-        yield CheckResult("ok", "ray", ray_release)
-    else:
-        message = f"{ray_release}, but training needs {RAY_RELEASE}"
-        yield CheckResult("error", "ray", message, f"pip install 'ray=={RAY_RELEASE}.*'")
+    yield _ray()
     for package, (purpose, installation) in EXTRAS.items():
         installed = [v for name in DISTRIBUTIONS.get(package, (package,)) if (v := _version(name))]
         if installed:
@@ -83,6 +83,17 @@ def _packages() -> Iterator[CheckResult]:
         else:
             fix = f"install it if you need that: {installation}"
             yield CheckResult("note", package, f"not installed; for {purpose}", fix)
+
+
+def _ray() -> CheckResult:
+    release = version("ray")
+    try:
+        check_private_names()
+    except ClusterError as e:
+        return CheckResult("error", "ray", f"{release}: {e.reason}", e.fix)
+    if not is_tested_release(release):
+        return CheckResult("warning", "ray", f"{release}; only {RAY_RELEASE} is tested", RAY_INSTALLATION)
+    return CheckResult("ok", "ray", f"{release}; it has the {len(PRIVATE_NAMES)} private interfaces that are used")
 
 
 def _version(distribution: str) -> str | None:
@@ -228,14 +239,14 @@ def reach_findings(address: str | None) -> Iterator[CheckResult]:
 
 
 def _ray_version(connection: Connection) -> Iterator[CheckResult]:
-    cluster_release = dashboard.ray_version(connection.address, connection.token)["ray_version"]
     client_release = version("ray")
-    if cluster_release.split(".")[:2] == client_release.split(".")[:2]:
-        yield CheckResult("ok", "cluster", f"{connection.address}, Ray {cluster_release}")
+    try:
+        cluster_release = check_ray_release(connection)
+    except ClusterError as e:
+        yield CheckResult("error", "cluster", f"{e.subject}: {e.reason}", e.fix)
     else:
-        fix = "install the same minor version on both"
-        message = f"{connection.address} runs Ray {cluster_release}, and here is {client_release}"
-        yield CheckResult("error", "cluster", message, fix)
+        difference = "" if cluster_release == client_release else f", which fits Ray {client_release} here"
+        yield CheckResult("ok", "cluster", f"{connection.address}, Ray {cluster_release}{difference}")
 
 
 def _token_requirement(connection: Connection) -> Iterator[CheckResult]:

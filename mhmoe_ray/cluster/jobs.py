@@ -17,7 +17,7 @@ from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.dashboard import unreachable
 from mhmoe_ray.cluster.packages import check_size, with_packages
 from mhmoe_ray.errors import JobError, MhmoeError, SpecError
-from mhmoe_ray.ray_compat import SDK_LOGGERS
+from mhmoe_ray.ray_compat import SDK_LOGGERS, upload_folders
 
 T = TypeVar("T")
 
@@ -117,8 +117,7 @@ def upload_runtime_env(client: Any, runtime_env: Mapping[str, Any]) -> dict[str,
     check_size(runtime_env)
     runtime_env = dict(runtime_env)
     try:
-        client._upload_working_dir_if_needed(runtime_env)
-        client._upload_py_modules_if_needed(runtime_env)
+        upload_folders(client, runtime_env)
         return dict(RuntimeEnv(**runtime_env).to_dict())
     except (ValueError, TypeError) as e:
         raise SpecError("cluster.runtime_env", failure_reason(str(e)), "correct it in the spec") from e

@@ -9,7 +9,7 @@ import yaml
 from mhmoe_ray.data.shards.manifest import read_data_manifest
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.placement import Node, pack_workers
-from mhmoe_ray.render import kuberay, ray_up, slurm
+from mhmoe_ray.render import kuberay, kueue, ray_up, slurm
 from mhmoe_ray.render.kuberay import containerfile
 from mhmoe_ray.render.monitoring import (
     DASHBOARDS,
@@ -53,11 +53,13 @@ HEADER = "# Rendered by `mhmoe cluster render`: change the site's file, not this
 """First line of each rendered YAML file, except of the spec of a run."""
 
 
-_STORE_VARIABLES = {
+_SECRET_OPTIONS = {
     "s3": "--from-literal=AWS_ACCESS_KEY_ID=... --from-literal=AWS_SECRET_ACCESS_KEY=...",
-    "gs": "--from-literal=GOOGLE_APPLICATION_CREDENTIALS={mount}/key.json",
+    "gs": f"--from-literal=GOOGLE_APPLICATION_CREDENTIALS={kuberay.STORE_SECRET_FOLDER}/key.json --from-file=key.json",
+    "wandb": "--from-literal=WANDB_API_KEY=...",
+    "mlflow": "--from-literal=MLFLOW_TRACKING_TOKEN=...",
 }
-"""Options of `kubectl create secret` for the credentials of a store, by URI scheme. Google's are in a file."""
+"""Options of `kubectl create secret` for the credentials of a store, by URI scheme, or tracker. Google's are a file."""
 
 
 def _store_schemes(content: Any) -> list[str]:
@@ -65,19 +67,49 @@ def _store_schemes(content: Any) -> list[str]:
     return [scheme for scheme in STORES if f"{scheme}://" in text]
 
 
-def store_advice(site: SiteSpec, run: RunSpec | None, application: dict[str, Any] | None) -> str | None:
-    """Return how pods get the credentials of the object stores that a run or an application uses; None without any."""
-    schemes = _store_schemes([run and run.model_dump(mode="json"), application])
-    if not schemes:
-        return None
+def _trackers(run: RunSpec | None) -> list[str]:
+    """Return the names of the tracking servers to which a run sends metrics."""
+    if run is None:
+        return []
+    is_used = {"wandb": run.tracking.wandb == "online", "mlflow": run.tracking.mlflow}
+    return [name for name, value in is_used.items() if value]
+
+
+def _site_for(site: SiteSpec, run: RunSpec | None = None, application: dict[str, Any] | None = None) -> SiteSpec:
+    """Return a site whose pods have only the storage and the credentials that a run or an application uses."""
+    content = run.model_dump(mode="json") if run else application
+    update: dict[str, Any] = {}
+    if f"{site.storage.mount}/" not in json.dumps(content):
+        update["storage"] = site.storage.model_copy(update={"claim": None})
+    if not _store_schemes(content):
+        update |= {"store_secret": None, "service_account": None}
+    if not _trackers(run):
+        update["tracker_secret"] = None
+    if run and site.has_fixed_size:
+        update["workers"] = site.workers.model_copy(update={"max": count_worker_nodes(site, run)})
+    return site.model_copy(update=update)
+
+
+def secret_advice(site: SiteSpec, run: RunSpec | None, application: dict[str, Any] | None) -> Iterator[str]:
+    """Yield how pods get the credentials of the object stores and trackers that a run or an application uses."""
+
+    def secret_note(secret: str, names: list[str], title: str) -> str:
+        options = " ".join(_SECRET_OPTIONS[name] for name in names)
+        command = f"kubectl create secret generic {secret} --namespace {site.namespace} {options}"
+        return f"pods take the credentials for {title} from a secret; to create it: {command}"
+
+    schemes, trackers = _store_schemes([run and run.model_dump(mode="json"), application]), _trackers(run)
     stores = " and ".join(f"{scheme}://" for scheme in schemes)
-    if site.store_secret:
-        variables = " ".join(_STORE_VARIABLES[scheme].format(mount=site.storage.mount) for scheme in schemes)
-        command = f"kubectl create secret generic {site.store_secret} --namespace {site.namespace} {variables}"
-        return f"pods take the credentials for {stores} from a secret; to create it: {command}"
-    if site.service_account:
-        return f"pods use {stores} as service account {site.service_account}; let your cloud permit it to that account"
-    return f"warning: pods get no credentials for {stores}; set store_secret or service_account in the site's file"
+    if schemes and site.store_secret:
+        yield secret_note(site.store_secret, schemes, stores)
+    elif schemes and site.service_account:
+        yield f"pods use {stores} as service account {site.service_account}; let your cloud permit it to that account"
+    elif schemes:
+        yield f"warning: pods get no credentials for {stores}; set store_secret or service_account in the site's file"
+    if trackers and site.tracker_secret:
+        yield secret_note(site.tracker_secret, trackers, " and ".join(trackers))
+    elif "wandb" in trackers:
+        yield "warning: pods get no WANDB_API_KEY; set tracker_secret in the site's file"
 
 
 def render_files(
@@ -96,16 +128,15 @@ def _iter_files(site: SiteSpec, run: RunSpec | None, application: dict[str, Any]
     if run:
         count_worker_nodes(site, run)
         _check_storage(site, run)
-        spec_path = f"jobs/{run.name}.yaml"
-        yield spec_path, dump_spec(run)
-        uses_store = bool(_store_schemes(run.model_dump(mode="json")))
-        job = kuberay.ray_job(site, f"{site.storage.mount}/{spec_path}", run.name, uses_store)
-        yield f"kuberay/rayjob-{run.name}.yaml", _yaml_text(job)
+        yield f"kuberay/rayjob-{run.name}.yaml", _yaml_text(kuberay.ray_job(_site_for(site, run), run.name))
+        yield f"kuberay/spec-{run.name}.yaml", _yaml_text(kuberay.run_spec_map(site, run.name, dump_spec(run)))
     if application:
         checkpoint = application["args"]["checkpoint"]
         _check_path(site, checkpoint, f"checkpoint {checkpoint}", "copy its run there, and name it by its path")
-        service = kuberay.ray_service(site, application, bool(_store_schemes(application)))
+        service = kuberay.ray_service(_site_for(site, application=application), application)
         yield f"kuberay/rayservice-{application['name']}.yaml", _yaml_text(service)
+    if site.kueue:
+        yield "kuberay/kueue.yaml", _yaml_text(kueue.queue_objects(site, site.kueue))
     yield "kuberay/networkpolicy.yaml", _yaml_text(kuberay.network_policy(site))
     yield "kuberay/podmonitor.yaml", _yaml_text(pod_monitor(site))
     if site.aws:
@@ -141,7 +172,12 @@ def _check_storage(site: SiteSpec, run: RunSpec) -> None:
 def _check_path(site: SiteSpec, path: str, subject: str, fix: str) -> None:
     """Raise a SpecError if a path is neither on the site's storage nor in an object store."""
     # A URL of an object store is accepted, because all nodes can reach it without mounting the site's storage.
-    if "://" not in path and not path.startswith(f"{site.storage.mount}/"):
+    if "://" in path:
+        return
+    if site.storage.claim is None:
+        fix = "name a location on s3:// or gs://, or set storage.claim"
+        raise SpecError(subject, f"{path} is a file path, but storage.claim of the site is null", fix)
+    if not path.startswith(f"{site.storage.mount}/"):
         raise SpecError(subject, f"{path} is not below {site.storage.mount}, which nodes of the site share", fix)
 
 

@@ -1,6 +1,7 @@
 """The site file: a description of a cluster, from which `mhmoe cluster render` writes manifests."""
 
-from typing import Annotated, Self
+import re
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -11,8 +12,51 @@ Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,200}$")]
 Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,30}[a-z0-9])?$")]
 # The syntax of label values on Kubernetes, which has at most 63 characters.
 LabelValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$")]
+LabelKey = Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9.-]*/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$")]
+Line = Annotated[str, Field(pattern=r"^\P{Cc}*$")]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+DeviceName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*/[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 TokenPath = Annotated[str, Field(pattern=r"^~?(/[A-Za-z0-9._-]+)+$")]
 Mount = Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._-]+)+$")]
+
+
+_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
+_RDMA_VARIABLE = re.compile(r"NCCL_IB_(?!DISABLE$)|NCCL_NET_GDR|FI_EFA_")
+
+
+class Toleration(Section):
+    """Toleration of a taint, with the keys of Kubernetes."""
+
+    key: LabelKey | None = None
+    operator: Literal["Equal", "Exists"] = "Equal"
+    value: LabelValue | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    tolerationSeconds: int | None = None
+
+
+class PodSpec(Section):
+    """Settings of a group's pods on Kubernetes, which the manifests contain as they are."""
+
+    node_selector: dict[LabelKey, LabelValue] = Field(default_factory=dict)
+    tolerations: tuple[Toleration, ...] = ()
+    """Tolerations in addition to that of `nvidia.com/gpu`, which pods with GPUs have."""
+    annotations: dict[LabelKey, Line] = Field(default_factory=dict)
+    """Annotations, such as the secondary networks of RDMA, or the topology that Kueue shall choose."""
+    devices: dict[DeviceName, PositiveInt] = Field(default_factory=dict)
+    """Number of devices that each pod requests, by the resource's name in your cluster, such as `rdma/ib`."""
+    environment: dict[Variable, Line] = Field(default_factory=dict)
+    """Environment variables, such as NCCL's. Secrets belong into `store_secret` and `tracker_secret`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if "nvidia.com/gpu" in self.devices:
+            raise ValueError("nvidia.com/gpu is not among devices: set gpus of the group")
+        for name in self.environment:
+            if _SECRET.search(name):
+                raise ValueError(f"{name} would be readable in manifests: put it into store_secret or tracker_secret")
+            if _RDMA_VARIABLE.match(name) and not self.devices:
+                raise ValueError(f"{name} is for RDMA, but the pods get no RDMA device: set devices, or leave it out")
+        return self
 
 
 class NodeSpec(Section):
@@ -23,6 +67,7 @@ class NodeSpec(Section):
     gpus: NonNegativeInt = 0
     labels: dict[Word, Word] = Field(default_factory=dict)
     """Labels of the Ray node, such as its rack, for `cluster.domain_label` in the spec of a run."""
+    pod: PodSpec = PodSpec()
 
 
 class GroupSpec(NodeSpec):
@@ -42,8 +87,9 @@ class StorageSpec(Section):
     """File system with run directories and prepared data, which all nodes mount at the same path."""
 
     mount: Mount = "/mnt/mhmoe"
-    claim: Name = "mhmoe-storage"
-    """Name of the PersistentVolumeClaim on Kubernetes, which must be ReadWriteMany."""
+    claim: Name | None = "mhmoe-storage"
+    """Name of the PersistentVolumeClaim on Kubernetes, which must be ReadWriteMany. With null, pods have no shared
+    storage, and all paths of runs lie in object stores."""
     nfs: Word | None = None
     """NFS export host:/export, which nodes of `aws`, `gcp` and `on_premise` mount when they start. By default the file
     system must already be mounted."""
@@ -89,6 +135,27 @@ class SlurmSpec(Section):
     dashboard_port: int = Field(default=8265, ge=1024, le=65535)
 
 
+GANG_LABEL = "ray.io/gang-scheduling-enabled"
+"""Label by which KubeRay lets its batch scheduler, such as Volcano, start all pods of a cluster together or none."""
+
+
+class KueueSpec(Section):
+    """Queue of Kueue, in which a cluster waits until all of its pods fit into the quota."""
+
+    queue: Name
+    """Name of the LocalQueue."""
+    priority: Name | None = None
+    """Name of the WorkloadPriorityClass of clusters and jobs."""
+    priorities: dict[Name, Annotated[int, Field(ge=-(2**31), lt=2**31)]] = Field(default_factory=dict)
+    """Values of the WorkloadPriorityClasses that `kuberay/kueue.yaml` creates, by name."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.priorities and self.priority and self.priority not in self.priorities:
+            raise ValueError(f"priority {self.priority} is not among priorities ({', '.join(self.priorities)}): add it")
+        return self
+
+
 class SiteSpec(Section):
     """Description of a cluster: its nodes, its storage, and the platforms that it can run on."""
 
@@ -110,8 +177,13 @@ class SiteSpec(Section):
     """Name of the Kubernetes Secret with the password of Redis under the key `password`."""
     store_secret: Name | None = None
     """Name of the Kubernetes Secret whose entries are variables of the pods, with the credentials of object stores."""
+    tracker_secret: Name | None = None
+    """Name of the Kubernetes Secret whose entries are variables of the pods, such as WANDB_API_KEY."""
     service_account: Name | None = None
     """Name of the pods' Kubernetes service account, which a cloud may let use object stores; then no key is needed."""
+    kueue: KueueSpec | None = None
+    labels: dict[LabelKey, LabelValue] = Field(default_factory=dict)
+    """Labels of the RayCluster, RayJob and RayService on Kubernetes, such as those of a batch scheduler."""
     monitor_labels: dict[Word, LabelValue] = Field(default_factory=dict)
     """Labels by which the Prometheus operator finds the PodMonitor on Kubernetes; kube-prometheus-stack looks for
     `release` with the name of its Helm release."""
@@ -122,10 +194,17 @@ class SiteSpec(Section):
     on_premise: OnPremiseSpec | None = None
     slurm: SlurmSpec | None = None
 
+    @property
+    def has_fixed_size(self) -> bool:
+        """Return whether clusters on Kubernetes have a fixed size, because all of their pods start together."""
+        return self.kueue is not None or GANG_LABEL in self.labels
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.data.gpus or self.head.gpus:
             raise ValueError("head and data nodes are for CPUs: set gpus of workers alone")
+        if any(key.startswith("kueue.x-k8s.io/") for key in self.labels):
+            raise ValueError("labels of Kueue do not give clusters the fixed size that it needs: set kueue instead")
         if self.head.labels:
             raise ValueError("nothing runs on the head, so its labels would be ignored: set those of data or workers")
         if self.redis_secret and not self.redis:

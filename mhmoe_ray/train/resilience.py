@@ -2,7 +2,7 @@
 
 Ray Train's own scaling policy takes any number of workers between two bounds, but the number must divide the step's
 micro-batches. Ray has no public hook for either policy, so this module uses Ray's private interfaces (ray_compat.py).
-tests/train/test_ray_trainer.py fails when Ray moves one of these interfaces.
+ray_compat.py fails when Ray moves or changes one of these interfaces.
 """
 
 import errno
@@ -15,7 +15,6 @@ from typing import Any
 import ray
 import ray.train
 from ray.train import FailureConfig
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mhmoe_ray.checkpoint.manifest import last_step
@@ -25,6 +24,7 @@ from mhmoe_ray.ray_compat import (
     ENABLE_NCCL_HANG_DETECTOR_ENV_VAR,
     NCCL_RAS_CONFIRM_DURATION_S_ENV_VAR,
     WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
+    DataParallelTrainer,
     DefaultFailurePolicy,
     ElasticScalingPolicy,
     FailureDecision,
@@ -192,9 +192,7 @@ class DivisorScalingPolicy(ElasticScalingPolicy):
         # One CPU stays free for the data stream. Without it no step would begin. While this run has workers, its stream
         # uses CPUs, too. Ray does not tell them apart from the CPUs of other jobs, so all CPUs of the nodes count then.
         usable_cpus = sum(resources.get("CPU", 0.0) for resources in counted_nodes.values())
-        possible_workers = min(
-            possible_workers, int((usable_cpus - 1) // self.scaling_config._resources_per_worker_not_none["CPU"])
-        )
+        possible_workers = min(possible_workers, int((usable_cpus - 1) // self._spec.cluster.cpus_per_worker))
         return max((count for count in self._worker_counts if count <= possible_workers), default=0)
 
 

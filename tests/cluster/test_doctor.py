@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from typing import get_args
 import pytest
 
 from mhmoe_kernels.cpp import build
+from mhmoe_ray import ray_compat
 from mhmoe_ray.cluster import dashboard, doctor
 from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.spec.moe import MoESpec
@@ -35,11 +37,15 @@ def test_machine_findings_are_ok_here():
     assert kernels == set(get_args(MoESpec.model_fields["kernel"].annotation)) - {"auto"}
 
 
-def test_wrong_ray_version_is_an_error(monkeypatch):
-    monkeypatch.setattr(doctor, "RAY_RELEASE", "3.1")
+def test_other_ray_is_a_warning_and_one_without_our_interfaces_an_error(monkeypatch):
+    monkeypatch.setattr(ray_compat, "RAY_RELEASE", "3.1")
+    [ray] = [f for f in doctor.machine_findings() if f.check == "ray"]
+    assert (ray.level, "only 2.60 is tested" in ray.message) == ("warning", True)
+    entry = ray_compat.PRIVATE_NAMES["state"]._replace(members={"get_moons": ""})
+    monkeypatch.setitem(ray_compat.PRIVATE_NAMES, "state", entry)
     [ray] = [f for f in doctor.machine_findings() if f.check == "ray"]
     assert ray.level == "error"
-    assert "training needs 3.1" in ray.message
+    assert re.search(r"train/resilience\.py needs .* has no get_moons", ray.message)
 
 
 @pytest.mark.cpu

@@ -12,6 +12,7 @@ import ray
 from mhmoe_ray.cluster import dashboard, doctor, jobs, nodes, serving
 from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.errors import ClusterError, MhmoeError
+from mhmoe_ray.ray_compat import RAY_RELEASE
 from tests.cli.run import assert_one_line, mhmoe
 
 VERSION = {"version": "4", "ray_version": ray.__version__, "ray_commit": "", "session_name": "s"}
@@ -129,3 +130,22 @@ def test_answer_that_comes_byte_by_byte_is_too_late():
                 dashboard.get(address, "/nodes", None, seconds=0.3)
         finally:
             end.set()
+
+
+@pytest.mark.parametrize(
+    ("release", "level", "text"),
+    [
+        (f"{RAY_RELEASE}.9", "ok", f"Ray {RAY_RELEASE}.9, which fits Ray {ray.__version__} here"),
+        ("2.1.0", "error", f"it runs Ray 2.1.0, and jobs of mhmoe need {RAY_RELEASE}"),
+    ],
+)
+def test_cluster_may_differ_in_the_patch_of_ray_alone(corpus, tmp_path, monkeypatch, release, level, text):
+    monkeypatch.setenv("MHMOE_HOME", str(tmp_path / "home"))
+    with server(answers((404, b""), version={**VERSION, "ray_version": release}, nodes=NODES)) as address:
+        [finding] = [finding for finding in doctor.reach_findings(address) if finding.check == "cluster"]
+        assert (finding.level, text in finding.message) == (level, True)
+        result = mhmoe(corpus, "submit", "spec.yaml", "--storage", str(tmp_path), "--detach", "--address", address)
+    is_refused = level == "error"
+    assert (text in result.err, bool(list(tmp_path.glob("tiny-*")))) == (is_refused, not is_refused), result
+    if is_refused:
+        assert_one_line(result, 5, text)

@@ -6,6 +6,9 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import jsonschema
@@ -15,7 +18,7 @@ import yaml
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.placement import hypothetical_nodes, pack_workers
 from mhmoe_ray.render import kuberay, ray_up
-from mhmoe_ray.render.files import count_worker_nodes, render_files, store_advice
+from mhmoe_ray.render.files import count_worker_nodes, render_files, secret_advice
 from mhmoe_ray.serving.config import ENVIRONMENT, application_config
 from mhmoe_ray.spec import ServeSpec, load_resolved_spec, load_site, validate_section
 from mhmoe_ray.spec.site import SiteSpec
@@ -25,7 +28,8 @@ from tests.support.specs import tiny_spec
 
 ROOT = Path(__file__).parents[2]
 SITE = load_site(ROOT / "cluster/site.yaml")
-SCHEMAS = json.loads((Path(__file__).parent / "kuberay.json").read_text())
+PROJECTS = ("kuberay", "kueue", "prometheus")
+SCHEMAS = {name: json.loads((Path(__file__).parent / f"{name}.json").read_text()) for name in PROJECTS}
 MOUNT = Path(SITE.storage.mount)
 
 
@@ -44,42 +48,77 @@ def closed_schema(schema):
     return [closed_schema(item) for item in schema] if isinstance(schema, list) else schema
 
 
-def schema_errors(manifest):
-    """Return the paths in a manifest of KubeRay that do not match the schema of its kind."""
-    schema = closed_schema(SCHEMAS[manifest["kind"]]) | {"definitions": closed_schema(SCHEMAS["definitions"])}
+@cache
+def validator(kind):
+    """Return the validator of manifests of this kind."""
+    [schemas] = [schemas for schemas in SCHEMAS.values() if kind in schemas]
+    schema = closed_schema(schemas[kind]) | {"definitions": closed_schema(schemas["definitions"])}
     # The schema leaves out the metadata, whose form Kubernetes defines.
     schema["properties"]["metadata"] = {"type": "object"}
-    return [e.json_path for e in jsonschema.Draft7Validator(schema).iter_errors(manifest)]
+    return jsonschema.Draft7Validator(schema)
 
 
+def schema_errors(manifest):
+    """Return the paths in a manifest that do not match the schema of its kind."""
+    return [error.json_path for error in validator(manifest["kind"]).iter_errors(manifest)]
+
+
+@cache
 def manifests():
-    """Return a rendered manifest of each kind of KubeRay's resources and of some variants, by descriptive names."""
+    """Return a rendered manifest of each kind of custom resources and of some variants, by descriptive names."""
     application = application_config(
         "tiny", MOUNT / "runs/tiny-abcdef/checkpoints/step_00000020.1", ServeSpec(), "tiny"
     )
     bare = SITE.model_copy(update={"redis": None, "redis_secret": None})
     labelled = SITE.workers.model_copy(update={"labels": {"rack": "r1"}})
+    queued = queued_site()
+    queue_objects = yaml.safe_load(render_files(queued)["kuberay/kueue.yaml"])["items"]
     return {
         "RayCluster": kuberay.ray_cluster(SITE),
         "RayCluster without redis": kuberay.ray_cluster(bare),
         "RayCluster with labels": kuberay.ray_cluster(SITE.model_copy(update={"workers": labelled})),
         "RayCluster with a secret": kuberay.ray_cluster(SITE.model_copy(update={"store_secret": "keys"})),
         "RayCluster with an account": kuberay.ray_cluster(SITE.model_copy(update={"service_account": "trainer"})),
-        "RayJob": kuberay.ray_job(SITE, "/mnt/mhmoe/jobs/tiny.yaml", "tiny", False),
-        "RayService": kuberay.ray_service(SITE, application, False),
+        "RayJob": kuberay.ray_job(SITE, "tiny"),
+        "RayService": kuberay.ray_service(SITE, application),
+        "RayCluster in a queue": kuberay.ray_cluster(queued),
+        "RayJob in a queue": kuberay.ray_job(queued, "tiny"),
+        "RayService in a queue": kuberay.ray_service(queued, application),
+        "PodMonitor": yaml.safe_load(render_files(SITE)["kuberay/podmonitor.yaml"]),
+        **{item["kind"]: item for item in queue_objects},
     }
 
 
+def queued_site(**changes):
+    """Return a site in a queue of Kueue, whose workers have RDMA and run on machines of their own."""
+    site_tree = SITE.model_dump(mode="json")
+    site_tree["workers"]["pod"] = {
+        "node_selector": {"pool": "h100"},
+        "tolerations": [{"key": "team", "value": "a", "effect": "NoExecute", "tolerationSeconds": 60}],
+        "annotations": {"k8s.v1.cni.cncf.io/networks": '[{"name": "ib"}]'},
+        "devices": {"rdma/ib": 8},
+        "environment": {"NCCL_IB_HCA": "mlx5"},
+    }
+    site_tree["kueue"] = {"queue": "training", "priority": "high", "priorities": {"high": 1000, "low": -1}}
+    return validate_section(SiteSpec, {**site_tree, **changes}, "site")
+
+
 @pytest.mark.parametrize("name", manifests())
-def test_manifests_match_the_schemas_of_kuberay(name):
+def test_manifests_match_the_schemas_of_their_operators(name):
     assert schema_errors(manifests()[name]) == []
 
 
-def pod_specs(text):
-    """Return the specifications of all pods of a manifest in YAML."""
-    spec = yaml.safe_load(text)["spec"]
+def ray_groups(manifest):
+    """Return the groups of equal pods of a manifest of KubeRay: the head, data nodes and workers."""
+    spec = manifest["spec"]
     spec = spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
-    return [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+    return spec["headGroupSpec"], *spec["workerGroupSpecs"]
+
+
+def pod_specs(manifest):
+    """Return the specifications of all pods of a manifest of KubeRay."""
+    submitter = manifest["spec"].get("submitterPodTemplate")
+    return [group["template"]["spec"] for group in ray_groups(manifest)] + ([submitter["spec"]] if submitter else [])
 
 
 @pytest.mark.parametrize(
@@ -101,24 +140,134 @@ def test_pods_get_access_to_object_stores_where_a_run_uses_one(s3, keys, pod_fie
         application = application_config("tiny", root / "step_00000020.1", ServeSpec(), "tiny")
         files = render_files(site, run, application)
         for name in ("rayjob-tiny", "rayservice-tiny"):
-            for pod in pod_specs(files[f"kuberay/{name}.yaml"]):
+            for pod in pod_specs(yaml.safe_load(files[f"kuberay/{name}.yaml"]))[:3]:
                 assert (pod["containers"][0].get("envFrom"), pod.get("serviceAccountName")) == expected
-        assert pod_specs(files["kuberay/raycluster.yaml"])[0].get("serviceAccountName") == pod_fields[1]
-    assert store_advice(site, run_spec(), None) is None
-    assert advice in store_advice(site, run, None)
-    assert advice in store_advice(site, None, application)
+                # Without file paths, nodes need no shared storage.
+                assert ("storage" in [volume["name"] for volume in pod["volumes"]]) == (root == MOUNT)
+                assert ("store-secret" in [volume["name"] for volume in pod["volumes"]]) == bool(expected[0])
+        [head, *_] = pod_specs(yaml.safe_load(files["kuberay/raycluster.yaml"]))
+        assert head.get("serviceAccountName") == pod_fields[1]
+    assert list(secret_advice(site, run_spec(), None)) == []
+    for run_or_none, application_or_none in ((run, None), (None, application)):
+        [found_advice] = secret_advice(site, run_or_none, application_or_none)
+        assert advice in found_advice
 
 
-def test_schema_check_finds_errors():
-    manifest = kuberay.ray_cluster(SITE)
-    manifest["spec"]["authOptions"] = {"mode": "open"}
-    manifest["spec"]["headGroupSpec"]["templates"] = {}
-    manifest["spec"]["workerGroupSpecs"][1]["minReplicas"] = "two"
-    assert sorted(schema_errors(manifest)) == [
-        "$.spec.authOptions.mode",
-        "$.spec.headGroupSpec",
-        "$.spec.workerGroupSpecs[1].minReplicas",
-    ]
+@pytest.mark.parametrize("tracking", [{}, {"wandb": "offline"}, {"wandb": "online"}, {"mlflow": "http://m:5000"}])
+@pytest.mark.parametrize("secret", [None, "trackers"])
+def test_pods_get_the_credentials_of_trackers_where_a_run_uses_one(tracking, secret):
+    site, run = SITE.model_copy(update={"tracker_secret": secret}), run_spec(tracking=tracking)
+    needs_secret = tracking not in ({}, {"wandb": "offline"})
+    [pod, *_] = pod_specs(yaml.safe_load(render_files(site, run)["kuberay/rayjob-tiny.yaml"]))
+    expected = [{"secretRef": {"name": secret}}] if needs_secret and secret else None
+    assert pod["containers"][0].get("envFrom") == expected
+    advice = "".join(secret_advice(site, run, None))
+    assert ("create secret generic trackers" in advice) == bool(expected)
+    assert ("warning: pods get no WANDB_API_KEY" in advice) == (secret is None and tracking == {"wandb": "online"})
+
+
+MUTATIONS = {
+    "RayCluster": {
+        "authOptions.mode": "open",
+        "headGroupSpec.templates": {},
+        "workerGroupSpecs.1.minReplicas": "two",
+    },
+    "RayJob": {
+        "backoffLimit": "three",
+        "shutdownAfterJobFinishes": "yes",
+        "submitterPodTemplate.spec.containers.0.imagine": "x",
+    },
+    "RayService": {
+        "upgradeStrategy.kind": "NewCluster",
+        "serveConfigV2": {},
+        "rayClusterConfig.headGroupSpec.template.spec.volumes.0": "shm",
+    },
+    "ResourceFlavor": {"nodeLabel": {}, "nodeLabels": {"pool": 1}, "nodeTaints": [{"key": "a"}]},
+    "ClusterQueue": {
+        "resourceGroups.0.flavors.0.resources.0.nominalQuota": "4 cores",
+        "resourceGroups.0.coveredResources": "cpu",
+        "preemption.withinClusterQueue": "Always",
+    },
+    "LocalQueue": {"clusterQueue": "Not a name", "queue": "a", "stopPolicy": "Never"},
+    "WorkloadPriorityClass": {"value": "high", "values": 1, "apiVersion": "kueue.x-k8s.io/v1beta1"},
+    "PodMonitor": {
+        "podMetricsEndpoints.0.interval": "10 seconds",
+        "podMetricsEndpoints.0.ports": "metrics",
+        "selector.matchLabels": ["ray"],
+    },
+}
+"""Wrong values of a manifest's spec by their paths, by kind."""
+
+
+@pytest.mark.parametrize(("kind", "path"), [(kind, path) for kind, values in MUTATIONS.items() for path in values])
+def test_schemas_find_wrong_values_and_unknown_keys(kind, path):
+    manifest = deepcopy(manifests()[f"{kind} in a queue" if kind == "RayService" else kind])
+    *parents, key = path.split(".")
+    section = manifest.get("spec", manifest)
+    for word in parents:
+        section = section[int(word) if word.isdigit() else word]
+    section[int(key) if key.isdigit() else key] = MUTATIONS[kind][path]
+    assert len(schema_errors(manifest)) == 1
+
+
+def test_clusters_in_a_queue_have_the_pods_that_their_run_needs():
+    site = queued_site()
+    run = run_spec(cluster={"workers": 9, "gpus_per_worker": 1}, train={"micro_batches": 9})
+    job = yaml.safe_load(render_files(site, run)["kuberay/rayjob-tiny.yaml"])
+    cluster = kuberay.ray_cluster(site)
+    for manifest, worker_nodes in ((job, 2), (cluster, 4)):
+        labels = manifest["metadata"]["labels"]
+        names = {"kueue.x-k8s.io/queue-name": "training", "kueue.x-k8s.io/priority-class": "high"}
+        assert labels.items() >= names.items()
+        # Kueue admits a cluster once, with all pods that it will have, so it takes none with an autoscaler.
+        _, data, workers = ray_groups(manifest)
+        for group, size in ((data, 4), (workers, worker_nodes)):
+            assert [group[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [size] * 3
+        assert "enableInTreeAutoscaling" not in json.dumps(manifest)
+    assert job["spec"]["shutdownAfterJobFinishes"]
+    assert job["spec"].keys().isdisjoint({"clusterSelector", "suspend"})
+    service = manifests()["RayService in a queue"]
+    assert service["spec"]["upgradeStrategy"] == {"type": "NewCluster"}
+    gang = queued_site(kueue=None, labels={"ray.io/gang-scheduling-enabled": "true", "volcano.sh/queue-name": "a"})
+    assert kuberay.ray_cluster(gang)["spec"] == cluster["spec"]
+    assert kuberay.ray_cluster(gang)["metadata"]["labels"].items() >= gang.labels.items()
+
+
+def test_quota_is_the_sum_of_the_requests_of_all_pods():
+    objects = {
+        item["kind"]: item for item in yaml.safe_load(render_files(queued_site())["kuberay/kueue.yaml"])["items"]
+    }
+    queue, name = objects["ClusterQueue"]["spec"], objects["ResourceFlavor"]["metadata"]["name"]
+    assert objects["LocalQueue"]["metadata"] == {"name": "training", "namespace": "default"}
+    assert objects["LocalQueue"]["spec"]["clusterQueue"] == objects["ClusterQueue"]["metadata"]["name"]
+    totals = Counter()
+    job = manifests()["RayJob in a queue"]
+    counts = [1, *(group["replicas"] for group in ray_groups(job)[1:]), 1]
+    for pod, count in zip(pod_specs(job), counts, strict=True):
+        for resource, quantity in pod["containers"][0]["resources"]["requests"].items():
+            totals[resource] += count * int(quantity.removesuffix("Gi"))
+    [group] = queue["resourceGroups"]
+    [flavor] = group["flavors"]
+    quotas = {entry["name"]: int(str(entry["nominalQuota"]).removesuffix("Gi")) for entry in flavor["resources"]}
+    assert (quotas, flavor["name"]) == (totals, name)
+    assert totals["rdma/ib"] == 32
+    assert group["coveredResources"] == list(quotas)
+
+
+def test_workers_get_devices_variables_and_machines_of_their_own():
+    head, data, workers = ray_groups(manifests()["RayJob in a queue"])
+    pod = workers["template"]["spec"]
+    [container] = pod["containers"]
+    assert container["resources"]["limits"]["rdma/ib"] == container["resources"]["requests"]["rdma/ib"] == "8"
+    assert container["env"] == [{"name": "NCCL_IB_HCA", "value": "mlx5"}]
+    assert [toleration["key"] for toleration in pod["tolerations"]] == ["nvidia.com/gpu", "team"]
+    assert (pod["nodeSelector"], workers["template"]["metadata"]["annotations"].keys()) == (
+        {"pool": "h100"},
+        {"k8s.v1.cni.cncf.io/networks"},
+    )
+    for group in (head, data):
+        assert group["template"].keys() == {"spec"}
+        assert group["template"]["spec"].keys().isdisjoint({"tolerations", "nodeSelector"})
 
 
 def test_pods_can_write_to_a_volume_owned_by_root():
@@ -131,13 +280,12 @@ def test_pods_can_write_to_a_volume_owned_by_root():
         assert group["template"]["spec"]["securityContext"].items() >= expected.items()
 
 
-@pytest.mark.parametrize("name", manifests())
+@pytest.mark.parametrize("name", [name for name in manifests() if name.startswith("Ray")])
 def test_pods_meet_the_restricted_pod_security_standard(name):
-    spec = manifests()[name]["spec"]
-    spec = spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
-    containers = [spec["autoscalerOptions"]]
-    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
-        pod = group["template"]["spec"]
+    manifest = manifests()[name]
+    spec = manifest["spec"].get("rayClusterSpec") or manifest["spec"].get("rayClusterConfig") or manifest["spec"]
+    containers = [spec["autoscalerOptions"]] if "autoscalerOptions" in spec else []
+    for pod in pod_specs(manifest):
         context = pod["securityContext"]
         assert (context["runAsNonRoot"], context["runAsUser"]) == (True, kuberay.UID)
         assert context["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -331,6 +479,11 @@ def test_run_outside_the_shared_storage_is_rejected(tmp_path):
     with pytest.raises(SpecError, match="shared_filesystem=true"):
         render_files(SITE, run_spec(cluster={"shared_filesystem": False}))
     assert "kuberay/rayjob-tiny.yaml" in render_files(SITE, run_spec())
+    bare = SITE.model_copy(update={"storage": SITE.storage.model_copy(update={"claim": None})})
+    with pytest.raises(
+        SpecError, match=r"storage: /mnt/mhmoe.* is a file path, but storage\.claim of the site is null"
+    ):
+        render_files(bare, run_spec())
     spec = run_spec(data={"sources": {"web": {"path": "/home/me/text"}}})
     with pytest.raises(SpecError, match=r"data\.sources\.web\.path: /home/me/text is not below /mnt/mhmoe"):
         render_files(SITE, spec)
@@ -350,12 +503,25 @@ FULL_SITE = {
     "image": "x",
     "head": {"cpus": 1, "memory_gib": 1},
     "data": {**NODE, "max": 1},
-    "workers": {**NODE, "max": 1},
+    "workers": {
+        **NODE,
+        "max": 1,
+        "pod": {
+            "node_selector": {"pool": "p"},
+            "tolerations": [{"key": "k", "value": "v"}],
+            "annotations": {"network": "n"},
+            "devices": {"rdma/ib": 1},
+            "environment": {"NCCL_DEBUG": "INFO"},
+        },
+    },
     "storage": {"mount": "/mnt/a", "claim": "b", "nfs": "host:/c"},
     "token_file": "~/token",
     "redis": "host:6379",
     "redis_secret": "redis",
     "store_secret": "keys",
+    "tracker_secret": "trackers",
+    "kueue": {"queue": "q", "priority": "high", "priorities": {"high": 1}},
+    "labels": {"queue-of-volcano": "q"},
     "service_account": "trainer",
     "monitor_labels": {"release": "r"},
     "gateway": "istio",
@@ -369,7 +535,7 @@ FULL_SITE = {
 def _variants_with_a_line_break(tree):
     """Yield one copy of a tree for each of its texts, in which that text has a line break.
 
-    The keys of labels, `rack` and `release`, are texts too.
+    The keys of mappings, such as the labels `rack` and `release`, are texts too.
     """
     if isinstance(tree, str):
         yield f"{tree}\nid"
@@ -379,7 +545,7 @@ def _variants_with_a_line_break(tree):
     elif isinstance(tree, dict):
         for key, part in tree.items():
             yield from ({**tree, key: variant} for variant in _variants_with_a_line_break(part))
-            if key in ("rack", "release"):
+            if key in ("rack", "release", "pool", "network", "rdma/ib", "NCCL_DEBUG", "high", "queue-of-volcano"):
                 yield {f"{key}\nid": part}
 
 
@@ -389,7 +555,7 @@ def test_text_of_two_lines_is_rejected_anywhere_in_a_site():
     unset += [f"{name}.{key}" for name in ("storage", "aws", "slurm") for key, v in getattr(site, name) if v is None]
     assert unset == []
     variants = list(_variants_with_a_line_break(FULL_SITE))
-    assert len(variants) == 38
+    assert len(variants) == 53
     for variant in variants:
         with pytest.raises(SpecError, match="should match pattern"):
             validate_section(SiteSpec, variant, "site")
@@ -417,12 +583,30 @@ def test_shell_syntax_in_values_is_rejected(bad_section):
         validate_section(SiteSpec, site_tree, "site")
 
 
+def pod_tree(**pod):
+    """Return the section of a site's workers whose pods have these settings."""
+    return {"workers": {"cpus": 1, "memory_gib": 1, "max": 1, "pod": pod}}
+
+
 @pytest.mark.parametrize(
     ("bad_section", "reason"),
     [
         ({"workers": {"cpus": 1, "memory_gib": 1, "min": 2, "max": 1}}, r"min \(2\) is more than max \(1\)"),
         ({"head": {"cpus": 4, "memory_gib": 16, "gpus": 1}}, "head and data nodes are for CPUs"),
         ({"head": {"cpus": 4, "memory_gib": 16, "labels": {"rack": "r1"}}}, "its labels would be ignored"),
+        (
+            {"kueue": {"queue": "q", "priority": "low", "priorities": {"high": 1}}},
+            "priority low is not among priorities",
+        ),
+        ({"kueue": {"queue": "Training Queue"}}, "should match pattern"),
+        ({"kueue": {"queue": "q", "priorities": {"high": 2**31}}}, "less than"),
+        ({"labels": {"kueue.x-k8s.io/queue-name": "q"}}, "labels of Kueue .*: set kueue instead"),
+        (pod_tree(devices={"rdma/ib": 0}), "greater than 0"),
+        (pod_tree(devices={"ib": 1}), "should match pattern"),
+        (pod_tree(devices={"nvidia.com/gpu": 8}), "set gpus of the group"),
+        (pod_tree(environment={"NCCL_IB_HCA": "mlx5"}), "NCCL_IB_HCA is for RDMA, but the pods get no RDMA device"),
+        (pod_tree(environment={"WANDB_API_KEY": "x"}), "WANDB_API_KEY would be readable in manifests"),
+        (pod_tree(tolerations=[{"key": "a", "effect": "NoStart"}]), "'NoSchedule', 'PreferNoSchedule' or 'NoExecute'"),
         ({"redis_secret": "redis"}, "the password of redis, but redis is not set"),
         ({"gcp": {"region": "a", "head": "b", "data": "c", "workers": "d"}}, "gcp needs zone and project"),
     ],
@@ -443,10 +627,17 @@ def test_cluster_folder_holds_the_rendered_files():
 
 def test_submitted_spec_is_written_with_its_overrides(tmp_path):
     rendered = render_files(SITE, run_spec(train={"steps": 7}))
-    (tmp_path / "spec.yaml").write_text(rendered["jobs/tiny.yaml"])
+    config_map = yaml.safe_load(rendered["kuberay/spec-tiny.yaml"])
+    [(file_name, text)] = config_map["data"].items()
+    (tmp_path / "spec.yaml").write_text(text)
     assert load_resolved_spec(tmp_path / "spec.yaml").train.steps == 7
     job = yaml.safe_load(rendered["kuberay/rayjob-tiny.yaml"])
-    assert f"mhmoe submit {MOUNT}/jobs/tiny.yaml " in job["spec"]["entrypoint"]
+    # Ray runs the entry point on the head.
+    [head, *_] = pod_specs(job)
+    [volume] = [volume for volume in head["volumes"] if "configMap" in volume]
+    [mount] = [mount for mount in head["containers"][0]["volumeMounts"] if mount["name"] == volume["name"]]
+    assert volume["configMap"]["name"] == config_map["metadata"]["name"]
+    assert f"mhmoe submit {mount['mountPath']}/{file_name} " in job["spec"]["entrypoint"]
 
 
 def test_checkpoint_on_this_machine_is_rejected(tmp_path):
@@ -471,7 +662,7 @@ def test_name_too_long_for_kuberay_is_rejected():
 
 
 def test_invalid_kubernetes_names_and_labels_are_rejected():
-    with pytest.raises(SpecError, match="RayJob mhmoe-a-: Kubernetes takes names of small letters"):
+    with pytest.raises(SpecError, match="RayJob mhmoe-a-: KubeRay takes names of small letters"):
         render_files(SITE, run_spec().model_copy(update={"name": "a-"}))
     site_tree = {"image": "x", "workers": {"cpus": 1, "memory_gib": 1, "max": 1}}
     for label in ("a:b", "a/b", "x" * 64):

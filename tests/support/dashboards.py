@@ -6,6 +6,7 @@ import threading
 from contextlib import contextmanager
 
 from mhmoe_ray.checkpoint.manifest import committed_checkpoints
+from mhmoe_ray.ray_compat import RAY_RELEASE
 from mhmoe_ray.serving.config import application_config
 from mhmoe_ray.spec import ServeSpec
 
@@ -25,7 +26,7 @@ def dashboard(run, *statuses):
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            response = {"version": "4", "ray_version": "2", "ray_commit": "", "session_name": "elsewhere"}
+            response = {"version": "4", "ray_version": f"{RAY_RELEASE}.9", "session_name": "elsewhere"}
             if self.path.startswith("/nodes"):
                 response = {"data": {"summary": [], "nodeLogicalResources": {}}}
             if self.path.startswith("/api/serve"):
