@@ -154,7 +154,7 @@ def _differences(name: str, value: Any, private_name: PrivateName) -> Iterator[s
 
 
 def _missing_error(private_name: PrivateName, difference: str) -> ClusterError:
-    reason = f"{private_name.user} needs a private interface that it changed: {difference}"
+    reason = f"{private_name.user} needs a private interface that this version changed: {difference}"
     return ClusterError(f"Ray {version('ray')}", reason, RAY_INSTALLATION)
 
 
