@@ -37,12 +37,12 @@ class PrivateName(NamedTuple):
 _TRAIN = "ray.train.v2._internal."
 _PACKAGING, _TORCH = "ray._private.runtime_env.packaging", "ray.train.torch.config"
 _RESILIENCE, _RENDEZVOUS, _PREEMPTION = "train/resilience.py", "train/rendezvous.py", "train/preemption.py"
-_PACKAGES = "cluster/packages.py"
+_PACKAGES, _PLACEMENT = "cluster/packages.py", "train/placement.py"
 
 PRIVATE_NAMES = {
     # Free resources of each node, and nodes that are being drained.
-    "available_resources_per_node": PrivateName("ray._private.state", _RESILIENCE),
-    "state": PrivateName("ray._private.state", _RESILIENCE, members={"get_draining_nodes": ""}),
+    "available_resources_per_node": PrivateName("ray._private.state", _PLACEMENT),
+    "state": PrivateName("ray._private.state", _PLACEMENT, members={"get_draining_nodes": ""}),
     # Ray Train's controller, with its decisions about failures, worker counts and placement groups.
     "DataParallelTrainer": PrivateName(
         "ray.train.v2.api.data_parallel_trainer",
@@ -78,7 +78,10 @@ PRIVATE_NAMES = {
     "NCCL_RAS_CONFIRM_DURATION_S_ENV_VAR": PrivateName(_TRAIN + "constants", _RESILIENCE),
     "WorkerGroupStartupTimeoutError": PrivateName(_TRAIN + "exceptions", _RESILIENCE),
     "TrainController": PrivateName(
-        _TRAIN + "execution.controller", _RESILIENCE, "failure_policy scaling_policy", {"run": "", "get_result": ""}
+        _TRAIN + "execution.controller",
+        _PLACEMENT,
+        "failure_policy scaling_policy train_run_context",
+        {"run": "", "get_result": "", "_start_worker_group": "num_workers resources_per_worker"},
     ),
     # The preemption notice of a rank.
     "get_train_context": PrivateName(_TRAIN + "execution.context", _PREEMPTION),

@@ -45,7 +45,7 @@ def test_other_ray_is_a_warning_and_one_without_our_interfaces_an_error(monkeypa
     monkeypatch.setitem(ray_compat.PRIVATE_NAMES, "state", entry)
     [ray] = [f for f in doctor.machine_findings() if f.check == "ray"]
     assert ray.level == "error"
-    assert re.search(r"train/resilience\.py needs .* has no get_moons", ray.message)
+    assert re.search(r"train/placement\.py needs .* has no get_moons", ray.message)
 
 
 @pytest.mark.cpu
