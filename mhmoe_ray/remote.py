@@ -66,10 +66,8 @@ class RemoteJob(BaseModel, Generic[R]):
     @classmethod
     def main(cls) -> None:
         """Answer the request that this process, the job, was submitted with; log errors for the user."""
-        import ray
-
         request = cls.received()
-        ray.init()
+        init_ray()
         with logging_errors():
             request.execute()
 
@@ -106,6 +104,16 @@ class RemoteJob(BaseModel, Generic[R]):
         """Return the result in the job's log, which `log` fetches; None if `answer` wrote none."""
         pieces = [line.removeprefix(RESULT) for line in log().splitlines() if line.startswith(RESULT)]
         return TypeAdapter(self.result_type).validate_json("".join(pieces)) if pieces else None
+
+
+def init_ray() -> None:
+    """Connect this process, a job, to Ray."""
+    import ray
+
+    # Without an address, some actors of Ray connect to the only cluster on their machine. A machine may run several
+    # clusters, so all processes of the job get the address of the job's cluster. Those of a local cluster have it.
+    address = {} if LOCAL_CLUSTER in os.environ else {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]}
+    ray.init(runtime_env={"env_vars": address})
 
 
 def packed(text: str) -> str:

@@ -17,6 +17,7 @@ JOBS_AND_ACTORS = (
     "mhmoe_ray.serving.batch.pipeline",
     "mhmoe_ray.sweep.job",
     "mhmoe_ray.train.driver",
+    "mhmoe_ray.train.repetition",
     "mhmoe_ray.train.stream_start",
     "mhmoe_ray.train.watchdog",
 )

@@ -29,6 +29,7 @@ from mhmoe_ray.terminal import Activity, without_colours
 
 if TYPE_CHECKING:
     from mhmoe_ray.data.documents import DocumentRead, StepDocument
+    from mhmoe_ray.train.repetition import ResumeCheck
 
 
 def submit(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_note) -> "Run":
@@ -321,6 +322,41 @@ class Run:
             check_training(spec)
         address = address or require_known(attempts.attempt_address(previous_attempt))
         attempts.start_run(spec, address, on_note, ended_run=run)
+
+    def check_resume(
+        self,
+        address: str | None = None,
+        *,
+        force: bool = False,
+        trust_run: bool = False,
+        on_note: OnNote = ignore_note,
+    ) -> "ResumeCheck":
+        """Repeat the steps between the run's last two checkpoints on a cluster, and compare them with the recorded.
+
+        The run must have stopped, finished, failed or lost its cluster, and stays unchanged. The repetition has as many
+        workers as the run had, and compares bits on CPUs, which need to be of the same kind as those that trained. With
+        a single checkpoint, steps are repeated from the run's start.
+
+        Args:
+            address: a Ray cluster; None for the one that the run was on.
+            force: whether to repeat steps even if the run's cluster does not answer and the run wrote something a
+                moment ago.
+            trust_run: whether to repeat steps of a run that somebody else submitted, as for `resume`.
+            on_note: callback that gets lines of text about the progress.
+
+        Returns:
+            Each repeated step with its loss, gradient norm and digest of samples, the tensors of the last checkpoint
+                that differ, and whether all is equal (`is_equal`).
+
+        Raises:
+            RunError: the run is running, may still be running, was imported, or has nothing to repeat.
+            CheckpointError, DataError: a checkpoint or the data is damaged, or gone.
+            SpecError: the run needs `trust_run`.
+            ClusterError, JobError: the cluster cannot be reached or hold the run, or the repetition failed.
+        """
+        from mhmoe_ray.api.repetition import check_resume
+
+        return check_resume(self._existing_directory, address, force, trust_run, on_note)
 
     def evaluate(
         self,

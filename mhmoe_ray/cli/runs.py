@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
     from mhmoe_ray.cluster.connect import Connection
     from mhmoe_ray.runs.directory import RunDir
+    from mhmoe_ray.train.repetition import ResumeCheck
+
+SHOWN_STEPS = 20
+"""Number of repeated steps, or of tensors, up to which `resume --check` prints all."""
 
 
 def list_(
@@ -119,19 +123,64 @@ def resume(
     detach: options.DetachOption = False,
     force: options.ForceOption = False,
     trust_run: options.TrustOption = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Change nothing: repeat the steps before the last checkpoint, and compare them."),
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="With --check: print the result as JSON.")] = False,
 ) -> None:
     """Resume a run that stopped, failed or lost its cluster, from its newest complete checkpoint.
 
     It runs on the same cluster as before, unless an address is given. With --set, only keys of the cluster section
     may change once the run has done a step, because it must go on exactly as it would have. With --until, a run trains
     longer than its spec says, even if it is finished. A learning rate that has decayed stays at its last value, min_lr.
+
+    With --check, the run stays as it is. The steps between its last two checkpoints are trained again beside it, and
+    their losses, gradient norms and samples and the last checkpoint are compared: bit by bit on CPUs.
     """
+    if check and (last_step or set_ or detach):
+        raise typer.BadParameter("--check changes nothing and waits: leave out --until, --set and --detach")
+    if json and not check:
+        raise typer.BadParameter("--json prints the result of --check: give that too")
     show_activity("looking for the newest checkpoint")
     ended_run = mh.find_run(run, storage)
+    if check:
+        _show_check(
+            ended_run, ended_run.check_resume(address, force=force, trust_run=trust_run, on_note=print_note), json
+        )
+        return
     ended_run.resume(last_step, set_, address, force=force, trust_run=trust_run, on_note=print_note)
     # `from_now` leaves out the progress of earlier attempts, because it was shown when it happened.
     if not detach:
         follow_run(ended_run.directory, from_now=True)
+
+
+def _show_check(run: mh.Run, check: "ResumeCheck", json: bool) -> None:
+    """Print the steps that differ, or all if they are few, and the result; raise an error if anything differs."""
+    from mhmoe_ray.runs import metrics
+    from mhmoe_ray.train.repetition import COMPARED_METRICS
+
+    if json:
+        print_json({"run": run.id, "equal": check.is_equal, **check.model_dump()})
+    else:
+        rows = [
+            [
+                f"{step.step:,}",
+                *(str(values.get(metrics.LOSS, "missing")) for values in (step.recorded, step.repeated)),
+                ", ".join(f"no: {COMPARED_METRICS[name]}" for name in step.different) or "yes",
+            ]
+            for step in (check.steps if len(check.steps) <= SHOWN_STEPS else check.different_steps[:SHOWN_STEPS])
+        ]
+        if rows:
+            print_table(["step", "recorded loss", "repeated loss", "equal"], rows, names=["equal"])
+        for name in check.different_state[:SHOWN_STEPS]:
+            print_line(f"{check.end} differs in {name}")
+    if error := check.error(run.id):
+        raise error
+    if not json:
+        extent = f"within {check.tolerance:.0%}" if check.tolerance else "to the last bit"
+        steps = format_count(len(check.steps), "step")
+        print_line(f"{steps} from {check.start or 'the start'} on and {check.end} are equal {extent}")
 
 
 def stop(

@@ -2,6 +2,7 @@
 
     job.py               entry point of the job: record that it began, train, record how it ended
     driver.py            prepare the data and start the workers
+    repetition.py        job that repeats the last steps of a run and compares them
     stream_start.py      choose the checkpoint, and so the start of the stream, for each worker group
     resilience.py        Ray Train policies of a run: retries after failures, and the number of workers
     placement.py         nodes of the workers, planned at each start

@@ -27,9 +27,10 @@ from mhmoe_ray.train.watchdog import Watchdog
 from mhmoe_ray.train.worker_failures import WorkerFailureCallback, failure_reason, root_cause
 
 
-def train_run(run: RunDir, attempt: AttemptId) -> None:
-    """Prepare a run's data if it is missing, train from its newest checkpoint on, and record how it ended: with the
-    last step or, at a user's request, earlier. A failure is an MhmoeError; that of a worker has the worker's reason."""
+def train_run(run: RunDir, attempt: AttemptId, end_step: int | None = None) -> None:
+    """Prepare a run's data if it is missing, train from its newest checkpoint on, and record how it ended: with step
+    `end_step`, by default the spec's last one, or, at a user's request, earlier. A failure is an MhmoeError; that of a
+    worker has the worker's reason."""
     spec = run.spec()
     # What a tracker lacks is reported before the data is prepared.
     open_servers(run, spec)
@@ -51,7 +52,12 @@ def train_run(run: RunDir, attempt: AttemptId) -> None:
     trainer = RunTrainer(
         run,
         spec,
-        train_loop_config={"run": str(run.path), "attempt": attempt, "watchdog": watchdog},
+        train_loop_config={
+            "run": str(run.path),
+            "attempt": attempt,
+            "watchdog": watchdog,
+            "last_step": end_step or spec.train.steps,
+        },
         # This dataset is never read. Only its name counts: for each worker group, `dataset_config` puts the training
         # stream in its place.
         datasets={"train": ray.data.range(1)},

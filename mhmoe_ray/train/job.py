@@ -5,7 +5,7 @@ import socket
 from typing import ClassVar, Literal
 
 from mhmoe_ray.errors import MhmoeError, StorageError, logging_errors
-from mhmoe_ray.remote import LOCAL_CLUSTER, RemoteJob
+from mhmoe_ray.remote import RemoteJob, init_ray
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import AttemptId, RunDir, is_newest_attempt, require_newest_attempt
 from mhmoe_ray.runs.logs import Redactor, archive_log
@@ -53,15 +53,10 @@ def main() -> None:
 def _train_and_record(run: RunDir, attempt: AttemptId) -> None:
     """Train a run; if this fails or is ended from outside, record the reason as an event and raise the error again."""
     try:
-        # These imports come after the "began" event, because they take seconds and the user waits for that event.
-        import ray
-
+        # This import comes after the "began" event, because it takes seconds and the user waits for that event.
         from mhmoe_ray.train.driver import train_run
 
-        # Without an address, some actors of Ray connect to the only cluster on their machine. A machine may run several
-        # clusters, so all processes of the job get the address of the job's cluster. Those of a local cluster have it.
-        address = {} if LOCAL_CLUSTER in os.environ else {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]}
-        ray.init(runtime_env={"env_vars": address})
+        init_ray()
         train_run(run, attempt)
     except MhmoeError as e:
         _record_end(run, attempt, "failed", reason=str(e))

@@ -58,14 +58,14 @@ STOP_CHECK_SECONDS = 1.0
 
 def train_worker(config: dict[str, Any], shard: Future[ray.data.DataIterator]) -> None:
     """Train as one rank on its shard of the stream. `config` has the run directory's path (`run`), the id of the
-    `attempt`, and the handle of the `watchdog` actor."""
+    `attempt`, the handle of the `watchdog` actor, and the `last_step`."""
     run = RunDir(location(config["run"]))
     rank = dist.get_rank() if dist.is_initialized() else 0
     _set_up_logging(rank)
     spec = run.spec()
     # A hang lasts for `hang_seconds`; a rank that makes no progress for half of that probably takes part in one.
     with Heartbeat(config["watchdog"], WorkerInfo.current(rank), spec.cluster.hang_seconds / 2) as heartbeat:
-        Worker(run, spec, config["attempt"], heartbeat, shard).train()
+        Worker(run, spec, config["attempt"], heartbeat, shard, config["last_step"]).train()
 
 
 def _set_up_logging(rank: int) -> None:
@@ -92,10 +92,11 @@ class Worker:
         attempt: AttemptId,
         heartbeat: Heartbeat,
         shard: Future[ray.data.DataIterator],
+        last_step: int,
     ) -> None:
         # Ray starts a worker with one thread for torch, whatever number of CPUs the worker has.
         torch.set_num_threads(spec.cluster.cpus_per_worker)
-        self.run, self.spec, self.heartbeat = run, spec, heartbeat
+        self.run, self.spec, self.heartbeat, self.last_step = run, spec, heartbeat, last_step
         device = ray.train.torch.get_device()
         if device.type == "cuda":
             use_expandable_segments(os.environ)
@@ -160,7 +161,7 @@ class Worker:
         stream = self._stream()
         counts_LE = trainer.zero_counts()
         stop_requested = False
-        while trainer.step < spec.train.steps and not stop_requested:
+        while trainer.step < self.last_step and not stop_requested:
             # The number of experts that a task's rows choose is adapted before a step and not after one. The model in a
             # checkpoint is then the one whose validation loss the checkpoint states. And a run that is extended after
             # its last step adapts these numbers at the same steps as a run of the full length.
@@ -184,7 +185,7 @@ class Worker:
                 sums, batches, update, step_start
             )
             counts_LE += step_counts_LE
-            is_last_step = trainer.step == spec.train.steps or stop_requested
+            is_last_step = trainer.step == self.last_step or stop_requested
             if is_last_step or trainer.step % spec.train.validate_every == 0:
                 self.heartbeat.report_phase(trainer.step, "validating")
                 line |= self._validate(held_out_samples)

@@ -215,6 +215,7 @@ def test_useless_arguments_of_an_evaluation_are_errors(tmp_path):
         lambda run: run.wait(),
         lambda run: run.stop(),
         lambda run: run.resume(),
+        lambda run: run.check_resume(),
         lambda run: run.evaluate(),
         lambda run: run.export("out"),
         lambda run: run.remove(),
