@@ -48,6 +48,7 @@ EXCEPTIONS = {
     ("mhmoe_ray/serving/app.py", "again"): "a key of the arguments of a deployed application",
     ("mhmoe_ray/runs/start.py", "how"): "a key of start.json",
     ("mhmoe_ray/spec/moe.py", "every"): "a key of specs",
+    ("mhmoe_ray/spec/train.py", "at"): "a key of specs",
     ("mhmoe_ray/spec/start.py", "how"): "a key of specs",
     ("mhmoe_ray/spec/sweep.py", "only"): "a key of sweeps",
     ("mhmoe_ray/train/watchdog.py", "began"): "a key of the event `started`",

@@ -13,6 +13,7 @@
     logs.py           the log lines of a run
     checkpoints.py    the checkpoints of a run
     evaluation.py     the quality of a checkpoint
+    profile.py        profiles of the steps of a run
     documents.py      the documents of a step, and the steps of a document
     survey.py         a survey of raw text
     model.py          a model in this process: generate text, compute logits

@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -209,21 +209,31 @@ def wait_for_outcome(
     read. If the cluster or the storage gives no answer for a while, this raises a ClusterError or StorageError, or
     retries forever with `is_endless`.
     """
-    # A failed request is repeated, because the run goes on even while its cluster or storage does not answer. The
-    # storage and the cluster have a `RetryingCaller` each, which measures how long that service alone has not answered.
-    start_time = query_time = time.monotonic()
-    connect_to_run = cache(lambda: connect_recorded(last_attempt(run).address))
-    storage_caller, cluster_caller = (RetryingCaller(on_note, is_endless=is_endless) for _ in range(2))
-    while True:
-        run_outcome = recorded_outcome(storage_caller.call(read_events, []))
+    start_time = time.monotonic()
+    for run_outcome in poll_outcome(run, read_events, is_endless=is_endless, on_note=on_note):
         on_poll()
-        if run_outcome is None and time.monotonic() - query_time > CLUSTER_POLL_SECONDS:
-            run_outcome = cluster_caller.call(lambda: outcome(run, connect_to_run()), None)
-            query_time = time.monotonic()
         if run_outcome:
             return run_outcome
         if timeout is not None and time.monotonic() - start_time > timeout:
             raise TimeoutError(f"run {run.id} is not over after {timeout:g} s")
+    raise AssertionError("polls do not end")
+
+
+def poll_outcome(
+    run: RunDir, read_events: Callable[[], RunEvents], *, is_endless: bool = False, on_note: OnNote = ignore_note
+) -> Iterator[Outcome | None]:
+    """Yield how a run ended, from time to time, None while it goes on; arguments and errors as `wait_for_outcome`."""
+    # A failed request is repeated, because the run goes on even while its cluster or storage does not answer. The
+    # storage and the cluster have a `RetryingCaller` each, which measures how long that service alone has not answered.
+    query_time = time.monotonic()
+    connect_to_run = cache(lambda: connect_recorded(last_attempt(run).address))
+    storage_caller, cluster_caller = (RetryingCaller(on_note, is_endless=is_endless) for _ in range(2))
+    while True:
+        run_outcome = recorded_outcome(storage_caller.call(read_events, []))
+        if run_outcome is None and time.monotonic() - query_time > CLUSTER_POLL_SECONDS:
+            run_outcome = cluster_caller.call(lambda: outcome(run, connect_to_run()), None)
+            query_time = time.monotonic()
+        yield run_outcome
         time.sleep(POLL_SECONDS)
 
 

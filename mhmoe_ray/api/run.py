@@ -24,6 +24,7 @@ from mhmoe_ray.runs import directory as run_directory
 from mhmoe_ray.runs import events, history
 from mhmoe_ray.runs.directory import RunDir, last_attempt
 from mhmoe_ray.spec import RunSpec, apply_overrides, load_resolved_spec, parse_overrides, validate_section
+from mhmoe_ray.spec.train import PROFILED_STEPS
 from mhmoe_ray.storage import Location, default_storage, location
 from mhmoe_ray.terminal import Activity, without_colours
 
@@ -244,6 +245,27 @@ class Run:
 
         return find_document(self._existing_directory, path_text(file), line, on_note)
 
+    def profile(self, steps: int = PROFILED_STEPS, on_note: OnNote = ignore_note) -> dict[str, Any]:
+        """Profile the next steps of the run while it trains, or return its newest profile if it has ended.
+
+        The profile has traces of torch's profiler in the run directory, and the seconds of each part of a step: the
+        median over ranks, the slowest rank, and what the plan expects.
+
+        Args:
+            steps: number of steps to profile, up to 100.
+            on_note: callback that gets a line of text about what this call waits for.
+
+        Returns:
+            What `mhmoe profile --json` prints.
+
+        Raises:
+            RunError: the run has ended without a profile, or ends before it has one; or it was imported.
+            ClusterError, StorageError: the cluster or the storage has not answered for a while.
+        """
+        from mhmoe_ray.api.profile import profile_run
+
+        return profile_run(self._existing_directory, steps, on_note)
+
     def stop(self, now: bool = False, on_note: OnNote = ignore_note) -> str:
         """Stop the run, and return its state when it is over; `resume` can continue it.
 
@@ -282,8 +304,8 @@ class Run:
 
         Args:
             until: number of steps up to which it trains; None for the number in its spec.
-            overrides: keys of the cluster section to change, such as `{"cluster.workers": 2}`; any keys but `name` and
-                `storage` while the run has no weights.
+            overrides: keys of the cluster section to change, such as `{"cluster.workers": 2}`, and `train.profile`; any
+                keys but `name` and `storage` while the run has no weights.
             address: a Ray cluster; None for the one that the run was on.
             force: whether to resume it even if its cluster does not answer and it wrote something a moment ago.
             trust_run: whether to resume a run that somebody else submitted and whose spec sets `cluster.runtime_env`,
@@ -300,11 +322,17 @@ class Run:
         if until is not None and not isinstance(until, Integral):
             raise SpecError("until", f"it is {until!r}", "give a whole number of steps")
         run, override_texts = self._existing_directory, override_list(overrides)
-        other_keys = [keys for keys, _ in parse_overrides(override_texts) if keys[0] != "cluster"]
+        other_keys = [
+            keys
+            for keys, _ in parse_overrides(override_texts)
+            if keys[0] != "cluster" and [*keys[:2]] != ["train", "profile"]
+        ]
         for keys in other_keys:
             if keys[0] in ("name", "storage") or events.has_weights(run):
                 reason = "a resumed run must go on exactly as it would have"
-                fix = "change only cluster keys, or submit a run that starts from this one (start.from)"
+                fix = (
+                    "change only cluster keys and train.profile, or submit a run that starts from this one (start.from)"
+                )
                 raise SpecError(f"override {'.'.join(keys)}", reason, fix)
         previous_attempt = last_attempt(run)
         outcome = attempts.final_outcome(run, force, given_addresses=[address] if address else [])

@@ -6,7 +6,7 @@
     formats.py     texts of metrics, counts, bytes and durations
     verbs.py       hints for unknown commands
     submit.py      start a run            follow.py     follow a run to its end
-    runs.py        list, resume, stop, rm
+    runs.py        list, resume, stop, profile, track, rm
     status.py      state of a run         logs.py       logs of its job and workers
     plan_model.py                           cost of a model of the hub
     plan.py, plan_tables.py, plan_search.py sizes, memory, traffic and placement of a spec's run, and estimated times

@@ -132,8 +132,9 @@ def resume(
     """Resume a run that stopped, failed or lost its cluster, from its newest complete checkpoint.
 
     It runs on the same cluster as before, unless an address is given. With --set, only keys of the cluster section
-    may change once the run has done a step, because it must go on exactly as it would have. With --until, a run trains
-    longer than its spec says, even if it is finished. A learning rate that has decayed stays at its last value, min_lr.
+    and train.profile may change once the run has done a step, because it must go on exactly as it would have. With
+    --until, a run trains longer than its spec says, even if it is finished. A learning rate that has decayed stays at
+    its last value, min_lr.
 
     With --check, the run stays as it is. The steps between its last two checkpoints are trained again beside it, and
     their losses, gradient norms and samples and the last checkpoint are compared: bit by bit on CPUs.
@@ -202,6 +203,37 @@ def stop(
     if outcome := stop_run(run_dir, end_immediately, print_note):
         reason_text = f": {outcome.reason}" if outcome.reason else ""
         print_line(f"run {run_dir.id} {outcome.state}{reason_text}")
+
+
+def profile(
+    run: options.RunArg = None,
+    steps: Annotated[int, typer.Option(help="Number of steps to profile.", min=1, max=100)] = 3,
+    storage: options.StorageOption = options.STORAGE,
+    json: options.JsonOption = False,
+) -> None:
+    """Profile the next steps of a run that trains, or show the newest profile of a run that has ended.
+
+    The table has the time of each part of a step, forward and backward: the median over ranks, the slowest rank, and
+    what `mhmoe plan` expects. Traces of torch's profiler are in the run directory. Profiled steps are slower.
+    """
+    show_activity("looking for the run")
+    result = mh.find_run(run, storage).profile(steps, print_note)
+    if json:
+        print_json(result)
+        return
+    step_seconds, rows = result["parts"]["step"]["median"], []
+    for part, seconds in result["parts"].items():
+        slowest = f"{1e3 * seconds['slowest']:.1f}"
+        planned = "" if seconds["plan"] is None else f"{1e3 * seconds['plan']:.1f}"
+        median, share = f"{1e3 * seconds['median']:.1f}", f"{seconds['median'] / step_seconds:.1%}"
+        rows.append([part, median, share, slowest, str(seconds["rank"]), planned])
+    print_table(["part", "ms", "share", "slowest", "rank", "plan"], rows, names=["part"])
+    count = format_count(result["steps"], "step")
+    print_line(f"{count} from {result['step']} on, {format_count(result['ranks'], 'rank')}; traces: {result['path']}")
+    if result["missing_ranks"]:
+        print_note(f"warning: ranks {result['missing_ranks']} have not written their profiles; see `mhmoe logs`")
+    if result["unplanned"]:
+        print_note(f"the plan expects no times: {result['unplanned']}")
 
 
 def track(run: options.RunArg = None, storage: options.StorageOption = options.STORAGE) -> None:

@@ -144,6 +144,7 @@ def start_attempt(
     # The spec is written after the attempt is recorded, so that only the command that starts the attempt changes it.
     run.write_spec(spec)
     run.clear_stop()
+    run.clear_profile_request()
     events.record(run, "submitted", attempt=number, job=job, address=address)
     try:
         remote.submit(connection, spec.cluster.runtime_env, request, on_note)

@@ -13,6 +13,7 @@ from mhmoe_ray.model.moe import MoELayer, dispatch_locally
 from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.model.recompute import recompute_in_backward
 from mhmoe_ray.model.router import Routing
+from mhmoe_ray.planner.parts import BLOCKS
 from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.spec.train import Recompute
 
@@ -39,6 +40,8 @@ class Trunk(nn.Module, ABC):
     """Stack of transformer blocks; the base class of all models."""
 
     blocks: nn.ModuleList
+    on_part: Callable[[str], None] = staticmethod(lambda _: None)
+    """Callback with each part of a step that begins (`observed_parts` in parts.py)."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -62,6 +65,7 @@ class Trunk(nn.Module, ABC):
     def run_blocks(self, *inputs: Tensor, noise: Noise | None, **arguments: Any) -> tuple[list[Tensor], list[Routing]]:
         """Return the last block's residual streams for the inputs of the first, and the routing of each
         mixture-of-experts layer, from the first to the last. Every block gets the `arguments`."""
+        self.on_part(BLOCKS)
         device = inputs[0].device
         hidden = [x if self.residual_dtype is None else x.to(self.residual_dtype) for x in inputs]
         routings = []

@@ -12,4 +12,5 @@ traffic.py      bytes that ranks exchange, by class of link
 schema.py       JSON schemas of the files that users write
 expert_step.py  FLOPs and bytes of a layer's experts      estimate.py     time per training step
 kernels.py      the experts' kernel, and launches         remedies.py     keys that lower the memory of a rank
+parts.py        names of the parts of a training step
 """

@@ -12,10 +12,12 @@ data stream, checkpoints, stragglers, congestion, and routing that is not unifor
 also leaves out the GPU's wait for launches.
 """
 
+from collections import defaultdict
 from typing import NamedTuple
 
+from mhmoe_ray.planner import parts
 from mhmoe_ray.planner.expert_step import expert_step
-from mhmoe_ray.planner.family import EXPERTS, OUTPUT, PROJECTIONS, ROUTER, SHARED, plan_of
+from mhmoe_ray.planner.family import ATTENTION, EXPERTS, OUTPUT, PROJECTIONS, ROUTER, SHARED, plan_of
 from mhmoe_ray.planner.kernels import planned_model
 from mhmoe_ray.planner.memory import compute_memory
 from mhmoe_ray.planner.placement import Layout
@@ -40,6 +42,7 @@ REMEDIES = {
 }
 """Advice that shortens a computation or an exchange of rows, by the resource that bounds its time."""
 UPDATE, WEIGHTS, GRADIENTS = "update of weights", "weights of ", "gradients of "
+OTHER_LAYERS, LAUNCH_WAIT, ROWS = "all but experts", "waiting for launches", "rows to experts and back"
 STATE_REMEDIES = {
     UPDATE: "more tokens per step (train.micro_batches) update less often, and sharding (cluster.strategy) shares it",
     WEIGHTS: "more tokens per micro-batch (train.micro_batch_size) gather less often, cluster.gather_precision: "
@@ -73,6 +76,18 @@ class Estimate(NamedTuple):
     """Seconds of a rank's FLOPs in a step at the accelerator's peak, without recomputation."""
     tokens: int
     layout: Layout
+    layer_times: list[StepTime]
+    """Times of the kinds of layers which `compute_times` has as one part, "all but experts"."""
+
+    @property
+    def part_seconds(self) -> dict[str, float]:
+        """The seconds of each part of a step by the names of `parts.py`."""
+        names = {**parts.LAYER_PARTS, LAUNCH_WAIT: parts.IDLE, UPDATE: parts.UPDATE, ROWS: parts.EXCHANGE}
+        seconds: dict[str, float] = defaultdict(float)
+        for time in [*self.layer_times, *self.compute_times, *self.exchange_times]:
+            if time.name != OTHER_LAYERS:
+                seconds[names.get(time.name, parts.REDUCTION)] += time.seconds
+        return dict(seconds)
 
     @property
     def sequential_seconds(self) -> float:
@@ -93,16 +108,19 @@ def estimate_step_time(spec: RunSpec, layout: Layout) -> Estimate:
     """Return an estimate of the time per training step of a run, for a given placement of its ranks."""
     rank_tokens = spec.tokens_per_step / len(layout.nodes)
     training_flops = flops_per_token(spec.model, spec.attention_length, spec.samples_per_token).training
+    step_times, layer_times = compute_times(spec, rank_tokens)
     return Estimate(
-        compute_times(spec, rank_tokens),
+        step_times,
         _exchange_times(spec, layout),
         training_flops * rank_tokens / spec.cluster.accelerator.peak_flops(spec.train.precision),
         spec.tokens_per_step,
         layout,
+        layer_times,
     )
 
 
-def compute_times(spec: RunSpec, tokens: float) -> list[StepTime]:
+def compute_times(spec: RunSpec, tokens: float) -> tuple[list[StepTime], list[StepTime]]:
+    """Return the times of computations, and those of the kinds of layers other than experts, one by one."""
     model, moe, accelerator = spec.model, spec.model.moe, spec.cluster.accelerator
     micro_batches = tokens / spec.tokens_per_micro_batch
     flops_rate = accelerator.peak_flops(spec.train.precision) * accelerator.flops_share
@@ -116,26 +134,28 @@ def compute_times(spec: RunSpec, tokens: float) -> list[StepTime]:
         )
 
     step = expert_step(spec)
-    other_parts = [
-        (part, _cost_factor(spec, part.name)) for part in model_parts(model) if part.macs and part.name != EXPERTS
-    ]
     score_flops = flops_per_token(model, spec.attention_length).forward - 2 * compute_sizes(model).macs_per_token
-    flops = _cost_factor(spec, "attention") * score_flops + sum(cost * 2 * p.layers * p.macs for p, cost in other_parts)
-    # A tied output has no parameters of its own, but its product reads the embedding, whose size is `macs`.
-    weights = sum(cost * p.layers * (p.parameters or p.macs) for p, cost in other_parts)
-    bytes_read = micro_batches * bytes_per_value(spec) * weights
-    times = [product_time("all but experts", tokens * flops, bytes_read)]
+    layer_work = {}  # FLOPs and bytes of each kind of layers
+    for part in model_parts(model):
+        if part.macs and part.name != EXPERTS:
+            cost, scores = _cost_factor(spec, part.name), score_flops if part.name == ATTENTION else 0
+            # A tied output has no parameters of its own, but its product reads the embedding, whose size is `macs`.
+            bytes_read = bytes_per_value(spec) * part.layers * (part.parameters or part.macs)
+            flops = tokens * (scores + 2 * part.layers * part.macs)
+            layer_work[part.name] = (cost * flops, cost * micro_batches * bytes_read)
+    times = [product_time(OTHER_LAYERS, *map(sum, zip(*layer_work.values(), strict=True)))]
     if step and moe:
         expert_passes = _cost_factor(spec, EXPERTS) * micro_batches * model.moe_layers
         times.append(product_time("experts", expert_passes * step.flops, expert_passes * step.bytes))
     launch_seconds = micro_batches * plan_of(model).launches(spec) * accelerator.launch_seconds
     waiting_seconds = launch_seconds - sum(time.seconds for time in times)
     if waiting_seconds > 0:
-        times.append(StepTime("waiting for launches", waiting_seconds, LAUNCHES))
+        times.append(StepTime(LAUNCH_WAIT, waiting_seconds, LAUNCHES))
     state = compute_memory(spec)
     # The update reads weights, moments and gradients, and writes weights and moments.
     update_bytes = 2 * (state.weights + state.moments) + state.gradients
-    return [*times, StepTime(UPDATE, update_bytes / bandwidth, MEMORY)]
+    times.append(StepTime(UPDATE, update_bytes / bandwidth, MEMORY))
+    return times, [product_time(name, *work) for name, work in layer_work.items()]
 
 
 def _cost_factor(spec: RunSpec, part: str) -> float:
@@ -163,7 +183,7 @@ def _exchange_times(spec: RunSpec, layout: Layout) -> list[StepTime]:
     times = [exchange_time(exchange, spec, layout) for exchange in reduction_exchanges(spec, layout)]
     if dispatch_times:
         longest = max(dispatch_times, key=lambda time: time.seconds)
-        times.insert(0, StepTime("rows to experts and back", sum(t.seconds for t in dispatch_times), longest.bound))
+        times.insert(0, StepTime(ROWS, sum(t.seconds for t in dispatch_times), longest.bound))
     return times
 
 

@@ -15,7 +15,7 @@ from mhmoe_ray.spec.train import LOSS_CHUNKS_PER_PRODUCT
 # Bytes per value of the integer types.
 INT32 = 4
 INT64 = 8
-EMBEDDING, PATCHES, NORMS, OUTPUT = "embedding", "patches", "norms", "output"
+EMBEDDING, PATCHES, ATTENTION, NORMS, OUTPUT = "embedding", "patches", "attention", "norms", "output"
 PROJECTIONS, ROUTER, EXPERTS, SHARED = "projections", "router", "experts", "shared expert"
 MATCH, HEADS = "match", "heads"
 """Names of the parts of a model (`ModelPart.name`) that other modules look up."""

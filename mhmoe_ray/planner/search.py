@@ -106,12 +106,12 @@ def candidate_settings(spec: RunSpec, nodes: int, gpus: int) -> Iterator[Candida
 
     @cache
     def compute_seconds(ep: Pairs, split: Pairs, recomputed: Pairs, chunk: Pairs) -> float:
-        times = compute_times(variant(ep, split, recomputed, chunk), rank_tokens)
+        times, _ = compute_times(variant(ep, split, recomputed, chunk), rank_tokens)
         return sum(time.seconds for time in times if time.name != UPDATE)
 
     @cache
     def update_seconds(cluster: Pairs, moment: Pairs) -> float:
-        times = compute_times(variant(cluster, moment), rank_tokens)
+        times, _ = compute_times(variant(cluster, moment), rank_tokens)
         return sum(time.seconds for time in times if time.name == UPDATE)
 
     @cache

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 from mhmoe_ray.architectures import FLOAT32
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.family import (
+    ATTENTION,
     EMBEDDING,
     EXPERTS,
     HEADS,
@@ -100,7 +101,7 @@ def model_parts(spec: ModelSpec) -> list[ModelPart]:
     result = [
         ModelPart(EMBEDDING, 1, *all_active(embedding_parameters), 0),
         *plan.input_parts(spec),
-        ModelPart("attention", spec.layers, plan.branches * attention, attention, attention_macs(spec)),
+        ModelPart(ATTENTION, spec.layers, plan.branches * attention, attention, attention_macs(spec)),
         ModelPart(NORMS, 1, *all_active(norms), 0),
     ]
     if spec.dense_layers:
@@ -174,7 +175,7 @@ def block_sizes(spec: ModelSpec) -> BlockSizes:
     parameters = {part.name: part.parameters for part in model_parts(spec)}
     outside_parts = (EMBEDDING, PATCHES, OUTPUT, MATCH, HEADS)
     outside_blocks = sum(parameters.get(name, 0) for name in outside_parts) + _final_norm_parameters(spec)
-    shared = parameters["attention"] + (parameters[NORMS] - _final_norm_parameters(spec)) // spec.layers
+    shared = parameters[ATTENTION] + (parameters[NORMS] - _final_norm_parameters(spec)) // spec.layers
     dense = parameters.get("feed-forward", 0)
     mixture = sum(parameters.get(name, 0) for name in (PROJECTIONS, ROUTER, SHARED))
     mixture += dense if spec.has_experts_beside else 0

@@ -14,13 +14,13 @@ from mhmoe_ray.report.seeds import CONFIDENCE, SeedValues, pair_values
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.sweeps import SweepDir
-from mhmoe_ray.spec import NON_TRAINING_SECTIONS, RunSpec
+from mhmoe_ray.spec import NON_TRAINING_KEYS, RunSpec
 from mhmoe_ray.spec.sweep import seeded_name, unseeded_name
 from mhmoe_ray.storage import location
 
 T = TypeVar("T")
 
-_UNTRAINED_KEYS = NON_TRAINING_SECTIONS | {"name", "storage", "seed", "origin", "reference"}
+_UNTRAINED_KEYS = NON_TRAINING_KEYS | dict.fromkeys(("name", "storage", "seed", "origin", "reference"), True)
 """Sections and keys of a spec that do not change what is trained."""
 
 

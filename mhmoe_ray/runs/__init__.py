@@ -9,6 +9,7 @@
   logs/              logs of jobs and workers of the newest attempts, limited in size and without secrets (logs.py)
   routing/           route counts per layer and expert, one file per checkpointed step
   stacks/            Python stacks of all ranks, one file for each time that the watchdog killed ranks that hung
+  profiles/          profiles of steps, a folder for each (profiles.py)
   tensorboard/       event files
   evaluations/       results of `mhmoe eval` and `mhmoe routing`, one file for each request
   tokenizer.json
@@ -18,6 +19,7 @@
                         model that it was imported or started from has one
   checkpoints/step_00000200.<n>/   weights/ optim/ manifest.json, written by the n-th worker group (`checkpoint/`)
   stop               present while a user asks the run to stop
+  profile.json       present while a user asks for a profile of the next steps
   ray/               Ray Train's own folder, which this package never reads
 
 A worker group is the set of a run's workers from one start or restart of the workers to the next. On an object store,
@@ -31,6 +33,7 @@ storage folder also holds the directories of sweeps, <storage>/sweeps/ (sweeps.p
     metrics.py     the registry of metrics: one entry for each
     history.py     metrics.jsonl, and queries on it
     logs.py        logs that outlive the cluster
+    profiles.py    times of the parts of profiled steps
     jsonl.py       append-only files of JSON lines
     sweeps.py      the directory of a sweep
 """

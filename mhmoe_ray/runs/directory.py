@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from mhmoe_ray.errors import RunError, SpecError, StorageError
 from mhmoe_ray.parsing import ParseError, Time, parse_object
 from mhmoe_ray.spec import RunSpec, dump_spec, load_resolved_spec
+from mhmoe_ray.spec.train import PROFILED_STEPS, ProfiledSteps
 from mhmoe_ray.storage import (
     Location,
     ObjectPath,
@@ -60,6 +61,8 @@ class RunDir:
     logs = PathOf("logs")
     routing = PathOf("routing")
     stacks = PathOf("stacks")
+    profiles = PathOf("profiles")
+    profile_request_file = PathOf("profile.json")
     tensorboard = PathOf("tensorboard")
     evaluations = PathOf("evaluations")
     tokenizer_file = PathOf("tokenizer.json")
@@ -161,6 +164,24 @@ class RunDir:
         """Remove the stop file of an earlier stop, because it would stop a new attempt too."""
         with report_write_errors(self.stop_file):
             self.stop_file.unlink(missing_ok=True)
+
+    def request_profile(self, steps: int) -> None:
+        """Ask the workers to profile the next steps."""
+        with report_write_errors(self.profile_request_file):
+            write_json(self.profile_request_file, {"steps": steps})
+
+    def requested_profile_steps(self) -> int:
+        """Return the number of steps to profile; 0 without a request, and the default if the file has no number."""
+        try:
+            return _STEPS.validate_python(parse_object(read_file(self.profile_request_file))["steps"])
+        except FileNotFoundError:
+            return 0
+        except (ParseError, ValidationError, KeyError):
+            return PROFILED_STEPS
+
+    def clear_profile_request(self) -> None:
+        with report_write_errors(self.profile_request_file):
+            self.profile_request_file.unlink(missing_ok=True)
 
     def remove(self) -> None:
         with report_write_errors(self.path):
@@ -306,6 +327,7 @@ class AttemptId(NamedTuple):
 
 _ATTEMPTS = TypeAdapter(list[Attempt])
 _TIME: TypeAdapter[float] = TypeAdapter(Time)
+_STEPS: TypeAdapter[int] = TypeAdapter(ProfiledSteps)
 
 
 def read_attempts(run: RunDir) -> list[Attempt]:

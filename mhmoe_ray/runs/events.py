@@ -15,7 +15,7 @@ from mhmoe_ray.spec.cluster import ClusterSpec, format_mesh
 
 EventKind = Literal[
     "submitted", "began", "preparing", "prepared", "initialized", "waiting", "restoring", "started", "hung", "lost",
-    "straggler", "checkpoint", "preempted", "adapted", "spike", "skipped_checkpoint", "dropped_checkpoint",
+    "straggler", "checkpoint", "profile", "preempted", "adapted", "spike", "skipped_checkpoint", "dropped_checkpoint",
     "finished", "stopped", "failed", "served", "answering", "answered", "imported",
 ]  # fmt: skip
 # Older versions of this project recorded the path of a skipped checkpoint in place of its name.
@@ -65,6 +65,8 @@ FIELDS: dict[EventKind, dict[str, Any]] = {
     },
     # Seconds that training waited, and seconds until the checkpoint was committed.
     "checkpoint": {"step": Count, "name": Required[_Name], "pause": Figure, "seconds": Figure},
+    # First of the profiled steps and their number, number of ranks, and folder in profiles/.
+    "profile": {"step": Required[Count], "steps": Required[Count], "ranks": Required[Count], "name": Required[str]},
     # Ids of the preempted nodes, and seconds since the epoch.
     "preempted": {"step": Required[Count], "nodes": Required[list[str]], "deadline": Required[Time | None]},
     # New number of experts that a task of a vision model chooses.

@@ -23,7 +23,7 @@ from mhmoe_ray.spec.load import (
 from mhmoe_ray.spec.model import ModelSpec
 from mhmoe_ray.spec.moe import MoESpec
 from mhmoe_ray.spec.parts import LossKind, MicroBatchPart
-from mhmoe_ray.spec.run import NON_TRAINING_SECTIONS, ReferenceSpec, RunSpec
+from mhmoe_ray.spec.run import NON_TRAINING_KEYS, ReferenceSpec, RunSpec
 from mhmoe_ray.spec.serve import DeploySpec, KeySpec, ServeSpec
 from mhmoe_ray.spec.start import StartSpec
 from mhmoe_ray.spec.sweep import SweepRun, SweepSize, SweepSpec
@@ -31,7 +31,7 @@ from mhmoe_ray.spec.train import TrainSpec
 from mhmoe_ray.spec.vision import AdaptiveSpec, DetectorSpec, TaskSpec, VisionSpec
 
 __all__ = [
-    "NON_TRAINING_SECTIONS",
+    "NON_TRAINING_KEYS",
     "AdaptiveSpec",
     "ClusterSpec",
     "Column",

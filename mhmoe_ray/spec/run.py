@@ -1,7 +1,7 @@
 """The complete spec of a run, with the checks that concern several sections."""
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, NonNegativeInt, model_validator
 
@@ -18,8 +18,8 @@ from mhmoe_ray.spec.start import StartSpec
 from mhmoe_ray.spec.train import MaskingSpec, TrackingSpec, TrainSpec
 from mhmoe_ray.storage import default_storage, location, resolve_path
 
-NON_TRAINING_SECTIONS = {"cluster", "serve", "tracking"}
-"""Sections that do not change how a run trains."""
+NON_TRAINING_KEYS: dict[str, Any] = {"cluster": True, "serve": True, "tracking": True, "train": {"profile"}}
+"""Sections and keys that do not change how a run trains, as pydantic excludes them."""
 NAME_LENGTH = 41
 NAME = rf"^[a-z0-9][a-z0-9-]{{0,{NAME_LENGTH - 1}}}$"
 
@@ -204,9 +204,9 @@ class RunSpec(Section):
         return None if self.reference is None else self.model.with_moe(self.reference.moe)
 
     def changed_keys(self, previous_spec: Self) -> list[str]:
-        """Return the top-level keys, without `NON_TRAINING_SECTIONS`, whose values differ."""
+        """Return the top-level keys, without `NON_TRAINING_KEYS`, whose values differ."""
         previous_sections, current_sections = (
-            spec.model_dump(mode="json", exclude=NON_TRAINING_SECTIONS) for spec in (previous_spec, self)
+            spec.model_dump(mode="json", exclude=NON_TRAINING_KEYS) for spec in (previous_spec, self)
         )
         return [key for key in current_sections if current_sections[key] != previous_sections[key]]
 

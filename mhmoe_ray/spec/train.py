@@ -68,6 +68,18 @@ class SpikeSpec(Section):
     """Number of last updates whose mean and deviation count; before, no step is skipped."""
 
 
+ProfiledSteps = Annotated[int, Field(ge=1, le=100)]
+PROFILED_STEPS = 3
+
+
+class ProfileSpec(Section):
+    """Steps that torch's profiler records on every rank, which changes no loss (`mhmoe profile`)."""
+
+    at: StepCount
+    """First profiled step, counted from 1. A run that is resumed after this step has no such profile."""
+    steps: ProfiledSteps = PROFILED_STEPS
+
+
 class TrainSpec(Section):
     """Batches, precision, optimizer, learning-rate schedule, and intervals of validation and checkpoints."""
 
@@ -130,6 +142,8 @@ class TrainSpec(Section):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """Reaction to a step whose gradient is not finite. stop: stop the run. skip: skip the update and continue; more
     than ten skipped steps in a row stop the run too."""
+    profile: ProfileSpec | None = None
+    """Profile of some steps, by default of none. `mhmoe resume --set` may change it."""
     validate_every: StepCount = 100
     checkpoint_every: StepCount = 100
     keep_checkpoints: PositiveInt | None = None
@@ -140,6 +154,8 @@ class TrainSpec(Section):
     def _check(self) -> Self:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
+        if self.profile and self.profile.at > self.steps:
+            raise ValueError(f"profile.at {self.profile.at} is after the last of {self.steps} steps: lower it")
         if self.residual_precision == "bfloat16" and self.precision != "bfloat16":
             raise ValueError(
                 "residual_precision bfloat16 would round a stream in float32: set precision to bfloat16 too"

@@ -14,6 +14,7 @@
     objectives/          training objectives: the model's input from a micro-batch, the losses, and validation
     watchdog.py          heartbeats of the ranks, and the actor that kills the process of a rank that hangs
     hangs.py             who waits for whom in a hang, and the stacks of a process
+    profile.py           profiles of steps: traces, and the time of each part
     spikes.py            spikes of the loss or the gradient norm, whose updates are skipped
     stragglers.py        ranks that are slower than the others
     worker_failures.py   record of failed workers, with the reason

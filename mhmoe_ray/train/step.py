@@ -20,6 +20,7 @@ from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.model.router import Router, updated_bias
 from mhmoe_ray.model.trunk import Trunk, routing_loss
+from mhmoe_ray.planner.parts import CASTS, OTHER_WORK, REDUCTION, UPDATE
 from mhmoe_ray.planner.sizes import bytes_per_value
 from mhmoe_ray.spec import MoESpec, RunSpec
 from mhmoe_ray.train.objectives import Environment, LossSums, Objective
@@ -123,6 +124,7 @@ class Trainer:
         is routed like any token, so the balance loss, the expert capacity and the route counts include it: they
         describe the rows that experts compute.
         """
+        self.model.on_part(CASTS)
         spec, m = self.spec, self.spec.train.micro_batches
         rank_batches = m // self.mesh.world_size
         moe, objective = spec.model.moe, self.objective
@@ -167,9 +169,13 @@ class Trainer:
                         # The callback is the first that this backward queues. So it is called at the backward's end,
                         # but before the callbacks with which DDP and FSDP wait for other ranks' gradients.
                         _register_hook(step_loss, lambda _: _queue_callback(stopwatch.stop))
+                    # Each operation of the backward belongs to the part whose forward it differentiates. The rest is
+                    # mostly waits for gradients of other ranks.
+                    self.model.on_part(REDUCTION if self.mesh.world_size > 1 else OTHER_WORK)
                     self.strategy.backward(step_loss)
                 self.on_progress()
         self.strategy.finish_reduction()
+        self.model.on_part(OTHER_WORK)
         loss_sum, balance_sum, dropped = loss_balance_dropped.tolist()
         rank_sums = StepSums(targets, loss_sum, balance_sum, int(dropped), count_LE.cpu(), part_sums_P2.cpu())
         wait_seconds = self._dispatch.pop_wait_seconds() if self._dispatch else 0.0
@@ -230,6 +236,7 @@ class Trainer:
         steps, or more than `MAX_SKIPPED_STEPS` consecutive ones were skipped."""
         lr, spikes, spike = self.spec.train.learning_rate(self.step + 1), self.spec.train.spikes, None
         self.before_update()
+        self.model.on_part(UPDATE)
         if spikes:
             loss = self._step_loss(sums)
             reason_at = partial(spike_reason, spikes, self.recent_updates, loss)
@@ -243,6 +250,7 @@ class Trainer:
         moe = self.spec.model.moe
         if applied and moe and (moe.bias_rate or moe.balance_over == "step"):
             self._update_routers(moe, sums.count_LE)
+        self.model.on_part(OTHER_WORK)
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
         stops = spike is None and self.spec.train.on_nonfinite == "stop"
         if not applied and (stops or self.skipped_in_a_row > MAX_SKIPPED_STEPS):

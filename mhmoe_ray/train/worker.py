@@ -29,6 +29,8 @@ from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.distributed.dispatch.exchange import SentBytes
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.errors import DataError, JobError, StorageError
+from mhmoe_ray.model.parts import mark
+from mhmoe_ray.planner.parts import DATA
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import AttemptId, RunDir, require_newest_attempt
 from mhmoe_ray.spec import RunSpec
@@ -37,6 +39,7 @@ from mhmoe_ray.train.malloc import use_expandable_segments
 from mhmoe_ray.train.objectives import Objective
 from mhmoe_ray.train.objectives.base import DIGEST_BYTES
 from mhmoe_ray.train.preemption import PreemptedError, preemption_notice
+from mhmoe_ray.train.profile import StepProfiler
 from mhmoe_ray.train.step import StepSums, Trainer, Update
 from mhmoe_ray.train.stragglers import StragglerRecorder, slowdowns
 from mhmoe_ray.train.telemetry.line import RankTimes, step_line
@@ -51,9 +54,9 @@ def combine_digests(digests: Iterable[int]) -> str:
 
 
 LOGGER = logging.getLogger("mhmoe")
-# Time between two checks for a stop request. All ranks wait during a check, and a check takes round trips to an object
-# store, so checks are rare.
-STOP_CHECK_SECONDS = 1.0
+# Time between two checks for requests of users. All ranks wait during a check, and a check takes round trips to an
+# object store, so checks are rare.
+REQUEST_CHECK_SECONDS = 1.0
 
 
 def train_worker(config: dict[str, Any], shard: Future[ray.data.DataIterator]) -> None:
@@ -123,11 +126,12 @@ class Worker:
         fence = self._require_newest_attempt = partial(require_newest_attempt, run, attempt)
         self.start_step = self.trainer.step
         self.telemetry = Telemetry(run, spec, rank, self.group, self.start_step)
+        self.profiler = StepProfiler(run, self.trainer, self.group)
         self.saver = Saver(
             run, self.trainer, self.group, heartbeat.report_side_progress, ends, adds_start, fence,
             self.telemetry.report_checkpoint,
         )  # fmt: skip
-        self._next_stop_check = 0.0  # monotonic time in seconds at which rank 0 next checks the run directory
+        self._next_request_check = 0.0  # monotonic time in seconds at which rank 0 next checks the run directory
         if rank == 0:
             self._require_newest_attempt()
             worker_fields = [vars(p) for p in worker_infos]
@@ -166,6 +170,7 @@ class Worker:
             # checkpoint is then the one whose validation loss the checkpoint states. And a run that is extended after
             # its last step adapts these numbers at the same steps as a run of the full length.
             self._adapt(held_out_samples)
+            self.profiler.begin_step()
             step_start = time.monotonic()
             self.heartbeat.report_phase(trainer.step, "training")
             rank_batches = spec.train.micro_batches // trainer.mesh.world_size
@@ -184,6 +189,7 @@ class Worker:
             line, step_counts_LE, rank_times, stop_requested, is_preempted = self._gather_metrics(
                 sums, batches, update, step_start
             )
+            self.profiler.end_step()
             counts_LE += step_counts_LE
             is_last_step = trainer.step == self.last_step or stop_requested
             if is_last_step or trainer.step % spec.train.validate_every == 0:
@@ -198,6 +204,7 @@ class Worker:
                 counts_LE.zero_()
             if is_preempted and not is_last_step:
                 self.saver.wait()
+                self.profiler.close()
                 self._end_preempted_group()
             if metrics.VAL_LOSS in line:
                 if self.rank == 0:
@@ -205,6 +212,7 @@ class Worker:
                     LOGGER.info("step %d: loss %.4f, validation loss %.4f", trainer.step, loss, val_loss)
                 ray.train.report(line)
         self.saver.wait()
+        self.profiler.close()
 
     def _validate(self, held_out_samples: Any) -> dict[str, Any]:
         validation = self.trainer.objective.validate(held_out_samples)
@@ -261,12 +269,13 @@ class Worker:
         whether a stop is requested and a node is preempted. A checkpoint that could not be written is a CheckpointError
         on all ranks at the same step; a newer job of the run is a RunError on rank 0.
         """
-        stop_requested = self.rank == 0 and self._stop_requested()
+        stop_requested, profile_steps = self._read_requests() if self.rank == 0 else (False, 0)
         seconds = time.monotonic() - step_start
         rank_times = RankTimes(batches.wait_seconds / seconds, sums.wait_seconds / seconds)
         sent_bytes = [sums.sent_bytes.rows, sums.least_bytes, sums.sent_bytes.counts, sums.sent_bytes.between_nodes]
         values_to_sum = [sums.loss, sums.balance, sums.dropped, *sent_bytes]
-        values_to_maximize = [*rank_times[:2], stop_requested, preemption_notice() is not None, self.saver.has_failed]
+        is_preempted = preemption_notice() is not None
+        values_to_maximize = [*rank_times[:2], stop_requested, is_preempted, self.saver.has_failed, profile_steps]
         rank_values: list[list[float]] = [
             values_to_sum,
             values_to_maximize,
@@ -280,7 +289,8 @@ class Worker:
             gathered_values, [len(part) for part in rank_values], dim=1
         )
         loss, balance, dropped, sent_rows, least_rows, sent_counts, sent_between_nodes = totals.sum(0).tolist()
-        data_wait, exchange_wait, stop_flag, preemption_flag, failure_flag = maxima.max(0).values.tolist()
+        data_wait, exchange_wait, stop_flag, preemption_flag, failure_flag, steps = maxima.max(0).values.tolist()
+        self.profiler.request(int(steps))
         if failure_flag:
             # Ranks learn of a failed checkpoint at different moments, but all must raise at the same step. Otherwise
             # those that went on would wait for the others in their next collective operation.
@@ -308,20 +318,21 @@ class Worker:
         line = step_line(self.trainer, self.group, step_totals, digest, slowest_times, update, seconds)
         return line, count_LE, rank_times, bool(stop_flag), bool(preemption_flag)
 
-    def _stop_requested(self) -> bool:
-        """Return whether the user asked the run to stop. Between two checks, and if the run directory cannot be read,
-        the result is False; a newer job of the run is a RunError."""
+    def _read_requests(self) -> tuple[bool, int]:
+        """Return whether the user asked the run to stop, and how many steps to profile. Between two checks, and if the
+        run directory cannot be read, nothing is requested; a newer job of the run is a RunError."""
         current_time = time.monotonic()
-        if current_time < self._next_stop_check:
-            return False
-        self._next_stop_check = current_time + STOP_CHECK_SECONDS
+        if current_time < self._next_request_check:
+            return False, 0
+        self._next_request_check = current_time + REQUEST_CHECK_SECONDS
         try:
             self._require_newest_attempt()
-            return self.run.stop_file.exists()
+            profile_steps = 0 if self.profiler.is_active else self.run.requested_profile_steps()
+            return self.run.stop_file.exists(), profile_steps
         except (OSError, StorageError) as e:
             # An error here would restart all ranks, but the storage may be back at the next check.
             LOGGER.warning("the run directory cannot be read, and is checked again: %s", e)
-            return False
+            return False, 0
 
     def _end_preempted_group(self) -> None:
         """Record which nodes are preempted, and raise PreemptedError on every rank; a checkpoint was saved before."""
@@ -355,10 +366,11 @@ class _TimedBatches:
     def __iter__(self) -> Iterator[Any]:
         while self._remaining:
             request_time = time.monotonic()
-            rows = next(self._stream)
-            self.wait_seconds += time.monotonic() - request_time
-            self._remaining -= 1
-            digest, batch = self._objective.receive(rows)
+            with mark(DATA):
+                rows = next(self._stream)
+                self.wait_seconds += time.monotonic() - request_time
+                self._remaining -= 1
+                digest, batch = self._objective.receive(rows)
             self.digests.append(digest)
             yield batch
 

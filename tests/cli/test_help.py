@@ -14,6 +14,7 @@ COMMANDS = [
     "list",
     "logs",
     "stop",
+    "profile",
     "resume",
     "generate",
     "data",

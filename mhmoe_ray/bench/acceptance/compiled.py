@@ -32,10 +32,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mhmoe_ray.bench.acceptance.accounting import Work, operation_work
+from mhmoe_ray.planner.parts import OPERATOR_PARTS
 
 FUSED, PRODUCTS = "blocks: fused kernels", "blocks: products"
-_PARTS = {"mhmoe::route": "blocks: router", "mhmoe": "blocks: experts", "aten::_scaled_dot": "blocks: attention"}
-"""Parts of kernels that Inductor calls, by the start of the operation's name; all others are products."""
 _GPU = torch.device("cuda:0")
 _H100 = DeviceProperties(
     type="cuda", index=0, multi_processor_count=132, cc=90, major=9, regs_per_multiprocessor=65536,
@@ -146,5 +145,5 @@ def _extern_work(node: BaseSchedulerNode) -> tuple[str, Work]:
     function, arguments = origin.target, [*origin.args, *origin.kwargs.values()]
     values = torch.fx.node.map_arg(arguments, lambda argument: argument.meta["val"])
     work = operation_work(function, values, origin.meta["val"])
-    parts = (part for start, part in _PARTS.items() if function._schema.name.startswith(start))
+    parts = (part for start, part in OPERATOR_PARTS.items() if function._schema.name.startswith(start))
     return next(parts, PRODUCTS), work

@@ -20,17 +20,12 @@ from mhmoe_ray.bench.acceptance.accounting import Accounting, Work
 from mhmoe_ray.bench.steps import StepCase
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.model.loss import PRODUCT_ROWS
+from mhmoe_ray.model.parts import observed_parts, part_names
 from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.planner.kernels import planned_model
+from mhmoe_ray.planner.parts import BLOCKS, CASTS, EMBEDDING, LOSS
 from mhmoe_ray.spec import ClusterSpec, RunSpec
 from mhmoe_ray.train import step
-
-CASTS, EMBEDDING, BLOCKS, LOSS, UPDATE = "casts of weights", "embedding", "blocks: other", "output and loss", "update"
-_PARTS = {
-    "attention": "blocks: attention", "router": "blocks: router", "experts": "blocks: experts",
-    "head": "blocks: projections", "merge": "blocks: projections", "ffn": "blocks: feed-forward",
-    "shared": "blocks: shared expert", "attention_norm": "blocks: norms", "ffn_norm": "blocks: norms",
-}  # fmt: skip
 
 
 class StepAccounting(Accounting):  # type: ignore[no-untyped-call]  # torch has no types for it
@@ -39,35 +34,25 @@ class StepAccounting(Accounting):  # type: ignore[no-untyped-call]  # torch has 
     def __init__(self, model: Trunk) -> None:
         super().__init__()
         self.outer_part = CASTS
-        """Part of operations outside all modules of `_PARTS`."""
+        """Part of operations outside all modules that are parts."""
         self._modules: list[str] = []  # parts of the modules whose forward is running
         self._starts: list[tuple[int, str]] = [(0, CASTS)]
         """First sequence number of autograd's nodes that belong to a part, ascending."""
         self._part_of_parameter: dict[nn.Parameter, str] = {}
-        names = {} if model.is_compiled else _PARTS
+        names = part_names(model)
         for name, module in model.named_modules():
             block_part = BLOCKS if name.startswith("blocks.") else LOSS if name in ("norm", "output") else EMBEDDING
-            part = names.get(name.rpartition(".")[2])
-            self._part_of_parameter |= dict.fromkeys(module.parameters(), part or block_part)
-            if part:
-                module.register_forward_pre_hook(lambda *_, part=part: self._enter(part))
-                # A recomputed forward ends with an exception as soon as it has all that the backward needs.
-                module.register_forward_hook(lambda *_: self._leave(), always_call=True)
-        model.register_forward_pre_hook(lambda *_: self.set_outer_part(EMBEDDING))
-        for norm in model.final_norms():
-            norm.register_forward_pre_hook(lambda *_: self.set_outer_part(LOSS))
-        if names:
-            model.blocks[0].register_forward_pre_hook(lambda *_: self.set_outer_part(BLOCKS))
+            self._part_of_parameter |= dict.fromkeys(module.parameters(), names.get(name, block_part))
 
-    def _enter(self, part: str) -> None:
+    def enter_module(self, part: str) -> None:
         self._modules.append(part)
         self._note_start()
 
-    def _leave(self) -> None:
+    def leave_module(self) -> None:
         self._modules.pop()
         self._note_start()
 
-    def set_outer_part(self, part: str) -> None:
+    def begin_part(self, part: str) -> None:
         self.outer_part = part
         self._note_start()
 
@@ -162,12 +147,9 @@ def _count(spec: RunSpec, micro_batches: int) -> dict[str, Work]:
             trainer.model.compile_blocks(backend=counting_backend(parts, fake_mode))
         accounting = StepAccounting(trainer.model)
         accounting.parts = parts
-        with accounting:
+        with accounting, observed_parts(trainer.model, accounting):
             # The first update creates AdamW's moments.
             for _ in range(2):
                 parts.clear()
-                accounting.set_outer_part(CASTS)
-                sums = trainer.accumulate(case.batches)
-                accounting.set_outer_part(UPDATE)
-                trainer.update(sums)
+                trainer.update(trainer.accumulate(case.batches))
     return parts

@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mhmoe_ray.model.parts import mark
+from mhmoe_ray.planner.parts import EXCHANGE
+
 _cuda_event: Callable[..., torch.cuda.Event] = torch.cuda.Event
 
 
@@ -122,7 +125,7 @@ class PendingExchange(NamedTuple):
     def wait(self) -> Tensor:
         """Wait for the all-to-all, measure the wait, and return the received rows."""
         if self.work:
-            with self.wait_timer.measure(self.output.device):
+            with mark(EXCHANGE), self.wait_timer.measure(self.output.device):
                 self.work.wait()
         return self.output
 

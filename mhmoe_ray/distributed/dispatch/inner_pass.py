@@ -10,6 +10,8 @@ from torch.autograd.graph import get_gradient_edge
 
 from mhmoe_kernels import Function
 from mhmoe_ray.model.feedforward import SharedExpert
+from mhmoe_ray.model.parts import mark
+from mhmoe_ray.planner.parts import SHARED_EXPERT
 
 
 class InnerPass:
@@ -85,12 +87,14 @@ class SharedPass:
         """Return the shared expert's output in a list, which is empty without one."""
         # Keeping the output here would form a reference cycle: the output's graph refers to the outer function, which
         # refers to this pass.
-        return [inner_pass.forward(self._inputs.pop()) for inner_pass in self.passes]
+        with mark(SHARED_EXPERT):
+            return [inner_pass.forward(self._inputs.pop()) for inner_pass in self.passes]
 
     def backward(self, doutputs: Sequence[Tensor]) -> None:
         """Compute `gradients` from the gradients of the outputs."""
         for inner_pass, dy in zip(self.passes, doutputs, strict=True):
-            self.gradients = [inner_pass.backward(dy), *inner_pass.dweights]
+            with mark(SHARED_EXPERT):
+                self.gradients = [inner_pass.backward(dy), *inner_pass.dweights]
 
 
 def take_all_saved(passes: Iterable[InnerPass]) -> list[Tensor]:
