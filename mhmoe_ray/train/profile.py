@@ -61,19 +61,22 @@ class PartEvent(NamedTuple):
 
 
 def attribute_events(events_of_host: Iterable[Event]) -> list[PartEvent]:
-    """Return each event with its part, ordered by start."""
+    """Return each event with its part, ordered by start, without those of work that runs beside the thread."""
     stacks: dict[int, list[int]] = defaultdict(list)  # indices of the open events of each thread
     forward_parts: dict[tuple[int, int], str | None] = {}
     backward_part: dict[int, str | None] = {}  # of the newest node that a thread ran
-    ordered_events = sorted(events_of_host, key=lambda e: (e.start, -e.end))
-    parts, own_times = list[str | None](), list[int]()
-    for index, e in enumerate(ordered_events):
+    nested_events, parts, own_times = list[Event](), list[str | None](), list[int]()
+    for e in sorted(events_of_host, key=lambda e: (e.start, -e.end)):
         stack = stacks[e.thread]
-        while stack and ordered_events[stack[-1]].end <= e.start:
+        while stack and nested_events[stack[-1]].end <= e.start:
             stack.pop()
-        part = parts[stack[-1]] if stack else None
+        part = None
         if stack:
-            own_times[stack[-1]] -= min(e.end, ordered_events[stack[-1]].end) - e.start
+            # A collective has an event of gloo, too, which outlasts the operation that starts it.
+            if e.end > nested_events[stack[-1]].end:
+                continue
+            part = parts[stack[-1]]
+            own_times[stack[-1]] -= e.end - e.start
         if e.name.startswith(BACKWARD):
             known_part = forward_parts.get((e.forward_thread, e.sequence), backward_part.get(e.thread))
             part = backward_part[e.thread] = known_part or part
@@ -87,10 +90,11 @@ def attribute_events(events_of_host: Iterable[Event]) -> list[PartEvent]:
         if e.sequence >= 0 and not e.name.startswith(BACKWARD):
             # An operation without a gradient has the number of the next node, so the last operation with it counts.
             forward_parts[e.thread, e.sequence] = part
+        stack.append(len(parts))
+        nested_events.append(e)
         parts.append(part)
         own_times.append(e.end - e.start)
-        stack.append(index)
-    return [PartEvent(*entry) for entry in zip(ordered_events, parts, own_times, strict=True)]
+    return [PartEvent(*entry) for entry in zip(nested_events, parts, own_times, strict=True)]
 
 
 def host_events(all_events: Iterable[Any]) -> list[Event]:

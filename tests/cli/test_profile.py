@@ -39,10 +39,10 @@ def test_profiles_of_a_spec_and_of_a_running_run(tmp_path, local_cluster):
 
     assert mhmoe(tmp_path, "stop", run.id).code == 0
     wait_for_end(run, state="stopped")
-    ended = mhmoe(tmp_path, "profile", run.id)
-    assert ended.code == 0, ended.err
-    assert f"traces: {run.profiles / result['name']}" in ended.out
-    assert "not that of CPUs" in ended.err
+    ended_result = mhmoe(tmp_path, "profile", run.id)
+    assert ended_result.code == 0, ended_result.err
+    assert f"traces: {run.profiles / result['name']}" in ended_result.out
+    assert "not that of CPUs" in ended_result.err
 
     write_spec(tmp_path, train={**endless, "steps": 10})
     assert mhmoe(tmp_path, "submit", "spec.yaml", "--set", "train.validate_every=10").code == 0

@@ -10,12 +10,14 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from mhmoe_ray.bench.acceptance.step_work import StepAccounting
 from mhmoe_ray.model.parts import MARK, observed_parts
 from mhmoe_ray.planner import parts
+from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.runs.profiles import newest_profile, read_profile
+from mhmoe_ray.runs.profiles import newest_profile, read_profile, summarize
 from mhmoe_ray.train import profile
 from mhmoe_ray.train.profile import STEP, StepProfiler, attribute_events, host_events
+from tests.support.ranks import run_ranks
 from tests.support.specs import TINY, tiny_spec
-from tests.train.jobs import build_trainer, rank_batches
+from tests.train.jobs import build_trainer, rank_batches, train
 
 COUNTED_OPERATIONS = {
     "mm", "addmm", "bmm", "embedding", "embedding_dense_backward", "nll_loss_forward", "nll_loss_backward", "topk",
@@ -58,7 +60,7 @@ def profile_steps(run, trainer, steps):
     profiler.close()
 
 
-@pytest.mark.parametrize("recompute", ["none", "experts", "exchange", "block"])
+@pytest.mark.parametrize("recompute", ["experts", "exchange", "block"])
 def test_each_operation_belongs_to_the_part_that_it_computes(tmp_path, monkeypatch, recompute):
     spec, results = spec_with(recompute=recompute), []
     by_part = profile.seconds_by_part
@@ -94,6 +96,35 @@ def test_the_parts_of_a_profile_add_up_to_its_steps(tmp_path):
     assert (rank_profile.step, rank_profile.steps, rank_profile.ranks, rank_profile.device) == (1, 2, 1, "cpu")
     assert sum(rank_profile.parts.values()) == pytest.approx(rank_profile.seconds)
     assert rank_profile.parts.keys() >= {f"blocks: {part}" for part in BLOCK_PARTS} | {parts.LOSS, parts.UPDATE}
+
+
+def weights_after_steps(spec, run_folder):
+    """Return the local weights after two steps, which are profiled if there is a run folder."""
+    trainer = build_trainer(spec)
+    if run_folder:
+        profile_steps(RunDir(run_folder), trainer, 2)
+    else:
+        train(spec, trainer, 2)
+    return list(trainer.model.state_dict().values())
+
+
+def test_ranks_write_their_profiles_and_compute_the_same(tmp_path):
+    spec = tiny_spec(
+        model={"moe": {**TINY["model"]["moe"], "d_shared": 16}}, cluster={"workers": 2, "ep": 2}, train={"steps": 2}
+    )
+    profiled, plain = (run_ranks(2, weights_after_steps, spec, folder) for folder in (tmp_path, None))
+    for profiled_weights, plain_weights in zip(profiled, plain, strict=True):
+        assert all(map(torch.equal, profiled_weights, plain_weights))
+    rank_profiles = read_profile(RunDir(tmp_path), "step_00000001.1")
+    assert [(p.rank, p.ranks) for p in rank_profiles] == [(0, 2), (1, 2)]
+    for p in rank_profiles:
+        assert sum(p.parts.values()) == pytest.approx(p.seconds)
+        assert p.parts.keys() >= {parts.EXCHANGE, parts.SHARED_EXPERT, parts.REDUCTION}
+    summary = summarize(rank_profiles)
+    assert summary["step"]["slowest"] == max(p.seconds for p in rank_profiles)
+    assert (tmp_path / "profiles/step_00000001.1/rank_1.trace.json.gz").stat().st_size
+    [event] = events.read(RunDir(tmp_path))
+    assert (event["event"], event["name"], event["ranks"]) == ("profile", "step_00000001.1", 2)
 
 
 def test_a_profile_leaves_nothing_on_the_model(tmp_path):
