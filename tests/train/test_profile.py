@@ -132,3 +132,9 @@ def test_a_profile_leaves_nothing_on_the_model(tmp_path):
     profile_steps(RunDir(tmp_path), trainer, 1)
     assert "on_part" not in vars(trainer.model)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in trainer.model.modules())
+
+
+def test_a_profile_is_no_change_of_the_training_and_lies_within_it():
+    assert spec_with(profile={"at": 3}).changed_keys(spec_with()) == []
+    with pytest.raises(ValueError, match="after the last of 20 steps"):
+        spec_with(profile={"at": 21})
