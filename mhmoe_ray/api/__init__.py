@@ -16,6 +16,7 @@
     profile.py        profiles of the steps of a run
     documents.py      the documents of a step, and the steps of a document
     survey.py         a survey of raw text
+    text_folder.py    a spec for the text in a folder
     model.py          a model in this process: generate text, compute logits
     model_source.py   a stored model that is not loaded yet
     generation.py     checks of prompts, sampling and stop texts

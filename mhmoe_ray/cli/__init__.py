@@ -5,6 +5,7 @@
     output.py      consoles, lines about the present activity, tables and JSON
     formats.py     texts of metrics, counts, bytes and durations
     verbs.py       hints for unknown commands
+    init.py        a spec for the text in a folder
     submit.py      start a run            follow.py     follow a run to its end
     runs.py        list, resume, stop, profile, track, rm
     status.py      state of a run         logs.py       logs of its job and workers

@@ -19,6 +19,7 @@ from mhmoe_ray.cli import (
     data,
     eval,
     generate,
+    init,
     logs,
     plan,
     presets,
@@ -66,6 +67,7 @@ def _apply_global_options(
         os.environ["MHMOE_DEBUG"] = "1"
 
 
+app.command("init")(init.init)
 app.command("plan")(plan.plan)
 app.command("presets")(presets.presets)
 app.command("schema")(schema.schema)

@@ -70,7 +70,7 @@ def with_storage(overrides: list[str], storage: str | None) -> list[str]:
     return overrides if storage is None else [*overrides, *override_list({"storage": storage})]
 
 
-SpecArg = Annotated[Path, typer.Argument(help="A spec, for example jobs/quickstart.yaml.", show_default=False)]
+SpecArg = Annotated[Path, typer.Argument(help="A spec, such as `mhmoe init` writes.", show_default=False)]
 RunArg = Annotated[
     str | None,
     typer.Argument(

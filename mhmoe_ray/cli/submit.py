@@ -37,7 +37,7 @@ def submit(
     """Start a run of a spec and follow it. Ctrl-C stops following, not the run.
 
     Without an address, a Ray cluster is started on this machine. Missing data is prepared first, as part of the job.
-    For example `mhmoe submit jobs/quickstart.yaml --set train.steps=50`.
+    For example `mhmoe submit spec.yaml --set train.steps=50`.
     """
     show_activity("checking the spec and its data")
     from mhmoe_ray.api.attempts import start_run

@@ -31,6 +31,7 @@ from mhmoe_ray.storage import (
 )
 
 CHAT_TEMPLATE = "chat_template.jinja"
+SPEC_FILE, ATTEMPTS_FILE = "spec.yaml", "run.json"
 
 
 class PathOf:
@@ -53,8 +54,8 @@ class RunDir:
 
     path: Location
 
-    spec_file = PathOf("spec.yaml")
-    attempts_file = PathOf("run.json")
+    spec_file = PathOf(SPEC_FILE)
+    attempts_file = PathOf(ATTEMPTS_FILE)
     attempts = PathOf("attempts")
     events_file = PathOf("events.jsonl")
     metrics_file = PathOf("metrics.jsonl")
@@ -287,7 +288,9 @@ def find_run(name: str | None, storage: Location | str, *, with_job: bool = Fals
     if name is None:
         runs = [r for r in runs if not (with_job and r.is_imported)]
         if not runs:
-            raise RunError(f"storage {storage}", "it holds no run yet", "start one: mhmoe submit jobs/quickstart.yaml")
+            raise RunError(
+                f"storage {storage}", "it holds no run yet", "start one: mhmoe init, then mhmoe submit spec.yaml"
+            )
         return runs[-1]
     matching_runs = [r for r in runs if r.id == name] or [r for r in runs if r.id.startswith(name)]
     if len(matching_runs) == 1:

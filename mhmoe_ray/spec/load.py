@@ -52,13 +52,13 @@ def read_tree(path: Location, overrides: Sequence[str] = ()) -> dict[str, Any]:
         text = read_file(path).decode()
     except (OSError, UnicodeDecodeError) as e:
         reason = getattr(e, "strerror", None) or "it is not UTF-8 text"
-        raise SpecError(f"spec {path}", str(reason), "give the path of a YAML spec such as jobs/quickstart.yaml") from e
+        raise SpecError(f"spec {path}", str(reason), "give the path of a YAML spec, or write one: mhmoe init") from e
     try:
         tree = parse_yaml(text, _Loader)
     except ParseError as e:
         raise SpecError(f"spec {path}", str(e), "correct the YAML") from e
     if not isinstance(tree, dict):
-        raise SpecError(f"spec {path}", "it is not a mapping", "start from jobs/quickstart.yaml")
+        raise SpecError(f"spec {path}", "it is not a mapping", "write one: mhmoe init")
     return apply_overrides(tree, overrides)
 
 

@@ -23,6 +23,7 @@ from mhmoe_ray.data.sources.redpajama_v2 import DOCUMENTS_PATH, SidecarFiles
 from mhmoe_ray.data.sources.storage import ListedFile, Storage, leaves_folder, relative_path
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.parsing import parse_object
+from mhmoe_ray.runs.directory import ATTEMPTS_FILE, SPEC_FILE
 from mhmoe_ray.spec import DataSpec, FilterSpec, Format, SourceSpec
 from mhmoe_ray.spec.formats import FORMATS
 from mhmoe_ray.storage import Location, ObjectPath, explain_error, short_message
@@ -38,8 +39,8 @@ BLOCK_BYTES = 4 << 20
 FINGERPRINT_BYTES = 4096
 """Bytes at a file's beginning that its fingerprint covers. Files that differ only later mostly differ in size, too."""
 
-_PREPARED_FILES = (MANIFEST_FILE, QUARANTINE_FILE)
-"""Files by which a folder of prepared shards is recognized: no other folder has both of them."""
+_OUTPUT_FILES = ((MANIFEST_FILE, QUARANTINE_FILE), (ATTEMPTS_FILE, SPEC_FILE))
+"""Files by which a folder of prepared shards or a run is recognized: no other folder has both of a pair."""
 _STAGING_DIRECTORY = re.compile(r"\.partial-[0-9a-f]{8}/")
 _STATE_FILE, _SPLITS_FILE = "state.json", "dataset_dict.json"
 
@@ -144,15 +145,17 @@ def file_blocks(files: Sequence[RawFile]) -> list[pa.Table]:
 
 
 def list_files(storage: Storage, prepared: Location) -> tuple[str, list[ListedFile]]:
-    """Return the root and the files of `Storage.list_files` without prepared folders and their staging directories.
+    """Return the root and the files of `Storage.list_files` without runs, prepared folders and staging directories.
 
-    Both may be below a source's path, and those of other preparations are recognized by their files or names. An
+    All may be below a source's path, and those of other preparations are recognized by their files or names. An
     invalid pattern is a DataError, and a path that cannot be listed or does not exist an OSError.
     """
     root, files, paths = storage.list_files()
-    manifest_folders = (path.rpartition("/")[0] for path in paths if path.endswith(f"/{_PREPARED_FILES[0]}"))
     excluded_prefixes = tuple(
-        f"{folder}/" for folder in manifest_folders if all(f"{folder}/{name}" in paths for name in _PREPARED_FILES)
+        path.removesuffix(name)
+        for name, other_name in _OUTPUT_FILES
+        for path in paths
+        if path.endswith(f"/{name}") and path.removesuffix(name) + other_name in paths
     )
     if isinstance(prepared, ObjectPath):
         excluded_prefixes += tuple(f"{str(prepared).partition('?')[0]}{end}" for end in ("/", ".partial-"))
