@@ -10,7 +10,7 @@ from mhmoe_ray.data.shards.manifest import read_data_manifest
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.placement import Node, pack_workers
 from mhmoe_ray.render import kuberay, kueue, ray_up, slurm
-from mhmoe_ray.render.kuberay import containerfile
+from mhmoe_ray.render.container import containerfile
 from mhmoe_ray.render.monitoring import (
     DASHBOARDS,
     RAY_FOLDER,

@@ -1,4 +1,4 @@
-"""Manifests for KubeRay's operator, and the container image of all nodes.
+"""Manifests for KubeRay's operator.
 
 The manifests are a RayCluster, a RayJob that trains a run, and a RayService that serves a model.
 """
@@ -10,42 +10,10 @@ from typing import Any
 import yaml
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.serving.config import ENVIRONMENT
 from mhmoe_ray.spec.site import GroupSpec, NodeSpec, SiteSpec
 
 UID = 1000
 """Id of the user that all nodes run as, and of its group."""
-CONTAINERFILE = """\
-# The image of all nodes, with or without GPUs: PyPI's torch for Linux includes CUDA.
-#   podman build -f cluster/Containerfile -t IMAGE .       in the project's root
-FROM python:3.11-slim
-# The operator's health probes need wget, and Ray's launcher runs `uptime` (in procps) on each new machine. Triton needs
-# a C compiler for launchers of its kernels when they first run, and our kernels of backend `cpp` need g++.
-RUN apt-get update \\
- && apt-get install -y --no-install-recommends wget procps rsync openssh-client gcc g++ libc6-dev \\
- && rm -rf /var/lib/apt/lists/*
-COPY pyproject.toml README.md /src/
-COPY mhmoe_ray /src/mhmoe_ray
-COPY kernels /src/kernels
-# The extras that jobs may need. The head of `ray up` starts machines with boto3 and Google's two packages.
-RUN pip install --no-cache-dir '/src[deepspeed,eval,mlflow,vision,wandb]' 'ray[default,train,data,serve]=={ray}' \\
-    boto3 google-api-python-client google-auth-httplib2 \\
- && rm -rf /src
-# Run directories are open to their owner alone, so every node must run as the same user.
-RUN useradd --create-home --uid {uid} ray
-# Ray Serve: its proxies answer errors as OpenAI's clients know them, and fewer threads hand a token on.
-ENV {environment}
-USER ray
-WORKDIR /home/ray
-"""
-
-
-def containerfile() -> str:
-    """Return the text of the container file, which builds the image of all nodes with the installed version of Ray."""
-    environment = " \\\n    ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
-    return CONTAINERFILE.format(ray=version("ray"), uid=UID, environment=environment)
-
-
 API_VERSION = "ray.io/v1"
 MAX_NAME_LENGTHS = {"RayCluster": 53, "RayJob": 47, "RayService": 47}
 """Largest number of characters of an object's name, by kind; the operator appends other characters to the name."""
