@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from tests.cli.run import mhmoe
+from tests.versions import CORNERS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -63,6 +65,20 @@ def test_constraints_pin_every_dependency_to_an_allowed_version():
         name = requirement.name.lower().replace("_", "-")
         if name not in ("mhmoe-ray", "vllm"):  # vLLM has an environment of its own, without these constraints
             assert requirement.specifier.contains(constraints[name], prereleases=True), name
+
+
+def test_version_table_has_the_corners_and_the_versions_that_the_project_asks_for():
+    lines = [line.strip("| ").split(" | ") for line in README.splitlines() if line.startswith("|")]
+    header = next(cells for cells in lines if cells[0] == "`make test-versions`")
+    rows = {cells[0].split()[0]: dict(zip(header, cells, strict=True)) for cells in lines if len(cells) == len(header)}
+    assert {name: rows[name]["Python"] for name in CORNERS} == {name: corner.python for name, corner in CORNERS.items()}
+    constraints = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    for requirement in map(Requirement, PROJECT["dependencies"]):
+        if requirement.name in header:
+            assert [Version(spec.version) for spec in requirement.specifier] == [
+                Version(rows["lowest"][requirement.name])
+            ]
+            assert rows["tested"][requirement.name] == constraints[requirement.name]
 
 
 def test_citation_names_the_current_version_and_license():
