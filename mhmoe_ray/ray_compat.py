@@ -42,7 +42,11 @@ _PACKAGES, _PLACEMENT = "cluster/packages.py", "train/placement.py"
 PRIVATE_NAMES = {
     # Free resources of each node, and nodes that are being drained.
     "available_resources_per_node": PrivateName("ray._private.state", _PLACEMENT),
-    "state": PrivateName("ray._private.state", _PLACEMENT, members={"get_draining_nodes": ""}),
+    "state": PrivateName(
+        "ray._private.state",
+        _PLACEMENT,
+        members={"get_draining_nodes": "", "get_max_resources_from_cluster_config": ""},
+    ),
     # Ray Train's controller, with its decisions about failures, worker counts and placement groups.
     "DataParallelTrainer": PrivateName(
         "ray.train.v2.api.data_parallel_trainer",
