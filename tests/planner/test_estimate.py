@@ -5,6 +5,7 @@ import pytest
 from mhmoe_ray.planner.estimate import estimate_step_time, exchange_time
 from mhmoe_ray.planner.expert_step import expert_step
 from mhmoe_ray.planner.memory import compute_memory
+from mhmoe_ray.planner.parts import STEP_PARTS
 from mhmoe_ray.planner.placement import build_layout, hypothetical_nodes, pack_workers, single_node_layout
 from mhmoe_ray.planner.sizes import flops_per_token, model_parts
 from mhmoe_ray.planner.traffic import all_exchanges
@@ -174,6 +175,9 @@ def test_step_time_lies_between_its_longest_part_and_the_sum_of_its_parts():
     result = estimate_step_time(spec, two_nodes(spec))
     part_seconds = [time.seconds for time in [*result.compute_times, *result.exchange_times]]
     assert result.sequential_seconds == pytest.approx(sum(part_seconds))
+    # Layers one by one take at least as long as all but experts together, whose bytes and FLOPs overlap.
+    assert sum(result.part_seconds.values()) >= result.sequential_seconds * (1 - 1e-9)
+    assert result.part_seconds.keys() <= {*STEP_PARTS}
     assert max(part_seconds) <= result.overlapped_seconds <= result.sequential_seconds
     assert result.longest_part.seconds == max(part_seconds)
     peak = 3 * flops_per_token(spec.model, 16).forward * 32 / 989e12
