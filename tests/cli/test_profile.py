@@ -29,6 +29,7 @@ def test_profiles_of_a_spec_and_of_a_running_run(tmp_path, local_cluster):
     assert result["step"] > 4
     seconds = {part: value["median"] for part, value in result["parts"].items()}
     assert {"data", "blocks: exchange", "blocks: experts", "weights and gradients", "update"} <= seconds.keys()
+    assert "blocks: shared expert" not in seconds  # the model has none
     assert all(value["plan"] is None for value in result["parts"].values())
     assert not run.profile_request_file.exists()
     for name in (spec_event["name"], result["name"]):

@@ -87,8 +87,11 @@ class SharedPass:
         """Return the shared expert's output in a list, which is empty without one."""
         # Keeping the output here would form a reference cycle: the output's graph refers to the outer function, which
         # refers to this pass.
-        with mark(SHARED_EXPERT):
-            return [inner_pass.forward(self._inputs.pop()) for inner_pass in self.passes]
+        outputs = []
+        for inner_pass in self.passes:
+            with mark(SHARED_EXPERT):
+                outputs.append(inner_pass.forward(self._inputs.pop()))
+        return outputs
 
     def backward(self, doutputs: Sequence[Tensor]) -> None:
         """Compute `gradients` from the gradients of the outputs."""
