@@ -156,7 +156,7 @@ def resume(
         follow_run(ended_run.directory, from_now=True)
 
 
-def _show_check(run: mh.Run, check: "ResumeCheck", json: bool) -> None:
+def _show_check(run: "mh.Run", check: "ResumeCheck", json: bool) -> None:
     """Print the steps that differ, or all if they are few, and the result; raise an error if anything differs."""
     from mhmoe_ray.runs import metrics
     from mhmoe_ray.train.repetition import COMPARED_METRICS

@@ -131,7 +131,7 @@ COMMANDS = [
     CommandMistake("kill run", 2, "mhmoe stop", "there is no command 'kill'"),
     CommandMistake("talk run", 2, "mhmoe chat", "there is no command 'talk'"),
     CommandMistake("sumbit spec.yaml", 2, "mhmoe submit", "there is no command 'sumbit'"),
-    CommandMistake("frobnicate", 2, None, "there are plan, presets, schema, submit"),
+    CommandMistake("frobnicate", 2, None, "there are init, plan, presets, schema, submit"),
     CommandMistake("data tokenize spec.yaml", 2, "mhmoe data prepare", "there is no command 'tokenize'"),
     CommandMistake("ckpt push run", 2, "mhmoe ckpt export", "there is no command 'push'"),
     CommandMistake("submit nowhere.yaml", 3, None, "spec nowhere.yaml: No such file"),

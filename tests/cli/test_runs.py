@@ -351,7 +351,7 @@ def test_log_of_a_run_outlives_the_cluster(corpus, finished):
     ("setting", "reason"),
     [
         ("gpus_per_worker=1", "it needs 2 workers with 1 CPU and 1 GPU each, and the cluster has no GPU"),
-        ("domain_label=rack", "has the label rack: correct it, leave it out, or start nodes with `ray start --labels`"),
+        ("domain_label=rack", "has the label rack; correct it, leave it out, or start nodes with `ray start --labels`"),
     ],
 )
 def test_run_for_which_the_cluster_has_no_place_is_refused_at_once(corpus, setting, reason):
