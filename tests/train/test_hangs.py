@@ -55,6 +55,10 @@ def states_while_rank_0_waits():
         dist.all_to_all_single(torch.empty(2), values, group=group)
     else:
         work = dist.all_to_all_single(torch.empty(2), values, group=group, async_op=True)
+        # A thread of gloo records that the collective before is complete, which may be after it has returned here.
+        wait_until(
+            lambda: (2, "all_to_all") in {state.pending for state in hangs.collectives().values()}, "the all_to_all"
+        )
         states = hangs.collectives()
         store.set("rank 0 has read its states", "")
         work.wait()
