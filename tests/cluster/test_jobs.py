@@ -41,7 +41,7 @@ def test_job_runs_and_its_log_can_be_followed(connection, monkeypatch):
     _submit(connection, "trip", code, metadata={"run": "r"})
     assert os.environ["RAY_ADDRESS"] == "http://127.0.0.1:1"
     followed = asyncio.run(_follow_in_loop(connection, "trip"))
-    # Ray flushes its line about the entrypoint after it has started the job, so that line may stand after the first ones.
+    # Ray flushes its line about the entrypoint after it has started the job, so it may stand after the first lines.
     own_lines = [line for line in followed if not line.startswith("Running entrypoint")]
     assert own_lines[-3:] == ["one", sys.executable, "last"]
     assert _wait(connection, "trip") == "SUCCEEDED"
