@@ -86,11 +86,11 @@ def test_a_hanging_rank_is_named_and_ended_and_changes_nothing(project, tmp_path
 @pytest.mark.soak
 @pytest.mark.parametrize("workers", [2, 4])
 def test_random_hangs_are_named(project, tmp_path, workers):
-    """Twenty hangs at random moments, of which half are stopped processes."""
+    """Twenty hangs at random moments, or SOAK_HANGS, of which half are stopped processes."""
     rng = random.Random(int(os.environ.get("SOAK_SEED", "1")))
     run = submit(project, tmp_path, 100_000, 30, workers=workers)
     seconds = []
-    for start in range(1, 21):
+    for start in range(1, int(os.environ.get("SOAK_HANGS", "20")) + 1):
         harness.workers_of_start(run, start)
         time.sleep(rng.uniform(0, 3))
         request = "stop" if start % 2 else f"{rng.choice(KINDS)} {rng.choice(FUNCTIONS)}"
