@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
 
-from mhmoe_ray.api.connection import connect_to_train
+from mhmoe_ray.api.connection import check_placement, connect_to_train
 from mhmoe_ray.api.defaults import OnNote, ignore_note
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import LOCAL, connect_recorded, dashboard_command
 from mhmoe_ray.cluster.dashboard import RetryingCaller, is_loopback
+from mhmoe_ray.cluster.nodes import total_nodes
 from mhmoe_ray.cluster.runs import (
     QUIET_SECONDS,
     Outcome,
@@ -24,6 +25,9 @@ from mhmoe_ray.cluster.runs import (
 )
 from mhmoe_ray.cluster.submissions import record_settings
 from mhmoe_ray.errors import ClusterError, JobError, RunError, TokenError
+from mhmoe_ray.planner.adapt import changed_keys, format_keys
+from mhmoe_ray.planner.memory import compute_memory
+from mhmoe_ray.planner.search import MEMORY_SHARE, choose_settings
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import Attempt, RunDir, create_run, last_attempt
 from mhmoe_ray.runs.jsonl import Tail
@@ -61,6 +65,17 @@ def start_run(
     `connect_to_train`, a JobError if the cluster does not accept the job, and a StorageError.
     """
     connection = connect_to_train(spec, address, on_note)
+    # All keys of an ended run's spec are set, so none is chosen anew.
+    spec, chosen_keys = choose_settings(spec, total_nodes(connection, spec.cluster.domain_label))
+    check_placement(spec.cluster, connection)
+    if changes := changed_keys(spec, chosen_keys):
+        on_note(f"chosen for its GPUs: {' '.join(format_keys(changes))}")
+    memory, accelerator = compute_memory(spec).total, spec.cluster.accelerator
+    if spec.cluster.gpus_per_worker and memory > MEMORY_SHARE * accelerator.memory:
+        on_note(
+            f"warning: a rank needs {memory / 1e9:,.1f} GB by estimate, and cluster.accelerator has "
+            f"{accelerator.memory / 1e9:,.1f} GB; `mhmoe plan` names keys that save memory"
+        )
     run = ended_run or create_run(spec)
     record_settings(spec)
     job = start_attempt(run, spec, connection, on_note=on_note)

@@ -87,7 +87,6 @@ def connect_to_train(spec: RunSpec, address: str | None = None, on_note: OnNote 
         spec.cluster, [spec.storage, spec.data.prepared], spec.cluster.cpus, address, on_note
     )
     check_capacity(demand, connection, on_note)
-    _check_placement(spec.cluster, connection)
     return connection
 
 
@@ -109,7 +108,7 @@ def check_capacity(demand: WorkerDemand, connection: Connection, on_note: OnNote
         on_note(f"warning: {e.reason}; {demand.waiting}")
 
 
-def _check_placement(cluster: ClusterSpec, connection: Connection) -> None:
+def check_placement(cluster: ClusterSpec, connection: Connection) -> None:
     """Raise a ClusterError if a cluster has room for all workers, but not in the places for which the section asks."""
     if cluster.domain_label is None and cluster.straddling == "warn":
         return

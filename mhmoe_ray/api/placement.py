@@ -1,13 +1,16 @@
 """Placement of a run's ranks on the nodes of a running or hypothetical cluster, or on one assumed node."""
 
 from collections import Counter
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from mhmoe_ray.api.defaults import OnNote, ignore_note
 from mhmoe_ray.cluster.connect import connect_if_running
-from mhmoe_ray.cluster.nodes import free_nodes
+from mhmoe_ray.cluster.nodes import free_nodes, total_nodes
 from mhmoe_ray.errors import ClusterError
+from mhmoe_ray.planner.adapt import Keys
 from mhmoe_ray.planner.placement import Layout, Node, build_layout, hypothetical_nodes, pack_workers, place_workers
+from mhmoe_ray.planner.search import choose_settings
 from mhmoe_ray.planner.traffic import has_rails
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.spec.cluster import STREAM_CPUS
@@ -75,6 +78,16 @@ def forecast_placement(spec: RunSpec, address: str | None = None, on_note: OnNot
     workers = cluster.max_world_size
     assumed_node = Node(ASSUMED_NODE, workers * cluster.cpus_per_worker, workers * cluster.gpus_per_worker)
     return _place_workers(spec, f"if one node holds all workers: {reason}", [assumed_node])
+
+
+def choose_for_cluster(spec: RunSpec, address: str | None = None) -> tuple[RunSpec, Keys]:
+    """Return what `choose_settings` returns for the cluster on which the run would start, if one is running."""
+    nodes: list[Node] = []
+    # A cluster that does not answer is reported by the forecast.
+    with suppress(ClusterError):
+        connection = connect_if_running(address) if spec.cluster.gpus_per_worker else None
+        nodes = total_nodes(connection, spec.cluster.domain_label) if connection else []
+    return choose_settings(spec, nodes)
 
 
 def spec_for_layout(spec: RunSpec, layout: Layout) -> RunSpec:

@@ -3,7 +3,13 @@
 from typing import Any
 
 from mhmoe_ray.api.defaults import OnNote, ignore_note
-from mhmoe_ray.api.placement import Placement, forecast_placement, planned_placement, spec_for_layout
+from mhmoe_ray.api.placement import (
+    Placement,
+    choose_for_cluster,
+    forecast_placement,
+    planned_placement,
+    spec_for_layout,
+)
 from mhmoe_ray.api.spec import require_spec
 from mhmoe_ray.checkpoint.start.record import plan_start
 from mhmoe_ray.data.chat.template import check_template
@@ -12,7 +18,6 @@ from mhmoe_ray.data.shards.recipe import check_recipe
 from mhmoe_ray.data.sources.find import source_errors
 from mhmoe_ray.data.tokenizer.load import read_given_tokenizer
 from mhmoe_ray.errors import DataError, SpecError
-from mhmoe_ray.planner.adapt import adapt_to_gpus
 from mhmoe_ray.planner.estimate import Estimate, estimate_step_time, exchange_time
 from mhmoe_ray.planner.expert_step import expected_drop_share, expert_step
 from mhmoe_ray.planner.kernels import assumed_kernel
@@ -20,6 +25,7 @@ from mhmoe_ray.planner.match import compare_models
 from mhmoe_ray.planner.memory import checkpoint_copy_bytes, compute_memory
 from mhmoe_ray.planner.placement import Layout, single_node_layout
 from mhmoe_ray.planner.remedies import memory_remedies, residual_advice
+from mhmoe_ray.planner.search import choose_on_paper
 from mhmoe_ray.planner.sizes import compute_sizes, flops_per_token, model_parts
 from mhmoe_ray.planner.traffic import Exchange, LinkLoads, all_exchanges, dispatch_exchanges, reduction_exchanges
 from mhmoe_ray.spec import DataSpec, RunSpec
@@ -37,8 +43,8 @@ def plan(
     """Compute the plan of a run, which has sizes, memory, traffic and placement, as `mhmoe plan --json` prints it.
 
     By default, ranks are placed as on the cluster on which the run would start, if one is running. With `nodes` and
-    `gpus`, the run's workers fill a hypothetical cluster, the key `chosen` has the values that were adapted to it, and
-    the key `estimate` has the estimated times of a step.
+    `gpus`, the run's workers fill a hypothetical cluster. On GPUs the key `chosen` has the values of the keys that the
+    spec leaves open and that change no loss, and the key `estimate` has the estimated times of a step.
 
     Args:
         spec: spec of the run.
@@ -56,23 +62,29 @@ def plan(
     """
     require_spec(spec)
     if nodes is None and gpus is None:
+        spec, chosen_keys = choose_for_cluster(spec, address)
         placement = forecast_placement(spec, address, on_note)
-        return plan_figures(spec, placement, data_warnings(spec))
+        return plan_figures(spec, placement, data_warnings(spec), chosen_keys)
     if nodes is None or gpus is None or nodes < 1 or gpus < 1 or address is not None:
         reason = f"a cluster on paper has at least one node and one GPU, and no address ({nodes}, {gpus}, {address})"
         raise SpecError("plan", reason, "give nodes and gpus")
-    adapted, chosen_keys = adapt_to_gpus(spec, nodes, gpus)
+    adapted, chosen_keys = choose_on_paper(spec, nodes, gpus)
     return plan_figures(adapted, planned_placement(adapted, nodes, gpus), data_warnings(adapted), chosen_keys)
 
 
 def plan_figures(
     spec: RunSpec, placement: Placement, warnings: list[str], chosen_keys: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return a plan as `mhmoe plan --json` prints it; on paper it has `chosen_keys` and the estimated step times."""
+    """Return a plan as `mhmoe plan --json` prints it; on GPUs it has `chosen_keys` and the estimated step times."""
     layout, step = placement.layout, estimate_step(spec, placement.layout)
-    estimate = estimate_figures(spec, layout, step) if chosen_keys and layout and step else None
+    estimate = estimate_figures(spec, layout, step) if layout and step else None
     advice = residual_advice(spec)
-    figures = {"chosen": chosen_keys, "estimate": estimate, "advice": [advice] if advice else [], "warnings": warnings}
+    figures = {
+        "chosen": chosen_keys or None,
+        "estimate": estimate,
+        "advice": [advice] if advice else [],
+        "warnings": warnings,
+    }
     return placement_figures(spec, placement) | figures
 
 

@@ -4,7 +4,7 @@ import secrets
 import time
 
 from mhmoe_ray.api import attempts
-from mhmoe_ray.api.connection import connect_to_train
+from mhmoe_ray.api.connection import check_placement, connect_to_train
 from mhmoe_ray.api.defaults import OnNote
 from mhmoe_ray.api.trust import require_submitted_settings
 from mhmoe_ray.cluster import jobs, remote
@@ -26,6 +26,7 @@ def check_resume(run: RunDir, address: str | None, force: bool, trust_run: bool,
     spec = find_repetition(run).spec(request.folder)
     address = address or require_known(attempts.attempt_address(previous_attempt))
     connection = connect_to_train(spec, address, on_note)
+    check_placement(spec.cluster, connection)
     try:
         job = remote.submit(connection, spec.cluster.runtime_env, request, on_note)
         for line in job.progress():

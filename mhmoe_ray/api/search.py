@@ -5,7 +5,7 @@ from typing import Any
 from mhmoe_ray.api.plan import estimate_figures
 from mhmoe_ray.api.spec import require_spec
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.planner.search import MEMORY_SHARE, Setting, search_settings
+from mhmoe_ray.planner.search import MEMORY_SHARE, Setting, on_paper, search_settings
 from mhmoe_ray.spec import RunSpec
 
 FACTORS = (2, 4, 8, 16, 32, 64)
@@ -36,7 +36,7 @@ def search_plans(spec: RunSpec, nodes: int, gpus: int, count: int = 10) -> list[
 
 def fitting_settings(spec: RunSpec, nodes: int, gpus: int, count: int) -> list[Setting]:
     """Return the settings of `search_plans`; if none fits, the SpecError names a number of GPUs that suffices."""
-    settings = search_settings(spec, nodes, gpus, count)
+    settings = search_settings(*on_paper(spec, nodes, gpus), count)
     if settings:
         return settings
     factor = next((f for f in FACTORS if _fits(spec, f * nodes, gpus)), None)
@@ -47,7 +47,7 @@ def fitting_settings(spec: RunSpec, nodes: int, gpus: int, count: int) -> list[S
 
 def _fits(spec: RunSpec, nodes: int, gpus: int) -> bool:
     try:
-        return bool(search_settings(spec, nodes, gpus, 1))
+        return bool(search_settings(*on_paper(spec, nodes, gpus), 1))
     # So many GPUs cannot share the samples of a step.
     except SpecError:
         return False

@@ -55,11 +55,12 @@ def plan(
     values of these keys and of precisions, and lists the settings with the shortest estimated steps.
     """
     show_activity("planning")
-    from mhmoe_ray.api.placement import forecast_placement, placement_remarks, planned_placement
+    from mhmoe_ray.api.placement import choose_for_cluster, forecast_placement, placement_remarks, planned_placement
     from mhmoe_ray.api.plan import data_warnings, estimate_step, plan_figures
     from mhmoe_ray.cli import plan_tables
-    from mhmoe_ray.planner.adapt import adapt_to_gpus
+    from mhmoe_ray.planner.adapt import changed_keys, format_keys
     from mhmoe_ray.planner.remedies import residual_advice
+    from mhmoe_ray.planner.search import choose_on_paper
 
     if (nodes is None) != (gpus is None) or (nodes and address):
         raise typer.BadParameter("a cluster on paper needs both --nodes and --gpus, and takes no --address")
@@ -73,7 +74,7 @@ def plan(
     assert spec is not None
     if (search and not nodes) or (write and not search):
         raise typer.BadParameter("--search needs a cluster on paper (--nodes and --gpus), and --write needs --search")
-    chosen_keys, overrides = None, options.with_storage(set_, storage)
+    overrides = options.with_storage(set_, storage)
     if nodes and gpus:
         # The micro-batches of a preset are as large as a GPU allows.
         own_spec = mh.load_spec(spec, [*overrides, "cluster.gpus_per_worker=1"])
@@ -82,10 +83,11 @@ def plan(
 
             show_settings(own_spec, nodes, gpus, write, json)
             return
-        resolved, chosen_keys = adapt_to_gpus(own_spec, nodes, gpus)
+        resolved, chosen_keys = choose_on_paper(own_spec, nodes, gpus)
         placement = planned_placement(resolved, nodes, gpus)
     else:
-        resolved = mh.load_spec(spec, overrides)
+        own_spec = mh.load_spec(spec, overrides)
+        resolved, chosen_keys = choose_for_cluster(own_spec, address)
         placement = forecast_placement(resolved, address, print_note)
     warnings = data_warnings(resolved)
     for line in warnings:
@@ -96,11 +98,11 @@ def plan(
     layout, step_estimate = placement.layout, estimate_step(resolved, placement.layout)
     print_summary(resolved, step_estimate)
     if chosen_keys:
-        out.print("\nchosen for these GPUs, in place of the spec's values; a step has the same samples", style="bold")
-        for key, value in chosen_keys.items():
-            print_line(f"{key}: {value}")
-        words = " ".join(f"--set {key}={value}" for key, value in chosen_keys.items())
-        print_line(f"to keep these values, write them into the spec, or give: {words}")
+        out.print("\nchosen for these GPUs; a step has the same samples and loss", style="bold")
+        for line in format_keys(changed_keys(own_spec, chosen_keys)):
+            print_line(line.replace("=", ": "))
+        words = " ".join(f"--set {line}" for line in format_keys(chosen_keys))
+        print_line(f"to keep these values and the defaults, write them into the spec, or give: {words}")
     _print_tables(plan_tables.tables(resolved, placement))
     for line in placement_remarks(placement):
         print_line(line)
@@ -195,7 +197,9 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
 def _gpu_settings(spec: "RunSpec") -> str:
     """Return the line about settings that have other defaults on GPUs."""
     rows = spec.train.loss_chunk_rows
-    parts = [f"blocks are {'' if spec.train.compile else 'not '}compiled"]
+    parts = [f"strategy {spec.cluster.strategy}", f"blocks are {'' if spec.train.compile else 'not '}compiled"]
+    if spec.train.recompute != "none":
+        parts.append(f"recompute {spec.train.recompute}")
     if spec.model.family.predicts_next_token:
         parts.append(f"loss in chunks of {rows:,} tokens" if rows else "loss from all logits")
     if spec.cluster.strategy == "fsdp":

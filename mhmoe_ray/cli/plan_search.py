@@ -1,8 +1,6 @@
 """The table of `mhmoe plan --search`: settings that fit a cluster, the fastest by estimate first."""
 
-from functools import reduce
 from pathlib import Path
-from typing import Any
 
 from mhmoe_ray.api.plan import traffic_per_rank
 from mhmoe_ray.api.search import fitting_settings, setting_figures
@@ -10,6 +8,7 @@ from mhmoe_ray.cli.formats import format_bytes, format_seconds
 from mhmoe_ray.cli.output import print_json, print_line, print_table
 from mhmoe_ray.cli.plan_tables import LINK_NAMES
 from mhmoe_ray.errors import SpecError
+from mhmoe_ray.planner.adapt import changed_keys, format_keys
 from mhmoe_ray.planner.search import Setting
 from mhmoe_ray.spec import RunSpec, dump_spec
 
@@ -33,7 +32,7 @@ def show_settings(spec: RunSpec, nodes: int, gpus: int, write: Path | None, json
         "\nwhat a rank sends in a step is listed by links; values that are not the spec's, none measured on GPUs:"
     )
     for i, setting in enumerate(settings, 1):
-        print_line(f"{i}: {_format_changes(spec, setting.keys) or 'none'}")
+        print_line(f"{i}: {' '.join(format_keys(changed_keys(spec, setting.keys))) or 'none'}")
     if write:
         print_line(f"the spec of setting 1 is in {write}")
 
@@ -53,14 +52,3 @@ def _row(number: int, setting: Setting) -> list[str]:
         step.longest_part.name,
         step.longest_part.bound,
     ]
-
-
-def _format_changes(spec: RunSpec, keys: dict[str, Any]) -> str:
-    """Return the values by key that differ from those of the spec, as options of --set."""
-    tree = spec.model_dump(mode="json")
-    changes = []
-    for key, value in keys.items():
-        *sections, field = key.split(".")
-        if value != reduce(lambda branch, section: branch[section], sections, tree)[field]:
-            changes.append(f"{key}={'null' if value is None else str(value).lower()}")
-    return " ".join(changes)

@@ -42,10 +42,11 @@ def submit(
     show_activity("checking the spec and its data")
     from mhmoe_ray.api.attempts import start_run
     from mhmoe_ray.api.connection import check_training
-    from mhmoe_ray.api.placement import forecast_placement, placement_remarks
+    from mhmoe_ray.api.placement import choose_for_cluster, forecast_placement, placement_remarks
     from mhmoe_ray.api.plan import estimate_step
     from mhmoe_ray.cluster.connect import uses_local_cluster
     from mhmoe_ray.cluster.remote import job_request
+    from mhmoe_ray.planner.search import keep_choice
     from mhmoe_ray.runs.directory import last_attempt
     from mhmoe_ray.train.job import TrainRequest
 
@@ -55,6 +56,7 @@ def submit(
     if dry_run:
         # Only a real run gets an id that ends in random digits, so x's stand for the digits.
         run_path = resolved.storage / f"{resolved.name}-xxxxxx"
+        resolved, _ = choose_for_cluster(resolved, address)
         placement = forecast_placement(resolved, address, print_note)
         request = TrainRequest(path=str(run_path), attempt=1)
         submission = job_request(request, uses_local_cluster(address), resolved.cluster.runtime_env)
@@ -68,14 +70,15 @@ def submit(
         note.print(f"run {run.id} is running")
     elif run:
         note.print(f"resuming run {run.id}")
-        start_run(resolved, address, print_note, ended_run=run)
+        start_run(keep_choice(resolved, run.spec()), address, print_note, ended_run=run)
     else:
         check_training(resolved)
         if not json:
-            # Only the cost in the summary depends on the placement, and a run on CPUs has no estimated cost.
-            has_gpus = resolved.cluster.gpus_per_worker
-            layout = forecast_placement(resolved, address, print_note).layout if has_gpus else None
-            plan.print_summary(resolved, estimate_step(resolved, layout))
+            # The settings and the cost in the summary depend on the placement, but not those of a run on CPUs.
+            planned, _ = choose_for_cluster(resolved, address)
+            has_gpus = planned.cluster.gpus_per_worker
+            layout = forecast_placement(planned, address, print_note).layout if has_gpus else None
+            plan.print_summary(planned, estimate_step(planned, layout))
         run = start_run(resolved, address, print_note)
     if json:
         print_json({"run": run.id, "path": str(run.path), **asdict(last_attempt(run))})
@@ -89,6 +92,7 @@ def _unfinished_run(spec: "RunSpec") -> "tuple[RunDir | None, bool]":
     """Return the newest run of this spec if it is unfinished, and whether it runs; a RunError says that it differs."""
     from mhmoe_ray.api.attempts import RunningError, final_outcome
     from mhmoe_ray.errors import RunError
+    from mhmoe_ray.planner.search import keep_choice
     from mhmoe_ray.runs.directory import list_runs
 
     runs = [run for run in list_runs(spec.storage) if run.name == spec.name and not run.is_imported]
@@ -100,8 +104,8 @@ def _unfinished_run(spec: "RunSpec") -> "tuple[RunDir | None, bool]":
             return None, False
     except RunningError:
         is_running = True
-    if changed_keys := spec.changed_keys(newest_run.spec()):
-        reason = f"it is unfinished, and its spec differs in {', '.join(changed_keys)}"
+    if sections := keep_choice(spec, newest_run.spec()).changed_keys(newest_run.spec()):
+        reason = f"it is unfinished, and its spec differs in {', '.join(sections)}"
         raise RunError(
             f"run {newest_run.id}", reason, "submit without --continue to start a new run, or give its own spec"
         )

@@ -5,7 +5,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from mhmoe_ray.architectures import FLOAT32
-from mhmoe_ray.planner.adapt import valid_changes
+from mhmoe_ray.planner.adapt import format_keys, valid_changes
 from mhmoe_ray.planner.family import bytes_of
 from mhmoe_ray.planner.memory import compute_memory
 from mhmoe_ray.spec import RunSpec
@@ -37,7 +37,7 @@ class Remedy(NamedTuple):
     saved_bytes: int
 
     def __str__(self) -> str:
-        return ", ".join(f"{key}={str(value).lower()}" for key, value in self.keys.items())
+        return ", ".join(format_keys(self.keys))
 
 
 def memory_remedies(spec: RunSpec) -> list[Remedy]:

@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.planner.adapt import fill_gpu, with_gpu_defaults
+from mhmoe_ray.planner.adapt import BATCH_KEYS
 from mhmoe_ray.planner.match import SEARCH_LIMIT, SOLVED_KEYS, MatchSpec, solve_match
 from mhmoe_ray.planner.papers import paper_presets
 from mhmoe_ray.planner.presets import FAMILIES, SIZES, Preset, SizeName, Tree
+from mhmoe_ray.planner.search import choose_settings
 from mhmoe_ray.planner.sizes import dense_width
 from mhmoe_ray.spec import EncoderSpec, ModelSpec, ReferenceSpec, RunSpec, validate_section
 from mhmoe_ray.spec.base import Section
@@ -85,11 +86,14 @@ def resolve_spec(tree: Tree, label: str, fill_tree: Callable[[Tree, str], Tree] 
     if fill_tree is not None:
         tree = fill_tree(tree, label)
     own_train = tree.get("train") or {}
-    has_own_batches = not isinstance(own_train, dict) or bool({"micro_batches", "micro_batch_size"} & own_train.keys())
+    has_own_batches = not isinstance(own_train, dict) or any(key in own_train for key in BATCH_KEYS)
     has_preset = "preset" in tree
     tree = _resolve_shorthands(tree, label)
-    spec = with_gpu_defaults(validate_section(RunSpec, tree, label, extra_keys=list(Shorthands.model_fields)))
-    return fill_gpu(spec) if has_preset and not has_own_batches else spec
+    spec = validate_section(RunSpec, tree, label, extra_keys=list(Shorthands.model_fields))
+    if has_preset and not has_own_batches and not spec.data.parts:
+        # Presets have micro-batches of few sequences, with which a GPU mostly waits for launches of kernels.
+        spec.train.model_fields_set.difference_update(BATCH_KEYS)
+    return choose_settings(spec)[0]
 
 
 def preset_models(preset: Preset) -> tuple[ModelSpec, ModelSpec | None]:

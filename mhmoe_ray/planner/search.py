@@ -1,31 +1,55 @@
 """Search for the settings of a run that fit a cluster and train fastest by estimate, with the same samples in a step.
 
-All values of the keys that change no loss are compared, and of the precisions that `mhmoe plan` proposes: some hundred
-thousand settings on a large cluster. A rank's memory and the time of a step are sums of terms that depend on few keys
-each, so each term is computed once for each choice of its keys.
+Values of the keys that change no loss are compared, and of precisions where `mhmoe plan --search` proposes them: some
+hundred thousand settings on a large cluster. A rank's memory and the time of a step are sums of terms that depend on
+few keys each, so each term is computed once for each choice of its keys.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
 
-from mhmoe_ray.planner.adapt import Keys, divided_batches, update_keys, valid_changes, with_keys
+from mhmoe_ray.planner.adapt import (
+    BATCH_KEYS,
+    SHARDING_KEYS,
+    Keys,
+    default_value,
+    divided_batches,
+    on_gpus,
+    unset_keys,
+    update_keys,
+    valid_changes,
+    value_of,
+)
 from mhmoe_ray.planner.estimate import UPDATE, Estimate, compute_times, estimate_step_time, exchange_time
 from mhmoe_ray.planner.memory import compute_memory
-from mhmoe_ray.planner.placement import Layout, build_layout, hypothetical_nodes, pack_workers
+from mhmoe_ray.planner.placement import Layout, Node, build_layout, hypothetical_nodes, place_workers
 from mhmoe_ray.planner.traffic import dispatch_exchanges, reduction_exchanges
 from mhmoe_ray.spec import RunSpec
 
 MEMORY_SHARE = 0.9
 """Share of an accelerator's memory that planned memory may take; the framework and its buffers come on top."""
+NODE_GPUS = 8
+"""GPUs of each node where the nodes are not known."""
+LOSS_CHUNK_ROWS = 2048
+"""Largest chunk of the loss that is searched; larger ones are hardly faster."""
 TRAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "train.recompute": ("none", "experts", "exchange", "block"),
-    "train.loss_chunk_rows": (2048, 1024, 512, 256, 128, None),
+    "train.loss_chunk_rows": (LOSS_CHUNK_ROWS, 1024, 512, 256, 128, None),
     "train.moment_precision": ("float32", "bfloat16"),
     "train.residual_precision": ("float32", "bfloat16"),
 }
 """Searched values of keys of `train`, preferred ones first. Values that a spec refuses are left out."""
+TOLERANCE = 0.05
+"""Share by which a chosen setting may be slower by estimate than the fastest one, if it changes fewer keys. It is less
+than the estimate's error (MEASURED.md)."""
+BATCH_KEY = "train.micro_batches"
+SEARCHED_KEYS = {*TRAIN_VALUES, *SHARDING_KEYS, *(f"train.{key}" for key in BATCH_KEYS)}
+"""All keys that a search may change."""
+PRECISIONS = {"train.moment_precision", "train.residual_precision", "cluster.gather_precision"}
+"""Searched keys that change losses, so that they are proposed but never chosen."""
 Pairs = tuple[tuple[str, Any], ...]
 """Values by key, as keys of caches."""
 
@@ -53,39 +77,104 @@ class Candidate(NamedTuple):
     memory: int
     parts: tuple[Pairs, ...]
 
+    @property
+    def keys(self) -> Keys:
+        return {key: value for part in self.parts for key, value in part}
 
-def search_settings(spec: RunSpec, nodes: int, gpus: int, count: int) -> list[Setting]:
-    """Return the `count` fastest settings that fit on equal nodes with `gpus` GPUs each, the fastest first.
+
+def search_settings(
+    spec: RunSpec, nodes: Sequence[Node], count: int, free_keys: Collection[str] = frozenset(SEARCHED_KEYS)
+) -> list[Setting]:
+    """Return the `count` fastest settings of a run that fit on nodes, the fastest first, which differ in `free_keys`.
 
     Of settings that are equally fast to a microsecond, it returns the one with the fewest precisions in bfloat16, then
-    with the largest chunks of the loss, and then with the least memory. The list is empty if none fits. Samples that
-    the GPUs cannot share are a SpecError.
+    with the largest chunks of the loss, and then with the least memory. The list is empty if none fits.
     """
     settings: dict[str, Setting] = {}
-    base = _on_cluster(spec, nodes, gpus)
-    for candidate in sorted(candidate_settings(spec, nodes, gpus), key=lambda candidate: candidate[:4]):
+    limit = MEMORY_SHARE * spec.cluster.accelerator.memory
+    candidates = candidate_settings(spec, nodes, limit, free_keys)
+    for candidate in sorted(candidates, key=lambda candidate: candidate[:4]):
         if len(settings) == count:
             break
         if candidate.speed in settings:
             continue
-        keys = {key: value for part in candidate.parts for key, value in part}
-        for _, variant in valid_changes(base, [keys]):
-            estimate = estimate_step_time(variant, _layout(variant, nodes, gpus))
-            settings[candidate.speed] = Setting(keys, variant, compute_memory(variant).total, estimate)
+        for keys, variant in valid_changes(spec, [candidate.keys]):
+            planned = _at_fewest_workers(variant)
+            estimate = estimate_step_time(planned, _layout(planned, nodes))
+            settings[candidate.speed] = Setting(keys, variant, compute_memory(planned).total, estimate)
     return list(settings.values())
 
 
-def candidate_settings(spec: RunSpec, nodes: int, gpus: int) -> Iterator[Candidate]:
-    """Yield all settings that fit by the sums of their terms; the arguments are those of `search_settings`."""
-    base = _on_cluster(spec, nodes, gpus)
-    workers = nodes * gpus
-    rank_tokens = base.tokens_per_step / workers
-    splits = [tuple(split.items()) for split in _splits(spec, workers)]
-    recompute, chunks, moments, residuals = (
-        [((key, keys[key]),) for keys, _ in valid_changes(base, ({key: value} for value in values))]
-        for key, values in TRAIN_VALUES.items()
+def choose_settings(spec: RunSpec, nodes: Sequence[Node] = ()) -> tuple[RunSpec, Keys]:
+    """Return the spec of a run with values of the keys that it does not set and that change no loss, and these values.
+
+    Of the settings that fit on the nodes and are at most `TOLERANCE` slower than the fastest, they are those of the one
+    that changes the fewest keys, and then with the largest micro-batches. If none fits, they need the least memory. A
+    run on CPUs keeps its spec. Nodes that cannot hold the run's workers are taken to be nodes with `NODE_GPUS` GPUs.
+    """
+    if not spec.cluster.gpus_per_worker:
+        return spec, {}
+    chosen_keys: Keys = {}
+    if unset_keys(spec, ["train.compile"]):
+        chosen_keys["train.compile"] = not spec.model.is_random
+        spec = update_keys(spec, chosen_keys)
+    free_keys = unset_keys(spec, SEARCHED_KEYS - PRECISIONS)
+    if not free_keys:
+        return spec, chosen_keys
+    limit = MEMORY_SHARE * spec.cluster.accelerator.memory
+    candidates = list(candidate_settings(spec, nodes, limit, free_keys))
+    if candidates:
+        slowest = (1 + TOLERANCE) * min(float(candidate.speed) for candidate in candidates)
+        fast_candidates = (candidate for candidate in candidates if float(candidate.speed) <= slowest)
+        candidates = sorted(fast_candidates, key=lambda c: (_count_changes(c.keys), c.keys[BATCH_KEY], c.speed))
+    else:
+        all_candidates = candidate_settings(spec, nodes, math.inf, free_keys)
+        candidates = sorted(all_candidates, key=lambda c: (c.memory, c.speed))
+    keys = next((keys for keys, _ in valid_changes(spec, (c.keys for c in candidates))), {})
+    # Keys of `data.parts` are there only if the samples of a step are divided anew.
+    keys = {key: value for key, value in keys.items() if key in free_keys or key.startswith("data.parts.")}
+    return update_keys(spec, keys), {**chosen_keys, **keys}
+
+
+def keep_choice(spec: RunSpec, earlier_spec: RunSpec) -> RunSpec:
+    """Return the spec of a run on GPUs with the values that were chosen for an earlier run of it."""
+    if not spec.cluster.gpus_per_worker:
+        return spec
+    open_keys = unset_keys(spec, {*SEARCHED_KEYS - PRECISIONS, "train.compile"})
+    return update_keys(spec, {key: value_of(earlier_spec, key) for key in open_keys})
+
+
+def choose_on_paper(spec: RunSpec, nodes: int, gpus: int) -> tuple[RunSpec, Keys]:
+    """Return the spec with a worker on each GPU of equal nodes, and the values of the keys that were chosen for them.
+    A key that rules so many workers out is a SpecError."""
+    spec, chosen_keys = choose_settings(*on_paper(spec, nodes, gpus))
+    return spec, {"cluster.workers": nodes * gpus, "cluster.gpus_per_worker": 1, **chosen_keys}
+
+
+def on_paper(spec: RunSpec, nodes: int, gpus: int) -> tuple[RunSpec, list[Node]]:
+    """Return the spec with a worker on each GPU of equal nodes, and these nodes."""
+    cluster = spec.cluster
+    return on_gpus(spec, nodes * gpus), hypothetical_nodes(
+        nodes, gpus * cluster.cpus_per_worker, gpus, cluster.network.nodes_per_domain
     )
-    layout = cache(lambda ep: _layout(update_keys(base, {"cluster.ep": ep}), nodes, gpus))
+
+
+def candidate_settings(
+    spec: RunSpec,
+    nodes: Sequence[Node],
+    limit: float,
+    free_keys: Collection[str] = frozenset(SEARCHED_KEYS),
+) -> Iterator[Candidate]:
+    """Yield all settings that need at most `limit` bytes of memory by the sums of their terms."""
+    base = _at_fewest_workers(spec)
+    workers = base.cluster.max_world_size
+    rank_tokens = base.tokens_per_step / workers
+    splits = [tuple(split.items()) for split in _splits(spec, free_keys)]
+    recompute, chunks, moments, residuals = (
+        [((key, keys[key]),) for keys, _ in valid_changes(spec, _train_changes(spec, key, free_keys))]
+        for key in TRAIN_VALUES
+    )
+    layout = cache(lambda ep: _layout(update_keys(base, {"cluster.ep": ep}), nodes))
 
     def variant(*parts: Pairs) -> RunSpec:
         return update_keys(base, {key: value for part in parts for key, value in part})
@@ -126,9 +215,10 @@ def candidate_settings(spec: RunSpec, nodes: int, gpus: int) -> Iterator[Candida
         exchanges = reduction_exchanges(spec, layout(spec.cluster.ep))
         return sum(exchange_time(exchange, spec, layout(spec.cluster.ep)).seconds for exchange in exchanges)
 
-    limit = MEMORY_SHARE * spec.cluster.accelerator.memory
-    for cluster, split in product(_clusters(base), splits):
+    for cluster, split in product(_clusters(spec, free_keys), splits):
         ep, gather = cluster[:1], cluster[-1:]
+        if spec.cluster.straddling == "refuse" and layout(ep[0][1]).groups.refusal_reason:
+            continue
         # Of the divisions, the state depends only on whether a rank has a single micro-batch.
         state_split = split if split[0][1] == workers else splits[-1]
         for moment, (chunk_index, chunk) in product(moments, enumerate(chunks)):
@@ -148,49 +238,69 @@ def candidate_settings(spec: RunSpec, nodes: int, gpus: int) -> Iterator[Candida
                 )
 
 
-def _on_cluster(spec: RunSpec, nodes: int, gpus: int) -> RunSpec:
-    """Return the spec with a worker on each GPU, and with micro-batches that the workers can share."""
-    workers = nodes * gpus
-    return with_keys(spec, {"cluster.workers": workers, "cluster.gpus_per_worker": 1, **_splits(spec, workers)[-1]})
+def _count_changes(keys: Keys) -> int:
+    """Return how many keys differ from the values that are preferred on GPUs."""
+    preferred = {key: default_value(key) for key in SHARDING_KEYS} | {k: v[0] for k, v in TRAIN_VALUES.items()}
+    return sum(keys[key] != value for key, value in preferred.items() if key in keys)
 
 
-def _splits(spec: RunSpec, workers: int) -> list[Keys]:
+def _at_fewest_workers(spec: RunSpec) -> RunSpec:
+    """Return the spec with its smallest number of workers, with which a rank needs the most memory."""
+    return spec.with_workers(spec.worker_counts[0])
+
+
+def _values(spec: RunSpec, key: str, all_values: Sequence[Any], free_keys: Collection[str]) -> Sequence[Any]:
+    """Return the searched values of a key: that of the spec alone if the key is not free."""
+    return all_values if key in free_keys else (value_of(spec, key),)
+
+
+def _train_changes(spec: RunSpec, key: str, free_keys: Collection[str]) -> list[Keys]:
+    return [{key: value} for value in _values(spec, key, TRAIN_VALUES[key], free_keys)]
+
+
+def _splits(spec: RunSpec, free_keys: Collection[str]) -> list[Keys]:
     """Return the divisions of a step's samples into micro-batches, the smallest micro-batches last."""
-    if spec.micro_batch_key is not None and spec.train.micro_batches % workers == 0:
-        return [{"train.micro_batches": spec.train.micro_batches}]
-    return divided_batches(spec, workers)
+    if spec.micro_batch_key is not None or BATCH_KEY not in free_keys:
+        return [{BATCH_KEY: spec.train.micro_batches}]
+    return divided_batches(spec, spec.cluster.max_world_size)
 
 
-def _layout(spec: RunSpec, nodes: int, gpus: int) -> Layout:
-    all_nodes = hypothetical_nodes(nodes, gpus, gpus, spec.cluster.network.nodes_per_domain)
-    return build_layout(pack_workers(all_nodes, 1, 1, nodes * gpus), spec.cluster.ep)
+def _layout(spec: RunSpec, nodes: Sequence[Node]) -> Layout:
+    cluster = spec.cluster
+    rank_nodes = place_workers(nodes, cluster, cluster.max_world_size)
+    if len(rank_nodes) < cluster.max_world_size:
+        rank_nodes = place_workers(_assumed_nodes(spec), cluster, cluster.max_world_size)
+    return build_layout(rank_nodes, cluster.ep)
 
 
-def _clusters(base: RunSpec) -> list[Pairs]:
+def _assumed_nodes(spec: RunSpec) -> list[Node]:
+    cluster = spec.cluster
+    count = -(-cluster.max_world_size // NODE_GPUS)
+    return hypothetical_nodes(count, NODE_GPUS * cluster.cpus_per_worker, NODE_GPUS, cluster.network.nodes_per_domain)
+
+
+def _clusters(spec: RunSpec, free_keys: Collection[str]) -> list[Pairs]:
     """Return the valid values of the searched keys of `cluster`; `ep` comes first and `gather_precision` last."""
-    workers = base.cluster.max_world_size
+    workers = _at_fewest_workers(spec).cluster.max_world_size
     sizes = [size for size in range(1, workers + 1) if workers % size == 0]
+    all_values: tuple[Sequence[Any], ...] = (
+        sizes,
+        list(dict.fromkeys(("ddp", "fsdp", spec.cluster.strategy))),
+        (False, True),
+        (None, *sizes[:-1]),
+        ("step", "micro_batch"),
+        ("float32", "bfloat16"),
+    )
+    values = [_values(spec, key, v, free_keys) for key, v in zip(SHARDING_KEYS, all_values, strict=True)]
+    defaults = [default_value(key) for key in SHARDING_KEYS[2:]]
     changes: list[Keys] = []
-    for ep, strategy in product(sizes, {"ddp", base.cluster.strategy} - {"fsdp"}):
-        changes.append(_cluster_keys(ep, strategy, False, None, "step", "float32"))
-    precisions = ("float32", "bfloat16")
-    for ep, shard_group in product(sizes, (None, *sizes[:-1])):
+    for ep, strategy, *fsdp_values in product(*values):
         # Without several ranks for each expert there are no shards of experts.
-        shard_experts = (False, True) if (shard_group or workers) > ep else (False,)
-        for shards, reduce_after, precision in product(shard_experts, ("step", "micro_batch"), precisions):
-            changes.append(_cluster_keys(ep, "fsdp", shards, shard_group, reduce_after, precision))
-    return [tuple(keys.items()) for keys, _ in valid_changes(base, changes)]
-
-
-def _cluster_keys(*values: Any) -> Keys:
-    names = ("ep", "strategy", "shard_experts", "shard_group", "reduce_after", "gather_precision")
-    return {f"cluster.{name}": value for name, value in zip(names, values, strict=True)}
+        has_shards = not fsdp_values[0] or (fsdp_values[1] or workers) > ep or SHARDING_KEYS[2] not in free_keys
+        if has_shards and (strategy == "fsdp" or fsdp_values == defaults):
+            changes.append(dict(zip(SHARDING_KEYS, (ep, strategy, *fsdp_values), strict=True)))
+    return [tuple(keys.items()) for keys, _ in valid_changes(spec, changes)]
 
 
 def _count_narrow(spec: RunSpec, precisions: Pairs) -> int:
-    sections = {"cluster": spec.cluster, "train": spec.train}
-    return sum(
-        value == "bfloat16" != getattr(sections[section], field)
-        for key, value in precisions
-        for section, _, field in [key.partition(".")]
-    )
+    return sum(value == "bfloat16" != value_of(spec, key) for key, value in precisions)

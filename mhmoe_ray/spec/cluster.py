@@ -149,7 +149,11 @@ DEFAULT_SHARD_CACHE = ShardCacheSpec()
 
 
 class ClusterSpec(Section):
-    """Workers with their resources, and the distribution of the model over them."""
+    """Workers with their resources, and the distribution of the model over them.
+
+    On GPUs, values of `ep`, `strategy`, `shard_experts`, `shard_group` and `reduce_after` that a spec does not set are
+    chosen to fit the cluster when a run is submitted.
+    """
 
     workers: WorkerRange = WorkerRange(min=1, max=1)
     """Number of workers, or {min: a, max: b} for an elastic run, which uses as many workers as the cluster has room
@@ -175,7 +179,7 @@ class ClusterSpec(Section):
     reduce_after: Literal["step", "micro_batch"] = "step"
     """Backward in which fsdp sums gradients over workers. step: the last one of a step; until then each worker holds
     all gradients in full. micro_batch: each one, so that a worker holds shards of gradients, and sends them as often as
-    it has micro-batches. On GPUs the default is micro_batch if gradients in full would not fit."""
+    it has micro-batches."""
     placement: Literal["planned", "pack"] = "planned"
     """Choice of the nodes of workers at each start. planned: nodes are chosen so that as few expert-parallel groups as
     possible span nodes, and then domains; on a cluster with an autoscaler, only domains are chosen. pack: Ray fills one

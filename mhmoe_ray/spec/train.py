@@ -101,10 +101,11 @@ class TrainSpec(Section):
     pass. none: everything is kept, except for `model.moe.recompute`. experts: the hidden rows of experts are not kept.
     exchange: a block keeps its input and, with expert parallelism, everything from its router on, so that no row
     (sub-token) is sent to experts on other ranks again; hidden rows of experts are not kept. block: a block keeps only
-    its input; with expert parallelism its rows are sent once more. exchange and block take about a third more time."""
+    its input; with expert parallelism its rows are sent once more. exchange and block take about a third more time. On
+    GPUs the default is chosen to fit."""
     loss_chunk_rows: TokenCount | None = None
     """Number of tokens whose logits are in memory at a time, for the loss; by default all tokens of a micro-batch, and
-    on GPUs 2,048, or 1,024 for vocabularies above 65,536. The logits of all tokens and their gradients are several
+    on GPUs chosen to fit. The logits of all tokens and their gradients are several
     times micro_batch_size * seq_len * vocab_size values. With a number, the gradient of the output layer is summed over
     chunks in float32."""
     compile: bool = False

@@ -11,7 +11,7 @@ from mhmoe_ray.planner.adapt import valid_changes
 from mhmoe_ray.planner.estimate import estimate_step_time
 from mhmoe_ray.planner.memory import compute_memory
 from mhmoe_ray.planner.placement import build_layout, hypothetical_nodes, pack_workers
-from mhmoe_ray.planner.search import MEMORY_SHARE, search_settings
+from mhmoe_ray.planner.search import MEMORY_SHARE, on_paper, search_settings
 from tests.cli.run import assert_one_line, mhmoe
 from tests.support.specs import tiny_spec
 
@@ -66,15 +66,17 @@ def test_search_equals_brute_force(monkeypatch, nodes, gpus, memory_share):
     spec = tiny_spec(train=train, cluster=cluster)
     monkeypatch.setattr(search, "TRAIN_VALUES", VALUES)
     expected_seconds = sorted({f"{seconds:.6f}" for seconds in fitting_seconds(spec, nodes, gpus)})
-    settings = search_settings(spec, nodes, gpus, 10)
+    settings = search_settings(*on_paper(spec, nodes, gpus), 10)
     assert [f"{seconds_of(setting.estimate):.6f}" for setting in settings] == expected_seconds[:10]
 
 
 @pytest.mark.parametrize(("name", "nodes", "gpus"), [("qwen3-30b", 1, 8), ("trillion", 128, 8)])
 def test_sums_of_terms_are_memory_and_time_and_no_worse_than_the_file(name, nodes, gpus):
     spec = mh.load_spec(f"jobs/scale/{name}.yaml", ["cluster.gpus_per_worker=1"])
-    settings = search_settings(spec, nodes, gpus, 3)
-    candidates = sorted(search.candidate_settings(spec, nodes, gpus), key=lambda candidate: candidate[:4])
+    planned, nodes_on_paper = on_paper(spec, nodes, gpus)
+    limit = MEMORY_SHARE * spec.cluster.accelerator.memory
+    settings = search_settings(planned, nodes_on_paper, 3)
+    candidates = sorted(search.candidate_settings(planned, nodes_on_paper, limit), key=lambda c: c[:4])
     candidate_of_speed = {candidate.speed: candidate for candidate in reversed(candidates)}
     for setting, speed in zip(settings, sorted(candidate_of_speed), strict=False):
         assert candidate_of_speed[speed].memory == setting.memory

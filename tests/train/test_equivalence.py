@@ -7,6 +7,8 @@ from torch.distributed.fsdp import FSDPModule
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.model.held import is_dtensor
 from mhmoe_ray.planner.adapt import with_keys
+from mhmoe_ray.planner.memory import compute_memory
+from mhmoe_ray.planner.search import choose_settings
 from mhmoe_ray.train.objectives import MicroBatch
 from tests.support.ranks import run_ranks
 from tests.support.runs import new_run
@@ -109,6 +111,24 @@ def test_hierarchical_dispatch_trains_like_one_process(request, ep, nodes, strat
     spec = parallel_spec(4, ep, strategy, shard_experts, "hierarchical", **capacity_fields(static))
     for result in run_ranks(4, jobs.train_and_collect, spec, STEPS, list(nodes)):
         assert_alike(result, expected)
+
+
+@pytest.mark.parametrize(
+    ("workers", "memory_share", "choice"),
+    [
+        (2, 2.0, (1, "ddp", "none")),
+        (2, 1.0, (1, "fsdp", "experts")),
+        (4, 0.8, (2, "fsdp", "block")),
+    ],
+)
+def test_settings_chosen_for_a_cluster_train_like_one_process(reference, workers, memory_share, choice):
+    cluster = {"workers": workers, "gpus_per_worker": 1}
+    needed_bytes = compute_memory(tiny_spec(cluster=cluster)).total
+    spec = tiny_spec(cluster={**cluster, "accelerator": {"memory": memory_share * needed_bytes}})
+    spec = with_keys(choose_settings(spec)[0], {"cluster.gpus_per_worker": 0, "train.compile": False})
+    assert (spec.cluster.ep, spec.cluster.strategy, spec.train.recompute) == choice
+    for result in run_ranks(workers, jobs.train_and_collect, spec, STEPS):
+        assert_alike(result, reference)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from mhmoe_ray.bench.measure import peak_bytes
 from mhmoe_ray.bench.steps import StepCase
 from mhmoe_ray.bench.timing import device_clock, time_interleaved
 from mhmoe_ray.distributed.strategies.fsdp import FsdpStrategy
-from mhmoe_ray.planner.adapt import LOSS_CHUNK_ROWS
+from mhmoe_ray.planner.search import LOSS_CHUNK_ROWS
 from mhmoe_ray.planner.sizes import compute_sizes
 from mhmoe_ray.spec import ClusterSpec, RunSpec, TrainSpec
 from mhmoe_ray.train.malloc import use_expandable_segments
