@@ -33,7 +33,16 @@ from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.parsing import parse_json
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import ModelSpec
-from mhmoe_ray.storage import Describe, FileEntry, Location, describe_files, is_special, read_file, write_json
+from mhmoe_ray.storage import (
+    Describe,
+    FileEntry,
+    Location,
+    describe_files,
+    is_special,
+    matching_paths,
+    read_file,
+    write_json,
+)
 
 MANIFEST = "manifest.json"
 PARTS = ("weights", "optim")
@@ -169,7 +178,7 @@ def _problems(
 
 def uncommitted_checkpoints(run: RunDir) -> list[Location]:
     """Return a run's uncommitted checkpoints: in progress, or left by a killed process."""
-    checkpoints = (p for p in run.checkpoints.glob("step_*") if _NAME_PATTERN.fullmatch(p.name))
+    checkpoints = (p for p in matching_paths(run.checkpoints, "step_*") if _NAME_PATTERN.fullmatch(p.name))
     return sorted(p for p in checkpoints if not is_committed(p))
 
 
@@ -187,7 +196,7 @@ def _committed_newest_first(run: RunDir) -> Iterator[Location]:
     """Return the committed checkpoints of a run, newest first: later worker groups first, then later steps."""
     # Workers that are started again form a new worker group. It continues from the newest intact checkpoint, which may
     # be older than a damaged one. So a checkpoint of a later group is newer, even if its step is earlier.
-    checkpoints: list[Location] = [p for p in run.checkpoints.glob("step_*") if _NAME_PATTERN.fullmatch(p.name)]
+    checkpoints = [p for p in matching_paths(run.checkpoints, "step_*") if _NAME_PATTERN.fullmatch(p.name)]
     checkpoints.sort(key=lambda folder: step_and_group(folder)[::-1], reverse=True)
     return (folder for folder in checkpoints if is_committed(folder))
 

@@ -22,6 +22,7 @@ from mhmoe_ray.storage import (
     explain_error,
     location,
     make_folder,
+    matching_paths,
     read_file,
     remove_tree,
     replace_file,
@@ -337,7 +338,7 @@ def read_attempts(run: RunDir) -> list[Attempt]:
     """Return all attempts of a run, oldest first; none if it was not submitted yet or was imported."""
     if not run.attempts_file.exists():
         return []
-    name = max((f"attempts/{path.name}" for path in run.attempts.glob("*.json")), default="run.json")
+    name = max((f"attempts/{path.name}" for path in matching_paths(run.attempts, "*.json")), default="run.json")
     try:
         return _ATTEMPTS.validate_python(run.stored_state(name)["attempts"])
     except (ValidationError, KeyError) as e:

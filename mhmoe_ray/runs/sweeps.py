@@ -19,7 +19,7 @@ from mhmoe_ray.errors import RunError, StorageError
 from mhmoe_ray.parsing import parse_json
 from mhmoe_ray.runs.directory import PathOf, RunDir, report_read_errors
 from mhmoe_ray.spec import SweepRun
-from mhmoe_ray.storage import Location, read_file, report_write_errors, write_json
+from mhmoe_ray.storage import Location, matching_paths, read_file, report_write_errors, write_json
 
 
 class SweepOrder(BaseModel):
@@ -72,7 +72,7 @@ class SweepDir:
     def order_names(self) -> list[str]:
         """Return the names of all orders, oldest first; the jobs of earlier ones give way to the job of the last."""
         with report_read_errors(self.orders_folder):
-            return sorted(path.name.removesuffix(".json") for path in self.orders_folder.glob("*.json"))
+            return sorted(path.name.removesuffix(".json") for path in matching_paths(self.orders_folder, "*.json"))
 
     def new_order_name(self) -> str:
         """Return a name for a new order, which sorts after all existing ones."""

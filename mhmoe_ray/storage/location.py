@@ -235,6 +235,15 @@ class ObjectPath:
 Location: TypeAlias = Path | ObjectPath
 
 
+def matching_paths(folder: Location, name_pattern: str) -> list[Location]:
+    """Return the paths in a folder whose names match; none if it is missing, but an OSError if it cannot be read."""
+    # `Path.glob` finds nothing in an unreadable folder since Python 3.13.
+    try:
+        return [path for path in folder.iterdir() if fnmatch.fnmatchcase(path.name, name_pattern)]
+    except FileNotFoundError:
+        return []
+
+
 def default_storage() -> str:
     """Return the folder of run directories that is used where neither a command nor a spec names one: MHMOE_STORAGE,
     else `runs`."""

@@ -1,9 +1,11 @@
 """Tests of the fused update of weights with moments in bfloat16 against the update in pieces on a CPU."""
 
 import importlib.util
+from importlib.metadata import version
 
 import pytest
 import torch
+from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mhmoe_kernels.triton import can_run
@@ -40,6 +42,8 @@ def update(device, weight, gradients, offset, **options):
 @pytest.mark.parametrize(("betas", "weight_decay"), [((0.9, 0.95), 0.1), ((0.4, 0.6), 0.0)])
 def test_update_equals_that_on_a_cpu_to_the_bit(monkeypatch, values, offset, betas, weight_decay):
     """Gradients have magnitudes from 1e-6 to 1, and some are 0. Positions exceed 32 bits."""
+    if DEVICE.type == "cpu" and Version(version("triton")) < Version("3.9"):
+        pytest.skip("the interpreter of this Triton rounds a fused product and sum twice")
     generator = torch.Generator().manual_seed(values)
     weight, *gradients = torch.randn(5, values, generator=generator)
     gradients = [g * 10 ** (-6 * torch.rand(values, generator=generator)) for g in gradients]

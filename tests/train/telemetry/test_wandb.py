@@ -19,6 +19,7 @@ def open_tracker(run, start=0, mode="offline"):
     return QueuedTracker(WandbServer(run, spec), run, start)
 
 
+@pytest.mark.long  # wandb starts its service from a thread
 def test_continued_run_has_each_step_once_offline(tmp_path, monkeypatch):
     monkeypatch.setattr(tracker, "SEND_SECONDS", 0.05)
     run = RunDir(tmp_path / "tiny-abc123")
