@@ -48,7 +48,7 @@ def test_every_field_can_be_given_to_the_command(monkeypatch):
         main([*command, *arguments], standalone_mode=False)
     assert answered == [SamplingParams(**VALUES), SamplingParams()]
     for option in (["--max-tokens", "0"], ["--top-p", "1.5"], ["--logprobs", "21"], ["--temperature", "2.5"]):
-        with pytest.raises(typer.BadParameter, match="Input should be|is not in the range"):
+        with pytest.raises(typer.BadParameter, match=r"Input should be|is not in the range"):
             main([*command, *option], standalone_mode=False)
     with pytest.raises(typer.BadParameter, match="--logit-bias 3: give a token id and an amount"):
         main([*command, "--logit-bias", "3"], standalone_mode=False)
