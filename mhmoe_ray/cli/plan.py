@@ -98,7 +98,7 @@ def plan(
     layout, step_estimate = placement.layout, estimate_step(resolved, placement.layout)
     print_summary(resolved, step_estimate)
     if chosen_keys:
-        out.print("\nchosen for these GPUs; a step has the same samples and loss", style="bold")
+        out.print("\nchosen for these GPUs; a step has the same samples", style="bold")
         for line in format_keys(changed_keys(own_spec, chosen_keys)):
             print_line(line.replace("=", ": "))
         words = " ".join(f"--set {line}" for line in format_keys(chosen_keys))
