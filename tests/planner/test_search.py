@@ -13,7 +13,7 @@ from mhmoe_ray.planner.memory import compute_memory
 from mhmoe_ray.planner.placement import build_layout, hypothetical_nodes, pack_workers
 from mhmoe_ray.planner.search import MEMORY_SHARE, on_paper, search_settings
 from tests.cli.run import assert_one_line, mhmoe
-from tests.support.specs import tiny_spec
+from tests.support.specs import TINY, tiny_spec
 
 PRESET = "name: a\npreset: mhmoe\nsize: base\ndata: {sources: {web: {path: raw}}, prepared: prepared}\n"
 VALUES = {
@@ -58,12 +58,22 @@ def fitting_seconds(spec, nodes, gpus):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("nodes", "gpus", "memory_share"), [(1, 2, 1.0), (1, 4, 0.5), (2, 2, 0.8)])
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "memory_share"),
+    [
+        (1, 2, 1.0),
+        (1, 4, 0.5),
+        (2, 2, 0.8),
+        (1, 8, 0.8),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, 8, 0.5), (4, 4, 1.0)]),
+    ],
+)
 def test_search_equals_brute_force(monkeypatch, nodes, gpus, memory_share):
-    train = {"precision": "bfloat16", "micro_batches": 4, "micro_batch_size": 2}
-    memory = compute_memory(tiny_spec(train=train, cluster={"gpus_per_worker": 1})).total
+    train = {"precision": "bfloat16", "micro_batches": max(4, nodes * gpus), "micro_batch_size": 2}
+    model = {"moe": TINY["model"]["moe"] | {"experts": max(4, nodes * gpus)}}
+    memory = compute_memory(tiny_spec(model=model, train=train, cluster={"gpus_per_worker": 1})).total
     cluster = {"gpus_per_worker": 1, "accelerator": {"memory": memory_share * memory}}
-    spec = tiny_spec(train=train, cluster=cluster)
+    spec = tiny_spec(model=model, train=train, cluster=cluster)
     monkeypatch.setattr(search, "TRAIN_VALUES", VALUES)
     expected_seconds = sorted({f"{seconds:.6f}" for seconds in fitting_seconds(spec, nodes, gpus)})
     settings = search_settings(*on_paper(spec, nodes, gpus), 10)
